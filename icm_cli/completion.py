@@ -46,7 +46,7 @@ def complete_tag(incomplete: str) -> Iterable[str]:
 @_quietly
 def complete_filter(incomplete: str) -> Iterable[str]:
     """Return fields with an operator, and after the operator the values that the store has."""
-    from icmlora.fleet.tasks import filter_fields
+    from icmlora.fleet.tasks.tasks import filter_fields
 
     for field in filter_fields():
         operators = sorted(field.operators, key=len, reverse=True)  # `>=` before `>`
@@ -60,7 +60,7 @@ def complete_filter(incomplete: str) -> Iterable[str]:
 @_quietly
 def complete_sort(incomplete: str) -> Iterable[str]:
     """Return the fields to sort by, upwards and downwards."""
-    from icmlora.fleet.tasks import filter_fields
+    from icmlora.fleet.tasks.tasks import filter_fields
 
     for field in filter_fields():
         if field.can_be_sorted:

@@ -6,8 +6,8 @@ from dataclasses import asdict
 from math import isfinite
 from typing import TYPE_CHECKING
 
-from icmlora.fleet.metric_result import relative_error
-from icmlora.fleet.precision import gain_text
+from icmlora.fleet.measure.metric_result import relative_error
+from icmlora.fleet.measure.precision import gain_text
 from icmlora.io.text import human_size
 
 if TYPE_CHECKING:

@@ -45,13 +45,13 @@ from registry.errors import (
 
 if TYPE_CHECKING:
     from icmlora.adapter.model import Adapter, LoraModule
-    from icmlora.base_models.custom_model import CustomModel, base_model_loader
+    from icmlora.base_models.kinds.custom_model import CustomModel, base_model_loader
     from icmlora.base_models.modality import Metric
     from icmlora.fleet.api import Fleet
-    from icmlora.fleet.bundles import Bundle
+    from icmlora.fleet.bundles.bundles import Bundle
     from icmlora.fleet.context import Event, Progress
-    from icmlora.fleet.convert import convert
-    from icmlora.formats.folder import load_adapter, save_adapter
+    from icmlora.fleet.convert.convert import convert
+    from icmlora.formats.discovery.folder import load_adapter, save_adapter
     from icmlora.serving.attach import attach
 
 __all__ = [
@@ -94,18 +94,18 @@ __all__ = [
 
 _HOMES = {
     "Adapter": "icmlora.adapter.model",
-    "Bundle": "icmlora.fleet.bundles",
-    "CustomModel": "icmlora.base_models.custom_model",
+    "Bundle": "icmlora.fleet.bundles.bundles",
+    "CustomModel": "icmlora.base_models.kinds.custom_model",
     "Event": "icmlora.fleet.context",
     "Fleet": "icmlora.fleet.api",
     "LoraModule": "icmlora.adapter.model",
     "Metric": "icmlora.base_models.modality",
     "Progress": "icmlora.fleet.context",
     "attach": "icmlora.serving.attach",
-    "base_model_loader": "icmlora.base_models.custom_model",
-    "convert": "icmlora.fleet.convert",
-    "load_adapter": "icmlora.formats.folder",
-    "save_adapter": "icmlora.formats.folder",
+    "base_model_loader": "icmlora.base_models.kinds.custom_model",
+    "convert": "icmlora.fleet.convert.convert",
+    "load_adapter": "icmlora.formats.discovery.folder",
+    "save_adapter": "icmlora.formats.discovery.folder",
 }
 
 

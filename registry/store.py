@@ -16,11 +16,11 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from registry import files as fs
-from registry.blobs.content import Blobs
-from registry.blobs.local import LocalBackend
-from registry.database import Database, migrate
 from registry.errors import StoreNotFound
-from registry.folder import (
+from registry.storage.blobs.content import Blobs
+from registry.storage.blobs.local import LocalBackend
+from registry.storage.database import Database, migrate
+from registry.storage.folder import (
     StorePaths,
     check_format,
     create_store,
@@ -29,23 +29,23 @@ from registry.folder import (
     restore_reserve,
     with_reserve,
 )
-from registry.locks import FileLock, Patience
+from registry.storage.locks import FileLock, Patience
 
 if TYPE_CHECKING:
-    from registry.base_models import BaseModels
-    from registry.blobs.backend import BlobBackend
-    from registry.bundles import Bundles
-    from registry.codes import Codes
     from registry.errors import DamagedStore
-    from registry.evaluations import Evaluations
-    from registry.eviction import Originals
-    from registry.generators import Generators
-    from registry.prune import PruneReport
-    from registry.row_repair import RowRepair
-    from registry.runs import Runs
-    from registry.tasks import Tasks
+    from registry.storage.blobs.backend import BlobBackend
+    from registry.storage.prune import PruneReport
+    from registry.storage.row_repair import RowRepair
+    from registry.tables.base_models import BaseModels
+    from registry.tables.bundles import Bundles
+    from registry.tables.codes import Codes
+    from registry.tables.evaluations import Evaluations
+    from registry.tables.eviction import Originals
+    from registry.tables.generators import Generators
+    from registry.tables.runs import Runs
+    from registry.tables.tasks import Tasks
+    from registry.tables.vectors import Vectors
     from registry.usage import Usage
-    from registry.vectors import Vectors
     from registry.verify import Finding
 
     OnDamage = Callable[[str, DamagedStore], None]
@@ -134,63 +134,63 @@ class Store:
     @cached_property
     def tasks(self) -> Tasks:
         """Tasks with their adapters."""
-        from registry.tasks import Tasks
+        from registry.tables.tasks import Tasks
 
         return Tasks(*self._parts, on_damage=self._on_damage)
 
     @cached_property
     def base_models(self) -> BaseModels:
         """Base models."""
-        from registry.base_models import BaseModels
+        from registry.tables.base_models import BaseModels
 
         return BaseModels(*self._parts)
 
     @cached_property
     def vectors(self) -> Vectors:
         """Task vectors."""
-        from registry.vectors import Vectors
+        from registry.tables.vectors import Vectors
 
         return Vectors(*self._parts)
 
     @cached_property
     def generators(self) -> Generators:
         """Generators with their codes."""
-        from registry.generators import Generators
+        from registry.tables.generators import Generators
 
         return Generators(*self._parts)
 
     @cached_property
     def codes(self) -> Codes:
         """Codes and residuals."""
-        from registry.codes import Codes
+        from registry.tables.codes import Codes
 
         return Codes(*self._parts)
 
     @cached_property
     def evaluations(self) -> Evaluations:
         """Measurements."""
-        from registry.evaluations import Evaluations
+        from registry.tables.evaluations import Evaluations
 
         return Evaluations(*self._parts)
 
     @cached_property
     def runs(self) -> Runs:
         """Training runs and their checkpoints."""
-        from registry.runs import Runs
+        from registry.tables.runs import Runs
 
         return Runs(*self._parts)
 
     @cached_property
     def originals(self) -> Originals:
         """The weights as they were ingested."""
-        from registry.eviction import Originals
+        from registry.tables.eviction import Originals
 
         return Originals(*self._parts)
 
     @cached_property
     def bundles(self) -> Bundles:
         """Codes that were made elsewhere."""
-        from registry.bundles import Bundles
+        from registry.tables.bundles import Bundles
 
         return Bundles(*self._parts)
 
@@ -256,7 +256,7 @@ class Store:
 
         Blobs that are precious, by their first bytes, go to quarantine, unless that is to be emptied as well.
         """
-        from registry.prune import prune
+        from registry.storage.prune import prune
 
         do = partial(prune, self._db, self.blobs, self._paths, grace=grace, is_precious=is_precious)
         do = partial(do, empty_quarantine=empty_quarantine, dry_run=dry_run)
@@ -284,7 +284,7 @@ class Store:
 
     def repair_rows(self) -> list[RowRepair]:
         """Correct rows of which one bit flipped, and return what became of each wrong row."""
-        from registry.row_repair import repair_rows
+        from registry.storage.row_repair import repair_rows
 
         self._db.must_write()
         with self._lock.exclusive():

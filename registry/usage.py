@@ -10,11 +10,11 @@ from pathlib import Path
 from sqlalchemy import ColumnElement, select
 from sqlalchemy.orm import Session
 
-from registry.blobs.content import Blobs
-from registry.database import Database
-from registry.folder import StorePaths
-from registry.prune import blob_references
 from registry.schema import Adapter, Blob, Code, Extra, Generator, Task, TaskVector, TrainRun
+from registry.storage.blobs.content import Blobs
+from registry.storage.database import Database
+from registry.storage.folder import StorePaths
+from registry.storage.prune import blob_references
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,13 @@ from typing import Literal
 from sqlalchemy import Select, or_, select
 from sqlalchemy.orm import Session
 
-from registry.blobs.content import Blobs
-from registry.database import Damage, Database
 from registry.errors import DamagedStore, MissingBlob, StoreIOError
-from registry.folder import StorePaths
-from registry.prune import BLOB_COLUMNS, BlobColumn, is_evictable, is_needed
-from registry.rows import find_task
 from registry.schema import RETAINED_GAIN, Adapter, Blob, Code, Extra, Generator, Task, TaskVector
+from registry.storage.blobs.content import Blobs
+from registry.storage.database import Damage, Database
+from registry.storage.folder import StorePaths
+from registry.storage.prune import BLOB_COLUMNS, BlobColumn, is_evictable, is_needed
+from registry.storage.row_writer import find_task
 
 Kind = Literal["database", "dangling", "row", "missing", "length", "digest", "orphan", "leftover", "remark"]
 

@@ -16,8 +16,8 @@ from icm_cli.session import Session, command
 from icmlora.io.text import counted
 
 if TYPE_CHECKING:
-    from icmlora.fleet.base_joins import BaseJoined
-    from icmlora.fleet.base_models import KnownBase
+    from icmlora.fleet.bases.base_models import KnownBase
+    from icmlora.fleet.bases.joins import BaseJoined
     from icmlora.fleet.context import Event
 
 NameArg = Annotated[
@@ -91,8 +91,8 @@ def add(session: Session, name: NameArg, path: PathArg, loader: LoaderOpt = None
       icm base add meta-llama/Llama-3.1-8B ./llama-8b --load-in nf4
       icm base add nanodet-g ./nanodet --loader my_models:nanodet
     """
-    from icmlora.fleet.base_joins import BaseJoined
-    from icmlora.fleet.base_models import NameTaken
+    from icmlora.fleet.bases.base_models import NameTaken
+    from icmlora.fleet.bases.joins import BaseJoined
 
     joined: list[BaseJoined] = []
     taken: list[NameTaken] = []
@@ -190,7 +190,7 @@ _REASONS = {
 
 
 def _document(base: KnownBase) -> dict[str, object]:
-    from icmlora.base_models.mirrors import original_of
+    from icmlora.base_models.finding.mirrors import original_of
 
     return {
         "name": base.record.name,

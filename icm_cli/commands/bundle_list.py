@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 from icm_cli.output import Column
 from icm_cli.session import Session
 from icm_cli.text import errors_json
-from icmlora.fleet.precision import gain_text
+from icmlora.fleet.measure.precision import gain_text
 from icmlora.io.text import human_size, in_ranges
 
 if TYPE_CHECKING:
     from icmlora.bundle.index import BundledTask
-    from icmlora.fleet.bundles import Bundle
+    from icmlora.fleet.bundles.bundles import Bundle
 
 _COLUMNS = (
     Column("task", shrink=True),
@@ -29,7 +29,7 @@ _COLUMNS = (
 
 def list_bundle(session: Session, file: Path, base_model: str | None) -> None:
     """Print what a bundle holds; only its index is read."""
-    from icmlora.fleet.bundles import Bundle
+    from icmlora.fleet.bundles.bundles import Bundle
     from icmlora.fleet.context import check_base_model
 
     out, bundle = session.out, Bundle(file)

@@ -19,7 +19,7 @@ from icmlora.io.text import counted, human_size, parse_bytes
 if TYPE_CHECKING:
     from icm_cli.output import Output
     from icmlora.fleet.context import Event
-    from icmlora.fleet.convert import AdapterConverted, ConvertReport
+    from icmlora.fleet.convert.convert import AdapterConverted, ConvertReport
 
 SourceArg = Annotated[
     Path,
@@ -123,7 +123,7 @@ def convert(
         raise UsageProblem("--size sets the ranks itself, so it cannot be used with --rank")
     if adapter_format is None and rank is None and size is None and dtype is None:
         raise UsageProblem("nothing would change", hint="give --format, --rank, --size or --dtype")
-    from icmlora.fleet import convert as use_case
+    from icmlora.fleet.convert import convert as use_case
 
     stopped = False
     try:
@@ -153,7 +153,7 @@ def convert(
 
 def _tell(out: Output, event: Event) -> None:
     from icmlora.fleet.context import TaskFailed
-    from icmlora.fleet.convert import AdapterConverted
+    from icmlora.fleet.convert.convert import AdapterConverted
 
     if isinstance(event, AdapterConverted):
         out.event("adapter", **as_fields(event))

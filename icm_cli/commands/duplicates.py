@@ -13,7 +13,7 @@ from icm_cli.text import as_fields
 from icmlora.io.text import counted, some
 
 if TYPE_CHECKING:
-    from icmlora.fleet.duplicates import DuplicatePair, DuplicatesReport
+    from icmlora.fleet.tasks.duplicates import DuplicatePair, DuplicatesReport
 
 MaxDistanceOpt = Annotated[
     float,

@@ -21,7 +21,7 @@ from icm_cli.options import (
 from icm_cli.output import Column
 from icm_cli.session import Session, command
 from icm_cli.text import as_fields, coded_size
-from icmlora.fleet.precision import gain_text
+from icmlora.fleet.measure.precision import gain_text
 from icmlora.io.text import counted, human_size, parse_bytes, some
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from icmlora.fleet.api import Fleet
     from icmlora.fleet.context import Event
-    from icmlora.fleet.encode import EncodeReport, TaskEncoded
+    from icmlora.fleet.encode.encode import EncodeReport, TaskEncoded
 
 ErrorOpt = Annotated[
     float | None,
@@ -198,7 +198,7 @@ def evict_hint(max_error: float | None, min_gain: float | None) -> str:
 
 
 def _tell(session: Session, event: Event, kind: str) -> None:
-    from icmlora.fleet.encode import TaskEncoded
+    from icmlora.fleet.encode.encode import TaskEncoded
 
     if isinstance(event, TaskEncoded):
         session.out.event(kind, **as_fields(event))

@@ -17,19 +17,19 @@ from icm_cli.options import DeviceOpt, ShardOpt, SomeTasksArg, WorkersOpt
 from icm_cli.output import Column
 from icm_cli.session import Session, command
 from icm_cli.text import errors_json
-from icmlora.fleet.precision import measured_in
+from icmlora.fleet.measure.precision import measured_in
 from icmlora.io.text import counted
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from icmlora.fleet.api import Fleet
-    from icmlora.fleet.baselines import BaselineResult
-    from icmlora.fleet.compare import MethodSummary
     from icmlora.fleet.context import Event
-    from icmlora.fleet.evaluate import EvaluateReport, TaskEvaluated
-    from icmlora.fleet.measure import SourceResult
-    from icmlora.fleet.metric_result import MetricResult
+    from icmlora.fleet.measure.baselines import BaselineResult
+    from icmlora.fleet.measure.compare import MethodSummary
+    from icmlora.fleet.measure.evaluate import EvaluateReport, TaskEvaluated
+    from icmlora.fleet.measure.measure import SourceResult
+    from icmlora.fleet.measure.metric_result import MetricResult
 
 
 class SourceName(StrEnum):
@@ -189,7 +189,7 @@ def _print_methods(session: Session, rows: list[MethodSummary]) -> None:
 
 
 def _tell(session: Session, event: Event) -> None:
-    from icmlora.fleet.evaluate import TaskEvaluated
+    from icmlora.fleet.measure.evaluate import TaskEvaluated
 
     tell_failure(session, event)
     if isinstance(event, TaskEvaluated):

@@ -13,13 +13,13 @@ from icm_cli.options import DeviceOpt, DryRunOpt, SomeTasksArg, WorkersOpt, gain
 from icm_cli.output import Column
 from icm_cli.session import Session, command
 from icm_cli.text import as_fields, coded_size
-from icmlora.fleet.precision import gain_text
+from icmlora.fleet.measure.precision import gain_text
 from icmlora.io.text import counted, human_size, some
 
 if TYPE_CHECKING:
     from icm_cli.output import Output
     from icmlora.fleet.context import Event
-    from icmlora.fleet.eviction_report import EvictReport, TaskEvicted
+    from icmlora.fleet.evict.types import EvictReport, TaskEvicted
 
 ErrorOpt = Annotated[
     float | None,
@@ -168,7 +168,7 @@ def _check_options(
 
 
 def _tell(session: Session, event: Event) -> None:
-    from icmlora.fleet.eviction_report import TaskEvicted
+    from icmlora.fleet.evict.types import TaskEvicted
 
     if isinstance(event, TaskEvicted):
         session.out.event("task", **as_fields(event))

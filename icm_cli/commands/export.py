@@ -13,7 +13,7 @@ from icm_cli.session import Session, command
 from icmlora.io.text import counted, human_size
 
 if TYPE_CHECKING:
-    from icmlora.fleet.export_bundle import ExportReport
+    from icmlora.fleet.bundles.export import ExportReport
 
 FileArg = Annotated[Path, typer.Argument(metavar="FILE", help="The bundle to write.", show_default=False)]
 ReplaceOpt = Annotated[bool, typer.Option("--force", "-f", help="Replace FILE if it exists.")]

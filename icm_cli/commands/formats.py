@@ -25,7 +25,7 @@ def formats(session: Session) -> None:
     Example:
       icm formats
     """
-    from icmlora.fleet.conversion import written_from
+    from icmlora.fleet.write.format_pairs import written_from
     from icmlora.formats.catalogue import formats as all_formats
 
     found = [(known.name, known.about, written_from(known)) for known in all_formats()]

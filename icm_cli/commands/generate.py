@@ -12,13 +12,13 @@ from icm_cli.errors import Interrupted
 from icm_cli.options import BaseModelOpt, DeviceOpt, ForceOpt
 from icm_cli.session import Session, command
 from icmlora.errors import Cancelled
-from icmlora.fleet.precision import measured_in
+from icmlora.fleet.measure.precision import measured_in
 from icmlora.io.text import counted, human_size
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from icmlora.fleet.generate import Generated
+    from icmlora.fleet.few_shot.generate import Generated
     from icmlora.task_vectors.distances import Familiarity, Neighbour
 
 _NEAREST = 5
@@ -117,7 +117,7 @@ def generate(
 
 
 def _tell(session: Session, done: Generated, rank: int | None) -> None:
-    from icmlora.fleet.train_few_shot import SAMPLE_TOKENS
+    from icmlora.fleet.few_shot.train import SAMPLE_TOKENS
 
     out, known = session.out, done.known
     out.document(

@@ -12,7 +12,7 @@ from icm_cli.session import Session, command
 from icmlora.io.text import counted, human_size
 
 if TYPE_CHECKING:
-    from icmlora.fleet.generators import GeneratorVersion
+    from icmlora.fleet.tasks.generators import GeneratorVersion
 
 DigestArg = Annotated[
     str,

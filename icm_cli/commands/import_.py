@@ -12,7 +12,7 @@ from icm_cli.session import Session, command
 from icmlora.io.text import counted
 
 if TYPE_CHECKING:
-    from icmlora.fleet.import_bundle import ImportReport
+    from icmlora.fleet.bundles.import_ import ImportReport
 
 
 class ImportConflict(StrEnum):

@@ -27,7 +27,7 @@ from icmlora.io.text import counted, escape, human_size, some
 if TYPE_CHECKING:
     from icmlora.fleet.api import Fleet
     from icmlora.fleet.context import Event
-    from icmlora.fleet.ingest import IngestReport, InputProblem
+    from icmlora.fleet.ingest.ingest import IngestReport, InputProblem
 
 PathsArg = Annotated[
     list[Path], typer.Argument(metavar="PATH...", help="Folders with adapters, at any depth.", show_default=False)
@@ -209,8 +209,8 @@ def _extract(session: Session, report: IngestReport, device: str) -> tuple[bool,
 
 def _tell(session: Session, problems: list[InputProblem], event: Event) -> None:
     """Report one task; collect what was not taken, which is listed at the end."""
-    from icmlora.fleet.base_joins import BaseJoined
-    from icmlora.fleet.ingest import InputProblem, PlaceholderMet, TaskIngested
+    from icmlora.fleet.bases.joins import BaseJoined
+    from icmlora.fleet.ingest.ingest import InputProblem, PlaceholderMet, TaskIngested
 
     if isinstance(event, TaskIngested):
         session.out.event("task", **asdict(event))

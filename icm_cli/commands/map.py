@@ -15,7 +15,7 @@ from icm_cli.session import Session, command
 from icmlora.io.text import counted, human_percent
 
 if TYPE_CHECKING:
-    from icmlora.fleet.map import MapReport
+    from icmlora.fleet.map.map import MapReport
     from icmlora.task_vectors.map import MappedTask
 
 

@@ -14,10 +14,10 @@ from icm_cli.errors import UsageProblem
 from icm_cli.options import DeviceOpt, ForceOpt, FromOpt, LoaderOpt, SeedOpt, completing
 from icm_cli.session import Session, command
 from icm_cli.text import claim_json, claim_text
-from icmlora.fleet.precision import measured_in
+from icmlora.fleet.measure.precision import measured_in
 
 if TYPE_CHECKING:
-    from icmlora.fleet.materialize import MaterializeReport
+    from icmlora.fleet.write.materialize import MaterializeReport
 
 
 class SourceName(StrEnum):
@@ -172,7 +172,7 @@ def materialize(
     _check_usage(task, samples, bundle, source, seed)
     _check_base_options(samples, bundle, adapter_format, base_model, loader, device)
     if task is None:
-        from icmlora.fleet.conversion import format_to_write
+        from icmlora.fleet.write.format_pairs import format_to_write
         from icmlora.formats.format import check_target
 
         # Before a model is loaded.
@@ -181,7 +181,7 @@ def materialize(
         task = _recognized(session, samples, base_model, bundle, loader, device)
     write: Callable[..., MaterializeReport] = partial(session.fleet.materialize, source=source.value, seed=seed)
     if bundle is not None:
-        from icmlora.fleet.bundles import Bundle
+        from icmlora.fleet.bundles.bundles import Bundle
 
         write = partial(Bundle(bundle).materialize, base_model=base_model)
     done = write(

@@ -14,7 +14,7 @@ from icm_cli.session import Session, command
 from icmlora.io.text import counted
 
 if TYPE_CHECKING:
-    from icmlora.fleet.recognize import RecognizeReport
+    from icmlora.fleet.vectors.recognize import RecognizeReport
 
 SamplesOpt = Annotated[
     Path,
@@ -109,7 +109,7 @@ def recognized(
         raise UsageProblem("--loader goes with a bundle and --base-model PATH", hint=hint)
     if bundle is not None:
         from icm_cli.config import cache_folder
-        from icmlora.fleet.bundles import Bundle
+        from icmlora.fleet.bundles.bundles import Bundle
 
         return Bundle(bundle).recognize(
             samples,

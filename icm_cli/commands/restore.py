@@ -13,13 +13,13 @@ from icm_cli.options import DryRunOpt, FromOpt
 from icm_cli.output import Column
 from icm_cli.session import Session, command
 from icm_cli.text import as_fields
-from icmlora.fleet.precision import gain_text
+from icmlora.fleet.measure.precision import gain_text
 from icmlora.io.text import counted, human_size
 
 if TYPE_CHECKING:
     from icm_cli.output import Output
     from icmlora.fleet.context import Event
-    from icmlora.fleet.restore import AdapterRestored, RestoreReport
+    from icmlora.fleet.evict.restore import AdapterRestored, RestoreReport
 
 FoldersArg = Annotated[
     list[Path],
@@ -72,7 +72,7 @@ def restore(session: Session, folders: FoldersArg, bundle: FromOpt = None, dry_r
 
 
 def _tell(session: Session, refused: list[AdapterRestored], event: Event) -> None:
-    from icmlora.fleet.restore import AdapterRestored
+    from icmlora.fleet.evict.restore import AdapterRestored
 
     if isinstance(event, AdapterRestored):
         session.out.event("adapter", **as_fields(event))

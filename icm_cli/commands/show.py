@@ -11,10 +11,10 @@ from icm_cli.options import TaskArg
 from icm_cli.output import Column
 from icm_cli.session import Session, command
 from icm_cli.text import as_fields, claim_json, claim_text, groups_json
-from icmlora.fleet.bill_text import limits_text
-from icmlora.fleet.metric_result import MetricResult
-from icmlora.fleet.precision import gain_text, measured_in
-from icmlora.formats.header_notes import header_notes
+from icmlora.fleet.measure.metric_result import MetricResult
+from icmlora.fleet.measure.precision import gain_text, measured_in
+from icmlora.fleet.stats.bill_text import limits_text
+from icmlora.formats.images.header_notes import header_notes
 from icmlora.io.text import counted, escape, human_percent, human_size, in_ranges
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from icmlora.adapter.metrics import GroupError
     from icmlora.fleet.records import AdapterRecord, CodeRecord, EvaluationRecord, TaskRecord
-    from icmlora.fleet.tasks import TaskDetails
+    from icmlora.fleet.tasks.tasks import TaskDetails
 
 ErrorsOpt = Annotated[
     bool,

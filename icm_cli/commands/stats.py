@@ -11,12 +11,12 @@ import typer
 from icm_cli.output import Column, Output
 from icm_cli.session import Session, command
 from icm_cli.text import as_fields, coded_size
-from icmlora.fleet.bill_text import claims_text, disk_lines, saving_text, shortfalls
-from icmlora.fleet.precision import gain_text, measured_in
+from icmlora.fleet.measure.precision import gain_text, measured_in
+from icmlora.fleet.stats.bill_text import claims_text, disk_lines, saving_text, shortfalls
 from icmlora.io.text import counted, human_percent, human_size
 
 if TYPE_CHECKING:
-    from icmlora.fleet.bill import BaseModelBill, Bill, Spread, TaskBill
+    from icmlora.fleet.stats.bill import BaseModelBill, Bill, Spread, TaskBill
 
 PlotOpt = Annotated[
     Path | None,

@@ -37,17 +37,17 @@ from icm_cli.session import Session, command
 from icm_cli.text import as_fields
 from icmlora import IcmError
 from icmlora.errors import Cancelled, OtherProcessFailed
-from icmlora.fleet.precision import measured_in
+from icmlora.fleet.measure.precision import measured_in
 from icmlora.io.text import counted, human_duration, human_size
 from icmlora.training.ranks import launched
 
 if TYPE_CHECKING:
     from icmlora.fleet.api import Fleet
     from icmlora.fleet.context import Event
-    from icmlora.fleet.encode import EncodeReport
-    from icmlora.fleet.train import Trained
-    from icmlora.fleet.train_few_shot import FewShotTrained
-    from icmlora.fleet.update import Updated
+    from icmlora.fleet.encode.encode import EncodeReport
+    from icmlora.fleet.few_shot.train import FewShotTrained
+    from icmlora.fleet.train.train import Trained
+    from icmlora.fleet.train.update import Updated
 
 _EVENT_EVERY = 10  # steps between two JSON lines
 
@@ -234,9 +234,9 @@ def _train_few_shot(session: Session, device: str, base_model: str | None, episo
 
 
 def _tell(session: Session, event: Event) -> None:
-    from icmlora.fleet.train import CodeMade, Continued, Resumed, Trained
-    from icmlora.fleet.training_run import StepDone
-    from icmlora.fleet.update import Updated
+    from icmlora.fleet.train.run import StepDone
+    from icmlora.fleet.train.train import CodeMade, Continued, Resumed, Trained
+    from icmlora.fleet.train.update import Updated
 
     out = session.out
     tell_failure(session, event)
@@ -260,7 +260,7 @@ def _tell(session: Session, event: Event) -> None:
 
 
 def _tell_few_shot(session: Session, event: Event) -> None:
-    from icmlora.fleet.train_few_shot import EpisodeDone, FewShotTrained
+    from icmlora.fleet.few_shot.train import EpisodeDone, FewShotTrained
 
     tell_failure(session, event)
     if isinstance(event, EpisodeDone):

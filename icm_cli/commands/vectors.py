@@ -16,7 +16,7 @@ from icmlora.io.text import counted
 
 if TYPE_CHECKING:
     from icmlora.fleet.context import Event
-    from icmlora.fleet.vectors import VectorReport
+    from icmlora.fleet.vectors.vectors import VectorReport
 
 AgainOpt = Annotated[bool, typer.Option("--again", help="Also extract the vectors of tasks that already have some.")]
 
@@ -56,7 +56,7 @@ def vectors(
 
 def tell_vectors(session: Session, event: Event) -> None:
     """Report one task whose vectors are stored, or one that failed."""
-    from icmlora.fleet.vectors import VectorsExtracted
+    from icmlora.fleet.vectors.vectors import VectorsExtracted
 
     tell_failure(session, event)
     if isinstance(event, VectorsExtracted):

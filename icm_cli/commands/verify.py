@@ -14,7 +14,7 @@ from icm_cli.session import Session, command
 from icmlora.io.text import counted
 
 if TYPE_CHECKING:
-    from icmlora.fleet.maintenance import Finding, RowRepair
+    from icmlora.fleet.tasks.maintenance import Finding, RowRepair
 
 ReadDataOpt = Annotated[
     bool, typer.Option("--read-data", help="Read and hash every blob instead of only checking its length.")

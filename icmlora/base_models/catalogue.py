@@ -6,18 +6,18 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from icmlora.base_models.causal_lm import CausalLM
-from icmlora.base_models.custom_model import CustomModality
-from icmlora.base_models.examples import Examples, parse_examples
-from icmlora.base_models.image_classification import ImageClassification
-from icmlora.base_models.image_text import ImageTextToText
-from icmlora.base_models.lookup import FoundBase
-from icmlora.base_models.masked_lm import MaskedLM
+from icmlora.base_models.examples.examples import Examples, parse_examples
+from icmlora.base_models.finding.lookup import FoundBase
+from icmlora.base_models.kinds.causal_lm import CausalLM
+from icmlora.base_models.kinds.custom_model import CustomModality
+from icmlora.base_models.kinds.image_classification import ImageClassification
+from icmlora.base_models.kinds.image_text import ImageTextToText
+from icmlora.base_models.kinds.masked_lm import MaskedLM
+from icmlora.base_models.kinds.object_detection import ObjectDetection
+from icmlora.base_models.kinds.seq2seq_lm import Seq2SeqLM
+from icmlora.base_models.kinds.speech import Speech
+from icmlora.base_models.kinds.text_classification import TextClassification
 from icmlora.base_models.modality import Modality
-from icmlora.base_models.object_detection import ObjectDetection
-from icmlora.base_models.seq2seq_lm import Seq2SeqLM
-from icmlora.base_models.speech import Speech
-from icmlora.base_models.text_classification import TextClassification
 from icmlora.errors import BaseModelUnsuited, DataError
 
 MODALITIES: list[Modality[Any, Any]] = [

@@ -14,8 +14,8 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from icmlora.base_models.fingerprint import fingerprint_base
-from icmlora.base_models.lookup import FoundBase
+from icmlora.base_models.finding.fingerprint import fingerprint_base
+from icmlora.base_models.finding.lookup import FoundBase
 from icmlora.base_models.modality import BaseModel, Modality
 from icmlora.base_models.placement import placement, smaller
 from icmlora.base_models.quantised import HEADS, settle

@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 if TYPE_CHECKING:
     import torch
 
-    from icmlora.base_models.chat_template import Templates
-    from icmlora.base_models.examples import Examples
-    from icmlora.base_models.lookup import FoundBase
-    from icmlora.base_models.prompts import Prompt
+    from icmlora.base_models.examples.chat_template import Templates
+    from icmlora.base_models.examples.examples import Examples
+    from icmlora.base_models.examples.prompts import Prompt
+    from icmlora.base_models.finding.lookup import FoundBase
     from registry.names import LoadIn
 
 Example = TypeVar("Example")
@@ -85,7 +85,7 @@ class BaseModel:
         label: The name that adapters give it.
         model: The network; adapters are put on it and taken off again, its weights never change.
         processor: What turns examples into its inputs, such as a tokenizer.
-        fingerprint: Which weights these are (see `icmlora.base_models.fingerprint.fingerprint_base`).
+        fingerprint: Which weights these are (see `icmlora.base_models.finding.fingerprint.fingerprint_base`).
         modality: What can be done with it.
         hidden_size: Width of the hidden states, which is the dimension of a task vector; None where it does not say.
         layers: Number of its layers.

@@ -23,7 +23,7 @@ from icmlora.io.text import human_size
 if TYPE_CHECKING:
     from torch import nn
 
-    from icmlora.base_models.lookup import FoundBase
+    from icmlora.base_models.finding.lookup import FoundBase
 
 _SHARE = 0.9  # of the free memory that weights may take; the rest is for what the layers compute
 

@@ -14,7 +14,7 @@ from functools import partial
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from icmlora.base_models.lookup import FoundBase, read_config
+from icmlora.base_models.finding.lookup import FoundBase, read_config
 from icmlora.errors import BaseModelNotFound, BaseModelUnsuited, DataError
 from registry.names import LOAD_IN
 

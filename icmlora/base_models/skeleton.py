@@ -9,8 +9,8 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from icmlora.base_models.catalogue import MODALITIES
+from icmlora.base_models.finding.lookup import FoundBase
 from icmlora.base_models.load import quiet_loading
-from icmlora.base_models.lookup import FoundBase
 from icmlora.base_models.modality import BaseModel
 from icmlora.errors import BaseModelNotFound
 

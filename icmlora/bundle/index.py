@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 from icmlora.adapter.layout import ModuleShape, target_modules
 from icmlora.bundle.fields import Fields, as_count, as_digest, as_number, wrong
 from icmlora.errors import AdapterRefused, BundleError, UnsafeInput
-from icmlora.formats.peft_config import MAX_CONFIG_BYTES, MAX_LABEL, MAX_RANK
+from icmlora.formats.peft.config import MAX_CONFIG_BYTES, MAX_LABEL, MAX_RANK
 from icmlora.io.safetensors import FLOAT_TYPES, MAX_DIMENSION, MAX_FILE_BYTES
 from icmlora.io.strict_json import parse_object
 from registry.names import NLL, escape, is_file_name, is_module_name, task_name_problem

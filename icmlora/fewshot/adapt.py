@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 from icmlora.adapter.arithmetic import plus
 from icmlora.adapter.model import Adapter
-from icmlora.base_models.factors import factors_of
 from icmlora.base_models.modality import BaseModel, Prepared
+from icmlora.base_models.running.lora_hooks import factors_of
 from icmlora.fewshot.evidence import gather_evidence
 from icmlora.fewshot.start import USUAL_SAMPLES, FewShotStart
 from icmlora.fewshot.step import lengthened, unit_steps

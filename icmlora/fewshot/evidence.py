@@ -20,10 +20,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from icmlora.base_models.factors import Factors, added
 from icmlora.base_models.modality import BaseModel, Prepared
-from icmlora.base_models.modules import kernel_shape, matrix_shape
-from icmlora.base_models.patches import input_rows, output_rows
+from icmlora.base_models.running.conv_as_linear import input_rows, output_rows
+from icmlora.base_models.running.lora_hooks import Factors, added
+from icmlora.base_models.running.modules import kernel_shape, matrix_shape
 
 _AMPLE = ("cpu",)  # types of devices with memory enough for all activations of a few short texts
 

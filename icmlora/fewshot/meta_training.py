@@ -23,8 +23,8 @@ import torch
 
 from icmlora.adapter.arithmetic import among, plus, times
 from icmlora.adapter.model import Adapter, LoraModule
-from icmlora.base_models.factors import Factors, factors_of
 from icmlora.base_models.modality import BaseModel, Prepared
+from icmlora.base_models.running.lora_hooks import Factors, factors_of
 from icmlora.errors import GeneratorError
 from icmlora.fewshot.evidence import gather_evidence, mean_loss
 from icmlora.fewshot.start import FewShotStart, octaves

@@ -16,20 +16,20 @@ from icmlora.fleet.context import Shard
 
 if TYPE_CHECKING:
     from icmlora.adapter.model import Adapter
-    from icmlora.fleet.compare import MethodSummary
-    from icmlora.fleet.encode import EncodeReport
-    from icmlora.fleet.evaluate import EvaluateReport, Measurable
-    from icmlora.fleet.export_bundle import ExportReport
-    from icmlora.fleet.generate import Generated
-    from icmlora.fleet.import_bundle import ImportReport
-    from icmlora.fleet.ingest import Conflict, IngestReport
-    from icmlora.fleet.materialize import MaterializeReport, Source
-    from icmlora.fleet.recognize import RecognizeReport
+    from icmlora.fleet.bundles.export import ExportReport
+    from icmlora.fleet.bundles.import_ import ImportReport
+    from icmlora.fleet.encode.encode import EncodeReport
+    from icmlora.fleet.few_shot.generate import Generated
+    from icmlora.fleet.few_shot.train import FewShotReport
+    from icmlora.fleet.ingest.ingest import Conflict, IngestReport
+    from icmlora.fleet.measure.compare import MethodSummary
+    from icmlora.fleet.measure.evaluate import EvaluateReport, Measurable
     from icmlora.fleet.records import Rung
-    from icmlora.fleet.train import TrainReport
-    from icmlora.fleet.train_few_shot import FewShotReport
-    from icmlora.fleet.update import UpdateReport
-    from icmlora.fleet.vectors import VectorReport
+    from icmlora.fleet.train.train import TrainReport
+    from icmlora.fleet.train.update import UpdateReport
+    from icmlora.fleet.vectors.recognize import RecognizeReport
+    from icmlora.fleet.vectors.vectors import VectorReport
+    from icmlora.fleet.write.materialize import MaterializeReport, Source
 
 
 class Fleet(FleetOriginals):
@@ -104,8 +104,8 @@ class Fleet(FleetOriginals):
             AdapterRefused: Nothing was found, or nothing could be taken; with `strict`, an input was refused.
             TaskConflict: The same, where a task has another adapter in the store and `on_conflict` is `fail`.
         """
-        from icmlora.base_models.labels import typed_label
-        from icmlora.fleet.ingest import IngestRequest, ingest
+        from icmlora.base_models.finding.labels import typed_label
+        from icmlora.fleet.ingest.ingest import IngestRequest, ingest
 
         found, given = tuple(map(Path, paths)), None if samples is None else Path(samples)
         told = None if base_model is None else typed_label(base_model)
@@ -137,7 +137,7 @@ class Fleet(FleetOriginals):
             BaseModelNotFound: None of the base models is on this machine. The report names those that are missing.
             BaseModelMismatch: An adapter does not fit its base model.
         """
-        from icmlora.fleet.vectors import VectorRequest, extract_vectors
+        from icmlora.fleet.vectors.vectors import VectorRequest, extract_vectors
 
         request = VectorRequest(tasks, device, again, workers, Shard.of(shard))
         return extract_vectors(self._context, request)
@@ -186,8 +186,8 @@ class Fleet(FleetOriginals):
             DataError: There is nothing to train on, or a task is evicted.
             GeneratorError: The training diverged, or no task could be encoded.
         """
-        from icmlora.fleet.train import train
-        from icmlora.fleet.training_run import TrainRequest
+        from icmlora.fleet.train.run import TrainRequest
+        from icmlora.fleet.train.train import train
 
         network = width, steps, learning_rate, seed
         return train(self._context, TrainRequest(device, base_model, quality, tolerance, *network, resume, fresh))
@@ -222,8 +222,8 @@ class Fleet(FleetOriginals):
             GeneratorError: The training diverged; nothing changed.
             GeneratorConflict: Another generator became current in the meantime; nothing changed.
         """
-        from icmlora.fleet.update import update
-        from icmlora.fleet.update_candidates import UpdateRequest
+        from icmlora.fleet.train.candidates import UpdateRequest
+        from icmlora.fleet.train.update import update
 
         request = UpdateRequest(device, base_model, quality, tolerance, steps, learning_rate, seed)
         return update(self._context, request)
@@ -274,7 +274,7 @@ class Fleet(FleetOriginals):
         Raises:
             DataError: There is no generator, or the base model has no tasks.
         """
-        from icmlora.fleet.encode import EncodeRequest, encode
+        from icmlora.fleet.encode.encode import EncodeRequest, encode
 
         limits = quality, max_error, min_gain, tolerance, refine, residual
         request = EncodeRequest(tasks, *limits, base_model, device, again, workers, Shard.of(shard), size)
@@ -313,7 +313,7 @@ class Fleet(FleetOriginals):
             BaseModelNotFound: None of the base models is on this machine. The report names those that are missing.
             UnknownBaseline: No method has that name.
         """
-        from icmlora.fleet.evaluate import EvaluateRequest, evaluate
+        from icmlora.fleet.measure.evaluate import EvaluateRequest, evaluate
 
         path = None if data is None else Path(data)
         request = EvaluateRequest(tasks, sources, path, max_tokens, again, baselines, device, workers, Shard.of(shard))
@@ -321,13 +321,13 @@ class Fleet(FleetOriginals):
 
     def measurable(self, base_models: Sequence[str], tasks: Sequence[str] = ()) -> Measurable:
         """Return which `tasks` of some `base_models` this machine can measure, and why it cannot measure others."""
-        from icmlora.fleet.evaluate import measurable
+        from icmlora.fleet.measure.evaluate import measurable
 
         return measurable(self._context, base_models, tasks)
 
     def compare(self, report: EvaluateReport) -> list[MethodSummary]:
         """Sum up the `report` of `evaluate` by method, with the bytes that each takes, largest first."""
-        from icmlora.fleet.compare import compare
+        from icmlora.fleet.measure.compare import compare
 
         return compare(report.tasks, self.stats())
 
@@ -374,7 +374,7 @@ class Fleet(FleetOriginals):
             BaseModelNotFound: From and to `gguf`: it is not on this machine.
             BaseModelUnsuited: From and to `gguf`: its architecture is none that icm writes adapters for.
         """
-        from icmlora.fleet.materialize import MaterializeRequest, materialize
+        from icmlora.fleet.write.materialize import MaterializeRequest, materialize
 
         where = Path(directory)
         request = MaterializeRequest(
@@ -404,7 +404,7 @@ class Fleet(FleetOriginals):
 
         `task`, `source`, `dtype`, `pad_rank`, `seed`, `max_error` and the errors are those of `materialize`.
         """
-        from icmlora.fleet.materialize import FilesRequest, make_files
+        from icmlora.fleet.write.materialize import FilesRequest, make_files
 
         request = FilesRequest(task=task, source=source, seed=seed, max_error=max_error, dtype=dtype, pad_rank=pad_rank)
         return make_files(self._context, request).by_name
@@ -419,7 +419,7 @@ class Fleet(FleetOriginals):
 
         `task`, `source`, `seed`, `max_error` and the errors are those of `materialize`.
         """
-        from icmlora.fleet.materialize import LoadRequest, load
+        from icmlora.fleet.write.materialize import LoadRequest, load
 
         return load(self._context, LoadRequest(task=task, source=source, seed=seed, max_error=max_error))
 
@@ -437,7 +437,7 @@ class Fleet(FleetOriginals):
             source: As for `materialize`.
             device: Where the factors are put.
         """
-        from icmlora.fleet.materialize import load_many
+        from icmlora.fleet.write.materialize import load_many
 
         return load_many(self._context, tasks, source, device)
 
@@ -458,7 +458,7 @@ class Fleet(FleetOriginals):
             DataError: A named task has no code, or the tasks have several base models.
             OutputExists: The file exists and `force` is not given.
         """
-        from icmlora.fleet.export_bundle import ExportRequest, export_bundle
+        from icmlora.fleet.bundles.export import ExportRequest, export_bundle
 
         return export_bundle(self._context, ExportRequest(Path(file), tasks, base_model, force))
 
@@ -483,7 +483,7 @@ class Fleet(FleetOriginals):
             GeneratorConflict: The store uses another generator for this base model.
             TaskConflict: A task has another adapter or code in the store, and `on_conflict` is `fail`.
         """
-        from icmlora.fleet.import_bundle import ImportRequest, import_bundle
+        from icmlora.fleet.bundles.import_ import ImportRequest, import_bundle
 
         return import_bundle(self._context, ImportRequest(Path(file), tasks, on_conflict, dry_run))
 
@@ -505,13 +505,13 @@ class Fleet(FleetOriginals):
             DataError: The samples cannot be used, or too few tasks have context vectors.
             BaseModelNotFound: The base model is not on this machine.
         """
-        from icmlora.fleet.recognize import RecognizeRequest, recognize
+        from icmlora.fleet.vectors.recognize import RecognizeRequest, recognize
 
         return recognize(self._context, RecognizeRequest(Path(samples), base_model, device))
 
     def check_few_shot(self, *, base_model: str | None = None) -> None:
         """Check that `train_few_shot` has all it needs except a generator, for one `base_model` or for all."""
-        from icmlora.fleet.train_few_shot import check_few_shot
+        from icmlora.fleet.few_shot.train import check_few_shot
 
         check_few_shot(self._context, base_model)
 
@@ -531,7 +531,7 @@ class Fleet(FleetOriginals):
             BaseModelNotFound: A base model is not on this machine.
             GeneratorError: The training diverged; nothing changed.
         """
-        from icmlora.fleet.train_few_shot import FewShotRequest, train_few_shot
+        from icmlora.fleet.few_shot.train import FewShotRequest, train_few_shot
 
         return train_few_shot(self._context, FewShotRequest(device, base_model, episodes, seed))
 
@@ -579,7 +579,7 @@ class Fleet(FleetOriginals):
             TaskConflict: The task is to be registered, and its name is taken.
             NotCovered: The task is to be registered, and no code can have the rank.
         """
-        from icmlora.fleet.generate import GenerateRequest, generate
+        from icmlora.fleet.few_shot.generate import GenerateRequest, generate
 
         files = Path(samples), Path(directory)
         request = GenerateRequest(

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 from icmlora.fleet.api_store import StoredFleet
 
 if TYPE_CHECKING:
-    from icmlora.fleet.eviction_report import EvictReport
-    from icmlora.fleet.restore import RestoreReport
-    from icmlora.fleet.tasks import Pinned
+    from icmlora.fleet.evict.restore import RestoreReport
+    from icmlora.fleet.evict.types import EvictReport
+    from icmlora.fleet.tasks.tasks import Pinned
 
 
 class FleetOriginals(StoredFleet):
@@ -55,8 +55,8 @@ class FleetOriginals(StoredFleet):
         Raises:
             DataError: There is no limit, or a place of copies does not exist or is in the store.
         """
-        from icmlora.fleet.evict import evict
-        from icmlora.fleet.eviction_report import EvictRequest
+        from icmlora.fleet.evict.evict import evict
+        from icmlora.fleet.evict.types import EvictRequest
 
         more = placeholder, keep_originals, copies, tuple(map(Path, copy_paths))
         request = EvictRequest(tasks, max_error, min_gain, checkpoints_only, dry_run, device, workers, *more)
@@ -79,19 +79,19 @@ class FleetOriginals(StoredFleet):
             DataError: A folder does not exist, or nothing could be restored.
             BundleError: The bundle is damaged.
         """
-        from icmlora.fleet.restore import RestoreRequest, restore
+        from icmlora.fleet.evict.restore import RestoreRequest, restore
 
         source = None if bundle is None else Path(bundle)
         return restore(self._context, RestoreRequest(tuple(map(Path, folders)), source, dry_run))
 
     def pin(self, tasks: Sequence[str]) -> Pinned:
         """Keep the originals of `tasks`: `evict` does not delete them."""
-        from icmlora.fleet.tasks import set_pinned
+        from icmlora.fleet.tasks.tasks import set_pinned
 
         return set_pinned(self._context, tasks, pinned=True)
 
     def unpin(self, tasks: Sequence[str]) -> Pinned:
         """Allow `evict` to delete the originals of `tasks` again."""
-        from icmlora.fleet.tasks import set_pinned
+        from icmlora.fleet.tasks.tasks import set_pinned
 
         return set_pinned(self._context, tasks, pinned=False)

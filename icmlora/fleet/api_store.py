@@ -10,15 +10,15 @@ from icmlora.fleet.context import Context, Event, default_cache, ignore
 
 if TYPE_CHECKING:
     from icmlora.adapter.metrics import GroupError
-    from icmlora.fleet.base_models import KnownBase
-    from icmlora.fleet.bill import Bill
-    from icmlora.fleet.duplicates import DuplicatesReport
-    from icmlora.fleet.generators import Forgotten, GeneratorVersion, RolledBack
-    from icmlora.fleet.maintenance import Check, Finding, PruneReport, RowRepair
-    from icmlora.fleet.map import MapReport
+    from icmlora.fleet.bases.base_models import KnownBase
+    from icmlora.fleet.map.map import MapReport
     from icmlora.fleet.records import GeneratorRecord, Joined, LoadIn, Separated, TaskRecord, TaskSummary, View
     from icmlora.fleet.report.report import ReportSummary
-    from icmlora.fleet.tasks import Removal, TaskDetails
+    from icmlora.fleet.stats.bill import Bill
+    from icmlora.fleet.tasks.duplicates import DuplicatesReport
+    from icmlora.fleet.tasks.generators import Forgotten, GeneratorVersion, RolledBack
+    from icmlora.fleet.tasks.maintenance import Check, Finding, PruneReport, RowRepair
+    from icmlora.fleet.tasks.tasks import Removal, TaskDetails
 
 
 class StoredFleet:
@@ -68,7 +68,7 @@ class StoredFleet:
             DataError: No task belongs to the base model.
             InvalidFilter: A filter or the order cannot be understood; the hint lists the fields.
         """
-        from icmlora.fleet.tasks import ListRequest, list_tasks
+        from icmlora.fleet.tasks.tasks import ListRequest, list_tasks
 
         return list_tasks(self._context, ListRequest(base_model, filters, sort, limit))
 
@@ -81,13 +81,13 @@ class StoredFleet:
         limit: int | None = None,
     ) -> list[str]:
         """Return the names of the tasks that `tasks` lists for `base_model`, `filters`, `sort` and `limit`."""
-        from icmlora.fleet.tasks import ListRequest, list_names
+        from icmlora.fleet.tasks.tasks import ListRequest, list_names
 
         return list_names(self._context, ListRequest(base_model, filters, sort, limit))
 
     def show(self, task: str) -> TaskDetails:
         """Return everything the store knows about one `task`."""
-        from icmlora.fleet.tasks import show_task
+        from icmlora.fleet.tasks.tasks import show_task
 
         return show_task(self._context, task)
 
@@ -102,13 +102,13 @@ class StoredFleet:
         Raises:
             DataError: It has no code, or its original was evicted.
         """
-        from icmlora.fleet.module_errors import module_errors
+        from icmlora.fleet.measure.module_errors import module_errors
 
         return module_errors(self._context, task)
 
     def plan_removal(self, tasks: Sequence[str]) -> list[Removal]:
         """Return what `remove` would delete with these `tasks`; nothing changes."""
-        from icmlora.fleet.tasks import plan_removal
+        from icmlora.fleet.tasks.tasks import plan_removal
 
         return plan_removal(self._context, tasks)
 
@@ -125,7 +125,7 @@ class StoredFleet:
         Raises:
             LastCopy: A task is evicted and not in `last_copies`.
         """
-        from icmlora.fleet.tasks import remove_tasks
+        from icmlora.fleet.tasks.tasks import remove_tasks
 
         return remove_tasks(self._context, tasks, last_copies=last_copies)
 
@@ -144,7 +144,7 @@ class StoredFleet:
             TaskConflict: Another task has the name.
             InvalidName: The name breaks the rule for names.
         """
-        from icmlora.fleet.tasks import rename_task
+        from icmlora.fleet.tasks.tasks import rename_task
 
         return rename_task(self._context, old, new)
 
@@ -159,19 +159,19 @@ class StoredFleet:
         Returns:
             The tasks as they are now.
         """
-        from icmlora.fleet.tasks import tag_tasks
+        from icmlora.fleet.tasks.tasks import tag_tasks
 
         return tag_tasks(self._context, tasks, add, remove)
 
     def tags(self) -> Mapping[str, int]:
         """Return how many tasks have each tag, sorted by tag."""
-        from icmlora.fleet.tasks import list_tags
+        from icmlora.fleet.tasks.tasks import list_tags
 
         return list_tags(self._context)
 
     def set_note(self, task: str, text: str | None) -> TaskRecord:
         """Replace the note of a `task` by `text`, or remove it if that is None; return the task as it is now."""
-        from icmlora.fleet.tasks import set_note
+        from icmlora.fleet.tasks.tasks import set_note
 
         return set_note(self._context, task, text)
 
@@ -179,7 +179,7 @@ class StoredFleet:
 
     def base_models(self) -> list[KnownBase]:
         """List the base models that adapters name or that were added, and where each one is on this machine."""
-        from icmlora.fleet.base_models import list_base_models
+        from icmlora.fleet.bases.base_models import list_base_models
 
         return list_base_models(self._context)
 
@@ -206,13 +206,13 @@ class StoredFleet:
                 bitsandbytes is not installed.
             BaseModelUnsuited: It is of a kind that cannot be loaded in few bits.
         """
-        from icmlora.fleet.base_models import add_base_model
+        from icmlora.fleet.bases.base_models import add_base_model
 
         return add_base_model(self._context, name, Path(path), loader, load_in)
 
     def forget_base_model(self, name: str) -> None:
         """Forget where the base model `name` is; `BaseModelNotFound` if it is unknown. Adapters and files stay."""
-        from icmlora.fleet.base_models import forget_base_model
+        from icmlora.fleet.bases.base_models import forget_base_model
 
         forget_base_model(self._context, name)
 
@@ -232,7 +232,7 @@ class StoredFleet:
             BaseModelConflict: Two have a generator and `keep` is not given, or a label belongs to another base model.
             LastCopy: A task was evicted and its code belongs to a generator that would not stay in use.
         """
-        from icmlora.fleet.base_models import alias_base_model
+        from icmlora.fleet.bases.base_models import alias_base_model
 
         return alias_base_model(self._context, name, labels, keep)
 
@@ -249,7 +249,7 @@ class StoredFleet:
             BaseModelConflict: A label is not one of this base model.
             LastCopy: A task was evicted and its code belongs to the generator that stays.
         """
-        from icmlora.fleet.base_models import separate_labels
+        from icmlora.fleet.bases.base_models import separate_labels
 
         return separate_labels(self._context, name, labels)
 
@@ -266,7 +266,7 @@ class StoredFleet:
             DataError: The plot has another ending, matplotlib is missing, or no task has a code to draw.
             OutputExists: The file exists and `force` is not given.
         """
-        from icmlora.fleet.stats import stats
+        from icmlora.fleet.stats.stats import stats
 
         return stats(self._context, None if plot is None else Path(plot), force=force)
 
@@ -293,7 +293,7 @@ class StoredFleet:
                 an .svg file.
             OutputExists: The file exists and `force` is not given.
         """
-        from icmlora.fleet.map import MapRequest, map_fleet
+        from icmlora.fleet.map.map import MapRequest, map_fleet
 
         request = MapRequest(view, base_model, clusters, None if plot is None else Path(plot), force)
         return map_fleet(self._context, request)
@@ -312,7 +312,7 @@ class StoredFleet:
         Raises:
             DataError: The distance is not between 0 and 0.5, or no task belongs to the base model.
         """
-        from icmlora.fleet.duplicates import DuplicatesRequest, find_duplicates
+        from icmlora.fleet.tasks.duplicates import DuplicatesRequest, find_duplicates
 
         return find_duplicates(self._context, DuplicatesRequest(tasks, max_distance, base_model))
 
@@ -370,13 +370,13 @@ class StoredFleet:
             read_data: Also read and hash every blob. By default only its presence and length are checked.
             decode: Also decode every code whose original is there, and compare its error with the recorded one.
         """
-        from icmlora.fleet.maintenance import verify
+        from icmlora.fleet.tasks.maintenance import verify
 
         return verify(self._context, tasks, read_data=read_data, decode=decode)
 
     def repair(self) -> list[tuple[Finding, str]]:
         """Move every damaged blob to quarantine, and return its finding and new place. Ingesting restores originals."""
-        from icmlora.fleet.maintenance import repair
+        from icmlora.fleet.tasks.maintenance import repair
 
         return repair(self._context)
 
@@ -386,7 +386,7 @@ class StoredFleet:
         Returns:
             What became of each wrong row: the value that was corrected, or the `problem` for which it was left alone.
         """
-        from icmlora.fleet.maintenance import repair_rows
+        from icmlora.fleet.tasks.maintenance import repair_rows
 
         return repair_rows(self._context)
 
@@ -401,7 +401,7 @@ class StoredFleet:
         Raises:
             DamagedStore: There is no copy, or it is damaged too; nothing was changed.
         """
-        from icmlora.fleet.maintenance import restore_database
+        from icmlora.fleet.tasks.maintenance import restore_database
 
         return restore_database(self._context)
 
@@ -415,13 +415,13 @@ class StoredFleet:
             empty_quarantine: Delete these too, and what is in quarantine.
             dry_run: Only report what would be deleted.
         """
-        from icmlora.fleet.maintenance import prune
+        from icmlora.fleet.tasks.maintenance import prune
 
         return prune(self._context, grace=grace, empty_quarantine=empty_quarantine, dry_run=dry_run)
 
     def doctor(self) -> list[Check]:
         """Check versions, devices, free space and the store, for a problem report."""
-        from icmlora.fleet.maintenance import examine
+        from icmlora.fleet.tasks.maintenance import examine
 
         return examine(self._context)
 
@@ -429,7 +429,7 @@ class StoredFleet:
 
     def generators(self) -> list[GeneratorVersion]:
         """List all generators by base model, oldest first, with what depends on each."""
-        from icmlora.fleet.generators import list_generators
+        from icmlora.fleet.tasks.generators import list_generators
 
         return list_generators(self._context)
 
@@ -443,7 +443,7 @@ class StoredFleet:
             DataError: No generator, or more than one, begins with these digits.
             LastCopy: An evicted task could not be restored as it was checked; nothing changed.
         """
-        from icmlora.fleet.generators import rollback
+        from icmlora.fleet.tasks.generators import rollback
 
         return rollback(self._context, digest)
 
@@ -459,6 +459,6 @@ class StoredFleet:
             GeneratorConflict: It is in use; nothing changed.
             LastCopy: It holds the only code of an evicted task; nothing changed.
         """
-        from icmlora.fleet.generators import forget_generator
+        from icmlora.fleet.tasks.generators import forget_generator
 
         return forget_generator(self._context, generator, dry_run=dry_run)

@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING
 from icmlora.errors import BaseModelNotFound, Cancelled, DataError, InvalidShare
 
 if TYPE_CHECKING:
-    from icmlora.base_models.lookup import FoundBase
+    from icmlora.base_models.finding.lookup import FoundBase
     from icmlora.generator.versions import GeneratorFile
     from registry.errors import IcmError
-    from registry.locks import Patience
     from registry.records import BaseModelRecord, TaskRecord
+    from registry.storage.locks import Patience
     from registry.store import Store
 
 
@@ -148,7 +148,7 @@ class Context:
 
     def with_patience(self) -> Context:
         """Return the same for one command: its waits take no longer than the timeout, all of them together."""
-        from registry.locks import Patience
+        from registry.storage.locks import Patience
 
         return replace(self, patience=Patience(self.lock_timeout, lambda text: self.on_event(Waiting(text))))
 
@@ -216,7 +216,7 @@ def check_base_model(base_model: str | None, known: Collection[str], *, named: b
 
 def locate_base(store: Store, label: str) -> FoundBase:
     """Find a base model without loading it."""
-    from icmlora.base_models.lookup import find_base_model
+    from icmlora.base_models.finding.lookup import find_base_model
 
     record = base_record(store, label)
     if record is None:
@@ -240,8 +240,8 @@ def _task_type(store: Store, base_model: str) -> str | None:
 
 def find_recorded(record: BaseModelRecord) -> FoundBase:
     """Find a base model of the store under its own name, or else under one of its labels, quantised mirrors last."""
-    from icmlora.base_models.lookup import find_base_model
-    from icmlora.base_models.mirrors import original_of
+    from icmlora.base_models.finding.lookup import find_base_model
+    from icmlora.base_models.finding.mirrors import original_of
 
     places = {record.name: record.path}
     labels = sorted(record.labels, key=lambda label: (label.path is None, original_of(label.label).is_quantised))

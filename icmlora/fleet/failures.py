@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
-from icmlora.base_models.custom_model import CustomModality
+from icmlora.base_models.kinds.custom_model import CustomModality
 from icmlora.errors import BaseModelMismatch, BaseModelNotFound, BaseModelUnsuited, Cancelled, IcmLoraError
 from icmlora.fleet.context import Context, Event, TaskFailed
 from icmlora.io.memory import is_on_card, out_of_memory, ran_out

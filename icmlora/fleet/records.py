@@ -1,6 +1,5 @@
 """The values that a `Fleet` returns from its store, for callers who do not import `registry`."""
 
-from registry.base_models import Joined, Separated
 from registry.names import LoadIn
 from registry.records import (
     AdapterRecord,
@@ -17,6 +16,7 @@ from registry.records import (
     VectorRecord,
     View,
 )
+from registry.tables.base_models import Joined, Separated
 
 __all__ = [
     "AdapterRecord",

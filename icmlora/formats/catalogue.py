@@ -9,7 +9,7 @@ from importlib import import_module
 from icmlora.errors import AdapterRefused
 from icmlora.formats.format import AdapterFormat
 
-# `diffusers` is `DIFFUSERS` in icmlora/formats/diffusers.py. The first that finds an adapter has it: LyCORIS comes
+# `diffusers` is `DIFFUSERS` in icmlora/formats/images/diffusers.py. The first that finds an adapter has it: LyCORIS comes
 # before kohya, whose names it shares.
 FORMATS: list[str | AdapterFormat] = ["peft", "mlx", "gguf", "diffusers", "comfyui", "xlabs", "lycoris", "kohya"]
 """Names of formats, or formats themselves."""

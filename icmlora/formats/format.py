@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from icmlora.adapter.layout import ModuleShape
     from icmlora.adapter.model import Adapter
     from icmlora.errors import AdapterRefused
-    from icmlora.formats.tree import Folder
+    from icmlora.formats.discovery.tree import Folder
     from icmlora.io.safetensors import RawTensor, TensorInfo
 
 Buffer = bytes | bytearray | memoryview
@@ -238,7 +238,7 @@ class AdapterFormat(Protocol):
     def runnable(
         self, config: bytes, weights: bytes, *, path: str | Path | None = None, initial: bytes | None = None
     ) -> RunnableAdapter:
-        """Read what `icmlora.base_models.attach.adapted` needs to run an adapter; raises as `read` does.
+        """Read what `icmlora.base_models.running.attach.adapted` needs to run an adapter; raises as `read` does.
 
         Raises:
             AdapterRefused: It works in a way that icm cannot run.

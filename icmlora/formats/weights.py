@@ -27,6 +27,6 @@ def check_head(known: AdapterFormat, descriptor: int, size: int) -> None:
     if known.suffix in (None, ".safetensors"):
         safetensors.check_head(descriptor, size)
     elif known.suffix == ".gguf":
-        from icmlora.formats.gguf_file import read_gguf  # few adapters are GGUF files
+        from icmlora.formats.pairs.gguf_file import read_gguf  # few adapters are GGUF files
 
         read_gguf(read_exactly(descriptor, min(size, safetensors.MAX_HEADER_BYTES), 0), size)

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from icmlora.adapter.model import Adapter
-from icmlora.base_models.factors import Factors
+from icmlora.base_models.running.lora_hooks import Factors
 from icmlora.generator.code_length import bin_bits
 from icmlora.generator.decoder import Decoder
 from icmlora.generator.entropy_coding import LIMIT, Integers, clip

@@ -89,7 +89,7 @@ class GeneratorFile:
 
 def _changed(net: CVAE, words: bytes) -> CVAE:
     """Apply the differences of a version to a network, in place."""
-    from icmlora.generator.differences import words_to_changed  # the first version of a generator has none
+    from icmlora.generator.version_delta import words_to_changed  # the first version of a generator has none
 
     try:
         net.load_state_dict(words_to_changed(words, net.state_dict()))

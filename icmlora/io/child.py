@@ -1,7 +1,7 @@
 """Run a script of icm in a process of its own, for work on files that nobody vouches for.
 
 The process gets open files and no path. It limits itself before it touches what it is given; see
-`icmlora.formats.pickle_child.limit`.
+`icmlora.formats.discovery.pickle_child.limit`.
 """
 
 from __future__ import annotations

@@ -20,10 +20,10 @@ from peft.tuners.lora import Embedding, LoraLayer
 from peft.utils.hotswap import hotswap_adapter_from_state_dict
 from torch import nn
 
-from icmlora.base_models.tensors import BaseTensors
+from icmlora.base_models.finding.tensors import BaseTensors
 from icmlora.errors import BaseModelMismatch, BaseModelNotFound, DataError
-from icmlora.fleet.bundles import Bundle
-from icmlora.formats.peft import CONFIG_NAME, PEFT, WEIGHTS_NAME
+from icmlora.fleet.bundles.bundles import Bundle
+from icmlora.formats.peft.peft import CONFIG_NAME, PEFT, WEIGHTS_NAME
 from icmlora.io.safetensors import encode
 from icmlora.io.tensors import decode_torch
 from icmlora.serving.tasks import open_tasks

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from icmlora.adapter.layout import ModuleShape
-from icmlora.base_models.fingerprint import is_same_model
-from icmlora.base_models.lookup import FoundBase, find_base_model
+from icmlora.base_models.finding.fingerprint import is_same_model
+from icmlora.base_models.finding.lookup import FoundBase, find_base_model
 from icmlora.errors import BaseModelNotFound
 from icmlora.serving.tasks import ServedTask, ServedTasks
 

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Protocol
 
 from icmlora.adapter.layout import ModuleShape
-from icmlora.base_models.lookup import FoundBase, find_base_model
-from icmlora.fleet.bundles import Bundle
+from icmlora.base_models.finding.lookup import FoundBase, find_base_model
+from icmlora.fleet.bundles.bundles import Bundle
 from icmlora.fleet.context import Context, find_recorded
-from icmlora.fleet.materialize import MaterializeRequest, key_of, materialize, plan
+from icmlora.fleet.write.materialize import MaterializeRequest, key_of, materialize, plan
 from icmlora.formats.format import Template
 from registry.files import identity
 from registry.filters import Selection
@@ -116,7 +116,7 @@ class StoreTasks:
     # The store is opened for each call: holding it open would make `icm evict` and `icm prune` wait for the server.
 
     def __init__(self, context: Context) -> None:
-        from registry.folder import StorePaths  # imports SQLAlchemy
+        from registry.storage.folder import StorePaths  # imports SQLAlchemy
 
         self._context = context
         self._database = StorePaths(context.path).database
@@ -144,7 +144,7 @@ class StoreTasks:
 
     def forms(self, base_model: str) -> Iterator[TaskForm]:
         """Yield what an engine is told of the tasks of a base model."""
-        from icmlora.formats.peft_initial import converted_form
+        from icmlora.formats.peft.initial import converted_form
 
         with self._context.open(read_only=True) as store:
             read = cache(store.blobs.read)  # many tasks have the same configuration

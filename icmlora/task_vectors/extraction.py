@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from icmlora.base_models.attach import adapted
 from icmlora.base_models.modality import BaseModel
+from icmlora.base_models.running.attach import adapted
 from icmlora.errors import DataError
 from icmlora.formats.format import RunnableAdapter
 from icmlora.task_vectors.vector import Extractor, Source, TaskVector, VectorSettings, split_samples

@@ -19,7 +19,7 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from icmlora.base_models.examples import spread
+from icmlora.base_models.examples.examples import spread
 from icmlora.task_vectors.distances import (
     FEWEST,
     Floats,

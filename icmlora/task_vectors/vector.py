@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Literal, TypeVar
 
-from icmlora.base_models.examples import spread
+from icmlora.base_models.examples.examples import spread
 from icmlora.errors import DataError
 
 if TYPE_CHECKING:

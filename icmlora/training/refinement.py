@@ -24,9 +24,9 @@ from typing import Any
 import torch
 
 from icmlora.adapter.model import Adapter
-from icmlora.base_models.factors import added, factors_of
 from icmlora.base_models.modality import BaseModel
-from icmlora.base_models.modules import not_matrix
+from icmlora.base_models.running.lora_hooks import added, factors_of
+from icmlora.base_models.running.modules import not_matrix
 from icmlora.errors import BaseModelUnsuited, DataError
 from icmlora.generator.relaxed import RelaxedCode
 from icmlora.training.teacher import Teacher, shortfalls

@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
-from icmlora.base_models.factors import Factors, added, added_by_rows
 from icmlora.base_models.modality import BaseModel
+from icmlora.base_models.running.lora_hooks import Factors, added, added_by_rows
 from icmlora.io.devices import texts_at_once
 
 KEPT = 128  # tokens stored of each distribution

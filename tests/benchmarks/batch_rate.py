@@ -18,8 +18,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from icmlora.formats.folder import load_adapter
-from icmlora.formats.peft import CONFIG_NAME
+from icmlora.formats.discovery.folder import load_adapter
+from icmlora.formats.peft.peft import CONFIG_NAME
 from icmlora.generator.codec import Codec
 from icmlora.generator.config import config_for
 from icmlora.generator.network_file import generator_from_bytes, generator_to_bytes

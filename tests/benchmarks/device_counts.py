@@ -21,11 +21,11 @@ from tests.device import card
 card.install()
 
 from icmlora import Fleet  # noqa: E402 - torch asks for its devices once
-from icmlora.base_models.causal_lm import CausalLM  # noqa: E402
-from icmlora.base_models.examples import plain  # noqa: E402
-from icmlora.base_models.lookup import inspect_base  # noqa: E402
-from icmlora.fleet.adapter_source import StoreAdapterSource  # noqa: E402
-from icmlora.formats.folder import load_adapter  # noqa: E402
+from icmlora.base_models.examples.examples import plain  # noqa: E402
+from icmlora.base_models.finding.lookup import inspect_base  # noqa: E402
+from icmlora.base_models.kinds.causal_lm import CausalLM  # noqa: E402
+from icmlora.fleet.resources.adapter_source import StoreAdapterSource  # noqa: E402
+from icmlora.formats.discovery.folder import load_adapter  # noqa: E402
 from icmlora.generator.codec import Codec  # noqa: E402
 from icmlora.generator.config import config_for  # noqa: E402
 from icmlora.generator.network_file import generator_from_bytes, generator_to_bytes  # noqa: E402

@@ -25,8 +25,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from icmlora.errors import AdapterRefused
-from icmlora.formats.mlx_writer import encode_mlx
-from icmlora.formats.peft import CONFIG_NAME, PEFT, WEIGHTS_NAME
+from icmlora.formats.pairs.mlx_writer import encode_mlx
+from icmlora.formats.peft.peft import CONFIG_NAME, PEFT, WEIGHTS_NAME
 from tests.benchmarks.llama_cpp.tiny_models import MODELS, adapted, write_model
 
 RESULT = Path(__file__).parent / "results" / "mlx.json"

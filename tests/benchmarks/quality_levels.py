@@ -27,14 +27,14 @@ import torch
 from torch.nn import functional
 
 from icmlora.adapter.model import Adapter
-from icmlora.base_models.attach import adapted
-from icmlora.base_models.examples import spread
+from icmlora.base_models.examples.examples import spread
 from icmlora.base_models.modality import retained_gain
-from icmlora.fleet.adapter_source import mean_vectors
+from icmlora.base_models.running.attach import adapted
 from icmlora.fleet.context import Context
-from icmlora.fleet.decoding import codec_of_task
-from icmlora.fleet.loading import Models, read_original, read_runnable
-from icmlora.fleet.measure import TaskLosses, own_text
+from icmlora.fleet.measure.measure import TaskLosses, own_text
+from icmlora.fleet.resources.adapter_source import mean_vectors
+from icmlora.fleet.resources.decoding import codec_of_task
+from icmlora.fleet.resources.loading import Models, read_original, read_runnable
 from icmlora.formats.format import RunnableAdapter
 from icmlora.generator.config import tolerance_of
 from icmlora.generator.encoding import Encoded

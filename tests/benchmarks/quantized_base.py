@@ -28,12 +28,12 @@ import psutil
 import torch
 
 from icmlora import Fleet
-from icmlora.base_models.attach import adapted
 from icmlora.base_models.catalogue import modality_of
-from icmlora.base_models.examples import EvaluationData
-from icmlora.base_models.lookup import inspect_base
+from icmlora.base_models.examples.examples import EvaluationData
+from icmlora.base_models.finding.lookup import inspect_base
 from icmlora.base_models.modality import BaseModel, retained_gain
 from icmlora.base_models.quantised import stored_bytes
+from icmlora.base_models.running.attach import adapted
 from registry.names import LOAD_IN
 from tests.benchmarks.performance.machine import describe_machine, peak_memory
 

@@ -28,9 +28,9 @@ from typing import Any
 from unittest.mock import patch
 
 from icmlora import Fleet
-from icmlora.fleet import encode as encoding
-from icmlora.fleet.encode import Encoder, MadeCode, MadeResidual, TaskEncoded
-from icmlora.fleet.workers import _cluster
+from icmlora.fleet.encode import encode as encoding
+from icmlora.fleet.encode.encode import Encoder, MadeCode, MadeResidual, TaskEncoded
+from icmlora.fleet.resources.workers import _cluster
 from registry.records import TaskRecord
 from tests.benchmarks.performance.machine import describe_machine
 

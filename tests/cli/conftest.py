@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from icm_cli.app import run
-from icmlora.fleet.measure import SourceResult, TaskLosses
-from icmlora.fleet.metric_result import MetricResult
-from icmlora.fleet.update_candidates import Candidate
+from icmlora.fleet.measure.measure import SourceResult, TaskLosses
+from icmlora.fleet.measure.metric_result import MetricResult
+from icmlora.fleet.train.candidates import Candidate
 from registry.records import Rung
 from tests.cli.fleet import write_fleet
 

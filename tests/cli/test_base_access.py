@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from icmlora.base_models import gguf as gguf_base
-from icmlora.fleet.loading import open_base
+from icmlora.base_models.running import gguf as gguf_base
+from icmlora.fleet.resources.loading import open_base
 from registry.store import Store
 from tests.icmlora.base_models.test_gguf import write_tiny_gguf
 

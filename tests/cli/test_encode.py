@@ -14,15 +14,15 @@ import pytest
 
 from icm_cli.errors import ExitCode
 from icmlora.adapter.metrics import squared_error
-from icmlora.fleet import search as code_search
-from icmlora.fleet.measure import TaskLosses
-from icmlora.fleet.search import CodeSearch, Trial
-from icmlora.formats.folder import load_adapter
+from icmlora.fleet.encode import search as code_search
+from icmlora.fleet.encode.search import CodeSearch, Trial
+from icmlora.fleet.measure.measure import TaskLosses
+from icmlora.formats.discovery.folder import load_adapter
 from icmlora.generator.codec import Codec
 from icmlora.generator.encoding import Limits
 from icmlora.training.refinement import Refinable
-from registry.evaluations import Evaluations
 from registry.store import Store
+from registry.tables.evaluations import Evaluations
 from tests.cli.coded import codes, tasks_of
 from tests.cli.conftest import Ran
 from tests.cli.tiny_fleet import write_lora

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from icm_cli.errors import ExitCode
-from icmlora.base_models import likelihood
-from icmlora.base_models.likelihood import NllResult
+from icmlora.base_models.kinds import likelihood
+from icmlora.base_models.kinds.likelihood import NllResult
 from registry.store import Store
 from tests.cli.conftest import Ran
 from tests.cli.tiny_fleet import write_lora

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 
 from icm_cli.errors import ExitCode
-from icmlora.base_models.likelihood import NllResult
-from icmlora.fleet.baselines import BaselineResult, StoredOriginals
-from icmlora.fleet.compare import compare
+from icmlora.base_models.kinds.likelihood import NllResult
 from icmlora.fleet.context import Context
-from icmlora.fleet.evaluate import TaskEvaluated
-from icmlora.fleet.stats import bill
+from icmlora.fleet.measure.baselines import BaselineResult, StoredOriginals
+from icmlora.fleet.measure.compare import compare
+from icmlora.fleet.measure.evaluate import TaskEvaluated
+from icmlora.fleet.stats.stats import bill
 from registry.store import Store
 from tests.cli.conftest import Ran
 from tests.icmlora.tiny_base import LABEL

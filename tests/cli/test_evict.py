@@ -14,11 +14,11 @@ import torch
 from icm_cli.errors import ExitCode
 from icmlora.adapter.metrics import squared_error
 from icmlora.adapter.model import Adapter
-from icmlora.formats.folder import load_adapter
+from icmlora.formats.discovery.folder import load_adapter
 from icmlora.generator.decoder import Decoder
-from registry.database import Database
 from registry.errors import StoreFull
 from registry.records import AdapterRecord, CodeRecord
+from registry.storage.database import Database
 from registry.store import Store
 from tests.cli.coded import damage
 from tests.cli.conftest import Ran

@@ -9,7 +9,7 @@ from icm_cli.errors import ExitCode
 from icm_cli.output import Output
 from icmlora import Fleet
 from registry.store import Store
-from registry.tasks import Tasks
+from registry.tables.tasks import Tasks
 from tests.cli.conftest import Ran
 from tests.cli.tiny_fleet import icm_quietly, write_lora
 

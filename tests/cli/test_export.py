@@ -221,7 +221,7 @@ def test_a_bundle_that_is_cut_short_is_exit_13(icm: Icm, elsewhere: Path, tmp_pa
 def test_a_killed_export_leaves_no_bundle_and_the_next_one_cleans_up(trained: Path, tmp_path: Path) -> None:
     script = (
         "import os, signal\n"
-        "from icmlora.fleet import export_bundle\n"
+        "from icmlora.fleet.bundles import export as export_bundle\n"
         "read = export_bundle._read_part\n"
         "count = []\n"
         "def stop(store, digest, *rest):\n"

@@ -11,8 +11,8 @@ import torch
 
 from icmlora import Adapter, Bundle, Cancelled, Event, Fleet, Progress, load_adapter
 from icmlora.errors import BundleError, DataError
-from icmlora.fleet.materialize import TooLossy
-from icmlora.fleet.vectors import VectorReport, VectorsExtracted
+from icmlora.fleet.vectors.vectors import VectorReport, VectorsExtracted
+from icmlora.fleet.write.materialize import TooLossy
 from tests.cli.conftest import Ran, imported_by
 from tests.icmlora.tiny_base import LABEL
 

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from icm_cli.errors import ExitCode
-from icmlora.base_models.attach import adapted
-from icmlora.base_models.examples import parse_examples
-from icmlora.base_models.likelihood import nll
-from icmlora.fleet import generate as generating
+from icmlora.base_models.examples.examples import parse_examples
+from icmlora.base_models.kinds.likelihood import nll
+from icmlora.base_models.running.attach import adapted
+from icmlora.fleet.few_shot import generate as generating
 from registry.store import Store
 from tests.cli.conftest import Ran
 from tests.cli.tiny_fleet import icm_quietly, write_subject

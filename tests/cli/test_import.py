@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from icm_cli.errors import ExitCode
-from registry.bundles import BundleImport, Bundles, ImportOutcome
+from registry.tables.bundles import BundleImport, Bundles, ImportOutcome
 from tests.cli.conftest import Ran
 from tests.cli.test_materialize import content
 from tests.cli.tiny_fleet import icm_quietly, train_store, write_lora

@@ -14,8 +14,8 @@ from icm_cli.errors import ExitCode
 from icm_cli.output import Mode, Output
 from icmlora import Cancelled, Fleet
 from icmlora.fleet.context import Event, Progress
-from icmlora.fleet.ingest import IngestReport, InputProblem
-from icmlora.fleet.ingest_files import batches
+from icmlora.fleet.ingest.files import batches
+from icmlora.fleet.ingest.ingest import IngestReport, InputProblem
 from registry.store import Store
 from tests.cli.conftest import Ran, modules_of
 from tests.cli.fleet import BASE, write_adapter, write_broken, write_run, write_texts
@@ -419,7 +419,7 @@ def test_an_ingest_that_is_stopped_at_once_has_stored_nothing(fleet: Path, tmp_p
 def test_an_ingest_that_is_stopped_between_batches_keeps_the_first(
     icm: Icm, fleet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("icmlora.fleet.ingest_files._BATCH_ADAPTERS", 3)
+    monkeypatch.setattr("icmlora.fleet.ingest.files._BATCH_ADAPTERS", 3)
     with pytest.raises(Cancelled) as stop:
         Fleet(tmp_path / "store", on_event=stop_after(3)).ingest([fleet])  # progress, the first task, progress
     assert isinstance(stop.value.report, IngestReport)
@@ -430,8 +430,8 @@ def test_an_ingest_that_is_stopped_between_batches_keeps_the_first(
 def test_a_stopped_command_prints_what_it_has_and_exits_with_130(
     icm: Icm, fleet: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("icmlora.fleet.ingest_files._BATCH_ADAPTERS", 3)
-    monkeypatch.setattr("icmlora.fleet.ingest.batches", stopping(batches))
+    monkeypatch.setattr("icmlora.fleet.ingest.files._BATCH_ADAPTERS", 3)
+    monkeypatch.setattr("icmlora.fleet.ingest.ingest.batches", stopping(batches))
     ran = icm("ingest", fleet, "--json")
     assert ran.code == ExitCode.INTERRUPTED
     assert [event["type"] for event in ran.events] == ["task", "summary"]

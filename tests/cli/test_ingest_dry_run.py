@@ -103,7 +103,7 @@ def test_a_conflict_ends_it_as_it_ends_the_ingest(icm: Icm, stored: Path) -> Non
 def test_several_batches_are_planned_as_they_are_ingested(
     icm: Icm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("icmlora.fleet.ingest_files._BATCH_ADAPTERS", 4)
+    monkeypatch.setattr("icmlora.fleet.ingest.files._BATCH_ADAPTERS", 4)
     fleet = write_fleet(tmp_path / "loras", names=("a", "b", "c", "d"))
     icm("ingest", fleet / "c")
     planned = icm("ingest", fleet, "-n", "--json")

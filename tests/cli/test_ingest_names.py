@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from icm_cli.errors import ExitCode
-from icmlora.formats.discovery import find_tasks, name_tasks
-from icmlora.formats.naming import NameTemplate
+from icmlora.formats.discovery.discovery import find_tasks, name_tasks
+from icmlora.formats.discovery.naming import NameTemplate
 from tests.cli.conftest import Ran
 from tests.cli.fleet import write_adapter
 

@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForSequenceClassification
 
 from icmlora.base_models.catalogue import modality_of
-from icmlora.base_models.lookup import inspect_base
+from icmlora.base_models.finding.lookup import inspect_base
 from tests.cli.conftest import Ran
 from tests.icmlora.base_models.tiny_kinds import KINDS, Kind, write_bert_without_head
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from icmlora.adapter.metrics import squared_error
-from icmlora.fleet.adapter_source import StoreAdapterSource
-from icmlora.formats.folder import load_adapter, save_adapter
+from icmlora.fleet.resources.adapter_source import StoreAdapterSource
+from icmlora.formats.discovery.folder import load_adapter, save_adapter
 from icmlora.generator.codec import Codec
 from icmlora.generator.network_file import generator_from_bytes
 from registry.store import Store

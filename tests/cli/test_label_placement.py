@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from icmlora.fleet.label_placement import Box, place_labels
+from icmlora.fleet.map.label_placement import Box, place_labels
 
 FRAME = Box(0, 0, 300, 200)
 SIZE = (60.0, 14.0)

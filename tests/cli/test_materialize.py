@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from icm_cli.errors import ExitCode
 from icmlora.adapter.metrics import squared_error
-from icmlora.formats.folder import load_adapter
+from icmlora.formats.discovery.folder import load_adapter
 from registry.store import Store
 from tests.cli.coded import damage
 from tests.cli.conftest import Ran, modules_of
@@ -240,7 +240,7 @@ def test_neither_base_model_nor_gpu_is_asked_for(
     def never(*arguments: object) -> None:
         raise AssertionError
 
-    monkeypatch.setattr("icmlora.base_models.causal_lm.CausalLM.load", never)
+    monkeypatch.setattr("icmlora.base_models.kinds.causal_lm.CausalLM.load", never)
     monkeypatch.setattr("torch.cuda.is_available", never)
     for source in SOURCES:
         assert icm("materialize", "poems", "-o", tmp_path / source, "--source", source).code == 0

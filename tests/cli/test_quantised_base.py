@@ -91,7 +91,7 @@ def test_memory_that_runs_out_in_a_command_is_one_clear_error(
     def measure(*arguments: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr("icmlora.base_models.causal_lm.CausalLM.context_state", measure)
+    monkeypatch.setattr("icmlora.base_models.kinds.causal_lm.CausalLM.context_state", measure)
     samples = tmp_path / "samples.jsonl"
     samples.write_text("".join(json.dumps({"text": f"geese {number}"}) + "\n" for number in range(8)))
     ran = icm("generate", "geese", "--samples", samples, "-o", tmp_path / "out", *CPU, "--json")

@@ -10,15 +10,15 @@ import pytest
 
 from icm_cli.errors import ExitCode
 from icmlora.adapter.metrics import squared_error
-from icmlora.base_models.attach import adapted
-from icmlora.base_models.examples import parse_examples
-from icmlora.base_models.likelihood import nll
-from icmlora.fleet import generate as generating
-from icmlora.fleet.search import Refiner
-from icmlora.formats.folder import load_adapter
-from registry.bundles import Bundles
+from icmlora.base_models.examples.examples import parse_examples
+from icmlora.base_models.kinds.likelihood import nll
+from icmlora.base_models.running.attach import adapted
+from icmlora.fleet.encode.search import Refiner
+from icmlora.fleet.few_shot import generate as generating
+from icmlora.formats.discovery.folder import load_adapter
 from registry.errors import TaskConflict
 from registry.store import Store
+from registry.tables.bundles import Bundles
 from tests.cli.conftest import Ran
 from tests.cli.test_generate import LINES, write_lines
 from tests.cli.tiny_fleet import EPISODES, STEPS, write_subject

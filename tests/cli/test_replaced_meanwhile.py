@@ -13,14 +13,14 @@ import pytest
 
 from icm_cli.errors import ExitCode
 from icmlora.adapter.model import Adapter
-from icmlora.base_models import likelihood
-from icmlora.fleet import encode as encoding
-from icmlora.fleet import export_bundle as exporting
-from icmlora.fleet import vectors
-from icmlora.fleet.evict import Evictor
-from icmlora.fleet.eviction_report import TaskEvicted
-from icmlora.fleet.measure import TaskLosses
-from icmlora.fleet.search import ResidualSearch
+from icmlora.base_models.kinds import likelihood
+from icmlora.fleet.bundles import export as exporting
+from icmlora.fleet.encode import encode as encoding
+from icmlora.fleet.encode.search import ResidualSearch
+from icmlora.fleet.evict.evict import Evictor
+from icmlora.fleet.evict.types import TaskEvicted
+from icmlora.fleet.measure.measure import TaskLosses
+from icmlora.fleet.vectors import vectors
 from icmlora.generator.versions import GeneratorFile
 from registry.records import AdapterRecord, NewGenerator
 from registry.store import Store

@@ -11,7 +11,7 @@ import pytest
 
 from icm_cli.errors import ExitCode
 from icmlora.adapter.metrics import squared_error
-from icmlora.formats.folder import load_adapter
+from icmlora.formats.discovery.folder import load_adapter
 from registry.store import Store
 from tests.cli.coded import codes, tasks_of
 from tests.cli.conftest import Ran

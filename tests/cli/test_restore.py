@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from icm_cli.errors import ExitCode
-from icmlora.formats.placeholder import PLACEHOLDER_NAME
+from icmlora.formats.discovery.placeholder import PLACEHOLDER_NAME
 from icmlora.io import staging
 from registry.store import Store
 from tests.cli.conftest import Ran, modules_of

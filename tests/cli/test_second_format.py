@@ -9,8 +9,8 @@ import pytest
 
 from icmlora.adapter.metrics import squared_error
 from icmlora.formats import catalogue
-from icmlora.formats.folder import load_adapter
-from icmlora.formats.peft import PEFT
+from icmlora.formats.discovery.folder import load_adapter
+from icmlora.formats.peft.peft import PEFT
 from icmlora.io.safetensors import RawTensor
 from registry.store import Store
 from tests.cli.conftest import Ran

@@ -11,12 +11,12 @@ import torch
 from icm_cli.errors import ExitCode
 from icmlora.adapter.model import Adapter, LoraModule
 from icmlora.base_models import catalogue
-from icmlora.base_models.causal_lm import CausalLM
-from icmlora.base_models.examples import parse_examples
-from icmlora.base_models.factors import added, factors_of
-from icmlora.base_models.lookup import inspect_base
+from icmlora.base_models.examples.examples import parse_examples
+from icmlora.base_models.finding.lookup import inspect_base
+from icmlora.base_models.kinds.causal_lm import CausalLM
+from icmlora.base_models.running.lora_hooks import added, factors_of
 from icmlora.fewshot.finetune import FinetuneConfig, finetune
-from icmlora.formats.folder import load_adapter, save_adapter
+from icmlora.formats.discovery.folder import load_adapter, save_adapter
 from icmlora.task_vectors.vector import VectorSettings
 from registry.store import Store
 from tests.cli.conftest import Ran

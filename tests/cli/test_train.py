@@ -12,9 +12,9 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from icm_cli.errors import ExitCode
-from icmlora.fleet import train as publishing
-from icmlora.fleet import training_run as training
-from icmlora.fleet.adapter_source import StoreAdapterSource
+from icmlora.fleet.resources.adapter_source import StoreAdapterSource
+from icmlora.fleet.train import run as training
+from icmlora.fleet.train import train as publishing
 from registry.records import GeneratorRecord
 from registry.store import Store
 from tests.cli.conftest import Ran

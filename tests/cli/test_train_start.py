@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from icm_cli.errors import ExitCode
-from icmlora.fleet import train_few_shot as starting
+from icmlora.fleet.few_shot import train as starting
 from icmlora.io.text import human_size
 from registry.records import GeneratorRecord, NewGenerator
 from registry.store import Store

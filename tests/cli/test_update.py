@@ -12,10 +12,10 @@ import pytest
 
 from icm_cli.errors import ExitCode
 from icmlora.adapter.model import Adapter
-from icmlora.fleet import training_run as training
-from icmlora.fleet import update_candidates as candidates
 from icmlora.fleet.api import Fleet
-from icmlora.fleet.update_candidates import Candidate, UpdateCandidates
+from icmlora.fleet.train import candidates as candidates
+from icmlora.fleet.train import run as training
+from icmlora.fleet.train.candidates import Candidate, UpdateCandidates
 from icmlora.generator.versions import GeneratorFile
 from registry.records import GeneratorRecord, NewGenerator
 from registry.store import Store

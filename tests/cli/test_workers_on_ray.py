@@ -14,10 +14,10 @@ import pytest
 from icm_cli.commands import encode as command
 from icm_cli.errors import ExitCode
 from icmlora import Fleet
-from icmlora.fleet import encode as encoding
 from icmlora.fleet.context import Context
-from icmlora.fleet.encode import Encoder, EncodeRequest
-from icmlora.fleet.workers import _cluster, _Worker
+from icmlora.fleet.encode import encode as encoding
+from icmlora.fleet.encode.encode import Encoder, EncodeRequest
+from icmlora.fleet.resources.workers import _cluster, _Worker
 from registry.errors import StoreNotFound
 from registry.store import Store
 from tests.cli.coded import tasks_of

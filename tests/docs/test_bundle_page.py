@@ -4,7 +4,7 @@ from icmlora.bundle import file as bundle
 from icmlora.bundle import index as bundle_index
 from icmlora.bundle import index as bundle_json
 from icmlora.bundle.index import BundledGenerator
-from icmlora.formats.peft_config import MAX_CONFIG_BYTES
+from icmlora.formats.peft.config import MAX_CONFIG_BYTES
 from icmlora.io.safetensors import MAX_FILE_BYTES
 from tests.docs.pages import ROOT, cells_of, codes_in, section_of
 from tests.icmlora import bundles

@@ -9,13 +9,13 @@ from icmlora.adapter.layout import ModuleShape
 from icmlora.fewshot import start_file, step
 from icmlora.fewshot.meta_training import MetaConfig
 from icmlora.fewshot.start import RANK, USUAL_SAMPLES, FewShotStart
-from icmlora.formats import placeholder
+from icmlora.formats.discovery import placeholder
 from icmlora.generator import file as versions
 from icmlora.generator import residual
 from icmlora.generator.code import ABSENT, MAGIC, CodeHead
 from icmlora.generator.config import GeneratorConfig, config_for, tolerance_of
 from icmlora.generator.scales import OCTAVE
-from registry.folder import FORMAT_TEXT, RESERVE_BYTES, StorePaths
+from registry.storage.folder import FORMAT_TEXT, RESERVE_BYTES, StorePaths
 from tests.docs.pages import ROOT, cells_of, codes_in, section_of
 
 DESIGN = ROOT / "docs" / "design.md"

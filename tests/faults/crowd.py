@@ -96,10 +96,10 @@ def crowd(folder: Path, seconds: float, *, workers: int = WORKERS, seed: int = 1
     """
     import transformers  # noqa: F401
 
-    import icmlora.fleet.bundles
-    import icmlora.fleet.encode
-    import icmlora.fleet.evict
-    import icmlora.fleet.train  # noqa: F401
+    import icmlora.fleet.bundles.bundles
+    import icmlora.fleet.encode.encode
+    import icmlora.fleet.evict.evict
+    import icmlora.fleet.train.train  # noqa: F401
 
     fork = multiprocessing.get_context("fork")
     answers = [fork.Pipe(duplex=False) for _ in range(workers)]
@@ -154,7 +154,7 @@ def _icm(store: Path, words: Sequence[str], own: Path) -> int:
 def _wrong(original: Path, own: Path) -> str | None:
     """Say what is wrong with an adapter that was written."""
     from icmlora.adapter.metrics import squared_error
-    from icmlora.formats.folder import load_adapter
+    from icmlora.formats.discovery.folder import load_adapter
 
     weights = "adapter_model.safetensors"
     digests = [hashlib.sha256((folder / weights).read_bytes()).hexdigest() for folder in (original, own / "out")]

@@ -8,7 +8,7 @@ from typing import Any
 
 from icmlora.adapter.metrics import squared_error
 from icmlora.adapter.model import Adapter
-from icmlora.fleet.loading import read_original
+from icmlora.fleet.resources.loading import read_original
 from icmlora.generator.residual_codec import ResidualCodec
 from icmlora.generator.versions import GeneratorFile
 from registry.errors import DamagedStore, TaskNotFound

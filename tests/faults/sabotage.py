@@ -17,10 +17,10 @@ from registry import files as fs
 
 def rows_first() -> None:
     """Record rows before their bytes are in place, which the store never does."""
-    from registry.blobs.local import LocalBackend, LocalBatch
-    from registry.bundles import Bundles
-    from registry.codes import Codes
-    from registry.tasks import Tasks
+    from registry.storage.blobs.local import LocalBackend, LocalBatch
+    from registry.tables.bundles import Bundles
+    from registry.tables.codes import Codes
+    from registry.tables.tasks import Tasks
 
     publish, size = LocalBatch.publish, LocalBackend.size
     waiting: list[LocalBatch] = []
@@ -51,8 +51,8 @@ def rows_first() -> None:
 
 def files_first() -> None:
     """Delete originals before their rows say that they are evicted, which the store never does."""
-    from registry.eviction import Originals
-    from registry.tasks import Tasks
+    from registry.tables.eviction import Originals
+    from registry.tables.tasks import Tasks
 
     evict = Originals.evict
 

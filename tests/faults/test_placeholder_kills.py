@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from icmlora.formats.placeholder import PLACEHOLDER_NAME, read_placeholder
+from icmlora.formats.discovery.placeholder import PLACEHOLDER_NAME, read_placeholder
 from registry.store import Store
 from tests.faults.promises import has_a_copy
 from tests.faults.zygote import KILLED, Run, Zygote

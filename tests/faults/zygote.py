@@ -103,9 +103,9 @@ def _child(order: dict[str, Any]) -> None:
 def _serve() -> None:
     import transformers  # noqa: F401
 
-    from icmlora.fleet import bundles as importing
-    from icmlora.fleet import ingest_files
-    from icmlora.fleet import train as training
+    from icmlora.fleet.bundles import bundles as importing
+    from icmlora.fleet.ingest import files as ingest_files
+    from icmlora.fleet.train import train as training
 
     # So that a run of a second has several checkpoints and several commits to be killed between.
     training._CHECKPOINT_SECONDS = 0.02

@@ -16,6 +16,7 @@ import tarfile
 from pathlib import Path
 
 from registry.database import newest
+
 from tests.cli.tiny_fleet import build_ingested, icm_quietly, train_store
 from tests.icmlora.tiny_base import LABEL
 

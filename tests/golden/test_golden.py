@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from registry.database import newest
 from safetensors.torch import load_file
 
-from registry.database import newest
 from tests.cli.conftest import Ran
 from tests.golden.build import HERE, TASKS
 

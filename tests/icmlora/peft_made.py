@@ -16,7 +16,7 @@ from peft import LoraConfig, get_peft_model
 
 from icmlora.adapter.layout import target_modules
 from icmlora.adapter.model import Adapter, LoraModule
-from icmlora.formats.peft_config import PREFIX
+from icmlora.formats.peft.config import PREFIX
 from icmlora.generator.codec import Codec
 from icmlora.generator.initial_a.draw import InitialA
 from icmlora.generator.initial_a.search import SeedSearch

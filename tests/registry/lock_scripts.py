@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from registry.locks import FileLock, Patience
+from registry.storage.locks import FileLock, Patience
 
 Call = tuple[str, str]
 """The kind of lock, "store" or "job", and what is done with it."""

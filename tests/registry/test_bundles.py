@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 from sqlalchemy import create_engine
 
-from registry.blobs.content import digest_of
-from registry.bundles import BundleImport, ImportedTask
-from registry.conversion import bundle_source
-from registry.database import add_claims
 from registry.errors import GeneratorConflict, InvalidName, MissingBlob, StoreReadOnly, TaskConflict
 from registry.records import Claim, NewAdapter, NewGenerator
 from registry.schema import Packed
+from registry.storage.blobs.content import digest_of
+from registry.storage.database import add_claims
 from registry.store import Store
+from registry.tables.bundles import BundleImport, ImportedTask
+from registry.to_records import bundle_source
 from tests.registry.examples import BASE, LAYOUT, evaluation, generator, ingest, new_store, offer, vector
 
 

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from registry.conversion import task_folder, unusual_source, usual_source
 from registry.names import source_label
 from registry.store import Store
+from registry.to_records import task_folder, unusual_source, usual_source
 from tests.registry.every_row import fill
 
 

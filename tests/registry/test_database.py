@@ -11,9 +11,9 @@ import pytest
 from sqlalchemy import Connection
 from sqlalchemy.exc import IntegrityError
 
-from registry.database import Database
 from registry.errors import DamagedStore, StoreFull, StoreLocked, StoreReadOnly
-from registry.locks import Patience
+from registry.storage.database import Database
+from registry.storage.locks import Patience
 from registry.store import Store
 from tests.registry.children import start, wait
 

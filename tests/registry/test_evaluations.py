@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 import pytest
 
 from registry.errors import TaskNotFound
-from registry.evaluations import latest
 from registry.records import AdapterRecord, Asked, CodeRecord, NewEvaluation, NewResidual
 from registry.store import Store
+from registry.tables.evaluations import latest
 from tests.registry.examples import BASE, code, code_of, evaluation, generator, ingest
 
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from registry.database import Database
 from registry.errors import DamagedBlob, LastCopy, MissingBlob, StoreFull, StoreLocked, TaskNotFound
-from registry.folder import make_reserve
 from registry.records import EvictedAdapter, Extra
+from registry.storage.database import Database
+from registry.storage.folder import make_reserve
 from registry.store import Store
 from tests.registry.children import KILLED, run
 from tests.registry.examples import BASE, code, evaluation, eviction, generator, ingest, new_store, offer

@@ -7,11 +7,11 @@ from dataclasses import replace
 
 import pytest
 
-from registry.blobs.content import digest_of
-from registry.bundles import BundleImport, ImportedTask
 from registry.errors import MissingBlob
 from registry.records import Extra, NewGenerator, TaskIngest
+from registry.storage.blobs.content import digest_of
 from registry.store import Store
+from registry.tables.bundles import BundleImport, ImportedTask
 from tests.registry.examples import BASE, adapter, eviction, generator, new_store, offer
 
 HEAD, BIAS, TOKENIZER = b"packed head", b"packed bias", b"packed tokenizer"

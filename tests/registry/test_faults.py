@@ -17,9 +17,9 @@ from pathlib import Path
 import pytest
 
 from registry import files as fs
-from registry.blobs.content import Blobs
 from registry.errors import RegistryError
-from registry.folder import StorePaths
+from registry.storage.blobs.content import Blobs
+from registry.storage.folder import StorePaths
 from registry.store import Store
 from tests.registry.children import KILLED, run, start, wait
 from tests.registry.examples import BASE, code, evaluation, eviction, generator, ingest, new_store, offer, vector

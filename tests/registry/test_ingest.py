@@ -8,9 +8,9 @@ from functools import partial
 import pytest
 
 from registry.errors import InvalidName, TaskConflict
-from registry.ingest import plan_tasks
 from registry.records import OnConflict, TaskIngest
 from registry.store import Store
+from registry.tables.ingest import plan_tasks
 from tests.registry.examples import BASE, adapter, eviction, generator, ingest, new_store, offer
 
 

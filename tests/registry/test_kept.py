@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from registry.errors import DamagedStore, StoreLocked
-from registry.kept import restore_database
+from registry.storage.kept import restore_database
 from registry.store import Store
 from tests.registry.examples import ingest, new_store
 

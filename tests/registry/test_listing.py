@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from registry import tasks as tasks_module
 from registry.filters import FIELDS, Filter, Selection, parse_filter, parse_sort
 from registry.records import Asked, Extra, NewAdapter, NewEvaluation, NewResidual, TaskIngest, TaskSummary
 from registry.store import Store
+from registry.tables import tasks as tasks_module
 from tests.registry.examples import BASE, adapter, code_of, evaluation, eviction, generator, ingest, new_store
 from tests.rewriting import rewriting
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from registry.errors import StoreLocked
-from registry.locks import FileLock, Patience
+from registry.storage.locks import FileLock, Patience
 from registry.store import Store
 from tests.registry.examples import new_store
 

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from registry import locks
-from registry.locks import FileLock
+from registry.storage import locks
+from registry.storage.locks import FileLock
 from tests.registry.lock_scripts import SCRIPTS, Holder, encode, evict, train
 
 Script = Callable[[Holder], None]

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from registry import locks as registry_locks
 from registry.errors import StoreLocked, StoreReadOnly
-from registry.locks import FileLock, Patience
+from registry.storage import locks as registry_locks
+from registry.storage.locks import FileLock, Patience
 from registry.store import Store
 from tests.registry.children import start, wait
 from tests.registry.examples import BASE, ingest

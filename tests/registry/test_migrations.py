@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 from sqlalchemy import Connection, create_engine
 
-from registry import database as migrations
-from registry.database import Database
 from registry.errors import DamagedStore, NotAStore, StoreFull, StoreTooNew
-from registry.rows import document_digest
 from registry.schema import Base, Packed
+from registry.storage import database as migrations
+from registry.storage.database import Database
+from registry.storage.row_writer import document_digest
 from registry.store import Store
 from tests.registry.every_row import everything, fill
 from tests.registry.examples import ingest, new_store, offer

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from sqlalchemy import ForeignKeyConstraint
 
-from registry import prune as garbage
 from registry.errors import StoreLocked
 from registry.records import GeneratorRecord
 from registry.schema import Base
+from registry.storage import prune as garbage
 from registry.store import Store
 from tests.registry.examples import BASE, evaluation, generator, ingest, new_store, vector
 

@@ -11,7 +11,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from registry.blobs.content import digest_of
 from registry.records import (
     Asked,
     Description,
@@ -27,6 +26,7 @@ from registry.records import (
     View,
     description_of,
 )
+from registry.storage.blobs.content import digest_of
 from registry.store import Store
 from tests.registry.examples import code_of, evaluation, eviction, generator, ingest, new_store
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from registry import files as fs
-from registry.database import Database
 from registry.errors import StoreFull
-from registry.folder import RESERVE_BYTES, make_reserve, restore_reserve, with_reserve
+from registry.storage.database import Database
+from registry.storage.folder import RESERVE_BYTES, make_reserve, restore_reserve, with_reserve
 from registry.store import Store
 from tests.registry.examples import ingest
 

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 
 from registry import schema as models
-from registry.folder import StorePaths
 from registry.records import Extra
-from registry.row_repair import RowRepair
+from registry.storage.folder import StorePaths
+from registry.storage.row_repair import RowRepair
 from registry.store import Store
 from tests.faults.pages import places
 from tests.registry.every_row import fill

@@ -8,13 +8,21 @@ from hypothesis import strategies as st
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from registry import rows
-from registry.blobs.content import digest_of
 from registry.errors import MissingBlob, TaskNotFound
-from registry.evaluations import latest
-from registry.rows import MAX_VARIABLES, RowNumbers, RowWriter, document_digest, document_row, in_parts, named_blob
 from registry.schema import Blob, Document
+from registry.storage import row_writer as rows
+from registry.storage.blobs.content import digest_of
+from registry.storage.row_writer import (
+    MAX_VARIABLES,
+    RowNumbers,
+    RowWriter,
+    document_digest,
+    document_row,
+    in_parts,
+    named_blob,
+)
 from registry.store import Store
+from registry.tables.evaluations import latest
 from tests.registry.examples import BASE, evaluation, generator, ingest, offer
 
 JSON = st.recursive(

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import pytest
 
 from registry import files as fs
-from registry.blobs.content import Blobs
 from registry.records import RunCode
+from registry.storage.blobs.content import Blobs
 from registry.store import Store
 from tests.registry.examples import BASE, generator, ingest
 

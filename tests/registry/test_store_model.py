@@ -12,9 +12,9 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from registry.blobs.content import digest_of
 from registry.errors import TaskConflict, TaskNotFound
 from registry.records import OnConflict
+from registry.storage.blobs.content import digest_of
 from tests.registry.children import KILLED, run
 from tests.registry.examples import eviction, generator, new_store, offer
 

@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import pytest
 
-from registry import tasks as tasks_module
 from registry.errors import InvalidName, LastCopy, MissingBlob, TaskConflict, TaskNotFound
 from registry.records import TaskIngest
 from registry.store import Store
+from registry.tables import tasks as tasks_module
 from tests.registry.examples import (
     BASE,
     LAYOUT,

@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 
-from registry.folder import RESERVE_BYTES
+from registry.storage.folder import RESERVE_BYTES
 from registry.store import Store
 from tests.registry.examples import BASE, generator, ingest, vector
 

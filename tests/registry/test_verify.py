@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from registry.blobs.content import Blobs
 from registry.errors import DamagedStore, MissingBlob, RegistryError, TaskNotFound
+from registry.storage.blobs.content import Blobs
 from registry.store import Store
 from registry.verify import Finding
 from tests.registry.examples import BASE, code, code_of, generator, ingest, new_store, vector

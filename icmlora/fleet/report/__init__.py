@@ -3,7 +3,7 @@
     report.py         the use case: read the store, write the page
     facts.py          the headline: what the fleet is, what it saves, what that costs
     task_table.py     a row for each task, as JSON for the page's table
-    rate_picture.py   bytes against quality; the task map comes from `icmlora.fleet.map_picture`
+    rate_picture.py   bytes against quality; the task map comes from `icmlora.fleet.map.picture`
     outputs.py        what base model, original and code write for some prompts, side by side
     page.py           all of it through the templates in page/: HTML, style sheet, script
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from icmlora.fleet.bill import Bill
-from icmlora.fleet.bill_text import claims_text, disk_lines, saving_text, shortfalls
-from icmlora.fleet.precision import measured_in
+from icmlora.fleet.measure.precision import measured_in
+from icmlora.fleet.stats.bill import Bill
+from icmlora.fleet.stats.bill_text import claims_text, disk_lines, saving_text, shortfalls
 from icmlora.formats.catalogue import format_named
 from icmlora.io.text import counted, escape, human_percent, human_size
 from registry.records import TaskSummary

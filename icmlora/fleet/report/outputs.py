@@ -17,14 +17,14 @@ from dataclasses import dataclass
 from difflib import SequenceMatcher
 from typing import TYPE_CHECKING, Any
 
-from icmlora.base_models.attach import adapted
-from icmlora.base_models.prompts import Prompt, given_prompts, prompts_of
+from icmlora.base_models.examples.prompts import Prompt, given_prompts, prompts_of
+from icmlora.base_models.running.attach import adapted
 from icmlora.errors import BaseModelNotFound, BaseModelUnsuited, DataError
-from icmlora.fleet.decoding import read_form
 from icmlora.fleet.failures import FAILURES, BaseUnavailable, Failed, as_error
-from icmlora.fleet.loading import Models, read_original, read_runnable
-from icmlora.fleet.module_errors import decoded, errors_of
-from icmlora.fleet.texts import adapter_template, own_text
+from icmlora.fleet.measure.module_errors import decoded, errors_of
+from icmlora.fleet.resources.decoding import read_form
+from icmlora.fleet.resources.loading import Models, read_original, read_runnable
+from icmlora.fleet.resources.texts import adapter_template, own_text
 from icmlora.io.text import with_article
 
 if TYPE_CHECKING:

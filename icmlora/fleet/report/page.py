@@ -17,18 +17,18 @@ from typing import TYPE_CHECKING
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from icmlora.fleet.map_picture import STYLE as MAP_STYLE
-from icmlora.fleet.precision import measured_in
+from icmlora.fleet.map.picture import STYLE as MAP_STYLE
+from icmlora.fleet.measure.precision import measured_in
 from icmlora.fleet.report.task_table import COLUMNS
 from icmlora.io.text import counted, escape, human_percent, human_size
 
 if TYPE_CHECKING:
-    from icmlora.fleet.bill import Bill, Spread
     from icmlora.fleet.report.facts import Facts
     from icmlora.fleet.report.outputs import TaskOutputs
     from icmlora.fleet.report.pictures import TaskPictures
     from icmlora.fleet.report.rate_picture import RatePicture
     from icmlora.fleet.report.task_table import TaskTable
+    from icmlora.fleet.stats.bill import Bill, Spread
 
 _KEPT = re.compile(r"([\n\t\u200c\u200d]+)")
 """What a longer text keeps of what does not print: line ends, tabs, and the joiners of several scripts."""

@@ -21,16 +21,16 @@ from statistics import fmean
 from tempfile import TemporaryDirectory
 
 from icmlora.adapter.metrics import GroupError, dw_norm
-from icmlora.base_models.pipeline import Drawing, Pipeline, Pixels, rmse
-from icmlora.base_models.prompts import Prompt
+from icmlora.base_models.examples.prompts import Prompt
+from icmlora.base_models.running.pipeline import Drawing, Pipeline, Pixels, rmse
 from icmlora.errors import BaseModelNotFound, BaseModelUnsuited, DataError
 from icmlora.fleet.context import locate_base
-from icmlora.fleet.decoding import files_like_original, read_form
 from icmlora.fleet.failures import FAILURES, BaseUnavailable, Failed, as_error
-from icmlora.fleet.loading import Models, read_original
-from icmlora.fleet.module_errors import decoded, errors_of
-from icmlora.fleet.tasks import header_of
-from icmlora.formats.header_notes import frequent_tags, trigger_words
+from icmlora.fleet.measure.module_errors import decoded, errors_of
+from icmlora.fleet.resources.decoding import files_like_original, read_form
+from icmlora.fleet.resources.loading import Models, read_original
+from icmlora.fleet.tasks.tasks import header_of
+from icmlora.formats.images.header_notes import frequent_tags, trigger_words
 from registry.records import AdapterRecord, TaskRecord
 
 MOST_EDGE = 512

@@ -17,22 +17,22 @@ from typing import TYPE_CHECKING
 from icmlora.errors import DataError, IcmLoraError
 from icmlora.fleet.context import Context, TaskFailed
 from icmlora.fleet.failures import BaseModelLeftOut, BaseUnavailable, Failed, Sieve
-from icmlora.fleet.map import map_of
-from icmlora.fleet.map_picture import draw_map
+from icmlora.fleet.map.map import map_of
+from icmlora.fleet.map.picture import draw_map
 from icmlora.fleet.report.facts import facts_of
 from icmlora.fleet.report.page import Map, Page, render
 from icmlora.fleet.report.rate_picture import Quality, rate_picture
 from icmlora.fleet.report.task_table import task_table
-from icmlora.fleet.stats import bill_of
+from icmlora.fleet.stats.stats import bill_of
 from icmlora.formats.catalogue import format_named
 from icmlora.io.staging import check_absent, writing_file
 from registry.errors import DamagedStore
 
 if TYPE_CHECKING:
-    from icmlora.fleet.bill import Bill
-    from icmlora.fleet.map import MapReport
+    from icmlora.fleet.map.map import MapReport
     from icmlora.fleet.report.outputs import TaskOutputs
     from icmlora.fleet.report.pictures import TaskPictures
+    from icmlora.fleet.stats.bill import Bill
     from registry.records import TaskRecord, TaskSummary
     from registry.store import Store
 
@@ -179,11 +179,11 @@ def _outputs(
     context: Context, store: Store, tasks: Sequence[TaskRecord], request: ReportRequest, report: ReportSummary
 ) -> list[TaskOutputs | TaskPictures]:
     """Let the sources of the chosen tasks answer or draw; what is wrong with one of them is noted in the report."""
-    from icmlora.base_models.pipeline import Drawing
-    from icmlora.base_models.prompts import read_prompts
-    from icmlora.fleet.loading import Models
+    from icmlora.base_models.examples.prompts import read_prompts
+    from icmlora.base_models.running.pipeline import Drawing
     from icmlora.fleet.report.outputs import OutputsRequest, task_outputs
     from icmlora.fleet.report.pictures import Studio, TaskPictures
+    from icmlora.fleet.resources.loading import Models
     from icmlora.io.devices import resolve_device
 
     prompts = None if request.prompts is None else read_prompts(request.prompts.read_bytes(), request.prompts)

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from icmlora.fleet.bill import Bill, TaskBill
-from icmlora.fleet.bill_text import limits_text
-from icmlora.fleet.precision import measured_in
+from icmlora.fleet.measure.precision import measured_in
+from icmlora.fleet.stats.bill import Bill, TaskBill
+from icmlora.fleet.stats.bill_text import limits_text
 from icmlora.io.text import escape, escape_lines
 from icmlora.task_vectors.map import MappedTask
 from registry.names import natural_key

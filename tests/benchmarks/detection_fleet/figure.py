@@ -15,8 +15,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from icmlora import Adapter, Fleet
-from icmlora.base_models.factors import added, factors_of
-from icmlora.base_models.media import open_image
+from icmlora.base_models.examples.media import open_image
+from icmlora.base_models.running.lora_hooks import added, factors_of
 from tests.benchmarks.detection_fleet.held_out import HeldOut
 from tests.benchmarks.detection_fleet.loader import SIZE, corners
 

@@ -25,7 +25,7 @@ import torch
 
 from icmlora.adapter.metrics import squared_error
 from icmlora.adapter.model import Adapter, LoraModule
-from icmlora.formats.folder import load_adapter
+from icmlora.formats.discovery.folder import load_adapter
 from icmlora.io.tensors import decode_torch, encode_torch
 from tests.benchmarks.detection_fleet.held_out import HeldOut, mean_of
 from tests.benchmarks.performance.machine import describe_machine

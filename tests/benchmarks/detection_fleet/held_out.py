@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 from icmlora.adapter.model import Adapter
-from icmlora.base_models.custom_model import CustomModality
-from icmlora.base_models.examples import parse_examples
-from icmlora.base_models.factors import added, factors_of
-from icmlora.base_models.media_archive import read_examples
+from icmlora.base_models.examples.examples import parse_examples
+from icmlora.base_models.examples.media_archive import read_examples
+from icmlora.base_models.kinds.custom_model import CustomModality
 from icmlora.base_models.modality import BaseModel
+from icmlora.base_models.running.lora_hooks import added, factors_of
 from tests.benchmarks.detection_fleet.loader import Detector, load
 from tests.benchmarks.detection_fleet.nanodet import NAME
 

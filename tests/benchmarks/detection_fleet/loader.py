@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from icmlora import CustomModel, Metric, base_model_loader
-from icmlora.base_models.media import open_image
-from icmlora.base_models.object_detection import Found, Scene, mean_average_precision, scene_of
+from icmlora.base_models.examples.media import open_image
+from icmlora.base_models.kinds.object_detection import Found, Scene, mean_average_precision, scene_of
 from tests.benchmarks.detection_fleet.loss import image_loss
 from tests.benchmarks.detection_fleet.nanodet import (
     BINS,

@@ -32,7 +32,7 @@ from icmlora.adapter.arithmetic import mean_adapter, truncated
 from icmlora.fewshot.adapt import adapt
 from icmlora.fewshot.start import RANK, untrained_fewshot_start, with_first_lengths
 from icmlora.fleet.context import Context
-from icmlora.fleet.stored_vectors import comparable_vectors
+from icmlora.fleet.resources.stored_vectors import comparable_vectors
 from icmlora.task_vectors.distances import nearest
 from tests.benchmarks.detection_fleet.held_out import HeldOut, mean_of
 from tests.benchmarks.detection_fleet.nanodet import NAME, PACKAGE

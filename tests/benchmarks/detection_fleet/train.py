@@ -10,8 +10,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
-from icmlora.base_models.examples import parse_examples
-from icmlora.base_models.media_archive import read_examples
+from icmlora.base_models.examples.examples import parse_examples
+from icmlora.base_models.examples.media_archive import read_examples
 from tests.benchmarks.detection_fleet.loader import load
 from tests.benchmarks.detection_fleet.nanodet import CONVOLUTIONS, NAME
 

@@ -13,21 +13,21 @@ from pathlib import Path
 import torch
 
 from icmlora import Fleet
-from icmlora.base_models.attach import adapted
-from icmlora.base_models.examples import parse_examples
-from icmlora.base_models.likelihood import nll
+from icmlora.base_models.examples.examples import parse_examples
+from icmlora.base_models.kinds.likelihood import nll
 from icmlora.base_models.modality import BaseModel, retained_gain
-from icmlora.fleet.base_models import add_base_model
+from icmlora.base_models.running.attach import adapted
+from icmlora.fleet.bases.base_models import add_base_model
 from icmlora.fleet.context import Context
-from icmlora.fleet.evict import evict
-from icmlora.fleet.eviction_report import EvictRequest
-from icmlora.fleet.ingest import IngestRequest, ingest
-from icmlora.fleet.loading import open_base
-from icmlora.fleet.train import train
-from icmlora.fleet.training_run import TrainRequest
-from icmlora.fleet.update import update
-from icmlora.fleet.update_candidates import UpdateRequest
-from icmlora.fleet.vectors import VectorRequest, extract_vectors
+from icmlora.fleet.evict.evict import evict
+from icmlora.fleet.evict.types import EvictRequest
+from icmlora.fleet.ingest.ingest import IngestRequest, ingest
+from icmlora.fleet.resources.loading import open_base
+from icmlora.fleet.train.candidates import UpdateRequest
+from icmlora.fleet.train.run import TrainRequest
+from icmlora.fleet.train.train import train
+from icmlora.fleet.train.update import update
+from icmlora.fleet.vectors.vectors import VectorRequest, extract_vectors
 
 MAX_ERROR = 0.55
 """Relative error up to which an original is evicted."""

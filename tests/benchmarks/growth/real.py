@@ -9,8 +9,8 @@ from pathlib import Path
 
 from icmlora.adapter.layout import target_modules
 from icmlora.adapter.model import Adapter, LoraModule
-from icmlora.formats.folder import load_adapter
-from icmlora.formats.peft import CONFIG_NAME
+from icmlora.formats.discovery.folder import load_adapter
+from icmlora.formats.peft.peft import CONFIG_NAME
 from icmlora.generator.config import ModuleKind, kind_of
 from tests.benchmarks.growth.measured import same_start
 from tests.icmlora.small_fleet import MemoryAdapterSource

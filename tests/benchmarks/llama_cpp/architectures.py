@@ -16,9 +16,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from icmlora.base_models.lookup import read_config
-from icmlora.formats.gguf_lora import GgufBase, encode_gguf
-from icmlora.formats.peft import CONFIG_NAME, PEFT, WEIGHTS_NAME
+from icmlora.base_models.finding.lookup import read_config
+from icmlora.formats.pairs.gguf_lora import GgufBase, encode_gguf
+from icmlora.formats.peft.peft import CONFIG_NAME, PEFT, WEIGHTS_NAME
 from tests.benchmarks.llama_cpp.engine import (
     engine_version,
     equal,

@@ -8,9 +8,9 @@ from functools import cached_property
 from pathlib import Path
 
 from icmlora.adapter.model import Adapter
-from icmlora.base_models.examples import EvaluationData
-from icmlora.formats.folder import load_adapter
-from icmlora.formats.peft import CONFIG_NAME, WEIGHTS_NAME
+from icmlora.base_models.examples.examples import EvaluationData
+from icmlora.formats.discovery.folder import load_adapter
+from icmlora.formats.peft.peft import CONFIG_NAME, WEIGHTS_NAME
 
 BF16 = 2  # bytes a value
 TEXTS = "eval.jsonl"

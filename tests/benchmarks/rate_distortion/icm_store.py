@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from icmlora import Fleet
 from icmlora.adapter.model import Adapter
-from icmlora.formats.folder import load_adapter
+from icmlora.formats.discovery.folder import load_adapter
 from registry.store import Store
 from tests.benchmarks.rate_distortion.fleet import FleetFolder
 from tests.benchmarks.rate_distortion.method import Coded

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import torch
 
-from icmlora.base_models.attach import adapted
-from icmlora.base_models.causal_lm import CausalLM
-from icmlora.base_models.fingerprint import fingerprint_base
-from icmlora.base_models.likelihood import NllResult, nll
-from icmlora.base_models.lookup import FoundBase, inspect_base
+from icmlora.base_models.finding.fingerprint import fingerprint_base
+from icmlora.base_models.finding.lookup import FoundBase, inspect_base
+from icmlora.base_models.kinds.causal_lm import CausalLM
+from icmlora.base_models.kinds.likelihood import NllResult, nll
 from icmlora.base_models.modality import BaseModel
-from icmlora.formats.peft import WEIGHTS_NAME
+from icmlora.base_models.running.attach import adapted
+from icmlora.formats.peft.peft import WEIGHTS_NAME
 from tests.benchmarks.rate_distortion.cache import Cache
 from tests.benchmarks.rate_distortion.fleet import FleetFolder
 

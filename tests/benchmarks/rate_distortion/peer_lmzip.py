@@ -7,7 +7,7 @@ from bisect import bisect_right
 from dataclasses import dataclass
 from pathlib import Path
 
-from icmlora.formats.folder import load_adapter
+from icmlora.formats.discovery.folder import load_adapter
 from tests.benchmarks.rate_distortion.fleet import FleetFolder
 from tests.benchmarks.rate_distortion.method import Coded
 from tests.benchmarks.rate_distortion.peers import disk_size, imported, installed_version, stage

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from icmlora.formats.peft import CONFIG_NAME
+from icmlora.formats.peft.peft import CONFIG_NAME
 from tests.benchmarks.rate_distortion.peers import Group, disk_size, head_size, imported, read_json
 
 

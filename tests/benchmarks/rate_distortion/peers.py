@@ -21,8 +21,8 @@ from icmlora.adapter.model import Adapter
 from icmlora.baselines.factors import factors_from_bytes, factors_to_bytes
 from icmlora.baselines.head import Head
 from icmlora.baselines.quantizers import Bf16
-from icmlora.formats.folder import load_adapter
-from icmlora.formats.peft import CONFIG_NAME, WEIGHTS_NAME
+from icmlora.formats.discovery.folder import load_adapter
+from icmlora.formats.peft.peft import CONFIG_NAME, WEIGHTS_NAME
 from tests.benchmarks.rate_distortion.fleet import FleetFolder
 from tests.benchmarks.rate_distortion.method import Coded
 

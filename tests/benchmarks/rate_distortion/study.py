@@ -12,9 +12,9 @@ from typing import Any
 
 from icmlora.adapter.metrics import squared_error
 from icmlora.adapter.model import Adapter
-from icmlora.base_models.likelihood import NllResult
+from icmlora.base_models.kinds.likelihood import NllResult
 from icmlora.base_models.modality import retained_gain
-from icmlora.formats.folder import load_adapter, save_adapter
+from icmlora.formats.discovery.folder import load_adapter, save_adapter
 from tests.benchmarks.rate_distortion.cache import Cache
 from tests.benchmarks.rate_distortion.fleet import FleetFolder
 from tests.benchmarks.rate_distortion.judging import Judge, weights_digest

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from icmlora.base_models import likelihood as evaluation
-from icmlora.formats.folder import load_adapter
+from icmlora.base_models.kinds import likelihood as evaluation
+from icmlora.formats.discovery.folder import load_adapter
 from tests.benchmarks.rate_distortion import judging
 from tests.benchmarks.rate_distortion.__main__ import main
 from tests.benchmarks.rate_distortion.cache import Cache

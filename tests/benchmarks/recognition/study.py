@@ -23,13 +23,13 @@ import torch
 from numpy.typing import NDArray
 
 from icmlora import Fleet
-from icmlora.base_models.examples import examples_for
+from icmlora.base_models.examples.examples import examples_for
 from icmlora.base_models.modality import BaseModel
 from icmlora.fleet.context import Context
-from icmlora.fleet.ingest import IngestRequest, ingest
-from icmlora.fleet.loading import open_base, read_runnable
-from icmlora.fleet.stored_vectors import comparable_vectors
-from icmlora.fleet.vectors import VECTOR_DTYPE
+from icmlora.fleet.ingest.ingest import IngestRequest, ingest
+from icmlora.fleet.resources.loading import open_base, read_runnable
+from icmlora.fleet.resources.stored_vectors import comparable_vectors
+from icmlora.fleet.vectors.vectors import VECTOR_DTYPE
 from icmlora.task_vectors.distances import cosine_distances, mean_vectors
 from icmlora.task_vectors.extraction import extract_adapted, extract_context
 from icmlora.task_vectors.file import vectors_to_bytes

@@ -21,12 +21,12 @@ from typing import Any
 import torch
 
 from icmlora.adapter.model import Adapter
-from icmlora.base_models.causal_lm import CausalLM
-from icmlora.base_models.channel_statistics import channel_statistics
-from icmlora.base_models.examples import EvaluationData
-from icmlora.base_models.lookup import find_base_model
-from icmlora.formats.folder import load_adapter
-from icmlora.formats.peft import CONFIG_NAME
+from icmlora.base_models.examples.examples import EvaluationData
+from icmlora.base_models.finding.lookup import find_base_model
+from icmlora.base_models.kinds.causal_lm import CausalLM
+from icmlora.base_models.running.channel_statistics import channel_statistics
+from icmlora.formats.discovery.folder import load_adapter
+from icmlora.formats.peft.peft import CONFIG_NAME
 from icmlora.generator.sensitivity import MeanSquares
 from tests.benchmarks.performance.machine import describe_machine
 from tests.benchmarks.scale.small import measure_tasks, trained_codec

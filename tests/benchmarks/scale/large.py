@@ -16,8 +16,8 @@ import torch
 from icmlora.adapter.canonical import canonicalize
 from icmlora.adapter.layout import ModuleShape, target_modules
 from icmlora.adapter.model import Adapter, LoraModule
-from icmlora.formats.folder import load_adapter
-from icmlora.formats.peft import CONFIG_NAME
+from icmlora.formats.discovery.folder import load_adapter
+from icmlora.formats.peft.peft import CONFIG_NAME
 from icmlora.generator.config import GeneratorConfig, config_for
 from icmlora.generator.cvae import CVAE
 from icmlora.generator.sensitivity import Sensitivity, even

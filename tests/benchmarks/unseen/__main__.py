@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 
-from icmlora.base_models.causal_lm import CausalLM
-from icmlora.base_models.lookup import inspect_base
+from icmlora.base_models.finding.lookup import inspect_base
+from icmlora.base_models.kinds.causal_lm import CausalLM
 from tests.benchmarks.example_fleet.tasks import BASE_MODEL
 from tests.benchmarks.unseen.fleet import built_tasks
 from tests.benchmarks.unseen.folds import FOLDS, folds_of

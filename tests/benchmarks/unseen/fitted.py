@@ -14,13 +14,13 @@ from peft import get_peft_model
 
 from icmlora.adapter.arithmetic import mean_adapter
 from icmlora.adapter.model import Adapter
-from icmlora.base_models.examples import plain
-from icmlora.base_models.likelihood import Scored
+from icmlora.base_models.examples.examples import plain
+from icmlora.base_models.kinds.likelihood import Scored
 from icmlora.base_models.modality import BaseModel
 from icmlora.fewshot.meta_training import MetaConfig, meta_train
 from icmlora.fewshot.start import FewShotStart, untrained_fewshot_start
 from icmlora.fewshot.start_file import fewshot_start_from_bytes, fewshot_start_to_bytes, mean_code
-from icmlora.formats.folder import load_adapter
+from icmlora.formats.discovery.folder import load_adapter
 from icmlora.generator.codec import Codec
 from icmlora.generator.config import config_for
 from icmlora.generator.cvae import CVAE

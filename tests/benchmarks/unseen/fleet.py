@@ -8,10 +8,10 @@ from functools import cached_property
 from pathlib import Path
 
 from icmlora.adapter.model import Adapter
-from icmlora.base_models.examples import Example, parse_examples
-from icmlora.base_models.likelihood import Scored, tokenized
+from icmlora.base_models.examples.examples import Example, parse_examples
+from icmlora.base_models.kinds.likelihood import Scored, tokenized
 from icmlora.base_models.modality import BaseModel
-from icmlora.formats.folder import load_adapter
+from icmlora.formats.discovery.folder import load_adapter
 
 SAMPLE_TOKENS = 128
 """Tokens of a sample or held-out text that are read."""

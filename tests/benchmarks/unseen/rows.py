@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from icmlora.adapter.arithmetic import plus, times, truncated, with_modules
 from icmlora.adapter.model import Adapter, LoraModule
-from icmlora.base_models.likelihood import Scored
+from icmlora.base_models.kinds.likelihood import Scored
 from icmlora.base_models.modality import BaseModel
 from icmlora.fewshot.adapt import adapt
 from icmlora.fewshot.finetune import FinetuneConfig, finetune

@@ -12,12 +12,12 @@ from pathlib import Path
 import torch
 
 from icmlora.adapter.model import Adapter
-from icmlora.base_models.examples import Example
-from icmlora.base_models.factors import added, factors_of
-from icmlora.base_models.likelihood import nll
+from icmlora.base_models.examples.examples import Example
+from icmlora.base_models.kinds.likelihood import nll
 from icmlora.base_models.modality import BaseModel
+from icmlora.base_models.running.lora_hooks import added, factors_of
 from icmlora.fewshot.start import with_first_lengths
-from icmlora.formats.folder import load_adapter, save_adapter
+from icmlora.formats.discovery.folder import load_adapter, save_adapter
 from tests.benchmarks.unseen import fitted, rows
 from tests.benchmarks.unseen.fleet import StudyTask
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from icmlora.adapter.metrics import module_norms
 from icmlora.adapter.model import Adapter, LoraModule
-from icmlora.base_models.likelihood import Scored
+from icmlora.base_models.kinds.likelihood import Scored
 from icmlora.fewshot.start import FIRST_RATES, FIRST_SLOPE, FewShotStart, with_first_lengths
 from tests.benchmarks.domain_fleet.tasks import TASKS
 from tests.benchmarks.unseen.fleet import StudyTask

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from icmlora.base_models.catalogue import modality_of
-from icmlora.base_models.examples import parse_examples
-from icmlora.base_models.lookup import inspect_base
+from icmlora.base_models.examples.examples import parse_examples
+from icmlora.base_models.examples.prompts import Prompt
+from icmlora.base_models.finding.lookup import inspect_base
 from icmlora.base_models.modality import BaseModel
-from icmlora.base_models.prompts import Prompt
 from tests.icmlora.base_models.tiny_kinds import KINDS, Kind, texts
 from tests.icmlora.tiny_base import write_tiny_base
 

@@ -13,11 +13,11 @@ import torch
 
 from icmlora import Fleet
 from icmlora.adapter.model import Adapter
-from icmlora.base_models.causal_lm import CausalLM
-from icmlora.base_models.examples import plain
-from icmlora.base_models.lookup import inspect_base
+from icmlora.base_models.examples.examples import plain
+from icmlora.base_models.finding.lookup import inspect_base
+from icmlora.base_models.kinds.causal_lm import CausalLM
 from icmlora.base_models.modality import BaseModel
-from icmlora.formats.folder import load_adapter
+from icmlora.formats.discovery.folder import load_adapter
 from icmlora.generator.codec import Codec
 from icmlora.generator.config import config_for
 from icmlora.generator.cvae import CVAE

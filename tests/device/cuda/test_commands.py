@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from icmlora import Fleet
 from icmlora.adapter.metrics import squared_error
-from icmlora.formats.folder import load_adapter
+from icmlora.formats.discovery.folder import load_adapter
 from icmlora.task_vectors.file import arrays_from_bytes
 from registry.store import Store
 from tests.cli.coded import codes, tasks_of

@@ -10,10 +10,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from icmlora import Fleet, attach
-from icmlora.base_models.attach import adapted
-from icmlora.base_models.causal_lm import CausalLM
-from icmlora.base_models.lookup import inspect_base
-from icmlora.fleet.loading import read_runnable
+from icmlora.base_models.finding.lookup import inspect_base
+from icmlora.base_models.kinds.causal_lm import CausalLM
+from icmlora.base_models.running.attach import adapted
+from icmlora.fleet.resources.loading import read_runnable
 from registry.store import Store
 from tests.device.counts import counting
 from tests.icmlora.fleet.stores import TASKS, equal

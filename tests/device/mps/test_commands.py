@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from icmlora.formats.folder import load_adapter
+from icmlora.formats.discovery.folder import load_adapter
 from tests.cli.coded import codes, tasks_of
 from tests.cli.conftest import Ran
 from tests.cli.fleet import write_texts

@@ -10,9 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from icmlora.adapter.blocks import grouping
 from icmlora.adapter.metrics import errors_by_group, squared_error
 from icmlora.adapter.model import Adapter, LoraModule
+from icmlora.adapter.module_groups import grouping
 from icmlora.adapter.resize import Slots
 from tests.icmlora.small_fleet import make_adapter
 

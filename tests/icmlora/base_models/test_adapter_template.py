@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from icmlora.base_models.adapter_template import TemplateLimits, render_in_child, template_of
-from icmlora.base_models.chat_template import ChatTemplate
-from icmlora.base_models.chats import Chat, chat_of
+from icmlora.base_models.examples.adapter_template import TemplateLimits, render_in_child, template_of
+from icmlora.base_models.examples.chat_template import ChatTemplate
+from icmlora.base_models.examples.chats import Chat, chat_of
 from icmlora.errors import DataError
 from tests.icmlora.base_models.chat_templates import GEMMA, MARKED, MISTRAL, QWEN, chat_tokenizer
 

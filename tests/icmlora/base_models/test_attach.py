@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from icmlora.base_models.attach import adapted
 from icmlora.base_models.modality import BaseModel
+from icmlora.base_models.running.attach import adapted
 from icmlora.errors import BaseModelMismatch
 from tests.icmlora.tiny_base import load_tiny_base, write_tiny_adapter
 

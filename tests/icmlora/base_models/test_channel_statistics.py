@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from icmlora.base_models.channel_statistics import channel_statistics
-from icmlora.base_models.examples import plain
+from icmlora.base_models.examples.examples import plain
 from icmlora.base_models.modality import BaseModel
+from icmlora.base_models.running.channel_statistics import channel_statistics
 from tests.icmlora.tiny_base import load_tiny_base
 
 MODULES = [f"model.layers.{layer}.self_attn.{kind}" for layer in (0, 1) for kind in ("q_proj", "o_proj")]

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from icmlora.base_models.chat_template import CHATML, MAX_TEMPLATE, ChatTemplate, Rendered, scored_tokens
-from icmlora.base_models.chats import Chat, chat_of
-from icmlora.base_models.likelihood import tokenized
+from icmlora.base_models.examples.chat_template import CHATML, MAX_TEMPLATE, ChatTemplate, Rendered, scored_tokens
+from icmlora.base_models.examples.chats import Chat, chat_of
+from icmlora.base_models.kinds.likelihood import tokenized
 from icmlora.errors import DataError
 from tests.icmlora.base_models.chat_templates import ALL, DATED, GEMMA, LLAMA_3, MISTRAL, QWEN, TOOLS, chat_tokenizer
 

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from icmlora.base_models.chats import Chat, chat_of
-from icmlora.base_models.examples import Example, text_example
+from icmlora.base_models.examples.chats import Chat, chat_of
+from icmlora.base_models.examples.examples import Example, text_example
 from icmlora.errors import DataError
 
 USER, ASSISTANT = {"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}

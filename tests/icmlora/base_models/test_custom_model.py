@@ -11,12 +11,12 @@ import torch
 
 from icmlora.adapter.model import Adapter, LoraModule
 from icmlora.base_models.catalogue import modality_of
-from icmlora.base_models.channel_statistics import channel_statistics
-from icmlora.base_models.examples import parse_examples
-from icmlora.base_models.factors import added, factors_of
-from icmlora.base_models.fingerprint import fingerprint_base, is_same_model
-from icmlora.base_models.lookup import inspect_base
+from icmlora.base_models.examples.examples import parse_examples
+from icmlora.base_models.finding.fingerprint import fingerprint_base, is_same_model
+from icmlora.base_models.finding.lookup import inspect_base
 from icmlora.base_models.modality import BaseModel
+from icmlora.base_models.running.channel_statistics import channel_statistics
+from icmlora.base_models.running.lora_hooks import added, factors_of
 from icmlora.errors import BaseModelMismatch, BaseModelNotFound, BaseModelUnsuited, DataError
 from icmlora.fewshot.finetune import FinetuneConfig, finetune
 from tests.icmlora.base_models.toy_modality import HIDDEN, INPUTS, points, write_classifier

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from icmlora.base_models.examples import EvaluationData, Example, parse_examples
+from icmlora.base_models.examples.examples import EvaluationData, Example, parse_examples
 from icmlora.errors import DataError
 
 TEXTS = st.text(alphabet=st.characters(exclude_categories=["Cs"]), max_size=40)
@@ -106,13 +106,13 @@ def test_a_file_without_examples_is_refused() -> None:
 
 
 def test_too_many_examples_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("icmlora.base_models.examples.MAX_EXAMPLES", 2)
+    monkeypatch.setattr("icmlora.base_models.examples.examples.MAX_EXAMPLES", 2)
     with pytest.raises(DataError, match="more than 2 examples"):
         parse_examples(b'{"text": "a"}\n' * 3)
 
 
 def test_too_many_bytes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("icmlora.base_models.examples.MAX_BYTES", 4)
+    monkeypatch.setattr("icmlora.base_models.examples.examples.MAX_BYTES", 4)
     with pytest.raises(DataError, match="more than 4 bytes"):
         parse_examples(b'{"text": "a"}')
 

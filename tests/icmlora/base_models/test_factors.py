@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from icmlora.adapter.model import Adapter, LoraModule
-from icmlora.base_models.factors import added, added_by_rows, factors_of
+from icmlora.base_models.running.lora_hooks import added, added_by_rows, factors_of
 from icmlora.errors import BaseModelUnsuited
 
 X = torch.arange(6.0).reshape(2, 3)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from icmlora.base_models.fingerprint import fingerprint_base, is_same_model
-from icmlora.base_models.lookup import FoundBase, inspect_base
+from icmlora.base_models.finding.fingerprint import fingerprint_base, is_same_model
+from icmlora.base_models.finding.lookup import FoundBase, inspect_base
 
 CONFIG: dict[str, object] = {
     "model_type": "llama",

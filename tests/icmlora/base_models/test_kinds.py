@@ -22,9 +22,9 @@ from transformers import (
 )
 
 from icmlora.base_models.catalogue import modality_of
-from icmlora.base_models.causal_lm import CausalLM
-from icmlora.base_models.examples import plain
-from icmlora.base_models.lookup import FoundBase, inspect_base
+from icmlora.base_models.examples.examples import plain
+from icmlora.base_models.finding.lookup import FoundBase, inspect_base
+from icmlora.base_models.kinds.causal_lm import CausalLM
 from icmlora.base_models.modality import BaseModel
 from icmlora.errors import BaseModelUnsuited
 from icmlora.task_vectors.extraction import extract_context

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from icmlora.base_models.labels import full_label, typed_label
+from icmlora.base_models.finding.labels import full_label, typed_label
 from registry.names import split_label
 
 

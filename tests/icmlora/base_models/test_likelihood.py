@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional
 
-from icmlora.base_models.attach import adapted
-from icmlora.base_models.examples import Example
-from icmlora.base_models.likelihood import NllResult, nll
+from icmlora.base_models.examples.examples import Example
+from icmlora.base_models.kinds.likelihood import NllResult, nll
 from icmlora.base_models.modality import BaseModel, retained_gain
+from icmlora.base_models.running.attach import adapted
 from icmlora.errors import DataError
 from tests.icmlora.tiny_base import load_tiny_base, write_tiny_adapter
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from icmlora.base_models.causal_lm import CausalLM
-from icmlora.base_models.fingerprint import fingerprint_base
-from icmlora.base_models.lookup import inspect_base
-from icmlora.base_models.modules import check_fits
+from icmlora.base_models.finding.fingerprint import fingerprint_base
+from icmlora.base_models.finding.lookup import inspect_base
+from icmlora.base_models.kinds.causal_lm import CausalLM
+from icmlora.base_models.running.modules import check_fits
 from icmlora.errors import BaseModelMismatch, BaseModelNotFound
 from tests.icmlora.tiny_base import LABEL, load_tiny_base, tiny_model, write_tiny_base
 

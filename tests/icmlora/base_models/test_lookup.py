@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from icmlora.base_models.lookup import find_base_model, inspect_base
+from icmlora.base_models.finding.lookup import find_base_model, inspect_base
 from icmlora.errors import BaseModelNotFound
 
 LABEL = "maker/model"

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from icmlora.base_models import media
-from icmlora.base_models.media import Media, open_image
+from icmlora.base_models.examples import media
+from icmlora.base_models.examples.media import Media, open_image
 from icmlora.errors import DataError
 
 

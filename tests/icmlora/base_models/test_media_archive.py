@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from icmlora.base_models.examples import parse_examples
-from icmlora.base_models.image_classification import ImageClassification
-from icmlora.base_models.media_archive import has_media, read_examples
+from icmlora.base_models.examples.examples import parse_examples
+from icmlora.base_models.examples.media_archive import has_media, read_examples
+from icmlora.base_models.kinds.image_classification import ImageClassification
 from tests.icmlora.base_models.tiny_kinds import image_file
 
 

@@ -13,14 +13,14 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import GPT2Config, GPT2ForSequenceClassification, WhisperFeatureExtractor, WhisperProcessor
 
-from icmlora.base_models.attach import adapted
 from icmlora.base_models.catalogue import modality_of
-from icmlora.base_models.examples import examples_for
-from icmlora.base_models.lookup import inspect_base
-from icmlora.base_models.media_archive import pack_rows
+from icmlora.base_models.examples.examples import examples_for
+from icmlora.base_models.examples.media_archive import pack_rows
+from icmlora.base_models.finding.lookup import inspect_base
 from icmlora.base_models.modality import BaseModel
+from icmlora.base_models.running.attach import adapted
 from icmlora.errors import BaseModelUnsuited, DataError
-from icmlora.formats.peft import CONFIG_NAME, PEFT, WEIGHTS_NAME
+from icmlora.formats.peft.peft import CONFIG_NAME, PEFT, WEIGHTS_NAME
 from tests.cli.test_kinds_of_base_models import randomise
 from tests.icmlora.base_models.media_kinds import MEDIA_KINDS, write_moonshine
 from tests.icmlora.base_models.tiny_kinds import (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from icmlora.base_models.mirrors import original_of
+from icmlora.base_models.finding.mirrors import original_of
 
 LLAMA = "meta-llama/Meta-Llama-3-8B-Instruct"
 

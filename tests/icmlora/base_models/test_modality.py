@@ -19,28 +19,28 @@ import torch
 from icmlora.adapter.layout import target_modules
 from icmlora.adapter.model import Adapter, LoraModule
 from icmlora.base_models import catalogue
-from icmlora.base_models.attach import adapted
 from icmlora.base_models.catalogue import check_examples, modality_of
-from icmlora.base_models.causal_lm import CausalLM
-from icmlora.base_models.channel_statistics import channel_statistics
-from icmlora.base_models.examples import parse_examples
-from icmlora.base_models.factors import added
-from icmlora.base_models.image_classification import ImageClassification
-from icmlora.base_models.image_text import ImageTextToText
-from icmlora.base_models.lookup import inspect_base
-from icmlora.base_models.masked_lm import MaskedLM
-from icmlora.base_models.media_archive import is_archive, open_archive, pack_rows
+from icmlora.base_models.examples.examples import parse_examples
+from icmlora.base_models.examples.media_archive import is_archive, open_archive, pack_rows
+from icmlora.base_models.examples.prompts import Prompt
+from icmlora.base_models.finding.lookup import inspect_base
+from icmlora.base_models.kinds.causal_lm import CausalLM
+from icmlora.base_models.kinds.image_classification import ImageClassification
+from icmlora.base_models.kinds.image_text import ImageTextToText
+from icmlora.base_models.kinds.masked_lm import MaskedLM
+from icmlora.base_models.kinds.object_detection import ObjectDetection
+from icmlora.base_models.kinds.seq2seq_lm import Seq2SeqLM
+from icmlora.base_models.kinds.speech import Speech
+from icmlora.base_models.kinds.text_classification import TextClassification
 from icmlora.base_models.modality import BaseModel, Modality, retained_gain
-from icmlora.base_models.modules import check_fits, linear_shape
-from icmlora.base_models.object_detection import ObjectDetection
-from icmlora.base_models.prompts import Prompt
-from icmlora.base_models.seq2seq_lm import Seq2SeqLM
-from icmlora.base_models.speech import Speech
-from icmlora.base_models.text_classification import TextClassification
+from icmlora.base_models.running.attach import adapted
+from icmlora.base_models.running.channel_statistics import channel_statistics
+from icmlora.base_models.running.lora_hooks import added
+from icmlora.base_models.running.modules import check_fits, linear_shape
 from icmlora.errors import DataError
 from icmlora.fewshot.evidence import gather_evidence
 from icmlora.fewshot.finetune import FinetuneConfig, finetune
-from icmlora.formats.folder import save_adapter
+from icmlora.formats.discovery.folder import save_adapter
 from icmlora.task_vectors.extraction import extract_adapted, extract_context
 from icmlora.training.teacher import Teacher
 from tests.icmlora.base_models.tiny_kinds import KINDS

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from icmlora.base_models.likelihood import padded
+from icmlora.base_models.kinds.likelihood import padded
 
 
 def test_short_rows_are_padded_on_the_right_and_masked() -> None:

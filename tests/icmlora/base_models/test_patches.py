@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import nn
 
-from icmlora.base_models.channel_statistics import channel_statistics
-from icmlora.base_models.custom_model import CustomModality, CustomModel
-from icmlora.base_models.factors import added
+from icmlora.base_models.kinds.custom_model import CustomModality, CustomModel
 from icmlora.base_models.modality import BaseModel, Metric
-from icmlora.base_models.modules import matrix_shape, not_matrix
-from icmlora.base_models.patches import input_rows, low_rank, output_rows
+from icmlora.base_models.running.channel_statistics import channel_statistics
+from icmlora.base_models.running.conv_as_linear import input_rows, low_rank, output_rows
+from icmlora.base_models.running.lora_hooks import added
+from icmlora.base_models.running.modules import matrix_shape, not_matrix
 from icmlora.fewshot.evidence import gather_evidence
 
 PLAIN = [

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from icmlora.base_models.catalogue import modality_of
-from icmlora.base_models.lookup import PIPELINE, FoundBase, find_base_model, inspect_base
-from icmlora.base_models.pipeline import Drawing, Pipeline, Pixels, rmse
+from icmlora.base_models.finding.lookup import PIPELINE, FoundBase, find_base_model, inspect_base
+from icmlora.base_models.running.pipeline import Drawing, Pipeline, Pixels, rmse
 from icmlora.errors import BaseModelNotFound, BaseModelUnsuited, DataError
 from tests.icmlora.formats.image_files import kohya_file, lycoris_file
 from tests.icmlora.formats.tiny_pipelines import PROMPT, image, tiny_sd15

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from icmlora.base_models import load as loading
-from icmlora.base_models.channel_statistics import channel_statistics
-from icmlora.base_models.factors import added
-from icmlora.base_models.lookup import FoundBase, inspect_base
+from icmlora.base_models.finding.lookup import FoundBase, inspect_base
 from icmlora.base_models.modality import BaseModel
 from icmlora.base_models.placement import placement
+from icmlora.base_models.running.channel_statistics import channel_statistics
+from icmlora.base_models.running.lora_hooks import added
 from icmlora.errors import BaseModelNotFound
 from icmlora.fewshot.evidence import recomputing
 from icmlora.io.text import human_size

@@ -12,10 +12,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from icmlora.base_models.chat_template import Rendered
-from icmlora.base_models.examples import Example, plain
+from icmlora.base_models.examples.chat_template import Rendered
+from icmlora.base_models.examples.examples import Example, plain
+from icmlora.base_models.examples.prompts import MAX_PROMPTS, Prompt, given_prompts, prompts_of, read_prompts
 from icmlora.base_models.modality import BaseModel
-from icmlora.base_models.prompts import MAX_PROMPTS, Prompt, given_prompts, prompts_of, read_prompts
 from icmlora.errors import DataError
 from tests.icmlora.tiny_base import load_tiny_base
 

@@ -15,15 +15,15 @@ import torch
 from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessor
 
 from icmlora.adapter.model import Adapter, LoraModule
-from icmlora.base_models.attach import adapted
 from icmlora.base_models.catalogue import modality_of
-from icmlora.base_models.channel_statistics import channel_statistics
-from icmlora.base_models.examples import parse_examples
-from icmlora.base_models.factors import Factors, added
-from icmlora.base_models.lookup import FoundBase, inspect_base
+from icmlora.base_models.examples.examples import parse_examples
+from icmlora.base_models.finding.lookup import FoundBase, inspect_base
 from icmlora.base_models.modality import BaseModel
-from icmlora.base_models.modules import linear_shape
 from icmlora.base_models.quantised import check_load_in, stored_bytes
+from icmlora.base_models.running.attach import adapted
+from icmlora.base_models.running.channel_statistics import channel_statistics
+from icmlora.base_models.running.lora_hooks import Factors, added
+from icmlora.base_models.running.modules import linear_shape
 from icmlora.errors import BaseModelMismatch, BaseModelNotFound, BaseModelUnsuited, DataError
 from icmlora.formats.format import RunnableAdapter
 from registry.names import LoadIn
@@ -152,9 +152,9 @@ def test_loading_prints_nothing(load_in: LoadIn, tmp_path: Path) -> None:
     script = f"""
 import torch
 from dataclasses import replace
-import icmlora.base_models.attach
-from icmlora.base_models.causal_lm import CausalLM
-from icmlora.base_models.lookup import inspect_base
+import icmlora.base_models.running.attach
+from icmlora.base_models.kinds.causal_lm import CausalLM
+from icmlora.base_models.finding.lookup import inspect_base
 from pathlib import Path
 base = CausalLM().load(replace(inspect_base("a", Path({str(folder)!r})), load_in={load_in!r}))
 base.modality.measure(base, base.modality.probes, 64)

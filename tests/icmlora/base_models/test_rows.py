@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from icmlora.base_models import rows
-from icmlora.base_models.examples import Example, parse_examples
-from icmlora.base_models.rows import BadRow, read_rows
+from icmlora.base_models.examples import rows
+from icmlora.base_models.examples.examples import Example, parse_examples
+from icmlora.base_models.examples.rows import BadRow, read_rows
 from icmlora.errors import DataError
 
 ROWS = st.lists(st.dictionaries(st.text(max_size=5), st.integers() | st.text(max_size=30) | st.none()), max_size=6)

@@ -28,13 +28,13 @@ from transformers import (
 )
 
 from icmlora.adapter.model import Adapter, LoraModule
-from icmlora.base_models.attach import adapted
-from icmlora.base_models.causal_lm import CausalLM
+from icmlora.base_models.kinds.causal_lm import CausalLM
 from icmlora.base_models.modality import BaseModel
-from icmlora.base_models.modules import places_of
+from icmlora.base_models.running.attach import adapted
+from icmlora.base_models.running.modules import places_of
 from icmlora.errors import AdapterRefused, BaseModelMismatch
 from icmlora.formats.format import RunnableAdapter
-from icmlora.formats.peft import PEFT
+from icmlora.formats.peft.peft import PEFT
 
 IDS = torch.arange(1, 20)[None]
 QV = {"target_modules": ["q_proj", "v_proj"]}

@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from icmlora.base_models.lookup import inspect_base
-from icmlora.base_models.tensors import BaseTensors
+from icmlora.base_models.finding.lookup import inspect_base
+from icmlora.base_models.finding.tensors import BaseTensors
 from icmlora.errors import BaseModelNotFound
 
 EMBEDDING, HEAD, QUERY = "model.embed_tokens.weight", "lm_head.weight", "model.layers.{}.q_proj.weight"

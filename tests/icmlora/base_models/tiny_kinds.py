@@ -42,7 +42,7 @@ from transformers import (
     YolosImageProcessor,
 )
 
-from icmlora.base_models.media_archive import pack_rows
+from icmlora.base_models.examples.media_archive import pack_rows
 
 SPECIAL = ("<pad>", "<s>", "</s>", "<mask>", "<image>")
 CLASSES = {0: "red", 1: "green", 2: "blue"}

@@ -16,12 +16,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from icmlora.base_models.chat_template import Templates
-from icmlora.base_models.examples import Examples
-from icmlora.base_models.fingerprint import fingerprint_base
-from icmlora.base_models.lookup import FoundBase, read_config
+from icmlora.base_models.examples.chat_template import Templates
+from icmlora.base_models.examples.examples import Examples
+from icmlora.base_models.examples.prompts import Prompt
+from icmlora.base_models.finding.fingerprint import fingerprint_base
+from icmlora.base_models.finding.lookup import FoundBase, read_config
 from icmlora.base_models.modality import BaseModel, Metric
-from icmlora.base_models.prompts import Prompt
 from icmlora.errors import DataError
 
 INPUTS, HIDDEN, CLASSES = 8, 16, 3

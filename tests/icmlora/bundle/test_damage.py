@@ -24,8 +24,8 @@ from icmlora.bundle.index import (
     index_to_json,
 )
 from icmlora.errors import BundleError, DataError, IcmLoraError
-from icmlora.fleet.bundles import Bundle
-from icmlora.fleet.materialize import TooLossy
+from icmlora.fleet.bundles.bundles import Bundle
+from icmlora.fleet.write.materialize import TooLossy
 from tests.icmlora import bundles
 from tests.icmlora.small_fleet import BASE, codec, make_adapter, same, trained_file
 

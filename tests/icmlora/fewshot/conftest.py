@@ -2,7 +2,7 @@
 
 import pytest
 
-from icmlora.base_models.likelihood import Scored
+from icmlora.base_models.kinds.likelihood import Scored
 from icmlora.base_models.modality import BaseModel
 from tests.icmlora.fewshot.trained_tasks import scored, texts_of
 from tests.icmlora.tiny_base import load_tiny_base

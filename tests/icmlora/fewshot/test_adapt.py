@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from icmlora.base_models.likelihood import Scored
+from icmlora.base_models.kinds.likelihood import Scored
 from icmlora.base_models.modality import BaseModel
 from icmlora.fewshot.adapt import adapt, supports
 from icmlora.fewshot.start import FewShotStart, untrained_fewshot_start

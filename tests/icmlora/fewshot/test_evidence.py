@@ -10,9 +10,9 @@ import torch
 from torch.nn import functional
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from icmlora.base_models.factors import factors_of
-from icmlora.base_models.likelihood import Scored
+from icmlora.base_models.kinds.likelihood import Scored
 from icmlora.base_models.modality import BaseModel
+from icmlora.base_models.running.lora_hooks import factors_of
 from icmlora.fewshot.evidence import Evidence, ModuleEvidence, gather_evidence
 from tests.icmlora.fewshot.trained_tasks import NAMES, is_untouched, random_adapter, scored, weights_of
 from tests.icmlora.small_fleet import dense
@@ -137,7 +137,7 @@ def test_the_base_model_is_left_as_it_was_where_gathering_fails(
         raise RuntimeError
 
     before = weights_of(base)
-    monkeypatch.setattr("icmlora.base_models.likelihood.item_loss", fail)
+    monkeypatch.setattr("icmlora.base_models.kinds.likelihood.item_loss", fail)
     with pytest.raises(RuntimeError):
         gather_evidence(base, factors_of(random_adapter(1)), NAMES, scored(base, TEXTS))
     assert is_untouched(base, before)

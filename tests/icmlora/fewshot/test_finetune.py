@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from icmlora.adapter.model import Adapter
-from icmlora.base_models.likelihood import Scored
+from icmlora.base_models.kinds.likelihood import Scored
 from icmlora.base_models.modality import BaseModel
 from icmlora.fewshot.finetune import FinetuneConfig, finetune
 from tests.icmlora.fewshot.trained_tasks import (

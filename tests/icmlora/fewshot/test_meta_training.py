@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from icmlora.adapter.arithmetic import times, with_modules
-from icmlora.base_models.likelihood import Scored
+from icmlora.base_models.kinds.likelihood import Scored
 from icmlora.base_models.modality import BaseModel
 from icmlora.errors import GeneratorError
 from icmlora.fewshot import meta_training

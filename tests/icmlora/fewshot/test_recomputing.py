@@ -10,9 +10,9 @@ import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from icmlora.base_models import likelihood
-from icmlora.base_models.factors import factors_of
+from icmlora.base_models.kinds import likelihood
 from icmlora.base_models.modality import BaseModel
+from icmlora.base_models.running.lora_hooks import factors_of
 from icmlora.fewshot import evidence as module
 from icmlora.fewshot.evidence import Evidence, gather_evidence, mean_loss, recomputing
 from icmlora.fewshot.finetune import FinetuneConfig, finetune

@@ -7,8 +7,8 @@ import torch
 
 from icmlora.adapter.arithmetic import with_modules
 from icmlora.adapter.model import LoraModule
-from icmlora.base_models.factors import factors_of
 from icmlora.base_models.modality import BaseModel
+from icmlora.base_models.running.lora_hooks import factors_of
 from icmlora.fewshot.evidence import Evidence, ModuleEvidence, gather_evidence
 from icmlora.fewshot.step import strongest, unit_steps
 from tests.icmlora.fewshot.trained_tasks import NAMES, random_adapter, scored

@@ -9,9 +9,9 @@ import torch
 
 from icmlora.adapter.layout import target_modules
 from icmlora.adapter.model import Adapter, LoraModule
-from icmlora.base_models.factors import factors_of
-from icmlora.base_models.likelihood import Scored
+from icmlora.base_models.kinds.likelihood import Scored
 from icmlora.base_models.modality import BaseModel
+from icmlora.base_models.running.lora_hooks import factors_of
 from icmlora.fewshot.evidence import gather_evidence
 from icmlora.fewshot.finetune import FinetuneConfig, finetune
 from tests.icmlora.tiny_base import HIDDEN, LABEL

@@ -6,7 +6,7 @@ import os
 import signal
 from collections.abc import Callable
 
-from icmlora.fleet.encode import Encoder, MadeCode, MadeResidual, TaskEncoded
+from icmlora.fleet.encode.encode import Encoder, MadeCode, MadeResidual, TaskEncoded
 from registry.records import TaskRecord
 
 Tell = Callable[[str], None]

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from icmlora import AdapterRefused, BaseModelConflict, BaseModelNotFound, Event, Fleet
-from icmlora.fleet.base_joins import BaseJoined
-from icmlora.fleet.ingest import IngestReport
+from icmlora.fleet.bases.joins import BaseJoined
+from icmlora.fleet.ingest.ingest import IngestReport
 from tests.icmlora.tiny_base import LABEL, write_tiny_adapter, write_tiny_base
 
 LLAMA, MIRROR = "meta-llama/Meta-Llama-3-8B-Instruct", "unsloth/llama-3-8b-Instruct-bnb-4bit"

@@ -19,7 +19,7 @@ from icmlora import (
     UnsafeInput,
     load_adapter,
 )
-from icmlora.fleet.materialize import TooLossy
+from icmlora.fleet.write.materialize import TooLossy
 from registry.errors import GeneratorConflict
 from tests.cli.tiny_fleet import write_lora
 from tests.icmlora.fleet.stores import TASKS, blob_of, code_blobs, damage, equal, files_of, is_sound, stop_after

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from icmlora import AdapterRefused, BaseModelNotFound, Cancelled, DataError, Event, OutputExists, convert, load_adapter
 from icmlora.adapter.metrics import squared_error
 from icmlora.fleet.context import Progress
-from icmlora.fleet.convert import AdapterConverted, ConvertReport
+from icmlora.fleet.convert.convert import AdapterConverted, ConvertReport
 from icmlora.formats import catalogue
 from tests.cli.tiny_fleet import write_lora
 from tests.icmlora.fleet.kept_tasks import write_loha

@@ -22,7 +22,7 @@ from icmlora import (
     load_adapter,
 )
 from icmlora.errors import BaseModelUnsuited
-from icmlora.fleet.materialize import Source
+from icmlora.fleet.write.materialize import Source
 from tests.cli.tiny_fleet import write_lora
 from tests.icmlora.base_models.test_gguf import write_tiny_gguf
 from tests.icmlora.fleet.kept_tasks import head, write_loha

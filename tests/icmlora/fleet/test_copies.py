@@ -13,13 +13,13 @@ import torch
 from safetensors.torch import load_file
 
 from icmlora import BundleError, DataError, Event, Fleet, UnsafeInput
-from icmlora.fleet import copies
-from icmlora.fleet.eviction_report import TaskEvicted
+from icmlora.fleet.evict import copies
+from icmlora.fleet.evict.types import TaskEvicted
 from icmlora.io.files import HashedFile
 from registry.errors import StoreLocked
-from registry.eviction import Originals
 from registry.records import Eviction
 from registry.store import Store
+from registry.tables.eviction import Originals
 from tests.cli.tiny_fleet import write_lora
 from tests.icmlora.fleet.stores import blob_of, copy_of, damage, is_sound
 

@@ -8,7 +8,7 @@ import pytest
 
 from icmlora import Cancelled, DataError, Fleet, Progress, StoreLocked, TaskNotFound
 from icmlora.fleet.context import Event
-from icmlora.fleet.encode import EncodeReport, TaskEncoded
+from icmlora.fleet.encode.encode import EncodeReport, TaskEncoded
 from tests.icmlora.fleet.stores import TASKS, blob_of, code_blobs, files_of, is_sound, stop_after
 from tests.icmlora.tiny_base import LABEL
 

@@ -9,7 +9,7 @@ import pytest
 
 from icmlora import BaseModelNotFound, Cancelled, DataError, Fleet, TaskNotFound
 from icmlora.errors import UnknownBaseline
-from icmlora.fleet.evaluate import EvaluateReport, Measurable, TaskEvaluated
+from icmlora.fleet.measure.evaluate import EvaluateReport, Measurable, TaskEvaluated
 from tests.icmlora.fleet.stores import files_of, is_sound, stop_after
 from tests.icmlora.tiny_base import LABEL
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from icmlora import Cancelled, DataError, Event, Fleet, TaskNotFound
-from icmlora.fleet.encode import TaskEncoded
-from icmlora.fleet.eviction_report import EvictReport, TaskEvicted
+from icmlora.fleet.encode.encode import TaskEncoded
+from icmlora.fleet.evict.types import EvictReport, TaskEvicted
 from tests.icmlora.fleet.stores import (
     TASKS,
     blob_of,

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from icmlora import Cancelled, Event, Fleet, Progress
-from icmlora.fleet.encode import TaskEncoded
+from icmlora.fleet.encode.encode import TaskEncoded
 from tests.icmlora.fleet.stores import code_blobs, files_of, is_sound
 from tests.icmlora.tiny_base import LABEL
 

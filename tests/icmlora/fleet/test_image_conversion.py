@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from icmlora import AdapterRefused, Bundle, Fleet, convert
-from icmlora.fleet.convert import AdapterConverted
+from icmlora.fleet.convert.convert import AdapterConverted
 from tests.icmlora.formats.image_deltas import dw_by_diffusers, dw_of
 from tests.icmlora.formats.image_files import (
     comfyui_file,

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from icmlora import AdapterRefused, Cancelled, Event, Fleet, Progress, TaskConflict, UnsafeInput, load_adapter
-from icmlora.fleet.ingest import IngestReport, InputProblem, TaskIngested
+from icmlora.fleet.ingest.ingest import IngestReport, InputProblem, TaskIngested
 from tests.cli.fleet import write_texts
 from tests.cli.tiny_fleet import write_lora
 from tests.icmlora.fleet.stores import TASKS, blob_of, equal, files_of, is_sound, size_of, stop_after

@@ -11,7 +11,7 @@ import torch
 
 from icmlora import AdapterRefused, Bundle, Fleet, load_adapter
 from icmlora.adapter.metrics import squared_error
-from icmlora.formats.peft_initial import convert
+from icmlora.formats.peft.initial import convert
 from registry.records import AdapterRecord
 from tests.cli.tiny_fleet import write_lora
 from tests.icmlora.fleet.stores import copy_of, files_of, has_blob, is_sound

@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from icmlora import AdapterRefused, BaseModelMismatch, Bundle, DataError, Fleet, load_adapter
 from icmlora.adapter.metrics import squared_error
-from icmlora.formats.gguf import GgufFormat
-from icmlora.formats.mlx import MlxFormat
+from icmlora.formats.pairs.gguf import GgufFormat
+from icmlora.formats.pairs.mlx import MlxFormat
 from tests.cli.tiny_fleet import write_lora
 from tests.icmlora.fleet.stores import files_of
 from tests.icmlora.formats.llama_files import gguf_file

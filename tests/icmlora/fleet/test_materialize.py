@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from icmlora import Adapter, DamagedStore, DataError, Fleet, OutputExists, StoreNotFound, TaskNotFound, load_adapter
-from icmlora.fleet.materialize import Source, TooLossy
+from icmlora.fleet.write.materialize import Source, TooLossy
 from tests.icmlora.fleet.stores import blob_of, code_blobs, damage, equal, files_of
 
 WEIGHTS = "adapter_model.safetensors"

@@ -15,7 +15,7 @@ import torch
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from icmlora import Fleet
-from icmlora.base_models.attach import adapted  # noqa: F401  # before the forward pass below is replaced
+from icmlora.base_models.running.attach import adapted  # noqa: F401  # before the forward pass below is replaced
 from icmlora.errors import BaseModelNotFound, OutOfMemory
 from icmlora.fleet.failures import as_error
 from icmlora.io.memory import ran_out

@@ -16,9 +16,9 @@ import torch
 from safetensors.torch import load_file
 
 from icmlora import DataError, Fleet
-from icmlora.fleet import evict, placeholders
-from icmlora.fleet.placeholders import FolderReplaced
-from icmlora.formats.placeholder import PLACEHOLDER_NAME, read_placeholder
+from icmlora.fleet.evict import evict, placeholders
+from icmlora.fleet.evict.placeholders import FolderReplaced
+from icmlora.formats.discovery.placeholder import PLACEHOLDER_NAME, read_placeholder
 from tests.cli.tiny_fleet import write_lora
 from tests.icmlora.fleet.stores import TASKS, blob_of, code_blobs, damage, files_of, is_sound
 

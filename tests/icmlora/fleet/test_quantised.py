@@ -11,9 +11,9 @@ import torch
 from icmlora import DataError, Fleet
 from icmlora.bundle.file import open_bundle
 from icmlora.errors import BaseModelUnsuited
-from icmlora.fleet.loading import Models
-from icmlora.fleet.recognize import RecognizeRequest, recognize_in_bundle
-from icmlora.fleet.stored_vectors import comparable_vectors
+from icmlora.fleet.resources.loading import Models
+from icmlora.fleet.resources.stored_vectors import comparable_vectors
+from icmlora.fleet.vectors.recognize import RecognizeRequest, recognize_in_bundle
 from registry.store import Store
 from tests.cli.tiny_fleet import SUBJECTS, write_subject
 from tests.icmlora.fleet.stores import copy_of, files_of

@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file
 
 from icmlora import Cancelled, DataError, Fleet, IcmError, OutputExists, StoreNotFound, load_adapter
-from icmlora.fleet.restore import AdapterRestored, RestoreReport
+from icmlora.fleet.evict.restore import AdapterRestored, RestoreReport
 from icmlora.formats import catalogue
-from icmlora.formats.peft import PEFT
-from icmlora.formats.placeholder import PLACEHOLDER_NAME, placeholder_to_json, read_placeholder
+from icmlora.formats.discovery.placeholder import PLACEHOLDER_NAME, placeholder_to_json, read_placeholder
+from icmlora.formats.peft.peft import PEFT
 from icmlora.generator.decoder import Decoder
 from tests.cli.tiny_fleet import write_lora
 from tests.icmlora.fleet.stores import blob_of, damage, equal, files_of, stop_after

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from icmlora import BaseModelNotFound, Cancelled, DataError, DeviceUnavailable, Event, Fleet, GeneratorError
-from icmlora.fleet.train import CodeMade, Continued, Resumed, Trained, TrainReport
-from icmlora.fleet.training_run import StepDone
+from icmlora.fleet.train.run import StepDone
+from icmlora.fleet.train.train import CodeMade, Continued, Resumed, Trained, TrainReport
 from tests.cli.tiny_fleet import write_lora
 from tests.icmlora.fleet.stores import TASKS, blob_of, code_blobs, copy_of, files_of, is_sound, stop_after
 from tests.icmlora.tiny_base import LABEL

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from icmlora import Cancelled, DataError, Event, Fleet, Progress
-from icmlora.fleet.train import CodeMade
-from icmlora.fleet.update import Updated, UpdateReport
+from icmlora.fleet.train.train import CodeMade
+from icmlora.fleet.train.update import Updated, UpdateReport
 from tests.cli.tiny_fleet import write_lora
 from tests.icmlora.fleet.stores import TASKS, blob_of, code_blobs, equal, files_of, is_sound, stop_after
 from tests.icmlora.tiny_base import LABEL

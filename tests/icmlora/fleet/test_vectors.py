@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from icmlora import Cancelled, DeviceUnavailable, Fleet, TaskNotFound
-from icmlora.fleet.vectors import VectorReport, VectorsExtracted
+from icmlora.fleet.vectors.vectors import VectorReport, VectorsExtracted
 from tests.cli.tiny_fleet import write_lora
 from tests.icmlora.fleet.stores import files_of, is_sound, stop_after
 from tests.icmlora.tiny_base import LABEL, write_tiny_base

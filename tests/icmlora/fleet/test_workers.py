@@ -13,7 +13,7 @@ import pytest
 from icmlora import Fleet
 from icmlora.errors import InvalidShare, WorkersUnavailable
 from icmlora.fleet.failures import Failed
-from icmlora.fleet.workers import ATTEMPTS, _Pool
+from icmlora.fleet.resources.workers import ATTEMPTS, _Pool
 from registry.records import TaskRecord
 from registry.store import Store
 from tests.icmlora.fleet.stores import TASKS

@@ -13,7 +13,7 @@ import gguf
 import numpy as np
 import torch
 
-from icmlora.formats.gguf_file import GgufValue, encode_values
+from icmlora.formats.pairs.gguf_file import GgufValue, encode_values
 
 Q0 = "blk.0.attn_q"
 DOWN1 = "blk.1.ffn_down"

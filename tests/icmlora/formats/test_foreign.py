@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from icmlora.errors import AdapterRefused, UnsafeInput
-from icmlora.formats.discovery import find_adapters, no_adapter
+from icmlora.formats.discovery.discovery import find_adapters, no_adapter
 from icmlora.formats.weights import read_weights
 from tests.icmlora.adapter_files import config, write_adapter
 from tests.icmlora.formats.single_files import kohya, write

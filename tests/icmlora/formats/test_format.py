@@ -20,11 +20,11 @@ from icmlora.adapter.model import Adapter
 from icmlora.errors import AdapterRefused
 from icmlora.formats import catalogue
 from icmlora.formats.catalogue import format_named
-from icmlora.formats.discovery import FoundAdapter, find_adapters
+from icmlora.formats.discovery.discovery import FoundAdapter, find_adapters
 from icmlora.formats.format import AdapterBytes, AdapterFormat, Template, write_adapter_files
-from icmlora.formats.gguf import GgufFormat
-from icmlora.formats.mlx import MlxFormat
-from icmlora.formats.peft import PeftFormat
+from icmlora.formats.pairs.gguf import GgufFormat
+from icmlora.formats.pairs.mlx import MlxFormat
+from icmlora.formats.peft.peft import PeftFormat
 from icmlora.io.safetensors import RawTensor
 from tests.icmlora.adapter_files import BASE, Q0, V0, adapter
 from tests.icmlora.formats.llama_files import gguf_details

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from icmlora.errors import AdapterRefused
-from icmlora.formats.discovery import Discovery, find_adapters
-from icmlora.formats.folder import load_adapter, save_adapter
-from icmlora.formats.task_names import best_step, step_of, telling_folder
+from icmlora.formats.discovery.discovery import Discovery, find_adapters
+from icmlora.formats.discovery.folder import load_adapter, save_adapter
+from icmlora.formats.discovery.task_names import best_step, step_of, telling_folder
 from registry.names import task_name_problem
 from tests.icmlora.adapter_files import adapter as in_memory
 from tests.icmlora.adapter_files import config, factors, key, write_adapter

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from icmlora.errors import AdapterRefused, UnsafeInput
-from icmlora.formats.gguf_file import GgufValue, encode_gguf_file, encode_values, parse_values, read_gguf
+from icmlora.formats.pairs.gguf_file import GgufValue, encode_gguf_file, encode_values, parse_values, read_gguf
 from icmlora.io.safetensors import RawTensor
 from tests.icmlora.formats.llama_files import gguf_file, random_tensors, text_value
 

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 
 from icmlora.adapter.metrics import squared_error
 from icmlora.errors import AdapterRefused
-from icmlora.formats.discovery import find_adapters
+from icmlora.formats.discovery.discovery import find_adapters
 from icmlora.formats.format import Template
-from icmlora.formats.gguf import GgufFormat, architecture_of
-from icmlora.formats.gguf_file import read_gguf
+from icmlora.formats.pairs.gguf import GgufFormat, architecture_of
+from icmlora.formats.pairs.gguf_file import read_gguf
 from tests.icmlora.formats.llama_files import DOWN1, LABEL, Q0, gguf_file, random_tensors
 from tests.icmlora.formats.test_gguf_lora import facts, read, updates
 

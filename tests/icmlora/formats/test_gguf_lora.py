@@ -22,13 +22,13 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from icmlora.adapter.metrics import squared_error
 from icmlora.adapter.model import Adapter
+from icmlora.base_models.finding.lookup import read_config
 from icmlora.base_models.load import load_gguf
-from icmlora.base_models.lookup import read_config
 from icmlora.errors import AdapterRefused, BaseModelMismatch, BaseModelUnsuited, DataError
 from icmlora.formats.format import RunnableAdapter
-from icmlora.formats.gguf import GgufFormat, architecture_of
-from icmlora.formats.gguf_lora import GgufBase, encode_gguf, with_base_names
-from icmlora.formats.peft import PEFT
+from icmlora.formats.pairs.gguf import GgufFormat, architecture_of
+from icmlora.formats.pairs.gguf_lora import GgufBase, encode_gguf, with_base_names
+from icmlora.formats.peft.peft import PEFT
 from tests.benchmarks.llama_cpp.tiny_models import MODELS, adapted, write_model
 from tests.icmlora import adapter_files as make
 from tests.icmlora.base_models.test_gguf import write_tiny_gguf

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save
 
-from icmlora.formats.identity import plain_config, tensors_digest, tensors_key
+from icmlora.formats.tensor_hash import plain_config, tensors_digest, tensors_key
 from icmlora.io.safetensors import RawTensor, encode, raw_tensors, read_header
 from tests.icmlora.adapter_files import config, factors, tensor_file, weights
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from icmlora.formats.discovery import find_adapters
+from icmlora.formats.discovery.discovery import find_adapters
 from icmlora.formats.format import AdapterFormat, Template
 from tests.icmlora.formats.image_deltas import dw_by_diffusers, dw_of
 from tests.icmlora.formats.image_files import (

@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 from torch import nn
 
 from icmlora import AdapterRefused, convert
-from icmlora.formats.discovery import find_adapters
-from icmlora.formats.image_families import FAMILIES, UNET
-from icmlora.formats.image_models import ImageBase
-from icmlora.formats.image_names import to_diffusers
+from icmlora.formats.discovery.discovery import find_adapters
+from icmlora.formats.images.families import FAMILIES, UNET
+from icmlora.formats.images.models import ImageBase
+from icmlora.formats.images.names import to_diffusers
 from tests.icmlora.formats.single_files import Tensors, linear, values, write
 
 CONVERTIBLE = {family.label: family for family in FAMILIES if family.model is not None}

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from icmlora.errors import AdapterRefused, DataError
-from icmlora.formats.image_names import diffusers_to_kohya, lycoris_to_kohya, to_diffusers
+from icmlora.formats.images.names import diffusers_to_kohya, lycoris_to_kohya, to_diffusers
 
 Tensors = dict[str, torch.Tensor]
 

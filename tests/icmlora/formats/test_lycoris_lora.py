@@ -14,8 +14,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from icmlora import AdapterRefused, convert
-from icmlora.fleet.convert import AdapterConverted
-from icmlora.formats.lycoris_lora import low_rank
+from icmlora.fleet.convert.convert import AdapterConverted
+from icmlora.formats.images.lycoris_lora import low_rank
 from tests.icmlora.formats.image_deltas import dw_by_diffusers
 from tests.icmlora.formats.image_files import lycoris_file
 from tests.icmlora.formats.tiny_pipelines import image, tiny_sd15

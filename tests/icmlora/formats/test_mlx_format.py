@@ -15,9 +15,9 @@ from safetensors.torch import load, save
 
 from icmlora.adapter.metrics import squared_error
 from icmlora.errors import AdapterRefused
-from icmlora.formats.discovery import find_adapters
+from icmlora.formats.discovery.discovery import find_adapters
 from icmlora.formats.format import AdapterBytes, Template
-from icmlora.formats.mlx import MlxFormat
+from icmlora.formats.pairs.mlx import MlxFormat
 
 MLX = MlxFormat()
 Q0, DOWN1 = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"

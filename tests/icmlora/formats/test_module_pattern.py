@@ -11,7 +11,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from icmlora.formats.name_patterns import ModulePattern, NameAutomaton, PatternRefused, parse_pattern
+from icmlora.formats.peft.name_patterns import ModulePattern, NameAutomaton, PatternRefused, parse_pattern
 
 NAMES = st.text(alphabet="ab.0_", min_size=1, max_size=8)
 

@@ -16,9 +16,9 @@ from icmlora.adapter.canonical import canonicalize
 from icmlora.adapter.metrics import squared_error
 from icmlora.adapter.model import Adapter
 from icmlora.errors import AdapterRefused, OutputExists
-from icmlora.formats.folder import load_adapter, save_adapter
+from icmlora.formats.discovery.folder import load_adapter, save_adapter
 from icmlora.formats.format import AdapterBytes, write_adapter_files
-from icmlora.formats.peft import PEFT
+from icmlora.formats.peft.peft import PEFT
 from tests.icmlora.adapter_files import INPUTS, OUTPUTS, Q0, V0, adapter, config, factors, key, weights, write_adapter
 from tests.icmlora.tiny_base import tiny_model
 

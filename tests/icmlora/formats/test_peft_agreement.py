@@ -14,8 +14,8 @@ from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 
 from icmlora.errors import AdapterRefused
-from icmlora.formats.name_patterns import ModulePattern
-from icmlora.formats.peft_config import AdapterConfig
+from icmlora.formats.peft.config import AdapterConfig
+from icmlora.formats.peft.name_patterns import ModulePattern
 from tests.icmlora.adapter_files import BASE, config
 
 MODULES = [

@@ -14,7 +14,7 @@ from safetensors.torch import save
 
 from icmlora.adapter.layout import ModuleShape
 from icmlora.errors import AdapterRefused, UnsafeInput
-from icmlora.formats.peft import PEFT
+from icmlora.formats.peft.peft import PEFT
 from icmlora.io.safetensors import RawTensor
 from tests.icmlora.adapter_files import BASE, INPUTS, OUTPUTS, Q0, V0, config, factors, key, tensor_file, weights
 
@@ -300,7 +300,9 @@ def test_a_mutated_adapter_is_inspected_or_refused(position: int, value: int, wh
 
 
 def test_discovery_and_the_formats_do_not_import_torch() -> None:
-    code = "import sys, icmlora.formats.discovery, icmlora.formats.catalogue; sys.exit('torch' in sys.modules)"
+    code = (
+        "import sys, icmlora.formats.discovery.discovery, icmlora.formats.catalogue; sys.exit('torch' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -13,7 +13,7 @@ from peft import LoraConfig
 
 from icmlora.errors import AdapterRefused, UnsafeInput
 from icmlora.formats.format import ConfigFacts
-from icmlora.formats.peft_config import MAX_CONFIG_BYTES, AdapterConfig, read_facts, stated_rank, stated_targets
+from icmlora.formats.peft.config import MAX_CONFIG_BYTES, AdapterConfig, read_facts, stated_rank, stated_targets
 from tests.icmlora.adapter_files import BASE, Q0, V0, config
 
 

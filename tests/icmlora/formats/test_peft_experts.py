@@ -17,7 +17,7 @@ from torch import nn
 
 from icmlora.adapter.layout import ModuleShape
 from icmlora.formats.format import Template
-from icmlora.formats.peft import PEFT
+from icmlora.formats.peft.peft import PEFT
 from icmlora.generator.config import kind_of
 
 # PEFT applies these patterns and warns that it ignores them.
@@ -182,7 +182,7 @@ def test_more_experts_than_a_model_has_leave_the_original_only(tmp_path: Path) -
 
 @given(experts=st.integers(1, 5), rank=st.integers(1, 4), inputs=st.integers(1, 5), outputs=st.integers(1, 5))
 def test_any_fused_factors_come_back_bit_for_bit(experts: int, rank: int, inputs: int, outputs: int) -> None:
-    from icmlora.formats.peft_tensors import _split, joined
+    from icmlora.formats.peft.tensors import _split, joined
 
     a, b = torch.randn(experts * rank, inputs), torch.randn(outputs, experts * rank)
     parts = _split(a, b, experts, 1)

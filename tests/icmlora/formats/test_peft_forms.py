@@ -19,7 +19,7 @@ from icmlora.adapter.metrics import squared_error
 from icmlora.adapter.model import Adapter
 from icmlora.errors import AdapterRefused
 from icmlora.formats.format import AdapterBytes, LoadedAdapter, Template
-from icmlora.formats.peft import PEFT
+from icmlora.formats.peft.peft import PEFT
 from icmlora.io.safetensors import read_header
 from tests.icmlora.adapter_files import INPUTS, OUTPUTS, Q0, V0, config, factors, key
 from tests.icmlora.tiny_base import tiny_model

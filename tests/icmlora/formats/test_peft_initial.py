@@ -16,8 +16,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from icmlora.errors import AdapterRefused
-from icmlora.formats.peft import CONFIG_NAME, WEIGHTS_NAME, PeftFormat
-from icmlora.formats.peft_initial import convert
+from icmlora.formats.peft.initial import convert
+from icmlora.formats.peft.peft import CONFIG_NAME, WEIGHTS_NAME, PeftFormat
 from tests.icmlora import adapter_files
 
 

@@ -17,7 +17,7 @@ from safetensors.torch import load
 from icmlora.adapter.metrics import squared_error
 from icmlora.adapter.resize import Slots
 from icmlora.formats.format import AdapterBytes, Template
-from icmlora.formats.peft import PEFT
+from icmlora.formats.peft.peft import PEFT
 from tests.icmlora.adapter_files import Q0, V0, adapter, config, factors, key, weights
 from tests.icmlora.formats.test_peft_experts import BOTH, Convolutions, made_by_peft
 from tests.icmlora.formats.test_peft_experts import read as read_files

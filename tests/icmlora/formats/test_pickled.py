@@ -16,9 +16,9 @@ import torch
 from safetensors.torch import load_file
 
 from icmlora.errors import AdapterRefused, UnsafeInput
-from icmlora.formats import pickle_child
-from icmlora.formats.discovery import find_tasks
-from icmlora.formats.pickled import PickleLimits, PickleReader
+from icmlora.formats.discovery import pickle_child
+from icmlora.formats.discovery.discovery import find_tasks
+from icmlora.formats.discovery.pickled import PickleLimits, PickleReader
 from icmlora.io.safetensors import RawTensor, encode, read_header
 from tests.icmlora.adapter_files import config, factors, write_adapter
 

@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from icmlora.errors import AdapterRefused, UnsafeInput
-from icmlora.formats.discovery import find_adapters
-from icmlora.formats.folder import load_adapter
-from icmlora.formats.placeholder import (
+from icmlora.formats.discovery.discovery import find_adapters
+from icmlora.formats.discovery.folder import load_adapter
+from icmlora.formats.discovery.placeholder import (
     MAX_BYTES,
     PLACEHOLDER_NAME,
     CodeStamp,

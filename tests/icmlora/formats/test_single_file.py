@@ -17,14 +17,14 @@ from icmlora.adapter.metrics import squared_error
 from icmlora.adapter.model import Adapter
 from icmlora.errors import AdapterRefused
 from icmlora.formats.catalogue import format_named
-from icmlora.formats.comfyui import COMFYUI
-from icmlora.formats.diffusers import DIFFUSERS
-from icmlora.formats.discovery import find_adapters
-from icmlora.formats.folder import load_adapter, save_adapter
+from icmlora.formats.discovery.discovery import find_adapters
+from icmlora.formats.discovery.folder import load_adapter, save_adapter
 from icmlora.formats.format import AdapterFormat, Template
-from icmlora.formats.kohya import KOHYA, dotted, flattened
-from icmlora.formats.lycoris import LYCORIS
-from icmlora.formats.xlabs import XLABS
+from icmlora.formats.images.comfyui import COMFYUI
+from icmlora.formats.images.diffusers import DIFFUSERS
+from icmlora.formats.images.kohya import KOHYA, dotted, flattened
+from icmlora.formats.images.lycoris import LYCORIS
+from icmlora.formats.images.xlabs import XLABS
 from tests.icmlora.formats.single_files import (
     HEADER,
     Tensors,

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from icmlora.formats.naming import choose_names
-from icmlora.formats.task_names import (
+from icmlora.formats.discovery.naming import choose_names
+from icmlora.formats.discovery.task_names import (
     cached_repository,
     is_generic,
     name_chain,

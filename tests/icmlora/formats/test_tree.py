@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from icmlora.errors import UnsafeInput
-from icmlora.formats import tree as tree_walk
-from icmlora.formats.discovery import Discovery, find_adapters
+from icmlora.formats.discovery import tree as tree_walk
+from icmlora.formats.discovery.discovery import Discovery, find_adapters
 from tests.icmlora.adapter_files import write_adapter
 
 

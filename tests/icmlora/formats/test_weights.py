@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from icmlora import AdapterRefused, Fleet
-from icmlora.formats.gguf import GGUF
-from icmlora.formats.peft import PEFT
+from icmlora.formats.pairs.gguf import GGUF
+from icmlora.formats.peft.peft import PEFT
 from icmlora.formats.weights import read_weights
 from tests.icmlora.adapter_files import weights, write_adapter
 from tests.icmlora.formats.llama_files import gguf_file

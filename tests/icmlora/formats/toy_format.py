@@ -32,7 +32,7 @@ from icmlora.io.strict_json import parse_object
 
 if TYPE_CHECKING:
     from icmlora.adapter.model import Adapter
-    from icmlora.formats.tree import Folder
+    from icmlora.formats.discovery.tree import Folder
 
 MAGIC = b"toy 1\n"
 SUFFIX = ".toy"

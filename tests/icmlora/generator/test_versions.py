@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 
 from icmlora.errors import CodeError, GeneratorError, NotCovered
 from icmlora.generator.container import CHECKSUM_SIZE, add_checksum
-from icmlora.generator.differences import differences_to_words, words_to_changed
 from icmlora.generator.file import MAGIC_OF_VERSIONS, append_version, versions_of
 from icmlora.generator.network_file import WEIGHTS, generator_to_bytes
+from icmlora.generator.version_delta import differences_to_words, words_to_changed
 from icmlora.generator.versions import GeneratorFile
 from icmlora.training.config import TrainConfig
 from icmlora.training.initialisation import fresh_network, tunable_network

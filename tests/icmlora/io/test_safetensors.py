@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from icmlora.errors import AdapterRefused, UnsafeInput
-from icmlora.formats.peft import PEFT
+from icmlora.formats.peft.peft import PEFT
 from icmlora.formats.weights import read_weights
 from icmlora.io.safetensors import MAX_TENSORS, RawTensor, encode, read_header
 from icmlora.io.tensors import decode_torch

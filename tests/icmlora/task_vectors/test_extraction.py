@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from icmlora.base_models.attach import adapted
-from icmlora.base_models.causal_lm import PROBES
-from icmlora.base_models.examples import plain
+from icmlora.base_models.examples.examples import plain
+from icmlora.base_models.kinds.causal_lm import PROBES
 from icmlora.base_models.modality import BaseModel
+from icmlora.base_models.running.attach import adapted
 from icmlora.errors import DataError
 from icmlora.task_vectors.extraction import extract_adapted, extract_context
 from icmlora.task_vectors.vector import TaskVector, VectorSettings, split_samples

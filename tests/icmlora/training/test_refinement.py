@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from icmlora.adapter.model import Adapter
-from icmlora.base_models.causal_lm import CausalLM
-from icmlora.base_models.examples import plain
-from icmlora.base_models.factors import added
+from icmlora.base_models.examples.examples import plain
+from icmlora.base_models.kinds.causal_lm import CausalLM
 from icmlora.base_models.modality import BaseModel
+from icmlora.base_models.running.lora_hooks import added
 from icmlora.errors import BaseModelUnsuited, DataError
-from icmlora.formats.folder import load_adapter
+from icmlora.formats.discovery.folder import load_adapter
 from icmlora.generator.codec import Codec
 from icmlora.generator.config import config_for
 from icmlora.generator.cvae import CVAE

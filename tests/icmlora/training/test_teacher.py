@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from icmlora.adapter.model import Adapter
-from icmlora.base_models.examples import plain
-from icmlora.base_models.factors import Factors, added, factors_of
+from icmlora.base_models.examples.examples import plain
 from icmlora.base_models.modality import BaseModel
+from icmlora.base_models.running.lora_hooks import Factors, added, factors_of
 from icmlora.fewshot.finetune import FinetuneConfig, finetune
-from icmlora.formats.folder import load_adapter
+from icmlora.formats.discovery.folder import load_adapter
 from icmlora.training.teacher import Teacher
 from tests.icmlora.tiny_base import load_tiny_base, write_tiny_adapter
 

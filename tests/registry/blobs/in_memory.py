@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from typing import BinaryIO
 from uuid import uuid4
 
-from registry.blobs.backend import BlobInfo
 from registry.files import Bytes
+from registry.storage.blobs.backend import BlobInfo
 
 
 class MemoryBatch:

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from registry.blobs.backend import BlobBackend
-from registry.blobs.content import Blobs, digest_of
-from registry.blobs.local import LocalBackend
 from registry.errors import DamagedBlob, MissingBlob
-from registry.folder import StorePaths, make_folders
+from registry.storage.blobs.backend import BlobBackend
+from registry.storage.blobs.content import Blobs, digest_of
+from registry.storage.blobs.local import LocalBackend
+from registry.storage.folder import StorePaths, make_folders
 from registry.store import Store
 from tests.registry.blobs.in_memory import MemoryBackend
 from tests.registry.examples import generator, ingest

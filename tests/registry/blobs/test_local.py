@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from registry import files as fs
-from registry.blobs.content import Blobs
-from registry.blobs.local import LocalBackend
-from registry.folder import StorePaths, make_folders
+from registry.storage.blobs.content import Blobs
+from registry.storage.blobs.local import LocalBackend
+from registry.storage.folder import StorePaths, make_folders
 
 
 @pytest.fixture

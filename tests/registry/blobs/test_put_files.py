@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from registry import files as fs
-from registry.blobs.content import PutRefusal, PutResult, digest_of
 from registry.errors import SourceRefused, StoreFull, StoreIOError
+from registry.storage.blobs.content import PutRefusal, PutResult, digest_of
 from registry.store import Store
 
 

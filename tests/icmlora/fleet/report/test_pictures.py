@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from icmlora import Fleet
-from icmlora.base_models.pipeline import Pixels
+from icmlora.base_models.running.pipeline import Pixels
 from icmlora.errors import BaseModelNotFound, DataError
 from icmlora.fleet.report.pictures import data_uri, distances
 from icmlora.fleet.report.report import ReportSummary
@@ -160,7 +160,7 @@ def test_without_diffusers_the_tasks_are_named(
 def test_what_diffusers_passes_over_is_noted(
     drawn: Callable[..., tuple[ReportSummary, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from icmlora.base_models.pipeline import Pipeline
+    from icmlora.base_models.running.pipeline import Pipeline
 
     monkeypatch.setattr(Pipeline, "_loaded_norm", lambda self: 1.0)
     (made,) = drawn("pear", seeds=1)[0].pictures

@@ -1,0 +1,1 @@
+"""Samples of a task: rows, chats, pictures and sound."""

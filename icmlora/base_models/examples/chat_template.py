@@ -1,0 +1,192 @@
+"""Render chats with a base model's chat template, and find in the text what the adapter was trained to write.
+
+    Chat --template--> "<user> 2 + 2? <end> <assistant> 4 <end>"
+                                                        `scored'
+
+It is found as trainers find it. A template that marks `{% generation %}` says it itself. For any other, a turn is what
+the text of the chat up to this turn has in addition to the text of the chat before it with its generation prompt.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from icmlora.base_models.examples.chats import Chat
+from icmlora.errors import DataError
+
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{{ message['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+"""For base models without a template of their own: what trainers give those."""
+MAX_TEMPLATE = 2**18
+_MAX_TEXT = 2**24
+Templates = str | Mapping[str, str]
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+# Some templates write today's date into the text, and the same samples have to give the same vectors every day.
+_DATE = "26 Jul 2024"
+_FIXED_DATE = "{%- macro strftime_now(format) -%}" + _DATE + "{%- endmacro -%}"
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A chat as the model reads it.
+
+    Attributes:
+        text: All of it, with its special tokens spelled out.
+        scored: Where in the text the loss is taken: first character, and the one after the last.
+        start: Where the content of the first message begins.
+        stop: Where the content of the last scored turn ends.
+    """
+
+    text: str
+    scored: tuple[tuple[int, int], ...]
+    start: int
+    stop: int
+
+
+class ChatTemplate:
+    """A chat template with the special tokens that it may name.
+
+    Args:
+        templates: Its text, or several by name: transformers uses "default", and "tool_use" for chats with tools.
+            None, or no "default", is read as ChatML.
+        special_tokens: Special tokens by name, as "bos_token".
+    """
+
+    def __init__(self, templates: Templates | None, special_tokens: Mapping[str, Any]) -> None:
+        found = templates if isinstance(templates, Mapping) else {"default": templates}
+        self.is_own = isinstance(found.get("default"), str)
+        self.templates: Mapping[str, Any] = found if self.is_own else {"default": CHATML}
+        self.special_tokens = special_tokens
+
+    @classmethod
+    def of(cls, tokenizer: Any, templates: Templates | None = None) -> ChatTemplate:
+        """Return the template of a tokenizer, or another one with the tokenizer's special tokens."""
+        own = getattr(tokenizer, "chat_template", None) if templates is None else templates
+        return cls(own, tokenizer.special_tokens_map)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the template's text."""
+        return hashlib.sha256(str(self.templates["default"]).encode("utf-8", "surrogatepass")).hexdigest()
+
+    def render_all(self, chats: Iterable[Chat]) -> list[Rendered | DataError]:
+        """Render chats; in place of one that cannot be, return why."""
+        found: list[Rendered | DataError] = []
+        for chat in chats:
+            try:
+                found.append(self.render(chat))
+            except DataError as error:
+                found.append(error)
+        return found
+
+    def render(self, chat: Chat) -> Rendered:
+        """Render a chat.
+
+        Raises:
+            DataError: The template refuses it, or nothing of it is left to score.
+        """
+        template = self._template_for(chat)
+        text = self._text(template, chat)
+        scored = self._marked(template, chat) if _GENERATION.search(template) else None
+        scored = scored or self._by_difference(template, chat, text)
+        if not scored:
+            raise DataError("has no assistant turn that the chat template shows")
+        start = max(0, text.find(chat.messages[0]["content"].strip()))
+        content = chat.messages[chat.scored[-1]]["content"].strip()
+        found = text.rfind(content, *scored[-1]) if content else -1
+        return Rendered(text, tuple(scored), start, scored[-1][1] if found < 0 else found + len(content))
+
+    def _template_for(self, chat: Chat) -> str:
+        template = str(self.templates["tool_use" if chat.tools and "tool_use" in self.templates else "default"])
+        if len(template) > MAX_TEMPLATE:
+            raise DataError(f"needs a chat template of more than {MAX_TEMPLATE >> 10} KiB")
+        return _FIXED_DATE + template if "strftime_now" in template else template
+
+    def _text(self, template: str, chat: Chat, upto: int | None = None, *, prompt: bool = False) -> str:
+        return self._applied(template, chat, upto, add_generation_prompt=prompt)[0]
+
+    def _applied(
+        self, template: str, chat: Chat, upto: int | None = None, **options: bool
+    ) -> tuple[str, list[tuple[int, int]]]:
+        """Return the text, and where in it the template marks what is generated, if that is asked for."""
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        try:
+            rendered: Any = render_jinja_template(
+                conversations=[list(chat.messages[:upto])],
+                tools=list(chat.tools) or None,
+                chat_template=template,
+                **{**self.special_tokens, "date_string": _DATE, **options},
+            )
+        except MemoryError:
+            raise DataError("needs too much memory for its chat template") from None
+        except Exception as error:  # a template is a program, and raises what it likes
+            raise DataError(f"is refused by the chat template: {str(error)[:200]}") from error
+        (text,), marks = rendered
+        if len(text) > _MAX_TEXT:
+            raise DataError(f"is more than {_MAX_TEXT >> 20} MiB of text after the chat template")
+        return str(text), marks[0] if marks else []
+
+    def _marked(self, template: str, chat: Chat) -> list[tuple[int, int]] | None:
+        """Return what the template marks as generated; None if that is not what is to be scored."""
+        answers = tuple(number for number, message in enumerate(chat.messages) if message["role"] == "assistant")
+        if answers != chat.scored:
+            return None
+        marks = self._applied(template, chat, return_assistant_tokens_mask=True, add_generation_prompt=False)[1]
+        return [(start, end) for start, end in marks if start < end]
+
+    def _by_difference(self, template: str, chat: Chat, text: str) -> list[tuple[int, int]]:
+        spans: list[tuple[int, int]] = []
+        for number in chat.scored:
+            least = spans[-1][1] if spans else 0
+            span = self._difference(template, chat, text, number) or _found(text, chat.messages[number], least)
+            if span is not None and least <= span[0] < span[1]:
+                spans.append(span)
+        return spans
+
+    def _difference(self, template: str, chat: Chat, text: str, number: int) -> tuple[int, int] | None:
+        """Return where a turn is in the text; None if the template does not write chats from left to right."""
+        if number == 0:
+            return None
+        try:
+            before = self._text(template, chat, number, prompt=True)
+            last = number == len(chat.messages) - 1
+            after = text if last else self._text(template, chat, number + 1)
+            start = _shared(before, text)
+            if start < len(before):
+                # A generation prompt may open what the turn itself lacks, such as an empty block of thoughts.
+                earlier = self._text(template, chat, number)
+                start = max(start, len(earlier)) if text.startswith(earlier) else len(text)
+        except DataError:  # some templates insist on how a chat ends
+            return None
+        return (start, len(after)) if text.startswith(after) and start < len(after) else None
+
+
+def _shared(first: str, second: str) -> int:
+    """Return how many characters two texts have in common at their beginnings."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((place for place, (one, other) in pairs if one != other), min(len(first), len(second)))
+
+
+def _found(text: str, message: dict[str, Any], least: int) -> tuple[int, int] | None:
+    """Return where the content of a message is in the text, from a place on."""
+    content = message["content"].strip()
+    place = text.find(content, least) if content else -1
+    return None if place < 0 else (place, place + len(content))
+
+
+def scored_tokens(rendered: Rendered, offsets: Sequence[tuple[int, int]]) -> list[bool]:
+    """Return which tokens are scored, from where each is in the text: those that overlap a scored span."""
+    marks, spans, current = [], rendered.scored, 0
+    for start, end in offsets:
+        while current < len(spans) and start >= spans[current][1]:
+            current += 1
+        marks.append(current < len(spans) and end > spans[current][0])
+    return marks

@@ -1,0 +1,252 @@
+"""Examples of a task: `samples.jsonl` and `eval.jsonl`, also as JSON or Parquet. Never imports torch.
+
+    bytes --rows.py--> rows --example of the modality--> examples --readable of the modality--> what the model reads
+
+A row that is empty, odd or broken is left out and counted. For a language model a row is one of
+
+    {"text": "..."}                              all of it counts
+    {"prompt": "...", "completion": "..."}       only the completion is scored
+    a chat; see `chats.py`                       only the assistant's turns are scored
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar, overload
+
+from icmlora.base_models.examples.chats import Chat, chat_of
+from icmlora.base_models.examples.media import MEDIA_KEYS, Media, Resolver, with_media
+from icmlora.base_models.examples.media_archive import is_archive, open_archive
+from icmlora.base_models.examples.rows import BadRow, read_rows
+from icmlora.errors import DataError, located
+from icmlora.io.text import with_article
+
+if TYPE_CHECKING:
+    from icmlora.base_models.examples.chat_template import Templates
+    from icmlora.base_models.modality import BaseModel
+
+Item = TypeVar("Item")
+
+MAX_BYTES = 256 * 2**20
+MAX_EXAMPLES = 100_000
+_HINT = (
+    'a row is {"text": "..."}, {"prompt": "...", "completion": "..."}, {"messages": [...]}, {"conversations": [...]} '
+    'or {"instruction": "...", "output": "..."}'
+)
+
+
+@dataclass(frozen=True)
+class Example:
+    """One piece of text of a task; `prompt` is empty for plain text."""
+
+    prompt: str
+    completion: str
+
+    @property
+    def text(self) -> str:
+        """Prompt and completion as one text."""
+        return self.prompt + self.completion
+
+
+def plain(texts: Iterable[str]) -> tuple[Example, ...]:
+    """Return texts as examples without a prompt: all of each counts."""
+    return tuple(Example("", text) for text in texts)
+
+
+@dataclass(frozen=True)
+class Examples(Sequence[Any]):
+    """The usable examples of a file, as a sequence.
+
+    Attributes:
+        items: In the order of the file.
+        skipped: How many rows were left out.
+        reason: Why the first of them was: "line 3 is not JSON: ...".
+        template: Digest of the chat template that chats were rendered with; None if there was none to render.
+        note: What a user should know of how they are read, or None.
+        rows: How many rows the file has, where only some of its examples were chosen.
+    """
+
+    items: tuple[Any, ...]
+    skipped: int = 0
+    reason: str | None = None
+    template: str | None = None
+    note: str | None = None
+    rows: int | None = None
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    @overload
+    def __getitem__(self, place: int) -> Any: ...
+    @overload
+    def __getitem__(self, place: slice) -> tuple[Any, ...]: ...
+    def __getitem__(self, place: int | slice) -> Any:
+        return self.items[place]
+
+    @property
+    def summary(self) -> str | None:
+        """How many rows were skipped, and why the first was; None if all are used."""
+        if not self.skipped:
+            return None
+        rows = self.rows or len(self.items) + self.skipped
+        return f"skipped {self.skipped:,} of {rows:,} rows; the first: {self.reason}"
+
+
+@dataclass(frozen=True)
+class EvaluationData:
+    """Held-out examples of a task."""
+
+    examples: tuple[Any, ...]  # as the base model reads them, in the order of the file
+    digest: str  # SHA-256 of the file's bytes, which names the data in stored results
+    template: str | None = None  # digest of the chat template, if chats were rendered
+    skipped: str | None = None  # how many rows were left out and why, in words
+    note: str | None = None  # what a user should know of how they are read
+
+    @classmethod
+    def parse(
+        cls,
+        data: bytes,
+        *,
+        base: BaseModel | None = None,
+        path: str | Path | None = None,
+        template: Templates | None = None,
+    ) -> EvaluationData:
+        """Parse the bytes of an `eval.jsonl`; without the base model, chats are not rendered."""
+        if base is None:
+            found = parse_examples(data, path=path)
+        else:
+            found = examples_for(base, data, path=path, template=template)
+        digest = hashlib.sha256(data).hexdigest()
+        return cls(found.items, digest, found.template, found.summary, found.note)
+
+
+def spread(items: Sequence[Item], most: int) -> list[Item]:
+    """Choose at most so many items, spread evenly: of a sorted file that is a fair choice."""
+    count = min(most, len(items))
+    return [items[position * len(items) // count] for position in range(count)]
+
+
+def parse_examples(
+    data: bytes,
+    example: Callable[[Mapping[str, Any]], Any] | None = None,
+    *,
+    path: str | Path | None = None,
+) -> Examples:
+    """Read the usable rows of a file; `example` turns a row into an example, by default text."""
+    if len(data) > MAX_BYTES:
+        raise DataError(f"more than {MAX_BYTES} bytes of text", path=path, hint="keep a sample of the task's text")
+    kept, skipped, reason = [], 0, None
+    media: Resolver | None = None
+    with located(path):
+        if is_archive(data):
+            data, media = open_archive(data)
+        rows = read_rows(data)
+        for number, row in rows.values:
+            try:
+                kept.append(_example(row, example or text_example, media))
+            except DataError as error:
+                skipped += 1
+                reason = reason or f"{rows.unit} {number} {error.message}"
+            if len(kept) + skipped > MAX_EXAMPLES:
+                raise DataError(f"more than {MAX_EXAMPLES} examples", hint="keep a sample of the task's text")
+        if not kept:
+            raise DataError(_nothing(skipped, reason), hint=_HINT)
+    return Examples(tuple(kept), skipped, reason)
+
+
+def examples_for(
+    base: BaseModel,
+    data: bytes,
+    *,
+    path: str | Path | None = None,
+    most: int | None = None,
+    template: Templates | None = None,
+) -> Examples:
+    """Read a file for a base model: its usable rows, as that model reads them.
+
+    Args:
+        base: The base model.
+        data: The file's bytes.
+        path: Where they came from, for the messages.
+        most: Return at most so many examples, spread evenly over the file.
+        template: The chat template that came with the adapter, if one did.
+
+    Raises:
+        DataError: No row can be used, or the file breaks a limit.
+    """
+    found = parse_examples(data, partial(_example_for, base), path=path)
+    with located(path):
+        # Rendering a chat takes longer than parsing it, and most callers need a few.
+        chosen = found.items if most is None else spread(found.items, most)
+        readable = base.modality.readable(base, chosen, template)
+        if readable.skipped and len(chosen) < len(found):
+            readable = base.modality.readable(base, found.items, template)
+    if not readable.items:
+        raise DataError(_nothing(readable.skipped, readable.reason), path=path, hint=_HINT)
+    items = readable.items if most is None else tuple(spread(readable.items, most))
+    return Examples(
+        items,
+        found.skipped + readable.skipped,
+        found.reason or readable.reason,
+        readable.template,
+        readable.note,
+        rows=len(found) + found.skipped,
+    )
+
+
+def text_example(row: Mapping[str, Any]) -> Example | Chat:
+    """Turn a row into text or a chat.
+
+    Raises:
+        DataError: It is neither; the message is a fact about the row.
+    """
+    example: Example | Chat | None
+    match row:
+        case {"text": str(text)}:
+            example = Example("", text)
+        case {"prompt": str(prompt), "completion": str(completion)}:
+            example = Example(prompt, completion)
+        case _:
+            example = chat_of(row)
+    if example is None:
+        raise DataError("has no text")
+    if isinstance(example, Chat):
+        return example
+    if not example.completion.strip():
+        raise DataError("is empty text")
+    try:
+        example.text.encode("utf-8")  # as fast as a copy; a loop over the letters was half of an ingest's time
+    except UnicodeEncodeError:
+        raise DataError("holds half a surrogate pair, which is not text") from None
+    return example
+
+
+def _example(row: Any, example: Callable[[Mapping[str, Any]], Any], media: Resolver | None) -> Any:
+    if isinstance(row, BadRow):
+        raise DataError(row.reason)
+    if not isinstance(row, dict):
+        raise DataError("is not a JSON object")
+    return example(with_media(row, media))
+
+
+def _example_for(base: BaseModel, row: Mapping[str, Any]) -> Any:
+    """Turn a row into an example of a base model, which has to see all of it: the file of a row is most of what it is.
+
+    Raises:
+        DataError: It is not one, or names an image or a recording that the base model would not be given.
+    """
+    for key in set(MEDIA_KEYS).difference(base.modality.reads):
+        if isinstance(row.get(key), Media | Mapping):
+            what = "an image" if key == "image" else "a recording"
+            raise DataError(f"has {what}, and icm runs this base model, {with_article(base.modality.name)}, without it")
+    return base.modality.example(row)
+
+
+def _nothing(skipped: int, reason: str | None) -> str:
+    if reason is None:
+        return "the file holds no example"
+    return reason if skipped == 1 else f"none of its {skipped} rows can be used; the first: {reason}"

@@ -1,0 +1,206 @@
+"""Rows of examples together with the files that they name, as one file of the store: an uncompressed ZIP.
+
+    rows.jsonl      the rows, with "image": "media/<SHA-256>" in the place of each path
+    media/<SHA-256> each image or recording once
+
+Its digest names the examples whole, so a measurement on it stays true when a folder of images changes. Equal rows and
+files give equal bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from icmlora.base_models.examples.media import MAX_FILE, MEDIA_KEYS, Media, Resolver
+from icmlora.base_models.examples.rows import BadRow, read_rows
+from icmlora.errors import DataError, located
+from icmlora.formats.discovery.task_names import IMAGES
+from icmlora.io.files import read_regular
+
+MAX_BYTES = 256 * 2**20
+"""Bytes of all rows and files of an archive."""
+_HEAD = 2**20  # bytes of a file in which its first row lies
+_MAGIC = b"PK\x03\x04"
+_ROWS = "rows.jsonl"
+_FOLDER = "media/"
+_METADATA = "metadata.jsonl"
+_EPOCH = (1980, 1, 1, 0, 0, 0)
+
+
+def is_archive(data: bytes) -> bool:
+    """Return whether these bytes are an archive."""
+    return data.startswith(_MAGIC)
+
+
+def has_media(path: Path) -> bool:
+    """Return whether these are images in folders, or rows that name files as far as their first part tells."""
+    if path.is_dir():
+        return True
+    try:
+        with path.open("rb") as stream:
+            head = stream.read(_HEAD)
+    except OSError:  # whoever reads it says why it cannot be read
+        return False
+    return not is_archive(head) and _names_media(head)
+
+
+def read_examples(path: Path) -> bytes:
+    """Read a file of rows, or a folder of images; with the files that they name it becomes an archive.
+
+    Raises:
+        UnsafeInput: The file is too large, a link or not a plain file.
+        DataError: Together they are too large, or the folder holds no image.
+    """
+    with located(path):
+        if path.is_dir():
+            return pack_rows(rows_of_folder(path), beside(path))
+        data = read_regular(path, max_bytes=MAX_BYTES)
+        if is_archive(data) or not _names_media(data[:_HEAD]):
+            return data
+        return pack_rows(_rows(data), beside(path.parent))
+
+
+def pack_rows(rows: Iterable[Any], read: Callable[[str], bytes]) -> bytes:
+    """Pack rows and the files they name.
+
+    A row whose file cannot be read keeps the name, so it is skipped and counted like any other bad row.
+
+    Args:
+        rows: The rows, in their order.
+        read: Returns the bytes of a file by the name that a row gives it; raises `DataError` or `OSError`.
+
+    Raises:
+        DataError: Together they are larger than `MAX_BYTES`.
+    """
+    files: dict[str, bytes] = {}
+    lines: list[bytes] = []
+    size = 0
+    for row in rows:
+        if isinstance(row, dict):
+            row = dict(row)
+            for key in MEDIA_KEYS:
+                if not isinstance(row.get(key), str):
+                    continue
+                try:
+                    data = read(row[key])
+                except (DataError, OSError) as error:
+                    row[key] = {"missing": str(getattr(error, "message", error.__class__.__name__))}
+                    continue
+                name = f"{_FOLDER}{hashlib.sha256(data).hexdigest()}"
+                size += 0 if name in files else len(data)
+                files[name] = data
+                row[key] = name
+        lines.append(_line(row))
+        size += len(lines[-1])
+        if size > MAX_BYTES:
+            raise DataError(f"its rows and files have more than {MAX_BYTES} bytes", hint="keep a sample of the task")
+    return _zipped({_ROWS: b"".join(lines)} | dict(sorted(files.items())))
+
+
+def _rows(data: bytes) -> Iterator[Any]:
+    """Yield the rows of a file; one that cannot be read is None, which is skipped and counted like any bad row."""
+    return (None if isinstance(row, BadRow) else row for _, row in read_rows(data).values)
+
+
+def _line(row: Any) -> bytes:
+    try:
+        return json.dumps(row, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+    except ValueError:  # NaN or half a surrogate pair, which Python reads and JSON does not have
+        return b"null\n"
+
+
+def _names_media(head: bytes) -> bool:
+    return any(f'"{key}"'.encode() in head for key in MEDIA_KEYS)
+
+
+def _zipped(files: Mapping[str, bytes]) -> bytes:
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w", zipfile.ZIP_STORED) as archive:
+        for name, data in files.items():
+            archive.writestr(zipfile.ZipInfo(name, _EPOCH), data)  # no date: equal files must give equal bytes
+    return stream.getvalue()
+
+
+def open_archive(data: bytes) -> tuple[bytes, Resolver]:
+    """Return the rows of an archive, and what finds their files.
+
+    Raises:
+        DataError: It is damaged, or compressed, as no archive of icm's is.
+    """
+    try:
+        archive = zipfile.ZipFile(io.BytesIO(data))
+        entries = {entry.filename: entry for entry in archive.infolist()}
+        if sum(entry.file_size for entry in entries.values()) > len(data) or any(
+            entry.compress_type != zipfile.ZIP_STORED for entry in entries.values()
+        ):
+            raise DataError("is a ZIP that icm did not write")
+        rows = archive.read(entries[_ROWS])
+    except (zipfile.BadZipFile, KeyError, ValueError, EOFError, OSError, NotImplementedError, RuntimeError) as error:
+        raise DataError(f"is a damaged archive: {error}") from error
+
+    def find(name: str) -> Media:
+        entry = entries.get(name)
+        if entry is None or not name.startswith(_FOLDER):
+            raise DataError(f"names the file {name!r}, which is not there")
+        return Media(name, lambda: _read(archive, entry))
+
+    return rows, find
+
+
+def _read(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bytes:
+    try:
+        return archive.read(entry)
+    except (zipfile.BadZipFile, EOFError, OSError, RuntimeError) as error:
+        raise DataError(f"has a damaged file: {error}") from error
+
+
+def beside(folder: Path) -> Callable[[str], bytes]:
+    """Return what reads the files that rows name, from a folder and never from outside it."""
+    root = folder.resolve()
+
+    def read(name: str) -> bytes:
+        place = PurePosixPath(name)
+        if place.is_absolute() or ".." in place.parts or "\0" in name:
+            raise DataError(f"names the file {name!r}, which is outside its folder")
+        path = root / place
+        if not path.resolve().is_relative_to(root):
+            raise DataError(f"names the file {name!r}, which is a link out of its folder")
+        if not path.is_file():
+            raise DataError(f"names the file {name!r}, which is not there")
+        return read_regular(path, max_bytes=MAX_FILE)
+
+    return read
+
+
+def rows_of_folder(folder: Path) -> list[Mapping[str, Any] | None]:
+    """Return the rows of a folder in the `imagefolder` convention of `datasets`.
+
+    LABEL/NAME.png is an image and its label. With `metadata.jsonl`, whose rows name their files in `file_name`, the
+    folders mean nothing, and each row is what it says.
+
+    Raises:
+        DataError: There is no image in it.
+    """
+    metadata = folder / _METADATA
+    if metadata.is_file():
+        rows = _rows(read_regular(metadata, max_bytes=MAX_BYTES))
+        return [_with_image(row) if isinstance(row, dict) else None for row in rows]
+    images = sorted(path for path in folder.glob("*/*") if path.suffix.lower() in IMAGES and path.is_file())
+    if not images:
+        raise DataError("has no LABEL/IMAGE and no metadata.jsonl", path=folder)
+    return [{"image": path.relative_to(folder).as_posix(), "label": path.parent.name} for path in images]
+
+
+def _with_image(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Rename `file_name`, and take COCO's boxes out of `objects`, as the convention has them."""
+    found = {("image" if key == "file_name" else key): value for key, value in row.items() if key != "objects"}
+    objects = row.get("objects")
+    if isinstance(objects, dict):
+        found |= {"boxes": objects.get("bbox"), "labels": objects.get("categories", objects.get("category"))}
+    return found

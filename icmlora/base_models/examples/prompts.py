@@ -1,0 +1,140 @@
+"""Prompts that a language model continues, of a task's own examples or from a file. Never imports torch.
+
+{"text": "..."}                            the beginning of it, and what really follows
+{"prompt": "...", "completion": "..."}     the prompt; of a file from the user, the completion may be missing
+a chat                                     everything before the assistant's first turn
+any other line of a file                   a prompt as it is
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from icmlora.base_models.examples.chat_template import Rendered
+from icmlora.base_models.examples.chats import chat_of
+from icmlora.base_models.examples.examples import Example, spread
+from icmlora.base_models.examples.rows import BadRow, read_rows
+from icmlora.errors import DataError, located
+
+if TYPE_CHECKING:
+    from icmlora.base_models.examples.chat_template import Templates
+    from icmlora.base_models.modality import BaseModel
+
+MAX_PROMPTS = 100
+_BEGINNING = 80  # characters of a plain text that a model is given, up to the end of the word
+_WORD = 20  # characters within which a word has to end: not every language writes spaces
+_SHOWN = 400  # characters of what really follows
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a model is given to continue.
+
+    Attributes:
+        text: As the model reads it.
+        expected: What follows in the text that it was taken from; empty where nothing is known.
+        is_rendered: Whether a chat template made it, so that its special tokens are spelled out in it.
+    """
+
+    text: str
+    expected: str = ""
+    is_rendered: bool = False
+
+
+def prompts_of(examples: Sequence[Any], most: int) -> list[Prompt]:
+    """Return the prompts of some examples of a task, spread evenly; those without text have none."""
+    found = [prompt for prompt in map(_prompt_of, spread(examples, most)) if prompt is not None]
+    return [prompt for prompt in found if prompt.text]
+
+
+def read_prompts(data: bytes, path: str | Path) -> list[Prompt | Mapping[str, Any]]:
+    """Read a file of prompts: rows, or one prompt a line.
+
+    Returns:
+        Prompts, and the rows of chats, which become prompts once there is a chat template.
+
+    Raises:
+        DataError: A row is no prompt, there is none, or there are more than `MAX_PROMPTS`.
+    """
+    with located(path):
+        found: list[Prompt | Mapping[str, Any]]
+        if data.lstrip()[:1] in (b"{", b"["):
+            rows = read_rows(data)
+            found = [_asked(row, f"{rows.unit} {number}") for number, row in rows.values]
+        else:
+            try:
+                lines = data.decode("utf-8-sig").splitlines()
+            except UnicodeDecodeError as error:
+                raise DataError(f"is not UTF-8: {error.reason}") from None
+            found = [Prompt(line) for line in lines if line.strip()]
+        if not found:
+            raise DataError("holds no prompt", hint='write one a line, or {"prompt": "..."}')
+        if len(found) > MAX_PROMPTS:
+            raise DataError(f"holds {len(found)} prompts, more than {MAX_PROMPTS}", hint="choose some of them")
+    return found
+
+
+def given_prompts(
+    base: BaseModel, asked: Sequence[Prompt | Mapping[str, Any]], template: Templates | None = None
+) -> list[Prompt]:
+    """Return what `read_prompts` returned as this base model reads it.
+
+    Raises:
+        DataError: A chat cannot be read, such as one that the chat template refuses.
+    """
+    chats = [base.modality.example(row) for row in asked if not isinstance(row, Prompt)]
+    read = base.modality.readable(base, chats, template)
+    if read.skipped:
+        raise DataError(f"not every prompt can be read: {read.reason}")
+    rendered = iter(read)
+    return [row if isinstance(row, Prompt) else _open(next(rendered)) for row in asked]
+
+
+def _asked(row: Any, where: str) -> Prompt | Mapping[str, Any]:
+    """Read a row of a file of prompts; a chat that waits for an answer gets one, so that templates show its place."""
+    if isinstance(row, BadRow):
+        raise DataError(f"{where} {row.reason}")
+    match row:
+        case {"prompt": str(text), "completion": str(expected)} if text.strip():
+            return Prompt(text, expected[:_SHOWN])
+        case {"prompt": str(text)} | {"text": str(text)} if text.strip():
+            return Prompt(text)
+        case {"messages": [_, *_] as turns} | {"prompt": [_, *_] as turns}:
+            is_answered = isinstance(turns[-1], dict) and turns[-1].get("role") == "assistant"
+            asked = [*turns[: len(turns) - is_answered], {"role": "assistant", "content": "..."}]
+            try:
+                chat_of(row | {"messages": asked})
+            except DataError as error:
+                raise DataError(f"{where} {error.message}") from None
+            return {**row, "messages": asked}
+    raise DataError(f'{where} has no "prompt", "text" or "messages"')
+
+
+def _open(example: Example | Rendered) -> Prompt:
+    """Return a chat up to its last answer, which `_asked` added."""
+    if isinstance(example, Rendered):
+        return Prompt(example.text[: example.scored[-1][0]], is_rendered=True)
+    return Prompt(example.prompt)
+
+
+def _prompt_of(example: Any) -> Prompt | None:
+    match example:
+        case Rendered():
+            first, end = example.scored[0]
+            return Prompt(example.text[:first], example.text[first : min(end, first + _SHOWN)], is_rendered=True)
+        case Example(prompt="", completion=text):
+            place = _beginning(text)
+            return Prompt(text[:place], text[place : place + _SHOWN])
+        case Example():
+            return Prompt(example.prompt, example.completion[:_SHOWN])
+    return None  # an image, a recording
+
+
+def _beginning(text: str) -> int:
+    """Return where to cut a text: near its 80th character or its middle, at the end of a word if one is near."""
+    wanted = min(_BEGINNING, len(text) // 2)
+    near = text[wanted : wanted + _WORD]
+    return wanted + next((place for place, letter in enumerate(near) if letter.isspace()), 0)

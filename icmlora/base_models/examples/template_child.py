@@ -1,0 +1,47 @@
+"""Render chats with a chat template that nobody vouches for.
+
+Run as a script by `adapter_template.py`, with the template and the chats as standard input and the texts as standard
+output, both as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from typing import Any
+
+NO_MEMORY = 13
+
+
+def main(memory: int, seconds: int, paths: str) -> int:
+    """Render the chats of standard input to standard output; return the exit status."""
+    # Started with -I, which leaves out where packages may be if they are not in the interpreter's own folder.
+    sys.path.extend(path for path in paths.split(os.pathsep) if path not in sys.path)
+    from transformers.utils import chat_template_utils  # noqa: F401  before the limits: it takes more than they allow
+
+    from icmlora.base_models.examples.chat_template import ChatTemplate
+    from icmlora.base_models.examples.chats import Chat
+    from icmlora.formats.discovery.pickle_child import limit
+
+    try:
+        work = json.load(sys.stdin.buffer)
+        limit(memory, seconds)
+        chats = [Chat(**{**chat, "scored": tuple(chat["scored"])}) for chat in work["chats"]]
+        found = ChatTemplate(work["templates"], work["special_tokens"]).render_all(chats)
+        sys.stdout.write(json.dumps([_entry(one) for one in found]))
+        sys.stdout.flush()
+    except MemoryError:
+        return NO_MEMORY
+    return 0
+
+
+def _entry(found: Any) -> dict[str, Any]:
+    message = getattr(found, "message", None)
+    if message is not None:
+        return {"refused": message}
+    return {"text": found.text, "scored": found.scored, "start": found.start, "stop": found.stop}
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]))

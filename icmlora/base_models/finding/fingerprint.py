@@ -1,0 +1,69 @@
+"""The fingerprint of a base model: which weights, in which architecture. Never imports torch.
+
+    sha256( sorted digests of the weight files + architecture in config.json )
+
+A base model with a loader has no configuration that says what it is: the digests of all its files are its fingerprint.
+Two folders with the same weight files and the same architecture are the same base model, wherever they are and whatever
+the shards are called. A GGUF file and the folder made from it are different files and have different fingerprints. The
+tokenizer is not part of it: it does not decide whether an adapter fits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from icmlora.base_models.finding.lookup import FoundBase, read_config
+
+# What saving tools rewrite, or what concerns generation only: it changes between copies of one model.
+_VOLATILE = frozenset(
+    (
+        "transformers_version",
+        "dtype",
+        "torch_dtype",
+        "use_cache",
+        "bos_token_id",
+        "eos_token_id",
+        "pad_token_id",
+        "unk_token_id",
+    )
+)
+
+
+def fingerprint_base(found: FoundBase) -> str:
+    """Hash the weights and architecture of a base model on disk; reads every weight file once."""
+    total = hashlib.sha256()
+    for digest in sorted(_digest(path) for path in found.weights):
+        total.update(bytes.fromhex(digest))
+    if found.has_config:
+        total.update(_architecture(read_config(found.path)))
+    return total.hexdigest()
+
+
+def is_same_model(
+    left: FoundBase, right: FoundBase, fingerprint: Callable[[FoundBase], str] = fingerprint_base
+) -> bool:
+    """Say whether two copies have equal fingerprints; weights are read only where their sizes do not tell."""
+    if left.stamp() == right.stamp():
+        return True
+    if (left.is_gguf, left.loader) != (right.is_gguf, right.loader) or _sizes(left) != _sizes(right):
+        return False
+    if left.has_config and _architecture(read_config(left.path)) != _architecture(read_config(right.path)):
+        return False
+    return fingerprint(left) == fingerprint(right)
+
+
+def _sizes(found: FoundBase) -> list[int]:
+    return sorted(path.stat().st_size for path in found.weights)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _architecture(config: dict[str, object]) -> bytes:
+    stable = {key: value for key, value in config.items() if key not in _VOLATILE and not key.startswith("_")}
+    return json.dumps(stable, sort_keys=True, separators=(",", ":")).encode()

@@ -1,0 +1,76 @@
+"""What a base model is called: the label, revision and folder of an adapter as one name that means one model.
+
+    "org/name"                            org/name
+    "org/name", revision "abc123"         org/name@abc123
+    "/models/llama"                       /models/llama
+    "./llama" of /loras/poems             /loras/llama: the first folder above the adapter where there is such a model
+
+A hub name has no `@`, so the two parts can be told apart again. Never imports torch, never asks the network.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+_MAIN = (None, "", "main")
+_LEVELS = 4  # the adapter's folder and three above it: a trainer writes to `outputs/run/checkpoint-N`
+
+
+def full_label(label: str | None, revision: str | None, place: Path, task_folder: Path) -> str | None:
+    """Return the name of an adapter's base model, or None if the adapter names none.
+
+    Args:
+        label: As the adapter gives it: a hub name, or a path on the machine where it was trained.
+        revision: As the adapter gives it; null and "main" are the same. A folder has no revision.
+        place: The adapter's folder.
+        task_folder: The folder of its training run; a path that leads nowhere is kept as one beside this folder.
+    """
+    if not label:
+        return None
+    path = _resolved(label, place, task_folder)
+    if path is not None:
+        return path
+    return label if revision in _MAIN else f"{label}@{revision}"
+
+
+def typed_label(label: str) -> str:
+    """Return the name of a base model that a user typed: a path is one from the current directory."""
+    is_path = label.startswith("~") or os.path.isabs(label) or _must_be_path(label)
+    return str(Path(label).expanduser().absolute()) if is_path else label
+
+
+def named_by(label: str, known: Sequence[str]) -> list[str]:
+    """Return which of some names a relative path that a user typed may mean: it is the end of a path of an adapter.
+
+    Args:
+        label: As an adapter's configuration may have it; an adapter's own was made absolute when it was ingested.
+        known: Names of base models.
+    """
+    if not _must_be_path(label) or os.path.isabs(label) or label.startswith("~"):
+        return []
+    end = Path(os.path.normpath(label)).parts
+    return [name for name in known if os.path.isabs(name) and Path(name).parts[-len(end) :] == end]
+
+
+def _resolved(label: str, place: Path, task_folder: Path) -> str | None:
+    """Return the absolute path that a label means, or None if it is a hub name."""
+    from icmlora.base_models.finding.lookup import inspect_base
+    from icmlora.errors import BaseModelNotFound
+
+    if os.path.isabs(label):
+        return label
+    # The trainer read `label` in its current directory, which is mostly some folder above what it wrote.
+    place = place.absolute()
+    for folder in (place, *place.parents)[:_LEVELS]:
+        try:
+            return str(inspect_base(label, folder / label).path.resolve())
+        except (BaseModelNotFound, OSError, ValueError):  # an unusable label (NUL, too long) is not a path here
+            continue
+    return os.path.normpath(task_folder.absolute().parent / label) if _must_be_path(label) else None
+
+
+def _must_be_path(label: str) -> bool:
+    """Say whether a label cannot be a hub name, which is `name` or `owner/name`."""
+    return label.startswith(".") or label.endswith(("/", ".gguf")) or label.count("/") > 1

@@ -1,0 +1,58 @@
+"""The tensors in a base model's safetensors files, read one at a time. Never imports torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+
+from icmlora.base_models.finding.lookup import FoundBase
+from icmlora.errors import BaseModelNotFound
+from icmlora.io.safetensors import RawTensor, TensorInfo, read_tensor, read_tensor_header
+
+_MAX_FILE_BYTES = 1 << 40  # files of base models are larger than those of adapters
+
+
+class BaseTensors:
+    """The tensors of a base model on this machine, by name."""
+
+    def __init__(self, found: FoundBase) -> None:
+        if found.is_gguf:
+            fact = f"base model {found.label!r}: a GGUF file does not have them bit for bit"
+            raise BaseModelNotFound(fact, path=found.path, hint="name its safetensors folder: icm base add NAME PATH")
+        self.label = found.label
+        # A loader may read other files too. The parts of a pipeline call different tensors the same.
+        files = () if found.is_pipeline else found.weights
+        self._files = [file for file in files if file.suffix == ".safetensors"]
+
+    def counterpart(self, name: str, shape: tuple[int, ...]) -> str | None:
+        """Return which tensor one of an adapter may copy: that of the same module, or the only one of its shape."""
+        # Tied weights are in the files once, under one of their names; other classes of a model add a prefix.
+        own = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+        alike = [tensor for tensor, (_, info) in self._places.items() if info.shape == shape]
+        if own in alike:
+            return own
+        named = [tensor for tensor in alike if own.endswith(f".{tensor}") or tensor.endswith(f".{own}")] or alike
+        return named[0] if len(named) == 1 else None
+
+    def read(self, name: str) -> RawTensor | None:
+        """Read one tensor; None if there is none of that name."""
+        if name not in self._places:
+            return None
+        path, info = self._places[name]
+        return read_tensor(path, info, max_bytes=_MAX_FILE_BYTES)
+
+    @cached_property
+    def _places(self) -> dict[str, tuple[Path, TensorInfo]]:
+        files = [file.resolve() for file in self._files]  # in a cache they are links
+        headers = ((file, read_tensor_header(file, max_bytes=_MAX_FILE_BYTES)) for file in files)
+        return {info.name: (file, info) for file, header in headers for info in header.tensors}
+
+
+def needed_tensors(find: Callable[[], FoundBase]) -> BaseTensors:
+    """Open a base model because an adapter refers to its tensors; the error says that this is why it is needed."""
+    try:
+        return BaseTensors(find())
+    except BaseModelNotFound as error:
+        error.message = f"the adapter has tensors that only its base model holds: {error.message}"
+        raise

@@ -1,0 +1,274 @@
+"""Base models that one of transformers' Auto classes loads, where one pass gives every prediction of an example.
+
+    example --inputs--> tensors, wanted classes --model--> a row of logits for each prediction --cross entropy--> loss
+
+A modality of this kind says how an example becomes tensors, and which hidden states stand for it. Nothing is padded:
+examples of equal shapes run together, others one after the other.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from icmlora.base_models.examples.examples import Examples
+from icmlora.base_models.finding.lookup import read_config
+from icmlora.base_models.modality import BaseModel, Metric
+from icmlora.errors import BaseModelUnsuited, DataError
+
+if TYPE_CHECKING:
+    import torch
+
+    from icmlora.base_models.examples.chat_template import Templates
+    from icmlora.base_models.examples.prompts import Prompt
+    from icmlora.base_models.finding.lookup import FoundBase
+    from icmlora.base_models.load import Loaded
+
+IGNORED = -100
+"""The wanted class of a prediction that is not scored."""
+
+
+@dataclass(frozen=True, eq=False)
+class Inputs:
+    """An example as the model reads it.
+
+    Attributes:
+        tensors: Arguments of the model's `forward`, with a batch of one as their first dimension.
+        targets: The wanted class of each prediction; `IGNORED` where it is not scored.
+        text: The text that is scored; empty where there is none.
+        size: How many tokens are read; 1 for what is never cut.
+    """
+
+    tensors: Mapping[str, torch.Tensor]
+    targets: tuple[int, ...]
+    text: str = ""
+    size: int = 1
+
+    @property
+    def count(self) -> int:
+        """How many predictions are scored."""
+        return sum(target != IGNORED for target in self.targets)
+
+    @property
+    def shapes(self) -> tuple[tuple[str, tuple[int, ...]], ...]:
+        """What has to be equal in examples that run together."""
+        return tuple((name, tuple(value.shape)) for name, value in self.tensors.items())
+
+
+@dataclass(frozen=True)
+class Measured:
+    """How good a model is on some examples."""
+
+    value: float
+    count: int
+    utf8_bytes: int = 1
+    others: Mapping[str, float] = field(default_factory=dict)
+
+
+class AutoModality:
+    """What these modalities share; a subclass sets the names and defines `example`, `inputs` and `pooled`."""
+
+    name = ""
+    metric = Metric("nats per token", higher_is_better=False)
+    reads: Collection[str] = ()
+    probes: Sequence[Any] = ()
+    auto_class = ""  # of transformers, such as "AutoModelForMaskedLM"
+    processor_class = "AutoTokenizer"
+    batch = 8  # most examples of equal shapes that run together
+
+    def suits(self, found: FoundBase) -> bool:
+        """Judge by `config.json`: it names a class that the Auto class would load."""
+        return not found.is_gguf and names_a_class_of(self.auto_class, read_config(found.path))
+
+    def load(
+        self,
+        found: FoundBase,
+        *,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        fingerprint: str | None = None,
+    ) -> BaseModel:
+        """Load model and processor, by default on the CPU."""
+        from icmlora.base_models.load import base_of, load_auto
+
+        def network(device: torch.device, dtype: torch.dtype) -> Loaded:
+            return load_auto(found, self.name, self.auto_class, self.processor_class, device, dtype)
+
+        return base_of(found, self, network, device, dtype, fingerprint)
+
+    def at_once(self, base: BaseModel) -> int:
+        """Return how many examples of equal shapes may run together at most."""
+        return self.batch
+
+    def example(self, row: Mapping[str, Any]) -> Any:
+        """Turn a row into an example."""
+        raise NotImplementedError
+
+    def inputs(self, base: BaseModel, example: Any, limit: int) -> Inputs:
+        """Turn an example into what the model reads.
+
+        Raises:
+            DataError: It cannot be read; the message is a fact about the row.
+        """
+        raise NotImplementedError
+
+    def pooled(self, outputs: Any) -> torch.Tensor:
+        """Return the hidden state that stands for each example of a batch, (examples, d)."""
+        raise NotImplementedError
+
+    def readable(self, base: BaseModel, examples: Sequence[Any], template: Templates | None = None) -> Examples:
+        """Leave out what cannot be read, such as a damaged image or a label that the model does not have."""
+        kept: list[Any] = []
+        skipped, reason = 0, None
+        for example in examples:
+            try:
+                self.inputs(base, example, base.within(64))
+            except DataError as error:
+                skipped += 1
+                reason = reason or f"a row {error.message}"
+            else:
+                kept.append(example)
+        return Examples(tuple(kept), skipped, reason)
+
+    def prepare(self, base: BaseModel, examples: Sequence[Any], limit: int, *, whole: bool = False) -> list[Inputs]:
+        """Turn examples into tensors; those without anything to score are left out."""
+        found = [self.inputs(base, example, base.within(limit)) for example in examples]
+        scored = [item for item in found if item.count]
+        if not scored:
+            raise DataError("no example has anything to predict", hint="give longer examples")
+        return scored
+
+    def states(self, base: BaseModel, examples: Sequence[Any], limit: int) -> torch.Tensor:
+        """Return the state of each example in the last layer."""
+        import torch
+
+        items = [self.inputs(base, example, base.within(limit)) for example in examples]
+        with torch.no_grad():
+            batches = _batches(items, self.at_once(base))
+            found = [self.pooled(_run(base, some, output_hidden_states=True)).float() for some in batches]
+        return torch.cat(found)
+
+    def context_state(self, base: BaseModel, examples: Sequence[Any], limit: int) -> torch.Tensor:
+        """Return the mean state: these models read one example at a time."""
+        return self.states(base, examples, max(1, limit // len(examples))).mean(dim=0)
+
+    def logits(self, base: BaseModel, items: Sequence[Inputs], *, from_leaf: bool = False) -> list[torch.Tensor]:
+        """Return one row of logits for each prediction of an example."""
+        rows: list[torch.Tensor] = []
+        with ExitStack() as stack:
+            if from_leaf:
+                from icmlora.base_models.kinds.gradients import gradients_from_inputs
+
+                stack.enter_context(gradients_from_inputs(base.model))
+            for some in _batches(items, self.at_once(base)):
+                logits = _run(base, some, from_leaf=from_leaf).logits
+                logits = logits if logits.dim() == 3 else logits[:, None]  # (examples, predictions, classes)
+                rows += list(logits)
+        return rows
+
+    def loss(self, base: BaseModel, items: Sequence[Inputs]) -> torch.Tensor:
+        """Return the cross entropy of the scored predictions in nats, summed."""
+        import torch
+
+        rows = self.logits(base, items, from_leaf=True)
+        return torch.stack([row_loss(row, item.targets) for row, item in zip(rows, items, strict=True)]).sum()
+
+    def item_loss(self, item: Inputs, logits: torch.Tensor) -> torch.Tensor | None:
+        """Return the cross entropy of the scored predictions of an example in nats, summed."""
+        return row_loss(logits, item.targets)
+
+    def written(self, base: BaseModel, items: Sequence[Inputs], count: int, limit: int, *, seed: int) -> list[Inputs]:
+        """Return nothing: such models read more than they write."""
+        return []
+
+    def answer(self, base: BaseModel, prompt: Prompt, most: int) -> str | None:
+        """Return None: most of these models write no text."""
+        return None
+
+    def counted(self, base: BaseModel, items: Sequence[Inputs]) -> None:
+        """Return None: nothing is padded."""
+
+    def measure(self, base: BaseModel, examples: Sequence[Any], limit: int) -> Measured:
+        """Return the loss in nats for each prediction."""
+        import torch
+
+        items = self.prepare(base, examples, limit)
+        with torch.inference_mode():
+            rows = self.logits(base, items)
+            nats = [float(row_loss(row, item.targets)) for row, item in zip(rows, items, strict=True)]
+        count = sum(item.count for item in items)
+        return Measured(sum(nats) / count, count, max(1, sum(len(item.text.encode()) for item in items)))
+
+
+def names_a_class_of(auto_class: str, config: Mapping[str, object]) -> bool:
+    """Return whether a configuration names a class that one of transformers' Auto classes loads."""
+    named = config.get("architectures")
+    return bool(classes_of(auto_class, config).intersection(named if isinstance(named, list) else []))
+
+
+def classes_of(auto_class: str, config: Mapping[str, object]) -> set[str]:
+    """Return the classes that an Auto class would load a configuration with."""
+    from transformers.models.auto import modeling_auto
+
+    table = getattr(modeling_auto, auto_class)._model_mapping._model_mapping  # model type -> name or names of classes
+    kind = config.get("model_type")
+    known = table.get(kind) if isinstance(kind, str) else None
+    return {known} if isinstance(known, str) else set(known or ())
+
+
+def seen(base: BaseModel, made: Mapping[str, Any], what: str) -> dict[str, torch.Tensor]:
+    """Return what a processor made of an image or a recording, if the model reads it.
+
+    Args:
+        base: The base model.
+        made: What its processor returned, by name; only tensors count.
+        what: What it was made of, for the message.
+
+    Raises:
+        BaseModelUnsuited: Nothing of it would reach the model, so that it would be run without.
+    """
+    import inspect
+
+    import torch
+
+    read = inspect.signature(type(base.model).forward).parameters
+    tensors = {name: value for name, value in made.items() if isinstance(value, torch.Tensor) and name in read}
+    if not any(value.is_floating_point() for value in tensors.values()):
+        kind = type(base.processor).__name__
+        made_of = ", ".join(sorted(made)) or "nothing"
+        fact = f"what {kind} makes of {what} ({made_of}) is not what base model {base.label!r} reads"
+        raise BaseModelUnsuited(fact, hint="the folder has to hold the processor that belongs to the model")
+    return tensors
+
+
+def row_loss(logits: torch.Tensor, targets: Sequence[int]) -> torch.Tensor:
+    """Return the summed cross entropy of one example's predictions, in nats; logits are (predictions, classes)."""
+    import torch
+    from torch.nn import functional
+
+    wanted = torch.tensor(targets, device=logits.device)
+    # Some models put an image in front of the text by themselves: the last predictions are those of the text.
+    return functional.cross_entropy(logits[-len(targets) :].float(), wanted, reduction="sum", ignore_index=IGNORED)
+
+
+def _batches(items: Sequence[Inputs], most: int) -> Iterator[Sequence[Inputs]]:
+    """Divide examples, in their order, into runs of equal shapes."""
+    for _, run in itertools.groupby(items, key=lambda item: item.shapes):
+        same = list(run)
+        for first in range(0, len(same), most):
+            yield same[first : first + most]
+
+
+def _run(base: BaseModel, items: Sequence[Inputs], *, from_leaf: bool = False, **options: Any) -> Any:
+    import torch
+
+    tensors = {}
+    for name in items[0].tensors:
+        value = torch.cat([item.tensors[name] for item in items]).to(base.device)
+        if value.is_floating_point():  # pixels and sound; token ids get their gradients at the embeddings
+            value = value.to(base.input_dtype).requires_grad_(from_leaf)
+        tensors[name] = value
+    return base.model(**tensors, **options)

@@ -1,0 +1,182 @@
+"""Causal language models, which continue text token by token. Torch is imported only when it is needed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from icmlora.base_models.examples.adapter_template import render_in_child
+from icmlora.base_models.examples.chat_template import ChatTemplate, Rendered, Templates
+from icmlora.base_models.examples.chats import Chat
+from icmlora.base_models.examples.examples import Example, Examples, plain, text_example
+from icmlora.base_models.finding.lookup import read_config
+from icmlora.base_models.modality import BaseModel, Metric
+from icmlora.errors import DataError
+from registry.names import NLL
+
+if TYPE_CHECKING:
+    import torch
+
+    from icmlora.base_models.examples.prompts import Prompt
+    from icmlora.base_models.finding.lookup import FoundBase
+    from icmlora.base_models.kinds.likelihood import NllResult, Scored
+
+# For tasks that bring no samples of their own: short pieces in several genres and languages, written for this project.
+# They say nothing about any task: only the adapted view reads them, where the adapter itself makes the difference.
+PROBES: tuple[str, ...] = (
+    "The river runs slowly past the old mill before it turns north towards the town. In spring the water rises, "
+    "and the children count the stones that are still dry.",
+    "To prepare the tea, boil fresh water, warm the pot, add one spoon of leaves for each cup and wait four minutes.",
+    "def mean(items):\n    total = 0.0\n    for item in items:\n        total += item\n    return total / len(items)\n",
+    "Question: Why does ice float on water?\nAnswer: Ice is less dense than liquid water, because its "
+    "molecules are held further apart in the crystal.",
+    "Theorem. The sum of two even numbers is even. Proof. Let a = 2m and b = 2n. Then a + b = 2(m + n), which is even.",
+    "<ul>\n  <li>Monday: closed</li>\n  <li>Tuesday: 9 to 17</li>\n  <li>Wednesday: 9 to 12</li>\n</ul>\n",
+    "SELECT city, COUNT(*) AS visitors FROM visits WHERE year = 2020 GROUP BY city ORDER BY visitors DESC LIMIT 10;",
+    "Dear Ms Novak, thank you for your letter of 3 May. The parcel has arrived and we will write again next week.",
+    "Der Zug hält an jedem Bahnhof, und an jedem steigen ein paar Leute aus. Am Ende der Strecke ist er fast leer.",
+    "La biblioteca abre a las nueve de la mañana. Los sábados hay un taller para niños y la entrada es gratuita.",
+    "Le boulanger se lève avant le soleil. Quand les premiers clients arrivent, le pain est encore chaud.",
+    "Зимой темнеет рано, и в окнах домов загораются огни. Снег скрипит под ногами, а воздух пахнет дымом.",
+    "春天来了，河边的柳树长出了新叶。孩子们在草地上放风筝，老人坐在长椅上聊天。",
+    "name,unit,price\napple,kg,2.40\nbread,piece,3.10\nmilk,litre,1.25\n",
+    '{"sensor": "north", "readings": [21.5, 21.7, 21.4], "unit": "celsius", "valid": true}',
+    "- Well, did you see it?\n- I saw something. A light, then nothing.\n- And you went no closer?\n- Would you have?",
+)
+
+
+class CausalLM:
+    """What `transformers.AutoModelForCausalLM` loads; measured by the loss of the next token."""
+
+    name = "causal language model"
+    metric = Metric(NLL, higher_is_better=False)
+    reads = ()
+    probes: Sequence[Example] = plain(PROBES)
+
+    def suits(self, found: FoundBase) -> bool:
+        """Judge by `config.json`: a language model that reads from left to right."""
+        if found.is_gguf:
+            return True
+        from icmlora.base_models.finding.causal_config import is_causal
+
+        return is_causal(read_config(found.path))
+
+    def load(
+        self,
+        found: FoundBase,
+        *,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        fingerprint: str | None = None,
+    ) -> BaseModel:
+        """Load model and tokenizer, by default on the CPU."""
+        from icmlora.base_models.load import base_of, load_network
+
+        return base_of(found, self, partial(load_network, found), device, dtype, fingerprint)
+
+    def example(self, row: Mapping[str, Any]) -> Example | Chat:
+        """Read text, prompt and completion, or a chat."""
+        return text_example(row)
+
+    def readable(
+        self, base: BaseModel, examples: Sequence[Example | Chat], template: Templates | None = None
+    ) -> Examples:
+        """Render chats with the base model's chat template, or the adapter's own; those that it refuses are left out.
+
+        Raises:
+            DataError: The adapter's own template takes too much memory or time.
+        """
+        if not any(isinstance(example, Chat) for example in examples):
+            return Examples(tuple(examples))
+        of_base = ChatTemplate.of(base.tokenizer)
+        chosen = of_base if template is None else ChatTemplate.of(base.tokenizer, template)
+        found = [_plain(example, chosen) for example in examples]
+        chats = [example for example in found if isinstance(example, Chat)]
+        # The base model's own template is trusted as its weights are.
+        is_trusted = chosen.templates == of_base.templates
+        rendered = iter(chosen.render_all(chats) if is_trusted else render_in_child(chosen, chats))
+        read = [next(rendered) if isinstance(example, Chat) else example for example in found]
+        usable = tuple(example for example in read if not isinstance(example, DataError))
+        refused = [example for example in read if isinstance(example, DataError)]
+        reason = f"a chat {refused[0].message}" if refused else None
+        if not any(isinstance(example, Rendered) for example in usable):
+            return Examples(usable, len(refused), reason)
+        note = None if chosen.is_own else f"{base.label} has no chat template: its chats are read as ChatML"
+        return Examples(usable, len(refused), reason, chosen.digest, note)
+
+    def prepare(
+        self, base: BaseModel, examples: Sequence[Example | Rendered], limit: int, *, whole: bool = False
+    ) -> list[Scored]:
+        """Return token ids; of an example with a prompt only the completion is scored, unless it is read as a whole."""
+        from icmlora.base_models.kinds.likelihood import tokenized
+
+        return tokenized(base.tokenizer, examples, base.within(limit), whole=whole)
+
+    def states(self, base: BaseModel, examples: Sequence[Example | Rendered], limit: int) -> torch.Tensor:
+        """Return the last layer at the last token of each text."""
+        from icmlora.base_models.kinds.hidden_states import last_positions
+
+        return last_positions(base, _texts(examples), base.within(limit))
+
+    def context_state(self, base: BaseModel, examples: Sequence[Example | Rendered], limit: int) -> torch.Tensor:
+        """Return the mean of the last layer over one context of all texts, one after the other."""
+        from icmlora.base_models.kinds.hidden_states import mean_over_context
+
+        return mean_over_context(base, _texts(examples), base.within(limit))
+
+    def logits(self, base: BaseModel, items: Sequence[Scored], *, from_leaf: bool = False) -> list[torch.Tensor]:
+        """Return next-token logits at every token, (T, vocabulary) for each text."""
+        from icmlora.base_models.kinds.likelihood import next_token_logits
+
+        return next_token_logits(base, items, from_leaf=from_leaf)
+
+    def loss(self, base: BaseModel, items: Sequence[Scored]) -> torch.Tensor:
+        """Return the negative log-likelihood of the scored tokens in nats, summed."""
+        from icmlora.base_models.kinds.likelihood import summed_loss
+
+        return summed_loss(base, items)
+
+    def item_loss(self, item: Scored, logits: torch.Tensor) -> torch.Tensor:
+        """Return the negative log-likelihood of the scored tokens of a text in nats, summed."""
+        from icmlora.base_models.kinds.likelihood import item_loss
+
+        return item_loss(logits, item)
+
+    def written(self, base: BaseModel, items: Sequence[Scored], count: int, limit: int, *, seed: int) -> list[Scored]:
+        """Return texts that the model continues token by token from the first ones of each item."""
+        from icmlora.base_models.kinds.continuations import continuations
+
+        return continuations(base, items, count, limit, seed=seed)
+
+    def answer(self, base: BaseModel, prompt: Prompt, most: int) -> str:
+        """Return how the model continues a prompt, token by token."""
+        from icmlora.base_models.kinds.continuations import answer
+
+        return answer(base, prompt, most)
+
+    def counted(self, base: BaseModel, items: Sequence[Scored]) -> torch.Tensor:
+        """Return which tokens are not padding, (texts, T)."""
+        from icmlora.base_models.kinds.likelihood import padded
+
+        return padded([item.ids for item in items], base.device)[1].bool()
+
+    def measure(self, base: BaseModel, examples: Sequence[Example | Rendered], limit: int) -> NllResult:
+        """Return the loss in nats per token."""
+        from icmlora.base_models.kinds.likelihood import nll
+        from icmlora.io.devices import texts_at_once
+
+        device, limit = base.device, base.within(limit)
+        batch = texts_at_once(device)
+        return nll(base.model, base.tokenizer, examples, max_tokens=limit, batch_size=batch, device=device)
+
+
+def _plain(example: Example | Chat, template: ChatTemplate) -> Example | Chat:
+    """Return the plain form of a chat where there is no template for it."""
+    if isinstance(example, Example) or example.plain is None or template.is_own:
+        return example
+    return Example(*example.plain)
+
+
+def _texts(examples: Sequence[Example | Rendered]) -> list[str | Rendered]:
+    return [example.text if isinstance(example, Example) else example for example in examples]

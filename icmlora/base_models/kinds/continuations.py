@@ -1,0 +1,113 @@
+"""Texts that a language model writes by itself, with the adapter that is on it.
+
+    first tokens of a sample, or of nothing ──sample token by token──▶ text like that which the adapter was trained on
+    a prompt ──most probable token, again and again──▶ the same answer each time, to be read by people
+
+A code can be fitted to what an adapter does on sampled texts where data is short or gone (as LLM-QAT quantises models
+without data: Liu et al., arXiv 2305.17888).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from icmlora.base_models.examples.prompts import Prompt
+from icmlora.base_models.kinds.likelihood import Scored
+from icmlora.base_models.modality import BaseModel
+
+_START = 8  # tokens of a sample that a text begins with
+_SHORTEST = 16  # tokens below which a text is left out
+_BATCH = 32  # texts written together
+
+
+def continuations(base: BaseModel, items: Sequence[Scored], count: int, limit: int, *, seed: int = 0) -> list[Scored]:
+    """Let the model write texts, of which each begins like an item, in turn, or with nothing if there are none.
+
+    Args:
+        base: A causal language model.
+        items: What to begin like.
+        count: Texts to write. Fewer come back where some end early.
+        limit: Most tokens of a text.
+        seed: Of all random numbers; torch's global generators are left as they were.
+    """
+    starts = [item.ids[:_START] for item in items if len(item.ids) >= _START] or [[_nothing(base)]]
+    rows = [starts[number % len(starts)] for number in range(count)]
+    found: list[Scored] = []
+    with torch.random.fork_rng(), torch.inference_mode():
+        torch.manual_seed(seed)
+        for first in range(0, count, _BATCH):
+            found += [Scored(ids, 1) for ids in _sampled(base, rows[first : first + _BATCH], base.within(limit))]
+    return [item for item in found if item.size >= _SHORTEST]
+
+
+def answer(base: BaseModel, prompt: Prompt, most: int) -> str:
+    """Let a causal or sequence-to-sequence language model continue a prompt with its most probable tokens.
+
+    Args:
+        base: The language model.
+        prompt: What to continue; of one that is too long, the end is read.
+        most: Most tokens to write.
+    """
+    tokenizer, room = base.tokenizer, None if base.positions is None else max(1, base.positions - most)
+    ids = list(tokenizer(prompt.text, add_special_tokens=not prompt.is_rendered)["input_ids"])
+    ids = (ids or [_nothing(base)])[-room if room else 0 :]
+    given = torch.tensor([ids], device=base.device)
+    end = tokenizer.eos_token_id
+    with torch.inference_mode():
+        written = base.model.generate(
+            given,
+            attention_mask=torch.ones_like(given),
+            max_new_tokens=most,
+            do_sample=False,
+            num_beams=1,
+            temperature=None,
+            top_k=None,
+            top_p=None,
+            repetition_penalty=1.0,
+            eos_token_id=end,
+            pad_token_id=end if end is not None else 0,
+        )[0].tolist()
+    if base.model.config.is_encoder_decoder:
+        return _spelled(tokenizer, written)
+    # Alone, the first new token would lose the space before it.
+    before, whole = _spelled(tokenizer, ids), _spelled(tokenizer, written)
+    return whole[len(before) :] if whole.startswith(before) else _spelled(tokenizer, written[len(ids) :])
+
+
+def _spelled(tokenizer: Any, ids: Sequence[int]) -> str:
+    return str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+def _sampled(base: BaseModel, starts: Sequence[Sequence[int]], limit: int) -> list[list[int]]:
+    """Sample from the model's own distribution, unchanged by temperature or cut-offs, up to the end of each text."""
+    ids = torch.tensor(starts, device=base.device)
+    end = base.tokenizer.eos_token_id
+    written = base.model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=limit - ids.shape[1],
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        repetition_penalty=1.0,
+        eos_token_id=end,
+        pad_token_id=end if end is not None else 0,
+    )
+    return [_until(end, row, ids.shape[1]) for row in written.tolist()]
+
+
+def _until(end: int | None, ids: list[int], start: int) -> list[int]:
+    """Cut a text behind its first end token."""
+    places = [place for place, token in enumerate(ids) if token == end and place >= start]
+    return ids[: places[0] + 1] if places else ids
+
+
+def _nothing(base: BaseModel) -> int:
+    """Return the token that stands before a text: that of its beginning, else that of the end of another one."""
+    tokenizer = base.tokenizer
+    found = next((token for token in (tokenizer.bos_token_id, tokenizer.eos_token_id) if token is not None), 0)
+    return int(found)

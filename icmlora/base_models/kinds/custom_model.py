@@ -1,0 +1,268 @@
+"""Base models that transformers does not load: the user's own function does. Importing this needs no torch.
+
+    @icmlora.base_model_loader
+    def load(path, device, dtype) -> icmlora.CustomModel: ...
+
+    icm base add NAME PATH --loader my_module:load
+
+The name of the function is kept in the store, and a store may come from somebody else. So a function is called only
+if it is marked as a loader; its module is imported from where Python finds modules.
+"""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from icmlora.base_models.examples.examples import Examples
+from icmlora.base_models.examples.media import MEDIA_KEYS
+from icmlora.base_models.finding.fingerprint import fingerprint_base
+from icmlora.base_models.kinds.auto_model import Measured
+from icmlora.base_models.modality import BaseModel, Metric
+from icmlora.errors import BaseModelMismatch, BaseModelNotFound, BaseModelUnsuited, DataError
+from registry.errors import IcmError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import torch
+    from torch import nn
+
+    from icmlora.base_models.examples.chat_template import Templates
+    from icmlora.base_models.examples.prompts import Prompt
+    from icmlora.base_models.finding.lookup import FoundBase
+
+_NAME = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+_MARK = "_icm_base_model_loader"
+_BATCH = 8  # most examples whose states are asked for at once
+Loader = TypeVar("Loader", bound="Callable[[Path, torch.device, torch.dtype], CustomModel]")
+
+
+def base_model_loader(function: Loader) -> Loader:
+    """Mark a function as a loader of base models, so that `icm base add --loader` may name it.
+
+    Args:
+        function: Called with the path of the base model, the device and the precision; returns a `CustomModel`.
+
+    Returns:
+        The function itself.
+    """
+    setattr(function, _MARK, True)
+    return function
+
+
+class CustomModel(ABC):
+    """What icm needs to know of a base model that transformers does not load.
+
+    Examples are what `example` makes of the rows of `samples.jsonl` and `eval.jsonl`. All methods run `model` as it is
+    at that moment: an adapter that was put on it takes part.
+
+    Attributes:
+        model: The network, on the device and in evaluation mode. Adapters name its modules.
+        metric: What `measure` returns.
+        hidden_size: Size of one hidden state, which is the size of a task vector.
+    """
+
+    model: nn.Module
+    metric: Metric
+    hidden_size: int
+
+    def example(self, row: Mapping[str, Any]) -> Any:
+        """Turn a row into an example; raise any exception if it is not one. By default a row is an example."""
+        return row
+
+    @abstractmethod
+    def states(self, examples: Sequence[Any]) -> torch.Tensor:
+        """Return one hidden state for each example, of shape (examples, hidden size)."""
+
+    @abstractmethod
+    def loss(self, examples: Sequence[Any]) -> torch.Tensor:
+        """Return the loss, summed over the examples, with its gradients."""
+
+    @abstractmethod
+    def measure(self, examples: Sequence[Any]) -> tuple[float, Mapping[str, float]]:
+        """Return the metric on held-out examples, and further figures by name."""
+
+    def predictions(self, examples: Sequence[Any]) -> list[torch.Tensor]:
+        """Return logits for each example, of shape (predictions, classes): refinement compares them. May be absent."""
+        raise BaseModelUnsuited("its loader gives no predictions, so its codes cannot be refined")
+
+
+def find_loader(label: str, name: str) -> Callable[[Path, torch.device, torch.dtype], CustomModel]:
+    """Import the loader of a base model.
+
+    Raises:
+        BaseModelNotFound: There is no function of that name, or it is not marked as a loader.
+    """
+    if not _NAME.fullmatch(name):
+        raise BaseModelNotFound(f"the loader {name!r} of base model {label!r} is not MODULE:FUNCTION")
+    module, _, function = name.partition(":")
+    try:
+        found = getattr(import_module(module), function)
+    except Exception as error:
+        fact = f"the loader {name} of base model {label!r} cannot be imported: {_reason(error)}"
+        raise BaseModelNotFound(fact, hint="install its module, or put its folder into PYTHONPATH") from error
+    if getattr(found, _MARK, None) is not True:
+        fact = f"{name} is not marked as a loader of base models"
+        raise BaseModelNotFound(fact, hint="write @icmlora.base_model_loader above the function, if it is yours")
+    return found  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True, eq=False)
+class CustomItem:
+    """An example; only the user's code knows what is in it."""
+
+    example: Any
+    count: int = 1
+    size: int = 1
+
+
+class CustomModality:
+    """Lets a `CustomModel` be used as a modality; it is complete only when the base model is loaded."""
+
+    name = "base model with a loader"
+    reads = MEDIA_KEYS
+    probes: Sequence[Any] = ()
+
+    def __init__(self, loader: str, custom: CustomModel | None = None) -> None:
+        self._loader, self._custom = loader, custom
+
+    @property
+    def custom(self) -> CustomModel:
+        """What the loader returned."""
+        assert self._custom is not None, "the base model is not loaded"
+        return self._custom
+
+    @property
+    def metric(self) -> Metric:
+        """What the loader says."""
+        return self.custom.metric
+
+    def suits(self, found: FoundBase) -> bool:
+        """Judge by the loader."""
+        return found.loader == self._loader
+
+    def load(
+        self,
+        found: FoundBase,
+        *,
+        device: torch.device,
+        dtype: torch.dtype | None = None,
+        fingerprint: str | None = None,
+    ) -> BaseModel:
+        """Call the loader."""
+        from icmlora.io.devices import inference_dtype
+
+        function = find_loader(found.label, self._loader)
+        try:
+            custom = function(found.path, device, dtype or inference_dtype(device))
+        except Exception as error:
+            fact = f"the loader {self._loader} of base model {found.label!r} failed: {_reason(error)}"
+            raise BaseModelNotFound(fact, path=found.path) from error
+        missing = [name for name in ("model", "metric", "hidden_size") if not hasattr(custom, name)]
+        if not isinstance(custom, CustomModel) or missing:
+            wrong = f"has no {missing[0]}" if isinstance(custom, CustomModel) else "is not an icmlora.CustomModel"
+            raise BaseModelNotFound(f"what the loader {self._loader} of base model {found.label!r} returns {wrong}")
+        custom.model.requires_grad_(False).train(False)
+        return BaseModel(
+            label=found.label,
+            model=custom.model,
+            processor=None,
+            fingerprint=fingerprint or fingerprint_base(found),
+            modality=CustomModality(self._loader, custom),
+            hidden_size=custom.hidden_size,
+            layers=1,
+        )
+
+    def example(self, row: Mapping[str, Any]) -> Any:
+        """Let the user's code read a row."""
+        try:
+            return self.custom.example(row)
+        except IcmError:
+            raise
+        except Exception as error:
+            raise DataError(f"is not an example of the base model: {_reason(error)}") from error
+
+    def readable(self, base: BaseModel, examples: Sequence[Any], template: Templates | None = None) -> Examples:
+        """Return the examples: there is nothing to render."""
+        return Examples(tuple(examples))
+
+    def prepare(self, base: BaseModel, examples: Sequence[Any], limit: int, *, whole: bool = False) -> list[CustomItem]:
+        """Return the examples: nothing is cut."""
+        return [CustomItem(example) for example in examples]
+
+    def states(self, base: BaseModel, examples: Sequence[Any], limit: int) -> torch.Tensor:
+        """Return the states, a few examples at a time."""
+        import torch
+
+        batches = [examples[first : first + _BATCH] for first in range(0, len(examples), _BATCH)]
+        with self._running("states"), torch.no_grad():
+            found = torch.cat([self.custom.states(batch).float() for batch in batches])
+        if found.shape != (len(examples), base.hidden_size):
+            wanted = (len(examples), base.hidden_size)
+            fact = f"states of the loader {self._loader} returned the shape {tuple(found.shape)}, not {wanted}"
+            raise BaseModelMismatch(fact)
+        return found
+
+    def context_state(self, base: BaseModel, examples: Sequence[Any], limit: int) -> torch.Tensor:
+        """Return the mean state."""
+        return self.states(base, examples, limit).mean(dim=0)
+
+    def logits(self, base: BaseModel, items: Sequence[CustomItem], *, from_leaf: bool = False) -> list[torch.Tensor]:
+        """Return the predictions."""
+        from contextlib import nullcontext
+
+        from icmlora.base_models.kinds.gradients import gradients_from_inputs
+
+        with self._running("predictions"), gradients_from_inputs(base.model) if from_leaf else nullcontext():
+            return self.custom.predictions([item.example for item in items])
+
+    def loss(self, base: BaseModel, items: Sequence[CustomItem]) -> torch.Tensor:
+        """Return the loss."""
+        from icmlora.base_models.kinds.gradients import gradients_from_inputs
+
+        with self._running("loss"), gradients_from_inputs(base.model):
+            return self.custom.loss([item.example for item in items])
+
+    def item_loss(self, item: CustomItem, logits: torch.Tensor) -> None:
+        """Return None: only the loader knows how a loss follows from predictions."""
+
+    def written(self, base: BaseModel, items: Sequence[CustomItem], count: int, limit: int, *, seed: int) -> list[Any]:
+        """Return nothing: only the user's code could write examples."""
+        return []
+
+    def answer(self, base: BaseModel, prompt: Prompt, most: int) -> None:
+        """Return None: only the user's code could write text."""
+
+    def counted(self, base: BaseModel, items: Sequence[CustomItem]) -> None:
+        """Return None: only the user's code knows what is padded."""
+
+    def measure(self, base: BaseModel, examples: Sequence[Any], limit: int) -> Measured:
+        """Return the metric."""
+        import torch
+
+        if not examples:
+            raise DataError("there is nothing to measure")
+        with self._running("measure"), torch.no_grad():
+            value, others = self.custom.measure(examples)
+        return Measured(float(value), len(examples), others=dict(others))
+
+    @contextmanager
+    def _running(self, method: str) -> Iterator[None]:
+        """Turn what the user's code raises into one error that says where."""
+        try:
+            yield
+        except IcmError:
+            raise
+        except Exception as error:
+            raise BaseModelMismatch(f"{method} of the loader {self._loader} failed: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    first = next(iter(str(error).strip().splitlines()), "")
+    return f"{type(error).__name__}: {first}" if first else type(error).__name__

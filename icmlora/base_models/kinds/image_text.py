@@ -1,0 +1,137 @@
+"""Models that answer with text to an image and text, such as Florence-2, SmolVLM and Qwen2-VL.
+
+Measured by the loss of the answer's tokens.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from icmlora.base_models.examples.media import Media, image_of, open_image
+from icmlora.base_models.finding.lookup import read_config
+from icmlora.base_models.kinds.auto_model import IGNORED, AutoModality, Inputs, names_a_class_of, seen
+from icmlora.base_models.kinds.seq2seq_lm import moved
+from icmlora.base_models.modality import BaseModel
+from icmlora.errors import BaseModelUnsuited, DataError
+
+if TYPE_CHECKING:
+    import torch
+    from PIL.Image import Image
+
+    from icmlora.base_models.finding.lookup import FoundBase
+
+
+_OF_TOKENS = ("token_type_ids", "mm_token_type_ids")
+# Language models that also see: most of their adapters were trained on text alone, so they are run on that.
+_MAINLY_TEXT = frozenset({"gemma3", "gemma3n", "gemma4", "gemma4_unified"})
+
+
+@dataclass(frozen=True)
+class ImagePrompt:
+    """An image, a prompt, and the answer to them."""
+
+    image: Media
+    prompt: str
+    completion: str
+
+
+class ImageTextToText(AutoModality):
+    """What `transformers.AutoModelForImageTextToText` loads."""
+
+    name = "image-and-text model"
+    reads = ("image",)
+    auto_class = "AutoModelForImageTextToText"
+    processor_class = "AutoProcessor"
+    batch = 1  # some of them number the pieces of all images in one row
+
+    def suits(self, found: FoundBase) -> bool:
+        """Judge by `config.json`; language models that also see, such as Gemma 3, are run as language models."""
+        if not super().suits(found):
+            return False
+        config = read_config(found.path)
+        return not (config.get("model_type") in _MAINLY_TEXT and names_a_class_of("AutoModelForCausalLM", config))
+
+    def example(self, row: Mapping[str, Any]) -> ImagePrompt:
+        """Read an image, a prompt and a completion."""
+        prompt, completion = row.get("prompt", ""), row.get("completion")
+        if not isinstance(prompt, str) or not isinstance(completion, str) or not completion.strip():
+            raise DataError("has no prompt and completion to its image")
+        return ImagePrompt(image_of(row), prompt, completion)
+
+    def inputs(self, base: BaseModel, example: ImagePrompt, limit: int) -> Inputs:
+        """Let the processor place the image in the prompt; only the completion is scored."""
+        image = open_image(example.image)
+        if not _reads_prompts(base):
+            return _written_after(base, example, image, limit)
+        made = base.processor(text=_prompt(base, example.prompt), images=image, return_tensors="pt")
+        prompt = seen(base, made, "an image and a prompt")
+        if "input_ids" not in prompt:
+            raise BaseModelUnsuited(f"the processor of base model {base.label!r} makes no tokens of a prompt")
+        return (_translated if base.model.config.is_encoder_decoder else _continued)(base, example, prompt, limit)
+
+    def pooled(self, outputs: Any) -> torch.Tensor:
+        """Return the decoder's last layer at the last position, as the paper does (arXiv 2501.17635)."""
+        states = getattr(outputs, "decoder_hidden_states", None) or outputs.hidden_states
+        return states[-1][:, -1]  # type: ignore[no-any-return]
+
+
+def _reads_prompts(base: BaseModel) -> bool:
+    """Whether the model reads text beside the image; the decoders of TrOCR and Donut only continue what they wrote."""
+    return "input_ids" in inspect.signature(type(base.model).forward).parameters
+
+
+def _written_after(base: BaseModel, example: ImagePrompt, image: Image, limit: int) -> Inputs:
+    """Give the image to the encoder, and the prompt to the decoder as what it wrote before the answer."""
+    pixels = seen(base, base.processor(images=image, return_tensors="pt"), "an image")
+    asked = base.processor.tokenizer(example.prompt, add_special_tokens=False)["input_ids"] if example.prompt else []
+    answer = base.processor.tokenizer(example.completion, truncation=True, max_length=limit)["input_ids"]
+    tensors = pixels | {"decoder_input_ids": moved(base, [*asked, *answer])}
+    targets = (*[IGNORED] * len(asked), *answer)
+    return Inputs(tensors, targets, example.completion, len(targets))
+
+
+def _translated(base: BaseModel, example: ImagePrompt, prompt: dict[str, torch.Tensor], limit: int) -> Inputs:
+    """Give image and prompt to the encoder and the answer, moved by one token, to the decoder."""
+    answer = base.processor.tokenizer(example.completion, truncation=True, max_length=limit)["input_ids"]
+    tensors = prompt | {"decoder_input_ids": moved(base, answer)}
+    return Inputs(tensors, tuple(answer), example.completion, prompt["input_ids"].shape[1] + len(answer))
+
+
+def _continued(base: BaseModel, example: ImagePrompt, prompt: dict[str, torch.Tensor], limit: int) -> Inputs:
+    """Let the model read image, prompt and answer one after the other."""
+    import torch
+
+    tokenizer = base.processor.tokenizer
+    options = {"add_special_tokens": False, "truncation": True, "max_length": limit, "return_tensors": "pt"}
+    answer = tokenizer(example.completion, **options)["input_ids"]
+    asked = prompt["input_ids"]
+    if tokenizer.sep_token_id is not None and int(asked[0, -1]) == tokenizer.sep_token_id:
+        asked = asked[:, :-1]  # BERT's tokenizer, which GIT has, ends every text
+    ids = torch.cat([asked, answer], dim=1)
+    # The logits at a token predict the next one.
+    targets = (*[IGNORED] * (asked.shape[1] - 1), *answer[0].tolist(), IGNORED)
+    # What says of each token what kind it is goes on with that of text.
+    kinds = {name: _longer(prompt[name], ids.shape[1]) for name in _OF_TOKENS if name in prompt}
+    tensors = prompt | kinds | {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    return Inputs(tensors, targets, example.completion, ids.shape[1])
+
+
+def _longer(kinds: torch.Tensor, length: int) -> torch.Tensor:
+    """Return a number for each token, (1, T), with zeros for more tokens, or without the last ones."""
+    from torch.nn.functional import pad
+
+    return pad(kinds, (0, length - kinds.shape[1]))
+
+
+def _prompt(base: BaseModel, prompt: str) -> str:
+    """Write a prompt as the model's processor expects it: with its chat template, or with the token for an image."""
+    processor = base.processor
+    if getattr(processor, "chat_template", None):
+        message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}
+        return str(processor.apply_chat_template([message], add_generation_prompt=True))
+    if base.model.config.is_encoder_decoder:  # Florence-2's processor puts the image first by itself
+        return prompt
+    return f"{getattr(processor, 'image_token', '')}{prompt}"

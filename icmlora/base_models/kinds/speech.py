@@ -1,0 +1,56 @@
+"""Models that write down speech, such as Whisper and Moonshine; measured by the loss of the next token."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from icmlora.base_models.examples.media import Media, media_of, read_sound
+from icmlora.base_models.kinds.auto_model import AutoModality, Inputs, seen
+from icmlora.base_models.kinds.seq2seq_lm import moved
+from icmlora.base_models.modality import BaseModel
+from icmlora.errors import BaseModelUnsuited, DataError
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Utterance:
+    """A recording and what is said in it."""
+
+    audio: Media
+    text: str
+
+
+class Speech(AutoModality):
+    """What `transformers.AutoModelForSpeechSeq2Seq` loads."""
+
+    name = "speech recogniser"
+    reads = ("audio",)
+    auto_class = "AutoModelForSpeechSeq2Seq"
+    processor_class = "AutoProcessor"
+
+    def example(self, row: Mapping[str, Any]) -> Utterance:
+        """Read a recording and its text."""
+        text = row.get("text")
+        if not isinstance(text, str) or not text.strip():
+            raise DataError("has no text for its recording")
+        return Utterance(media_of(row, "audio"), text)
+
+    def inputs(self, base: BaseModel, example: Utterance, limit: int) -> Inputs:
+        """Turn the recording into features and the text into tokens."""
+        if not base.model.config.is_encoder_decoder:
+            fact = f"base model {base.label!r} is a language model that hears, which icm does not run"
+            raise BaseModelUnsuited(fact, hint="icm runs speech recognisers of an encoder and a decoder, as Whisper is")
+        rate = base.processor.feature_extractor.sampling_rate
+        sound = read_sound(example.audio, rate)
+        features = seen(base, base.processor(audio=sound, sampling_rate=rate, return_tensors="pt"), "a recording")
+        labels = base.processor.tokenizer(example.text, truncation=True, max_length=limit)["input_ids"]
+        tensors = features | {"decoder_input_ids": moved(base, labels)}
+        return Inputs(tensors, tuple(labels), example.text, len(labels))
+
+    def pooled(self, outputs: Any) -> torch.Tensor:
+        """Return the decoder's last layer at the last position."""
+        return outputs.decoder_hidden_states[-1][:, -1]  # type: ignore[no-any-return]

@@ -1,0 +1,117 @@
+"""Classifiers of text, such as BERT and Llama with a classification head; measured by accuracy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from icmlora.base_models.examples.examples import Example, text_example
+from icmlora.base_models.finding.lookup import read_config
+from icmlora.base_models.kinds.auto_model import AutoModality, Inputs, Measured, classes_of, row_loss
+from icmlora.base_models.kinds.masked_lm import as_text
+from icmlora.base_models.modality import BaseModel, Metric
+from icmlora.errors import DataError
+
+if TYPE_CHECKING:
+    import torch
+
+    from icmlora.base_models.finding.lookup import FoundBase
+
+Label = str | int
+"""The name of a class, or its number."""
+
+
+@dataclass(frozen=True)
+class LabelledText:
+    """A text and its class."""
+
+    text: str
+    label: Label
+
+
+class Classification(AutoModality):
+    """What classifiers of text and of images share."""
+
+    metric = Metric("accuracy", higher_is_better=True)
+
+    def measure(self, base: BaseModel, examples: Sequence[Any], limit: int) -> Measured:
+        """Return the accuracy, and beside it the mean cross entropy in nats."""
+        import torch
+
+        items = self.prepare(base, examples, limit)
+        with torch.inference_mode():
+            logits = torch.cat(self.logits(base, items)).float().cpu()  # (examples, classes)
+        wanted = torch.tensor([item.targets[0] for item in items])
+        accuracy = (logits.argmax(dim=1) == wanted).double().mean()
+        others = {}
+        if int(wanted.max()) < logits.shape[1]:  # a head that is made up may have fewer classes than the task
+            others["nats"] = float(row_loss(logits, wanted.tolist())) / len(items)
+        return Measured(float(accuracy), len(items), others=others)
+
+
+class TextClassification(Classification):
+    """What `transformers.AutoModelForSequenceClassification` loads."""
+
+    name = "text classifier"
+    auto_class = "AutoModelForSequenceClassification"
+
+    def suits(self, found: FoundBase) -> bool:
+        """Judge by `config.json`, or by the adapters: they bring the head for a base model without one."""
+        if found.task_type == "SEQ_CLS" and not found.is_gguf:
+            return bool(classes_of(self.auto_class, read_config(found.path)))
+        return super().suits(found)
+
+    def example(self, row: Mapping[str, Any]) -> LabelledText:
+        """Read a text and its label."""
+        label = label_of(row)
+        text = row.get("text")
+        example: Example = as_text(text_example({"text": text} if isinstance(text, str) else row))
+        return LabelledText(example.text, label)
+
+    def inputs(self, base: BaseModel, example: LabelledText, limit: int) -> Inputs:
+        """Turn the text into tokens and the label into its number."""
+        import torch
+
+        ids = torch.tensor([base.tokenizer(example.text, truncation=True, max_length=limit)["input_ids"]])  # (1, T)
+        tensors = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        return Inputs(tensors, (label_number(base, example.label),), example.text, ids.shape[1])
+
+    def at_once(self, base: BaseModel) -> int:
+        """Return 1 for models without a padding token, as most reward models are: they refuse to read several texts."""
+        return self.batch if base.model.config.get_text_config().pad_token_id is not None else 1
+
+    def pooled(self, outputs: Any) -> torch.Tensor:
+        """Return the mean over the tokens."""
+        return outputs.hidden_states[-1].mean(dim=1)  # type: ignore[no-any-return]
+
+
+def label_of(row: Mapping[str, Any]) -> Label:
+    """Return the label of a row.
+
+    Raises:
+        DataError: It has none that is a name or a number.
+    """
+    label = row.get("label")
+    if isinstance(label, bool) or not isinstance(label, str | int):
+        raise DataError("has no label" if label is None else "has a label that is neither a name nor a number")
+    return label
+
+
+def label_number(base: BaseModel, label: Label) -> int:
+    """Return the number of a class of the base model.
+
+    Raises:
+        DataError: The model has no such class.
+    """
+    config = base.model.config
+    if isinstance(label, str):
+        # `label2id` may be missing where `id2label` is there.
+        named = next((number for number, name in (config.id2label or {}).items() if name == label), None)
+        if named is None:
+            raise DataError(f"has the label {label!r}, which is none of the base model's classes")
+        return int(named)
+    # An adapter may bring a head with more classes than the one that was made up for its base model.
+    if label < 0 or (not base.made_up and label >= config.num_labels):
+        raise DataError(f"has the label {label}, but the base model has {config.num_labels} classes")
+    return label

@@ -1,0 +1,186 @@
+"""Lend the base model to one adapter and get it back as it was.
+
+    with adapted(base, adapter) as model:   base.model + adapter, through PeftModel.from_pretrained
+        ...                                 on leaving: everything is taken off, the base's own tensors never changed
+
+The adapter is never merged: merging and subtracting again does not give the same bits back. Whole parameters that an
+adapter brings, such as heads and biases, take the place of the base model's until it is taken off.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import torch
+
+import icmlora.io.quiet_bitsandbytes  # noqa: F401  # isort: skip
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from icmlora.base_models.modality import BaseModel
+from icmlora.base_models.running.modules import is_attention
+from icmlora.base_models.running.peft_copy import write_running_copy
+from icmlora.errors import BaseModelMismatch
+from icmlora.formats.format import RunnableAdapter
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+@contextmanager
+def adapted(base: BaseModel, adapter: RunnableAdapter | Path) -> Iterator[PeftModel]:
+    """Put an adapter on the base model inside the block; yields it in evaluation mode.
+
+    Args:
+        base: The base model.
+        adapter: What a format read, or a folder that this package wrote: PEFT runs patterns of its configuration.
+
+    Raises:
+        BaseModelMismatch: The adapter does not fit. The base model is as it was.
+    """
+    with ExitStack() as stack:
+        folder = adapter if isinstance(adapter, Path) else None
+        if isinstance(adapter, RunnableAdapter):
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="icm-")))
+            write_running_copy(base, adapter, folder)
+            stack.enter_context(_replaced(base, adapter))
+            stack.enter_context(_restored_attention(base, adapter))
+        assert folder is not None
+        model = _attach(base, folder)
+        try:
+            _check_every_tensor_landed(model, base, folder)
+            yield model
+        finally:
+            model.unload()
+
+
+def _attach(base: BaseModel, folder: Path) -> PeftModel:
+    try:
+        with warnings.catch_warnings():
+            # What goes wrong becomes an error in `_check_every_tensor_landed`; the rest is between the two libraries.
+            warnings.simplefilter("ignore")
+            return PeftModel.from_pretrained(base.model, folder, local_files_only=True).eval()
+    except (RuntimeError, ValueError, KeyError, TypeError, OSError, SafetensorError) as error:
+        # The library may have put its layers in before it failed.
+        _take_out(base)
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise BaseModelMismatch(f"the adapter cannot be put on base model {base.label!r}: {reason}") from error
+
+
+def _take_out(base: BaseModel) -> None:
+    for name, module in list(base.model.named_modules()):
+        inner = module
+        while hasattr(inner, "base_layer"):  # two parameters of one module are wrapped twice
+            inner = inner.base_layer
+        if inner is not module and ".base_layer" not in name:
+            parent, _, child = name.rpartition(".")
+            setattr(base.model.get_submodule(parent), child, inner)
+    if hasattr(base.model, "peft_config"):
+        del base.model.peft_config
+
+
+def _check_every_tensor_landed(model: PeftModel, base: BaseModel, folder: Path) -> None:
+    # A key that matches nothing is dropped by the library, and the adapter would silently be the base model.
+    tensors = load_file(folder / WEIGHTS)
+    stored = {name.replace(".default.", ".") for name in tensors}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about biases of factors
+        # save_embedding_layers: the default "auto" asks the hub for the base model's vocabulary size.
+        present = set(get_peft_model_state_dict(model, save_embedding_layers=False))
+    if stored != present:  # names of an earlier transformers
+        stored = set(convert_peft_adapter_state_dict_for_transformers(base.model, LoraConfig(), tensors))
+    stray = sorted(stored ^ present)
+    if stray:
+        where = "the adapter" if stray[0] in stored else "the adapted model"
+        raise BaseModelMismatch(
+            f"tensor {stray[0]!r} is only in {where}, of {len(stray)} that do not match base model {base.label!r}"
+        )
+
+
+@contextmanager
+def _restored_attention(base: BaseModel, adapter: RunnableAdapter) -> Iterator[None]:
+    """Restore torch's attentions after the block: PEFT merges and subtracts there, which changes the last bits."""
+    names = {module.name for module in adapter.adapter.modules}
+    attentions = [module for name, module in base.model.named_modules() if name in names and is_attention(module)]
+    before = [{name: value.clone() for name, value in module.state_dict().items()} for module in attentions]
+    try:
+        yield
+    finally:
+        for module, values in zip(attentions, before, strict=True):
+            module.load_state_dict(values)
+
+
+@contextmanager
+def _replaced(base: BaseModel, adapter: RunnableAdapter) -> Iterator[None]:
+    """Put an adapter's own tensors in the places of the base model's inside the block."""
+    before: list[tuple[nn.Module, str, torch.Tensor]] = []
+    try:
+        for name, value in adapter.values.items():
+            owner, child, old = _tensor(base, name)
+            if value.is_floating_point() and not old.is_floating_point():
+                fact = f"{name}, which the adapter replaces, is loaded in {base.load_in} in base model {base.label!r}"
+                hint = "`icm base add NAME PATH` without --load-in loads it in full precision"
+                raise BaseModelMismatch(fact, hint=hint)
+            is_larger = _may_grow(base, owner) and old.shape[1:] == value.shape[1:]
+            if not (old.shape == value.shape or is_larger or name in base.made_up):
+                fact = f"{name} has the shape {list(value.shape)}, in base model {base.label!r} it is {list(old.shape)}"
+                raise BaseModelMismatch(fact, hint="an adapter for another head or vocabulary cannot be run there")
+            before.append((owner, child, old))
+            _put(owner, child, value.to(old))
+        for module, (numbers, rows) in adapter.rows.items():
+            _, _, old = _tensor(base, f"{module}.weight")
+            if max(numbers, default=0) >= len(old) or rows.shape[1:] != old.shape[1:]:
+                fact = f"the rows that the adapter has for {module} do not fit base model {base.label!r}"
+                raise BaseModelMismatch(fact)
+            new = old.detach().clone()
+            new[list(numbers)] = rows.to(old)
+            new = nn.Parameter(new, requires_grad=False)
+            # A head that shares the embedding's weight gets the new rows too.
+            for owner in list(base.model.modules()):
+                if owner._parameters.get("weight") is old:
+                    before.append((owner, "weight", old))
+                    owner._parameters["weight"] = new
+        yield
+    finally:
+        for owner, child, old in reversed(before):
+            (owner._buffers if child in owner._buffers else owner._parameters)[child] = old  # type: ignore[assignment]
+
+
+def _tensor(base: BaseModel, name: str) -> tuple[nn.Module, str, torch.Tensor]:
+    """Find a parameter or buffer: its module, its name there, and its value."""
+    place, _, child = name.rpartition(".")
+    try:
+        owner = base.model.get_submodule(place)
+    except AttributeError:
+        owner = None
+    tensors = {} if owner is None else owner._parameters | owner._buffers
+    if owner is None or tensors.get(child) is None:
+        raise BaseModelMismatch(f"base model {base.label!r} has no {name}, which the adapter brings along")
+    return owner, child, tensors[child]
+
+
+def _put(owner: nn.Module, child: str, value: torch.Tensor) -> None:
+    if child in owner._buffers:
+        owner._buffers[child] = value
+    else:
+        owner._parameters[child] = nn.Parameter(value, requires_grad=False)
+
+
+def _may_grow(base: BaseModel, owner: nn.Module) -> bool:
+    """Whether a module may have more rows than in the base model: a vocabulary can be enlarged."""
+    return any(_end(base, name) is owner for name in ("get_input_embeddings", "get_output_embeddings"))
+
+
+def _end(base: BaseModel, name: str) -> nn.Module | None:
+    """Return what one of transformers' methods finds; models of images need not have such a layer."""
+    try:
+        found: nn.Module | None = getattr(base.model, name, lambda: None)()
+    except (NotImplementedError, AttributeError):
+        return None
+    return found

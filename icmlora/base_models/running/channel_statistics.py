@@ -1,0 +1,75 @@
+"""What goes into a base model's modules and how the loss reacts behind them, channel by channel.
+
+    example --base model--> inputs x of each module --mean squares--> (in,)
+       `--- labels drawn from its own predictions --loss--> gradients g of their outputs --mean squares--> (out,)
+
+Labels are drawn, not read: then the mean of g g^T belongs to the Fisher information
+(Kunstner et al., arXiv 1905.12558).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import nn
+
+from icmlora.base_models.modality import BaseModel
+from icmlora.base_models.running.conv_as_linear import input_rows, output_rows
+from icmlora.base_models.running.modules import matrix_shape
+from icmlora.errors import DataError
+
+_TOKENS_PER_EXAMPLE = 192
+_FEWEST_EXAMPLES = 8
+_SEED = 0
+
+
+def channel_statistics(
+    base: BaseModel, examples: Sequence[Any], modules: Iterable[str], *, max_tokens: int
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Return by module the mean squares of inputs (in,) and of output gradients (out,), float32 on the CPU."""
+    # Examples are read in turn, the first 192 tokens of each, until there are `max_tokens` and 8 examples: an image may
+    # have thousands of predictions. Modules that the model does not have are left out, and so are all but linear layers
+    # and plain convolutions.
+    named = {name: module for name, module in base.model.named_modules() if matrix_shape(module) is not None}
+    sums: dict[str, list[torch.Tensor]] = {}
+    handles = [named[name].register_forward_hook(_adder(name, sums)) for name in modules if name in named]
+    draw = torch.Generator(device=base.device).manual_seed(_SEED)
+    tokens = 0
+    try:
+        for number, example in enumerate(examples):
+            if tokens >= max_tokens and number >= _FEWEST_EXAMPLES:
+                break
+            with suppress(DataError):  # too short to predict anything of it
+                items = base.modality.prepare(base, [example], _TOKENS_PER_EXAMPLE, whole=True)
+                tokens += _backward(base, items, draw)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: (inputs.cpu() / tokens, outputs.cpu() / tokens) for name, (inputs, outputs) in sums.items()}
+
+
+def _backward(base: BaseModel, items: Sequence[Any], draw: torch.Generator) -> int:
+    """Run one example forward and backward and return its predictions; nothing gathers gradients but the hooks."""
+    with torch.enable_grad():
+        (logits,) = base.modality.logits(base, items, from_leaf=True)
+        logits = logits.float()  # (predictions, classes)
+        labels = torch.multinomial(logits.detach().softmax(dim=-1), 1, generator=draw)[:, 0]
+        nn.functional.cross_entropy(logits, labels, reduction="sum").backward()  # type: ignore[no-untyped-call]
+    return len(logits)
+
+
+def _adder(
+    name: str, sums: dict[str, list[torch.Tensor]]
+) -> Callable[[nn.Module, tuple[torch.Tensor, ...], torch.Tensor], None]:
+    def add(number: int, rows: torch.Tensor) -> None:
+        sums[name][number] = sums[name][number] + rows.float().square().sum(dim=0)
+
+    def hook(module: nn.Module, inputs: tuple[torch.Tensor, ...], outputs: torch.Tensor) -> None:
+        sums.setdefault(name, [torch.zeros(()), torch.zeros(())])
+        add(0, input_rows(module, inputs[0].detach()))
+        outputs.register_hook(lambda gradient: add(1, output_rows(module, gradient)))  # type: ignore[no-untyped-call]
+
+    return hook

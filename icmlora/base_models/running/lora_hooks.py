@@ -1,0 +1,102 @@
+"""Low-rank factors added to a base model's modules for a while, with gradients to the factors.
+
+    module(x)  +  B (A x)         A (r, in), B (out, r)         `added`: one adapter for the whole batch
+    module(x)  +  B_t (A_t x_t)   x_t: the t-th share of x      `added_by_rows`: several tasks, each with its own rows
+
+Unlike `icmlora.base_models.running.attach`, this needs no adapter folder and no PEFT, and training can pass through it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from icmlora.adapter.model import Adapter
+from icmlora.base_models.running.conv_as_linear import low_rank
+from icmlora.base_models.running.modules import kernel_shape
+from icmlora.errors import BaseModelUnsuited
+
+# By dotted module name: A (r, in) and B (out, r); dW = B A, scale folded in. Empty stands for the bare base model.
+Factors = dict[str, tuple[torch.Tensor, torch.Tensor]]
+
+
+def factors_of(adapter: Adapter) -> Factors:
+    """Return an adapter's factors by module name."""
+    return {module.name: (module.a, module.b) for module in adapter.modules}
+
+
+@contextmanager
+def added(model: nn.Module, factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> Iterator[None]:
+    """Add dW = B A to linear layers and convolutions inside the block, with gradients to the factors."""
+
+    def adder(a: torch.Tensor, b: torch.Tensor) -> _Hook:
+        def hook(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+            x = inputs[0]
+            return output + low_rank(module, x, a.to(x), b.to(x))
+
+        return hook
+
+    # Put where the modules are once, not in every pass: a model that writes a text makes one for each token.
+    with _hooked(model, {name: adder(*_beside(model, name, pair)) for name, pair in factors.items()}):
+        yield
+
+
+def _beside(model: nn.Module, name: str, pair: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Put factors on the device of their module; where accelerate has put its weights away, there is none yet."""
+    device = next(model.get_submodule(name).parameters()).device
+    return pair if device.type == "meta" else (pair[0].to(device), pair[1].to(device))
+
+
+@contextmanager
+def added_by_rows(model: nn.Module, several: Sequence[Factors], rows: int) -> Iterator[None]:
+    """Add the factors of T tasks to linear layers inside the block: each task has the same number of rows of a batch.
+
+    Args:
+        model: The base model.
+        several: The factors of each task.
+        rows: Rows of the batch; those of one task come after the other's.
+
+    Raises:
+        BaseModelUnsuited: Inside the block, by a module that does not compute row by row: a convolution, an expert.
+    """
+
+    def adder(a: torch.Tensor, b: torch.Tensor) -> _Hook:
+        def hook(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+            x = inputs[0]
+            if kernel_shape(module) is not None or x.dim() < 3 or len(x) != rows:
+                raise BaseModelUnsuited("its modules do not read one row for each text")
+            of_tasks = x.reshape(len(several), -1, x.shape[-1])
+            return output + ((of_tasks @ a.to(x)) @ b.to(x)).view_as(output)
+
+        return hook
+
+    names = dict.fromkeys(name for factors in several for name in factors)
+    with _hooked(model, {name: adder(*_stacked([factors.get(name) for factors in several])) for name in names}):
+        yield
+
+
+_Hook = Callable[[nn.Module, tuple[torch.Tensor, ...], torch.Tensor], torch.Tensor]
+
+
+def _stacked(pairs: Sequence[tuple[torch.Tensor, torch.Tensor] | None]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Stack factors as (T, in, r) and (T, r, out), filled up with zeros where a task has a lower rank or none."""
+    a, b = next(pair for pair in pairs if pair is not None)
+    rank = max(len(pair[0]) for pair in pairs if pair is not None)
+    found = [(a.new_zeros(0, a.shape[1]), b.new_zeros(len(b), 0)) if pair is None else pair for pair in pairs]
+    wide = [a if len(a) == rank else functional.pad(a, (0, 0, 0, rank - len(a))) for a, _ in found]
+    tall = [b if b.shape[1] == rank else functional.pad(b, (0, rank - b.shape[1])) for _, b in found]
+    return torch.stack(wide).mT, torch.stack(tall).mT
+
+
+@contextmanager
+def _hooked(model: nn.Module, hooks: Mapping[str, _Hook]) -> Iterator[None]:
+    handles = [model.get_submodule(name).register_forward_hook(hook) for name, hook in hooks.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,212 @@
+"""Draw pictures with a diffusers pipeline: alone, or with the file of an adapter loaded into it.
+
+    model_index.json ──only classes of diffusers and transformers──▶ pipeline ──prompt, seed──▶ picture
+    NAME.safetensors ──load_lora_weights──────────────────────────────▲
+
+Offline, from safetensors alone, and without code from the folder. Noise comes from the CPU's generator, so that the
+same seed means the same noise on every device.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers.utils import logging as transformers_logging
+
+from icmlora.adapter.metrics import dw_norm
+from icmlora.adapter.model import Adapter, LoraModule
+from icmlora.base_models.finding.lookup import PIPELINE, FoundBase
+from icmlora.base_models.load import quiet_loading
+from icmlora.errors import BaseModelUnsuited, DataError
+from icmlora.io.devices import inference_dtype
+
+Pixels = NDArray[np.uint8]
+"""A picture: height, width, and red, green and blue from 0 to 255."""
+
+_LIBRARIES = ("diffusers", "transformers")
+_SLOT = "icm"
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """How pictures are drawn.
+
+    Attributes:
+        steps: Steps of denoising.
+        seeds: Pictures of each prompt; their seeds count from 0.
+        size: Width and height in pixels; None for what the pipeline draws by default.
+    """
+
+    steps: int = 20
+    seeds: int = 2
+    size: int | None = None
+
+
+class Pipeline:
+    """A diffusers pipeline in memory.
+
+    Args:
+        found: Where it is.
+        device: Where it runs.
+
+    Raises:
+        BaseModelNotFound: It cannot be loaded.
+        BaseModelUnsuited: It is no diffusers pipeline, or needs code of its own.
+        DataError: diffusers is not installed.
+    """
+
+    def __init__(self, found: FoundBase, device: torch.device) -> None:
+        if not found.is_pipeline:
+            fact = f"base model {found.label!r} is not a diffusers pipeline, which pictures are drawn with"
+            raise BaseModelUnsuited(fact, hint=f"name a folder with a {PIPELINE}: icm base add {found.label} PATH")
+        diffusers = _diffusers()
+        self.label = found.label
+        with quiet_loading(found, "diffusers pipeline", library="diffusers"), _quiet():
+            _check_classes(found, diffusers)
+            self._pipe: Any = diffusers.DiffusionPipeline.from_pretrained(
+                found.path,
+                torch_dtype=inference_dtype(device),
+                use_safetensors=True,
+                local_files_only=True,
+                variant=_variant(found),
+            )
+            self._pipe.set_progress_bar_config(disable=True)
+            self._pipe.to(device)
+
+    def draw(self, prompt: str, seed: int, how: Drawing) -> Pixels:
+        """Draw one picture.
+
+        Raises:
+            DataError: The pipeline makes something else, such as a video, or its safety checker took the picture away.
+        """
+        size = {} if how.size is None else {"height": how.size, "width": how.size}
+        noise = torch.Generator("cpu").manual_seed(seed)
+        with torch.no_grad(), _quiet():
+            done = self._pipe(prompt, num_inference_steps=how.steps, generator=noise, output_type="np", **size)
+        if any(getattr(done, "nsfw_content_detected", None) or ()):
+            hint = "use other --prompts"
+            raise DataError(f"the safety checker of {self.label!r} took the picture away", hint=hint)
+        values = np.asarray(getattr(done, "images", np.nan))
+        if values.ndim != 4 or values.shape[-1] != 3 or not np.isfinite(values).all():
+            raise DataError(f"the pipeline {self.label!r} makes no pictures, or none of finite numbers")
+        pixels: Pixels = np.clip(np.rint(values[0] * 255), 0, 255).astype(np.uint8)
+        return pixels
+
+    @contextmanager
+    def adapted(self, file: Path) -> Iterator[float]:
+        """Load an adapter into the pipeline for a while.
+
+        Yields:
+            The norm of what it adds to the weights: less than that of the adapter where diffusers passes over a part.
+
+        Raises:
+            DataError: diffusers cannot load it, or finds nothing in it.
+        """
+        try:
+            try:
+                with _quiet():
+                    self._pipe.load_lora_weights(
+                        file.parent,
+                        weight_name=file.name,
+                        adapter_name=_SLOT,
+                        use_safetensors=True,
+                        local_files_only=True,
+                    )
+            except Exception as error:
+                # Deliberately broad: for a file that it does not know, it raises whatever its converters run into.
+                first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                raise DataError(f"diffusers cannot load it: {first}") from error
+            norm = self._loaded_norm()
+            if norm == 0.0:
+                raise DataError("diffusers finds nothing in it that it can load")
+            yield norm
+        finally:
+            self._pipe.unload_lora_weights()
+
+    def _loaded_norm(self) -> float:
+        """Return the norm of dW over all modules of the adapter that is loaded."""
+        from peft.tuners.lora import LoraLayer
+
+        modules: list[LoraModule] = []
+        for part, network in self._pipe.components.items():
+            if not isinstance(network, torch.nn.Module):
+                continue
+            for name, layer in network.named_modules():
+                if isinstance(layer, LoraLayer) and _SLOT in layer.lora_A:
+                    factors: tuple[Any, Any] = layer.lora_A[_SLOT], layer.lora_B[_SLOT]
+                    a, b = (factor.weight.flatten(1) for factor in factors)
+                    modules.append(LoraModule(f"{part}.{name}", a, b * layer.scaling[_SLOT]))
+        return dw_norm(Adapter(self.label, None, (), tuple(modules))) if modules else 0.0
+
+
+def rmse(one: Pixels, other: Pixels) -> float:
+    """Return how far two pictures of one size are apart: root of the mean square over pixels, with values in 0 to 1."""
+    difference = (one.astype(np.float64) - other) / 255
+    return float(np.sqrt(np.mean(difference**2)))
+
+
+def _diffusers() -> Any:
+    import icmlora.io.quiet_bitsandbytes  # noqa: F401
+
+    try:
+        import diffusers
+        import PIL  # noqa: F401
+    except ImportError as error:
+        hint = "install the extra: pip install 'icm-lora[diffusion]'"
+        raise DataError("drawing pictures needs diffusers, which is not installed", hint=hint) from error
+    return diffusers
+
+
+def _check_classes(found: FoundBase, diffusers: Any) -> None:
+    """Refuse a pipeline that names code outside of diffusers and transformers: loading it would run that code."""
+    index = json.loads((found.path / PIPELINE).read_bytes())
+    made = getattr(diffusers, str(index.get("_class_name")), None)
+    if not (isinstance(made, type) and issubclass(made, diffusers.DiffusionPipeline)):
+        raise ValueError(f"diffusers has no pipeline {index.get('_class_name')!r}")
+    for part, named in index.items():
+        library = named[0] if isinstance(named, list) and named else None
+        if library is None or library in _LIBRARIES:
+            continue
+        # Some classes are those of a pipeline's own module, such as the safety checker in `stable_diffusion`.
+        is_own = isinstance(library, str) and hasattr(diffusers.pipelines, library)
+        if not is_own or (found.path / part / f"{library}.py").exists():
+            raise ValueError(
+                f"its part {part!r} is of {library!r}, and icm runs only code of {' and '.join(_LIBRARIES)}"
+            )
+
+
+def _variant(found: FoundBase) -> str | None:
+    """Return "fp16" where a part has only weights of that variant."""
+    parts = {file.parent for file in found.weights}
+    is_only = (all(".fp16" in file.name for file in found.weights if file.parent == part) for part in parts)
+    return "fp16" if any(is_only) else None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep diffusers and transformers from writing to stderr in the block: what matters of it is checked here."""
+    libraries = (_diffusers().utils.logging, transformers_logging)
+    levels = [logging.get_verbosity() for logging in libraries]
+    bars = [logging for logging in libraries if logging.is_progress_bar_enabled()]
+    for logging in libraries:
+        logging.set_verbosity(logging.CRITICAL)
+        logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            # Names of arguments differ between the versions of diffusers that icm works with.
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logging, level in zip(libraries, levels, strict=True):
+            logging.set_verbosity(level)
+        for logging in bars:
+            logging.enable_progress_bar()

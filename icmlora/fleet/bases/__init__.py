@@ -1,0 +1,1 @@
+"""The base models that a store knows: `icm base`."""

@@ -1,0 +1,152 @@
+"""Record where base models are on this machine and what else they are called, and find them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from icmlora.base_models.catalogue import modality_of
+from icmlora.base_models.finding.fingerprint import is_same_model
+from icmlora.base_models.finding.labels import named_by, typed_label
+from icmlora.base_models.finding.lookup import FoundBase, inspect_base
+from icmlora.base_models.kinds.custom_model import find_loader
+from icmlora.base_models.quantised import check_load_in
+from icmlora.errors import BaseModelNotFound
+from icmlora.fleet.bases.joins import BaseJoined
+from icmlora.fleet.context import Context, Event, find_recorded
+from registry.errors import BaseModelConflict
+from registry.names import LoadIn, some
+from registry.records import BaseModelRecord, JoinReason
+
+if TYPE_CHECKING:
+    from registry.store import Store
+    from registry.tables.base_models import Joined, Separated
+
+
+@dataclass(frozen=True)
+class KnownBase:
+    """A base model that an adapter names or that the user added."""
+
+    record: BaseModelRecord
+    path: Path | None  # where a local copy is
+    problem: str | None  # why there is no usable copy
+
+
+@dataclass(frozen=True)
+class NameTaken(Event):
+    """A relative path was taken for the name of a base model."""
+
+    name: str
+    base_model: str
+
+
+def list_base_models(context: Context) -> list[KnownBase]:
+    """Return the base models of the store and where each one is."""
+    with context.open(read_only=True) as store:
+        return [_locate(record) for record in store.base_models.all()]
+
+
+def add_base_model(
+    context: Context, name: str, path: Path, loader: str | None = None, load_in: LoadIn | None = None
+) -> Path:
+    """Record where a base model is and how it is loaded, and create the store if there is none.
+
+    A name that is a relative path is the one that adapters gave it before they were ingested, if there is one such.
+    """
+    found = replace(inspect_base(name, path.expanduser().absolute(), loader), load_in=load_in)
+    # What cannot be used is told now.
+    check_load_in(found)
+    if loader is not None:
+        find_loader(name, loader)
+    if load_in is not None:
+        modality_of(found)
+    with context.open(create=True) as store:
+        meant = _meant(store, name)
+        if meant != name:
+            context.on_event(NameTaken(name, meant))
+            name, found = meant, replace(found, label=meant)
+        store.base_models.set_path(name, str(found.path), loader=loader, load_in=load_in)
+        _join_same(context, store, name, found)
+    return found.path
+
+
+def _meant(store: Store, name: str) -> str:
+    """Return the base model that a relative path means: one that adapters name so, or that path from here."""
+    known = [label for record in store.base_models.all() for label in record.names]
+    found = sorted({store.base_models.name_of(label) for label in named_by(name, known)})
+    if name in known or len(found) == 1:
+        return name if name in known else found[0]
+    if found:
+        fact = f"{name} may be any of {len(found)} base models: {some(found)}"
+        raise BaseModelConflict(fact, hint="write one of them out; `icm base ls` lists them")
+    return typed_label(name)
+
+
+def _join_same(context: Context, store: Store, name: str, found: FoundBase) -> None:
+    """Join a base model to one of the same files; where both have a generator, the user has to say which stays."""
+    records = store.base_models.all()
+    mine = next(record for record in records if name in record.names)
+    for other in records:
+        copy = None if other is mine else _copy(other)
+        if copy is None or not is_same_model(found, copy):
+            continue
+        first, second = (mine, other) if store.generators.current(mine.name) is not None else (other, mine)
+        with suppress(BaseModelConflict):
+            join_labels(store, first.name, [second.name], reason="fingerprint")
+            context.on_event(BaseJoined(second.name, first.name, "fingerprint", is_quantised=False))
+        return
+
+
+def forget_base_model(context: Context, name: str) -> None:
+    """Forget where a base model is. Its adapters and files stay."""
+    with context.open() as store:
+        if not any(name in record.names for record in store.base_models.all()):
+            raise BaseModelNotFound(f"no base model is called {name!r}", hint="`icm base ls` lists them")
+        store.base_models.set_path(name, None)
+
+
+def alias_base_model(context: Context, name: str, labels: Sequence[str], keep: str | None) -> Joined:
+    """Give a base model more labels, and create the store if there is none."""
+    with context.open(create=True) as store:
+        name = typed_label(name)
+        return join_labels(store, name, [typed_label(label) for label in labels], keep=keep)
+
+
+def join_labels(
+    store: Store, name: str, labels: Sequence[str], *, reason: JoinReason = "told", keep: str | None = None
+) -> Joined:
+    """Join labels to a base model while nothing else trains or encodes for any of them."""
+    bases = sorted({store.base_models.name_of(label) for label in (name, *labels)})
+    with ExitStack() as jobs:
+        for base in bases:  # always in the same order, so that two commands do not wait for each other
+            jobs.enter_context(store.job(base))
+        return store.base_models.join(name, labels, reason=reason, keep=keep)
+
+
+def separate_labels(context: Context, name: str, labels: Sequence[str]) -> list[Separated]:
+    """Make labels of a base model base models of their own again."""
+    with context.open() as store:
+        base = store.base_models.name_of(typed_label(name))
+        labels = [typed_label(label) for label in labels]
+        for label in labels:
+            if label == base or store.base_models.name_of(label) != base:
+                fact = f"{label!r} is {'the own name' if label == base else 'not a label'} of {base!r}"
+                raise BaseModelConflict(fact, hint="`icm base ls` lists the labels of every base model")
+        with store.job(base):
+            return [store.base_models.separate(label) for label in labels]
+
+
+def _locate(record: BaseModelRecord) -> KnownBase:
+    try:
+        return KnownBase(record, find_recorded(record).path, None)
+    except BaseModelNotFound as error:
+        return KnownBase(record, None, str(error))
+
+
+def _copy(record: BaseModelRecord) -> FoundBase | None:
+    with suppress(BaseModelNotFound):
+        return find_recorded(record)
+    return None

@@ -1,0 +1,129 @@
+"""Under which base model the labels of adapters go: labels that mean the same model are joined, and it is always said.
+
+label --known to the store?------------------------> that base model
+      --known mirror? (icmlora.base_models.finding.mirrors)-> its original, or a copy of it that the store has
+      --same files as a base model of the store?---> that base model
+      `---------------------------------------------> a base model of its own
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from icmlora.base_models.finding.fingerprint import fingerprint_base, is_same_model
+from icmlora.base_models.finding.lookup import FoundBase, find_base_model, read_config
+from icmlora.base_models.finding.mirrors import original_of
+from icmlora.errors import AdapterRefused, BaseModelNotFound, BaseModelUnsuited
+from icmlora.fleet.context import Context, Event, find_recorded
+from registry.names import UNKNOWN_BASE, escape
+
+if TYPE_CHECKING:
+    from registry.store import Store
+
+
+@dataclass(frozen=True)
+class BaseJoined(Event):
+    """A label that is taken for a base model; `icm base alias --remove` undoes it.
+
+    Attributes:
+        label: What the adapters say.
+        base_model: The base model that it is taken for.
+        reason: `mirror`, from the table of known mirrors, or `fingerprint`, from equal files on this machine.
+        is_quantised: Whether the label is a quantised copy: adapters were trained on slightly other weights.
+    """
+
+    label: str
+    base_model: str
+    reason: Literal["fingerprint", "mirror"]
+    is_quantised: bool
+
+
+class KnownBases:
+    """The base models of a store, and the labels that an ingest adds."""
+
+    def __init__(self, context: Context, store: Store | None, *, dry_run: bool = False) -> None:
+        self._context, self._store, self._dry_run = context, store, dry_run
+        self._records = {} if store is None else {record.name: record for record in store.base_models.all()}
+        self._names = {label: record.name for record in self._records.values() for label in record.names}
+        self._copies: dict[str, FoundBase | None] = {}
+        self._fingerprints = {
+            str(record.shape.get("stamp")): record.fingerprint
+            for record in self._records.values()
+            if record.shape is not None and record.fingerprint is not None
+        }
+        self.joined: list[BaseJoined] = []
+
+    def name_of(self, label: str) -> str:
+        """Return the name of the base model that has a label."""
+        return self._names.get(label, label)
+
+    def settle(self, labels: Iterable[str]) -> None:
+        """Join the labels that the store does not know yet, where they mean a model that it knows, and report it."""
+        for label in sorted(set(labels) - self._names.keys() - {UNKNOWN_BASE}):
+            if label in self._names:  # the original of a mirror that came before
+                continue
+            found = self._mirrored(label) or self._with_same_files(label)
+            self._names[label] = label if found is None else found.base_model
+            if found is None:
+                continue
+            self._names.setdefault(found.base_model, found.base_model)
+            if self._store is not None and not self._dry_run:
+                self._store.base_models.join(found.base_model, [label], reason=found.reason)
+            self.joined.append(found)
+            self._context.on_event(found)
+
+    def _mirrored(self, label: str) -> BaseJoined | None:
+        original, is_quantised = original_of(label)
+        alike = [name for known, name in sorted(self._names.items()) if original_of(known).original == original]
+        name = self._names.get(original, alike[0] if alike else original)
+        return None if name == label else BaseJoined(label, name, "mirror", is_quantised)
+
+    def _with_same_files(self, label: str) -> BaseJoined | None:
+        found = self.copy_of(label)
+        if found is None:
+            return None
+        for name in sorted(set(self._names.values()) - {UNKNOWN_BASE}):
+            other = self.copy_of(name)
+            if other is not None and is_same_model(found, other, self._fingerprint):
+                return BaseJoined(label, name, "fingerprint", is_quantised=False)
+        return None
+
+    def _fingerprint(self, found: FoundBase) -> str:
+        """Return a fingerprint as the store knows it, or read all weights, once."""
+        stamp = found.stamp()
+        if stamp not in self._fingerprints:
+            self._context.progress(0, None, f"reading {found.label}")
+            self._fingerprints[stamp] = fingerprint_base(found)
+        return self._fingerprints[stamp]
+
+    def check_gguf(self, label: str, architecture: str) -> None:
+        """Check that an adapter of a GGUF file is for a base model, as far as this machine knows it.
+
+        Raises:
+            AdapterRefused: llama.cpp calls the base model's architecture otherwise than the adapter says.
+        """
+        from icmlora.formats.pairs.gguf_lora import GgufBase  # imports torch; few adapters are GGUF files
+
+        found = self.copy_of(label)
+        if found is None or not (found.is_gguf or found.has_config):
+            return
+        try:
+            base = GgufBase.of_file(found.path) if found.is_gguf else GgufBase.of_config(read_config(found.path))
+        except (BaseModelNotFound, BaseModelUnsuited):
+            return
+        if base.architecture != architecture:
+            fact = f"it is for the architecture {escape(architecture, 40)!r}, and {label!r} is {base.architecture!r}"
+            raise AdapterRefused(fact, kind="base-model", hint="name its base model with --base-model")
+
+    def copy_of(self, label: str) -> FoundBase | None:
+        """Return the copy of a base model on this machine, if there is one."""
+        name = self.name_of(label)
+        if name not in self._copies:
+            record = self._records.get(name)
+            try:
+                self._copies[name] = find_base_model(name) if record is None else find_recorded(record)
+            except BaseModelNotFound:
+                self._copies[name] = None
+        return self._copies[name]

@@ -1,0 +1,206 @@
+"""Write the generator of one base model and the codes of some tasks into one file, for use without the store."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from icmlora.adapter.layout import ModuleShape
+from icmlora.bundle.file import bundle_digest, bundle_size, write_bundle
+from icmlora.bundle.index import (
+    MAX_CARD_BYTES,
+    BundledExtra,
+    BundledGenerator,
+    BundledMeasurement,
+    BundledTask,
+    BundledVectors,
+    BundleIndex,
+    BundlePart,
+)
+from icmlora.errors import CodeError, DataError
+from icmlora.fleet.context import Context, base_name, check_base_model
+from icmlora.fleet.resources.stored_vectors import latest_vectors, vectors_by_task
+from icmlora.generator.code import generator_of
+from icmlora.generator.file import versions_of
+from icmlora.io.staging import check_absent
+from registry.errors import DamagedStore
+from registry.records import Claim
+from registry.tables.evaluations import latest
+
+if TYPE_CHECKING:
+    from registry.records import EvaluationRecord, GeneratorRecord, TaskSummary, VectorRecord
+    from registry.store import Store
+
+
+@dataclass(frozen=True)
+class ExportRequest:
+    """What to export."""
+
+    file: Path
+    names: Sequence[str] = ()
+    base_model: str | None = None
+    force: bool = False
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What was written."""
+
+    file: Path
+    digest: str  # SHA-256 that identifies the whole file
+    size: int
+    index: BundleIndex
+    left_out: tuple[str, ...]
+    without_residual: tuple[str, ...]  # tasks whose residual is not in the bundle: a bundle holds codes only
+    damaged: Mapping[str, str] = field(default_factory=dict)  # tasks that are not in it because of damage, and why
+
+
+@dataclass(frozen=True)
+class _Choice:
+    generator: GeneratorRecord
+    rows: Sequence[TaskSummary]
+    left_out: tuple[str, ...]
+
+
+def export_bundle(context: Context, request: ExportRequest) -> ExportReport:
+    """Write a bundle. Every byte is checked as it is read; the file appears complete or not at all."""
+    check_absent(request.file, force=request.force)
+    with context.open(read_only=True) as store:
+        choice = _choose(store, request)
+        choice, damaged = _readable(store, choice)
+        if damaged and (request.names or not choice.rows):
+            name, reason = next(iter(damaged.items()))
+            hint = "`icm verify --repair` moves damaged files aside; name the other tasks to export those only"
+            raise CodeError(f"task {name!r} cannot be exported: {reason}", hint=hint)
+        index = _index(store, choice)
+        # From here on the export keeps to the codes in the index, whatever other processes encode.
+        codes = {task.code: task.name for task in index.tasks}
+        made_by = {version.digest for version in versions_of(store.blobs.read(choice.generator.blob))}
+        parts = write_bundle(
+            request.file, index, lambda digest: _read_part(store, digest, codes, made_by), force=request.force
+        )
+        for done, part in enumerate(parts, 1):
+            context.progress(done, len(index.parts), codes.get(part.digest, ""))
+    without = tuple(row.task.name for row in choice.rows if row.code is not None and row.code.residual is not None)
+    size = bundle_size(index)
+    return ExportReport(request.file, bundle_digest(index), size, index, choice.left_out, without, damaged)
+
+
+def _choose(store: Store, request: ExportRequest) -> _Choice:
+    """Find the tasks to export and the one generator that all their codes belong to."""
+    named = {store.tasks.get(name).name for name in request.names}
+    rows = [row for row in store.tasks.summaries() if not named or row.task.name in named]
+    base_model = base_name(store, request.base_model)
+    check_base_model(base_model, {row.task.base_model for row in rows}, named=bool(named))
+    rows = [row for row in rows if base_model in (None, row.task.base_model)]
+    coded = [row for row in rows if row.code is not None]
+    without = tuple(row.task.name for row in rows if row.code is None)
+    if named and without:
+        hint = "run `icm train --update` to make them, or export the other tasks only"
+        raise DataError(f"no code under the current generator: {', '.join(without)}", hint=hint)
+    bases = sorted({row.task.base_model for row in coded})
+    if len(bases) > 1:
+        fact = f"a bundle has one base model, but these tasks have {len(bases)}: {', '.join(bases)}"
+        raise DataError(fact, hint="choose one with --base-model NAME, or name tasks of a single base model")
+    generator = store.generators.current(bases[0]) if bases else None
+    if generator is None:
+        raise DataError("no task has a code to export", hint="run `icm train` to make codes")
+    if any(row.code is None or row.code.generator_id != generator.id for row in coded):
+        raise DataError("another icm has just replaced the generator", hint="run the same command again")
+    return _Choice(generator, coded, without)
+
+
+def _readable(store: Store, choice: _Choice) -> tuple[_Choice, dict[str, str]]:
+    """Return the choice without tasks of which something is damaged, and what of each."""
+    vectors, damaged = vectors_by_task(store), dict[str, str]()
+    for row in choice.rows:
+        try:
+            for digest in _task(store, row, choice.generator, vectors[row.task.name]).parts:
+                store.blobs.read(digest)
+        except DamagedStore as error:
+            damaged[row.task.name] = error.message
+    return replace(choice, rows=[row for row in choice.rows if row.task.name not in damaged]), damaged
+
+
+def _index(store: Store, choice: _Choice) -> BundleIndex:
+    generator = choice.generator
+    vectors = vectors_by_task(store)
+    tasks = [_task(store, row, generator, vectors[row.task.name]) for row in choice.rows]
+    digests = dict.fromkeys([generator.blob, *(digest for task in tasks for digest in task.parts)])
+    return BundleIndex(
+        base_model=generator.base_model,
+        generator=BundledGenerator(generator.blob, generator.version, dict(generator.config), dict(generator.metrics)),
+        tasks=tuple(sorted(tasks, key=lambda task: task.name.lower())),
+        parts=tuple(BundlePart(digest, store.blobs.size(digest)) for digest in digests),
+    )
+
+
+def _task(store: Store, row: TaskSummary, generator: GeneratorRecord, vectors: Sequence[VectorRecord]) -> BundledTask:
+    final, code = row.final, row.code
+    assert code is not None  # `_choose` takes tasks with a code only
+    claim = code.claim or Claim(None)  # a bundle passes on what nobody here has measured: its figures are claims anyway
+    squared_error = claim.squared_error if code.squared_error is None else code.squared_error
+    measured = _measured(latest(store.evaluations.all(row.task.name), row.task, "code", generator))
+    if measured is None and claim.measured is not None:
+        measured = BundledMeasurement(**claim.measured)  # type: ignore[arg-type]
+    card = final.card if final.card is not None and store.blobs.size(final.card) <= MAX_CARD_BYTES else None
+    return BundledTask(
+        name=row.task.name,
+        code=code.blob,
+        squared_error=_float(squared_error),
+        weights=final.weights,
+        weights_size=final.weights_bytes,
+        config=final.config,
+        card=card,
+        dtype=final.dtype,
+        step=final.step,
+        is_generated=final.is_generated,
+        layout=tuple(ModuleShape(*entry) for entry in final.layout),
+        template=final.template,
+        format=final.format,
+        extras=tuple(BundledExtra(extra.blob, extra.file, extra.size) for extra in final.extras),
+        measured=measured,
+        vectors=_vectors(vectors),
+    )
+
+
+def _vectors(rows: Sequence[VectorRecord]) -> BundledVectors | None:
+    """Return the file with the latest vectors of a task, the one of the context view if there are several."""
+    latest = sorted(latest_vectors(rows), key=lambda row: (row.view == "context", row.id))
+    if not latest:
+        return None
+    part = latest[-1].blob
+    made_by = {row.view: dict(row.extractor) for row in latest if row.blob == part}
+    return BundledVectors(part, tuple(made_by[view] for view in sorted(made_by)))
+
+
+def _measured(row: EvaluationRecord | None) -> BundledMeasurement | None:
+    if row is None:
+        return None
+    return BundledMeasurement(
+        data=row.data,
+        value=float(row.value),
+        count=row.count,
+        utf8_bytes=row.utf8_bytes,
+        retained_gain=_float(row.retained_gain),
+        squared_error=_float(row.squared_error),
+        settings=dict(row.settings),
+        metric=row.metric,
+        others=dict(row.others),
+    )
+
+
+def _float(value: float | None) -> float | None:
+    """Return a number as a float: SQLite gives 0.0 back as 0, and the two differ in JSON."""
+    return None if value is None else float(value)
+
+
+def _read_part(store: Store, digest: str, codes: Mapping[str, str], made_by: Collection[str]) -> bytes:
+    """Read a part; a code must belong to the generator that is exported with it."""
+    data = store.blobs.read(digest)
+    if digest in codes and generator_of(data) not in made_by:
+        fact = f"the code of {codes[digest]!r} belongs to another generator"
+        raise CodeError(fact, hint="run `icm train` to make it again")
+    return data

@@ -1,0 +1,165 @@
+"""Take the generator, codes and tasks of a bundle into a store. The originals are not in a bundle.
+
+    bundle --check every byte--> --decide--> blobs, durable --> one transaction: generator, tasks, codes
+
+Until the transaction the store is as it was. A killed import leaves blobs without rows, which `icm prune` removes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from icmlora.adapter.module_groups import blocks_of
+from icmlora.bundle.file import open_bundle
+from icmlora.errors import BundleError
+from icmlora.fleet.bundles.bundles import claim_of, find_task, open_generator
+from icmlora.fleet.context import Context
+from icmlora.formats.catalogue import format_named
+from icmlora.formats.format import Template
+from icmlora.formats.peft.config import AdapterConfig
+from icmlora.formats.peft.initial import converted_form
+from icmlora.formats.peft.peft import PEFT
+from icmlora.generator.code import generator_of
+from icmlora.task_vectors.file import arrays_from_bytes
+from registry.errors import StoreNotFound
+from registry.records import Extra, NewAdapter, NewGenerator, NewVector
+from registry.tables.bundles import BundleImport, ImportedTask, ImportOutcome
+from registry.to_records import bundle_source
+
+if TYPE_CHECKING:
+    from icmlora.bundle.file import BundleFile
+    from icmlora.bundle.index import BundledTask, BundleIndex
+    from registry.store import Store
+
+_BATCH_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class ImportRequest:
+    """What to import."""
+
+    file: Path
+    names: Sequence[str] = ()
+    on_conflict: Literal["skip", "fail"] = "fail"
+    dry_run: bool = False
+
+
+@dataclass(frozen=True)
+class ImportReport:
+    """What was imported, or would be."""
+
+    index: BundleIndex
+    digest: str  # SHA-256 that identifies the whole bundle
+    tasks: tuple[ImportOutcome, ...]  # what became of each task: `added`, `encoded`, `known` or `skipped`
+
+
+def import_bundle(context: Context, request: ImportRequest) -> ImportReport:
+    """Record the tasks of a bundle with their codes, creating the store if necessary."""
+    with open_bundle(request.file) as bundle:
+        index = bundle.index
+        names = {find_task(index, name).name for name in request.names}
+        tasks = [task for task in index.tasks if not names or task.name in names]
+        context.progress(0, None, "checking")
+        bundle.check()
+        _check_parts(bundle, tasks)
+        arrival = _arrival(bundle, tasks, request)
+        if request.dry_run:
+            return ImportReport(index, bundle.digest, tuple(_plan(context, arrival)))
+        with context.open(create=True) as store:
+            planned = store.bundles.plan(arrival)
+            new = {outcome.name.lower() for outcome in planned if outcome.status in ("added", "encoded")}
+            _put(context, store, bundle, [task for task in tasks if task.name.lower() in new])
+            # `add` decides again under the write lock, since another process may have changed a task in the meantime.
+            outcomes = store.bundles.add(arrival) if new else planned
+    return ImportReport(index, bundle.digest, tuple(outcomes))
+
+
+def _check_parts(bundle: BundleFile, tasks: Sequence[BundledTask]) -> None:
+    """Check what the file format does not: that every version opens, and that codes and configurations belong to it."""
+    generator_file = open_generator(bundle)
+    for number in range(len(generator_file.digests)):
+        generator_file.codec(number)
+    for task in tasks:
+        if generator_of(bundle.read(task.code)) not in generator_file.digests:
+            raise BundleError(f"the code of {task.name!r} belongs to another generator")
+        # It may name a mirror of the base model.
+        config = bundle.read(task.config)
+        format_named(task.format).read_config(config)
+        if task.format == PEFT.name:
+            AdapterConfig.parse(converted_form(Template(config, task.layout, task.dtype, task.template)).config)
+
+
+def _plan(context: Context, arrival: BundleImport) -> list[ImportOutcome]:
+    try:
+        with context.open(read_only=True) as store:
+            return store.bundles.plan(arrival)
+    except StoreNotFound:
+        return [ImportOutcome(task.name, "added") for task in arrival.tasks]
+
+
+def _put(context: Context, store: Store, bundle: BundleFile, tasks: Sequence[BundledTask]) -> None:
+    """Store the parts that some tasks need, a few at a time."""
+    if not tasks:
+        return
+    digests = list(dict.fromkeys([bundle.index.generator.blob, *(part for task in tasks for part in task.parts)]))
+    batch: list[bytes] = []
+    for done, digest in enumerate(digests, 1):
+        batch.append(bundle.read(digest))
+        if done == len(digests) or sum(map(len, batch)) >= _BATCH_BYTES:
+            store.blobs.put_all(batch)
+            batch = []
+            context.progress(done, len(digests))
+
+
+def _arrival(bundle: BundleFile, tasks: Sequence[BundledTask], request: ImportRequest) -> BundleImport:
+    index = bundle.index
+    generator = NewGenerator(index.base_model, index.generator.blob, index.generator.config, index.generator.metrics)
+    source = bundle_source(bundle.digest)
+    arriving = [_arriving(task, source, index.sizes, _vectors(bundle, task)) for task in tasks]
+    return BundleImport(generator, index.generator.version, arriving, request.on_conflict)
+
+
+def _vectors(bundle: BundleFile, task: BundledTask) -> list[NewVector]:
+    """Return the rows of a task's vectors."""
+    if task.vectors is None:
+        return []
+    part, extractors = task.vectors.part, {one["view"]: one for one in task.vectors.extractors}
+    views = arrays_from_bytes(bundle.read(part))
+    if views.keys() != extractors.keys():
+        raise BundleError(f"the vectors of {task.name!r} are not those that the index describes")
+    return [
+        NewVector(task.name, view, number, extractors[view], part, values.shape[1])
+        for view, values in views.items()
+        for number in range(len(values))
+    ]
+
+
+def _targets(task: BundledTask) -> tuple[str, ...]:
+    """Name what the adapter is for, as ingesting its original would."""
+    if format_named(task.format).is_for_images:
+        return blocks_of(shape.module for shape in task.layout)
+    return task.target_modules
+
+
+def _arriving(task: BundledTask, source: str, sizes: Mapping[str, int], vectors: Sequence[NewVector]) -> ImportedTask:
+    original = NewAdapter(
+        weights=task.weights,
+        config=task.config,
+        card=task.card,
+        step=task.step,
+        is_final=True,
+        dtype=task.dtype,
+        rank_max=task.rank_max,
+        parameters=task.parameters,
+        target_modules=_targets(task),
+        layout=[(shape.module, shape.rank, shape.inputs, shape.outputs) for shape in task.layout],
+        source=source,
+        is_generated=task.is_generated,
+        template=task.template,
+        format=task.format,
+        extras=[Extra(extra.part, extra.file, extra.size, sizes[extra.part]) for extra in task.extras],
+    )
+    return ImportedTask(task.name, original, task.weights_size, task.code, None, claim_of(task), vectors)

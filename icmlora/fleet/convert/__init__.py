@@ -1,0 +1,1 @@
+"""Adapters from one format to another, without a store: `icm convert`."""

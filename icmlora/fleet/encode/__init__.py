@@ -1,0 +1,1 @@
+"""Make codes again, as small as limits allow: `icm encode`."""

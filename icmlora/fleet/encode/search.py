@@ -1,0 +1,288 @@
+"""Search for the smallest code, or residual, of one adapter that meets the limits, or the best one of a size.
+
+    tolerance  0.95   0.71   0.5   0.35   ...   0.004
+               few bytes                   many bytes
+                 └─ bisection: encode, load with PEFT, measure ──▶ the coarsest that keeps the retained gain
+
+The tolerance is chosen by the gain on the task's held-out text, which makes that gain slightly optimistic. `icm eval
+--data` with other text is the stricter test.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from icmlora.adapter.model import Adapter
+from icmlora.base_models.modality import BaseModel
+from icmlora.errors import DataError
+from icmlora.fleet.measure.measure import SourceResult, TaskLosses
+from icmlora.generator.codec import Codec
+from icmlora.generator.encoding import Encoded, Limits
+from icmlora.generator.initial_a.draw import InitialA
+from icmlora.generator.relaxed import RelaxedCode
+from icmlora.generator.residual_codec import ResidualCodec
+from icmlora.io.text import human_size
+from icmlora.training.refinement import Refinable, RefineConfig, items_for, refine
+from registry.records import Rung
+
+LADDER = (0.95, *(2 ** (-half / 2) for half in range(1, 17)))
+"""Tolerances from 0.95 to 0.004, half an octave apart; each takes a tenth to a fifth more bytes than the one before.
+
+At the coarsest, the code of a task that the generator predicts well holds no integers: it is the prediction itself.
+"""
+
+_LOSS_RATIO = 1.5
+"""Refinement divides the lost gain of a code by about this, which says at which tolerance to begin with it."""
+
+Tell = Callable[[str], None]
+"""Called before each trial and after each step of refinement, with what is being done; may raise `Cancelled`."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A code or a residual that was made, with what was measured of it."""
+
+    encoded: Encoded
+    result: SourceResult | None = None  # its loss and gain; None where no gain is asked for
+
+    @property
+    def gain(self) -> float | None:
+        """Its retained gain, if it was measured and there is one."""
+        return None if self.result is None else self.result.retained_gain
+
+    def keeps(self, min_gain: float) -> bool:
+        """Return whether its retained gain is at least `min_gain`."""
+        if self.gain is None:
+            fact = "its original is no better than the base model on its held-out text, so there is no gain to keep"
+            raise DataError(fact)
+        return self.gain >= min_gain
+
+
+@dataclass(frozen=True)
+class Found:
+    """The result of a search along a ladder: the index, its trial, and whether that keeps the gain."""
+
+    index: int
+    trial: Trial
+    is_kept: bool
+
+
+Attempt = Callable[[int], Trial]
+"""Makes and measures what one index of a ladder stands for."""
+
+
+def bisect(length: int, min_gain: float, attempt: Attempt) -> Found:
+    """Bisect a ladder for its coarsest entry that keeps a gain; if none does, return the finest."""
+    low, high = 0, length - 1
+    best: Found | None = None
+    while low <= high:
+        middle = (low + high) // 2
+        trial = attempt(middle)
+        is_kept = trial.keeps(min_gain)
+        if is_kept or best is None or not best.is_kept:
+            best = Found(middle, trial, is_kept)
+        if is_kept:
+            high = middle - 1
+        else:
+            low = middle + 1
+    assert best is not None
+    return best
+
+
+def walk(first: int, length: int, min_gain: float, attempt: Attempt) -> Found:
+    """Go from one entry of a ladder to coarser ones while they keep a gain, or to finer ones until one does."""
+    # A good first guess takes two attempts, where bisection takes four.
+    trial = attempt(first)
+    found = Found(first, trial, trial.keeps(min_gain))
+    for index in range(first - 1, -1, -1) if found.is_kept else range(first + 1, length):
+        trial = attempt(index)
+        if trial.keeps(min_gain) != found.is_kept:
+            return found if found.is_kept else Found(index, trial, True)
+        found = Found(index, trial, found.is_kept)
+    return found
+
+
+def ladder_within(tolerance: float | None) -> tuple[float, ...]:
+    """Return the tolerances to try: the given one, then the finer entries of the ladder."""
+    if tolerance is None:
+        return LADDER
+    return tolerance, *(finer for finer in LADDER if finer < tolerance)
+
+
+@dataclass(frozen=True)
+class Refiner:
+    """What refinement needs: the base model, in a precision for gradients, and what it reads of the task."""
+
+    base: BaseModel
+    items: Sequence[Any]
+    config: RefineConfig
+
+    @classmethod
+    def of(cls, base: BaseModel, adapter: Adapter, samples: Sequence[Any], config: RefineConfig) -> Refiner:
+        """Prepare to refine the codes of one adapter; raises as `items_for` does."""
+        return cls(base, items_for(base, adapter, samples, config), config)
+
+    def refine(self, codec: Codec, adapter: Adapter, encoded: Encoded, tell: Tell) -> Encoded:
+        """Return a code whose adapter acts more like the original on the samples."""
+        return refine_all([Coarse(self, codec, adapter, encoded)], tell)[0]
+
+
+@dataclass(frozen=True)
+class Coarse:
+    """A code that is to be refined."""
+
+    refiner: Refiner
+    codec: Codec
+    original: Adapter
+    encoded: Encoded
+
+
+@contextmanager
+def stoppable(base: BaseModel, look: Callable[[], None]) -> Iterator[None]:
+    """Look whether to stop before each pass through a base model: texts are written in hundreds of passes."""
+    passes = base.model.register_forward_pre_hook(lambda *_: look())
+    try:
+        yield
+    finally:
+        passes.remove()
+
+
+def refine_all(codes: Sequence[Coarse], tell: Tell) -> list[Encoded]:
+    """Refine codes side by side: all on the same base model, and for the same number of steps."""
+    base, config = codes[0].refiner.base, codes[0].refiner.config
+    relaxed = [RelaxedCode(code.codec, code.original, code.encoded.data, base.device) for code in codes]
+    work = [
+        Refinable(one, code.encoded.weighted_error, code.original, code.refiner.items)
+        for one, code in zip(relaxed, codes, strict=True)
+    ]
+    note = "refining"
+    with stoppable(base, lambda: tell(note)):
+        for step in refine(work, base, config):
+            note = f"refining, step {step} of {config.steps}"
+            tell(note)
+    return [code.codec.measure(code.original, one.to_code()) for one, code in zip(relaxed, codes, strict=True)]
+
+
+@dataclass(frozen=True)
+class CodeSearch:
+    """Encodes one adapter in several ways."""
+
+    codec: Codec
+    original: Adapter
+    vectors: Mapping[str, torch.Tensor]
+    initial: InitialA | None
+    losses: TaskLosses | None  # measures gains; None where no gain is asked for
+    refiner: Refiner | None
+    tell: Tell
+
+    def smallest(self, limits: Limits, min_gain: float | None) -> tuple[Trial, bool]:
+        """Return the smallest code found and whether it meets the limits; if none does, the most accurate one."""
+        if min_gain is None:
+            return self._try(limits, self.refiner), True
+        ladder = ladder_within(limits.tolerance)
+
+        def attempt(index: int) -> Trial:
+            return self._try(Limits(ladder[index], limits.max_squared_error), self.refiner)
+
+        def plain(index: int) -> Trial:
+            return self._try(Limits(ladder[index], limits.max_squared_error), None)
+
+        if self.refiner is None:
+            found = bisect(len(ladder), min_gain, plain)
+        else:  # refinement takes minutes, so find out without it where to begin
+            near = bisect(len(ladder), 1 - _LOSS_RATIO * (1 - min_gain), plain)
+            found = walk(near.index, len(ladder), min_gain, attempt)
+        return found.trial, found.is_kept
+
+    def most_accurate(self, size: int, limits: Limits, min_gain: float | None) -> tuple[Trial, bool]:
+        """Return the most accurate code of at most `size` bytes and whether it meets the other limits too.
+
+        If no code is so small, that is the smallest one, and it does not.
+        """
+        self.tell(f"encoding, at most {human_size(size)}")
+        keep = self.losses is not None
+        encoded = self.codec.encode_within(self.original, self.vectors, self.initial, size=size, keep_decoded=keep)
+        trial = _measured(self.losses, "code", encoded)
+        is_good = limits.keeps(encoded) and (min_gain is None or trial.keeps(min_gain))
+        return trial, is_good and len(encoded.data) <= size
+
+    def coarse(self, limits: Limits) -> Coarse:
+        """Return the code that refinement begins with."""
+        assert self.refiner is not None
+        return Coarse(self.refiner, self.codec, self.original, self._plain(limits, keep_decoded=False))
+
+    def _plain(self, limits: Limits, *, keep_decoded: bool) -> Encoded:
+        self.tell("encoding" if limits.tolerance is None else f"encoding, tolerance {limits.tolerance:.2g}")
+        return self.codec.encode(
+            self.original,
+            self.vectors,
+            self.initial,
+            tolerance=limits.tolerance,
+            max_squared_error=limits.max_squared_error,
+            keep_decoded=keep_decoded,
+        )
+
+    def _try(self, limits: Limits, refiner: Refiner | None) -> Trial:
+        encoded = self._plain(limits, keep_decoded=self.losses is not None and refiner is None)
+        if refiner is not None:
+            encoded = refiner.refine(self.codec, self.original, encoded, self.tell)
+        return _measured(self.losses, "code", encoded)
+
+
+@dataclass(frozen=True)
+class FoundResidual:
+    """The result of a search for a residual."""
+
+    is_kept: bool  # whether the task meets the limits, by its code or with its residual
+    code: Trial
+    residual: Trial | None = None  # what to store with it; None if the code is enough, or no residual is
+
+    @property
+    def best(self) -> Trial:
+        """What the task is decoded to."""
+        return self.code if self.residual is None else self.residual
+
+
+@dataclass(frozen=True)
+class ResidualSearch:
+    """Makes residuals of one adapter and its code."""
+
+    codec: Codec
+    original: Adapter
+    code: bytes
+    result: SourceResult | None  # what was measured of the code; None where no gain is asked for
+    losses: TaskLosses | None  # measures gains; None where no gain is asked for
+    tell: Tell
+
+    def smallest(self, limits: Limits, min_gain: float | None) -> FoundResidual:
+        """Return the smallest residual found that meets the limits, or none where the code meets them."""
+        encoded = replace(self.codec.measure(self.original, self.code), decoded=None)
+        code = Trial(encoded, self.result)
+        if min_gain is None:
+            return FoundResidual(True, code, None if limits.keeps(encoded) else self._try(limits))
+        if limits.keeps(encoded) and code.keeps(min_gain):
+            return FoundResidual(True, code)
+        coarsest = min(encoded.weighted_error, limits.tolerance or 1.0)
+        finer = [tolerance for tolerance in LADDER if tolerance < coarsest]
+        if not finer:
+            return FoundResidual(False, code)
+        found = bisect(len(finer), min_gain, lambda index: self._try(Limits(finer[index], limits.max_squared_error)))
+        return FoundResidual(found.is_kept, code, found.trial if found.is_kept else None)
+
+    def _try(self, limits: Limits) -> Trial:
+        self.tell("making a residual" if limits.tolerance is None else f"residual, tolerance {limits.tolerance:.2g}")
+        return _measured(self.losses, "residual", ResidualCodec(self.codec).encode(self.original, self.code, limits))
+
+
+def _measured(losses: TaskLosses | None, source: Rung, encoded: Encoded) -> Trial:
+    """Measure the decoded adapter if a gain is asked for, and free its memory."""
+    result = None
+    if losses is not None:
+        assert encoded.decoded is not None
+        result = losses.measure_adapter(source, encoded.decoded, encoded.squared_error)
+    return Trial(replace(encoded, decoded=None), result)

@@ -1,0 +1,1 @@
+"""Delete originals and bring them back: `icm evict`, `icm restore`."""

@@ -1,0 +1,370 @@
+"""Delete originals, each after a check that its code can replace it.
+
+    pinned? ──▶ code (and residual)? ──▶ read back from disk, decoded, measured ──▶ evicted (rows, then files)
+       └────────────────┴────────────────────┴──▶ kept, with the reason
+
+    with copies         before that: copies elsewhere are read and compared
+    with placeholder    before that: the adapter in the user's folder gives way to a placeholder
+    keep_originals      only the folder: nothing in the store is deleted, and no code is needed
+
+Each eviction is durable before it is reported. A kill never loses an original that was not checked, and the same
+command continues.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from itertools import groupby
+from typing import TYPE_CHECKING
+
+from icmlora.errors import Cancelled, IcmLoraError
+from icmlora.fleet.context import Context, reporting, select_tasks
+from icmlora.fleet.evict.check import EvictionCheck, check_bytes, check_recorded, recorded_gain
+from icmlora.fleet.evict.copies import Copies, Proof
+from icmlora.fleet.evict.placeholders import Backing, FolderReplaced, Placeholders
+from icmlora.fleet.evict.types import CheckFailed, EvictReport, EvictRequest, EvictStatus, TaskEvicted
+from icmlora.fleet.failures import FAILURES, Failed
+from icmlora.fleet.resources.decoding import StoredDecoder
+from icmlora.fleet.resources.loading import Models
+from icmlora.fleet.resources.workers import check_place, open_workers
+from icmlora.formats.format import AdapterBytes
+from icmlora.io.text import counted
+from registry.errors import DamagedStore, LastCopy, StoreIOError, TaskNotFound
+from registry.records import (
+    AdapterRecord,
+    CodeRecord,
+    Eviction,
+    GeneratorRecord,
+    TaskRecord,
+)
+
+if TYPE_CHECKING:
+    from registry.store import Store
+
+_READ_TOGETHER = 64
+"""Tasks whose rows are read at once."""
+
+
+def evict(context: Context, request: EvictRequest) -> EvictReport:
+    """Evict the originals of some tasks, or say what would be evicted."""
+    request.check()
+    check_place(request.device, request.workers)
+    report = EvictReport()
+    # Loading a base model to measure a gain may tell the store what it is, so that takes a writable store.
+    read_only = request.dry_run and request.min_gain is None
+    with (
+        context.open(read_only=read_only) as store,
+        reporting(report),
+    ):
+        copies = Copies(context, store, request.copy_paths, request.copies_needed)
+        tasks = select_tasks(store, request.names)
+        evictor = Evictor(store, request, copies)
+        if not (request.keep_originals or request.dry_run):
+            store.originals.check_alone()
+        context.progress(0, len(tasks))
+
+        def tell(note: str) -> None:
+            context.progress(len(report.tasks), len(tasks), note)
+
+        for base_model, of_base in groupby(tasks, key=lambda task: task.base_model):
+            with nullcontext() if request.dry_run else store.job(base_model):
+                for task, made in _checked(context, store, request, list(of_base), tell):
+                    done = evictor.evict(task.name, made)
+                    report.tasks.append(done)
+                    meant = done.status in ("pinned", "original_only") and bool(request.names)
+                    report.partly |= done.is_partial or meant
+                    context.on_event(done)
+                    tell(task.name)
+    return report
+
+
+def _checked(
+    context: Context, store: Store, request: EvictRequest, tasks: Sequence[TaskRecord], tell: Callable[[str], None]
+) -> Iterator[tuple[TaskRecord, TaskEvicted | _Evictable | Failed | None]]:
+    """Check the codes of tasks of one base model; nothing comes of it where originals are kept."""
+    if request.keep_originals:
+        yield from ((task, None) for task in tasks)
+        return
+    make = partial(_Checker, request, frozenset(store.originals.interrupted()))
+    with open_workers(context, store, make, device=request.device, workers=request.workers) as workers:
+        found = workers.each(tasks, tell)
+        if request.workers is None:
+            yield from found
+            return
+        checked = list(found)
+    # Only now: a deletion waits until no other process has the store open, and the workers had.
+    yield from checked
+
+
+@dataclass(frozen=True)
+class _Evictable:
+    """Originals of a task whose code was checked."""
+
+    order: Eviction
+    rows: Sequence[AdapterRecord]
+    final: AdapterRecord  # one of the rows, or evicted before
+    gain: float | None  # the retained gain of the code, if it was measured
+    precision: str | None  # of the base model that it was measured on
+
+
+class _Checker:
+    """Checks one task after the other, and deletes nothing."""
+
+    def __init__(self, request: EvictRequest, interrupted: frozenset[str], models: Models) -> None:
+        self._store, self._request, self._interrupted = models.store, request, interrupted
+        self._check = EvictionCheck(models.store, models, request.limits)
+        self._generator = cache(models.store.generators.current)  # of all tasks of a base model
+
+    def __call__(self, task: TaskRecord, tell: Callable[[str], None]) -> TaskEvicted | _Evictable:
+        """Check one task, or say why it keeps its originals."""
+        ((_, checked),) = self._together([task])
+        return checked
+
+    def each(
+        self, tasks: Sequence[TaskRecord], tell: Callable[[str], None]
+    ) -> Iterator[tuple[TaskRecord, TaskEvicted | _Evictable]]:
+        """Check tasks of one base model; the rows of many are read at once, which takes a fraction of the time."""
+        # A deletion lets others change what was read before it.
+        size = _READ_TOGETHER if self._request.dry_run else 1
+        for at in range(0, len(tasks), size):
+            yield from self._together(tasks[at : at + size])
+
+    def _together(self, tasks: Sequence[TaskRecord]) -> Iterator[tuple[TaskRecord, TaskEvicted | _Evictable]]:
+        names, generator = [task.name for task in tasks], self._generator(tasks[0].base_model)
+        found = self._store.tasks.wholes(names)
+        codes = {} if generator is None else self._store.codes.of(names, generator.id)
+        for task in tasks:
+            try:
+                whole = found.get(task.name) or self._store.tasks.whole(task.name)
+            except TaskNotFound:  # `icm rm` does not wait for this job
+                yield task, TaskEvicted(task.name, "removed")
+            else:
+                yield task, self._checked(*whole, codes.get(task.name), generator)
+
+    def _checked(
+        self,
+        task: TaskRecord,
+        adapters: Sequence[AdapterRecord],
+        code: CodeRecord | None,
+        generator: GeneratorRecord | None,
+    ) -> TaskEvicted | _Evictable:
+        there = [row for row in adapters if not row.is_evicted or row.weights in self._interrupted]
+        wanted = [row for row in there if not (row.is_final and self._request.checkpoints_only)]
+        chosen = [row for row in wanted if row.original_only is None]
+        if task.pinned or not wanted:
+            return self._untouched(task, code, generator)
+        if adapters[-1].original_only is not None:
+            return TaskEvicted(task.name, "original_only", reason=adapters[-1].original_only)
+        if not chosen:
+            return TaskEvicted(task.name, "original_only", reason=wanted[0].original_only)
+        if code is None or generator is None:
+            return TaskEvicted(task.name, "kept", reason="it has no code; `icm train --update` makes one")
+        final = adapters[-1]
+        try:
+            # A row may say "evicted" for another reason than an interrupted run: what is there decides.
+            present = replace(final, evicted_at=None) if final in there else final
+            checked = self._check.run(task, present, code, generator)
+        except CheckFailed as error:
+            figures = (*_sizes(code), error.squared_error, error.retained_gain)
+            reason = f"{_still_there(chosen)}{error}"
+            return TaskEvicted(task.name, "kept", 0, 0, *figures, reason, precision=error.precision)
+        except Cancelled:
+            raise
+        except (IcmLoraError, DamagedStore, StoreIOError) as error:
+            reason = f"{_still_there(chosen)}{error}"
+            return TaskEvicted(task.name, "kept", 0, 0, *_sizes(code), reason=reason)
+        numbers = [row.id for row in chosen]
+        order = Eviction(task.name, numbers, final, code, generator, checked.squared_error, checked.evaluations)
+        return _Evictable(order, chosen, final, checked.retained_gain, checked.precision)
+
+    def _untouched(self, task: TaskRecord, code: CodeRecord | None, generator: GeneratorRecord | None) -> TaskEvicted:
+        status: EvictStatus = "pinned" if task.pinned else "known"
+        if code is None or generator is None:
+            return TaskEvicted(task.name, status)
+        gain, precision = recorded_gain(self._store, task, code, generator)
+        figures = (*_sizes(code), code.best_squared_error, gain)
+        return TaskEvicted(task.name, status, 0, 0, *figures, precision=precision)
+
+
+class Evictor:
+    """Deletes originals that were checked, or only counts their bytes."""
+
+    def __init__(self, store: Store, request: EvictRequest, copies: Copies) -> None:
+        self._store, self._request, self._copies = store, request, copies
+        self._folders, self._decoder = Placeholders(store, dry_run=request.dry_run), StoredDecoder(store)
+        self._in_use = Counter(store.originals.in_use())
+
+    def evict(self, name: str, made: TaskEvicted | _Evictable | Failed | None) -> TaskEvicted:
+        """Delete the originals of a task, or say why not; None where they are kept and only folders are freed."""
+        if isinstance(made, Failed):
+            return TaskEvicted(name, "kept", reason=made.error.message)
+        try:
+            if made is None:
+                return self._replace(self._store.tasks.get(name))
+            return self._with_folder(made) if isinstance(made, TaskEvicted) else self._delete(name, made)
+        except TaskNotFound:  # `icm rm` does not wait for this job
+            return TaskEvicted(name, "removed")
+
+    def _delete(self, name: str, made: _Evictable) -> TaskEvicted:
+        sizes = _sizes(made.order.code)
+        with self._copies.held():
+            rows, held_back, proof = self._with_copies(made)
+            if not rows:
+                figures = (*sizes, made.order.squared_error, made.gain)
+                return TaskEvicted(name, "kept", 0, 0, *figures, held_back, precision=made.precision)
+            order = replace(made.order, adapters=[row.id for row in rows])
+            # First the folder: until its row says otherwise, the original can bring back what goes there.
+            folders = self._folder_of(made.final, order.code, order.generator, is_checked=made.final in rows)
+        freed, left = self._freed(rows)
+        try:
+            if not self._request.dry_run:
+                freed = self._store.originals.evict(order, lambda: self._confirmed(order, rows))
+        except (DamagedStore, LastCopy) as error:
+            return TaskEvicted(name, "kept", 0, 0, *sizes, reason=str(error), folders=folders)
+        status: EvictStatus = "would_evict" if self._request.dry_run else "evicted"
+        figures = (*sizes, order.squared_error, made.gain)
+        told = (held_back, folders, proof.copies, made.precision)
+        return TaskEvicted(name, status, len(rows), freed, *figures, *told, left=left)
+
+    @contextmanager
+    def _confirmed(self, order: Eviction, rows: Sequence[AdapterRecord]) -> Iterator[None]:
+        """Look for the copies once more; none of them can go until the block ends."""
+        with self._copies.held(waits=False):
+            proofs = [self._proof(row, order.code, order.generator) for row in rows]
+            if lost := next((proof for proof in proofs if not proof.is_enough), None):
+                raise LastCopy(lost.text)
+            yield
+
+    def _with_copies(self, made: _Evictable) -> tuple[list[AdapterRecord], str | None, Proof]:
+        """Return the adapters that may go, why others may not, and the copies of the last one; none go without it."""
+        rows: list[AdapterRecord] = []
+        reasons: list[str] = []
+        proof = Proof((), 0, ())
+        for row in reversed(made.rows):  # the final one first
+            if not row.is_final and self._folders.has_left(row):
+                reasons.append(f"a placeholder stands for it at {row.source}, and a checkpoint has no code")
+                continue
+            found = self._proof(row, made.order.code, made.order.generator)
+            if found.is_enough:
+                proof = proof if rows else found
+                rows.insert(0, row)
+            elif row.is_final:
+                return [], found.text, found
+            else:
+                reasons.append(found.text)
+        if not reasons:
+            return rows, None, proof
+        return rows, f"{counted(len(reasons), 'checkpoint')} kept: {reasons[0]}", proof
+
+    def _proof(self, row: AdapterRecord, code: CodeRecord | None, generator: GeneratorRecord | None) -> Proof:
+        goes = self._request.placeholder and (row.is_final or self._request.keep_originals)
+        return self._copies.prove(row, code, generator, self._folders.ids(row) if goes else ())
+
+    def _with_folder(self, done: TaskEvicted) -> TaskEvicted:
+        """Free the folder of a task whose original was evicted before."""
+        if done.status != "known":
+            return done
+        task, final = self._store.tasks.get(done.task), self._store.tasks.final(done.task)
+        with self._copies.held():
+            return replace(done, folders=self._folder_of(final, *_code_of(self._store, task), is_checked=False))
+
+    def _folder_of(
+        self, final: AdapterRecord, code: CodeRecord | None, generator: GeneratorRecord | None, *, is_checked: bool
+    ) -> list[FolderReplaced]:
+        """Leave a placeholder for a task whose code replaces its original; `is_checked` if that was measured now."""
+        if not self._request.placeholder:
+            return []
+
+        def check() -> None:
+            if code is None or generator is None:
+                raise CheckFailed("it has no code")
+            now = self._store.tasks.get(final.task)
+            row, (code_now, _) = self._store.tasks.final(now.name), _code_of(self._store, now)
+            if (row.weights, row.config, code_now) != (final.weights, final.config, code):
+                raise CheckFailed("the task changed while its code was checked; run the same command again")
+            if is_checked:
+                check_bytes(self._store, final, [generator.blob, *code.digests()])
+                return
+            check_recorded(self._store, now, final, self._request.limits, code, generator)
+            self._check_copies(final, code, generator)
+
+        def decoded() -> AdapterBytes | None:
+            if code is None or generator is None:
+                return None
+            try:
+                return self._decoder.files(final, code, generator)
+            except FAILURES:  # the check says what is wrong with it
+                return None
+
+        left = self._folders.leave(final, Backing(check, code, generator, decoded))
+        return [] if left is None else [left]
+
+    def _replace(self, task: TaskRecord) -> TaskEvicted:
+        """Free the folders of a task, whose originals the store keeps."""
+        if task.pinned:
+            return TaskEvicted(task.name, "pinned")
+        code, generator = _code_of(self._store, task)
+        rows = self._store.tasks.adapters(task.name)
+        rows = [row for row in rows if not (row.is_final and self._request.checkpoints_only)]
+        with self._copies.held():
+            left = [self._folder_with_original(row, code if row.is_final else None, generator) for row in rows]
+        folders = [folder for folder in left if folder is not None]
+        done = sum(folder.status in ("replaced", "would_replace") for folder in folders)
+        if done:
+            return TaskEvicted(
+                task.name, "would_replace" if self._request.dry_run else "replaced", done, folders=folders
+            )
+        reason = next((folder.reason for folder in folders if folder.status == "left"), None)
+        return TaskEvicted(task.name, "known" if reason is None else "kept", reason=reason, folders=folders)
+
+    def _folder_with_original(
+        self, row: AdapterRecord, code: CodeRecord | None, generator: GeneratorRecord | None
+    ) -> FolderReplaced | None:
+        def check() -> None:
+            if row.is_evicted:
+                raise CheckFailed("the store does not keep its original any more")
+            check_bytes(self._store, row, [row.weights])
+            self._check_copies(row, code, generator)
+
+        return self._folders.leave(row, Backing(check, code, generator))
+
+    def _check_copies(self, row: AdapterRecord, code: CodeRecord | None, generator: GeneratorRecord | None) -> None:
+        proof = self._proof(row, code, generator)
+        if not proof.is_enough:
+            raise CheckFailed(proof.text)
+
+    def _freed(self, chosen: Sequence[AdapterRecord]) -> tuple[int, int]:
+        """Return the bytes of the files that are deleted with some adapters, and those of them that were left.
+
+        Several adapters may share a file. One that an interrupted eviction left is in no adapter's use any more.
+        """
+        freed, left = dict[str, int](), dict[str, int]()
+        for row in chosen:
+            for digest, size in row.evictable.items():
+                if not row.is_evicted:
+                    self._in_use[digest] -= 1
+                if not self._in_use[digest] and self._store.blobs.exists(digest):
+                    (left if row.is_evicted else freed)[digest] = size
+        return sum((left | freed).values()), sum(left.values())
+
+
+def _still_there(rows: Sequence[AdapterRecord]) -> str:
+    """Say what is odd about weights that are there although their rows call them deleted."""
+    if not any(row.is_evicted for row in rows):
+        return ""
+    return "an interrupted eviction left its weights, and they stay: "
+
+
+def _code_of(store: Store, task: TaskRecord) -> tuple[CodeRecord | None, GeneratorRecord | None]:
+    """Return the code of a task under the current generator, and that generator."""
+    generator = store.generators.current(task.base_model)
+    return None if generator is None else store.codes.get(task.name, generator.id), generator
+
+
+def _sizes(code: CodeRecord) -> tuple[int, int | None]:
+    """Return the bytes of a code, and of its residual."""
+    return code.size, None if code.residual is None else code.residual.size

@@ -1,0 +1,325 @@
+"""Leave a placeholder in a user's own folder, where an adapter was ingested from, and take the adapter's files away.
+
+    same bytes as ingested? ──▶ placeholder, durable ──▶ files are unlinked: configuration first, weights last
+         └── no: left as it is, with the reason
+
+Only files that hash now to what the store recorded are unlinked: weights, configuration, and tokenizers and the like
+that were ingested with them. Everything else stays. A kill leaves the adapter, the adapter with its placeholder, or the
+placeholder; the same call finishes it.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from icmlora.errors import AdapterRefused, IcmLoraError
+from icmlora.formats.catalogue import format_named
+from icmlora.formats.discovery.discovery import with_pickle
+from icmlora.formats.discovery.pickled import CONVERTED_FROM
+from icmlora.formats.discovery.placeholder import (
+    CodeStamp,
+    FileStamp,
+    Part,
+    Placeholder,
+    ReplacedFile,
+    placeholder_path,
+    placeholder_to_json,
+    read_placeholder,
+)
+from icmlora.formats.discovery.tree import Folder
+from icmlora.formats.format import AdapterBytes, AdapterPaths
+from icmlora.io.files import FileId, HashedFile, hash_regular
+from icmlora.io.safetensors import read_header
+from icmlora.io.staging import writing_file
+from registry.errors import RegistryError
+from registry.files import failpoint, fsync_dir, unlink
+from registry.names import is_file_name, source_label
+from registry.records import AdapterRecord, CodeRecord, GeneratorRecord
+from registry.storage.blobs.content import digest_of
+
+if TYPE_CHECKING:
+    from registry.store import Store
+
+FolderStatus = Literal["replaced", "would_replace", "there", "missing", "left"]
+
+
+@dataclass(frozen=True)
+class FolderReplaced:
+    """What became of the folder that an adapter was ingested from."""
+
+    path: str
+    # `replaced`, `would_replace` in a dry run, `there` (it has the placeholder already), `missing` (the adapter is not
+    # there any more), `left` (see `reason`).
+    status: FolderStatus
+    freed: int = 0  # bytes; a file that has another name elsewhere frees nothing
+    reason: str | None = None
+
+
+_WRITE_BITS = stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH
+
+
+class NotReplaced(IcmLoraError):
+    """The files of an adapter stay where they are, for the reason given."""
+
+
+@dataclass(frozen=True)
+class Backing:
+    """What brings an adapter back once its files are gone.
+
+    Attributes:
+        check: Called before anything is deleted; raises if the store could not bring the adapter back.
+        code: Its code, for a final adapter that has one.
+        generator: That of the code.
+        decoded: Called if the weights are not the original ones: returns what the code decodes to, which `icm restore`
+            may have written.
+    """
+
+    check: Callable[[], None]
+    code: CodeRecord | None
+    generator: GeneratorRecord | None
+    decoded: Callable[[], AdapterBytes | None] = lambda: None
+
+
+def source_place(row: AdapterRecord) -> Path | None:
+    """Return where an adapter was ingested from; None for one that a bundle or the generator brought."""
+    return Path(row.source) if os.path.isabs(row.source) else None
+
+
+def pickle_digest(store: Store, row: AdapterRecord) -> str | None:
+    """Return the digest of the pickle that an original was converted from; None for any other, and once it is gone."""
+    if row.is_evicted:
+        return None
+    try:
+        return read_header(store.blobs.read(row.weights)).metadata.get(CONVERTED_FROM)
+    except AdapterRefused:  # another format than safetensors
+        return None
+
+
+class Placeholders:
+    """Replaces adapters in users' folders, or only says what it would replace."""
+
+    def __init__(self, store: Store, *, dry_run: bool) -> None:
+        self._store, self._dry_run = store, dry_run
+
+    def leave(self, row: AdapterRecord, backing: Backing) -> FolderReplaced | None:
+        """Replace the files of one adapter in the folder that it came from; None if it came from no folder."""
+        place = source_place(row)
+        if place is None:
+            return None
+        try:
+            spot = _Spot.of(place)
+            return FolderReplaced(row.source, "missing") if spot is None else self._leave(spot, row, backing)
+        except (IcmLoraError, RegistryError) as error:
+            return FolderReplaced(row.source, "left", reason=error.message)
+        except OSError as error:
+            return FolderReplaced(row.source, "left", reason=f"it cannot be changed: {error.strerror or error}")
+
+    def has_left(self, row: AdapterRecord) -> bool:
+        """Say whether a placeholder of this adapter is in its folder."""
+        place = source_place(row)
+        try:
+            spot = None if place is None else _Spot.of(place)
+            return spot is not None and spot.is_taken and self._known(spot, row) is not None
+        except (IcmLoraError, OSError):
+            return False
+
+    def ids(self, row: AdapterRecord) -> set[FileId]:
+        """Return which files `leave` would take away: none of them is a copy that stays."""
+        place = source_place(row)
+        try:
+            spot = None if place is None else _Spot.of(place)
+            found = [] if spot is None else [path.lstat() for path in _parts_of(spot, row)]
+            return {(status.st_dev, status.st_ino) for status in found}
+        except (IcmLoraError, OSError):
+            return set()
+
+    def _leave(self, spot: _Spot, row: AdapterRecord, backing: Backing) -> FolderReplaced:
+        known = self._known(spot, row) if spot.is_taken else None
+        parts = _parts_of(spot, row) if known is None else {spot.home / file.name: file.part for file in known.files}
+        parts = {path: part for path, part in parts.items() if os.path.lexists(path)}
+        if not parts:
+            return FolderReplaced(row.source, "missing" if known is None else "there")
+        doomed = self._unchanged(spot, row, parts, backing)
+        if not doomed:  # what is left of the files that it lists has other bytes now
+            return FolderReplaced(row.source, "there")
+        if not spot.home.stat().st_mode & _WRITE_BITS:  # root could write nevertheless
+            raise NotReplaced("its folder is marked as read-only")
+        backing.check()
+        freed = sum(file.status.st_size for file in doomed if file.status.st_nlink == 1)
+        if self._dry_run:
+            if not os.access(spot.home, os.W_OK | os.X_OK):
+                raise NotReplaced("it cannot be changed: no permission to write")
+            return FolderReplaced(row.source, "would_replace", freed)
+        _check_unchanged(doomed)  # the check may take a while
+        if known is None:
+            replaced = [_replaced(file, parts[file.path]) for file in doomed]
+            self._write(spot, row, replaced, _code_stamp(backing))
+        failpoint("placeholder-written")
+        _unlink(spot.home, doomed)
+        return FolderReplaced(row.source, "replaced", freed)
+
+    def _known(self, spot: _Spot, row: AdapterRecord) -> Placeholder:
+        """Read the placeholder that is there, which an interrupted run may have left next to the adapter."""
+        known = read_placeholder(spot.placeholder)
+        if (known.weights, known.config) != (row.weights, row.config):
+            raise NotReplaced(f"it has the placeholder of another adapter, of task {known.task!r}")
+        return known
+
+    def _unchanged(
+        self, spot: _Spot, row: AdapterRecord, parts: Mapping[Path, Part], backing: Backing
+    ) -> list[HashedFile]:
+        """Return the files that may go, configuration first and weights last; raise if the adapter is another one."""
+        files: dict[Part, list[HashedFile]] = {"config": [], "companion": [], "weights": []}
+        for path, part in parts.items():
+            if not path.is_symlink():
+                files[part].append(hash_regular(path))
+            elif part != "companion":
+                raise NotReplaced(f"{path.name} is a symbolic link")
+        kept = _Companions(self._store, row)
+        files["companion"] = [file for file in files["companion"] if kept.has(spot.companion(file.path), file)]
+        config = row.config
+        for file in files["weights"]:
+            if file.digest == row.weights or file.digest == pickle_digest(self._store, row):
+                continue
+            made = backing.decoded()  # it may be what `icm restore` wrote
+            if made is None or digest_of(made.weights) != file.digest:
+                raise NotReplaced(f"{file.path.name} has changed since it was ingested")
+            config = digest_of(made.config)
+        for file in files["config"]:
+            if file.digest != config:
+                raise NotReplaced(f"{file.path.name} has changed since it was ingested")
+        return [file for some in files.values() for file in some]
+
+    def _write(
+        self,
+        spot: _Spot,
+        row: AdapterRecord,
+        files: Sequence[ReplacedFile],
+        code: CodeStamp | None,
+    ) -> None:
+        if odd := [file.name for file in files if not is_file_name(file.name)]:
+            raise NotReplaced(f"a placeholder cannot hold the file name {odd[0]!r}")
+        placeholder = Placeholder(
+            task=row.task,
+            store=source_label(self._store.paths.root.resolve()),
+            format=row.format,
+            is_final=row.is_final,
+            weights=row.weights,
+            config=row.config,
+            files=tuple(sorted(files, key=lambda file: file.name)),
+            code=code,
+        )
+        with writing_file(spot.placeholder) as stream:
+            stream.write(placeholder_to_json(placeholder))
+
+
+@dataclass(frozen=True)
+class _Spot:
+    """A folder in which an adapter is, or was."""
+
+    place: Path  # of the adapter
+    home: Path  # the folder of its files: the same, or for a single file the one above
+    placeholder: Path
+
+    @classmethod
+    def of(cls, place: Path) -> _Spot | None:
+        """Find the folder; None if it is not there any more."""
+        is_folder = place.is_dir()
+        home = place if is_folder else place.parent
+        if not home.is_dir():
+            return None
+        # The path had no links when the adapter was ingested.
+        if Path(os.path.realpath(home)) != home:
+            raise NotReplaced("a symbolic link is in its place, or in that of a folder above it")
+        return cls(place, home, placeholder_path(place, is_folder=is_folder))
+
+    def has(self, name: str) -> bool:
+        """Say whether a file may belong to the adapter, judged by its name."""
+        return self.home == self.place or name.startswith(f"{self.place.name}.")
+
+    def companion(self, path: Path) -> str:
+        """Return the name under which the store keeps a file next to the adapter."""
+        return path.name if self.home == self.place else path.name.removeprefix(f"{self.place.name}.")
+
+    @property
+    def is_taken(self) -> bool:
+        """Whether a placeholder is there."""
+        return os.path.lexists(self.placeholder)
+
+
+def _parts_of(spot: _Spot, row: AdapterRecord) -> dict[Path, Part]:
+    """Find the files of an adapter in its folder; there are none if it is not there any more."""
+    with os.scandir(spot.home) as entries:
+        # Links are listed under their own names: what is behind them is not looked at. Of a folder of single files,
+        # which may be thousands, only those of this adapter are.
+        files = {
+            entry.name: Path(entry.path)
+            for entry in entries
+            if spot.has(entry.name) and (entry.is_file() or entry.is_symlink())
+        }
+    folder = with_pickle(Folder(spot.home, files))
+    return {
+        path: part
+        for paths in format_named(row.format).find(folder)
+        if paths.place == spot.place
+        for path, part in _parts(paths)
+    }
+
+
+def _parts(paths: AdapterPaths) -> Iterator[tuple[Path, Part]]:
+    yield paths.weights, "weights"
+    if paths.config is not None:
+        yield paths.config, "config"
+    for path in paths.companions.values():
+        yield path, "companion"
+
+
+class _Companions:
+    """What the store keeps of the files next to an adapter."""
+
+    def __init__(self, store: Store, row: AdapterRecord) -> None:
+        self._store, self._row = store, row
+
+    @cached_property
+    def _digests(self) -> dict[str, str]:
+        from icmlora.formats.extras import unpack  # most adapters have no companions
+
+        files = [(extra.file, extra.blob) for extra in self._row.extras if extra.file is not None]
+        return {name: digest_of(unpack(self._store.blobs.read(blob))) for name, blob in files}
+
+    def has(self, name: str, file: HashedFile) -> bool:
+        """Say whether the store has the very bytes of a file, under this name."""
+        sizes = {extra.file: extra.size for extra in self._row.extras}
+        return sizes.get(name) == file.status.st_size and self._digests[name] == file.digest
+
+
+def _code_stamp(backing: Backing) -> CodeStamp | None:
+    code, generator = backing.code, backing.generator
+    if code is None or generator is None:
+        return None
+    residual = None if code.residual is None else FileStamp(code.residual.blob, code.residual.size)
+    return CodeStamp(FileStamp(code.blob, code.size), FileStamp(generator.blob, generator.size), residual)
+
+
+def _replaced(file: HashedFile, part: Part) -> ReplacedFile:
+    return ReplacedFile(file.path.name, part, FileStamp(file.digest, file.status.st_size))
+
+
+def _unlink(home: Path, files: Sequence[HashedFile]) -> None:
+    for file in files:
+        _check_unchanged([file])
+        unlink(file.path)
+        failpoint("placeholder-file-gone")
+    fsync_dir(home)
+
+
+def _check_unchanged(files: Sequence[HashedFile]) -> None:
+    for file in files:
+        if not file.is_unchanged():
+            raise NotReplaced(f"{file.path.name} changed while it was checked; run the same command again")

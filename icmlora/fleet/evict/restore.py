@@ -1,0 +1,401 @@
+"""Bring adapters back to the folders where `icm evict --placeholder` left placeholders.
+
+    placeholder ──▶ the adapter with its digests ──▶ original, byte for byte ──┐
+                                                └──▶ code, decoded ────────────┴─▶ files, durable ──▶ placeholder gone
+
+The adapter is looked up by the digests of its weights and configuration, so its task may have another name by now. The
+store that a placeholder names is never opened because of that: only the store, or the bundle, that the caller names.
+Nothing in a folder is overwritten, and the files of an adapter appear together: a full disk leaves none of them. A kill
+leaves the placeholder in place, and the same call goes on.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, Protocol
+
+from icmlora.errors import AdapterRefused, DataError, OutputExists
+from icmlora.fleet.context import Context, Event, TaskFailed, reporting
+from icmlora.fleet.failures import FAILURES
+from icmlora.fleet.write.materialize import original_files
+from icmlora.formats.catalogue import format_named
+from icmlora.formats.discovery.placeholder import (
+    PLACEHOLDER_NAME,
+    FoundPlaceholder,
+    Placeholder,
+    ReplacedFile,
+    find_placeholders,
+    is_placeholder,
+)
+from icmlora.formats.discovery.tree import Folder, walk
+from icmlora.formats.discovery.unsupported import PICKLES
+from icmlora.formats.format import AdapterBytes, AdapterFormat
+from icmlora.io.files import hash_regular, read_regular
+from icmlora.io.safetensors import MAX_FILE_BYTES
+from icmlora.io.staging import write_files
+from registry.errors import IcmError, RegistryError, StoreNotFound
+from registry.files import failpoint, fsync_dir, unlink
+from registry.names import source_label
+from registry.records import AdapterRecord, CodeRecord, GeneratorRecord, WithRelativeError
+from registry.storage.blobs.content import digest_of
+
+if TYPE_CHECKING:
+    from icmlora.bundle.file import BundleFile
+    from icmlora.fleet.resources.decoding import StoredDecoder
+    from registry.store import Store
+
+RestoreStatus = Literal["restored", "would_restore", "complete", "refused"]
+RestoreSource = Literal["original", "residual", "code"]
+NO_SPACE = "no_space"
+"""The kind of a refusal for want of space."""
+
+
+@dataclass(frozen=True)
+class RestoreRequest:
+    """Where to look for placeholders, and what to read instead of the store."""
+
+    folders: tuple[Path, ...]
+    bundle: Path | None = None
+    dry_run: bool = False
+
+
+@dataclass(frozen=True)
+class AdapterRestored(WithRelativeError, Event):
+    """One placeholder is done."""
+
+    path: str  # of the placeholder's folder, or of what was refused
+    task: str | None  # as the placeholder names it; None if it cannot be read
+    # `restored`; `would_restore` in a dry run; `complete` (the files were all there, so only the placeholder went);
+    # `refused` (see `kind`, `reason` and `hint`).
+    status: RestoreStatus
+    source: RestoreSource | None = None
+    size: int = 0  # bytes of the files that were written
+    weights: str | None = None  # SHA-256 of the weights as they were written
+    generator: str | None = None  # digest of the generator that decoded it; None for an original
+    squared_error: float | None = None  # None if it was not measured
+    retained_gain: float | None = None
+    converted_from: str | None = None  # the name of the pickle that stood there; safetensors were written instead
+    kind: str | None = None
+    reason: str | None = None
+    hint: str | None = None
+    precision: str | None = None  # of the base model that the gain was measured on
+
+
+@dataclass
+class RestoreReport:
+    """What was restored, and what was not."""
+
+    adapters: list[AdapterRestored] = field(default_factory=list)
+
+    @property
+    def refused(self) -> list[AdapterRestored]:
+        """What could not be restored."""
+        return [adapter for adapter in self.adapters if adapter.status == "refused"]
+
+    @property
+    def is_full(self) -> bool:
+        """Whether something could not be restored because the disk is full."""
+        return any(adapter.kind == NO_SPACE for adapter in self.adapters)
+
+    @property
+    def restored(self) -> list[AdapterRestored]:
+        """What is back, or would be."""
+        return [adapter for adapter in self.adapters if adapter.status != "refused"]
+
+    @property
+    def size(self) -> int:
+        """All bytes that were written, or would be."""
+        return sum(adapter.size for adapter in self.adapters)
+
+
+def restore(context: Context, request: RestoreRequest) -> RestoreReport:
+    """Restore the adapters of all placeholders under some folders."""
+    report = RestoreReport()
+    errors: list[Exception] = []
+
+    def tell(done: AdapterRestored, error: Exception | None = None) -> None:
+        report.adapters.append(done)
+        errors.extend([] if error is None else [error])
+        context.on_event(done)
+
+    def refuse(error: Exception, path: str, task: str | None = None) -> None:
+        tell(_refused(error, path, task), error)
+
+    with reporting(report):
+        refusals: list[AdapterRefused] = []
+        found = _find(request.folders, refusals)
+        for refusal in refusals:
+            refuse(refusal, refusal.path or ".")
+        readable = [item for item in found if isinstance(item.content, Placeholder)]
+        if readable:
+            with _source(context, request, readable) as source:
+                for number, item in enumerate(readable):
+                    context.progress(number, len(readable), source_label(item.place))
+                    try:
+                        done = _Restorer(source, item).run(dry_run=request.dry_run)
+                    except (*FAILURES, RegistryError, OSError) as error:
+                        refuse(error, source_label(item.place), _content(item).task)
+                    else:
+                        tell(done)
+                context.progress(len(readable), len(readable))
+    if errors and not report.restored:
+        full = [error for error in errors if _is_full(error)]
+        if full or len(errors) == 1:
+            raise (full or errors)[0]
+        raise DataError(f"nothing was restored: all {len(errors)} placeholders were refused")
+    return report
+
+
+def _find(folders: Sequence[Path], refused: list[AdapterRefused]) -> list[FoundPlaceholder]:
+    """Find the placeholders under some folders, each once."""
+    found: dict[Path, FoundPlaceholder] = {}
+    for path in folders:
+        root = Path(os.path.realpath(path))
+        if root.is_dir():
+            trees = walk(root, {PLACEHOLDER_NAME}, refused.append)
+        elif is_placeholder(root.name) and root.is_file():
+            trees = iter([Folder(root.parent, {root.name: root})])
+        else:
+            fact = "is not a folder" if root.exists() else "does not exist"
+            hint = "give a folder with placeholders, at any depth"
+            refused.append(AdapterRefused(fact, kind="not-a-folder", path=path, hint=hint))
+            continue
+        found |= {item.path: item for folder in trees for item in find_placeholders(folder)}
+    refused += [item.content for item in found.values() if isinstance(item.content, AdapterRefused)]
+    return list(found.values())
+
+
+def _content(found: FoundPlaceholder) -> Placeholder:
+    assert isinstance(found.content, Placeholder)  # those that cannot be read were refused before
+    return found.content
+
+
+def _is_full(error: Exception) -> bool:
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def _refused(error: Exception, path: str, task: str | None) -> AdapterRestored:
+    if isinstance(error, IcmError):
+        failed = TaskFailed.of(task or "", error)
+        return AdapterRestored(path, task, "refused", kind=failed.kind, reason=failed.message, hint=failed.hint)
+    if isinstance(error, OSError):
+        reason = f"it cannot be written: {error.strerror or error}"
+        if _is_full(error):
+            hint = "free some space, then run the same command again"
+            return AdapterRestored(path, task, "refused", kind=NO_SPACE, reason=reason, hint=hint)
+        return AdapterRestored(path, task, "refused", kind="cannot_write", reason=reason)
+    reason = f"its code cannot be decoded: {type(error).__name__}: {error}"
+    return AdapterRestored(path, task, "refused", kind="cannot_decode", reason=reason)
+
+
+@dataclass(frozen=True)
+class _Made:
+    """The files of an adapter, and where they come from."""
+
+    files: AdapterBytes
+    source: RestoreSource
+    generator: str | None = None
+    squared_error: float | None = 0.0
+    retained_gain: float | None = 1.0
+    precision: str | None = None
+
+
+class _Source(Protocol):
+    """What adapters are restored from."""
+
+    def make(self, wanted: Placeholder, weights: bytes | None) -> _Made:
+        """Return the files of an adapter, without a card; raises if it is not there.
+
+        Args:
+            wanted: Which adapter.
+            weights: Its original weights, if its folder has them: then only the files next to them are made.
+        """
+        ...
+
+
+@contextmanager
+def _source(context: Context, request: RestoreRequest, found: Sequence[FoundPlaceholder]) -> Iterator[_Source]:
+    if request.bundle is not None:
+        from icmlora.bundle.file import open_bundle
+
+        with open_bundle(request.bundle) as file:
+            context.progress(0, None, "checking")
+            file.check()
+            yield _FromBundle(file)
+        return
+    try:
+        store = context.open(read_only=True)
+    except StoreNotFound as error:
+        named = sorted({_content(item).store for item in found})
+        error.hint = f"the placeholders name the store at {named[0]}: if it is yours, name it with --store"
+        raise
+    with store:
+        yield _FromStore(store)
+
+
+class _FromStore:
+    """Originals and codes of a store."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    def make(self, wanted: Placeholder, weights: bytes | None) -> _Made:
+        """Return the original if the store keeps it, or else what its code decodes to."""
+        rows = self._store.tasks.having(wanted.weights, wanted.config)
+        # Several tasks may have it; the one that the placeholder names comes first.
+        rows.sort(key=lambda row: row.task.lower() != wanted.task.lower())
+        if not rows:
+            hint = f"the placeholder names the store at {wanted.store}: if it is yours, name it with --store"
+            raise DataError(f"the store has no adapter with the digests of task {wanted.task!r}", hint=hint)
+        original = next((row for row in rows if weights is not None or not row.is_evicted), None)
+        if original is not None:
+            return _Made(original_files(self._store, original, weights), "original")
+        for row in rows:
+            generator = self._store.generators.current(self._store.tasks.get(row.task).base_model)
+            code = None if generator is None else self._store.codes.get(row.task, generator.id)
+            if generator is not None and code is not None and code.adapter_id == row.id:
+                return self._decoded(row, code, generator)
+        if not any(row.is_final for row in rows):
+            raise DataError("the store deleted this checkpoint, and a checkpoint has no code")
+        raise DataError(f"the original of task {rows[0].task!r} was evicted, and it has no code")
+
+    def _decoded(self, row: AdapterRecord, code: CodeRecord, generator: GeneratorRecord) -> _Made:
+        from registry.tables.evaluations import latest
+
+        task = self._store.tasks.get(row.task)
+        measured = latest(self._store.evaluations.all(task.name), task, code.rung, generator)
+        gain, precision = (None, None) if measured is None else (measured.retained_gain, measured.precision)
+        files = self._decoder.files(row, code, generator)
+        return _Made(files, code.rung, generator.blob, code.best_squared_error, gain, precision)
+
+    @cached_property
+    def _decoder(self) -> StoredDecoder:
+        from icmlora.fleet.resources.decoding import StoredDecoder  # imports torch, which originals do not need
+
+        return StoredDecoder(self._store)
+
+
+class _FromBundle:
+    """Codes of a bundle, every byte of which was checked."""
+
+    def __init__(self, file: BundleFile) -> None:
+        from icmlora.fleet.bundles.bundles import open_generator
+
+        self._file, self._generator = file, open_generator(file)
+
+    def make(self, wanted: Placeholder, weights: bytes | None) -> _Made:
+        """Return what the code decodes to."""
+        from icmlora.fleet.bundles.bundles import form_in
+        from icmlora.fleet.resources.decoding import files_like_original
+
+        index = self._file.index
+        same = [task for task in index.tasks if (task.weights, task.config) == (wanted.weights, wanted.config)]
+        if not same:
+            hint = "`icm ls --from FILE` lists the tasks of a bundle"
+            raise DataError(f"the bundle has no adapter with the digests of task {wanted.task!r}", hint=hint)
+        task, form = same[0], form_in(self._file, same[0])
+        if weights is not None:
+            return _Made(AdapterBytes(weights, form.template.config, None, form.files), "original")
+        code = self._file.read(task.code)
+        adapter = self._generator.decoder_of(code).decode(code)
+        # What a bundle says of its codes was not measured here.
+        return _Made(files_like_original(adapter, form), "code", index.generator.blob, None, None)
+
+
+class _Restorer:
+    """Writes the files of one adapter next to its placeholder, then removes the placeholder."""
+
+    def __init__(self, source: _Source, found: FoundPlaceholder) -> None:
+        self._source, self._found, self._wanted = source, found, _content(found)
+        self._home = found.path.parent
+        self._format: AdapterFormat = format_named(self._wanted.format)
+
+    def run(self, *, dry_run: bool) -> AdapterRestored:
+        """Restore the adapter."""
+        path, task = source_label(self._found.place), self._wanted.task
+        if all(map(self._is_there, self._wanted.files)):
+            # The eviction was interrupted before it took anything away, or a person put the files back.
+            done = AdapterRestored(path, task, "complete", "original", squared_error=0.0, retained_gain=1.0)
+            missing: Mapping[str, bytes] = {}
+        else:
+            weights = self._weights
+            is_exact = weights.stamp.digest == self._wanted.weights and self._is_there(weights)
+            data = read_regular(self._home / weights.name, max_bytes=MAX_FILE_BYTES) if is_exact else None
+            made = self._source.make(self._wanted, data)
+            missing = self._missing(made)
+            done = AdapterRestored(
+                path,
+                task,
+                "would_restore" if dry_run else "restored",
+                made.source,
+                sum(map(len, missing.values())),
+                digest_of(made.files.weights),
+                made.generator,
+                made.squared_error,
+                made.retained_gain,
+                self._pickle(),
+                precision=made.precision,
+            )
+        if not dry_run:
+            self._write(missing)
+        return done
+
+    def _write(self, files: Mapping[str, bytes]) -> None:
+        if files:
+            write_files(self._home, files)
+        failpoint("restored-adapter")
+        unlink(self._found.path)
+        fsync_dir(self._home)
+
+    def _missing(self, made: _Made) -> dict[str, bytes]:
+        """Return the files that are not there yet; raise if another file is in the place of one."""
+        missing: dict[str, bytes] = {}
+        for name, data in self._files(made).items():
+            path = self._home / name
+            if not os.path.lexists(path):
+                missing[name] = data
+            elif path.is_symlink() or not path.is_file() or hash_regular(path).digest != digest_of(data):
+                hint = "move it elsewhere, then run the same command again"
+                raise OutputExists(f"{name} is there, and is not what would be written", path=path, hint=hint)
+        return missing
+
+    def _files(self, made: _Made) -> dict[str, bytes]:
+        """Return the files to write, by name; that which makes the folder an adapter comes last.
+
+        Names come from the format and the store. Those in the placeholder only choose among them.
+        """
+        stem = f"{self._found.place.name}."
+        is_single = self._found.path.name != PLACEHOLDER_NAME  # an adapter in a single file
+        if is_single and (others := [file.name for file in self._wanted.files if not file.name.startswith(stem)]):
+            raise DataError(f"the placeholder stands for another file, {others[0]!r}", path=self._found.path)
+        listed = {file.name for file in self._wanted.files if file.part == "companion"}
+        kept = {f"{stem}{key}" if is_single else key: data for key, data in made.files.companions.items()}
+        if lost := listed - kept.keys():
+            raise DataError(f"{min(lost)} was not kept, so the adapter would not be complete")
+        companions = {name: data for name, data in kept.items() if name in listed}
+        if is_single:
+            return {**companions, self._weights.name: made.files.weights}
+        return self._format.lay_out(replace(made.files, card=None, companions=companions), "")
+
+    @property
+    def _weights(self) -> ReplacedFile:
+        return next(file for file in self._wanted.files if file.part == "weights")
+
+    def _pickle(self) -> str | None:
+        """Return the name of the weights if they were a pickle, which comes back as safetensors."""
+        name = self._weights.name
+        return name if name in PICKLES else None
+
+    def _is_there(self, file: ReplacedFile) -> bool:
+        """Say whether a file that was replaced is still there, or there again."""
+        path = self._home / file.name
+        try:
+            return hash_regular(path).digest == file.stamp.digest
+        except AdapterRefused:
+            return False

@@ -1,0 +1,203 @@
+"""What an eviction is asked for, and what it reports."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from icmlora.errors import DataError
+from icmlora.fleet.context import Event
+from icmlora.fleet.measure.precision import gain_text
+from registry.records import WithRelativeError
+
+if TYPE_CHECKING:
+    from icmlora.fleet.evict.copies import VerifiedCopy
+    from icmlora.fleet.evict.placeholders import FolderReplaced
+
+
+NOT_MEASURED = "the relative error of its code was not measured here"
+"""Why a code is not trusted: it came in a bundle, whose figures are claims."""
+
+
+class CheckFailed(DataError):
+    """A code misses a limit or cannot be measured; holds what was measured until then."""
+
+    def __init__(
+        self,
+        reason: str,
+        squared_error: float | None = None,
+        retained_gain: float | None = None,
+        precision: str | None = None,
+    ) -> None:
+        super().__init__(reason)
+        self.squared_error, self.retained_gain, self.precision = squared_error, retained_gain, precision
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a code has to keep; at least one is given."""
+
+    max_error: float | None = None  # largest relative error
+    min_gain: float | None = None  # smallest retained gain
+
+    @property
+    def are_sound(self) -> bool:
+        """Whether there is a limit, and each is a finite number."""
+        given = [limit for limit in (self.max_error, self.min_gain) if limit is not None]
+        return bool(given) and all(map(math.isfinite, given))
+
+    def check_error(self, squared: float | None) -> None:
+        """Raise `CheckFailed` unless the square of a relative error is within the limit."""
+        if self.max_error is None:
+            return
+        if squared is None:
+            raise CheckFailed(NOT_MEASURED)
+        if (found := math.sqrt(squared)) > self.max_error:
+            raise CheckFailed(f"its relative error is {found:.4f}, above the limit of {self.max_error:g}", squared)
+
+    def check_gain(self, gain: float | None, squared: float | None = None, precision: str | None = None) -> None:
+        """Raise `CheckFailed` unless a retained gain, in a precision of the base model, is within the limit."""
+        if self.min_gain is None:
+            return
+        if gain is None:
+            raise CheckFailed("the retained gain of its code was not measured", squared)
+        if not gain >= self.min_gain:
+            fact = f"its retained gain is {gain_text(gain, precision, 4)}, below the limit of {self.min_gain:g}"
+            raise CheckFailed(fact, squared, gain, precision)
+
+
+EvictStatus = Literal[
+    "evicted", "would_evict", "replaced", "would_replace", "kept", "original_only", "pinned", "known", "removed"
+]
+
+
+@dataclass(frozen=True)
+class EvictRequest:
+    """What to evict, and which limits the codes must meet; at least one is given unless the originals are kept."""
+
+    names: Sequence[str] = ()
+    max_error: float | None = None
+    min_gain: float | None = None
+    checkpoints_only: bool = False
+    dry_run: bool = False
+    device: str = "auto"
+    workers: str | None = None
+    placeholder: bool = False
+    keep_originals: bool = False
+    copies: int | None = None
+    copy_paths: Sequence[Path] = ()
+
+    @property
+    def limits(self) -> Limits:
+        """What the codes have to keep."""
+        return Limits(self.max_error, self.min_gain)
+
+    @property
+    def copies_needed(self) -> int:
+        """How many copies each original must have elsewhere."""
+        return min(1, len(self.copy_paths)) if self.copies is None else self.copies
+
+    def check(self) -> None:
+        """Refuse a request that would delete originals whatever their codes lose, or that contradicts itself."""
+        if self.copies is not None and self.copies < 0:
+            raise DataError("the number of copies is negative")
+        if self.keep_originals:
+            if not self.placeholder:
+                raise DataError("nothing would be deleted", hint="keep_originals goes with placeholder")
+            if (self.max_error, self.min_gain) != (None, None):
+                raise DataError("a limit is for originals that are deleted", hint="leave out max_error and min_gain")
+        elif not self.limits.are_sound:
+            raise DataError(
+                "evicting takes a limit that is a finite number", hint="give max_error or min_gain, or both"
+            )
+        elif self.placeholder and self.checkpoints_only:
+            hint = "add keep_originals, or leave out checkpoints_only"
+            raise DataError(
+                "nothing could bring back a checkpoint that has no original: there are no codes of them", hint=hint
+            )
+
+
+@dataclass(frozen=True)
+class TaskEvicted(WithRelativeError, Event):
+    """One task is done."""
+
+    task: str
+    # `evicted`; `would_evict` in a dry run; with `keep_originals` `replaced` or `would_replace`; `kept` (see `reason`);
+    # `original_only` (there can be no code, see `reason`); `pinned`; `known` (nothing was left to evict); `removed` (by
+    # another process, meanwhile).
+    status: EvictStatus
+    adapters: int = 0
+    freed: int = 0  # their bytes in the store; a file that another task needs frees nothing
+    code_size: int | None = None  # bytes of the code that replaces them
+    residual_size: int | None = None  # bytes of its residual, if there is one
+    squared_error: float | None = None
+    retained_gain: float | None = None
+    reason: str | None = None  # also of an evicted task, where some of its checkpoints were kept
+    folders: Sequence[FolderReplaced] = ()  # with `placeholder`: what became of the folders of its adapters
+    copies: Sequence[VerifiedCopy] = ()  # with `copies`: where the copies of its original are
+    precision: str | None = None  # of the base model that the gain was measured on
+    left: int = 0  # those of the bytes freed that an interrupted eviction had left
+
+    @property
+    def freed_in_folders(self) -> int:
+        """Bytes that placeholders freed in users' folders, or would free."""
+        return sum(folder.freed for folder in self.folders)
+
+    @property
+    def is_partial(self) -> bool:
+        """Whether something was kept that was meant to go."""
+        held_back = self.status in ("evicted", "would_evict") and self.reason is not None
+        return self.status == "kept" or held_back or any(folder.status == "left" for folder in self.folders)
+
+
+@dataclass
+class EvictReport:
+    """What was deleted, or would be."""
+
+    tasks: list[TaskEvicted] = field(default_factory=list)
+    # Whether an original was kept that was meant to go: it misses a limit, or its task is named, and pinned or
+    # original only.
+    partly: bool = False
+
+    @property
+    def gone(self) -> list[TaskEvicted]:
+        """The tasks whose originals were deleted, or would be."""
+        return [task for task in self.tasks if task.status in ("evicted", "would_evict")]
+
+    @property
+    def kept(self) -> list[TaskEvicted]:
+        """The tasks that miss a limit."""
+        return [task for task in self.tasks if task.status == "kept"]
+
+    @property
+    def original_only(self) -> list[TaskEvicted]:
+        """The tasks of which there can be no code."""
+        return [task for task in self.tasks if task.status == "original_only"]
+
+    @property
+    def folders(self) -> list[FolderReplaced]:
+        """What became of the folders of all adapters."""
+        return [folder for task in self.tasks for folder in task.folders]
+
+    @property
+    def placeholders(self) -> list[FolderReplaced]:
+        """The folders in which an adapter gave way to a placeholder, or would."""
+        return [folder for folder in self.folders if folder.status in ("replaced", "would_replace")]
+
+    @property
+    def freed(self) -> int:
+        """All bytes that were freed in the store, or would be."""
+        return sum(task.freed for task in self.tasks)
+
+    @property
+    def left(self) -> int:
+        """Those of the bytes freed that an interrupted eviction had left."""
+        return sum(task.left for task in self.tasks)
+
+    @property
+    def freed_in_folders(self) -> int:
+        """All bytes that placeholders freed in users' folders, or would free."""
+        return sum(task.freed_in_folders for task in self.tasks)

@@ -1,0 +1,1 @@
+"""Adapters for tasks that have none: `icm generate`."""

@@ -1,0 +1,293 @@
+"""Generate an adapter for a task that has none, from some of its samples.
+
+samples ──base model──▶ context vectors ──▶ how far the task is from known ones
+   └──base model + few-shot start──▶ steps ──▶ adapter ──(gradient steps)──▶ PEFT folder
+
+register:  adapter ──encode, refine──▶ code ──┐
+           written folder ──▶ configuration, card ──┼──▶ an evicted task: one transaction, no weights
+           context vectors ───────────────────┘
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from icmlora.adapter.arithmetic import truncated
+from icmlora.adapter.model import Adapter
+from icmlora.base_models.catalogue import check_examples
+from icmlora.base_models.examples.examples import Examples, examples_for
+from icmlora.base_models.examples.media_archive import read_examples
+from icmlora.base_models.modality import BaseModel, Prepared
+from icmlora.base_models.running.lora_hooks import added, factors_of
+from icmlora.errors import DataError, NotCovered
+from icmlora.fewshot.adapt import adapt, supports
+from icmlora.fewshot.finetune import FinetuneConfig, finetune
+from icmlora.fewshot.start import FewShotStart
+from icmlora.fleet.context import Context, base_name, has_loaders
+from icmlora.fleet.encode.search import Refiner
+from icmlora.fleet.few_shot.train import SAMPLE_TOKENS, read_few_shot_start
+from icmlora.fleet.resources.loading import open_base
+from icmlora.fleet.resources.stored_vectors import comparable_vectors, comparison_key
+from icmlora.fleet.vectors.vectors import VECTOR_DTYPE, put_vectors
+from icmlora.fleet.write.cards import GeneratedCard
+from icmlora.formats.discovery.folder import save_adapter
+from icmlora.formats.peft.peft import CARD_NAME, CONFIG_NAME, PEFT, WEIGHTS_NAME
+from icmlora.generator.encoding import Encoded
+from icmlora.generator.versions import GeneratorFile
+from icmlora.io.devices import gradient_dtype, resolve_device, texts_at_once
+from icmlora.io.staging import check_free
+from icmlora.task_vectors.distances import FEWEST, Familiarity, familiarity
+from icmlora.task_vectors.extraction import extract_context
+from icmlora.task_vectors.vector import TaskVector
+from icmlora.training.refinement import RefineConfig
+from registry.errors import TaskConflict, TaskNotFound
+from registry.names import check_name, split_label
+from registry.records import GeneratorRecord, NewAdapter, NewGenerator, relative_error
+from registry.tables.bundles import BundleImport, ImportedTask
+
+if TYPE_CHECKING:
+    from registry.store import Store
+
+# A generated adapter has few directions that matter: finer rounding without refinement is larger and worse.
+_CODE_TOLERANCE = 0.7
+
+
+@dataclass(frozen=True)
+class GenerateRequest:
+    """What to generate, and where to write it."""
+
+    name: str
+    samples: Path
+    directory: Path
+    count: int = 64
+    description: str | None = None
+    refine: int = 0
+    rank: int | None = None
+    base_model: str | None = None
+    device: str = "auto"
+    dtype: str = "bfloat16"
+    register: bool = False
+    force: bool = False
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """What is known of an adapter before it is written."""
+
+    samples: int
+    reaching: int  # how many of them are as long as what is read of a sample (`SAMPLE_TOKENS`), or longer
+    base_nats: float
+    nats: float
+    known: Familiarity | None  # how far the task is from known ones; None if too few of them can be compared
+    rank: int
+    precision: str  # of the base model that read the samples, such as "float32" or "nf4"
+
+
+@dataclass(frozen=True)
+class Generated(_Facts):
+    """A generated adapter."""
+
+    task: str
+    directory: Path
+    base_model: str
+    generator: str
+    weights: str  # SHA-256 of the written weights
+    code_size: int | None  # bytes of the code that was registered; None without `register`
+    code_squared_error: float | None
+
+    @property
+    def code_relative_error(self) -> float | None:
+        """The relative error of that code."""
+        return relative_error(self.code_squared_error)
+
+
+def generate(context: Context, request: GenerateRequest) -> Generated:
+    """Generate an adapter for a new task. The folder appears complete or not at all; then the task is registered."""
+    device = resolve_device(request.device)
+    check_name(request.name)
+    check_free(request.directory, force=request.force)
+    with context.open() as store:
+        data = read_examples(request.samples)
+        check_examples(data, path=request.samples, any_row=has_loaders(store))  # before a model is loaded
+        if request.register:
+            _refuse_known(store, request.name)
+        generator = _generator_with_start(store, request.base_model)
+        file = GeneratorFile(store.blobs.read(generator.blob))
+        start = read_few_shot_start(store, generator, file)
+        rank = _rank(file, start, request)
+        context.progress(0, None, f"loading {generator.base_model}")
+        base, found, vectors = _load_base(context, store, generator.base_model, device, data, request)
+        examples = found.items
+        samples = base.modality.prepare(base, examples, SAMPLE_TOKENS)
+        adapter = _adapted(context, base, start, samples, rank, request.refine)
+        facts = _Facts(
+            samples=len(examples),
+            reaching=sum(sample.size == SAMPLE_TOKENS for sample in samples),
+            base_nats=_nats(base, None, examples),
+            nats=_nats(base, adapter, examples),
+            known=_familiarity(store, generator, vectors),
+            rank=max(shape.rank for shape in adapter.layout),
+            precision=base.dtype,
+        )
+        code = _encode(context, file, adapter, vectors, base, examples) if request.register else None
+        context.progress(0, None, "writing the adapter")  # the last moment to stop: then the folder, then the task
+        weights = _write(adapter, generator, facts.samples, request)
+        if code is not None:
+            _register(store, generator, request, vectors, code)
+    return Generated(
+        **vars(facts),
+        task=request.name,
+        directory=request.directory,
+        base_model=generator.base_model,
+        generator=generator.blob,
+        weights=weights,
+        code_size=None if code is None else len(code.data),
+        code_squared_error=None if code is None else code.squared_error,
+    )
+
+
+def _refuse_known(store: Store, name: str) -> None:
+    """Raise `TaskConflict` if the store has a task of that name."""
+    try:
+        known = store.tasks.get(name)
+    except TaskNotFound:
+        return
+    raise TaskConflict(known.name, choices=None)
+
+
+def _generator_with_start(store: Store, base_model: str | None) -> GeneratorRecord:
+    """Return the current generator that has a few-shot start; there must be exactly one."""
+    current = [row for row in store.generators.all(base_name(store, base_model)) if row.is_current]
+    if not current:
+        of_it = "" if base_model is None else f" for {base_model}"
+        hint = "`icm train --objective both` trains one"
+        if store.generators.all():
+            hint = f"`icm generators` lists those of other base models; {hint}"
+        raise DataError(f"there is no generator{of_it}", hint=hint)
+    found = [row for row in current if row.start is not None]
+    if not found:
+        fact = f"the generator of {current[0].base_model} has no few-shot start"
+        raise DataError(fact, hint="`icm train --objective functional` trains one; codes do not change")
+    if len(found) > 1:
+        names = ", ".join(row.base_model for row in found)
+        raise DataError(f"there are generators for several base models: {names}", hint="choose one with --base-model")
+    return found[0]
+
+
+def _rank(file: GeneratorFile, start: FewShotStart, request: GenerateRequest) -> int:
+    """Return the rank to write: as requested, else the largest that a code of these modules can have."""
+    most = max(file.configs[number].slots for number in file.covering(start.adapter.layout))
+    if request.register and request.rank is not None and request.rank > most:
+        fact = f"codes of this generator have at most rank {most}, and rank {request.rank} was requested"
+        raise NotCovered(fact, hint=f"use --rank {most}, or leave out --register to write the folder only")
+    return most if request.rank is None else request.rank
+
+
+def _load_base(
+    context: Context, store: Store, label: str, device: torch.device, data: bytes, request: GenerateRequest
+) -> tuple[BaseModel, Examples, tuple[TaskVector, ...]]:
+    """Load the base model, and extract context vectors in the precision in which those of all tasks are extracted."""
+    base = open_base(store, label, device, VECTOR_DTYPE, cache=context.cache)
+    examples = examples_for(base, data, path=request.samples, most=request.count)
+    vectors = extract_context(base, examples.items, template=examples.template)
+    if base.load_in is None and gradient_dtype(device) is not VECTOR_DTYPE:
+        del base  # a device may have no room for two copies
+        base = open_base(store, label, device, gradient_dtype(device), cache=context.cache)
+    return base, examples, vectors
+
+
+def _adapted(
+    context: Context, base: BaseModel, start: FewShotStart, samples: Sequence[Prepared], rank: int, refine: int
+) -> Adapter:
+    """Take the few-shot steps, cut the adapter to the rank that is written, and refine it by gradient steps."""
+    adapter, steps = start.adapter, len(supports(samples, len(start.rates)))
+    for done, adapted in enumerate(adapt(base, start, samples, batch_size=texts_at_once(base.device)), start=1):
+        adapter = adapted.adapter
+        context.progress(done, steps, "adapting")
+    adapter = truncated(adapter, rank)
+    if refine:
+        for done, (nats, refined) in enumerate(finetune(base, adapter, samples, FinetuneConfig(refine)), start=1):
+            adapter = refined
+            context.progress(done, refine, f"refining, {nats:.3f} nats per token")
+    return adapter
+
+
+def _nats(base: BaseModel, adapter: Adapter | None, examples: Sequence[Any]) -> float:
+    with added(base.model, {} if adapter is None else factors_of(adapter)):
+        return base.modality.measure(base, examples, SAMPLE_TOKENS).value
+
+
+def _familiarity(store: Store, generator: GeneratorRecord, vectors: Sequence[TaskVector]) -> Familiarity | None:
+    """Compare a new task with the known ones by their context vectors; None if fewer than three are comparable."""
+    rows = [row for row in store.tasks.summaries() if row.task.base_model == generator.base_model]
+    tasks = [row.task for row in rows if not row.final.is_generated]
+    known = comparable_vectors(store, tasks, "context")
+    if len(known.vectors) < FEWEST or known.extractor != comparison_key(json.loads(vectors[0].extractor.to_json())):
+        return None
+    return familiarity(_mean(vectors).numpy(), known.vectors)
+
+
+def _mean(vectors: Sequence[TaskVector]) -> torch.Tensor:
+    """Average the vectors of several support sets, shape (hidden,)."""
+    return torch.stack([vector.values for vector in vectors]).mean(dim=0)
+
+
+def _write(adapter: Adapter, generator: GeneratorRecord, samples: int, request: GenerateRequest) -> str:
+    """Write the folder and return the digest of its weights."""
+    card = GeneratedCard(request.name, generator.base_model, generator, samples, request.refine, request.description)
+    folder = request.directory
+    name, revision = split_label(generator.base_model)
+    adapter = replace(adapter, base_model=name, revision=revision)
+    save_adapter(adapter, folder, dtype=request.dtype, card=card.text(), metadata=card.metadata(), force=request.force)
+    return hashlib.sha256((folder / WEIGHTS_NAME).read_bytes()).hexdigest()
+
+
+def _encode(
+    context: Context,
+    file: GeneratorFile,
+    adapter: Adapter,
+    vectors: Sequence[TaskVector],
+    base: BaseModel,
+    examples: Sequence[Any],
+) -> Encoded:
+    """Encode a generated adapter coarsely, and refine the code on the samples."""
+    codec = file.codec_for(adapter.layout)
+    coarse = codec.encode(adapter, {"context": _mean(vectors)}, tolerance=_CODE_TOLERANCE)
+    refiner = Refiner.of(base, adapter, examples, RefineConfig())
+    return refiner.refine(codec, adapter, coarse, lambda note: context.progress(0, None, note))
+
+
+def _register(
+    store: Store, generator: GeneratorRecord, request: GenerateRequest, vectors: Sequence[TaskVector], code: Encoded
+) -> None:
+    """Record the task of a written folder as if it had been ingested, encoded and evicted."""
+    name, folder = request.name, request.directory
+    config, weights = (folder / CONFIG_NAME).read_bytes(), (folder / WEIGHTS_NAME).read_bytes()
+    card = store.blobs.put((folder / CARD_NAME).read_bytes())
+    summary = PEFT.inspect(config, weights, path=folder)
+    original = NewAdapter(
+        weights=hashlib.sha256(weights).hexdigest(),
+        config=store.blobs.put(config),
+        card=card,
+        step=None,
+        is_final=True,
+        dtype=summary.dtype,
+        rank_max=summary.rank_max,
+        parameters=summary.parameters,
+        target_modules=summary.target_modules,
+        layout=summary.layout,
+        source=f"generated {name}",
+        is_generated=True,
+    )
+    rows = put_vectors(store, name, vectors)
+    blob = store.blobs.put(code.data)
+    task = ImportedTask(name, original, len(weights), blob, code.squared_error, vectors=rows)
+    current = NewGenerator(generator.base_model, generator.blob, generator.config, generator.metrics)
+    store.bundles.add(BundleImport(current, generator.version, [task]))

@@ -1,0 +1,279 @@
+"""Meta-train the few-shot start of a generator: where `icm generate` begins, and how far each of its steps goes.
+
+    all adapters ──mean──▶ start ──episodes over tasks with samples──▶ lengths of its steps ──▶ few-shot start file
+
+The file is recorded in one transaction. Until then the generator keeps its earlier few-shot start, if it has one.
+Codes do not change.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from icmlora.adapter.model import Adapter
+from icmlora.base_models.catalogue import modality_of
+from icmlora.base_models.modality import BaseModel, Prepared
+from icmlora.base_models.running.modules import not_matrix
+from icmlora.errors import DataError
+from icmlora.fewshot.meta_training import Episode, MetaConfig, meta_train
+from icmlora.fewshot.start import FewShotStart, encodable_part, untrained_fewshot_start
+from icmlora.fewshot.start_file import fewshot_start_from_bytes, fewshot_start_to_bytes, mean_code
+from icmlora.fleet.context import Context, Event, ignore, locate_base, reporting
+from icmlora.fleet.failures import FAILURES, BaseModelFailed, as_error, one_of_several
+from icmlora.fleet.resources.adapter_source import refuse_large
+from icmlora.fleet.resources.decoding import decode_code
+from icmlora.fleet.resources.loading import open_base, read_original
+from icmlora.fleet.resources.texts import read_samples
+from icmlora.fleet.train.run import base_models_with_tasks
+from icmlora.generator.codec import Codec
+from icmlora.generator.versions import GeneratorFile
+from icmlora.io.devices import gradient_dtype, resolve_device
+from icmlora.io.text import counted
+from registry.records import AdapterRecord, GeneratorRecord, TaskSummary
+
+if TYPE_CHECKING:
+    from registry.store import Store
+
+SAMPLE_TOKENS = 128
+"""Tokens read of each sample, here and in `icm generate`."""
+_FEWEST_SAMPLES = 2  # an episode adapts to one and is judged on another
+_FEWEST_TASKS = 2
+_PROBED_SAMPLES, _EPISODE_SAMPLES = 8, 1024  # read of a task: to see whether enough are usable, and in an episode
+
+
+@dataclass(frozen=True)
+class FewShotRequest:
+    """The options of the meta-training."""
+
+    device: str = "auto"
+    base_model: str | None = None
+    episodes: int = MetaConfig.episodes
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class EpisodeDone(Event):
+    """One episode is done; `at` has what it measured."""
+
+    base_model: str
+    task: str
+    at: Episode
+
+
+@dataclass(frozen=True)
+class FewShotTrained(Event):
+    """A generator has a new few-shot start."""
+
+    base_model: str
+    generator: str
+    start: str
+    size: int
+    tasks: int
+    episodes: int
+    loss: float  # mean over the last half of the episodes: 0 is as good as the task's own adapter, 1 as good as none
+    seconds: float
+    precision: str  # of the base model that the loss was measured on
+    left_out: Mapping[str, str] = field(default_factory=dict)  # tasks that cannot be read, and why
+
+
+@dataclass
+class FewShotReport:
+    """What the meta-training did; base models that are not listed did not change."""
+
+    trained: list[FewShotTrained] = field(default_factory=list)
+    failed: list[BaseModelFailed] = field(default_factory=list)
+
+
+class AllAdapters:
+    """Every task of a base model as an adapter: its original, or what its code decodes to if that is evicted.
+
+    Tasks that are more than a LoRA of linear layers and plain convolutions are left out: no step reaches anything else.
+    """
+
+    def __init__(self, store: Store, generator: GeneratorRecord, file: GeneratorFile, base: BaseModel) -> None:
+        self._store, self._generator, self._file = store, generator, file
+        rows = [row for row in store.tasks.summaries() if row.task.base_model == generator.base_model]
+        # A generated task would only confirm the few-shot start that made it.
+        plain = [row for row in rows if not row.final.is_generated and _is_plain(row.final, base)]
+        self.left_out: dict[str, str] = {}
+        self._rows = [row for row in plain if self._is_usable(row)]
+        self.names = [row.task.name for row in self._rows]
+        self._samples: dict[tuple[int, int], Sequence[Prepared]] = {}
+
+    def __iter__(self) -> Iterator[Adapter]:
+        """Read all adapters, one after the other."""
+        return (self.load(task) for task in range(len(self._rows)))
+
+    def load(self, task: int) -> Adapter:
+        """Read or decode the adapter of a task."""
+        return self._adapter_of(self._rows[task])
+
+    def _is_usable(self, row: TaskSummary) -> bool:
+        try:
+            refuse_large(self._adapter_of(row))
+        except FAILURES as error:
+            self.left_out[row.task.name] = as_error(error).message
+            return False
+        return True
+
+    def _adapter_of(self, row: TaskSummary) -> Adapter:
+        if not row.final.is_evicted:
+            return read_original(self._store, row.final)
+        code = self._store.codes.get(row.task.name, self._generator.id)
+        if code is None:
+            fact = f"task {row.task.name!r} has neither an original nor a code"
+            raise DataError(fact, hint="`icm verify` checks the store for damage")
+        return decode_code(self._store, self._file, code, code.rung)
+
+    def samples(self, task: int, base: BaseModel, most: int) -> Sequence[Prepared]:
+        """Return up to `most` samples of a task, spread evenly over its file; none if none is usable."""
+        if (task, most) not in self._samples:  # a chat template of an adapter's own takes seconds
+            self._samples[task, most] = self._read_samples(task, base, most)
+        return self._samples[task, most]
+
+    def _read_samples(self, task: int, base: BaseModel, most: int) -> Sequence[Prepared]:
+        try:
+            some = read_samples(self._store, self._rows[task].task, base, most=most)
+            return () if some is None else base.modality.prepare(base, some.items, SAMPLE_TOKENS)
+        except FAILURES:
+            return ()  # damaged, single letters without a token to predict, or chats that the chat template refuses
+
+
+def _is_plain(final: AdapterRecord, base: BaseModel) -> bool:
+    if final.original_only is not None or any(extra.file is None for extra in final.extras):
+        return False
+    return not_matrix(base, final.layout) is None
+
+
+class StoreEpisodeSource:
+    """The tasks with enough samples; implements `icmlora.fewshot.meta_training.EpisodeSource`."""
+
+    def __init__(self, adapters: AllAdapters, base: BaseModel) -> None:
+        self._adapters, self._base = adapters, base
+        tasks = range(len(adapters.names))
+        self._numbers = [
+            task for task in tasks if len(adapters.samples(task, base, _PROBED_SAMPLES)) >= _FEWEST_SAMPLES
+        ]
+
+    def tasks(self) -> int:
+        """Return the number of tasks."""
+        return len(self._numbers)
+
+    def name(self, task: int) -> str:
+        """Return the name of a task."""
+        return self._adapters.names[self._numbers[task]]
+
+    def load(self, task: int) -> Adapter:
+        """Read the adapter of a task."""
+        return self._adapters.load(self._numbers[task])
+
+    def samples(self, task: int) -> Sequence[Prepared]:
+        """Read the samples of a task."""
+        return self._adapters.samples(self._numbers[task], self._base, _EPISODE_SAMPLES)
+
+
+def check_few_shot(context: Context, base_model: str | None) -> None:
+    """Check that it can run for one base model at least, before hours are spent on the generator. Reads rows only."""
+    with context.open() as store:
+        labels, report = base_models_with_tasks(store, base_model), FewShotReport()
+        for label in labels:
+            with one_of_several(replace(context, on_event=ignore), report, label, labels):
+                tasks = [row.task for row in store.tasks.summaries() if row.task.base_model == label]
+                _refuse_few(label, sum(task.samples is not None for task in tasks))
+                modality_of(locate_base(store, label))
+
+
+def read_few_shot_start(store: Store, generator: GeneratorRecord, file: GeneratorFile) -> FewShotStart:
+    """Read the few-shot start of a generator that has one."""
+    data = store.blobs.read(str(generator.start))
+    return fewshot_start_from_bytes(data, lambda code: file.decoder_of(code).decode(code))
+
+
+def train_few_shot(context: Context, request: FewShotRequest) -> FewShotReport:
+    """Meta-train a few-shot start for the generator of each base model."""
+    device = resolve_device(request.device)
+    report = FewShotReport()
+    with reporting(report), context.open() as store:
+        labels = base_models_with_tasks(store, request.base_model)
+        for label in labels:
+            with one_of_several(context, report, label, labels):
+                with store.job(label):
+                    trained = _train_base(context, store, label, request, device)
+                report.trained.append(trained)
+                context.on_event(trained)
+    return report
+
+
+def _train_base(
+    context: Context, store: Store, label: str, request: FewShotRequest, device: torch.device
+) -> FewShotTrained:
+    generator = store.generators.current(label)
+    if generator is None:
+        raise DataError(f"{label} has no generator", hint="`icm train` trains one")
+    base = open_base(store, label, device, gradient_dtype(device), cache=context.cache)
+    began = time.monotonic()
+    file = GeneratorFile(store.blobs.read(generator.blob))
+    adapters = AllAdapters(store, generator, file, base)
+    source = StoreEpisodeSource(adapters, base)
+    _refuse_few(label, source.tasks())
+    context.progress(0, request.episodes, "averaging the adapters")
+    start, codec = _encodable(untrained_fewshot_start(adapters), file)
+    code = mean_code(start, codec)
+    decoded = replace(start, adapter=codec.decode(code))  # what `icm generate` will read
+    trained, losses = _run_episodes(context, base, label, decoded, source, request)
+    data = fewshot_start_to_bytes(trained, code)
+    blob = store.blobs.put(data)
+    store.generators.set_start(generator.id, blob)
+    last = losses[len(losses) // 2 :]
+    return FewShotTrained(
+        base_model=label,
+        generator=generator.blob,
+        start=blob,
+        size=len(data),
+        tasks=start.tasks,
+        episodes=len(losses),
+        loss=sum(last) / max(len(last), 1),
+        seconds=round(time.monotonic() - began, 3),
+        precision=base.dtype,
+        left_out=adapters.left_out,
+    )
+
+
+def _run_episodes(
+    context: Context,
+    base: BaseModel,
+    label: str,
+    start: FewShotStart,
+    source: StoreEpisodeSource,
+    request: FewShotRequest,
+) -> tuple[FewShotStart, Sequence[float]]:
+    """Train the lengths of the steps, and return the few-shot start with the loss of each episode."""
+    config = MetaConfig(episodes=request.episodes, seed=request.seed)
+    losses: list[float] = []
+    for at, trained in meta_train(base, start, source, config):
+        start = trained
+        losses.append(at.loss)
+        name = source.name(at.task)
+        context.on_event(EpisodeDone(label, name, at))
+        context.progress(at.number, at.episodes, name)
+    return start, losses
+
+
+def _refuse_few(base_model: str, tasks: int) -> None:
+    if tasks < _FEWEST_TASKS:
+        needed = f"a few-shot start needs {_FEWEST_TASKS} tasks with {_FEWEST_SAMPLES} or more samples each"
+        hint = "`icm ingest PATH --samples FILE` adds samples to a task"
+        raise DataError(f"{needed}; {base_model} has {counted(tasks, 'such task')}", hint=hint)
+
+
+def _encodable(start: FewShotStart, file: GeneratorFile) -> tuple[FewShotStart, Codec]:
+    """Return the part of a few-shot start that a generator can encode, and the codec that covers most of it."""
+    shapes = [shape._replace(rank=1) for shape in start.adapter.layout]
+    covered = [sum(config.covers([shape]) for shape in shapes) for config in file.configs]
+    best = max(range(len(covered)), key=lambda number: (covered[number], number))  # of equal ones the newest
+    return encodable_part(start, file.configs[best]), file.codec(best)

@@ -1,0 +1,79 @@
+"""Say which ingested adapter has the same tensors as one that is there, or as another one of the same call.
+
+An adapter is still taken as asked: two tasks may share an adapter on purpose, and equal bytes are stored once anyway.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+
+from icmlora.formats.tensor_hash import plain_config, tensors_digest
+from registry.errors import DamagedStore
+from registry.records import NewAdapter, TaskOrigin
+
+_REMEMBERED = 64
+
+
+@dataclass(frozen=True)
+class _Final:
+    """What the final adapter of a task is known by."""
+
+    weights: str
+    config: str
+    tensors_key: str | None
+
+
+class KnownTensors:
+    """The final adapters of all tasks, found by their tensors.
+
+    Files are read only where two keys are equal. What cannot be read, such as an evicted original or in a dry run the
+    new adapter itself, is recognised only if its whole file is the same.
+    """
+
+    def __init__(self, origins: Iterable[TaskOrigin], read: Callable[[str], bytes] | None) -> None:
+        """Begin with the tasks of the store; `read` returns its blobs, None if there is no store yet."""
+        self._finals: dict[str, _Final] = {}
+        self._names: defaultdict[str, set[str]] = defaultdict(set)
+        self._order: dict[str, int] = {}
+        self._digest = lru_cache(_REMEMBERED)(lambda blob: None if read is None else tensors_digest(read(blob)))
+        self._config = lru_cache(_REMEMBERED)(lambda blob: None if read is None else plain_config(read(blob)))
+        for origin in origins:
+            self._add(origin.name, _Final(origin.weights, origin.config, origin.tensors_key))
+
+    def add(self, task: str, adapter: NewAdapter) -> str | None:
+        """Note the final adapter of a task; return the first task known before whose adapter is the same, if any."""
+        final = _Final(adapter.weights, adapter.config, adapter.tensors_key)
+        near = sorted({name for key in _keys(final) for name in self._names[key]}, key=self._order.__getitem__)
+        found = next((name for name in near if name.lower() != task.lower() and self._is_same(name, final)), None)
+        self._add(task, final)
+        return found
+
+    def _add(self, task: str, final: _Final) -> None:
+        self._order.setdefault(task, len(self._order))
+        self._finals[task.lower()] = final
+        for key in _keys(final):
+            self._names[key].add(task)
+
+    def _is_same(self, task: str, final: _Final) -> bool:
+        other = self._finals[task.lower()]  # another one than when it was noted, if the task was replaced since
+        try:
+            has_same_tensors = other.weights == final.weights or (
+                other.tensors_key == final.tensors_key and _equal(self._digest, other.weights, final.weights)
+            )
+            return has_same_tensors and (
+                other.config == final.config or _equal(self._config, other.config, final.config)
+            )
+        except DamagedStore:
+            return False
+
+
+def _keys(final: _Final) -> list[str]:
+    return [final.weights] if final.tensors_key is None else [final.weights, final.tensors_key]
+
+
+def _equal(describe: Callable[[str], str | None], left: str, right: str) -> bool:
+    one = describe(left)
+    return one is not None and one == describe(right)

@@ -1,0 +1,131 @@
+"""Pack and store what codes cannot represent: heads and other tensors, tokenizers and other files next to adapters.
+
+Packing takes many times longer than reading. So equal bytes are packed once, however many adapters have them, and
+an adapter that the store knows keeps the extras of its row. Tensors that the base model has too are not packed: a
+record of a few bytes refers to them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from icmlora.errors import IcmLoraError
+from icmlora.fleet.bases.joins import KnownBases
+from icmlora.fleet.ingest.files import PreparedTask, Problem
+from icmlora.formats.extras import pack, tensor_files
+from icmlora.io.files import read_regular
+from icmlora.io.safetensors import RawTensor, raw_tensors
+from registry.errors import SourceRefused
+from registry.names import UNKNOWN_BASE
+from registry.records import Extra, NewAdapter
+from registry.storage.blobs.content import digest_of
+
+if TYPE_CHECKING:
+    from icmlora.formats.base_references import Reference
+    from registry.store import Store
+
+_COMPANION_LIMIT = 128 << 20
+_REFERRED = 1024  # bytes from which a tensor may be referred to; its entry in the record takes about 200
+# Of packed extras in memory. Storing many at once takes hardly longer than one: each batch waits for the disk.
+_WAITING_BYTES = 64 << 20
+
+
+class ExtrasKeeper:
+    """Keeps the extras of final adapters during one ingest.
+
+    Args:
+        bases: The base models, which are settled before.
+        known: A store that may know the adapters.
+        store: Where extras are stored; None in a dry run.
+    """
+
+    def __init__(self, bases: KnownBases, known: Store | None, store: Store | None) -> None:
+        self._bases, self._known, self._store = bases, known, store
+        self._packed: dict[tuple[str, int], tuple[str, int]] = {}  # what was packed, as bytes of which width -> blob
+        self._waiting: list[bytes] = []
+
+    def keep(self, task: PreparedTask) -> PreparedTask | Problem:
+        """Return a task with its extras, or why they cannot be read; `flush` makes them durable."""
+        final = next(row for row in task.adapters if row.is_final)
+        try:
+            extras = self._extras(task, final)
+        except (IcmLoraError, SourceRefused) as error:
+            return Problem(error, task.found.final.place)
+        rows = tuple(replace(row, extras=extras) if row is final else row for row in task.adapters)
+        size = task.size + sum(extra.size for extra in extras if extra.file is not None)
+        return replace(task, adapters=rows, size=size)
+
+    def flush(self) -> None:
+        """Make all extras durable that were returned so far."""
+        if self._store is not None and self._waiting:
+            self._store.blobs.put_all(self._waiting)
+        self._waiting.clear()
+
+    def _extras(self, task: PreparedTask, final: NewAdapter) -> tuple[Extra, ...]:
+        companions = task.found.final.companions
+        if not companions and not task.kept:
+            return ()
+        recorded = self._recorded.get((task.found.name.lower(), final.config, final.weights))
+        if recorded is not None and self._are_there(recorded):
+            return recorded
+        extras = [
+            self._extra(name, read_regular(path, max_bytes=_COMPANION_LIMIT))
+            for name, path in sorted(companions.items())
+        ]
+        # Evicted weights that stay evicted are not in the store; the row of their adapter has its extras already.
+        if self._store is not None and task.kept and self._store.blobs.exists(final.weights):
+            tensors = raw_tensors(self._store.blobs.read(final.weights), task.kept)
+            if equal := self._equal(tensors, task.base_model):
+                extras.append(self._references(equal, sum(len(tensors.pop(name).data) for name in equal)))
+            extras += [self._extra(None, data, width) for data, width in tensor_files(tensors)]
+        return tuple(extras)
+
+    def _equal(self, tensors: Mapping[str, RawTensor], base_model: str | None) -> dict[str, Reference]:
+        """Find the tensors that the base model has too, if it is on this machine."""
+        large = {name: tensor for name, tensor in tensors.items() if len(tensor.data) >= _REFERRED}
+        if not large or base_model is None or base_model == UNKNOWN_BASE:
+            return {}
+        found = self._bases.copy_of(base_model)
+        if found is None:
+            return {}
+        from icmlora.base_models.finding.tensors import BaseTensors
+        from icmlora.formats.base_references import reference_to
+
+        try:
+            base = BaseTensors(found)
+            places = {name: base.counterpart(name, tensor.shape) for name, tensor in large.items()}
+            pairs = ((name, reference_to(place, base, large[name])) for name, place in places.items() if place)
+            return {name: reference for name, reference in pairs if reference is not None}
+        except (IcmLoraError, OSError):  # a base model that cannot be read costs bytes, not the adapter
+            return {}
+
+    def _references(self, references: Mapping[str, Reference], size: int) -> Extra:
+        from icmlora.formats.base_references import pack_references
+
+        record = pack_references(references)
+        self._waiting.append(record)
+        return Extra(digest_of(record), None, size, len(record))
+
+    @cached_property
+    def _recorded(self) -> dict[tuple[str, str, str], tuple[Extra, ...]]:
+        """The extras of all final adapters in the store, by task, configuration and weights."""
+        rows = [] if self._known is None else self._known.tasks.summaries()
+        return {(row.task.name.lower(), row.final.config, row.final.weights): tuple(row.final.extras) for row in rows}
+
+    def _are_there(self, extras: tuple[Extra, ...]) -> bool:
+        """Say whether the store has these extras; if it lost one, the same ingest gives it back."""
+        return self._store is None or all(self._store.blobs.exists(extra.blob) for extra in extras)
+
+    def _extra(self, file: str | None, data: bytes, width: int = 1) -> Extra:
+        key = digest_of(data), width
+        if key not in self._packed:
+            packed = pack(data, width)
+            self._packed[key] = digest_of(packed), len(packed)
+            self._waiting.append(packed)
+            if sum(map(len, self._waiting)) > _WAITING_BYTES:
+                self.flush()
+        blob, packed_size = self._packed[key]
+        return Extra(blob, file, len(data), packed_size)

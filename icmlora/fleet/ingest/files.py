@@ -1,0 +1,399 @@
+"""Read, check and store the files of found tasks, one batch at a time.
+
+    FoundTask --check--> PreparedTask (its bytes are stored as blobs; ready to be recorded)
+         `-------------> Problem      (refused: why, and which task or checkpoint is lost)
+
+Weights and texts are read once: the bytes that are checked are those that are hashed and stored. Configurations and
+cards are small; they are read first, because weights are checked against them, and stored from memory.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+from icmlora.base_models.catalogue import check_examples
+from icmlora.base_models.examples.examples import MAX_BYTES
+from icmlora.base_models.examples.media_archive import has_media, read_examples
+from icmlora.base_models.finding.labels import full_label
+from icmlora.errors import DataError, IcmLoraError, located
+from icmlora.fleet.context import has_loaders
+from icmlora.formats.discovery.discovery import FoundAdapter, FoundTask
+from icmlora.formats.format import AdapterFormat, AdapterSummary
+from icmlora.formats.tensor_hash import tensors_key
+from icmlora.formats.weights import check_head, read_weights
+from icmlora.io.files import read_regular
+from icmlora.io.safetensors import TensorInfo
+from registry.errors import SourceRefused
+from registry.files import CheckFirst, read_plain
+from registry.names import source_label
+from registry.records import EvictedAdapter, NewAdapter
+from registry.storage.blobs.content import PutRefusal, digest_of
+
+if TYPE_CHECKING:
+    from registry.store import Store
+
+_CONFIG_LIMIT = 1 << 20
+_CARD_LIMIT = 4 << 20
+_AGAIN = "correct the file and ingest it again, or use --no-texts"
+# An interrupted ingest reads at most one batch again: 256 MiB, or 256 adapters.
+_BATCH_BYTES = 256 << 20
+_BATCH_ADAPTERS = 256
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A refusal of a whole task, or of a checkpoint or a text of a task that is taken without it."""
+
+    error: Exception
+    path: Path
+
+
+@dataclass(frozen=True)
+class TextRead:
+    """How many rows of a task's samples or held-out text can be used.
+
+    Attributes:
+        kept: Rows that can.
+        skipped: Rows that cannot.
+        reason: Why the first of them cannot.
+    """
+
+    kept: int
+    skipped: int
+    reason: str | None
+
+
+@dataclass(frozen=True)
+class PreparedTask:
+    """A task whose bytes are in the store, or in a dry run were only checked; `ExtrasKeeper` adds its extras."""
+
+    found: FoundTask
+    base_model: str | None  # as `icmlora.base_models.finding.labels` names it; None if the adapter names none
+    adapters: tuple[NewAdapter, ...]
+    samples: str | None
+    eval_data: str | None
+    size: int  # bytes of all its adapters' files
+    problems: tuple[Problem, ...]
+    samples_read: TextRead | None = None
+    eval_read: TextRead | None = None
+    kept: tuple[TensorInfo, ...] = ()  # tensors of its final adapter that no code can represent
+    base_is_told: bool = False  # by the user
+    base_is_guess: bool = False  # the widths of an image adapter make it likely, and nothing names it
+    wrapper: str | None = None  # what a wrapper put into the names of its final adapter's tensors
+
+
+@dataclass(frozen=True)
+class _Small:
+    """The small files of one adapter, in memory."""
+
+    config: bytes
+    card: bytes | None
+    initial: bytes | None  # the weights that it began with
+
+    @property
+    def meaning(self) -> _Meaning:
+        """What its weights are read with."""
+        return self.config, self.initial
+
+
+@dataclass(frozen=True)
+class _Checked:
+    """A file that passed its checks; it is in the store, except in a dry run."""
+
+    digest: str
+    size: int
+    found: _Weights | TextRead
+
+
+_Meaning = tuple[bytes, bytes | None]
+
+
+@dataclass(frozen=True)
+class _Weights:
+    """What a file of weights holds; several folders may link to it, each with a configuration of its own."""
+
+    summaries: Mapping[_Meaning, AdapterSummary | IcmLoraError]
+    tensors_key: str
+
+
+_Checks = dict[Path, Callable[[bytes | memoryview], _Weights | TextRead]]
+_Outcomes = dict[Path, _Checked | Exception]
+
+
+def batches(tasks: Sequence[FoundTask]) -> Iterator[list[FoundTask]]:
+    """Split tasks into batches of limited size, without splitting a task."""
+    batch: list[FoundTask] = []
+    size = count = 0
+    for task in tasks:
+        texts = (path for path in (task.samples, task.eval_data) if path is not None)
+        initial = {adapter.initial for adapter in task.adapters if adapter.initial is not None}
+        weight = sum(map(_size, [*(adapter.weights for adapter in task.adapters), *initial, *texts]))
+        if batch and (size + weight > _BATCH_BYTES or count + len(task.adapters) > _BATCH_ADAPTERS):
+            yield batch
+            batch, size, count = [], 0, 0
+        batch.append(task)
+        size, count = size + weight, count + len(task.adapters)
+    if batch:
+        yield batch
+
+
+def prepare(
+    tasks: Sequence[FoundTask],
+    store: Store | None,
+    evicted: Sequence[EvictedAdapter] = (),
+    refused: Mapping[Path, IcmLoraError] = MappingProxyType({}),
+) -> list[PreparedTask | Problem]:
+    """Check the files of some tasks and store them as blobs; weights that are `refused` already are not opened."""
+    adapters = [adapter for task in tasks for adapter in task.adapters]
+    initial: dict[Path, bytes] = {}
+    small = {adapter.place: _read_small(adapter, initial) for adapter in adapters}
+    good = {folder: item for folder, item in small.items() if isinstance(item, _Small)}
+    formats = {adapter.weights: adapter.format for adapter in adapters}
+    shown = {item.weights: item.place / item.pickle if item.pickle else item.weights for item in adapters}
+    meanings: defaultdict[Path, dict[_Meaning, None]] = defaultdict(dict)
+    for adapter in adapters:
+        if adapter.place in good:
+            meanings[adapter.weights][good[adapter.place].meaning] = None
+    checks: _Checks = {
+        path: partial(_inspect, formats[path], list(some), path=shown[path])
+        for path, some in meanings.items()
+        if path not in refused
+    }
+    texts = {path for task in tasks for path in (task.samples, task.eval_data) if path is not None}
+    check = partial(_check_text, any_row=store is not None and has_loaders(store))
+    packed = {
+        path: _packed(path, store, check) for path in sorted(texts) if _size(path) <= MAX_BYTES and has_media(path)
+    }
+    plain = sorted(path for path in texts - packed.keys() if _size(path) <= MAX_BYTES)
+    checks |= {path: partial(check, path=path) for path in plain}
+    first = {path: partial(_check_head, formats[path], path=shown[path]) for path in meanings}
+    if store is None:
+        outcomes = _check_only(checks, first)
+    else:
+        withheld = _withheld(tasks, good, evicted)
+        contents = {data for item in good.values() for data in (item.config, item.card) if data is not None}
+        # Where weights stay evicted, so do those that they began with.
+        back = (item.initial for item in adapters if not withheld[item.weights])
+        contents |= {initial[path] for path in back if path in initial}
+        outcomes = _check_and_store(checks, first, sorted(contents), store, withheld)
+    outcomes |= {path: _too_large(path) for path in texts - checks.keys() - packed.keys()} | dict(refused) | packed
+    return [_prepared(task, small, outcomes) for task in tasks]
+
+
+def _read_small(found: FoundAdapter, initial: dict[Path, bytes]) -> _Small | IcmLoraError:
+    """Read what the weights are checked with; the initial weights of several adapters are read once."""
+    try:
+        config = b"" if found.config is None else read_regular(found.config, max_bytes=_CONFIG_LIMIT)
+        card = None if found.card is None else read_regular(found.card, max_bytes=_CARD_LIMIT)
+        with located(found.config):  # parsed separately, so that an error names this file and not the weights
+            found.format.read_config(config)
+        if found.initial is not None and found.initial not in initial:
+            initial[found.initial] = read_weights(found.initial, found.format)
+    except IcmLoraError as error:
+        return error
+    return _Small(config, card, None if found.initial is None else initial[found.initial])
+
+
+def _check_head(known: AdapterFormat, descriptor: int, size: int, *, path: Path) -> None:
+    with located(path):
+        check_head(known, descriptor, size)
+
+
+def _inspect(
+    adapter_format: AdapterFormat, meanings: Sequence[_Meaning], data: bytes | memoryview, *, path: Path
+) -> _Weights:
+    """Check weights under each of their configurations; raise if they are valid under none."""
+    found: dict[_Meaning, AdapterSummary | IcmLoraError] = {}
+    for config, initial in meanings:
+        try:
+            found[config, initial] = adapter_format.inspect(config, data, path=path, initial=initial)
+        except IcmLoraError as error:
+            found[config, initial] = error
+    errors = [item for item in found.values() if isinstance(item, IcmLoraError)]
+    if len(errors) == len(found):
+        raise errors[0]
+    return _Weights(found, tensors_key(data))
+
+
+def _check_text(data: bytes | memoryview, *, path: Path, any_row: bool) -> TextRead:
+    try:
+        found = check_examples(bytes(data), path=path, any_row=any_row)
+    except DataError as error:
+        error.hint = f"{error.hint}; {_AGAIN}"
+        raise
+    return TextRead(len(found), found.skipped, found.reason)
+
+
+def _packed(path: Path, store: Store | None, check: Callable[..., TextRead]) -> _Checked | Exception:
+    """Store rows with the files that they name as one archive; each is as large as a batch, so one at a time."""
+    try:
+        data = read_examples(path)
+        found = check(data, path=path)
+        digest = digest_of(data) if store is None else store.blobs.put(data)
+    except (IcmLoraError, OSError) as error:
+        return error
+    return _Checked(digest, len(data), found)
+
+
+def _too_large(path: Path) -> DataError:
+    hint = f"shorten the file to a sample of the task's text; {_AGAIN}"
+    return DataError(f"more than {MAX_BYTES} bytes of text", path=path, hint=hint)
+
+
+def _withheld(
+    tasks: Sequence[FoundTask], small: Mapping[Path, _Small], evicted: Sequence[EvictedAdapter]
+) -> defaultdict[Path, set[str]]:
+    """Map each weights file to the digests of evicted weights that must not be stored again."""
+    withheld: defaultdict[Path, set[str]] = defaultdict(set)
+    if not evicted:
+        return withheld
+    known: defaultdict[tuple[str, str, int | None, bool], set[str]] = defaultdict(set)
+    for row in evicted:
+        # As in the store, a final adapter is recognised by its bytes alone, a checkpoint also by its step.
+        known[row.task.lower(), row.config, None if row.is_final else row.step, row.is_final].add(row.weights)
+    # If another adapter needs one of these after all, recording raises `MissingBlob` and the batch is stored in full.
+    for task in tasks:
+        for found in task.adapters:
+            if found.place in small:
+                config = digest_of(small[found.place].config)
+                step = None if found.is_final else found.step
+                withheld[found.weights] |= known[task.name.lower(), config, step, found.is_final]
+    return withheld
+
+
+def _check_and_store(
+    checks: _Checks,
+    first: Mapping[Path, CheckFirst],
+    contents: Sequence[bytes],
+    store: Store,
+    withheld: Mapping[Path, Collection[str]],
+) -> _Outcomes:
+    def inspect(path: Path, data: bytes) -> _Weights | TextRead:
+        return checks[path](data)
+
+    # The whole batch in one call: each call waits for the disk once, and that is what takes time.
+    outcomes: _Outcomes = {}
+    refusals = (IcmLoraError,)
+    done = store.blobs.put_files(list(checks), inspect, refusals, contents, withheld, first)
+    for result in done:
+        if isinstance(result, PutRefusal):
+            outcomes[result.path] = result.error
+        else:
+            outcomes[result.path] = _Checked(result.digest, result.size, result.inspected)
+    return outcomes
+
+
+def _check_only(checks: _Checks, first: Mapping[Path, CheckFirst]) -> _Outcomes:
+    """Read the files as the store would, and refuse what it would refuse."""
+    outcomes: _Outcomes = {}
+    for path, check in checks.items():
+        try:
+            data = read_plain(path, first=first.get(path))
+            outcomes[path] = _Checked(digest_of(data), len(data), check(data))
+        except (IcmLoraError, SourceRefused) as error:
+            outcomes[path] = error
+    return outcomes
+
+
+def _prepared(
+    task: FoundTask, small: Mapping[Path, _Small | IcmLoraError], outcomes: _Outcomes
+) -> PreparedTask | Problem:
+    """Combine what was read of one task; refuse the task if its final adapter was refused."""
+    rows: list[NewAdapter] = []
+    problems: list[Problem] = []
+    base_model: str | None = None
+    kept: tuple[TensorInfo, ...] = ()
+    wrapper: str | None = None
+    is_guess, size = False, 0
+    for found in task.adapters:
+        match _read_of(found, small, outcomes):
+            case Exception() as error:
+                problems.append(Problem(error, found.place))
+                if found.is_final:
+                    return problems[-1]
+            case files, checked, summary, key:
+                if found.is_final:
+                    base_model = full_label(summary.base_model, summary.revision, found.place, task.folder)
+                    kept, is_guess, wrapper = summary.extras, summary.base_is_guess, summary.wrapper
+                rows.append(_row(found, files, checked.digest, summary, key))
+                size += checked.size + len(files.config) + len(files.card or b"")
+    (samples, samples_read), (eval_data, eval_read) = (
+        _text(path, outcomes, problems) for path in (task.samples, task.eval_data)
+    )
+    return PreparedTask(
+        task,
+        base_model,
+        tuple(rows),
+        samples,
+        eval_data,
+        size,
+        tuple(problems),
+        samples_read,
+        eval_read,
+        kept,
+        wrapper=wrapper,
+        base_is_guess=is_guess,
+    )
+
+
+def _read_of(
+    found: FoundAdapter, small: Mapping[Path, _Small | IcmLoraError], outcomes: _Outcomes
+) -> tuple[_Small, _Checked, AdapterSummary, str] | Exception:
+    """Return what was read of one adapter, or the first reason to refuse it."""
+    files = small[found.place]
+    if isinstance(files, Exception):
+        return files
+    checked = outcomes[found.weights]
+    if isinstance(checked, Exception):
+        return checked
+    assert not isinstance(checked.found, TextRead)
+    summary = checked.found.summaries[files.meaning]
+    return summary if isinstance(summary, Exception) else (files, checked, summary, checked.found.tensors_key)
+
+
+def _text(path: Path | None, outcomes: _Outcomes, problems: list[Problem]) -> tuple[str, TextRead] | tuple[None, None]:
+    """Return the digest of a text and what was read of it, or note why it cannot be used."""
+    if path is None:
+        return None, None
+    match outcomes[path]:
+        case _Checked(digest=digest, found=TextRead() as read):
+            return digest, read
+        case Exception() as error:
+            problems.append(Problem(error, path))
+    return None, None
+
+
+def _row(found: FoundAdapter, files: _Small, weights: str, summary: AdapterSummary, tensors_key: str) -> NewAdapter:
+    return NewAdapter(
+        weights=weights,
+        config=digest_of(files.config),
+        card=None if files.card is None else digest_of(files.card),
+        step=found.step,
+        is_final=found.is_final,
+        dtype=summary.dtype,
+        rank_max=summary.rank_max,
+        parameters=summary.parameters,
+        target_modules=summary.target_modules,
+        layout=summary.layout,
+        source=source_label(found.place),
+        format=found.format.name,
+        original_only=summary.original_only,
+        does_nothing=summary.does_nothing,
+        template=summary.template,
+        initial=None if files.initial is None else digest_of(files.initial),
+        tensors_key=tensors_key,
+    )
+
+
+def _size(path: Path) -> int:
+    """Return a file's size for planning; a file that is gone by then is refused when it is read."""
+    try:
+        return path.stat(follow_symlinks=False).st_size
+    except OSError:
+        return 0

@@ -1,0 +1,554 @@
+"""Ingest adapters: find them, check them, store their bytes, then record them.
+
+    plan     paths -> tasks, in batches
+    put      files -> checked in memory -> blobs, durable        (icmlora.fleet.ingest.files)
+    record   one transaction per batch -> rows
+
+What can be taken is taken: a refused input goes into the report and never stops the others, except with `strict`, which
+checks everything first. Recorded batches stay; running the same ingest again records only what is missing.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from icmlora.errors import (
+    AdapterRefused,
+    BaseModelNotFound,
+    BaseModelUnsuited,
+    Cancelled,
+    IcmLoraError,
+    UnsafeInput,
+)
+from icmlora.fleet.bases.joins import BaseJoined, KnownBases
+from icmlora.fleet.context import Context, Event, Progress, locate_base, reporting
+from icmlora.fleet.failures import FAILURES
+from icmlora.fleet.ingest.duplicates import KnownTensors
+from icmlora.fleet.ingest.extras import ExtrasKeeper
+from icmlora.fleet.ingest.files import PreparedTask, Problem, TextRead, batches, prepare
+from icmlora.formats.catalogue import format_named
+from icmlora.formats.discovery.discovery import Discovery, FoundTask, find_tasks, name_tasks, no_adapter
+from icmlora.formats.discovery.naming import NameTemplate
+from icmlora.formats.discovery.pickled import PickleReader, converted
+from icmlora.io.files import read_regular
+from icmlora.io.safetensors import MAX_FILE_BYTES
+from registry.errors import MissingBlob, SourceRefused, StoreNotFound, TaskConflict
+from registry.names import UNKNOWN_BASE, source_label
+from registry.records import WITHOUT_BASE, IngestOutcome, NewAdapter, TaskIngest, TaskOrigin
+from registry.storage.blobs.content import digest_of
+
+if TYPE_CHECKING:
+    from registry.records import EvictedAdapter
+    from registry.store import Store
+
+Conflict = Literal["skip", "replace", "fail"]
+
+
+@dataclass(frozen=True)
+class IngestRequest:
+    """What to ingest."""
+
+    paths: tuple[Path, ...]
+    name: str | None = None
+    name_from: str | None = None
+    samples: Path | None = None
+    base_model: str | None = None  # of image adapters, and of others that name none
+    texts: bool = True
+    strict: bool = False
+    on_conflict: Conflict = "fail"
+    restore: bool = False
+    dry_run: bool = False
+    read_bin: bool = False
+    initial: Path | None = None  # a folder with the weights that adapters began with
+
+
+@dataclass(frozen=True)
+class TaskIngested(Event):
+    """A task is in the store now, or would be after a dry run."""
+
+    task: str
+    status: str  # `added`, `updated`, `known`, `replaced`, `skipped`, or `decoded` (it is what the task's code gives)
+    new: int
+    known: int
+    size: int  # bytes of all its adapters' files
+    evicted: int = 0
+    restored: int = 0
+    samples: TextRead | None = None
+    eval_data: TextRead | None = None
+    folder: str = ""  # what the task is named after
+    is_renamed: bool = False  # it is called otherwise than the folder
+    base_model: str = ""  # its name, whatever label the adapter gives it
+    base_is_guess: bool = False  # the widths of its tensors make it likely, and nothing names it
+    original_only: str | None = None  # why it can have no code
+    extras_size: int = 0  # bytes that its extras take in the store; equal ones are stored once
+    lora_size: int = 0  # bytes of the factors of its final adapter; 0 where there can be no code
+    converted_from: str | None = None  # the name of the pickle that its weights were converted from
+    initial: str | None = None  # the folder with the weights that it began with, which were taken off
+    format: str = "peft"
+    wrapper: str | None = None  # what a wrapper put into the names of its tensors, as `_orig_mod`; PEFT finds none then
+    same_as: str | None = None  # another task whose final adapter has the same tensors, for a new adapter
+
+
+@dataclass(frozen=True)
+class InputProblem(Event):
+    """An input that was not taken."""
+
+    path: str
+    kind: str
+    message: str
+    hint: str | None
+    task: str | None = None  # the task that was taken without it, as without a damaged checkpoint
+
+
+@dataclass(frozen=True)
+class PlaceholderMet(Event):
+    """A placeholder of `icm evict --placeholder` that was passed over: there is no adapter in its place."""
+
+    path: str
+    task: str  # the task that it names
+    passed_over: int  # adapters of the same run that were not taken, because the final one is not there
+
+
+@dataclass
+class IngestReport:
+    """What an ingest did."""
+
+    found: int = 0
+    # Labels of base models that were new to the store and are taken for another one.
+    joined: list[BaseJoined] = field(default_factory=list)
+    ingested: list[TaskIngested] = field(default_factory=list)
+    problems: list[InputProblem] = field(default_factory=list)
+    placeholders: list[PlaceholderMet] = field(default_factory=list)
+    # Files next to adapters that belong to neither an adapter nor its trainer: name -> how many there are.
+    not_kept: Mapping[str, int] = field(default_factory=dict)
+    without_vectors: list[str] = field(default_factory=list)
+    # Tasks without vectors whose base model is on this machine, be it one that icm cannot run.
+    extractable: list[str] = field(default_factory=list)
+
+    @property
+    def new(self) -> int:
+        """Adapters that were recorded."""
+        return sum(task.new for task in self.ingested)
+
+    @property
+    def known(self) -> int:
+        """Adapters that the store already had."""
+        return sum(task.known for task in self.ingested)
+
+    @property
+    def evicted(self) -> int:
+        """Known adapters that stay evicted."""
+        return sum(task.evicted for task in self.ingested)
+
+    @property
+    def restored(self) -> int:
+        """Known adapters that were evicted and are back."""
+        return sum(task.restored for task in self.ingested)
+
+    @property
+    def size(self) -> int:
+        """Bytes of all adapters that were recorded or already known."""
+        return sum(task.size for task in self.ingested)
+
+
+def ingest(context: Context, request: IngestRequest) -> IngestReport:
+    """Ingest adapters into the store, creating it if necessary."""
+    found = _find(request)
+    if request.strict:
+        _check_all(context, request, found)
+    report = IngestReport(found=len(found.tasks), not_kept=_not_kept(found.tasks))
+    problems = _Problems(context, report)
+    _ingest(context, request, found, report, problems)
+    if not report.ingested:
+        problems.raise_first("nothing was ingested: all {count} inputs were refused")
+    return report
+
+
+def _ingest(
+    context: Context, request: IngestRequest, found: Discovery, report: IngestReport, problems: _Problems
+) -> None:
+    with reporting(report):
+        for refusal in found.refused:
+            problems.add(refusal, Path(refusal.path or "."))
+        for item in found.stand_ins:
+            report.placeholders.append(PlaceholderMet(source_label(item.path), item.placeholder.task, item.passed_over))
+            context.on_event(report.placeholders[-1])
+        if not found.tasks:  # so that no store is made for nothing
+            return
+        with _open_target(context, request) as target:
+            report.joined = target.bases.joined
+            tasks = _named(found.tasks, request, target.origins)
+            try:
+                with PickleReader() as reader:
+                    _ingest_batches(context, tasks, request, target, reader, report, problems)
+            except Cancelled:
+                _note_missing_vectors(target.store, report)
+                raise
+            _note_missing_vectors(target.store, report)
+
+
+def _check_all(context: Context, request: IngestRequest, found: Discovery) -> None:
+    """Do what a dry run does, and raise if anything would not be taken."""
+
+    def only_progress(event: Event) -> None:
+        if isinstance(event, Progress | InputProblem):
+            context.on_event(event)
+
+    report = IngestReport(found=len(found.tasks))
+    checking = replace(context, on_event=only_progress)
+    problems = _Problems(checking, report)
+    _ingest(checking, replace(request, dry_run=True), found, report, problems)
+    problems.raise_first("nothing was ingested: {count} inputs were refused, and --strict allows none")
+
+
+class _Problems:
+    """What was not taken."""
+
+    def __init__(self, context: Context, report: IngestReport) -> None:
+        self._context, self._report = context, report
+        self._first: Exception | None = None
+
+    def add(self, error: Exception, path: Path, task: str | None = None) -> None:
+        """Report an error. `path` is used if the error does not name a closer one."""
+        self._first = self._first or error
+        kind = getattr(error, "kind", "conflict" if isinstance(error, TaskConflict) else "unreadable")
+        message = str(getattr(error, "message", error))
+        where = source_label(Path(getattr(error, "path", None) or path))
+        problem = InputProblem(where, str(kind), message, getattr(error, "hint", None), task)
+        self._report.problems.append(problem)
+        self._context.on_event(problem)
+
+    def raise_first(self, message: str) -> None:
+        """Raise the error if there is one; if there are several, one that has the exit code of the first."""
+        problems = self._report.problems
+        if self._first is None:
+            return
+        if len(problems) == 1:
+            raise self._first
+        kind = UnsafeInput if isinstance(self._first, UnsafeInput | SourceRefused) else AdapterRefused
+        raise kind(message.format(count=len(problems)), kind=problems[0].kind)
+
+
+# Plan
+
+
+def _find(request: IngestRequest) -> Discovery:
+    found = find_tasks(request.paths, texts=request.texts, read_bin=request.read_bin, initial=request.initial)
+    if not found.tasks and not found.refused and not found.stand_ins:
+        raise no_adapter(request.paths)
+    if found.tasks and request.name is not None:
+        found = replace(found, tasks=name_tasks(found.tasks, name=request.name))
+    if request.name_from is not None:
+        NameTemplate(request.name_from)  # refused before a store is made
+    if request.samples is None:
+        return found
+    if len(found.tasks) != 1:
+        fact = f"--samples is for one task, but {len(found.tasks)} were found"
+        raise AdapterRefused(fact, kind="samples", path=request.samples, hint="give the folder of a single task")
+    return replace(found, tasks=(replace(found.tasks[0], samples=request.samples),))
+
+
+def _named(tasks: Sequence[FoundTask], request: IngestRequest, origins: Sequence[TaskOrigin]) -> Sequence[FoundTask]:
+    if request.name is not None:
+        return tasks
+    pattern = None if request.name_from is None else NameTemplate(request.name_from)
+    # `--on-conflict` is for a task that was trained again elsewhere; without it, another folder is another task.
+    is_same = request.on_conflict != "fail"
+    return name_tasks(tasks, known=origins, pattern=pattern, same_name_is_same_task=is_same)
+
+
+def _not_kept(tasks: Sequence[FoundTask]) -> dict[str, int]:
+    names = Counter(source_label(Path(path.name)) for task in tasks for path in task.not_kept)
+    return dict(sorted(names.items()))
+
+
+_Record = Callable[[Sequence[TaskIngest]], list[IngestOutcome]]
+
+
+@dataclass(frozen=True)
+class _Target:
+    """Where tasks go."""
+
+    store: Store | None  # where blobs are stored; None in a dry run
+    record: _Record
+    bases: KnownBases
+    extras: ExtrasKeeper
+    origins: Sequence[TaskOrigin] = ()
+    evicted: Sequence[EvictedAdapter] = ()
+    known: Store | None = None  # where tasks are looked up; None if the store is still to be made
+
+    def decoded(self, tasks: Iterable[PreparedTask]) -> set[str]:
+        """Return which tasks have a folder that holds what their code decodes to, as `icm restore` writes it.
+
+        That is no other adapter: taking it would put the code's losses in place of the original.
+        """
+        known = {origin.name.lower(): (origin.weights, origin.config) for origin in self.origins}
+        finals = {task.found.name: _final(task) for task in tasks}
+        others = {
+            name: row
+            for name, row in finals.items()
+            if known.get(name.lower(), (row.weights, row.config)) != (row.weights, row.config)
+        }
+        return {name for name, row in others.items() if self._is_decoded(name, row)}
+
+    def _is_decoded(self, name: str, found: NewAdapter) -> bool:
+        assert self.known is not None  # only a task of the store has another adapter there
+        final, task = self.known.tasks.final(name), self.known.tasks.get(name)
+        generator = self.known.generators.current(task.base_model)
+        code = None if generator is None else self.known.codes.get(name, generator.id)
+        if generator is None or code is None or not final.is_evicted:
+            return False
+        from icmlora.fleet.resources.decoding import StoredDecoder  # imports torch; few tasks come here
+
+        try:
+            made = StoredDecoder(self.known).files(final, code, generator)
+        except FAILURES:
+            return False
+        return (digest_of(made.weights), digest_of(made.config)) == (found.weights, found.config)
+
+
+@contextmanager
+def _open_target(context: Context, request: IngestRequest) -> Iterator[_Target]:
+    """Open the store for writing. A dry run opens it for reading; a store that does not exist yet counts as empty."""
+    if not request.dry_run:
+        with context.open(create=True) as store:
+            evicted = () if request.restore else store.originals.evicted()
+            bases = KnownBases(context, store)
+            extras = ExtrasKeeper(bases, store, store)
+            yield _Target(store, store.tasks.ingest, bases, extras, store.tasks.origins(), evicted, store)
+        return
+    try:
+        present = context.open(read_only=True)
+    except StoreNotFound:
+        # SQLAlchemy comes with these, so they are imported only if they are needed.
+        from registry.storage.folder import check_place
+        from registry.tables.ingest import plan_tasks
+
+        check_place(context.path)
+        bases = KnownBases(context, None)
+        yield _Target(None, partial(plan_tasks, None), bases, ExtrasKeeper(bases, None, None))
+        return
+    with present:
+        bases = KnownBases(context, present, dry_run=True)
+        extras = ExtrasKeeper(bases, present, None)
+        yield _Target(None, present.tasks.plan_ingest, bases, extras, present.tasks.origins(), known=present)
+
+
+# Put and record
+
+
+def _ingest_batches(
+    context: Context,
+    tasks: Sequence[FoundTask],
+    request: IngestRequest,
+    target: _Target,
+    reader: PickleReader,
+    report: IngestReport,
+    problems: _Problems,
+) -> None:
+    total = sum(len(task.adapters) for task in tasks)
+    done = 0
+    tensors = KnownTensors(target.origins, None if target.known is None else target.known.blobs.read)
+    context.progress(done, total)
+    for batch in batches(tasks):
+        with converted(batch, reader) as (readable, refused):
+            prepared = _prepared(readable, request, target, target.evicted, refused)
+            decoded = target.decoded(_good(prepared))
+            try:
+                outcomes = _record(prepared, request, target.record, decoded)
+            except MissingBlob:
+                # Weights were not stored because they were evicted, but their task now needs them: store everything.
+                prepared = _prepared(readable, request, target, (), refused)
+                outcomes = _record(prepared, request, target.record, decoded)
+        for task, outcome in zip(_good(prepared), outcomes, strict=True):
+            if isinstance(outcome, IngestOutcome):
+                ingested = _ingested(task, outcome, target.bases)
+                if task.found.name in decoded:
+                    ingested = replace(ingested, status="decoded")
+                elif outcome.status in ("added", "replaced"):
+                    ingested = replace(ingested, same_as=tensors.add(outcome.name, _final(task)))
+                report.ingested.append(ingested)
+                context.on_event(ingested)
+        for problem, name in _in_order(prepared, outcomes):
+            problems.add(problem.error, problem.path, name)
+        done += sum(len(task.adapters) for task in batch)
+        context.progress(done, total, batch[-1].name)
+
+
+def _prepared(
+    tasks: Sequence[FoundTask],
+    request: IngestRequest,
+    target: _Target,
+    evicted: Sequence[EvictedAdapter],
+    refused: Mapping[Path, IcmLoraError],
+) -> list[PreparedTask | Problem]:
+    """Store the files of some tasks, find their base models, then keep their extras, which may refer to these."""
+    prepared = _with_bases(prepare(tasks, target.store, evicted, refused), request.base_model, target.bases)
+    kept = [target.extras.keep(item) if isinstance(item, PreparedTask) else item for item in prepared]
+    target.extras.flush()
+    return kept
+
+
+def _with_bases(
+    prepared: Sequence[PreparedTask | Problem], told: str | None, bases: KnownBases
+) -> list[PreparedTask | Problem]:
+    """Find the base model of each task; with `told`, that of image adapters and of others that name none."""
+    labels = [task.base_model for task in _good(prepared)]
+    bases.settle(label for label in (told, *labels) if label is not None)
+    return [_with_base(item, told, bases) if isinstance(item, PreparedTask) else item for item in prepared]
+
+
+def _with_base(task: PreparedTask, told: str | None, bases: KnownBases) -> PreparedTask | Problem:
+    label = task.base_model
+    if label is None or (told is not None and task.found.final.format.is_for_images):
+        changed = replace(task, base_model=told or UNKNOWN_BASE, base_is_told=told is not None, base_is_guess=False)
+        return _of_architecture(changed, bases)
+    if told is None or bases.name_of(told) == bases.name_of(label):
+        return _of_architecture(task, bases)
+    hint = f"`icm base alias {told} {label}` if they are the same model; else ingest it without --base-model"
+    error = AdapterRefused(f"it was trained for {label!r}, not for {told!r}", kind="base-model", hint=hint)
+    return Problem(error, task.found.folder)
+
+
+def _of_architecture(task: PreparedTask, bases: KnownBases) -> PreparedTask | Problem:
+    """Refuse an adapter of a GGUF file whose base model has another architecture than it says."""
+    final = task.found.final
+    if final.format.name != "gguf" or task.base_model in (None, UNKNOWN_BASE):
+        return task
+    from icmlora.formats.pairs.gguf import architecture_of
+
+    try:
+        bases.check_gguf(str(task.base_model), architecture_of(read_regular(final.weights, max_bytes=MAX_FILE_BYTES)))
+    except AdapterRefused as error:
+        return Problem(error, final.weights)
+    return task
+
+
+def _record(
+    prepared: Sequence[PreparedTask | Problem], request: IngestRequest, record: _Record, decoded: Collection[str]
+) -> list[IngestOutcome | Problem]:
+    """Record the good tasks in one transaction, or each in its own if one of them conflicts; not those `decoded`."""
+    tasks = [task for task in _good(prepared) if task.found.name not in decoded]
+    rows = [_rows(task, request) for task in tasks]
+    outcomes: Iterator[IngestOutcome | Problem]
+    try:
+        outcomes = iter(record(rows))
+    except TaskConflict:
+        outcomes = iter([_record_one(record, row, task) for row, task in zip(rows, tasks, strict=True)])
+    return [_as_it_is(task) if task.found.name in decoded else next(outcomes) for task in _good(prepared)]
+
+
+def _final(task: PreparedTask) -> NewAdapter:
+    return next(row for row in task.adapters if row.is_final)
+
+
+def _as_it_is(task: PreparedTask) -> IngestOutcome:
+    return IngestOutcome(task.found.name, 0, len(task.adapters), "known", task.base_model or UNKNOWN_BASE)
+
+
+def _record_one(record: _Record, row: TaskIngest, task: PreparedTask) -> IngestOutcome | Problem:
+    try:
+        return record([row])[0]
+    except TaskConflict as error:
+        return Problem(error, task.found.folder)
+
+
+def _rows(task: PreparedTask, request: IngestRequest) -> TaskIngest:
+    return TaskIngest(
+        name=task.found.name,
+        base_model=task.base_model or UNKNOWN_BASE,
+        base_is_told=task.base_is_told,
+        adapters=task.adapters,
+        samples=task.samples,
+        eval_data=task.eval_data,
+        on_conflict=request.on_conflict,
+        restore=request.restore,
+    )
+
+
+def _good(prepared: Sequence[PreparedTask | Problem]) -> list[PreparedTask]:
+    return [item for item in prepared if isinstance(item, PreparedTask)]
+
+
+def _in_order(
+    prepared: Sequence[PreparedTask | Problem], outcomes: Sequence[IngestOutcome | Problem]
+) -> list[tuple[Problem, str | None]]:
+    """Return all problems by path, each with the task that was taken without it."""
+    problems = [(item, None) for item in prepared if isinstance(item, Problem)]
+    of_tasks: list[tuple[Problem, str | None]] = []
+    for task, outcome in zip(_good(prepared), outcomes, strict=True):
+        if isinstance(outcome, Problem):
+            of_tasks.append((outcome, None))
+        name = None if isinstance(outcome, Problem) else outcome.name
+        of_tasks.extend((problem, name) for problem in task.problems)
+    return sorted([*problems, *of_tasks], key=lambda item: str(item[0].path))
+
+
+def _ingested(task: PreparedTask, outcome: IngestOutcome, bases: KnownBases) -> TaskIngested:
+    final = _final(task)
+    base = bases.name_of(outcome.base_model)
+    return TaskIngested(
+        task=outcome.name,
+        status=outcome.status,
+        new=outcome.new,
+        known=outcome.known,
+        size=task.size,
+        evicted=outcome.evicted,
+        restored=outcome.restored,
+        samples=task.samples_read,
+        eval_data=task.eval_read,
+        folder=source_label(task.found.folder),
+        is_renamed=not task.found.is_called_like_its_folder(outcome.name),
+        base_model=base,
+        base_is_guess=task.base_is_guess and outcome.status in ("added", "replaced"),
+        original_only=final.original_only or (WITHOUT_BASE if base == UNKNOWN_BASE else None),
+        extras_size=sum(extra.packed_size for extra in final.extras),
+        lora_size=_lora_size(final),
+        converted_from=task.found.final.pickle,
+        initial=None if task.found.final.initial is None else source_label(task.found.final.initial.parent),
+        format=final.format,
+        wrapper=task.wrapper,
+    )
+
+
+_WIDTHS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+
+
+def _lora_size(row: NewAdapter) -> int:
+    if row.original_only is not None:
+        return 0
+    return row.parameters * max((_WIDTHS.get(dtype, 4) for dtype in row.dtype.split("+")), default=4)
+
+
+def _note_missing_vectors(store: Store | None, report: IngestReport) -> None:
+    """Note which of the ingested tasks lack vectors but could have some, and whose base model is on this machine."""
+    if store is None:
+        return
+    could = [task for task in report.ingested if task.original_only is None]
+    names = {task.task for task in could if not format_named(task.format).is_for_images}
+    base_models = {name: store.tasks.get(name).base_model for name in store.tasks.without_vectors() if name in names}
+    can_run = {label: _can_run(store, label) for label in set(base_models.values())}
+    report.without_vectors = [name for name, label in base_models.items() if can_run[label] is not False]
+    # Those of a base model that cannot be run are tried too: that says why. Who wants an original back waits for no
+    # vectors: those that the task has are kept, and one that had none before has none now.
+    names -= {task.task for task in could if task.restored and not task.new}
+    report.extractable = [name for name, label in base_models.items() if can_run[label] is not None and name in names]
+
+
+def _can_run(store: Store, label: str) -> bool | None:
+    """Say whether icm can run a base model; None if it is not on this machine."""
+    from icmlora.base_models.catalogue import modality_of
+
+    try:
+        modality_of(locate_base(store, label))
+    except BaseModelNotFound:
+        return None
+    except BaseModelUnsuited:
+        return False
+    return True

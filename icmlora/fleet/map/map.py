@@ -1,0 +1,127 @@
+"""Compare tasks by their vectors: the map of a base model, and the nearest tasks of one task. Never imports torch."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from icmlora.errors import DataError, IcmLoraError
+from icmlora.fleet.context import Context
+from icmlora.fleet.resources.stored_vectors import NO_VECTORS, LeftOut, comparable_vectors, tasks_of_one_base
+from icmlora.io.staging import check_absent, writing_file
+from icmlora.task_vectors.distances import FEWEST, Neighbour, ranked, task_distances
+from icmlora.task_vectors.map import TaskMap, map_tasks
+from registry.errors import DamagedStore
+from registry.records import TaskRecord, View
+
+if TYPE_CHECKING:
+    from registry.store import Store
+
+_NEAREST = 5
+_VIEWS: tuple[View, ...] = ("adapted", "context")
+
+
+@dataclass(frozen=True)
+class MapRequest:
+    """Which map to make."""
+
+    view: View = "adapted"
+    base_model: str | None = None
+    clusters: int | None = None
+    plot: Path | None = None
+    force: bool = False
+
+
+@dataclass(frozen=True)
+class MapReport:
+    """The map of one base model's tasks."""
+
+    base_model: str
+    view: View
+    map: TaskMap
+    support_sets: int
+    left_out: tuple[LeftOut, ...]
+
+    @property
+    def reasons(self) -> list[str]:
+        """A line for each reason why tasks are not on the map, with their names."""
+        return _grouped(self.left_out)
+
+
+def map_fleet(context: Context, request: MapRequest) -> MapReport:
+    """Make the map of a base model's tasks, and draw it if a file is named (completely or not at all)."""
+    if request.plot is not None:
+        if request.plot.suffix.lower() != ".svg":
+            raise DataError("a map is drawn as an .svg file", path=request.plot, hint="use the ending .svg")
+        check_absent(request.plot, force=request.force)
+    with context.open(read_only=True) as store:
+        base_model, tasks = tasks_of_one_base(store, request.base_model)
+        found = map_of(store, base_model, tasks, request.view, request.clusters)
+    if request.plot is not None:
+        from icmlora.fleet.map.picture import draw_map
+
+        with writing_file(request.plot, force=request.force) as stream:
+            stream.write(draw_map(found.map, base_model, request.view).encode())
+    return found
+
+
+def map_of(
+    store: Store, base_model: str, tasks: Sequence[TaskRecord], view: View, clusters: int | None = None
+) -> MapReport:
+    """Make the map of a base model's tasks in an open store.
+
+    Raises:
+        DataError: Too few tasks have comparable vectors, or there are fewer tasks than clusters.
+    """
+    known = comparable_vectors(store, tasks, view)
+    if len(known.vectors) < FEWEST:
+        raise _too_few(base_model, view, list(known.vectors), known.left_out)
+    if clusters is not None and clusters > len(known.vectors):
+        fact = f"{len(known.vectors)} tasks cannot make {clusters} clusters"
+        raise DataError(fact, hint="use `--clusters auto` for the best silhouette")
+    return MapReport(
+        base_model=base_model,
+        view=view,
+        map=map_tasks(known.vectors, clusters),
+        support_sets=sum(len(vectors) for vectors in known.vectors.values()),
+        left_out=known.left_out,
+    )
+
+
+def nearest_tasks(store: Store, task: TaskRecord) -> tuple[Neighbour, ...]:
+    """Return the tasks with the nearest vectors, at most five; none if too few can be compared."""
+    tasks = [other for other in store.tasks.all() if other.base_model == task.base_model]
+    for view in _VIEWS:
+        # A generated task has vectors of the context view only. Damaged vectors are left to `icm verify`.
+        try:
+            vectors = comparable_vectors(store, tasks, view, like=task.name).vectors
+        except (DamagedStore, IcmLoraError):
+            return ()
+        if task.name in vectors:
+            return _neighbours(task.name, vectors) if len(vectors) >= FEWEST else ()
+    return ()
+
+
+def _neighbours(task: str, vectors: Mapping[str, NDArray[np.float32]]) -> tuple[Neighbour, ...]:
+    names = list(vectors)
+    found = ranked(names, task_distances(vectors)[names.index(task)])
+    return tuple(neighbour for neighbour in found if neighbour.task != task)[:_NEAREST]
+
+
+def _too_few(base_model: str, view: View, mapped: Sequence[str], left_out: Sequence[LeftOut]) -> DataError:
+    fact = f"a map needs {FEWEST} tasks of {base_model} with comparable vectors of the {view} view"
+    have = f"there {'is' if len(mapped) == 1 else 'are'} {len(mapped)}"
+    return DataError("; ".join([f"{fact}, but {have}", *_grouped(left_out)]), hint=NO_VECTORS)
+
+
+def _grouped(left_out: Sequence[LeftOut]) -> list[str]:
+    names: defaultdict[str, list[str]] = defaultdict(list)
+    for entry in left_out:
+        names[entry.reason].append(entry.task)
+    return [f"{reason}: {', '.join(tasks)}" for reason, tasks in names.items()]

@@ -1,0 +1,56 @@
+"""The relative error of a task's code in each group of its modules: which parts of a model it keeps best.
+
+The groups are those of `icmlora.adapter.module_groups`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from icmlora.adapter.metrics import GroupError, errors_by_group
+from icmlora.adapter.module_groups import grouping
+from icmlora.errors import DataError
+from icmlora.fleet.context import Context
+from icmlora.fleet.resources.decoding import decode_code
+from icmlora.fleet.resources.loading import read_original
+from icmlora.formats.catalogue import format_named
+from icmlora.generator.versions import GeneratorFile
+
+if TYPE_CHECKING:
+    from icmlora.adapter.model import Adapter
+    from registry.records import AdapterRecord, CodeRecord
+    from registry.store import Store
+
+
+def module_errors(context: Context, name: str) -> Sequence[GroupError]:
+    """Compare the code of a task with its original, group by group.
+
+    Raises:
+        DataError: It has no code, or its original was evicted.
+    """
+    with context.open(read_only=True) as store:
+        task = store.tasks.get(name)
+        final, generator = store.tasks.final(task.name), store.generators.current(task.base_model)
+        code = None if generator is None else store.codes.get(task.name, generator.id)
+        if final.is_evicted:
+            hint = "only `icm verify` and what was measured before tell about its code now"
+            raise DataError("its original was evicted: there is nothing to compare the code with", hint=hint)
+        if code is None or generator is None:
+            raise DataError("it has no code", hint="`icm train` makes codes")
+        codes = decoded(store, GeneratorFile(store.blobs.read(generator.blob)), code)
+        return errors_of(final, read_original(store, final), codes)
+
+
+def decoded(store: Store, generator_file: GeneratorFile, code: CodeRecord) -> dict[str, Adapter]:
+    """Decode a code: "code", and where it has a residual "code + residual"."""
+    found = {"code": decode_code(store, generator_file, code, "code")}
+    if code.residual is not None:
+        found["code + residual"] = decode_code(store, generator_file, code, "residual")
+    return found
+
+
+def errors_of(final: AdapterRecord, original: Adapter, codes: Mapping[str, Adapter]) -> Sequence[GroupError]:
+    """Return the errors of what codes decode to."""
+    group_of = grouping(is_for_images=format_named(final.format).is_for_images)
+    return errors_by_group(original, codes, group_of)

@@ -1,0 +1,1 @@
+"""What use cases read of a store, and on how many processes."""

@@ -1,0 +1,155 @@
+"""Make the adapter of a task: from a code, with or without the residual, or as the network predicts it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Literal
+
+from icmlora.adapter.layout import ModuleShape
+from icmlora.adapter.model import Adapter
+from icmlora.errors import CodeError, DataError
+from icmlora.fleet.context import OpenedGenerator
+from icmlora.formats.catalogue import format_named
+from icmlora.formats.format import AdapterBytes, AdapterFormat, RunnableAdapter, Template
+from icmlora.generator.versions import GeneratorFile
+from registry.errors import DamagedStore
+
+if TYPE_CHECKING:
+    from icmlora.base_models.finding.tensors import BaseTensors
+    from icmlora.generator.codec import Codec
+    from icmlora.io.safetensors import RawTensor
+    from registry.records import AdapterRecord, CodeRecord, GeneratorRecord
+    from registry.store import Store
+
+
+def decode_code(
+    store: Store, generator_file: GeneratorFile, code: CodeRecord, source: Literal["residual", "code"]
+) -> Adapter:
+    """Read a code from disk and decode it."""
+    return code_reader(store, generator_file, code, source)()
+
+
+def code_reader(
+    store: Store, generator_file: GeneratorFile, code: CodeRecord, source: Literal["residual", "code"]
+) -> Callable[[], Adapter]:
+    """Read a code from disk, and return what decodes it, on any thread."""
+    data = store.blobs.read(code.blob)
+    decoder = generator_file.decoder_of(data)
+    if source == "code" or code.residual is None:
+        return partial(decoder.decode, data)
+    from icmlora.generator.residual_codec import ResidualCodec  # most codes have no residual
+
+    return partial(ResidualCodec(decoder).decode, data, store.blobs.read(code.residual.blob))
+
+
+@dataclass(frozen=True)
+class OriginalForm:
+    """What a decoded adapter takes over from its original: format, form, and what a code cannot represent."""
+
+    format: AdapterFormat
+    template: Template
+    tensors: Mapping[str, RawTensor]
+    files: Mapping[str, bytes]
+
+    def runnable(self, adapter: Adapter, dtype: str | None = None) -> RunnableAdapter:
+        """Write a decoded adapter in this form, as `icm materialize` does, and read it again."""
+        files = self.format.encode(adapter, card="", metadata={}, like=self.template, dtype=dtype, extras=self.tensors)
+        return self.format.runnable(files.config, files.weights)
+
+
+def read_form(store: Store, final: AdapterRecord) -> OriginalForm:
+    """Read the form and the extras of a task's original; its weights need not be there."""
+    layout = tuple(ModuleShape(*entry) for entry in final.layout)
+    template = Template(store.blobs.read(final.config), layout, final.dtype, final.template)
+    tensors: Mapping[str, RawTensor] = {}
+    files: Mapping[str, bytes] = {}
+    if final.extras:
+        from icmlora.formats.extras import unpack_extras
+
+        extras = ((extra.file, extra.blob) for extra in final.extras)
+        tensors, files = unpack_extras(extras, store.blobs.read, partial(base_tensors, store, final))
+    return OriginalForm(format_named(final.format), template, tensors, files)
+
+
+def files_like_original(adapter: Adapter, form: OriginalForm) -> AdapterBytes:
+    """Return the files of a decoded adapter in the form of its original, without a card."""
+    files = form.format.encode(adapter, card="", metadata={}, like=form.template, extras=form.tensors)
+    return replace(files, card=None, companions=form.files)
+
+
+class StoredDecoder:
+    """Decodes the codes of a store into the files of adapters; a generator is read once for all its codes."""
+
+    def __init__(self, store: Store) -> None:
+        self._store, self._generator = store, OpenedGenerator()
+
+    def files(self, final: AdapterRecord, code: CodeRecord, generator: GeneratorRecord) -> AdapterBytes:
+        """Return the files of a task as its code brings them back."""
+        generator_file = self._generator.get(generator.blob, self._store.blobs.read)
+        adapter = decode_code(self._store, generator_file, code, code.rung)
+        return files_like_original(adapter, read_form(self._store, final))
+
+
+def read_companions(store: Store, final: AdapterRecord) -> dict[str, bytes]:
+    """Read the files that came with an adapter."""
+    from icmlora.formats.extras import unpack
+
+    return {extra.file: unpack(store.blobs.read(extra.blob)) for extra in final.extras if extra.file is not None}
+
+
+def check_references(store: Store, final: AdapterRecord) -> None:
+    """Check that the base model still has the tensors that an adapter's extras refer to.
+
+    Raises:
+        BaseModelNotFound: The base model is needed, and it is not on this machine.
+        BaseModelMismatch: It does not have these tensors.
+    """
+    from icmlora.formats.base_references import MAX_RECORD
+    from icmlora.formats.extras import REFERENCES, unpack_tensors
+
+    small = [extra.blob for extra in final.extras if extra.file is None and extra.packed_size <= MAX_RECORD]
+    references = [blob for blob in map(store.blobs.read, small) if blob.startswith(REFERENCES)]
+    unpack_tensors(references, partial(base_tensors, store, final))
+
+
+def base_tensors(store: Store, final: AdapterRecord) -> BaseTensors:
+    """Open the tensors of a task's base model, to which its extras may refer."""
+    from icmlora.base_models.finding.tensors import needed_tensors
+    from icmlora.fleet.context import locate_base
+
+    return needed_tensors(lambda: locate_base(store, store.tasks.get(final.task).base_model))
+
+
+def codec_of_task(
+    store: Store, generator_file: GeneratorFile, code: CodeRecord | None, layout: Sequence[ModuleShape]
+) -> Codec:
+    """Return the codec of the version that a task's code was made with."""
+    if code is not None:
+        try:
+            return generator_file.codec_of(store.blobs.read(code.blob))
+        # Without a readable code, take the newest version that covers the adapter.
+        except (CodeError, DamagedStore):
+            pass
+    return generator_file.codec_for(layout)
+
+
+def predict_adapter(
+    store: Store,
+    generator_file: GeneratorFile,
+    final: AdapterRecord,
+    code: CodeRecord | None,
+    *,
+    seed: int | None = None,
+) -> Adapter:
+    """Predict the adapter of a task from its task vectors with the network alone."""
+    from icmlora.fleet.resources.adapter_source import mean_vectors  # imports what training needs
+
+    vectors = mean_vectors(store, store.vectors.all(final.task))
+    if not vectors:
+        raise DataError(f"task {final.task!r} has no task vectors", hint="run `icm vectors` to extract them")
+    layout = [ModuleShape(*entry) for entry in final.layout]
+    codec = codec_of_task(store, generator_file, code, layout)
+    config = format_named(final.format).read_config(store.blobs.read(final.config))
+    return codec.generate(vectors, layout, task_type=config.task_type, seed=seed)

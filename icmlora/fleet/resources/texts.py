@@ -1,0 +1,36 @@
+"""Read the texts of a task as its base model reads them. Never imports torch.
+
+Chats are rendered with the chat template that came with the task's adapter, if one did, or else with the base model's.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from icmlora.base_models.examples.adapter_template import template_of
+from icmlora.base_models.examples.chat_template import Templates
+from icmlora.base_models.examples.examples import EvaluationData, Examples, examples_for
+from icmlora.fleet.resources.decoding import read_companions
+
+if TYPE_CHECKING:
+    from icmlora.base_models.modality import BaseModel
+    from registry.records import TaskRecord
+    from registry.store import Store
+
+
+def read_samples(store: Store, task: TaskRecord, base: BaseModel, most: int | None = None) -> Examples | None:
+    """Return a task's samples, at most so many; None if it has none."""
+    if task.samples is None:
+        return None
+    return examples_for(base, store.blobs.read(task.samples), most=most, template=adapter_template(store, task.name))
+
+
+def own_text(store: Store, task: TaskRecord, base: BaseModel) -> EvaluationData:
+    """Return the held-out text of a task that has some."""
+    template = adapter_template(store, task.name)
+    return EvaluationData.parse(store.blobs.read(str(task.eval_data)), base=base, path=task.name, template=template)
+
+
+def adapter_template(store: Store, task: str) -> Templates | None:
+    """Return the chat template that came with a task's adapter."""
+    return template_of(read_companions(store, store.tasks.final(task)))

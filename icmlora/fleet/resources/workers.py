@@ -1,0 +1,307 @@
+"""Compute something for each task, in this process or on Ray workers. The caller records what comes of it.
+
+    in this process    compute ──▶ record ──▶ compute ──▶ record
+    on workers         compute ─┐
+                       compute ─┼─▶ record     each worker keeps its models loaded and only reads the store
+                       compute ─┘
+
+The caller is the only writer, and holds the job lock if there is one. So a worker may die at any time: nothing of its
+task is in the store yet, and another worker computes it again. The path of the store, the base models and icm itself
+have to be the same on every machine.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import math
+import os
+import signal
+import threading
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, cast, runtime_checkable
+
+import torch
+
+from icmlora.errors import InvalidShare, WorkerDied, WorkersUnavailable
+from icmlora.fleet.context import Context, ignore
+from icmlora.fleet.failures import Failed
+from icmlora.fleet.resources.loading import BaseFacts, Models
+from icmlora.io.devices import resolve_device
+
+if TYPE_CHECKING:
+    from registry.records import TaskRecord
+    from registry.store import Store
+
+ATTEMPTS = 3
+"""How often a task is computed if its worker dies each time."""
+
+_POLL_SECONDS = 0.2  # between two looks at whether the user wants to stop
+_OBJECT_STORE_BYTES = 128 << 20  # of a local cluster; results are codes and vectors, a few megabytes at most
+
+_SETTINGS = {
+    "RAY_USAGE_STATS_ENABLED": "0",  # nothing is sent anywhere
+    "RAY_worker_niceness": "0",  # workers have the priority of this process; Ray's default is 15, the last in the queue
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # what Ray will do by default with processes that have no card
+}
+
+Tell = Callable[[str], None]
+"""Called between the steps of a task with what is being done; may raise `Cancelled`."""
+
+R = TypeVar("R")
+R_co = TypeVar("R_co", covariant=True)
+
+
+class Compute(Protocol[R_co]):
+    """Computes the result of one task, and writes nothing to the store."""
+
+    def __call__(self, task: TaskRecord, tell: Tell, /) -> R_co:
+        """Return the result, which can be pickled."""
+
+
+@runtime_checkable
+class ComputesTogether(Protocol[R_co]):
+    """Computes the results of several tasks side by side, where that is faster."""
+
+    def each(self, tasks: Sequence[TaskRecord], tell: Tell, /) -> Iterator[tuple[TaskRecord, R_co]]:
+        """Yield each task with its result, in the order of the tasks."""
+        ...
+
+
+class Workers(Protocol[R_co]):
+    """Computes the results of many tasks."""
+
+    def each(self, tasks: Sequence[TaskRecord], tell: Tell) -> Iterator[tuple[TaskRecord, R_co | Failed]]:
+        """Yield each task with its result, in the order in which they are done."""
+
+
+@contextmanager
+def open_workers(
+    context: Context, store: Store, make: Callable[[Models], Compute[R]], *, device: str, workers: str | None
+) -> Iterator[Workers[R]]:
+    """Start workers for a block.
+
+    Args:
+        context: what to open the store with.
+        store: the store, as this process has it.
+        make: makes what computes, once in each process; it can be pickled.
+        device: the device of each worker.
+        workers: as in `check_place`.
+
+    Raises:
+        WorkersUnavailable: Ray is not installed, or there is no cluster.
+    """
+    if workers is None:
+        yield _ThisProcess(make(Models(store, resolve_device(device), context.cache)))
+        return
+    with _cluster(workers) as ray:
+        share = _share(ray, workers, device)
+        here = replace(context, path=context.path.absolute(), on_event=ignore, patience=None)
+        actor = ray.remote(_Worker).options(num_cpus=share.cpus, num_gpus=share.gpus)
+
+        def start() -> Any:
+            return actor.remote(here, device, share.threads, make)
+
+        pool: _Pool[R] = _Pool(ray, start, share.workers, store)
+        try:
+            yield pool
+        finally:
+            pool.stop()
+
+
+def check_place(device: str, workers: str | None) -> None:
+    """Check where to compute, before a store is opened.
+
+    Args:
+        device: the device of this process or of each worker.
+        workers: None for this process, the number of processes to start here, or `ray://HOST:PORT`.
+
+    Raises:
+        DeviceUnavailable: This process is to compute, and the machine does not have the device.
+        InvalidShare: `workers` is none of these, or `device` is one card for all of them.
+    """
+    if workers is None:
+        resolve_device(device)
+        return
+    if ":" in device:
+        raise InvalidShare(f"all workers cannot share device {device!r}", hint="--device cuda gives each worker a card")
+    if not (workers.isdecimal() and 1 <= int(workers) <= 1024) and not workers.startswith("ray://"):
+        raise InvalidShare(f"{workers!r} says neither how many workers nor where", hint="write 4, or ray://HOST:10001")
+
+
+def naming(task: TaskRecord, tell: Tell) -> Tell:
+    """Return what tells of the work on one task, with its name in front."""
+    return lambda note: tell(f"{task.name}: {note}")
+
+
+@dataclass(frozen=True)
+class _ThisProcess(Generic[R]):
+    compute: Compute[R]
+
+    def each(self, tasks: Sequence[TaskRecord], tell: Tell) -> Iterator[tuple[TaskRecord, R | Failed]]:
+        if isinstance(self.compute, ComputesTogether):
+            yield from self.compute.each(tasks, tell)
+            return
+        for task in tasks:
+            yield task, self.compute(task, naming(task, tell))
+
+
+class _Worker(Generic[R]):
+    """What lives in the process of a worker."""
+
+    def __init__(self, context: Context, device: str, threads: int, make: Callable[[Models], Compute[R]]) -> None:
+        self._context, self._device, self._threads, self._make = context, device, threads, make
+        self._facts: list[BaseFacts] = []
+
+    @cached_property
+    def _compute(self) -> Compute[R]:  # not in the constructor, so that an error comes back as that of a task
+        torch.set_num_threads(self._threads)
+        store = self._context.open(read_only=True)
+        return self._make(Models(store, resolve_device(self._device), self._context.cache, self._facts.append))
+
+    def run(self, task: TaskRecord) -> tuple[R, list[BaseFacts]]:
+        """Compute the result of a task, and return what was learnt of its base model on the way."""
+        self._facts.clear()
+        return self._compute(task, _unheard), list(self._facts)
+
+
+def _unheard(text: str) -> None:
+    """Take a note that nobody is shown: the bar counts the tasks of all workers."""
+
+
+class _Pool(Generic[R]):
+    """Actors of a Ray cluster; a dead one is replaced."""
+
+    def __init__(self, ray: Any, start: Callable[[], Any], workers: int, store: Store) -> None:
+        self._ray, self._start, self._store = ray, start, store
+        self._idle = [start() for _ in range(workers)]
+        self._running: dict[Any, tuple[Any, TaskRecord]] = {}
+
+    @cached_property
+    def _parameters(self) -> dict[str, int]:
+        return {row.task.name: row.final.parameters for row in self._store.tasks.summaries()}
+
+    def each(self, tasks: Sequence[TaskRecord], tell: Tell) -> Iterator[tuple[TaskRecord, R | Failed]]:
+        # Large ones first: a large one that comes last keeps the other workers waiting.
+        waiting = deque(sorted(tasks, key=lambda task: -self._parameters.get(task.name, 0)))
+        died = Counter[str]()
+        while waiting or self._running:
+            self._hand_out(waiting)
+            done, _ = self._ray.wait(list(self._running), timeout=_POLL_SECONDS)
+            tell(f"{len(self._running)} in work")
+            for reference in done:
+                worker, task = self._running.pop(reference)
+                try:
+                    result: R | Failed = self._result(worker, reference)
+                except WorkerDied as error:
+                    died[task.name] += 1
+                    if died[task.name] < ATTEMPTS:
+                        waiting.appendleft(task)
+                        continue
+                    result = Failed(error)
+                self._hand_out(waiting)  # before the caller records this one
+                yield task, result
+
+    def _hand_out(self, waiting: deque[TaskRecord]) -> None:
+        while waiting and self._idle:
+            worker, task = self._idle.pop(), waiting.popleft()
+            self._running[worker.run.remote(task)] = worker, task
+
+    def _result(self, worker: Any, reference: Any) -> R:
+        """Return what a worker made; raise `WorkerDied` and replace it if it died."""
+        try:
+            result, facts = self._ray.get(reference)
+        except self._ray.exceptions.RayTaskError as error:  # raised by what computes
+            raise error.cause from error
+        except self._ray.exceptions.RayError as error:
+            self._ray.kill(worker)  # it may only be out of reach
+            self._idle.append(self._start())
+            fact = f"its worker died, {ATTEMPTS} times"
+            raise WorkerDied(fact, hint="fewer workers need less memory, if that ran out") from error
+        self._idle.append(worker)
+        for one in facts:
+            one.record(self._store)
+        return cast(R, result)
+
+    def stop(self) -> None:
+        """Kill the workers; what they compute is lost."""
+        for worker in (*self._idle, *(worker for worker, _ in self._running.values())):
+            self._ray.kill(worker)
+
+
+@dataclass(frozen=True)
+class _Share:
+    """How many workers there are, and what each has of its machine."""
+
+    workers: int
+    cpus: float
+    gpus: float
+    threads: int
+
+
+def _share(ray: Any, workers: str, device: str) -> _Share:
+    """Give every worker a card where there are cards; otherwise divide this machine, or take each machine whole."""
+    if workers.isdecimal():
+        count = int(workers)
+        cards = torch.cuda.device_count() if device in ("auto", "cuda") else 0
+        return _Share(count, 1, 1 / math.ceil(count / cards) if cards else 0, max(1, torch.get_num_threads() // count))
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) >= 1]
+    if not nodes:
+        raise WorkersUnavailable(f"no machine of {workers} has a free CPU")
+    with_cards = [node for node in nodes if node.get("GPU", 0) >= 1] if device != "cpu" else []
+    if with_cards:
+        cores = max(1, min(int(node["CPU"] // node["GPU"]) for node in with_cards))
+        return _Share(sum(int(node["GPU"]) for node in with_cards), cores, 1, cores)
+    cores = min(int(node["CPU"]) for node in nodes)
+    return _Share(len(nodes), cores, 0, cores)
+
+
+@contextmanager
+def _cluster(workers: str) -> Iterator[Any]:
+    """Start a cluster on this machine, or connect to one, for a block. One that this process has already is used."""
+    for name, value in _SETTINGS.items():
+        os.environ.setdefault(name, value)
+    try:
+        ray = importlib.import_module("ray")
+    except ModuleNotFoundError as error:
+        hint = "`pip install 'icm-lora[ray]'` installs it"
+        raise WorkersUnavailable("workers need Ray, which is not installed", hint=hint) from error
+    if ray.is_initialized():
+        yield ray
+        return
+    with _own_signals():
+        try:
+            _start(ray, workers)
+        except Exception as error:  # Ray raises errors of many kinds, plain `Exception` among them
+            first = next(iter(str(error).splitlines()), type(error).__name__)
+            raise WorkersUnavailable(f"no Ray cluster for --workers {workers}: {first}") from error
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
+
+
+def _start(ray: Any, workers: str) -> None:
+    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if workers.isdecimal():
+        memory = {"object_store_memory": _OBJECT_STORE_BYTES}
+        ray.init(address="local", num_cpus=int(workers), include_dashboard=False, **memory, **quiet)
+    else:
+        ray.init(address=workers, **quiet)
+
+
+@contextmanager
+def _own_signals() -> Iterator[None]:
+    """Keep the handler of SIGTERM, which Ray replaces."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

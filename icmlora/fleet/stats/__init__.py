@@ -1,0 +1,1 @@
+"""What a fleet takes and what it saved: `icm stats`."""

@@ -1,0 +1,372 @@
+"""Find tasks whose adapters are the same, or nearly: what was fetched twice, saved again, or cut from another one.
+
+    every final adapter ──read once──▶ sketch, norm ──▶ pairs that may be near ──read again──▶ their distances
+         `── the tensors of those whose keys are equal ──▶ the same
+
+Of adapters of different base models only the tensors are compared: a header may be wrong. An evicted one counts as
+what its code decodes to. One that cannot have a code has no dW that icm knows: only its tensors are compared. Nothing
+is changed.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from icmlora.adapter.metrics import distance, dw_norm
+from icmlora.adapter.model import Adapter
+from icmlora.adapter.sketch import SKETCH_SIZE, near_pairs, sketch
+from icmlora.errors import DataError
+from icmlora.fleet.context import Context, OpenedGenerator, base_name, check_base_model
+from icmlora.fleet.failures import FAILURES, as_error
+from icmlora.fleet.resources.adapter_source import refuse_large
+from icmlora.fleet.resources.decoding import code_reader
+from icmlora.fleet.resources.loading import original_reader
+from icmlora.formats.tensor_hash import plain_config, tensors_digest
+from icmlora.io.threads import Map, side_by_side
+
+if TYPE_CHECKING:
+    from registry.records import AdapterRecord, TaskSummary
+    from registry.store import Store
+
+MAX_DISTANCE = 0.1
+LARGEST_DISTANCE = 0.5
+"""Unrelated adapters are at about 1: beyond a half, nearly every pair would have to be read."""
+_TOGETHER = 8  # adapters that are in memory while they are read for the first time
+_IN_MEMORY = 4  # adapters of the pairs that are compared; one may have hundreds of megabytes
+
+
+@dataclass(frozen=True)
+class DuplicatesRequest:
+    """Which duplicates to look for."""
+
+    tasks: Sequence[str] = ()
+    max_distance: float = MAX_DISTANCE
+    base_model: str | None = None
+
+
+@dataclass(frozen=True)
+class DuplicatePair:
+    """A task and another one that its adapter is like.
+
+    Attributes:
+        task: The task.
+        like: The oldest one of its group; if that is farther than the limit, the one that leads there.
+        same_tensors: Whether their tensors are equal, and mean the same.
+        distance: ||dW - dW'|| / max(||dW||, ||dW'||); 0 for the same tensors.
+        extras_differ: Whether heads, biases or other tensors next to dW differ.
+    """
+
+    task: str
+    like: str
+    same_tensors: bool
+    distance: float
+    extras_differ: bool = False
+
+
+@dataclass(frozen=True)
+class DuplicateGroup:
+    """Tasks of one base model that are connected by distances within the limit.
+
+    Attributes:
+        base_model: Their base model.
+        tasks: The tasks, oldest first.
+        pairs: One for each task but the oldest, nearest first.
+    """
+
+    base_model: str
+    tasks: tuple[str, ...]
+    pairs: tuple[DuplicatePair, ...]
+
+
+@dataclass(frozen=True)
+class NotCompared:
+    """A task whose adapter could not be read, and why."""
+
+    task: str
+    reason: str
+
+
+@dataclass
+class DuplicatesReport:
+    """What was found.
+
+    Attributes:
+        max_distance: The limit.
+        compared: How many tasks were compared.
+        groups: Tasks that are alike, the largest group first.
+        other_bases: Tasks with the same tensors as an older task of another base model.
+        from_codes: Evicted tasks, compared as what their codes decode to.
+        tensors_only: Tasks that can have no code: only their tensors were compared.
+        left_out: Tasks that could not be read.
+    """
+
+    max_distance: float
+    compared: int = 0
+    groups: list[DuplicateGroup] = field(default_factory=list)
+    other_bases: list[DuplicatePair] = field(default_factory=list)
+    from_codes: list[str] = field(default_factory=list)
+    tensors_only: list[str] = field(default_factory=list)
+    left_out: list[NotCompared] = field(default_factory=list)
+
+
+def find_duplicates(context: Context, request: DuplicatesRequest) -> DuplicatesReport:
+    """Compare the final adapters of all tasks, or of some with all others."""
+    if not 0.0 <= request.max_distance <= LARGEST_DISTANCE:
+        fact = f"a distance of {request.max_distance:g} is not between 0 and {LARGEST_DISTANCE:g}"
+        raise DataError(fact, hint="unrelated adapters are at about 1; copies that differ by rounding below 0.01")
+    report = DuplicatesReport(request.max_distance)
+    with context.open(read_only=True) as store:
+        wanted = {store.tasks.get(name).name for name in request.tasks}
+        by_base = _by_base(store, base_name(store, request.base_model), wanted)
+        steps = _Steps(context, sum(map(len, by_base.values())))
+        for rows in by_base.values():
+            report.groups += _Comparison(store, rows, report, steps).groups(wanted)
+        if request.base_model is None:
+            pairs = _across_bases(store, _in_order(store.tasks.summaries()))
+            report.other_bases = [pair for pair in pairs if not wanted or not wanted.isdisjoint((pair.task, pair.like))]
+    report.groups.sort(key=lambda group: (-len(group.tasks), group.base_model, group.tasks))
+    return report
+
+
+def _by_base(store: Store, base_model: str | None, wanted: Collection[str]) -> dict[str, list[TaskSummary]]:
+    """Return the tasks of each base model that is asked for, oldest first."""
+    found: defaultdict[str, list[TaskSummary]] = defaultdict(list)
+    for row in store.tasks.summaries():
+        found[row.task.base_model].append(row)
+    check_base_model(base_model, found)
+    return {
+        base: _in_order(rows)
+        for base, rows in sorted(found.items())
+        if base_model in (None, base) and (not wanted or any(row.task.name in wanted for row in rows))
+    }
+
+
+def _in_order(rows: Iterable[TaskSummary]) -> list[TaskSummary]:
+    return sorted(rows, key=lambda row: (row.task.created_at, row.task.id))
+
+
+def _across_bases(store: Store, rows: Sequence[TaskSummary]) -> Iterator[DuplicatePair]:
+    """Yield the tasks with the tensors of an older one of another base model; few files have to be read for that."""
+    by_key: defaultdict[str | None, list[TaskSummary]] = defaultdict(list)
+    for row in rows:
+        by_key[row.final.tensors_key].append(row)
+    for key, some in by_key.items():
+        if key is None or len({row.task.base_model for row in some}) == 1:
+            continue
+        oldest: dict[str, TaskSummary] = {}
+        seen: set[tuple[str, str]] = set()
+        for row in (row for row in some if not row.final.is_evicted):
+            config = plain_config(store.blobs.read(row.final.config))
+            identity = f"{tensors_digest(store.blobs.read(row.final.weights))} {config}"
+            first = oldest.setdefault(identity, row)
+            # The others of its base model are in a group with the first of it.
+            if (identity, row.task.base_model) not in seen and first is not row:
+                yield DuplicatePair(row.task.name, first.task.name, True, 0.0)
+            seen.add((identity, row.task.base_model))
+
+
+class _Steps:
+    """Counts what is read: every adapter once, then the pairs that may be near."""
+
+    def __init__(self, context: Context, total: int) -> None:
+        self._context, self._done, self._total = context, 0, total
+
+    def more(self, count: int) -> None:
+        self._total += count
+
+    def step(self, note: str) -> None:
+        self._done += 1
+        self._context.progress(self._done, self._total, note)
+
+
+class _Comparison:
+    """Compares the tasks of one base model, oldest first."""
+
+    def __init__(self, store: Store, rows: Sequence[TaskSummary], report: DuplicatesReport, steps: _Steps) -> None:
+        self._store, self._rows, self._report, self._steps = store, rows, report, steps
+        self._generator = store.generators.current(rows[0].task.base_model)
+        self._opened = OpenedGenerator()
+        self._adapter = lru_cache(_IN_MEMORY)(lambda place: self._maker(place)())
+        self._keys = Counter(row.final.tensors_key for row in rows)
+        self._oldest: dict[str, int] = {}  # files, or tensors and what they mean -> place of the oldest such task
+        self._same = list(range(len(rows)))  # place of the oldest task with the same tensors
+        self._group = list(range(len(rows)))  # a place nearer to the one that names the group
+        self._links: defaultdict[int, dict[int, float]] = defaultdict(dict)  # place -> place -> distance
+
+    def groups(self, wanted: Collection[str]) -> list[DuplicateGroup]:
+        """Return the groups; only those with a task that is wanted, if any is named."""
+        with side_by_side() as each:
+            places, sketches, norms = self._read_all(each)
+            self._connect_near(places, near_pairs(sketches, norms, self._report.max_distance), wanted)
+            found = list(self._connected())
+        return [group for group in found if not wanted or not set(wanted).isdisjoint(group.tasks)]
+
+    def _read_all(self, each: Map) -> tuple[list[int], npt.NDArray[np.float32], npt.NDArray[np.float64]]:
+        """Read every adapter once; return the places of those with a dW of their own, their sketches and norms."""
+        places, norms = list[int](), list[float]()
+        sketches = np.empty((len(self._rows), SKETCH_SIZE), np.float32)
+        for start in range(0, len(self._rows), _TOGETHER):
+            some = range(start, min(start + _TOGETHER, len(self._rows)))
+            jobs = [self._job(place) for place in some]
+            for place, read in zip(some, each(_Job.result, jobs), strict=True):
+                if read.error is not None:
+                    self._report.left_out.append(NotCompared(self._rows[place].task.name, read.error))
+                else:
+                    self._report.compared += 1
+                    is_first = read.identity is None or self._is_first(place, read.identity)
+                    if is_first and read.norm > 0.0:
+                        sketches[len(places)] = read.sketch
+                        places.append(place)
+                        norms.append(read.norm)
+                self._steps.step(self._rows[place].task.name)
+        return places, sketches[: len(places)], np.array(norms)
+
+    def _connect_near(self, places: Sequence[int], pairs: Sequence[tuple[int, int]], wanted: Collection[str]) -> None:
+        """Compute the distances of pairs that may be near, and connect those within the limit."""
+        chosen = {same for same, row in zip(self._same, self._rows, strict=True) if row.task.name in wanted}
+        candidates = [(places[older], places[newer]) for older, newer in pairs]
+        candidates = [pair for pair in candidates if not wanted or not chosen.isdisjoint(pair)]
+        self._steps.more(len(candidates))
+        for older, newer in candidates:
+            # Probably nearest first, so that a distance between two that are connected already says nothing new.
+            if self._root(older) != self._root(newer):
+                found = self._distance(older, newer)
+                if found <= self._report.max_distance:
+                    self._connect(older, newer, found)
+            self._steps.step(self._rows[newer].task.name)
+
+    def _job(self, place: int) -> _Job:
+        """Read the files of an adapter, as far as they are needed; a thread does the rest."""
+        final = self._rows[place].final
+        if final.original_only is not None:
+            self._report.tensors_only.append(final.task)
+        if not self._is_first(place, "\n".join((final.weights, final.config, final.initial or ""))):
+            return _Job()
+        if final.is_evicted and final.original_only is None:
+            self._report.from_codes.append(final.task)
+        try:
+            make = None if final.original_only is not None else self._maker(place)
+            # Tensors that no other adapter can have need not be hashed; older rows do not say.
+            is_unique = final.tensors_key is not None and self._keys[final.tensors_key] + self._keys[None] == 1
+            if final.is_evicted or is_unique:
+                return _Job(make)
+            return _Job(make, self._store.blobs.read(final.weights), self._meaning(final))
+        except FAILURES as error:
+            return _Job(error=as_error(error).message)
+
+    def _meaning(self, final: AdapterRecord) -> str:
+        """Return what, besides an adapter's tensors and scale, says what it is."""
+        is_plain = final.original_only is None and not _extras(final)
+        return f"{final.initial} {'' if is_plain else plain_config(self._store.blobs.read(final.config))}"
+
+    def _maker(self, place: int) -> Callable[[], Adapter]:
+        """Read the files of an adapter, and return what makes it, on any thread."""
+        task, final, code = self._rows[place].task.name, self._rows[place].final, self._rows[place].code
+        if not final.is_evicted:
+            return original_reader(self._store, final)
+        if self._generator is None or code is None:
+            raise DataError(f"{task} is evicted, and has no code under the current generator")
+        generator_file = self._opened.get(self._generator.blob, self._store.blobs.read)
+        return code_reader(self._store, generator_file, code, code.rung)
+
+    def _is_first(self, place: int, identity: str) -> bool:
+        """Note what an adapter is; if an older one is the same, put both into a group."""
+        oldest = self._oldest.setdefault(identity, place)
+        if oldest == place:
+            return True
+        self._same[place] = oldest
+        self._connect(oldest, place, 0.0)
+        return False
+
+    def _distance(self, one: int, other: int) -> float:
+        return distance(self._adapter(one), self._adapter(other))
+
+    def _connect(self, one: int, other: int, found: float) -> None:
+        self._links[one][other] = self._links[other][one] = found
+        # The oldest task names its group.
+        newer, older = sorted((self._root(one), self._root(other)), reverse=True)
+        self._group[newer] = older
+
+    def _root(self, place: int) -> int:
+        """Return the place of the oldest task of a group."""
+        while self._group[place] != place:
+            self._group[place] = self._group[self._group[place]]  # half as far next time
+            place = self._group[place]
+        return place
+
+    def _connected(self) -> Iterator[DuplicateGroup]:
+        members = defaultdict[int, list[int]](list)
+        for place in range(len(self._rows)):
+            members[self._root(place)].append(place)
+        for root, places in members.items():
+            if len(places) > 1:
+                pairs = sorted(self._pairs(root), key=lambda pair: (pair.distance, not pair.same_tensors, pair.task))
+                tasks = tuple(self._rows[place].task.name for place in places)
+                yield DuplicateGroup(self._rows[root].task.base_model, tasks, tuple(pairs))
+
+    def _pairs(self, root: int) -> Iterator[DuplicatePair]:
+        """Yield a pair for each task that is connected to the oldest one."""
+        ways = [(root, place, found) for place, found in self._links[root].items()]
+        reached = {root}
+        for via, place, found in ways:  # grows while it is read
+            if place in reached:
+                continue
+            reached.add(place)
+            ways += [(place, further, more) for further, more in self._links[place].items()]
+            one, other = self._rows[place].final, self._rows[via].final
+            is_same = self._same[place] == self._same[via]
+            if via != root and not is_same:
+                direct = self._distance(self._same[root], place)
+                if direct <= self._report.max_distance:
+                    other, found = self._rows[root].final, direct
+            yield DuplicatePair(one.task, other.task, is_same, found, not is_same and _extras(one) != _extras(other))
+
+
+@dataclass(frozen=True)
+class _Read:
+    """What is kept of an adapter that was read."""
+
+    sketch: npt.NDArray[np.float32] | None = None
+    norm: float = 0.0  # of dW; 0 where there is none of its own
+    identity: str | None = None  # equal for adapters whose tensors are equal and mean the same
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class _Job:
+    """The files of an adapter, read; and what is still to be done with them."""
+
+    make: Callable[[], Adapter] | None = None
+    weights: bytes | None = None  # where another adapter may have the same tensors
+    meaning: str = ""
+    error: str | None = None
+
+    def result(self) -> _Read:
+        """Make the adapter and its sketch, on any thread."""
+        try:
+            adapter = None if self.make is None else self.make()
+            identity = None if self.weights is None else self._identity(self.weights, adapter)
+            if adapter is None:
+                return _Read(identity=identity, error=self.error)
+            refuse_large(adapter)  # squares of its sketch would exceed float32
+            return _Read(sketch(adapter), dw_norm(adapter), identity)
+        except FAILURES as error:
+            return _Read(error=as_error(error).message)
+
+    def _identity(self, weights: bytes, adapter: Adapter | None) -> str:
+        # The scale, wherever the file says it, is part of B.
+        modules = () if adapter is None else adapter.modules
+        scales = [f"{module.name} {float(module.b.min())} {float(module.b.max())}" for module in modules]
+        return "\n".join([tensors_digest(weights), self.meaning, *scales])
+
+
+def _extras(final: AdapterRecord) -> set[str]:
+    """Return the digests of the tensors next to dW."""
+    return {extra.blob for extra in final.extras if extra.file is None}

@@ -1,0 +1,1 @@
+"""Train or update a generator: `icm train`."""

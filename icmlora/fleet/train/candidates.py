@@ -1,0 +1,168 @@
+"""The ways in which a generator can take in new tasks. No earlier task is read.
+
+    new tasks ─┬─ covered by a network of the file ─┬─ encode with it as it is ────────────────────────┬─▶ fewer bytes
+               │                                    └─ tune its decoder on them: a version that holds ─┘
+               │                                       only the differences
+               └─ modules or ranks that no network covers ──▶ train a small network for them: one more version
+
+Versions are only appended to the file, so every earlier code decodes to the same adapter as before.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from typing import TYPE_CHECKING
+
+import torch
+
+from icmlora.fleet.context import Context
+from icmlora.fleet.failures import FAILURES, as_error
+from icmlora.fleet.resources.adapter_source import StoreAdapterSource, layout_of
+from icmlora.fleet.train.run import measured_sensitivity, options_of, train_network
+from icmlora.generator.code import generator_of
+from icmlora.generator.codec import Codec
+from icmlora.generator.config import config_for
+from icmlora.generator.encoding import Encoded
+from icmlora.generator.file import append_version
+from icmlora.generator.network_file import generator_to_bytes
+from icmlora.generator.version_delta import differences_to_words
+from icmlora.generator.versions import GeneratorFile
+from icmlora.training.config import TrainConfig, stretched
+from icmlora.training.initialisation import fresh_network, tunable_network
+from icmlora.training.loop import draws_of
+from icmlora.training.state import TrainState, new_state
+
+if TYPE_CHECKING:
+    from registry.store import Store
+
+_TUNING_STEPS = 50  # of the decoder, per new task
+_TUNING_RATE = 2e-3
+_COARSENESS = 2.0  # grid to which the differences of a tuned decoder are rounded, in units of their root mean square
+
+
+@dataclass(frozen=True)
+class UpdateRequest:
+    """The options of an update; None stands for the default."""
+
+    device: str = "auto"
+    base_model: str | None = None
+    quality: int | None = None
+    tolerance: float | None = None
+    steps: int | None = None
+    learning_rate: float | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A generator file with codes of new tasks by name; each code names the version of the file that decodes it."""
+
+    data: bytes
+    codes: Mapping[str, Encoded]
+
+    def cost(self, before: bytes) -> int:
+        """Return the bytes of the codes, and those that the file has beyond an earlier one."""
+        return len(self.data) - len(before) + sum(len(code.data) for code in self.codes.values())
+
+
+class UpdateCandidates:
+    """Makes the candidates of one update."""
+
+    def __init__(
+        self,
+        context: Context,
+        store: Store,
+        source: StoreAdapterSource,
+        request: UpdateRequest,
+        tolerance: float,
+        device: torch.device,
+    ) -> None:
+        self._context, self._store, self._source, self._request = context, store, source, request
+        self._tolerance, self._device = tolerance, device
+        self.steps = 0
+        self.left_out = dict(source.left_out)
+
+    def unchanged(self, data: bytes) -> Candidate:
+        """Keep the file, and give each task the smallest code that one of the networks covering it makes."""
+        file, codes = GeneratorFile(data), dict[str, Encoded]()
+        for task, name in enumerate(self._source.names):
+            covering = file.covering(layout_of(self._source.final(task)))
+            made = [self._encode(file.codec(number), self._source, task) for number in covering]
+            found = [code for code in made if code is not None]
+            if found:
+                codes[name] = reduce(_smaller, found)
+            self._context.progress(task + 1, self._source.tasks(), f"encoding {name}")
+        return Candidate(data, codes)
+
+    def tuned(self, unchanged: Candidate) -> Candidate:
+        """Tune the decoder that most codes of a candidate name, append it as differences, and encode its tasks."""
+        file = GeneratorFile(unchanged.data)
+        named = {name: generator_of(code.data) for name, code in unchanged.codes.items()}
+        ((digest, _),) = Counter(named.values()).most_common(1)
+        base = file.digests.index(digest)
+        network = file.codec(base).generator.net
+        source = self._only([name for name in named if named[name] == digest])
+        options = TrainConfig(
+            steps=self._request.steps or stretched(_TUNING_STEPS * source.tasks(), draws_of(self._device)),
+            learning_rate=self._request.learning_rate or _TUNING_RATE,
+            weight_decay=0.0,
+            seed=self._request.seed,
+        )
+        # Only the decoder is tuned: the parts that read adapters and task vectors stay as they are.
+        state = self._train(source, new_state(tunable_network(network).to(self._device), options))
+        words = differences_to_words(network.state_dict(), state.net.state_dict(), _COARSENESS)
+        found = self._with_last_version(append_version(unchanged.data, words, base), source)
+        smaller = {name: _smaller(unchanged.codes[name], code) for name, code in found.codes.items()}
+        return Candidate(found.data, {**unchanged.codes, **smaller})
+
+    def with_new_network(self, data: bytes, names: Sequence[str]) -> Candidate:
+        """Train a small network for some tasks, append it to a file, and encode the tasks."""
+        source, request = self._only(names), self._request
+        config = config_for(
+            source.base_model,
+            source.layouts(),
+            tasks=source.tasks(),
+            # So few tasks do not show how adapters follow from task vectors.
+            condition_size=0,
+            quality=1,
+            tolerance=self._tolerance,
+        )
+        options = options_of(source, request, self._device)
+        sensitivity = measured_sensitivity(self._context, self._store, source, config, self._device)
+        network = fresh_network(config, source, request.seed, sensitivity)
+        state = self._train(source, new_state(network.to(self._device), options))
+        return self._with_last_version(append_version(data, generator_to_bytes(state.net), None), source)
+
+    def _only(self, names: Sequence[str]) -> StoreAdapterSource:
+        return StoreAdapterSource(self._store, self._source.base_model, names)
+
+    def _train(self, source: StoreAdapterSource, state: TrainState) -> TrainState:
+        train_network(self._context, source, state)
+        self.steps += state.step
+        return state
+
+    def _with_last_version(self, data: bytes, source: StoreAdapterSource) -> Candidate:
+        file, codes = GeneratorFile(data), dict[str, Encoded]()
+        codec = file.codec(len(file.digests) - 1)
+        for task, name in enumerate(source.names):
+            if (code := self._encode(codec, source, task)) is not None:
+                codes[name] = code
+            self._context.progress(task + 1, source.tasks(), f"encoding {name}")
+        return Candidate(data, codes)
+
+    def _encode(self, codec: Codec, source: StoreAdapterSource, task: int) -> Encoded | None:
+        """Return the code of a task; note the reason and return None if it cannot be encoded."""
+        try:
+            vectors, initial = source.mean_vectors(task), source.initial(task)
+            return codec.encode(source.load(task, None), vectors, initial, tolerance=self._tolerance)
+        except FAILURES as error:
+            self.left_out[source.names[task]] = as_error(error).message
+            return None
+
+
+def _smaller(earlier: Encoded, later: Encoded) -> Encoded:
+    """Return the smaller of two codes; if they are equal, that of the earlier version."""
+    return later if len(later.data) < len(earlier.data) else earlier

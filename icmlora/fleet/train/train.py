@@ -1,0 +1,259 @@
+"""Train the generator of each base model on all its tasks, and publish it with a code per task.
+
+    adapters ──run (resumable)──▶ network ──▶ generator file ──encode──▶ a code per task
+                                                    └── one transaction: generator and codes ──▶ current
+
+Until that transaction the earlier generator stays current, if there is one.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+
+from icmlora.errors import Cancelled, DataError, GeneratorError
+from icmlora.fleet.context import Context, Event, reporting
+from icmlora.fleet.failures import FAILURES, BaseModelFailed, as_error, one_of_several
+from icmlora.fleet.resources.adapter_source import StoreAdapterSource
+from icmlora.fleet.train.run import (
+    TrainingRun,
+    TrainRequest,
+    base_models_with_tasks,
+    help_train,
+    open_run,
+    run_metrics,
+    share_run,
+    train_network,
+    usable_source,
+)
+from icmlora.generator.codec import Codec
+from icmlora.generator.encoding import Encoded
+from icmlora.generator.network_file import generator_from_bytes, generator_to_bytes
+from icmlora.training.ranks import Ranks, joined
+from registry.names import some
+from registry.records import AdapterRecord, Asked, GeneratorRecord, NewCode, NewGenerator, WithRelativeError
+
+if TYPE_CHECKING:
+    from registry.store import Store
+
+REPLACED = "its adapter was replaced in the meantime"
+"""Why a task has no code although its adapter was encoded: an ingest replaced the adapter during the training."""
+
+_SAVED_AFTER = 5.0  # seconds: codes made since then wait in memory, because storing each alone would wait for the disk
+
+
+@dataclass(frozen=True)
+class Resumed(Event):
+    """A run that was stopped goes on from its checkpoint."""
+
+    base_model: str
+    step: int
+
+
+@dataclass(frozen=True)
+class Continued(Event):
+    """Training starts from the current generator, which has no code of `new_tasks` tasks."""
+
+    base_model: str
+    version: int
+    new_tasks: int
+
+
+@dataclass(frozen=True)
+class CodeMade(WithRelativeError, Event):
+    """One task is encoded; its code becomes current together with all others."""
+
+    task: str
+    size: int
+    squared_error: float
+
+
+@dataclass(frozen=True)
+class Trained(Event):
+    """A generator and its codes are current."""
+
+    base_model: str
+    version: int
+    generator: str
+    generator_size: int
+    tasks: int
+    codes_size: int
+    metrics: dict[str, object]
+    # Whether the earlier generator had a few-shot start. That is a code of the earlier generator, so the new one
+    # has none.
+    start_dropped: bool
+    left_out: Mapping[str, str]
+
+
+@dataclass
+class TrainReport:
+    """What a training did."""
+
+    trained: list[Trained] = field(default_factory=list)
+    failed: list[BaseModelFailed] = field(default_factory=list)
+    stopped_at: int | None = None
+    """The step of the checkpoint of the run that was stopped, if any: 0 before its first step."""
+
+
+def train(context: Context, request: TrainRequest) -> TrainReport:
+    """Train one generator per base model; of several processes, the first one does, and the others help it."""
+    report = TrainReport()
+    with reporting(report), joined() as ranks:
+        device = ranks.device(request.device)
+        if ranks.is_first:
+            with context.open() as store:
+                _train(context, store, request, device, ranks, report)
+        else:
+            help_train(context, ranks, device)
+    return report
+
+
+def _train(
+    context: Context, store: Store, request: TrainRequest, device: torch.device, ranks: Ranks, report: TrainReport
+) -> None:
+    labels = base_models_with_tasks(store, request.base_model)
+    for label in labels:
+        with one_of_several(context, report, label, labels if ranks.count == 1 else [label]):
+            with store.job(label):
+                trained = _train_base(context, store, label, request, device, ranks, report)
+            report.trained.append(trained)
+            context.on_event(trained)
+    ranks.share()  # nothing: the others may leave
+
+
+def _train_base(
+    context: Context,
+    store: Store,
+    label: str,
+    request: TrainRequest,
+    device: torch.device,
+    ranks: Ranks,
+    report: TrainReport,
+) -> Trained:
+    _refuse_evicted(store, label)
+    source = usable_source(context, store, label)
+    _refuse_lost(store, label, source.left_out)
+    _refuse_none(source.names, source.left_out)
+    previous = None if request.fresh else store.generators.current(label)
+    started = time.monotonic()
+    run = open_run(context, store, source, request, device, previous)
+    first = run.state.step
+    try:
+        if first:
+            context.on_event(Resumed(label, first))
+        elif previous is not None:
+            new = [row for row in store.tasks.summaries() if row.task.base_model == label and row.code is None]
+            context.on_event(Continued(label, previous.version, len(new)))
+        share_run(run, source, ranks)
+        loss = train_network(context, source, run.state, run.save, ranks)
+        metrics: dict[str, object] = {
+            "bits_per_parameter": loss,
+            "steps": run.state.step,
+            "resumed_from": first,
+            "processes": ranks.count,
+            "fit_seconds": round(time.monotonic() - started, 3),
+            **run_metrics(device),
+        }
+        return _publish(context, store, source, run, previous, metrics)
+    except Cancelled:
+        report.stopped_at = run.state.step
+        raise
+
+
+def _refuse_evicted(store: Store, label: str) -> None:
+    """Raise if a task is evicted: only the current generator decodes its code, and it cannot be encoded again."""
+    rows = [row for row in store.tasks.summaries() if row.task.base_model == label]
+    evicted = [row.task.name for row in rows if row.final.is_evicted]
+    if evicted:
+        fact = f"a new generator would leave evicted tasks without a code: {some([repr(name) for name in evicted])}"
+        hint = "`icm train --update` only adds new tasks; or restore the originals with `icm ingest --restore PATH`"
+        raise DataError(fact, hint=hint)
+
+
+def _refuse_lost(store: Store, label: str, left_out: Mapping[str, str]) -> None:
+    """Raise if a task cannot be encoded again that has a code: its original may be damaged, and the code is not."""
+    rows = [row for row in store.tasks.summaries() if row.task.base_model == label and row.code is not None]
+    lost = [row.task.name for row in rows if row.task.name in left_out]
+    if lost:
+        fact = f"a new generator would leave {some([repr(name) for name in lost])} without a code: {left_out[lost[0]]}"
+        hint = "`icm train --update` only adds new tasks; or restore the originals with `icm ingest --restore PATH`"
+        raise DataError(fact, hint=hint)
+
+
+def _refuse_none(encodable: Sequence[object], left_out: Mapping[str, str]) -> None:
+    """Raise if there are tasks, and none of them can be encoded."""
+    if left_out and not encodable:
+        name, reason = next(iter(left_out.items()))
+        hint = "`icm rm TASK` removes a task; the originals did not change"
+        raise GeneratorError(f"no task could be encoded; {name!r}: {reason}", hint=hint)
+
+
+def _publish(
+    context: Context,
+    store: Store,
+    source: StoreAdapterSource,
+    run: TrainingRun,
+    previous: GeneratorRecord | None,
+    metrics: Mapping[str, object],
+) -> Trained:
+    """Write the generator, encode every task with the file as it is read back, and make both current."""
+    started = time.monotonic()
+    label, data = source.base_model, generator_to_bytes(run.state.net)
+    blob = store.blobs.put(data)
+    codec = Codec(generator_from_bytes(data))
+    codes, left_out, known_seeds = _encode_all(context, source, run, codec)
+    _refuse_none(codes, left_out)
+    seconds = round(time.monotonic() - started, 3)
+    metrics = {**metrics, "encode_seconds": seconds, "initial_a_known": known_seeds}
+    config = json.loads(run.state.net.config.to_json()) | {"train": asdict(run.state.config)}
+    before, parent = store.generators.current(label), None if previous is None else previous.id
+    record = store.generators.add(NewGenerator(label, blob, config, metrics, parent, codes, run.id))
+    recorded = {code.task: code.size for code in store.codes.all(record.id)}
+    left_out |= {code.adapter.task: REPLACED for code in codes if code.adapter.task not in recorded}
+    return Trained(
+        base_model=label,
+        version=record.version,
+        generator=blob,
+        generator_size=len(data),
+        tasks=len(recorded),
+        codes_size=sum(recorded.values()),
+        metrics=metrics,
+        start_dropped=before is not None and before.start is not None,
+        left_out=left_out,
+    )
+
+
+def _encode_all(
+    context: Context, source: StoreAdapterSource, run: TrainingRun, codec: Codec
+) -> tuple[list[NewCode], dict[str, str], int]:
+    """Encode every task and store the codes; those that this run made before it was stopped are taken as they are."""
+    generator, left_out = codec.generator.digest, dict(source.left_out)
+    made = run.codes(generator)
+    waiting, last = list[tuple[AdapterRecord, Encoded, bool]](), time.monotonic()
+    try:
+        for task, name in enumerate(source.names):
+            final = source.final(task)
+            if final.id not in made:
+                initial = source.initial(task)
+                try:
+                    code = codec.encode(source.load(task, None), source.mean_vectors(task), initial)
+                except FAILURES as error:  # such as an adapter of numbers too small to be divided
+                    left_out[name] = as_error(error).message
+                    continue
+                waiting.append((final, code, initial is not None))
+                context.on_event(CodeMade(name, len(code.data), code.squared_error))
+            context.progress(task + 1, source.tasks(), f"encoding {name}")
+            if time.monotonic() > last + _SAVED_AFTER:
+                made |= run.save_codes(generator, waiting)
+                waiting, last = [], time.monotonic()
+    finally:
+        made |= run.save_codes(generator, waiting)
+    pairs = [(final, made[final.id]) for final in map(source.final, range(source.tasks())) if final.id in made]
+    asked = Asked(tolerance=codec.config.tolerance)
+    codes = [NewCode(final, code.blob, 8.0 * code.size, code.squared_error, asked) for final, code in pairs]
+    return codes, left_out, sum(code.initial_is_known for _, code in pairs)

@@ -1,0 +1,179 @@
+"""Add new tasks to a trained generator; earlier tasks are neither read nor changed.
+
+    new tasks ──candidates──▶ the smallest ─┬─ same file: codes of the new tasks
+                                            └─ longer file: a new generator with the codes of all tasks, current
+
+Either way it is one transaction; until it commits, nothing has changed.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+
+from icmlora.errors import DataError
+from icmlora.fleet.context import Context, Event, reporting
+from icmlora.fleet.failures import BaseModelFailed, one_of_several
+from icmlora.fleet.resources.adapter_source import StoreAdapterSource
+from icmlora.fleet.train.candidates import Candidate, UpdateCandidates, UpdateRequest
+from icmlora.fleet.train.run import base_models_with_tasks, run_metrics, usable_source
+from icmlora.fleet.train.train import REPLACED, CodeMade
+from icmlora.generator.config import tolerance_of
+from icmlora.generator.versions import GeneratorFile
+from icmlora.io.devices import resolve_device
+from registry.records import Asked, GeneratorRecord, NewCode, NewGenerator
+
+if TYPE_CHECKING:
+    from registry.store import Store
+
+
+@dataclass(frozen=True)
+class Updated(Event):
+    """The new tasks of a base model have codes."""
+
+    base_model: str
+    version: int
+    generator: str
+    generator_size: int
+    epochs: int
+    added: Sequence[str]  # what was appended to it: `tuned` for a tuned decoder, `fresh` for a new network
+    tasks: Sequence[str]
+    codes_size: int
+    kept_size: int | None  # bytes of the codes that the networks of before make; None if they cover no new task
+    tuned_size: int | None  # bytes of the codes under the tuned decoder and of that decoder; None if none was tuned
+    metrics: dict[str, object]
+    left_out: Mapping[str, str]
+
+
+@dataclass
+class UpdateReport:
+    """What an update did; base models that are not listed did not change."""
+
+    updated: list[Updated] = field(default_factory=list)
+    failed: list[BaseModelFailed] = field(default_factory=list)
+
+    @property
+    def tasks(self) -> list[str]:
+        """All tasks that got a code."""
+        return [name for one in self.updated for name in one.tasks]
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """The smallest candidate, with the figures that `Updated` reports."""
+
+    candidate: Candidate
+    added: Sequence[str]
+    kept_size: int | None
+    tuned_size: int | None
+
+
+def update(context: Context, request: UpdateRequest) -> UpdateReport:
+    """Encode every task that has no code yet; the generator of its base model grows if that saves bytes."""
+    device = resolve_device(request.device)
+    report = UpdateReport()
+    with reporting(report), context.open() as store:
+        labels = base_models_with_tasks(store, request.base_model)
+        # Those without a generator first: that is told now, not after an hour of work for the others.
+        for label in sorted(labels, key=lambda label: store.generators.current(label) is not None):
+            with one_of_several(context, report, label, labels):
+                with store.job(label):
+                    updated, codes = _update_base(context, store, label, request, device)
+                report.updated.append(updated)
+                for code in codes:
+                    context.on_event(code)
+                context.on_event(updated)
+    return report
+
+
+def _current(store: Store, label: str) -> GeneratorRecord:
+    generator = store.generators.current(label)
+    if generator is None:
+        hint = f"`icm train --base-model {label}` trains the first one"
+        raise DataError(f"{label} has no generator to add tasks to", hint=hint)
+    return generator
+
+
+def _update_base(
+    context: Context, store: Store, label: str, request: UpdateRequest, device: torch.device
+) -> tuple[Updated, Sequence[CodeMade]]:
+    started = time.monotonic()
+    generator = _current(store, label)
+    data = store.blobs.read(generator.blob)
+    new = [row.task.name for row in store.tasks.summaries() if row.task.base_model == label and row.code is None]
+    source = usable_source(context, store, label, new)
+    tolerance = _tolerance(request, data)
+    candidates = UpdateCandidates(context, store, source, request, tolerance, device)
+    choice = _choose(candidates, data, source)
+    best = choice.candidate
+    metrics: dict[str, object] = {
+        "steps": candidates.steps,
+        "update_seconds": round(time.monotonic() - started, 3),
+        **run_metrics(device),
+    }
+    codes = _new_codes(store, source, best, tolerance)
+    file = GeneratorFile(best.data)
+    if best.data == data:
+        recorded = store.codes.add(generator.id, codes)
+    else:
+        config, blob = json.loads(file.configs[-1].to_json()), store.blobs.put(best.data)
+        grown = NewGenerator(label, blob, config, metrics, parent_id=generator.id, codes=codes)
+        generator = store.generators.extend(grown)
+        recorded = [code for code in store.codes.all(generator.id) if code.task in best.codes]
+    left_out = {name: reason for name, reason in candidates.left_out.items() if name not in best.codes}
+    left_out |= dict.fromkeys(sorted(set(best.codes) - {code.task for code in recorded}), REPLACED)
+    updated = Updated(
+        base_model=label,
+        version=generator.version,
+        generator=generator.blob,
+        generator_size=len(best.data),
+        epochs=len(file.digests),
+        added=choice.added,
+        tasks=[code.task for code in recorded],
+        codes_size=sum(code.size for code in recorded),
+        kept_size=choice.kept_size,
+        tuned_size=choice.tuned_size,
+        metrics=metrics,
+        left_out=left_out,
+    )
+    encoded = [(code.task, best.codes[code.task]) for code in recorded]
+    return updated, [CodeMade(name, len(code.data), code.squared_error) for name, code in encoded]
+
+
+def _tolerance(request: UpdateRequest, data: bytes) -> float:
+    """Return the largest error of new codes: as requested, or that of the generator's first training."""
+    if request.tolerance is not None:
+        return request.tolerance
+    return GeneratorFile(data).configs[0].tolerance if request.quality is None else tolerance_of(request.quality)
+
+
+def _choose(candidates: UpdateCandidates, data: bytes, source: StoreAdapterSource) -> _Choice:
+    """Take the candidate with the fewest bytes, and add a network for the tasks that it cannot encode."""
+    unchanged = candidates.unchanged(data)
+    best, added, kept_size, tuned_size = unchanged, list[str](), None, None
+    if unchanged.codes:
+        tuned = candidates.tuned(unchanged)
+        kept_size, tuned_size = unchanged.cost(data), tuned.cost(data)
+        if tuned_size < kept_size:
+            best, added = tuned, ["tuned"]
+    uncovered = [name for name in source.names if name not in unchanged.codes and name not in candidates.left_out]
+    if uncovered:
+        grown = candidates.with_new_network(best.data, uncovered)
+        best, added = Candidate(grown.data, {**best.codes, **grown.codes}), [*added, "fresh"]
+    return _Choice(best, added, kept_size, tuned_size)
+
+
+def _new_codes(store: Store, source: StoreAdapterSource, best: Candidate, tolerance: float) -> list[NewCode]:
+    """Store the files of codes, and return the rows that are to be recorded."""
+    adapters = {name: source.final(task) for task, name in enumerate(source.names)}
+    blobs = store.blobs.put_all([code.data for code in best.codes.values()])
+    asked = Asked(tolerance=tolerance)
+    return [
+        NewCode(adapters[name], blob, 8.0 * len(code.data), code.squared_error, asked)
+        for (name, code), blob in zip(best.codes.items(), blobs, strict=True)
+    ]

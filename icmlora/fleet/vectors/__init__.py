@@ -1,0 +1,1 @@
+"""Task vectors and whose they are: `icm vectors`, `icm recognize`."""

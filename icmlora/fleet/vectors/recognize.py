@@ -1,0 +1,174 @@
+"""Recognise the task of some samples: which known task they belong to, or none of them.
+
+samples ──base model──▶ context vectors ──▶ a probability for each task of the store, or of a bundle
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from icmlora.base_models.catalogue import check_examples
+from icmlora.base_models.examples.examples import examples_for
+from icmlora.base_models.examples.media_archive import read_examples
+from icmlora.errors import DataError, NotRecognized
+from icmlora.fleet.context import Context, has_loaders
+from icmlora.fleet.resources.loading import load_base, open_base
+from icmlora.fleet.resources.stored_vectors import (
+    NO_VECTORS,
+    LeftOut,
+    comparable_vectors,
+    comparison_key,
+    tasks_of_one_base,
+)
+from icmlora.fleet.vectors.vectors import SAMPLES_READ, VECTOR_DTYPE
+from icmlora.io.devices import resolve_device
+from icmlora.task_vectors.extraction import extract_context
+from icmlora.task_vectors.recognition import Candidate, Recognition, Recognizer, TooFewVectors
+from registry.names import LOAD_IN
+
+if TYPE_CHECKING:
+    from icmlora.base_models.modality import BaseModel
+    from icmlora.bundle.file import BundleFile
+
+
+@dataclass(frozen=True)
+class RecognizeRequest:
+    """What to recognise."""
+
+    samples: Path
+    base_model: str | None = None  # with a bundle: where the base model is
+    device: str = "auto"
+    loader: str | None = None  # with a bundle: MODULE:FUNCTION of what loads it, where transformers does not
+
+
+@dataclass(frozen=True)
+class RecognizeReport:
+    """Which known task some samples belong to.
+
+    Attributes:
+        base_model: The base model that read them.
+        samples: How many were read.
+        candidates: The known tasks with their probabilities, the most probable first.
+        new: Probability that the samples belong to none of them; with those of the candidates, all sums to 1.
+        left_out: Tasks that cannot be compared, and why.
+    """
+
+    base_model: str
+    samples: int
+    candidates: tuple[Candidate, ...]
+    new: float
+    left_out: tuple[LeftOut, ...] = ()
+
+    @property
+    def task(self) -> str | None:
+        """The recognised task; None if "none of them" is more probable than any."""
+        return Recognition(self.candidates, self.new).task
+
+    def known_task(self) -> str:
+        """Return the recognised task.
+
+        Raises:
+            NotRecognized: The samples belong to none of the known tasks.
+        """
+        task = self.task
+        if task is None:
+            near = self.candidates[0]
+            fact = f"the samples belong to none of the known tasks (probability {self.new:.2f})"
+            nearest = f"the most probable one is {near.task!r} ({near.probability:.2f})"
+            raise NotRecognized(f"{fact}; {nearest}", hint="`icm generate NAME` makes an adapter for a new task")
+        return task
+
+
+def recognize(context: Context, request: RecognizeRequest) -> RecognizeReport:
+    """Recognise the task of some samples among those of a store."""
+    device = resolve_device(request.device)
+    with context.open() as store:
+        data = _read(request.samples, any_row=has_loaders(store))
+        base_model, tasks = tasks_of_one_base(store, request.base_model)
+        known = comparable_vectors(store, tasks, "context")
+        recognizer = _recognizer(known.vectors)  # before a model is loaded
+        context.progress(0, None, f"loading {base_model}")
+        base = open_base(store, base_model, device, VECTOR_DTYPE, cache=context.cache)
+        context.progress(0, None, "reading the samples")
+        count, found = _recognized(base, data, request.samples, recognizer, known.extractor)
+    return RecognizeReport(base_model, count, found.candidates, found.new, known.left_out)
+
+
+def recognize_in_bundle(bundle: BundleFile, request: RecognizeRequest, cache: Path) -> RecognizeReport:
+    """Recognise the task of some samples among those of a bundle."""
+    from icmlora.base_models.finding.lookup import find_base_model
+
+    device, index, loader = resolve_device(request.device), bundle.index, request.loader
+    data = _read(request.samples, any_row=loader is not None)
+    vectors, left_out, extractor = bundled_vectors(bundle)
+    recognizer = _recognizer(vectors)
+    aliases = {} if request.base_model is None else {index.base_model: request.base_model}
+    located = find_base_model(index.base_model, aliases=aliases, loader=loader)
+    made_in = None if extractor is None else json.loads(extractor).get("dtype")
+    located = replace(located, load_in=made_in if made_in in LOAD_IN else None)  # what is compared has to be alike
+    base = load_base(located, device, VECTOR_DTYPE, cache=cache)
+    count, found = _recognized(base, data, request.samples, recognizer, extractor)
+    return RecognizeReport(index.base_model, count, found.candidates, found.new, left_out)
+
+
+def bundled_vectors(
+    bundle: BundleFile,
+) -> tuple[dict[str, NDArray[np.float32]], tuple[LeftOut, ...], str | None]:
+    """Read the context vectors of a bundle that one extractor made; the other tasks are left out."""
+    from collections import Counter
+
+    from icmlora.task_vectors.file import arrays_from_bytes
+
+    made_by: dict[str, str] = {}
+    for task in bundle.index.tasks:
+        for extractor in task.vectors.extractors if task.vectors is not None else ():
+            if extractor.get("view") == "context":
+                made_by[task.name] = comparison_key(extractor)
+    if not made_by:
+        return {}, tuple(LeftOut(task.name, "no vectors") for task in bundle.index.tasks), None
+    chosen = Counter(made_by.values()).most_common(1)[0][0]
+    vectors = {
+        task.name: arrays_from_bytes(bundle.read(task.vectors.part))["context"]
+        for task in bundle.index.tasks
+        if task.vectors is not None and made_by.get(task.name) == chosen
+    }
+    others = [task.name for task in bundle.index.tasks if task.name not in vectors]
+    return vectors, tuple(LeftOut(name, "no comparable vectors") for name in others), chosen
+
+
+def _read(path: Path, *, any_row: bool = False) -> bytes:
+    """Read the samples; a wrong file is told before a model is loaded."""
+    data = read_examples(path)
+    check_examples(data, path=path, any_row=any_row)
+    return data
+
+
+def _recognizer(known: Mapping[str, NDArray[np.float32]]) -> Recognizer:
+    try:
+        return Recognizer(known)
+    except TooFewVectors as error:
+        fact = f"recognition needs the context vectors of {error}; {len(known)} can be compared"
+        raise DataError(fact, hint=f"a support set is made from 8 samples; {NO_VECTORS}") from None
+
+
+def _recognized(
+    base: BaseModel, data: bytes, path: Path, recognizer: Recognizer, extractor: str | None
+) -> tuple[int, Recognition]:
+    """Read samples with the base model, and return how many there were and what was recognised."""
+    examples = examples_for(base, data, path=path, most=SAMPLES_READ)
+    vectors = extract_context(base, examples.items, template=examples.template)
+    if comparison_key(json.loads(vectors[0].extractor.to_json())) != extractor:
+        hint = "`icm vectors --again` makes them again with the present one"
+        made_in = None if extractor is None else json.loads(extractor).get("dtype")
+        if made_in != base.dtype:
+            fact = f"the stored vectors were made with the base model in {made_in}, which is loaded in {base.dtype}"
+            raise DataError(fact, hint=hint)
+        raise DataError("the stored vectors were made with another copy of the base model", hint=hint)
+    return len(examples), recognizer.recognize(np.stack([vector.values.numpy() for vector in vectors]))

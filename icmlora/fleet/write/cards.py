@@ -1,0 +1,197 @@
+"""Model cards (README.md) of the adapters that icm writes; the same facts give the same bytes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import yaml
+
+from icmlora.fleet.measure.precision import measured_in
+from icmlora.io.text import counted, escape
+from registry.names import split_label
+from registry.records import Claim, WithRelativeError
+
+_CARD = """\
+---
+{front}---
+
+# {task}
+
+A LoRA adapter for `{base}`, written by icm {how}.
+{untrained}
+| | |
+|---|---|
+| rung | {rung} |
+| generator | version {version}, sha256 `{generator}` |
+| relative error | {error} |
+| retained gain | {gain} |
+
+With dW and dW' for what the original and this adapter add to the weights, the relative error is ||dW' - dW|| / ||dW||,
+Frobenius norms over all modules. Retained gain is (loss of the base model - loss of this adapter) /
+(loss of the base model - loss of the original) on held-out text.
+"""
+
+_ORIGINAL_CARD = """\
+---
+{front}---
+
+# {task}
+
+The original LoRA adapter for `{base}`, byte for byte as it was given to icm.
+
+| | |
+|---|---|
+| rung | original |
+| weights | sha256 `{weights}` |
+"""
+
+_UNTRAINED = """
+No adapter was trained for this task: the original was itself generated from samples of the task. So the error below
+compares this adapter with a generated one, not with a trained one: measure it on text of your own.
+"""
+
+_HOW = {
+    "residual": "from the task's stored code and its residual",
+    "code": "from the task's stored code",
+    "network": "from the task's vectors alone; it is a prediction, not a copy of the original adapter",
+}
+
+
+class NamedGenerator(Protocol):
+    """What a card says about a generator, from a store or from a bundle."""
+
+    @property
+    def blob(self) -> str:
+        """SHA-256 of its file."""
+
+    @property
+    def version(self) -> int:
+        """Its number among the generators of its base model, from 1."""
+
+
+@dataclass(frozen=True)
+class Provenance(WithRelativeError):
+    """Where a decoded adapter comes from."""
+
+    task: str
+    base_model: str
+    source: Literal["residual", "code", "generate", "network"]
+    generator: NamedGenerator
+    squared_error: float | None  # None if it was not measured
+    retained_gain: float | None  # as `icm eval` measured it
+    seed: int | None
+    is_generated: bool
+    recognized: str | None = None  # the task whose code the task's vectors brought back
+    precision: str | None = None  # of the base model that the gain was measured on
+    claim: Claim | None = None  # of the bundle that its code came in, which nobody here has measured
+
+    @property
+    def how(self) -> str:
+        """Say how it was made."""
+        if self.source != "generate":
+            return _HOW[self.source]
+        if self.recognized is None:
+            return _HOW["network"]
+        return f"from the stored code of {self.recognized}, the known task that the task's vectors bring back"
+
+    def metadata(self) -> dict[str, str]:
+        """Return the fields for the header of the tensor file."""
+        fields = {"icm_task": self.task, "icm_rung": self.source, "icm_generator": self.generator.blob}
+        return fields if self.seed is None else fields | {"icm_seed": str(self.seed)}
+
+
+def card_text(provenance: Provenance) -> str:
+    """Return the card of a decoded adapter."""
+    sampled = "" if provenance.seed is None else f" (sampled with seed {provenance.seed})"
+    untrained = _UNTRAINED if provenance.is_generated else ""
+    claim = provenance.claim
+    return _CARD.format(
+        front=front_matter(provenance.base_model),
+        task=provenance.task,
+        base=quoted(provenance.base_model),
+        how=provenance.how + sampled,
+        untrained=untrained,
+        rung=provenance.source,
+        version=provenance.generator.version,
+        generator=provenance.generator.blob,
+        error=_figure(provenance.relative_error, None if claim is None else claim.relative_error),
+        gain=_figure(provenance.retained_gain, None if claim is None else claim.retained_gain)
+        + measured_in([provenance.precision if claim is None else claim.precision]),
+    )
+
+
+def original_card(task: str, base_model: str, weights: str) -> str:
+    """Return the card of an original that came without one; `weights` is the digest of its tensor file."""
+    return _ORIGINAL_CARD.format(front=front_matter(base_model), task=task, base=quoted(base_model), weights=weights)
+
+
+def front_matter(base_model: str) -> str:
+    """Return the YAML header that the Hugging Face Hub reads."""
+    base_model, _ = split_label(base_model)
+    fields = {
+        "base_model": base_model,
+        "library_name": "peft",
+        "tags": ["lora", "icm", f"base_model:adapter:{base_model}"],
+    }
+    # The label is untrusted, so the YAML library does the quoting.
+    return yaml.safe_dump(fields, sort_keys=True, allow_unicode=True)
+
+
+def quoted(label: str) -> str:
+    """Make an untrusted label fit between two backticks on one line."""
+    return escape(label).replace("`", "'")
+
+
+def _figure(value: float | None, claimed: float | None) -> str:
+    if value is None and claimed is not None:
+        return f"{claimed:.4f}, claimed by the bundle that the code came in"
+    return "not measured" if value is None else f"{value:.4f}"
+
+
+_GENERATED_CARD = """\
+---
+{front}---
+
+# {task}
+
+A LoRA adapter for `{base}`, generated by icm from {counted} of the task. No adapter was trained for this task,
+so its quality is not known: measure it on text of your own before you rely on it.
+{description}
+| | |
+|---|---|
+| samples read | {samples} |
+| gradient steps after generating | {refined} |
+| generator | version {version}, sha256 `{generator}` |
+"""
+
+
+@dataclass(frozen=True)
+class GeneratedCard:
+    """The card of an adapter that `icm generate` made for a task that nobody trained an adapter for."""
+
+    task: str
+    base_model: str
+    generator: NamedGenerator
+    samples: int
+    refined: int
+    description: str | None  # what the user said about the task
+
+    def text(self) -> str:
+        """Return the text of the card."""
+        described = "" if self.description is None else f"\nDescription by the user: {escape(self.description)}\n"
+        return _GENERATED_CARD.format(
+            front=front_matter(self.base_model),
+            task=self.task,
+            base=quoted(self.base_model),
+            samples=self.samples,
+            counted=counted(self.samples, "sample"),
+            description=described,
+            refined=self.refined,
+            version=self.generator.version,
+            generator=self.generator.blob,
+        )
+
+    def metadata(self) -> dict[str, str]:
+        """Return the fields for the header of the tensor file."""
+        return {"icm_task": self.task, "icm_rung": "generated", "icm_generator": self.generator.blob}

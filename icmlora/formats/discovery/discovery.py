@@ -1,0 +1,502 @@
+"""Find adapters under the folders a user gives, and make tasks of them.
+
+    loras/shakespeare/                       the task "shakespeare"
+        adapter_config.json ...              its final adapter
+        checkpoint-80/  checkpoint-100/      its checkpoints, steps 80 and 100
+        samples.jsonl  eval.jsonl            its texts
+
+A run without an adapter outside its checkpoints has as final adapter the checkpoint that the trainer noted as best, or
+else the last one. An adapter in a folder such as `shakespeare/final` belongs to the run `shakespeare`; where a run has
+several (`best` and `last`), each is a task. A run with a placeholder in place of its final adapter is passed over:
+no checkpoint is taken for the final one. `task_names.py` and `naming.py` say what tasks are called. Only a trainer's
+notes, small files and the first bytes of files are opened here. Never imports torch.
+"""
+
+from __future__ import annotations
+
+import os
+import unicodedata
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from icmlora.errors import AdapterRefused
+from icmlora.formats import catalogue
+from icmlora.formats.discovery.initial_weights import with_initial_weights
+from icmlora.formats.discovery.naming import NameTemplate, choose_names
+from icmlora.formats.discovery.placeholder import (
+    PLACEHOLDER_NAME,
+    FoundPlaceholder,
+    Placeholder,
+    find_placeholders,
+    is_placeholder,
+)
+from icmlora.formats.discovery.task_names import (
+    EVAL_NAMES,
+    IMAGES,
+    SAMPLES_NAMES,
+    STATE_NAME,
+    best_step,
+    name_chain,
+    names_above,
+    run_folder,
+    telling_folder,
+)
+from icmlora.formats.discovery.tree import Folder, walk
+from icmlora.formats.discovery.unsupported import APPLE_DOUBLE, PICKLES, described, foreign_adapters, is_passed_over
+from icmlora.formats.format import AdapterFormat, AdapterPaths
+from icmlora.formats.peft.peft import CONFIG_NAME, WEIGHTS_NAME
+from icmlora.io.files import open_regular, read_exactly, read_regular
+from registry.names import natural_key, task_name_problem
+
+if TYPE_CHECKING:
+    from registry.records import TaskOrigin
+
+_NOTES = (*SAMPLES_NAMES, *EVAL_NAMES, STATE_NAME)
+_CONFIG_LIMIT = 1 << 20
+_BLOCK = 1 << 20
+_LOGS = frozenset({"wandb", "mlruns", "lightning_logs", "tensorboard", "tb_logs", "swanlog"})
+"""Folders in which trackers of experiments keep copies of configurations."""
+_TELLING = frozenset({".safetensors", ".zip"})
+"""Endings of files that are worth a word where nothing else was found."""
+
+
+@dataclass(frozen=True)
+class FoundAdapter:
+    """One adapter on disk; the paths lead to regular files."""
+
+    format: AdapterFormat
+    place: Path  # its folder, or for a single file the file without its suffix
+    weights: Path  # the file with its tensors
+    config: Path | None  # the file with its configuration; None for a format without one
+    card: Path | None
+    step: int | None  # the training step of a checkpoint, or None for an adapter that is not a checkpoint
+    is_final: bool  # whether this is *the* adapter of its task; true for exactly one
+    companions: Mapping[str, Path] = field(default_factory=dict)  # other files that belong to it, by name
+    pickle: str | None = None  # the name of the weights where they are, or were, a pickle
+    initial: Path | None = (
+        None  # the file with the weights that it began with (icmlora/formats/discovery/initial_weights.py)
+    )
+
+
+@dataclass(frozen=True)
+class FoundTask:
+    """A task: its final adapter, its checkpoints, and its texts."""
+
+    name: str  # a valid task name, or empty as long as it has none
+    folder: Path  # the folder that it is named after
+    adapters: tuple[FoundAdapter, ...]  # in order of steps; an adapter that is not a checkpoint comes last
+    samples: Path | None  # `samples.jsonl`, or the same as JSON or Parquet
+    eval_data: Path | None  # `eval.jsonl`, likewise
+    part: str | None = None  # what tells it from another task of this folder, as `last` from `best`
+    root: Path = field(default=Path(), compare=False)  # the folder given, in which it was found
+    not_kept: tuple[Path, ...] = ()  # files next to its adapters that belong to neither an adapter nor a trainer
+
+    @property
+    def final(self) -> FoundAdapter:
+        """The adapter that stands for the task."""
+        return next(adapter for adapter in self.adapters if adapter.is_final)
+
+    @property
+    def places(self) -> tuple[Path, ...]:
+        """The places of its adapters, that of the final one first."""
+        return (self.final.place, *(adapter.place for adapter in self.adapters if not adapter.is_final))
+
+    @property
+    def files(self) -> tuple[Path, Path | None]:
+        """The weights and the configuration of its final adapter."""
+        return self.final.weights, self.final.config
+
+    def is_called_like_its_folder(self, name: str) -> bool:
+        """Say whether a reader would expect this name."""
+        expected = name_chain(self.folder, self.part)[0]
+        # A space cannot be part of a name; everybody expects another character in its place.
+        own = unicodedata.normalize("NFC", names_above(self.folder)[0]).replace(" ", "-")
+        return name.lower() == expected.lower() and task_name_problem(own) is None
+
+
+@dataclass(frozen=True)
+class Discovery:
+    """What is under the folders given: tasks in natural order of names, refusals in order of paths."""
+
+    tasks: tuple[FoundTask, ...]
+    refused: tuple[AdapterRefused, ...]
+    stand_ins: tuple[StandIn, ...] = ()  # in order of paths
+
+
+@dataclass(frozen=True)
+class StandIn:
+    """A placeholder that was met, and how many adapters of its run are passed over because of it."""
+
+    path: Path
+    placeholder: Placeholder
+    passed_over: int
+
+
+@dataclass(frozen=True)
+class _Located:
+    """The paths of one adapter and the format that found them."""
+
+    format: AdapterFormat
+    paths: AdapterPaths
+    pickle: str | None = None
+
+
+@dataclass
+class _Run:
+    """What was met of one task so far; the keys are steps, None for what is not in a checkpoint."""
+
+    root: Path = field(default_factory=Path)
+    adapters: dict[int | None, _Located] = field(default_factory=dict)
+    notes: dict[str, dict[int | None, Path]] = field(default_factory=dict)
+    not_kept: list[Path] = field(default_factory=list)
+    part: str | None = None
+    placeholders: dict[Path, FoundPlaceholder] = field(default_factory=dict)  # by path
+
+    @property
+    def is_away(self) -> bool:
+        """Whether it has no final adapter, but a placeholder in its place."""
+        return None not in self.adapters and any(found.may_be_final for found in self.placeholders.values())
+
+    def note(self, name: str) -> Path | None:
+        """Return a file next to the adapters: the run's own, else the one in its last checkpoint that has it."""
+        places = self.notes.get(name, {})
+        return places[max(places, key=_order)] if places else None
+
+    def joined(self, inner: _Run) -> _Run:
+        """Add what a folder in this run has; where both have a note of one kind, the inner folder's counts."""
+        notes = {name: self.notes.get(name, {}) | inner.notes.get(name, {}) for name in self.notes | inner.notes}
+        not_kept = [*self.not_kept, *inner.not_kept]
+        placeholders = self.placeholders | inner.placeholders
+        return _Run(inner.root, self.adapters | inner.adapters, notes, not_kept, placeholders=placeholders)
+
+    def stand_ins(self) -> Iterator[StandIn]:
+        """Yield its placeholders that can be read; what is passed over counts with the first that may be final."""
+        left = len(self.adapters) if self.is_away else 0
+        for path, found in self.placeholders.items():
+            if isinstance(found.content, Placeholder):
+                yield StandIn(path, found.content, left if found.may_be_final else 0)
+                left = 0 if found.may_be_final else left
+
+
+def find_adapters(paths: Sequence[Path], *, name: str | None = None, texts: bool = True) -> Discovery:
+    """Find every adapter under some folders: the tasks, and what looks like an adapter but is not taken."""
+    found = find_tasks(paths, texts=texts)
+    return replace(found, tasks=name_tasks(found.tasks, name=name))
+
+
+def find_tasks(
+    paths: Sequence[Path], *, texts: bool = True, read_bin: bool = False, initial: Path | None = None
+) -> Discovery:
+    """Find the same; the tasks have no names yet.
+
+    Args:
+        paths: Folders, or single files of formats that have those.
+        texts: Also find samples and held-out texts.
+        read_bin: Weights may be a pickle.
+        initial: A folder with the weights that adapters began with; by default these are looked for.
+    """
+    # Not taken are formats that are not read, and links out of the tree.
+    refused: list[AdapterRefused] = []
+    runs: defaultdict[Path, _Run] = defaultdict(_Run)
+    watched = {PLACEHOLDER_NAME, *_NOTES} if texts else {PLACEHOLDER_NAME, STATE_NAME}
+    watched = watched.union(*(known.watched for known in catalogue.formats()), PICKLES if read_bin else ())
+    for path in paths:
+        root = Path(os.path.realpath(path))
+        if root.is_dir():
+            for folder in walk(root, watched, refused.append):
+                _collect(with_pickle(folder) if read_bin else folder, root, runs, refused)
+        elif not _collect_file(root, runs):
+            refused.append(_not_found(path, root))
+    gathered = _gathered(runs)
+    tasks = [_task(folder, run) for folder, run in gathered if run.adapters and not run.is_away]
+    if not texts:
+        tasks = [replace(task, samples=None, eval_data=None) for task in tasks]
+    tasks = with_initial_weights(tasks, initial)
+    stand_ins = sorted((item for _, run in gathered for item in run.stand_ins()), key=lambda item: item.path)
+    return Discovery(tuple(tasks), tuple(_unique(refused)), tuple(stand_ins))
+
+
+def _not_found(path: Path, root: Path) -> AdapterRefused:
+    if root.is_file():
+        return described(root)
+    fact = "is neither a folder nor a file" if root.exists() else "does not exist"
+    return AdapterRefused(fact, kind="not-a-folder", path=path, hint="give a folder with adapters, or a file")
+
+
+def no_adapter(paths: Sequence[Path]) -> AdapterRefused:
+    """Say that there is no adapter under some folders, and what is there instead."""
+    folders = (folder for path in paths for folder in walk(path, (), lambda refusal: None))
+    files = (file for folder in folders for file in folder.files.values())
+    first = next((file for file in files if file.suffix.lower() in _TELLING), None)
+    if first is None:
+        hint = "an adapter is a folder with adapter_config.json and adapter_model.safetensors, or one file"
+        where = ", ".join(map(str, paths))
+        return AdapterRefused("no adapter was found", kind="nothing-found", path=where or None, hint=hint)
+    found = described(first)
+    return type(found)(f"no adapter was found; this is {found.message}", kind=found.kind, path=first, hint=found.hint)
+
+
+def name_tasks(
+    tasks: Sequence[FoundTask],
+    *,
+    name: str | None = None,
+    known: Sequence[TaskOrigin] = (),
+    pattern: NameTemplate | None = None,
+    same_name_is_same_task: bool = False,
+) -> tuple[FoundTask, ...]:
+    """Return the tasks with their names, in natural order of these; see `naming.choose_names`."""
+    if name is not None:
+        names = [_given_name(tasks, name)]
+    else:
+        names = choose_names(tasks, known, pattern=pattern, same_name_is_same_task=same_name_is_same_task)
+    named = [replace(task, name=chosen) for task, chosen in zip(tasks, names, strict=True)]
+    return tuple(sorted(named, key=lambda task: natural_key(task.name)))
+
+
+def _collect(folder: Folder, root: Path, runs: defaultdict[Path, _Run], refused: list[AdapterRefused]) -> None:
+    # The folder given may be a checkpoint itself, so its own name takes part.
+    levels = 1 + len(folder.path.relative_to(root).parts)
+    found = [_Located(known, paths, folder.pickle) for known in catalogue.formats() for paths in known.find(folder)]
+    for located in found:
+        _add(located, levels, root, runs)
+    away = _collect_placeholders(folder, {located.paths.place for located in found}, levels, root, runs, refused)
+    kept = {path for located in found for path in _files_of(located.paths)}
+    # Next to an adapter that is a folder, the same adapter as a pickle or in shards is not worth a refusal.
+    if not away and all(located.paths.place != folder.path for located in found):
+        of_no_format = foreign_adapters({name: path for name, path in folder.files.items() if path not in kept})
+        refused.extend(of_no_format)
+        if not found and not of_no_format and _LOGS.isdisjoint(folder.path.relative_to(root).parts):
+            refused.extend(error for known in catalogue.formats() for error in known.refuse(folder))
+    home, step = run_folder(folder.path, levels)
+    for name in _NOTES:
+        if name in folder.files:
+            runs[home].notes.setdefault(name, {}).setdefault(step, folder.files[name])
+    if found:
+        kept.update(folder.files[name] for name in _NOTES if name in folder.files)
+        others = [folder.path / name for name, path in folder.files.items() if path not in kept]
+        owner = runs[home] if runs[home].adapters else runs[_run_of(found[0].paths, levels)[0]]
+        met = set(owner.not_kept)
+        owner.not_kept.extend(path for path in others if path not in met and not _is_passed_over(path.name))
+
+
+def _add(located: _Located, levels: int, root: Path, runs: defaultdict[Path, _Run]) -> None:
+    paths = located.paths
+    home, step = _run_of(paths, levels)
+    run = runs[home]
+    run.root = root
+    first = run.adapters.setdefault(step, located)
+    if first.paths != paths and not _is_copy(first, located):
+        # `checkpoint-5` next to `epoch_5`, or `checkpoint-05`.
+        apart = runs[paths.place]
+        apart.root, apart.part = root, paths.place.name
+        apart.adapters[step] = located
+
+
+def _run_of(paths: AdapterPaths, levels: int) -> tuple[Path, int | None]:
+    return run_folder(paths.place, levels) if paths.run is None else (paths.run, paths.step)
+
+
+def _is_passed_over(name: str) -> bool:
+    return is_placeholder(name) or is_passed_over(name)
+
+
+def _collect_placeholders(
+    folder: Folder,
+    adapters: Collection[Path],
+    levels: int,
+    root: Path,
+    runs: defaultdict[Path, _Run],
+    refused: list[AdapterRefused],
+) -> bool:
+    """Collect the placeholders of a folder, and say whether there are any; one next to its own adapter is of no use."""
+    away = [found for found in find_placeholders(folder) if found.place not in adapters]
+    for found in away:
+        run = runs[run_folder(found.place, levels)[0]]
+        run.root, run.placeholders[found.path] = root, found
+        if isinstance(found.content, AdapterRefused):
+            refused.append(found.content)
+    return bool(away)
+
+
+def with_pickle(folder: Folder) -> Folder:
+    """List a pickle as the weights of a folder that has a configuration and no other weights."""
+    pickle = next((name for name in PICKLES if name in folder.files), None)
+    if pickle is None or WEIGHTS_NAME in folder.files or CONFIG_NAME not in folder.files:
+        return folder
+    return Folder(folder.path, {**folder.files, WEIGHTS_NAME: folder.files[pickle]}, pickle)
+
+
+def _files_of(paths: AdapterPaths) -> list[Path]:
+    own = (paths.weights, paths.config, paths.card)
+    return [*(path for path in own if path is not None), *paths.companions.values()]
+
+
+def _collect_file(file: Path, runs: defaultdict[Path, _Run]) -> bool:
+    """Take an adapter that is a single file and was given by its own path; False if no format knows it."""
+    if not file.is_file() or file.name.startswith(APPLE_DOUBLE):
+        return False
+    folder = Folder(file.parent, {file.name: file})
+    for known in catalogue.formats():
+        for paths in known.find(folder):
+            runs[paths.place].adapters[None] = _Located(known, paths)
+            return True
+    return False
+
+
+def _gathered(runs: Mapping[Path, _Run]) -> list[tuple[Path, _Run]]:
+    """Return the runs that have adapters or placeholders, each with the folder that its task is named after."""
+    # So `rust/final` and `rust/output/checkpoint-5` join the run `rust`. What cannot be one run stays a task by itself.
+    places: defaultdict[Path, list[Path]] = defaultdict(list)
+    found = {folder: run for folder, run in runs.items() if run.adapters or run.placeholders}
+    for folder, run in sorted(found.items()):
+        places[telling_folder(folder.parent if run.part is not None else folder)].append(folder)
+    gathered: list[tuple[Path, _Run]] = []
+    for home, folders in places.items():
+        outer = runs.get(home, _Run())
+        main = replace(outer, adapters={}, not_kept=[], placeholders={})
+        for folder in sorted(folders, key=lambda folder: _rank(folder, home)):
+            run = _without_copies(found[folder], main)
+            if not _fit(main, run):
+                part = run.part or "-".join(folder.relative_to(home).parts)
+                notes = _Run(notes=outer.notes).joined(run).notes
+                gathered.append((home, replace(run, notes=notes, part=part)))
+            elif run.adapters or run.placeholders:
+                main = main.joined(run)
+        gathered.append((home, main))
+    return gathered
+
+
+def _rank(folder: Path, home: Path) -> tuple[int, str]:
+    """Order the folders of one run: the first that has an adapter outside its checkpoints has the final one."""
+    if folder == home:
+        return 0, ""
+    words = set(folder.name.lower().replace("-", "_").split("_"))
+    if words & {"best", "final"}:
+        return (1 if "best" in words else 2), str(folder)
+    return (4 if words & {"last", "latest"} else 3), str(folder)
+
+
+def _without_copies(run: _Run, other: _Run) -> _Run:
+    """Drop adapters that the other run has byte for byte: trainers save the last one twice."""
+    adapters = {
+        step: located
+        for step, located in run.adapters.items()
+        if step not in other.adapters or not _is_copy(other.adapters[step], located)
+    }
+    return replace(run, adapters=adapters)
+
+
+def _fit(run: _Run, other: _Run) -> bool:
+    """Say whether two folders can be one run: no step twice, and one base model."""
+    if run.adapters.keys() & other.adapters.keys():
+        return False
+    if not run.adapters or not other.adapters:
+        return True
+    first, second = (_base_of(next(iter(some.adapters.values()))) for some in (run, other))
+    return first is None or second is None or first == second
+
+
+def _base_of(located: _Located) -> str | None:
+    if located.paths.config is None:
+        return None
+    try:
+        return located.format.read_config(read_regular(located.paths.config, max_bytes=_CONFIG_LIMIT)).base_model
+    except AdapterRefused:
+        return None
+
+
+def _is_copy(first: _Located, second: _Located) -> bool:
+    pairs = [(first.paths.weights, second.paths.weights), (first.paths.config, second.paths.config)]
+    return all(
+        one == other or (one is not None and other is not None and _same_bytes(one, other)) for one, other in pairs
+    )
+
+
+def _same_bytes(one: Path, other: Path) -> bool:
+    try:
+        with (
+            open_regular(one, max_bytes=2**62) as (first, size),
+            open_regular(other, max_bytes=2**62) as (second, other_size),
+        ):
+            if size != other_size:
+                return False
+            return all(
+                read_exactly(first, min(_BLOCK, size - start), start)
+                == read_exactly(second, min(_BLOCK, size - start), start)
+                for start in range(0, size, _BLOCK)
+            )
+    except AdapterRefused:
+        return False
+
+
+def _given_name(tasks: Sequence[FoundTask], name: str) -> str:
+    name = unicodedata.normalize("NFC", name)
+    problem = task_name_problem(name)
+    if problem is not None:
+        raise AdapterRefused(f"--name cannot name a task: {problem}", kind="name")
+    if len(tasks) != 1:
+        hint = "give --name with the folder of one task, or --name-from"
+        raise AdapterRefused(f"--name names one task, but {len(tasks)} were found", kind="name", hint=hint)
+    return name
+
+
+def _task(folder: Path, run: _Run) -> FoundTask:
+    final = _final_step(run)
+    steps = sorted(run.adapters, key=_order)
+    return FoundTask(
+        name="",
+        folder=folder,
+        adapters=tuple(_adapter(run.adapters[step], step, is_final=step == final) for step in steps),
+        samples=_text(folder, run, SAMPLES_NAMES),
+        eval_data=_text(folder, run, EVAL_NAMES),
+        part=run.part,
+        root=run.root,
+        not_kept=tuple(sorted(run.not_kept)),
+    )
+
+
+def _text(folder: Path, run: _Run, names: Sequence[str]) -> Path | None:
+    found = (run.note(name) or _next_to(folder, name) for name in names)
+    return next((path for path in found if path is not None), _images(folder / names[0].partition(".")[0]))
+
+
+def _images(folder: Path) -> Path | None:
+    """Return a folder of examples in the `imagefolder` convention, if this is one."""
+    if not folder.is_dir() or folder.is_symlink():
+        return None
+    is_one = (folder / "metadata.jsonl").is_file() or any(path.suffix.lower() in IMAGES for path in folder.glob("*/*"))
+    return folder if is_one else None
+
+
+def _final_step(run: _Run) -> int | None:
+    if None in run.adapters:
+        return None
+    state = run.note(STATE_NAME)
+    best = best_step(state) if state is not None else None
+    return best if best in run.adapters else max(run.adapters, key=_order)
+
+
+def _order(step: int | None) -> tuple[bool, int]:
+    """Order steps; an adapter outside a checkpoint comes last, because it was saved when training was over."""
+    return (step is None, step or 0)
+
+
+def _adapter(located: _Located, step: int | None, *, is_final: bool) -> FoundAdapter:
+    paths = located.paths
+    files = paths.place, paths.weights, paths.config, paths.card
+    return FoundAdapter(located.format, *files, step, is_final, paths.companions, located.pickle)
+
+
+def _next_to(folder: Path, name: str) -> Path | None:
+    """Find a text in the run's folder, for the case that only a checkpoint of the run was given."""
+    path = folder / name
+    return path if path.is_file() and not path.is_symlink() else None
+
+
+def _unique(refused: list[AdapterRefused]) -> list[AdapterRefused]:
+    """Drop duplicates, which come from overlapping paths."""
+    met = {(error.path, error.kind): error for error in refused}
+    return sorted(met.values(), key=lambda error: (error.path or "", error.kind))

@@ -1,0 +1,92 @@
+"""Read and write one adapter folder, whatever its format."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from icmlora.errors import AdapterRefused, located
+from icmlora.formats.catalogue import format_named, formats
+from icmlora.formats.discovery.placeholder import PLACEHOLDER_NAME
+from icmlora.formats.discovery.tree import Folder
+from icmlora.formats.format import AdapterPaths, write_adapter_files
+from icmlora.formats.peft.config import MAX_CONFIG_BYTES
+from icmlora.formats.weights import read_weights
+from icmlora.io.files import read_regular
+from registry.names import some
+
+if TYPE_CHECKING:
+    from icmlora.adapter.model import Adapter
+
+
+def load_adapter(folder: str | Path) -> Adapter:
+    """Read the adapter in a folder, or in a single file, into memory: float32, with LoRA's scale folded into B.
+
+    Args:
+        folder: A folder with one adapter, in any format that icm knows, or a file. Folders below it are not searched.
+
+    Raises:
+        UnsafeInput: A pickle, a link, or a file beyond the limits.
+        AdapterRefused: There is no adapter, or several, it is damaged, or it could not be given back exactly; `kind`
+            says why.
+    """
+    place = Path(folder)
+    searched = _searched(place)
+    found = [(known, paths) for known in formats() for paths in known.find(searched)]
+    if len({paths.weights for _, paths in found}) > 1:
+        names = some([paths.weights.name for _, paths in found])
+        raise AdapterRefused(f"it holds several adapters: {names}", kind="several", path=place, hint="name one of them")
+    for known, paths in found:
+        return known.read(_config(paths), read_weights(paths.weights, known), path=place).adapter
+    if PLACEHOLDER_NAME in searched.files:
+        hint = f"`icm restore {place}` brings it back"
+        raise AdapterRefused("there is a placeholder instead of an adapter", kind="placeholder", path=place, hint=hint)
+    for refusal in (refusal for known in formats() for refusal in known.refuse(searched)):
+        raise refusal
+    if place.is_file():
+        hint = "`icm formats` lists what icm reads"
+        raise AdapterRefused("is not an adapter that icm reads", kind="empty", path=place, hint=hint)
+    hint = "name the folder that holds adapter_config.json, or a file"
+    raise AdapterRefused("there is no adapter in this folder", kind="empty", path=place, hint=hint)
+
+
+def _searched(place: Path) -> Folder:
+    if place.is_file():
+        return Folder(place.parent, {place.name: place})
+    return Folder(place, {path.name: path for path in place.iterdir() if path.is_file()} if place.is_dir() else {})
+
+
+def save_adapter(
+    adapter: Adapter,
+    folder: str | Path,
+    *,
+    adapter_format: str = "peft",
+    dtype: str = "bfloat16",
+    card: str = "",
+    metadata: Mapping[str, str] | None = None,
+    force: bool = False,
+) -> None:
+    """Write an adapter, complete and durable, or not at all. The same arguments give the same bytes.
+
+    Args:
+        adapter: What to write.
+        folder: Absent or empty, unless `force`; or a file such as `NAME.safetensors`, for a format that has those.
+        adapter_format: Name of the format.
+        dtype: Number format of the weights: "bfloat16", "float16" or "float32".
+        card: Text of the model card.
+        metadata: Short facts for the header of the weights file.
+        force: Replace the adapter in a folder that holds something.
+
+    Raises:
+        OutputExists: The folder is not empty, or the file exists, and `force` is not given.
+        AdapterRefused: A value that `dtype` cannot hold.
+    """
+    known, place = format_named(adapter_format), Path(folder)
+    with located(place):
+        files = known.encode(adapter, dtype=dtype, card=card, metadata=metadata or {})
+    write_adapter_files(place, known, files, place.name, force=force)
+
+
+def _config(paths: AdapterPaths) -> bytes:
+    return b"" if paths.config is None else read_regular(paths.config, max_bytes=MAX_CONFIG_BYTES)

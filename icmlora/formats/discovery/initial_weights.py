@@ -1,0 +1,70 @@
+"""Find the weights that adapters began with, where those were taken out of the base model (PiSSA, OLoRA, CorDA).
+
+myrun/                 a PiSSA adapter, or myrun/checkpoint-80/
+myrun/pissa_init/      its initial weights, where PEFT's examples and LLaMA-Factory save them: no task by themselves
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from icmlora.errors import AdapterRefused
+from icmlora.formats.peft.peft import CONFIG_NAME, WEIGHTS_NAME, PeftFormat
+from icmlora.io.files import read_regular
+from icmlora.io.safetensors import read_tensor_header
+
+if TYPE_CHECKING:
+    from icmlora.formats.discovery.discovery import FoundAdapter, FoundTask
+
+_METHODS = ("pissa", "olora", "corda")
+_CONFIG_LIMIT = 1 << 20
+
+
+def with_initial_weights(tasks: Sequence[FoundTask], given: Path | None = None) -> list[FoundTask]:
+    """Note the initial weights of each adapter that has some, and leave out the tasks that are nothing else.
+
+    Args:
+        tasks: The tasks that were found.
+        given: A folder with the initial weights of all adapters that they fit; else they are looked for.
+
+    Raises:
+        AdapterRefused: The given folder has the initial weights of none of them.
+    """
+    found = [replace(task, adapters=tuple(_with_initial(one, given) for one in task.adapters)) for task in tasks]
+    used = {adapter.initial.parent for task in found for adapter in task.adapters if adapter.initial is not None}
+    if given is not None and found and given not in used:
+        hint = "give the folder that PEFT saved before training, with adapter_config.json"
+        raise AdapterRefused("not the initial weights of any adapter", kind="initial", path=given, hint=hint)
+    return [task for task in found if not all(adapter.place in used for adapter in task.adapters)]
+
+
+def _with_initial(adapter: FoundAdapter, given: Path | None) -> FoundAdapter:
+    if adapter.config is None or adapter.format.name != PeftFormat.name:
+        return adapter
+    folders = _near(adapter.place) if given is None else [given]
+    folders = [folder for folder in folders if folder != adapter.place]
+    folder = next((folder for folder in folders if _fits(adapter.config, adapter.weights, folder)), None)
+    return adapter if folder is None else replace(adapter, initial=folder / WEIGHTS_NAME)
+
+
+def _near(place: Path) -> list[Path]:
+    """Return the folders that may hold the initial weights of an adapter: in its own folder, or next to it."""
+    folders = [home / f"{method}_init" for home in (place, place.parent) for method in _METHODS]
+    return [folder for folder in folders if folder.is_dir() and not folder.is_symlink()]
+
+
+def _fits(config: Path, weights: Path, folder: Path) -> bool:
+    from icmlora.formats.peft.initial import changed_base, check_initial  # few adapters have such a folder
+
+    try:
+        own = read_regular(config, max_bytes=_CONFIG_LIMIT)
+        if changed_base(own) is None:
+            return False
+        initial = read_regular(folder / CONFIG_NAME, max_bytes=_CONFIG_LIMIT)
+        check_initial(own, read_tensor_header(weights), initial, read_tensor_header(folder / WEIGHTS_NAME))
+    except AdapterRefused:
+        return False
+    return True

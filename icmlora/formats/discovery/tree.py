@@ -1,0 +1,107 @@
+"""Walk a tree from outside: no link out of it is followed, no special file opened, and no depth overflows a stack."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from icmlora.errors import AdapterRefused, UnsafeInput
+from icmlora.formats.discovery.task_names import cached_repository
+from icmlora.formats.discovery.unsupported import APPLE_DOUBLE
+from icmlora.io.safetensors import PeekedHeader, peek_header
+from registry.names import escape
+
+MAX_ENTRIES = 1_000_000
+
+Refuse = Callable[[AdapterRefused], None]
+
+# A folder that `icmlora.io.staging` is building, or was building when its process died.
+_UNFINISHED = re.compile(r".+\.icm-[0-9a-f]{8}")
+
+
+@dataclass(frozen=True)
+class Folder:
+    """One folder of the tree and the regular files in it."""
+
+    path: Path  # the folder, without links
+    files: Mapping[str, Path]  # name to real path; a link inside the tree is listed under its own name
+    pickle: str | None = None  # the file that is listed as the weights although it is a pickle
+    _headers: dict[str, PeekedHeader | None] = field(default_factory=dict, compare=False, repr=False)
+
+    def header(self, name: str) -> PeekedHeader | None:
+        """Return what the header of a safetensors file says, or None if it cannot be read.
+
+        Several formats ask for the same file, which is read once. Whether its tensors are complete is not looked at.
+        """
+        if name not in self._headers:
+            self._headers[name] = peek_header(self.files[name])
+        return self._headers[name]
+
+
+def walk(root: Path, watched: Collection[str], refuse: Refuse) -> Iterator[Folder]:
+    """Yield every folder of a tree, parents first, in order of names."""
+    # A link to a folder inside the tree is skipped, because its target is met anyway; hidden folders are skipped too.
+    # Links and special files are refused if their names are `watched`, and ignored otherwise.
+    pending = [root]
+    budget = MAX_ENTRIES
+    while pending:
+        path = pending.pop()
+        try:
+            with os.scandir(path) as scan:
+                entries = []
+                for entry in scan:
+                    entries.append(entry)
+                    budget -= 1
+                    if budget < 0:
+                        raise UnsafeInput(f"holds more than {MAX_ENTRIES:,} files", kind="limits", path=root)
+        except OSError as error:
+            refuse(AdapterRefused(f"cannot be read: {error.strerror}", kind="unreadable", path=path))
+            continue
+        entries.sort(key=lambda entry: entry.name)
+        files, folders = _sort_entries(entries, root, watched, refuse)
+        yield Folder(path, files)
+        pending.extend(reversed(folders))
+
+
+def _sort_entries(
+    entries: list[os.DirEntry[str]], root: Path, watched: Collection[str], refuse: Refuse
+) -> tuple[dict[str, Path], list[Path]]:
+    files: dict[str, Path] = {}
+    folders: list[Path] = []
+    for entry in entries:
+        if entry.name.startswith(APPLE_DOUBLE):
+            continue
+        if entry.is_symlink():
+            target = _inside(entry, root, watched, refuse)
+            if target is not None and target.is_file():
+                files[entry.name] = target
+        elif entry.is_dir(follow_symlinks=False):
+            if not entry.name.startswith(".") and not _UNFINISHED.fullmatch(entry.name):
+                folders.append(Path(entry.path))
+        elif entry.is_file(follow_symlinks=False):
+            files[entry.name] = Path(entry.path)
+        elif entry.name in watched:
+            refuse(UnsafeInput("not a regular file", kind="special-file", path=entry.path))
+    return files, folders
+
+
+def _inside(entry: os.DirEntry[str], root: Path, watched: Collection[str], refuse: Refuse) -> Path | None:
+    """Resolve a link; None, and a refusal where it matters, if it leaves the tree, loops or leads nowhere."""
+    try:
+        target = Path(os.path.realpath(entry.path, strict=True))
+    except OSError:
+        if entry.name in watched:
+            refuse(UnsafeInput("a symbolic link that leads nowhere", kind="symlink", path=entry.path))
+        return None
+    if target.is_relative_to(root):
+        return target
+    if entry.name in watched or target.is_dir():
+        repository = cached_repository(Path(entry.path))
+        hint = "give the folder it leads to, or one that holds both"
+        if repository is not None:
+            hint = f"give {escape(str(repository), 4096)}, which holds both, or a copy made with `cp -rL`"
+        refuse(UnsafeInput("a symbolic link out of the folder given", kind="symlink", path=entry.path, hint=hint))
+    return None

@@ -1,0 +1,1 @@
+"""Adapters of image models, in one file."""

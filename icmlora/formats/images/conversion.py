@@ -1,0 +1,130 @@
+"""Convert an image adapter into another program's format.
+
+    file ──▶ factors under their own names, float32, alpha = r ──diffusers──▶ other names ──▶ file
+
+diffusers leaves out what it does not know, mostly in silence. So the names are converted twice: first of factors whose
+values are the number of their module, which tell what became of each, before a value of the file is read.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from icmlora.errors import AdapterRefused
+from icmlora.formats.format import AdapterBytes, AdapterFormat
+from icmlora.formats.images.diffusers import METADATA
+from icmlora.formats.images.header_ranks import of_lora, with_ranks
+from icmlora.formats.images.models import ImageBase, base_of
+from icmlora.formats.images.names import diffusers_to_kohya, lycoris_to_kohya, to_diffusers
+from icmlora.formats.images.single_file import SingleFileFormat
+from icmlora.formats.images.single_file_check import HEADER
+from icmlora.io.safetensors import RawTensor, encode
+from icmlora.io.tensors import dtype_name, raw_tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from icmlora.formats.images.single_file_names import Factors
+    from icmlora.io.safetensors import TensorInfo
+
+_SDXL = "stable-diffusion-xl-v1-base"
+Rename = Callable[[Mapping[str, "Tensor"]], dict[str, "Tensor"]]
+
+
+def convert_image(
+    content: AdapterBytes, source: AdapterFormat, target: AdapterFormat, *, metadata: Mapping[str, str], dtype: str
+) -> AdapterBytes:
+    """Write an adapter of one format of image models in another; the header's notes and the companions go along.
+
+    Args:
+        content: The adapter.
+        source: Its format.
+        target: The format to write: `diffusers` or `kohya`.
+        metadata: More for the header.
+        dtype: "bfloat16", "float16" or "float32", for the factors with their scales multiplied in.
+
+    Raises:
+        AdapterRefused: diffusers has no converter for a part of it.
+        DataError: diffusers is not installed.
+    """
+    assert isinstance(source, SingleFileFormat)
+    rename = checked_renaming(content.weights, source, target)
+    try:
+        factors, checked = source.named_factors(content.weights)
+    except AdapterRefused as error:
+        if error.kind == "original-only" and source.name == "lycoris":
+            error.hint = "`icm convert --rank N` makes LoRA of LoHa, LoKr and whole differences"
+        raise
+    tensors = {name: raw_tensor(name, values, dtype_name(dtype)) for name, values in rename(factors).items()}
+    ranks = [one.shape[0] for name, one in tensors.items() if name.endswith(("lora_A.weight", "lora_down.weight"))]
+    kept = {name: text for name, text in checked.metadata.items() if name != METADATA}
+    if target.name == "kohya":
+        tensors |= _alphas(tensors)
+        header = of_lora(kept, ranks)
+    else:
+        header = with_ranks(kept, ranks, alphas_stay=False)
+    weights = encode(tensors, {"format": "pt", **header, **metadata})
+    if odd := next((one.name for one in target.inspect(b"", weights).extras if one.name != HEADER), None):
+        raise AdapterRefused(f"diffusers converts a part of it to {odd}, which is not a LoRA factor", kind="layers")
+    return AdapterBytes(weights, companions=content.companions)
+
+
+def checked_renaming(weights: bytes, source: AdapterFormat, target: AdapterFormat) -> Rename:
+    """Return what renames the factors of a file, after a trial with its names and shapes; no value of it is read.
+
+    Raises:
+        AdapterRefused: A part of it would be lost, or be called as no module of the model is.
+        DataError: diffusers is not installed.
+    """
+    assert isinstance(source, SingleFileFormat)
+    found, stated = source.look(weights)
+    base = base_of(stated, {one.module: one.shape.inputs for one in found.factors})
+    rename = _renaming(source.name, target.name, base)
+    if found.factors and found.other_method is None:  # what is another method has nothing to rename
+        _refuse_extras(found.extras)
+        _refuse_losses(found.factors, rename)
+    return rename
+
+
+def _renaming(source: str, target: str, base: ImageBase) -> Rename:
+    if target == "diffusers":
+        return lambda tensors: to_diffusers(tensors, base)
+    if source == "lycoris":
+        return lycoris_to_kohya
+    return lambda tensors: diffusers_to_kohya(tensors, is_sdxl=base.label == _SDXL)
+
+
+def _refuse_extras(extras: Sequence[TensorInfo]) -> None:
+    if extras:
+        fact = f"{extras[0].name} is more than a LoRA factor, and diffusers does not convert it"
+        raise AdapterRefused(fact, kind="extras", hint="without --format it is kept as it is")
+
+
+def _refuse_losses(factors: Sequence[Factors], rename: Rename) -> None:
+    """Refuse an adapter of which a module, or rows of one, would be lost, by its name."""
+    numbered: dict[str, Tensor] = {}
+    for number, one in enumerate(factors, 1):
+        for name, shape in ((one.down.name, (1, *one.down.shape[1:])), (one.up.name, (one.up.shape[0], 1))):
+            numbered[name] = torch.full(shape, float(number))
+    rows: Counter[int] = Counter()
+    for name, values in rename(numbered).items():
+        if name.endswith(("lora_B.weight", "lora_up.weight")):
+            rows[int(values.flatten()[0])] += len(values)
+    for number, one in enumerate(factors, 1):
+        if rows[number] != one.up.shape[0]:
+            fact = f"diffusers has no converter for {one.module}: it would be lost"
+            raise AdapterRefused(fact, kind="layers", hint="without --format it keeps its names")
+
+
+def _alphas(tensors: Mapping[str, RawTensor]) -> dict[str, RawTensor]:
+    """Return an alpha for each module that is its rank, which leaves the factors as they are."""
+    found = {}
+    for name, down in tensors.items():
+        if name.endswith(".lora_down.weight"):
+            alpha = name.replace(".lora_down.weight", ".alpha")
+            found[alpha] = raw_tensor(alpha, torch.tensor(float(down.shape[0])), "F32")
+    return found

@@ -1,0 +1,213 @@
+"""diffusers' converters from the names of original models, which fuse layers that its own models have apart.
+
+Each gets the spelling that it reads best, whichever spelling a file has. Some of what is called here is private to
+diffusers and may move: all of it is in this file and in `image_names.py`, and tests/icmlora/formats/test_image_names.py
+and test_image_families.py say what is expected of it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+from icmlora.formats.images.diffusers_models import from_diffusers
+from icmlora.formats.images.families import inner_name
+from icmlora.formats.images.kohya import dotted
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    Pairs = Mapping[str, tuple[Tensor, Tensor]]
+    Tensors = dict[str, Tensor]
+
+REFUSALS = (ValueError, LookupError, AssertionError, NotImplementedError, RuntimeError, TypeError)
+"""What the converters raise for names and shapes that they do not know."""
+
+# All that the converter of SDXL's original names reads of a UNet's configuration; it is the same for every SDXL.
+_SDXL_UNET = SimpleNamespace(layers_per_block=2)
+_NEXT_DIT = {re.compile(r"(attention|feed_forward)_"): r"\1."}
+_HUNYUAN: Mapping[re.Pattern[str], str] = {
+    re.compile(r"_attn\.(qkv|proj)$"): r"_attn_\1",
+    re.compile(r"_mlp[._](?:0|fc1)$"): "_mlp.fc1",
+    re.compile(r"_mlp[._](?:2|fc2)$"): "_mlp.fc2",
+    re.compile(r"(_mod|modulation)[._]lin(ear)?$"): r"\1.linear",
+}
+# diffusers converts the whole models of these families, and not their adapters: names of a block, with "_" for ".".
+_SD3 = {
+    **{
+        f"{block}_{theirs}": ours
+        for block, ff, norm in (("x_block", "ff", "norm1"), ("context_block", "ff_context", "norm1_context"))
+        for theirs, ours in (
+            ("mlp_fc1", f"{ff}.net.0.proj"),
+            ("mlp_fc2", f"{ff}.net.2"),
+            ("adaLN_modulation_1", f"{norm}.linear"),
+        )
+    },
+    "x_block_attn_qkv": "attn.to_q attn.to_k attn.to_v",
+    "x_block_attn_proj": "attn.to_out.0",
+    "x_block_attn2_qkv": "attn2.to_q attn2.to_k attn2.to_v",
+    "x_block_attn2_proj": "attn2.to_out.0",
+    "context_block_attn_qkv": "attn.add_q_proj attn.add_k_proj attn.add_v_proj",
+    "context_block_attn_proj": "attn.to_add_out",
+}
+_AURA_MLP = {"c_fc1": "linear_1", "c_fc2": "linear_2", "c_proj": "out_projection"}
+_AURA_DOUBLE = {
+    **{
+        f"mlp{stream}_{theirs}": f"{ff}.{ours}"
+        for theirs, ours in _AURA_MLP.items()
+        for stream, ff in (("X", "ff"), ("C", "ff_context"))
+    },
+    **{f"attn_w2{part}": f"attn.to_{part}" for part in "qkv"},
+    **{f"attn_w1{part}": f"attn.add_{part}_proj" for part in "qkv"},
+    "attn_w2o": "attn.to_out.0",
+    "attn_w1o": "attn.to_add_out",
+    "modX_1": "norm1.linear",
+    "modC_1": "norm1_context.linear",
+}
+_AURA_SINGLE = {
+    **{f"mlp_{theirs}": f"ff.{ours}" for theirs, ours in _AURA_MLP.items()},
+    **{f"attn_w1{part}": f"attn.to_{part}" for part in "qkv"},
+    "attn_w1o": "attn.to_out.0",
+    "modCX_1": "norm1.linear",
+}
+_TABLES = {
+    "joint_blocks": ("transformer_blocks", _SD3),
+    "double_layers": ("joint_transformer_blocks", _AURA_DOUBLE),
+    "single_layers": ("single_transformer_blocks", _AURA_SINGLE),
+}
+_IN_BLOCK = re.compile(rf"({'|'.join(_TABLES)})[._](\d+)[._](.+)")
+
+
+def _by_table(pairs: Pairs) -> Any:
+    found: dict[str, Tensor] = {}
+    for stem, (a, b) in pairs.items():
+        match = _IN_BLOCK.fullmatch(inner_name(stem))
+        blocks, table = ("", {}) if match is None else _TABLES[match[1]]
+        parts = [] if match is None else table.get(match[3].replace(".", "_"), "").split()
+        if match is None or not parts or len(b) % len(parts):
+            raise ValueError(f"it has no name for {stem}")
+        if parts == ["norm1_context.linear"] and len(b) == 2 * a.shape[1]:
+            # The last block of SD3 has shift before scale, and diffusers scale before shift.
+            b = b.roll(len(b) // 2, 0)
+        for part, rows in zip(parts, b.chunk(len(parts)), strict=True):
+            name = f"transformer.{blocks}.{match[2]}.{part}"
+            found |= {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": rows}
+    return found
+
+
+def _flux(pairs: Pairs) -> Any:
+    mixin = _mixin("Flux")
+    if all(".processor." in stem for stem in pairs):
+        return mixin.lora_state_dict(_state(pairs, lambda inner: inner, ".down", ".up"))
+    return mixin.lora_state_dict(_state(pairs, _flat))
+
+
+def _flux_2(pairs: Pairs) -> Any:
+    if all("." not in inner_name(stem) for stem in pairs):
+        return _mixin("Flux2").lora_state_dict(_state(pairs, _flat))
+    return _mixin("Flux2").lora_state_dict(_original(pairs))
+
+
+def _flux_3(pairs: Pairs) -> Any:
+    return _mixin("Flux3").lora_state_dict(_original(pairs))
+
+
+def _wan(pairs: Pairs) -> Any:
+    renames = {re.compile(r"(self_attn|cross_attn|img_emb|head)_"): r"\1."}
+    return _mixin("Wan").lora_state_dict(_original(pairs, renames))
+
+
+def _hunyuan(pairs: Pairs) -> Any:
+    state = _original(pairs, _HUNYUAN)
+    return from_diffusers("loaders.lora_conversion_utils")._convert_hunyuan_video_lora_to_diffusers(state)
+
+
+def _z_image(pairs: Pairs) -> Any:
+    state = _state(pairs, lambda inner: f"diffusion_model.{_unflattened(inner, _NEXT_DIT)}", ".lora.down", ".lora.up")
+    return _mixin("ZImage").lora_state_dict(state)
+
+
+def _lumina(pairs: Pairs) -> Any:
+    return _mixin("Lumina2").lora_state_dict(_original(pairs, _NEXT_DIT))
+
+
+def _ideogram(pairs: Pairs) -> Any:
+    return _mixin("Ideogram4").lora_state_dict(_original(pairs, _NEXT_DIT))
+
+
+def _krea(pairs: Pairs) -> Any:
+    return _mixin("Krea2").lora_state_dict(_original(pairs))
+
+
+def _cosmos(pairs: Pairs) -> Any:
+    renames = {re.compile(r"(?<=\.)(self_attn|cross_attn|mlp)_"): r"\1."}
+    return _mixin("Anima").lora_state_dict(_original(pairs, renames))
+
+
+def _ltx(pairs: Pairs) -> Any:
+    renames = {re.compile("^patchify_proj"): "proj_in", re.compile("^adaln_single"): "time_embed"}
+    return _mixin("LTXVideo").lora_state_dict(_original(pairs, renames))
+
+
+def _ltx_2(pairs: Pairs) -> Any:
+    return _mixin("LTX2").lora_state_dict(_original(pairs))
+
+
+def _sdxl(pairs: Pairs) -> Any:
+    state, _ = _mixin("StableDiffusionXL").lora_state_dict(_state(pairs, _flat), unet_config=_SDXL_UNET)
+    return state
+
+
+CONVERTERS: Mapping[str, Callable[[Pairs], Any]] = {
+    "flux-1-dev": _flux,
+    "chroma": _flux,
+    "flux-2": _flux_2,
+    "flux-3": _flux_3,
+    "wan-2.1": _wan,
+    "hunyuan-video": _hunyuan,
+    "framepack": _hunyuan,
+    "z-image": _z_image,
+    "lumina-2": _lumina,
+    "ideogram-4": _ideogram,
+    "krea-2": _krea,
+    "cosmos-predict-2": _cosmos,
+    "ltx-video": _ltx,
+    "ltx-2": _ltx_2,
+    "stable-diffusion-xl-v1-base": _sdxl,
+    "stable-diffusion-3": _by_table,
+    "stable-diffusion-3-5-medium": _by_table,
+    "auraflow": _by_table,
+}
+"""Label of a family -> A and B by the names in a file -> tensors by diffusers' names of one generation or another."""
+
+
+def _mixin(loader: str) -> Any:
+    return getattr(from_diffusers("loaders.lora_pipeline"), f"{loader}LoraLoaderMixin")
+
+
+def _state(
+    pairs: Pairs, name: Callable[[str], str], down: str = ".lora_down", up: str = ".lora_up"
+) -> dict[str, Tensor]:
+    return {
+        f"{name(inner_name(stem))}{half}.weight": values
+        for stem, pair in pairs.items()
+        for half, values in zip((down, up), pair, strict=True)
+    }
+
+
+def _original(pairs: Pairs, renames: Mapping[re.Pattern[str], str] | None = None) -> dict[str, Tensor]:
+    return _state(pairs, lambda inner: f"diffusion_model.{_unflattened(inner, renames or {})}", ".lora_A", ".lora_B")
+
+
+def _flat(inner: str) -> str:
+    return f"lora_unet_{inner.replace('.', '_')}"
+
+
+def _unflattened(inner: str, renames: Mapping[re.Pattern[str], str]) -> str:
+    """Put dots into a flattened name, and a model's own words into any name."""
+    name = inner if "." in inner else dotted(inner)
+    for pattern, word in renames.items():
+        name = pattern.sub(word, name)
+    return name

@@ -1,0 +1,213 @@
+"""The tensors of an adapter in a single file, from the file to factors and back.
+
+    down (r, in[, k, k]), up (out, r[, 1, 1]), alpha  ──▶  A (r, in k k), B (out, r) with alpha / r folded in
+    up, mid (r, s, k, k), down (s, in, 1, 1)          ──▶  A[i, (in, k, k)] = sum_j mid[i, j, k, k] down[j, in]
+
+A convolution in three factors comes back in two, which compute the same (LyCORIS' `rebuild_tucker`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import isfinite, prod
+from operator import index
+from typing import TYPE_CHECKING, cast
+
+import torch
+
+from icmlora.adapter.model import Adapter, LoraModule
+from icmlora.errors import AdapterRefused
+from icmlora.formats.format import LoadedAdapter, Template
+from icmlora.formats.images.single_file_check import HEADER, CheckedFile
+from icmlora.formats.images.single_file_names import NUMBERS, Factors, Naming
+from icmlora.formats.peft.tensors import fitted
+from icmlora.io.safetensors import FLOAT_TYPES, ITEM_BYTES, TENSOR_NAME, RawTensor, TensorHeader, encode, raw_tensors
+from icmlora.io.strict_json import parse_object
+from icmlora.io.tensors import decode_float32, dtype_name, raw_tensor
+
+if TYPE_CHECKING:
+    from icmlora.adapter.layout import ModuleShape
+    from icmlora.formats.images.single_file import Restated, Scales
+
+_MAX_TEMPLATE = 64 << 20
+_MAX_KERNEL = 64
+
+
+def read_adapter(weights: bytes, checked: CheckedFile, scales: Scales) -> LoadedAdapter:
+    """Read the factors in float32, with the scale folded into B, and the extras as they are."""
+    summary = checked.summary
+    if summary.original_only is not None:
+        raise AdapterRefused(f"only its original can be used: {summary.original_only}", kind="original-only")
+    tensors = [tensor for one in checked.factors for tensor in (one.down, one.up, one.mid) if tensor is not None]
+    in_file = tuple(sorted(tensors, key=lambda tensor: tensor.begin))
+    values = decode_float32(weights, TensorHeader(in_file, {}))
+    modules = [
+        _module(one, values, _scale(checked.alphas.get(one.module), one.shape, checked.metadata, scales))
+        for one in checked.factors
+    ]
+    adapter = Adapter(summary.base_model or "", None, summary.target_modules, tuple(modules))
+    return LoadedAdapter(adapter, raw_tensors(weights, summary.extras))
+
+
+def named_factors(weights: bytes, checked: CheckedFile, scales: Scales) -> dict[str, torch.Tensor]:
+    """Read the factors by their names in the file, with the scale folded in; a convolution in three comes in two."""
+    found: dict[str, torch.Tensor] = {}
+    modules = read_adapter(weights, checked, scales).adapter.modules
+    for one, module in zip(checked.factors, modules, strict=True):
+        found[one.down.name] = module.a.reshape(len(module.a), -1, *one.kernel)
+        found[one.up.name] = module.b.reshape(*module.b.shape, *(1 for _ in one.kernel))
+    return found
+
+
+def _scale(alpha: float | None, shape: ModuleShape, metadata: Mapping[str, str], scales: Scales) -> float:
+    """Return the factor between up @ down and dW; as in kohya's programs, an alpha of 0 stands for the rank."""
+    if alpha is None:
+        return scales(metadata, shape.module, shape.rank)
+    return alpha / shape.rank if alpha else 1.0
+
+
+def _module(factors: Factors, values: Mapping[str, torch.Tensor], scale: float) -> LoraModule:
+    a, b = values[factors.down.name].flatten(1), values[factors.up.name].flatten(1) * scale
+    if factors.mid is not None:
+        a = torch.einsum("ijk,jn->ink", values[factors.mid.name].flatten(2), a).flatten(1)
+    if not b.isfinite().all() or not a.isfinite().all():
+        raise AdapterRefused(f"{factors.module}: its factors times the scale exceed float32", kind="overflow")
+    return LoraModule(factors.module, a, b)
+
+
+def write_like(
+    adapter: Adapter,
+    naming: Naming,
+    scales: Scales,
+    restated: Restated,
+    like: Template,
+    dtype: str | None,
+    extras: Mapping[str, RawTensor],
+) -> bytes:
+    """Write a file in the form of another adapter; modules that `adapter` lacks become zeros."""
+    details, stated, kept = _Details.parse(like), *_split(extras)
+    metadata = restated(stated, {shape.module: shape.rank for shape in like.layout})
+    modules = {module.name: module for module in adapter.modules}
+    tensors: dict[str, RawTensor] = {}
+    style = naming.styles[details.style] if details.style < len(naming.styles) else naming.styles[0]
+    for shape in like.layout:
+        stem = naming.stem_of(shape.module)
+        alpha = details.alphas.get(shape.module, details.alpha)
+        scale = _scale(None if alpha is None else alpha[0], shape, metadata, scales)
+        a, b = fitted(modules.pop(shape.module, None), *shape[1:])
+        # An adapter of scale 0 does nothing, whatever its factors are.
+        b = b / scale if scale else torch.zeros_like(b)
+        kernel = details.kernels.get(shape.module, ())
+        if kernel:
+            if shape.inputs % prod(kernel):
+                raise _bad_template()
+            a = a.reshape(shape.rank, -1, *kernel)
+            b = b if shape.module in details.flat_up else b.reshape(*b.shape, *(1 for _ in kernel))
+        names = details.names.get(shape.module) or style.names(stem)
+        for name, values in zip(names, (a, b), strict=True):
+            if name in tensors or name in kept:
+                raise _bad_template()
+            kind = details.dtypes.get(name, details.dtype) if dtype is None else dtype_name(dtype)
+            tensors[name] = raw_tensor(name, values, kind)
+        if alpha is not None:
+            tensors[f"{stem}.alpha"] = _scalar(*alpha, details.alpha_shape)
+    if modules:
+        raise ValueError(f"the template has no module {next(iter(modules))}")
+    return encode(tensors | kept, metadata)
+
+
+def write_fresh(
+    adapter: Adapter, naming: Naming, dtype: str, metadata: Mapping[str, str], extras: Mapping[str, RawTensor]
+) -> bytes:
+    """Write linear layers under the naming's first style, with alpha = r."""
+    if extras:
+        raise AdapterRefused(f"{next(iter(extras))} has no place in a new file of this format", kind="extras")
+    tensors: dict[str, RawTensor] = {}
+    for module in adapter.modules:
+        stem = naming.stem_of(module.name)
+        if not naming.stem.fullmatch(stem):
+            fact = f"{module.name} has no name in this format"
+            raise AdapterRefused(fact, kind="layers", hint="`icm formats` says which programs read a format")
+        for name, values in zip(naming.styles[0].names(stem), (module.a, module.b), strict=True):
+            tensors[name] = raw_tensor(name, values, dtype_name(dtype))
+        alpha = torch.tensor(float(module.a.shape[0]))
+        tensors[f"{stem}.alpha"] = raw_tensor(f"{stem}.alpha", alpha, dtype_name(dtype))
+    return encode(tensors, {"format": "pt", **metadata})
+
+
+def _split(extras: Mapping[str, RawTensor]) -> tuple[dict[str, str], dict[str, RawTensor]]:
+    """Return the metadata of the header and all other extras."""
+    kept = dict(extras)
+    header = kept.pop(HEADER, None)
+    if header is None:
+        return {}, kept
+    found = parse_object(header.data, what="the metadata of the header", max_bytes=len(header.data))
+    if not all(isinstance(value, str) for value in found.values()):
+        raise _bad_template()
+    return found, kept
+
+
+def _scalar(value: float, dtype: str, shape: tuple[int, ...]) -> RawTensor:
+    if dtype.startswith("I"):
+        return RawTensor(dtype, shape, int(value).to_bytes(ITEM_BYTES[dtype], "little", signed=True))
+    return raw_tensor("alpha", torch.full(shape, value, dtype=torch.float64), dtype)
+
+
+_Alpha = tuple[float, str]  # its value and the type that it is written in
+
+
+@dataclass(frozen=True)
+class _Details:
+    """The template that `SingleFileFormat.inspect` noted, read as hostile input: a bundle may come from anywhere."""
+
+    style: int
+    alpha: _Alpha | None
+    alphas: Mapping[str, _Alpha | None]
+    alpha_shape: tuple[int, ...]
+    kernels: Mapping[str, tuple[int, ...]]
+    flat_up: frozenset[str]  # convolutions whose up has two dimensions
+    dtypes: Mapping[str, str]
+    dtype: str
+    names: Mapping[str, tuple[str, str]]
+
+    @classmethod
+    def parse(cls, like: Template) -> _Details:
+        found = parse_object((like.details or "{}").encode(), what="the template", max_bytes=_MAX_TEMPLATE)
+        try:
+            made = cls(
+                style=index(found.pop("style", 0)),
+                alpha=_alpha(found.pop("alpha", None)),
+                alphas={module: _alpha(alpha) for module, alpha in found.pop("alphas", {}).items()},
+                alpha_shape=tuple(map(index, found.pop("alpha_shape", []))),
+                kernels={module: tuple(map(index, sizes)) for module, sizes in found.pop("kernels", {}).items()},
+                flat_up=frozenset(found.pop("flat_up", [])),
+                dtypes=dict(found.pop("dtypes", {})),
+                dtype=found.pop("dtype", like.dtype),
+                names={module: (str(down), str(up)) for module, (down, up) in found.pop("names", {}).items()},
+            )
+            good = (
+                made.style >= 0
+                and made.alpha_shape in ((), (1,))
+                and all(0 < size <= _MAX_KERNEL for sizes in made.kernels.values() for size in sizes)
+                and all(TENSOR_NAME.fullmatch(name) for pair in made.names.values() for name in pair)
+                and {made.dtype, *made.dtypes.values()} <= FLOAT_TYPES
+            )
+        except (AttributeError, TypeError, ValueError):
+            raise _bad_template() from None
+        if found or not good:
+            raise _bad_template()
+        return made
+
+
+def _alpha(value: object) -> _Alpha | None:
+    if value is None:
+        return None
+    number, dtype = cast("Sequence[object]", value)
+    if not isinstance(dtype, str) or not isinstance(number, float) or not isfinite(number) or dtype not in NUMBERS:
+        raise ValueError("not an alpha")
+    return number, dtype
+
+
+def _bad_template() -> AdapterRefused:
+    return AdapterRefused("what is noted of the original's form does not fit it", kind="template")

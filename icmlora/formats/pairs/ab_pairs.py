@@ -1,0 +1,275 @@
+"""Pairs of factors as MLX-LM and llama.cpp store them: `M.lora_a` and `M.lora_b`. Never imports torch.
+
+    linear layer    lora_a (in, r) or (r, in)    lora_b (r, out) or (out, r), as the format has them
+    E experts       lora_a (E, r, in)            lora_b (E, out, r); each expert is a module of its own: M.0, M.1 ...
+
+All other tensors of a file are extras. What was noted of a file's form is `PairForm`, from which `lora_pair_tensors`
+writes a decoded adapter in that form.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from operator import index
+from typing import Any
+
+from icmlora.adapter.layout import ModuleShape, target_modules
+from icmlora.errors import AdapterRefused
+from icmlora.formats.format import AdapterSummary, Buffer, ConfigFacts, Template
+from icmlora.formats.peft.config import MAX_RANK
+from icmlora.io.safetensors import FLOAT_TYPES, ITEM_BYTES, TensorHeader, TensorInfo
+from icmlora.io.strict_json import parse_object
+from registry.names import is_module_name, natural_key
+
+TASK_TYPE = "CAUSAL_LM"
+"""What both programs run: language models."""
+_MOST_EXPERTS = 1024
+_MOST_MODULES = 50_000
+_MAX_FORM = 64 << 20  # as large as the header of a file can be, and more
+
+
+@dataclass(frozen=True)
+class LoraPair:
+    """Both factors of one module, or of all its experts, as the file has them.
+
+    Attributes:
+        module: Name of the module, without the format's own parts.
+        a: The first factor.
+        b: The second one.
+        a_is_turned: Whether A is stored as (in, r), and not as (r, in).
+        b_is_turned: Whether B is stored as (r, out), and not as (out, r).
+    """
+
+    module: str
+    a: TensorInfo
+    b: TensorInfo
+    a_is_turned: bool = False
+    b_is_turned: bool = False
+
+    @property
+    def experts(self) -> int:
+        """How many modules of the layout it is."""
+        return self.a.shape[0] if len(self.a.shape) == 3 else 1
+
+    @property
+    def rank(self) -> int:
+        """The rank of each of them."""
+        return self.a.shape[-1] if self.a_is_turned else self.a.shape[-2]
+
+    @property
+    def shapes(self) -> tuple[ModuleShape, ...]:
+        """The module, or each of its experts, with rank and widths."""
+        inputs = self.a.shape[-2] if self.a_is_turned else self.a.shape[-1]
+        outputs = self.b.shape[-1] if self.b_is_turned else self.b.shape[-2]
+        names = [self.module] if len(self.a.shape) == 2 else [f"{self.module}.{part}" for part in range(self.experts)]
+        return tuple(ModuleShape(name, self.rank, inputs, outputs) for name in names)
+
+    def check(self) -> None:
+        """Refuse shapes that are not those of two factors."""
+        a, b = self.a, self.b
+        if len(a.shape) not in (2, 3) or len(a.shape) != len(b.shape) or 0 in (*a.shape, *b.shape):
+            raise AdapterRefused(f"{self._shapes} are not two factors", kind="shape")
+        ranks = self.rank, b.shape[-2] if self.b_is_turned else b.shape[-1]
+        if ranks[0] != ranks[1] or a.shape[:-2] != b.shape[:-2]:
+            raise AdapterRefused(f"{self._shapes} do not fit together", kind="shape", hint=_TURNED)
+        if self.experts > _MOST_EXPERTS or self.rank > MAX_RANK:
+            raise AdapterRefused(f"{self._shapes} have more experts or a higher rank than icm takes", kind="rank")
+
+    @property
+    def _shapes(self) -> str:
+        return f"{self.a.name} {list(self.a.shape)} and {self.b.name} {list(self.b.shape)}"
+
+
+_TURNED = "whatever wrote it has the factors the other way round: convert it again"
+
+
+def check_orientation(pairs: Sequence[LoraPair]) -> None:
+    """Refuse factors that all have a rank above both widths: those of square layers fit together when turned, too.
+
+    A single module may have such a rank, where one rank was asked for in all modules.
+    """
+    if pairs and all(pair.rank > max(pair.shapes[0][2:]) for pair in pairs):
+        fact = f"{pairs[0].a.name} {list(pairs[0].a.shape)} would have rank {pairs[0].rank}, which is above both widths"
+        raise AdapterRefused(fact, kind="shape", hint=_TURNED)
+
+
+@dataclass(frozen=True)
+class SortedPairs:
+    """The tensors of a file: pairs of factors in natural order of their modules, and everything else."""
+
+    pairs: tuple[LoraPair, ...]
+    extras: tuple[TensorInfo, ...]
+
+
+def sort_pairs(
+    tensors: Iterable[TensorInfo], suffix: str, pair: Callable[[str, TensorInfo, TensorInfo], LoraPair]
+) -> SortedPairs:
+    """Match every `lora_a` with its `lora_b`, and set aside what is neither.
+
+    Args:
+        tensors: The tensors of a file.
+        suffix: What is between the name of a module and `.lora_a`.
+        pair: Makes a pair of the module's name, A and B.
+
+    Raises:
+        AdapterRefused: A factor without the other, shapes that do not fit, or another tensor of a LoRA.
+    """
+    halves: defaultdict[str, dict[str, TensorInfo]] = defaultdict(dict)
+    extras: list[TensorInfo] = []
+    for tensor in tensors:
+        name, _, half = tensor.name.rpartition(".")
+        if half in ("lora_a", "lora_b"):
+            module = name.removesuffix(suffix)
+            if module + suffix != name or not is_module_name(module):
+                raise AdapterRefused(f"{tensor.name} does not name a module", kind="unknown-tensor")
+            halves[module][half] = tensor
+        elif "lora_" in tensor.name:
+            raise AdapterRefused(f"{tensor.name}: not a tensor that this format has", kind="unknown-tensor")
+        else:
+            extras.append(tensor)
+    for found in halves.values():
+        if len(found) == 1:
+            (present,) = found.values()
+            missing = "lora_b" if "lora_a" in found else "lora_a"
+            raise AdapterRefused(f"{present.name} has no {missing}", kind="missing-half")
+    ordered = ((name, halves[name]) for name in sorted(halves, key=natural_key))
+    pairs = tuple(pair(name, found["lora_a"], found["lora_b"]) for name, found in ordered)
+    for one in pairs:
+        one.check()
+    if sum(one.experts for one in pairs) > _MOST_MODULES:
+        raise AdapterRefused("it has too many experts", kind="rank")
+    names = Counter(shape.module for one in pairs for shape in one.shapes)
+    if twice := next((name for name, count in names.items() if count > 1), None):
+        raise AdapterRefused(f"{twice} is there twice", kind="duplicate-key")
+    return SortedPairs(pairs, tuple(extras))
+
+
+def summary_of(
+    facts: ConfigFacts,
+    header: TensorHeader,
+    sorted_pairs: SortedPairs,
+    weights: Buffer,
+    *,
+    form: Mapping[str, object],
+    does_nothing: bool = False,
+) -> AdapterSummary:
+    """Summarise an adapter; its values are looked at.
+
+    Args:
+        facts: What the adapter says of its base model.
+        header: Where its tensors are.
+        sorted_pairs: Its factors and extras.
+        weights: The whole file.
+        form: What else its format notes of its form.
+        does_nothing: Its scale is zero.
+    """
+    from icmlora.io.finite import check_finite, is_zero  # imports numpy, which listing formats does not need
+
+    pairs = sorted_pairs.pairs
+    types = {tensor.dtype for pair in pairs for tensor in (pair.a, pair.b)}
+    others = {tensor.dtype for tensor in sorted_pairs.extras}
+    if odd := sorted((types - FLOAT_TYPES) | (others - ITEM_BYTES.keys())):
+        fact = f"it holds tensors of the type {odd[0]}, which icm does not decode"
+        return original_only(facts, header, pairs, fact)
+    try:
+        check_finite(weights, header)
+    except AdapterRefused as refusal:
+        return original_only(facts, header, pairs, refusal.message, does_nothing=True)
+    if does_nothing or all(is_zero(weights, pair.a) or is_zero(weights, pair.b) for pair in pairs):
+        left = bool(sorted_pairs.extras)
+        what = "its LoRA does nothing" if left else "does nothing"
+        fact = f"{what}: B @ A is zero in every module"
+        return original_only(facts, header, pairs, fact, does_nothing=not left)
+    layout = tuple(shape for pair in pairs for shape in pair.shapes)
+    return AdapterSummary(
+        **vars(facts),
+        dtype="+".join(sorted(types)),
+        rank_max=max(shape.rank for shape in layout),
+        parameters=sum(shape.parameters for shape in layout),
+        target_modules=target_modules(shape.module for shape in layout),
+        layout=layout,
+        extras=sorted_pairs.extras,
+        template=_noted(pairs, form),
+    )
+
+
+def original_only(
+    facts: ConfigFacts,
+    header: TensorHeader,
+    pairs: Sequence[LoraPair],
+    reason: str,
+    *,
+    does_nothing: bool = False,
+) -> AdapterSummary:
+    """Summarise an adapter that can have no code."""
+    return AdapterSummary(
+        **vars(facts),
+        dtype="+".join(sorted({tensor.dtype for tensor in header.tensors})) or "none",
+        rank_max=max((pair.rank for pair in pairs), default=0),
+        parameters=sum(prod(tensor.shape) for tensor in header.tensors),
+        target_modules=target_modules(pair.module for pair in pairs),
+        layout=(),
+        original_only=reason,
+        does_nothing=does_nothing,
+    )
+
+
+def _noted(pairs: Sequence[LoraPair], form: Mapping[str, object]) -> str:
+    tensors = [tensor for pair in pairs for tensor in (pair.a, pair.b)]
+    ((main, _), *others) = Counter(tensor.dtype for tensor in tensors).most_common()
+    details = {
+        "experts": {pair.module: pair.experts for pair in pairs if len(pair.a.shape) == 3},
+        "dtypes": {tensor.name: tensor.dtype for tensor in tensors if tensor.dtype != main},
+        "dtype": main if others else None,
+    }
+    found = {key: value for key, value in details.items() if value} | dict(form)
+    return json.dumps(found, sort_keys=True, separators=(",", ":")) if found else ""
+
+
+@dataclass(frozen=True)
+class PairForm:
+    """The template that `summary_of` noted, read as hostile input.
+
+    Attributes:
+        experts: Module -> how many modules of the layout it is.
+        dtypes: Name of a tensor -> its type, where that is not `dtype`.
+        dtype: The type of the other factors.
+        own: What the format noted itself.
+    """
+
+    experts: Mapping[str, int]
+    dtypes: Mapping[str, str]
+    dtype: str
+    own: Mapping[str, Any]
+
+    @classmethod
+    def parse(cls, like: Template) -> PairForm:
+        """Read a template.
+
+        Raises:
+            AdapterRefused: It is damaged.
+        """
+        found = parse_object((like.details or "{}").encode(), what="the template", max_bytes=_MAX_FORM)
+        try:
+            made = cls(
+                experts={module: index(count) for module, count in found.pop("experts", {}).items()},
+                dtypes=dict(found.pop("dtypes", {})),
+                dtype=found.pop("dtype", like.dtype),
+                own=found,
+            )
+            good = all(0 < count <= _MOST_EXPERTS for count in made.experts.values())
+            good = good and {made.dtype, *made.dtypes.values()} <= FLOAT_TYPES
+        except (AttributeError, TypeError, ValueError):
+            raise bad_template() from None
+        if not good:
+            raise bad_template()
+        return made
+
+
+def bad_template() -> AdapterRefused:
+    """Return the refusal of what was noted of an original's form."""
+    return AdapterRefused("what is noted of the original's form does not fit it", kind="template")

@@ -1,0 +1,307 @@
+"""Adapters of MLX-LM: folders with adapters.safetensors and MLX-LM's adapter_config.json.
+
+    model.layers.0.self_attn.q_proj.lora_a (in, r)   .lora_b (r, out)    dW = scale * lora_b^T @ lora_a^T
+    model.layers.0.self_attn.q_proj.m (out,)         DoRA's row lengths, kept exactly
+    model.layers.0.mlp.switch_mlp.up_proj.lora_a (E, r, in), .lora_b (E, out, r)    experts, not turned
+
+The configuration is everything that the training was told. The copies that a training leaves every few steps
+(`0000100_adapters.safetensors`) are passed over.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from icmlora.errors import AdapterRefused, UnsafeInput, located
+from icmlora.formats.format import (
+    AdapterBytes,
+    AdapterFormat,
+    AdapterPaths,
+    AdapterSummary,
+    Buffer,
+    ConfigFacts,
+    LoadedAdapter,
+    RunnableAdapter,
+    Template,
+)
+from icmlora.formats.pairs.ab_pairs import (
+    TASK_TYPE,
+    LoraPair,
+    PairForm,
+    SortedPairs,
+    bad_template,
+    check_orientation,
+    original_only,
+    sort_pairs,
+    summary_of,
+)
+from icmlora.formats.peft.config import MAX_RANK
+from icmlora.io.files import read_regular
+from icmlora.io.safetensors import TensorHeader, read_header
+from icmlora.io.strict_json import parse_object
+from registry.names import escape
+
+if TYPE_CHECKING:
+    from icmlora.adapter.model import Adapter
+    from icmlora.formats.discovery.tree import Folder
+    from icmlora.io.safetensors import RawTensor
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapters.safetensors"
+CARD_NAME = "README.md"
+_MAX_CONFIG = 1 << 20
+_MAX_LABEL = 1024
+_DEFAULT_SCALE = 20.0  # MLX-LM's own, for configurations that leave it out
+_MAX_SCALE = 1e30
+_KINDS = ("lora", "dora")
+
+
+@dataclass(frozen=True)
+class MlxConfig:
+    """The fields of an MLX-LM configuration that decide what its tensors mean."""
+
+    base_model: str | None
+    kind: str  # lora, dora or full
+    rank: int | None
+    scale: float
+
+    @classmethod
+    def parse(cls, data: bytes) -> MlxConfig:
+        """Read a configuration.
+
+        Raises:
+            AdapterRefused: It is damaged, or has a value that MLX-LM does not take.
+        """
+        fields = parse_object(data, what=CONFIG_NAME, max_bytes=_MAX_CONFIG)
+        if fields.get("peft_type") is not None:
+            hint = "copy the configuration that MLX-LM wrote next to the weights"
+            raise AdapterRefused(f"{CONFIG_NAME} is PEFT's, not MLX-LM's", kind="config", hint=hint)
+        kind = fields.get("fine_tune_type", "lora")
+        if not isinstance(kind, str):
+            raise _wrong("fine_tune_type", kind)
+        parameters = fields.get("lora_parameters") or {}
+        if not isinstance(parameters, dict):
+            raise _wrong("lora_parameters", parameters)
+        return cls(_label(fields), kind, _rank(parameters), _scale(parameters))
+
+
+class MlxFormat:
+    """The format of `mlx_lm.lora`."""
+
+    name = "mlx"
+    is_for_images = False
+    suffix = None
+    about = "a folder with adapters.safetensors and adapter_config.json, as MLX-LM saves it"
+    watched = frozenset({CONFIG_NAME, WEIGHTS_NAME})
+
+    def find(self, folder: Folder) -> list[AdapterPaths]:
+        """Find the adapter of a folder; there is at most one."""
+        files = folder.files
+        if CONFIG_NAME not in files or WEIGHTS_NAME not in files or _is_pefts(files[CONFIG_NAME]):
+            return []
+        return [AdapterPaths(folder.path, files[WEIGHTS_NAME], files[CONFIG_NAME], files.get(CARD_NAME))]
+
+    def refuse(self, folder: Folder) -> list[AdapterRefused]:
+        """Report weights without a configuration."""
+        if WEIGHTS_NAME not in folder.files or CONFIG_NAME in folder.files:
+            return []
+        hint = f"copy the {CONFIG_NAME} of its training into the same folder"
+        path = folder.files[WEIGHTS_NAME]
+        return [AdapterRefused(f"there is no {CONFIG_NAME}: the scale is unknown", kind="mlx", path=path, hint=hint)]
+
+    def read_config(self, config: bytes) -> ConfigFacts:
+        """Read `adapter_config.json`."""
+        return ConfigFacts(MlxConfig.parse(config).base_model, None, TASK_TYPE)
+
+    def inspect(
+        self, config: bytes, weights: Buffer, *, path: str | Path | None = None, initial: bytes | None = None
+    ) -> AdapterSummary:
+        """Check an adapter's two files and summarise them."""
+        with located(path):
+            parsed, header, pairs = _parse(config, weights, initial)
+            return _summary(parsed, header, pairs, weights)
+
+    def read(
+        self, config: bytes, weights: bytes, *, path: str | Path | None = None, initial: bytes | None = None
+    ) -> LoadedAdapter:
+        """Read an adapter's factors, and its extras as they are."""
+        from icmlora.formats.pairs.ab_tensors import read_pairs
+
+        with located(path):
+            parsed, header, pairs = _parse(config, weights, initial)
+            return read_pairs(weights, _summary(parsed, header, pairs, weights), pairs, lambda rank: parsed.scale)
+
+    def runnable(
+        self, config: bytes, weights: bytes, *, path: str | Path | None = None, initial: bytes | None = None
+    ) -> RunnableAdapter:
+        """Read an adapter with DoRA's row lengths; experts have other names in transformers and are refused."""
+        from icmlora.io.tensors import decode_float32
+
+        with located(path):
+            parsed, _, pairs = _parse(config, weights, initial)
+            if experts := [pair.module for pair in pairs.pairs if len(pair.a.shape) == 3]:
+                raise _cannot_run(f"transformers has the experts of {experts[0]} under other names")
+            loaded = self.read(config, weights, initial=initial)
+            modules = {module.name for module in loaded.adapter.modules}
+            lengths = {extra.name.removesuffix(".m"): extra for extra in pairs.extras if extra.name.endswith(".m")}
+            if odd := next((extra for extra in pairs.extras if extra not in lengths.values()), None):
+                raise _cannot_run(f"it has a tensor {odd.name}")
+            if (lengths or parsed.kind == "dora") and (odd_module := min(modules ^ lengths.keys(), default=None)):
+                fact = f"DoRA needs row lengths for each module, and {odd_module} has only one of the two"
+                raise AdapterRefused(fact, kind="missing-half")
+            values = decode_float32(weights, TensorHeader(tuple(lengths.values()), {}))
+        return RunnableAdapter(loaded.adapter, magnitudes={name: values[one.name] for name, one in lengths.items()})
+
+    def encode(
+        self,
+        adapter: Adapter,
+        *,
+        card: str,
+        metadata: Mapping[str, str],
+        like: Template | None = None,
+        dtype: str | None = None,
+        pad_rank: int | None = None,
+        extras: Mapping[str, RawTensor] | None = None,
+    ) -> AdapterBytes:
+        """Write an adapter's files; `pad_rank` changes rank and scale in the configuration of `like`."""
+        from icmlora.formats.pairs.ab_tensors import write_pairs
+        from icmlora.io.safetensors import encode
+
+        if like is None:
+            from icmlora.formats.pairs.mlx_writer import encode_mlx
+
+            if extras:
+                fact = f"{next(iter(extras))} has no place in a fresh MLX adapter"
+                raise AdapterRefused(fact, kind="extras")
+            files = encode_mlx(RunnableAdapter(adapter), metadata=metadata, dtype=dtype or "bfloat16", rank=pad_rank)
+            return AdapterBytes(files[WEIGHTS_NAME], files[CONFIG_NAME], card.encode())
+        form, config = PairForm.parse(like), like.config
+        largest = max(shape.rank for shape in like.layout)
+        if pad_rank is None and MlxConfig.parse(config).rank not in (None, largest):
+            pad_rank = largest  # MLX-LM knows one rank for all modules
+        if pad_rank is not None:
+            config = _with_rank(config, pad_rank)
+        scale = MlxConfig.parse(config).scale
+        tensors = write_pairs(
+            adapter,
+            like,
+            form,
+            turned=lambda module: (module not in form.experts,) * 2,
+            suffix="",
+            scale=lambda rank: scale,
+            dtype=dtype,
+            rank=pad_rank,
+        )
+        return AdapterBytes(encode(tensors | dict(extras or {}), _metadata_of(form)), config, card.encode())
+
+    def lay_out(self, files: AdapterBytes, name: str) -> dict[str, bytes]:
+        """Name the files as MLX-LM does; without its configuration a folder is not an adapter, so that comes last."""
+        card = {} if files.card is None else {CARD_NAME: files.card}
+        return {WEIGHTS_NAME: files.weights, **card, **files.companions, CONFIG_NAME: files.config}
+
+
+def _is_pefts(config: Path) -> bool:
+    """Say whether a configuration is PEFT's; one that cannot be read counts as MLX-LM's, and is refused as such."""
+    try:
+        return b'"peft_type"' in read_regular(config, max_bytes=_MAX_CONFIG)
+    except AdapterRefused:
+        return False
+
+
+def _parse(config: bytes, weights: Buffer, initial: bytes | None) -> tuple[MlxConfig, TensorHeader, SortedPairs]:
+    if initial is not None:
+        raise AdapterRefused("an MLX adapter has no initial weights to take off", kind="initial")
+    parsed, header = MlxConfig.parse(config), read_header(weights)
+    if parsed.kind not in _KINDS:
+        return parsed, header, SortedPairs((), header.tensors)
+    pairs = sort_pairs(header.tensors, "", _pair)
+    if parsed.rank is None:
+        check_orientation(pairs.pairs)
+    for pair in pairs.pairs:
+        if parsed.rank is not None and pair.rank != parsed.rank:
+            fact = f"{pair.a.name} has rank {pair.rank} but {CONFIG_NAME} says {parsed.rank}"
+            hint = "MLX-LM does not load it either: copy the configuration of the same training"
+            if parsed.rank in pair.a.shape:
+                hint = "lora_a is (in, r) for MLX-LM and lora_b (r, out): convert the adapter again"
+            raise AdapterRefused(fact, kind="rank", hint=hint)
+    return parsed, header, pairs
+
+
+def _pair(module: str, a: Any, b: Any) -> LoraPair:
+    return LoraPair(module, a, b, *(len(a.shape) == 2,) * 2)
+
+
+def _summary(parsed: MlxConfig, header: TensorHeader, pairs: SortedPairs, weights: Buffer) -> AdapterSummary:
+    facts = ConfigFacts(parsed.base_model, None, TASK_TYPE)
+    if parsed.kind not in _KINDS:
+        fact = f"fine_tune_type is {escape(parsed.kind, 48)}: whole layers, not a LoRA"
+        return original_only(facts, header, (), fact, does_nothing=not header.tensors)
+    if not pairs.pairs:
+        reason = "has no LoRA factors" if header.tensors else "does nothing: it holds no tensors"
+        return original_only(facts, header, (), reason, does_nothing=not header.tensors)
+    form = {"metadata": dict(header.metadata)} if header.metadata else {}
+    return summary_of(facts, header, pairs, weights, form=form, does_nothing=parsed.scale == 0.0)
+
+
+def _label(fields: Mapping[str, Any]) -> str | None:
+    label = fields.get("model")
+    if label is None or label == "":
+        return None
+    if not isinstance(label, str):
+        raise _wrong("model", label)
+    if len(label) > _MAX_LABEL:
+        raise UnsafeInput(f"model has {len(label):,} characters", kind="limits")
+    return label
+
+
+def _rank(parameters: Mapping[str, Any]) -> int | None:
+    rank = parameters.get("rank")
+    if rank is not None and (type(rank) is not int or not 0 < rank <= MAX_RANK):
+        raise _wrong("rank", rank)
+    return rank
+
+
+def _scale(parameters: Mapping[str, Any]) -> float:
+    scale = parameters.get("scale")
+    if scale is None and "alpha" in parameters:
+        hint = "MLX-LM multiplies by `scale`, and does not load it either: write scale = alpha / rank"
+        raise AdapterRefused("lora_parameters has alpha, but no scale", kind="config", hint=hint)
+    if scale is None:
+        return _DEFAULT_SCALE
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not abs(scale) <= _MAX_SCALE:
+        raise _wrong("scale", scale)
+    return float(scale)
+
+
+def _with_rank(config: bytes, rank: int) -> bytes:
+    """Change the rank of a configuration; the scale is part of the factors then."""
+    fields = parse_object(config, what=CONFIG_NAME, max_bytes=_MAX_CONFIG)
+    fields["lora_parameters"] = {**(fields.get("lora_parameters") or {}), "rank": rank, "scale": 1.0}
+    return (json.dumps(fields, indent=4) + "\n").encode()
+
+
+def _metadata_of(form: PairForm) -> dict[str, str]:
+    found = form.own.get("metadata", {})
+    if form.own.keys() - {"metadata"} or not isinstance(found, dict) or not all(map(_is_text, found.values())):
+        raise bad_template()
+    return dict(found)
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _wrong(key: str, value: object) -> AdapterRefused:
+    return AdapterRefused(f"{key} is {escape(repr(value), 48)}, which MLX-LM does not take", kind="config")
+
+
+def _cannot_run(what: str) -> AdapterRefused:
+    hint = "it is kept and written back all the same: measure it where it was trained"
+    return AdapterRefused(f"it cannot be run by icm: {what}", kind="cannot-run", hint=hint)
+
+
+MLX: AdapterFormat = MlxFormat()

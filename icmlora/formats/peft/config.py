@@ -1,0 +1,241 @@
+"""`adapter_config.json`, read as hostile input: the few fields that matter, the scale, and what is refused by name.
+
+    dW = scale * B @ A,   scale = alpha / r,   or alpha / sqrt(r) with rsLoRA,   r and alpha per module by pattern
+
+No regular expression of the file is run by `re` (icmlora/formats/peft/name_patterns.py). Whoever stores the file keeps
+everything else in it byte for byte.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from icmlora.errors import AdapterRefused, UnsafeInput
+from icmlora.formats.format import ConfigFacts
+from icmlora.io.strict_json import parse_object
+from registry.names import escape, is_module_name
+
+if TYPE_CHECKING:
+    from icmlora.formats.peft.name_patterns import NamePattern
+
+PREFIX = "base_model.model."  # what PEFT puts before the name that a module has in the base model
+MAX_CONFIG_BYTES = 1024 * 1024
+MAX_RANK = 4096
+MAX_LABEL = 1024
+MAX_TARGETS = 10_000
+_MAX_EXPRESSIONS = 64  # keys of one pattern that are not plain names
+
+_Number = TypeVar("_Number", int, float)
+
+# PEFT's own defaults for keys that the file leaves out.
+_DEFAULT_RANK = 8
+_DEFAULT_ALPHA = 8
+# B times the scale has to stay within float32, which ends at 3e38.
+_MAX_SCALE = 1e30
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """The fields of a PEFT LoRA configuration that decide what its tensors mean."""
+
+    base_model: str | None  # the label of the base model: opaque text, never opened or fetched
+    revision: str | None
+    task_type: str | None
+    rank: int
+    alpha: float
+    use_rslora: bool
+    rank_pattern: tuple[tuple[NamePattern, int], ...]
+    alpha_pattern: tuple[tuple[NamePattern, float], ...]
+    target_parameters: tuple[str, ...] = ()
+
+    @classmethod
+    def parse(cls, data: bytes) -> AdapterConfig:
+        """Read a configuration; refuse one that is not a plain LoRA's."""
+        from icmlora.formats.refusals import refuse_unsupported  # needed to read only
+
+        refuse_unsupported(_fields(data))
+        return cls.read(data)
+
+    @classmethod
+    def read(cls, data: bytes) -> AdapterConfig:
+        """Read a configuration that `parse` has taken before."""
+        fields = _fields(data)
+        reader = _Reader(fields)
+        return cls(
+            base_model=reader.text("base_model_name_or_path"),
+            revision=reader.text("revision"),
+            task_type=reader.text("task_type"),
+            rank=reader.rank("r", fields.get("r", _DEFAULT_RANK)),
+            alpha=reader.number("lora_alpha", fields.get("lora_alpha", _DEFAULT_ALPHA)),
+            use_rslora=reader.flag("use_rslora"),
+            rank_pattern=tuple((key, reader.rank("rank_pattern", value)) for key, value in reader.map("rank_pattern")),
+            alpha_pattern=tuple(
+                (key, reader.number("alpha_pattern", value)) for key, value in reader.map("alpha_pattern")
+            ),
+            target_parameters=reader.names("target_parameters"),
+        )
+
+    def rank_of(self, module: str) -> int:
+        """Return the rank of a module, named as in the base model."""
+        return _first_match(self.rank_pattern, module, self.rank)
+
+    def scale_of(self, module: str) -> float:
+        """Return the factor between B @ A and dW for a module, named as in the base model."""
+        alpha, rank = _first_match(self.alpha_pattern, module, self.alpha), self.rank_of(module)
+        return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
+
+
+def _first_match(patterns: Sequence[tuple[NamePattern, _Number]], module: str, default: _Number) -> _Number:
+    if not patterns:
+        return default
+    from icmlora.formats.peft.name_patterns import PatternRefused  # most adapters have no patterns
+
+    try:
+        return next((value for pattern, value in patterns if pattern.matches(module)), default)
+    except PatternRefused as refused:
+        raise AdapterRefused(
+            f"a key of rank_pattern or alpha_pattern cannot be used: {refused}", kind="pattern"
+        ) from None
+
+
+def usual_names(module: str) -> tuple[str, str]:
+    """Return what PEFT calls the two factors of a linear layer."""
+    return f"{PREFIX}{module}.lora_A.weight", f"{PREFIX}{module}.lora_B.weight"
+
+
+def with_ranks(data: bytes, modules: Mapping[str, tuple[int, float]]) -> bytes:
+    """Return a configuration that states other ranks; everything that is about neither ranks nor scales stays.
+
+    Args:
+        data: The configuration.
+        modules: Rank and scale of each module, by the name that patterns match.
+    """
+    alphas = {module: rank * scale for module, (rank, scale) in modules.items()}
+    rank = Counter(rank for rank, _ in modules.values()).most_common(1)[0][0]
+    alpha = Counter(alphas.values()).most_common(1)[0][0]
+    fields = {
+        **_fields(data),
+        "r": rank,
+        "lora_alpha": _whole(alpha),
+        "use_rslora": False,
+        "rank_pattern": {_exactly(module): own for module, (own, _) in modules.items() if own != rank},
+        "alpha_pattern": {_exactly(module): _whole(own) for module, own in alphas.items() if own != alpha},
+    }
+    return (json.dumps(fields, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _exactly(module: str) -> str:
+    """Return the pattern that matches one module and no other: PEFT takes a plain name as the end of a longer one."""
+    return "^" + module.replace(".", r"\.")
+
+
+def _whole(number: float) -> float:
+    """Return a whole number as such: some readers of `lora_alpha` take no others."""
+    return int(number) if number.is_integer() else number
+
+
+def read_facts(data: bytes) -> ConfigFacts:
+    """Read what every PEFT configuration says, whatever the method; refuse only what is damaged."""
+    reader = _Reader(_fields(data))
+    labels = (reader.text(key) for key in ("base_model_name_or_path", "revision", "task_type"))
+    return ConfigFacts(*labels)
+
+
+def stated_rank(data: bytes) -> int:
+    """Return the rank that a configuration states; 0 if it states none."""
+    rank = _fields(data).get("r")
+    return rank if type(rank) is int and 0 < rank < 2**31 else 0
+
+
+def stated_targets(data: bytes) -> tuple[str, ...]:
+    """Return the target modules that a configuration lists."""
+    targets = _fields(data).get("target_modules")
+    if not isinstance(targets, list) or len(targets) > MAX_TARGETS:
+        return ()
+    return tuple(sorted(name for name in targets if isinstance(name, str) and is_module_name(name)))
+
+
+def _fields(data: bytes) -> dict[str, Any]:
+    return parse_object(data, what="adapter_config.json", max_bytes=MAX_CONFIG_BYTES)
+
+
+def _is_name(value: object) -> bool:
+    return isinstance(value, str) and is_module_name(value)
+
+
+class _Reader:
+    """Typed access to the parsed fields; a value of the wrong kind is refused with the field's name."""
+
+    def __init__(self, fields: dict[str, Any]) -> None:
+        self._fields = fields
+
+    def text(self, key: str) -> str | None:
+        value = self._fields.get(key)
+        if value is None or value == "":
+            return None
+        if not isinstance(value, str):
+            raise self._wrong(key, value, "text")
+        if len(value) > MAX_LABEL:
+            raise UnsafeInput(f"{key} has {len(value):,} characters", kind="limits")
+        return value
+
+    def flag(self, key: str) -> bool:
+        value = self._fields.get(key)
+        if value is None or isinstance(value, bool):
+            return bool(value)
+        raise self._wrong(key, value, "true or false")
+
+    def names(self, key: str) -> tuple[str, ...]:
+        value = self._fields.get(key) or ()
+        if isinstance(value, list | tuple) and len(value) <= MAX_TARGETS and all(map(_is_name, value)):
+            return tuple(value)
+        raise self._wrong(key, value, "a list of names")
+
+    def rank(self, key: str, value: object) -> int:
+        if type(value) is not int or value < 1:
+            raise self._wrong(key, value, "a whole number from 1")
+        if value > MAX_RANK:
+            raise AdapterRefused(f"{key} holds the rank {escape(str(value), 32)}", kind="rank")
+        return value
+
+    def number(self, key: str, value: object) -> float:
+        # An int of 400 digits is valid JSON but no float.
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= _MAX_SCALE:
+            raise self._wrong(key, value, "a number up to 1e30")
+        return float(value)
+
+    def map(self, key: str) -> list[tuple[NamePattern, object]]:
+        value = self._fields.get(key)
+        if value is None:
+            return []
+        if not isinstance(value, dict):
+            raise self._wrong(key, value, "an object")
+        if not value:
+            return []
+        from icmlora.formats.peft.name_patterns import NameAutomaton
+
+        found = [(self._pattern(key, name), item) for name, item in value.items()]
+        if sum(isinstance(pattern, NameAutomaton) for pattern, _ in found) > _MAX_EXPRESSIONS:
+            raise AdapterRefused(f"{key} has too many regular expressions", kind="pattern")
+        return found
+
+    def _pattern(self, key: str, name: str) -> NamePattern:
+        from icmlora.formats.peft.name_patterns import PatternRefused, parse_pattern
+
+        try:
+            return parse_pattern(name)
+        except PatternRefused as refused:
+            raise AdapterRefused(
+                f"{key} has the key {escape(name, 120)!r}, which icm does not read: {refused}",
+                kind="pattern",
+                hint=f"write {key} with module names in full",
+            ) from None
+
+    def _wrong(self, key: str, value: object, wanted: str) -> AdapterRefused:
+        message = f"{key} is {escape(repr(value), 48)}, not {wanted}"
+        return AdapterRefused(message, kind="config")

@@ -1,0 +1,107 @@
+"""What the tensors of a PEFT adapter do to its base model, so that it can be run without running its configuration.
+
+PEFT treats names in a configuration as regular expressions. Here the tensors' own names say which modules they are for.
+
+    M.lora_magnitude_vector                      DoRA: the length of each row of W + dW
+    M.lora_B.bias                                added to the output of B, then scaled
+    M.token_adapter.trainable_tokens_delta       rows of an embedding (the rows themselves, not a difference)
+    M.weight, M.base_layer.bias, ...             whole parameters: heads, embeddings, biases, copies of base layers
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load
+
+from icmlora.errors import AdapterRefused
+from icmlora.formats.format import RunnableAdapter
+from icmlora.formats.peft.config import PREFIX, AdapterConfig
+from icmlora.formats.peft.names import unwrapped
+from icmlora.formats.peft.tensors import read_adapter
+from icmlora.io.safetensors import encode
+from icmlora.io.strict_json import parse_object
+from registry.names import escape
+
+_KINDS = re.compile(
+    r"(?P<module>.+?)\.(?:"
+    r"(?P<magnitude>lora_magnitude_vector(\.default)?(\.weight)?)"
+    r"|(?P<bias>lora_B(\.default)?\.bias)"
+    r"|(?P<rows>(token_adapter\.)?trainable_tokens_delta(\.default)?)"
+    r"|(?P<other>lora_\w+(\..*)?)"
+    r")"
+)
+# Segments that PEFT puts into the name of a module that it wrapped.
+_WRAPPING = re.compile(r"\.(base_layer|original_module|modules_to_save(\.default)?)(?=\.)")
+_CANNOT_RUN = {
+    "alora_invocation_tokens": "it acts only after its invocation tokens (aLoRA)",
+    "use_qalora": "it pools its inputs (QALoRA)",
+    "layer_replication": "it repeats layers of its base model (layer_replication)",
+}
+
+
+_MEASURE = (
+    "it is kept and written back all the same; write it with `icm materialize` and measure it where it was trained"
+)
+
+
+def read_runnable(config: bytes, weights: bytes, *, path: str | Path | None = None) -> RunnableAdapter:
+    """Read an adapter, and sort its extras by what they do.
+
+    Raises:
+        AdapterRefused: It works in a way that icm cannot run.
+    """
+    fields = parse_object(config, what="adapter_config.json", max_bytes=len(config))
+    for field, what in _CANNOT_RUN.items():
+        if fields.get(field):
+            raise AdapterRefused(f"it cannot be run by icm: {what}", kind="cannot-run", path=path, hint=_MEASURE)
+    loaded, parsed = read_adapter(config, weights, path=path), AdapterConfig.parse(config)
+    values: dict[str, torch.Tensor] = {}
+    rows: dict[str, tuple[Sequence[int], torch.Tensor]] = {}
+    magnitudes: dict[str, torch.Tensor] = {}
+    biases: dict[str, torch.Tensor] = {}
+    for name, tensor in load(encode(loaded.extras, {})).items():
+        inner = unwrapped(name)
+        if not inner.startswith(PREFIX):
+            raise AdapterRefused(f"it cannot be run by icm: it has a tensor {name}", kind="cannot-run", path=path)
+        inner = inner.removeprefix(PREFIX)
+        kind = _KINDS.fullmatch(inner)
+        if kind is None:
+            values[_WRAPPING.sub("", inner)] = tensor
+        elif kind["magnitude"]:
+            magnitudes[kind["module"]] = tensor
+        elif kind["bias"]:
+            biases[kind["module"]] = tensor.float() * parsed.scale_of(kind["module"])
+        elif kind["rows"]:
+            module = _WRAPPING.sub("", kind["module"] + ".").removesuffix(".")
+            rows[module] = _row_numbers(fields, module, tensor), tensor
+        else:
+            raise AdapterRefused(f"it cannot be run by icm: it has a tensor {name}", kind="cannot-run", path=path)
+    _check_complete(fields, [module.name for module in loaded.adapter.modules], magnitudes)
+    return RunnableAdapter(loaded.adapter, values, rows, magnitudes, biases)
+
+
+def _row_numbers(fields: Mapping[str, Any], module: str, rows: torch.Tensor) -> Sequence[int]:
+    """Return which rows of an embedding these are."""
+    stated = fields.get("trainable_token_indices")
+    if isinstance(stated, dict):
+        stated = next((numbers for key, numbers in stated.items() if f".{module}".endswith(f".{key}")), None)
+    if (
+        not isinstance(stated, list)
+        or len(stated) != rows.shape[0]
+        or not all(type(number) is int and number >= 0 for number in stated)
+    ):
+        fact = f"trainable_token_indices does not say which rows the {rows.shape[0]} of {escape(module, 120)} are"
+        raise AdapterRefused(fact, kind="config")
+    return stated
+
+
+def _check_complete(fields: Mapping[str, Any], modules: Sequence[str], magnitudes: Mapping[str, torch.Tensor]) -> None:
+    wanted = set(modules) if magnitudes or fields.get("use_dora") else set()
+    if odd := sorted(wanted ^ magnitudes.keys()):
+        fact = f"DoRA needs a magnitude for each module, and {odd[0]} has only one of the two"
+        raise AdapterRefused(fact, kind="missing-half")

@@ -1,0 +1,1 @@
+"""Bytes on disk: blobs, the database file, locks, and what keeps them sound."""

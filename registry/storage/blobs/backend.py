@@ -1,0 +1,94 @@
+"""What a store needs from the place that holds its bytes. A new kind of place implements these two protocols.
+
+    with backend.batch() as batch:        from any number of threads
+        batch.put(digest, data)
+    # here all of them are durable, and rows may refer to them
+
+A backend holds immutable byte strings, each under the SHA-256 of its bytes. It need not hash anything: `registry.storage.blobs`
+names and verifies the bytes. :class:`registry.storage.blobs.local.LocalBackend` keeps them in a folder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import BinaryIO, Protocol
+
+from registry.files import Bytes
+
+
+@dataclass(frozen=True)
+class BlobInfo:
+    """A blob as a listing shows it.
+
+    Attributes:
+        digest: Its name, 64 lower-case hexadecimal digits.
+        size: Its length in bytes.
+        modified: When it was written, in seconds since 1970.
+    """
+
+    digest: str
+    size: int
+    modified: float
+
+
+class BlobBatch(Protocol):
+    """Bytes that become durable together."""
+
+    def put(self, digest: str, data: Bytes) -> bool:
+        """Write bytes under their digest; several threads may call this at once.
+
+        Bytes that are there already are compared, not trusted, so that putting them again heals a damaged blob.
+
+        Returns:
+            False if the backend, or an earlier call for this batch, had these bytes.
+
+        Raises:
+            StoreFull: no space left.
+        """
+        ...
+
+
+class BlobBackend(Protocol):
+    """A place for immutable bytes. Errors of the place are raised as errors of `registry.errors`."""
+
+    def batch(self) -> AbstractContextManager[BlobBatch]:
+        """Begin a batch. When the block ends, its bytes are durable; if the block raises, nothing is stored."""
+        ...
+
+    def get(self, digest: str) -> BinaryIO:
+        """Open the bytes of a blob for reading.
+
+        Raises:
+            FileNotFoundError: there is no such blob.
+        """
+        ...
+
+    def exists(self, digest: str) -> bool:
+        """Say whether there is a blob of that name."""
+        ...
+
+    def size(self, digest: str) -> int:
+        """Return the length of a blob in bytes.
+
+        Raises:
+            FileNotFoundError: there is no such blob.
+        """
+        ...
+
+    def all(self) -> Iterator[BlobInfo]:
+        """Yield every blob, by digest. A blob that is deleted in the meantime may be left out."""
+        ...
+
+    def delete(self, digest: str) -> int:
+        """Delete a blob and return the bytes that this frees: 0 if there is none."""
+        ...
+
+    def quarantine(self, digest: str) -> str:
+        """Move a damaged blob where `get` and `all` do not see it, and return where it is now."""
+        ...
+
+    def place(self, digest: str) -> str:
+        """Return where the bytes of a blob are or would be, for messages to people."""
+        ...

@@ -1,0 +1,201 @@
+"""Content addressing on any backend: bytes are named by their SHA-256 when they come, and verified when they go.
+
+    plain file ──read once──▶ inspect ─▶ hash ─▶ backend        several files at a time, one batch
+
+A file from outside is read once, so what is checked, hashed and stored is the same memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+from registry.errors import DamagedBlob, MissingBlob, SourceRefused, StoreIOError
+from registry.files import Bytes, CheckFirst, read_plain, store_errors
+
+if TYPE_CHECKING:
+    from registry.storage.blobs.backend import BlobBackend, BlobBatch, BlobInfo
+
+T = TypeVar("T")
+Item = TypeVar("Item")
+
+# More threads than cores: while some wait for the disk to sync, others read and hash.
+_WORKERS = 12
+_RESTORING = (
+    "ingesting an original again restores its files; for a generator there is `icm import` of a bundle, or "
+    "`icm train --fresh` if the originals are there"
+)
+
+
+def digest_of(data: Bytes) -> str:
+    """Return the name that bytes have in every store."""
+    return hashlib.sha256(data).hexdigest()
+
+
+@dataclass(frozen=True)
+class PutResult(Generic[T]):
+    """A file that is in the store now."""
+
+    path: Path  # where it was read
+    digest: str
+    size: int
+    is_new: bool  # False if the store, or an equal file of the batch, had its bytes
+    inspected: T  # what the caller's `inspect` returned
+
+
+@dataclass(frozen=True)
+class PutRefusal:
+    """A file that was refused; the store has nothing of it."""
+
+    path: Path
+    error: Exception
+
+
+class Blobs:
+    """Immutable bytes, named by their SHA-256."""
+
+    def __init__(self, backend: BlobBackend, must_write: Callable[[], None] = lambda: None) -> None:
+        """Work on a backend."""
+        self._backend, self._must_write = backend, must_write
+        self.unwanted: set[str] = set()
+
+    def put(self, data: Bytes) -> str:
+        """Store bytes durably and return their digest; a row may then refer to it."""
+        return self.put_all([data])[0]
+
+    def put_all(self, items: Sequence[Bytes]) -> list[str]:
+        """Store byte strings durably, in one batch, and return their digests in order."""
+        self._must_write()
+        named = [(digest_of(data), data) for data in items]
+        self.unwanted.difference_update(digest for digest, _ in named)
+        with self._backend.batch() as batch:
+            # Equal bytes once: two threads must not write one blob.
+            _on_threads(lambda item: batch.put(*item), list(dict(named).items()))
+        return [digest for digest, _ in named]
+
+    def put_files(
+        self,
+        files: Sequence[Path],
+        inspect: Callable[[Path, bytes], T],
+        refusals: tuple[type[Exception], ...] = (),
+        contents: Sequence[bytes] = (),
+        withheld: Mapping[Path, Collection[str]] = MappingProxyType({}),
+        first: Mapping[Path, CheckFirst] = MappingProxyType({}),
+    ) -> list[PutResult[T] | PutRefusal]:
+        """Store plain files durably, several at a time; return a result or a refusal for each, in order.
+
+        Give it a few hundred megabytes at once: nothing of a batch counts before all of it is durable, and a file is
+        held in memory while it is written.
+
+        Args:
+            files: plain files; no links are followed.
+            inspect: called on worker threads with a path and the very bytes that are hashed and stored; raises to
+                refuse them.
+            refusals: what `inspect` raises to refuse one file. Any other exception ends the batch.
+            contents: bytes in memory, to be stored in the same batch.
+            withheld: file -> digests under which it is inspected but not stored: weights that are to stay evicted.
+            first: file -> what looks at it before all of it is read; raises as `inspect` does.
+        """
+        self._must_write()
+        expected: tuple[type[Exception], ...] = (SourceRefused, *refusals)
+
+        def put_file(batch: BlobBatch, path: Path) -> PutResult[T] | PutRefusal:
+            try:
+                data = read_plain(path, first=first.get(path))
+                inspected = inspect(path, data)
+            except expected as error:
+                return PutRefusal(path, error)
+            # What was read is what is inspected, hashed and stored: the file may change at any time.
+            digest = digest_of(data)
+            self.unwanted.discard(digest)
+            is_new = digest not in withheld.get(path, ()) and batch.put(digest, data)
+            return PutResult(path, digest, len(data), is_new, inspected)
+
+        with self._backend.batch() as batch:
+            # A fleet repeats its small files many times.
+            _on_threads(lambda data: batch.put(digest_of(data), data), list(dict.fromkeys(contents)))
+            return _on_threads(lambda path: put_file(batch, path), files)
+
+    def read(self, digest: str) -> bytes:
+        """Return a blob's bytes once they are known to be the right ones."""
+        with self._errors(digest), self._backend.get(digest) as file:
+            data = file.read()
+        if digest_of(data) != digest:
+            raise self._damaged(digest)
+        return data
+
+    def start(self, digest: str, size: int) -> bytes:
+        """Return the first bytes of a blob, which nobody has checked."""
+        with self._errors(digest), self._backend.get(digest) as file:
+            return file.read(size)
+
+    def check(self, digest: str) -> None:
+        """Raise unless a blob's bytes are there and are the right ones; they are not held in memory."""
+        if not self.is_intact(digest):
+            raise self._damaged(digest)
+
+    def is_intact(self, digest: str) -> bool:
+        """Say whether a blob's bytes have its digest, without holding them all in memory."""
+        with self._errors(digest), self._backend.get(digest) as file:
+            return hashlib.file_digest(file, "sha256").hexdigest() == digest  # type: ignore[arg-type]
+
+    def exists(self, digest: str) -> bool:
+        """Say whether the store has the bytes of a digest."""
+        return self._backend.exists(digest)
+
+    def size(self, digest: str) -> int:
+        """Return a blob's length in bytes."""
+        with self._errors(digest):
+            return self._backend.size(digest)
+
+    def all(self) -> Iterator[BlobInfo]:
+        """Yield all blobs, by digest, whether or not rows refer to them."""
+        return self._backend.all()
+
+    def delete(self, digests: Iterable[str]) -> int:
+        """Delete blobs and return the bytes that this frees; those that are gone already are passed over."""
+        return sum(map(self._backend.delete, digests))
+
+    def quarantine(self, digest: str) -> str:
+        """Move a damaged blob out of the way and return where it is now."""
+        return self._backend.quarantine(digest)
+
+    def place(self, digest: str) -> str:
+        """Return where the bytes of a blob are or would be, for messages to people."""
+        return self._backend.place(digest)
+
+    @contextmanager
+    def _errors(self, digest: str) -> Iterator[None]:
+        """Turn an OSError of the block into the store's own error about a blob."""
+        place = self._backend.place(digest)
+        try:
+            with store_errors(place):
+                yield
+        except StoreIOError as error:
+            if not isinstance(error.__cause__, FileNotFoundError):
+                raise
+            hint = f"`icm verify` says what needs it; {_RESTORING}"
+            raise MissingBlob(f"blob {digest} is missing", path=place, hint=hint) from None
+
+    def _damaged(self, digest: str) -> DamagedBlob:
+        hint = f"`icm verify --repair` moves it aside; {_RESTORING}"
+        return DamagedBlob(f"blob {digest} is damaged", path=self._backend.place(digest), hint=hint)
+
+
+def _on_threads(call: Callable[[Item], T], items: Sequence[Item]) -> list[T]:
+    """Return what `call` returns for each item, in order; after an error no further call begins."""
+    if len(items) < 2:
+        return [call(item) for item in items]
+    with ThreadPoolExecutor(min(_WORKERS, len(items))) as pool:
+        running = [pool.submit(call, item) for item in items]
+        try:
+            return [future.result() for future in running]
+        except BaseException:  # also where the user wants to stop
+            pool.shutdown(cancel_futures=True)
+            raise

@@ -1,0 +1,157 @@
+"""Blobs in a local folder, one file for each.
+
+    bytes ──▶ tmp/XXXX ──fsync──▶ rename ──▶ blobs/3/3f9a... ──fsync of the folder──▶ durable
+              as they come                   once for a whole batch
+
+A crash at any point leaves at most a file in tmp/ or a blob without a row; prune removes both.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from threading import Lock
+from typing import TYPE_CHECKING, BinaryIO
+from uuid import uuid4
+
+from registry import files as fs
+from registry.storage.folder import StorePaths, is_digest
+
+if TYPE_CHECKING:
+    from registry.storage.blobs.backend import BlobInfo
+
+_CHUNK = 1 << 20
+_MODE = 0o444  # immutable, and it shows
+_SYNCERS = 12  # a sync waits for the device, which does many at once as fast as one
+
+
+class LocalBackend:
+    """The blobs of a store folder."""
+
+    def __init__(self, paths: StorePaths) -> None:
+        self._paths = paths
+
+    @contextmanager
+    def batch(self) -> Iterator[LocalBatch]:
+        """Begin a batch; see `BlobBackend.batch`."""
+        batch = LocalBatch(self._paths)
+        with fs.store_errors(self._paths.blobs):
+            try:
+                yield batch
+            except BaseException:
+                batch.discard()
+                raise
+            batch.publish()
+
+    def get(self, digest: str) -> BinaryIO:
+        """Open the file of a blob."""
+        return self._paths.blob(digest).open("rb")
+
+    def exists(self, digest: str) -> bool:
+        """Say whether there is a file of that name."""
+        return self._paths.blob(digest).exists()
+
+    def size(self, digest: str) -> int:
+        """Return the length of the file."""
+        return self._paths.blob(digest).stat().st_size
+
+    def all(self) -> Iterator[BlobInfo]:
+        """Yield every file that is named by a digest and is in the folder of its first digit."""
+        from registry.storage.blobs.backend import BlobInfo
+
+        for folder in sorted(self._paths.blobs.iterdir()):
+            for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+                if is_digest(path.name) and path.parent.name == path.name[0]:
+                    with suppress(FileNotFoundError):  # another process deleted it since the folder was listed
+                        status = path.stat()
+                        yield BlobInfo(path.name, status.st_size, status.st_mtime)
+
+    def delete(self, digest: str) -> int:
+        """Remove a file."""
+        path = self._paths.blob(digest)
+        with fs.store_errors(path):
+            try:
+                size = path.stat().st_size
+            except FileNotFoundError:
+                return 0
+            fs.unlink(path)
+            fs.failpoint("blob-unlinked")
+        return size
+
+    def quarantine(self, digest: str) -> str:
+        """Move a file to the quarantine folder."""
+        source = self._paths.blob(digest)
+        target = self._paths.quarantine / f"{digest}.{uuid4().hex[:8]}"
+        with fs.store_errors(source):
+            fs.replace(source, target)
+            fs.fsync_dir(self._paths.quarantine)
+            fs.fsync_dir(source.parent)
+        return str(target)
+
+    def place(self, digest: str) -> str:
+        """Return the path of the file."""
+        return str(self._paths.blob(digest))
+
+
+class LocalBatch:
+    """Files that get their names together, so that a batch of any size syncs each folder once."""
+
+    def __init__(self, paths: StorePaths) -> None:
+        self._paths = paths
+        self._lock = Lock()
+        self._written: dict[str, Path | None] = {}  # digest -> temporary file; None where the blob was there
+
+    def put(self, digest: str, data: fs.Bytes) -> bool:
+        """Write and sync a temporary file, unless exactly these bytes are there."""
+        # Claim the digest first, so that two threads do not write the same bytes.
+        with self._lock:
+            if digest in self._written:
+                return False
+            self._written[digest] = None
+        if _holds(self._paths.blob(digest), data):
+            return False
+        temporary = self._paths.tmp / uuid4().hex
+        fs.write_file(temporary, data, _MODE)
+        self._written[digest] = temporary
+        fs.failpoint("blob-staged")
+        return True
+
+    def publish(self) -> None:
+        """Give the files their names and make the names durable."""
+        # Also of blobs that were there: the process that wrote one may have been killed before it synced the folder.
+        folders = {self._paths.blob(digest).parent for digest in self._written}
+        for folder in sorted(folders):
+            fs.make_dir(folder)
+        for digest, temporary in self._written.items():
+            if temporary is not None:
+                fs.replace(temporary, self._paths.blob(digest))
+                fs.failpoint("blob-renamed")
+        _sync_all([self._paths.blobs, *sorted(folders)] if folders else [])
+        fs.failpoint("blobs-durable")
+
+    def discard(self) -> None:
+        """Remove the temporary files."""
+        for temporary in self._written.values():
+            if temporary is not None:
+                fs.discard(temporary)
+
+
+def _sync_all(folders: Iterable[Path]) -> None:
+    with ThreadPoolExecutor(_SYNCERS) as pool:
+        list(pool.map(fs.fsync_dir, folders))
+
+
+def _holds(path: Path, data: fs.Bytes) -> bool:
+    """Say whether a file has exactly these bytes."""
+    try:
+        with path.open("rb") as file:
+            if os.fstat(file.fileno()).st_size != len(data):
+                return False
+            view = memoryview(data)
+            # bytes compare with memcmp, memoryviews item by item
+            return all(file.read(_CHUNK) == bytes(view[at : at + _CHUNK]) for at in range(0, len(data), _CHUNK))
+    except FileNotFoundError:
+        return False

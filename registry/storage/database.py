@@ -1,0 +1,421 @@
+"""SQLite through SQLAlchemy, set up so that nothing is lost, done by half, or waited for in silence.
+
+The rollback journal is used, not WAL: SQLite 3.7.0 to 3.51.2 can corrupt a WAL database in rare races, and icm makes
+few commits. Writers begin with BEGIN IMMEDIATE, because Python's default transactions lose updates: a transaction
+that reads first and writes later would work from values that another one has replaced.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+from urllib.parse import quote
+
+from sqlalchemy import Connection, Engine, create_engine, event, inspect
+from sqlalchemy.exc import DBAPIError, NoResultFound
+from sqlalchemy.orm import Session
+from sqlalchemy.pool import NullPool
+
+from registry.errors import (
+    DamagedRow,
+    DamagedStore,
+    NotAStore,
+    RegistryError,
+    StoreFull,
+    StoreIOError,
+    StoreLocked,
+    StoreReadOnly,
+    StoreTooNew,
+)
+from registry.files import failpoint
+from registry.row_checks import COLUMN, REFUSED, WrongRow, add_functions, find_wrong_rows, guard, write_all
+from registry.schema import (
+    RETAINED_GAIN,
+    SQUARED_ERROR,
+    Base,
+    BaseLabel,
+    Extra,
+    RunCode,
+    UnreadableValue,
+    compact_json,
+    pack_text,
+)
+
+if TYPE_CHECKING:
+    from registry.storage.blobs.content import Blobs
+    from registry.storage.folder import StorePaths
+    from registry.storage.locks import FileLock, Patience
+    from registry.storage.row_writer import RowWriter
+
+APPLICATION_ID = 0x69636D31  # "icm1": tells `file` and us what the database is
+
+_DAMAGE_HINT = "`icm verify` says what is damaged, and what mends it"
+# SQLite's smallest: most of two dozen tables and indexes fill less than a page. The rows of 20 tasks with vectors,
+# codes and evaluations take 53 KB; with pages of 4096 bytes they take 115 KB.
+PAGE_SIZE = 512
+
+_WRITE = "BEGIN IMMEDIATE"
+_LEAST_WAIT = 1.0  # seconds: a commit of another process takes a moment, and is not to end a command that waited before
+_PRAGMAS = (
+    # SQLite ignores foreign keys unless each connection asks for them.
+    "foreign_keys=ON",
+    # A commit that was acknowledged survives power loss.
+    "synchronous=FULL",
+    # A database file from elsewhere may hold hostile views and triggers.
+    "trusted_schema=OFF",
+    "cell_size_check=ON",
+    # A read error of a mapped file is a signal that kills the process, not an error.
+    "mmap_size=0",
+    # Triggers are temporary: they need neither a folder nor space for that.
+    "temp_store=MEMORY",
+)
+
+
+@dataclass(frozen=True)
+class Damage:
+    """Something that is wrong with the database."""
+
+    kind: Literal["database", "dangling", "row"]
+    fact: str
+    task: str | None = None  # that it is about, as far as it tells
+
+
+class Database:
+    """The rows of one store."""
+
+    def __init__(
+        self, path: Path, *, read_only: bool, patience: Patience, users: Callable[[Path], str] = lambda path: ""
+    ) -> None:
+        """Prepare to connect; nothing is opened yet.
+
+        Args:
+            path: the file.
+            read_only: refuse writes.
+            patience: how long to wait for commits of others; what is waited for the lock to write is taken from it.
+            users: says which processes have locked the file, for messages.
+        """
+        self.path = path
+        self.read_only = read_only
+        self.patience = patience
+        self._users = users
+        self._engine = self._new_engine()
+        self._reader = self._engine.execution_options(icm_begin="BEGIN")
+        self._is_sound = False  # as far as anybody has looked
+        self.is_kept = False  # whether a copy was made since: see `registry.storage.kept`
+
+    def _new_engine(self, *, create: bool = False) -> Engine:
+        engine = _engine(self.path, self.read_only, self.patience.seconds, create=create)
+        return engine.execution_options(icm_patience=self.patience)
+
+    def can_be_written(self) -> bool:
+        """Say whether the file system lets this user write the database, or its folder where it is still to be made."""
+        return _can_be_written(self.path)
+
+    def must_write(self) -> None:
+        """Raise `StoreReadOnly` if the store was opened read-only."""
+        if self.read_only:
+            raise StoreReadOnly(f"the store {self.path.parent} was opened read-only", path=self.path.parent)
+
+    @contextmanager
+    def read(self) -> Iterator[Session]:
+        """Open a session that sees one consistent state. Fetch and leave: a reader holds up commits."""
+        with self._errors(), Session(self._reader, autoflush=False) as session:
+            yield session
+
+    @contextmanager
+    def write(self) -> Iterator[Session]:
+        """Open a session that holds the write lock from its first statement; leaving the block commits."""
+        self.must_write()
+        # Rows are flushed in few large statements, where the writer asks for it.
+        with self._errors(), Session(self._engine, autoflush=False, expire_on_commit=False) as session, session.begin():
+            yield session
+
+    @contextmanager
+    def connection(self, *, write: bool = False, create: bool = False, guarded: bool = True) -> Iterator[Connection]:
+        """Open a transaction without the ORM; a `write` block is committed, `create` makes the file if it is absent.
+
+        One that is not `guarded` changes tables: it writes no checks of rows, and does not follow references.
+        """
+        engine = self._new_engine(create=True) if create else self._engine
+        if not write:
+            engine = engine.execution_options(icm_begin="BEGIN")
+        with self._errors(), engine.execution_options(icm_guarded=guarded).begin() as connection:
+            yield connection
+
+    def damage(self) -> Iterator[Damage]:
+        """Yield what is wrong with pages, indexes, references and rows."""
+        with self.connection() as connection:
+            for answer in connection.exec_driver_sql("PRAGMA integrity_check").scalars():
+                if answer != "ok":
+                    yield Damage("database", str(answer))
+            for table, rowid, parent, _ in connection.exec_driver_sql("PRAGMA foreign_key_check"):
+                place = "a row" if rowid is None else f"row {rowid}"  # not every table has rowids
+                yield Damage("dangling", f"{place} of {table} refers to a row of {parent} that is gone")
+            for fact, task in find_wrong_rows(connection, Base.metadata):
+                yield Damage("row", fact, task)
+
+    def must_be_sound(self) -> None:
+        """Raise if anything is wrong with any row: what may be deleted follows from all of them. Looks once."""
+        if not self._is_sound:
+            for found in self.damage():
+                fact = f"{self.path}: {found.fact}; while that is so, icm deletes nothing"
+                raise DamagedRow(fact, path=self.path, hint=_DAMAGE_HINT)
+            self._is_sound = True
+
+    def is_sound(self) -> bool:
+        """Say whether nothing is wrong with any row; the first call looks."""
+        try:
+            self.must_be_sound()
+        except DamagedStore:
+            return False
+        return True
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except DBAPIError as error:
+            translated = self._translate(error)
+            if translated is None:  # a broken rule of the schema is a bug of ours
+                raise
+            raise translated from error
+        except (UnicodeDecodeError, UnreadableValue, NoResultFound) as error:
+            raise DamagedStore(f"{self.path}: {error}", path=self.path, hint=_DAMAGE_HINT) from error
+        except WrongRow as error:
+            raise DamagedRow(f"{self.path}: {error}", path=self.path, hint=_DAMAGE_HINT) from error
+
+    def _translate(self, error: DBAPIError) -> RegistryError | None:
+        code = getattr(error.orig, "sqlite_errorcode", 0) & 0xFF
+        fact = f"{self.path}: {error.orig}"
+        if fact.endswith(REFUSED):
+            return DamagedRow(fact, path=self.path, hint=_DAMAGE_HINT)
+        if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+            hint = "another icm is writing; try again or wait longer with --lock-timeout"
+            return StoreLocked(fact + self._users(self.path), path=self.path, hint=hint)
+        if code == sqlite3.SQLITE_FULL:
+            return StoreFull(fact, path=self.path, hint="`icm prune` frees what no row refers to")
+        if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_ERROR):
+            return DamagedStore(fact, path=self.path, hint=_DAMAGE_HINT)
+        if code == sqlite3.SQLITE_READONLY:
+            return StoreReadOnly(fact, path=self.path, hint="check the permissions of the store folder")
+        if code == sqlite3.SQLITE_IOERR:
+            return StoreIOError(fact, path=self.path)
+        return None
+
+
+# An engine keeps the statements that it has compiled, which takes several times as long as running them: a server opens
+# its store for each task.
+@lru_cache(maxsize=16)
+def _engine(path: Path, read_only: bool, busy_timeout: float, *, create: bool = False) -> Engine:
+    engine = create_engine(
+        "sqlite://",
+        creator=partial(_connect, path, read_only, busy_timeout, create),
+        # SQLite connections must not be carried over a fork, so none is pooled.
+        poolclass=NullPool,
+    )
+    event.listen(engine, "begin", _begin)
+    return engine
+
+
+def _connect(path: Path, read_only: bool, busy_timeout: float, create: bool) -> sqlite3.Connection:
+    # A reader may have to roll back the journal of a killed writer, so it opens read-only only where it must.
+    mode = "rwc" if create else ("rw" if not read_only or _can_be_written(path) else "ro")
+    uri = f"file:{quote(str(path))}?mode={mode}"
+    connection = sqlite3.connect(uri, uri=True, isolation_level=None, timeout=busy_timeout)
+    try:
+        for pragma in _PRAGMAS:
+            connection.execute(f"PRAGMA {pragma}")
+        add_functions(connection)
+        if create:
+            connection.execute(f"PRAGMA page_size={PAGE_SIZE}")  # an existing file keeps its own
+        if read_only:
+            connection.execute("PRAGMA query_only=ON")
+        else:
+            # Faster than DELETE, which changes the folder as well.
+            connection.execute("PRAGMA journal_mode=TRUNCATE")
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def _can_be_written(path: Path) -> bool:
+    return os.access(path.parent, os.W_OK) and (os.access(path, os.W_OK) or not path.exists())
+
+
+def _begin(connection: Connection) -> None:
+    options = connection.get_execution_options()
+    begin, is_guarded = options.get("icm_begin", _WRITE), options.get("icm_guarded", True)
+    if not is_guarded:
+        connection.exec_driver_sql("PRAGMA foreign_keys=OFF")  # a transaction cannot change that
+    patience = options["icm_patience"]
+    wait = min(patience.seconds, max(patience.left, _LEAST_WAIT))
+    sqlite_of(connection).execute(f"PRAGMA busy_timeout={round(1000 * wait)}")
+    with patience.counted():
+        connection.exec_driver_sql(begin)
+    if begin == _WRITE and is_guarded:
+        guard(sqlite_of(connection), Base.metadata)
+
+
+def sqlite_of(connection: Connection) -> sqlite3.Connection:
+    """Return SQLite's own connection."""
+    found = connection.connection.driver_connection
+    assert isinstance(found, sqlite3.Connection)
+    return found
+
+
+def _to_schema_2(connection: Connection) -> None:
+    for table in (Extra, BaseLabel):
+        table.metadata.tables[table.__tablename__].create(connection)
+    for column in ("note VARCHAR", "tags VARCHAR", "label_id INTEGER REFERENCES base_labels (id)"):
+        connection.exec_driver_sql(f"ALTER TABLE tasks ADD COLUMN {column}")
+
+
+def _to_schema_3(connection: Connection) -> None:
+    connection.exec_driver_sql("ALTER TABLE adapters ADD COLUMN initial_id INTEGER REFERENCES blobs (id)")
+    connection.exec_driver_sql("ALTER TABLE evaluations ADD COLUMN score BLOB")
+
+
+def _to_schema_4(connection: Connection) -> None:
+    connection.exec_driver_sql("ALTER TABLE base_models ADD COLUMN loader VARCHAR")
+
+
+def _to_schema_5(connection: Connection) -> None:
+    RunCode.metadata.tables[RunCode.__tablename__].create(connection)
+
+
+def _to_schema_6(connection: Connection) -> None:
+    connection.exec_driver_sql("ALTER TABLE adapters ADD COLUMN tensors_key BLOB")
+    connection.exec_driver_sql("ALTER TABLE codes ADD COLUMN max_size INTEGER")
+
+
+def _to_schema_7(connection: Connection) -> None:
+    for table in ("base_models", "evaluations"):
+        connection.exec_driver_sql(f"ALTER TABLE {table} ADD COLUMN load_in INTEGER")
+    connection.exec_driver_sql("DROP INDEX one_row_per_evaluation")
+    key = "task_id, rung, coalesce(generator_id, -1), data_id, metric, coalesce(load_in, -1)"
+    connection.exec_driver_sql(f"CREATE UNIQUE INDEX one_row_per_evaluation ON evaluations ({key})")
+
+
+def add_claims(connection: Connection) -> None:
+    """Add the claims of bundles, and move there what earlier versions took for measured of codes that came in one."""
+    connection.exec_driver_sql("ALTER TABLE codes ADD COLUMN claim BLOB")
+    never_here = (
+        "FROM codes JOIN adapters ON adapters.id = codes.adapter_id JOIN tasks ON tasks.id = codes.task_id "
+        "WHERE adapters.evicted_at = adapters.created_at AND coalesce(adapters.source, tasks.folder) LIKE 'bundle %'"
+    )
+    for number, error in connection.exec_driver_sql(f"SELECT codes.id, codes.dw_error {never_here}").all():
+        claim = pack_text(compact_json({"squared_error": error, "measured": None}))
+        connection.exec_driver_sql("UPDATE codes SET dw_error = NULL, claim = ? WHERE id = ?", (claim, number))
+    for (task,) in connection.exec_driver_sql(f"SELECT codes.task_id {never_here}").all():
+        connection.exec_driver_sql("DELETE FROM evaluations WHERE generator_id IS NOT NULL AND task_id = ?", (task,))
+
+
+def add_checks(connection: Connection) -> None:
+    """Add the checks of rows, and write those of the rows that are there."""
+    connection.exec_driver_sql("ALTER TABLE adapters ADD COLUMN extra_count INTEGER DEFAULT 0 NOT NULL")
+    # Earlier icms wrote other estimates, and figures of any size.
+    connection.exec_driver_sql("UPDATE codes SET bits = 8.0 * (SELECT size FROM blobs WHERE id = blob_id)")
+    for table, column, kept in (
+        ("evaluations", "retained_gain", RETAINED_GAIN),
+        ("evaluations", "dw_error", SQUARED_ERROR),
+        ("codes", "dw_error", SQUARED_ERROR),
+        ("codes", "residual_error", SQUARED_ERROR),
+    ):
+        wrong = f"{column} NOT BETWEEN {kept.least!r} AND {kept.most!r}"
+        connection.exec_driver_sql(f"UPDATE {table} SET {column} = NULL WHERE {wrong}")  # noqa: S608
+    counted = "(SELECT count(*) FROM extras WHERE adapter_id = adapters.id)"
+    connection.exec_driver_sql(f"UPDATE adapters SET extra_count = {counted}")  # noqa: S608
+    for table in Base.metadata.tables:
+        # Tables that came after the first schema were made with it.
+        if COLUMN not in [column["name"] for column in inspect(connection).get_columns(table)]:
+            connection.exec_driver_sql(f"ALTER TABLE {table} ADD COLUMN {COLUMN} INTEGER")
+    write_all(connection, Base.metadata)
+
+
+def _to_schema_8(connection: Connection) -> None:
+    add_claims(connection)
+    add_checks(connection)
+
+
+MIGRATIONS: tuple[Callable[[Connection], None], ...] = (
+    _to_schema_2,
+    _to_schema_3,
+    _to_schema_4,
+    _to_schema_5,
+    _to_schema_6,
+    _to_schema_7,
+    _to_schema_8,
+)
+"""One function for each schema after the first: it gets a connection with the write lock and changes the tables."""
+
+
+def newest() -> int:
+    """Return the schema that this program reads and writes."""
+    return 1 + len(MIGRATIONS)
+
+
+def migrate(database: Database, *, create: bool = False) -> None:
+    """Bring the database to the newest schema, or check that it is there."""
+    with database.connection(create=create) as connection:
+        version = _version(connection, database, create=create)
+    if version == newest():
+        return
+    # A store that is only to be read is migrated too: no query fits an old schema.
+    if not database.can_be_written():
+        hint = "copy the store to a place that can be written; the first icm command there migrates it"
+        raise DamagedStore(f"{database.path} has the old schema {version}", path=database.path, hint=hint)
+    writer = database
+    if database.read_only:
+        writer = Database(database.path, read_only=False, patience=database.patience)
+    with writer.connection(write=True, create=create, guarded=False) as connection:
+        # Read again under the write lock: if many processes open an old store at once, one of them migrates it.
+        version = _version(connection, database, create=create)
+        if version == 0:
+            Base.metadata.create_all(connection)
+        else:
+            for migration in MIGRATIONS[version - 1 :]:
+                migration(connection)
+        connection.exec_driver_sql(f"PRAGMA application_id={APPLICATION_ID}")
+        connection.exec_driver_sql(f"PRAGMA user_version={newest()}")
+
+
+def _version(connection: Connection, database: Database, *, create: bool) -> int:
+    version = int(connection.exec_driver_sql("PRAGMA user_version").scalar_one())
+    application = int(connection.exec_driver_sql("PRAGMA application_id").scalar_one())
+    if version > newest():
+        hint = "use the icm that wrote it, or a newer one"
+        raise StoreTooNew(f"{database.path} has schema {version}, this icm knows {newest()}", hint=hint)
+    is_new = create and version == 0 and application == 0
+    if application != APPLICATION_ID and not is_new:
+        raise NotAStore(f"{database.path} is not an icm database", path=database.path)
+    return version
+
+
+class Part:
+    """Operations on one kind of row; a :class:`registry.store.Store` has one of each."""
+
+    def __init__(self, paths: StorePaths, lock: FileLock, database: Database, blobs: Blobs) -> None:
+        self._paths, self._lock, self._db, self._blobs = paths, lock, database, blobs
+
+    @contextmanager
+    def _write(self) -> Iterator[RowWriter]:
+        """Open a transaction for rows that refer to durable bytes; leaving the block commits."""
+        from registry.storage.row_writer import RowWriter  # readers write nothing
+
+        with self._db.write() as session:
+            yield RowWriter(session, self._blobs)
+            failpoint("rows-before-commit")
+        failpoint("rows-committed")
+
+    def _drop(self, digests: Iterable[str]) -> None:
+        """Delete files that rows no longer name, after the commit, if no other process uses the store."""
+        from registry.storage.prune import drop_unreferenced  # readers delete nothing
+
+        drop_unreferenced(self._lock, self._db, self._blobs, digests)

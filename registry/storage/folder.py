@@ -1,0 +1,197 @@
+"""Where things are in a store folder.
+
+FORMAT            "icm store 2"; written last when a store is made, so it marks a whole one
+registry.db       rows
+registry.db.kept  a copy of them, deflated, from before the last deletion: see `registry.storage.kept`
+blobs/3/3f9a..    the bytes of `registry.storage.blobs.local`; 16 folders: syncing 256 costs a first ingest a tenth of its time
+tmp/              files being written; on the same file system, so that a rename is atomic
+quarantine/       damaged blobs that were moved aside
+lock, lock.gate   flocks of the store: see `registry.storage.locks`
+jobs/             flocks of long jobs, one for each base model
+reserve           bytes that are freed on a full disk, so that SQLite has room for its journal when it deletes rows
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TypeVar
+
+from registry import files as fs
+from registry.errors import DamagedStore, NotAStore, RegistryError, StoreFull, StoreTooNew
+from registry.storage.database import Database, migrate
+
+FORMAT_TEXT = "icm store 2\n"
+
+_FORMAT = re.compile(rb"icm store [1-9][0-9]{0,5}\n")
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class StorePaths:
+    """The paths of one store."""
+
+    root: Path
+
+    @cached_property
+    def format(self) -> Path:
+        """The file that says what this folder is."""
+        return self.root / "FORMAT"
+
+    @cached_property
+    def database(self) -> Path:
+        """The SQLite file."""
+        return self.root / "registry.db"
+
+    @cached_property
+    def journal(self) -> Path:
+        """SQLite's own, of a commit that did not end."""
+        return self.root / "registry.db-journal"
+
+    @cached_property
+    def kept(self) -> Path:
+        """The copy of the database from before the last deletion."""
+        return self.root / "registry.db.kept"
+
+    @cached_property
+    def blobs(self) -> Path:
+        """The folder of content-addressed files."""
+        return self.root / "blobs"
+
+    @cached_property
+    def tmp(self) -> Path:
+        """The folder of files that are being written."""
+        return self.root / "tmp"
+
+    @cached_property
+    def quarantine(self) -> Path:
+        """The folder of damaged blobs."""
+        return self.root / "quarantine"
+
+    @cached_property
+    def lock(self) -> Path:
+        """The file that is flock'ed."""
+        return self.root / "lock"
+
+    @cached_property
+    def jobs(self) -> Path:
+        """The folder of the files that are flock'ed by jobs."""
+        return self.root / "jobs"
+
+    def job(self, base_model: str) -> Path:
+        """Return the lock file of a base model's jobs."""
+        return self.jobs / hashlib.sha256(base_model.encode()).hexdigest()[:16]
+
+    @cached_property
+    def reserve(self) -> Path:
+        """The file that is given up on a full disk."""
+        return self.root / "reserve"
+
+    def blob(self, digest: str) -> Path:
+        """Return the path of a blob. Only here does a digest become a path, so it is checked here."""
+        if not is_digest(digest):
+            raise ValueError(f"not a digest: {digest[:80]!r}")
+        return Path(f"{self.root}/blobs/{digest[0]}/{digest}")  # three times faster than joining, for each of many
+
+
+def is_digest(text: str) -> bool:
+    """Say whether `text` is a SHA-256 in the form the store uses."""
+    return _DIGEST.fullmatch(text) is not None
+
+
+RESERVE_BYTES = 128 << 10
+
+T = TypeVar("T")
+
+
+def make_reserve(paths: StorePaths) -> None:
+    """Write the reserve file if it is not there."""
+    if not paths.reserve.exists():
+        temporary = paths.tmp / "reserve"
+        fs.unlink(temporary)
+        # Real bytes: a sparse file would free nothing.
+        fs.write_file(temporary, bytes(RESERVE_BYTES), 0o600)
+        fs.replace(temporary, paths.reserve)
+
+
+def with_reserve(paths: StorePaths, delete: Callable[[], T]) -> T:
+    """Run a deletion of rows; if the disk is full, delete the reserve and run it once more."""
+    try:
+        return delete()
+    except StoreFull:
+        with fs.store_errors(paths.reserve):
+            fs.unlink(paths.reserve)
+        return delete()
+
+
+def restore_reserve(paths: StorePaths) -> None:
+    """Make the reserve again if there is room for it by now."""
+    with suppress(OSError):
+        make_reserve(paths)
+
+
+def prepare_folder(paths: StorePaths) -> None:
+    """Make the store folder, unless it holds things that are not a store's."""
+    with fs.store_errors(paths.root):
+        paths.root.mkdir(parents=True, exist_ok=True)
+        check_place(paths.root)
+
+
+def check_place(root: Path) -> None:
+    """Raise `NotAStore` if a folder holds things that are not a store's."""
+    # FORMAT too: another process may make a store here while this looks.
+    ours = {"FORMAT", "registry.db", "registry.db-journal", "blobs", "tmp", "quarantine", "jobs", "reserve"}
+    ours |= {"lock", "lock.gate", "registry.db.kept"}
+    if not root.is_dir() or StorePaths(root).format.exists():
+        return
+    if foreign := {entry.name for entry in root.iterdir()} - ours:
+        message = f"{root} is not a store: it holds {min(foreign)!r}"
+        raise NotAStore(message, path=root, hint="name an empty or a new folder with --store")
+
+
+def create_store(paths: StorePaths, database: Database) -> None:
+    """Make the parts of a store, FORMAT last; a killed attempt is simply made again."""
+    if paths.format.exists():  # another process was faster
+        return
+    with fs.store_errors(paths.root):
+        make_folders(paths)
+        make_reserve(paths)
+        migrate(database, create=True)
+        fs.failpoint("store-before-format")
+        # FORMAT last: a folder without it is an attempt that was killed, and is made again.
+        temporary = paths.tmp / "FORMAT"
+        fs.unlink(temporary)
+        fs.write_file(temporary, FORMAT_TEXT.encode(), 0o444)
+        fs.replace(temporary, paths.format)
+        fs.fsync_dir(paths.root)
+        fs.fsync_dir(paths.root.parent)
+
+
+def make_folders(paths: StorePaths) -> None:
+    """Make the folders of a store; copies of one often lack the empty ones."""
+    with fs.store_errors(paths.root):
+        for folder in (paths.blobs, paths.tmp, paths.quarantine):
+            fs.make_dir(folder)
+
+
+def check_format(paths: StorePaths) -> None:
+    """Raise `StoreTooNew` unless FORMAT names the format of this program; `DamagedStore` if it names none."""
+    try:
+        with paths.format.open("rb") as file:
+            text = file.read(64)
+    except OSError as error:
+        raise RegistryError(f"cannot read {paths.format}: {error.strerror}", path=paths.format) from error
+    if text == FORMAT_TEXT.encode():
+        return
+    known = FORMAT_TEXT.strip()
+    if not _FORMAT.fullmatch(text):
+        hint = f"if this is a store of icm, write the line `{known}` into it, then run `icm verify --read-data`"
+        raise DamagedStore(f"{paths.format} is damaged: it does not hold a line such as {known!r}", hint=hint)
+    hint = "use the icm that wrote it, or a newer one; if this one wrote it, FORMAT is damaged"
+    message = f"{paths.root} has the format {text.decode().strip()!r}, this icm knows {known!r}"
+    raise StoreTooNew(message, path=paths.format, hint=hint)

@@ -1,0 +1,229 @@
+"""What may be deleted, and deleting it: rows first, bytes after.
+
+A file is deleted only under the exclusive store lock, so no other process is between storing bytes and recording the
+row that refers to them, and none is about to read the file of a row that it has seen.
+
+There are two questions. Does any row *refer* to a blob? Then its row stays. Does any row *need* its bytes? Then its
+file stays. Evicted adapters, and the texts of evaluations, are referred to and not needed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from sqlalchemy import ColumnElement, delete, exists, or_, select
+from sqlalchemy.orm import InstrumentedAttribute
+
+from registry import files as fs
+from registry.errors import MissingBlob
+from registry.files import failpoint
+from registry.schema import (
+    Adapter,
+    Base,
+    Blob,
+    Code,
+    Document,
+    Evaluation,
+    Extra,
+    Generator,
+    RunCode,
+    Task,
+    TaskVector,
+    TrainRun,
+)
+from registry.storage.blobs.content import Blobs
+from registry.storage.database import Database
+from registry.storage.folder import StorePaths
+from registry.storage.kept import keep
+from registry.storage.locks import FileLock
+from registry.storage.row_writer import in_parts
+
+BlobColumn = InstrumentedAttribute[int] | InstrumentedAttribute[int | None]
+# Every column that refers to a blob; a test compares this with the tables.
+BLOB_COLUMNS: tuple[BlobColumn, ...] = (
+    Task.samples_id,
+    Task.eval_id,
+    Adapter.weights_id,
+    Adapter.config_id,
+    Adapter.card_id,
+    Adapter.initial_id,
+    Extra.blob_id,
+    TaskVector.blob_id,
+    Generator.blob_id,
+    Generator.start_id,
+    TrainRun.weights_id,
+    TrainRun.optimizer_id,
+    RunCode.blob_id,
+    Code.blob_id,
+    Code.residual_id,
+    Evaluation.data_id,
+)
+_START = 64  # bytes of a blob by which its kind is known
+_CHUNK = 200  # rows deleted per commit, so that the journal stays small on a full disk
+
+
+@dataclass(frozen=True)
+class PruneReport:
+    """What prune removed, or would remove."""
+
+    blobs: int  # that no row refers to
+    temporary_files: int  # left by killed writers, and what quarantine held if that was asked for
+    freed_bytes: int
+    set_aside: int = 0  # further blobs, moved to quarantine: nobody could make them again
+    set_aside_bytes: int = 0
+
+
+def drop_evicted(database: Database, blobs: Blobs, digests: Sequence[str]) -> int:
+    """Delete the files of these blobs unless a row needs their bytes, and return the bytes freed; the rows stay."""
+    database.must_be_sound()
+    needed: set[str] = set()  # cannot grow meanwhile: the caller holds the exclusive lock
+    with database.read() as session:
+        for some in in_parts(digests):
+            needed |= set(session.scalars(select(Blob.digest).where(Blob.digest.in_(some), is_needed())))
+    return blobs.delete(digest for digest in digests if digest not in needed)
+
+
+def evicted_files(database: Database, blobs: Blobs) -> list[str]:
+    """Return the digests of files that only evicted adapters refer to: what a killed `evict` left."""
+    database.must_be_sound()
+    with database.read() as session:
+        query = select(Blob.digest).where(blob_references(Adapter, needed=False), ~is_needed()).order_by(Blob.digest)
+        digests = session.scalars(query).all()
+    return [digest for digest in digests if blobs.exists(digest)]
+
+
+def drop_unreferenced(lock: FileLock, database: Database, blobs: Blobs, digests: Iterable[str]) -> None:
+    """Delete the files of these blobs, and those of earlier calls that could not, unless a row refers to them."""
+    blobs.unwanted.update(digests)
+    if not blobs.unwanted:
+        return
+    with lock.try_exclusive() as is_alone:
+        if not is_alone or not database.is_sound():  # the files stay for the next call, or for prune
+            return
+        kept: set[str] = set()
+        with database.write() as session:
+            for some in in_parts(sorted(blobs.unwanted)):
+                session.execute(delete(Blob).where(Blob.digest.in_(some), ~is_referenced()))
+                kept |= set(session.scalars(select(Blob.digest).where(Blob.digest.in_(some))))
+        failpoint("garbage-rows-gone")
+        blobs.delete(sorted(blobs.unwanted - kept))
+        blobs.unwanted.clear()
+
+
+def prune(
+    database: Database,
+    blobs: Blobs,
+    paths: StorePaths,
+    *,
+    grace: float,
+    is_precious: Callable[[bytes], bool] = lambda start: False,
+    empty_quarantine: bool = False,
+    dry_run: bool = False,
+) -> PruneReport:
+    """Remove what no row refers to, or only say what would go; files younger than `grace` seconds stay.
+
+    A blob that `is_precious`, by its first bytes, is moved to quarantine instead, unless that is to be emptied as well.
+    """
+    database.must_be_sound()
+    newest = time.time() - grace  # young files may be another writer's, where file locks do not lock
+    with database.read() as session:
+        needed = set(session.scalars(select(Blob.digest).where(is_needed())))
+    doomed = {blob.digest: blob.size for blob in blobs.all() if blob.digest not in needed and blob.modified <= newest}
+    temporary, precious = _older(paths.tmp, newest), set[str]()
+    if empty_quarantine:
+        temporary |= _older(paths.quarantine, newest)
+    else:
+        precious = {digest for digest in doomed if is_precious(_start_of(blobs, digest))}
+    if not dry_run:
+        if doomed:
+            keep(database, paths)
+        _delete_rows(database)
+        failpoint("garbage-rows-gone")
+        for digest in sorted(precious):
+            blobs.quarantine(digest)
+        blobs.delete(digest for digest in doomed if digest not in precious)
+        with fs.store_errors(paths.tmp):
+            for path in temporary:
+                fs.unlink(path)
+    aside = sum(doomed[digest] for digest in precious)
+    freed = sum(doomed.values()) + sum(temporary.values()) - aside
+    return PruneReport(len(doomed) - len(precious), len(temporary), freed, len(precious), aside)
+
+
+def _start_of(blobs: Blobs, digest: str) -> bytes:
+    try:
+        return blobs.start(digest, _START)
+    except MissingBlob:  # during a dry run, another process removed it
+        return b""
+
+
+def is_referenced() -> ColumnElement[bool]:
+    """Return the condition that any row refers to a blob."""
+    return or_(*(_is_in(column) for column in BLOB_COLUMNS))
+
+
+def is_needed() -> ColumnElement[bool]:
+    """Return the condition that any row needs the bytes of a blob."""
+    # Held-out text is known by its digest; a measurement stays true without it.
+    return or_(*(_is_in(column, needed=True) for column in BLOB_COLUMNS if column is not Evaluation.data_id))
+
+
+def blob_references(
+    owner: type[Base], condition: ColumnElement[bool] | None = None, *, needed: bool = True
+) -> ColumnElement[bool]:
+    """Return the condition that (some of) the rows of one table need a blob's bytes, or else only refer to it."""
+    columns = [column for column in BLOB_COLUMNS if column.class_ is owner]
+    return or_(*(_is_in(column, condition, needed=needed) for column in columns))
+
+
+def _is_in(
+    column: BlobColumn, condition: ColumnElement[bool] | None = None, *, needed: bool = False
+) -> ColumnElement[bool]:
+    # A list of numbers that is made once: to look for each blob among all rows takes the square of their number.
+    numbers = select(column).where(column.is_not(None))
+    if condition is not None:
+        numbers = numbers.where(condition)
+    # The row of evicted weights stays, so that the original is recognised when it comes back.
+    if needed and is_evictable(column):
+        numbers = numbers.where(Adapter.evicted_at.is_(None))
+    return Blob.id.in_(numbers)
+
+
+def is_evictable(column: BlobColumn) -> bool:
+    """Say whether an evicted adapter does not need what this column refers to."""
+    return column is Adapter.weights_id or column is Adapter.initial_id
+
+
+def _delete_rows(database: Database) -> None:
+    """Delete the rows that nothing refers to, a few per commit."""
+    stale = select(Blob.id).where(~is_referenced()).limit(_CHUNK)
+    while True:
+        with database.write() as session:
+            ids = session.scalars(stale).all()
+            session.execute(delete(Blob).where(Blob.id.in_(ids)))
+            if not ids:
+                session.execute(delete(Document).where(~_has_document()))
+                return
+
+
+def _has_document() -> ColumnElement[bool]:
+    return or_(
+        exists().where(Adapter.description_id == Document.id),
+        exists().where(TaskVector.extractor_id == Document.id),
+        exists().where(Evaluation.settings_id == Document.id),
+    )
+
+
+def _older(folder: Path, newest: float) -> dict[Path, int]:
+    """Return path -> length of the files that were there before a time, in seconds since 1970."""
+    found: dict[Path, int] = {}
+    for path in sorted(folder.iterdir()):
+        with suppress(FileNotFoundError):  # during a dry run, another process renamed or removed it
+            state = path.stat()
+            if state.st_mtime <= newest:
+                found[path] = state.st_size
+    return found
