@@ -70,9 +70,9 @@ def complete_sort(incomplete: str) -> Iterable[str]:
 @_quietly
 def complete_format(incomplete: str) -> Iterable[str]:
     """Return the names of the formats of adapters."""
-    from icmlora.formats.catalogue import formats
+    from icmlora.formats import catalogue
 
-    return [known.name for known in formats()]
+    return [known.name for known in catalogue.FORMATS]
 
 
 def _values(field: str) -> Iterable[str]:

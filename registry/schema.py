@@ -9,8 +9,8 @@
          └──n train_runs      documents: JSON values that many rows share, stored once
                  └──n run_codes
 
-A new store gets these tables; `registry.storage.database.MIGRATIONS` moves an older one forward to them. Each ends with a check
-of the row: see `registry.row_checks`.
+A new store gets these tables; `registry.storage.database.MIGRATIONS` moves an older one forward to them. Each ends
+with a check of the row: see `registry.row_checks`.
 
 Every task pays for its rows, so values are stored small:
 

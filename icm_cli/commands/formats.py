@@ -26,9 +26,9 @@ def formats(session: Session) -> None:
       icm formats
     """
     from icmlora.fleet.write.format_pairs import written_from
-    from icmlora.formats.catalogue import formats as all_formats
+    from icmlora.formats import catalogue
 
-    found = [(known.name, known.about, written_from(known)) for known in all_formats()]
+    found = [(known.name, known.about, written_from(known)) for known in catalogue.FORMATS]
     session.out.document(
         [
             {"name": name, "about": about, "read": True, "written_from": list(sources), "code": True}

@@ -220,9 +220,9 @@ def _check_base_options(
     device: str | None,
 ) -> None:
     if adapter_format is not None:
-        from icmlora.formats.catalogue import formats
+        from icmlora.formats import catalogue
 
-        names = [known.name for known in formats()]
+        names = [known.name for known in catalogue.FORMATS]
         if adapter_format not in names:
             raise UsageProblem(f"unknown format {adapter_format!r}", hint=f"choose one of {', '.join(names)}")
     if samples is None and (loader, device) != (None, None):

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 from icmlora.fleet.api_originals import FleetOriginals
 from icmlora.fleet.context import Shard
+from icmlora.fleet.measure.module_errors import module_errors
 
 if TYPE_CHECKING:
     from icmlora.adapter.model import Adapter
@@ -58,6 +59,8 @@ class Fleet(FleetOriginals):
         on_event: Called with a `Progress` after each unit of work, and with each result. To stop, raise `Cancelled`
             in it: what was finished is kept.
     """
+
+    module_errors = module_errors
 
     # ingest, vectors
 

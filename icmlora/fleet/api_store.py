@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 from icmlora.fleet.context import Context, Event, default_cache, ignore
 
 if TYPE_CHECKING:
-    from icmlora.adapter.metrics import GroupError
     from icmlora.fleet.bases.base_models import KnownBase
     from icmlora.fleet.map.map import MapReport
     from icmlora.fleet.records import GeneratorRecord, Joined, LoadIn, Separated, TaskRecord, TaskSummary, View
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
     from icmlora.fleet.tasks.tasks import Removal, TaskDetails
 
 
-class StoredFleet:
+class StoredFleet(Context):
     """Open a store, list and maintain it. `icmlora.Fleet` explains the arguments."""
 
     def __init__(
@@ -34,17 +33,12 @@ class StoredFleet:
         on_event: Callable[[Event], None] = ignore,
     ) -> None:
         cache = Path(cache) if isinstance(cache, str) else cache
-        self._settings = Context(Path(path), cache, lock_timeout, command, on_event)
+        super().__init__(Path(path), cache, lock_timeout, command, on_event)
 
     @property
     def _context(self) -> Context:
         """What one use case works with: all its waits for other processes end at the timeout, together."""
-        return self._settings.with_patience()
-
-    @property
-    def path(self) -> Path:
-        """The store folder."""
-        return self._settings.path
+        return self.with_patience()
 
     # tasks: list, show, remove
 
@@ -90,21 +84,6 @@ class StoredFleet:
         from icmlora.fleet.tasks.tasks import show_task
 
         return show_task(self._context, task)
-
-    def module_errors(self, task: str) -> Sequence[GroupError]:
-        """Return the relative errors of a task's code by kind of module, or by block of an image model.
-
-        The original is read and the code decoded, which takes a while for a large adapter.
-
-        Args:
-            task: The task.
-
-        Raises:
-            DataError: It has no code, or its original was evicted.
-        """
-        from icmlora.fleet.measure.module_errors import module_errors
-
-        return module_errors(self._context, task)
 
     def plan_removal(self, tasks: Sequence[str]) -> list[Removal]:
         """Return what `remove` would delete with these `tasks`; nothing changes."""

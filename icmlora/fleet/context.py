@@ -14,8 +14,9 @@ import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar
 
 from icmlora.errors import BaseModelNotFound, Cancelled, DataError, InvalidShare
 
@@ -26,6 +27,10 @@ if TYPE_CHECKING:
     from registry.records import BaseModelRecord, TaskRecord
     from registry.storage.locks import Patience
     from registry.store import Store
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -150,7 +155,10 @@ class Context:
         """Return the same for one command: its waits take no longer than the timeout, all of them together."""
         from registry.storage.locks import Patience
 
-        return replace(self, patience=Patience(self.lock_timeout, lambda text: self.on_event(Waiting(text))))
+        patience = Patience(self.lock_timeout, lambda text: self.on_event(Waiting(text)))
+        return Context(
+            self.path, self.cache_folder, self.lock_timeout, self.command, self.on_event, self.generator, patience
+        )
 
     def _tell_damage(self, task: str, error: IcmError) -> None:
         self.on_event(TaskDamaged(task, error.message, error.hint))
@@ -158,6 +166,19 @@ class Context:
     def progress(self, done: float, total: float | None, note: str = "") -> None:
         """Report how far the use case is."""
         self.on_event(Progress(done, total, note))
+
+
+def use_case(function: Callable[Concatenate[Context, P], R]) -> Callable[Concatenate[Context, P], R]:
+    """Make a function something that can be done with a store: a method of `Fleet`, and what a command calls.
+
+    All waits of one call for other processes end at the timeout, together; those of what it calls count too.
+    """
+
+    @wraps(function)
+    def call(context: Context, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        return function(context if context.patience is not None else context.with_patience(), *args, **kwargs)
+
+    return call
 
 
 @contextmanager

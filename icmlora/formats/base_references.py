@@ -16,10 +16,11 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from icmlora.errors import BaseModelMismatch, DataError, IcmLoraError
-from icmlora.formats.extras import REFERENCES
 from icmlora.io.safetensors import ITEM_BYTES, MAX_DIMENSION, MAX_RANK, TENSOR_NAME, RawTensor
 from icmlora.io.strict_json import parse_object
 
+REFERENCES = b"ICMX\x02"
+"""How a record begins."""
 MAX_RECORD = 8 << 20  # bytes
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 

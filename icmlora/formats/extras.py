@@ -13,19 +13,15 @@ from __future__ import annotations
 import struct
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING
 
 import zstandard
 
 from icmlora.errors import DataError
+from icmlora.formats.base_references import REFERENCES, BaseSource, resolve
 from icmlora.io.safetensors import ITEM_BYTES, RawTensor, encode, raw_tensors, read_header
-
-if TYPE_CHECKING:
-    from icmlora.formats.base_references import BaseSource
 
 _HEAD = struct.Struct("<5sBQ")
 _MAGIC = b"ICMX\x01"
-REFERENCES = b"ICMX\x02"
 _ALONE = 64 * 1024  # bytes from which a tensor gets a blob of its own
 _LEVEL = 9  # higher levels take several times longer for less than a per cent
 MAX_BYTES = 8 * 1024**3
@@ -47,8 +43,6 @@ def unpack_tensors(blobs: Iterable[bytes], base: Callable[[], BaseSource]) -> di
     tensors: dict[str, RawTensor] = {}
     for blob in blobs:
         if blob.startswith(REFERENCES):
-            from icmlora.formats.base_references import resolve  # few adapters have any
-
             tensors |= resolve(blob, base())
             continue
         data = unpack(blob)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import sqlite3
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -33,7 +33,6 @@ from registry.errors import (
     StoreReadOnly,
     StoreTooNew,
 )
-from registry.files import failpoint
 from registry.row_checks import COLUMN, REFUSED, WrongRow, add_functions, find_wrong_rows, guard, write_all
 from registry.schema import (
     RETAINED_GAIN,
@@ -48,10 +47,7 @@ from registry.schema import (
 )
 
 if TYPE_CHECKING:
-    from registry.storage.blobs.content import Blobs
-    from registry.storage.folder import StorePaths
-    from registry.storage.locks import FileLock, Patience
-    from registry.storage.row_writer import RowWriter
+    from registry.storage.locks import Patience
 
 APPLICATION_ID = 0x69636D31  # "icm1": tells `file` and us what the database is
 
@@ -396,26 +392,3 @@ def _version(connection: Connection, database: Database, *, create: bool) -> int
     if application != APPLICATION_ID and not is_new:
         raise NotAStore(f"{database.path} is not an icm database", path=database.path)
     return version
-
-
-class Part:
-    """Operations on one kind of row; a :class:`registry.store.Store` has one of each."""
-
-    def __init__(self, paths: StorePaths, lock: FileLock, database: Database, blobs: Blobs) -> None:
-        self._paths, self._lock, self._db, self._blobs = paths, lock, database, blobs
-
-    @contextmanager
-    def _write(self) -> Iterator[RowWriter]:
-        """Open a transaction for rows that refer to durable bytes; leaving the block commits."""
-        from registry.storage.row_writer import RowWriter  # readers write nothing
-
-        with self._db.write() as session:
-            yield RowWriter(session, self._blobs)
-            failpoint("rows-before-commit")
-        failpoint("rows-committed")
-
-    def _drop(self, digests: Iterable[str]) -> None:
-        """Delete files that rows no longer name, after the commit, if no other process uses the store."""
-        from registry.storage.prune import drop_unreferenced  # readers delete nothing
-
-        drop_unreferenced(self._lock, self._db, self._blobs, digests)

@@ -3,7 +3,7 @@
 FORMAT            "icm store 2"; written last when a store is made, so it marks a whole one
 registry.db       rows
 registry.db.kept  a copy of them, deflated, from before the last deletion: see `registry.storage.kept`
-blobs/3/3f9a..    the bytes of `registry.storage.blobs.local`; 16 folders: syncing 256 costs a first ingest a tenth of its time
+blobs/3/3f9a..    the bytes (see blobs/local.py); 16 folders: syncing 256 costs a first ingest a tenth of its time
 tmp/              files being written; on the same file system, so that a rename is atomic
 quarantine/       damaged blobs that were moved aside
 lock, lock.gate   flocks of the store: see `registry.storage.locks`

@@ -21,11 +21,11 @@ from registry import records
 from registry import schema as models
 from registry.errors import BaseModelConflict, LastCopy
 from registry.names import UNKNOWN_BASE, LoadIn
-from registry.storage.database import Part
 from registry.storage.folder import with_reserve
 from registry.storage.row_writer import RowWriter, in_parts, table_of
 from registry.tables.generators import find_current, must_cover_evicted
 from registry.tables.runs import finish_run
+from registry.tables.table import Table
 from registry.to_records import code_record
 
 
@@ -50,7 +50,7 @@ class Separated:
     codes: int  # that were deleted, because their generator stayed
 
 
-class BaseModels(Part):
+class BaseModels(Table):
     """Base models, known by the labels that adapters give them."""
 
     def all(self) -> list[records.BaseModelRecord]:

@@ -20,11 +20,11 @@ from registry import schema as models
 from registry.errors import GeneratorConflict, TaskConflict
 from registry.names import check_name
 from registry.records import description_of
-from registry.storage.database import Part
 from registry.storage.row_writer import RowWriter, document_row, in_parts
 from registry.tables.base_models import names_of
 from registry.tables.generators import find_current, generator_row
 from registry.tables.ingest import KnownTask, known_tasks
+from registry.tables.table import Table
 from registry.tables.vectors import record_vector
 from registry.to_records import task_folder, unusual_source
 
@@ -80,7 +80,7 @@ class _Decision:
         return ImportOutcome(self.task.name if self.known is None else self.known.name, self.status)
 
 
-class Bundles(Part):
+class Bundles(Table):
     """Codes that were made elsewhere."""
 
     def plan(self, bundle: BundleImport) -> list[ImportOutcome]:

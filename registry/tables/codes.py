@@ -16,9 +16,9 @@ from registry import records
 from registry import schema as models
 from registry.errors import GeneratorConflict, LastCopy
 from registry.storage import row_writer as rows
-from registry.storage.database import Part
 from registry.storage.row_writer import RowWriter, final_if_unchanged, final_under_any_name, in_parts
 from registry.tables.evaluations import record_evaluation
+from registry.tables.table import Table
 from registry.to_records import code_record
 
 CodeFiles = tuple[int, int | None]
@@ -27,7 +27,7 @@ CodeFiles = tuple[int, int | None]
 _LIMITS = tuple(field.name for field in fields(records.Asked))
 
 
-class Codes(Part):
+class Codes(Table):
     """Codes, one for each task and generator."""
 
     def get(self, task: str, generator_id: int) -> records.CodeRecord | None:

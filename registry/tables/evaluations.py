@@ -11,12 +11,12 @@ from registry import records
 from registry import schema as models
 from registry.names import NLL
 from registry.storage import row_writer as rows
-from registry.storage.database import Part
 from registry.storage.row_writer import document_row, final_if_unchanged, named_blob
+from registry.tables.table import Table
 from registry.to_records import code_record, evaluation_record
 
 
-class Evaluations(Part):
+class Evaluations(Table):
     """Measurements, one for each task, source, generator, text, metric and few bits of the base model."""
 
     def add(

@@ -19,17 +19,17 @@ from registry.errors import DamagedBlob, LastCopy, StoreIOError
 from registry.files import failpoint
 from registry.records import AdapterRecord, EvictedAdapter, Eviction
 from registry.storage import row_writer as rows
-from registry.storage.database import Part
 from registry.storage.folder import restore_reserve, with_reserve
 from registry.storage.kept import keep
 from registry.storage.prune import drop_evicted, evicted_files
 from registry.storage.row_writer import in_parts, utc_now
 from registry.tables import ingest as known_tasks
 from registry.tables.evaluations import record_evaluation
+from registry.tables.table import Table
 from registry.to_records import adapter_record
 
 
-class Originals(Part):
+class Originals(Table):
     """The weights as they were ingested."""
 
     def evicted(self) -> list[EvictedAdapter]:

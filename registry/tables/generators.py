@@ -21,9 +21,9 @@ from registry import schema as models
 from registry.errors import GeneratorConflict, GeneratorNotFound, LastCopy
 from registry.names import some
 from registry.row_checks import COLUMN
-from registry.storage.database import Part
 from registry.storage.row_writer import RowWriter, check_rows, table_of
 from registry.tables.codes import code_files, code_rows, current_row
+from registry.tables.table import Table
 from registry.to_records import code_record, generator_record
 
 
@@ -36,7 +36,7 @@ class GeneratorUse:
     last_copies: tuple[str, ...]  # evicted tasks that only it gives back as they were checked
 
 
-class Generators(Part):
+class Generators(Table):
     """Generators with their codes."""
 
     def add(self, generator: records.NewGenerator) -> records.GeneratorRecord:

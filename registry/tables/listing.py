@@ -139,7 +139,7 @@ def _measured(column: InstrumentedAttribute[Any]) -> Expression:
     found = found.join(
         Evaluation, and_(Evaluation.task_id == Code.task_id, Evaluation.generator_id == Code.generator_id)
     )
-    # As `registry.tables.evaluations.latest`: on the task's own text, else the latest on any; one with a gain if there is one.
+    # As `evaluations.latest`: on the task's own text, else the latest on any; one with a gain if there is one.
     same = aliased(Task)  # SQLite cannot order by a column of the outer query
     found = found.where(Evaluation.rung == better).join(same, same.id == Code.task_id)
     own = func.coalesce(Evaluation.data_id == same.eval_id, 0)

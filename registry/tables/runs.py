@@ -8,12 +8,12 @@ from sqlalchemy import delete, select
 
 from registry import records
 from registry import schema as models
-from registry.storage.database import Part
 from registry.storage.row_writer import RowWriter, existing_adapters
+from registry.tables.table import Table
 from registry.to_records import run_code_record, train_run_record
 
 
-class Runs(Part):
+class Runs(Table):
     """What the store knows of training runs."""
 
     def running(self, base_model: str) -> records.TrainRunRecord | None:

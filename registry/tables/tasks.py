@@ -16,8 +16,8 @@ from registry.errors import DamagedStore, LastCopy, TaskConflict
 from registry.files import failpoint
 from registry.names import check_name, check_note, check_tag
 from registry.storage import row_writer as rows
-from registry.storage.database import Part
 from registry.storage.folder import restore_reserve, with_reserve
+from registry.tables.table import Table
 from registry.to_records import adapter_record, code_record, task_record
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ T = TypeVar("T")
 _PAGE = 256
 
 
-class Tasks(Part):
+class Tasks(Table):
     """Tasks with their adapters."""
 
     def __init__(

@@ -9,12 +9,12 @@ from sqlalchemy import func, select
 from registry import records
 from registry import schema as models
 from registry.storage import row_writer as rows
-from registry.storage.database import Part
 from registry.storage.row_writer import RowWriter, document_row, final_if_unchanged
+from registry.tables.table import Table
 from registry.to_records import task_record, vector_record
 
 
-class Vectors(Part):
+class Vectors(Table):
     """Task vectors."""
 
     def add(self, vectors: Sequence[records.NewVector], of: records.TaskSummary | None = None) -> int | None:

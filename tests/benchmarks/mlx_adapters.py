@@ -66,11 +66,11 @@ def compare(name: str, place: Path, *, use_dora: bool = False) -> dict[str, obje
     adapter = PEFT.runnable(*((peft / file).read_bytes() for file in (CONFIG_NAME, WEIGHTS_NAME)))
     mlx.mkdir()
     try:
-        files = encode_mlx(adapter, metadata={})
+        made = encode_mlx(adapter, metadata={})
     except AdapterRefused as refused:
         return {"refused": str(refused)}
-    for file, data in files.items():
-        (mlx / file).write_bytes(data)
+    (mlx / "adapters.safetensors").write_bytes(made.weights)
+    (mlx / "adapter_config.json").write_bytes(made.config)
     return {"modules": len(adapter.adapter.modules), **differences(base, mlx, plain, tuned)}
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from icm_cli.errors import ExitCode
-from icmlora.formats.catalogue import formats
+from icmlora.formats.catalogue import FORMATS
 from tests.cli.conftest import Ran
 from tests.cli.fleet import write_broken
 from tests.cli.tiny_fleet import write_lora
@@ -97,4 +97,4 @@ def test_another_method_asks_for_a_rank(icm: Icm, tmp_path: Path) -> None:
 @pytest.mark.parametrize("command", ["convert", "materialize"])
 def test_the_help_lists_every_format(icm: Icm, command: str) -> None:
     words = set(re.findall(r"[a-z]+", icm(command, "--help").out))
-    assert {known.name for known in formats()} <= words
+    assert {known.name for known in FORMATS} <= words

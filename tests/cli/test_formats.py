@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from icmlora.formats.catalogue import formats
+from icmlora.formats.catalogue import FORMATS
 from tests.cli.conftest import Ran, modules_of
 from tests.icmlora.formats.llama_files import gguf_file
 
@@ -14,7 +14,7 @@ Icm = Callable[..., Ran]
 
 def test_every_format_is_listed_with_what_icm_does_with_it(icm: Icm) -> None:
     found = icm("formats", "--json").document
-    assert [row["name"] for row in found] == [known.name for known in formats()]
+    assert [row["name"] for row in found] == [known.name for known in FORMATS]
     assert all(row["about"] and row["read"] and row["code"] for row in found)
     text = ["peft", "mlx", "gguf"]
     assert {row["name"]: row["written_from"] for row in found} == {
@@ -28,8 +28,8 @@ def test_every_format_is_listed_with_what_icm_does_with_it(icm: Icm) -> None:
 
 
 def test_the_table_has_a_line_for_each(icm: Icm) -> None:
-    assert len(icm("formats").out.splitlines()) == 1 + len(list(formats()))
-    assert icm("formats", "-q").out.split() == [known.name for known in formats()]
+    assert len(icm("formats").out.splitlines()) == 1 + len(FORMATS)
+    assert icm("formats", "-q").out.split() == [known.name for known in FORMATS]
 
 
 def test_listing_formats_imports_neither_torch_nor_gguf() -> None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from icmlora.errors import AdapterRefused, BaseModelNotFound, Cancelled, DataError, located
 from icmlora.fleet.context import Event, Progress, TaskFailed, ignore, reporting
 from icmlora.fleet.write.format_pairs import SourceAdapter, check_pair, format_to_write
-from icmlora.formats.catalogue import formats
+from icmlora.formats import catalogue
 from icmlora.formats.discovery.discovery import find_adapters
 from icmlora.formats.discovery.tree import Folder
 from icmlora.formats.format import (
@@ -201,7 +201,7 @@ def _single(path: Path) -> _Found | None:
 
 def _at(folder: Folder) -> list[_Found]:
     """Return the adapters of a folder; the first format that knows a file has it."""
-    return [_Found(paths.place.name, known, paths) for known in formats() for paths in known.find(folder)]
+    return [_Found(paths.place.name, known, paths) for known in catalogue.FORMATS for paths in known.find(folder)]
 
 
 def _many(path: Path) -> tuple[list[_Found], Sequence[tuple[str, IcmError]]]:

@@ -1,7 +1,7 @@
 """Make the files of one adapter in another format, with other ranks, or in another number format.
 
-    another format     converted first, in float32                                      icmlora/fleet/write/format_pairs.py
-    LoHa, LoKr ...     first made LoRA of a rank, by singular values                    icmlora/formats/images/lycoris_lora.py
+    another format     converted first, in float32                                      ../write/format_pairs.py
+    LoHa, LoKr ...     first made LoRA of a rank, by singular values                    formats/images/lycoris_lora.py
     ranks, numbers     then written in its own form: names, header, heads and all else stay       Template
 
 A size is met by cutting the slots that matter least (icmlora/adapter/resize.py). How many bytes a header takes is known

@@ -210,7 +210,7 @@ class _Folder:
         """The adapters by the size of their weights: weights and configuration of each."""
         found: defaultdict[int, list[tuple[Path, Path | None]]] = defaultdict(list)
         for folder in walk(self._root, (), lambda refusal: None):
-            for known in catalogue.formats():
+            for known in catalogue.FORMATS:
                 for paths in known.find(with_pickle(folder)):
                     found[paths.weights.stat().st_size].append((paths.weights, paths.config))
         return found

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from icmlora.adapter.metrics import GroupError, errors_by_group
 from icmlora.adapter.module_groups import grouping
 from icmlora.errors import DataError
-from icmlora.fleet.context import Context
+from icmlora.fleet.context import Context, use_case
 from icmlora.fleet.resources.decoding import decode_code
 from icmlora.fleet.resources.loading import read_original
 from icmlora.formats.catalogue import format_named
@@ -23,16 +23,23 @@ if TYPE_CHECKING:
     from registry.store import Store
 
 
-def module_errors(context: Context, name: str) -> Sequence[GroupError]:
-    """Compare the code of a task with its original, group by group.
+@use_case
+def module_errors(context: Context, task: str) -> Sequence[GroupError]:
+    """Return the relative errors of a task's code by kind of module, or by block of an image model.
+
+    The original is read and the code decoded, which takes a while for a large adapter.
+
+    Args:
+        context: The store.
+        task: The task.
 
     Raises:
         DataError: It has no code, or its original was evicted.
     """
     with context.open(read_only=True) as store:
-        task = store.tasks.get(name)
-        final, generator = store.tasks.final(task.name), store.generators.current(task.base_model)
-        code = None if generator is None else store.codes.get(task.name, generator.id)
+        known = store.tasks.get(task)
+        final, generator = store.tasks.final(known.name), store.generators.current(known.base_model)
+        code = None if generator is None else store.codes.get(known.name, generator.id)
         if final.is_evicted:
             hint = "only `icm verify` and what was measured before tell about its code now"
             raise DataError("its original was evicted: there is nothing to compare the code with", hint=hint)

@@ -106,8 +106,8 @@ def check_references(store: Store, final: AdapterRecord) -> None:
         BaseModelNotFound: The base model is needed, and it is not on this machine.
         BaseModelMismatch: It does not have these tensors.
     """
-    from icmlora.formats.base_references import MAX_RECORD
-    from icmlora.formats.extras import REFERENCES, unpack_tensors
+    from icmlora.formats.base_references import MAX_RECORD, REFERENCES
+    from icmlora.formats.extras import unpack_tensors
 
     small = [extra.blob for extra in final.extras if extra.file is None and extra.packed_size <= MAX_RECORD]
     references = [blob for blob in map(store.blobs.read, small) if blob.startswith(REFERENCES)]

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from icmlora.errors import AdapterRefused, BaseModelNotFound, BaseModelUnsuited, DataError, located
-from icmlora.formats.catalogue import format_named, formats
+from icmlora.formats import catalogue
+from icmlora.formats.catalogue import format_named
 from icmlora.formats.format import AdapterBytes, AdapterFormat, AdapterSummary, RunnableAdapter
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ def format_to_write(name: str) -> AdapterFormat:
     Raises:
         DataError: There is none of that name.
     """
-    names = [known.name for known in formats()]
+    names = [known.name for known in catalogue.FORMATS]
     if name not in names:
         raise DataError(f"unknown format {name!r}", hint=f"choose one of {', '.join(names)}")
     return format_named(name)
@@ -70,7 +71,7 @@ def format_to_write(name: str) -> AdapterFormat:
 
 def written_from(target: AdapterFormat) -> tuple[str, ...]:
     """Name the formats whose adapters can be written in a format; its own always can."""
-    return tuple(known.name for known in formats() if _why_not(known, target) is None)
+    return tuple(known.name for known in catalogue.FORMATS if _why_not(known, target) is None)
 
 
 def check_pair(source: AdapterFormat, target: AdapterFormat) -> None:
@@ -81,7 +82,9 @@ def check_pair(source: AdapterFormat, target: AdapterFormat) -> None:
     """
     fact = _why_not(source, target)
     if fact is not None:
-        others = [known.name for known in formats() if known.name != source.name and _why_not(source, known) is None]
+        others = [
+            known.name for known in catalogue.FORMATS if known.name != source.name and _why_not(source, known) is None
+        ]
         hint = f"it can be converted to {', '.join(others)}" if others else _AS_IT_IS
         raise AdapterRefused(fact, kind="layers", hint=hint)
 
@@ -129,7 +132,9 @@ def convert_content(
             assert base is not None
             return _for_gguf(adapter, base, source.name, metadata, dtype)
         if target.name == "mlx":
-            return _for_mlx(adapter, metadata, dtype)
+            from icmlora.formats.pairs.mlx_writer import encode_mlx
+
+            return encode_mlx(adapter, metadata=metadata, dtype=dtype)
         if target.name == "peft":
             return _for_peft(adapter, metadata, source.content.card, dtype)
         if (other := adapter.beyond_lora()) is not None:
@@ -178,14 +183,6 @@ def _for_gguf(
     # Keys of a GGUF file are words with dots between them.
     dotted = {key.replace("_", ".", 1): text for key, text in metadata.items()}
     return AdapterBytes(encode_gguf(adapter, base, task=name, metadata=dotted, dtype=dtype))
-
-
-def _for_mlx(adapter: RunnableAdapter, metadata: Mapping[str, str], dtype: str) -> AdapterBytes:
-    from icmlora.formats.pairs.mlx import CONFIG_NAME, WEIGHTS_NAME
-    from icmlora.formats.pairs.mlx_writer import encode_mlx
-
-    files = encode_mlx(adapter, metadata=metadata, dtype=dtype)
-    return AdapterBytes(files[WEIGHTS_NAME], files[CONFIG_NAME])
 
 
 def _for_peft(adapter: RunnableAdapter, metadata: Mapping[str, str], card: bytes | None, dtype: str) -> AdapterBytes:

@@ -76,9 +76,7 @@ class FoundAdapter:
     is_final: bool  # whether this is *the* adapter of its task; true for exactly one
     companions: Mapping[str, Path] = field(default_factory=dict)  # other files that belong to it, by name
     pickle: str | None = None  # the name of the weights where they are, or were, a pickle
-    initial: Path | None = (
-        None  # the file with the weights that it began with (icmlora/formats/discovery/initial_weights.py)
-    )
+    initial: Path | None = None  # the file with the weights that it began with (see initial_weights.py)
 
 
 @dataclass(frozen=True)
@@ -202,7 +200,7 @@ def find_tasks(
     refused: list[AdapterRefused] = []
     runs: defaultdict[Path, _Run] = defaultdict(_Run)
     watched = {PLACEHOLDER_NAME, *_NOTES} if texts else {PLACEHOLDER_NAME, STATE_NAME}
-    watched = watched.union(*(known.watched for known in catalogue.formats()), PICKLES if read_bin else ())
+    watched = watched.union(*(known.watched for known in catalogue.FORMATS), PICKLES if read_bin else ())
     for path in paths:
         root = Path(os.path.realpath(path))
         if root.is_dir():
@@ -259,7 +257,7 @@ def name_tasks(
 def _collect(folder: Folder, root: Path, runs: defaultdict[Path, _Run], refused: list[AdapterRefused]) -> None:
     # The folder given may be a checkpoint itself, so its own name takes part.
     levels = 1 + len(folder.path.relative_to(root).parts)
-    found = [_Located(known, paths, folder.pickle) for known in catalogue.formats() for paths in known.find(folder)]
+    found = [_Located(known, paths, folder.pickle) for known in catalogue.FORMATS for paths in known.find(folder)]
     for located in found:
         _add(located, levels, root, runs)
     away = _collect_placeholders(folder, {located.paths.place for located in found}, levels, root, runs, refused)
@@ -269,7 +267,7 @@ def _collect(folder: Folder, root: Path, runs: defaultdict[Path, _Run], refused:
         of_no_format = foreign_adapters({name: path for name, path in folder.files.items() if path not in kept})
         refused.extend(of_no_format)
         if not found and not of_no_format and _LOGS.isdisjoint(folder.path.relative_to(root).parts):
-            refused.extend(error for known in catalogue.formats() for error in known.refuse(folder))
+            refused.extend(error for known in catalogue.FORMATS for error in known.refuse(folder))
     home, step = run_folder(folder.path, levels)
     for name in _NOTES:
         if name in folder.files:
@@ -339,7 +337,7 @@ def _collect_file(file: Path, runs: defaultdict[Path, _Run]) -> bool:
     if not file.is_file() or file.name.startswith(APPLE_DOUBLE):
         return False
     folder = Folder(file.parent, {file.name: file})
-    for known in catalogue.formats():
+    for known in catalogue.FORMATS:
         for paths in known.find(folder):
             runs[paths.place].adapters[None] = _Located(known, paths)
             return True

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from icmlora.errors import AdapterRefused, located
-from icmlora.formats.catalogue import format_named, formats
+from icmlora.formats import catalogue
+from icmlora.formats.catalogue import format_named
 from icmlora.formats.discovery.placeholder import PLACEHOLDER_NAME
 from icmlora.formats.discovery.tree import Folder
 from icmlora.formats.format import AdapterPaths, write_adapter_files
@@ -33,7 +34,7 @@ def load_adapter(folder: str | Path) -> Adapter:
     """
     place = Path(folder)
     searched = _searched(place)
-    found = [(known, paths) for known in formats() for paths in known.find(searched)]
+    found = [(known, paths) for known in catalogue.FORMATS for paths in known.find(searched)]
     if len({paths.weights for _, paths in found}) > 1:
         names = some([paths.weights.name for _, paths in found])
         raise AdapterRefused(f"it holds several adapters: {names}", kind="several", path=place, hint="name one of them")
@@ -42,7 +43,7 @@ def load_adapter(folder: str | Path) -> Adapter:
     if PLACEHOLDER_NAME in searched.files:
         hint = f"`icm restore {place}` brings it back"
         raise AdapterRefused("there is a placeholder instead of an adapter", kind="placeholder", path=place, hint=hint)
-    for refusal in (refusal for known in formats() for refusal in known.refuse(searched)):
+    for refusal in (refusal for known in catalogue.FORMATS for refusal in known.refuse(searched)):
         raise refusal
     if place.is_file():
         hint = "`icm formats` lists what icm reads"

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -177,8 +177,8 @@ class MlxFormat:
             if extras:
                 fact = f"{next(iter(extras))} has no place in a fresh MLX adapter"
                 raise AdapterRefused(fact, kind="extras")
-            files = encode_mlx(RunnableAdapter(adapter), metadata=metadata, dtype=dtype or "bfloat16", rank=pad_rank)
-            return AdapterBytes(files[WEIGHTS_NAME], files[CONFIG_NAME], card.encode())
+            made = encode_mlx(RunnableAdapter(adapter), metadata=metadata, dtype=dtype or "bfloat16", rank=pad_rank)
+            return replace(made, card=card.encode())
         form, config = PairForm.parse(like), like.config
         largest = max(shape.rank for shape in like.layout)
         if pad_rank is None and MlxConfig.parse(config).rank not in (None, largest):

@@ -20,8 +20,7 @@ from dataclasses import replace
 from torch.nn.functional import pad
 
 from icmlora.errors import AdapterRefused
-from icmlora.formats.format import RunnableAdapter
-from icmlora.formats.pairs.mlx import CONFIG_NAME, WEIGHTS_NAME
+from icmlora.formats.format import AdapterBytes, RunnableAdapter
 from icmlora.io.safetensors import RawTensor, encode
 from icmlora.io.tensors import dtype_name, raw_tensor
 from registry.names import escape
@@ -35,8 +34,8 @@ _MODULE = re.compile(
 
 def encode_mlx(
     adapter: RunnableAdapter, *, metadata: Mapping[str, str], dtype: str = "float32", rank: int | None = None
-) -> dict[str, bytes]:
-    """Write an adapter as the files of a folder, by name; the same arguments give the same bytes.
+) -> AdapterBytes:
+    """Write an adapter as weights and configuration; the same arguments give the same bytes.
 
     Args:
         adapter: What to write.
@@ -69,8 +68,7 @@ def encode_mlx(
             raise AdapterRefused(f"two modules would both be {place}.{key}", kind="layers")
         tensors |= {name: raw_tensor(name, value, kind) for name, value in named.items()}
         keys.add(key)
-    config = _config(adapter, rank, sorted(keys))
-    return {WEIGHTS_NAME: encode(tensors, {"format": "mlx", **metadata}), CONFIG_NAME: config}
+    return AdapterBytes(encode(tensors, {"format": "mlx", **metadata}), _config(adapter, rank, sorted(keys)))
 
 
 def _place(module: str) -> tuple[str, str]:

@@ -4,8 +4,8 @@
         batch.put(digest, data)
     # here all of them are durable, and rows may refer to them
 
-A backend holds immutable byte strings, each under the SHA-256 of its bytes. It need not hash anything: `registry.storage.blobs`
-names and verifies the bytes. :class:`registry.storage.blobs.local.LocalBackend` keeps them in a folder.
+A backend holds immutable byte strings, each under the SHA-256 of its bytes. It need not hash anything: `Blobs` in
+content.py names and verifies the bytes. `LocalBackend` in local.py keeps them in a folder.
 """
 
 from __future__ import annotations

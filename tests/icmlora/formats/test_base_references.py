@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from icmlora.errors import BaseModelMismatch, DataError
 from icmlora.formats.base_references import (
+    REFERENCES,
     Reference,
     pack_references,
     parse_references,
@@ -19,7 +20,7 @@ from icmlora.formats.base_references import (
     resolve,
     widened,
 )
-from icmlora.formats.extras import REFERENCES, unpack_tensors
+from icmlora.formats.extras import unpack_tensors
 from icmlora.io.safetensors import ITEM_BYTES, RawTensor
 
 NAMES = st.from_regex(r"[A-Za-z0-9_.]{1,40}", fullmatch=True)

@@ -32,8 +32,7 @@ def adapter(ranks: tuple[int, ...] = (2, 4, 3), names: tuple[str, ...] = NAMES) 
 def written(made: RunnableAdapter, **options: Any) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Return the tensors and the configuration of an adapter's folder."""
     files = encode_mlx(made, metadata={}, **options)
-    assert list(files) == ["adapters.safetensors", "adapter_config.json"]
-    return load(files["adapters.safetensors"]), json.loads(files["adapter_config.json"])
+    return load(files.weights), json.loads(files.config)
 
 
 @given(ranks=st.tuples(st.integers(1, 9), st.integers(1, 9), st.integers(1, 9)))
