@@ -7,13 +7,16 @@ back in `icmlora.fleet.api_originals`; `Fleet` inherits them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from icmlora.fleet.api_originals import FleetOriginals
 from icmlora.fleet.context import Shard
+from icmlora.fleet.few_shot.train import check_few_shot
+from icmlora.fleet.measure.evaluate import measurable
 from icmlora.fleet.measure.module_errors import module_errors
+from icmlora.fleet.write.materialize import load_many
 
 if TYPE_CHECKING:
     from icmlora.adapter.model import Adapter
@@ -24,7 +27,7 @@ if TYPE_CHECKING:
     from icmlora.fleet.few_shot.train import FewShotReport
     from icmlora.fleet.ingest.ingest import Conflict, IngestReport
     from icmlora.fleet.measure.compare import MethodSummary
-    from icmlora.fleet.measure.evaluate import EvaluateReport, Measurable
+    from icmlora.fleet.measure.evaluate import EvaluateReport
     from icmlora.fleet.records import Rung
     from icmlora.fleet.train.train import TrainReport
     from icmlora.fleet.train.update import UpdateReport
@@ -322,11 +325,7 @@ class Fleet(FleetOriginals):
         request = EvaluateRequest(tasks, sources, path, max_tokens, again, baselines, device, workers, Shard.of(shard))
         return evaluate(self._context, request)
 
-    def measurable(self, base_models: Sequence[str], tasks: Sequence[str] = ()) -> Measurable:
-        """Return which `tasks` of some `base_models` this machine can measure, and why it cannot measure others."""
-        from icmlora.fleet.measure.evaluate import measurable
-
-        return measurable(self._context, base_models, tasks)
+    measurable = measurable
 
     def compare(self, report: EvaluateReport) -> list[MethodSummary]:
         """Sum up the `report` of `evaluate` by method, with the bytes that each takes, largest first."""
@@ -426,23 +425,7 @@ class Fleet(FleetOriginals):
 
         return load(self._context, LoadRequest(task=task, source=source, seed=seed, max_error=max_error))
 
-    def load_many(
-        self, tasks: Sequence[str], *, source: Source = "auto", device: str = "cpu"
-    ) -> Iterator[tuple[str, Adapter]]:
-        """Load the adapters of many tasks, as `load` does: (name, adapter) in the order of `tasks`.
-
-        The store and the generator are opened once, and several codes are decoded side by side, on the CPU, whose
-        results do not depend on the machine; then the factors go to the device. At most 32 adapters are in memory
-        besides those that the caller keeps.
-
-        Args:
-            tasks: Names of tasks.
-            source: As for `materialize`.
-            device: Where the factors are put.
-        """
-        from icmlora.fleet.write.materialize import load_many
-
-        return load_many(self._context, tasks, source, device)
+    load_many = load_many
 
     def export_bundle(
         self, file: str | Path, tasks: Sequence[str] = (), *, base_model: str | None = None, force: bool = False
@@ -512,11 +495,7 @@ class Fleet(FleetOriginals):
 
         return recognize(self._context, RecognizeRequest(Path(samples), base_model, device))
 
-    def check_few_shot(self, *, base_model: str | None = None) -> None:
-        """Check that `train_few_shot` has all it needs except a generator, for one `base_model` or for all."""
-        from icmlora.fleet.few_shot.train import check_few_shot
-
-        check_few_shot(self._context, base_model)
+    check_few_shot = check_few_shot
 
     def train_few_shot(
         self, *, device: str = "auto", base_model: str | None = None, episodes: int = 48, seed: int = 0

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from icmlora.fleet.api_store import StoredFleet
+from icmlora.fleet.tasks.tasks import pin, unpin
 
 if TYPE_CHECKING:
     from icmlora.fleet.evict.restore import RestoreReport
     from icmlora.fleet.evict.types import EvictReport
-    from icmlora.fleet.tasks.tasks import Pinned
 
 
 class FleetOriginals(StoredFleet):
@@ -84,14 +84,6 @@ class FleetOriginals(StoredFleet):
         source = None if bundle is None else Path(bundle)
         return restore(self._context, RestoreRequest(tuple(map(Path, folders)), source, dry_run))
 
-    def pin(self, tasks: Sequence[str]) -> Pinned:
-        """Keep the originals of `tasks`: `evict` does not delete them."""
-        from icmlora.fleet.tasks.tasks import set_pinned
+    pin = pin
 
-        return set_pinned(self._context, tasks, pinned=True)
-
-    def unpin(self, tasks: Sequence[str]) -> Pinned:
-        """Allow `evict` to delete the originals of `tasks` again."""
-        from icmlora.fleet.tasks.tasks import set_pinned
-
-        return set_pinned(self._context, tasks, pinned=False)
+    unpin = unpin

@@ -16,7 +16,7 @@ from icmlora.base_models.kinds.custom_model import find_loader
 from icmlora.base_models.quantised import check_load_in
 from icmlora.errors import BaseModelNotFound
 from icmlora.fleet.bases.joins import BaseJoined
-from icmlora.fleet.context import Context, Event, find_recorded
+from icmlora.fleet.context import Context, Event, find_recorded, use_case
 from registry.errors import BaseModelConflict
 from registry.names import LoadIn, some
 from registry.records import BaseModelRecord, JoinReason
@@ -43,19 +43,39 @@ class NameTaken(Event):
     base_model: str
 
 
+@use_case
 def list_base_models(context: Context) -> list[KnownBase]:
-    """Return the base models of the store and where each one is."""
+    """List the base models that adapters name or that were added, and where each one is on this machine."""
     with context.open(read_only=True) as store:
         return [_locate(record) for record in store.base_models.all()]
 
 
+@use_case
 def add_base_model(
-    context: Context, name: str, path: Path, loader: str | None = None, load_in: LoadIn | None = None
+    context: Context, name: str, path: str | Path, *, loader: str | None = None, load_in: LoadIn | None = None
 ) -> Path:
-    """Record where a base model is and how it is loaded, and create the store if there is none.
+    """Record where a base model is; this comes before the Hugging Face cache. Creates the store if there is none.
 
-    A name that is a relative path is the one that adapters gave it before they were ingested, if there is one such.
+    A base model with equal files is joined to it, which `on_event` is told.
+
+    Args:
+        context: The store.
+        name: The name that adapters give the base model.
+        path: A Hugging Face model folder or a `.gguf` file; anything if there is a loader.
+        loader: `MODULE:FUNCTION` of a function marked with `icmlora.base_model_loader`, for a base model that
+            transformers does not load.
+        load_in: "nf4" or "int8": load the linear layers in 4 or 8 bits, with bitsandbytes. Everything is then
+            measured on that, and says so. None, also for a known base model, means what the device suits.
+
+    Returns:
+        The absolute path.
+
+    Raises:
+        BaseModelNotFound: The path does not hold a base model that can be loaded, there is no such loader, or
+            bitsandbytes is not installed.
+        BaseModelUnsuited: It is of a kind that cannot be loaded in few bits.
     """
+    path = Path(path)
     found = replace(inspect_base(name, path.expanduser().absolute(), loader), load_in=load_in)
     # What cannot be used is told now.
     check_load_in(found)
@@ -100,16 +120,33 @@ def _join_same(context: Context, store: Store, name: str, found: FoundBase) -> N
         return
 
 
+@use_case
 def forget_base_model(context: Context, name: str) -> None:
-    """Forget where a base model is. Its adapters and files stay."""
+    """Forget where the base model `name` is; `BaseModelNotFound` if it is unknown. Adapters and files stay."""
     with context.open() as store:
         if not any(name in record.names for record in store.base_models.all()):
             raise BaseModelNotFound(f"no base model is called {name!r}", hint="`icm base ls` lists them")
         store.base_models.set_path(name, None)
 
 
-def alias_base_model(context: Context, name: str, labels: Sequence[str], keep: str | None) -> Joined:
-    """Give a base model more labels, and create the store if there is none."""
+@use_case
+def alias_base_model(context: Context, name: str, labels: Sequence[str], *, keep: str | None = None) -> Joined:
+    """Say that labels mean the same base model: their tasks share one generator from then on.
+
+    Codes stay valid. Where only one of them has a generator, it becomes that of all; `update` makes codes for the
+    other tasks. Creates the store if there is none.
+
+    Args:
+        context: The store.
+        name: A label of the base model; it is shown under the name that it has, or under this one if it is new.
+        labels: Hub names, `NAME@REVISION`, or local paths.
+        keep: Where several have a generator, the label of the one whose generator stays in use. The others
+            become earlier versions of it, and their tasks have no code until `update`.
+
+    Raises:
+        BaseModelConflict: Two have a generator and `keep` is not given, or a label belongs to another base model.
+        LastCopy: A task was evicted and its code belongs to a generator that would not stay in use.
+    """
     with context.open(create=True) as store:
         name = typed_label(name)
         return join_labels(store, name, [typed_label(label) for label in labels], keep=keep)
@@ -126,8 +163,21 @@ def join_labels(
         return store.base_models.join(name, labels, reason=reason, keep=keep)
 
 
+@use_case
 def separate_labels(context: Context, name: str, labels: Sequence[str]) -> list[Separated]:
-    """Make labels of a base model base models of their own again."""
+    """Make labels of a base model base models of their own again, with the tasks whose adapters name them.
+
+    If no task stays, the generator goes with them. Otherwise these tasks lose codes, vectors and measurements.
+
+    Args:
+        context: The store.
+        name: The base model.
+        labels: Labels that were joined to it.
+
+    Raises:
+        BaseModelConflict: A label is not one of this base model.
+        LastCopy: A task was evicted and its code belongs to the generator that stays.
+    """
     with context.open() as store:
         base = store.base_models.name_of(typed_label(name))
         labels = [typed_label(label) for label in labels]

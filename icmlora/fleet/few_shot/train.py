@@ -23,7 +23,7 @@ from icmlora.errors import DataError
 from icmlora.fewshot.meta_training import Episode, MetaConfig, meta_train
 from icmlora.fewshot.start import FewShotStart, encodable_part, untrained_fewshot_start
 from icmlora.fewshot.start_file import fewshot_start_from_bytes, fewshot_start_to_bytes, mean_code
-from icmlora.fleet.context import Context, Event, ignore, locate_base, reporting
+from icmlora.fleet.context import Context, Event, ignore, locate_base, reporting, use_case
 from icmlora.fleet.failures import FAILURES, BaseModelFailed, as_error, one_of_several
 from icmlora.fleet.resources.adapter_source import refuse_large
 from icmlora.fleet.resources.decoding import decode_code
@@ -177,8 +177,9 @@ class StoreEpisodeSource:
         return self._adapters.samples(self._numbers[task], self._base, _EPISODE_SAMPLES)
 
 
-def check_few_shot(context: Context, base_model: str | None) -> None:
-    """Check that it can run for one base model at least, before hours are spent on the generator. Reads rows only."""
+@use_case
+def check_few_shot(context: Context, *, base_model: str | None = None) -> None:
+    """Check that `train_few_shot` has all it needs except a generator, for one `base_model` or for all."""
     with context.open() as store:
         labels, report = base_models_with_tasks(store, base_model), FewShotReport()
         for label in labels:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from icmlora.errors import DataError, IcmLoraError
-from icmlora.fleet.context import Context
+from icmlora.fleet.context import Context, use_case
 from icmlora.fleet.resources.stored_vectors import NO_VECTORS, LeftOut, comparable_vectors, tasks_of_one_base
 from icmlora.io.staging import check_absent, writing_file
 from icmlora.task_vectors.distances import FEWEST, Neighbour, ranked, task_distances
@@ -25,17 +25,6 @@ if TYPE_CHECKING:
 
 _NEAREST = 5
 _VIEWS: tuple[View, ...] = ("adapted", "context")
-
-
-@dataclass(frozen=True)
-class MapRequest:
-    """Which map to make."""
-
-    view: View = "adapted"
-    base_model: str | None = None
-    clusters: int | None = None
-    plot: Path | None = None
-    force: bool = False
 
 
 @dataclass(frozen=True)
@@ -54,20 +43,44 @@ class MapReport:
         return _grouped(self.left_out)
 
 
-def map_fleet(context: Context, request: MapRequest) -> MapReport:
-    """Make the map of a base model's tasks, and draw it if a file is named (completely or not at all)."""
-    if request.plot is not None:
-        if request.plot.suffix.lower() != ".svg":
-            raise DataError("a map is drawn as an .svg file", path=request.plot, hint="use the ending .svg")
-        check_absent(request.plot, force=request.force)
+@use_case
+def map_fleet(
+    context: Context,
+    *,
+    view: View = "adapted",
+    base_model: str | None = None,
+    clusters: int | None = None,
+    plot: str | Path | None = None,
+    force: bool = False,
+) -> MapReport:
+    """Compare the tasks of a base model by their vectors, and cluster them.
+
+    Args:
+        context: The store.
+        view: Which vectors: `adapted` (the base model with the adapter) or `context` (the base model alone).
+        base_model: Which base model; needed only if tasks of several have vectors.
+        clusters: How many clusters; by default the number with the best mean silhouette.
+        plot: Also draw the map to this .svg file, completely or not at all.
+        force: Replace the file if it exists.
+
+    Raises:
+        DataError: Too few tasks have comparable vectors, there are fewer tasks than clusters, or the plot is not
+            an .svg file.
+        OutputExists: The file exists and `force` is not given.
+    """
+    picture = None if plot is None else Path(plot)
+    if picture is not None:
+        if picture.suffix.lower() != ".svg":
+            raise DataError("a map is drawn as an .svg file", path=picture, hint="use the ending .svg")
+        check_absent(picture, force=force)
     with context.open(read_only=True) as store:
-        base_model, tasks = tasks_of_one_base(store, request.base_model)
-        found = map_of(store, base_model, tasks, request.view, request.clusters)
-    if request.plot is not None:
+        base_model, tasks = tasks_of_one_base(store, base_model)
+        found = map_of(store, base_model, tasks, view, clusters)
+    if picture is not None:
         from icmlora.fleet.map.picture import draw_map
 
-        with writing_file(request.plot, force=request.force) as stream:
-            stream.write(draw_map(found.map, base_model, request.view).encode())
+        with writing_file(picture, force=force) as stream:
+            stream.write(draw_map(found.map, base_model, view).encode())
     return found
 
 

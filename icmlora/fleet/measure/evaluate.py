@@ -17,7 +17,17 @@ from icmlora.base_models.examples.examples import EvaluationData
 from icmlora.base_models.examples.media_archive import read_examples
 from icmlora.baselines.catalogue import baseline_named
 from icmlora.errors import BaseModelNotFound, BaseModelUnsuited, DataError
-from icmlora.fleet.context import Context, Event, Shard, TaskFailed, has_loaders, locate_base, reporting, select_tasks
+from icmlora.fleet.context import (
+    Context,
+    Event,
+    Shard,
+    TaskFailed,
+    has_loaders,
+    locate_base,
+    reporting,
+    select_tasks,
+    use_case,
+)
 from icmlora.fleet.failures import FAILURES, BaseModelLeftOut, BaseUnavailable, Failed, Sieve, as_error
 from icmlora.fleet.measure.baselines import BaselineResult, Baselines
 from icmlora.fleet.measure.measure import (
@@ -257,15 +267,16 @@ class Measurable:
     elsewhere: list[str]
 
 
-def measurable(context: Context, base_models: Sequence[str], names: Sequence[str] = ()) -> Measurable:
-    """Return which tasks of some base models can be measured here."""
+@use_case
+def measurable(context: Context, base_models: Sequence[str], tasks: Sequence[str] = ()) -> Measurable:
+    """Return which `tasks` of some `base_models` this machine can measure, and why it cannot measure others."""
     found = Measurable([], [], [])
     with context.open(read_only=True) as store:
         for label in base_models:
-            tasks = [
-                task for task in store.tasks.all() if task.base_model == label and (not names or task.name in names)
+            known = [
+                task for task in store.tasks.all() if task.base_model == label and (not tasks or task.name in tasks)
             ]
-            if tasks and format_named(store.tasks.final(tasks[0].name).format).is_for_images:
+            if known and format_named(store.tasks.final(known[0].name).format).is_for_images:
                 found.reasons.append(f"{label} makes images: `icm report --outputs TASK` shows what codes change")
                 continue
             found.elsewhere.append(label)
@@ -274,8 +285,8 @@ def measurable(context: Context, base_models: Sequence[str], names: Sequence[str
             except (BaseModelNotFound, BaseModelUnsuited) as error:
                 found.reasons.append(str(error))
                 continue
-            found.tasks.extend(task.name for task in tasks if task.eval_data is not None)
-            without = sum(task.eval_data is None for task in tasks)
+            found.tasks.extend(task.name for task in known if task.eval_data is not None)
+            without = sum(task.eval_data is None for task in known)
             if without:
-                found.reasons.append(f"{without} of {len(tasks)} tasks of {label} have no held-out text")
+                found.reasons.append(f"{without} of {len(known)} tasks of {label} have no held-out text")
     return found

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from icmlora.fleet.context import Context
+from icmlora.fleet.context import Context, use_case
 from icmlora.fleet.stats.bill import BaseModelBill, Bill, TaskBill
 from registry.records import EvaluationRecord, GeneratorRecord, TaskSummary
 from registry.tables.evaluations import latest
@@ -21,8 +21,20 @@ if TYPE_CHECKING:
 _BF16 = 2  # bytes per parameter: what a user would otherwise keep
 
 
-def stats(context: Context, plot: Path | None = None, *, force: bool = False) -> Bill:
-    """Count everything, and draw it if a file is named."""
+@use_case
+def stats(context: Context, *, plot: str | Path | None = None, force: bool = False) -> Bill:
+    """Count the bytes on disk, what the codes save, and what they cost in quality.
+
+    Args:
+        context: The store.
+        plot: Also draw bytes against the number of tasks to this .svg, .png or .pdf file (needs matplotlib).
+        force: Replace the file if it exists.
+
+    Raises:
+        DataError: The plot has another ending, matplotlib is missing, or no task has a code to draw.
+        OutputExists: The file exists and `force` is not given.
+    """
+    plot = None if plot is None else Path(plot)
     if plot is None:
         return bill(context)
     from icmlora.fleet.stats.bill_picture import check_plot, plot_bill

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from icmlora.errors import DataError, IcmLoraError
-from icmlora.fleet.context import Context
+from icmlora.fleet.context import Context, use_case
 from registry.errors import DamagedStore
 from registry.records import GeneratorRecord
 
@@ -43,8 +43,9 @@ class Forgotten:
     codes: int
 
 
+@use_case
 def list_generators(context: Context) -> list[GeneratorVersion]:
-    """Return all generators by base model, oldest first."""
+    """List all generators by base model, oldest first, with what depends on each."""
     with context.open(read_only=True) as store:
         return [
             GeneratorVersion(use.generator, use.tasks, use.last_copies, _networks(store, use.generator))
@@ -52,8 +53,18 @@ def list_generators(context: Context) -> list[GeneratorVersion]:
         ]
 
 
+@use_case
 def rollback(context: Context, digest: str) -> RolledBack:
-    """Make another generator the current one of its base model. The one that is current now stays in the store."""
+    """Make another generator of the same base model the current one; nothing is deleted.
+
+    Args:
+        context: The store.
+        digest: The first digits of the generator's digest, four or more.
+
+    Raises:
+        DataError: No generator, or more than one, begins with these digits.
+        LastCopy: An evicted task could not be restored as it was checked; nothing changed.
+    """
     with context.open() as store:
         generator = _find(store, digest)
         # An update in progress would lose its work: the generator that it continues must be current when it is done.
@@ -62,8 +73,20 @@ def rollback(context: Context, digest: str) -> RolledBack:
             return RolledBack(generator, store.generators.make_current(generator.id))
 
 
+@use_case
 def forget_generator(context: Context, generator: str | GeneratorRecord, *, dry_run: bool = False) -> Forgotten:
-    """Forget a generator with its codes and what was measured of them."""
+    """Forget a generator that is not in use, with its codes and their measurements; `prune` deletes its files.
+
+    Args:
+        context: The store.
+        generator: The first digits of its digest, four or more, or its record from `generators`.
+        dry_run: Only return what would be forgotten.
+
+    Raises:
+        DataError: No generator, or more than one, begins with these digits.
+        GeneratorConflict: It is in use; nothing changed.
+        LastCopy: It holds the only code of an evicted task; nothing changed.
+    """
     with context.open(read_only=dry_run) as store:
         record = _find(store, generator) if isinstance(generator, str) else generator
         work = store.generators.check_forgettable if dry_run else store.generators.forget

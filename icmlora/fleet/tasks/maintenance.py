@@ -14,7 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from icmlora.fleet.context import Context
+from icmlora.fleet.context import Context, use_case
 from icmlora.fleet.tasks.blob_kinds import kind_of
 from registry.errors import DamagedStore, RegistryError
 
@@ -27,11 +27,21 @@ if TYPE_CHECKING:
     from registry.verify import Finding as Finding
 
 
-def verify(context: Context, names: Sequence[str], *, read_data: bool, decode: bool) -> Iterator[Finding]:
-    """Yield what is wrong with a store as it is found."""
+@use_case
+def verify(
+    context: Context, tasks: Sequence[str] = (), *, read_data: bool = False, decode: bool = False
+) -> Iterator[Finding]:
+    """Check the database and the blobs, and yield what is wrong as it is found.
+
+    Args:
+        context: The store.
+        tasks: Check only what these tasks need; everything if empty.
+        read_data: Also read and hash every blob. By default only its presence and length are checked.
+        decode: Also decode every code whose original is there, and compare its error with the recorded one.
+    """
     with context.open(read_only=True) as store:
         rows_are_wrong = False
-        for finding in store.verify(read_data=read_data, names=names):
+        for finding in store.verify(read_data=read_data, names=tasks):
             yield finding
             rows_are_wrong |= finding.kind in ("database", "row")
         if rows_are_wrong:
@@ -39,12 +49,12 @@ def verify(context: Context, names: Sequence[str], *, read_data: bool, decode: b
         if read_data:
             from icmlora.fleet.tasks.verify_codes import wrong_kinds
 
-            yield from wrong_kinds(store, names)
+            yield from wrong_kinds(store, tasks)
         if decode:
             from icmlora.fleet.tasks.verify_codes import wrong_errors
 
-            yield from wrong_errors(store, names)
-        yield from _remarks(store, names, with_base_models=read_data)
+            yield from wrong_errors(store, tasks)
+        yield from _remarks(store, tasks, with_base_models=read_data)
 
 
 def _remarks(store: Store, names: Sequence[str], *, with_base_models: bool) -> Iterator[Finding]:
@@ -101,27 +111,55 @@ def _remark(row: TaskSummary, text: str) -> Finding:
     return Finding("remark", text, "", tasks=(row.task.name,))
 
 
+@use_case
 def repair(context: Context) -> list[tuple[Finding, str]]:
-    """Move every damaged blob to quarantine and return each finding with the new place of its blob."""
+    """Move every damaged blob to quarantine, and return its finding and new place. Ingesting restores originals."""
     with context.open() as store:
         return store.repair()
 
 
+@use_case
 def repair_rows(context: Context) -> list[RowRepair]:
-    """Correct rows of the database of which one bit flipped, and return what became of each wrong row."""
+    """Correct rows of the database of which a single bit flipped; a copy of it goes to quarantine before.
+
+    Returns:
+        What became of each wrong row: the value that was corrected, or the `problem` for which it was left alone.
+    """
     with context.open() as store:
         return store.repair_rows()
 
 
+@use_case
 def restore_database(context: Context) -> str:
-    """Put the copy of the database from before the last deletion in its place, and return from when it is."""
+    """Put the copy of the database that icm kept before the last deletion in its place.
+
+    What was there goes to the folder `quarantine` of the store. What was recorded after the copy is not in it.
+
+    Returns:
+        When the copy was made, as RFC 3339.
+
+    Raises:
+        DamagedStore: There is no copy, or it is damaged too; nothing was changed.
+    """
     from registry.storage.kept import restore_database
 
     return restore_database(context.path, lock_timeout=context.lock_timeout, command=context.command)
 
 
-def prune(context: Context, *, grace: float, empty_quarantine: bool, dry_run: bool) -> PruneReport:
-    """Delete the bytes that no row refers to; set codes, generators, residuals and weights aside."""
+@use_case
+def prune(
+    context: Context, *, grace: float = 3600.0, empty_quarantine: bool = False, dry_run: bool = False
+) -> PruneReport:
+    """Delete blobs that no task needs and files that interrupted commands left behind.
+
+    Codes, generators, residuals and weights are moved to the folder `quarantine` of the store instead.
+
+    Args:
+        context: The store.
+        grace: Seconds; younger files stay, so that a running ingest is safe.
+        empty_quarantine: Delete these too, and what is in quarantine.
+        dry_run: Only report what would be deleted.
+    """
     with context.open(read_only=dry_run) as store:
         return store.prune(grace=grace, is_precious=_is_precious, empty_quarantine=empty_quarantine, dry_run=dry_run)
 
@@ -143,8 +181,9 @@ class Check:
     problem: str | None = None
 
 
+@use_case
 def examine(context: Context) -> list[Check]:
-    """Check versions, devices, free space and the store, which is opened for reading as other commands do."""
+    """Check versions, devices, free space and the store, for a problem report."""
     return [*_versions(), *_devices(), *_database_library(), *_store(context)]
 
 

@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from icmlora.errors import DataError, IcmLoraError
-from icmlora.fleet.context import Context, base_name, check_base_model
+from icmlora.fleet.context import Context, base_name, check_base_model, use_case
 from icmlora.formats.catalogue import format_named
 from icmlora.io.strict_json import parse_object
 from registry.errors import DamagedStore
@@ -72,40 +72,59 @@ class Removal:
     placeholders: int = 0  # its adapters in whose folders a placeholder stands: nothing could restore them any more
 
 
-@dataclass(frozen=True)
-class ListRequest:
-    """Which tasks to list, as `registry.filters` reads it."""
-
-    base_model: str | None = None
-    filters: Sequence[str] = ()
-    sort: str | None = None
-    limit: int | None = None
-
-    def selection(self) -> Selection:
-        """Return the filters and the order, or raise what is wrong with them."""
-        if self.limit is not None and self.limit < 1:
-            raise DataError(f"a limit of {self.limit} tasks lists nothing", hint="give 1 or more")
-        sort = None if self.sort is None else parse_sort(self.sort)
-        return Selection(self.base_model, tuple(map(parse_filter, self.filters)), sort, self.limit)
-
-
 def filter_fields() -> Collection[Field]:
     """Return the fields by which tasks can be filtered and sorted."""
     return FIELDS.values()
 
 
-def list_tasks(context: Context, request: ListRequest) -> list[TaskSummary]:
-    """Return the selected tasks, by name unless another order is asked for."""
-    selection = request.selection()
+@use_case
+def list_tasks(
+    context: Context,
+    base_model: str | None = None,
+    *,
+    filters: Sequence[str] = (),
+    sort: str | None = None,
+    limit: int | None = None,
+) -> list[TaskSummary]:
+    """List the tasks, by name unless `sort` says otherwise.
+
+    Args:
+        context: The store.
+        base_model: Only the tasks of this base model.
+        filters: Conditions such as `rank>=8`, `tag=prod` or `base~llama`; a task is listed if all of them hold.
+        sort: A field and a direction, such as `size:desc`; tasks without a value come last.
+        limit: List at most so many.
+
+    Raises:
+        DataError: No task belongs to the base model.
+        InvalidFilter: A filter or the order cannot be understood; the hint lists the fields.
+    """
+    selection = _selection(base_model, filters, sort, limit)
     with context.open(read_only=True) as store:
         return list(store.tasks.summaries(_of_base_model(store, selection)))
 
 
-def list_names(context: Context, request: ListRequest) -> list[str]:
-    """Return the names of the selected tasks, which takes a fraction of the time of `list_tasks`."""
-    selection = request.selection()
+@use_case
+def list_names(
+    context: Context,
+    base_model: str | None = None,
+    *,
+    filters: Sequence[str] = (),
+    sort: str | None = None,
+    limit: int | None = None,
+) -> list[str]:
+    """Return the names of the tasks that `list_tasks` lists, which takes a fraction of its time."""
+    selection = _selection(base_model, filters, sort, limit)
     with context.open(read_only=True) as store:
         return store.tasks.names(_of_base_model(store, selection))
+
+
+def _selection(base_model: str | None, filters: Sequence[str], sort: str | None, limit: int | None) -> Selection:
+    """Read the filters and the order, or raise what is wrong with them."""
+    if limit is not None and limit < 1:
+        raise DataError(f"a limit of {limit} tasks lists nothing", hint="give 1 or more")
+    order = None if sort is None else parse_sort(sort)
+    return Selection(base_model, tuple(map(parse_filter, filters)), order, limit)
 
 
 def _of_base_model(store: Store, selection: Selection) -> Selection:
@@ -116,65 +135,105 @@ def _of_base_model(store: Store, selection: Selection) -> Selection:
     return replace(selection, base_model=base_model)
 
 
+@use_case
 def rename_task(context: Context, old: str, new: str) -> TaskRecord:
-    """Give a task another name."""
+    """Give a task another name; its adapters, vectors, codes and measurements stay with it.
+
+    Ingesting the same adapter again under its old name finds it under the new one.
+
+    Args:
+        context: The store.
+        old: The present name, in any case.
+        new: The name to give it.
+
+    Raises:
+        TaskConflict: Another task has the name.
+        InvalidName: The name breaks the rule for names.
+    """
     with context.open() as store:
         return store.tasks.rename(old, new)
 
 
-def tag_tasks(context: Context, names: Sequence[str], add: Sequence[str], remove: Sequence[str]) -> list[TaskRecord]:
-    """Add and remove tags of tasks."""
+@use_case
+def tag_tasks(
+    context: Context, tasks: Sequence[str], *, add: Sequence[str] = (), remove: Sequence[str] = ()
+) -> list[TaskRecord]:
+    """Add tags to tasks and remove others; a tag that is there already, or not there, changes nothing.
+
+    Args:
+        context: The store.
+        tasks: Names of tasks; if one is unknown, nothing changes.
+        add: Tags to add. Upper and lower case are the same tag.
+        remove: Tags to remove.
+
+    Returns:
+        The tasks as they are now.
+    """
     if both := {tag.lower() for tag in add} & {tag.lower() for tag in remove}:
         raise DataError(f"tag {min(both)!r} is both added and removed", hint="name it once")
     if not add and not remove:
         with context.open(read_only=True) as store:
-            return list(dict.fromkeys(map(store.tasks.get, names)))
+            return list(dict.fromkeys(map(store.tasks.get, tasks)))
     with context.open() as store:
-        return store.tasks.tag(names, add=add, remove=remove)
+        return store.tasks.tag(tasks, add=add, remove=remove)
 
 
+@use_case
 def list_tags(context: Context) -> Mapping[str, int]:
-    """Return how many tasks have each tag."""
+    """Return how many tasks have each tag, sorted by tag."""
     with context.open(read_only=True) as store:
         return store.tasks.tags()
 
 
-def set_note(context: Context, name: str, text: str | None) -> TaskRecord:
-    """Replace or remove the note of a task."""
+@use_case
+def set_note(context: Context, task: str, text: str | None) -> TaskRecord:
+    """Replace the note of a `task` by `text`, or remove it if that is None; return the task as it is now."""
     with context.open() as store:
-        return store.tasks.set_note(name, text)
+        return store.tasks.set_note(task, text)
 
 
-def set_pinned(context: Context, names: Sequence[str], *, pinned: bool) -> Pinned:
-    """Pin some tasks, or unpin them."""
+@use_case
+def pin(context: Context, tasks: Sequence[str]) -> Pinned:
+    """Keep the originals of `tasks`: `evict` does not delete them."""
+    return _set_pinned(context, tasks, pinned=True)
+
+
+@use_case
+def unpin(context: Context, tasks: Sequence[str]) -> Pinned:
+    """Allow `evict` to delete the originals of `tasks` again."""
+    return _set_pinned(context, tasks, pinned=False)
+
+
+def _set_pinned(context: Context, tasks: Sequence[str], *, pinned: bool) -> Pinned:
     with context.open() as store:
-        done = store.tasks.pin(names, pinned)
+        done = store.tasks.pin(tasks, pinned)
         return Pinned(done, [name for name in done if store.tasks.final(name).is_evicted])
 
 
-def show_task(context: Context, name: str) -> TaskDetails:
-    """Return everything about one task."""
+@use_case
+def show_task(context: Context, task: str) -> TaskDetails:
+    """Return everything the store knows about one `task`."""
     from icmlora.fleet.map.map import nearest_tasks
 
     with context.open(read_only=True) as store:
-        task = store.tasks.get(name)
-        generator = store.generators.current(task.base_model)
-        code = None if generator is None else store.codes.get(task.name, generator.id)
-        vectors = tuple(store.vectors.all(task.name))
-        evaluations = tuple(store.evaluations.all(task.name))
+        known = store.tasks.get(task)
+        generator = store.generators.current(known.base_model)
+        code = None if generator is None else store.codes.get(known.name, generator.id)
+        vectors = tuple(store.vectors.all(known.name))
+        evaluations = tuple(store.evaluations.all(known.name))
         template = _template(vectors, evaluations)
         return TaskDetails(
-            task=task,
-            adapters=tuple(store.tasks.adapters(task.name)),
+            task=known,
+            adapters=tuple(store.tasks.adapters(known.name)),
             vectors=vectors,
-            nearest=nearest_tasks(store, task) if vectors else (),
+            nearest=nearest_tasks(store, known) if vectors else (),
             generator=generator,
             code=code,
             initial=None if generator is None or code is None else _initial(store, generator, code),
             evaluations=evaluations,
             template=template,
-            has_own_template=template is not None and template == _own_template(store, task.name),
-            header=header_of(store, store.tasks.final(task.name)),
+            has_own_template=template is not None and template == _own_template(store, known.name),
+            header=header_of(store, store.tasks.final(known.name)),
         )
 
 
@@ -198,17 +257,31 @@ def header_of(store: Store, final: AdapterRecord) -> Mapping[str, str]:
         return {}
 
 
-def plan_removal(context: Context, names: Sequence[str]) -> list[Removal]:
-    """Return what would be deleted with some tasks, each task once."""
+@use_case
+def plan_removal(context: Context, tasks: Sequence[str]) -> list[Removal]:
+    """Return what `remove` would delete with these `tasks`; nothing changes."""
     with context.open(read_only=True) as store:
-        tasks = {store.tasks.get(name).name: None for name in names}
-        return [_removal(store, name) for name in tasks]
+        names = {store.tasks.get(name).name: None for name in tasks}
+        return [_removal(store, name) for name in names]
 
 
-def remove_tasks(context: Context, names: Sequence[str], *, last_copies: Collection[str] = ()) -> list[str]:
-    """Remove tasks and return their names; pruning frees their bytes."""
+@use_case
+def remove_tasks(context: Context, tasks: Sequence[str], *, last_copies: Collection[str] = ()) -> list[str]:
+    """Remove tasks with their adapters, vectors, codes and measurements; `prune` then frees the bytes.
+
+    Args:
+        context: The store.
+        tasks: The tasks to remove: all of them, or none if one is refused.
+        last_copies: Evicted tasks to remove although their code is the only copy.
+
+    Returns:
+        The names of the removed tasks.
+
+    Raises:
+        LastCopy: A task is evicted and not in `last_copies`.
+    """
     with context.open() as store:
-        return [task.name for task in store.tasks.remove(names, last_copies=last_copies)]
+        return [task.name for task in store.tasks.remove(tasks, last_copies=last_copies)]
 
 
 def _template(vectors: Sequence[VectorRecord], evaluations: Sequence[EvaluationRecord]) -> str | None:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 from icmlora.adapter.layout import ModuleShape
 from icmlora.errors import DataError
-from icmlora.fleet.context import Context, locate_base
+from icmlora.fleet.context import Context, locate_base, use_case
 from icmlora.formats.catalogue import format_named
 from icmlora.formats.format import AdapterBytes, AdapterFormat, check_target, write_adapter_files
 from registry.errors import DamagedStore
@@ -189,8 +189,22 @@ def load(context: Context, request: LoadRequest) -> Adapter:
         return _reader(context, store, request)()
 
 
-def load_many(context: Context, tasks: Sequence[str], source: Source, device: str) -> Iterator[tuple[str, Adapter]]:
-    """Read adapters one after the other, and decode several side by side."""
+@use_case
+def load_many(
+    context: Context, tasks: Sequence[str], *, source: Source = "auto", device: str = "cpu"
+) -> Iterator[tuple[str, Adapter]]:
+    """Load the adapters of many tasks, as `load` does: (name, adapter) in the order of `tasks`.
+
+    The store and the generator are opened once, and several codes are decoded side by side, on the CPU, whose
+    results do not depend on the machine; then the factors go to the device. At most 32 adapters are in memory
+    besides those that the caller keeps.
+
+    Args:
+        context: The store.
+        tasks: Names of tasks.
+        source: As for `materialize`.
+        device: Where the factors are put.
+    """
     from icmlora.io.devices import resolve_device
     from icmlora.io.threads import side_by_side
 
