@@ -26,7 +26,7 @@ from icmlora.errors import Cancelled
 
 if TYPE_CHECKING:  # commands without a store, such as --help, do not import the library
     from icmlora.fleet.api import Fleet
-    from icmlora.fleet.context import Event, TaskDamaged
+    from icmlora.fleet.context import Context, Event, TaskDamaged
 
 _STOPPING = (signal.SIGINT, signal.SIGTERM)
 """Ctrl-C, and the signal that batch systems and containers send before they kill."""
@@ -68,6 +68,11 @@ class Session:
     options: GlobalOptions
     damaged: set[str] = field(default_factory=set)  # tasks that were left out because their rows are damaged
     _told: set[str] = field(default_factory=set, init=False)  # what was said while this waited
+
+    @property
+    def context(self) -> Context:
+        """The store, for work that is too short for a progress display."""
+        return self._context()
 
     @property
     def fleet(self) -> Fleet:
@@ -112,6 +117,20 @@ class Session:
             if stop.report is None:
                 raise
             return cast(R, stop.report), True
+
+    def _context(self, on_event: Callable[[Event], None] | None = None) -> Context:
+        from icmlora.fleet.context import Context, TaskDamaged, Waiting
+
+        def listen(event: Event) -> None:
+            if isinstance(event, TaskDamaged):
+                self._tell(event)
+            elif isinstance(event, Waiting):
+                self._tell_waiting(event.text)
+            elif on_event is not None:
+                on_event(event)
+
+        settings = self.settings
+        return Context(settings.store.value, cache_folder, settings.lock_timeout.value, self.command, listen)
 
     def _fleet(self, on_event: Callable[[Event], None] | None = None) -> Fleet:
         from icmlora.fleet.api import Fleet

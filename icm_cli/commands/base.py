@@ -91,7 +91,7 @@ def add(session: Session, name: NameArg, path: PathArg, loader: LoaderOpt = None
       icm base add meta-llama/Llama-3.1-8B ./llama-8b --load-in nf4
       icm base add nanodet-g ./nanodet --loader my_models:nanodet
     """
-    from icmlora.fleet.bases.base_models import NameTaken
+    from icmlora.fleet.bases.base_models import NameTaken, add_base_model
     from icmlora.fleet.bases.joins import BaseJoined
 
     joined: list[BaseJoined] = []
@@ -103,8 +103,10 @@ def add(session: Session, name: NameArg, path: PathArg, loader: LoaderOpt = None
         elif isinstance(event, NameTaken):
             taken.append(event)
 
-    with session.working("base add", listen) as fleet:
-        recorded = fleet.add_base_model(name, path, loader=loader, load_in=None if load_in is None else load_in.value)
+    with session.working("base add", listen) as context:
+        recorded = add_base_model(
+            context, name, path, loader=loader, load_in=None if load_in is None else load_in.value
+        )
     for one in taken:
         session.out.note(f"{name} is taken for {one.base_model}")
         name = one.base_model
@@ -131,12 +133,14 @@ def alias(session: Session, name: NameArg, labels: LabelsArg, keep: KeepOpt = No
       icm base alias meta-llama/Llama-3.1-8B ./llama-8b
       icm base alias google/gemma-2-2b google/gemma-2-2b@c5ebcd4
     """
+    from icmlora.fleet.bases.base_models import alias_base_model
+
     if remove and keep is not None:
         raise UsageProblem("--keep and --remove cannot be used together")
     if remove:
         _separate(session, name, labels)
         return
-    joined = session.fleet.alias_base_model(name, labels, keep=keep)
+    joined = alias_base_model(session.context, name, labels, keep=keep)
     session.out.document(asdict(joined))
     if not joined.labels:
         session.out.line(f"{joined.name} has these labels already")
@@ -150,7 +154,9 @@ def alias(session: Session, name: NameArg, labels: LabelsArg, keep: KeepOpt = No
 
 
 def _separate(session: Session, name: str, labels: list[str]) -> None:
-    separated = session.fleet.separate_base_model(name, labels)
+    from icmlora.fleet.bases.base_models import separate_labels
+
+    separated = separate_labels(session.context, name, labels)
     session.out.document([asdict(entry) for entry in separated])
     for entry in separated:
         lost = f"; {counted(entry.codes, 'code')} deleted" if entry.codes else ""
@@ -164,7 +170,9 @@ def ls(session: Session) -> None:
     Example:
       icm base ls
     """
-    bases = session.fleet.base_models()
+    from icmlora.fleet.bases.base_models import list_base_models
+
+    bases = list_base_models(session.context)
     session.out.document([_document(base) for base in bases])
     if session.out.is_quiet:
         for base in bases:
@@ -223,7 +231,9 @@ def rm(session: Session, name: NameArg) -> None:
     Example:
       icm base rm HuggingFaceTB/SmolLM2-135M-Instruct
     """
-    session.fleet.forget_base_model(name)
+    from icmlora.fleet.bases.base_models import forget_base_model
+
+    forget_base_model(session.context, name)
     session.out.document({"name": name, "path": None})
     session.out.line(f"forgot where {name} is")
 

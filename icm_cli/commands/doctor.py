@@ -24,8 +24,10 @@ def doctor(session: Session) -> None:
     Example:
       icm doctor --json
     """
+    from icmlora.fleet.tasks.maintenance import examine
+
     settings = session.settings
-    checks = session.fleet.doctor()
+    checks = examine(session.context)
     problems = [check for check in checks if check.problem is not None]
     configured = {
         "store": (str(settings.store.value), settings.store.source),

@@ -50,7 +50,9 @@ def ls(session: Session) -> None:
     Example:
       icm generators
     """
-    found = session.fleet.generators()
+    from icmlora.fleet.tasks.generators import list_generators
+
+    found = list_generators(session.context)
     session.out.document([_as_json(version) for version in found])
     if session.out.is_quiet:
         for version in found:
@@ -71,7 +73,9 @@ def rollback(session: Session, digest: DigestArg) -> None:
     Example:
       icm generators rollback 3f9a12c4
     """
-    done, out = session.fleet.rollback(digest), session.out
+    from icmlora.fleet.tasks.generators import rollback
+
+    done, out = rollback(session.context, digest), session.out
     made = done.generator
     out.document(
         {
@@ -98,12 +102,14 @@ def forget(session: Session, digest: DigestArg, dry_run: DryRunOpt = False, yes:
     Example:
       icm generators forget 3f9a12c4 --dry-run
     """
-    out, plan = session.out, session.fleet.forget_generator(digest, dry_run=True)
+    from icmlora.fleet.tasks.generators import forget_generator
+
+    out, plan = session.out, forget_generator(session.context, digest, dry_run=True)
     made = plan.generator
     what = f"generator {made.version} of {made.base_model} and {counted(plan.codes, 'code')}"
     forgotten = not dry_run and out.confirm(f"Forget {what}?", yes=yes)
     if forgotten:
-        session.fleet.forget_generator(made)
+        forget_generator(session.context, made)
     out.document(
         {
             "forgotten": forgotten,

@@ -43,6 +43,8 @@ def ls(
     Example:
       icm ls -f 'rank>=8' -f tag=prod -f 'base~llama' --sort size:desc --limit 20
     """
+    from icmlora.fleet.tasks.tasks import list_names, list_tasks
+
     if bundle is not None:
         from icm_cli.commands.bundle_list import list_bundle
 
@@ -50,16 +52,16 @@ def ls(
             raise UsageProblem("a bundle is listed whole", hint="leave out --filter, --sort and --limit")
         list_bundle(session, bundle, base_model)
         return
-    out, fleet, chosen = session.out, session.fleet, tuple(filters or ())
+    out, context, chosen = session.out, session.context, tuple(filters or ())
     if out.is_quiet:
-        for name in fleet.task_names(base_model, filters=chosen, sort=sort, limit=limit):
+        for name in list_names(context, base_model, filters=chosen, sort=sort, limit=limit):
             out.answer(name)
         return
-    rows = fleet.tasks(base_model, filters=chosen, sort=sort, limit=limit)
+    rows = list_tasks(context, base_model, filters=chosen, sort=sort, limit=limit)
     out.document([_as_json(row) for row in rows])
     columns = [column for column in _COLUMNS if column.is_needed(rows)]
     out.table([column.column for column in columns], [[column.cell(row) for column in columns] for row in rows])
-    if len(rows) == limit and (more := len(fleet.task_names(base_model, filters=chosen)) - len(rows)) > 0:
+    if len(rows) == limit and (more := len(list_names(context, base_model, filters=chosen)) - len(rows)) > 0:
         out.note(f"{counted(more, 'more task')} {'is' if more == 1 else 'are'} not shown")
     if not rows and filters:
         out.note("no task passes the filters")

@@ -75,8 +75,10 @@ def map_(
     Example:
       icm map --plot map.svg
     """
-    found = session.fleet.task_map(
-        view=view.value, base_model=base_model, clusters=_number(clusters), plot=plot, force=force
+    from icmlora.fleet.map.map import map_fleet
+
+    found = map_fleet(
+        session.context, view=view.value, base_model=base_model, clusters=_number(clusters), plot=plot, force=force
     )
     session.out.document(_as_json(found, plot))
     if session.out.is_quiet:

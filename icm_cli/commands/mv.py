@@ -21,6 +21,8 @@ def mv(session: Session, task: TaskArg, new: NewNameArg) -> None:
     Example:
       icm mv lora-final-v2 poems
     """
-    done = session.fleet.rename(task, new)
+    from icmlora.fleet.tasks.tasks import rename_task
+
+    done = rename_task(session.context, task, new)
     session.out.document({"old": task, "new": done.name})
     session.out.line(f"{task} is now {done.name}")

@@ -24,11 +24,13 @@ def note(session: Session, task: TaskArg, text: TextArg = None, clear: ClearOpt 
     Example:
       icm note poems "for the spring demo; rank 8 was enough"
     """
-    out, fleet = session.out, session.fleet
+    from icmlora.fleet.tasks.tasks import set_note, show_task
+
+    out, context = session.out, session.context
     if text is not None and clear:
         raise UsageProblem("a note is either given or cleared", hint="leave out TEXT or --clear")
     changes = text is not None or clear
-    done = fleet.set_note(task, text) if changes else fleet.show(task).task
+    done = set_note(context, task, text) if changes else show_task(context, task).task
     out.document({"task": done.name, "note": done.note})
     if done.note is not None and not changes:
         out.answer(done.note)

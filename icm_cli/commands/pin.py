@@ -14,7 +14,9 @@ def pin(session: Session, tasks: TasksArg) -> None:
     Example:
       icm pin shakespeare
     """
-    done = session.fleet.pin(tasks)
+    from icmlora.fleet.tasks.tasks import pin
+
+    done = pin(session.context, tasks)
     session.out.document({"pinned": done.names})
     session.out.line(f"pinned {counted(len(done.names), 'task')}")
     if done.evicted:
@@ -28,6 +30,8 @@ def unpin(session: Session, tasks: TasksArg) -> None:
     Example:
       icm unpin shakespeare
     """
-    done = session.fleet.unpin(tasks)
+    from icmlora.fleet.tasks.tasks import unpin
+
+    done = unpin(session.context, tasks)
     session.out.document({"unpinned": done.names})
     session.out.line(f"unpinned {counted(len(done.names), 'task')}")

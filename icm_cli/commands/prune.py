@@ -43,8 +43,10 @@ def prune(
     Example:
       icm prune --dry-run
     """
-    out, fleet, grace = session.out, session.fleet, seconds(older_than)
-    report = fleet.prune(grace=grace, empty_quarantine=empty_quarantine, dry_run=True)
+    from icmlora.fleet.tasks.maintenance import prune
+
+    out, context, grace = session.out, session.context, seconds(older_than)
+    report = prune(context, grace=grace, empty_quarantine=empty_quarantine, dry_run=True)
     files = "file" if empty_quarantine else "temporary file"
     what = f"{counted(report.blobs, 'blob')} and {counted(report.temporary_files, files)}"
     aside = counted(report.set_aside, "file of a code or of weights", "files of codes and weights")
@@ -53,7 +55,7 @@ def prune(
     question = f"Delete {what} ({human_size(report.freed_bytes)})"
     question += f" and set {aside} aside ({human_size(report.set_aside_bytes)})?" if report.set_aside else "?"
     if found and not dry_run and out.confirm(question, yes=yes):
-        report = fleet.prune(grace=grace, empty_quarantine=empty_quarantine)
+        report = prune(context, grace=grace, empty_quarantine=empty_quarantine)
         deleted = True
     out.document(
         {

@@ -17,8 +17,10 @@ def rm(session: Session, tasks: TasksArg, dry_run: DryRunOpt = False, yes: YesOp
     Example:
       icm rm shakespeare --dry-run
     """
-    out, fleet = session.out, session.fleet
-    planned = fleet.plan_removal(tasks)
+    from icmlora.fleet.tasks.tasks import plan_removal, remove_tasks
+
+    out, context = session.out, session.context
+    planned = plan_removal(context, tasks)
     for task in planned:
         last = "; the original was evicted, so the code is the only copy" if task.is_last_copy else ""
         away = f"; {counted(task.placeholders, 'placeholder')} would stand for nothing" if task.placeholders else ""
@@ -30,7 +32,7 @@ def rm(session: Session, tasks: TasksArg, dry_run: DryRunOpt = False, yes: YesOp
     question = f"Remove {counted(len(names), 'task')}{lost}?"
     removed = False
     if not dry_run and out.confirm(question, yes=yes):
-        fleet.remove(names, last_copies=last_copies)
+        remove_tasks(context, names, last_copies=last_copies)
         removed = True
     out.document(
         {

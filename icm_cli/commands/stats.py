@@ -66,7 +66,9 @@ def stats(session: Session, plot: PlotOpt = None, force: ReplaceOpt = False) -> 
     Example:
       icm stats --json
     """
-    found = session.fleet.stats(plot=plot, force=force)
+    from icmlora.fleet.stats.stats import stats
+
+    found = stats(session.context, plot=plot, force=force)
     out = session.out
     if out.is_json:  # a line per task takes longer than all the rest
         out.document(_as_json(found))

@@ -60,15 +60,17 @@ def tag(session: Session, tasks: TasksArg = None, add: AddOpt = None, remove: Re
     Example:
       icm tag poems rules --add prod --remove trial
     """
-    out, fleet = session.out, session.fleet
+    from icmlora.fleet.tasks.tasks import list_tags, tag_tasks
+
+    out, context = session.out, session.context
     if not tasks:
         if add or remove:
             raise UsageProblem("no task is named", hint="icm tag TASK... --add TAG; `icm ls` lists the tasks")
-        tags = fleet.tags()
+        tags = list_tags(context)
         out.document([{"tag": tag, "tasks_count": number} for tag, number in tags.items()])
         _list(session, tags)
         return
-    done = fleet.tag(tasks, add=add or (), remove=remove or ())
+    done = tag_tasks(context, tasks, add=add or (), remove=remove or ())
     out.document([{"task": task.name, "tags": list(task.tags)} for task in done])
     for task in done:
         out.answer(_line(task))

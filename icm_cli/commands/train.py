@@ -91,12 +91,14 @@ def train(
       icm train --device cuda
       torchrun --nproc-per-node 4 $(command -v icm) train --device cuda
     """
+    from icmlora.fleet.few_shot.train import check_few_shot
+
     others = (quality, tolerance, width, steps, lr, max_error, min_gain)
     _check_options(objective, update=update, anew=fresh or width is not None, others=others)
     where = session.device(device)
     few_shot = objective is not ObjectiveName.BITS
     if few_shot:  # fail now, not after hours of training the generator
-        session.fleet.check_few_shot(base_model=base_model)
+        check_few_shot(session.context, base_model=base_model)
     partly = False
     options = {"device": where, "base_model": base_model, "quality": quality, "tolerance": tolerance}
     options |= {"steps": steps, "learning_rate": lr, "seed": seed}
@@ -325,7 +327,9 @@ def _sum_up_few_shot(session: Session, trained: FewShotTrained) -> None:
 
 def _evaluate(session: Session, made: _Made, options: dict[str, Any]) -> bool:
     """Measure the codes, and return whether none failed; a missing base model or text is only worth a word."""
-    found = session.fleet.measurable(made.base_models, made.tasks)
+    from icmlora.fleet.measure.evaluate import measurable
+
+    found = measurable(session.context, made.base_models, made.tasks)
     for reason in found.reasons:
         session.out.note(f"not measured: {reason}")
     if not found.tasks:

@@ -62,6 +62,8 @@ def verify(
     Example:
       icm verify --read-data
     """
+    from icmlora.fleet.tasks.maintenance import repair_blobs
+
     if repair and tasks:
         raise UsageProblem("--repair works on the whole store", hint="leave out the task names")
     if restore_database:
@@ -79,7 +81,7 @@ def verify(
     movable = [finding for finding in problems if finding.kind in ("length", "digest")]
     question = f"Move {counted(len(movable), 'damaged blob')} to quarantine?"
     if repair and movable and not dry_run and session.out.confirm(question, yes=yes):
-        moved = session.fleet.repair()
+        moved = repair_blobs(session.context)
     session.out.document(
         {
             "ok": not problems,
@@ -96,8 +98,10 @@ def verify(
 
 def _look(session: Session, tasks: Sequence[str], *, read_data: bool, decode: bool) -> list[Finding]:
     """Find what is wrong, and tell each finding at once."""
+    from icmlora.fleet.tasks.maintenance import verify
+
     findings = []
-    for finding in session.fleet.verify(tasks, read_data=read_data, decode=decode):
+    for finding in verify(session.context, tasks, read_data=read_data, decode=decode):
         findings.append(finding)
         _tell(session, finding)
     return findings
@@ -105,11 +109,13 @@ def _look(session: Session, tasks: Sequence[str], *, read_data: bool, decode: bo
 
 def _repair_rows(session: Session, findings: list[Finding], *, yes: bool) -> list[RowRepair]:
     """Correct rows of the database if something is wrong with it, and tell what became of each."""
+    from icmlora.fleet.tasks.maintenance import repair_rows
+
     if not any(finding.kind in _OF_DATABASE for finding in findings):
         return []
     if not session.out.confirm("Correct the rows of which one bit flipped?", yes=yes):
         return []
-    rows = session.fleet.repair_rows()
+    rows = repair_rows(session.context)
     for row in rows:
         about = f" (task {row.task})" if row.task else ""
         if row.problem:
@@ -121,10 +127,12 @@ def _repair_rows(session: Session, findings: list[Finding], *, yes: bool) -> lis
 
 
 def _restore(session: Session, *, yes: bool) -> None:
+    from icmlora.fleet.tasks.maintenance import restore_database
+
     out = session.out
     if not out.confirm("Replace the database by the copy from before the last deletion?", yes=yes):
         return
-    made = session.fleet.restore_database()
+    made = restore_database(session.context)
     out.document({"restored_from": made})
     out.line(f"the database is the one of {made} again; the damaged one is in quarantine")
     out.hint("`icm verify --read-data` says what is missing; ingest again what came after the copy")

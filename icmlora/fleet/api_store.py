@@ -17,7 +17,7 @@ from icmlora.fleet.context import Context, Event, default_cache, ignore
 from icmlora.fleet.map.map import map_fleet
 from icmlora.fleet.stats.stats import stats
 from icmlora.fleet.tasks.generators import forget_generator, list_generators, rollback
-from icmlora.fleet.tasks.maintenance import examine, prune, repair, repair_rows, restore_database, verify
+from icmlora.fleet.tasks.maintenance import examine, prune, repair_blobs, repair_rows, restore_database, verify
 from icmlora.fleet.tasks.tasks import (
     list_names,
     list_tags,
@@ -161,7 +161,7 @@ class StoredFleet(Context):
 
     verify = verify
 
-    repair = repair
+    repair = repair_blobs
 
     repair_rows = repair_rows
 

@@ -112,7 +112,7 @@ def _remark(row: TaskSummary, text: str) -> Finding:
 
 
 @use_case
-def repair(context: Context) -> list[tuple[Finding, str]]:
+def repair_blobs(context: Context) -> list[tuple[Finding, str]]:
     """Move every damaged blob to quarantine, and return its finding and new place. Ingesting restores originals."""
     with context.open() as store:
         return store.repair()
