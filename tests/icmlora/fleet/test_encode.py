@@ -141,7 +141,7 @@ def test_where_the_base_model_is_missing_a_quality_gives_plain_codes(fleet: Flee
 
 
 def test_a_generator_with_a_tolerance_of_its_own_has_no_quality(fleet: Fleet) -> None:
-    fleet.train(tolerance=0.31, steps=2, device="cpu")
+    fleet.train(tolerance=0.31, steps=2, device="cpu", refine=0, evaluate=False)
     with pytest.raises(DataError, match="a tolerance of its own") as error:
         fleet.encode(["poems"])
     assert "--quality" in str(error.value.hint)
@@ -194,7 +194,7 @@ def test_a_training_has_to_wait_for_an_encode(fleet: Fleet) -> None:
     def listen(event: object) -> None:
         if isinstance(event, TaskEncoded):
             with pytest.raises(StoreLocked) as error:
-                other.train(device="cpu", steps=1)
+                other.train(device="cpu", steps=1, refine=0, evaluate=False)
             refused.append(str(error.value.hint))
 
     Fleet(fleet.path, on_event=listen).encode(["silent"], max_error=0.1)
