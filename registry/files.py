@@ -132,13 +132,18 @@ def write_file(path: Path, data: Bytes, mode: int = 0o666) -> None:
         raise
 
 
+def is_full(error: BaseException) -> bool:
+    """Say whether an exception means that no space is left on the device."""
+    return isinstance(error, StoreFull) or (isinstance(error, OSError) and error.errno in _FULL)
+
+
 @contextmanager
 def store_errors(path: Path | str) -> Iterator[None]:
     """Turn an OSError of the block into the store's own error about `path`."""
     try:
         yield
     except OSError as error:
-        if error.errno in _FULL:
+        if is_full(error):
             hint = "`icm prune` frees what no row refers to; it works on a full disk"
             raise StoreFull(f"no space left while writing {path}", path=path, hint=hint) from error
         if error.errno in _READ_ONLY:

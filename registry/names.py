@@ -17,6 +17,7 @@ from registry.errors import InvalidName
 MAX_NAME = 128
 NLL = "nats per token"
 """The metric of a causal language model: its mean negative log-likelihood."""
+_BUNDLE = "bundle "
 UNKNOWN_BASE = "unknown"  # the base model of adapters that name none
 LoadIn = Literal["nf4", "int8"]
 """In what few bits the weights of a base model can be loaded; their order is part of the schema."""
@@ -123,6 +124,16 @@ def is_file_name(name: str) -> bool:
 def source_label(path: Path) -> str:
     """Return a path as text that every database takes: bytes that are not UTF-8 are written out in hexadecimal."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def bundle_source(digest: str) -> str:
+    """Return what stands for the place of an adapter that a bundle brought."""
+    return f"{_BUNDLE}{digest}"
+
+
+def is_bundle_source(source: str) -> bool:
+    """Say whether a bundle brought an adapter, so that its weights have never been in this store."""
+    return source.startswith(_BUNDLE)
 
 
 def split_label(label: str) -> tuple[str, str | None]:

@@ -25,9 +25,9 @@ from icmlora.formats.peft.peft import PEFT
 from icmlora.generator.code import generator_of
 from icmlora.task_vectors.file import arrays_from_bytes
 from registry.errors import StoreNotFound
+from registry.names import bundle_source
 from registry.records import Extra, NewAdapter, NewGenerator, NewVector
 from registry.tables.bundles import BundleImport, ImportedTask, ImportOutcome
-from registry.to_records import bundle_source
 
 if TYPE_CHECKING:
     from icmlora.bundle.file import BundleFile

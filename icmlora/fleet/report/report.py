@@ -23,7 +23,7 @@ from icmlora.fleet.report.facts import facts_of
 from icmlora.fleet.report.page import Map, Page, render
 from icmlora.fleet.report.rate_picture import Quality, rate_picture
 from icmlora.fleet.report.task_table import task_table
-from icmlora.fleet.stats.stats import bill_of
+from icmlora.fleet.stats.stats import bill_of, sound_tasks
 from icmlora.formats.catalogue import format_named
 from icmlora.io.staging import check_absent, writing_file
 from registry.errors import DamagedStore
@@ -149,12 +149,12 @@ def write_report(
 
 def _page(store: Store, outputs: Sequence[TaskOutputs | TaskPictures], failures: Mapping[str, str]) -> Page:
     """Read everything else that is on the page."""
-    rows = list(store.tasks.summaries())
+    rows, has_wrong_rows = sound_tasks(store)
     by_base: defaultdict[str, list[TaskSummary]] = defaultdict(list)
     for row in rows:
         by_base[row.task.base_model].append(row)
     maps = {label: _map(store, label, by_base[label]) for label in sorted(by_base)}
-    return assembled(rows, bill_of(store, rows), maps, outputs, failures)
+    return assembled(rows, bill_of(store, rows, has_wrong_rows), maps, outputs, failures)
 
 
 def assembled(
