@@ -265,12 +265,14 @@ def form_in(file: BundleFile, task: BundledTask) -> OriginalForm:
     """Read the form and the extras of the original of a task in a bundle."""
     from icmlora.fleet.resources.decoding import OriginalForm
     from icmlora.formats.extras import unpack_extras
-    from icmlora.formats.format import Template
+    from icmlora.formats.format import Template, check_companions
 
+    known = format_named(task.format)
+    check_companions(known, task.files)
     template = Template(file.read(task.config), task.layout, task.dtype, task.template)
     extras = ((extra.file, extra.part) for extra in task.extras)
     base = partial(_base_tensors, file.index.base_model)
-    return OriginalForm(format_named(task.format), template, *unpack_extras(extras, file.read, base))
+    return OriginalForm(known, template, *unpack_extras(extras, file.read, base))
 
 
 def _base_tensors(label: str) -> BaseTensors:

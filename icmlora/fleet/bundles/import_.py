@@ -18,7 +18,7 @@ from icmlora.errors import BundleError
 from icmlora.fleet.bundles.bundles import claim_of, find_task, open_generator
 from icmlora.fleet.context import Context, use_case
 from icmlora.formats.catalogue import format_named
-from icmlora.formats.format import Template
+from icmlora.formats.format import Template, check_companions
 from icmlora.formats.peft.config import AdapterConfig
 from icmlora.formats.peft.initial import converted_form
 from icmlora.formats.peft.peft import PEFT
@@ -98,7 +98,9 @@ def _check_parts(bundle: BundleFile, tasks: Sequence[BundledTask]) -> None:
             raise BundleError(f"the code of {task.name!r} belongs to another generator")
         # It may name a mirror of the base model.
         config = bundle.read(task.config)
-        format_named(task.format).read_config(config)
+        known = format_named(task.format)
+        known.read_config(config)
+        check_companions(known, task.files)
         if task.format == PEFT.name:
             AdapterConfig.parse(converted_form(Template(config, task.layout, task.dtype, task.template)).config)
 
