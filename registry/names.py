@@ -9,6 +9,7 @@ import os
 import re
 import unicodedata
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -144,6 +145,7 @@ def split_label(label: str) -> tuple[str, str | None]:
     return name, revision or None
 
 
+@lru_cache(maxsize=4096)  # the adapters of a fleet have modules of the same names
 def natural_key(name: str) -> tuple[tuple[int, int, str], ...]:
     """Return a sort key that orders numbers by value: `layers.2` before `layers.10`."""
     parts = _DIGITS.split(name)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from icmlora.adapter.metrics import distance, dw_norm
+from icmlora.adapter.metrics import distance
 from icmlora.adapter.model import Adapter
 from icmlora.adapter.sketch import SKETCH_SIZE, near_pairs, sketch
 from icmlora.errors import DataError
@@ -124,25 +124,28 @@ def find_duplicates(context: Context, request: DuplicatesRequest) -> DuplicatesR
     report = DuplicatesReport(request.max_distance)
     with context.open(read_only=True) as store:
         wanted = {store.tasks.get(name).name for name in request.tasks}
-        by_base = _by_base(store, base_name(store, request.base_model), wanted)
+        every = _in_order(store.tasks.summaries())
+        by_base = _by_base(every, base_name(store, request.base_model), wanted)
         steps = _Steps(context, sum(map(len, by_base.values())))
         for rows in by_base.values():
             report.groups += _Comparison(store, rows, report, steps).groups(wanted)
         if request.base_model is None:
-            pairs = _across_bases(store, _in_order(store.tasks.summaries()))
+            pairs = _across_bases(store, every)
             report.other_bases = [pair for pair in pairs if not wanted or not wanted.isdisjoint((pair.task, pair.like))]
     report.groups.sort(key=lambda group: (-len(group.tasks), group.base_model, group.tasks))
     return report
 
 
-def _by_base(store: Store, base_model: str | None, wanted: Collection[str]) -> dict[str, list[TaskSummary]]:
-    """Return the tasks of each base model that is asked for, oldest first."""
+def _by_base(
+    every: Iterable[TaskSummary], base_model: str | None, wanted: Collection[str]
+) -> dict[str, list[TaskSummary]]:
+    """Return the tasks of each base model that is asked for, in the order given."""
     found: defaultdict[str, list[TaskSummary]] = defaultdict(list)
-    for row in store.tasks.summaries():
+    for row in every:
         found[row.task.base_model].append(row)
     check_base_model(base_model, found)
     return {
-        base: _in_order(rows)
+        base: rows
         for base, rows in sorted(found.items())
         if base_model in (None, base) and (not wanted or any(row.task.name in wanted for row in rows))
     }
@@ -355,8 +358,8 @@ class _Job:
             identity = None if self.weights is None else self._identity(self.weights, adapter)
             if adapter is None:
                 return _Read(identity=identity, error=self.error)
-            refuse_large(adapter)  # squares of its sketch would exceed float32
-            return _Read(sketch(adapter), dw_norm(adapter), identity)
+            norm = refuse_large(adapter)  # squares of its sketch would exceed float32
+            return _Read(sketch(adapter), norm, identity)
         except FAILURES as error:
             return _Read(error=as_error(error).message)
 
