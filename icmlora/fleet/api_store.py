@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +17,7 @@ from icmlora.fleet.context import Context, Event, default_cache, ignore
 from icmlora.fleet.map.map import map_fleet
 from icmlora.fleet.report.report import write_report
 from icmlora.fleet.stats.stats import stats
+from icmlora.fleet.tasks.duplicates import find_duplicates
 from icmlora.fleet.tasks.generators import forget_generator, list_generators, rollback
 from icmlora.fleet.tasks.maintenance import examine, prune, repair_blobs, repair_rows, restore_database, verify
 from icmlora.fleet.tasks.tasks import (
@@ -32,7 +33,7 @@ from icmlora.fleet.tasks.tasks import (
 )
 
 if TYPE_CHECKING:
-    from icmlora.fleet.tasks.duplicates import DuplicatesReport
+    pass
 
 
 class StoredFleet(Context):
@@ -95,23 +96,7 @@ class StoredFleet(Context):
 
     task_map = map_fleet
 
-    def duplicates(
-        self, tasks: Sequence[str] = (), *, max_distance: float = 0.1, base_model: str | None = None
-    ) -> DuplicatesReport:
-        """Find tasks whose adapters are the same, or nearly; nothing is changed or removed.
-
-        Args:
-            tasks: Return only groups with one of these tasks; they are compared with all tasks of their base model.
-            max_distance: Largest ||dW - dW'|| / max(||dW||, ||dW'||) of near copies, up to 0.5; 0 finds only exact
-                ones. Unrelated adapters are at about 1.
-            base_model: Only the tasks of this base model.
-
-        Raises:
-            DataError: The distance is not between 0 and 0.5, or no task belongs to the base model.
-        """
-        from icmlora.fleet.tasks.duplicates import DuplicatesRequest, find_duplicates
-
-        return find_duplicates(self._context, DuplicatesRequest(tasks, max_distance, base_model))
+    duplicates = find_duplicates
 
     report = write_report
 
