@@ -78,11 +78,11 @@ def _uses(session: Session, *, has_wrong_rows: bool) -> dict[str, str]:
     def refers(owner: type[Base], *conditions: ColumnElement[bool]) -> ColumnElement[bool]:
         return blob_references(owner, right(owner, *conditions))
 
-    of_current = Code.generator_id.in_(select(Generator.id).where(right(Generator, Generator.is_current)))
+    of_current = Code.generator_id.in_(select(Generator.id).where(right(Generator, Generator.is_current.is_(True))))
     conditions: list[tuple[str, ColumnElement[bool]]] = [
-        ("originals", refers(Adapter, Adapter.is_final)),
+        ("originals", refers(Adapter, Adapter.is_final.is_(True))),
         ("checkpoints", refers(Adapter)),
-        ("generators", refers(Generator, Generator.is_current)),
+        ("generators", refers(Generator, Generator.is_current.is_(True))),
         (
             "residuals",
             Blob.id.in_(select(Code.residual_id).where(right(Code, Code.residual_id.is_not(None), of_current))),

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
-from sqlalchemy import ColumnElement, bindparam, delete, func, select
+from sqlalchemy import BindParameter, ColumnElement, bindparam, delete, func, select
 from sqlalchemy.orm import Session, aliased, lazyload, selectinload
 
 from registry import records
@@ -137,7 +137,9 @@ class Tasks(Table):
         with self._db.read() as session:
             query = listing.query(session, models.Task.id, selection)
             if without:  # before a limit counts
-                numbers = bindparam("without", list(without), expanding=True, literal_execute=True)
+                numbers: BindParameter[list[int]] = bindparam(
+                    "without", list(without), expanding=True, literal_execute=True
+                )
                 query = query.where(models.Task.id.not_in(numbers))
             return session.scalars(query).all()
 
