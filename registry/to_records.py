@@ -110,16 +110,17 @@ def _names(kind: type[object]) -> tuple[str, ...]:
     return tuple(field.name for field in fields(cast(Any, kind)))
 
 
+_SHOWN: dict[type, str] = {
+    models.Blob: "digest",
+    models.Document: "body",
+    models.Task: "name",
+    models.BaseModel: "name",
+}
+
+
 def _value(value: Any) -> Any:
-    match value:
-        case models.Blob():
-            return value.digest
-        case models.Document():
-            return value.body
-        case models.Task() | models.BaseModel():
-            return value.name
-        case _:
-            return value
+    shown = _SHOWN.get(type(value))
+    return value if shown is None else getattr(value, shown)
 
 
 def _residual(row: models.Code) -> records.ResidualRecord | None:
