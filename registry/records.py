@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, Protocol
 
-from registry.names import LOAD_IN, NLL, LoadIn
+from registry.names import LOAD_IN, NLL, LoadIn, is_bundle_source
 
 Json = Mapping[str, object]
 View = Literal["adapted", "context"]
@@ -140,6 +140,11 @@ class AdapterRecord(NewAdapter):
     def is_evicted(self) -> bool:
         """Whether the weights were deleted."""
         return self.evicted_at is not None
+
+    @property
+    def was_never_here(self) -> bool:
+        """Whether a bundle brought what is known of it, without its weights."""
+        return self.is_evicted and is_bundle_source(self.source)
 
     @property
     def can_be_read(self) -> bool:

@@ -228,9 +228,11 @@ def _help(session: Session, work: Callable[[Context], TrainReport] | None) -> Ex
 
 def _train_few_shot(session: Session, device: str, base_model: str | None, episodes: int, seed: int) -> bool:
     """Train the few-shot starts, and return whether a base model failed or a task was left out."""
+    from icmlora.fleet.few_shot.train import train_few_shot
+
     report, stopped = session.run(
         "episodes",
-        lambda fleet: fleet.train_few_shot(device=device, base_model=base_model, episodes=episodes, seed=seed),
+        lambda context: train_few_shot(context, device=device, base_model=base_model, episodes=episodes, seed=seed),
         partial(_tell_few_shot, session),
     )
     for trained in report.trained:

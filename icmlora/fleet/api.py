@@ -9,27 +9,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from icmlora.fleet.api_originals import FleetOriginals
-from icmlora.fleet.context import Shard
+from icmlora.fleet.bundles.export import export_bundle
+from icmlora.fleet.bundles.import_ import import_bundle
 from icmlora.fleet.encode.encode import encode
-from icmlora.fleet.few_shot.train import check_few_shot
+from icmlora.fleet.few_shot.generate import generate
+from icmlora.fleet.few_shot.train import check_few_shot, train_few_shot
 from icmlora.fleet.measure.evaluate import evaluate, measurable
 from icmlora.fleet.measure.module_errors import module_errors
 from icmlora.fleet.train.train import train
 from icmlora.fleet.train.update import update
+from icmlora.fleet.vectors.recognize import recognize
+from icmlora.fleet.vectors.vectors import extract_vectors
 from icmlora.fleet.write.materialize import load_many
 
 if TYPE_CHECKING:
     from icmlora.adapter.model import Adapter
-    from icmlora.fleet.bundles.export import ExportReport
-    from icmlora.fleet.bundles.import_ import ImportReport
-    from icmlora.fleet.few_shot.generate import Generated
-    from icmlora.fleet.few_shot.train import FewShotReport
     from icmlora.fleet.ingest.ingest import Conflict, IngestReport
-    from icmlora.fleet.vectors.recognize import RecognizeReport
-    from icmlora.fleet.vectors.vectors import VectorReport
     from icmlora.fleet.write.materialize import MaterializeReport, Source
 
 
@@ -118,32 +116,7 @@ class Fleet(FleetOriginals):
         )
         return ingest(self._context, request)
 
-    def extract_vectors(
-        self,
-        tasks: Sequence[str] = (),
-        *,
-        device: str = "auto",
-        again: bool = False,
-        workers: str | None = None,
-        shard: str | None = None,
-    ) -> VectorReport:
-        """Extract and store task vectors: the base model's hidden states on samples, with and without the adapter.
-
-        Args:
-            tasks: Names of tasks; all by default.
-            device: Where to compute.
-            again: Also extract the vectors of tasks that already have some.
-            workers: Where to compute, as described for the class.
-            shard: Which part of the tasks to work on, as described for the class.
-
-        Raises:
-            BaseModelNotFound: None of the base models is on this machine. The report names those that are missing.
-            BaseModelMismatch: An adapter does not fit its base model.
-        """
-        from icmlora.fleet.vectors.vectors import VectorRequest, extract_vectors
-
-        request = VectorRequest(tasks, device, again, workers, Shard.of(shard))
-        return extract_vectors(self._context, request)
+    extract_vectors = extract_vectors
 
     # train, update, encode
 
@@ -253,144 +226,16 @@ class Fleet(FleetOriginals):
 
     load_many = load_many
 
-    def export_bundle(
-        self, file: str | Path, tasks: Sequence[str] = (), *, base_model: str | None = None, force: bool = False
-    ) -> ExportReport:
-        """Write the generator and the codes of some tasks into one file; `icmlora.Bundle` reads it without a store.
+    export_bundle = export_bundle
 
-        A bundle has no originals, no residuals and no texts. The same store gives the same bytes.
-
-        Args:
-            file: The bundle to write.
-            tasks: Names of tasks; by default all that have a code.
-            base_model: Only tasks of this base model. Needed if the tasks have several.
-            force: Replace a file that exists.
-
-        Raises:
-            DataError: A named task has no code, or the tasks have several base models.
-            OutputExists: The file exists and `force` is not given.
-        """
-        from icmlora.fleet.bundles.export import ExportRequest, export_bundle
-
-        return export_bundle(self._context, ExportRequest(Path(file), tasks, base_model, force))
-
-    def import_bundle(
-        self,
-        file: str | Path,
-        tasks: Sequence[str] = (),
-        *,
-        on_conflict: Literal["skip", "fail"] = "fail",
-        dry_run: bool = False,
-    ) -> ImportReport:
-        """Take the generator, codes and tasks of a bundle into the store, which is created if necessary.
-
-        Args:
-            file: The bundle.
-            tasks: Tasks of the bundle; all by default.
-            on_conflict: If the store has a task of that name with another adapter or code: `skip` or `fail`.
-            dry_run: Check everything and report what would change, but write nothing.
-
-        Raises:
-            BundleError: The bundle is damaged, cut short, or of another format.
-            GeneratorConflict: The store uses another generator for this base model.
-            TaskConflict: A task has another adapter or code in the store, and `on_conflict` is `fail`.
-        """
-        from icmlora.fleet.bundles.import_ import ImportRequest, import_bundle
-
-        return import_bundle(self._context, ImportRequest(Path(file), tasks, on_conflict, dry_run))
+    import_bundle = import_bundle
 
     # recognize, generate
 
-    def recognize(self, samples: str | Path, *, base_model: str | None = None, device: str = "auto") -> RecognizeReport:
-        """Recognize the known task that some samples belong to, by their task vectors. Needs the base model.
-
-        Args:
-            samples: File of samples as JSON lines; up to 32 are read, and 16 are enough.
-            base_model: Only tasks of this base model; needed only if tasks of several have vectors.
-            device: Where to compute.
-
-        Returns:
-            The known tasks with their probabilities, and that of "none of them". Its `task` is the recognized task or
-            None, its `known_task()` the same or `NotRecognized`.
-
-        Raises:
-            DataError: The samples cannot be used, or too few tasks have context vectors.
-            BaseModelNotFound: The base model is not on this machine.
-        """
-        from icmlora.fleet.vectors.recognize import RecognizeRequest, recognize
-
-        return recognize(self._context, RecognizeRequest(Path(samples), base_model, device))
+    recognize = recognize
 
     check_few_shot = check_few_shot
 
-    def train_few_shot(
-        self, *, device: str = "auto", base_model: str | None = None, episodes: int = 48, seed: int = 0
-    ) -> FewShotReport:
-        """Meta-train the few-shot start that `generate` needs; generators and codes do not change.
+    train_few_shot = train_few_shot
 
-        Args:
-            device: Where to compute.
-            base_model: Only for the generator of this base model.
-            episodes: Length of the training: in each episode one known task is treated as new.
-            seed: Seed for all random numbers.
-
-        Raises:
-            DataError: A base model has no generator, or fewer than two tasks with samples.
-            BaseModelNotFound: A base model is not on this machine.
-            GeneratorError: The training diverged; nothing changed.
-        """
-        from icmlora.fleet.few_shot.train import FewShotRequest, train_few_shot
-
-        return train_few_shot(self._context, FewShotRequest(device, base_model, episodes, seed))
-
-    def generate(
-        self,
-        name: str,
-        samples: str | Path,
-        directory: str | Path,
-        *,
-        count: int = 64,
-        description: str | None = None,
-        refine: int = 0,
-        rank: int | None = None,
-        base_model: str | None = None,
-        device: str = "auto",
-        dtype: str = "bfloat16",
-        register: bool = False,
-        force: bool = False,
-    ) -> Generated:
-        """Generate an adapter for a new task from a few samples of it, and write it as a PEFT folder.
-
-        The quality of the adapter is not known: measure it on other text of the task. Needs the base model, and a
-        generator with a few-shot start (`train_few_shot`).
-
-        Args:
-            name: Name of the new task.
-            samples: File of JSON lines with "text", or with "prompt" and "completion".
-            directory: The folder to write.
-            count: Number of samples to read, spread over the file.
-            description: A sentence for the model card.
-            refine: Gradient steps on the samples after generating.
-            rank: Rank to write; by default the largest that a code can have.
-            base_model: Which base model; needed only if several have a few-shot start.
-            device: Where to compute.
-            dtype: Number format of the weights: `bfloat16`, `float16` or `float32`.
-            register: Also keep the task in the store, by a code and its task vectors; weights are not stored.
-            force: Replace the folder if it is not empty.
-
-        Returns:
-            What was written, its loss on the samples, and the nearest known tasks.
-
-        Raises:
-            DataError: The samples cannot be used, or no generator has a few-shot start.
-            OutputExists: The folder is not empty and `force` is not given.
-            TaskConflict: The task is to be registered, and its name is taken.
-            NotCovered: The task is to be registered, and no code can have the rank.
-        """
-        from icmlora.fleet.few_shot.generate import GenerateRequest, generate
-
-        files = Path(samples), Path(directory)
-        request = GenerateRequest(
-            name, *files, count, description, refine, rank, base_model, device, dtype, register, force
-        )
-        return generate(self._context, request)
+    generate = generate

@@ -11,13 +11,13 @@ import pytest
 from sqlalchemy import create_engine
 
 from registry.errors import GeneratorConflict, InvalidName, MissingBlob, StoreReadOnly, TaskConflict
+from registry.names import bundle_source
 from registry.records import Claim, NewAdapter, NewGenerator
 from registry.schema import Packed
 from registry.storage.blobs.content import digest_of
 from registry.storage.database import add_claims
 from registry.store import Store
 from registry.tables.bundles import BundleImport, ImportedTask
-from registry.to_records import bundle_source
 from tests.registry.examples import BASE, LAYOUT, evaluation, generator, ingest, new_store, offer, vector
 
 

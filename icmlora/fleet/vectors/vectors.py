@@ -12,7 +12,7 @@ import torch
 
 from icmlora.base_models.modality import BaseModel
 from icmlora.errors import BaseModelNotFound, BaseModelUnsuited
-from icmlora.fleet.context import Context, Event, Shard, TaskFailed, reporting
+from icmlora.fleet.context import Context, Event, Shard, TaskFailed, reporting, use_case
 from icmlora.fleet.failures import FAILURES, BaseModelLeftOut, BaseUnavailable, Failed, Sieve, as_error
 from icmlora.fleet.resources.loading import Models, read_runnable
 from icmlora.fleet.resources.texts import read_samples
@@ -34,17 +34,6 @@ bfloat16 is twice as fast as float32 and moves a vector by less than a hundredth
 
 SAMPLES_READ = VectorSettings().support_sets * VectorSettings().set_size
 """Samples that vectors are made from: what `split_samples` chooses of a whole file, it also chooses of these."""
-
-
-@dataclass(frozen=True)
-class VectorRequest:
-    """What to extract."""
-
-    names: Sequence[str] = ()
-    device: str = "auto"
-    again: bool = False
-    workers: str | None = None
-    shard: Shard | None = None
 
 
 @dataclass(frozen=True)
@@ -76,42 +65,62 @@ class VectorReport:
         return len(self.tasks) + len(self.changed) + len(self.failed)
 
 
-def extract_vectors(context: Context, request: VectorRequest) -> VectorReport:
-    """Extract and store task vectors, one task after the other; what is stored stays, and a failure is reported.
+@use_case
+def extract_vectors(
+    context: Context,
+    tasks: Sequence[str] = (),
+    *,
+    device: str = "auto",
+    again: bool = False,
+    workers: str | None = None,
+    shard: str | None = None,
+) -> VectorReport:
+    """Extract and store task vectors: the base model's hidden states on samples, with and without the adapter.
+
+    Args:
+        context: The store.
+        tasks: Names of tasks; all by default.
+        device: Where to compute.
+        again: Also extract the vectors of tasks that already have some.
+        workers: Where to compute, as described for the class.
+        shard: Which part of the tasks to work on, as described for the class.
 
     Raises:
-        BaseModelNotFound: None of the base models is on this machine.
+        BaseModelNotFound: None of the base models is on this machine. The report names those that are missing.
+        BaseModelMismatch: An adapter does not fit its base model.
     """
-    check_place(request.device, request.workers)
+    check_place(device, workers)
     report = VectorReport()
     with context.open() as store, reporting(report):
-        todo = _plan(store, request, report)
+        todo = _plan(store, tasks, Shard.of(shard), again, report)
         sieve = Sieve(context, report, sum(map(len, todo.values())))
         context.progress(0, sieve.total)
 
         def tell(note: str) -> None:
             context.progress(report.done, sieve.total, note)
 
-        with open_workers(context, store, _Extractor, device=request.device, workers=request.workers) as workers:
+        with open_workers(context, store, _Extractor, device=device, workers=workers) as extractors:
             for label, rows in todo.items():
                 tell(f"loading {label}")
-                tasks = [row.task for row in rows.values()]
-                for task, made in sieve.results(label, workers.each(tasks, tell)):
+                of_base = [row.task for row in rows.values()]
+                for task, made in sieve.results(label, extractors.each(of_base, tell)):
                     _record(context, store, rows[task.name], made, report)
                     tell(task.name)
         sieve.check(len(todo))
     return report
 
 
-def _plan(store: Store, request: VectorRequest, report: VectorReport) -> dict[str, dict[str, TaskSummary]]:
+def _plan(
+    store: Store, tasks: Sequence[str], shard: Shard | None, again: bool, report: VectorReport
+) -> dict[str, dict[str, TaskSummary]]:
     """Return the tasks to work on by base model and name, and note the others in the report."""
-    wanted = {store.tasks.get(name).name for name in request.names}
+    wanted = {store.tasks.get(name).name for name in tasks}
     todo: defaultdict[str, dict[str, TaskSummary]] = defaultdict(dict)
     for row in store.tasks.summaries():
         name = row.task.name
-        if (wanted and name not in wanted) or (request.shard is not None and not request.shard.has(name)):
+        if (wanted and name not in wanted) or (shard is not None and not shard.has(name)):
             continue
-        if row.vectors and not request.again:
+        if row.vectors and not again:
             report.present += 1
         elif row.final.is_evicted:
             report.evicted.append(name)

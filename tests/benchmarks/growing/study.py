@@ -25,7 +25,7 @@ from icmlora.fleet.ingest.ingest import IngestRequest, ingest
 from icmlora.fleet.resources.loading import open_base
 from icmlora.fleet.train.train import train
 from icmlora.fleet.train.update import update
-from icmlora.fleet.vectors.vectors import VectorRequest, extract_vectors
+from icmlora.fleet.vectors.vectors import extract_vectors
 
 MAX_ERROR = 0.55
 """Relative error up to which an original is evicted."""
@@ -76,7 +76,7 @@ class Growing:
         ingest(self._place, IngestRequest(tuple(folders)))
         if fresh:
             add_base_model(self._place, self._label, self._base_folder)
-        extract_vectors(self._place, VectorRequest(device="cpu"))
+        extract_vectors(self._place, device="cpu")
         began = time.monotonic()
         if fresh:
             train(self._place, device="cpu", refine=0, evaluate=False)

@@ -12,12 +12,13 @@ import pytest
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from icmlora import AdapterRefused, Bundle, DataError, Fleet, load_adapter
+from icmlora import AdapterRefused, Bundle, DataError, Fleet, UnsafeInput, load_adapter
 from icmlora.adapter.metrics import squared_error
 from icmlora.io.safetensors import RawTensor, read_header
 from registry.records import TaskSummary
 from registry.store import Store
 from tests.cli.tiny_fleet import write_lora
+from tests.icmlora.bundles import fields_of, forge
 from tests.icmlora.fleet.kept_tasks import BIAS, CONFIG, FILES, HEAD, NORM, WEIGHTS, write_headed, write_kept
 from tests.icmlora.fleet.stores import blob_of, but_card, copy_of, damage, files_of, is_sound
 from tests.icmlora.tiny_base import LABEL
@@ -331,6 +332,19 @@ def test_a_bundle_can_be_handed_on_with_its_extras(bundle: Path, tmp_path: Path)
     first, again = Bundle(bundle), Bundle(tmp_path / "again.icm")
     assert [task.extras for task in again.tasks] == [task.extras for task in first.tasks]
     assert [task.template for task in again.tasks] == [task.template for task in first.tasks]
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, "adapter_model.bin", "README.md", "icm-placeholder.json", "code.py"])
+def test_a_bundle_brings_no_file_that_does_not_come_with_an_adapter(bundle: Path, tmp_path: Path, name: str) -> None:
+    fields = fields_of(bundle)
+    for task in fields["tasks"]:
+        task["extras"] = [[part, name if file in FILES else file, size] for part, file, size in task["extras"]]
+    forge(bundle, fields)
+    with pytest.raises(UnsafeInput, match=f"'{name}' is no file that comes with an adapter"):
+        Bundle(bundle).materialize("headed", tmp_path / "out")
+    with pytest.raises(UnsafeInput, match="the format peft"):
+        Fleet(tmp_path / "other").import_bundle(bundle)
+    assert not {"out", "other"} & {path.name for path in tmp_path.iterdir()}
 
 
 def test_the_original_of_an_imported_task_can_be_ingested(bundle: Path, kept: Path, tmp_path: Path) -> None:

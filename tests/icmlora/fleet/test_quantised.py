@@ -8,12 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from icmlora import DataError, Fleet
-from icmlora.bundle.file import open_bundle
+from icmlora import Bundle, DataError, Fleet
 from icmlora.errors import BaseModelUnsuited
 from icmlora.fleet.resources.loading import Models
 from icmlora.fleet.resources.stored_vectors import comparable_vectors
-from icmlora.fleet.vectors.recognize import RecognizeRequest, recognize_in_bundle
 from registry.store import Store
 from tests.cli.tiny_fleet import SUBJECTS, write_subject
 from tests.icmlora.fleet.stores import copy_of, files_of
@@ -138,9 +136,7 @@ def test_a_bundle_is_asked_in_the_precision_of_its_vectors(
 ) -> None:
     here = subjects.recognize(samples, **CPU)
     subjects.export_bundle(tmp_path / "fleet.icm")
-    request = RecognizeRequest(samples, base_model=str(base), device="cpu")
-    with open_bundle(tmp_path / "fleet.icm") as bundle:
-        there = recognize_in_bundle(bundle, request, tmp_path / "cache")
+    there = Bundle(tmp_path / "fleet.icm").recognize(samples, base_model=base, cache=tmp_path / "cache", **CPU)
     assert there.candidates == here.candidates
 
 
