@@ -271,7 +271,7 @@ class _TaskState:
 
 
 @dataclass(frozen=True)
-class _Begun:
+class _Prepared:
     """A task whose code is about to be made."""
 
     state: _TaskState
@@ -296,18 +296,18 @@ def encode_tasks(
     at_once = 1 if models.device.type == "cpu" else _REFINED_TOGETHER
     for start in range(0, len(tasks), at_once):
         some = tasks[start : start + at_once]
-        begun = [
-            _begin(models, task, naming(task, tell), asked, residual=residual, again=again, is_named=is_named)
+        prepared = [
+            _prepare(models, task, naming(task, tell), asked, residual=residual, again=again, is_named=is_named)
             for task in some
         ]
-        refined = _refined_together([one for one in begun if isinstance(one, _Begun)], tell)
-        for task, one in zip(some, begun, strict=True):
-            yield task, _code(one, refined.get(task.name)) if isinstance(one, _Begun) else one
+        refined = _refined_together([one for one in prepared if isinstance(one, _Prepared)], tell)
+        for task, one in zip(some, prepared, strict=True):
+            yield task, _code(one, refined.get(task.name)) if isinstance(one, _Prepared) else one
 
 
-def _begin(
+def _prepare(
     models: Models, planned: TaskRecord, tell: Tell, asked: Limits, *, residual: bool, again: bool, is_named: bool
-) -> TaskEncoded | Made | _Begun:
+) -> TaskEncoded | Made | _Prepared:
     """Read what it takes to make the code of a task; return the outcome where that needs none."""
     name, base_model, store = planned.name, planned.base_model, models.store
     generator = store.generators.current(base_model)
@@ -378,7 +378,7 @@ def _known(state: _TaskState, limits: Limits, *, residual: bool) -> TaskEncoded 
     return replace(outcome, retained_gain=rows[0].retained_gain, precision=rows[0].precision)
 
 
-def _searched(state: _TaskState, asked: Limits, limits: Limits, *, again: bool) -> TaskEncoded | _Begun:
+def _searched(state: _TaskState, asked: Limits, limits: Limits, *, again: bool) -> TaskEncoded | _Prepared:
     """Prepare to search for the code of a task."""
     original, refiner, reason = read_original(state.store, state.final), None, None
     if limits.refine:
@@ -394,7 +394,7 @@ def _searched(state: _TaskState, asked: Limits, limits: Limits, *, again: bool) 
     codec = codec_of_task(state.store, generator_file, state.code, original.layout)
     vectors = mean_vectors(state.store, state.store.vectors.all(state.task.name))
     initial, losses = state.models.seeds.find(original), state.losses(limits)
-    return _Begun(state, CodeSearch(codec, original, vectors, initial, limits, losses, refiner, state.tell), reason)
+    return _Prepared(state, CodeSearch(codec, original, vectors, initial, limits, losses, refiner, state.tell), reason)
 
 
 def _refiner(state: _TaskState, original: Adapter, steps: int) -> Refiner:
@@ -409,25 +409,25 @@ def _refiner(state: _TaskState, original: Adapter, steps: int) -> Refiner:
         return Refiner.of(base, original, () if samples is None else samples.items, RefineConfig(steps=steps))
 
 
-def _refined_together(begun: Sequence[_Begun], tell: Tell) -> dict[str, Encoded]:
+def _refined_together(prepared: Sequence[_Prepared], tell: Tell) -> dict[str, Encoded]:
     """Refine the codes of several tasks together; nothing is returned where that fails, so each is made alone."""
-    begun = [one for one in begun if one.search.is_refined_once]
-    if len(begun) < 2:
+    prepared = [one for one in prepared if one.search.is_refined_once]
+    if len(prepared) < 2:
         return {}
     try:
-        codes = [one.search.coarse() for one in begun]
-        refined = refine_all(codes, lambda note: tell(f"{len(begun)} tasks: {note}"))
+        codes = [one.search.coarse() for one in prepared]
+        refined = refine_all(codes, lambda note: tell(f"{len(prepared)} tasks: {note}"))
     except Cancelled:
         raise
     except FAILURES as error:
         as_error(error)  # frees the memory, if that is what ran out: one alone may fit
         return {}
-    return {one.state.task.name: encoded for one, encoded in zip(begun, refined, strict=True)}
+    return {one.state.task.name: encoded for one, encoded in zip(prepared, refined, strict=True)}
 
 
-def _code(begun: _Begun, refined: Encoded | None) -> TaskEncoded | Made:
+def _code(prepared: _Prepared, refined: Encoded | None) -> TaskEncoded | Made:
     """Make the smallest code of a task that meets the limits, or the most accurate one of a size."""
-    state, search, reason, size = begun.state, begun.search, begun.reason, begun.search.limits.size
+    state, search, reason, size = prepared.state, prepared.search, prepared.reason, prepared.search.limits.size
     try:
         best, is_kept = search.best() if refined is None else (Trial(replace(refined, decoded=None)), True)
     except Cancelled:
