@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from icmlora import Cancelled, DataError, Fleet, Progress, StoreLocked, TaskNotFound
+from icmlora.errors import OptionsConflict
 from icmlora.fleet.context import Event
 from icmlora.fleet.encode.encode import EncodeReport, TaskEncoded
 from tests.icmlora.fleet.stores import TASKS, blob_of, code_blobs, files_of, is_sound, stop_after
@@ -158,6 +160,18 @@ def test_a_missing_generator_is_an_error(ingested: Fleet) -> None:
     with pytest.raises(DataError, match="no generator for task 'poems'") as error:
         ingested.encode(max_error=0.32)
     assert error.value.hint == "`icm train` makes one"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"quality": 3, "max_error": 0.3}, {"refine": 2, "max_error": 0.3}, {"refine": 2, "residual": True}],
+    ids=" ".join,
+)
+def test_options_that_contradict_each_other_are_refused(fleet: Fleet, options: dict[str, Any]) -> None:
+    before = files_of(fleet.path)
+    with pytest.raises(OptionsConflict):
+        fleet.encode(**options)
+    assert files_of(fleet.path) == before
 
 
 def test_another_base_model_is_an_error(fleet: Fleet) -> None:
