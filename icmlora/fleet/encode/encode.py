@@ -33,7 +33,7 @@ from icmlora.training.refinement import WITHOUT_REFINE, RefineConfig
 from registry.errors import TaskNotFound
 from registry.records import (
     AdapterRecord,
-    Asked,
+    CodeLimits,
     CodeRecord,
     GeneratorRecord,
     NewCode,
@@ -192,7 +192,7 @@ class Made:
     outcome: TaskEncoded  # what becomes of the task once it is recorded
     data: bytes  # none of a residual if the code needs none, or none is good enough
     squared_error: float
-    asked: Asked
+    asked: CodeLimits
     measured: Sequence[Measurement]  # on the way, of other sources
     evaluations: Sequence[NewEvaluation]  # of itself
     of: AdapterRecord | CodeRecord  # what it is a code, or a residual, of
@@ -349,10 +349,10 @@ def _limits_under(generator: GeneratorRecord, asked: Limits, *, refined: bool) -
     return Limits(tolerance=tolerance_of(quality, refined=refined), refine=steps if refined else 0)
 
 
-def _asked(limits: Limits, *, is_kept: bool) -> Asked:
+def _asked(limits: Limits, *, is_kept: bool) -> CodeLimits:
     """Return what the store records of the limits of a code."""
     steps = limits.refine or 0
-    return Asked(limits.min_gain, limits.max_error, limits.tolerance, is_kept, steps, limits.size)
+    return CodeLimits(limits.min_gain, limits.max_error, limits.tolerance, is_kept, steps, limits.size)
 
 
 def _known(state: _TaskState, limits: Limits, *, residual: bool) -> TaskEncoded | None:

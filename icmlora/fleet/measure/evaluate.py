@@ -26,7 +26,7 @@ from icmlora.fleet.context import (
     select_tasks,
     use_case,
 )
-from icmlora.fleet.failures import FAILURES, BaseModelLeftOut, BaseUnavailable, Failed, Sieve, as_error
+from icmlora.fleet.failures import FAILURES, BaseModelLeftOut, BaseUnavailable, Failed, FailureLog, as_error
 from icmlora.fleet.measure.measure import SOURCES, Measurement, SourceResult, TaskLosses, record_measurements
 from icmlora.fleet.measure.metric_result import MAX_TOKENS
 from icmlora.fleet.resources.loading import Models
@@ -139,7 +139,7 @@ def evaluate(
     with context.open() as store, reporting(report):
         given = _given_data(path, any_row=has_loaders(store))
         chosen = _tasks_with_text(store, tasks, Shard.of(shard), report, is_given=path is not None)
-        sieve = Sieve(context, report, len(chosen))
+        failures = FailureLog(context, report, len(chosen))
         context.progress(0, len(chosen))
 
         def tell(note: str) -> None:
@@ -150,10 +150,10 @@ def evaluate(
             for base_model, of_base in by_base.items():
                 tell(f"loading {base_model}")
                 results = pool.each(evaluate_tasks, of_base, tell, sources, path, given, max_tokens, again=again)
-                for task, made in sieve.results(base_model, results):
+                for task, made in failures.results(base_model, results):
                     _record(context, store, task.name, made, report)
                     tell(task.name)
-        sieve.check(len(by_base))
+        failures.check(len(by_base))
     return report
 
 

@@ -37,7 +37,7 @@ from icmlora.generator.encoding import Encoded
 from icmlora.generator.network_file import generator_from_bytes, generator_to_bytes
 from icmlora.training.ranks import Ranks, joined
 from registry.names import some
-from registry.records import AdapterRecord, Asked, GeneratorRecord, NewCode, NewGenerator, WithRelativeError
+from registry.records import AdapterRecord, CodeLimits, GeneratorRecord, NewCode, NewGenerator, WithRelativeError
 
 if TYPE_CHECKING:
     from registry.store import Store
@@ -362,6 +362,6 @@ def _encode_all(
     finally:
         made |= run.save_codes(generator, waiting)
     pairs = [(final, made[final.id]) for final in map(source.final, range(source.tasks())) if final.id in made]
-    asked = Asked(tolerance=codec.config.tolerance)
+    asked = CodeLimits(tolerance=codec.config.tolerance)
     codes = [NewCode(final, code.blob, 8.0 * code.size, code.squared_error, asked) for final, code in pairs]
     return codes, left_out, sum(code.initial_is_known for _, code in pairs)

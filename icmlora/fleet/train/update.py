@@ -28,7 +28,7 @@ from icmlora.fleet.train.train import REPLACED, CodeMade
 from icmlora.generator.config import tolerance_of
 from icmlora.generator.versions import GeneratorFile
 from icmlora.io.devices import resolve_device
-from registry.records import Asked, GeneratorRecord, NewCode, NewGenerator
+from registry.records import CodeLimits, GeneratorRecord, NewCode, NewGenerator
 
 if TYPE_CHECKING:
     from registry.store import Store
@@ -252,7 +252,7 @@ def _new_codes(store: Store, source: StoreAdapterSource, best: Candidate, tolera
     """Store the files of codes, and return the rows that are to be recorded."""
     adapters = {name: source.final(task) for task, name in enumerate(source.names)}
     blobs = store.blobs.put_all([code.data for code in best.codes.values()])
-    asked = Asked(tolerance=tolerance)
+    asked = CodeLimits(tolerance=tolerance)
     return [
         NewCode(adapters[name], blob, 8.0 * len(code.data), code.squared_error, asked)
         for (name, code), blob in zip(best.codes.items(), blobs, strict=True)

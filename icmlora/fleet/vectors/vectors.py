@@ -13,7 +13,7 @@ import torch
 from icmlora.base_models.modality import BaseModel
 from icmlora.errors import BaseModelNotFound, BaseModelUnsuited
 from icmlora.fleet.context import Context, Event, Shard, TaskFailed, reporting, use_case
-from icmlora.fleet.failures import FAILURES, BaseModelLeftOut, BaseUnavailable, Failed, Sieve, as_error
+from icmlora.fleet.failures import FAILURES, BaseModelLeftOut, BaseUnavailable, Failed, FailureLog, as_error
 from icmlora.fleet.resources.loading import Models, read_runnable
 from icmlora.fleet.resources.texts import read_samples
 from icmlora.fleet.resources.workers import Tell, check_place, worker_pool
@@ -93,20 +93,20 @@ def extract_vectors(
     report = VectorReport()
     with context.open() as store, reporting(report):
         todo = _plan(store, tasks, Shard.of(shard), again, report)
-        sieve = Sieve(context, report, sum(map(len, todo.values())))
-        context.progress(0, sieve.total)
+        failures = FailureLog(context, report, sum(map(len, todo.values())))
+        context.progress(0, failures.total)
 
         def tell(note: str) -> None:
-            context.progress(report.done, sieve.total, note)
+            context.progress(report.done, failures.total, note)
 
         with worker_pool(context, store, device=device, workers=workers) as pool:
             for label, rows in todo.items():
                 tell(f"loading {label}")
                 of_base = [row.task for row in rows.values()]
-                for task, made in sieve.results(label, pool.each(extract_tasks, of_base, tell)):
+                for task, made in failures.results(label, pool.each(extract_tasks, of_base, tell)):
                     _record(context, store, rows[task.name], made, report)
                     tell(task.name)
-        sieve.check(len(todo))
+        failures.check(len(todo))
     return report
 
 
