@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache
 from itertools import chain, groupby
 from typing import TYPE_CHECKING
 
@@ -30,7 +30,7 @@ from icmlora.fleet.evict.types import CheckFailed, EvictReport, EvictRequest, Ev
 from icmlora.fleet.failures import FAILURES, Failed
 from icmlora.fleet.resources.decoding import StoredDecoder
 from icmlora.fleet.resources.loading import Models
-from icmlora.fleet.resources.workers import check_place, open_workers
+from icmlora.fleet.resources.workers import Tell, check_place, worker_pool
 from icmlora.formats.format import AdapterBytes
 from icmlora.io.second_process import in_two_processes
 from icmlora.io.text import counted
@@ -90,9 +90,9 @@ def _checked(
     if request.keep_originals:
         yield from ((task, None) for task in tasks)
         return
-    make = partial(_Checker, request, frozenset(store.originals.interrupted()))
-    with open_workers(context, store, make, device=request.device, workers=request.workers) as workers:
-        found = workers.each(tasks, tell)
+    interrupted = frozenset(store.originals.interrupted())
+    with worker_pool(context, store, device=request.device, workers=request.workers) as pool:
+        found = pool.each(check_codes, tasks, tell, request, interrupted)
         if request.workers is None:
             yield from found
             return
@@ -112,6 +112,13 @@ class _Evictable:
     precision: str | None  # of the base model that it was measured on
 
 
+def check_codes(
+    models: Models, tasks: Sequence[TaskRecord], tell: Tell, request: EvictRequest, interrupted: frozenset[str]
+) -> Iterator[tuple[TaskRecord, TaskEvicted | _Evictable]]:
+    """Check the codes of tasks of one base model, or say why they keep their originals; nothing is deleted."""
+    yield from _Checker(request, interrupted, models).each(tasks)
+
+
 class _Checker:
     """Checks one task after the other, and deletes nothing."""
 
@@ -120,14 +127,7 @@ class _Checker:
         self._check = EvictionCheck(models.store, models, request.limits)
         self._generator = cache(models.store.generators.current)  # of all tasks of a base model
 
-    def __call__(self, task: TaskRecord, tell: Callable[[str], None]) -> TaskEvicted | _Evictable:
-        """Check one task, or say why it keeps its originals."""
-        ((_, checked),) = self._together([task])
-        return checked
-
-    def each(
-        self, tasks: Sequence[TaskRecord], tell: Callable[[str], None]
-    ) -> Iterator[tuple[TaskRecord, TaskEvicted | _Evictable]]:
+    def each(self, tasks: Sequence[TaskRecord]) -> Iterator[tuple[TaskRecord, TaskEvicted | _Evictable]]:
         """Check tasks of one base model; the rows of many are read at once, which takes a fraction of the time."""
         # A deletion lets others change what was read before it.
         size = _READ_TOGETHER if self._request.dry_run else 1
