@@ -133,11 +133,11 @@ def _claim(row: models.Code) -> records.Claim | None:
     return None if row.claim is None or row.squared_error is not None else records.Claim(**row.claim)
 
 
-def _limits(row: models.Code) -> records.Asked | None:
+def _limits(row: models.Code) -> records.CodeLimits | None:
     if row.is_kept is None:
         return None
     max_error = records.relative_error(row.max_squared_error)
-    return records.Asked(row.min_gain, max_error, row.tolerance, row.is_kept, row.refined or 0, row.max_size)
+    return records.CodeLimits(row.min_gain, max_error, row.tolerance, row.is_kept, row.refined or 0, row.max_size)
 
 
 def task_folder(source: str) -> str:

@@ -244,7 +244,7 @@ def test_a_copy_that_changes_after_it_was_hashed_is_hashed_again(
                 damage(backup / name / WEIGHTS)
 
     fleet.ingest([backup / "rules"], name="twin")
-    fleet.update(device="cpu", steps=2)
+    fleet.update(device="cpu", steps=2, refine=0, evaluate=False)
     report = Fleet(fleet.path, on_event=listen).evict(["rules", "twin"], max_error=0.7, copy_paths=[backup])
     assert [task.status for task in report.tasks] == ["evicted", "kept"]
 
@@ -254,7 +254,7 @@ def test_a_pickle_is_a_copy_of_what_was_made_of_it(fleet: Fleet, tmp_path: Path)
     torch.save(load_file(folder / WEIGHTS), folder / "adapter_model.bin")
     (folder / WEIGHTS).unlink()
     fleet.ingest([folder], read_bin=True)
-    fleet.update(device="cpu", steps=2)
+    fleet.update(device="cpu", steps=2, refine=0, evaluate=False)
     shutil.copytree(folder, tmp_path / "backup")
     assert evict(fleet, [tmp_path / "backup"], "odes").status == "evicted"
 
