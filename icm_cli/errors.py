@@ -119,8 +119,8 @@ TABLE: dict[str, ExitCode] = {
     "registry.errors.SourceChanged": ExitCode.FAILED,
     "icmlora.errors.UnsafeInput": ExitCode.UNSAFE,
     "icmlora.errors.CodeError": ExitCode.DAMAGED,
-    "icmlora.errors.UnknownBaseline": ExitCode.USAGE,
     "icmlora.errors.InvalidShare": ExitCode.USAGE,
+    "icmlora.errors.OptionsConflict": ExitCode.USAGE,
     "icmlora.errors.BundleError": ExitCode.DAMAGED,
     "icmlora.errors.NotRecognized": ExitCode.NOT_RECOGNIZED,
 }

@@ -9,7 +9,6 @@ one fail, or kill the process between two of them.
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import os
 import signal
@@ -28,7 +27,6 @@ MAX_SOURCE_BYTES = 8 << 30
 CheckFirst = Callable[[int, int], None]
 """Looks at an open file, given its descriptor and size, and raises to refuse it before all of it is in memory."""
 
-_LIBC = ctypes.CDLL(None, use_errno=True)
 _CANNOT_EXCHANGE = {errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP}
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _READ_ONLY = {errno.EROFS, errno.EACCES, errno.EPERM}
@@ -81,7 +79,9 @@ def exchange(first: Path, second: Path, aside: Path) -> None:
 
 
 def _exchanged(first: Path, second: Path) -> bool:
-    rename = getattr(_LIBC, "renameat2", None)
+    import ctypes  # needed to replace a folder only
+
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if rename is None:  # of Linux alone
         return False
     here, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
@@ -132,13 +132,18 @@ def write_file(path: Path, data: Bytes, mode: int = 0o666) -> None:
         raise
 
 
+def is_full(error: BaseException) -> bool:
+    """Say whether an exception means that no space is left on the device."""
+    return isinstance(error, StoreFull) or (isinstance(error, OSError) and error.errno in _FULL)
+
+
 @contextmanager
 def store_errors(path: Path | str) -> Iterator[None]:
     """Turn an OSError of the block into the store's own error about `path`."""
     try:
         yield
     except OSError as error:
-        if error.errno in _FULL:
+        if is_full(error):
             hint = "`icm prune` frees what no row refers to; it works on a full disk"
             raise StoreFull(f"no space left while writing {path}", path=path, hint=hint) from error
         if error.errno in _READ_ONLY:

@@ -9,6 +9,7 @@ import os
 import re
 import unicodedata
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -17,6 +18,7 @@ from registry.errors import InvalidName
 MAX_NAME = 128
 NLL = "nats per token"
 """The metric of a causal language model: its mean negative log-likelihood."""
+_BUNDLE = "bundle "
 UNKNOWN_BASE = "unknown"  # the base model of adapters that name none
 LoadIn = Literal["nf4", "int8"]
 """In what few bits the weights of a base model can be loaded; their order is part of the schema."""
@@ -125,6 +127,16 @@ def source_label(path: Path) -> str:
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
+def bundle_source(digest: str) -> str:
+    """Return what stands for the place of an adapter that a bundle brought."""
+    return f"{_BUNDLE}{digest}"
+
+
+def is_bundle_source(source: str) -> bool:
+    """Say whether a bundle brought an adapter, so that its weights have never been in this store."""
+    return source.startswith(_BUNDLE)
+
+
 def split_label(label: str) -> tuple[str, str | None]:
     """Return the hub name and the revision of a base model's name; a path has no revision."""
     if os.path.isabs(label):
@@ -133,6 +145,7 @@ def split_label(label: str) -> tuple[str, str | None]:
     return name, revision or None
 
 
+@lru_cache(maxsize=4096)  # the adapters of a fleet have modules of the same names
 def natural_key(name: str) -> tuple[tuple[int, int, str], ...]:
     """Return a sort key that orders numbers by value: `layers.2` before `layers.10`."""
     parts = _DIGITS.split(name)

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, Protocol
 
-from registry.names import LOAD_IN, NLL, LoadIn
+from registry.names import LOAD_IN, NLL, LoadIn, is_bundle_source
 
 Json = Mapping[str, object]
 View = Literal["adapted", "context"]
@@ -142,6 +142,11 @@ class AdapterRecord(NewAdapter):
         return self.evicted_at is not None
 
     @property
+    def was_never_here(self) -> bool:
+        """Whether a bundle brought what is known of it, without its weights."""
+        return self.is_evicted and is_bundle_source(self.source)
+
+    @property
     def can_be_read(self) -> bool:
         """Whether its weights are in the store and are those of a LoRA."""
         return not self.is_evicted and self.original_only is None
@@ -228,7 +233,7 @@ class VectorRecord(NewVector):
 
 
 @dataclass(frozen=True)
-class Asked:
+class CodeLimits:
     """The limits that a code, with its residual, was made for."""
 
     min_gain: float | None = None  # least retained gain
@@ -262,7 +267,7 @@ class NewCode:
     blob: str
     bits: float  # as the training loss counts them
     squared_error: float | None  # of what it decodes to, if it was measured
-    asked: Asked | None = None
+    asked: CodeLimits | None = None
 
 
 @dataclass(frozen=True)
@@ -298,7 +303,7 @@ class CodeRecord(WithRelativeError):
     size: int
     bits: float
     squared_error: float | None
-    asked: Asked | None
+    asked: CodeLimits | None
     residual: ResidualRecord | None
     claim: Claim | None = None  # of the bundle that it came in, until it is measured
 

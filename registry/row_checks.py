@@ -13,11 +13,11 @@ from __future__ import annotations
 
 import sqlite3
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Integer, MetaData, Table, func, literal_column
+from sqlalchemy import Boolean, ColumnElement, Connection, Integer, MetaData, Table, case, func, literal_column
 from sqlalchemy.engine import Dialect
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.types import TypeDecorator
@@ -42,6 +42,10 @@ _KEY_LENGTH = {"extras": 3, "task_vectors": 4, "run_codes": 2}
 """Of the tables whose rows are not known by one number."""
 
 
+_OF_RUNS = ("train_runs", "run_codes")
+"""What no task depends on: these rows are gone when a training is done."""
+
+
 class WrongRow(ValueError):
     """A row does not have the values that it was written with."""
 
@@ -61,13 +65,21 @@ class RowCheck(TypeDecorator[int]):
         """Select what the check says instead of the value (SQLAlchemy's hook)."""
         owner: Any = column.table
         values = [other for other in owner.c if other.name != COLUMN]
-        return func.icm_checked(column, literal_column(f"'{self.table}'"), *values, type_=self)
+        checked = func.icm_checked(column, literal_column(f"'{self.table}'"), *values, type_=self)
+        if self.table in _KEY_LENGTH:
+            return checked
+        # Most outer joins find no row. A number that is the key is the row's place: no flip makes it NULL.
+        return case((owner.c.id.is_(None), None), else_=checked)
 
-    def process_result_value(self, value: int | str | None, dialect: Dialect) -> int | None:
-        """Raise if the row failed (SQLAlchemy's hook)."""
-        if isinstance(value, str):
-            raise WrongRow(value)
-        return value
+    def result_processor(self, dialect: Dialect, coltype: object) -> Callable[[int | str | None], int | None]:
+        """Raise if the row failed (SQLAlchemy's hook that costs least: it is called for every row)."""
+        return _passed
+
+
+def _passed(value: int | str | None) -> int | None:
+    if isinstance(value, str):
+        raise WrongRow(value)
+    return value
 
 
 def add_functions(connection: sqlite3.Connection) -> None:
@@ -84,10 +96,10 @@ def check_of(*row: Value) -> int:
 
 def _checked(check: int | None, table: str, *values: Value) -> int | str | None:
     """Return the check value, or else which row it is wrong for."""
-    if check is None and not any(value is not None for value in values):
-        return None  # an outer join that found no row
     if check == check_of(table, *values):
         return check
+    if check is None and not any(value is not None for value in values):
+        return None  # an outer join that found no row
     return f"{name_of(table, values)} does not have the values that it was written with"
 
 
@@ -134,26 +146,72 @@ def _call(table: Table, row: str = "", *, checked: bool = False) -> str:
 def find_wrong_rows(connection: Connection, tables: MetaData) -> Iterator[tuple[str, str | None]]:
     """Check every row, and every adapter's number of extras; yield what is wrong, and the task it is about if known."""
     for table in tables.sorted_tables:
-        fails = f"SELECT {_call(table, checked=True)}, {owner_of(table)} FROM {table.name} AS own"  # noqa: S608
-        wrong = f"{fails} WHERE {COLUMN} IS NOT {_call(table)}"
-        try:
-            yield from ((fact, task) for fact, task in connection.exec_driver_sql(wrong).all())
-        except OperationalError:  # one has text that is none
-            yield from _one_by_one(connection, table, fails)
+        yield from ((fact, task) for fact, task in _wrong(connection, table, [owner_of(table)]))
     for name, there, counted in connection.exec_driver_sql(_MISCOUNTED):
         yield f"an adapter of task {name} has {there} extras of {counted}", name
 
 
-def _one_by_one(connection: Connection, table: Table, fails: str) -> Iterator[tuple[str, str | None]]:
+def find_wrong_tasks(connection: Connection, tables: MetaData) -> dict[str, set[int]]:
+    """Check every row; return what is wrong with one -> the numbers of the tasks whose figures depend on it."""
+    found: dict[str, set[int]] = {}
+    for table in tables.sorted_tables:
+        numbers = _numbers_in(table)
+        for fact, *values in _wrong(connection, table, numbers):
+            row = dict(zip(numbers, values, strict=True))
+            found[fact] = set(_depending(connection, tables, table, row))
+    return found
+
+
+def is_right(table: Table) -> ColumnElement[bool]:
+    """Return the condition that a row has the values that it was written with."""
+    return literal_column(f"{table.name}.{COLUMN} IS {_call(table, f'{table.name}.')}", Boolean())
+
+
+def _wrong(connection: Connection, table: Table, fields: Sequence[str]) -> Iterator[tuple[Any, ...]]:
+    """Yield what is wrong with each wrong row of a table, and some fields of it, None if it cannot be read."""
+    fails = f"SELECT {_call(table, checked=True)}, {', '.join(fields)} FROM {table.name} AS own"  # noqa: S608
+    try:
+        yield from map(tuple, connection.exec_driver_sql(f"{fails} WHERE {COLUMN} IS NOT {_call(table)}").all())
+    except OperationalError:  # one has text that is none
+        yield from _one_by_one(connection, table, fails, len(fields))
+
+
+def _one_by_one(connection: Connection, table: Table, fails: str, fields: int) -> Iterator[tuple[Any, ...]]:
     count = int(connection.exec_driver_sql(f"SELECT count(*) FROM {table.name}").scalar_one())  # noqa: S608
     for place in range(count):
         try:
-            fact, task = connection.exec_driver_sql(f"{fails} LIMIT 1 OFFSET {place}").one()
+            row = connection.exec_driver_sql(f"{fails} LIMIT 1 OFFSET {place}").one()
         except OperationalError as error:
-            yield f"row {place + 1} of {count} of {table.name} cannot be read: {error.orig}", None
+            yield f"row {place + 1} of {count} of {table.name} cannot be read: {error.orig}", *[None] * fields
         else:
-            if isinstance(fact, str):
-                yield fact, task
+            if isinstance(row[0], str):
+                yield tuple(row)
+
+
+def _numbers_in(table: Table) -> list[str]:
+    """Return the columns that number the rows of a table, and those of others that it refers to."""
+    return [column.name for column in table.columns if column.name == "id" or column.foreign_keys]
+
+
+def _depending(connection: Connection, tables: MetaData, table: Table, row: Mapping[str, Any]) -> Iterator[int]:
+    """Yield the numbers of the tasks that a row is about, and of those that rows are about which refer to it."""
+    if table.name in _OF_RUNS:
+        return
+    if table.name == "tasks":
+        yield row["id"]
+    if "task_id" in row:
+        yield row["task_id"]
+    asked = [f"SELECT task_id FROM adapters WHERE id = {row['adapter_id']:d}"] if row.get("adapter_id") else []  # noqa: S608
+    if table.name in ("generators", "base_labels"):
+        asked += [f"SELECT id FROM tasks WHERE base_model_id = {row['base_model_id'] or 0:d}"]  # noqa: S608
+    for statement in asked:
+        yield from connection.exec_driver_sql(statement).scalars()
+    for other in tables.sorted_tables if row.get("id") else ():
+        numbers = _numbers_in(other)
+        for name in (key.parent.name for key in other.foreign_keys if key.column.table is table and other is not table):
+            query = f"SELECT {', '.join(numbers)} FROM {other.name} WHERE {name} = {row['id']:d}"  # noqa: S608
+            for values in connection.exec_driver_sql(query).all():
+                yield from _depending(connection, tables, other, dict(zip(numbers, values, strict=True)))
 
 
 def owner_of(table: Table) -> str:

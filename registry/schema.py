@@ -119,7 +119,7 @@ class Moment(_Column):
 
     def unpack(self, stored: int) -> str:
         """Return RFC 3339."""
-        return (_START + timedelta(seconds=stored)).strftime("%Y-%m-%dT%H:%M:%SZ")
+        return (_START + timedelta(seconds=stored)).isoformat()[:-6] + "Z"  # a fraction of the time of strftime
 
 
 class Choice(_Column):

@@ -232,11 +232,14 @@ class Store:
         finally:
             lock.close()
 
-    def usage(self) -> Usage:
-        """Return the bytes on disk by what they are for; their total is what `du -b` says of the files."""
+    def usage(self, *, has_wrong_rows: bool = False) -> Usage:
+        """Return the bytes on disk by what they are for; their total is what `du -b` says of the files.
+
+        Where it `has_wrong_rows`, these are not believed: what they alone refer to counts as `unreferenced`.
+        """
         from registry.usage import measure
 
-        return measure(self._db, self.blobs, self._paths)
+        return measure(self._db, self.blobs, self._paths, has_wrong_rows=has_wrong_rows)
 
     def prune(
         self,

@@ -7,14 +7,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from sqlalchemy import ColumnElement, select
+from sqlalchemy import ColumnElement, and_, select, true
 from sqlalchemy.orm import Session
 
-from registry.schema import Adapter, Blob, Code, Extra, Generator, Task, TaskVector, TrainRun
+from registry.row_checks import is_right
+from registry.schema import Adapter, Base, Blob, Code, Extra, Generator, Task, TaskVector, TrainRun
 from registry.storage.blobs.content import Blobs
 from registry.storage.database import Database
 from registry.storage.folder import StorePaths
 from registry.storage.prune import blob_references
+from registry.storage.row_writer import table_of
 
 
 @dataclass(frozen=True)
@@ -41,10 +43,10 @@ class Usage:
         return sum(vars(self).values())
 
 
-def measure(database: Database, blobs: Blobs, paths: StorePaths) -> Usage:
-    """Add up the files of a store by use."""
+def measure(database: Database, blobs: Blobs, paths: StorePaths, *, has_wrong_rows: bool) -> Usage:
+    """Add up the files of a store by use. What only a wrong row refers to counts as `unreferenced`."""
     with database.read() as session:
-        uses = _uses(session)
+        uses = _uses(session, has_wrong_rows=has_wrong_rows)
     sums = dict.fromkeys(Usage.__dataclass_fields__, 0)
     listed = {blob.digest: blob.size for blob in blobs.all()}
     for digest, size in listed.items():
@@ -66,25 +68,37 @@ def measure(database: Database, blobs: Blobs, paths: StorePaths) -> Usage:
     return Usage(**sums)
 
 
-def _uses(session: Session) -> dict[str, str]:
+def _uses(session: Session, *, has_wrong_rows: bool) -> dict[str, str]:
     """Return digest -> use; the later entries of the list give way to the earlier ones."""
-    of_current = Code.generator_id.in_(select(Generator.id).where(Generator.is_current))
+
+    def right(owner: type[Base], *conditions: ColumnElement[bool]) -> ColumnElement[bool]:
+        # It takes a call of Python for each row and each use.
+        return and_(*conditions, is_right(table_of(owner)) if has_wrong_rows else true())
+
+    def refers(owner: type[Base], *conditions: ColumnElement[bool]) -> ColumnElement[bool]:
+        return blob_references(owner, right(owner, *conditions))
+
+    of_current = Code.generator_id.in_(select(Generator.id).where(right(Generator, Generator.is_current.is_(True))))
     conditions: list[tuple[str, ColumnElement[bool]]] = [
-        ("originals", blob_references(Adapter, Adapter.is_final.is_(True))),
-        ("checkpoints", blob_references(Adapter)),
-        ("generators", blob_references(Generator, Generator.is_current.is_(True))),
-        ("residuals", Blob.id.in_(select(Code.residual_id).where(Code.residual_id.is_not(None), of_current))),
-        ("codes", blob_references(Code, of_current)),
-        ("extras", blob_references(Extra)),
-        ("vectors", blob_references(TaskVector)),
-        ("texts", blob_references(Task)),
-        ("old_generators", blob_references(Generator)),
-        ("old_generators", blob_references(Code)),
-        ("training", blob_references(TrainRun)),
+        ("originals", refers(Adapter, Adapter.is_final.is_(True))),
+        ("checkpoints", refers(Adapter)),
+        ("generators", refers(Generator, Generator.is_current.is_(True))),
+        (
+            "residuals",
+            Blob.id.in_(select(Code.residual_id).where(right(Code, Code.residual_id.is_not(None), of_current))),
+        ),
+        ("codes", refers(Code, of_current)),
+        ("extras", refers(Extra)),
+        ("vectors", refers(TaskVector)),
+        ("texts", refers(Task)),
+        ("old_generators", refers(Generator)),
+        ("old_generators", refers(Code)),
+        ("training", refers(TrainRun)),
     ]
     uses: dict[str, str] = {}
     for use, condition in reversed(conditions):
-        uses |= dict.fromkeys(session.scalars(select(Blob.digest).where(condition)), use)
+        found = select(Blob.digest).where(right(Blob, condition))
+        uses |= dict.fromkeys(session.scalars(found), use)
     return uses
 
 

@@ -41,16 +41,18 @@ def duplicates(
 
     `=` marks equal tensors and scale, whatever else the files say. `~` marks near copies; DISTANCE is that of dW,
     ||dW - dW'|| / max(||dW||, ||dW'||). Rank, type and format do not matter. Near copies are looked for among tasks
-    of one base model. Each task is listed with the oldest one of its group or, if that is too far, with the one that
-    leads there. With TASKS, only near copies of these are shown. --quiet prints one group per line, the oldest task
-    first.
+    of one base model. Each task is listed with the oldest one of its group or, if that is too far, with the nearest
+    task linking it to the group. With TASKS, only near copies of these are shown. --quiet prints one group per line,
+    the oldest task first.
 
     Example:
       icm duplicates
       icm duplicates dog-v2 --max-distance 0.3
     """
-    with session.working("duplicates") as fleet:
-        found = fleet.duplicates(tasks or [], max_distance=max_distance, base_model=base_model)
+    from icmlora.fleet.tasks.duplicates import find_duplicates
+
+    with session.working("duplicates") as context:
+        found = find_duplicates(context, tasks or (), max_distance=max_distance, base_model=base_model)
     out = session.out
     out.document(_as_json(found))
     if out.is_quiet:

@@ -88,7 +88,8 @@ def evict(
 
     For the check, each code is read back from disk, with its residual if it has one, decoded, and measured against the
     original. A task whose code misses a limit keeps its original; so does a pinned task. Exit code 3 means that some
-    originals were kept; tasks of which only the original is kept count only if you name them. Works on a full disk.
+    originals were kept; tasks of which only the original is kept count only if you name them. Works on a full disk, but
+    for placeholders: each takes some bytes, and where they do not fit the folder stays and the exit code is 15.
 
     With --placeholder, the folder that an adapter was ingested from is freed too: `icm restore FOLDER` brings it back,
     from the original if the store kept it, else from the code.
@@ -118,7 +119,7 @@ def evict(
         done = counted(len(report.tasks), "task")
         raise Interrupted(f"interrupted; {done} checked", hint="run the same command to continue")
     if report.partly:
-        raise typer.Exit(ExitCode.PARTLY)
+        raise typer.Exit(ExitCode.NO_SPACE if report.is_full else ExitCode.PARTLY)
 
 
 def _check_options(
@@ -195,6 +196,8 @@ def _tell_folders(out: Output, report: EvictReport, *, dry_run: bool, keep_origi
     left = [folder for folder in report.folders if folder.status == "left"]
     for folder in left:
         out.line(f"not replaced, {folder.path}: {folder.reason}")
+    if report.is_full:
+        out.hint("free some space, then run the same command again; `icm prune` also works on a full disk")
     if missing := sum(folder.status == "missing" for folder in report.folders):
         where = "is not in its folder" if missing == 1 else "are not in their folders"
         out.note(f"{counted(missing, 'adapter')} {where} any more, so there is nothing to replace")

@@ -35,8 +35,10 @@ def export(
     Example:
       icm export fleet.icm
     """
-    with session.working("export") as fleet:
-        done = fleet.export_bundle(file, tasks or (), base_model=base_model, force=force)
+    from icmlora.fleet.bundles.export import export_bundle
+
+    with session.working("export") as context:
+        done = export_bundle(context, file, tasks or (), base_model=base_model, force=force)
     _tell(session, done)
     if done.damaged:
         raise typer.Exit(ExitCode.PARTLY)

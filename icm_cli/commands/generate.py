@@ -95,9 +95,12 @@ def generate(
     Example:
       icm generate cat-detection --samples cats.jsonl -o adapter/
     """
+    from icmlora.fleet.few_shot.generate import generate
+
     try:
-        with session.working("generate") as fleet:
-            done = fleet.generate(
+        with session.working("generate") as context:
+            done = generate(
+                context,
                 name,
                 samples,
                 output,

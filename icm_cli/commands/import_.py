@@ -51,8 +51,10 @@ def import_(
     Example:
       icm import fleet.icm
     """
-    with session.working("import") as fleet:
-        done = fleet.import_bundle(file, tasks or (), on_conflict=on_conflict.value, dry_run=dry_run)
+    from icmlora.fleet.bundles.import_ import import_bundle
+
+    with session.working("import") as context:
+        done = import_bundle(context, file, tasks or (), on_conflict=on_conflict.value, dry_run=dry_run)
     _tell(session, done, dry_run=dry_run)
 
 

@@ -189,10 +189,12 @@ def _taken(session: Session, work: Callable[[Fleet], IngestReport]) -> tuple[Ing
 
 def _extract(session: Session, report: IngestReport, device: str) -> tuple[bool, bool]:
     """Extract task vectors where that is possible, and return whether the user stopped it and whether any failed."""
+    from icmlora.fleet.vectors.vectors import extract_vectors
+
     try:
         extracted, stopped = session.run(
             "task vectors",
-            lambda fleet: fleet.extract_vectors(report.extractable, device=device),
+            lambda context: extract_vectors(context, report.extractable, device=device),
             partial(tell_vectors, session),
         )
     except (BaseModelMismatch, DataError, AdapterRefused) as error:  # of the only task, and its adapter is stored

@@ -30,7 +30,8 @@ def ls(
 ) -> None:
     """List the tasks in the store, or in a bundle with --from.
 
-    ORIGINAL is the size of the original, "evicted" if its weights were deleted, or "pinned" if they never will be.
+    ORIGINAL is the size of the original, "evicted" if its weights were deleted, "never here" if a bundle brought only
+    its code, or "pinned" if it is never evicted.
     CODE is the size of the code under the current generator, plus its residual if it has one; "-" means no code yet
     (run `icm train`), "original only" that there can be none (`icm show` says why). GAIN and RELATIVE ERROR are
     those of the code, where they were measured here; what a bundle says of its codes is shown as claimed. A narrow
@@ -79,6 +80,8 @@ def _coded(row: TaskSummary) -> str:
 
 
 def _original(row: TaskSummary) -> str:
+    if row.final.was_never_here:
+        return "never here"
     if row.final.is_evicted:
         return "evicted"
     size = human_size(row.final.original_bytes)

@@ -104,6 +104,8 @@ def recognized(
     device: str | None,
 ) -> RecognizeReport:
     """Recognise the task of some samples among those of the store, or of a bundle."""
+    from icmlora.fleet.vectors.recognize import recognize
+
     if loader is not None and (bundle is None or base_model is None):
         hint = "in a store, `icm base add NAME PATH --loader` says what loads a base model"
         raise UsageProblem("--loader goes with a bundle and --base-model PATH", hint=hint)
@@ -118,5 +120,5 @@ def recognized(
             device=session.device(device),
             cache=cache_folder(),
         )
-    with session.working("recognize") as fleet:
-        return fleet.recognize(samples, base_model=base_model, device=session.device(device))
+    with session.working("recognize") as context:
+        return recognize(context, samples, base_model=base_model, device=session.device(device))

@@ -84,8 +84,11 @@ def report(
       icm report -o fleet.html
       icm report -o fleet.html --outputs watercolour --prompts prompts.txt --steps 30
     """
-    with session.working("report", lambda event: tell_failure(session, event)) as fleet:
-        done = fleet.report(
+    from icmlora.fleet.report.report import write_report
+
+    with session.working("report", lambda event: tell_failure(session, event)) as context:
+        done = write_report(
+            context,
             output,
             outputs=outputs or (),
             prompts=prompts,

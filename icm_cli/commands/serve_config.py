@@ -82,7 +82,8 @@ def _tell(session: Session, engine: str, launch: Launch, *, is_bundle: bool) -> 
         out.warn("the base model is not on this machine, so icm cannot compare adapters with it before they are loaded")
         name = shlex.quote(launch.base_model)
         if is_bundle:
-            out.hint(f"`hf download {name}` gets it; or put the path of its folder in place of {name}")
+            option = "--model" if engine == "vllm" else "--model-path"
+            out.hint(f"`hf download {name}` gets it; or give the engine its folder: {option} FOLDER")
         else:
             out.hint(f"`icm base add {name} PATH` says where it is")
     for task, reason in launch.left_out:

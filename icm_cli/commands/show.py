@@ -144,9 +144,12 @@ def _initial(details: TaskDetails) -> str:
 
 
 def _original(details: TaskDetails) -> str:
-    state = "in the store" if details.final.evicted_at is None else f"evicted at {details.final.evicted_at}"
-    if details.final.is_generated:
-        state = "none: generated, not trained" if details.final.evicted_at else "generated, then ingested"
+    final = details.final
+    state = "in the store" if final.evicted_at is None else f"evicted at {final.evicted_at}"
+    if final.is_generated:
+        state = "none: generated, not trained" if final.evicted_at else "generated, then ingested"
+    elif final.was_never_here:
+        state = f"never here: imported at {final.created_at} from a bundle, which holds codes only"
     return f"{state}, pinned" if details.task.pinned else state
 
 
@@ -165,9 +168,15 @@ def _adapter_cells(adapter: AdapterRecord) -> list[str]:
         "yes" if adapter.is_final else "",
         str(adapter.rank_max),
         adapter.dtype.lower(),
-        "evicted" if adapter.is_evicted else human_size(adapter.original_bytes),
+        _size(adapter),
         adapter.weights[:12],
     ]
+
+
+def _size(adapter: AdapterRecord) -> str:
+    if adapter.was_never_here:
+        return "never here"
+    return "evicted" if adapter.is_evicted else human_size(adapter.original_bytes)
 
 
 def _present(details: TaskDetails) -> list[EvaluationRecord]:

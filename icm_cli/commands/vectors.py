@@ -38,10 +38,12 @@ def vectors(
     Example:
       icm vectors
     """
+    from icmlora.fleet.vectors.vectors import extract_vectors
+
     report, stopped = session.run(
         "vectors",
-        lambda fleet: fleet.extract_vectors(
-            tasks or (), device=session.device(device), again=again, workers=workers, shard=shard
+        lambda context: extract_vectors(
+            context, tasks or (), device=session.device(device), again=again, workers=workers, shard=shard
         ),
         partial(tell_vectors, session),
     )

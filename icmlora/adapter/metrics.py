@@ -101,7 +101,12 @@ def errors_by_group(
 
 def dw_norm(adapter: Adapter) -> float:
     """Return the Frobenius norm of dW over all modules."""
-    return math.sqrt(sum(norm * norm for norm in module_norms(adapter).values()))
+    return total_norm(module_norms(adapter))
+
+
+def total_norm(norms: Mapping[str, float]) -> float:
+    """Return the norm over all modules from those of each."""
+    return math.sqrt(sum(norm * norm for norm in norms.values()))
 
 
 @one_thread()

@@ -104,14 +104,16 @@ def _blocks(sketches: Floats, norms: npt.NDArray[np.float64], limit: float) -> I
 @lru_cache(maxsize=32)  # a model has few widths
 def _rows(side: Side, width: int) -> torch.Tensor:
     """Return the random signs that all modules of a width share: float32 of shape (64, width)."""
-    return _drawn(f"{side} {width}", _ROWS * width).view(_ROWS, width)
+    return _drawn(f"{side} {width}", _ROWS * width).view(_ROWS, width).float()
 
 
+@lru_cache(maxsize=4096)  # the adapters of a fleet have modules of the same names
 def _signs(name: str, side: Side, width: int) -> torch.Tensor:
-    """Return the random signs that make a module's part independent of the others: float32 of shape (width,)."""
+    """Return the random signs that make a module's part independent of the others: int8 of shape (width,)."""
     return _drawn(f"{side} {width} {name}", width)
 
 
 def _drawn(seed: str, count: int) -> torch.Tensor:
     bits = hashlib.shake_128(f"icm sketch {seed}".encode()).digest((count + 7) // 8)
-    return torch.from_numpy(1.0 - 2.0 * np.unpackbits(np.frombuffer(bits, np.uint8), count=count).astype(np.float32))
+    drawn = np.unpackbits(np.frombuffer(bits, np.uint8), count=count).astype(np.int8)
+    return torch.from_numpy(np.int8(1) - np.int8(2) * drawn)

@@ -132,6 +132,11 @@ class BundledTask:
         return found if isinstance(found, str) else None
 
     @property
+    def files(self) -> tuple[str, ...]:
+        """Names of the files that are written next to the adapter."""
+        return tuple(extra.file for extra in self.extras if extra.file is not None)
+
+    @property
     def parts(self) -> tuple[str, ...]:
         """The parts that belong to this task."""
         card = () if self.card is None else (self.card,)

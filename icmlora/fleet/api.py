@@ -9,30 +9,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from icmlora.fleet.api_originals import FleetOriginals
-from icmlora.fleet.context import Shard
-from icmlora.fleet.few_shot.train import check_few_shot
-from icmlora.fleet.measure.evaluate import measurable
+from icmlora.fleet.bundles.export import export_bundle
+from icmlora.fleet.bundles.import_ import import_bundle
+from icmlora.fleet.encode.encode import encode
+from icmlora.fleet.few_shot.generate import generate
+from icmlora.fleet.few_shot.train import check_few_shot, train_few_shot
+from icmlora.fleet.measure.evaluate import evaluate, measurable
 from icmlora.fleet.measure.module_errors import module_errors
+from icmlora.fleet.train.train import train
+from icmlora.fleet.train.update import update
+from icmlora.fleet.vectors.recognize import recognize
+from icmlora.fleet.vectors.vectors import extract_vectors
 from icmlora.fleet.write.materialize import load_many
 
 if TYPE_CHECKING:
     from icmlora.adapter.model import Adapter
-    from icmlora.fleet.bundles.export import ExportReport
-    from icmlora.fleet.bundles.import_ import ImportReport
-    from icmlora.fleet.encode.encode import EncodeReport
-    from icmlora.fleet.few_shot.generate import Generated
-    from icmlora.fleet.few_shot.train import FewShotReport
     from icmlora.fleet.ingest.ingest import Conflict, IngestReport
-    from icmlora.fleet.measure.compare import MethodSummary
-    from icmlora.fleet.measure.evaluate import EvaluateReport
-    from icmlora.fleet.records import Rung
-    from icmlora.fleet.train.train import TrainReport
-    from icmlora.fleet.train.update import UpdateReport
-    from icmlora.fleet.vectors.recognize import RecognizeReport
-    from icmlora.fleet.vectors.vectors import VectorReport
     from icmlora.fleet.write.materialize import MaterializeReport, Source
 
 
@@ -121,217 +116,21 @@ class Fleet(FleetOriginals):
         )
         return ingest(self._context, request)
 
-    def extract_vectors(
-        self,
-        tasks: Sequence[str] = (),
-        *,
-        device: str = "auto",
-        again: bool = False,
-        workers: str | None = None,
-        shard: str | None = None,
-    ) -> VectorReport:
-        """Extract and store task vectors: the base model's hidden states on samples, with and without the adapter.
-
-        Args:
-            tasks: Names of tasks; all by default.
-            device: Where to compute.
-            again: Also extract the vectors of tasks that already have some.
-            workers: Where to compute, as described for the class.
-            shard: Which part of the tasks to work on, as described for the class.
-
-        Raises:
-            BaseModelNotFound: None of the base models is on this machine. The report names those that are missing.
-            BaseModelMismatch: An adapter does not fit its base model.
-        """
-        from icmlora.fleet.vectors.vectors import VectorRequest, extract_vectors
-
-        request = VectorRequest(tasks, device, again, workers, Shard.of(shard))
-        return extract_vectors(self._context, request)
+    extract_vectors = extract_vectors
 
     # train, update, encode
 
-    def train(
-        self,
-        *,
-        device: str = "auto",
-        base_model: str | None = None,
-        quality: int | None = None,
-        tolerance: float | None = None,
-        width: int | None = None,
-        steps: int | None = None,
-        learning_rate: float | None = None,
-        seed: int = 0,
-        resume: bool = True,
-        fresh: bool = False,
-    ) -> TrainReport:
-        """Train one generator per base model on all its tasks, and store a code for every task.
+    train = train
 
-        Training starts from the current generator if there is one. All originals are needed; after evicting some, use
-        `update` to add tasks. The same call resumes a training that was stopped, and ends with the same generator.
-        Codes are plain; `encode` refines them.
+    update = update
 
-        Several processes of PyTorch's launcher train together. The first one writes to the store and returns the
-        report; that of the others is empty.
+    encode = encode
 
-        Args:
-            device: Where to train.
-            base_model: Train only the generator of this base model.
-            quality: 1 (smallest codes) to 8 (most accurate); by default that of the current generator, at first 4.
-            tolerance: The same as a number: the largest squared error, weighted by how sensitive each channel is.
-            width: Hidden width of a new generator's decoder; by default it depends on the number of tasks.
-            steps: Adapters to draw; by default it depends on the number of tasks and adapters, and on the device.
-            learning_rate: Peak learning rate.
-            seed: Seed for all random numbers: the same seed on the same machine gives the same bytes.
-            resume: Resume a training that was stopped.
-            fresh: Start from scratch instead of from the current generator.
+    # evaluate
 
-        Returns:
-            One entry per base model; its `left_out` names tasks that have no code, and why.
-
-        Raises:
-            DataError: There is nothing to train on, or a task is evicted.
-            GeneratorError: The training diverged, or no task could be encoded.
-        """
-        from icmlora.fleet.train.run import TrainRequest
-        from icmlora.fleet.train.train import train
-
-        network = width, steps, learning_rate, seed
-        return train(self._context, TrainRequest(device, base_model, quality, tolerance, *network, resume, fresh))
-
-    def update(
-        self,
-        *,
-        device: str = "auto",
-        base_model: str | None = None,
-        quality: int | None = None,
-        tolerance: float | None = None,
-        steps: int | None = None,
-        learning_rate: float | None = None,
-        seed: int = 0,
-    ) -> UpdateReport:
-        """Store codes for the tasks that have none, and let the generator grow if that makes them smaller.
-
-        Only the new tasks are read. Existing codes decode to the same adapters as before, and their originals may be
-        evicted. It takes as long as the new tasks take.
-
-        Args:
-            device: Where to compute.
-            base_model: Update only the generator of this base model.
-            quality: Of the new codes: 1 (smallest) to 8 (most accurate); by default that of the first training.
-            tolerance: The same as a number: the largest squared error, weighted by how sensitive each channel is.
-            steps: Adapters to draw; by default it depends on the number of new tasks, and on the device.
-            learning_rate: Peak learning rate.
-            seed: Seed for all random numbers.
-
-        Raises:
-            DataError: The store has no tasks, or a base model has no generator yet.
-            GeneratorError: The training diverged; nothing changed.
-            GeneratorConflict: Another generator became current in the meantime; nothing changed.
-        """
-        from icmlora.fleet.train.candidates import UpdateRequest
-        from icmlora.fleet.train.update import update
-
-        request = UpdateRequest(device, base_model, quality, tolerance, steps, learning_rate, seed)
-        return update(self._context, request)
-
-    def encode(
-        self,
-        tasks: Sequence[str] = (),
-        *,
-        quality: int | None = None,
-        min_gain: float | None = None,
-        max_error: float | None = None,
-        tolerance: float | None = None,
-        size: int | None = None,
-        refine: int | None = None,
-        residual: bool = False,
-        base_model: str | None = None,
-        device: str = "auto",
-        again: bool = False,
-        workers: str | None = None,
-        shard: str | None = None,
-    ) -> EncodeReport:
-        """Re-encode tasks with the current generator, as small as the limits allow; nothing is trained.
-
-        A task whose code was made with the same limits is skipped, so the same call continues after an interruption.
-        A code meets all of `min_gain`, `max_error`, `tolerance` and `size` that are given. Without any, the quality
-        counts.
-
-        Args:
-            tasks: Names of tasks; all by default.
-            quality: 1 (smallest codes) to 8 (most accurate); by default that of the generator. Codes are refined where
-                the base model is at hand.
-            min_gain: Smallest retained gain on the task's held-out text. Needs the base model.
-            max_error: Largest relative error, ||dW' - dW|| / ||dW||: 0.3 for 30 %.
-            tolerance: Largest squared error, weighted by how sensitive each channel is: what `quality` sets.
-            size: Bytes that the file of each code may have. The codes are as accurate as that allows.
-            refine: Steps that fit a code to what its adapter does, on the task's samples or on texts that the adapted
-                model writes itself. Needs the base model. By default 40 with a quality, and none with other limits.
-            residual: Keep the codes, and store a residual for each task whose code misses the limits.
-            base_model: Only tasks of this base model.
-            device: Where to measure and refine.
-            again: Encode tasks even if their code already meets these limits.
-            workers: Where to compute, as described for the class.
-            shard: Which part of the tasks to work on, as described for the class.
-
-        Returns:
-            One entry per task; `report.short` lists those without a code that meets the limits.
-
-        Raises:
-            DataError: There is no generator, or the base model has no tasks.
-        """
-        from icmlora.fleet.encode.encode import EncodeRequest, encode
-
-        limits = quality, max_error, min_gain, tolerance, refine, residual
-        request = EncodeRequest(tasks, *limits, base_model, device, again, workers, Shard.of(shard), size)
-        return encode(self._context, request)
-
-    # evaluate, compare
-
-    def evaluate(
-        self,
-        tasks: Sequence[str] = (),
-        *,
-        sources: Sequence[Rung] = ("residual", "code", "generate"),
-        data: str | Path | None = None,
-        max_tokens: int = 256,
-        baselines: Sequence[str] = (),
-        device: str = "auto",
-        again: bool = False,
-        workers: str | None = None,
-        shard: str | None = None,
-    ) -> EvaluateReport:
-        """Measure the sources of tasks on held-out text, with the base model, and record the results.
-
-        Args:
-            tasks: Names of tasks; all by default.
-            sources: What to measure in addition to base model and original, where a task has it.
-            data: File of held-out text as JSON lines; each task's own by default.
-            max_tokens: Tokens scored in each text.
-            baselines: Other methods to compare with, such as "int8" or "svd4". Their results are not stored.
-            device: Where to compute.
-            again: Measure again what was measured on the same text before.
-            workers: Where to compute, as described for the class.
-            shard: Which part of the tasks to work on, as described for the class.
-
-        Raises:
-            DataError: No task has held-out text, or the text cannot be used.
-            BaseModelNotFound: None of the base models is on this machine. The report names those that are missing.
-            UnknownBaseline: No method has that name.
-        """
-        from icmlora.fleet.measure.evaluate import EvaluateRequest, evaluate
-
-        path = None if data is None else Path(data)
-        request = EvaluateRequest(tasks, sources, path, max_tokens, again, baselines, device, workers, Shard.of(shard))
-        return evaluate(self._context, request)
+    evaluate = evaluate
 
     measurable = measurable
-
-    def compare(self, report: EvaluateReport) -> list[MethodSummary]:
-        """Sum up the `report` of `evaluate` by method, with the bytes that each takes, largest first."""
-        from icmlora.fleet.measure.compare import compare
-
-        return compare(report.tasks, self.stats())
 
     # materialize, bundles
 
@@ -427,144 +226,16 @@ class Fleet(FleetOriginals):
 
     load_many = load_many
 
-    def export_bundle(
-        self, file: str | Path, tasks: Sequence[str] = (), *, base_model: str | None = None, force: bool = False
-    ) -> ExportReport:
-        """Write the generator and the codes of some tasks into one file; `icmlora.Bundle` reads it without a store.
+    export_bundle = export_bundle
 
-        A bundle has no originals, no residuals and no texts. The same store gives the same bytes.
-
-        Args:
-            file: The bundle to write.
-            tasks: Names of tasks; by default all that have a code.
-            base_model: Only tasks of this base model. Needed if the tasks have several.
-            force: Replace a file that exists.
-
-        Raises:
-            DataError: A named task has no code, or the tasks have several base models.
-            OutputExists: The file exists and `force` is not given.
-        """
-        from icmlora.fleet.bundles.export import ExportRequest, export_bundle
-
-        return export_bundle(self._context, ExportRequest(Path(file), tasks, base_model, force))
-
-    def import_bundle(
-        self,
-        file: str | Path,
-        tasks: Sequence[str] = (),
-        *,
-        on_conflict: Literal["skip", "fail"] = "fail",
-        dry_run: bool = False,
-    ) -> ImportReport:
-        """Take the generator, codes and tasks of a bundle into the store, which is created if necessary.
-
-        Args:
-            file: The bundle.
-            tasks: Tasks of the bundle; all by default.
-            on_conflict: If the store has a task of that name with another adapter or code: `skip` or `fail`.
-            dry_run: Check everything and report what would change, but write nothing.
-
-        Raises:
-            BundleError: The bundle is damaged, cut short, or of another format.
-            GeneratorConflict: The store uses another generator for this base model.
-            TaskConflict: A task has another adapter or code in the store, and `on_conflict` is `fail`.
-        """
-        from icmlora.fleet.bundles.import_ import ImportRequest, import_bundle
-
-        return import_bundle(self._context, ImportRequest(Path(file), tasks, on_conflict, dry_run))
+    import_bundle = import_bundle
 
     # recognize, generate
 
-    def recognize(self, samples: str | Path, *, base_model: str | None = None, device: str = "auto") -> RecognizeReport:
-        """Recognize the known task that some samples belong to, by their task vectors. Needs the base model.
-
-        Args:
-            samples: File of samples as JSON lines; up to 32 are read, and 16 are enough.
-            base_model: Only tasks of this base model; needed only if tasks of several have vectors.
-            device: Where to compute.
-
-        Returns:
-            The known tasks with their probabilities, and that of "none of them". Its `task` is the recognized task or
-            None, its `known_task()` the same or `NotRecognized`.
-
-        Raises:
-            DataError: The samples cannot be used, or too few tasks have context vectors.
-            BaseModelNotFound: The base model is not on this machine.
-        """
-        from icmlora.fleet.vectors.recognize import RecognizeRequest, recognize
-
-        return recognize(self._context, RecognizeRequest(Path(samples), base_model, device))
+    recognize = recognize
 
     check_few_shot = check_few_shot
 
-    def train_few_shot(
-        self, *, device: str = "auto", base_model: str | None = None, episodes: int = 48, seed: int = 0
-    ) -> FewShotReport:
-        """Meta-train the few-shot start that `generate` needs; generators and codes do not change.
+    train_few_shot = train_few_shot
 
-        Args:
-            device: Where to compute.
-            base_model: Only for the generator of this base model.
-            episodes: Length of the training: in each episode one known task is treated as new.
-            seed: Seed for all random numbers.
-
-        Raises:
-            DataError: A base model has no generator, or fewer than two tasks with samples.
-            BaseModelNotFound: A base model is not on this machine.
-            GeneratorError: The training diverged; nothing changed.
-        """
-        from icmlora.fleet.few_shot.train import FewShotRequest, train_few_shot
-
-        return train_few_shot(self._context, FewShotRequest(device, base_model, episodes, seed))
-
-    def generate(
-        self,
-        name: str,
-        samples: str | Path,
-        directory: str | Path,
-        *,
-        count: int = 64,
-        description: str | None = None,
-        refine: int = 0,
-        rank: int | None = None,
-        base_model: str | None = None,
-        device: str = "auto",
-        dtype: str = "bfloat16",
-        register: bool = False,
-        force: bool = False,
-    ) -> Generated:
-        """Generate an adapter for a new task from a few samples of it, and write it as a PEFT folder.
-
-        The quality of the adapter is not known: measure it on other text of the task. Needs the base model, and a
-        generator with a few-shot start (`train_few_shot`).
-
-        Args:
-            name: Name of the new task.
-            samples: File of JSON lines with "text", or with "prompt" and "completion".
-            directory: The folder to write.
-            count: Number of samples to read, spread over the file.
-            description: A sentence for the model card.
-            refine: Gradient steps on the samples after generating.
-            rank: Rank to write; by default the largest that a code can have.
-            base_model: Which base model; needed only if several have a few-shot start.
-            device: Where to compute.
-            dtype: Number format of the weights: `bfloat16`, `float16` or `float32`.
-            register: Also keep the task in the store, by a code and its task vectors; weights are not stored.
-            force: Replace the folder if it is not empty.
-
-        Returns:
-            What was written, its loss on the samples, and the nearest known tasks.
-
-        Raises:
-            DataError: The samples cannot be used, or no generator has a few-shot start.
-            OutputExists: The folder is not empty and `force` is not given.
-            TaskConflict: The task is to be registered, and its name is taken.
-            NotCovered: The task is to be registered, and no code can have the rank.
-        """
-        from icmlora.fleet.few_shot.generate import GenerateRequest, generate
-
-        files = Path(samples), Path(directory)
-        request = GenerateRequest(
-            name, *files, count, description, refine, rank, base_model, device, dtype, register, force
-        )
-        return generate(self._context, request)
+    generate = generate

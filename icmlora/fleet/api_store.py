@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +15,9 @@ from icmlora.fleet.bases.base_models import (
 )
 from icmlora.fleet.context import Context, Event, default_cache, ignore
 from icmlora.fleet.map.map import map_fleet
+from icmlora.fleet.report.report import write_report
 from icmlora.fleet.stats.stats import stats
+from icmlora.fleet.tasks.duplicates import find_duplicates
 from icmlora.fleet.tasks.generators import forget_generator, list_generators, rollback
 from icmlora.fleet.tasks.maintenance import examine, prune, repair_blobs, repair_rows, restore_database, verify
 from icmlora.fleet.tasks.tasks import (
@@ -31,8 +33,7 @@ from icmlora.fleet.tasks.tasks import (
 )
 
 if TYPE_CHECKING:
-    from icmlora.fleet.report.report import ReportSummary
-    from icmlora.fleet.tasks.duplicates import DuplicatesReport
+    pass
 
 
 class StoredFleet(Context):
@@ -95,67 +96,9 @@ class StoredFleet(Context):
 
     task_map = map_fleet
 
-    def duplicates(
-        self, tasks: Sequence[str] = (), *, max_distance: float = 0.1, base_model: str | None = None
-    ) -> DuplicatesReport:
-        """Find tasks whose adapters are the same, or nearly; nothing is changed or removed.
+    duplicates = find_duplicates
 
-        Args:
-            tasks: Return only groups with one of these tasks; they are compared with all tasks of their base model.
-            max_distance: Largest ||dW - dW'|| / max(||dW||, ||dW'||) of near copies, up to 0.5; 0 finds only exact
-                ones. Unrelated adapters are at about 1.
-            base_model: Only the tasks of this base model.
-
-        Raises:
-            DataError: The distance is not between 0 and 0.5, or no task belongs to the base model.
-        """
-        from icmlora.fleet.tasks.duplicates import DuplicatesRequest, find_duplicates
-
-        return find_duplicates(self._context, DuplicatesRequest(tasks, max_distance, base_model))
-
-    def report(
-        self,
-        file: str | Path,
-        *,
-        outputs: Sequence[str] = (),
-        prompts: str | Path | None = None,
-        max_new_tokens: int = 40,
-        steps: int = 20,
-        seeds: int = 2,
-        image_size: int | None = None,
-        device: str = "auto",
-        force: bool = False,
-    ) -> ReportSummary:
-        """Write the store as one HTML page that needs no network. It appears complete or not at all.
-
-        Args:
-            file: The page to write.
-            outputs: Tasks of which to show what base model, original and code write, or draw with a diffusers
-                pipeline. Needs the base model.
-            prompts: File of prompts for them, one a line or as JSON lines; by default the beginnings of each task's own
-                held-out text, or the trigger words and tags in the header of an image adapter.
-            max_new_tokens: Most tokens that are written for a prompt.
-            steps: Steps of denoising for a picture.
-            seeds: Pictures of each prompt.
-            image_size: Width and height of a picture in pixels; by default what the pipeline draws.
-            device: Where to compute outputs.
-            force: Replace a file that exists.
-
-        Returns:
-            What is on the page; its `pictures` have the distances of image tasks, and its `failed` and `left_out` name
-            chosen tasks without outputs, and why.
-
-        Raises:
-            OutputExists: The file exists and `force` is not given.
-            DataError: The prompts cannot be used, or the only chosen task has no outputs.
-            BaseModelNotFound: None of the base models of the chosen tasks is on this machine.
-        """
-        from icmlora.fleet.report.report import ReportRequest, write_report
-
-        given = None if prompts is None else Path(prompts)
-        drawing = steps, seeds, image_size
-        request = ReportRequest(Path(file), outputs, given, max_new_tokens, *drawing, device, force)
-        return write_report(self._context, request)
+    report = write_report
 
     # verify, prune, doctor
 

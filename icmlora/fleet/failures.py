@@ -122,7 +122,7 @@ class _Report(Protocol):
 
 
 @dataclass
-class Sieve:
+class FailureLog:
     """Notes in a report which tasks have no result, and lets the results of the others through."""
 
     context: Context

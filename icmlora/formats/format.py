@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from icmlora.errors import DataError
+from icmlora.errors import DataError, UnsafeInput
 from icmlora.io import staging
 
 if TYPE_CHECKING:
@@ -193,6 +193,11 @@ class AdapterFormat(Protocol):
         """File names that only this format uses: a link or special file of such a name is reported, not passed over."""
         ...
 
+    @property
+    def companions(self) -> frozenset[str]:
+        """Names of other files that may belong to an adapter; of a single file, what follows its name in theirs."""
+        ...
+
     def find(self, folder: Folder) -> list[AdapterPaths]:
         """Return the adapters of this format in one folder, judged by file names and a few bytes."""
         ...
@@ -365,3 +370,16 @@ def _check_suffix(output: Path, adapter_format: AdapterFormat) -> None:
         ending = "a folder" if adapter_format.suffix is None else f"a file NAME{adapter_format.suffix}"
         fact = f"a {adapter_format.name} adapter is {ending}"
         raise DataError(fact, path=output, hint="name that, or another --format")
+
+
+def check_companions(known: AdapterFormat, names: Iterable[str]) -> None:
+    """Refuse files that no adapter of a format comes with: others could take the place of its weights, or be code.
+
+    Raises:
+        UnsafeInput: One of the names is not among the companions of the format.
+    """
+    for name in names:
+        if name.lower() not in known.companions:
+            hint = "get the file from somebody you trust, or use the newer icm that wrote it"
+            fact = f"{name!r} is no file that comes with an adapter of the format {known.name}"
+            raise UnsafeInput(fact, kind="name", hint=hint)

@@ -56,6 +56,8 @@ class Sensitivity:
 
     def unweigh(self, kind: int, layer: torch.Tensor, inputs: torch.Tensor, outputs: torch.Tensor) -> None:
         """Undo `weigh`, in place, for rank slots of one kind: layer (n,), inputs (n, in), outputs (n, out)."""
+        if self.is_even:
+            return
         inputs.mul_(torch.exp2(-self.inputs[kind]).index_select(0, layer))
         outputs.mul_(torch.exp2(-self.outputs[kind]).index_select(0, layer))
 

@@ -82,7 +82,8 @@ def plan_launch(tasks: ServedTasks, request: LaunchRequest) -> Launch:
         environment["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
         if not uses_gateway:
             environment |= source
-            environment |= {} if model == base_model else {"ICM_BASE_MODEL": base_model}
+            # The plug-in finds out for itself only where the engine gets the same name and icm finds the same files.
+            environment |= {} if is_local and model == base_model else {"ICM_BASE_MODEL": base_model}
     else:
         command = _sglang(model, base_model, rank, served, targets)
     commands = [command, _gateway(request, base_model)] if uses_gateway else [command]

@@ -179,7 +179,11 @@ class Database:
         except (UnicodeDecodeError, UnreadableValue, NoResultFound) as error:
             raise DamagedStore(f"{self.path}: {error}", path=self.path, hint=_DAMAGE_HINT) from error
         except WrongRow as error:
-            raise DamagedRow(f"{self.path}: {error}", path=self.path, hint=_DAMAGE_HINT) from error
+            raise self.damaged_row(str(error)) from error
+
+    def damaged_row(self, fact: str) -> DamagedRow:
+        """Return the error that says what is wrong with a row."""
+        return DamagedRow(f"{self.path}: {fact}", path=self.path, hint=_DAMAGE_HINT)
 
     def _translate(self, error: DBAPIError) -> RegistryError | None:
         code = getattr(error.orig, "sqlite_errorcode", 0) & 0xFF

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
 from sqlalchemy import delete, select
@@ -44,6 +45,16 @@ class Evaluations(Table):
             if task is not None:
                 query = query.where(evaluation.task_id == rows.find_task(session, task).id)
             return [evaluation_record(row) for row in session.scalars(query)]
+
+    def of(self, tasks: Sequence[str]) -> dict[str, list[records.EvaluationRecord]]:
+        """Return task -> its measurements, for those that have some; rows of other tasks are not looked at."""
+        evaluation, found = models.Evaluation, defaultdict[str, list[records.EvaluationRecord]](list)
+        with self._db.read() as session:
+            for some in rows.in_parts(tasks):
+                query = select(evaluation).join(evaluation.task).where(models.Task.name.in_(some))
+                for row in session.scalars(query.order_by(evaluation.id)):
+                    found[row.task.name].append(evaluation_record(row))
+        return found
 
 
 def record_evaluation(session: Session, new: records.NewEvaluation, now: str) -> None:

@@ -16,13 +16,13 @@ from sqlalchemy import ColumnElement, Connection, FromClause, delete, exists, fu
 from registry import records
 from registry import schema as models
 from registry.errors import TaskConflict
-from registry.names import UNKNOWN_BASE, check_name
+from registry.names import UNKNOWN_BASE, check_name, is_bundle_source
 from registry.records import Description, EvictedAdapter, description_of
 from registry.row_checks import COLUMN
 from registry.storage.blobs.content import Blobs
 from registry.storage.row_writer import RowNumbers, in_parts, same_names, table_of, utc_now
 from registry.tables.base_models import find_labels, names_of
-from registry.to_records import is_bundle_source, task_folder, unusual_source, usual_source
+from registry.to_records import task_folder, unusual_source, usual_source
 
 AdapterKey = tuple[str, str, int | None]
 """What tells adapters of a task apart: weights, configuration, step."""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
-from sqlalchemy import ColumnElement, delete, func, select
+from sqlalchemy import BindParameter, ColumnElement, bindparam, delete, func, select
 from sqlalchemy.orm import Session, aliased, lazyload, selectinload
 
 from registry import records
@@ -15,6 +15,7 @@ from registry import schema as models
 from registry.errors import DamagedStore, LastCopy, TaskConflict
 from registry.files import failpoint
 from registry.names import check_name, check_note, check_tag
+from registry.row_checks import find_wrong_tasks
 from registry.storage import row_writer as rows
 from registry.storage.folder import restore_reserve, with_reserve
 from registry.tables.table import Table
@@ -118,22 +119,42 @@ class Tasks(Table):
         with self._db.connection() as connection:
             return ingest.task_origins(connection)
 
-    def names(self, selection: Selection | None = None) -> list[str]:
+    def names(self, selection: Selection | None = None, *, without: Collection[int] = ()) -> list[str]:
         """Return the names of the selected tasks, in the order that the selection asks for."""
+        ids = self._selected(selection, without)
+        return [name for some in _pages(ids) for name in self._undamaged(self._name_page, some)]
+
+    def summaries(
+        self, selection: Selection | None = None, *, without: Collection[int] = ()
+    ) -> Iterator[records.TaskSummary]:
+        """Yield the selected tasks, in the order asked for, with what a listing shows of them; few at a time."""
+        for some in _pages(self._selected(selection, without)):
+            yield from self._undamaged(self._summary_page, some)
+
+    def _selected(self, selection: Selection | None, without: Collection[int]) -> Sequence[int]:
         from registry.tables import listing  # not needed to read one task
 
         with self._db.read() as session:
-            ids = session.scalars(listing.query(session, models.Task.id, selection)).all()
-        return [name for some in _pages(ids) for name in self._undamaged(self._name_page, some)]
+            query = listing.query(session, models.Task.id, selection)
+            if without:  # before a limit counts
+                numbers: BindParameter[int] = bindparam(None, list(without), expanding=True, literal_execute=True)
+                query = query.where(models.Task.id.not_in(numbers))
+            return session.scalars(query).all()
 
-    def summaries(self, selection: Selection | None = None) -> Iterator[records.TaskSummary]:
-        """Yield the selected tasks, in the order asked for, with what a listing shows of them; few at a time."""
-        from registry.tables import listing
+    def wrong_rows(self) -> dict[str, set[int]]:
+        """Check all rows, also those that a listing counts, compares or passes over, and tell of the wrong ones.
 
+        Return what is wrong with a row -> the numbers of the tasks whose figures depend on it.
+        """
         with self._db.read() as session:
-            ids = session.scalars(listing.query(session, models.Task.id, selection)).all()
-        for some in _pages(ids):
-            yield from self._undamaged(self._summary_page, some)
+            found = find_wrong_tasks(session.connection(), models.Base.metadata)
+        for fact, numbers in found.items():
+            error = self._db.damaged_row(fact)
+            if self._on_damage is None:
+                raise error
+            for name in sorted(map(self._name_of, numbers)) or ["a row of no task"]:
+                self._on_damage(name, error)
+        return found
 
     def _undamaged(self, load: Callable[[Sequence[int]], list[T]], ids: Sequence[int]) -> list[T]:
         """Load what some tasks are to be shown as, without those that have wrong rows."""

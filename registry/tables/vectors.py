@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 
 from sqlalchemy import func, select
@@ -39,6 +40,16 @@ class Vectors(Table):
             if task is not None:
                 query = query.where(vector.task_id == rows.find_task(session, task).id)
             return [vector_record(row) for row in session.scalars(query)]
+
+    def of(self, tasks: Sequence[str]) -> dict[str, list[records.VectorRecord]]:
+        """Return task -> its vectors, for those that have some; rows of other tasks are not looked at."""
+        vector, found = models.TaskVector, defaultdict[str, list[records.VectorRecord]](list)
+        with self._db.read() as session:
+            for some in rows.in_parts(tasks):
+                query = select(vector).join(vector.task).where(models.Task.name.in_(some))
+                for row in session.scalars(query.order_by(vector.id)):
+                    found[row.task.name].append(vector_record(row))
+        return found
 
 
 def record_vector(writer: RowWriter, new: records.NewVector) -> bool:

@@ -100,6 +100,15 @@ def test_what_a_bundle_says_of_a_code_is_shown_as_its_claim(icm: Icm, bundle: Pa
     assert "3 codes have figures claimed by the bundle only" in icm("stats").out
 
 
+def test_an_original_that_was_never_here_is_not_called_evicted(icm: Icm, bundle: Path, mixed_template: Path) -> None:
+    icm("import", bundle)
+    said = [icm("show", "poems").out, icm("ls").out, icm("materialize", "poems", "-o", "x", "--source", "original").err]
+    assert ["never here" in text and "evicted" not in text for text in said] == [True] * 3
+    icm("ingest", mixed_template / "loras" / "poems", "--restore", "--no-vectors")
+    icm("evict", "poems", "--max-error", "0.7")
+    assert "evicted at" in icm("show", "poems").out
+
+
 @pytest.mark.parametrize("limit", [("--max-error", 0.05), ("--min-gain", 0.9)])
 def test_a_forged_claim_costs_no_original(
     icm: Icm, bundle: Path, mixed_template: Path, tmp_path: Path, limit: tuple[str, float]

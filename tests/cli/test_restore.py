@@ -201,6 +201,21 @@ def test_rm_warns_of_placeholders(icm: Icm, here: Path) -> None:
     assert icm("rm", "poems", "rules", "--dry-run", "--json").document["placeholders"] == ["poems"]
 
 
+def test_placeholders_that_a_full_disk_has_no_room_for_have_its_exit_code_and_their_folders_stay(
+    icm: Icm, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fsync(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(staging.fs, "fsync", fsync)
+        ran = icm(*KEEP)
+    assert (ran.code, "free some space" in ran.err) == (ExitCode.NO_SPACE, True)
+    assert f"not replaced, {here / 'rules'}: it cannot be changed: No space left on device" in ran.out
+    assert not list(here.rglob(f"*{PLACEHOLDER_NAME}*"))
+    assert icm(*KEEP).code == 0
+
+
 @pytest.mark.parametrize("room", [0, 1])
 def test_a_full_disk_has_its_own_exit_code_and_leaves_only_placeholders(
     icm: Icm, here: Path, monkeypatch: pytest.MonkeyPatch, room: int

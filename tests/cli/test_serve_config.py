@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from icmlora.serving.base import EngineBase
 from icmlora.serving.launch import VLLM_RANKS
 from icmlora.serving.requirements import Config, EngineName, config_problem
+from icmlora.serving.tasks import open_tasks
 from tests.cli.conftest import Ran
 from tests.cli.tiny_fleet import write_lora
 from tests.icmlora.tiny_base import LABEL
@@ -46,6 +49,19 @@ def test_a_bundle_takes_the_place_of_the_store(icm: Icm, trained: Path, tmp_path
     assert "base model is not on this machine" in ran.err, "a bundle does not say where it is"
     assert "icm base add" not in ran.err, "that is for stores"
     assert f"`hf download {LABEL}`" in ran.err
+
+
+def test_a_folder_given_in_place_of_a_missing_base_model_is_taken_for_it(
+    icm: Icm, trained: Path, tmp_path: Path, mixed_template: Path
+) -> None:
+    icm("export", bundle := tmp_path / "fleet.icm")
+    ran = icm("serve-config", "vllm", "--from", bundle)
+    assert "--model FOLDER" in ran.err
+    (named,) = re.findall("^export ICM_BASE_MODEL=(.*)$", ran.out, re.MULTILINE)
+    tasks = open_tasks(None, bundle, command="test")
+    found = tasks.find("poems")
+    assert found is not None
+    assert EngineBase(str(mixed_template / "base"), tasks, named).problem(found) is None
 
 
 def test_vllm_behind_the_gateway_needs_no_plug_in(icm: Icm, trained: Path) -> None:

@@ -57,7 +57,7 @@ def round_to(dtype: str, model: Any) -> None:
 
 
 def converted_by_peft(folder: Path) -> Path:
-    """Return where a case puts what PEFT makes of its adapter: an ordinary LoRA, next to the folder of all adapters."""
+    """Return where a case puts the adapter in whose form its code comes back, such as PEFT's conversion to a LoRA."""
     return folder.parent.parent / "converted" / folder.name
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests.compat.building import CONFIG, WEIGHTS, from_plain, rewrite, set_fields, write_lora
+from tests.compat.building import CONFIG, WEIGHTS, converted_by_peft, from_plain, rewrite, set_fields, write_lora
 from tests.compat.case import Case, Outcome
 
 _DEAD = "Adapters that do nothing"
@@ -105,6 +105,17 @@ def _peft_names(name: str, rename: Callable[[str], str], outcome: Outcome, remar
     )
 
 
+def _wrapped(name: str, wrapper: str, remark: str) -> Case:
+    """Describe an adapter that was saved from inside a wrapper; its code comes back as one that was not."""
+
+    def change(folder: Path) -> None:
+        shutil.copytree(folder, converted_by_peft(folder))
+        inner = f"base_model.model.{wrapper}."
+        rewrite(folder, lambda tensors: {key.replace("base_model.model.", inner): one for key, one in tensors.items()})
+
+    return from_plain(name, change, "exact", _DIALECTS, f"`{wrapper}.`: {remark}")
+
+
 def _old_configuration(folder: Path) -> None:
     """Write `adapter_config.json` as PEFT 0.2 did in 2023."""
     fields = {
@@ -156,6 +167,8 @@ def _only_nothing(folder: Path) -> None:
 _MLX = {"model.layers.0.self_attn.q_proj.lora_a": (32, 8), "model.layers.0.self_attn.q_proj.lora_b": (8, 32)}
 _NO_PICKLES = "coded exactly with `--read-bin`, which reads pickles in a process of its own"
 
+_UNWRAPPED = "a code comes back without, as PEFT finds it; `ingest` says so"
+
 CASES: tuple[Case, ...] = (
     from_plain("no-tensors", _changed(lambda _: {}), "original", _DEAD, "no tensor"),
     from_plain("untrained", _changed(_with_zeros), "original", _DEAD, "every B is zero"),
@@ -177,5 +190,23 @@ CASES: tuple[Case, ...] = (
     Case("experts-of-transformers-4", _DIALECTS, _per_expert, "exact", "one LoRA for each expert"),
     _peft_names("adapter-name-in-keys", lambda key: key.replace(".weight", ".default.weight"), "exact", "`.default.`"),
     _peft_names("no-prefix", lambda key: key.removeprefix("base_model.model."), "exact", "as transformers saves"),
+    _peft_names(
+        "hyphen-in-adapter-name",
+        lambda key: key.replace(".weight", ".my-adapter.weight"),
+        "exact",
+        "`lora_A.my-adapter.weight`",
+    ),
+    _peft_names(
+        "hyphen-in-module-name", lambda key: key.replace(".layers.", ".layers.en-de."), "exact", "`layers.en-de.0`"
+    ),
+    _wrapped("compiled", "_orig_mod", _UNWRAPPED),
+    _wrapped("fully-sharded", "_fsdp_wrapped_module", _UNWRAPPED),
+    _wrapped("checkpointed", "_checkpoint_wrapped_module", _UNWRAPPED),
+    _peft_names(
+        "data-parallel",
+        lambda key: key.replace("base_model.model.", "base_model.model.module."),
+        "exact",
+        "`module.`: a code keeps it, as it may be the model's own; `ingest` says so",
+    ),
     _dialect("mlx-alone", _MLX, "adapters.safetensors", "MLX-LM's weights without their configuration"),
 )

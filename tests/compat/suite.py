@@ -118,7 +118,7 @@ def extras_of(folder: Path) -> dict[str, bytes]:
     return {
         name: tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
         for name, tensor in load_file(folder / WEIGHTS).items()
-        if not name.removesuffix(".weight").removesuffix(".default").endswith(halves)
+        if not name.removesuffix(".weight").removesuffix(".default").removesuffix(".my-adapter").endswith(halves)
     }
 
 

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+from icmlora.formats.images.families import FAMILIES
 from tests.compat.case import Case
 from tests.compat.cases import CASES
 from tests.compat.not_yet import NOT_YET
@@ -52,6 +53,16 @@ def _lines() -> Iterator[str]:
     for group in dict.fromkeys(case.group for case in CASES):
         yield from ("", f"## {group}", "", "| case | outcome | remark |", "|---|---|---|")
         yield from (_row(case) for case in CASES if case.group == group)
+    yield from _families()
+
+
+def _families() -> Iterator[str]:
+    yield from ("", "## Image adapters in diffusers' names", "")
+    yield "`icm convert --format diffusers` writes these. Each name is checked against diffusers' model; others are"
+    yield "refused by name before a value is read."
+    yield from ("", "| family | converted | checked against, or why not |", "|---|---|---|")
+    for family in sorted(FAMILIES, key=lambda family: family.label):
+        yield f"| {family.label} | {'yes' if family.model else 'no'} | {family.model or family.refusal} |"
 
 
 def _row(case: Case) -> str:

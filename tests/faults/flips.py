@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from icmlora import Fleet
+from icmlora.fleet.write.materialize import Source
 from registry import row_checks
 from registry.errors import IcmError
 from registry.records import NewEvaluation
@@ -74,7 +75,7 @@ class Flips:
         self.data = self.path.read_bytes()
         self.rows = rows_of(self.path)
         self.names = [row.task.name for row in Fleet(self.source).tasks()]
-        self.adapters = {name: self._materialized(self.source, name) for name in self.names}
+        self.adapters = {name: written(self.source, name, root / "out") for name in self.names}
 
     def bits(self, wanted: Callable[[Place], bool]) -> Iterator[tuple[Place, int]]:
         """Yield the bits of chosen columns."""
@@ -117,7 +118,7 @@ class Flips:
         }
         for name in self.names:
             tally.commands += 1
-            made = self._materialized(self.store, name)
+            made = written(self.store, name, self.root / "out")
             if made is None:
                 tally.refused += 1
             elif made != self.adapters[name]:
@@ -137,16 +138,21 @@ class Flips:
     def _files(self) -> set[Path]:
         return set((self.store / "blobs").rglob("*")) | set(self.loras.rglob("*.safetensors"))
 
-    def _materialized(self, store: Path, task: str) -> str | None:
-        """Return a digest of what is written of a task, without its card; None if it is refused."""
-        output = self.root / "out"
-        shutil.rmtree(output, ignore_errors=True)
-        try:
-            Fleet(store).materialize(task, output)
-        except (IcmError, OSError, ValueError):  # the last two where a wrong row was believed
-            return None
-        files = sorted(path for path in output.iterdir() if path.name != "README.md")
-        return hashlib.sha256(b"".join(path.name.encode() + path.read_bytes() for path in files)).hexdigest()
+
+def written(store: Path, task: str, output: Path, source: Source = "auto") -> str | None:
+    """Return a digest of what is written of a task, without its card; None if it is refused."""
+    shutil.rmtree(output, ignore_errors=True)
+    try:
+        Fleet(store).materialize(task, output, source=source)
+    except (IcmError, OSError, ValueError):  # the last two where wrong bytes were believed
+        return None
+    return digest_of_folder(output)
+
+
+def digest_of_folder(folder: Path) -> str:
+    """Return a digest of the files of an adapter, without its card."""
+    files = sorted(path for path in folder.iterdir() if path.name != "README.md")
+    return hashlib.sha256(b"".join(path.name.encode() + path.read_bytes() for path in files)).hexdigest()
 
 
 def build(root: Path) -> Path:

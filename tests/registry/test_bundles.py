@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from registry.errors import GeneratorConflict, InvalidName, MissingBlob, StoreReadOnly, TaskConflict
+from registry.names import bundle_source
 from registry.records import Claim, NewAdapter, NewGenerator
 from registry.storage.blobs.content import digest_of
 from registry.store import Store
 from registry.tables.bundles import BundleImport, ImportedTask
-from registry.to_records import bundle_source
 from tests.registry.examples import BASE, LAYOUT, generator, ingest, new_store, offer, vector
 
 

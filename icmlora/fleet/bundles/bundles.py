@@ -206,13 +206,19 @@ class Bundle:
             ValueError: There is a loader, but no base model.
         """
         from icmlora.fleet.context import default_cache
-        from icmlora.fleet.vectors.recognize import RecognizeRequest, recognize_in_bundle
+        from icmlora.fleet.vectors.recognize import recognize_in_bundle
 
         if loader is not None and base_model is None:
             raise ValueError("a loader needs a base model")
-        request = RecognizeRequest(Path(samples), None if base_model is None else str(base_model), device, loader)
         with self._open() as file:
-            return recognize_in_bundle(file, request, default_cache() if cache is None else Path(cache))
+            return recognize_in_bundle(
+                file,
+                Path(samples),
+                base_model=None if base_model is None else str(base_model),
+                loader=loader,
+                device=device,
+                cache=default_cache() if cache is None else Path(cache),
+            )
 
     def _made(self, task: str, dtype: str | None, pad_rank: int | None, max_error: float | None) -> MadeFiles:
         from icmlora.fleet.write.materialize import FilesRequest, encode_files
@@ -259,12 +265,14 @@ def form_in(file: BundleFile, task: BundledTask) -> OriginalForm:
     """Read the form and the extras of the original of a task in a bundle."""
     from icmlora.fleet.resources.decoding import OriginalForm
     from icmlora.formats.extras import unpack_extras
-    from icmlora.formats.format import Template
+    from icmlora.formats.format import Template, check_companions
 
+    known = format_named(task.format)
+    check_companions(known, task.files)
     template = Template(file.read(task.config), task.layout, task.dtype, task.template)
     extras = ((extra.file, extra.part) for extra in task.extras)
     base = partial(_base_tensors, file.index.base_model)
-    return OriginalForm(format_named(task.format), template, *unpack_extras(extras, file.read, base))
+    return OriginalForm(known, template, *unpack_extras(extras, file.read, base))
 
 
 def _base_tensors(label: str) -> BaseTensors:

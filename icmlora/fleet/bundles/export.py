@@ -20,7 +20,7 @@ from icmlora.bundle.index import (
     BundlePart,
 )
 from icmlora.errors import CodeError, DataError
-from icmlora.fleet.context import Context, base_name, check_base_model
+from icmlora.fleet.context import Context, base_name, check_base_model, use_case
 from icmlora.fleet.resources.stored_vectors import latest_vectors, vectors_by_task
 from icmlora.generator.code import generator_of
 from icmlora.generator.file import versions_of
@@ -32,16 +32,6 @@ from registry.tables.evaluations import latest
 if TYPE_CHECKING:
     from registry.records import EvaluationRecord, GeneratorRecord, TaskSummary, VectorRecord
     from registry.store import Store
-
-
-@dataclass(frozen=True)
-class ExportRequest:
-    """What to export."""
-
-    file: Path
-    names: Sequence[str] = ()
-    base_model: str | None = None
-    force: bool = False
 
 
 @dataclass(frozen=True)
@@ -64,13 +54,31 @@ class _Choice:
     left_out: tuple[str, ...]
 
 
-def export_bundle(context: Context, request: ExportRequest) -> ExportReport:
-    """Write a bundle. Every byte is checked as it is read; the file appears complete or not at all."""
-    check_absent(request.file, force=request.force)
+@use_case
+def export_bundle(
+    context: Context, file: str | Path, tasks: Sequence[str] = (), *, base_model: str | None = None, force: bool = False
+) -> ExportReport:
+    """Write the generator and the codes of some tasks into one file; `icmlora.Bundle` reads it without a store.
+
+    A bundle has no originals, no residuals and no texts. The same store gives the same bytes.
+
+    Args:
+        context: The store.
+        file: The bundle to write.
+        tasks: Names of tasks; by default all that have a code.
+        base_model: Only tasks of this base model. Needed if the tasks have several.
+        force: Replace a file that exists.
+
+    Raises:
+        DataError: A named task has no code, or the tasks have several base models.
+        OutputExists: The file exists and `force` is not given.
+    """
+    path = Path(file)
+    check_absent(path, force=force)
     with context.open(read_only=True) as store:
-        choice = _choose(store, request)
+        choice = _choose(store, tasks, base_model)
         choice, damaged = _readable(store, choice)
-        if damaged and (request.names or not choice.rows):
+        if damaged and (tasks or not choice.rows):
             name, reason = next(iter(damaged.items()))
             hint = "`icm verify --repair` moves damaged files aside; name the other tasks to export those only"
             raise CodeError(f"task {name!r} cannot be exported: {reason}", hint=hint)
@@ -78,21 +86,19 @@ def export_bundle(context: Context, request: ExportRequest) -> ExportReport:
         # From here on the export keeps to the codes in the index, whatever other processes encode.
         codes = {task.code: task.name for task in index.tasks}
         made_by = {version.digest for version in versions_of(store.blobs.read(choice.generator.blob))}
-        parts = write_bundle(
-            request.file, index, lambda digest: _read_part(store, digest, codes, made_by), force=request.force
-        )
+        parts = write_bundle(path, index, lambda digest: _read_part(store, digest, codes, made_by), force=force)
         for done, part in enumerate(parts, 1):
             context.progress(done, len(index.parts), codes.get(part.digest, ""))
     without = tuple(row.task.name for row in choice.rows if row.code is not None and row.code.residual is not None)
     size = bundle_size(index)
-    return ExportReport(request.file, bundle_digest(index), size, index, choice.left_out, without, damaged)
+    return ExportReport(path, bundle_digest(index), size, index, choice.left_out, without, damaged)
 
 
-def _choose(store: Store, request: ExportRequest) -> _Choice:
+def _choose(store: Store, tasks: Sequence[str], base_model: str | None) -> _Choice:
     """Find the tasks to export and the one generator that all their codes belong to."""
-    named = {store.tasks.get(name).name for name in request.names}
+    named = {store.tasks.get(name).name for name in tasks}
     rows = [row for row in store.tasks.summaries() if not named or row.task.name in named]
-    base_model = base_name(store, request.base_model)
+    base_model = base_name(store, base_model)
     check_base_model(base_model, {row.task.base_model for row in rows}, named=bool(named))
     rows = [row for row in rows if base_model in (None, row.task.base_model)]
     coded = [row for row in rows if row.code is not None]

@@ -16,18 +16,18 @@ from icmlora.adapter.module_groups import blocks_of
 from icmlora.bundle.file import open_bundle
 from icmlora.errors import BundleError
 from icmlora.fleet.bundles.bundles import claim_of, find_task, open_generator
-from icmlora.fleet.context import Context
+from icmlora.fleet.context import Context, use_case
 from icmlora.formats.catalogue import format_named
-from icmlora.formats.format import Template
+from icmlora.formats.format import Template, check_companions
 from icmlora.formats.peft.config import AdapterConfig
 from icmlora.formats.peft.initial import converted_form
 from icmlora.formats.peft.peft import PEFT
 from icmlora.generator.code import generator_of
 from icmlora.task_vectors.file import arrays_from_bytes
 from registry.errors import StoreNotFound
+from registry.names import bundle_source
 from registry.records import Extra, NewAdapter, NewGenerator, NewVector
 from registry.tables.bundles import BundleImport, ImportedTask, ImportOutcome
-from registry.to_records import bundle_source
 
 if TYPE_CHECKING:
     from icmlora.bundle.file import BundleFile
@@ -35,16 +35,6 @@ if TYPE_CHECKING:
     from registry.store import Store
 
 _BATCH_BYTES = 64 << 20
-
-
-@dataclass(frozen=True)
-class ImportRequest:
-    """What to import."""
-
-    file: Path
-    names: Sequence[str] = ()
-    on_conflict: Literal["skip", "fail"] = "fail"
-    dry_run: bool = False
 
 
 @dataclass(frozen=True)
@@ -56,22 +46,43 @@ class ImportReport:
     tasks: tuple[ImportOutcome, ...]  # what became of each task: `added`, `encoded`, `known` or `skipped`
 
 
-def import_bundle(context: Context, request: ImportRequest) -> ImportReport:
-    """Record the tasks of a bundle with their codes, creating the store if necessary."""
-    with open_bundle(request.file) as bundle:
+@use_case
+def import_bundle(
+    context: Context,
+    file: str | Path,
+    tasks: Sequence[str] = (),
+    *,
+    on_conflict: Literal["skip", "fail"] = "fail",
+    dry_run: bool = False,
+) -> ImportReport:
+    """Take the generator, codes and tasks of a bundle into the store, which is created if necessary.
+
+    Args:
+        context: The store.
+        file: The bundle.
+        tasks: Tasks of the bundle; all by default.
+        on_conflict: If the store has a task of that name with another adapter or code: `skip` or `fail`.
+        dry_run: Check everything and report what would change, but write nothing.
+
+    Raises:
+        BundleError: The bundle is damaged, cut short, or of another format.
+        GeneratorConflict: The store uses another generator for this base model.
+        TaskConflict: A task has another adapter or code in the store, and `on_conflict` is `fail`.
+    """
+    with open_bundle(Path(file)) as bundle:
         index = bundle.index
-        names = {find_task(index, name).name for name in request.names}
-        tasks = [task for task in index.tasks if not names or task.name in names]
+        names = {find_task(index, name).name for name in tasks}
+        wanted = [task for task in index.tasks if not names or task.name in names]
         context.progress(0, None, "checking")
         bundle.check()
-        _check_parts(bundle, tasks)
-        arrival = _arrival(bundle, tasks, request)
-        if request.dry_run:
+        _check_parts(bundle, wanted)
+        arrival = _arrival(bundle, wanted, on_conflict)
+        if dry_run:
             return ImportReport(index, bundle.digest, tuple(_plan(context, arrival)))
         with context.open(create=True) as store:
             planned = store.bundles.plan(arrival)
             new = {outcome.name.lower() for outcome in planned if outcome.status in ("added", "encoded")}
-            _put(context, store, bundle, [task for task in tasks if task.name.lower() in new])
+            _put(context, store, bundle, [task for task in wanted if task.name.lower() in new])
             # `add` decides again under the write lock, since another process may have changed a task in the meantime.
             outcomes = store.bundles.add(arrival) if new else planned
     return ImportReport(index, bundle.digest, tuple(outcomes))
@@ -87,7 +98,9 @@ def _check_parts(bundle: BundleFile, tasks: Sequence[BundledTask]) -> None:
             raise BundleError(f"the code of {task.name!r} belongs to another generator")
         # It may name a mirror of the base model.
         config = bundle.read(task.config)
-        format_named(task.format).read_config(config)
+        known = format_named(task.format)
+        known.read_config(config)
+        check_companions(known, task.files)
         if task.format == PEFT.name:
             AdapterConfig.parse(converted_form(Template(config, task.layout, task.dtype, task.template)).config)
 
@@ -114,12 +127,12 @@ def _put(context: Context, store: Store, bundle: BundleFile, tasks: Sequence[Bun
             context.progress(done, len(digests))
 
 
-def _arrival(bundle: BundleFile, tasks: Sequence[BundledTask], request: ImportRequest) -> BundleImport:
+def _arrival(bundle: BundleFile, tasks: Sequence[BundledTask], on_conflict: Literal["skip", "fail"]) -> BundleImport:
     index = bundle.index
     generator = NewGenerator(index.base_model, index.generator.blob, index.generator.config, index.generator.metrics)
     source = bundle_source(bundle.digest)
     arriving = [_arriving(task, source, index.sizes, _vectors(bundle, task)) for task in tasks]
-    return BundleImport(generator, index.generator.version, arriving, request.on_conflict)
+    return BundleImport(generator, index.generator.version, arriving, on_conflict)
 
 
 def _vectors(bundle: BundleFile, task: BundledTask) -> list[NewVector]:

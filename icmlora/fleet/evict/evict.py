@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from itertools import groupby
+from itertools import chain, groupby
 from typing import TYPE_CHECKING
 
 from icmlora.errors import Cancelled, IcmLoraError
@@ -30,6 +30,7 @@ from icmlora.fleet.resources.decoding import StoredDecoder
 from icmlora.fleet.resources.loading import Models
 from icmlora.fleet.resources.workers import check_place, open_workers
 from icmlora.formats.format import AdapterBytes
+from icmlora.io.second_process import in_two_processes
 from icmlora.io.text import counted
 from registry.errors import DamagedStore, LastCopy, StoreIOError, TaskNotFound
 from registry.records import (
@@ -43,7 +44,7 @@ from registry.records import (
 if TYPE_CHECKING:
     from registry.store import Store
 
-_READ_TOGETHER = 64
+_READ_TOGETHER = 32
 """Tasks whose rows are read at once."""
 
 
@@ -127,8 +128,12 @@ class _Checker:
         """Check tasks of one base model; the rows of many are read at once, which takes a fraction of the time."""
         # A deletion lets others change what was read before it.
         size = _READ_TOGETHER if self._request.dry_run else 1
-        for at in range(0, len(tasks), size):
-            yield from self._together(tasks[at : at + size])
+        parts = [tasks[at : at + size] for at in range(1, len(tasks), size)]
+        yield from self._together(tasks[:1])  # it opens the generator for all
+        if self._request.dry_run and self._request.min_gain is None:
+            yield from in_two_processes(self._together, parts)
+        else:  # a base model that measures gains is in memory once
+            yield from chain.from_iterable(map(self._together, parts))
 
     def _together(self, tasks: Sequence[TaskRecord]) -> Iterator[tuple[TaskRecord, TaskEvicted | _Evictable]]:
         names, generator = [task.name for task in tasks], self._generator(tasks[0].base_model)

@@ -38,7 +38,7 @@ from icmlora.io.files import HashedFile, hash_regular
 from icmlora.io.safetensors import read_header
 from icmlora.io.staging import writing_file
 from registry.errors import RegistryError
-from registry.files import failpoint, fsync_dir, unlink
+from registry.files import failpoint, fsync_dir, is_full, unlink
 from registry.names import is_file_name, source_label
 from registry.records import AdapterRecord, CodeRecord, GeneratorRecord
 from registry.storage.blobs.content import digest_of
@@ -59,6 +59,7 @@ class FolderReplaced:
     status: FolderStatus
     freed: int = 0  # bytes; a file that has another name elsewhere frees nothing
     reason: str | None = None
+    is_full: bool = False  # whether the reason is that the disk is full
 
 
 _WRITE_BITS = stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH
@@ -118,7 +119,9 @@ class Placeholders:
         except (IcmLoraError, RegistryError) as error:
             return FolderReplaced(row.source, "left", reason=error.message)
         except OSError as error:
-            return FolderReplaced(row.source, "left", reason=f"it cannot be changed: {error.strerror or error}")
+            return FolderReplaced(
+                row.source, "left", reason=f"it cannot be changed: {error.strerror or error}", is_full=is_full(error)
+            )
 
     def has_left(self, row: AdapterRecord) -> bool:
         """Say whether a placeholder of this adapter is in its folder."""

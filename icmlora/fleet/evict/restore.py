@@ -11,7 +11,6 @@ leaves the placeholder in place, and the same call goes on.
 
 from __future__ import annotations
 
-import errno
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -40,7 +39,7 @@ from icmlora.io.files import hash_regular, read_regular
 from icmlora.io.safetensors import MAX_FILE_BYTES
 from icmlora.io.staging import write_files
 from registry.errors import IcmError, RegistryError, StoreNotFound
-from registry.files import failpoint, fsync_dir, unlink
+from registry.files import failpoint, fsync_dir, is_full, unlink
 from registry.names import source_label
 from registry.records import AdapterRecord, CodeRecord, GeneratorRecord, WithRelativeError
 from registry.storage.blobs.content import digest_of
@@ -145,7 +144,7 @@ def restore(context: Context, request: RestoreRequest) -> RestoreReport:
                         tell(done)
                 context.progress(len(readable), len(readable))
     if errors and not report.restored:
-        full = [error for error in errors if _is_full(error)]
+        full = [error for error in errors if is_full(error)]
         if full or len(errors) == 1:
             raise (full or errors)[0]
         raise DataError(f"nothing was restored: all {len(errors)} placeholders were refused")
@@ -176,17 +175,13 @@ def _content(found: FoundPlaceholder) -> Placeholder:
     return found.content
 
 
-def _is_full(error: Exception) -> bool:
-    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-
-
 def _refused(error: Exception, path: str, task: str | None) -> AdapterRestored:
     if isinstance(error, IcmError):
         failed = TaskFailed.of(task or "", error)
         return AdapterRestored(path, task, "refused", kind=failed.kind, reason=failed.message, hint=failed.hint)
     if isinstance(error, OSError):
         reason = f"it cannot be written: {error.strerror or error}"
-        if _is_full(error):
+        if is_full(error):
             hint = "free some space, then run the same command again"
             return AdapterRestored(path, task, "refused", kind=NO_SPACE, reason=reason, hint=hint)
         return AdapterRestored(path, task, "refused", kind="cannot_write", reason=reason)

@@ -176,6 +176,11 @@ class EvictReport:
         return [folder for folder in self.folders if folder.status in ("replaced", "would_replace")]
 
     @property
+    def is_full(self) -> bool:
+        """Whether a folder was left as it was because the disk is full."""
+        return any(folder.is_full for folder in self.folders)
+
+    @property
     def freed(self) -> int:
         """All bytes that were freed in the store, or would be."""
         return sum(task.freed for task in self.tasks)

@@ -30,7 +30,7 @@ from icmlora.errors import DataError, NotCovered
 from icmlora.fewshot.adapt import adapt, supports
 from icmlora.fewshot.finetune import FinetuneConfig, finetune
 from icmlora.fewshot.start import FewShotStart
-from icmlora.fleet.context import Context, base_name, has_loaders
+from icmlora.fleet.context import Context, base_name, has_loaders, use_case
 from icmlora.fleet.encode.search import Refiner
 from icmlora.fleet.few_shot.train import SAMPLE_TOKENS, read_few_shot_start
 from icmlora.fleet.resources.loading import open_base
@@ -40,6 +40,7 @@ from icmlora.fleet.write.cards import GeneratedCard
 from icmlora.formats.discovery.folder import save_adapter
 from icmlora.formats.peft.peft import CARD_NAME, CONFIG_NAME, PEFT, WEIGHTS_NAME
 from icmlora.generator.encoding import Encoded
+from icmlora.generator.limits import Limits
 from icmlora.generator.versions import GeneratorFile
 from icmlora.io.devices import gradient_dtype, resolve_device, texts_at_once
 from icmlora.io.staging import check_free
@@ -57,24 +58,6 @@ if TYPE_CHECKING:
 
 # A generated adapter has few directions that matter: finer rounding without refinement is larger and worse.
 _CODE_TOLERANCE = 0.7
-
-
-@dataclass(frozen=True)
-class GenerateRequest:
-    """What to generate, and where to write it."""
-
-    name: str
-    samples: Path
-    directory: Path
-    count: int = 64
-    description: str | None = None
-    refine: int = 0
-    rank: int | None = None
-    base_model: str | None = None
-    device: str = "auto"
-    dtype: str = "bfloat16"
-    register: bool = False
-    force: bool = False
 
 
 @dataclass(frozen=True)
@@ -108,43 +91,91 @@ class Generated(_Facts):
         return relative_error(self.code_squared_error)
 
 
-def generate(context: Context, request: GenerateRequest) -> Generated:
-    """Generate an adapter for a new task. The folder appears complete or not at all; then the task is registered."""
-    device = resolve_device(request.device)
-    check_name(request.name)
-    check_free(request.directory, force=request.force)
+@use_case
+def generate(
+    context: Context,
+    name: str,
+    samples: str | Path,
+    directory: str | Path,
+    *,
+    count: int = 64,
+    description: str | None = None,
+    refine: int = 0,
+    rank: int | None = None,
+    base_model: str | None = None,
+    device: str = "auto",
+    dtype: str = "bfloat16",
+    register: bool = False,
+    force: bool = False,
+) -> Generated:
+    """Generate an adapter for a new task from a few samples of it, and write it as a PEFT folder.
+
+    The quality of the adapter is not known: measure it on other text of the task. Needs the base model, and a
+    generator with a few-shot start (`train_few_shot`).
+
+    Args:
+        context: The store.
+        name: Name of the new task.
+        samples: File of JSON lines with "text", or with "prompt" and "completion".
+        directory: The folder to write.
+        count: Number of samples to read, spread over the file.
+        description: A sentence for the model card.
+        refine: Gradient steps on the samples after generating.
+        rank: Rank to write; by default the largest that a code can have.
+        base_model: Which base model; needed only if several have a few-shot start.
+        device: Where to compute.
+        dtype: Number format of the weights: `bfloat16`, `float16` or `float32`.
+        register: Also keep the task in the store, by a code and its task vectors; weights are not stored.
+        force: Replace the folder if it is not empty.
+
+    Returns:
+        What was written, its loss on the samples, and the nearest known tasks.
+
+    Raises:
+        DataError: The samples cannot be used, or no generator has a few-shot start.
+        OutputExists: The folder is not empty and `force` is not given.
+        TaskConflict: The task is to be registered, and its name is taken.
+        NotCovered: The task is to be registered, and no code can have the rank.
+    """
+    chosen = resolve_device(device)
+    path, folder = Path(samples), Path(directory)
+    check_name(name)
+    check_free(folder, force=force)
     with context.open() as store:
-        data = read_examples(request.samples)
-        check_examples(data, path=request.samples, any_row=has_loaders(store))  # before a model is loaded
-        if request.register:
-            _refuse_known(store, request.name)
-        generator = _generator_with_start(store, request.base_model)
+        data = read_examples(path)
+        check_examples(data, path=path, any_row=has_loaders(store))  # before a model is loaded
+        if register:
+            _refuse_known(store, name)
+        generator = _generator_with_start(store, base_model)
         file = GeneratorFile(store.blobs.read(generator.blob))
         start = read_few_shot_start(store, generator, file)
-        rank = _rank(file, start, request)
+        most = max(file.configs[number].slots for number in file.covering(start.adapter.layout))
+        if register and rank is not None and rank > most:
+            fact = f"codes of this generator have at most rank {most}, and rank {rank} was requested"
+            raise NotCovered(fact, hint=f"use --rank {most}, or leave out --register to write the folder only")
         context.progress(0, None, f"loading {generator.base_model}")
-        base, found, vectors = _load_base(context, store, generator.base_model, device, data, request)
-        examples = found.items
-        samples = base.modality.prepare(base, examples, SAMPLE_TOKENS)
-        adapter = _adapted(context, base, start, samples, rank, request.refine)
+        base, found, vectors = _load_base(context, store, generator.base_model, chosen, data, path, count)
+        prepared = base.modality.prepare(base, found.items, SAMPLE_TOKENS)
+        adapter = _adapted(context, base, start, prepared, rank or most, refine)
         facts = _Facts(
-            samples=len(examples),
-            reaching=sum(sample.size == SAMPLE_TOKENS for sample in samples),
-            base_nats=_nats(base, None, examples),
-            nats=_nats(base, adapter, examples),
+            samples=len(found.items),
+            reaching=sum(sample.size == SAMPLE_TOKENS for sample in prepared),
+            base_nats=_nats(base, None, found.items),
+            nats=_nats(base, adapter, found.items),
             known=_familiarity(store, generator, vectors),
             rank=max(shape.rank for shape in adapter.layout),
             precision=base.dtype,
         )
-        code = _encode(context, file, adapter, vectors, base, examples) if request.register else None
+        code = _encode(context, file, adapter, vectors, base, found.items) if register else None
         context.progress(0, None, "writing the adapter")  # the last moment to stop: then the folder, then the task
-        weights = _write(adapter, generator, facts.samples, request)
+        card = GeneratedCard(name, generator.base_model, generator, facts.samples, refine, description)
+        weights = _write(adapter, card, folder, dtype, force=force)
         if code is not None:
-            _register(store, generator, request, vectors, code)
+            _register(store, generator, name, folder, vectors, code)
     return Generated(
         **vars(facts),
-        task=request.name,
-        directory=request.directory,
+        task=name,
+        directory=folder,
         base_model=generator.base_model,
         generator=generator.blob,
         weights=weights,
@@ -181,21 +212,12 @@ def _generator_with_start(store: Store, base_model: str | None) -> GeneratorReco
     return found[0]
 
 
-def _rank(file: GeneratorFile, start: FewShotStart, request: GenerateRequest) -> int:
-    """Return the rank to write: as requested, else the largest that a code of these modules can have."""
-    most = max(file.configs[number].slots for number in file.covering(start.adapter.layout))
-    if request.register and request.rank is not None and request.rank > most:
-        fact = f"codes of this generator have at most rank {most}, and rank {request.rank} was requested"
-        raise NotCovered(fact, hint=f"use --rank {most}, or leave out --register to write the folder only")
-    return most if request.rank is None else request.rank
-
-
 def _load_base(
-    context: Context, store: Store, label: str, device: torch.device, data: bytes, request: GenerateRequest
+    context: Context, store: Store, label: str, device: torch.device, data: bytes, path: Path, most: int
 ) -> tuple[BaseModel, Examples, tuple[TaskVector, ...]]:
     """Load the base model, and extract context vectors in the precision in which those of all tasks are extracted."""
     base = open_base(store, label, device, VECTOR_DTYPE, cache=context.cache)
-    examples = examples_for(base, data, path=request.samples, most=request.count)
+    examples = examples_for(base, data, path=path, most=most)
     vectors = extract_context(base, examples.items, template=examples.template)
     if base.load_in is None and gradient_dtype(device) is not VECTOR_DTYPE:
         del base  # a device may have no room for two copies
@@ -239,13 +261,11 @@ def _mean(vectors: Sequence[TaskVector]) -> torch.Tensor:
     return torch.stack([vector.values for vector in vectors]).mean(dim=0)
 
 
-def _write(adapter: Adapter, generator: GeneratorRecord, samples: int, request: GenerateRequest) -> str:
+def _write(adapter: Adapter, card: GeneratedCard, folder: Path, dtype: str, *, force: bool) -> str:
     """Write the folder and return the digest of its weights."""
-    card = GeneratedCard(request.name, generator.base_model, generator, samples, request.refine, request.description)
-    folder = request.directory
-    name, revision = split_label(generator.base_model)
+    name, revision = split_label(card.base_model)
     adapter = replace(adapter, base_model=name, revision=revision)
-    save_adapter(adapter, folder, dtype=request.dtype, card=card.text(), metadata=card.metadata(), force=request.force)
+    save_adapter(adapter, folder, dtype=dtype, card=card.text(), metadata=card.metadata(), force=force)
     return hashlib.sha256((folder / WEIGHTS_NAME).read_bytes()).hexdigest()
 
 
@@ -259,16 +279,20 @@ def _encode(
 ) -> Encoded:
     """Encode a generated adapter coarsely, and refine the code on the samples."""
     codec = file.codec_for(adapter.layout)
-    coarse = codec.encode(adapter, {"context": _mean(vectors)}, tolerance=_CODE_TOLERANCE)
+    coarse = codec.encode(adapter, {"context": _mean(vectors)}, limits=Limits(tolerance=_CODE_TOLERANCE))
     refiner = Refiner.of(base, adapter, examples, RefineConfig())
     return refiner.refine(codec, adapter, coarse, lambda note: context.progress(0, None, note))
 
 
 def _register(
-    store: Store, generator: GeneratorRecord, request: GenerateRequest, vectors: Sequence[TaskVector], code: Encoded
+    store: Store,
+    generator: GeneratorRecord,
+    name: str,
+    folder: Path,
+    vectors: Sequence[TaskVector],
+    code: Encoded,
 ) -> None:
     """Record the task of a written folder as if it had been ingested, encoded and evicted."""
-    name, folder = request.name, request.directory
     config, weights = (folder / CONFIG_NAME).read_bytes(), (folder / WEIGHTS_NAME).read_bytes()
     card = store.blobs.put((folder / CARD_NAME).read_bytes())
     summary = PEFT.inspect(config, weights, path=folder)

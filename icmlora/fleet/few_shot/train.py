@@ -47,16 +47,6 @@ _PROBED_SAMPLES, _EPISODE_SAMPLES = 8, 1024  # read of a task: to see whether en
 
 
 @dataclass(frozen=True)
-class FewShotRequest:
-    """The options of the meta-training."""
-
-    device: str = "auto"
-    base_model: str | None = None
-    episodes: int = MetaConfig.episodes
-    seed: int = 0
-
-
-@dataclass(frozen=True)
 class EpisodeDone(Event):
     """One episode is done; `at` has what it measured."""
 
@@ -195,24 +185,39 @@ def read_few_shot_start(store: Store, generator: GeneratorRecord, file: Generato
     return fewshot_start_from_bytes(data, lambda code: file.decoder_of(code).decode(code))
 
 
-def train_few_shot(context: Context, request: FewShotRequest) -> FewShotReport:
-    """Meta-train a few-shot start for the generator of each base model."""
-    device = resolve_device(request.device)
+@use_case
+def train_few_shot(
+    context: Context, *, device: str = "auto", base_model: str | None = None, episodes: int = 48, seed: int = 0
+) -> FewShotReport:
+    """Meta-train the few-shot start that `generate` needs; generators and codes do not change.
+
+    Args:
+        context: The store.
+        device: Where to compute.
+        base_model: Only for the generator of this base model.
+        episodes: Length of the training: in each episode one known task is treated as new.
+        seed: Seed for all random numbers.
+
+    Raises:
+        DataError: A base model has no generator, or fewer than two tasks with samples.
+        BaseModelNotFound: A base model is not on this machine.
+        GeneratorError: The training diverged; nothing changed.
+    """
+    chosen = resolve_device(device)
+    config = MetaConfig(episodes=episodes, seed=seed)
     report = FewShotReport()
     with reporting(report), context.open() as store:
-        labels = base_models_with_tasks(store, request.base_model)
+        labels = base_models_with_tasks(store, base_model)
         for label in labels:
             with one_of_several(context, report, label, labels):
                 with store.job(label):
-                    trained = _train_base(context, store, label, request, device)
+                    trained = _train_base(context, store, label, config, chosen)
                 report.trained.append(trained)
                 context.on_event(trained)
     return report
 
 
-def _train_base(
-    context: Context, store: Store, label: str, request: FewShotRequest, device: torch.device
-) -> FewShotTrained:
+def _train_base(context: Context, store: Store, label: str, config: MetaConfig, device: torch.device) -> FewShotTrained:
     generator = store.generators.current(label)
     if generator is None:
         raise DataError(f"{label} has no generator", hint="`icm train` trains one")
@@ -222,11 +227,11 @@ def _train_base(
     adapters = AllAdapters(store, generator, file, base)
     source = StoreEpisodeSource(adapters, base)
     _refuse_few(label, source.tasks())
-    context.progress(0, request.episodes, "averaging the adapters")
+    context.progress(0, config.episodes, "averaging the adapters")
     start, codec = _encodable(untrained_fewshot_start(adapters), file)
     code = mean_code(start, codec)
     decoded = replace(start, adapter=codec.decode(code))  # what `icm generate` will read
-    trained, losses = _run_episodes(context, base, label, decoded, source, request)
+    trained, losses = _run_episodes(context, base, label, decoded, source, config)
     data = fewshot_start_to_bytes(trained, code)
     blob = store.blobs.put(data)
     store.generators.set_start(generator.id, blob)
@@ -251,10 +256,9 @@ def _run_episodes(
     label: str,
     start: FewShotStart,
     source: StoreEpisodeSource,
-    request: FewShotRequest,
+    config: MetaConfig,
 ) -> tuple[FewShotStart, Sequence[float]]:
     """Train the lengths of the steps, and return the few-shot start with the loss of each episode."""
-    config = MetaConfig(episodes=request.episodes, seed=request.seed)
     losses: list[float] = []
     for at, trained in meta_train(base, start, source, config):
         start = trained

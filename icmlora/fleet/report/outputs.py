@@ -79,36 +79,36 @@ class TaskOutputs:
     errors: Sequence[GroupError] = ()  # of its code by kind of module; empty where original or code are missing
 
 
-@dataclass(frozen=True)
-class OutputsRequest:
-    """Whose answers to show."""
-
-    prompts: Sequence[Prompt | Mapping[str, Any]] | None  # of every task; None for the beginnings of its held-out text
-    max_new_tokens: int
+Given = Sequence["Prompt | Mapping[str, Any]"]
+"""Prompts for every task, instead of the beginnings of its held-out text."""
 
 
-def task_outputs(models: Models, task: TaskRecord, request: OutputsRequest) -> TaskOutputs | Failed | BaseUnavailable:
+def task_outputs(
+    models: Models, task: TaskRecord, given: Given | None, max_new_tokens: int
+) -> TaskOutputs | Failed | BaseUnavailable:
     """Let the sources of a task answer; what is wrong with it is returned, so that others go on."""
     try:
-        return _answered(models, models.base(task.base_model), task, request)
+        return _answered(models, models.base(task.base_model), task, given, max_new_tokens)
     except (BaseModelNotFound, BaseModelUnsuited) as error:
         return BaseUnavailable(error)
     except FAILURES as error:
         return Failed(as_error(error, models.loaded(task.base_model)))
 
 
-def _answered(models: Models, base: BaseModel, task: TaskRecord, request: OutputsRequest) -> TaskOutputs:
-    prompts = _prompts(models.store, base, task, request)
+def _answered(
+    models: Models, base: BaseModel, task: TaskRecord, given: Given | None, max_new_tokens: int
+) -> TaskOutputs:
+    prompts = _prompts(models.store, base, task, given)
     adapters, errors = _adapters(models, task)
     sources: dict[str, RunnableAdapter | None] = {"base model": None, **adapters}
-    texts = {source: _texts(base, adapter, prompts, request.max_new_tokens) for source, adapter in sources.items()}
+    texts = {source: _texts(base, adapter, prompts, max_new_tokens) for source, adapter in sources.items()}
     answers = [_side_by_side(prompt, texts, place) for place, prompt in enumerate(prompts)]
     return TaskOutputs(task.name, answers, errors)
 
 
-def _prompts(store: Store, base: BaseModel, task: TaskRecord, request: OutputsRequest) -> list[Prompt]:
-    if request.prompts is not None:
-        return given_prompts(base, request.prompts, adapter_template(store, task.name))
+def _prompts(store: Store, base: BaseModel, task: TaskRecord, given: Given | None) -> list[Prompt]:
+    if given is not None:
+        return given_prompts(base, given, adapter_template(store, task.name))
     if task.eval_data is None:
         raise DataError("it has no held-out text to take prompts from", hint="name a file with --prompts")
     found = prompts_of(own_text(store, task, base).examples, PROMPTS)

@@ -15,15 +15,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from icmlora.errors import DataError, IcmLoraError
-from icmlora.fleet.context import Context, TaskFailed
-from icmlora.fleet.failures import BaseModelLeftOut, BaseUnavailable, Failed, Sieve
+from icmlora.fleet.context import Context, TaskFailed, use_case
+from icmlora.fleet.failures import BaseModelLeftOut, BaseUnavailable, Failed, FailureLog
 from icmlora.fleet.map.map import map_of
 from icmlora.fleet.map.picture import draw_map
 from icmlora.fleet.report.facts import facts_of
 from icmlora.fleet.report.page import Map, Page, render
 from icmlora.fleet.report.rate_picture import Quality, rate_picture
 from icmlora.fleet.report.task_table import task_table
-from icmlora.fleet.stats.stats import bill_of
+from icmlora.fleet.stats.stats import bill_of, sound_tasks
 from icmlora.formats.catalogue import format_named
 from icmlora.io.staging import check_absent, writing_file
 from registry.errors import DamagedStore
@@ -38,21 +38,6 @@ if TYPE_CHECKING:
 
 MOST_MAPPED = 1000
 """Tasks of a base model that are drawn on a map: its time and memory grow with their square."""
-
-
-@dataclass(frozen=True)
-class ReportRequest:
-    """What to write, and where."""
-
-    file: Path
-    outputs: Sequence[str] = ()  # tasks whose outputs are shown
-    prompts: Path | None = None
-    max_new_tokens: int = 40
-    steps: int = 20  # of denoising, for each picture of an image task
-    seeds: int = 2  # pictures of each prompt
-    image_size: int | None = None  # width and height of a picture; None for what the pipeline draws by default
-    device: str = "auto"
-    force: bool = False
 
 
 @dataclass
@@ -88,41 +73,88 @@ class ReportSummary:
         return failed | {task: entry.reason for entry in self.left_out for task in entry.tasks}
 
 
-def write_report(context: Context, request: ReportRequest) -> ReportSummary:
-    """Write the page, completely or not at all. The same store and request give the same bytes."""
-    check_absent(request.file, force=request.force)
-    if request.prompts is not None and not request.outputs:
+@use_case
+def write_report(
+    context: Context,
+    file: str | Path,
+    *,
+    outputs: Sequence[str] = (),
+    prompts: str | Path | None = None,
+    max_new_tokens: int = 40,
+    steps: int = 20,
+    seeds: int = 2,
+    image_size: int | None = None,
+    device: str = "auto",
+    force: bool = False,
+) -> ReportSummary:
+    """Write the store as one HTML page that needs no network. It appears complete or not at all.
+
+    Args:
+        context: The store.
+        file: The page to write.
+        outputs: Tasks of which to show what base model, original and code write, or draw with a diffusers
+            pipeline. Needs the base model.
+        prompts: File of prompts for them, one a line or as JSON lines; by default the beginnings of each task's own
+            held-out text, or the trigger words and tags in the header of an image adapter.
+        max_new_tokens: Most tokens that are written for a prompt.
+        steps: Steps of denoising for a picture.
+        seeds: Pictures of each prompt.
+        image_size: Width and height of a picture in pixels; by default what the pipeline draws.
+        device: Where to compute outputs.
+        force: Replace a file that exists.
+
+    Returns:
+        What is on the page; its `pictures` have the distances of image tasks, and its `failed` and `left_out` name
+        chosen tasks without outputs, and why.
+
+    Raises:
+        OutputExists: The file exists and `force` is not given.
+        DataError: The prompts cannot be used, or the only chosen task has no outputs.
+        BaseModelNotFound: None of the base models of the chosen tasks is on this machine.
+    """
+    page_file, prompts_file = Path(file), None if prompts is None else Path(prompts)
+    check_absent(page_file, force=force)
+    if prompts_file is not None and not outputs:
         raise DataError("prompts are for the outputs of tasks, and none was chosen", hint="name tasks with --outputs")
-    _check_numbers(request)
-    report = ReportSummary(request.file)
+    numbers = {"--max-new-tokens": max_new_tokens, "--steps": steps, "--seeds": seeds, "--image-size": image_size}
+    for option, number in numbers.items():
+        if number is not None and number < 1:
+            raise DataError(f"{option} must be at least 1")
+    report = ReportSummary(page_file)
     with context.open(read_only=True) as store:
-        chosen = list({task.name: task for task in map(store.tasks.get, request.outputs)}.values())
-        outputs = _outputs(context, store, chosen, request, report) if chosen else []
-        page = _page(store, outputs, report.failures)
-    report.tasks, report.outputs = len(page.table.rows), [found.task for found in outputs]
+        chosen = list({task.name: task for task in map(store.tasks.get, outputs)}.values())
+        made = (
+            _outputs(
+                context,
+                store,
+                chosen,
+                report,
+                prompts=prompts_file,
+                max_new_tokens=max_new_tokens,
+                drawing=(steps, seeds, image_size),
+                device=device,
+            )
+            if chosen
+            else []
+        )
+        page = _page(store, made, report.failures)
+    report.tasks, report.outputs = len(page.table.rows), [found.task for found in made]
     report.maps = [found.base_model for found in page.maps if found.svg is not None]
     report.quality = None if page.rate is None else page.rate.quality
-    with writing_file(request.file, force=request.force) as stream:
+    with writing_file(page_file, force=force) as stream:
         for piece in render(page):
             report.size += stream.write(piece)
     return report
 
 
-def _check_numbers(request: ReportRequest) -> None:
-    numbers = {"tokens": request.max_new_tokens, "steps": request.steps, "seeds": request.seeds}
-    for name, number in (numbers | {"pixels": 1 if request.image_size is None else request.image_size}).items():
-        if number < 1:
-            raise DataError(f"{number} {name} are no output", hint="use 1 or more")
-
-
 def _page(store: Store, outputs: Sequence[TaskOutputs | TaskPictures], failures: Mapping[str, str]) -> Page:
     """Read everything else that is on the page."""
-    rows = list(store.tasks.summaries())
+    rows, has_wrong_rows = sound_tasks(store)
     by_base: defaultdict[str, list[TaskSummary]] = defaultdict(list)
     for row in rows:
         by_base[row.task.base_model].append(row)
     maps = {label: _map(store, label, by_base[label]) for label in sorted(by_base)}
-    return assembled(rows, bill_of(store, rows), maps, outputs, failures)
+    return assembled(rows, bill_of(store, rows, has_wrong_rows), maps, outputs, failures)
 
 
 def assembled(
@@ -176,22 +208,29 @@ def _drawn(base_model: str, found: MapReport | str, numbers: Mapping[str, int]) 
 
 
 def _outputs(
-    context: Context, store: Store, tasks: Sequence[TaskRecord], request: ReportRequest, report: ReportSummary
+    context: Context,
+    store: Store,
+    tasks: Sequence[TaskRecord],
+    report: ReportSummary,
+    *,
+    prompts: Path | None,
+    max_new_tokens: int,
+    drawing: tuple[int, int, int | None],
+    device: str,
 ) -> list[TaskOutputs | TaskPictures]:
     """Let the sources of the chosen tasks answer or draw; what is wrong with one of them is noted in the report."""
     from icmlora.base_models.examples.prompts import read_prompts
     from icmlora.base_models.running.pipeline import Drawing
-    from icmlora.fleet.report.outputs import OutputsRequest, task_outputs
+    from icmlora.fleet.report.outputs import task_outputs
     from icmlora.fleet.report.pictures import Studio, TaskPictures
     from icmlora.fleet.resources.loading import Models
     from icmlora.io.devices import resolve_device
 
-    prompts = None if request.prompts is None else read_prompts(request.prompts.read_bytes(), request.prompts)
-    wanted = OutputsRequest(prompts, request.max_new_tokens)
+    given = None if prompts is None else read_prompts(prompts.read_bytes(), prompts)
     # The store is only read, so what is learned of a base model is forgotten again.
-    models = Models(store, resolve_device(request.device), context.cache, on_facts=lambda facts: None)
-    studio = Studio(models, prompts, Drawing(request.steps, request.seeds, request.image_size))
-    sieve, found = Sieve(context, report, len(tasks)), dict[str, "TaskOutputs | TaskPictures"]()
+    models = Models(store, resolve_device(device), context.cache, on_facts=lambda facts: None)
+    studio = Studio(models, given, Drawing(*drawing))
+    failures, found = FailureLog(context, report, len(tasks)), dict[str, "TaskOutputs | TaskPictures"]()
 
     def answered(
         some: Iterable[TaskRecord],
@@ -199,15 +238,17 @@ def _outputs(
         for task in some:
             context.progress(len(found), len(tasks), task.name)
             is_for_images = format_named(store.tasks.final(task.name).format).is_for_images
-            made = studio.draw(task) if is_for_images else task_outputs(models, task, wanted)
+            made = studio.draw(task) if is_for_images else task_outputs(models, task, given, max_new_tokens)
             yield task, made
 
     by_base = groupby(sorted(tasks, key=lambda task: task.base_model), key=lambda task: task.base_model)
     bases = 0
     for base_model, of_base in by_base:
         bases += 1
-        results: Iterator[tuple[TaskRecord, TaskOutputs | TaskPictures]] = sieve.results(base_model, answered(of_base))
+        results: Iterator[tuple[TaskRecord, TaskOutputs | TaskPictures]] = failures.results(
+            base_model, answered(of_base)
+        )
         found |= {task.name: made for task, made in results}
-    sieve.check(bases)
+    failures.check(bases)
     report.pictures = [made for made in found.values() if isinstance(made, TaskPictures)]
     return [found[task.name] for task in tasks if task.name in found]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from icmlora.adapter.layout import ModuleShape
-from icmlora.adapter.metrics import module_norms
+from icmlora.adapter.metrics import module_norms, total_norm
 from icmlora.adapter.model import Adapter
 from icmlora.errors import AdapterRefused
 from icmlora.fleet.failures import FAILURES, as_error
@@ -209,12 +209,14 @@ def _is_checkpoint(row: AdapterRecord) -> bool:
     return not (row.is_final or row.is_evicted or row.original_only or _too_wide(row))
 
 
-def refuse_large(adapter: Adapter) -> None:
-    """Refuse an adapter that no network could be trained on together with others: its training diverged."""
-    for name, norm in module_norms(adapter).items():
+def refuse_large(adapter: Adapter) -> float:
+    """Return the norm of dW; refuse an adapter whose training diverged, with which no network could be trained."""
+    norms = module_norms(adapter)
+    for name, norm in norms.items():
         if not norm <= _LARGEST:  # nor NaN
             fact = f"its training diverged: dW of {escape(name, 200)} has the size {norm:.0e}"
             raise AdapterRefused(fact, kind="overflow")
+    return total_norm(norms)
 
 
 def _too_wide(row: AdapterRecord) -> str | None:

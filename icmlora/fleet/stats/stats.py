@@ -5,14 +5,13 @@ Sizes are those of the files. A blob that several rows share counts once in the 
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from icmlora.fleet.context import Context, use_case
 from icmlora.fleet.stats.bill import BaseModelBill, Bill, TaskBill
-from registry.records import EvaluationRecord, GeneratorRecord, TaskSummary
+from registry.records import GeneratorRecord, TaskSummary
 from registry.tables.evaluations import latest
 
 if TYPE_CHECKING:
@@ -48,13 +47,19 @@ def stats(context: Context, *, plot: str | Path | None = None, force: bool = Fal
 def bill(context: Context) -> Bill:
     """Count everything. Reads rows and file sizes, but no file's content."""
     with context.open(read_only=True) as store:
-        return bill_of(store, list(store.tasks.summaries()))
+        return bill_of(store, *sound_tasks(store))
 
 
-def bill_of(store: Store, rows: Sequence[TaskSummary]) -> Bill:
-    """Count everything in an open store, of which `rows` are all tasks."""
+def sound_tasks(store: Store) -> tuple[list[TaskSummary], bool]:
+    """Tell of wrong rows; return the tasks whose figures depend on none, and whether there are any."""
+    wrong = store.tasks.wrong_rows()
+    return list(store.tasks.summaries(without=set[int]().union(*wrong.values()))), bool(wrong)
+
+
+def bill_of(store: Store, rows: Sequence[TaskSummary], has_wrong_rows: bool) -> Bill:
+    """Count everything in an open store, of which `rows` are all tasks whose figures depend on no wrong row."""
     labels = sorted({row.task.base_model for row in rows})
-    per_task = _TaskBills(store)
+    per_task = _TaskBills(store, [row.task.name for row in rows])
     fleets = []
     for label in labels:
         generator = store.generators.current(label)
@@ -63,31 +68,26 @@ def bill_of(store: Store, rows: Sequence[TaskSummary]) -> Bill:
             extra.blob: extra.packed_size for row in rows if row.task.base_model == label for extra in row.final.extras
         }
         fleets.append(BaseModelBill(label, generator, tasks, sum(extras.values())))
-    return Bill(store.usage(), tuple(fleets))
+    return Bill(store.usage(has_wrong_rows=has_wrong_rows), tuple(fleets))
 
 
 class _TaskBills:
     """Makes the bill of each task from rows that are read once: a query for each of a thousand tasks takes seconds."""
 
-    def __init__(self, store: Store) -> None:
-        self._vectors: defaultdict[str, set[str]] = defaultdict(set)
-        self._evaluations: defaultdict[str, list[EvaluationRecord]] = defaultdict(list)
-        for vector in store.vectors.all():
-            self._vectors[vector.task].add(vector.blob)
-        for evaluation in store.evaluations.all():
-            self._evaluations[evaluation.task].append(evaluation)
+    def __init__(self, store: Store, tasks: Sequence[str]) -> None:
+        self._vectors, self._evaluations = store.vectors.of(tasks), store.evaluations.of(tasks)
         self._size = store.blobs.size
 
     def of(self, row: TaskSummary, generator: GeneratorRecord | None) -> TaskBill:
         code, measured = row.code, None
         if code is not None and generator is not None:
-            measured = latest(self._evaluations[row.task.name], row.task, code.rung, generator)
+            measured = latest(self._evaluations.get(row.task.name, ()), row.task, code.rung, generator)
         return TaskBill(
             task=row.task.name,
             bf16_size=_BF16 * row.final.parameters
             + sum(extra.size for extra in row.final.extras if extra.file is None),
             original_size=row.final.stored_bytes,
-            vectors_size=sum(map(self._size, self._vectors[row.task.name])),
+            vectors_size=sum(map(self._size, {vector.blob for vector in self._vectors.get(row.task.name, ())})),
             code_size=None if code is None else code.size,
             residual_size=None if code is None or code.residual is None else code.residual.size,
             rung=None if code is None else code.rung,

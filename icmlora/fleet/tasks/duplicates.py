@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from icmlora.adapter.metrics import distance, dw_norm
+from icmlora.adapter.metrics import distance
 from icmlora.adapter.model import Adapter
 from icmlora.adapter.sketch import SKETCH_SIZE, near_pairs, sketch
 from icmlora.errors import DataError
-from icmlora.fleet.context import Context, OpenedGenerator, base_name, check_base_model
+from icmlora.fleet.context import Context, OpenedGenerator, base_name, check_base_model, use_case
 from icmlora.fleet.failures import FAILURES, as_error
 from icmlora.fleet.resources.adapter_source import refuse_large
 from icmlora.fleet.resources.decoding import code_reader
@@ -43,21 +43,12 @@ _IN_MEMORY = 4  # adapters of the pairs that are compared; one may have hundreds
 
 
 @dataclass(frozen=True)
-class DuplicatesRequest:
-    """Which duplicates to look for."""
-
-    tasks: Sequence[str] = ()
-    max_distance: float = MAX_DISTANCE
-    base_model: str | None = None
-
-
-@dataclass(frozen=True)
 class DuplicatePair:
     """A task and another one that its adapter is like.
 
     Attributes:
         task: The task.
-        like: The oldest one of its group; if that is farther than the limit, the one that leads there.
+        like: The oldest one of its group; if that is farther than the limit, the nearest task linking it to the group.
         same_tensors: Whether their tensors are equal, and mean the same.
         distance: ||dW - dW'|| / max(||dW||, ||dW'||); 0 for the same tensors.
         extras_differ: Whether heads, biases or other tensors next to dW differ.
@@ -116,33 +107,50 @@ class DuplicatesReport:
     left_out: list[NotCompared] = field(default_factory=list)
 
 
-def find_duplicates(context: Context, request: DuplicatesRequest) -> DuplicatesReport:
-    """Compare the final adapters of all tasks, or of some with all others."""
-    if not 0.0 <= request.max_distance <= LARGEST_DISTANCE:
-        fact = f"a distance of {request.max_distance:g} is not between 0 and {LARGEST_DISTANCE:g}"
+@use_case
+def find_duplicates(
+    context: Context, tasks: Sequence[str] = (), *, max_distance: float = MAX_DISTANCE, base_model: str | None = None
+) -> DuplicatesReport:
+    """Find tasks whose adapters are the same, or nearly; nothing is changed or removed.
+
+    Args:
+        context: The store.
+        tasks: Return only groups with one of these tasks; they are compared with all tasks of their base model.
+        max_distance: Largest ||dW - dW'|| / max(||dW||, ||dW'||) of near copies, up to 0.5; 0 finds only exact
+            ones. Unrelated adapters are at about 1.
+        base_model: Only the tasks of this base model.
+
+    Raises:
+        DataError: The distance is not between 0 and 0.5, or no task belongs to the base model.
+    """
+    if not 0.0 <= max_distance <= LARGEST_DISTANCE:
+        fact = f"a distance of {max_distance:g} is not between 0 and {LARGEST_DISTANCE:g}"
         raise DataError(fact, hint="unrelated adapters are at about 1; copies that differ by rounding below 0.01")
-    report = DuplicatesReport(request.max_distance)
+    report = DuplicatesReport(max_distance)
     with context.open(read_only=True) as store:
-        wanted = {store.tasks.get(name).name for name in request.tasks}
-        by_base = _by_base(store, base_name(store, request.base_model), wanted)
+        wanted = {store.tasks.get(name).name for name in tasks}
+        every = _in_order(store.tasks.summaries())
+        by_base = _by_base(every, base_name(store, base_model), wanted)
         steps = _Steps(context, sum(map(len, by_base.values())))
         for rows in by_base.values():
             report.groups += _Comparison(store, rows, report, steps).groups(wanted)
-        if request.base_model is None:
-            pairs = _across_bases(store, _in_order(store.tasks.summaries()))
+        if base_model is None:
+            pairs = _across_bases(store, every)
             report.other_bases = [pair for pair in pairs if not wanted or not wanted.isdisjoint((pair.task, pair.like))]
     report.groups.sort(key=lambda group: (-len(group.tasks), group.base_model, group.tasks))
     return report
 
 
-def _by_base(store: Store, base_model: str | None, wanted: Collection[str]) -> dict[str, list[TaskSummary]]:
-    """Return the tasks of each base model that is asked for, oldest first."""
+def _by_base(
+    every: Iterable[TaskSummary], base_model: str | None, wanted: Collection[str]
+) -> dict[str, list[TaskSummary]]:
+    """Return the tasks of each base model that is asked for, in the order given."""
     found: defaultdict[str, list[TaskSummary]] = defaultdict(list)
-    for row in store.tasks.summaries():
+    for row in every:
         found[row.task.base_model].append(row)
     check_base_model(base_model, found)
     return {
-        base: _in_order(rows)
+        base: rows
         for base, rows in sorted(found.items())
         if base_model in (None, base) and (not wanted or any(row.task.name in wanted for row in rows))
     }
@@ -355,8 +363,8 @@ class _Job:
             identity = None if self.weights is None else self._identity(self.weights, adapter)
             if adapter is None:
                 return _Read(identity=identity, error=self.error)
-            refuse_large(adapter)  # squares of its sketch would exceed float32
-            return _Read(sketch(adapter), dw_norm(adapter), identity)
+            norm = refuse_large(adapter)  # squares of its sketch would exceed float32
+            return _Read(sketch(adapter), norm, identity)
         except FAILURES as error:
             return _Read(error=as_error(error).message)
 

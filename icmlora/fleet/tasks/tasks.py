@@ -101,7 +101,7 @@ def list_tasks(
     """
     selection = _selection(base_model, filters, sort, limit)
     with context.open(read_only=True) as store:
-        return list(store.tasks.summaries(_of_base_model(store, selection)))
+        return list(store.tasks.summaries(_of_base_model(store, selection), without=_depending_on_wrong_rows(store)))
 
 
 @use_case
@@ -116,7 +116,14 @@ def list_names(
     """Return the names of the tasks that `list_tasks` lists, which takes a fraction of its time."""
     selection = _selection(base_model, filters, sort, limit)
     with context.open(read_only=True) as store:
-        return store.tasks.names(_of_base_model(store, selection))
+        # Without a selection no other rows are read than those of the names.
+        without = set() if selection == Selection() else _depending_on_wrong_rows(store)
+        return store.tasks.names(_of_base_model(store, selection), without=without)
+
+
+def _depending_on_wrong_rows(store: Store) -> set[int]:
+    """Tell of the wrong rows, and return the numbers of the tasks whose figures depend on one."""
+    return set[int]().union(*store.tasks.wrong_rows().values())
 
 
 def _selection(base_model: str | None, filters: Sequence[str], sort: str | None, limit: int | None) -> Selection:

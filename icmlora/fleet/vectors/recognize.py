@@ -18,7 +18,7 @@ from icmlora.base_models.catalogue import check_examples
 from icmlora.base_models.examples.examples import examples_for
 from icmlora.base_models.examples.media_archive import read_examples
 from icmlora.errors import DataError, NotRecognized
-from icmlora.fleet.context import Context, has_loaders
+from icmlora.fleet.context import Context, has_loaders, use_case
 from icmlora.fleet.resources.loading import load_base, open_base
 from icmlora.fleet.resources.stored_vectors import (
     NO_VECTORS,
@@ -36,16 +36,6 @@ from registry.names import LOAD_IN
 if TYPE_CHECKING:
     from icmlora.base_models.modality import BaseModel
     from icmlora.bundle.file import BundleFile
-
-
-@dataclass(frozen=True)
-class RecognizeRequest:
-    """What to recognise."""
-
-    samples: Path
-    base_model: str | None = None  # with a bundle: where the base model is
-    device: str = "auto"
-    loader: str | None = None  # with a bundle: MODULE:FUNCTION of what loads it, where transformers does not
 
 
 @dataclass(frozen=True)
@@ -86,35 +76,64 @@ class RecognizeReport:
         return task
 
 
-def recognize(context: Context, request: RecognizeRequest) -> RecognizeReport:
-    """Recognise the task of some samples among those of a store."""
-    device = resolve_device(request.device)
+@use_case
+def recognize(
+    context: Context, samples: str | Path, *, base_model: str | None = None, device: str = "auto"
+) -> RecognizeReport:
+    """Recognize the known task that some samples belong to, by their task vectors. Needs the base model.
+
+    Args:
+        context: The store.
+        samples: File of samples as JSON lines; up to 32 are read, and 16 are enough.
+        base_model: Only tasks of this base model; needed only if tasks of several have vectors.
+        device: Where to compute.
+
+    Returns:
+        The known tasks with their probabilities, and that of "none of them". Its `task` is the recognized task or
+        None, its `known_task()` the same or `NotRecognized`.
+
+    Raises:
+        DataError: The samples cannot be used, or too few tasks have context vectors.
+        BaseModelNotFound: The base model is not on this machine.
+    """
+    path = Path(samples)
     with context.open() as store:
-        data = _read(request.samples, any_row=has_loaders(store))
-        base_model, tasks = tasks_of_one_base(store, request.base_model)
+        data = _read(path, any_row=has_loaders(store))
+        label, tasks = tasks_of_one_base(store, base_model)
         known = comparable_vectors(store, tasks, "context")
         recognizer = _recognizer(known.vectors)  # before a model is loaded
-        context.progress(0, None, f"loading {base_model}")
-        base = open_base(store, base_model, device, VECTOR_DTYPE, cache=context.cache)
+        context.progress(0, None, f"loading {label}")
+        base = open_base(store, label, resolve_device(device), VECTOR_DTYPE, cache=context.cache)
         context.progress(0, None, "reading the samples")
-        count, found = _recognized(base, data, request.samples, recognizer, known.extractor)
-    return RecognizeReport(base_model, count, found.candidates, found.new, known.left_out)
+        count, found = _recognized(base, data, path, recognizer, known.extractor)
+    return RecognizeReport(label, count, found.candidates, found.new, known.left_out)
 
 
-def recognize_in_bundle(bundle: BundleFile, request: RecognizeRequest, cache: Path) -> RecognizeReport:
-    """Recognise the task of some samples among those of a bundle."""
+def recognize_in_bundle(
+    bundle: BundleFile, samples: Path, *, base_model: str | None, loader: str | None, device: str, cache: Path
+) -> RecognizeReport:
+    """Recognise the task of some samples among those of a bundle.
+
+    Args:
+        bundle: The bundle.
+        samples: File of samples as JSON lines.
+        base_model: Where the base model is.
+        loader: `MODULE:FUNCTION` of what loads it, where transformers does not.
+        device: Where to compute.
+        cache: Folder for files that can be created again.
+    """
     from icmlora.base_models.finding.lookup import find_base_model
 
-    device, index, loader = resolve_device(request.device), bundle.index, request.loader
-    data = _read(request.samples, any_row=loader is not None)
+    index = bundle.index
+    data = _read(samples, any_row=loader is not None)
     vectors, left_out, extractor = bundled_vectors(bundle)
     recognizer = _recognizer(vectors)
-    aliases = {} if request.base_model is None else {index.base_model: request.base_model}
+    aliases = {} if base_model is None else {index.base_model: base_model}
     located = find_base_model(index.base_model, aliases=aliases, loader=loader)
     made_in = None if extractor is None else json.loads(extractor).get("dtype")
     located = replace(located, load_in=made_in if made_in in LOAD_IN else None)  # what is compared has to be alike
-    base = load_base(located, device, VECTOR_DTYPE, cache=cache)
-    count, found = _recognized(base, data, request.samples, recognizer, extractor)
+    base = load_base(located, resolve_device(device), VECTOR_DTYPE, cache=cache)
+    count, found = _recognized(base, data, samples, recognizer, extractor)
     return RecognizeReport(index.base_model, count, found.candidates, found.new, left_out)
 
 

@@ -318,8 +318,14 @@ def _choose_source(request: LoadRequest, stored: _Stored) -> Literal["original",
     elif source == "auto":
         source = "original" if not final.is_evicted else "code" if code is None else code.rung
     if source == "original" and final.is_evicted:
-        hint = "`icm ingest --restore PATH` brings it back; `--source code` decodes what the store still has"
-        raise DataError(f"the original of task {task} was evicted at {final.evicted_at}", hint=hint)
+        brings = "`icm ingest PATH` stores it" if final.was_never_here else "`icm ingest --restore PATH` brings it back"
+        hint = f"{brings}; `--source code` decodes what the store still has"
+        fact = (
+            "was never here: a bundle brought its code"
+            if final.was_never_here
+            else f"was evicted at {final.evicted_at}"
+        )
+        raise DataError(f"the original of task {task} {fact}", hint=hint)
     if source != "original" and final.original_only is not None:
         raise DataError(f"task {task} has its original only: {final.original_only}", hint="use `--source original`")
     if source in ("code", "residual") and code is None:

@@ -23,7 +23,10 @@ _BLOCKS = (
     r"double_blocks|single_blocks|transformer_blocks|single_transformer_blocks|joint_transformer_blocks|joint_blocks"
     r"|double_stream_blocks|single_stream_blocks|visual_transformer_blocks|text_transformer_blocks|noise_refiner"
     r"|context_refiner|blocks\.\d+\.(self_attn|cross_attn)\.[qkvo]|blocks\.\d+\.ffn\.\d"
+    r"|blocks\.\d+\.(attn\.(qkv|out)_proj|adaln_proj)|token_refiner|layers\.\d+\.cross_attn\.[qkvo]_proj"
 )
+# Names that other models have too: taken beside those above, and no mark of such a file.
+_BESIDE = r"(base_model\.model\.)?(blocks\.\d+\.mlp\.fc[12]|layers\.\d+\.(self_attn\.[qkvo]|mlp\.(gate|up|down))_proj)"
 _EMBEDDERS = r"img_in|txt_in|time_in|vector_in|guidance_in|final_layer"
 _OWN = (
     r"(model\.)?(diffusion_model|text_encoders|clip_[a-z]|t5xxl|conditioner|pipe\.dit)\..+"
@@ -36,7 +39,7 @@ _MARK = re.compile(
     rf"|{_OF_DIFFUSERS}\.(lora_[AB]\.default|lora_(down|up))\.weight"
 )
 _NAMING = Naming(
-    re.compile(f"{_OWN}|{_OF_DIFFUSERS}"),
+    re.compile(f"{_OWN}|{_BESIDE}|{_OF_DIFFUSERS}"),
     (
         Style("{}.lora_A.weight", "{}.lora_B.weight"),
         Style("{}.lora_down.weight", "{}.lora_up.weight"),

@@ -72,29 +72,65 @@ _AURA_SINGLE = {
     "attn_w1o": "attn.to_out.0",
     "modCX_1": "norm1.linear",
 }
-_TABLES = {
-    "joint_blocks": ("transformer_blocks", _SD3),
-    "double_layers": ("joint_transformer_blocks", _AURA_DOUBLE),
-    "single_layers": ("single_transformer_blocks", _AURA_SINGLE),
+# ComfyUI's `pixart_to_diffusers` (comfy/utils.py) has these names; diffusers has no converter of them.
+_PIXART = {
+    "attn_qkv": "attn1.to_q attn1.to_k attn1.to_v",
+    "attn_proj": "attn1.to_out.0",
+    "cross_attn_q_linear": "attn2.to_q",
+    "cross_attn_kv_linear": "attn2.to_k attn2.to_v",
+    "cross_attn_proj": "attn2.to_out.0",
+    "mlp_fc1": "ff.net.0.proj",
+    "mlp_fc2": "ff.net.2",
 }
-_IN_BLOCK = re.compile(rf"({'|'.join(_TABLES)})[._](\d+)[._](.+)")
+# diffusers' converter for Wan knows the blocks of Wan, and not those that VACE adds.
+_VACE = {
+    **{
+        f"{attention}_attn_{theirs}": f"{name}.{ours}"
+        for attention, name in (("self", "attn1"), ("cross", "attn2"))
+        for theirs, ours in {"q": "to_q", "k": "to_k", "v": "to_v", "o": "to_out.0"}.items()
+    },
+    "cross_attn_k_img": "attn2.add_k_proj",
+    "cross_attn_v_img": "attn2.add_v_proj",
+    "ffn_0": "ffn.net.0.proj",
+    "ffn_2": "ffn.net.2",
+    "before_proj": "proj_in",
+    "after_proj": "proj_out",
+}
+_IN_BLOCK = re.compile(r"(\w+?)[._](\d+)[._](.+)")
 
 
-def _by_table(pairs: Pairs) -> Any:
-    found: dict[str, Tensor] = {}
-    for stem, (a, b) in pairs.items():
-        match = _IN_BLOCK.fullmatch(inner_name(stem))
-        blocks, table = ("", {}) if match is None else _TABLES[match[1]]
-        parts = [] if match is None else table.get(match[3].replace(".", "_"), "").split()
-        if match is None or not parts or len(b) % len(parts):
-            raise ValueError(f"it has no name for {stem}")
-        if parts == ["norm1_context.linear"] and len(b) == 2 * a.shape[1]:
-            # The last block of SD3 has shift before scale, and diffusers scale before shift.
-            b = b.roll(len(b) // 2, 0)
-        for part, rows in zip(parts, b.chunk(len(parts)), strict=True):
-            name = f"transformer.{blocks}.{match[2]}.{part}"
-            found |= {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": rows}
-    return found
+def _by_table(**tables: tuple[str, Mapping[str, str]]) -> Callable[[Pairs], Any]:
+    """Return a converter by tables of names.
+
+    Args:
+        tables: What the original model calls its blocks -> what diffusers calls them, and the names in a block.
+    """
+
+    def convert(pairs: Pairs) -> Tensors:
+        found: Tensors = {}
+        for stem, (a, b) in pairs.items():
+            match = _IN_BLOCK.fullmatch(inner_name(stem))
+            blocks, table = ("", {}) if match is None else tables.get(match[1], ("", {}))
+            parts = [] if match is None else table.get(match[3].replace(".", "_"), "").split()
+            if match is None or not parts or len(b) % len(parts):
+                raise ValueError(f"it has no name for {stem}")
+            if parts == ["norm1_context.linear"] and len(b) == 2 * a.shape[1]:
+                # The last block of SD3 has shift before scale, and diffusers scale before shift.
+                b = b.roll(len(b) // 2, 0)
+            for part, rows in zip(parts, b.chunk(len(parts)), strict=True):
+                name = f"transformer.{blocks}.{match[2]}.{part}"
+                found |= {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": rows}
+        return found
+
+    return convert
+
+
+_stable_diffusion_3 = _by_table(joint_blocks=("transformer_blocks", _SD3))
+_auraflow = _by_table(
+    double_layers=("joint_transformer_blocks", _AURA_DOUBLE), single_layers=("single_transformer_blocks", _AURA_SINGLE)
+)
+_pixart = _by_table(blocks=("transformer_blocks", _PIXART))
+_vace_blocks = _by_table(vace_blocks=("vace_blocks", _VACE))
 
 
 def _flux(pairs: Pairs) -> Any:
@@ -117,6 +153,12 @@ def _flux_3(pairs: Pairs) -> Any:
 def _wan(pairs: Pairs) -> Any:
     renames = {re.compile(r"(self_attn|cross_attn|img_emb|head)_"): r"\1."}
     return _mixin("Wan").lora_state_dict(_original(pairs, renames))
+
+
+def _wan_vace(pairs: Pairs) -> Any:
+    added = {stem: pair for stem, pair in pairs.items() if inner_name(stem).startswith("vace_blocks")}
+    others = {stem: pair for stem, pair in pairs.items() if stem not in added}
+    return _vace_blocks(added) | (_wan(others) if others else {})
 
 
 def _hunyuan(pairs: Pairs) -> Any:
@@ -146,6 +188,17 @@ def _cosmos(pairs: Pairs) -> Any:
     return _mixin("Anima").lora_state_dict(_original(pairs, renames))
 
 
+def _minimax_h3(pairs: Pairs) -> Any:
+    flat = all("." not in inner_name(stem) for stem in pairs)
+    return _mixin("MiniMaxH3").lora_state_dict(_state(pairs, _flat) if flat else _original(pairs))
+
+
+def _ace_step(pairs: Pairs) -> Any:
+    renames = {re.compile(r"(self_attn|cross_attn|mlp)_"): r"\1."}
+    state = _state(pairs, lambda inner: _unflattened(inner, renames), ".lora_A", ".lora_B")
+    return from_diffusers("loaders.lora_conversion_utils")._convert_non_diffusers_ace_step_lora_to_diffusers(state)
+
+
 def _ltx(pairs: Pairs) -> Any:
     renames = {re.compile("^patchify_proj"): "proj_in", re.compile("^adaln_single"): "time_embed"}
     return _mixin("LTXVideo").lora_state_dict(_original(pairs, renames))
@@ -166,6 +219,7 @@ CONVERTERS: Mapping[str, Callable[[Pairs], Any]] = {
     "flux-2": _flux_2,
     "flux-3": _flux_3,
     "wan-2.1": _wan,
+    "wan-2.1-vace": _wan_vace,
     "hunyuan-video": _hunyuan,
     "framepack": _hunyuan,
     "z-image": _z_image,
@@ -176,9 +230,12 @@ CONVERTERS: Mapping[str, Callable[[Pairs], Any]] = {
     "ltx-video": _ltx,
     "ltx-2": _ltx_2,
     "stable-diffusion-xl-v1-base": _sdxl,
-    "stable-diffusion-3": _by_table,
-    "stable-diffusion-3-5-medium": _by_table,
-    "auraflow": _by_table,
+    "stable-diffusion-3": _stable_diffusion_3,
+    "stable-diffusion-3-5-medium": _stable_diffusion_3,
+    "auraflow": _auraflow,
+    "pixart": _pixart,
+    "minimax-h3": _minimax_h3,
+    "ace-step-1.5": _ace_step,
 }
 """Label of a family -> A and B by the names in a file -> tensors by diffusers' names of one generation or another."""
 

@@ -29,6 +29,7 @@ class Family:
         model: diffusers' class of it, or None if diffusers loads no adapters of the family.
         options: Of that class, so that it has every module that models of the family can have.
         text_encoders: How many of its text encoders diffusers loads adapters into; these are CLIP.
+        refusal: Where there is no model: why its adapters are not converted.
     """
 
     label: str
@@ -37,6 +38,7 @@ class Family:
     model: str | None = None
     options: Mapping[str, object] = field(default_factory=dict)
     text_encoders: int = 0
+    refusal: str = ""
 
     @property
     def component(self) -> str:
@@ -81,7 +83,11 @@ _HIDREAM: Mapping[str, object] = {
 _SD3: Mapping[str, object] = {"num_layers": 2, "dual_attention_layers": (0,)}
 
 FAMILIES = (
-    Family("stable-video-diffusion", _names("(down_blocks|mid_block|up_blocks)%temporal_ %time_(stack.#|mixer)")),
+    Family(
+        "stable-video-diffusion",
+        _names("(down_blocks|mid_block|up_blocks)%temporal_ %time_(stack.#|mixer)"),
+        refusal="its pipeline in diffusers loads no adapters, and ComfyUI's map of names lacks its layers of time",
+    ),
     Family("kolors", _names("encoder_hid_proj"), model=UNET, options={**_SDXL, "encoder_hid_dim": 4096}),
     Family(
         "stable-diffusion-xl-v1-base",
@@ -193,8 +199,15 @@ FAMILIES = (
         model="CosmosTransformer3DModel",
     ),
     Family(
+        "wan-2.1-vace",
+        _names("vace_(blocks|patch_embedding)"),
+        sizes={1536: "wan-2.1-vace-1.3b", 5120: "wan-2.1-vace-14b"},
+        model="WanVACETransformer3DModel",
+        options={"image_dim": 1280, "added_kv_proj_dim": 5120},
+    ),
+    Family(
         "wan-2.1",
-        _names("(vace_)?blocks.#.((self|cross)_attn.([qkvo]|[kv]_img)$ ffn.([02]$|net)) condition_embedder"),
+        _names("blocks.#.((self|cross)_attn.([qkvo]|[kv]_img)$ ffn.([02]$|net)) condition_embedder"),
         sizes={1536: "wan-2.1-1.3b", 3072: "wan-2.2-5b", 5120: "wan-2.1-14b"},
         model="WanTransformer3DModel",
         options={"image_dim": 1280, "added_kv_proj_dim": 5120},
@@ -221,7 +234,28 @@ FAMILIES = (
         options={"ofs_embed_dim": 512},
     ),
     Family("cogview-4", model="CogView4Transformer2DModel"),
-    Family("pixart", _names("adaln_single.emb.(resolution|aspect)")),
+    Family(
+        "pixart",
+        _names("adaln_single.emb.(resolution|aspect) blocks.#.cross_attn.(q|kv)_linear"),
+        model="PixArtTransformer2DModel",
+        options={"num_layers": 1, "caption_channels": 16, "use_additional_conditions": True},
+    ),
+    Family(
+        "minimax-h3",
+        _names(
+            "blocks.#.attn.(qkv|out)_proj (transformer_)?blocks.#.adaln_proj token_refiner.(refiner_)?blocks"
+            " (video|audio)_patch_proj audio_proj_(in|out)"
+        ),
+        model="MiniMaxH3Transformer3DModel",
+        options={"num_layers": 1},
+    ),
+    Family(
+        "ace-step-1.5",
+        _names("layers.#.cross_attn.([qkvo]_proj|to_)"),
+        model="AceStepTransformer1DModel",
+        options={"num_hidden_layers": 1},
+    ),
+    Family("ace-step-1", refusal="diffusers has no such model, and ComfyUI has the names of its authors"),
 )
 
 # Spellings in headers, without case and punctuation -> family.
@@ -260,6 +294,10 @@ _SPELLINGS = {
         r"ernie(image)?": "ernie-image",
         r"krea2.*": "krea-2",
         r"anima|cosmos(predict)?2.*": "cosmos-predict-2",
+        r"wan(2?1)?vace.*": "wan-2.1-vace",
+        r"minimaxh3.*": "minimax-h3",
+        r"acestepv?15.*": "ace-step-1.5",
+        r"acestep(v?1(35b)?)?": "ace-step-1",
         r"wan2?1?.*1p?3b": "wan-2.1-1.3b",
         r"wan22.*5b": "wan-2.2-5b",
         r"wan2[12].*14b.*": "wan-2.1-14b",
@@ -287,7 +325,7 @@ _GUESSES = (
         _names("transformer_blocks.#.(attn|ff|ff_context)."),
         {1536: "stable-diffusion-3", 2432: "stable-diffusion-3-5-large"},
     ),
-    (_names("transformer_blocks.#.attn.(to_|add_)"), {3072: "qwen-image", 6144: "krea-2"}),
+    (_names("transformer_blocks.#.attn.(to_|add_)"), {3072: "qwen-image", 6144: "krea-2", 5376: "minimax-h3"}),
     (_names("transformer_blocks.#.attn.(to_|add_)"), {3072: "flux-1-dev"}),
     (
         _names("transformer_blocks.#.attn2."),

@@ -31,6 +31,8 @@ _HALVES = (
     re.compile(r"(?P<stem>.+?)\.(lora_A(\.default)?|lora_down|lora\.down|down)\.weight"),
     re.compile(r"(?P<stem>.+?)\.(lora_B(\.default)?|lora_up|lora\.up|up)\.weight"),
 )
+# DiffSynth has the rows of MiniMax-H3's fused layers head by head, which only its spelling tells.
+_BY_HEADS = re.compile(r"(.+\.)?blocks\.\d+\.attn\.qkv_proj\.lora_B\.default\.weight")
 _COMPONENT = re.compile(r"(unet|transformer(_\d)?|text_encoder(_\d)?)\.")
 # Where text encoders are; any other one is T5 or a language model, into which diffusers loads no adapters.
 _TEXT: Mapping[re.Pattern[str], str] = {
@@ -126,6 +128,9 @@ def _paired(tensors: Tensors) -> Pairs:
     """Return A and B of each module, by its name in the file."""
     halves: dict[str, dict[int, Tensor]] = {}
     for name, values in tensors.items():
+        if _BY_HEADS.fullmatch(name):
+            fact = f"{name} has its rows in DiffSynth's order; diffusers loads such a file, but icm does not convert it"
+            raise AdapterRefused(fact, kind="layers", hint=_KEEP)
         for half, pattern in enumerate(_HALVES):
             if (match := pattern.fullmatch(name)) is not None:
                 halves.setdefault(match["stem"], {})[half] = values
@@ -140,9 +145,8 @@ def _renamed(pairs: Pairs, family: Family) -> dict[str, Tensor]:
     if not pairs:
         return {}
     if family.model is None:
-        raise AdapterRefused(
-            f"icm knows no names of diffusers for adapters of {family.label}", kind="layers", hint=_KEEP
-        )
+        fact = f"adapters of {family.label} are not converted: {family.refusal}"
+        raise AdapterRefused(fact, kind="layers", hint=_KEEP)
     modules = modules_of(family)
     names = {stem: modules.find(inner_name(stem)) for stem in pairs}
     if all(names.values()):

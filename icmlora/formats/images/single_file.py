@@ -78,6 +78,7 @@ class SingleFileFormat:
 
     is_for_images = True
     suffix = SUFFIX
+    companions = COMPANIONS
     watched: frozenset[str] = frozenset()
 
     def __init__(

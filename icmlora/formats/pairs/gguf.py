@@ -97,6 +97,7 @@ class GgufFormat:
     is_for_images = False
     suffix = SUFFIX
     about = "a single file NAME.gguf for llama.cpp"
+    companions: frozenset[str] = frozenset()
     watched: frozenset[str] = frozenset()
 
     def find(self, folder: Folder) -> list[AdapterPaths]:

@@ -96,6 +96,7 @@ class MlxFormat:
     is_for_images = False
     suffix = None
     about = "a folder with adapters.safetensors and adapter_config.json, as MLX-LM saves it"
+    companions: frozenset[str] = frozenset()
     watched = frozenset({CONFIG_NAME, WEIGHTS_NAME})
 
     def find(self, folder: Folder) -> list[AdapterPaths]:

@@ -50,6 +50,7 @@ class PeftFormat:
     about = "a folder with adapter_config.json and adapter_model.safetensors, as PEFT saves it"
     is_for_images = False
     suffix = None
+    companions = COMPANIONS
     watched = frozenset({CONFIG_NAME, WEIGHTS_NAME, CARD_NAME})
 
     def find(self, folder: Folder) -> list[AdapterPaths]:

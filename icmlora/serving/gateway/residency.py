@@ -11,7 +11,6 @@ meanwhile, and writing takes a processor anyway.
 from __future__ import annotations
 
 import asyncio
-import errno
 import logging
 import time
 from collections import OrderedDict
@@ -34,6 +33,7 @@ from icmlora.serving.gateway.problems import Problem
 from icmlora.serving.requirements import config_problem
 from icmlora.serving.tasks import ServedTask, ServedTasks
 from registry.errors import IcmError, StoreLocked
+from registry.files import is_full
 
 _LINGER = 5.0
 """Seconds that an adapter counts as in use after a request that was cut short: the engine may still run it."""
@@ -132,8 +132,8 @@ class Residency:
         if is_own and root is not None and is_adapter_folder(Path(root)) and adapter not in self._warned:
             self._warned.add(adapter)
             _log.warning(
-                "the engine has %s from icm's plug-in, which does not notice when the task changes: start the engine "
-                "without ICM_STORE and ICM_BUNDLE to have the gateway serve it",
+                "the engine has %s from icm's plug-in, or a gateway with another --adapters folder, so a change of "
+                "the task goes unnoticed: start the engine anew, without ICM_STORE and ICM_BUNDLE",
                 adapter,
             )
         return is_own
@@ -438,7 +438,7 @@ def _got(folders: AdapterFolders, key: str, write: Callable[[Path], None]) -> Pa
     try:
         return folders.get(key, write)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if is_full(error):
             return None
         raise
 

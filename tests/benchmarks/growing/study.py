@@ -23,11 +23,9 @@ from icmlora.fleet.evict.evict import evict
 from icmlora.fleet.evict.types import EvictRequest
 from icmlora.fleet.ingest.ingest import IngestRequest, ingest
 from icmlora.fleet.resources.loading import open_base
-from icmlora.fleet.train.candidates import UpdateRequest
-from icmlora.fleet.train.run import TrainRequest
 from icmlora.fleet.train.train import train
 from icmlora.fleet.train.update import update
-from icmlora.fleet.vectors.vectors import VectorRequest, extract_vectors
+from icmlora.fleet.vectors.vectors import extract_vectors
 
 MAX_ERROR = 0.55
 """Relative error up to which an original is evicted."""
@@ -78,12 +76,12 @@ class Growing:
         ingest(self._place, IngestRequest(tuple(folders)))
         if fresh:
             add_base_model(self._place, self._label, self._base_folder)
-        extract_vectors(self._place, VectorRequest(device="cpu"))
+        extract_vectors(self._place, device="cpu")
         began = time.monotonic()
         if fresh:
-            train(self._place, TrainRequest(device="cpu"))
+            train(self._place, device="cpu", refine=0, evaluate=False)
         else:
-            update(self._place, UpdateRequest(device="cpu"))
+            update(self._place, device="cpu", refine=0, evaluate=False)
         seconds = time.monotonic() - began
         names = tuple(folder.name for folder in folders)
         report = evict(self._place, EvictRequest(names, MAX_ERROR, device="cpu"))

@@ -12,12 +12,13 @@ import pytest
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from icmlora import AdapterRefused, Bundle, DataError, Fleet, load_adapter
+from icmlora import AdapterRefused, Bundle, DataError, Fleet, UnsafeInput, load_adapter
 from icmlora.adapter.metrics import squared_error
 from icmlora.io.safetensors import RawTensor, read_header
 from registry.records import TaskSummary
 from registry.store import Store
 from tests.cli.tiny_fleet import write_lora
+from tests.icmlora.bundles import fields_of, forge
 from tests.icmlora.fleet.kept_tasks import BIAS, CONFIG, FILES, HEAD, NORM, WEIGHTS, write_headed, write_kept
 from tests.icmlora.fleet.stores import blob_of, but_card, copy_of, damage, files_of, is_sound
 from tests.icmlora.tiny_base import LABEL
@@ -32,7 +33,7 @@ def template(mixed_template: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     shutil.copytree(mixed_template / "store", folder / "store")
     fleet = Fleet(folder / "store")
     fleet.ingest([write_kept(folder / "kept")])
-    fleet.train(device="cpu", steps=12)
+    fleet.train(device="cpu", steps=12, refine=0, evaluate=False)
     return folder
 
 
@@ -174,7 +175,7 @@ def test_a_list_says_why_there_is_no_code(fleet: Fleet) -> None:
 
 
 def test_training_leaves_out_what_has_no_code_and_says_why(fleet: Fleet) -> None:
-    (trained,) = fleet.train(device="cpu", steps=2, fresh=True).trained
+    (trained,) = fleet.train(device="cpu", steps=2, fresh=True, refine=0, evaluate=False).trained
     assert sorted(trained.left_out) == WITHOUT_CODE
     assert "LOHA" in trained.left_out["loha"]
     assert row_of(fleet, "headed").code is not None
@@ -210,7 +211,7 @@ def test_a_checkpoint_without_a_code_is_never_evicted(fleet: Fleet, kept: Path, 
     write_lora(tmp_path / "run", seed=40)
     shutil.copytree(kept / "diverged", tmp_path / "run" / "checkpoint-10")
     fleet.ingest([tmp_path / "run"])
-    fleet.update(device="cpu")
+    fleet.update(device="cpu", refine=0, evaluate=False)
     (done,) = fleet.evict(["run"], max_error=1.0).tasks
     assert (done.status, done.adapters) == ("evicted", 1)
     checkpoint, final = fleet.show("run").adapters
@@ -333,6 +334,19 @@ def test_a_bundle_can_be_handed_on_with_its_extras(bundle: Path, tmp_path: Path)
     assert [task.template for task in again.tasks] == [task.template for task in first.tasks]
 
 
+@pytest.mark.parametrize("name", [WEIGHTS, "adapter_model.bin", "README.md", "icm-placeholder.json", "code.py"])
+def test_a_bundle_brings_no_file_that_does_not_come_with_an_adapter(bundle: Path, tmp_path: Path, name: str) -> None:
+    fields = fields_of(bundle)
+    for task in fields["tasks"]:
+        task["extras"] = [[part, name if file in FILES else file, size] for part, file, size in task["extras"]]
+    forge(bundle, fields)
+    with pytest.raises(UnsafeInput, match=f"'{name}' is no file that comes with an adapter"):
+        Bundle(bundle).materialize("headed", tmp_path / "out")
+    with pytest.raises(UnsafeInput, match="the format peft"):
+        Fleet(tmp_path / "other").import_bundle(bundle)
+    assert not {"out", "other"} & {path.name for path in tmp_path.iterdir()}
+
+
 def test_the_original_of_an_imported_task_can_be_ingested(bundle: Path, kept: Path, tmp_path: Path) -> None:
     other = Fleet(tmp_path / "other")
     other.import_bundle(bundle)
@@ -369,5 +383,8 @@ def test_an_adapter_without_a_base_model_is_kept_and_says_what_is_missing(tmp_pa
 def test_base_models_without_a_task_that_can_have_a_code_do_not_stop_training(fleet: Fleet, tmp_path: Path) -> None:
     write_lora(tmp_path / "in" / "nameless", base_model_name_or_path=None)
     fleet.ingest([tmp_path / "in"])
-    assert [trained.base_model for trained in fleet.train(device="cpu", steps=2, fresh=True).trained] == [LABEL]
-    assert [updated.base_model for updated in fleet.update(device="cpu").updated] == [LABEL]
+    assert [
+        trained.base_model
+        for trained in fleet.train(device="cpu", steps=2, fresh=True, refine=0, evaluate=False).trained
+    ] == [LABEL]
+    assert [updated.base_model for updated in fleet.update(device="cpu", refine=0, evaluate=False).updated] == [LABEL]

@@ -8,12 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from icmlora import DataError, Fleet
-from icmlora.bundle.file import open_bundle
+from icmlora import Bundle, DataError, Fleet
 from icmlora.errors import BaseModelUnsuited
 from icmlora.fleet.resources.loading import Models
 from icmlora.fleet.resources.stored_vectors import comparable_vectors
-from icmlora.fleet.vectors.recognize import RecognizeRequest, recognize_in_bundle
 from registry.store import Store
 from tests.cli.tiny_fleet import SUBJECTS, write_subject
 from tests.icmlora.fleet.stores import copy_of, files_of
@@ -47,7 +45,7 @@ def subjects(learned_template: Path, tmp_path_factory: pytest.TempPathFactory) -
     fleet.add_base_model(LABEL, learned_template / "base", load_in="nf4")
     fleet.ingest([folder / "loras"])
     fleet.extract_vectors(**CPU)
-    fleet.train(steps=4, **CPU)
+    fleet.train(steps=4, refine=0, evaluate=False, **CPU)
     return fleet
 
 
@@ -138,9 +136,7 @@ def test_a_bundle_is_asked_in_the_precision_of_its_vectors(
 ) -> None:
     here = subjects.recognize(samples, **CPU)
     subjects.export_bundle(tmp_path / "fleet.icm")
-    request = RecognizeRequest(samples, base_model=str(base), device="cpu")
-    with open_bundle(tmp_path / "fleet.icm") as bundle:
-        there = recognize_in_bundle(bundle, request, tmp_path / "cache")
+    there = Bundle(tmp_path / "fleet.icm").recognize(samples, base_model=base, cache=tmp_path / "cache", **CPU)
     assert there.candidates == here.candidates
 
 
@@ -161,5 +157,5 @@ def test_an_adapter_is_generated_on_it(started: Path, mixed_template: Path, samp
 
 def test_a_generator_is_trained_with_what_its_channels_do(learned: Fleet, base: Path) -> None:
     learned.add_base_model(LABEL, base, load_in="int8")
-    (trained,) = learned.train(fresh=True, steps=4, **CPU).trained
+    (trained,) = learned.train(fresh=True, steps=4, refine=0, evaluate=False, **CPU).trained
     assert trained.version == 2

@@ -68,6 +68,32 @@ ORIGINALS: dict[str, Original] = {
         "blocks.0.cross_attn.v_img": (6, 6, ["blocks.0.attn2.add_v_proj"]),
         "blocks.0.ffn.2": (6, 8, ["blocks.0.ffn.net.2"]),
     },
+    "wan-2.1-vace": {
+        "blocks.0.self_attn.q": (6, 6, ["blocks.0.attn1.to_q"]),
+        "vace_blocks.0.self_attn.q": (6, 6, ["vace_blocks.0.attn1.to_q"]),
+        "vace_blocks.0.cross_attn.k_img": (6, 6, ["vace_blocks.0.attn2.add_k_proj"]),
+        "vace_blocks.0.before_proj": (6, 6, ["vace_blocks.0.proj_in"]),
+        "vace_blocks.3.after_proj": (6, 6, ["vace_blocks.3.proj_out"]),
+        "vace_blocks.3.ffn.0": (8, 6, ["vace_blocks.3.ffn.net.0.proj"]),
+    },
+    "pixart": {
+        "blocks.0.attn.qkv": (9, 6, [f"{DOUBLE}.attn1.to_{part}" for part in "qkv"]),
+        "blocks.0.cross_attn.q_linear": (6, 6, [f"{DOUBLE}.attn2.to_q"]),
+        "blocks.0.cross_attn.kv_linear": (6, 6, [f"{DOUBLE}.attn2.to_k", f"{DOUBLE}.attn2.to_v"]),
+        "blocks.3.mlp.fc1": (8, 6, ["transformer_blocks.3.ff.net.0.proj"]),
+    },
+    "minimax-h3": {
+        "blocks.0.attn.qkv_proj": (9, 6, QKV),
+        "blocks.3.attn.out_proj": (6, 6, ["transformer_blocks.3.attn.to_out.0"]),
+        "blocks.0.adaln_proj.linear": (8, 6, [f"{DOUBLE}.adaln_proj.linear"]),
+        "token_refiner.blocks.0.mlp.fc2": (6, 8, ["token_refiner.refiner_blocks.0.ff.net.2"]),
+        "final_layer.video_out": (6, 6, ["proj_out"]),
+    },
+    "ace-step-1.5": {
+        "layers.0.self_attn.q_proj": (6, 6, ["layers.0.self_attn.to_q"]),
+        "layers.3.cross_attn.o_proj": (6, 6, ["layers.3.cross_attn.to_out.0"]),
+        "layers.0.mlp.gate_proj": (8, 6, ["layers.0.mlp.gate_proj"]),
+    },
     "z-image": {
         "layers.0.attention.qkv": (9, 6, [f"layers.0.attention.to_{part}" for part in "qkv"]),
         "layers.0.attention.out": (6, 6, ["layers.0.attention.to_out.0"]),
@@ -134,12 +160,13 @@ SPELLINGS = {
     "fal": ("base_model.model.{}", "lora_A", "lora_B"),
     "kohya": ("lora_unet_{}", "lora_down", "lora_up"),
 }
+FAL = ("flux-1-dev", "flux-2-dev", "chroma", "qwen-image", "minimax-h3", "ace-step-1.5")
 WRITTEN = [
     (label, spelling)
     for label in ORIGINALS
     for spelling in SPELLINGS
     if (spelling != "kohya" or label not in ("ltx-2", "ltx-video", "krea-2", "flux-3"))
-    and (spelling != "fal" or label in ("flux-1-dev", "flux-2-dev", "chroma", "qwen-image"))
+    and (spelling != "fal" or label in FAL)
 ]
 
 
@@ -178,6 +205,22 @@ def test_original_names_become_the_modules_of_diffusers(label: str, spelling: st
     assert found.keys() == wanted.keys()
     for name, delta in wanted.items():
         torch.testing.assert_close(found[name], delta, rtol=1e-6, atol=1e-6)
+
+
+def test_the_halves_of_a_gate_of_minimax_h3_change_places(tmp_path: Path) -> None:
+    made = linear("down", "up", rank=2, inputs=6, outputs=8)
+    stem = "diffusion_model.blocks.0.mlp.fc1"
+    tensors = {f"{stem}.lora_A.weight": made["down"], f"{stem}.lora_B.weight": made["up"]}
+    source = write(tmp_path / "x.safetensors", tensors, {"ss_base_model_version": "minimax-h3"})
+    convert(source, tmp_path / "out.safetensors", adapter_format="diffusers", dtype="float32")
+    wanted = (made["up"] @ made["down"]).roll(4, 0)  # [gate; value] there, [value; gate] in diffusers
+    torch.testing.assert_close(factors(tmp_path / "out.safetensors"), {f"{DOUBLE}.ff.net.0.proj": wanted})
+
+
+def test_fused_layers_of_minimax_h3_in_the_order_of_diffsynth_are_refused_by_name() -> None:
+    names = (f"blocks.0.attn.qkv_proj.lora_{half}.default.weight" for half in "AB")
+    with pytest.raises(AdapterRefused, match=r"blocks\.0\.attn\.qkv_proj\.lora_B.* DiffSynth's order"):
+        to_diffusers(linear(*names), ImageBase("minimax-h3"))
 
 
 # Without the two whose names others have too; real files of these are told by their widths.
@@ -287,6 +330,11 @@ def test_a_text_encoder_that_diffusers_does_not_load_is_refused_by_name(label: s
         ("hunyuan-video", "double_blocks.0.something"),
         ("chroma", "double_blocks.0.img_mod.lin"),
         ("wan-2.1", "vace_blocks.0.self_attn.q"),
+        ("wan-2.1-vace", "vace_blocks.0.something"),
+        ("pixart", "blocks.0.attn.something"),
+        ("minimax-h3", "blocks.0.attn.something"),
+        ("ace-step-1.5", "layers.0.self_attn.something"),
+        ("ace-step-1", "transformer_blocks.0.attn.to_q"),
         ("z-image", "layers.0.attention.something"),
         ("kandinsky-5", "visual_transformer_blocks.0.something"),
         ("stable-video-diffusion", "mid_block.attentions.0.temporal_transformer_blocks.0.attn1.to_q"),

@@ -54,6 +54,7 @@ class ToyFormat:
     about = "a single file NAME.toy"
     is_for_images = False
     suffix = SUFFIX
+    companions: frozenset[str] = frozenset()
     watched: frozenset[str] = frozenset()
 
     def find(self, folder: Folder) -> list[AdapterPaths]:

@@ -171,7 +171,7 @@ def test_what_diffusers_passes_over_is_noted(
 def test_nothing_to_draw_is_refused_before_anything_is_loaded(
     drawn: Callable[..., tuple[ReportSummary, str]], option: str
 ) -> None:
-    with pytest.raises(DataError, match="are no output"):
+    with pytest.raises(DataError, match="must be at least 1"):
         drawn("pear", **{option: 0})
 
 

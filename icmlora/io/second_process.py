@@ -1,0 +1,76 @@
+"""A second process for work on many small things, most of which is Python, so that threads would wait for each other.
+
+    parts 0, 2, 4 ...   this process ────────────┐
+    parts 1, 3, 5 ...   a copy of it ──results──▶ └─▶ in order
+
+The copy only computes. If it cannot be made, fails or dies, this process computes what is missing.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from itertools import chain, islice
+from multiprocessing.connection import Connection
+from typing import TypeVar
+
+import torch
+
+_In = TypeVar("_In")
+_Out = TypeVar("_Out")
+
+
+def in_two_processes(function: Callable[[_In], Iterable[_Out]], parts: Sequence[_In]) -> Iterator[_Out]:
+    """Yield what a function yields for each part, in order; every other part is left to a copy of this process.
+
+    Args:
+        function: Computes, reads files and opens what it needs. It has no open transaction when this begins, and what
+            it yields can be pickled. It may be called twice for a part, and yields the same again.
+        parts: What to call it with.
+    """
+    # Elsewhere than on Linux, libraries do not survive a fork.
+    if len(parts) < 2 or sys.platform != "linux" or torch.get_num_threads() < 2:
+        yield from chain.from_iterable(map(function, parts))
+        return
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    copy = context.Process(target=_send_all, args=(function, parts[1::2], sender, receiver), daemon=True)
+    copy.start()
+    sender.close()
+    try:
+        for number, part in enumerate(parts):
+            yield from _received(receiver, function, part) if number % 2 else function(part)
+    finally:
+        copy.kill()
+        copy.join()
+        receiver.close()
+
+
+def _received(receiver: Connection, function: Callable[[_In], Iterable[_Out]], part: _In) -> Iterator[_Out]:
+    count = 0
+    try:
+        while one := receiver.recv():
+            yield one[0]
+            count += 1
+    except (EOFError, OSError):  # the copy is gone
+        yield from islice(function(part), count, None)
+
+
+def _send_all(
+    function: Callable[[_In], Iterable[_Out]], parts: Sequence[_In], sender: Connection, receiver: Connection
+) -> None:
+    """Compute in the copy. It says nothing of an error: the other process meets it too."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the other process kills this one
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    receiver.close()  # or this process would not notice that the other one is gone
+    torch.set_num_threads(1)  # threads do not survive a fork, and their library does not know
+    with suppress(Exception):
+        for part in parts:
+            for one in function(part):
+                sender.send((one,))
+            sender.send(())
+    os._exit(0)  # nothing of the other process is to be closed here

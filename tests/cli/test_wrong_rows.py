@@ -1,0 +1,62 @@
+"""`icm ls` and `icm stats` show no figure that a wrong row had a part in, and say whose are missing."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from icm_cli.errors import ExitCode
+from tests.cli.conftest import Ran
+
+Icm = Callable[..., Ran]
+ALL = {"poems", "rules", "silent"}
+RULES = "task_id = (SELECT id FROM tasks WHERE name = 'rules')"
+WRONG = {
+    "a checkpoint counts as evicted": ("UPDATE adapters SET evicted_at = 0 WHERE step = 10", {"poems"}),
+    "a final adapter is none": (f"UPDATE adapters SET is_final = 0 WHERE {RULES}", {"rules"}),
+    "another error": (f"UPDATE codes SET dw_error = dw_error / 4 WHERE {RULES}", {"rules"}),
+    "another code": (f"UPDATE codes SET blob_id = (SELECT min(blob_id) FROM codes) WHERE {RULES}", {"rules"}),
+    "a vector": (f"UPDATE task_vectors SET support_set = 9 WHERE {RULES} AND support_set = 0 AND view = 0", {"rules"}),
+    "a size": (
+        f"UPDATE blobs SET size = size + 4096 WHERE id = (SELECT weights_id FROM adapters WHERE {RULES})",
+        {"rules"},
+    ),
+    "no generator": ("UPDATE generators SET is_current = 0", ALL),
+    "another base model": ("UPDATE base_models SET name = 'other'", ALL),
+    "a run": ("UPDATE train_runs SET step = step + 1", {"a row of no task"}),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+@pytest.mark.parametrize("command", ["ls", "ls -f size>=8K --sort error", "stats"])
+def test_a_wrong_row_costs_its_task_and_changes_no_other_figure(
+    icm: Icm, trained: Path, case: str, command: str
+) -> None:
+    statement, tasks = WRONG[case]
+    before = listed(icm(*command.split(), "--json"))
+    with closing(sqlite3.connect(trained / "registry.db", isolation_level=None)) as connection:
+        assert connection.execute(statement).rowcount > 0
+    ran = icm(*command.split(), "--json")
+    assert ran.code == ExitCode.DAMAGED
+    assert {name for name in (*ALL, "a row of no task") if f"{name} is left out: " in ran.err} == tasks
+    assert listed(ran) == {name: row for name, row in before.items() if name not in tasks}
+
+
+def test_bytes_that_a_wrong_row_refers_to_count_for_no_task(icm: Icm, trained: Path) -> None:
+    before = icm("stats", "--json").document["on_disk"]
+    with closing(sqlite3.connect(trained / "registry.db", isolation_level=None)) as connection:
+        connection.execute(f"UPDATE adapters SET weights_id = (SELECT max(blob_id) FROM codes) WHERE {RULES}")
+    after = icm("stats", "--json").document["on_disk"]
+    assert (after["total"], after["codes"]) == (before["total"], before["codes"])
+    assert after["originals"] + after["unreferenced"] == before["originals"]
+
+
+def listed(ran: Ran) -> dict[str, object]:
+    """Return task -> its figures."""
+    rows = ran.document if isinstance(ran.document, list) else ran.document["fleets"]
+    tasks = [task for row in rows for task in row.get("tasks", [row])]
+    return {task.get("name", task.get("task")): task for task in tasks}
