@@ -474,10 +474,9 @@ class Description(NamedTuple):
     target_modules: Sequence[str]
     layout: Sequence[LayoutEntry]
     format: str
-    # Older rows end here.
-    original_only: str | None = None
-    does_nothing: bool = False
-    template: str = ""
+    original_only: str | None
+    does_nothing: bool
+    template: str
 
 
 def description_of(new: NewAdapter) -> Description:

@@ -228,9 +228,3 @@ def owner_of(table: Table) -> str:
 _MISCOUNTED = """
 SELECT name, (SELECT count(*) FROM extras WHERE adapter_id = adapters.id) AS there, extra_count
 FROM adapters JOIN tasks ON tasks.id = task_id WHERE there != extra_count"""
-
-
-def write_all(connection: Connection, tables: MetaData) -> None:
-    """Write the checks of all rows, which were written before there were any."""
-    for table in tables.sorted_tables:
-        connection.exec_driver_sql(f"UPDATE {table.name} SET {COLUMN} = {_call(table)}")  # noqa: S608

@@ -50,7 +50,7 @@ DescriptionOpt = Annotated[
     ),
 ]
 RegisterOpt = Annotated[
-    bool, typer.Option("--register", help="Also keep the task in the store, by a code and a task vector.")
+    bool, typer.Option("--register", help="Also store the task as code and vector.")
 ]
 RefineOpt = Annotated[
     int, typer.Option("--refine", metavar="STEPS", min=0, help="Then take this many gradient steps on the samples.")

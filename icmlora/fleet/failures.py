@@ -1,4 +1,4 @@
-"""What could not be run on a base model, and why. Never stops what can."""
+"""Collect failed tasks; continue with the rest."""
 
 from __future__ import annotations
 

@@ -154,7 +154,8 @@ def code_rows(
     """Make the rows of codes, without those whose task is gone or has another adapter by now."""
     writer.session.flush()  # so that the generator has its number
     adapter_ids = [new.adapter.id for new in codes]
-    in_session = [row for ids in in_parts(adapter_ids) for row in _adapters(writer.session, ids)]
+    query, number = select(models.Adapter), models.Adapter.id
+    in_session = [row for ids in in_parts(adapter_ids) for row in writer.session.scalars(query.where(number.in_(ids)))]
     for new in codes:
         adapter = final_under_any_name(writer.session, new.adapter)
         if adapter is not None:
@@ -169,10 +170,6 @@ def code_rows(
             )
     # A session forgets rows that nobody holds, and then asks for them one by one.
     in_session.clear()
-
-
-def _adapters(session: Session, ids: Sequence[int]) -> Sequence[models.Adapter]:
-    return session.scalars(select(models.Adapter).where(models.Adapter.id.in_(ids))).all()
 
 
 def limit_columns(asked: records.CodeLimits | None) -> dict[str, float | None]:
