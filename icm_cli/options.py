@@ -108,7 +108,7 @@ FiltersOpt = Annotated[
     list[str] | None,
     typer.Option(
         "--filter",
-        "-f",
+        "-F",
         metavar="FIELD=VALUE",
         help="Only tasks that pass, as 'rank>=8', 'tag=prod', 'base~llama'. Repeat it: all must hold.",
         autocompletion=completing("filter"),
@@ -132,6 +132,20 @@ LimitOpt = Annotated[
 FromOpt = Annotated[
     Path | None,
     typer.Option("--from", metavar="FILE", help="Read this bundle instead of the store.", show_default=False),
+]
+ServedBaseOpt = Annotated[
+    str | None,
+    typer.Option(
+        "--base-model",
+        metavar="NAME",
+        help="The base model that the engine runs, if icm does not find out or there are several.",
+        autocompletion=completing("base"),
+        show_default=False,
+    ),
+]
+GatewayOpt = Annotated[
+    bool,
+    typer.Option("--gateway", help="With --print-config vllm: put `icm serve` in front instead of using the plug-in."),
 ]
 BundleArg = Annotated[
     Path, typer.Argument(metavar="FILE", help="A bundle written by `icm export`.", show_default=False)
@@ -197,3 +211,11 @@ class OnConflict(StrEnum):
     SKIP = "skip"
     REPLACE = "replace"
     FAIL = "fail"
+
+
+class DtypeName(StrEnum):
+    """Number format of the written weights."""
+
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+    FLOAT32 = "float32"

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from icm_cli.commands.vectors import tell_failure
 from icm_cli.errors import ExitCode, Interrupted
-from icm_cli.left_out import tell_left_out
+from icm_cli.failures import tell_failure, tell_left_out
 from icm_cli.options import DeviceOpt, ShardOpt, SomeTasksArg, WorkersOpt
 from icm_cli.output import Column
 from icm_cli.session import Session, command

@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from icm_cli.commands.materialize import DtypeName, OutputOpt
 from icm_cli.errors import Interrupted
-from icm_cli.options import BaseModelOpt, DeviceOpt, ForceOpt
+from icm_cli.options import BaseModelOpt, DeviceOpt, DtypeName, ForceOpt
 from icm_cli.session import Session, command
 from icmlora.errors import Cancelled
 from icmlora.fleet.measure.precision import measured_in
@@ -25,6 +24,10 @@ _NEAREST = 5
 _MOST_SAMPLES = 64
 
 NameArg = Annotated[str, typer.Argument(metavar="NAME", help="Name of the new task.", show_default=False)]
+OutputOpt = Annotated[
+    Path,
+    typer.Option("--output", "-o", metavar="DIR", help="Folder to write. Must be absent or empty.", show_default=False),
+]
 SamplesOpt = Annotated[
     Path,
     typer.Option(
@@ -40,7 +43,7 @@ SamplesOpt = Annotated[
 CountOpt = Annotated[
     int,
     typer.Option(
-        "-n", "--count", metavar="K", min=1, max=_MOST_SAMPLES, help="Read at most K samples, spread over the file."
+        "--count", metavar="K", min=1, max=_MOST_SAMPLES, help="Read at most K samples, spread over the file."
     ),
 ]
 DescriptionOpt = Annotated[
@@ -49,9 +52,7 @@ DescriptionOpt = Annotated[
         "--description", metavar="TEXT", help="A sentence for the model card. It does not change the adapter."
     ),
 ]
-RegisterOpt = Annotated[
-    bool, typer.Option("--register", help="Also keep the task in the store, by a code and a task vector.")
-]
+RegisterOpt = Annotated[bool, typer.Option("--register", help="Also store the task as code and vector.")]
 RefineOpt = Annotated[
     int, typer.Option("--refine", metavar="STEPS", min=0, help="Then take this many gradient steps on the samples.")
 ]

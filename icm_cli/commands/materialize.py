@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from icm_cli.errors import UsageProblem
-from icm_cli.options import DeviceOpt, ForceOpt, FromOpt, LoaderOpt, SeedOpt, completing
+from icm_cli.options import DeviceOpt, DtypeName, ForceOpt, FromOpt, LoaderOpt, SeedOpt, completing
 from icm_cli.session import Session, command
 from icm_cli.text import claim_json, claim_text
 from icmlora.fleet.measure.precision import measured_in
@@ -31,18 +31,6 @@ class SourceName(StrEnum):
     NETWORK = "network"
 
 
-class DtypeName(StrEnum):
-    """Number format of the written weights."""
-
-    BFLOAT16 = "bfloat16"
-    FLOAT16 = "float16"
-    FLOAT32 = "float32"
-
-
-OutputOpt = Annotated[
-    Path,
-    typer.Option("--output", "-o", metavar="DIR", help="Folder to write. Must be absent or empty.", show_default=False),
-]
 WrittenOpt = Annotated[
     Path,
     typer.Option(
@@ -60,7 +48,7 @@ FormatOpt = Annotated[
         metavar="NAME",
         help="peft: a PEFT folder. mlx: a folder for MLX-LM. gguf: one file for llama.cpp; from and to it, the "
         "configuration of the base model is read. For image adapters diffusers, kohya, comfyui, xlabs, lycoris: one "
-        "file each; `icm formats` lists which becomes which. Default: the adapter's own format.",
+        "file each; `icm convert --list-formats` lists which becomes which. Default: the adapter's own format.",
         show_default=False,
         autocompletion=completing("format"),
     ),

@@ -17,6 +17,7 @@ from icmlora.fleet.bundles.import_ import import_bundle
 from icmlora.fleet.context import Shard
 from icmlora.fleet.few_shot.generate import generate
 from icmlora.fleet.few_shot.train import check_few_shot, train_few_shot
+from icmlora.fleet.ingest.ingest import ingest
 from icmlora.fleet.measure.evaluate import measurable
 from icmlora.fleet.measure.module_errors import module_errors
 from icmlora.fleet.vectors.recognize import recognize
@@ -26,7 +27,6 @@ from icmlora.fleet.write.materialize import load_many
 if TYPE_CHECKING:
     from icmlora.adapter.model import Adapter
     from icmlora.fleet.encode.encode import EncodeReport
-    from icmlora.fleet.ingest.ingest import Conflict, IngestReport
     from icmlora.fleet.measure.compare import MethodSummary
     from icmlora.fleet.measure.evaluate import EvaluateReport
     from icmlora.fleet.records import Rung
@@ -66,59 +66,7 @@ class Fleet(FleetOriginals):
 
     # ingest, vectors
 
-    def ingest(
-        self,
-        paths: Sequence[str | Path],
-        *,
-        name: str | None = None,
-        name_from: str | None = None,
-        samples: str | Path | None = None,
-        base_model: str | None = None,
-        texts: bool = True,
-        strict: bool = False,
-        on_conflict: Conflict = "fail",
-        restore: bool = False,
-        read_bin: bool = False,
-        initial: str | Path | None = None,
-        dry_run: bool = False,
-    ) -> IngestReport:
-        """Take adapters into the store, which is created if necessary. Ingesting the same again changes nothing.
-
-        What cannot be taken is in the report's `problems` and does not stop the rest. A base model under a new label,
-        such as a known mirror, is joined to the one that the store has; these labels are in `joined`.
-
-        Args:
-            paths: Adapters in any format of `icm formats`, training runs with checkpoint-N folders, or folders of those
-                at any depth.
-            name: Name for the task, if exactly one is found. By default a task is named after its folder.
-            name_from: Pattern for the names, such as `{parent}-{name}`; see `icm ingest --help`.
-            samples: Samples for the task as JSON lines, if exactly one is found. By default the `samples.jsonl` next
-                to its adapter.
-            base_model: Base model of the adapters that name none. A task that was ingested without one gets it.
-            texts: Also ingest the `samples.jsonl` and `eval.jsonl` found next to adapters.
-            strict: Check everything first, and store nothing if anything cannot be taken.
-            on_conflict: If the store has a task of that name with another adapter: `skip`, `replace` or `fail`.
-            restore: Bring evicted originals back. By default they stay evicted.
-            read_bin: Also read weights that are a pickle, `adapter_model.bin`, in a process of its own with limits;
-                the store keeps them as safetensors.
-            initial: Folder with the weights that a PiSSA, OLoRA or CorDA adapter began with. By default `pissa_init`,
-                `olora_init` or `corda_init` in or next to its folder.
-            dry_run: Check everything and report what would change, but write nothing.
-
-        Raises:
-            AdapterRefused: Nothing was found, or nothing could be taken; with `strict`, an input was refused.
-            TaskConflict: The same, where a task has another adapter in the store and `on_conflict` is `fail`.
-        """
-        from icmlora.base_models.finding.labels import typed_label
-        from icmlora.fleet.ingest.ingest import IngestRequest, ingest
-
-        found, given = tuple(map(Path, paths)), None if samples is None else Path(samples)
-        told = None if base_model is None else typed_label(base_model)
-        began = None if initial is None else Path(initial).resolve()
-        request = IngestRequest(
-            found, name, name_from, given, told, texts, strict, on_conflict, restore, dry_run, read_bin, began
-        )
-        return ingest(self._context, request)
+    ingest = ingest
 
     extract_vectors = extract_vectors
 
@@ -332,9 +280,9 @@ class Fleet(FleetOriginals):
             directory: The folder, absent or empty; with a format of single files a file, as `NAME.gguf`.
             source: `original`, `residual`, `code`, `generate` (the code that the task vectors bring back) or `network`
                 (what the network alone predicts from them); `auto` takes the best there is of the first three.
-            adapter_format: Name of a format, as `icm formats` lists them. Default: the adapter's own. An original in
-                another format is converted too, so it does not come back byte for byte. From and to `gguf` that needs
-                the configuration of the base model, for image adapters the extra `diffusion`.
+            adapter_format: Name of a format, as `icm convert --list-formats` lists them. Default: the adapter's own. An
+                original in another format is converted too, so it does not come back byte for byte. From and to `gguf`
+                that needs the configuration of the base model, for image adapters the extra `diffusion`.
             dtype: Number format of decoded or converted factors: `bfloat16`, `float16` or `float32`. Default: that of
                 the original, or `float32` if they are converted.
             pad_rank: Write decoded factors with one rank for all modules, filled with zeros, for engines that need it.

@@ -1,4 +1,4 @@
-"""The methods of `Fleet` that delete originals, protect them, and bring adapters back to where they were."""
+"""The methods of `Fleet` that delete originals, and bring adapters back to where they were."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from icmlora.fleet.api_store import StoredFleet
-from icmlora.fleet.tasks.tasks import pin, unpin
 
 if TYPE_CHECKING:
     from icmlora.fleet.evict.restore import RestoreReport
@@ -15,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class FleetOriginals(StoredFleet):
-    """Evict, restore and pin. `icmlora.Fleet` explains the arguments."""
+    """Evict and restore. `icmlora.Fleet` explains the arguments."""
 
     def evict(
         self,
@@ -83,7 +82,3 @@ class FleetOriginals(StoredFleet):
 
         source = None if bundle is None else Path(bundle)
         return restore(self._context, RestoreRequest(tuple(map(Path, folders)), source, dry_run))
-
-    pin = pin
-
-    unpin = unpin

@@ -133,8 +133,8 @@ class Bundle:
         Args:
             task: Name of the task, in any case.
             directory: The folder, absent or empty; with a format of single files a file, as `NAME.gguf`.
-            adapter_format: Name of a format, as `icm formats` lists them. Default: the adapter's own. Converting image
-                adapters needs the extra `diffusion`.
+            adapter_format: Name of a format, as `icm convert --list-formats` lists them. Default: the adapter's own.
+                Converting image adapters needs the extra `diffusion`.
             dtype: Number format of the factors: `bfloat16`, `float16` or `float32`. Default: that of the original, or
                 `float32` if they are converted.
             pad_rank: Write one rank for all modules, filled with zeros, for engines that need it. Default: the ranks

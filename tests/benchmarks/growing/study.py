@@ -21,7 +21,7 @@ from icmlora.fleet.bases.base_models import add_base_model
 from icmlora.fleet.context import Context
 from icmlora.fleet.evict.evict import evict
 from icmlora.fleet.evict.types import EvictRequest
-from icmlora.fleet.ingest.ingest import IngestRequest, ingest
+from icmlora.fleet.ingest.ingest import ingest
 from icmlora.fleet.resources.loading import open_base
 from icmlora.fleet.train.candidates import UpdateRequest
 from icmlora.fleet.train.run import TrainRequest
@@ -75,7 +75,7 @@ class Growing:
 
     def _stage(self, folders: Sequence[Path], *, fresh: bool) -> Stage:
         self._folders |= {folder.name: folder for folder in folders}
-        ingest(self._place, IngestRequest(tuple(folders)))
+        ingest(self._place, folders, vectors=False)
         if fresh:
             add_base_model(self._place, self._label, self._base_folder)
         extract_vectors(self._place, device="cpu")
