@@ -12,6 +12,8 @@ from typing import Annotated, Any, Literal, cast
 
 import typer
 
+from icm_cli.config import DEFAULT_LOCK_TIMEOUT
+
 GLOBAL_PANEL = "Global options"
 
 
@@ -63,7 +65,8 @@ LockTimeoutOpt = Annotated[
     typer.Option(
         "--lock-timeout",
         metavar="SECONDS",
-        help="How long to wait for other icm processes, in all. Default: 30. (env: ICM_LOCK_TIMEOUT)",
+        help=f"How long to wait for other icm processes, in all. Default: {DEFAULT_LOCK_TIMEOUT:g}. "
+        "(env: ICM_LOCK_TIMEOUT)",
         show_default=False,
         rich_help_panel=GLOBAL_PANEL,
     ),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from icm_cli.errors import UsageProblem
-from icm_cli.options import BaseModelOpt, FiltersOpt, FromOpt, LimitOpt, SortOpt, completing
+from icm_cli.options import BaseModelOpt, FiltersOpt, FromOpt, LimitOpt, SortOpt
 from icm_cli.output import Column
 from icm_cli.session import Session, command
 from icm_cli.text import claim_json, claim_text, coded_size, errors_json
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 TagsOpt = Annotated[
     bool, typer.Option("--tags", help="List the tags of all tasks instead, each with the number of its tasks.")
 ]
-OldFiltersOpt = Annotated[list[str] | None, typer.Option("-f", hidden=True, autocompletion=completing("filter"))]
+OldFiltersOpt = Annotated[list[str] | None, typer.Option("-f", hidden=True, help="As --filter.")]
 
 
 @command
