@@ -45,9 +45,10 @@ DataOpt = Annotated[
 SourceOpt = Annotated[
     list[SourceName] | None,
     typer.Option(
-        "--rung", help="Measure only this source, with base model and original. Can be repeated.", show_default=False
+        "--source", help="Measure only this source, with base model and original. Can be repeated.", show_default=False
     ),
 ]
+OldSourceOpt = Annotated[list[SourceName] | None, typer.Option("--rung", hidden=True, help="As --source.")]
 TokensOpt = Annotated[int, typer.Option("--max-tokens", metavar="N", min=2, help="Tokens to score in each text.")]
 AgainOpt = Annotated[bool, typer.Option("--again", help="Measure again what was measured on the same text before.")]
 _SHORT = {"perplexity": "ppl", "bits per byte": "bpb"}
@@ -59,12 +60,13 @@ def evaluate(
     session: Session,
     tasks: SomeTasksArg = None,
     data: DataOpt = None,
-    rung: SourceOpt = None,
+    source: SourceOpt = None,
     device: DeviceOpt = None,
     max_tokens: TokensOpt = MAX_TOKENS,
     again: AgainOpt = False,
     workers: WorkersOpt = None,
     shard: ShardOpt = None,
+    rung: OldSourceOpt = None,
 ) -> None:
     """Measure how good the base model, original, residual, code and generated adapter are on held-out examples.
 
@@ -77,11 +79,14 @@ def evaluate(
     """
     from icmlora.fleet.measure.evaluate import evaluate
 
+    if rung:
+        session.out.note("`--rung` goes with the next version: use --source")
+
     def work(context: Context) -> EvaluateReport:
         return evaluate(
             context,
             tasks or (),
-            sources=[name.value for name in rung] if rung else ("residual", "code", "generate"),
+            sources=[name.value for name in (*(source or ()), *(rung or ()))] or ("residual", "code", "generate"),
             data=data,
             max_tokens=max_tokens,
             device=session.device(device),

@@ -147,7 +147,7 @@ def codes(store: Path) -> set[str]:
 
 
 COMPARED = (
-    ("eval", "--rung", "code"),
+    ("eval", "--source", "code"),
     ("evict", "--max-error", "0.99", "--dry-run"),
     ("encode", "--refine", "1"),
     ("vectors", "--again"),
