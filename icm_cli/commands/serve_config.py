@@ -49,13 +49,13 @@ def serve_config(
     Example:
       icm serve-config vllm
     """
-    from icmlora.serving.launch import LaunchRequest, plan_launch
+    from icmlora.serving.launch import plan_launch
     from icmlora.serving.tasks import open_tasks
 
     bundle = None if bundle is None else bundle.resolve()
     store = None if bundle is not None else session.settings.store.value.resolve()
     tasks = open_tasks(store, bundle, command=session.command, lock_timeout=session.settings.lock_timeout.value)
-    launch = plan_launch(tasks, LaunchRequest(engine, store, bundle, base_model, gateway))
+    launch = plan_launch(tasks, engine, store, bundle, base_model=base_model, gateway=gateway)
     _tell(session, engine, launch, is_bundle=bundle is not None)
 
 

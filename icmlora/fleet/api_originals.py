@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from icmlora.fleet.api_store import StoredFleet
+from icmlora.fleet.evict.restore import restore
 from icmlora.fleet.tasks.tasks import pin, unpin
 
 if TYPE_CHECKING:
-    from icmlora.fleet.evict.restore import RestoreReport
     from icmlora.fleet.evict.types import EvictReport
 
 
@@ -62,27 +62,7 @@ class FleetOriginals(StoredFleet):
         request = EvictRequest(tasks, max_error, min_gain, checkpoints_only, dry_run, device, workers, *more)
         return evict(self._context, request)
 
-    def restore(
-        self, folders: Sequence[str | Path], *, bundle: str | Path | None = None, dry_run: bool = False
-    ) -> RestoreReport:
-        """Bring adapters back to the folders in which `evict` left placeholders.
-
-        An adapter is written byte for byte if the store has its original, or else decoded from its code. Nothing in a
-        folder is overwritten. What cannot be restored is in the report and does not stop the rest.
-
-        Args:
-            folders: Folders with placeholders, at any depth.
-            bundle: Read this bundle instead of the store.
-            dry_run: Check everything and report what would be written, but write nothing.
-
-        Raises:
-            DataError: A folder does not exist, or nothing could be restored.
-            BundleError: The bundle is damaged.
-        """
-        from icmlora.fleet.evict.restore import RestoreRequest, restore
-
-        source = None if bundle is None else Path(bundle)
-        return restore(self._context, RestoreRequest(tuple(map(Path, folders)), source, dry_run))
+    restore = restore
 
     pin = pin
 
