@@ -41,7 +41,7 @@ class ExitCode(IntEnum):
     PARTLY = 3, "partly done: some inputs or tasks could not be used, or some originals were not evicted"
     NO_STORE = 10, "no store was found at the path"
     LOCKED = 11, "another icm process still holds the lock after `--lock-timeout`"
-    TOO_NEW = 12, "a newer icm wrote the store"
+    OTHER_VERSION = 12, "a newer icm wrote the store, or one from before the first release"
     DAMAGED = 13, "damaged data: a digest does not match, or a blob is missing"
     TOO_LOSSY = 14, "the error is above the limit you set"
     NO_SPACE = 15, "no space left on the device; the store is intact"
@@ -111,15 +111,16 @@ TABLE: dict[str, ExitCode] = {
     "registry.errors.StoreNotFound": ExitCode.NO_STORE,
     "registry.errors.NotAStore": ExitCode.NO_STORE,
     "registry.errors.StoreLocked": ExitCode.LOCKED,
-    "registry.errors.StoreTooNew": ExitCode.TOO_NEW,
+    "registry.errors.StoreTooNew": ExitCode.OTHER_VERSION,
+    "registry.errors.StoreTooOld": ExitCode.OTHER_VERSION,
     "registry.errors.StoreFull": ExitCode.NO_SPACE,
     "registry.errors.DamagedStore": ExitCode.DAMAGED,
     "registry.errors.SourceRefused": ExitCode.UNSAFE,
     "registry.errors.SourceChanged": ExitCode.FAILED,
     "icmlora.errors.UnsafeInput": ExitCode.UNSAFE,
     "icmlora.errors.CodeError": ExitCode.DAMAGED,
-    "icmlora.errors.UnknownBaseline": ExitCode.USAGE,
     "icmlora.errors.InvalidShare": ExitCode.USAGE,
+    "icmlora.errors.OptionsConflict": ExitCode.USAGE,
     "icmlora.errors.BundleError": ExitCode.DAMAGED,
     "icmlora.errors.NotRecognized": ExitCode.NOT_RECOGNIZED,
 }

@@ -100,7 +100,7 @@ LoaderOpt = Annotated[
     typer.Option(
         "--loader",
         metavar="MODULE:FUNCTION",
-        help="Your function that loads the base model, if transformers does not load it. Its path may be anything.",
+        help="Your function that loads the base model; the path need then not be a transformers model.",
         show_default=False,
     ),
 ]

@@ -11,7 +11,7 @@ import inspect
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import ExitStack, contextmanager, redirect_stderr
 from dataclasses import dataclass, field, fields
 from types import FrameType
 from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar, cast
@@ -90,13 +90,20 @@ class Session:
         self, label: str, on_event: Callable[[Event], None] | None = None
     ) -> Iterator[Callable[[Event], None]]:
         """Yield what a use case calls with its events, and display its progress; Ctrl-C stops it at the next event."""
-        from icmlora.fleet.context import Progress, Waiting
+        from icmlora.fleet.context import Progress, StageBegun, Waiting
 
-        with self.out.progress(label) as display, self._catching_signals() as received:
+        with ExitStack() as shown, self._catching_signals() as received:
+            display = shown.enter_context(self.out.progress(label))
 
             def listen(event: Event) -> None:
+                nonlocal display
                 if isinstance(event, Progress):
                     display.update(event.done, event.total, event.note)
+                elif isinstance(event, StageBegun):
+                    shown.close()  # what is printed of the last stage stays above the next display
+                    if on_event is not None:
+                        on_event(event)
+                    display = shown.enter_context(self.out.progress(event.label))
                 elif isinstance(event, Waiting):
                     self._tell_waiting(event.text)
                 elif on_event is not None:

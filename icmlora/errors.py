@@ -14,9 +14,9 @@ registry.errors.IcmError     message, path, hint; catch it to catch everything t
     ├── GeneratorError       a generator that cannot be made, read or used as asked
     │   └── NotCovered       an adapter with a module, layer or rank that the generator does not cover
     ├── CodeError            a code that is damaged or belongs to another generator
-    ├── UnknownBaseline      no baseline has that name
     ├── BundleError          a bundle that is damaged, cut short or of another format
     ├── DataError            samples or held-out text that cannot be used
+    │   └── OptionsConflict  options that contradict each other
     ├── NotRecognized        samples that belong to none of the known tasks
     ├── InvalidShare         not a shard, or neither a number nor an address of workers
     ├── WorkerDied           a worker died with a task, as often as the task was tried
@@ -108,12 +108,14 @@ class BundleError(IcmLoraError):
     """A bundle that is damaged, cut short, or of a format that this icm does not know."""
 
 
-class UnknownBaseline(IcmLoraError):
-    """No baseline has that name."""
-
-
 class DataError(IcmLoraError):
     """Samples or evaluation text that cannot be parsed or used."""
+
+
+class OptionsConflict(DataError):
+    """Options that contradict each other; nothing was done."""
+
+    kind = "usage_problem"
 
 
 class NotRecognized(IcmLoraError):

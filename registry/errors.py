@@ -6,6 +6,7 @@ IcmError                     (also the base of `icmlora.errors.IcmLoraError`)
     ├── NotAStore            the folder holds something else
     ├── StoreLocked          another process holds the lock and the timeout passed
     ├── StoreTooNew          a newer icm wrote the store
+    ├── StoreTooOld          an icm from before the first release wrote the store
     ├── StoreReadOnly        a write to a store that cannot be written
     ├── StoreFull            no space left; what was committed before is intact
     ├── StoreIOError         the operating system failed a read or a write
@@ -75,6 +76,10 @@ class StoreLocked(RegistryError):
 
 class StoreTooNew(RegistryError):
     """A newer version wrote the store; nothing was touched."""
+
+
+class StoreTooOld(RegistryError):
+    """A version from before the first release wrote the store; nothing was touched."""
 
 
 class StoreReadOnly(RegistryError):

@@ -9,7 +9,6 @@ one fail, or kill the process between two of them.
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import os
 import signal
@@ -28,7 +27,6 @@ MAX_SOURCE_BYTES = 8 << 30
 CheckFirst = Callable[[int, int], None]
 """Looks at an open file, given its descriptor and size, and raises to refuse it before all of it is in memory."""
 
-_LIBC = ctypes.CDLL(None, use_errno=True)
 _CANNOT_EXCHANGE = {errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP}
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _READ_ONLY = {errno.EROFS, errno.EACCES, errno.EPERM}
@@ -81,7 +79,9 @@ def exchange(first: Path, second: Path, aside: Path) -> None:
 
 
 def _exchanged(first: Path, second: Path) -> bool:
-    rename = getattr(_LIBC, "renameat2", None)
+    import ctypes  # needed to replace a folder only
+
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if rename is None:  # of Linux alone
         return False
     here, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE

@@ -160,13 +160,10 @@ def _value(field: Field, operator: Operator, value: str) -> str | float:
 
 def _check_word(field: Field, operator: Operator, value: str) -> None:
     if not value or not value.isascii() or not value.isprintable() or " " in value:
-        raise InvalidFilter(f"no {field.name} is {escape(value, 40)!r}", hint=f"as in '{field.name}={_example(field)}'")
+        example = field.choices[0] if field.choices else "prod"
+        raise InvalidFilter(f"no {field.name} is {escape(value, 40)!r}", hint=f"as in '{field.name}={example}'")
     if field.choices and operator != "~" and value.lower() not in field.choices:
         raise InvalidFilter(f"no {field.name} is {escape(value, 40)!r}", hint=f"one of {', '.join(field.choices)}")
-
-
-def _example(field: Field) -> str:
-    return field.choices[0] if field.choices else "prod"
 
 
 def _known() -> str:

@@ -233,7 +233,7 @@ class VectorRecord(NewVector):
 
 
 @dataclass(frozen=True)
-class Asked:
+class CodeLimits:
     """The limits that a code, with its residual, was made for."""
 
     min_gain: float | None = None  # least retained gain
@@ -267,7 +267,7 @@ class NewCode:
     blob: str
     bits: float  # as the training loss counts them
     squared_error: float | None  # of what it decodes to, if it was measured
-    asked: Asked | None = None
+    asked: CodeLimits | None = None
 
 
 @dataclass(frozen=True)
@@ -303,7 +303,7 @@ class CodeRecord(WithRelativeError):
     size: int
     bits: float
     squared_error: float | None
-    asked: Asked | None
+    asked: CodeLimits | None
     residual: ResidualRecord | None
     claim: Claim | None = None  # of the bundle that it came in, until it is measured
 
@@ -474,10 +474,9 @@ class Description(NamedTuple):
     target_modules: Sequence[str]
     layout: Sequence[LayoutEntry]
     format: str
-    # Older rows end here.
-    original_only: str | None = None
-    does_nothing: bool = False
-    template: str = ""
+    original_only: str | None
+    does_nothing: bool
+    template: str
 
 
 def description_of(new: NewAdapter) -> Description:

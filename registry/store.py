@@ -211,12 +211,6 @@ class Store:
         """Where the parts of the store are."""
         return self._paths
 
-    @property
-    def schema_version(self) -> int:
-        """The schema of the database, as a count of migrations."""
-        with self._db.connection() as connection:
-            return int(connection.exec_driver_sql("PRAGMA user_version").scalar_one())
-
     @contextmanager
     def job(self, base_model: str, *, shared: bool = False) -> Iterator[None]:
         """Hold the job lock of a base model.

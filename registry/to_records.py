@@ -110,16 +110,17 @@ def _names(kind: type[object]) -> tuple[str, ...]:
     return tuple(field.name for field in fields(cast(Any, kind)))
 
 
+_SHOWN: dict[type, str] = {
+    models.Blob: "digest",
+    models.Document: "body",
+    models.Task: "name",
+    models.BaseModel: "name",
+}
+
+
 def _value(value: Any) -> Any:
-    match value:
-        case models.Blob():
-            return value.digest
-        case models.Document():
-            return value.body
-        case models.Task() | models.BaseModel():
-            return value.name
-        case _:
-            return value
+    shown = _SHOWN.get(type(value))
+    return value if shown is None else getattr(value, shown)
 
 
 def _residual(row: models.Code) -> records.ResidualRecord | None:
@@ -132,11 +133,11 @@ def _claim(row: models.Code) -> records.Claim | None:
     return None if row.claim is None or row.squared_error is not None else records.Claim(**row.claim)
 
 
-def _limits(row: models.Code) -> records.Asked | None:
+def _limits(row: models.Code) -> records.CodeLimits | None:
     if row.is_kept is None:
         return None
     max_error = records.relative_error(row.max_squared_error)
-    return records.Asked(row.min_gain, max_error, row.tolerance, row.is_kept, row.refined or 0, row.max_size)
+    return records.CodeLimits(row.min_gain, max_error, row.tolerance, row.is_kept, row.refined or 0, row.max_size)
 
 
 def task_folder(source: str) -> str:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from icm_cli.errors import ExitCode, Interrupted, UsageProblem
+from icm_cli.errors import ExitCode, Interrupted
 from icm_cli.options import (
     BaseModelOpt,
     DeviceOpt,
@@ -23,12 +24,10 @@ from icm_cli.session import Session, command
 from icm_cli.text import as_fields, coded_size
 from icmlora.fleet.measure.precision import gain_text
 from icmlora.io.text import counted, human_size, parse_bytes, some
+from icmlora.training.config import REFINE_STEPS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from icmlora.fleet.api import Fleet
-    from icmlora.fleet.context import Event
+    from icmlora.fleet.context import Context, Event
     from icmlora.fleet.encode.encode import EncodeReport, TaskEncoded
 
 ErrorOpt = Annotated[
@@ -64,7 +63,7 @@ RefineOpt = Annotated[
     int | None,
     refine_option(
         "Steps that fit each code to what its adapter does, on the task's samples or on texts that the adapted "
-        "model writes itself. Needs the base model. 0: none. Default: 40 with a quality, else none."
+        f"model writes itself. Needs the base model. 0: none. Default: {REFINE_STEPS} with a quality, else none."
     ),
 ]
 ResidualOpt = Annotated[
@@ -117,13 +116,13 @@ def encode(
     what its adapter does, which makes it several times smaller. That takes the base model, and a minute or two a task
     on a CPU. A task for which no code is good enough gets its most accurate code and should keep its
     original: `icm evict` with the same --min-gain or --max-error does not delete it. Exit code 3 means that there are
-    such tasks; `icm stats` counts them too. Tasks of which only the original is kept count only if you name them.
+    such tasks; `icm stats` counts them too. Original-only tasks affect the exit code only when named.
 
     A task whose current code was made with the same limits is skipped, so the same command continues after an
     interruption. --again re-encodes every task.
 
-    With --size the codes are as accurate as so many bytes each allow. With --max-error or --min-gain too, a task whose
-    code then misses that limit is reported.
+    --size makes the most accurate code that fits. With --max-error or --min-gain too, a task whose code then misses
+    that limit is reported.
 
     With --residual the codes stay as they are, and a code together with its residual meets the limit. Bundles contain
     codes without residuals.
@@ -131,12 +130,12 @@ def encode(
     Example:
       icm encode --min-gain 0.98
     """
-    limited = any(limit is not None for limit in (max_error, min_gain, tolerance, size))
-    _check_usage(quality, size, max_error, refine, limited=limited, residual=residual)
+    from icmlora.fleet.encode.encode import encode
 
-    def work(fleet: Fleet) -> EncodeReport:
-        return fleet.encode(
-            tasks or [],
+    def work(context: Context) -> EncodeReport:
+        return encode(
+            context,
+            tasks or (),
             quality=quality,
             min_gain=min_gain,
             max_error=max_error,
@@ -151,60 +150,37 @@ def encode(
             shard=shard,
         )
 
-    if run(session, work, evict_hint(max_error, min_gain)):
+    report, stopped = session.run("encode", work, partial(tell, session))
+    sum_up(session, report)
+    if stopped:
+        done = counted(len(report.tasks), "task")
+        raise Interrupted(f"interrupted; {done} encoded", hint="run the same command to continue")
+    tell_next(session, report, max_error, min_gain)
+    if report.short:
         raise typer.Exit(ExitCode.PARTLY)
 
 
-def _check_usage(
-    quality: int | None, size: str | None, max_error: float | None, refine: int | None, *, limited: bool, residual: bool
-) -> None:
-    if quality is not None and limited:
-        raise UsageProblem("--quality sets the limit itself: leave out --max-error, --min-gain, --tolerance and --size")
-    if size is not None and (refine or residual):
-        other = "--refine changes how many bytes a code takes" if refine else "--residual is for an error"
-        raise UsageProblem(f"{other}, so it cannot be used with --size", hint="leave out one of the two")
-    if refine and max_error is not None:
-        hint = "use --min-gain, which measures what refined codes do"
-        raise UsageProblem("--refine moves codes away from the weights, so it cannot keep --max-error", hint=hint)
-    if refine and residual:
-        hint = "refine the codes first, then add residuals"
-        raise UsageProblem("--residual keeps the codes as they are, so it cannot be used with --refine", hint=hint)
-
-
-def run(
-    session: Session,
-    work: Callable[[Fleet], EncodeReport],
-    hint: str | None = None,
-    *,
-    go_on: str = "run the same command to continue",
-    brief: bool = False,
-) -> bool:
-    """Encode, print what was done with each task or in all, and say whether a task missed the limits."""
-    report, stopped = session.run("encode", work, lambda event: _tell(session, event, "refined" if brief else "task"))
-    _sum_up(session, report, brief=brief)
-    if stopped:
-        done = counted(len(report.tasks), "task")
-        raise Interrupted(f"interrupted; {done} encoded", hint=go_on)
-    if hint and not report.short and any(task.status != "evicted" for task in report.tasks):
-        session.out.hint(hint)
-    return bool(report.short)
-
-
-def evict_hint(max_error: float | None, min_gain: float | None) -> str:
-    """Return the command that deletes originals under the same limits."""
-    limits = (("--max-error", max_error), ("--min-gain", min_gain))
-    same = " ".join(f"{option} {limit:g}" for option, limit in limits if limit is not None)
-    return f"`icm evict {same or '--min-gain GAIN'}` deletes the originals of tasks whose codes meet the limit"
-
-
-def _tell(session: Session, event: Event, kind: str) -> None:
+def tell(session: Session, event: Event, kind: str = "task") -> None:
+    """Report one task that is done, as a JSON line of a kind."""
     from icmlora.fleet.encode.encode import TaskEncoded
 
     if isinstance(event, TaskEncoded):
         session.out.event(kind, **as_fields(event))
 
 
-def _sum_up(session: Session, report: EncodeReport, *, brief: bool) -> None:
+def tell_next(session: Session, report: EncodeReport, max_error: float | None, min_gain: float | None) -> None:
+    """Say which command deletes originals under the same limits, if every task meets them."""
+    if report.short or all(task.status == "evicted" for task in report.tasks):
+        return
+    limits = (("--max-error", max_error), ("--min-gain", min_gain))
+    same = " ".join(f"{option} {limit:g}" for option, limit in limits if limit is not None)
+    session.out.hint(
+        f"`icm evict {same or '--min-gain GAIN'}` deletes the originals of tasks whose codes meet the limit"
+    )
+
+
+def sum_up(session: Session, report: EncodeReport, *, brief: bool = False) -> None:
+    """Print what was done with each task, or in all."""
     out = session.out
     now = sum((task.size or 0) + (task.residual_size or 0) for task in report.tasks)
     before = sum(task.before or 0 for task in report.tasks)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
@@ -17,16 +17,12 @@ from icm_cli.options import DeviceOpt, ShardOpt, SomeTasksArg, WorkersOpt
 from icm_cli.output import Column
 from icm_cli.session import Session, command
 from icm_cli.text import errors_json
+from icmlora.fleet.measure.metric_result import MAX_TOKENS
 from icmlora.fleet.measure.precision import measured_in
 from icmlora.io.text import counted
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from icmlora.fleet.api import Fleet
-    from icmlora.fleet.context import Event
-    from icmlora.fleet.measure.baselines import BaselineResult
-    from icmlora.fleet.measure.compare import MethodSummary
+    from icmlora.fleet.context import Context, Event
     from icmlora.fleet.measure.evaluate import EvaluateReport, TaskEvaluated
     from icmlora.fleet.measure.measure import SourceResult
     from icmlora.fleet.measure.metric_result import MetricResult
@@ -55,20 +51,7 @@ SourceOpt = Annotated[
 ]
 TokensOpt = Annotated[int, typer.Option("--max-tokens", metavar="N", min=2, help="Tokens to score in each text.")]
 AgainOpt = Annotated[bool, typer.Option("--again", help="Measure again what was measured on the same text before.")]
-BaselineOpt = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--baseline",
-        metavar="NAME,...",
-        help="Also measure other methods: bf16, int8, nf4, 3bit, svd4, svd2-3bit, mean16, loraquant2, jd16, ... "
-        "Nothing is stored.",
-        show_default=False,
-    ),
-]
-
-_TOKENS = 256
 _SHORT = {"perplexity": "ppl", "bits per byte": "bpb"}
-_METHOD_COLUMNS = ("bytes per task", "one more task", "of bf16", "relative error", "gain", "worst")
 _SOURCES = ("base", "original", "residual", "code", "generate", "network")
 
 
@@ -79,9 +62,8 @@ def evaluate(
     data: DataOpt = None,
     rung: SourceOpt = None,
     device: DeviceOpt = None,
-    max_tokens: TokensOpt = _TOKENS,
+    max_tokens: TokensOpt = MAX_TOKENS,
     again: AgainOpt = False,
-    baseline: BaselineOpt = None,
     workers: WorkersOpt = None,
     shard: ShardOpt = None,
 ) -> None:
@@ -89,55 +71,45 @@ def evaluate(
 
     GAIN is the retained gain: (loss of base - loss of source) / (loss of base - loss of original). Each adapter is
     written to disk and loaded with PEFT before it is measured. Needs the base model. For an evicted original, icm uses
-    what it measured before on the same text. With --baseline it also measures methods that need no training, and shows
-    how many bytes each would take.
+    what it measured before on the same text.
 
     Example:
       icm eval shakespeare
     """
-    baselines = [name for names in baseline or [] for name in names.split(",") if name]
+    from icmlora.fleet.measure.evaluate import evaluate
 
-    def work(fleet: Fleet) -> EvaluateReport:
-        return fleet.evaluate(
-            tasks or [],
+    def work(context: Context) -> EvaluateReport:
+        return evaluate(
+            context,
+            tasks or (),
             sources=[name.value for name in rung] if rung else ("residual", "code", "generate"),
             data=data,
             max_tokens=max_tokens,
-            baselines=baselines,
             device=session.device(device),
             again=again,
             workers=workers,
             shard=shard,
         )
 
-    def print_more(report: EvaluateReport) -> None:
-        if report.tasks and max_tokens != _TOKENS:
-            usual = f"`icm eval` without --max-tokens measures {_TOKENS} tokens of each text"
-            session.out.note(f"`icm stats` shows these figures until {usual}")
-        if baselines:
-            _print_methods(session, session.fleet.compare(report))
-
-    if not run(session, work, print_more):
+    report, stopped = session.run("eval", work, partial(tell, session))
+    sum_up(session, report)
+    if report.tasks and max_tokens != MAX_TOKENS:
+        usual = f"`icm eval` without --max-tokens measures {MAX_TOKENS} tokens of each text"
+        session.out.note(f"`icm stats` shows these figures until {usual}")
+    if stopped:
+        interrupted(report)
+    if report.is_partial:
         raise typer.Exit(ExitCode.PARTLY)
 
 
-def run(
-    session: Session,
-    work: Callable[[Fleet], EvaluateReport],
-    print_more: Callable[[EvaluateReport], None] = lambda report: None,
-) -> bool:
-    """Measure, print a table of the results, and return whether no task failed."""
-    report, stopped = session.run("eval", work, lambda event: _tell(session, event))
-    _print_tasks(session, report)
-    print_more(report)
-    partly = tell_left_out(session.out, report.left_out, "not measured")
-    if stopped:
-        done = counted(len(report.tasks), "task")
-        raise Interrupted(f"interrupted; {done} measured", hint="`icm eval` measures the rest")
-    return not (report.failed or partly)
+def interrupted(report: EvaluateReport) -> NoReturn:
+    """Say how many tasks were measured until the user stopped it."""
+    done = counted(len(report.tasks), "task")
+    raise Interrupted(f"interrupted; {done} measured", hint="`icm eval` measures the rest")
 
 
-def _print_tasks(session: Session, report: EvaluateReport) -> None:
+def sum_up(session: Session, report: EvaluateReport) -> None:
+    """Print a table of the results, and what was not measured and why."""
     shown = [source for source in _SOURCES if any(source in task.sources for task in report.tasks)]
     with_gain = [source for source in shown if source not in ("base", "original")]
     metrics = dict.fromkeys(task.sources["base"].score.metric for task in report.tasks) or {"": None}
@@ -167,6 +139,7 @@ def _print_tasks(session: Session, report: EvaluateReport) -> None:
         session.out.note(note)
     if said := measured_in(task.precision for task in report.tasks):
         session.out.note(f"measured on the base model in{said}")
+    tell_left_out(session.out, report.left_out, "not measured")
 
 
 def _print_table(session: Session, tasks: list[TaskEvaluated], shown: list[str], with_gain: list[str]) -> None:
@@ -180,31 +153,16 @@ def _print_table(session: Session, tasks: list[TaskEvaluated], shown: list[str],
     session.out.table(columns, [_cells(task, figures, shown, with_gain) for task in by_name])
 
 
-def _print_methods(session: Session, rows: list[MethodSummary]) -> None:
-    for row in rows:
-        session.out.event("method", **asdict(row))
-    columns = [Column("method"), *(Column(title, right=True) for title in _METHOD_COLUMNS), Column("worst task")]
-    session.out.line()
-    session.out.table(columns, [_method_cells(row) for row in rows])
-
-
-def _tell(session: Session, event: Event) -> None:
+def tell(session: Session, event: Event) -> None:
+    """Report one task that is measured, or that failed."""
     from icmlora.fleet.measure.evaluate import TaskEvaluated
 
     tell_failure(session, event)
     if isinstance(event, TaskEvaluated):
         rungs = {source: _as_json(result) for source, result in event.sources.items()}
-        others = {name: _baseline_as_json(result) for name, result in event.baselines.items()}
-        more = {"baselines": others} if others else {}
-        session.out.event("task", task=event.task, precision=event.precision, rungs=rungs, **more)
+        session.out.event("task", task=event.task, precision=event.precision, rungs=rungs)
         if event.skipped is not None:
             session.out.detail(f"{event.task}: {event.skipped}")
-
-
-def _baseline_as_json(result: BaselineResult) -> dict[str, object]:
-    sizes = {"size": result.size, "shared_size": result.shared_size, "fleet_size": result.fleet_size}
-    figures = {"retained_gain": result.retained_gain, **errors_json(result.squared_error)}
-    return sizes | _score_as_json(result.score) | figures
 
 
 def _as_json(result: SourceResult) -> dict[str, object]:
@@ -219,12 +177,6 @@ def _score_as_json(score: MetricResult) -> dict[str, object]:
     if "perplexity" in figures:
         keys["tokens"] = score.count
     return keys | {name.replace(" ", "_"): value for name, value in figures.items()}
-
-
-def _method_cells(row: MethodSummary) -> list[str]:
-    sizes = [f"{row.task_size:,.0f}", f"{row.marginal_size:,.0f}", f"{100 * row.share:.2f} %"]
-    figures = [_figure(value, 3) for value in (row.relative_error, row.mean, row.worst)]
-    return [row.method, *sizes, *figures, row.worst_task or "-"]
 
 
 def _cells(task: TaskEvaluated, figures: list[str], shown: list[str], with_gain: list[str]) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -14,7 +13,7 @@ from icm_cli.output import Column
 from icm_cli.session import Session, command
 from icm_cli.text import as_fields, coded_size
 from icmlora.fleet.measure.precision import gain_text
-from icmlora.io.text import counted, human_size, some
+from icmlora.io.text import counted, human_size
 
 if TYPE_CHECKING:
     from icm_cli.output import Output
@@ -54,27 +53,6 @@ KeepOpt = Annotated[
         help="With --placeholder: free only these folders. The store keeps the originals, so no limit is needed.",
     ),
 ]
-CopiesOpt = Annotated[
-    int | None,
-    typer.Option(
-        "--copies",
-        metavar="N",
-        min=1,
-        help="Delete an original only if N copies of it are elsewhere. Default: 1 with --copy, else 0.",
-        show_default=False,
-    ),
-]
-CopyOpt = Annotated[
-    list[Path] | None,
-    typer.Option(
-        "--copy",
-        metavar="PATH",
-        help="Where a copy is: a folder with adapters, another store, or a bundle (a copy of the code alone). Each is "
-        "read now, and counts once. Repeat it for more.",
-        show_default=False,
-    ),
-]
-
 _COLUMNS = (
     Column("task", shrink=True),
     Column("result"),
@@ -102,8 +80,6 @@ def evict(
     checkpoints_only: CheckpointsOpt = False,
     placeholder: PlaceholderOpt = False,
     keep_originals: KeepOpt = False,
-    copies: CopiesOpt = None,
-    copy: CopyOpt = None,
     device: DeviceOpt = None,
     dry_run: DryRunOpt = False,
     workers: WorkersOpt = None,
@@ -116,13 +92,11 @@ def evict(
     for placeholders: each takes some bytes, and where they do not fit the folder stays and the exit code is 15.
 
     With --placeholder, the folder that an adapter was ingested from is freed too: `icm restore FOLDER` brings it back,
-    from the original if the store kept it, else from the code. With --copies, copies elsewhere are read and compared
-    before anything is deleted.
+    from the original if the store kept it, else from the code.
 
     Example:
       icm evict --max-error 0.22 --dry-run
       icm evict --placeholder --keep-originals
-      icm evict --min-gain 0.97 --copies 2 --copy /backup/loras --copy /backup/icm-store
     """
     _check_options(max_error, min_gain, checkpoints_only, placeholder, keep_originals)
     report, stopped = session.run(
@@ -134,8 +108,6 @@ def evict(
             checkpoints_only=checkpoints_only,
             placeholder=placeholder,
             keep_originals=keep_originals,
-            copies=copies,
-            copy_paths=copy or [],
             dry_run=dry_run,
             device=session.device(device),
             workers=workers,
@@ -201,7 +173,6 @@ def _sum_up(session: Session, report: EvictReport, *, dry_run: bool, placeholder
         verb, freed = ("would evict", "would free") if dry_run else ("evicted", "freed")
         of_tasks = counted(len(report.tasks), "task")
         out.line(f"{verb} {len(report.gone)} of {of_tasks}, {freed} {human_size(report.freed)}")
-        _tell_codes_only(out, report)
     if placeholder:
         _tell_folders(out, report, dry_run=dry_run, keep_originals=keep_originals)
     elif report.gone and not dry_run:
@@ -219,13 +190,6 @@ def _tell_exceptions(out: Output, report: EvictReport, *, dry_run: bool, keep_or
         out.line(f"original only, {task.task}: {task.reason}")
     for folder in report.placeholders:  # they are outside of the store, so each is named
         out.line(f"{'would leave' if dry_run else 'left'} a placeholder in {folder.path}")
-
-
-def _tell_codes_only(out: Output, report: EvictReport) -> None:
-    """Say of which tasks no copy of the original was found, only of the code."""
-    tasks = [task.task for task in report.gone if task.copies and all(copy.kind == "bundle" for copy in task.copies)]
-    if tasks:
-        out.note(f"copies of the code alone, in bundles, were found of {counted(len(tasks), 'task')}: {some(tasks)}")
 
 
 def _tell_folders(out: Output, report: EvictReport, *, dry_run: bool, keep_originals: bool) -> None:

@@ -49,9 +49,7 @@ DescriptionOpt = Annotated[
         "--description", metavar="TEXT", help="A sentence for the model card. It does not change the adapter."
     ),
 ]
-RegisterOpt = Annotated[
-    bool, typer.Option("--register", help="Also keep the task in the store, by a code and a task vector.")
-]
+RegisterOpt = Annotated[bool, typer.Option("--register", help="Also store the task as code and vector.")]
 RefineOpt = Annotated[
     int, typer.Option("--refine", metavar="STEPS", min=0, help="Then take this many gradient steps on the samples.")
 ]

@@ -59,7 +59,7 @@ def stats(session: Session, plot: PlotOpt = None, force: ReplaceOpt = False) -> 
 
     BF16 is the size of all final adapters in bf16. OF BF16 is the share that generator, codes, residuals, vectors and
     extras take; from BREAK-EVEN tasks on they are smaller. EXTRAS are heads, tokenizers and whatever else no code can
-    represent; a task that has its original only counts with that. GENERATOR includes the few-shot start, if there is
+    represent; original-only tasks count as extras. GENERATOR includes the few-shot start, if there is
     one. RELATIVE ERROR and RETAINED GAIN are mean / worst over the tasks, measured on the codes with their residuals.
     -v adds a row per task.
 

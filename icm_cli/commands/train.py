@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import typer
 
@@ -35,19 +35,16 @@ from icm_cli.options import BaseModelOpt, DeviceOpt, WorkersOpt
 from icm_cli.output import Output
 from icm_cli.session import Session, command
 from icm_cli.text import as_fields
-from icmlora import IcmError
-from icmlora.errors import Cancelled, OtherProcessFailed
+from icmlora.errors import OtherProcessFailed
 from icmlora.fleet.measure.precision import measured_in
 from icmlora.io.text import counted, human_duration, human_size
 from icmlora.training.ranks import launched
 
 if TYPE_CHECKING:
-    from icmlora.fleet.api import Fleet
-    from icmlora.fleet.context import Event
-    from icmlora.fleet.encode.encode import EncodeReport
+    from icmlora.fleet.context import Context, Event
     from icmlora.fleet.few_shot.train import FewShotTrained
-    from icmlora.fleet.train.train import Trained
-    from icmlora.fleet.train.update import Updated
+    from icmlora.fleet.train.train import Trained, TrainReport
+    from icmlora.fleet.train.update import Updated, UpdateReport
 
 _EVENT_EVERY = 10  # steps between two JSON lines
 
@@ -82,8 +79,8 @@ def train(
     After adding tasks, --update encodes only the new ones. It needs no other originals, leaves existing codes as they
     are, and takes as long as the new tasks take.
 
-    Several GPUs or machines train together when torchrun starts icm in one process for each of them. They train the
-    generator; what comes after that, --update and the few-shot start take one process.
+    Several GPUs or machines train together when torchrun starts icm in one process for each of them. Only training
+    runs on several processes.
 
     To use `icm generate`, train with --objective both, or with --objective functional later.
 
@@ -92,24 +89,36 @@ def train(
       torchrun --nproc-per-node 4 $(command -v icm) train --device cuda
     """
     from icmlora.fleet.few_shot.train import check_few_shot
+    from icmlora.fleet.train.train import train
+    from icmlora.fleet.train.update import update as add_tasks
 
     others = (quality, tolerance, width, steps, lr, max_error, min_gain)
     _check_options(objective, update=update, anew=fresh or width is not None, others=others)
-    where = session.device(device)
-    few_shot = objective is not ObjectiveName.BITS
+    where, few_shot = session.device(device), objective is not ObjectiveName.BITS
     if few_shot:  # fail now, not after hours of training the generator
         check_few_shot(session.context, base_model=base_model)
-    partly = False
-    options = {"device": where, "base_model": base_model, "quality": quality, "tolerance": tolerance}
-    options |= {"steps": steps, "learning_rate": lr, "seed": seed}
-    anew = options | {"width": width, "resume": resume, "fresh": fresh}
+
+    options: dict[str, Any] = {"device": where, "base_model": base_model, "quality": quality, "tolerance": tolerance}
+    options |= {"steps": steps, "learning_rate": lr, "seed": seed, "refine": refine, "workers": workers}
+    options |= {"max_error": max_error, "min_gain": min_gain, "evaluate": evaluate}
+
+    def work(context: Context) -> TrainReport:
+        return train(context, width=width, resume=resume, fresh=fresh, **options)
+
     if launched()[0]:
-        raise typer.Exit(_help(session, None if update or objective is ObjectiveName.FUNCTIONAL else anew))
+        raise typer.Exit(_help(session, None if update or objective is ObjectiveName.FUNCTIONAL else work))
+    partly = False
     if objective is not ObjectiveName.FUNCTIONAL:
-        made = _update(session, options) if update else _train(session, anew, few_shot=few_shot)
-        limits = {"max_error": max_error, "min_gain": min_gain, "base_model": base_model}
-        wanted = None if tolerance is not None or refine == 0 else {"quality": quality, "refine": refine}
-        partly = _finish(session, made, {"device": where, "workers": workers}, limits, wanted, evaluate=evaluate)
+        printed = _Printed(session, max_error, min_gain, few_shot=few_shot)
+        report: TrainReport | UpdateReport
+        if update:
+            report, stopped = session.run("update", lambda context: add_tasks(context, **options), printed.tell)
+        else:
+            report, stopped = session.run("train", work, printed.tell)
+        printed.catch_up(report, is_stopped=stopped)
+        if stopped:
+            printed.interrupted(report)
+        partly = report.is_partial
     if few_shot:
         partly = _train_few_shot(session, where, base_model, episodes, seed) or partly
     if partly:  # only now: a task that misses a limit must not stop what comes after
@@ -127,97 +136,94 @@ def _check_options(objective: ObjectiveName, *, update: bool, anew: bool, others
         raise UsageProblem(fact, hint="`icm train --objective both` trains both, one after the other")
 
 
-@dataclass(frozen=True)
-class _Made:
-    """The tasks that have new codes: all of some base models, or only those that are named."""
+@dataclass
+class _Printed:
+    """Prints each stage of a training or an update when the next one begins, or at the end."""
 
-    base_models: Sequence[str]
-    tasks: Sequence[str] = ()
-    partly: bool = False  # whether a task was left out
+    session: Session
+    max_error: float | None
+    min_gain: float | None
+    few_shot: bool  # whether a few-shot start is trained next
+    is_summed_up: bool = False  # whether the generators are printed
+    encoded: int = 0  # how many encodings are
+    is_explained: bool = False  # whether it is printed what is not measured
 
+    @property
+    def is_refining(self) -> bool:
+        """Whether codes are refined, without limits."""
+        return self.max_error is None and self.min_gain is None
 
-def _train(session: Session, options: dict[str, Any], *, few_shot: bool) -> _Made:
-    report, stopped = session.run("train", lambda fleet: fleet.train(**options), partial(_tell, session))
-    for trained in report.trained:
-        _sum_up(session, trained)
-        if trained.start_dropped and not few_shot:
-            session.out.note("the new generator has no few-shot start; the earlier one had one")
-            session.out.hint("`icm train --objective functional` trains one; codes do not change")
-    if stopped:
+    def tell(self, event: Event) -> None:
+        """Print what an event says."""
+        from icmlora.fleet.context import StageBegun
+
+        if isinstance(event, StageBegun):
+            self.catch_up(cast("TrainReport | UpdateReport", event.report))
+            if event.label == "encode" and self.is_refining and not self.encoded:
+                note = "refining codes where the base model is at hand; Ctrl-C stops that, and the store is complete"
+                self.session.out.note(f"{note} without it")
+        _tell(self.session, event)
+        encode.tell(self.session, event, "refined" if self.is_refining else "task")
+        evaluation.tell(self.session, event)
+
+    def catch_up(self, report: TrainReport | UpdateReport, *, is_stopped: bool = False) -> None:
+        """Print what was done and is not printed yet."""
+        from icmlora.fleet.train.train import TrainReport
+
+        out = self.session.out
+        if not self.is_summed_up:
+            self.is_summed_up = True
+            if isinstance(report, TrainReport):
+                for trained in report.trained:
+                    _sum_up(self.session, trained, few_shot=self.few_shot)
+            else:
+                for updated in report.updated:
+                    _sum_up_update(self.session, updated)
+        for encoded in report.encoded[self.encoded :]:
+            encode.sum_up(self.session, encoded, brief=self.is_refining)
+            if not self.is_refining and not is_stopped:
+                encode.tell_next(self.session, encoded, self.max_error, self.min_gain)
+        self.encoded = len(report.encoded)
+        if report.measurable is not None and not self.is_explained:
+            self.is_explained = True
+            for reason in report.measurable.reasons:
+                out.note(f"not measured: {reason}")
+            if not report.measurable.tasks and report.measurable.elsewhere:
+                out.hint("`icm eval` measures the codes, with the base model and held-out text")
+        if report.evaluated is not None:  # the last stage
+            evaluation.sum_up(self.session, report.evaluated)
+        if report.measurable is not None and report.evaluate_error is not None:
+            out.warn(f"not measured: {', '.join(report.measurable.tasks)}: {report.evaluate_error}")
+
+    def interrupted(self, report: TrainReport | UpdateReport) -> NoReturn:
+        """Say what the stage that the user stopped has left, and how to go on."""
+        from icmlora.fleet.train.train import TrainReport
+
+        if report.evaluated is not None:
+            evaluation.interrupted(report.evaluated)
+        if report.encoded:
+            done = counted(len(report.encoded[-1].tasks), "task")
+            go_on = "the store is complete without it; `icm encode` refines the rest"
+            if not self.is_refining:
+                go_on = "the generator is kept; `icm encode` with the same limits encodes the rest"
+            raise Interrupted(f"interrupted; {done} encoded", hint=go_on)
+        if not isinstance(report, TrainReport):
+            unchanged = "interrupted; base models that are not listed did not change"
+            raise Interrupted(unchanged, hint="run the same command again")
         saved = f"saved a training checkpoint at step {report.stopped_at}" if report.stopped_at else "nothing was lost"
         raise Interrupted(f"interrupted; {saved}", hint="run the same command to continue")
-    partly = bool(report.failed) or any(trained.left_out for trained in report.trained)
-    return _Made([trained.base_model for trained in report.trained], partly=partly)
 
 
-def _finish(
-    session: Session,
-    made: _Made,
-    each: dict[str, Any],
-    limits: dict[str, Any],
-    refinement: dict[str, Any] | None,
-    *,
-    evaluate: bool,
-) -> bool:
-    """Encode again for limits or refine, then measure; returns whether a task was left out or misses a limit."""
-    # each: options of all that is done here.
-    partly = made.partly
-    if not made.base_models:
-        return partly
-    if limits["max_error"] is not None or limits["min_gain"] is not None:
-        partly = _encode(session, made, limits | each) or partly
-    elif refinement is not None:
-        partly = _refine(session, made, refinement | each) or partly
-    if evaluate:
-        partly = not _evaluate(session, made, each) or partly
-    return partly
-
-
-def _help(session: Session, options: dict[str, Any] | None) -> ExitCode:
+def _help(session: Session, work: Callable[[Context], TrainReport] | None) -> ExitCode:
     """Take part in the training of the first process, which prints and does all the rest; None: there is none."""
-    if options is None:
+    if work is None:
         return ExitCode.DONE
     quiet = replace(session, out=Output(quiet=True, progress=False))
     try:
-        _, stopped = quiet.run("train", lambda fleet: fleet.train(**options))
+        _, stopped = quiet.run("train", work)
     except OtherProcessFailed:
         return ExitCode.FAILED
     return ExitCode.INTERRUPTED if stopped else ExitCode.DONE
-
-
-def _update(session: Session, options: dict[str, Any]) -> _Made:
-    report, stopped = session.run("update", lambda fleet: fleet.update(**options), partial(_tell, session))
-    for updated in report.updated:
-        _sum_up_update(session, updated)
-    if stopped:
-        unchanged = "interrupted; base models that are not listed did not change"
-        raise Interrupted(unchanged, hint="run the same command again")
-    partly = bool(report.failed) or any(updated.left_out for updated in report.updated)
-    return _Made([updated.base_model for updated in report.updated if updated.tasks], report.tasks, partly)
-
-
-def _encode(session: Session, made: _Made, limits: dict[str, Any]) -> bool:
-    """Re-encode for the limits, and return whether a task misses one."""
-    go_on = "the generator is kept; `icm encode` with the same limits encodes the rest"
-    hint = encode.evict_hint(limits["max_error"], limits["min_gain"])
-    return encode.run(session, lambda fleet: fleet.encode(made.tasks, **limits), hint, go_on=go_on)
-
-
-def _refine(session: Session, made: _Made, options: dict[str, Any]) -> bool:
-    """Refine the codes where that is possible, and return whether a task failed."""
-    go_on = "the store is complete without it; `icm encode` refines the rest"
-    failed = False
-    session.out.note(
-        "refining codes where the base model is at hand; Ctrl-C stops that, and the store is complete without it"
-    )
-    for label in made.base_models:
-        wanted = options | {"base_model": label}
-
-        def work(fleet: Fleet, wanted: dict[str, Any] = wanted) -> EncodeReport:
-            return fleet.encode(made.tasks, **wanted)
-
-        failed = encode.run(session, work, go_on=go_on, brief=True) or failed
-    return failed
 
 
 def _train_few_shot(session: Session, device: str, base_model: str | None, episodes: int, seed: int) -> bool:
@@ -243,7 +249,6 @@ def _tell(session: Session, event: Event) -> None:
     from icmlora.fleet.train.update import Updated
 
     out = session.out
-    tell_failure(session, event)
     if isinstance(event, StepDone):
         if event.at.step % _EVENT_EVERY == 0 or event.at.step == event.at.steps:
             out.event("step", **{**asdict(event.at), "base_model": event.base_model, "task": event.task})
@@ -273,7 +278,7 @@ def _tell_few_shot(session: Session, event: Event) -> None:
         session.out.event("start", **asdict(event))
 
 
-def _sum_up(session: Session, trained: Trained) -> None:
+def _sum_up(session: Session, trained: Trained, *, few_shot: bool) -> None:
     out, metrics = session.out, trained.metrics
     bits = metrics["bits_per_parameter"]
     loss = "" if bits is None else f"{bits:.3f} bits per parameter after "
@@ -289,6 +294,9 @@ def _sum_up(session: Session, trained: Trained) -> None:
     seeds = f"{metrics['initial_a_known']} of {counted(trained.tasks, 'adapter')}"
     out.note(f"initialisation seed recovered for {seeds} (smaller codes)")
     _warn_of(session, trained.left_out)
+    if trained.start_dropped and not few_shot:
+        out.note("the new generator has no few-shot start; the earlier one had one")
+        out.hint("`icm train --objective functional` trains one; codes do not change")
 
 
 def _warn_of(session: Session, left_out: Mapping[str, str]) -> None:
@@ -325,23 +333,3 @@ def _sum_up_few_shot(session: Session, trained: FewShotTrained) -> None:
     session.out.note(f"{took}; known tasks reach {gain}{measured_in([trained.precision])}")
     for name, reason in trained.left_out.items():
         session.out.warn(f"{name} took no part: {reason}")
-
-
-def _evaluate(session: Session, made: _Made, options: dict[str, Any]) -> bool:
-    """Measure the codes, and return whether none failed; a missing base model or text is only worth a word."""
-    from icmlora.fleet.measure.evaluate import measurable
-
-    found = measurable(session.context, made.base_models, made.tasks)
-    for reason in found.reasons:
-        session.out.note(f"not measured: {reason}")
-    if not found.tasks:
-        if found.elsewhere:
-            session.out.hint("`icm eval` measures the codes, with the base model and held-out text")
-        return True
-    try:
-        return evaluation.run(session, lambda fleet: fleet.evaluate(found.tasks, sources=("code",), **options))
-    except Cancelled:
-        raise
-    except IcmError as error:  # of the only task or base model that could be measured; the codes are made
-        session.out.warn(f"not measured: {', '.join(found.tasks)}: {error}")
-        return False

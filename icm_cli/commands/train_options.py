@@ -8,13 +8,29 @@ from typing import Annotated
 import typer
 
 from icm_cli.options import gain_option, loss_option, quality_option, refine_option
+from icmlora.training.config import (
+    DEFAULT_QUALITY,
+    FREE_STEPS,
+    LEAST_SMALL_STEPS,
+    LEAST_STACKED_STEPS,
+    LEAST_STEPS,
+    MOST_STEPS,
+    PARAMETERS_PER_STEP,
+    RATE,
+    REFINE_STEPS,
+    SMALL_FLEET,
+    SMALL_RATE,
+    SMALL_STEPS_PER_TASK,
+    STACKED,
+    STEPS_PER_ADAPTER,
+)
 
 MODEL_PANEL = "Model"
 
 QualityOpt = Annotated[
     int | None,
     quality_option(
-        "Default: 4, or whatever the current generator uses. In our "
+        f"Default: {DEFAULT_QUALITY}, or whatever the current generator uses. In our "
         "measurements 4 keeps 97 % of the gain, and 6 keeps 98 % with four times the bytes."
     ),
 ]
@@ -29,7 +45,7 @@ RefineOpt = Annotated[
     int | None,
     refine_option(
         "Then fit each code to what its adapter does, in this many steps, if the base model is on this machine: "
-        "codes become several times smaller. 0: leave that to `icm encode`. Default: 40."
+        f"codes become several times smaller. 0: do not refine. Default: {REFINE_STEPS}."
     ),
 ]
 EvalOpt = Annotated[
@@ -73,8 +89,10 @@ StepsOpt = Annotated[
         "--steps",
         metavar="N",
         min=1,
-        help="Adapters to draw; a step sees one, on a card eight. Default: 20 per task, at least 200; from 16 tasks on "
-        "8 per adapter, 1,000 to 20,000, but beyond 500 at most one per 1,000 parameters. A card makes at least 150.",
+        help=f"Adapters to draw; a step sees one, on a card {STACKED}. Default: {SMALL_STEPS_PER_TASK} per task, at "
+        f"least {LEAST_SMALL_STEPS}; from {SMALL_FLEET} tasks on {STEPS_PER_ADAPTER} per adapter, {LEAST_STEPS:,} to "
+        f"{MOST_STEPS:,}, but beyond {FREE_STEPS} at most one per {PARAMETERS_PER_STEP:,} parameters. A card makes at "
+        f"least {LEAST_STACKED_STEPS}.",
         show_default=False,
         rich_help_panel=MODEL_PANEL,
     ),
@@ -86,7 +104,8 @@ RateOpt = Annotated[
         metavar="X",
         min=1e-6,
         max=1.0,
-        help="Peak learning rate. Default: 0.004; 0.008 for fewer than 16 tasks without --steps.",
+        help=f"Peak learning rate. Default: {RATE:g}; {SMALL_RATE:g} for fewer than {SMALL_FLEET} tasks without "
+        "--steps.",
         show_default=False,
         rich_help_panel=MODEL_PANEL,
     ),

@@ -112,7 +112,8 @@ def total_norm(norms: Mapping[str, float]) -> float:
 @one_thread()
 def module_norms(adapter: Adapter) -> dict[str, float]:
     """Return the Frobenius norm of each module's dW."""
-    return {module.name: _norm(_exact(module)) for module in adapter.modules}
+    exact = map(_exact, adapter.modules)
+    return {module.name: math.sqrt(max(_inner(module, module), 0.0)) for module in exact}
 
 
 @one_thread()
@@ -136,10 +137,6 @@ def _parts(original: Adapter, other: Adapter) -> dict[str, tuple[float, float]]:
 def _exact(module: LoraModule) -> LoraModule:
     a, b = (factor.detach().to("cpu", torch.float64) for factor in (module.a, module.b))
     return LoraModule(module.name, a, b)
-
-
-def _norm(module: LoraModule) -> float:
-    return math.sqrt(max(_inner(module, module), 0.0))
 
 
 def _inner(left: LoraModule, right: LoraModule) -> float:

@@ -25,6 +25,7 @@ from icmlora.io.memory import free, ran_out
 from icmlora.io.text import with_article
 
 _CAUSAL = "causal language model"
+_LIBRARY_HINT = "install the library that it names; models that also read videos need: pip install 'icm-lora[video]'"
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,8 @@ def load_auto(
 ) -> Loaded:
     """Load a folder with one of transformers' Auto classes; one of the heads that its files lack is made of zeros."""
     with quiet_loading(found, kind):
+        # First: it may need a library that is not installed, and weights take long to read.
+        processor = getattr(transformers, processor_class).from_pretrained(found.path, **_OFFLINE)
         # The library would fill missing weights with random numbers and only warn.
         placed = placement(found, auto_class, device, dtype)
         loaded: Any = getattr(transformers, auto_class).from_pretrained(
@@ -60,7 +63,6 @@ def load_auto(
             torch.nn.init.zeros_(model.get_parameter(name))
         if "device_map" not in placed:
             model.to(device)
-        processor = getattr(transformers, processor_class).from_pretrained(found.path, **_OFFLINE)
     if found.load_in is not None:
         settle(model)
     return Loaded(model, processor, frozenset(missing))
@@ -141,10 +143,11 @@ def quiet_loading(found: FoundBase, kind: str = _CAUSAL, library: str = "transfo
             raise BaseModelNotFound(fact, path=found.path, hint=smaller(found)) from error
         # Deliberately broad: for a damaged file the loaders raise whatever their parsing runs into.
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        hint = f"the folder must be a complete model that {library} knows, with its tokenizer or processor"
         raise BaseModelNotFound(
             f"base model {found.label!r} cannot be loaded as {with_article(kind)}: {first}",
             path=found.path,
-            hint=f"the folder must be a complete model that {library} knows, with its tokenizer or processor",
+            hint=_LIBRARY_HINT if isinstance(error, ImportError) else hint,
         ) from error
     finally:
         if bars:

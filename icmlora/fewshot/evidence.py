@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from icmlora.base_models.modality import BaseModel, Prepared
 from icmlora.base_models.running.conv_as_linear import input_rows, output_rows
@@ -79,6 +78,8 @@ def recomputing(model: nn.Module) -> Iterator[None]:
     # Saves most of the memory of a long pass through a large base model and costs another forward pass. Forward and
     # backward both belong into the block, and into the blocks of hooks on the layers' modules, which run again. The
     # model's own switch would need training mode, which turns dropout on.
+    from transformers.modeling_layers import GradientCheckpointingLayer  # takes a second
+
     is_ample = next(model.parameters()).device.type in _AMPLE
     layers = [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
     # A layer has a method of its own where accelerate has spread the model over several devices.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from icmlora.fleet.api_store import StoredFleet
@@ -26,8 +25,6 @@ class FleetOriginals(StoredFleet):
         checkpoints_only: bool = False,
         placeholder: bool = False,
         keep_originals: bool = False,
-        copies: int | None = None,
-        copy_paths: Sequence[str | Path] = (),
         dry_run: bool = False,
         device: str = "auto",
         workers: str | None = None,
@@ -45,21 +42,19 @@ class FleetOriginals(StoredFleet):
             placeholder: Also replace the adapter in the folder it was ingested from by a placeholder, if its files
                 are unchanged; `restore` brings it back.
             keep_originals: With `placeholder`: delete nothing in the store, so that `restore` is exact.
-            copies: Number of copies that each original must have elsewhere; 1 by default if there are `copy_paths`.
-            copy_paths: Where the copies are: folders, other stores, or bundles (copies of the code alone). They are
-                read and compared now, and each counts at most once.
             dry_run: Check everything and delete nothing.
             device: Where to measure.
             workers: Where to check, as described for the class. Deletions then begin when all is checked.
 
         Raises:
-            DataError: There is no limit, or a place of copies does not exist or is in the store.
+            DataError: There is no limit.
         """
         from icmlora.fleet.evict.evict import evict
         from icmlora.fleet.evict.types import EvictRequest
 
-        more = placeholder, keep_originals, copies, tuple(map(Path, copy_paths))
-        request = EvictRequest(tasks, max_error, min_gain, checkpoints_only, dry_run, device, workers, *more)
+        request = EvictRequest(
+            tasks, max_error, min_gain, checkpoints_only, dry_run, device, workers, placeholder, keep_originals
+        )
         return evict(self._context, request)
 
     restore = restore

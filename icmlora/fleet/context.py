@@ -61,6 +61,14 @@ class Waiting(Event):
 
 
 @dataclass(frozen=True)
+class StageBegun(Event):
+    """A use case that does several things begins the next of them; `report` says what was done until then."""
+
+    label: str
+    report: object
+
+
+@dataclass(frozen=True)
 class TaskFailed(Event):
     """A task that something is wrong with; the others go on."""
 

@@ -1,4 +1,4 @@
-"""What could not be run on a base model, and why. Never stops what can."""
+"""Collect failed tasks; continue with the rest."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ class _Report(Protocol):
 
 
 @dataclass
-class Sieve:
+class FailureLog:
     """Notes in a report which tasks have no result, and lets the results of the others through."""
 
     context: Context

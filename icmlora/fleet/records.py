@@ -3,9 +3,9 @@
 from registry.names import LoadIn
 from registry.records import (
     AdapterRecord,
-    Asked,
     BaseModelRecord,
     Claim,
+    CodeLimits,
     CodeRecord,
     EvaluationRecord,
     GeneratorRecord,
@@ -20,9 +20,9 @@ from registry.tables.base_models import Joined, Separated
 
 __all__ = [
     "AdapterRecord",
-    "Asked",
     "BaseModelRecord",
     "Claim",
+    "CodeLimits",
     "CodeRecord",
     "EvaluationRecord",
     "GeneratorRecord",

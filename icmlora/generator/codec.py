@@ -19,6 +19,7 @@ from icmlora.generator.initial_a.draw import InitialA
 
 if TYPE_CHECKING:
     from icmlora.generator.encoding import Encoded
+    from icmlora.generator.limits import Limits
 
 
 class Codec(Decoder):
@@ -32,34 +33,32 @@ class Codec(Decoder):
         adapter: Adapter,
         vectors: Mapping[str, torch.Tensor],
         initial: InitialA | None = None,
+        limits: Limits | None = None,
         *,
-        tolerance: float | None = None,
-        max_squared_error: float | None = None,
         keep_decoded: bool = False,
     ) -> Encoded:
-        """Encode one adapter with the coarsest quantiser step found that keeps the limits."""
-        # `tolerance` limits the weighted error, `max_squared_error` that of dW. Default: the generator's own tolerance.
-        from icmlora.generator.encoding import Limits, encode_adapter  # most commands only decode
+        """Encode one adapter with the coarsest quantiser step found that keeps the limits of its errors.
 
-        if tolerance is None and max_squared_error is None:
-            tolerance = self.config.tolerance
-        limits = Limits(tolerance, max_squared_error)
+        Args:
+            adapter: The adapter, as its trainer wrote it.
+            vectors: Its task vectors by view, each of shape (size,).
+            initial: Where its initial A was drawn, if that is known.
+            limits: By default the generator's own tolerance. Under a size, the code is the most accurate of at most so
+                many bytes, or the smallest found if none has so few.
+            keep_decoded: Whether the result holds what the code decodes to.
+
+        Raises:
+            NotCovered: The generator has no place for one of the modules or ranks.
+            GeneratorError: No code keeps the limits.
+        """
+        from icmlora.generator.encoding import encode_adapter, encode_within  # most commands only decode
+        from icmlora.generator.limits import Limits
+
+        if limits is None:
+            limits = Limits(tolerance=self.config.tolerance)
+        if limits.size is not None:
+            return encode_within(self, adapter, vectors, initial, limits.size, keep_decoded=keep_decoded)
         return encode_adapter(self, adapter, vectors, initial, limits, keep_decoded=keep_decoded)
-
-    @torch.no_grad()
-    def encode_within(
-        self,
-        adapter: Adapter,
-        vectors: Mapping[str, torch.Tensor],
-        initial: InitialA | None = None,
-        *,
-        size: int,
-        keep_decoded: bool = False,
-    ) -> Encoded:
-        """Encode one adapter as accurately as `size` bytes allow; if no code is so small, return the smallest found."""
-        from icmlora.generator.encoding import encode_within
-
-        return encode_within(self, adapter, vectors, initial, size, keep_decoded=keep_decoded)
 
     @torch.no_grad()
     def measure(self, adapter: Adapter, code: bytes) -> Encoded:

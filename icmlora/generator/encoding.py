@@ -14,7 +14,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -29,12 +29,11 @@ from icmlora.generator.container import ABSENT
 from icmlora.generator.cvae import TaskState
 from icmlora.generator.decoder import Decoder, strengthened
 from icmlora.generator.initial_a.draw import InitialA
-from icmlora.generator.initial_a.subspace import InitialSubspace
+from icmlora.generator.limits import Limits, Measured
 from icmlora.generator.objective import worth_writing
 from icmlora.generator.packing import KindIntegers, written_slots
 from icmlora.generator.quantizer import Means, Slots
 from icmlora.generator.scales import OCTAVE, STRENGTHS
-from icmlora.generator.sensitivity import Sensitivity
 from icmlora.generator.stack import stacked
 from icmlora.generator.tokens import (
     KindTokens,
@@ -45,7 +44,6 @@ from icmlora.generator.tokens import (
     tokenize,
     weighted,
 )
-from icmlora.generator.water_level import water_level
 from icmlora.io.threads import side_by_side
 
 _Parts = list[tuple[float, float]]  # squared error and squared norm of each module
@@ -71,22 +69,8 @@ class Encoded:
     decoded: Adapter | None = field(default=None, repr=False, compare=False)
 
 
-class Measured(Protocol):
-    """Anything whose errors are known."""
-
-    @property
-    def squared_error(self) -> float:
-        """The square of the relative error of dW."""
-        ...
-
-    @property
-    def weighted_error(self) -> float:
-        """The same of dW weighted by the sensitivity of its channels."""
-        ...
-
-
 @dataclass(frozen=True)
-class _Trial:
+class _Rounded:
     """The integers of an adapter at one step, and the errors of what they decode to."""
 
     head: CodeHead
@@ -125,38 +109,6 @@ class _Original:
         return plain, errors_and_norms(self.weighted, weighted(decoded, codec.config, codec.sensitivity))
 
 
-@dataclass(frozen=True)
-class Limits:
-    """The largest squared errors that a code may have."""
-
-    tolerance: float | None = None  # largest weighted error
-    max_squared_error: float | None = None  # largest error of dW itself
-
-    @property
-    def least(self) -> float:
-        """The smaller limit."""
-        return min(math.inf if limit is None else limit for limit in (self.tolerance, self.max_squared_error))
-
-    def keeps(self, encoded: Measured) -> bool:
-        """Say whether a code is within the limits."""
-        return all(error <= limit for error, limit in self._pairs(encoded))
-
-    def used(self, encoded: Measured) -> float:
-        """Say how much of the limits a code's errors take: 1 if it just keeps them."""
-        return max((error / limit for error, limit in self._pairs(encoded) if limit), default=1.0)
-
-    def _pairs(self, encoded: Measured) -> list[tuple[float, float]]:
-        """Return each limit that is set, with the error that it is for."""
-        pairs = ((encoded.weighted_error, self.tolerance), (encoded.squared_error, self.max_squared_error))
-        return [(error, limit) for error, limit in pairs if limit is not None]
-
-    def expected_step(self, tokens: Sequence[KindTokens], sensitivity: Sensitivity, subspace: InitialSubspace) -> int:
-        """Return the step, in eighths of an octave, that theory gives for the smaller limit."""
-        # At full strength an adapter of which the share e is lost has the error e / (1 - e).
-        lost = self.least / (1 + self.least)
-        return math.floor(OCTAVE * math.log2(water_level(tokens, lost, sensitivity, subspace)))
-
-
 def encode_adapter(
     codec: Decoder,
     adapter: Adapter,
@@ -173,10 +125,10 @@ def encode_adapter(
 
     def search(
         adapter: Adapter, tokens: Sequence[KindTokens], expected: int, means: dict[int, Means] | None, enough: float
-    ) -> _Trial:
+    ) -> _Rounded:
         originals = _Original.of(codec, adapter).by_kind(codec.config)
 
-        def at(step: int) -> _Trial:
+        def at(step: int) -> _Rounded:
             return _rounded_at(step, codec, adapter, originals, tokens, state, initial, means)
 
         return coarsest(expected, limits, at, enough)
@@ -201,15 +153,17 @@ def encode_within(
     *,
     keep_decoded: bool,
 ) -> Encoded:
-    """Encode one adapter with the finest step whose code has at most `size` bytes; see `Codec.encode_within`."""
+    """Encode one adapter with the finest step whose code has at most `size` bytes; see `Codec.encode`."""
     tokens, state = _prepared(codec, adapter, vectors, initial)
     originals, means = _Original.of(codec, adapter).by_kind(codec.config), None
     if sum(shape.parameters for shape in adapter.layout) <= _SMALL:
         means = dict[int, Means]()
     subspace = codec.subspace(initial)
-    low, high = (Limits(squared).expected_step(tokens, codec.sensitivity, subspace) for squared in (_FINEST, _COARSEST))
+    low, high = (
+        Limits(tolerance=squared).expected_step(tokens, codec.sensitivity, subspace) for squared in (_FINEST, _COARSEST)
+    )
     high += _ABOVE
-    best: tuple[bytes, _Trial] | None = None
+    best: tuple[bytes, _Rounded] | None = None
     while low <= high:
         step = (low + high) // 2
         trial = _rounded_at(step, codec, adapter, originals, tokens, state, initial, means)
@@ -240,7 +194,7 @@ def _prepared(
     return tokens, replace(state, subspace=replace(subspace, shifts=codec.quantizer.shifts(tokens, state)))
 
 
-def _closed(codec: Decoder, data: bytes, tried: _Trial, *, keep_decoded: bool) -> Encoded:
+def _closed(codec: Decoder, data: bytes, tried: _Rounded, *, keep_decoded: bool) -> Encoded:
     """Check that a code reads as what was tried, and return it with its errors."""
     if not _reads_as(codec, data, tried):
         raise GeneratorError("the code does not decode to what was encoded")
@@ -248,7 +202,7 @@ def _closed(codec: Decoder, data: bytes, tried: _Trial, *, keep_decoded: bool) -
     return Encoded(data, tried.squared_error, tried.weighted_error, decoded)
 
 
-def _reads_as(codec: Decoder, data: bytes, tried: _Trial) -> bool:
+def _reads_as(codec: Decoder, data: bytes, tried: _Rounded) -> bool:
     """Whether a code holds the integers and strengths that were tried; what it decodes to follows from them."""
     opened, groups = codec.open(data), {group.slots.kind: group for group in tried.groups}
     # A kind without energy has no tokens to try; what is read of it is empty.
@@ -366,7 +320,7 @@ def _rounded_at(
     state: TaskState,
     initial: InitialA | None,
     means: dict[int, Means] | None,
-) -> _Trial:
+) -> _Rounded:
     """Round an adapter at one step, and measure what that decodes to: several kinds at a time, if they are large."""
     shape = len(codec.config.kinds), codec.config.layers  # (K, L)
     gains, strengths = np.zeros(shape[0], dtype=np.int16), np.zeros(shape, dtype=np.int8)
@@ -405,7 +359,7 @@ def _rounded_at(
         task_type=adapter.task_type,
     )
     groups, plain, heavy = zip(*found, strict=True) if found else ((), (), ())
-    return _Trial(head, groups, relative(chain.from_iterable(plain)), relative(chain.from_iterable(heavy)))
+    return _Rounded(head, groups, relative(chain.from_iterable(plain)), relative(chain.from_iterable(heavy)))
 
 
 def _bytes(values: torch.Tensor) -> NDArray[np.int8]:

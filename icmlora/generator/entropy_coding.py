@@ -61,7 +61,7 @@ class IntegerWriter:
         """Append positive integers by their lengths, then by their bits after the leading one."""
         if not len(excess):
             return
-        lengths = _lengths(excess)
+        lengths = (np.frexp(excess.astype(np.float64))[1] - 1).astype(np.int32)  # floor(log2), exactly
         self._coder.encode(lengths, _EXCESS)
         for length, places in _groups(lengths.astype(np.uint8)):
             if length:
@@ -124,11 +124,6 @@ def _groups(keys: NDArray[np.uint8]) -> Iterator[tuple[int, NDArray[np.int64]]]:
 
 def _ascending(places: list[NDArray[np.int64]]) -> NDArray[np.int64]:
     return np.sort(np.concatenate(places)) if places else np.zeros(0, dtype=np.int64)
-
-
-def _lengths(excess: Integers) -> Integers:
-    """Return floor(log2) of positive integers, exactly."""
-    return (np.frexp(excess.astype(np.float64))[1] - 1).astype(np.int32)
 
 
 @cache

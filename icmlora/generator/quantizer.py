@@ -32,7 +32,6 @@ from icmlora.generator.tokens import KindTokens
 
 Means = tuple[torch.Tensor, torch.Tensor]  # the generator's predictions, shapes (n, in) and (n, out)
 Norms = NDArray[np.int64]  # log2 norms, in eighths
-ALONG = 2  # the third side of a token, after `INPUTS` and `OUTPUTS`: inputs along the initial subspace
 Sides = tuple[Integers, Integers, Integers]  # integers of the tokens of one kind: shapes (n, in), (n, out) and (n, R)
 SideScales = tuple[Scales, Scales, Scales]  # scale indices of the integers, of the same shapes
 

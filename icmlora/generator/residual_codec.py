@@ -22,8 +22,9 @@ from icmlora.adapter.model import Adapter
 from icmlora.errors import CodeError
 from icmlora.generator.container import ABSENT
 from icmlora.generator.decoder import Decoder, OpenCode
-from icmlora.generator.encoding import Encoded, Limits, coarsest, compare, quantised, strength_of
+from icmlora.generator.encoding import Encoded, coarsest, compare, quantised, strength_of
 from icmlora.generator.entropy_coding import IntegerReader, Integers, IntegerWriter, Scales, clip
+from icmlora.generator.limits import Limits
 from icmlora.generator.packing import KindIntegers, read_groups, slots_between, split_sides, write_groups
 from icmlora.generator.quantizer import Slots, centred
 from icmlora.generator.residual import CLASSES, Residual, ResidualHead, digest_of

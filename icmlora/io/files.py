@@ -16,9 +16,6 @@ from registry.errors import SourceRefused
 _BLOCK = 1 << 20
 _ANY_SIZE = 2**62
 
-FileId = tuple[int, int]
-"""Device and number of a file: two paths with the same ones are one file."""
-
 
 @dataclass(frozen=True)
 class HashedFile:
@@ -27,11 +24,6 @@ class HashedFile:
     path: Path
     digest: str  # SHA-256
     status: os.stat_result
-
-    @property
-    def id(self) -> FileId:
-        """Which file it is, whatever path leads to it."""
-        return self.status.st_dev, self.status.st_ino
 
     def is_unchanged(self) -> bool:
         """Say whether the path still leads to this file, and nobody wrote to it since it was hashed."""

@@ -10,6 +10,7 @@ import unicodedata
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
+from functools import lru_cache
 from itertools import groupby
 
 from icmlora.errors import DataError
@@ -117,6 +118,7 @@ def escape_lines(text: str) -> str:
     return "\n".join(escape(line) for line in text.split("\n"))
 
 
+@lru_cache(maxsize=4096)  # a table asks for each cell several times
 def width(text: str) -> int:
     """Return how many terminal cells a text takes; wide East Asian characters take two, combining marks none."""
     if text.isascii():

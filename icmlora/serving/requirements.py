@@ -6,10 +6,9 @@ Some of it an engine refuses by itself. The rest is worse: it loads the adapter 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Literal, get_args
+from typing import Literal
 
 EngineName = Literal["vllm", "sglang"]
-ENGINES: tuple[EngineName, ...] = get_args(EngineName)
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What `--max-lora-rank` of vLLM takes."""

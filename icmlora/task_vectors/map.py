@@ -93,7 +93,8 @@ def map_tasks(tasks: SupportSetVectors, clusters: int | None = None) -> TaskMap:
     values = silhouettes(distances, labels)
     apart = distances + np.diag(np.full(len(names), np.inf))  # (n, n): nobody is the nearest task of itself
     neighbours, gaps = apart.argmin(axis=1), apart.min(axis=1)
-    fence = _upper_fence(gaps)
+    low, high = np.quantile(gaps, [0.25, 0.75])
+    fence = float(high + _FENCE * (high - low))  # outliers are above it
     owners = np.repeat(np.arange(len(names)), [len(vectors) for vectors in tasks.values()])
     vectors = space.place(np.concatenate(list(tasks.values())))
     between = cosine_distances(vectors, vectors)  # (m, m)
@@ -159,12 +160,6 @@ def _pairs(names: list[str], distances: Floats, between: Floats, owners: Labels)
         Pair((names[one], names[other]), float(distances[one, other]), bool(alike[one, other]))
         for one, other in zip(first[shown].tolist(), second[shown].tolist(), strict=True)
     )
-
-
-def _upper_fence(values: Floats) -> float:
-    """Return the value above which values are outliers."""
-    low, high = np.quantile(values, [0.25, 0.75])
-    return float(high + _FENCE * (high - low))
 
 
 def _xy(point: Floats) -> tuple[float, float]:

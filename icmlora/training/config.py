@@ -8,30 +8,34 @@ from dataclasses import asdict, dataclass
 
 from icmlora.errors import GeneratorError
 
+DEFAULT_QUALITY = 4  # of the codes of a first generator
+REFINE_STEPS = 40  # that fit a code to what its adapter does
 STEP_PARAMETERS = 1 << 20  # parameters of an adapter that a step sees at most
+STACKED = 8  # adapters that a step sees on a card
 _LONGEST_TURN = 8
-_LEAST_STACKED_STEPS = 150  # optimiser steps of a run whose steps see several adapters each
-SMALL_FLEET = 16  # tasks below which a run is short by default: the trained part of a generator hardly pays there
+
+# How many steps a run has by default, and how fast it learns. The help of `icm train` is made from these.
+SMALL_FLEET = 16  # tasks below which a run is short: the trained part of a generator hardly pays there
+SMALL_STEPS_PER_TASK, LEAST_SMALL_STEPS, SMALL_RATE = 20, 200, 8e-3
+STEPS_PER_ADAPTER, LEAST_STEPS, MOST_STEPS, RATE = 8, 1_000, 20_000, 4e-3
+# Small adapters have little to learn from: 300 adapters of 896 or 1,792 parameters take 158.6 kB with their generator
+# after 500 steps, as after 1,000.
+FREE_STEPS, PARAMETERS_PER_STEP = 500, 1_000  # beyond so many steps, at most one for so many parameters of the fleet
+LEAST_STACKED_STEPS = 150  # optimiser steps of a run whose steps see several adapters each
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """Options of one training run; stored with it, so that a resumed run goes on with the same ones."""
 
-    # What `default` chooses for a fleet:
-    #
-    #     below 16 tasks      20 steps a task, at least 200; learning rate 0.008
-    #     from 16 tasks on    8 steps an adapter (checkpoints included), 1,000 to 20,000; learning rate 0.004;
-    #                         no more than a step for 1,000 parameters of all adapters beyond the first 500 steps
-    #
     # A small fleet starts from its own norm tables, and most of what steps can add is there after a fifth of them. The
     # schedule is short as a whole, so the rate has fallen to nothing at its end and nothing has to watch for that end:
     # the same seed gives the same bytes, however often a run is stopped. A number of steps that is asked for is a long
-    # run's: it keeps the rate of 0.004.
+    # run's: it keeps the rate of a large fleet.
 
     steps: int  # adapters that are drawn; an optimiser step sees one of them, several with processes or on a card
     turn: int = 1  # draws in a row that see the same adapter; above 1 they see different modules of a large one
-    learning_rate: float = 4e-3  # peak of a cosine schedule with a linear warm-up
+    learning_rate: float = RATE  # peak of a cosine schedule with a linear warm-up
     weight_decay: float = 0.01  # AdamW's, on all parameters
     warmup: float = 0.1  # share of the steps over which the learning rate rises
     view_dropout: float = 0.5  # chance that a step does not see the adapted view, which a new task does not have
@@ -72,8 +76,8 @@ class TrainConfig:
             stacked: How many adapters an optimiser step sees.
         """
         small = is_small(tasks, steps)
-        default_steps = stretched(max(200, 20 * tasks) if small else steps_for(adapters, parameters), stacked)
-        default_rate = 8e-3 if small else cls.learning_rate
+        default_steps = stretched(_small_steps(tasks) if small else steps_for(adapters, parameters), stacked)
+        default_rate = SMALL_RATE if small else RATE
         mean = 0 if parameters is None else parameters // max(adapters, 1)
         return cls(
             steps=default_steps if steps is None else steps,
@@ -114,12 +118,14 @@ def stretched(steps: int, stacked: int) -> int:
     A run needs some optimiser steps, however many adapters each of them sees. Ten adapters took 0.7 % more bytes after
     100 steps of eight than after 200 steps of one, and as many bytes after 150 (docs/results/LOG.md).
     """
-    return steps if stacked == 1 else max(steps, stacked * min(_LEAST_STACKED_STEPS, 3 * steps // 4))
+    return steps if stacked == 1 else max(steps, stacked * min(LEAST_STACKED_STEPS, 3 * steps // 4))
 
 
 def steps_for(adapters: int, parameters: int | None = None) -> int:
     """Return how many steps adapters (checkpoints included), with so many parameters in all, are trained for."""
-    wanted = min(20_000, max(1_000, 8 * adapters))
-    # Small adapters have little to learn from: 300 adapters of 896 or 1,792 parameters take 158.6 kB with their
-    # generator after 500 steps, as after 1,000.
-    return wanted if parameters is None else min(wanted, max(500, parameters // 1_000))
+    wanted = min(MOST_STEPS, max(LEAST_STEPS, STEPS_PER_ADAPTER * adapters))
+    return wanted if parameters is None else min(wanted, max(FREE_STEPS, parameters // PARAMETERS_PER_STEP))
+
+
+def _small_steps(tasks: int) -> int:
+    return max(LEAST_SMALL_STEPS, SMALL_STEPS_PER_TASK * tasks)

@@ -31,7 +31,7 @@ from icmlora.generator.objective import Objective
 from icmlora.generator.tokens import refuse_overflow, tokenize
 from icmlora.io.devices import moved
 from icmlora.io.threads import ahead, one_thread
-from icmlora.training.config import STEP_PARAMETERS
+from icmlora.training.config import STACKED, STEP_PARAMETERS
 from icmlora.training.ranks import ALONE, Ranks
 from icmlora.training.source import AdapterSource
 from icmlora.training.state import TrainState
@@ -42,7 +42,6 @@ _SUBSPACES = 4
 _CACHE_BYTES = 512 << 20
 _WHOLE = 1 << 17  # parameters of an adapter that a step sees whole: fewer of them would not make it faster
 _KEPT = 8  # bytes for each parameter: its token, and as much again for an initial A
-_STACKED = 8  # draws of a step on a card
 _READ_EVERY = 10  # steps on a card after which the loss is read, for which the card has to be waited for
 
 
@@ -96,7 +95,7 @@ def fit(state: TrainState, fleet: AdapterSource, ranks: Ranks = ALONE) -> Iterat
 
 def draws_of(device: torch.device) -> int:
     """Return how many draws one step on a device sees."""
-    return 1 if device.type == "cpu" else _STACKED
+    return 1 if device.type == "cpu" else STACKED
 
 
 class _Draw(NamedTuple):

@@ -29,6 +29,7 @@ from icmlora.base_models.running.lora_hooks import added, factors_of
 from icmlora.base_models.running.modules import not_matrix
 from icmlora.errors import BaseModelUnsuited, DataError
 from icmlora.generator.relaxed import RelaxedCode
+from icmlora.training.config import REFINE_STEPS
 from icmlora.training.teacher import Teacher, shortfalls
 
 _EFFECT_TEXTS = 8  # samples from which an adapter's whole effect, KL(p || base), is measured
@@ -40,7 +41,7 @@ _LEAST_EFFECT = 1e-6  # nats per token; an adapter with a smaller effect has non
 class RefineConfig:
     """How a code is refined."""
 
-    steps: int = 40  # optimiser steps
+    steps: int = REFINE_STEPS  # optimiser steps
     learning_rate: float = 0.03  # Adam's, in quantiser steps
     strength_rate: float = 0.03  # Adam's, in octaves
     # What the bits of the whole code are worth: this times its error, as a share of the adapter's whole effect.

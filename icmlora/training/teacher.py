@@ -79,18 +79,14 @@ class Teacher:
             found += [_nats(target, row) / len(row) for target, row in zip(targets, rows, strict=True)]
         return float(torch.stack(found).mean())
 
-    def shortfall(self, other: Factors, numbers: Sequence[int]) -> Shortfall:
-        """Compare other factors with the original on some examples."""
-        # other: with or without gradients; empty for the bare base model.
-        return shortfalls(self._base, [(self, other, numbers)])[0]
-
 
 def shortfalls(base: BaseModel, asked: Sequence[tuple[Teacher, Factors, Sequence[int]]]) -> list[Shortfall]:
     """Compare factors of several tasks with their originals, in one pass through the base model.
 
     Args:
         base: The base model.
-        asked: Teacher, factors and examples of each task, the same number of examples for each.
+        asked: Teacher, factors and examples of each task, the same number of examples for each. The factors are with or
+            without gradients; none stand for the bare base model.
 
     Raises:
         BaseModelUnsuited: The factors are for modules that do not compute row by row; for one task never.

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 from urllib.parse import quote
 
-from sqlalchemy import Connection, Engine, create_engine, event, inspect
+from sqlalchemy import Connection, Engine, create_engine, event
 from sqlalchemy.exc import DBAPIError, NoResultFound
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import NullPool
@@ -32,19 +32,10 @@ from registry.errors import (
     StoreLocked,
     StoreReadOnly,
     StoreTooNew,
+    StoreTooOld,
 )
-from registry.row_checks import COLUMN, REFUSED, WrongRow, add_functions, find_wrong_rows, guard, write_all
-from registry.schema import (
-    RETAINED_GAIN,
-    SQUARED_ERROR,
-    Base,
-    BaseLabel,
-    Extra,
-    RunCode,
-    UnreadableValue,
-    compact_json,
-    pack_text,
-)
+from registry.row_checks import REFUSED, WrongRow, add_functions, find_wrong_rows, guard
+from registry.schema import Base, UnreadableValue
 
 if TYPE_CHECKING:
     from registry.storage.locks import Patience
@@ -52,6 +43,10 @@ if TYPE_CHECKING:
 APPLICATION_ID = 0x69636D31  # "icm1": tells `file` and us what the database is
 
 _DAMAGE_HINT = "`icm verify` says what is damaged, and what mends it"
+_TOO_OLD_HINT = (
+    "ingest the adapters again from their folders into a new store (--store). Of adapters that only this one has, the "
+    "icm that wrote it makes folders with `icm materialize`, or one file with `icm export` for `icm import` here"
+)
 # SQLite's smallest: most of two dozen tables and indexes fill less than a page. The rows of 20 tasks with vectors,
 # codes and evaluations take 53 KB; with pages of 4096 bytes they take 115 KB.
 PAGE_SIZE = 512
@@ -270,95 +265,14 @@ def sqlite_of(connection: Connection) -> sqlite3.Connection:
     return found
 
 
-def _to_schema_2(connection: Connection) -> None:
-    for table in (Extra, BaseLabel):
-        table.metadata.tables[table.__tablename__].create(connection)
-    for column in ("note VARCHAR", "tags VARCHAR", "label_id INTEGER REFERENCES base_labels (id)"):
-        connection.exec_driver_sql(f"ALTER TABLE tasks ADD COLUMN {column}")
-
-
-def _to_schema_3(connection: Connection) -> None:
-    connection.exec_driver_sql("ALTER TABLE adapters ADD COLUMN initial_id INTEGER REFERENCES blobs (id)")
-    connection.exec_driver_sql("ALTER TABLE evaluations ADD COLUMN score BLOB")
-
-
-def _to_schema_4(connection: Connection) -> None:
-    connection.exec_driver_sql("ALTER TABLE base_models ADD COLUMN loader VARCHAR")
-
-
-def _to_schema_5(connection: Connection) -> None:
-    RunCode.metadata.tables[RunCode.__tablename__].create(connection)
-
-
-def _to_schema_6(connection: Connection) -> None:
-    connection.exec_driver_sql("ALTER TABLE adapters ADD COLUMN tensors_key BLOB")
-    connection.exec_driver_sql("ALTER TABLE codes ADD COLUMN max_size INTEGER")
-
-
-def _to_schema_7(connection: Connection) -> None:
-    for table in ("base_models", "evaluations"):
-        connection.exec_driver_sql(f"ALTER TABLE {table} ADD COLUMN load_in INTEGER")
-    connection.exec_driver_sql("DROP INDEX one_row_per_evaluation")
-    key = "task_id, rung, coalesce(generator_id, -1), data_id, metric, coalesce(load_in, -1)"
-    connection.exec_driver_sql(f"CREATE UNIQUE INDEX one_row_per_evaluation ON evaluations ({key})")
-
-
-def add_claims(connection: Connection) -> None:
-    """Add the claims of bundles, and move there what earlier versions took for measured of codes that came in one."""
-    connection.exec_driver_sql("ALTER TABLE codes ADD COLUMN claim BLOB")
-    never_here = (
-        "FROM codes JOIN adapters ON adapters.id = codes.adapter_id JOIN tasks ON tasks.id = codes.task_id "
-        "WHERE adapters.evicted_at = adapters.created_at AND coalesce(adapters.source, tasks.folder) LIKE 'bundle %'"
-    )
-    for number, error in connection.exec_driver_sql(f"SELECT codes.id, codes.dw_error {never_here}").all():
-        claim = pack_text(compact_json({"squared_error": error, "measured": None}))
-        connection.exec_driver_sql("UPDATE codes SET dw_error = NULL, claim = ? WHERE id = ?", (claim, number))
-    for (task,) in connection.exec_driver_sql(f"SELECT codes.task_id {never_here}").all():
-        connection.exec_driver_sql("DELETE FROM evaluations WHERE generator_id IS NOT NULL AND task_id = ?", (task,))
-
-
-def add_checks(connection: Connection) -> None:
-    """Add the checks of rows, and write those of the rows that are there."""
-    connection.exec_driver_sql("ALTER TABLE adapters ADD COLUMN extra_count INTEGER DEFAULT 0 NOT NULL")
-    # Earlier icms wrote other estimates, and figures of any size.
-    connection.exec_driver_sql("UPDATE codes SET bits = 8.0 * (SELECT size FROM blobs WHERE id = blob_id)")
-    for table, column, kept in (
-        ("evaluations", "retained_gain", RETAINED_GAIN),
-        ("evaluations", "dw_error", SQUARED_ERROR),
-        ("codes", "dw_error", SQUARED_ERROR),
-        ("codes", "residual_error", SQUARED_ERROR),
-    ):
-        wrong = f"{column} NOT BETWEEN {kept.least!r} AND {kept.most!r}"
-        connection.exec_driver_sql(f"UPDATE {table} SET {column} = NULL WHERE {wrong}")  # noqa: S608
-    counted = "(SELECT count(*) FROM extras WHERE adapter_id = adapters.id)"
-    connection.exec_driver_sql(f"UPDATE adapters SET extra_count = {counted}")  # noqa: S608
-    for table in Base.metadata.tables:
-        # Tables that came after the first schema were made with it.
-        if COLUMN not in [column["name"] for column in inspect(connection).get_columns(table)]:
-            connection.exec_driver_sql(f"ALTER TABLE {table} ADD COLUMN {COLUMN} INTEGER")
-    write_all(connection, Base.metadata)
-
-
-def _to_schema_8(connection: Connection) -> None:
-    add_claims(connection)
-    add_checks(connection)
-
-
-MIGRATIONS: tuple[Callable[[Connection], None], ...] = (
-    _to_schema_2,
-    _to_schema_3,
-    _to_schema_4,
-    _to_schema_5,
-    _to_schema_6,
-    _to_schema_7,
-    _to_schema_8,
-)
+FIRST_SCHEMA = 8
+MIGRATIONS: tuple[Callable[[Connection], None], ...] = ()
 """One function for each schema after the first: it gets a connection with the write lock and changes the tables."""
 
 
 def newest() -> int:
     """Return the schema that this program reads and writes."""
-    return 1 + len(MIGRATIONS)
+    return FIRST_SCHEMA + len(MIGRATIONS)
 
 
 def migrate(database: Database, *, create: bool = False) -> None:
@@ -380,7 +294,7 @@ def migrate(database: Database, *, create: bool = False) -> None:
         if version == 0:
             Base.metadata.create_all(connection)
         else:
-            for migration in MIGRATIONS[version - 1 :]:
+            for migration in MIGRATIONS[version - FIRST_SCHEMA :]:
                 migration(connection)
         connection.exec_driver_sql(f"PRAGMA application_id={APPLICATION_ID}")
         connection.exec_driver_sql(f"PRAGMA user_version={newest()}")
@@ -395,4 +309,7 @@ def _version(connection: Connection, database: Database, *, create: bool) -> int
     is_new = create and version == 0 and application == 0
     if application != APPLICATION_ID and not is_new:
         raise NotAStore(f"{database.path} is not an icm database", path=database.path)
+    if 0 < version < FIRST_SCHEMA:
+        fact = f"{database.path} has schema {version}; this icm begins with schema {FIRST_SCHEMA}"
+        raise StoreTooOld(fact, path=database.path, hint=_TOO_OLD_HINT)
     return version

@@ -24,7 +24,7 @@ from registry.to_records import code_record
 CodeFiles = tuple[int, int | None]
 """The rows of the blobs of a code and of its residual."""
 
-_LIMITS = tuple(field.name for field in fields(records.Asked))
+_LIMITS = tuple(field.name for field in fields(records.CodeLimits))
 
 
 class Codes(Table):
@@ -96,7 +96,7 @@ class Codes(Table):
         self,
         present: records.CodeRecord,
         new: records.NewResidual | None,
-        asked: records.Asked,
+        asked: records.CodeLimits,
         evaluations: Sequence[records.NewEvaluation] = (),
     ) -> records.CodeRecord | None:
         """Record the residual of a code, or that it has none; return None if the task has another code by now."""
@@ -121,7 +121,7 @@ def _must_have_original(adapter: models.Adapter) -> None:
         raise LastCopy(fact, hint="`icm ingest --restore PATH` of its original brings it back")
 
 
-def _set_limits(writer: RowWriter, row: models.Code, asked: records.Asked | None) -> None:
+def _set_limits(writer: RowWriter, row: models.Code, asked: records.CodeLimits | None) -> None:
     for column, value in limit_columns(asked).items():
         setattr(row, column, value)
     writer.session.flush()
@@ -154,7 +154,8 @@ def code_rows(
     """Make the rows of codes, without those whose task is gone or has another adapter by now."""
     writer.session.flush()  # so that the generator has its number
     adapter_ids = [new.adapter.id for new in codes]
-    in_session = [row for ids in in_parts(adapter_ids) for row in _adapters(writer.session, ids)]
+    query, number = select(models.Adapter), models.Adapter.id
+    in_session = [row for ids in in_parts(adapter_ids) for row in writer.session.scalars(query.where(number.in_(ids)))]
     for new in codes:
         adapter = final_under_any_name(writer.session, new.adapter)
         if adapter is not None:
@@ -171,11 +172,7 @@ def code_rows(
     in_session.clear()
 
 
-def _adapters(session: Session, ids: Sequence[int]) -> Sequence[models.Adapter]:
-    return session.scalars(select(models.Adapter).where(models.Adapter.id.in_(ids))).all()
-
-
-def limit_columns(asked: records.Asked | None) -> dict[str, float | None]:
+def limit_columns(asked: records.CodeLimits | None) -> dict[str, float | None]:
     """Return column -> value of the limits that a code was made for."""
     columns = {field: None if asked is None else getattr(asked, field) for field in _LIMITS}
     # `x * x` rather than a power: the root of a product comes back exactly, and so does the limit that was asked for.

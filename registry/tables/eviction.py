@@ -8,8 +8,6 @@ rows say "evicted" ──commit──▶ files are deleted       both under the 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 
 from sqlalchemy import func, select, update
 from sqlalchemy.orm import Session
@@ -61,15 +59,11 @@ class Originals(Table):
         with self._lock.exclusive():
             pass
 
-    def evict(
-        self, eviction: Eviction, confirm: Callable[[], AbstractContextManager[object]] = lambda: nullcontext()
-    ) -> int:
+    def evict(self, eviction: Eviction) -> int:
         """Delete the weights of some adapters of a task, for good; return the bytes freed. Works on a full disk.
 
         Args:
             eviction: What goes, and what was checked to replace it.
-            confirm: Called once nobody else uses the store; its context lasts until the bytes are gone. It raises
-                `LastCopy` to keep them, and must not wait for anybody.
 
         Raises:
             DamagedStore: Something that must remain is damaged, or cannot be read.
@@ -89,7 +83,7 @@ class Originals(Table):
             # Bytes last: a kill before this leaves files that no row needs.
             return drop_evicted(self._db, self._blobs, digests)
 
-        with self._lock.exclusive(), confirm():
+        with self._lock.exclusive():
             keep(self._db, self._paths)
             freed = with_reserve(self._paths, delete)
             restore_reserve(self._paths)

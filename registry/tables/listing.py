@@ -32,16 +32,13 @@ def query(session: Session, wanted: InstrumentedAttribute[T], selection: Selecti
         _add_functions(session)
     found = select(wanted)
     if selection.base_model is not None:
-        found = found.where(Task.base_model_id == _base_number(selection.base_model))
+        number = select(BaseModel.id).where(BaseModel.name == selection.base_model).scalar_subquery()
+        found = found.where(Task.base_model_id == number)
     found = found.where(*map(_condition, selection.filters))
     if (sort := selection.sort) is not None:
         value = _FIELDS[sort.field.name]()
         found = found.order_by(value.is_(None), value.desc() if sort.descending else value.asc())
     return found.order_by(Task.name).limit(selection.limit)
-
-
-def _base_number(name: str) -> Expression:
-    return select(BaseModel.id).where(BaseModel.name == name).scalar_subquery()
 
 
 def _condition(one: Filter) -> ColumnElement[bool]:
@@ -77,25 +74,9 @@ def _base_condition(one: Filter) -> ColumnElement[bool]:
 # What each field is, for the task of the row.
 
 
-def _name() -> Expression:
-    return func.icm_casefold(Task.name)
-
-
 def _base() -> Expression:
     name = select(BaseModel.name).where(BaseModel.id == Task.base_model_id).scalar_subquery()
     return func.icm_casefold(name)
-
-
-def _note() -> Expression:
-    return func.icm_casefold(func.coalesce(Task.note, ""))
-
-
-def _source() -> Expression:
-    return func.icm_casefold(func.coalesce(_of_final(Adapter.source), Task.folder))
-
-
-def _rank() -> Expression:
-    return _described("rank_max")
 
 
 def _size() -> Expression:
@@ -122,13 +103,8 @@ def _error() -> Expression:
     return func.icm_root(_current(select(squared).select_from(Code)).scalar_subquery())
 
 
-def _gain() -> Expression:
-    """Return the retained gain of what the row's task decodes to: code and residual, or the code."""
-    return _measured(Evaluation.retained_gain)
-
-
 def measurement() -> Expression:
-    """Return the number of the row that has that gain."""
+    """Return the number of the row that has the retained gain."""
     return _measured(Evaluation.id)
 
 
@@ -148,7 +124,7 @@ def _measured(column: InstrumentedAttribute[Any]) -> Expression:
 
 
 def _tag() -> Expression:
-    return func.lower(_spaced(func.coalesce(Task.tags.cast(String), "")))
+    return func.lower(literal(" ").concat(func.coalesce(Task.tags.cast(String), "")).concat(" "))
 
 
 def _status() -> Expression:
@@ -168,23 +144,20 @@ def _status() -> Expression:
 
 
 _FIELDS: dict[str, Callable[[], Expression]] = {
-    "name": _name,
+    "name": lambda: func.icm_casefold(Task.name),
     "base": _base,
-    "rank": _rank,
+    "rank": lambda: _described("rank_max"),
     "size": _size,
     "code": _code_size,
     "extras": _extras,
-    "gain": _gain,
+    # Of what the task decodes to: code and residual, or the code.
+    "gain": lambda: _measured(Evaluation.retained_gain),
     "error": _error,
     "tag": _tag,
     "status": _status,
-    "source": _source,
-    "note": _note,
+    "source": lambda: func.icm_casefold(func.coalesce(_of_final(Adapter.source), Task.folder)),
+    "note": lambda: func.icm_casefold(func.coalesce(Task.note, "")),
 }
-
-
-def _spaced(text: Expression) -> Expression:
-    return literal(" ").concat(text).concat(" ")
 
 
 def _final(statement: Select[Any]) -> Select[Any]:

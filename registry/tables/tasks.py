@@ -137,9 +137,7 @@ class Tasks(Table):
         with self._db.read() as session:
             query = listing.query(session, models.Task.id, selection)
             if without:  # before a limit counts
-                numbers: BindParameter[list[int]] = bindparam(
-                    "without", list(without), expanding=True, literal_execute=True
-                )
+                numbers: BindParameter[int] = bindparam(None, list(without), expanding=True, literal_execute=True)
                 query = query.where(models.Task.id.not_in(numbers))
             return session.scalars(query).all()
 

@@ -67,7 +67,7 @@ def count(store: Path, adapters: Path, base_folder: Path) -> dict[str, Any]:
         net = fresh_network(config, source, 0)
         codec = Codec(generator_from_bytes(generator_to_bytes(net)))
         training, steps = workloads.training(net, source)
-    fleet.train(steps=1, device="cpu")
+    fleet.train(steps=1, device="cpu", refine=0, evaluate=False)
     base = CausalLM().load(inspect_base(source.base_model, base_folder), device=workloads.CARD)
     rows = (folders[0] / "samples.jsonl").read_text(encoding="utf-8").splitlines()
     texts = plain([json.loads(row)["text"] for row in rows])

@@ -39,6 +39,7 @@ from icmlora.formats.format import RunnableAdapter
 from icmlora.generator.config import tolerance_of
 from icmlora.generator.encoding import Encoded
 from icmlora.generator.initial_a.search import SeedSearch
+from icmlora.generator.limits import Limits
 from registry.records import TaskRecord
 from registry.store import Store
 from tests.benchmarks.performance.machine import describe_machine
@@ -113,7 +114,7 @@ class TaskLevels:
         initial = SeedSearch().find(adapter)
         for quality in LEVELS:
             limit = tolerance_of(quality)
-            yield quality, codec.encode(adapter, vectors, initial, tolerance=limit, keep_decoded=True)
+            yield quality, codec.encode(adapter, vectors, initial, limits=Limits(tolerance=limit), keep_decoded=True)
 
     def _answers(self, adapter: RunnableAdapter | None) -> Answers:
         modality = self._base.modality

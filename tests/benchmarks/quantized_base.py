@@ -79,7 +79,7 @@ def make_stores(options: argparse.Namespace, work: Path) -> dict[str, Fleet]:
     if not trained.exists():
         fleet.add_base_model(LABEL, options.base)
         fleet.ingest([options.fleet])
-        fleet.train(device="cpu")
+        fleet.train(device="cpu", refine=0, evaluate=False)
     stores = {}
     for name, load_in in (("full", None), ("nf4", "nf4")):
         stores[name] = Fleet(shutil.copytree(trained, work / name))

@@ -19,7 +19,7 @@ import signal
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -29,8 +29,10 @@ from unittest.mock import patch
 
 from icmlora import Fleet
 from icmlora.fleet.encode import encode as encoding
-from icmlora.fleet.encode.encode import Encoder, MadeCode, MadeResidual, TaskEncoded
-from icmlora.fleet.resources.workers import _cluster
+from icmlora.fleet.encode.encode import Made, TaskEncoded, encode_tasks
+from icmlora.fleet.resources.loading import Models
+from icmlora.fleet.resources.workers import Tell, _cluster
+from icmlora.generator.limits import Limits
 from registry.records import TaskRecord
 from tests.benchmarks.performance.machine import describe_machine
 
@@ -39,29 +41,28 @@ CASES = {"one process": None, "one worker": "1", "two workers": "2", "two worker
 _NOTE = "refining, step "
 
 
-class KilledOnce(Encoder):
-    """Its process is killed in the middle of the first task that is refined, once in each store."""
+def killed_once(
+    models: Models, tasks: Sequence[TaskRecord], tell: Tell, limits: Limits, **options: Any
+) -> Iterator[tuple[TaskRecord, TaskEncoded | Made]]:
+    """Encode as usual; the process is killed in the middle of the first task that is refined, once in each store."""
+    killed, half = models.store.paths.root.parent / "killed", (limits.refine or 40) // 2
 
-    def __call__(self, planned: TaskRecord, tell: Callable[[str], None]) -> TaskEncoded | MadeCode | MadeResidual:
-        """Encode one task, unless this process is the one."""
-        killed, half = self._store.paths.root.parent / "killed", (self._request.refine or 40) // 2
+    def note(text: str) -> None:
+        tell(text)
+        if f"{_NOTE}{half} " in text:
+            with suppress(FileExistsError):
+                killed.touch(exist_ok=False)
+                os.kill(os.getpid(), signal.SIGKILL)
 
-        def note(text: str) -> None:
-            tell(text)
-            if text.startswith(f"{_NOTE}{half} "):
-                with suppress(FileExistsError):
-                    killed.touch(exist_ok=False)
-                    os.kill(os.getpid(), signal.SIGKILL)
-
-        return super().__call__(planned, note)
+    return encode_tasks(models, tasks, note, limits, **options)
 
 
 def measure(source: Path, tasks: list[str], refine: int, case: str) -> dict[str, Any]:
     """Encode the tasks in a copy of the store; returns the seconds and the digests of the codes."""
     with tempfile.TemporaryDirectory(prefix="workers-") as folder:
         fleet = Fleet(shutil.copytree(source, Path(folder) / "store"))
-        encoder = KilledOnce if case.endswith("killed") else Encoder
-        with patch.object(encoding, "Encoder", encoder):
+        work = killed_once if case.endswith("killed") else encode_tasks
+        with patch.object(encoding, "encode_tasks", work):
             load, started = os.getloadavg()[0], time.perf_counter()
             report = fleet.encode(tasks, refine=refine, device="cpu", again=True, workers=CASES[case])
             seconds = time.perf_counter() - started

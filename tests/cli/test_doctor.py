@@ -53,7 +53,7 @@ def test_doctor_finds_nothing_wrong_with_a_good_store(icm: Icm, stored: Path, tm
     ("file", "content", "code", "fact"),
     [
         ("registry.db", "", ExitCode.NO_STORE, "not an icm database"),
-        ("FORMAT", "icm store 9\n", ExitCode.TOO_NEW, "'icm store 9'"),
+        ("FORMAT", "icm store 9\n", ExitCode.OTHER_VERSION, "'icm store 9'"),
         ("registry.db", None, ExitCode.DAMAGED, "unable to open"),
         ("lock", None, ExitCode.FAILED, "lock"),
     ],

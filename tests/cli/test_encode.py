@@ -19,7 +19,6 @@ from icmlora.fleet.encode.search import CodeSearch, Trial
 from icmlora.fleet.measure.measure import TaskLosses
 from icmlora.formats.discovery.folder import load_adapter
 from icmlora.generator.codec import Codec
-from icmlora.generator.encoding import Limits
 from icmlora.training.refinement import Refinable
 from registry.store import Store
 from registry.tables.evaluations import Evaluations
@@ -33,13 +32,13 @@ Icm = Callable[..., Ran]
 def stop_after_one(patch: pytest.MonkeyPatch) -> None:
     """Press Ctrl-C once the first code is made."""
 
-    def smallest(self: CodeSearch, limits: Limits, min_gain: float | None) -> tuple[Trial, bool]:
-        found = real(self, limits, min_gain)
+    def best(self: CodeSearch) -> tuple[Trial, bool]:
+        found = real(self)
         os.kill(os.getpid(), signal.SIGINT)
         return found
 
-    real = CodeSearch.smallest
-    patch.setattr(CodeSearch, "smallest", smallest)
+    real = CodeSearch.best
+    patch.setattr(CodeSearch, "best", best)
 
 
 def test_without_a_limit_every_code_is_refined_at_the_generators_quality(icm: Icm, trained: Path) -> None:

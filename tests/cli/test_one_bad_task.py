@@ -177,7 +177,7 @@ def test_what_is_done_with_the_good_tasks_is_the_same_beside_bad_ones(
     called(store, "report", "-o", page, *(f"--outputs={name}" for name in ("poems", *map(name_of, kinds))), *CPU)
     assert all(name in page.read_text() for name in GOOD)
     assert set(GOOD) <= set(json.loads(called(store, "export", bundle, *FOR_BASE, "--json"))["tasks"])
-    called(store, "eval", "--baseline", "int8,jd16", *CPU, names=[name_of(kind) for kind in kinds])
+    called(store, "eval", *CPU, names=[name_of(kind) for kind in kinds])
     assert [told(store, *arguments) for arguments in COMPARED] == expected
     called(store, "generate", "new", "--samples", samples, "-o", tmp_path / "new", "--count", "8", *FOR_BASE, *CPU)
     called(store, "materialize", "poems", "-o", tmp_path / "poems", "--source", "code")
@@ -214,3 +214,38 @@ def test_a_code_whose_original_is_damaged_is_not_lost_to_a_new_generator(icm: Ic
     assert ran.code == ExitCode.FAILED
     assert "a new generator would leave 'bad-damaged-weights' without a code: blob" in ran.err
     assert "bad-damaged-weights" in codes(store)
+
+
+def cut_short(task: Path) -> None:
+    file = task / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-8])
+
+
+def without_a_partner(task: Path) -> None:
+    file = task / "adapter_model.safetensors"
+    save_file(dict(list(load_file(file).items())[1:]), file)
+
+
+BROKEN_FILES: dict[str, Callable[[Path], object]] = {
+    "cut short": cut_short,
+    "without a partner": without_a_partner,
+    "not finite": lambda task: changed(task, lambda name, value: (name, value / 0)),
+    "without weights": lambda task: (task / "adapter_model.safetensors").unlink(),
+    "of a broken configuration": lambda task: (task / "adapter_config.json").write_text("{"),
+}
+
+
+# It reads folders, not a store: what is bad of it are files, and neither texts nor base models are asked for.
+def test_a_folder_is_converted_as_it_would_be_without_its_broken_adapters(icm: Icm, tmp_path: Path) -> None:
+    for seed, name in enumerate(GOOD):
+        write_lora(tmp_path / "loras" / name, seed=seed, rank=4)
+    assert icm("convert", tmp_path / "loras", tmp_path / "alone", "--rank", "1").code == ExitCode.DONE
+    for kind, break_it in BROKEN_FILES.items():
+        break_it(write_lora(tmp_path / "loras" / name_of(kind)))
+    ran = icm("convert", tmp_path / "loras", tmp_path / "beside", "--rank", "1")
+    assert ran.code == ExitCode.PARTLY
+    assert [kind for kind in BROKEN_FILES if name_of(kind) not in ran.err] == []
+    alone, beside = ({path.name: path for path in (tmp_path / out).iterdir()} for out in ("alone", "beside"))
+    assert alone.keys() == beside.keys() == set(GOOD)
+    for name, folder in alone.items():
+        assert all((beside[name] / file.name).read_bytes() == file.read_bytes() for file in folder.iterdir())

@@ -185,7 +185,7 @@ class TestEncode:
     def test_a_task_whose_code_was_replaced_is_left_out_and_named(
         self, icm: Icm, trained: Path, finer: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        before(monkeypatch, ResidualSearch, "smallest", lambda: put_code(trained, "poems", finer["poems"]))
+        before(monkeypatch, ResidualSearch, "best", lambda: put_code(trained, "poems", finer["poems"]))
         ran = icm("encode", "poems", "rules", "--residual", "--max-error", "0.1", "--json")
         told = tasks_of(ran)
         assert (ran.code, told["poems"]["status"], told["rules"]["status"]) == (ExitCode.PARTLY, "changed", "encoded")

@@ -74,7 +74,6 @@ def test_quiet_prints_the_tasks_whose_folders_were_freed(icm: Icm, here: Path) -
         ("--placeholder",),
         ("--placeholder", "--keep-originals", "--max-error", "0.7"),
         ("--placeholder", "--max-error", "0.7", "--checkpoints-only"),
-        ("--max-error", "0.7", "--copies", "0"),
     ],
 )
 def test_options_that_contradict_each_other_are_wrong_usage(icm: Icm, options: tuple[str, ...]) -> None:
@@ -200,35 +199,6 @@ def test_rm_warns_of_placeholders(icm: Icm, here: Path) -> None:
     ran = icm("rm", "poems", "--dry-run")
     assert "3 placeholders would stand for nothing" in ran.err
     assert icm("rm", "poems", "rules", "--dry-run", "--json").document["placeholders"] == ["poems"]
-
-
-# Copies
-
-
-def test_copies_that_are_missing_keep_originals_with_exit_code_3(icm: Icm, trained: Path, tmp_path: Path) -> None:
-    (tmp_path / "backup").mkdir()
-    ran = icm("evict", "rules", "--max-error", "0.7", "--copy", tmp_path / "backup")
-    assert ran.code == ExitCode.PARTLY
-    assert f"kept rules: 0 of 1 copies found; {tmp_path / 'backup'}: it is not there" in ran.out
-
-
-def test_copies_are_named_in_json(icm: Icm, trained: Path, mixed_template: Path) -> None:
-    backup = mixed_template / "loras"
-    ran = icm("evict", "rules", "--max-error", "0.7", "--copies", "1", "--copy", backup, "--json")
-    assert ran.events[0]["copies"] == [{"path": str(backup), "kind": "folder"}]
-
-
-def test_a_copy_of_the_code_alone_is_called_that(icm: Icm, trained: Path, tmp_path: Path) -> None:
-    icm("export", tmp_path / "fleet.icm")
-    ran = icm("evict", "rules", "poems", "--max-error", "0.7", "--copy", tmp_path / "fleet.icm")
-    assert ran.code == ExitCode.PARTLY
-    assert "copies of the code alone, in bundles, were found of 2 tasks: poems, rules" in ran.err
-    assert "poems: 2 checkpoints kept: 0 of 1 copies found" in ran.out
-
-
-def test_the_store_is_no_copy_of_itself(icm: Icm, trained: Path) -> None:
-    ran = icm("evict", "--max-error", "0.7", "--copy", trained, "--json")
-    assert (ran.code, "the store itself" in ran.error["message"]) == (ExitCode.FAILED, True)
 
 
 def test_placeholders_that_a_full_disk_has_no_room_for_have_its_exit_code_and_their_folders_stay(

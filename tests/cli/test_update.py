@@ -288,7 +288,7 @@ def test_each_base_model_begins_with_the_generator_that_it_has_when_its_turn_com
             ingest(store, f"task-of-{label}", base_model=label)
             store.generators.add(NewGenerator(label, store.blobs.put(first), {}, {}))
     with pytest.raises(Reached):
-        Fleet(store_path).update(device="cpu")
+        Fleet(store_path).update(device="cpu", refine=0, evaluate=False)
     assert begun == [first, second]
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +15,14 @@ from icm_cli.errors import ExitCode
 from icmlora import Fleet
 from icmlora.fleet.context import Context
 from icmlora.fleet.encode import encode as encoding
-from icmlora.fleet.encode.encode import Encoder, EncodeRequest
+from icmlora.fleet.encode.encode import encode_tasks
 from icmlora.fleet.resources.workers import _cluster, _Worker
+from icmlora.generator.limits import Limits
 from registry.errors import StoreNotFound
 from registry.store import Store
 from tests.cli.coded import tasks_of
 from tests.cli.conftest import Ran
-from tests.icmlora.fleet.dying import DiesAlways, DiesOnce
+from tests.icmlora.fleet.dying import dies_always, dies_once
 from tests.icmlora.fleet.stores import TASKS, code_blobs, copy_of, is_sound
 
 pytest.importorskip("ray")
@@ -69,7 +69,7 @@ def test_if_a_worker_is_killed_with_a_task_another_one_does_it(
     fleet: Fleet, twin: Fleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(encoding, "Encoder", DiesOnce)
+        patch.setattr(encoding, "encode_tasks", dies_once)
         report = fleet.encode(max_error=0.22, workers="2")
     assert (fleet.path.parent / "died").exists()
     assert {task.task: task.status for task in report.tasks} == dict.fromkeys(TASKS, "encoded")
@@ -82,7 +82,7 @@ def test_a_task_that_kills_every_worker_keeps_its_code_and_the_others_are_encode
     fleet: Fleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = code_blobs(fleet)
-    monkeypatch.setattr(encoding, "Encoder", DiesAlways)
+    monkeypatch.setattr(encoding, "encode_tasks", dies_always)
     report = fleet.encode(max_error=0.22, workers="2")
     statuses = {task.task: task.status for task in report.tasks}
     assert statuses == {name: "unmeasured" if name == "poems" else "encoded" for name in TASKS}
@@ -111,8 +111,8 @@ def test_ctrl_c_ends_the_workers_and_keeps_what_is_recorded(
         os.kill(os.getpid(), signal.SIGINT)
         real(*arguments)
 
-    real, before = command._tell, code_blobs(fleet)
-    monkeypatch.setattr(command, "_tell", tell)
+    real, before = command.tell, code_blobs(fleet)
+    monkeypatch.setattr(command, "tell", tell)
     ran = icm("encode", "--max-error", "0.22", "--workers", "2", "--json")
     assert (ran.code, ran.error["message"]) == (ExitCode.INTERRUPTED, "interrupted; 1 task encoded")
     after = code_blobs(fleet)
@@ -129,10 +129,9 @@ def test_an_eviction_checks_on_workers_and_then_deletes(icm: Icm, fleet: Fleet) 
 
 
 def test_a_store_that_a_worker_does_not_find_is_named(cluster: Any) -> None:
-    context, make = Context(Path("/nowhere")), partial(Encoder, EncodeRequest())
-    worker = cluster.remote(_Worker).remote(context, "cpu", 1, make)
+    worker = cluster.remote(_Worker).remote(Context(Path("/nowhere")), "cpu", 1)
     with pytest.raises(cluster.exceptions.RayTaskError) as caught:
-        cluster.get(worker.run.remote(None))
+        cluster.get(worker.run.remote(None, (encode_tasks, (Limits(),), {})))
     assert isinstance(caught.value.cause, StoreNotFound)
     assert "/nowhere" in str(caught.value.cause)
 

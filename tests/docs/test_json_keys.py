@@ -139,26 +139,23 @@ def test_an_events_keys_are_those_on_the_page(
 @pytest.mark.parametrize(
     "commands",
     [
-        [("evict", "rules", "--max-error", "0.7", "--placeholder", "--copy", "loras"), ("ingest",), ("restore",)],
+        [("evict", "rules", "--max-error", "0.7", "--placeholder"), ("ingest",), ("restore",)],
         [("evict", "--placeholder", "--keep-originals"), ("restore", "--dry-run")],
     ],
     ids=len,
 )
-def test_the_keys_of_placeholders_and_copies_are_those_on_the_page(
+def test_the_keys_of_placeholders_are_those_on_the_page(
     icm: Icm,
     own_loras: Path,
-    mixed_template: Path,
     documented: dict[tuple[str, str], set[str]],
     commands: list[tuple[str, ...]],
 ) -> None:
     kinds = set()
     for name, *others in commands:
-        words = [mixed_template / "loras" if word == "loras" else word for word in others]
         folder = [] if name == "evict" else [own_loras]
-        for event in icm(name, *folder, *words, "--json").events:
+        for event in icm(name, *folder, *others, "--json").events:
             kinds.add((name, event["type"]))
-            inner = [item for key in ("folders", "copies") for item in event.get(key, [])]
-            printed = set(event).union(*inner) - {"type"}
+            printed = set(event).union(*event.get("folders", [])) - {"type"}
             assert printed <= documented[f"icm {name}", event["type"]]
     assert kinds >= {("evict", "task"), ("restore", "adapter"), ("restore", "summary")}
 

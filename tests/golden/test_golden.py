@@ -1,4 +1,7 @@
-"""Stores and bundles that earlier versions wrote are opened, moved forward, and give the same adapters."""
+"""Stores and bundles that earlier versions wrote are opened, moved forward, and give the same adapters.
+
+Schema 7 is from before the first release: its store is refused, its bundle opens.
+"""
 
 from __future__ import annotations
 
@@ -8,21 +11,27 @@ from pathlib import Path
 
 import pytest
 import torch
-from registry.database import newest
 from safetensors.torch import load_file
 
+from icm_cli.errors import ExitCode
+from registry.storage.database import FIRST_SCHEMA, newest
 from tests.cli.conftest import Ran
 from tests.golden.build import HERE, TASKS
 
 Icm = Callable[..., Ran]
-VERSIONS = sorted(folder.name for folder in HERE.glob("schema-*"))
+VERSIONS = sorted((folder.name for folder in HERE.glob("schema-*")), key=lambda name: int(name.split("-")[1]))
+BEFORE_THE_FIRST = f"schema-{FIRST_SCHEMA - 1}"
 WEIGHTS = "adapter_model.safetensors"
 
 
-@pytest.fixture(params=VERSIONS)
+@pytest.fixture(params=[name for name in VERSIONS if name != BEFORE_THE_FIRST])
 def golden(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """What a version wrote; its store is a copy at the default place."""
-    folder = HERE / str(request.param)
+    return unpacked(str(request.param), tmp_path)
+
+
+def unpacked(version: str, tmp_path: Path) -> Path:
+    folder = HERE / version
     with tarfile.open(folder / "store.tar.gz") as archive:
         archive.extractall(tmp_path, filter="data")
     return folder
@@ -61,10 +70,21 @@ def test_it_can_be_changed_as_any_other(icm: Icm, golden: Path) -> None:
     assert icm("verify", "--read-data").code == 0
 
 
+def test_a_store_from_before_the_first_release_is_refused_with_the_way_out(icm: Icm, tmp_path: Path) -> None:
+    unpacked(BEFORE_THE_FIRST, tmp_path)
+    for command in ("ls", "verify", "train"):
+        ran = icm(command)
+        assert ran.code == ExitCode.OTHER_VERSION
+        assert "has schema 7; this icm begins with schema 8" in ran.err
+        assert "ingest the adapters again" in ran.err
+
+
 @pytest.mark.parametrize("stored", [False, True])
+@pytest.mark.parametrize("version", VERSIONS)
 def test_a_bundle_of_an_earlier_version_gives_the_same_adapters(
-    icm: Icm, golden: Path, tmp_path: Path, stored: bool
+    icm: Icm, version: str, tmp_path: Path, stored: bool
 ) -> None:
+    golden = HERE / version
     source: tuple[object, ...] = ("--from", golden / "fleet.icm")
     if stored:
         icm("--store", tmp_path / "other", "import", golden / "fleet.icm")

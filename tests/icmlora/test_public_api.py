@@ -45,7 +45,6 @@ METHODS = [
         "alias_base_model",
         "base_models",
         "check_few_shot",
-        "compare",
         "doctor",
         "duplicates",
         "encode",

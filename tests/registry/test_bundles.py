@@ -8,17 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import create_engine
 
 from registry.errors import GeneratorConflict, InvalidName, MissingBlob, StoreReadOnly, TaskConflict
 from registry.names import bundle_source
 from registry.records import Claim, NewAdapter, NewGenerator
-from registry.schema import Packed
 from registry.storage.blobs.content import digest_of
-from registry.storage.database import add_claims
 from registry.store import Store
 from registry.tables.bundles import BundleImport, ImportedTask
-from tests.registry.examples import BASE, LAYOUT, evaluation, generator, ingest, new_store, offer, vector
+from tests.registry.examples import BASE, LAYOUT, generator, ingest, new_store, offer, vector
 
 
 @pytest.fixture
@@ -237,24 +234,6 @@ def test_ingesting_the_original_brings_it_back_whatever_length_was_claimed(store
     store.tasks.ingest_one(replace(offer(store, "rust"), restore=True))
     assert not store.tasks.final("rust").is_evicted
     assert list(store.verify(read_data=True)) == []
-
-
-def test_what_an_earlier_icm_took_for_measured_of_a_bundle_becomes_a_claim(store: Store, tmp_path: Path) -> None:
-    task = imported(store, "rust")
-    store.bundles.add(bundle(store, replace(task, original=replace(task.original, source=bundle_source("ab")))))
-    ingest(store, "sql")
-    store.evaluations.add([evaluation("rust", generator_id=1), evaluation("sql", generator_id=1)])
-    store.close()
-    engine = create_engine(f"sqlite:///{tmp_path / 'store' / 'registry.db'}")
-    with engine.begin() as old:
-        for change in ("UPDATE codes SET dw_error = 0.25", "ALTER TABLE codes DROP COLUMN claim"):
-            old.exec_driver_sql(change)
-        add_claims(old)
-        error, claim = old.exec_driver_sql("SELECT dw_error, claim FROM codes").one()
-        assert (error, Packed().unpack(claim)) == (None, {"squared_error": 0.25, "measured": None})
-        measured = "SELECT name FROM tasks JOIN evaluations ON tasks.id = task_id"
-        assert old.exec_driver_sql(measured).scalars().all() == ["sql"]
-    engine.dispose()
 
 
 def test_a_new_task_comes_with_its_vectors_and_its_mark(store: Store) -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from registry.errors import GeneratorConflict, LastCopy
-from registry.records import Asked, GeneratorRecord, NewResidual
+from registry.records import CodeLimits, GeneratorRecord, NewResidual
 from registry.store import Store
 from tests.registry.examples import (
     BASE,
@@ -118,7 +118,7 @@ class DerivedModel(RuleBasedStateMachine):
         files = self.versions[self.current].files
         name = pick.draw(st.sampled_from(sorted(files.keys() - self.evicted)))
         new = None if data is None else NewResidual(self.store.blobs.put(data), 0.001)
-        assert self.store.codes.replace_residual(code_of(self.store, name), new, Asked(max_error=0.1)) is not None
+        assert self.store.codes.replace_residual(code_of(self.store, name), new, CodeLimits(max_error=0.1)) is not None
         files[name] = (files[name][0], data)
 
     @precondition(lambda self: self.current)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import pytest
 
 from registry.errors import TaskNotFound
-from registry.records import AdapterRecord, Asked, CodeRecord, NewEvaluation, NewResidual
+from registry.records import AdapterRecord, CodeLimits, CodeRecord, NewEvaluation, NewResidual
 from registry.store import Store
 from registry.tables.evaluations import latest
 from tests.registry.examples import BASE, code, code_of, evaluation, generator, ingest
@@ -85,7 +85,7 @@ def measured(store: Store) -> Measured:
     ingest(store, "zig")
     store.generators.add(generator(store, ["zig"]))
     residual = NewResidual(store.blobs.put(b"residual"), 0.001)
-    code = store.codes.replace_residual(code_of(store, "zig"), residual, Asked())
+    code = store.codes.replace_residual(code_of(store, "zig"), residual, CodeLimits())
     assert code is not None
     return Measured(store.tasks.final("zig"), code)
 
@@ -114,7 +114,7 @@ def test_of_a_code_that_was_replaced_meanwhile_none_is_recorded(store: Store, me
 
 
 def test_of_a_residual_that_was_replaced_meanwhile_none_is_recorded(store: Store, measured: Measured) -> None:
-    store.codes.replace_residual(code_of(store, "zig"), None, Asked())
+    store.codes.replace_residual(code_of(store, "zig"), None, CodeLimits())
     assert recorded(store, measured) == ["base", "generate", "original"]
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from registry.errors import GeneratorConflict, GeneratorNotFound, LastCopy, MissingBlob
-from registry.records import Asked, GeneratorRecord, NewResidual
+from registry.records import CodeLimits, GeneratorRecord, NewResidual
 from registry.store import Store
 from tests.registry.examples import BASE, code, code_of, evaluation, eviction, generator, ingest
 
@@ -135,7 +135,7 @@ class TestExtending:
 
     def test_residuals_and_what_was_asked_are_linked_too(self, store: Store, first: GeneratorRecord) -> None:
         new = NewResidual(store.blobs.put(b"residual"), 0.001)
-        before = store.codes.replace_residual(code_of(store, "rust"), new, Asked(max_error=0.1))
+        before = store.codes.replace_residual(code_of(store, "rust"), new, CodeLimits(max_error=0.1))
         extend(store, first, "html")
         after = code_of(store, "rust")
         assert (after.residual, after.asked) == (before.residual, before.asked)

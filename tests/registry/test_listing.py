@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from registry.filters import FIELDS, Filter, Selection, parse_filter, parse_sort
-from registry.records import Asked, Extra, NewAdapter, NewEvaluation, NewResidual, TaskIngest, TaskSummary
+from registry.records import CodeLimits, Extra, NewAdapter, NewEvaluation, NewResidual, TaskIngest, TaskSummary
 from registry.store import Store
 from registry.tables import tasks as tasks_module
 from tests.registry.examples import BASE, adapter, code_of, evaluation, eviction, generator, ingest, new_store
@@ -41,7 +41,7 @@ def fill(store: Store) -> None:
     old = store.generators.add(generator(store, ["rust"], data=b"old"))
     now = store.generators.add(generator(store, ["rust", "HTML"], data=b"now", parent_id=old.id))
     residual = NewResidual(store.blobs.put(b"residual of rust"), 0.0025)
-    store.codes.replace_residual(code_of(store, "rust"), residual, Asked(max_error=0.1))
+    store.codes.replace_residual(code_of(store, "rust"), residual, CodeLimits(max_error=0.1))
     own = store.tasks.get("rust").eval_data
     assert own is not None
     store.evaluations.add(

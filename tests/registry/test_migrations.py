@@ -11,14 +11,13 @@ from pathlib import Path
 import pytest
 from sqlalchemy import Connection, create_engine
 
-from registry.errors import DamagedStore, NotAStore, StoreFull, StoreTooNew
-from registry.schema import Base, Packed
+from registry.errors import DamagedStore, NotAStore, StoreFull, StoreTooNew, StoreTooOld
+from registry.schema import Base
 from registry.storage import database as migrations
 from registry.storage.database import Database
-from registry.storage.row_writer import document_digest
 from registry.store import Store
 from tests.registry.every_row import everything, fill
-from tests.registry.examples import ingest, new_store, offer
+from tests.registry.examples import ingest, new_store
 
 
 def tables_of(connection: sqlite3.Connection) -> dict[str, object]:
@@ -40,6 +39,11 @@ def indexes_of(connection: sqlite3.Connection, table: str) -> Iterator[tuple[obj
         yield (name if origin == "c" else "", unique, partial, str(columns))
 
 
+def schema_of(store: Store) -> int:
+    with closing(sqlite3.connect(store.paths.database)) as connection:
+        return int(connection.execute("PRAGMA user_version").fetchone()[0])
+
+
 def test_a_new_store_has_the_tables_that_the_classes_describe(store: Store, tmp_path: Path) -> None:
     wanted = tmp_path / "wanted.db"
     engine = create_engine(f"sqlite:///{wanted}")
@@ -50,7 +54,7 @@ def test_a_new_store_has_the_tables_that_the_classes_describe(store: Store, tmp_
 
 
 def test_a_new_store_has_the_newest_schema(store: Store) -> None:
-    assert store.schema_version == migrations.newest()
+    assert schema_of(store) == migrations.newest()
 
 
 def add_column(connection: Connection) -> None:
@@ -62,91 +66,37 @@ def fail_half_way(connection: Connection) -> None:
     raise ZeroDivisionError
 
 
-def test_an_old_store_is_moved_forward_with_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with new_store(tmp_path / "store") as store:
-        ingest(store, "shakespeare")
-    monkeypatch.setattr(migrations, "MIGRATIONS", (*migrations.MIGRATIONS, add_column))
-    with new_store(tmp_path / "store") as store:
-        assert store.schema_version == migrations.newest()
-        assert store.tasks.get("shakespeare").name == "shakespeare"
-    with new_store(tmp_path / "store") as store:  # and only once
-        assert store.schema_version == migrations.newest()
-
-
-SCHEMA_1 = Path(__file__).with_name("schema_1.sql")
-_NEW_IN_SCHEMA_2 = [None, False, ""]  # how a description ends that says nothing new
-
-
-def as_schema_1(database: Path) -> None:
-    """Turn a database into what the first icm would have written of the same rows."""
-    new = database.rename(database.with_name("new.db"))
-    with closing(sqlite3.connect(database)) as old, old:
-        old.execute(f"PRAGMA page_size={migrations.PAGE_SIZE}")
-        old.executescript(SCHEMA_1.read_text())
-        old.execute("ATTACH ? AS new", [str(new)])
-        for (table,) in old.execute("SELECT name FROM main.sqlite_schema WHERE type = 'table'").fetchall():
-            columns = ", ".join(row[1] for row in old.execute(f"PRAGMA main.table_info({table})").fetchall())
-            old.execute(f"INSERT INTO main.{table} SELECT {columns} FROM new.{table}")
-        for number, packed in old.execute("SELECT id, body FROM documents").fetchall():
-            body = Packed().unpack(packed)
-            if isinstance(body, list) and body[-3:] == _NEW_IN_SCHEMA_2:
-                values = Packed().pack(body[:-3]), bytes.fromhex(document_digest(body[:-3])), number
-                old.execute("UPDATE documents SET body = ?, digest = ? WHERE id = ?", values)
-        old.execute(f"PRAGMA application_id={migrations.APPLICATION_ID}")
-        old.execute("PRAGMA user_version=1")
-    new.unlink()
-
-
 @pytest.fixture
-def old_store(tmp_path: Path) -> tuple[Path, dict[str, object]]:
-    """A store of schema 1 with rows in every table, and all that is to be known of it."""
+def old_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, dict[str, object]]:
+    """A store with rows in every table, which a newer schema has left behind, and all that is to be known of it."""
     with new_store(tmp_path / "store") as store:
         fill(store)
         known = everything(store)
-    as_schema_1(tmp_path / "store" / "registry.db")
+    monkeypatch.setattr(migrations, "MIGRATIONS", (*migrations.MIGRATIONS, add_column))
     return tmp_path / "store", known
 
 
 @pytest.mark.parametrize("read_only", [True, False])
-def test_a_store_of_schema_1_keeps_everything(old_store: tuple[Path, dict[str, object]], read_only: bool) -> None:
+def test_an_old_store_keeps_everything(old_store: tuple[Path, dict[str, object]], read_only: bool) -> None:
     root, known = old_store
     with Store.open(root, read_only=read_only) as store:
-        assert store.schema_version == migrations.newest()
+        assert schema_of(store) == migrations.newest()
         assert everything(store) == known
         assert list(store.verify(read_data=True)) == []
-
-
-def test_a_moved_store_has_the_tables_of_a_new_one(old_store: tuple[Path, dict[str, object]], tmp_path: Path) -> None:
-    root, _ = old_store
-    new_store(root).close()
-    new_store(tmp_path / "other").close()
-    with closing(sqlite3.connect(root / "registry.db")) as moved:
-        with closing(sqlite3.connect(tmp_path / "other" / "registry.db")) as made:
-            assert tables_of(moved) == tables_of(made)
-        assert moved.execute("PRAGMA foreign_key_check").fetchall() == []
-        assert moved.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
-
-
-def test_a_moved_store_knows_its_adapters_again(old_store: tuple[Path, dict[str, object]]) -> None:
-    with new_store(old_store[0]) as store:
-        (outcome,) = store.tasks.ingest([offer(store, "rust", steps=[80, 90], samples=b"samples", eval_data=b"texts")])
-        assert (outcome.status, outcome.new) == ("known", 0)
-        ingest(store, "another")
-        assert store.tasks.final("another").extras == ()
 
 
 def test_many_commands_move_an_old_store_at_once(old_store: tuple[Path, dict[str, object]]) -> None:
     root, known = old_store
     with ThreadPoolExecutor(4) as pool:
-        versions = list(pool.map(lambda _: version_of(root), range(4)))
+        versions = list(pool.map(lambda _: schema_read_from(root), range(4)))
     assert versions == [migrations.newest()] * 4
     with Store.open(root, read_only=True) as store:
         assert everything(store) == known
 
 
-def version_of(root: Path) -> int:
+def schema_read_from(root: Path) -> int:
     with Store.open(root, read_only=True) as store:
-        return store.schema_version
+        return schema_of(store)
 
 
 def test_a_migration_that_fails_half_way_leaves_the_old_schema(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,7 +106,7 @@ def test_a_migration_that_fails_half_way_leaves_the_old_schema(tmp_path: Path, m
         with pytest.raises(ZeroDivisionError):
             new_store(tmp_path / "store")
     with new_store(tmp_path / "store") as store, closing(sqlite3.connect(store.paths.database)) as connection:
-        assert store.schema_version == migrations.newest()
+        assert schema_of(store) == migrations.newest()
         assert "half" not in tables_of(connection)
 
 
@@ -166,7 +116,7 @@ def test_a_command_that_only_reads_moves_an_old_store_forward(tmp_path: Path, mo
     monkeypatch.setattr(migrations, "MIGRATIONS", (*migrations.MIGRATIONS, add_column))
     with Store.open(tmp_path / "store", read_only=True) as store:
         assert [task.name for task in store.tasks.all()] == ["shakespeare"]
-        assert store.schema_version == migrations.newest()
+        assert schema_of(store) == migrations.newest()
 
 
 def test_an_old_store_on_read_only_media_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,7 +139,7 @@ def test_a_full_disk_gives_up_the_reserve_for_the_new_schema(tmp_path: Path, mon
 
     monkeypatch.setattr(migrations, "MIGRATIONS", (*migrations.MIGRATIONS, full))
     with new_store(tmp_path / "store") as store:
-        assert store.schema_version == migrations.newest()
+        assert schema_of(store) == migrations.newest()
     assert not reserve.exists()
 
 
@@ -205,6 +155,15 @@ def test_a_newer_schema_is_refused_and_not_touched(tmp_path: Path) -> None:
     before = set_pragma(tmp_path / "store", "user_version=99")
     with pytest.raises(StoreTooNew, match="99"):
         new_store(tmp_path / "store")
+    assert (tmp_path / "store" / "registry.db").read_bytes() == before
+
+
+def test_a_schema_from_before_the_first_release_is_refused_and_not_touched(tmp_path: Path) -> None:
+    new_store(tmp_path / "store").close()
+    before = set_pragma(tmp_path / "store", "user_version=7")
+    with pytest.raises(StoreTooOld, match="has schema 7; this icm begins with schema 8") as refused:
+        new_store(tmp_path / "store")
+    assert "ingest the adapters again" in str(refused.value.hint)
     assert (tmp_path / "store" / "registry.db").read_bytes() == before
 
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from registry.records import (
-    Asked,
+    CodeLimits,
     Description,
     EvaluationRecord,
     NewAdapter,
@@ -38,7 +38,7 @@ TEXTS = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=
 JSON = st.dictionaries(TEXTS, st.none() | st.booleans() | st.integers(-99, 99) | PARTS | TEXTS, max_size=4)
 LAYOUTS = st.lists(st.tuples(TEXTS, *[st.integers(1, 1 << 20)] * 3), max_size=4)
 ASKED = st.none() | st.builds(
-    Asked,
+    CodeLimits,
     *[st.none() | st.floats(1e-6, 1e6)] * 3,
     is_kept=st.booleans(),
     refined=st.integers(0, 500),
@@ -113,7 +113,7 @@ def test_a_generator_and_its_code_are_read_as_they_were_offered(
     shared: Store,
     bits: float,
     squared_error: float | None,
-    asked: Asked | None,
+    asked: CodeLimits | None,
     config: dict[str, object],
     metrics: dict[str, object],
 ) -> None:
@@ -171,7 +171,7 @@ def test_the_best_source_without_the_original_is_the_residual_if_there_is_one(st
     bare = code_of(store, "rust")
     assert (bare.rung, bare.best_squared_error, bare.digests()) == ("code", bare.squared_error, [bare.blob])
     blob = store.blobs.put(b"residual")
-    both = store.codes.replace_residual(bare, NewResidual(blob, 0.001), Asked())
+    both = store.codes.replace_residual(bare, NewResidual(blob, 0.001), CodeLimits())
     assert both is not None
     assert (both.rung, both.best_squared_error, both.digests()) == ("residual", 0.001, [bare.blob, blob])
 
@@ -179,7 +179,7 @@ def test_the_best_source_without_the_original_is_the_residual_if_there_is_one(st
 def test_an_eviction_names_every_file_that_it_relies_on(store: Store) -> None:
     ingest(store, "rust")
     made = store.generators.add(generator(store, ["rust"]))
-    store.codes.replace_residual(code_of(store, "rust"), NewResidual(store.blobs.put(b"residual"), 0.001), Asked())
+    store.codes.replace_residual(code_of(store, "rust"), NewResidual(store.blobs.put(b"residual"), 0.001), CodeLimits())
     needed = {b"generator", b"code of rust", b"residual", b'{"r": 8}'}
     assert {store.blobs.read(digest) for digest in eviction(store, "rust").digests()} == needed
     assert made.blob in eviction(store, "rust").digests()

@@ -9,13 +9,13 @@ from dataclasses import replace
 import pytest
 
 from registry.errors import DamagedBlob, LastCopy, MissingBlob
-from registry.records import Asked, CodeRecord, NewCode, NewResidual
+from registry.records import CodeLimits, CodeRecord, NewCode, NewResidual
 from registry.store import Store
 from tests.registry.examples import code_of, evaluation, eviction, generator, ingest
 from tests.rewriting import rewriting
 
 DATA = b"a residual"
-ASKED = Asked(max_error=0.1)
+ASKED = CodeLimits(max_error=0.1)
 
 
 @pytest.fixture
@@ -51,16 +51,16 @@ def test_a_code_has_its_residual_and_the_limits_that_it_was_made_for(store: Stor
 def test_the_limit_is_kept_as_its_square_and_comes_back_as_it_was_given(
     store: Store, coded: CodeRecord, limit: float
 ) -> None:
-    store.codes.replace_residual(coded, None, Asked(max_error=limit))
+    store.codes.replace_residual(coded, None, CodeLimits(max_error=limit))
     with closing(sqlite3.connect(store.paths.database)) as connection:
         ((stored,),) = connection.execute("SELECT max_error FROM codes").fetchall()
-    assert (stored, code_of(store, "rust").asked) == (limit * limit, Asked(max_error=limit))
+    assert (stored, code_of(store, "rust").asked) == (limit * limit, CodeLimits(max_error=limit))
 
 
 def test_a_squared_limit_of_an_older_store_is_read_as_its_root(store: Store, coded: CodeRecord) -> None:
     with rewriting(store.paths.database) as connection:
         connection.execute("UPDATE codes SET max_error = 0.09")
-    assert code_of(store, "rust").asked == Asked(max_error=0.3)
+    assert code_of(store, "rust").asked == CodeLimits(max_error=0.3)
 
 
 def test_another_residual_takes_its_place_and_leaves_no_file(store: Store, coded: CodeRecord) -> None:
@@ -77,10 +77,10 @@ def test_a_residual_goes_where_the_code_alone_is_enough(store: Store, coded: Cod
 
 
 def test_the_residual_of_a_replaced_code_goes_with_it(store: Store, coded: CodeRecord) -> None:
-    new = NewCode(store.tasks.final("rust"), store.blobs.put(b"second"), 48.0, 0.1, Asked(tolerance=0.1))
+    new = NewCode(store.tasks.final("rust"), store.blobs.put(b"second"), 48.0, 0.1, CodeLimits(tolerance=0.1))
     record = store.codes.replace(coded.generator_id, new)
     assert record is not None
-    assert (record.residual, record.asked) == (None, Asked(tolerance=0.1))
+    assert (record.residual, record.asked) == (None, CodeLimits(tolerance=0.1))
     assert (DATA in files(store), residual_rows(store)) == (False, 0)
     assert list(store.verify(read_data=True)) == []
 

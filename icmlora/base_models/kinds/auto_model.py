@@ -234,7 +234,8 @@ def seen(base: BaseModel, made: Mapping[str, Any], what: str) -> dict[str, torch
 
     import torch
 
-    read = inspect.signature(type(base.model).forward).parameters
+    # Some processors make labels too, of the prompt alone; icm scores the answer itself.
+    read = inspect.signature(type(base.model).forward).parameters.keys() - {"labels"}
     tensors = {name: value for name, value in made.items() if isinstance(value, torch.Tensor) and name in read}
     if not any(value.is_floating_point() for value in tensors.values()):
         kind = type(base.processor).__name__

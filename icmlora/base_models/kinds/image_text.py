@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 _OF_TOKENS = ("token_type_ids", "mm_token_type_ids")
 # Language models that also see: most of their adapters were trained on text alone, so they are run on that.
 _MAINLY_TEXT = frozenset({"gemma3", "gemma3n", "gemma4", "gemma4_unified"})
+# Models whose tokens of kind 0 see each other both ways: an answer of that kind would be read before it is predicted.
+_PREFIXED = frozenset({"paligemma"})
 
 
 @dataclass(frozen=True)
@@ -113,17 +115,18 @@ def _continued(base: BaseModel, example: ImagePrompt, prompt: dict[str, torch.Te
     ids = torch.cat([asked, answer], dim=1)
     # The logits at a token predict the next one.
     targets = (*[IGNORED] * (asked.shape[1] - 1), *answer[0].tolist(), IGNORED)
-    # What says of each token what kind it is goes on with that of text.
-    kinds = {name: _longer(prompt[name], ids.shape[1]) for name in _OF_TOKENS if name in prompt}
+    # What says of each token what kind it is goes on with that of an answer.
+    kind = 1 if base.model.config.model_type in _PREFIXED else 0
+    kinds = {name: _longer(prompt[name], ids.shape[1], kind) for name in _OF_TOKENS if name in prompt}
     tensors = prompt | kinds | {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     return Inputs(tensors, targets, example.completion, ids.shape[1])
 
 
-def _longer(kinds: torch.Tensor, length: int) -> torch.Tensor:
-    """Return a number for each token, (1, T), with zeros for more tokens, or without the last ones."""
+def _longer(kinds: torch.Tensor, length: int, kind: int) -> torch.Tensor:
+    """Return a number for each token, (1, T), with `kind` for more tokens, or without the last ones."""
     from torch.nn.functional import pad
 
-    return pad(kinds, (0, length - kinds.shape[1]))
+    return pad(kinds, (0, length - kinds.shape[1]), value=kind)
 
 
 def _prompt(base: BaseModel, prompt: str) -> str:

@@ -62,16 +62,6 @@ class NllResult:
         """None: perplexity and bits per byte follow from the metric."""
         return {}
 
-    @property
-    def perplexity(self) -> float:
-        """The exponential of the mean; infinity where it overflows."""
-        return math.exp(self.nats_per_token) if self.nats_per_token < 700 else math.inf
-
-    @property
-    def bits_per_byte(self) -> float:
-        """Bits per byte of text, which compares models with different tokenizers."""
-        return self.nats / math.log(2) / self.utf8_bytes
-
 
 @dataclass(frozen=True)
 class Scored:

@@ -4,7 +4,8 @@
         ...                                 on leaving: everything is taken off, the base's own tensors never changed
 
 The adapter is never merged: merging and subtracting again does not give the same bits back. Whole parameters that an
-adapter brings, such as heads and biases, take the place of the base model's until it is taken off.
+adapter brings, such as heads and biases, take the place of the base model's until it is taken off. PEFT is imported
+when the first adapter is put on, which takes seconds.
 """
 
 from __future__ import annotations
@@ -14,12 +15,9 @@ import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-
-import icmlora.io.quiet_bitsandbytes  # noqa: F401  # isort: skip
-from peft import LoraConfig, PeftModel, get_peft_model_state_dict
-from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
@@ -29,6 +27,9 @@ from icmlora.base_models.running.modules import is_attention
 from icmlora.base_models.running.peft_copy import write_running_copy
 from icmlora.errors import BaseModelMismatch
 from icmlora.formats.format import RunnableAdapter
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -61,6 +62,9 @@ def adapted(base: BaseModel, adapter: RunnableAdapter | Path) -> Iterator[PeftMo
 
 
 def _attach(base: BaseModel, folder: Path) -> PeftModel:
+    import icmlora.io.quiet_bitsandbytes  # noqa: F401  # isort: skip
+    from peft import PeftModel
+
     try:
         with warnings.catch_warnings():
             # What goes wrong becomes an error in `_check_every_tensor_landed`; the rest is between the two libraries.
@@ -86,6 +90,9 @@ def _take_out(base: BaseModel) -> None:
 
 
 def _check_every_tensor_landed(model: PeftModel, base: BaseModel, folder: Path) -> None:
+    from peft import LoraConfig, get_peft_model_state_dict
+    from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
+
     # A key that matches nothing is dropped by the library, and the adapter would silently be the base model.
     tensors = load_file(folder / WEIGHTS)
     stored = {name.replace(".default.", ".") for name in tensors}

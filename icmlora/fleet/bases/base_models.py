@@ -183,7 +183,8 @@ def separate_labels(context: Context, name: str, labels: Sequence[str]) -> list[
         labels = [typed_label(label) for label in labels]
         for label in labels:
             if label == base or store.base_models.name_of(label) != base:
-                fact = f"{label!r} is {'the own name' if label == base else 'not a label'} of {base!r}"
+                is_main = f"{label!r} is its main name and cannot be removed"
+                fact = is_main if label == base else f"{label!r} is not a label of {base!r}"
                 raise BaseModelConflict(fact, hint="`icm base ls` lists the labels of every base model")
         with store.job(base):
             return [store.base_models.separate(label) for label in labels]

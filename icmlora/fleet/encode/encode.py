@@ -2,38 +2,38 @@
 
 task ──search──▶ code      ──one transaction──▶ replaces the present code and what was measured of it
   └────search──▶ residual  ──one transaction──▶ stored with the present code, which stays
-       Encoder             _recorded
+    encode_tasks             _recorded
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from itertools import groupby
 from typing import TYPE_CHECKING, Literal
 
 from icmlora.adapter.model import Adapter
-from icmlora.errors import BaseModelNotFound, BaseModelUnsuited, Cancelled, DataError, OutOfMemory
-from icmlora.fleet.context import Context, Event, Shard, base_record, reporting, select_tasks
-from icmlora.fleet.encode.search import CodeSearch, Refiner, ResidualSearch, Tell, Trial, refine_all, stoppable
+from icmlora.errors import BaseModelNotFound, BaseModelUnsuited, Cancelled, DataError, OptionsConflict, OutOfMemory
+from icmlora.fleet.context import Context, Event, Shard, base_record, reporting, select_tasks, use_case
+from icmlora.fleet.encode.search import CodeSearch, Refiner, ResidualSearch, Trial, refine_all, stoppable
 from icmlora.fleet.failures import FAILURES, Failed, as_error
 from icmlora.fleet.measure.measure import Measurement, TaskLosses, losses_on_own_text, record_measurements
 from icmlora.fleet.resources.adapter_source import mean_vectors
 from icmlora.fleet.resources.decoding import codec_of_task
 from icmlora.fleet.resources.loading import Models, read_original
 from icmlora.fleet.resources.texts import read_samples
-from icmlora.fleet.resources.workers import check_place, naming, open_workers
+from icmlora.fleet.resources.workers import Tell, check_place, naming, worker_pool
 from icmlora.formats.catalogue import format_named
 from icmlora.generator.config import quality_of, tolerance_of
-from icmlora.generator.encoding import Encoded, Limits
-from icmlora.generator.initial_a.search import SeedSearch
+from icmlora.generator.encoding import Encoded
+from icmlora.generator.limits import Limits
 from icmlora.io.devices import gradient_dtype
+from icmlora.training.config import REFINE_STEPS
 from icmlora.training.refinement import WITHOUT_REFINE, RefineConfig
 from registry.errors import TaskNotFound
 from registry.records import (
     AdapterRecord,
-    Asked,
+    CodeLimits,
     CodeRecord,
     GeneratorRecord,
     NewCode,
@@ -50,76 +50,6 @@ _REFINED_TOGETHER = 4
 """Tasks whose codes a card refines side by side: a pass of one alone is too small to keep it busy."""
 
 EncodeStatus = Literal["encoded", "enough", "below", "known", "evicted", "unmeasured", "changed", "original_only"]
-
-
-@dataclass(frozen=True)
-class EncodeRequest:
-    """What to encode, and which limits to meet. `max_error` is the relative error.
-
-    Without limits, `quality` sets the tolerance and codes are refined where that is possible. `refine` is the number of
-    steps; None stands for as many as the quality is meant for, or for none under other limits. Under `size`, the bytes
-    of a code, each code is as accurate as they allow, and the other limits are checked.
-    """
-
-    names: Sequence[str] = ()
-    quality: int | None = None
-    max_error: float | None = None
-    min_gain: float | None = None
-    tolerance: float | None = None
-    refine: int | None = None
-    residual: bool = False
-    base_model: str | None = None
-    device: str = "auto"
-    again: bool = False
-    workers: str | None = None
-    shard: Shard | None = None
-    size: int | None = None
-
-    @property
-    def is_by_quality(self) -> bool:
-        """Whether a quality takes the place of limits."""
-        return all(limit is None for limit in (self.max_error, self.min_gain, self.tolerance, self.size))
-
-    def check(self) -> None:
-        """Raise `DataError` for what does not go together."""
-        if self.size is not None and self.refine:
-            hint = "leave out the size, or the refinement"
-            raise DataError("refinement changes how many bytes a code takes, so it cannot keep a size", hint=hint)
-        if self.size is not None and self.residual:
-            hint = "a residual brings a code to an error: give max_error or min_gain"
-            raise DataError("a size limits codes, and residuals are not part of them", hint=hint)
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """Which limits the code of one task has to meet, and how many steps it is refined for."""
-
-    min_gain: float | None
-    max_error: float | None
-    tolerance: float | None
-    steps: int
-    size: int | None = None
-
-    @classmethod
-    def of(cls, request: EncodeRequest, generator: GeneratorRecord, *, refined: bool) -> _Plan:
-        """Return the plan for a plain or refined code; other limits than a quality have one plan only."""
-        if not request.is_by_quality:
-            return cls(request.min_gain, request.max_error, request.tolerance, request.refine or 0, request.size)
-        quality = request.quality or quality_of(float(generator.config["tolerance"]))  # type: ignore[arg-type]
-        if quality is None:
-            fact = "the generator was trained with a tolerance of its own, so its codes have no quality"
-            raise DataError(fact, hint="give --quality or another limit")
-        steps = RefineConfig.steps if request.refine is None else request.refine
-        return cls(None, None, tolerance_of(quality, refined=refined), steps if refined else 0)
-
-    @property
-    def limits(self) -> Limits:
-        """The limits of the error."""
-        return Limits(self.tolerance, None if self.max_error is None else self.max_error * self.max_error)
-
-    def asked(self, *, is_kept: bool) -> Asked:
-        """Return what the store records of the limits."""
-        return Asked(self.min_gain, self.max_error, self.tolerance, is_kept, self.steps, self.size)
 
 
 @dataclass(frozen=True)
@@ -161,35 +91,125 @@ class EncodeReport:
         return [task for task in self.tasks if task.status in missed]
 
 
-def encode(context: Context, request: EncodeRequest) -> EncodeReport:
-    """Encode tasks one after the other, or on several workers; each new code is recorded at once."""
-    request.check()
-    check_place(request.device, request.workers)
-    report = EncodeReport(is_named=bool(request.names))
+@use_case
+def encode(
+    context: Context,
+    tasks: Sequence[str] = (),
+    *,
+    quality: int | None = None,
+    min_gain: float | None = None,
+    max_error: float | None = None,
+    tolerance: float | None = None,
+    size: int | None = None,
+    refine: int | None = None,
+    residual: bool = False,
+    base_model: str | None = None,
+    device: str = "auto",
+    again: bool = False,
+    workers: str | None = None,
+    shard: str | None = None,
+) -> EncodeReport:
+    """Re-encode tasks with the current generator, as small as the limits allow; nothing is trained.
+
+    A task whose code was made with the same limits is skipped, so the same call continues after an interruption.
+    A code meets all of `min_gain`, `max_error`, `tolerance` and `size` that are given. Without any, the quality
+    counts.
+
+    Args:
+        context: The store, and who listens.
+        tasks: Names of tasks; all by default.
+        quality: 1 (smallest codes) to 8 (most accurate); by default that of the generator. Codes are refined where
+            the base model is at hand.
+        min_gain: Smallest retained gain on the task's held-out text. Needs the base model.
+        max_error: Largest relative error, ||dW' - dW|| / ||dW||: 0.3 for 30 %.
+        tolerance: Largest squared error, weighted by how sensitive each channel is: what `quality` sets.
+        size: Bytes that the file of each code may have. The codes are as accurate as that allows.
+        refine: Steps that fit a code to what its adapter does, on the task's samples or on texts that the adapted
+            model writes itself. Needs the base model. By default 40 with a quality, and none with other limits.
+        residual: Keep the codes, and store a residual for each task whose code misses the limits.
+        base_model: Only tasks of this base model.
+        device: Where to measure and refine.
+        again: Encode tasks even if their code already meets these limits.
+        workers: Where to compute, as described for `Fleet`.
+        shard: Which part of the tasks to work on, as described for `Fleet`.
+
+    Returns:
+        One entry per task; `report.short` lists those without a code that meets the limits.
+
+    Raises:
+        OptionsConflict: Limits that do not go together.
+        DataError: There is no generator, or the base model has no tasks.
+    """
+    limits = Limits(quality, min_gain, max_error, tolerance, size, refine)
+    _check(limits, residual=residual)
+    check_place(device, workers)
+    report = EncodeReport(is_named=bool(tasks))
     with context.open() as store, reporting(report):
-        tasks = select_tasks(store, request.names, request.base_model, request.shard)
-        if tasks and not any(store.generators.current(label) for label in {task.base_model for task in tasks}):
-            raise DataError(f"there is no generator for task {tasks[0].name!r}", hint="`icm train` makes one")
-        context.progress(0, len(tasks))
+        chosen = select_tasks(store, tasks, base_model, Shard.of(shard))
+        if chosen and not any(store.generators.current(label) for label in {task.base_model for task in chosen}):
+            raise DataError(f"there is no generator for task {chosen[0].name!r}", hint="`icm train` makes one")
+        context.progress(0, len(chosen))
 
         def tell(note: str) -> None:
-            context.progress(len(report.tasks), len(tasks), note)
+            context.progress(len(report.tasks), len(chosen), note)
 
-        make = partial(Encoder, request)
-        for base_model, of_base in groupby(tasks, key=lambda task: task.base_model):
+        for label, of_base in groupby(chosen, key=lambda task: task.base_model):
             with (
-                store.job(base_model, shared=True),
+                store.job(label, shared=True),
                 # Only now: while this waits for the job, no process of its own may hold the store.
-                open_workers(context, store, make, device=request.device, workers=request.workers) as workers,
+                worker_pool(context, store, device=device, workers=workers) as pool,
             ):
-                for task, made in workers.each(list(of_base), tell):
+                results = pool.each(
+                    encode_tasks, list(of_base), tell, limits, residual=residual, again=again, is_named=bool(tasks)
+                )
+                for task, made in results:
                     report.tasks.append(_recorded(store, task.name, made))
                     context.on_event(report.tasks[-1])
                     tell(task.name)
     return report
 
 
-def _recorded(store: Store, name: str, made: TaskEncoded | MadeCode | MadeResidual | Failed) -> TaskEncoded:
+def _check(limits: Limits, *, residual: bool) -> None:
+    """Raise `OptionsConflict` for limits that do not go together."""
+    if limits.quality is not None and not limits.is_by_quality:
+        fact = "--quality sets the limit itself: leave out --max-error, --min-gain, --tolerance and --size"
+        raise OptionsConflict(fact)
+    if limits.size is not None and (limits.refine or residual):
+        other = "--refine changes how many bytes a code takes" if limits.refine else "--residual is for an error"
+        raise OptionsConflict(f"{other}, so it cannot be used with --size", hint="leave out one of the two")
+    if limits.refine and limits.max_error is not None:
+        hint = "use --min-gain, which measures what refined codes do"
+        raise OptionsConflict("--refine moves codes away from the weights, so it cannot keep --max-error", hint=hint)
+    if limits.refine and residual:
+        hint = "refine the codes first, then add residuals"
+        raise OptionsConflict("--residual keeps the codes as they are, so it cannot be used with --refine", hint=hint)
+
+
+@dataclass(frozen=True)
+class Made:
+    """A code or a residual that was made of one task, before it is recorded."""
+
+    outcome: TaskEncoded  # what becomes of the task once it is recorded
+    data: bytes  # none of a residual if the code needs none, or none is good enough
+    squared_error: float
+    asked: CodeLimits
+    measured: Sequence[Measurement]  # on the way, of other sources
+    evaluations: Sequence[NewEvaluation]  # of itself
+    of: AdapterRecord | CodeRecord  # what it is a code, or a residual, of
+    generator: int
+
+    def record(self, store: Store) -> bool:
+        """Record it, and return whether its task still has that adapter, or that code."""
+        blob = store.blobs.put(self.data) if self.data else None
+        if isinstance(self.of, CodeRecord):
+            new = None if blob is None else NewResidual(blob, self.squared_error)
+            return store.codes.replace_residual(self.of, new, self.asked, self.evaluations) is not None
+        assert blob is not None
+        code = NewCode(self.of, blob, 8.0 * len(self.data), self.squared_error, self.asked)
+        return store.codes.replace(self.generator, code, self.evaluations) is not None
+
+
+def _recorded(store: Store, name: str, made: TaskEncoded | Made | Failed) -> TaskEncoded:
     """Record what was made of a task, and return what became of it."""
     if isinstance(made, TaskEncoded):
         return made
@@ -202,53 +222,38 @@ def _recorded(store: Store, name: str, made: TaskEncoded | MadeCode | MadeResidu
         return _changed(name, "it was removed in the meantime")
 
 
-@dataclass(frozen=True)
-class _Made:
-    """What was made of one task, before it is recorded."""
-
-    data: bytes
-    squared_error: float
-    asked: Asked
-    measured: Sequence[Measurement]  # on the way, of other sources
-    evaluations: Sequence[NewEvaluation]  # of itself
-    outcome: TaskEncoded  # once it is recorded
+def _changed(name: str, reason: str) -> TaskEncoded:
+    return TaskEncoded(name, "changed", reason=reason)
 
 
 @dataclass(frozen=True)
-class MadeCode(_Made):
-    """A code that is to replace the present one."""
+class _TaskState:
+    """What the store knows of a task when its turn comes, what it is encoded with, and where to report progress."""
 
-    adapter: AdapterRecord
-    generator: int
-
-    def record(self, store: Store) -> bool:
-        """Record it, and return whether its task still has the adapter."""
-        blob = store.blobs.put(self.data)
-        code = NewCode(self.adapter, blob, 8.0 * len(self.data), self.squared_error, self.asked)
-        return store.codes.replace(self.generator, code, self.evaluations) is not None
-
-
-@dataclass(frozen=True)
-class MadeResidual(_Made):
-    """A residual of the present code; of no bytes if the code needs none, or none is good enough."""
-
-    code: CodeRecord
-
-    def record(self, store: Store) -> bool:
-        """Record it, and return whether its task still has the code."""
-        new = NewResidual(store.blobs.put(self.data), self.squared_error) if self.data else None
-        return store.codes.replace_residual(self.code, new, self.asked, self.evaluations) is not None
-
-
-@dataclass(frozen=True)
-class _Turn:
-    """What the store knows of a task when its turn comes, and where to report progress."""
-
+    models: Models
     task: TaskRecord
     generator: GeneratorRecord
     final: AdapterRecord
     code: CodeRecord | None
-    tell: Callable[[str], None]
+    tell: Tell
+
+    @property
+    def store(self) -> Store:
+        """The store."""
+        return self.models.store
+
+    @property
+    def size_before(self) -> int | None:
+        """Bytes of the present code and residual."""
+        if self.code is None:
+            return None
+        return self.code.size + (0 if self.code.residual is None else self.code.residual.size)
+
+    def losses(self, limits: Limits) -> TaskLosses | None:
+        """Return what measures gains, if one is asked for."""
+        if limits.min_gain is None:
+            return None
+        return losses_on_own_text(self.store, self.models, self.task, self.generator)
 
     def unchanged(self, status: EncodeStatus, reason: str | None = None) -> TaskEncoded:
         """Return the outcome of a task whose code stays."""
@@ -258,262 +263,229 @@ class _Turn:
         error = self.code.best_squared_error
         return TaskEncoded(self.task.name, status, self.code.size, residual, self.size_before, error, reason=reason)
 
-    @property
-    def size_before(self) -> int | None:
-        """Bytes of the present code and residual."""
-        if self.code is None:
-            return None
-        return self.code.size + (0 if self.code.residual is None else self.code.residual.size)
+    def unmeasured(self, error: Exception) -> TaskEncoded:
+        """Return the outcome of a task on which something failed."""
+        failure = as_error(error, self.models.loaded(self.task.base_model))
+        told = failure.message if failure.hint is None else f"{failure.message} ({failure.hint})"
+        return self.unchanged("unmeasured", told if isinstance(failure, OutOfMemory) else failure.message)
 
 
 @dataclass(frozen=True)
-class _Begun:
+class _Prepared:
     """A task whose code is about to be made."""
 
-    turn: _Turn
-    plan: _Plan
+    state: _TaskState
     search: CodeSearch
     reason: str | None  # why its code is not refined although a quality asks for it
 
-    @property
-    def is_refined_once(self) -> bool:
-        """Whether its code is made once and refined, so that other codes can be refined with it."""
-        return self.search.refiner is not None and self.plan.min_gain is None and self.plan.size is None
 
-
-class Encoder:
-    """Encodes tasks; the latest generator and base model stay loaded, adapters do not.
+def encode_tasks(
+    models: Models,
+    tasks: Sequence[TaskRecord],
+    tell: Tell,
+    asked: Limits,
+    *,
+    residual: bool,
+    again: bool,
+    is_named: bool,
+) -> Iterator[tuple[TaskRecord, TaskEncoded | Made]]:
+    """Make the code or the residual of each task of one base model, or say why there is nothing to record.
 
     On a card, the codes of several tasks are refined side by side: they share the base model and each pass through it.
     """
+    at_once = 1 if models.device.type == "cpu" else _REFINED_TOGETHER
+    for start in range(0, len(tasks), at_once):
+        some = tasks[start : start + at_once]
+        prepared = [
+            _prepare(models, task, naming(task, tell), asked, residual=residual, again=again, is_named=is_named)
+            for task in some
+        ]
+        refined = _refined_together([one for one in prepared if isinstance(one, _Prepared)], tell)
+        for task, one in zip(some, prepared, strict=True):
+            yield task, _code(one, refined.get(task.name)) if isinstance(one, _Prepared) else one
 
-    def __init__(self, request: EncodeRequest, models: Models) -> None:
-        self._store, self._request, self._models = models.store, request, models
-        self._gradients = gradient_dtype(models.device)
-        self._at_once = 1 if models.device.type == "cpu" else _REFINED_TOGETHER
-        self._seeds = SeedSearch()
 
-    def __call__(self, planned: TaskRecord, tell: Tell) -> TaskEncoded | MadeCode | MadeResidual:
-        """Make the code or the residual of a task, or say why there is nothing to record."""
-        begun = self._begin(planned, tell)
-        return self._made(begun, None) if isinstance(begun, _Begun) else begun
-
-    def each(
-        self, tasks: Sequence[TaskRecord], tell: Tell
-    ) -> Iterator[tuple[TaskRecord, TaskEncoded | MadeCode | MadeResidual]]:
-        """Do the same for tasks of one base model, several side by side."""
-        for start in range(0, len(tasks), self._at_once):
-            some = tasks[start : start + self._at_once]
-            begun = [self._begin(task, naming(task, tell)) for task in some]
-            refined = self._refined([one for one in begun if isinstance(one, _Begun) and one.is_refined_once], tell)
-            for task, one in zip(some, begun, strict=True):
-                yield task, self._made(one, refined.get(task.name)) if isinstance(one, _Begun) else one
-
-    def _refined(self, begun: Sequence[_Begun], tell: Tell) -> dict[str, Encoded]:
-        """Refine the codes of several tasks together; nothing is returned where that fails, so each is made alone."""
-        if len(begun) < 2:
-            return {}
-        try:
-            codes = [one.search.coarse(one.plan.limits) for one in begun]
-            names = f"{len(begun)} tasks"
-            refined = refine_all(codes, lambda note: tell(f"{names}: {note}"))
-        except Cancelled:
-            raise
-        except FAILURES as error:
-            as_error(error)  # frees the memory, if that is what ran out: one alone may fit
-            return {}
-        return {one.turn.task.name: encoded for one, encoded in zip(begun, refined, strict=True)}
-
-    def _begin(self, planned: TaskRecord, tell: Tell) -> TaskEncoded | MadeResidual | _Begun:
-        """Read what it takes to make the code of a task; return the outcome where that needs none."""
-        name, base_model = planned.name, planned.base_model
-        generator = self._store.generators.current(base_model)
-        try:
-            task, final = self._store.tasks.get(name), self._store.tasks.final(name)
-            if generator is None:
-                reason = final.original_only or "there is no generator for it; `icm train` makes one"
-                return TaskEncoded(name, "original_only" if final.original_only else "unmeasured", reason=reason)
-            turn = _Turn(task, generator, final, self._store.codes.get(name, generator.id), tell)
-            if task.base_model != base_model:
-                return _changed(name, f"it belongs to base model {task.base_model!r} now")
-            return self._planned(turn)
-        except TaskNotFound:  # `icm rm` does not wait for this job
-            return _changed(name, "it was removed in the meantime")
-
-    def _planned(self, turn: _Turn) -> TaskEncoded | MadeResidual | _Begun:
-        if turn.final.is_evicted:
+def _prepare(
+    models: Models, planned: TaskRecord, tell: Tell, asked: Limits, *, residual: bool, again: bool, is_named: bool
+) -> TaskEncoded | Made | _Prepared:
+    """Read what it takes to make the code of a task; return the outcome where that needs none."""
+    name, base_model, store = planned.name, planned.base_model, models.store
+    generator = store.generators.current(base_model)
+    try:
+        task, final = store.tasks.get(name), store.tasks.final(name)
+        if generator is None:
+            reason = final.original_only or "there is no generator for it; `icm train` makes one"
+            return TaskEncoded(name, "original_only" if final.original_only else "unmeasured", reason=reason)
+        if task.base_model != base_model:
+            return _changed(name, f"it belongs to base model {task.base_model!r} now")
+        state = _TaskState(models, task, generator, final, store.codes.get(name, generator.id), tell)
+        if final.is_evicted:
             reason = "its original was evicted, so its code stays (`icm ingest --restore PATH` brings it back)"
-            return turn.unchanged("evicted", reason if self._request.names else None)
-        if turn.final.original_only is not None:
-            return turn.unchanged("original_only", turn.final.original_only)
-        request = self._request
-        wanted = _Plan.of(request, turn.generator, refined=request.refine != 0 and not request.residual)
-        if (known := self._known(turn, wanted)) is not None:
+            return state.unchanged("evicted", reason if is_named else None)
+        if final.original_only is not None:
+            return state.unchanged("original_only", final.original_only)
+        limits = _limits_under(generator, asked, refined=asked.refine != 0 and not residual)
+        if not again and (known := _known(state, limits, residual=residual)) is not None:
             return known
         try:
-            if request.residual:
-                return self._residual(turn, read_original(self._store, turn.final), wanted)
-            return self._search(turn, wanted)
+            return _residual(state, limits) if residual else _searched(state, asked, limits, again=again)
         except Cancelled:
             raise
         except FAILURES as error:
-            return self._unmeasured(turn, error)
+            return state.unmeasured(error)
+    except TaskNotFound:  # `icm rm` does not wait for this job
+        return _changed(name, "it was removed in the meantime")
 
-    def _unmeasured(self, turn: _Turn, error: Exception) -> TaskEncoded:
-        failure = as_error(error, self._models.loaded(turn.task.base_model))
-        told = failure.message if failure.hint is None else f"{failure.message} ({failure.hint})"
-        return turn.unchanged("unmeasured", told if isinstance(failure, OutOfMemory) else failure.message)
 
-    def _known(self, turn: _Turn, plan: _Plan) -> TaskEncoded | None:
-        """Return the outcome if the code was made with the same limits already, so that a stopped run can continue."""
-        code = turn.code
-        if self._request.again or code is None or code.asked is None:
-            return None
-        # With --residual this measures a code again that needs no residual; that takes no search.
-        if (code.residual is not None) != self._request.residual or code.asked != plan.asked(
-            is_kept=code.asked.is_kept
-        ):
-            return None
-        base = base_record(self._store, turn.task.base_model)
-        wanted = (code.generator_id, code.rung, turn.task.eval_data, None if base is None else base.load_in)
-        rows = [
-            row
-            for row in self._store.evaluations.all(turn.task.name)
-            if (row.generator_id, row.rung, row.data, row.load_in) == wanted
-        ]
-        if plan.min_gain is not None and not rows:
-            return None  # its held-out text has changed, or how its base model is loaded
-        outcome = turn.unchanged("known" if code.asked.is_kept else "below")
-        if not rows:
-            return outcome
-        return replace(outcome, retained_gain=rows[0].retained_gain, precision=rows[0].precision)
+def _limits_under(generator: GeneratorRecord, asked: Limits, *, refined: bool) -> Limits:
+    """Return the limits of one code, refined or plain: a quality stands for a tolerance, and for steps."""
+    if not asked.is_by_quality:
+        return replace(asked, refine=asked.refine or 0)
+    quality = asked.quality or quality_of(float(generator.config["tolerance"]))  # type: ignore[arg-type]
+    if quality is None:
+        fact = "the generator was trained with a tolerance of its own, so its codes have no quality"
+        raise DataError(fact, hint="give --quality or another limit")
+    steps = REFINE_STEPS if asked.refine is None else asked.refine
+    return Limits(tolerance=tolerance_of(quality, refined=refined), refine=steps if refined else 0)
 
-    def _search(self, turn: _Turn, wanted: _Plan) -> TaskEncoded | _Begun:
-        """Prepare to search for the code of a task."""
-        original = read_original(self._store, turn.final)
-        plan, refiner, reason = self._refined_or_plain(turn, original, wanted)
-        if reason is not None and (known := self._known(turn, plan)) is not None:
-            return replace(known, reason=reason)
-        generator_file = self._models.generator_file(turn.generator)
-        codec = codec_of_task(self._store, generator_file, turn.code, original.layout)
-        vectors = mean_vectors(self._store, self._store.vectors.all(turn.task.name))
-        initial, losses = self._seeds.find(original), self._losses(turn)
-        return _Begun(turn, plan, CodeSearch(codec, original, vectors, initial, losses, refiner, turn.tell), reason)
 
-    def _made(self, begun: _Begun, refined: Encoded | None) -> TaskEncoded | MadeCode:
+def _asked(limits: Limits, *, is_kept: bool) -> CodeLimits:
+    """Return what the store records of the limits of a code."""
+    steps = limits.refine or 0
+    return CodeLimits(limits.min_gain, limits.max_error, limits.tolerance, is_kept, steps, limits.size)
+
+
+def _known(state: _TaskState, limits: Limits, *, residual: bool) -> TaskEncoded | None:
+    """Return the outcome if the code was made with the same limits already, so that a stopped run can continue."""
+    code = state.code
+    if code is None or code.asked is None:
+        return None
+    # With --residual this measures a code again that needs no residual; that takes no search.
+    if (code.residual is not None) != residual or code.asked != _asked(limits, is_kept=code.asked.is_kept):
+        return None
+    base = base_record(state.store, state.task.base_model)
+    wanted = (code.generator_id, code.rung, state.task.eval_data, None if base is None else base.load_in)
+    rows = [
+        row
+        for row in state.store.evaluations.all(state.task.name)
+        if (row.generator_id, row.rung, row.data, row.load_in) == wanted
+    ]
+    if limits.min_gain is not None and not rows:
+        return None  # its held-out text has changed, or how its base model is loaded
+    outcome = state.unchanged("known" if code.asked.is_kept else "below")
+    if not rows:
+        return outcome
+    return replace(outcome, retained_gain=rows[0].retained_gain, precision=rows[0].precision)
+
+
+def _searched(state: _TaskState, asked: Limits, limits: Limits, *, again: bool) -> TaskEncoded | _Prepared:
+    """Prepare to search for the code of a task."""
+    original, refiner, reason = read_original(state.store, state.final), None, None
+    if limits.refine:
         try:
-            return self._code(begun, refined)
-        except Cancelled:
-            raise
-        except FAILURES as error:
-            return self._unmeasured(begun.turn, error)
-
-    def _code(self, begun: _Begun, refined: Encoded | None) -> MadeCode:
-        """Make the smallest code that meets the limits, or the most accurate one of a size."""
-        turn, plan, search, reason = begun.turn, begun.plan, begun.search, begun.reason
-        if refined is not None:
-            best, is_kept = Trial(replace(refined, decoded=None)), True
-        elif plan.size is None:
-            best, is_kept = search.smallest(plan.limits, plan.min_gain)
-        else:
-            best, is_kept = search.most_accurate(plan.size, plan.limits, plan.min_gain)
-        data, error = best.encoded.data, best.encoded.squared_error
-        if plan.size is not None and len(data) > plan.size:
-            reason = f"its smallest code takes {len(data):,} bytes"
-        status: EncodeStatus = "encoded" if is_kept else "below"
-        return MadeCode(
-            data,
-            error,
-            plan.asked(is_kept=is_kept),
-            [] if search.losses is None else search.losses.made,
-            _records(search.losses, best),
-            TaskEncoded(
-                turn.task.name,
-                status,
-                len(data),
-                None,
-                turn.size_before,
-                error,
-                best.gain,
-                reason,
-                _precision(search.losses),
-            ),
-            turn.final,
-            turn.generator.id,
-        )
-
-    def _refined_or_plain(
-        self, turn: _Turn, original: Adapter, wanted: _Plan
-    ) -> tuple[_Plan, Refiner | None, str | None]:
-        """Return the plan for what is possible, what refines, and why nothing does although a quality asks for it."""
-        if not wanted.steps:
-            return wanted, None, None
-        try:
-            return wanted, self._refiner(turn, original, wanted.steps), None
+            refiner = _refiner(state, original, limits.refine)
         except (BaseModelNotFound, BaseModelUnsuited, DataError) as error:
-            if not self._request.is_by_quality:
+            if not asked.is_by_quality:
                 raise
-            return _Plan.of(self._request, turn.generator, refined=False), None, f"not refined: {error.message}"
-
-    def _residual(self, turn: _Turn, original: Adapter, plan: _Plan) -> TaskEncoded | MadeResidual:
-        """Make the smallest residual that lets the current code meet the limits, if it needs one."""
-        present, task = turn.code, turn.task
-        if present is None:
-            raise DataError("it has no code that a residual could be added to; `icm train --update` makes one")
-        losses, code = self._losses(turn), self._store.blobs.read(present.blob)
-        result = None if losses is None else losses.measure(("code",)).get("code")
-        if losses is not None and result is None:
-            return _changed(task.name, "it got another adapter in the meantime")
-        codec = self._models.generator_file(turn.generator).codec_of(code)
-        search = ResidualSearch(codec, original, code, result, losses, turn.tell)
-        found = search.smallest(plan.limits, plan.min_gain)
-        data = b"" if found.residual is None else found.residual.encoded.data
-        status: EncodeStatus = "below" if not found.is_kept else "encoded" if data else "enough"
-        error, gain = found.best.encoded.squared_error, found.best.gain
-        return MadeResidual(
-            data,
-            error,
-            plan.asked(is_kept=found.is_kept),
-            [] if losses is None else losses.made,
-            _records(losses, found.residual),
-            TaskEncoded(
-                task.name,
-                status,
-                present.size,
-                len(data) or None,
-                turn.size_before,
-                error,
-                gain,
-                precision=_precision(losses),
-            ),
-            present,
-        )
-
-    def _losses(self, turn: _Turn) -> TaskLosses | None:
-        if self._request.min_gain is None:
-            return None
-        return losses_on_own_text(self._store, self._models, turn.task, turn.generator)
-
-    def _refiner(self, turn: _Turn, original: Adapter, steps: int) -> Refiner:
-        task, final = turn.task, turn.final
-        if format_named(final.format).is_for_images:
-            raise DataError("icm does not run the models that image adapters are for", hint=WITHOUT_REFINE)
-        if any(extra.file is None for extra in final.extras):
-            raise DataError("its adapter is more than a LoRA, so its code cannot be refined", hint=WITHOUT_REFINE)
-        base = self._models.base(task.base_model, self._gradients)
-        samples = read_samples(self._store, task, base)
-        with stoppable(base, lambda: turn.tell("preparing to refine")):
-            return Refiner.of(base, original, () if samples is None else samples.items, RefineConfig(steps=steps))
+            limits, reason = _limits_under(state.generator, asked, refined=False), f"not refined: {error.message}"
+            if not again and (known := _known(state, limits, residual=False)) is not None:
+                return replace(known, reason=reason)
+    generator_file = state.models.generator_file(state.generator)
+    codec = codec_of_task(state.store, generator_file, state.code, original.layout)
+    vectors = mean_vectors(state.store, state.store.vectors.all(state.task.name))
+    initial, losses = state.models.seeds.find(original), state.losses(limits)
+    return _Prepared(state, CodeSearch(codec, original, vectors, initial, limits, losses, refiner, state.tell), reason)
 
 
-def _changed(name: str, reason: str) -> TaskEncoded:
-    return TaskEncoded(name, "changed", reason=reason)
+def _refiner(state: _TaskState, original: Adapter, steps: int) -> Refiner:
+    """Prepare to refine the code of a task; raise an error where that is not possible."""
+    if format_named(state.final.format).is_for_images:
+        raise DataError("icm does not run the models that image adapters are for", hint=WITHOUT_REFINE)
+    if any(extra.file is None for extra in state.final.extras):
+        raise DataError("its adapter is more than a LoRA, so its code cannot be refined", hint=WITHOUT_REFINE)
+    base = state.models.base(state.task.base_model, gradient_dtype(state.models.device))
+    samples = read_samples(state.store, state.task, base)
+    with stoppable(base, lambda: state.tell("preparing to refine")):
+        return Refiner.of(base, original, () if samples is None else samples.items, RefineConfig(steps=steps))
 
 
-def _precision(losses: TaskLosses | None) -> str | None:
-    return None if losses is None else losses.precision
+def _refined_together(prepared: Sequence[_Prepared], tell: Tell) -> dict[str, Encoded]:
+    """Refine the codes of several tasks together; nothing is returned where that fails, so each is made alone."""
+    prepared = [one for one in prepared if one.search.is_refined_once]
+    if len(prepared) < 2:
+        return {}
+    try:
+        codes = [one.search.coarse() for one in prepared]
+        refined = refine_all(codes, lambda note: tell(f"{len(prepared)} tasks: {note}"))
+    except Cancelled:
+        raise
+    except FAILURES as error:
+        as_error(error)  # frees the memory, if that is what ran out: one alone may fit
+        return {}
+    return {one.state.task.name: encoded for one, encoded in zip(prepared, refined, strict=True)}
 
 
-def _records(losses: TaskLosses | None, trial: Trial | None) -> Sequence[NewEvaluation]:
-    """Return what the store records of a trial."""
-    return () if losses is None or trial is None or trial.result is None else (losses.record_of(trial.result),)
+def _code(prepared: _Prepared, refined: Encoded | None) -> TaskEncoded | Made:
+    """Make the smallest code of a task that meets the limits, or the most accurate one of a size."""
+    state, search, reason, size = prepared.state, prepared.search, prepared.reason, prepared.search.limits.size
+    try:
+        best, is_kept = search.best() if refined is None else (Trial(replace(refined, decoded=None)), True)
+    except Cancelled:
+        raise
+    except FAILURES as error:
+        return state.unmeasured(error)
+    taken = len(best.encoded.data)
+    if size is not None and taken > size:
+        reason = f"its smallest code takes {taken:,} bytes"
+    outcome = TaskEncoded(state.task.name, "encoded" if is_kept else "below", taken, reason=reason)
+    return _made(state, state.final, search.limits, outcome, search.losses, best, best, is_kept=is_kept)
+
+
+def _residual(state: _TaskState, limits: Limits) -> TaskEncoded | Made:
+    """Make the smallest residual that lets the current code meet the limits, if it needs one."""
+    original, present = read_original(state.store, state.final), state.code
+    if present is None:
+        raise DataError("it has no code that a residual could be added to; `icm train --update` makes one")
+    losses, data = state.losses(limits), state.store.blobs.read(present.blob)
+    result = None if losses is None else losses.measure(("code",)).get("code")
+    if losses is not None and result is None:
+        return _changed(state.task.name, "it got another adapter in the meantime")
+    codec = state.models.generator_file(state.generator).codec_of(data)
+    code = Trial(replace(codec.measure(original, data), decoded=None), result)
+    found, is_kept = ResidualSearch(codec, original, code, limits, losses, state.tell).best()
+    status: EncodeStatus = "below" if not is_kept else "enough" if found is None else "encoded"
+    size = None if found is None else len(found.encoded.data)
+    outcome = TaskEncoded(state.task.name, status, present.size, size)
+    return _made(state, present, limits, outcome, losses, found, found or code, is_kept=is_kept)
+
+
+def _made(
+    state: _TaskState,
+    of: AdapterRecord | CodeRecord,
+    limits: Limits,
+    outcome: TaskEncoded,
+    losses: TaskLosses | None,
+    new: Trial | None,
+    best: Trial,
+    *,
+    is_kept: bool,
+) -> Made:
+    """Return what is to be recorded of a new code or residual, if there is one, and of the best that a task now has."""
+    evaluations = [] if losses is None or new is None or new.result is None else [losses.record_of(new.result)]
+    outcome = replace(
+        outcome,
+        before=state.size_before,
+        squared_error=best.encoded.squared_error,
+        retained_gain=best.gain,
+        precision=None if losses is None else losses.precision,
+    )
+    return Made(
+        outcome,
+        b"" if new is None else new.encoded.data,
+        best.encoded.squared_error,
+        _asked(limits, is_kept=is_kept),
+        [] if losses is None else losses.made,
+        evaluations,
+        of,
+        state.generator.id,
+    )

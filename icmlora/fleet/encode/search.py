@@ -21,9 +21,11 @@ from icmlora.adapter.model import Adapter
 from icmlora.base_models.modality import BaseModel
 from icmlora.errors import DataError
 from icmlora.fleet.measure.measure import SourceResult, TaskLosses
+from icmlora.fleet.resources.workers import Tell
 from icmlora.generator.codec import Codec
-from icmlora.generator.encoding import Encoded, Limits
+from icmlora.generator.encoding import Encoded
 from icmlora.generator.initial_a.draw import InitialA
+from icmlora.generator.limits import Limits
 from icmlora.generator.relaxed import RelaxedCode
 from icmlora.generator.residual_codec import ResidualCodec
 from icmlora.io.text import human_size
@@ -38,9 +40,6 @@ At the coarsest, the code of a task that the generator predicts well holds no in
 
 _LOSS_RATIO = 1.5
 """Refinement divides the lost gain of a code by about this, which says at which tolerance to begin with it."""
-
-Tell = Callable[[str], None]
-"""Called before each trial and after each step of refinement, with what is being done; may raise `Cancelled`."""
 
 
 @dataclass(frozen=True)
@@ -176,21 +175,35 @@ class CodeSearch:
     original: Adapter
     vectors: Mapping[str, torch.Tensor]
     initial: InitialA | None
+    limits: Limits
     losses: TaskLosses | None  # measures gains; None where no gain is asked for
     refiner: Refiner | None
     tell: Tell
 
-    def smallest(self, limits: Limits, min_gain: float | None) -> tuple[Trial, bool]:
-        """Return the smallest code found and whether it meets the limits; if none does, the most accurate one."""
+    @property
+    def is_refined_once(self) -> bool:
+        """Whether the code is made once and refined, so that other codes can be refined with it."""
+        return self.refiner is not None and self.limits.min_gain is None and self.limits.size is None
+
+    def best(self) -> tuple[Trial, bool]:
+        """Return the smallest code found that meets the limits, or the most accurate one of a size.
+
+        Returns:
+            The code, and whether it meets all limits. If none does, it is the most accurate one; if none is as small
+            as the size, the smallest.
+        """
+        limits, min_gain = self.limits, self.limits.min_gain
+        if limits.size is not None:
+            return self._most_accurate(limits.size)
         if min_gain is None:
             return self._try(limits, self.refiner), True
         ladder = ladder_within(limits.tolerance)
 
         def attempt(index: int) -> Trial:
-            return self._try(Limits(ladder[index], limits.max_squared_error), self.refiner)
+            return self._try(replace(limits, tolerance=ladder[index]), self.refiner)
 
         def plain(index: int) -> Trial:
-            return self._try(Limits(ladder[index], limits.max_squared_error), None)
+            return self._try(replace(limits, tolerance=ladder[index]), None)
 
         if self.refiner is None:
             found = bisect(len(ladder), min_gain, plain)
@@ -199,33 +212,22 @@ class CodeSearch:
             found = walk(near.index, len(ladder), min_gain, attempt)
         return found.trial, found.is_kept
 
-    def most_accurate(self, size: int, limits: Limits, min_gain: float | None) -> tuple[Trial, bool]:
-        """Return the most accurate code of at most `size` bytes and whether it meets the other limits too.
-
-        If no code is so small, that is the smallest one, and it does not.
-        """
-        self.tell(f"encoding, at most {human_size(size)}")
-        keep = self.losses is not None
-        encoded = self.codec.encode_within(self.original, self.vectors, self.initial, size=size, keep_decoded=keep)
-        trial = _measured(self.losses, "code", encoded)
-        is_good = limits.keeps(encoded) and (min_gain is None or trial.keeps(min_gain))
-        return trial, is_good and len(encoded.data) <= size
-
-    def coarse(self, limits: Limits) -> Coarse:
+    def coarse(self) -> Coarse:
         """Return the code that refinement begins with."""
         assert self.refiner is not None
-        return Coarse(self.refiner, self.codec, self.original, self._plain(limits, keep_decoded=False))
+        return Coarse(self.refiner, self.codec, self.original, self._plain(self.limits, keep_decoded=False))
+
+    def _most_accurate(self, size: int) -> tuple[Trial, bool]:
+        self.tell(f"encoding, at most {human_size(size)}")
+        keep, min_gain = self.losses is not None, self.limits.min_gain
+        encoded = self.codec.encode(self.original, self.vectors, self.initial, self.limits, keep_decoded=keep)
+        trial = _measured(self.losses, "code", encoded)
+        is_good = self.limits.keeps(encoded) and (min_gain is None or trial.keeps(min_gain))
+        return trial, is_good and len(encoded.data) <= size
 
     def _plain(self, limits: Limits, *, keep_decoded: bool) -> Encoded:
         self.tell("encoding" if limits.tolerance is None else f"encoding, tolerance {limits.tolerance:.2g}")
-        return self.codec.encode(
-            self.original,
-            self.vectors,
-            self.initial,
-            tolerance=limits.tolerance,
-            max_squared_error=limits.max_squared_error,
-            keep_decoded=keep_decoded,
-        )
+        return self.codec.encode(self.original, self.vectors, self.initial, limits, keep_decoded=keep_decoded)
 
     def _try(self, limits: Limits, refiner: Refiner | None) -> Trial:
         encoded = self._plain(limits, keep_decoded=self.losses is not None and refiner is None)
@@ -235,48 +237,37 @@ class CodeSearch:
 
 
 @dataclass(frozen=True)
-class FoundResidual:
-    """The result of a search for a residual."""
-
-    is_kept: bool  # whether the task meets the limits, by its code or with its residual
-    code: Trial
-    residual: Trial | None = None  # what to store with it; None if the code is enough, or no residual is
-
-    @property
-    def best(self) -> Trial:
-        """What the task is decoded to."""
-        return self.code if self.residual is None else self.residual
-
-
-@dataclass(frozen=True)
 class ResidualSearch:
     """Makes residuals of one adapter and its code."""
 
     codec: Codec
     original: Adapter
-    code: bytes
-    result: SourceResult | None  # what was measured of the code; None where no gain is asked for
+    code: Trial  # the present code; measured where a gain is asked for
+    limits: Limits
     losses: TaskLosses | None  # measures gains; None where no gain is asked for
     tell: Tell
 
-    def smallest(self, limits: Limits, min_gain: float | None) -> FoundResidual:
-        """Return the smallest residual found that meets the limits, or none where the code meets them."""
-        encoded = replace(self.codec.measure(self.original, self.code), decoded=None)
-        code = Trial(encoded, self.result)
+    def best(self) -> tuple[Trial | None, bool]:
+        """Return the smallest residual found with which the code meets the limits, and whether it then does.
+
+        There is none where the code meets them alone, or where none helps.
+        """
+        limits, min_gain, code = self.limits, self.limits.min_gain, self.code.encoded
         if min_gain is None:
-            return FoundResidual(True, code, None if limits.keeps(encoded) else self._try(limits))
-        if limits.keeps(encoded) and code.keeps(min_gain):
-            return FoundResidual(True, code)
-        coarsest = min(encoded.weighted_error, limits.tolerance or 1.0)
+            return None if limits.keeps(code) else self._try(limits), True
+        if limits.keeps(code) and self.code.keeps(min_gain):
+            return None, True
+        coarsest = min(code.weighted_error, limits.tolerance or 1.0)
         finer = [tolerance for tolerance in LADDER if tolerance < coarsest]
         if not finer:
-            return FoundResidual(False, code)
-        found = bisect(len(finer), min_gain, lambda index: self._try(Limits(finer[index], limits.max_squared_error)))
-        return FoundResidual(found.is_kept, code, found.trial if found.is_kept else None)
+            return None, False
+        found = bisect(len(finer), min_gain, lambda index: self._try(replace(limits, tolerance=finer[index])))
+        return found.trial if found.is_kept else None, found.is_kept
 
     def _try(self, limits: Limits) -> Trial:
         self.tell("making a residual" if limits.tolerance is None else f"residual, tolerance {limits.tolerance:.2g}")
-        return _measured(self.losses, "residual", ResidualCodec(self.codec).encode(self.original, self.code, limits))
+        encoded = ResidualCodec(self.codec).encode(self.original, self.code.encoded.data, limits)
+        return _measured(self.losses, "residual", encoded)
 
 
 def _measured(losses: TaskLosses | None, source: Rung, encoded: Encoded) -> Trial:

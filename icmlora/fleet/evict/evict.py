@@ -3,7 +3,6 @@
     pinned? ──▶ code (and residual)? ──▶ read back from disk, decoded, measured ──▶ evicted (rows, then files)
        └────────────────┴────────────────────┴──▶ kept, with the reason
 
-    with copies         before that: copies elsewhere are read and compared
     with placeholder    before that: the adapter in the user's folder gives way to a placeholder
     keep_originals      only the folder: nothing in the store is deleted, and no code is needed
 
@@ -15,7 +14,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import chain, groupby
@@ -24,7 +23,6 @@ from typing import TYPE_CHECKING
 from icmlora.errors import Cancelled, IcmLoraError
 from icmlora.fleet.context import Context, reporting, select_tasks
 from icmlora.fleet.evict.check import EvictionCheck, check_bytes, check_recorded, recorded_gain
-from icmlora.fleet.evict.copies import Copies, Proof
 from icmlora.fleet.evict.placeholders import Backing, FolderReplaced, Placeholders
 from icmlora.fleet.evict.types import CheckFailed, EvictReport, EvictRequest, EvictStatus, TaskEvicted
 from icmlora.fleet.failures import FAILURES, Failed
@@ -61,9 +59,8 @@ def evict(context: Context, request: EvictRequest) -> EvictReport:
         context.open(read_only=read_only) as store,
         reporting(report),
     ):
-        copies = Copies(context, store, request.copy_paths, request.copies_needed)
         tasks = select_tasks(store, request.names)
-        evictor = Evictor(store, request, copies)
+        evictor = Evictor(store, request)
         if not (request.keep_originals or request.dry_run):
             store.originals.check_alone()
         context.progress(0, len(tasks))
@@ -198,8 +195,8 @@ class _Checker:
 class Evictor:
     """Deletes originals that were checked, or only counts their bytes."""
 
-    def __init__(self, store: Store, request: EvictRequest, copies: Copies) -> None:
-        self._store, self._request, self._copies = store, request, copies
+    def __init__(self, store: Store, request: EvictRequest) -> None:
+        self._store, self._request = store, request
         self._folders, self._decoder = Placeholders(store, dry_run=request.dry_run), StoredDecoder(store)
         self._in_use = Counter(store.originals.in_use())
 
@@ -216,66 +213,38 @@ class Evictor:
 
     def _delete(self, name: str, made: _Evictable) -> TaskEvicted:
         sizes = _sizes(made.order.code)
-        with self._copies.held():
-            rows, held_back, proof = self._with_copies(made)
-            if not rows:
-                figures = (*sizes, made.order.squared_error, made.gain)
-                return TaskEvicted(name, "kept", 0, 0, *figures, held_back, precision=made.precision)
-            order = replace(made.order, adapters=[row.id for row in rows])
-            # First the folder: until its row says otherwise, the original can bring back what goes there.
-            folders = self._folder_of(made.final, order.code, order.generator, is_checked=made.final in rows)
+        rows, held_back = self._may_go(made.rows)
+        if not rows:
+            figures = (*sizes, made.order.squared_error, made.gain)
+            return TaskEvicted(name, "kept", 0, 0, *figures, held_back, precision=made.precision)
+        order = replace(made.order, adapters=[row.id for row in rows])
+        # First the folder: until its row says otherwise, the original can bring back what goes there.
+        folders = self._folder_of(made.final, order.code, order.generator, is_checked=made.final in rows)
         freed, left = self._freed(rows)
         try:
             if not self._request.dry_run:
-                freed = self._store.originals.evict(order, lambda: self._confirmed(order, rows))
+                freed = self._store.originals.evict(order)
         except (DamagedStore, LastCopy) as error:
             return TaskEvicted(name, "kept", 0, 0, *sizes, reason=str(error), folders=folders)
         status: EvictStatus = "would_evict" if self._request.dry_run else "evicted"
         figures = (*sizes, order.squared_error, made.gain)
-        told = (held_back, folders, proof.copies, made.precision)
-        return TaskEvicted(name, status, len(rows), freed, *figures, *told, left=left)
+        told = (held_back, folders, made.precision, left)
+        return TaskEvicted(name, status, len(rows), freed, *figures, *told)
 
-    @contextmanager
-    def _confirmed(self, order: Eviction, rows: Sequence[AdapterRecord]) -> Iterator[None]:
-        """Look for the copies once more; none of them can go until the block ends."""
-        with self._copies.held(waits=False):
-            proofs = [self._proof(row, order.code, order.generator) for row in rows]
-            if lost := next((proof for proof in proofs if not proof.is_enough), None):
-                raise LastCopy(lost.text)
-            yield
-
-    def _with_copies(self, made: _Evictable) -> tuple[list[AdapterRecord], str | None, Proof]:
-        """Return the adapters that may go, why others may not, and the copies of the last one; none go without it."""
-        rows: list[AdapterRecord] = []
-        reasons: list[str] = []
-        proof = Proof((), 0, ())
-        for row in reversed(made.rows):  # the final one first
-            if not row.is_final and self._folders.has_left(row):
-                reasons.append(f"a placeholder stands for it at {row.source}, and a checkpoint has no code")
-                continue
-            found = self._proof(row, made.order.code, made.order.generator)
-            if found.is_enough:
-                proof = proof if rows else found
-                rows.insert(0, row)
-            elif row.is_final:
-                return [], found.text, found
-            else:
-                reasons.append(found.text)
-        if not reasons:
-            return rows, None, proof
-        return rows, f"{counted(len(reasons), 'checkpoint')} kept: {reasons[0]}", proof
-
-    def _proof(self, row: AdapterRecord, code: CodeRecord | None, generator: GeneratorRecord | None) -> Proof:
-        goes = self._request.placeholder and (row.is_final or self._request.keep_originals)
-        return self._copies.prove(row, code, generator, self._folders.ids(row) if goes else ())
+    def _may_go(self, rows: Sequence[AdapterRecord]) -> tuple[list[AdapterRecord], str | None]:
+        """Return the adapters that may go, and why others may not: nothing else brings a checkpoint back."""
+        held_back = [row for row in rows if not row.is_final and self._folders.has_left(row)]
+        if not held_back:
+            return list(rows), None
+        reason = f"a placeholder stands for it at {held_back[-1].source}, and a checkpoint has no code"
+        return [row for row in rows if row not in held_back], f"{counted(len(held_back), 'checkpoint')} kept: {reason}"
 
     def _with_folder(self, done: TaskEvicted) -> TaskEvicted:
         """Free the folder of a task whose original was evicted before."""
         if done.status != "known":
             return done
         task, final = self._store.tasks.get(done.task), self._store.tasks.final(done.task)
-        with self._copies.held():
-            return replace(done, folders=self._folder_of(final, *_code_of(self._store, task), is_checked=False))
+        return replace(done, folders=self._folder_of(final, *_code_of(self._store, task), is_checked=False))
 
     def _folder_of(
         self, final: AdapterRecord, code: CodeRecord | None, generator: GeneratorRecord | None, *, is_checked: bool
@@ -295,7 +264,6 @@ class Evictor:
                 check_bytes(self._store, final, [generator.blob, *code.digests()])
                 return
             check_recorded(self._store, now, final, self._request.limits, code, generator)
-            self._check_copies(final, code, generator)
 
         def decoded() -> AdapterBytes | None:
             if code is None or generator is None:
@@ -315,8 +283,7 @@ class Evictor:
         code, generator = _code_of(self._store, task)
         rows = self._store.tasks.adapters(task.name)
         rows = [row for row in rows if not (row.is_final and self._request.checkpoints_only)]
-        with self._copies.held():
-            left = [self._folder_with_original(row, code if row.is_final else None, generator) for row in rows]
+        left = [self._folder_with_original(row, code if row.is_final else None, generator) for row in rows]
         folders = [folder for folder in left if folder is not None]
         done = sum(folder.status in ("replaced", "would_replace") for folder in folders)
         if done:
@@ -333,14 +300,8 @@ class Evictor:
             if row.is_evicted:
                 raise CheckFailed("the store does not keep its original any more")
             check_bytes(self._store, row, [row.weights])
-            self._check_copies(row, code, generator)
 
         return self._folders.leave(row, Backing(check, code, generator))
-
-    def _check_copies(self, row: AdapterRecord, code: CodeRecord | None, generator: GeneratorRecord | None) -> None:
-        proof = self._proof(row, code, generator)
-        if not proof.is_enough:
-            raise CheckFailed(proof.text)
 
     def _freed(self, chosen: Sequence[AdapterRecord]) -> tuple[int, int]:
         """Return the bytes of the files that are deleted with some adapters, and those of them that were left.

@@ -34,7 +34,7 @@ from icmlora.formats.discovery.placeholder import (
 )
 from icmlora.formats.discovery.tree import Folder
 from icmlora.formats.format import AdapterBytes, AdapterPaths
-from icmlora.io.files import FileId, HashedFile, hash_regular
+from icmlora.io.files import HashedFile, hash_regular
 from icmlora.io.safetensors import read_header
 from icmlora.io.staging import writing_file
 from registry.errors import RegistryError
@@ -131,16 +131,6 @@ class Placeholders:
             return spot is not None and spot.is_taken and self._known(spot, row) is not None
         except (IcmLoraError, OSError):
             return False
-
-    def ids(self, row: AdapterRecord) -> set[FileId]:
-        """Return which files `leave` would take away: none of them is a copy that stays."""
-        place = source_place(row)
-        try:
-            spot = None if place is None else _Spot.of(place)
-            found = [] if spot is None else [path.lstat() for path in _parts_of(spot, row)]
-            return {(status.st_dev, status.st_ino) for status in found}
-        except (IcmLoraError, OSError):
-            return set()
 
     def _leave(self, spot: _Spot, row: AdapterRecord, backing: Backing) -> FolderReplaced:
         known = self._known(spot, row) if spot.is_taken else None

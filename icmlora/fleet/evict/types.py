@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from icmlora.errors import DataError
@@ -14,7 +13,6 @@ from icmlora.fleet.measure.precision import gain_text
 from registry.records import WithRelativeError
 
 if TYPE_CHECKING:
-    from icmlora.fleet.evict.copies import VerifiedCopy
     from icmlora.fleet.evict.placeholders import FolderReplaced
 
 
@@ -87,23 +85,14 @@ class EvictRequest:
     workers: str | None = None
     placeholder: bool = False
     keep_originals: bool = False
-    copies: int | None = None
-    copy_paths: Sequence[Path] = ()
 
     @property
     def limits(self) -> Limits:
         """What the codes have to keep."""
         return Limits(self.max_error, self.min_gain)
 
-    @property
-    def copies_needed(self) -> int:
-        """How many copies each original must have elsewhere."""
-        return min(1, len(self.copy_paths)) if self.copies is None else self.copies
-
     def check(self) -> None:
         """Refuse a request that would delete originals whatever their codes lose, or that contradicts itself."""
-        if self.copies is not None and self.copies < 0:
-            raise DataError("the number of copies is negative")
         if self.keep_originals:
             if not self.placeholder:
                 raise DataError("nothing would be deleted", hint="keep_originals goes with placeholder")
@@ -137,7 +126,6 @@ class TaskEvicted(WithRelativeError, Event):
     retained_gain: float | None = None
     reason: str | None = None  # also of an evicted task, where some of its checkpoints were kept
     folders: Sequence[FolderReplaced] = ()  # with `placeholder`: what became of the folders of its adapters
-    copies: Sequence[VerifiedCopy] = ()  # with `copies`: where the copies of its original are
     precision: str | None = None  # of the base model that the gain was measured on
     left: int = 0  # those of the bytes freed that an interrupted eviction had left
 

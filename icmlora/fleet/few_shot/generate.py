@@ -40,6 +40,7 @@ from icmlora.fleet.write.cards import GeneratedCard
 from icmlora.formats.discovery.folder import save_adapter
 from icmlora.formats.peft.peft import CARD_NAME, CONFIG_NAME, PEFT, WEIGHTS_NAME
 from icmlora.generator.encoding import Encoded
+from icmlora.generator.limits import Limits
 from icmlora.generator.versions import GeneratorFile
 from icmlora.io.devices import gradient_dtype, resolve_device, texts_at_once
 from icmlora.io.staging import check_free
@@ -278,7 +279,7 @@ def _encode(
 ) -> Encoded:
     """Encode a generated adapter coarsely, and refine the code on the samples."""
     codec = file.codec_for(adapter.layout)
-    coarse = codec.encode(adapter, {"context": _mean(vectors)}, tolerance=_CODE_TOLERANCE)
+    coarse = codec.encode(adapter, {"context": _mean(vectors)}, limits=Limits(tolerance=_CODE_TOLERANCE))
     refiner = Refiner.of(base, adapter, examples, RefineConfig())
     return refiner.refine(codec, adapter, coarse, lambda note: context.progress(0, None, note))
 

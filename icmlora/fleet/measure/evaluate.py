@@ -5,9 +5,8 @@ It takes no job lock. A result whose adapter or code was replaced while it was m
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +14,6 @@ from typing import TYPE_CHECKING
 from icmlora.base_models.catalogue import check_examples, modality_of
 from icmlora.base_models.examples.examples import EvaluationData
 from icmlora.base_models.examples.media_archive import read_examples
-from icmlora.baselines.catalogue import baseline_named
 from icmlora.errors import BaseModelNotFound, BaseModelUnsuited, DataError
 from icmlora.fleet.context import (
     Context,
@@ -28,44 +26,18 @@ from icmlora.fleet.context import (
     select_tasks,
     use_case,
 )
-from icmlora.fleet.failures import FAILURES, BaseModelLeftOut, BaseUnavailable, Failed, Sieve, as_error
-from icmlora.fleet.measure.baselines import BaselineResult, Baselines
-from icmlora.fleet.measure.measure import (
-    MAX_TOKENS,
-    SOURCES,
-    Measurement,
-    SourceResult,
-    TaskLosses,
-    record_measurements,
-)
+from icmlora.fleet.failures import FAILURES, BaseModelLeftOut, BaseUnavailable, Failed, FailureLog, as_error
+from icmlora.fleet.measure.measure import SOURCES, Measurement, SourceResult, TaskLosses, record_measurements
+from icmlora.fleet.measure.metric_result import MAX_TOKENS
 from icmlora.fleet.resources.loading import Models
 from icmlora.fleet.resources.texts import adapter_template, own_text
-from icmlora.fleet.resources.workers import Tell, check_place, open_workers
+from icmlora.fleet.resources.workers import Tell, check_place, worker_pool
 from icmlora.formats.catalogue import format_named
 from registry.errors import TaskNotFound
 from registry.records import Rung, TaskRecord
 
 if TYPE_CHECKING:
-    from icmlora.base_models.examples.chat_template import Templates
-    from icmlora.base_models.modality import BaseModel
     from registry.store import Store
-
-"""Bytes of a file with held-out text."""
-
-
-@dataclass(frozen=True)
-class EvaluateRequest:
-    """What to measure."""
-
-    names: Sequence[str] = ()
-    sources: Sequence[Rung] = SOURCES
-    data: Path | None = None
-    max_tokens: int = MAX_TOKENS
-    again: bool = False
-    baselines: Sequence[str] = ()
-    device: str = "auto"
-    workers: str | None = None
-    shard: Shard | None = None
 
 
 @dataclass(frozen=True)
@@ -74,7 +46,6 @@ class TaskEvaluated(Event):
 
     task: str
     sources: Mapping[Rung, SourceResult]
-    baselines: Mapping[str, BaselineResult] = field(default_factory=dict)
     skipped: str | None = None
     precision: str | None = None  # of the base model, such as "float32" or "nf4"
 
@@ -102,6 +73,11 @@ class EvaluateReport:
     left_out: list[BaseModelLeftOut] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
+    @property
+    def is_partial(self) -> bool:
+        """Whether a task that icm can run was not measured."""
+        return bool(self.failed) or any(not base.is_unsuited for base in self.left_out)
+
     def add(self, done: TaskEvaluated, *, is_outdated: bool) -> None:
         """Add a task that is done."""
         self.tasks.append(done)
@@ -125,36 +101,59 @@ class EvaluateReport:
         return GainSummary(len(gains), sum(gain for gain, *_ in gains) / len(gains), worst, worst_task, precisions)
 
 
-def evaluate(context: Context, request: EvaluateRequest) -> EvaluateReport:
-    """Measure tasks one after the other; the results of each are recorded at once, and a task that fails is reported.
+@use_case
+def evaluate(
+    context: Context,
+    tasks: Sequence[str] = (),
+    *,
+    sources: Sequence[Rung] = ("residual", "code", "generate"),
+    data: str | Path | None = None,
+    max_tokens: int = MAX_TOKENS,
+    device: str = "auto",
+    again: bool = False,
+    workers: str | None = None,
+    shard: str | None = None,
+) -> EvaluateReport:
+    """Measure the sources of tasks on held-out text, with the base model, and record the results.
+
+    Args:
+        context: The store, and who listens.
+        tasks: Names of tasks; all by default.
+        sources: What to measure in addition to base model and original, where a task has it.
+        data: File of held-out text as JSON lines; each task's own by default.
+        max_tokens: Tokens scored in each text.
+        device: Where to compute.
+        again: Measure again what was measured on the same text before.
+        workers: Where to compute, as described for `Fleet`.
+        shard: Which part of the tasks to work on, as described for `Fleet`.
 
     Raises:
-        BaseModelNotFound: None of the base models is on this machine.
+        DataError: No task has held-out text, or the text cannot be used.
+        BaseModelNotFound: None of the base models is on this machine. The report names those that are missing.
     """
     # A typing error is told before a model is loaded.
-    if unknown := sorted(set(request.sources).difference(SOURCES)):
+    if unknown := sorted(set(sources).difference(SOURCES)):
         raise DataError(f"{unknown[0]!r} is not a source", hint=f"the sources are {', '.join(SOURCES)}")
-    for name in request.baselines:
-        baseline_named(name)
-    check_place(request.device, request.workers)
-    report = EvaluateReport()
+    check_place(device, workers)
+    report, path = EvaluateReport(), None if data is None else Path(data)
     with context.open() as store, reporting(report):
-        make = partial(_Evaluator, request, _given_data(request.data, any_row=has_loaders(store)))
-        tasks = _tasks_with_text(store, request, report)
-        sieve = Sieve(context, report, len(tasks))
-        context.progress(0, len(tasks))
+        given = _given_data(path, any_row=has_loaders(store))
+        chosen = _tasks_with_text(store, tasks, Shard.of(shard), report, is_given=path is not None)
+        failures = FailureLog(context, report, len(chosen))
+        context.progress(0, len(chosen))
 
         def tell(note: str) -> None:
-            context.progress(len(report.tasks), len(tasks), note)
+            context.progress(len(report.tasks), len(chosen), note)
 
-        by_base = {label: list(group) for label, group in groupby(tasks, key=lambda task: task.base_model)}
-        with open_workers(context, store, make, device=request.device, workers=request.workers) as workers:
+        by_base = {label: list(group) for label, group in groupby(chosen, key=lambda task: task.base_model)}
+        with worker_pool(context, store, device=device, workers=workers) as pool:
             for base_model, of_base in by_base.items():
                 tell(f"loading {base_model}")
-                for task, made in sieve.results(base_model, workers.each(of_base, tell)):
+                results = pool.each(evaluate_tasks, of_base, tell, sources, path, given, max_tokens, again=again)
+                for task, made in failures.results(base_model, results):
                     _record(context, store, task.name, made, report)
                     tell(task.name)
-        sieve.check(len(by_base))
+        failures.check(len(by_base))
     return report
 
 
@@ -167,36 +166,44 @@ class _Measured:
     note: str | None  # what is said once of all tasks
 
 
-class _Evaluator:
-    """Measures one task after the other."""
+def evaluate_tasks(
+    models: Models,
+    tasks: Sequence[TaskRecord],
+    tell: Tell,
+    sources: Sequence[Rung],
+    path: Path | None,
+    data: bytes | None,
+    max_tokens: int,
+    *,
+    again: bool,
+) -> Iterator[tuple[TaskRecord, _Measured | Failed | BaseUnavailable | None]]:
+    """Measure each task of one base model, on the bytes of the given file or on its own text; None if it was removed.
 
-    def __init__(self, request: EvaluateRequest, given: bytes | None, models: Models) -> None:
-        self._request, self._given, self._models = request, given, models
-        self._of_base: tuple[str, _Texts, Baselines] | None = None
-
-    def __call__(self, task: TaskRecord, tell: Tell) -> _Measured | Failed | BaseUnavailable | None:
-        """Measure a task; None if it was removed in the meantime."""
+    Args:
+        models: Loaded models, and the store.
+        tasks: The tasks.
+        tell: Called with what is being done.
+        sources: What to measure.
+        path: The given file.
+        data: Its bytes.
+        max_tokens: Tokens scored in each text.
+        again: Whether to measure again what was measured before.
+    """
+    texts = _Texts(models, path, data)
+    for task in tasks:
+        result: _Measured | Failed | BaseUnavailable | None = None
         try:
-            return self._measure(task, self._models.base(task.base_model))
+            text, base = texts.of(task), models.base(task.base_model)
+            losses = TaskLosses(models.store, models, task, text, max_tokens)
+            done = TaskEvaluated(task.name, losses.measure(sources, again=again), text.skipped, base.dtype)
+            result = _Measured(done, losses.made, text.note)
         except (BaseModelNotFound, BaseModelUnsuited) as error:
-            return BaseUnavailable(error)
+            result = BaseUnavailable(error)
         except TaskNotFound:  # `icm rm` does not wait for this
-            return None
+            pass
         except FAILURES as error:
-            return Failed(as_error(error, self._models.loaded(task.base_model), less="fewer --max-tokens"))
-
-    def _measure(self, task: TaskRecord, base: BaseModel) -> _Measured:
-        store, request = self._models.store, self._request
-        if self._of_base is None or self._of_base[0] != task.base_model:
-            texts = _Texts(store, base, request.data, self._given)
-            self._of_base = task.base_model, texts, Baselines(store, task.base_model, request.baselines)
-        _, texts, baselines = self._of_base
-        text = texts.of(task)
-        losses = TaskLosses(store, self._models, task, text, request.max_tokens)
-        sources = losses.measure(request.sources, again=request.again)
-        others = baselines.measure(task.name, losses, sources)
-        done = TaskEvaluated(task.name, sources, others, text.skipped, base.dtype)
-        return _Measured(done, losses.made, text.note)
+            result = Failed(as_error(error, models.loaded(task.base_model), less="fewer --max-tokens"))
+        yield task, result
 
 
 def _record(context: Context, store: Store, name: str, made: _Measured | None, report: EvaluateReport) -> None:
@@ -216,25 +223,23 @@ def _record(context: Context, store: Store, name: str, made: _Measured | None, r
 
 
 class _Texts:
-    """What the tasks of a base model are measured on: the file that the user gave, or else their own held-out text."""
+    """What tasks of one base model are measured on: the file that the user gave, or else their own held-out text."""
 
-    def __init__(self, store: Store, base: BaseModel, path: Path | None, data: bytes | None) -> None:
-        self._store, self._base, self._path, self._data = store, base, path, data
+    def __init__(self, models: Models, path: Path | None, data: bytes | None) -> None:
+        self._models, self._path, self._data = models, path, data
+        self._shared: EvaluationData | None = None  # the given file, as most tasks read it
 
     def of(self, task: TaskRecord) -> EvaluationData:
         """Return the text of a task as its base model reads it."""
+        store, base = self._models.store, self._models.base(task.base_model)
         if self._data is None:
-            return own_text(self._store, task, self._base)
-        template = adapter_template(self._store, task.name)
-        return self._shared if template is None else self._parsed(template)
-
-    @cached_property
-    def _shared(self) -> EvaluationData:
-        return self._parsed(None)
-
-    def _parsed(self, template: Templates | None) -> EvaluationData:
-        assert self._data is not None
-        return EvaluationData.parse(self._data, base=self._base, path=self._path, template=template)
+            return own_text(store, task, base)
+        template = adapter_template(store, task.name)
+        if template is not None:
+            return EvaluationData.parse(self._data, base=base, path=self._path, template=template)
+        if self._shared is None:
+            self._shared = EvaluationData.parse(self._data, base=base, path=self._path, template=None)
+        return self._shared
 
 
 def _given_data(path: Path | None, *, any_row: bool) -> bytes | None:
@@ -246,13 +251,16 @@ def _given_data(path: Path | None, *, any_row: bool) -> bytes | None:
     return data
 
 
-def _tasks_with_text(store: Store, request: EvaluateRequest, report: EvaluateReport) -> list[TaskRecord]:
-    tasks = select_tasks(store, request.names, shard=request.shard)
-    if request.data is not None:
+def _tasks_with_text(
+    store: Store, names: Sequence[str], shard: Shard | None, report: EvaluateReport, *, is_given: bool
+) -> list[TaskRecord]:
+    """Return the tasks to measure; without a given file, those that have text of their own."""
+    tasks = select_tasks(store, names, shard=shard)
+    if is_given:
         return tasks
     report.without_data = sorted(task.name for task in tasks if task.eval_data is None)
     found = [task for task in tasks if task.eval_data is not None]
-    if not found and request.shard is None:  # a shard may be empty
+    if not found and shard is None:  # a shard may be empty
         hint = "put eval.jsonl into the adapter's folder and ingest it again, or use --data"
         raise DataError("no task has held-out text", hint=hint)
     return found

@@ -20,7 +20,7 @@ from icmlora.adapter.model import Adapter
 from icmlora.base_models.examples.examples import EvaluationData
 from icmlora.base_models.modality import retained_gain
 from icmlora.errors import DataError, NotCovered
-from icmlora.fleet.measure.metric_result import MetricResult
+from icmlora.fleet.measure.metric_result import MAX_TOKENS, MetricResult
 from icmlora.fleet.resources.decoding import OriginalForm, decode_code, predict_adapter, read_form
 from icmlora.fleet.resources.loading import Models, read_original, read_runnable
 from icmlora.fleet.resources.texts import own_text
@@ -39,8 +39,6 @@ from registry.records import (
 if TYPE_CHECKING:
     from registry.store import Store
 
-MAX_TOKENS = 256
-"""Tokens scored in each text, unless the caller asks for another number."""
 SOURCES: tuple[Rung, ...] = ("base", "original", "residual", "code", "generate", "network")
 """In the order in which they are measured: every gain needs the losses of base model and original."""
 
@@ -138,9 +136,9 @@ class TaskLosses:
         """Measure an adapter that is not in the store, and record nothing."""
         return self.result_of(source, self.score_of(source, self.written(adapter)), squared_error, self._references)
 
-    def written(self, adapter: Adapter, dtype: str | None = None) -> RunnableAdapter:
+    def written(self, adapter: Adapter) -> RunnableAdapter:
         """Write a decoded adapter as `icm materialize` does, and read it again."""
-        return self._form.runnable(adapter, dtype)
+        return self._form.runnable(adapter)
 
     def score_of(self, label: str, adapter: RunnableAdapter) -> MetricResult:
         """Load an adapter with PEFT, measure it, and record nothing."""
@@ -149,10 +147,6 @@ class TaskLosses:
         with adapted(self._base, adapter):
             return self._score(label)
 
-    def gain(self, base: float, original: float, other: float) -> float | None:
-        """Return the retained gain of an adapter from the metrics of base model, original and adapter."""
-        return retained_gain(base, original, other, higher_is_better=self._base.modality.metric.higher_is_better)
-
     def result_of(
         self, source: Rung, score: MetricResult, squared_error: float | None, references: Mapping[Rung, SourceResult]
     ) -> SourceResult:
@@ -160,7 +154,8 @@ class TaskLosses:
         gain = None
         if source not in ("base", "original") and "original" in references:
             base, original = references["base"], references["original"]
-            gain = self.gain(base.score.value, original.score.value, score.value)
+            values = base.score.value, original.score.value, score.value
+            gain = retained_gain(*values, higher_is_better=self._base.modality.metric.higher_is_better)
         return SourceResult(source, score, gain, squared_error)
 
     def record_of(self, result: SourceResult) -> NewEvaluation:

@@ -9,7 +9,10 @@ from dataclasses import dataclass, field
 from registry.names import NLL
 from registry.records import EvaluationRecord, relative_error
 
-__all__ = ["MetricResult", "relative_error"]
+__all__ = ["MAX_TOKENS", "MetricResult", "relative_error"]
+
+MAX_TOKENS = 256
+"""Tokens scored in each text, unless the caller asks for another number."""
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from icmlora.errors import DataError, IcmLoraError
 from icmlora.fleet.context import Context, TaskFailed, use_case
-from icmlora.fleet.failures import BaseModelLeftOut, BaseUnavailable, Failed, Sieve
+from icmlora.fleet.failures import BaseModelLeftOut, BaseUnavailable, Failed, FailureLog
 from icmlora.fleet.map.map import map_of
 from icmlora.fleet.map.picture import draw_map
 from icmlora.fleet.report.facts import facts_of
@@ -230,7 +230,7 @@ def _outputs(
     # The store is only read, so what is learned of a base model is forgotten again.
     models = Models(store, resolve_device(device), context.cache, on_facts=lambda facts: None)
     studio = Studio(models, given, Drawing(*drawing))
-    sieve, found = Sieve(context, report, len(tasks)), dict[str, "TaskOutputs | TaskPictures"]()
+    failures, found = FailureLog(context, report, len(tasks)), dict[str, "TaskOutputs | TaskPictures"]()
 
     def answered(
         some: Iterable[TaskRecord],
@@ -245,8 +245,10 @@ def _outputs(
     bases = 0
     for base_model, of_base in by_base:
         bases += 1
-        results: Iterator[tuple[TaskRecord, TaskOutputs | TaskPictures]] = sieve.results(base_model, answered(of_base))
+        results: Iterator[tuple[TaskRecord, TaskOutputs | TaskPictures]] = failures.results(
+            base_model, answered(of_base)
+        )
         found |= {task.name: made for task, made in results}
-    sieve.check(bases)
+    failures.check(bases)
     report.pictures = [made for made in found.values() if isinstance(made, TaskPictures)]
     return [found[task.name] for task in tasks if task.name in found]

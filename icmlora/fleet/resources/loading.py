@@ -20,6 +20,7 @@ from icmlora.errors import BaseModelNotFound, BaseModelUnsuited, OutputExists
 from icmlora.fleet.context import base_record, locate_base
 from icmlora.formats.catalogue import format_named
 from icmlora.formats.format import LoadedAdapter, RunnableAdapter
+from icmlora.generator.initial_a.search import SeedSearch
 from icmlora.generator.versions import GeneratorFile
 from icmlora.io.devices import inference_dtype
 from registry.records import AdapterRecord, GeneratorRecord
@@ -107,7 +108,10 @@ def _converted(found: FoundBase, cache: Path) -> FoundBase:
 
 
 class Models:
-    """A cache of loaded models of a store: one generator, and one base model in the precisions that were asked for."""
+    """A cache of loaded models of a store: one generator, and one base model in the precisions that were asked for.
+
+    `seeds` remembers draws: most of the second that the first search for a seed takes is spent on them.
+    """
 
     def __init__(
         self,
@@ -117,6 +121,7 @@ class Models:
         on_facts: Callable[[BaseFacts], None] | None = None,
     ) -> None:
         self.store, self.device = store, device
+        self.seeds = SeedSearch()
         self._cache, self._on_facts = cache, on_facts
         self._generator_file: GeneratorFile | None = None
         self._exemplars: tuple[int, Exemplars] | None = None

@@ -1,4 +1,4 @@
-"""Compute something for each task, in this process or on Ray workers. The caller records what comes of it.
+"""Call a function on tasks, in this process or on Ray workers. The caller records what comes of each task.
 
     in this process    compute ──▶ record ──▶ compute ──▶ record
     on workers         compute ─┐
@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, cast, runtime_checkable
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 import torch
 
@@ -52,43 +52,31 @@ _SETTINGS = {
 Tell = Callable[[str], None]
 """Called between the steps of a task with what is being done; may raise `Cancelled`."""
 
+P = ParamSpec("P")
 R = TypeVar("R")
-R_co = TypeVar("R_co", covariant=True)
+Work = Callable[Concatenate[Models, Sequence["TaskRecord"], Tell, P], Iterator[tuple["TaskRecord", R]]]
+"""What is called, of a module: it yields each task of some of one base model with its result, and writes nothing."""
 
 
-class Compute(Protocol[R_co]):
-    """Computes the result of one task, and writes nothing to the store."""
+class Workers(Protocol):
+    """Where a function is called on many tasks."""
 
-    def __call__(self, task: TaskRecord, tell: Tell, /) -> R_co:
-        """Return the result, which can be pickled."""
+    def each(
+        self, work: Work[P, R], tasks: Sequence[TaskRecord], tell: Tell, *args: P.args, **kwargs: P.kwargs
+    ) -> Iterator[tuple[TaskRecord, R | Failed]]:
+        """Call `work` with models, tasks, `tell` and the other arguments; yield tasks as they are done.
 
-
-@runtime_checkable
-class ComputesTogether(Protocol[R_co]):
-    """Computes the results of several tasks side by side, where that is faster."""
-
-    def each(self, tasks: Sequence[TaskRecord], tell: Tell, /) -> Iterator[tuple[TaskRecord, R_co]]:
-        """Yield each task with its result, in the order of the tasks."""
-        ...
-
-
-class Workers(Protocol[R_co]):
-    """Computes the results of many tasks."""
-
-    def each(self, tasks: Sequence[TaskRecord], tell: Tell) -> Iterator[tuple[TaskRecord, R_co | Failed]]:
-        """Yield each task with its result, in the order in which they are done."""
+        On workers it gets one task at a time, and its arguments and results are pickled.
+        """
 
 
 @contextmanager
-def open_workers(
-    context: Context, store: Store, make: Callable[[Models], Compute[R]], *, device: str, workers: str | None
-) -> Iterator[Workers[R]]:
+def worker_pool(context: Context, store: Store, *, device: str, workers: str | None) -> Iterator[Workers]:
     """Start workers for a block.
 
     Args:
         context: what to open the store with.
         store: the store, as this process has it.
-        make: makes what computes, once in each process; it can be pickled.
         device: the device of each worker.
         workers: as in `check_place`.
 
@@ -96,21 +84,46 @@ def open_workers(
         WorkersUnavailable: Ray is not installed, or there is no cluster.
     """
     if workers is None:
-        yield _ThisProcess(make(Models(store, resolve_device(device), context.cache)))
+        yield _ThisProcess(Models(store, resolve_device(device), context.cache))
         return
     with _cluster(workers) as ray:
         share = _share(ray, workers, device)
         here = replace(context, path=context.path.absolute(), on_event=ignore, patience=None)
         actor = ray.remote(_Worker).options(num_cpus=share.cpus, num_gpus=share.gpus)
-
-        def start() -> Any:
-            return actor.remote(here, device, share.threads, make)
-
-        pool: _Pool[R] = _Pool(ray, start, share.workers, store)
+        pool = _Pool(ray, lambda: actor.remote(here, device, share.threads), share.workers, store)
         try:
             yield pool
         finally:
             pool.stop()
+
+
+@contextmanager
+def open_workers(
+    context: Context, store: Store, make: Callable[[Models], Any], *, device: str, workers: str | None
+) -> Iterator[_Makes]:
+    """Start workers as `worker_pool` does, for an object that is made in each process and called with each task."""
+    with worker_pool(context, store, device=device, workers=workers) as pool:
+        yield _Makes(pool, make)
+
+
+@dataclass(frozen=True)
+class _Makes:
+    pool: Workers
+    make: Callable[[Models], Any]
+
+    def each(self, tasks: Sequence[TaskRecord], tell: Tell) -> Iterator[tuple[TaskRecord, Any]]:
+        return self.pool.each(_made, tasks, tell, self.make)
+
+
+def _made(
+    models: Models, tasks: Sequence[TaskRecord], tell: Tell, make: Callable[[Models], Any]
+) -> Iterator[tuple[TaskRecord, Any]]:
+    compute = make(models)
+    if hasattr(compute, "each"):
+        yield from compute.each(tasks, tell)
+        return
+    for task in tasks:
+        yield task, compute(task, naming(task, tell))
 
 
 def check_place(device: str, workers: str | None) -> None:
@@ -139,41 +152,43 @@ def naming(task: TaskRecord, tell: Tell) -> Tell:
 
 
 @dataclass(frozen=True)
-class _ThisProcess(Generic[R]):
-    compute: Compute[R]
+class _ThisProcess:
+    models: Models
 
-    def each(self, tasks: Sequence[TaskRecord], tell: Tell) -> Iterator[tuple[TaskRecord, R | Failed]]:
-        if isinstance(self.compute, ComputesTogether):
-            yield from self.compute.each(tasks, tell)
-            return
-        for task in tasks:
-            yield task, self.compute(task, naming(task, tell))
+    def each(
+        self, work: Work[P, R], tasks: Sequence[TaskRecord], tell: Tell, *args: P.args, **kwargs: P.kwargs
+    ) -> Iterator[tuple[TaskRecord, R | Failed]]:
+        yield from work(self.models, tasks, tell, *args, **kwargs)
 
 
-class _Worker(Generic[R]):
+class _Worker:
     """What lives in the process of a worker."""
 
-    def __init__(self, context: Context, device: str, threads: int, make: Callable[[Models], Compute[R]]) -> None:
-        self._context, self._device, self._threads, self._make = context, device, threads, make
+    def __init__(self, context: Context, device: str, threads: int) -> None:
+        self._context, self._device, self._threads = context, device, threads
         self._facts: list[BaseFacts] = []
 
     @cached_property
-    def _compute(self) -> Compute[R]:  # not in the constructor, so that an error comes back as that of a task
+    def _models(self) -> Models:  # not in the constructor, so that an error comes back as that of a task
         torch.set_num_threads(self._threads)
         store = self._context.open(read_only=True)
-        return self._make(Models(store, resolve_device(self._device), self._context.cache, self._facts.append))
+        return Models(store, resolve_device(self._device), self._context.cache, self._facts.append)
 
-    def run(self, task: TaskRecord) -> tuple[R, list[BaseFacts]]:
+    def run(
+        self, task: TaskRecord, call: tuple[Callable[..., Iterator[tuple[TaskRecord, R]]], Any, Any]
+    ) -> tuple[R, list[BaseFacts]]:
         """Compute the result of a task, and return what was learnt of its base model on the way."""
+        work, args, kwargs = call
         self._facts.clear()
-        return self._compute(task, _unheard), list(self._facts)
+        ((_, result),) = work(self._models, [task], _unheard, *args, **kwargs)
+        return result, list(self._facts)
 
 
 def _unheard(text: str) -> None:
     """Take a note that nobody is shown: the bar counts the tasks of all workers."""
 
 
-class _Pool(Generic[R]):
+class _Pool:
     """Actors of a Ray cluster; a dead one is replaced."""
 
     def __init__(self, ray: Any, start: Callable[[], Any], workers: int, store: Store) -> None:
@@ -185,12 +200,15 @@ class _Pool(Generic[R]):
     def _parameters(self) -> dict[str, int]:
         return {row.task.name: row.final.parameters for row in self._store.tasks.summaries()}
 
-    def each(self, tasks: Sequence[TaskRecord], tell: Tell) -> Iterator[tuple[TaskRecord, R | Failed]]:
+    def each(
+        self, work: Work[P, R], tasks: Sequence[TaskRecord], tell: Tell, *args: P.args, **kwargs: P.kwargs
+    ) -> Iterator[tuple[TaskRecord, R | Failed]]:
+        call = self._ray.put((work, args, kwargs))  # once: a file of held-out text may be among the arguments
         # Large ones first: a large one that comes last keeps the other workers waiting.
         waiting = deque(sorted(tasks, key=lambda task: -self._parameters.get(task.name, 0)))
         died = Counter[str]()
         while waiting or self._running:
-            self._hand_out(waiting)
+            self._hand_out(waiting, call)
             done, _ = self._ray.wait(list(self._running), timeout=_POLL_SECONDS)
             tell(f"{len(self._running)} in work")
             for reference in done:
@@ -203,15 +221,15 @@ class _Pool(Generic[R]):
                         waiting.appendleft(task)
                         continue
                     result = Failed(error)
-                self._hand_out(waiting)  # before the caller records this one
+                self._hand_out(waiting, call)  # before the caller records this one
                 yield task, result
 
-    def _hand_out(self, waiting: deque[TaskRecord]) -> None:
+    def _hand_out(self, waiting: deque[TaskRecord], call: Any) -> None:
         while waiting and self._idle:
             worker, task = self._idle.pop(), waiting.popleft()
-            self._running[worker.run.remote(task)] = worker, task
+            self._running[worker.run.remote(task, call)] = worker, task
 
-    def _result(self, worker: Any, reference: Any) -> R:
+    def _result(self, worker: Any, reference: Any) -> Any:
         """Return what a worker made; raise `WorkerDied` and replace it if it died."""
         try:
             result, facts = self._ray.get(reference)
@@ -225,7 +243,7 @@ class _Pool(Generic[R]):
         self._idle.append(worker)
         for one in facts:
             one.record(self._store)
-        return cast(R, result)
+        return result
 
     def stop(self) -> None:
         """Kill the workers; what they compute is lost."""

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
-from registry.records import Asked, GeneratorRecord, WithRelativeError
+from registry.records import CodeLimits, GeneratorRecord, WithRelativeError
 
 if TYPE_CHECKING:
     from registry.usage import Usage
@@ -27,7 +27,7 @@ class TaskBill(WithRelativeError):
     squared_error: float | None
     retained_gain: float | None
     evicted: bool
-    asked: Asked | None
+    asked: CodeLimits | None
     original_only: str | None  # why there can be no code
     extras_bytes: int
     precision: str | None = None  # of the base model that the gain was measured on

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from icmlora.fleet.stats.bill import Bill
 from icmlora.io.text import counted, human_percent, human_size
-from registry.records import Asked
+from registry.records import CodeLimits
 
 if TYPE_CHECKING:
     from registry.usage import Usage
@@ -51,7 +51,7 @@ def disk_lines(usage: Usage) -> list[tuple[str, int]]:
     ]
 
 
-def limits_text(asked: Asked) -> str:
+def limits_text(asked: CodeLimits) -> str:
     """Return the limits that a code was made for."""
     limits = (
         ("retained gain at least", asked.min_gain),
@@ -71,7 +71,7 @@ def claims_text(found: Bill) -> str | None:
     return f"{counted(number, 'code')} {have} claimed by the bundle only, which were not measured here."
 
 
-def shortfalls(short: Iterable[Asked]) -> list[str]:
+def shortfalls(short: Iterable[CodeLimits]) -> list[str]:
     """Say how many tasks keep their original because no code meets their limit, one line per limit."""
     return [
         f"{counted(number, 'task')} {'keeps its' if number == 1 else 'keep their'} original: no code meets {text}"

@@ -27,6 +27,7 @@ from icmlora.generator.codec import Codec
 from icmlora.generator.config import config_for
 from icmlora.generator.encoding import Encoded
 from icmlora.generator.file import append_version
+from icmlora.generator.limits import Limits
 from icmlora.generator.network_file import generator_to_bytes
 from icmlora.generator.version_delta import differences_to_words
 from icmlora.generator.versions import GeneratorFile
@@ -41,19 +42,6 @@ if TYPE_CHECKING:
 _TUNING_STEPS = 50  # of the decoder, per new task
 _TUNING_RATE = 2e-3
 _COARSENESS = 2.0  # grid to which the differences of a tuned decoder are rounded, in units of their root mean square
-
-
-@dataclass(frozen=True)
-class UpdateRequest:
-    """The options of an update; None stands for the default."""
-
-    device: str = "auto"
-    base_model: str | None = None
-    quality: int | None = None
-    tolerance: float | None = None
-    steps: int | None = None
-    learning_rate: float | None = None
-    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -76,12 +64,16 @@ class UpdateCandidates:
         context: Context,
         store: Store,
         source: StoreAdapterSource,
-        request: UpdateRequest,
-        tolerance: float,
         device: torch.device,
+        *,
+        tolerance: float,
+        steps: int | None,
+        learning_rate: float | None,
+        seed: int,
     ) -> None:
-        self._context, self._store, self._source, self._request = context, store, source, request
+        self._context, self._store, self._source = context, store, source
         self._tolerance, self._device = tolerance, device
+        self._steps, self._learning_rate, self._seed = steps, learning_rate, seed
         self.steps = 0
         self.left_out = dict(source.left_out)
 
@@ -106,10 +98,10 @@ class UpdateCandidates:
         network = file.codec(base).generator.net
         source = self._only([name for name in named if named[name] == digest])
         options = TrainConfig(
-            steps=self._request.steps or stretched(_TUNING_STEPS * source.tasks(), draws_of(self._device)),
-            learning_rate=self._request.learning_rate or _TUNING_RATE,
+            steps=self._steps or stretched(_TUNING_STEPS * source.tasks(), draws_of(self._device)),
+            learning_rate=self._learning_rate or _TUNING_RATE,
             weight_decay=0.0,
-            seed=self._request.seed,
+            seed=self._seed,
         )
         # Only the decoder is tuned: the parts that read adapters and task vectors stay as they are.
         state = self._train(source, new_state(tunable_network(network).to(self._device), options))
@@ -120,7 +112,7 @@ class UpdateCandidates:
 
     def with_new_network(self, data: bytes, names: Sequence[str]) -> Candidate:
         """Train a small network for some tasks, append it to a file, and encode the tasks."""
-        source, request = self._only(names), self._request
+        source = self._only(names)
         config = config_for(
             source.base_model,
             source.layouts(),
@@ -130,9 +122,11 @@ class UpdateCandidates:
             quality=1,
             tolerance=self._tolerance,
         )
-        options = options_of(source, request, self._device)
+        options = options_of(
+            source, self._device, steps=self._steps, learning_rate=self._learning_rate, seed=self._seed
+        )
         sensitivity = measured_sensitivity(self._context, self._store, source, config, self._device)
-        network = fresh_network(config, source, request.seed, sensitivity)
+        network = fresh_network(config, source, self._seed, sensitivity)
         state = self._train(source, new_state(network.to(self._device), options))
         return self._with_last_version(append_version(data, generator_to_bytes(state.net), None), source)
 
@@ -157,7 +151,7 @@ class UpdateCandidates:
         """Return the code of a task; note the reason and return None if it cannot be encoded."""
         try:
             vectors, initial = source.mean_vectors(task), source.initial(task)
-            return codec.encode(source.load(task, None), vectors, initial, tolerance=self._tolerance)
+            return codec.encode(source.load(task, None), vectors, initial, Limits(tolerance=self._tolerance))
         except FAILURES as error:
             self.left_out[source.names[task]] = as_error(error).message
             return None

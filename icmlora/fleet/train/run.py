@@ -36,7 +36,7 @@ from icmlora.fleet.resources.texts import read_samples
 from icmlora.generator.config import GeneratorConfig, config_for
 from icmlora.generator.sensitivity import Sensitivity, sensitivity_of
 from icmlora.generator.versions import GeneratorFile
-from icmlora.training.config import TrainConfig
+from icmlora.training.config import DEFAULT_QUALITY, TrainConfig
 from icmlora.training.initialisation import fresh_network, grown_network
 from icmlora.training.loop import TrainStep, draws_of, fit
 from icmlora.training.ranks import ALONE, Ranks
@@ -44,33 +44,14 @@ from icmlora.training.state import TrainState, new_state, state_from_bytes
 from registry.records import AdapterRecord, GeneratorRecord, RunCode, TrainRunRecord
 
 if TYPE_CHECKING:
-    from icmlora.fleet.train.candidates import UpdateRequest
     from icmlora.generator.encoding import Encoded
     from registry.store import Store
-
-DEFAULT_QUALITY = 4
 
 _CHECKPOINT_SECONDS = 20.0
 # Four times as many take four times as long and give no smaller codes (docs/results/LOG.md).
 _STATISTICS_TOKENS = 2048
 _STATISTICS_TASKS = 64
 _STATISTICS_SAMPLES = 8  # of each task
-
-
-@dataclass(frozen=True)
-class TrainRequest:
-    """The options of a training; None stands for what the current generator uses, or for the default."""
-
-    device: str = "auto"
-    base_model: str | None = None
-    quality: int | None = None
-    tolerance: float | None = None
-    width: int | None = None
-    steps: int | None = None
-    learning_rate: float | None = None
-    seed: int = 0
-    resume: bool = True
-    fresh: bool = False
 
 
 @dataclass(frozen=True)
@@ -114,23 +95,30 @@ def open_run(
     context: Context,
     store: Store,
     source: StoreAdapterSource,
-    request: TrainRequest,
     device: torch.device,
     previous: GeneratorRecord | None,
+    *,
+    quality: int | None,
+    tolerance: float | None,
+    width: int | None,
+    steps: int | None,
+    learning_rate: float | None,
+    seed: int,
+    resume: bool,
 ) -> TrainingRun:
     """Resume the run that was stopped if it is the same one, else start a new one. Call it inside the job lock."""
     # The first version was trained on a whole fleet; later ones are for the tasks that they were added for.
     network = None if previous is None else GeneratorFile(store.blobs.read(previous.blob)).codec(0).generator.net
     known = None if network is None else network.config
-    config = _config(source, request, known)
-    options = options_of(source, request, device)
+    config = _config(source, known, quality=quality, tolerance=tolerance, width=width)
+    options = options_of(source, device, steps=steps, learning_rate=learning_rate, seed=seed)
     identity: dict[str, object] = {
         "generator": json.loads(config.to_json()),
         "train": json.loads(options.to_json()),
         "fleet": source.digest(),
         "parent": None if previous is None else previous.blob,
     }
-    stopped = store.runs.running(source.base_model) if request.resume else None
+    stopped = store.runs.running(source.base_model) if resume else None
     if stopped is not None and stopped.config == identity and stopped.weights and stopped.optimizer:
         weights, optimizer = store.blobs.read(stopped.weights), store.blobs.read(stopped.optimizer)
         return TrainingRun(store, state_from_bytes(weights, optimizer, device), stopped)
@@ -138,9 +126,9 @@ def open_run(
     if known is None or (known.kinds, known.layers) != (config.kinds, config.layers):
         sensitivity = measured_sensitivity(context, store, source, config, device)
     if network is None:
-        network = fresh_network(config, source, request.seed, sensitivity)
+        network = fresh_network(config, source, seed, sensitivity)
     else:
-        network = grown_network(config, network, source, request.seed, sensitivity)
+        network = grown_network(config, network, source, seed, sensitivity)
     return TrainingRun(store, new_state(network.to(device), options), store.runs.start(source.base_model, identity))
 
 
@@ -173,15 +161,17 @@ def usable_source(
     return source
 
 
-def options_of(source: StoreAdapterSource, wanted: TrainRequest | UpdateRequest, device: torch.device) -> TrainConfig:
+def options_of(
+    source: StoreAdapterSource, device: torch.device, *, steps: int | None, learning_rate: float | None, seed: int
+) -> TrainConfig:
     """Choose how a network is trained on some adapters; None stands for the default."""
     return TrainConfig.default(
         source.tasks(),
         source.adapters(),
         parameters=source.parameters(),
-        steps=wanted.steps,
-        learning_rate=wanted.learning_rate,
-        seed=wanted.seed,
+        steps=steps,
+        learning_rate=learning_rate,
+        seed=seed,
         stacked=draws_of(device),
     )
 
@@ -273,21 +263,28 @@ def _examples(store: Store, names: Sequence[str], base: BaseModel) -> list[Any]:
     return [one for row in zip_longest(*firsts) for one in row if one is not None] or list(base.modality.probes)
 
 
-def _config(source: StoreAdapterSource, request: TrainRequest, previous: GeneratorConfig | None) -> GeneratorConfig:
-    tolerance = request.tolerance
+def _config(
+    source: StoreAdapterSource,
+    previous: GeneratorConfig | None,
+    *,
+    quality: int | None,
+    tolerance: float | None,
+    width: int | None,
+) -> GeneratorConfig:
+    """Choose the network of a generator; None stands for what the previous one has, or for the default."""
     if previous is not None:
-        if request.width not in (None, previous.width):
+        if width not in (None, previous.width):
             fact = f"the current generator has width {previous.width}, and training that starts from it keeps the width"
             raise DataError(fact, hint="`icm train --fresh` starts from scratch, with any width")
-        if tolerance is None and request.quality is None:
+        if tolerance is None and quality is None:
             tolerance = previous.tolerance
     return config_for(
         source.base_model,
         source.layouts(),
         tasks=source.tasks(),
         condition_size=source.condition_size(),
-        quality=DEFAULT_QUALITY if request.quality is None else request.quality,
+        quality=DEFAULT_QUALITY if quality is None else quality,
         tolerance=tolerance,
-        width=request.width,
+        width=width,
         previous=previous,
     )

@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from icmlora.errors import Cancelled, DataError, GeneratorError
-from icmlora.fleet.context import Context, Event, reporting
-from icmlora.fleet.failures import FAILURES, BaseModelFailed, as_error, one_of_several
+from icmlora.fleet.context import Context, Event, reporting, use_case
+from icmlora.fleet.failures import FAILURES, as_error, one_of_several
 from icmlora.fleet.resources.adapter_source import StoreAdapterSource
+from icmlora.fleet.resources.workers import check_place
+from icmlora.fleet.train.finish import FinishReport, finish
 from icmlora.fleet.train.run import (
     TrainingRun,
-    TrainRequest,
     base_models_with_tasks,
     help_train,
     open_run,
@@ -36,7 +37,7 @@ from icmlora.generator.encoding import Encoded
 from icmlora.generator.network_file import generator_from_bytes, generator_to_bytes
 from icmlora.training.ranks import Ranks, joined
 from registry.names import some
-from registry.records import AdapterRecord, Asked, GeneratorRecord, NewCode, NewGenerator, WithRelativeError
+from registry.records import AdapterRecord, CodeLimits, GeneratorRecord, NewCode, NewGenerator, WithRelativeError
 
 if TYPE_CHECKING:
     from registry.store import Store
@@ -91,57 +92,164 @@ class Trained(Event):
 
 
 @dataclass
-class TrainReport:
-    """What a training did."""
+class TrainReport(FinishReport):
+    """What a training did, and what was done with the codes."""
 
     trained: list[Trained] = field(default_factory=list)
-    failed: list[BaseModelFailed] = field(default_factory=list)
     stopped_at: int | None = None
     """The step of the checkpoint of the run that was stopped, if any: 0 before its first step."""
 
+    @property
+    def is_partial(self) -> bool:
+        """Whether something was left out, at any stage."""
+        return super().is_partial or any(one.left_out for one in self.trained)
 
-def train(context: Context, request: TrainRequest) -> TrainReport:
-    """Train one generator per base model; of several processes, the first one does, and the others help it."""
+
+@use_case
+def train(
+    context: Context,
+    *,
+    device: str = "auto",
+    base_model: str | None = None,
+    quality: int | None = None,
+    tolerance: float | None = None,
+    width: int | None = None,
+    steps: int | None = None,
+    learning_rate: float | None = None,
+    seed: int = 0,
+    resume: bool = True,
+    fresh: bool = False,
+    refine: int | None = None,
+    min_gain: float | None = None,
+    max_error: float | None = None,
+    evaluate: bool = True,
+    workers: str | None = None,
+) -> TrainReport:
+    """Train one generator per base model on all its tasks, store a code for every task, and measure the codes.
+
+    Training starts from the current generator if there is one. All originals are needed; after evicting some, use
+    `update` to add tasks. The same call resumes a training that was stopped, and ends with the same generator.
+
+    Then codes are encoded again to keep limits, if there are any, or else refined where the base model is at hand. At
+    last they are measured where that is possible. The store is complete before and after each of these.
+
+    Several processes of PyTorch's launcher train together. The first one writes to the store, does what comes after the
+    training, and returns the report; that of the others is empty.
+
+    Args:
+        context: The store, and who listens.
+        device: Where to compute.
+        base_model: Train only the generator of this base model.
+        quality: 1 (smallest codes) to 8 (most accurate); by default that of the current generator, at first 4.
+        tolerance: The same as a number: the largest squared error, weighted by how sensitive each channel is. Codes of
+            a tolerance are not refined.
+        width: Hidden width of a new generator's decoder; by default it depends on the number of tasks.
+        steps: Adapters to draw; by default it depends on the number of tasks and adapters, and on the device.
+        learning_rate: Peak learning rate.
+        seed: Seed for all random numbers: the same seed on the same machine gives the same bytes.
+        resume: Resume a training that was stopped.
+        fresh: Start from scratch instead of from the current generator.
+        refine: Steps that fit each code to what its adapter does; 0 for none, by default as in `encode`.
+        min_gain: Encode again to keep this retained gain, as `encode` does.
+        max_error: Encode again to keep this relative error, as `encode` does.
+        evaluate: Measure the codes, as `evaluate` does.
+        workers: Where to encode and measure, as described for `Fleet`.
+
+    Returns:
+        One entry per base model; its `left_out` names tasks that have no code, and why.
+
+    Raises:
+        DataError: There is nothing to train on, or a task is evicted.
+        GeneratorError: The training diverged, or no task could be encoded.
+    """
+    if workers is not None:  # a typing error is told now, not after hours
+        check_place(device, workers)
     report = TrainReport()
-    with reporting(report), joined() as ranks:
-        device = ranks.device(request.device)
-        if ranks.is_first:
+    with reporting(report):
+        with joined() as ranks:
+            place = ranks.device(device)
+            if not ranks.is_first:
+                help_train(context, ranks, place)
+                return report
             with context.open() as store:
-                _train(context, store, request, device, ranks, report)
-        else:
-            help_train(context, ranks, device)
+                labels = base_models_with_tasks(store, base_model)
+                for label in labels:
+                    with one_of_several(context, report, label, labels if ranks.count == 1 else [label]):
+                        with store.job(label):
+                            trained = _train_base(
+                                context,
+                                store,
+                                label,
+                                place,
+                                ranks,
+                                report,
+                                quality=quality,
+                                tolerance=tolerance,
+                                width=width,
+                                steps=steps,
+                                learning_rate=learning_rate,
+                                seed=seed,
+                                resume=resume,
+                                fresh=fresh,
+                            )
+                        report.trained.append(trained)
+                        context.on_event(trained)
+                ranks.share()  # nothing: the others may leave
+        finish(
+            context,
+            report,
+            [trained.base_model for trained in report.trained],
+            base_model=base_model,
+            quality=quality,
+            tolerance=tolerance,
+            refine=refine,
+            min_gain=min_gain,
+            max_error=max_error,
+            measure=evaluate,
+            device=device,
+            workers=workers,
+        )
     return report
-
-
-def _train(
-    context: Context, store: Store, request: TrainRequest, device: torch.device, ranks: Ranks, report: TrainReport
-) -> None:
-    labels = base_models_with_tasks(store, request.base_model)
-    for label in labels:
-        with one_of_several(context, report, label, labels if ranks.count == 1 else [label]):
-            with store.job(label):
-                trained = _train_base(context, store, label, request, device, ranks, report)
-            report.trained.append(trained)
-            context.on_event(trained)
-    ranks.share()  # nothing: the others may leave
 
 
 def _train_base(
     context: Context,
     store: Store,
     label: str,
-    request: TrainRequest,
     device: torch.device,
     ranks: Ranks,
     report: TrainReport,
+    *,
+    quality: int | None,
+    tolerance: float | None,
+    width: int | None,
+    steps: int | None,
+    learning_rate: float | None,
+    seed: int,
+    resume: bool,
+    fresh: bool,
 ) -> Trained:
+    """Train the generator of one base model, and make it and its codes current."""
     _refuse_evicted(store, label)
     source = usable_source(context, store, label)
     _refuse_lost(store, label, source.left_out)
     _refuse_none(source.names, source.left_out)
-    previous = None if request.fresh else store.generators.current(label)
+    previous = None if fresh else store.generators.current(label)
     started = time.monotonic()
-    run = open_run(context, store, source, request, device, previous)
+    run = open_run(
+        context,
+        store,
+        source,
+        device,
+        previous,
+        quality=quality,
+        tolerance=tolerance,
+        width=width,
+        steps=steps,
+        learning_rate=learning_rate,
+        seed=seed,
+        resume=resume,
+    )
     first = run.state.step
     try:
         if first:
@@ -254,6 +362,6 @@ def _encode_all(
     finally:
         made |= run.save_codes(generator, waiting)
     pairs = [(final, made[final.id]) for final in map(source.final, range(source.tasks())) if final.id in made]
-    asked = Asked(tolerance=codec.config.tolerance)
+    asked = CodeLimits(tolerance=codec.config.tolerance)
     codes = [NewCode(final, code.blob, 8.0 * code.size, code.squared_error, asked) for final, code in pairs]
     return codes, left_out, sum(code.initial_is_known for _, code in pairs)

@@ -17,16 +17,18 @@ from typing import TYPE_CHECKING
 import torch
 
 from icmlora.errors import DataError
-from icmlora.fleet.context import Context, Event, reporting
-from icmlora.fleet.failures import BaseModelFailed, one_of_several
+from icmlora.fleet.context import Context, Event, reporting, use_case
+from icmlora.fleet.failures import one_of_several
 from icmlora.fleet.resources.adapter_source import StoreAdapterSource
-from icmlora.fleet.train.candidates import Candidate, UpdateCandidates, UpdateRequest
+from icmlora.fleet.resources.workers import check_place
+from icmlora.fleet.train.candidates import Candidate, UpdateCandidates
+from icmlora.fleet.train.finish import FinishReport, finish
 from icmlora.fleet.train.run import base_models_with_tasks, run_metrics, usable_source
 from icmlora.fleet.train.train import REPLACED, CodeMade
 from icmlora.generator.config import tolerance_of
 from icmlora.generator.versions import GeneratorFile
 from icmlora.io.devices import resolve_device
-from registry.records import Asked, GeneratorRecord, NewCode, NewGenerator
+from registry.records import CodeLimits, GeneratorRecord, NewCode, NewGenerator
 
 if TYPE_CHECKING:
     from registry.store import Store
@@ -51,16 +53,20 @@ class Updated(Event):
 
 
 @dataclass
-class UpdateReport:
-    """What an update did; base models that are not listed did not change."""
+class UpdateReport(FinishReport):
+    """What an update did, and what was done with the new codes; base models that are not listed did not change."""
 
     updated: list[Updated] = field(default_factory=list)
-    failed: list[BaseModelFailed] = field(default_factory=list)
 
     @property
     def tasks(self) -> list[str]:
         """All tasks that got a code."""
         return [name for one in self.updated for name in one.tasks]
+
+    @property
+    def is_partial(self) -> bool:
+        """Whether something was left out, at any stage."""
+        return super().is_partial or any(one.left_out for one in self.updated)
 
 
 @dataclass(frozen=True)
@@ -73,21 +79,89 @@ class _Choice:
     tuned_size: int | None
 
 
-def update(context: Context, request: UpdateRequest) -> UpdateReport:
-    """Encode every task that has no code yet; the generator of its base model grows if that saves bytes."""
-    device = resolve_device(request.device)
-    report = UpdateReport()
-    with reporting(report), context.open() as store:
-        labels = base_models_with_tasks(store, request.base_model)
-        # Those without a generator first: that is told now, not after an hour of work for the others.
-        for label in sorted(labels, key=lambda label: store.generators.current(label) is not None):
-            with one_of_several(context, report, label, labels):
-                with store.job(label):
-                    updated, codes = _update_base(context, store, label, request, device)
-                report.updated.append(updated)
-                for code in codes:
-                    context.on_event(code)
-                context.on_event(updated)
+@use_case
+def update(
+    context: Context,
+    *,
+    device: str = "auto",
+    base_model: str | None = None,
+    quality: int | None = None,
+    tolerance: float | None = None,
+    steps: int | None = None,
+    learning_rate: float | None = None,
+    seed: int = 0,
+    refine: int | None = None,
+    min_gain: float | None = None,
+    max_error: float | None = None,
+    evaluate: bool = True,
+    workers: str | None = None,
+) -> UpdateReport:
+    """Store codes for the tasks that have none, and let the generator grow if that makes them smaller.
+
+    Only the new tasks are read. Existing codes decode to the same adapters as before, and their originals may be
+    evicted. It takes as long as the new tasks take. Then the new codes are encoded again or refined, and measured, as
+    `train` does.
+
+    Args:
+        context: The store, and who listens.
+        device: Where to compute.
+        base_model: Update only the generator of this base model.
+        quality: Of the new codes: 1 (smallest) to 8 (most accurate); by default that of the first training.
+        tolerance: The same as a number: the largest squared error, weighted by how sensitive each channel is. Codes of
+            a tolerance are not refined.
+        steps: Adapters to draw; by default it depends on the number of new tasks, and on the device.
+        learning_rate: Peak learning rate.
+        seed: Seed for all random numbers.
+        refine: Steps that fit each new code to what its adapter does; 0 for none, by default as in `encode`.
+        min_gain: Encode the new tasks again to keep this retained gain, as `encode` does.
+        max_error: Encode the new tasks again to keep this relative error, as `encode` does.
+        evaluate: Measure the new codes, as `evaluate` does.
+        workers: Where to encode and measure, as described for `Fleet`.
+
+    Raises:
+        DataError: The store has no tasks, or a base model has no generator yet.
+        GeneratorError: The training diverged; nothing changed.
+        GeneratorConflict: Another generator became current in the meantime; nothing changed.
+    """
+    check_place(device, workers)
+    report, place = UpdateReport(), resolve_device(device)
+    with reporting(report):
+        with context.open() as store:
+            labels = base_models_with_tasks(store, base_model)
+            # Those without a generator first: that is told now, not after an hour of work for the others.
+            for label in sorted(labels, key=lambda label: store.generators.current(label) is not None):
+                with one_of_several(context, report, label, labels):
+                    with store.job(label):
+                        updated, codes = _update_base(
+                            context,
+                            store,
+                            label,
+                            place,
+                            quality=quality,
+                            tolerance=tolerance,
+                            steps=steps,
+                            learning_rate=learning_rate,
+                            seed=seed,
+                        )
+                    report.updated.append(updated)
+                    for code in codes:
+                        context.on_event(code)
+                    context.on_event(updated)
+        finish(
+            context,
+            report,
+            [updated.base_model for updated in report.updated if updated.tasks],
+            report.tasks,
+            base_model=base_model,
+            quality=quality,
+            tolerance=tolerance,
+            refine=refine,
+            min_gain=min_gain,
+            max_error=max_error,
+            measure=evaluate,
+            device=device,
+            workers=workers,
+        )
     return report
 
 
@@ -100,15 +174,28 @@ def _current(store: Store, label: str) -> GeneratorRecord:
 
 
 def _update_base(
-    context: Context, store: Store, label: str, request: UpdateRequest, device: torch.device
+    context: Context,
+    store: Store,
+    label: str,
+    device: torch.device,
+    *,
+    quality: int | None,
+    tolerance: float | None,
+    steps: int | None,
+    learning_rate: float | None,
+    seed: int,
 ) -> tuple[Updated, Sequence[CodeMade]]:
+    """Encode the new tasks of one base model, and make their codes current."""
     started = time.monotonic()
     generator = _current(store, label)
     data = store.blobs.read(generator.blob)
     new = [row.task.name for row in store.tasks.summaries() if row.task.base_model == label and row.code is None]
     source = usable_source(context, store, label, new)
-    tolerance = _tolerance(request, data)
-    candidates = UpdateCandidates(context, store, source, request, tolerance, device)
+    if tolerance is None:  # that of the generator's first training
+        tolerance = GeneratorFile(data).configs[0].tolerance if quality is None else tolerance_of(quality)
+    candidates = UpdateCandidates(
+        context, store, source, device, tolerance=tolerance, steps=steps, learning_rate=learning_rate, seed=seed
+    )
     choice = _choose(candidates, data, source)
     best = choice.candidate
     metrics: dict[str, object] = {
@@ -145,13 +232,6 @@ def _update_base(
     return updated, [CodeMade(name, len(code.data), code.squared_error) for name, code in encoded]
 
 
-def _tolerance(request: UpdateRequest, data: bytes) -> float:
-    """Return the largest error of new codes: as requested, or that of the generator's first training."""
-    if request.tolerance is not None:
-        return request.tolerance
-    return GeneratorFile(data).configs[0].tolerance if request.quality is None else tolerance_of(request.quality)
-
-
 def _choose(candidates: UpdateCandidates, data: bytes, source: StoreAdapterSource) -> _Choice:
     """Take the candidate with the fewest bytes, and add a network for the tasks that it cannot encode."""
     unchanged = candidates.unchanged(data)
@@ -172,7 +252,7 @@ def _new_codes(store: Store, source: StoreAdapterSource, best: Candidate, tolera
     """Store the files of codes, and return the rows that are to be recorded."""
     adapters = {name: source.final(task) for task, name in enumerate(source.names)}
     blobs = store.blobs.put_all([code.data for code in best.codes.values()])
-    asked = Asked(tolerance=tolerance)
+    asked = CodeLimits(tolerance=tolerance)
     return [
         NewCode(adapters[name], blob, 8.0 * len(code.data), code.squared_error, asked)
         for (name, code), blob in zip(best.codes.items(), blobs, strict=True)

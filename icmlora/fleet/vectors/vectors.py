@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
@@ -13,10 +13,10 @@ import torch
 from icmlora.base_models.modality import BaseModel
 from icmlora.errors import BaseModelNotFound, BaseModelUnsuited
 from icmlora.fleet.context import Context, Event, Shard, TaskFailed, reporting, use_case
-from icmlora.fleet.failures import FAILURES, BaseModelLeftOut, BaseUnavailable, Failed, Sieve, as_error
+from icmlora.fleet.failures import FAILURES, BaseModelLeftOut, BaseUnavailable, Failed, FailureLog, as_error
 from icmlora.fleet.resources.loading import Models, read_runnable
 from icmlora.fleet.resources.texts import read_samples
-from icmlora.fleet.resources.workers import Tell, check_place, open_workers
+from icmlora.fleet.resources.workers import Tell, check_place, worker_pool
 from icmlora.task_vectors.extraction import extract_adapted, extract_context
 from icmlora.task_vectors.file import vectors_to_bytes
 from icmlora.task_vectors.vector import TaskVector, VectorSettings
@@ -93,20 +93,20 @@ def extract_vectors(
     report = VectorReport()
     with context.open() as store, reporting(report):
         todo = _plan(store, tasks, Shard.of(shard), again, report)
-        sieve = Sieve(context, report, sum(map(len, todo.values())))
-        context.progress(0, sieve.total)
+        failures = FailureLog(context, report, sum(map(len, todo.values())))
+        context.progress(0, failures.total)
 
         def tell(note: str) -> None:
-            context.progress(report.done, sieve.total, note)
+            context.progress(report.done, failures.total, note)
 
-        with open_workers(context, store, _Extractor, device=device, workers=workers) as extractors:
+        with worker_pool(context, store, device=device, workers=workers) as pool:
             for label, rows in todo.items():
                 tell(f"loading {label}")
                 of_base = [row.task for row in rows.values()]
-                for task, made in sieve.results(label, extractors.each(of_base, tell)):
+                for task, made in failures.results(label, pool.each(extract_tasks, of_base, tell)):
                     _record(context, store, rows[task.name], made, report)
                     tell(task.name)
-        sieve.check(len(todo))
+        failures.check(len(todo))
     return report
 
 
@@ -141,33 +141,32 @@ class _Extracted:
     note: str | None = None  # what is said once of all tasks
 
 
-class _Extractor:
-    """Extracts the vectors of one task after the other."""
-
-    def __init__(self, models: Models) -> None:
-        self._models = models
-
-    def __call__(self, task: TaskRecord, tell: Tell) -> _Extracted | Failed | BaseUnavailable | None:
-        """Extract the vectors of a task; None if it was removed in the meantime."""
+def extract_tasks(
+    models: Models, tasks: Sequence[TaskRecord], tell: Tell
+) -> Iterator[tuple[TaskRecord, _Extracted | Failed | BaseUnavailable | None]]:
+    """Extract the vectors of each task of one base model; None of a task that was removed in the meantime."""
+    for task in tasks:
+        result: _Extracted | Failed | BaseUnavailable | None = None
         try:
-            return self._extract(task, self._models.base(task.base_model, VECTOR_DTYPE))
+            result = _extracted(models.store, task, models.base(task.base_model, VECTOR_DTYPE))
         except (BaseModelNotFound, BaseModelUnsuited) as error:
-            return BaseUnavailable(error)
+            result = BaseUnavailable(error)
         except FAILURES as error:
-            return Failed(as_error(error, self._models.loaded(task.base_model)))
+            result = Failed(as_error(error, models.loaded(task.base_model)))
         except TaskNotFound:  # `icm rm` does not wait for this
-            return None
+            pass
+        yield task, result
 
-    def _extract(self, task: TaskRecord, base: BaseModel) -> _Extracted:
-        store = self._models.store
-        samples = read_samples(store, task, base, most=SAMPLES_READ)
-        items, template = (None, None) if samples is None else (samples.items, samples.template)
-        adapter = read_runnable(store, store.tasks.final(task.name))
-        vectors = extract_adapted(base, adapter, items, template=template)
-        if samples is None:
-            return _Extracted(vectors, "probes")
-        vectors += extract_context(base, samples.items, template=template)
-        return _Extracted(vectors, "samples", samples.summary, samples.note)
+
+def _extracted(store: Store, task: TaskRecord, base: BaseModel) -> _Extracted:
+    samples = read_samples(store, task, base, most=SAMPLES_READ)
+    items, template = (None, None) if samples is None else (samples.items, samples.template)
+    adapter = read_runnable(store, store.tasks.final(task.name))
+    vectors = extract_adapted(base, adapter, items, template=template)
+    if samples is None:
+        return _Extracted(vectors, "probes")
+    vectors += extract_context(base, samples.items, template=template)
+    return _Extracted(vectors, "samples", samples.summary, samples.note)
 
 
 def _record(context: Context, store: Store, row: TaskSummary, made: _Extracted | None, report: VectorReport) -> None:

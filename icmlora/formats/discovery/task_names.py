@@ -23,9 +23,9 @@ from registry.names import MAX_NAME, MAX_NAME_BYTES, is_name_character, task_nam
 
 SAMPLES_NAMES = ("samples.jsonl", "samples.json", "samples.parquet")
 EVAL_NAMES = ("eval.jsonl", "eval.json", "eval.parquet")
+"""Of several files the first counts; what is in one is told from its bytes."""
 IMAGES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif"})
 """Endings of images in a folder of examples."""
-"""Of several files the first counts; what is in one is told from its bytes."""
 STATE_NAME = "trainer_state.json"
 
 # A folder whose name has no other words than these is named after the folder above it.

@@ -2,8 +2,8 @@
 
     dW = scale * B @ A,   scale = alpha / r,   or alpha / sqrt(r) with rsLoRA,   r and alpha per module by pattern
 
-No regular expression of the file is run by `re` (icmlora/formats/peft/name_patterns.py). Whoever stores the file keeps
-everything else in it byte for byte.
+No regular expression of the file is matched by `re` (icmlora/formats/peft/name_patterns.py). Whoever stores the file
+keeps everything else in it byte for byte.
 """
 
 from __future__ import annotations
@@ -21,14 +21,13 @@ from icmlora.io.strict_json import parse_object
 from registry.names import escape, is_module_name
 
 if TYPE_CHECKING:
-    from icmlora.formats.peft.name_patterns import NamePattern
+    from icmlora.formats.peft.name_patterns import NamePattern, Steps
 
 PREFIX = "base_model.model."  # what PEFT puts before the name that a module has in the base model
 MAX_CONFIG_BYTES = 1024 * 1024
 MAX_RANK = 4096
 MAX_LABEL = 1024
 MAX_TARGETS = 10_000
-_MAX_EXPRESSIONS = 64  # keys of one pattern that are not plain names
 
 _Number = TypeVar("_Number", int, float)
 
@@ -217,18 +216,16 @@ class _Reader:
             raise self._wrong(key, value, "an object")
         if not value:
             return []
-        from icmlora.formats.peft.name_patterns import NameAutomaton
+        from icmlora.formats.peft.name_patterns import Steps
 
-        found = [(self._pattern(key, name), item) for name, item in value.items()]
-        if sum(isinstance(pattern, NameAutomaton) for pattern, _ in found) > _MAX_EXPRESSIONS:
-            raise AdapterRefused(f"{key} has too many regular expressions", kind="pattern")
-        return found
+        steps = Steps()
+        return [(self._pattern(key, name, steps), item) for name, item in value.items()]
 
-    def _pattern(self, key: str, name: str) -> NamePattern:
+    def _pattern(self, key: str, name: str, steps: Steps) -> NamePattern:
         from icmlora.formats.peft.name_patterns import PatternRefused, parse_pattern
 
         try:
-            return parse_pattern(name)
+            return parse_pattern(name, steps)
         except PatternRefused as refused:
             raise AdapterRefused(
                 f"{key} has the key {escape(name, 120)!r}, which icm does not read: {refused}",

@@ -2,38 +2,47 @@ r"""The keys of `rank_pattern` and `alpha_pattern`: which modules each of them m
 
     re.match(rf"(.*\.)?({key})$", name)        name: of letters, digits, "_", "-" and "."
 
-The keys are hostile input, so Python's `re` never sees them: a few dozen characters can keep it busy for years. Most
-keys are plain names and are compared character by character. The others are compiled to an automaton that reads each
-character of a name once. It knows what people write there: literals, ".", classes, `\d` `\w` `\.`, groups, "|", "*",
-"+", "?", "{m,n}", "^", "$". Whatever else a key holds (references, look-around, flags) is refused.
+The keys are hostile input: a few dozen characters can keep Python's matcher busy for years, because it tries one way
+after the other. Most keys are plain names and are compared character by character. The others are read by Python's own
+parser, and matched by following all places of a name that can be reached, all at once. References, look-around and
+flags are refused.
 """
 
 from __future__ import annotations
 
 import re
 import string
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Protocol
+from re import _parser  # type: ignore[attr-defined]  # what `re.compile` reads an expression with
+from typing import Any, Protocol
 
 _PLAIN = re.compile(r"\^?(?:[A-Za-z0-9_.-]|\\\.)+")
 _LITERAL_DOT = "\\"  # stands for an escaped dot inside `characters`; no module name holds a backslash
 
 _LONGEST_KEY = 512
-_DEEPEST = 32  # parentheses inside each other
-_LARGEST_PROGRAM = 1024  # instructions, after counted repetitions are written out
-_MOST_VISITS = 500_000  # of instructions by one automaton; real keys take some thousands, then all is remembered
+_DEEPEST = 32  # groups, choices and repetitions inside each other
 
 _WORD = frozenset(string.ascii_letters + string.digits + "_")
 _DIGITS = frozenset(string.digits)
 _ANY = _WORD | {".", "-"}  # every character that a name can have
-_CLASSES = {"d": _DIGITS, "D": _ANY - _DIGITS, "w": _WORD, "W": _ANY - _WORD, "s": frozenset(""), "S": _ANY}
-_COUNTS = re.compile(r"\{(\d{0,4})(,?)(\d{0,4})\}")
-_GROUP = re.compile(r"\((?:\?:|\?P<[A-Za-z_][A-Za-z0-9_]*>)?(?!\?)")
+_NONE = frozenset[str]()
+_CATEGORIES = {
+    **{"CATEGORY_DIGIT": _DIGITS, "CATEGORY_WORD": _WORD, "CATEGORY_SPACE": _NONE},
+    **{"CATEGORY_NOT_DIGIT": _ANY - _DIGITS, "CATEGORY_NOT_WORD": _ANY - _WORD, "CATEGORY_NOT_SPACE": _ANY},
+}
 
 
 class PatternRefused(Exception):
     """A key that is not a pattern icm reads, or that takes too long."""
+
+
+@dataclass
+class Steps:
+    """What is left of the steps that the keys of one file may take, all together, for all names."""
+
+    left: int = 10_000_000  # a few seconds; real keys take a hundred or two for each name
 
 
 class NamePattern(Protocol):
@@ -43,9 +52,9 @@ class NamePattern(Protocol):
         """Return whether PEFT would apply the key to this module."""
 
 
-def parse_pattern(key: str) -> NamePattern:
+def parse_pattern(key: str, steps: Steps) -> NamePattern:
     """Read a key; raises `PatternRefused`."""
-    return ModulePattern.parse(key) or NameAutomaton(key)
+    return ModulePattern.parse(key) or NameExpression(key, steps)
 
 
 @dataclass(frozen=True)
@@ -74,213 +83,130 @@ class ModulePattern:
 
 
 @dataclass(frozen=True)
-class _Take:
-    """Read one of these characters."""
-
-    characters: frozenset[str]
-
-
-@dataclass(frozen=True)
-class _Fork:
-    """Go on at several places, as distances from here."""
-
-    distances: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class _At:
-    """Go on at one end of the name only."""
+class _Edge:
+    """One end of the name."""
 
     end: bool
 
 
-_Program = list[_Take | _Fork | _At]
+@dataclass(frozen=True)
+class _Choice:
+    """One of some sequences."""
+
+    branches: list[list[_Part]]
 
 
-class NameAutomaton:
-    """A key that is a regular expression, as Thompson's automaton whose sets of states are remembered."""
+@dataclass(frozen=True)
+class _Repeat:
+    """A sequence, several times."""
 
-    def __init__(self, key: str) -> None:
+    least: int
+    most: int
+    parts: list[_Part]
+
+
+_Part = frozenset[str] | _Edge | _Choice | _Repeat  # a set: one of these characters
+
+
+class NameExpression:
+    """A key that is a regular expression."""
+
+    def __init__(self, key: str, steps: Steps) -> None:
         if len(key) > _LONGEST_KEY:
             raise PatternRefused(f"it has {len(key):,} characters")
-        before: _Program = [_Fork((1, 5)), _Fork((1, 3)), _Take(_ANY), _Fork((-2,)), _Take(frozenset("."))]  # (.*\.)?
-        self._program: _Program = [*before, *_Parser(key).program(), _At(end=True)]
-        self._known: dict[tuple[frozenset[int], str], frozenset[int]] = {}
-        self._visits = 0
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")  # a meaning that is about to change is not one to rely on
+                tree = _parser.parse(key)
+        except (re.error, Warning, OverflowError, RecursionError) as error:
+            raise PatternRefused("Python does not read it") from error
+        if tree.state.flags != re.UNICODE:
+            raise PatternRefused("it has flags")
+        self._parts = _read(tree)
+        self._steps = steps
+        self._known: dict[str, bool] = {}
 
     def matches(self, module: str) -> bool:
         """Return whether PEFT would apply the key to this module."""
-        states = self._followed({0}, begin=True)
-        for character in module:
-            if not _ANY.issuperset(character):
-                return False
-            states = self._after(states, character)
-        return len(self._program) in self._followed(states, begin=not module, end=True)
+        if module not in self._known:
+            starts = {0, *(at + 1 for at, character in enumerate(module) if character == ".")}
+            is_name = _ANY.issuperset(module)
+            self._known[module] = is_name and len(module) in self._ends(self._parts, starts, module)
+        return self._known[module]
 
-    def _after(self, states: frozenset[int], character: str) -> frozenset[int]:
-        """Return the states after one more character."""
-        key = states, character
-        if key not in self._known:
-            program = self._program
-            taken = {at + 1 for at in states if isinstance(step := program[at], _Take) and character in step.characters}
-            self._known[key] = self._followed(taken)
-        return self._known[key]
+    def _ends(self, parts: list[_Part], places: set[int], name: str) -> set[int]:
+        """Return where in a name a sequence can end that begins at one of these places."""
+        self._count(places)
+        for part in parts:
+            self._count(places)
+            match part:
+                case _Edge():
+                    places = places & {len(name) if part.end else 0}
+                case _Choice():
+                    places = set().union(*(self._ends(branch, places, name) for branch in part.branches))
+                case _Repeat():
+                    places = self._repeated(part, places, name)
+                case characters:
+                    places = {at + 1 for at in places if name[at : at + 1] in characters}
+        return places
 
-    def _followed(self, states: Iterable[int], *, begin: bool = False, end: bool = False) -> frozenset[int]:
-        """Add the states that are reached without reading a character; those that wait for the end stay as they are."""
-        waiting, found = list(states), set[int]()
-        while waiting:
-            at = waiting.pop()
-            if at in found:
-                continue
-            found.add(at)
-            step = self._program[at] if at < len(self._program) else None
-            if isinstance(step, _Fork):
-                waiting += (at + distance for distance in step.distances)
-            elif isinstance(step, _At) and (end if step.end else begin):
-                waiting.append(at + 1)
-        self._visits += len(found)
-        if self._visits > _MOST_VISITS:
+    def _count(self, places: set[int]) -> None:
+        self._steps.left -= 1 + len(places)
+        if self._steps.left < 0:
             raise PatternRefused("it takes too long")
-        return frozenset(found)
 
-
-class _Parser:
-    """Reads a regular expression, by recursive descent, as a program."""
-
-    def __init__(self, key: str) -> None:
-        self._key, self._at, self._depth = key, 0, 0
-
-    def program(self) -> _Program:
-        program = self._choice()
-        if self._at < len(self._key):
-            raise PatternRefused("a parenthesis is closed that was not opened")
-        return program
-
-    def _choice(self) -> _Program:
-        branches = [self._sequence()]
-        while self._found("|"):
-            branches.append(self._sequence())
-        program = branches.pop()
-        for branch in reversed(branches):
-            over: _Program = [_Fork((len(program) + 1,))]
-            program = _checked([_Fork((1, len(branch) + 2)), *branch, *over, *program])
-        return program
-
-    def _sequence(self) -> _Program:
-        program: _Program = []
-        while self._at < len(self._key) and self._key[self._at] not in "|)":
-            program += self._repeated(self._atom())
-            _checked(program)
-        return program
-
-    def _atom(self) -> _Program:
-        start = self._at
-        if group := _GROUP.match(self._key, start):
-            self._at, self._depth = group.end(), self._depth + 1
-            if self._depth > _DEEPEST:
-                raise PatternRefused("its parentheses are too deep")
-            program = self._choice()
-            self._depth -= 1
-            if not self._found(")"):
-                raise PatternRefused("a parenthesis is not closed")
-            return program
-        self._at += 1
-        match self._key[start]:
-            case "." | "^" | "$" as sign:
-                return [_Take(_ANY) if sign == "." else _At(end=sign == "$")]
-            case "[":
-                return [_Take(self._class())]
-            case "\\":
-                return [_Take(self._escaped())]
-            case "*" | "+" | "?" | "(" | "{" | "}" | "]":
-                raise PatternRefused(f"{self._key[start : start + 4]!r} is not known")
-            case literal:
-                return [_Take(frozenset(literal))]
-
-    def _repeated(self, program: _Program) -> _Program:
-        is_group = self._key[self._at - 1] == ")"
-        counts = self._counts()
-        if counts is None:
-            return program
-        self._found("?")  # the shortest repetition first: the same names match
-        if self._key[self._at : self._at + 1] in {"*", "+", "?", "{"} or (
-            len(program) == 1 and isinstance(program[0], _At) and not is_group  # as in Python: `($)*`, but not `$*`
-        ):
-            raise PatternRefused("its repetitions are not known")
-        least, most = counts
-        size = len(program)
-        if size * max(least, most or 0) > _LARGEST_PROGRAM:
-            raise PatternRefused("it is too long")
-        if most is None:
-            return _checked([*program * least, _Fork((1, size + 2)), *program, _Fork((-size - 1,))])
-        optional = most - least
-        ends = range(optional * (size + 1), 0, -size - 1)  # every optional repetition can be the first left out
-        return _checked(program * least + [step for end in ends for step in (_Fork((1, end)), *program)])
-
-    def _counts(self) -> tuple[int, int | None] | None:
-        """Read "*", "+", "?" or "{m,n}" as least and most; None where nothing is repeated."""
-        for sign, least, most in (("*", 0, None), ("+", 1, None), ("?", 0, 1)):
-            if self._found(sign):
-                return least, most
-        found = _COUNTS.match(self._key, self._at)
-        if found is None:
-            return None
-        low, comma, high = found.groups()
-        if not (low or high) or (high and int(low or 0) > int(high)):
-            raise PatternRefused(f"{found.group()!r} is not known")
-        self._at = found.end()
-        return int(low or 0), int(high) if high else None if comma else int(low)
-
-    def _class(self) -> frozenset[str]:
-        negated = self._found("^")
-        found = set[str]()
-        is_first = True
-        while is_first or not self._found("]"):
-            low = self._member(is_first=is_first)
-            is_first = False
-            if self._key[self._at : self._at + 1] == "-" and self._key[self._at + 1 : self._at + 2] not in ("]", ""):
-                self._at += 1
-                high = self._member(is_first=False)
-                if not (len(low) == len(high) == 1 and min(low) <= min(high)):
-                    raise PatternRefused("a range of characters has no order")
-                low = frozenset(chr(code) for code in range(ord(min(low)), ord(min(high)) + 1))
-            found |= low
-        return _ANY - found if negated else frozenset(found)
-
-    def _member(self, *, is_first: bool) -> frozenset[str]:
-        character = self._key[self._at : self._at + 1]
-        self._at += 1
-        if character == "\\":
-            return self._escaped()
-        is_last = self._key.startswith("]", self._at)
-        # Python means to give a new meaning to "[", and to the others doubled, inside a class.
-        if (
-            not character
-            or (character == "]" and not is_first)
-            or character in "[&~|"
-            or (character == "-" and not (is_first or is_last))
-        ):
-            raise PatternRefused("a class of characters is not known")
-        return frozenset(character)
-
-    def _escaped(self) -> frozenset[str]:
-        character = self._key[self._at : self._at + 1]
-        self._at += 1
-        if character in _CLASSES:
-            return _CLASSES[character]
-        if not character or character in _WORD or not character.isascii():
-            raise PatternRefused(f"'\\{character}' is not known")
-        return frozenset(character)
-
-    def _found(self, sign: str) -> bool:
-        """Skip a sign if it comes next."""
-        found = self._key.startswith(sign, self._at)
-        self._at += found
+    def _repeated(self, repeat: _Repeat, places: set[int], name: str) -> set[int]:
+        if places and repeat.parts == [_ANY] and repeat.most > len(name):  # as most are: ".*"
+            return set(range(min(places) + repeat.least, len(name) + 1))
+        for _ in range(repeat.least):
+            before, places = places, self._ends(repeat.parts, places, name)
+            if places == before:  # more repetitions change nothing
+                break
+        found, new = set(places), places
+        for _ in range(repeat.most - repeat.least):
+            new = self._ends(repeat.parts, new, name) - found
+            if not new:
+                break
+            found |= new
         return found
 
 
-def _checked(program: _Program) -> _Program:
-    if len(program) > _LARGEST_PROGRAM:
-        raise PatternRefused("it is too long")
-    return program
+def _read(tree: Iterable[tuple[Any, Any]], depth: int = 0) -> list[_Part]:
+    """Read what the parser made of a sequence."""
+    if depth > _DEEPEST:
+        raise PatternRefused("its groups are too deep")
+    parts: list[_Part] = []
+    for sign, value in tree:
+        match str(sign), value:
+            case "SUBPATTERN", (_, 0, 0, inner):
+                parts += _read(inner, depth + 1)
+            case "BRANCH", (_, branches):
+                parts.append(_Choice([_read(branch, depth + 1) for branch in branches]))
+            case "MAX_REPEAT" | "MIN_REPEAT", (least, most, inner):
+                parts.append(_Repeat(least, most, _read(inner, depth + 1)))
+            case "AT", _ if str(value) in ("AT_BEGINNING", "AT_END"):
+                parts.append(_Edge(end=str(value) == "AT_END"))
+            case _:
+                parts.append(_characters(str(sign), value))
+    return parts
+
+
+def _characters(sign: str, value: Any) -> frozenset[str]:
+    """Return the characters of names that a sign of the parser stands for."""
+    match sign:
+        case "LITERAL":
+            return frozenset(chr(value))
+        case "NOT_LITERAL":
+            return _ANY - {chr(value)}
+        case "ANY":
+            return _ANY
+        case "RANGE":
+            return frozenset(one for one in _ANY if value[0] <= ord(one) <= value[1])
+        case "CATEGORY":
+            return _CATEGORIES[str(value)]
+        case "IN":
+            negated = str(value[0][0]) == "NEGATE"
+            found = _NONE.union(*(_characters(str(one), of) for one, of in value[negated:]))
+            return _ANY - found if negated else found
+        case _:
+            raise PatternRefused(f"{sign.lower()} is not known")

@@ -132,8 +132,8 @@ class Residency:
         if is_own and root is not None and is_adapter_folder(Path(root)) and adapter not in self._warned:
             self._warned.add(adapter)
             _log.warning(
-                "the engine has %s from icm's plug-in, which does not notice when the task changes: start the engine "
-                "without ICM_STORE and ICM_BUNDLE to have the gateway serve it",
+                "the engine has %s from icm's plug-in, or a gateway with another --adapters folder, so a change of "
+                "the task goes unnoticed: start the engine anew, without ICM_STORE and ICM_BUNDLE",
                 adapter,
             )
         return is_own

@@ -23,8 +23,6 @@ from icmlora.fleet.evict.evict import evict
 from icmlora.fleet.evict.types import EvictRequest
 from icmlora.fleet.ingest.ingest import IngestRequest, ingest
 from icmlora.fleet.resources.loading import open_base
-from icmlora.fleet.train.candidates import UpdateRequest
-from icmlora.fleet.train.run import TrainRequest
 from icmlora.fleet.train.train import train
 from icmlora.fleet.train.update import update
 from icmlora.fleet.vectors.vectors import extract_vectors
@@ -81,9 +79,9 @@ class Growing:
         extract_vectors(self._place, device="cpu")
         began = time.monotonic()
         if fresh:
-            train(self._place, TrainRequest(device="cpu"))
+            train(self._place, device="cpu", refine=0, evaluate=False)
         else:
-            update(self._place, UpdateRequest(device="cpu"))
+            update(self._place, device="cpu", refine=0, evaluate=False)
         seconds = time.monotonic() - began
         names = tuple(folder.name for folder in folders)
         report = evict(self._place, EvictRequest(names, MAX_ERROR, device="cpu"))

@@ -21,7 +21,6 @@ import torch
 from safetensors.torch import load_file
 
 from icmlora.adapter.metrics import squared_error
-from icmlora.baselines.catalogue import baseline_named
 from icmlora.generator.codec import Codec
 from icmlora.generator.config import config_for
 from icmlora.generator.network_file import generator_from_bytes, generator_to_bytes
@@ -30,6 +29,7 @@ from icmlora.training.initialisation import fresh_network
 from icmlora.training.loop import fit
 from icmlora.training.source import AdapterSource
 from icmlora.training.state import new_state
+from tests.benchmarks.baselines.catalogue import baseline_named
 from tests.benchmarks.growth.measured import from_tensors
 from tests.benchmarks.growth.real import real_group
 from tests.benchmarks.growth.synthetic import UNSEEN, SyntheticAdapterSource

@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 
 from icmlora.adapter.model import Adapter, LoraModule
-from icmlora.baselines.head import ByteReader, Head
 from icmlora.io.staging import writing_file
 from icmlora.io.tensors import decode_torch, encode_torch
+from tests.benchmarks.baselines.head import ByteReader, Head
 from tests.benchmarks.rate_distortion import flat_cvae
 from tests.benchmarks.rate_distortion.fleet import FleetFolder
 from tests.benchmarks.rate_distortion.method import Coded

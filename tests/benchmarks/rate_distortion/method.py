@@ -9,9 +9,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
 
-from icmlora import baselines
 from icmlora.adapter.model import Adapter
-from icmlora.baselines.catalogue import baseline_named
+from tests.benchmarks import baselines
+from tests.benchmarks.baselines.catalogue import baseline_named
 from tests.benchmarks.rate_distortion.fleet import FleetFolder
 
 

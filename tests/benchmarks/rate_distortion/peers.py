@@ -18,11 +18,11 @@ from typing import Any, Protocol
 from safetensors.torch import load_file, save_file
 
 from icmlora.adapter.model import Adapter
-from icmlora.baselines.factors import factors_from_bytes, factors_to_bytes
-from icmlora.baselines.head import Head
-from icmlora.baselines.quantizers import Bf16
 from icmlora.formats.discovery.folder import load_adapter
 from icmlora.formats.peft.peft import CONFIG_NAME, WEIGHTS_NAME
+from tests.benchmarks.baselines.factors import factors_from_bytes, factors_to_bytes
+from tests.benchmarks.baselines.head import Head
+from tests.benchmarks.baselines.quantizers import Bf16
 from tests.benchmarks.rate_distortion.fleet import FleetFolder
 from tests.benchmarks.rate_distortion.method import Coded
 

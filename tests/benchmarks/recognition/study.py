@@ -108,7 +108,7 @@ def bits(
     if vectors is not None:
         with context.open() as store:
             _put(store, vectors)
-    store_fleet.train(device="cpu", steps=steps)
+    store_fleet.train(device="cpu", steps=steps, refine=0, evaluate=False)
     (bill,) = store_fleet.stats().fleets
     with context.open() as store:
         parameters = sum(store.tasks.final(task.name).parameters for task in store.tasks.all())

@@ -147,10 +147,6 @@ class TestEval:
             if rung.get("retained_gain") is not None:
                 assert rung["retained_gain"] == pytest.approx(on_cpu[name]["retained_gain"], abs=0.05)
 
-    def test_other_methods_are_measured_too(self, card: Icm, learned: Fleet) -> None:
-        ran = card("--store", learned.path, "eval", "ships", "--baseline", "nf4,svd2-3bit", "--json")
-        assert {"nf4", "svd2-3bit"} <= {event.get("method") for event in ran.events}
-
 
 class TestEncode:
     def test_a_code_is_refined_on_the_samples_of_its_task(self, card: Icm, subjects: Path) -> None:

@@ -20,7 +20,7 @@ def images(tmp_path: Path) -> tuple[Fleet, str]:
     fleet = Fleet(tmp_path / "store")
     (task,) = fleet.ingest([kohya_file("sd15")]).ingested
     fleet.add_base_model(LABEL, tmp_path / "sd15")
-    fleet.train(device="cuda", steps=1)
+    fleet.train(device="cuda", steps=1, refine=0, evaluate=False)
     return fleet, task.task
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,74 @@ def write_llava(folder: Path) -> Path:
     options = {"patch_size": 8, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
     processor = t.LlavaProcessor(images, tokenizer(extra_special_tokens={"image_token": "<image>"}), **options)
     return save(folder, _seeded(t.LlavaForConditionalGeneration, config), processor)
+
+
+def _seeing_llama(kind: Any, make: Any, processor: Any) -> Callable[[Path], Path]:
+    """Idefics 3 and SmolVLM: a Llama that reads the pieces of an image where `<image>` stands."""
+
+    def write(folder: Path) -> Path:
+        texts = tokenizer()
+        texts.add_special_tokens({"additional_special_tokens": ["<image>", "<fake_token_around_image>"]})
+        vocabulary = len(texts)
+        config = kind(
+            vision_config=_PATCHES,
+            text_config=t.LlamaConfig(**_LLAMA | {"vocab_size": vocabulary}),
+            image_token_id=_IMAGE,
+            scale_factor=2,
+        )
+        return save(folder, _seeded(make, config), processor(texts))
+
+    return write
+
+
+def _idefics(texts: Any) -> Any:
+    images = t.Idefics3ImageProcessor(size={"longest_edge": 32}, max_image_size={"longest_edge": 32})
+    return t.Idefics3Processor(images, texts, image_seq_len=4)
+
+
+def _smolvlm(texts: Any) -> Any:
+    images = t.SmolVLMImageProcessor(size={"longest_edge": 32}, max_image_size={"longest_edge": 32})
+    return t.SmolVLMProcessor(images, texts, t.SmolVLMVideoProcessor(), image_seq_len=4)
+
+
+def _qwen(kind: Any, make: Any, vision: dict[str, Any]) -> Callable[[Path], Path]:
+    def write(folder: Path) -> Path:
+        names = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
+        texts = tokenizer()
+        texts.add_special_tokens({"additional_special_tokens": list(names)})
+        image, video, start, end = texts.convert_tokens_to_ids(list(names))
+        rope = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0}
+        config = kind(
+            text_config=_LLAMA | {"vocab_size": len(texts), "rope_parameters": rope},
+            vision_config={"depth": 1, "num_heads": 2, "patch_size": 8} | vision,
+            image_token_id=image,
+            video_token_id=video,
+            vision_start_token_id=start,
+            vision_end_token_id=end,
+        )
+        sizes = {"shortest_edge": 32 * 32, "longest_edge": 32 * 32}
+        images = t.Qwen2VLImageProcessor(patch_size=8, size=sizes)
+        processor = t.Qwen2VLProcessor if kind is t.Qwen2VLConfig else t.Qwen2_5_VLProcessor
+        chat = "<|vision_start|><|image_pad|><|vision_end|>{{ messages[0]['content'][1]['text'] }}"
+        made = processor(images, texts, t.Qwen2VLVideoProcessor(patch_size=8), chat_template=chat)
+        return save(folder, _seeded(make, config), made)
+
+    return write
+
+
+def write_paligemma(folder: Path) -> Path:
+    texts = tokenizer(extra_special_tokens={"image_token": "<image>"})
+    images = t.SiglipImageProcessor(size=_SQUARE)
+    images.image_seq_length = 16
+    processor = t.PaliGemmaProcessor(images, texts)
+    config = t.PaliGemmaConfig(
+        text_config=_LLAMA | {"vocab_size": len(texts), "head_dim": 16, "model_type": "gemma"},
+        vision_config=_PATCHES | {"projection_dim": 32, "model_type": "siglip_vision_model"},
+        image_token_index=_IMAGE,
+        projection_dim=32,
+        hidden_size=32,
+    )
+    return save(folder, _seeded(t.PaliGemmaForConditionalGeneration, config), processor)
 
 
 def _with_decoder(encoder: Any) -> Any:
@@ -154,6 +223,15 @@ CLASSIFIERS = {
             mlp_ratios=[1, 1, 1, 1],
         ),
     ),
+    "resnet": (
+        t.ResNetForImageClassification,
+        _small(t.ResNetConfig, embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1]),
+    ),
+    "dinov2": (t.Dinov2ForImageClassification, _small(t.Dinov2Config, **_PATCHES)),
+    "swin": (
+        t.SwinForImageClassification,
+        _small(t.SwinConfig, image_size=32, patch_size=4, embed_dim=16, depths=[1, 1], num_heads=[1, 2], window_size=2),
+    ),
     "mobilenet-v2": (t.MobileNetV2ForImageClassification, _small(t.MobileNetV2Config, depth_multiplier=0.25)),
 }
 MODULES = {
@@ -167,7 +245,20 @@ SEEING = {
     "llava": write_llava,
     "trocr": write_trocr,
     "donut": write_donut,
+    "idefics3": _seeing_llama(t.Idefics3Config, t.Idefics3ForConditionalGeneration, _idefics),
+    "smolvlm": _seeing_llama(t.SmolVLMConfig, t.SmolVLMForConditionalGeneration, _smolvlm),
+    "qwen2-vl": _qwen(
+        t.Qwen2VLConfig, t.Qwen2VLForConditionalGeneration, {"embed_dim": 32, "hidden_size": 32, "mlp_ratio": 2}
+    ),
+    "qwen2.5-vl": _qwen(
+        t.Qwen2_5_VLConfig,
+        t.Qwen2_5_VLForConditionalGeneration,
+        {"hidden_size": 32, "out_hidden_size": 32, "intermediate_size": 32},
+    ),
+    "paligemma": write_paligemma,
 }
+WITH_VIDEO = frozenset({"smolvlm", "qwen2-vl", "qwen2.5-vl"})
+"""Those whose processor reads videos too, with libraries that the extra `video` brings."""
 MEDIA_KINDS = {
     **{name: Kind(name, write, captions, (), image_file) for name, write in SEEING.items()},
     "moonshine": Kind("moonshine", write_moonshine, utterances, (), sound_file),

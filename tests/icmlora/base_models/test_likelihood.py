@@ -16,6 +16,8 @@ from icmlora.base_models.kinds.likelihood import NllResult, nll
 from icmlora.base_models.modality import BaseModel, retained_gain
 from icmlora.base_models.running.attach import adapted
 from icmlora.errors import DataError
+from icmlora.fleet.measure.metric_result import MetricResult
+from registry.names import NLL
 from tests.icmlora.tiny_base import load_tiny_base, write_tiny_adapter
 
 TEXTS = [Example("", "the first text"), Example("", "another, which is a little longer"), Example("", "третий")]
@@ -92,12 +94,12 @@ def test_an_adapter_changes_the_loss_and_taking_it_off_restores_it_exactly(base:
 def test_figures_follow_from_nats_tokens_and_bytes() -> None:
     result = NllResult(nats=20 * math.log(2), tokens=10, utf8_bytes=40)
     assert result.nats_per_token == pytest.approx(2 * math.log(2))
-    assert result.perplexity == pytest.approx(4)
-    assert result.bits_per_byte == pytest.approx(0.5)
+    figures = MetricResult(NLL, result.value, result.count, result.utf8_bytes).figures
+    assert (figures["perplexity"], figures["bits per byte"]) == (pytest.approx(4), pytest.approx(0.5))
 
 
 def test_a_hopeless_model_has_infinite_perplexity() -> None:
-    assert NllResult(nats=1e6, tokens=1, utf8_bytes=1).perplexity == math.inf
+    assert MetricResult(NLL, 1e6, 1).figures["perplexity"] == math.inf
 
 
 @given(LOSSES, LOSSES)

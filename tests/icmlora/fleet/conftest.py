@@ -60,7 +60,7 @@ def learned_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     fleet.add_base_model(LABEL, folder / "base")
     fleet.ingest([folder / "loras"])
     fleet.extract_vectors(device="cpu")
-    fleet.train(device="cpu", steps=30, quality=6)
+    fleet.train(device="cpu", steps=30, quality=6, refine=0, evaluate=False)
     return folder
 
 

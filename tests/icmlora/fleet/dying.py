@@ -1,32 +1,31 @@
-"""Encoders whose process dies with a task; a worker imports them."""
+"""Encoding of which the process dies with a task; a worker imports it."""
 
 from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
+from typing import Any
 
-from icmlora.fleet.encode.encode import Encoder, MadeCode, MadeResidual, TaskEncoded
+from icmlora.fleet.encode.encode import Made, TaskEncoded, encode_tasks
+from icmlora.fleet.resources.loading import Models
+from icmlora.fleet.resources.workers import Tell
 from registry.records import TaskRecord
 
-Tell = Callable[[str], None]
+Results = Iterator[tuple[TaskRecord, TaskEncoded | Made]]
 
 
-class DiesOnce(Encoder):
+def dies_once(models: Models, tasks: Sequence[TaskRecord], tell: Tell, *limits: Any, **options: Any) -> Results:
     """Its process dies with `poems` the first time, and leaves a file that says so."""
-
-    def __call__(self, planned: TaskRecord, tell: Tell) -> TaskEncoded | MadeCode | MadeResidual:
-        died = self._store.paths.root.parent / "died"
-        if planned.name == "poems" and not died.exists():
-            died.touch()
-            os.kill(os.getpid(), signal.SIGKILL)
-        return super().__call__(planned, tell)
+    died = models.store.paths.root.parent / "died"
+    if tasks[0].name == "poems" and not died.exists():
+        died.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return encode_tasks(models, tasks, tell, *limits, **options)
 
 
-class DiesAlways(Encoder):
+def dies_always(models: Models, tasks: Sequence[TaskRecord], tell: Tell, *limits: Any, **options: Any) -> Results:
     """Its process dies with `poems` every time."""
-
-    def __call__(self, planned: TaskRecord, tell: Tell) -> TaskEncoded | MadeCode | MadeResidual:
-        if planned.name == "poems":
-            os.kill(os.getpid(), signal.SIGKILL)
-        return super().__call__(planned, tell)
+    if tasks[0].name == "poems":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return encode_tasks(models, tasks, tell, *limits, **options)

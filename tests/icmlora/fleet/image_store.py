@@ -22,7 +22,7 @@ def write_images(folder: Path) -> None:
         _varied(folder / "loras" / f"{name}.safetensors", number)
     fleet = Fleet(folder / "store")
     fleet.ingest([folder / "loras"])
-    fleet.train(device="cpu", steps=20)
+    fleet.train(device="cpu", steps=20, refine=0, evaluate=False)
     lycoris_file(folder / "loras" / "loha.safetensors", tiny_sd15().unet, algo="loha")
     fleet.ingest([folder / "loras" / "loha.safetensors"], base_model=LABEL)
     fleet.add_base_model(LABEL, folder / "sd15")

@@ -43,7 +43,7 @@ def template(mixed_template: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     fleet = Fleet(folder / "store")
     fleet.add_base_model(LABEL, folder / "base")
     fleet.ingest([folder / "in"])
-    fleet.train(device="cpu", steps=5)
+    fleet.train(device="cpu", steps=5, refine=0, evaluate=False)
     return folder
 
 

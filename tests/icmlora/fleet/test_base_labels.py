@@ -167,12 +167,12 @@ def test_strict_refuses_a_label_of_another_base_model(fleet: Fleet, tmp_path: Pa
 
 def test_tasks_of_both_labels_share_one_generator(fleet: Fleet, tmp_path: Path) -> None:
     fleet.ingest([write(tmp_path / "poems", LABEL), write(tmp_path / "rules", "tiny/copy", seed=2)])
-    fleet.train(base_model="tiny/copy", device="cpu", steps=5)
+    fleet.train(base_model="tiny/copy", device="cpu", steps=5, refine=0, evaluate=False)
     before = {row.task.name: row.code for row in fleet.tasks()}
     done = fleet.alias_base_model(LABEL, ["tiny/copy"])
     assert (done.tasks, done.generators) == (1, 1)
     assert {row.task.name: row.code for row in fleet.tasks()} == before
-    fleet.update(base_model=LABEL, device="cpu", steps=5)
+    fleet.update(base_model=LABEL, device="cpu", steps=5, refine=0, evaluate=False)
     assert all(row.code is not None for row in fleet.tasks("tiny/copy"))
     assert len(fleet.tasks(LABEL)) == 2
     bundle = tmp_path / "fleet.icm"
@@ -188,7 +188,7 @@ def test_tasks_of_both_labels_share_one_generator(fleet: Fleet, tmp_path: Path) 
 
 def test_a_bundle_joins_the_generator_of_any_label(fleet: Fleet, tmp_path: Path) -> None:
     fleet.ingest([write(tmp_path / "poems", LABEL)])
-    fleet.train(device="cpu", steps=5)
+    fleet.train(device="cpu", steps=5, refine=0, evaluate=False)
     fleet.export_bundle(tmp_path / "fleet.icm")
     other = Fleet(tmp_path / "other")
     other.alias_base_model("my/name", [LABEL])

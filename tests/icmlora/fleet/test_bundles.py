@@ -92,7 +92,7 @@ def test_residuals_are_not_exported_and_the_report_says_so(fleet: Fleet, tmp_pat
 
 def test_two_base_models_need_a_choice(fleet: Fleet, tmp_path: Path) -> None:
     fleet.ingest([write_lora(tmp_path / "alien", base_model_name_or_path="acme/elsewhere")])
-    fleet.train(device="cpu", base_model="acme/elsewhere", steps=2)
+    fleet.train(device="cpu", base_model="acme/elsewhere", steps=2, refine=0, evaluate=False)
     with pytest.raises(DataError, match="these tasks have 2: acme/elsewhere, tiny/llama"):
         fleet.export_bundle(tmp_path / "out.icm")
     report = fleet.export_bundle(tmp_path / "out.icm", base_model="acme/elsewhere")
@@ -268,7 +268,7 @@ def test_another_adapter_of_the_same_name_is_a_conflict(file: Path, other: Fleet
 
 
 def test_another_generator_is_a_conflict(file: Path, fleet: Fleet) -> None:
-    fleet.train(device="cpu", steps=2, fresh=True, seed=5)
+    fleet.train(device="cpu", steps=2, fresh=True, seed=5, refine=0, evaluate=False)
     before = code_blobs(fleet)
     with pytest.raises(GeneratorConflict):
         fleet.import_bundle(file)

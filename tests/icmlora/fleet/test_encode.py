@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from icmlora import Cancelled, DataError, Fleet, Progress, StoreLocked, TaskNotFound
+from icmlora.errors import OptionsConflict
 from icmlora.fleet.context import Event
 from icmlora.fleet.encode.encode import EncodeReport, TaskEncoded
 from tests.icmlora.fleet.stores import TASKS, blob_of, code_blobs, files_of, is_sound, stop_after
@@ -141,7 +143,7 @@ def test_where_the_base_model_is_missing_a_quality_gives_plain_codes(fleet: Flee
 
 
 def test_a_generator_with_a_tolerance_of_its_own_has_no_quality(fleet: Fleet) -> None:
-    fleet.train(tolerance=0.31, steps=2, device="cpu")
+    fleet.train(tolerance=0.31, steps=2, device="cpu", refine=0, evaluate=False)
     with pytest.raises(DataError, match="a tolerance of its own") as error:
         fleet.encode(["poems"])
     assert "--quality" in str(error.value.hint)
@@ -158,6 +160,18 @@ def test_a_missing_generator_is_an_error(ingested: Fleet) -> None:
     with pytest.raises(DataError, match="no generator for task 'poems'") as error:
         ingested.encode(max_error=0.32)
     assert error.value.hint == "`icm train` makes one"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"quality": 3, "max_error": 0.3}, {"refine": 2, "max_error": 0.3}, {"refine": 2, "residual": True}],
+    ids=" ".join,
+)
+def test_options_that_contradict_each_other_are_refused(fleet: Fleet, options: dict[str, Any]) -> None:
+    before = files_of(fleet.path)
+    with pytest.raises(OptionsConflict):
+        fleet.encode(**options)
+    assert files_of(fleet.path) == before
 
 
 def test_another_base_model_is_an_error(fleet: Fleet) -> None:
@@ -194,7 +208,7 @@ def test_a_training_has_to_wait_for_an_encode(fleet: Fleet) -> None:
     def listen(event: object) -> None:
         if isinstance(event, TaskEncoded):
             with pytest.raises(StoreLocked) as error:
-                other.train(device="cpu", steps=1)
+                other.train(device="cpu", steps=1, refine=0, evaluate=False)
             refused.append(str(error.value.hint))
 
     Fleet(fleet.path, on_event=listen).encode(["silent"], max_error=0.1)

@@ -1,4 +1,4 @@
-"""`Fleet.evaluate`, `measurable` and `compare`: what is measured, recorded and left out."""
+"""`Fleet.evaluate` and `measurable`: what is measured, recorded and left out."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from icmlora import BaseModelNotFound, Cancelled, DataError, Fleet, TaskNotFound
-from icmlora.errors import UnknownBaseline
 from icmlora.fleet.measure.evaluate import EvaluateReport, Measurable, TaskEvaluated
 from tests.icmlora.fleet.stores import files_of, is_sound, stop_after
 from tests.icmlora.tiny_base import LABEL
@@ -112,12 +111,6 @@ def test_text_that_is_not_json_lines_is_an_error_with_its_line(fleet: Fleet, tmp
     assert error.value.path == str(file)
 
 
-def test_an_unknown_baseline_is_told_before_the_store_is_opened(tmp_path: Path) -> None:
-    with pytest.raises(UnknownBaseline, match="int9") as error:
-        Fleet(tmp_path / "nowhere").evaluate(baselines=["int8", "int9"])
-    assert "int8" in str(error.value.hint)
-
-
 def test_an_unknown_task_changes_nothing(fleet: Fleet) -> None:
     before = files_of(fleet.path)
     with pytest.raises(TaskNotFound) as error:
@@ -154,22 +147,6 @@ def test_a_stopped_evaluation_keeps_what_it_measured(learned: Fleet) -> None:
     assert [task.task for task in stopped.value.report.tasks] == ["apples"]
     assert {name: len(learned.show(name).evaluations) for name in ("apples", "ships")} == {"apples": 2, "ships": 0}
     assert is_sound(learned)
-
-
-def test_methods_are_compared_by_their_bytes_largest_first(learned: Fleet) -> None:
-    report = learned.evaluate(sources=["code"], baselines=["int8", "bf16"], device="cpu")
-    rows = learned.compare(report)
-    sizes = [row.task_size for row in rows]
-    assert {row.method for row in rows} == {"bf16", "int8", "code"}
-    assert rows[0].method == "bf16"
-    assert sizes == sorted(sizes, reverse=True)
-
-
-def test_results_of_other_methods_are_not_stored(learned: Fleet) -> None:
-    learned.evaluate(["apples"], sources=[], device="cpu")
-    before = files_of(learned.path)
-    learned.evaluate(["apples"], sources=[], baselines=["svd1"], device="cpu")
-    assert files_of(learned.path) == before
 
 
 def test_only_named_tasks_of_the_given_base_models_are_measurable(learned: Fleet) -> None:

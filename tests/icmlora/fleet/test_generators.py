@@ -14,7 +14,7 @@ from tests.icmlora.fleet.stores import TASKS, blob_of, code_blobs, damage, equal
 @pytest.fixture
 def twice(fleet: Fleet) -> Fleet:
     """The mixed fleet after a second training from scratch."""
-    fleet.train(device="cpu", steps=2, fresh=True, seed=3)
+    fleet.train(device="cpu", steps=2, fresh=True, seed=3, refine=0, evaluate=False)
     return fleet
 
 
@@ -42,7 +42,7 @@ def test_a_damaged_file_is_still_listed(fleet: Fleet) -> None:
 
 def test_a_rollback_brings_the_earlier_codes_back(fleet: Fleet) -> None:
     codes, adapter = code_blobs(fleet), fleet.load("rules", source="code")
-    fleet.train(device="cpu", steps=2, fresh=True, seed=3)
+    fleet.train(device="cpu", steps=2, fresh=True, seed=3, refine=0, evaluate=False)
     assert code_blobs(fleet) != codes
     done = fleet.rollback(digests(fleet)[0][:12].upper())
     assert (done.generator.version, done.without_code) == (1, [])
@@ -52,7 +52,7 @@ def test_a_rollback_brings_the_earlier_codes_back(fleet: Fleet) -> None:
 
 def test_a_rollback_names_the_tasks_that_are_left_without_a_code(twice: Fleet, loras: Path) -> None:
     twice.ingest([loras / "silent"], name="twin")
-    assert twice.update(device="cpu", steps=2).tasks == ["twin"]
+    assert twice.update(device="cpu", steps=2, refine=0, evaluate=False).tasks == ["twin"]
     assert twice.rollback(digests(twice)[0]).without_code == ["twin"]
     assert twice.show("twin").code is None
 
@@ -117,7 +117,7 @@ def test_an_extended_generator_leaves_nothing_behind_that_an_evicted_task_needs(
     fleet.evict(["rules"], max_error=0.7)
     before = fleet.load("rules")
     fleet.ingest([write_lora(tmp_path / "epics", seed=8, rank=16)])
-    fleet.update(device="cpu", steps=2)
+    fleet.update(device="cpu", steps=2, refine=0, evaluate=False)
     first, second = fleet.generators()
     assert (second.networks, "rules" in second.tasks) == (2, True)
     fleet.forget_generator(first.record)

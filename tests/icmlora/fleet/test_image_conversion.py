@@ -228,7 +228,7 @@ def test_a_task_is_written_in_another_format_from_its_original_its_code_and_a_bu
     )
     fleet = Fleet(tmp_path / "store")
     fleet.ingest([tmp_path / "in"])
-    fleet.train(device="cpu", steps=2)
+    fleet.train(device="cpu", steps=2, refine=0, evaluate=False)
     out = tmp_path / "original.safetensors"
     report = fleet.materialize("ants", out, adapter_format="diffusers")
     assert (report.converted, report.adapter_format, report.squared_error) == (True, "diffusers", 0.0)

@@ -53,7 +53,7 @@ def template(mixed_template: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     shutil.copytree(mixed_template / "store", folder / "store")
     fleet = Fleet(folder / "store")
     fleet.ingest([write_pissa(folder / "sonnets")])
-    fleet.train(device="cpu", steps=12)
+    fleet.train(device="cpu", steps=12, refine=0, evaluate=False)
     return folder
 
 

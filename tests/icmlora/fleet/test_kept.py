@@ -33,7 +33,7 @@ def template(mixed_template: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     shutil.copytree(mixed_template / "store", folder / "store")
     fleet = Fleet(folder / "store")
     fleet.ingest([write_kept(folder / "kept")])
-    fleet.train(device="cpu", steps=12)
+    fleet.train(device="cpu", steps=12, refine=0, evaluate=False)
     return folder
 
 
@@ -175,7 +175,7 @@ def test_a_list_says_why_there_is_no_code(fleet: Fleet) -> None:
 
 
 def test_training_leaves_out_what_has_no_code_and_says_why(fleet: Fleet) -> None:
-    (trained,) = fleet.train(device="cpu", steps=2, fresh=True).trained
+    (trained,) = fleet.train(device="cpu", steps=2, fresh=True, refine=0, evaluate=False).trained
     assert sorted(trained.left_out) == WITHOUT_CODE
     assert "LOHA" in trained.left_out["loha"]
     assert row_of(fleet, "headed").code is not None
@@ -211,7 +211,7 @@ def test_a_checkpoint_without_a_code_is_never_evicted(fleet: Fleet, kept: Path, 
     write_lora(tmp_path / "run", seed=40)
     shutil.copytree(kept / "diverged", tmp_path / "run" / "checkpoint-10")
     fleet.ingest([tmp_path / "run"])
-    fleet.update(device="cpu")
+    fleet.update(device="cpu", refine=0, evaluate=False)
     (done,) = fleet.evict(["run"], max_error=1.0).tasks
     assert (done.status, done.adapters) == ("evicted", 1)
     checkpoint, final = fleet.show("run").adapters
@@ -383,5 +383,8 @@ def test_an_adapter_without_a_base_model_is_kept_and_says_what_is_missing(tmp_pa
 def test_base_models_without_a_task_that_can_have_a_code_do_not_stop_training(fleet: Fleet, tmp_path: Path) -> None:
     write_lora(tmp_path / "in" / "nameless", base_model_name_or_path=None)
     fleet.ingest([tmp_path / "in"])
-    assert [trained.base_model for trained in fleet.train(device="cpu", steps=2, fresh=True).trained] == [LABEL]
-    assert [updated.base_model for updated in fleet.update(device="cpu").updated] == [LABEL]
+    assert [
+        trained.base_model
+        for trained in fleet.train(device="cpu", steps=2, fresh=True, refine=0, evaluate=False).trained
+    ] == [LABEL]
+    assert [updated.base_model for updated in fleet.update(device="cpu", refine=0, evaluate=False).updated] == [LABEL]

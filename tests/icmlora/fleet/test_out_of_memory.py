@@ -86,7 +86,7 @@ def test_only_that_task_has_no_vectors(fleet: Fleet, monkeypatch: pytest.MonkeyP
 
 
 def test_only_that_task_keeps_its_code(fleet: Fleet, monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
-    fleet.update(**CPU)  # type: ignore[arg-type]
+    fleet.update(refine=0, evaluate=False, **CPU)  # type: ignore[arg-type]
     before = code_blobs(fleet)
     with too_long(monkeypatch, error):
         report = fleet.encode(min_gain=0.3, refine=0, **CPU)  # type: ignore[arg-type]

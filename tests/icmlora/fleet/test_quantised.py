@@ -45,7 +45,7 @@ def subjects(learned_template: Path, tmp_path_factory: pytest.TempPathFactory) -
     fleet.add_base_model(LABEL, learned_template / "base", load_in="nf4")
     fleet.ingest([folder / "loras"])
     fleet.extract_vectors(**CPU)
-    fleet.train(steps=4, **CPU)
+    fleet.train(steps=4, refine=0, evaluate=False, **CPU)
     return fleet
 
 
@@ -157,5 +157,5 @@ def test_an_adapter_is_generated_on_it(started: Path, mixed_template: Path, samp
 
 def test_a_generator_is_trained_with_what_its_channels_do(learned: Fleet, base: Path) -> None:
     learned.add_base_model(LABEL, base, load_in="int8")
-    (trained,) = learned.train(fresh=True, steps=4, **CPU).trained
+    (trained,) = learned.train(fresh=True, steps=4, refine=0, evaluate=False, **CPU).trained
     assert trained.version == 2

@@ -17,7 +17,7 @@ STEPS = 5
 
 
 def test_the_report_has_the_sizes_of_the_files(ingested: Fleet) -> None:
-    (trained,) = ingested.train(device="cpu", steps=STEPS).trained
+    (trained,) = ingested.train(device="cpu", steps=STEPS, refine=0, evaluate=False).trained
     codes = code_blobs(ingested)
     assert (trained.base_model, trained.version, trained.tasks, trained.left_out) == (LABEL, 1, 3, {})
     assert trained.generator_size == blob_of(ingested, trained.generator).stat().st_size
@@ -27,7 +27,7 @@ def test_the_report_has_the_sizes_of_the_files(ingested: Fleet) -> None:
 
 def test_every_code_is_told_and_then_the_generator(mixed: Path) -> None:
     heard: list[Event] = []
-    Fleet(mixed, on_event=heard.append).train(device="cpu", steps=STEPS)
+    Fleet(mixed, on_event=heard.append).train(device="cpu", steps=STEPS, refine=0, evaluate=False)
     kinds = (StepDone, CodeMade, Trained)
     told = [event for event in heard if isinstance(event, kinds)]
     assert [type(event) for event in told] == [StepDone] * STEPS + [CodeMade] * 3 + [Trained]
@@ -36,7 +36,10 @@ def test_every_code_is_told_and_then_the_generator(mixed: Path) -> None:
 
 def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(mixed: Path, tmp_path: Path) -> None:
     digests = [
-        copy_of(mixed, tmp_path / f"copy{number}").train(device="cpu", steps=2, seed=seed).trained[0].generator
+        copy_of(mixed, tmp_path / f"copy{number}")
+        .train(device="cpu", steps=2, seed=seed, refine=0, evaluate=False)
+        .trained[0]
+        .generator
         for number, seed in enumerate((1, 1, 2))
     ]
     assert digests[0] == digests[1] != digests[2]
@@ -46,17 +49,17 @@ def test_without_a_store_there_is_nothing_to_train_on(tmp_path: Path, base_folde
     fleet = Fleet(tmp_path / "new")
     fleet.add_base_model(LABEL, base_folder)
     with pytest.raises(DataError, match="no tasks to train on"):
-        fleet.train(device="cpu")
+        fleet.train(device="cpu", refine=0, evaluate=False)
 
 
 def test_a_base_model_without_tasks_is_refused(ingested: Fleet) -> None:
     with pytest.raises(DataError, match="no task belongs to base model 'tiny/lama'"):
-        ingested.train(device="cpu", base_model="tiny/lama")
+        ingested.train(device="cpu", base_model="tiny/lama", refine=0, evaluate=False)
 
 
 def test_only_the_chosen_base_model_is_trained(ingested: Fleet, tmp_path: Path) -> None:
     ingested.ingest([write_lora(tmp_path / "alien", base_model_name_or_path="acme/elsewhere")])
-    report = ingested.train(device="cpu", base_model="acme/elsewhere", steps=2)
+    report = ingested.train(device="cpu", base_model="acme/elsewhere", steps=2, refine=0, evaluate=False)
     assert [trained.base_model for trained in report.trained] == ["acme/elsewhere"]
     assert list(code_blobs(ingested)) == ["alien"]
 
@@ -64,20 +67,20 @@ def test_only_the_chosen_base_model_is_trained(ingested: Fleet, tmp_path: Path) 
 def test_a_device_that_does_not_exist_changes_nothing(ingested: Fleet) -> None:
     before = files_of(ingested.path)
     with pytest.raises(DeviceUnavailable):
-        ingested.train(device="cuda:99")
+        ingested.train(device="cuda:99", refine=0, evaluate=False)
     assert files_of(ingested.path) == before
 
 
 def test_a_quality_out_of_range_is_refused(ingested: Fleet) -> None:
     with pytest.raises(GeneratorError, match="invalid quality 9; use 1 to 8"):
-        ingested.train(device="cpu", quality=9, steps=2)
+        ingested.train(device="cpu", quality=9, steps=2, refine=0, evaluate=False)
     assert ingested.generators() == []
 
 
 def test_a_higher_quality_has_smaller_errors(ingested: Fleet) -> None:
-    ingested.train(device="cpu", steps=2, quality=1)
+    ingested.train(device="cpu", steps=2, quality=1, refine=0, evaluate=False)
     coarse = {row.task.name: row.code.squared_error for row in ingested.tasks() if row.code and row.code.squared_error}
-    ingested.train(device="cpu", steps=2, quality=7, fresh=True)
+    ingested.train(device="cpu", steps=2, quality=7, fresh=True, refine=0, evaluate=False)
     fine = {row.task.name: row.code.squared_error for row in ingested.tasks() if row.code and row.code.squared_error}
     assert all(fine[name] < coarse[name] for name in TASKS)
 
@@ -85,7 +88,7 @@ def test_a_higher_quality_has_smaller_errors(ingested: Fleet) -> None:
 def test_training_again_starts_from_the_current_generator(trained: Path) -> None:
     heard: list[Event] = []
     fleet = Fleet(trained, on_event=heard.append)
-    fleet.train(device="cpu", steps=2)
+    fleet.train(device="cpu", steps=2, refine=0, evaluate=False)
     first, second = (version.record for version in fleet.generators())
     assert (second.parent_id, second.version, second.is_current) == (first.id, 2, True)
     assert [event for event in heard if isinstance(event, Continued)] == [Continued(LABEL, 1, 0)]
@@ -94,33 +97,39 @@ def test_training_again_starts_from_the_current_generator(trained: Path) -> None
 def test_a_fresh_training_has_no_parent(trained: Path) -> None:
     heard: list[Event] = []
     fleet = Fleet(trained, on_event=heard.append)
-    fleet.train(device="cpu", steps=2, fresh=True)
+    fleet.train(device="cpu", steps=2, fresh=True, refine=0, evaluate=False)
     assert fleet.generators()[-1].record.parent_id is None
     assert not any(isinstance(event, Continued) for event in heard)
 
 
 def test_a_stopped_training_leaves_no_generator(ingested: Fleet) -> None:
     with pytest.raises(Cancelled) as stopped:
-        Fleet(ingested.path, on_event=stop_after(3, StepDone)).train(device="cpu", steps=STEPS)
+        Fleet(ingested.path, on_event=stop_after(3, StepDone)).train(
+            device="cpu", steps=STEPS, refine=0, evaluate=False
+        )
     assert isinstance(stopped.value.report, TrainReport)
     assert (stopped.value.report.stopped_at, stopped.value.report.trained) == (3, [])
     assert (ingested.generators(), is_sound(ingested)) == ([], True)
 
 
 def test_a_resumed_training_makes_the_generator_of_an_undisturbed_one(mixed: Path, tmp_path: Path) -> None:
-    undisturbed = copy_of(mixed, tmp_path / "copy").train(device="cpu", steps=STEPS).trained[0]
+    undisturbed = (
+        copy_of(mixed, tmp_path / "copy").train(device="cpu", steps=STEPS, refine=0, evaluate=False).trained[0]
+    )
     with pytest.raises(Cancelled):
-        Fleet(mixed, on_event=stop_after(4, StepDone)).train(device="cpu", steps=STEPS)
+        Fleet(mixed, on_event=stop_after(4, StepDone)).train(device="cpu", steps=STEPS, refine=0, evaluate=False)
     heard: list[Event] = []
-    resumed = Fleet(mixed, on_event=heard.append).train(device="cpu", steps=STEPS).trained[0]
+    resumed = Fleet(mixed, on_event=heard.append).train(device="cpu", steps=STEPS, refine=0, evaluate=False).trained[0]
     assert resumed.generator == undisturbed.generator
     assert [event for event in heard if isinstance(event, Resumed)] == [Resumed(LABEL, 4)]
 
 
 def test_a_stopped_training_can_be_started_over(ingested: Fleet) -> None:
     with pytest.raises(Cancelled):
-        Fleet(ingested.path, on_event=stop_after(2, StepDone)).train(device="cpu", steps=STEPS)
-    (trained,) = ingested.train(device="cpu", steps=STEPS, resume=False).trained
+        Fleet(ingested.path, on_event=stop_after(2, StepDone)).train(
+            device="cpu", steps=STEPS, refine=0, evaluate=False
+        )
+    (trained,) = ingested.train(device="cpu", steps=STEPS, resume=False, refine=0, evaluate=False).trained
     assert trained.metrics["resumed_from"] == 0
 
 
@@ -128,18 +137,18 @@ def test_a_stop_while_encoding_keeps_the_earlier_generator_and_its_codes(trained
     fleet = Fleet(trained)
     before = code_blobs(fleet)
     with pytest.raises(Cancelled):
-        Fleet(trained, on_event=stop_after(2, CodeMade)).train(device="cpu", steps=2)
+        Fleet(trained, on_event=stop_after(2, CodeMade)).train(device="cpu", steps=2, refine=0, evaluate=False)
     assert (code_blobs(fleet), len(fleet.generators()), is_sound(fleet)) == (before, 1, True)
 
 
 def test_a_stop_while_encoding_loses_no_code_and_changes_none(mixed: Path, tmp_path: Path) -> None:
     undisturbed = copy_of(mixed, tmp_path / "copy")
-    undisturbed.train(device="cpu", steps=STEPS)
+    undisturbed.train(device="cpu", steps=STEPS, refine=0, evaluate=False)
     with pytest.raises(Cancelled):
-        Fleet(mixed, on_event=stop_after(2, CodeMade)).train(device="cpu", steps=STEPS)
+        Fleet(mixed, on_event=stop_after(2, CodeMade)).train(device="cpu", steps=STEPS, refine=0, evaluate=False)
     heard: list[Event] = []
     fleet = Fleet(mixed, on_event=heard.append)
-    fleet.train(device="cpu", steps=STEPS)
+    fleet.train(device="cpu", steps=STEPS, refine=0, evaluate=False)
     made = sum(isinstance(event, CodeMade) for event in heard)
     assert made == len(code_blobs(fleet)) - 2
     assert code_blobs(fleet) == code_blobs(undisturbed)
@@ -151,13 +160,13 @@ def test_a_stop_while_encoding_loses_no_code_and_changes_none(mixed: Path, tmp_p
 def test_training_refuses_to_leave_an_evicted_task_without_a_code(fleet: Fleet) -> None:
     fleet.evict(["silent"], max_error=0.7)
     with pytest.raises(DataError, match="'silent'") as error:
-        fleet.train(device="cpu", steps=2)
+        fleet.train(device="cpu", steps=2, refine=0, evaluate=False)
     assert "--restore" in str(error.value.hint)
 
 
 def test_a_task_that_cannot_be_encoded_is_left_out_by_name(ingested: Fleet, tmp_path: Path) -> None:
     ingested.ingest([write_lora(tmp_path / "flat", alpha=1e-38)])
-    (trained,) = ingested.train(device="cpu", steps=2).trained
+    (trained,) = ingested.train(device="cpu", steps=2, refine=0, evaluate=False).trained
     assert (list(trained.left_out), trained.tasks) == (["flat"], 3)
     assert ingested.show("flat").code is None
 
@@ -174,7 +183,7 @@ def test_a_few_shot_start_is_stored_with_the_generator_and_changes_no_code(
 
 
 def test_a_new_generator_has_no_few_shot_start(started: Path) -> None:
-    (trained,) = Fleet(started).train(device="cpu", steps=2).trained
+    (trained,) = Fleet(started).train(device="cpu", steps=2, refine=0, evaluate=False).trained
     assert trained.start_dropped
     assert Fleet(started).generators()[-1].record.start is None
 

@@ -30,13 +30,13 @@ def wider(fleet: Fleet, tmp_path: Path) -> Fleet:
 
 def test_only_the_new_task_gets_a_code(larger: Fleet) -> None:
     before = code_blobs(larger)
-    report = larger.update(device="cpu", steps=2)
+    report = larger.update(device="cpu", steps=2, refine=0, evaluate=False)
     assert report.tasks == ["odes"]
     assert {name: digest for name, digest in code_blobs(larger).items() if name != "odes"} == before
 
 
 def test_the_report_has_the_sizes_of_the_files(larger: Fleet) -> None:
-    (updated,) = larger.update(device="cpu", steps=2).updated
+    (updated,) = larger.update(device="cpu", steps=2, refine=0, evaluate=False).updated
     assert updated.codes_size == blob_of(larger, code_blobs(larger)["odes"]).stat().st_size
     assert updated.generator_size == blob_of(larger, updated.generator).stat().st_size
     assert (updated.base_model, updated.left_out) == (LABEL, {})
@@ -44,7 +44,7 @@ def test_the_report_has_the_sizes_of_the_files(larger: Fleet) -> None:
 
 def test_a_generator_that_covers_the_new_task_is_kept(larger: Fleet) -> None:
     (before,) = larger.generators()
-    (updated,) = larger.update(device="cpu", steps=2).updated
+    (updated,) = larger.update(device="cpu", steps=2, refine=0, evaluate=False).updated
     assert (updated.added, updated.epochs, updated.version) == ([], 1, 1)
     assert updated.generator == before.record.blob
     assert updated.kept_size is not None
@@ -52,7 +52,7 @@ def test_a_generator_that_covers_the_new_task_is_kept(larger: Fleet) -> None:
 
 def test_each_new_code_is_told_and_then_the_generator(larger: Fleet) -> None:
     heard: list[Event] = []
-    report = Fleet(larger.path, on_event=heard.append).update(device="cpu", steps=2)
+    report = Fleet(larger.path, on_event=heard.append).update(device="cpu", steps=2, refine=0, evaluate=False)
     told = [event for event in heard if isinstance(event, CodeMade | Updated)]
     assert [type(event) for event in told] == [CodeMade, Updated]
     assert told[1] == report.updated[0]
@@ -60,13 +60,13 @@ def test_each_new_code_is_told_and_then_the_generator(larger: Fleet) -> None:
 
 def test_without_a_new_task_no_byte_changes(fleet: Fleet) -> None:
     before = files_of(fleet.path)
-    assert fleet.update(device="cpu", steps=2).tasks == []
+    assert fleet.update(device="cpu", steps=2, refine=0, evaluate=False).tasks == []
     assert files_of(fleet.path) == before
 
 
 def test_a_task_that_is_not_covered_gets_a_network_of_its_own(wider: Fleet) -> None:
     before = {name: wider.load(name, source="code") for name in TASKS}
-    (updated,) = wider.update(device="cpu", steps=4).updated
+    (updated,) = wider.update(device="cpu", steps=4, refine=0, evaluate=False).updated
     assert (updated.added, updated.epochs, updated.version, updated.tasks) == (["fresh"], 2, 2, ["epics"])
     assert all(equal(wider.load(name, source="code"), before[name]) for name in TASKS)
     assert [version.networks for version in wider.generators()] == [1, 2]
@@ -75,12 +75,12 @@ def test_a_task_that_is_not_covered_gets_a_network_of_its_own(wider: Fleet) -> N
 def test_evicted_tasks_are_no_obstacle(larger: Fleet) -> None:
     larger.evict(TASKS, max_error=0.7)
     before = larger.load("rules")
-    assert larger.update(device="cpu", steps=2).tasks == ["odes"]
+    assert larger.update(device="cpu", steps=2, refine=0, evaluate=False).tasks == ["odes"]
     assert equal(larger.load("rules"), before)
 
 
 def test_a_smaller_tolerance_gives_a_smaller_error(larger: Fleet) -> None:
-    larger.update(device="cpu", steps=2, tolerance=0.01)
+    larger.update(device="cpu", steps=2, tolerance=0.01, refine=0, evaluate=False)
     code = larger.show("odes").code
     assert code is not None
     assert code.asked is not None
@@ -91,7 +91,7 @@ def test_a_smaller_tolerance_gives_a_smaller_error(larger: Fleet) -> None:
 
 def test_the_first_generator_is_not_made_by_an_update(ingested: Fleet) -> None:
     with pytest.raises(DataError, match="has no generator to add tasks to") as error:
-        ingested.update(device="cpu")
+        ingested.update(device="cpu", refine=0, evaluate=False)
     assert f"--base-model {LABEL}" in str(error.value.hint)
 
 
@@ -100,19 +100,19 @@ def test_a_base_model_without_a_generator_is_told_first_and_the_others_are_updat
 ) -> None:
     larger.ingest([write_lora(tmp_path / "alien", base_model_name_or_path="zeta/elsewhere")])
     told: list[Event] = []
-    report = Fleet(larger.path, on_event=told.append).update(device="cpu", steps=2)
+    report = Fleet(larger.path, on_event=told.append).update(device="cpu", steps=2, refine=0, evaluate=False)
     assert report.tasks == ["odes"]
     assert [failed.message for failed in report.failed] == ["zeta/elsewhere has no generator to add tasks to"]
     assert next(event for event in told if not isinstance(event, Progress)) == report.failed[0]
     with pytest.raises(DataError, match="zeta/elsewhere has no generator"):
-        larger.update(device="cpu", base_model="zeta/elsewhere")
+        larger.update(device="cpu", base_model="zeta/elsewhere", refine=0, evaluate=False)
 
 
 @pytest.mark.parametrize("count", [1, 3])
 def test_a_stopped_update_changes_nothing_and_the_next_one_finishes(wider: Fleet, count: int) -> None:
     before, versions = code_blobs(wider), wider.generators()
     with pytest.raises(Cancelled) as stopped:
-        Fleet(wider.path, on_event=stop_after(count)).update(device="cpu", steps=4)
+        Fleet(wider.path, on_event=stop_after(count)).update(device="cpu", steps=4, refine=0, evaluate=False)
     assert stopped.value.report == UpdateReport()
     assert (code_blobs(wider), wider.generators(), is_sound(wider)) == (before, versions, True)
-    assert wider.update(device="cpu", steps=4).tasks == ["epics"]
+    assert wider.update(device="cpu", steps=4, refine=0, evaluate=False).tasks == ["epics"]

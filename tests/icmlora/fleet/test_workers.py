@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,8 @@ import pytest
 from icmlora import Fleet
 from icmlora.errors import InvalidShare, WorkersUnavailable
 from icmlora.fleet.failures import Failed
-from icmlora.fleet.resources.workers import ATTEMPTS, _Pool
+from icmlora.fleet.resources.loading import Models
+from icmlora.fleet.resources.workers import ATTEMPTS, Tell, _Pool
 from registry.records import TaskRecord
 from registry.store import Store
 from tests.icmlora.fleet.stores import TASKS
@@ -41,6 +42,9 @@ class FakeRay:
     def get(self, reference: Any) -> Any:
         return reference()
 
+    def put(self, value: object) -> object:
+        return value
+
     def kill(self, worker: object) -> None:
         self.killed.append(worker)
 
@@ -51,7 +55,7 @@ class FakeActor:
     def __init__(self, work: Work) -> None:
         self.run, self.work = self, work
 
-    def remote(self, task: TaskRecord) -> Callable[[], tuple[str, list[object]]]:
+    def remote(self, task: TaskRecord, call: object) -> Callable[[], tuple[str, list[object]]]:
         return lambda: (self.work(task.name), [])
 
 
@@ -61,10 +65,15 @@ def store(ingested: Fleet) -> Iterator[Store]:
         yield opened
 
 
+def unused(models: Models, tasks: Sequence[TaskRecord], tell: Tell) -> Iterator[tuple[TaskRecord, str]]:
+    """Stand for what a worker calls."""
+    raise AssertionError
+
+
 def results(store: Store, work: Work, ray: FakeRay | None = None, workers: int = 1) -> list[tuple[str, object]]:
     """Return what comes of every task, in order."""
-    pool: _Pool[str] = _Pool(ray or FakeRay(), lambda: FakeActor(work), workers, store)
-    return [(task.name, made) for task, made in pool.each(store.tasks.all(), lambda note: None)]
+    pool = _Pool(ray or FakeRay(), lambda: FakeActor(work), workers, store)
+    return [(task.name, made) for task, made in pool.each(unused, list(store.tasks.all()), lambda note: None)]
 
 
 def test_large_tasks_go_first(store: Store) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import re
 import time
 import warnings
@@ -11,7 +10,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from icmlora.formats.peft.name_patterns import ModulePattern, NameAutomaton, PatternRefused, parse_pattern
+from icmlora.formats.peft.name_patterns import ModulePattern, NameExpression, PatternRefused, Steps, parse_pattern
 
 NAMES = st.text(alphabet="ab.0_", min_size=1, max_size=8)
 
@@ -62,18 +61,18 @@ MODULES = st.text(alphabet="ab0_.", max_size=10)
 @example(key="a(^|$)+", modules=["a", "ab"])
 @given(key=EXPRESSIONS, modules=st.lists(MODULES, min_size=1, max_size=8))
 def test_an_expression_matches_exactly_what_peft_matches(key: str, modules: list[str]) -> None:
-    pattern = NameAutomaton(key)
     try:
         wanted = [peft_matches(key, module) for module in modules]
     except re.error:  # two groups of one name
         return
+    pattern = NameExpression(key, Steps())
     assert [pattern.matches(module) for module in modules] == wanted
 
 
 @given(key=st.text(alphabet="ab.*+?()[]{}|^$\\dw0,1-:", max_size=12), module=MODULES)
 def test_whatever_is_read_is_an_expression_that_python_reads_the_same_way(key: str, module: str) -> None:
     try:
-        pattern = parse_pattern(key)
+        pattern = parse_pattern(key, Steps())
     except PatternRefused:
         return
     with warnings.catch_warnings():
@@ -94,7 +93,7 @@ def test_whatever_is_read_is_an_expression_that_python_reads_the_same_way(key: s
     ],
 )
 def test_expressions_that_people_write_are_read(key: str, module: str, matches: bool) -> None:
-    assert parse_pattern(key).matches(module) is matches
+    assert parse_pattern(key, Steps()).matches(module) is matches
 
 
 @pytest.mark.parametrize(
@@ -116,36 +115,38 @@ def test_expressions_that_people_write_are_read(key: str, module: str, matches: 
             "(a",
             "a)",
         ),
-        *("[a", "[z-a]", r"[\d-x]", "[[:alpha:]]", "[a&&b]", "a{2,1}", "a{x}", r"\p{L}", "a\\", "(?#note)q"),
+        *("[a", "[z-a]", r"[\d-x]", "[[:alpha:]]", "[a&&b]", "a{2,1}", r"\p{L}", "a\\"),
         *(
             "(" * 100 + ")" * 100,
-            "((a{90}){90}){90}",
             "a" * 600 + ".*",
             "(a|b)" * 90 + "{9}{9}",
-            "((((a?){99}){99}){9}){9}",
         ),
     ],
 )
 def test_a_key_outside_the_subset_is_refused(key: str) -> None:
     with pytest.raises(PatternRefused):
-        parse_pattern(key)
+        parse_pattern(key, Steps())
 
 
-@pytest.mark.parametrize("key", ["(a*)*b", "(a|a)*b", "(a|aa)+$b", "(.*a){12}b", "(a?){40}a{40}b", ".*.*.*.*.*b"])
+_NESTED = "((((a?){99}){99}){9}){9}b"
+
+
+@pytest.mark.parametrize(
+    "key", ["(a*)*b", "(a|a)*b", "(a|aa)+$b", "(.*a){12}b", "(a?){40}a{40}b", ".*.*.*.*.*b", _NESTED]
+)
 def test_a_key_that_keeps_a_backtracking_engine_busy_takes_a_moment(key: str) -> None:
-    pattern, started = NameAutomaton(key), time.process_time()
+    pattern, started = NameExpression(key, Steps()), time.process_time()
     for length in range(100, 110):
         assert not pattern.matches("a" * length)
     assert time.process_time() - started < 2
 
 
-def test_a_key_whose_automaton_grows_without_end_is_given_up() -> None:
-    pattern = NameAutomaton(".*a" + "[ab]" * 120)
-    draw = random.Random(0)
-    names = ["".join(draw.choices("ab", k=200)) for _ in range(100)]
+def test_a_key_that_takes_many_steps_for_each_of_many_names_is_given_up() -> None:
+    pattern, started = NameExpression(_NESTED, Steps()), time.process_time()
     with pytest.raises(PatternRefused, match="too long"):
-        [pattern.matches(name) for name in names]
+        [pattern.matches("a" * 200 + str(number)) for number in range(10_000)]
+    assert time.process_time() - started < 10
 
 
 def test_a_name_of_other_characters_matches_no_expression() -> None:
-    assert not NameAutomaton(".*").matches("a b")
+    assert not NameExpression(".*", Steps()).matches("a b")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import example, given, settings
@@ -12,6 +14,7 @@ from icmlora.adapter.model import Adapter, LoraModule
 from icmlora.errors import AdapterRefused, CodeError, GeneratorError
 from icmlora.generator import decoder
 from icmlora.generator.codec import Codec
+from icmlora.generator.limits import Limits
 from icmlora.generator.network_file import generator_from_bytes, generator_to_bytes
 from icmlora.generator.tokens import weighted
 from icmlora.training.loop import fit
@@ -30,7 +33,7 @@ from tests.icmlora.small_fleet import (
 @pytest.mark.parametrize("task", [0, 1, 2])
 def test_a_code_keeps_its_tolerance_for_every_rank_and_kind(task: int, tolerance: float) -> None:
     original = mixed_fleet().load(task, None)
-    encoded = codec().encode(original, make_vectors(task), tolerance=tolerance)
+    encoded = codec().encode(original, make_vectors(task), limits=Limits(tolerance=tolerance))
     decoded = codec().decode(encoded.data)
     assert encoded.weighted_error <= tolerance
     assert encoded.squared_error == squared_error(original, decoded)
@@ -40,7 +43,10 @@ def test_a_code_keeps_its_tolerance_for_every_rank_and_kind(task: int, tolerance
 def test_the_generators_own_tolerance_is_the_default() -> None:
     under = codec()
     encoded = under.encode(make_adapter(0), make_vectors(0))
-    assert encoded.data == under.encode(make_adapter(0), make_vectors(0), tolerance=under.config.tolerance).data
+    assert (
+        encoded.data
+        == under.encode(make_adapter(0), make_vectors(0), limits=Limits(tolerance=under.config.tolerance)).data
+    )
     assert encoded.weighted_error <= under.config.tolerance
 
 
@@ -49,7 +55,7 @@ def test_the_generators_own_tolerance_is_the_default() -> None:
 @given(seed=st.integers(0, 10**6), rank=st.integers(1, 4), exponent=st.integers(-9, 9), own=st.floats(0, 5))
 def test_adapters_unlike_the_fleet_keep_the_tolerance_too(seed: int, rank: int, exponent: int, own: float) -> None:
     adapter = with_factors(make_adapter(seed, rank, own=own), b=10.0**exponent)
-    assert codec().encode(adapter, {}, tolerance=0.05).weighted_error <= 0.05
+    assert codec().encode(adapter, {}, limits=Limits(tolerance=0.05)).weighted_error <= 0.05
 
 
 def test_one_input_that_takes_nearly_all_energy_keeps_the_tolerance() -> None:
@@ -59,12 +65,13 @@ def test_one_input_that_takes_nearly_all_energy_keeps_the_tolerance() -> None:
         spiked[:, 3] += 1000.0
         modules.append(LoraModule(module.name, spiked, module.b))
     adapter = Adapter("tiny/llama", None, ("q_proj", "v_proj"), tuple(modules))
-    assert codec().encode(adapter, {}, max_squared_error=0.001).squared_error <= 0.001
+    assert codec().encode(adapter, {}, limits=Limits(max_error=math.sqrt(0.001))).squared_error <= 0.001
 
 
 def test_a_smaller_tolerance_takes_more_bytes() -> None:
     sizes = [
-        len(codec().encode(make_adapter(1, rank=4), {}, tolerance=tolerance).data) for tolerance in (0.3, 0.03, 0.003)
+        len(codec().encode(make_adapter(1, rank=4), {}, limits=Limits(tolerance=tolerance)).data)
+        for tolerance in (0.3, 0.03, 0.003)
     ]
     assert sizes == sorted(sizes)
     assert sizes[0] < sizes[-1]
@@ -74,28 +81,28 @@ def test_a_smaller_tolerance_takes_more_bytes() -> None:
 @given(seed=st.integers(0, 10**6), rank=st.integers(1, 4), sizes=st.tuples(*[st.integers(150, 2000)] * 2))
 def test_more_bytes_never_make_a_worse_code(seed: int, rank: int, sizes: tuple[int, int]) -> None:
     adapter = make_adapter(seed, rank)
-    less, more = (codec().encode_within(adapter, {}, size=size) for size in sorted(sizes))
+    less, more = (codec().encode(adapter, {}, limits=Limits(size=size)) for size in sorted(sizes))
     assert len(more.data) <= max(sizes)
     assert more.weighted_error <= less.weighted_error or len(less.data) > min(sizes)
 
 
 def test_a_code_of_a_size_is_about_as_good_as_the_one_of_its_error() -> None:
     original = make_adapter(1, rank=4)
-    of_error = codec().encode(original, {}, tolerance=0.02)
-    of_size = codec().encode_within(original, {}, size=len(of_error.data))
+    of_error = codec().encode(original, {}, limits=Limits(tolerance=0.02))
+    of_size = codec().encode(original, {}, limits=Limits(size=len(of_error.data)))
     assert len(of_size.data) <= len(of_error.data)
     assert of_size.weighted_error == pytest.approx(of_error.weighted_error, rel=0.2)
     assert of_size.squared_error == squared_error(original, codec().decode(of_size.data))
 
 
 def test_where_no_code_is_small_enough_the_smallest_is_returned() -> None:
-    smallest = codec().encode_within(make_adapter(1, rank=4), {}, size=1)
-    assert 1 < len(smallest.data) <= len(codec().encode(make_adapter(1, rank=4), {}, tolerance=0.9).data)
+    smallest = codec().encode(make_adapter(1, rank=4), {}, limits=Limits(size=1))
+    assert 1 < len(smallest.data) <= len(codec().encode(make_adapter(1, rank=4), {}, limits=Limits(tolerance=0.9)).data)
 
 
 def test_a_tolerance_that_float32_cannot_keep_is_refused() -> None:
     with pytest.raises(GeneratorError, match="1e-16"):
-        codec().encode(make_adapter(0), {}, tolerance=1e-16)
+        codec().encode(make_adapter(0), {}, limits=Limits(tolerance=1e-16))
 
 
 def test_the_same_adapter_has_the_same_code_in_any_gauge() -> None:
@@ -194,7 +201,7 @@ def test_a_decoded_adapter_is_as_strong_along_the_original_as_the_original_is(ta
     under = codec()
     sides = (
         mixed_fleet().load(task, None),
-        under.decode(under.encode(mixed_fleet().load(task, None), {}, tolerance=0.25).data),
+        under.decode(under.encode(mixed_fleet().load(task, None), {}, limits=Limits(tolerance=0.25)).data),
     )
     original, decoded = (weighted(side, under.config, under.generator.net.sensitivity) for side in sides)
     along = (dw_norm(original) ** 2 + dw_norm(decoded) ** 2) / 2 - squared_error(original, decoded) * (
@@ -207,7 +214,7 @@ def test_a_decoded_adapter_is_as_strong_along_the_original_as_the_original_is(ta
 def test_what_the_generator_predicts_has_a_code_without_integers(task: int) -> None:
     under = codec()
     predicted = under.generate(make_vectors(task), mixed_fleet().load(task, None).layout, task_type=None)
-    encoded = under.encode(predicted, make_vectors(task), tolerance=0.95)
+    encoded = under.encode(predicted, make_vectors(task), limits=Limits(tolerance=0.95))
     groups = under.open(encoded.data).groups
     assert not any(group.inputs.any() or group.outputs.any() for group in groups)
     assert sum(len(group.slots.layer) for group in groups) > 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import cache
 
 import numpy as np
@@ -16,9 +17,9 @@ from icmlora.generator.code import MAGIC, Code
 from icmlora.generator.codec import Codec
 from icmlora.generator.config import MAX_SLOTS, GeneratorConfig, ModuleKind, config_for
 from icmlora.generator.container import ABSENT, add_checksum
-from icmlora.generator.encoding import Limits
 from icmlora.generator.initial_a.draw import InitialA, InitialModule, initial_from_bytes, initial_to_bytes
 from icmlora.generator.initial_a.search import initial_under
+from icmlora.generator.limits import Limits
 from icmlora.generator.network_file import generator_from_bytes, generator_to_bytes
 from icmlora.generator.residual_codec import ResidualCodec
 from icmlora.training.config import TrainConfig
@@ -62,14 +63,14 @@ def codec() -> Codec:
 
 def test_an_adapter_of_rank_300_round_trips_within_its_error() -> None:
     adapter = wide_adapter()
-    made = codec().encode(adapter, {}, max_squared_error=0.05)
+    made = codec().encode(adapter, {}, limits=Limits(max_error=math.sqrt(0.05)))
     assert made.data.startswith(b"ICMC\x04")
     assert squared_error(adapter, codec().decode(made.data)) == pytest.approx(made.squared_error, abs=1e-6)
     assert made.squared_error <= 0.05
 
 
 def test_all_its_slots_can_be_in_a_code() -> None:
-    made = codec().encode(wide_adapter(), {}, max_squared_error=1e-7)
+    made = codec().encode(wide_adapter(), {}, limits=Limits(max_error=math.sqrt(1e-7)))
     assert int(codec().open(made.data).head.kept.max()) > 255
 
 
@@ -78,14 +79,16 @@ def test_a_known_initial_a_of_rank_300_makes_its_code_smaller() -> None:
     initial = initial_under(adapter, 3)
     assert initial is not None
     assert [module.shape.rank for module in initial.modules] == [RANK, RANK]
-    without, known = (codec().encode(adapter, {}, which, max_squared_error=0.05).data for which in (None, initial))
+    without, known = (
+        codec().encode(adapter, {}, which, limits=Limits(max_error=math.sqrt(0.05))).data for which in (None, initial)
+    )
     assert len(known) < len(without)
 
 
 def test_a_residual_of_a_wide_code_has_its_own_version_and_brings_the_error_down() -> None:
     adapter = wide_adapter()
-    code = codec().encode(adapter, {}, max_squared_error=0.3).data
-    residual = ResidualCodec(codec()).encode(adapter, code, Limits(max_squared_error=0.01))
+    code = codec().encode(adapter, {}, limits=Limits(max_error=math.sqrt(0.3))).data
+    residual = ResidualCodec(codec()).encode(adapter, code, Limits(max_error=0.1))
     assert residual.data.startswith(b"ICMR\x02")
     assert squared_error(adapter, ResidualCodec(codec()).decode(code, residual.data)) <= 0.01
 
@@ -111,7 +114,7 @@ def test_where_an_initial_a_of_the_largest_rank_was_drawn_comes_back_from_its_by
 
 
 def test_a_wide_code_is_refused_under_the_magic_number_of_a_narrow_one() -> None:
-    data = codec().encode(wide_adapter(), {}, max_squared_error=0.3).data
+    data = codec().encode(wide_adapter(), {}, limits=Limits(max_error=math.sqrt(0.3))).data
     with pytest.raises(CodeError, match="version"):
         Code.from_bytes(add_checksum(MAGIC + data[len(MAGIC) : -8]), codec().config)
 

@@ -14,7 +14,7 @@ from icmlora.adapter.model import Adapter
 from icmlora.generator.cvae import CVAE, TaskState
 from icmlora.generator.entropy_coding import LIMIT
 from icmlora.generator.initial_a.subspace import InitialSubspace, initial_subspace
-from icmlora.generator.quantizer import ALONG, Norms, Sides, Slots, TokenQuantizer, centred
+from icmlora.generator.quantizer import Norms, Sides, Slots, TokenQuantizer, centred
 from icmlora.generator.scales import EXTREME, LARGEST, OCTAVE, SMALLEST, centres
 from icmlora.generator.tokens import KindTokens, tokenize
 from tests.icmlora.peft_made import peft_codec, peft_fleet
@@ -177,9 +177,10 @@ def test_rows_that_a_module_lacks_hold_zeros_at_the_smallest_scale() -> None:
     lacking = known.subspace.ranks_of(group.kind)[slots.layer, None] <= np.arange(8)
     assert lacking.any()
     with torch.no_grad():
-        along = quantizer.quantise(group, norms, known, -60)[ALONG]
+        *_, along = quantizer.quantise(group, norms, known, -60)
     assert not along[lacking].any()
-    assert (quantizer.scales(slots, norms, known.subspace, -60)[ALONG][lacking] == SMALLEST).all()
+    *_, scales = quantizer.scales(slots, norms, known.subspace, -60)
+    assert (scales[lacking] == SMALLEST).all()
 
 
 def test_integers_and_scales_along_the_subspace_stay_in_range_whatever_the_step() -> None:

@@ -10,6 +10,7 @@ import torch
 
 from icmlora.adapter.model import Adapter
 from icmlora.generator.codec import Codec
+from icmlora.generator.limits import Limits
 from icmlora.generator.quantizer import centred
 from icmlora.generator.relaxed import RelaxedCode
 from icmlora.generator.scales import LARGEST, SMALLEST
@@ -23,13 +24,13 @@ Make = Callable[[int], tuple[Codec, Adapter, bytes, RelaxedCode]]
 def known(task: int, tolerance: float = 0.1) -> tuple[Codec, Adapter, bytes, RelaxedCode]:
     """Return the code of an adapter whose initial A is known."""
     under, adapter = peft_codec(), peft_fleet().load(task, None)
-    data = under.encode(adapter, {}, peft_fleet().initial(task), tolerance=tolerance).data
+    data = under.encode(adapter, {}, peft_fleet().initial(task), limits=Limits(tolerance=tolerance)).data
     return under, adapter, data, RelaxedCode(under, adapter, data)
 
 
 def relaxed(task: int, tolerance: float = 0.1) -> tuple[Codec, Adapter, bytes, RelaxedCode]:
     under, adapter = codec(), mixed_fleet().load(task, None)
-    data = under.encode(adapter, make_vectors(task), tolerance=tolerance).data
+    data = under.encode(adapter, make_vectors(task), limits=Limits(tolerance=tolerance)).data
     return under, adapter, data, RelaxedCode(under, adapter, data)
 
 
@@ -133,7 +134,7 @@ def test_boosts_make_longer_what_lies_across_the_subspace_and_nothing_else() -> 
 
 def test_a_code_without_integers_can_be_opened_and_closed() -> None:
     under, adapter = codec(), mixed_fleet().load(0, None)
-    data = under.encode(adapter, make_vectors(0), tolerance=0.999).data
+    data = under.encode(adapter, make_vectors(0), limits=Limits(tolerance=0.999)).data
     opened = RelaxedCode(under, adapter, data)
     opened.factors()
     assert float(opened.bits().detach()) >= 0

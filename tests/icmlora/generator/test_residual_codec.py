@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import struct
 import zlib
 from dataclasses import replace
@@ -17,7 +18,7 @@ from icmlora.adapter.model import Adapter, LoraModule
 from icmlora.errors import CodeError, GeneratorError
 from icmlora.generator.codec import Codec
 from icmlora.generator.container import ABSENT, add_checksum
-from icmlora.generator.encoding import Limits
+from icmlora.generator.limits import Limits
 from icmlora.generator.residual import CLASSES, MAGIC
 from icmlora.generator.residual_codec import ResidualCodec, classes_of
 from icmlora.generator.scales import LARGEST, SMALLEST
@@ -32,20 +33,22 @@ TASKS = [0, 1, 2]
 def coarse(task: int, tolerance: float = 0.4) -> tuple[Adapter, bytes]:
     """Return an adapter with a code that keeps little of it."""
     adapter = mixed_fleet().load(task, None)
-    return adapter, CODEC.encode(adapter, make_vectors(task), tolerance=tolerance).data
+    return adapter, CODEC.encode(adapter, make_vectors(task), limits=Limits(tolerance=tolerance)).data
 
 
 def coarse_and_known(task: int, tolerance: float) -> tuple[Adapter, bytes]:
     """Return an adapter whose initial A is known, with a code that keeps little of it."""
     adapter = peft_fleet().load(task, None)
-    return adapter, peft_codec().encode(adapter, {}, peft_fleet().initial(task), tolerance=tolerance).data
+    return adapter, peft_codec().encode(
+        adapter, {}, peft_fleet().initial(task), limits=Limits(tolerance=tolerance)
+    ).data
 
 
 @pytest.mark.parametrize("limit", [0.2, 0.02, 1e-3, 1e-6])
 @pytest.mark.parametrize("task", TASKS)
 def test_code_and_residual_keep_the_limits_for_every_rank_and_kind(task: int, limit: float) -> None:
     adapter, code = coarse(task)
-    for limits in (Limits(tolerance=limit), Limits(max_squared_error=limit)):
+    for limits in (Limits(tolerance=limit), Limits(max_error=math.sqrt(limit))):
         made = LAYERED.encode(adapter, code, limits)
         decoded = LAYERED.decode(code, made.data)
         assert limits.keeps(made)
@@ -57,8 +60,8 @@ def test_code_and_residual_keep_the_limits_for_every_rank_and_kind(task: int, li
 @given(seed=st.integers(0, 10**6), rank=st.integers(1, 4), exponent=st.integers(-9, 9), tolerance=st.floats(0.05, 0.9))
 def test_adapters_unlike_the_fleet_keep_the_limit_too(seed: int, rank: int, exponent: int, tolerance: float) -> None:
     adapter = with_factors(make_adapter(seed, rank, own=3.0), b=10.0**exponent)
-    code = CODEC.encode(adapter, {}, tolerance=tolerance).data
-    assert LAYERED.encode(adapter, code, Limits(max_squared_error=0.01)).squared_error <= 0.01
+    code = CODEC.encode(adapter, {}, limits=Limits(tolerance=tolerance)).data
+    assert LAYERED.encode(adapter, code, Limits(max_error=0.1)).squared_error <= 0.01
 
 
 def moved(codec: Codec, code: bytes, by: int) -> bytes:
@@ -79,15 +82,15 @@ def moved(codec: Codec, code: bytes, by: int) -> bytes:
 def test_the_residual_of_a_refined_code_keeps_the_limit(task: int, by: int) -> None:
     adapter, code = coarse(task, 0.1)
     refined = moved(CODEC, code, by)
-    made = LAYERED.encode(adapter, refined, Limits(max_squared_error=0.01))
+    made = LAYERED.encode(adapter, refined, Limits(max_error=0.1))
     assert CODEC.measure(adapter, refined).squared_error > 0.1
     assert squared_error(adapter, LAYERED.decode(refined, made.data)) <= 0.01
 
 
 def test_slots_that_the_code_left_out_come_back() -> None:
     adapter = mixed_fleet().load(1, None)
-    code = CODEC.encode(adapter, {}, tolerance=0.5).data
-    made = LAYERED.encode(adapter, code, Limits(max_squared_error=1e-3))
+    code = CODEC.encode(adapter, {}, limits=Limits(tolerance=0.5)).data
+    made = LAYERED.encode(adapter, code, Limits(max_error=math.sqrt(1e-3)))
     ranks = [
         sum(len(module.a) for module in decoded.modules)
         for decoded in (CODEC.decode(code), LAYERED.decode(code, made.data), adapter)
@@ -100,7 +103,7 @@ def test_slots_that_the_code_left_out_come_back() -> None:
 def test_a_residual_beside_a_code_with_an_initial_a_keeps_the_limit(task: int, limit: float) -> None:
     adapter, code = coarse_and_known(task, 0.4)
     under = ResidualCodec(peft_codec())
-    made = under.encode(adapter, code, Limits(max_squared_error=limit))
+    made = under.encode(adapter, code, Limits(max_error=math.sqrt(limit)))
     assert made.squared_error == squared_error(adapter, under.decode(code, made.data)) <= limit
     assert same(under.decode(code, made.data), under.decode(code, made.data))
 
@@ -108,7 +111,7 @@ def test_a_residual_beside_a_code_with_an_initial_a_keeps_the_limit(task: int, l
 def test_slots_that_a_code_with_an_initial_a_left_out_come_back() -> None:
     adapter, code = coarse_and_known(0, 0.7)
     under = ResidualCodec(peft_codec())
-    decoded = under.decode(code, under.encode(adapter, code, Limits(max_squared_error=1e-3)).data)
+    decoded = under.decode(code, under.encode(adapter, code, Limits(max_error=math.sqrt(1e-3))).data)
     sides = (peft_codec().decode(code), decoded, adapter)
     ranks = [sum(len(module.a) for module in side.modules) for side in sides]
     assert ranks[0] < ranks[1] <= ranks[2]
@@ -119,33 +122,35 @@ def test_slots_that_the_code_left_out_take_less_with_an_initial_a() -> None:
     sizes = []
     for initial in (None, peft_fleet().initial(0)):
         # A code that keeps nothing: all slots are the residual's.
-        under, code = peft_codec(), peft_codec().encode(adapter, {}, initial, tolerance=0.999).data
+        under, code = peft_codec(), peft_codec().encode(adapter, {}, initial, limits=Limits(tolerance=0.999)).data
         opened = under.open(code)
         head = replace(opened.head, kept=np.where(opened.head.kept == ABSENT, ABSENT, 0).astype(np.uint16))
         nothing = [group[np.zeros(len(group.slots.layer), dtype=np.bool_)] for group in opened.groups]
         empty = under.close(head, nothing)
-        sizes.append(len(ResidualCodec(under).encode(adapter, empty, Limits(max_squared_error=0.1)).data))
+        sizes.append(len(ResidualCodec(under).encode(adapter, empty, Limits(max_error=math.sqrt(0.1))).data))
     assert sizes[1] < 0.9 * sizes[0]
 
 
 def test_a_smaller_limit_takes_more_bytes() -> None:
     adapter, code = coarse(1)
-    sizes = [len(LAYERED.encode(adapter, code, Limits(max_squared_error=limit)).data) for limit in (0.2, 0.02, 0.002)]
+    sizes = [
+        len(LAYERED.encode(adapter, code, Limits(max_error=math.sqrt(limit))).data) for limit in (0.2, 0.02, 0.002)
+    ]
     assert sizes == sorted(sizes)
     assert sizes[0] < sizes[-1]
 
 
 def test_code_and_residual_take_little_more_than_one_code_of_the_same_error() -> None:
     adapter, code = coarse(1, 0.3)
-    made = LAYERED.encode(adapter, code, Limits(max_squared_error=1e-3))
-    single = CODEC.encode(adapter, make_vectors(1), max_squared_error=1e-3)
+    made = LAYERED.encode(adapter, code, Limits(max_error=math.sqrt(1e-3)))
+    single = CODEC.encode(adapter, make_vectors(1), limits=Limits(max_error=math.sqrt(1e-3)))
     assert len(code) + len(made.data) < 1.35 * len(single.data)
 
 
 def test_an_adapter_of_zeros_has_a_residual_that_adds_nothing() -> None:
     zeros = with_factors(make_adapter(0), b=0.0)
     code = CODEC.encode(zeros, {}).data
-    made = LAYERED.encode(zeros, code, Limits(max_squared_error=0.1))
+    made = LAYERED.encode(zeros, code, Limits(max_error=math.sqrt(0.1)))
     assert dw_norm(LAYERED.decode(code, made.data)) == 0.0
 
 
@@ -153,28 +158,28 @@ def test_a_module_of_zeros_among_others_comes_back_as_zeros() -> None:
     first, *rest = make_adapter(0).modules
     modules = (LoraModule(first.name, first.a, 0 * first.b), *rest)
     adapter = Adapter("tiny/llama", "CAUSAL_LM", ("q_proj", "v_proj"), modules)
-    code = CODEC.encode(adapter, {}, tolerance=0.4).data
-    decoded = LAYERED.decode(code, LAYERED.encode(adapter, code, Limits(max_squared_error=0.01)).data)
+    code = CODEC.encode(adapter, {}, limits=Limits(tolerance=0.4)).data
+    decoded = LAYERED.decode(code, LAYERED.encode(adapter, code, Limits(max_error=0.1)).data)
     assert not decoded.modules[0].b.any()
     assert decoded.task_type == "CAUSAL_LM"
 
 
 def test_the_same_residual_decodes_to_the_same_bits_every_time() -> None:
     adapter, code = coarse(0)
-    made = [LAYERED.encode(adapter, code, Limits(max_squared_error=0.01)).data for _ in range(2)]
+    made = [LAYERED.encode(adapter, code, Limits(max_error=0.1)).data for _ in range(2)]
     assert made[0] == made[1]
     assert same(LAYERED.decode(code, made[0]), LAYERED.decode(code, made[0]))
 
 
 def test_a_limit_that_float32_cannot_keep_is_refused() -> None:
     with pytest.raises(GeneratorError, match="1e-16"):
-        LAYERED.encode(*coarse(0), Limits(max_squared_error=1e-16))
+        LAYERED.encode(*coarse(0), Limits(max_error=1e-08))
 
 
 def test_the_code_of_another_adapter_is_refused() -> None:
     _, code = coarse(1, 0.001)
     with pytest.raises(CodeError, match="not that of this adapter"):
-        LAYERED.encode(make_adapter(5, rank=1), code, Limits(max_squared_error=0.1))
+        LAYERED.encode(make_adapter(5, rank=1), code, Limits(max_error=math.sqrt(0.1)))
 
 
 def test_a_class_says_whether_the_integer_is_zero_and_how_likely_that_was() -> None:
@@ -184,7 +189,7 @@ def test_a_class_says_whether_the_integer_is_zero_and_how_likely_that_was() -> N
 
 
 ADAPTER, CODE = coarse(1)
-DATA = LAYERED.encode(ADAPTER, CODE, Limits(max_squared_error=0.01)).data
+DATA = LAYERED.encode(ADAPTER, CODE, Limits(max_error=0.1)).data
 HEAD = len(MAGIC) + 36
 WORDS = HEAD + int(struct.unpack_from("<I", DATA, HEAD - 4)[0])
 

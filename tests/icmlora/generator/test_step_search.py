@@ -15,7 +15,8 @@ from icmlora.generator import encoding
 from icmlora.generator.codec import Codec
 from icmlora.generator.config import config_for
 from icmlora.generator.cvae import CVAE
-from icmlora.generator.encoding import Limits, coarsest
+from icmlora.generator.encoding import coarsest
+from icmlora.generator.limits import Limits
 from icmlora.generator.network_file import generator_from_bytes, generator_to_bytes
 from tests.icmlora.small_fleet import BASE
 
@@ -96,16 +97,16 @@ def test_a_part_of_the_layers_leads_to_nearly_the_same_code(
     large: Adapter, tolerance: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     codec = codec_of(large)
-    whole = codec.encode(large, {}, tolerance=tolerance)
+    whole = codec.encode(large, {}, limits=Limits(tolerance=tolerance))
     monkeypatch.setattr(encoding, "_SMALL", 1000)
-    part = codec.encode(large, {}, tolerance=tolerance)
+    part = codec.encode(large, {}, limits=Limits(tolerance=tolerance))
     assert part.weighted_error <= tolerance
     assert len(part.data) < 1.1 * len(whole.data)
 
 
 def test_the_errors_of_a_code_are_those_of_what_its_bytes_decode_to(large: Adapter) -> None:
     codec = codec_of(large)
-    encoded = codec.encode(large, {}, tolerance=0.2)
+    encoded = codec.encode(large, {}, limits=Limits(tolerance=0.2))
     again = codec.measure(large, encoded.data)
     assert encoded.squared_error == again.squared_error
     assert encoded.weighted_error == again.weighted_error

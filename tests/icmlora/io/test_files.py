@@ -78,14 +78,6 @@ def test_a_file_is_hashed_whatever_its_size(tmp_path: Path) -> None:
         assert hash_regular(tmp_path / "a").digest == hashlib.sha256(data).hexdigest()
 
 
-def test_two_paths_to_one_file_have_one_id(tmp_path: Path) -> None:
-    (tmp_path / "a").write_bytes(b"abc")
-    (tmp_path / "link").hardlink_to(tmp_path / "a")
-    (tmp_path / "copy").write_bytes(b"abc")
-    ids = [hash_regular(tmp_path / name).id for name in ("a", "link", "copy")]
-    assert (ids[0] == ids[1], ids[0] == ids[2]) == (True, False)
-
-
 def test_a_hashed_file_knows_whether_it_was_written_replaced_or_removed(tmp_path: Path) -> None:
     path = tmp_path / "a"
     path.write_bytes(b"abc")

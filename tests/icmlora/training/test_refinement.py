@@ -20,6 +20,7 @@ from icmlora.formats.discovery.folder import load_adapter
 from icmlora.generator.codec import Codec
 from icmlora.generator.config import config_for
 from icmlora.generator.cvae import CVAE
+from icmlora.generator.limits import Limits
 from icmlora.generator.network_file import generator_from_bytes, generator_to_bytes
 from icmlora.generator.relaxed import RelaxedCode
 from icmlora.training import teacher
@@ -45,7 +46,7 @@ def coded(adapter: Adapter) -> tuple[Codec, bytes]:
     torch.manual_seed(0)
     net = CVAE(config_for(LABEL, [adapter.layout], tasks=64, condition_size=0, quality=4))
     codec = Codec(generator_from_bytes(generator_to_bytes(net)))
-    return codec, codec.encode(adapter, {}, tolerance=0.4).data
+    return codec, codec.encode(adapter, {}, limits=Limits(tolerance=0.4)).data
 
 
 def divergence(base: BaseModel, original: Adapter, other: Adapter) -> float:
@@ -103,7 +104,7 @@ def test_codes_that_are_refined_together_are_those_that_are_refined_alone(
     items = base.modality.prepare(base, plain(TEXTS), CONFIG.tokens, whole=True)
 
     def opened() -> list[Refinable]:
-        codes = [codec.encode(adapter, {}, tolerance=0.4).data for adapter in adapters]
+        codes = [codec.encode(adapter, {}, limits=Limits(tolerance=0.4)).data for adapter in adapters]
         return [
             Refinable(RelaxedCode(codec, adapter, code), 0.4, adapter, items)
             for adapter, code in zip(adapters, codes, strict=True)

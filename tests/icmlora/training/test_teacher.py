@@ -13,7 +13,7 @@ from icmlora.base_models.modality import BaseModel
 from icmlora.base_models.running.lora_hooks import Factors, added, factors_of
 from icmlora.fewshot.finetune import FinetuneConfig, finetune
 from icmlora.formats.discovery.folder import load_adapter
-from icmlora.training.teacher import Teacher
+from icmlora.training.teacher import Shortfall, Teacher, shortfalls
 from tests.icmlora.tiny_base import load_tiny_base, write_tiny_adapter
 
 TEXTS = ["a first text of the task", "another one, of another length", "the third"]
@@ -38,29 +38,33 @@ def teacher(base: BaseModel, original: Factors) -> Teacher:
     return Teacher(base, original, base.modality.prepare(base, plain(TEXTS), 64, whole=True))
 
 
+def compared(base: BaseModel, original: Factors, other: Factors) -> Shortfall:
+    return shortfalls(base, [(teacher(base, original), other, ALL)])[0]
+
+
 def test_an_adapter_falls_short_of_itself_by_nothing(base: BaseModel, trained: Adapter) -> None:
-    short = teacher(base, factors_of(trained)).shortfall(factors_of(trained), ALL)
+    short = compared(base, factors_of(trained), factors_of(trained))
     assert float(short.divergence) == pytest.approx(0.0, abs=1e-5)
     assert float(short.loss) == pytest.approx(0.0, abs=1e-5)
 
 
 def test_the_base_model_falls_short_by_what_the_adapter_gains(base: BaseModel, trained: Adapter) -> None:
     items = base.modality.prepare(base, plain(TEXTS), 64)
-    short = teacher(base, factors_of(trained)).shortfall({}, ALL)
+    short = compared(base, factors_of(trained), {})
     before, after = (sum(losses(base, found, items)) for found in ({}, factors_of(trained)))
     read = sum(item.size for item in items)
     assert float(short.loss) == pytest.approx((before - after) / read, rel=1e-3)
 
 
 def test_to_be_better_than_the_adapter_counts_for_nothing(base: BaseModel, trained: Adapter) -> None:
-    short = teacher(base, {}).shortfall(factors_of(trained), ALL)
+    short = compared(base, {}, factors_of(trained))
     assert float(short.loss) == 0.0
     assert float(short.divergence) > 0
 
 
 def test_gradients_reach_the_other_factors(base: BaseModel, trained: Adapter) -> None:
     weak = {name: (a.clone(), (0.5 * b).requires_grad_()) for name, (a, b) in factors_of(trained).items()}
-    short = teacher(base, factors_of(trained)).shortfall(weak, ALL)
+    short = compared(base, factors_of(trained), weak)
     for part in (short.divergence, short.loss):
         gradients = torch.autograd.grad(part, [b for _, b in weak.values()], retain_graph=True)
         assert all(bool(gradient.any()) for gradient in gradients)

@@ -18,7 +18,7 @@ from icmlora.fleet.report.report import assembled
 from icmlora.fleet.resources.stored_vectors import LeftOut
 from icmlora.fleet.stats.bill import BaseModelBill, Bill, TaskBill
 from icmlora.task_vectors.map import map_tasks
-from registry.records import AdapterRecord, Asked, CodeRecord, GeneratorRecord, TaskRecord, TaskSummary
+from registry.records import AdapterRecord, CodeLimits, CodeRecord, GeneratorRecord, TaskRecord, TaskSummary
 from registry.usage import Usage
 
 DAY = "2026-11-26T10:00:00Z"
@@ -65,7 +65,7 @@ class Made:
             code_size=self.code, residual_size=None, rung="code" if has_code else None,
             squared_error=None if self.error is None or not has_code else self.error**2,
             retained_gain=self.gain if has_code else None, evicted=self.evicted,
-            asked=Asked(min_gain=0.99, is_kept=False) if has_code and (self.gain or 1) < 0.5 else None,
+            asked=CodeLimits(min_gain=0.99, is_kept=False) if has_code and (self.gain or 1) < 0.5 else None,
             original_only=self.original_only, extras_bytes=0,
         )  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import struct
 import zlib
 from dataclasses import replace
@@ -19,6 +20,7 @@ from icmlora.generator.code import MAGIC, Code
 from icmlora.generator.codec import Codec
 from icmlora.generator.container import add_checksum
 from icmlora.generator.initial_a.draw import InitialA, InitialModule
+from icmlora.generator.limits import Limits
 from tests.icmlora.peft_made import initial_of, peft_codec, peft_fleet, peft_made
 from tests.icmlora.small_fleet import codec, make_adapter, make_vectors, same, with_factors
 
@@ -46,7 +48,7 @@ def of_another_seed(initial: InitialA) -> InitialA:
 def test_a_known_initial_a_makes_the_code_smaller_at_the_same_tolerance(task: int, tolerance: float) -> None:
     adapter, initial = known(task)
     plain, shorter = (
-        peft_codec().encode(adapter, {}, which, tolerance=tolerance).data for which in (None, initial)
+        peft_codec().encode(adapter, {}, which, limits=Limits(tolerance=tolerance)).data for which in (None, initial)
     )  # fmt: skip
     assert len(shorter) < 0.9 * len(plain)
 
@@ -56,7 +58,7 @@ def test_a_known_initial_a_makes_the_code_smaller_at_the_same_tolerance(task: in
 def test_the_tolerance_is_kept_whatever_is_known(task: int, tolerance: float) -> None:
     adapter, initial = known(task)
     for which in (initial, partly(initial), of_another_seed(initial)):
-        encoded = peft_codec().encode(adapter, {}, which, tolerance=tolerance)
+        encoded = peft_codec().encode(adapter, {}, which, limits=Limits(tolerance=tolerance))
         assert encoded.weighted_error <= tolerance
         assert encoded.squared_error == squared_error(adapter, peft_codec().decode(encoded.data))
 
@@ -75,12 +77,15 @@ def test_adapters_unlike_the_fleet_keep_the_tolerance_too(
 ) -> None:
     adapter = peft_made(seed, rank=7, moved=moved, task=seed).adapter
     scaled = with_factors(adapter, b=10.0**exponent)
-    assert peft_codec().encode(scaled, {}, initial_of(adapter), tolerance=tolerance).weighted_error <= tolerance
+    assert (
+        peft_codec().encode(scaled, {}, initial_of(adapter), limits=Limits(tolerance=tolerance)).weighted_error
+        <= tolerance
+    )
 
 
 def test_an_error_of_the_weights_is_kept_too() -> None:
     adapter, initial = known(0)
-    assert peft_codec().encode(adapter, {}, initial, max_squared_error=0.002).squared_error <= 0.002
+    assert peft_codec().encode(adapter, {}, initial, limits=Limits(max_error=math.sqrt(0.002))).squared_error <= 0.002
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -104,7 +109,7 @@ def test_without_one_the_code_holds_neither() -> None:
 def test_what_is_known_of_some_modules_is_used_for_them() -> None:
     adapter, initial = known(0)
     sizes = [
-        len(peft_codec().encode(adapter, {}, which, tolerance=0.05).data)
+        len(peft_codec().encode(adapter, {}, which, limits=Limits(tolerance=0.05)).data)
         for which in (initial, replace(initial, modules=initial.modules[:2]), None)
     ]
     assert sizes[0] < sizes[1] < sizes[2]
@@ -146,7 +151,7 @@ def test_a_module_of_zeros_among_others_comes_back_as_zeros() -> None:
     adapter, initial = known(0)
     first, *rest = adapter.modules
     with_zeros = replace(adapter, modules=(LoraModule(first.name, first.a, 0 * first.b), *rest))
-    encoded = peft_codec().encode(with_zeros, {}, initial, tolerance=0.05)
+    encoded = peft_codec().encode(with_zeros, {}, initial, limits=Limits(tolerance=0.05))
     decoded = peft_codec().decode(encoded.data)
     assert encoded.weighted_error <= 0.05
     assert not decoded.modules[0].b.any()
@@ -156,7 +161,7 @@ def test_what_lies_along_the_subspace_takes_no_numbers_across_it() -> None:
     adapter = peft_made(moved=0.0).adapter
     shares = []
     for which in (None, initial_of(adapter)):
-        opened = peft_codec().open(peft_codec().encode(adapter, {}, which, tolerance=0.01).data)
+        opened = peft_codec().open(peft_codec().encode(adapter, {}, which, limits=Limits(tolerance=0.01)).data)
         shares.append(sum(float((group.inputs != 0).mean()) for group in opened.groups))
     assert shares[1] < 0.5 * shares[0]
 

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 from icmlora.adapter.arithmetic import among, mean_adapter, plus, times, truncated
 from icmlora.adapter.model import Adapter, LoraModule
-from icmlora.baselines.baseline import Baseline, NamedAdapters, PerAdapter
-from icmlora.baselines.head import ByteReader, Head
-from icmlora.baselines.quantizers import ValueQuantizer
 from icmlora.errors import CodeError
+from tests.benchmarks.baselines.baseline import Baseline, NamedAdapters, PerAdapter
+from tests.benchmarks.baselines.head import ByteReader, Head
+from tests.benchmarks.baselines.quantizers import ValueQuantizer
 
 
 def factors_to_bytes(adapter: Adapter, quantizer: ValueQuantizer) -> bytes:

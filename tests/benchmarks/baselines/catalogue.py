@@ -12,12 +12,11 @@ from __future__ import annotations
 
 import re
 
-from icmlora.baselines.baseline import Baseline
-from icmlora.baselines.factors import FleetMean, Plain, Truncation
-from icmlora.baselines.joint import Joint
-from icmlora.baselines.mixed_precision import MixedPrecision
-from icmlora.baselines.quantizers import Bf16, Int8, Nf4, Uniform, ValueQuantizer
-from icmlora.errors import UnknownBaseline
+from tests.benchmarks.baselines.baseline import Baseline
+from tests.benchmarks.baselines.factors import FleetMean, Plain, Truncation
+from tests.benchmarks.baselines.joint import Joint
+from tests.benchmarks.baselines.mixed_precision import MixedPrecision
+from tests.benchmarks.baselines.quantizers import Bf16, Int8, Nf4, Uniform, ValueQuantizer
 
 EXAMPLES = ("bf16", "int8", "nf4", "3bit", "svd4", "svd2-3bit", "mean16", "loraquant2", "jd16", "jd16x4diag")
 _SHORT = {"svd": "svd4", "mean": "mean16", "jd": "jd16", "loraquant": "loraquant2"}
@@ -29,7 +28,7 @@ _JOINT = re.compile(rf"jd([1-9]\d{{0,3}})(?:x([1-9]\d?))?(diag)?(?:-{_QUANTISER}
 
 
 def baseline_named(name: str) -> Baseline:
-    """Return the baseline with this name."""
+    """Return the baseline with this name; raise `ValueError` if there is none."""
     full = _SHORT.get(name, name)
     if re.fullmatch(_QUANTISER, full):
         return Plain(_quantizer(full))
@@ -42,7 +41,7 @@ def baseline_named(name: str) -> Baseline:
         return FleetMean(int(match[1]), _quantizer(match[2]), residual)
     if match := _JOINT.fullmatch(full):
         return Joint(int(match[1]), int(match[2] or 1), match[3] is not None, _quantizer(match[4]))
-    raise UnknownBaseline(f"unknown baseline {name!r}", hint=f"examples: {', '.join(EXAMPLES)}")
+    raise ValueError(f"unknown baseline {name!r}; examples: {', '.join(EXAMPLES)}")
 
 
 def _quantizer(name: str | None) -> ValueQuantizer:

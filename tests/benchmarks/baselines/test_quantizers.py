@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from icmlora.baselines.quantizers import Bf16, Int8, Nf4, Uniform, ValueQuantizer, pack, packed_size, unpack
+from tests.benchmarks.baselines.quantizers import Bf16, Int8, Nf4, Uniform, ValueQuantizer, pack, packed_size, unpack
 
 ALL = [Bf16(), Int8(), Nf4(), *(Uniform(bits) for bits in (1, 2, 3, 4)), Uniform(3, 16), Uniform(2, None, full=True)]
 SHAPES = [(1, 1), (3, 7), (8, 576), (2, 130)]

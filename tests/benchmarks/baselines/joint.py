@@ -18,12 +18,12 @@ from typing import ClassVar
 import torch
 
 from icmlora.adapter.model import Adapter, LoraModule
-from icmlora.baselines.baseline import NamedAdapters
-from icmlora.baselines.bases import Bases, fit_bases
-from icmlora.baselines.factors import factors_from_bytes, factors_to_bytes
-from icmlora.baselines.head import ByteReader, Head
-from icmlora.baselines.quantizers import Bf16, Int8, ValueQuantizer
 from icmlora.errors import CodeError, NotCovered
+from tests.benchmarks.baselines.baseline import NamedAdapters
+from tests.benchmarks.baselines.bases import Bases, fit_bases
+from tests.benchmarks.baselines.factors import factors_from_bytes, factors_to_bytes
+from tests.benchmarks.baselines.head import ByteReader, Head
+from tests.benchmarks.baselines.quantizers import Bf16, Int8, ValueQuantizer
 
 
 @dataclass(frozen=True)

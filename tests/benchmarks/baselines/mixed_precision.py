@@ -17,9 +17,9 @@ import torch
 
 from icmlora.adapter.canonical import canonicalize
 from icmlora.adapter.model import Adapter, LoraModule
-from icmlora.baselines.baseline import PerAdapter
-from icmlora.baselines.head import ByteReader, Head
-from icmlora.baselines.quantizers import Uniform, ValueQuantizer
+from tests.benchmarks.baselines.baseline import PerAdapter
+from tests.benchmarks.baselines.head import ByteReader, Head
+from tests.benchmarks.baselines.quantizers import Uniform, ValueQuantizer
 
 
 @dataclass(frozen=True)

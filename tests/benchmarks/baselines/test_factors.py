@@ -11,7 +11,7 @@ import torch
 from icmlora.adapter.arithmetic import truncated
 from icmlora.adapter.metrics import squared_error
 from icmlora.adapter.model import Adapter
-from icmlora.baselines.catalogue import baseline_named
+from tests.benchmarks.baselines.catalogue import baseline_named
 from tests.icmlora.small_fleet import dense, make_adapter
 
 

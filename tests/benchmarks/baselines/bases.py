@@ -16,7 +16,7 @@ import torch
 
 from icmlora.adapter.metrics import dw_norm
 from icmlora.adapter.model import Adapter, LoraModule
-from icmlora.baselines.baseline import NamedAdapters
+from tests.benchmarks.baselines.baseline import NamedAdapters
 
 _SEED = 0
 _RIDGE = 1e-6  # share of a Gram matrix's mean diagonal that is added to it, so that it can be solved

@@ -1,0 +1,83 @@
+"""The limits that a code, or a code with its residual, is made for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from icmlora.generator.initial_a.subspace import InitialSubspace
+from icmlora.generator.scales import OCTAVE
+from icmlora.generator.sensitivity import Sensitivity
+from icmlora.generator.tokens import KindTokens
+from icmlora.generator.water_level import water_level
+
+
+class Measured(Protocol):
+    """Anything whose errors are known."""
+
+    @property
+    def squared_error(self) -> float:
+        """The square of the relative error of dW."""
+        ...
+
+    @property
+    def weighted_error(self) -> float:
+        """The same of dW weighted by the sensitivity of its channels."""
+        ...
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What was asked of a code. It keeps all that is given; without any limit, the quality counts.
+
+    Attributes:
+        quality: 1 (smallest codes) to 8 (most accurate); it stands for a tolerance.
+        min_gain: Least retained gain on the task's held-out text.
+        max_error: Largest relative error of dW.
+        tolerance: Largest squared error of dW weighted by the sensitivity of its channels.
+        size: Most bytes of the code, which is as accurate as they allow.
+        refine: Steps of refinement; None for as many as suit the quality, or for none under limits.
+    """
+
+    quality: int | None = None
+    min_gain: float | None = None
+    max_error: float | None = None
+    tolerance: float | None = None
+    size: int | None = None
+    refine: int | None = None
+
+    @property
+    def is_by_quality(self) -> bool:
+        """Whether a quality takes the place of limits."""
+        return all(limit is None for limit in (self.min_gain, self.max_error, self.tolerance, self.size))
+
+    @property
+    def max_squared_error(self) -> float | None:
+        """The largest squared error of dW."""
+        return None if self.max_error is None else self.max_error * self.max_error
+
+    @property
+    def least(self) -> float:
+        """The smaller limit of the two squared errors."""
+        return min(math.inf if limit is None else limit for limit in (self.tolerance, self.max_squared_error))
+
+    def keeps(self, encoded: Measured) -> bool:
+        """Say whether the errors of a code are within the limits."""
+        return all(error <= limit for error, limit in self._pairs(encoded))
+
+    def used(self, encoded: Measured) -> float:
+        """Say how much of the limits a code's errors take: 1 if it just keeps them."""
+        return max((error / limit for error, limit in self._pairs(encoded) if limit), default=1.0)
+
+    def expected_step(self, tokens: Sequence[KindTokens], sensitivity: Sensitivity, subspace: InitialSubspace) -> int:
+        """Return the step, in eighths of an octave, that theory gives for the smaller limit."""
+        # At full strength an adapter of which the share e is lost has the error e / (1 - e).
+        lost = self.least / (1 + self.least)
+        return math.floor(OCTAVE * math.log2(water_level(tokens, lost, sensitivity, subspace)))
+
+    def _pairs(self, encoded: Measured) -> list[tuple[float, float]]:
+        """Return each limit of an error that is set, with the error that it is for."""
+        pairs = ((encoded.weighted_error, self.tolerance), (encoded.squared_error, self.max_squared_error))
+        return [(error, limit) for error, limit in pairs if limit is not None]
