@@ -197,3 +197,10 @@ class OnConflict(StrEnum):
     SKIP = "skip"
     REPLACE = "replace"
     FAIL = "fail"
+
+
+DtypeName = Literal["bfloat16", "float16", "float32"]
+OutputOpt = Annotated[
+    Path,
+    typer.Option("--output", "-o", metavar="DIR", help="Folder to write. Must be absent or empty.", show_default=False),
+]

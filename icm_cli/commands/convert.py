@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from icm_cli.commands.materialize import DtypeName
-from icm_cli.errors import ExitCode, Interrupted, UsageProblem
-from icm_cli.options import completing
+from icm_cli.errors import ExitCode, Interrupted
+from icm_cli.options import DtypeName, completing
 from icm_cli.output import Column
 from icm_cli.session import Session, command
 from icm_cli.text import as_fields
@@ -119,10 +118,6 @@ def convert(
       icm convert loras/ loras-mlx/ --format mlx
       icm convert dog.safetensors dog-diffusers.safetensors --format diffusers
     """
-    if rank is not None and size is not None:
-        raise UsageProblem("--size sets the ranks itself, so it cannot be used with --rank")
-    if adapter_format is None and rank is None and size is None and dtype is None:
-        raise UsageProblem("nothing would change", hint="give --format, --rank, --size or --dtype")
     from icmlora.fleet.convert import convert as use_case
 
     stopped = False
@@ -134,7 +129,7 @@ def convert(
                 adapter_format=adapter_format,
                 rank=rank,
                 size=None if size is None else parse_bytes(size),
-                dtype=dtype and dtype.value,
+                dtype=dtype,
                 base_model=base_model,
                 force=force,
                 on_event=listen,

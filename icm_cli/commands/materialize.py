@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from enum import StrEnum
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from icm_cli.errors import UsageProblem
-from icm_cli.options import ForceOpt, FromOpt, SeedOpt, completing
+from icm_cli.options import DtypeName, ForceOpt, FromOpt, SeedOpt, completing
 from icm_cli.session import Session, command
 from icm_cli.text import claim_json, claim_text
 from icmlora.fleet.measure.precision import measured_in
@@ -20,30 +19,9 @@ if TYPE_CHECKING:
     from icmlora.fleet.write.materialize import MaterializeReport
 
 
-class SourceName(StrEnum):
-    """Where the adapter comes from."""
+# "generate" is what "recalled" was called before.
+SourceName = Literal["auto", "original", "residual", "code", "recalled", "generate", "network"]
 
-    AUTO = "auto"
-    ORIGINAL = "original"
-    RESIDUAL = "residual"
-    CODE = "code"
-    RECALLED = "recalled"
-    GENERATE = "generate"  # what RECALLED was called before
-    NETWORK = "network"
-
-
-class DtypeName(StrEnum):
-    """Number format of the written weights."""
-
-    BFLOAT16 = "bfloat16"
-    FLOAT16 = "float16"
-    FLOAT32 = "float32"
-
-
-OutputOpt = Annotated[
-    Path,
-    typer.Option("--output", "-o", metavar="DIR", help="Folder to write. Must be absent or empty.", show_default=False),
-]
 WrittenOpt = Annotated[
     Path,
     typer.Option(
@@ -135,7 +113,7 @@ def materialize(
     task: MaybeTaskArg = None,
     samples: SamplesOpt = None,
     bundle: FromOpt = None,
-    source: SourceOpt = SourceName.AUTO,
+    source: SourceOpt = "auto",
     adapter_format: FormatOpt = None,
     seed: SeedOpt = None,
     dtype: DtypeOpt = None,
@@ -171,7 +149,7 @@ def materialize(
 
         task = recognized(session, samples, base_model, bundle, loader, device).known_task()
     assert task is not None
-    write: Callable[..., MaterializeReport] = partial(materialize, session.context, source=source.value, seed=seed)
+    write: Callable[..., MaterializeReport] = partial(materialize, session.context, source=source, seed=seed)
     if bundle is not None:
         from icmlora.fleet.bundles.bundles import Bundle
 
@@ -180,12 +158,12 @@ def materialize(
         task,
         output,
         adapter_format=adapter_format,
-        dtype=dtype and dtype.value,
+        dtype=dtype,
         pad_rank=pad_rank,
         max_error=max_error,
         force=force,
     )
-    if bundle is None and source is SourceName.AUTO and done.source in ("residual", "code"):
+    if bundle is None and source == "auto" and done.source in ("residual", "code"):
         session.out.note(f"the original of {done.task} was evicted; decoding {_FROM[done.source]} instead")
     _tell(session, done)
 
@@ -206,11 +184,9 @@ def _check_options(
     names = [known.name for known in catalogue.FORMATS]
     if adapter_format not in (None, *names):
         raise UsageProblem(f"unknown format {adapter_format!r}", hint=f"choose one of {', '.join(names)}")
-    if bundle is not None and (seed is not None or source not in (SourceName.AUTO, SourceName.CODE)):
+    if bundle is not None and (seed is not None or source not in ("auto", "code")):
         hint = "use --from without --seed, and with --source auto or code"
         raise UsageProblem("a bundle holds codes only", hint=hint)
-    if seed is not None and source not in (SourceName.AUTO, SourceName.NETWORK):
-        raise UsageProblem("--seed needs --source network or auto")
     if samples is None and base_model is not None and (bundle is None or adapter_format not in _WITH_BASE):
         hint = "`icm base add NAME PATH` says where the base model of tasks in a store is"
         raise UsageProblem("--base-model is for --from with --format gguf or peft", hint=hint)

@@ -75,15 +75,6 @@ class Bundle:
         """Return the size of a task's code in bytes."""
         return self.index.sizes[task.code]
 
-    def configs(self) -> Iterator[tuple[BundledTask, bytes]]:
-        """Yield each task of a PEFT adapter with the configuration that this is written with."""
-        from icmlora.fleet.resources.code_source import template_of
-        from icmlora.formats.peft.initial import converted_form
-
-        with self.open() as codes:
-            for task in (task for task in self.tasks if task.format == "peft"):
-                yield task, converted_form(template_of(codes.final(task.name), codes.read(task.config))).config
-
     def load(self, task: str, *, max_error: float | None = None) -> Adapter:
         """Decode a task's adapter into memory: float32, with the scale folded into B.
 

@@ -36,90 +36,70 @@ class CodeSource(Protocol):
     Attributes:
         name: "store" or "bundle".
         better: How to get better codes, as a hint.
-        takes_claims: Whether the limits of a caller are held against what a bundle claims of its codes.
-        any_row: Whether samples may have any form, because a loader of the user's reads them.
+        takes_claims: Whether limits are held against what a bundle claims of its codes.
     """
 
+    name: str
+    better: str
+    takes_claims: bool
+
     @property
-    def name(self) -> str: ...  # noqa: D102  # described above, as the next three
-    @property
-    def better(self) -> str: ...  # noqa: D102
-    @property
-    def takes_claims(self) -> bool: ...  # noqa: D102
-    @property
-    def any_row(self) -> bool: ...  # noqa: D102
+    def any_row(self) -> bool:
+        """Whether samples may have any form, because a loader of the user's reads them."""
 
     def find(self, name: str) -> TaskRecord | None:
         """Return the task of a name, in any case, or None."""
-        ...
 
     def get(self, name: str) -> TaskRecord:
         """Return the task of a name, in any case; raises if there is none."""
-        ...
 
     def names(self, base_model: str | None = None) -> list[str]:
         """Return the names of all tasks, or of those of one base model, sorted."""
-        ...
 
     def final(self, task: str) -> AdapterRecord:
         """Return the final adapter of a task."""
-        ...
 
     def finals(self, base_model: str) -> Iterator[AdapterRecord]:
         """Yield the final adapters of the tasks of a base model."""
-        ...
 
     def having(self, weights: str, config: str) -> list[AdapterRecord]:
         """Return the adapters with these digests; several tasks may have one."""
-        ...
 
     def generator(self, base_model: str) -> GeneratorRecord | None:
         """Return the current generator of a base model."""
-        ...
 
     def code(self, task: str, generator: GeneratorRecord) -> CodeRecord | None:
         """Return the code of a task under a generator."""
-        ...
 
     def measured(self, task: TaskRecord, source: Decoded, generator: GeneratorRecord) -> EvaluationRecord | None:
         """Return how a source of a task does; None if nobody measured it here."""
-        ...
 
     def read(self, digest: str) -> bytes:
         """Return bytes that a row names, checked."""
-        ...
 
     def generator_file(self, generator: GeneratorRecord) -> GeneratorFile:
         """Open a generator to decode with; raises if anything is damaged that belongs to it."""
-        ...
 
     def form(self, adapter: AdapterRecord) -> OriginalForm:
         """Read the form and the extras of an original; its weights need not be there."""
-        ...
 
     def recalled(self, final: AdapterRecord, generator: GeneratorRecord) -> CodeRecord | None:
         """Return the code of the known task recognized from a task's vectors; None if none is."""
-        ...
 
     def predict(self, final: AdapterRecord, generator: GeneratorRecord, seed: int | None) -> Adapter:
         """Predict the adapter of a task from its vectors, with the network alone."""
-        ...
 
     def base_models(self) -> Mapping[str, tuple[str, ...]]:
         """Return all names of each base model, by its main name."""
-        ...
 
     def locate(self, base_model: str) -> FoundBase:
         """Find a base model on this machine; raises `BaseModelNotFound`."""
-        ...
 
     def context_vectors(self, base_model: str | None) -> tuple[str, ComparableVectors]:
         """Return a base model, by default the only one with vectors, and the context vectors of its tasks."""
-        ...
 
     def open_base(self, label: str, device: torch.device, dtype: torch.dtype, extractor: str | None) -> BaseModel:
         """Load a base model as the vectors of an extractor were made with it."""
-        ...
 
 
 def template_of(adapter: AdapterRecord, config: bytes) -> Template:

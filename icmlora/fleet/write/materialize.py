@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
-from icmlora.errors import DataError
+from icmlora.errors import DataError, OptionsConflict
 from icmlora.fleet.context import Context, use_case
 from icmlora.fleet.resources.code_source import CodeSource, Decoded, OpenCodes, open_store
 from icmlora.formats.catalogue import format_named
@@ -99,6 +99,7 @@ def materialize(
 
     Raises:
         DataError: The store does not have this source.
+        OptionsConflict: A seed, and a source that samples nothing.
         TooLossy: The error is above `max_error`.
         OutputExists: The folder is not empty, or the file exists, and `force` is not given.
         AdapterRefused: The format has no place for a part of the adapter, such as a head.
@@ -334,7 +335,7 @@ def choose(codes: CodeSource, task: TaskRecord, source: Source = "auto", seed: i
     if source not in get_args(Source):
         raise DataError(f"unknown source {source!r}", hint=f"choose one of {', '.join(get_args(Source))}")
     if seed is not None and source not in ("auto", "network"):
-        raise DataError("--seed needs --source network or auto", hint="other sources have nothing to sample")
+        raise OptionsConflict("--seed needs --source network or auto")
     final = codes.final(task.name)
     if source == "original" or (source == "auto" and seed is None and not final.is_evicted):
         _check_original(task, final)
