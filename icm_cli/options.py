@@ -216,9 +216,8 @@ class OnConflict(StrEnum):
     FAIL = "fail"
 
 
-class DtypeName(StrEnum):
-    """Number format of the written weights."""
-
-    BFLOAT16 = "bfloat16"
-    FLOAT16 = "float16"
-    FLOAT32 = "float32"
+DtypeName = Literal["bfloat16", "float16", "float32"]
+OutputOpt = Annotated[
+    Path,
+    typer.Option("--output", "-o", metavar="DIR", help="Folder to write. Must be absent or empty.", show_default=False),
+]

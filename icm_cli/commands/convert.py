@@ -134,10 +134,6 @@ def convert(
         return
     if source is None or destination is None:
         raise UsageProblem("SRC and DST are needed", hint="icm convert SRC DST --format NAME")
-    if rank is not None and size is not None:
-        raise UsageProblem("--size sets the ranks itself, so it cannot be used with --rank")
-    if adapter_format is None and rank is None and size is None and dtype is None:
-        raise UsageProblem("nothing would change", hint="give --format, --rank, --size or --dtype")
     from icmlora.fleet.convert import convert as use_case
 
     stopped = False
@@ -149,7 +145,7 @@ def convert(
                 adapter_format=adapter_format,
                 rank=rank,
                 size=None if size is None else parse_bytes(size),
-                dtype=dtype and dtype.value,
+                dtype=dtype,
                 base_model=base_model,
                 force=force,
                 on_event=listen,

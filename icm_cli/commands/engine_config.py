@@ -19,13 +19,13 @@ def print_config(
     session: Session, engine: Engine, bundle: Path | None, base_model: str | None, *, gateway: bool
 ) -> None:
     """Print the environment and the command line that start an engine with the tasks of a store or a bundle."""
-    from icmlora.serving.launch import LaunchRequest, plan_launch
+    from icmlora.serving.launch import plan_launch
     from icmlora.serving.tasks import open_tasks
 
     bundle = None if bundle is None else bundle.resolve()
     store = None if bundle is not None else session.settings.store.value.resolve()
     tasks = open_tasks(store, bundle, command=session.command, lock_timeout=session.settings.lock_timeout.value)
-    launch = plan_launch(tasks, LaunchRequest(engine, store, bundle, base_model, gateway))
+    launch = plan_launch(tasks, engine, store, bundle, base_model=base_model, gateway=gateway)
     _tell(session, engine, launch, is_bundle=bundle is not None)
 
 

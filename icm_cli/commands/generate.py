@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from icm_cli.errors import Interrupted
-from icm_cli.options import BaseModelOpt, DeviceOpt, DtypeName, ForceOpt
+from icm_cli.options import BaseModelOpt, DeviceOpt, DtypeName, ForceOpt, OutputOpt
 from icm_cli.session import Session, command
 from icmlora.errors import Cancelled
 from icmlora.fleet.measure.precision import measured_in
@@ -24,10 +24,6 @@ _NEAREST = 5
 _MOST_SAMPLES = 64
 
 NameArg = Annotated[str, typer.Argument(metavar="NAME", help="Name of the new task.", show_default=False)]
-OutputOpt = Annotated[
-    Path,
-    typer.Option("--output", "-o", metavar="DIR", help="Folder to write. Must be absent or empty.", show_default=False),
-]
 SamplesOpt = Annotated[
     Path,
     typer.Option(
@@ -82,7 +78,7 @@ def generate(
     register: RegisterOpt = False,
     base_model: BaseModelOpt = None,
     device: DeviceOpt = None,
-    dtype: Annotated[DtypeName, typer.Option("--dtype", help="Number format of the weights.")] = DtypeName.BFLOAT16,
+    dtype: Annotated[DtypeName, typer.Option("--dtype", help="Number format of the weights.")] = "bfloat16",
     force: ForceOpt = False,
 ) -> None:
     """Make an adapter for a new task from a few samples, without training one.
@@ -111,7 +107,7 @@ def generate(
                 rank=rank,
                 base_model=base_model,
                 device=session.device(device),
-                dtype=dtype.value,
+                dtype=dtype,
                 register=register,
                 force=force,
             )
