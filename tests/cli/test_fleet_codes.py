@@ -116,7 +116,7 @@ def test_an_eviction_that_is_stopped_reports_what_is_gone(trained: Path) -> None
 
 def test_an_unknown_name_changes_nothing(trained: Path) -> None:
     fleet = Fleet(trained)
-    for work in (fleet.pin, fleet.unpin, lambda names: fleet.evict(names, max_error=0.7)):
+    for work in (lambda names: fleet.edit(names, pinned=True), lambda names: fleet.evict(names, max_error=0.7)):
         with pytest.raises(TaskNotFound):
             work(["poems", "nobody"])
     assert not fleet.show("poems").task.pinned

@@ -87,7 +87,7 @@ def materialize(
         directory: The folder, absent or empty; with a format of single files a file, as `NAME.gguf`.
         source: `original`, `residual`, `code`, `recalled` (the code of the task recognized from its vectors) or
             `network` (what the network alone predicts from them); `auto` takes the best there is of the first three.
-        adapter_format: Name of a format, as `icm formats` lists them. Default: the adapter's own. An original in
+        adapter_format: Name of a format, as `icm convert --list-formats` lists them. Default: its own. An original in
             another format is converted too, so it does not come back byte for byte. From and to `gguf` that needs
             the configuration of the base model, for image adapters the extra `diffusion`.
         dtype: Number format of decoded or converted factors: `bfloat16`, `float16` or `float32`. Default: that of
