@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from icm_cli.commands.vectors import tell_failure
 from icm_cli.errors import ExitCode, Interrupted
-from icm_cli.left_out import tell_left_out
+from icm_cli.failures import tell_failure, tell_left_out
 from icm_cli.options import DeviceOpt, ShardOpt, SomeTasksArg, WorkersOpt
 from icm_cli.output import Column
 from icm_cli.session import Session, command
@@ -46,9 +45,10 @@ DataOpt = Annotated[
 SourceOpt = Annotated[
     list[SourceName] | None,
     typer.Option(
-        "--rung", help="Measure only this source, with base model and original. Can be repeated.", show_default=False
+        "--source", help="Measure only this source, with base model and original. Can be repeated.", show_default=False
     ),
 ]
+OldSourceOpt = Annotated[list[SourceName] | None, typer.Option("--rung", hidden=True, help="As --source.")]
 TokensOpt = Annotated[int, typer.Option("--max-tokens", metavar="N", min=2, help="Tokens to score in each text.")]
 AgainOpt = Annotated[bool, typer.Option("--again", help="Measure again what was measured on the same text before.")]
 _SHORT = {"perplexity": "ppl", "bits per byte": "bpb"}
@@ -60,12 +60,13 @@ def evaluate(
     session: Session,
     tasks: SomeTasksArg = None,
     data: DataOpt = None,
-    rung: SourceOpt = None,
+    source: SourceOpt = None,
     device: DeviceOpt = None,
     max_tokens: TokensOpt = MAX_TOKENS,
     again: AgainOpt = False,
     workers: WorkersOpt = None,
     shard: ShardOpt = None,
+    rung: OldSourceOpt = None,
 ) -> None:
     """Measure how good the base model, original, residual, code and generated adapter are on held-out examples.
 
@@ -78,11 +79,14 @@ def evaluate(
     """
     from icmlora.fleet.measure.evaluate import evaluate
 
+    if rung:
+        session.out.note("`--rung` goes with the next version: use --source")
+
     def work(context: Context) -> EvaluateReport:
         return evaluate(
             context,
             tasks or (),
-            sources=[name.value for name in rung] if rung else ("residual", "code", "generate"),
+            sources=[name.value for name in (*(source or ()), *(rung or ()))] or ("residual", "code", "generate"),
             data=data,
             max_tokens=max_tokens,
             device=session.device(device),

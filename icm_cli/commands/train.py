@@ -29,8 +29,8 @@ from icm_cli.commands.train_options import (
     UpdateOpt,
     WidthOpt,
 )
-from icm_cli.commands.vectors import tell_failure
 from icm_cli.errors import ExitCode, Interrupted, UsageProblem
+from icm_cli.failures import tell_failure
 from icm_cli.options import BaseModelOpt, DeviceOpt, WorkersOpt
 from icm_cli.output import Output
 from icm_cli.session import Session, command

@@ -21,15 +21,13 @@ from icmlora.fleet.tasks.duplicates import find_duplicates
 from icmlora.fleet.tasks.generators import forget_generator, list_generators, rollback
 from icmlora.fleet.tasks.maintenance import examine, prune, repair_blobs, repair_rows, restore_database, verify
 from icmlora.fleet.tasks.tasks import (
+    edit_tasks,
     list_names,
     list_tags,
     list_tasks,
     plan_removal,
     remove_tasks,
-    rename_task,
-    set_note,
     show_task,
-    tag_tasks,
 )
 
 if TYPE_CHECKING:
@@ -70,13 +68,9 @@ class StoredFleet(Context):
 
     # tasks: names, tags, notes
 
-    rename = rename_task
-
-    tag = tag_tasks
+    edit = edit_tasks
 
     tags = list_tags
-
-    set_note = set_note
 
     # base models
 

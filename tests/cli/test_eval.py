@@ -106,7 +106,7 @@ def test_a_quick_look_says_how_to_measure_as_usual_again(icm: Icm, trained: Path
 
 
 def test_only_the_rungs_that_are_named_beside_base_and_original(icm: Icm, trained: Path) -> None:
-    rungs = icm(*EVAL, "poems", "--rung", "code", "--json").events[0]["rungs"]
+    rungs = icm(*EVAL, "poems", "--source", "code", "--json").events[0]["rungs"]
     assert list(rungs) == ["base", "original", "code"]
 
 
@@ -119,7 +119,7 @@ def test_a_task_named_twice_is_measured_once(icm: Icm, trained: Path) -> None:
 
 
 def test_tasks_without_held_out_text_are_named(icm: Icm, trained: Path) -> None:
-    assert "not measured: silent" in icm(*EVAL, "--rung", "code").err
+    assert "not measured: silent" in icm(*EVAL, "--source", "code").err
 
 
 def test_no_held_out_text_at_all_is_an_error_with_a_hint(icm: Icm, trained: Path) -> None:

@@ -25,7 +25,7 @@ NAMES = ("adapter_config.json", "adapter_model.safetensors", "README.md")
 @pytest.fixture
 def bundle(icm: Icm, trained: Path, tmp_path: Path) -> Path:
     """A bundle of all tasks, with what the code of `poems` keeps; the store that it came from is gone."""
-    icm("eval", "poems", "--rung", "code", "--device", "cpu")
+    icm("eval", "poems", "--source", "code", "--device", "cpu")
     icm("export", tmp_path / "fleet.icm")
     for task in TASKS:
         icm("materialize", task, "-o", tmp_path / "before" / task, "--source", "code")

@@ -58,7 +58,7 @@ def test_all_shards_together_extract_and_measure_every_task(icm: Icm, trained: P
         shard = ("--shard", f"{number}/3", "--device", "cpu", "--json")
         ran = icm("vectors", "--again", *shard)
         extracted += [event["task"] for event in ran.events if event["type"] == "vectors"]
-        ran = icm("eval", "--rung", "code", *shard)
+        ran = icm("eval", "--source", "code", *shard)
         assert ran.code == 0
         measured += [event["task"] for event in ran.events if event["type"] == "task"]
     assert sorted(extracted) == TASKS

@@ -135,7 +135,7 @@ def test_it_needs_no_original_of_the_tasks_that_have_a_code(
 def test_what_was_measured_of_earlier_codes_is_still_known(
     icm: Icm, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    icm("eval", "poems", "--rung", "code", "--device", "cpu")
+    icm("eval", "poems", "--source", "code", "--device", "cpu")
     before = icm("show", "poems", "--json").document
     add(icm, tmp_path, seed=9)
     icm(*UPDATE)

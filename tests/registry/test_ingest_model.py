@@ -132,5 +132,5 @@ def test_a_task_named_twice_is_pinned_and_removed_once(store: Store, names: Sequ
     for name in ("rust", "html"):
         ingest(store, name)
     wanted = Counter(name.lower() for name in names)
-    assert Counter(store.tasks.pin(names, True)) == Counter(dict.fromkeys(wanted, 1))
+    assert Counter(task.name for task in store.tasks.edit(names, pinned=True)) == Counter(dict.fromkeys(wanted, 1))
     assert Counter(task.name for task in store.tasks.remove(names)) == Counter(dict.fromkeys(wanted, 1))

@@ -110,7 +110,7 @@ def test_nothing_is_claimed_of_a_sampled_adapter(fleet: Fleet, out: Path) -> Non
 
 @pytest.mark.parametrize("source", ["original", "residual", "code"])
 def test_a_seed_for_what_is_not_sampled_is_refused(layered: Fleet, out: Path, source: Source) -> None:
-    with pytest.raises(DataError, match="has nothing to sample"):
+    with pytest.raises(DataError, match="--seed needs --source network or auto"):
         layered.materialize("rules", out, source=source, seed=1)
     assert not out.exists()
 

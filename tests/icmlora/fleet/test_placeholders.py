@@ -149,7 +149,7 @@ def test_a_code_that_misses_the_limit_leaves_the_folder(fleet: Fleet, own_loras:
 
 
 def test_a_pinned_task_is_not_touched(fleet: Fleet, own_loras: Path) -> None:
-    fleet.pin(["rules"])
+    fleet.edit(["rules"], pinned=True)
     assert fleet.evict(["rules"], placeholder=True, keep_originals=True).tasks[0].status == "pinned"
     assert WEIGHTS in names_in(own_loras / "rules")
 

@@ -127,7 +127,7 @@ def test_a_dry_run_says_the_same_and_writes_nothing(fleet: Fleet, own_loras: Pat
 
 def test_a_task_with_another_name_by_now_is_found_by_its_digests(fleet: Fleet, own_loras: Path) -> None:
     keep(fleet, "rules")
-    fleet.rename("rules", "law")
+    fleet.edit(["rules"], name="law")
     (done,) = fleet.restore([own_loras]).adapters
     assert (done.status, done.source) == ("restored", "original")
 
