@@ -349,10 +349,5 @@ def test_options_that_make_no_sense_together_are_wrong_usage(
     assert not (tmp_path / "a.gguf").exists()
 
 
-def test_a_wrong_output_is_told_before_the_samples_are_read(icm: Icm, trained: Path, tmp_path: Path) -> None:
-    ran = icm("materialize", "--samples", tmp_path / "none.jsonl", "--format", "gguf", "-o", tmp_path / "a", "--json")
-    assert (ran.code, ran.error["hint"]) == (ExitCode.FAILED, "name it: `-o NAME.gguf`")
-
-
 def test_writing_an_original_as_it_is_needs_neither_torch_nor_gguf(trained: Path, tmp_path: Path) -> None:
     assert not {"torch", "gguf"} & modules_of("materialize", "poems", "-o", str(tmp_path / "out"))
