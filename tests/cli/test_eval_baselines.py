@@ -55,6 +55,7 @@ def test_bf16_is_the_original(icm: Icm, trained: Path) -> None:
     assert task["baselines"]["bf16"]["relative_error"] < 1e-2
 
 
+@pytest.mark.slow
 def test_fewer_bits_take_fewer_bytes_and_lose_more(icm: Icm, trained: Path) -> None:
     found = of_type(icm(*EVAL, "int8,3bit,1bit", "rules", "--json"), "task")[0]["baselines"]
     sizes, errors = ([found[name][key] for name in ("int8", "3bit", "1bit")] for key in ("size", "relative_error"))

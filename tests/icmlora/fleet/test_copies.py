@@ -163,6 +163,7 @@ def test_two_paths_to_one_file_are_one_copy(fleet: Fleet, backup: Path, tmp_path
         assert (done.status, f"the same file as in {backup}" in str(done.reason)) == ("kept", True)
 
 
+@pytest.mark.slow
 def test_two_folders_with_files_of_their_own_are_two_copies(fleet: Fleet, backup: Path, tmp_path: Path) -> None:
     shutil.copytree(backup, tmp_path / "second")
     assert len(evict(fleet, [backup, tmp_path / "second"], needed=2).copies) == 2
@@ -249,6 +250,7 @@ def test_a_copy_that_changes_after_it_was_hashed_is_hashed_again(
     assert [task.status for task in report.tasks] == ["evicted", "kept"]
 
 
+@pytest.mark.slow
 def test_a_pickle_is_a_copy_of_what_was_made_of_it(fleet: Fleet, tmp_path: Path) -> None:
     folder = write_lora(tmp_path / "odes", seed=8)
     torch.save(load_file(folder / WEIGHTS), folder / "adapter_model.bin")

@@ -156,6 +156,7 @@ def test_a_stopped_evaluation_keeps_what_it_measured(learned: Fleet) -> None:
     assert is_sound(learned)
 
 
+@pytest.mark.slow
 def test_methods_are_compared_by_their_bytes_largest_first(learned: Fleet) -> None:
     report = learned.evaluate(sources=["code"], baselines=["int8", "bf16"], device="cpu")
     rows = learned.compare(report)
