@@ -162,6 +162,7 @@ def test_a_code_without_a_residual_says_what_makes_one(fleet: Fleet) -> None:
     assert "icm encode --residual" in str(error.value.hint)
 
 
+@pytest.mark.slow
 def test_a_task_that_came_after_the_training_needs_an_update(fleet: Fleet, loras: Path) -> None:
     fleet.ingest([loras / "silent"], name="twin")
     with pytest.raises(DataError, match="task 'twin' has no code") as error:
