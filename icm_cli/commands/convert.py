@@ -128,7 +128,7 @@ def convert(
       icm convert dog.safetensors dog-diffusers.safetensors --format diffusers
     """
     if list_formats:
-        from icm_cli.commands import format_list
+        from icm_cli import format_list
 
         format_list.list_formats(session)
         return

@@ -62,7 +62,7 @@ def ls(
         session.out.note("`-f` goes with the next version, where it is --force everywhere: use -F or --filter")
         filters = [*(filters or ()), *old_filters]
     if bundle is not None:
-        from icm_cli.commands.bundle_list import list_bundle
+        from icm_cli.bundle_list import list_bundle
 
         if filters or sort is not None or limit is not None:
             raise UsageProblem("a bundle is listed whole", hint="leave out --filter, --sort and --limit")

@@ -7,10 +7,10 @@ from typing import Annotated
 import typer
 
 from icm_cli.commands.doctor import What, path_of
-from icm_cli.commands.engine_config import Engine, print_config
-from icm_cli.commands.format_list import list_formats
 from icm_cli.commands.ls import list_tags
+from icm_cli.engine_config import Engine, print_config
 from icm_cli.errors import UsageProblem
+from icm_cli.format_list import list_formats
 from icm_cli.options import FromOpt, GatewayOpt, ServedBaseOpt, TaskArg, TasksArg, completing
 from icm_cli.session import Session, command
 from icmlora.io.text import counted

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from icm_cli.commands import engine_config
-from icm_cli.commands.engine_config import Engine
+from icm_cli import engine_config
+from icm_cli.engine_config import Engine
 from icm_cli.errors import CliError, UsageProblem
 from icm_cli.options import FromOpt, GatewayOpt, ServedBaseOpt
 from icm_cli.session import Session, command

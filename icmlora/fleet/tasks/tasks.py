@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING, Literal
 
 from icmlora.errors import DataError, IcmLoraError
 from icmlora.fleet.context import Context, base_name, check_base_model, use_case
-from icmlora.formats.catalogue import format_named
-from icmlora.io.strict_json import parse_object
 from registry.errors import DamagedStore
 from registry.filters import FIELDS, Field, Selection, parse_filter, parse_sort
 from registry.records import (
@@ -223,12 +221,15 @@ def show_task(context: Context, task: str) -> TaskDetails:
 
 def header_of(store: Store, final: AdapterRecord) -> Mapping[str, str]:
     """Return what the trainer noted in the header of an image adapter; nothing for one of another kind."""
+    from icmlora.formats.catalogue import format_named  # imports all formats
+
     if not format_named(final.format).is_for_images:
         return {}
     from icmlora.fleet.resources.decoding import base_tensors
     from icmlora.formats.extras import unpack_tensors
     from icmlora.formats.images.single_file_check import HEADER
     from icmlora.io.safetensors import peek_bytes
+    from icmlora.io.strict_json import parse_object
 
     try:
         if not final.is_evicted:
