@@ -164,7 +164,7 @@ def test_the_harness_sees_a_half_written_folder(world: World) -> None:
     assert "the output is neither absent nor complete" in seen
 
 
-@pytest.mark.one_case
+@pytest.mark.slow
 @pytest.mark.parametrize(("command", "sabotage"), [("export", "bundle_in_place"), ("generate", "in_place")])
 def test_the_harness_sees_an_output_that_grows_in_its_place(world: World, command: str, sabotage: str) -> None:
     world.reset(command)
@@ -174,6 +174,7 @@ def test_the_harness_sees_an_output_that_grows_in_its_place(world: World, comman
     assert world.violations(command, ran.events) == ["the output is neither absent nor complete"]
 
 
+@pytest.mark.slow
 def test_the_harness_sees_a_truncated_bundle(world: World) -> None:
     world.reset("export")
     world.output.write_bytes(world.reference("export")["."][:-1])
@@ -192,6 +193,7 @@ def test_the_harness_sees_a_task_without_its_folder(world: World) -> None:
     assert world.missed("generate") != []
 
 
+@pytest.mark.slow
 def test_the_harness_sees_a_lost_acknowledgement(world: World) -> None:
     world.reset("vectors")
     assert world.violations("vectors", [{"type": "task", "task": "never"}]) != []
@@ -199,7 +201,7 @@ def test_the_harness_sees_a_lost_acknowledgement(world: World) -> None:
     assert world.missed("vectors") != []
 
 
-@pytest.mark.one_case
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["encode", "import", "generate"])
 def test_the_harness_sees_that_nothing_came_of_what_was_acknowledged(world: World, command: str) -> None:
     world.reset(command)
