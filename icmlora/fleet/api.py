@@ -1,21 +1,46 @@
-"""The public face of a fleet: one method per use case, each a call into the file of that name.
+"""The public face of a fleet: every use case as a method. Each is the function of that name, and nothing in between.
 
-A method imports what it needs when it is called, so that `import icmlora` and listing tasks never load torch. The
-methods that list and maintain a store are in `icmlora.fleet.api_store`, those that delete originals and bring adapters
-back in `icmlora.fleet.api_originals`; `Fleet` inherits them.
+Importing this imports torch and SQLAlchemy. A command imports only its own use case.
 """
 
 from __future__ import annotations
 
-from icmlora.fleet.api_originals import FleetOriginals
+from collections.abc import Callable
+from pathlib import Path
+
+from icmlora.fleet.bases.base_models import (
+    add_base_model,
+    alias_base_model,
+    forget_base_model,
+    list_base_models,
+    separate_labels,
+)
 from icmlora.fleet.bundles.export import export_bundle
 from icmlora.fleet.bundles.import_ import import_bundle
+from icmlora.fleet.context import Context, Event, default_cache, ignore
 from icmlora.fleet.encode.encode import encode
+from icmlora.fleet.evict.evict import evict
+from icmlora.fleet.evict.restore import restore
 from icmlora.fleet.few_shot.generate import generate
 from icmlora.fleet.few_shot.train import check_few_shot, train_few_shot
 from icmlora.fleet.ingest.ingest import ingest
+from icmlora.fleet.map.map import map_fleet
 from icmlora.fleet.measure.evaluate import evaluate, measurable
 from icmlora.fleet.measure.module_errors import module_errors
+from icmlora.fleet.report.report import write_report
+from icmlora.fleet.stats.stats import stats
+from icmlora.fleet.tasks.duplicates import find_duplicates
+from icmlora.fleet.tasks.generators import forget_generator, list_generators, rollback
+from icmlora.fleet.tasks.maintenance import examine, prune, repair_blobs, repair_rows, restore_database, verify
+from icmlora.fleet.tasks.tasks import (
+    edit_tasks,
+    list_names,
+    list_tags,
+    list_tasks,
+    plan_removal,
+    remove_tasks,
+    show_task,
+)
 from icmlora.fleet.train.train import train
 from icmlora.fleet.train.update import update
 from icmlora.fleet.vectors.recognize import recognize
@@ -23,7 +48,7 @@ from icmlora.fleet.vectors.vectors import extract_vectors
 from icmlora.fleet.write.materialize import load, load_many, materialize, read_files
 
 
-class Fleet(FleetOriginals):
+class Fleet(Context):
     """The tasks of a store, and everything that can be done with them.
 
         fleet = Fleet("store", on_event=print)
@@ -50,48 +75,71 @@ class Fleet(FleetOriginals):
             in it: what was finished is kept.
     """
 
-    module_errors = module_errors
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        cache: str | Path | Callable[[], Path] = default_cache,
+        lock_timeout: float = 30.0,
+        command: str = "icm",
+        on_event: Callable[[Event], None] = ignore,
+    ) -> None:
+        cache = Path(cache) if isinstance(cache, str) else cache
+        super().__init__(Path(path), cache, lock_timeout, command, on_event)
 
-    # ingest, vectors
-
+    # From adapters to codes and back.
     ingest = ingest
-
     extract_vectors = extract_vectors
-
-    # train, update, encode
-
     train = train
-
     update = update
-
     encode = encode
-
-    # evaluate
-
     evaluate = evaluate
-
     measurable = measurable
-
-    # materialize, bundles
-
     materialize = materialize
-
     read_files = read_files
-
     load = load
-
     load_many = load_many
 
-    export_bundle = export_bundle
+    # List, show and edit tasks.
+    tasks = list_tasks
+    task_names = list_names
+    show = show_task
+    module_errors = module_errors
+    edit = edit_tasks
+    tags = list_tags
+    stats = stats
+    task_map = map_fleet
+    duplicates = find_duplicates
+    report = write_report
 
+    # Base models.
+    base_models = list_base_models
+    add_base_model = add_base_model
+    forget_base_model = forget_base_model
+    alias_base_model = alias_base_model
+    separate_base_model = separate_labels
+
+    # New adapters.
+    recognize = recognize
+    check_few_shot = check_few_shot
+    train_few_shot = train_few_shot
+    generate = generate
+
+    # Use codes elsewhere.
+    export_bundle = export_bundle
     import_bundle = import_bundle
 
-    # recognize, generate
-
-    recognize = recognize
-
-    check_few_shot = check_few_shot
-
-    train_few_shot = train_few_shot
-
-    generate = generate
+    # Delete, restore and check.
+    evict = evict
+    restore = restore
+    plan_removal = plan_removal
+    remove = remove_tasks
+    prune = prune
+    verify = verify
+    repair = repair_blobs
+    repair_rows = repair_rows
+    restore_database = restore_database
+    generators = list_generators
+    rollback = rollback
+    forget_generator = forget_generator
+    doctor = examine

@@ -48,11 +48,13 @@ class TaskForm:
 
     Attributes:
         name: The name of the task.
+        format: The format of its adapter; engines read `peft`.
         config: Its `adapter_config.json`, as it is written.
         targets: The names of its modules, as a configuration gives them.
     """
 
     name: str
+    format: str
     config: bytes
     targets: tuple[str, ...]
 
@@ -122,9 +124,9 @@ class ServedTasks:
             read = cache(codes.read)  # many tasks have the same configuration
             for final in codes.finals(base_model):
                 config = read(final.config)
-                if final.is_evicted:  # else the original is served as it is
+                if final.is_evicted and final.format == "peft":  # else the original is served as it is
                     config = converted_form(template_of(final, config)).config
-                yield TaskForm(final.task, config, tuple(final.target_modules))
+                yield TaskForm(final.task, final.format, config, tuple(final.target_modules))
 
     def base_models(self) -> Mapping[str, tuple[str, ...]]:
         """Return all names of each base model, by its main name."""

@@ -101,6 +101,7 @@ def test_a_dry_run_says_the_same_and_deletes_nothing(icm: Icm, trained: Path) ->
         assert task | {"status": "evicted"} == tasks_of(done)[name]
 
 
+@pytest.mark.slow
 def test_a_file_that_two_tasks_share_is_free_once(icm: Icm, trained: Path, mixed_template: Path) -> None:
     icm("ingest", mixed_template / "loras" / "poems", "--name", "twin", "--no-vectors")
     icm("train", "--no-eval", "--refine", "0", "--steps", 2, "--device", "cpu")
@@ -243,6 +244,7 @@ def test_nothing_goes_where_a_part_is_damaged(icm: Icm, trained: Path, part: str
     assert "damaged" in tasks_of(ran)["rules"]["reason"]
 
 
+@pytest.mark.slow
 def test_one_adapter_at_a_time_is_in_memory(icm: Icm, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real, alive = Decoder.decode, []
 

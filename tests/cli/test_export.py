@@ -218,6 +218,7 @@ def test_a_bundle_that_is_cut_short_is_exit_13(icm: Icm, elsewhere: Path, tmp_pa
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_killed_export_leaves_no_bundle_and_the_next_one_cleans_up(trained: Path, tmp_path: Path) -> None:
     script = (
         "import os, signal\n"

@@ -76,6 +76,7 @@ def test_a_training_waits_for_a_shard(icm: Icm, trained: Path) -> None:
     assert (ran.code, ran.error["kind"]) == (ExitCode.LOCKED, "store_locked")
 
 
+@pytest.mark.slow
 def test_two_shards_at_once_leave_the_store_as_one_after_the_other(icm: Icm, trained: Path) -> None:
     before = codes(trained)
     script = "from icm_cli.app import main; main()"

@@ -113,7 +113,7 @@ def documented() -> dict[tuple[str, str], set[str]]:
     [
         ("ingest", "loras"),
         ("vectors", "--again"),
-        ("train", "--steps", "10", "--fresh"),
+        ("train", "--steps", "10", "--fresh", "--refine", "2"),
         ("train", "--update"),
         ("train", "--objective", "functional", "--episodes", "1"),
         ("eval", "poems"),

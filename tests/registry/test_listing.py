@@ -186,6 +186,7 @@ def test_a_task_that_is_removed_while_pages_are_read_is_left_out(
         assert [row.task.name for row in rows] == ["c"]
 
 
+@pytest.mark.slow
 @given(
     st.sampled_from(["rank", "size", "code", "extras"]), st.sampled_from(["=", "!=", "<", "<=", ">", ">="]), st.data()
 )

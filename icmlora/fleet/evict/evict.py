@@ -14,10 +14,10 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache
 from itertools import chain, groupby
 from typing import TYPE_CHECKING
 
@@ -29,7 +29,7 @@ from icmlora.fleet.evict.types import CheckFailed, EvictReport, EvictStatus, Lim
 from icmlora.fleet.failures import FAILURES, Failed
 from icmlora.fleet.resources.decoding import StoredDecoder
 from icmlora.fleet.resources.loading import Models
-from icmlora.fleet.resources.workers import check_place, open_workers
+from icmlora.fleet.resources.workers import Tell, check_place, worker_pool
 from icmlora.formats.format import AdapterBytes
 from icmlora.io.second_process import in_two_processes
 from icmlora.io.text import counted
@@ -105,8 +105,8 @@ def evict(
                 if keep_originals:
                     checked = ((task, None) for task in of_base)
                 else:
-                    make = partial(_Checker, limits, checkpoints_only, dry_run)
-                    checked = _checked(context, store, make, list(of_base), device, workers, tell)
+                    how = limits, checkpoints_only, dry_run, frozenset(store.originals.interrupted())
+                    checked = _checked(context, store, list(of_base), device, workers, tell, how)
                 for task, made in checked:
                     done = evictor.evict(task.name, made)
                     report.tasks.append(done)
@@ -137,16 +137,15 @@ def _check_options(limits: Limits, checkpoints_only: bool, placeholder: bool, ke
 def _checked(
     context: Context,
     store: Store,
-    make: Callable[[frozenset[str], Models], _Checker],
     tasks: Sequence[TaskRecord],
     device: str,
     workers: str | None,
-    tell: Callable[[str], None],
+    tell: Tell,
+    how: tuple[Limits, bool, bool, frozenset[str]],
 ) -> Iterator[tuple[TaskRecord, TaskEvicted | _Evictable | Failed]]:
-    """Check the codes of tasks of one base model."""
-    make_one = partial(make, frozenset(store.originals.interrupted()))
-    with open_workers(context, store, make_one, device=device, workers=workers) as opened:
-        found = opened.each(tasks, tell)
+    """Check the codes of tasks of one base model; `how` is what `check_codes` takes at its end."""
+    with worker_pool(context, store, device=device, workers=workers) as pool:
+        found = pool.each(check_codes, tasks, tell, *how)
         if workers is None:
             yield from found
             return
@@ -166,6 +165,19 @@ class _Evictable:
     precision: str | None  # of the base model that it was measured on
 
 
+def check_codes(
+    models: Models,
+    tasks: Sequence[TaskRecord],
+    tell: Tell,
+    limits: Limits,
+    checkpoints_only: bool,
+    dry_run: bool,
+    interrupted: frozenset[str],
+) -> Iterator[tuple[TaskRecord, TaskEvicted | _Evictable]]:
+    """Check the codes of tasks of one base model, or say why they keep their originals; nothing is deleted."""
+    yield from _Checker(limits, checkpoints_only, dry_run, interrupted, models).each(tasks)
+
+
 class _Checker:
     """Checks one task after the other, and deletes nothing."""
 
@@ -177,14 +189,7 @@ class _Checker:
         self._check = EvictionCheck(models.store, models, limits)
         self._generator = cache(models.store.generators.current)  # of all tasks of a base model
 
-    def __call__(self, task: TaskRecord, tell: Callable[[str], None]) -> TaskEvicted | _Evictable:
-        """Check one task, or say why it keeps its originals."""
-        ((_, checked),) = self._together([task])
-        return checked
-
-    def each(
-        self, tasks: Sequence[TaskRecord], tell: Callable[[str], None]
-    ) -> Iterator[tuple[TaskRecord, TaskEvicted | _Evictable]]:
+    def each(self, tasks: Sequence[TaskRecord]) -> Iterator[tuple[TaskRecord, TaskEvicted | _Evictable]]:
         """Check tasks of one base model; the rows of many are read at once, which takes a fraction of the time."""
         # A deletion lets others change what was read before it.
         size = _READ_TOGETHER if self._dry_run else 1

@@ -97,35 +97,6 @@ def worker_pool(context: Context, store: Store, *, device: str, workers: str | N
             pool.stop()
 
 
-@contextmanager
-def open_workers(
-    context: Context, store: Store, make: Callable[[Models], Any], *, device: str, workers: str | None
-) -> Iterator[_Makes]:
-    """Start workers as `worker_pool` does, for an object that is made in each process and called with each task."""
-    with worker_pool(context, store, device=device, workers=workers) as pool:
-        yield _Makes(pool, make)
-
-
-@dataclass(frozen=True)
-class _Makes:
-    pool: Workers
-    make: Callable[[Models], Any]
-
-    def each(self, tasks: Sequence[TaskRecord], tell: Tell) -> Iterator[tuple[TaskRecord, Any]]:
-        return self.pool.each(_made, tasks, tell, self.make)
-
-
-def _made(
-    models: Models, tasks: Sequence[TaskRecord], tell: Tell, make: Callable[[Models], Any]
-) -> Iterator[tuple[TaskRecord, Any]]:
-    compute = make(models)
-    if hasattr(compute, "each"):
-        yield from compute.each(tasks, tell)
-        return
-    for task in tasks:
-        yield task, compute(task, naming(task, tell))
-
-
 def check_place(device: str, workers: str | None) -> None:
     """Check where to compute, before a store is opened.
 

@@ -55,6 +55,7 @@ def test_what_is_left_is_the_code(fleet: Fleet) -> None:
     assert (gone(fleet), is_sound(fleet)) == (["rules"], True)
 
 
+@pytest.mark.slow
 def test_the_report_names_the_code_that_is_left(fleet: Fleet) -> None:
     (task,) = fleet.evict(["rules"], max_error=0.7).tasks
     assert task.code_size == blob_of(fleet, code_blobs(fleet)["rules"]).stat().st_size

@@ -259,6 +259,7 @@ def test_an_ingest_that_is_stopped_at_once_leaves_an_empty_store(loras: Path, tm
     assert Fleet(tmp_path / "new").tasks() == []
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("name", ["two words", "größe ✓ 倉庫", "what?#frag%20&mode=ro", 'it\'s "quoted"'])
 def test_a_store_may_have_any_path(loras: Path, tmp_path: Path, name: str) -> None:
     fleet = Fleet(str(tmp_path / name / "store"))

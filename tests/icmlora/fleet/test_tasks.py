@@ -89,6 +89,7 @@ def test_without_a_store_nothing_is_created(tmp_path: Path) -> None:
     assert not fleet.path.exists()
 
 
+@pytest.mark.slow
 def test_a_plan_says_what_goes_and_what_would_be_lost(fleet: Fleet) -> None:
     fleet.evict(["silent"], max_error=0.7)
     poems, silent = fleet.plan_removal(["poems", "silent", "POEMS"])

@@ -168,6 +168,7 @@ def test_a_task_waits_for_room_while_all_adapters_are_in_use(start: StartGateway
     assert (engine.loads, engine.gone) == (["rules", "poems"], [])
 
 
+@pytest.mark.slow
 def test_an_old_version_makes_room_once_its_requests_have_ended(
     start: StartGateway, engine: StubEngine, served: Served, tmp_path: Path
 ) -> None:
@@ -187,6 +188,7 @@ def test_an_old_version_makes_room_once_its_requests_have_ended(
     assert engine.gone == []
 
 
+@pytest.mark.slow
 def test_an_adapter_with_requests_in_flight_stays(
     start: StartGateway, engine: StubEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -236,6 +238,7 @@ def test_an_adapter_is_unloaded_before_its_folder_is_deleted(
     assert seen == [False]
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("kind", ["vllm", "sglang"])
 def test_a_task_that_was_replaced_is_loaded_anew(
     start: StartGateway, engine: StubEngine, served: Served, tmp_path: Path, kind: Any
@@ -255,6 +258,7 @@ def test_a_task_that_was_replaced_is_loaded_anew(
     assert engine.gone == []
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("kind", ["vllm", "sglang"])
 def test_requests_in_flight_keep_the_version_that_they_began_with(
     start: StartGateway, engine: StubEngine, served: Served, tmp_path: Path, kind: Any
@@ -277,6 +281,7 @@ def test_requests_in_flight_keep_the_version_that_they_began_with(
     assert engine.gone == []
 
 
+@pytest.mark.slow
 def test_a_version_that_comes_back_while_it_is_still_in_use_is_kept(
     start: StartGateway, engine: StubEngine, served: Served, tmp_path: Path
 ) -> None:
