@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from icm_cli.errors import ExitCode, Interrupted, UsageProblem
+from icm_cli.errors import ExitCode, Interrupted
 from icm_cli.failures import tell_left_out, tell_vectors
 from icm_cli.options import DeviceOpt, DryRunOpt, OnConflict, completing
 from icm_cli.output import Column, Mode, Output
@@ -138,9 +138,6 @@ def ingest(
       icm ingest ./saves --name-from '{parent}-{name}'
     """
     from icmlora.fleet.ingest.ingest import ingest as take_in
-
-    if name is not None and name_from is not None:
-        raise UsageProblem("--name and --name-from cannot be used together")
 
     problems: list[InputProblem] = []
     taken: list[IngestReport] = []  # what was taken, once that is told
