@@ -175,7 +175,7 @@ def _wanted(adapter_format: str | None, rank: int | None, size: int | None, dtyp
     if dtype is not None and dtype not in DTYPE_NAMES:
         raise DataError(f"unknown number format {dtype!r}", hint=f"choose one of {', '.join(DTYPE_NAMES)}")
     if rank is not None and size is not None:
-        raise OptionsConflict("--size sets the ranks itself, so it cannot be used with --rank")
+        raise OptionsConflict("--size sets the ranks itself, so it cannot be used with --rank", hint="give one of them")
     if (rank is not None and rank < 1) or (size is not None and size < 1):
         raise DataError("a rank or a size is a positive whole number", hint="as rank 8, or size 4000000")
     if adapter_format is None and rank is None and size is None and dtype is None:
