@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import pytest
 from icmlora.serving.base import EngineBase
 from icmlora.serving.launch import VLLM_RANKS
 from icmlora.serving.requirements import Config, EngineName, config_problem
-from icmlora.serving.tasks import open_tasks
+from icmlora.serving.tasks import ServedTasks, TaskForm, open_tasks
 from tests.cli.conftest import Ran
 from tests.cli.tiny_fleet import write_lora
 from tests.icmlora.tiny_base import LABEL
@@ -62,6 +63,17 @@ def test_a_folder_given_in_place_of_a_missing_base_model_is_taken_for_it(
     found = tasks.find("poems")
     assert found is not None
     assert EngineBase(str(mixed_template / "base"), tasks, named).problem(found) is None
+
+
+def test_what_is_no_peft_folder_is_left_out_and_said(icm: Icm, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forms(tasks: ServedTasks, base_model: str) -> list[TaskForm]:
+        return [replace(form, format="mlx") if form.name == "rules" else form for form in real(tasks, base_model)]
+
+    real = ServedTasks.forms
+    monkeypatch.setattr(ServedTasks, "forms", forms)
+    plan = icm("serve", "--print-config", "vllm", "--json").document
+    assert [one["task"] for one in plan["left_out"]] == ["rules"]
+    assert plan["tasks_count"] == 2
 
 
 def test_vllm_behind_the_gateway_needs_no_plug_in(icm: Icm, trained: Path) -> None:
