@@ -6,9 +6,10 @@ READY  := $(VENV)/.icm-ready
 # Each process of the tests computes on one core. Tests of a file share fixtures that take seconds, so they stay together.
 JOBS   ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile
+THOROUGH := $(PYTEST) --hypothesis-profile=thorough
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-device test-as-cuda test-as-mps lint types gpu-check format docs lock example-fleet domain-fleet detection-fleet classification ci clean
+.PHONY: help setup demo test test-rest test-all test-faults test-studies test-device test-as-cuda test-as-mps lint types gpu-check format docs lock dist example-fleet domain-fleet detection-fleet classification ci clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^## / {printf "\n%s\n", substr($$0, 4)} /^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' \
@@ -17,7 +18,7 @@ help:  ## show this list
 ## Try it
 setup: $(READY)  ## create .venv with the locked dependencies and icm itself (about 1.4 GB; 6 GB with CUDA)
 
-$(READY): pyproject.toml requirements.lock .ci/setup
+$(READY): pyproject.toml requirements.lock .ci/setup .ci/environment
 	@PYTHON="$(PYTHON)" VENV="$(VENV)" bash .ci/setup
 	@touch $@
 
@@ -25,14 +26,24 @@ demo: $(READY)  ## ingest, train, materialize, compare and measure on the CPU: f
 	@VENV="$(VENV)" bash docs/demo.sh
 
 ## Check it
-test: test-device  ## run the tests (without the slow and the fault-injecting ones)
+test: test-device  ## run a test of each promise, command, format and kind of base model (5 minutes on 2 cores)
 	@$(PYTEST) -m "not slow and not fault"
 
-test-all: test-device  ## run every test
-	@$(PYTEST)
+test-rest: $(READY)  ## run what `make test` leaves out: further cases, and properties with more examples
+	@$(THOROUGH) -m "(slow or property) and not fault"
+
+test-all: $(READY)  ## run `make test` and `make test-rest` (20 minutes on 2 cores)
+	@$(MAKE) --no-print-directory test
+	@$(MAKE) --no-print-directory test-rest
+
+test-faults: $(READY)  ## run campaigns of kills, flipped bits and full disks (an hour)
+	@$(PYTEST) -m fault
+
+test-studies: $(READY)  ## run the tests of the studies in tests/benchmarks, which no other target does
+	@$(PYTEST) tests/benchmarks
 
 # In processes of their own: the stand-in comes before torch. The longest file of tests begins among the first.
-test-device: $(READY)  ## run the tests on a stand-in for a card (about a minute; part of test and test-all)
+test-device: $(READY)  ## run the tests on a stand-in for a card (about a minute; part of `make test`)
 	@$(MAKE) --no-print-directory -j 2 --output-sync=target test-as-cuda test-as-mps
 
 test-as-cuda: $(READY)
@@ -52,7 +63,10 @@ types: $(READY)  ## run mypy --strict over the three packages
 gpu-check: $(READY)  ## run all that touches a device: on a stand-in, then on an 8B-shaped base (0.3B without a card)
 	@$(BIN)/python -m tests.benchmarks.gpu_check
 
-ci: lint types test  ## run lint, types and test, as .ci/run does
+ci: lint types test-all  ## run lint, types and test-all, as .ci/run does
+
+dist: $(READY)  ## build wheel and sdist in dist/, check them, and try the wheel in an environment of its own
+	@VENV="$(VENV)" bash .ci/dist
 
 ## Change it
 format: $(READY)  ## rewrite the code as ruff formats it

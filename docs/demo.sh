@@ -47,7 +47,7 @@ echo "The base model does not know that this is a recipe; with either adapter it
 echo "word: one likely word instead of another changes all that follow. So icm measures, on held-out text."
 
 title "What it kept, and what it saved"
-step icm eval recipes-en --rung code --max-tokens 128
+step icm eval recipes-en --source code --max-tokens 128
 step icm stats
 printf '\nAct 1 took %d seconds.\n' "$SECONDS"
 

@@ -24,50 +24,43 @@ from icmlora.io.text import utc
 if TYPE_CHECKING:
     from typer import _click as click  # Typer brings its own copy of click
 
-ADAPTERS = "Store and write adapters"
-INSPECT = "Inspect"
-ARRANGE = "Name and mark tasks"
-BUNDLES = "Bundles: use codes without the store"
-SERVE = "Serve tasks through an engine"
-MAINTAIN = "Maintain the store"
+START = "From adapters to codes and back"
+LOOK = "List, show and edit tasks"
+NEW = "New adapters and other formats"
+SHARE = "Use codes elsewhere"
+CARE = "Delete, restore and check"
 
 # Command -> its module in icm_cli.commands, the function (or group) in it, and its panel in the help, in this order.
 COMMANDS: dict[str, tuple[str, str, str]] = {
-    "ingest": ("ingest", "ingest", ADAPTERS),
-    "vectors": ("vectors", "vectors", ADAPTERS),
-    "train": ("train", "train", ADAPTERS),
-    "encode": ("encode", "encode", ADAPTERS),
-    "materialize": ("materialize", "materialize", ADAPTERS),
-    "convert": ("convert", "convert", ADAPTERS),
-    "recognize": ("recognize", "recognize", ADAPTERS),
-    "generate": ("generate", "generate", ADAPTERS),
-    "ls": ("ls", "ls", INSPECT),
-    "show": ("show", "show", INSPECT),
-    "stats": ("stats", "stats", INSPECT),
-    "eval": ("eval", "evaluate", INSPECT),
-    "map": ("map", "map_", INSPECT),
-    "duplicates": ("duplicates", "duplicates", INSPECT),
-    "report": ("report", "report", INSPECT),
-    "mv": ("mv", "mv", ARRANGE),
-    "tag": ("tag", "tag", ARRANGE),
-    "note": ("note", "note", ARRANGE),
-    "export": ("export", "export", BUNDLES),
-    "import": ("import_", "import_", BUNDLES),
-    "serve": ("serve", "serve", SERVE),
-    "serve-config": ("serve_config", "serve_config", SERVE),
-    "evict": ("evict", "evict", MAINTAIN),
-    "restore": ("restore", "restore", MAINTAIN),
-    "pin": ("pin", "pin", MAINTAIN),
-    "unpin": ("pin", "unpin", MAINTAIN),
-    "rm": ("rm", "rm", MAINTAIN),
-    "prune": ("prune", "prune", MAINTAIN),
-    "verify": ("verify", "verify", MAINTAIN),
-    "doctor": ("doctor", "doctor", MAINTAIN),
-    "path": ("path", "path", MAINTAIN),
-    "generators": ("generators", "generators", MAINTAIN),
-    "base": ("base", "base", MAINTAIN),
-    "formats": ("formats", "formats", MAINTAIN),
+    "ingest": ("ingest", "ingest", START),
+    "vectors": ("vectors", "vectors", START),
+    "train": ("train", "train", START),
+    "encode": ("encode", "encode", START),
+    "eval": ("eval", "evaluate", START),
+    "materialize": ("materialize", "materialize", START),
+    "base": ("base", "base", START),
+    "ls": ("ls", "ls", LOOK),
+    "show": ("show", "show", LOOK),
+    "edit": ("edit", "edit", LOOK),
+    "stats": ("stats", "stats", LOOK),
+    "map": ("map", "map_", LOOK),
+    "duplicates": ("duplicates", "duplicates", LOOK),
+    "report": ("report", "report", LOOK),
+    "generate": ("generate", "generate", NEW),
+    "recognize": ("recognize", "recognize", NEW),
+    "convert": ("convert", "convert", NEW),
+    "export": ("export", "export", SHARE),
+    "import": ("import_", "import_", SHARE),
+    "serve": ("serve", "serve", SHARE),
+    "evict": ("evict", "evict", CARE),
+    "restore": ("restore", "restore", CARE),
+    "rm": ("rm", "rm", CARE),
+    "prune": ("prune", "prune", CARE),
+    "verify": ("verify", "verify", CARE),
+    "generators": ("generators", "generators", CARE),
+    "doctor": ("doctor", "doctor", CARE),
 }
+_OLD = ("mv", "tag", "note", "pin", "unpin", "path", "formats", "serve-config")  # hidden, and gone in the next version
 
 
 class CommandGroup(TyperGroup):
@@ -80,20 +73,20 @@ class CommandGroup(TyperGroup):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Import and return a subcommand; None if there is no such command."""
         # Typer suggests similar names from `commands`, so a typo imports them all.
-        for name in [cmd_name] if cmd_name in COMMANDS else COMMANDS:
+        for name in [cmd_name] if cmd_name in COMMANDS or cmd_name in _OLD else COMMANDS:
             if name not in self.commands:
                 self.commands[name] = _load_command(name)
         return super().get_command(ctx, cmd_name)
 
 
 def _load_command(name: str) -> click.Command:
-    module, attribute, panel = COMMANDS[name]
+    module, attribute, panel = COMMANDS.get(name) or ("old", name.replace("-", "_"), "")
     found = getattr(import_module(f"icm_cli.commands.{module}"), attribute)
     alone = typer.Typer(rich_markup_mode="rich")
     if isinstance(found, typer.Typer):
         alone.add_typer(found, name=name, rich_help_panel=panel)
     else:
-        alone.command(name=name, rich_help_panel=panel)(found)
+        alone.command(name=name, rich_help_panel=panel, hidden=name in _OLD)(found)
     return typer.main.get_group(alone).commands[name]
 
 

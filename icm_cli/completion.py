@@ -10,7 +10,7 @@ from functools import wraps
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from icmlora.fleet.api import Fleet
+    from icmlora.fleet.context import Context
 
 
 def _quietly(complete: Callable[[str], Iterable[str]]) -> Callable[[str], list[str]]:
@@ -27,8 +27,10 @@ def _quietly(complete: Callable[[str], Iterable[str]]) -> Callable[[str], list[s
 @_quietly
 def complete_task(incomplete: str) -> Iterable[str]:
     """Return the names of tasks that start as typed."""
+    from icmlora.fleet.tasks.tasks import list_names
+
     # A filter keeps the names of a large fleet out of this process.
-    return _fleet().task_names(filters=[f"name~{incomplete}"] if incomplete else [])
+    return list_names(_context(), filters=[f"name~{incomplete}"] if incomplete else [])
 
 
 @_quietly
@@ -40,7 +42,7 @@ def complete_base(incomplete: str) -> Iterable[str]:
 @_quietly
 def complete_tag(incomplete: str) -> Iterable[str]:
     """Return the tags that start as typed."""
-    return _fleet().tags()
+    return _values("tag")
 
 
 @_quietly
@@ -76,22 +78,26 @@ def complete_format(incomplete: str) -> Iterable[str]:
 
 
 def _values(field: str) -> Iterable[str]:
+    from icmlora.fleet.tasks.tasks import list_names, list_tags
+
     match field:
         case "name":
-            return _fleet().task_names()
+            return list_names(_context())
         case "base":
             return _bases()
         case "tag":
-            return _fleet().tags()
+            return list_tags(_context())
     return ()
 
 
 def _bases() -> list[str]:
-    return [base.record.name for base in _fleet().base_models()]
+    from icmlora.fleet.bases.base_models import list_base_models
+
+    return [base.record.name for base in list_base_models(_context())]
 
 
-def _fleet() -> Fleet:
+def _context() -> Context:
     from icm_cli.config import cache_folder, load_settings
-    from icmlora.fleet.api import Fleet
+    from icmlora.fleet.context import Context
 
-    return Fleet(load_settings().store.value, cache=cache_folder, lock_timeout=0.0, command="icm completion")
+    return Context(load_settings().store.value, cache_folder, lock_timeout=0.0, command="icm completion")

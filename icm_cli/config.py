@@ -28,7 +28,7 @@ VARIABLES = {
     "ICM_DEBUG": "1: print tracebacks on stderr",
     "ICM_SERVE_TOKEN": "token that clients of `icm serve` must send",
     "ICM_ENGINE_TOKEN": "token that the engine behind `icm serve` wants",
-    "ICM_BUNDLE": "for vLLM (`icm serve-config vllm`): the bundle with the tasks, instead of a store",
+    "ICM_BUNDLE": "for vLLM (`icm serve --print-config vllm`): the bundle with the tasks, instead of a store",
     "ICM_BASE_MODEL": "for vLLM: the base model of the tasks that it runs",
     "ICM_LOG": "file for the tracebacks of unexpected errors",
     "NO_COLOR": "any value: print without colour",
@@ -134,7 +134,7 @@ def _read_config() -> Mapping[str, Setting[object]]:
             known = ", ".join(_KEYS)
             raise ConfigProblem(f"{path} has an unknown key {key!r}", hint=f"known keys: {known}")
         if not isinstance(value, _KEYS[key]) or isinstance(value, bool):  # type: ignore[arg-type]
-            raise ConfigProblem(f"{path}: {key!r} has the wrong type", hint="see the example in `icm path --help`")
+            raise ConfigProblem(f"{path}: {key!r} has the wrong type", hint="see the example in `icm doctor --help`")
     return {key: Setting(value, str(path)) for key, value in config.items()}
 
 

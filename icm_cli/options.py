@@ -12,6 +12,8 @@ from typing import Annotated, Any, Literal, cast
 
 import typer
 
+from icm_cli.config import DEFAULT_LOCK_TIMEOUT
+
 GLOBAL_PANEL = "Global options"
 
 
@@ -63,7 +65,8 @@ LockTimeoutOpt = Annotated[
     typer.Option(
         "--lock-timeout",
         metavar="SECONDS",
-        help="How long to wait for other icm processes, in all. Default: 30. (env: ICM_LOCK_TIMEOUT)",
+        help=f"How long to wait for other icm processes, in all. Default: {DEFAULT_LOCK_TIMEOUT:g}. "
+        "(env: ICM_LOCK_TIMEOUT)",
         show_default=False,
         rich_help_panel=GLOBAL_PANEL,
     ),
@@ -108,7 +111,7 @@ FiltersOpt = Annotated[
     list[str] | None,
     typer.Option(
         "--filter",
-        "-f",
+        "-F",
         metavar="FIELD=VALUE",
         help="Only tasks that pass, as 'rank>=8', 'tag=prod', 'base~llama'. Repeat it: all must hold.",
         autocompletion=completing("filter"),
@@ -132,6 +135,20 @@ LimitOpt = Annotated[
 FromOpt = Annotated[
     Path | None,
     typer.Option("--from", metavar="FILE", help="Read this bundle instead of the store.", show_default=False),
+]
+ServedBaseOpt = Annotated[
+    str | None,
+    typer.Option(
+        "--base-model",
+        metavar="NAME",
+        help="The base model that the engine runs, if icm does not find out or there are several.",
+        autocompletion=completing("base"),
+        show_default=False,
+    ),
+]
+GatewayOpt = Annotated[
+    bool,
+    typer.Option("--gateway", help="With --print-config vllm: put `icm serve` in front instead of using the plug-in."),
 ]
 BundleArg = Annotated[
     Path, typer.Argument(metavar="FILE", help="A bundle written by `icm export`.", show_default=False)
@@ -197,3 +214,10 @@ class OnConflict(StrEnum):
     SKIP = "skip"
     REPLACE = "replace"
     FAIL = "fail"
+
+
+DtypeName = Literal["bfloat16", "float16", "float32"]
+OutputOpt = Annotated[
+    Path,
+    typer.Option("--output", "-o", metavar="DIR", help="Folder to write. Must be absent or empty.", show_default=False),
+]

@@ -1,4 +1,4 @@
-"""Give a command its `Session` (output, settings, fleet), and add the global options to it.
+"""Give a command its `Session` (output, settings, the store), and add the global options to it.
 
 @command
 def ls(session: Session, limit: ...) -> None:      ->  icm ls [--limit N] [--store ...] [--json] [-q] ...
@@ -25,7 +25,6 @@ from icm_cli.output import Output
 from icmlora.errors import Cancelled
 
 if TYPE_CHECKING:  # commands without a store, such as --help, do not import the library
-    from icmlora.fleet.api import Fleet
     from icmlora.fleet.context import Context, Event, TaskDamaged
 
 _STOPPING = (signal.SIGINT, signal.SIGTERM)
@@ -74,16 +73,11 @@ class Session:
         """The store, for work that is too short for a progress display."""
         return self._context()
 
-    @property
-    def fleet(self) -> Fleet:
-        """The fleet of the store, for work that is too short for a progress display."""
-        return self._fleet()
-
     @contextmanager
-    def working(self, label: str, on_event: Callable[[Event], None] | None = None) -> Iterator[Fleet]:
-        """Yield the fleet of the store and display its progress; Ctrl-C stops it after the current step."""
+    def working(self, label: str, on_event: Callable[[Event], None] | None = None) -> Iterator[Context]:
+        """Yield the store and display the progress of the work; Ctrl-C stops it after the current step."""
         with self.listening(label, on_event) as listen:
-            yield self._fleet(listen)
+            yield self._context(listen)
 
     @contextmanager
     def listening(
@@ -114,12 +108,12 @@ class Session:
             yield listen
 
     def run(
-        self, label: str, work: Callable[[Fleet], R], on_event: Callable[[Event], None] | None = None
+        self, label: str, work: Callable[[Context], R], on_event: Callable[[Event], None] | None = None
     ) -> tuple[R, bool]:
-        """Call a method of the fleet as in `working`, and return its report and whether the user stopped it."""
+        """Call a use case as in `working`, and return its report and whether the user stopped it."""
         try:
-            with self.working(label, on_event) as fleet:
-                return work(fleet), False
+            with self.working(label, on_event) as context:
+                return work(context), False
         except Cancelled as stop:
             if stop.report is None:
                 raise
@@ -138,26 +132,6 @@ class Session:
 
         settings = self.settings
         return Context(settings.store.value, cache_folder, settings.lock_timeout.value, self.command, listen)
-
-    def _fleet(self, on_event: Callable[[Event], None] | None = None) -> Fleet:
-        from icmlora.fleet.api import Fleet
-        from icmlora.fleet.context import TaskDamaged, Waiting
-
-        def listen(event: Event) -> None:
-            if isinstance(event, TaskDamaged):
-                self._tell(event)
-            elif isinstance(event, Waiting):
-                self._tell_waiting(event.text)
-            elif on_event is not None:
-                on_event(event)
-
-        return Fleet(
-            self.settings.store.value,
-            cache=cache_folder,
-            lock_timeout=self.settings.lock_timeout.value,
-            command=self.command,
-            on_event=listen,
-        )
 
     def _tell(self, found: TaskDamaged) -> None:
         if found.task not in self.damaged:

@@ -1,4 +1,4 @@
-"""How codes, residuals and errors are shown."""
+"""How codes, residuals, errors and base models are shown."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
     from icmlora.adapter.metrics import GroupError
+    from icmlora.fleet.bases.joins import BaseJoined
     from icmlora.fleet.records import Claim
 
 
@@ -48,6 +49,14 @@ def claim_json(claim: Claim | None) -> dict[str, object] | None:
         "retained_gain": claim.retained_gain,
         "precision": claim.precision,
     }
+
+
+def joined_text(event: BaseJoined) -> str:
+    """Say that a label was taken for a base model, and how to undo it."""
+    how = "their files are equal" if event.reason == "fingerprint" else "a known mirror"
+    how += ", quantised" if event.is_quantised else ""
+    undo = f"icm base alias {event.base_model} {event.label} --remove"
+    return f"{event.label} is taken for {event.base_model} ({how}), which `{undo}` undoes"
 
 
 def groups_json(groups: Sequence[GroupError]) -> list[dict[str, object]]:

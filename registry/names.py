@@ -94,7 +94,7 @@ def check_note(text: str) -> str:
         fact = "it is not text"
     else:
         return note
-    raise InvalidName(f"this cannot be a note: {fact}", hint="`icm note TASK --clear` removes a note")
+    raise InvalidName(f"this cannot be a note: {fact}", hint="`icm edit TASK --no-note` removes a note")
 
 
 def is_text(text: str) -> bool:

@@ -2,20 +2,60 @@
 
 import os
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
 from tests.rewriting import rewriting
+from tests.shared import built_once
 
 # Before anything imports torch: tiny tensors are slower on many threads, and parallel runs then share the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 # Tests do not time things: an example is slow when the machine is busy, and that is no failure.
-settings.register_profile("icm", deadline=None)
-settings.load_profile("icm")
+settings.register_profile("thorough", deadline=None)
+# The same few examples on every run; `--hypothesis-profile=thorough` tries more, and new ones (in CI the same).
+settings.register_profile("quick", deadline=None, derandomize=True, max_examples=15)
+settings.load_profile("quick")
+
+_IN_MEMORY, _ROOM = Path("/dev/shm"), 4 << 30
+_SLOWEST = 10
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Keep temporary folders in memory where there is room: most tests make a store, and a store waits for its disk."""
+    if _IN_MEMORY.is_dir() and os.access(_IN_MEMORY, os.W_OK) and shutil.disk_usage(_IN_MEMORY).free >= _ROOM:
+        os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(_IN_MEMORY))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what `make test` leaves to `make test-all`: the further cases of a test that says so; and properties."""
+    seen = set()
+    for item in items:
+        function = item.nodeid.partition("[")[0]
+        if item.get_closest_marker("one_case") and function in seen:
+            item.add_marker("slow")
+        seen.add(function)
+        if getattr(getattr(item, "obj", None), "is_hypothesis_test", False):
+            item.add_marker("property")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print the files that took longest, so that `make test` stays fast."""
+    seconds: Counter[str] = Counter()
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if isinstance(report, pytest.TestReport):
+                seconds[report.nodeid.partition("::")[0]] += report.duration
+    if len(seconds) > _SLOWEST:
+        terminalreporter.section("where the time goes")
+        terminalreporter.write_line(f"{sum(seconds.values()):6.0f} s in {len(seconds)} files, of which")
+        for file, took in seconds.most_common(_SLOWEST):
+            terminalreporter.write_line(f"{took:6.1f} s {file}")
 
 
 @pytest.fixture(autouse=True)
@@ -37,33 +77,39 @@ def isolated_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def mixed_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the tiny base model, the mixed fleet, and its store with vectors; made once, not to be changed."""
-    from tests.cli.tiny_fleet import build_ingested  # needs torch, as most tests of the registry do not
 
-    folder = tmp_path_factory.mktemp("mixed")
-    build_ingested(folder, vectors=True)
-    return folder
+    def build(folder: Path) -> None:
+        from tests.cli.tiny_fleet import build_ingested  # needs torch, as most tests of the registry do not
+
+        build_ingested(folder, vectors=True)
+
+    return built_once(tmp_path_factory, "mixed", build)
 
 
 @pytest.fixture(scope="session")
 def trained_template(mixed_template: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same store after `icm train`; made once, not to be changed."""
-    from tests.cli.tiny_fleet import train_store
 
-    store = tmp_path_factory.mktemp("trained") / "store"
-    shutil.copytree(mixed_template / "store", store)
-    train_store(store)
-    return store
+    def build(store: Path) -> None:
+        from tests.cli.tiny_fleet import train_store
+
+        shutil.copytree(mixed_template / "store", store, dirs_exist_ok=True)
+        train_store(store)
+
+    return built_once(tmp_path_factory, "trained", build)
 
 
 @pytest.fixture(scope="session")
 def started_template(trained_template: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The trained store with a few-shot start for its generator; made once, not to be changed."""
-    from tests.cli.tiny_fleet import EPISODES, icm_quietly
 
-    store = tmp_path_factory.mktemp("started") / "store"
-    shutil.copytree(trained_template, store)
-    icm_quietly(store, "train", "--objective", "functional", "--episodes", EPISODES, "--device", "cpu")
-    return store
+    def build(store: Path) -> None:
+        from tests.cli.tiny_fleet import EPISODES, icm_quietly
+
+        shutil.copytree(trained_template, store, dirs_exist_ok=True)
+        icm_quietly(store, "train", "--objective", "functional", "--episodes", EPISODES, "--device", "cpu")
+
+    return built_once(tmp_path_factory, "started", build)
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from icm_cli.errors import UsageProblem
 from icm_cli.options import LoaderOpt, completing
 from icm_cli.output import Column
 from icm_cli.session import Session, command
+from icm_cli.text import joined_text
 from icmlora.io.text import counted
 
 if TYPE_CHECKING:
@@ -214,14 +215,6 @@ def _document(base: KnownBase) -> dict[str, object]:
         "fingerprint": base.record.fingerprint,
         "problem": base.problem,
     }
-
-
-def joined_text(event: BaseJoined) -> str:
-    """Say that a label was taken for a base model, and how to undo it."""
-    how = "their files are equal" if event.reason == "fingerprint" else "a known mirror"
-    how += ", quantised" if event.is_quantised else ""
-    undo = f"icm base alias {event.base_model} {event.label} --remove"
-    return f"{event.label} is taken for {event.base_model} ({how}), which `{undo}` undoes"
 
 
 @command

@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from icm_cli.commands.materialize import DtypeName
 from icm_cli.errors import ExitCode, Interrupted, UsageProblem
-from icm_cli.options import completing
+from icm_cli.options import DtypeName, completing
 from icm_cli.output import Column
 from icm_cli.session import Session, command
 from icm_cli.text import as_fields
@@ -22,11 +21,11 @@ if TYPE_CHECKING:
     from icmlora.fleet.convert.convert import AdapterConverted, ConvertReport
 
 SourceArg = Annotated[
-    Path,
+    Path | None,
     typer.Argument(metavar="SRC", help="A folder or file of one adapter, or a folder of many.", show_default=False),
 ]
 DestinationArg = Annotated[
-    Path,
+    Path | None,
     typer.Argument(
         metavar="DST",
         help="Folder or file to write, as the format has it. For many adapters: the folder for them.",
@@ -39,7 +38,7 @@ FormatOpt = Annotated[
         "--format",
         metavar="NAME",
         help="Format to write: peft, mlx (for MLX-LM), gguf (one file for llama.cpp), diffusers, kohya, comfyui, xlabs "
-        "or lycoris; `icm formats` lists which becomes which. Default: that of the source.",
+        "or lycoris; --list-formats lists which becomes which. Default: that of the source.",
         show_default=False,
         autocompletion=completing("format"),
     ),
@@ -81,6 +80,14 @@ BaseOpt = Annotated[
         show_default=False,
     ),
 ]
+ListOpt = Annotated[
+    bool,
+    typer.Option(
+        "--list-formats",
+        help="Convert nothing: list the formats, and from which ones each is written. Image adapters need the extra "
+        "`diffusion` for it, gguf the configuration of the base model.",
+    ),
+]
 ForceOpt = Annotated[bool, typer.Option("--force", "-f", help="Replace what is at DST, unless that is SRC itself.")]
 
 _COLUMNS = (
@@ -96,14 +103,15 @@ _COLUMNS = (
 @command
 def convert(
     session: Session,
-    source: SourceArg,
-    destination: DestinationArg,
+    source: SourceArg = None,
+    destination: DestinationArg = None,
     adapter_format: FormatOpt = None,
     rank: RankOpt = None,
     size: SizeOpt = None,
     dtype: DtypeOpt = None,
     base_model: BaseOpt = None,
     force: ForceOpt = False,
+    list_formats: ListOpt = False,
 ) -> None:
     """Write an adapter in another format, or make it smaller. No store is needed.
 
@@ -119,10 +127,13 @@ def convert(
       icm convert loras/ loras-mlx/ --format mlx
       icm convert dog.safetensors dog-diffusers.safetensors --format diffusers
     """
-    if rank is not None and size is not None:
-        raise UsageProblem("--size sets the ranks itself, so it cannot be used with --rank")
-    if adapter_format is None and rank is None and size is None and dtype is None:
-        raise UsageProblem("nothing would change", hint="give --format, --rank, --size or --dtype")
+    if list_formats:
+        from icm_cli import format_list
+
+        format_list.list_formats(session)
+        return
+    if source is None or destination is None:
+        raise UsageProblem("SRC and DST are needed", hint="icm convert SRC DST --format NAME")
     from icmlora.fleet.convert import convert as use_case
 
     stopped = False
@@ -134,7 +145,7 @@ def convert(
                 adapter_format=adapter_format,
                 rank=rank,
                 size=None if size is None else parse_bytes(size),
-                dtype=dtype and dtype.value,
+                dtype=dtype,
                 base_model=base_model,
                 force=force,
                 on_event=listen,

@@ -1,12 +1,15 @@
-"""`icm doctor`: check the installation and the store."""
+"""`icm doctor`: check the installation and the store, and print where things are."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from icm_cli.config import config_file, log_file
 from icm_cli.errors import ExitCode
 from icm_cli.session import Session, command
 from icmlora.io.text import human_size
@@ -15,15 +18,43 @@ if TYPE_CHECKING:
     from icmlora.io.cards import Card
 
 
+class What(StrEnum):
+    """The paths that `icm doctor --path` prints."""
+
+    STORE = "store"
+    DB = "db"
+    BLOBS = "blobs"
+    CONFIG = "config"
+    LOG = "log"
+
+
+PathOpt = Annotated[
+    What | None,
+    typer.Option(
+        "--path",
+        help="Only print a path, for scripts: of the store, its database, its blobs, the configuration file or the "
+        "log. It need not exist.",
+        show_default=False,
+    ),
+]
+
+
 @command
-def doctor(session: Session) -> None:
+def doctor(session: Session, path: PathOpt = None) -> None:
     """Check versions, devices, settings and the store. Exit with code 1 if something is wrong.
 
-    Include the output in every problem report. The store is only read.
+    Include the output in every problem report. The store is only read. The configuration file may set store, device
+    and lock_timeout, for example `store = "/data/icm"`.
 
     Example:
       icm doctor --json
+      du -sb "$(icm doctor --path store)"
     """
+    if path is not None:
+        found = path_of(session, path)
+        session.out.document({"name": path.value, "path": str(found)})
+        session.out.answer(str(found))
+        return
     from icmlora.fleet.tasks.maintenance import examine
 
     settings = session.settings
@@ -48,6 +79,16 @@ def doctor(session: Session) -> None:
         session.out.warn(f"{check.name}: {check.problem}", kind=check.name)
     if problems:
         raise typer.Exit(ExitCode.FAILED)
+
+
+def path_of(session: Session, what: What) -> Path:
+    """Return where icm keeps something."""
+    if what is What.CONFIG:
+        return config_file()
+    if what is What.LOG:
+        return log_file()
+    store = session.settings.store.value
+    return store if what is What.STORE else store / {What.DB: "registry.db", What.BLOBS: "blobs"}[what]
 
 
 def _shown(name: str, value: str | int | Card | None) -> str:

@@ -2,30 +2,22 @@
 
 from __future__ import annotations
 
-import math
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from icm_cli.commands.vectors import tell_failure
-from icm_cli.errors import ExitCode, Interrupted
-from icm_cli.left_out import tell_left_out
+from icm_cli.errors import ExitCode
+from icm_cli.eval_report import interrupted, sum_up, tell_measured
 from icm_cli.options import DeviceOpt, ShardOpt, SomeTasksArg, WorkersOpt
-from icm_cli.output import Column
 from icm_cli.session import Session, command
-from icm_cli.text import errors_json
 from icmlora.fleet.measure.metric_result import MAX_TOKENS
-from icmlora.fleet.measure.precision import measured_in
-from icmlora.io.text import counted
 
 if TYPE_CHECKING:
-    from icmlora.fleet.context import Context, Event
-    from icmlora.fleet.measure.evaluate import EvaluateReport, TaskEvaluated
-    from icmlora.fleet.measure.measure import SourceResult
-    from icmlora.fleet.measure.metric_result import MetricResult
+    from icmlora.fleet.context import Context
+    from icmlora.fleet.measure.evaluate import EvaluateReport
 
 
 class SourceName(StrEnum):
@@ -46,13 +38,12 @@ DataOpt = Annotated[
 SourceOpt = Annotated[
     list[SourceName] | None,
     typer.Option(
-        "--rung", help="Measure only this source, with base model and original. Can be repeated.", show_default=False
+        "--source", help="Measure only this source, with base model and original. Can be repeated.", show_default=False
     ),
 ]
+OldSourceOpt = Annotated[list[SourceName] | None, typer.Option("--rung", hidden=True, help="As --source.")]
 TokensOpt = Annotated[int, typer.Option("--max-tokens", metavar="N", min=2, help="Tokens to score in each text.")]
 AgainOpt = Annotated[bool, typer.Option("--again", help="Measure again what was measured on the same text before.")]
-_SHORT = {"perplexity": "ppl", "bits per byte": "bpb"}
-_SOURCES = ("base", "original", "residual", "code", "generate", "network")
 
 
 @command
@@ -60,12 +51,13 @@ def evaluate(
     session: Session,
     tasks: SomeTasksArg = None,
     data: DataOpt = None,
-    rung: SourceOpt = None,
+    source: SourceOpt = None,
     device: DeviceOpt = None,
     max_tokens: TokensOpt = MAX_TOKENS,
     again: AgainOpt = False,
     workers: WorkersOpt = None,
     shard: ShardOpt = None,
+    rung: OldSourceOpt = None,
 ) -> None:
     """Measure how good the base model, original, residual, code and generated adapter are on held-out examples.
 
@@ -78,11 +70,14 @@ def evaluate(
     """
     from icmlora.fleet.measure.evaluate import evaluate
 
+    if rung:
+        session.out.note("`--rung` goes with the next version: use --source")
+
     def work(context: Context) -> EvaluateReport:
         return evaluate(
             context,
             tasks or (),
-            sources=[name.value for name in rung] if rung else ("residual", "code", "generate"),
+            sources=[name.value for name in (*(source or ()), *(rung or ()))] or ("residual", "code", "generate"),
             data=data,
             max_tokens=max_tokens,
             device=session.device(device),
@@ -91,7 +86,7 @@ def evaluate(
             shard=shard,
         )
 
-    report, stopped = session.run("eval", work, partial(tell, session))
+    report, stopped = session.run("eval", work, partial(tell_measured, session))
     sum_up(session, report)
     if report.tasks and max_tokens != MAX_TOKENS:
         usual = f"`icm eval` without --max-tokens measures {MAX_TOKENS} tokens of each text"
@@ -100,97 +95,3 @@ def evaluate(
         interrupted(report)
     if report.is_partial:
         raise typer.Exit(ExitCode.PARTLY)
-
-
-def interrupted(report: EvaluateReport) -> NoReturn:
-    """Say how many tasks were measured until the user stopped it."""
-    done = counted(len(report.tasks), "task")
-    raise Interrupted(f"interrupted; {done} measured", hint="`icm eval` measures the rest")
-
-
-def sum_up(session: Session, report: EvaluateReport) -> None:
-    """Print a table of the results, and what was not measured and why."""
-    shown = [source for source in _SOURCES if any(source in task.sources for task in report.tasks)]
-    with_gain = [source for source in shown if source not in ("base", "original")]
-    metrics = dict.fromkeys(task.sources["base"].score.metric for task in report.tasks) or {"": None}
-    for metric in metrics:  # a table for each kind of base model
-        tasks = [task for task in report.tasks if task.sources["base"].score.metric == metric]
-        _print_table(session, tasks, shown, with_gain)
-    for source in with_gain:
-        gain = report.gain_of(source)
-        if gain is None:
-            continue
-        figures = {"tasks": gain.tasks, "mean": gain.mean, "worst": gain.worst}
-        session.out.event("mean", rung=source, **figures, precisions=list(gain.precisions))
-        session.out.line(
-            f"retained gain of `{source}`: mean {gain.mean:.3f}, worst {gain.worst:.3f} ({gain.worst_task})"
-            f"{measured_in(gain.precisions)}"
-        )
-    notes = {
-        "no held-out text, so not measured": report.without_data,
-        "evicted before it was measured like this, so the retained gain is unknown": report.without_original,
-        "changed by another icm meanwhile, so not everything was recorded": report.outdated,
-        "not measured, see the warnings above": [failure.task for failure in report.failed],
-    }
-    for text, names in notes.items():
-        if names:
-            session.out.note(f"{text}: {', '.join(names)}")
-    for note in report.notes:
-        session.out.note(note)
-    if said := measured_in(task.precision for task in report.tasks):
-        session.out.note(f"measured on the base model in{said}")
-    tell_left_out(session.out, report.left_out, "not measured")
-
-
-def _print_table(session: Session, tasks: list[TaskEvaluated], shown: list[str], with_gain: list[str]) -> None:
-    names = dict.fromkeys(name for task in tasks for name in task.sources["base"].score.figures) or _SHORT
-    figures = [name for name in names if name != "nats per token"]  # perplexity says the same
-    columns = [Column("task", shrink=True)]
-    columns += [Column(f"{source} {_SHORT.get(name, name)}", right=True) for name in figures for source in shown]
-    for source in with_gain:
-        columns += [Column(f"{source} gain", right=True), Column(f"{source} error", right=True)]
-    by_name = sorted(tasks, key=lambda task: task.task)
-    session.out.table(columns, [_cells(task, figures, shown, with_gain) for task in by_name])
-
-
-def tell(session: Session, event: Event) -> None:
-    """Report one task that is measured, or that failed."""
-    from icmlora.fleet.measure.evaluate import TaskEvaluated
-
-    tell_failure(session, event)
-    if isinstance(event, TaskEvaluated):
-        rungs = {source: _as_json(result) for source, result in event.sources.items()}
-        session.out.event("task", task=event.task, precision=event.precision, rungs=rungs)
-        if event.skipped is not None:
-            session.out.detail(f"{event.task}: {event.skipped}")
-
-
-def _as_json(result: SourceResult) -> dict[str, object]:
-    figures = {"retained_gain": result.retained_gain, **errors_json(result.squared_error)}
-    return _score_as_json(result.score) | figures
-
-
-def _score_as_json(score: MetricResult) -> dict[str, object]:
-    """Return the metric under its own name, and for language models what follows from it."""
-    figures = {name: value if math.isfinite(value) else None for name, value in score.figures.items()}
-    keys: dict[str, object] = {"metric": score.metric, "value": score.value, "count": score.count}
-    if "perplexity" in figures:
-        keys["tokens"] = score.count
-    return keys | {name.replace(" ", "_"): value for name, value in figures.items()}
-
-
-def _cells(task: TaskEvaluated, figures: list[str], shown: list[str], with_gain: list[str]) -> list[str]:
-    found = {str(source): result for source, result in task.sources.items()}
-    cells = [task.task]
-    for name in figures:
-        values = [found[source].score.figures.get(name) if source in found else None for source in shown]
-        cells += [_figure(value, 2 if name == "perplexity" else 3) for value in values]
-    for source in with_gain:
-        result = found.get(source)
-        cells += [_figure(None if result is None else result.retained_gain, 3)]
-        cells += [_figure(None if result is None else result.relative_error, 3)]
-    return cells
-
-
-def _figure(value: float | None, digits: int) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from icm_cli.errors import ExitCode, Interrupted, UsageProblem
+from icm_cli.errors import ExitCode, Interrupted
 from icm_cli.options import DeviceOpt, DryRunOpt, SomeTasksArg, WorkersOpt, gain_option
 from icm_cli.output import Column
 from icm_cli.session import Session, command
@@ -88,7 +87,7 @@ def evict(
 
     For the check, each code is read back from disk, with its residual if it has one, decoded, and measured against the
     original. A task whose code misses a limit keeps its original; so does a pinned task. Exit code 3 means that some
-    originals were kept; tasks of which only the original is kept count only if you name them. Works on a full disk, but
+    originals were kept. Original-only tasks affect the exit code only when named. Works on a full disk, but
     for placeholders: each takes some bytes, and where they do not fit the folder stays and the exit code is 15.
 
     With --placeholder, the folder that an adapter was ingested from is freed too: `icm restore FOLDER` brings it back,
@@ -98,10 +97,12 @@ def evict(
       icm evict --max-error 0.22 --dry-run
       icm evict --placeholder --keep-originals
     """
-    _check_options(max_error, min_gain, checkpoints_only, placeholder, keep_originals)
+    from icmlora.fleet.evict.evict import evict
+
     report, stopped = session.run(
         "evict",
-        lambda fleet: fleet.evict(
+        lambda context: evict(
+            context,
             tasks or [],
             max_error=max_error,
             min_gain=min_gain,
@@ -120,24 +121,6 @@ def evict(
         raise Interrupted(f"interrupted; {done} checked", hint="run the same command to continue")
     if report.partly:
         raise typer.Exit(ExitCode.NO_SPACE if report.is_full else ExitCode.PARTLY)
-
-
-def _check_options(
-    max_error: float | None, min_gain: float | None, checkpoints_only: bool, placeholder: bool, keep_originals: bool
-) -> None:
-    has_limit = max_error is not None or min_gain is not None
-    if keep_originals and not placeholder:
-        raise UsageProblem("--keep-originals goes with --placeholder: it would delete nothing")
-    if keep_originals and has_limit:
-        raise UsageProblem("a limit is for originals that are deleted: leave it out with --keep-originals")
-    if placeholder and checkpoints_only and not keep_originals:
-        hint = "add --keep-originals, or leave out --checkpoints-only"
-        raise UsageProblem("a checkpoint has no code, so without its original nothing brings it back", hint=hint)
-    if not has_limit and not keep_originals:
-        hint = "`--max-error 0.22` limits the relative error, `--min-gain 0.97` the retained gain"
-        raise UsageProblem("no limit was given: use --max-error, --min-gain or both", hint=hint)
-    if any(limit is not None and not math.isfinite(limit) for limit in (max_error, min_gain)):
-        raise UsageProblem("a limit must be a finite number")
 
 
 def _tell(session: Session, event: Event) -> None:

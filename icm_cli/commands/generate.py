@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from icm_cli.commands.materialize import DtypeName, OutputOpt
 from icm_cli.errors import Interrupted
-from icm_cli.options import BaseModelOpt, DeviceOpt, ForceOpt
+from icm_cli.options import BaseModelOpt, DeviceOpt, DtypeName, ForceOpt, OutputOpt
 from icm_cli.session import Session, command
 from icmlora.errors import Cancelled
 from icmlora.fleet.measure.precision import measured_in
@@ -40,7 +39,7 @@ SamplesOpt = Annotated[
 CountOpt = Annotated[
     int,
     typer.Option(
-        "-n", "--count", metavar="K", min=1, max=_MOST_SAMPLES, help="Read at most K samples, spread over the file."
+        "--count", metavar="K", min=1, max=_MOST_SAMPLES, help="Read at most K samples, spread over the file."
     ),
 ]
 DescriptionOpt = Annotated[
@@ -79,7 +78,7 @@ def generate(
     register: RegisterOpt = False,
     base_model: BaseModelOpt = None,
     device: DeviceOpt = None,
-    dtype: Annotated[DtypeName, typer.Option("--dtype", help="Number format of the weights.")] = DtypeName.BFLOAT16,
+    dtype: Annotated[DtypeName, typer.Option("--dtype", help="Number format of the weights.")] = "bfloat16",
     force: ForceOpt = False,
 ) -> None:
     """Make an adapter for a new task from a few samples, without training one.
@@ -108,7 +107,7 @@ def generate(
                 rank=rank,
                 base_model=base_model,
                 device=session.device(device),
-                dtype=dtype.value,
+                dtype=dtype,
                 register=register,
                 force=force,
             )

@@ -4,30 +4,28 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from textwrap import wrap
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from icm_cli.commands.base import joined_text
-from icm_cli.commands.vectors import tell_vectors
 from icm_cli.errors import ExitCode, Interrupted, UsageProblem
-from icm_cli.left_out import tell_left_out
+from icm_cli.failures import tell_left_out, tell_vectors
 from icm_cli.options import DeviceOpt, DryRunOpt, OnConflict, completing
 from icm_cli.output import Column, Mode, Output
 from icm_cli.session import Session, command
-from icmlora.errors import AdapterRefused, BaseModelMismatch, DataError
+from icm_cli.text import joined_text
 from icmlora.io.text import counted, escape, human_size, some
 
 if TYPE_CHECKING:
-    from icmlora.fleet.api import Fleet
     from icmlora.fleet.context import Event
     from icmlora.fleet.ingest.ingest import IngestReport, InputProblem
+    from icmlora.fleet.vectors.vectors import VectorReport
 
 PathsArg = Annotated[
     list[Path], typer.Argument(metavar="PATH...", help="Folders with adapters, at any depth.", show_default=False)
@@ -122,12 +120,13 @@ def ingest(
     device: DeviceOpt = None,
     dry_run: DryRunOpt = False,
 ) -> None:
-    """Take adapters into the store: PEFT folders, training runs, or any other format of `icm formats`.
+    """Take adapters into the store: PEFT folders, training runs, or adapters of other programs.
 
     Files are checked and copied; nothing in PATH is changed. Running the same command again changes nothing. An
     adapter that cannot have a code, such as a LoHa, is kept as its original only. What cannot be taken is listed at the
     end and never stops the rest; the exit code is then 3. If the base model is on this machine, task vectors are
-    extracted too; otherwise run `icm vectors` later. `icm base alias` is for base models with several names.
+    extracted too; otherwise run `icm vectors` later. `icm base alias` is for base models with several names,
+    and `icm convert --list-formats` lists the formats.
 
     A task is named after its folder. If the folder is called adapter, best, final, lora, model, output or similar, the
     task is named after the folder above it. Where folders have the same name, the name of the folder above is put in
@@ -138,33 +137,44 @@ def ingest(
       icm ingest ./loras
       icm ingest ./saves --name-from '{parent}-{name}'
     """
+    from icmlora.fleet.ingest.ingest import ingest as take_in
+
     if name is not None and name_from is not None:
         raise UsageProblem("--name and --name-from cannot be used together")
 
-    def work(fleet: Fleet) -> IngestReport:
-        return fleet.ingest(
-            paths,
-            name=name,
-            name_from=name_from,
-            samples=samples,
-            base_model=base_model,
-            texts=texts,
-            strict=strict,
-            on_conflict=on_conflict.value,
-            restore=restore,
-            read_bin=read_bin,
-            initial=initial,
-            dry_run=dry_run,
+    problems: list[InputProblem] = []
+    taken: list[IngestReport] = []  # what was taken, once that is told
+    try:
+        report, stopped = session.run(
+            "ingest",
+            lambda context: take_in(
+                context,
+                paths,
+                name=name,
+                name_from=name_from,
+                samples=samples,
+                base_model=base_model,
+                texts=texts,
+                strict=strict,
+                on_conflict=on_conflict.value,
+                restore=restore,
+                read_bin=read_bin,
+                initial=initial,
+                vectors=vectors,
+                device=session.device(device),
+                dry_run=dry_run,
+            ),
+            partial(_tell, session, problems, taken),
         )
-
-    report, stopped = _taken(session, work)
-    _tell_sum(session, report, dry_run=dry_run)
-    partly = bool(report.problems)
-    if vectors and report.extractable and not stopped:
-        stopped, failed = _extract(session, report, session.device(device))
-        partly = partly or failed
+    except Exception:
+        if not taken and len(problems) > 1:  # nothing was taken; one reason alone is what the error says
+            tell_problems(session.out, problems)
+        raise
+    if not taken:
+        _tell_sum(session, report, dry_run=dry_run)
+    partly = _tell_extracted(session.out, report.vectors)
     _tell_end(session, report, dry_run=dry_run, is_named=name is not None or name_from is not None)
-    _end(report, stopped=stopped, partly=partly)
+    _end(report, stopped=stopped, partly=partly or bool(report.problems))
 
 
 def _end(report: IngestReport, *, stopped: bool, partly: bool) -> None:
@@ -176,42 +186,21 @@ def _end(report: IngestReport, *, stopped: bool, partly: bool) -> None:
         raise typer.Exit(ExitCode.PARTLY)
 
 
-def _taken(session: Session, work: Callable[[Fleet], IngestReport]) -> tuple[IngestReport, bool]:
-    """Ingest, and return the report and whether the user stopped it; if nothing was taken, list all reasons."""
-    problems: list[InputProblem] = []
-    try:
-        return session.run("ingest", work, partial(_tell, session, problems))
-    except Exception:
-        if len(problems) > 1:  # one alone is what the error says
-            tell_problems(session.out, problems)
-        raise
-
-
-def _extract(session: Session, report: IngestReport, device: str) -> tuple[bool, bool]:
-    """Extract task vectors where that is possible, and return whether the user stopped it and whether any failed."""
-    from icmlora.fleet.vectors.vectors import extract_vectors
-
-    try:
-        extracted, stopped = session.run(
-            "task vectors",
-            lambda context: extract_vectors(context, report.extractable, device=device),
-            partial(tell_vectors, session),
-        )
-    except (BaseModelMismatch, DataError, AdapterRefused) as error:  # of the only task, and its adapter is stored
-        session.out.warn(f"{report.extractable[0]}: {error.message}", kind="vectors", hint=error.hint)
-        return False, True
-    done = {entry.task for entry in extracted.tasks}
-    report.without_vectors = [task for task in report.without_vectors if task not in done]
-    session.out.line(f"extracted the vectors of {counted(len(done), 'task')}")
+def _tell_extracted(out: Output, extracted: VectorReport | None) -> bool:
+    """Say what came of the task vectors, and return whether some failed."""
+    if extracted is None:
+        return False
+    if extracted.tasks or not extracted.failed:
+        out.line(f"extracted the vectors of {counted(len(extracted.tasks), 'task')}")
     for note in extracted.notes:
-        session.out.note(note)
-    partly = tell_left_out(session.out, extracted.left_out, "no vectors")
-    return stopped, bool(extracted.failed) or partly
+        out.note(note)
+    return tell_left_out(out, extracted.left_out, "no vectors") or bool(extracted.failed)
 
 
-def _tell(session: Session, problems: list[InputProblem], event: Event) -> None:
+def _tell(session: Session, problems: list[InputProblem], taken: list[IngestReport], event: Event) -> None:
     """Report one task; collect what was not taken, which is listed at the end."""
     from icmlora.fleet.bases.joins import BaseJoined
+    from icmlora.fleet.context import StageBegun
     from icmlora.fleet.ingest.ingest import InputProblem, PlaceholderMet, TaskIngested
 
     if isinstance(event, TaskIngested):
@@ -228,6 +217,11 @@ def _tell(session: Session, problems: list[InputProblem], event: Event) -> None:
     elif isinstance(event, InputProblem):
         session.out.event("problem", **asdict(event))
         problems.append(event)
+    elif isinstance(event, StageBegun):
+        taken.append(cast("IngestReport", event.report))
+        _tell_sum(session, taken[0], dry_run=False)
+    else:
+        tell_vectors(session, event)
 
 
 def _tell_sum(session: Session, report: IngestReport, *, dry_run: bool) -> None:
@@ -297,7 +291,7 @@ def _tell_names(out: Output, report: IngestReport) -> None:
         out.note(f"{counted(len(named), 'task')} {verb} not called like the folder: {some(named)}")
     foreign = [task.task for task in report.ingested if task.status == "added" and not task.task.isascii()]
     if foreign:
-        out.hint(f"Tab completes names that are hard to type, and `icm mv {foreign[0]} NAME` gives one another name")
+        out.hint(f"Tab completes names that are hard to type; `icm edit {foreign[0]} --name NAME` renames a task")
 
 
 def _tell_guesses(out: Output, report: IngestReport) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 from icm_cli.errors import UsageProblem
 from icm_cli.options import BaseModelOpt, FiltersOpt, FromOpt, LimitOpt, SortOpt
@@ -18,6 +20,11 @@ from icmlora.io.text import counted, human_size, in_ranges
 if TYPE_CHECKING:
     from icmlora.fleet.records import TaskSummary
 
+TagsOpt = Annotated[
+    bool, typer.Option("--tags", help="List the tags of all tasks instead, each with the number of its tasks.")
+]
+OldFiltersOpt = Annotated[list[str] | None, typer.Option("-f", hidden=True, help="As --filter.")]
+
 
 @command
 def ls(
@@ -27,6 +34,8 @@ def ls(
     sort: SortOpt = None,
     limit: LimitOpt = None,
     bundle: FromOpt = None,
+    tags: TagsOpt = False,
+    old_filters: OldFiltersOpt = None,
 ) -> None:
     """List the tasks in the store, or in a bundle with --from.
 
@@ -42,12 +51,18 @@ def ls(
     does-nothing, generated), source and note. Sizes take units: 10MB, 512KiB.
 
     Example:
-      icm ls -f 'rank>=8' -f tag=prod -f 'base~llama' --sort size:desc --limit 20
+      icm ls -F 'rank>=8' -F tag=prod -F 'base~llama' --sort size:desc --limit 20
     """
     from icmlora.fleet.tasks.tasks import list_names, list_tasks
 
+    if tags:
+        list_tags(session)
+        return
+    if old_filters:
+        session.out.note("`-f` goes with the next version, where it is --force everywhere: use -F or --filter")
+        filters = [*(filters or ()), *old_filters]
     if bundle is not None:
-        from icm_cli.commands.bundle_list import list_bundle
+        from icm_cli.bundle_list import list_bundle
 
         if filters or sort is not None or limit is not None:
             raise UsageProblem("a bundle is listed whole", hint="leave out --filter, --sort and --limit")
@@ -69,6 +84,19 @@ def ls(
     elif not rows:
         out.note("no tasks")
         out.hint("run `icm ingest PATH` to add adapters")
+
+
+def list_tags(session: Session) -> None:
+    """Print all tags, each with the number of its tasks."""
+    from icmlora.fleet.tasks import tasks
+
+    out, tags = session.out, tasks.list_tags(session.context)
+    out.document([{"tag": tag, "tasks_count": number} for tag, number in tags.items()])
+    for tag in tags if out.is_quiet else ():
+        out.answer(tag)
+    out.table((Column("tag"), Column("tasks", right=True)), [[tag, str(number)] for tag, number in tags.items()])
+    if not tags:
+        out.note("no task has a tag")
 
 
 def _coded(row: TaskSummary) -> str:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from enum import StrEnum
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from icm_cli.errors import UsageProblem
-from icm_cli.options import DeviceOpt, ForceOpt, FromOpt, LoaderOpt, SeedOpt, completing
+from icm_cli.options import DtypeName, ForceOpt, FromOpt, SeedOpt, completing
 from icm_cli.session import Session, command
 from icm_cli.text import claim_json, claim_text
 from icmlora.fleet.measure.precision import measured_in
@@ -20,29 +19,9 @@ if TYPE_CHECKING:
     from icmlora.fleet.write.materialize import MaterializeReport
 
 
-class SourceName(StrEnum):
-    """Where the adapter comes from."""
+# "generate" is what "recalled" was called before.
+SourceName = Literal["auto", "original", "residual", "code", "recalled", "generate", "network"]
 
-    AUTO = "auto"
-    ORIGINAL = "original"
-    RESIDUAL = "residual"
-    CODE = "code"
-    GENERATE = "generate"
-    NETWORK = "network"
-
-
-class DtypeName(StrEnum):
-    """Number format of the written weights."""
-
-    BFLOAT16 = "bfloat16"
-    FLOAT16 = "float16"
-    FLOAT32 = "float32"
-
-
-OutputOpt = Annotated[
-    Path,
-    typer.Option("--output", "-o", metavar="DIR", help="Folder to write. Must be absent or empty.", show_default=False),
-]
 WrittenOpt = Annotated[
     Path,
     typer.Option(
@@ -60,7 +39,7 @@ FormatOpt = Annotated[
         metavar="NAME",
         help="peft: a PEFT folder. mlx: a folder for MLX-LM. gguf: one file for llama.cpp; from and to it, the "
         "configuration of the base model is read. For image adapters diffusers, kohya, comfyui, xlabs, lycoris: one "
-        "file each; `icm formats` lists which becomes which. Default: the adapter's own format.",
+        "file each; `icm convert --list-formats` lists which becomes which. Default: the adapter's own format.",
         show_default=False,
         autocompletion=completing("format"),
     ),
@@ -70,8 +49,8 @@ SourceOpt = Annotated[
     typer.Option(
         "--source",
         help="original: the ingested files. residual: the code, corrected by its residual. code: the code alone. "
-        "generate: the code that the task vectors bring back. network: what the network alone predicts from them. "
-        "auto: the first of original, residual and code that is there.",
+        "recalled: the code of the task recognized from its vectors. network: what the network alone predicts from "
+        "them. auto: the first of original, residual and code that is there.",
     ),
 ]
 DtypeOpt = Annotated[
@@ -106,32 +85,22 @@ ErrorOpt = Annotated[
 ]
 
 
+# `icm recognize -q` names the task that samples belong to; these three are what was there before.
+SamplesOpt = Annotated[Path | None, typer.Option("--samples", metavar="FILE", hidden=True)]
+LoaderOpt = Annotated[str | None, typer.Option("--loader", hidden=True)]
+DeviceOpt = Annotated[str | None, typer.Option("--device", hidden=True)]
 MaybeTaskArg = Annotated[
     str | None,
     typer.Argument(
-        metavar="[TASK]",
-        help="Name of a task (see `icm ls`); not with --samples.",
-        autocompletion=completing("task"),
-        show_default=False,
-    ),
-]
-SamplesOpt = Annotated[
-    Path | None,
-    typer.Option(
-        "--samples",
-        metavar="FILE",
-        help="Write the adapter of the known task that these samples belong to (see `icm recognize`). Needs the base "
-        "model. Exit with code 17 and write nothing if the task is new.",
-        show_default=False,
+        metavar="TASK", help="Name of a task (see `icm ls`).", autocompletion=completing("task"), show_default=False
     ),
 ]
 BaseOpt = Annotated[
     str | None,
     typer.Option(
         "--base-model",
-        metavar="NAME",
-        help="With --samples: only tasks of this base model. With --from: folder or GGUF file of the base model.",
-        autocompletion=completing("base"),
+        metavar="PATH",
+        help="With --from and --format gguf: folder or GGUF file of the base model, whose configuration is needed.",
         show_default=False,
     ),
 ]
@@ -144,7 +113,7 @@ def materialize(
     task: MaybeTaskArg = None,
     samples: SamplesOpt = None,
     bundle: FromOpt = None,
-    source: SourceOpt = SourceName.AUTO,
+    source: SourceOpt = "auto",
     adapter_format: FormatOpt = None,
     seed: SeedOpt = None,
     dtype: DtypeOpt = None,
@@ -155,7 +124,7 @@ def materialize(
     device: DeviceOpt = None,
     force: ForceOpt = False,
 ) -> None:
-    """Write the adapter of TASK as a folder, or with --samples that of the task they belong to.
+    """Write the adapter of TASK as a folder.
 
     A decoded adapter has the form of its original: configuration, names, ranks and number formats. Neither the base
     model nor a GPU is needed. The same command writes the same bytes. With --seed, the adapter is
@@ -168,18 +137,19 @@ def materialize(
     Example:
       icm materialize dog-detection -o adapter/
       icm materialize dog-detection --format gguf -o dog-detection.gguf
+      icm materialize "$(icm recognize -q --samples queries.jsonl)" -o adapter/
     """
-    _check_usage(task, samples, bundle, source, seed)
-    _check_base_options(samples, bundle, adapter_format, base_model, loader, device)
-    if task is None:
-        from icmlora.fleet.write.format_pairs import format_to_write
-        from icmlora.formats.format import check_target
+    from icmlora.fleet.write.materialize import materialize
 
-        # Before a model is loaded.
-        target = None if adapter_format is None else format_to_write(adapter_format)
-        check_target(output, target, as_file=True, force=force)
-        task = _recognized(session, samples, base_model, bundle, loader, device)
-    write: Callable[..., MaterializeReport] = partial(session.fleet.materialize, source=source.value, seed=seed)
+    _check_options(task, samples, bundle, source, adapter_format, seed, base_model)
+    if samples is None and (loader, device) != (None, None):
+        raise UsageProblem("nothing runs the base model", hint="leave out --loader and --device")
+    if samples is not None:
+        from icm_cli.commands.recognize import recognized
+
+        task = recognized(session, samples, base_model, bundle, loader, device).known_task()
+    assert task is not None
+    write: Callable[..., MaterializeReport] = partial(materialize, session.context, source=source, seed=seed)
     if bundle is not None:
         from icmlora.fleet.bundles.bundles import Bundle
 
@@ -188,66 +158,38 @@ def materialize(
         task,
         output,
         adapter_format=adapter_format,
-        dtype=dtype and dtype.value,
+        dtype=dtype,
         pad_rank=pad_rank,
         max_error=max_error,
         force=force,
     )
-    if bundle is None and source is SourceName.AUTO and done.source in ("residual", "code"):
+    if bundle is None and source == "auto" and done.source in ("residual", "code"):
         session.out.note(f"the original of {done.task} was evicted; decoding {_FROM[done.source]} instead")
     _tell(session, done)
 
 
-def _check_usage(
-    task: str | None, samples: Path | None, bundle: Path | None, source: SourceName, seed: int | None
-) -> None:
-    if bundle is not None and (seed is not None or source not in (SourceName.AUTO, SourceName.CODE)):
-        raise UsageProblem(
-            "a bundle holds codes only", hint="use --from without --seed, and with --source auto or code"
-        )
-    if seed is not None and source not in (SourceName.AUTO, SourceName.NETWORK):
-        raise UsageProblem(f"--seed is for what the network predicts, not for --source {source.value}")
-    if (task is None) == (samples is None):
-        raise UsageProblem("give the name of a task, or --samples FILE", hint="`icm ls` lists the tasks")
-
-
-def _check_base_options(
+def _check_options(
+    task: str | None,
     samples: Path | None,
     bundle: Path | None,
+    source: SourceName,
     adapter_format: str | None,
+    seed: int | None,
     base_model: str | None,
-    loader: str | None,
-    device: str | None,
 ) -> None:
-    if adapter_format is not None:
-        from icmlora.formats import catalogue
+    from icmlora.formats import catalogue
 
-        names = [known.name for known in catalogue.FORMATS]
-        if adapter_format not in names:
-            raise UsageProblem(f"unknown format {adapter_format!r}", hint=f"choose one of {', '.join(names)}")
-    if samples is None and (loader, device) != (None, None):
-        raise UsageProblem("--loader and --device are for --samples: nothing else runs the base model")
+    if bool(task) == (samples is not None):  # the name is empty where `icm recognize -q` found no task
+        raise UsageProblem("give the name of a task", hint="`icm ls` lists the tasks")
+    names = [known.name for known in catalogue.FORMATS]
+    if adapter_format not in (None, *names):
+        raise UsageProblem(f"unknown format {adapter_format!r}", hint=f"choose one of {', '.join(names)}")
+    if bundle is not None and (seed is not None or source not in ("auto", "code")):
+        hint = "use --from without --seed, and with --source auto or code"
+        raise UsageProblem("a bundle holds codes only", hint=hint)
     if samples is None and base_model is not None and (bundle is None or adapter_format not in _WITH_BASE):
         hint = "`icm base add NAME PATH` says where the base model of tasks in a store is"
-        raise UsageProblem("--base-model is for --samples, and for --from with --format gguf or peft", hint=hint)
-
-
-def _recognized(
-    session: Session,
-    samples: Path | None,
-    base_model: str | None,
-    bundle: Path | None,
-    loader: str | None,
-    device: str | None,
-) -> str:
-    """Return the known task that samples belong to."""
-    from icm_cli.commands.recognize import recognized
-
-    assert samples is not None
-    found = recognized(session, samples, base_model, bundle, loader, device)
-    task = found.known_task()
-    session.out.note(f"recognized {task}, probability {found.candidates[0].probability:.2f}")
-    return task
+        raise UsageProblem("--base-model is for --from with --format gguf or peft", hint=hint)
 
 
 def _tell(session: Session, done: MaterializeReport) -> None:
@@ -257,7 +199,7 @@ def _tell(session: Session, done: MaterializeReport) -> None:
             "task": done.task,
             "output": str(done.directory),
             "format": done.adapter_format,
-            "source": done.source,
+            "source": "generate" if done.source == "recalled" else done.source,  # the key is older than the word
             "generator": done.generator,
             "relative_error": done.relative_error,
             "squared_error": done.squared_error,
@@ -284,9 +226,10 @@ def _tell(session: Session, done: MaterializeReport) -> None:
     out.note(f"wrote {done.task} from {origin}{figures}")
     if done.left_out:
         out.note(f"without the files that came with it, which only --format peft writes: {', '.join(done.left_out)}")
-    if done.source == "generate":
-        code = "none of the known tasks, so this is what the network predicts"
-        out.note(f"its vectors bring back {code if done.recognized is None else f'the code of {done.recognized}'}")
+    if done.source == "recalled" and done.recognized is None:
+        out.note("No known task recognized; used the network's prediction.")
+    elif done.source == "recalled":
+        out.note(f"recognized {done.recognized} from its vectors")
 
 
 _WITH_BASE = ("gguf", "peft")  # the latter for an adapter that is a GGUF file
@@ -296,6 +239,6 @@ _FROM = {
     "original": f"its original{_EXACTLY}",
     "residual": "its code and residual",
     "code": "its code",
-    "generate": "what its task vectors bring back",
+    "recalled": "the code of the task recognized from its vectors",
     "network": "its task vectors, as the network predicts it",
 }

@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from icm_cli.commands.vectors import tell_failure
 from icm_cli.errors import ExitCode
-from icm_cli.left_out import left_out_text
+from icm_cli.failures import left_out_text, tell_failure
 from icm_cli.options import DeviceOpt, completing
 from icm_cli.session import Session, command
 from icm_cli.text import groups_json

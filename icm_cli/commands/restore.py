@@ -46,17 +46,19 @@ def restore(session: Session, folders: FoldersArg, bundle: FromOpt = None, dry_r
     needed. Files that are in a folder are never overwritten, and a placeholder goes only when its adapter is complete.
     What cannot be restored is listed and never stops the rest; the exit code is then 3, or 15 if the disk is full.
 
-    The store that a placeholder names is not opened because of that: name it with --store if it is not your usual one.
+    icm opens only the store you pass with --store, not the one that a placeholder names.
 
     Example:
       icm restore ./loras
       icm restore ./loras/dog-detection --from fleet.icm
     """
+    from icmlora.fleet.evict.restore import restore
+
     refused: list[AdapterRestored] = []
     try:
         report, stopped = session.run(
             "restore",
-            lambda fleet: fleet.restore(folders, bundle=bundle, dry_run=dry_run),
+            lambda context: restore(context, folders, bundle=bundle, dry_run=dry_run),
             lambda event: _tell(session, refused, event),
         )
     except Exception:

@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from icm_cli import engine_config
+from icm_cli.engine_config import Engine
 from icm_cli.errors import CliError, UsageProblem
-from icm_cli.options import FromOpt, completing
+from icm_cli.options import FromOpt, GatewayOpt, ServedBaseOpt
 from icm_cli.session import Session, command
 from icmlora.io.text import counted, escape, escape_lines, parse_bytes, utc
 
@@ -28,21 +30,23 @@ if TYPE_CHECKING:
     from icmlora.serving.tasks import ServedTasks
 
 EngineUrlOpt = Annotated[
-    str, typer.Option("--engine-url", metavar="URL", help="Where the engine is, as http://127.0.0.1:8000.")
+    str | None,
+    typer.Option(
+        "--engine-url", metavar="URL", help="Where the engine is, as http://127.0.0.1:8000.", show_default=False
+    ),
+]
+PrintConfigOpt = Annotated[
+    Engine | None,
+    typer.Option(
+        "--print-config",
+        metavar="vllm|sglang",
+        help="Serve nothing: print the environment and the command line that start this engine with the tasks.",
+        show_default=False,
+    ),
 ]
 EngineOpt = Annotated[
     Literal["auto", "vllm", "sglang"],
     typer.Option("--engine", metavar="auto|vllm|sglang", help="Which engine it is; auto asks it."),
-]
-EngineBaseOpt = Annotated[
-    str | None,
-    typer.Option(
-        "--base-model",
-        metavar="NAME",
-        help="The base model of the tasks that the engine runs, if icm does not find out.",
-        autocompletion=completing("base"),
-        show_default=False,
-    ),
 ]
 HostOpt = Annotated[str, typer.Option("--host", metavar="ADDRESS", help="Address to listen on.")]
 PortOpt = Annotated[
@@ -180,10 +184,12 @@ AccessLogOpt = Annotated[bool, typer.Option("--access-log", help="Log every requ
 @command
 def serve(
     session: Session,
-    engine_url: EngineUrlOpt,
+    engine_url: EngineUrlOpt = None,
     engine: EngineOpt = "auto",
     bundle: FromOpt = None,
-    base_model: EngineBaseOpt = None,
+    base_model: ServedBaseOpt = None,
+    print_config: PrintConfigOpt = None,
+    gateway: GatewayOpt = False,
     host: HostOpt = "127.0.0.1",
     port: PortOpt = 8080,
     access_log: AccessLogOpt = False,
@@ -207,12 +213,23 @@ def serve(
     """Serve every task of the store, or of a bundle with --from, through an engine, as OpenAI's API does.
 
     A request for the name of a task gets its adapter: icm writes it at the first request, and the engine loads it.
-    Other requests go to the engine as they are. The engine is vLLM or SGLang; `icm serve-config` says how to start it.
+    Other requests go to the engine as they are. The engine is vLLM or SGLang.
     The address is printed when the server is ready. SIGTERM or Ctrl-C stop it once requests in flight have ended.
 
+    --print-config says how to start the engine. vLLM asks the plug-in of icm for a task when a request names it, and
+    needs no `icm serve`. SGLang cannot, so `icm serve` goes in front of it. Stdout is shell, ready to be pasted. Notes
+    are on stderr: where the base model is missing, and which tasks this engine cannot serve.
+
     Example:
+      icm serve --print-config vllm
       icm serve --engine-url http://127.0.0.1:8000
     """
+    if print_config is not None:
+        engine_config.print_config(session, print_config, bundle, base_model, gateway=gateway)
+        return
+    if engine_url is None:
+        hint = "start one as `icm serve --print-config vllm` says, and give its address"
+        raise UsageProblem("--engine-url is missing: where the engine is", hint=hint)
     server = _server()
     known_token = _token(token, token_file, no_token)
     waits = {"whole_body": body_timeout, "first_byte": first_byte_timeout, "idle": idle_timeout}

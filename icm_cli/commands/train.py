@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import typer
 
-from icm_cli.commands import encode
-from icm_cli.commands import eval as evaluation
+from icm_cli import encode_report, eval_report
 from icm_cli.commands.train_options import (
     EpisodesOpt,
     ErrorOpt,
@@ -29,8 +28,8 @@ from icm_cli.commands.train_options import (
     UpdateOpt,
     WidthOpt,
 )
-from icm_cli.commands.vectors import tell_failure
 from icm_cli.errors import ExitCode, Interrupted, UsageProblem
+from icm_cli.failures import tell_failure
 from icm_cli.options import BaseModelOpt, DeviceOpt, WorkersOpt
 from icm_cli.output import Output
 from icm_cli.session import Session, command
@@ -163,8 +162,8 @@ class _Printed:
                 note = "refining codes where the base model is at hand; Ctrl-C stops that, and the store is complete"
                 self.session.out.note(f"{note} without it")
         _tell(self.session, event)
-        encode.tell(self.session, event, "refined" if self.is_refining else "task")
-        evaluation.tell(self.session, event)
+        encode_report.tell_encoded(self.session, event, "refined" if self.is_refining else "task")
+        eval_report.tell_measured(self.session, event)
 
     def catch_up(self, report: TrainReport | UpdateReport, *, is_stopped: bool = False) -> None:
         """Print what was done and is not printed yet."""
@@ -180,9 +179,9 @@ class _Printed:
                 for updated in report.updated:
                     _sum_up_update(self.session, updated)
         for encoded in report.encoded[self.encoded :]:
-            encode.sum_up(self.session, encoded, brief=self.is_refining)
+            encode_report.sum_up(self.session, encoded, brief=self.is_refining)
             if not self.is_refining and not is_stopped:
-                encode.tell_next(self.session, encoded, self.max_error, self.min_gain)
+                encode_report.tell_next(self.session, encoded, self.max_error, self.min_gain)
         self.encoded = len(report.encoded)
         if report.measurable is not None and not self.is_explained:
             self.is_explained = True
@@ -191,7 +190,7 @@ class _Printed:
             if not report.measurable.tasks and report.measurable.elsewhere:
                 out.hint("`icm eval` measures the codes, with the base model and held-out text")
         if report.evaluated is not None:  # the last stage
-            evaluation.sum_up(self.session, report.evaluated)
+            eval_report.sum_up(self.session, report.evaluated)
         if report.measurable is not None and report.evaluate_error is not None:
             out.warn(f"not measured: {', '.join(report.measurable.tasks)}: {report.evaluate_error}")
 
@@ -200,7 +199,7 @@ class _Printed:
         from icmlora.fleet.train.train import TrainReport
 
         if report.evaluated is not None:
-            evaluation.interrupted(report.evaluated)
+            eval_report.interrupted(report.evaluated)
         if report.encoded:
             done = counted(len(report.encoded[-1].tasks), "task")
             go_on = "the store is complete without it; `icm encode` refines the rest"

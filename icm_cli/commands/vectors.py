@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from icm_cli.errors import ExitCode, Interrupted
-from icm_cli.left_out import tell_left_out
+from icm_cli.failures import tell_left_out, tell_vectors
 from icm_cli.options import DeviceOpt, ShardOpt, SomeTasksArg, WorkersOpt
 from icm_cli.session import Session, command
 from icmlora.io.text import counted
 
 if TYPE_CHECKING:
-    from icmlora.fleet.context import Event
     from icmlora.fleet.vectors.vectors import VectorReport
 
 AgainOpt = Annotated[bool, typer.Option("--again", help="Also extract the vectors of tasks that already have some.")]
@@ -54,33 +52,6 @@ def vectors(
         raise Interrupted(f"interrupted; {done} extracted", hint="run `icm vectors` to continue")
     if report.failed or partly:
         raise typer.Exit(ExitCode.PARTLY)
-
-
-def tell_vectors(session: Session, event: Event) -> None:
-    """Report one task whose vectors are stored, or one that failed."""
-    from icmlora.fleet.vectors.vectors import VectorsExtracted
-
-    tell_failure(session, event)
-    if isinstance(event, VectorsExtracted):
-        session.out.event("vectors", **asdict(event))
-        source = "its samples" if event.source == "samples" else "probe texts"
-        session.out.detail(f"{event.task}: {event.vectors} vectors from {source}")
-        if event.skipped is not None:
-            session.out.detail(f"{event.task}: {event.skipped}")
-
-
-def tell_failure(session: Session, event: Event) -> None:
-    """Report one task, or one base model, that something is wrong with, while the others go on."""
-    from icmlora.fleet.context import TaskFailed
-    from icmlora.fleet.failures import BaseModelFailed
-
-    if not isinstance(event, TaskFailed | BaseModelFailed):
-        return
-    name = event.task if isinstance(event, TaskFailed) else event.base_model
-    place = {"task": name} if isinstance(event, TaskFailed) else {"base_model": name}
-    session.out.warn(f"{name}: {event.message}", kind=event.kind, **place, hint=event.hint)
-    if event.hint is not None:
-        session.out.hint(event.hint)
 
 
 def _tell_end(session: Session, report: VectorReport) -> None:

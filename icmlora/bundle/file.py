@@ -43,12 +43,15 @@ class BundleFile:
         self.index = index
         self.digest = digest
         self.stamp = _stamp(descriptor)  # which file it is, as it is now
+        self._is_checked = False
         ends = accumulate((part.size for part in index.parts), initial=start)
         self._begins = {part.digest: begin for part, begin in zip(index.parts, ends, strict=False)}
 
     def at(self, descriptor: int) -> BundleFile:
         """Return the same bundle, open once more under another descriptor."""
-        return BundleFile(descriptor, self.size, self._start, self.index, self.digest)
+        again = BundleFile(descriptor, self.size, self._start, self.index, self.digest)
+        again._is_checked = self._is_checked
+        return again
 
     def read(self, digest: str) -> bytes:
         """Return the bytes of a part once they are known to be the right ones."""
@@ -58,13 +61,14 @@ class BundleFile:
         return data
 
     def check(self) -> None:
-        """Hash every part, holding a few megabytes at a time."""
-        for part in self.index.parts:
+        """Hash every part, holding a few megabytes at a time; once, while the file is the same."""
+        for part in () if self._is_checked else self.index.parts:
             begin, hashed = self._begins[part.digest], hashlib.sha256()
             for at in range(0, part.size, _CHUNK):
                 hashed.update(read_exactly(self._descriptor, min(_CHUNK, part.size - at), begin + at))
             if hashed.hexdigest() != part.digest:
                 raise _damaged(part.digest)
+        self._is_checked = True
 
 
 @contextmanager

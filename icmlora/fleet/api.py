@@ -1,37 +1,54 @@
-"""The public face of a fleet: one method per use case, each a call into the file of that name.
+"""The public face of a fleet: every use case as a method. Each is the function of that name, and nothing in between.
 
-A method imports what it needs when it is called, so that `import icmlora` and listing tasks never load torch. The
-methods that list and maintain a store are in `icmlora.fleet.api_store`, those that delete originals and bring adapters
-back in `icmlora.fleet.api_originals`; `Fleet` inherits them.
+Importing this imports torch and SQLAlchemy. A command imports only its own use case.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from icmlora.fleet.api_originals import FleetOriginals
+from icmlora.fleet.bases.base_models import (
+    add_base_model,
+    alias_base_model,
+    forget_base_model,
+    list_base_models,
+    separate_labels,
+)
 from icmlora.fleet.bundles.export import export_bundle
 from icmlora.fleet.bundles.import_ import import_bundle
+from icmlora.fleet.context import Context, Event, default_cache, ignore
 from icmlora.fleet.encode.encode import encode
+from icmlora.fleet.evict.evict import evict
+from icmlora.fleet.evict.restore import restore
 from icmlora.fleet.few_shot.generate import generate
 from icmlora.fleet.few_shot.train import check_few_shot, train_few_shot
+from icmlora.fleet.ingest.ingest import ingest
+from icmlora.fleet.map.map import map_fleet
 from icmlora.fleet.measure.evaluate import evaluate, measurable
 from icmlora.fleet.measure.module_errors import module_errors
+from icmlora.fleet.report.report import write_report
+from icmlora.fleet.stats.stats import stats
+from icmlora.fleet.tasks.duplicates import find_duplicates
+from icmlora.fleet.tasks.generators import forget_generator, list_generators, rollback
+from icmlora.fleet.tasks.maintenance import examine, prune, repair_blobs, repair_rows, restore_database, verify
+from icmlora.fleet.tasks.tasks import (
+    edit_tasks,
+    list_names,
+    list_tags,
+    list_tasks,
+    plan_removal,
+    remove_tasks,
+    show_task,
+)
 from icmlora.fleet.train.train import train
 from icmlora.fleet.train.update import update
 from icmlora.fleet.vectors.recognize import recognize
 from icmlora.fleet.vectors.vectors import extract_vectors
-from icmlora.fleet.write.materialize import load_many
-
-if TYPE_CHECKING:
-    from icmlora.adapter.model import Adapter
-    from icmlora.fleet.ingest.ingest import Conflict, IngestReport
-    from icmlora.fleet.write.materialize import MaterializeReport, Source
+from icmlora.fleet.write.materialize import load, load_many, materialize, read_files
 
 
-class Fleet(FleetOriginals):
+class Fleet(Context):
     """The tasks of a store, and everything that can be done with them.
 
         fleet = Fleet("store", on_event=print)
@@ -58,184 +75,71 @@ class Fleet(FleetOriginals):
             in it: what was finished is kept.
     """
 
-    module_errors = module_errors
-
-    # ingest, vectors
-
-    def ingest(
+    def __init__(
         self,
-        paths: Sequence[str | Path],
+        path: str | Path,
         *,
-        name: str | None = None,
-        name_from: str | None = None,
-        samples: str | Path | None = None,
-        base_model: str | None = None,
-        texts: bool = True,
-        strict: bool = False,
-        on_conflict: Conflict = "fail",
-        restore: bool = False,
-        read_bin: bool = False,
-        initial: str | Path | None = None,
-        dry_run: bool = False,
-    ) -> IngestReport:
-        """Take adapters into the store, which is created if necessary. Ingesting the same again changes nothing.
+        cache: str | Path | Callable[[], Path] = default_cache,
+        lock_timeout: float = 30.0,
+        command: str = "icm",
+        on_event: Callable[[Event], None] = ignore,
+    ) -> None:
+        cache = Path(cache) if isinstance(cache, str) else cache
+        super().__init__(Path(path), cache, lock_timeout, command, on_event)
 
-        What cannot be taken is in the report's `problems` and does not stop the rest. A base model under a new label,
-        such as a known mirror, is joined to the one that the store has; these labels are in `joined`.
-
-        Args:
-            paths: Adapters in any format of `icm formats`, training runs with checkpoint-N folders, or folders of those
-                at any depth.
-            name: Name for the task, if exactly one is found. By default a task is named after its folder.
-            name_from: Pattern for the names, such as `{parent}-{name}`; see `icm ingest --help`.
-            samples: Samples for the task as JSON lines, if exactly one is found. By default the `samples.jsonl` next
-                to its adapter.
-            base_model: Base model of the adapters that name none. A task that was ingested without one gets it.
-            texts: Also ingest the `samples.jsonl` and `eval.jsonl` found next to adapters.
-            strict: Check everything first, and store nothing if anything cannot be taken.
-            on_conflict: If the store has a task of that name with another adapter: `skip`, `replace` or `fail`.
-            restore: Bring evicted originals back. By default they stay evicted.
-            read_bin: Also read weights that are a pickle, `adapter_model.bin`, in a process of its own with limits;
-                the store keeps them as safetensors.
-            initial: Folder with the weights that a PiSSA, OLoRA or CorDA adapter began with. By default `pissa_init`,
-                `olora_init` or `corda_init` in or next to its folder.
-            dry_run: Check everything and report what would change, but write nothing.
-
-        Raises:
-            AdapterRefused: Nothing was found, or nothing could be taken; with `strict`, an input was refused.
-            TaskConflict: The same, where a task has another adapter in the store and `on_conflict` is `fail`.
-        """
-        from icmlora.base_models.finding.labels import typed_label
-        from icmlora.fleet.ingest.ingest import IngestRequest, ingest
-
-        found, given = tuple(map(Path, paths)), None if samples is None else Path(samples)
-        told = None if base_model is None else typed_label(base_model)
-        began = None if initial is None else Path(initial).resolve()
-        request = IngestRequest(
-            found, name, name_from, given, told, texts, strict, on_conflict, restore, dry_run, read_bin, began
-        )
-        return ingest(self._context, request)
-
+    # From adapters to codes and back.
+    ingest = ingest
     extract_vectors = extract_vectors
-
-    # train, update, encode
-
     train = train
-
     update = update
-
     encode = encode
-
-    # evaluate
-
     evaluate = evaluate
-
     measurable = measurable
-
-    # materialize, bundles
-
-    def materialize(
-        self,
-        task: str,
-        directory: str | Path,
-        *,
-        source: Source = "auto",
-        adapter_format: str | None = None,
-        dtype: str | None = None,
-        pad_rank: int | None = None,
-        seed: int | None = None,
-        max_error: float | None = None,
-        force: bool = False,
-    ) -> MaterializeReport:
-        """Write a task's adapter as a folder, or as a file for llama.cpp. It appears complete or not at all.
-
-        A decoded adapter has the form of its original: its configuration, names, ranks and number formats. Neither the
-        base model nor a GPU is needed. The same arguments write the same bytes.
-
-        Args:
-            task: Name of the task.
-            directory: The folder, absent or empty; with a format of single files a file, as `NAME.gguf`.
-            source: `original`, `residual`, `code`, `generate` (the code that the task vectors bring back) or `network`
-                (what the network alone predicts from them); `auto` takes the best there is of the first three.
-            adapter_format: Name of a format, as `icm formats` lists them. Default: the adapter's own. An original in
-                another format is converted too, so it does not come back byte for byte. From and to `gguf` that needs
-                the configuration of the base model, for image adapters the extra `diffusion`.
-            dtype: Number format of decoded or converted factors: `bfloat16`, `float16` or `float32`. Default: that of
-                the original, or `float32` if they are converted.
-            pad_rank: Write decoded factors with one rank for all modules, filled with zeros, for engines that need it.
-            seed: Predict the adapter from a latent sampled with this seed; for `network` or `auto`.
-            max_error: Refuse an adapter whose relative error is larger, or was not measured.
-            force: Replace the adapter in a folder that is not empty.
-
-        Raises:
-            DataError: The store does not have this source.
-            TooLossy: The error is above `max_error`.
-            OutputExists: The folder is not empty, or the file exists, and `force` is not given.
-            AdapterRefused: The format has no place for a part of the adapter, such as a head.
-            BaseModelNotFound: From and to `gguf`: it is not on this machine.
-            BaseModelUnsuited: From and to `gguf`: its architecture is none that icm writes adapters for.
-        """
-        from icmlora.fleet.write.materialize import MaterializeRequest, materialize
-
-        where = Path(directory)
-        request = MaterializeRequest(
-            task=task,
-            directory=where,
-            source=source,
-            adapter_format=adapter_format,
-            dtype=dtype,
-            pad_rank=pad_rank,
-            seed=seed,
-            max_error=max_error,
-            force=force,
-        )
-        return materialize(self._context, request)
-
-    def read_files(
-        self,
-        task: str,
-        *,
-        source: Source = "auto",
-        dtype: str | None = None,
-        pad_rank: int | None = None,
-        seed: int | None = None,
-        max_error: float | None = None,
-    ) -> dict[str, bytes]:
-        """Return name -> content of the files that `materialize` writes.
-
-        `task`, `source`, `dtype`, `pad_rank`, `seed`, `max_error` and the errors are those of `materialize`.
-        """
-        from icmlora.fleet.write.materialize import FilesRequest, make_files
-
-        request = FilesRequest(task=task, source=source, seed=seed, max_error=max_error, dtype=dtype, pad_rank=pad_rank)
-        return make_files(self._context, request).by_name
-
-    def load(
-        self, task: str, *, source: Source = "auto", seed: int | None = None, max_error: float | None = None
-    ) -> Adapter:
-        """Load a task's adapter into memory: float32 tensors, with the scale folded into B.
-
-            for module in fleet.load("dog-detection").modules:
-                delta = module.b @ module.a  # (out, in)
-
-        `task`, `source`, `seed`, `max_error` and the errors are those of `materialize`.
-        """
-        from icmlora.fleet.write.materialize import LoadRequest, load
-
-        return load(self._context, LoadRequest(task=task, source=source, seed=seed, max_error=max_error))
-
+    materialize = materialize
+    read_files = read_files
+    load = load
     load_many = load_many
 
-    export_bundle = export_bundle
+    # List, show and edit tasks.
+    tasks = list_tasks
+    task_names = list_names
+    show = show_task
+    module_errors = module_errors
+    edit = edit_tasks
+    tags = list_tags
+    stats = stats
+    task_map = map_fleet
+    duplicates = find_duplicates
+    report = write_report
 
+    # Base models.
+    base_models = list_base_models
+    add_base_model = add_base_model
+    forget_base_model = forget_base_model
+    alias_base_model = alias_base_model
+    separate_base_model = separate_labels
+
+    # New adapters.
+    recognize = recognize
+    check_few_shot = check_few_shot
+    train_few_shot = train_few_shot
+    generate = generate
+
+    # Use codes elsewhere.
+    export_bundle = export_bundle
     import_bundle = import_bundle
 
-    # recognize, generate
-
-    recognize = recognize
-
-    check_few_shot = check_few_shot
-
-    train_few_shot = train_few_shot
-
-    generate = generate
+    # Delete, restore and check.
+    evict = evict
+    restore = restore
+    plan_removal = plan_removal
+    remove = remove_tasks
+    prune = prune
+    verify = verify
+    repair = repair_blobs
+    repair_rows = repair_rows
+    restore_database = restore_database
+    generators = list_generators
+    rollback = rollback
+    forget_generator = forget_generator
+    doctor = examine

@@ -185,7 +185,7 @@ class AdapterFormat(Protocol):
 
     @property
     def about(self) -> str:
-        """What it is, in a few words that `icm formats` prints."""
+        """What it is, in a few words that `icm convert --list-formats` prints."""
         ...
 
     @property

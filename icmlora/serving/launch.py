@@ -19,25 +19,6 @@ _PORTS: Mapping[EngineName, int] = {"vllm": 8000, "sglang": 30000}
 
 
 @dataclass(frozen=True)
-class LaunchRequest:
-    """What to serve, and how.
-
-    Attributes:
-        engine: The engine.
-        store: The store with the tasks, if there is no bundle.
-        bundle: The bundle with the tasks.
-        base_model: One of their base models, or a label of it; needed where there are several.
-        gateway: Put `icm serve` in front of vLLM, in place of the plug-in. SGLang always has it.
-    """
-
-    engine: EngineName
-    store: Path | None
-    bundle: Path | None
-    base_model: str | None = None
-    gateway: bool = False
-
-
-@dataclass(frozen=True)
 class Launch:
     """The environment and the command lines.
 
@@ -62,31 +43,50 @@ class Launch:
     left_out: Sequence[tuple[str, str]]
 
 
-def plan_launch(tasks: ServedTasks, request: LaunchRequest) -> Launch:
+def plan_launch(
+    tasks: ServedTasks,
+    engine: EngineName,
+    store: Path | None,
+    bundle: Path | None,
+    *,
+    base_model: str | None = None,
+    gateway: bool = False,
+) -> Launch:
     """Say how to start an engine for the tasks of one base model.
+
+    Args:
+        tasks: The tasks.
+        engine: The engine.
+        store: The store with the tasks, if there is no bundle.
+        bundle: The bundle with the tasks.
+        base_model: One of their base models, or a label of it; needed where there are several.
+        gateway: Put `icm serve` in front of vLLM, in place of the plug-in. SGLang always has it.
 
     Raises:
         DataError: No task, several base models, or none that the engine can serve.
     """
-    base_model = _base_model(tasks, request.base_model)
-    served, left_out, rank, targets = _sorted(request.engine, tasks, base_model)
+    base_model = _base_model(tasks, base_model)
+    served, left_out, rank, targets = _sorted(engine, tasks, base_model)
     if not served:
-        raise DataError(f"{request.engine} can serve no task of {base_model!r}: {left_out[0][1]}")
+        raise DataError(f"{engine} can serve no task of {base_model!r}: {left_out[0][1]}")
     model, is_local = _model(tasks, base_model)
-    source = {"ICM_STORE": str(request.store)} if request.bundle is None else {"ICM_BUNDLE": str(request.bundle)}
-    uses_gateway = request.gateway or request.engine == "sglang"
+    uses_gateway = gateway or engine == "sglang"
     environment: dict[str, str] = {}
-    if request.engine == "vllm":
+    if engine == "vllm":
         rank = next(taken for taken in VLLM_RANKS if taken >= rank)
         command = _vllm(model, base_model, rank, served)
         environment["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
         if not uses_gateway:
-            environment |= source
+            environment |= {"ICM_STORE": str(store)} if bundle is None else {"ICM_BUNDLE": str(bundle)}
             # The plug-in finds out for itself only where the engine gets the same name and icm finds the same files.
             environment |= {} if is_local and model == base_model else {"ICM_BASE_MODEL": base_model}
     else:
         command = _sglang(model, base_model, rank, served, targets)
-    commands = [command, _gateway(request, base_model)] if uses_gateway else [command]
+    commands = [command]
+    if uses_gateway:
+        source = ["--store", str(store)] if bundle is None else ["--from", str(bundle)]
+        at = ["--engine", engine, "--engine-url", f"http://127.0.0.1:{_PORTS[engine]}"]
+        commands.append(["icm", "serve", *at, *source, "--base-model", base_model])
     return Launch(base_model, model, is_local, environment, commands, served, rank, left_out)
 
 
@@ -113,6 +113,9 @@ def _sorted(
     served, rank, targets = 0, 1, set[str]()
     left_out: list[tuple[str, str]] = []
     for form in tasks.forms(base_model):
+        if form.format != "peft":
+            left_out.append((form.name, f"it is in the format {form.format}, and {engine} reads PEFT folders"))
+            continue
         config = _config(form)
         if (problem := config_problem(engine, config)) is not None:
             left_out.append((form.name, problem))
@@ -153,9 +156,3 @@ def _sglang(model: str, base_model: str, rank: int, tasks: int, targets: Sequenc
     start = ["python", "-m", "sglang.launch_server", "--model-path", model, *_served_as(model, base_model)]
     port = ["--port", str(_PORTS["sglang"])]
     return [*start, "--enable-lora", *sizes, "--lora-target-modules", *targets, *port]
-
-
-def _gateway(request: LaunchRequest, base_model: str) -> list[str]:
-    source = ["--store", str(request.store)] if request.bundle is None else ["--from", str(request.bundle)]
-    engine = ["--engine", request.engine, "--engine-url", f"http://127.0.0.1:{_PORTS[request.engine]}"]
-    return ["icm", "serve", *engine, *source, "--base-model", base_model]

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import threading
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
-from functools import cache
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import cache, partial
+from importlib.metadata import version
 from pathlib import Path
-from typing import Protocol
 
 from icmlora.adapter.layout import ModuleShape
-from icmlora.base_models.finding.lookup import FoundBase, find_base_model
+from icmlora.base_models.finding.lookup import FoundBase
 from icmlora.fleet.bundles.bundles import Bundle
-from icmlora.fleet.context import Context, find_recorded
-from icmlora.fleet.write.materialize import MaterializeRequest, key_of, materialize, plan
-from icmlora.formats.format import Template
+from icmlora.fleet.context import Context
+from icmlora.fleet.resources.code_source import CodeSource, OpenCodes, open_store, template_of
+from icmlora.fleet.write.materialize import Chosen, choose, write_adapter
 from registry.files import identity
-from registry.filters import Selection
 from registry.names import task_name_problem
-from registry.records import BaseModelRecord
 
 _ADMITTED = 1
 """Adapters that are decoded at once: more would only take each other's processor."""
@@ -47,11 +48,13 @@ class TaskForm:
 
     Attributes:
         name: The name of the task.
+        format: The format of its adapter; engines read `peft`.
         config: Its `adapter_config.json`, as it is written.
         targets: The names of its modules, as a configuration gives them.
     """
 
     name: str
+    format: str
     config: bytes
     targets: tuple[str, ...]
 
@@ -78,155 +81,100 @@ class Stamp:
         return cls(found.st_mtime, (*identity(found), found.st_ctime_ns))
 
 
-class ServedTasks(Protocol):
-    """Where tasks come from. The methods may be called from several threads."""
+class ServedTasks:
+    """Where tasks come from. The methods may be called from several threads.
+
+    Args:
+        path: The file that changes when any task may have changed.
+        open_codes: Opens the store or the bundle. It is opened for each call: holding a store open would make
+            `icm evict` and `icm prune` wait for the server.
+    """
+
+    def __init__(self, path: Path, open_codes: OpenCodes) -> None:
+        self._path, self._open = path, open_codes
+        self._admitted = threading.Semaphore(_ADMITTED)
 
     def stamp(self) -> Stamp:
         """Return what changes when any task may have changed; microseconds, for each request."""
-        ...
-
-    def find(self, name: str) -> ServedTask | None:
-        """Return the task that has exactly this name, or None; any text may be asked for."""
-        ...
-
-    def names(self, base_model: str | None = None) -> list[str]:
-        """Return the names of all tasks, or of those of one base model, sorted."""
-        ...
-
-    def forms(self, base_model: str) -> Iterator[TaskForm]:
-        """Yield what an engine is told of the tasks of a base model; a row or two is read for each."""
-        ...
-
-    def base_models(self) -> Mapping[str, tuple[str, ...]]:
-        """Return all names of each base model, by its main name."""
-        ...
-
-    def locate(self, base_model: str) -> FoundBase:
-        """Find a base model on this machine; raises `BaseModelNotFound`."""
-        ...
-
-    def write(self, task: ServedTask, directory: Path) -> None:
-        """Write a task's adapter as a folder: complete, or not at all. Raises as `Fleet.materialize` does."""
-        ...
-
-
-class StoreTasks:
-    """The tasks of a store: originals as they are, others from their codes."""
-
-    # The store is opened for each call: holding it open would make `icm evict` and `icm prune` wait for the server.
-
-    def __init__(self, context: Context) -> None:
-        from registry.storage.folder import StorePaths  # imports SQLAlchemy
-
-        self._context = context
-        self._database = StorePaths(context.path).database
-        self._admitted = threading.Semaphore(_ADMITTED)
-
-    def stamp(self) -> Stamp:
-        """Look at the database file from outside: opening and closing it would drop the locks of other threads."""
-        return Stamp.of(self._database)
-
-    def find(self, name: str) -> ServedTask | None:
-        """Return the task that has exactly this name, or None."""
-        if task_name_problem(name) is not None:
-            return None
-        found = plan(self._context, name)
-        return (
-            None
-            if found is None or found.task != name
-            else ServedTask(found.task, found.base_model, found.key, found.layout)
-        )
-
-    def names(self, base_model: str | None = None) -> list[str]:
-        """Return the names of all tasks, or of those of one base model, sorted."""
-        with self._context.open(read_only=True) as store:
-            return store.tasks.names(Selection(base_model=base_model))
-
-    def forms(self, base_model: str) -> Iterator[TaskForm]:
-        """Yield what an engine is told of the tasks of a base model."""
-        from icmlora.formats.peft.initial import converted_form
-
-        with self._context.open(read_only=True) as store:
-            read = cache(store.blobs.read)  # many tasks have the same configuration
-            for summary in store.tasks.summaries(Selection(base_model=base_model)):
-                final, config = summary.final, read(summary.final.config)
-                if final.is_evicted:  # else the original is served as it is
-                    layout = tuple(ModuleShape(*entry) for entry in final.layout)
-                    config = converted_form(Template(config, layout, final.dtype, final.template)).config
-                yield TaskForm(summary.task.name, config, tuple(final.target_modules))
-
-    def base_models(self) -> Mapping[str, tuple[str, ...]]:
-        """Return all names of each base model, by its main name."""
-        return {record.name: record.names for record in self._records()}
-
-    def locate(self, base_model: str) -> FoundBase:
-        """Find a base model on this machine."""
-        (record,) = (record for record in self._records() if record.name == base_model)
-        return find_recorded(record)
-
-    def write(self, task: ServedTask, directory: Path) -> None:
-        """Write a task's adapter as a folder."""
-        with self._admitted:
-            materialize(self._context, MaterializeRequest(task=task.name, directory=directory))
-
-    def _records(self) -> list[BaseModelRecord]:
-        with self._context.open(read_only=True) as store:
-            return list(store.base_models.all())
-
-
-class BundleTasks:
-    """The tasks of a bundle file, without a store."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._opened = Stamp.of(path), Bundle(path)
-        self._admitted = threading.Semaphore(_ADMITTED)
-
-    def stamp(self) -> Stamp:
-        """Look at the file."""
+        # From outside: opening and closing the database would drop the locks of other threads.
         return Stamp.of(self._path)
 
     def find(self, name: str) -> ServedTask | None:
-        """Return the task that has exactly this name, or None."""
-        bundle = self._bundle
-        task = bundle.index.task(name)
-        if task is None or task.name != name:
+        """Return the task that has exactly this name, or None; any text may be asked for."""
+        if task_name_problem(name) is not None:
             return None
-        generator = bundle.generator
-        facts = {"generator": [generator.blob, generator.version], "bundled": asdict(task)}
-        return ServedTask(task.name, bundle.base_model, key_of(facts), task.layout)
+        with self._open() as codes:
+            task = codes.find(name)
+            if task is None or task.name != name:
+                return None
+            chosen = choose(codes, task)
+        layout = tuple(ModuleShape(*entry) for entry in chosen.final.layout)
+        return ServedTask(name, task.base_model, _key(chosen), layout)
 
     def names(self, base_model: str | None = None) -> list[str]:
         """Return the names of all tasks, or of those of one base model, sorted."""
-        bundle = self._bundle
-        return [task.name for task in bundle.tasks] if base_model in (None, bundle.base_model) else []
+        with self._open() as codes:
+            return codes.names(base_model)
 
     def forms(self, base_model: str) -> Iterator[TaskForm]:
-        """Yield what an engine is told of the tasks."""
-        if base_model == self._bundle.base_model:
-            yield from (TaskForm(task.name, config, task.target_modules) for task, config in self._bundle.configs())
+        """Yield what an engine is told of the tasks of a base model; a row or two is read for each."""
+        from icmlora.formats.peft.initial import converted_form
+
+        with self._open() as codes:
+            read = cache(codes.read)  # many tasks have the same configuration
+            for final in codes.finals(base_model):
+                config = read(final.config)
+                if final.is_evicted and final.format == "peft":  # else the original is served as it is
+                    config = converted_form(template_of(final, config)).config
+                yield TaskForm(final.task, final.format, config, tuple(final.target_modules))
 
     def base_models(self) -> Mapping[str, tuple[str, ...]]:
-        """Return the name of the one base model."""
-        return {self._bundle.base_model: (self._bundle.base_model,)}
+        """Return all names of each base model, by its main name."""
+        with self._open() as codes:
+            return codes.base_models()
 
     def locate(self, base_model: str) -> FoundBase:
-        """Find the base model on this machine."""
-        return find_base_model(base_model)
+        """Find a base model on this machine; raises `BaseModelNotFound`."""
+        with self._open() as codes:
+            return codes.locate(base_model)
 
     def write(self, task: ServedTask, directory: Path) -> None:
-        """Write a task's adapter as a folder."""
+        """Write a task's adapter as a folder: complete, or not at all. Raises as `Fleet.materialize` does."""
         with self._admitted:
-            self._bundle.materialize(task.name, directory)
+            write_adapter(self._open, task.name, directory)
 
-    @property
-    def _bundle(self) -> Bundle:
-        """The bundle; another one once the file was replaced."""
+
+def _key(chosen: Chosen) -> str:
+    """Return the SHA-256 of all that the weights and the configuration of an adapter follow from, this icm included."""
+    final, code = chosen.final, chosen.code
+    facts: dict[str, object] = {"icm": _icm(), "task": chosen.task.name, "source": chosen.source}
+    facts |= {"config": final.config, "format": final.format}
+    facts["extras"] = [[extra.file, extra.blob] for extra in final.extras]
+    if chosen.generator is None:
+        facts["weights"] = final.weights
+    else:
+        facts |= {"generator": chosen.generator.blob, "code": [] if code is None else code.digests()}
+        facts |= {"dtype": final.dtype, "template": final.template, "layout": [*map(list, final.layout)]}
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+@cache
+def _icm() -> str:
+    return version("icm-lora")
+
+
+class _ReopenedBundle:
+    """Opens a bundle, another one once its file was replaced."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._opened = path, (Stamp.of(path), Bundle(path))
+
+    def __call__(self) -> AbstractContextManager[CodeSource]:
         opened, bundle = self._opened
-        if opened != (stamp := self.stamp()):
+        if opened != (stamp := Stamp.of(self._path)):
             bundle = Bundle(self._path)
             self._opened = stamp, bundle
-        return bundle
+        return bundle.open()
 
 
 def open_tasks(
@@ -241,6 +189,9 @@ def open_tasks(
         lock_timeout: Seconds to wait for a command that has the store to itself.
     """
     if bundle is not None:
-        return BundleTasks(Path(bundle))
+        return ServedTasks(Path(bundle), _ReopenedBundle(Path(bundle)))
+    from registry.storage.folder import StorePaths  # imports SQLAlchemy
+
     assert store is not None
-    return StoreTasks(Context(Path(store), command=command, lock_timeout=lock_timeout))
+    context = Context(Path(store), command=command, lock_timeout=lock_timeout)
+    return ServedTasks(StorePaths(context.path).database, partial(open_store, context))

@@ -1,6 +1,6 @@
 """The plug-in for vLLM: a request for the model `dog-detection` gets the task of that name.
 
-    icm serve-config vllm        prints the environment and the command line that turn it on
+    icm serve --print-config vllm        prints the environment and the command line that turn it on
 
 vLLM imports it in each of its processes through the entry point `vllm.general_plugins`, so nothing heavy is imported
 here. It asks the resolver on the event loop of its API server, for any name that any client sends, and treats an

@@ -100,7 +100,8 @@ def _code_to_rely_on(session: Session, eviction: Eviction) -> models.Code:
     """Return the row of the code that was checked; raise if the task has another one by now."""
     task, code = rows.find_task(session, eviction.task), eviction.code
     if task.pinned:
-        raise LastCopy(f"task {task.name!r} is pinned", hint="`icm unpin` allows its original to be deleted")
+        hint = "`icm edit TASK --no-pin` allows its original to be deleted"
+        raise LastCopy(f"task {task.name!r} is pinned", hint=hint)
     row, generator = session.get(models.Code, code.id), session.get(models.Generator, eviction.generator.id)
     final = rows.find_final(session, task.id)
     if (

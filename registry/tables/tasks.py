@@ -5,7 +5,7 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from sqlalchemy import BindParameter, ColumnElement, bindparam, delete, func, select
 from sqlalchemy.orm import Session, aliased, lazyload, selectinload
@@ -243,37 +243,47 @@ class Tasks(Table):
         with self._db.connection() as connection:
             return ingest.plan_tasks(connection, tasks)
 
-    def pin(self, names: Sequence[str], pinned: bool) -> list[str]:
-        """Say whether the originals of some tasks are never evicted; return the tasks, each once."""
-        with self._db.write() as session:
-            tasks = {task.id: task for task in (rows.find_task(session, name) for name in names)}
-            for task in tasks.values():
-                task.pinned = pinned
-            return [task.name for task in tasks.values()]
-
-    def rename(self, old: str, new: str) -> records.TaskRecord:
-        """Give a task another name; raise `TaskConflict` if another task has it."""
-        new = check_name(unicodedata.normalize("NFC", new))
-        with self._db.write() as session:
-            task = rows.find_task(session, old)
-            if task.name != new:
-                other = rows.task_named(session, new)
-                if other is not None and other is not task:
-                    raise TaskConflict(other.name, fact=f"a task is named {other.name!r} already", choices=None)
-                task.name = new
-            return task_record(task)
-
-    def tag(
-        self, names: Sequence[str], *, add: Collection[str] = (), remove: Collection[str] = ()
+    def edit(
+        self,
+        names: Sequence[str],
+        *,
+        name: str | None = None,
+        add_tags: Collection[str] = (),
+        remove_tags: Collection[str] = (),
+        note: str | Literal[False] | None = None,
+        pinned: bool | None = None,
     ) -> list[records.TaskRecord]:
-        """Add tags to tasks and take others away; return the tasks, each once. The case of tags does not matter."""
-        wanted, unwanted = {tag.lower(): check_tag(tag) for tag in add}, {tag.lower() for tag in remove}
+        """Change what users say of tasks: all of it, or nothing if anything is refused. Return the tasks, each once.
+
+        Args:
+            names: Tasks, in any case.
+            name: A new name; for one task.
+            add_tags: Tags to add. The case of tags does not matter.
+            remove_tags: Tags to remove.
+            note: A new note; False removes it.
+            pinned: Whether their originals are never evicted.
+
+        Raises:
+            TaskConflict: Another task has the new name.
+            InvalidName: The name, a tag or the note breaks its rule.
+        """
+        name = None if name is None else check_name(unicodedata.normalize("NFC", name))
+        text = check_note(note) if isinstance(note, str) else None
+        wanted, unwanted = {tag.lower(): check_tag(tag) for tag in add_tags}, {tag.lower() for tag in remove_tags}
         with self._db.write() as session:
-            tasks = dict.fromkeys(rows.find_task(session, name) for name in names)
+            tasks = list(dict.fromkeys(rows.find_task(session, known) for known in names))
             for task in tasks:
-                present = {tag.lower(): tag for tag in task.tags}
-                kept = {tag: shown for tag, shown in (wanted | present).items() if tag not in unwanted}
-                task.tags = tuple(kept[tag] for tag in sorted(kept))
+                if name is not None and task.name != name:
+                    other = rows.task_named(session, name)
+                    if other is not None and other is not task:
+                        raise TaskConflict(other.name, fact=f"a task is named {other.name!r} already", choices=None)
+                    task.name = name
+                if wanted or unwanted:
+                    present = {tag.lower(): tag for tag in task.tags}
+                    kept = {tag: shown for tag, shown in (wanted | present).items() if tag not in unwanted}
+                    task.tags = tuple(kept[tag] for tag in sorted(kept))
+                task.note = task.note if note is None else text
+                task.pinned = task.pinned if pinned is None else pinned
             return [task_record(task) for task in tasks]
 
     def tags(self) -> dict[str, int]:
@@ -281,14 +291,6 @@ class Tasks(Table):
         with self._db.read() as session:
             rows = session.execute(select(models.Task.tags, models.Task.crc))
             return _counted_tags(tags for tags, _ in rows)
-
-    def set_note(self, name: str, text: str | None) -> records.TaskRecord:
-        """Replace the note of a task; None removes it."""
-        note = None if text is None else check_note(text)
-        with self._db.write() as session:
-            task = rows.find_task(session, name)
-            task.note = note
-            return task_record(task)
 
     def _name_page(self, ids: Sequence[int]) -> list[str]:
         with self._db.read() as session:

@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("--store", default=os.environ.get("ICM_STORE"))
     parser.add_argument("--rungs", nargs="+", choices=RUNGS, default=list(RUNGS))
     options = parser.parse_args()
-    wanted = [part for rung in options.rungs for part in ("--rung", rung)]
+    wanted = [part for rung in options.rungs for part in ("--source", rung)]
     lines = [json.loads(line) for line in _icm(options.store, "eval", "--json", *wanted).splitlines()]
     bill = json.loads(_icm(options.store, "stats", "--json"))
     (fleet,) = bill["fleets"]

@@ -105,4 +105,9 @@ def plain_gains(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def tuned_wins(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the tuned network be chosen: on random adapters it hardly ever is smaller."""
+    let_the_tuned_win(monkeypatch)
+
+
+def let_the_tuned_win(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Do so until the patch ends."""
     monkeypatch.setattr(Candidate, "cost", lambda self, before: -len(self.data))

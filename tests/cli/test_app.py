@@ -34,25 +34,30 @@ def test_without_a_command_the_help_is_shown(icm: Icm) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [("--store", "/x", "path"), ("path", "--store", "/x"), ("path", "store", "--store", "/x")]
+    "arguments",
+    [
+        ("--store", "/x", "doctor", "--path", "store"),
+        ("doctor", "--store", "/x", "--path", "store"),
+        ("doctor", "--path", "store", "--store", "/x"),
+    ],
 )
 def test_global_options_stand_before_or_after_the_command(icm: Icm, arguments: tuple[str, ...]) -> None:
     assert icm(*arguments).out == "/x\n"
 
 
 def test_the_option_nearest_to_the_command_wins(icm: Icm) -> None:
-    assert icm("--store", "/x", "path", "--store", "/y").out == "/y\n"
+    assert icm("--store", "/x", "doctor", "--path", "store", "--store", "/y").out == "/y\n"
 
 
 def test_an_unknown_command_is_a_usage_error_with_a_suggestion(icm: Icm) -> None:
-    ran = icm("pth")
+    ran = icm("dctor")
     assert ran.code == ExitCode.USAGE
-    assert "Did you mean 'path'?" in ran.err
+    assert "Did you mean 'doctor'?" in ran.err
     assert "hint: `icm --help` shows the usage" in ran.err
 
 
 def test_an_unknown_option_names_the_help_of_its_command(icm: Icm) -> None:
-    assert "`icm path --help`" in icm("path", "--frob").err
+    assert "`icm doctor --help`" in icm("doctor", "--frob").err
 
 
 @pytest.mark.parametrize(
@@ -85,7 +90,7 @@ def test_with_json_a_group_without_a_command_has_an_error_with_a_message(icm: Ic
 
 
 def test_with_json_a_usage_error_is_json(icm: Icm) -> None:
-    ran = icm("path", "--frob", "--json")
+    ran = icm("doctor", "--frob", "--json")
     assert (ran.out, ran.error["type"], ran.error["code"]) == ("", "error", 2)
 
 
@@ -125,7 +130,7 @@ def test_ctrl_c_gives_one_line_and_130(icm: Icm, monkeypatch: pytest.MonkeyPatch
 def test_a_closed_stdout_is_quiet() -> None:
     reader, writer = os.pipe()
     os.close(reader)
-    program = [sys.executable, "-c", "from icm_cli.app import main; main()", "path"]
+    program = [sys.executable, "-c", "from icm_cli.app import main; main()", "doctor", "--path", "store"]
     ran = subprocess.run(program, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
     os.close(writer)
     assert (ran.returncode, ran.stderr) == (ExitCode.STDOUT_CLOSED, "")
@@ -133,7 +138,7 @@ def test_a_closed_stdout_is_quiet() -> None:
 
 @pytest.mark.parametrize("closed", [">&-", "2>&-", "<&-", "<&- >&- 2>&-"])
 def test_a_stream_that_is_closed_from_the_start_is_as_dev_null(closed: str) -> None:
-    line = f"\"$0\" -c 'from icm_cli.app import main; main()' path {closed}"
+    line = f"\"$0\" -c 'from icm_cli.app import main; main()' doctor --path store {closed}"
     ran = subprocess.run(["sh", "-c", line, sys.executable], capture_output=True, text=True, check=False)
     answer = "" if ">&-" in closed.split() else f"{os.environ['ICM_STORE']}\n"
     assert (ran.returncode, ran.stdout, ran.stderr) == (0, answer, "")

@@ -1,4 +1,4 @@
-"""`icm doctor` and `icm path`."""
+"""`icm doctor`, and `icm doctor --path`."""
 
 import fcntl
 import warnings
@@ -222,11 +222,11 @@ def test_the_sqlite_releases_with_the_wal_reset_bug_are_known(release: tuple[int
     [("store", "store"), ("db", "store/registry.db"), ("blobs", "store/blobs"), ("config", "config/icm/config.toml")],
 )
 def test_path_prints_where_things_are(icm: Icm, tmp_path: Path, what: str, end: str) -> None:
-    assert icm("path", what).out == f"{tmp_path / end}\n"
+    assert icm("doctor", "--path", what).out == f"{tmp_path / end}\n"
 
 
 def test_path_answers_in_json(icm: Icm, tmp_path: Path) -> None:
-    assert icm("path", "log", "--json").document == {
+    assert icm("doctor", "--path", "log", "--json").document == {
         "name": "log",
         "path": str(tmp_path / "state" / "icm" / "errors.log"),
     }
@@ -234,10 +234,10 @@ def test_path_answers_in_json(icm: Icm, tmp_path: Path) -> None:
 
 def test_path_needs_no_home_for_paths_outside_it(icm: Icm, monkeypatch: pytest.MonkeyPatch) -> None:
     leave_home(monkeypatch)
-    assert icm("path").code == 0
-    assert icm("path", "log").code == ExitCode.USAGE
+    assert icm("doctor", "--path", "store").code == 0
+    assert icm("doctor", "--path", "log").code == ExitCode.USAGE
     monkeypatch.delenv("ICM_STORE")
     monkeypatch.setenv("ICM_LOG", "/log")
-    assert icm("path", "log").out == "/log\n"
-    ran = icm("path")
+    assert icm("doctor", "--path", "log").out == "/log\n"
+    ran = icm("doctor", "--path", "store")
     assert (ran.code, "set HOME or XDG_DATA_HOME or ICM_STORE" in ran.err) == (ExitCode.USAGE, True)

@@ -41,6 +41,7 @@ def stop_after_one(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(CodeSearch, "best", best)
 
 
+@pytest.mark.slow
 def test_without_a_limit_every_code_is_refined_at_the_generators_quality(icm: Icm, trained: Path) -> None:
     before = codes(trained)
     ran = icm("encode", "--refine", "2", "--device", "cpu", "--json")
@@ -57,6 +58,7 @@ def test_every_code_keeps_the_error_that_was_asked_for(icm: Icm, trained: Path) 
     assert all(0.1 < (code.relative_error or 1) <= 0.14 for code in codes(trained).values())
 
 
+@pytest.mark.slow
 def test_what_is_written_from_the_new_code_has_the_error_that_was_said(icm: Icm, trained: Path, tmp_path: Path) -> None:
     (name, *_) = tasks_of(icm("encode", "--max-error", "0.14", "--json"))
     said = codes(trained)[name].squared_error
@@ -112,12 +114,14 @@ def test_a_code_that_was_made_for_the_same_limits_is_left_as_it_is(icm: Icm, tra
     assert codes(trained) == before
 
 
+@pytest.mark.slow
 def test_and_is_made_again_where_that_is_asked_for_or_the_limits_are_others(icm: Icm, trained: Path) -> None:
     icm("encode", "--max-error", "0.14")
     for other in (("--max-error", "0.14", "--again"), ("--max-error", "0.17"), ("--tolerance", "0.03")):
         assert {event["status"] for event in tasks_of(icm("encode", *other, "--json")).values()} == {"encoded"}
 
 
+@pytest.mark.slow
 def test_a_code_that_fell_short_is_said_to_do_so_again(icm: Icm, trained: Path) -> None:
     first, again = (icm("encode", "--min-gain", "1.0", "--device", "cpu", "--json") for _ in range(2))
     assert (first.code, again.code) == (ExitCode.PARTLY, ExitCode.PARTLY)
@@ -139,6 +143,7 @@ def test_a_stopped_run_does_only_what_is_left(icm: Icm, trained: Path, monkeypat
     assert set(told) > done
 
 
+@pytest.mark.slow
 def test_a_gain_on_other_text_is_measured_anew(icm: Icm, trained: Path, tmp_path: Path) -> None:
     icm("encode", "poems", "--min-gain", "0.2", "--device", "cpu")
     assert tasks_of(icm("encode", "poems", "--min-gain", "0.2", "--json"))["poems"]["status"] == "known"
@@ -173,6 +178,7 @@ def test_a_gain_that_every_code_keeps_gives_smaller_codes_than_one_that_few_keep
     assert sizes[0] < sizes[1]
 
 
+@pytest.mark.slow
 def test_a_gain_that_every_code_keeps_does_not_loosen_the_tolerance(icm: Icm, trained: Path, plain_gains: None) -> None:
     blobs = []
     for limits in (("--tolerance", "0.03"), ("--tolerance", "0.03", "--min-gain", "0.1"), ("--min-gain", "0.1")):
@@ -182,6 +188,7 @@ def test_a_gain_that_every_code_keeps_does_not_loosen_the_tolerance(icm: Icm, tr
     assert blobs[0] == blobs[1] != blobs[2]
 
 
+@pytest.mark.slow
 def test_a_gain_that_the_tolerance_does_not_keep_takes_a_finer_code(icm: Icm, trained: Path, plain_gains: None) -> None:
     sizes, gains = [], []
     for limits in (("--tolerance", "0.3"), ("--tolerance", "0.3", "--min-gain", "0.95")):
@@ -192,6 +199,7 @@ def test_a_gain_that_the_tolerance_does_not_keep_takes_a_finer_code(icm: Icm, tr
     assert gains[1] >= 0.95
 
 
+@pytest.mark.slow
 def test_the_gain_that_was_measured_is_recorded(icm: Icm, trained: Path) -> None:
     told = tasks_of(icm("encode", "--min-gain", "0.5", "--device", "cpu", "--json"))
     with Store.open(trained) as store:
@@ -200,6 +208,7 @@ def test_the_gain_that_was_measured_is_recorded(icm: Icm, trained: Path) -> None
     assert {name: told[name]["retained_gain"] for name in recorded} == recorded
 
 
+@pytest.mark.slow
 def test_what_was_measured_of_a_replaced_code_goes_with_it(icm: Icm, trained: Path) -> None:
     icm("encode", "--min-gain", "0.5", "--device", "cpu")
     icm("encode", "--max-error", "0.055")
@@ -207,6 +216,7 @@ def test_what_was_measured_of_a_replaced_code_goes_with_it(icm: Icm, trained: Pa
         assert [row for row in store.evaluations.all() if row.rung == "code"] == []
 
 
+@pytest.mark.slow
 def test_a_task_that_no_code_keeps_gets_its_best_and_exit_3(icm: Icm, trained: Path) -> None:
     ran = icm("encode", "--min-gain", "1.0", "--device", "cpu", "--json")
     told = tasks_of(ran)
@@ -238,6 +248,7 @@ def test_without_a_generator_there_is_a_hint(icm: Icm, stored: Path) -> None:
     assert "icm train" in str(ran.error["hint"])
 
 
+@pytest.mark.slow
 def test_train_encodes_as_asked_for(icm: Icm, trained: Path) -> None:
     ran = icm("train", "--steps", "5", "--fresh", "--no-eval", "--refine", "0", "--max-error", "0.1", "--device", "cpu")
     assert ran.code == 0
@@ -262,6 +273,7 @@ def test_a_refined_code_is_another_code_of_the_same_task(icm: Icm, trained: Path
     assert icm("materialize", name, "-o", str(trained.parent / "out"), "--source", "code").code == 0
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("plain_gains")
 def test_a_gain_is_looked_for_without_refining_first(icm: Icm, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     refined: list[float] = []
@@ -308,12 +320,14 @@ def test_a_quality_is_a_limit_of_its_own(icm: Icm, trained: Path) -> None:
     assert (ran.code, "leave out --max-error" in ran.err) == (ExitCode.USAGE, True)
 
 
+@pytest.mark.slow
 def test_a_quality_refines_every_code_that_it_can(icm: Icm, trained: Path) -> None:
     ran = icm("encode", "--quality", "5", "--refine", "2", "--device", "cpu")
     assert ran.code == 0
     assert "tasks" in ran.out
 
 
+@pytest.mark.slow
 def test_training_refines_the_codes_afterwards(icm: Icm, trained: Path) -> None:
     ran = icm("train", "--steps", "2", "--no-eval", "--refine", "2", "--device", "cpu")
     assert ran.code == 0

@@ -82,6 +82,7 @@ def test_again_measures_again(icm: Icm, trained: Path, counted: list[object]) ->
     assert len(counted) == 8
 
 
+@pytest.mark.slow
 def test_a_new_generator_is_measured_but_base_and_original_are_not(
     icm: Icm, trained: Path, counted: list[object]
 ) -> None:
@@ -106,7 +107,7 @@ def test_a_quick_look_says_how_to_measure_as_usual_again(icm: Icm, trained: Path
 
 
 def test_only_the_rungs_that_are_named_beside_base_and_original(icm: Icm, trained: Path) -> None:
-    rungs = icm(*EVAL, "poems", "--rung", "code", "--json").events[0]["rungs"]
+    rungs = icm(*EVAL, "poems", "--source", "code", "--json").events[0]["rungs"]
     assert list(rungs) == ["base", "original", "code"]
 
 
@@ -119,7 +120,7 @@ def test_a_task_named_twice_is_measured_once(icm: Icm, trained: Path) -> None:
 
 
 def test_tasks_without_held_out_text_are_named(icm: Icm, trained: Path) -> None:
-    assert "not measured: silent" in icm(*EVAL, "--rung", "code").err
+    assert "not measured: silent" in icm(*EVAL, "--source", "code").err
 
 
 def test_no_held_out_text_at_all_is_an_error_with_a_hint(icm: Icm, trained: Path) -> None:
@@ -127,6 +128,7 @@ def test_no_held_out_text_at_all_is_an_error_with_a_hint(icm: Icm, trained: Path
     assert (ran.code, "--data" in ran.error["hint"]) == (ExitCode.FAILED, True)
 
 
+@pytest.mark.slow
 def test_other_text_can_be_given(icm: Icm, trained: Path, tmp_path: Path) -> None:
     data = texts(tmp_path / "other.jsonl", "some other text", "and more")
     assert icm(*EVAL, "silent", "--data", data, "--json").events[0]["task"] == "silent"
@@ -149,6 +151,7 @@ def test_the_gain_on_the_tasks_own_text_is_the_one_that_is_shown(icm: Icm, train
     assert icm("stats", "--json").document["fleets"][0]["tasks"][0]["retained_gain"] == own
 
 
+@pytest.mark.slow
 def test_show_lists_the_measurements_of_the_present_generator(icm: Icm, trained: Path) -> None:
     icm(*EVAL, "poems")
     icm("train", "--no-eval", "--refine", "0", "--steps", 2, "--device", "cpu")

@@ -1,4 +1,4 @@
-"""`icm evict`, `icm pin` and `icm unpin`: what goes, what stays, and what is said about it."""
+"""`icm evict` and `icm edit --pin`: what goes, what stays, and what is said about it."""
 
 import gc
 import math
@@ -101,6 +101,7 @@ def test_a_dry_run_says_the_same_and_deletes_nothing(icm: Icm, trained: Path) ->
         assert task | {"status": "evicted"} == tasks_of(done)[name]
 
 
+@pytest.mark.slow
 def test_a_file_that_two_tasks_share_is_free_once(icm: Icm, trained: Path, mixed_template: Path) -> None:
     icm("ingest", mixed_template / "loras" / "poems", "--name", "twin", "--no-vectors")
     icm("train", "--no-eval", "--refine", "0", "--steps", 2, "--device", "cpu")
@@ -243,6 +244,7 @@ def test_nothing_goes_where_a_part_is_damaged(icm: Icm, trained: Path, part: str
     assert "damaged" in tasks_of(ran)["rules"]["reason"]
 
 
+@pytest.mark.slow
 def test_one_adapter_at_a_time_is_in_memory(icm: Icm, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real, alive = Decoder.decode, []
 
@@ -280,16 +282,16 @@ def test_a_full_disk_can_be_emptied(icm: Icm, trained: Path, monkeypatch: pytest
 
 
 def test_pinned_tasks_are_kept(icm: Icm, trained: Path) -> None:
-    assert icm("pin", "Rules", "rules", "--json").document == {"pinned": ["rules"]}
+    assert icm("edit", "Rules", "rules", "--pin", "--json").document[0]["pinned"] is True
     ran = icm(*ALL, "--json")
     assert (ran.code, evicted(trained), tasks_of(ran)["rules"]["status"]) == (0, {"poems", "silent"}, "pinned")
     assert icm(*ALL, "rules").code == ExitCode.PARTLY
-    assert icm("unpin", "rules", "--json").document == {"unpinned": ["rules"]}
+    assert icm("edit", "rules", "--no-pin", "--json").document[0]["pinned"] is False
     assert icm(*ALL, "rules").code == 0
 
 
 def test_ls_and_show_tell_pinned_and_evicted(icm: Icm, trained: Path) -> None:
-    icm("pin", "rules")
+    icm("edit", "rules", "--pin")
     icm(*ALL)
     rows = {row["name"]: row for row in icm("ls", "--json").document}
     assert (rows["rules"]["pinned"], rows["rules"]["evicted_at"]) == (True, None)
@@ -303,7 +305,7 @@ def test_ls_and_show_tell_pinned_and_evicted(icm: Icm, trained: Path) -> None:
 
 def test_pinning_what_is_gone_says_so(icm: Icm, trained: Path) -> None:
     icm(*ALL)
-    assert "no original" in icm("pin", "poems").err
+    assert "no original" in icm("edit", "poems", "--pin").err
 
 
 def test_checkpoints_alone_can_go(icm: Icm, trained: Path) -> None:

@@ -99,6 +99,7 @@ def test_a_new_task_may_have_the_same_weights(icm: Icm, gone: Path, mixed_templa
     assert icm("verify", "--read-data").code == 0
 
 
+@pytest.mark.slow
 def test_another_adapter_may_take_its_place_with_the_same_checkpoints(icm: Icm, gone: Path, tmp_path: Path) -> None:
     write_lora(tmp_path / "poems", seed=99)
     for step in (10, 20):
@@ -117,6 +118,7 @@ def test_training_refuses_to_strand_it(icm: Icm, gone: Path, mixed_template: Pat
     assert icm("train", "--no-eval", "--refine", "0", "--steps", 2, "--device", "cpu").code == 0
 
 
+@pytest.mark.slow
 def test_training_goes_on_without_evicted_checkpoints(icm: Icm, trained: Path) -> None:
     icm(*ALL, "--checkpoints-only")
     assert icm("train", "--no-eval", "--refine", "0", "--steps", 2, "--device", "cpu").code == 0
@@ -180,6 +182,7 @@ def test_eval_uses_what_was_measured_of_the_original(icm: Icm, trained: Path) ->
     assert again["code"]["relative_error"] == pytest.approx(before["code"]["relative_error"], rel=0.01)
 
 
+@pytest.mark.slow
 def test_eval_of_what_was_never_measured_says_unknown(icm: Icm, gone: Path) -> None:
     ran = icm("eval", "rules", "--device", "cpu", "--json")
     rungs = ran.events[0]["rungs"]

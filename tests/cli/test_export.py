@@ -42,7 +42,7 @@ def elsewhere(bundle: Path, trained: Path) -> Path:
 def test_a_bundle_gives_the_same_bytes_as_the_code_in_the_store(
     icm: Icm, bundle: Path, trained: Path, tmp_path: Path, task: str
 ) -> None:
-    icm("eval", task, "--rung", "code", "--device", "cpu")
+    icm("eval", task, "--source", "code", "--device", "cpu")
     icm("export", bundle, "--force")
     icm("materialize", task, "-o", tmp_path / "a", "--source", "code")
     shutil.rmtree(trained)
@@ -153,7 +153,7 @@ def test_a_damaged_code_is_left_out_and_named_and_exit_13_if_it_was_asked_for(
 
 
 def test_ls_shows_what_the_codes_kept(icm: Icm, bundle: Path, trained: Path) -> None:
-    icm("eval", "poems", "--rung", "code", "--device", "cpu")
+    icm("eval", "poems", "--source", "code", "--device", "cpu")
     icm("export", bundle, "--force")
     stored = {row["name"]: row for row in icm("ls", "--json").document}
     rows = icm("ls", "--from", bundle, "--json").document
@@ -218,6 +218,7 @@ def test_a_bundle_that_is_cut_short_is_exit_13(icm: Icm, elsewhere: Path, tmp_pa
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_killed_export_leaves_no_bundle_and_the_next_one_cleans_up(trained: Path, tmp_path: Path) -> None:
     script = (
         "import os, signal\n"

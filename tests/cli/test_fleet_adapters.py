@@ -34,7 +34,7 @@ def test_a_store_is_filled_and_gives_its_adapters_back(tmp_path: Path, mixed_tem
     heard: list[Event] = []
     fleet = Fleet(tmp_path / "new", on_event=heard.append)
     report = fleet.ingest([mixed_template / "loras"])
-    assert ([task.task for task in report.ingested], report.new, report.extractable) == (list(TASKS), 5, [])
+    assert ([task.task for task in report.ingested], report.new, report.vectors) == (list(TASKS), 5, None)
     done = fleet.materialize("poems", tmp_path / "out")
     assert (done.source, done.squared_error) == ("original", 0.0)
     assert equal(fleet.load("poems"), load_adapter(mixed_template / "loras" / "poems"))
@@ -125,6 +125,7 @@ def ours(modules: set[str]) -> set[str]:
     return {name for name in modules if name.partition(".")[0] in ("icm_cli", "icmlora", "registry")}
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize(("source", "most"), [("original", 47), ("code", 79)])
 def test_writing_an_adapter_imports_few_of_our_modules(trained: Path, tmp_path: Path, source: str, most: int) -> None:
     modules = imported_by("materialize", "poems", "--source", source, "-o", str(tmp_path / "out"))
@@ -132,6 +133,7 @@ def test_writing_an_adapter_imports_few_of_our_modules(trained: Path, tmp_path: 
     assert len(ours(modules)) <= most, sorted(ours(modules))
 
 
+@pytest.mark.slow
 def test_a_residual_is_imported_only_where_there_is_one(trained: Path, tmp_path: Path) -> None:
     modules = imported_by("materialize", "poems", "--source", "code", "-o", str(tmp_path / "out"))
     assert "icmlora.generator.residual_codec" not in modules

@@ -97,13 +97,13 @@ def test_what_can_be_measured_depends_on_held_out_text_and_base_model(trained: P
 
 def test_evict_spares_what_is_pinned_and_reports_the_rest(trained: Path) -> None:
     fleet = Fleet(trained)
-    assert fleet.pin(["Rules"]).names == ["rules"]
+    assert [task.name for task in fleet.edit(["Rules"], pinned=True).tasks] == ["rules"]
     report = fleet.evict(max_error=0.7)
     assert {task.task: task.status for task in report.tasks} == {
         "poems": "evicted", "rules": "pinned", "silent": "evicted",
     }  # fmt: skip
-    assert fleet.pin(["poems"]).evicted == ["poems"]
-    assert fleet.unpin(["rules"]).names == ["rules"]
+    assert fleet.edit(["poems"], pinned=True).evicted == ["poems"]
+    assert not fleet.edit(["rules"], pinned=False).tasks[0].pinned
 
 
 def test_an_eviction_that_is_stopped_reports_what_is_gone(trained: Path) -> None:
@@ -116,7 +116,7 @@ def test_an_eviction_that_is_stopped_reports_what_is_gone(trained: Path) -> None
 
 def test_an_unknown_name_changes_nothing(trained: Path) -> None:
     fleet = Fleet(trained)
-    for work in (fleet.pin, fleet.unpin, lambda names: fleet.evict(names, max_error=0.7)):
+    for work in (lambda names: fleet.edit(names, pinned=True), lambda names: fleet.evict(names, max_error=0.7)):
         with pytest.raises(TaskNotFound):
             work(["poems", "nobody"])
     assert not fleet.show("poems").task.pinned

@@ -1,4 +1,4 @@
-"""`icm formats`, and the formats of `icm materialize`."""
+"""`icm convert --list-formats`, and the formats of `icm materialize`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Icm = Callable[..., Ran]
 
 
 def test_every_format_is_listed_with_what_icm_does_with_it(icm: Icm) -> None:
-    found = icm("formats", "--json").document
+    found = icm("convert", "--list-formats", "--json").document
     assert [row["name"] for row in found] == [known.name for known in FORMATS]
     assert all(row["about"] and row["read"] and row["code"] for row in found)
     text = ["peft", "mlx", "gguf"]
@@ -28,12 +28,12 @@ def test_every_format_is_listed_with_what_icm_does_with_it(icm: Icm) -> None:
 
 
 def test_the_table_has_a_line_for_each(icm: Icm) -> None:
-    assert len(icm("formats").out.splitlines()) == 1 + len(FORMATS)
-    assert icm("formats", "-q").out.split() == [known.name for known in FORMATS]
+    assert len(icm("convert", "--list-formats").out.splitlines()) == 1 + len(FORMATS)
+    assert icm("convert", "--list-formats", "-q").out.split() == [known.name for known in FORMATS]
 
 
 def test_listing_formats_imports_neither_torch_nor_gguf() -> None:
-    assert not {"torch", "gguf", "numpy"} & modules_of("formats")
+    assert not {"torch", "gguf", "numpy"} & modules_of("convert", "--list-formats")
 
 
 def test_without_format_an_adapter_is_written_in_its_own(icm: Icm, tmp_path: Path) -> None:

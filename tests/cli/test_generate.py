@@ -138,6 +138,7 @@ def test_a_few_samples_of_the_file_are_spread_over_it(generate: Generate, tmp_pa
     assert some["weights"] == same["weights"]
 
 
+@pytest.mark.slow
 def test_all_samples_of_the_file_are_read_up_to_64(generate: Generate, tmp_path: Path) -> None:
     lines = [{"text": f"goose {number}"} for number in range(70)]
     assert generate("--json", folder=tmp_path / "few").document["samples_count"] == 20
@@ -189,6 +190,7 @@ def test_another_base_model_than_those_of_the_store_is_refused_with_where_to_loo
     assert "`icm generators` lists those of other base models" in ran.err
 
 
+@pytest.mark.slow
 def test_the_nearest_tasks_are_named_where_enough_can_be_compared(icm: Icm, generate: Generate, tmp_path: Path) -> None:
     for subject in ("apples", "pears"):
         icm("ingest", write_subject(tmp_path / subject), "--device", "cpu")
@@ -323,6 +325,7 @@ def test_texts_without_a_token_to_predict_are_refused_and_nothing_is_written(
     assert not out.exists()
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize(
     ("part", "options"),
     [("open_base", ()), ("extract_context", ()), ("adapt", ()), ("finetune", ("--refine", 5)), ("_nats", ())],
@@ -343,6 +346,7 @@ def test_ctrl_c_writes_nothing(
     assert icm("verify", "-v", "--json").document["findings"] == []
 
 
+@pytest.mark.slow
 def test_a_few_shot_start_that_is_trained_meanwhile_does_not_matter(
     icm: Icm, generate: Generate, started: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,5 +1,6 @@
 """`icm generators`, and its subcommands."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,18 +11,27 @@ from icm_cli.errors import ExitCode
 from icm_cli.output import Output
 from registry.records import NewGenerator
 from registry.store import Store
-from tests.cli.conftest import Ran
-from tests.cli.tiny_fleet import STEPS, write_lora
+from tests.cli.conftest import Ran, let_the_tuned_win
+from tests.cli.tiny_fleet import STEPS, icm_quietly, train_store, write_lora
 
 Icm = Callable[..., Ran]
 
 
+@pytest.fixture(scope="module")
+def updated_template(trained_template: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("updated")
+    store = Path(shutil.copytree(trained_template, folder / "store"))
+    icm_quietly(store, "ingest", write_lora(folder / "extra", seed=9), "--no-vectors")
+    with pytest.MonkeyPatch.context() as patch:
+        let_the_tuned_win(patch)
+        train_store(store, "--update")
+    return store
+
+
 @pytest.fixture
-def updated(icm: Icm, trained: Path, tmp_path: Path, tuned_wins: None) -> Path:
+def updated(updated_template: Path, tmp_path: Path, tuned_wins: None) -> Path:
     """A trained store with one more task under a second generator that continues the first."""
-    icm("ingest", write_lora(tmp_path / "extra", seed=9), "--no-vectors")
-    assert icm("train", "--update", "--no-eval", "--refine", "0", "--device", "cpu", "--steps", STEPS).code == 0
-    return trained
+    return Path(shutil.copytree(updated_template, tmp_path / "store"))
 
 
 def versions(icm: Icm) -> list[dict[str, Any]]:

@@ -179,6 +179,7 @@ def test_the_files_of_real_trainers_are_taken_and_come_back(icm: Icm, tmp_path: 
         assert out.read_bytes() == kohya_file(name).read_bytes()
 
 
+@pytest.mark.slow
 def test_training_says_that_image_models_are_looked_at_and_not_measured(icm: Icm, folder: Path) -> None:
     assert icm("ingest", folder).code == 0
     ran = icm("train", "--device", "cpu", "--steps", STEPS)

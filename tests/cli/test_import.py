@@ -25,7 +25,7 @@ NAMES = ("adapter_config.json", "adapter_model.safetensors", "README.md")
 @pytest.fixture
 def bundle(icm: Icm, trained: Path, tmp_path: Path) -> Path:
     """A bundle of all tasks, with what the code of `poems` keeps; the store that it came from is gone."""
-    icm("eval", "poems", "--rung", "code", "--device", "cpu")
+    icm("eval", "poems", "--source", "code", "--device", "cpu")
     icm("export", tmp_path / "fleet.icm")
     for task in TASKS:
         icm("materialize", task, "-o", tmp_path / "before" / task, "--source", "code")
@@ -213,6 +213,7 @@ def test_codes_of_another_generator_are_refused(icm: Icm, bundle: Path, tmp_path
     assert not (tmp_path / "store").exists()
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("point", ["blob-renamed", "blobs-durable", "rows-before-commit", "rows-committed"])
 def test_a_killed_import_is_completed_by_the_same_command(icm: Icm, bundle: Path, point: str) -> None:
     script = "import sys; from icm_cli.app import run; sys.exit(run(sys.argv[1:]))"

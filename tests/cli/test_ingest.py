@@ -240,6 +240,7 @@ def test_when_everything_is_refused_the_first_reason_decides_the_exit_code(icm: 
     assert icm("ingest", tmp_path).code == ExitCode.UNSAFE
 
 
+@pytest.mark.slow
 def test_a_pickle_next_to_its_configuration_says_which_option_reads_it(icm: Icm, tmp_path: Path) -> None:
     pickled = write_adapter(tmp_path / "old")
     (pickled / "adapter_model.safetensors").rename(pickled / "adapter_model.bin")

@@ -52,6 +52,7 @@ CHANGES: dict[str, tuple[Change, Options]] = {
 }
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize(("change", "options"), CHANGES.values(), ids=CHANGES.keys())
 def test_it_says_what_the_ingest_then_says(icm: Icm, stored: Path, change: Change, options: Options) -> None:
     change(stored)
@@ -60,6 +61,7 @@ def test_it_says_what_the_ingest_then_says(icm: Icm, stored: Path, change: Chang
     assert (planned.code, said(planned), planned.err) == (done.code, said(done), done.err)
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize(("change", "options"), CHANGES.values(), ids=CHANGES.keys())
 def test_it_writes_nothing_into_the_store(
     icm: Icm, stored: Path, tmp_path: Path, change: Change, options: Options

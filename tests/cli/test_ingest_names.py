@@ -113,7 +113,7 @@ def test_a_name_that_is_the_folders_is_not_told(icm: Icm, tmp_path: Path, folder
     write_adapter(tmp_path / folder)
     ran = icm("ingest", tmp_path / folder)
     assert "not called like the folder" not in ran.err
-    assert ("`icm mv" in ran.err) == (not folder.isascii())
+    assert ("`icm edit" in ran.err) == (not folder.isascii())
 
 
 def test_best_takes_a_name_of_its_own_if_last_was_there_first(icm: Icm, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from icm_cli.errors import ExitCode
+from icmlora import Fleet
 from tests.cli.conftest import Ran
 from tests.cli.fleet import write_texts
 from tests.icmlora.tiny_base import LABEL, write_tiny_adapter, write_tiny_base
@@ -27,6 +28,19 @@ def test_vectors_are_extracted_where_the_base_model_is_found(icm: Icm, run_folde
     assert [event["type"] for event in ran.events] == ["task", "vectors", "summary"]
     assert ran.events[-1]["without_vectors"] == []
     assert icm("ls", "--json").document[0]["vectors_count"] == ran.events[1]["vectors"] > 0
+
+
+def test_the_library_leaves_the_same_store(icm: Icm, run_folder: Path, tmp_path: Path) -> None:
+    base, fleet = write_tiny_base(tmp_path / "base"), Fleet(tmp_path / "other")
+    icm("base", "add", LABEL, base)
+    icm("ingest", run_folder, "--device", "cpu")
+    fleet.add_base_model(LABEL, base)
+    fleet.ingest([run_folder], device="cpu")
+    blobs = [sorted(path.name for path in (tmp_path / name / "blobs").rglob("*")) for name in ("store", "other")]
+    assert blobs[0] == blobs[1]
+    shown = [icm("show", "poems", "--store", tmp_path / name, "--json").document for name in ("store", "other")]
+    assert shown[0].keys() == shown[1].keys()
+    assert shown[0]["vectors"] == shown[1]["vectors"] != []
 
 
 def test_the_same_again_extracts_nothing(icm: Icm, run_folder: Path, tmp_path: Path) -> None:

@@ -42,6 +42,7 @@ def another_process_trains(store: Path, base_model: str = LABEL, seconds: float 
         process.communicate("\n")
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("command", [TRAIN, UPDATE, FUNCTIONAL], ids=["train", "update", "functional"])
 def test_the_second_one_is_told_who_trains_and_changes_nothing(
     icm: Icm, started: Path, command: tuple[object, ...]
@@ -62,6 +63,7 @@ def test_the_second_one_waits_for_the_first(icm: Icm, mixed: Path) -> None:
     assert current(mixed).version == 1
 
 
+@pytest.mark.slow
 def test_a_training_for_another_base_model_does_not_wait(icm: Icm, mixed: Path) -> None:
     with another_process_trains(mixed, "another/model"):
         assert icm(*TRAIN, "--lock-timeout", 0).code == 0

@@ -61,6 +61,7 @@ def write_examples(kind: Kind, folder: Path, number: int) -> None:
                 (folder / row[key]).write_bytes(kind.media(row[key]))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_adapters_that_bring_their_heads_are_measured_on_a_base_model_without_one(icm: Icm, tmp_path: Path) -> None:
     base = write_bert_without_head(tmp_path / "base")

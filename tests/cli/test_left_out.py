@@ -74,8 +74,9 @@ def test_vectors_of_the_others_are_extracted(icm: Icm, store: Path) -> None:
     assert "/tmp" not in ran.err
 
 
+@pytest.mark.slow
 def test_the_others_are_measured_after_training_and_by_eval(icm: Icm, store: Path) -> None:
-    trained = icm("train", *CPU, "--steps", STEPS)
+    trained = icm("train", *CPU, "--steps", STEPS, "--refine", "2")
     assert trained.code == ExitCode.PARTLY
     assert "not measured, see the warnings above: stranger" in trained.err
     assert "retained gain of `code`" in trained.out
@@ -158,6 +159,7 @@ class TestExtras:
         assert abs(code - original) < abs(original - base)
         assert event["rungs"]["code"]["relative_error"] < 1
 
+    @pytest.mark.slow
     def test_its_code_is_not_refined(self, icm: Icm, with_bias: Path) -> None:
         assert icm("train", "--no-eval", "--refine", "0", *CPU, "--steps", STEPS).code == 0
         ran = icm("encode", "loud", "--tolerance", "0.5", "--refine", "2", *CPU)

@@ -16,7 +16,7 @@ Icm = Callable[..., Ran]
 TRAIN = ("train", "--no-eval", "--refine", "0", "--device", "cpu", "--steps", STEPS)
 COMMANDS = (
     ("ls",),
-    ("tag", "poems", "--add", "x"),
+    ("edit", "poems", "--tag", "x"),
     ("verify", "--read-data"),
     ("verify", "--repair"),
     ("materialize", "poems", "-o", "out"),

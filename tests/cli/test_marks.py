@@ -1,10 +1,11 @@
-"""`icm mv`, `icm tag`, `icm note`, and what `icm ls` and `icm show` make of them."""
+"""`icm edit`, and what `icm ls` and `icm show` make of names, tags and notes; the spellings from before."""
 
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from icm_cli.app import _OLD
 from icm_cli.completion import complete_filter, complete_sort, complete_tag, complete_task
 from icm_cli.errors import ExitCode
 from tests.cli.conftest import Ran, modules_of
@@ -13,34 +14,41 @@ from tests.cli.fleet import BASE, write_adapter, write_run
 Icm = Callable[..., Ran]
 
 
-def test_mv_renames_a_task(icm: Icm, stored: Path) -> None:
-    assert icm("mv", "rust", "oxide").out == "rust is now oxide\n"
+def test_a_task_is_renamed(icm: Icm, stored: Path) -> None:
+    assert icm("edit", "rust", "--name", "oxide", "-q").out == "oxide\n"
     assert icm("ls", "-q").out == "oxide\nshakespeare\nsql\n"
-    assert icm("mv", "oxide", "rust", "--json").document == {"old": "oxide", "new": "rust"}
+    assert icm("edit", "oxide", "--name", "rust", "--json").document[0]["task"] == "rust"
 
 
-def test_mv_to_a_name_that_is_taken_changes_nothing(icm: Icm, stored: Path) -> None:
-    ran = icm("mv", "rust", "sql", "--json")
+def test_one_name_is_not_for_several_tasks(icm: Icm, stored: Path) -> None:
+    ran = icm("edit", "rust", "sql", "--name", "oxide", "--tag", "prod")
+    assert (ran.code, "2 tasks cannot all be called 'oxide'" in ran.err) == (ExitCode.FAILED, True)
+    assert icm("ls", "-q", "-F", "tag=prod").out == ""
+
+
+def test_a_name_that_is_taken_changes_nothing(icm: Icm, stored: Path) -> None:
+    ran = icm("edit", "rust", "--name", "sql", "--note", "the good one", "--json")
     assert (ran.code, ran.error["kind"]) == (ExitCode.FAILED, "task_conflict")
     assert ran.error["message"] == "a task is named 'sql' already"
     assert icm("ls", "-q").out == "rust\nshakespeare\nsql\n"
+    assert icm("show", "rust", "--json").document["note"] is None
 
 
-def test_mv_to_what_is_not_a_name_says_the_rule(icm: Icm, stored: Path) -> None:
-    ran = icm("mv", "rust", "a/b", "--json")
+def test_what_is_not_a_name_says_the_rule(icm: Icm, stored: Path) -> None:
+    ran = icm("edit", "rust", "--name", "a/b", "--json")
     assert (ran.code, ran.error["kind"]) == (ExitCode.FAILED, "invalid_name")
     assert "letters and digits" in ran.error["message"]
 
 
 def test_a_renamed_task_still_materializes(icm: Icm, stored: Path, tmp_path: Path) -> None:
-    icm("mv", "rust", "oxide")
+    icm("edit", "rust", "--name", "oxide")
     assert icm("materialize", "oxide", "--source", "original", "-o", tmp_path / "out").code == 0
     written = (tmp_path / "out" / "adapter_model.safetensors").read_bytes()
     assert written == (stored / "rust" / "adapter_model.safetensors").read_bytes()
 
 
 def test_a_renamed_task_is_known_when_its_folder_is_ingested_again(icm: Icm, stored: Path) -> None:
-    icm("mv", "rust", "oxide")
+    icm("edit", "rust", "--name", "oxide")
     statuses = {event["task"]: event["status"] for event in icm("ingest", stored, "--json").events if "status" in event}
     assert statuses == {"oxide": "known", "shakespeare": "known", "sql": "known"}
     write_adapter(stored / "rust" / "checkpoint-200", seed=200)
@@ -50,87 +58,129 @@ def test_a_renamed_task_is_known_when_its_folder_is_ingested_again(icm: Icm, sto
 
 
 def test_another_adapter_in_the_folder_of_a_renamed_task_is_a_new_task(icm: Icm, stored: Path) -> None:
-    icm("mv", "rust", "oxide")
+    icm("edit", "rust", "--name", "oxide")
     write_adapter(stored / "rust", seed=99)
     icm("ingest", stored / "rust")
     assert icm("ls", "-q").out == "oxide\nrust\nshakespeare\nsql\n"
 
 
 def test_tags_are_added_shown_counted_and_removed(icm: Icm, stored: Path) -> None:
-    assert icm("tag", "rust", "sql", "--add", "prod", "-a", "big").out == "rust: big, prod\nsql: big, prod\n"
-    assert icm("tag", "sql", "--remove", "big").out == "sql: prod\n"
-    assert icm("tag", "sql", "-r", "prod", "--json").document == [{"task": "sql", "tags": []}]
-    assert icm("tag", "--json").document == [{"tag": "big", "tasks_count": 1}, {"tag": "prod", "tasks_count": 1}]
-    assert icm("tag", "-q").out == "big\nprod\n"
+    done = icm("edit", "rust", "sql", "--tag", "prod", "--tag", "big", "--json").document
+    assert [(task["task"], task["tags"]) for task in done] == [("rust", ["big", "prod"]), ("sql", ["big", "prod"])]
+    assert icm("edit", "sql", "--untag", "big", "--untag", "prod", "--json").document[0]["tags"] == []
+    assert icm("ls", "--tags", "--json").document == [
+        {"tag": "big", "tasks_count": 1},
+        {"tag": "prod", "tasks_count": 1},
+    ]
+    assert icm("ls", "--tags", "-q").out == "big\nprod\n"
     assert icm("show", "rust", "--json").document["tags"] == ["big", "prod"]
     assert "big, prod" in icm("show", "rust").out
 
 
-def test_tag_of_a_task_without_options_prints_its_tags(icm: Icm, stored: Path) -> None:
-    assert icm("tag", "RUST").out == "rust: no tags\n"
+def test_edit_without_options_shows_what_is_set(icm: Icm, stored: Path) -> None:
+    icm("edit", "rust", "--tag", "prod", "--note", "for the demo", "--pin")
+    ran = icm("edit", "RUST")
+    assert ran.out.split() == ["TASK", "TAGS", "PINNED", "NOTE", "rust", "prod", "yes", "for", "the", "demo"]
+    assert icm("edit", "RUST", "--json").document == [
+        {"task": "rust", "tags": ["prod"], "note": "for the demo", "pinned": True}
+    ]
 
 
-def test_tag_without_a_tag_in_the_store_says_so(icm: Icm, stored: Path) -> None:
-    ran = icm("tag")
+def test_without_a_tag_in_the_store_ls_says_so(icm: Icm, stored: Path) -> None:
+    ran = icm("ls", "--tags")
     assert (ran.code, ran.out, ran.err) == (0, "", "no task has a tag\n")
 
 
-def test_tag_that_adds_to_no_task_is_wrong_usage(icm: Icm, stored: Path) -> None:
-    assert icm("tag", "--add", "prod").code == ExitCode.USAGE
+def test_edit_of_no_task_is_wrong_usage(icm: Icm, stored: Path) -> None:
+    assert icm("edit", "--tag", "prod").code == ExitCode.USAGE
 
 
 def test_a_tag_that_is_added_and_removed_is_refused(icm: Icm, stored: Path) -> None:
-    ran = icm("tag", "rust", "--add", "prod", "--remove", "PROD", "--json")
+    ran = icm("edit", "rust", "--tag", "prod", "--untag", "PROD", "--json")
     assert (ran.code, ran.error["message"]) == (ExitCode.FAILED, "tag 'prod' is both added and removed")
 
 
-def test_a_note_is_kept_printed_and_cleared(icm: Icm, stored: Path) -> None:
-    assert icm("note", "rust", "for the demo\nin spring").code == 0
-    assert icm("note", "rust").out == "for the demo\nin spring\n"
+def test_a_note_is_kept_shown_and_removed(icm: Icm, stored: Path) -> None:
+    assert icm("edit", "rust", "--note", "for the demo\nin spring").code == 0
     assert "for the demo in spring" in icm("show", "rust").out
     assert icm("show", "rust", "--json").document["note"] == "for the demo\nin spring"
-    assert icm("note", "rust", "--clear", "--json").document == {"task": "rust", "note": None}
-    assert icm("note", "rust").err == "rust has no note\n"
+    assert icm("edit", "rust", "--no-note", "--json").document[0]["note"] is None
 
 
-def test_a_note_that_is_given_and_cleared_is_wrong_usage(icm: Icm, stored: Path) -> None:
-    assert icm("note", "rust", "text", "--clear").code == ExitCode.USAGE
+def test_a_note_that_is_given_and_removed_is_wrong_usage(icm: Icm, stored: Path) -> None:
+    assert icm("edit", "rust", "--note", "text", "--no-note").code == ExitCode.USAGE
 
 
-def test_an_empty_note_names_the_way_to_clear_it(icm: Icm, stored: Path) -> None:
-    ran = icm("note", "rust", "", "--json")
-    assert (ran.code, "--clear" in ran.error["hint"]) == (ExitCode.FAILED, True)
+def test_an_empty_note_names_the_way_to_remove_it(icm: Icm, stored: Path) -> None:
+    ran = icm("edit", "rust", "--note", "", "--json")
+    assert (ran.code, "--no-note" in ran.error["hint"]) == (ExitCode.FAILED, True)
+
+
+@pytest.mark.parametrize(
+    ("line", "out", "new"),
+    [
+        ("mv rust oxide", "rust is now oxide\n", "icm edit TASK --name NEW"),
+        ("tag rust sql --add prod -a big", "rust: big, prod\nsql: big, prod\n", "icm edit TASK --tag TAG"),
+        ("tag rust -r prod", "rust: no tags\n", "icm edit TASK --tag TAG --untag TAG"),
+        ("tag", "", "icm ls --tags"),
+        ("note rust text", "", "icm edit TASK --note TEXT"),
+        ("note rust", "", "icm show TASK"),
+        ("pin rust", "pinned 1 task\n", "icm edit TASK --pin"),
+        ("unpin rust", "unpinned 1 task\n", "icm edit TASK --no-pin"),
+        ("path db", None, "icm doctor --path db"),
+        ("formats", None, "icm convert --list-formats"),
+        ("ls -f name=rust", None, "--filter"),
+    ],
+)
+def test_a_spelling_from_before_works_and_names_the_new_one(
+    icm: Icm, stored: Path, line: str, out: str | None, new: str
+) -> None:
+    ran = icm(*line.split())
+    assert (ran.code, new in ran.err) == (0, True)
+    if out is not None:
+        assert ran.out.startswith(out)
+
+
+@pytest.mark.parametrize("option", ["--json", "--quiet"])
+def test_scripts_are_not_told_of_new_spellings(icm: Icm, stored: Path, option: str) -> None:
+    assert (icm("pin", "rust", option).err, icm("ls", "-f", "name=rust", option).err) == ("", "")
+
+
+def test_the_help_does_not_list_spellings_from_before(icm: Icm) -> None:
+    shown = {line.split()[1] for line in icm("--help").out.splitlines() if line.startswith("│ ")}
+    assert "edit" in shown
+    assert not set(_OLD) & shown
 
 
 def test_ls_filters_sorts_and_limits(icm: Icm, stored: Path, tmp_path: Path) -> None:
     write_adapter(tmp_path / "more" / "verse", base_model_name_or_path="acme/llama")
     icm("ingest", tmp_path / "more")
-    icm("tag", "rust", "verse", "--add", "prod")
-    assert icm("ls", "-q", "-f", "tag=prod").out == "rust\nverse\n"
-    assert icm("ls", "-q", "-f", "tag=prod", "-f", "base~LLAMA").out == "verse\n"
+    icm("edit", "rust", "verse", "--tag", "prod")
+    assert icm("ls", "-q", "-F", "tag=prod").out == "rust\nverse\n"
+    assert icm("ls", "-q", "-F", "tag=prod", "-F", "base~LLAMA").out == "verse\n"
     assert icm("ls", "-q", "--sort", "name:desc", "--limit", 2).out == "verse\nsql\n"
-    assert [row["name"] for row in icm("ls", "-f", "rank>=3", "--json").document] == []
+    assert [row["name"] for row in icm("ls", "-F", "rank>=3", "--json").document] == []
     assert [row["tags"] for row in icm("ls", "--sort", "size", "--limit", 1, "--json").document] == [["prod"]]
 
 
 def test_ls_says_how_many_tasks_the_limit_hides(icm: Icm, stored: Path) -> None:
     assert icm("ls", "--limit", 2).err == "1 more task is not shown\n"
-    assert icm("ls", "--limit", 1, "-f", "name~s").err == "2 more tasks are not shown\n"
+    assert icm("ls", "--limit", 1, "-F", "name~s").err == "2 more tasks are not shown\n"
     assert icm("ls", "--limit", 3).err == ""
 
 
 def test_ls_with_a_filter_that_nothing_passes_does_not_ask_for_an_ingest(icm: Icm, stored: Path) -> None:
-    ran = icm("ls", "-f", "rank>100")
+    ran = icm("ls", "-F", "rank>100")
     assert (ran.code, ran.out, ran.err) == (0, "", "no task passes the filters\n")
 
 
-@pytest.mark.parametrize("arguments", [("-f", "ranks>=8"), ("--sort", "tag"), ("--limit", "0")])
+@pytest.mark.parametrize("arguments", [("-F", "ranks>=8"), ("--sort", "tag"), ("--limit", "0")])
 def test_ls_with_a_wrong_filter_order_or_limit_is_wrong_usage(icm: Icm, stored: Path, arguments: tuple[str]) -> None:
     assert icm("ls", *arguments).code == ExitCode.USAGE
 
 
 def test_a_wrong_filter_lists_the_fields(icm: Icm, stored: Path) -> None:
-    error = icm("ls", "-f", "ranks>=8", "--json").error
+    error = icm("ls", "-F", "ranks>=8", "--json").error
     assert (error["kind"], error["message"]) == ("invalid_filter", "there is no field 'ranks'")
     assert "fields: name, base, rank, size, code" in error["hint"]
 
@@ -141,7 +191,7 @@ def test_a_bundle_is_listed_whole(icm: Icm, tmp_path: Path) -> None:
 
 def test_ls_has_a_column_for_tags_only_if_a_task_has_some(icm: Icm, stored: Path) -> None:
     assert "TAGS" not in icm("ls").out
-    icm("tag", "rust", "--add", "prod")
+    icm("edit", "rust", "--tag", "prod")
     assert icm("ls").out.splitlines()[0].endswith("TAGS")
 
 
@@ -154,7 +204,7 @@ def test_ls_has_a_column_for_extras_only_if_a_task_has_some(icm: Icm, stored: Pa
 
 
 def test_ls_with_filters_imports_neither_torch_nor_numpy(stored: Path) -> None:
-    assert not {"torch", "numpy"} & modules_of("ls", "-f", "rank>=2", "--sort", "gain")
+    assert not {"torch", "numpy"} & modules_of("ls", "-F", "rank>=2", "--sort", "gain")
 
 
 def test_fields_complete_with_their_operators(stored: Path) -> None:
@@ -163,7 +213,7 @@ def test_fields_complete_with_their_operators(stored: Path) -> None:
 
 
 def test_values_complete_after_the_operator(icm: Icm, stored: Path) -> None:
-    icm("tag", "rust", "--add", "prod")
+    icm("edit", "rust", "--tag", "prod")
     assert complete_filter("tag=p") == ["tag=prod"]
     assert complete_filter("base~") == [f"base~{BASE}"]
     assert complete_filter("name!=s") == ["name!=shakespeare", "name!=sql"]
@@ -172,7 +222,7 @@ def test_values_complete_after_the_operator(icm: Icm, stored: Path) -> None:
 
 
 def test_orders_and_tags_complete(icm: Icm, stored: Path) -> None:
-    icm("tag", "rust", "--add", "prod")
+    icm("edit", "rust", "--tag", "prod")
     assert complete_sort("si") == ["size", "size:desc"]
     assert complete_tag("") == ["prod"]
     assert complete_task("S") == ["shakespeare", "sql"]

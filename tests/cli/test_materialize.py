@@ -116,6 +116,7 @@ def test_a_rank_that_is_no_positive_number_is_wrong_usage(
     assert icm("materialize", "rules", "-o", tmp_path / "out", "--pad-rank", rank).code == ExitCode.USAGE
 
 
+@pytest.mark.slow
 def test_a_rank_below_that_of_the_adapter_is_refused(icm: Icm, trained: Path, tmp_path: Path) -> None:
     ran = icm("materialize", "rules", "-o", tmp_path / "out", "--source", "code", "--pad-rank", 3, "--json")
     assert (ran.code != 0, "rank 3 is too small" in ran.error["message"]) == (True, True)
@@ -134,6 +135,7 @@ def test_quiet_prints_the_folder(icm: Icm, trained: Path, tmp_path: Path) -> Non
     assert icm("materialize", "poems", "-o", tmp_path / "out", "-q").out == f"{tmp_path / 'out'}\n"
 
 
+@pytest.mark.slow
 def test_two_processes_write_the_same_bytes(trained: Path, tmp_path: Path) -> None:
     script = "import sys; from icm_cli.app import run; [run(line.split()) for line in sys.argv[1:]]"
     for number in (1, 2):
@@ -158,6 +160,7 @@ def test_a_seed_for_what_is_not_sampled_is_wrong_usage(icm: Icm, trained: Path, 
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_generated_adapter_has_the_task_type_of_its_original(icm: Icm, mixed: Path, tmp_path: Path) -> None:
     icm("ingest", write_lora(tmp_path / "seq", task_type="SEQ_2_SEQ_LM"), "--device", "cpu")
     icm("train", "--no-eval", "--refine", "0", "--steps", 2)
@@ -263,6 +266,7 @@ def test_a_hostile_base_model_label_stays_one_line_of_the_card(icm: Icm, tmp_pat
     assert "\n# Trusted" not in body
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("source", ["code", "generate"])
 @pytest.mark.parametrize("task", ["poems", "rules", "silent"])
 def test_a_decoded_adapter_has_the_form_of_its_original_and_no_more_bytes(
@@ -347,11 +351,6 @@ def test_options_that_make_no_sense_together_are_wrong_usage(
 ) -> None:
     assert icm("materialize", "rules", "-o", tmp_path / "a.gguf", *words).code == ExitCode.USAGE
     assert not (tmp_path / "a.gguf").exists()
-
-
-def test_a_wrong_output_is_told_before_the_samples_are_read(icm: Icm, trained: Path, tmp_path: Path) -> None:
-    ran = icm("materialize", "--samples", tmp_path / "none.jsonl", "--format", "gguf", "-o", tmp_path / "a", "--json")
-    assert (ran.code, ran.error["hint"]) == (ExitCode.FAILED, "name it: `-o NAME.gguf`")
 
 
 def test_writing_an_original_as_it_is_needs_neither_torch_nor_gguf(trained: Path, tmp_path: Path) -> None:

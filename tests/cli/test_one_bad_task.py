@@ -147,7 +147,7 @@ def codes(store: Path) -> set[str]:
 
 
 COMPARED = (
-    ("eval", "--rung", "code"),
+    ("eval", "--source", "code"),
     ("evict", "--max-error", "0.99", "--dry-run"),
     ("encode", "--refine", "1"),
     ("vectors", "--again"),
@@ -172,7 +172,8 @@ def test_what_is_done_with_the_good_tasks_is_the_same_beside_bad_ones(
     on_map = json.loads(called(store, "map", "--view", "context", *FOR_BASE, "--json"))["tasks"]
     assert set(GOOD) <= {task["task"] for task in on_map}
     assert "apples" in called(store, "recognize", "--samples", samples, *FOR_BASE, *CPU)
-    for arguments in (("ls",), ("stats",), ("duplicates",), ("verify",), ("serve-config", "vllm", *FOR_BASE)):
+    called(store, "serve", "--print-config", "vllm", *FOR_BASE)
+    for arguments in (("ls",), ("stats",), ("duplicates",), ("verify",)):
         called(store, *arguments)
     called(store, "report", "-o", page, *(f"--outputs={name}" for name in ("poems", *map(name_of, kinds))), *CPU)
     assert all(name in page.read_text() for name in GOOD)

@@ -149,6 +149,7 @@ def test_a_bundle_without_vectors_says_what_is_missing(icm: Icm, trained: Path, 
     assert "recognition needs the context vectors of 3 tasks" in ran.error["message"]
 
 
+@pytest.mark.slow
 def test_the_library_raises_for_a_new_task(subjects: Path, strange: Path, ships: Path, tmp_path: Path) -> None:
     fleet = Fleet(subjects)
     assert fleet.recognize(ships, device="cpu").known_task() == "ships"

@@ -1,11 +1,26 @@
 """The generated pages are current, and every command explains itself."""
 
+import inspect
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from icm_cli.commands.duplicates import duplicates as duplicates_command
+from icm_cli.commands.generate import generate as generate_command
+from icm_cli.commands.ingest import ingest as ingest_command
+from icm_cli.commands.report import report as report_command
+from icm_cli.commands.vectors import vectors as vectors_command
 from icm_cli.errors import ExitCode
 from icm_cli.reference import commands, pages
+from icmlora.fleet.few_shot.generate import generate
+from icmlora.fleet.few_shot.train import SAMPLE_TOKENS
+from icmlora.fleet.ingest.ingest import ingest
+from icmlora.fleet.report.report import write_report
+from icmlora.fleet.tasks.duplicates import find_duplicates
+from icmlora.fleet.vectors.vectors import SAMPLES_READ, extract_vectors
+from icmlora.generator.config import _TOLERANCES
+from icmlora.task_vectors.vector import VectorSettings
 
 REFERENCE = Path(__file__).parents[2] / "docs" / "reference"
 COMMANDS = dict(commands())
@@ -26,6 +41,59 @@ def test_every_command_has_help_and_an_example(name: str) -> None:
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_option_has_help(name: str) -> None:
     assert [parameter.name for parameter in COMMANDS[name].params if not getattr(parameter, "help", None)] == []
+
+
+def helps(name: str) -> str:
+    """Return the help of a command and of all its options."""
+    return " ".join([COMMANDS[name].help or "", *(str(getattr(known, "help", "")) for known in COMMANDS[name].params)])
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("icm generate", f"icm reads {SAMPLE_TOKENS} tokens of each"),
+        ("icm generate", f"icm reads {VectorSettings().sample_tokens} tokens of each"),
+        ("icm recognize", f"icm reads {SAMPLES_READ} of them"),
+        ("icm train", f"1 (smallest) to {len(_TOLERANCES)} (most accurate)"),
+        ("icm encode", f"1 (smallest) to {len(_TOLERANCES)} (most accurate)"),
+        ("icm ingest", f"the exit code is then {int(ExitCode.PARTLY)}"),
+        ("icm vectors", f"the exit code is then {int(ExitCode.PARTLY)}"),
+        ("icm convert", f"Exit code {int(ExitCode.PARTLY)} means"),
+        ("icm doctor", f"Exit with code {int(ExitCode.FAILED)}"),
+    ],
+)
+def test_numbers_in_the_help_are_those_of_the_code(name: str, text: str) -> None:
+    assert text in helps(name)
+
+
+def test_a_short_option_means_the_same_everywhere() -> None:
+    meanings: dict[str, set[str]] = {}
+    for command in COMMANDS.values():
+        for parameter in command.params:
+            names = [] if getattr(parameter, "hidden", False) else parameter.opts
+            for short in (name for name in names if len(name) == 2):
+                meanings.setdefault(short, set()).update(name for name in names if name.startswith("--"))
+    assert {short: found for short, found in meanings.items() if len(found) != 1} == {}
+    assert (meanings["-f"], meanings["-n"]) == ({"--force"}, {"--dry-run"})
+
+
+@pytest.mark.parametrize(
+    ("command", "use_case"),
+    [
+        (ingest_command, ingest),
+        (vectors_command, extract_vectors),
+        (generate_command, generate),
+        (duplicates_command, find_duplicates),
+        (report_command, write_report),
+    ],
+)
+def test_a_command_and_its_use_case_have_the_same_defaults(
+    command: Callable[..., object], use_case: Callable[..., object]
+) -> None:
+    of_command, of_library = (inspect.signature(function).parameters for function in (command, use_case))
+    told = {name: known.default for name, known in of_command.items() if known.default not in (None, known.empty)}
+    shared = {name: getattr(value, "value", value) for name, value in told.items() if name in of_library}
+    assert shared == {name: of_library[name].default for name in shared}
 
 
 def test_the_page_of_exit_codes_lists_every_code() -> None:

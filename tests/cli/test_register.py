@@ -68,6 +68,7 @@ def test_the_task_is_listed_with_its_code_and_without_an_original(icm: Icm, regi
     assert row["vectors_count"] == 2
 
 
+@pytest.mark.slow
 def test_text_says_what_the_code_takes(register: Register) -> None:
     assert "registered with a code of " in register().err
 
@@ -81,6 +82,7 @@ def test_its_code_gives_the_adapter_that_was_written(
     assert found == pytest.approx(document["code_squared_error"], abs=0.02)
 
 
+@pytest.mark.slow
 def test_its_code_helps_on_the_samples_nearly_as_much_as_what_was_written(
     icm: Icm, register: Register, folder: Path, tmp_path: Path
 ) -> None:
@@ -96,6 +98,7 @@ def test_its_code_helps_on_the_samples_nearly_as_much_as_what_was_written(
     assert without - nats(tmp_path / "again") > 0.7 * (without - nats(folder)) > 0
 
 
+@pytest.mark.slow
 def test_no_weights_and_no_samples_are_stored(icm: Icm, register: Register, started: Path) -> None:
     document = register("--json").document
     assert not list(started.rglob(document["weights"]))
@@ -103,6 +106,7 @@ def test_no_weights_and_no_samples_are_stored(icm: Icm, register: Register, star
     assert icm("verify", "--read-data", "-v", "--json").document["findings"] == []
 
 
+@pytest.mark.slow
 def test_its_vector_is_comparable_with_those_of_the_others(icm: Icm, register: Register, tmp_path: Path) -> None:
     for subject in ("apples", "pears"):
         icm("ingest", write_subject(tmp_path / subject), "--device", "cpu")
@@ -112,6 +116,7 @@ def test_its_vector_is_comparable_with_those_of_the_others(icm: Icm, register: R
     assert "geese" not in {row["task"] for row in mapped["left_out"]}
 
 
+@pytest.mark.slow
 def test_show_names_the_tasks_that_are_nearest_to_its_samples(icm: Icm, register: Register, tmp_path: Path) -> None:
     for subject in ("apples", "pears"):
         icm("ingest", write_subject(tmp_path / subject), "--device", "cpu")
@@ -119,12 +124,14 @@ def test_show_names_the_tasks_that_are_nearest_to_its_samples(icm: Icm, register
     assert {row["task"] for row in icm("show", "geese", "--json").document["nearest"]} >= {"apples", "pears"}
 
 
+@pytest.mark.slow
 def test_it_is_not_its_own_neighbour(icm: Icm, register: Register, tmp_path: Path) -> None:
     for subject in ("apples", "pears"):
         icm("ingest", write_subject(tmp_path / subject), "--device", "cpu")
     assert "geese" not in {row["task"] for row in register("--json").document["nearest"]}
 
 
+@pytest.mark.slow
 def test_stats_count_it_among_the_tasks(icm: Icm, register: Register, folder: Path) -> None:
     before = icm("stats", "--json").document
     document = register("--json").document
@@ -137,6 +144,7 @@ def test_stats_count_it_among_the_tasks(icm: Icm, register: Register, folder: Pa
     assert (task["bf16_size"], task["rung"], task["evicted"]) == (2 * parameters, "code", True)
 
 
+@pytest.mark.slow
 def test_what_was_refined_is_what_is_registered(icm: Icm, register: Register, folder: Path, tmp_path: Path) -> None:
     document = register("--refine", 5, "--json").document
     icm("materialize", "geese", "-o", tmp_path / "again")
@@ -144,16 +152,19 @@ def test_what_was_refined_is_what_is_registered(icm: Icm, register: Register, fo
     assert found == pytest.approx(document["code_squared_error"], abs=0.02)
 
 
+@pytest.mark.slow
 def test_a_smaller_rank_is_registered_too(icm: Icm, register: Register) -> None:
     assert register("--rank", 2, "--json").document["rank"] == 2
     assert "geese" in names(icm)
 
 
+@pytest.mark.slow
 def test_the_same_name_again_is_refused(icm: Icm, register: Register) -> None:
     register()
     assert register("--force", "--json").error["kind"] == "task_conflict"
 
 
+@pytest.mark.slow
 def test_it_is_known_as_generated(icm: Icm, register: Register, tmp_path: Path) -> None:
     register()
     assert icm("show", "geese", "--json").document["adapters"][0]["is_generated"]
@@ -161,6 +172,7 @@ def test_it_is_known_as_generated(icm: Icm, register: Register, tmp_path: Path) 
     assert "none: generated, not trained\n" in icm("show", "geese").out
 
 
+@pytest.mark.slow
 def test_its_card_says_that_nobody_trained_it(icm: Icm, register: Register, tmp_path: Path) -> None:
     register()
     icm("export", tmp_path / "fleet.icm")
@@ -173,6 +185,7 @@ def test_its_card_says_that_nobody_trained_it(icm: Icm, register: Register, tmp_
     assert "No adapter was trained" not in other
 
 
+@pytest.mark.slow
 def test_another_store_that_imports_it_knows_it_as_generated(icm: Icm, register: Register, tmp_path: Path) -> None:
     register()
     icm("export", tmp_path / "fleet.icm", "geese")
@@ -181,6 +194,7 @@ def test_another_store_that_imports_it_knows_it_as_generated(icm: Icm, register:
     assert icm(*with_store, "show", "geese", "--json").document["adapters"][0]["is_generated"]
 
 
+@pytest.mark.slow
 def test_the_next_start_does_not_learn_from_it(icm: Icm, register: Register, started: Path) -> None:
     def start_of() -> object:
         assert icm("train", "--objective", "functional", "--episodes", EPISODES, "--device", "cpu").code == 0
@@ -193,6 +207,7 @@ def test_the_next_start_does_not_learn_from_it(icm: Icm, register: Register, sta
     assert start_of() == before
 
 
+@pytest.mark.slow
 def test_it_is_exported_like_any_other(icm: Icm, register: Register, tmp_path: Path) -> None:
     register()
     assert icm("export", tmp_path / "fleet.icm", "geese").code == 0
@@ -202,6 +217,7 @@ def test_it_is_exported_like_any_other(icm: Icm, register: Register, tmp_path: P
     assert here == there
 
 
+@pytest.mark.slow
 def test_it_is_removed_like_any_other(icm: Icm, register: Register) -> None:
     register()
     assert icm("rm", "geese", "--yes").code == 0
@@ -209,6 +225,7 @@ def test_it_is_removed_like_any_other(icm: Icm, register: Register) -> None:
     assert icm("verify", "--read-data").code == 0
 
 
+@pytest.mark.slow
 def test_starts_are_learned_and_updates_made_with_it_there(icm: Icm, register: Register, tmp_path: Path) -> None:
     register()
     icm("ingest", write_subject(tmp_path / "ships"), "--device", "cpu")
@@ -217,6 +234,7 @@ def test_starts_are_learned_and_updates_made_with_it_there(icm: Icm, register: R
     assert icm("materialize", "geese", "-o", tmp_path / "again").code == 0
 
 
+@pytest.mark.slow
 def test_a_full_training_takes_it_in_once_the_folder_is_ingested(icm: Icm, register: Register, folder: Path) -> None:
     register()
     ran = icm(*TRAIN, "--json")
@@ -229,6 +247,7 @@ def test_a_full_training_takes_it_in_once_the_folder_is_ingested(icm: Icm, regis
 class TestFailures:
     """Nothing is half made."""
 
+    @pytest.mark.slow
     def test_where_the_folder_cannot_be_written_nothing_is_registered(
         self, icm: Icm, register: Register, folder: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -237,6 +256,7 @@ class TestFailures:
         assert not folder.exists()
         assert "geese" not in names(icm)
 
+    @pytest.mark.slow
     def test_where_it_cannot_be_registered_the_folder_is_whole_and_the_task_is_not_there(
         self, icm: Icm, register: Register, folder: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -249,6 +269,7 @@ class TestFailures:
         assert register("--force").code == 0
         assert "geese" in names(icm)
 
+    @pytest.mark.slow
     def test_where_it_cannot_be_encoded_the_store_is_as_it_was(
         self, icm: Icm, register: Register, monkeypatch: pytest.MonkeyPatch
     ) -> None:

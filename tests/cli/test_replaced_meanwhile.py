@@ -243,6 +243,7 @@ class TestJobLock:
         assert (ran.code, ran.error["kind"]) == (ExitCode.LOCKED, "store_locked")
         assert LABEL in ran.error["message"]
 
+    @pytest.mark.one_case
     @pytest.mark.parametrize(
         "command", [("evict", "--max-error", "0.7", "--dry-run"), ("eval", "poems", "--device", "cpu")]
     )

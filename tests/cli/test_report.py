@@ -111,6 +111,7 @@ def test_errors_without_an_original_are_refused(icm: Icm, trained: Path) -> None
     assert (ran.code, "there is nothing to compare the code with" in ran.err) == (ExitCode.FAILED, True)
 
 
+@pytest.mark.slow
 def test_a_report_of_image_tasks_says_how_far_their_pictures_are_apart(icm: Icm, tmp_path: Path) -> None:
     from tests.icmlora.fleet.image_store import write_images  # imports diffusers
 

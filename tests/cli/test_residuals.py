@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -15,18 +16,25 @@ from icmlora.formats.discovery.folder import load_adapter
 from registry.store import Store
 from tests.cli.coded import codes, tasks_of
 from tests.cli.conftest import Ran
+from tests.cli.tiny_fleet import icm_quietly
 
 Icm = Callable[..., Ran]
 BESIDE = ("encode", "--residual", "--max-error", "0.1")
 NAMES = {"poems", "rules", "silent"}
 
 
+@pytest.fixture(scope="module")
+def layered_template(trained_template: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    store = Path(shutil.copytree(trained_template, tmp_path_factory.mktemp("layered") / "store"))
+    icm_quietly(store, "encode", "--max-error", "0.55")
+    icm_quietly(store, *BESIDE)
+    return store
+
+
 @pytest.fixture
-def layered(icm: Icm, trained: Path) -> Path:
+def layered(layered_template: Path, tmp_path: Path) -> Path:
     """The trained store, with small codes and a residual beside each."""
-    assert icm("encode", "--max-error", "0.55").code == 0
-    assert icm(*BESIDE).code == 0
-    return trained
+    return Path(shutil.copytree(layered_template, tmp_path / "store"))
 
 
 def residual_of(store: Path, task: str) -> str:
@@ -140,6 +148,7 @@ def test_a_gain_is_kept_by_code_and_residual_and_recorded(icm: Icm, trained: Pat
     assert set(evaluated) == {"base", "original", "residual", "code", "generate"}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("plain_gains")
 def test_an_eviction_by_gain_measures_the_residual(icm: Icm, trained: Path) -> None:
     icm("encode", "rules", "--min-gain", "0.3", "--device", "cpu")
@@ -151,6 +160,7 @@ def test_an_eviction_by_gain_measures_the_residual(icm: Icm, trained: Path) -> N
     assert {"base", "original", "residual"} <= rungs
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("plain_gains")
 def test_a_gain_that_nothing_keeps_is_told_and_leaves_no_residual(icm: Icm, trained: Path) -> None:
     ran = icm("encode", "--residual", "--min-gain", "1.0", "--device", "cpu", "--json")
@@ -175,6 +185,7 @@ def test_stats_counts_residuals_in_every_total(icm: Icm, layered: Path) -> None:
     assert ("residuals" in out, " + " in out) == (True, True)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("plain_gains")
 def test_stats_and_show_say_which_tasks_fell_short(icm: Icm, trained: Path) -> None:
     ran = icm("encode", "rules", "poems", "--min-gain", "1.0", "--device", "cpu", "--json")
@@ -212,6 +223,7 @@ def test_a_bundle_leaves_residuals_behind_and_says_so(icm: Icm, layered: Path, t
     assert icm("materialize", "rules", "--from", tmp_path / "fleet.icm", "--source", "residual", "-o", "x").code == 2
 
 
+@pytest.mark.slow
 def test_a_new_generator_has_no_residuals(icm: Icm, layered: Path) -> None:
     icm("train", "--steps", "2", "--fresh", "--no-eval", "--refine", "0", "--device", "cpu")
     assert {code.residual for code in codes(layered).values()} == {None}

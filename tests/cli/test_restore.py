@@ -49,6 +49,7 @@ def test_an_eviction_with_placeholders_counts_store_and_folders_apart(icm: Icm, 
     assert "checkpoints stay in their folders" in ran.err
 
 
+@pytest.mark.slow
 def test_a_changed_file_is_named_and_sets_exit_code_3(icm: Icm, here: Path) -> None:
     (here / "rules" / "adapter_config.json").write_text("{}")
     ran = icm(*LOSE)

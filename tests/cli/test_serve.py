@@ -232,6 +232,7 @@ def test_two_servers_do_not_share_their_folders(engine: StubEngine, trained: Pat
     assert (ran.code, "another server uses these folders" in ran.err) == (ExitCode.FAILED, True)
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_lets_requests_in_flight_end(
     engine: StubEngine, trained: Path, tmp_path: Path, number: signal.Signals
@@ -256,6 +257,7 @@ def test_a_signal_lets_requests_in_flight_end(
     assert "POST" not in err, "requests are not logged"
 
 
+@pytest.mark.slow
 def test_a_request_that_takes_too_long_to_end_is_cut(engine: StubEngine, trained: Path, tmp_path: Path) -> None:
     engine.hold = threading.Event()
     with served(engine, trained, tmp_path / "adapters", "--drain-seconds", "1") as process:
@@ -272,6 +274,7 @@ def test_a_request_that_takes_too_long_to_end_is_cut(engine: StubEngine, trained
     assert "1 request in flight did not end within --drain-seconds and was cut off" in err
 
 
+@pytest.mark.slow
 def test_after_kill_9_while_an_adapter_is_written_the_next_start_works(
     engine: StubEngine, trained: Path, tmp_path: Path
 ) -> None:
@@ -289,6 +292,7 @@ def test_after_kill_9_while_an_adapter_is_written_the_next_start_works(
     assert not any(".icm-" in path.name for path in folder.iterdir())
 
 
+@pytest.mark.slow
 def test_adapters_of_a_killed_server_are_taken_over_by_the_next(
     engine: StubEngine, trained: Path, tmp_path: Path
 ) -> None:
@@ -299,6 +303,7 @@ def test_adapters_of_a_killed_server_are_taken_over_by_the_next(
     assert engine.loads == ["rules"]
 
 
+@pytest.mark.slow
 def test_with_json_the_log_is_json(engine: StubEngine, trained: Path, tmp_path: Path) -> None:
     with served(engine, trained, tmp_path / "adapters", "--json") as process:
         url = json.loads(process.url)["url"]
@@ -309,6 +314,7 @@ def test_with_json_the_log_is_json(engine: StubEngine, trained: Path, tmp_path: 
     assert any(line["message"].startswith("loaded rules (") for line in lines)
 
 
+@pytest.mark.slow
 def test_requests_are_logged_if_asked_for(engine: StubEngine, trained: Path, tmp_path: Path) -> None:
     with served(engine, trained, tmp_path / "adapters", "--access-log") as process:
         assert ask(process.url, "base", stream=True).content.count(b"piece") == PIECES

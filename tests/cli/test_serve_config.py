@@ -1,4 +1,4 @@
-"""`icm serve-config`: the lines that start an engine."""
+"""`icm serve --print-config`: the lines that start an engine."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def option(words: list[str], name: str) -> str:
 
 
 def test_vllm_gets_the_plug_ins_environment(icm: Icm, trained: Path, mixed_template: Path) -> None:
-    ran = icm("serve-config", "vllm")
+    ran = icm("serve", "--print-config", "vllm")
     lines = ran.out.splitlines()
     assert lines[:-1] == [
         "export VLLM_ALLOW_RUNTIME_LORA_UPDATING=1",
@@ -43,7 +43,7 @@ def test_vllm_gets_the_plug_ins_environment(icm: Icm, trained: Path, mixed_templ
 def test_a_bundle_takes_the_place_of_the_store(icm: Icm, trained: Path, tmp_path: Path) -> None:
     bundle = tmp_path / "our fleet.icm"
     icm("export", bundle)
-    ran = icm("serve-config", "vllm", "--from", bundle)
+    ran = icm("serve", "--print-config", "vllm", "--from", bundle)
     assert f"export ICM_BUNDLE={shlex.quote(str(bundle))}" in ran.out.splitlines()
     assert "ICM_STORE" not in ran.out
     assert "base model is not on this machine" in ran.err, "a bundle does not say where it is"
@@ -55,7 +55,7 @@ def test_a_folder_given_in_place_of_a_missing_base_model_is_taken_for_it(
     icm: Icm, trained: Path, tmp_path: Path, mixed_template: Path
 ) -> None:
     icm("export", bundle := tmp_path / "fleet.icm")
-    ran = icm("serve-config", "vllm", "--from", bundle)
+    ran = icm("serve", "--print-config", "vllm", "--from", bundle)
     assert "--model FOLDER" in ran.err
     (named,) = re.findall("^export ICM_BASE_MODEL=(.*)$", ran.out, re.MULTILINE)
     tasks = open_tasks(None, bundle, command="test")
@@ -65,7 +65,7 @@ def test_a_folder_given_in_place_of_a_missing_base_model_is_taken_for_it(
 
 
 def test_vllm_behind_the_gateway_needs_no_plug_in(icm: Icm, trained: Path) -> None:
-    first, second, third = icm("serve-config", "vllm", "--gateway").out.splitlines()
+    first, second, third = icm("serve", "--print-config", "vllm", "--gateway").out.splitlines()
     assert first == "export VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"
     assert second.startswith(" ".join(VLLM))
     assert second.endswith(" &")
@@ -75,7 +75,7 @@ def test_vllm_behind_the_gateway_needs_no_plug_in(icm: Icm, trained: Path) -> No
 
 
 def test_sglang_gets_a_gateway_and_what_it_cannot_serve_is_named(icm: Icm, trained: Path) -> None:
-    ran = icm("serve-config", "sglang")
+    ran = icm("serve", "--print-config", "sglang")
     first, second = ran.out.splitlines()
     words = shlex.split(first.removesuffix(" &"))
     assert words[:4] == ["python", "-m", "sglang.launch_server", "--model-path"]
@@ -88,7 +88,7 @@ def test_sglang_gets_a_gateway_and_what_it_cannot_serve_is_named(icm: Icm, train
 
 
 def test_the_plan_as_json(icm: Icm, trained: Path) -> None:
-    found = icm("serve-config", "sglang", "--json").document
+    found = icm("serve", "--print-config", "sglang", "--json").document
     assert (found["engine"], found["base_model"], found["tasks_count"]) == ("sglang", LABEL, 1)
     assert [command[0] for command in found["commands"]] == ["python", "icm"]
     assert [entry["task"] for entry in found["left_out"]] == ["rules", "silent"]
@@ -97,33 +97,33 @@ def test_the_plan_as_json(icm: Icm, trained: Path) -> None:
 def test_the_largest_rank_decides(icm: Icm, trained: Path, tmp_path: Path) -> None:
     for rank, least in ((9, "16"), (33, "64"), (300, "320")):
         icm("ingest", write_lora(tmp_path / f"rank-{rank}", rank=rank, seed=rank))
-        assert f"--max-lora-rank {least} " in icm("serve-config", "vllm").out
+        assert f"--max-lora-rank {least} " in icm("serve", "--print-config", "vllm").out
     ran = icm("ingest", write_lora(tmp_path / "rank-600", rank=600, seed=600))
     assert ran.code == 0
-    again = icm("serve-config", "vllm")
+    again = icm("serve", "--print-config", "vllm")
     assert "--max-lora-rank 320 " in again.out
     assert "rank-600: rank 600 is above 512" in again.err
 
 
 def test_several_base_models_want_a_choice(icm: Icm, trained: Path, tmp_path: Path) -> None:
     icm("ingest", write_lora(tmp_path / "other", base_model_name_or_path="acme/other"))
-    ran = icm("serve-config", "vllm")
+    ran = icm("serve", "--print-config", "vllm")
     assert (ran.code, "choose one with --base-model" in ran.err) == (1, True)
-    ran = icm("serve-config", "vllm", "--base-model", "acme/other")
+    ran = icm("serve", "--print-config", "vllm", "--base-model", "acme/other")
     assert f"{' '.join(VLLM)} acme/other --enable-lora" in ran.out
     assert "`icm base add acme/other PATH`" in ran.err
-    assert icm("serve-config", "vllm", "--base-model", "acme/none").code == 1
+    assert icm("serve", "--print-config", "vllm", "--base-model", "acme/none").code == 1
 
 
 def test_an_empty_store_serves_nothing(icm: Icm, trained: Path) -> None:
     icm("rm", "poems", "rules", "silent", "--yes")
-    ran = icm("serve-config", "vllm")
+    ran = icm("serve", "--print-config", "vllm")
     assert (ran.code, "there is no task to serve" in ran.err) == (1, True)
 
 
 def test_an_engine_that_can_serve_no_task_is_said_so(icm: Icm, trained: Path) -> None:
     icm("rm", "poems", "--yes")
-    ran = icm("serve-config", "sglang")
+    ran = icm("serve", "--print-config", "sglang")
     assert (ran.code, "sglang can serve no task" in ran.err) == (1, True)
 
 

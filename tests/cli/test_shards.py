@@ -58,7 +58,7 @@ def test_all_shards_together_extract_and_measure_every_task(icm: Icm, trained: P
         shard = ("--shard", f"{number}/3", "--device", "cpu", "--json")
         ran = icm("vectors", "--again", *shard)
         extracted += [event["task"] for event in ran.events if event["type"] == "vectors"]
-        ran = icm("eval", "--rung", "code", *shard)
+        ran = icm("eval", "--source", "code", *shard)
         assert ran.code == 0
         measured += [event["task"] for event in ran.events if event["type"] == "task"]
     assert sorted(extracted) == TASKS
@@ -76,6 +76,7 @@ def test_a_training_waits_for_a_shard(icm: Icm, trained: Path) -> None:
     assert (ran.code, ran.error["kind"]) == (ExitCode.LOCKED, "store_locked")
 
 
+@pytest.mark.slow
 def test_two_shards_at_once_leave_the_store_as_one_after_the_other(icm: Icm, trained: Path) -> None:
     before = codes(trained)
     script = "from icm_cli.app import main; main()"

@@ -93,6 +93,7 @@ def test_a_negative_saving_is_stated(icm: Icm, trained: Path) -> None:
     assert "so they cost" in out
 
 
+@pytest.mark.slow
 def test_quality_is_shown_next_to_the_bytes(icm: Icm, trained: Path) -> None:
     heading, row = icm("stats").out.splitlines()[:2]
     assert ("RELATIVE ERROR" in heading, "RETAINED GAIN" in heading, "not measured" in row) == (True, True, True)
@@ -142,10 +143,12 @@ def test_without_a_store_it_says_so(icm: Icm) -> None:
     assert icm("stats").code == ExitCode.NO_STORE
 
 
+@pytest.mark.slow
 def test_it_does_not_import_torch(trained: Path) -> None:
     assert not {"torch", "numpy", "transformers"} & modules_of("stats", "--json")
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("ending", ["svg", "png", "pdf", "SVG"])
 def test_a_plot_is_drawn(icm: Icm, trained: Path, tmp_path: Path, ending: str) -> None:
     pytest.importorskip("matplotlib")

@@ -110,6 +110,7 @@ class TestIngest:
             task = store.tasks.get("poems")
             assert [task.samples is None, task.eval_data is None] == [name == "samples.jsonl", name == "eval.jsonl"]
 
+    @pytest.mark.slow
     def test_one_text_of_no_use_does_not_stop_the_other_tasks(self, icm: Icm, fleet: Path) -> None:
         (fleet / "rust" / "samples.jsonl").write_text("not json\n")
         ran = icm("ingest", fleet, "--json")

@@ -93,11 +93,13 @@ def test_the_same_seed_gives_the_same_generator(icm: Icm, mixed: Path, trained_t
     assert current(mixed).blob == current(trained_template).blob
 
 
+@pytest.mark.slow
 def test_another_seed_gives_another_generator(icm: Icm, mixed: Path, trained_template: Path) -> None:
     icm(*TRAIN, "--seed", 1)
     assert current(mixed).blob != current(trained_template).blob
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize(("step", "by"), [(1, signal.SIGINT), (STEPS, signal.SIGINT), (3, signal.SIGTERM)])
 def test_a_stopped_run_goes_on_to_the_very_same_generator(
     icm: Icm, mixed: Path, trained_template: Path, monkeypatch: pytest.MonkeyPatch, step: int, by: signal.Signals
@@ -156,6 +158,7 @@ def test_a_stop_after_the_training_keeps_the_generator_and_says_how_to_go_on(
     assert current(mixed).version == 1
 
 
+@pytest.mark.slow
 def test_a_stopped_run_is_not_continued_on_another_fleet(
     icm: Icm, mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -166,6 +169,7 @@ def test_a_stopped_run_is_not_continued_on_another_fleet(
     assert "resumed" not in {event["type"] for event in icm(*TRAIN, "--json").events}
 
 
+@pytest.mark.slow
 def test_no_resume_starts_over(icm: Icm, mixed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         interrupt_at(patch, 5)
@@ -173,6 +177,7 @@ def test_no_resume_starts_over(icm: Icm, mixed: Path, monkeypatch: pytest.Monkey
     assert icm(*TRAIN, "--no-resume", "--json").events[-1]["metrics"]["resumed_from"] == 0
 
 
+@pytest.mark.slow
 def test_after_a_further_ingest_the_present_generator_is_trained_on(icm: Icm, trained: Path, tmp_path: Path) -> None:
     first = current(trained)
     targets = ("self_attn.k_proj", "mlp.down_proj")
@@ -183,6 +188,7 @@ def test_after_a_further_ingest_the_present_generator_is_trained_on(icm: Icm, tr
     assert all(row["code_size"] for row in icm("ls", "--json").document)
 
 
+@pytest.mark.slow
 def test_training_again_says_from_where_and_what_is_new(icm: Icm, trained: Path, tmp_path: Path) -> None:
     again = icm(*TRAIN, "--json").events
     assert again[0] == {"type": "continued", "base_model": LABEL, "version": 1, "new_tasks": 0}
@@ -198,6 +204,7 @@ def write_tiny(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_task_that_cannot_be_encoded_is_named_and_costs_the_others_nothing(
     icm: Icm, mixed: Path, tmp_path: Path
 ) -> None:
@@ -209,6 +216,7 @@ def test_a_task_that_cannot_be_encoded_is_named_and_costs_the_others_nothing(
     assert icm("materialize", "tiny", "-o", tmp_path / "out").code == 0
 
 
+@pytest.mark.slow
 def test_an_update_names_it_too(icm: Icm, trained: Path, tmp_path: Path) -> None:
     icm("ingest", write_tiny(tmp_path / "more" / "tiny"), write_lora(tmp_path / "more" / "extra"), "--no-vectors")
     ran = icm("train", "--update", "--no-eval", "--refine", "0", "--steps", STEPS, "--device", "cpu")
@@ -217,12 +225,14 @@ def test_an_update_names_it_too(icm: Icm, trained: Path, tmp_path: Path) -> None
     assert {row["name"] for row in icm("ls", "--json").document if not row["code_size"]} == {"tiny"}
 
 
+@pytest.mark.slow
 def test_a_fleet_of_nothing_but_such_tasks_is_an_error(icm: Icm, tmp_path: Path) -> None:
     icm("ingest", write_tiny(tmp_path / "loras" / "tiny"), "--no-vectors")
     ran = icm(*TRAIN, "--json")
     assert (ran.code, "'tiny'" in ran.error["message"]) == (ExitCode.FAILED, True)
 
 
+@pytest.mark.slow
 def test_a_rank_that_does_not_fit_in_a_byte_has_a_code_beside_earlier_ones(
     icm: Icm, trained: Path, tmp_path: Path
 ) -> None:
@@ -235,6 +245,7 @@ def test_a_rank_that_does_not_fit_in_a_byte_has_a_code_beside_earlier_ones(
     assert {max(tensor.shape) for tensor in written.values()} == {260}
 
 
+@pytest.mark.slow
 def test_a_task_that_falls_short_of_a_limit_does_not_keep_the_rest_from_being_measured(
     icm: Icm, mixed: Path, tmp_path: Path
 ) -> None:
@@ -244,12 +255,14 @@ def test_a_task_that_falls_short_of_a_limit_does_not_keep_the_rest_from_being_me
     assert "CODE GAIN" in ran.out
 
 
+@pytest.mark.slow
 def test_training_on_keeps_the_quality_of_the_present_generator(icm: Icm, mixed: Path) -> None:
     icm(*TRAIN, "--quality", 2)
     icm(*TRAIN)
     assert current(mixed).config["tolerance"] == 0.25
 
 
+@pytest.mark.slow
 def test_fresh_starts_without_the_present_generator(icm: Icm, trained: Path) -> None:
     before = current(trained)
     icm(*TRAIN, "--fresh")
@@ -257,6 +270,7 @@ def test_fresh_starts_without_the_present_generator(icm: Icm, trained: Path) -> 
     assert (after.version, after.parent_id, after.blob) == (2, None, before.blob)
 
 
+@pytest.mark.slow
 def test_another_width_needs_a_fresh_start(icm: Icm, trained: Path) -> None:
     ran = icm(*TRAIN, "--width", 8, "--json")
     assert ran.code == ExitCode.FAILED
@@ -281,6 +295,7 @@ def test_a_checkpoint_of_a_higher_rank_is_covered(icm: Icm, tmp_path: Path) -> N
     assert current(tmp_path / "store").config["slots"] == 6
 
 
+@pytest.mark.slow
 def test_an_adapter_that_does_nothing_is_left_out_and_keeps_its_original(icm: Icm, mixed: Path, tmp_path: Path) -> None:
     folder = write_lora(tmp_path / "zeros", alpha=0)
     assert icm("ingest", folder, "--device", "cpu").code == 0
@@ -290,6 +305,7 @@ def test_an_adapter_that_does_nothing_is_left_out_and_keeps_its_original(icm: Ic
     assert (tmp_path / "out" / "adapter_config.json").read_bytes() == (folder / "adapter_config.json").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_task_that_is_replaced_meanwhile_gets_no_code_and_is_named(
     icm: Icm, mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -309,6 +325,7 @@ def test_a_task_that_is_replaced_meanwhile_gets_no_code_and_is_named(
     assert codes["rules"]
 
 
+@pytest.mark.slow
 def test_a_diverged_training_says_so_and_keeps_the_present_generator(
     icm: Icm, trained: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -337,6 +354,7 @@ def test_without_a_store_it_says_so(icm: Icm) -> None:
     assert icm("train").code == ExitCode.NO_STORE
 
 
+@pytest.mark.slow
 def test_without_the_base_model_it_trains_and_says_why_it_did_not_measure(icm: Icm, mixed: Path) -> None:
     icm("base", "rm", LABEL)
     ran = icm("train", "--device", "cpu", "--steps", STEPS)
@@ -346,7 +364,7 @@ def test_without_the_base_model_it_trains_and_says_why_it_did_not_measure(icm: I
 
 
 def test_it_measures_what_the_codes_kept(icm: Icm, mixed: Path) -> None:
-    ran = icm("train", "--device", "cpu", "--steps", STEPS)
+    ran = icm("train", "--device", "cpu", "--steps", STEPS, "--refine", "2")
     assert "CODE GAIN" in ran.out
     assert "1 of 3 tasks" in ran.err
 
@@ -357,6 +375,7 @@ def test_text_says_what_was_made(icm: Icm, mixed: Path) -> None:
     assert "initialisation seed recovered for 0 of 3 adapters" in ran.err
 
 
+@pytest.mark.slow
 def test_a_stopped_training_prints_the_generators_that_are_done(
     icm: Icm, mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -39,6 +40,7 @@ def test_the_channels_of_a_base_model_that_is_there_are_weighted(trained: Path) 
     assert not is_even(weights(trained))
 
 
+@pytest.mark.slow
 def test_without_the_base_model_all_channels_count_the_same(icm: Icm, mixed: Path, tmp_path: Path) -> None:
     assert icm("base", "rm", LABEL).code == 0
     assert icm(*TRAIN).code == 0
@@ -52,6 +54,7 @@ def test_training_on_keeps_the_weights(icm: Icm, trained: Path) -> None:
     assert same(weights(trained), before)
 
 
+@pytest.mark.slow
 def test_modules_of_one_name_and_two_widths_are_trained_on(icm: Icm, trained: Path, tmp_path: Path) -> None:
     folder = write_lora(tmp_path / "wide", seed=8)
     tensors = load_file(folder / "adapter_model.safetensors")

@@ -96,6 +96,7 @@ def test_text_says_what_known_tasks_get(icm: Icm, trained: Path) -> None:
     assert "of the gain of their own adapters, on samples that were held out" in ran.err
 
 
+@pytest.mark.slow
 def test_a_seed_decides_the_start(icm: Icm, trained: Path, started_template: Path) -> None:
     icm(*FUNCTIONAL)
     assert current(trained).start == current(started_template).start
@@ -103,6 +104,7 @@ def test_a_seed_decides_the_start(icm: Icm, trained: Path, started_template: Pat
     assert current(trained).start != current(started_template).start
 
 
+@pytest.mark.slow
 def test_both_trains_and_then_learns_a_start(icm: Icm, mixed: Path, started_template: Path) -> None:
     ran = icm(*BOTH, "--json")
     kinds = [event["type"] for event in ran.events if event["type"] in ("trained", "start")]
@@ -110,6 +112,7 @@ def test_both_trains_and_then_learns_a_start(icm: Icm, mixed: Path, started_temp
     assert current(mixed).start == current(started_template).start
 
 
+@pytest.mark.slow
 def test_it_needs_no_original(icm: Icm, trained: Path) -> None:
     assert icm("evict", "--max-error", "0.95").code == 0
     assert [event["tasks"] for event in of_type(icm(*FUNCTIONAL, "--json"), "start")] == [3]
@@ -201,26 +204,31 @@ def test_a_generator_that_becomes_current_meanwhile_gets_no_start(
 class TestLaterTrainings:
     """What becomes of a start when the generator changes."""
 
+    @pytest.mark.slow
     def test_a_full_training_drops_it_and_says_so(self, icm: Icm, started: Path) -> None:
         ran = icm(*FULL)
         assert "no few-shot start; the earlier one had one" in ran.err
         assert "--objective functional" in ran.err
         assert current(started).start is None
 
+    @pytest.mark.one_case
     @pytest.mark.parametrize("name", ["started", "trained"])
     def test_json_says_whether_there_was_one(self, icm: Icm, name: str, request: pytest.FixtureRequest) -> None:
         request.getfixturevalue(name)
         (event,) = of_type(icm(*FULL, "--json"), "trained")
         assert event["start_dropped"] == (name == "started")
 
+    @pytest.mark.slow
     def test_nothing_is_said_where_there_was_none(self, icm: Icm, trained: Path) -> None:
         assert "few-shot" not in icm(*FULL).err
 
+    @pytest.mark.slow
     def test_both_learns_it_anew(self, icm: Icm, started: Path) -> None:
         before = current(started).start
         assert "no few-shot start" not in icm(*BOTH).err
         assert current(started).start not in (None, before)
 
+    @pytest.mark.slow
     def test_an_update_keeps_it(self, icm: Icm, started: Path, tmp_path: Path) -> None:
         before = current(started).start
         icm("ingest", write_lora(tmp_path / "extra", seed=9, targets=("mlp.down_proj",), rank=8), "--no-vectors")
@@ -232,6 +240,7 @@ class TestLaterTrainings:
         assert (ran.code, "nothing to add" in ran.out) == (0, True)
         assert current(trained).start is not None
 
+    @pytest.mark.slow
     def test_it_is_learned_where_the_newest_network_is_of_other_modules(
         self, icm: Icm, trained: Path, tmp_path: Path
     ) -> None:

@@ -58,6 +58,7 @@ def add(icm: Icm, folder: Path, name: str = "extra", **options: Any) -> None:
     assert icm("ingest", write_lora(folder / name, **options), "--no-vectors").code == 0
 
 
+@pytest.mark.slow
 def test_a_new_task_gets_a_code_and_the_network_is_kept_where_that_is_smaller(
     icm: Icm, trained: Path, tmp_path: Path
 ) -> None:
@@ -70,6 +71,7 @@ def test_a_new_task_gets_a_code_and_the_network_is_kept_where_that_is_smaller(
     assert set(codes(trained)) == {"extra", "poems", "rules", "silent"}
 
 
+@pytest.mark.slow
 def test_the_codes_that_were_there_are_the_same_bytes(icm: Icm, trained: Path, tmp_path: Path) -> None:
     before = codes(trained)
     add(icm, tmp_path, seed=9)
@@ -77,6 +79,7 @@ def test_the_codes_that_were_there_are_the_same_bytes(icm: Icm, trained: Path, t
     assert {task: code for task, code in codes(trained).items() if task != "extra"} == before
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("tuned_wins")
 def test_a_tuned_network_is_one_more_epoch_under_which_every_earlier_code_decodes_as_before(
     icm: Icm, trained: Path, tmp_path: Path
@@ -106,6 +109,7 @@ def test_modules_that_the_network_does_not_know_get_a_network_of_their_own(
     assert all(same(adapter, after[task]) for task, adapter in adapters.items())
 
 
+@pytest.mark.slow
 def test_after_a_fresh_epoch_a_task_goes_where_its_code_is_smallest(icm: Icm, trained: Path, tmp_path: Path) -> None:
     add(icm, tmp_path, rank=8, targets=("self_attn.k_proj", "mlp.down_proj"))
     icm(*UPDATE)
@@ -115,6 +119,7 @@ def test_after_a_fresh_epoch_a_task_goes_where_its_code_is_smallest(icm: Icm, tr
     assert (set(event["tasks"]), event["added"], event["epochs"]) == ({"again", "usual"}, [], 2)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("tuned_wins")
 def test_it_needs_no_original_of_the_tasks_that_have_a_code(
     icm: Icm, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -131,11 +136,12 @@ def test_it_needs_no_original_of_the_tasks_that_have_a_code(
     assert icm("verify", "--read-data").code == 0
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("tuned_wins")
 def test_what_was_measured_of_earlier_codes_is_still_known(
     icm: Icm, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    icm("eval", "poems", "--rung", "code", "--device", "cpu")
+    icm("eval", "poems", "--source", "code", "--device", "cpu")
     before = icm("show", "poems", "--json").document
     add(icm, tmp_path, seed=9)
     icm(*UPDATE)
@@ -144,6 +150,7 @@ def test_what_was_measured_of_earlier_codes_is_still_known(
     assert [tasks["poems"]["retained_gain"]] == measured
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("tuned_wins")
 def test_a_residual_stays_beside_its_code(
     icm: Icm, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -173,12 +180,14 @@ def test_options_of_another_generator_do_not_go_with_it(icm: Icm, trained: Path,
     assert icm(*UPDATE, *option).code == ExitCode.USAGE
 
 
+@pytest.mark.slow
 def test_a_quality_is_that_of_the_new_codes(icm: Icm, trained: Path, tmp_path: Path) -> None:
     add(icm, tmp_path, seed=9)
     icm(*UPDATE, "--quality", 1)
     assert icm("show", "extra", "--json").document["code"]["asked"]["tolerance"] == 0.35
 
 
+@pytest.mark.slow
 def test_limits_are_kept_by_the_new_codes_and_leave_the_others_alone(icm: Icm, trained: Path, tmp_path: Path) -> None:
     before = codes(trained)
     add(icm, tmp_path, seed=9)
@@ -188,6 +197,7 @@ def test_limits_are_kept_by_the_new_codes_and_leave_the_others_alone(icm: Icm, t
     assert after == before
 
 
+@pytest.mark.slow
 def test_only_the_new_codes_are_measured(icm: Icm, trained: Path, tmp_path: Path) -> None:
     folder = write_lora(tmp_path / "extra", seed=9)
     write_texts(folder, "eval.jsonl", count=2)
@@ -196,6 +206,7 @@ def test_only_the_new_codes_are_measured(icm: Icm, trained: Path, tmp_path: Path
     assert [event["task"] for event in ran.events if event["type"] == "task"] == ["extra"]
 
 
+@pytest.mark.slow
 def test_ctrl_c_changes_nothing(icm: Icm, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fit(*arguments: Any) -> Generator[Any, None, None]:
         for at in real(*arguments):
@@ -210,6 +221,7 @@ def test_ctrl_c_changes_nothing(icm: Icm, trained: Path, tmp_path: Path, monkeyp
     assert codes(trained) == before
 
 
+@pytest.mark.slow
 def test_a_diverged_tuning_changes_nothing(
     icm: Icm, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -236,6 +248,7 @@ def while_it_tunes(monkeypatch: pytest.MonkeyPatch, happen: Callable[[], object]
     monkeypatch.setattr(candidates, "differences_to_words", differences)
 
 
+@pytest.mark.slow
 def test_a_generator_that_becomes_current_meanwhile_wins(
     icm: Icm, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -250,6 +263,7 @@ def test_a_generator_that_becomes_current_meanwhile_wins(
     assert current(trained).version == 2
 
 
+@pytest.mark.slow
 def test_a_new_task_that_is_replaced_meanwhile_gets_no_code_and_is_named(
     icm: Icm, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -265,6 +279,7 @@ def test_a_new_task_that_is_replaced_meanwhile_gets_no_code_and_is_named(
     assert "replaced" in ran.events[-1]["left_out"]["extra"]
 
 
+@pytest.mark.slow
 def test_each_base_model_begins_with_the_generator_that_it_has_when_its_turn_comes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -292,6 +307,7 @@ def test_each_base_model_begins_with_the_generator_that_it_has_when_its_turn_com
     assert begun == [first, second]
 
 
+@pytest.mark.slow
 def test_a_full_training_after_updates_makes_one_network_of_all_again(
     icm: Icm, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -303,6 +319,7 @@ def test_a_full_training_after_updates_makes_one_network_of_all_again(
     assert len(codes(trained)) == 4
 
 
+@pytest.mark.slow
 def test_a_bundle_carries_codes_of_several_epochs(
     icm: Icm, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

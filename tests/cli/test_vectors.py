@@ -41,6 +41,7 @@ def test_a_task_without_samples_is_read_through_the_probes(icm: Icm, pending: Pa
     assert (views(pending, "silent"), views(pending, "poems")) == ({"adapted"}, {"adapted", "context"})
 
 
+@pytest.mark.slow
 def test_what_is_there_is_not_made_again(icm: Icm, mixed: Path) -> None:
     assert icm("vectors", "--json").events == [{"type": "summary", "extracted": 0, "present": 3, "failed": []}]
 

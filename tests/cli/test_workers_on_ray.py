@@ -111,8 +111,8 @@ def test_ctrl_c_ends_the_workers_and_keeps_what_is_recorded(
         os.kill(os.getpid(), signal.SIGINT)
         real(*arguments)
 
-    real, before = command.tell, code_blobs(fleet)
-    monkeypatch.setattr(command, "tell", tell)
+    real, before = command.tell_encoded, code_blobs(fleet)
+    monkeypatch.setattr(command, "tell_encoded", tell)
     ran = icm("encode", "--max-error", "0.22", "--workers", "2", "--json")
     assert (ran.code, ran.error["message"]) == (ExitCode.INTERRUPTED, "interrupted; 1 task encoded")
     after = code_blobs(fleet)

@@ -56,6 +56,7 @@ def problems(fleet: Fleet, tree: Tree, folder: Path) -> list[str]:
     return found + [f"{place} is not in the store" for place in tree.others if digest(folder / place) not in everything]
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize(
     "tree",
     [pytest.param(tree, id=tree.name, marks=_expected("test_a_tree_becomes_its_tasks", tree.name)) for tree in TREES],
@@ -76,6 +77,7 @@ def everything(plain: Path, tmp_path: Path) -> Path:
     return tmp_path / "loras"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("_", [pytest.param(None, id="all", marks=_expected(_ALL, "all"))])
 def test_all_trees_in_one_folder_become_tasks_by_one_command(
     _: None, icm: Callable[..., Ran], everything: Path, tmp_path: Path

@@ -38,7 +38,7 @@ def test_ingesting_it_again_says_what_the_guide_says(icm: Icm) -> None:
 
 def test_the_guide_names_the_headings_that_eval_prints(icm: Icm, trained: Path) -> None:
     shown = next(line for line in SHOWN["icm train --refine 0"].splitlines() if line.startswith("TASK")).split()
-    printed = icm("eval", "--rung", "code", "--device", "cpu").out.splitlines()[0].split()
+    printed = icm("eval", "--source", "code", "--device", "cpu").out.splitlines()[0].split()
     assert shown == printed
 
 

@@ -36,12 +36,12 @@ COMMANDS = {
     "verify": ("verify",),
     "prune": ("prune", "--dry-run"),
     "rm": ("rm", "poems", "--dry-run"),
-    "pin": ("pin", "poems"),
-    "mv": ("mv", "poems", "verse"),
-    "note": ("note", "poems", "short lines"),
+    "ls --tags": ("ls", "--tags"),
+    "edit": ("edit", "poems", "--note", "short lines"),
     "doctor": ("doctor",),
-    "path": ("path",),
-    "serve-config": ("serve-config", "sglang"),
+    "doctor --path": ("doctor", "--path", "store"),
+    "convert --list-formats": ("convert", "--list-formats"),
+    "serve --print-config": ("serve", "--print-config", "sglang"),
 }
 
 
@@ -83,6 +83,8 @@ def test_a_documents_keys_are_those_on_the_page(
         icm("export", "fleet.icm")
     if name == "verify --restore-database":
         icm("rm", "silent", "--yes")
+    if name == "ls --tags":
+        icm("edit", "poems", "--tag", "prod")
     if name == "generators forget":
         icm(
             "train", "--fresh", "--steps", "10", "--no-eval", "--refine", "0", "--device", "cpu"
@@ -111,7 +113,7 @@ def documented() -> dict[tuple[str, str], set[str]]:
     [
         ("ingest", "loras"),
         ("vectors", "--again"),
-        ("train", "--steps", "10", "--fresh"),
+        ("train", "--steps", "10", "--fresh", "--refine", "2"),
         ("train", "--update"),
         ("train", "--objective", "functional", "--episodes", "1"),
         ("eval", "poems"),

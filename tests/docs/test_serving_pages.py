@@ -38,9 +38,10 @@ def words(line: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("page", "command"), [("serving.md", "icm serve-config vllm"), ("gateway.md", "icm serve-config vllm --gateway")]
+    ("page", "command"),
+    [("serving.md", "icm serve --print-config vllm"), ("gateway.md", "icm serve --print-config vllm --gateway")],
 )
-def test_serve_config_prints_what_the_page_shows(icm: Icm, trained: Path, page: str, command: str) -> None:
+def test_print_config_prints_what_the_page_shows(icm: Icm, trained: Path, page: str, command: str) -> None:
     found = [line for line in icm(*command.split()[1:]).out.splitlines() if "ICM_BASE_MODEL" not in line]
     found = [line.replace(f" --served-model-name {LABEL}", "") for line in found]  # the tiny model has a path instead
     assert [words(line) for line in found] == [words(line) for line in printed(page, command)]
@@ -63,7 +64,7 @@ def address(trained: Path, tmp_path: Path) -> Iterator[str]:
 @pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
 @pytest.mark.parametrize("page", PAGES)
 def test_the_request_of_the_page_is_answered(icm: Icm, trained: Path, address: str, page: str) -> None:
-    icm("mv", "poems", "shakespeare")
+    icm("edit", "poems", "--name", "shakespeare")
     (request,) = re.findall(r"^\$ (curl .*?)(?=\n[`$])", PAGES[page], re.MULTILINE | re.DOTALL)
     here = re.sub(r"(localhost|127\.0\.0\.1):\d+", address, request)
     done = subprocess.run(["sh", "-c", f"{here} --fail --silent"], capture_output=True, text=True, check=True)

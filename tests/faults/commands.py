@@ -32,11 +32,13 @@ class Command:
         line: What is typed.
         after: The command whose undisturbed run leaves the store that this one starts from; None for an absent store.
         first: What is typed in between.
+        outputs_of: Commands whose output the line names.
     """
 
     line: str
     after: str | None = None
     first: tuple[str, ...] = ()
+    outputs_of: tuple[str, ...] = ()
 
     @property
     def has_output(self) -> bool:
@@ -57,7 +59,7 @@ COMMANDS = {
     "update": Command(f"{_TRAIN} --update", "evict", ("ingest {root}/later/extra --no-vectors",)),
     "encode": Command(f"encode --residual --max-error {MAX_ERROR}", "train"),
     "export": Command("export {output}", "train"),
-    "import": Command("import {root}/after/export/out"),
+    "import": Command("import {root}/after/export/out", outputs_of=("export",)),
     "generate": Command(_GENERATE, "train", (_LEARN,)),
 }
 """In an order in which each comes after what it needs."""

@@ -40,7 +40,7 @@ _COMMANDS: dict[str, tuple[float, tuple[str, ...]]] = {
     "materialize": (3, ("materialize", "{name}", "-o", "{own}/out", "--force")),
     "ls": (2, ("ls",)),
     "stats": (1, ("stats",)),
-    "tag": (1, ("tag", "{name}", "--add", "seen")),
+    "edit": (1, ("edit", "{name}", "--tag", "seen")),
     "rm": (0.7, ("rm", "{name}", "--yes")),
     "prune": (1, ("prune", "--yes", "--older-than", "0s")),
     "verify": (0.7, ("verify", "--read-data")),

@@ -164,7 +164,7 @@ def build(root: Path) -> Path:
     (root / "loras" / "headed" / "tokenizer.json").write_text('{"version": "1.0"}')
     store = build_ingested(root, vectors=True)
     train_store(store)
-    icm_quietly(store, "pin", "silent")
+    icm_quietly(store, "edit", "silent", "--pin")
     icm_quietly(store, "evict", "rules", "poems", "essays", "letters", "--max-error", _KEPT_BY_NOBODY)
     with Store.open(store) as opened:
         task, (generator,) = opened.tasks.get("rules"), opened.generators.all()

@@ -37,6 +37,7 @@ def test_no_flip_of_what_decides_deletes_anything_or_writes_anything_wrong(flips
     check(summed(flips.study(flips.bits(decides), commands=True)))
 
 
+@pytest.mark.slow
 def test_the_harness_sees_what_happens_without_the_checks(flips: Flips) -> None:
     def known(place: Place) -> bool:
         return (place.table, place.column) in {("codes", "blob_id"), ("tasks", "pinned")}

@@ -50,6 +50,7 @@ def check_end(world: World, command: str) -> None:
     assert world.missed(command) == []
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize(("command", "point"), QUICK)
 def test_a_kill_at_a_failpoint_loses_nothing(world: World, command: str, point: str) -> None:
     check_point(world, command, point)
@@ -64,11 +65,13 @@ def test_a_kill_at_any_failpoint_loses_nothing(world: World, command: str, point
     check_point(world, command, point)
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("call", [1, 3, 5, 6])
 def test_an_output_folder_is_absent_or_complete(world: World, call: int) -> None:
     check_output_call(world, "materialize", "die_at_output_call", call)
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("call", [1, 2, 3])
 def test_an_exported_file_is_absent_or_complete(world: World, call: int) -> None:
     check_output_call(world, "export", "die_at_output_call", call)
@@ -100,6 +103,7 @@ def test_an_output_that_is_half_written_has_another_name(world: World, command: 
     assert world.leftovers().temporary == 0
 
 
+@pytest.mark.slow
 def test_a_folder_that_is_being_replaced_is_no_adapter_until_it_is_complete(world: World) -> None:
     for call in (1, 2, 3, 4):
         world.reset("materialize")
@@ -116,6 +120,7 @@ def test_a_folder_that_is_being_replaced_is_no_adapter_until_it_is_complete(worl
     assert world.missed("materialize") == []
 
 
+@pytest.mark.slow
 def test_a_few_kills_at_random_times_lose_nothing(world: World) -> None:
     draw = random.Random(1)
     tally = kill_at_random(world, "ingest", 5, draw)
@@ -129,6 +134,7 @@ def test_many_kills_at_random_times_lose_nothing(world: World, command: str) -> 
     assert (tally.violations, tally.goals_missed, tally.left_after_prune, tally.examples) == (0, 0, 0, [])
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("command", ["ingest", "import", "encode"])
 def test_the_harness_sees_a_row_without_its_bytes(world: World, command: str) -> None:
     world.reset(command)
@@ -137,6 +143,7 @@ def test_the_harness_sees_a_row_without_its_bytes(world: World, command: str) ->
     assert any("missing" in violation for violation in world.violations(command, ran.events))
 
 
+@pytest.mark.slow
 def test_the_harness_sees_an_original_that_goes_before_its_row_says_so(world: World) -> None:
     world.reset("evict")
     ran = world.run("evict", sabotage="files_first", env={"ICM_FAILPOINT": "blob-unlinked"})
@@ -144,6 +151,7 @@ def test_the_harness_sees_an_original_that_goes_before_its_row_says_so(world: Wo
     assert any("missing" in violation for violation in world.violations("evict", ran.events))
 
 
+@pytest.mark.slow
 def test_the_harness_sees_a_half_written_folder(world: World) -> None:
     seen = []
     draw = random.Random(2)
@@ -156,6 +164,7 @@ def test_the_harness_sees_a_half_written_folder(world: World) -> None:
     assert "the output is neither absent nor complete" in seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("command", "sabotage"), [("export", "bundle_in_place"), ("generate", "in_place")])
 def test_the_harness_sees_an_output_that_grows_in_its_place(world: World, command: str, sabotage: str) -> None:
     world.reset(command)
@@ -165,6 +174,7 @@ def test_the_harness_sees_an_output_that_grows_in_its_place(world: World, comman
     assert world.violations(command, ran.events) == ["the output is neither absent nor complete"]
 
 
+@pytest.mark.slow
 def test_the_harness_sees_a_truncated_bundle(world: World) -> None:
     world.reset("export")
     world.output.write_bytes(world.reference("export")["."][:-1])
@@ -172,6 +182,7 @@ def test_the_harness_sees_a_truncated_bundle(world: World) -> None:
     assert world.missed("export") != []
 
 
+@pytest.mark.slow
 def test_the_harness_sees_a_task_without_its_folder(world: World) -> None:
     world.reset("generate")
     ran = world.run("generate")
@@ -182,6 +193,7 @@ def test_the_harness_sees_a_task_without_its_folder(world: World) -> None:
     assert world.missed("generate") != []
 
 
+@pytest.mark.slow
 def test_the_harness_sees_a_lost_acknowledgement(world: World) -> None:
     world.reset("vectors")
     assert world.violations("vectors", [{"type": "task", "task": "never"}]) != []
@@ -189,6 +201,7 @@ def test_the_harness_sees_a_lost_acknowledgement(world: World) -> None:
     assert world.missed("vectors") != []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["encode", "import", "generate"])
 def test_the_harness_sees_that_nothing_came_of_what_was_acknowledged(world: World, command: str) -> None:
     world.reset(command)

@@ -108,6 +108,7 @@ def test_a_kill_after_each_file_leaves_the_adapter_or_its_placeholder(
     assert (kills, place.is_back()) == (len(FILES) * len(away), True)
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize(
     ("mode", "point"),
     [
@@ -137,6 +138,7 @@ def test_the_placeholder_goes_last(place: Place, mode: str) -> None:
     assert place.is_back()
 
 
+@pytest.mark.slow
 def test_the_harness_sees_a_folder_with_neither(place: Place) -> None:
     assert place.icm(*MODES["keep"]).status == 0
     (place.loras / "rules" / PLACEHOLDER_NAME).unlink()

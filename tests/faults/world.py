@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -45,10 +46,13 @@ class World:
         write_lora(root / "later" / "extra", seed=9, rank=8, targets=("self_attn.k_proj",))
         write_texts(root / "later", f"{GENERATED}.jsonl", count=16)
         write_tiny_base(root / "base")
-        for command in COMMANDS:
-            self._make_template(command)
-        with Store.open(root / "after" / "train" / "store") as store:
-            self.version_one = store.generators.all()[0].blob
+
+    @cached_property
+    def version_one(self) -> str:
+        """The digest of the generator that the first training leaves."""
+        self._need_template("train")
+        with Store.open(self.root / "after" / "train" / "store") as store:
+            return store.generators.all()[0].blob
 
     def run(self, command: str, *, force: bool = False, **options: Any) -> Run:
         """Run a command as it would be typed; see `Zygote.run`."""
@@ -70,11 +74,12 @@ class World:
 
     def reset(self, command: str) -> None:
         """Put the starting state of a command in place."""
+        self._need_template(command)
         shutil.rmtree(self.root / "now", ignore_errors=True)
         shutil.copytree(self.root / "before" / command, self.root / "now")
 
     def reference(self, command: str) -> Contents:
-        """Return what an undisturbed run of a command wrote beside the store."""
+        """Return what an undisturbed run of a command wrote beside the store; the command was reset once."""
         return contents(self.root / "after" / command / "out")
 
     def violations(self, command: str, events: list[dict[str, Any]]) -> list[str]:
@@ -132,6 +137,16 @@ class World:
 
     def _has_store(self) -> bool:
         return (self.store / "FORMAT").exists()
+
+    def _need_template(self, command: str) -> None:
+        """Make the folders of a command, and first those of the commands that it starts from."""
+        if (self.root / "after" / command).exists():
+            return
+        start = COMMANDS[command]
+        for earlier in (start.after, *start.outputs_of):
+            if earlier is not None:
+                self._need_template(earlier)
+        self._make_template(command)
 
     def _make_template(self, command: str) -> None:
         now, start = self.root / "now", COMMANDS[command]

@@ -103,7 +103,7 @@ def _child(order: dict[str, Any]) -> None:
 def _serve() -> None:
     import transformers  # noqa: F401
 
-    from icmlora.fleet.bundles import bundles as importing
+    from icmlora.fleet.bundles import import_ as importing
     from icmlora.fleet.ingest import files as ingest_files
     from icmlora.fleet.train import train as training
 

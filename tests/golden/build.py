@@ -30,9 +30,9 @@ def build(folder: Path, work: Path) -> None:
     train_store(store)
     icm_quietly(store, "encode", "silent", "--residual", "--max-error", "0.1")
     icm_quietly(store, "eval", "rules", "--device", "cpu")
-    icm_quietly(store, "tag", "rules", "--add", "golden")
-    icm_quietly(store, "note", "rules", "kept for later versions")
-    icm_quietly(store, "pin", "silent")
+    icm_quietly(store, "edit", "rules", "--tag", "golden")
+    icm_quietly(store, "edit", "rules", "--note", "kept for later versions")
+    icm_quietly(store, "edit", "silent", "--pin")
     icm_quietly(store, "evict", "poems", "--max-error", "10")
     icm_quietly(store, "base", "rm", LABEL)  # its folder goes now
     folder.mkdir()

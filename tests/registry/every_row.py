@@ -29,7 +29,7 @@ def fill(store: Store) -> None:
     text = store.tasks.get("rust").eval_data
     assert text is not None
     store.evaluations.add([replace(evaluation("rust", nats=1.5), data=text, rung="base", retained_gain=None)])
-    store.tasks.pin(["rust"], True)
+    store.tasks.edit(["rust"], pinned=True)
     store.originals.evict(eviction(store, "html"))
     store.runs.start(ALONE, {"steps": 2})
     run = store.runs.start(BASE, {"steps": 3})

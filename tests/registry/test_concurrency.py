@@ -23,6 +23,7 @@ def is_sound(root: Path) -> bool:
         return not any(finding.is_problem for finding in store.verify(read_data=True))
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("attempt", range(5))
 def test_eight_that_make_the_same_store_all_succeed(tmp_path: Path, attempt: int) -> None:
     root = tmp_path / "store"
@@ -30,6 +31,7 @@ def test_eight_that_make_the_same_store_all_succeed(tmp_path: Path, attempt: int
     assert is_sound(root)
 
 
+@pytest.mark.slow
 def test_ingests_of_overlapping_fleets_end_in_their_union(tmp_path: Path) -> None:
     root = tmp_path / "store"
 
@@ -45,6 +47,7 @@ def test_ingests_of_overlapping_fleets_end_in_their_union(tmp_path: Path) -> Non
     assert is_sound(root)
 
 
+@pytest.mark.slow
 def test_no_version_is_given_twice(tmp_path: Path) -> None:
     root = tmp_path / "store"
 
@@ -59,6 +62,7 @@ def test_no_version_is_given_twice(tmp_path: Path) -> None:
         assert sum(made.is_current for made in store.generators.all(BASE)) == 1
 
 
+@pytest.mark.slow
 def test_pruning_and_removing_beside_ingests_and_readers_breaks_nothing(tmp_path: Path) -> None:
     root = tmp_path / "store"
     new_store(root).close()

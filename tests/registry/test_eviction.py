@@ -81,22 +81,22 @@ def test_the_bill_counts_what_is_on_disk(rust: Store) -> None:
 
 
 def test_a_pinned_task_is_kept(rust: Store) -> None:
-    assert rust.tasks.pin(["RUST", "rust"], True) == ["rust"]
+    assert [task.name for task in rust.tasks.edit(["RUST", "rust"], pinned=True)] == ["rust"]
     with pytest.raises(LastCopy, match="pinned"):
         rust.originals.evict(eviction(rust, "rust"))
     assert rust.blobs.read(rust.tasks.final("rust").weights) == b"weights of rust"
-    rust.tasks.pin(["rust"], False)
+    rust.tasks.edit(["rust"], pinned=False)
     assert rust.originals.evict(eviction(rust, "rust")) > 0
 
 
 def test_pinning_an_unknown_task_pins_nothing(rust: Store) -> None:
     with pytest.raises(TaskNotFound):
-        rust.tasks.pin(["rust", "nope"], True)
+        rust.tasks.edit(["rust", "nope"], pinned=True)
     assert not rust.tasks.get("rust").pinned
 
 
 def test_a_replaced_task_stays_pinned(rust: Store) -> None:
-    rust.tasks.pin(["rust"], True)
+    rust.tasks.edit(["rust"], pinned=True)
     ingest(rust, "rust", weights=b"other", on_conflict="replace")
     assert rust.tasks.get("rust").pinned
 

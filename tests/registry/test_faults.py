@@ -114,6 +114,7 @@ def contents(root: Path) -> object:
         ]
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize(("name", "failpoint"), [(name, point) for name in FAILPOINTS for point in FAILPOINTS[name]])
 def test_a_kill_at_each_point_loses_nothing(tmp_path: Path, name: str, failpoint: str) -> None:
     root, undisturbed = tmp_path / "store", tmp_path / "undisturbed" / "store"
@@ -126,6 +127,7 @@ def test_a_kill_at_each_point_loses_nothing(tmp_path: Path, name: str, failpoint
     assert contents(root) == contents(undisturbed)
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("failpoint", sorted({point for points in FAILPOINTS.values() for point in points}))
 def test_what_a_kill_leaves_is_removed_by_prune(tmp_path: Path, failpoint: str) -> None:
     root = tmp_path / "store"

@@ -48,6 +48,7 @@ def batch(store: Store, offers: Offers, on_conflict: OnConflict) -> list[TaskIng
     ]
 
 
+@pytest.mark.slow
 @given(OFFERS, OFFERS, st.sampled_from(get_args(OnConflict)))
 @settings(max_examples=12)
 def test_a_plan_comes_true_and_the_second_time_all_is_known(
@@ -72,6 +73,7 @@ def test_a_plan_comes_true_and_the_second_time_all_is_known(
         assert everything(store) == after
 
 
+@pytest.mark.slow
 @given(OFFERS)
 @settings(max_examples=8)
 def test_one_batch_and_one_task_at_a_time_end_in_the_same_store(offers: Offers) -> None:
@@ -118,6 +120,7 @@ def test_a_task_keeps_the_folder_it_first_came_from(store: Store) -> None:
     }
 
 
+@pytest.mark.slow
 def test_a_store_with_everything_in_it_reads_the_same_when_it_is_copied(store: Store, tmp_path: Path) -> None:
     fill(store)
     before = everything(store)
@@ -132,5 +135,5 @@ def test_a_task_named_twice_is_pinned_and_removed_once(store: Store, names: Sequ
     for name in ("rust", "html"):
         ingest(store, name)
     wanted = Counter(name.lower() for name in names)
-    assert Counter(store.tasks.pin(names, True)) == Counter(dict.fromkeys(wanted, 1))
+    assert Counter(task.name for task in store.tasks.edit(names, pinned=True)) == Counter(dict.fromkeys(wanted, 1))
     assert Counter(task.name for task in store.tasks.remove(names)) == Counter(dict.fromkeys(wanted, 1))

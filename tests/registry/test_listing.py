@@ -53,10 +53,10 @@ def fill(store: Store) -> None:
         ]
     )
     store.originals.evict(eviction(store, "HTML"))
-    store.tasks.pin(["rust"], True)
-    store.tasks.tag(["rust", "sql"], add=["prod", "Team/Search"])
-    store.tasks.tag(["HTML"], add=["trial"])
-    store.tasks.set_note("Verse", "Straße nach\nSüden")
+    store.tasks.edit(["rust"], pinned=True)
+    store.tasks.edit(["rust", "sql"], add_tags=["prod", "Team/Search"])
+    store.tasks.edit(["HTML"], add_tags=["trial"])
+    store.tasks.edit(["Verse"], note="Straße nach\nSüden")
     with rewriting(store.paths.database) as connection:
         connection.execute(
             "UPDATE adapters SET is_generated = 1 WHERE task_id = (SELECT id FROM tasks WHERE name = 'Verse')"
@@ -186,6 +186,7 @@ def test_a_task_that_is_removed_while_pages_are_read_is_left_out(
         assert [row.task.name for row in rows] == ["c"]
 
 
+@pytest.mark.slow
 @given(
     st.sampled_from(["rank", "size", "code", "extras"]), st.sampled_from(["=", "!=", "<", "<=", ">", ">="]), st.data()
 )

@@ -20,9 +20,9 @@ class TestRename:
         store.vectors.add([vector(store, "rust")])
         made = store.generators.add(generator(store, ["rust"]))
         store.evaluations.add([evaluation("rust", generator_id=made.id)])
-        store.tasks.pin(["rust"], True)
+        store.tasks.edit(["rust"], pinned=True)
         before = [adapter.weights for adapter in store.tasks.adapters("rust")]
-        assert store.tasks.rename("RUST", "oxide").name == "oxide"
+        assert store.tasks.edit(["RUST"], name="oxide")[0].name == "oxide"
         assert [adapter.weights for adapter in store.tasks.adapters("oxide")] == before
         assert store.tasks.get("oxide").pinned
         assert [found.task for found in store.vectors.all("oxide")] == ["oxide"]
@@ -35,31 +35,31 @@ class TestRename:
         ingest(store, "rust")
         ingest(store, "html")
         with pytest.raises(TaskConflict, match="a task is named 'html' already"):
-            store.tasks.rename("rust", "HTML")
+            store.tasks.edit(["rust"], name="HTML")
         assert store.tasks.names() == ["html", "rust"]
 
     def test_only_the_case_can_change(self, store: Store) -> None:
         ingest(store, "rust")
-        assert store.tasks.rename("rust", "Rust").name == "Rust"
-        assert store.tasks.rename("Rust", "Rust").name == "Rust"
+        assert store.tasks.edit(["rust"], name="Rust")[0].name == "Rust"
+        assert store.tasks.edit(["Rust"], name="Rust")[0].name == "Rust"
 
     @pytest.mark.parametrize("name", ["", "a/b", "-x", "nul", "x" * 129, "a\u202eb"])
     def test_a_name_follows_the_rule(self, store: Store, name: str) -> None:
         ingest(store, "rust")
         with pytest.raises(InvalidName):
-            store.tasks.rename("rust", name)
+            store.tasks.edit(["rust"], name=name)
         assert store.tasks.names() == ["rust"]
 
     def test_the_old_name_is_free_again(self, store: Store) -> None:
         ingest(store, "rust")
-        store.tasks.rename("rust", "oxide")
+        store.tasks.edit(["rust"], name="oxide")
         ingest(store, "rust", weights=b"another adapter")
         assert store.tasks.names() == ["oxide", "rust"]
 
     def test_a_task_that_is_renamed_while_it_is_trained_gets_its_code(self, store: Store) -> None:
         ingest(store, "rust")
         new = generator(store, ["rust"])  # as it was read when the training began
-        store.tasks.rename("rust", "oxide")
+        store.tasks.edit(["rust"], name="oxide")
         made = store.generators.add(new)
         assert store.codes.get("oxide", made.id) is not None
 
@@ -77,28 +77,28 @@ class TestTags:
 
     def test_tags_are_added_and_removed_in_one_step(self, store: Store) -> None:
         ingest(store, "rust")
-        store.tasks.tag(["rust"], add=["trial", "prod"])
-        (task,) = store.tasks.tag(["rust"], add=["team/search"], remove=["trial"])
+        store.tasks.edit(["rust"], add_tags=["trial", "prod"])
+        (task,) = store.tasks.edit(["rust"], add_tags=["team/search"], remove_tags=["trial"])
         assert task.tags == ("prod", "team/search")
         assert store.tasks.get("rust").tags == ("prod", "team/search")
 
     def test_the_first_spelling_of_a_tag_stays(self, store: Store) -> None:
         ingest(store, "rust")
-        store.tasks.tag(["rust"], add=["Prod"])
-        assert store.tasks.tag(["rust"], add=["prod"])[0].tags == ("Prod",)
-        assert store.tasks.tag(["rust"], remove=["PROD"])[0].tags == ()
+        store.tasks.edit(["rust"], add_tags=["Prod"])
+        assert store.tasks.edit(["rust"], add_tags=["prod"])[0].tags == ("Prod",)
+        assert store.tasks.edit(["rust"], remove_tags=["PROD"])[0].tags == ()
 
     def test_if_one_task_is_unknown_none_gets_the_tag(self, store: Store) -> None:
         ingest(store, "rust")
         with pytest.raises(TaskNotFound):
-            store.tasks.tag(["rust", "html"], add=["prod"])
+            store.tasks.edit(["rust", "html"], add_tags=["prod"])
         assert store.tasks.get("rust").tags == ()
 
     def test_tags_are_counted_in_any_case(self, store: Store) -> None:
         for name in ("rust", "html", "sql"):
             ingest(store, name)
-        store.tasks.tag(["rust", "RUST", "sql"], add=["prod", "big"])
-        store.tasks.tag(["html"], add=["Prod"])
+        store.tasks.edit(["rust", "RUST", "sql"], add_tags=["prod", "big"])
+        store.tasks.edit(["html"], add_tags=["Prod"])
         counted = {tag.lower(): number for tag, number in store.tasks.tags().items()}
         assert counted == {"big": 2, "prod": 3}
 
@@ -106,7 +106,7 @@ class TestTags:
     def test_a_tag_follows_the_rule(self, store: Store, tag: str) -> None:
         ingest(store, "rust")
         with pytest.raises(InvalidName, match="cannot be a tag"):
-            store.tasks.tag(["rust"], add=["prod", tag])
+            store.tasks.edit(["rust"], add_tags=["prod", tag])
         assert store.tasks.get("rust").tags == ()
 
     @given(st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._:/@=+-]{0,63}", fullmatch=True))
@@ -120,9 +120,9 @@ class TestNotes:
     def test_a_note_is_kept_replaced_and_removed(self, store: Store) -> None:
         ingest(store, "rust")
         assert store.tasks.get("rust").note is None
-        assert store.tasks.set_note("rust", " for the demo\n").note == "for the demo"
-        assert store.tasks.set_note("rust", "two\nlines").note == "two\nlines"
-        assert store.tasks.set_note("rust", None).note is None
+        assert store.tasks.edit(["rust"], note=" for the demo\n")[0].note == "for the demo"
+        assert store.tasks.edit(["rust"], note="two\nlines")[0].note == "two\nlines"
+        assert store.tasks.edit(["rust"], note=False)[0].note is None
 
     @pytest.mark.parametrize("text", ["", "  ", "x" * (MAX_NOTE + 1), "\udc80", "a\0b"])
     def test_what_is_not_a_note_is_refused(self, text: str) -> None:
@@ -132,9 +132,9 @@ class TestNotes:
 
 def test_a_replaced_adapter_leaves_tags_and_note_as_they_are(store: Store) -> None:
     ingest(store, "rust")
-    store.tasks.tag(["rust"], add=["prod"])
-    store.tasks.set_note("rust", "the good one")
-    store.tasks.pin(["rust"], True)
+    store.tasks.edit(["rust"], add_tags=["prod"])
+    store.tasks.edit(["rust"], note="the good one")
+    store.tasks.edit(["rust"], pinned=True)
     outcome = store.tasks.ingest_one(offer(store, "rust", weights=b"trained again", on_conflict="replace"))
     task = store.tasks.get("rust")
     assert (outcome.status, task.tags, task.note, task.pinned) == ("replaced", ("prod",), "the good one", True)

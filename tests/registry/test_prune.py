@@ -122,6 +122,7 @@ def test_many_rows_go_in_several_commits(store: Store, monkeypatch: pytest.Monke
             assert session.connection().exec_driver_sql(f"SELECT count(*) FROM {table}").scalar_one() == 0
 
 
+@pytest.mark.slow
 def test_a_text_that_was_only_measured_on_is_not_missed_and_its_row_goes_with_the_measurement(store: Store) -> None:
     ingest(store, "rust")
     store.evaluations.add([evaluation("rust")])

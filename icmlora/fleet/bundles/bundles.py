@@ -5,34 +5,22 @@ What a bundle says of its codes is a claim of whoever made it: nothing here has 
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from icmlora.bundle.file import BundleFile, open_bundle
-from icmlora.bundle.index import BundledGenerator, BundledTask, BundleIndex
-from icmlora.errors import BaseModelNotFound, BundleError, DataError
+from icmlora.bundle.file import open_bundle
+from icmlora.bundle.index import BundledGenerator, BundledTask
+from icmlora.errors import BundleError
 from icmlora.fleet.context import OpenedGenerator
-from icmlora.fleet.write.format_pairs import check_pair, format_to_write
-from icmlora.formats.catalogue import format_named
-from icmlora.formats.format import check_target
-from registry.records import Claim
+from icmlora.fleet.resources.bundle_codes import BundleCodes
 
 if TYPE_CHECKING:
     from icmlora.adapter.model import Adapter
-    from icmlora.base_models.finding.lookup import FoundBase
-    from icmlora.base_models.finding.tensors import BaseTensors
-    from icmlora.fleet.resources.decoding import OriginalForm
     from icmlora.fleet.vectors.recognize import RecognizeReport
-    from icmlora.fleet.write.cards import Provenance
-    from icmlora.fleet.write.materialize import MadeFiles, MaterializeReport
-    from icmlora.generator.versions import GeneratorFile
-
-_BETTER = "`icm train` with a higher --quality makes better codes; then export them again"
+    from icmlora.fleet.write.materialize import MaterializeReport
 
 
 class Bundle:
@@ -62,7 +50,6 @@ class Bundle:
             self.index, self.digest, self.size = file.index, file.digest, file.size
         self._known = file
         self._generator = OpenedGenerator()
-        self._checked: tuple[int, ...] = ()  # the stamp of the file when every byte was checked
 
     @property
     def base_model(self) -> str:
@@ -88,18 +75,6 @@ class Bundle:
         """Return the size of a task's code in bytes."""
         return self.index.sizes[task.code]
 
-    def configs(self) -> Iterator[tuple[BundledTask, bytes]]:
-        """Yield each task of a PEFT adapter with the configuration that this is written with."""
-        from icmlora.formats.format import Template
-        from icmlora.formats.peft.initial import converted_form
-
-        with self._open() as file:
-            for task in (task for task in self.tasks if task.format == "peft"):
-                yield (
-                    task,
-                    converted_form(Template(file.read(task.config), task.layout, task.dtype, task.template)).config,
-                )
-
     def load(self, task: str, *, max_error: float | None = None) -> Adapter:
         """Decode a task's adapter into memory: float32, with the scale folded into B.
 
@@ -112,7 +87,10 @@ class Bundle:
             DataError: The bundle has no task of that name.
             TooLossy: The error is above `max_error`.
         """
-        return self._decode(task, max_error)[0]
+        from icmlora.fleet.write.materialize import reader
+
+        with self.open() as codes:
+            return reader(codes, task, max_error=max_error)()
 
     def materialize(
         self,
@@ -133,8 +111,8 @@ class Bundle:
         Args:
             task: Name of the task, in any case.
             directory: The folder, absent or empty; with a format of single files a file, as `NAME.gguf`.
-            adapter_format: Name of a format, as `icm formats` lists them. Default: the adapter's own. Converting image
-                adapters needs the extra `diffusion`.
+            adapter_format: Name of a format, as `icm convert --list-formats` lists them. Default: the adapter's own.
+                Converting image adapters needs the extra `diffusion`.
             dtype: Number format of the factors: `bfloat16`, `float16` or `float32`. Default: that of the original, or
                 `float32` if they are converted.
             pad_rank: Write one rank for all modules, filled with zeros, for engines that need it. Default: the ranks
@@ -153,14 +131,18 @@ class Bundle:
             BaseModelNotFound: With `gguf`: it is not on this machine.
             BaseModelUnsuited: With `gguf`: its architecture is none that icm writes adapters for.
         """
-        output, target = Path(directory), None if adapter_format is None else format_to_write(adapter_format)
-        check_target(output, target, as_file=True, force=force)
-        own = format_named(find_task(self.index, task).format)
-        if target is None or own.name == target.name:
-            return self._made(task, dtype, pad_rank, max_error).write(output, force=force)
-        check_pair(own, target)
-        made = self._made(task, None, pad_rank, max_error)
-        return made.convert(output, target, partial(self._find_base, base_model), dtype=dtype, force=force)
+        from icmlora.fleet.write.materialize import write_adapter
+
+        return write_adapter(
+            partial(self.open, base_model),
+            task,
+            Path(directory),
+            adapter_format=adapter_format,
+            dtype=dtype,
+            pad_rank=pad_rank,
+            max_error=max_error,
+            force=force,
+        )
 
     def read_files(
         self, task: str, *, dtype: str | None = None, pad_rank: int | None = None, max_error: float | None = None
@@ -169,16 +151,11 @@ class Bundle:
 
         `task`, `dtype`, `pad_rank`, `max_error` and the errors are those of `materialize`.
         """
-        return self._made(task, dtype, pad_rank, max_error).by_name
+        from icmlora.fleet.write.materialize import choose, make_files
 
-    def _find_base(self, given: str | Path | None) -> FoundBase:
-        from icmlora.base_models.finding.lookup import find_base_model
-
-        try:
-            return find_base_model(self.base_model, aliases={} if given is None else {self.base_model: given})
-        except BaseModelNotFound as error:  # without a store there are no names for copies elsewhere
-            error.hint = "`--base-model PATH` says where its folder or GGUF file is; its weights are not read"
-            raise
+        with self.open() as codes:
+            chosen = choose(codes, codes.get(task))
+            return make_files(codes, chosen, dtype=dtype, pad_rank=pad_rank, max_error=max_error).by_name
 
     def recognize(
         self,
@@ -205,109 +182,24 @@ class Bundle:
             BaseModelNotFound: The base model is not on this machine, or its loader cannot be used.
             ValueError: There is a loader, but no base model.
         """
-        from icmlora.fleet.context import default_cache
-        from icmlora.fleet.vectors.recognize import recognize_in_bundle
+        from icmlora.fleet.vectors.recognize import recognize_among
 
         if loader is not None and base_model is None:
             raise ValueError("a loader needs a base model")
-        with self._open() as file:
-            return recognize_in_bundle(
-                file,
-                Path(samples),
-                base_model=None if base_model is None else str(base_model),
-                loader=loader,
-                device=device,
-                cache=default_cache() if cache is None else Path(cache),
-            )
-
-    def _made(self, task: str, dtype: str | None, pad_rank: int | None, max_error: float | None) -> MadeFiles:
-        from icmlora.fleet.write.materialize import FilesRequest, encode_files
-
-        request = FilesRequest(task=task, dtype=dtype, pad_rank=pad_rank)
-        adapter, provenance, form = self._decode(task, max_error)
-        return encode_files(adapter, provenance, request, form)
-
-    def _decode(self, name: str, max_error: float | None) -> tuple[Adapter, Provenance, OriginalForm]:
-        from icmlora.fleet.write.cards import Provenance
-        from icmlora.fleet.write.materialize import check_error
-
-        task = find_task(self.index, name)
-        provenance = Provenance(
-            task=task.name,
-            base_model=self.base_model,
-            source="code",
-            generator=self.generator,
-            squared_error=None,
-            retained_gain=None,
-            seed=None,
-            is_generated=task.is_generated,
-            claim=claim_of(task),
-        )
-        check_error(task.name, task.squared_error, max_error, hint=_BETTER)
-        with self._open() as file:
-            if file.stamp != self._checked:
-                file.check()
-                self._checked = file.stamp
-            # The generator may have been trained when its base model had another name.
-            generator_file, code = self._generator.get(self.generator.blob, file.read), file.read(task.code)
-            form = form_in(file, task)
-        return generator_file.decoder_of(code).decode(code), provenance, form
+        with self.open(base_model, loader, None if cache is None else Path(cache)) as codes:
+            return recognize_among(codes, Path(samples), None, device)
 
     @contextmanager
-    def _open(self) -> Iterator[BundleFile]:
+    def open(
+        self, base_model: str | Path | None = None, loader: str | None = None, cache: Path | None = None
+    ) -> Iterator[BundleCodes]:
+        """Open the file for one piece of work; `BundleCodes` explains the arguments.
+
+        Raises:
+            BundleError: The bundle is damaged, or the file was replaced.
+        """
         with open_bundle(self.path, self._known) as file:
             if file.digest != self.digest:
                 raise BundleError("the bundle was replaced by another one", path=self.path)
-            yield file
-
-
-def form_in(file: BundleFile, task: BundledTask) -> OriginalForm:
-    """Read the form and the extras of the original of a task in a bundle."""
-    from icmlora.fleet.resources.decoding import OriginalForm
-    from icmlora.formats.extras import unpack_extras
-    from icmlora.formats.format import Template, check_companions
-
-    known = format_named(task.format)
-    check_companions(known, task.files)
-    template = Template(file.read(task.config), task.layout, task.dtype, task.template)
-    extras = ((extra.file, extra.part) for extra in task.extras)
-    base = partial(_base_tensors, file.index.base_model)
-    return OriginalForm(known, template, *unpack_extras(extras, file.read, base))
-
-
-def _base_tensors(label: str) -> BaseTensors:
-    from icmlora.base_models.finding.lookup import find_base_model
-    from icmlora.base_models.finding.tensors import needed_tensors
-
-    try:
-        return needed_tensors(lambda: find_base_model(label))
-    except BaseModelNotFound as error:  # without a store there are no names for copies elsewhere
-        error.hint = (
-            "download it into the Hugging Face cache, or `icm import` the bundle and run `icm base add NAME PATH`"
-        )
-        raise
-
-
-def find_task(index: BundleIndex, name: str) -> BundledTask:
-    """Return a task of a bundle by name, in any case."""
-    task = index.task(name)
-    if task is None:
-        close = difflib.get_close_matches(name, [task.name for task in index.tasks], n=1)
-        hint = f"did you mean {close[0]!r}?" if close else "`icm ls --from FILE` lists its tasks"
-        raise DataError(f"the bundle has no task named {name!r}", hint=hint)
-    return task
-
-
-def claim_of(task: BundledTask) -> Claim | None:
-    """Return what a bundle says of a code: whoever made it may have measured it, or not."""
-    if task.squared_error is None and task.measured is None:
-        return None
-    return Claim(task.squared_error, None if task.measured is None else asdict(task.measured))
-
-
-def open_generator(bundle: BundleFile) -> GeneratorFile:
-    """Read the generator of a bundle. The network of a version is opened with the first code that needs it."""
-    from icmlora.generator.versions import GeneratorFile
-
-    # The generator may have been trained when its base model had another name.
-    return GeneratorFile(bundle.read(bundle.index.generator.blob))
+            self._known = file  # it remembers whether its bytes were checked
+            yield BundleCodes(file, self._generator, base_model, loader, cache)

@@ -7,26 +7,23 @@ Until the transaction the store is as it was. A killed import leaves blobs witho
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from icmlora.adapter.module_groups import blocks_of
 from icmlora.bundle.file import open_bundle
 from icmlora.errors import BundleError
-from icmlora.fleet.bundles.bundles import claim_of, find_task, open_generator
 from icmlora.fleet.context import Context, use_case
+from icmlora.fleet.resources.bundle_codes import bundled_adapter, bundled_vectors, claim_of, find_task
 from icmlora.formats.catalogue import format_named
 from icmlora.formats.format import Template, check_companions
 from icmlora.formats.peft.config import AdapterConfig
 from icmlora.formats.peft.initial import converted_form
 from icmlora.formats.peft.peft import PEFT
 from icmlora.generator.code import generator_of
-from icmlora.task_vectors.file import arrays_from_bytes
 from registry.errors import StoreNotFound
-from registry.names import bundle_source
-from registry.records import Extra, NewAdapter, NewGenerator, NewVector
+from registry.records import NewGenerator
 from registry.tables.bundles import BundleImport, ImportedTask, ImportOutcome
 
 if TYPE_CHECKING:
@@ -90,7 +87,9 @@ def import_bundle(
 
 def _check_parts(bundle: BundleFile, tasks: Sequence[BundledTask]) -> None:
     """Check what the file format does not: that every version opens, and that codes and configurations belong to it."""
-    generator_file = open_generator(bundle)
+    from icmlora.generator.versions import GeneratorFile
+
+    generator_file = GeneratorFile(bundle.read(bundle.index.generator.blob))
     for number in range(len(generator_file.digests)):
         generator_file.codec(number)
     for task in tasks:
@@ -130,49 +129,16 @@ def _put(context: Context, store: Store, bundle: BundleFile, tasks: Sequence[Bun
 def _arrival(bundle: BundleFile, tasks: Sequence[BundledTask], on_conflict: Literal["skip", "fail"]) -> BundleImport:
     index = bundle.index
     generator = NewGenerator(index.base_model, index.generator.blob, index.generator.config, index.generator.metrics)
-    source = bundle_source(bundle.digest)
-    arriving = [_arriving(task, source, index.sizes, _vectors(bundle, task)) for task in tasks]
-    return BundleImport(generator, index.generator.version, arriving, on_conflict)
-
-
-def _vectors(bundle: BundleFile, task: BundledTask) -> list[NewVector]:
-    """Return the rows of a task's vectors."""
-    if task.vectors is None:
-        return []
-    part, extractors = task.vectors.part, {one["view"]: one for one in task.vectors.extractors}
-    views = arrays_from_bytes(bundle.read(part))
-    if views.keys() != extractors.keys():
-        raise BundleError(f"the vectors of {task.name!r} are not those that the index describes")
-    return [
-        NewVector(task.name, view, number, extractors[view], part, values.shape[1])
-        for view, values in views.items()
-        for number in range(len(values))
+    arriving = [
+        ImportedTask(
+            task.name,
+            bundled_adapter(task, bundle),
+            task.weights_size,
+            task.code,
+            None,
+            claim_of(task),
+            bundled_vectors(task, bundle),
+        )
+        for task in tasks
     ]
-
-
-def _targets(task: BundledTask) -> tuple[str, ...]:
-    """Name what the adapter is for, as ingesting its original would."""
-    if format_named(task.format).is_for_images:
-        return blocks_of(shape.module for shape in task.layout)
-    return task.target_modules
-
-
-def _arriving(task: BundledTask, source: str, sizes: Mapping[str, int], vectors: Sequence[NewVector]) -> ImportedTask:
-    original = NewAdapter(
-        weights=task.weights,
-        config=task.config,
-        card=task.card,
-        step=task.step,
-        is_final=True,
-        dtype=task.dtype,
-        rank_max=task.rank_max,
-        parameters=task.parameters,
-        target_modules=_targets(task),
-        layout=[(shape.module, shape.rank, shape.inputs, shape.outputs) for shape in task.layout],
-        source=source,
-        is_generated=task.is_generated,
-        template=task.template,
-        format=task.format,
-        extras=[Extra(extra.part, extra.file, extra.size, sizes[extra.part]) for extra in task.extras],
-    )
-    return ImportedTask(task.name, original, task.weights_size, task.code, None, claim_of(task), vectors)
+    return BundleImport(generator, index.generator.version, arriving, on_conflict)

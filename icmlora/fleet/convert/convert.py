@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from icmlora.errors import AdapterRefused, BaseModelNotFound, Cancelled, DataError, located
+from icmlora.errors import AdapterRefused, BaseModelNotFound, Cancelled, DataError, OptionsConflict, located
 from icmlora.fleet.context import Event, Progress, TaskFailed, ignore, reporting
 from icmlora.fleet.write.format_pairs import SourceAdapter, check_pair, format_to_write
 from icmlora.formats import catalogue
@@ -174,11 +174,11 @@ def _wanted(adapter_format: str | None, rank: int | None, size: int | None, dtyp
     if dtype is not None and dtype not in DTYPE_NAMES:
         raise DataError(f"unknown number format {dtype!r}", hint=f"choose one of {', '.join(DTYPE_NAMES)}")
     if rank is not None and size is not None:
-        raise DataError("a size sets the ranks itself", hint="give a rank or a size, not both")
+        raise OptionsConflict("--size sets the ranks itself, so it cannot be used with --rank")
     if (rank is not None and rank < 1) or (size is not None and size < 1):
         raise DataError("a rank or a size is a positive whole number", hint="as rank 8, or size 4000000")
     if adapter_format is None and rank is None and size is None and dtype is None:
-        raise DataError("nothing is to be changed", hint="give a format, a rank, a size or a number format")
+        raise OptionsConflict("nothing would change", hint="give --format, --rank, --size or --dtype")
     return Wanted(target, rank, size, dtype)
 
 

@@ -12,19 +12,20 @@ command continues.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import chain, groupby
 from typing import TYPE_CHECKING
 
-from icmlora.errors import Cancelled, IcmLoraError
-from icmlora.fleet.context import Context, reporting, select_tasks
+from icmlora.errors import Cancelled, IcmLoraError, OptionsConflict
+from icmlora.fleet.context import Context, reporting, select_tasks, use_case
 from icmlora.fleet.evict.check import EvictionCheck, check_bytes, check_recorded, recorded_gain
-from icmlora.fleet.evict.placeholders import Backing, FolderReplaced, Placeholders
-from icmlora.fleet.evict.types import CheckFailed, EvictReport, EvictRequest, EvictStatus, TaskEvicted
+from icmlora.fleet.evict.placeholders import FolderReplaced, Placeholders, RestoreSource
+from icmlora.fleet.evict.types import CheckFailed, EvictReport, EvictStatus, Limits, TaskEvicted
 from icmlora.fleet.failures import FAILURES, Failed
 from icmlora.fleet.resources.decoding import StoredDecoder
 from icmlora.fleet.resources.loading import Models
@@ -48,49 +49,104 @@ _READ_TOGETHER = 32
 """Tasks whose rows are read at once."""
 
 
-def evict(context: Context, request: EvictRequest) -> EvictReport:
-    """Evict the originals of some tasks, or say what would be evicted."""
-    request.check()
-    check_place(request.device, request.workers)
+@use_case
+def evict(
+    context: Context,
+    tasks: Sequence[str] = (),
+    *,
+    max_error: float | None = None,
+    min_gain: float | None = None,
+    checkpoints_only: bool = False,
+    placeholder: bool = False,
+    keep_originals: bool = False,
+    dry_run: bool = False,
+    device: str = "auto",
+    workers: str | None = None,
+) -> EvictReport:
+    """Delete originals, each after a check that its code can replace it.
+
+    The code is read back from disk, with its residual if it has one, decoded and measured. An original whose code
+    misses a limit is kept. Give at least one limit, unless the originals are kept.
+
+    Args:
+        context: The store.
+        tasks: Names of tasks; all by default.
+        max_error: Largest relative error, ||dW' - dW|| / ||dW||: 0.3 for 30 %.
+        min_gain: Smallest retained gain on the task's held-out text. Needs the base model.
+        checkpoints_only: Delete checkpoints and keep the final adapters.
+        placeholder: Also replace the adapter in the folder it was ingested from by a placeholder, if its files
+            are unchanged; `restore` brings it back.
+        keep_originals: With `placeholder`: delete nothing in the store, so that `restore` is exact.
+        dry_run: Check everything and delete nothing.
+        device: Where to measure.
+        workers: Where to check, as described for `Fleet`. Deletions then begin when all is checked.
+
+    Raises:
+        OptionsConflict: There is no limit, or the arguments contradict each other.
+    """
+    limits = Limits(max_error, min_gain)
+    _check_options(limits, checkpoints_only, placeholder, keep_originals)
+    check_place(device, workers)
     report = EvictReport()
     # Loading a base model to measure a gain may tell the store what it is, so that takes a writable store.
-    read_only = request.dry_run and request.min_gain is None
-    with (
-        context.open(read_only=read_only) as store,
-        reporting(report),
-    ):
-        tasks = select_tasks(store, request.names)
-        evictor = Evictor(store, request)
-        if not (request.keep_originals or request.dry_run):
+    with context.open(read_only=dry_run and min_gain is None) as store, reporting(report):
+        chosen = select_tasks(store, tasks)
+        evictor = Evictor(store, limits if placeholder else None, checkpoints_only=checkpoints_only, dry_run=dry_run)
+        if not (keep_originals or dry_run):
             store.originals.check_alone()
-        context.progress(0, len(tasks))
+        context.progress(0, len(chosen))
 
         def tell(note: str) -> None:
-            context.progress(len(report.tasks), len(tasks), note)
+            context.progress(len(report.tasks), len(chosen), note)
 
-        for base_model, of_base in groupby(tasks, key=lambda task: task.base_model):
-            with nullcontext() if request.dry_run else store.job(base_model):
-                for task, made in _checked(context, store, request, list(of_base), tell):
+        for base_model, of_base in groupby(chosen, key=lambda task: task.base_model):
+            with nullcontext() if dry_run else store.job(base_model):
+                checked: Iterator[tuple[TaskRecord, TaskEvicted | _Evictable | Failed | None]]
+                if keep_originals:
+                    checked = ((task, None) for task in of_base)
+                else:
+                    how = limits, checkpoints_only, dry_run, frozenset(store.originals.interrupted())
+                    checked = _checked(context, store, list(of_base), device, workers, tell, how)
+                for task, made in checked:
                     done = evictor.evict(task.name, made)
                     report.tasks.append(done)
-                    meant = done.status in ("pinned", "original_only") and bool(request.names)
+                    meant = done.status in ("pinned", "original_only") and bool(tasks)
                     report.partly |= done.is_partial or meant
                     context.on_event(done)
                     tell(task.name)
     return report
 
 
+def _check_options(limits: Limits, checkpoints_only: bool, placeholder: bool, keep_originals: bool) -> None:
+    """Refuse what would delete originals whatever their codes lose, or contradicts itself."""
+    given = [limit for limit in (limits.max_error, limits.min_gain) if limit is not None]
+    if keep_originals and not placeholder:
+        raise OptionsConflict("--keep-originals goes with --placeholder: it would delete nothing")
+    if keep_originals and given:
+        raise OptionsConflict("a limit is for originals that are deleted: leave it out with --keep-originals")
+    if placeholder and checkpoints_only and not keep_originals:
+        hint = "add --keep-originals, or leave out --checkpoints-only"
+        raise OptionsConflict("a checkpoint has no code, so without its original nothing brings it back", hint=hint)
+    if not given and not keep_originals:
+        hint = "`--max-error 0.22` limits the relative error, `--min-gain 0.97` the retained gain"
+        raise OptionsConflict("no limit was given: use --max-error, --min-gain or both", hint=hint)
+    if not all(map(math.isfinite, given)):
+        raise OptionsConflict("a limit must be a finite number")
+
+
 def _checked(
-    context: Context, store: Store, request: EvictRequest, tasks: Sequence[TaskRecord], tell: Callable[[str], None]
-) -> Iterator[tuple[TaskRecord, TaskEvicted | _Evictable | Failed | None]]:
-    """Check the codes of tasks of one base model; nothing comes of it where originals are kept."""
-    if request.keep_originals:
-        yield from ((task, None) for task in tasks)
-        return
-    interrupted = frozenset(store.originals.interrupted())
-    with worker_pool(context, store, device=request.device, workers=request.workers) as pool:
-        found = pool.each(check_codes, tasks, tell, request, interrupted)
-        if request.workers is None:
+    context: Context,
+    store: Store,
+    tasks: Sequence[TaskRecord],
+    device: str,
+    workers: str | None,
+    tell: Tell,
+    how: tuple[Limits, bool, bool, frozenset[str]],
+) -> Iterator[tuple[TaskRecord, TaskEvicted | _Evictable | Failed]]:
+    """Check the codes of tasks of one base model; `how` is what `check_codes` takes at its end."""
+    with worker_pool(context, store, device=device, workers=workers) as pool:
+        found = pool.each(check_codes, tasks, tell, *how)
+        if workers is None:
             yield from found
             return
         checked = list(found)
@@ -110,27 +166,36 @@ class _Evictable:
 
 
 def check_codes(
-    models: Models, tasks: Sequence[TaskRecord], tell: Tell, request: EvictRequest, interrupted: frozenset[str]
+    models: Models,
+    tasks: Sequence[TaskRecord],
+    tell: Tell,
+    limits: Limits,
+    checkpoints_only: bool,
+    dry_run: bool,
+    interrupted: frozenset[str],
 ) -> Iterator[tuple[TaskRecord, TaskEvicted | _Evictable]]:
     """Check the codes of tasks of one base model, or say why they keep their originals; nothing is deleted."""
-    yield from _Checker(request, interrupted, models).each(tasks)
+    yield from _Checker(limits, checkpoints_only, dry_run, interrupted, models).each(tasks)
 
 
 class _Checker:
     """Checks one task after the other, and deletes nothing."""
 
-    def __init__(self, request: EvictRequest, interrupted: frozenset[str], models: Models) -> None:
-        self._store, self._request, self._interrupted = models.store, request, interrupted
-        self._check = EvictionCheck(models.store, models, request.limits)
+    def __init__(
+        self, limits: Limits, checkpoints_only: bool, dry_run: bool, interrupted: frozenset[str], models: Models
+    ) -> None:
+        self._store, self._interrupted = models.store, interrupted
+        self._checkpoints_only, self._dry_run = checkpoints_only, dry_run
+        self._check = EvictionCheck(models.store, models, limits)
         self._generator = cache(models.store.generators.current)  # of all tasks of a base model
 
     def each(self, tasks: Sequence[TaskRecord]) -> Iterator[tuple[TaskRecord, TaskEvicted | _Evictable]]:
         """Check tasks of one base model; the rows of many are read at once, which takes a fraction of the time."""
         # A deletion lets others change what was read before it.
-        size = _READ_TOGETHER if self._request.dry_run else 1
+        size = _READ_TOGETHER if self._dry_run else 1
         parts = [tasks[at : at + size] for at in range(1, len(tasks), size)]
         yield from self._together(tasks[:1])  # it opens the generator for all
-        if self._request.dry_run and self._request.min_gain is None:
+        if self._dry_run and self._check.limits.min_gain is None:
             yield from in_two_processes(self._together, parts)
         else:  # a base model that measures gains is in memory once
             yield from chain.from_iterable(map(self._together, parts))
@@ -155,7 +220,7 @@ class _Checker:
         generator: GeneratorRecord | None,
     ) -> TaskEvicted | _Evictable:
         there = [row for row in adapters if not row.is_evicted or row.weights in self._interrupted]
-        wanted = [row for row in there if not (row.is_final and self._request.checkpoints_only)]
+        wanted = [row for row in there if not (row.is_final and self._checkpoints_only)]
         chosen = [row for row in wanted if row.original_only is None]
         if task.pinned or not wanted:
             return self._untouched(task, code, generator)
@@ -193,11 +258,19 @@ class _Checker:
 
 
 class Evictor:
-    """Deletes originals that were checked, or only counts their bytes."""
+    """Deletes originals that were checked, or only counts their bytes.
 
-    def __init__(self, store: Store, request: EvictRequest) -> None:
-        self._store, self._request = store, request
-        self._folders, self._decoder = Placeholders(store, dry_run=request.dry_run), StoredDecoder(store)
+    Args:
+        store: The store.
+        limits: What the codes have to keep for which placeholders are left; None to leave none.
+        checkpoints_only: Final adapters stay.
+        dry_run: Nothing is deleted.
+    """
+
+    def __init__(self, store: Store, limits: Limits | None, *, checkpoints_only: bool, dry_run: bool) -> None:
+        self._store, self._limits = store, limits
+        self._checkpoints_only, self._dry_run = checkpoints_only, dry_run
+        self._folders, self._decoder = Placeholders(store, dry_run=dry_run), StoredDecoder(store)
         self._in_use = Counter(store.originals.in_use())
 
     def evict(self, name: str, made: TaskEvicted | _Evictable | Failed | None) -> TaskEvicted:
@@ -222,11 +295,11 @@ class Evictor:
         folders = self._folder_of(made.final, order.code, order.generator, is_checked=made.final in rows)
         freed, left = self._freed(rows)
         try:
-            if not self._request.dry_run:
+            if not self._dry_run:
                 freed = self._store.originals.evict(order)
         except (DamagedStore, LastCopy) as error:
             return TaskEvicted(name, "kept", 0, 0, *sizes, reason=str(error), folders=folders)
-        status: EvictStatus = "would_evict" if self._request.dry_run else "evicted"
+        status: EvictStatus = "would_evict" if self._dry_run else "evicted"
         figures = (*sizes, order.squared_error, made.gain)
         told = (held_back, folders, made.precision, left)
         return TaskEvicted(name, status, len(rows), freed, *figures, *told)
@@ -250,7 +323,8 @@ class Evictor:
         self, final: AdapterRecord, code: CodeRecord | None, generator: GeneratorRecord | None, *, is_checked: bool
     ) -> list[FolderReplaced]:
         """Leave a placeholder for a task whose code replaces its original; `is_checked` if that was measured now."""
-        if not self._request.placeholder:
+        limits = self._limits
+        if limits is None:
             return []
 
         def check() -> None:
@@ -263,7 +337,7 @@ class Evictor:
             if is_checked:
                 check_bytes(self._store, final, [generator.blob, *code.digests()])
                 return
-            check_recorded(self._store, now, final, self._request.limits, code, generator)
+            check_recorded(self._store, now, final, limits, code, generator)
 
         def decoded() -> AdapterBytes | None:
             if code is None or generator is None:
@@ -273,7 +347,7 @@ class Evictor:
             except FAILURES:  # the check says what is wrong with it
                 return None
 
-        left = self._folders.leave(final, Backing(check, code, generator, decoded))
+        left = self._folders.replace_files(final, RestoreSource(check, code, generator, decoded))
         return [] if left is None else [left]
 
     def _replace(self, task: TaskRecord) -> TaskEvicted:
@@ -282,14 +356,12 @@ class Evictor:
             return TaskEvicted(task.name, "pinned")
         code, generator = _code_of(self._store, task)
         rows = self._store.tasks.adapters(task.name)
-        rows = [row for row in rows if not (row.is_final and self._request.checkpoints_only)]
+        rows = [row for row in rows if not (row.is_final and self._checkpoints_only)]
         left = [self._folder_with_original(row, code if row.is_final else None, generator) for row in rows]
         folders = [folder for folder in left if folder is not None]
         done = sum(folder.status in ("replaced", "would_replace") for folder in folders)
         if done:
-            return TaskEvicted(
-                task.name, "would_replace" if self._request.dry_run else "replaced", done, folders=folders
-            )
+            return TaskEvicted(task.name, "would_replace" if self._dry_run else "replaced", done, folders=folders)
         reason = next((folder.reason for folder in folders if folder.status == "left"), None)
         return TaskEvicted(task.name, "known" if reason is None else "kept", reason=reason, folders=folders)
 
@@ -301,7 +373,7 @@ class Evictor:
                 raise CheckFailed("the store does not keep its original any more")
             check_bytes(self._store, row, [row.weights])
 
-        return self._folders.leave(row, Backing(check, code, generator))
+        return self._folders.replace_files(row, RestoreSource(check, code, generator))
 
     def _freed(self, chosen: Sequence[AdapterRecord]) -> tuple[int, int]:
         """Return the bytes of the files that are deleted with some adapters, and those of them that were left.

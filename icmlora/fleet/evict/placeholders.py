@@ -70,7 +70,7 @@ class NotReplaced(IcmLoraError):
 
 
 @dataclass(frozen=True)
-class Backing:
+class RestoreSource:
     """What brings an adapter back once its files are gone.
 
     Attributes:
@@ -108,14 +108,14 @@ class Placeholders:
     def __init__(self, store: Store, *, dry_run: bool) -> None:
         self._store, self._dry_run = store, dry_run
 
-    def leave(self, row: AdapterRecord, backing: Backing) -> FolderReplaced | None:
+    def replace_files(self, row: AdapterRecord, source: RestoreSource) -> FolderReplaced | None:
         """Replace the files of one adapter in the folder that it came from; None if it came from no folder."""
         place = source_place(row)
         if place is None:
             return None
         try:
-            spot = _Spot.of(place)
-            return FolderReplaced(row.source, "missing") if spot is None else self._leave(spot, row, backing)
+            folder = _AdapterFolder.of(place)
+            return FolderReplaced(row.source, "missing") if folder is None else self._replaced(folder, row, source)
         except (IcmLoraError, RegistryError) as error:
             return FolderReplaced(row.source, "left", reason=error.message)
         except OSError as error:
@@ -127,45 +127,47 @@ class Placeholders:
         """Say whether a placeholder of this adapter is in its folder."""
         place = source_place(row)
         try:
-            spot = None if place is None else _Spot.of(place)
-            return spot is not None and spot.is_taken and self._known(spot, row) is not None
+            folder = None if place is None else _AdapterFolder.of(place)
+            return folder is not None and folder.is_taken and self._known(folder, row) is not None
         except (IcmLoraError, OSError):
             return False
 
-    def _leave(self, spot: _Spot, row: AdapterRecord, backing: Backing) -> FolderReplaced:
-        known = self._known(spot, row) if spot.is_taken else None
-        parts = _parts_of(spot, row) if known is None else {spot.home / file.name: file.part for file in known.files}
+    def _replaced(self, folder: _AdapterFolder, row: AdapterRecord, source: RestoreSource) -> FolderReplaced:
+        known = self._known(folder, row) if folder.is_taken else None
+        parts = (
+            _parts_of(folder, row) if known is None else {folder.home / file.name: file.part for file in known.files}
+        )
         parts = {path: part for path, part in parts.items() if os.path.lexists(path)}
         if not parts:
             return FolderReplaced(row.source, "missing" if known is None else "there")
-        doomed = self._unchanged(spot, row, parts, backing)
+        doomed = self._unchanged(folder, row, parts, source)
         if not doomed:  # what is left of the files that it lists has other bytes now
             return FolderReplaced(row.source, "there")
-        if not spot.home.stat().st_mode & _WRITE_BITS:  # root could write nevertheless
+        if not folder.home.stat().st_mode & _WRITE_BITS:  # root could write nevertheless
             raise NotReplaced("its folder is marked as read-only")
-        backing.check()
+        source.check()
         freed = sum(file.status.st_size for file in doomed if file.status.st_nlink == 1)
         if self._dry_run:
-            if not os.access(spot.home, os.W_OK | os.X_OK):
+            if not os.access(folder.home, os.W_OK | os.X_OK):
                 raise NotReplaced("it cannot be changed: no permission to write")
             return FolderReplaced(row.source, "would_replace", freed)
         _check_unchanged(doomed)  # the check may take a while
         if known is None:
             replaced = [_replaced(file, parts[file.path]) for file in doomed]
-            self._write(spot, row, replaced, _code_stamp(backing))
+            self._write(folder, row, replaced, _code_stamp(source))
         failpoint("placeholder-written")
-        _unlink(spot.home, doomed)
+        _unlink(folder.home, doomed)
         return FolderReplaced(row.source, "replaced", freed)
 
-    def _known(self, spot: _Spot, row: AdapterRecord) -> Placeholder:
+    def _known(self, folder: _AdapterFolder, row: AdapterRecord) -> Placeholder:
         """Read the placeholder that is there, which an interrupted run may have left next to the adapter."""
-        known = read_placeholder(spot.placeholder)
+        known = read_placeholder(folder.placeholder)
         if (known.weights, known.config) != (row.weights, row.config):
             raise NotReplaced(f"it has the placeholder of another adapter, of task {known.task!r}")
         return known
 
     def _unchanged(
-        self, spot: _Spot, row: AdapterRecord, parts: Mapping[Path, Part], backing: Backing
+        self, folder: _AdapterFolder, row: AdapterRecord, parts: Mapping[Path, Part], source: RestoreSource
     ) -> list[HashedFile]:
         """Return the files that may go, configuration first and weights last; raise if the adapter is another one."""
         files: dict[Part, list[HashedFile]] = {"config": [], "companion": [], "weights": []}
@@ -175,12 +177,12 @@ class Placeholders:
             elif part != "companion":
                 raise NotReplaced(f"{path.name} is a symbolic link")
         kept = _Companions(self._store, row)
-        files["companion"] = [file for file in files["companion"] if kept.has(spot.companion(file.path), file)]
+        files["companion"] = [file for file in files["companion"] if kept.has(folder.companion(file.path), file)]
         config = row.config
         for file in files["weights"]:
             if file.digest == row.weights or file.digest == pickle_digest(self._store, row):
                 continue
-            made = backing.decoded()  # it may be what `icm restore` wrote
+            made = source.decoded()  # it may be what `icm restore` wrote
             if made is None or digest_of(made.weights) != file.digest:
                 raise NotReplaced(f"{file.path.name} has changed since it was ingested")
             config = digest_of(made.config)
@@ -191,7 +193,7 @@ class Placeholders:
 
     def _write(
         self,
-        spot: _Spot,
+        folder: _AdapterFolder,
         row: AdapterRecord,
         files: Sequence[ReplacedFile],
         code: CodeStamp | None,
@@ -208,12 +210,12 @@ class Placeholders:
             files=tuple(sorted(files, key=lambda file: file.name)),
             code=code,
         )
-        with writing_file(spot.placeholder) as stream:
+        with writing_file(folder.placeholder) as stream:
             stream.write(placeholder_to_json(placeholder))
 
 
 @dataclass(frozen=True)
-class _Spot:
+class _AdapterFolder:
     """A folder in which an adapter is, or was."""
 
     place: Path  # of the adapter
@@ -221,7 +223,7 @@ class _Spot:
     placeholder: Path
 
     @classmethod
-    def of(cls, place: Path) -> _Spot | None:
+    def of(cls, place: Path) -> _AdapterFolder | None:
         """Find the folder; None if it is not there any more."""
         is_folder = place.is_dir()
         home = place if is_folder else place.parent
@@ -246,21 +248,21 @@ class _Spot:
         return os.path.lexists(self.placeholder)
 
 
-def _parts_of(spot: _Spot, row: AdapterRecord) -> dict[Path, Part]:
+def _parts_of(folder: _AdapterFolder, row: AdapterRecord) -> dict[Path, Part]:
     """Find the files of an adapter in its folder; there are none if it is not there any more."""
-    with os.scandir(spot.home) as entries:
+    with os.scandir(folder.home) as entries:
         # Links are listed under their own names: what is behind them is not looked at. Of a folder of single files,
         # which may be thousands, only those of this adapter are.
         files = {
             entry.name: Path(entry.path)
             for entry in entries
-            if spot.has(entry.name) and (entry.is_file() or entry.is_symlink())
+            if folder.has(entry.name) and (entry.is_file() or entry.is_symlink())
         }
-    folder = with_pickle(Folder(spot.home, files))
+    there = with_pickle(Folder(folder.home, files))
     return {
         path: part
-        for paths in format_named(row.format).find(folder)
-        if paths.place == spot.place
+        for paths in format_named(row.format).find(there)
+        if paths.place == folder.place
         for path, part in _parts(paths)
     }
 
@@ -292,8 +294,8 @@ class _Companions:
         return sizes.get(name) == file.status.st_size and self._digests[name] == file.digest
 
 
-def _code_stamp(backing: Backing) -> CodeStamp | None:
-    code, generator = backing.code, backing.generator
+def _code_stamp(source: RestoreSource) -> CodeStamp | None:
+    code, generator = source.code, source.generator
     if code is None or generator is None:
         return None
     residual = None if code.residual is None else FileStamp(code.residual.blob, code.residual.size)

@@ -3,8 +3,8 @@
     placeholder ──▶ the adapter with its digests ──▶ original, byte for byte ──┐
                                                 └──▶ code, decoded ────────────┴─▶ files, durable ──▶ placeholder gone
 
-The adapter is looked up by the digests of its weights and configuration, so its task may have another name by now. The
-store that a placeholder names is never opened because of that: only the store, or the bundle, that the caller names.
+The adapter is looked up by the digests of its weights and configuration, so its task may have another name by now. Only
+the store, or the bundle, that the caller names is opened, never the store that a placeholder names.
 Nothing in a folder is overwritten, and the files of an adapter appear together: a full disk leaves none of them. A kill
 leaves the placeholder in place, and the same call goes on.
 """
@@ -15,13 +15,14 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import Literal
 
 from icmlora.errors import AdapterRefused, DataError, OutputExists
-from icmlora.fleet.context import Context, Event, TaskFailed, reporting
+from icmlora.fleet.bundles.bundles import Bundle
+from icmlora.fleet.context import Context, Event, TaskFailed, reporting, use_case
 from icmlora.fleet.failures import FAILURES
+from icmlora.fleet.resources.code_source import CodeSource, StoreCodes
 from icmlora.fleet.write.materialize import original_files
 from icmlora.formats.catalogue import format_named
 from icmlora.formats.discovery.placeholder import (
@@ -44,24 +45,9 @@ from registry.names import source_label
 from registry.records import AdapterRecord, CodeRecord, GeneratorRecord, WithRelativeError
 from registry.storage.blobs.content import digest_of
 
-if TYPE_CHECKING:
-    from icmlora.bundle.file import BundleFile
-    from icmlora.fleet.resources.decoding import StoredDecoder
-    from registry.store import Store
-
 RestoreStatus = Literal["restored", "would_restore", "complete", "refused"]
-RestoreSource = Literal["original", "residual", "code"]
 NO_SPACE = "no_space"
 """The kind of a refusal for want of space."""
-
-
-@dataclass(frozen=True)
-class RestoreRequest:
-    """Where to look for placeholders, and what to read instead of the store."""
-
-    folders: tuple[Path, ...]
-    bundle: Path | None = None
-    dry_run: bool = False
 
 
 @dataclass(frozen=True)
@@ -73,7 +59,7 @@ class AdapterRestored(WithRelativeError, Event):
     # `restored`; `would_restore` in a dry run; `complete` (the files were all there, so only the placeholder went);
     # `refused` (see `kind`, `reason` and `hint`).
     status: RestoreStatus
-    source: RestoreSource | None = None
+    source: Literal["original", "residual", "code"] | None = None
     size: int = 0  # bytes of the files that were written
     weights: str | None = None  # SHA-256 of the weights as they were written
     generator: str | None = None  # digest of the generator that decoded it; None for an original
@@ -113,8 +99,25 @@ class RestoreReport:
         return sum(adapter.size for adapter in self.adapters)
 
 
-def restore(context: Context, request: RestoreRequest) -> RestoreReport:
-    """Restore the adapters of all placeholders under some folders."""
+@use_case
+def restore(
+    context: Context, folders: Sequence[str | Path], *, bundle: str | Path | None = None, dry_run: bool = False
+) -> RestoreReport:
+    """Bring adapters back to the folders in which `evict` left placeholders.
+
+    An adapter is written byte for byte if the store has its original, or else decoded from its code. Nothing in a
+    folder is overwritten. What cannot be restored is in the report and does not stop the rest.
+
+    Args:
+        context: The store.
+        folders: Folders with placeholders, at any depth.
+        bundle: Read this bundle instead of the store.
+        dry_run: Check everything and report what would be written, but write nothing.
+
+    Raises:
+        DataError: A folder does not exist, or nothing could be restored.
+        BundleError: The bundle is damaged.
+    """
     report = RestoreReport()
     errors: list[Exception] = []
 
@@ -128,16 +131,16 @@ def restore(context: Context, request: RestoreRequest) -> RestoreReport:
 
     with reporting(report):
         refusals: list[AdapterRefused] = []
-        found = _find(request.folders, refusals)
+        found = _find([Path(folder) for folder in folders], refusals)
         for refusal in refusals:
             refuse(refusal, refusal.path or ".")
         readable = [item for item in found if isinstance(item.content, Placeholder)]
         if readable:
-            with _source(context, request, readable) as source:
+            with _opened(context, bundle, readable) as codes:
                 for number, item in enumerate(readable):
                     context.progress(number, len(readable), source_label(item.place))
                     try:
-                        done = _Restorer(source, item).run(dry_run=request.dry_run)
+                        done = _Restorer(codes, item).run(dry_run=dry_run)
                     except (*FAILURES, RegistryError, OSError) as error:
                         refuse(error, source_label(item.place), _content(item).task)
                     else:
@@ -149,6 +152,24 @@ def restore(context: Context, request: RestoreRequest) -> RestoreReport:
             raise (full or errors)[0]
         raise DataError(f"nothing was restored: all {len(errors)} placeholders were refused")
     return report
+
+
+@contextmanager
+def _opened(context: Context, bundle: str | Path | None, found: Sequence[FoundPlaceholder]) -> Iterator[CodeSource]:
+    if bundle is not None:
+        with Bundle(bundle).open() as codes:
+            context.progress(0, None, "checking")
+            codes.check()
+            yield codes
+        return
+    try:
+        store = context.open(read_only=True)
+    except StoreNotFound as error:
+        named = sorted({_content(item).store for item in found})
+        error.hint = f"the placeholders name the store at {named[0]}: if it is yours, name it with --store"
+        raise
+    with store:
+        yield StoreCodes(store, context)
 
 
 def _find(folders: Sequence[Path], refused: list[AdapterRefused]) -> list[FoundPlaceholder]:
@@ -194,120 +215,57 @@ class _Made:
     """The files of an adapter, and where they come from."""
 
     files: AdapterBytes
-    source: RestoreSource
+    source: Literal["original", "residual", "code"]
     generator: str | None = None
     squared_error: float | None = 0.0
     retained_gain: float | None = 1.0
     precision: str | None = None
 
 
-class _Source(Protocol):
-    """What adapters are restored from."""
+def _make(codes: CodeSource, wanted: Placeholder, weights: bytes | None) -> _Made:
+    """Return the files of an adapter without a card: its original if it is kept, or else what its code decodes to.
 
-    def make(self, wanted: Placeholder, weights: bytes | None) -> _Made:
-        """Return the files of an adapter, without a card; raises if it is not there.
-
-        Args:
-            wanted: Which adapter.
-            weights: Its original weights, if its folder has them: then only the files next to them are made.
-        """
-        ...
-
-
-@contextmanager
-def _source(context: Context, request: RestoreRequest, found: Sequence[FoundPlaceholder]) -> Iterator[_Source]:
-    if request.bundle is not None:
-        from icmlora.bundle.file import open_bundle
-
-        with open_bundle(request.bundle) as file:
-            context.progress(0, None, "checking")
-            file.check()
-            yield _FromBundle(file)
-        return
-    try:
-        store = context.open(read_only=True)
-    except StoreNotFound as error:
-        named = sorted({_content(item).store for item in found})
-        error.hint = f"the placeholders name the store at {named[0]}: if it is yours, name it with --store"
-        raise
-    with store:
-        yield _FromStore(store)
-
-
-class _FromStore:
-    """Originals and codes of a store."""
-
-    def __init__(self, store: Store) -> None:
-        self._store = store
-
-    def make(self, wanted: Placeholder, weights: bytes | None) -> _Made:
-        """Return the original if the store keeps it, or else what its code decodes to."""
-        rows = self._store.tasks.having(wanted.weights, wanted.config)
-        # Several tasks may have it; the one that the placeholder names comes first.
-        rows.sort(key=lambda row: row.task.lower() != wanted.task.lower())
-        if not rows:
-            hint = f"the placeholder names the store at {wanted.store}: if it is yours, name it with --store"
-            raise DataError(f"the store has no adapter with the digests of task {wanted.task!r}", hint=hint)
-        original = next((row for row in rows if weights is not None or not row.is_evicted), None)
-        if original is not None:
-            return _Made(original_files(self._store, original, weights), "original")
-        for row in rows:
-            generator = self._store.generators.current(self._store.tasks.get(row.task).base_model)
-            code = None if generator is None else self._store.codes.get(row.task, generator.id)
-            if generator is not None and code is not None and code.adapter_id == row.id:
-                return self._decoded(row, code, generator)
-        if not any(row.is_final for row in rows):
-            raise DataError("the store deleted this checkpoint, and a checkpoint has no code")
-        raise DataError(f"the original of task {rows[0].task!r} was evicted, and it has no code")
-
-    def _decoded(self, row: AdapterRecord, code: CodeRecord, generator: GeneratorRecord) -> _Made:
-        from registry.tables.evaluations import latest
-
-        task = self._store.tasks.get(row.task)
-        measured = latest(self._store.evaluations.all(task.name), task, code.rung, generator)
-        gain, precision = (None, None) if measured is None else (measured.retained_gain, measured.precision)
-        files = self._decoder.files(row, code, generator)
-        return _Made(files, code.rung, generator.blob, code.best_squared_error, gain, precision)
-
-    @cached_property
-    def _decoder(self) -> StoredDecoder:
-        from icmlora.fleet.resources.decoding import StoredDecoder  # imports torch, which originals do not need
-
-        return StoredDecoder(self._store)
-
-
-class _FromBundle:
-    """Codes of a bundle, every byte of which was checked."""
-
-    def __init__(self, file: BundleFile) -> None:
-        from icmlora.fleet.bundles.bundles import open_generator
-
-        self._file, self._generator = file, open_generator(file)
-
-    def make(self, wanted: Placeholder, weights: bytes | None) -> _Made:
-        """Return what the code decodes to."""
-        from icmlora.fleet.bundles.bundles import form_in
-        from icmlora.fleet.resources.decoding import files_like_original
-
-        index = self._file.index
-        same = [task for task in index.tasks if (task.weights, task.config) == (wanted.weights, wanted.config)]
-        if not same:
+    Args:
+        codes: Where to look for it.
+        wanted: Which adapter.
+        weights: Its original weights, if its folder has them: then only the files next to them are made.
+    """
+    rows = codes.having(wanted.weights, wanted.config)
+    # Several tasks may have it; the one that the placeholder names comes first.
+    rows.sort(key=lambda row: row.task.lower() != wanted.task.lower())
+    if not rows:
+        hint = f"the placeholder names the store at {wanted.store}: if it is yours, name it with --store"
+        if codes.name == "bundle":
             hint = "`icm ls --from FILE` lists the tasks of a bundle"
-            raise DataError(f"the bundle has no adapter with the digests of task {wanted.task!r}", hint=hint)
-        task, form = same[0], form_in(self._file, same[0])
-        if weights is not None:
-            return _Made(AdapterBytes(weights, form.template.config, None, form.files), "original")
-        code = self._file.read(task.code)
-        adapter = self._generator.decoder_of(code).decode(code)
-        # What a bundle says of its codes was not measured here.
-        return _Made(files_like_original(adapter, form), "code", index.generator.blob, None, None)
+        raise DataError(f"the {codes.name} has no adapter with the digests of task {wanted.task!r}", hint=hint)
+    original = next((row for row in rows if weights is not None or not row.is_evicted), None)
+    if original is not None:
+        return _Made(original_files(codes, original, weights), "original")
+    for row in rows:
+        generator = codes.generator(codes.get(row.task).base_model)
+        code = None if generator is None else codes.code(row.task, generator)
+        if generator is not None and code is not None and code.adapter_id == row.id:
+            return _decoded(codes, row, code, generator)
+    if not any(row.is_final for row in rows):
+        raise DataError("the store deleted this checkpoint, and a checkpoint has no code")
+    raise DataError(f"the original of task {rows[0].task!r} was evicted, and it has no code")
+
+
+def _decoded(codes: CodeSource, row: AdapterRecord, code: CodeRecord, generator: GeneratorRecord) -> _Made:
+    from icmlora.fleet.resources.decoding import code_reader, files_like_original  # torch, which originals do not need
+
+    measured = codes.measured(codes.get(row.task), code.rung, generator)
+    gain, precision = (None, None) if measured is None else (measured.retained_gain, measured.precision)
+    adapter = code_reader(codes.read, codes.generator_file(generator), code, code.rung)()
+    files = files_like_original(adapter, codes.form(row))
+    return _Made(files, code.rung, generator.blob, code.best_squared_error, gain, precision)
 
 
 class _Restorer:
     """Writes the files of one adapter next to its placeholder, then removes the placeholder."""
 
-    def __init__(self, source: _Source, found: FoundPlaceholder) -> None:
-        self._source, self._found, self._wanted = source, found, _content(found)
+    def __init__(self, codes: CodeSource, found: FoundPlaceholder) -> None:
+        self._codes, self._found, self._wanted = codes, found, _content(found)
         self._home = found.path.parent
         self._format: AdapterFormat = format_named(self._wanted.format)
 
@@ -322,7 +280,7 @@ class _Restorer:
             weights = self._weights
             is_exact = weights.stamp.digest == self._wanted.weights and self._is_there(weights)
             data = read_regular(self._home / weights.name, max_bytes=MAX_FILE_BYTES) if is_exact else None
-            made = self._source.make(self._wanted, data)
+            made = _make(self._codes, self._wanted, data)
             missing = self._missing(made)
             done = AdapterRestored(
                 path,

@@ -1,4 +1,4 @@
-"""What an eviction is asked for, and what it reports."""
+"""What an eviction asks of codes, and what it reports."""
 
 from __future__ import annotations
 
@@ -41,12 +41,6 @@ class Limits:
     max_error: float | None = None  # largest relative error
     min_gain: float | None = None  # smallest retained gain
 
-    @property
-    def are_sound(self) -> bool:
-        """Whether there is a limit, and each is a finite number."""
-        given = [limit for limit in (self.max_error, self.min_gain) if limit is not None]
-        return bool(given) and all(map(math.isfinite, given))
-
     def check_error(self, squared: float | None) -> None:
         """Raise `CheckFailed` unless the square of a relative error is within the limit."""
         if self.max_error is None:
@@ -70,43 +64,6 @@ class Limits:
 EvictStatus = Literal[
     "evicted", "would_evict", "replaced", "would_replace", "kept", "original_only", "pinned", "known", "removed"
 ]
-
-
-@dataclass(frozen=True)
-class EvictRequest:
-    """What to evict, and which limits the codes must meet; at least one is given unless the originals are kept."""
-
-    names: Sequence[str] = ()
-    max_error: float | None = None
-    min_gain: float | None = None
-    checkpoints_only: bool = False
-    dry_run: bool = False
-    device: str = "auto"
-    workers: str | None = None
-    placeholder: bool = False
-    keep_originals: bool = False
-
-    @property
-    def limits(self) -> Limits:
-        """What the codes have to keep."""
-        return Limits(self.max_error, self.min_gain)
-
-    def check(self) -> None:
-        """Refuse a request that would delete originals whatever their codes lose, or that contradicts itself."""
-        if self.keep_originals:
-            if not self.placeholder:
-                raise DataError("nothing would be deleted", hint="keep_originals goes with placeholder")
-            if (self.max_error, self.min_gain) != (None, None):
-                raise DataError("a limit is for originals that are deleted", hint="leave out max_error and min_gain")
-        elif not self.limits.are_sound:
-            raise DataError(
-                "evicting takes a limit that is a finite number", hint="give max_error or min_gain, or both"
-            )
-        elif self.placeholder and self.checkpoints_only:
-            hint = "add keep_originals, or leave out checkpoints_only"
-            raise DataError(
-                "nothing could bring back a checkpoint that has no original: there are no codes of them", hint=hint
-            )
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
     plan     paths -> tasks, in batches
     put      files -> checked in memory -> blobs, durable        (icmlora.fleet.ingest.files)
     record   one transaction per batch -> rows
+    extract  task vectors of the new tasks, where the base model is on this machine
 
 What can be taken is taken: a refused input goes into the report and never stops the others, except with `strict`, which
 checks everything first. Recorded batches stay; running the same ingest again records only what is missing.
@@ -18,21 +19,20 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from icmlora.base_models.finding.labels import typed_label
 from icmlora.errors import (
     AdapterRefused,
-    BaseModelNotFound,
-    BaseModelUnsuited,
     Cancelled,
     IcmLoraError,
     UnsafeInput,
 )
 from icmlora.fleet.bases.joins import BaseJoined, KnownBases
-from icmlora.fleet.context import Context, Event, Progress, locate_base, reporting
+from icmlora.fleet.context import Context, Event, Progress, StageBegun, reporting, use_case
 from icmlora.fleet.failures import FAILURES
 from icmlora.fleet.ingest.duplicates import KnownTensors
+from icmlora.fleet.ingest.extraction import extract, note_missing_vectors
 from icmlora.fleet.ingest.extras import ExtrasKeeper
 from icmlora.fleet.ingest.files import PreparedTask, Problem, TextRead, batches, prepare
-from icmlora.formats.catalogue import format_named
 from icmlora.formats.discovery.discovery import Discovery, FoundTask, find_tasks, name_tasks, no_adapter
 from icmlora.formats.discovery.naming import NameTemplate
 from icmlora.formats.discovery.pickled import PickleReader, converted
@@ -44,28 +44,11 @@ from registry.records import WITHOUT_BASE, IngestOutcome, NewAdapter, TaskIngest
 from registry.storage.blobs.content import digest_of
 
 if TYPE_CHECKING:
+    from icmlora.fleet.vectors.vectors import VectorReport
     from registry.records import EvictedAdapter
     from registry.store import Store
 
 Conflict = Literal["skip", "replace", "fail"]
-
-
-@dataclass(frozen=True)
-class IngestRequest:
-    """What to ingest."""
-
-    paths: tuple[Path, ...]
-    name: str | None = None
-    name_from: str | None = None
-    samples: Path | None = None
-    base_model: str | None = None  # of image adapters, and of others that name none
-    texts: bool = True
-    strict: bool = False
-    on_conflict: Conflict = "fail"
-    restore: bool = False
-    dry_run: bool = False
-    read_bin: bool = False
-    initial: Path | None = None  # a folder with the weights that adapters began with
 
 
 @dataclass(frozen=True)
@@ -128,8 +111,7 @@ class IngestReport:
     # Files next to adapters that belong to neither an adapter nor its trainer: name -> how many there are.
     not_kept: Mapping[str, int] = field(default_factory=dict)
     without_vectors: list[str] = field(default_factory=list)
-    # Tasks without vectors whose base model is on this machine, be it one that icm cannot run.
-    extractable: list[str] = field(default_factory=list)
+    vectors: VectorReport | None = None  # whose task vectors were extracted, and whose could not be
 
     @property
     def new(self) -> int:
@@ -157,43 +139,118 @@ class IngestReport:
         return sum(task.size for task in self.ingested)
 
 
-def ingest(context: Context, request: IngestRequest) -> IngestReport:
-    """Ingest adapters into the store, creating it if necessary."""
-    found = _find(request)
-    if request.strict:
-        _check_all(context, request, found)
+@use_case
+def ingest(
+    context: Context,
+    paths: Sequence[str | Path],
+    *,
+    name: str | None = None,
+    name_from: str | None = None,
+    samples: str | Path | None = None,
+    base_model: str | None = None,
+    texts: bool = True,
+    strict: bool = False,
+    on_conflict: Conflict = "fail",
+    restore: bool = False,
+    read_bin: bool = False,
+    initial: str | Path | None = None,
+    vectors: bool = True,
+    device: str = "auto",
+    dry_run: bool = False,
+) -> IngestReport:
+    """Take adapters into the store, which is created if necessary. Ingesting the same again changes nothing.
+
+    What cannot be taken is in the report's `problems` and does not stop the rest. A base model under a new label,
+    such as a known mirror, is joined to the one that the store has; these labels are in `joined`.
+
+    Args:
+        context: The store.
+        paths: Adapters in any format of `icm convert --list-formats`, training runs with checkpoint-N folders, or
+            folders of those at any depth.
+        name: Name for the task, if exactly one is found. By default a task is named after its folder.
+        name_from: Pattern for the names, such as `{parent}-{name}`; see `icm ingest --help`.
+        samples: Samples for the task as JSON lines, if exactly one is found. By default the `samples.jsonl` next
+            to its adapter.
+        base_model: Base model of the adapters that name none. A task that was ingested without one gets it.
+        texts: Also ingest the `samples.jsonl` and `eval.jsonl` found next to adapters.
+        strict: Check everything first, and store nothing if anything cannot be taken.
+        on_conflict: If the store has a task of that name with another adapter: `skip`, `replace` or `fail`.
+        restore: Bring evicted originals back. By default they stay evicted.
+        read_bin: Also read weights that are a pickle, `adapter_model.bin`, in a process of its own with limits;
+            the store keeps them as safetensors.
+        initial: Folder with the weights that a PiSSA, OLoRA or CorDA adapter began with. By default `pissa_init`,
+            `olora_init` or `corda_init` in or next to its folder.
+        vectors: Also extract task vectors where the base model is on this machine. What fails is in the report's
+            `vectors`, and its adapters stay.
+        device: Where to extract task vectors.
+        dry_run: Check everything and report what would change, but write nothing.
+
+    Raises:
+        AdapterRefused: Nothing was found, or nothing could be taken; with `strict`, an input was refused.
+        TaskConflict: The same, where a task has another adapter in the store and `on_conflict` is `fail`.
+    """
+    folder = None if initial is None else Path(initial).resolve()
+    found = _find([Path(path) for path in paths], name, samples, texts=texts, read_bin=read_bin, initial=folder)
+    pattern = None if name_from is None else NameTemplate(name_from)  # refused before a store is made
+    told = None if base_model is None else typed_label(base_model)
+
+    def named(origins: Sequence[TaskOrigin]) -> Sequence[FoundTask]:
+        # `--on-conflict` is for a task that was trained again elsewhere; without it, another folder is another task.
+        is_same = on_conflict != "fail"
+        return name_tasks(found.tasks, known=origins, pattern=pattern, same_name_is_same_task=is_same)
+
+    as_found = None if name is not None else named
+    take = partial(_take, found=found, named=as_found, told=told, on_conflict=on_conflict, restore=restore)
     report = IngestReport(found=len(found.tasks), not_kept=_not_kept(found.tasks))
     problems = _Problems(context, report)
-    _ingest(context, request, found, report, problems)
-    if not report.ingested:
-        problems.raise_first("nothing was ingested: all {count} inputs were refused")
+    with reporting(report):
+        if strict:
+            _check_all(context, found, take)
+        extractable = take(context, report, problems, dry_run=dry_run)
+        if not report.ingested:
+            problems.raise_first("nothing was ingested: all {count} inputs were refused")
+        if vectors and extractable:
+            context.on_event(StageBegun("task vectors", report))
+            extract(context, report, extractable, device)
     return report
 
 
-def _ingest(
-    context: Context, request: IngestRequest, found: Discovery, report: IngestReport, problems: _Problems
-) -> None:
-    with reporting(report):
-        for refusal in found.refused:
-            problems.add(refusal, Path(refusal.path or "."))
-        for item in found.stand_ins:
-            report.placeholders.append(PlaceholderMet(source_label(item.path), item.placeholder.task, item.passed_over))
-            context.on_event(report.placeholders[-1])
-        if not found.tasks:  # so that no store is made for nothing
-            return
-        with _open_target(context, request) as target:
-            report.joined = target.bases.joined
-            tasks = _named(found.tasks, request, target.origins)
-            try:
-                with PickleReader() as reader:
-                    _ingest_batches(context, tasks, request, target, reader, report, problems)
-            except Cancelled:
-                _note_missing_vectors(target.store, report)
-                raise
-            _note_missing_vectors(target.store, report)
+_Naming = Callable[[Sequence[TaskOrigin]], Sequence[FoundTask]]
 
 
-def _check_all(context: Context, request: IngestRequest, found: Discovery) -> None:
+def _take(
+    context: Context,
+    report: IngestReport,
+    problems: _Problems,
+    *,
+    found: Discovery,
+    named: _Naming | None,
+    told: str | None,
+    on_conflict: Conflict,
+    restore: bool,
+    dry_run: bool,
+) -> list[str]:
+    """Take what was found; return the tasks whose vectors could be extracted, as `note_missing_vectors` does."""
+    for refusal in found.refused:
+        problems.add(refusal, Path(refusal.path or "."))
+    for item in found.stand_ins:
+        report.placeholders.append(PlaceholderMet(source_label(item.path), item.placeholder.task, item.passed_over))
+        context.on_event(report.placeholders[-1])
+    if not found.tasks:  # so that no store is made for nothing
+        return []
+    with _open_target(context, told, on_conflict, restore=restore, dry_run=dry_run) as target:
+        report.joined = target.bases.joined
+        tasks = found.tasks if named is None else named(target.origins)
+        try:
+            with PickleReader() as reader:
+                _ingest_batches(context, tasks, target, reader, report, problems)
+        except Cancelled:
+            note_missing_vectors(target.store, report)
+            raise
+        return note_missing_vectors(target.store, report)
+
+
+def _check_all(context: Context, found: Discovery, take: Callable[..., list[str]]) -> None:
     """Do what a dry run does, and raise if anything would not be taken."""
 
     def only_progress(event: Event) -> None:
@@ -203,7 +260,7 @@ def _check_all(context: Context, request: IngestRequest, found: Discovery) -> No
     report = IngestReport(found=len(found.tasks))
     checking = replace(context, on_event=only_progress)
     problems = _Problems(checking, report)
-    _ingest(checking, replace(request, dry_run=True), found, report, problems)
+    take(checking, report, problems, dry_run=True)
     problems.raise_first("nothing was ingested: {count} inputs were refused, and --strict allows none")
 
 
@@ -238,29 +295,26 @@ class _Problems:
 # Plan
 
 
-def _find(request: IngestRequest) -> Discovery:
-    found = find_tasks(request.paths, texts=request.texts, read_bin=request.read_bin, initial=request.initial)
+def _find(
+    paths: Sequence[Path],
+    name: str | None,
+    samples: str | Path | None,
+    *,
+    texts: bool,
+    read_bin: bool,
+    initial: Path | None,
+) -> Discovery:
+    found = find_tasks(paths, texts=texts, read_bin=read_bin, initial=initial)
     if not found.tasks and not found.refused and not found.stand_ins:
-        raise no_adapter(request.paths)
-    if found.tasks and request.name is not None:
-        found = replace(found, tasks=name_tasks(found.tasks, name=request.name))
-    if request.name_from is not None:
-        NameTemplate(request.name_from)  # refused before a store is made
-    if request.samples is None:
+        raise no_adapter(paths)
+    if found.tasks and name is not None:
+        found = replace(found, tasks=name_tasks(found.tasks, name=name))
+    if samples is None:
         return found
     if len(found.tasks) != 1:
         fact = f"--samples is for one task, but {len(found.tasks)} were found"
-        raise AdapterRefused(fact, kind="samples", path=request.samples, hint="give the folder of a single task")
-    return replace(found, tasks=(replace(found.tasks[0], samples=request.samples),))
-
-
-def _named(tasks: Sequence[FoundTask], request: IngestRequest, origins: Sequence[TaskOrigin]) -> Sequence[FoundTask]:
-    if request.name is not None:
-        return tasks
-    pattern = None if request.name_from is None else NameTemplate(request.name_from)
-    # `--on-conflict` is for a task that was trained again elsewhere; without it, another folder is another task.
-    is_same = request.on_conflict != "fail"
-    return name_tasks(tasks, known=origins, pattern=pattern, same_name_is_same_task=is_same)
+        raise AdapterRefused(fact, kind="samples", path=samples, hint="give the folder of a single task")
+    return replace(found, tasks=(replace(found.tasks[0], samples=Path(samples)),))
 
 
 def _not_kept(tasks: Sequence[FoundTask]) -> dict[str, int]:
@@ -273,8 +327,11 @@ _Record = Callable[[Sequence[TaskIngest]], list[IngestOutcome]]
 
 @dataclass(frozen=True)
 class _Target:
-    """Where tasks go."""
+    """Where tasks go, and how."""
 
+    told: str | None  # the base model of image adapters, and of others that name none
+    on_conflict: Conflict
+    restore: bool
     store: Store | None  # where blobs are stored; None in a dry run
     record: _Record
     bases: KnownBases
@@ -314,14 +371,17 @@ class _Target:
 
 
 @contextmanager
-def _open_target(context: Context, request: IngestRequest) -> Iterator[_Target]:
+def _open_target(
+    context: Context, told: str | None, on_conflict: Conflict, *, restore: bool, dry_run: bool
+) -> Iterator[_Target]:
     """Open the store for writing. A dry run opens it for reading; a store that does not exist yet counts as empty."""
-    if not request.dry_run:
+    make = partial(_Target, told, on_conflict, restore)
+    if not dry_run:
         with context.open(create=True) as store:
-            evicted = () if request.restore else store.originals.evicted()
+            evicted = () if restore else store.originals.evicted()
             bases = KnownBases(context, store)
             extras = ExtrasKeeper(bases, store, store)
-            yield _Target(store, store.tasks.ingest, bases, extras, store.tasks.origins(), evicted, store)
+            yield make(store, store.tasks.ingest, bases, extras, store.tasks.origins(), evicted, store)
         return
     try:
         present = context.open(read_only=True)
@@ -332,12 +392,12 @@ def _open_target(context: Context, request: IngestRequest) -> Iterator[_Target]:
 
         check_place(context.path)
         bases = KnownBases(context, None)
-        yield _Target(None, partial(plan_tasks, None), bases, ExtrasKeeper(bases, None, None))
+        yield make(None, partial(plan_tasks, None), bases, ExtrasKeeper(bases, None, None))
         return
     with present:
         bases = KnownBases(context, present, dry_run=True)
         extras = ExtrasKeeper(bases, present, None)
-        yield _Target(None, present.tasks.plan_ingest, bases, extras, present.tasks.origins(), known=present)
+        yield make(None, present.tasks.plan_ingest, bases, extras, present.tasks.origins(), known=present)
 
 
 # Put and record
@@ -346,7 +406,6 @@ def _open_target(context: Context, request: IngestRequest) -> Iterator[_Target]:
 def _ingest_batches(
     context: Context,
     tasks: Sequence[FoundTask],
-    request: IngestRequest,
     target: _Target,
     reader: PickleReader,
     report: IngestReport,
@@ -358,14 +417,14 @@ def _ingest_batches(
     context.progress(done, total)
     for batch in batches(tasks):
         with converted(batch, reader) as (readable, refused):
-            prepared = _prepared(readable, request, target, target.evicted, refused)
+            prepared = _prepared(readable, target, target.evicted, refused)
             decoded = target.decoded(_good(prepared))
             try:
-                outcomes = _record(prepared, request, target.record, decoded)
+                outcomes = _record(prepared, target, decoded)
             except MissingBlob:
                 # Weights were not stored because they were evicted, but their task now needs them: store everything.
-                prepared = _prepared(readable, request, target, (), refused)
-                outcomes = _record(prepared, request, target.record, decoded)
+                prepared = _prepared(readable, target, (), refused)
+                outcomes = _record(prepared, target, decoded)
         for task, outcome in zip(_good(prepared), outcomes, strict=True):
             if isinstance(outcome, IngestOutcome):
                 ingested = _ingested(task, outcome, target.bases)
@@ -383,13 +442,12 @@ def _ingest_batches(
 
 def _prepared(
     tasks: Sequence[FoundTask],
-    request: IngestRequest,
     target: _Target,
     evicted: Sequence[EvictedAdapter],
     refused: Mapping[Path, IcmLoraError],
 ) -> list[PreparedTask | Problem]:
     """Store the files of some tasks, find their base models, then keep their extras, which may refer to these."""
-    prepared = _with_bases(prepare(tasks, target.store, evicted, refused), request.base_model, target.bases)
+    prepared = _with_bases(prepare(tasks, target.store, evicted, refused), target.told, target.bases)
     kept = [target.extras.keep(item) if isinstance(item, PreparedTask) else item for item in prepared]
     target.extras.flush()
     return kept
@@ -431,16 +489,16 @@ def _of_architecture(task: PreparedTask, bases: KnownBases) -> PreparedTask | Pr
 
 
 def _record(
-    prepared: Sequence[PreparedTask | Problem], request: IngestRequest, record: _Record, decoded: Collection[str]
+    prepared: Sequence[PreparedTask | Problem], target: _Target, decoded: Collection[str]
 ) -> list[IngestOutcome | Problem]:
     """Record the good tasks in one transaction, or each in its own if one of them conflicts; not those `decoded`."""
     tasks = [task for task in _good(prepared) if task.found.name not in decoded]
-    rows = [_rows(task, request) for task in tasks]
+    rows = [_rows(task, target) for task in tasks]
     outcomes: Iterator[IngestOutcome | Problem]
     try:
-        outcomes = iter(record(rows))
+        outcomes = iter(target.record(rows))
     except TaskConflict:
-        outcomes = iter([_record_one(record, row, task) for row, task in zip(rows, tasks, strict=True)])
+        outcomes = iter([_record_one(target.record, row, task) for row, task in zip(rows, tasks, strict=True)])
     return [_as_it_is(task) if task.found.name in decoded else next(outcomes) for task in _good(prepared)]
 
 
@@ -459,7 +517,7 @@ def _record_one(record: _Record, row: TaskIngest, task: PreparedTask) -> IngestO
         return Problem(error, task.found.folder)
 
 
-def _rows(task: PreparedTask, request: IngestRequest) -> TaskIngest:
+def _rows(task: PreparedTask, target: _Target) -> TaskIngest:
     return TaskIngest(
         name=task.found.name,
         base_model=task.base_model or UNKNOWN_BASE,
@@ -467,8 +525,8 @@ def _rows(task: PreparedTask, request: IngestRequest) -> TaskIngest:
         adapters=task.adapters,
         samples=task.samples,
         eval_data=task.eval_data,
-        on_conflict=request.on_conflict,
-        restore=request.restore,
+        on_conflict=target.on_conflict,
+        restore=target.restore,
     )
 
 
@@ -524,31 +582,3 @@ def _lora_size(row: NewAdapter) -> int:
     if row.original_only is not None:
         return 0
     return row.parameters * max((_WIDTHS.get(dtype, 4) for dtype in row.dtype.split("+")), default=4)
-
-
-def _note_missing_vectors(store: Store | None, report: IngestReport) -> None:
-    """Note which of the ingested tasks lack vectors but could have some, and whose base model is on this machine."""
-    if store is None:
-        return
-    could = [task for task in report.ingested if task.original_only is None]
-    names = {task.task for task in could if not format_named(task.format).is_for_images}
-    base_models = {name: store.tasks.get(name).base_model for name in store.tasks.without_vectors() if name in names}
-    can_run = {label: _can_run(store, label) for label in set(base_models.values())}
-    report.without_vectors = [name for name, label in base_models.items() if can_run[label] is not False]
-    # Those of a base model that cannot be run are tried too: that says why. Who wants an original back waits for no
-    # vectors: those that the task has are kept, and one that had none before has none now.
-    names -= {task.task for task in could if task.restored and not task.new}
-    report.extractable = [name for name, label in base_models.items() if can_run[label] is not None and name in names]
-
-
-def _can_run(store: Store, label: str) -> bool | None:
-    """Say whether icm can run a base model; None if it is not on this machine."""
-    from icmlora.base_models.catalogue import modality_of
-
-    try:
-        modality_of(locate_base(store, label))
-    except BaseModelNotFound:
-        return None
-    except BaseModelUnsuited:
-        return False
-    return True

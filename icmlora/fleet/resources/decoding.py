@@ -11,6 +11,7 @@ from icmlora.adapter.layout import ModuleShape
 from icmlora.adapter.model import Adapter
 from icmlora.errors import CodeError, DataError
 from icmlora.fleet.context import OpenedGenerator
+from icmlora.fleet.resources.code_source import template_of
 from icmlora.formats.catalogue import format_named
 from icmlora.formats.format import AdapterBytes, AdapterFormat, RunnableAdapter, Template
 from icmlora.generator.versions import GeneratorFile
@@ -28,20 +29,20 @@ def decode_code(
     store: Store, generator_file: GeneratorFile, code: CodeRecord, source: Literal["residual", "code"]
 ) -> Adapter:
     """Read a code from disk and decode it."""
-    return code_reader(store, generator_file, code, source)()
+    return code_reader(store.blobs.read, generator_file, code, source)()
 
 
 def code_reader(
-    store: Store, generator_file: GeneratorFile, code: CodeRecord, source: Literal["residual", "code"]
+    read: Callable[[str], bytes], generator_file: GeneratorFile, code: CodeRecord, source: Literal["residual", "code"]
 ) -> Callable[[], Adapter]:
-    """Read a code from disk, and return what decodes it, on any thread."""
-    data = store.blobs.read(code.blob)
+    """Read a code, and return what decodes it, on any thread."""
+    data = read(code.blob)
     decoder = generator_file.decoder_of(data)
     if source == "code" or code.residual is None:
         return partial(decoder.decode, data)
     from icmlora.generator.residual_codec import ResidualCodec  # most codes have no residual
 
-    return partial(ResidualCodec(decoder).decode, data, store.blobs.read(code.residual.blob))
+    return partial(ResidualCodec(decoder).decode, data, read(code.residual.blob))
 
 
 @dataclass(frozen=True)
@@ -61,16 +62,18 @@ class OriginalForm:
 
 def read_form(store: Store, final: AdapterRecord) -> OriginalForm:
     """Read the form and the extras of a task's original; its weights need not be there."""
-    layout = tuple(ModuleShape(*entry) for entry in final.layout)
-    template = Template(store.blobs.read(final.config), layout, final.dtype, final.template)
+    return form_of(final, store.blobs.read, partial(base_tensors, store, final))
+
+
+def form_of(final: AdapterRecord, read: Callable[[str], bytes], base: Callable[[], BaseTensors]) -> OriginalForm:
+    """Read the form and the extras of an original; `base` opens its base model, to whose tensors extras may refer."""
     tensors: Mapping[str, RawTensor] = {}
     files: Mapping[str, bytes] = {}
     if final.extras:
         from icmlora.formats.extras import unpack_extras
 
-        extras = ((extra.file, extra.blob) for extra in final.extras)
-        tensors, files = unpack_extras(extras, store.blobs.read, partial(base_tensors, store, final))
-    return OriginalForm(format_named(final.format), template, tensors, files)
+        tensors, files = unpack_extras(((extra.file, extra.blob) for extra in final.extras), read, base)
+    return OriginalForm(format_named(final.format), template_of(final, read(final.config)), tensors, files)
 
 
 def files_like_original(adapter: Adapter, form: OriginalForm) -> AdapterBytes:
@@ -92,11 +95,11 @@ class StoredDecoder:
         return files_like_original(adapter, read_form(self._store, final))
 
 
-def read_companions(store: Store, final: AdapterRecord) -> dict[str, bytes]:
+def read_companions(read: Callable[[str], bytes], final: AdapterRecord) -> dict[str, bytes]:
     """Read the files that came with an adapter."""
     from icmlora.formats.extras import unpack
 
-    return {extra.file: unpack(store.blobs.read(extra.blob)) for extra in final.extras if extra.file is not None}
+    return {extra.file: unpack(read(extra.blob)) for extra in final.extras if extra.file is not None}
 
 
 def check_references(store: Store, final: AdapterRecord) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -67,7 +67,14 @@ def comparable_vectors(
 ) -> ComparableVectors:
     """Read the vectors of some tasks that were all made by one extractor."""
     of_task = vectors_by_task(store)
-    rows = {task.name: latest_vectors(of_task[task.name]) for task in tasks}
+    return comparable({task.name: of_task[task.name] for task in tasks}, store.blobs.read, view, like)
+
+
+def comparable(
+    of_task: Mapping[str, Sequence[VectorRecord]], read: Callable[[str], bytes], view: View, like: str | None = None
+) -> ComparableVectors:
+    """Read those of the vectors of some tasks that one extractor made: that of the task `like`, or the most common."""
+    rows = {name: latest_vectors(found) for name, found in of_task.items()}
     in_view = {name: [row for row in found if row.view == view] for name, found in rows.items()}
     made_by = {name: comparison_key(found[0].extractor) for name, found in in_view.items() if found}
     if like is not None:
@@ -82,7 +89,7 @@ def comparable_vectors(
             left_out.append(LeftOut(name, _reason(rows[name], view, made_by.get(name), chosen)))
             continue
         try:
-            vectors[name] = _read(store, in_view[name])
+            vectors[name] = _read(read, in_view[name])
         except (DamagedStore, IcmLoraError) as error:
             left_out.append(LeftOut(name, f"its vectors cannot be read: {error.message}", is_damaged=True))
     return ComparableVectors(vectors, tuple(left_out), chosen if vectors else None)
@@ -116,8 +123,8 @@ def comparison_key(extractor: Json) -> str:
     return json.dumps({name: value for name, value in extractor.items() if name != "template"}, sort_keys=True)
 
 
-def _read(store: Store, rows: Sequence[VectorRecord]) -> NDArray[np.float32]:
-    files = {blob: arrays_from_bytes(store.blobs.read(blob)) for blob in {row.blob for row in rows}}
+def _read(read: Callable[[str], bytes], rows: Sequence[VectorRecord]) -> NDArray[np.float32]:
+    files = {blob: arrays_from_bytes(read(blob)) for blob in {row.blob for row in rows}}
     return np.stack([files[row.blob][row.view][row.support_set] for row in rows])
 
 

@@ -33,4 +33,4 @@ def own_text(store: Store, task: TaskRecord, base: BaseModel) -> EvaluationData:
 
 def adapter_template(store: Store, task: str) -> Templates | None:
     """Return the chat template that came with a task's adapter."""
-    return template_of(read_companions(store, store.tasks.final(task)))
+    return template_of(read_companions(store.blobs.read, store.tasks.final(task)))

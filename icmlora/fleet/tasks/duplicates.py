@@ -282,7 +282,7 @@ class _Comparison:
         if self._generator is None or code is None:
             raise DataError(f"{task} is evicted, and has no code under the current generator")
         generator_file = self._opened.get(self._generator.blob, self._store.blobs.read)
-        return code_reader(self._store, generator_file, code, code.rung)
+        return code_reader(self._store.blobs.read, generator_file, code, code.rung)
 
     def _is_first(self, place: int, identity: str) -> bool:
         """Note what an adapter is; if an older one is the same, put both into a group."""

@@ -1,16 +1,14 @@
-"""List, show, rename, tag and remove tasks. Imports neither torch nor, for a listing, numpy."""
+"""List, show, edit and remove tasks. Imports neither torch nor, for a listing, numpy."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from icmlora.errors import DataError, IcmLoraError
 from icmlora.fleet.context import Context, base_name, check_base_model, use_case
-from icmlora.formats.catalogue import format_named
-from icmlora.io.strict_json import parse_object
 from registry.errors import DamagedStore
 from registry.filters import FIELDS, Field, Selection, parse_filter, parse_sort
 from registry.records import (
@@ -54,11 +52,11 @@ class TaskDetails:
 
 
 @dataclass(frozen=True)
-class Pinned:
-    """What was pinned or unpinned."""
+class EditReport:
+    """What was edited."""
 
-    names: list[str]
-    evicted: list[str]
+    tasks: list[TaskRecord]  # as they are now, each once
+    evicted: list[str]  # those of them whose original was evicted: pinning them keeps nothing
 
 
 @dataclass(frozen=True)
@@ -143,46 +141,48 @@ def _of_base_model(store: Store, selection: Selection) -> Selection:
 
 
 @use_case
-def rename_task(context: Context, old: str, new: str) -> TaskRecord:
-    """Give a task another name; its adapters, vectors, codes and measurements stay with it.
+def edit_tasks(
+    context: Context,
+    tasks: Sequence[str],
+    *,
+    name: str | None = None,
+    add_tags: Sequence[str] = (),
+    remove_tags: Sequence[str] = (),
+    note: str | Literal[False] | None = None,
+    pinned: bool | None = None,
+) -> EditReport:
+    """Change the name, the tags and the note of tasks, and whether their originals are pinned, in one step.
 
-    Ingesting the same adapter again under its old name finds it under the new one.
+    Adapters, vectors, codes and measurements stay with a task. Ingesting the same adapter again under its old name
+    finds it under the new one.
 
     Args:
         context: The store.
-        old: The present name, in any case.
-        new: The name to give it.
+        tasks: Names of tasks, in any case; if one is unknown, nothing changes.
+        name: A new name, for one task.
+        add_tags: Tags to add. Upper and lower case are the same tag; one that is there already changes nothing.
+        remove_tags: Tags to remove.
+        note: A note in place of an earlier one; False removes it.
+        pinned: Whether `evict` keeps their originals.
 
     Raises:
+        DataError: A tag is both added and removed, or the name is for several tasks.
         TaskConflict: Another task has the name.
-        InvalidName: The name breaks the rule for names.
+        InvalidName: The name, a tag or the note breaks its rule.
     """
-    with context.open() as store:
-        return store.tasks.rename(old, new)
-
-
-@use_case
-def tag_tasks(
-    context: Context, tasks: Sequence[str], *, add: Sequence[str] = (), remove: Sequence[str] = ()
-) -> list[TaskRecord]:
-    """Add tags to tasks and remove others; a tag that is there already, or not there, changes nothing.
-
-    Args:
-        context: The store.
-        tasks: Names of tasks; if one is unknown, nothing changes.
-        add: Tags to add. Upper and lower case are the same tag.
-        remove: Tags to remove.
-
-    Returns:
-        The tasks as they are now.
-    """
-    if both := {tag.lower() for tag in add} & {tag.lower() for tag in remove}:
+    if both := {tag.lower() for tag in add_tags} & {tag.lower() for tag in remove_tags}:
         raise DataError(f"tag {min(both)!r} is both added and removed", hint="name it once")
-    if not add and not remove:
-        with context.open(read_only=True) as store:
-            return list(dict.fromkeys(map(store.tasks.get, tasks)))
-    with context.open() as store:
-        return store.tasks.tag(tasks, add=add, remove=remove)
+    if name is not None and len({task.lower() for task in tasks}) > 1:
+        raise DataError(f"{len(tasks)} tasks cannot all be called {name!r}", hint="name one task")
+    is_change = bool(add_tags or remove_tags) or any(value is not None for value in (name, note, pinned))
+    with context.open(read_only=not is_change) as store:
+        if is_change:
+            done = store.tasks.edit(
+                tasks, name=name, add_tags=add_tags, remove_tags=remove_tags, note=note, pinned=pinned
+            )
+        else:
+            done = list(dict.fromkeys(map(store.tasks.get, tasks)))
+        return EditReport(done, [task.name for task in done if store.tasks.final(task.name).is_evicted])
 
 
 @use_case
@@ -190,31 +190,6 @@ def list_tags(context: Context) -> Mapping[str, int]:
     """Return how many tasks have each tag, sorted by tag."""
     with context.open(read_only=True) as store:
         return store.tasks.tags()
-
-
-@use_case
-def set_note(context: Context, task: str, text: str | None) -> TaskRecord:
-    """Replace the note of a `task` by `text`, or remove it if that is None; return the task as it is now."""
-    with context.open() as store:
-        return store.tasks.set_note(task, text)
-
-
-@use_case
-def pin(context: Context, tasks: Sequence[str]) -> Pinned:
-    """Keep the originals of `tasks`: `evict` does not delete them."""
-    return _set_pinned(context, tasks, pinned=True)
-
-
-@use_case
-def unpin(context: Context, tasks: Sequence[str]) -> Pinned:
-    """Allow `evict` to delete the originals of `tasks` again."""
-    return _set_pinned(context, tasks, pinned=False)
-
-
-def _set_pinned(context: Context, tasks: Sequence[str], *, pinned: bool) -> Pinned:
-    with context.open() as store:
-        done = store.tasks.pin(tasks, pinned)
-        return Pinned(done, [name for name in done if store.tasks.final(name).is_evicted])
 
 
 @use_case
@@ -246,12 +221,15 @@ def show_task(context: Context, task: str) -> TaskDetails:
 
 def header_of(store: Store, final: AdapterRecord) -> Mapping[str, str]:
     """Return what the trainer noted in the header of an image adapter; nothing for one of another kind."""
+    from icmlora.formats.catalogue import format_named  # imports all formats
+
     if not format_named(final.format).is_for_images:
         return {}
     from icmlora.fleet.resources.decoding import base_tensors
     from icmlora.formats.extras import unpack_tensors
     from icmlora.formats.images.single_file_check import HEADER
     from icmlora.io.safetensors import peek_bytes
+    from icmlora.io.strict_json import parse_object
 
     try:
         if not final.is_evicted:

@@ -6,8 +6,8 @@ samples ──base model──▶ context vectors ──▶ a probability for ea
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,24 +18,16 @@ from icmlora.base_models.catalogue import check_examples
 from icmlora.base_models.examples.examples import examples_for
 from icmlora.base_models.examples.media_archive import read_examples
 from icmlora.errors import DataError, NotRecognized
-from icmlora.fleet.context import Context, has_loaders, use_case
-from icmlora.fleet.resources.loading import load_base, open_base
-from icmlora.fleet.resources.stored_vectors import (
-    NO_VECTORS,
-    LeftOut,
-    comparable_vectors,
-    comparison_key,
-    tasks_of_one_base,
-)
+from icmlora.fleet.context import Context, use_case
+from icmlora.fleet.resources.code_source import CodeSource, open_store
+from icmlora.fleet.resources.stored_vectors import NO_VECTORS, LeftOut, comparison_key
 from icmlora.fleet.vectors.vectors import SAMPLES_READ, VECTOR_DTYPE
 from icmlora.io.devices import resolve_device
 from icmlora.task_vectors.extraction import extract_context
 from icmlora.task_vectors.recognition import Candidate, Recognition, Recognizer, TooFewVectors
-from registry.names import LOAD_IN
 
 if TYPE_CHECKING:
     from icmlora.base_models.modality import BaseModel
-    from icmlora.bundle.file import BundleFile
 
 
 @dataclass(frozen=True)
@@ -96,70 +88,26 @@ def recognize(
         DataError: The samples cannot be used, or too few tasks have context vectors.
         BaseModelNotFound: The base model is not on this machine.
     """
-    path = Path(samples)
-    with context.open() as store:
-        data = _read(path, any_row=has_loaders(store))
-        label, tasks = tasks_of_one_base(store, base_model)
-        known = comparable_vectors(store, tasks, "context")
-        recognizer = _recognizer(known.vectors)  # before a model is loaded
-        context.progress(0, None, f"loading {label}")
-        base = open_base(store, label, resolve_device(device), VECTOR_DTYPE, cache=context.cache)
-        context.progress(0, None, "reading the samples")
-        count, found = _recognized(base, data, path, recognizer, known.extractor)
-    return RecognizeReport(label, count, found.candidates, found.new, known.left_out)
+    with open_store(context, read_only=False) as codes:
+        return recognize_among(codes, Path(samples), base_model, device, context.progress)
 
 
-def recognize_in_bundle(
-    bundle: BundleFile, samples: Path, *, base_model: str | None, loader: str | None, device: str, cache: Path
+def recognize_among(
+    codes: CodeSource,
+    samples: Path,
+    base_model: str | None,
+    device: str,
+    progress: Callable[[float, float | None, str], None] = lambda done, total, note: None,
 ) -> RecognizeReport:
-    """Recognise the task of some samples among those of a bundle.
-
-    Args:
-        bundle: The bundle.
-        samples: File of samples as JSON lines.
-        base_model: Where the base model is.
-        loader: `MODULE:FUNCTION` of what loads it, where transformers does not.
-        device: Where to compute.
-        cache: Folder for files that can be created again.
-    """
-    from icmlora.base_models.finding.lookup import find_base_model
-
-    index = bundle.index
-    data = _read(samples, any_row=loader is not None)
-    vectors, left_out, extractor = bundled_vectors(bundle)
-    recognizer = _recognizer(vectors)
-    aliases = {} if base_model is None else {index.base_model: base_model}
-    located = find_base_model(index.base_model, aliases=aliases, loader=loader)
-    made_in = None if extractor is None else json.loads(extractor).get("dtype")
-    located = replace(located, load_in=made_in if made_in in LOAD_IN else None)  # what is compared has to be alike
-    base = load_base(located, resolve_device(device), VECTOR_DTYPE, cache=cache)
-    count, found = _recognized(base, data, samples, recognizer, extractor)
-    return RecognizeReport(index.base_model, count, found.candidates, found.new, left_out)
-
-
-def bundled_vectors(
-    bundle: BundleFile,
-) -> tuple[dict[str, NDArray[np.float32]], tuple[LeftOut, ...], str | None]:
-    """Read the context vectors of a bundle that one extractor made; the other tasks are left out."""
-    from collections import Counter
-
-    from icmlora.task_vectors.file import arrays_from_bytes
-
-    made_by: dict[str, str] = {}
-    for task in bundle.index.tasks:
-        for extractor in task.vectors.extractors if task.vectors is not None else ():
-            if extractor.get("view") == "context":
-                made_by[task.name] = comparison_key(extractor)
-    if not made_by:
-        return {}, tuple(LeftOut(task.name, "no vectors") for task in bundle.index.tasks), None
-    chosen = Counter(made_by.values()).most_common(1)[0][0]
-    vectors = {
-        task.name: arrays_from_bytes(bundle.read(task.vectors.part))["context"]
-        for task in bundle.index.tasks
-        if task.vectors is not None and made_by.get(task.name) == chosen
-    }
-    others = [task.name for task in bundle.index.tasks if task.name not in vectors]
-    return vectors, tuple(LeftOut(name, "no comparable vectors") for name in others), chosen
+    """Recognize the task of some samples among those of a store or a bundle; `recognize` explains the arguments."""
+    data = _read(samples, any_row=codes.any_row)
+    label, known = codes.context_vectors(base_model)
+    recognizer = _recognizer(known.vectors)  # before a model is loaded
+    progress(0, None, f"loading {label}")
+    base = codes.open_base(label, resolve_device(device), VECTOR_DTYPE, known.extractor)
+    progress(0, None, "reading the samples")
+    count, found = _recognized(base, data, samples, recognizer, known.extractor)
+    return RecognizeReport(label, count, found.candidates, found.new, known.left_out)
 
 
 def _read(path: Path, *, any_row: bool = False) -> bytes:

@@ -76,7 +76,7 @@ class Provenance(WithRelativeError):
 
     task: str
     base_model: str
-    source: Literal["residual", "code", "generate", "network"]
+    source: Literal["residual", "code", "recalled", "network"]
     generator: NamedGenerator
     squared_error: float | None  # None if it was not measured
     retained_gain: float | None  # as `icm eval` measured it
@@ -87,9 +87,14 @@ class Provenance(WithRelativeError):
     claim: Claim | None = None  # of the bundle that its code came in, which nobody here has measured
 
     @property
+    def rung(self) -> str:
+        """The name of the source in files."""
+        return "generate" if self.source == "recalled" else self.source
+
+    @property
     def how(self) -> str:
         """Say how it was made."""
-        if self.source != "generate":
+        if self.source != "recalled":
             return _HOW[self.source]
         if self.recognized is None:
             return _HOW["network"]
@@ -97,7 +102,7 @@ class Provenance(WithRelativeError):
 
     def metadata(self) -> dict[str, str]:
         """Return the fields for the header of the tensor file."""
-        fields = {"icm_task": self.task, "icm_rung": self.source, "icm_generator": self.generator.blob}
+        fields = {"icm_task": self.task, "icm_rung": self.rung, "icm_generator": self.generator.blob}
         return fields if self.seed is None else fields | {"icm_seed": str(self.seed)}
 
 
@@ -112,7 +117,7 @@ def card_text(provenance: Provenance) -> str:
         base=quoted(provenance.base_model),
         how=provenance.how + sampled,
         untrained=untrained,
-        rung=provenance.source,
+        rung=provenance.rung,
         version=provenance.generator.version,
         generator=provenance.generator.blob,
         error=_figure(provenance.relative_error, None if claim is None else claim.relative_error),

@@ -3,72 +3,40 @@
     original   the bytes that were ingested, unchanged
     residual   the code, corrected by its residual
     code       the code alone
-    generate   what the task vectors bring back: the code of the known task that is recognised in them
+    recalled   the code of the task recognized from its vectors
     network    what the network alone predicts from the task vectors
 
-torch is imported only to decode, to convert or to load: an original is written as it is.
+Codes come from a store or from a bundle alone. torch is imported only to decode, to convert or to load: an original is
+written as it is.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
-from importlib.metadata import version
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
-from icmlora.adapter.layout import ModuleShape
-from icmlora.errors import DataError
-from icmlora.fleet.context import Context, locate_base, use_case
+from icmlora.errors import DataError, OptionsConflict
+from icmlora.fleet.context import Context, use_case
+from icmlora.fleet.resources.code_source import CodeSource, Decoded, OpenCodes, open_store
 from icmlora.formats.catalogue import format_named
 from icmlora.formats.format import AdapterBytes, AdapterFormat, check_target, write_adapter_files
-from registry.errors import DamagedStore
-from registry.records import Claim, WithRelativeError, relative_error
+from registry.records import Claim, WithRelativeError
 
 if TYPE_CHECKING:
     from icmlora.adapter.model import Adapter
     from icmlora.base_models.finding.lookup import FoundBase
-    from icmlora.fleet.resources.decoding import OriginalForm
     from icmlora.fleet.write.cards import Provenance
-    from registry.records import AdapterRecord, CodeRecord, EvaluationRecord, GeneratorRecord, TaskRecord
-    from registry.store import Store
+    from registry.records import AdapterRecord, CodeRecord, GeneratorRecord, TaskRecord
 
-Decoded = Literal["residual", "code", "generate", "network"]
-Source = Literal["auto", "original", "residual", "code", "generate", "network"]
+# "generate" is what "recalled" was called before.
+Source = Literal["auto", "original", "residual", "code", "recalled", "generate", "network"]
 
 _SIDE_BY_SIDE = 32
 """Adapters that `load_many` has in memory at a time."""
-_BETTER = "`--source original` is exact; `icm train` with a higher --quality makes better codes"
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoadRequest:
-    """Which adapter to read."""
-
-    task: str
-    source: Source = "auto"
-    seed: int | None = None
-    max_error: float | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class FilesRequest(LoadRequest):
-    """Which adapter to make, and the form of its files."""
-
-    dtype: str | None = None  # of decoded factors; None for that of the original
-    pad_rank: int | None = None  # one rank for all modules, for engines; None for the ranks of the original
-
-
-@dataclass(frozen=True, kw_only=True)
-class MaterializeRequest(FilesRequest):
-    """Which adapter to write, and where."""
-
-    directory: Path  # or the file, of a format of single files
-    adapter_format: str | None = None  # None for the adapter's own
-    force: bool = False
 
 
 @dataclass(frozen=True)
@@ -82,7 +50,7 @@ class MaterializeReport(WithRelativeError):
     squared_error: float | None  # None if it was not measured
     retained_gain: float | None  # as `icm eval` measured it
     weights: str  # SHA-256 of the written weights
-    recognized: str | None = None  # of `generate`: the task whose code it is; None for what the network predicts
+    recognized: str | None = None  # of `recalled`: the task whose code it is; None for what the network predicts
     adapter_format: str = "peft"  # in which it was written
     converted: bool = False  # from another one
     left_out: tuple[str, ...] = ()  # files that came with the original and have no place in this format
@@ -94,99 +62,97 @@ class TooLossy(DataError):
     """The adapter's relative error is above the limit, or was not measured; nothing was written."""
 
 
-@dataclass(frozen=True, eq=False)
-class MadeFiles:
-    """An adapter as the files of its format, in memory."""
+@use_case
+def materialize(
+    context: Context,
+    task: str,
+    directory: str | Path,
+    *,
+    source: Source = "auto",
+    adapter_format: str | None = None,
+    dtype: str | None = None,
+    pad_rank: int | None = None,
+    seed: int | None = None,
+    max_error: float | None = None,
+    force: bool = False,
+) -> MaterializeReport:
+    """Write a task's adapter as a folder, or as a file for llama.cpp. It appears complete or not at all.
 
-    task: str
-    format: AdapterFormat
-    content: AdapterBytes
-    provenance: Provenance | None  # None for an original
-    initial: bytes | None = None  # of an original: what its training took out of the base model
+    A decoded adapter has the form of its original: its configuration, names, ranks and number formats. Neither the
+    base model nor a GPU is needed. The same arguments write the same bytes.
 
-    @property
-    def by_name(self) -> dict[str, bytes]:
-        """File name -> content; the file that makes the adapter valid comes last."""
-        return self.format.lay_out(self.content, self.task)
+    Args:
+        context: The store.
+        task: Name of the task.
+        directory: The folder, absent or empty; with a format of single files a file, as `NAME.gguf`.
+        source: `original`, `residual`, `code`, `recalled` (the code of the task recognized from its vectors) or
+            `network` (what the network alone predicts from them); `auto` takes the best there is of the first three.
+        adapter_format: Name of a format, as `icm convert --list-formats` lists them. Default: its own. An original in
+            another format is converted too, so it does not come back byte for byte. From and to `gguf` that needs
+            the configuration of the base model, for image adapters the extra `diffusion`.
+        dtype: Number format of decoded or converted factors: `bfloat16`, `float16` or `float32`. Default: that of
+            the original, or `float32` if they are converted.
+        pad_rank: Write decoded factors with one rank for all modules, filled with zeros, for engines that need it.
+        seed: Predict the adapter from a latent sampled with this seed; for `network` or `auto`.
+        max_error: Refuse an adapter whose relative error is larger, or was not measured.
+        force: Replace the adapter in a folder that is not empty.
 
-    def write(self, output: Path, *, force: bool) -> MaterializeReport:
-        """Write the files as a folder, or as a single file where the format has those; completely, or not at all."""
-        write_adapter_files(output, self.format, self.content, self.task, force=force)
-        digest = hashlib.sha256(self.content.weights).hexdigest()
-        return self._report(output, digest, (0.0, 1.0))
-
-    def convert(
-        self, output: Path, target: AdapterFormat, find_base: Callable[[], FoundBase], *, dtype: str | None, force: bool
-    ) -> MaterializeReport:
-        """Write the adapter in another format than its own; `find_base` is called if its base model is needed."""
-        from icmlora.fleet.write.format_pairs import SourceAdapter, convert_content
-
-        own = {"icm_task": self.task, "icm_rung": "original"}
-        metadata = own if self.provenance is None else self.provenance.metadata()
-        # What is converted is the adapter that `write` would write, with its rounded factors.
-        source = SourceAdapter(self.task, self.format, self.content, find_base, path=output, initial=self.initial)
-        content = convert_content(source, target, metadata=metadata, dtype=dtype or "float32")
-        write_adapter_files(output, target, content, self.task, force=force)
-        is_rounded = dtype not in (None, "float32")  # nobody measures by how much
-        digest = hashlib.sha256(content.weights).hexdigest()
-        report = self._report(output, digest, (None, None) if is_rounded else (0.0, 1.0))
-        left_out = tuple(name for name in self.content.companions if name not in content.companions)
-        return replace(report, adapter_format=target.name, converted=True, left_out=left_out)
-
-    def _report(self, output: Path, digest: str, of_original: tuple[float | None, float | None]) -> MaterializeReport:
-        p = self.provenance
-        if p is None:
-            known = *of_original, digest, None, self.format.name
-            return MaterializeReport(self.task, output, "original", None, *known)
-        figures = p.squared_error, p.retained_gain, digest, p.recognized, self.format.name
-        made = MaterializeReport(self.task, output, p.source, p.generator.blob, *figures)
-        return replace(made, precision=p.precision, claim=p.claim)
-
-
-def materialize(context: Context, request: MaterializeRequest) -> MaterializeReport:
-    """Write an adapter, which appears complete or not at all. The same request gives the same bytes."""
-    output, wanted, force = request.directory, request.adapter_format, request.force
-    if wanted is None:
-        check_target(output, force=force)
-        return make_files(context, request).write(output, force=force)
-    from icmlora.fleet.write.format_pairs import check_pair, format_to_write
-
-    target = format_to_write(wanted)
-    check_target(output, target, as_file=True, force=force)
-    with context.open(read_only=True) as store:
-        task = store.tasks.get(request.task)
-        own = format_named(store.tasks.final(task.name).format)
-    if own.name == target.name:
-        return make_files(context, request).write(output, force=force)
-    check_pair(own, target)
-
-    def find_base() -> FoundBase:
-        with context.open(read_only=True) as store:
-            return locate_base(store, task.base_model)
-
-    made = make_files(context, replace(request, dtype=None))
-    return made.convert(output, target, find_base, dtype=request.dtype, force=force)
+    Raises:
+        DataError: The store does not have this source.
+        OptionsConflict: A seed, and a source that samples nothing.
+        TooLossy: The error is above `max_error`.
+        OutputExists: The folder is not empty, or the file exists, and `force` is not given.
+        AdapterRefused: The format has no place for a part of the adapter, such as a head.
+        BaseModelNotFound: From and to `gguf`: it is not on this machine.
+        BaseModelUnsuited: From and to `gguf`: its architecture is none that icm writes adapters for.
+    """
+    return write_adapter(
+        partial(open_store, context),
+        task,
+        Path(directory),
+        source=source,
+        adapter_format=adapter_format,
+        dtype=dtype,
+        pad_rank=pad_rank,
+        seed=seed,
+        max_error=max_error,
+        force=force,
+    )
 
 
-def make_files(context: Context, request: FilesRequest) -> MadeFiles:
-    """Make the files of an adapter in memory. The same request gives the same bytes."""
-    with context.open(read_only=True) as store:
-        stored = _read_rows(store, request)
-        source = _choose_source(request, stored)
-        if source == "original":
-            return _original_files(store, stored)
-        from icmlora.fleet.resources.decoding import read_form
+@use_case
+def read_files(
+    context: Context,
+    task: str,
+    *,
+    source: Source = "auto",
+    dtype: str | None = None,
+    pad_rank: int | None = None,
+    seed: int | None = None,
+    max_error: float | None = None,
+) -> dict[str, bytes]:
+    """Return name -> content of the files that `materialize` writes.
 
-        provenance = _provenance(store, stored, source, request)
-        adapter = _decode(context, store, stored, source, request.seed)()
-        form = read_form(store, stored.final)
-    return encode_files(adapter, provenance, request, form)
+    `task`, `source`, `dtype`, `pad_rank`, `seed`, `max_error` and the errors are those of `materialize`.
+    """
+    with open_store(context) as codes:
+        chosen = choose(codes, codes.get(task), source, seed)
+        return make_files(codes, chosen, dtype=dtype, pad_rank=pad_rank, seed=seed, max_error=max_error).by_name
 
 
-def load(context: Context, request: LoadRequest) -> Adapter:
-    """Read an adapter into memory: float32, with the scale folded into B. Raises as `materialize` does."""
-    with context.open(read_only=True) as store:
-        return _reader(context, store, request)()
+@use_case
+def load(
+    context: Context, task: str, *, source: Source = "auto", seed: int | None = None, max_error: float | None = None
+) -> Adapter:
+    """Load a task's adapter into memory: float32 tensors, with the scale folded into B.
+
+        for module in fleet.load("dog-detection").modules:
+            delta = module.b @ module.a  # (out, in)
+
+    `task`, `source`, `seed`, `max_error` and the errors are those of `materialize`.
+    """
+    with open_store(context) as codes:
+        return reader(codes, task, source=source, seed=seed, max_error=max_error)()
 
 
 @use_case
@@ -209,245 +175,268 @@ def load_many(
     from icmlora.io.threads import side_by_side
 
     place = resolve_device(device)
-    with context.open(read_only=True) as store, side_by_side() as each:
+    with open_store(context) as codes, side_by_side() as each:
         for first in range(0, len(tasks), _SIDE_BY_SIDE):
             names = tasks[first : first + _SIDE_BY_SIDE]
-            readers = [_reader(context, store, LoadRequest(task=name, source=source)) for name in names]
-            adapters = each(lambda read: read().to(place), readers)
+            adapters = each(lambda read: read().to(place), [reader(codes, name, source=source) for name in names])
             yield from zip(names, adapters, strict=True)
 
 
-def _reader(context: Context, store: Store, request: LoadRequest) -> Callable[[], Adapter]:
-    """Read what an adapter is made from, and return what makes it, on any thread."""
-    stored = _read_rows(store, request)
-    source = _choose_source(request, stored)
-    if source == "original":
-        from icmlora.fleet.resources.loading import original_reader
-
-        return original_reader(store, stored.final)
-    _provenance(store, stored, source, request)
-    return _decode(context, store, stored, source, request.seed)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What `materialize` would write of a task.
-
-    Attributes:
-        task: Its name, as the store spells it.
-        base_model: The name of its base model.
-        source: Where the adapter would come from.
-        key: SHA-256 of everything that its weights and configuration follow from.
-        layout: Its modules; empty where there can be no code.
-    """
+@dataclass(frozen=True, eq=False)
+class MadeFiles:
+    """An adapter as the files of its format, in memory."""
 
     task: str
-    base_model: str
-    source: Literal["original", Decoded]
-    key: str
-    layout: tuple[ModuleShape, ...]
+    format: AdapterFormat
+    content: AdapterBytes
+    provenance: Provenance | None  # None for an original
+    initial: bytes | None = None  # of an original: what its training took out of the base model
+
+    @property
+    def by_name(self) -> dict[str, bytes]:
+        """File name -> content; the file that makes the adapter valid comes last."""
+        return self.format.lay_out(self.content, self.task)
+
+    def write(self, output: Path, *, force: bool) -> MaterializeReport:
+        """Write the files as a folder, or as a single file where the format has those; completely, or not at all."""
+        write_adapter_files(output, self.format, self.content, self.task, force=force)
+        return self._report(output, self.content.weights, (0.0, 1.0))
+
+    def convert(
+        self, output: Path, target: AdapterFormat, find_base: Callable[[], FoundBase], *, dtype: str | None, force: bool
+    ) -> MaterializeReport:
+        """Write the adapter in another format than its own; `find_base` is called if its base model is needed."""
+        from icmlora.fleet.write.format_pairs import SourceAdapter, convert_content
+
+        own = {"icm_task": self.task, "icm_rung": "original"}
+        metadata = own if self.provenance is None else self.provenance.metadata()
+        # What is converted is the adapter that `write` would write, with its rounded factors.
+        source = SourceAdapter(self.task, self.format, self.content, find_base, path=output, initial=self.initial)
+        content = convert_content(source, target, metadata=metadata, dtype=dtype or "float32")
+        write_adapter_files(output, target, content, self.task, force=force)
+        is_rounded = dtype not in (None, "float32")  # nobody measures by how much
+        report = self._report(output, content.weights, (None, None) if is_rounded else (0.0, 1.0))
+        left_out = tuple(name for name in self.content.companions if name not in content.companions)
+        return replace(report, adapter_format=target.name, converted=True, left_out=left_out)
+
+    def _report(
+        self, output: Path, weights: bytes, of_original: tuple[float | None, float | None]
+    ) -> MaterializeReport:
+        digest, own, p = hashlib.sha256(weights).hexdigest(), self.format.name, self.provenance
+        if p is None:
+            return MaterializeReport(self.task, output, "original", None, *of_original, digest, None, own)
+        figures = p.squared_error, p.retained_gain, digest, p.recognized, own
+        made = MaterializeReport(self.task, output, p.source, p.generator.blob, *figures)
+        return replace(made, precision=p.precision, claim=p.claim)
 
 
-def plan(context: Context, name: str) -> Plan | None:
-    """Say what `materialize` would write of a task, or None if there is none of that name; a few rows are read."""
-    with context.open(read_only=True) as store:
-        if (task := store.tasks.find(name)) is None:
-            return None
-        request = LoadRequest(task=task.name)
-        stored = _read_rows(store, request)
-    source = _choose_source(request, stored)
-    final, code = stored.final, stored.code
-    facts: dict[str, object] = {"task": task.name, "source": source, "config": final.config, "format": final.format}
-    if source == "original":
-        facts["weights"] = final.weights
-    else:
-        facts |= {"generator": _generator_of(stored).blob, "code": [] if code is None else code.digests()}
-        facts |= {"dtype": final.dtype, "template": final.template, "layout": [*map(list, final.layout)]}
-    facts["extras"] = [[extra.file, extra.blob] for extra in final.extras]
-    layout = tuple(ModuleShape(*entry) for entry in final.layout)
-    return Plan(task.name, task.base_model, source, key_of(facts), layout)
+def write_adapter(
+    open_codes: OpenCodes,
+    name: str,
+    output: Path,
+    *,
+    source: Source = "auto",
+    adapter_format: str | None = None,
+    dtype: str | None = None,
+    pad_rank: int | None = None,
+    seed: int | None = None,
+    max_error: float | None = None,
+    force: bool = False,
+) -> MaterializeReport:
+    """Write an adapter from a store or a bundle; `materialize` explains the arguments."""
+    from icmlora.fleet.write.format_pairs import check_pair, format_to_write
+
+    target = None if adapter_format is None else format_to_write(adapter_format)
+    check_target(output, target, as_file=True, force=force)
+    with open_codes() as codes:
+        task = codes.get(name)
+        own = format_named(codes.final(task.name).format)
+        other = None if target is None or target.name == own.name else target
+        if other is not None:
+            check_pair(own, other)
+        chosen, written = choose(codes, task, source, seed), dtype if other is None else None
+        made = make_files(codes, chosen, dtype=written, pad_rank=pad_rank, seed=seed, max_error=max_error)
+    if other is None:
+        return made.write(output, force=force)
+
+    def find_base() -> FoundBase:
+        with open_codes() as codes:
+            return codes.locate(task.base_model)
+
+    return made.convert(output, other, find_base, dtype=dtype, force=force)
 
 
-def key_of(facts: Mapping[str, object]) -> str:
-    """Return the SHA-256 of what an adapter's files follow from, this icm included."""
-    return hashlib.sha256(json.dumps({"icm": _icm(), **facts}, sort_keys=True).encode()).hexdigest()
-
-
-@cache
-def _icm() -> str:
-    return version("icm-lora")
-
-
-@dataclass(frozen=True)
-class _Stored:
-    """What the store has of one task."""
-
-    task: TaskRecord
-    final: AdapterRecord
-    generator: GeneratorRecord | None
-    code: CodeRecord | None
-    exemplar: CodeRecord | None = None  # for source `generate`: the code that the task's vectors bring back
-
-
-def _read_rows(store: Store, request: LoadRequest) -> _Stored:
-    """Read the rows of a task; its generator and code are left out if the original is what will be used."""
-    task = store.tasks.get(request.task)
-    final = store.tasks.final(task.name)
-    use_original = request.source == "auto" and request.seed is None and not final.is_evicted
-    if use_original or request.source == "original":
-        return _Stored(task, final, None, None)
-    generator = store.generators.current(task.base_model)
-    code = None if generator is None else store.codes.get(task.name, generator.id)
-    if request.source != "generate" or generator is None or final.original_only is not None:
-        return _Stored(task, final, generator, code)
-    from icmlora.fleet.resources.recalled_code import Exemplars
-
-    return _Stored(task, final, generator, code, Exemplars(store, generator).code_for(final))
-
-
-def _choose_source(request: LoadRequest, stored: _Stored) -> Literal["original", Decoded]:
-    """Return the source to use."""
-    source, code, final = request.source, stored.code, stored.final
-    task = repr(stored.task.name)
-    if source not in get_args(Source):
-        raise DataError(f"unknown source {source!r}", hint=f"choose one of {', '.join(get_args(Source))}")
-    if request.seed is not None and source not in ("auto", "network"):
-        raise DataError(f"source {source!r} has nothing to sample", hint="a seed is for source 'network' or 'auto'")
-    if source == "auto" and request.seed is not None:
-        source = "network"
-    elif source == "auto":
-        source = "original" if not final.is_evicted else "code" if code is None else code.rung
-    if source == "original" and final.is_evicted:
-        brings = "`icm ingest PATH` stores it" if final.was_never_here else "`icm ingest --restore PATH` brings it back"
-        hint = f"{brings}; `--source code` decodes what the store still has"
-        fact = (
-            "was never here: a bundle brought its code"
-            if final.was_never_here
-            else f"was evicted at {final.evicted_at}"
-        )
-        raise DataError(f"the original of task {task} {fact}", hint=hint)
-    if source != "original" and final.original_only is not None:
-        raise DataError(f"task {task} has its original only: {final.original_only}", hint="use `--source original`")
-    if source in ("code", "residual") and code is None:
-        train = "icm train" if stored.generator is None else "icm train --update"
-        raise DataError(f"task {task} has no code", hint=f"run `{train}` to make one")
-    if source == "residual" and code is not None and code.residual is None:
-        hint = "a residual is only stored if a code misses its limits; `icm encode --residual` makes one"
-        raise DataError(f"task {task} has no residual", hint=hint)
-    if source in ("generate", "network") and stored.generator is None:
-        raise DataError(f"there is no generator for task {task}", hint="run `icm train` to make one")
-    return source
-
-
-def _provenance(store: Store, stored: _Stored, source: Decoded, request: LoadRequest) -> Provenance:
-    """Gather what is known of an adapter before it is decoded."""
-    task, generator, code = stored.task, _generator_of(stored), stored.code
-    error = gain = precision = None
-    if request.seed is None:  # nothing was measured of a sampled adapter
-        measured = _measured(store, task, source, generator)
-        if measured is not None:
-            error, gain, precision = measured.squared_error, measured.retained_gain, measured.precision
-    if code is not None and source in ("code", "residual"):
-        error = code.squared_error if source == "code" else code.best_squared_error
-    if stored.exemplar is not None and stored.exemplar.task == task.name:
-        error = stored.exemplar.squared_error
-    from icmlora.fleet.write.cards import Provenance
-
-    provenance = Provenance(
-        task.name,
-        task.base_model,
-        source,
-        generator,
-        error,
-        gain,
-        request.seed,
-        stored.final.is_generated,
-        None if stored.exemplar is None else stored.exemplar.task,
-        precision,
-        code.claim if code is not None and source == "code" else None,
-    )
-    check_error(task.name, error, request.max_error, hint=_BETTER, claim=provenance.claim)
-    return provenance
-
-
-def _measured(store: Store, task: TaskRecord, source: Decoded, generator: GeneratorRecord) -> EvaluationRecord | None:
-    """Return how a source does; None if nobody measured it, or if that is damaged: it takes no figures to write one."""
-    from registry.tables.evaluations import latest
-
-    try:
-        return latest(store.evaluations.all(task.name), task, source, generator)
-    except DamagedStore:  # `icm verify` reports it
-        return None
-
-
-def check_error(
-    task: str, squared_error: float | None, limit: float | None, *, hint: str, claim: Claim | None = None
-) -> None:
-    """Refuse an adapter whose error is above a limit, or was not measured here although there is a limit."""
-    error = relative_error(squared_error)
-    if limit is None or (error is not None and error <= limit):
-        return
-    found = "was not measured" if error is None else f"is {error:.4f}"
-    if error is None and claim is not None and claim.relative_error is not None:
-        found = f"was not measured here, only claimed to be {claim.relative_error:.4f} by its bundle"
-    raise TooLossy(f"the relative error of {task!r} {found}, but the limit is {limit}", hint=hint)
-
-
-def _decode(
-    context: Context, store: Store, stored: _Stored, source: Decoded, seed: int | None
+def reader(
+    codes: CodeSource, name: str, *, source: Source = "auto", seed: int | None = None, max_error: float | None = None
 ) -> Callable[[], Adapter]:
-    from icmlora.fleet.resources.decoding import code_reader, predict_adapter
-
-    generator_file = context.generator.get(_generator_of(stored).blob, store.blobs.read)
-    if source == "generate" and stored.exemplar is not None:
-        return code_reader(store, generator_file, stored.exemplar, "code")
-    if stored.code is not None and source in ("code", "residual"):
-        return code_reader(store, generator_file, stored.code, source)
-    predicted = predict_adapter(store, generator_file, stored.final, stored.code, seed=seed)
-    return lambda: predicted
-
-
-def _generator_of(stored: _Stored) -> GeneratorRecord:
-    assert stored.generator is not None  # `_choose_source` has checked it
-    return stored.generator
+    """Read what an adapter is made from, and return what makes it, on any thread."""
+    chosen = choose(codes, codes.get(name), source, seed)
+    if chosen.source == "original":
+        final, known = chosen.final, format_named(chosen.final.format)
+        initial = None if final.initial is None else codes.read(final.initial)
+        config, weights = codes.read(final.config), codes.read(final.weights)
+        return lambda: known.read(config, weights, initial=initial).adapter
+    _provenance(codes, chosen, seed, max_error)  # it holds the error against the limit
+    return _decoder(codes, chosen, seed)
 
 
-def encode_files(adapter: Adapter, provenance: Provenance, request: FilesRequest, form: OriginalForm) -> MadeFiles:
-    """Make the files of a decoded adapter with its model card; the same arguments give the same bytes."""
+def make_files(
+    codes: CodeSource,
+    chosen: Chosen,
+    *,
+    dtype: str | None = None,
+    pad_rank: int | None = None,
+    seed: int | None = None,
+    max_error: float | None = None,
+) -> MadeFiles:
+    """Make the files of an adapter in memory, a decoded one with its model card. Equal arguments give equal bytes."""
+    if chosen.source == "original":
+        return _original_files(codes, chosen)
     from icmlora.fleet.write.cards import card_text
 
+    provenance, form = _provenance(codes, chosen, seed, max_error), codes.form(chosen.final)
     files = form.format.encode(
-        adapter,
+        _decoder(codes, chosen, seed)(),
         card=card_text(provenance),
         metadata=provenance.metadata(),
         like=form.template,
-        dtype=request.dtype,
-        pad_rank=request.pad_rank,
+        dtype=dtype,
+        pad_rank=pad_rank,
         extras=form.tensors,
     )
     return MadeFiles(provenance.task, form.format, replace(files, companions=form.files), provenance)
 
 
-def _original_files(store: Store, stored: _Stored) -> MadeFiles:
-    task, final = stored.task, stored.final
+@dataclass(frozen=True)
+class Chosen:
+    """What the adapter of a task is made from.
+
+    Attributes:
+        task: The task.
+        final: Its adapter.
+        source: Where the adapter comes from.
+        generator: What decodes it; None for an original.
+        code: What is decoded; None for an original, and for what the network predicts.
+    """
+
+    task: TaskRecord
+    final: AdapterRecord
+    source: Literal["original"] | Decoded
+    generator: GeneratorRecord | None = None
+    code: CodeRecord | None = None
+
+
+def choose(codes: CodeSource, task: TaskRecord, source: Source = "auto", seed: int | None = None) -> Chosen:
+    """Return what an adapter is made from; no more than a few rows are read, unless its vectors are looked at.
+
+    Raises:
+        DataError: There is no such source, or the task does not have it.
+    """
+    if source not in get_args(Source):
+        raise DataError(f"unknown source {source!r}", hint=f"choose one of {', '.join(get_args(Source))}")
+    if seed is not None and source not in ("auto", "network"):
+        raise OptionsConflict("--seed needs --source network or auto")
+    final = codes.final(task.name)
+    if source == "original" or (source == "auto" and seed is None and not final.is_evicted):
+        _check_original(task, final)
+        return Chosen(task, final, "original")
+    if final.original_only is not None:
+        fact = f"task {task.name!r} has its original only: {final.original_only}"
+        raise DataError(fact, hint="use `--source original`")
+    generator = codes.generator(task.base_model)
+    code = None if generator is None else codes.code(task.name, generator)
+    if source == "auto":
+        source = "network" if seed is not None else "code" if code is None else code.rung
+    if source in ("code", "residual") and code is None:
+        train = "icm train" if generator is None else "icm train --update"
+        raise DataError(f"task {task.name!r} has no code", hint=f"run `{train}` to make one")
+    if source == "residual" and code is not None and code.residual is None:
+        hint = "a residual is only stored if a code misses its limits; `icm encode --residual` makes one"
+        raise DataError(f"task {task.name!r} has no residual", hint=hint)
+    if generator is None:
+        raise DataError(f"there is no generator for task {task.name!r}", hint="run `icm train` to make one")
+    if source in ("recalled", "generate"):
+        return Chosen(task, final, "recalled", generator, codes.recalled(final, generator))
+    if source in ("code", "residual"):
+        return Chosen(task, final, source, generator, code)
+    return Chosen(task, final, "network", generator)
+
+
+def _check_original(task: TaskRecord, final: AdapterRecord) -> None:
+    if not final.is_evicted:
+        return
+    fact, brings = f"was evicted at {final.evicted_at}", "`icm ingest --restore PATH` brings it back"
+    if final.was_never_here:
+        fact, brings = "was never here: a bundle brought its code", "`icm ingest PATH` stores it"
+    hint = f"{brings}; `--source code` decodes what the store still has"
+    raise DataError(f"the original of task {task.name!r} {fact}", hint=hint)
+
+
+def _provenance(codes: CodeSource, chosen: Chosen, seed: int | None, max_error: float | None) -> Provenance:
+    """Gather what is known of an adapter before it is decoded, and hold its error against a limit."""
+    from icmlora.fleet.write.cards import Provenance
+
+    task, source, generator, code = chosen.task, chosen.source, chosen.generator, chosen.code
+    assert source != "original"
+    assert generator is not None
+    error = gain = precision = None
+    if seed is None:  # nothing was measured of a sampled adapter
+        measured = codes.measured(task, source, generator)
+        if measured is not None:
+            error, gain, precision = measured.squared_error, measured.retained_gain, measured.precision
+    if code is not None and code.task == task.name:
+        error = code.best_squared_error if source == "residual" else code.squared_error
+    recognized = code.task if code is not None and source == "recalled" else None
+    claim = code.claim if code is not None and source == "code" else None
+    known = error, gain, seed, chosen.final.is_generated, recognized, precision, claim
+    found = Provenance(task.name, task.base_model, source, generator, *known)
+    _check_error(found, max_error, codes)
+    return found
+
+
+def _check_error(found: Provenance, limit: float | None, codes: CodeSource) -> None:
+    """Refuse an adapter whose error is above a limit, or was not measured here although there is a limit."""
+    error, claimed = found.relative_error, None if found.claim is None else found.claim.relative_error
+    error = claimed if codes.takes_claims else error
+    if limit is None or (error is not None and error <= limit):
+        return
+    said = "was not measured" if error is None else f"is {error:.4f}"
+    if error is None and claimed is not None:
+        said = f"was not measured here, only claimed to be {claimed:.4f} by its bundle"
+    raise TooLossy(f"the relative error of {found.task!r} {said}, but the limit is {limit}", hint=codes.better)
+
+
+def _decoder(codes: CodeSource, chosen: Chosen, seed: int | None) -> Callable[[], Adapter]:
+    assert chosen.generator is not None
+    if chosen.code is None:
+        predicted = codes.predict(chosen.final, chosen.generator, seed)
+        return lambda: predicted
+    from icmlora.fleet.resources.decoding import code_reader
+
+    generator_file = codes.generator_file(chosen.generator)
+    return code_reader(codes.read, generator_file, chosen.code, "residual" if chosen.source == "residual" else "code")
+
+
+def _original_files(codes: CodeSource, chosen: Chosen) -> MadeFiles:
+    task, final = chosen.task, chosen.final
     if final.card is None:
         from icmlora.fleet.write.cards import original_card
 
         card = original_card(task.name, task.base_model, final.weights).encode()
     else:
-        card = store.blobs.read(final.card)
-    content = replace(original_files(store, final), card=card)
-    initial = None if final.initial is None else store.blobs.read(final.initial)
+        card = codes.read(final.card)
+    content = replace(original_files(codes, final), card=card)
+    initial = None if final.initial is None else codes.read(final.initial)
     return MadeFiles(task.name, format_named(final.format), content, None, initial)
 
 
-def original_files(store: Store, row: AdapterRecord, weights: bytes | None = None) -> AdapterBytes:
+def original_files(codes: CodeSource, row: AdapterRecord, weights: bytes | None = None) -> AdapterBytes:
     """Read the files of an original as they were ingested, without the card; weights that are at hand are not read."""
     companions: dict[str, bytes] = {}
     if row.extras:
         from icmlora.fleet.resources.decoding import read_companions
 
-        companions = read_companions(store, row)
+        companions = read_companions(codes.read, row)
     return AdapterBytes(
-        store.blobs.read(row.weights) if weights is None else weights, store.blobs.read(row.config), None, companions
+        codes.read(row.weights) if weights is None else weights, codes.read(row.config), None, companions
     )

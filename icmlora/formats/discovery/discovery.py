@@ -41,8 +41,8 @@ from icmlora.formats.discovery.task_names import (
     best_step,
     name_chain,
     names_above,
+    naming_folder,
     run_folder,
-    telling_folder,
 )
 from icmlora.formats.discovery.tree import Folder, walk
 from icmlora.formats.discovery.unsupported import APPLE_DOUBLE, PICKLES, described, foreign_adapters, is_passed_over
@@ -121,11 +121,11 @@ class Discovery:
 
     tasks: tuple[FoundTask, ...]
     refused: tuple[AdapterRefused, ...]
-    stand_ins: tuple[StandIn, ...] = ()  # in order of paths
+    stand_ins: tuple[SkippedPlaceholder, ...] = ()  # in order of paths
 
 
 @dataclass(frozen=True)
-class StandIn:
+class SkippedPlaceholder:
     """A placeholder that was met, and how many adapters of its run are passed over because of it."""
 
     path: Path
@@ -170,12 +170,12 @@ class _Run:
         placeholders = self.placeholders | inner.placeholders
         return _Run(inner.root, self.adapters | inner.adapters, notes, not_kept, placeholders=placeholders)
 
-    def stand_ins(self) -> Iterator[StandIn]:
+    def stand_ins(self) -> Iterator[SkippedPlaceholder]:
         """Yield its placeholders that can be read; what is passed over counts with the first that may be final."""
         left = len(self.adapters) if self.is_away else 0
         for path, found in self.placeholders.items():
             if isinstance(found.content, Placeholder):
-                yield StandIn(path, found.content, left if found.may_be_final else 0)
+                yield SkippedPlaceholder(path, found.content, left if found.may_be_final else 0)
                 left = 0 if found.may_be_final else left
 
 
@@ -350,7 +350,7 @@ def _gathered(runs: Mapping[Path, _Run]) -> list[tuple[Path, _Run]]:
     places: defaultdict[Path, list[Path]] = defaultdict(list)
     found = {folder: run for folder, run in runs.items() if run.adapters or run.placeholders}
     for folder, run in sorted(found.items()):
-        places[telling_folder(folder.parent if run.part is not None else folder)].append(folder)
+        places[naming_folder(folder.parent if run.part is not None else folder)].append(folder)
     gathered: list[tuple[Path, _Run]] = []
     for home, folders in places.items():
         outer = runs.get(home, _Run())

@@ -46,7 +46,7 @@ def load_adapter(folder: str | Path) -> Adapter:
     for refusal in (refusal for known in catalogue.FORMATS for refusal in known.refuse(searched)):
         raise refusal
     if place.is_file():
-        hint = "`icm formats` lists what icm reads"
+        hint = "`icm convert --list-formats` lists what icm reads"
         raise AdapterRefused("is not an adapter that icm reads", kind="empty", path=place, hint=hint)
     hint = "name the folder that holds adapter_config.json, or a file"
     raise AdapterRefused("there is no adapter in this folder", kind="empty", path=place, hint=hint)

@@ -25,9 +25,9 @@ from icmlora.formats.discovery.task_names import (
     is_generic,
     name_chain,
     names_above,
+    naming_folder,
     plain_name,
     run_folder,
-    telling_folder,
 )
 from icmlora.io.files import hash_open, open_regular, read_regular
 from registry.names import escape, source_label
@@ -174,7 +174,7 @@ def _crowded(chains: Sequence[Sequence[str]], names: dict[int, str], known: Sequ
 
 
 def _home_of(origin: TaskOrigin) -> Path:
-    return telling_folder(run_folder(Path(origin.sources[0]))[0])
+    return naming_folder(run_folder(Path(origin.sources[0]))[0])
 
 
 def _is_newer_snapshot(folder: Path, other: Path) -> bool:

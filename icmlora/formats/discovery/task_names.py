@@ -47,7 +47,7 @@ _LONGEST = 4096
 _NO_START = re.compile(r"^[\W_]+")
 
 
-def telling_folder(folder: Path) -> Path:
+def naming_folder(folder: Path) -> Path:
     """Return the folder itself, or the nearest above it whose name says something; the folder if there is none."""
     return next((place for place in (folder, *folder.parents) if place.name and not is_generic(place.name)), folder)
 

@@ -107,7 +107,7 @@ def described(path: Path) -> AdapterRefused:
         except AdapterRefused as error:
             return error
         what = next((what for mark, what in _OTHERS if re.search(mark, head)), "tensors of no adapter that icm knows")
-    hint = "icm takes LoRAs and their relatives; `icm formats` lists what it reads"
+    hint = "icm takes LoRAs and their relatives; `icm convert --list-formats` lists what it reads"
     return AdapterRefused(what, kind="not-a-folder", path=path, hint=hint)
 
 

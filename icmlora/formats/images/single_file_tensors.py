@@ -128,7 +128,8 @@ def write_fresh(
         stem = naming.stem_of(module.name)
         if not naming.stem.fullmatch(stem):
             fact = f"{module.name} has no name in this format"
-            raise AdapterRefused(fact, kind="layers", hint="`icm formats` says which programs read a format")
+            hint = "`icm convert --list-formats` says which programs read a format"
+            raise AdapterRefused(fact, kind="layers", hint=hint)
         for name, values in zip(naming.styles[0].names(stem), (module.a, module.b), strict=True):
             tensors[name] = raw_tensor(name, values, dtype_name(dtype))
         alpha = torch.tensor(float(module.a.shape[0]))

@@ -20,8 +20,7 @@ from icmlora.base_models.running.attach import adapted
 from icmlora.fleet.bases.base_models import add_base_model
 from icmlora.fleet.context import Context
 from icmlora.fleet.evict.evict import evict
-from icmlora.fleet.evict.types import EvictRequest
-from icmlora.fleet.ingest.ingest import IngestRequest, ingest
+from icmlora.fleet.ingest.ingest import ingest
 from icmlora.fleet.resources.loading import open_base
 from icmlora.fleet.train.train import train
 from icmlora.fleet.train.update import update
@@ -73,7 +72,7 @@ class Growing:
 
     def _stage(self, folders: Sequence[Path], *, fresh: bool) -> Stage:
         self._folders |= {folder.name: folder for folder in folders}
-        ingest(self._place, IngestRequest(tuple(folders)))
+        ingest(self._place, folders, vectors=False)
         if fresh:
             add_base_model(self._place, self._label, self._base_folder)
         extract_vectors(self._place, device="cpu")
@@ -84,7 +83,7 @@ class Growing:
             update(self._place, device="cpu", refine=0, evaluate=False)
         seconds = time.monotonic() - began
         names = tuple(folder.name for folder in folders)
-        report = evict(self._place, EvictRequest(names, MAX_ERROR, device="cpu"))
+        report = evict(self._place, names, max_error=MAX_ERROR, device="cpu")
         kept = [task.task for task in report.tasks if task.status != "evicted"]
         if kept:
             raise SystemExit(f"not evicted: {', '.join(kept)}")

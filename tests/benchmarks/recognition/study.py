@@ -26,7 +26,7 @@ from icmlora import Fleet
 from icmlora.base_models.examples.examples import examples_for
 from icmlora.base_models.modality import BaseModel
 from icmlora.fleet.context import Context
-from icmlora.fleet.ingest.ingest import IngestRequest, ingest
+from icmlora.fleet.ingest.ingest import ingest
 from icmlora.fleet.resources.loading import open_base, read_runnable
 from icmlora.fleet.resources.stored_vectors import comparable_vectors
 from icmlora.fleet.vectors.vectors import VECTOR_DTYPE
@@ -102,7 +102,7 @@ def bits(
 
     Seed, steps and the error that codes may have are the same for every condition.
     """
-    ingest(context, IngestRequest(tuple(sorted(path.parent for path in fleet.glob("*/adapter_config.json")))))
+    ingest(context, sorted(path.parent for path in fleet.glob("*/adapter_config.json")), vectors=False)
     store_fleet = Fleet(context.path, cache=context.cache)
     store_fleet.add_base_model(base_model, base)
     if vectors is not None:

@@ -57,6 +57,7 @@ def test_more_rank_for_the_same_dw_gives_the_same_sketch(seed: int) -> None:
     assert np.allclose(one, other, atol=1e-4 * np.linalg.norm(one))
 
 
+@pytest.mark.slow
 @given(seeds, seeds)
 def test_the_sketch_of_a_sum_is_the_sum_of_the_sketches(one: int, other: int) -> None:
     left, right = make_adapter(one), make_adapter(other)
@@ -94,6 +95,7 @@ def test_the_widest_estimate_has_the_deviation_that_the_margin_was_chosen_for() 
     assert ratios.max() < 3.0
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=15)
 @given(st.lists(seeds, min_size=2, max_size=5, unique=True), st.sampled_from([0.02, 0.1, 0.3, 0.5]))
 def test_every_pair_within_the_limit_is_found(origins: list[int], limit: float) -> None:

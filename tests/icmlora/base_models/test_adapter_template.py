@@ -23,6 +23,7 @@ def chat(*messages: dict[str, Any]) -> Chat:
     return found
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("template", [QWEN, MARKED, {"default": QWEN, "tool_use": MISTRAL}])
 def test_the_process_renders_what_this_one_renders(template: Any) -> None:
     chosen = ChatTemplate.of(chat_tokenizer(MISTRAL), template)
@@ -39,6 +40,7 @@ def test_a_chat_that_the_template_refuses_is_named_and_the_others_are_rendered()
     assert not isinstance(rendered, DataError)
 
 
+@pytest.mark.slow
 def test_a_template_that_never_ends_is_stopped() -> None:
     loop = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
     with pytest.raises(DataError, match="takes more than 1 s") as caught:
@@ -46,6 +48,7 @@ def test_a_template_that_never_ends_is_stopped() -> None:
     assert "remove the chat template" in str(caught.value.hint)
 
 
+@pytest.mark.slow
 def test_a_template_cannot_fill_the_memory() -> None:
     fine = chat(TURNS[0], {"role": "assistant", "content": "4"})
     (refused,) = render_in_child(ChatTemplate("{{ 'a' * 10**10 }}", {}), [fine], FEW)

@@ -166,6 +166,7 @@ class TestProtocol:
         states = base.modality.states(base, examples, LIMIT)
         assert (states.dtype, tuple(states.shape)) == (torch.float32, (len(examples), base.hidden_size))
 
+    @pytest.mark.one_case
     def test_the_state_of_an_example_does_not_depend_on_the_others(
         self, base: BaseModel, examples: tuple[Any, ...]
     ) -> None:
@@ -176,6 +177,7 @@ class TestProtocol:
         state = base.modality.context_state(base, examples, LIMIT)
         assert (state.dtype, tuple(state.shape)) == (torch.float32, (base.hidden_size,))
 
+    @pytest.mark.one_case
     def test_logits_come_without_padding(self, base: BaseModel, examples: tuple[Any, ...]) -> None:
         items = base.modality.prepare(base, examples, LIMIT)
         together = base.modality.logits(base, items)
@@ -183,11 +185,13 @@ class TestProtocol:
             (alone,) = base.modality.logits(base, [item])
             torch.testing.assert_close(row, alone, rtol=1e-4, atol=1e-5)
 
+    @pytest.mark.one_case
     def test_a_loss_is_the_sum_over_its_examples(self, base: BaseModel, examples: tuple[Any, ...]) -> None:
         items = base.modality.prepare(base, examples, LIMIT)
         parts = sum(float(base.modality.loss(base, [item]).detach()) for item in items)
         assert float(base.modality.loss(base, items).detach()) == pytest.approx(parts, rel=1e-4)
 
+    @pytest.mark.one_case
     def test_gradients_of_a_loss_reach_what_is_added_to_modules(
         self, case: Case, base: BaseModel, examples: tuple[Any, ...]
     ) -> None:
@@ -217,11 +221,13 @@ class TestProtocol:
         assert found[0] == found[1]
         assert (found[0] is None) == (not isinstance(base.modality, CausalLM | Seq2SeqLM))
 
+    @pytest.mark.one_case
     def test_a_measurement_does_not_depend_on_the_order(self, base: BaseModel, examples: tuple[Any, ...]) -> None:
         forth, back = (base.modality.measure(base, some, LIMIT) for some in (examples, examples[::-1]))
         assert (forth.count, forth.utf8_bytes) == (back.count, back.utf8_bytes)
         assert forth.value == pytest.approx(back.value)
 
+    @pytest.mark.one_case
     def test_an_adapter_that_was_put_on_the_model_takes_part(
         self, case: Case, base: BaseModel, examples: tuple[Any, ...], tmp_path: Path
     ) -> None:
@@ -237,6 +243,7 @@ class TestWhatStandsOnIt:
     def test_an_adapter_fits_by_its_modules(self, case: Case, base: BaseModel) -> None:
         check_fits(base, make_adapter(case, base).layout)
 
+    @pytest.mark.one_case
     def test_vectors_of_both_views(
         self, case: Case, base: BaseModel, examples: tuple[Any, ...], tmp_path: Path
     ) -> None:
@@ -256,6 +263,7 @@ class TestWhatStandsOnIt:
             with pytest.raises(DataError):
                 extract_adapted(base, tmp_path / "adapter", None)
 
+    @pytest.mark.one_case
     def test_channel_statistics_have_the_sizes_of_the_modules(
         self, case: Case, base: BaseModel, examples: tuple[Any, ...]
     ) -> None:
@@ -264,6 +272,7 @@ class TestWhatStandsOnIt:
         assert {name: (len(outputs), len(inputs)) for name, (inputs, outputs) in measured.items()} == shapes
         assert all(part.any() for pair in measured.values() for part in pair)
 
+    @pytest.mark.one_case
     def test_evidence_has_the_sizes_of_the_modules(
         self, case: Case, base: BaseModel, examples: tuple[Any, ...]
     ) -> None:
@@ -282,6 +291,7 @@ class TestWhatStandsOnIt:
         assert float(own.divergence) == pytest.approx(0.0, abs=1e-5)
         assert float(bare.divergence) > 1e-4
 
+    @pytest.mark.one_case
     def test_training_moves_the_metric_in_its_direction_and_gives_a_gain(
         self, case: Case, base: BaseModel, examples: tuple[Any, ...]
     ) -> None:

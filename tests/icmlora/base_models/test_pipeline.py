@@ -114,6 +114,7 @@ def test_it_draws_what_diffusers_draws(pipeline: Pipeline) -> None:
     assert rmse(drawn(pipeline), np.rint(image(tiny_sd15()) * 255).astype(np.uint8)) == 0
 
 
+@pytest.mark.slow
 def test_an_adapter_is_loaded_for_a_while(pipeline: Pipeline) -> None:
     before, direct = drawn(pipeline), tiny_sd15()
     direct.load_lora_weights(kohya_file("sd15"))
@@ -133,6 +134,7 @@ def test_the_norm_of_what_is_loaded_shows_what_is_passed_over(pipeline: Pipeline
     assert 0 < part < whole
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("algo", ["loha", "lokr"])
 def test_a_method_that_diffusers_does_not_know_is_refused_and_leaves_nothing(
     pipeline: Pipeline, tmp_path: Path, algo: str

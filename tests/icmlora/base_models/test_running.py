@@ -188,6 +188,7 @@ def logits(model: Any) -> torch.Tensor:
     return found
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("name", CASES)
 def test_it_runs_as_peft_runs_its_folder_and_leaves_the_base_model_as_it_was(name: str, tmp_path: Path) -> None:
     make, options = CASES[name]

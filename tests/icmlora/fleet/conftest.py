@@ -13,6 +13,7 @@ from icmlora.fewshot.finetune import FinetuneConfig, finetune
 from tests.icmlora.fewshot.trained_tasks import random_adapter, scored
 from tests.icmlora.fleet.stores import copy_of
 from tests.icmlora.tiny_base import LABEL, load_tiny_base
+from tests.shared import built_once
 
 SUBJECTS = {"apples": "red apples", "ships": "tall ships", "trains": "night trains"}
 
@@ -44,7 +45,11 @@ def fleet(trained: Path) -> Fleet:
 @pytest.fixture(scope="session")
 def learned_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a base model, three adapters that were trained on texts of their own, and a trained store."""
-    folder = tmp_path_factory.mktemp("learned")
+    return built_once(tmp_path_factory, "learned", write_learned)
+
+
+def write_learned(folder: Path) -> None:
+    """Train three adapters on texts of their own, and a store on them."""
     base = load_tiny_base(folder / "base")
     start = random_adapter(0)
     nothing = replace(start, modules=tuple(LoraModule(module.name, module.a, 0 * module.b) for module in start.modules))
@@ -61,7 +66,6 @@ def learned_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     fleet.ingest([folder / "loras"])
     fleet.extract_vectors(device="cpu")
     fleet.train(device="cpu", steps=30, quality=6, refine=0, evaluate=False)
-    return folder
 
 
 @pytest.fixture
@@ -75,9 +79,7 @@ def image_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a pipeline of diffusers, image adapters, and a trained store."""
     from tests.icmlora.fleet.image_store import write_images  # imports diffusers
 
-    folder = tmp_path_factory.mktemp("images")
-    write_images(folder)
-    return folder
+    return built_once(tmp_path_factory, "images", write_images)
 
 
 @pytest.fixture

@@ -151,6 +151,7 @@ def test_another_base_model_under_the_name_is_found_by_the_digest(fleet: Fleet, 
     assert not out.exists()
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("spoil", [shutil.rmtree, replace_base])
 def test_an_original_whose_tensors_cannot_be_given_back_is_not_evicted(fleet: Fleet, base: Path, spoil: object) -> None:
     assert callable(spoil)

@@ -186,6 +186,7 @@ def test_tasks_of_both_labels_share_one_generator(fleet: Fleet, tmp_path: Path) 
         assert files[0] == files[1] == (tmp_path / task / "adapter_config.json").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_bundle_joins_the_generator_of_any_label(fleet: Fleet, tmp_path: Path) -> None:
     fleet.ingest([write(tmp_path / "poems", LABEL)])
     fleet.train(device="cpu", steps=5, refine=0, evaluate=False)

@@ -19,8 +19,10 @@ from icmlora import (
     UnsafeInput,
     load_adapter,
 )
-from icmlora.fleet.write.materialize import TooLossy
+from icmlora.fleet.resources.code_source import CodeSource, open_store
+from icmlora.fleet.write.materialize import TooLossy, choose
 from registry.errors import GeneratorConflict
+from registry.records import NewAdapter
 from tests.cli.tiny_fleet import write_lora
 from tests.icmlora.fleet.stores import TASKS, blob_of, code_blobs, damage, equal, files_of, is_sound, stop_after
 from tests.icmlora.tiny_base import LABEL
@@ -217,7 +219,7 @@ def test_an_imported_task_is_materialized_from_its_code(fleet: Fleet, file: Path
     other.import_bundle(str(file))
     assert other.materialize("rules", tmp_path / "out").source == "code"
     assert equal(other.load("rules"), fleet.load("rules", source="code"))
-    with pytest.raises(DataError, match="was evicted"):
+    with pytest.raises(DataError, match="was never here"):
         other.load("rules", source="original")
 
 
@@ -293,3 +295,27 @@ def test_what_was_measured_elsewhere_travels_along_as_a_claim(learned: Fleet, ot
     assert code is not None
     assert code.claim is not None
     assert code.claim.retained_gain == gain
+
+
+def test_a_bundle_answers_with_the_rows_of_a_store_that_imported_it(file: Path, other: Fleet) -> None:
+    other.import_bundle(file)
+    with Bundle(file).open() as bundled, open_store(other) as stored:
+        sources: tuple[CodeSource, CodeSource] = (bundled, stored)
+        assert bundled.names() == stored.names() == list(TASKS)
+        assert len({str(codes.base_models()) for codes in sources}) == 1
+        for name in TASKS:
+            rows = [(codes.get(name), codes.final(name)) for codes in sources]
+            assert len({task.base_model for task, _ in rows}) == 1
+            for field in NewAdapter.__dataclass_fields__:
+                one, two = (getattr(final, field) for _, final in rows)
+                assert (list(one) == list(two)) if isinstance(one, list | tuple) else (one == two), field
+            assert all(final.was_never_here for _, final in rows)
+            made = [chosen_code(codes, name) for codes in sources]
+            assert made[0] == made[1]
+
+
+def chosen_code(codes: CodeSource, name: str) -> tuple[object, ...]:
+    chosen = choose(codes, codes.get(name))
+    assert chosen.code is not None
+    assert chosen.generator is not None
+    return chosen.source, chosen.code.blob, chosen.code.size, chosen.code.claim, chosen.generator.blob

@@ -23,7 +23,7 @@ SELECTING: dict[str, Work] = {
     "evict": lambda fleet: fleet.evict(["poems", "poem"], max_error=0.95),
     "extract_vectors": lambda fleet: fleet.extract_vectors(["poems", "poem"], device="cpu", again=True),
     "export_bundle": lambda fleet: fleet.export_bundle(fleet.path.parent / "out.icm", ["poems", "poem"]),
-    "pin": lambda fleet: fleet.pin(["poems", "poem"]),
+    "edit": lambda fleet: fleet.edit(["poems", "poem"], pinned=True),
     "remove": lambda fleet: fleet.remove(["poems", "poem"]),
     "verify": lambda fleet: list(fleet.verify(["poems", "poem"])),
 }
@@ -74,7 +74,7 @@ def test_progress_never_goes_back_and_ends_at_the_total(learned: Fleet) -> None:
 
 def test_two_fleet_objects_see_what_the_other_one_did(fleet: Fleet) -> None:
     other = Fleet(str(fleet.path))
-    other.pin(["silent"])
+    other.edit(["silent"], pinned=True)
     assert fleet.show("silent").task.pinned
     fleet.remove(["rules"])
     assert [row.task.name for row in other.tasks()] == ["poems", "silent"]

@@ -73,6 +73,7 @@ def test_a_rank_is_the_largest_that_a_module_has(adapter: Path, tmp_path: Path) 
     assert done.size == (tmp_path / "out" / WEIGHTS).stat().st_size < done.before == (adapter / WEIGHTS).stat().st_size
 
 
+@pytest.mark.slow
 @with_files
 @given(size=st.integers(4500, 14000), dtype=st.sampled_from(["float32", "float16", "bfloat16"]))
 def test_the_reported_error_is_that_of_the_file(adapter: Path, tmp_path: Path, size: int, dtype: str) -> None:

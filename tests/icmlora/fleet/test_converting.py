@@ -67,6 +67,7 @@ def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
         torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("adapter_format", BOTH)
 @pytest.mark.parametrize("source", SOURCES)
 def test_a_converted_adapter_does_what_the_peft_folder_does(

@@ -15,6 +15,7 @@ from tests.icmlora.fleet.stores import TASKS, blob_of, code_blobs, files_of, is_
 from tests.icmlora.tiny_base import LABEL
 
 
+@pytest.mark.slow
 def test_the_report_has_the_sizes_of_the_files(fleet: Fleet) -> None:
     before = {row.task.name: row.code.size for row in fleet.tasks() if row.code is not None}
     report = fleet.encode(max_error=0.22)
@@ -23,12 +24,14 @@ def test_the_report_has_the_sizes_of_the_files(fleet: Fleet) -> None:
     assert {task.task: task.size for task in report.tasks} == sizes
 
 
+@pytest.mark.slow
 def test_every_code_meets_the_limit(fleet: Fleet) -> None:
     report = fleet.encode(max_error=0.22)
     assert [task.status for task in report.tasks] == ["encoded"] * 3
     assert all((task.relative_error or 1) <= 0.22 for task in report.tasks)
 
 
+@pytest.mark.slow
 def test_a_tighter_limit_makes_a_larger_code(fleet: Fleet) -> None:
     (coarse,) = fleet.encode(["poems"], max_error=0.55).tasks
     (fine,) = fleet.encode(["poems"], max_error=0.055).tasks
@@ -38,6 +41,7 @@ def test_a_tighter_limit_makes_a_larger_code(fleet: Fleet) -> None:
     assert fine.before == coarse.size
 
 
+@pytest.mark.slow
 def test_the_same_call_again_changes_no_byte(fleet: Fleet) -> None:
     fleet.encode(max_error=0.22)
     before = files_of(fleet.path)
@@ -86,6 +90,7 @@ def test_a_gain_cannot_be_measured_without_text(fleet: Fleet) -> None:
     assert task.reason == "it has no held-out text, so its retained gain cannot be measured"
 
 
+@pytest.mark.slow
 def test_a_code_is_refined_without_samples_too(fleet: Fleet) -> None:
     blobs = []
     for steps in (0, 2):
@@ -111,6 +116,7 @@ def test_refinement_can_be_stopped_while_the_model_still_writes_its_texts(fleet:
     assert (len(passes), code_blobs(fleet)["silent"]) == (3, encoded)
 
 
+@pytest.mark.slow
 def test_a_quality_refines_codes_that_are_coarser_than_plain_ones(fleet: Fleet) -> None:
     (plain,) = fleet.encode(["poems"], quality=5, refine=0).tasks
     (refined,) = fleet.encode(["poems"], quality=5, refine=2, device="cpu").tasks
@@ -142,6 +148,7 @@ def test_where_the_base_model_is_missing_a_quality_gives_plain_codes(fleet: Flee
     assert fleet.encode(["poems"], quality=6).tasks[0].status == "known"
 
 
+@pytest.mark.slow
 def test_a_generator_with_a_tolerance_of_its_own_has_no_quality(fleet: Fleet) -> None:
     fleet.train(tolerance=0.31, steps=2, device="cpu", refine=0, evaluate=False)
     with pytest.raises(DataError, match="a tolerance of its own") as error:
@@ -193,6 +200,7 @@ def test_a_new_code_forgets_what_was_measured_of_the_earlier_one(fleet: Fleet) -
     assert "code" not in {row.rung for row in fleet.show("poems").evaluations}
 
 
+@pytest.mark.slow
 def test_a_stopped_encode_is_continued_by_the_same_call(fleet: Fleet) -> None:
     with pytest.raises(Cancelled) as stopped:
         Fleet(fleet.path, on_event=stop_after(2, TaskEncoded)).encode(max_error=0.14)

@@ -10,6 +10,7 @@ from tests.icmlora.fleet.stores import blob_of, code_blobs, files_of
 SIZE = 500
 
 
+@pytest.mark.slow
 def test_every_code_has_at_most_the_bytes(fleet: Fleet) -> None:
     report = fleet.encode(size=SIZE)
     assert [(task.status, task.reason) for task in report.tasks] == [("encoded", None)] * 3
@@ -23,6 +24,7 @@ def test_more_bytes_make_it_more_accurate(fleet: Fleet) -> None:
     assert errors[-1] < errors[0]
 
 
+@pytest.mark.slow
 def test_the_same_size_again_changes_no_byte(fleet: Fleet) -> None:
     fleet.encode(size=SIZE)
     before = files_of(fleet.path)
@@ -39,6 +41,7 @@ def test_where_no_code_is_small_enough_the_smallest_is_stored_and_its_size_is_sa
     assert [line.status for line in fleet.encode(["poems"], size=20).tasks] == ["below"]
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize(("limit", "status"), [(0.9, "encoded"), (0.01, "below")])
 def test_another_limit_is_checked_as_well(fleet: Fleet, limit: float, status: str) -> None:
     (task,) = fleet.encode(["poems"], size=SIZE, max_error=limit).tasks
@@ -46,6 +49,7 @@ def test_another_limit_is_checked_as_well(fleet: Fleet, limit: float, status: st
     assert (task.size or 0) <= SIZE
 
 
+@pytest.mark.slow
 def test_so_is_the_retained_gain(learned: Fleet) -> None:
     for gain, status in ((0.01, "encoded"), (1.0, "below")):
         (task,) = learned.encode(["apples"], size=260, min_gain=gain, device="cpu").tasks

@@ -1,4 +1,4 @@
-"""`Fleet.evict`, `pin` and `unpin`: which originals go, what that frees, and why others stay."""
+"""`Fleet.evict`, and pinning: which originals go, what that frees, and why others stay."""
 
 from __future__ import annotations
 
@@ -55,6 +55,7 @@ def test_what_is_left_is_the_code(fleet: Fleet) -> None:
     assert (gone(fleet), is_sound(fleet)) == (["rules"], True)
 
 
+@pytest.mark.slow
 def test_the_report_names_the_code_that_is_left(fleet: Fleet) -> None:
     (task,) = fleet.evict(["rules"], max_error=0.7).tasks
     assert task.code_size == blob_of(fleet, code_blobs(fleet)["rules"]).stat().st_size
@@ -172,26 +173,26 @@ def test_a_dry_run_does_not_wait_for_a_job(fleet: Fleet) -> None:
 
 
 def test_a_pinned_task_that_is_named_makes_the_report_partial(fleet: Fleet) -> None:
-    fleet.pin(["silent", "SILENT"])
+    fleet.edit(["silent", "SILENT"], pinned=True)
     assert fleet.evict(max_error=0.7, dry_run=True).partly is False
     report = fleet.evict(["silent"], max_error=0.7)
     assert (report.tasks[0].status, report.partly, gone(fleet)) == ("pinned", True, [])
 
 
 def test_pinning_is_undone_by_unpinning(fleet: Fleet) -> None:
-    assert fleet.pin(["Silent", "poems"]).names == ["silent", "poems"]
+    assert [task.name for task in fleet.edit(["Silent", "poems"], pinned=True).tasks] == ["silent", "poems"]
     assert [row.task.name for row in fleet.tasks() if row.task.pinned] == ["poems", "silent"]
-    fleet.unpin(["silent", "poems"])
+    fleet.edit(["silent", "poems"], pinned=False)
     assert [task.task for task in fleet.evict(max_error=0.7).gone] == TASKS
 
 
 def test_pinning_what_is_evicted_says_so(fleet: Fleet) -> None:
     fleet.evict(["silent"], max_error=0.7)
-    assert fleet.pin(["silent", "poems"]).evicted == ["silent"]
+    assert fleet.edit(["silent", "poems"], pinned=True).evicted == ["silent"]
 
 
 def test_an_unknown_name_is_refused_with_the_closest(fleet: Fleet) -> None:
-    for work in (fleet.pin, fleet.unpin):
+    for pinned in (True, False):
         with pytest.raises(TaskNotFound) as error:
-            work(["rule"])
+            fleet.edit(["rule"], pinned=pinned)
         assert error.value.matches[0] == "rules"

@@ -22,6 +22,7 @@ def test_the_code_keeps_the_gain_and_is_smaller_than_that_of_the_training(learne
     assert task.size < task.before
 
 
+@pytest.mark.slow
 def test_the_gain_of_the_chosen_code_is_recorded_with_those_it_is_compared_to(learned: Fleet) -> None:
     (task,) = learned.encode(["apples"], min_gain=0.9, device="cpu").tasks
     rows = {row.rung: row for row in learned.show("apples").evaluations}
@@ -30,12 +31,14 @@ def test_the_gain_of_the_chosen_code_is_recorded_with_those_it_is_compared_to(le
     assert rows["original"].value < rows["code"].value < rows["base"].value
 
 
+@pytest.mark.slow
 def test_measuring_the_code_again_finds_the_same_gain(learned: Fleet) -> None:
     (task,) = learned.encode(["ships"], min_gain=0.9, device="cpu").tasks
     report = learned.evaluate(["ships"], sources=["code"], device="cpu", again=True)
     assert report.tasks[0].sources["code"].retained_gain == task.retained_gain
 
 
+@pytest.mark.slow
 def test_a_higher_gain_takes_a_larger_code(learned: Fleet) -> None:
     sizes = [learned.encode(["trains"], min_gain=gain, device="cpu").tasks[0].size for gain in (0.5, 0.97)]
     assert sizes[0] is not None
@@ -43,6 +46,7 @@ def test_a_higher_gain_takes_a_larger_code(learned: Fleet) -> None:
     assert sizes[0] < sizes[1]
 
 
+@pytest.mark.slow
 def test_a_gain_that_no_code_keeps_leaves_the_most_accurate_code(learned: Fleet) -> None:
     report = learned.encode(["apples"], min_gain=1.5, device="cpu")
     (task,) = report.tasks
@@ -51,6 +55,7 @@ def test_a_gain_that_no_code_keeps_leaves_the_most_accurate_code(learned: Fleet)
     assert learned.stats().fleets[0].short[0].task == "apples"
 
 
+@pytest.mark.slow
 def test_both_limits_hold_if_both_are_given(learned: Fleet) -> None:
     (task,) = learned.encode(["apples"], min_gain=0.5, max_error=0.14, device="cpu").tasks
     assert (task.relative_error or 1) <= 0.14
@@ -58,6 +63,7 @@ def test_both_limits_hold_if_both_are_given(learned: Fleet) -> None:
     assert task.retained_gain >= 0.5
 
 
+@pytest.mark.slow
 def test_the_same_call_again_measures_nothing_and_knows_the_gain(learned: Fleet) -> None:
     first = learned.encode(["apples"], min_gain=0.9, device="cpu").tasks[0]
     before = files_of(learned.path)
@@ -66,6 +72,7 @@ def test_the_same_call_again_measures_nothing_and_knows_the_gain(learned: Fleet)
     assert files_of(learned.path) == before
 
 
+@pytest.mark.slow
 def test_new_held_out_text_makes_a_known_code_unknown(learned: Fleet, learned_template: Path, tmp_path: Path) -> None:
     learned.encode(["apples"], min_gain=0.5, device="cpu")
     folder = tmp_path / "loras" / "apples"
@@ -92,6 +99,7 @@ def test_a_residual_brings_a_code_to_the_gain(learned: Fleet) -> None:
     assert rows["code"] < 0.97
 
 
+@pytest.mark.slow
 def test_refined_codes_keep_the_gain_too(learned: Fleet) -> None:
     (task,) = learned.encode(["trains"], min_gain=0.8, refine=3, device="cpu").tasks
     code = learned.show("trains").code
@@ -110,6 +118,7 @@ def test_without_the_base_model_every_code_stays(learned: Fleet) -> None:
     assert all(LABEL in str(task.reason) for task in report.short)
 
 
+@pytest.mark.slow
 def test_a_stop_within_the_search_records_nothing_of_the_task(learned: Fleet) -> None:
     before = code_blobs(learned)
 
@@ -124,6 +133,7 @@ def test_a_stop_within_the_search_records_nothing_of_the_task(learned: Fleet) ->
     assert is_sound(learned)
 
 
+@pytest.mark.slow
 def test_a_listener_hears_each_trial_before_the_task_is_done(learned: Fleet) -> None:
     heard: list[Event] = []
     Fleet(learned.path, on_event=heard.append).encode(["apples"], min_gain=0.9, device="cpu")

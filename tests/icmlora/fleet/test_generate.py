@@ -138,6 +138,7 @@ def test_a_folder_that_is_not_empty_is_refused_before_any_work(tmp_path: Path, s
         Fleet(tmp_path / "nowhere").generate("geese", samples, out, device="cpu")
 
 
+@pytest.mark.slow
 def test_a_stop_at_any_time_writes_nothing(able: Fleet, samples: Path, out: Path) -> None:
     heard: list[object] = []
     Fleet(able.path, on_event=heard.append).generate(

@@ -8,14 +8,20 @@ import pytest
 
 from icmlora import DataError, Fleet, LastCopy
 from registry.errors import GeneratorConflict, GeneratorNotFound
-from tests.icmlora.fleet.stores import TASKS, blob_of, code_blobs, damage, equal, files_of, has_blob, is_sound
+from tests.icmlora.fleet.stores import TASKS, blob_of, code_blobs, copy_of, damage, equal, files_of, has_blob, is_sound
+
+
+@pytest.fixture(scope="module")
+def twice_template(trained_template: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    store = tmp_path_factory.mktemp("twice") / "store"
+    copy_of(trained_template, store).train(device="cpu", steps=2, fresh=True, seed=3, refine=0, evaluate=False)
+    return store
 
 
 @pytest.fixture
-def twice(fleet: Fleet) -> Fleet:
+def twice(twice_template: Path, tmp_path: Path) -> Fleet:
     """The mixed fleet after a second training from scratch."""
-    fleet.train(device="cpu", steps=2, fresh=True, seed=3, refine=0, evaluate=False)
-    return fleet
+    return copy_of(twice_template, tmp_path / "store")
 
 
 def digests(fleet: Fleet) -> list[str]:
@@ -111,6 +117,7 @@ def test_a_generator_can_be_forgotten_by_its_record_but_once(twice: Fleet) -> No
         twice.forget_generator(record)
 
 
+@pytest.mark.slow
 def test_an_extended_generator_leaves_nothing_behind_that_an_evicted_task_needs(fleet: Fleet, tmp_path: Path) -> None:
     from tests.cli.tiny_fleet import write_lora
 

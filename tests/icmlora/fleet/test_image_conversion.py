@@ -63,6 +63,7 @@ def header(path: Path) -> dict[str, str]:
         return dict(file.metadata())
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize(("make", "pipeline", "target"), BOTH.values(), ids=BOTH)
 def test_a_converted_adapter_changes_each_weight_by_the_same(
     make: Maker, pipeline: Pipeline, target: str, tmp_path: Path
@@ -84,6 +85,7 @@ def test_both_spellings_of_comfyui_load_as_the_same_adapter(tmp_path: Path) -> N
     assert_equal(*deltas)
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("options", [{}, {"use_tucker": True}], ids=["plain", "tucker"])
 @pytest.mark.parametrize("target", ["kohya", "diffusers"])
 def test_locon_of_lycoris_changes_each_weight_by_the_same(
@@ -97,6 +99,7 @@ def test_locon_of_lycoris_changes_each_weight_by_the_same(
     assert_equal(wanted, {name: delta.reshape(wanted[name].shape) for name, delta in found.items()})
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("name", ["kohya-sd15-locon", "xlabs-flux", "comfyui-flux"])
 def test_a_converted_adapter_makes_the_same_image(name: str, tmp_path: Path) -> None:
     make, pipeline = TO_DIFFUSERS[name]
@@ -216,6 +219,7 @@ def test_an_unknown_model_is_refused(tmp_path: Path) -> None:
 # from a store
 
 
+@pytest.mark.slow
 def test_a_task_is_written_in_another_format_from_its_original_its_code_and_a_bundle(tmp_path: Path) -> None:
     for name in ("ants", "bees"):
         (tmp_path / "in").mkdir(exist_ok=True)

@@ -9,9 +9,11 @@ import pytest
 
 from icmlora import AdapterRefused, Cancelled, Event, Fleet, Progress, TaskConflict, UnsafeInput, load_adapter
 from icmlora.fleet.ingest.ingest import IngestReport, InputProblem, TaskIngested
+from icmlora.fleet.vectors.vectors import VectorsExtracted
 from tests.cli.fleet import write_texts
 from tests.cli.tiny_fleet import write_lora
 from tests.icmlora.fleet.stores import TASKS, blob_of, equal, files_of, is_sound, size_of, stop_after
+from tests.icmlora.tiny_base import write_tiny_base
 
 
 @pytest.fixture
@@ -58,10 +60,47 @@ def test_each_task_is_told_when_it_is_in_the_store(loras: Path, tmp_path: Path) 
 
 
 def test_only_tasks_whose_base_model_is_here_can_get_vectors(new: Fleet, loras: Path, base_folder: Path) -> None:
-    assert (report := new.ingest([loras])).without_vectors == TASKS
-    assert report.extractable == []
+    report = new.ingest([loras])
+    assert (report.without_vectors, report.vectors) == (TASKS, None)
     new.add_base_model("tiny/llama", base_folder)
-    assert new.ingest([loras]).extractable == TASKS
+    extracted = (again := new.ingest([loras])).vectors
+    assert extracted is not None
+    assert ([task.task for task in extracted.tasks], again.without_vectors) == (TASKS, [])
+
+
+def test_vectors_are_extracted_only_if_they_are_wanted(new: Fleet, loras: Path, base_folder: Path) -> None:
+    new.ingest([loras])
+    new.add_base_model("tiny/llama", base_folder)
+    report = new.ingest([loras], vectors=False)
+    assert (report.without_vectors, report.vectors) == (TASKS, None)
+
+
+def test_a_stopped_extraction_reports_what_was_ingested_and_extracted(
+    loras: Path, base_folder: Path, tmp_path: Path
+) -> None:
+    def stop(event: Event) -> None:
+        if isinstance(event, VectorsExtracted):
+            raise Cancelled
+
+    fleet = Fleet(tmp_path / "new", on_event=stop)
+    fleet.ingest([loras], vectors=False)
+    fleet.add_base_model("tiny/llama", base_folder)
+    with pytest.raises(Cancelled) as stopped:
+        fleet.ingest([loras])
+    report = stopped.value.report
+    assert isinstance(report, IngestReport)
+    assert report.vectors is not None
+    assert ([task.task for task in report.vectors.tasks], len(report.ingested)) == (TASKS[:1], 3)
+    assert report.without_vectors == TASKS[1:]
+
+
+def test_an_adapter_whose_vectors_cannot_be_extracted_is_ingested(new: Fleet, tmp_path: Path) -> None:
+    new.ingest([write_lora(tmp_path / "poems")])
+    new.add_base_model("tiny/llama", write_tiny_base(tmp_path / "base", hidden=64))
+    report = new.ingest([tmp_path / "poems"])
+    assert report.vectors is not None
+    assert [(failed.task, failed.kind) for failed in report.vectors.failed] == [("poems", "vectors")]
+    assert report.without_vectors == new.task_names() == ["poems"]
 
 
 def test_a_new_checkpoint_is_added_to_its_task(ingested: Fleet, loras: Path, tmp_path: Path) -> None:
@@ -179,7 +218,7 @@ def test_a_conflict_can_leave_the_task_as_it_is(fleet: Fleet, tmp_path: Path) ->
 
 def test_a_replaced_task_loses_its_code_and_vectors(fleet: Fleet, tmp_path: Path) -> None:
     other = write_lora(tmp_path / "other" / "poems", seed=99)
-    (task,) = fleet.ingest([other], on_conflict="replace").ingested
+    (task,) = fleet.ingest([other], on_conflict="replace", vectors=False).ingested
     details = fleet.show("poems")
     assert (task.status, details.code, details.vectors) == ("replaced", None, ())
     assert equal(fleet.load("poems"), load_adapter(other))
@@ -220,6 +259,7 @@ def test_an_ingest_that_is_stopped_at_once_leaves_an_empty_store(loras: Path, tm
     assert Fleet(tmp_path / "new").tasks() == []
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("name", ["two words", "größe ✓ 倉庫", "what?#frag%20&mode=ro", 'it\'s "quoted"'])
 def test_a_store_may_have_any_path(loras: Path, tmp_path: Path, name: str) -> None:
     fleet = Fleet(str(tmp_path / name / "store"))

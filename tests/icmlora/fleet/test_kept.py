@@ -155,6 +155,7 @@ def test_the_bill_counts_extras_once_and_with_the_code(fleet: Fleet) -> None:
     assert tasks["headed"].size == tasks["headed"].codes_and_vectors_size + tasks["headed"].extras_bytes
 
 
+@pytest.mark.slow
 def test_a_fleet_is_complete_if_every_task_has_a_code_that_can_have_one(fleet: Fleet) -> None:
     bill = fleet.stats()
     (of_base,) = bill.fleets
@@ -174,6 +175,7 @@ def test_a_list_says_why_there_is_no_code(fleet: Fleet) -> None:
     assert row_of(fleet, "diverged").final.does_nothing
 
 
+@pytest.mark.slow
 def test_training_leaves_out_what_has_no_code_and_says_why(fleet: Fleet) -> None:
     (trained,) = fleet.train(device="cpu", steps=2, fresh=True, refine=0, evaluate=False).trained
     assert sorted(trained.left_out) == WITHOUT_CODE
@@ -207,6 +209,7 @@ def test_what_has_no_code_is_never_evicted(fleet: Fleet, kept: Path, out: Path) 
     assert is_sound(fleet)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_without_a_code_is_never_evicted(fleet: Fleet, kept: Path, tmp_path: Path) -> None:
     write_lora(tmp_path / "run", seed=40)
     shutil.copytree(kept / "diverged", tmp_path / "run" / "checkpoint-10")
@@ -347,6 +350,7 @@ def test_a_bundle_brings_no_file_that_does_not_come_with_an_adapter(bundle: Path
     assert not {"out", "other"} & {path.name for path in tmp_path.iterdir()}
 
 
+@pytest.mark.slow
 def test_the_original_of_an_imported_task_can_be_ingested(bundle: Path, kept: Path, tmp_path: Path) -> None:
     other = Fleet(tmp_path / "other")
     other.import_bundle(bundle)
@@ -380,6 +384,7 @@ def test_an_adapter_without_a_base_model_is_kept_and_says_what_is_missing(tmp_pa
     assert "--base-model" in (row.final.original_only or "")
 
 
+@pytest.mark.slow
 def test_base_models_without_a_task_that_can_have_a_code_do_not_stop_training(fleet: Fleet, tmp_path: Path) -> None:
     write_lora(tmp_path / "in" / "nameless", base_model_name_or_path=None)
     fleet.ingest([tmp_path / "in"])

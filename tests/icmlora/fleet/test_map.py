@@ -36,6 +36,7 @@ def test_the_context_view_needs_no_adapter(learned: Fleet) -> None:
     assert (report.view, len(report.map.tasks)) == ("context", 3)
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("clusters", [1, 2, 3])
 def test_the_number_of_clusters_can_be_chosen(learned: Fleet, clusters: int) -> None:
     found = learned.task_map(clusters=clusters).map.clusters

@@ -13,7 +13,7 @@ from icmlora.fleet.write.materialize import Source, TooLossy
 from tests.icmlora.fleet.stores import blob_of, code_blobs, damage, equal, files_of
 
 WEIGHTS = "adapter_model.safetensors"
-ALL: tuple[Source, ...] = ("original", "residual", "code", "generate")
+ALL: tuple[Source, ...] = ("original", "residual", "code", "recalled")
 
 
 @pytest.fixture
@@ -69,7 +69,7 @@ def test_the_sources_come_closer_to_the_original_one_after_the_other(layered: Fl
         found = updates(layered.load("rules", source=source))
         return sum(float((found[name] - original[name]).square().sum()) for name in original)
 
-    assert 0 < error("residual") < error("code") < error("generate")
+    assert 0 < error("residual") < error("code") < error("recalled")
 
 
 def test_the_reported_error_is_that_of_the_adapter(fleet: Fleet, out: Path) -> None:
@@ -110,9 +110,13 @@ def test_nothing_is_claimed_of_a_sampled_adapter(fleet: Fleet, out: Path) -> Non
 
 @pytest.mark.parametrize("source", ["original", "residual", "code"])
 def test_a_seed_for_what_is_not_sampled_is_refused(layered: Fleet, out: Path, source: Source) -> None:
-    with pytest.raises(DataError, match="has nothing to sample"):
+    with pytest.raises(DataError, match="--seed needs --source network or auto"):
         layered.materialize("rules", out, source=source, seed=1)
     assert not out.exists()
+
+
+def test_a_source_may_be_named_as_before(fleet: Fleet) -> None:
+    assert fleet.read_files("poems", source="generate") == fleet.read_files("poems", source="recalled")
 
 
 def test_an_unknown_source_is_refused(fleet: Fleet, out: Path) -> None:
@@ -143,7 +147,7 @@ def test_an_evicted_original_is_an_error_that_says_how_to_get_it_back(fleet: Fle
     [
         ("code", "task 'poems' has no code", "run `icm train` to make one"),
         ("residual", "task 'poems' has no code", "run `icm train` to make one"),
-        ("generate", "there is no generator for task 'poems'", "run `icm train` to make one"),
+        ("recalled", "there is no generator for task 'poems'", "run `icm train` to make one"),
     ],
 )
 def test_before_a_training_there_is_only_the_original(ingested: Fleet, source: Source, fact: str, hint: str) -> None:
@@ -158,6 +162,7 @@ def test_a_code_without_a_residual_says_what_makes_one(fleet: Fleet) -> None:
     assert "icm encode --residual" in str(error.value.hint)
 
 
+@pytest.mark.slow
 def test_a_task_that_came_after_the_training_needs_an_update(fleet: Fleet, loras: Path) -> None:
     fleet.ingest([loras / "silent"], name="twin")
     with pytest.raises(DataError, match="task 'twin' has no code") as error:
@@ -181,7 +186,7 @@ def test_a_missing_store_is_not_created(tmp_path: Path, out: Path) -> None:
     assert not (tmp_path / "nowhere").exists()
 
 
-@pytest.mark.parametrize("source", ["code", "generate"])
+@pytest.mark.parametrize("source", ["code", "recalled"])
 def test_an_adapter_above_the_limit_is_refused(fleet: Fleet, out: Path, source: Source) -> None:
     with pytest.raises(TooLossy, match=r"but the limit is 0\.032"):
         fleet.materialize("poems", out, source=source, max_error=0.032)
@@ -237,7 +242,7 @@ def test_an_empty_folder_and_missing_parents_are_fine(fleet: Fleet, tmp_path: Pa
 
 def test_reading_changes_no_byte_of_the_store(fleet: Fleet, tmp_path: Path) -> None:
     before = files_of(fleet.path)
-    for source in ("original", "code", "generate"):
+    for source in ("original", "code", "recalled"):
         fleet.materialize("poems", tmp_path / source, source=source)  # type: ignore[arg-type]
         fleet.load("poems", source=source)  # type: ignore[arg-type]
     assert files_of(fleet.path) == before

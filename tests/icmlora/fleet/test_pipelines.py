@@ -48,7 +48,7 @@ def test_new_ones_are_ingested_next_to_it(images: Fleet, image_template: Path) -
     images.remove(["pear"])
     report = images.ingest([image_template / "loras"])
     assert "pear" in {task.task for task in report.ingested}
-    assert (report.extractable, report.without_vectors) == ([], [])
+    assert (report.vectors, report.without_vectors) == (None, [])
 
 
 def test_the_store_is_listed_verified_and_billed_as_ever(images: Fleet, image_template: Path) -> None:

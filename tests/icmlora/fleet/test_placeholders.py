@@ -112,6 +112,7 @@ def test_checkpoints_alone_can_give_way(fleet: Fleet, own_loras: Path) -> None:
     assert names_in(own_loras / "poems" / "checkpoint-20") == {PLACEHOLDER_NAME}
 
 
+@pytest.mark.slow
 def test_a_task_that_was_evicted_before_gives_way_too(fleet: Fleet, own_loras: Path) -> None:
     fleet.evict(["rules"], max_error=0.7)
     (task,) = fleet.evict(["rules"], max_error=0.7, placeholder=True).tasks
@@ -149,7 +150,7 @@ def test_a_code_that_misses_the_limit_leaves_the_folder(fleet: Fleet, own_loras:
 
 
 def test_a_pinned_task_is_not_touched(fleet: Fleet, own_loras: Path) -> None:
-    fleet.pin(["rules"])
+    fleet.edit(["rules"], pinned=True)
     assert fleet.evict(["rules"], placeholder=True, keep_originals=True).tasks[0].status == "pinned"
     assert WEIGHTS in names_in(own_loras / "rules")
 
@@ -291,6 +292,7 @@ def test_tokenizers_that_the_store_has_give_way_and_changed_ones_stay(fleet: Fle
     assert names_in(folder) == {PLACEHOLDER_NAME, "tokenizer_config.json"}
 
 
+@pytest.mark.slow
 def test_a_pickle_gives_way_if_the_store_has_what_was_made_of_it(fleet: Fleet, tmp_path: Path) -> None:
     folder = write_lora(tmp_path / "odes", seed=8)
     torch.save(load_file(folder / WEIGHTS), folder / "adapter_model.bin")

@@ -39,6 +39,7 @@ def pickle_weights(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_pickled_adapter_is_kept_as_safetensors(new: Fleet, tmp_path: Path) -> None:
     before = load_file(write_lora(tmp_path / "a" / "odes") / WEIGHTS)
     pickle_weights(tmp_path / "a" / "odes")
@@ -56,6 +57,7 @@ def test_a_pickled_adapter_is_kept_as_safetensors(new: Fleet, tmp_path: Path) ->
     assert load_adapter(tmp_path / "out").modules
 
 
+@pytest.mark.slow
 def test_ingesting_a_pickle_again_changes_nothing(new: Fleet, tmp_path: Path) -> None:
     pickle_weights(write_lora(tmp_path / "a" / "odes"))
     new.ingest([tmp_path / "a"], read_bin=True)
@@ -63,12 +65,14 @@ def test_ingesting_a_pickle_again_changes_nothing(new: Fleet, tmp_path: Path) ->
     assert [(task.task, task.status) for task in report.ingested] == [("odes", "known")]
 
 
+@pytest.mark.slow
 def test_a_dry_run_converts_and_stores_nothing(new: Fleet, tmp_path: Path) -> None:
     pickle_weights(write_lora(tmp_path / "odes"))
     report = new.ingest([tmp_path / "odes"], read_bin=True, dry_run=True)
     assert ([task.status for task in report.ingested], new.path.exists()) == (["added"], False)
 
 
+@pytest.mark.slow
 def test_checkpoints_may_be_pickles(new: Fleet, tmp_path: Path) -> None:
     for step in (5, 10):
         pickle_weights(write_lora(tmp_path / "run" / f"checkpoint-{step}", seed=step))
@@ -92,6 +96,7 @@ def test_a_hostile_pickle_costs_only_itself(new: Fleet, tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.slow
 def test_strict_stores_nothing_where_a_pickle_is_hostile(new: Fleet, tmp_path: Path) -> None:
     write_lora(tmp_path / "loras" / "plain")
     evil = pickle_weights(write_lora(tmp_path / "loras" / "evil"))
@@ -101,6 +106,7 @@ def test_strict_stores_nothing_where_a_pickle_is_hostile(new: Fleet, tmp_path: P
     assert not new.path.exists()
 
 
+@pytest.mark.slow
 def test_names_in_a_pickle_are_checked_as_in_safetensors(new: Fleet, tmp_path: Path) -> None:
     odd = pickle_weights(write_lora(tmp_path / "odd"))
     torch.save({"a\x1b[2J/../b": torch.ones(1)}, odd / "adapter_model.bin")

@@ -71,6 +71,7 @@ def test_without_vectors_there_is_no_map(tmp_path: Path, loras: Path, page: Path
     assert (done.maps, done.quality, "Task map" in page.read_text()) == ([], None, False)
 
 
+@pytest.mark.slow
 def test_damaged_vectors_cost_the_map_and_nothing_else(learned: Fleet, page: Path) -> None:
     damage(blob_of(learned, learned.show("ships").vectors[0].blob))
     done = learned.report(page)
@@ -115,6 +116,7 @@ def test_without_a_store_there_is_no_page(tmp_path: Path, page: Path) -> None:
     assert not page.exists()
 
 
+@pytest.mark.slow
 def test_a_page_without_outputs_needs_no_torch(learned: Fleet, page: Path) -> None:
     code = f"from icmlora import Fleet; Fleet({str(learned.path)!r}).report({str(page)!r})"
     assert not {"torch", "transformers", "matplotlib"} & {name.partition(".")[0] for name in modules_after(code)}

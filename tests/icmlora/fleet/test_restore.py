@@ -127,7 +127,7 @@ def test_a_dry_run_says_the_same_and_writes_nothing(fleet: Fleet, own_loras: Pat
 
 def test_a_task_with_another_name_by_now_is_found_by_its_digests(fleet: Fleet, own_loras: Path) -> None:
     keep(fleet, "rules")
-    fleet.rename("rules", "law")
+    fleet.edit(["rules"], name="law")
     (done,) = fleet.restore([own_loras]).adapters
     assert (done.status, done.source) == ("restored", "original")
 
@@ -148,6 +148,7 @@ def test_a_folder_may_have_moved(fleet: Fleet, own_loras: Path, tmp_path: Path) 
     assert files_of(tmp_path / "moved") == before
 
 
+@pytest.mark.slow
 def test_a_placeholder_may_be_given_itself(fleet: Fleet, own_loras: Path) -> None:
     keep(fleet, "rules", "silent")
     report = fleet.restore([own_loras / "rules" / PLACEHOLDER_NAME])
@@ -344,6 +345,7 @@ def test_tokenizers_come_back_with_it(fleet: Fleet, tmp_path: Path) -> None:
     assert files_of(folder) == before
 
 
+@pytest.mark.slow
 def test_a_pickle_comes_back_as_safetensors_and_that_is_said(fleet: Fleet, tmp_path: Path) -> None:
     folder = write_lora(tmp_path / "odes", seed=8)
     before = load_file(folder / WEIGHTS)
@@ -381,6 +383,7 @@ def test_an_adapter_in_a_single_file_has_a_placeholder_of_its_name(
 # And again
 
 
+@pytest.mark.slow
 def test_what_came_from_a_code_is_not_ingested_as_another_adapter(fleet: Fleet, own_loras: Path) -> None:
     lose(fleet)
     fleet.restore([own_loras])

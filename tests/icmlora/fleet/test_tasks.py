@@ -81,13 +81,15 @@ def test_reading_changes_no_byte(fleet: Fleet) -> None:
 
 def test_without_a_store_nothing_is_created(tmp_path: Path) -> None:
     fleet = Fleet(tmp_path / "nowhere")
-    for work in (fleet.tasks, lambda: fleet.show("poems"), lambda: fleet.remove(["poems"]), lambda: fleet.pin(["x"])):
+    edit, remove = lambda: fleet.edit(["x"], pinned=True), lambda: fleet.remove(["poems"])
+    for work in (fleet.tasks, lambda: fleet.show("poems"), remove, edit):
         with pytest.raises(StoreNotFound) as error:
             work()
         assert "icm ingest" in str(error.value.hint)
     assert not fleet.path.exists()
 
 
+@pytest.mark.slow
 def test_a_plan_says_what_goes_and_what_would_be_lost(fleet: Fleet) -> None:
     fleet.evict(["silent"], max_error=0.7)
     poems, silent = fleet.plan_removal(["poems", "silent", "POEMS"])

@@ -34,6 +34,7 @@ def test_every_code_is_told_and_then_the_generator(mixed: Path) -> None:
     assert [event.task for event in told if isinstance(event, CodeMade)] == TASKS
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(mixed: Path, tmp_path: Path) -> None:
     digests = [
         copy_of(mixed, tmp_path / f"copy{number}")
@@ -57,6 +58,7 @@ def test_a_base_model_without_tasks_is_refused(ingested: Fleet) -> None:
         ingested.train(device="cpu", base_model="tiny/lama", refine=0, evaluate=False)
 
 
+@pytest.mark.slow
 def test_only_the_chosen_base_model_is_trained(ingested: Fleet, tmp_path: Path) -> None:
     ingested.ingest([write_lora(tmp_path / "alien", base_model_name_or_path="acme/elsewhere")])
     report = ingested.train(device="cpu", base_model="acme/elsewhere", steps=2, refine=0, evaluate=False)
@@ -77,6 +79,7 @@ def test_a_quality_out_of_range_is_refused(ingested: Fleet) -> None:
     assert ingested.generators() == []
 
 
+@pytest.mark.slow
 def test_a_higher_quality_has_smaller_errors(ingested: Fleet) -> None:
     ingested.train(device="cpu", steps=2, quality=1, refine=0, evaluate=False)
     coarse = {row.task.name: row.code.squared_error for row in ingested.tasks() if row.code and row.code.squared_error}
@@ -85,6 +88,7 @@ def test_a_higher_quality_has_smaller_errors(ingested: Fleet) -> None:
     assert all(fine[name] < coarse[name] for name in TASKS)
 
 
+@pytest.mark.slow
 def test_training_again_starts_from_the_current_generator(trained: Path) -> None:
     heard: list[Event] = []
     fleet = Fleet(trained, on_event=heard.append)
@@ -94,6 +98,7 @@ def test_training_again_starts_from_the_current_generator(trained: Path) -> None
     assert [event for event in heard if isinstance(event, Continued)] == [Continued(LABEL, 1, 0)]
 
 
+@pytest.mark.slow
 def test_a_fresh_training_has_no_parent(trained: Path) -> None:
     heard: list[Event] = []
     fleet = Fleet(trained, on_event=heard.append)
@@ -102,6 +107,7 @@ def test_a_fresh_training_has_no_parent(trained: Path) -> None:
     assert not any(isinstance(event, Continued) for event in heard)
 
 
+@pytest.mark.slow
 def test_a_stopped_training_leaves_no_generator(ingested: Fleet) -> None:
     with pytest.raises(Cancelled) as stopped:
         Fleet(ingested.path, on_event=stop_after(3, StepDone)).train(
@@ -124,6 +130,7 @@ def test_a_resumed_training_makes_the_generator_of_an_undisturbed_one(mixed: Pat
     assert [event for event in heard if isinstance(event, Resumed)] == [Resumed(LABEL, 4)]
 
 
+@pytest.mark.slow
 def test_a_stopped_training_can_be_started_over(ingested: Fleet) -> None:
     with pytest.raises(Cancelled):
         Fleet(ingested.path, on_event=stop_after(2, StepDone)).train(
@@ -133,6 +140,7 @@ def test_a_stopped_training_can_be_started_over(ingested: Fleet) -> None:
     assert trained.metrics["resumed_from"] == 0
 
 
+@pytest.mark.slow
 def test_a_stop_while_encoding_keeps_the_earlier_generator_and_its_codes(trained: Path) -> None:
     fleet = Fleet(trained)
     before = code_blobs(fleet)
@@ -141,6 +149,7 @@ def test_a_stop_while_encoding_keeps_the_earlier_generator_and_its_codes(trained
     assert (code_blobs(fleet), len(fleet.generators()), is_sound(fleet)) == (before, 1, True)
 
 
+@pytest.mark.slow
 def test_a_stop_while_encoding_loses_no_code_and_changes_none(mixed: Path, tmp_path: Path) -> None:
     undisturbed = copy_of(mixed, tmp_path / "copy")
     undisturbed.train(device="cpu", steps=STEPS, refine=0, evaluate=False)
@@ -164,6 +173,7 @@ def test_training_refuses_to_leave_an_evicted_task_without_a_code(fleet: Fleet) 
     assert "--restore" in str(error.value.hint)
 
 
+@pytest.mark.slow
 def test_a_task_that_cannot_be_encoded_is_left_out_by_name(ingested: Fleet, tmp_path: Path) -> None:
     ingested.ingest([write_lora(tmp_path / "flat", alpha=1e-38)])
     (trained,) = ingested.train(device="cpu", steps=2, refine=0, evaluate=False).trained
@@ -182,6 +192,7 @@ def test_a_few_shot_start_is_stored_with_the_generator_and_changes_no_code(
     assert version.record.start_size == blob_of(after, version.record.start).stat().st_size
 
 
+@pytest.mark.slow
 def test_a_new_generator_has_no_few_shot_start(started: Path) -> None:
     (trained,) = Fleet(started).train(device="cpu", steps=2, refine=0, evaluate=False).trained
     assert trained.start_dropped

@@ -28,6 +28,7 @@ def wider(fleet: Fleet, tmp_path: Path) -> Fleet:
     return fleet
 
 
+@pytest.mark.slow
 def test_only_the_new_task_gets_a_code(larger: Fleet) -> None:
     before = code_blobs(larger)
     report = larger.update(device="cpu", steps=2, refine=0, evaluate=False)
@@ -35,6 +36,7 @@ def test_only_the_new_task_gets_a_code(larger: Fleet) -> None:
     assert {name: digest for name, digest in code_blobs(larger).items() if name != "odes"} == before
 
 
+@pytest.mark.slow
 def test_the_report_has_the_sizes_of_the_files(larger: Fleet) -> None:
     (updated,) = larger.update(device="cpu", steps=2, refine=0, evaluate=False).updated
     assert updated.codes_size == blob_of(larger, code_blobs(larger)["odes"]).stat().st_size
@@ -42,6 +44,7 @@ def test_the_report_has_the_sizes_of_the_files(larger: Fleet) -> None:
     assert (updated.base_model, updated.left_out) == (LABEL, {})
 
 
+@pytest.mark.slow
 def test_a_generator_that_covers_the_new_task_is_kept(larger: Fleet) -> None:
     (before,) = larger.generators()
     (updated,) = larger.update(device="cpu", steps=2, refine=0, evaluate=False).updated
@@ -64,6 +67,7 @@ def test_without_a_new_task_no_byte_changes(fleet: Fleet) -> None:
     assert files_of(fleet.path) == before
 
 
+@pytest.mark.slow
 def test_a_task_that_is_not_covered_gets_a_network_of_its_own(wider: Fleet) -> None:
     before = {name: wider.load(name, source="code") for name in TASKS}
     (updated,) = wider.update(device="cpu", steps=4, refine=0, evaluate=False).updated
@@ -72,6 +76,7 @@ def test_a_task_that_is_not_covered_gets_a_network_of_its_own(wider: Fleet) -> N
     assert [version.networks for version in wider.generators()] == [1, 2]
 
 
+@pytest.mark.slow
 def test_evicted_tasks_are_no_obstacle(larger: Fleet) -> None:
     larger.evict(TASKS, max_error=0.7)
     before = larger.load("rules")
@@ -79,6 +84,7 @@ def test_evicted_tasks_are_no_obstacle(larger: Fleet) -> None:
     assert equal(larger.load("rules"), before)
 
 
+@pytest.mark.slow
 def test_a_smaller_tolerance_gives_a_smaller_error(larger: Fleet) -> None:
     larger.update(device="cpu", steps=2, tolerance=0.01, refine=0, evaluate=False)
     code = larger.show("odes").code
@@ -108,6 +114,7 @@ def test_a_base_model_without_a_generator_is_told_first_and_the_others_are_updat
         larger.update(device="cpu", base_model="zeta/elsewhere", refine=0, evaluate=False)
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("count", [1, 3])
 def test_a_stopped_update_changes_nothing_and_the_next_one_finishes(wider: Fleet, count: int) -> None:
     before, versions = code_blobs(wider), wider.generators()

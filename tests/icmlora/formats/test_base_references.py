@@ -53,6 +53,7 @@ def reference(given_tensor: RawTensor) -> Reference | None:
     return reference_to("embed.weight", BASE, given_tensor)
 
 
+@pytest.mark.slow
 @given(st.dictionaries(NAMES, RECORDS, max_size=5))
 def test_a_record_comes_back(references: dict[str, Reference]) -> None:
     assert parse_references(pack_references(references)) == references
@@ -115,6 +116,7 @@ JSON = st.recursive(
 )
 
 
+@pytest.mark.slow
 @given(st.dictionaries(st.text(max_size=8) | NAMES, JSON | st.tuples(NAMES, NAMES, JSON, DIGESTS), min_size=1))
 def test_a_record_is_read_as_it_would_be_written_or_refused(fields: dict[str, object]) -> None:
     try:

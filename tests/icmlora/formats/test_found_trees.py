@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from icmlora.errors import AdapterRefused
 from icmlora.formats.discovery.discovery import Discovery, find_adapters
 from icmlora.formats.discovery.folder import load_adapter, save_adapter
-from icmlora.formats.discovery.task_names import best_step, step_of, telling_folder
+from icmlora.formats.discovery.task_names import best_step, naming_folder, step_of
 from registry.names import task_name_problem
 from tests.icmlora.adapter_files import adapter as in_memory
 from tests.icmlora.adapter_files import config, factors, key, write_adapter
@@ -22,7 +22,7 @@ from tests.icmlora.small_fleet import make_adapter
 Trees = dict[str, tuple[list[int], bool]]
 TREES: st.SearchStrategy[Trees] = st.dictionaries(
     st.from_regex(r"[a-z][a-z0-9-]{0,6}[a-z]", fullmatch=True).filter(
-        lambda name: task_name_problem(name) is None and telling_folder(Path("/runs") / name).name == name
+        lambda name: task_name_problem(name) is None and naming_folder(Path("/runs") / name).name == name
     ),
     st.tuples(st.lists(st.integers(0, 999), max_size=3, unique=True), st.booleans()).filter(lambda run: any(run)),
     min_size=1,

@@ -161,6 +161,7 @@ def test_factors_are_named_as_their_weight_and_have_its_widths(saved: RunnableAd
     assert shapes["blk.1.ffn_down.weight.lora_a"] == (8, 64)
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("base", [TINY, PLAIN], ids=lambda base: base.architecture)
 @given(data=st.data())
 def test_any_ranks_and_heads_survive_the_way(
@@ -184,6 +185,7 @@ def test_any_ranks_and_heads_survive_the_way(
         torch.testing.assert_close(found, made.b @ made.a, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("name", list(MODELS))
 def test_names_and_rows_come_back_from_llama_cpps_to_those_of_transformers(name: str, tmp_path: Path) -> None:
     adapted(write_model(name, tmp_path / "base"), tmp_path / "peft")

@@ -84,6 +84,7 @@ def test_what_is_written_is_read_by_the_library(make: Maker, tmp_path: Path) -> 
     assert_equal(dw_of(path), dw_of(written(path, tmp_path, dtype="float32")))
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize(("make", "pipeline"), BY_DIFFUSERS.values(), ids=BY_DIFFUSERS)
 def test_what_is_written_is_read_by_diffusers(make: Maker, pipeline: Callable[[], Any], tmp_path: Path) -> None:
     path = make(tmp_path)
@@ -91,6 +92,7 @@ def test_what_is_written_is_read_by_diffusers(make: Maker, pipeline: Callable[[]
     assert_equal(dw_by_diffusers(path, pipeline()), dw_by_diffusers(out, pipeline()))
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("name", ["sd15-peft", "sdxl-lora", "flux-xlabs", "flux-comfyui"])
 def test_what_is_written_gives_the_same_image(name: str, tmp_path: Path) -> None:
     make, pipeline = BY_DIFFUSERS[name]
@@ -110,6 +112,7 @@ def test_dora_keeps_its_magnitudes(tmp_path: Path) -> None:
     assert np.abs(image(one) - image(other)).max() <= 1 / 255
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize(("algo", "method"), [("loha", "LoHa"), ("lokr", "LoKr"), ("glora", "GLoRA"), ("boft", "OFT")])
 def test_other_methods_of_lycoris_are_kept_as_they_are(algo: str, method: str, tmp_path: Path) -> None:
     path = lycoris_file(tmp_path / "x.safetensors", tiny_sd15().unet, algo=algo)

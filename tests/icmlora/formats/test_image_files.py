@@ -38,6 +38,7 @@ def test_a_tiny_pipeline_paints_the_same_image_each_time(make: Any) -> None:
     assert np.array_equal(image(make()), image(make()))
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("names", ["peft", "lora", "processor"])
 @pytest.mark.parametrize("kind", ["sd15", "sdxl"])
 def test_diffusers_reads_every_generation_of_its_names_alike(kind: str, names: Any, tmp_path: Path) -> None:
@@ -48,6 +49,7 @@ def test_diffusers_reads_every_generation_of_its_names_alike(kind: str, names: A
     assert all(torch.equal(other[name], today[name]) for name in today)
 
 
+@pytest.mark.slow
 def test_without_the_note_in_the_header_alpha_is_taken_for_the_rank(tmp_path: Path) -> None:
     noted = dw_by_diffusers(diffusers_file(tmp_path / "noted", tiny_sd15(), rank=4, alpha=8), tiny_sd15())
     bare = dw_by_diffusers(diffusers_file(tmp_path / "bare", tiny_sd15(), rank=4, alpha=8, metadata=False), tiny_sd15())
@@ -111,6 +113,7 @@ LYCORIS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("options", LYCORIS.values(), ids=LYCORIS)
 def test_a_file_of_lycoris_does_in_lycoris_what_is_computed_of_it(options: dict[str, Any], tmp_path: Path) -> None:
     path = lycoris_file(tmp_path / "file.safetensors", tiny_sd15().unet, dtype=torch.float32, **options)

@@ -51,6 +51,7 @@ def converted(file: Path, target: str, rank: int) -> tuple[Path, AdapterConverte
     return out, done
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("options", METHODS.values(), ids=METHODS)
 @torch.no_grad()
 def test_dw_is_what_the_network_adds_to_each_layer(options: dict[str, Any], tmp_path: Path) -> None:
@@ -74,6 +75,7 @@ def test_dw_is_what_the_network_adds_to_each_layer(options: dict[str, Any], tmp_
         assert float((added - wanted).norm()) <= 1e-4 * float(wanted.norm()), name
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("target", ["kohya", "diffusers", "lycoris"])
 @pytest.mark.parametrize("name", ["loha", "lokr-factor"])
 def test_a_rank_costs_what_it_says(name: str, target: str, tmp_path: Path) -> None:
@@ -102,12 +104,14 @@ def load(weights: bytes) -> dict[str, torch.Tensor]:
     }
 
 
+@pytest.mark.slow
 def test_a_higher_rank_is_never_worse(tmp_path: Path) -> None:
     file, *_ = trained(tmp_path / "x.safetensors", algo="loha")
     errors = [sum(error for error, _ in low_rank(file.read_bytes(), rank).errors.values()) for rank in (1, 2, 4, 8, 16)]
     assert errors == sorted(errors, reverse=True)
 
 
+@pytest.mark.slow
 def test_the_image_of_a_high_rank_is_that_of_the_network(tmp_path: Path) -> None:
     pipeline, other = tiny_sd15(), tiny_sd15()
     file, _, pipeline.unet = trained(tmp_path / "x.safetensors", algo="lokr", factor=4)

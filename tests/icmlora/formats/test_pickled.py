@@ -67,6 +67,7 @@ def test_tensors_come_through_exactly(tmp_path: Path, zipped: bool) -> None:
     assert all(torch.equal(found[name], tensor) and found[name].dtype == tensor.dtype for name, tensor in given.items())
 
 
+@pytest.mark.slow
 def test_the_bytes_are_those_that_icm_would_write_and_the_header_says_what_it_was_made_from(tmp_path: Path) -> None:
     source = saved(tmp_path, {"b": torch.ones(2), "a": torch.zeros(3, dtype=torch.int64)})
     with PickleReader() as reader:
@@ -88,6 +89,7 @@ def test_code_in_a_pickle_is_not_run(tmp_path: Path) -> None:
     assert (refused.value.kind, refused.value.path, mark.exists()) == ("pickle", str(source), False)
 
 
+@pytest.mark.slow
 def test_a_bare_pickle_that_runs_code_is_not_run(tmp_path: Path) -> None:
     mark = tmp_path / "ran"
     with pytest.raises(UnsafeInput, match="runs code"):
@@ -114,11 +116,13 @@ def test_only_tensors_by_name_count(found: Any) -> None:
     assert pickle_child._plain(found, torch) is None
 
 
+@pytest.mark.slow
 def test_anything_but_tensors_by_name_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UnsafeInput, match="other things than tensors by name"):
         converted(saved(tmp_path, {"a": {"b": torch.ones(1)}}))
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("data", [b"", b"PK\x03\x04" + bytes(40)], ids=["empty", "zip"])
 def test_damage_is_refused(tmp_path: Path, data: bytes) -> None:
     with pytest.raises(UnsafeInput, match="damaged"):
@@ -143,6 +147,7 @@ def test_a_process_that_hangs_is_ended(tmp_path: Path) -> None:
         converted(saved(tmp_path, factors()), limits)
 
 
+@pytest.mark.slow
 def test_a_pickle_cannot_take_more_memory_than_its_size_allows(tmp_path: Path) -> None:
     # A storage that unpacks to a thousand times its size.
     source = tmp_path / "adapter_model.bin"
@@ -157,6 +162,7 @@ def test_a_pickle_cannot_take_more_memory_than_its_size_allows(tmp_path: Path) -
     assert refused.value.kind == "limits"
 
 
+@pytest.mark.slow
 def test_a_view_far_larger_than_its_storage_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UnsafeInput, match="far larger than the file"):
         converted(saved(tmp_path, {"a": torch.ones(1).expand(1 << 40)}))
@@ -181,6 +187,7 @@ def torch_zip(folder: Path, data: bytes) -> Path:
 # Many of them
 
 
+@pytest.mark.slow
 def test_a_pickle_that_is_stopped_does_not_take_the_next_one_with_it(tmp_path: Path) -> None:
     (tmp_path / "good").mkdir()
     endless, good = never_ending(tmp_path), saved(tmp_path / "good", factors())
@@ -191,6 +198,7 @@ def test_a_pickle_that_is_stopped_does_not_take_the_next_one_with_it(tmp_path: P
     assert load_file(tmp_path / "out").keys() == factors().keys()
 
 
+@pytest.mark.slow
 def test_after_a_hanging_process_was_ended_the_next_pickle_is_read(tmp_path: Path) -> None:
     source = saved(tmp_path, factors())
     with PickleReader(PickleLimits(wall_seconds=0, seconds=0)) as reader:

@@ -16,10 +16,10 @@ from icmlora.formats.discovery.task_names import (
     is_generic,
     name_chain,
     names_above,
+    naming_folder,
     plain_name,
     run_folder,
     step_of,
-    telling_folder,
 )
 from registry.names import MAX_NAME, task_name_problem
 
@@ -42,23 +42,23 @@ NAMES = [
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_name_that_says_what_lies_there_is_passed_over(name: str) -> None:
-    assert telling_folder(Path("/runs/rust") / name) == Path("/runs/rust")
+    assert naming_folder(Path("/runs/rust") / name) == Path("/runs/rust")
 
 
 @pytest.mark.parametrize(
     "name", ["rust", "final-fantasy", "output1", "best_", "-", "checkpoint-80", "adapter.v2", "lo"]
 )
 def test_any_other_name_is_the_tasks(name: str) -> None:
-    assert telling_folder(Path("/runs/rust") / name) == Path("/runs/rust") / name
+    assert naming_folder(Path("/runs/rust") / name) == Path("/runs/rust") / name
 
 
 def test_the_nearest_folder_that_says_something_counts() -> None:
-    assert telling_folder(Path("/runs/rust/output/final_adapter")) == Path("/runs/rust")
+    assert naming_folder(Path("/runs/rust/output/final_adapter")) == Path("/runs/rust")
 
 
 @pytest.mark.parametrize("folder", ["/adapter", "/output/adapter"])
 def test_where_no_folder_says_anything_the_name_is_its_own(folder: str) -> None:
-    assert telling_folder(Path(folder)) == Path(folder)
+    assert naming_folder(Path(folder)) == Path(folder)
 
 
 @pytest.mark.parametrize("repository", ["models--acme--rust", "models--rust", "models--acme--sub--rust"])

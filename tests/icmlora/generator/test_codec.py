@@ -29,6 +29,7 @@ from tests.icmlora.small_fleet import (
 )
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("tolerance", [0.5, 0.11, 0.012, 1e-3, 1e-6])
 @pytest.mark.parametrize("task", [0, 1, 2])
 def test_a_code_keeps_its_tolerance_for_every_rank_and_kind(task: int, tolerance: float) -> None:
@@ -77,6 +78,7 @@ def test_a_smaller_tolerance_takes_more_bytes() -> None:
     assert sizes[0] < sizes[-1]
 
 
+@pytest.mark.slow
 @settings(max_examples=20)
 @given(seed=st.integers(0, 10**6), rank=st.integers(1, 4), sizes=st.tuples(*[st.integers(150, 2000)] * 2))
 def test_more_bytes_never_make_a_worse_code(seed: int, rank: int, sizes: tuple[int, int]) -> None:
@@ -183,6 +185,7 @@ def test_encoding_does_not_change_the_generator() -> None:
     assert all(torch.equal(before[name], tensor) for name, tensor in under.generator.net.state_dict().items())
 
 
+@pytest.mark.slow
 def test_training_longer_on_adapters_that_can_be_predicted_makes_their_codes_smaller() -> None:
     fleet = mixed_fleet()
     state = begin(fleet, 120)

@@ -56,6 +56,7 @@ def test_code_and_residual_keep_the_limits_for_every_rank_and_kind(task: int, li
         assert [module.name for module in decoded.modules] == [module.name for module in adapter.modules]
 
 
+@pytest.mark.slow
 @settings(max_examples=20)
 @given(seed=st.integers(0, 10**6), rank=st.integers(1, 4), exponent=st.integers(-9, 9), tolerance=st.floats(0.05, 0.9))
 def test_adapters_unlike_the_fleet_keep_the_limit_too(seed: int, rank: int, exponent: int, tolerance: float) -> None:
@@ -98,6 +99,7 @@ def test_slots_that_the_code_left_out_come_back() -> None:
     assert ranks[0] < ranks[1] <= ranks[2]
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("limit", [0.2, 0.02, 1e-4])
 @pytest.mark.parametrize("task", TASKS)
 def test_a_residual_beside_a_code_with_an_initial_a_keeps_the_limit(task: int, limit: float) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from tests.cli.tiny_fleet import icm_quietly
 from tests.icmlora.tiny_base import LABEL
+from tests.shared import built_once
 
 
 @dataclass(frozen=True)
@@ -29,12 +30,13 @@ def folder_bytes(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="session")
 def served_template(trained_template: Path, mixed_template: Path, tmp_path_factory: pytest.TempPathFactory) -> Served:
-    folder = tmp_path_factory.mktemp("served")
-    store, bundle = folder / "store", folder / "fleet.icm"
-    shutil.copytree(trained_template, store)
-    icm_quietly(store, "evict", "poems", "--max-error", "10")
-    icm_quietly(store, "export", bundle)
-    return Served(store, bundle, mixed_template / "base")
+    def build(folder: Path) -> None:
+        shutil.copytree(trained_template, folder / "store")
+        icm_quietly(folder / "store", "evict", "poems", "--max-error", "10")
+        icm_quietly(folder / "store", "export", folder / "fleet.icm")
+
+    folder = built_once(tmp_path_factory, "served", build)
+    return Served(folder / "store", folder / "fleet.icm", mixed_template / "base")
 
 
 @pytest.fixture

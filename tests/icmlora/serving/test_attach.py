@@ -81,6 +81,7 @@ def test_there_is_one_adapter_however_many_were_attached(served_template: Served
     assert list(model.peft_config) == [SLOT]
 
 
+@pytest.mark.slow
 def test_the_memory_of_tensors_does_not_grow(served_template: Served, model: Any) -> None:
     def bytes_of_tensors() -> int:
         gc.collect()

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from icmlora import Fleet, load_adapter
-from icmlora.serving.tasks import BundleTasks, ServedTasks, open_tasks
+from icmlora.serving.tasks import ServedTasks, open_tasks
 from tests.icmlora.serving.conftest import Served, folder_bytes
 
 
@@ -33,7 +33,10 @@ def test_a_task_is_found_by_its_exact_name(tasks: ServedTasks) -> None:
 
 @given(st.text())
 def test_any_text_may_be_asked_for(served_template: Served, name: str) -> None:
-    for source in (open_tasks(served_template.store, None, command="t"), BundleTasks(served_template.bundle)):
+    for source in (
+        open_tasks(served_template.store, None, command="t"),
+        open_tasks(None, served_template.bundle, command="t"),
+    ):
         found = source.find(name)
         assert found is None or found.name == name
 
@@ -50,7 +53,7 @@ def test_the_written_folder_is_that_of_materialize(served: Served, tmp_path: Pat
 
 def test_a_bundle_alone_gives_the_adapter_of_the_store(served_template: Served, tmp_path: Path) -> None:
     for number, source in enumerate(
-        (open_tasks(served_template.store, None, command="t"), BundleTasks(served_template.bundle))
+        (open_tasks(served_template.store, None, command="t"), open_tasks(None, served_template.bundle, command="t"))
     ):
         found = source.find("poems")  # evicted: the store has its code alone
         assert found is not None
@@ -85,7 +88,7 @@ def test_a_bundle_that_was_replaced_is_not_served(served: Served, tmp_path: Path
 
     copy = tmp_path / "copy.icm"
     copy.write_bytes(served.bundle.read_bytes())
-    tasks = BundleTasks(copy)
+    tasks = open_tasks(None, copy, command="t")
     found = tasks.find("poems")
     assert found is not None
     tasks.write(found, tmp_path / "before")

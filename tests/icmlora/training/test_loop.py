@@ -36,12 +36,14 @@ def run(state: TrainState, fleet: MemoryAdapterSource) -> list[float]:
     return [at.bits for at in fit(state, fleet)]
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("sets", [0, 2])
 def test_training_lowers_the_bits_of_a_fleet_of_mixed_ranks_and_kinds(sets: int) -> None:
     bits = run(begin(mixed_fleet(sets), 60), mixed_fleet(sets))
     assert sum(bits[-15:]) < 0.9 * sum(bits[:15])
 
 
+@pytest.mark.slow
 def test_initial_as_that_are_known_lower_the_bits() -> None:
     known, plain = (run(begin(fleet, 30), fleet) for fleet in (peft_fleet(), replace(peft_fleet(), initials=())))
     assert sum(known) < 0.8 * sum(plain)
@@ -63,6 +65,7 @@ def test_each_step_is_reported_once_with_its_parts() -> None:
     assert all(0 < at.latent_bits + at.norm_bits + at.token_bits <= at.bits for at in steps)
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("stop", [0, 1, 7, 11, 12])
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(stop: int) -> None:
     whole = begin(mixed_fleet(), 12)
@@ -207,6 +210,7 @@ def test_a_module_larger_than_a_step_should_see_is_seen_alone(monkeypatch: pytes
     assert len(some_modules(make_adapter(0).modules, Random(0))) == 1
 
 
+@pytest.mark.slow
 def test_parts_of_large_adapters_train_a_network_nearly_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
     fleet = mixed_fleet(0)
     whole, part = begin(fleet, 60), begin(fleet, 60)

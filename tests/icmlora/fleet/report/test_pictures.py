@@ -51,6 +51,7 @@ def by_diffusers(file: Path, prompt: str, seed: int) -> Pixels:
     return np.asarray(np.rint(image * 255), np.uint8)
 
 
+@pytest.mark.slow
 def test_original_and_code_draw_what_diffusers_draws_with_their_files(
     images: Fleet, drawn: Callable[..., tuple[ReportSummary, str]], image_template: Path, tmp_path: Path
 ) -> None:
@@ -78,6 +79,7 @@ def test_prompts_are_what_the_header_notes(drawn: Callable[..., tuple[ReportSumm
     assert '<blockquote dir="auto">pear, red, on a table</blockquote>' in page
 
 
+@pytest.mark.slow
 def test_prompts_of_a_file_and_more_seeds_are_more_rows(
     drawn: Callable[..., tuple[ReportSummary, str]], tmp_path: Path
 ) -> None:
@@ -87,10 +89,12 @@ def test_prompts_of_a_file_and_more_seeds_are_more_rows(
     assert len(re.findall("<img ", page)) == 2 * 3 * 3
 
 
+@pytest.mark.slow
 def test_the_same_store_gives_the_same_page(drawn: Callable[..., tuple[ReportSummary, str]]) -> None:
     assert drawn("pear", seeds=1)[1] == drawn("pear", seeds=1)[1]
 
 
+@pytest.mark.slow
 def test_an_evicted_original_leaves_base_model_and_code(
     images: Fleet, drawn: Callable[..., tuple[ReportSummary, str]]
 ) -> None:
@@ -100,6 +104,7 @@ def test_an_evicted_original_leaves_base_model_and_code(
     assert [found.prompt for found in made.prompts] == ["pear, red, on a table"]
 
 
+@pytest.mark.slow
 def test_a_residual_has_a_column_of_its_own(images: Fleet, drawn: Callable[..., tuple[ReportSummary, str]]) -> None:
     images.encode(["pear"], residual=True, max_error=0.05, device="cpu")
     (made,) = drawn("pear")[0].pictures

@@ -53,6 +53,7 @@ def test_a_known_initial_a_makes_the_code_smaller_at_the_same_tolerance(task: in
     assert len(shorter) < 0.9 * len(plain)
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("tolerance", [0.5, 0.11, 1e-3, 1e-6])
 @pytest.mark.parametrize("task", TASKS)
 def test_the_tolerance_is_kept_whatever_is_known(task: int, tolerance: float) -> None:
@@ -63,6 +64,7 @@ def test_the_tolerance_is_kept_whatever_is_known(task: int, tolerance: float) ->
         assert encoded.squared_error == squared_error(adapter, peft_codec().decode(encoded.data))
 
 
+@pytest.mark.slow
 @settings(max_examples=20)
 @example(seed=0, exponent=9, tolerance=0.05, moved=0.0)
 @example(seed=0, exponent=-9, tolerance=0.05, moved=1e-4)

@@ -37,6 +37,7 @@ def test_the_seed_is_found_though_training_moved_a_by_half_its_length(seed: int,
     assert {module.shape for module in found.modules} == set(made.adapter.layout)
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("seed", [42, 3407, 9999, 123456])
 def test_the_seeds_that_people_take_are_tried(seed: int) -> None:
     assert seed in SEEDS

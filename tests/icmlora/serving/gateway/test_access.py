@@ -22,6 +22,7 @@ ADMINISTRATION = [
 ]
 
 
+@pytest.mark.slow
 def test_a_client_needs_the_token(start: StartGateway, engine: StubEngine) -> None:
     gateway = start(token="secret")
     for given in (
@@ -38,6 +39,7 @@ def test_a_client_needs_the_token(start: StartGateway, engine: StubEngine) -> No
     assert answer.status_code == 200
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("path", ["/v1/models", "/v1/models/rules", "/metrics", "/sleep"])
 def test_nothing_but_the_probes_is_open_without_the_token(start: StartGateway, path: str) -> None:
     assert start(token="secret").client.get(path).status_code == 401
@@ -68,6 +70,7 @@ def test_without_tokens_the_clients_own_goes_to_the_engine(gateway: Gateway, eng
     assert engine.headers["authorization"] == "Bearer mine"
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("method", ["GET", "POST", "PUT", "DELETE"])
 def test_the_engines_administration_is_out_of_reach(gateway: Gateway, engine: StubEngine, method: str) -> None:
     host, port = gateway.url.removeprefix("http://").split(":")
@@ -99,6 +102,7 @@ def test_a_body_that_never_arrives_ends(start: StartGateway) -> None:
         assert connection.recv(65536).startswith(b"HTTP/1.1 408")
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b"null", b'"rules"', b"\xff", b"[" * 100_000, b'{"model": NaNs}'])
 def test_a_body_that_is_no_json_object_is_refused(gateway: Gateway, body: bytes) -> None:
     answer = gateway.client.post("/v1/completions", content=body)

@@ -142,6 +142,7 @@ def test_an_answer_of_known_length_that_is_cut_is_not_passed_off_as_whole(start:
         assert error_of(gateway.ask("base")) == (502, "engine_died")
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize(
     ("answer", "code"),
     [
@@ -162,6 +163,7 @@ def test_what_is_no_engine_is_no_engine(start: StartGateway, answer: bytes, code
         assert error_of(start(engine_url=url).ask("rules")) == (502, code)
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize(
     ("answer", "reason"),
     [

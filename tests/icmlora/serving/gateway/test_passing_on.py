@@ -29,6 +29,7 @@ def test_the_second_request_finds_it_loaded(gateway: Gateway, engine: StubEngine
     assert (gateway.metric("icm_adapter_hits_total"), gateway.metric("icm_adapter_misses_total")) == (2, 1)
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize(
     "path", ["/v1/completions", "/v1/embeddings", "/v1/responses", "/v1/messages", "/v1/score", "/tokenize", "/pooling"]
 )
@@ -100,6 +101,7 @@ def test_a_client_that_leaves_before_the_answer_begins_takes_its_request_with_it
     wait_for(lambda: gateway.metric('icm_requests_total{route="/v1/completions",status="499"}') == 1)
 
 
+@pytest.mark.slow
 def test_a_slow_reader_slows_the_engine_down(gateway: Gateway, engine: StubEngine) -> None:
     sent = 0
 

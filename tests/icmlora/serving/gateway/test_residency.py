@@ -18,7 +18,7 @@ from icmlora.errors import CodeError
 from icmlora.serving.folders import AdapterFolders
 from icmlora.serving.gateway import residency
 from icmlora.serving.gateway.server import GatewaySettings
-from icmlora.serving.tasks import ServedTask, StoreTasks, open_tasks
+from icmlora.serving.tasks import ServedTask, ServedTasks, open_tasks
 from tests.cli.tiny_fleet import icm_quietly, write_lora
 from tests.icmlora.serving.conftest import Served, folder_bytes
 from tests.icmlora.serving.gateway.gateways import Gateway, StartGateway, running_gateway, wait_for
@@ -28,13 +28,13 @@ from tests.icmlora.serving.gateway.stub_engine import StubEngine
 @pytest.fixture
 def slow_writing(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     """Writing adapters waits for this event."""
-    go, write = threading.Event(), StoreTasks.write
+    go, write = threading.Event(), ServedTasks.write
 
-    def wait(self: StoreTasks, task: ServedTask, directory: Path) -> None:
+    def wait(self: ServedTasks, task: ServedTask, directory: Path) -> None:
         assert go.wait(120)
         write(self, task, directory)
 
-    monkeypatch.setattr(StoreTasks, "write", wait)
+    monkeypatch.setattr(ServedTasks, "write", wait)
     return go
 
 
@@ -127,14 +127,14 @@ def test_a_full_disk_makes_an_idle_adapter_go(
 ) -> None:
     gateway = start()
     assert gateway.ask("rules").status_code == 200
-    write = StoreTasks.write
+    write = ServedTasks.write
 
-    def write_if_alone(self: StoreTasks, task: ServedTask, directory: Path) -> None:
+    def write_if_alone(self: ServedTasks, task: ServedTask, directory: Path) -> None:
         if engine.adapters:  # less than the limit, and yet no space: others fill the disk
             raise OSError(errno.ENOSPC, "No space left on device")
         write(self, task, directory)
 
-    monkeypatch.setattr(StoreTasks, "write", write_if_alone)
+    monkeypatch.setattr(ServedTasks, "write", write_if_alone)
     assert gateway.ask("poems").status_code == 200
     assert (engine.unloads, sorted(engine.adapters)) == (["rules"], ["poems"])
 
@@ -143,7 +143,7 @@ def test_a_full_disk_without_an_idle_adapter_is_said(start: StartGateway, monkey
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(StoreTasks, "write", full)
+    monkeypatch.setattr(ServedTasks, "write", full)
     answer = start().ask("poems")
     assert (answer.status_code, answer.json()["error"]["code"]) == (503, "no_room")
 
@@ -168,6 +168,7 @@ def test_a_task_waits_for_room_while_all_adapters_are_in_use(start: StartGateway
     assert (engine.loads, engine.gone) == (["rules", "poems"], [])
 
 
+@pytest.mark.slow
 def test_an_old_version_makes_room_once_its_requests_have_ended(
     start: StartGateway, engine: StubEngine, served: Served, tmp_path: Path
 ) -> None:
@@ -187,6 +188,7 @@ def test_an_old_version_makes_room_once_its_requests_have_ended(
     assert engine.gone == []
 
 
+@pytest.mark.slow
 def test_an_adapter_with_requests_in_flight_stays(
     start: StartGateway, engine: StubEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -236,6 +238,7 @@ def test_an_adapter_is_unloaded_before_its_folder_is_deleted(
     assert seen == [False]
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("kind", ["vllm", "sglang"])
 def test_a_task_that_was_replaced_is_loaded_anew(
     start: StartGateway, engine: StubEngine, served: Served, tmp_path: Path, kind: Any
@@ -255,6 +258,7 @@ def test_a_task_that_was_replaced_is_loaded_anew(
     assert engine.gone == []
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("kind", ["vllm", "sglang"])
 def test_requests_in_flight_keep_the_version_that_they_began_with(
     start: StartGateway, engine: StubEngine, served: Served, tmp_path: Path, kind: Any
@@ -277,6 +281,7 @@ def test_requests_in_flight_keep_the_version_that_they_began_with(
     assert engine.gone == []
 
 
+@pytest.mark.slow
 def test_a_version_that_comes_back_while_it_is_still_in_use_is_kept(
     start: StartGateway, engine: StubEngine, served: Served, tmp_path: Path
 ) -> None:
@@ -337,7 +342,7 @@ def test_a_bundle_that_is_replaced_is_read_anew(
 def test_a_warm_task_reads_no_store(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
     gateway.ask("rules")
     monkeypatch.setattr("icmlora.serving.gateway.catalogue._UNSETTLED", float("inf"))
-    monkeypatch.setattr(StoreTasks, "find", lambda self, name: pytest.fail("the store was read"))
+    monkeypatch.setattr(ServedTasks, "find", lambda self, name: pytest.fail("the store was read"))
     assert gateway.ask("rules").status_code == 200
 
 
@@ -352,15 +357,15 @@ def test_a_warm_task_answers_while_the_store_cannot_be_read(gateway: Gateway, se
 def test_a_task_that_changes_while_it_is_written_is_written_again(
     gateway: Gateway, engine: StubEngine, served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write, calls = StoreTasks.write, []
+    write, calls = ServedTasks.write, []
 
-    def change_first(self: StoreTasks, task: ServedTask, directory: Path) -> None:
+    def change_first(self: ServedTasks, task: ServedTask, directory: Path) -> None:
         if not calls:
             Fleet(served.store).ingest([write_lora(tmp_path / "rules", seed=5)], on_conflict="replace")
         calls.append(task.key)
         write(self, task, directory)
 
-    monkeypatch.setattr(StoreTasks, "write", change_first)
+    monkeypatch.setattr(ServedTasks, "write", change_first)
     assert gateway.ask("rules").status_code == 200
     assert len(set(calls)) == 2
     assert engine.adapters["rules"].endswith(calls[1])
@@ -474,15 +479,15 @@ def test_sglang_would_ignore_a_part_of_an_adapter_so_the_gateway_refuses_it(
 def failing(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The tasks whose first writing fails."""
     failed: list[str] = []
-    write = StoreTasks.write
+    write = ServedTasks.write
 
-    def fail_first(self: StoreTasks, task: ServedTask, directory: Path) -> None:
+    def fail_first(self: ServedTasks, task: ServedTask, directory: Path) -> None:
         if task.name not in failed:
             failed.append(task.name)
             raise CodeError("the code is damaged")
         write(self, task, directory)
 
-    monkeypatch.setattr(StoreTasks, "write", fail_first)
+    monkeypatch.setattr(ServedTasks, "write", fail_first)
     return failed
 
 

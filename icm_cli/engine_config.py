@@ -1,61 +1,31 @@
-"""`icm serve-config`: print how to start an engine that serves the tasks."""
+"""`icm serve --print-config`: how to start an engine that serves the tasks."""
 
 from __future__ import annotations
 
 import shlex
-from typing import TYPE_CHECKING, Annotated, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
-import typer
-
-from icm_cli.options import FromOpt, completing
-from icm_cli.session import Session, command
+from icm_cli.session import Session
 from icmlora.io.text import counted
 
 if TYPE_CHECKING:
     from icmlora.serving.launch import Launch
 
-EngineArg = Annotated[
-    Literal["vllm", "sglang"], typer.Argument(metavar="vllm|sglang", help="The engine.", show_default=False)
-]
-ServedBaseOpt = Annotated[
-    str | None,
-    typer.Option(
-        "--base-model",
-        metavar="NAME",
-        help="The base model to serve, if there are several.",
-        autocompletion=completing("base"),
-        show_default=False,
-    ),
-]
-GatewayOpt = Annotated[
-    bool, typer.Option("--gateway", help="Put `icm serve` in front of vLLM instead of using the plug-in.")
-]
+Engine = Literal["vllm", "sglang"]
 
 
-@command
-def serve_config(
-    session: Session,
-    engine: EngineArg,
-    bundle: FromOpt = None,
-    base_model: ServedBaseOpt = None,
-    gateway: GatewayOpt = False,
+def print_config(
+    session: Session, engine: Engine, bundle: Path | None, base_model: str | None, *, gateway: bool
 ) -> None:
-    """Print the environment and the command line that start an engine with the tasks of the store as its models.
-
-    vLLM asks the plug-in of icm for a task when a request names it. SGLang cannot, so `icm serve` goes in front of it.
-    Stdout is shell, ready to be pasted. Notes are on stderr: where the base model is missing, and which tasks this
-    engine cannot serve.
-
-    Example:
-      icm serve-config vllm
-    """
-    from icmlora.serving.launch import LaunchRequest, plan_launch
+    """Print the environment and the command line that start an engine with the tasks of a store or a bundle."""
+    from icmlora.serving.launch import plan_launch
     from icmlora.serving.tasks import open_tasks
 
     bundle = None if bundle is None else bundle.resolve()
     store = None if bundle is not None else session.settings.store.value.resolve()
     tasks = open_tasks(store, bundle, command=session.command, lock_timeout=session.settings.lock_timeout.value)
-    launch = plan_launch(tasks, LaunchRequest(engine, store, bundle, base_model, gateway))
+    launch = plan_launch(tasks, engine, store, bundle, base_model=base_model, gateway=gateway)
     _tell(session, engine, launch, is_bundle=bundle is not None)
 
 

@@ -1,9 +1,9 @@
-"""`icm formats`: list the formats of adapters that icm reads and writes."""
+"""`icm convert --list-formats`: the formats of adapters that icm reads and writes."""
 
 from __future__ import annotations
 
 from icm_cli.output import Column
-from icm_cli.session import Session, command
+from icm_cli.session import Session
 
 _COLUMNS = (
     Column("format"),
@@ -14,17 +14,8 @@ _COLUMNS = (
 )
 
 
-@command
-def formats(session: Session) -> None:
-    """List the formats of adapters.
-
-    READ says whether `icm ingest` takes the format, CODE whether its adapters can have codes. WRITTEN FROM lists the
-    formats whose adapters `icm materialize --format` and `icm convert --format` write in it. Converting image adapters
-    needs the extra `diffusion`, converting from and to gguf the configuration of the base model.
-
-    Example:
-      icm formats
-    """
+def list_formats(session: Session) -> None:
+    """Print which formats `icm ingest` reads, which `icm materialize` and `icm convert` write, and from which."""
     from icmlora.fleet.write.format_pairs import written_from
     from icmlora.formats import catalogue
 

@@ -1,0 +1,67 @@
+"""After adapters were ingested: which of them lack task vectors, and those that can be extracted here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from icmlora.errors import (
+    AdapterRefused,
+    BaseModelMismatch,
+    BaseModelNotFound,
+    BaseModelUnsuited,
+    Cancelled,
+    DataError,
+)
+from icmlora.fleet.context import Context, TaskFailed, locate_base
+from icmlora.formats.catalogue import format_named
+
+if TYPE_CHECKING:
+    from icmlora.fleet.ingest.ingest import IngestReport
+    from registry.store import Store
+
+
+def note_missing_vectors(store: Store | None, report: IngestReport) -> list[str]:
+    """Note which of the ingested tasks lack vectors but could have some; return whose base model is on this machine."""
+    if store is None:
+        return []
+    could = [task for task in report.ingested if task.original_only is None]
+    names = {task.task for task in could if not format_named(task.format).is_for_images}
+    base_models = {name: store.tasks.get(name).base_model for name in store.tasks.without_vectors() if name in names}
+    can_run = {label: _can_run(store, label) for label in set(base_models.values())}
+    report.without_vectors = [name for name, label in base_models.items() if can_run[label] is not False]
+    # Those of a base model that cannot be run are tried too: that says why. Who wants an original back waits for no
+    # vectors: those that the task has are kept, and one that had none before has none now.
+    names -= {task.task for task in could if task.restored and not task.new}
+    return [name for name, label in base_models.items() if can_run[label] is not None and name in names]
+
+
+def _can_run(store: Store, label: str) -> bool | None:
+    """Say whether icm can run a base model; None if it is not on this machine."""
+    from icmlora.base_models.catalogue import modality_of
+
+    try:
+        modality_of(locate_base(store, label))
+    except BaseModelNotFound:
+        return None
+    except BaseModelUnsuited:
+        return False
+    return True
+
+
+def extract(context: Context, report: IngestReport, tasks: Sequence[str], device: str) -> None:
+    """Extract the vectors of tasks. What fails is noted: the adapters are in the store by now."""
+    from icmlora.fleet.vectors.vectors import VectorReport, extract_vectors  # imports torch
+
+    try:
+        report.vectors = extract_vectors(context, tasks, device=device)
+    except (BaseModelMismatch, DataError, AdapterRefused) as error:  # of the only task
+        failure = TaskFailed(tasks[0], "vectors", error.message, error.hint)
+        report.vectors = VectorReport(failed=[failure])
+        context.on_event(failure)
+    except Cancelled as stop:
+        report.vectors = stop.report if isinstance(stop.report, VectorReport) else VectorReport()
+        raise
+    finally:
+        done = set() if report.vectors is None else {entry.task for entry in report.vectors.tasks}
+        report.without_vectors = [task for task in report.without_vectors if task not in done]

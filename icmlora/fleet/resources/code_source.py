@@ -1,0 +1,203 @@
+"""Where codes are: an open store, or an open bundle. Whatever needs codes is written once, for both.
+
+A bundle answers with the rows that a store would have after `icm import`. Never imports torch by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING, Literal, Protocol
+
+from icmlora.adapter.layout import ModuleShape
+from icmlora.fleet.context import Context, has_loaders, locate_base
+from icmlora.formats.format import Template
+from registry.errors import DamagedStore
+from registry.filters import Selection
+from registry.records import AdapterRecord, CodeRecord, EvaluationRecord, GeneratorRecord, TaskRecord
+
+if TYPE_CHECKING:
+    import torch
+
+    from icmlora.adapter.model import Adapter
+    from icmlora.base_models.finding.lookup import FoundBase
+    from icmlora.base_models.modality import BaseModel
+    from icmlora.fleet.resources.decoding import OriginalForm
+    from icmlora.fleet.resources.stored_vectors import ComparableVectors
+    from icmlora.generator.versions import GeneratorFile
+    from registry.store import Store
+
+Decoded = Literal["residual", "code", "recalled", "network"]
+
+
+class CodeSource(Protocol):
+    """An open store or bundle: its rows, the bytes that they name, and what is made of both.
+
+    Attributes:
+        name: "store" or "bundle".
+        better: How to get better codes, as a hint.
+        takes_claims: Whether limits are held against what a bundle claims of its codes.
+    """
+
+    name: str
+    better: str
+    takes_claims: bool
+
+    @property
+    def any_row(self) -> bool:
+        """Whether samples may have any form, because a loader of the user's reads them."""
+
+    def find(self, name: str) -> TaskRecord | None:
+        """Return the task of a name, in any case, or None."""
+
+    def get(self, name: str) -> TaskRecord:
+        """Return the task of a name, in any case; raises if there is none."""
+
+    def names(self, base_model: str | None = None) -> list[str]:
+        """Return the names of all tasks, or of those of one base model, sorted."""
+
+    def final(self, task: str) -> AdapterRecord:
+        """Return the final adapter of a task."""
+
+    def finals(self, base_model: str) -> Iterator[AdapterRecord]:
+        """Yield the final adapters of the tasks of a base model."""
+
+    def having(self, weights: str, config: str) -> list[AdapterRecord]:
+        """Return the adapters with these digests; several tasks may have one."""
+
+    def generator(self, base_model: str) -> GeneratorRecord | None:
+        """Return the current generator of a base model."""
+
+    def code(self, task: str, generator: GeneratorRecord) -> CodeRecord | None:
+        """Return the code of a task under a generator."""
+
+    def measured(self, task: TaskRecord, source: Decoded, generator: GeneratorRecord) -> EvaluationRecord | None:
+        """Return how a source of a task does; None if nobody measured it here."""
+
+    def read(self, digest: str) -> bytes:
+        """Return bytes that a row names, checked."""
+
+    def generator_file(self, generator: GeneratorRecord) -> GeneratorFile:
+        """Open a generator to decode with; raises if anything is damaged that belongs to it."""
+
+    def form(self, adapter: AdapterRecord) -> OriginalForm:
+        """Read the form and the extras of an original; its weights need not be there."""
+
+    def recalled(self, final: AdapterRecord, generator: GeneratorRecord) -> CodeRecord | None:
+        """Return the code of the known task recognized from a task's vectors; None if none is."""
+
+    def predict(self, final: AdapterRecord, generator: GeneratorRecord, seed: int | None) -> Adapter:
+        """Predict the adapter of a task from its vectors, with the network alone."""
+
+    def base_models(self) -> Mapping[str, tuple[str, ...]]:
+        """Return all names of each base model, by its main name."""
+
+    def locate(self, base_model: str) -> FoundBase:
+        """Find a base model on this machine; raises `BaseModelNotFound`."""
+
+    def context_vectors(self, base_model: str | None) -> tuple[str, ComparableVectors]:
+        """Return a base model, by default the only one with vectors, and the context vectors of its tasks."""
+
+    def open_base(self, label: str, device: torch.device, dtype: torch.dtype, extractor: str | None) -> BaseModel:
+        """Load a base model as the vectors of an extractor were made with it."""
+
+
+def template_of(adapter: AdapterRecord, config: bytes) -> Template:
+    """Return the form of an original as its row has it, with its configuration."""
+    return Template(config, tuple(ModuleShape(*entry) for entry in adapter.layout), adapter.dtype, adapter.template)
+
+
+OpenCodes = Callable[[], AbstractContextManager[CodeSource]]
+"""Opens a store or a bundle for one piece of work."""
+
+
+@contextmanager
+def open_store(context: Context, *, read_only: bool = True) -> Iterator[StoreCodes]:
+    """Open the store of a context as a source of codes."""
+    with context.open(read_only=read_only) as store:
+        yield StoreCodes(store, context)
+
+
+class StoreCodes:
+    """The codes of an open store."""
+
+    name = "store"
+    better = "`--source original` is exact; `icm train` with a higher --quality makes better codes"
+    takes_claims = False
+
+    def __init__(self, store: Store, context: Context) -> None:
+        self._store, self._context = store, context
+        tasks = store.tasks
+        self.find, self.get, self.final, self.having = tasks.find, tasks.get, tasks.final, tasks.having
+        self.read, self.generator = store.blobs.read, store.generators.current
+
+    @property
+    def any_row(self) -> bool:
+        """Whether a base model has a loader."""
+        return has_loaders(self._store)
+
+    def names(self, base_model: str | None = None) -> list[str]:
+        """Return the names of all tasks, or of those of one base model, sorted."""
+        return self._store.tasks.names(Selection(base_model=base_model))
+
+    def finals(self, base_model: str) -> Iterator[AdapterRecord]:
+        """Yield the final adapters of the tasks of a base model."""
+        return (row.final for row in self._store.tasks.summaries(Selection(base_model=base_model)))
+
+    def code(self, task: str, generator: GeneratorRecord) -> CodeRecord | None:
+        """Return the code of a task under a generator."""
+        return self._store.codes.get(task, generator.id)
+
+    def measured(self, task: TaskRecord, source: Decoded, generator: GeneratorRecord) -> EvaluationRecord | None:
+        """Return how a source of a task does; None if nobody measured it, or if that is damaged."""
+        from registry.tables.evaluations import latest
+
+        rung = "generate" if source == "recalled" else source  # as the rows have it
+        try:
+            return latest(self._store.evaluations.all(task.name), task, rung, generator)
+        except DamagedStore:  # `icm verify` reports it: it takes no figures to write an adapter
+            return None
+
+    def generator_file(self, generator: GeneratorRecord) -> GeneratorFile:
+        """Open a generator to decode with."""
+        return self._context.generator.get(generator.blob, self.read)
+
+    def form(self, adapter: AdapterRecord) -> OriginalForm:
+        """Read the form and the extras of an original."""
+        from icmlora.fleet.resources.decoding import read_form
+
+        return read_form(self._store, adapter)
+
+    def recalled(self, final: AdapterRecord, generator: GeneratorRecord) -> CodeRecord | None:
+        """Return the code of the known task recognized from a task's vectors."""
+        from icmlora.fleet.resources.recalled_code import Exemplars
+
+        return Exemplars(self._store, generator).code_for(final)
+
+    def predict(self, final: AdapterRecord, generator: GeneratorRecord, seed: int | None) -> Adapter:
+        """Predict the adapter of a task from its vectors, with the network alone."""
+        from icmlora.fleet.resources.decoding import predict_adapter
+
+        code = self.code(final.task, generator)
+        return predict_adapter(self._store, self.generator_file(generator), final, code, seed=seed)
+
+    def base_models(self) -> Mapping[str, tuple[str, ...]]:
+        """Return all names of each base model, by its main name."""
+        return {record.name: record.names for record in self._store.base_models.all()}
+
+    def locate(self, base_model: str) -> FoundBase:
+        """Find a base model on this machine."""
+        return locate_base(self._store, base_model)
+
+    def context_vectors(self, base_model: str | None) -> tuple[str, ComparableVectors]:
+        """Return a base model and the context vectors of its tasks."""
+        from icmlora.fleet.resources.stored_vectors import comparable_vectors, tasks_of_one_base
+
+        label, tasks = tasks_of_one_base(self._store, base_model)
+        return label, comparable_vectors(self._store, tasks, "context")
+
+    def open_base(self, label: str, device: torch.device, dtype: torch.dtype, extractor: str | None) -> BaseModel:
+        """Load a base model; the store says in how many bits."""
+        from icmlora.fleet.resources.loading import open_base
+
+        return open_base(self._store, label, device, dtype, cache=self._context.cache)

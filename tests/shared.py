@@ -1,0 +1,30 @@
+"""Folders that the tests of a session share, whichever worker of pytest-xdist needs one first."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+
+def built_once(factory: pytest.TempPathFactory, name: str, build: Callable[[Path], object]) -> Path:
+    """Return the folder NAME of the session; `build` fills it, once for all workers. Nobody changes it afterwards.
+
+    As in pytest-xdist's documentation, "Making session-scoped fixtures execute only once": a file lock beside the
+    folder, which is above the temporary folders of the workers.
+    """
+    root = factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+    folder, done = root / name, root / f"{name}.done"
+    with (root / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not done.exists():
+            shutil.rmtree(folder, ignore_errors=True)  # what a build that failed left
+            folder.mkdir()
+            build(folder)
+            done.touch()
+    return folder
