@@ -12,7 +12,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from types import FrameType
 from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar, cast
 
@@ -25,7 +25,7 @@ from icm_cli.output import Output
 from icmlora.errors import Cancelled
 
 if TYPE_CHECKING:  # commands without a store, such as --help, do not import the library
-    from icmlora.fleet.context import Context, Event, TaskDamaged
+    from icmlora.fleet.context import Context, Event
 
 _STOPPING = (signal.SIGINT, signal.SIGTERM)
 """Ctrl-C, and the signal that batch systems and containers send before they kill."""
@@ -71,20 +71,23 @@ class Session:
     @property
     def context(self) -> Context:
         """The store, for work that is too short for a progress display."""
-        return self._context()
+        from icmlora.fleet.context import Context
+
+        settings = self.settings
+        return Context(settings.store.value, cache_folder, settings.lock_timeout.value, self.command, self._hear)
 
     @contextmanager
     def working(self, label: str, on_event: Callable[[Event], None] | None = None) -> Iterator[Context]:
         """Yield the store and display the progress of the work; Ctrl-C stops it after the current step."""
         with self.listening(label, on_event) as listen:
-            yield self._context(listen)
+            yield replace(self.context, on_event=listen)
 
     @contextmanager
     def listening(
         self, label: str, on_event: Callable[[Event], None] | None = None
     ) -> Iterator[Callable[[Event], None]]:
         """Yield what a use case calls with its events, and display its progress; Ctrl-C stops it at the next event."""
-        from icmlora.fleet.context import Progress, StageBegun, Waiting
+        from icmlora.fleet.context import Progress, StageBegun, TaskDamaged, Waiting
 
         with ExitStack() as shown, self._catching_signals() as received:
             display = shown.enter_context(self.out.progress(label))
@@ -98,8 +101,8 @@ class Session:
                     if on_event is not None:
                         on_event(event)
                     display = shown.enter_context(self.out.progress(event.label))
-                elif isinstance(event, Waiting):
-                    self._tell_waiting(event.text)
+                elif isinstance(event, TaskDamaged | Waiting):
+                    self._hear(event)
                 elif on_event is not None:
                     on_event(event)
                 if received:
@@ -119,29 +122,16 @@ class Session:
                 raise
             return cast(R, stop.report), True
 
-    def _context(self, on_event: Callable[[Event], None] | None = None) -> Context:
-        from icmlora.fleet.context import Context, TaskDamaged, Waiting
+    def _hear(self, event: Event) -> None:
+        """Tell what every command tells, once: which tasks are left out as damaged, and who holds a lock."""
+        from icmlora.fleet.context import TaskDamaged, Waiting
 
-        def listen(event: Event) -> None:
-            if isinstance(event, TaskDamaged):
-                self._tell(event)
-            elif isinstance(event, Waiting):
-                self._tell_waiting(event.text)
-            elif on_event is not None:
-                on_event(event)
-
-        settings = self.settings
-        return Context(settings.store.value, cache_folder, settings.lock_timeout.value, self.command, listen)
-
-    def _tell(self, found: TaskDamaged) -> None:
-        if found.task not in self.damaged:
-            self.damaged.add(found.task)
-            self.out.warn(f"{found.task} is left out: {found.message}", kind="task_damaged", task=found.task)
-
-    def _tell_waiting(self, text: str) -> None:
-        if text not in self._told:  # it comes once a second, until the wait is over
-            self._told.add(text)
-            self.out.note(text)
+        if isinstance(event, TaskDamaged) and event.task not in self.damaged:
+            self.damaged.add(event.task)
+            self.out.warn(f"{event.task} is left out: {event.message}", kind="task_damaged", task=event.task)
+        elif isinstance(event, Waiting) and event.text not in self._told:  # it comes once a second
+            self._told.add(event.text)
+            self.out.note(event.text)
 
     def device(self, flag: str | None) -> str:
         """Return the device name from the flag, the environment or the configuration."""

@@ -20,6 +20,7 @@ from icmlora.errors import (
     AdapterRefused,
     BaseModelMismatch,
     BaseModelNotFound,
+    BaseModelUnsuited,
     BundleError,
     Cancelled,
     CodeError,
@@ -27,14 +28,19 @@ from icmlora.errors import (
     DeviceUnavailable,
     GeneratorError,
     IcmLoraError,
+    NotCovered,
     NotRecognized,
+    OptionsConflict,
     OutputExists,
     UnsafeInput,
 )
 from registry.errors import (
     BaseModelConflict,
     DamagedStore,
+    GeneratorConflict,
     IcmError,
+    InvalidFilter,
+    InvalidName,
     LastCopy,
     RegistryError,
     StoreLocked,
@@ -44,15 +50,42 @@ from registry.errors import (
 )
 
 if TYPE_CHECKING:
+    from icmlora.adapter.metrics import GroupError
     from icmlora.adapter.model import Adapter, LoraModule
     from icmlora.base_models.kinds.custom_model import CustomModel, base_model_loader
     from icmlora.base_models.modality import Metric
     from icmlora.fleet.api import Fleet
+    from icmlora.fleet.bases.base_models import KnownBase
     from icmlora.fleet.bundles.bundles import Bundle
+    from icmlora.fleet.bundles.export import ExportReport
+    from icmlora.fleet.bundles.import_ import ImportReport
     from icmlora.fleet.context import Event, Progress
     from icmlora.fleet.convert.convert import convert
+    from icmlora.fleet.encode.encode import EncodeReport
+    from icmlora.fleet.evict.restore import RestoreReport
+    from icmlora.fleet.evict.types import EvictReport
+    from icmlora.fleet.few_shot.generate import Generated
+    from icmlora.fleet.few_shot.train import FewShotReport
+    from icmlora.fleet.ingest.ingest import IngestReport
+    from icmlora.fleet.map.map import MapReport
+    from icmlora.fleet.measure.evaluate import EvaluateReport, Measurable
+    from icmlora.fleet.records import GeneratorRecord, Joined, Separated, TaskSummary
+    from icmlora.fleet.report.report import ReportSummary
+    from icmlora.fleet.stats.bill import Bill
+    from icmlora.fleet.tasks.duplicates import DuplicatesReport
+    from icmlora.fleet.tasks.generators import Forgotten, GeneratorVersion, RolledBack
+    from icmlora.fleet.tasks.maintenance import Check
+    from icmlora.fleet.tasks.tasks import EditReport, Removal, TaskDetails
+    from icmlora.fleet.train.train import TrainReport
+    from icmlora.fleet.train.update import UpdateReport
+    from icmlora.fleet.vectors.recognize import RecognizeReport
+    from icmlora.fleet.vectors.vectors import VectorReport
+    from icmlora.fleet.write.materialize import MaterializeReport, TooLossy
     from icmlora.formats.discovery.folder import load_adapter, save_adapter
     from icmlora.serving.attach import attach
+    from registry.storage.prune import PruneReport
+    from registry.storage.row_repair import RowRepair
+    from registry.verify import Finding
 
 __all__ = [
     "Adapter",
@@ -60,31 +93,73 @@ __all__ = [
     "BaseModelConflict",
     "BaseModelMismatch",
     "BaseModelNotFound",
+    "BaseModelUnsuited",
+    "Bill",
     "Bundle",
     "BundleError",
     "Cancelled",
+    "Check",
     "CodeError",
     "CustomModel",
     "DamagedStore",
     "DataError",
     "DeviceUnavailable",
+    "DuplicatesReport",
+    "EditReport",
+    "EncodeReport",
+    "EvaluateReport",
     "Event",
+    "EvictReport",
+    "ExportReport",
+    "FewShotReport",
+    "Finding",
     "Fleet",
+    "Forgotten",
+    "Generated",
+    "GeneratorConflict",
     "GeneratorError",
+    "GeneratorRecord",
+    "GeneratorVersion",
+    "GroupError",
     "IcmError",
     "IcmLoraError",
+    "ImportReport",
+    "IngestReport",
+    "InvalidFilter",
+    "InvalidName",
+    "Joined",
+    "KnownBase",
     "LastCopy",
     "LoraModule",
+    "MapReport",
+    "MaterializeReport",
+    "Measurable",
     "Metric",
+    "NotCovered",
     "NotRecognized",
+    "OptionsConflict",
     "OutputExists",
     "Progress",
+    "PruneReport",
+    "RecognizeReport",
     "RegistryError",
+    "Removal",
+    "ReportSummary",
+    "RestoreReport",
+    "RolledBack",
+    "RowRepair",
+    "Separated",
     "StoreLocked",
     "StoreNotFound",
     "TaskConflict",
+    "TaskDetails",
     "TaskNotFound",
+    "TaskSummary",
+    "TooLossy",
+    "TrainReport",
     "UnsafeInput",
+    "UpdateReport",
+    "VectorReport",
     "attach",
     "base_model_loader",
     "convert",
@@ -94,13 +169,49 @@ __all__ = [
 
 _HOMES = {
     "Adapter": "icmlora.adapter.model",
+    "Bill": "icmlora.fleet.stats.bill",
     "Bundle": "icmlora.fleet.bundles.bundles",
+    "Check": "icmlora.fleet.tasks.maintenance",
     "CustomModel": "icmlora.base_models.kinds.custom_model",
+    "DuplicatesReport": "icmlora.fleet.tasks.duplicates",
+    "EditReport": "icmlora.fleet.tasks.tasks",
+    "EncodeReport": "icmlora.fleet.encode.encode",
+    "EvaluateReport": "icmlora.fleet.measure.evaluate",
     "Event": "icmlora.fleet.context",
+    "EvictReport": "icmlora.fleet.evict.types",
+    "ExportReport": "icmlora.fleet.bundles.export",
+    "FewShotReport": "icmlora.fleet.few_shot.train",
+    "Finding": "registry.verify",
     "Fleet": "icmlora.fleet.api",
+    "Forgotten": "icmlora.fleet.tasks.generators",
+    "Generated": "icmlora.fleet.few_shot.generate",
+    "GeneratorRecord": "icmlora.fleet.records",
+    "GeneratorVersion": "icmlora.fleet.tasks.generators",
+    "GroupError": "icmlora.adapter.metrics",
+    "ImportReport": "icmlora.fleet.bundles.import_",
+    "IngestReport": "icmlora.fleet.ingest.ingest",
+    "Joined": "icmlora.fleet.records",
+    "KnownBase": "icmlora.fleet.bases.base_models",
     "LoraModule": "icmlora.adapter.model",
+    "MapReport": "icmlora.fleet.map.map",
+    "MaterializeReport": "icmlora.fleet.write.materialize",
+    "Measurable": "icmlora.fleet.measure.evaluate",
     "Metric": "icmlora.base_models.modality",
     "Progress": "icmlora.fleet.context",
+    "PruneReport": "registry.storage.prune",
+    "RecognizeReport": "icmlora.fleet.vectors.recognize",
+    "Removal": "icmlora.fleet.tasks.tasks",
+    "ReportSummary": "icmlora.fleet.report.report",
+    "RestoreReport": "icmlora.fleet.evict.restore",
+    "RolledBack": "icmlora.fleet.tasks.generators",
+    "RowRepair": "registry.storage.row_repair",
+    "Separated": "icmlora.fleet.records",
+    "TaskDetails": "icmlora.fleet.tasks.tasks",
+    "TaskSummary": "icmlora.fleet.records",
+    "TooLossy": "icmlora.fleet.write.materialize",
+    "TrainReport": "icmlora.fleet.train.train",
+    "UpdateReport": "icmlora.fleet.train.update",
+    "VectorReport": "icmlora.fleet.vectors.vectors",
     "attach": "icmlora.serving.attach",
     "base_model_loader": "icmlora.base_models.kinds.custom_model",
     "convert": "icmlora.fleet.convert.convert",

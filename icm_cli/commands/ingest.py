@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from icm_cli.errors import ExitCode, Interrupted, UsageProblem
+from icm_cli.errors import ExitCode, Interrupted
 from icm_cli.failures import tell_left_out, tell_vectors
 from icm_cli.options import DeviceOpt, DryRunOpt, OnConflict, completing
 from icm_cli.output import Column, Mode, Output
@@ -138,9 +138,6 @@ def ingest(
       icm ingest ./saves --name-from '{parent}-{name}'
     """
     from icmlora.fleet.ingest.ingest import ingest as take_in
-
-    if name is not None and name_from is not None:
-        raise UsageProblem("--name and --name-from cannot be used together")
 
     problems: list[InputProblem] = []
     taken: list[IngestReport] = []  # what was taken, once that is told
@@ -279,18 +276,19 @@ def _tell_end(session: Session, report: IngestReport, *, dry_run: bool, is_named
     tell_problems(session.out, report.problems)
 
 
+def _tell_tasks(out: Output, tasks: Sequence[str], one: str, several: str | None = None, what: str = "task") -> None:
+    """Say what is so with some tasks, if there are any."""
+    if tasks:
+        is_so = one if len(tasks) == 1 or several is None else several
+        out.note(f"{counted(len(tasks), what)} {is_so}: {some(tasks)}")
+
+
 def _tell_names(out: Output, report: IngestReport) -> None:
     """Say which new tasks are not called like their folder."""
-    named = [
-        f"{task.task} ({_path_shown(task.folder)})"
-        for task in report.ingested
-        if task.status == "added" and task.is_renamed
-    ]
-    if named:
-        verb = "is" if len(named) == 1 else "are"
-        out.note(f"{counted(len(named), 'task')} {verb} not called like the folder: {some(named)}")
-    foreign = [task.task for task in report.ingested if task.status == "added" and not task.task.isascii()]
-    if foreign:
+    added = [task for task in report.ingested if task.status == "added"]
+    named = [f"{task.task} ({_path_shown(task.folder)})" for task in added if task.is_renamed]
+    _tell_tasks(out, named, "is not called like the folder", "are not called like the folder")
+    if foreign := [task.task for task in added if not task.task.isascii()]:
         out.hint(f"Tab completes names that are hard to type; `icm edit {foreign[0]} --name NAME` renames a task")
 
 
@@ -320,20 +318,15 @@ def _tell_originals(out: Output, report: IngestReport) -> None:
 
 def _tell_converted(out: Output, report: IngestReport) -> None:
     tasks = [f"{task.task} (from {task.converted_from})" for task in report.ingested if task.converted_from is not None]
-    if tasks:
-        out.note(f"{counted(len(tasks), 'task')} converted from a pickle, kept as safetensors: {some(tasks)}")
+    _tell_tasks(out, tasks, "converted from a pickle, kept as safetensors")
     tasks = [f"{task.task} ({_path_shown(task.initial)})" for task in report.ingested if task.initial is not None]
-    if tasks:
-        verb = "has" if len(tasks) == 1 else "have"
-        out.note(f"{counted(len(tasks), 'task')} {verb} initial weights, and can have a code: {some(tasks)}")
+    _tell_tasks(out, tasks, "has initial weights, and can have a code", "have initial weights, and can have a code")
 
 
 def _tell_wrapped(out: Output, report: IngestReport) -> None:
     tasks = [f"{task.task} ({task.wrapper})" for task in report.ingested if task.wrapper is not None]
-    if tasks:
-        verb = "has" if len(tasks) == 1 else "have"
-        fact = f"{counted(len(tasks), 'task')} {verb} tensors with names of a wrapper"
-        out.note(f"{fact}, which PEFT loads only into a model that is wrapped alike: {some(tasks)}")
+    fact = "tensors with names of a wrapper, which PEFT loads only into a model that is wrapped alike"
+    _tell_tasks(out, tasks, f"has {fact}", f"have {fact}")
     if any(task.wrapper not in (None, "module") for task in report.ingested):
         out.hint("the original stays as it is; `icm materialize TASK --source code` writes names that PEFT finds")
 
@@ -354,10 +347,8 @@ def _tell_extras(out: Output, report: IngestReport) -> None:
 
 def _tell_decoded(out: Output, report: IngestReport) -> None:
     tasks = [task.task for task in report.ingested if task.status == "decoded"]
-    if tasks:
-        verb = "was" if len(tasks) == 1 else "were"
-        fact = f"{counted(len(tasks), 'adapter')} {verb} written from the code of an evicted task, and not taken"
-        out.note(f"{fact}: {some(tasks)}")
+    fact = "written from the code of an evicted task, and not taken"
+    _tell_tasks(out, tasks, f"was {fact}", f"were {fact}", what="adapter")
 
 
 def _tell_duplicates(out: Output, report: IngestReport) -> None:

@@ -219,7 +219,9 @@ def _tell(session: Session, done: MaterializeReport) -> None:
     figures += measured_in([done.precision]) if known and done.retained_gain is not None else ""
     if done.claim is not None:
         figures += f", {claim_text(done.claim)}: claimed by the bundle"
-    origin = _FROM[done.source]
+    origin = _FROM["network" if done.source == "recalled" else done.source]
+    if done.recognized is not None:
+        origin = f"the code of {done.recognized}, the task recognized from its vectors"
     if done.converted:
         name = done.adapter_format
         origin = f"{origin.removesuffix(_EXACTLY)}, converted for {_PROGRAMS.get(name, name)}"
@@ -228,8 +230,6 @@ def _tell(session: Session, done: MaterializeReport) -> None:
         out.note(f"without the files that came with it, which only --format peft writes: {', '.join(done.left_out)}")
     if done.source == "recalled" and done.recognized is None:
         out.note("No known task recognized; used the network's prediction.")
-    elif done.source == "recalled":
-        out.note(f"recognized {done.recognized} from its vectors")
 
 
 _WITH_BASE = ("gguf", "peft")  # the latter for an adapter that is a GGUF file
@@ -239,6 +239,5 @@ _FROM = {
     "original": f"its original{_EXACTLY}",
     "residual": "its code and residual",
     "code": "its code",
-    "recalled": "the code of the task recognized from its vectors",
     "network": "its task vectors, as the network predicts it",
 }

@@ -43,16 +43,17 @@ def tag(
     """Add tags and remove others, as `icm edit --tag` and `--untag` do; without TASK, list tags as `icm ls --tags`."""
     from icmlora.fleet.tasks.tasks import edit_tasks
 
-    _tell_new(session, "edit TASK --tag TAG --untag TAG" if tasks else "ls --tags")
     if not tasks:
         if add or remove:
             raise UsageProblem("no task is named", hint="icm edit TASK... --tag TAG; `icm ls` lists the tasks")
         list_tags(session)
+        _tell_new(session, "ls --tags")
         return
     done = edit_tasks(session.context, tasks, add_tags=add or (), remove_tags=remove or ()).tasks
     session.out.document([{"task": task.name, "tags": list(task.tags)} for task in done])
     for task in done:
         session.out.answer(f"{task.name}: {', '.join(task.tags) or 'no tags'}")
+    _tell_new(session, "edit TASK --tag TAG --untag TAG")
 
 
 @command

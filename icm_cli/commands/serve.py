@@ -163,7 +163,6 @@ def _seconds(name: str, text: str) -> Any:
     return typer.Option(name, metavar="SECONDS", min=0.01, help=text, rich_help_panel=_LIMITS)
 
 
-ConnectTimeoutOpt = Annotated[float, _seconds("--connect-timeout", "How long to wait for a connection to the engine.")]
 _HEADER_SECONDS = 30.0
 BodyTimeoutOpt = Annotated[
     float,
@@ -205,7 +204,6 @@ def serve(
     max_connections: MaxConnectionsOpt = 1024,
     max_body: MaxBodyOpt = "64MiB",
     body_timeout: BodyTimeoutOpt = 300.0,
-    connect_timeout: ConnectTimeoutOpt = 5.0,
     first_byte_timeout: FirstByteTimeoutOpt = 600.0,
     idle_timeout: IdleTimeoutOpt = 120.0,
     drain_seconds: DrainOpt = 30.0,
@@ -244,7 +242,6 @@ def serve(
         max_adapters=max_adapters,
         max_requests=max_requests,
         max_waiting=max_waiting,
-        connect_timeout=connect_timeout,
         drain=drain_seconds,
         limits=server.Limits(body=parse_bytes(max_body), header=min(body_timeout, _HEADER_SECONDS), **waits),
         access_log=access_log,

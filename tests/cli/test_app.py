@@ -50,9 +50,9 @@ def test_the_option_nearest_to_the_command_wins(icm: Icm) -> None:
 
 
 def test_an_unknown_command_is_a_usage_error_with_a_suggestion(icm: Icm) -> None:
-    ran = icm("dctor")
+    ran = icm("matrialize")
     assert ran.code == ExitCode.USAGE
-    assert "Did you mean 'doctor'?" in ran.err
+    assert "Did you mean 'materialize'?" in ran.err
     assert "hint: `icm --help` shows the usage" in ran.err
 
 
@@ -160,13 +160,13 @@ def test_the_program_is_called_icm() -> None:
 
 
 def test_a_stopped_job_reports_what_was_done_and_that_it_was_stopped() -> None:
-    def work(fleet: Fleet) -> list[str]:
+    def work(context: Context) -> list[str]:
         done: list[str] = []
         with reporting(done):
             for name in ("first", "second"):
                 done.append(name)
                 signal.raise_signal(signal.SIGTERM)
-                fleet._context.progress(1, 2)
+                context.progress(1, 2)
         return done
 
     session = Session(Output(), load_settings(), "icm test", GlobalOptions())

@@ -101,7 +101,7 @@ def test_a_task_or_samples_are_given(icm: Icm, subjects: Path, tmp_path: Path, a
 def test_the_vectors_of_a_task_bring_back_its_code(icm: Icm, subjects: Path, tmp_path: Path) -> None:
     for source in ("generate", "code"):
         icm("materialize", "trains", "-o", tmp_path / source, "--source", source)
-    ran = icm("materialize", "trains", "-o", tmp_path / "again", "--source", "generate", "--json")
+    ran = icm("materialize", "trains", "-o", tmp_path / "again", "--source", "recalled", "--json")
     assert (ran.document["source"], ran.document["recognized"]) == ("generate", "trains")
     fleet = Fleet(subjects)
     one, other = (fleet.load("trains", source=source) for source in ("generate", "code"))

@@ -24,6 +24,7 @@ from icmlora.errors import (
     AdapterRefused,
     Cancelled,
     IcmLoraError,
+    OptionsConflict,
     UnsafeInput,
 )
 from icmlora.fleet.bases.joins import BaseJoined, KnownBases
@@ -186,9 +187,12 @@ def ingest(
         dry_run: Check everything and report what would change, but write nothing.
 
     Raises:
+        OptionsConflict: Both `name` and `name_from` are given.
         AdapterRefused: Nothing was found, or nothing could be taken; with `strict`, an input was refused.
         TaskConflict: The same, where a task has another adapter in the store and `on_conflict` is `fail`.
     """
+    if name is not None and name_from is not None:
+        raise OptionsConflict("--name and --name-from cannot be used together")
     folder = None if initial is None else Path(initial).resolve()
     found = _find([Path(path) for path in paths], name, samples, texts=texts, read_bin=read_bin, initial=folder)
     pattern = None if name_from is None else NameTemplate(name_from)  # refused before a store is made

@@ -1,4 +1,4 @@
-"""The prior of the source `generate`: a mixture over the codes of the known tasks and what the network predicts.
+"""The prior of the source `recalled`: a mixture over the codes of the known tasks and what the network predicts.
 
     vectors of a task ──recognition──▶ a weight for each known task ──largest──▶ its code
                                        a weight for "none of them"  ──largest──▶ the network's prior
@@ -29,7 +29,7 @@ class Exemplars:
         self._known: dict[View, tuple[ComparableVectors, Recognizer | None]] = {}
 
     def code_for(self, final: AdapterRecord) -> CodeRecord | None:
-        """Return the code that a task's vectors bring back, None if none of the known tasks is recognised in them.
+        """Return the code of the known task recognized from a task's vectors, None if none is.
 
         None is also returned where too few tasks can be compared, and where the recognised task has no code that fits
         the modules of this one.

@@ -111,7 +111,10 @@ def list_names(
     sort: str | None = None,
     limit: int | None = None,
 ) -> list[str]:
-    """Return the names of the tasks that `list_tasks` lists, which takes a fraction of its time."""
+    """Return the names of the tasks that `list_tasks` lists, in a fraction of its time.
+
+    `base_model`, `filters`, `sort`, `limit` and the errors are those of `list_tasks`.
+    """
     selection = _selection(base_model, filters, sort, limit)
     with context.open(read_only=True) as store:
         # Without a selection no other rows are read than those of the names.

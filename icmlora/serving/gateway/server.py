@@ -31,6 +31,7 @@ from icmlora.serving.tasks import ServedTasks
 _THREADS = 4  # for looking into the store
 _KEPT_ALIVE = 3.0
 """Seconds for which an idle connection to the engine is used again: both engines close theirs after 5."""
+_CONNECT_TIMEOUT = 5.0  # seconds for a connection to the engine
 _LIST_TIMEOUT = 10.0  # seconds for an engine to say what it serves
 _CLIENT_KEPT_ALIVE = 75  # seconds, more than load balancers keep theirs
 
@@ -52,7 +53,6 @@ class GatewaySettings:
         max_waiting: How many tasks may wait to be loaded.
         max_connections: How many connections one address may have open.
         local_names: Names of this machine, if only who is on it may ask: see `GatewayApp`.
-        connect_timeout: Seconds for a connection to the engine.
         drain: Seconds for requests in flight to end when the gateway is stopped.
         limits: What one request may take.
         access_log: Whether to log each request.
@@ -68,7 +68,6 @@ class GatewaySettings:
     max_waiting: int = 64
     max_connections: int = 1024
     local_names: frozenset[str] | None = None
-    connect_timeout: float = 5.0
     drain: float = 30.0
     limits: Limits = field(default_factory=Limits)
     access_log: bool = False
@@ -108,8 +107,8 @@ async def opened(tasks: ServedTasks, folders: AdapterFolders, settings: GatewayS
     """Yield the application with everything that it needs."""
     token = settings.engine_token
     authorization = None if token is None else f"Bearer {token}".encode()
-    control = _client(settings, httpx.Timeout(_LIST_TIMEOUT, connect=settings.connect_timeout), authorization)
-    timeout = httpx.Timeout(None, connect=settings.connect_timeout, write=settings.limits.idle)
+    control = _client(settings, httpx.Timeout(_LIST_TIMEOUT, connect=_CONNECT_TIMEOUT), authorization)
+    timeout = httpx.Timeout(None, connect=_CONNECT_TIMEOUT, write=settings.limits.idle)
     passing = _client(settings, timeout, None)
     threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="icm")
     async with control, passing:

@@ -55,7 +55,7 @@ def start(engine_url: str, served: Served, tmp_path: Path) -> Iterator[StartGate
         def begin(
             *, room: int = 1 << 30, tasks: ServedTasks | None = None, limits: Limits | None = None, **changes: Any
         ) -> Gateway:
-            settings = replace(GatewaySettings(engine_url=engine_url, connect_timeout=5.0), **changes)
+            settings = replace(GatewaySettings(engine_url=engine_url), **changes)
             settings = settings if limits is None else replace(settings, limits=limits)
             folders = AdapterFolders(tmp_path / "adapters", room, alone=True)
             stack.callback(folders.close)
