@@ -25,7 +25,8 @@ class SourceName(StrEnum):
 
     RESIDUAL = "residual"
     CODE = "code"
-    GENERATE = "generate"
+    RECALLED = "recalled"
+    GENERATE = "generate"  # what RECALLED was called before
     NETWORK = "network"
 
 
@@ -77,7 +78,7 @@ def evaluate(
         return evaluate(
             context,
             tasks or (),
-            sources=[name.value for name in (*(source or ()), *(rung or ()))] or ("residual", "code", "generate"),
+            sources=[name.value for name in (*(source or ()), *(rung or ()))] or ("residual", "code", "recalled"),
             data=data,
             max_tokens=max_tokens,
             device=session.device(device),

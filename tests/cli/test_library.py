@@ -46,10 +46,9 @@ CASES: list[tuple[str, Call]] = [
     ("rm rules --yes", lambda f, at: f.remove(["rules"])),
     ("prune --older-than 0s --yes", lambda f, at: f.prune(grace=0)),
     ("base alias NAME other/name", lambda f, at: f.alias_base_model(LABEL, ["other/name"])),
-    ("base forget NAME", lambda f, at: f.forget_base_model(LABEL)),
-    ("export -o FOLDER/fleet.icm", lambda f, at: f.export_bundle(at / "fleet.icm")),
+    ("base rm NAME", lambda f, at: f.forget_base_model(LABEL)),
+    ("export FOLDER/fleet.icm", lambda f, at: f.export_bundle(at / "fleet.icm")),
     ("report -o FOLDER/page.html", lambda f, at: f.report(at / "page.html")),
-    ("map -o FOLDER/map.svg", lambda f, at: f.task_map(plot=at / "map.svg")),
 ]
 
 

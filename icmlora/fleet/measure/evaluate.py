@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from icmlora.base_models.catalogue import check_examples, modality_of
 from icmlora.base_models.examples.examples import EvaluationData
@@ -106,7 +106,7 @@ def evaluate(
     context: Context,
     tasks: Sequence[str] = (),
     *,
-    sources: Sequence[Rung] = ("residual", "code", "generate"),
+    sources: Sequence[Rung | Literal["recalled"]] = ("residual", "code", "recalled"),
     data: str | Path | None = None,
     max_tokens: int = MAX_TOKENS,
     device: str = "auto",
@@ -119,7 +119,7 @@ def evaluate(
     Args:
         context: The store, and who listens.
         tasks: Names of tasks; all by default.
-        sources: What to measure in addition to base model and original, where a task has it.
+        sources: What to measure in addition to base model and original, where a task has it; `materialize` names them.
         data: File of held-out text as JSON lines; each task's own by default.
         max_tokens: Tokens scored in each text.
         device: Where to compute.
@@ -132,7 +132,8 @@ def evaluate(
         BaseModelNotFound: None of the base models is on this machine. The report names those that are missing.
     """
     # A typing error is told before a model is loaded.
-    if unknown := sorted(set(sources).difference(SOURCES)):
+    rungs: list[Rung] = ["generate" if source == "recalled" else source for source in sources]  # as the rows have it
+    if unknown := sorted(set(rungs).difference(SOURCES)):
         raise DataError(f"{unknown[0]!r} is not a source", hint=f"the sources are {', '.join(SOURCES)}")
     check_place(device, workers)
     report, path = EvaluateReport(), None if data is None else Path(data)
@@ -149,7 +150,7 @@ def evaluate(
         with worker_pool(context, store, device=device, workers=workers) as pool:
             for base_model, of_base in by_base.items():
                 tell(f"loading {base_model}")
-                results = pool.each(evaluate_tasks, of_base, tell, sources, path, given, max_tokens, again=again)
+                results = pool.each(evaluate_tasks, of_base, tell, rungs, path, given, max_tokens, again=again)
                 for task, made in failures.results(base_model, results):
                     _record(context, store, task.name, made, report)
                     tell(task.name)
