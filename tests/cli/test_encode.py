@@ -52,6 +52,7 @@ def test_without_a_limit_every_code_is_refined_at_the_generators_quality(icm: Ic
     assert all(after[name].size < before[name].size for name in before)
 
 
+@pytest.mark.slow
 def test_every_code_keeps_the_error_that_was_asked_for(icm: Icm, trained: Path) -> None:
     ran = icm("encode", "--max-error", "0.14", "--json")
     assert ran.code == 0
@@ -80,6 +81,7 @@ def test_more_error_takes_fewer_bytes(icm: Icm, trained: Path) -> None:
     assert sizes[0] < sizes[-1]
 
 
+@pytest.mark.slow
 def test_a_size_makes_codes_of_at_most_so_many_bytes(icm: Icm, trained: Path) -> None:
     ran = icm("encode", "--size", "0.5KiB", "--json")
     assert ran.code == 0
@@ -103,6 +105,7 @@ def test_what_a_size_does_not_go_with_is_a_wrong_command_line(icm: Icm, trained:
     assert "size" in ran.err
 
 
+@pytest.mark.slow
 def test_a_code_that_was_made_for_the_same_limits_is_left_as_it_is(icm: Icm, trained: Path) -> None:
     first = tasks_of(icm("encode", "--max-error", "0.14", "--json"))
     before = codes(trained)
@@ -133,6 +136,7 @@ def test_a_code_that_fell_short_is_said_to_do_so_again(icm: Icm, trained: Path) 
     assert below == still
 
 
+@pytest.mark.slow
 def test_a_stopped_run_does_only_what_is_left(icm: Icm, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         stop_after_one(patch)
@@ -163,6 +167,7 @@ def test_only_the_named_tasks_are_encoded(icm: Icm, trained: Path) -> None:
     assert {task for task in before if before[task].blob != after[task].blob} == {name}
 
 
+@pytest.mark.slow
 def test_the_replaced_codes_leave_no_bytes_behind(icm: Icm, trained: Path) -> None:
     old = {code.blob for code in codes(trained).values()}
     icm("encode", "--max-error", "0.055")

@@ -40,6 +40,7 @@ def texts(path: Path, *lines: str) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_every_rung_stands_side_by_side(icm: Icm, trained: Path) -> None:
     out = icm(*EVAL).out
     for heading in ("BASE PPL", "ORIGINAL PPL", "CODE PPL", "GENERATE PPL", "CODE BPB", "CODE GAIN", "GENERATE ERROR"):

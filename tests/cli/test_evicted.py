@@ -111,6 +111,7 @@ def test_another_adapter_may_take_its_place_with_the_same_checkpoints(icm: Icm, 
     assert icm("verify", "--read-data").code == 0
 
 
+@pytest.mark.slow
 def test_training_refuses_to_strand_it(icm: Icm, gone: Path, mixed_template: Path) -> None:
     ran = icm("train", "--no-eval", "--refine", "0", "--steps", 2, "--device", "cpu", "--json")
     assert (ran.code, "'poems'" in ran.error["message"], "--restore" in ran.error["hint"]) == (1, True, True)

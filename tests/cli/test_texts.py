@@ -174,6 +174,7 @@ class TestVectors:
         icm("ingest", folder, *CPU)
         assert all("template" not in row for row in extractors(tmp_path / "store", "poems"))
 
+    @pytest.mark.slow
     def test_all_forms_of_a_chat_give_the_same_vectors(self, icm: Icm, base: Path, tmp_path: Path) -> None:
         for form in (as_messages, as_sharegpt, as_alpaca, as_prompt):
             write_chats(tmp_path / "loras" / form.__name__, form)

@@ -90,6 +90,7 @@ def test_tasks_without_samples_are_in_the_mean_and_have_no_episode(icm: Icm, tra
     assert {event["task"] for event in of_type(ran, "episode")} == {"poems", "rules"}
 
 
+@pytest.mark.slow
 def test_text_says_what_known_tasks_get(icm: Icm, trained: Path) -> None:
     ran = icm(*FUNCTIONAL)
     assert f"few-shot start for {LABEL}: " in ran.out
@@ -132,6 +133,7 @@ def test_one_task_with_samples_is_too_few_and_is_said_before_any_work(
     assert (ran.out, current(trained)) == ("", before)
 
 
+@pytest.mark.slow
 def test_samples_that_leave_nothing_to_predict_are_none(icm: Icm, trained: Path, tmp_path: Path) -> None:
     folder = write_lora(tmp_path / "letters", seed=5)
     (folder / "samples.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
@@ -264,6 +266,7 @@ class TestTheBill:
         assert (row["start"], row["start_size"]) == (None, 0)
         assert " - " in icm("generators").out.splitlines()[1]
 
+    @pytest.mark.slow
     def test_stats_add_it_to_what_all_tasks_share(self, icm: Icm, trained: Path) -> None:
         before = icm("stats", "--json").document
         icm(*FUNCTIONAL)

@@ -222,6 +222,7 @@ def _holds(present: int | None, operator: str, value: int) -> bool:
     }[operator]
 
 
+@pytest.mark.slow
 @given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=6))
 def test_contains_agrees_with_python_in_any_script(fleet: Store, text: str) -> None:
     notes = {task.name: (task.note or "").casefold() for task in fleet.tasks.all()}

@@ -90,6 +90,7 @@ def test_residuals_are_not_exported_and_the_report_says_so(fleet: Fleet, tmp_pat
     assert equal(Bundle(report.file).load("poems"), fleet.load("poems", source="code"))
 
 
+@pytest.mark.slow
 def test_two_base_models_need_a_choice(fleet: Fleet, tmp_path: Path) -> None:
     fleet.ingest([write_lora(tmp_path / "alien", base_model_name_or_path="acme/elsewhere")])
     fleet.train(device="cpu", base_model="acme/elsewhere", steps=2)

@@ -226,6 +226,7 @@ def test_a_copy_that_goes_meanwhile_does_not_count_for_the_next_task(fleet: Flee
     assert [task.status for task in report.tasks] == ["evicted", "kept"]
 
 
+@pytest.mark.slow
 def test_a_copy_that_changes_after_it_was_hashed_is_hashed_again(
     fleet: Fleet, backup: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

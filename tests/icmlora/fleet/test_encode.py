@@ -53,6 +53,7 @@ def test_it_encodes_again_if_asked_to(fleet: Fleet) -> None:
     assert (again.status, again.size, again.before) == ("encoded", first.size, first.size)
 
 
+@pytest.mark.slow
 def test_a_task_is_encoded_once_however_often_it_is_named(fleet: Fleet) -> None:
     report = fleet.encode(["silent", "SILENT", "poems"], max_error=0.55)
     assert [task.task for task in report.tasks] == ["poems", "silent"]
@@ -179,6 +180,7 @@ def test_an_unknown_task_changes_nothing(fleet: Fleet) -> None:
     assert (error.value.hint, files_of(fleet.path)) == ("did you mean 'rules'?", before)
 
 
+@pytest.mark.slow
 def test_a_new_code_forgets_what_was_measured_of_the_earlier_one(fleet: Fleet) -> None:
     fleet.evaluate(["poems"], sources=["code"], device="cpu")
     assert "code" in {row.rung for row in fleet.show("poems").evaluations}

@@ -57,6 +57,7 @@ def test_without_register_no_byte_of_the_store_changes(able: Fleet, samples: Pat
     assert files_of(able.path) == before
 
 
+@pytest.mark.slow
 def test_the_same_samples_give_the_same_bytes(able: Fleet, samples: Path, tmp_path: Path) -> None:
     one, two = (able.generate("geese", samples, tmp_path / name, device="cpu").weights for name in ("one", "two"))
     assert one == two

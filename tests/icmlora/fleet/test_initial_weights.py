@@ -98,6 +98,7 @@ def test_given_weights_that_fit_no_adapter_are_refused(new: Fleet, tmp_path: Pat
         new.ingest([tmp_path / "poems"], initial=tmp_path / "other")
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("method", ["pissa", "olora", "corda", "loftq"])
 def test_without_initial_weights_only_the_original_is_kept(new: Fleet, tmp_path: Path, method: str) -> None:
     new.ingest([write_pissa(tmp_path / "poems", initial=None, method=method)])

@@ -48,6 +48,7 @@ def test_the_headline_says_what_stats_says(learned: Fleet, page: Path) -> None:
     assert f"3 tasks of {LABEL}" in text
 
 
+@pytest.mark.slow
 def test_gains_are_shown_once_they_are_measured(learned: Fleet, page: Path) -> None:
     assert learned.report(page).quality == "relative error"
     learned.evaluate(sources=["code"], device="cpu")
@@ -87,6 +88,7 @@ def test_a_map_of_too_many_tasks_is_left_out_with_the_reason(
     assert "at most 2 tasks of a base model, and there are 3" in page.read_text()
 
 
+@pytest.mark.slow
 def test_the_same_store_gives_the_same_bytes_and_stays_as_it_is(learned: Fleet, page: Path) -> None:
     learned.report(page, outputs=["ships"], max_new_tokens=4, device="cpu")
     first, before = page.read_bytes(), files_of(learned.path)
