@@ -233,6 +233,7 @@ def test_a_task_that_no_code_keeps_gets_its_best_and_exit_3(icm: Icm, trained: P
         assert event["retained_gain"] < 1.0
 
 
+@pytest.mark.slow
 def test_the_code_of_an_evicted_task_stays(icm: Icm, trained: Path) -> None:
     name = sorted(codes(trained))[0]
     assert icm("evict", name, "--max-error", "0.95").code == 0
@@ -296,6 +297,7 @@ def test_a_gain_is_looked_for_without_refining_first(icm: Icm, trained: Path, mo
     assert 1 <= len(refined) <= 3
 
 
+@pytest.mark.slow
 def test_each_code_of_a_gain_search_is_decoded_once_and_the_references_are_read_once(
     icm: Icm, trained: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -174,6 +174,7 @@ def test_prune_keeps_what_it_depends_on(icm: Icm, gone: Path, tmp_path: Path) ->
     assert icm("materialize", "rules", "-o", tmp_path / "out").code == 0
 
 
+@pytest.mark.slow
 def test_eval_uses_what_was_measured_of_the_original(icm: Icm, trained: Path) -> None:
     before = icm("eval", "rules", "--device", "cpu", "--json").events[0]["rungs"]
     icm(*ALL)

@@ -74,6 +74,7 @@ def names(icm: Icm) -> list[str]:
 Generate = Callable[..., Ran]
 
 
+@pytest.mark.slow
 def test_it_writes_a_folder_that_peft_loads_and_that_helps_on_the_samples(
     generate: Generate, samples: Path, out: Path, tmp_path: Path
 ) -> None:
@@ -172,6 +173,7 @@ def test_a_rank_is_that_of_what_is_written(generate: Generate, tmp_path: Path) -
     assert json.loads((tmp_path / "wide" / "adapter_config.json").read_text())["r"] == 20
 
 
+@pytest.mark.slow
 def test_a_rank_beyond_all_that_there_is_is_said(generate: Generate) -> None:
     ran = generate("--rank", 256)
     assert ran.code == 0
@@ -309,6 +311,7 @@ class TestRefusals:
         assert generate("--json").code == ExitCode.DAMAGED
 
 
+@pytest.mark.slow
 def test_the_name_of_a_known_task_is_fine_where_nothing_is_registered(icm: Icm, generate: Generate) -> None:
     before = icm("show", "poems", "--json").document
     assert generate(name="poems").code == 0

@@ -29,6 +29,7 @@ def test_vectors_are_extracted_where_the_base_model_is_found(icm: Icm, run_folde
     assert icm("ls", "--json").document[0]["vectors_count"] == ran.events[1]["vectors"] > 0
 
 
+@pytest.mark.slow
 def test_the_same_again_extracts_nothing(icm: Icm, run_folder: Path, tmp_path: Path) -> None:
     icm("base", "add", LABEL, write_tiny_base(tmp_path / "base"))
     icm("ingest", run_folder, "--device", "cpu")

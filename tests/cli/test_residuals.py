@@ -101,6 +101,7 @@ def test_a_guarded_materialize_counts_the_residual(icm: Icm, layered: Path, tmp_
     assert icm(*guarded, "--source", "residual", "-o", tmp_path / "residual").code == 0
 
 
+@pytest.mark.slow
 def test_an_eviction_stands_on_code_and_residual(icm: Icm, layered: Path, tmp_path: Path) -> None:
     ran = icm("evict", "--max-error", "0.14", "--json")
     assert (ran.code, {task["status"] for task in tasks_of(ran).values()}) == (0, {"evicted"})

@@ -53,6 +53,7 @@ def test_all_shards_together_encode_every_task_once(icm: Icm, trained: Path) -> 
     assert sorted(done) == TASKS
 
 
+@pytest.mark.slow
 def test_all_shards_together_extract_and_measure_every_task(icm: Icm, trained: Path) -> None:
     extracted, measured = list[str](), list[str]()
     for number in (1, 2, 3):

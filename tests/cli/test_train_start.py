@@ -74,6 +74,7 @@ def test_functional_learns_a_start_and_leaves_generator_and_codes(icm: Icm, trai
     assert icm("verify", "--read-data").code == 0
 
 
+@pytest.mark.slow
 def test_json_lines_keep_their_names(icm: Icm, trained: Path) -> None:
     ran = icm(*FUNCTIONAL, "--json")
     episodes, (learned,) = of_type(ran, "episode"), of_type(ran, "start")
@@ -85,6 +86,7 @@ def test_json_lines_keep_their_names(icm: Icm, trained: Path) -> None:
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_tasks_without_samples_are_in_the_mean_and_have_no_episode(icm: Icm, trained: Path) -> None:
     ran = icm(*FUNCTIONAL, "--json")
     assert {event["task"] for event in of_type(ran, "episode")} == {"poems", "rules"}
@@ -237,6 +239,7 @@ class TestLaterTrainings:
         assert icm(*FULL, "--update").code == 0
         assert (current(started).start, current(started).version) == (before, 2)
 
+    @pytest.mark.slow
     def test_an_update_without_new_tasks_still_learns_one(self, icm: Icm, trained: Path) -> None:
         ran = icm(*BOTH, "--update")
         assert (ran.code, "nothing to add" in ran.out) == (0, True)

@@ -36,6 +36,7 @@ def test_every_task_gets_its_vectors(icm: Icm, pending: Path) -> None:
     assert events[-1] == {"type": "summary", "extracted": 3, "present": 0, "failed": []}
 
 
+@pytest.mark.slow
 def test_a_task_without_samples_is_read_through_the_probes(icm: Icm, pending: Path) -> None:
     events = icm("vectors", "silent", "poems", "--device", "cpu", "--json").events
     assert {event["task"]: event["source"] for event in events[:-1]} == {"poems": "samples", "silent": "probes"}

@@ -76,6 +76,7 @@ def names(store: Store, *filters: str, sort: str | None = None, limit: int | Non
     return store.tasks.names(Selection(filters=[parse_filter(text) for text in filters], sort=order, limit=limit))
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize(
     ("text", "passing"),
     [

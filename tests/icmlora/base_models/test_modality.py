@@ -286,6 +286,7 @@ class TestWhatStandsOnIt:
         for name, found in evidence.modules.items():
             assert tuple(found.gradient.shape) == linear_shape(base.model.get_submodule(name))
 
+    @pytest.mark.one_case
     def test_an_adapter_does_not_differ_from_itself(
         self, case: Case, base: BaseModel, examples: tuple[Any, ...]
     ) -> None:

@@ -258,6 +258,7 @@ def test_a_task_that_is_there_gets_its_code(file: Path, other: Fleet, loras: Pat
     assert not any(row.final.is_evicted for row in other.tasks())
 
 
+@pytest.mark.slow
 def test_another_adapter_of_the_same_name_is_a_conflict(file: Path, other: Fleet, tmp_path: Path) -> None:
     other.ingest([write_lora(tmp_path / "mine" / "poems", seed=99)])
     with pytest.raises(TaskConflict, match="'poems'"):

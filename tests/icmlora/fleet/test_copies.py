@@ -107,6 +107,7 @@ def test_a_bundle_is_a_copy_of_the_code(fleet: Fleet, tmp_path: Path) -> None:
     assert (done.status, [copy.kind for copy in done.copies]) == ("evicted", ["bundle"])
 
 
+@pytest.mark.slow
 def test_a_bundle_with_another_code_is_none(fleet: Fleet, tmp_path: Path) -> None:
     fleet.export_bundle(tmp_path / "fleet.icm")
     fleet.encode(["rules"], max_error=0.1)

@@ -47,6 +47,7 @@ def test_the_same_call_again_changes_no_byte(fleet: Fleet) -> None:
     assert files_of(fleet.path) == before
 
 
+@pytest.mark.slow
 def test_it_encodes_again_if_asked_to(fleet: Fleet) -> None:
     first = fleet.encode(["silent"], max_error=0.22).tasks[0]
     again = fleet.encode(["silent"], max_error=0.22, again=True).tasks[0]
@@ -213,6 +214,7 @@ def test_a_training_has_to_wait_for_an_encode(fleet: Fleet) -> None:
     assert other.encode(["silent"], max_error=0.1).tasks[0].status == "known"
 
 
+@pytest.mark.slow
 def test_a_second_fleet_object_encodes_at_the_same_time(fleet: Fleet) -> None:
     other, found = Fleet(fleet.path, lock_timeout=0), list[str]()
 

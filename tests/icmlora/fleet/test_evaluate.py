@@ -43,6 +43,7 @@ def test_every_result_is_recorded(learned: Fleet) -> None:
     assert set(recorded) == {"base", "original", "code", "generate"}
 
 
+@pytest.mark.slow
 def test_what_was_measured_is_not_measured_again(learned: Fleet) -> None:
     first = learned.evaluate(["ships"], device="cpu")
     before = files_of(learned.path)
@@ -50,6 +51,7 @@ def test_what_was_measured_is_not_measured_again(learned: Fleet) -> None:
     assert files_of(learned.path) == before
 
 
+@pytest.mark.slow
 def test_the_best_and_the_worst_gain_are_summed_up(learned: Fleet) -> None:
     report = learned.evaluate(sources=["code"], device="cpu")
     gains = {task.task: task.sources["code"].retained_gain or 0.0 for task in report.tasks}
@@ -90,6 +92,7 @@ def test_a_source_that_does_not_exist_is_named(learned: Fleet) -> None:
         learned.evaluate(sources=["bogus"], device="cpu")  # type: ignore[list-item]
 
 
+@pytest.mark.slow
 def test_results_on_other_text_do_not_replace_those_on_the_own_text(learned: Fleet, text: Path) -> None:
     learned.evaluate(["apples"], sources=["code"], device="cpu")
     gain = learned.stats().fleets[0].tasks[0].retained_gain
@@ -166,6 +169,7 @@ def test_methods_are_compared_by_their_bytes_largest_first(learned: Fleet) -> No
     assert sizes == sorted(sizes, reverse=True)
 
 
+@pytest.mark.slow
 def test_results_of_other_methods_are_not_stored(learned: Fleet) -> None:
     learned.evaluate(["apples"], sources=[], device="cpu")
     before = files_of(learned.path)

@@ -51,6 +51,7 @@ def test_the_report_describes_the_folder(able: Fleet, samples: Path, out: Path) 
     assert (made.code_size, made.code_relative_error) == (None, None)
 
 
+@pytest.mark.slow
 def test_without_register_no_byte_of_the_store_changes(able: Fleet, samples: Path, out: Path) -> None:
     before = files_of(able.path)
     able.generate("geese", samples, out, device="cpu")

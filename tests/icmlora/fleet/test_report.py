@@ -134,10 +134,12 @@ class TestOutputs:
         assert sources_in(texts) == ["base model", "original", "code"] * 3
         assert any(text.startswith("tall ships") for text in texts)
 
+    @pytest.mark.slow
     def test_the_row_of_a_task_leads_to_its_outputs(self, learned: Fleet, page: Path) -> None:
         learned.report(page, outputs=["trains", "ships"], max_new_tokens=2, device="cpu")
         assert read(page).data["outputs"] == {"2": 1, "1": 2}
 
+    @pytest.mark.slow
     def test_prompts_of_a_file_are_used_for_every_task(self, learned: Fleet, page: Path, tmp_path: Path) -> None:
         prompts = tmp_path / "prompts.txt"
         prompts.write_text("first <prompt>\nsecond\n")
@@ -145,6 +147,7 @@ class TestOutputs:
         texts = read(page).texts
         assert (texts.count("first <prompt>"), texts.count("second")) == (2, 2)
 
+    @pytest.mark.slow
     def test_an_evicted_original_does_not_answer(self, learned: Fleet, page: Path) -> None:
         learned.evict(["ships"], max_error=0.9)
         learned.report(page, outputs=["ships"], max_new_tokens=4, device="cpu")
@@ -152,11 +155,13 @@ class TestOutputs:
         assert sources_in(texts) == ["base model", "code"] * 3
         assert "<mark>" not in page.read_text().partition('<article class="answers">')[2]
 
+    @pytest.mark.slow
     def test_a_residual_answers_together_with_its_code(self, learned: Fleet, page: Path) -> None:
         learned.encode(["ships"], residual=True, max_error=0.01, device="cpu")
         learned.report(page, outputs=["ships"], max_new_tokens=4, device="cpu")
         assert "code + residual" in read(page).texts
 
+    @pytest.mark.slow
     def test_a_task_without_held_out_text_is_named_and_the_others_go_on(
         self, learned: Fleet, page: Path, tmp_path: Path
     ) -> None:
@@ -166,6 +171,7 @@ class TestOutputs:
         assert "no held-out text" in done.failures["mute"]
         assert "no held-out text" in page.read_text()
 
+    @pytest.mark.slow
     def test_a_missing_base_model_is_named_and_the_others_go_on(
         self, learned: Fleet, page: Path, tmp_path: Path
     ) -> None:

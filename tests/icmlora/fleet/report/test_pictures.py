@@ -125,6 +125,7 @@ def test_blocks_of_the_model_have_their_errors(images: Fleet, drawn: Callable[..
     assert "Relative error of the code by kind of module" in page
 
 
+@pytest.mark.slow
 def test_a_method_that_diffusers_does_not_load_is_said_and_stops_no_other(
     drawn: Callable[..., tuple[ReportSummary, str]], tmp_path: Path
 ) -> None:
@@ -165,6 +166,7 @@ def test_without_diffusers_the_tasks_are_named(
     assert "diffusers, which is not installed" in page
 
 
+@pytest.mark.slow
 def test_what_diffusers_passes_over_is_noted(
     drawn: Callable[..., tuple[ReportSummary, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
