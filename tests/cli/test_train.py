@@ -284,6 +284,7 @@ def test_the_same_weights_under_another_alpha_are_another_adapter(icm: Icm, tmp_
         assert not fleet.load(0, None).modules[0].b.equal(fleet.load(1, None).modules[0].b)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_a_higher_rank_is_covered(icm: Icm, tmp_path: Path) -> None:
     write_lora(tmp_path / "loras" / "odd", rank=1)
     write_lora(tmp_path / "loras" / "odd" / "checkpoint-3", rank=6, targets=("mlp.down_proj",))
