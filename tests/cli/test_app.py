@@ -14,7 +14,6 @@ from icm_cli.config import load_settings
 from icm_cli.errors import ExitCode
 from icm_cli.output import Output
 from icm_cli.session import GlobalOptions, Session
-from icmlora.fleet.api import Fleet
 from icmlora.fleet.context import Context, reporting
 from tests.cli.conftest import Ran, modules_of
 from tests.cli.homeless import leave_home
@@ -136,6 +135,7 @@ def test_a_closed_stdout_is_quiet() -> None:
     assert (ran.returncode, ran.stderr) == (ExitCode.STDOUT_CLOSED, "")
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("closed", [">&-", "2>&-", "<&-", "<&- >&- 2>&-"])
 def test_a_stream_that_is_closed_from_the_start_is_as_dev_null(closed: str) -> None:
     line = f"\"$0\" -c 'from icm_cli.app import main; main()' doctor --path store {closed}"
@@ -176,7 +176,7 @@ def test_a_stopped_job_reports_what_was_done_and_that_it_was_stopped() -> None:
 def test_a_second_signal_stops_at_once() -> None:
     session = Session(Output(), load_settings(), "icm test", GlobalOptions())
 
-    def work(fleet: Fleet) -> None:
+    def work(context: Context) -> None:
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
 
