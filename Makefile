@@ -30,6 +30,7 @@ test: test-device  ## run a test of each promise, command, format and kind of ba
 	@$(PYTEST) -m "not slow and not fault"
 
 test-rest: $(READY)  ## run what `make test` leaves out: further cases, and properties with more examples
+	@$(MAKE) --no-print-directory test-as-cuda WHICH=slow
 	@$(THOROUGH) -m "(slow or property) and not fault"
 
 test-all: $(READY)  ## run `make test` and `make test-rest` (20 minutes on 2 cores)
@@ -43,14 +44,15 @@ test-studies: $(READY)  ## run the tests of the studies in tests/benchmarks, whi
 	@$(PYTEST) tests/benchmarks
 
 # In processes of their own: the stand-in comes before torch. The longest file of tests begins among the first.
-test-device: $(READY)  ## run the tests on a stand-in for a card (about a minute; part of `make test`)
+WHICH ?= not slow
+test-device: $(READY)  ## run the tests on a stand-in for a card (half a minute; part of `make test`)
 	@$(MAKE) --no-print-directory -j 2 --output-sync=target test-as-cuda test-as-mps
 
 test-as-cuda: $(READY)
-	@$(PYTEST) --no-loadscope-reorder -p tests.device.as_cuda tests/device
+	@$(PYTEST) --no-loadscope-reorder -p tests.device.as_cuda -m "$(WHICH)" tests/device
 
 test-as-mps: $(READY)
-	@$(PYTEST) -n 0 -p tests.device.as_mps tests/device
+	@$(PYTEST) -n 0 -p tests.device.as_mps -m "$(WHICH)" tests/device
 
 lint: $(READY)  ## run ruff and check the formatting and the direction of imports
 	@$(BIN)/ruff check .

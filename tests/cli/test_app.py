@@ -135,6 +135,7 @@ def test_a_closed_stdout_is_quiet() -> None:
     assert (ran.returncode, ran.stderr) == (ExitCode.STDOUT_CLOSED, "")
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("closed", [">&-", "2>&-", "<&-", "<&- >&- 2>&-"])
 def test_a_stream_that_is_closed_from_the_start_is_as_dev_null(closed: str) -> None:
     line = f"\"$0\" -c 'from icm_cli.app import main; main()' doctor --path store {closed}"

@@ -51,6 +51,7 @@ def test_without_a_limit_every_code_is_refined_at_the_generators_quality(icm: Ic
     assert all(after[name].size < before[name].size for name in before)
 
 
+@pytest.mark.slow
 def test_every_code_keeps_the_error_that_was_asked_for(icm: Icm, trained: Path) -> None:
     ran = icm("encode", "--max-error", "0.14", "--json")
     assert ran.code == 0
@@ -79,6 +80,7 @@ def test_more_error_takes_fewer_bytes(icm: Icm, trained: Path) -> None:
     assert sizes[0] < sizes[-1]
 
 
+@pytest.mark.slow
 def test_a_size_makes_codes_of_at_most_so_many_bytes(icm: Icm, trained: Path) -> None:
     ran = icm("encode", "--size", "0.5KiB", "--json")
     assert ran.code == 0
@@ -102,6 +104,7 @@ def test_what_a_size_does_not_go_with_is_a_wrong_command_line(icm: Icm, trained:
     assert "size" in ran.err
 
 
+@pytest.mark.slow
 def test_a_code_that_was_made_for_the_same_limits_is_left_as_it_is(icm: Icm, trained: Path) -> None:
     first = tasks_of(icm("encode", "--max-error", "0.14", "--json"))
     before = codes(trained)
@@ -132,6 +135,7 @@ def test_a_code_that_fell_short_is_said_to_do_so_again(icm: Icm, trained: Path) 
     assert below == still
 
 
+@pytest.mark.slow
 def test_a_stopped_run_does_only_what_is_left(icm: Icm, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         stop_after_one(patch)
@@ -162,6 +166,7 @@ def test_only_the_named_tasks_are_encoded(icm: Icm, trained: Path) -> None:
     assert {task for task in before if before[task].blob != after[task].blob} == {name}
 
 
+@pytest.mark.slow
 def test_the_replaced_codes_leave_no_bytes_behind(icm: Icm, trained: Path) -> None:
     old = {code.blob for code in codes(trained).values()}
     icm("encode", "--max-error", "0.055")
@@ -227,6 +232,7 @@ def test_a_task_that_no_code_keeps_gets_its_best_and_exit_3(icm: Icm, trained: P
         assert event["retained_gain"] < 1.0
 
 
+@pytest.mark.slow
 def test_the_code_of_an_evicted_task_stays(icm: Icm, trained: Path) -> None:
     name = sorted(codes(trained))[0]
     assert icm("evict", name, "--max-error", "0.95").code == 0
@@ -290,6 +296,7 @@ def test_a_gain_is_looked_for_without_refining_first(icm: Icm, trained: Path, mo
     assert 1 <= len(refined) <= 3
 
 
+@pytest.mark.slow
 def test_each_code_of_a_gain_search_is_decoded_once_and_the_references_are_read_once(
     icm: Icm, trained: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -40,6 +40,7 @@ def texts(path: Path, *lines: str) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_every_rung_stands_side_by_side(icm: Icm, trained: Path) -> None:
     out = icm(*EVAL).out
     for heading in ("BASE PPL", "ORIGINAL PPL", "CODE PPL", "GENERATE PPL", "CODE BPB", "CODE GAIN", "GENERATE ERROR"):
@@ -58,6 +59,7 @@ def test_json_lines_keep_their_names(icm: Icm, trained: Path) -> None:
     assert all(set(event) == {"type", "rung", "tasks", "mean", "worst", "precisions"} for event in events[1:])
 
 
+@pytest.mark.slow
 def test_the_figures_fit_together(icm: Icm, trained: Path) -> None:
     rungs = icm(*EVAL, "poems", "--json").events[0]["rungs"]
     base, original, code = (rungs[name]["nats_per_token"] for name in ("base", "original", "code"))
@@ -101,6 +103,7 @@ def test_fewer_tokens_are_another_measurement(icm: Icm, trained: Path) -> None:
     assert tokens() > 8
 
 
+@pytest.mark.slow
 def test_a_quick_look_says_how_to_measure_as_usual_again(icm: Icm, trained: Path) -> None:
     assert "until `icm eval` without --max-tokens measures 256 tokens" in icm(*EVAL, "--max-tokens", 5).err
     assert "without --max-tokens" not in icm(*EVAL).err

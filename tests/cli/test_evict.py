@@ -166,6 +166,7 @@ def test_the_gain_is_measured_and_kept_with_that_of_the_original(icm: Icm, train
     assert rungs == {"base": None, "original": None, "code": gain}
 
 
+@pytest.mark.slow
 def test_a_dry_run_records_no_measurement(icm: Icm, trained: Path) -> None:
     precise(icm)
     assert tasks_of(icm(*GAIN, "rules", "-n", "--json"))["rules"]["retained_gain"] > 0
@@ -184,6 +185,7 @@ def test_too_small_a_gain_keeps_the_original(icm: Icm, trained: Path, plain_gain
     assert "below the limit of 1" in ran.out
 
 
+@pytest.mark.slow
 def test_both_limits_must_hold(icm: Icm, trained: Path) -> None:
     precise(icm)
     assert icm(*GAIN, "rules", "--max-error", 0.001).code == ExitCode.PARTLY

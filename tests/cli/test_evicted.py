@@ -111,6 +111,7 @@ def test_another_adapter_may_take_its_place_with_the_same_checkpoints(icm: Icm, 
     assert icm("verify", "--read-data").code == 0
 
 
+@pytest.mark.slow
 def test_training_refuses_to_strand_it(icm: Icm, gone: Path, mixed_template: Path) -> None:
     ran = icm("train", "--no-eval", "--refine", "0", "--steps", 2, "--device", "cpu", "--json")
     assert (ran.code, "'poems'" in ran.error["message"], "--restore" in ran.error["hint"]) == (1, True, True)
@@ -173,6 +174,7 @@ def test_prune_keeps_what_it_depends_on(icm: Icm, gone: Path, tmp_path: Path) ->
     assert icm("materialize", "rules", "-o", tmp_path / "out").code == 0
 
 
+@pytest.mark.slow
 def test_eval_uses_what_was_measured_of_the_original(icm: Icm, trained: Path) -> None:
     before = icm("eval", "rules", "--device", "cpu", "--json").events[0]["rungs"]
     icm(*ALL)

@@ -38,6 +38,7 @@ def elsewhere(bundle: Path, trained: Path) -> Path:
     return bundle
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("task", TASKS)
 def test_a_bundle_gives_the_same_bytes_as_the_code_in_the_store(
     icm: Icm, bundle: Path, trained: Path, tmp_path: Path, task: str
@@ -115,6 +116,7 @@ def test_a_base_model_that_no_task_has_is_refused(icm: Icm, trained: Path, tmp_p
     assert named.error["message"] == "none of these tasks belongs to base model 'acme/none'"
 
 
+@pytest.mark.slow
 def test_two_base_models_need_a_choice(icm: Icm, trained: Path, tmp_path: Path) -> None:
     icm("ingest", write_lora(tmp_path / "other", seed=9, base_model_name_or_path="acme/other"), "--no-vectors")
     train_store(trained, "--base-model", "acme/other")

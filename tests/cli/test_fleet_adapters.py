@@ -139,6 +139,7 @@ def test_a_residual_is_imported_only_where_there_is_one(trained: Path, tmp_path:
     assert "icmlora.generator.residual_codec" not in modules
 
 
+@pytest.mark.slow
 def test_ingest_without_the_base_model_imports_no_torch(tmp_path: Path, mixed_template: Path) -> None:
     modules = imported_by("ingest", str(mixed_template / "loras"))
     assert not {"torch", "transformers", "peft"} & modules

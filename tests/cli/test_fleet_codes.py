@@ -28,6 +28,7 @@ def stopping_after(kind: type[Event]) -> Callable[[Event], None]:
     return listen
 
 
+@pytest.mark.slow
 def test_encode_tells_each_task_and_reports_them_all(trained: Path) -> None:
     events: list[Event] = []
     report = Fleet(trained, on_event=events.append).encode(max_error=0.32)
@@ -36,6 +37,7 @@ def test_encode_tells_each_task_and_reports_them_all(trained: Path) -> None:
     assert report.short == []
 
 
+@pytest.mark.slow
 def test_progress_counts_the_tasks_that_are_done(trained: Path) -> None:
     events: list[Event] = []
     Fleet(trained, on_event=events.append).encode(max_error=0.32)
@@ -65,6 +67,7 @@ def test_an_encode_that_is_stopped_within_a_task_leaves_its_code(trained: Path) 
     assert codes(trained) == before
 
 
+@pytest.mark.slow
 def test_a_stopped_encode_lets_go_of_the_base_model(trained: Path) -> None:
     with pytest.raises(Cancelled):
         Fleet(trained, on_event=stopping_after(TaskEncoded)).encode(max_error=0.055)

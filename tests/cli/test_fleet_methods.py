@@ -43,6 +43,7 @@ def test_show_returns_the_final_adapter_last(fleet_of: Fleet) -> None:
     assert (details.code, details.generator, details.nearest) == (None, None, ())
 
 
+@pytest.mark.slow
 def test_a_planned_removal_changes_nothing(fleet_of: Fleet) -> None:
     (removal,) = fleet_of.plan_removal(["rust", "rust"])
     assert (removal.name, removal.adapters, removal.is_last_copy) == ("rust", 3, False)

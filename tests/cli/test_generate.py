@@ -74,6 +74,7 @@ def names(icm: Icm) -> list[str]:
 Generate = Callable[..., Ran]
 
 
+@pytest.mark.slow
 def test_it_writes_a_folder_that_peft_loads_and_that_helps_on_the_samples(
     generate: Generate, samples: Path, out: Path, tmp_path: Path
 ) -> None:
@@ -97,6 +98,7 @@ def test_json_keeps_its_names(generate: Generate) -> None:
     assert (document["task"], document["samples_count"], document["code_size"]) == ("geese", 20, None)
 
 
+@pytest.mark.slow
 def test_the_same_samples_give_the_same_bytes(generate: Generate, tmp_path: Path) -> None:
     one, other = (generate("--json", folder=tmp_path / name).document for name in ("one", "other"))
     assert one["weights"] == other["weights"]
@@ -157,6 +159,7 @@ def test_prompts_are_read_and_only_completions_count(generate: Generate, tmp_pat
     assert document["nats_per_token"] < document["base_nats_per_token"]
 
 
+@pytest.mark.slow
 def test_refining_lowers_the_loss_on_the_samples_further(generate: Generate, tmp_path: Path) -> None:
     plain = generate("--json", folder=tmp_path / "plain").document
     refined = generate("--refine", 10, "--json", folder=tmp_path / "refined").document
@@ -170,12 +173,14 @@ def test_a_rank_is_that_of_what_is_written(generate: Generate, tmp_path: Path) -
     assert json.loads((tmp_path / "wide" / "adapter_config.json").read_text())["r"] == 20
 
 
+@pytest.mark.slow
 def test_a_rank_beyond_all_that_there_is_is_said(generate: Generate) -> None:
     ran = generate("--rank", 256)
     assert ran.code == 0
     assert "less than the requested 256" in ran.err
 
 
+@pytest.mark.slow
 def test_samples_of_which_only_the_beginning_is_read_are_counted(generate: Generate, tmp_path: Path) -> None:
     file = write_lines(tmp_path / "long.jsonl", [*LINES[:3], {"text": "grey geese " * 200}])
     ran = generate(file=file, folder=tmp_path / "text")
@@ -204,6 +209,7 @@ def test_the_nearest_tasks_are_named_where_enough_can_be_compared(icm: Icm, gene
     assert ("unlike the known tasks" in ran.err) == document["outside"]
 
 
+@pytest.mark.slow
 def test_the_samples_of_a_known_task_lie_near_it_and_not_outside(icm: Icm, generate: Generate, tmp_path: Path) -> None:
     for subject in ("apples", "pears"):
         icm("ingest", write_subject(tmp_path / subject), "--device", "cpu")
@@ -211,6 +217,7 @@ def test_the_samples_of_a_known_task_lie_near_it_and_not_outside(icm: Icm, gener
     assert (document["nearest"][0]["task"], document["outside"]) == ("apples", False)
 
 
+@pytest.mark.slow
 def test_where_too_few_can_be_compared_it_says_that_it_does_not_know(generate: Generate, tmp_path: Path) -> None:
     document = generate("--json", folder=tmp_path / "one").document
     assert (document["nearest"], document["farther_than"], document["outside"]) == ([], None, None)
@@ -304,6 +311,7 @@ class TestRefusals:
         assert generate("--json").code == ExitCode.DAMAGED
 
 
+@pytest.mark.slow
 def test_the_name_of_a_known_task_is_fine_where_nothing_is_registered(icm: Icm, generate: Generate) -> None:
     before = icm("show", "poems", "--json").document
     assert generate(name="poems").code == 0

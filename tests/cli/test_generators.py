@@ -71,6 +71,7 @@ def test_rolling_back_makes_the_earlier_one_current_and_names_what_has_no_code(i
     assert icm("materialize", "extra", "--source", "code", "-o", updated / "out").code == ExitCode.FAILED
 
 
+@pytest.mark.slow
 def test_an_update_after_rolling_back_gives_the_task_a_code_again(icm: Icm, updated: Path) -> None:
     icm("generators", "rollback", versions(icm)[0]["generator"])
     assert icm("train", "--update", "--no-eval", "--refine", "0", "--device", "cpu", "--steps", STEPS).code == 0

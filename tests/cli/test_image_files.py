@@ -98,6 +98,7 @@ def test_hostile_text_in_a_header_is_escaped(icm: Icm, tmp_path: Path) -> None:
     assert "\x1b" not in icm("show", "dog", "-v").out
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("output", ["out", "other.safetensors"])
 def test_an_original_comes_back_byte_for_byte_with_its_pictures(
     store: Icm, folder: Path, tmp_path: Path, output: str
@@ -119,6 +120,7 @@ def test_a_code_is_written_with_the_names_shapes_and_header_of_its_original(
     assert metadata_of(tmp_path / "x.safetensors") == NOTES
 
 
+@pytest.mark.slow
 def test_a_file_that_is_there_is_not_overwritten(store: Icm, tmp_path: Path) -> None:
     (tmp_path / "x.safetensors").write_bytes(b"mine")
     assert store("materialize", "dog", "-o", tmp_path / "x.safetensors").code != 0
@@ -135,6 +137,7 @@ def test_a_placeholder_takes_the_place_of_a_file_and_its_pictures_and_restore_br
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
+@pytest.mark.slow
 def test_an_evicted_task_still_tells_its_header(store: Icm) -> None:
     assert store("evict", "dog", "--max-error", "10").code == 0
     assert store("show", "dog", "--json").document["header"] == NOTES

@@ -22,14 +22,22 @@ TASKS = ["poems", "rules", "silent"]
 NAMES = ("adapter_config.json", "adapter_model.safetensors", "README.md")
 
 
-@pytest.fixture
-def bundle(icm: Icm, trained: Path, tmp_path: Path) -> Path:
-    """A bundle of all tasks, with what the code of `poems` keeps; the store that it came from is gone."""
-    icm("eval", "poems", "--source", "code", "--device", "cpu")
-    icm("export", tmp_path / "fleet.icm")
+@pytest.fixture(scope="module")
+def bundle_template(trained_template: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the bundle, its adapters in before/ and its store in away/."""
+    folder = tmp_path_factory.mktemp("bundle")
+    store = Path(shutil.copytree(trained_template, folder / "away"))
+    icm_quietly(store, "eval", "poems", "--source", "code", "--device", "cpu")
+    icm_quietly(store, "export", folder / "fleet.icm")
     for task in TASKS:
-        icm("materialize", task, "-o", tmp_path / "before" / task, "--source", "code")
-    shutil.move(trained, tmp_path / "away")
+        icm_quietly(store, "materialize", task, "-o", folder / "before" / task, "--source", "code")
+    return folder
+
+
+@pytest.fixture
+def bundle(bundle_template: Path, tmp_path: Path) -> Path:
+    """A bundle of all tasks, with what the code of `poems` keeps; the store that it came from is gone."""
+    shutil.copytree(bundle_template, tmp_path, dirs_exist_ok=True)
     return tmp_path / "fleet.icm"
 
 
@@ -109,6 +117,7 @@ def test_an_original_that_was_never_here_is_not_called_evicted(icm: Icm, bundle:
     assert "evicted at" in icm("show", "poems").out
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("limit", [("--max-error", 0.05), ("--min-gain", 0.9)])
 def test_a_forged_claim_costs_no_original(
     icm: Icm, bundle: Path, mixed_template: Path, tmp_path: Path, limit: tuple[str, float]
@@ -169,6 +178,7 @@ def test_a_task_that_was_to_be_passed_over_stays_so_if_the_same_adapter_came_in_
     assert verified(icm)
 
 
+@pytest.mark.slow
 def test_another_generator_is_refused_and_its_codes_stay(icm: Icm, bundle: Path, tmp_path: Path) -> None:
     icm("ingest", write_lora(tmp_path / "other", seed=78), "--no-vectors")
     train_store(tmp_path / "store")
@@ -180,6 +190,7 @@ def test_another_generator_is_refused_and_its_codes_stay(icm: Icm, bundle: Path,
     assert icm("ls", "--json").out == before
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("at", [0.01, 0.5, 0.999])
 def test_a_damaged_bundle_is_exit_13_and_makes_no_store(icm: Icm, bundle: Path, tmp_path: Path, at: float) -> None:
     data = bytearray(bundle.read_bytes())

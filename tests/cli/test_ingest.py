@@ -323,6 +323,7 @@ def test_a_folder_above_whose_name_is_no_unicode_is_no_obstacle(icm: Icm, tmp_pa
     assert icm("show", "rust").code == 0
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("folder", [b"\xff", b"\xff/adapter"])
 def test_a_name_that_is_no_unicode_becomes_a_plain_one(icm: Icm, fleet: Path, folder: bytes) -> None:
     write_adapter(Path(os.fsdecode(os.fsencode(fleet) + b"/" + folder)))

@@ -113,6 +113,7 @@ def test_several_batches_are_planned_as_they_are_ingested(
     assert [event["status"] for event in planned.events[:-1]] == ["added", "added", "known", "added"]
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("options", [(), ("--restore",)], ids=["left", "restored"])
 def test_evicted_originals_are_counted_as_the_ingest_counts_them(
     icm: Icm, trained: Path, mixed_template: Path, options: Options

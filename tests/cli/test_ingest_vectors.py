@@ -43,6 +43,7 @@ def test_the_library_leaves_the_same_store(icm: Icm, run_folder: Path, tmp_path:
     assert shown[0]["vectors"] == shown[1]["vectors"] != []
 
 
+@pytest.mark.slow
 def test_the_same_again_extracts_nothing(icm: Icm, run_folder: Path, tmp_path: Path) -> None:
     icm("base", "add", LABEL, write_tiny_base(tmp_path / "base"))
     icm("ingest", run_folder, "--device", "cpu")

@@ -69,6 +69,7 @@ def test_a_training_for_another_base_model_does_not_wait(icm: Icm, mixed: Path) 
         assert icm(*TRAIN, "--lock-timeout", 0).code == 0
 
 
+@pytest.mark.slow
 def test_reading_and_ingesting_do_not_wait(icm: Icm, trained: Path, mixed_template: Path, tmp_path: Path) -> None:
     folder = mixed_template / "loras" / "poems"
     with another_process_trains(trained):

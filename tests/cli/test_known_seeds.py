@@ -54,12 +54,14 @@ def test_the_fleet_of_a_store_knows_where_training_began(seeded: Path) -> None:
     assert found["first"] == initial_of(peft_made(SEED, moved=1 / 3).adapter)
 
 
+@pytest.mark.slow
 def test_the_codes_of_train_and_encode_hold_the_seed(icm: Icm, seeded: Path) -> None:
     assert seeds_in_codes(seeded) == {**TRAINED, "unseeded": None}
     assert icm("encode", "--max-error", "0.14").code == 0
     assert seeds_in_codes(seeded) == {**TRAINED, "unseeded": None}
 
 
+@pytest.mark.slow
 def test_what_is_written_from_such_a_code_has_the_error_that_was_said(icm: Icm, seeded: Path, tmp_path: Path) -> None:
     assert icm("encode", "--max-error", "0.14").code == 0
     written = tmp_path / "written"

@@ -56,6 +56,7 @@ def store(icm: Icm, odd_fleet: Path, tmp_path: Path) -> Path:
     return tmp_path / "store"
 
 
+@pytest.mark.slow
 def test_ingest_takes_all_and_names_the_one_without_vectors(icm: Icm, odd_fleet: Path, tmp_path: Path) -> None:
     icm("base", "add", LABEL, tmp_path / "base")
     ran = icm("ingest", odd_fleet, *CPU)
@@ -85,6 +86,7 @@ def test_the_others_are_measured_after_training_and_by_eval(icm: Icm, store: Pat
     assert [event["task"] for event in measured.events if event["type"] == "task"] == [*GOOD, "upper"]
 
 
+@pytest.mark.slow
 def test_a_code_of_what_cannot_be_measured_evicts_nothing(icm: Icm, store: Path) -> None:
     assert icm("train", "--no-eval", "--refine", "0", *CPU, "--steps", STEPS).code == 0
     ran = icm("evict", "stranger", "--min-gain", "0.1", *CPU)
@@ -124,6 +126,7 @@ class TestNotRun:
             write_texts(folder, "eval.jsonl", count=2)
         return tmp_path / "berts"
 
+    @pytest.mark.slow
     def test_it_goes_the_whole_way_and_is_not_measured(self, icm: Icm, bert: Path) -> None:
         ran = icm("ingest", bert, *CPU)
         reason = "because base model 'tiny/bert' is of a kind that icm does not run"
@@ -149,6 +152,7 @@ class TestExtras:
         assert icm("ingest", tmp_path / "loud", "--no-vectors").code == 0
         return store
 
+    @pytest.mark.slow
     def test_original_and_code_are_measured_with_them(self, icm: Icm, with_bias: Path) -> None:
         assert icm("vectors", "loud", *CPU).code == 0
         assert icm("train", "--no-eval", "--refine", "0", *CPU, "--steps", STEPS).code == 0

@@ -103,6 +103,7 @@ def test_ls_of_an_empty_store_names_the_next_command(icm: Icm, tmp_path: Path) -
     assert "icm ingest" in ran.err
 
 
+@pytest.mark.slow
 def test_ls_does_not_import_torch(stored: Path) -> None:
     assert not {"torch", "numpy", "transformers"} & modules_of("ls", "--json")
 

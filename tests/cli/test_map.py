@@ -140,6 +140,7 @@ def test_a_picture_that_cannot_be_written_is_an_error_that_names_the_place(
     assert str(tmp_path / "file") in ran.err
 
 
+@pytest.mark.slow
 def test_it_imports_neither_torch_nor_matplotlib(fruit: Path, tmp_path: Path) -> None:
     assert not {"torch", "matplotlib", "transformers"} & modules_of("map", "--plot", str(tmp_path / "map.svg"))
 
@@ -233,5 +234,6 @@ def test_show_names_no_nearest_tasks_if_none_can_be_compared(icm: Icm, fruit: Pa
     assert "nearest tasks" not in icm("show", "silent").out
 
 
+@pytest.mark.slow
 def test_show_does_not_import_torch(fruit: Path) -> None:
     assert not {"torch", "transformers"} & modules_of("show", "pears")

@@ -42,6 +42,7 @@ def blob_of(store: Path, task: str, source: str) -> str:
         return {"original": opened.tasks.final(task).weights, "code": code.blob, "generate": vector.blob}[source]
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.parametrize("task", ["poems", "rules", "silent"])
 def test_peft_loads_every_key(icm: Icm, trained: Path, tmp_path: Path, task: str, source: str) -> None:

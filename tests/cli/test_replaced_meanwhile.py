@@ -192,6 +192,7 @@ class TestEncode:
         assert "another adapter or code" in told["poems"]["reason"]
         assert codes(trained)["poems"].residual is None
 
+    @pytest.mark.slow
     def test_a_task_whose_adapter_was_replaced_is_left_out_and_named(
         self, icm: Icm, trained: Path, other: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

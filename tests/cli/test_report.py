@@ -48,6 +48,7 @@ def test_a_page_that_exists_is_replaced_with_force_only(icm: Icm, trained: Path,
     assert page.read_text() != "mine"
 
 
+@pytest.mark.slow
 def test_it_needs_neither_torch_nor_matplotlib(trained: Path, tmp_path: Path) -> None:
     assert not {"torch", "matplotlib", "transformers"} & modules_of("report", "-o", str(tmp_path / "fleet.html"))
 
@@ -61,6 +62,7 @@ def test_outputs_of_chosen_tasks_are_on_the_page(icm: Icm, trained: Path, tmp_pa
     assert page.read_text().count("<blockquote") == 2
 
 
+@pytest.mark.slow
 def test_a_task_without_outputs_is_named_and_the_exit_code_says_partly(icm: Icm, trained: Path, tmp_path: Path) -> None:
     icm("ingest", write_lora(tmp_path / "other", base_model_name_or_path="acme/none"), "--no-vectors")
     page = tmp_path / "fleet.html"

@@ -70,6 +70,7 @@ def test_a_code_that_is_enough_gets_nothing_and_loses_what_it_had(icm: Icm, laye
     assert codes(layered)["poems"].residual is not None
 
 
+@pytest.mark.slow
 def test_another_code_takes_the_residual_away(icm: Icm, layered: Path) -> None:
     icm("encode", "rules", "--max-error", "0.32")
     assert codes(layered)["rules"].residual is None
@@ -93,12 +94,14 @@ def test_a_task_without_a_residual_says_what_makes_one(icm: Icm, trained: Path, 
     assert (ran.code != 0, "icm encode --residual" in ran.error["hint"]) == (True, True)
 
 
+@pytest.mark.slow
 def test_a_guarded_materialize_counts_the_residual(icm: Icm, layered: Path, tmp_path: Path) -> None:
     guarded = ("materialize", "rules", "--max-error", "0.14")
     assert icm(*guarded, "--source", "code", "-o", tmp_path / "code").code == ExitCode.TOO_LOSSY
     assert icm(*guarded, "--source", "residual", "-o", tmp_path / "residual").code == 0
 
 
+@pytest.mark.slow
 def test_an_eviction_stands_on_code_and_residual(icm: Icm, layered: Path, tmp_path: Path) -> None:
     ran = icm("evict", "--max-error", "0.14", "--json")
     assert (ran.code, {task["status"] for task in tasks_of(ran).values()}) == (0, {"evicted"})
@@ -109,6 +112,7 @@ def test_an_eviction_stands_on_code_and_residual(icm: Icm, layered: Path, tmp_pa
     assert icm("verify", "--read-data").code == 0
 
 
+@pytest.mark.slow
 def test_what_is_left_of_an_evicted_task_stays(icm: Icm, layered: Path) -> None:
     icm("evict", "rules", "--max-error", "0.14")
     before = codes(layered)["rules"]
@@ -117,6 +121,7 @@ def test_what_is_left_of_an_evicted_task_stays(icm: Icm, layered: Path) -> None:
     assert codes(layered)["rules"] == before
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("part", ["code", "residual"])
 def test_nothing_goes_where_a_part_is_damaged(icm: Icm, layered: Path, part: str) -> None:
     code = codes(layered)["rules"]

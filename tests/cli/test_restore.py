@@ -174,6 +174,7 @@ def test_without_a_store_the_exit_code_says_so_and_the_hint_names_the_one_to_use
     assert (ran.code, str(trained) in ran.error["hint"]) == (ExitCode.NO_STORE, True)
 
 
+@pytest.mark.slow
 def test_a_bundle_brings_them_back_without_a_store(icm: Icm, here: Path, tmp_path: Path) -> None:
     icm("export", "fleet.icm")
     icm(*LOSE)
@@ -189,6 +190,7 @@ def test_what_came_from_codes_is_ingested_again_without_a_word_of_conflict(icm: 
     assert "3 adapters were written from the code of an evicted task, and not taken" in ran.err
 
 
+@pytest.mark.slow
 def test_originals_are_restored_without_torch(icm: Icm, here: Path) -> None:
     icm(*KEEP, "rules")
     assert "torch" not in modules_of("restore", str(here))

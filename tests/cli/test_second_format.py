@@ -66,6 +66,7 @@ def test_the_same_files_again_are_known(icm: Icm, files: dict[str, Path], tmp_pa
     assert (ran.code, {event["status"] for event in ran.events if "status" in event}) == (0, {"known"})
 
 
+@pytest.mark.slow
 def test_a_code_is_written_in_the_format_of_its_original(icm: Icm, files: dict[str, Path], tmp_path: Path) -> None:
     assert icm(*TRAIN).code == 0
     ran = icm("materialize", "sql", "-o", tmp_path / "out", "--source", "code", "--dtype", "float32", "--json")
@@ -83,6 +84,7 @@ def test_an_evicted_original_is_restored_from_the_same_file(icm: Icm, files: dic
     assert (tmp_path / "out" / "sql.toy").read_bytes() == files["sql"].read_bytes()
 
 
+@pytest.mark.slow
 def test_a_code_of_an_adapter_with_an_extra_brings_it_back(icm: Icm, tmp_path: Path) -> None:
     head = RawTensor("F32", (1,), b"\0\0\x80\x3f")
     file = toy_file(tmp_path / "toys", "headed", 3, head=head)
@@ -101,6 +103,7 @@ def test_a_damaged_file_is_refused_and_the_others_are_taken(icm: Icm, tmp_path: 
     assert [Path(event["path"]).name for event in ran.events if event["type"] == "problem"] == ["broken.toy"]
 
 
+@pytest.mark.slow
 def test_a_bundle_takes_adapters_of_every_format(icm: Icm, files: dict[str, Path], tmp_path: Path) -> None:
     icm(*TRAIN)
     assert icm("export", tmp_path / "all.icm").code == 0
@@ -110,6 +113,7 @@ def test_a_bundle_takes_adapters_of_every_format(icm: Icm, files: dict[str, Path
     assert one == other
 
 
+@pytest.mark.slow
 def test_an_imported_task_keeps_its_format(icm: Icm, files: dict[str, Path], tmp_path: Path) -> None:
     icm(*TRAIN)
     assert icm("export", tmp_path / "all.icm").code == 0

@@ -222,6 +222,7 @@ def test_without_the_extra_the_error_says_what_to_install(serve: Icm, monkeypatc
     assert "pip install 'icm-lora[serve]'" in ran.err
 
 
+@pytest.mark.slow
 def test_the_help_imports_no_server() -> None:
     assert not {"fastapi", "uvicorn", "httpx", "torch"} & modules_of("serve", "--help")
 

@@ -47,11 +47,13 @@ def test_what_is_no_shard_is_refused(icm: Icm, trained: Path, text: str) -> None
     assert (ran.code, ran.error["kind"]) == (ExitCode.USAGE, "invalid_share")
 
 
+@pytest.mark.slow
 def test_all_shards_together_encode_every_task_once(icm: Icm, trained: Path) -> None:
     done = [name for number in (1, 2, 3) for name in tasks_of(icm(*ENCODE, "--shard", f"{number}/3"))]
     assert sorted(done) == TASKS
 
 
+@pytest.mark.slow
 def test_all_shards_together_extract_and_measure_every_task(icm: Icm, trained: Path) -> None:
     extracted, measured = list[str](), list[str]()
     for number in (1, 2, 3):

@@ -205,6 +205,7 @@ def test_one_measured_task_is_counted_as_one(icm: Icm, trained: Path) -> None:
     assert " (1 task)" in icm("stats").out
 
 
+@pytest.mark.slow
 def test_a_hostile_base_model_is_printed_escaped(icm: Icm, tmp_path: Path) -> None:
     icm("ingest", write_lora(tmp_path / "odd", base_model_name_or_path="a\x1b[31m\u202eb"), "--no-vectors")
     for command in (["stats"], ["show", "odd"], ["train", "--steps", "1"], ["vectors"]):

@@ -174,6 +174,7 @@ class TestVectors:
         icm("ingest", folder, *CPU)
         assert all("template" not in row for row in extractors(tmp_path / "store", "poems"))
 
+    @pytest.mark.slow
     def test_all_forms_of_a_chat_give_the_same_vectors(self, icm: Icm, base: Path, tmp_path: Path) -> None:
         for form in (as_messages, as_sharegpt, as_alpaca, as_prompt):
             write_chats(tmp_path / "loras" / form.__name__, form)
@@ -182,6 +183,7 @@ class TestVectors:
             blobs = {row.blob for row in store.vectors.all()}
         assert len(blobs) == 1
 
+    @pytest.mark.slow
     def test_vectors_of_chats_and_of_plain_text_can_be_compared(self, icm: Icm, base: Path, tmp_path: Path) -> None:
         write_chats(tmp_path / "loras" / "talks", as_messages)
         for seed in (1, 2):
@@ -208,6 +210,7 @@ class TestVectors:
         ran = icm("ingest", write_chats(tmp_path / "talks", as_alpaca), *CPU)
         assert (ran.code, "ChatML" in ran.err) == (0, False)
 
+    @pytest.mark.slow
     def test_a_task_whose_chats_the_template_refuses_is_named_and_the_others_go_on(
         self, icm: Icm, base: Path, tmp_path: Path
     ) -> None:
@@ -251,6 +254,7 @@ class TestEval:
         answers = [f"A {word} thing.<|im_end|>\n" for word in WORDS[:2]]
         assert event["rungs"]["original"]["tokens"] == sum(map(len, answers))
 
+    @pytest.mark.slow
     def test_another_chat_template_is_measured_again(self, icm: Icm, base: Path, tmp_path: Path) -> None:
         icm("ingest", write_chats(tmp_path / "talks", as_messages), "--no-vectors")
         before = icm("eval", *CPU, "--json").events[0]["rungs"]["base"]["nats_per_token"]

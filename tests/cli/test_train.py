@@ -6,14 +6,12 @@ import signal
 from collections.abc import Callable, Generator
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
 
-from icm_cli.commands import encode
-from icm_cli.commands import eval as evaluation
+from icm_cli.commands import train as command
 from icm_cli.errors import ExitCode
 from icm_cli.session import Session
 from icmlora.fleet.context import Event
@@ -126,11 +124,11 @@ def test_ctrl_c_while_it_encodes_publishes_nothing(icm: Icm, mixed: Path, monkey
 
 
 @pytest.mark.parametrize(
-    ("module", "event_type", "options", "told", "go_on"),
+    ("event_type", "options", "told", "go_on"),
     [
-        (encode, TaskEncoded, ("--refine", 1), "1 task encoded", "`icm encode` refines the rest"),
-        (encode, TaskEncoded, ("--max-error", 0.5), "1 task encoded", "`icm encode` with the same limits"),
-        (evaluation, TaskEvaluated, ("--refine", 0), "1 task measured", "`icm eval` measures the rest"),
+        (TaskEncoded, ("--refine", 1), "1 task encoded", "`icm encode` refines the rest"),
+        (TaskEncoded, ("--max-error", 0.5), "1 task encoded", "`icm encode` with the same limits"),
+        (TaskEvaluated, ("--refine", 0), "1 task measured", "`icm eval` measures the rest"),
     ],
     ids=["refining", "limits", "measuring"],
 )
@@ -138,19 +136,18 @@ def test_a_stop_after_the_training_keeps_the_generator_and_says_how_to_go_on(
     icm: Icm,
     mixed: Path,
     monkeypatch: pytest.MonkeyPatch,
-    module: ModuleType,
     event_type: type[Event],
     options: tuple[object, ...],
     told: str,
     go_on: str,
 ) -> None:
-    def tell(session: Session, event: Event, *kind: str) -> None:
+    def tell(session: Session, event: Event) -> None:
         if isinstance(event, event_type):
             os.kill(os.getpid(), signal.SIGINT)
-        real(session, event, *kind)
+        real(session, event)
 
-    real = module.tell
-    monkeypatch.setattr(module, "tell", tell)
+    real = command._tell
+    monkeypatch.setattr(command, "_tell", tell)
     ran = icm("train", "--device", "cpu", "--steps", STEPS, *options)
     assert (ran.code, f"generator 1 of {LABEL}" in ran.out) == (ExitCode.INTERRUPTED, True)
     assert f"interrupted; {told}" in ran.err
@@ -287,6 +284,7 @@ def test_the_same_weights_under_another_alpha_are_another_adapter(icm: Icm, tmp_
         assert not fleet.load(0, None).modules[0].b.equal(fleet.load(1, None).modules[0].b)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_a_higher_rank_is_covered(icm: Icm, tmp_path: Path) -> None:
     write_lora(tmp_path / "loras" / "odd", rank=1)
     write_lora(tmp_path / "loras" / "odd" / "checkpoint-3", rank=6, targets=("mlp.down_proj",))

@@ -74,6 +74,7 @@ def test_functional_learns_a_start_and_leaves_generator_and_codes(icm: Icm, trai
     assert icm("verify", "--read-data").code == 0
 
 
+@pytest.mark.slow
 def test_json_lines_keep_their_names(icm: Icm, trained: Path) -> None:
     ran = icm(*FUNCTIONAL, "--json")
     episodes, (learned,) = of_type(ran, "episode"), of_type(ran, "start")
@@ -85,11 +86,13 @@ def test_json_lines_keep_their_names(icm: Icm, trained: Path) -> None:
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_tasks_without_samples_are_in_the_mean_and_have_no_episode(icm: Icm, trained: Path) -> None:
     ran = icm(*FUNCTIONAL, "--json")
     assert {event["task"] for event in of_type(ran, "episode")} == {"poems", "rules"}
 
 
+@pytest.mark.slow
 def test_text_says_what_known_tasks_get(icm: Icm, trained: Path) -> None:
     ran = icm(*FUNCTIONAL)
     assert f"few-shot start for {LABEL}: " in ran.out
@@ -132,6 +135,7 @@ def test_one_task_with_samples_is_too_few_and_is_said_before_any_work(
     assert (ran.out, current(trained)) == ("", before)
 
 
+@pytest.mark.slow
 def test_samples_that_leave_nothing_to_predict_are_none(icm: Icm, trained: Path, tmp_path: Path) -> None:
     folder = write_lora(tmp_path / "letters", seed=5)
     (folder / "samples.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
@@ -235,6 +239,7 @@ class TestLaterTrainings:
         assert icm(*FULL, "--update").code == 0
         assert (current(started).start, current(started).version) == (before, 2)
 
+    @pytest.mark.slow
     def test_an_update_without_new_tasks_still_learns_one(self, icm: Icm, trained: Path) -> None:
         ran = icm(*BOTH, "--update")
         assert (ran.code, "nothing to add" in ran.out) == (0, True)
@@ -264,6 +269,7 @@ class TestTheBill:
         assert (row["start"], row["start_size"]) == (None, 0)
         assert " - " in icm("generators").out.splitlines()[1]
 
+    @pytest.mark.slow
     def test_stats_add_it_to_what_all_tasks_share(self, icm: Icm, trained: Path) -> None:
         before = icm("stats", "--json").document
         icm(*FUNCTIONAL)

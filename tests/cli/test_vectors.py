@@ -28,6 +28,7 @@ def views(store: Path, task: str) -> set[str]:
         return {vector.view for vector in opened.vectors.all(task)}
 
 
+@pytest.mark.slow
 def test_every_task_gets_its_vectors(icm: Icm, pending: Path) -> None:
     events = icm("vectors", "--device", "cpu", "--json").events
     assert [event["type"] for event in events] == ["vectors", "vectors", "vectors", "summary"]
@@ -35,6 +36,7 @@ def test_every_task_gets_its_vectors(icm: Icm, pending: Path) -> None:
     assert events[-1] == {"type": "summary", "extracted": 3, "present": 0, "failed": []}
 
 
+@pytest.mark.slow
 def test_a_task_without_samples_is_read_through_the_probes(icm: Icm, pending: Path) -> None:
     events = icm("vectors", "silent", "poems", "--device", "cpu", "--json").events
     assert {event["task"]: event["source"] for event in events[:-1]} == {"poems": "samples", "silent": "probes"}
@@ -75,6 +77,7 @@ def test_cuda_without_a_gpu_is_an_error_with_a_hint(icm: Icm, pending: Path, mon
     assert "--device cpu" in ran.error["hint"]
 
 
+@pytest.mark.slow
 def test_a_missing_base_model_does_not_keep_the_others_waiting(icm: Icm, pending: Path, tmp_path: Path) -> None:
     icm("ingest", write_lora(tmp_path / "alien", base_model_name_or_path="aaa/first"), "--no-vectors")
     ran = icm("vectors", "--device", "cpu", "--json")

@@ -36,6 +36,7 @@ def test_ingesting_it_again_says_what_the_guide_says(icm: Icm) -> None:
     assert "0 new adapters, 13 known" in GUIDE.read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_the_guide_names_the_headings_that_eval_prints(icm: Icm, trained: Path) -> None:
     shown = next(line for line in SHOWN["icm train --refine 0"].splitlines() if line.startswith("TASK")).split()
     printed = icm("eval", "--source", "code", "--device", "cpu").out.splitlines()[0].split()

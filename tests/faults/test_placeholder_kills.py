@@ -96,6 +96,7 @@ def kill_on_and_on(place: Place, *words: object, point: str) -> int:
     raise AssertionError("it does not get on")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("tasks", [("rules",), pytest.param(FINALS, marks=pytest.mark.fault)], ids=len)
 def test_a_kill_after_each_file_leaves_the_adapter_or_its_placeholder(
@@ -128,6 +129,7 @@ def test_a_killed_eviction_is_finished_by_the_same_command(place: Place, mode: s
     assert place.broken() == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["keep", pytest.param("lose", marks=pytest.mark.fault)])
 def test_the_placeholder_goes_last(place: Place, mode: str) -> None:
     assert place.icm(*MODES[mode], "rules").status == 0

@@ -85,6 +85,7 @@ def test_two_generators_are_not_joined_unless_one_is_chosen(store: Store) -> Non
     assert bases(store) == {BASE: (1, ()), MIRROR: (1, ())}
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize(("kept", "without"), [(BASE, "html"), (MIRROR, "rust")])
 def test_the_chosen_generator_stays_and_the_other_is_an_earlier_one(store: Store, kept: str, without: str) -> None:
     made = {BASE: trained(store, BASE, "rust"), MIRROR: trained(store, MIRROR, "html")}

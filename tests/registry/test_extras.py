@@ -72,6 +72,7 @@ def test_an_adapter_comes_back_with_why_there_can_be_no_code_and_with_its_form(s
     )
 
 
+@pytest.mark.slow
 def test_each_of_many_adapters_has_its_own(store: Store) -> None:
     names = [f"task-{number}" for number in range(30)]
     offers = [with_extras(store, name, [extra(store, name.encode(), name)], steps=[1, 2]) for name in names]

@@ -51,6 +51,7 @@ def test_a_conflict_that_would_fail_fails(store: Store) -> None:
         store.tasks.plan_ingest([offer(store, "html"), offer(store, "rust", weights=b"other")])
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("restore", [False, True])
 def test_evicted_adapters_are_planned_as_they_are_met_again(store: Store, restore: bool) -> None:
     ingest(store, "rust", steps=[80])

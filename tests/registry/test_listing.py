@@ -76,6 +76,7 @@ def names(store: Store, *filters: str, sort: str | None = None, limit: int | Non
     return store.tasks.names(Selection(filters=[parse_filter(text) for text in filters], sort=order, limit=limit))
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize(
     ("text", "passing"),
     [
@@ -222,6 +223,7 @@ def _holds(present: int | None, operator: str, value: int) -> bool:
     }[operator]
 
 
+@pytest.mark.slow
 @given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=6))
 def test_contains_agrees_with_python_in_any_script(fleet: Store, text: str) -> None:
     notes = {task.name: (task.note or "").casefold() for task in fleet.tasks.all()}

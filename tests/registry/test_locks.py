@@ -146,6 +146,7 @@ class TestJobs:
             assert f"base model '{BASE}' is in use by process {pid}: icm train --steps 300" in str(caught.value)
             assert "--lock-timeout" in (caught.value.hint or "")
 
+    @pytest.mark.slow
     def test_a_second_job_waits_for_the_first(self, tmp_path: Path) -> None:
         with job_elsewhere(tmp_path, "icm encode", seconds=0.4), open_store(tmp_path, timeout=30) as store:
             began = time.monotonic()

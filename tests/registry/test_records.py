@@ -58,6 +58,7 @@ def values(record: object, kind: type) -> dict[str, Any]:
     return {field.name: getattr(record, field.name) for field in fields(kind)}
 
 
+@pytest.mark.slow
 @few
 @given(
     layout=LAYOUTS,

@@ -80,6 +80,7 @@ def test_numbers_that_json_lacks_are_refused(value: float) -> None:
         compact_json({"x": value})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "damage",
     [

@@ -140,11 +140,11 @@ def convert(
             extra is not installed.
         OutputExists: Something is at the destination, and `force` is not given.
     """
-    job = _Job(_wanted(adapter_format, rank, size, dtype), Path(destination), base_model, force)
+    wanted, place = _wanted(adapter_format, rank, size, dtype), Path(destination)
     one, report = _single(Path(source)), ConvertReport()
     if one is not None:
         on_event(Progress(0, 1, one.name))
-        report.adapters.append(job.convert(one, job.destination))
+        report.adapters.append(_convert_one(one, place, wanted, base_model, force=force))
         on_event(report.adapters[0])
         return report
     found, refused = _many(Path(source))
@@ -155,7 +155,8 @@ def convert(
         for done, adapter in enumerate(found):
             on_event(Progress(done, len(found), adapter.name))
             try:
-                report.adapters.append(job.convert(adapter))
+                output = place / f"{adapter.name}{(wanted.adapter_format or adapter.format).suffix or ''}"
+                report.adapters.append(_convert_one(adapter, output, wanted, base_model, force=force))
                 on_event(report.adapters[-1])
             except Cancelled:
                 raise
@@ -174,7 +175,7 @@ def _wanted(adapter_format: str | None, rank: int | None, size: int | None, dtyp
     if dtype is not None and dtype not in DTYPE_NAMES:
         raise DataError(f"unknown number format {dtype!r}", hint=f"choose one of {', '.join(DTYPE_NAMES)}")
     if rank is not None and size is not None:
-        raise OptionsConflict("--size sets the ranks itself, so it cannot be used with --rank")
+        raise OptionsConflict("--size sets the ranks itself, so it cannot be used with --rank", hint="give one of them")
     if (rank is not None and rank < 1) or (size is not None and size < 1):
         raise DataError("a rank or a size is a positive whole number", hint="as rank 8, or size 4000000")
     if adapter_format is None and rank is None and size is None and dtype is None:
@@ -220,32 +221,24 @@ def _many(path: Path) -> tuple[list[_Found], Sequence[tuple[str, IcmError]]]:
     return found, [(error.path or str(path), error) for error in discovery.refused]
 
 
-@dataclass(frozen=True)
-class _Job:
-    """What is done with each adapter."""
+def _convert_one(
+    found: _Found, output: Path, wanted: Wanted, base_model: str | Path | None, *, force: bool
+) -> AdapterConverted:
+    """Write one adapter as a folder, or as a file."""
+    from icmlora.fleet.convert.resized_files import convert_files
 
-    wanted: Wanted
-    destination: Path
-    base_model: str | Path | None
-    force: bool
-
-    def convert(self, found: _Found, output: Path | None = None) -> AdapterConverted:
-        """Write one adapter as a folder, or as a file; by default under its name at the destination."""
-        from icmlora.fleet.convert.resized_files import convert_files
-
-        target = self.wanted.adapter_format or found.format
-        output = output or self.destination / f"{found.name}{target.suffix or ''}"
-        if found.format.name != "lycoris":  # whose tensors say what can be made of it
-            with located(found.place):
-                check_pair(found.format, target)
-        check_target(output, target, force=self.force)
-        source = found.read(None if self.base_model is None else Path(self.base_model))
-        made = convert_files(source, self.wanted)
-        if self.force and (own := replaces(output, made.format, made.content, found.name, found.files)):
-            hint = "write it elsewhere; then move it there, if the original may go"
-            raise DataError("the source would be replaced by what is made of it", path=own, hint=hint)
-        write_adapter_files(output, made.format, made.content, found.name, force=self.force)
-        return _outcome(found, source.content, made, output)
+    target = wanted.adapter_format or found.format
+    if found.format.name != "lycoris":  # whose tensors say what can be made of it
+        with located(found.place):
+            check_pair(found.format, target)
+    check_target(output, target, force=force)
+    source = found.read(None if base_model is None else Path(base_model))
+    made = convert_files(source, wanted)
+    if force and (own := replaces(output, made.format, made.content, found.name, found.files)):
+        hint = "write it elsewhere; then move it there, if the original may go"
+        raise DataError("the source would be replaced by what is made of it", path=own, hint=hint)
+    write_adapter_files(output, made.format, made.content, found.name, force=force)
+    return _outcome(found, source.content, made, output)
 
 
 def _outcome(found: _Found, content: AdapterBytes, made: ConvertedFiles, output: Path) -> AdapterConverted:

@@ -1,3 +1,4 @@
+# ruff: noqa: D102  # a protocol describes the methods of its classes
 """An open bundle as a source of codes: it answers with the rows that a store would have after `icm import`.
 
 What a bundle says of its codes is a claim of whoever made it: nothing here has measured it. Never imports torch.
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
 
 
 class BundleCodes:
-    """The codes of an open bundle.
+    """The codes of an open bundle; `CodeSource` describes the methods.
 
     Args:
         file: The bundle.
@@ -74,33 +75,26 @@ class BundleCodes:
 
     @property
     def any_row(self) -> bool:
-        """Whether a loader reads the samples."""
         return self._loader is not None
 
     def find(self, name: str) -> TaskRecord | None:
-        """Return the task of a name, in any case, or None."""
         found = self._index.task(name)
         return None if found is None else TaskRecord(0, found.name, self._index.base_model, None, None, "", False)
 
     def get(self, name: str) -> TaskRecord:
-        """Return the task of a name, in any case."""
         return TaskRecord(0, find_task(self._index, name).name, self._index.base_model, None, None, "", False)
 
     def names(self, base_model: str | None = None) -> list[str]:
-        """Return the names of all tasks, if they are of this base model."""
         is_other = base_model not in (None, self._index.base_model)
         return [] if is_other else [task.name for task in self._index.tasks]
 
     def final(self, task: str) -> AdapterRecord:
-        """Return the adapter of a task, which is not in the bundle."""
         return self._adapter(find_task(self._index, task))
 
     def finals(self, base_model: str) -> Iterator[AdapterRecord]:
-        """Yield the adapters of the tasks, if they are of this base model."""
         return map(self.final, self.names(base_model))
 
     def having(self, weights: str, config: str) -> list[AdapterRecord]:
-        """Return the adapters with these digests."""
         tasks = self._index.tasks
         return [self._adapter(task) for task in tasks if (task.weights, task.config) == (weights, config)]
 
@@ -118,7 +112,6 @@ class BundleCodes:
         return GeneratorRecord(0, self._index.base_model, *facts, True, "", None, 0)
 
     def code(self, task: str, generator: GeneratorRecord) -> CodeRecord:
-        """Return the code of a task."""
         found = find_task(self._index, task)
         size = self._index.sizes[found.code]
         return CodeRecord(0, found.name, 0, 0, found.code, size, 0.0, None, None, None, claim_of(found))
@@ -136,7 +129,6 @@ class BundleCodes:
         self._file.check()
 
     def form(self, adapter: AdapterRecord) -> OriginalForm:
-        """Read the form and the extras of an original."""
         from icmlora.fleet.resources.decoding import form_of
 
         return form_of(adapter, self.read, self._base_tensors)
@@ -156,15 +148,12 @@ class BundleCodes:
         raise DataError("a bundle holds codes only", hint="import it into a store, or take source 'code'")
 
     def predict(self, final: AdapterRecord, generator: GeneratorRecord, seed: int | None) -> Adapter:
-        """Refuse, as `recalled` does."""
         raise DataError("a bundle holds codes only", hint="import it into a store, or take source 'code'")
 
     def base_models(self) -> Mapping[str, tuple[str, ...]]:
-        """Return the name of the one base model."""
         return {self._index.base_model: (self._index.base_model,)}
 
     def locate(self, base_model: str) -> FoundBase:
-        """Find the base model on this machine."""
         from icmlora.base_models.finding.lookup import find_base_model
 
         aliases = {} if self._base_model is None else {base_model: self._base_model}
@@ -175,7 +164,6 @@ class BundleCodes:
             raise
 
     def context_vectors(self, base_model: str | None) -> tuple[str, ComparableVectors]:
-        """Return the base model and the context vectors of all tasks."""
         from icmlora.fleet.resources.stored_vectors import comparable
 
         rows = {task.name: bundled_vectors(task, self._file) for task in self._index.tasks}

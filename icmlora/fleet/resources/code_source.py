@@ -1,3 +1,4 @@
+# ruff: noqa: D102  # a protocol describes the methods of its classes
 """Where codes are: an open store, or an open bundle. Whatever needs codes is written once, for both.
 
 A bundle answers with the rows that a store would have after `icm import`. Never imports torch by itself.
@@ -119,7 +120,7 @@ def open_store(context: Context, *, read_only: bool = True) -> Iterator[StoreCod
 
 
 class StoreCodes:
-    """The codes of an open store."""
+    """The codes of an open store; `CodeSource` describes the methods."""
 
     name = "store"
     better = "`--source original` is exact; `icm train` with a higher --quality makes better codes"
@@ -133,23 +134,18 @@ class StoreCodes:
 
     @property
     def any_row(self) -> bool:
-        """Whether a base model has a loader."""
         return has_loaders(self._store)
 
     def names(self, base_model: str | None = None) -> list[str]:
-        """Return the names of all tasks, or of those of one base model, sorted."""
         return self._store.tasks.names(Selection(base_model=base_model))
 
     def finals(self, base_model: str) -> Iterator[AdapterRecord]:
-        """Yield the final adapters of the tasks of a base model."""
         return (row.final for row in self._store.tasks.summaries(Selection(base_model=base_model)))
 
     def code(self, task: str, generator: GeneratorRecord) -> CodeRecord | None:
-        """Return the code of a task under a generator."""
         return self._store.codes.get(task, generator.id)
 
     def measured(self, task: TaskRecord, source: Decoded, generator: GeneratorRecord) -> EvaluationRecord | None:
-        """Return how a source of a task does; None if nobody measured it, or if that is damaged."""
         from registry.tables.evaluations import latest
 
         rung = "generate" if source == "recalled" else source  # as the rows have it
@@ -159,45 +155,37 @@ class StoreCodes:
             return None
 
     def generator_file(self, generator: GeneratorRecord) -> GeneratorFile:
-        """Open a generator to decode with."""
         return self._context.generator.get(generator.blob, self.read)
 
     def form(self, adapter: AdapterRecord) -> OriginalForm:
-        """Read the form and the extras of an original."""
         from icmlora.fleet.resources.decoding import read_form
 
         return read_form(self._store, adapter)
 
     def recalled(self, final: AdapterRecord, generator: GeneratorRecord) -> CodeRecord | None:
-        """Return the code of the known task recognized from a task's vectors."""
         from icmlora.fleet.resources.recalled_code import Exemplars
 
         return Exemplars(self._store, generator).code_for(final)
 
     def predict(self, final: AdapterRecord, generator: GeneratorRecord, seed: int | None) -> Adapter:
-        """Predict the adapter of a task from its vectors, with the network alone."""
         from icmlora.fleet.resources.decoding import predict_adapter
 
         code = self.code(final.task, generator)
         return predict_adapter(self._store, self.generator_file(generator), final, code, seed=seed)
 
     def base_models(self) -> Mapping[str, tuple[str, ...]]:
-        """Return all names of each base model, by its main name."""
         return {record.name: record.names for record in self._store.base_models.all()}
 
     def locate(self, base_model: str) -> FoundBase:
-        """Find a base model on this machine."""
         return locate_base(self._store, base_model)
 
     def context_vectors(self, base_model: str | None) -> tuple[str, ComparableVectors]:
-        """Return a base model and the context vectors of its tasks."""
         from icmlora.fleet.resources.stored_vectors import comparable_vectors, tasks_of_one_base
 
         label, tasks = tasks_of_one_base(self._store, base_model)
         return label, comparable_vectors(self._store, tasks, "context")
 
     def open_base(self, label: str, device: torch.device, dtype: torch.dtype, extractor: str | None) -> BaseModel:
-        """Load a base model; the store says in how many bits."""
         from icmlora.fleet.resources.loading import open_base
 
         return open_base(self._store, label, device, dtype, cache=self._context.cache)

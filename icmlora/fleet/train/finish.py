@@ -8,18 +8,17 @@ The store is complete before and after each of these.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar, cast
+from typing import cast
 
 from icmlora.errors import Cancelled
 from icmlora.fleet.context import Context, StageBegun
 from icmlora.fleet.encode.encode import EncodeReport, encode
 from icmlora.fleet.failures import BaseModelFailed
 from icmlora.fleet.measure.evaluate import EvaluateReport, Measurable, evaluate, measurable
+from icmlora.generator.limits import Limits
 from registry.errors import IcmError
-
-R = TypeVar("R", EncodeReport, EvaluateReport)
 
 
 @dataclass
@@ -44,14 +43,10 @@ def finish(
     context: Context,
     report: FinishReport,
     base_models: Sequence[str],
-    tasks: Sequence[str] = (),
+    tasks: Sequence[str],
+    limits: Limits,
     *,
-    base_model: str | None,
-    quality: int | None,
-    tolerance: float | None,
-    refine: int | None,
-    min_gain: float | None,
-    max_error: float | None,
+    only: str | None,
     measure: bool,
     device: str,
     workers: str | None,
@@ -63,83 +58,44 @@ def finish(
         report: What to complete.
         base_models: Base models of which tasks have new codes.
         tasks: These tasks, if not all.
-        base_model: The only base model that is meant.
-        quality: Of refined codes; by default that of the generator.
-        tolerance: Of the new codes. Codes of a tolerance of their own are not refined.
-        refine: Steps of refinement where there are no limits; 0 for none.
-        min_gain: A limit, as in `encode`.
-        max_error: A limit, as in `encode`.
+        limits: Without a gain or an error to keep, codes are refined, except those of a tolerance of their own.
+        only: The only base model that is meant.
         measure: Whether to measure the codes.
         device: Where to compute.
         workers: Where to compute, as described for `Fleet`.
     """
-    if not base_models:
-        return
-    if max_error is not None or min_gain is not None:
-
-        def for_limits() -> EncodeReport:
-            return encode(
+    labels: Sequence[str | None] = base_models if limits.tolerance is None and limits.refine != 0 else []
+    quality, refine = limits.quality, limits.refine
+    if limits.max_error is not None or limits.min_gain is not None:
+        labels, quality, refine = [only] if base_models else [], None, None
+    for label in labels:
+        try:
+            context.on_event(StageBegun("encode", report))
+            encoded = encode(
                 context,
                 tasks,
-                min_gain=min_gain,
-                max_error=max_error,
-                base_model=base_model,
+                quality=quality,
+                min_gain=limits.min_gain,
+                max_error=limits.max_error,
+                refine=refine,
+                base_model=label,
                 device=device,
                 workers=workers,
             )
-
-        _stage(context, report, "encode", for_limits, EncodeReport(), report.encoded.append)
-    elif tolerance is None and refine != 0:
-        for label in base_models:
-
-            def refined(label: str = label) -> EncodeReport:
-                return encode(
-                    context, tasks, quality=quality, refine=refine, base_model=label, device=device, workers=workers
-                )
-
-            _stage(context, report, "encode", refined, EncodeReport(), report.encoded.append)
-    if measure:
-        _measure(context, report, base_models, tasks, device, workers)
-
-
-def _measure(
-    context: Context,
-    report: FinishReport,
-    base_models: Sequence[str],
-    tasks: Sequence[str],
-    device: str,
-    workers: str | None,
-) -> None:
-    """Measure the codes that this machine can measure; an error is only noted, because the codes are made."""
-    report.measurable = found = measurable(context, base_models, tasks)
-    if not found.tasks:
+            report.encoded.append(encoded)
+        except Cancelled as stop:
+            report.encoded.append(cast("EncodeReport | None", stop.report) or EncodeReport())
+            raise
+    if not (measure and base_models):
         return
-
-    def note(evaluated: EvaluateReport) -> None:
-        report.evaluated = evaluated
-
+    report.measurable = measurable(context, base_models, tasks)
+    if (names := report.measurable.tasks) == []:
+        return
     try:
-        _stage(
-            context,
-            report,
-            "eval",
-            lambda: evaluate(context, found.tasks, sources=("code",), device=device, workers=workers),
-            EvaluateReport(),
-            note,
-        )
-    except Cancelled:
-        raise
-    except IcmError as error:
-        report.evaluate_error = error
-
-
-def _stage(
-    context: Context, report: FinishReport, label: str, work: Callable[[], R], nothing: R, note: Callable[[R], None]
-) -> None:
-    """Do one thing after the other, and note its report even if it was stopped."""
-    try:
-        context.on_event(StageBegun(label, report))
-        note(work())
+        context.on_event(StageBegun("eval", report))
+        report.evaluated = evaluate(context, names, sources=("code",), device=device, workers=workers)
     except Cancelled as stop:
-        note(nothing if stop.report is None else cast(R, stop.report))
+        report.evaluated = cast("EvaluateReport | None", stop.report) or EvaluateReport()
         raise
+    except IcmError as error:  # the codes are made
+        report.evaluate_error = error

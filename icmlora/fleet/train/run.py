@@ -35,15 +35,15 @@ from icmlora.fleet.resources.loading import open_base
 from icmlora.fleet.resources.texts import read_samples
 from icmlora.generator.config import GeneratorConfig, config_for
 from icmlora.generator.sensitivity import Sensitivity, sensitivity_of
-from icmlora.generator.versions import GeneratorFile
 from icmlora.training.config import DEFAULT_QUALITY, TrainConfig
 from icmlora.training.initialisation import fresh_network, grown_network
 from icmlora.training.loop import TrainStep, draws_of, fit
 from icmlora.training.ranks import ALONE, Ranks
 from icmlora.training.state import TrainState, new_state, state_from_bytes
-from registry.records import AdapterRecord, GeneratorRecord, RunCode, TrainRunRecord
+from registry.records import AdapterRecord, RunCode, TrainRunRecord
 
 if TYPE_CHECKING:
+    from icmlora.generator.cvae import CVAE
     from icmlora.generator.encoding import Encoded
     from registry.store import Store
 
@@ -96,39 +96,43 @@ def open_run(
     store: Store,
     source: StoreAdapterSource,
     device: torch.device,
-    previous: GeneratorRecord | None,
+    network: CVAE | None,
+    config: GeneratorConfig,
+    options: TrainConfig,
     *,
-    quality: int | None,
-    tolerance: float | None,
-    width: int | None,
-    steps: int | None,
-    learning_rate: float | None,
-    seed: int,
+    parent: str | None,
     resume: bool,
 ) -> TrainingRun:
-    """Resume the run that was stopped if it is the same one, else start a new one. Call it inside the job lock."""
-    # The first version was trained on a whole fleet; later ones are for the tasks that they were added for.
-    network = None if previous is None else GeneratorFile(store.blobs.read(previous.blob)).codec(0).generator.net
-    known = None if network is None else network.config
-    config = _config(source, known, quality=quality, tolerance=tolerance, width=width)
-    options = options_of(source, device, steps=steps, learning_rate=learning_rate, seed=seed)
+    """Resume the run that was stopped if it is the same one, else start a new one. Call it inside the job lock.
+
+    Args:
+        context: The store, and who listens.
+        store: The open store.
+        source: What to train on.
+        device: Where to train.
+        network: The current network, to start from; None to start from scratch.
+        config: The network to train.
+        options: How to train it.
+        parent: Digest of the current generator's file.
+        resume: Whether to resume a run.
+    """
     identity: dict[str, object] = {
         "generator": json.loads(config.to_json()),
         "train": json.loads(options.to_json()),
         "fleet": source.digest(),
-        "parent": None if previous is None else previous.blob,
+        "parent": parent,
     }
     stopped = store.runs.running(source.base_model) if resume else None
     if stopped is not None and stopped.config == identity and stopped.weights and stopped.optimizer:
         weights, optimizer = store.blobs.read(stopped.weights), store.blobs.read(stopped.optimizer)
         return TrainingRun(store, state_from_bytes(weights, optimizer, device), stopped)
     sensitivity = None
-    if known is None or (known.kinds, known.layers) != (config.kinds, config.layers):
+    if network is None or (network.config.kinds, network.config.layers) != (config.kinds, config.layers):
         sensitivity = measured_sensitivity(context, store, source, config, device)
     if network is None:
-        network = fresh_network(config, source, seed, sensitivity)
+        network = fresh_network(config, source, options.seed, sensitivity)
     else:
-        network = grown_network(config, network, source, seed, sensitivity)
+        network = grown_network(config, network, source, options.seed, sensitivity)
     return TrainingRun(store, new_state(network.to(device), options), store.runs.start(source.base_model, identity))
 
 
@@ -263,15 +267,16 @@ def _examples(store: Store, names: Sequence[str], base: BaseModel) -> list[Any]:
     return [one for row in zip_longest(*firsts) for one in row if one is not None] or list(base.modality.probes)
 
 
-def _config(
+def wanted_config(
     source: StoreAdapterSource,
-    previous: GeneratorConfig | None,
+    network: CVAE | None,
     *,
     quality: int | None,
     tolerance: float | None,
     width: int | None,
 ) -> GeneratorConfig:
-    """Choose the network of a generator; None stands for what the previous one has, or for the default."""
+    """Choose the network of a generator; None stands for what the current one has, or for the default."""
+    previous = None if network is None else network.config
     if previous is not None:
         if width not in (None, previous.width):
             fact = f"the current generator has width {previous.width}, and training that starts from it keeps the width"

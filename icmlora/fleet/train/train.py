@@ -27,14 +27,18 @@ from icmlora.fleet.train.run import (
     base_models_with_tasks,
     help_train,
     open_run,
+    options_of,
     run_metrics,
     share_run,
     train_network,
     usable_source,
+    wanted_config,
 )
 from icmlora.generator.codec import Codec
 from icmlora.generator.encoding import Encoded
+from icmlora.generator.limits import Limits
 from icmlora.generator.network_file import generator_from_bytes, generator_to_bytes
+from icmlora.generator.versions import GeneratorFile
 from icmlora.training.ranks import Ranks, joined
 from registry.names import some
 from registry.records import AdapterRecord, CodeLimits, GeneratorRecord, NewCode, NewGenerator, WithRelativeError
@@ -195,20 +199,9 @@ def train(
                         report.trained.append(trained)
                         context.on_event(trained)
                 ranks.share()  # nothing: the others may leave
-        finish(
-            context,
-            report,
-            [trained.base_model for trained in report.trained],
-            base_model=base_model,
-            quality=quality,
-            tolerance=tolerance,
-            refine=refine,
-            min_gain=min_gain,
-            max_error=max_error,
-            measure=evaluate,
-            device=device,
-            workers=workers,
-        )
+        limits = Limits(quality, min_gain, max_error, tolerance, refine=refine)
+        labels = [trained.base_model for trained in report.trained]
+        finish(context, report, labels, (), limits, only=base_model, measure=evaluate, device=device, workers=workers)
     return report
 
 
@@ -236,20 +229,12 @@ def _train_base(
     _refuse_none(source.names, source.left_out)
     previous = None if fresh else store.generators.current(label)
     started = time.monotonic()
-    run = open_run(
-        context,
-        store,
-        source,
-        device,
-        previous,
-        quality=quality,
-        tolerance=tolerance,
-        width=width,
-        steps=steps,
-        learning_rate=learning_rate,
-        seed=seed,
-        resume=resume,
-    )
+    # The first version was trained on a whole fleet; later ones are for the tasks that they were added for.
+    network = None if previous is None else GeneratorFile(store.blobs.read(previous.blob)).codec(0).generator.net
+    config = wanted_config(source, network, quality=quality, tolerance=tolerance, width=width)
+    options = options_of(source, device, steps=steps, learning_rate=learning_rate, seed=seed)
+    parent = None if previous is None else previous.blob
+    run = open_run(context, store, source, device, network, config, options, parent=parent, resume=resume)
     first = run.state.step
     try:
         if first:

@@ -26,6 +26,7 @@ from icmlora.fleet.train.finish import FinishReport, finish
 from icmlora.fleet.train.run import base_models_with_tasks, run_metrics, usable_source
 from icmlora.fleet.train.train import REPLACED, CodeMade
 from icmlora.generator.config import tolerance_of
+from icmlora.generator.limits import Limits
 from icmlora.generator.versions import GeneratorFile
 from icmlora.io.devices import resolve_device
 from registry.records import CodeLimits, GeneratorRecord, NewCode, NewGenerator
@@ -147,17 +148,15 @@ def update(
                     for code in codes:
                         context.on_event(code)
                     context.on_event(updated)
+        limits = Limits(quality, min_gain, max_error, tolerance, refine=refine)
+        labels = [updated.base_model for updated in report.updated if updated.tasks]
         finish(
             context,
             report,
-            [updated.base_model for updated in report.updated if updated.tasks],
+            labels,
             report.tasks,
-            base_model=base_model,
-            quality=quality,
-            tolerance=tolerance,
-            refine=refine,
-            min_gain=min_gain,
-            max_error=max_error,
+            limits,
+            only=base_model,
             measure=evaluate,
             device=device,
             workers=workers,

@@ -16,6 +16,7 @@ def bytes_of_codes(icm: Callable[..., Ran], *store: object) -> int:
     return sum(task["code_size"] for task in icm(*store, "ls", "--json").document)
 
 
+@pytest.mark.slow
 def test_on_a_card_the_codes_take_as_many_bytes_as_on_the_cpu(
     icm: Callable[..., Ran], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -29,6 +29,7 @@ def test_dw_stays_the_same(seed: int, rank: int, inputs: int, outputs: int, expo
     assert torch.allclose(module.b.double() @ module.a.double(), wanted, rtol=0, atol=1e-5 * float(wanted.abs().max()))
 
 
+@pytest.mark.slow
 @given(seed=st.integers(0, 10**6), rank=st.integers(1, 4))
 def test_every_gauge_has_the_same_canonical_form(seed: int, rank: int) -> None:
     a, b = draw(seed, rank, 9, 7)

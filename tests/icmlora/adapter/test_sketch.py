@@ -124,6 +124,7 @@ def test_unrelated_adapters_are_no_candidates() -> None:
     assert found(fleet, 0.1) == set()
 
 
+@pytest.mark.slow
 def test_a_pair_across_two_blocks_is_found_once() -> None:
     draw = np.random.default_rng(0)
     sketches = draw.standard_normal((2500, SKETCH_SIZE)).astype(np.float32)

@@ -31,6 +31,7 @@ def test_the_process_renders_what_this_one_renders(template: Any) -> None:
     assert render_in_child(chosen, chats) == chosen.render_all(chats)
 
 
+@pytest.mark.slow
 def test_a_chat_that_the_template_refuses_is_named_and_the_others_are_rendered() -> None:
     odd = chat({"role": "system", "content": "Be brief."}, TURNS[0], {"role": "assistant", "content": "4"})
     fine = chat(TURNS[0], {"role": "assistant", "content": "4"})

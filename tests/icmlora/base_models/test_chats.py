@@ -187,6 +187,7 @@ def test_a_row_without_a_chat_is_none(row: dict[str, Any]) -> None:
     assert chat_of(row) is None
 
 
+@pytest.mark.slow
 @given(st.dictionaries(KEYS, VALUES, max_size=4))
 def test_any_row_is_an_example_or_refused_with_a_fact(row: dict[str, Any]) -> None:
     with contextlib.suppress(DataError):

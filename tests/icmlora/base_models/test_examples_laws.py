@@ -28,6 +28,7 @@ def written(examples: list[Example], end: str = "\n") -> bytes:
     return "".join(line(example) + end for example in examples).encode()
 
 
+@pytest.mark.slow
 @given(FILES, FILES)
 def test_two_files_one_after_the_other_are_the_examples_of_both(first: list[Example], second: list[Example]) -> None:
     assert parse_examples(written(first) + written(second)).items == (*first, *second)

@@ -137,6 +137,7 @@ class TestProtocol:
         assert not base.model.training
         assert not any(parameter.requires_grad for parameter in base.model.parameters())
 
+    @pytest.mark.one_case
     def test_a_fingerprint_that_is_known_is_not_computed_again(self, case: Case, tmp_path: Path) -> None:
         found = inspect_base(LABEL, case.write(tmp_path / "base"))
         loaded = case.modality.load(found, device=torch.device("cpu"), fingerprint="known")
@@ -162,6 +163,7 @@ class TestProtocol:
         assert len(items) == len(examples)
         assert all(item.count >= 1 and 1 <= item.size <= LIMIT for item in items)
 
+    @pytest.mark.one_case
     def test_each_example_has_a_state_of_the_hidden_size(self, base: BaseModel, examples: tuple[Any, ...]) -> None:
         states = base.modality.states(base, examples, LIMIT)
         assert (states.dtype, tuple(states.shape)) == (torch.float32, (len(examples), base.hidden_size))
@@ -173,6 +175,7 @@ class TestProtocol:
         alone = torch.cat([base.modality.states(base, [example], LIMIT) for example in examples])
         torch.testing.assert_close(base.modality.states(base, examples, LIMIT), alone, rtol=1e-4, atol=1e-5)
 
+    @pytest.mark.one_case
     def test_all_examples_together_have_one_state(self, base: BaseModel, examples: tuple[Any, ...]) -> None:
         state = base.modality.context_state(base, examples, LIMIT)
         assert (state.dtype, tuple(state.shape)) == (torch.float32, (base.hidden_size,))
@@ -202,6 +205,7 @@ class TestProtocol:
             base.modality.loss(base, base.modality.prepare(base, examples, LIMIT)).backward()  # type: ignore[no-untyped-call]
         assert all(factor.grad is not None and factor.grad.any() for pair in pairs.values() for factor in pair)
 
+    @pytest.mark.one_case
     def test_the_rows_that_count_are_rows_of_a_modules_input(
         self, case: Case, base: BaseModel, examples: tuple[Any, ...]
     ) -> None:
@@ -282,6 +286,7 @@ class TestWhatStandsOnIt:
         for name, found in evidence.modules.items():
             assert tuple(found.gradient.shape) == linear_shape(base.model.get_submodule(name))
 
+    @pytest.mark.one_case
     def test_an_adapter_does_not_differ_from_itself(
         self, case: Case, base: BaseModel, examples: tuple[Any, ...]
     ) -> None:

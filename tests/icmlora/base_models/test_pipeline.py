@@ -123,6 +123,7 @@ def test_an_adapter_is_loaded_for_a_while(pipeline: Pipeline) -> None:
     assert rmse(drawn(pipeline), before) == 0
 
 
+@pytest.mark.slow
 def test_the_norm_of_what_is_loaded_shows_what_is_passed_over(pipeline: Pipeline, tmp_path: Path) -> None:
     tensors = load_file(kohya_file("sd15"))
     half = {name: value for name, value in tensors.items() if "_up_blocks_" not in name}

@@ -41,11 +41,13 @@ def parquet(table: dict[str, list[Any]], **options: Any) -> bytes:
     return buffer.getvalue()
 
 
+@pytest.mark.slow
 @given(ROWS)
 def test_json_lines_give_their_rows(expected: list[dict[str, Any]]) -> None:
     assert values("\n".join(map(json.dumps, expected)).encode()) == expected
 
 
+@pytest.mark.slow
 @given(ROWS, st.sampled_from([None, 1]))
 def test_an_array_gives_its_elements(expected: list[dict[str, Any]], indent: int | None) -> None:
     assert values(json.dumps(expected, indent=indent, ensure_ascii=False).encode()) == expected

@@ -92,6 +92,7 @@ def test_residuals_are_not_exported_and_the_report_says_so(fleet: Fleet, tmp_pat
     assert equal(Bundle(report.file).load("poems"), fleet.load("poems", source="code"))
 
 
+@pytest.mark.slow
 def test_two_base_models_need_a_choice(fleet: Fleet, tmp_path: Path) -> None:
     fleet.ingest([write_lora(tmp_path / "alien", base_model_name_or_path="acme/elsewhere")])
     fleet.train(device="cpu", base_model="acme/elsewhere", steps=2, refine=0, evaluate=False)
@@ -259,6 +260,7 @@ def test_a_task_that_is_there_gets_its_code(file: Path, other: Fleet, loras: Pat
     assert not any(row.final.is_evicted for row in other.tasks())
 
 
+@pytest.mark.slow
 def test_another_adapter_of_the_same_name_is_a_conflict(file: Path, other: Fleet, tmp_path: Path) -> None:
     other.ingest([write_lora(tmp_path / "mine" / "poems", seed=99)])
     with pytest.raises(TaskConflict, match="'poems'"):

@@ -63,6 +63,7 @@ def test_a_fleet_can_be_stopped_at_each_of_its_first_events_and_goes_on(fleet: F
     assert code_blobs(fleet) == code_blobs(finished)
 
 
+@pytest.mark.slow
 def test_progress_never_goes_back_and_ends_at_the_total(learned: Fleet) -> None:
     heard: list[Event] = []
     Fleet(learned.path, on_event=heard.append).evaluate(sources=[], device="cpu")
@@ -137,6 +138,7 @@ def test_a_device_is_checked_before_the_store_is_opened(tmp_path: Path, method: 
         getattr(Fleet(tmp_path / "nowhere"), method)(device="gpu")
 
 
+@pytest.mark.slow
 def test_another_process_sees_who_holds_the_base_model(fleet: Fleet) -> None:
     code = (
         "from icmlora import Fleet, StoreLocked\n"

@@ -82,6 +82,7 @@ def test_the_reported_error_is_that_of_the_file(adapter: Path, tmp_path: Path, s
     assert done.relative_error == pytest.approx(error_of(adapter, tmp_path / "out"), abs=1e-6)
 
 
+@pytest.mark.slow
 @with_files
 @given(sizes=st.tuples(st.integers(4500, 16000), st.integers(4500, 16000)))
 def test_more_bytes_never_have_a_larger_error(adapter: Path, tmp_path: Path, sizes: tuple[int, int]) -> None:

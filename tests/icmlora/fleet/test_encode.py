@@ -49,12 +49,14 @@ def test_the_same_call_again_changes_no_byte(fleet: Fleet) -> None:
     assert files_of(fleet.path) == before
 
 
+@pytest.mark.slow
 def test_it_encodes_again_if_asked_to(fleet: Fleet) -> None:
     first = fleet.encode(["silent"], max_error=0.22).tasks[0]
     again = fleet.encode(["silent"], max_error=0.22, again=True).tasks[0]
     assert (again.status, again.size, again.before) == ("encoded", first.size, first.size)
 
 
+@pytest.mark.slow
 def test_a_task_is_encoded_once_however_often_it_is_named(fleet: Fleet) -> None:
     report = fleet.encode(["silent", "SILENT", "poems"], max_error=0.55)
     assert [task.task for task in report.tasks] == ["poems", "silent"]
@@ -193,6 +195,7 @@ def test_an_unknown_task_changes_nothing(fleet: Fleet) -> None:
     assert (error.value.hint, files_of(fleet.path)) == ("did you mean 'rules'?", before)
 
 
+@pytest.mark.slow
 def test_a_new_code_forgets_what_was_measured_of_the_earlier_one(fleet: Fleet) -> None:
     fleet.evaluate(["poems"], sources=["code"], device="cpu")
     assert "code" in {row.rung for row in fleet.show("poems").evaluations}
@@ -225,6 +228,7 @@ def test_a_training_has_to_wait_for_an_encode(fleet: Fleet) -> None:
     assert other.encode(["silent"], max_error=0.1).tasks[0].status == "known"
 
 
+@pytest.mark.slow
 def test_a_second_fleet_object_encodes_at_the_same_time(fleet: Fleet) -> None:
     other, found = Fleet(fleet.path, lock_timeout=0), list[str]()
 

@@ -42,6 +42,7 @@ def test_every_result_is_recorded(learned: Fleet) -> None:
     assert set(recorded) == {"base", "original", "code", "generate"}
 
 
+@pytest.mark.slow
 def test_what_was_measured_is_not_measured_again(learned: Fleet) -> None:
     first = learned.evaluate(["ships"], device="cpu")
     before = files_of(learned.path)
@@ -49,6 +50,7 @@ def test_what_was_measured_is_not_measured_again(learned: Fleet) -> None:
     assert files_of(learned.path) == before
 
 
+@pytest.mark.slow
 def test_the_best_and_the_worst_gain_are_summed_up(learned: Fleet) -> None:
     report = learned.evaluate(sources=["code"], device="cpu")
     gains = {task.task: task.sources["code"].retained_gain or 0.0 for task in report.tasks}
@@ -89,6 +91,7 @@ def test_a_source_that_does_not_exist_is_named(learned: Fleet) -> None:
         learned.evaluate(sources=["bogus"], device="cpu")  # type: ignore[list-item]
 
 
+@pytest.mark.slow
 def test_results_on_other_text_do_not_replace_those_on_the_own_text(learned: Fleet, text: Path) -> None:
     learned.evaluate(["apples"], sources=["code"], device="cpu")
     gain = learned.stats().fleets[0].tasks[0].retained_gain

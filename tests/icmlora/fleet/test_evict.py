@@ -90,6 +90,7 @@ def test_a_code_that_misses_the_limit_keeps_its_original(fleet: Fleet) -> None:
     assert "above the limit of 0.1" in str(task.reason)
 
 
+@pytest.mark.slow
 def test_a_second_call_has_nothing_to_do(fleet: Fleet) -> None:
     fleet.evict(max_error=0.7)
     before = files_of(fleet.path)
@@ -98,6 +99,7 @@ def test_a_second_call_has_nothing_to_do(fleet: Fleet) -> None:
     assert files_of(fleet.path) == before
 
 
+@pytest.mark.slow
 def test_checkpoints_can_go_alone(fleet: Fleet, loras: Path) -> None:
     report = fleet.evict(max_error=0.7, checkpoints_only=True)
     assert [(task.task, task.adapters) for task in report.gone] == [("poems", 2)]
@@ -131,6 +133,7 @@ def test_a_damaged_code_keeps_its_original(fleet: Fleet) -> None:
     assert gone(fleet) == ["rules", "silent"]
 
 
+@pytest.mark.slow
 def test_a_gain_is_measured_before_the_original_goes(learned: Fleet) -> None:
     (task,) = learned.evict(["apples"], min_gain=0.9, device="cpu").tasks
     assert task.status == "evicted"
@@ -139,12 +142,14 @@ def test_a_gain_is_measured_before_the_original_goes(learned: Fleet) -> None:
     assert {row.rung for row in learned.show("apples").evaluations} == {"base", "original", "code"}
 
 
+@pytest.mark.slow
 def test_a_gain_that_is_too_small_keeps_the_original(learned: Fleet) -> None:
     (task,) = learned.evict(["ships"], min_gain=0.999, device="cpu").tasks
     assert (task.status, gone(learned)) == ("kept", [])
     assert "below the limit of 0.999" in str(task.reason)
 
 
+@pytest.mark.slow
 def test_a_residual_counts(fleet: Fleet) -> None:
     fleet.encode(["poems"], max_error=0.1, residual=True)
     (task,) = fleet.evict(["poems"], max_error=0.1).tasks
@@ -152,6 +157,7 @@ def test_a_residual_counts(fleet: Fleet) -> None:
     assert task.residual_size
 
 
+@pytest.mark.slow
 def test_a_stopped_eviction_is_finished_by_the_same_call(fleet: Fleet) -> None:
     with pytest.raises(Cancelled) as stopped:
         Fleet(fleet.path, on_event=stop_after(2, TaskEvicted)).evict(max_error=0.7)
@@ -161,6 +167,7 @@ def test_a_stopped_eviction_is_finished_by_the_same_call(fleet: Fleet) -> None:
     assert [task.status for task in fleet.evict(max_error=0.7).tasks] == ["known", "known", "evicted"]
 
 
+@pytest.mark.slow
 def test_a_dry_run_does_not_wait_for_a_job(fleet: Fleet) -> None:
     other, planned = Fleet(fleet.path, lock_timeout=0), list[str]()
 
@@ -179,6 +186,7 @@ def test_a_pinned_task_that_is_named_makes_the_report_partial(fleet: Fleet) -> N
     assert (report.tasks[0].status, report.partly, gone(fleet)) == ("pinned", True, [])
 
 
+@pytest.mark.slow
 def test_pinning_is_undone_by_unpinning(fleet: Fleet) -> None:
     assert [task.name for task in fleet.edit(["Silent", "poems"], pinned=True).tasks] == ["silent", "poems"]
     assert [row.task.name for row in fleet.tasks() if row.task.pinned] == ["poems", "silent"]

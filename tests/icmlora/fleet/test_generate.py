@@ -51,12 +51,14 @@ def test_the_report_describes_the_folder(able: Fleet, samples: Path, out: Path) 
     assert (made.code_size, made.code_relative_error) == (None, None)
 
 
+@pytest.mark.slow
 def test_without_register_no_byte_of_the_store_changes(able: Fleet, samples: Path, out: Path) -> None:
     before = files_of(able.path)
     able.generate("geese", samples, out, device="cpu")
     assert files_of(able.path) == before
 
 
+@pytest.mark.slow
 def test_the_same_samples_give_the_same_bytes(able: Fleet, samples: Path, tmp_path: Path) -> None:
     one, two = (able.generate("geese", samples, tmp_path / name, device="cpu").weights for name in ("one", "two"))
     assert one == two

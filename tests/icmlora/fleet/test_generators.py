@@ -56,6 +56,7 @@ def test_a_rollback_brings_the_earlier_codes_back(fleet: Fleet) -> None:
     assert equal(fleet.load("rules", source="code"), adapter)
 
 
+@pytest.mark.slow
 def test_a_rollback_names_the_tasks_that_are_left_without_a_code(twice: Fleet, loras: Path) -> None:
     twice.ingest([loras / "silent"], name="twin")
     assert twice.update(device="cpu", steps=2, refine=0, evaluate=False).tasks == ["twin"]

@@ -133,6 +133,7 @@ def test_without_a_number_format_it_keeps_its_own_and_says_what_rounding_costs(t
     assert 0 < done.relative_error < 1e-3
 
 
+@pytest.mark.slow
 def test_ranks_are_cut_and_names_changed_in_one_go(tmp_path: Path) -> None:
     source = diffusers_file(tmp_path, tiny_sd15())
     out, done = converted(source, tmp_path, adapter_format="kohya", rank=2, dtype="float32")

@@ -98,6 +98,7 @@ def test_given_weights_that_fit_no_adapter_are_refused(new: Fleet, tmp_path: Pat
         new.ingest([tmp_path / "poems"], initial=tmp_path / "other")
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("method", ["pissa", "olora", "corda", "loftq"])
 def test_without_initial_weights_only_the_original_is_kept(new: Fleet, tmp_path: Path, method: str) -> None:
     new.ingest([write_pissa(tmp_path / "poems", initial=None, method=method)])
@@ -153,6 +154,7 @@ def test_its_code_comes_back_as_an_ordinary_lora(fleet: Fleet, template: Path, t
     assert report.squared_error == pytest.approx(error, abs=1e-2)
 
 
+@pytest.mark.slow
 def test_initial_weights_are_evicted_with_the_original_and_come_back_with_it(fleet: Fleet, template: Path) -> None:
     row = final(fleet, "sonnets")
     assert row.initial is not None
@@ -167,6 +169,7 @@ def test_initial_weights_are_evicted_with_the_original_and_come_back_with_it(fle
     assert is_sound(fleet)
 
 
+@pytest.mark.slow
 def test_an_original_that_comes_back_without_its_initial_weights_is_an_original_only(
     fleet: Fleet, template: Path, tmp_path: Path
 ) -> None:
@@ -178,6 +181,7 @@ def test_an_original_that_comes_back_without_its_initial_weights_is_an_original_
     fleet.materialize("sonnets", tmp_path / "out", source="original")
 
 
+@pytest.mark.slow
 def test_a_bundle_holds_the_form_of_the_converted_adapter(fleet: Fleet, template: Path, tmp_path: Path) -> None:
     plain = plain_of(template / "sonnets", template / "sonnets" / "pissa_init", tmp_path / "plain")
     fleet.export_bundle(tmp_path / "fleet.icm", ["sonnets"])

@@ -198,6 +198,7 @@ def test_what_has_no_code_is_not_loaded_as_a_lora(fleet: Fleet, task: str) -> No
         fleet.load(task)
 
 
+@pytest.mark.slow
 def test_what_has_no_code_is_never_evicted(fleet: Fleet, kept: Path, out: Path) -> None:
     report = fleet.evict(max_error=1.0)
     assert ([task.task for task in report.original_only], report.kept, report.partly) == (WITHOUT_CODE, [], False)
@@ -231,6 +232,7 @@ def test_after_eviction_the_extras_are_still_bit_for_bit(fleet: Fleet, kept: Pat
     assert is_sound(fleet)
 
 
+@pytest.mark.slow
 def test_an_evicted_original_with_extras_is_restored(fleet: Fleet, kept: Path, out: Path) -> None:
     fleet.evict(["headed"], max_error=1.0)
     before = row_of(fleet, "headed").final.extras
@@ -318,6 +320,7 @@ def test_a_bundle_writes_the_bytes_that_the_store_writes(fleet: Fleet, bundle: P
     assert but_card(tmp_path / "bundle-out") == but_card(tmp_path / "store-out")
 
 
+@pytest.mark.slow
 def test_an_imported_task_writes_the_same_bytes(fleet: Fleet, bundle: Path, tmp_path: Path) -> None:
     other = Fleet(tmp_path / "other")
     other.import_bundle(bundle)

@@ -248,12 +248,14 @@ def test_reading_changes_no_byte_of_the_store(fleet: Fleet, tmp_path: Path) -> N
     assert files_of(fleet.path) == before
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("source", ALL)
 def test_the_files_in_memory_are_those_of_the_folder(layered: Fleet, out: Path, source: Source) -> None:
     layered.materialize("rules", out, source=source)
     assert layered.read_files("rules", source=source) == files_of(out)
 
 
+@pytest.mark.slow
 def test_many_adapters_are_those_that_are_loaded_one_by_one(fleet: Fleet) -> None:
     names = [*fleet.task_names(), *fleet.task_names()]
     many = list(fleet.load_many(names, source="code"))

@@ -37,6 +37,7 @@ def test_they_are_trained_and_encoded_without_being_refined(images: Fleet) -> No
     assert task.reason == "not refined: icm does not run the models that image adapters are for"
 
 
+@pytest.mark.slow
 def test_they_are_evicted_by_error_and_kept_where_a_gain_is_asked_for(images: Fleet) -> None:
     images.evict(["pear"], max_error=0.9)
     images.evict(["plum"], min_gain=0.1)

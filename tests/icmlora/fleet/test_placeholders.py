@@ -77,6 +77,7 @@ def test_what_is_freed_is_reported_apart_from_the_store(fleet: Fleet, own_loras:
     assert (report.freed, report.freed_in_folders) == (weights, size)
 
 
+@pytest.mark.slow
 def test_a_dry_run_says_the_same_and_touches_no_file(fleet: Fleet, own_loras: Path) -> None:
     before = files_of(own_loras) | files_of(fleet.path)
     planned = fleet.evict(max_error=0.7, placeholder=True, dry_run=True)

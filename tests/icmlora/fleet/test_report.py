@@ -48,6 +48,7 @@ def test_the_headline_says_what_stats_says(learned: Fleet, page: Path) -> None:
     assert f"3 tasks of {LABEL}" in text
 
 
+@pytest.mark.slow
 def test_gains_are_shown_once_they_are_measured(learned: Fleet, page: Path) -> None:
     assert learned.report(page).quality == "relative error"
     learned.evaluate(sources=["code"], device="cpu")
@@ -87,6 +88,7 @@ def test_a_map_of_too_many_tasks_is_left_out_with_the_reason(
     assert "at most 2 tasks of a base model, and there are 3" in page.read_text()
 
 
+@pytest.mark.slow
 def test_the_same_store_gives_the_same_bytes_and_stays_as_it_is(learned: Fleet, page: Path) -> None:
     learned.report(page, outputs=["ships"], max_new_tokens=4, device="cpu")
     first, before = page.read_bytes(), files_of(learned.path)
@@ -132,10 +134,12 @@ class TestOutputs:
         assert sources_in(texts) == ["base model", "original", "code"] * 3
         assert any(text.startswith("tall ships") for text in texts)
 
+    @pytest.mark.slow
     def test_the_row_of_a_task_leads_to_its_outputs(self, learned: Fleet, page: Path) -> None:
         learned.report(page, outputs=["trains", "ships"], max_new_tokens=2, device="cpu")
         assert read(page).data["outputs"] == {"2": 1, "1": 2}
 
+    @pytest.mark.slow
     def test_prompts_of_a_file_are_used_for_every_task(self, learned: Fleet, page: Path, tmp_path: Path) -> None:
         prompts = tmp_path / "prompts.txt"
         prompts.write_text("first <prompt>\nsecond\n")
@@ -143,6 +147,7 @@ class TestOutputs:
         texts = read(page).texts
         assert (texts.count("first <prompt>"), texts.count("second")) == (2, 2)
 
+    @pytest.mark.slow
     def test_an_evicted_original_does_not_answer(self, learned: Fleet, page: Path) -> None:
         learned.evict(["ships"], max_error=0.9)
         learned.report(page, outputs=["ships"], max_new_tokens=4, device="cpu")
@@ -150,11 +155,13 @@ class TestOutputs:
         assert sources_in(texts) == ["base model", "code"] * 3
         assert "<mark>" not in page.read_text().partition('<article class="answers">')[2]
 
+    @pytest.mark.slow
     def test_a_residual_answers_together_with_its_code(self, learned: Fleet, page: Path) -> None:
         learned.encode(["ships"], residual=True, max_error=0.01, device="cpu")
         learned.report(page, outputs=["ships"], max_new_tokens=4, device="cpu")
         assert "code + residual" in read(page).texts
 
+    @pytest.mark.slow
     def test_a_task_without_held_out_text_is_named_and_the_others_go_on(
         self, learned: Fleet, page: Path, tmp_path: Path
     ) -> None:
@@ -164,6 +171,7 @@ class TestOutputs:
         assert "no held-out text" in done.failures["mute"]
         assert "no held-out text" in page.read_text()
 
+    @pytest.mark.slow
     def test_a_missing_base_model_is_named_and_the_others_go_on(
         self, learned: Fleet, page: Path, tmp_path: Path
     ) -> None:

@@ -80,6 +80,7 @@ def test_a_residual_is_used_and_named(fleet: Fleet, own_loras: Path) -> None:
     assert done.relative_error <= 0.1
 
 
+@pytest.mark.slow
 def test_a_measured_gain_is_reported(learned: Fleet, learned_template: Path, tmp_path: Path) -> None:
     learned.evict(["apples"], min_gain=0.5, device="cpu")
     with_gain = learned.show("apples")
@@ -302,6 +303,7 @@ def test_a_file_that_was_not_kept_is_not_promised(fleet: Fleet, own_loras: Path)
 # From a bundle
 
 
+@pytest.mark.slow
 def test_without_the_store_a_bundle_brings_the_code_back(fleet: Fleet, own_loras: Path, tmp_path: Path) -> None:
     lose(fleet)
     fleet.export_bundle(tmp_path / "fleet.icm")
@@ -394,6 +396,7 @@ def test_what_came_from_a_code_is_not_ingested_as_another_adapter(fleet: Fleet, 
     assert {row.task.name: row.code for row in fleet.tasks()} == codes
 
 
+@pytest.mark.slow
 def test_what_came_from_a_code_can_give_way_again(fleet: Fleet, own_loras: Path) -> None:
     lose(fleet, "rules")
     fleet.restore([own_loras])
@@ -404,6 +407,7 @@ def test_what_came_from_a_code_can_give_way_again(fleet: Fleet, own_loras: Path)
     assert files_of(own_loras / "rules") == back
 
 
+@pytest.mark.slow
 def test_what_came_from_a_code_and_was_changed_stays(fleet: Fleet, own_loras: Path) -> None:
     lose(fleet, "rules")
     fleet.restore([own_loras])

@@ -25,6 +25,7 @@ def test_the_total_is_that_of_the_folder(fleet: Fleet) -> None:
     assert fleet.stats().usage.total == size_of(fleet.path)
 
 
+@pytest.mark.slow
 def test_every_use_is_the_length_of_its_files(fleet: Fleet) -> None:
     usage = fleet.stats().usage
     vectors = {vector.blob for name in TASKS for vector in fleet.show(name).vectors}
@@ -65,6 +66,7 @@ def test_totals_are_sums_over_tasks(fleet: Fleet) -> None:
     assert bill.compact_share == bill.compact_size / bill.bf16_size
 
 
+@pytest.mark.slow
 def test_an_eviction_takes_the_weights_off_the_bill(fleet: Fleet) -> None:
     before = fleet.stats()
     freed = fleet.evict(["rules"], max_error=0.7).freed

@@ -218,6 +218,7 @@ def test_a_few_shot_start_needs_a_generator(ingested: Fleet) -> None:
         ingested.train_few_shot(device="cpu", episodes=1)
 
 
+@pytest.mark.slow
 def test_a_stopped_few_shot_training_changes_nothing(trained: Path) -> None:
     before = Fleet(trained).generators()
     with pytest.raises(Cancelled):

@@ -53,6 +53,7 @@ def test_a_generator_that_covers_the_new_task_is_kept(larger: Fleet) -> None:
     assert updated.kept_size is not None
 
 
+@pytest.mark.slow
 def test_each_new_code_is_told_and_then_the_generator(larger: Fleet) -> None:
     heard: list[Event] = []
     report = Fleet(larger.path, on_event=heard.append).update(device="cpu", steps=2, refine=0, evaluate=False)

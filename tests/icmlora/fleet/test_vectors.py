@@ -77,6 +77,7 @@ def test_a_device_that_does_not_exist_is_refused_before_the_store_is_opened(tmp_
     assert error.value.hint == "choose auto, cpu, cuda, cuda:N or mps"
 
 
+@pytest.mark.slow
 def test_a_missing_base_model_is_named_and_the_others_are_done(bare: Fleet, tmp_path: Path) -> None:
     bare.ingest([write_lora(tmp_path / "more" / "alien", base_model_name_or_path="acme/elsewhere")])
     (left_out,) = bare.extract_vectors(device="cpu").left_out

@@ -78,6 +78,7 @@ def test_what_is_read_is_what_the_library_computes(make: Maker, tmp_path: Path) 
     assert_equal({name: delta.flatten(1) for name, delta in dw_of(path).items()}, ours)
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("make", BY_OWN_NAMES.values(), ids=BY_OWN_NAMES)
 def test_what_is_written_is_read_by_the_library(make: Maker, tmp_path: Path) -> None:
     path = make(tmp_path)

@@ -121,6 +121,7 @@ def test_the_image_of_a_high_rank_is_that_of_the_network(tmp_path: Path) -> None
     assert np.abs(image(tiny_sd15()) - image(other)).max() > 2 / 255
 
 
+@pytest.mark.slow
 def test_large_modules_are_decomposed_almost_exactly_and_always_alike() -> None:
     random = torch.Generator().manual_seed(0)
     factors = {f"hada_w{n}_a": torch.randn(1200, 4, generator=random) for n in "12"}

@@ -82,6 +82,7 @@ def test_experts_are_modules_of_their_own_and_are_joined_again() -> None:
     assert same(again(config(scale=1.0), weights).weights, weights)
 
 
+@pytest.mark.slow
 @given(
     rank=st.integers(1, 4),
     seed=st.integers(0, 3),

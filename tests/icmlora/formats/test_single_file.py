@@ -243,6 +243,7 @@ def test_the_flattened_name_of_a_dotted_one_is_the_name_in_the_file(stem: str) -
     assert flattened(dotted(stem)) == stem
 
 
+@pytest.mark.slow
 @given(st.data())
 def test_an_adapter_of_any_ranks_alphas_and_types_comes_back(data: st.DataObject) -> None:
     tensors: Tensors = {}

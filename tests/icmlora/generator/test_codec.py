@@ -51,6 +51,7 @@ def test_the_generators_own_tolerance_is_the_default() -> None:
     assert encoded.weighted_error <= under.config.tolerance
 
 
+@pytest.mark.slow
 @settings(max_examples=20)
 @example(seed=0, rank=1, exponent=9, own=1.0)
 @given(seed=st.integers(0, 10**6), rank=st.integers(1, 4), exponent=st.integers(-9, 9), own=st.floats(0, 5))
@@ -147,6 +148,7 @@ def test_an_adapter_without_task_type_or_with_a_strange_one_comes_back_so() -> N
         assert codec().decode(codec().encode(adapter, {}).data).task_type == task_type
 
 
+@pytest.mark.slow
 def test_a_generator_trained_without_vectors_encodes_with_and_without_them() -> None:
     under = codec(sets=0)
     assert under.config.condition_size == 0

@@ -85,6 +85,7 @@ def test_a_known_initial_a_of_rank_300_makes_its_code_smaller() -> None:
     assert len(known) < len(without)
 
 
+@pytest.mark.slow
 def test_a_residual_of_a_wide_code_has_its_own_version_and_brings_the_error_down() -> None:
     adapter = wide_adapter()
     code = codec().encode(adapter, {}, limits=Limits(max_error=math.sqrt(0.3))).data

@@ -44,6 +44,7 @@ def coarse_and_known(task: int, tolerance: float) -> tuple[Adapter, bytes]:
     ).data
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("limit", [0.2, 0.02, 1e-3, 1e-6])
 @pytest.mark.parametrize("task", TASKS)
 def test_code_and_residual_keep_the_limits_for_every_rank_and_kind(task: int, limit: float) -> None:

@@ -79,6 +79,7 @@ def test_a_refined_code_does_more_of_what_the_adapter_does(
     assert divergence(base, adapter, codec.decode(refined(base, adapter, coded))) < 0.7 * before
 
 
+@pytest.mark.slow
 def test_a_higher_price_gives_a_smaller_code(base: BaseModel, adapter: Adapter, coded: tuple[Codec, bytes]) -> None:
     sizes = [
         len(refined(base, adapter, coded, RefineConfig(steps=25, price=price, learning_rate=0.05)))
@@ -87,6 +88,7 @@ def test_a_higher_price_gives_a_smaller_code(base: BaseModel, adapter: Adapter, 
     assert sizes[1] < sizes[0]
 
 
+@pytest.mark.slow
 def test_the_same_refinement_gives_the_same_code(base: BaseModel, adapter: Adapter, coded: tuple[Codec, bytes]) -> None:
     assert refined(base, adapter, coded) == refined(base, adapter, coded)
 

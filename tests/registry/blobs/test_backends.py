@@ -106,6 +106,7 @@ def test_putting_the_bytes_again_heals_a_damaged_blob(blobs: Blobs, backend: Blo
     assert blobs.read(digest) == b"bytes"
 
 
+@pytest.mark.one_case
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(bit=st.integers(0, 8 * 64 - 1))
 def test_every_flipped_bit_is_found(blobs: Blobs, backend: BlobBackend, bit: int) -> None:

@@ -56,6 +56,7 @@ def fleet_with(name: str, base: str, tag: str, note: str, target: str, reason: s
     ]
 
 
+@pytest.mark.slow
 @settings(max_examples=40)
 @given(texts, texts, texts, texts, texts, texts, texts, texts)
 def test_no_text_of_a_store_changes_what_the_page_is_made_of(

@@ -65,6 +65,7 @@ def test_original_and_code_draw_what_diffusers_draws_with_their_files(
             assert row.pictures[source] == expected
 
 
+@pytest.mark.slow
 def test_a_code_is_nearer_to_its_original_than_another_seed(drawn: Callable[..., tuple[ReportSummary, str]]) -> None:
     (made,) = drawn("pear")[0].pictures
     assert made.distances is not None
@@ -73,6 +74,7 @@ def test_a_code_is_nearer_to_its_original_than_another_seed(drawn: Callable[...,
     assert made.notes == []
 
 
+@pytest.mark.slow
 def test_prompts_are_what_the_header_notes(drawn: Callable[..., tuple[ReportSummary, str]]) -> None:
     summary, page = drawn("pear")
     assert [found.prompt for found in summary.pictures[0].prompts] == ["pear, red, on a table"]
@@ -114,6 +116,7 @@ def test_a_residual_has_a_column_of_its_own(images: Fleet, drawn: Callable[..., 
     assert all(group.errors["code + residual"] < group.errors["code"] for group in made.errors)
 
 
+@pytest.mark.slow
 def test_blocks_of_the_model_have_their_errors(images: Fleet, drawn: Callable[..., tuple[ReportSummary, str]]) -> None:
     summary, page = drawn("pear")
     groups = {group.group: group.modules for group in summary.pictures[0].errors}
@@ -122,6 +125,7 @@ def test_blocks_of_the_model_have_their_errors(images: Fleet, drawn: Callable[..
     assert "Relative error of the code by kind of module" in page
 
 
+@pytest.mark.slow
 def test_a_method_that_diffusers_does_not_load_is_said_and_stops_no_other(
     drawn: Callable[..., tuple[ReportSummary, str]], tmp_path: Path
 ) -> None:
@@ -162,6 +166,7 @@ def test_without_diffusers_the_tasks_are_named(
     assert "diffusers, which is not installed" in page
 
 
+@pytest.mark.slow
 def test_what_diffusers_passes_over_is_noted(
     drawn: Callable[..., tuple[ReportSummary, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

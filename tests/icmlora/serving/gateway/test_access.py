@@ -173,6 +173,7 @@ def test_no_label_is_a_clients_text(gateway: Gateway) -> None:
     assert len(after.splitlines()) < before + 15
 
 
+@pytest.mark.slow
 def test_the_gateway_closes_the_connection_of_a_client_that_does_not_read(
     start: StartGateway, engine: StubEngine
 ) -> None:

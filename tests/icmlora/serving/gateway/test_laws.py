@@ -46,6 +46,7 @@ def client(
     folders.close()
 
 
+@pytest.mark.one_case
 @settings(max_examples=60)
 @given(path=PATHS, model=NAMES | JSON, rest=st.dictionaries(st.text(), JSON, max_size=3))
 def test_any_model_gets_an_answer(client: httpx.Client, path: str, model: object, rest: dict[str, object]) -> None:
@@ -66,6 +67,7 @@ def test_any_path_gets_an_answer(client: httpx.Client, path: str, query: str) ->
     assert client.get(target).status_code < 500
 
 
+@pytest.mark.one_case
 @settings(max_examples=60)
 @given(query=st.text(st.characters(min_codepoint=0x21, max_codepoint=0x7E), max_size=20))
 def test_any_query_gets_an_answer(client: httpx.Client, query: str) -> None:

@@ -73,6 +73,7 @@ def test_the_headers_of_the_answer_come_back(gateway: Gateway) -> None:
     assert gateway.ask("rules").headers["x-engine"] == "stub"
 
 
+@pytest.mark.slow
 def test_a_stream_comes_piece_by_piece(gateway: Gateway, engine: StubEngine) -> None:
     engine.between = 0.2
     with gateway.client.stream("POST", "/v1/completions", json={"model": "rules", "stream": True}) as answer:

@@ -106,6 +106,7 @@ def test_the_adapter_used_longest_ago_goes_first(start: StartGateway, engine: St
     assert len(gateway.folders.keys()) == 2
 
 
+@pytest.mark.slow
 def test_folders_keep_below_the_limit(start: StartGateway, engine: StubEngine, tmp_path: Path, served: Served) -> None:
     tasks = open_tasks(served.store, None, command="test")
     sizes = {}
@@ -207,6 +208,7 @@ def test_an_adapter_with_requests_in_flight_stays(
     assert (engine.unloads, engine.gone) == (["rules"], [])
 
 
+@pytest.mark.slow
 def test_an_adapter_stays_for_a_moment_after_a_request_was_cut_short(
     start: StartGateway, engine: StubEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -313,6 +315,7 @@ def test_a_task_that_is_new_in_the_store_is_found(gateway: Gateway, served: Serv
     assert gateway.ask("fresh").status_code == 200
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("kind", ["vllm", "sglang"])
 def test_a_task_that_is_removed_is_no_longer_served(
     start: StartGateway, engine: StubEngine, served: Served, kind: Any
@@ -411,6 +414,7 @@ def test_a_bad_request_to_sglang_is_not_taken_for_a_restart(
     assert len(engine.asked) == before + 1, "nothing was asked but this"
 
 
+@pytest.mark.slow
 def test_the_next_gateway_takes_over_what_the_engine_has(
     engine: StubEngine, engine_url: str, served: Served, tmp_path: Path, start: StartGateway
 ) -> None:
