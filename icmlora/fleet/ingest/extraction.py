@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from icmlora.errors import (
@@ -14,6 +14,7 @@ from icmlora.errors import (
     DataError,
 )
 from icmlora.fleet.context import Context, TaskFailed, locate_base
+from icmlora.fleet.failures import BaseModelLeftOut
 from icmlora.formats.catalogue import format_named
 
 if TYPE_CHECKING:
@@ -21,10 +22,10 @@ if TYPE_CHECKING:
     from registry.store import Store
 
 
-def note_missing_vectors(store: Store | None, report: IngestReport) -> list[str]:
-    """Note which of the ingested tasks lack vectors but could have some; return whose base model is on this machine."""
+def note_missing_vectors(store: Store | None, report: IngestReport) -> dict[str, str]:
+    """Note which tasks lack vectors but could have some; return those whose base model is here, each with its name."""
     if store is None:
-        return []
+        return {}
     could = [task for task in report.ingested if task.original_only is None]
     names = {task.task for task in could if not format_named(task.format).is_for_images}
     base_models = {name: store.tasks.get(name).base_model for name in store.tasks.without_vectors() if name in names}
@@ -33,7 +34,7 @@ def note_missing_vectors(store: Store | None, report: IngestReport) -> list[str]
     # Those of a base model that cannot be run are tried too: that says why. Who wants an original back waits for no
     # vectors: those that the task has are kept, and one that had none before has none now.
     names -= {task.task for task in could if task.restored and not task.new}
-    return [name for name, label in base_models.items() if can_run[label] is not None and name in names]
+    return {name: label for name, label in base_models.items() if can_run[label] is not None and name in names}
 
 
 def _can_run(store: Store, label: str) -> bool | None:
@@ -49,16 +50,20 @@ def _can_run(store: Store, label: str) -> bool | None:
     return True
 
 
-def extract(context: Context, report: IngestReport, tasks: Sequence[str], device: str) -> None:
+def extract(context: Context, report: IngestReport, tasks: Mapping[str, str], device: str) -> None:
     """Extract the vectors of tasks. What fails is noted: the adapters are in the store by now."""
     from icmlora.fleet.vectors.vectors import VectorReport, extract_vectors  # imports torch
 
     try:
-        report.vectors = extract_vectors(context, tasks, device=device)
+        report.vectors = extract_vectors(context, list(tasks), device=device)
     except (BaseModelMismatch, DataError, AdapterRefused) as error:  # of the only task
-        failure = TaskFailed(tasks[0], "vectors", error.message, error.hint)
+        failure = TaskFailed(next(iter(tasks)), "vectors", error.message, error.hint)
         report.vectors = VectorReport(failed=[failure])
         context.on_event(failure)
+    except BaseModelNotFound as error:  # none of them can be loaded
+        bases = {label: [name for name in tasks if tasks[name] == label] for label in tasks.values()}
+        left_out = [BaseModelLeftOut.because_of(label, names, error) for label, names in bases.items()]
+        report.vectors = VectorReport(left_out=left_out)
     except Cancelled as stop:
         report.vectors = stop.report if isinstance(stop.report, VectorReport) else VectorReport()
         raise

@@ -233,7 +233,7 @@ def _take(
     on_conflict: Conflict,
     restore: bool,
     dry_run: bool,
-) -> list[str]:
+) -> dict[str, str]:
     """Take what was found; return the tasks whose vectors could be extracted, as `note_missing_vectors` does."""
     for refusal in found.refused:
         problems.add(refusal, Path(refusal.path or "."))
@@ -241,7 +241,7 @@ def _take(
         report.placeholders.append(PlaceholderMet(source_label(item.path), item.placeholder.task, item.passed_over))
         context.on_event(report.placeholders[-1])
     if not found.tasks:  # so that no store is made for nothing
-        return []
+        return {}
     with _open_target(context, told, on_conflict, restore=restore, dry_run=dry_run) as target:
         report.joined = target.bases.joined
         tasks = found.tasks if named is None else named(target.origins)
@@ -254,7 +254,7 @@ def _take(
         return note_missing_vectors(target.store, report)
 
 
-def _check_all(context: Context, found: Discovery, take: Callable[..., list[str]]) -> None:
+def _check_all(context: Context, found: Discovery, take: Callable[..., dict[str, str]]) -> None:
     """Do what a dry run does, and raise if anything would not be taken."""
 
     def only_progress(event: Event) -> None:

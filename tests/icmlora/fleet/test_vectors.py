@@ -18,7 +18,7 @@ def bare(loras: Path, base_folder: Path, tmp_path: Path) -> Fleet:
     """The mixed fleet without vectors."""
     fleet = Fleet(tmp_path / "bare")
     fleet.add_base_model(LABEL, base_folder)
-    fleet.ingest([loras])
+    fleet.ingest([loras], vectors=False)
     return fleet
 
 
