@@ -4,8 +4,9 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.icm-ready
 # Each process of the tests computes on one core. Tests of a file share fixtures that take seconds, so they stay together.
+# The files keep their order: the long ones of tests/cli begin, the many short ones of tests/registry fill the end.
 JOBS   ?= 2
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder
 THOROUGH := $(PYTEST) --hypothesis-profile=thorough
 
 .DEFAULT_GOAL := help
@@ -43,13 +44,13 @@ test-faults: $(READY)  ## run campaigns of kills, flipped bits and full disks (a
 test-studies: $(READY)  ## run the tests of the studies in tests/benchmarks, which no other target does
 	@$(PYTEST) tests/benchmarks
 
-# In processes of their own: the stand-in comes before torch. The longest file of tests begins among the first.
+# In processes of their own: the stand-in comes before torch.
 WHICH ?= not slow
 test-device: $(READY)  ## run the tests on a stand-in for a card (half a minute; part of `make test`)
 	@$(MAKE) --no-print-directory -j 2 --output-sync=target test-as-cuda test-as-mps
 
 test-as-cuda: $(READY)
-	@$(PYTEST) --no-loadscope-reorder -p tests.device.as_cuda -m "$(WHICH)" tests/device
+	@$(PYTEST) -p tests.device.as_cuda -m "$(WHICH)" tests/device
 
 test-as-mps: $(READY)
 	@$(PYTEST) -n 0 -p tests.device.as_mps -m "$(WHICH)" tests/device

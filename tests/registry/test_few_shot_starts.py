@@ -78,7 +78,7 @@ def test_a_failure_before_the_commit_leaves_the_earlier_one(
 
     before = started(store, made)
     with monkeypatch.context() as patch:
-        patch.setattr("registry.storage.database.failpoint", fail)
+        patch.setattr("registry.tables.table.failpoint", fail)
         with pytest.raises(RuntimeError):
             started(store, made, b"another start")
     assert current(store) == before
