@@ -51,6 +51,7 @@ def losses(base: BaseModel, kind: Kind, media: Callable[[str], bytes]) -> list[f
         return [float(base.modality.loss(base, [item])) for item in base.modality.prepare(base, examples, LIMIT)]
 
 
+@pytest.mark.one_case
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("kind", ALL.values(), ids=lambda kind: kind.name)
 def test_another_picture_or_sound_changes_the_loss(kind: Kind, tmp_path: Path) -> None:
