@@ -75,6 +75,7 @@ def kind(request: pytest.FixtureRequest) -> Kind:
     return found
 
 
+@pytest.mark.one_case
 def test_every_kind_is_measured_gives_gradients_and_statistics_and_takes_adapters(
     kind: Kind, load_in: LoadIn, tmp_path: Path
 ) -> None:
@@ -147,6 +148,7 @@ def test_dora_runs_and_leaves_the_base_model_as_it_was(load_in: LoadIn, tmp_path
             assert torch.equal(base.model(input_ids=ids[None]).logits, before)
 
 
+@pytest.mark.one_case
 def test_loading_prints_nothing(load_in: LoadIn, tmp_path: Path) -> None:
     folder = write_tiny_base(tmp_path)
     script = f"""

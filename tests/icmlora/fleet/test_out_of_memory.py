@@ -63,6 +63,7 @@ def error(request: pytest.FixtureRequest) -> BaseException:
     return found
 
 
+@pytest.mark.one_case
 def test_only_that_task_is_not_measured(fleet: Fleet, monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
     with too_long(monkeypatch, error) as used:
         report = fleet.evaluate(sources=["code"], **CPU)  # type: ignore[arg-type]
@@ -78,6 +79,7 @@ def test_only_that_task_is_not_measured(fleet: Fleet, monkeypatch: pytest.Monkey
     assert len(fleet.evaluate(sources=["code"], **CPU).tasks) == 3  # type: ignore[arg-type]
 
 
+@pytest.mark.one_case
 def test_only_that_task_has_no_vectors(fleet: Fleet, monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
     with too_long(monkeypatch, error, tokens=400):  # the texts of a support set are read one after the other
         report = fleet.extract_vectors(again=True, **CPU)  # type: ignore[arg-type]
@@ -85,6 +87,7 @@ def test_only_that_task_has_no_vectors(fleet: Fleet, monkeypatch: pytest.MonkeyP
     assert [(failed.task, failed.kind) for failed in report.failed] == [("ships", "out_of_memory")]
 
 
+@pytest.mark.one_case
 def test_only_that_task_keeps_its_code(fleet: Fleet, monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
     fleet.update(refine=0, evaluate=False, **CPU)  # type: ignore[arg-type]
     before = code_blobs(fleet)

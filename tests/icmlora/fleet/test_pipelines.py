@@ -20,6 +20,7 @@ def data(tmp_path: Path) -> Path:
     return tmp_path / "eval.jsonl"
 
 
+@pytest.mark.slow
 def test_its_tasks_have_no_vectors(images: Fleet) -> None:
     report = images.extract_vectors(device="cpu")
     (left_out,) = report.left_out

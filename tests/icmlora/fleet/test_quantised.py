@@ -112,6 +112,7 @@ def test_a_code_for_a_gain_is_made_again_when_the_base_model_is_another_one(lear
     assert (again.status, again.precision, again.retained_gain) == ("known", "nf4", few.retained_gain)
 
 
+@pytest.mark.slow
 def test_samples_are_not_compared_with_vectors_of_another_precision(
     subjects: Fleet, base: Path, samples: Path, tmp_path: Path
 ) -> None:
@@ -147,6 +148,7 @@ def test_one_copy_serves_for_everything(learned: Fleet, base: Path, tmp_path: Pa
         assert models.base(LABEL) is models.base(LABEL, torch.bfloat16)
 
 
+@pytest.mark.slow
 def test_an_adapter_is_generated_on_it(started: Path, mixed_template: Path, samples: Path, tmp_path: Path) -> None:
     fleet = Fleet(started)
     fleet.add_base_model(LABEL, mixed_template / "base", load_in="nf4")
