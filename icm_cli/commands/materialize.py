@@ -177,13 +177,14 @@ def _check_options(
     seed: int | None,
     base_model: str | None,
 ) -> None:
-    from icmlora.formats import catalogue
-
     if bool(task) == (samples is not None):  # the name is empty where `icm recognize -q` found no task
         raise UsageProblem("give the name of a task", hint="`icm ls` lists the tasks")
-    names = [known.name for known in catalogue.FORMATS]
-    if adapter_format not in (None, *names):
-        raise UsageProblem(f"unknown format {adapter_format!r}", hint=f"choose one of {', '.join(names)}")
+    if adapter_format is not None:
+        from icmlora.formats import catalogue
+
+        names = [known.name for known in catalogue.FORMATS]
+        if adapter_format not in names:
+            raise UsageProblem(f"unknown format {adapter_format!r}", hint=f"choose one of {', '.join(names)}")
     if bundle is not None and (seed is not None or source not in ("auto", "code")):
         hint = "use --from without --seed, and with --source auto or code"
         raise UsageProblem("a bundle holds codes only", hint=hint)

@@ -244,9 +244,11 @@ def write_adapter(
     force: bool = False,
 ) -> MaterializeReport:
     """Write an adapter from a store or a bundle; `materialize` explains the arguments."""
-    from icmlora.fleet.write.format_pairs import check_pair, format_to_write
+    target = None
+    if adapter_format is not None:  # most adapters keep theirs
+        from icmlora.fleet.write.format_pairs import check_pair, format_to_write
 
-    target = None if adapter_format is None else format_to_write(adapter_format)
+        target = format_to_write(adapter_format)
     check_target(output, target, as_file=True, force=force)
     with open_codes() as codes:
         task = codes.get(name)
