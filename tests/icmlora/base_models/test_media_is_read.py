@@ -55,14 +55,9 @@ def losses(base: BaseModel, kind: Kind, media: Callable[[str], bytes]) -> list[f
         return [float(base.modality.loss(base, [item])) for item in base.modality.prepare(base, examples, LIMIT)]
 
 
-<<<<<<< HEAD
+@pytest.mark.one_case
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:__array__ implementation:DeprecationWarning")
 @pytest.mark.parametrize("kind", EACH)
-=======
-@pytest.mark.one_case
-@pytest.mark.filterwarnings("ignore::FutureWarning")
-@pytest.mark.parametrize("kind", ALL.values(), ids=lambda kind: kind.name)
->>>>>>> dev-tests30
 def test_another_picture_or_sound_changes_the_loss(kind: Kind, tmp_path: Path) -> None:
     base, media = load(kind.write, tmp_path), kind.media
     assert media is not None
