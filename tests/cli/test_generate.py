@@ -134,7 +134,7 @@ def test_the_card_says_that_nobody_trained_it(generate: Generate, out: Path) -> 
 
 def test_a_few_samples_of_the_file_are_spread_over_it(generate: Generate, tmp_path: Path) -> None:
     chosen = write_lines(tmp_path / "chosen.jsonl", [LINES[0], LINES[5], LINES[10], LINES[15]])
-    some = generate("-n", 4, "--json", folder=tmp_path / "some").document
+    some = generate("--count", 4, "--json", folder=tmp_path / "some").document
     same = generate("--json", file=chosen, folder=tmp_path / "same").document
     assert some["samples_count"] == same["samples_count"] == 4
     assert some["weights"] == same["weights"]
@@ -149,7 +149,7 @@ def test_all_samples_of_the_file_are_read_up_to_64(generate: Generate, tmp_path:
 
 
 def test_one_sample_is_enough(generate: Generate, out: Path) -> None:
-    assert generate("-n", 1).code == 0
+    assert generate("--count", 1).code == 0
     assert (out / "adapter_model.safetensors").exists()
 
 
