@@ -34,7 +34,7 @@ test-rest: $(READY)  ## run what `make test` leaves out: further cases, and prop
 	@$(MAKE) --no-print-directory test-as-cuda WHICH=slow
 	@$(THOROUGH) -m "(slow or property) and not fault"
 
-test-all: $(READY)  ## run `make test` and `make test-rest` (20 minutes on 2 cores)
+test-all: $(READY)  ## run `make test` and `make test-rest` (an hour on 2 cores)
 	@$(MAKE) --no-print-directory test
 	@$(MAKE) --no-print-directory test-rest
 
@@ -66,7 +66,7 @@ types: $(READY)  ## run mypy --strict over the three packages
 gpu-check: $(READY)  ## run all that touches a device: on a stand-in, then on an 8B-shaped base (0.3B without a card)
 	@$(BIN)/python -m tests.benchmarks.gpu_check
 
-ci: lint types test-all  ## run lint, types and test-all, as .ci/run does
+ci: lint types test  ## run lint, types and test, as .ci/run does
 
 dist: $(READY)  ## build wheel and sdist in dist/, check them, and try the wheel in an environment of its own
 	@VENV="$(VENV)" bash .ci/dist

@@ -54,11 +54,14 @@ def show(session: Session, task: TaskArg, errors: ErrorsOpt = False) -> None:
       icm show shakespeare
       icm show watercolour --errors
     """
-    from icmlora.fleet.measure.module_errors import module_errors
     from icmlora.fleet.tasks.tasks import show_task
 
     details = show_task(session.context, task)
-    groups = module_errors(session.context, task) if errors else ()
+    groups: Sequence[GroupError] = ()
+    if errors:
+        from icmlora.fleet.measure.module_errors import module_errors  # decodes
+
+        groups = module_errors(session.context, task)
     session.out.document({**_as_json(details), "errors": groups_json(groups) if errors else None})
     session.out.record(_summary(details))
     session.out.line()

@@ -18,6 +18,7 @@ from icmlora.fleet.bundles.bundles import Bundle
 from icmlora.fleet.context import Context
 from icmlora.fleet.resources.code_source import CodeSource, OpenCodes, open_store, template_of
 from icmlora.fleet.write.materialize import Chosen, choose, write_adapter
+from registry.errors import DamagedStore
 from registry.files import identity
 from registry.names import task_name_problem
 
@@ -123,9 +124,12 @@ class ServedTasks:
         with self._open() as codes:
             read = cache(codes.read)  # many tasks have the same configuration
             for final in codes.finals(base_model):
-                config = read(final.config)
-                if final.is_evicted and final.format == "peft":  # else the original is served as it is
-                    config = converted_form(template_of(final, config)).config
+                try:
+                    config = read(final.config)
+                    if final.is_evicted and final.format == "peft":  # else the original is served as it is
+                        config = converted_form(template_of(final, config)).config
+                except DamagedStore:  # whoever asks for the task is told
+                    continue
                 yield TaskForm(final.task, final.format, config, tuple(final.target_modules))
 
     def base_models(self) -> Mapping[str, tuple[str, ...]]:

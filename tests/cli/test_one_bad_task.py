@@ -34,7 +34,9 @@ def name_of(kind: str) -> str:
 
 def write_bad(folder: Path, kind: str, base: str = LABEL) -> Path:
     """Write an adapter with texts of its own."""
-    task = write_lora(folder / name_of(kind), seed=len(kind), base_model_name_or_path=base)
+    # Equal files are stored once: a configuration of its own is damaged for this task alone.
+    own = {"lora_dropout": len(kind) / 1000}
+    task = write_lora(folder / name_of(kind), seed=len(kind), base_model_name_or_path=base, **own)
     for name, count in (("samples", 16), ("eval", 2)):
         rows = [json.dumps({"text": f"{kind} has words of its own {number} in {name}"}) for number in range(count)]
         (task / f"{name}.jsonl").write_text("\n".join(rows) + "\n")
@@ -129,7 +131,8 @@ def called(store: Path, *arguments: object, names: Sequence[str] = ()) -> str:
     text = out.getvalue() + err.getvalue()
     assert "bug in icm" not in text, (arguments, text)
     assert code in (ExitCode.DONE, ExitCode.PARTLY), (arguments, text)
-    assert code == ExitCode.DONE or "bad-" in text, (arguments, text)
+    # An update of a base model without a generator names the base model, not each of its tasks.
+    assert code == ExitCode.DONE or "bad-" in text or "has no generator to add tasks to" in text, (arguments, text)
     assert all(name in text for name in names), (arguments, names, text)
     return out.getvalue()
 
