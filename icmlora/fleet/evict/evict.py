@@ -105,8 +105,9 @@ def evict(
                 if keep_originals:
                     checked = ((task, None) for task in of_base)
                 else:
-                    how = limits, checkpoints_only, dry_run, frozenset(store.originals.interrupted())
-                    checked = _checked(context, store, list(of_base), device, workers, tell, how)
+                    checked = _checked(
+                        context, store, list(of_base), device, workers, tell, limits, checkpoints_only, dry_run
+                    )
                 for task, made in checked:
                     done = evictor.evict(task.name, made)
                     report.tasks.append(done)
@@ -141,11 +142,14 @@ def _checked(
     device: str,
     workers: str | None,
     tell: Tell,
-    how: tuple[Limits, bool, bool, frozenset[str]],
+    limits: Limits,
+    checkpoints_only: bool,
+    dry_run: bool,
 ) -> Iterator[tuple[TaskRecord, TaskEvicted | _Evictable | Failed]]:
-    """Check the codes of tasks of one base model; `how` is what `check_codes` takes at its end."""
+    """Check the codes of tasks of one base model."""
+    interrupted = frozenset(store.originals.interrupted())
     with worker_pool(context, store, device=device, workers=workers) as pool:
-        found = pool.each(check_codes, tasks, tell, *how)
+        found = pool.each(check_codes, tasks, tell, limits, checkpoints_only, dry_run, interrupted)
         if workers is None:
             yield from found
             return
