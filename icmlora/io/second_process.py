@@ -20,6 +20,8 @@ from typing import TypeVar
 
 import torch
 
+from icmlora.io.threads import one_thread
+
 _In = TypeVar("_In")
 _Out = TypeVar("_Out")
 
@@ -42,8 +44,9 @@ def in_two_processes(function: Callable[[_In], Iterable[_Out]], parts: Sequence[
     copy.start()
     sender.close()
     try:
-        for number, part in enumerate(parts):
-            yield from _received(receiver, function, part) if number % 2 else function(part)
+        with one_thread():  # the copy has the other core
+            for number, part in enumerate(parts):
+                yield from _received(receiver, function, part) if number % 2 else function(part)
     finally:
         copy.kill()
         copy.join()

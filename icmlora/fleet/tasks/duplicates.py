@@ -29,7 +29,8 @@ from icmlora.fleet.resources.adapter_source import refuse_large
 from icmlora.fleet.resources.decoding import code_reader
 from icmlora.fleet.resources.loading import original_reader
 from icmlora.formats.tensor_hash import plain_config, tensors_digest
-from icmlora.io.threads import Map, side_by_side
+from icmlora.io.second_process import in_two_processes
+from icmlora.io.threads import side_by_side
 
 if TYPE_CHECKING:
     from registry.records import AdapterRecord, TaskSummary
@@ -38,7 +39,8 @@ if TYPE_CHECKING:
 MAX_DISTANCE = 0.1
 LARGEST_DISTANCE = 0.5
 """Unrelated adapters are at about 1: beyond a half, nearly every pair would have to be read."""
-_TOGETHER = 8  # adapters that are in memory while they are read for the first time
+_SMALL = 4 << 20  # bytes; reading files below is mostly Python, so that threads would wait for each other
+_TOGETHER = 8  # small adapters that a process reads at a time
 _IN_MEMORY = 4  # adapters of the pairs that are compared; one may have hundreds of megabytes
 
 
@@ -210,31 +212,41 @@ class _Comparison:
 
     def groups(self, wanted: Collection[str]) -> list[DuplicateGroup]:
         """Return the groups; only those with a task that is wanted, if any is named."""
-        with side_by_side() as each:
-            places, sketches, norms = self._read_all(each)
-            self._connect_near(places, near_pairs(sketches, norms, self._report.max_distance), wanted)
-            found = list(self._connected())
+        places, sketches, norms = self._read_all()
+        self._connect_near(places, near_pairs(sketches, norms, self._report.max_distance), wanted)
+        found = list(self._connected())
         return [group for group in found if not wanted or not set(wanted).isdisjoint(group.tasks)]
 
-    def _read_all(self, each: Map) -> tuple[list[int], npt.NDArray[np.float32], npt.NDArray[np.float64]]:
+    def _read_all(self) -> tuple[list[int], npt.NDArray[np.float32], npt.NDArray[np.float64]]:
         """Read every adapter once; return the places of those with a dW of their own, their sketches and norms."""
+        first = [place for place, row in enumerate(self._rows) if self._is_first(place, _files(row.final))]
+        self._report.compared += len(self._rows)
+        coded, tensors_only = self._report.from_codes, self._report.tensors_only
+        tensors_only += [row.task.name for row in self._rows if row.final.original_only is not None]
+        evicted = [self._rows[place].final for place in first if self._rows[place].final.is_evicted]
+        coded += [final.task for final in evicted if final.original_only is None]
+        self._steps.more(len(first) - len(self._rows))
         places, norms = list[int](), list[float]()
-        sketches = np.empty((len(self._rows), SKETCH_SIZE), np.float32)
-        for start in range(0, len(self._rows), _TOGETHER):
-            some = range(start, min(start + _TOGETHER, len(self._rows)))
-            jobs = [self._job(place) for place in some]
-            for place, read in zip(some, each(_Job.result, jobs), strict=True):
-                if read.error is not None:
-                    self._report.left_out.append(NotCompared(self._rows[place].task.name, read.error))
-                else:
-                    self._report.compared += 1
-                    is_first = read.identity is None or self._is_first(place, read.identity)
-                    if is_first and read.norm > 0.0:
-                        sketches[len(places)] = read.sketch
-                        places.append(place)
-                        norms.append(read.norm)
-                self._steps.step(self._rows[place].task.name)
+        sketches = np.empty((len(first), SKETCH_SIZE), np.float32)
+        for place, read in zip(first, self._each(first), strict=True):
+            if read.error is not None:
+                self._report.left_out.append(NotCompared(self._rows[place].task.name, read.error))
+                self._report.compared -= 1
+            elif (read.identity is None or self._is_first(place, read.identity)) and read.norm > 0.0:
+                sketches[len(places)] = read.sketch
+                places.append(place)
+                norms.append(read.norm)
+            self._steps.step(self._rows[place].task.name)
         return places, sketches[: len(places)], np.array(norms)
+
+    def _each(self, places: Sequence[int]) -> Iterator[_Read]:
+        """Read adapters; as many are in memory as there are processor cores."""
+        if sum(self._rows[place].final.weights_bytes for place in places) < _SMALL * len(places):
+            parts = [places[at : at + _TOGETHER] for at in range(0, len(places), _TOGETHER)]
+            yield from in_two_processes(lambda part: map(self._read, part), parts)
+        else:
+            with side_by_side() as each:
+                yield from each(self._read, places)
 
     def _connect_near(self, places: Sequence[int], pairs: Sequence[tuple[int, int]], wanted: Collection[str]) -> None:
         """Compute the distances of pairs that may be near, and connect those within the limit."""
@@ -250,24 +262,26 @@ class _Comparison:
                     self._connect(older, newer, found)
             self._steps.step(self._rows[newer].task.name)
 
-    def _job(self, place: int) -> _Job:
-        """Read the files of an adapter, as far as they are needed; a thread does the rest."""
+    def _read(self, place: int) -> _Read:
+        """Read an adapter and make its sketch."""
         final = self._rows[place].final
-        if final.original_only is not None:
-            self._report.tensors_only.append(final.task)
-        if not self._is_first(place, "\n".join((final.weights, final.config, final.initial or ""))):
-            return _Job()
-        if final.is_evicted and final.original_only is None:
-            self._report.from_codes.append(final.task)
+        # Tensors that no other adapter can have need not be hashed; older rows do not say.
+        is_unique = final.tensors_key is not None and self._keys[final.tensors_key] + self._keys[None] == 1
         try:
-            make = None if final.original_only is not None else self._maker(place)
-            # Tensors that no other adapter can have need not be hashed; older rows do not say.
-            is_unique = final.tensors_key is not None and self._keys[final.tensors_key] + self._keys[None] == 1
-            if final.is_evicted or is_unique:
-                return _Job(make)
-            return _Job(make, self._store.blobs.read(final.weights), self._meaning(final))
+            adapter = None if final.original_only is not None else self._maker(place)()
+            identity = None if final.is_evicted or is_unique else self._identity(final, adapter)
+            if adapter is None:
+                return _Read(identity=identity)
+            norm = refuse_large(adapter)  # squares of its sketch would exceed float32
+            return _Read(sketch(adapter), norm, identity)
         except FAILURES as error:
-            return _Job(error=as_error(error).message)
+            return _Read(error=as_error(error).message)
+
+    def _identity(self, final: AdapterRecord, adapter: Adapter | None) -> str:
+        # The scale, wherever the file says it, is part of B.
+        modules = () if adapter is None else adapter.modules
+        scales = [f"{module.name} {float(module.b.min())} {float(module.b.max())}" for module in modules]
+        return "\n".join([tensors_digest(self._store.blobs.read(final.weights)), self._meaning(final), *scales])
 
     def _meaning(self, final: AdapterRecord) -> str:
         """Return what, besides an adapter's tensors and scale, says what it is."""
@@ -347,32 +361,9 @@ class _Read:
     error: str | None = None
 
 
-@dataclass(frozen=True)
-class _Job:
-    """The files of an adapter, read; and what is still to be done with them."""
-
-    make: Callable[[], Adapter] | None = None
-    weights: bytes | None = None  # where another adapter may have the same tensors
-    meaning: str = ""
-    error: str | None = None
-
-    def result(self) -> _Read:
-        """Make the adapter and its sketch, on any thread."""
-        try:
-            adapter = None if self.make is None else self.make()
-            identity = None if self.weights is None else self._identity(self.weights, adapter)
-            if adapter is None:
-                return _Read(identity=identity, error=self.error)
-            norm = refuse_large(adapter)  # squares of its sketch would exceed float32
-            return _Read(sketch(adapter), norm, identity)
-        except FAILURES as error:
-            return _Read(error=as_error(error).message)
-
-    def _identity(self, weights: bytes, adapter: Adapter | None) -> str:
-        # The scale, wherever the file says it, is part of B.
-        modules = () if adapter is None else adapter.modules
-        scales = [f"{module.name} {float(module.b.min())} {float(module.b.max())}" for module in modules]
-        return "\n".join([tensors_digest(weights), self.meaning, *scales])
+def _files(final: AdapterRecord) -> str:
+    """Return the same text for adapters whose files are the same."""
+    return "\n".join((final.weights, final.config, final.initial or ""))
 
 
 def _extras(final: AdapterRecord) -> set[str]:
