@@ -15,6 +15,7 @@ import signal
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from io import BytesIO
 from pathlib import Path
 
 from registry.errors import SourceChanged, SourceRefused, StoreFull, StoreIOError, StoreReadOnly
@@ -30,7 +31,6 @@ CheckFirst = Callable[[int, int], None]
 _CANNOT_EXCHANGE = {errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP}
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _READ_ONLY = {errno.EROFS, errno.EACCES, errno.EPERM}
-_MOST_AT_ONCE = 1 << 30  # Linux reads at most 2 GiB in one call
 # O_NONBLOCK: without it, opening a pipe that nobody writes to would wait for ever.
 _READ_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 
@@ -182,16 +182,19 @@ def open_plain(path: Path, *, max_bytes: int = MAX_SOURCE_BYTES) -> Iterator[tup
 
 
 def read_exactly(fd: int, size: int, offset: int) -> bytes:
-    """Read `size` bytes at `offset` of an open file; raise `SourceChanged` if it was cut."""
-    parts: list[bytes] = []
-    end = offset + size
-    while offset < end:
-        part = os.pread(fd, min(_MOST_AT_ONCE, end - offset), offset)
-        if not part:
-            raise SourceChanged("was cut while it was read", reason="changed")
-        parts.append(part)
-        offset += len(part)
-    return parts[0] if len(parts) == 1 else b"".join(parts)
+    """Read `size` bytes at `offset` of an open file, into memory that is taken once.
+
+    Raises:
+        SourceChanged: The file was cut.
+    """
+    whole, done = BytesIO(bytes(size)), 0
+    with whole.getbuffer() as view:
+        while done < size:  # Linux reads at most 2 GiB in one call
+            count = os.preadv(fd, [view[done:]], offset + done)
+            if count == 0:
+                raise SourceChanged("was cut while it was read", reason="changed")
+            done += count
+    return whole.getvalue()  # the same memory: nobody else has the bytes
 
 
 def read_plain(path: Path, *, max_bytes: int = MAX_SOURCE_BYTES, first: CheckFirst | None = None) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -52,7 +53,7 @@ class TestRefusals:
         path = tmp_path / "sparse"
         path.touch()
         os.truncate(path, source.MAX_SOURCE_BYTES + 1)
-        monkeypatch.setattr(os, "pread", lambda *_: pytest.fail("it was read"))
+        monkeypatch.setattr(os, "preadv", lambda *_: pytest.fail("it was read"))
         refuse(path, "limits")
 
 
@@ -64,14 +65,14 @@ def refuse(path: Path, reason: str) -> None:
 
 
 def change_during_read(monkeypatch: pytest.MonkeyPatch, change: Callable[[], object]) -> None:
-    real = os.pread
+    real = os.preadv
 
-    def pread(fd: int, size: int, offset: int) -> bytes:
-        data = real(fd, size, offset)
+    def preadv(fd: int, buffers: list[memoryview], offset: int) -> int:
+        count = real(fd, buffers, offset)
         change()
-        return data
+        return count
 
-    monkeypatch.setattr(os, "pread", pread)
+    monkeypatch.setattr(os, "preadv", preadv)
 
 
 def test_a_file_that_grows_while_it_is_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,6 +106,19 @@ def test_a_file_that_is_swapped_for_another_while_it_is_read_is_refused(
 def test_a_read_that_returns_less_than_asked_for_is_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "file"
     path.write_bytes(b"many bytes")
-    real = os.pread
-    monkeypatch.setattr(os, "pread", lambda fd, size, offset: real(fd, min(size, 3), offset))
+    real = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda fd, buffers, offset: real(fd, [buffers[0][:3]], offset))
     assert read_plain(path) == b"many bytes"
+
+
+def test_a_large_file_takes_its_own_size_of_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, size = tmp_path / "file", 8 << 20
+    path.write_bytes(bytes(size))
+    real = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda fd, buffers, offset: real(fd, [buffers[0][: 1 << 20]], offset))
+    tracemalloc.start()
+    try:
+        assert len(read_plain(path)) == size
+        assert tracemalloc.get_traced_memory()[1] < size + (1 << 20)
+    finally:
+        tracemalloc.stop()
