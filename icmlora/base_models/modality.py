@@ -12,7 +12,7 @@ To add a modality, write one file with a class that has these members and name i
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 if TYPE_CHECKING:
@@ -53,28 +53,21 @@ class Prepared(Protocol):
         ...
 
 
-class Score(Protocol):
-    """How good a model is on some examples."""
+@dataclass(frozen=True)
+class Score:
+    """How good a model is on some examples.
 
-    @property
-    def value(self) -> float:
-        """The metric, averaged over what was scored."""
-        ...
+    Attributes:
+        value: The metric, averaged over what was scored.
+        count: How many predictions were scored.
+        utf8_bytes: Length in UTF-8 of the scored text, at least 1; 1 where there is no text.
+        others: Further figures to print beside the metric, by name.
+    """
 
-    @property
-    def count(self) -> int:
-        """How many predictions were scored."""
-        ...
-
-    @property
-    def utf8_bytes(self) -> int:
-        """Length in UTF-8 of the scored text, at least 1; 1 where there is no text."""
-        ...
-
-    @property
-    def others(self) -> Mapping[str, float]:
-        """Further figures to print beside the metric, by name."""
-        ...
+    value: float
+    count: int
+    utf8_bytes: int = 1
+    others: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -134,7 +127,11 @@ class BaseModel:
 
 
 class Modality(Protocol[Example, Item]):
-    """One kind of base model. Importing it should not import torch: `icm ingest` reads examples without."""
+    """One kind of base model. Importing it should not import torch: `icm ingest` reads examples without.
+
+    A class that derives from it gets `reads`, `probes`, `written`, `answer` and `counted` of a model that reads text
+    without files, writes nothing and pads nothing.
+    """
 
     @property
     def name(self) -> str:
@@ -149,12 +146,12 @@ class Modality(Protocol[Example, Item]):
     @property
     def reads(self) -> Collection[str]:
         """Which of a row's files it reads, of `MEDIA_KEYS`; a row with another one is left out."""
-        ...
+        return ()
 
     @property
     def probes(self) -> Sequence[Example]:
         """Neutral examples, for task vectors of tasks that bring no samples; none where there is nothing neutral."""
-        ...
+        return ()
 
     def suits(self, found: FoundBase) -> bool:
         """Whether a base model is of this kind, judged by its files without loading it: its metric makes sense."""
@@ -255,7 +252,7 @@ class Modality(Protocol[Example, Item]):
         Returns:
             The items; none where this kind of model writes nothing that it could read.
         """
-        ...
+        return []
 
     def answer(self, base: BaseModel, prompt: Prompt, most: int) -> str | None:
         """Return what the model writes after a prompt, always its most probable next token.
@@ -268,7 +265,7 @@ class Modality(Protocol[Example, Item]):
         Returns:
             The text; None where this kind of model does not continue text.
         """
-        ...
+        return None
 
     def counted(self, base: BaseModel, items: Sequence[Item]) -> torch.Tensor | None:
         """Return which rows of a module's input are real and which are padding, in `loss` and `logits` of these items.
@@ -276,7 +273,7 @@ class Modality(Protocol[Example, Item]):
         Returns:
             A boolean mask over all dimensions of a module's input but the last; None where nothing is padded.
         """
-        ...
+        return None
 
     def measure(self, base: BaseModel, examples: Sequence[Example], limit: int) -> Score:
         """Measure the model on held-out examples, in the unit of `metric`.

@@ -11,7 +11,7 @@ import pytest
 
 from icm_cli.errors import ExitCode
 from icmlora.base_models.kinds import likelihood
-from icmlora.base_models.kinds.likelihood import NllResult
+from icmlora.base_models.modality import Score
 from registry.store import Store
 from tests.cli.conftest import Ran
 from tests.cli.tiny_fleet import write_lora
@@ -25,7 +25,7 @@ EVAL = ("eval", "--device", "cpu")
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     """One entry for each time that a model is measured."""
 
-    def nll(model: object, *arguments: Any, **options: Any) -> NllResult:
+    def nll(model: object, *arguments: Any, **options: Any) -> Score:
         calls.append(model)
         return real(model, *arguments, **options)
 
@@ -185,13 +185,13 @@ def test_a_loss_that_is_no_number_is_an_error_that_names_the_task(icm: Icm, mixe
     texts(write_lora(tmp_path / "loud", alpha=1e9, targets=("mlp.down_proj",), rank=1) / "eval.jsonl", "held-out")
     icm("ingest", tmp_path / "loud", "--no-vectors")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(likelihood, "nll", lambda *a, **k: NllResult(float("nan"), 1, 1))
+        patch.setattr(likelihood, "nll", lambda *a, **k: Score(float("nan"), 1, 1))
         ran = icm(*EVAL, "loud", "--json")
     assert (ran.code, ran.error["kind"], "'loud'" in ran.error["message"]) == (ExitCode.FAILED, "data_error", True)
 
 
 def test_ctrl_c_ends_after_the_task_and_keeps_it(icm: Icm, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def nll(*arguments: Any, **options: Any) -> NllResult:
+    def nll(*arguments: Any, **options: Any) -> Score:
         os.kill(os.getpid(), signal.SIGINT)
         monkeypatch.setattr(likelihood, "nll", real)
         return real(*arguments, **options)

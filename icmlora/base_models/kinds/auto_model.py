@@ -9,21 +9,20 @@ examples of equal shapes run together, others one after the other.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from icmlora.base_models.examples.examples import Examples
 from icmlora.base_models.finding.lookup import read_config
-from icmlora.base_models.modality import BaseModel, Metric
+from icmlora.base_models.modality import BaseModel, Metric, Modality, Score
 from icmlora.errors import BaseModelUnsuited, DataError
 
 if TYPE_CHECKING:
     import torch
 
     from icmlora.base_models.examples.chat_template import Templates
-    from icmlora.base_models.examples.prompts import Prompt
     from icmlora.base_models.finding.lookup import FoundBase
     from icmlora.base_models.load import Loaded
 
@@ -58,23 +57,11 @@ class Inputs:
         return tuple((name, tuple(value.shape)) for name, value in self.tensors.items())
 
 
-@dataclass(frozen=True)
-class Measured:
-    """How good a model is on some examples."""
-
-    value: float
-    count: int
-    utf8_bytes: int = 1
-    others: Mapping[str, float] = field(default_factory=dict)
-
-
-class AutoModality:
+class AutoModality(Modality[Any, Inputs]):
     """What these modalities share; a subclass sets the names and defines `example`, `inputs` and `pooled`."""
 
     name = ""
     metric = Metric("nats per token", higher_is_better=False)
-    reads: Collection[str] = ()
-    probes: Sequence[Any] = ()
     auto_class = ""  # of transformers, such as "AutoModelForMaskedLM"
     processor_class = "AutoTokenizer"
     batch = 8  # most examples of equal shapes that run together
@@ -102,10 +89,6 @@ class AutoModality:
     def at_once(self, base: BaseModel) -> int:
         """Return how many examples of equal shapes may run together at most."""
         return self.batch
-
-    def example(self, row: Mapping[str, Any]) -> Any:
-        """Turn a row into an example."""
-        raise NotImplementedError
 
     def inputs(self, base: BaseModel, example: Any, limit: int) -> Inputs:
         """Turn an example into what the model reads.
@@ -180,18 +163,7 @@ class AutoModality:
         """Return the cross entropy of the scored predictions of an example in nats, summed."""
         return row_loss(logits, item.targets)
 
-    def written(self, base: BaseModel, items: Sequence[Inputs], count: int, limit: int, *, seed: int) -> list[Inputs]:
-        """Return nothing: such models read more than they write."""
-        return []
-
-    def answer(self, base: BaseModel, prompt: Prompt, most: int) -> str | None:
-        """Return None: most of these models write no text."""
-        return None
-
-    def counted(self, base: BaseModel, items: Sequence[Inputs]) -> None:
-        """Return None: nothing is padded."""
-
-    def measure(self, base: BaseModel, examples: Sequence[Any], limit: int) -> Measured:
+    def measure(self, base: BaseModel, examples: Sequence[Any], limit: int) -> Score:
         """Return the loss in nats for each prediction."""
         import torch
 
@@ -200,7 +172,7 @@ class AutoModality:
             rows = self.logits(base, items)
             nats = [float(row_loss(row, item.targets)) for row, item in zip(rows, items, strict=True)]
         count = sum(item.count for item in items)
-        return Measured(sum(nats) / count, count, max(1, sum(len(item.text.encode()) for item in items)))
+        return Score(sum(nats) / count, count, max(1, sum(len(item.text.encode()) for item in items)))
 
 
 def names_a_class_of(auto_class: str, config: Mapping[str, object]) -> bool:

@@ -11,7 +11,7 @@ from icmlora.base_models.examples.chat_template import ChatTemplate, Rendered, T
 from icmlora.base_models.examples.chats import Chat
 from icmlora.base_models.examples.examples import Example, Examples, plain, text_example
 from icmlora.base_models.finding.lookup import read_config
-from icmlora.base_models.modality import BaseModel, Metric
+from icmlora.base_models.modality import BaseModel, Metric, Modality, Score
 from icmlora.errors import DataError
 from registry.names import NLL
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from icmlora.base_models.examples.prompts import Prompt
     from icmlora.base_models.finding.lookup import FoundBase
-    from icmlora.base_models.kinds.likelihood import NllResult, Scored
+    from icmlora.base_models.kinds.likelihood import Scored
 
 # For tasks that bring no samples of their own: short pieces in several genres and languages, written for this project.
 # They say nothing about any task: only the adapted view reads them, where the adapter itself makes the difference.
@@ -46,12 +46,11 @@ PROBES: tuple[str, ...] = (
 )
 
 
-class CausalLM:
+class CausalLM(Modality[Any, "Scored"]):
     """What `transformers.AutoModelForCausalLM` loads; measured by the loss of the next token."""
 
     name = "causal language model"
     metric = Metric(NLL, higher_is_better=False)
-    reads = ()
     probes: Sequence[Example] = plain(PROBES)
 
     def suits(self, found: FoundBase) -> bool:
@@ -161,7 +160,7 @@ class CausalLM:
 
         return padded([item.ids for item in items], base.device)[1].bool()
 
-    def measure(self, base: BaseModel, examples: Sequence[Example | Rendered], limit: int) -> NllResult:
+    def measure(self, base: BaseModel, examples: Sequence[Example | Rendered], limit: int) -> Score:
         """Return the loss in nats per token."""
         from icmlora.base_models.kinds.likelihood import nll
         from icmlora.io.devices import texts_at_once

@@ -22,8 +22,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from icmlora.base_models.examples.examples import Examples
 from icmlora.base_models.examples.media import MEDIA_KEYS
 from icmlora.base_models.finding.fingerprint import fingerprint_base
-from icmlora.base_models.kinds.auto_model import Measured
-from icmlora.base_models.modality import BaseModel, Metric
+from icmlora.base_models.modality import BaseModel, Metric, Modality, Score
 from icmlora.errors import BaseModelMismatch, BaseModelNotFound, BaseModelUnsuited, DataError
 from registry.errors import IcmError
 
@@ -34,7 +33,6 @@ if TYPE_CHECKING:
     from torch import nn
 
     from icmlora.base_models.examples.chat_template import Templates
-    from icmlora.base_models.examples.prompts import Prompt
     from icmlora.base_models.finding.lookup import FoundBase
 
 _NAME = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
@@ -122,12 +120,11 @@ class CustomItem:
     size: int = 1
 
 
-class CustomModality:
+class CustomModality(Modality[Any, CustomItem]):
     """Lets a `CustomModel` be used as a modality; it is complete only when the base model is loaded."""
 
     name = "base model with a loader"
     reads = MEDIA_KEYS
-    probes: Sequence[Any] = ()
 
     def __init__(self, loader: str, custom: CustomModel | None = None) -> None:
         self._loader, self._custom = loader, custom
@@ -232,17 +229,7 @@ class CustomModality:
     def item_loss(self, item: CustomItem, logits: torch.Tensor) -> None:
         """Return None: only the loader knows how a loss follows from predictions."""
 
-    def written(self, base: BaseModel, items: Sequence[CustomItem], count: int, limit: int, *, seed: int) -> list[Any]:
-        """Return nothing: only the user's code could write examples."""
-        return []
-
-    def answer(self, base: BaseModel, prompt: Prompt, most: int) -> None:
-        """Return None: only the user's code could write text."""
-
-    def counted(self, base: BaseModel, items: Sequence[CustomItem]) -> None:
-        """Return None: only the user's code knows what is padded."""
-
-    def measure(self, base: BaseModel, examples: Sequence[Any], limit: int) -> Measured:
+    def measure(self, base: BaseModel, examples: Sequence[Any], limit: int) -> Score:
         """Return the metric."""
         import torch
 
@@ -250,7 +237,7 @@ class CustomModality:
             raise DataError("there is nothing to measure")
         with self._running("measure"), torch.no_grad():
             value, others = self.custom.measure(examples)
-        return Measured(float(value), len(examples), others=dict(others))
+        return Score(float(value), len(examples), others=dict(others))
 
     @contextmanager
     def _running(self, method: str) -> Iterator[None]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,41 +26,6 @@ from icmlora.io.devices import uploaded
 _IGNORED = -100
 """The index that `torch.nn.functional.cross_entropy` ignores."""
 _SPECIAL = {"add_special_tokens": False}
-
-
-@dataclass(frozen=True)
-class NllResult:
-    """Negative log-likelihood of text under a model."""
-
-    nats: float  # sum over the scored tokens
-    tokens: int  # how many were scored
-    # Length in UTF-8 of the text that those tokens spell; a character that a limit cuts counts as three.
-    utf8_bytes: int
-
-    @classmethod
-    def of(cls, score: Score) -> NllResult:
-        """Return a score in these terms, whatever its metric is."""
-        return score if isinstance(score, cls) else cls(score.value * score.count, score.count, score.utf8_bytes)
-
-    @property
-    def nats_per_token(self) -> float:
-        """Mean negative log-likelihood."""
-        return self.nats / self.tokens
-
-    @property
-    def value(self) -> float:
-        """The metric: nats per token."""
-        return self.nats_per_token
-
-    @property
-    def count(self) -> int:
-        """How many tokens were scored."""
-        return self.tokens
-
-    @property
-    def others(self) -> Mapping[str, float]:
-        """None: perplexity and bits per byte follow from the metric."""
-        return {}
 
 
 @dataclass(frozen=True)
@@ -102,7 +67,7 @@ def nll(
     max_tokens: int = 256,
     batch_size: int = 1,
     device: torch.device | None = None,
-) -> NllResult:
+) -> Score:
     """Score examples by teacher forcing; only completions and the assistant's turns, where there are such."""
     # Of a prompt the last tokens that fit are read. A batch size above 1 pays on accelerators only. `device` is where
     # inputs go, if weights are elsewhere too.
@@ -113,11 +78,9 @@ def nll(
     batches = (scored[start : start + batch_size] for start in starts)
     nats = math.fsum(value for batch in batches for value in _batch_nats(model, batch, place))
     spelled = (tokenizer.decode(run, clean_up_tokenization_spaces=False) for item in scored for run in _runs(item))
-    return NllResult(
-        nats=nats,
-        tokens=sum(item.count for item in scored),
-        utf8_bytes=max(1, sum(len(str(text).encode()) for text in spelled)),
-    )
+    # A character that a limit cuts counts as three bytes.
+    count, utf8_bytes = sum(item.count for item in scored), sum(len(str(text).encode()) for text in spelled)
+    return Score(nats / count, count, max(1, utf8_bytes))
 
 
 def _runs(item: Scored) -> list[list[int]]:

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from icmlora.base_models.examples.media import Media, image_of, image_size, open_image
-from icmlora.base_models.kinds.auto_model import AutoModality, Inputs, Measured
+from icmlora.base_models.kinds.auto_model import AutoModality, Inputs
 from icmlora.base_models.kinds.text_classification import Label, label_number, label_of
-from icmlora.base_models.modality import BaseModel, Metric
+from icmlora.base_models.modality import BaseModel, Metric, Score
 from icmlora.errors import DataError
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ class ObjectDetection(AutoModality):
     def item_loss(self, item: Inputs, logits: torch.Tensor) -> None:
         """Return None: the loss takes boxes too."""
 
-    def measure(self, base: BaseModel, examples: Sequence[Scene], limit: int) -> Measured:
+    def measure(self, base: BaseModel, examples: Sequence[Scene], limit: int) -> Score:
         """Return mAP50, with mAP75 beside it."""
         import torch
 
@@ -114,7 +114,7 @@ class ObjectDetection(AutoModality):
                 outputs = base.model(pixel_values=pixels)
             size = [(item.height, item.width)]
             (seen,) = base.processor.post_process_object_detection(outputs, threshold=0.0, target_sizes=size)
-            found.append(Found(**{name: value.float().cpu() for name, value in seen.items()}))
+            found.append(Seen(**{name: value.float().cpu() for name, value in seen.items()}))
         labels = [[label_number(base, label) for label in example.labels] for example in examples]
         return mean_average_precision(examples, labels, found)
 
@@ -181,7 +181,7 @@ def check_boxes(scene: Scene, width: int, height: int) -> None:
 
 
 @dataclass(frozen=True, eq=False)
-class Found:
+class Seen:
     """The objects that a model sees in one image: boxes (n, 4) as corners in pixels, scores (n,) and classes (n,)."""
 
     boxes: torch.Tensor
@@ -189,9 +189,7 @@ class Found:
     labels: torch.Tensor
 
 
-def mean_average_precision(
-    scenes: Sequence[Scene], labels: Sequence[Sequence[int]], found: Sequence[Found]
-) -> Measured:
+def mean_average_precision(scenes: Sequence[Scene], labels: Sequence[Sequence[int]], found: Sequence[Seen]) -> Score:
     """Return COCO's mAP50, with mAP75 beside it.
 
     Args:
@@ -211,7 +209,7 @@ def mean_average_precision(
         for box, label in zip(scene.boxes, some, strict=True)
     ]
     if not there:
-        return Measured(0.0, len(scenes), others={"mAP75": 0.0})
+        return Score(0.0, len(scenes), others={"mAP75": 0.0})
     seen = []
     for number, one in enumerate(found):
         boxes = one.boxes.clone()
@@ -228,7 +226,7 @@ def mean_average_precision(
         judge.accumulate()
         judge.summarize()
     half, three_quarters = (max(0.0, float(value)) for value in judge.stats[1:3])
-    return Measured(half, len(scenes), others={"mAP75": three_quarters})
+    return Score(half, len(scenes), others={"mAP75": three_quarters})
 
 
 def _annotation(image: int, box: Sequence[float], label: int) -> dict[str, Any]:

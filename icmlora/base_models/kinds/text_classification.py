@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from icmlora.base_models.examples.examples import Example, text_example
 from icmlora.base_models.finding.lookup import read_config
-from icmlora.base_models.kinds.auto_model import AutoModality, Inputs, Measured, classes_of, row_loss
+from icmlora.base_models.kinds.auto_model import AutoModality, Inputs, classes_of, row_loss
 from icmlora.base_models.kinds.masked_lm import as_text
-from icmlora.base_models.modality import BaseModel, Metric
+from icmlora.base_models.modality import BaseModel, Metric, Score
 from icmlora.errors import DataError
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class Classification(AutoModality):
 
     metric = Metric("accuracy", higher_is_better=True)
 
-    def measure(self, base: BaseModel, examples: Sequence[Any], limit: int) -> Measured:
+    def measure(self, base: BaseModel, examples: Sequence[Any], limit: int) -> Score:
         """Return the accuracy, and beside it the mean cross entropy in nats."""
         import torch
 
@@ -47,7 +47,7 @@ class Classification(AutoModality):
         others = {}
         if int(wanted.max()) < logits.shape[1]:  # a head that is made up may have fewer classes than the task
             others["nats"] = float(row_loss(logits, wanted.tolist())) / len(items)
-        return Measured(float(accuracy), len(items), others=others)
+        return Score(float(accuracy), len(items), others=others)
 
 
 class TextClassification(Classification):

@@ -13,7 +13,7 @@ import torch
 
 from icmlora import CustomModel, Metric, base_model_loader
 from icmlora.base_models.examples.media import open_image
-from icmlora.base_models.kinds.object_detection import Found, Scene, mean_average_precision, scene_of
+from icmlora.base_models.kinds.object_detection import Scene, Seen, mean_average_precision, scene_of
 from tests.benchmarks.detection_fleet.loss import image_loss
 from tests.benchmarks.detection_fleet.nanodet import (
     BINS,
@@ -90,7 +90,7 @@ class Detector(CustomModel):
         likely = scores > _LEAST_SCORE
         scores, boxes = scores[likely], boxes[likely]
         best = best_of(boxes, scores, overlap=0.6, most=100)
-        return Found(boxes[best].cpu(), scores[best].cpu(), torch.full((len(best),), CHANNEL))
+        return Seen(boxes[best].cpu(), scores[best].cpu(), torch.full((len(best),), CHANNEL))
 
     def _heads(self, examples: Sequence[Scene]) -> tuple[torch.Tensor, torch.Tensor]:
         """Return logits of the class, (n, points), and sides, (n, points, 44), in float32."""

@@ -109,6 +109,6 @@ class Growing:
     def _nats(self, base: BaseModel, adapter: Path | None, folder: Path) -> float:
         examples = parse_examples((folder / "eval.jsonl").read_bytes())[: self._texts]
         if adapter is None:
-            return nll(base.model, base.tokenizer, examples, max_tokens=self._max_tokens).nats_per_token
+            return nll(base.model, base.tokenizer, examples, max_tokens=self._max_tokens).value
         with adapted(base, adapter) as model:
-            return nll(model, base.tokenizer, examples, max_tokens=self._max_tokens).nats_per_token
+            return nll(model, base.tokenizer, examples, max_tokens=self._max_tokens).value

@@ -14,8 +14,8 @@ import torch
 from icmlora.base_models.finding.fingerprint import fingerprint_base
 from icmlora.base_models.finding.lookup import FoundBase, inspect_base
 from icmlora.base_models.kinds.causal_lm import CausalLM
-from icmlora.base_models.kinds.likelihood import NllResult, nll
-from icmlora.base_models.modality import BaseModel
+from icmlora.base_models.kinds.likelihood import nll
+from icmlora.base_models.modality import BaseModel, Score
 from icmlora.base_models.running.attach import adapted
 from icmlora.formats.peft.peft import WEIGHTS_NAME
 from tests.benchmarks.rate_distortion.cache import Cache
@@ -53,25 +53,27 @@ class Judge:
         self._folder, self._fleet, self._settings, self._cache = base, fleet, settings, cache
         self.measured = 0
 
-    def known(self, task: str, weights: str) -> NllResult | None:
+    def known(self, task: str, weights: str) -> Score | None:
         """Return the loss of weights that were measured before, by their digest."""
         record = self._cache.get("loss", task, weights, self._how(task))
-        return None if record is None else NllResult(record["nats"], record["tokens"], record["utf8_bytes"])
+        if record is None:
+            return None
+        return Score(record["nats"] / record["tokens"], record["tokens"], record["utf8_bytes"])
 
-    def loss(self, task: str, folder: Path | None) -> NllResult:
+    def loss(self, task: str, folder: Path | None) -> Score:
         """Return the loss with an adapter folder, or without an adapter."""
         weights = BASE if folder is None else weights_digest(folder)
         found = self.known(task, weights)
         if found is None:
             found = self._measure(task, folder)
-            if not math.isfinite(found.nats):
+            if not math.isfinite(found.value):
                 raise SystemExit(f"the loss of {task} is no number")
-            record = {"nats": found.nats, "tokens": found.tokens, "utf8_bytes": found.utf8_bytes}
+            record = {"nats": found.value * found.count, "tokens": found.count, "utf8_bytes": found.utf8_bytes}
             self._cache.add("loss", task, weights, self._how(task), **record)
             self.measured += 1
         return found
 
-    def _measure(self, task: str, folder: Path | None) -> NllResult:
+    def _measure(self, task: str, folder: Path | None) -> Score:
         examples = self._fleet.texts(task).examples[: self._settings.texts]
         options = {"max_tokens": self._settings.max_tokens}
         if folder is None:

@@ -12,8 +12,7 @@ from typing import Any
 
 from icmlora.adapter.metrics import squared_error
 from icmlora.adapter.model import Adapter
-from icmlora.base_models.kinds.likelihood import NllResult
-from icmlora.base_models.modality import retained_gain
+from icmlora.base_models.modality import Score, retained_gain
 from icmlora.formats.discovery.folder import load_adapter, save_adapter
 from tests.benchmarks.rate_distortion.cache import Cache
 from tests.benchmarks.rate_distortion.fleet import FleetFolder
@@ -60,7 +59,7 @@ class Study:
 
     def __init__(self, fleet: FleetFolder, judge: Judge, cache: Cache, work: Path) -> None:
         self._fleet, self._judge, self._cache, self._work = fleet, judge, cache, work
-        self._ends: dict[str, tuple[NllResult, NllResult]] = {}
+        self._ends: dict[str, tuple[Score, Score]] = {}
 
     def run(self, points: Iterable[Point]) -> Iterator[PointResult]:
         """Yield the result of each point."""
@@ -108,11 +107,11 @@ class Study:
     def _task(self, task: str, record: dict[str, Any]) -> TaskResult:
         base, original = self.ends(task)
         known = None if record["weights"] == _ORIGINAL else self._judge.known(task, record["weights"])
-        loss = (known or original).nats_per_token
-        gain = retained_gain(base.nats_per_token, original.nats_per_token, loss)
+        loss = (known or original).value
+        gain = retained_gain(base.value, original.value, loss)
         return TaskResult(task, record["size"], self._fleet.bf16_sizes[task], record["dw_error"], loss, gain)
 
-    def ends(self, task: str) -> tuple[NllResult, NllResult]:
+    def ends(self, task: str) -> tuple[Score, Score]:
         """Return the losses of the base model and of the original, which every gain is relative to."""
         if task not in self._ends:
             with tempfile.TemporaryDirectory(prefix="icm-") as folder:

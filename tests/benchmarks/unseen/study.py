@@ -202,7 +202,7 @@ class Fold:
                 _write(adapter, Path(folder) / "adapter", dtype="bfloat16")
                 factors = factors_of(load_adapter(Path(folder) / "adapter"))
         with added(self._base.model, factors):
-            return nll(self._base.model, self._base.tokenizer, examples, max_tokens=2048).nats_per_token
+            return nll(self._base.model, self._base.tokenizer, examples, max_tokens=2048).value
 
 
 def _write(adapter: Adapter, folder: Path, dtype: str = "float32") -> None:

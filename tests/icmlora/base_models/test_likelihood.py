@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from icmlora.base_models.examples.examples import Example
-from icmlora.base_models.kinds.likelihood import NllResult, nll
-from icmlora.base_models.modality import BaseModel, retained_gain
+from icmlora.base_models.kinds.likelihood import nll
+from icmlora.base_models.modality import BaseModel, Score, retained_gain
 from icmlora.base_models.running.attach import adapted
 from icmlora.errors import DataError
 from icmlora.fleet.measure.metric_result import MetricResult
@@ -37,16 +37,21 @@ def plain(base: BaseModel, text: str, scored_from: int = 1) -> float:
     return float(functional.cross_entropy(logits[scored_from - 1 : -1], ids[0, scored_from:], reduction="sum"))
 
 
+def total(score: Score) -> float:
+    """Return the loss of all scored tokens, in nats."""
+    return score.value * score.count
+
+
 def test_the_loss_is_the_sum_over_all_predicted_tokens(base: BaseModel) -> None:
     result = nll(base.model, base.tokenizer, TEXTS)
-    assert result.nats == pytest.approx(sum(plain(base, example.text) for example in TEXTS), rel=1e-5)
-    assert result.tokens == sum(len(example.text.encode()) - 1 for example in TEXTS)
+    assert total(result) == pytest.approx(sum(plain(base, example.text) for example in TEXTS), rel=1e-5)
+    assert result.count == sum(len(example.text.encode()) - 1 for example in TEXTS)
 
 
 def test_only_the_completion_of_a_prompt_is_scored(base: BaseModel) -> None:
     result = nll(base.model, base.tokenizer, [Example("2 + 2 = ", "four")])
-    assert result.nats == pytest.approx(plain(base, "2 + 2 = four", scored_from=8), rel=1e-5)
-    assert (result.tokens, result.utf8_bytes) == (4, 4)
+    assert total(result) == pytest.approx(plain(base, "2 + 2 = four", scored_from=8), rel=1e-5)
+    assert (result.count, result.utf8_bytes) == (4, 4)
 
 
 def test_bytes_are_those_of_the_scored_text(base: BaseModel) -> None:
@@ -56,26 +61,26 @@ def test_bytes_are_those_of_the_scored_text(base: BaseModel) -> None:
 
 def test_text_beyond_the_limit_is_not_scored(base: BaseModel) -> None:
     result = nll(base.model, base.tokenizer, [Example("", "abcdefgh and more")], max_tokens=8)
-    assert result.nats == pytest.approx(plain(base, "abcdefgh"), rel=1e-5)
-    assert (result.tokens, result.utf8_bytes) == (7, 7)
+    assert total(result) == pytest.approx(plain(base, "abcdefgh"), rel=1e-5)
+    assert (result.count, result.utf8_bytes) == (7, 7)
 
 
 def test_a_long_prompt_loses_its_beginning_and_not_its_end(base: BaseModel) -> None:
     result = nll(base.model, base.tokenizer, [Example("this is dropped, kept", "end")], max_tokens=7)
-    assert result.nats == pytest.approx(plain(base, "keptend", scored_from=4), rel=1e-5)
+    assert total(result) == pytest.approx(plain(base, "keptend", scored_from=4), rel=1e-5)
 
 
 def test_a_long_completion_leaves_room_for_one_token_of_the_prompt(base: BaseModel) -> None:
     result = nll(base.model, base.tokenizer, [Example("ab", "cdefgh")], max_tokens=4)
-    assert result.nats == pytest.approx(plain(base, "bcde", scored_from=1), rel=1e-5)
+    assert total(result) == pytest.approx(plain(base, "bcde", scored_from=1), rel=1e-5)
 
 
 @pytest.mark.parametrize("batch_size", [2, 3, 10])
 def test_batches_and_their_padding_do_not_change_the_loss(base: BaseModel, batch_size: int) -> None:
     one = nll(base.model, base.tokenizer, TEXTS)
     many = nll(base.model, base.tokenizer, TEXTS, batch_size=batch_size)
-    assert many.nats == pytest.approx(one.nats, rel=1e-6)
-    assert (many.tokens, many.utf8_bytes) == (one.tokens, one.utf8_bytes)
+    assert total(many) == pytest.approx(total(one), rel=1e-6)
+    assert (many.count, many.utf8_bytes) == (one.count, one.utf8_bytes)
 
 
 def test_a_text_of_one_token_has_nothing_to_predict(base: BaseModel) -> None:
@@ -87,14 +92,12 @@ def test_a_text_of_one_token_has_nothing_to_predict(base: BaseModel) -> None:
 def test_an_adapter_changes_the_loss_and_taking_it_off_restores_it_exactly(base: BaseModel, tmp_path: Path) -> None:
     before = nll(base.model, base.tokenizer, TEXTS)
     with adapted(base, write_tiny_adapter(tmp_path / "adapter")) as model:
-        assert nll(model, base.tokenizer, TEXTS).nats != pytest.approx(before.nats, rel=1e-3)
+        assert total(nll(model, base.tokenizer, TEXTS)) != pytest.approx(total(before), rel=1e-3)
     assert nll(base.model, base.tokenizer, TEXTS) == before
 
 
-def test_figures_follow_from_nats_tokens_and_bytes() -> None:
-    result = NllResult(nats=20 * math.log(2), tokens=10, utf8_bytes=40)
-    assert result.nats_per_token == pytest.approx(2 * math.log(2))
-    figures = MetricResult(NLL, result.value, result.count, result.utf8_bytes).figures
+def test_figures_follow_from_loss_tokens_and_bytes() -> None:
+    figures = MetricResult(NLL, 2 * math.log(2), 10, utf8_bytes=40).figures
     assert (figures["perplexity"], figures["bits per byte"]) == (pytest.approx(4), pytest.approx(0.5))
 
 

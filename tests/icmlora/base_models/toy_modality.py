@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,9 @@ from torch import nn
 
 from icmlora.base_models.examples.chat_template import Templates
 from icmlora.base_models.examples.examples import Examples
-from icmlora.base_models.examples.prompts import Prompt
 from icmlora.base_models.finding.fingerprint import fingerprint_base
 from icmlora.base_models.finding.lookup import FoundBase, read_config
-from icmlora.base_models.modality import BaseModel, Metric
+from icmlora.base_models.modality import BaseModel, Metric, Modality, Score
 from icmlora.errors import DataError
 
 INPUTS, HIDDEN, CLASSES = 8, 16, 3
@@ -35,16 +34,6 @@ class Point:
     label: int
     count: int = 1
     size: int = 1
-
-
-@dataclass(frozen=True)
-class Accuracy:
-    """The share of examples that were classified right."""
-
-    value: float
-    count: int
-    utf8_bytes: int = 1
-    others: Mapping[str, float] = field(default_factory=dict)
 
 
 class Classifier(nn.Module):
@@ -67,13 +56,11 @@ class Classifier(nn.Module):
         return logits
 
 
-class VectorClassifier:
+class VectorClassifier(Modality[Point, Point]):
     """Small classifiers of vectors."""
 
     name = "vector classifier"
     metric = Metric("accuracy", higher_is_better=True)
-    reads = ()
-    probes: Sequence[Point] = ()
 
     def suits(self, found: FoundBase) -> bool:
         """Judge by the configuration."""
@@ -133,23 +120,16 @@ class VectorClassifier:
         """Return the cross entropy of one example."""
         return nn.functional.cross_entropy(logits.float(), torch.tensor([item.label], device=logits.device))
 
-    def answer(self, base: BaseModel, prompt: Prompt, most: int) -> None:
-        return None
-
-    def written(self, base: BaseModel, items: Sequence[Point], count: int, limit: int, *, seed: int) -> list[Point]:
-        """Return nothing: it does not write."""
-        return []
-
     def counted(self, base: BaseModel, items: Sequence[Point]) -> torch.Tensor:
         """Return that every row is real."""
         return torch.ones(len(items), dtype=torch.bool, device=base.device)
 
-    def measure(self, base: BaseModel, examples: Sequence[Point], limit: int) -> Accuracy:
+    def measure(self, base: BaseModel, examples: Sequence[Point], limit: int) -> Score:
         """Return the accuracy."""
         with torch.no_grad():
             guesses = torch.cat(self.logits(base, examples)).argmax(dim=-1).tolist()
         right = sum(guess == example.label for guess, example in zip(guesses, examples, strict=True))
-        return Accuracy(right / len(examples), len(examples))
+        return Score(right / len(examples), len(examples))
 
     def _vectors(self, base: BaseModel, examples: Sequence[Point]) -> torch.Tensor:
         dtype = next(base.model.parameters()).dtype
