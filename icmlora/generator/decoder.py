@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import chain
 
 import numpy as np
 import torch
@@ -66,7 +67,8 @@ class Decoder:
     @one_thread()
     def decode(self, code: bytes) -> Adapter:
         """Decode one code."""
-        head, state, groups = self._read(code)
+        head, state, streams = self._read(code)
+        groups: Iterator[KindIntegers] = chain.from_iterable(streams)
         if len(code) > _LARGE:
             groups = ahead(groups)
         tokens = (self.dequantised(group, state, head.step) for group in groups)
@@ -95,11 +97,11 @@ class Decoder:
 
     def open(self, code: bytes) -> OpenCode:
         """Read a code's integers without decoding them to weights."""
-        head, state, groups = self._read(code)
-        return OpenCode(head, state, tuple(groups))
+        head, state, streams = self._read(code)
+        return OpenCode(head, state, tuple(chain.from_iterable(streams)))
 
-    def _read(self, code: bytes) -> tuple[CodeHead, TaskState, Iterator[KindIntegers]]:
-        """Read the head of a code, and then its integers, one kind after the other."""
+    def _read(self, code: bytes) -> tuple[CodeHead, TaskState, list[Iterator[KindIntegers]]]:
+        """Read the head of a code, and then its integers: for each stream, one kind after the other."""
         digest = generator_of(code)
         if digest != self.generator.digest:
             raise CodeError(f"the code belongs to generator {digest[:12]}, not {self.generator.digest[:12]}")
@@ -111,7 +113,8 @@ class Decoder:
 
     def close(self, head: CodeHead, groups: Sequence[KindIntegers]) -> bytes:
         """Write a code of these integers."""
-        words = pack(self.quantizer, groups)
+        subspace = replace(self.subspace(head.initial), shifts=head.shifts)
+        words = pack(self.quantizer, head, subspace, groups)
         return Code(self.generator.digest, head, words).to_bytes(self.config)
 
     def condition(self, vectors: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -129,7 +132,7 @@ class Decoder:
     def dequantised(self, group: KindIntegers, state: TaskState, step: int) -> KindTokens:
         """Turn the integers of one kind into tokens; strengths are not applied yet."""
         norms = self.quantizer.norms(group.slots, group.gain, group.residuals)
-        return self.quantizer.dequantise(group.slots, norms, state, step, group.sides, group.scales)
+        return self.quantizer.dequantise(group.slots, norms, state, step, group.vectors)
 
     def assemble(self, tokens: Iterable[KindTokens], head: CodeHead, strengths: NDArray[np.int8]) -> Adapter:
         """Make an adapter with a code's modules from tokens, which are changed in place."""

@@ -32,7 +32,7 @@ from icmlora.generator.initial_a.draw import InitialA
 from icmlora.generator.limits import Limits, Measured
 from icmlora.generator.objective import worth_writing
 from icmlora.generator.packing import KindIntegers, written_slots
-from icmlora.generator.quantizer import Means, Slots
+from icmlora.generator.quantizer import Means, Slots, nonzeros_of
 from icmlora.generator.scales import OCTAVE, STRENGTHS
 from icmlora.generator.stack import stacked
 from icmlora.generator.tokens import (
@@ -208,9 +208,7 @@ def _reads_as(codec: Decoder, data: bytes, tried: _Rounded) -> bool:
     # A kind without energy has no tokens to try; what is read of it is empty.
     pairs = [(group, groups[group.slots.kind]) for group in opened.groups if group.slots.kind in groups]
     return np.array_equal(opened.head.strengths, tried.head.strengths) and all(
-        np.array_equal(read, wanted)
-        for left, right in pairs
-        for read, wanted in zip((left.residuals, *left.sides), (right.residuals, *right.sides), strict=True)
+        np.array_equal(read.residuals, wanted.residuals) and read.vectors == wanted.vectors for read, wanted in pairs
     )
 
 
@@ -291,13 +289,14 @@ def quantised(
     mean = means[group.kind]
     sides = codec.quantizer.quantise(group, norms, state, step, mean)
     scales = codec.quantizer.scales(slots, norms, state.subspace, step)
-    rebuilt = codec.quantizer.dequantise(slots, norms, state, step, sides, scales, mean)
+    rebuilt = codec.quantizer.dequantise(slots, norms, state, step, nonzeros_of(sides, scales), mean)
     inputs, outputs, along = (torch.from_numpy(side) for side in sides)
     has_inputs = torch.cat([inputs, along], dim=1).any(dim=1)
     is_worth = worth_writing(group, rebuilt, has_inputs, outputs.any(dim=1))  # (n,)
     keep = written_slots(slots, is_worth.numpy())
     kept = torch.from_numpy(keep)
-    return KindIntegers(slots, gain, residuals, *sides, scales)[keep], group[kept], rebuilt[kept]
+    vectors = nonzeros_of(*(tuple(side[keep] for side in every) for every in (sides, scales)))
+    return KindIntegers(slots[keep], gain, residuals[keep], vectors), group[kept], rebuilt[kept]
 
 
 def strength_of(original: KindTokens, overlaps: torch.Tensor) -> int:

@@ -1,15 +1,17 @@
-"""Integers of one adapter <-> range-coded words, in the order that encoder and decoder share.
+"""Integers of one adapter <-> streams of words, in the order that encoder and decoder share.
 
-    norm residuals of all kinds | inputs, outputs, along of kind 0 | ... of kind 1 | ...
+    stream:  norm residuals of a kind | its vectors | those of the next kind | ...
 
-The norms come first because the scales that the vectors are coded under follow from them.
+The norms come first because the scales that the vectors are coded under follow from them. A stream ends with the kind
+that fills it, so that large kinds are read side by side, and one of them without the others; small adapters have one.
 """
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,80 +21,92 @@ from icmlora.generator.code import CodeHead
 from icmlora.generator.container import ABSENT
 from icmlora.generator.entropy_coding import IntegerReader, Integers, IntegerWriter
 from icmlora.generator.initial_a.subspace import InitialSubspace
-from icmlora.generator.quantizer import Sides, SideScales, Slots, TokenQuantizer
+from icmlora.generator.quantizer import Slots, TokenQuantizer
+from icmlora.generator.runs import Nonzeros
 from icmlora.generator.scales import EXTREME
 
-_Number = TypeVar("_Number", bound=np.generic)
+_FULL = 1 << 20  # values from which on a stream ends
 
 
 @dataclass(frozen=True, eq=False)
 class KindIntegers:
-    """Everything that a code stores about the tokens of one module kind; n rank slots, R rows of the initial A."""
+    """Everything that a code stores about the tokens of one module kind; n rank slots."""
 
     slots: Slots
     gain: int  # how far the task's mean log2 norm is above the generator's table, in eighths
     residuals: Integers  # shape (n,): log2 norms relative to table and gain, in eighths
-    inputs: Integers  # shape (n, in)
-    outputs: Integers  # shape (n, out)
-    along: Integers  # shape (n, R): the part of the inputs in the initial subspace
-    scales: SideScales  # scale indices that the vectors' integers are coded under
-
-    @property
-    def sides(self) -> Sides:
-        """The integers of the vectors."""
-        return self.inputs, self.outputs, self.along
-
-    def __getitem__(self, chosen: NDArray[np.bool_]) -> KindIntegers:
-        """Choose slots with a mask of shape (n,)."""
-        inputs, outputs, along = (side[chosen] for side in self.sides)
-        left, right, under = (scales[chosen] for scales in self.scales)
-        residuals = self.residuals[chosen]
-        return KindIntegers(self.slots[chosen], self.gain, residuals, inputs, outputs, along, (left, right, under))
+    vectors: Nonzeros  # of inputs, outputs, and the part of the inputs in the initial subspace, in one row
 
 
-def pack(quantizer: TokenQuantizer, groups: Sequence[KindIntegers]) -> bytes:
-    """Write the integers of an adapter; at most one group per kind, ordered by kind."""
-    writer = IntegerWriter()
-    write_groups(writer, quantizer, groups)
-    return writer.to_bytes()
+def pack(quantizer: TokenQuantizer, head: CodeHead, subspace: InitialSubspace, groups: Sequence[KindIntegers]) -> bytes:
+    """Write the integers of an adapter; at most one group per kind."""
+    by_kind, streams = {group.slots.kind: group for group in groups}, []
+    for kinds in _streams_of(head, quantizer):
+        writer = IntegerWriter()
+        for slots in kinds:
+            if slots.kind in by_kind:  # a kind without energy has no slots
+                write_kind(writer, quantizer, by_kind[slots.kind], subspace, head.step)
+        streams.append(writer.to_bytes())
+    return b"".join([*(struct.pack("<I", len(stream)) for stream in streams[:-1]), *streams])
 
 
 def unpack(
     quantizer: TokenQuantizer, head: CodeHead, subspace: InitialSubspace, words: bytes
-) -> Iterator[KindIntegers]:
-    """Read what `pack` wrote, one kind after the other."""
-    slots = slots_between(np.zeros_like(head.kept), head.kept)
-    return read_groups(IntegerReader(words), quantizer, slots, head.gains, subspace, head.step)
+) -> list[Iterator[KindIntegers]]:
+    """Read what `pack` wrote: for each stream its kinds, one after the other.
+
+    Raises:
+        CodeError: The words are damaged; also while kinds are read.
+    """
+    streams = _streams_of(head, quantizer)
+    lengths = 4 * (len(streams) - 1)
+    ends = [lengths, *(lengths + np.cumsum(np.frombuffer(words[:lengths], "<u4"), dtype=np.int64)).tolist(), len(words)]
+    if len(words) < lengths or ends != sorted(ends):
+        raise CodeError("the code's integers are damaged")
+
+    def read(kinds: Sequence[Slots], data: bytes) -> Iterator[KindIntegers]:
+        reader = IntegerReader(data)
+        for slots in kinds:
+            yield read_kind(reader, quantizer, slots, int(head.gains[slots.kind]), subspace, head.step)
+
+    return [read(kinds, words[start:end]) for kinds, (start, end) in zip(streams, pairwise(ends), strict=True)]
 
 
-def write_groups(writer: IntegerWriter, quantizer: TokenQuantizer, groups: Sequence[KindIntegers]) -> None:
-    """Append the integers of some slots; at most one group per kind, ordered by kind."""
-    for group in groups:
-        writer.write(group.residuals, quantizer.norm_scales(group.slots))
-    for group in groups:
-        writer.write(_flat(group.sides), _flat(group.scales))
+def write_kind(
+    writer: IntegerWriter, quantizer: TokenQuantizer, group: KindIntegers, subspace: InitialSubspace, step: int
+) -> None:
+    """Append the integers of some slots of a kind."""
+    writer.write(group.residuals, quantizer.norm_scales(group.slots))
+    norms = quantizer.norms(group.slots, group.gain, group.residuals)
+    writer.write_groups(quantizer.runs(group.slots, norms, subspace, step).groups(group.vectors))
 
 
-def read_groups(
-    reader: IntegerReader,
-    quantizer: TokenQuantizer,
-    kinds: Sequence[Slots],
-    gains: NDArray[np.int16],
-    subspace: InitialSubspace,
-    step: int,
-) -> Iterator[KindIntegers]:
-    """Read what `write_groups` wrote, one kind after the other."""
-    # gains: (K,). step: log2 of the quantiser step, in eighths.
-    residuals = [reader.read(quantizer.norm_scales(slots)) for slots in kinds]
-    for slots, residual in zip(kinds, residuals, strict=True):
-        gain = int(gains[slots.kind])
-        norms = quantizer.norms(slots, gain, residual)
-        if (np.abs(norms) > EXTREME).any():
-            raise CodeError("the code's norms are out of range")
-        scales = quantizer.scales(slots, norms, subspace, step)
-        values = reader.read(_flat(scales))
-        inputs, outputs, along = split_sides(values, len(slots.layer), [side.shape[1] for side in scales])
-        yield KindIntegers(slots, gain, residual, inputs, outputs, along, scales)
+def read_kind(
+    reader: IntegerReader, quantizer: TokenQuantizer, slots: Slots, gain: int, subspace: InitialSubspace, step: int
+) -> KindIntegers:
+    """Read what `write_kind` wrote. step: log2 of the quantiser step, in eighths.
+
+    Raises:
+        CodeError: The integers are damaged.
+    """
+    residuals = reader.read(quantizer.norm_scales(slots))
+    norms = quantizer.norms(slots, gain, residuals)
+    if (np.abs(norms) > EXTREME).any():
+        raise CodeError("the code's norms are out of range")
+    runs = quantizer.runs(slots, norms, subspace, step)
+    return KindIntegers(slots, gain, residuals, runs.nonzeros(reader.read_groups(runs.sizes)))
+
+
+def _streams_of(head: CodeHead, quantizer: TokenQuantizer) -> list[list[Slots]]:
+    """Divide the kinds of a code among streams."""
+    streams, values = [list[Slots]()], 0
+    for slots in slots_between(np.zeros_like(head.kept), head.kept):
+        if values >= _FULL:
+            streams.append([])
+            values = 0
+        streams[-1].append(slots)
+        values += len(slots.layer) * sum(quantizer.sizes(slots.kind))
+    return streams
 
 
 def split_sides(values: Integers, count: int, sizes: Sequence[int]) -> list[Integers]:
@@ -112,11 +126,6 @@ def written_slots(slots: Slots, is_worth: NDArray[np.bool_]) -> NDArray[np.bool_
     count = np.zeros(int(slots.layer.max(initial=-1)) + 1, dtype=np.int64)  # (layers,)
     np.maximum.at(count, slots.layer[is_worth], slots.slot[is_worth] + 1)
     return slots.slot < count[slots.layer]
-
-
-def _flat(sides: Sequence[NDArray[_Number]]) -> NDArray[_Number]:
-    """Concatenate sides into one row."""
-    return np.concatenate([side.ravel() for side in sides])
 
 
 def _slots(kind: int, first: NDArray[np.uint16], kept: NDArray[np.uint16]) -> Slots:

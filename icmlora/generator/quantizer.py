@@ -15,8 +15,9 @@ first scaled to the rounded one: rounding a norm does not change dW.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import torch
@@ -26,7 +27,9 @@ from icmlora.generator import entropy_coding as entropy
 from icmlora.generator.cvae import CVAE, TaskState
 from icmlora.generator.entropy_coding import Integers, Scales
 from icmlora.generator.initial_a.subspace import InitialSubspace
+from icmlora.generator.runs import ChannelOrder, Nonzeros, Profiles, Runs
 from icmlora.generator.scales import EXTREME, LARGEST, OCTAVE, SMALLEST, STRENGTHS, centre_table
+from icmlora.generator.sensitivity import Sensitivity
 from icmlora.generator.stack import INPUTS, OUTPUTS, places_of
 from icmlora.generator.tokens import KindTokens
 
@@ -34,6 +37,7 @@ Means = tuple[torch.Tensor, torch.Tensor]  # the generator's predictions, shapes
 Norms = NDArray[np.int64]  # log2 norms, in eighths
 Sides = tuple[Integers, Integers, Integers]  # integers of the tokens of one kind: shapes (n, in), (n, out) and (n, R)
 SideScales = tuple[Scales, Scales, Scales]  # scale indices of the integers, of the same shapes
+Levels = tuple[Norms, Norms, Norms]  # scale indices of the integers of each slot, before profiles, shapes (n,)
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,8 +62,11 @@ class TokenQuantizer:
         self._norm_scales = np.clip(_eighths(net.norm_spread) + 3 * OCTAVE, SMALLEST, LARGEST)  # (K, S)
         self._spreads = _eighths(net.spread)  # (K, 2, L, S)
         self._sizes = [(kind.inputs, kind.outputs) for kind in net.config.kinds]
-        sides = [(kind, side) for kind in range(len(self._sizes)) for side in (INPUTS, OUTPUTS)]
-        self._profiles = [_eighths(net.sensitivity.profile(*pair)).astype(np.int16) for pair in sides]  # (L, size) each
+        self._profiles = profiles = [  # (L, in) and (L, out) of each kind
+            (_profile(net.sensitivity, kind, INPUTS), _profile(net.sensitivity, kind, OUTPUTS))
+            for kind in range(len(self._sizes))
+        ]
+        self._orders = cache(lambda kind: [ChannelOrder(profile) for profile in profiles[kind]])
 
     def sizes(self, kind: int) -> tuple[int, int]:
         """Return the widths (in, out) of a kind's modules."""
@@ -84,17 +91,39 @@ class TokenQuantizer:
 
     def scales(self, slots: Slots, norms: Norms, subspace: InitialSubspace, step: int) -> SideScales:
         """Return the scale indices of the integers of each slot, shapes (n, in), (n, out) and (n, R)."""
+        profiles = (*self._profiles[slots.kind], _profiles_along(subspace, slots.kind))
+        levels = self._levels(slots, norms, subspace, step)
+        inputs, outputs, along = (
+            _indices(profile, slots.layer, level) for profile, level in zip(profiles, levels, strict=True)
+        )
+        return inputs, outputs, along
+
+    def runs(self, slots: Slots, norms: Norms, subspace: InitialSubspace, step: int) -> Runs:
+        """Return the same scale indices as runs, in the row of inputs (n, in), outputs (n, out) and along (n, R)."""
+        orders = (*self._orders(slots.kind), ChannelOrder(_profiles_along(subspace, slots.kind)))
+        origins = len(slots.layer) * np.cumsum([0, *(order.size for order in orders)])
+        levels = self._levels(slots, norms, subspace, step)
+        return Runs.joined(
+            [
+                order.runs(slots.layer, level, int(origin))
+                for order, level, origin in zip(orders, levels, origins, strict=False)
+            ]
+        )
+
+    def _levels(self, slots: Slots, norms: Norms, subspace: InitialSubspace, step: int) -> Levels:
         spread = self._spreads[slots.kind, :, slots.layer, slots.slot]  # (n, 2): numpy moves the indexed axes first
         wide = [_half_octaves(size) for size in self._sizes[slots.kind]]  # log2 sqrt(size) of both sides
         level = norms[:, None] - step - np.array(wide) + spread  # (n, 2)
         known = subspace.knows(slots.kind)[slots.layer]
         level[known, INPUTS] += subspace.shifts[slots.kind, slots.slot[known]]
+        # Along the subspace, a slot's norm is spread evenly over its module's rows.
+        rows = [_half_octaves(max(rank, 1)) for rank in subspace.ranks_of(slots.kind).tolist()]
+        along = norms - step - np.array(rows, dtype=np.int64)[slots.layer]
         # Profiles are within EXTREME, so a level further out is clipped to the same index from there.
-        level = np.clip(level, SMALLEST - EXTREME, LARGEST + EXTREME).astype(np.int16)
-        inputs, outputs = (
-            _indices(self._profiles[2 * slots.kind + side], slots.layer, level[:, side]) for side in (INPUTS, OUTPUTS)
+        inputs, outputs, along = (
+            np.clip(values, SMALLEST - EXTREME, LARGEST + EXTREME) for values in (level[:, 0], level[:, 1], along)
         )
-        return inputs, outputs, _subspace_scales(slots, norms - step, subspace)
+        return inputs, outputs, along
 
     def quantise(
         self, group: KindTokens, norms: Norms, state: TaskState, step: int, means: Means | None = None
@@ -128,7 +157,7 @@ class TokenQuantizer:
             norms = _eighths(group.norm.log2())
             rest = self.in_steps(group, norms, state, 0)[INPUTS].square().sum(1).numpy()  # (n,)
             level = norms + self._spreads[group.kind, INPUTS, slots.layer, slots.slot]
-            profiles = np.exp2(2 / OCTAVE * self._profiles[2 * group.kind + INPUTS]).mean(axis=1)  # (L,)
+            profiles = np.exp2(2 / OCTAVE * self._profiles[group.kind][INPUTS]).mean(axis=1)  # (L,)
             share = rest / (np.exp2(2 / OCTAVE * level) * profiles[slots.layer])
             known = state.subspace.knows(group.kind)[slots.layer]
             for slot in np.unique(slots.slot[known]).tolist():
@@ -137,25 +166,24 @@ class TokenQuantizer:
         return shifts
 
     def dequantise(
-        self,
-        slots: Slots,
-        norms: Norms,
-        state: TaskState,
-        step: int,
-        integers: Sides,
-        scales: SideScales,
-        means: Means | None = None,
+        self, slots: Slots, norms: Norms, state: TaskState, step: int, vectors: Nonzeros, means: Means | None = None
     ) -> KindTokens:
         """Turn integers into tokens; each integer becomes the mean of its bin under its scale."""
-        inputs, outputs, along = (
-            torch.from_numpy(centred(whole, scale)).mul_(2.0 ** (step / OCTAVE))
-            for whole, scale in zip(integers, scales, strict=True)
-        )
-        means = means or self.means(slots, norms, state)
+        inputs, outputs = means or self.means(slots, norms, state)
+        count, rows = len(slots.layer), state.subspace.rows(slots.kind)
         layer, slot = torch.from_numpy(slots.layer), torch.from_numpy(slots.slot)
-        inputs.mul_(boost_of(slots, state.subspace))
-        inputs.add_(means[INPUTS]).add_(state.subspace.expand(slots.kind, layer, along, inputs.shape[1]))
-        return KindTokens(slots.kind, layer, slot, norm_of(norms), inputs, outputs.add_(means[OUTPUTS]))
+        row = torch.cat([inputs.flatten(), outputs.flatten(), inputs.new_zeros(count * rows)])
+        values = centred(vectors.values, vectors.scales) * np.float32(2.0 ** (step / OCTAVE))
+        if state.subspace.boosts[slots.kind].any():
+            is_input = np.flatnonzero(vectors.places < inputs.numel())
+            boosts = boost_of(slots, state.subspace)
+            values[is_input] *= boosts.take(vectors.places.take(is_input) // inputs.shape[1])
+        row.numpy()[vectors.places] += values
+        ends = inputs.numel(), inputs.numel() + outputs.numel()
+        inputs, outputs = row[: ends[0]].view_as(inputs), row[ends[0] : ends[1]].view_as(outputs)
+        if rows and count:
+            inputs += state.subspace.expand(slots.kind, layer, row[ends[1] :].view(count, rows), inputs.shape[1])
+        return KindTokens(slots.kind, layer, slot, norm_of(norms), inputs, outputs)
 
     def means(self, slots: Slots, norms: Norms, state: TaskState) -> Means:
         """Return the generator's predictions, shapes (n, in) and (n, out)."""
@@ -165,37 +193,40 @@ class TokenQuantizer:
         return prediction.inputs.mul_(norm), prediction.outputs.mul_(norm)
 
 
-def centred(whole: Integers, scale: Scales) -> NDArray[np.float32]:
-    """Return the mean of each integer's bin, in quantiser steps; most integers are zero and stay so."""
+def centred(whole: Integers, scales: Scales) -> NDArray[np.float32]:
+    """Return the mean of the bin of each integer that is not zero, in quantiser steps; both have the shape (k,)."""
     table, starts = centre_table()
-    values = whole.astype(np.float32)
-    # Only nonzero integers are looked up, by flat index.
-    places = np.flatnonzero(whole != 0)  # of booleans: several times as fast as of integers
-    found = values.ravel().take(places)
-    indices = scale.ravel().take(places).astype(np.int64) - SMALLEST
-    entries = starts.take(indices) + np.abs(whole.ravel().take(places))
+    indices = scales.astype(np.int64) - SMALLEST
+    entries = starts.take(indices) + np.abs(whole)
     beyond = np.flatnonzero(entries >= starts.take(indices + 1))
     entries[beyond] = 0
-    centre = np.copysign(table.take(entries), found)
-    centre[beyond] = found[beyond]  # the middle of the bin
-    values.ravel()[places] = centre
-    return values
+    centre = np.copysign(table.take(entries), whole)
+    centre[beyond] = whole[beyond]  # the middle of the bin
+    return centre
 
 
-def boost_of(slots: Slots, subspace: InitialSubspace) -> torch.Tensor:
-    """Return the factor of each slot's decoded inputs across the subspace, shape (n, 1)."""
+def boost_of(slots: Slots, subspace: InitialSubspace) -> NDArray[np.float32]:
+    """Return the factor of each slot's decoded inputs across the subspace, shape (n,)."""
     known = subspace.knows(slots.kind)[slots.layer]
     boosts = np.where(known, subspace.boosts[slots.kind, slots.slot], 0)
-    return torch.from_numpy(np.exp2(boosts / STRENGTHS).astype(np.float32))[:, None]
+    return np.exp2(boosts / STRENGTHS).astype(np.float32)
 
 
-def _subspace_scales(slots: Slots, level: Norms, subspace: InitialSubspace) -> Scales:
-    """Return the scale indices of integers along the subspace, (n, R): a slot's norm is spread evenly over them."""
-    rows = np.arange(subspace.rows(slots.kind))
-    ranks = subspace.ranks_of(slots.kind)  # (L,)
-    wide = np.array([_half_octaves(max(rank, 1)) for rank in ranks.tolist()], dtype=np.int64)
-    indices = np.where(rows < ranks[slots.layer, None], (level - wide[slots.layer])[:, None], SMALLEST)
-    return np.clip(indices, SMALLEST, LARGEST).astype(np.int8)
+def nonzeros_of(sides: Sequence[Integers], scales: Sequence[Scales]) -> Nonzeros:
+    """Find the integers that are not zero, with their scales."""
+    row, under = (np.concatenate([side.ravel() for side in every]) for every in (sides, scales))
+    places = np.flatnonzero(row != 0)
+    return Nonzeros(places, row.take(places), under.take(places))
+
+
+def _profile(sensitivity: Sensitivity, kind: int, side: int) -> Profiles:
+    return _eighths(sensitivity.profile(kind, side)).astype(np.int16)
+
+
+def _profiles_along(subspace: InitialSubspace, kind: int) -> Profiles:
+    """Return the profiles of the rows of the subspace, (L, R): integers beyond a module's rank are zero."""
+    is_row = np.arange(subspace.rows(kind)) < subspace.ranks_of(kind)[:, None]
+    return np.where(is_row, 0, -4 * EXTREME).astype(np.int16)
 
 
 def _half_octaves(size: int) -> int:
@@ -207,10 +238,10 @@ def _whole(values: torch.Tensor) -> Integers:
     return entropy.clip(np.rint(values.numpy()))
 
 
-def _indices(profiles: NDArray[np.int16], layer: NDArray[np.int64], level: NDArray[np.int16]) -> Scales:
+def _indices(profiles: Profiles, layer: NDArray[np.int64], level: Norms) -> Scales:
     """Add the profile (L, size) of each slot's layer (n,) to its level (n,); returns scale indices (n, size)."""
     indices = profiles[layer]
-    indices += level[:, None]
+    indices += level.astype(np.int16)[:, None]
     return np.clip(indices, SMALLEST, LARGEST, out=indices).astype(np.int8)
 
 

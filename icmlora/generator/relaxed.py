@@ -26,7 +26,7 @@ from icmlora.generator.decoder import Decoder
 from icmlora.generator.entropy_coding import LIMIT, Integers, clip
 from icmlora.generator.initial_a.subspace import Bases, bases_of
 from icmlora.generator.packing import KindIntegers
-from icmlora.generator.quantizer import norm_of
+from icmlora.generator.quantizer import nonzeros_of, norm_of
 from icmlora.generator.scales import OCTAVE, SMALLEST, STRENGTHS, centre_table
 from icmlora.generator.tokens import KindTokens, tokenize
 from icmlora.io.devices import moved
@@ -99,7 +99,8 @@ class RelaxedCode:
         groups = []
         for part in self._parts:
             inputs, outputs, along = (_whole(values) for values in part.values)
-            groups.append(replace(part.integers, inputs=inputs, outputs=outputs, along=along))
+            scales = [indices.cpu().numpy() for indices in part.fixed.scales]
+            groups.append(replace(part.integers, vectors=nonzeros_of((inputs, outputs, along), scales)))
             kind, layers = part.integers.slots.kind, np.unique(part.integers.slots.layer)
             strengths[kind, layers] = _stored(part.strength)[layers]
             boosts[kind] = _stored(part.boost)
@@ -126,7 +127,9 @@ class RelaxedCode:
             means=quantizer.means(slots, norms, state),
             weights=weights,
             bases=bases,
-            scales=tuple(torch.from_numpy(indices) for indices in integers.scales),
+            scales=tuple(
+                torch.from_numpy(indices) for indices in quantizer.scales(slots, norms, state.subspace, head.step)
+            ),
             boosted=torch.from_numpy(state.subspace.knows(kind)[slots.layer]).float(),
         )
         inputs, outputs, along = (nn.Parameter(side.float().to(self._device)) for side in values)

@@ -25,8 +25,8 @@ from icmlora.generator.decoder import Decoder, OpenCode
 from icmlora.generator.encoding import Encoded, coarsest, compare, quantised, strength_of
 from icmlora.generator.entropy_coding import IntegerReader, Integers, IntegerWriter, Scales, clip
 from icmlora.generator.limits import Limits
-from icmlora.generator.packing import KindIntegers, read_groups, slots_between, split_sides, write_groups
-from icmlora.generator.quantizer import Slots, centred
+from icmlora.generator.packing import KindIntegers, read_kind, slots_between, split_sides, write_kind
+from icmlora.generator.quantizer import Slots, centred, nonzeros_of
 from icmlora.generator.residual import CLASSES, Residual, ResidualHead, digest_of
 from icmlora.generator.scales import LARGEST, OCTAVE, SMALLEST
 from icmlora.generator.stack import INPUTS, OUTPUTS
@@ -92,8 +92,12 @@ class ResidualCodec:
         return [self._decoded_kind(group, opened) for group in opened.groups]
 
     def _decoded_kind(self, group: KindIntegers, opened: OpenCode) -> _Decoded:
-        inputs, outputs, _ = group.scales
-        classes = classes_of(group.inputs, inputs), classes_of(group.outputs, outputs)
+        count, sizes = len(group.slots.layer), self._quantizer.sizes(group.slots.kind)
+        norms = self._quantizer.norms(group.slots, group.gain, group.residuals)
+        scales = self._quantizer.scales(group.slots, norms, opened.state.subspace, opened.head.step)[:2]
+        row = group.vectors.dense(count * (sum(sizes) + opened.state.subspace.rows(group.slots.kind)))
+        values = split_sides(row[: count * sum(sizes)], count, sizes)
+        classes = classes_of(values[INPUTS], scales[INPUTS]), classes_of(values[OUTPUTS], scales[OUTPUTS])
         tokens = self._codec.dequantised(group, opened.state, opened.head.step)
         return _Decoded(group.slots, group.gain, tokens, classes)
 
@@ -126,7 +130,8 @@ class ResidualCodec:
             overlaps = torch.cat([slot_overlaps(lack.shared, finer), slot_overlaps(further_kept, rebuilt)])
             written = np.concatenate([part.slots.layer, group.slots.layer])
             strengths[kind, np.unique(written)] = strength_of(lack.original, overlaps)
-        write_groups(writer, self._quantizer, further)
+        for group in further:
+            write_kind(writer, self._quantizer, group, opened.state.subspace, step)
         return Residual(digest, ResidualHead(step, strengths, kept, scales), writer.to_bytes()).to_bytes(
             self._codec.config
         )
@@ -140,12 +145,11 @@ class ResidualCodec:
             values = reader.read(_flat_scales(head.scales[kind], part.classes))
             inputs, outputs = split_sides(values, len(part.slots.layer), self._quantizer.sizes(kind))
             finer.append(_finer(part.tokens, (inputs, outputs), _scales(head.scales[kind], part.classes), head.step))
-        slots = slots_between(opened.head.kept, head.kept)
-        groups = read_groups(reader, self._quantizer, slots, opened.head.gains, opened.state.subspace, head.step)
-        tokens = (
-            _joined(kept, self._codec.dequantised(group, opened.state, head.step))
-            for kept, group in zip(finer, groups, strict=True)
-        )
+        tokens = []
+        for kept, slots in zip(finer, slots_between(opened.head.kept, head.kept), strict=True):
+            gain = int(opened.head.gains[slots.kind])
+            group = read_kind(reader, self._quantizer, slots, gain, opened.state.subspace, head.step)
+            tokens.append(_joined(kept, self._codec.dequantised(group, opened.state, head.step)))
         return self._codec.assemble(tokens, opened.head, head.strengths)
 
 
@@ -196,10 +200,11 @@ def _finer(
     tokens: KindTokens, integers: tuple[Integers, Integers], scales: tuple[Scales, Scales], step: int
 ) -> KindTokens:
     """Add a residual's integers to the tokens that the code decodes to."""
-    inputs, outputs = (
-        values + torch.from_numpy(centred(whole, scale)).mul_(2.0 ** (step / OCTAVE))
-        for values, whole, scale in zip((tokens.inputs, tokens.outputs), integers, scales, strict=True)
-    )
+    found = nonzeros_of(integers, scales)
+    row = torch.cat([tokens.inputs.flatten(), tokens.outputs.flatten()])
+    row.numpy()[found.places] += centred(found.values, found.scales) * np.float32(2.0 ** (step / OCTAVE))
+    end = tokens.inputs.numel()
+    inputs, outputs = row[:end].view_as(tokens.inputs), row[end:].view_as(tokens.outputs)
     return KindTokens(tokens.kind, tokens.layer, tokens.slot, tokens.norm, inputs, outputs)
 
 

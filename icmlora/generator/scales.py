@@ -23,6 +23,9 @@ GAUSSIAN_SHARE, WIDE = 0.95, 2.0
 EXTREME = 120 * OCTAVE  # norms and quantiser steps lie between 2^-120 and 2^120, within float32
 # Sum of a table's frequencies, about; every symbol gets at least 1, so that everything can be coded.
 _PRECISION = 1 << 20
+RARITIES = 256  # how seldom integers are not zero, in eighths of an octave: 1, 2^(-1/8), ... 2^(-255/8)
+_ONE = 1 << 32
+_GAPS = 64  # symbols of a table of gaps, about
 
 
 @cache
@@ -47,6 +50,52 @@ def probabilities(index: int) -> NDArray[np.float64]:
     """Return the frequencies divided by their sum, for the range coder (which makes them integers again)."""
     table: NDArray[np.float64] = frequencies(index) / frequencies(index).sum()
     return table
+
+
+@cache
+def nonzero_probabilities(index: int) -> NDArray[np.float64]:
+    """Return the probabilities of -reach .. -1, 1 .. reach, of integers of one scale that are not zero."""
+    table, reach = frequencies(index), reach_of(index)
+    others = np.delete(table, reach)
+    chances: NDArray[np.float64] = others / others.sum()
+    return chances
+
+
+@cache
+def nonzero_share(index: int) -> float:
+    """Return how likely it is that an integer of one scale is not zero."""
+    table, reach = frequencies(index), reach_of(index)
+    return float(1 - table[reach] / table.sum())
+
+
+@cache
+def usual_rarity(index: int) -> int:
+    """Return the rarity of integers that are not zero which one scale lets expect."""
+    return min(round(-OCTAVE * math.log2(nonzero_share(index))), RARITIES - 1)
+
+
+@cache
+def rarity_bounds() -> NDArray[np.int64]:
+    """Return the shares below which each rarity ends, in units of 2^-32, shape (256,); the last one ends at 0."""
+    shares = np.exp2(-(np.arange(RARITIES) + 0.5) / OCTAVE)
+    bounds: NDArray[np.int64] = np.rint(_ONE * shares).astype(np.int64)
+    bounds[-1] = 0
+    return bounds
+
+
+@cache
+def gap_frequencies(rarity: int) -> tuple[int, NDArray[np.int64]]:
+    """Return by how many bits gaps between nonzeros are shifted, and the frequencies of what is left of them.
+
+    The last symbol announces a gap as long or longer. What is shifted out is about even.
+    """
+    share = min(2.0 ** (-rarity / OCTAVE), 0.999)
+    shift = max(0, math.floor(-3 - math.log2(share)))  # a block of 2^shift holds a nonzero once in 8 times, or less
+    ratio = (1 - share) ** (1 << shift)
+    count = min(_GAPS, 2 + math.ceil(math.log(1e-4) / math.log(ratio)))
+    mass = (1 - ratio) * ratio ** np.arange(count)
+    mass[-1] /= 1 - ratio
+    return shift, np.maximum(np.rint(mass * _PRECISION), 1).astype(np.int64)
 
 
 @cache
@@ -75,10 +124,14 @@ def centre_table() -> tuple[NDArray[np.float32], NDArray[np.int32]]:
 
 @cache
 def tables_digest() -> str:
-    """Return the SHA-256 of all frequency tables."""
+    """Return the SHA-256 of all tables that decide how integers are read."""
     digest = hashlib.sha256()
     for index in range(SMALLEST, LARGEST + 1):
-        digest.update(frequencies(index).astype("<i8").tobytes())
+        digest.update(frequencies(index).astype("<i8").tobytes() + bytes([usual_rarity(index)]))
+    digest.update(rarity_bounds().astype("<i8").tobytes())
+    for rarity in range(RARITIES):
+        shift, table = gap_frequencies(rarity)
+        digest.update(bytes([shift]) + table.astype("<i8").tobytes())
     return digest.hexdigest()
 
 

@@ -221,7 +221,7 @@ def test_what_the_generator_predicts_has_a_code_without_integers(task: int) -> N
     predicted = under.generate(make_vectors(task), mixed_fleet().load(task, None).layout, task_type=None)
     encoded = under.encode(predicted, make_vectors(task), limits=Limits(tolerance=0.95))
     groups = under.open(encoded.data).groups
-    assert not any(group.inputs.any() or group.outputs.any() for group in groups)
+    assert not any(group.vectors.values.any() for group in groups)
     assert sum(len(group.slots.layer) for group in groups) > 0
     assert encoded.weighted_error < 0.5
 

@@ -1,4 +1,4 @@
-"""The range coder: whatever integers, under whatever scales, come back."""
+"""The entropy coder: whatever integers, under whatever scales, come back."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ def test_any_integers_come_back_under_any_scales(first: list[tuple[int, int]], s
 
 def test_the_words_are_those_that_earlier_releases_wrote() -> None:
     """A release of `constriction` that rounds frequencies in another way would make every code unreadable."""
-    number = np.arange(4000)
-    values = (number * 2654435761 % 2**32 % 41 - 20).astype(np.int32)
+    number = np.arange(200_000)
+    values = np.where(number % 5, 0, number * 2654435761 % 2**32 % 41 - 20).astype(np.int32)
     scales = (SMALLEST + number % (LARGEST - SMALLEST + 1)).astype(np.int32)
-    wanted = "890877cc950ae90d31f44c79bcb5717dad998eabafb35e9a8bb180f18e2c2f9b"
+    wanted = "ab919d6fe0c3423399cf143a09d85ea90e9d2f87bfdf3d30c72f871a04d23ff4"
     assert hashlib.sha256(written((values, scales))).hexdigest() == wanted
 
 
@@ -62,15 +62,38 @@ def test_the_width_of_the_scales_changes_nothing(pairs: list[tuple[int, int]]) -
 
 
 @given(pairs=st.lists(st.tuples(st.integers(-40, 40), SCALE), max_size=60))
-def test_integers_are_written_by_ascending_scale_in_their_own_order(pairs: list[tuple[int, int]]) -> None:
-    # What the format says, one integer at a time.
+def test_a_few_integers_are_written_by_ascending_scale_in_their_own_order(pairs: list[tuple[int, int]]) -> None:
+    # What the format says, one integer at a time; the coder is a stack.
     inside = [(value, scale) for value, scale in pairs if abs(value) < reach_of(scale)]
-    coder = constriction.stream.queue.RangeEncoder()
-    for value, scale in sorted(inside, key=lambda pair: pair[1]):
-        coder.encode(
-            value + reach_of(scale), constriction.stream.model.Categorical(probabilities(scale), perfect=False)
-        )
+    coder = constriction.stream.stack.AnsCoder()
+    for value, scale in sorted(inside, key=lambda pair: pair[1])[::-1]:
+        model = constriction.stream.model.Categorical(probabilities(scale), perfect=False)
+        coder.encode_reverse(np.array([value + reach_of(scale)], dtype=np.int32), model)
     assert written(arrays(inside)) == coder.get_compressed().astype("<u4").tobytes()
+
+
+@given(
+    seed=st.integers(0, 10**6),
+    counts=st.lists(st.integers(1, 4000), min_size=1, max_size=4),
+    scales=st.lists(st.integers(SMALLEST, -6), min_size=4, max_size=4, unique=True),
+    share=st.sampled_from([0.0, 2e-4, 0.01, 0.2, 1.0]),
+)
+def test_many_integers_of_small_scales_come_back_however_rare_those_are_that_are_not_zero(
+    seed: int, counts: list[int], scales: list[int], share: float
+) -> None:
+    draw = np.random.default_rng(seed)
+    under = draw.permutation(np.repeat(np.array(scales[: len(counts)], dtype=np.int8), counts))
+    is_zero = draw.random(len(under)) >= share
+    values = np.where(is_zero, 0, draw.choice([-LIMIT, -5, -1, 1, 2, LIMIT], len(under))).astype(np.int32)
+    np.testing.assert_array_equal(IntegerReader(written((values, under))).read(under), values)
+
+
+@pytest.mark.parametrize("scale", [SMALLEST, -20, -10, -7])
+def test_gaps_take_no_more_than_zeros(scale: int) -> None:
+    values = np.random.default_rng(scale + 40).normal(0, 2.0 ** (scale / 8), 200_000)
+    whole = clip(np.rint(values * np.where(np.random.default_rng(0).random(len(values)) < 0.05, 2, 1)))
+    bits = -np.log2(probabilities(scale))[whole + reach_of(scale)].sum()
+    assert 8 * len(written((whole, np.full(len(whole), scale, dtype=np.int8)))) < 1.001 * bits + 128
 
 
 @given(scale=SCALE, offset=st.integers(-2, 2), sign=st.sampled_from([-1, 1]))

@@ -14,7 +14,7 @@ from icmlora.adapter.model import Adapter
 from icmlora.generator.cvae import CVAE, TaskState
 from icmlora.generator.entropy_coding import LIMIT
 from icmlora.generator.initial_a.subspace import InitialSubspace, initial_subspace
-from icmlora.generator.quantizer import Norms, Sides, Slots, TokenQuantizer, centred
+from icmlora.generator.quantizer import Norms, Sides, Slots, TokenQuantizer, centred, nonzeros_of
 from icmlora.generator.scales import EXTREME, LARGEST, OCTAVE, SMALLEST, centres
 from icmlora.generator.tokens import KindTokens, tokenize
 from tests.icmlora.peft_made import peft_codec, peft_fleet
@@ -50,7 +50,7 @@ def rounded(net: CVAE, adapter: Adapter, step: int) -> tuple[KindTokens, Slots, 
 def restored(net: CVAE, adapter: Adapter, step: int) -> tuple[KindTokens, KindTokens]:
     group, slots, norms, integers = rounded(net, adapter, step)
     scales = TokenQuantizer(net).scales(slots, norms, nothing_known(net), step)
-    return group, TokenQuantizer(net).dequantise(slots, norms, state(net), step, integers, scales)
+    return group, TokenQuantizer(net).dequantise(slots, norms, state(net), step, nonzeros_of(integers, scales))
 
 
 def products(group: KindTokens) -> torch.Tensor:
@@ -148,6 +148,24 @@ def with_initial(task: int, modules: int) -> tuple[TokenQuantizer, KindTokens, T
 def norms_of(quantizer: TokenQuantizer, group: KindTokens) -> tuple[Slots, Norms]:
     slots = Slots(group.kind, group.layer.numpy(), group.slot.numpy())
     return slots, quantizer.norms(slots, *quantizer.norm_residuals(slots, group.norm))
+
+
+@pytest.mark.parametrize("modules", [2, 4])
+@pytest.mark.parametrize("step", [-90, -40, 0])
+def test_runs_have_the_integers_and_scales_of_the_row_in_the_order_of_the_scales(modules: int, step: int) -> None:
+    quantizer, group, known = with_initial(1, modules)
+    slots, norms = norms_of(quantizer, group)
+    with torch.no_grad():
+        integers = quantizer.quantise(group, norms, known, step)
+    scales = quantizer.scales(slots, norms, known.subspace, step)
+    wanted, runs = nonzeros_of(integers, scales), quantizer.runs(slots, norms, known.subspace, step)
+    groups = runs.groups(wanted)
+    flat = np.concatenate([side.ravel() for side in scales])
+    assert [(one.scale, one.count) for one in groups] == runs.sizes
+    assert runs.sizes == [(index, int((flat == index).sum())) for index in np.unique(flat).tolist()]
+    found = runs.nonzeros(groups)
+    assert found == wanted
+    np.testing.assert_array_equal(found.scales, flat[found.places])
 
 
 @pytest.mark.parametrize("modules", [2, 4])

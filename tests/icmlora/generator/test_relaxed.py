@@ -10,7 +10,10 @@ import torch
 
 from icmlora.adapter.model import Adapter
 from icmlora.generator.codec import Codec
+from icmlora.generator.decoder import OpenCode
+from icmlora.generator.entropy_coding import Integers
 from icmlora.generator.limits import Limits
+from icmlora.generator.packing import KindIntegers
 from icmlora.generator.quantizer import centred
 from icmlora.generator.relaxed import RelaxedCode
 from icmlora.generator.scales import LARGEST, SMALLEST
@@ -57,7 +60,7 @@ def test_every_integer_becomes_the_centre_that_the_codec_gives_it() -> None:
     scales = np.arange(SMALLEST, LARGEST + 1).astype(np.int8)[:, None].repeat(400, axis=1)
     whole = np.arange(-200, 200).astype(np.int32)[None, :].repeat(len(scales), axis=0)
     found = code._centred(torch.from_numpy(whole).float(), torch.from_numpy(scales))
-    assert np.array_equal(found.numpy(), centred(whole, scales))
+    assert np.array_equal(found.numpy().ravel(), centred(whole.ravel(), scales.ravel()))
 
 
 @pytest.mark.parametrize("make", [relaxed, known])
@@ -75,6 +78,13 @@ def test_moved_values_are_what_the_new_code_decodes_to(make: Make) -> None:
         torch.testing.assert_close(decoded[name].b @ decoded[name].a, b @ a, rtol=0.02, atol=1e-3)
 
 
+def along(under: Codec, opened: OpenCode, group: KindIntegers) -> Integers:
+    """Return the integers along the initial subspace, shape (n, R)."""
+    count, rows = len(group.slots.layer), opened.state.subspace.rows(group.slots.kind)
+    before = count * sum(under.quantizer.sizes(group.slots.kind))
+    return group.vectors.dense(before + count * rows)[before:].reshape(count, rows)
+
+
 def test_a_code_that_was_moved_still_holds_the_initial_a() -> None:
     under, _, data, code = known(0)
     before = under.open(data)
@@ -85,7 +95,8 @@ def test_a_code_that_was_moved_still_holds_the_initial_a() -> None:
     assert after.head.initial == before.head.initial
     assert np.array_equal(after.head.shifts, before.head.shifts)
     for group, other in zip(before.groups, after.groups, strict=True):
-        assert np.array_equal(other.along[:, :6], group.along[:, :6] + 1)
+        rows = [along(under, opened, found) for opened, found in ((before, group), (after, other))]
+        assert np.array_equal(rows[1][:, :6], rows[0][:, :6] + 1)
 
 
 def test_values_and_strengths_get_gradients() -> None:
