@@ -19,7 +19,7 @@ Notation: K kinds, L layers, S slots, E embedding, H width, C condition, Z laten
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -146,6 +146,13 @@ class CVAE(nn.Module):
     def decode(self, places: Places, features: torch.Tensor) -> list[Prediction]:
         """Predict the mean directions of tokens, kind by kind; features of their task (C + Z,), or tasks (B, C + Z)."""
         sides = []
+        for side, hidden in enumerate(self.hidden(places, features)):
+            parts = zip(places.counts, torch.split(hidden, [count for _, count in places.counts]), strict=True)
+            sides.append([rows @ self.directions[2 * kind + side] for (kind, _), rows in parts])
+        return [Prediction(*pair) for pair in zip(*sides, strict=True)]
+
+    def hidden(self, places: Places, features: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Yield what inputs and outputs are predicted from, both of shape (n, H); see `decode`."""
         task, scale = features, 1 + self.modulate(features)
         if features.dim() > 1:
             task, scale = task.index_select(0, places.owner), scale.index_select(0, places.owner)
@@ -154,10 +161,7 @@ class CVAE(nn.Module):
             hidden = self.enter(torch.cat([token, task.expand(len(token), -1)], dim=1))  # (n, H)
             # The task also scales the features of places, as in FiLM (Perez et al., arXiv 1709.07871).
             hidden = (hidden + self.mix(silu(hidden))) * scale
-            hidden = hidden + self.leave(silu(hidden))
-            parts = zip(places.counts, hidden.split([count for _, count in places.counts]), strict=True)
-            sides.append([rows @ self.directions[2 * kind + side] for (kind, _), rows in parts])
-        return [Prediction(*pair) for pair in zip(*sides, strict=True)]
+            yield hidden + self.leave(silu(hidden))
 
     def gains(self, features: torch.Tensor) -> torch.Tensor:
         """Predict how far the norms of each kind are above the table, in octaves, (..., K); features: (..., C + Z)."""

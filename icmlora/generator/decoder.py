@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from icmlora.adapter.layout import ModuleShape
-from icmlora.adapter.model import Adapter
+from icmlora.adapter.model import Adapter, LoraModule
 from icmlora.errors import CodeError, GeneratorError
 from icmlora.generator.code import Code, CodeHead, generator_of
 from icmlora.generator.config import GeneratorConfig
@@ -27,10 +27,10 @@ from icmlora.generator.initial_a.draw import InitialA
 from icmlora.generator.initial_a.subspace import InitialSubspace, initial_subspace
 from icmlora.generator.network_file import TrainedGenerator
 from icmlora.generator.packing import KindIntegers, pack, unpack
-from icmlora.generator.quantizer import TokenQuantizer
+from icmlora.generator.quantizer import TokenQuantizer, norm_of
 from icmlora.generator.scales import STRENGTHS
-from icmlora.generator.tokens import KindTokens, detokenize
-from icmlora.io.threads import ahead, one_thread
+from icmlora.generator.tokens import KindTokens, assembled, detokenize, modules_of
+from icmlora.io.threads import one_thread, side_by_side
 
 _LARGE = 1 << 18  # bytes of a code above which a second thread saves more than it costs
 _SUBSPACES = 4  # initial subspaces that stay in memory
@@ -63,16 +63,18 @@ class Decoder:
         """The generator's configuration."""
         return self.generator.net.config
 
-    @torch.no_grad()
-    @one_thread()
     def decode(self, code: bytes) -> Adapter:
-        """Decode one code."""
+        """Decode one code; large ones several kinds at a time."""
         head, state, streams = self._read(code)
-        groups: Iterator[KindIntegers] = chain.from_iterable(streams)
-        if len(code) > _LARGE:
-            groups = ahead(groups)
-        tokens = (self.dequantised(group, state, head.step) for group in groups)
-        return self.assemble(tokens, head, head.strengths)
+
+        def modules(stream: Iterable[KindIntegers]) -> list[tuple[int, int, LoraModule]]:
+            return [module for group in stream for module in self._modules(group, state, head)]
+
+        with side_by_side(None if len(code) > _LARGE else 1) as each:
+            adapter = assembled(
+                each(modules, streams), self.config, modules=_modules_of(head), task_type=head.task_type
+            )
+        return _checked(adapter)
 
     @torch.no_grad()
     @one_thread()
@@ -131,30 +133,51 @@ class Decoder:
 
     def dequantised(self, group: KindIntegers, state: TaskState, step: int) -> KindTokens:
         """Turn the integers of one kind into tokens; strengths are not applied yet."""
-        norms = self.quantizer.norms(group.slots, group.gain, group.residuals)
-        return self.quantizer.dequantise(group.slots, norms, state, step, group.vectors)
+        slots, norms = group.slots, self.quantizer.norms(group.slots, group.gain, group.residuals)
+        layer, slot = torch.from_numpy(slots.layer), torch.from_numpy(slots.slot)
+        vectors = self.quantizer.dequantise(slots, norms, state, step, group.vectors)
+        return KindTokens(slots.kind, layer, slot, norm_of(norms), *vectors)
 
     def assemble(self, tokens: Iterable[KindTokens], head: CodeHead, strengths: NDArray[np.int8]) -> Adapter:
-        """Make an adapter with a code's modules from tokens, which are changed in place."""
-        # strengths: (K, L). Tokens are taken one kind after the other, so that one is in memory at a time.
-        modules = [(int(kind), int(layer)) for kind, layer in zip(*np.nonzero(head.kept != ABSENT), strict=True)]
+        """Make an adapter with a code's modules from tokens, which are changed in place; strengths: (K, L)."""
+        # Tokens are taken one kind after the other, so that one is in memory at a time.
         strong = (strengthened(group, strengths[group.kind]) for group in tokens)
-        return self.adapter_of(strong, modules, head.task_type)
+        return self.adapter_of(strong, _modules_of(head), head.task_type)
 
     def adapter_of(
         self, tokens: Iterable[KindTokens], modules: Sequence[tuple[int, int]], task_type: str | None
     ) -> Adapter:
         """Make an adapter with modules (kind, layer) from tokens at their final strength."""
-        adapter = detokenize(tokens, self.config, self.sensitivity, modules=modules, task_type=task_type)
-        if not all(_is_finite(factor) for module in adapter.modules for factor in (module.a, module.b)):
-            raise CodeError("the code's values are out of float32's range")
-        return adapter
+        return _checked(detokenize(tokens, self.config, self.sensitivity, modules=modules, task_type=task_type))
+
+    def _modules(self, group: KindIntegers, state: TaskState, head: CodeHead) -> Iterator[tuple[int, int, LoraModule]]:
+        """Turn the integers of one kind into its modules."""
+        slots, norms = group.slots, self.quantizer.norms(group.slots, group.gain, group.residuals)
+        layer, root = torch.from_numpy(slots.layer), norm_of(norms).sqrt()
+        factors = 1 / root, _strength_of(head.strengths[slots.kind])[layer] / root
+        a, b = self.quantizer.dequantise(slots, norms, state, head.step, group.vectors, factors=factors)
+        return modules_of(slots.kind, layer, a, b, self.config, self.sensitivity)
+
+
+def _modules_of(head: CodeHead) -> list[tuple[int, int]]:
+    """Return the modules of a code, as (kind, layer)."""
+    return [(int(kind), int(layer)) for kind, layer in zip(*np.nonzero(head.kept != ABSENT), strict=True)]
+
+
+def _strength_of(strengths: NDArray[np.int8]) -> torch.Tensor:
+    """Return the factor of each layer's dW, shape (L,), from its log2 in 64ths."""
+    return torch.exp2(_floats(strengths) / STRENGTHS)
+
+
+def _checked(adapter: Adapter) -> Adapter:
+    if not all(_is_finite(factor) for module in adapter.modules for factor in (module.a, module.b)):
+        raise CodeError("the code's values are out of float32's range")
+    return adapter
 
 
 def strengthened(tokens: KindTokens, strengths: NDArray[np.int8]) -> KindTokens:
     """Multiply the tokens of each layer by its strength, log2 in 64ths, shape (L,); in place."""
-    factors = torch.exp2(torch.from_numpy(strengths.astype(np.float32)) / STRENGTHS)
-    tokens.outputs.mul_(factors[tokens.layer][:, None])
+    tokens.outputs.mul_(_strength_of(strengths)[tokens.layer][:, None])
     return tokens
 
 

@@ -32,7 +32,7 @@ from icmlora.generator.initial_a.draw import InitialA
 from icmlora.generator.limits import Limits, Measured
 from icmlora.generator.objective import worth_writing
 from icmlora.generator.packing import KindIntegers, written_slots
-from icmlora.generator.quantizer import Means, Slots, nonzeros_of
+from icmlora.generator.quantizer import Means, Slots, nonzeros_of, norm_of
 from icmlora.generator.scales import OCTAVE, STRENGTHS
 from icmlora.generator.stack import stacked
 from icmlora.generator.tokens import (
@@ -289,14 +289,15 @@ def quantised(
     mean = means[group.kind]
     sides = codec.quantizer.quantise(group, norms, state, step, mean)
     scales = codec.quantizer.scales(slots, norms, state.subspace, step)
-    rebuilt = codec.quantizer.dequantise(slots, norms, state, step, nonzeros_of(sides, scales), mean)
+    vectors = codec.quantizer.dequantise(slots, norms, state, step, nonzeros_of(sides, scales), means=mean)
+    rebuilt = KindTokens(group.kind, group.layer, group.slot, norm_of(norms), *vectors)
     inputs, outputs, along = (torch.from_numpy(side) for side in sides)
     has_inputs = torch.cat([inputs, along], dim=1).any(dim=1)
     is_worth = worth_writing(group, rebuilt, has_inputs, outputs.any(dim=1))  # (n,)
     keep = written_slots(slots, is_worth.numpy())
     kept = torch.from_numpy(keep)
-    vectors = nonzeros_of(*(tuple(side[keep] for side in every) for every in (sides, scales)))
-    return KindIntegers(slots[keep], gain, residuals[keep], vectors), group[kept], rebuilt[kept]
+    found = nonzeros_of(*([side[keep] for side in every] for every in (sides, scales)))
+    return KindIntegers(slots[keep], gain, residuals[keep], found), group[kept], rebuilt[kept]
 
 
 def strength_of(original: KindTokens, overlaps: torch.Tensor) -> int:

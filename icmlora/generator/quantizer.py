@@ -33,6 +33,8 @@ from icmlora.generator.sensitivity import Sensitivity
 from icmlora.generator.stack import INPUTS, OUTPUTS, places_of
 from icmlora.generator.tokens import KindTokens
 
+_SHORT = 31  # magnitude of the integers whose centres are in a small table
+
 Means = tuple[torch.Tensor, torch.Tensor]  # the generator's predictions, shapes (n, in) and (n, out)
 Norms = NDArray[np.int64]  # log2 norms, in eighths
 Sides = tuple[Integers, Integers, Integers]  # integers of the tokens of one kind: shapes (n, in), (n, out) and (n, R)
@@ -105,8 +107,8 @@ class TokenQuantizer:
         levels = self._levels(slots, norms, subspace, step)
         return Runs.joined(
             [
-                order.runs(slots.layer, level, int(origin))
-                for order, level, origin in zip(orders, levels, origins, strict=False)
+                order.runs(slots.layer, level, side, int(origin))
+                for side, (order, level, origin) in enumerate(zip(orders, levels, origins, strict=False))
             ]
         )
 
@@ -166,57 +168,100 @@ class TokenQuantizer:
         return shifts
 
     def dequantise(
-        self, slots: Slots, norms: Norms, state: TaskState, step: int, vectors: Nonzeros, means: Means | None = None
-    ) -> KindTokens:
-        """Turn integers into tokens; each integer becomes the mean of its bin under its scale."""
-        inputs, outputs = means or self.means(slots, norms, state)
-        count, rows = len(slots.layer), state.subspace.rows(slots.kind)
-        layer, slot = torch.from_numpy(slots.layer), torch.from_numpy(slots.slot)
-        row = torch.cat([inputs.flatten(), outputs.flatten(), inputs.new_zeros(count * rows)])
-        values = centred(vectors.values, vectors.scales) * np.float32(2.0 ** (step / OCTAVE))
-        if state.subspace.boosts[slots.kind].any():
-            is_input = np.flatnonzero(vectors.places < inputs.numel())
-            boosts = boost_of(slots, state.subspace)
-            values[is_input] *= boosts.take(vectors.places.take(is_input) // inputs.shape[1])
-        row.numpy()[vectors.places] += values
-        ends = inputs.numel(), inputs.numel() + outputs.numel()
-        inputs, outputs = row[: ends[0]].view_as(inputs), row[ends[0] : ends[1]].view_as(outputs)
-        if rows and count:
-            inputs += state.subspace.expand(slots.kind, layer, row[ends[1] :].view(count, rows), inputs.shape[1])
-        return KindTokens(slots.kind, layer, slot, norm_of(norms), inputs, outputs)
+        self,
+        slots: Slots,
+        norms: Norms,
+        state: TaskState,
+        step: int,
+        vectors: Nonzeros,
+        *,
+        means: Means | None = None,
+        factors: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Turn the integers of n slots into their inputs (n, in) and outputs (n, out), times a factor of each, (n,).
+
+        Each integer becomes the mean of its bin under its scale. `means` are the predictions, without factors.
+        """
+        left, right = factors or (torch.ones(len(norms)),) * 2
+        rows = state.subspace.rows(slots.kind)
+        sizes = [len(norms) * size for size in (*self._sizes[slots.kind], rows)]
+        row = torch.zeros(sum(sizes)) if rows else torch.empty(sum(sizes))
+        inputs, outputs, along = (part.view(len(norms), -1) for part in torch.split(row, sizes))
+        if means is None:
+            self._predict(slots, norms, state, (inputs, outputs), (left, right))
+        else:
+            for target, mean, factor in zip((inputs, outputs), means, (left, right), strict=True):
+                torch.mul(mean, factor[:, None], out=target)
+        sides = torch.cat([left * boost_of(slots, state.subspace), right, left]) * 2.0 ** (step / OCTAVE)
+        values = torch.from_numpy(centred(vectors.values, vectors.scales))
+        values.mul_(sides.index_select(0, torch.from_numpy(vectors.sides)))
+        row.index_add_(0, torch.from_numpy(vectors.places), values)
+        if rows:
+            inputs += state.subspace.expand(slots.kind, torch.from_numpy(slots.layer), along, inputs.shape[1])
+        return inputs, outputs
 
     def means(self, slots: Slots, norms: Norms, state: TaskState) -> Means:
         """Return the generator's predictions, shapes (n, in) and (n, out)."""
-        layer, slot = torch.from_numpy(slots.layer), torch.from_numpy(slots.slot)
-        (prediction,) = self._net.decode(places_of(slots.kind, layer, slot), state.features)
-        norm = norm_of(norms)[:, None]
-        return prediction.inputs.mul_(norm), prediction.outputs.mul_(norm)
+        inputs, outputs = (torch.empty(len(norms), size) for size in self._sizes[slots.kind])
+        self._predict(slots, norms, state, (inputs, outputs), (torch.ones(len(norms)),) * 2)
+        return inputs, outputs
+
+    def _predict(
+        self, slots: Slots, norms: Norms, state: TaskState, means: Means, factors: tuple[torch.Tensor, torch.Tensor]
+    ) -> None:
+        """Write the generator's predictions, times a factor of each slot."""
+        places = places_of(slots.kind, torch.from_numpy(slots.layer), torch.from_numpy(slots.slot))
+        directions = self._net.directions[2 * slots.kind :]
+        hidden = self._net.hidden(places, state.features)
+        for direction, rows, mean, factor in zip(directions, hidden, means, factors, strict=False):
+            torch.mm(rows * (norm_of(norms) * factor)[:, None], direction, out=mean)
 
 
 def centred(whole: Integers, scales: Scales) -> NDArray[np.float32]:
-    """Return the mean of the bin of each integer that is not zero, in quantiser steps; both have the shape (k,)."""
-    table, starts = centre_table()
-    indices = scales.astype(np.int64) - SMALLEST
-    entries = starts.take(indices) + np.abs(whole)
-    beyond = np.flatnonzero(entries >= starts.take(indices + 1))
-    entries[beyond] = 0
-    centre = np.copysign(table.take(entries), whole)
-    centre[beyond] = whole[beyond]  # the middle of the bin
+    """Return the mean of each integer's bin, in quantiser steps; both have the shape (k,)."""
+    # Nearly all are small, and looked up in a table that stays in the processor's nearest cache.
+    index = scales.astype(np.int32)
+    index -= SMALLEST
+    index *= 2 * _SHORT + 1
+    index += whole
+    index += _SHORT
+    centre: NDArray[np.float32] = _short_centres().take(index, mode="clip")
+    far = np.flatnonzero(np.abs(whole) > _SHORT)
+    centre[far] = _far_centres(whole[far], scales[far])
     return centre
 
 
-def boost_of(slots: Slots, subspace: InitialSubspace) -> NDArray[np.float32]:
+@cache
+def _short_centres() -> NDArray[np.float32]:
+    """Return the centres of -31 ... 31 under each scale, in one row."""
+    values = np.arange(-_SHORT, _SHORT + 1, dtype=np.int32)
+    scales = np.arange(SMALLEST, LARGEST + 1)
+    return np.concatenate([_far_centres(values, np.full(len(values), scale)) for scale in scales])
+
+
+def _far_centres(whole: Integers, scales: Scales) -> NDArray[np.float32]:
+    table, starts = centre_table()
+    indices = scales.astype(np.int64) - SMALLEST
+    entries = starts.take(indices) + np.abs(whole)
+    is_listed = entries < starts.take(indices + 1)  # beyond, the middle of the bin
+    found = np.where(is_listed, table.take(np.where(is_listed, entries, 0)), np.abs(whole))
+    return np.copysign(found, whole).astype(np.float32)
+
+
+def boost_of(slots: Slots, subspace: InitialSubspace) -> torch.Tensor:
     """Return the factor of each slot's decoded inputs across the subspace, shape (n,)."""
     known = subspace.knows(slots.kind)[slots.layer]
     boosts = np.where(known, subspace.boosts[slots.kind, slots.slot], 0)
-    return np.exp2(boosts / STRENGTHS).astype(np.float32)
+    return torch.from_numpy(np.exp2(boosts / STRENGTHS).astype(np.float32))
 
 
 def nonzeros_of(sides: Sequence[Integers], scales: Sequence[Scales]) -> Nonzeros:
-    """Find the integers that are not zero, with their scales."""
+    """Find the integers that are not zero in inputs, outputs and along, of n slots, with their scales."""
     row, under = (np.concatenate([side.ravel() for side in every]) for every in (sides, scales))
     places = np.flatnonzero(row != 0)
-    return Nonzeros(places, row.take(places), under.take(places))
+    counts = np.concatenate([np.count_nonzero(side, axis=1) for side in sides])
+    whose = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
+    return Nonzeros(places, row.take(places), under.take(places), whose)
 
 
 def _profile(sensitivity: Sensitivity, kind: int, side: int) -> Profiles:

@@ -37,14 +37,16 @@ class ChannelOrder:
         self._count = begins.sum(axis=1)  # runs of each layer, (L,)
         self._begin = np.cumsum(self._count) - self._count
 
-    def runs(self, layer: NDArray[np.int64], level: NDArray[np.int64], origin: int) -> Runs:
-        """Return the runs of n slots with levels (n,), whose values begin at `origin`; channels count from 0."""
+    def runs(self, layer: NDArray[np.int64], level: NDArray[np.int64], side: int, origin: int) -> Runs:
+        """Return the runs of n slots with levels (n,); the first one's values begin at `origin`."""
         counts = self._count[layer]
         slot = np.repeat(np.arange(len(layer)), counts)
         # 0, 1, ... within each slot, from the first run of its layer on.
         run = np.arange(len(slot)) - np.repeat(np.cumsum(counts) - counts - self._begin[layer], counts)
         scales = np.clip(level[slot] + self._profile[run], SMALLEST, LARGEST).astype(np.int8)
-        return Runs(scales, self._length[run], origin + slot * self.size, self._first[run], self.channels.ravel())
+        sides = (side * len(layer) + slot).astype(np.int32)
+        origins = origin + slot * self.size
+        return Runs(scales, self._length[run], sides, origins, self._first[run], self.channels.ravel())
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,6 +56,7 @@ class Nonzeros:
     places: Places  # where they are in the row of all values, shape (k,)
     values: Integers  # shape (k,)
     scales: NDArray[np.int8]  # scale indices, shape (k,)
+    sides: Integers  # whose they are: 0 ... n-1 are the inputs of the slots, then come their outputs, then along
 
     def dense(self, count: int) -> Integers:
         """Return all values of the kind, shape (count,)."""
@@ -75,7 +78,8 @@ class Runs:
 
     scales: NDArray[np.int8]  # scale index, shape (S,)
     lengths: Places  # shape (S,)
-    origins: Places  # where the values of a run's slot begin, shape (S,)
+    sides: Integers  # of the n slots: their inputs, their outputs, and along, shape (S,)
+    origins: Places  # where the values of a run's side begin, shape (S,)
     firsts: Places  # which entry of `channels` is its first one, shape (S,)
     channels: Integers  # channels of several layers, in the order of their profiles
 
@@ -84,12 +88,12 @@ class Runs:
         """Join runs, ordered by scale."""
         shifts = np.cumsum([0, *(len(part.channels) for part in parts)])
         firsts = np.concatenate([part.firsts + shift for part, shift in zip(parts, shifts, strict=False)])
-        scales, lengths, origins, channels = (
+        scales, lengths, sides, origins, channels = (
             np.concatenate([getattr(part, name) for part in parts])
-            for name in ("scales", "lengths", "origins", "channels")
+            for name in ("scales", "lengths", "sides", "origins", "channels")
         )
         order = np.argsort((scales - SMALLEST).astype(np.uint8), kind="stable")
-        return cls(scales[order], lengths[order], origins[order], firsts[order], channels)
+        return cls(scales[order], lengths[order], sides[order], origins[order], firsts[order], channels)
 
     @cached_property
     def sizes(self) -> list[tuple[int, int]]:
@@ -106,7 +110,7 @@ class Runs:
         shift = np.repeat(self.firsts - (ends - self.lengths), counts)
         places = self.channels.take(at + shift) + np.repeat(self.origins, counts)
         values = np.concatenate([np.zeros(0, np.int32), *(group.values for group in groups)])
-        return Nonzeros(places, values, np.repeat(self.scales, counts))
+        return Nonzeros(places, values, np.repeat(self.scales, counts), np.repeat(self.sides, counts))
 
     def groups(self, found: Nonzeros) -> list[ScaleGroup]:
         """Return the integers of each scale."""

@@ -38,6 +38,7 @@ class Sensitivity:
     inputs: tuple[torch.Tensor, ...]  # per kind, float32, shape (L, in)
     outputs: tuple[torch.Tensor, ...]  # per kind, float32, shape (L, out)
     _spreads: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict, init=False, repr=False)
+    _inverses: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict, init=False, repr=False)
 
     @cached_property
     def is_even(self) -> bool:
@@ -54,12 +55,19 @@ class Sensitivity:
         left, right = torch.exp2(self.outputs[kind][layer]), torch.exp2(self.inputs[kind][layer])
         return LoraModule(module.name, module.a * right, module.b * left[:, None])
 
-    def unweigh(self, kind: int, layer: torch.Tensor, inputs: torch.Tensor, outputs: torch.Tensor) -> None:
-        """Undo `weigh`, in place, for rank slots of one kind: layer (n,), inputs (n, in), outputs (n, out)."""
+    def unweigh(self, kind: int, layer: int, inputs: torch.Tensor, outputs: torch.Tensor) -> None:
+        """Undo `weigh`, in place, for rank slots of one module: inputs (r, in), outputs (r, out)."""
         if self.is_even:
             return
-        inputs.mul_(torch.exp2(-self.inputs[kind]).index_select(0, layer))
-        outputs.mul_(torch.exp2(-self.outputs[kind]).index_select(0, layer))
+        left, right = self._inverse(kind)
+        inputs.mul_(left[layer])
+        outputs.mul_(right[layer])
+
+    def _inverse(self, kind: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return what undoes the weights, shapes (L, in) and (L, out); it is kept for the next call."""
+        if kind not in self._inverses:
+            self._inverses[kind] = torch.exp2(-self.inputs[kind]), torch.exp2(-self.outputs[kind])
+        return self._inverses[kind]
 
     def profile(self, kind: int, side: int) -> torch.Tensor:
         """Return log2 of how far each channel is above the layer's mean, in whole eighths, shape (L, size)."""

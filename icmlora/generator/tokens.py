@@ -12,7 +12,7 @@ dW is first weighted by the sensitivity of its channels, so that equal distortio
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -128,20 +128,46 @@ def detokenize(
     modules: Sequence[tuple[int, int]],
     task_type: str | None,
 ) -> Adapter:
-    """Turn tokens back into an adapter."""
-    # Tokens are taken one kind after the other, so that one is in memory at a time. A (kind, layer) of `modules`
-    # without tokens becomes a rank 1 module of zeros.
+    """Turn tokens back into an adapter; see `assembled`."""
+    factors = ((group, group.norm.sqrt()[:, None]) for group in tokens)
+    parts = (
+        modules_of(group.kind, group.layer, group.inputs / root, group.outputs / root, config, sensitivity)
+        for group, root in factors
+    )
+    return assembled(parts, config, modules=modules, task_type=task_type)
+
+
+def modules_of(
+    kind: int, layer: torch.Tensor, a: torch.Tensor, b: torch.Tensor, config: GeneratorConfig, sensitivity: Sensitivity
+) -> Iterator[tuple[int, int, LoraModule]]:
+    """Yield the modules of a kind, with its number and their layers, from weighted rows of A and columns of B.
+
+    Args:
+        kind: Number of the kind.
+        layer: Layer of each of the n slots, ascending, shape (n,).
+        a: Rows of A, float32, shape (n, in); changed in place.
+        b: Columns of B, float32, shape (n, out); changed in place.
+        config: What the kind is.
+        sensitivity: The weights.
+    """
+    counts = torch.bincount(layer, minlength=config.layers).tolist()
+    for number, (rows, columns) in enumerate(zip(torch.split(a, counts), torch.split(b, counts), strict=True)):
+        if len(rows):
+            sensitivity.unweigh(kind, number, rows, columns)
+            yield kind, number, LoraModule(config.kinds[kind].module(number), rows, columns.T.contiguous())
+
+
+def assembled(
+    parts: Iterable[Iterable[tuple[int, int, LoraModule]]],
+    config: GeneratorConfig,
+    *,
+    modules: Sequence[tuple[int, int]],
+    task_type: str | None,
+) -> Adapter:
+    """Make an adapter of modules (kind, layer); those that are not among the parts are of rank 1, and zero."""
     written = {place: _zero_module(config, *place) for place in modules}
-    for group in tokens:
-        # All layers at once: a single module is so small that calling an operation takes longer than the operation.
-        root = group.norm.sqrt()[:, None]  # (n, 1)
-        inputs, outputs = group.inputs / root, group.outputs / root
-        sensitivity.unweigh(group.kind, group.layer, inputs, outputs)
-        counts = torch.bincount(group.layer, minlength=config.layers).tolist()
-        for layer, (a, b) in enumerate(zip(torch.split(inputs, counts), torch.split(outputs, counts), strict=True)):
-            if len(a):
-                name = config.kinds[group.kind].module(layer)
-                written[group.kind, layer] = LoraModule(name, a, b.T.contiguous())
+    for part in parts:
+        written |= {(kind, layer): module for kind, layer, module in part}
     names = target_modules(module.name for module in written.values())
     return Adapter(config.base_model, task_type, names, tuple(written.values()))
 

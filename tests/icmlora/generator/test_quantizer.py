@@ -14,7 +14,7 @@ from icmlora.adapter.model import Adapter
 from icmlora.generator.cvae import CVAE, TaskState
 from icmlora.generator.entropy_coding import LIMIT
 from icmlora.generator.initial_a.subspace import InitialSubspace, initial_subspace
-from icmlora.generator.quantizer import Norms, Sides, Slots, TokenQuantizer, centred, nonzeros_of
+from icmlora.generator.quantizer import Norms, Sides, Slots, TokenQuantizer, centred, nonzeros_of, norm_of
 from icmlora.generator.scales import EXTREME, LARGEST, OCTAVE, SMALLEST, centres
 from icmlora.generator.tokens import KindTokens, tokenize
 from tests.icmlora.peft_made import peft_codec, peft_fleet
@@ -50,7 +50,8 @@ def rounded(net: CVAE, adapter: Adapter, step: int) -> tuple[KindTokens, Slots, 
 def restored(net: CVAE, adapter: Adapter, step: int) -> tuple[KindTokens, KindTokens]:
     group, slots, norms, integers = rounded(net, adapter, step)
     scales = TokenQuantizer(net).scales(slots, norms, nothing_known(net), step)
-    return group, TokenQuantizer(net).dequantise(slots, norms, state(net), step, nonzeros_of(integers, scales))
+    vectors = TokenQuantizer(net).dequantise(slots, norms, state(net), step, nonzeros_of(integers, scales))
+    return group, KindTokens(group.kind, group.layer, group.slot, norm_of(norms), *vectors)
 
 
 def products(group: KindTokens) -> torch.Tensor:
