@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from icmlora.adapter import arithmetic as arithmetic
@@ -30,7 +30,6 @@ def assert_near(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor])
 
 
 @given(ADAPTERS, ADAPTERS, st.floats(-3, 3))
-@settings(max_examples=40)
 def test_the_sum_of_two_has_the_sum_of_their_dw(left: Adapter, right: Adapter, factor: float) -> None:
     one, other = dense(left), dense(right)
     wanted = {
@@ -42,7 +41,6 @@ def test_the_sum_of_two_has_the_sum_of_their_dw(left: Adapter, right: Adapter, f
 
 
 @given(ADAPTERS, st.integers(1, 8))
-@settings(max_examples=40)
 def test_the_best_of_a_smaller_rank_has_the_strongest_directions(adapter: Adapter, rank: int) -> None:
     found = dense(truncated(adapter, rank))
     for name, whole in dense(adapter).items():
@@ -52,7 +50,6 @@ def test_the_best_of_a_smaller_rank_has_the_strongest_directions(adapter: Adapte
 
 
 @given(st.lists(ADAPTERS, min_size=1, max_size=5))
-@settings(max_examples=40)
 def test_the_mean_is_that_of_the_modules_that_half_of_them_have(adapters: list[Adapter]) -> None:
     parts = [dense(adapter) for adapter in adapters]
     owners = {name: sum(name in part for part in parts) for part in parts for name in part}
