@@ -6,7 +6,9 @@ READY  := $(VENV)/.icm-ready
 # Each process of the tests computes on one core. Tests of a file share fixtures that take seconds, so they stay together.
 # The files keep their order: the long ones of tests/cli begin, the many short ones of tests/registry fill the end.
 JOBS   ?= 2
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder
+# What is compiled is kept, whatever the environment says: otherwise each worker, and each `python` that a test starts,
+# compiles again all that it imports.
+PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder
 THOROUGH := $(PYTEST) --hypothesis-profile=thorough
 
 .DEFAULT_GOAL := help

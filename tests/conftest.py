@@ -1,5 +1,6 @@
 """What every test gets: a home of its own, no network, no colour, one thread; and small stores that tests share."""
 
+import gc
 import os
 import shutil
 from collections import Counter
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from tests.rewriting import rewriting
+from tests.rewriting import moved
 from tests.shared import built_once
 
 # Before anything imports torch: tiny tensors are slower on many threads, and parallel runs then share the cores.
@@ -16,9 +17,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 # Tests do not time things: an example is slow when the machine is busy, and that is no failure.
-settings.register_profile("thorough", deadline=None)
-# The same few examples on every run; `--hypothesis-profile=thorough` tries more, and new ones (in CI the same).
-settings.register_profile("quick", deadline=None, derandomize=True, max_examples=15)
+# How many examples is said here alone. `--hypothesis-profile=thorough` tries new ones on every run (in CI the same).
+settings.register_profile("thorough", deadline=None, max_examples=50)
+settings.register_profile("quick", deadline=None, derandomize=True, max_examples=12)
 settings.load_profile("quick")
 
 _IN_MEMORY, _ROOM = Path("/dev/shm"), 4 << 30
@@ -44,6 +45,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("property")
 
 
+def pytest_collection_finish() -> None:
+    """Keep what imports and collection made from the garbage collector, which takes a second to go through it."""
+    gc.collect()
+    gc.freeze()
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Print the files that took longest, so that `make test` stays fast."""
     seconds: Counter[str] = Counter()
@@ -56,6 +63,14 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.write_line(f"{sum(seconds.values()):6.0f} s in {len(seconds)} files, of which")
         for file, took in seconds.most_common(_SLOWEST):
             terminalreporter.write_line(f"{took:6.1f} s {file}")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def shared_statements() -> None:
+    """Compile the statements of a store once for all tests of a worker."""
+    from tests.statements import share_statements  # imports SQLAlchemy
+
+    share_statements()
 
 
 @pytest.fixture(autouse=True)
@@ -128,11 +143,7 @@ def trained(trained_template: Path, tmp_path: Path) -> Path:
 def own_loras(trained: Path, mixed_template: Path, tmp_path: Path) -> Path:
     """Folders of the mixed fleet that a test may change; the trained store says that it ingested them from there."""
     folder = Path(shutil.copytree(mixed_template / "loras", tmp_path / "loras"))
-    with rewriting(trained / "registry.db") as database:
-        for column in ("tasks.folder", "adapters.source"):
-            table, name = column.split(".")
-            moved = (str(mixed_template / "loras"), str(folder))
-            database.execute(f"UPDATE {table} SET {name} = replace({name}, ?, ?)", moved)
+    moved(trained, mixed_template / "loras", folder)
     return folder
 
 

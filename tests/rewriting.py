@@ -18,3 +18,12 @@ def rewriting(database: Path) -> Iterator[sqlite3.Connection]:
         add_functions(connection)
         guard(connection, Base.metadata)
         yield connection
+
+
+def moved(store: Path, before: Path, after: Path) -> Path:
+    """Let the copy of a store say that it ingested its adapters from the folder `after`, not from `before`."""
+    with rewriting(store / "registry.db") as database:
+        for column in ("tasks.folder", "adapters.source"):
+            table, name = column.split(".")
+            database.execute(f"UPDATE {table} SET {name} = replace({name}, ?, ?)", (str(before), str(after)))
+    return store

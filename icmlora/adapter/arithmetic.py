@@ -48,7 +48,7 @@ def truncated(adapter: Adapter, rank: int) -> Adapter:
 
 
 def mean_adapter(adapters: Iterable[Adapter], rank: int) -> Adapter:
-    """Return the mean dW, cut to `rank`, over the modules that at least half of the adapters have."""
+    """Return the mean dW, cut to `rank`, over modules of at least half of the adapters; `ValueError` without any."""
     # Adapters are read one at a time; a module that one of them lacks counts as zero there.
     total: Adapter | None = None
     owners: Counter[str] = Counter()
@@ -64,9 +64,3 @@ def mean_adapter(adapters: Iterable[Adapter], rank: int) -> Adapter:
         raise ValueError("no adapters have no mean")
     most = [module for module in total.modules if 2 * owners[module.name] >= count]
     return truncated(with_modules(total, times(most or total.modules, 1 / count)), rank)
-
-
-def among(modules: Iterable[LoraModule], adapter: Adapter) -> list[LoraModule]:
-    """Return those of some modules that an adapter has too."""
-    own = {module.name for module in adapter.modules}
-    return [module for module in modules if module.name in own]

@@ -27,7 +27,7 @@ _BYTES = 32 << 20  # of factors in float64 that are decomposed together
 
 
 def canonicalize(adapter: Adapter) -> Adapter:
-    """Fix the gauge of every module; dW stays the same up to float32 rounding, ranks and names stay the same."""
+    """Fix the gauge of every module; dW stays, but for rounding. Raise `AdapterRefused` if it exceeds float32."""
     # Slots that the module does not use (a rank-deficient dW) become zero and come last.
     groups: defaultdict[tuple[int, ...], list[LoraModule]] = defaultdict(list)
     for module in adapter.modules:

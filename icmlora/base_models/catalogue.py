@@ -33,11 +33,7 @@ MODALITIES: list[Modality[Any, Any]] = [
 
 
 def modality_of(found: FoundBase) -> Modality[Any, Any]:
-    """Return the first modality that suits a base model, or the one that its loader makes.
-
-    Raises:
-        BaseModelUnsuited: None does.
-    """
+    """Return the first modality that suits a base model, or its loader's; raise `BaseModelUnsuited` if none does."""
     found.refuse_pipeline()
     if found.loader is not None:
         return CustomModality(found.loader)

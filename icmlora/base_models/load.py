@@ -46,7 +46,11 @@ def load_auto(
     dtype: torch.dtype,
     heads: tuple[str, ...] = HEADS,
 ) -> Loaded:
-    """Load a folder with one of transformers' Auto classes; one of the heads that its files lack is made of zeros."""
+    """Load a folder with one of transformers' Auto classes; one of the heads that its files lack is made of zeros.
+
+    Raises:
+        BaseModelNotFound: It cannot be loaded, or lacks other weights.
+    """
     with quiet_loading(found, kind):
         # First: it may need a library that is not installed, and weights take long to read.
         processor = getattr(transformers, processor_class).from_pretrained(found.path, **_OFFLINE)
@@ -183,18 +187,17 @@ def _usable_rows(table: torch.nn.Embedding) -> int:
 
 def _hidden_size(config: Any) -> int | None:
     """Return the width of the last layer; None where the configuration does not say, as MobileNet's does not."""
-    text = config.get_text_config(decoder=True)
-    for place in (text, config):
-        for name in ("hidden_size", "d_model"):
-            if isinstance(getattr(place, name, None), int):
-                return int(getattr(place, name))
+    found = _stated((config.get_text_config(decoder=True), config), ("hidden_size", "d_model"))
     several = getattr(config, "hidden_sizes", None)
-    return int(several[-1]) if several else None
+    return int(several[-1]) if found is None and several else found
 
 
 def _layers(config: Any) -> int:
-    text = config.get_text_config(decoder=True)
-    for name in ("num_hidden_layers", "decoder_layers", "num_layers"):
-        if isinstance(getattr(text, name, None), int):
-            return int(getattr(text, name))
-    return len(getattr(config, "depths", ())) or 1
+    found = _stated((config.get_text_config(decoder=True),), ("num_hidden_layers", "decoder_layers", "num_layers"))
+    return (len(getattr(config, "depths", ())) or 1) if found is None else found
+
+
+def _stated(places: tuple[Any, ...], names: tuple[str, ...]) -> int | None:
+    """Return the first of some numbers that configurations state."""
+    values = (getattr(place, name, None) for place in places for name in names)
+    return next((value for value in values if isinstance(value, int)), None)

@@ -228,14 +228,14 @@ class Modality(Protocol[Example, Item]):
         ...
 
     def loss(self, base: BaseModel, items: Sequence[Item]) -> torch.Tensor:
-        """Return the loss of all scored predictions, summed, with gradients that reach every module."""
+        """Return the loss of all scored predictions, summed: a scalar, with gradients that reach every module."""
         ...
 
     def item_loss(self, item: Item, logits: torch.Tensor) -> torch.Tensor | None:
-        """Return the loss of one item, summed, from what `logits` returned for it.
+        """Return the loss of one item, summed, from what `logits` returned for it, (predictions, classes).
 
         Returns:
-            The loss, with gradients to the logits; None where the loss takes more than that.
+            A scalar, with gradients to the logits; None where the loss takes more than that.
         """
         ...
 
@@ -268,19 +268,15 @@ class Modality(Protocol[Example, Item]):
         return None
 
     def counted(self, base: BaseModel, items: Sequence[Item]) -> torch.Tensor | None:
-        """Return which rows of a module's input are real and which are padding, in `loss` and `logits` of these items.
+        """Return which rows of a module's input are padding, and which are not, in `loss` and `logits` of these items.
 
         Returns:
-            A boolean mask over all dimensions of a module's input but the last; None where nothing is padded.
+            A boolean mask of the shape of a module's input without its last dimension; None where nothing is padded.
         """
         return None
 
     def measure(self, base: BaseModel, examples: Sequence[Example], limit: int) -> Score:
-        """Measure the model on held-out examples, in the unit of `metric`.
-
-        Raises:
-            DataError: There is nothing to score.
-        """
+        """Measure the model on held-out examples, in the unit of `metric`; raise `DataError` if there is nothing."""
         ...
 
 

@@ -16,11 +16,7 @@ from icmlora.errors import BaseModelNotFound
 
 
 def load_skeleton(found: FoundBase) -> BaseModel:
-    """Build the network of a Hugging Face folder, of any kind that transformers knows, without reading its weights.
-
-    Raises:
-        BaseModelNotFound: It cannot be built.
-    """
+    """Build the network of a Hugging Face folder without its weights; raise `BaseModelNotFound` if it cannot be."""
     if not found.has_config:
         raise BaseModelNotFound("its modules are known only when it is loaded", path=found.path)
     with quiet_loading(found), torch.device("meta"):

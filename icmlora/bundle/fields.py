@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection
-from typing import Any, cast
+from collections.abc import Callable, Collection
+from typing import Any, TypeVar, cast
 
 from icmlora.errors import BundleError
 from registry.names import escape
 
+Value = TypeVar("Value")
 MAX_COUNT = 2**53  # whole numbers above this differ between JSON readers
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -35,13 +36,13 @@ class Fields:
         """Return a text of up to `limit` characters, or None for an empty one."""
         return None if self._values[key] == "" else self.text(key, limit)
 
+    def optional(self, key: str, read: Callable[[str], Value]) -> Value | None:
+        """Return what one of the other readers does, or None for null."""
+        return None if self._values[key] is None else read(key)
+
     def digest(self, key: str) -> str:
         """Return a SHA-256 in lower-case hexadecimal."""
         return as_digest(self._values[key], f"{self._what}: {key}")
-
-    def optional_digest(self, key: str) -> str | None:
-        """Return a digest, or None for null."""
-        return None if self._values[key] is None else self.digest(key)
 
     def flag(self, key: str) -> bool:
         """Return true or false."""
@@ -54,14 +55,6 @@ class Fields:
         """Return a whole number."""
         return as_count(self._values[key], f"{self._what}: {key}", least=least)
 
-    def optional_count(self, key: str) -> int | None:
-        """Return a whole number, or None for null."""
-        return None if self._values[key] is None else self.count(key)
-
-    def optional_number(self, key: str) -> float | None:
-        """Return a finite number, or None for null."""
-        return None if self._values[key] is None else self.number(key)
-
     def number(self, key: str) -> float:
         """Return a finite number."""
         return as_number(self._values[key], f"{self._what}: {key}")
@@ -73,20 +66,12 @@ class Fields:
             raise self._wrong(key)
         return value
 
-    def optional_mapping(self, key: str) -> dict[str, Any] | None:
-        """Return an object, or None for null."""
-        return None if self._values[key] is None else self.mapping(key)
-
     def entries(self, key: str) -> list[Any]:
         """Return a list as it is."""
         value = self._values[key]
         if not isinstance(value, list):
             raise self._wrong(key)
         return value
-
-    def optional_entries(self, key: str) -> list[Any] | None:
-        """Return a list, or None for null."""
-        return None if self._values[key] is None else self.entries(key)
 
     def _wrong(self, key: str) -> BundleError:
         return wrong(self._values[key], f"{self._what}: {key}")
@@ -95,6 +80,13 @@ class Fields:
 def as_digest(value: object, what: str) -> str:
     """Return a value that must be a SHA-256 in lower-case hexadecimal."""
     if not isinstance(value, str) or not _DIGEST.fullmatch(value):
+        raise wrong(value, what)
+    return value
+
+
+def as_row(value: object, length: int, what: str) -> list[Any]:
+    """Return a value that must be a list of so many values."""
+    if not isinstance(value, list) or len(value) != length:
         raise wrong(value, what)
     return value
 

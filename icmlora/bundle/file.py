@@ -78,6 +78,10 @@ def open_bundle(path: Path, known: BundleFile | None = None) -> Iterator[BundleF
     Args:
         path: The file.
         known: The bundle as it was opened before, whose index is taken where the file has not changed since.
+
+    Raises:
+        BundleError: It is none, or damaged or cut short, or of another version.
+        UnsafeInput: It breaks a limit.
     """
     # The user named this path, so a link is followed; what it leads to must be a plain file.
     target = Path(os.path.realpath(path))

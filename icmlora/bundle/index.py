@@ -21,7 +21,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 from icmlora.adapter.layout import ModuleShape, target_modules
-from icmlora.bundle.fields import Fields, as_count, as_digest, as_number, wrong
+from icmlora.bundle.fields import Fields, as_count, as_digest, as_number, as_row, wrong
 from icmlora.errors import AdapterRefused, BundleError, UnsafeInput
 from icmlora.formats.peft.config import MAX_CONFIG_BYTES, MAX_LABEL, MAX_RANK
 from icmlora.io.safetensors import FLOAT_TYPES, MAX_DIMENSION, MAX_FILE_BYTES
@@ -193,15 +193,15 @@ MAX_TASKS = 5_000
 
 _INDEX = ("base_model", "extractors", "generator", "layouts", "parts", "tasks")
 _GENERATOR = tuple(BundledGenerator.__dataclass_fields__)
-_KEYS = {
-    "squared_error": "dw_error",
-    "value": "nats_per_token",
-    "count": "tokens",
-}  # field -> key in the file, where they differ
+# Field -> key in the file, where they differ.
+_KEYS = {"squared_error": "dw_error", "value": "nats_per_token", "count": "tokens"}
 _TASK = tuple(_KEYS.get(name, name) for name in BundledTask.__dataclass_fields__)
-_SINCE_VERSION_3: dict[str, Any] = {"template": "", "extras": []}
-_SINCE_VERSION_4: dict[str, Any] = {"vectors": None}
-_SINCE_VERSION_5: dict[str, Any] = {"format": "peft"}
+# Version -> the fields that a task has since then, as they are to be read of earlier ones.
+_SINCE: dict[int, dict[str, Any]] = {
+    3: {"template": "", "extras": []},
+    4: {"vectors": None},
+    5: {"format": "peft"},
+}
 _MEASURED_SINCE_VERSION_4: dict[str, Any] = {"metric": NLL, "others": {}}
 _FORMAT = re.compile(r"[a-z0-9_-]+")
 _MEASURED = tuple(_KEYS.get(name, name) for name in BundledMeasurement.__dataclass_fields__)
@@ -226,7 +226,12 @@ def index_to_json(index: BundleIndex) -> bytes:
 
 
 def index_from_json(data: bytes, *, version: int = VERSION) -> BundleIndex:
-    """Read what `index_to_json` wrote, or an earlier version of it."""
+    """Read what `index_to_json` wrote, or an earlier version of it.
+
+    Raises:
+        BundleError: It has other fields or values than this format.
+        UnsafeInput: It breaks a limit, or has a name that is none.
+    """
     parsed = _object(data, "the bundle's index", MAX_INDEX_BYTES)
     if version < 4:
         parsed = _completed(parsed, {"extractors": []})
@@ -296,12 +301,8 @@ def _task(
     value: object, layouts: Sequence[Layout], extractors: Sequence[Mapping[str, Any]], version: int
 ) -> BundledTask:
     what = "a task of the bundle"
-    if version < 3:
-        value = _completed(value, _SINCE_VERSION_3)
-    if version < 4:
-        value = _completed(value, _SINCE_VERSION_4)
-    if version < 5:
-        value = _completed(value, _SINCE_VERSION_5)
+    for since, missing in _SINCE.items():
+        value = _completed(value, missing) if version < since else value
     fields = Fields(value, _TASK, what)
     name = fields.text("name", limit=1024)
     if (problem := task_name_problem(name)) is not None:
@@ -319,15 +320,15 @@ def _task(
         weights=fields.digest("weights"),
         weights_size=fields.count("weights_size", least=1),
         config=fields.digest("config"),
-        card=fields.optional_digest("card"),
+        card=fields.optional("card", fields.digest),
         dtype=dtype,
-        step=fields.optional_count("step"),
+        step=fields.optional("step", fields.count),
         is_generated=fields.flag("is_generated"),
         layout=layouts[layout],
-        measured=_measured(fields.optional_mapping("measured"), version),
+        measured=_measured(fields.optional("measured", fields.mapping), version),
         template=_template(fields.optional_text("template", limit=MAX_CONFIG_BYTES)),
         extras=tuple(_extra(entry) for entry in fields.entries("extras")),
-        vectors=_vectors(fields.optional_entries("vectors"), extractors),
+        vectors=_vectors(fields.optional("vectors", fields.entries), extractors),
         format=_format(fields.text("format", limit=32)),
     )
 
@@ -335,13 +336,14 @@ def _task(
 def _vectors(value: list[Any] | None, extractors: Sequence[Mapping[str, Any]]) -> BundledVectors | None:
     if value is None:
         return None
-    if len(value) != 2 or not isinstance(value[1], list) or not value[1]:
+    part, listed = as_row(value, 2, "the vectors of a task")
+    if not isinstance(listed, list) or not listed:
         raise wrong(value, "the vectors of a task")
-    numbers = [as_count(number, "an extractor of a task") for number in value[1]]
+    numbers = [as_count(number, "an extractor of a task") for number in listed]
     views = [extractors[number].get("view") for number in numbers if number < len(extractors)]
     if len(views) < len(numbers) or len(set(views)) < len(views):
         raise wrong(value, "the vectors of a task")
-    return BundledVectors(as_digest(value[0], "the digest of vectors"), tuple(extractors[number] for number in numbers))
+    return BundledVectors(as_digest(part, "the digest of vectors"), tuple(extractors[number] for number in numbers))
 
 
 def _extractor(value: object) -> Mapping[str, Any]:
@@ -357,7 +359,7 @@ def _format(name: str) -> str:
 
 
 def _squared_error(fields: Fields) -> float | None:
-    value = fields.optional_number("dw_error")
+    value = fields.optional("dw_error", fields.number)
     if value is not None and value < 0:
         raise wrong(value, "an error of the bundle: dw_error")
     return value
@@ -371,9 +373,7 @@ def _template(text: str | None) -> str:
 
 
 def _extra(value: object) -> BundledExtra:
-    if not isinstance(value, list) or len(value) != 3:
-        raise wrong(value, "an extra of the bundle")
-    part, file, size = value
+    part, file, size = as_row(value, 3, "an extra of the bundle")
     if file is not None and (not isinstance(file, str) or not is_file_name(file)):
         raise UnsafeInput(f"{escape(str(file), 120)!r} is not a file name", kind="name")
     return BundledExtra(as_digest(part, "an extra's digest"), file, as_count(size, "an extra's size"))
@@ -390,7 +390,7 @@ def _measured(value: Mapping[str, Any] | None, version: int) -> BundledMeasureme
         value=fields.number("nats_per_token"),
         count=fields.count("tokens"),
         utf8_bytes=fields.count("utf8_bytes"),
-        retained_gain=fields.optional_number("retained_gain"),
+        retained_gain=fields.optional("retained_gain", fields.number),
         squared_error=_squared_error(fields),
         settings=fields.mapping("settings"),
         metric=fields.text("metric", limit=100),
@@ -399,9 +399,8 @@ def _measured(value: Mapping[str, Any] | None, version: int) -> BundledMeasureme
 
 
 def _part(value: object) -> BundlePart:
-    if not isinstance(value, list) or len(value) != 2:
-        raise wrong(value, "a part of the bundle")
-    return BundlePart(as_digest(value[0], "a part's digest"), as_count(value[1], "a part's size"))
+    digest, size = as_row(value, 2, "a part of the bundle")
+    return BundlePart(as_digest(digest, "a part's digest"), as_count(size, "a part's size"))
 
 
 def _layout(value: object) -> Layout:
@@ -414,9 +413,7 @@ def _layout(value: object) -> Layout:
 
 
 def _shape(value: object) -> ModuleShape:
-    if not isinstance(value, list) or len(value) != 4:
-        raise wrong(value, "a module of the bundle")
-    module, rank, inputs, outputs = value
+    module, rank, inputs, outputs = as_row(value, 4, "a module of the bundle")
     if not isinstance(module, str) or len(module) > 512 or not is_module_name(module):
         raise UnsafeInput(f"{escape(str(module), 120)!r} is not a module name", kind="name")
     sizes = [as_count(size, f"{module} of the bundle", least=1) for size in (rank, inputs, outputs)]

@@ -48,7 +48,7 @@ class Evidence:
 def gather_evidence(
     base: BaseModel, start: Factors, modules: Iterable[str], samples: Sequence[Prepared], *, batch_size: int = 1
 ) -> Evidence:
-    """Run the samples forward and backward once."""
+    """Run the samples forward and backward once, with factors A (r, in) and B (out, r) on the base model."""
     # Needs 4 * in * out bytes a module in addition to the base model's activations, whatever the number of samples.
     # Made beforehand: backward reaches the modules last to first, and some, such as experts, not at all.
     sums = {name: _zeros(base, name) for name in modules}
@@ -66,7 +66,7 @@ def gather_evidence(
 
 @contextmanager
 def mean_loss(base: BaseModel, factors: Factors, batch: Sequence[Prepared]) -> Iterator[torch.Tensor]:
-    """Give the loss of some samples in nats per token, with gradients to the factors that ask for them."""
+    """Give the loss of some samples in nats per token: a scalar, with gradients to the factors that ask for them."""
     # Call backward inside the block: on an accelerator it computes activations again, with the factors in place.
     with added(base.model, factors), recomputing(base.model):
         yield base.modality.loss(base, batch) / sum(item.count for item in batch)

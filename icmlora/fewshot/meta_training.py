@@ -21,7 +21,7 @@ from typing import Protocol
 
 import torch
 
-from icmlora.adapter.arithmetic import among, plus, times
+from icmlora.adapter.arithmetic import plus, times
 from icmlora.adapter.model import Adapter, LoraModule
 from icmlora.base_models.modality import BaseModel, Prepared
 from icmlora.base_models.running.lora_hooks import Factors, factors_of
@@ -98,7 +98,7 @@ class _Rates:
 def meta_train(
     base: BaseModel, start: FewShotStart, fleet: EpisodeSource, config: MetaConfig
 ) -> Iterator[tuple[Episode, FewShotStart]]:
-    """Learn the lengths of a start's steps; yields each episode's record, and the start as it is then."""
+    """Learn the lengths of a start's steps, and yield it after each episode; raise `GeneratorError` if one diverges."""
     learned = _Rates(
         torch.tensor(start.rates, dtype=torch.float32, requires_grad=True),
         torch.tensor(start.slopes, dtype=torch.float32, requires_grad=True),
@@ -174,8 +174,9 @@ def _without(start: FewShotStart, own: Adapter) -> Adapter:
     if start.tasks < 2:
         return start.adapter
     mean = times(start.adapter.modules, start.tasks / (start.tasks - 1))
-    rest = times(among(own.modules, start.adapter), -1 / (start.tasks - 1))
-    return plus(replace(start.adapter, modules=tuple(mean)), rest)
+    known = {module.name for module in start.adapter.modules}
+    rest = [module for module in own.modules if module.name in known]
+    return plus(replace(start.adapter, modules=tuple(mean)), times(rest, -1 / (start.tasks - 1)))
 
 
 def _stepped(adapter: Adapter, units: Sequence[Sequence[LoraModule]], lengths: Sequence[torch.Tensor]) -> Factors:

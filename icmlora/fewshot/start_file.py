@@ -39,7 +39,7 @@ def fewshot_start_to_bytes(start: FewShotStart, code: bytes) -> bytes:
 
 
 def fewshot_start_from_bytes(data: bytes, decode: Callable[[bytes], Adapter]) -> FewShotStart:
-    """Read a few-shot start."""
+    """Read a few-shot start; raise `GeneratorError` if it is damaged, or of another generator."""
     opened = open_container(data, len(MAGIC)) if data.startswith(MAGIC) else None
     if opened is None:
         message = "not a few-shot start, or damaged or of another format"

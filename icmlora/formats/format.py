@@ -1,4 +1,4 @@
-"""The protocol of an adapter format: everything icm needs to know of one kind of adapter files.
+"""What an adapter format is: everything icm needs to know of one kind of adapter files.
 
     folder --find--> AdapterPaths --read bytes--> config, weights --inspect--> AdapterSummary      (no torch)
                                                         |---------read-------> LoadedAdapter       (tensors)
@@ -6,17 +6,18 @@
     AdapterBytes <--encode-- Adapter
         `--lay_out--> file name -> bytes
 
-To add a format, write one file with a class that has these members and name it in `catalogue.py`.
+To add a format, write one file with a class that inherits from `AdapterFormat` and name it in `catalogue.py`.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
-from icmlora.errors import DataError, UnsafeInput
+from icmlora.errors import AdapterRefused, DataError, UnsafeInput, located
 from icmlora.io import staging
 
 if TYPE_CHECKING:
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 
     from icmlora.adapter.layout import ModuleShape
     from icmlora.adapter.model import Adapter
-    from icmlora.errors import AdapterRefused
     from icmlora.formats.discovery.tree import Folder
     from icmlora.io.safetensors import RawTensor, TensorInfo
 
@@ -165,46 +165,33 @@ class Template:
     """`AdapterSummary.template`."""
 
 
-class AdapterFormat(Protocol):
-    """One kind of adapter files. Only `read`, `runnable` and `encode` may load torch."""
+class AdapterFormat(ABC):
+    """One kind of adapter files: where they are, what they say, and how they are written.
 
-    @property
-    def name(self) -> str:
-        """The name under which the store notes the format."""
-        ...
+    What is the same in most formats is here; a format has the abstract methods, and overrides what differs. Only
+    `_load`, `_run`, `_fresh` and `_alike` may load torch. They raise without a path, which the public methods add.
+    """
 
-    @property
-    def is_for_images(self) -> bool:
-        """Whether its adapters are for models that make images: these have no task vectors and are not evaluated."""
-        ...
+    name: str
+    """The name under which the store notes the format."""
+    about: str
+    """What it is, in a few words that `icm convert --list-formats` prints."""
+    is_for_images: bool = False
+    """Whether its adapters are for models that make images: these have no task vectors and are not evaluated."""
+    suffix: str | None = None
+    """How the name of an adapter ends that is a single file; None for a folder, whose weights are safetensors."""
+    watched: frozenset[str] = frozenset()
+    """File names that only this format uses: a link or special file of such a name is reported, not passed over."""
+    companions: frozenset[str] = frozenset()
+    """Names of other files that may belong to an adapter; of a single file, what follows its name in theirs."""
 
-    @property
-    def suffix(self) -> str | None:
-        """How the name of an adapter ends that is a single file; None for a folder, whose weights are safetensors."""
-        ...
-
-    @property
-    def about(self) -> str:
-        """What it is, in a few words that `icm convert --list-formats` prints."""
-        ...
-
-    @property
-    def watched(self) -> frozenset[str]:
-        """File names that only this format uses: a link or special file of such a name is reported, not passed over."""
-        ...
-
-    @property
-    def companions(self) -> frozenset[str]:
-        """Names of other files that may belong to an adapter; of a single file, what follows its name in theirs."""
-        ...
-
+    @abstractmethod
     def find(self, folder: Folder) -> list[AdapterPaths]:
         """Return the adapters of this format in one folder, judged by file names and a few bytes."""
-        ...
 
     def refuse(self, folder: Folder) -> list[AdapterRefused]:
         """Say what is wrong in a folder where no format found an adapter, if it looks like one of this format."""
-        ...
+        return []
 
     def read_config(self, config: bytes) -> ConfigFacts:
         """Read a configuration by itself, so that its faults are not blamed on the weights.
@@ -212,7 +199,9 @@ class AdapterFormat(Protocol):
         Raises:
             AdapterRefused: It is damaged, or asks for something that cannot be kept exactly.
         """
-        ...
+        if config:
+            raise AdapterRefused(f"a {self.name} adapter has no configuration", kind="config")
+        return ConfigFacts(None)
 
     def inspect(
         self, config: bytes, weights: Buffer, *, path: str | Path | None = None, initial: bytes | None = None
@@ -232,13 +221,17 @@ class AdapterFormat(Protocol):
             AdapterRefused: It is damaged, or `initial` does not fit; `kind` says how.
             UnsafeInput: A pickle, hostile names, or limits broken.
         """
-        ...
+        with located(path):
+            if initial is None:
+                return self._summary(config, weights)
+            return self._summary(*self._without_initial(config, bytes(weights), initial))
 
     def read(
         self, config: bytes, weights: bytes, *, path: str | Path | None = None, initial: bytes | None = None
     ) -> LoadedAdapter:
         """Read an adapter's tensors; raises as `inspect` does, and `AdapterRefused` where there can be no code."""
-        ...
+        with located(path):
+            return self._load(*self._without_initial(config, weights, initial))
 
     def runnable(
         self, config: bytes, weights: bytes, *, path: str | Path | None = None, initial: bytes | None = None
@@ -248,7 +241,8 @@ class AdapterFormat(Protocol):
         Raises:
             AdapterRefused: It works in a way that icm cannot run.
         """
-        ...
+        with located(path):
+            return self._run(*self._without_initial(config, weights, initial))
 
     def encode(
         self,
@@ -265,19 +259,23 @@ class AdapterFormat(Protocol):
 
         Args:
             adapter: What to write.
-            card: Text of the model card.
+            card: Text of the model card, which an adapter in a single file does not have.
             metadata: Short facts for the header of the weights; not written with `like`, whose own header stays.
             like: Write it in this form: configuration, names, ranks, shapes and types. None for a fresh configuration.
             dtype: "bfloat16", "float16" or "float32" for the factors, rounded to nearest even. Default: the type of
                 `like`, or bfloat16.
-            pad_rank: Write the form that every engine reads instead: this rank for all modules, filled with zeros, the
-                scale folded into B.
-            extras: The extras that `read` returned; written exactly.
+            pad_rank: With `like`, write the form that every engine reads instead: this rank for all modules, filled
+                with zeros, the scale folded into B.
+            extras: With `like`, the extras that `read` returned; written exactly.
 
         Raises:
             AdapterRefused: A value that the type cannot hold, or a rank above `pad_rank`.
         """
-        ...
+        if like is None:
+            made = self._fresh(adapter, metadata, dtype or "bfloat16")
+        else:
+            made = self._alike(adapter, like, dtype=dtype, pad_rank=pad_rank, extras=extras or {}, metadata=metadata)
+        return made if self.suffix is not None else replace(made, card=card.encode())
 
     def lay_out(self, files: AdapterBytes, name: str) -> dict[str, bytes]:
         """Return file name -> content of a folder that holds the adapter; the file that makes it valid comes last.
@@ -286,7 +284,65 @@ class AdapterFormat(Protocol):
             files: Its content.
             name: What an adapter in a single file is called, without the suffix; formats of whole folders ignore it.
         """
-        ...
+        companions = {f"{name}.{key}": data for key, data in files.companions.items()}
+        return {**companions, f"{name}{self.suffix}": files.weights}
+
+    def _without_initial(self, config: bytes, weights: bytes, initial: bytes | None) -> tuple[bytes, bytes]:
+        """Return configuration and weights with the initial weights taken off, where there are any."""
+        if initial is not None:
+            raise AdapterRefused("only PEFT adapters have initial weights that can be taken off", kind="initial")
+        return config, weights
+
+    @abstractmethod
+    def _summary(self, config: bytes, weights: Buffer) -> AdapterSummary:
+        """Do what `inspect` does."""
+
+    @abstractmethod
+    def _load(self, config: bytes, weights: bytes) -> LoadedAdapter:
+        """Do what `read` does."""
+
+    @abstractmethod
+    def _run(self, config: bytes, weights: bytes) -> RunnableAdapter:
+        """Do what `runnable` does."""
+
+    @abstractmethod
+    def _fresh(self, adapter: Adapter, metadata: Mapping[str, str], dtype: str) -> AdapterBytes:
+        """Do what `encode` does without `like`, but for the card."""
+
+    @abstractmethod
+    def _alike(
+        self,
+        adapter: Adapter,
+        like: Template,
+        *,
+        dtype: str | None,
+        pad_rank: int | None,
+        extras: Mapping[str, RawTensor],
+        metadata: Mapping[str, str],
+    ) -> AdapterBytes:
+        """Do what `encode` does with `like`, but for the card."""
+
+
+class FolderFormat(AdapterFormat):
+    """A format whose adapters are folders with weights, a configuration and a model card."""
+
+    weights_name: str
+    config_name = "adapter_config.json"
+    card_name = "README.md"
+
+    def find(self, folder: Folder) -> list[AdapterPaths]:
+        """Find the adapter of a folder; there is at most one."""
+        files = folder.files
+        if self.config_name not in files or self.weights_name not in files:
+            return []
+        companions = {name: path for name, path in files.items() if name in self.companions}
+        paths = files[self.weights_name], files[self.config_name], files.get(self.card_name)
+        return [AdapterPaths(folder.path, *paths, companions)]
+
+    def lay_out(self, files: AdapterBytes, name: str) -> dict[str, bytes]:
+        """Name the files; without its configuration a folder is not an adapter, so that comes last."""
+        card = {} if files.card is None else {self.card_name: files.card}
+        return {self.weights_name: files.weights, **card, **files.companions, self.config_name: files.config}
 
 
 def without_suffix(name: str, suffix: str) -> str:

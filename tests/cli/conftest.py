@@ -1,6 +1,7 @@
 """Run `icm` in this process, as a shell would see it."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -16,6 +17,11 @@ from icmlora.fleet.measure.metric_result import MetricResult
 from icmlora.fleet.train.candidates import Candidate
 from registry.records import Rung
 from tests.cli.fleet import write_fleet
+from tests.refining import short_refining
+from tests.rewriting import moved
+from tests.shared import built_once
+
+__all__ = ["short_refining"]
 
 
 @dataclass(frozen=True)
@@ -72,16 +78,28 @@ def icm(capsys: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
     return call
 
 
+@pytest.fixture(scope="session")
+def stored_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a folder of three runs, and a store that ingested them; made once, not to be changed."""
+
+    def build(folder: Path) -> None:
+        loras = write_fleet(folder / "loras")
+        assert run(["--store", str(folder / "store"), "-q", "ingest", str(loras)]) == 0
+
+    return built_once(tmp_path_factory, "stored", build)
+
+
 @pytest.fixture
-def fleet(tmp_path: Path) -> Path:
+def fleet(stored_template: Path, tmp_path: Path) -> Path:
     """A folder of three runs: rust, shakespeare and sql, with two checkpoints each."""
-    return write_fleet(tmp_path / "loras")
+    return Path(shutil.copytree(stored_template / "loras", tmp_path / "loras"))
 
 
 @pytest.fixture
-def stored(icm: Callable[..., Ran], fleet: Path) -> Path:
+def stored(stored_template: Path, fleet: Path, tmp_path: Path) -> Path:
     """The same folder, ingested."""
-    assert icm("ingest", fleet).code == 0
+    store = Path(shutil.copytree(stored_template / "store", tmp_path / "store"))
+    moved(store, stored_template / "loras", fleet)
     return fleet
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,9 +13,10 @@ from safetensors.torch import load_file
 
 from icm_cli.errors import ExitCode
 from tests.cli.conftest import Ran
-from tests.cli.tiny_fleet import STEPS
+from tests.cli.tiny_fleet import STEPS, icm_quietly
 from tests.icmlora.formats.image_files import kohya_file
 from tests.icmlora.formats.single_files import convolution, kohya, linear, write
+from tests.rewriting import moved
 
 Icm = Callable[..., Ran]
 TRAIN = ("train", "--no-eval", "--refine", "0", "--device", "cpu", "--steps", STEPS)
@@ -33,21 +35,29 @@ def adapter_file(folder: Path, name: str, seed: int, notes: dict[str, str] | Non
     return write(folder / f"{name}.safetensors", tensors, notes)
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    folder = tmp_path / "loras"
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Files in loras/, and a store of them: three tasks with codes."""
+    root = tmp_path_factory.mktemp("images")
+    folder = root / "loras"
     for seed, name in enumerate(NAMES):
         adapter_file(folder, name, 100 * seed, NOTES)
         (folder / f"{name}.preview.png").write_bytes(name.encode())
     (folder / "dog.civitai.info").write_text("{}")
-    return folder
+    icm_quietly(root / "store", "ingest", folder)
+    icm_quietly(root / "store", *TRAIN)
+    return root
 
 
 @pytest.fixture
-def store(icm: Icm, folder: Path) -> Icm:
+def folder(template: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(template / "loras", tmp_path / "loras"))
+
+
+@pytest.fixture
+def store(icm: Icm, template: Path, folder: Path, tmp_path: Path) -> Icm:
     """Three tasks with codes."""
-    assert icm("ingest", folder).code == 0
-    assert icm(*TRAIN).code == 0
+    moved(Path(shutil.copytree(template / "store", tmp_path / "store")), template / "loras", folder)
     return icm
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,18 +24,22 @@ Icm = Callable[..., Ran]
 TRAINED = {"first": SEED, "second": SEED, "third": 7}
 
 
-@pytest.fixture
-def seeded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Make a trained store of three adapters that PEFT began and one of random values."""
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three adapters that PEFT began and one of random values in loras/, and a trained store of them."""
+    root = tmp_path_factory.mktemp("seeded")
     for task, (name, seed) in enumerate(TRAINED.items()):
         adapter = peft_made(seed, moved=1 / 3, task=task).adapter
-        save_adapter(adapter, tmp_path / "loras" / name, dtype="float32")
-    write_lora(tmp_path / "loras" / "unseeded", targets=("mlp.down_proj",))
-    store = tmp_path / "store"
-    monkeypatch.setenv("ICM_STORE", str(store))
-    icm_quietly(store, "ingest", tmp_path / "loras", "--no-vectors")
-    train_store(store)
-    return store
+        save_adapter(adapter, root / "loras" / name, dtype="float32")
+    write_lora(root / "loras" / "unseeded", targets=("mlp.down_proj",))
+    icm_quietly(root / "store", "ingest", root / "loras", "--no-vectors")
+    train_store(root / "store")
+    return root
+
+
+@pytest.fixture
+def seeded(template: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(template / "store", tmp_path / "store"))
 
 
 def seeds_in_codes(path: Path) -> dict[str, int | None]:
@@ -62,11 +67,13 @@ def test_the_codes_of_train_and_encode_hold_the_seed(icm: Icm, seeded: Path) -> 
 
 
 @pytest.mark.slow
-def test_what_is_written_from_such_a_code_has_the_error_that_was_said(icm: Icm, seeded: Path, tmp_path: Path) -> None:
+def test_what_is_written_from_such_a_code_has_the_error_that_was_said(
+    icm: Icm, seeded: Path, template: Path, tmp_path: Path
+) -> None:
     assert icm("encode", "--max-error", "0.14").code == 0
     written = tmp_path / "written"
     assert icm("materialize", "first", "-o", str(written), "--source", "code", "--dtype", "float32").code == 0
-    pair = (load_adapter(folder) for folder in (tmp_path / "loras" / "first", written))
+    pair = (load_adapter(folder) for folder in (template / "loras" / "first", written))
     assert squared_error(*pair) == pytest.approx(codes(seeded)["first"].squared_error, rel=1e-2)
 
 

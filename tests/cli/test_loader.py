@@ -13,6 +13,7 @@ import pytest
 from icm_cli.errors import ExitCode
 from tests.cli.conftest import Ran
 from tests.cli.test_second_modality import LABEL, write_task
+from tests.cli.tiny_fleet import icm_quietly, train_store
 from tests.icmlora.base_models.test_custom_model import worked_example
 from tests.icmlora.base_models.toy_modality import points, write_classifier
 
@@ -37,14 +38,21 @@ def importable(fleet: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(fleet))
 
 
-@pytest.fixture
-def store(icm: Icm, fleet: Path, tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def template(fleet: Path) -> Path:
     """A store of them, with vectors and codes."""
-    assert icm("base", "add", LABEL, fleet / "base", "--loader", LOADER).code == 0
-    ran = icm("ingest", fleet / "loras", *CPU)
-    assert ran.code == 0, ran.err
-    assert icm("train", "--no-eval", "--refine", "0", "--steps", 12, *CPU).code == 0
-    return tmp_path / "store"
+    store = fleet / "store"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(fleet))
+        icm_quietly(store, "base", "add", LABEL, fleet / "base", "--loader", LOADER)
+        icm_quietly(store, "ingest", fleet / "loras", *CPU)
+        train_store(store)
+    return store
+
+
+@pytest.fixture
+def store(template: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(template, tmp_path / "store"))
 
 
 def test_tasks_have_vectors_and_a_retained_gain(icm: Icm, store: Path) -> None:

@@ -20,11 +20,11 @@ def check(tally: Tally) -> None:
 
 
 def test_a_few_flips_anywhere_in_the_rows_are_noticed(flips: Flips) -> None:
-    check(summed(flips.study(list(flips.bits(lambda place: True))[::97], commands=False)))
+    check(summed(flips.study(list(flips.bits(lambda place: True))[::397], commands=False)))
 
 
 def test_a_few_flips_of_what_decides_delete_nothing_and_write_nothing_wrong(flips: Flips) -> None:
-    check(summed(flips.study(list(flips.bits(decides))[::53], commands=True)))
+    check(summed(flips.study(list(flips.bits(decides))[::211], commands=True)))
 
 
 @pytest.mark.fault

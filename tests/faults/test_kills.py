@@ -93,6 +93,7 @@ def check_output_call(world: World, command: str, sabotage: str, call: int) -> N
     assert world.leftovers().temporary == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["materialize", "export", pytest.param("generate", marks=pytest.mark.fault)])
 def test_an_output_that_is_half_written_has_another_name(world: World, command: str) -> None:
     world.reset(command)
@@ -134,7 +135,7 @@ def test_many_kills_at_random_times_lose_nothing(world: World, command: str) -> 
     assert (tally.violations, tally.goals_missed, tally.left_after_prune, tally.examples) == (0, 0, 0, [])
 
 
-@pytest.mark.one_case
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["ingest", "import", "encode"])
 def test_the_harness_sees_a_row_without_its_bytes(world: World, command: str) -> None:
     world.reset(command)

@@ -227,5 +227,5 @@ class DerivedModel(RuleBasedStateMachine):
 
 
 TestDerivedModel = DerivedModel.TestCase
-TestDerivedModel.settings = settings(max_examples=8, stateful_step_count=14, suppress_health_check=list(HealthCheck))
+TestDerivedModel.settings = settings(stateful_step_count=14, suppress_health_check=list(HealthCheck))
 TestDerivedModel.pytestmark = pytest.mark.slow

@@ -32,7 +32,7 @@ def failing(number: int) -> object:
 
 
 @given(data=st.binary(max_size=300))
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_what_is_written_is_read_again(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "file").unlink(missing_ok=True)
     fs.write_file(tmp_path / "file", data)

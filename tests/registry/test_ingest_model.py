@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from registry.errors import InvalidName, TaskConflict
@@ -50,7 +50,6 @@ def batch(store: Store, offers: Offers, on_conflict: OnConflict) -> list[TaskIng
 
 @pytest.mark.slow
 @given(OFFERS, OFFERS, st.sampled_from(get_args(OnConflict)))
-@settings(max_examples=12)
 def test_a_plan_comes_true_and_the_second_time_all_is_known(
     first: Offers, second: Offers, on_conflict: OnConflict
 ) -> None:
@@ -75,7 +74,6 @@ def test_a_plan_comes_true_and_the_second_time_all_is_known(
 
 @pytest.mark.slow
 @given(OFFERS)
-@settings(max_examples=8)
 def test_one_batch_and_one_task_at_a_time_end_in_the_same_store(offers: Offers) -> None:
     def contents(store: Store) -> list[object]:
         return [

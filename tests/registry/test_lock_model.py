@@ -112,7 +112,7 @@ class LockModel(RuleBasedStateMachine):
 
 
 TestLockModel = LockModel.TestCase
-TestLockModel.settings = settings(max_examples=25, stateful_step_count=20)
+TestLockModel.settings = settings(stateful_step_count=20)
 
 
 @pytest.mark.parametrize("name", ["../../etc/passwd", "/absolute", "", "a/b", "nul\0", "x" * 5000, "é", "\x1b[31m"])

@@ -8,7 +8,7 @@ from itertools import count
 from typing import Any, get_args
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from registry.records import (
@@ -31,7 +31,6 @@ from registry.store import Store
 from tests.registry.examples import code_of, evaluation, eviction, generator, ingest, new_store
 
 NUMBERS = count()
-few = settings(max_examples=25)  # each writes to a database on the disk
 PARTS = st.floats(0, 1e6, allow_nan=False)
 SIZES = st.integers(1, 1 << 40)
 TEXTS = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=20)
@@ -59,7 +58,6 @@ def values(record: object, kind: type) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-@few
 @given(
     layout=LAYOUTS,
     modules=st.lists(TEXTS, max_size=4),
@@ -96,7 +94,6 @@ def test_an_adapter_is_read_as_it_was_offered(
     assert (found.original_bytes, found.weights_bytes, found.stored_bytes) == (15, 5, 15)
 
 
-@few
 @given(view=st.sampled_from(get_args(View)), support_set=st.integers(0, 1 << 30), extractor=JSON, dim=SIZES)
 def test_a_vector_is_read_as_it_was_offered(
     shared: Store, view: View, support_set: int, extractor: dict[str, object], dim: int
@@ -108,7 +105,6 @@ def test_a_vector_is_read_as_it_was_offered(
     assert [values(row, NewVector) for row in shared.vectors.all(name)] == [asdict(made)]
 
 
-@few
 @given(bits=PARTS, squared_error=st.none() | PARTS, asked=ASKED, config=JSON, metrics=JSON)
 def test_a_generator_and_its_code_are_read_as_they_were_offered(
     shared: Store,
@@ -131,7 +127,6 @@ def test_a_generator_and_its_code_are_read_as_they_were_offered(
     assert (code.adapter_id, code.generator_id, code.size) == (made.adapter.id, record.id, 4)
 
 
-@few
 @given(
     rung=st.sampled_from(get_args(Rung)),
     parts=st.tuples(PARTS, st.none() | st.floats(-1000, 1000), st.none() | PARTS),

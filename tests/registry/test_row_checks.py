@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -29,10 +31,19 @@ def wrong(store: Store) -> list[tuple[str, tuple[str, ...]]]:
     return [(finding.message, finding.tasks) for finding in store.verify() if finding.kind == "row"]
 
 
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store with a row in each of the tables."""
+    root = tmp_path_factory.mktemp("template") / "store"
+    with new_store(root) as store:
+        fill(store)
+    return root
+
+
 @pytest.fixture
-def filled(store: Store) -> Store:
-    fill(store)
-    return store
+def filled(template: Path, tmp_path: Path) -> Iterator[Store]:
+    with new_store(Path(shutil.copytree(template, tmp_path / "store"))) as store:
+        yield store
 
 
 @pytest.mark.parametrize("table", TABLES)

@@ -156,5 +156,5 @@ class StoreModel(RuleBasedStateMachine):
 
 
 TestStoreModel = StoreModel.TestCase
-TestStoreModel.settings = settings(max_examples=10, stateful_step_count=12, suppress_health_check=list(HealthCheck))
+TestStoreModel.settings = settings(stateful_step_count=12, suppress_health_check=list(HealthCheck))
 TestStoreModel.pytestmark = pytest.mark.slow

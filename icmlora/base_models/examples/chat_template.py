@@ -87,11 +87,7 @@ class ChatTemplate:
         return found
 
     def render(self, chat: Chat) -> Rendered:
-        """Render a chat.
-
-        Raises:
-            DataError: The template refuses it, or nothing of it is left to score.
-        """
+        """Render a chat; raise `DataError` if the template refuses it, or leaves nothing to score."""
         template = self._template_for(chat)
         text = self._text(template, chat)
         scored = self._marked(template, chat) if _GENERATION.search(template) else None

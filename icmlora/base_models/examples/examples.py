@@ -136,7 +136,7 @@ def parse_examples(
     *,
     path: str | Path | None = None,
 ) -> Examples:
-    """Read the usable rows of a file; `example` turns a row into an example, by default text."""
+    """Read the usable rows of a file, by default as text; raise `DataError` if there is none, or a limit is broken."""
     if len(data) > MAX_BYTES:
         raise DataError(f"more than {MAX_BYTES} bytes of text", path=path, hint="keep a sample of the task's text")
     kept, skipped, reason = [], 0, None
@@ -199,11 +199,7 @@ def examples_for(
 
 
 def text_example(row: Mapping[str, Any]) -> Example | Chat:
-    """Turn a row into text or a chat.
-
-    Raises:
-        DataError: It is neither; the message is a fact about the row.
-    """
+    """Turn a row into text or a chat; raise `DataError`, with a fact about the row, if it is neither."""
     example: Example | Chat | None
     match row:
         case {"text": str(text)}:

@@ -44,11 +44,7 @@ Resolver = Callable[[str], Media]
 
 
 def with_media(row: Mapping[str, Any], resolver: Resolver | None) -> Mapping[str, Any]:
-    """Return a row with its files in the place of their names.
-
-    Raises:
-        DataError: A file is not there.
-    """
+    """Return a row with its files in the place of their names; raise `DataError` if one is not there."""
     named = {key: row[key] for key in MEDIA_KEYS if isinstance(row.get(key), str)}
     if not named:
         return row
@@ -58,11 +54,7 @@ def with_media(row: Mapping[str, Any], resolver: Resolver | None) -> Mapping[str
 
 
 def media_of(row: Mapping[str, Any], key: str) -> Media:
-    """Return the image or recording of a row.
-
-    Raises:
-        DataError: It has none.
-    """
+    """Return the image or recording of a row; raise `DataError` if it has none."""
     found = row.get(key)
     if isinstance(found, Mapping) and isinstance(reason := found.get("missing"), str):  # told when the row was packed
         raise DataError(reason)
@@ -89,11 +81,7 @@ def image_size(media: Media) -> tuple[int, int]:
 
 
 def open_image(media: Media) -> Image:
-    """Decode an image, as RGB.
-
-    Raises:
-        DataError: It is not an image, is damaged, or is too large; or Pillow is not installed.
-    """
+    """Decode an image, as RGB; raise `DataError` if it is none, damaged or too large, or Pillow is not installed."""
     with _opened(media) as image:
         return image.convert("RGB")
 
@@ -122,7 +110,7 @@ def _opened(media: Media) -> Iterator[Image]:
 
 
 def read_sound(media: Media, rate: int) -> NDArray[np.float32]:
-    """Read a WAV file of 16-bit samples as one channel between -1 and 1.
+    """Read a WAV file of 16-bit samples as one channel between -1 and 1, shape (samples,).
 
     Raises:
         DataError: It is something else, or has another number of samples a second than `rate`.

@@ -128,11 +128,7 @@ def _zipped(files: Mapping[str, bytes]) -> bytes:
 
 
 def open_archive(data: bytes) -> tuple[bytes, Resolver]:
-    """Return the rows of an archive, and what finds their files.
-
-    Raises:
-        DataError: It is damaged, or compressed, as no archive of icm's is.
-    """
+    """Return the rows of an archive, and what finds their files; raise `DataError` if it is damaged, or not icm's."""
     try:
         archive = zipfile.ZipFile(io.BytesIO(data))
         entries = {entry.filename: entry for entry in archive.infolist()}
@@ -161,7 +157,7 @@ def _read(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bytes:
 
 
 def beside(folder: Path) -> Callable[[str], bytes]:
-    """Return what reads the files that rows name, from a folder and never from outside it."""
+    """Return what reads the files that rows name from a folder, and raises `DataError` for one that is outside it."""
     root = folder.resolve()
 
     def read(name: str) -> bytes:

@@ -80,11 +80,7 @@ def read_prompts(data: bytes, path: str | Path) -> list[Prompt | Mapping[str, An
 def given_prompts(
     base: BaseModel, asked: Sequence[Prompt | Mapping[str, Any]], template: Templates | None = None
 ) -> list[Prompt]:
-    """Return what `read_prompts` returned as this base model reads it.
-
-    Raises:
-        DataError: A chat cannot be read, such as one that the chat template refuses.
-    """
+    """Return what `read_prompts` returned as this base model reads it; raise `DataError` if it refuses a chat."""
     chats = [base.modality.example(row) for row in asked if not isinstance(row, Prompt)]
     read = base.modality.readable(base, chats, template)
     if read.skipped:

@@ -73,18 +73,17 @@ def find_base_model(
     *,
     aliases: Mapping[str, str | Path] | None = None,
     cache_dir: Path | None = None,
-    revision: str | None = None,
     loader: str | None = None,
 ) -> FoundBase:
-    """Find the local copy of the base model `label`; its `loader` goes with its alias."""
+    """Find the local copy of the base model `label`, or of its alias; raise `BaseModelNotFound` if there is none."""
     # A label is opaque: it may be a hub name or a path. A revision of None stands for `main`.
-    name, named = split_label(label)
+    name, revision = split_label(label)
     alias = (aliases or {}).get(label)
     if alias is not None:
         return inspect_base(label, Path(alias), loader)
     reason = "no local copy of the base model was found"
     # A local path comes before the cache: it is what the trainer loaded on this machine.
-    for path in (_local(label), _cached(name, cache_dir, revision or named)):
+    for path in (_local(label), _cached(name, cache_dir, revision)):
         if path is None:
             continue
         try:
@@ -95,7 +94,7 @@ def find_base_model(
 
 
 def inspect_base(label: str, path: Path, loader: str | None = None) -> FoundBase:
-    """Check that `path` holds a base model that can be loaded, without loading it."""
+    """Check that a base model can be loaded, without loading it; raise `BaseModelNotFound` if `path` holds none."""
     if loader is not None:
         return FoundBase(label, path, _all_files(label, path), loader)
     if (path / PIPELINE).is_file():
@@ -134,11 +133,8 @@ def _folder_weights(label: str, path: Path) -> tuple[Path, ...]:
     if (path / INDEX).is_file():
         return _shards(path, hint)
     if any(next(path.glob(pattern), None) for pattern in _PICKLED):
-        raise BaseModelNotFound(
-            "the base model has only pickled weights, which are never opened",
-            path=path,
-            hint="get the safetensors version of this model, then " + hint,
-        )
+        fact = "the base model has only pickled weights, which are never opened"
+        raise BaseModelNotFound(fact, path=path, hint=f"get the safetensors version of this model, then {hint}")
     raise BaseModelNotFound("the folder holds no safetensors weights", path=path, hint=hint)
 
 
@@ -149,11 +145,9 @@ def _pipeline_weights(label: str, path: Path) -> tuple[Path, ...]:
     for part in sorted(folder for folder in path.iterdir() if folder.is_dir()):
         found = sorted(part.glob("*.safetensors"))
         if not found and any(next(part.glob(pattern), None) for pattern in (*_PICKLED, "*.bin")):
-            raise BaseModelNotFound(
-                f"its part {part.name!r} has only pickled weights, which are never opened",
-                path=path,
-                hint="get the safetensors version of this pipeline, then " + _add_hint(label),
-            )
+            fact = f"its part {part.name!r} has only pickled weights, which are never opened"
+            hint = f"get the safetensors version of this pipeline, then {_add_hint(label)}"
+            raise BaseModelNotFound(fact, path=path, hint=hint)
         weights += found
     if not weights:
         raise BaseModelNotFound("the pipeline holds no safetensors weights", path=path, hint=_add_hint(label))

@@ -50,7 +50,7 @@ class BaseTensors:
 
 
 def needed_tensors(find: Callable[[], FoundBase]) -> BaseTensors:
-    """Open a base model because an adapter refers to its tensors; the error says that this is why it is needed."""
+    """Open a base model because an adapter refers to its tensors; its `BaseModelNotFound` says that this is why."""
     try:
         return BaseTensors(find())
     except BaseModelNotFound as error:

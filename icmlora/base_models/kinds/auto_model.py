@@ -12,6 +12,7 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from icmlora.base_models.examples.examples import Examples
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 
     from icmlora.base_models.examples.chat_template import Templates
     from icmlora.base_models.finding.lookup import FoundBase
-    from icmlora.base_models.load import Loaded
 
 IGNORED = -100
 """The wanted class of a prediction that is not scored."""
@@ -58,7 +58,7 @@ class Inputs:
 
 
 class AutoModality(Modality[Any, Inputs]):
-    """What these modalities share; a subclass sets the names and defines `example`, `inputs` and `pooled`."""
+    """What these modalities share; a subclass sets the names and defines `example` and `inputs`."""
 
     name = ""
     metric = Metric("nats per token", higher_is_better=False)
@@ -81,9 +81,7 @@ class AutoModality(Modality[Any, Inputs]):
         """Load model and processor, by default on the CPU."""
         from icmlora.base_models.load import base_of, load_auto
 
-        def network(device: torch.device, dtype: torch.dtype) -> Loaded:
-            return load_auto(found, self.name, self.auto_class, self.processor_class, device, dtype)
-
+        network = partial(load_auto, found, self.name, self.auto_class, self.processor_class)
         return base_of(found, self, network, device, dtype, fingerprint)
 
     def at_once(self, base: BaseModel) -> int:
@@ -91,16 +89,12 @@ class AutoModality(Modality[Any, Inputs]):
         return self.batch
 
     def inputs(self, base: BaseModel, example: Any, limit: int) -> Inputs:
-        """Turn an example into what the model reads.
-
-        Raises:
-            DataError: It cannot be read; the message is a fact about the row.
-        """
+        """Turn an example into what the model reads; raise `DataError`, with a fact about the row, if that fails."""
         raise NotImplementedError
 
     def pooled(self, outputs: Any) -> torch.Tensor:
-        """Return the hidden state that stands for each example of a batch, (examples, d)."""
-        raise NotImplementedError
+        """Return the hidden state that stands for each example of a batch, (examples, d): the mean over its tokens."""
+        return outputs.hidden_states[-1].mean(dim=1)  # type: ignore[no-any-return]
 
     def readable(self, base: BaseModel, examples: Sequence[Any], template: Templates | None = None) -> Examples:
         """Leave out what cannot be read, such as a damaged image or a label that the model does not have."""
@@ -117,7 +111,7 @@ class AutoModality(Modality[Any, Inputs]):
         return Examples(tuple(kept), skipped, reason)
 
     def prepare(self, base: BaseModel, examples: Sequence[Any], limit: int, *, whole: bool = False) -> list[Inputs]:
-        """Turn examples into tensors; those without anything to score are left out."""
+        """Turn examples into tensors, without those that have nothing to score; raise `DataError` if none is left."""
         found = [self.inputs(base, example, base.within(limit)) for example in examples]
         scored = [item for item in found if item.count]
         if not scored:
@@ -125,7 +119,7 @@ class AutoModality(Modality[Any, Inputs]):
         return scored
 
     def states(self, base: BaseModel, examples: Sequence[Any], limit: int) -> torch.Tensor:
-        """Return the state of each example in the last layer."""
+        """Return the state of each example in the last layer, (examples, d) in float32."""
         import torch
 
         items = [self.inputs(base, example, base.within(limit)) for example in examples]
@@ -135,11 +129,11 @@ class AutoModality(Modality[Any, Inputs]):
         return torch.cat(found)
 
     def context_state(self, base: BaseModel, examples: Sequence[Any], limit: int) -> torch.Tensor:
-        """Return the mean state: these models read one example at a time."""
+        """Return the mean state, (d,): these models read one example at a time."""
         return self.states(base, examples, max(1, limit // len(examples))).mean(dim=0)
 
     def logits(self, base: BaseModel, items: Sequence[Inputs], *, from_leaf: bool = False) -> list[torch.Tensor]:
-        """Return one row of logits for each prediction of an example."""
+        """Return one row of logits for each prediction of an example: (predictions, classes) each."""
         rows: list[torch.Tensor] = []
         with ExitStack() as stack:
             if from_leaf:
@@ -153,14 +147,14 @@ class AutoModality(Modality[Any, Inputs]):
         return rows
 
     def loss(self, base: BaseModel, items: Sequence[Inputs]) -> torch.Tensor:
-        """Return the cross entropy of the scored predictions in nats, summed."""
+        """Return the cross entropy of the scored predictions in nats, summed: a scalar with gradients."""
         import torch
 
         rows = self.logits(base, items, from_leaf=True)
         return torch.stack([row_loss(row, item.targets) for row, item in zip(rows, items, strict=True)]).sum()
 
     def item_loss(self, item: Inputs, logits: torch.Tensor) -> torch.Tensor | None:
-        """Return the cross entropy of the scored predictions of an example in nats, summed."""
+        """Return the cross entropy of an example in nats, summed: a scalar; logits are (predictions, classes)."""
         return row_loss(logits, item.targets)
 
     def measure(self, base: BaseModel, examples: Sequence[Any], limit: int) -> Score:

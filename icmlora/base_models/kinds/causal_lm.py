@@ -113,13 +113,13 @@ class CausalLM(Modality[Any, "Scored"]):
         return tokenized(base.tokenizer, examples, base.within(limit), whole=whole)
 
     def states(self, base: BaseModel, examples: Sequence[Example | Rendered], limit: int) -> torch.Tensor:
-        """Return the last layer at the last token of each text."""
+        """Return the last layer at the last token of each text, (texts, d) in float32."""
         from icmlora.base_models.kinds.hidden_states import last_positions
 
         return last_positions(base, _texts(examples), base.within(limit))
 
     def context_state(self, base: BaseModel, examples: Sequence[Example | Rendered], limit: int) -> torch.Tensor:
-        """Return the mean of the last layer over one context of all texts, one after the other."""
+        """Return the mean of the last layer over one context of all texts, one after the other: (d,) in float32."""
         from icmlora.base_models.kinds.hidden_states import mean_over_context
 
         return mean_over_context(base, _texts(examples), base.within(limit))
@@ -131,13 +131,13 @@ class CausalLM(Modality[Any, "Scored"]):
         return next_token_logits(base, items, from_leaf=from_leaf)
 
     def loss(self, base: BaseModel, items: Sequence[Scored]) -> torch.Tensor:
-        """Return the negative log-likelihood of the scored tokens in nats, summed."""
+        """Return the negative log-likelihood of the scored tokens in nats, summed: a scalar with gradients."""
         from icmlora.base_models.kinds.likelihood import summed_loss
 
         return summed_loss(base, items)
 
     def item_loss(self, item: Scored, logits: torch.Tensor) -> torch.Tensor:
-        """Return the negative log-likelihood of the scored tokens of a text in nats, summed."""
+        """Return the negative log-likelihood of a text in nats, summed: a scalar; logits are (T, vocabulary)."""
         from icmlora.base_models.kinds.likelihood import item_loss
 
         return item_loss(logits, item)

@@ -54,22 +54,10 @@ def answer(base: BaseModel, prompt: Prompt, most: int) -> str:
     tokenizer, room = base.tokenizer, None if base.positions is None else max(1, base.positions - most)
     ids = list(tokenizer(prompt.text, add_special_tokens=not prompt.is_rendered)["input_ids"])
     ids = (ids or [_nothing(base)])[-room if room else 0 :]
-    given = torch.tensor([ids], device=base.device)
-    end = tokenizer.eos_token_id
     with torch.inference_mode():
-        written = base.model.generate(
-            given,
-            attention_mask=torch.ones_like(given),
-            max_new_tokens=most,
-            do_sample=False,
-            num_beams=1,
-            temperature=None,
-            top_k=None,
-            top_p=None,
-            repetition_penalty=1.0,
-            eos_token_id=end,
-            pad_token_id=end if end is not None else 0,
-        )[0].tolist()
+        written = _generated(base, [ids], most, do_sample=False, num_beams=1, temperature=None, top_k=None, top_p=None)[
+            0
+        ]
     if base.model.config.is_encoder_decoder:
         return _spelled(tokenizer, written)
     # Alone, the first new token would lose the space before it.
@@ -83,21 +71,25 @@ def _spelled(tokenizer: Any, ids: Sequence[int]) -> str:
 
 def _sampled(base: BaseModel, starts: Sequence[Sequence[int]], limit: int) -> list[list[int]]:
     """Sample from the model's own distribution, unchanged by temperature or cut-offs, up to the end of each text."""
-    ids = torch.tensor(starts, device=base.device)
-    end = base.tokenizer.eos_token_id
+    length = len(starts[0])
+    rows = _generated(base, starts, limit - length, do_sample=True, temperature=1.0, top_k=0, top_p=1.0)
+    return [_until(base.tokenizer.eos_token_id, row, length) for row in rows]
+
+
+def _generated(base: BaseModel, starts: Sequence[Sequence[int]], most: int, **how: Any) -> list[list[int]]:
+    """Return texts of equal length, each with at most so many tokens that the model writes after it."""
+    ids, end = torch.tensor(starts, device=base.device), base.tokenizer.eos_token_id
     written = base.model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
-        max_new_tokens=limit - ids.shape[1],
-        do_sample=True,
-        temperature=1.0,
-        top_k=0,
-        top_p=1.0,
+        max_new_tokens=most,
         repetition_penalty=1.0,
         eos_token_id=end,
         pad_token_id=end if end is not None else 0,
+        **how,
     )
-    return [_until(end, row, ids.shape[1]) for row in written.tolist()]
+    rows: list[list[int]] = written.tolist()
+    return rows
 
 
 def _until(end: int | None, ids: list[int], start: int) -> list[int]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -80,23 +80,19 @@ class CustomModel(ABC):
 
     @abstractmethod
     def loss(self, examples: Sequence[Any]) -> torch.Tensor:
-        """Return the loss, summed over the examples, with its gradients."""
+        """Return the loss, summed over the examples: a scalar with its gradients."""
 
     @abstractmethod
     def measure(self, examples: Sequence[Any]) -> tuple[float, Mapping[str, float]]:
         """Return the metric on held-out examples, and further figures by name."""
 
     def predictions(self, examples: Sequence[Any]) -> list[torch.Tensor]:
-        """Return logits for each example, of shape (predictions, classes): refinement compares them. May be absent."""
+        """Return logits for each example, (predictions, classes), which refinement compares; none by default."""
         raise BaseModelUnsuited("its loader gives no predictions, so its codes cannot be refined")
 
 
 def find_loader(label: str, name: str) -> Callable[[Path, torch.device, torch.dtype], CustomModel]:
-    """Import the loader of a base model.
-
-    Raises:
-        BaseModelNotFound: There is no function of that name, or it is not marked as a loader.
-    """
+    """Import the loader of a base model; raise `BaseModelNotFound` if there is none, or it is not marked as one."""
     if not _NAME.fullmatch(name):
         raise BaseModelNotFound(f"the loader {name!r} of base model {label!r} is not MODULE:FUNCTION")
     module, _, function = name.partition(":")
@@ -152,7 +148,7 @@ class CustomModality(Modality[Any, CustomItem]):
         dtype: torch.dtype | None = None,
         fingerprint: str | None = None,
     ) -> BaseModel:
-        """Call the loader."""
+        """Call the loader; raise `BaseModelNotFound` if it fails, or returns something else than a `CustomModel`."""
         from icmlora.io.devices import inference_dtype
 
         function = find_loader(found.label, self._loader)
@@ -177,7 +173,7 @@ class CustomModality(Modality[Any, CustomItem]):
         )
 
     def example(self, row: Mapping[str, Any]) -> Any:
-        """Let the user's code read a row."""
+        """Let the user's code read a row; raise `DataError` if it refuses it."""
         try:
             return self.custom.example(row)
         except IcmError:
@@ -194,7 +190,7 @@ class CustomModality(Modality[Any, CustomItem]):
         return [CustomItem(example) for example in examples]
 
     def states(self, base: BaseModel, examples: Sequence[Any], limit: int) -> torch.Tensor:
-        """Return the states, a few examples at a time."""
+        """Return the states, (examples, d) in float32; raise `BaseModelMismatch` if they are not of that shape."""
         import torch
 
         batches = [examples[first : first + _BATCH] for first in range(0, len(examples), _BATCH)]
@@ -207,20 +203,18 @@ class CustomModality(Modality[Any, CustomItem]):
         return found
 
     def context_state(self, base: BaseModel, examples: Sequence[Any], limit: int) -> torch.Tensor:
-        """Return the mean state."""
+        """Return the mean state, (d,)."""
         return self.states(base, examples, limit).mean(dim=0)
 
     def logits(self, base: BaseModel, items: Sequence[CustomItem], *, from_leaf: bool = False) -> list[torch.Tensor]:
-        """Return the predictions."""
-        from contextlib import nullcontext
-
+        """Return the predictions, (predictions, classes) for each example."""
         from icmlora.base_models.kinds.gradients import gradients_from_inputs
 
         with self._running("predictions"), gradients_from_inputs(base.model) if from_leaf else nullcontext():
             return self.custom.predictions([item.example for item in items])
 
     def loss(self, base: BaseModel, items: Sequence[CustomItem]) -> torch.Tensor:
-        """Return the loss."""
+        """Return the loss, a scalar with gradients."""
         from icmlora.base_models.kinds.gradients import gradients_from_inputs
 
         with self._running("loss"), gradients_from_inputs(base.model):
@@ -230,7 +224,7 @@ class CustomModality(Modality[Any, CustomItem]):
         """Return None: only the loader knows how a loss follows from predictions."""
 
     def measure(self, base: BaseModel, examples: Sequence[Any], limit: int) -> Score:
-        """Return the metric."""
+        """Return the metric; raise `DataError` if there is nothing to measure."""
         import torch
 
         if not examples:

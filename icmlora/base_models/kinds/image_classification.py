@@ -3,27 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from icmlora.base_models.examples.media import Media, image_of, open_image
 from icmlora.base_models.finding.lookup import read_config
 from icmlora.base_models.kinds.auto_model import Inputs, classes_of, names_a_class_of, seen
-from icmlora.base_models.kinds.text_classification import Classification, Label, label_number, label_of
+from icmlora.base_models.kinds.text_classification import Classification, Labelled, label_number, label_of
 from icmlora.base_models.modality import BaseModel
 
 if TYPE_CHECKING:
     import torch
 
     from icmlora.base_models.finding.lookup import FoundBase
-
-
-@dataclass(frozen=True)
-class LabelledImage:
-    """An image and its class."""
-
-    image: Media
-    label: Label
 
 
 class ImageClassification(Classification):
@@ -41,21 +32,17 @@ class ImageClassification(Classification):
         config = {} if found.is_gguf else read_config(found.path)
         return bool(classes_of(self.auto_class, config)) and names_a_class_of("AutoModel", config)
 
-    def example(self, row: Mapping[str, Any]) -> LabelledImage:
+    def example(self, row: Mapping[str, Any]) -> Labelled[Media]:
         """Read an image and its label."""
-        return LabelledImage(image_of(row), label_of(row))
+        return Labelled(image_of(row), label_of(row))
 
-    def inputs(self, base: BaseModel, example: LabelledImage, limit: int) -> Inputs:
+    def inputs(self, base: BaseModel, example: Labelled[Media], limit: int) -> Inputs:
         """Turn the image into pixels and the label into its number."""
         label = label_number(base, example.label)
-        made = base.processor(images=open_image(example.image), return_tensors="pt")
+        made = base.processor(images=open_image(example.shown), return_tensors="pt")
         return Inputs(seen(base, made, "an image"), (label,))
 
     def pooled(self, outputs: Any) -> torch.Tensor:
-        """Return the mean over the places of an image."""
-        return mean_over_places(outputs.hidden_states[-1])
-
-
-def mean_over_places(states: torch.Tensor) -> torch.Tensor:
-    """Average (images, places, d) or (images, d, height, width) to (images, d)."""
-    return states.mean(dim=1) if states.dim() == 3 else states.flatten(2).mean(dim=2)
+        """Return the mean over the places of an image, of states (images, places, d) or (images, d, height, width)."""
+        states: torch.Tensor = outputs.hidden_states[-1]
+        return states.mean(dim=1) if states.dim() == 3 else states.flatten(2).mean(dim=2)

@@ -57,14 +57,14 @@ class ImageTextToText(AutoModality):
         return not (config.get("model_type") in _MAINLY_TEXT and names_a_class_of("AutoModelForCausalLM", config))
 
     def example(self, row: Mapping[str, Any]) -> ImagePrompt:
-        """Read an image, a prompt and a completion."""
+        """Read an image, a prompt and a completion; raise `DataError` if it has none."""
         prompt, completion = row.get("prompt", ""), row.get("completion")
         if not isinstance(prompt, str) or not isinstance(completion, str) or not completion.strip():
             raise DataError("has no prompt and completion to its image")
         return ImagePrompt(image_of(row), prompt, completion)
 
     def inputs(self, base: BaseModel, example: ImagePrompt, limit: int) -> Inputs:
-        """Let the processor place the image in the prompt; only the completion is scored."""
+        """Place the image in the prompt, score the completion; raise `BaseModelUnsuited` if there are no tokens."""
         image = open_image(example.image)
         if not _reads_prompts(base):
             return _written_after(base, example, image, limit)
@@ -75,7 +75,7 @@ class ImageTextToText(AutoModality):
         return (_translated if base.model.config.is_encoder_decoder else _continued)(base, example, prompt, limit)
 
     def pooled(self, outputs: Any) -> torch.Tensor:
-        """Return the decoder's last layer at the last position, as the paper does (arXiv 2501.17635)."""
+        """Return the decoder's last layer at the last position, (examples, d), as ICM-LoRA does (arXiv 2501.17635)."""
         states = getattr(outputs, "decoder_hidden_states", None) or outputs.hidden_states
         return states[-1][:, -1]  # type: ignore[no-any-return]
 

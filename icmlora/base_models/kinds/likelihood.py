@@ -97,7 +97,7 @@ def _runs(item: Scored) -> list[list[int]]:
 def tokenized(
     tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example | Rendered], limit: int, *, whole: bool = False
 ) -> list[Scored]:
-    """Turn examples into token ids, at most `limit` each; those without a token to predict are left out."""
+    """Turn examples into at most `limit` token ids each, without empty ones; raise `DataError` if none is left."""
     found = (
         _chat_tokens(tokenizer, example, limit, whole=whole)
         if isinstance(example, Rendered)
@@ -196,7 +196,7 @@ def next_token_logits(base: BaseModel, items: Sequence[Scored], *, from_leaf: bo
 
 
 def summed_loss(base: BaseModel, items: Sequence[Scored]) -> torch.Tensor:
-    """Return the loss of all scored tokens in nats, with gradients that reach every module."""
+    """Return the loss of all scored tokens in nats: a scalar, with gradients that reach every module."""
     rows = next_token_logits(base, items, from_leaf=True)
     return torch.stack([item_loss(logits, item) for logits, item in zip(rows, items, strict=True)]).sum()
 

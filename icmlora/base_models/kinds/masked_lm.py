@@ -13,8 +13,6 @@ from icmlora.base_models.modality import BaseModel, Metric
 from icmlora.errors import DataError
 
 if TYPE_CHECKING:
-    import torch
-
     from icmlora.base_models.examples.chats import Chat
 
 _MASKED = 0.15
@@ -51,17 +49,9 @@ class MaskedLM(AutoModality):
         tensors = {"input_ids": ids[None], "attention_mask": torch.ones_like(ids)[None]}
         return Inputs(tensors, tuple(targets.tolist()), text, len(ids))
 
-    def pooled(self, outputs: Any) -> torch.Tensor:
-        """Return the mean over the tokens."""
-        return outputs.hidden_states[-1].mean(dim=1)  # type: ignore[no-any-return]
-
 
 def as_text(example: Example | Chat) -> Example:
-    """Return an example that is not a chat.
-
-    Raises:
-        DataError: It is a chat.
-    """
+    """Return an example that is not a chat; raise `DataError` if it is one."""
     if not isinstance(example, Example):
         if example.plain is None:
             raise DataError("is a chat, which models of this kind do not read")

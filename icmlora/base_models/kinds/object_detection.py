@@ -82,11 +82,11 @@ class ObjectDetection(AutoModality):
         return Detection({"pixel_values": pixels}, (), wanted=wanted, height=image.height, width=image.width)
 
     def pooled(self, outputs: Any) -> torch.Tensor:
-        """Return the mean over the places where the model looks for objects."""
+        """Return the mean over the places where the model looks for objects, (images, d)."""
         return outputs.last_hidden_state.mean(dim=1)  # type: ignore[no-any-return]
 
     def loss(self, base: BaseModel, items: Sequence[Inputs]) -> torch.Tensor:
-        """Return the model's own training loss, summed over the images."""
+        """Return the model's own training loss, summed over the images: a scalar with gradients."""
         import torch
 
         losses = []
@@ -141,11 +141,7 @@ def _wide(value: Any) -> Any:
 
 
 def scene_of(row: Mapping[str, Any]) -> Scene:
-    """Turn a row into a scene.
-
-    Raises:
-        DataError: It is not an image with boxes in it and as many labels.
-    """
+    """Turn a row into a scene; raise `DataError` if it is not an image with boxes in it and as many labels."""
     boxes, labels = row.get("boxes"), row.get("labels")
     if not isinstance(boxes, list) or not isinstance(labels, list):
         raise DataError("has no list of boxes and labels")
@@ -169,11 +165,7 @@ def _box(value: Any) -> Box:
 
 
 def check_boxes(scene: Scene, width: int, height: int) -> None:
-    """Check that all boxes lie in the image.
-
-    Raises:
-        DataError: One does not.
-    """
+    """Check that all boxes lie in the image; raise `DataError` if one does not."""
     for x, y, across, down in scene.boxes:
         if min(x, y) < -_SLACK or x + across > width + _SLACK or y + down > height + _SLACK:
             box = [round(side, 1) for side in (x, y, across, down)]

@@ -45,19 +45,19 @@ class Seq2SeqLM(AutoModality):
         return answer(base, prompt, most)
 
     def pooled(self, outputs: Any) -> torch.Tensor:
-        """Return the decoder's last layer at the last position, as the paper does (arXiv 2501.17635)."""
+        """Return the decoder's last layer at the last position, (examples, d), as ICM-LoRA does (arXiv 2501.17635)."""
         return outputs.decoder_hidden_states[-1][:, -1]  # type: ignore[no-any-return]
 
 
 def moved(base: BaseModel, labels: list[int]) -> torch.Tensor:
-    """Return what the decoder reads to predict some tokens: the token that starts it, then all but the last."""
+    """Return what the decoder reads to predict T tokens, (1, T): the token that starts it, then all but the last."""
     import torch
 
     return torch.tensor([[decoder_start(base), *labels[:-1]]])
 
 
 def decoder_start(base: BaseModel) -> int:
-    """Return the token that a decoder begins with."""
+    """Return the token that a decoder begins with; raise `BaseModelUnsuited` if the configuration does not say it."""
     config = base.model.config
     for place in (config, config.get_text_config(decoder=True), getattr(base.model, "generation_config", None)):
         start = getattr(place, "decoder_start_token_id", None)

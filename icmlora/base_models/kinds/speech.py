@@ -33,14 +33,14 @@ class Speech(AutoModality):
     processor_class = "AutoProcessor"
 
     def example(self, row: Mapping[str, Any]) -> Utterance:
-        """Read a recording and its text."""
+        """Read a recording and its text; raise `DataError` if it has none."""
         text = row.get("text")
         if not isinstance(text, str) or not text.strip():
             raise DataError("has no text for its recording")
         return Utterance(media_of(row, "audio"), text)
 
     def inputs(self, base: BaseModel, example: Utterance, limit: int) -> Inputs:
-        """Turn the recording into features and the text into tokens."""
+        """Turn the recording into features and the text into tokens; raise `BaseModelUnsuited` for a language model."""
         if not base.model.config.is_encoder_decoder:
             fact = f"base model {base.label!r} is a language model that hears, which icm does not run"
             raise BaseModelUnsuited(fact, hint="icm runs speech recognisers of an encoder and a decoder, as Whisper is")
@@ -52,5 +52,5 @@ class Speech(AutoModality):
         return Inputs(tensors, tuple(labels), example.text, len(labels))
 
     def pooled(self, outputs: Any) -> torch.Tensor:
-        """Return the decoder's last layer at the last position."""
+        """Return the decoder's last layer at the last position, (examples, d)."""
         return outputs.decoder_hidden_states[-1][:, -1]  # type: ignore[no-any-return]

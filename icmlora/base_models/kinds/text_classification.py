@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from icmlora.base_models.examples.examples import Example, text_example
+from icmlora.base_models.examples.media import Media
 from icmlora.base_models.finding.lookup import read_config
 from icmlora.base_models.kinds.auto_model import AutoModality, Inputs, classes_of, row_loss
 from icmlora.base_models.kinds.masked_lm import as_text
@@ -14,19 +15,18 @@ from icmlora.base_models.modality import BaseModel, Metric, Score
 from icmlora.errors import DataError
 
 if TYPE_CHECKING:
-    import torch
-
     from icmlora.base_models.finding.lookup import FoundBase
 
 Label = str | int
 """The name of a class, or its number."""
+Shown = TypeVar("Shown", str, Media)
 
 
 @dataclass(frozen=True)
-class LabelledText:
-    """A text and its class."""
+class Labelled(Generic[Shown]):
+    """A text or an image, and its class."""
 
-    text: str
+    shown: Shown
     label: Label
 
 
@@ -62,36 +62,28 @@ class TextClassification(Classification):
             return bool(classes_of(self.auto_class, read_config(found.path)))
         return super().suits(found)
 
-    def example(self, row: Mapping[str, Any]) -> LabelledText:
+    def example(self, row: Mapping[str, Any]) -> Labelled[str]:
         """Read a text and its label."""
         label = label_of(row)
         text = row.get("text")
         example: Example = as_text(text_example({"text": text} if isinstance(text, str) else row))
-        return LabelledText(example.text, label)
+        return Labelled(example.text, label)
 
-    def inputs(self, base: BaseModel, example: LabelledText, limit: int) -> Inputs:
+    def inputs(self, base: BaseModel, example: Labelled[str], limit: int) -> Inputs:
         """Turn the text into tokens and the label into its number."""
         import torch
 
-        ids = torch.tensor([base.tokenizer(example.text, truncation=True, max_length=limit)["input_ids"]])  # (1, T)
+        ids = torch.tensor([base.tokenizer(example.shown, truncation=True, max_length=limit)["input_ids"]])  # (1, T)
         tensors = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        return Inputs(tensors, (label_number(base, example.label),), example.text, ids.shape[1])
+        return Inputs(tensors, (label_number(base, example.label),), example.shown, ids.shape[1])
 
     def at_once(self, base: BaseModel) -> int:
         """Return 1 for models without a padding token, as most reward models are: they refuse to read several texts."""
         return self.batch if base.model.config.get_text_config().pad_token_id is not None else 1
 
-    def pooled(self, outputs: Any) -> torch.Tensor:
-        """Return the mean over the tokens."""
-        return outputs.hidden_states[-1].mean(dim=1)  # type: ignore[no-any-return]
-
 
 def label_of(row: Mapping[str, Any]) -> Label:
-    """Return the label of a row.
-
-    Raises:
-        DataError: It has none that is a name or a number.
-    """
+    """Return the label of a row; raise `DataError` if it has none that is a name or a number."""
     label = row.get("label")
     if isinstance(label, bool) or not isinstance(label, str | int):
         raise DataError("has no label" if label is None else "has a label that is neither a name nor a number")
@@ -99,11 +91,7 @@ def label_of(row: Mapping[str, Any]) -> Label:
 
 
 def label_number(base: BaseModel, label: Label) -> int:
-    """Return the number of a class of the base model.
-
-    Raises:
-        DataError: The model has no such class.
-    """
+    """Return the number of a class of the base model; raise `DataError` if it has no such class."""
     config = base.model.config
     if isinstance(label, str):
         # `label2id` may be missing where `id2label` is there.

@@ -19,7 +19,7 @@ from icmlora.io.staging import building_folder
 
 
 def convert_gguf(source: Path, directory: Path, *, label: str) -> Path:
-    """Write a GGUF base model as a float32 Hugging Face folder."""
+    """Write a GGUF base model as a float32 Hugging Face folder; raise `OutputExists` if the folder is not empty."""
     found = inspect_base(label, source)
     if directory.exists() and any(directory.iterdir()):
         raise OutputExists(

@@ -25,13 +25,13 @@ Factors = dict[str, tuple[torch.Tensor, torch.Tensor]]
 
 
 def factors_of(adapter: Adapter) -> Factors:
-    """Return an adapter's factors by module name."""
+    """Return an adapter's factors by module name: A (r, in) and B (out, r)."""
     return {module.name: (module.a, module.b) for module in adapter.modules}
 
 
 @contextmanager
 def added(model: nn.Module, factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> Iterator[None]:
-    """Add dW = B A to linear layers and convolutions inside the block, with gradients to the factors."""
+    """Add dW = B A, A (r, in) and B (out, r), to modules inside the block, with gradients to the factors."""
 
     def adder(a: torch.Tensor, b: torch.Tensor) -> _Hook:
         def hook(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
@@ -57,7 +57,7 @@ def added_by_rows(model: nn.Module, several: Sequence[Factors], rows: int) -> It
 
     Args:
         model: The base model.
-        several: The factors of each task.
+        several: The factors of each task, A (r, in) and B (out, r) by module.
         rows: Rows of the batch; those of one task come after the other's.
 
     Raises:

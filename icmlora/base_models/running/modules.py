@@ -17,7 +17,7 @@ _WRAPPED = ".base_layer"  # PEFT puts this into the name of a module inside one 
 
 
 def check_fits(base: BaseModel, layout: Sequence[tuple[str, int, int, int]]) -> None:
-    """Check that every module of an adapter exists in the base model, with its sizes."""
+    """Check that the base model has every module of an adapter, of its sizes; raise `BaseModelMismatch` if not."""
     # layout: name, rank, input size and output size of each module.
     modules = dict(base.model.named_modules())
     places = places_of(base, [entry[0] for entry in layout])

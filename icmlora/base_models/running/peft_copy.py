@@ -43,11 +43,7 @@ _WRAPPED = ".base_layer"
 
 
 def write_running_copy(base: BaseModel, runnable: RunnableAdapter, folder: Path) -> None:
-    """Write the folder; `folder` must exist.
-
-    Raises:
-        BaseModelMismatch: The adapter does not fit the base model.
-    """
+    """Write the folder, which must exist; raise `BaseModelMismatch` if the adapter does not fit the base model."""
     adapter = runnable.adapter
     check_fits(base, adapter.layout)
     modules = dict(base.model.named_modules())

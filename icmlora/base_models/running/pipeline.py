@@ -83,7 +83,7 @@ class Pipeline:
             self._pipe.to(device)
 
     def draw(self, prompt: str, seed: int, how: Drawing) -> Pixels:
-        """Draw one picture.
+        """Draw one picture, uint8 of shape (height, width, 3).
 
         Raises:
             DataError: The pipeline makes something else, such as a video, or its safety checker took the picture away.
@@ -149,7 +149,7 @@ class Pipeline:
 
 
 def rmse(one: Pixels, other: Pixels) -> float:
-    """Return how far two pictures of one size are apart: root of the mean square over pixels, with values in 0 to 1."""
+    """Return how far two pictures (height, width, 3) are apart: the root of the mean square, with values in 0 to 1."""
     difference = (one.astype(np.float64) - other) / 255
     return float(np.sqrt(np.mean(difference**2)))
 

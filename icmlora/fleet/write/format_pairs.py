@@ -195,7 +195,7 @@ def _for_peft(adapter: RunnableAdapter, metadata: Mapping[str, str], card: bytes
     if odd := next((module.name for module in adapter.adapter.modules if "embed" in module.name), None):
         fact = f"{odd} may be an embedding, which icm does not convert for PEFT"
         raise AdapterRefused(fact, kind="layers", hint=_AS_IT_IS)
-    weights, config = write_fresh(adapter.adapter, dtype, metadata, {}, magnitudes=adapter.magnitudes)
+    weights, config = write_fresh(adapter.adapter, dtype, metadata, magnitudes=adapter.magnitudes)
     return AdapterBytes(weights, config, card)
 
 

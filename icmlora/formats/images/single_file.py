@@ -19,13 +19,13 @@ from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from icmlora.errors import AdapterRefused, located
+from icmlora.errors import AdapterRefused
 from icmlora.formats.format import (
     AdapterBytes,
+    AdapterFormat,
     AdapterPaths,
     AdapterSummary,
     Buffer,
-    ConfigFacts,
     LoadedAdapter,
     RunnableAdapter,
     Template,
@@ -63,7 +63,7 @@ _OTHERS = re.compile(
 _CHECKPOINT = re.compile(r"(?P<name>.+?)(-step|[-_])(?P<step>\d{6,9})")
 
 
-class SingleFileFormat:
+class SingleFileFormat(AdapterFormat):
     """One naming of adapters in a single file.
 
     Args:
@@ -79,7 +79,6 @@ class SingleFileFormat:
     is_for_images = True
     suffix = SUFFIX
     companions = COMPANIONS
-    watched: frozenset[str] = frozenset()
 
     def __init__(
         self,
@@ -115,36 +114,17 @@ class SingleFileFormat:
                 found[name] = AdapterPaths(place, path, companions=_companions(stem, names, folder))
         return list(_in_runs(found, folder))
 
-    def refuse(self, folder: Folder) -> list[AdapterRefused]:
-        """Report nothing: a file is an adapter by its content, whatever is missing next to it."""
-        return []
-
-    def read_config(self, config: bytes) -> ConfigFacts:
-        """Take the place of a configuration, which these formats do not have."""
-        if config:
-            raise AdapterRefused("an adapter in a single file has no configuration", kind="config")
-        return ConfigFacts(None)
-
-    def inspect(
-        self, config: bytes, weights: Buffer, *, path: str | Path | None = None, initial: bytes | None = None
-    ) -> AdapterSummary:
+    def _summary(self, config: bytes, weights: Buffer) -> AdapterSummary:
         """Check an adapter and summarise it; one of another method than LoRA is kept as it is."""
         from icmlora.formats.images.single_file_check import check_file
 
-        with located(path):
-            _refuse_initial(initial)
-            return check_file(weights, self._naming).summary
+        return check_file(weights, self._naming).summary
 
-    def read(
-        self, config: bytes, weights: bytes, *, path: str | Path | None = None, initial: bytes | None = None
-    ) -> LoadedAdapter:
-        """Read the factors, and what a code cannot represent as it is; raises as `inspect` does."""
+    def _load(self, config: bytes, weights: bytes) -> LoadedAdapter:
         from icmlora.formats.images.single_file_check import check_file
         from icmlora.formats.images.single_file_tensors import read_adapter
 
-        with located(path):
-            _refuse_initial(initial)
-            return read_adapter(weights, check_file(weights, self._naming), self._scales)
+        return read_adapter(weights, check_file(weights, self._naming), self._scales)
 
     def look(self, weights: bytes) -> tuple[SortedFile, Mapping[str, str]]:
         """Sort the tensors of an adapter by its header alone, and return its metadata; raises as `inspect` does."""
@@ -166,39 +146,38 @@ class SingleFileFormat:
         checked = check_file(weights, self._naming)
         return named_factors(weights, checked, self._scales), checked
 
-    def runnable(
-        self, config: bytes, weights: bytes, *, path: str | Path | None = None, initial: bytes | None = None
-    ) -> RunnableAdapter:
-        """Refuse: icm runs no image models by itself."""
+    def _run(self, config: bytes, weights: bytes) -> RunnableAdapter:
         fact = f"icm cannot run the base model of a {self.name} adapter"
         hint = "`icm report -o FILE --outputs TASK` draws pictures with a diffusers pipeline"
-        raise AdapterRefused(fact, kind="cannot-run", path=path, hint=hint)
+        raise AdapterRefused(fact, kind="cannot-run", hint=hint)
 
-    def encode(
+    def _fresh(self, adapter: Adapter, metadata: Mapping[str, str], dtype: str) -> AdapterBytes:
+        from icmlora.formats.images.single_file_tensors import write_fresh
+
+        return AdapterBytes(write_fresh(adapter, self._naming, dtype, metadata))
+
+    def _alike(
         self,
         adapter: Adapter,
+        like: Template,
         *,
-        card: str,
+        dtype: str | None,
+        pad_rank: int | None,
+        extras: Mapping[str, RawTensor],
         metadata: Mapping[str, str],
-        like: Template | None = None,
-        dtype: str | None = None,
-        pad_rank: int | None = None,
-        extras: Mapping[str, RawTensor] | None = None,
     ) -> AdapterBytes:
-        """Write an adapter; there is no card."""
-        from icmlora.formats.images.single_file_tensors import write_fresh, write_like
+        from icmlora.formats.images.single_file_tensors import write_like
 
         if pad_rank is not None:
             fact = f"--pad-rank is for engines that read PEFT folders, not for {self.name} files"
             raise AdapterRefused(fact, kind="rank", hint="write it without --pad-rank")
-        if like is None:
-            return AdapterBytes(write_fresh(adapter, self._naming, dtype or "bfloat16", metadata, extras or {}))
-        return AdapterBytes(write_like(adapter, self._naming, self._scales, self._restated, like, dtype, extras or {}))
+        return AdapterBytes(write_like(adapter, self._naming, self._scales, self._restated, like, dtype, extras))
 
     def lay_out(self, files: AdapterBytes, name: str) -> dict[str, bytes]:
         """Name what belongs to the file after it; the card has no place next to it."""
-        companions = {f"{name}.{key}": data for key, data in files.companions.items()}
-        return {**companions, self._folder_file or f"{name}{SUFFIX}": files.weights}
+        laid_out = super().lay_out(files, name)
+        _, weights = laid_out.popitem()
+        return {**laid_out, self._folder_file or f"{name}{SUFFIX}": weights}
 
 
 def _companions(stem: str, names: Sequence[str], folder: Folder) -> dict[str, Path]:
@@ -233,8 +212,3 @@ def _in_runs(found: Mapping[str, AdapterPaths], folder: Folder) -> Iterator[Adap
 def _run_of(stem: str) -> tuple[str | None, int | None]:
     match = _CHECKPOINT.fullmatch(stem)
     return (None, None) if match is None else (match["name"], int(match["step"]))
-
-
-def _refuse_initial(initial: bytes | None) -> None:
-    if initial is not None:
-        raise AdapterRefused("only PEFT adapters have initial weights that can be taken off", kind="init")

@@ -117,12 +117,12 @@ def write_like(
     return encode(tensors | kept, metadata)
 
 
-def write_fresh(
-    adapter: Adapter, naming: Naming, dtype: str, metadata: Mapping[str, str], extras: Mapping[str, RawTensor]
-) -> bytes:
-    """Write linear layers under the naming's first style, with alpha = r."""
-    if extras:
-        raise AdapterRefused(f"{next(iter(extras))} has no place in a new file of this format", kind="extras")
+def write_fresh(adapter: Adapter, naming: Naming, dtype: str, metadata: Mapping[str, str]) -> bytes:
+    """Write linear layers under the naming's first style, with alpha = r.
+
+    Raises:
+        AdapterRefused: The naming has no name for a module, or the type cannot hold a value.
+    """
     tensors: dict[str, RawTensor] = {}
     for module in adapter.modules:
         stem = naming.stem_of(module.name)

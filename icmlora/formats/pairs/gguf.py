@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from icmlora.errors import AdapterRefused, located
+from icmlora.errors import AdapterRefused
 from icmlora.formats.format import (
     AdapterBytes,
     AdapterFormat,
@@ -50,6 +50,7 @@ from icmlora.formats.pairs.gguf_file import (
     parse_values,
     read_gguf,
 )
+from icmlora.formats.peft.config import MAX_LABEL
 from icmlora.io.files import open_regular, read_exactly
 from icmlora.io.safetensors import TensorHeader
 from registry.names import escape
@@ -61,7 +62,7 @@ if TYPE_CHECKING:
 
 SUFFIX = ".gguf"
 ARCHITECTURE = "general.architecture"
-ALPHA = "adapter.lora.alpha"
+_ALPHA = "adapter.lora.alpha"
 _KIND = "adapter.type"
 _NAME = "general.base_model.0.name"
 _ADDRESS = "general.base_model.0.repo_url"
@@ -69,7 +70,6 @@ _IS_ADAPTER = b"general.type" + (8).to_bytes(4, "little") + (7).to_bytes(8, "lit
 _PEEK_BYTES = 64 * 1024
 # llama.cpp's converter puts this before whatever a PEFT adapter calls its base model, a path too.
 _HUB = re.compile(r"https://(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+|/.+?)/?", re.ASCII)
-_MAX_LABEL = 1024
 _MAX_ALPHA = 1e30
 _WEIGHT = ".weight"
 _EMBEDDING = "token_embd"
@@ -82,90 +82,72 @@ class _Parsed:
     alpha: float  # 0 stands for none
     tensors: SortedPairs
 
-    @property
-    def all_tensors(self) -> TensorHeader:
-        return TensorHeader(self.header.tensors, {})
-
     def scale(self, rank: int) -> float:
         return _scale(self.alpha, rank)
 
+    def summary(self, weights: Buffer) -> AdapterSummary:
+        facts, tensors = ConfigFacts(_base_of(self.header), None, TASK_TYPE), TensorHeader(self.header.tensors, {})
+        kind = self.header.text(_KIND)
+        if kind != "lora":
+            fact = f"{_KIND} is {escape(repr(kind), 48)}, not lora"
+            return original_only(facts, tensors, self.tensors.pairs, fact)
+        if not self.tensors.pairs:
+            fact = "does nothing: it holds no LoRA factors"
+            return original_only(facts, tensors, (), fact, does_nothing=not tensors.tensors)
+        form = {"header": base64.b64encode(encode_values(self.header.values)).decode("ascii")}
+        return summary_of(facts, tensors, self.tensors, weights, form=form)
 
-class GgufFormat:
+
+class GgufFormat(AdapterFormat):
     """The format of llama.cpp's `convert_lora_to_gguf.py`; there is no configuration and no card."""
 
     name = "gguf"
-    is_for_images = False
     suffix = SUFFIX
     about = "a single file NAME.gguf for llama.cpp"
-    companions: frozenset[str] = frozenset()
-    watched: frozenset[str] = frozenset()
 
     def find(self, folder: Folder) -> list[AdapterPaths]:
         """Find every GGUF file that says it is an adapter; whole models are passed over."""
         stems = ((without_suffix(name, SUFFIX), path) for name, path in sorted(folder.files.items()))
         return [AdapterPaths(folder.path / stem, path) for stem, path in stems if stem and _says_adapter(path)]
 
-    def refuse(self, folder: Folder) -> list[AdapterRefused]:
-        """Refuse nothing: a file is an adapter of this format or none at all."""
-        return []
+    def _summary(self, config: bytes, weights: Buffer) -> AdapterSummary:
+        self.read_config(config)
+        return _parse(weights).summary(weights)
 
-    def read_config(self, config: bytes) -> ConfigFacts:
-        """Take the place of a configuration, which this format does not have."""
-        if config:
-            raise AdapterRefused("a GGUF adapter has no configuration", kind="config")
-        return ConfigFacts(None)
-
-    def inspect(
-        self, config: bytes, weights: Buffer, *, path: str | Path | None = None, initial: bytes | None = None
-    ) -> AdapterSummary:
-        """Check a file and summarise it."""
-        with located(path):
-            self.read_config(config)
-            return self._summary(_parse(weights, initial), weights)
-
-    def read(
-        self, config: bytes, weights: bytes, *, path: str | Path | None = None, initial: bytes | None = None
-    ) -> LoadedAdapter:
-        """Read an adapter's factors under llama.cpp's names, and its other tensors as they are."""
+    def _load(self, config: bytes, weights: bytes) -> LoadedAdapter:
+        """Read the factors under llama.cpp's names, and the other tensors as they are."""
         from icmlora.formats.pairs.ab_tensors import read_pairs
 
-        with located(path):
-            self.read_config(config)
-            parsed = _parse(weights, initial)
-            return read_pairs(weights, self._summary(parsed, weights), parsed.tensors, parsed.scale)
+        self.read_config(config)
+        parsed = _parse(weights)
+        return read_pairs(weights, parsed.summary(weights), parsed.tensors, parsed.scale)
 
-    def runnable(
-        self, config: bytes, weights: bytes, *, path: str | Path | None = None, initial: bytes | None = None
-    ) -> RunnableAdapter:
-        """Refuse: names and rows are llama.cpp's, which transformers does not have."""
-        self.read(config, weights, path=path, initial=initial)
+    def _run(self, config: bytes, weights: bytes) -> RunnableAdapter:
+        self._load(config, weights)
         fact = "it cannot be run by icm: names and rows of a GGUF adapter are llama.cpp's"
-        raise AdapterRefused(fact, kind="cannot-run", path=path, hint=_BASE)
+        raise AdapterRefused(fact, kind="cannot-run", hint=_BASE)
 
-    def encode(
+    def _fresh(self, adapter: Adapter, metadata: Mapping[str, str], dtype: str) -> AdapterBytes:
+        fact = "a GGUF adapter names the architecture of its base model, which is not known here"
+        raise AdapterRefused(fact, kind="config", hint="`icm materialize --format gguf` finds it out")
+
+    def _alike(
         self,
         adapter: Adapter,
+        like: Template,
         *,
-        card: str,
+        dtype: str | None,
+        pad_rank: int | None,
+        extras: Mapping[str, RawTensor],
         metadata: Mapping[str, str],
-        like: Template | None = None,
-        dtype: str | None = None,
-        pad_rank: int | None = None,
-        extras: Mapping[str, RawTensor] | None = None,
     ) -> AdapterBytes:
-        """Write an adapter with the keys of another one; there is no fresh form, as no adapter says its architecture.
-
-        With `pad_rank`, `adapter.lora.alpha` is the rank, so that the scale is 1.
-        """
+        """Write an adapter with the keys of another one; with `pad_rank` alpha is the rank, so that the scale is 1."""
         from icmlora.formats.pairs.ab_tensors import write_pairs
 
-        if like is None:
-            fact = "a GGUF adapter names the architecture of its base model, which is not known here"
-            raise AdapterRefused(fact, kind="config", hint="`icm materialize --format gguf` finds it out")
         form = PairForm.parse(like)
         values = _values_of(form)
         if pad_rank is not None:
-            values[ALPHA] = GgufValue.float32(pad_rank)
+            values[_ALPHA] = GgufValue.float32(pad_rank)
         alpha = _alpha(GgufHeader(values))
         tensors = write_pairs(
             adapter,
@@ -177,24 +159,7 @@ class GgufFormat:
             dtype=dtype,
             rank=pad_rank,
         )
-        return AdapterBytes(encode_gguf_file(values, tensors | dict(extras or {})))
-
-    def lay_out(self, files: AdapterBytes, name: str) -> dict[str, bytes]:
-        """Return the single file."""
-        return {name + SUFFIX: files.weights}
-
-    def _summary(self, parsed: _Parsed, weights: Buffer) -> AdapterSummary:
-        header = parsed.header
-        facts = ConfigFacts(_base_of(header), None, TASK_TYPE)
-        kind = header.text(_KIND)
-        if kind != "lora":
-            fact = f"{_KIND} is {escape(repr(kind), 48)}, not lora"
-            return original_only(facts, parsed.all_tensors, parsed.tensors.pairs, fact)
-        if not parsed.tensors.pairs:
-            fact = "does nothing: it holds no LoRA factors"
-            return original_only(facts, parsed.all_tensors, (), fact, does_nothing=not header.tensors)
-        form = {"header": base64.b64encode(encode_values(header.values)).decode("ascii")}
-        return summary_of(facts, parsed.all_tensors, parsed.tensors, weights, form=form)
+        return AdapterBytes(encode_gguf_file(values, tensors | dict(extras)))
 
 
 def architecture_of(weights: Buffer) -> str:
@@ -215,9 +180,7 @@ def _says_adapter(path: Path) -> bool:
     return head.startswith(b"GGUF") and _IS_ADAPTER in head
 
 
-def _parse(weights: Buffer, initial: bytes | None) -> _Parsed:
-    if initial is not None:
-        raise AdapterRefused("a GGUF adapter has no initial weights to take off", kind="initial")
+def _parse(weights: Buffer) -> _Parsed:
     header = read_gguf(weights)
     if header.text("general.type") != "adapter":
         raise AdapterRefused("a GGUF file, but not of an adapter", kind="gguf")
@@ -234,10 +197,10 @@ def _turned(module: str) -> tuple[bool, bool]:
 
 
 def _alpha(header: GgufHeader) -> float:
-    found = header.values.get(ALPHA)
+    found = header.values.get(_ALPHA)
     alpha = 0.0 if found is None else found.content
     if isinstance(alpha, bool) or not isinstance(alpha, float) or not abs(alpha) <= _MAX_ALPHA:
-        raise AdapterRefused(f"{ALPHA} is {escape(repr(alpha), 48)}, not a number up to 1e30", kind="config")
+        raise AdapterRefused(f"{_ALPHA} is {escape(repr(alpha), 48)}, not a number up to 1e30", kind="config")
     return alpha
 
 
@@ -250,7 +213,7 @@ def _base_of(header: GgufHeader) -> str | None:
     """Return the base model's name on the hub, or else the name that the file gives it."""
     address = _HUB.fullmatch(header.text(_ADDRESS) or "")
     label = address[1] if address else header.text(_NAME)
-    return None if label is None or len(label) > _MAX_LABEL else label
+    return None if label is None or len(label) > MAX_LABEL else label
 
 
 def _values_of(form: PairForm) -> dict[str, GgufValue]:

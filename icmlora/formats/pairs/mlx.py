@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from icmlora.errors import AdapterRefused, UnsafeInput, located
+from icmlora.errors import AdapterRefused, UnsafeInput
 from icmlora.formats.format import (
     AdapterBytes,
     AdapterFormat,
@@ -24,6 +24,7 @@ from icmlora.formats.format import (
     AdapterSummary,
     Buffer,
     ConfigFacts,
+    FolderFormat,
     LoadedAdapter,
     RunnableAdapter,
     Template,
@@ -39,7 +40,7 @@ from icmlora.formats.pairs.ab_pairs import (
     sort_pairs,
     summary_of,
 )
-from icmlora.formats.peft.config import MAX_RANK
+from icmlora.formats.peft.config import MAX_CONFIG_BYTES, MAX_LABEL, MAX_RANK
 from icmlora.io.files import read_regular
 from icmlora.io.safetensors import TensorHeader, read_header
 from icmlora.io.strict_json import parse_object
@@ -50,11 +51,8 @@ if TYPE_CHECKING:
     from icmlora.formats.discovery.tree import Folder
     from icmlora.io.safetensors import RawTensor
 
-CONFIG_NAME = "adapter_config.json"
+CONFIG_NAME = FolderFormat.config_name
 WEIGHTS_NAME = "adapters.safetensors"
-CARD_NAME = "README.md"
-_MAX_CONFIG = 1 << 20
-_MAX_LABEL = 1024
 _DEFAULT_SCALE = 20.0  # MLX-LM's own, for configurations that leave it out
 _MAX_SCALE = 1e30
 _KINDS = ("lora", "dora")
@@ -76,7 +74,7 @@ class MlxConfig:
         Raises:
             AdapterRefused: It is damaged, or has a value that MLX-LM does not take.
         """
-        fields = parse_object(data, what=CONFIG_NAME, max_bytes=_MAX_CONFIG)
+        fields = parse_object(data, what=CONFIG_NAME, max_bytes=MAX_CONFIG_BYTES)
         if fields.get("peft_type") is not None:
             hint = "copy the configuration that MLX-LM wrote next to the weights"
             raise AdapterRefused(f"{CONFIG_NAME} is PEFT's, not MLX-LM's", kind="config", hint=hint)
@@ -89,22 +87,17 @@ class MlxConfig:
         return cls(_label(fields), kind, _rank(parameters), _scale(parameters))
 
 
-class MlxFormat:
+class MlxFormat(FolderFormat):
     """The format of `mlx_lm.lora`."""
 
     name = "mlx"
-    is_for_images = False
-    suffix = None
     about = "a folder with adapters.safetensors and adapter_config.json, as MLX-LM saves it"
-    companions: frozenset[str] = frozenset()
+    weights_name = WEIGHTS_NAME
     watched = frozenset({CONFIG_NAME, WEIGHTS_NAME})
 
     def find(self, folder: Folder) -> list[AdapterPaths]:
-        """Find the adapter of a folder; there is at most one."""
-        files = folder.files
-        if CONFIG_NAME not in files or WEIGHTS_NAME not in files or _is_pefts(files[CONFIG_NAME]):
-            return []
-        return [AdapterPaths(folder.path, files[WEIGHTS_NAME], files[CONFIG_NAME], files.get(CARD_NAME))]
+        """Find the adapter of a folder whose configuration is not PEFT's."""
+        return [paths for paths in super().find(folder) if not _is_pefts(folder.files[CONFIG_NAME])]
 
     def refuse(self, folder: Folder) -> list[AdapterRefused]:
         """Report weights without a configuration."""
@@ -118,68 +111,51 @@ class MlxFormat:
         """Read `adapter_config.json`."""
         return ConfigFacts(MlxConfig.parse(config).base_model, None, TASK_TYPE)
 
-    def inspect(
-        self, config: bytes, weights: Buffer, *, path: str | Path | None = None, initial: bytes | None = None
-    ) -> AdapterSummary:
-        """Check an adapter's two files and summarise them."""
-        with located(path):
-            parsed, header, pairs = _parse(config, weights, initial)
-            return _summary(parsed, header, pairs, weights)
+    def _summary(self, config: bytes, weights: Buffer) -> AdapterSummary:
+        return _summary(*_parse(config, weights), weights)
 
-    def read(
-        self, config: bytes, weights: bytes, *, path: str | Path | None = None, initial: bytes | None = None
-    ) -> LoadedAdapter:
-        """Read an adapter's factors, and its extras as they are."""
+    def _load(self, config: bytes, weights: bytes) -> LoadedAdapter:
         from icmlora.formats.pairs.ab_tensors import read_pairs
 
-        with located(path):
-            parsed, header, pairs = _parse(config, weights, initial)
-            return read_pairs(weights, _summary(parsed, header, pairs, weights), pairs, lambda rank: parsed.scale)
+        parsed, header, pairs = _parse(config, weights)
+        return read_pairs(weights, _summary(parsed, header, pairs, weights), pairs, lambda rank: parsed.scale)
 
-    def runnable(
-        self, config: bytes, weights: bytes, *, path: str | Path | None = None, initial: bytes | None = None
-    ) -> RunnableAdapter:
+    def _run(self, config: bytes, weights: bytes) -> RunnableAdapter:
         """Read an adapter with DoRA's row lengths; experts have other names in transformers and are refused."""
         from icmlora.io.tensors import decode_float32
 
-        with located(path):
-            parsed, _, pairs = _parse(config, weights, initial)
-            if experts := [pair.module for pair in pairs.pairs if len(pair.a.shape) == 3]:
-                raise _cannot_run(f"transformers has the experts of {experts[0]} under other names")
-            loaded = self.read(config, weights, initial=initial)
-            modules = {module.name for module in loaded.adapter.modules}
-            lengths = {extra.name.removesuffix(".m"): extra for extra in pairs.extras if extra.name.endswith(".m")}
-            if odd := next((extra for extra in pairs.extras if extra not in lengths.values()), None):
-                raise _cannot_run(f"it has a tensor {odd.name}")
-            if (lengths or parsed.kind == "dora") and (odd_module := min(modules ^ lengths.keys(), default=None)):
-                fact = f"DoRA needs row lengths for each module, and {odd_module} has only one of the two"
-                raise AdapterRefused(fact, kind="missing-half")
-            values = decode_float32(weights, TensorHeader(tuple(lengths.values()), {}))
-        return RunnableAdapter(loaded.adapter, magnitudes={name: values[one.name] for name, one in lengths.items()})
+        parsed, _, pairs = _parse(config, weights)
+        if experts := [pair.module for pair in pairs.pairs if len(pair.a.shape) == 3]:
+            raise _cannot_run(f"transformers has the experts of {experts[0]} under other names")
+        adapter = self._load(config, weights).adapter
+        lengths = {extra.name.removesuffix(".m"): extra for extra in pairs.extras if extra.name.endswith(".m")}
+        if odd := next((extra for extra in pairs.extras if extra not in lengths.values()), None):
+            raise _cannot_run(f"it has a tensor {odd.name}")
+        modules = {module.name for module in adapter.modules}
+        if (lengths or parsed.kind == "dora") and (odd_module := min(modules ^ lengths.keys(), default=None)):
+            fact = f"DoRA needs row lengths for each module, and {odd_module} has only one of the two"
+            raise AdapterRefused(fact, kind="missing-half")
+        values = decode_float32(weights, TensorHeader(tuple(lengths.values()), {}))
+        return RunnableAdapter(adapter, magnitudes={name: values[one.name] for name, one in lengths.items()})
 
-    def encode(
+    def _fresh(self, adapter: Adapter, metadata: Mapping[str, str], dtype: str) -> AdapterBytes:
+        from icmlora.formats.pairs.mlx_writer import encode_mlx
+
+        return encode_mlx(RunnableAdapter(adapter), metadata=metadata, dtype=dtype)
+
+    def _alike(
         self,
         adapter: Adapter,
+        like: Template,
         *,
-        card: str,
+        dtype: str | None,
+        pad_rank: int | None,
+        extras: Mapping[str, RawTensor],
         metadata: Mapping[str, str],
-        like: Template | None = None,
-        dtype: str | None = None,
-        pad_rank: int | None = None,
-        extras: Mapping[str, RawTensor] | None = None,
     ) -> AdapterBytes:
-        """Write an adapter's files; `pad_rank` changes rank and scale in the configuration of `like`."""
         from icmlora.formats.pairs.ab_tensors import write_pairs
         from icmlora.io.safetensors import encode
 
-        if like is None:
-            from icmlora.formats.pairs.mlx_writer import encode_mlx
-
-            if extras:
-                fact = f"{next(iter(extras))} has no place in a fresh MLX adapter"
-                raise AdapterRefused(fact, kind="extras")
-            made = encode_mlx(RunnableAdapter(adapter), metadata=metadata, dtype=dtype or "bfloat16", rank=pad_rank)
-            return replace(made, card=card.encode())
         form, config = PairForm.parse(like), like.config
         largest = max(shape.rank for shape in like.layout)
         if pad_rank is None and MlxConfig.parse(config).rank not in (None, largest):
@@ -197,25 +173,18 @@ class MlxFormat:
             dtype=dtype,
             rank=pad_rank,
         )
-        return AdapterBytes(encode(tensors | dict(extras or {}), _metadata_of(form)), config, card.encode())
-
-    def lay_out(self, files: AdapterBytes, name: str) -> dict[str, bytes]:
-        """Name the files as MLX-LM does; without its configuration a folder is not an adapter, so that comes last."""
-        card = {} if files.card is None else {CARD_NAME: files.card}
-        return {WEIGHTS_NAME: files.weights, **card, **files.companions, CONFIG_NAME: files.config}
+        return AdapterBytes(encode(tensors | dict(extras), _metadata_of(form)), config)
 
 
 def _is_pefts(config: Path) -> bool:
     """Say whether a configuration is PEFT's; one that cannot be read counts as MLX-LM's, and is refused as such."""
     try:
-        return b'"peft_type"' in read_regular(config, max_bytes=_MAX_CONFIG)
+        return b'"peft_type"' in read_regular(config, max_bytes=MAX_CONFIG_BYTES)
     except AdapterRefused:
         return False
 
 
-def _parse(config: bytes, weights: Buffer, initial: bytes | None) -> tuple[MlxConfig, TensorHeader, SortedPairs]:
-    if initial is not None:
-        raise AdapterRefused("an MLX adapter has no initial weights to take off", kind="initial")
+def _parse(config: bytes, weights: Buffer) -> tuple[MlxConfig, TensorHeader, SortedPairs]:
     parsed, header = MlxConfig.parse(config), read_header(weights)
     if parsed.kind not in _KINDS:
         return parsed, header, SortedPairs((), header.tensors)
@@ -254,7 +223,7 @@ def _label(fields: Mapping[str, Any]) -> str | None:
         return None
     if not isinstance(label, str):
         raise _wrong("model", label)
-    if len(label) > _MAX_LABEL:
+    if len(label) > MAX_LABEL:
         raise UnsafeInput(f"model has {len(label):,} characters", kind="limits")
     return label
 
@@ -280,7 +249,7 @@ def _scale(parameters: Mapping[str, Any]) -> float:
 
 def _with_rank(config: bytes, rank: int) -> bytes:
     """Change the rank of a configuration; the scale is part of the factors then."""
-    fields = parse_object(config, what=CONFIG_NAME, max_bytes=_MAX_CONFIG)
+    fields = parse_object(config, what=CONFIG_NAME, max_bytes=MAX_CONFIG_BYTES)
     fields["lora_parameters"] = {**(fields.get("lora_parameters") or {}), "rank": rank, "scale": 1.0}
     return (json.dumps(fields, indent=4) + "\n").encode()
 

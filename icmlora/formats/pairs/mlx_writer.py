@@ -32,16 +32,13 @@ _MODULE = re.compile(
 )
 
 
-def encode_mlx(
-    adapter: RunnableAdapter, *, metadata: Mapping[str, str], dtype: str = "float32", rank: int | None = None
-) -> AdapterBytes:
+def encode_mlx(adapter: RunnableAdapter, *, metadata: Mapping[str, str], dtype: str = "float32") -> AdapterBytes:
     """Write an adapter as weights and configuration; the same arguments give the same bytes.
 
     Args:
         adapter: What to write.
         metadata: Short facts for the header of the weights.
         dtype: "bfloat16", "float16" or "float32", in which MLX-LM trains by default.
-        rank: That of all modules, filled up with zeros; the largest of the adapter by default.
 
     Raises:
         AdapterRefused: It has something that MLX-LM has no place for, or a value that the type cannot hold.
@@ -51,10 +48,7 @@ def encode_mlx(
         fact = f"an MLX adapter holds LoRA factors and DoRA magnitudes only, and it also has {other}"
         raise AdapterRefused(fact, kind="extras", hint="write it with --format peft, and merge it with PEFT")
     modules, kind = adapter.adapter.modules, dtype_name(dtype)
-    largest = max(module.a.shape[0] for module in modules)
-    if rank is not None and rank < largest:
-        raise AdapterRefused(f"rank {rank} is too small: a module has rank {largest}", kind="rank")
-    rank = rank or largest
+    rank = max(module.a.shape[0] for module in modules)  # the others are filled up with zeros
     keys: set[str] = set()
     tensors: dict[str, RawTensor] = {}
     for module in modules:

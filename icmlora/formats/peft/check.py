@@ -8,11 +8,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import prod
-from pathlib import Path
 from typing import Any
 
 from icmlora.adapter.layout import target_modules
-from icmlora.errors import AdapterRefused, UnsafeInput, located
+from icmlora.errors import AdapterRefused, UnsafeInput
 from icmlora.formats.format import AdapterSummary, Buffer
 from icmlora.formats.peft.config import AdapterConfig, read_facts, stated_rank, stated_targets
 from icmlora.formats.peft.experts import resolve_parameters
@@ -40,12 +39,16 @@ _REMEMBERED_PLANS = 16
 _REMEMBERED_BYTES = 256 * 1024
 
 
-def check_adapter(config: bytes, weights: Buffer, *, path: str | Path | None = None) -> CheckedAdapter:
-    """Parse and check an adapter's two files; what can be read safely is never refused."""
-    with located(path):
-        text = header_text(weights)
-        make_plan = _remembered_plan if len(text) + len(config) <= _REMEMBERED_BYTES else _plan
-        plan = make_plan(config, text, len(weights))
+def check_adapter(config: bytes, weights: Buffer) -> CheckedAdapter:
+    """Parse and check an adapter's two files; what can be read safely is never refused.
+
+    Raises:
+        AdapterRefused: One of them is damaged.
+        UnsafeInput: Hostile names, or limits broken.
+    """
+    text = header_text(weights)
+    make_plan = _remembered_plan if len(text) + len(config) <= _REMEMBERED_BYTES else _plan
+    plan = make_plan(config, text, len(weights))
     try:
         check_finite(weights, plan.header)
     except AdapterRefused as refusal:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -49,7 +48,7 @@ _MEASURE = (
 )
 
 
-def read_runnable(config: bytes, weights: bytes, *, path: str | Path | None = None) -> RunnableAdapter:
+def read_runnable(config: bytes, weights: bytes) -> RunnableAdapter:
     """Read an adapter, and sort its extras by what they do.
 
     Raises:
@@ -58,8 +57,8 @@ def read_runnable(config: bytes, weights: bytes, *, path: str | Path | None = No
     fields = parse_object(config, what="adapter_config.json", max_bytes=len(config))
     for field, what in _CANNOT_RUN.items():
         if fields.get(field):
-            raise AdapterRefused(f"it cannot be run by icm: {what}", kind="cannot-run", path=path, hint=_MEASURE)
-    loaded, parsed = read_adapter(config, weights, path=path), AdapterConfig.parse(config)
+            raise AdapterRefused(f"it cannot be run by icm: {what}", kind="cannot-run", hint=_MEASURE)
+    loaded, parsed = read_adapter(config, weights), AdapterConfig.parse(config)
     values: dict[str, torch.Tensor] = {}
     rows: dict[str, tuple[Sequence[int], torch.Tensor]] = {}
     magnitudes: dict[str, torch.Tensor] = {}
@@ -67,7 +66,7 @@ def read_runnable(config: bytes, weights: bytes, *, path: str | Path | None = No
     for name, tensor in load(encode(loaded.extras, {})).items():
         inner = unwrapped(name)
         if not inner.startswith(PREFIX):
-            raise AdapterRefused(f"it cannot be run by icm: it has a tensor {name}", kind="cannot-run", path=path)
+            raise AdapterRefused(f"it cannot be run by icm: it has a tensor {name}", kind="cannot-run")
         inner = inner.removeprefix(PREFIX)
         kind = _KINDS.fullmatch(inner)
         if kind is None:
@@ -80,7 +79,7 @@ def read_runnable(config: bytes, weights: bytes, *, path: str | Path | None = No
             module = _WRAPPING.sub("", kind["module"] + ".").removesuffix(".")
             rows[module] = _row_numbers(fields, module, tensor), tensor
         else:
-            raise AdapterRefused(f"it cannot be run by icm: it has a tensor {name}", kind="cannot-run", path=path)
+            raise AdapterRefused(f"it cannot be run by icm: it has a tensor {name}", kind="cannot-run")
     _check_complete(fields, [module.name for module in loaded.adapter.modules], magnitudes)
     return RunnableAdapter(loaded.adapter, values, rows, magnitudes, biases)
 

@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from operator import index
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,7 +20,7 @@ from torch.nn.functional import pad
 
 from icmlora.adapter.layout import ModuleShape
 from icmlora.adapter.model import Adapter, LoraModule
-from icmlora.errors import AdapterRefused, located
+from icmlora.errors import AdapterRefused
 from icmlora.formats.format import LoadedAdapter, Template
 from icmlora.formats.peft.config import PREFIX, AdapterConfig, usual_names, with_ranks
 from icmlora.formats.peft.names import without_wrappers
@@ -38,20 +37,19 @@ _MOST_PARTS = 1024  # experts or groups of one module
 _Factors = tuple[torch.Tensor, torch.Tensor]
 
 
-def read_adapter(config: bytes, weights: bytes, *, path: str | Path | None = None) -> LoadedAdapter:
+def read_adapter(config: bytes, weights: bytes) -> LoadedAdapter:
     """Read the factors in float32 and the extras as they are."""
     from icmlora.formats.peft.check import check_adapter  # needed to read only
 
-    checked = check_adapter(config, weights, path=path)
+    checked = check_adapter(config, weights)
     summary, parsed, tensors = checked.summary, checked.config, checked.tensors
     if parsed is None or tensors is None:
         fact = f"only its original can be used: {summary.original_only}"
-        raise AdapterRefused(fact, kind="original-only", path=path)
+        raise AdapterRefused(fact, kind="original-only")
     factors = [tensor for pair in tensors.pairs for tensor in (pair.a, pair.b)]
     in_file = sorted(factors, key=lambda tensor: tensor.begin)
     values = decode_float32(weights, TensorHeader(tuple(in_file), {}))
-    with located(path):
-        modules = [module for pair in tensors.pairs for module in _modules(pair, values, parsed)]
+    modules = [module for pair in tensors.pairs for module in _modules(pair, values, parsed)]
     extras = raw_tensors(weights, tensors.extras)
     label = summary.base_model or ""
     targets = summary.target_modules
@@ -189,8 +187,15 @@ def _bad_template() -> AdapterRefused:
     return AdapterRefused("what is noted of the original's form does not fit it", kind="template")
 
 
-def refuse_special(like: Template) -> None:
-    """Refuse the form that every engine reads for an adapter of other layers than linear ones."""
+def refuse_special(like: Template, extras: Mapping[str, RawTensor]) -> None:
+    """Refuse the form that every engine reads for an adapter with more than the factors of linear layers.
+
+    Raises:
+        AdapterRefused: It has convolutions, fused experts or extras.
+    """
+    if extras:
+        fact = f"{next(iter(extras))} has no place in the form that every engine reads"
+        raise AdapterRefused(fact, kind="extras", hint="write it without --pad-rank")
     details = _Details.parse(like)
     if details.parts or details.shapes:
         fact = "its convolutions or fused experts have no place in the form that every engine reads"
@@ -201,7 +206,6 @@ def write_fresh(
     adapter: Adapter,
     dtype: str,
     metadata: Mapping[str, str],
-    extras: Mapping[str, RawTensor],
     *,
     rank: int | None = None,
     magnitudes: Mapping[str, torch.Tensor] | None = None,
@@ -211,9 +215,6 @@ def write_fresh(
     Engines disagree on patterns and on alpha: one rank for all modules and alpha == rank mean the same to all. With
     `magnitudes`, DoRA's lengths of the rows of W + dW by module, it is a DoRA adapter.
     """
-    if extras:
-        fact = f"{next(iter(extras))} has no place in the form that every engine reads"
-        raise AdapterRefused(fact, kind="extras", hint="write it without --pad-rank")
     largest = max(module.a.shape[0] for module in adapter.modules)
     if rank is not None and rank < largest:
         raise AdapterRefused(f"rank {rank} is too small: a module has rank {largest}", kind="rank")

@@ -83,7 +83,7 @@ class Detector(CustomModel):
         return score.value, score.others
 
     @torch.no_grad()
-    def detect(self, example: Scene) -> Found:
+    def detect(self, example: Scene) -> Seen:
         """Return what the model sees in an image, in pixels of the network's input."""
         logits, sides = self._heads([example])
         scores, boxes = logits[0].sigmoid(), boxes_of(sides, POINTS)[0]

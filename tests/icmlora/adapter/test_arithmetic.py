@@ -6,13 +6,13 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from icmlora.adapter import arithmetic as arithmetic
-from icmlora.adapter.arithmetic import among, mean_adapter, plus, times, truncated, with_modules
+from icmlora.adapter.arithmetic import mean_adapter, plus, times, truncated, with_modules
 from icmlora.adapter.model import Adapter
-from tests.icmlora.small_fleet import make_adapter, module_name, same
+from tests.icmlora.small_fleet import make_adapter, same
 
 SEEDS = st.integers(0, 2**31 - 1)
 KINDS = st.sets(st.sampled_from(("q_proj", "v_proj", "down_proj")), min_size=1).map(sorted)
@@ -30,7 +30,6 @@ def assert_near(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor])
 
 
 @given(ADAPTERS, ADAPTERS, st.floats(-3, 3))
-@settings(max_examples=40)
 def test_the_sum_of_two_has_the_sum_of_their_dw(left: Adapter, right: Adapter, factor: float) -> None:
     one, other = dense(left), dense(right)
     wanted = {
@@ -42,7 +41,6 @@ def test_the_sum_of_two_has_the_sum_of_their_dw(left: Adapter, right: Adapter, f
 
 
 @given(ADAPTERS, st.integers(1, 8))
-@settings(max_examples=40)
 def test_the_best_of_a_smaller_rank_has_the_strongest_directions(adapter: Adapter, rank: int) -> None:
     found = dense(truncated(adapter, rank))
     for name, whole in dense(adapter).items():
@@ -52,7 +50,6 @@ def test_the_best_of_a_smaller_rank_has_the_strongest_directions(adapter: Adapte
 
 
 @given(st.lists(ADAPTERS, min_size=1, max_size=5))
-@settings(max_examples=40)
 def test_the_mean_is_that_of_the_modules_that_half_of_them_have(adapters: list[Adapter]) -> None:
     parts = [dense(adapter) for adapter in adapters]
     owners = {name: sum(name in part for part in parts) for part in parts for name in part}
@@ -92,8 +89,3 @@ def test_an_adapter_of_other_modules_names_their_targets() -> None:
     adapter = make_adapter(1, kinds=("q_proj", "v_proj"))
     some = with_modules(adapter, [module for module in adapter.modules if module.name.endswith("q_proj")])
     assert some.target_modules == ("q_proj",)
-
-
-def test_modules_that_another_adapter_lacks_are_left_out() -> None:
-    found = among(make_adapter(1).modules, make_adapter(2, kinds=("v_proj",), layers=(1,)))
-    assert [module.name for module in found] == [module_name("v_proj", 1)]

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from icmlora.adapter.arithmetic import mean_adapter, plus, times, truncated, with_modules
@@ -54,19 +54,16 @@ def dense_error(left: Adapter, right: Adapter) -> float:
 
 
 @given(adapters(), adapters())
-@settings(max_examples=20)
 def test_the_error_of_any_two_adapters_is_that_of_their_dense_dw(left: Adapter, right: Adapter) -> None:
     assert squared_error(left, right) == pytest.approx(dense_error(left, right), rel=1e-9)
 
 
 @given(adapters(), FACTORS)
-@settings(max_examples=20)
 def test_a_scaled_copy_has_the_error_of_its_scale(adapter: Adapter, factor: float) -> None:
     assert squared_error(adapter, scaled(adapter, factor)) == pytest.approx((1 - factor) ** 2, rel=1e-5, abs=1e-9)
 
 
 @given(adapters(), adapters(), st.integers(-20, 20))
-@settings(max_examples=20)
 def test_the_error_does_not_depend_on_a_common_scale(left: Adapter, right: Adapter, exponent: int) -> None:
     factor = 2.0**exponent
     error = squared_error(scaled(left, factor), scaled(right, factor))
@@ -74,7 +71,6 @@ def test_the_error_does_not_depend_on_a_common_scale(left: Adapter, right: Adapt
 
 
 @given(adapters(), adapters())
-@settings(max_examples=20)
 def test_two_adapters_are_equally_far_from_each_other_in_both_directions(left: Adapter, right: Adapter) -> None:
     there = squared_error(left, right) * dw_norm(left) ** 2
     back = squared_error(right, left) * dw_norm(right) ** 2
@@ -82,7 +78,6 @@ def test_two_adapters_are_equally_far_from_each_other_in_both_directions(left: A
 
 
 @given(adapters(), adapters(), adapters())
-@settings(max_examples=20)
 def test_a_detour_is_not_shorter(first: Adapter, middle: Adapter, last: Adapter) -> None:
     def distance(left: Adapter, right: Adapter) -> float:
         return math.sqrt(squared_error(left, right)) * dw_norm(left)
@@ -91,20 +86,17 @@ def test_a_detour_is_not_shorter(first: Adapter, middle: Adapter, last: Adapter)
 
 
 @given(adapters())
-@settings(max_examples=20)
 def test_the_squared_norms_of_the_modules_add_up(adapter: Adapter) -> None:
     assert sum(norm**2 for norm in module_norms(adapter).values()) == pytest.approx(squared(adapter), rel=1e-9)
     assert dw_norm(adapter) ** 2 == pytest.approx(squared(adapter), rel=1e-9)
 
 
 @given(adapters(), FACTORS)
-@settings(max_examples=20)
 def test_the_norm_of_a_multiple_is_the_multiple_of_the_norm(adapter: Adapter, factor: float) -> None:
     assert dw_norm(scaled(adapter, factor)) == pytest.approx(abs(factor) * dw_norm(adapter), rel=1e-5, abs=1e-12)
 
 
 @given(adapters())
-@settings(max_examples=20)
 def test_the_canonical_form_is_its_own_canonical_form(adapter: Adapter) -> None:
     once = canonicalize(adapter)
     twice = canonicalize(once)
@@ -115,13 +107,11 @@ def test_the_canonical_form_is_its_own_canonical_form(adapter: Adapter) -> None:
 
 
 @given(adapters())
-@settings(max_examples=20)
 def test_the_canonical_form_has_the_same_dw(adapter: Adapter) -> None:
     assert squared_error(adapter, canonicalize(adapter)) < 1e-12
 
 
 @given(adapters())
-@settings(max_examples=20)
 def test_the_slots_of_the_canonical_form_carry_the_singular_values(adapter: Adapter) -> None:
     whole = dense(adapter)
     for module in canonicalize(adapter).modules:
@@ -132,7 +122,6 @@ def test_the_slots_of_the_canonical_form_carry_the_singular_values(adapter: Adap
 
 
 @given(adapters(), st.integers(-6, 6))
-@settings(max_examples=20)
 def test_a_scale_is_shared_by_both_factors_of_the_canonical_form(adapter: Adapter, exponent: int) -> None:
     plain, larger = canonicalize(adapter), canonicalize(scaled(adapter, 4.0**exponent))
     for module, other in zip(plain.modules, larger.modules, strict=True):
@@ -141,7 +130,6 @@ def test_a_scale_is_shared_by_both_factors_of_the_canonical_form(adapter: Adapte
 
 
 @given(adapters())
-@settings(max_examples=20)
 def test_a_negated_adapter_differs_in_the_signs_of_b_alone(adapter: Adapter) -> None:
     plain, negated = canonicalize(adapter), canonicalize(scaled(adapter, -1.0))
     for module, other in zip(plain.modules, negated.modules, strict=True):
@@ -150,7 +138,6 @@ def test_a_negated_adapter_differs_in_the_signs_of_b_alone(adapter: Adapter) -> 
 
 
 @given(adapters(), adapters())
-@settings(max_examples=20)
 def test_a_sum_does_not_depend_on_its_order(left: Adapter, right: Adapter) -> None:
     one, other = plus(left, right.modules), plus(right, left.modules)
     for name, value in dense(one).items():
@@ -158,7 +145,6 @@ def test_a_sum_does_not_depend_on_its_order(left: Adapter, right: Adapter) -> No
 
 
 @given(adapters())
-@settings(max_examples=20)
 def test_an_adapter_minus_itself_is_nothing(adapter: Adapter) -> None:
     nothing = plus(adapter, times(adapter.modules, -1.0))
     assert dw_norm(nothing) <= 1e-6 * dw_norm(adapter)
@@ -166,7 +152,6 @@ def test_an_adapter_minus_itself_is_nothing(adapter: Adapter) -> None:
 
 
 @given(adapters(), st.integers(1, 8))
-@settings(max_examples=20)
 def test_truncation_loses_the_energy_of_the_slots_it_drops(adapter: Adapter, rank: int) -> None:
     lost = sum(float(torch.linalg.svdvals(dw)[rank:].square().sum()) for dw in dense(adapter).values())
     error = squared_error(adapter, truncated(adapter, rank))
@@ -174,13 +159,11 @@ def test_truncation_loses_the_energy_of_the_slots_it_drops(adapter: Adapter, ran
 
 
 @given(adapters())
-@settings(max_examples=20)
 def test_the_mean_of_copies_is_the_adapter(adapter: Adapter) -> None:
     assert squared_error(adapter, mean_adapter([adapter] * 3, 16)) < 1e-9
 
 
 @given(st.lists(adapters(), min_size=2, max_size=4))
-@settings(max_examples=20)
 def test_the_mean_does_not_depend_on_the_order_of_the_fleet(fleet: list[Adapter]) -> None:
     mean, turned = mean_adapter(fleet, 16), mean_adapter(fleet[::-1], 16)
     assert {shape.module for shape in mean.layout} == {shape.module for shape in turned.layout}

@@ -7,7 +7,7 @@ from itertools import product
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from icmlora.adapter.metrics import errors_by_group, squared_error
@@ -28,7 +28,6 @@ def values_of(adapter: Adapter) -> int:
     return sum(shape.parameters for shape in adapter.layout)
 
 
-@settings(max_examples=40)
 @given(ADAPTERS, st.data())
 def test_more_values_never_have_a_larger_error(adapter: Adapter, data: st.DataObject) -> None:
     slots = Slots.of(adapter)
@@ -37,7 +36,6 @@ def test_more_values_never_have_a_larger_error(adapter: Adapter, data: st.DataOb
     assert more <= less + 1e-12
 
 
-@settings(max_examples=40)
 @given(ADAPTERS, st.data())
 def test_the_error_is_that_of_the_singular_values_that_were_cut(adapter: Adapter, data: st.DataObject) -> None:
     slots = Slots.of(adapter)
@@ -49,7 +47,6 @@ def test_the_error_is_that_of_the_singular_values_that_were_cut(adapter: Adapter
     assert squared_error(adapter, small) == pytest.approx(lost / whole, abs=1e-9)
 
 
-@settings(max_examples=40)
 @given(ADAPTERS, st.floats(0, 1))
 def test_what_fits_takes_at_most_the_values_and_one_slot_more_does_not(adapter: Adapter, share: float) -> None:
     slots = Slots.of(adapter)
@@ -59,7 +56,6 @@ def test_what_fits_takes_at_most_the_values_and_one_slot_more_does_not(adapter: 
     assert count == len(slots.order) or slots.values[count + 1] > limit
 
 
-@settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 10**6), data=st.data())
 def test_no_other_choice_of_ranks_is_better(seed: int, data: st.DataObject) -> None:
     adapter = make_adapter(seed, 3, kinds=["q_proj", "down_proj"])

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from icmlora.adapter.arithmetic import plus, times, truncated, with_modules
@@ -96,7 +96,6 @@ def test_the_widest_estimate_has_the_deviation_that_the_margin_was_chosen_for() 
 
 
 @pytest.mark.slow
-@settings(deadline=None, max_examples=15)
 @given(st.lists(seeds, min_size=2, max_size=5, unique=True), st.sampled_from([0.02, 0.1, 0.3, 0.5]))
 def test_every_pair_within_the_limit_is_found(origins: list[int], limit: float) -> None:
     fleet: list[Adapter] = []
@@ -107,7 +106,6 @@ def test_every_pair_within_the_limit_is_found(origins: list[int], limit: float) 
     assert found(fleet, limit) >= within(fleet, limit)
 
 
-@settings(deadline=None, max_examples=25)
 @given(seeds)
 def test_a_pair_that_differs_in_one_module_of_rank_1_is_found(seed: int) -> None:
     one = make_adapter(seed)

@@ -18,6 +18,7 @@ from tests.icmlora.base_models.tiny_kinds import (
     image_file,
     labelled_images,
     save,
+    scenes,
     sound_file,
     tokenizer,
     utterances,
@@ -28,6 +29,7 @@ _LAYERS = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, 
 _TEXT = _LAYERS | {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 _LLAMA = _TEXT | {"num_key_value_heads": 2}
 _PATCHES = _LAYERS | {"image_size": 32, "patch_size": 8}
+_DECODER = {"d_model": 32, "decoder_layers": 1, "decoder_attention_heads": 2, "decoder_ffn_dim": 32}
 _CLASSES = {0: "red", 1: "green", 2: "blue"}
 _SQUARE = {"height": 32, "width": 32}
 
@@ -147,8 +149,7 @@ def write_paligemma(folder: Path) -> Path:
 
 
 def _with_decoder(encoder: Any) -> Any:
-    sizes = {"d_model": 32, "decoder_layers": 1, "decoder_attention_heads": 2, "decoder_ffn_dim": 32}
-    decoder = t.TrOCRConfig(**sizes, vocab_size=VOCABULARY, max_position_embeddings=64, pad_token_id=0)
+    decoder = t.TrOCRConfig(**_DECODER, vocab_size=VOCABULARY, max_position_embeddings=64, pad_token_id=0)
     config = t.VisionEncoderDecoderConfig.from_encoder_decoder_configs(encoder, decoder)
     config.decoder_start_token_id, config.pad_token_id = 1, 0
     return _seeded(t.VisionEncoderDecoderModel, config)
@@ -178,15 +179,59 @@ def write_moonshine(folder: Path) -> Path:
 _OF_HALF = {"hidden_layers": 1, "attention_heads": 2, "key_value_heads": 2}
 
 
+def write_wav2vec2(folder: Path) -> Path:
+    """Save wav2vec 2 with a decoder: alone it writes down letters (CTC), which icm does not run."""
+    convolutions = {"conv_dim": [8, 8], "conv_kernel": [10, 8], "conv_stride": [10, 8], "num_feat_extract_layers": 2}
+    positions = {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2}
+    encoder = t.Wav2Vec2Config(**_LAYERS, **convolutions, **positions, vocab_size=VOCABULARY)
+    decoder = t.TrOCRConfig(**_DECODER, vocab_size=VOCABULARY, max_position_embeddings=64, pad_token_id=0)
+    config = t.SpeechEncoderDecoderConfig.from_encoder_decoder_configs(encoder, decoder)
+    config.decoder_start_token_id, config.pad_token_id = 1, 0
+    processor = t.Wav2Vec2Processor(t.Wav2Vec2FeatureExtractor(sampling_rate=RATE), tokenizer())
+    return save(folder, _seeded(t.SpeechEncoderDecoderModel, config), processor)
+
+
+def write_detr(folder: Path) -> Path:
+    backbone = t.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], out_features=["stage2"])
+    halves = {f"{half}_{what}": n for half in ("encoder", "decoder") for what, n in _OF_DETR.items()}
+    config = t.DetrConfig(
+        d_model=32, **halves, backbone_config=backbone, use_timm_backbone=False, num_queries=6, id2label=_CLASSES
+    )
+    processor = t.DetrImageProcessor(size={"height": 64, "width": 64}, do_pad=False)
+    return save(folder, _seeded(t.DetrForObjectDetection, config), processor)
+
+
+_OF_DETR = {"layers": 1, "attention_heads": 2, "ffn_dim": 32}
+
+
 def _classifier(make: Any, config: Any) -> Any:
     def write(folder: Path) -> Path:
         model = _seeded(make, config())
+        _scale(model)
+        _open_norms(model)
         for parameter in model.parameters():
-            if parameter.dim() > 1:  # as they begin, a dozen layers leave nothing of the image
-                torch.nn.init.kaiming_normal_(parameter.data).div_(4)
+            if parameter.dim() > 1:
+                parameter.data.div_(4)  # `save` multiplies
         return save(folder, model, t.ViTImageProcessor(size=_SQUARE))
 
     return write
+
+
+def _scale(model: Any) -> None:
+    """Draw larger weights: as they begin, a dozen layers leave nothing of the image."""
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.kaiming_normal_(parameter.data)
+
+
+def _open_norms(model: Any) -> None:
+    """Let batch norms pass an image on: EfficientNet draws their weights near nothing, and has three in each block.
+
+    As drawn, a block keeps one part in a hundred thousand, and the last layer differs by 1e-41 from image to image.
+    """
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.ones_(module.weight)
 
 
 def _small(config: Any, **sizes: Any) -> Any:
@@ -232,6 +277,14 @@ CLASSIFIERS = {
         t.SwinForImageClassification,
         _small(t.SwinConfig, image_size=32, patch_size=4, embed_dim=16, depths=[1, 1], num_heads=[1, 2], window_size=2),
     ),
+    "efficientnet": (
+        t.EfficientNetForImageClassification,
+        _small(t.EfficientNetConfig, image_size=32, width_coefficient=0.25, depth_coefficient=0.1, hidden_dim=320),
+    ),
+    "clip": (
+        t.CLIPForImageClassification,
+        _small(t.CLIPConfig, vision_config=_PATCHES, text_config=_TEXT),
+    ),
     "mobilenet-v2": (t.MobileNetV2ForImageClassification, _small(t.MobileNetV2Config, depth_multiplier=0.25)),
 }
 MODULES = {
@@ -262,6 +315,8 @@ WITH_VIDEO = frozenset({"smolvlm", "qwen2-vl", "qwen2.5-vl"})
 MEDIA_KINDS = {
     **{name: Kind(name, write, captions, (), image_file) for name, write in SEEING.items()},
     "moonshine": Kind("moonshine", write_moonshine, utterances, (), sound_file),
+    "wav2vec2": Kind("wav2vec2", write_wav2vec2, utterances, (), sound_file),
+    "detr": Kind("detr", write_detr, scenes, (), image_file),
     **{
         name: Kind(name, _classifier(*made), labelled_images, MODULES.get(name, ()), image_file)
         for name, made in CLASSIFIERS.items()

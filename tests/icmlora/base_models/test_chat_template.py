@@ -6,7 +6,7 @@ import hashlib
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from icmlora.base_models.examples.chat_template import CHATML, MAX_TEMPLATE, ChatTemplate, Rendered, scored_tokens
@@ -54,7 +54,6 @@ def test_both_answers_are_scored_and_no_question_is(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(ALL))
-@settings(max_examples=10)
 @given(turns=st.lists(st.tuples(LETTERS, LETTERS), min_size=1, max_size=3))
 def test_every_answer_is_scored_once_whatever_is_said(name: str, turns: list[tuple[str, str]]) -> None:
     messages = []

@@ -76,7 +76,7 @@ def test_a_model_of_the_hugging_face_cache_is_found(empty: Path) -> None:
 
 def test_another_revision_than_the_cached_one_is_not_found(empty: Path) -> None:
     with pytest.raises(BaseModelNotFound):
-        find_base_model(LABEL, cache_dir=fake_cache(empty), revision="v2")
+        find_base_model(f"{LABEL}@v2", cache_dir=fake_cache(empty))
 
 
 def test_the_revision_in_a_label_is_looked_for(empty: Path) -> None:

@@ -10,7 +10,7 @@ import sys
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from icmlora.base_models.examples import rows
@@ -127,7 +127,6 @@ def test_damaged_parquet_is_refused_as_data(keep: int) -> None:
         parse_examples(parquet({"text": ["one", "two"]})[:keep])
 
 
-@settings(max_examples=50)
 @given(st.data())
 def test_parquet_with_any_bytes_changed_is_read_or_refused(data: st.DataObject) -> None:
     damaged = bytearray(parquet({"text": ["one", "two"] * 20}))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from icmlora.adapter.layout import ModuleShape
@@ -105,7 +105,6 @@ def test_a_bundle_that_was_cut_is_refused_wherever_it_ends(
 
 
 @given(draw=st.data())
-@settings(max_examples=30)
 def test_a_bundle_with_bytes_put_in_left_out_or_copied_is_refused(
     bundle: Path, damaged: Path, adapters: dict[str, Adapter], draw: st.DataObject
 ) -> None:
@@ -205,7 +204,6 @@ def indexes(draw: st.DrawFn) -> BundleIndex:
 
 
 @given(indexes())
-@settings(max_examples=15)
 def test_any_index_comes_back_from_its_json(index: BundleIndex) -> None:
     text = index_to_json(index)
     assert index_from_json(text) == index
@@ -214,7 +212,6 @@ def test_any_index_comes_back_from_its_json(index: BundleIndex) -> None:
 
 
 @given(indexes())
-@settings(max_examples=10)
 def test_a_task_is_found_in_any_case_and_its_parts_are_in_the_bundle(index: BundleIndex) -> None:
     for task in index.tasks:
         assert index.task(task.name.upper()) is task

@@ -8,7 +8,7 @@ import zlib
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from icmlora.adapter.model import Adapter
@@ -58,7 +58,6 @@ def written(**changes: object) -> bytes:
 
 
 @given(starts())
-@settings(max_examples=30)
 def test_what_is_written_is_read_back(start: FewShotStart) -> None:
     read = fewshot_start_from_bytes(fewshot_start_to_bytes(start, b"the mean's code"), decode)
     assert read.adapter is MEAN

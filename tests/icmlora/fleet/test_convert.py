@@ -31,7 +31,7 @@ from tests.icmlora.tiny_base import write_tiny_base
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 WIDE = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.down_proj")
-with_files = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+with_files = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from icmlora.errors import AdapterRefused
@@ -56,7 +56,6 @@ def summary(discovery: Discovery) -> dict[str, list[int | None]]:
 
 
 @given(trees=TREES, depth=st.integers(0, 2))
-@settings(max_examples=25)
 def test_every_adapter_is_found_once_in_the_order_of_its_steps(
     tmp_path_factory: pytest.TempPathFactory, trees: Trees, depth: int
 ) -> None:
@@ -66,7 +65,6 @@ def test_every_adapter_is_found_once_in_the_order_of_its_steps(
 
 
 @given(trees=TREES, depth=st.integers(0, 2))
-@settings(max_examples=25)
 def test_exactly_one_adapter_of_a_task_is_final_and_it_is_the_last(
     tmp_path_factory: pytest.TempPathFactory, trees: Trees, depth: int
 ) -> None:
@@ -76,7 +74,6 @@ def test_exactly_one_adapter_of_a_task_is_final_and_it_is_the_last(
 
 
 @given(trees=TREES)
-@settings(max_examples=15)
 def test_the_same_is_found_from_the_root_twice_and_from_each_task(
     tmp_path_factory: pytest.TempPathFactory, trees: Trees
 ) -> None:
@@ -88,7 +85,6 @@ def test_the_same_is_found_from_the_root_twice_and_from_each_task(
 
 
 @given(name=st.text("checkpoint-0123456789 x", max_size=20))
-@settings(max_examples=200)
 def test_a_step_is_the_number_after_checkpoint_and_nothing_else(name: str) -> None:
     digits = name.removeprefix("checkpoint-")
     valid = name.startswith("checkpoint-") and digits.isdigit() and len(digits) <= 12
@@ -151,7 +147,6 @@ def test_a_folder_without_an_adapter_is_not_loaded(tmp_path: Path) -> None:
 
 
 @given(rank=st.integers(1, 9), seed=st.integers(0, 1000))
-@settings(max_examples=10)
 def test_float32_keeps_the_dw_of_any_adapter(tmp_path_factory: pytest.TempPathFactory, rank: int, seed: int) -> None:
     tensors = factors(rank=rank, seed=seed)
     names = sorted({name.removeprefix("base_model.model.").partition(".lora_")[0] for name in tensors})

@@ -8,7 +8,7 @@ import math
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig
 from peft.utils.other import get_pattern_key
@@ -56,7 +56,6 @@ def test_rank_and_scale_of_every_module_are_those_that_peft_uses(
 
 
 @given(key=st.text("q_proj.0^\\*+[]()|$", min_size=1, max_size=10))
-@settings(max_examples=200)
 def test_a_key_is_read_as_a_plain_name_or_not_at_all(key: str) -> None:
     pattern = ModulePattern.parse(key)
     if set(key) & set("*+[]()|$"):
@@ -153,7 +152,6 @@ def test_a_configuration_that_was_cut_is_refused(end: int) -> None:
 
 
 @given(st.integers(0, 10_000), st.binary(min_size=1, max_size=3))
-@settings(max_examples=200)
 def test_a_damaged_configuration_is_read_with_a_finite_scale_or_refused(at: int, junk: bytes) -> None:
     data = config(rank_pattern={"q_proj": 4}, alpha_pattern={"v_proj": 3})
     place = at % len(data)

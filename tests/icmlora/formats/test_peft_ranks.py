@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load
@@ -128,7 +128,6 @@ def test_parts_of_one_tensor_get_the_largest_rank_of_them(tmp_path: Path, what: 
     assert len(made.weights) <= len(files.weights)
 
 
-@settings(max_examples=30)
 @given(
     ranks=st.tuples(st.integers(1, 5), st.integers(1, 5)),
     alpha=st.integers(1, 32) | st.floats(0.1, 8),

@@ -9,20 +9,19 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from icmlora.adapter.layout import ModuleShape, target_modules
-from icmlora.errors import AdapterRefused, located
+from icmlora.errors import AdapterRefused
 from icmlora.formats.format import (
     AdapterBytes,
+    AdapterFormat,
     AdapterPaths,
     AdapterSummary,
     Buffer,
-    ConfigFacts,
     LoadedAdapter,
     RunnableAdapter,
     Template,
@@ -47,15 +46,12 @@ class _Parsed:
     values: npt.NDArray[np.float32]
 
 
-class ToyFormat:
+class ToyFormat(AdapterFormat):
     """Single files with a header of their own; there is no configuration and no card."""
 
     name = "toy"
     about = "a single file NAME.toy"
-    is_for_images = False
     suffix = SUFFIX
-    companions: frozenset[str] = frozenset()
-    watched: frozenset[str] = frozenset()
 
     def find(self, folder: Folder) -> list[AdapterPaths]:
         """Find every file of the suffix: each is an adapter, named after the file."""
@@ -67,17 +63,8 @@ class ToyFormat:
         old = [path for name, path in sorted(folder.files.items()) if name.endswith(".toy0")]
         return [AdapterRefused("an adapter of toy 0", kind="toy", path=path, hint="save it again") for path in old]
 
-    def read_config(self, config: bytes) -> ConfigFacts:
-        """Take the place of a configuration, which this format does not have."""
-        if config:
-            raise AdapterRefused("a toy adapter has no configuration", kind="config")
-        return ConfigFacts(None)
-
-    def inspect(
-        self, config: bytes, weights: Buffer, *, path: str | Path | None = None, initial: bytes | None = None
-    ) -> AdapterSummary:
-        """Check and summarise an adapter."""
-        parsed = self._parse(config, weights, path)
+    def _summary(self, config: bytes, weights: Buffer) -> AdapterSummary:
+        parsed = self._parse(config, weights)
         extras, begin = [], len(weights) - 4 * sum(map(prod, parsed.extras.values()))
         for name, shape in parsed.extras.items():
             extras.append(TensorInfo(name, "F32", shape, begin, begin + 4 * prod(shape)))
@@ -94,15 +81,12 @@ class ToyFormat:
             extras=tuple(extras),
         )
 
-    def read(
-        self, config: bytes, weights: bytes, *, path: str | Path | None = None, initial: bytes | None = None
-    ) -> LoadedAdapter:
-        """Read an adapter, with what is not LoRA kept aside."""
+    def _load(self, config: bytes, weights: bytes) -> LoadedAdapter:
         import torch
 
         from icmlora.adapter.model import Adapter, LoraModule
 
-        parsed = self._parse(config, weights, path)
+        parsed = self._parse(config, weights)
         values, modules = parsed.values, []
         for name, rank, inputs, outputs in parsed.layout:
             a, b, values = np.split(values, [rank * inputs, rank * (inputs + outputs)])
@@ -115,27 +99,30 @@ class ToyFormat:
         targets = target_modules(shape.module for shape in parsed.layout)
         return LoadedAdapter(Adapter(parsed.base_model, parsed.task_type, targets, tuple(modules)), extras)
 
-    def runnable(
-        self, config: bytes, weights: bytes, *, path: str | Path | None = None, initial: bytes | None = None
-    ) -> RunnableAdapter:
-        """Read the factors; the extras do nothing."""
-        return RunnableAdapter(self.read(config, weights, path=path).adapter)
+    def _run(self, config: bytes, weights: bytes) -> RunnableAdapter:
+        return RunnableAdapter(self._load(config, weights).adapter)  # the extras do nothing
 
-    def encode(
+    def _fresh(self, adapter: Adapter, metadata: Mapping[str, str], dtype: str) -> AdapterBytes:
+        return self._written(adapter, metadata, dtype, {})
+
+    def _alike(
         self,
         adapter: Adapter,
+        like: Template,
         *,
-        card: str,
+        dtype: str | None,
+        pad_rank: int | None,
+        extras: Mapping[str, RawTensor],
         metadata: Mapping[str, str],
-        like: Template | None = None,
-        dtype: str | None = None,
-        pad_rank: int | None = None,
-        extras: Mapping[str, RawTensor] | None = None,
+    ) -> AdapterBytes:
+        return self._written(adapter, metadata, dtype or "float32", extras)
+
+    def _written(
+        self, adapter: Adapter, metadata: Mapping[str, str], dtype: str, extras: Mapping[str, RawTensor]
     ) -> AdapterBytes:
         """Write an adapter; its values are rounded to `dtype` and stored as float32."""
         import torch
 
-        extras, dtype = extras or {}, dtype or "float32"
         head = {
             "base_model": adapter.base_model,
             "task_type": adapter.task_type,
@@ -149,28 +136,23 @@ class ToyFormat:
         values = b"".join(part.numpy().tobytes() for part in rounded) + b"".join(one.data for one in extras.values())
         return AdapterBytes(MAGIC + json.dumps(head, sort_keys=True).encode() + b"\n" + values)
 
-    def lay_out(self, files: AdapterBytes, name: str) -> dict[str, bytes]:
-        """Return the single file."""
-        return {name + SUFFIX: files.weights}
-
-    def _parse(self, config: bytes, weights: Buffer, path: str | Path | None) -> _Parsed:
-        with located(path):
-            self.read_config(config)
-            magic, _, rest = bytes(weights).partition(b"\n")
-            text, newline, data = rest.partition(b"\n")
-            if magic + b"\n" != MAGIC or not newline:
-                raise AdapterRefused("not a toy adapter", kind="damaged")
-            head = parse_object(text, what="the header", max_bytes=1 << 20)
-            try:
-                layout = tuple(ModuleShape(str(m), int(r), int(i), int(o)) for m, r, i, o in head["modules"])
-                extras = {str(name): tuple(map(int, shape)) for name, shape in head["extras"].items()}
-                base_model, task_type = str(head["base_model"]), head["task_type"]
-            except (KeyError, TypeError, ValueError, AttributeError) as error:
-                raise AdapterRefused(f"the header is damaged: {error!r}", kind="damaged") from None
-            count = sum(shape.parameters for shape in layout) + sum(map(prod, extras.values()))
-            if not layout or len(data) != 4 * count:
-                raise AdapterRefused(f"has {len(data)} bytes of values, not {4 * count}", kind="damaged")
-            values = np.frombuffer(data, dtype="<f4")
-            if not np.isfinite(values).all():
-                raise AdapterRefused("holds a value that is not finite", kind="non-finite")
+    def _parse(self, config: bytes, weights: Buffer) -> _Parsed:
+        self.read_config(config)
+        magic, _, rest = bytes(weights).partition(b"\n")
+        text, newline, data = rest.partition(b"\n")
+        if magic + b"\n" != MAGIC or not newline:
+            raise AdapterRefused("not a toy adapter", kind="damaged")
+        head = parse_object(text, what="the header", max_bytes=1 << 20)
+        try:
+            layout = tuple(ModuleShape(str(m), int(r), int(i), int(o)) for m, r, i, o in head["modules"])
+            extras = {str(name): tuple(map(int, shape)) for name, shape in head["extras"].items()}
+            base_model, task_type = str(head["base_model"]), head["task_type"]
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise AdapterRefused(f"the header is damaged: {error!r}", kind="damaged") from None
+        count = sum(shape.parameters for shape in layout) + sum(map(prod, extras.values()))
+        if not layout or len(data) != 4 * count:
+            raise AdapterRefused(f"has {len(data)} bytes of values, not {4 * count}", kind="damaged")
+        values = np.frombuffer(data, dtype="<f4")
+        if not np.isfinite(values).all():
+            raise AdapterRefused("holds a value that is not finite", kind="non-finite")
         return _Parsed(base_model, task_type, layout, extras, values)

@@ -10,7 +10,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from icmlora.errors import CodeError
@@ -48,14 +48,12 @@ def test_a_code_with_bytes_after_its_end_is_refused(extra: bytes) -> None:
         CODEC.decode(DATA + extra)
 
 
-@settings(max_examples=100)
 @given(place=st.integers(0, len(DATA) - 1), bit=st.integers(0, 7))
 def test_a_changed_bit_anywhere_is_refused(place: int, bit: int) -> None:
     with pytest.raises(CodeError):
         CODEC.decode(flipped(place, bit))
 
 
-@settings(max_examples=60)
 @given(words=st.binary(max_size=200))
 def test_any_words_under_a_valid_head_are_an_adapter_or_refused(words: bytes) -> None:
     try:
@@ -104,7 +102,6 @@ def test_initial_as_are_checked_even_where_the_checksum_is_right() -> None:
             KNOWN_CODEC.decode(with_head(bytes([*PLAIN[:place], value, *PLAIN[place + 1 :]])))
 
 
-@settings(max_examples=60)
 @given(place=st.integers(SHIFTS, OFFSETS - 1), value=st.integers(0, 255), words=st.none() | st.binary(max_size=200))
 def test_any_shifts_seed_and_ranks_are_an_adapter_or_refused(place: int, value: int, words: bytes | None) -> None:
     data = with_head(bytes([*PLAIN[:place], value, *PLAIN[place + 1 :]]), words)
@@ -122,7 +119,6 @@ def test_the_most_extreme_shifts_are_an_adapter_or_refused(value: int) -> None:
         assert KNOWN_CODEC.decode(data).layout
 
 
-@settings(max_examples=60)
 @given(place=st.integers(0, len(KNOWN) - 1), bit=st.integers(0, 7))
 def test_a_changed_bit_anywhere_in_a_code_with_an_initial_a_is_refused(place: int, bit: int) -> None:
     changed = bytearray(KNOWN)

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from icmlora.adapter.metrics import dw_norm, squared_error
@@ -52,7 +52,6 @@ def test_the_generators_own_tolerance_is_the_default() -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=20)
 @example(seed=0, rank=1, exponent=9, own=1.0)
 @given(seed=st.integers(0, 10**6), rank=st.integers(1, 4), exponent=st.integers(-9, 9), own=st.floats(0, 5))
 def test_adapters_unlike_the_fleet_keep_the_tolerance_too(seed: int, rank: int, exponent: int, own: float) -> None:
@@ -80,7 +79,6 @@ def test_a_smaller_tolerance_takes_more_bytes() -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=20)
 @given(seed=st.integers(0, 10**6), rank=st.integers(1, 4), sizes=st.tuples(*[st.integers(150, 2000)] * 2))
 def test_more_bytes_never_make_a_worse_code(seed: int, rank: int, sizes: tuple[int, int]) -> None:
     adapter = make_adapter(seed, rank)

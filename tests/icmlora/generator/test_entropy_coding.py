@@ -7,7 +7,7 @@ import hashlib
 import constriction
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from icmlora.errors import CodeError
@@ -130,7 +130,6 @@ def test_half_a_word_is_refused() -> None:
         IntegerReader(b"\0\0\0")
 
 
-@settings(max_examples=200)
 @given(data=st.binary(max_size=64), pairs=PAIRS)
 def test_any_words_are_integers_in_range_or_refused(data: bytes, pairs: list[tuple[int, int]]) -> None:
     words, (_, scales) = data[: len(data) // 4 * 4], arrays(pairs)

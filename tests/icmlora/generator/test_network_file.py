@@ -11,7 +11,7 @@ import zlib
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from icmlora.errors import GeneratorError
@@ -87,7 +87,6 @@ def test_a_file_whose_parameters_are_not_its_configurations_is_refused(change: d
         generator_from_bytes(rewritten(**change))
 
 
-@settings(max_examples=30)
 @given(words=st.binary(max_size=4000))
 def test_any_words_are_a_network_or_refused(words: bytes) -> None:
     with contextlib.suppress(GeneratorError):

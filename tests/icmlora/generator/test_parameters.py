@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from icmlora.errors import CodeError, GeneratorError
@@ -41,7 +41,6 @@ def test_rows_of_any_size_and_rows_of_zeros_come_back(exponents: list[int], zero
     assert float((back - rows).abs().max()) <= float(rows.abs().max()) / 4
 
 
-@settings(max_examples=40)
 @given(seed=st.integers(0, 10**6), spread=st.floats(0, 6), layers=st.integers(1, 4))
 def test_tables_and_weights_come_back_exactly(seed: int, spread: float, layers: int) -> None:
     tables = {name: (8 * spread * normal(2, layers, 3, seed=seed)).round() / 8 for name in ("norm_mean", "spread")}
@@ -70,7 +69,6 @@ def test_values_that_are_not_finite_are_not_written(value: float) -> None:
         parameters_to_words({"a": torch.tensor([1.0, value])})
 
 
-@settings(max_examples=60)
 @given(words=st.binary(max_size=60).map(lambda data: data + b"\0" * (-len(data) % 4)))
 def test_any_words_are_parameters_or_refused(words: bytes) -> None:
     shapes = {"a": torch.Size((2, 3)), "spread": torch.Size((2, 4)), "weight_0": torch.Size((2, 3))}

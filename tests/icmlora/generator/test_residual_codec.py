@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from icmlora.adapter.metrics import dw_norm, squared_error
@@ -58,7 +58,6 @@ def test_code_and_residual_keep_the_limits_for_every_rank_and_kind(task: int, li
 
 
 @pytest.mark.slow
-@settings(max_examples=20)
 @given(seed=st.integers(0, 10**6), rank=st.integers(1, 4), exponent=st.integers(-9, 9), tolerance=st.floats(0.05, 0.9))
 def test_adapters_unlike_the_fleet_keep_the_limit_too(seed: int, rank: int, exponent: int, tolerance: float) -> None:
     adapter = with_factors(make_adapter(seed, rank, own=3.0), b=10.0**exponent)
@@ -220,7 +219,6 @@ def test_a_code_in_the_place_of_a_residual_is_refused() -> None:
         LAYERED.decode(CODE, CODE)
 
 
-@settings(max_examples=60)
 @given(words=st.binary(max_size=200))
 def test_any_words_under_a_valid_head_are_an_adapter_or_refused(words: bytes) -> None:
     try:

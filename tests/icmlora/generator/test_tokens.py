@@ -6,7 +6,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from icmlora.adapter.metrics import dw_norm, squared_error
@@ -41,7 +41,6 @@ def tokens_of(adapter: Adapter, config: GeneratorConfig | None = None) -> tuple[
     return tokenize(adapter, config, uneven(config))
 
 
-@settings(max_examples=30)
 @given(
     seed=st.integers(0, 10**6),
     rank=st.integers(1, 8),

@@ -12,7 +12,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from icmlora.errors import CodeError, GeneratorError, NotCovered
@@ -77,14 +77,12 @@ def code_of(number: int, data: bytes) -> bytes:
     return GeneratorFile(data).codec(number).encode(make_adapter(1, rank=4), make_vectors(1)).data
 
 
-@settings(max_examples=20, deadline=None)
 @given(choices=st.lists(st.tuples(st.booleans(), st.integers(0, 3)), max_size=4))
 def test_every_version_is_called_by_the_file_that_it_was_the_last_of(choices: list[tuple[bool, int]]) -> None:
     files = grown(choices)
     assert GeneratorFile(files[-1]).digests == tuple(hashlib.sha256(data).hexdigest() for data in files)
 
 
-@settings(max_examples=20, deadline=None)
 @given(choices=st.lists(st.tuples(st.booleans(), st.integers(0, 3)), min_size=1, max_size=4))
 def test_a_file_begins_with_each_file_that_it_grew_from(choices: list[tuple[bool, int]]) -> None:
     first, *later = grown(choices)
@@ -92,7 +90,6 @@ def test_a_file_begins_with_each_file_that_it_grew_from(choices: list[tuple[bool
     assert all(longer.startswith(shorter) for shorter, longer in pairwise(later))
 
 
-@settings(max_examples=10, deadline=None)
 @given(choices=st.lists(st.tuples(st.booleans(), st.integers(0, 3)), min_size=1, max_size=4))
 def test_every_version_gives_the_same_network_however_the_file_grows(choices: list[tuple[bool, int]]) -> None:
     files = grown(choices)
@@ -131,7 +128,6 @@ def test_an_adapter_is_covered_by_the_versions_that_have_its_modules() -> None:
         generator_file.codec_for(make_adapter(1, rank=8).layout)
 
 
-@settings(deadline=None)
 @given(place=st.integers(0, len(three()) - 1), bit=st.integers(0, 7))
 def test_a_changed_bit_anywhere_is_refused(place: int, bit: int) -> None:
     data = bytearray(three())
@@ -140,7 +136,6 @@ def test_a_changed_bit_anywhere_is_refused(place: int, bit: int) -> None:
         versions_of(bytes(data))
 
 
-@settings(deadline=None)
 @given(end=st.integers(0, len(three()) - 1))
 def test_a_file_that_is_cut_short_is_refused_or_the_file_that_it_grew_from(end: int) -> None:
     earlier = grown([(False, 1)])[-1]
@@ -149,7 +144,6 @@ def test_a_file_that_is_cut_short_is_refused_or_the_file_that_it_grew_from(end: 
         assert three()[:end] == earlier
 
 
-@settings(max_examples=30, deadline=None)
 @given(words=st.binary(max_size=2000))
 def test_any_differences_are_a_network_or_refused(words: bytes) -> None:
     with contextlib.suppress(GeneratorError):

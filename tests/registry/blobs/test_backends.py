@@ -48,7 +48,7 @@ def test_a_blob_is_named_by_the_sha256_of_its_bytes(blobs: Blobs) -> None:
     assert blobs.put(b"bytes") == hashlib.sha256(b"bytes").hexdigest()
 
 
-@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(items=st.lists(st.binary(max_size=200), max_size=8))
 def test_what_is_put_is_read_back_in_order(blobs: Blobs, items: list[bytes]) -> None:
     digests = blobs.put_all(items)
@@ -107,7 +107,7 @@ def test_putting_the_bytes_again_heals_a_damaged_blob(blobs: Blobs, backend: Blo
 
 
 @pytest.mark.one_case
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(bit=st.integers(0, 8 * 64 - 1))
 def test_every_flipped_bit_is_found(blobs: Blobs, backend: BlobBackend, bit: int) -> None:
     data = bytearray(range(64))

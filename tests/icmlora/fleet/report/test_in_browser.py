@@ -76,6 +76,7 @@ def test_a_heading_sorts_by_bytes_and_again_the_other_way(visit: Visit) -> None:
     assert names(browser) == ["trains-10", "pears", "apples", "rails", "trains-2", "ships"]
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize(
     ("column", "first"),
     [("gain", "apples"), ("name", "trains-10"), ("base", "apples"), ("tags", "apples"), ("kept", "apples")],
@@ -117,6 +118,7 @@ def test_what_is_searched_and_sorted_is_in_the_address(visit: Visit, tmp_path: P
     assert len(names(browser)) == 6
 
 
+@pytest.mark.slow
 def test_an_address_that_nobody_wrote_here_is_no_harm(visit: Visit) -> None:
     browser = visit(page_of(FLEET), place="#sort=nonsense&page=-7&base=nobody&task=%3Cscript%3E&more=1")
     assert names(browser) == []
@@ -170,6 +172,7 @@ def test_points_are_reached_and_opened_with_the_keyboard(visit: Visit) -> None:
     assert texts(browser, ".more") != []
 
 
+@pytest.mark.slow
 def test_the_row_under_the_pointer_shows_its_points(visit: Visit) -> None:
     from selenium.webdriver import ActionChains
 
@@ -203,6 +206,7 @@ def test_the_browser_refuses_what_somebody_writes_into_the_page(visit: Visit, tm
     assert names(browser) == NAMES
 
 
+@pytest.mark.slow
 def test_sizes_are_those_that_every_command_prints(visit: Visit) -> None:
     sizes = [1, 17, 1023, 1024, 1280, 1281, 1792, 10_188, 1_047_000, 1_048_524, 1_048_525, 3 * 2**40, 2**50 + 1]
     sizes += [2**10 * n // 20 for n in range(21, 200, 2)]
@@ -213,6 +217,7 @@ def test_sizes_are_those_that_every_command_prints(visit: Visit) -> None:
     assert texts(browser, f".tasks tr.row > :nth-child({place + 1})") == [human_size(size) for size in sizes]
 
 
+@pytest.mark.slow
 def test_ten_thousand_tasks_are_shown_a_page_at_a_time(visit: Visit) -> None:
     made = [
         Made(f"task-{number}", code=10_000 + 7919 * number % 10_000, tags=(f"t{number % 9}",))
@@ -235,6 +240,7 @@ def test_a_store_without_tasks_has_a_page(visit: Visit) -> None:
     assert "An empty store" in texts(browser, "h1")
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("width", [400, 800, 1280])
 def test_no_width_makes_the_page_itself_scroll_sideways(visit: Visit, width: int) -> None:
     long = replace(FLEET[0], name="a" * 128, base_model="/very/long/" * 20, note="n" * 4000)
@@ -243,6 +249,7 @@ def test_no_width_makes_the_page_itself_scroll_sideways(visit: Visit, width: int
     assert browser.execute_script("return document.documentElement.scrollWidth") <= width
 
 
+@pytest.mark.slow
 def test_light_and_dark_follow_the_browser(visit: Visit) -> None:
     ask = "const style = getComputedStyle(document.body); return [style.backgroundColor, style.color]"
     light, dark = (visit(page_of(FLEET), dark=dark).execute_script(ask) for dark in (False, True))
@@ -272,6 +279,7 @@ def test_every_control_has_a_name(visit: Visit) -> None:
     assert unnamed == []
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("width", [400, 1280])
 def test_pictures_are_shown_side_by_side_at_any_width(visit: Visit, width: int) -> None:
     browser = visit(page_of(FLEET, drawing=True), width=width)

@@ -6,7 +6,7 @@ import re
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from icmlora.fleet.report.page import shown_text
@@ -57,7 +57,6 @@ def fleet_with(name: str, base: str, tag: str, note: str, target: str, reason: s
 
 
 @pytest.mark.slow
-@settings(max_examples=40)
 @given(texts, texts, texts, texts, texts, texts, texts, texts)
 def test_no_text_of_a_store_changes_what_the_page_is_made_of(
     name: str, base: str, tag: str, note: str, target: str, reason: str, one: str, other: str
@@ -74,7 +73,6 @@ def test_no_text_of_a_store_changes_what_the_page_is_made_of(
     assert not {"\x00", "\x1b", "\u202e", "\u2028", "\u2029"} & set(html + html_of(written))
 
 
-@settings(max_examples=60)
 @given(texts, texts, texts, texts)
 def test_the_table_has_every_text_as_it_was(name: str, base: str, tag: str, note: str) -> None:
     read = Read.of(html_of(page_of(fleet_with(name, base, tag, note, "q_proj", "why"))))

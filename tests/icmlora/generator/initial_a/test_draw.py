@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from icmlora.adapter.layout import ModuleShape
@@ -34,7 +34,6 @@ def test_torch_takes_a_larger_seed_modulo_two_to_the_32() -> None:
     assert torch.equal(torchs(2**32 + 42, 100), torchs(42, 100))
 
 
-@settings(max_examples=50)
 @given(pieces=st.lists(st.tuples(st.integers(0, 900), st.integers(0, 900)), max_size=3))
 def test_the_stream_reads_the_same_in_one_go_and_with_gaps(pieces: list[tuple[int, int]]) -> None:
     stream, position = UniformStream(42), 0

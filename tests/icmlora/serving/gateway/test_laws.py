@@ -9,7 +9,7 @@ from urllib.parse import quote
 
 import httpx
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from icmlora.serving.folders import AdapterFolders
@@ -47,20 +47,17 @@ def client(
 
 
 @pytest.mark.one_case
-@settings(max_examples=60)
 @given(path=PATHS, model=NAMES | JSON, rest=st.dictionaries(st.text(), JSON, max_size=3))
 def test_any_model_gets_an_answer(client: httpx.Client, path: str, model: object, rest: dict[str, object]) -> None:
     body = json.dumps({**rest, "stream": False, "model": model}).encode("utf-8", "surrogatepass")
     assert client.post(path, content=body).status_code < 500
 
 
-@settings(max_examples=60)
 @given(path=PATHS, body=st.binary())
 def test_any_body_gets_an_answer(client: httpx.Client, path: str, body: bytes) -> None:
     assert client.post(path, content=body).status_code < 500
 
 
-@settings(max_examples=60)
 @given(path=st.text(), query=st.text(max_size=20))
 def test_any_path_gets_an_answer(client: httpx.Client, path: str, query: str) -> None:
     target = f"/v1/models/{quote(path, errors='replace')}?{quote(query, errors='replace')}"
@@ -68,7 +65,6 @@ def test_any_path_gets_an_answer(client: httpx.Client, path: str, query: str) ->
 
 
 @pytest.mark.one_case
-@settings(max_examples=60)
 @given(query=st.text(st.characters(min_codepoint=0x21, max_codepoint=0x7E), max_size=20))
 def test_any_query_gets_an_answer(client: httpx.Client, query: str) -> None:
     body = b'{"model": "poems"}'
