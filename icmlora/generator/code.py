@@ -1,17 +1,15 @@
 """The bytes of one task's code.
 
-    ICMC 3 | generator digest (32) | length of head (4) | head, zlib | range-coded words | checksum (8)
+    ICMC 5 | generator digest (32) | length of head (4) | head, zlib | words | checksum (8)
     head:  step (i2) | condition (C x i1) | latent (Z x i1) | gains (K x i2) | strengths (K*L x i1) | kept (K*L x u1) |
            shifts (K*S x i1) | boosts (K*S x i1) | initial A (icmlora/generator/initial_a/draw.py) | task type (utf-8)
 
-K module kinds, L layers, S rank slots, C condition and Z latent come from the generator's configuration. ICMC 2 had
-neither shifts, boosts nor initial A; its codes are read as codes whose initial A is unknown. ICMC 4 is for generators
-of more than 254 rank slots: `kept`, and the ranks of the initial A, take two bytes each.
+K module kinds, L layers, S rank slots, C condition and Z latent come from the generator's configuration. Under
+generators of more than 254 rank slots `kept`, and the ranks of the initial A, take two bytes each.
 
-`kept` holds the number of rank slots coded for each (kind, layer), the largest number (255, or 65,535 in ICMC 4) where
-the adapter has no such module. The words
-hold the rounded log-norms of all these slots, then the integers of their vectors, kind by kind
-(icmlora/generator/packing.py). How many words there are follows from the head and the generator, so a code cannot
+`kept` holds the number of rank slots coded for each (kind, layer), the largest number (255 or 65,535) where the adapter
+has no such module. The words hold the rounded log-norms and the vectors of these slots, kind by kind
+(icmlora/generator/packing.py). How many integers there are follows from the head and the generator, so a code cannot
 claim more memory than its generator's own layout allows.
 """
 
@@ -27,6 +25,7 @@ from icmlora.errors import CodeError
 from icmlora.generator.config import GeneratorConfig
 from icmlora.generator.container import (
     ABSENT,
+    check_magic,
     counts_from_bytes,
     counts_to_bytes,
     inflate,
@@ -43,9 +42,7 @@ from icmlora.generator.initial_a.draw import (
 )
 from icmlora.generator.scales import EXTREME
 
-MAGIC = b"ICMC\x03"
-_MAGIC_WITHOUT_INITIAL = b"ICMC\x02"
-_MAGIC_WIDE = b"ICMC\x04"
+MAGIC = b"ICMC\x05"
 _PREFIX = len(MAGIC) + 32  # bytes before the length of the head: the magic number and the generator's digest
 # In bytes: as many characters as a label of PEFT may have here, and a character takes up to four bytes in UTF-8.
 _TASK_TYPE_LIMIT = 4 * 1024
@@ -53,7 +50,7 @@ _TASK_TYPE_LIMIT = 4 * 1024
 
 @dataclass(frozen=True, eq=False)
 class CodeHead:
-    """Everything in a code except its range-coded integers."""
+    """Everything in a code except the integers in its words."""
 
     step: int  # log2 of the quantiser step, in eighths
     condition: NDArray[np.int8]  # shape (C,)
@@ -73,7 +70,7 @@ class Code:
 
     generator: str  # SHA-256 of the generator file, in hexadecimal
     head: CodeHead
-    words: bytes  # range-coded integers
+    words: bytes
 
     def to_bytes(self, config: GeneratorConfig) -> bytes:
         """Serialise; the same code of one generator gives the same bytes."""
@@ -90,8 +87,7 @@ class Code:
             initial_to_bytes(head.initial, config),
             (head.task_type or "").encode(),
         ]
-        magic = MAGIC if config.count_bytes == 1 else _MAGIC_WIDE
-        return write_container(magic + bytes.fromhex(self.generator), b"".join(fields), self.words)
+        return write_container(MAGIC + bytes.fromhex(self.generator), b"".join(fields), self.words)
 
     @classmethod
     def from_bytes(cls, data: bytes, config: GeneratorConfig) -> Code:
@@ -101,31 +97,25 @@ class Code:
         if opened is None:
             raise CodeError("the code is damaged or cut short")
         packed, words = opened
-        if data.startswith(_MAGIC_WIDE) != (config.count_bytes == 2):
-            raise CodeError("the code is of another format version than its generator's codes")
-        has_initial = not data.startswith(_MAGIC_WITHOUT_INITIAL)
-        head = _parse_head(packed, config, has_initial=has_initial)
+        head = _parse_head(packed, config)
         _check(head, config)
         return cls(generator, head, words)
 
 
 def generator_of(data: bytes) -> str:
     """Return the digest of the generator that a code belongs to, without decoding the code."""
-    if not data.startswith((MAGIC, _MAGIC_WITHOUT_INITIAL, _MAGIC_WIDE)) or len(data) < _PREFIX + 4:
-        raise CodeError("not a code of icm, or cut short")
+    check_magic(data, MAGIC, "code", CodeError)
+    if len(data) < _PREFIX + 4:
+        raise CodeError("the code is cut short")
     return data[len(MAGIC) : _PREFIX].hex()
 
 
-def _parse_head(packed: bytes, config: GeneratorConfig, *, has_initial: bool) -> CodeHead:
+def _parse_head(packed: bytes, config: GeneratorConfig) -> CodeHead:
     kinds, layers, slots = len(config.kinds), config.layers, config.slots
     sizes = [2, config.condition, config.latent, 2 * kinds, kinds * layers, config.count_bytes * kinds * layers]
-    initial_sizes = [kinds * slots, kinds * slots, initial_size(config)]
-    fixed = sum(sizes) + (sum(initial_sizes) if has_initial else 0)
-    plain = inflate(packed, fixed, fixed + _TASK_TYPE_LIMIT)
-    fields, task_type = plain[:fixed], plain[fixed:]
-    if not has_initial:
-        fields += bytes(sum(initial_sizes))  # zeros: no shifts, no boosts, and no module whose initial A is known
-    parts = split_fields(fields, sizes + initial_sizes)
+    sizes += [kinds * slots, kinds * slots, initial_size(config)]
+    plain = inflate(packed, sum(sizes), sum(sizes) + _TASK_TYPE_LIMIT)
+    parts, task_type = split_fields(plain[: sum(sizes)], sizes), plain[sum(sizes) :]
     return CodeHead(
         step=int(parts[0].view("<i2")[0]),
         condition=parts[1].view(np.int8),

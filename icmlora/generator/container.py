@@ -2,8 +2,8 @@
 
     prefix | length of head (4) | head, zlib | body | checksum (8)
 
-The prefix is a magic number; in codes and residuals the digest of what they belong to follows it. The body is
-range-coded integers, or the code inside a few-shot start. All integers are little-endian.
+The prefix is a magic number, four letters and a version; in codes and residuals the digest of what they belong to
+follows it. The body is the words of integers, or the code inside a few-shot start. All integers are little-endian.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from icmlora.errors import CodeError
+from icmlora.errors import CodeError, IcmLoraError
 
 # Bytes of a checksum, the first ones of the SHA-256 of what precedes it. It detects damage also outside a store.
 CHECKSUM_SIZE = 8
@@ -35,6 +35,16 @@ def counts_from_bytes(data: NDArray[np.uint8], size: int) -> NDArray[np.uint16]:
     counts = data.view(f"<u{size}").astype(np.uint16)
     counts[counts == (1 << 8 * size) - 1] = ABSENT
     return counts
+
+
+def check_magic(data: bytes, magic: bytes, name: str, error: type[IcmLoraError]) -> None:
+    """Refuse data that do not begin with a magic number, and say whether only their version is another."""
+    if data.startswith(magic):
+        return
+    if len(data) > len(magic) and data.startswith(magic[:4]):
+        fact = f"the {name} is of version {data[4]}; this icm reads version {magic[4]}"
+        raise error(fact, hint="`icm train` makes it again from the adapters")
+    raise error(f"not a {name} of icm, or damaged")
 
 
 def add_checksum(content: bytes) -> bytes:

@@ -1,7 +1,7 @@
 """The frames of a generator file: its versions, what codes call each of them, and where their bytes are.
 
-    one version     ICMG 2 | length of header (4) | header: JSON, zlib | range-coded words | checksum (8)
-    several         ICMG 3 | version | version | ...
+    one version     ICMG 4 | length of header (4) | header: JSON, zlib | words | checksum (8)
+    several         ICMG 5 | version | version | ...
     each of them    kind (1) | base (2) | length of content (4) | content | checksum (8)
 
 A file only ever grows at its end. Its first version is a file of one version, unchanged. A further version is a network
@@ -24,9 +24,9 @@ from dataclasses import dataclass
 
 from icmlora.errors import CodeError, GeneratorError
 from icmlora.generator.config import GeneratorConfig
-from icmlora.generator.container import CHECKSUM_SIZE, add_checksum, inflate, open_container
+from icmlora.generator.container import CHECKSUM_SIZE, add_checksum, check_magic, inflate, open_container
 
-MAGIC, MAGIC_OF_VERSIONS = b"ICMG\x02", b"ICMG\x03"
+MAGIC, MAGIC_OF_VERSIONS = b"ICMG\x04", b"ICMG\x05"
 _HEADER_LIMIT = 1 << 20  # largest header, in bytes
 _FRAME = struct.Struct("<BHI")  # kind, base and length of content in front of each version
 _NETWORK, _DIFFERENCES = 0, 1  # kinds of versions
@@ -42,7 +42,7 @@ class StoredVersion:
     config: GeneratorConfig
     # Number of the version that its parameters are stored as differences to; None if it is a network of its own.
     base: int | None
-    content: bytes  # a file of one version, or the range-coded words of the differences
+    content: bytes  # a file of one version, or the words of the differences
 
 
 def versions_of(data: bytes) -> tuple[StoredVersion, ...]:
@@ -78,8 +78,7 @@ def append_version(data: bytes, content: bytes, base: int | None) -> bytes:
 
 def split_network(data: bytes) -> tuple[dict[str, object], bytes]:
     """Split a file of one version into its header and its words."""
-    if not data.startswith(MAGIC):
-        raise GeneratorError("not a generator file, or one of another format")
+    check_magic(data, MAGIC, "generator", GeneratorError)
     opened = open_container(data, len(MAGIC))
     if opened is None:
         raise GeneratorError(_DAMAGED)

@@ -1,6 +1,6 @@
 """A trained network <-> a generator file of one version: the generator's own bytes, which every bill counts.
 
-    ICMG 2 | length of header (4) | header: JSON, zlib | range-coded words | checksum (8)
+    ICMG 4 | length of header (4) | header: JSON, zlib | words | checksum (8)
 
 The header holds the configuration, and digests of the coding tables and of the parameters' shapes; the words hold the
 rounded parameters. Codes are made under the network as it is read back, so rounding costs no accuracy.

@@ -1,10 +1,10 @@
 """The bytes of a residual: a correction to one code, for more accuracy than the code gives alone.
 
-    ICMR 1 | digest of the code (32) | length of head (4) | head, zlib | range-coded words | checksum (8)
+    ICMR 3 | digest of the code (32) | length of head (4) | head, zlib | words | checksum (8)
     head:  step (i2) | strengths (K*L x i1) | kept (K*L x u1) | scales (K*2*13 x i1)
 
 The step is that of the residual's own integers. Strengths and `kept` replace the code's; `kept` is never smaller than
-the code's. ICMR 2 is for generators of more than 254 rank slots: `kept` takes two bytes each.
+the code's. Under generators of more than 254 rank slots it takes two bytes each.
 
 The words are one integer for each of the code's inputs and outputs, then norms and integers of the slots that the code
 left out, as a code has them (icmlora/generator/packing.py).
@@ -24,6 +24,7 @@ from icmlora.generator.code import CodeHead
 from icmlora.generator.config import GeneratorConfig
 from icmlora.generator.container import (
     ABSENT,
+    check_magic,
     counts_from_bytes,
     counts_to_bytes,
     inflate,
@@ -33,8 +34,7 @@ from icmlora.generator.container import (
 )
 from icmlora.generator.scales import EXTREME, LARGEST, SMALLEST
 
-MAGIC = b"ICMR\x01"
-_MAGIC_WIDE = b"ICMR\x02"
+MAGIC = b"ICMR\x03"
 _PREFIX = len(MAGIC) + 32  # bytes before the length of the head: the magic number and the code's digest
 # Scales per side: one for integers next to a nonzero integer of the code, twelve for those next to a zero, by the scale
 # that the zero was coded under.
@@ -43,7 +43,7 @@ CLASSES = 13
 
 @dataclass(frozen=True, eq=False)
 class ResidualHead:
-    """Everything in a residual except its range-coded integers."""
+    """Everything in a residual except its integers."""
 
     step: int  # log2 of its quantiser step, in eighths
     strengths: NDArray[np.int8]  # shape (K, L): these replace the code's
@@ -58,21 +58,22 @@ class Residual:
 
     code: str  # SHA-256 of the code, in hexadecimal
     head: ResidualHead
-    words: bytes  # range-coded integers
+    words: bytes
 
     def to_bytes(self, config: GeneratorConfig) -> bytes:
         """Serialise; the same residual gives the same bytes."""
         head = self.head
         kept = counts_to_bytes(head.kept, config.count_bytes)
         fields = [struct.pack("<h", head.step), head.strengths.tobytes(), kept, head.scales.tobytes()]
-        return write_container(_magic(config) + bytes.fromhex(self.code), b"".join(fields), self.words)
+        return write_container(MAGIC + bytes.fromhex(self.code), b"".join(fields), self.words)
 
     @classmethod
     def from_bytes(cls, data: bytes, code: bytes, under: CodeHead, config: GeneratorConfig) -> Residual:
         """Parse the residual of one code."""
-        opened = open_container(data, _PREFIX) if data.startswith(_magic(config)) else None
+        check_magic(data, MAGIC, "residual", CodeError)
+        opened = open_container(data, _PREFIX)
         if opened is None:
-            raise CodeError("not a residual of icm, or damaged or cut short")
+            raise CodeError("the residual is damaged or cut short")
         packed, words = opened
         digest = data[len(MAGIC) : _PREFIX].hex()
         if digest != digest_of(code):
@@ -80,10 +81,6 @@ class Residual:
         head = _parse_head(packed, config)
         _check(head, under, config)
         return cls(digest, head, words)
-
-
-def _magic(config: GeneratorConfig) -> bytes:
-    return MAGIC if config.count_bytes == 1 else _MAGIC_WIDE
 
 
 def digest_of(code: bytes) -> str:

@@ -47,7 +47,7 @@ def reach_of(index: int) -> int:
 
 @cache
 def probabilities(index: int) -> NDArray[np.float64]:
-    """Return the frequencies divided by their sum, for the range coder (which makes them integers again)."""
+    """Return the frequencies divided by their sum, for the entropy coder (which makes them integers again)."""
     table: NDArray[np.float64] = frequencies(index) / frequencies(index).sum()
     return table
 

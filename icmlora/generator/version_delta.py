@@ -1,4 +1,4 @@
-"""What tuning changed in a network <-> range-coded words: a version for a fraction of the bytes of a new network.
+"""What tuning changed in a network <-> words: a version for a fraction of the bytes of a new network.
 
     scale index of each tensor | exponent of each tensor | integers of each tensor, as one row
 

@@ -64,7 +64,6 @@ def codec() -> Codec:
 def test_an_adapter_of_rank_300_round_trips_within_its_error() -> None:
     adapter = wide_adapter()
     made = codec().encode(adapter, {}, limits=Limits(max_error=math.sqrt(0.05)))
-    assert made.data.startswith(b"ICMC\x04")
     assert squared_error(adapter, codec().decode(made.data)) == pytest.approx(made.squared_error, abs=1e-6)
     assert made.squared_error <= 0.05
 
@@ -86,11 +85,10 @@ def test_a_known_initial_a_of_rank_300_makes_its_code_smaller() -> None:
 
 
 @pytest.mark.slow
-def test_a_residual_of_a_wide_code_has_its_own_version_and_brings_the_error_down() -> None:
+def test_a_residual_of_a_wide_code_brings_the_error_down() -> None:
     adapter = wide_adapter()
     code = codec().encode(adapter, {}, limits=Limits(max_error=math.sqrt(0.3))).data
     residual = ResidualCodec(codec()).encode(adapter, code, Limits(max_error=0.1))
-    assert residual.data.startswith(b"ICMR\x02")
     assert squared_error(adapter, ResidualCodec(codec()).decode(code, residual.data)) <= 0.01
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import struct
-import zlib
 from dataclasses import replace
 
 import pytest
@@ -16,13 +14,10 @@ from icmlora.adapter.layout import ModuleShape
 from icmlora.adapter.metrics import dw_norm, squared_error
 from icmlora.adapter.model import Adapter, LoraModule
 from icmlora.errors import GeneratorError
-from icmlora.generator.code import MAGIC, Code
-from icmlora.generator.codec import Codec
-from icmlora.generator.container import add_checksum
 from icmlora.generator.initial_a.draw import InitialA, InitialModule
 from icmlora.generator.limits import Limits
 from tests.icmlora.peft_made import initial_of, peft_codec, peft_fleet, peft_made
-from tests.icmlora.small_fleet import codec, make_adapter, make_vectors, same, with_factors
+from tests.icmlora.small_fleet import same, with_factors
 
 TASKS = [0, 1, 2]
 
@@ -172,38 +167,6 @@ def test_an_initial_a_that_the_generator_does_not_cover_is_refused() -> None:
     other = InitialModule(10**6, ModuleShape("model.layers.0.lm_head", 2, 8, 8))
     with pytest.raises(GeneratorError, match="does not cover"):
         peft_codec().encode(adapter, {}, replace(initial, modules=(*initial.modules, other)))
-
-
-def as_version_2(under: Codec, data: bytes) -> bytes:
-    """Write a code without initial A as the version before did: without shifts, boosts and initial A."""
-    parsed = Code.from_bytes(data, under.config)
-    kinds, layers, slots = len(under.config.kinds), under.config.layers, under.config.slots
-    start = len(MAGIC) + 36
-    (length,) = struct.unpack_from("<I", data, start - 4)
-    plain = zlib.decompress(data[start : start + length])
-    before = 2 + under.config.condition + under.config.latent + 2 * kinds + 2 * kinds * layers
-    after = before + 2 * kinds * slots + 4 + 9 * kinds * layers
-    assert not any(plain[before:after])
-    packed = zlib.compress(plain[:before] + plain[after:], 9)
-    digest = bytes.fromhex(parsed.generator)
-    return add_checksum(b"ICMC\x02" + digest + struct.pack("<I", len(packed)) + packed + parsed.words)
-
-
-@pytest.mark.parametrize("task_type", [None, "CAUSAL_LM", "Ünïcode"])
-def test_a_code_of_version_2_decodes_to_what_it_always_did(task_type: str | None) -> None:
-    under, adapter = codec(), replace(make_adapter(1, rank=4), task_type=task_type)
-    data = under.encode(adapter, make_vectors(1)).data
-    old = as_version_2(under, data)
-    assert len(old) < len(data)
-    assert same(under.decode(old), under.decode(data))
-    assert under.decode(old).task_type == task_type
-    assert under.open(old).head.initial is None
-
-
-def test_a_code_of_version_2_is_written_again_as_one_of_version_3() -> None:
-    under = codec()
-    data = under.encode(make_adapter(1, rank=4), make_vectors(1)).data
-    assert Code.from_bytes(as_version_2(under, data), under.config).to_bytes(under.config) == data
 
 
 def test_the_initial_a_does_not_change_what_is_generated_from_vectors() -> None:
