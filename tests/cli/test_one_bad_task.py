@@ -165,7 +165,10 @@ def expected(good: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[
     return [told(store, *arguments) for arguments in COMPARED]
 
 
-@pytest.mark.parametrize("kinds", [pytest.param((*DAMAGED, *OTHERS), id="all"), *EACH])
+@pytest.mark.parametrize(
+    "kinds",
+    [("damaged weights", "not finite"), pytest.param((*DAMAGED, *OTHERS), id="all", marks=pytest.mark.slow), *EACH],
+)
 def test_what_is_done_with_the_good_tasks_is_the_same_beside_bad_ones(
     kinds: Sequence[str], good: Path, expected: list[dict[str, object]], tmp_path: Path
 ) -> None:
@@ -201,6 +204,7 @@ def test_an_update_makes_codes_of_all_good_tasks_and_names_the_bad_ones(
 
 
 # Tasks with a code are in the test below: only the generator in use decodes it.
+@pytest.mark.slow
 @pytest.mark.parametrize("kinds", [pytest.param(OTHERS, id="all"), *EACH[len(DAMAGED) :]])
 def test_a_training_takes_all_good_tasks_and_names_the_bad_ones(
     kinds: Sequence[str], good: Path, tmp_path: Path
