@@ -225,7 +225,6 @@ def test_codes_of_another_generator_are_refused(icm: Icm, bundle: Path, tmp_path
 
 
 @pytest.mark.slow
-@pytest.mark.one_case
 @pytest.mark.parametrize("point", ["blob-renamed", "blobs-durable", "rows-before-commit", "rows-committed"])
 def test_a_killed_import_is_completed_by_the_same_command(icm: Icm, bundle: Path, point: str) -> None:
     script = "import sys; from icm_cli.app import run; sys.exit(run(sys.argv[1:]))"
