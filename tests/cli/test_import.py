@@ -224,7 +224,7 @@ def test_codes_of_another_generator_are_refused(icm: Icm, bundle: Path, tmp_path
     assert not (tmp_path / "store").exists()
 
 
-@pytest.mark.one_case
+@pytest.mark.slow
 @pytest.mark.parametrize("point", ["blob-renamed", "blobs-durable", "rows-before-commit", "rows-committed"])
 def test_a_killed_import_is_completed_by_the_same_command(icm: Icm, bundle: Path, point: str) -> None:
     script = "import sys; from icm_cli.app import run; sys.exit(run(sys.argv[1:]))"
