@@ -47,6 +47,7 @@ from icmlora.formats.discovery.task_names import (
 from icmlora.formats.discovery.tree import Folder, walk
 from icmlora.formats.discovery.unsupported import APPLE_DOUBLE, PICKLES, described, foreign_adapters, is_passed_over
 from icmlora.formats.format import AdapterFormat, AdapterPaths
+from icmlora.formats.peft.config import MAX_CONFIG_BYTES
 from icmlora.formats.peft.peft import CONFIG_NAME, WEIGHTS_NAME
 from icmlora.io.files import open_regular, read_exactly, read_regular
 from registry.names import natural_key, task_name_problem
@@ -55,7 +56,6 @@ if TYPE_CHECKING:
     from registry.records import TaskOrigin
 
 _NOTES = (*SAMPLES_NAMES, *EVAL_NAMES, STATE_NAME)
-_CONFIG_LIMIT = 1 << 20
 _BLOCK = 1 << 20
 _LOGS = frozenset({"wandb", "mlruns", "lightning_logs", "tensorboard", "tb_logs", "swanlog"})
 """Folders in which trackers of experiments keep copies of configurations."""
@@ -401,7 +401,7 @@ def _base_of(located: _Located) -> str | None:
     if located.paths.config is None:
         return None
     try:
-        return located.format.read_config(read_regular(located.paths.config, max_bytes=_CONFIG_LIMIT)).base_model
+        return located.format.read_config(read_regular(located.paths.config, max_bytes=MAX_CONFIG_BYTES)).base_model
     except AdapterRefused:
         return None
 
