@@ -21,7 +21,6 @@ from icmlora.errors import AdapterRefused
 from icmlora.formats.discovery.task_names import (
     cached_repository,
     chain_of,
-    former_name,
     is_generic,
     name_chain,
     names_above,
@@ -198,8 +197,7 @@ class _Recognised:
 
 def _possible(task: FoundTask, chain: Sequence[str]) -> list[str]:
     names = [*chain, *name_chain(task.folder, task.part), *name_chain(task.folder)]
-    former = [former_name(task.folder.name)] if not task.folder.name.isascii() else []
-    return [name.lower() for name in (*names, *former)]
+    return [name.lower() for name in names]
 
 
 def _has_bytes_of(task: FoundTask, origin: TaskOrigin) -> bool:

@@ -13,7 +13,7 @@ import numpy as np
 from icmlora.adapter.module_groups import blocks_of
 from icmlora.errors import AdapterRefused
 from icmlora.formats.format import AdapterSummary, Buffer
-from icmlora.formats.images.models import base_of
+from icmlora.formats.images.families import base_of
 from icmlora.formats.images.single_file_names import Factors, Naming, SortedFile, sort_file
 from icmlora.formats.noted_form import commonest, note, types_to_note
 from icmlora.io.finite import bits, check_finite, is_zero
