@@ -95,7 +95,7 @@ class Code:
 
     @classmethod
     def from_bytes(cls, data: bytes, config: GeneratorConfig) -> Code:
-        """Parse a code that was made under this generator configuration."""
+        """Parse a code of this configuration; raise `CodeError` if it is damaged, or of another version or range."""
         generator = generator_of(data)
         opened = open_container(data, _PREFIX)
         if opened is None:
@@ -110,7 +110,7 @@ class Code:
 
 
 def generator_of(data: bytes) -> str:
-    """Return the digest of the generator that a code belongs to, without decoding the code."""
+    """Return the digest of the generator that a code belongs to; raise `CodeError` if it is no code of icm."""
     if not data.startswith((MAGIC, _MAGIC_WITHOUT_INITIAL, _MAGIC_WIDE)) or len(data) < _PREFIX + 4:
         raise CodeError("not a code of icm, or cut short")
     return data[len(MAGIC) : _PREFIX].hex()

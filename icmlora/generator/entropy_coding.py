@@ -1,10 +1,10 @@
-"""Range coding of integers whose scales are known, with one pass per scale index, by `constriction`.
+"""Range coding of integers of known scales, a pass for each scale index, by `constriction` (Bamler, arXiv 2201.01741).
 
     integers of scale index -32 | ... | of scale index 64 | excess of the integers beyond their table
 
 A magnitude below the table's reach is one symbol. The reach itself announces a larger magnitude, whose excess follows
-after all symbols as an Elias gamma code: the number of bits, then the bits. So no value is cut off, however wrong its
-scale is.
+after all symbols as an Elias gamma code (Elias 1975): the number of bits, then the bits. So no value is cut off,
+however wrong its scale is.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _LENGTHS = LIMIT.bit_length()  # longest excess, in bits after the leading one, 
 
 
 def clip(values: NDArray[np.float64]) -> Integers:
-    """Turn whole numbers into integers, clipped to those that can be written."""
+    """Turn whole numbers of any shape into integers, clipped to those that can be written."""
     return np.clip(values, -LIMIT, LIMIT).astype(np.int32)
 
 
@@ -77,7 +77,7 @@ class IntegerReader:
         self._coder = constriction.stream.queue.RangeDecoder(np.frombuffer(data, dtype="<u4").astype(np.uint32))
 
     def read(self, scales: Scales) -> Integers:
-        """Read integers, shape (n,)."""
+        """Read integers, shape (n,), under their scale indices (n,); raise `CodeError` if no encoder wrote them."""
         values = np.empty(len(scales), dtype=np.int32)
         beyond = []
         try:

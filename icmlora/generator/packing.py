@@ -39,7 +39,7 @@ class KindIntegers:
 
     @property
     def sides(self) -> Sides:
-        """The integers of the vectors."""
+        """The integers of the vectors, (n, in), (n, out) and (n, R)."""
         return self.inputs, self.outputs, self.along
 
     def __getitem__(self, chosen: NDArray[np.bool_]) -> KindIntegers:
@@ -51,7 +51,7 @@ class KindIntegers:
 
 
 def pack(quantizer: TokenQuantizer, groups: Sequence[KindIntegers]) -> bytes:
-    """Write the integers of an adapter; at most one group per kind, ordered by kind."""
+    """Write the integers of an adapter, (n, size) of each side; at most one group per kind, ordered by kind."""
     writer = IntegerWriter()
     write_groups(writer, quantizer, groups)
     return writer.to_bytes()
@@ -60,13 +60,13 @@ def pack(quantizer: TokenQuantizer, groups: Sequence[KindIntegers]) -> bytes:
 def unpack(
     quantizer: TokenQuantizer, head: CodeHead, subspace: InitialSubspace, words: bytes
 ) -> Iterator[KindIntegers]:
-    """Read what `pack` wrote, one kind after the other."""
+    """Read what `pack` wrote, one kind after the other; shapes are those of `KindIntegers`."""
     slots = slots_between(np.zeros_like(head.kept), head.kept)
     return read_groups(IntegerReader(words), quantizer, slots, head.gains, subspace, head.step)
 
 
 def write_groups(writer: IntegerWriter, quantizer: TokenQuantizer, groups: Sequence[KindIntegers]) -> None:
-    """Append the integers of some slots; at most one group per kind, ordered by kind."""
+    """Append the integers of some slots, (n, size) of each side; at most one group per kind, ordered by kind."""
     for group in groups:
         writer.write(group.residuals, quantizer.norm_scales(group.slots))
     for group in groups:
@@ -81,8 +81,11 @@ def read_groups(
     subspace: InitialSubspace,
     step: int,
 ) -> Iterator[KindIntegers]:
-    """Read what `write_groups` wrote, one kind after the other."""
-    # gains: (K,). step: log2 of the quantiser step, in eighths.
+    """Read what `write_groups` wrote, one kind after the other; gains (K,) and step are log2 in eighths.
+
+    Raises:
+        CodeError: Norms are out of range, or no encoder wrote these integers.
+    """
     residuals = [reader.read(quantizer.norm_scales(slots)) for slots in kinds]
     for slots, residual in zip(kinds, residuals, strict=True):
         gain = int(gains[slots.kind])

@@ -57,13 +57,9 @@ class TokenQuantizer:
         # Norm residuals are counted in eighths, hence the factor of OCTAVE = 2^3.
         self._norm_scales = np.clip(_eighths(net.norm_spread) + 3 * OCTAVE, SMALLEST, LARGEST)  # (K, S)
         self._spreads = _eighths(net.spread)  # (K, 2, L, S)
-        self._sizes = [(kind.inputs, kind.outputs) for kind in net.config.kinds]
-        sides = [(kind, side) for kind in range(len(self._sizes)) for side in (INPUTS, OUTPUTS)]
+        self.sizes = [(kind.inputs, kind.outputs) for kind in net.config.kinds]  # widths of each kind's modules
+        sides = [(kind, side) for kind in range(len(self.sizes)) for side in (INPUTS, OUTPUTS)]
         self._profiles = [_eighths(net.sensitivity.profile(*pair)).astype(np.int16) for pair in sides]  # (L, size) each
-
-    def sizes(self, kind: int) -> tuple[int, int]:
-        """Return the widths (in, out) of a kind's modules."""
-        return self._sizes[kind]
 
     def norm_scales(self, slots: Slots) -> Integers:
         """Return the scale indices of the norm residuals, shape (n,)."""
@@ -85,7 +81,7 @@ class TokenQuantizer:
     def scales(self, slots: Slots, norms: Norms, subspace: InitialSubspace, step: int) -> SideScales:
         """Return the scale indices of the integers of each slot, shapes (n, in), (n, out) and (n, R)."""
         spread = self._spreads[slots.kind, :, slots.layer, slots.slot]  # (n, 2): numpy moves the indexed axes first
-        wide = [_half_octaves(size) for size in self._sizes[slots.kind]]  # log2 sqrt(size) of both sides
+        wide = [_half_octaves(size) for size in self.sizes[slots.kind]]  # log2 sqrt(size) of both sides
         level = norms[:, None] - step - np.array(wide) + spread  # (n, 2)
         known = subspace.knows(slots.kind)[slots.layer]
         level[known, INPUTS] += subspace.shifts[slots.kind, slots.slot[known]]
@@ -99,7 +95,7 @@ class TokenQuantizer:
     def quantise(
         self, group: KindTokens, norms: Norms, state: TaskState, step: int, means: Means | None = None
     ) -> Sides:
-        """Round tokens to integers; `means` are the predictions, if they are known already."""
+        """Round tokens to integers, (n, in), (n, out) and (n, R); `means` are predictions that are known already."""
         inputs, outputs, along = self.in_steps(group, norms, state, step, means)
         return _whole(inputs), _whole(outputs), _whole(along)
 
@@ -146,7 +142,7 @@ class TokenQuantizer:
         scales: SideScales,
         means: Means | None = None,
     ) -> KindTokens:
-        """Turn integers into tokens; each integer becomes the mean of its bin under its scale."""
+        """Turn integers (n, size) into tokens of these shapes; each becomes the mean of its bin under its scale."""
         inputs, outputs, along = (
             torch.from_numpy(centred(whole, scale)).mul_(2.0 ** (step / OCTAVE))
             for whole, scale in zip(integers, scales, strict=True)
@@ -166,7 +162,7 @@ class TokenQuantizer:
 
 
 def centred(whole: Integers, scale: Scales) -> NDArray[np.float32]:
-    """Return the mean of each integer's bin, in quantiser steps; most integers are zero and stay so."""
+    """Return the mean of each integer's bin, in quantiser steps, (n, size); most integers are zero and stay so."""
     table, starts = centre_table()
     values = whole.astype(np.float32)
     # Only nonzero integers are looked up, by flat index.

@@ -69,7 +69,7 @@ class Residual:
 
     @classmethod
     def from_bytes(cls, data: bytes, code: bytes, under: CodeHead, config: GeneratorConfig) -> Residual:
-        """Parse the residual of one code."""
+        """Parse the residual of one code; raise `CodeError` if it is damaged, or that of another code."""
         opened = open_container(data, _PREFIX) if data.startswith(_magic(config)) else None
         if opened is None:
             raise CodeError("not a residual of icm, or damaged or cut short")

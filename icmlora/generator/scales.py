@@ -27,7 +27,7 @@ _PRECISION = 1 << 20
 
 @cache
 def frequencies(index: int) -> NDArray[np.int64]:
-    """Return integer frequencies of the symbols -reach .. reach for one scale index (reach = len // 2)."""
+    """Return integer frequencies of the symbols -reach .. reach of one scale index, shape (2 * reach + 1,)."""
     scale = 2.0 ** (index / OCTAVE)
     reach = reach_of(index)
     edges = np.arange(-reach, reach + 2) - 0.5  # of the bins around -reach .. reach, in quantiser steps
@@ -44,14 +44,14 @@ def reach_of(index: int) -> int:
 
 @cache
 def probabilities(index: int) -> NDArray[np.float64]:
-    """Return the frequencies divided by their sum, for the range coder (which makes them integers again)."""
+    """Return the frequencies divided by their sum, (2 * reach + 1,), which the range coder makes integers again."""
     table: NDArray[np.float64] = frequencies(index) / frequencies(index).sum()
     return table
 
 
 @cache
 def centres(index: int) -> NDArray[np.float64]:
-    """Return the value that each magnitude 0 .. reach decodes to: the mean of a Gaussian inside its quantiser bin.
+    """Return what each magnitude 0 .. reach decodes to, (reach + 1,): the mean of a Gaussian inside its quantiser bin.
 
     Magnitude m stands for the values from m - 1/2 to m + 1/2, in quantiser steps.
     """
@@ -67,7 +67,7 @@ def centres(index: int) -> NDArray[np.float64]:
 
 @cache
 def centre_table() -> tuple[NDArray[np.float32], NDArray[np.int32]]:
-    """Return the centres of all scale indices in one row, and where those of each index begin (from `SMALLEST`)."""
+    """Return the centres of all scale indices in a row (n,), and where those of each index begin, from `SMALLEST`."""
     tables = [centres(index).astype(np.float32) for index in range(SMALLEST, LARGEST + 1)]
     starts = np.cumsum([0, *(len(table) for table in tables)])
     return np.concatenate(tables), starts.astype(np.int32)

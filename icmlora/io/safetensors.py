@@ -154,17 +154,12 @@ def peek_bytes(start: Callable[[int], bytes]) -> PeekedHeader | None:
     return PeekedHeader(frozenset(fields), {key: text for key, text in texts if isinstance(text, str)})
 
 
-def check_head(descriptor: int, size: int) -> None:
-    """Check the header of an open file against its size, and read nothing else; raises as `read_header` does."""
-    _read_head(descriptor, size)
-
-
 def read_tensor_header(path: Path, *, max_bytes: int = MAX_FILE_BYTES) -> TensorHeader:
     """Read and check the header of a safetensors file on disk, without its tensors."""
     from icmlora.io.files import open_regular
 
     with located(path), open_regular(path, max_bytes=max_bytes) as (descriptor, size):
-        return _read_head(descriptor, size)
+        return read_head(descriptor, size)
 
 
 def read_tensor(path: Path, info: TensorInfo, *, max_bytes: int = MAX_FILE_BYTES) -> RawTensor:
@@ -175,7 +170,8 @@ def read_tensor(path: Path, info: TensorInfo, *, max_bytes: int = MAX_FILE_BYTES
         return RawTensor(info.dtype, info.shape, read_exactly(descriptor, info.end - info.begin, info.begin))
 
 
-def _read_head(descriptor: int, size: int) -> TensorHeader:
+def read_head(descriptor: int, size: int) -> TensorHeader:
+    """Read and check the header of an open file, and nothing else; raises as `read_header` does."""
     from icmlora.io.files import read_exactly
 
     start = read_exactly(descriptor, min(size, _PREFIX_BYTES + 1), 0)

@@ -17,8 +17,8 @@ import torch
 from icmlora.errors import AdapterRefused
 from icmlora.formats.format import AdapterBytes, AdapterFormat
 from icmlora.formats.images.diffusers import METADATA
+from icmlora.formats.images.families import ImageBase, base_of
 from icmlora.formats.images.header_ranks import of_lora, with_ranks
-from icmlora.formats.images.models import ImageBase, base_of
 from icmlora.formats.images.names import diffusers_to_kohya, lycoris_to_kohya, to_diffusers
 from icmlora.formats.images.single_file import SingleFileFormat
 from icmlora.formats.images.single_file_check import HEADER

@@ -31,12 +31,12 @@ from icmlora.formats.format import (
     Template,
     without_suffix,
 )
+from icmlora.formats.noted_form import bad_note
 from icmlora.formats.pairs.ab_pairs import (
     TASK_TYPE,
     LoraPair,
     PairForm,
     SortedPairs,
-    bad_template,
     check_orientation,
     original_only,
     sort_pairs,
@@ -147,7 +147,7 @@ class GgufFormat(AdapterFormat):
         form = PairForm.parse(like)
         values = _values_of(form)
         if pad_rank is not None:
-            values[_ALPHA] = GgufValue.float32(pad_rank)
+            values[_ALPHA] = GgufValue.of(float(pad_rank))
         alpha = _alpha(GgufHeader(values))
         tensors = write_pairs(
             adapter,
@@ -220,11 +220,11 @@ def _values_of(form: PairForm) -> dict[str, GgufValue]:
     """Read the keys of the original; a template may come from anywhere."""
     noted = form.own.get("header")
     if not isinstance(noted, str) or form.own.keys() != {"header"}:
-        raise bad_template()
+        raise bad_note()
     try:
         return parse_values(base64.b64decode(noted, validate=True))
     except (binascii.Error, ValueError):
-        raise bad_template() from None
+        raise bad_note() from None
 
 
 GGUF: AdapterFormat = GgufFormat()

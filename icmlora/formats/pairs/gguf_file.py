@@ -66,9 +66,13 @@ class GgufValue:
         return None if self.kind == _ARRAY else struct.unpack(f"<{_SCALARS[self.kind]}", self.data)[0]
 
     @classmethod
-    def float32(cls, number: float) -> GgufValue:
-        """Make a value of a number."""
-        return cls(_FLOAT32, struct.pack("<f", number))
+    def of(cls, content: str | int | float) -> GgufValue:
+        """Make a value of a text, a whole number (32 bits, unsigned) or a number (32 bits)."""
+        if isinstance(content, str):
+            data = content.encode()
+            return cls(_TEXT, struct.pack("<Q", len(data)) + data)
+        kind = _UINT32 if isinstance(content, int) else _FLOAT32
+        return cls(kind, struct.pack(f"<{_SCALARS[kind]}", content))
 
 
 @dataclass(frozen=True)

@@ -15,17 +15,16 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import gguf
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from icmlora.adapter.layout import target_modules
 from icmlora.adapter.model import Adapter, LoraModule
 from icmlora.errors import AdapterRefused, BaseModelMismatch, BaseModelUnsuited
 from icmlora.formats.format import RunnableAdapter
+from icmlora.formats.pairs.gguf_file import GgufValue, encode_gguf_file
+from icmlora.io.safetensors import RawTensor
 from icmlora.io.tensors import dtype_name, raw_tensor
 from registry.names import escape
 
@@ -79,11 +78,6 @@ _OTHER_LAYERS: Mapping[str, Mapping[str, str]] = {
 _BLOCK = re.compile(r"blk\.(\d{1,5})\.(.+)", re.ASCII)
 # Where a text model is a part of a larger one, llama.cpp knows it by the names that it has alone.
 _INNER = (("model.language_model.", "model."), ("language_model.", ""))
-_TYPES = {
-    "F32": gguf.GGMLQuantizationType.F32,
-    "F16": gguf.GGMLQuantizationType.F16,
-    "BF16": gguf.GGMLQuantizationType.BF16,
-}
 _MERGE = "write it with --format peft, merge it into its base model with PEFT, and convert the whole model"
 
 
@@ -158,26 +152,26 @@ def encode_gguf(
     names = gguf.get_tensor_name_map(architecture, base.layers)
     modules = adapter.adapter.modules
     rank = max(module.a.shape[0] for module in modules)
-    writer = gguf.GGUFWriter(None, base.architecture)
-    writer.add_type(gguf.GGUFType.ADAPTER)
-    writer.add_name(task)  # none is written if there is none
-    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
-    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(rank))
-    writer.add_string(gguf.Keys.Adapter.LORA_TASK_NAME, task)
-    if adapter.adapter.base_model:
-        writer.add_base_model_count(1)
-        writer.add_base_model_name(0, adapter.adapter.base_model)
-    for key, text in sorted(metadata.items()):
-        writer.add_string(key, text)
-    targets: set[str] = set()
+    general, own, label = gguf.Keys.General, gguf.Keys.Adapter, adapter.adapter.base_model
+    keys: dict[str, str | int | float] = {
+        general.ARCHITECTURE: base.architecture,
+        general.TYPE: gguf.GGUFType.ADAPTER,
+        general.NAME: task,
+        own.TYPE: "lora",
+        own.LORA_ALPHA: float(rank),
+        own.LORA_TASK_NAME: task,
+        **({general.BASE_MODEL_COUNT: 1, general.BASE_MODEL_NAME.format(id=0): label} if label else {}),
+        **dict(sorted(metadata.items())),
+    }
+    tensors: dict[str, RawTensor] = {}
     for module in modules:
         target = _target(module.name, names, base)
-        if target in targets:
+        if f"{target}.lora_a" in tensors:
             raise AdapterRefused(f"two modules would both be {target}", kind="layers")
-        targets.add(target)
-        for suffix, factor in zip(("lora_a", "lora_b"), _factors(module, rank, base), strict=True):
-            _add(writer, f"{target}.{suffix}", factor, dtype_name(dtype))
-    return _bytes(writer)
+        for half, factor in zip("ab", _factors(module, rank, base), strict=True):
+            name = f"{target}.lora_{half}"
+            tensors[name] = raw_tensor(name, factor, dtype_name(dtype))
+    return encode_gguf_file({key: GgufValue.of(one) for key, one in keys.items() if one != ""}, tensors)
 
 
 def with_base_names(adapter: Adapter, architecture: str, base: GgufBase) -> RunnableAdapter:
@@ -247,24 +241,6 @@ def _factors(module: LoraModule, rank: int, base: GgufBase) -> tuple[torch.Tenso
     if base.heads is not None and kind in ("q_proj", "k_proj"):
         b = _reordered(module, base.heads[kind == "k_proj"], (2, -1))
     return module.a, b * (module.a.shape[0] / rank)
-
-
-def _add(writer: gguf.GGUFWriter, name: str, values: torch.Tensor, dtype: str) -> None:
-    raw = raw_tensor(name, values, dtype)
-    # As bytes: numpy has no bfloat16. The writer counts the items of a row.
-    rows: NDArray[np.uint8] = np.frombuffer(raw.data, np.uint8).reshape(len(values), -1)
-    writer.add_tensor(name, rows, raw_dtype=_TYPES[dtype])
-
-
-def _bytes(writer: gguf.GGUFWriter) -> bytes:
-    """Return the whole file; the writer knows only how to write to disk."""
-    with TemporaryDirectory() as folder:
-        path = Path(folder) / "adapter.gguf"
-        writer.write_header_to_file(path)
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-        return path.read_bytes()
 
 
 def _count(facts: Mapping[str, object], key: str) -> int:

@@ -29,12 +29,12 @@ from icmlora.formats.format import (
     RunnableAdapter,
     Template,
 )
+from icmlora.formats.noted_form import bad_note
 from icmlora.formats.pairs.ab_pairs import (
     TASK_TYPE,
     LoraPair,
     PairForm,
     SortedPairs,
-    bad_template,
     check_orientation,
     original_only,
     sort_pairs,
@@ -256,13 +256,10 @@ def _with_rank(config: bytes, rank: int) -> bytes:
 
 def _metadata_of(form: PairForm) -> dict[str, str]:
     found = form.own.get("metadata", {})
-    if form.own.keys() - {"metadata"} or not isinstance(found, dict) or not all(map(_is_text, found.values())):
-        raise bad_template()
+    is_text = isinstance(found, dict) and all(isinstance(value, str) for value in found.values())
+    if form.own.keys() - {"metadata"} or not is_text:
+        raise bad_note()
     return dict(found)
-
-
-def _is_text(value: object) -> bool:
-    return isinstance(value, str)
 
 
 def _wrong(key: str, value: object) -> AdapterRefused:

@@ -19,11 +19,10 @@ from safetensors.torch import load
 
 from icmlora.errors import AdapterRefused
 from icmlora.formats.format import RunnableAdapter
-from icmlora.formats.peft.config import PREFIX, AdapterConfig
+from icmlora.formats.peft.config import PREFIX, AdapterConfig, fields_of
 from icmlora.formats.peft.names import unwrapped
 from icmlora.formats.peft.tensors import read_adapter
 from icmlora.io.safetensors import encode
-from icmlora.io.strict_json import parse_object
 from registry.names import escape
 
 _KINDS = re.compile(
@@ -54,7 +53,7 @@ def read_runnable(config: bytes, weights: bytes) -> RunnableAdapter:
     Raises:
         AdapterRefused: It works in a way that icm cannot run.
     """
-    fields = parse_object(config, what="adapter_config.json", max_bytes=len(config))
+    fields = fields_of(config)
     for field, what in _CANNOT_RUN.items():
         if fields.get(field):
             raise AdapterRefused(f"it cannot be run by icm: {what}", kind="cannot-run", hint=_MEASURE)

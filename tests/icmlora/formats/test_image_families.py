@@ -13,8 +13,7 @@ from torch import nn
 
 from icmlora import AdapterRefused, convert
 from icmlora.formats.discovery.discovery import find_adapters
-from icmlora.formats.images.families import FAMILIES, UNET
-from icmlora.formats.images.models import ImageBase
+from icmlora.formats.images.families import FAMILIES, UNET, ImageBase
 from icmlora.formats.images.names import to_diffusers
 from tests.icmlora.formats.single_files import Tensors, linear, values, write
 
