@@ -21,7 +21,7 @@ httpx = pytest.importorskip("httpx")
 
 from icm_cli.errors import ExitCode  # noqa: E402
 from icmlora.serving.gateway import server  # noqa: E402
-from icmlora.serving.gateway.server import GatewaySettings  # noqa: E402
+from icmlora.serving.gateway.settings import GatewaySettings  # noqa: E402
 from registry.store import Store  # noqa: E402
 from tests.cli.conftest import Ran, modules_of  # noqa: E402
 from tests.icmlora.serving.gateway.gateways import wait_for  # noqa: E402
@@ -116,6 +116,11 @@ def test_the_address_as_json(serve: Icm, settings: list[GatewaySettings]) -> Non
     assert (event["type"], event["tasks_count"]) == ("listening", 3)
 
 
+def test_the_defaults_of_the_options_are_those_of_the_gateway(serve: Icm, settings: list[GatewaySettings]) -> None:
+    serve()
+    assert settings == [GatewaySettings(engine_url="http://127.0.0.1:9", local_names=frozenset({"127.0.0.1"}))]
+
+
 def test_options_reach_the_server(serve: Icm, settings: list[GatewaySettings]) -> None:
     ran = serve(
         *("--engine", "sglang", "--base-model", "tiny/llama", "--max-adapters", "7", "--max-waiting", "8"),
@@ -127,8 +132,8 @@ def test_options_reach_the_server(serve: Icm, settings: list[GatewaySettings]) -
     found = settings[0]
     assert (found.engine, found.base_model, found.engine_token, found.access_log) == ("sglang", "tiny/llama", "e", True)
     assert (found.max_adapters, found.max_waiting, found.max_requests) == (7, 8, 9)
-    assert (found.limits.body, found.limits.first_byte, found.limits.idle) == (1 << 20, 2, 3)
-    assert (found.limits.header, found.limits.whole_body, found.max_connections) == (6, 6, 10)
+    assert (found.max_body, found.first_byte_timeout, found.idle_timeout) == (1 << 20, 2, 3)
+    assert (found.header_timeout, found.body_timeout, found.max_connections) == (6, 6, 10)
     assert found.drain == 4
 
 

@@ -16,8 +16,8 @@ from typing import Any, Literal
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from icmlora.serving.gateway.forward import Limits
-from icmlora.serving.gateway.problems import Problem
+from icmlora.serving.gateway.problems import HttpProblem
+from icmlora.serving.gateway.settings import GatewaySettings
 
 _DESCRIPTORS = 65_536
 _OF_ONE_ADDRESS = 3
@@ -33,12 +33,12 @@ class Gate:
     """What the connections of a server have in common.
 
     Args:
-        limits: What a request may take.
+        settings: How long requests may take to arrive.
         connections: How many connections an address may have open.
     """
 
-    def __init__(self, limits: Limits, connections: int) -> None:
-        self.limits, self._connections = limits, connections
+    def __init__(self, settings: GatewaySettings, connections: int) -> None:
+        self.settings, self._connections = settings, connections
         self._open = Counter[str]()
 
     def enter(self, address: str) -> bool:
@@ -61,9 +61,9 @@ def allowed(connections: int) -> int:
     return min(connections, descriptors // _OF_ONE_ADDRESS)
 
 
-def guarded(limits: Limits, connections: int) -> Callable[..., asyncio.Protocol]:
-    """Return what makes the connections of one server; its limits are those of `Gate`."""
-    return partial(_Guarded, Gate(limits, connections))
+def guarded(settings: GatewaySettings, connections: int) -> Callable[..., asyncio.Protocol]:
+    """Return what makes the connections of one server; its arguments are those of `Gate`."""
+    return partial(_Guarded, Gate(settings, connections))
 
 
 class _Guarded(H11Protocol):
@@ -82,7 +82,7 @@ class _Guarded(H11Protocol):
             self._watch()
         else:
             message = "Your address has too many connections to the gateway."
-            self._refuse(Problem(503, message, "too_many_connections", retry_after=1))
+            self._refuse(HttpProblem(503, message, "too_many_connections", retry_after=1))
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget a connection."""
@@ -112,8 +112,8 @@ class _Guarded(H11Protocol):
         self._forget_deadline()
         self._arriving = arriving
         if arriving is not None:
-            limits = self._gate.limits
-            seconds = limits.whole_body + _GRACE if arriving[0] == "body" else limits.header
+            settings = self._gate.settings
+            seconds = settings.body_timeout + _GRACE if arriving[0] == "body" else settings.header_timeout
             self._deadline = self.loop.call_later(seconds, self._late)
 
     def _part(self) -> tuple[_Part, object] | None:
@@ -138,11 +138,11 @@ class _Guarded(H11Protocol):
 
     def _late(self) -> None:
         if self._arriving is not None and self._arriving[0] == "header" and self._has_begun:
-            self._refuse(Problem(408, "The request's headers did not arrive in time.", "request_timeout"))
+            self._refuse(HttpProblem(408, "The request's headers did not arrive in time.", "request_timeout"))
         else:
             self.transport.close()
 
-    def _refuse(self, problem: Problem) -> None:
+    def _refuse(self, problem: HttpProblem) -> None:
         """Answer without asking the application, and close the connection."""
         body = problem.body()
         headers = [*problem.headers(), (b"content-length", str(len(body)).encode()), (b"connection", b"close")]
