@@ -57,7 +57,11 @@ def restated(metadata: Mapping[str, str], ranks: Mapping[str, int]) -> Mapping[s
         return metadata
     fields, is_stated = dict(_fields(metadata[METADATA])), True
     for component, config in _configs(metadata[METADATA]).items():
-        inner = {name.removeprefix(f"{component}."): rank for name, rank in ranks.items() if _is_of(name, component)}
+        inner = {
+            name.removeprefix(f"{component}."): rank
+            for name, rank in ranks.items()
+            if name.partition(".")[0] == component
+        }
         if all(config.rank_of(name) == rank for name, rank in inner.items()):
             continue
         is_stated = False
@@ -69,10 +73,6 @@ def restated(metadata: Mapping[str, str], ranks: Mapping[str, int]) -> Mapping[s
         return metadata
     flat = {f"{component}.{name}": value for component, some in fields.items() for name, value in some.items()}
     return {**metadata, METADATA: json.dumps(flat, indent=2, sort_keys=True)}
-
-
-def _is_of(module: str, component: str) -> bool:
-    return module.partition(".")[0] == component
 
 
 @lru_cache(maxsize=4)

@@ -188,7 +188,7 @@ def _parse(config: bytes, weights: Buffer) -> tuple[MlxConfig, TensorHeader, Sor
     parsed, header = MlxConfig.parse(config), read_header(weights)
     if parsed.kind not in _KINDS:
         return parsed, header, SortedPairs((), header.tensors)
-    pairs = sort_pairs(header.tensors, "", _pair)
+    pairs = sort_pairs(header.tensors, "", lambda name, a, b: LoraPair(name, a, b, *(len(a.shape) == 2,) * 2))
     if parsed.rank is None:
         check_orientation(pairs.pairs)
     for pair in pairs.pairs:
@@ -199,10 +199,6 @@ def _parse(config: bytes, weights: Buffer) -> tuple[MlxConfig, TensorHeader, Sor
                 hint = "lora_a is (in, r) for MLX-LM and lora_b (r, out): convert the adapter again"
             raise AdapterRefused(fact, kind="rank", hint=hint)
     return parsed, header, pairs
-
-
-def _pair(module: str, a: Any, b: Any) -> LoraPair:
-    return LoraPair(module, a, b, *(len(a.shape) == 2,) * 2)
 
 
 def _summary(parsed: MlxConfig, header: TensorHeader, pairs: SortedPairs, weights: Buffer) -> AdapterSummary:

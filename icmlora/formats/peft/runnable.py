@@ -79,7 +79,10 @@ def read_runnable(config: bytes, weights: bytes) -> RunnableAdapter:
             rows[module] = _row_numbers(fields, module, tensor), tensor
         else:
             raise AdapterRefused(f"it cannot be run by icm: it has a tensor {name}", kind="cannot-run")
-    _check_complete(fields, [module.name for module in loaded.adapter.modules], magnitudes)
+    modules = {module.name for module in loaded.adapter.modules}
+    if (magnitudes or fields.get("use_dora")) and (odd := min(modules ^ magnitudes.keys(), default=None)):
+        fact = f"DoRA needs a magnitude for each module, and {odd} has only one of the two"
+        raise AdapterRefused(fact, kind="missing-half")
     return RunnableAdapter(loaded.adapter, values, rows, magnitudes, biases)
 
 
@@ -96,10 +99,3 @@ def _row_numbers(fields: Mapping[str, Any], module: str, rows: torch.Tensor) -> 
         fact = f"trainable_token_indices does not say which rows the {rows.shape[0]} of {escape(module, 120)} are"
         raise AdapterRefused(fact, kind="config")
     return stated
-
-
-def _check_complete(fields: Mapping[str, Any], modules: Sequence[str], magnitudes: Mapping[str, torch.Tensor]) -> None:
-    wanted = set(modules) if magnitudes or fields.get("use_dora") else set()
-    if odd := sorted(wanted ^ magnitudes.keys()):
-        fact = f"DoRA needs a magnitude for each module, and {odd[0]} has only one of the two"
-        raise AdapterRefused(fact, kind="missing-half")

@@ -91,7 +91,8 @@ def write_like(
     one's, unless that states other ranks than the layout of the form.
     """
     config, details = AdapterConfig.read(like.config), _Details.parse(like)
-    extras = _without_wrappers(extras)
+    clean = {without_wrappers(name): tensor for name, tensor in extras.items()}
+    extras = clean if len(clean) == len(extras) else extras
     tensors: dict[str, RawTensor] = {}
     written: dict[str, tuple[int, float]] = {}
     is_stated = True
@@ -113,11 +114,6 @@ def write_like(
             tensors[name] = raw_tensor(name, factor.reshape(size), kind)
     data = encode({**tensors, **extras}, details.metadata)
     return data, like.config if is_stated else with_ranks(like.config, written)
-
-
-def _without_wrappers(extras: Mapping[str, RawTensor]) -> Mapping[str, RawTensor]:
-    clean = {without_wrappers(name): tensor for name, tensor in extras.items()}
-    return clean if len(clean) == len(extras) else extras
 
 
 @dataclass(frozen=True)
