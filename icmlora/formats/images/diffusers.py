@@ -39,7 +39,11 @@ _NAMING = Naming(
 
 
 def scale_of(metadata: Mapping[str, str], module: str, rank: int) -> float:
-    """Return the scale of a module: that of the configuration in the header, or 1 as diffusers takes it."""
+    """Return the scale of a module: that of the configuration in the header, or 1 as diffusers takes it.
+
+    Raises:
+        AdapterRefused: The configuration states another rank, or is damaged.
+    """
     text = metadata.get(METADATA)
     component, _, inner = module.partition(".")
     config = None if text is None else _configs(text).get(component)

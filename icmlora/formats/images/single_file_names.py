@@ -7,6 +7,8 @@
     up      (out, r[, 1, 1])     alpha   one number; dW = alpha / r * up @ down
 
 Programs differ in stems and parts: a `Naming` is one of their languages. What none of its styles names is an extra.
+
+Sources: kohya-ss/sd-scripts, networks/lora.py; KohakuBlueleaf/LyCORIS, lycoris/modules.
 """
 
 from __future__ import annotations

@@ -7,6 +7,8 @@
 
 Names come from the tables of the `gguf` package. The architecture is the base model's: llama.cpp loads no adapter of
 another one. `with_base_names` goes the other way, for an adapter that was ingested as a GGUF file.
+
+Source: ggml-org/llama.cpp, convert_lora_to_gguf.py and convert_hf_to_gguf.py (`LlamaModel.permute`).
 """
 
 from __future__ import annotations

@@ -6,6 +6,8 @@ PEFT treats names in a configuration as regular expressions. Here the tensors' o
     M.lora_B.bias                                added to the output of B, then scaled
     M.token_adapter.trainable_tokens_delta       rows of an embedding (the rows themselves, not a difference)
     M.weight, M.base_layer.bias, ...             whole parameters: heads, embeddings, biases, copies of base layers
+
+Sources: huggingface/peft, tuners/lora/layer.py and utils/other.py; DoRA, Liu et al. 2024 (arXiv 2402.09353).
 """
 
 from __future__ import annotations

@@ -89,6 +89,9 @@ def write_like(
 
     Modules that `adapter` lacks become zeros. Names that a wrapper put in are left out. The configuration is the other
     one's, unless that states other ranks than the layout of the form.
+
+    Raises:
+        AdapterRefused: The form does not fit, or a type cannot hold a value.
     """
     config, details = AdapterConfig.read(like.config), _Details.parse(like)
     clean = {without_wrappers(name): tensor for name, tensor in extras.items()}
@@ -181,7 +184,10 @@ def write_fresh(
     """Write a tensor file and its configuration in the form that every engine reads.
 
     Engines disagree on patterns and on alpha: one rank for all modules and alpha == rank mean the same to all. With
-    `magnitudes`, DoRA's lengths of the rows of W + dW by module, it is a DoRA adapter.
+    `magnitudes`, DoRA's lengths (out,) of the rows of W + dW by module, it is a DoRA adapter.
+
+    Raises:
+        AdapterRefused: A module has a higher rank than `rank`, or the type cannot hold a value.
     """
     largest = max(module.a.shape[0] for module in adapter.modules)
     if rank is not None and rank < largest:
