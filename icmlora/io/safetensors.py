@@ -4,6 +4,8 @@
 
 The header maps each name to {"dtype", "shape", "data_offsets"}. The public library accepts duplicate keys (the last
 wins), names with escape characters, empty tensors and values that are not finite; this reader refuses them.
+
+Source: huggingface/safetensors, README ("Format").
 """
 
 from __future__ import annotations
@@ -184,7 +186,11 @@ def raw_tensors(data: bytes, tensors: Iterable[TensorInfo]) -> dict[str, RawTens
 
 
 def encode(tensors: Mapping[str, RawTensor], metadata: Mapping[str, str]) -> bytes:
-    """Serialise tensors; the same tensors and metadata always give the same bytes."""
+    """Serialise tensors; the same tensors and metadata always give the same bytes.
+
+    Raises:
+        ValueError: The bytes of a tensor do not fill its shape.
+    """
     # Names are written in sorted order (the library's order of metadata varies from run to run).
     header: dict[str, Any] = {_METADATA: dict(sorted(metadata.items()))} if metadata else {}
     offset = 0

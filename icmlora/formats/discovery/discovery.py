@@ -281,7 +281,11 @@ def _collect(folder: Folder, root: Path, runs: defaultdict[Path, _Run], refused:
         others = [folder.path / name for name, path in folder.files.items() if path not in kept]
         owner = runs[home] if runs[home].adapters else runs[homes[0][0]]
         met = set(owner.not_kept)
-        owner.not_kept.extend(path for path in others if path not in met and not _is_passed_over(path.name))
+        owner.not_kept.extend(
+            path
+            for path in others
+            if path not in met and not is_placeholder(path.name) and not is_passed_over(path.name)
+        )
 
 
 def _add(adapter: FoundAdapter, home: Path, step: int | None, root: Path, runs: defaultdict[Path, _Run]) -> None:
@@ -293,10 +297,6 @@ def _add(adapter: FoundAdapter, home: Path, step: int | None, root: Path, runs: 
         apart = runs[adapter.place]
         apart.root, apart.part = root, adapter.place.name
         apart.adapters[step] = adapter
-
-
-def _is_passed_over(name: str) -> bool:
-    return is_placeholder(name) or is_passed_over(name)
 
 
 def _collect_placeholders(

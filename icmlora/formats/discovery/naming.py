@@ -159,7 +159,11 @@ class _Recognised:
             for source in origin.sources:
                 self._by_source[source].append(origin)
         # The names under which the store may have the task, the most likely first.
-        self._possible = [_possible(task, chain) if known else [] for task, chain in zip(tasks, chains, strict=True)]
+        self._possible = [
+            [name.lower() for name in (*chain, *name_chain(task.folder, task.part), *name_chain(task.folder))]
+            for task, chain in zip(tasks, chains, strict=True)
+            if known
+        ]
 
     def names(self) -> dict[int, str]:
         """Return the names of those that were recognised, by their number."""
@@ -193,11 +197,6 @@ class _Recognised:
             origin = self._known.get(name)
             if origin is not None and _has_bytes_of(self._tasks[index], origin):
                 yield origin
-
-
-def _possible(task: FoundTask, chain: Sequence[str]) -> list[str]:
-    names = [*chain, *name_chain(task.folder, task.part), *name_chain(task.folder)]
-    return [name.lower() for name in names]
 
 
 def _has_bytes_of(task: FoundTask, origin: TaskOrigin) -> bool:

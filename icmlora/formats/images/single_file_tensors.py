@@ -82,7 +82,11 @@ def write_like(
     dtype: str | None,
     extras: Mapping[str, RawTensor],
 ) -> bytes:
-    """Write a file in the form of another adapter; modules that `adapter` lacks become zeros."""
+    """Write a file in the form of another adapter; modules that `adapter` lacks become zeros.
+
+    Raises:
+        AdapterRefused: The form does not fit, or a type cannot hold a value.
+    """
     details, stated, kept = _Details.parse(like), *_split(extras)
     metadata = restated(stated, {shape.module: shape.rank for shape in like.layout})
     tensors: dict[str, RawTensor] = {}

@@ -5,6 +5,8 @@
 
 All other tensors of a file are extras. What was noted of a file's form is `PairForm`, from which `lora_pair_tensors`
 writes a decoded adapter in that form.
+
+Sources: ml-explore/mlx-lm, tuner/lora.py and models/switch_layers.py; ggml-org/llama.cpp, convert_lora_to_gguf.py.
 """
 
 from __future__ import annotations

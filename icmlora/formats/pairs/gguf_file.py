@@ -4,6 +4,8 @@
 
 The package maps a file into memory and believes the counts in it, so a file of 40 bytes can keep it busy for years.
 Here every count is checked against the bytes that are left. Keys and values are kept as the bytes that they were.
+
+Source: ggml-org/ggml, docs/gguf.md.
 """
 
 from __future__ import annotations
@@ -134,7 +136,11 @@ def encode_values(values: Mapping[str, GgufValue]) -> bytes:
 
 
 def encode_gguf_file(values: Mapping[str, GgufValue], tensors: Mapping[str, RawTensor]) -> bytes:
-    """Write a file; the same values and tensors give the same bytes."""
+    """Write a file; the same values and tensors give the same bytes.
+
+    Raises:
+        AdapterRefused: A tensor has a type that GGUF files do not have.
+    """
     alignment, offset = _alignment(values), 0
     infos, data = [], []
     for name, tensor in tensors.items():

@@ -7,6 +7,8 @@
 
 Names come from the tables of the `gguf` package. The architecture is the base model's: llama.cpp loads no adapter of
 another one. `with_base_names` goes the other way, for an adapter that was ingested as a GGUF file.
+
+Source: ggml-org/llama.cpp, convert_lora_to_gguf.py and convert_hf_to_gguf.py (`LlamaModel.permute`).
 """
 
 from __future__ import annotations
@@ -168,7 +170,10 @@ def encode_gguf(
         target = _target(module.name, names, base)
         if f"{target}.lora_a" in tensors:
             raise AdapterRefused(f"two modules would both be {target}", kind="layers")
-        for half, factor in zip("ab", _factors(module, rank, base), strict=True):
+        b = _reordered(module, base, ("q_proj", "k_proj"), (2, -1))
+        # llama.cpp multiplies by alpha / r, where alpha is the largest rank: the scale itself is in B already.
+        factors = module.a, b * (module.a.shape[0] / rank)
+        for half, factor in zip("ab", factors, strict=True):
             name = f"{target}.lora_{half}"
             tensors[name] = raw_tensor(name, factor, dtype_name(dtype))
     return encode_gguf_file({key: GgufValue.of(one) for key, one in keys.items() if one != ""}, tensors)
@@ -190,7 +195,8 @@ def with_base_names(adapter: Adapter, architecture: str, base: GgufBase) -> Runn
         fact = f"the adapter is for {escape(architecture, 80)!r}, but its base model is {base.architecture!r}"
         raise BaseModelMismatch(fact, hint="`icm base add NAME PATH` says where the base model of tasks in a store is")
     modules = tuple(
-        LoraModule(_source(module.name, base), module.a, _turned_back(module, base)) for module in adapter.modules
+        LoraModule(_source(one.name, base), one.a, _reordered(one, base, ("attn_q", "attn_k"), (-1, 2)))
+        for one in adapter.modules
     )
     targets = target_modules(module.name for module in modules)
     return RunnableAdapter(replace(adapter, modules=modules, target_modules=targets))
@@ -206,21 +212,23 @@ def _source(target: str, base: GgufBase) -> str:
     return f"{base.prefix}layers.{match[1]}.{layers[match[2]]}"
 
 
-def _turned_back(module: LoraModule, base: GgufBase) -> torch.Tensor:
-    """Return B with its rows in the order of transformers."""
-    kind = module.name.rpartition(".")[2]
-    if base.heads is None or kind not in ("attn_q", "attn_k"):
-        return module.b
-    return _reordered(module, base.heads[kind == "attn_k"], (-1, 2))
+def _reordered(module: LoraModule, base: GgufBase, kinds: tuple[str, str], halves: tuple[int, int]) -> torch.Tensor:
+    """Return B (out, r) with the rows of each head in the other order, where llama.cpp has another one.
 
-
-def _reordered(module: LoraModule, heads: int, shape: tuple[int, int]) -> torch.Tensor:
-    """Swap the two dimensions of each head of B, which has the given shape there."""
-    b = module.b
+    Args:
+        module: The module.
+        base: Its base model.
+        kinds: How the names of queries and keys end.
+        halves: The shape of the rows of a head, whose two dimensions are swapped.
+    """
+    b, kind = module.b, module.name.rpartition(".")[2]
+    if base.heads is None or kind not in kinds:
+        return b
+    heads = base.heads[kinds.index(kind)]
     if len(b) % (2 * heads):
         fact = f"{module.name} has {len(b)} outputs, which are not {heads} heads of its base model"
         raise BaseModelMismatch(fact)
-    return b.reshape(heads, *shape, b.shape[1]).transpose(1, 2).reshape(b.shape)
+    return b.reshape(heads, *halves, b.shape[1]).transpose(1, 2).reshape(b.shape)
 
 
 def _target(module: str, names: gguf.TensorNameMap, base: GgufBase) -> str:
@@ -232,15 +240,6 @@ def _target(module: str, names: gguf.TensorNameMap, base: GgufBase) -> str:
         fact = f"{escape(module, 120)}: a GGUF adapter for {base.architecture} has no place for this module"
         raise AdapterRefused(fact, kind="layers", hint="it holds linear layers inside of the blocks of the model")
     return target
-
-
-def _factors(module: LoraModule, rank: int, base: GgufBase) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return A (r, in) and B (out, r) as llama.cpp uses them."""
-    # llama.cpp multiplies by alpha / r, where alpha is the largest rank: the scale itself is in B already.
-    b, kind = module.b, module.name.rpartition(".")[2]
-    if base.heads is not None and kind in ("q_proj", "k_proj"):
-        b = _reordered(module, base.heads[kind == "k_proj"], (2, -1))
-    return module.a, b * (module.a.shape[0] / rank)
 
 
 def _count(facts: Mapping[str, object], key: str) -> int:

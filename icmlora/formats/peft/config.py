@@ -4,6 +4,8 @@
 
 No regular expression of the file is matched by `re` (icmlora/formats/peft/name_patterns.py). Whoever stores the file
 keeps everything else in it byte for byte.
+
+Sources: huggingface/peft, tuners/lora/config.py; rsLoRA, Kalajdzievski 2023 (arXiv 2312.03732).
 """
 
 from __future__ import annotations

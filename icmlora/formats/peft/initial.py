@@ -71,7 +71,11 @@ def convert(config: bytes, weights: bytes, initial: bytes) -> tuple[bytes, bytes
 
 
 def convert_config(config: bytes) -> bytes:
-    """Return the configuration that PEFT gives a converted adapter."""
+    """Return the configuration that PEFT gives a converted adapter.
+
+    Raises:
+        AdapterRefused: PEFT would not convert it.
+    """
     fields = fields_of(config)
     patterns = {key: fields.get(key) or {} for key in ("rank_pattern", "alpha_pattern")}
     if fields.get("use_rslora") and any(patterns.values()):

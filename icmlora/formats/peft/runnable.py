@@ -6,6 +6,8 @@ PEFT treats names in a configuration as regular expressions. Here the tensors' o
     M.lora_B.bias                                added to the output of B, then scaled
     M.token_adapter.trainable_tokens_delta       rows of an embedding (the rows themselves, not a difference)
     M.weight, M.base_layer.bias, ...             whole parameters: heads, embeddings, biases, copies of base layers
+
+Sources: huggingface/peft, tuners/lora/layer.py and utils/other.py; DoRA, Liu et al. 2024 (arXiv 2402.09353).
 """
 
 from __future__ import annotations
@@ -79,7 +81,10 @@ def read_runnable(config: bytes, weights: bytes) -> RunnableAdapter:
             rows[module] = _row_numbers(fields, module, tensor), tensor
         else:
             raise AdapterRefused(f"it cannot be run by icm: it has a tensor {name}", kind="cannot-run")
-    _check_complete(fields, [module.name for module in loaded.adapter.modules], magnitudes)
+    modules = {module.name for module in loaded.adapter.modules}
+    if (magnitudes or fields.get("use_dora")) and (odd := min(modules ^ magnitudes.keys(), default=None)):
+        fact = f"DoRA needs a magnitude for each module, and {odd} has only one of the two"
+        raise AdapterRefused(fact, kind="missing-half")
     return RunnableAdapter(loaded.adapter, values, rows, magnitudes, biases)
 
 
@@ -96,10 +101,3 @@ def _row_numbers(fields: Mapping[str, Any], module: str, rows: torch.Tensor) -> 
         fact = f"trainable_token_indices does not say which rows the {rows.shape[0]} of {escape(module, 120)} are"
         raise AdapterRefused(fact, kind="config")
     return stated
-
-
-def _check_complete(fields: Mapping[str, Any], modules: Sequence[str], magnitudes: Mapping[str, torch.Tensor]) -> None:
-    wanted = set(modules) if magnitudes or fields.get("use_dora") else set()
-    if odd := sorted(wanted ^ magnitudes.keys()):
-        fact = f"DoRA needs a magnitude for each module, and {odd[0]} has only one of the two"
-        raise AdapterRefused(fact, kind="missing-half")

@@ -89,9 +89,13 @@ def write_like(
 
     Modules that `adapter` lacks become zeros. Names that a wrapper put in are left out. The configuration is the other
     one's, unless that states other ranks than the layout of the form.
+
+    Raises:
+        AdapterRefused: The form does not fit, or a type cannot hold a value.
     """
     config, details = AdapterConfig.read(like.config), _Details.parse(like)
-    extras = _without_wrappers(extras)
+    clean = {without_wrappers(name): tensor for name, tensor in extras.items()}
+    extras = clean if len(clean) == len(extras) else extras
     tensors: dict[str, RawTensor] = {}
     written: dict[str, tuple[int, float]] = {}
     is_stated = True
@@ -113,11 +117,6 @@ def write_like(
             tensors[name] = raw_tensor(name, factor.reshape(size), kind)
     data = encode({**tensors, **extras}, details.metadata)
     return data, like.config if is_stated else with_ranks(like.config, written)
-
-
-def _without_wrappers(extras: Mapping[str, RawTensor]) -> Mapping[str, RawTensor]:
-    clean = {without_wrappers(name): tensor for name, tensor in extras.items()}
-    return clean if len(clean) == len(extras) else extras
 
 
 @dataclass(frozen=True)
@@ -185,7 +184,10 @@ def write_fresh(
     """Write a tensor file and its configuration in the form that every engine reads.
 
     Engines disagree on patterns and on alpha: one rank for all modules and alpha == rank mean the same to all. With
-    `magnitudes`, DoRA's lengths of the rows of W + dW by module, it is a DoRA adapter.
+    `magnitudes`, DoRA's lengths (out,) of the rows of W + dW by module, it is a DoRA adapter.
+
+    Raises:
+        AdapterRefused: A module has a higher rank than `rank`, or the type cannot hold a value.
     """
     largest = max(module.a.shape[0] for module in adapter.modules)
     if rank is not None and rank < largest:
