@@ -33,6 +33,7 @@ def measured(fleet: Fleet) -> list[object]:
         return [rows, [(code.task, code.blob, code.asked) for code in store.codes.all(generator.id)]]
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize(
     ("options", "words"),
     [
