@@ -90,6 +90,7 @@ def test_what_is_measured_stands_beside_what_was_measured_in_full_precision(lear
     assert files_of(learned.path) == files
 
 
+@pytest.mark.slow
 def test_listing_bill_and_task_say_the_precision_of_a_gain(learned: Fleet, base: Path) -> None:
     learned.add_base_model(LABEL, base, load_in="int8")
     learned.evaluate(["ships"], sources=["code"], **CPU)
