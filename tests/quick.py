@@ -20,10 +20,10 @@ _SEEDS = SeedSearch()
 
 @pytest.fixture(scope="module", autouse=True)
 def quick_codes() -> Iterator[None]:
-    """Refine codes on few and short texts, and draw what a seed gives once."""
+    """Refine codes on few and short texts, generated ones in few steps, and draw what a seed gives once."""
     with pytest.MonkeyPatch.context() as patch:
-        for refining in (encode, generate):
-            patch.setattr(refining, "RefineConfig", partial(RefineConfig, samples=8, tokens=24))
+        patch.setattr(encode, "RefineConfig", partial(RefineConfig, samples=8, tokens=24))
+        patch.setattr(generate, "RefineConfig", partial(RefineConfig, steps=4, samples=8, tokens=24))
         for searching in (adapter_source, loading):
             patch.setattr(searching, "SeedSearch", lambda: _SEEDS)
         yield

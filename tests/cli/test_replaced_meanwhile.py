@@ -83,10 +83,10 @@ def other(tmp_path: Path) -> Path:
     return write_lora(tmp_path / "other" / "poems", seed=77)
 
 
-@pytest.fixture
-def finer(trained_template: Path, tmp_path: Path) -> dict[str, bytes]:
+@pytest.fixture(scope="module")
+def finer(trained_template: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """Other codes for `poems` and `rules`, which the present generator decodes."""
-    store = Path(shutil.copytree(trained_template, tmp_path / "finer"))
+    store = Path(shutil.copytree(trained_template, tmp_path_factory.mktemp("finer") / "store"))
     icm_quietly(store, "encode", "poems", "rules", "--max-error", "0.045")
     with Store.open(store) as opened:
         return {task: opened.blobs.read(row.blob) for task, row in codes(store).items()}
