@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Literal
 
+import typer
+
+from icm_cli.errors import ExitCode
 from icm_cli.options import BundleArg, DryRunOpt, argument, option
 from icm_cli.session import Session, command
 from icmlora.io.text import counted
@@ -33,6 +36,7 @@ def import_(
 
     A bundle has no originals: in this store the adapters come from the codes. A task that the store already has with
     the same original gets its code. If the store uses another generator for the base model, nothing is imported.
+    A task whose adapter could not be written is left out; the exit code is then 3.
     Running the same command again changes nothing.
 
     Example:
@@ -43,6 +47,8 @@ def import_(
     with session.working("import") as context:
         done = import_bundle(context, file, tasks or (), on_conflict=on_conflict, dry_run=dry_run)
     _tell(session, done, dry_run=dry_run)
+    if done.refused:
+        raise typer.Exit(ExitCode.PARTLY)
 
 
 def _tell(session: Session, done: ImportReport, *, dry_run: bool) -> None:
@@ -54,6 +60,7 @@ def _tell(session: Session, done: ImportReport, *, dry_run: bool) -> None:
             "base_model": done.index.base_model,
             "generator": generator.blob,
             "tasks": [{"task": task.name, "status": task.status} for task in done.tasks],
+            "refused": dict(done.refused),
         }
     )
     statuses = [task.status for task in done.tasks]
@@ -66,3 +73,5 @@ def _tell(session: Session, done: ImportReport, *, dry_run: bool) -> None:
     skipped = [task.name for task in done.tasks if task.status == "skipped"]
     if skipped:
         out.warn(f"skipped, because the store has another adapter or code of that name: {', '.join(skipped)}")
+    for name, reason in done.refused.items():
+        out.warn(f"left out {name}: {reason}", task=name)

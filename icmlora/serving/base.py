@@ -31,10 +31,11 @@ class EngineBase:
         model: What the engine was started with: a name on a hub, or a folder.
         tasks: The tasks that it may be asked for.
         label: One of their base models, if the user says that this is it.
+        log: Where to warn: an engine may show nothing that is not below its own name.
     """
 
-    def __init__(self, model: str, tasks: ServedTasks, label: str | None = None) -> None:
-        self.model = model
+    def __init__(self, model: str, tasks: ServedTasks, label: str | None = None, *, log: logging.Logger = _log) -> None:
+        self.model, self._warn = model, log.warning
         self._tasks, self._label = tasks, label
         self._same: dict[str, bool] = {}
         self._lock = threading.RLock()  # several threads ask, and the models are compared once
@@ -86,7 +87,7 @@ class EngineBase:
         except BaseModelNotFound:
             return
         fact = "icm: the engine runs %r, whose weights are not those of %r: with its adapters the answers make no sense"
-        _log.warning(fact, self.model, base_model)
+        self._warn(fact, self.model, base_model)
 
     @cached_property
     def _found(self) -> FoundBase | None:
@@ -95,7 +96,7 @@ class EngineBase:
                 return find_base_model(self.model)
             return self._tasks.locate(self._label)
         except BaseModelNotFound as error:
-            _log.warning("icm: %s; so the modules of adapters are not compared with it", error.message)
+            self._warn("icm: %s; so the modules of adapters are not compared with it", error.message)
             return None
 
     @cached_property
@@ -108,7 +109,7 @@ class EngineBase:
         try:
             return dict(load_skeleton(self._found).model.named_modules())
         except BaseModelNotFound as error:
-            _log.warning("icm: %s; so the modules of adapters are not compared with it", error.message)
+            self._warn("icm: %s; so the modules of adapters are not compared with it", error.message)
             return None
 
 

@@ -113,6 +113,9 @@ def _sorted(
     served, rank, targets = 0, 1, set[str]()
     left_out: list[tuple[str, str]] = []
     for form in tasks.forms(base_model):
+        if form.damage is not None:
+            left_out.append((form.name, form.damage))
+            continue
         if form.format != "peft":
             left_out.append((form.name, f"it is in the format {form.format}, and {engine} reads PEFT folders"))
             continue

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -278,6 +278,39 @@ def test_a_request_that_takes_too_long_to_end_is_cut(engine: StubEngine, trained
     assert answers[0].status_code == 503
     assert "Traceback" not in err
     assert "1 request in flight did not end within --drain-seconds and was cut off" in err
+
+
+@pytest.mark.parametrize(("addresses", "lines"), [(1, 0), (4, 1)])
+def test_hundreds_of_halves_of_requests_leave_no_traceback_where_descriptors_are_few(
+    engine: StubEngine, trained: Path, tmp_path: Path, addresses: int, lines: int
+) -> None:
+    err = ""
+    few = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))\n"
+    with served(engine, trained, tmp_path / "adapters", before=few) as process, ExitStack() as open_ones:
+        host, port = process.url.removeprefix("http://").split(":")
+        for number in range(400):
+            place = (host, int(port)), 20, (f"127.0.0.{1 + number % addresses}", 0)
+            open_ones.enter_context(socket.create_connection(*place)).sendall(b"POST /v1/compl")
+        if addresses == 1:  # there are descriptors left for others
+            with httpx.Client(transport=httpx.HTTPTransport(local_address="127.0.0.9")) as other:
+                assert other.get(f"{process.url}/healthz").status_code == 200
+        else:
+            patience = threading.Timer(120, process.kill)
+            patience.start()
+            err = next(line for line in process.stderr if "no file descriptor" in line)
+            patience.cancel()
+        open_ones.close()
+        wait_for(lambda: _is_healthy(process.url))
+        process.send_signal(signal.SIGTERM)
+        err += process.communicate()[1]
+    assert "Traceback" not in err
+    assert err.count("no file descriptor is left for another connection") == lines
+
+
+def _is_healthy(url: str) -> bool:
+    with suppress(httpx.HTTPError):
+        return bool(httpx.get(f"{url}/healthz", trust_env=False).status_code == 200)
+    return False
 
 
 @pytest.mark.slow

@@ -7,6 +7,9 @@ file descriptors: a few hundred halves of a request line, sent before any token,
 from __future__ import annotations
 
 import asyncio
+import errno
+import logging
+import math
 import resource
 from collections import Counter
 from collections.abc import Callable
@@ -22,8 +25,12 @@ from icmlora.serving.gateway.settings import GatewaySettings
 _DESCRIPTORS = 65_536
 _OF_ONE_ADDRESS = 3
 """What share of the file descriptors one address gets: one third, since each request has another to the engine."""
+_AT_ONCE = 16
+"""What share of them is taken at once: one that is too many is closed two rounds of asyncio's loop after it came."""
+_SAID_AGAIN = 60.0  # seconds after which a lack of descriptors is worth another line
 _GRACE = 1.0  # seconds after which the connection is closed if the application did not answer that the body is late
 
+_log = logging.getLogger(__name__)
 
 _Part = Literal["header", "body", "rest"]
 """What a client still has to send: `rest` is a body that nobody waits for, since its answer was sent already."""
@@ -53,12 +60,35 @@ class Gate:
             del self._open[address]
 
 
-def allowed(connections: int) -> int:
-    """Return how many connections an address may have where so many are asked for; have this process allowed many."""
+def allowed(connections: int) -> tuple[int, int]:
+    """Have this process allowed many file descriptors.
+
+    Returns:
+        How many connections an address may have where so many are asked for, and how many to take at once.
+    """
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     descriptors = min(most, _DESCRIPTORS) if most != resource.RLIM_INFINITY else _DESCRIPTORS
     resource.setrlimit(resource.RLIMIT_NOFILE, (descriptors, most))
-    return min(connections, descriptors // _OF_ONE_ADDRESS)
+    return min(connections, descriptors // _OF_ONE_ADDRESS), min(connections, descriptors // _AT_ONCE)
+
+
+class NoDescriptors:
+    """What asyncio's loop does with an error that nobody awaits: a lack of file descriptors is one line, not a trace.
+
+    asyncio itself waits a second and goes on taking connections, and would log a traceback each time.
+    """
+
+    def __init__(self) -> None:
+        self._said = -math.inf
+
+    def __call__(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """Handle an error, as `loop.set_exception_handler` asks for."""
+        error = context.get("exception")
+        if not isinstance(error, OSError) or error.errno not in (errno.EMFILE, errno.ENFILE):
+            loop.default_exception_handler(context)
+        elif loop.time() - self._said >= _SAID_AGAIN:
+            self._said = loop.time()
+            _log.warning("no file descriptor is left for another connection; `ulimit -n` of the gateway allows more")
 
 
 def guarded(settings: GatewaySettings, connections: int) -> Callable[..., asyncio.Protocol]:

@@ -22,11 +22,13 @@ from icmlora.serving.gateway.connection import Connection
 from icmlora.serving.gateway.forward import Forwarder
 from icmlora.serving.gateway.metrics import Metrics
 from icmlora.serving.gateway.problems import HttpProblem
-from icmlora.serving.gateway.protocol import allowed, guarded
+from icmlora.serving.gateway.protocol import NoDescriptors, allowed, guarded
 from icmlora.serving.gateway.residency import Residency
 from icmlora.serving.gateway.settings import GatewaySettings
 from icmlora.serving.tasks import ServedTasks
 
+_QUEUE = 2048
+"""Connections that the system keeps until they are taken."""
 _THREADS = 4  # for looking into the store
 _KEPT_ALIVE = 3.0
 """Seconds for which an idle connection to the engine is used again: both engines close theirs after 5."""
@@ -45,6 +47,7 @@ def serve(listening: socket.socket, tasks: ServedTasks, folders: AdapterFolders,
         async with opened(tasks, folders, settings) as app:
             server = _Server(uvicorn_config(app, settings))
             loop = asyncio.get_running_loop()
+            loop.set_exception_handler(NoDescriptors())
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.add_signal_handler(number, server.stop)
             await server.serve([listening])
@@ -59,7 +62,7 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         found.bind(address)
-        found.listen(2048)
+        found.listen(_QUEUE)
     except OSError as error:
         found.close()
         raise OSError(error.errno, error.strerror or os.strerror(error.errno or 0), f"{host}:{port}") from error
@@ -115,11 +118,11 @@ async def _prepare(residency: Residency, url: str) -> None:
 
 def uvicorn_config(app: GatewayApp, settings: GatewaySettings) -> uvicorn.Config:
     """Return how uvicorn is to serve the application."""
-    connections = allowed(settings.max_connections)
+    connections, at_once = allowed(settings.max_connections)
     return uvicorn.Config(
         app,
         http=guarded(settings, connections),  # type: ignore[arg-type]  # it is only called
-        backlog=connections,  # asyncio takes so many at once, before it closes those that are too many
+        backlog=at_once,  # asyncio takes so many before it closes those that are too many
         ws="none",
         lifespan="off",
         interface="asgi3",
@@ -144,6 +147,12 @@ def _is_news(record: logging.LogRecord) -> bool:
 
 class _Server(uvicorn.Server):
     """A server whose signals are handled by the loop: uvicorn would raise them again once it has stopped."""
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begin to listen; asyncio would have the system keep no more connections than it takes at once."""
+        await super().startup(sockets)
+        for listening in sockets or ():
+            listening.listen(_QUEUE)
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
