@@ -1,4 +1,4 @@
-"""The `icm` program: one line per command, and `main`, which turns exceptions into exit codes."""
+"""The `icm` program: its commands, and `main`, which turns exceptions into exit codes."""
 
 from __future__ import annotations
 
@@ -24,42 +24,17 @@ from icmlora.io.text import utc
 if TYPE_CHECKING:
     from typer import _click as click  # Typer brings its own copy of click
 
-START = "From adapters to codes and back"
-LOOK = "List, show and edit tasks"
-NEW = "New adapters and other formats"
-SHARE = "Use codes elsewhere"
-CARE = "Delete, restore and check"
-
-# Command -> its module in icm_cli.commands, the function (or group) in it, and its panel in the help, in this order.
-COMMANDS: dict[str, tuple[str, str, str]] = {
-    "ingest": ("ingest", "ingest", START),
-    "vectors": ("vectors", "vectors", START),
-    "train": ("train", "train", START),
-    "encode": ("encode", "encode", START),
-    "eval": ("eval", "evaluate", START),
-    "materialize": ("materialize", "materialize", START),
-    "base": ("base", "base", START),
-    "ls": ("ls", "ls", LOOK),
-    "show": ("show", "show", LOOK),
-    "edit": ("edit", "edit", LOOK),
-    "stats": ("stats", "stats", LOOK),
-    "map": ("map", "map_", LOOK),
-    "duplicates": ("duplicates", "duplicates", LOOK),
-    "report": ("report", "report", LOOK),
-    "generate": ("generate", "generate", NEW),
-    "recognize": ("recognize", "recognize", NEW),
-    "convert": ("convert", "convert", NEW),
-    "export": ("export", "export", SHARE),
-    "import": ("import_", "import_", SHARE),
-    "serve": ("serve", "serve", SHARE),
-    "evict": ("evict", "evict", CARE),
-    "restore": ("restore", "restore", CARE),
-    "rm": ("rm", "rm", CARE),
-    "prune": ("prune", "prune", CARE),
-    "verify": ("verify", "verify", CARE),
-    "generators": ("generators", "generators", CARE),
-    "doctor": ("doctor", "doctor", CARE),
+# The panels of the help, and the commands in each, in this order.
+PANELS = {
+    "From adapters to codes and back": ("ingest", "vectors", "train", "encode", "eval", "materialize", "base"),
+    "List, show and edit tasks": ("ls", "show", "edit", "stats", "map", "duplicates", "report"),
+    "New adapters and other formats": ("generate", "recognize", "convert"),
+    "Use codes elsewhere": ("export", "import", "serve"),
+    "Delete, restore and check": ("evict", "restore", "rm", "prune", "verify", "generators", "doctor"),
 }
+_PANEL_OF = {name: panel for panel, names in PANELS.items() for name in names}
+# A command is the function (or group) of its name in the module of its name, but for names that Python has already.
+_SPELLED = {"eval": ("eval", "evaluate"), "map": ("map", "map_"), "import": ("import_", "import_")}
 _OLD = ("mv", "tag", "note", "pin", "unpin", "path", "formats", "serve-config")  # hidden, and gone in the next version
 
 
@@ -68,19 +43,20 @@ class CommandGroup(TyperGroup):
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Return the names of all subcommands, in the order of the help."""
-        return list(COMMANDS)
+        return list(_PANEL_OF)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Import and return a subcommand; None if there is no such command."""
         # Typer suggests similar names from `commands`, so a typo imports them all.
-        for name in [cmd_name] if cmd_name in COMMANDS or cmd_name in _OLD else COMMANDS:
+        for name in [cmd_name] if cmd_name in _PANEL_OF or cmd_name in _OLD else _PANEL_OF:
             if name not in self.commands:
                 self.commands[name] = _load_command(name)
         return super().get_command(ctx, cmd_name)
 
 
 def _load_command(name: str) -> click.Command:
-    module, attribute, panel = COMMANDS.get(name) or ("old", name.replace("-", "_"), "")
+    module, attribute = ("old", name.replace("-", "_")) if name in _OLD else _SPELLED.get(name, (name, name))
+    panel = _PANEL_OF.get(name)
     found = getattr(import_module(f"icm_cli.commands.{module}"), attribute)
     alone = typer.Typer(rich_markup_mode="rich")
     if isinstance(found, typer.Typer):

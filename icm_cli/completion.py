@@ -36,7 +36,7 @@ def complete_task(incomplete: str) -> Iterable[str]:
 @_quietly
 def complete_base(incomplete: str) -> Iterable[str]:
     """Return the names of base models that start as typed."""
-    return _bases()
+    return _values("base")
 
 
 @_quietly
@@ -78,22 +78,18 @@ def complete_format(incomplete: str) -> Iterable[str]:
 
 
 def _values(field: str) -> Iterable[str]:
+    """Return the values of a field in the store; none of a field that has too many to list."""
+    from icmlora.fleet.bases.base_models import list_base_models
     from icmlora.fleet.tasks.tasks import list_names, list_tags
 
     match field:
         case "name":
             return list_names(_context())
         case "base":
-            return _bases()
+            return [base.record.name for base in list_base_models(_context())]
         case "tag":
             return list_tags(_context())
     return ()
-
-
-def _bases() -> list[str]:
-    from icmlora.fleet.bases.base_models import list_base_models
-
-    return [base.record.name for base in list_base_models(_context())]
 
 
 def _context() -> Context:

@@ -61,13 +61,16 @@ class Settings:
         return Setting(_store_folder(self.named_store), self.named_store.source)
 
 
-def load_settings(
-    *, store: Path | None = None, device: str | None = None, lock_timeout: float | None = None
-) -> Settings:
-    """Resolve all settings; the arguments are the flags that were given."""
+def load_settings(*, store: Path | None = None, lock_timeout: float | None = None) -> Settings:
+    """Resolve all settings; the arguments are the flags that were given.
+
+    Raises:
+        ConfigProblem: The configuration file cannot be used.
+        UsageProblem: The lock timeout is no number of seconds.
+    """
     config = _read_config()
     timeout = _pick(lock_timeout, "ICM_LOCK_TIMEOUT", config, "lock_timeout", DEFAULT_LOCK_TIMEOUT)
-    chosen = _pick(device, "ICM_DEVICE", config, "device", "auto")
+    chosen = _pick(None, "ICM_DEVICE", config, "device", "auto")
     return Settings(
         named_store=_pick(store, "ICM_STORE", config, "store", None),
         device=Setting(str(chosen.value), chosen.source),

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from icm_cli.output import Column
+from icm_cli.output import Field
 from icm_cli.session import Session
-from icm_cli.text import as_fields, coded_size
+from icm_cli.text import as_fields, coded_size, figure, grouped
 from icmlora.fleet.measure.precision import gain_text
 from icmlora.io.text import counted, human_size, some
 
@@ -14,14 +14,6 @@ if TYPE_CHECKING:
     from icmlora.fleet.context import Event
     from icmlora.fleet.encode.encode import EncodeReport, TaskEncoded
 
-_COLUMNS = (
-    Column("task", shrink=True),
-    Column("result"),
-    Column("code", right=True),
-    Column("before", right=True),
-    Column("relative error", right=True),
-    Column("retained gain", right=True),
-)
 _STATUS = {
     "known": "up to date",
     "enough": "code is enough",
@@ -31,6 +23,14 @@ _STATUS = {
     "original_only": "original only",
     "changed": "changed meanwhile",
 }
+_FIELDS: tuple[Field[TaskEncoded], ...] = (
+    Field("task", lambda task: task.task, shrink=True),
+    Field("result", lambda task: _STATUS.get(task.status, task.status)),
+    Field("code", lambda task: coded_size(task.size, task.residual_size), right=True),
+    Field("before", lambda task: "-" if task.before is None else human_size(task.before), right=True),
+    Field("relative error", lambda task: figure(task.relative_error), right=True),
+    Field("retained gain", lambda task: gain_text(task.retained_gain, task.precision, digits=4), right=True),
+)
 
 
 def tell_encoded(session: Session, event: Event, kind: str = "task") -> None:
@@ -59,31 +59,11 @@ def sum_up(session: Session, report: EncodeReport, *, brief: bool = False) -> No
     before = sum(task.before or 0 for task in report.tasks)
     if not brief:
         out.event("summary", tasks=len(report.tasks), short=len(report.short), size=now, before=before)
-        out.table(_COLUMNS, [_cells(task) for task in sorted(report.tasks, key=lambda task: task.task)])
-    for reason, names in _reasons(report).items():
+        out.listing(_FIELDS, sorted(report.tasks, key=lambda task: task.task))
+    for reason, names in grouped((task.reason, task.task) for task in report.tasks if task.reason).items():
         out.line(f"{some(names)}: {reason}")
     done = sum(task.status == "encoded" for task in report.tasks) if brief else len(report.tasks)
     if done or not brief:
         what = f"refined {counted(done, 'code')}" if brief else counted(done, "task")
         missed = "" if brief else f"; {len(report.short)} without a code that meets the limit"
         out.line(f"{what}, {human_size(now)} in total, {human_size(before)} before{missed}")
-
-
-def _reasons(report: EncodeReport) -> dict[str, list[str]]:
-    """Return the tasks of each reason."""
-    found: dict[str, list[str]] = {}
-    for task in report.tasks:
-        if task.reason:
-            found.setdefault(task.reason, []).append(task.task)
-    return found
-
-
-def _cells(task: TaskEncoded) -> list[str]:
-    return [
-        task.task,
-        _STATUS.get(task.status, task.status),
-        coded_size(task.size, task.residual_size),
-        "-" if task.before is None else human_size(task.before),
-        "-" if task.relative_error is None else f"{task.relative_error:.4f}",
-        gain_text(task.retained_gain, task.precision, digits=4),
-    ]

@@ -3,35 +3,38 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, NoReturn
+from functools import partial
+from typing import TYPE_CHECKING
 
-from icm_cli.errors import Interrupted
 from icm_cli.failures import tell_failure, tell_left_out
-from icm_cli.output import Column
+from icm_cli.output import Field
 from icm_cli.session import Session
-from icm_cli.text import errors_json
+from icm_cli.text import SOURCES, errors_json, figure
 from icmlora.fleet.measure.precision import measured_in
 from icmlora.io.text import counted
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from icmlora.fleet.context import Event
     from icmlora.fleet.measure.evaluate import EvaluateReport, TaskEvaluated
     from icmlora.fleet.measure.measure import SourceResult
     from icmlora.fleet.measure.metric_result import MetricResult
+    from icmlora.fleet.records import Rung
 
+MEASURE_REST = "`icm eval` measures the rest"
+"""The way on after an interruption."""
 _SHORT = {"perplexity": "ppl", "bits per byte": "bpb"}
-_SOURCES = ("base", "original", "residual", "code", "generate", "network")
 
 
-def interrupted(report: EvaluateReport) -> NoReturn:
-    """Say how many tasks were measured until the user stopped it."""
-    done = counted(len(report.tasks), "task")
-    raise Interrupted(f"interrupted; {done} measured", hint="`icm eval` measures the rest")
+def measured(report: EvaluateReport) -> str:
+    """Say how many tasks were measured."""
+    return f"{counted(len(report.tasks), 'task')} measured"
 
 
 def sum_up(session: Session, report: EvaluateReport) -> None:
     """Print a table of the results, and what was not measured and why."""
-    shown = [source for source in _SOURCES if any(source in task.sources for task in report.tasks)]
+    shown = [source for source in SOURCES if any(source in task.sources for task in report.tasks)]
     with_gain = [source for source in shown if source not in ("base", "original")]
     metrics = dict.fromkeys(task.sources["base"].score.metric for task in report.tasks) or {"": None}
     for metric in metrics:  # a table for each kind of base model
@@ -63,15 +66,32 @@ def sum_up(session: Session, report: EvaluateReport) -> None:
     tell_left_out(session.out, report.left_out, "not measured")
 
 
-def _print_table(session: Session, tasks: list[TaskEvaluated], shown: list[str], with_gain: list[str]) -> None:
+def _print_table(session: Session, tasks: list[TaskEvaluated], shown: list[Rung], with_gain: list[Rung]) -> None:
     names = dict.fromkeys(name for task in tasks for name in task.sources["base"].score.figures) or _SHORT
     figures = [name for name in names if name != "nats per token"]  # perplexity says the same
-    columns = [Column("task", shrink=True)]
-    columns += [Column(f"{source} {_SHORT.get(name, name)}", right=True) for name in figures for source in shown]
+    fields: list[Field[TaskEvaluated]] = [Field("task", lambda task: task.task, shrink=True)]
+    for name in figures:
+        short, digits = _SHORT.get(name, name), 2 if name == "perplexity" else 3
+        fields += [_field(source, short, partial(_metric, name), digits) for source in shown]
     for source in with_gain:
-        columns += [Column(f"{source} gain", right=True), Column(f"{source} error", right=True)]
-    by_name = sorted(tasks, key=lambda task: task.task)
-    session.out.table(columns, [_cells(task, figures, shown, with_gain) for task in by_name])
+        fields.append(_field(source, "gain", lambda found: found.retained_gain))
+        fields.append(_field(source, "error", lambda found: found.relative_error))
+    session.out.listing(fields, sorted(tasks, key=lambda task: task.task))
+
+
+def _metric(name: str, found: SourceResult) -> float | None:
+    return found.score.figures.get(name)
+
+
+def _field(
+    source: Rung, title: str, value: Callable[[SourceResult], float | None], digits: int = 3
+) -> Field[TaskEvaluated]:
+    """Return the column of a figure of one source."""
+
+    def cell(task: TaskEvaluated) -> str:
+        return figure(value(task.sources[source]) if source in task.sources else None, digits)
+
+    return Field(f"{source} {title}", cell, right=True)
 
 
 def tell_measured(session: Session, event: Event) -> None:
@@ -98,20 +118,3 @@ def _score_as_json(score: MetricResult) -> dict[str, object]:
     if "perplexity" in figures:
         keys["tokens"] = score.count
     return keys | {name.replace(" ", "_"): value for name, value in figures.items()}
-
-
-def _cells(task: TaskEvaluated, figures: list[str], shown: list[str], with_gain: list[str]) -> list[str]:
-    found = {str(source): result for source, result in task.sources.items()}
-    cells = [task.task]
-    for name in figures:
-        values = [found[source].score.figures.get(name) if source in found else None for source in shown]
-        cells += [_figure(value, 2 if name == "perplexity" else 3) for value in values]
-    for source in with_gain:
-        result = found.get(source)
-        cells += [_figure(None if result is None else result.retained_gain, 3)]
-        cells += [_figure(None if result is None else result.relative_error, 3)]
-    return cells
-
-
-def _figure(value: float | None, digits: int) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"

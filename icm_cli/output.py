@@ -14,10 +14,10 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import KW_ONLY, dataclass
 from enum import Enum
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Generic, TextIO, TypeVar
 
 from icm_cli.config import switched_on
 from icm_cli.errors import Failure, UsageProblem
@@ -26,6 +26,7 @@ from icmlora.io.text import escape, escape_lines, shortened_inside, width
 if TYPE_CHECKING:
     from icm_cli.progress import Progress
 
+R = TypeVar("R")
 _GAP = "  "
 _NARROWEST = 12  # terminal cells that a shrinking column keeps
 
@@ -44,10 +45,20 @@ class Column:
     """A column of a table."""
 
     title: str
+    _: KW_ONLY
     right: bool = False  # whether values are aligned to the right, as numbers are
     shrink: bool = False  # whether values may be cut in the middle when the terminal is narrow
     # Whether the column may be left out there, and in which order: the highest number goes first, 0 never.
     spare: int = 0
+
+
+@dataclass(frozen=True)
+class Field(Column, Generic[R]):
+    """A column of a table of records, and what it shows of one."""
+
+    cell: Callable[[R], str]
+    _: KW_ONLY
+    is_rare: bool = False  # whether the column is left out where all its cells are empty
 
 
 class Output:
@@ -99,8 +110,20 @@ class Output:
         if self.mode in (Mode.HUMAN, Mode.PLAIN):
             _write(sys.stdout, escape_lines(text))
 
-    def table(self, columns: Sequence[Column], rows: Sequence[Sequence[str]], *, total: bool = False) -> None:
-        """Print a table for people; `total` marks the last row as the sum of the others."""
+    def names(self, names: Iterable[str]) -> None:
+        """Print the bare answer, a line each, where nothing else is wanted: with --quiet only."""
+        if self.is_quiet:
+            for name in names:
+                self.answer(name)
+
+    def listing(self, fields: Sequence[Field[R]], records: Sequence[R]) -> None:
+        """Print a table for people, with a row for each record."""
+        if self.mode in (Mode.HUMAN, Mode.PLAIN):
+            shown = [field for field in fields if not field.is_rare or any(map(field.cell, records))]
+            self.table(shown, [[field.cell(record) for field in shown] for record in records])
+
+    def table(self, columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> None:
+        """Print a table for people."""
         if self.mode not in (Mode.HUMAN, Mode.PLAIN) or not rows:
             return
         cells: Sequence[Sequence[str]] = [[escape(cell) for cell in row] for row in rows]
@@ -108,9 +131,8 @@ class Output:
         columns, cells = _fitting(columns, cells, limit)
         widths = _widths(columns, cells, limit)
         _write(sys.stdout, self._bold(_row([column.title.upper() for column in columns], columns, widths)))
-        for index, row in enumerate(cells):
-            text = _row(row, columns, widths)
-            _write(sys.stdout, self._bold(text) if total and index == len(cells) - 1 else text)
+        for row in cells:
+            _write(sys.stdout, _row(row, columns, widths))
 
     def record(self, pairs: Sequence[tuple[str, str]]) -> None:
         """Print name-value pairs for people, one per line."""
@@ -151,22 +173,21 @@ class Output:
 
     def progress(self, label: str) -> Progress:
         """Return a progress display on stderr: a bar on a terminal, otherwise a line every few seconds."""
-        from icm_cli.progress import PlainProgress, RichProgress, SilentProgress
+        from icm_cli.progress import PlainProgress, Progress, RichProgress
 
         if not self._progress or self.mode in (Mode.JSON, Mode.QUIET):
-            return SilentProgress()
+            return Progress()
         if sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
             return RichProgress(label)
         return PlainProgress(label)
 
-    def confirm(self, question: str, *, yes: bool, flag: str = "--yes") -> bool:
-        """Ask before something that cannot be undone."""
+    def confirm(self, question: str, *, yes: bool) -> bool:
+        """Ask before something that cannot be undone; raises `UsageProblem` where nobody can answer."""
         if yes:
             return True
         if self.is_json or not sys.stdin.isatty():
-            raise UsageProblem(
-                f"{question} There is no terminal to answer on.", hint=f"add {flag} to skip the question"
-            )
+            fact = f"{question} There is no terminal to answer on."
+            raise UsageProblem(fact, hint="add --yes to skip the question")
         sys.stderr.write(f"{escape_lines(question)} [y/N] ")
         sys.stderr.flush()
         return sys.stdin.readline().strip().lower() in ("y", "yes")

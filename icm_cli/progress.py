@@ -1,7 +1,4 @@
-"""Show progress on stderr: a bar on a terminal, otherwise a line every few seconds, or nothing.
-
-All three are context managers with the same `update` method.
-"""
+"""Show progress on stderr: a bar on a terminal, otherwise a line every few seconds, or nothing."""
 
 from __future__ import annotations
 
@@ -9,7 +6,7 @@ import os
 import sys
 import time
 from types import TracebackType
-from typing import TYPE_CHECKING, Protocol, Self
+from typing import TYPE_CHECKING, Self
 
 from icmlora.io.text import escape, human_duration
 
@@ -20,11 +17,12 @@ if TYPE_CHECKING:
 _DEFAULT_INTERVAL = 10.0  # seconds between plain lines
 
 
-class Progress(Protocol):
-    """A display of how far a command is."""
+class Progress:
+    """A display of how far a command is; this one shows nothing."""
 
     def __enter__(self) -> Self:
         """Show the display."""
+        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -35,23 +33,7 @@ class Progress(Protocol):
         """Show that `done` of `total` is finished; a total of None is unknown."""
 
 
-class SilentProgress:
-    """Shows nothing."""
-
-    def __enter__(self) -> Self:
-        """Show nothing."""
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Remove nothing."""
-
-    def update(self, done: float, total: float | None, note: str = "") -> None:
-        """Show nothing."""
-
-
-class PlainProgress(SilentProgress):
+class PlainProgress(Progress):
     """Writes a line every `ICM_PROGRESS_INTERVAL` seconds."""
 
     def __init__(self, label: str) -> None:
@@ -77,7 +59,7 @@ class PlainProgress(SilentProgress):
         sys.stderr.flush()
 
 
-class RichProgress:
+class RichProgress(Progress):
     """Draws a bar with Rich, which is imported only if there is a terminal."""
 
     def __init__(self, label: str) -> None:

@@ -64,7 +64,6 @@ class Session:
     out: Output
     settings: Settings
     command: str
-    options: GlobalOptions
     damaged: set[str] = field(default_factory=set)  # tasks that were left out because their rows are damaged
     _told: set[str] = field(default_factory=set, init=False)  # what was said while this waited
 
@@ -158,6 +157,21 @@ class Session:
                 signal.signal(number, handler)
 
 
+def end(
+    done: str,
+    *,
+    stopped: bool,
+    partly: bool,
+    hint: str = "run the same command to continue",
+    code: ExitCode = ExitCode.PARTLY,
+) -> None:
+    """Exit with another code than 0 if the user stopped a job after some of it, or a part of it could not be done."""
+    if stopped:
+        raise Interrupted(f"interrupted; {done}", hint=hint)
+    if partly:
+        raise typer.Exit(code)
+
+
 def command(function: Callable[Concatenate[Session, P], None]) -> Callable[..., None]:
     """Add the global options to a command and give it its `Session`."""
     signature = inspect.signature(function, eval_str=True)
@@ -206,4 +220,4 @@ def global_parameters() -> list[inspect.Parameter]:
 
 def _start(options: GlobalOptions, name: str) -> Session:
     out = Output(as_json=options.json, quiet=options.quiet, verbosity=options.verbose, progress=not options.no_progress)
-    return Session(out, load_settings(store=options.store, lock_timeout=options.lock_timeout), name, options)
+    return Session(out, load_settings(store=options.store, lock_timeout=options.lock_timeout), name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict
 from math import isfinite
 from typing import TYPE_CHECKING
@@ -11,14 +12,36 @@ from icmlora.fleet.measure.precision import gain_text
 from icmlora.io.text import human_size
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
     from typing import Any
 
     from _typeshed import DataclassInstance
 
     from icmlora.adapter.metrics import GroupError
     from icmlora.fleet.bases.joins import BaseJoined
-    from icmlora.fleet.records import Claim
+    from icmlora.fleet.records import Claim, Rung
+
+
+SOURCES: tuple[Rung, ...] = ("base", "original", "residual", "code", "generate", "network")
+"""Sources of a task's adapter, as tables list them."""
+
+
+def figure(value: float | None, digits: int = 4) -> str:
+    """Return a number with so many digits after the point, or "-"."""
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def path_shown(path: str) -> str:
+    """Return a path as the user would write it: from the current folder where it is inside."""
+    return path.removeprefix(f"{os.getcwd()}{os.sep}")
+
+
+def grouped(pairs: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
+    """Return the tasks of each reason, from pairs of a reason and a task."""
+    groups: dict[str, list[str]] = {}
+    for reason, task in pairs:
+        groups.setdefault(reason, []).append(task)
+    return groups
 
 
 def coded_size(code: int | None, residual: int | None) -> str:

@@ -1,30 +1,4 @@
-"""All errors of the registry, and `IcmError`, the base class of every error that icm raises on purpose.
-
-IcmError                     (also the base of `icmlora.errors.IcmLoraError`)
-└── RegistryError
-    ├── StoreNotFound        the path holds no store
-    ├── NotAStore            the folder holds something else
-    ├── StoreLocked          another process holds the lock and the timeout passed
-    ├── StoreTooNew          a newer icm wrote the store
-    ├── StoreTooOld          an icm from before the first release wrote the store
-    ├── StoreReadOnly        a write to a store that cannot be written
-    ├── StoreFull            no space left; what was committed before is intact
-    ├── StoreIOError         the operating system failed a read or a write
-    ├── DamagedStore         the database or the folder is not as icm left it
-    │   ├── DamagedRow       a row of the database does not have the values that it was written with
-    │   ├── MissingBlob      a committed row refers to bytes that are gone
-    │   └── DamagedBlob      the bytes of a blob do not match its digest
-    ├── SourceRefused        a file from outside is not a plain, readable file within the limits
-    │   └── SourceChanged    it changed while it was read
-    ├── InvalidName          a task name, tag or note that breaks the rule
-    ├── InvalidFilter        a filter or an order of tasks that cannot be understood
-    ├── TaskNotFound         no task has that name
-    ├── TaskConflict         the task exists with another adapter
-    ├── BaseModelConflict    labels of base models cannot be joined or separated as asked
-    ├── GeneratorNotFound    no generator has that number
-    ├── GeneratorConflict    another generator of the base model is in use
-    └── LastCopy             the request would lose the last copy of an adapter
-"""
+"""All errors of the registry, and `IcmError`, the base class of every error that icm raises on purpose."""
 
 from __future__ import annotations
 
@@ -33,7 +7,7 @@ from typing import Literal
 
 
 class IcmError(Exception):
-    """Base class of every error that icm raises on purpose.
+    """Base class of every error that icm raises on purpose; `icmlora.errors.IcmLoraError` derives from it.
 
     Attributes:
         message: The fact, in one sentence.
@@ -75,11 +49,11 @@ class StoreLocked(RegistryError):
 
 
 class StoreTooNew(RegistryError):
-    """A newer version wrote the store; nothing was touched."""
+    """A newer icm wrote the store; nothing was touched."""
 
 
 class StoreTooOld(RegistryError):
-    """A version from before the first release wrote the store; nothing was touched."""
+    """An icm from before the first release wrote the store; nothing was touched."""
 
 
 class StoreReadOnly(RegistryError):
@@ -103,7 +77,7 @@ class DamagedRow(DamagedStore):
 
 
 class MissingBlob(DamagedStore):
-    """The store does not have the bytes of a digest."""
+    """A committed row refers to bytes that the store does not have."""
 
 
 class DamagedBlob(DamagedStore):

@@ -109,7 +109,7 @@ def parse_filter(text: str) -> Filter:
 
 
 def parse_sort(text: str) -> Sort:
-    """Read `size:desc`."""
+    """Read `size:desc`; raise `InvalidFilter` if it is no order of a field."""
     name, colon, way = text.partition(":")
     if colon and way.strip().lower() not in ("asc", "desc"):
         raise InvalidFilter(f"{escape(way, 40)!r} is not an order", hint="write FIELD:asc or FIELD:desc")
@@ -121,7 +121,7 @@ def parse_sort(text: str) -> Sort:
 
 
 def field_of(name: str) -> Field:
-    """Return a field by name, in any case."""
+    """Return a field by name, in any case; raise `InvalidFilter` if there is none of that name."""
     field = FIELDS.get(name.lower())
     if field is None:
         close = difflib.get_close_matches(name.lower(), FIELDS, n=1)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple
 
 from registry.names import LOAD_IN, NLL, LoadIn, is_bundle_source
 
@@ -26,16 +26,13 @@ LayoutEntry = tuple[str, int, int, int]
 """One module of an adapter: (name, rank, in features, out features)."""
 
 
-class _Measured(Protocol):
-    @property
-    def squared_error(self) -> float | None: ...
-
-
 class WithRelativeError:
     """Anything that holds the square of a relative error, as the store does."""
 
+    squared_error: float | None
+
     @property
-    def relative_error(self: _Measured) -> float | None:
+    def relative_error(self) -> float | None:
         """||dW' - dW|| / ||dW||, as people know it; None if it was not measured."""
         return relative_error(self.squared_error)
 

@@ -15,12 +15,12 @@ stores forward to it. Each table ends with a check of the row: see `registry.row
 Every task pays for its rows, so values are stored small:
 
     in Python                   in SQLite
-    64 hexadecimal digits       Digest   32 bytes
-    RFC 3339, UTC, seconds      Moment   seconds since 1970
-    one of a few words          Choice   its place among them
-    words without spaces        Words    the words with a space between two
-    a measured number           Figure   itself, or nothing if it is out of its range
-    a JSON value                Packed   its text, deflated: a layout names every module of a model
+    64 hexadecimal digits       DIGEST   32 bytes; also of a part of a digest
+    RFC 3339, UTC, seconds      MOMENT   seconds since 1970
+    one of a few words          choice   its place among them
+    words without spaces        WORDS    the words with a space between two; none of them is NULL
+    a measured number           figure   itself, or nothing if it is out of its range
+    a JSON value                PACKED   its text, deflated: a layout names every module of a model
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from __future__ import annotations
 import json
 import sys
 import zlib
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache
 from typing import Any, ClassVar
@@ -47,19 +48,32 @@ class UnreadableValue(ValueError):
     """A column holds something that icm did not write there."""
 
 
-class _Column(TypeDecorator[Any]):
-    """A column that stores a value in another form; None is NULL in all of them."""
+class Stored(TypeDecorator[Any]):
+    """A column that stores a value in another form.
+
+    Args:
+        what: What messages call a value.
+        form: What it is in SQLite.
+        pack: Value -> what is stored.
+        unpack: The way back; any error of it is damage.
+        absent: The value that NULL stands for.
+    """
 
     impl: TypeEngine[Any] | type[TypeEngine[Any]] = LargeBinary
     cache_ok = True
 
-    def pack(self, value: Any) -> Any:
-        """Return what SQLite stores."""
-        raise NotImplementedError
-
-    def unpack(self, stored: Any) -> Any:
-        """Return the value; any error of this is damage."""
-        raise NotImplementedError
+    def __init__(
+        self,
+        what: str,
+        form: TypeEngine[Any],
+        pack: Callable[[Any], Any],
+        unpack: Callable[[Any], Any],
+        absent: object = None,
+    ) -> None:
+        super().__init__()
+        self.impl = form
+        # Under their own names: SQLAlchemy tells columns apart by them.
+        self.what, self.form, self.pack, self.unpack, self.absent = what, form, pack, unpack, absent
 
     def process_bind_param(self, value: Any, dialect: Dialect) -> Any:
         """Turn a value into what is stored (SQLAlchemy's hook)."""
@@ -68,119 +82,9 @@ class _Column(TypeDecorator[Any]):
     def process_result_value(self, value: Any, dialect: Dialect) -> Any:
         """Turn what is stored into the value (SQLAlchemy's hook)."""
         try:
-            return None if value is None else self.unpack(value)
+            return self.absent if value is None else self.unpack(value)
         except (AttributeError, LookupError, OverflowError, TypeError, ValueError, zlib.error) as error:
-            raise UnreadableValue(f"not a {type(self).__name__.lower()}: {error}") from error
-
-
-class Digest(_Column):
-    """A SHA-256 as 64 hexadecimal digits, or a part of one, stored as bytes."""
-
-    cache_ok = True
-
-    def pack(self, value: str) -> bytes:
-        """Return its bytes."""
-        return bytes.fromhex(value)
-
-    def unpack(self, stored: bytes) -> str:
-        """Return its digits."""
-        return stored.hex()
-
-
-class Packed(_Column):
-    """A JSON value, stored as its text, deflated."""
-
-    cache_ok = True
-
-    def pack(self, value: object) -> bytes:
-        """Return the deflated text."""
-        return pack_text(compact_json(value))
-
-    def unpack(self, stored: bytes) -> object:
-        """Return the value; nobody changes it, so equal bytes share it."""
-        return _unpacked(stored)
-
-
-# A page of tasks has the same few descriptions in every row.
-@lru_cache(maxsize=128)
-def _unpacked(stored: bytes) -> object:
-    return json.loads(zlib.decompress(stored))
-
-
-class Moment(_Column):
-    """A time in RFC 3339, UTC, stored as seconds since 1970."""
-
-    impl = Integer
-    cache_ok = True
-
-    def pack(self, value: str) -> int:
-        """Return seconds since 1970."""
-        return (datetime.fromisoformat(value) - _START) // timedelta(seconds=1)
-
-    def unpack(self, stored: int) -> str:
-        """Return RFC 3339."""
-        return (_START + timedelta(seconds=stored)).isoformat()[:-6] + "Z"  # a fraction of the time of strftime
-
-
-class Choice(_Column):
-    """One of a few words, stored as its place among them."""
-
-    impl = Integer
-    cache_ok = True
-
-    def __init__(self, *words: str) -> None:
-        """Name the words; their order is part of the schema."""
-        super().__init__()
-        self.words = words
-
-    def pack(self, value: str) -> int:
-        """Return the place of a word."""
-        return self.words.index(value)
-
-    def unpack(self, stored: int) -> str:
-        """Return the word at a place."""
-        return self.words[stored]
-
-
-class Words(_Column):
-    """Words without spaces, stored as one text; none of them is NULL."""
-
-    impl = String
-    cache_ok = True
-
-    def pack(self, value: tuple[str, ...]) -> str | None:
-        """Return one text."""
-        return " ".join(value) or None
-
-    def unpack(self, stored: str) -> tuple[str, ...]:
-        """Return the words."""
-        return tuple(stored.split(" "))
-
-    def process_result_value(self, value: Any, dialect: Dialect) -> Any:
-        """Return no words for NULL (SQLAlchemy's hook)."""
-        return () if value is None else super().process_result_value(value, dialect)
-
-
-class Figure(_Column):
-    """A measured number. One out of its range is not kept, as if nobody had measured it, and not believed when read."""
-
-    impl = Double
-    cache_ok = True
-
-    def __init__(self, least: float, most: float) -> None:
-        """Set the range."""
-        super().__init__()
-        self.least, self.most = least, most
-
-    def pack(self, value: float) -> float | None:
-        """Return the number, or None if it is out of range."""
-        return value if self.least <= value <= self.most else None
-
-    def unpack(self, stored: float) -> float:
-        """Return the number."""
-        if not self.least <= stored <= self.most:
-            raise ValueError(f"{stored} is not from {self.least:g} to {self.most:g}")
-        return stored
+            raise UnreadableValue(f"not a {self.what}: {error}") from error
 
 
 def compact_json(value: object) -> str:
@@ -188,13 +92,49 @@ def compact_json(value: object) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
 
-def pack_text(text: str) -> bytes:
-    """Deflate the text of a JSON value."""
-    return zlib.compress(text.encode(), 9)
+def _packed(value: object) -> bytes:
+    return zlib.compress(compact_json(value).encode(), 9)
 
 
-SQUARED_ERROR = Figure(0.0, sys.float_info.max)
-RETAINED_GAIN = Figure(-1000.0, 1000.0)  # beyond that an original is no better than its base model
+# A page of tasks has the same few descriptions in every row; nobody changes a value, so equal bytes share it.
+@lru_cache(maxsize=128)
+def _unpacked(stored: bytes) -> object:
+    return json.loads(zlib.decompress(stored))
+
+
+def _seconds(moment: str) -> int:
+    return (datetime.fromisoformat(moment) - _START) // timedelta(seconds=1)
+
+
+def _moment(seconds: int) -> str:
+    return (_START + timedelta(seconds=seconds)).isoformat()[:-6] + "Z"  # a fraction of the time of strftime
+
+
+def choice(*words: str) -> Stored:
+    """Return a column of one of a few words; their order is part of the schema."""
+    return Stored("choice", Integer(), words.index, words.__getitem__)
+
+
+def figure(least: float, most: float) -> Stored:
+    """Return a column of a measured number.
+
+    One out of its range is not kept, as if nobody had measured it, and not believed when it is read.
+    """
+
+    def believed(stored: float) -> float:
+        if not least <= stored <= most:
+            raise ValueError(f"{stored} is not from {least:g} to {most:g}")
+        return stored
+
+    return Stored("figure", Double(), lambda value: value if least <= value <= most else None, believed)
+
+
+DIGEST = Stored("digest", LargeBinary(), bytes.fromhex, bytes.hex)
+MOMENT = Stored("moment", Integer(), _seconds, _moment)
+PACKED = Stored("packed", LargeBinary(), _packed, _unpacked)
+WORDS = Stored("words", String(), lambda words: " ".join(words) or None, lambda text: tuple(text.split(" ")), absent=())
+SQUARED_ERROR = figure(0.0, sys.float_info.max)
+LEAST_GAIN, MOST_GAIN = -1000.0, 1000.0  # beyond that an original is no better than its base model
 _GONE_WITH_PARENT = "CASCADE"
 _LAST = 1000  # among the columns of a table
 
@@ -202,7 +142,7 @@ _LAST = 1000  # among the columns of a table
 class Base(DeclarativeBase):
     """Declarative base of all tables."""
 
-    type_annotation_map: ClassVar[dict[Any, Any]] = {Any: Packed()}
+    type_annotation_map: ClassVar[dict[Any, Any]] = {Any: PACKED}
 
     @declared_attr
     def crc(cls) -> Mapped[int | None]:  # noqa: N805  # SQLAlchemy hands it the class
@@ -216,7 +156,7 @@ class Blob(Base):
     __tablename__ = "blobs"
 
     id: Mapped[int] = mapped_column(primary_key=True)
-    digest: Mapped[str] = mapped_column(Digest(), unique=True)
+    digest: Mapped[str] = mapped_column(DIGEST, unique=True)
     size: Mapped[int]
 
 
@@ -226,7 +166,7 @@ class Document(Base):
     __tablename__ = "documents"
 
     id: Mapped[int] = mapped_column(primary_key=True)
-    digest: Mapped[str] = mapped_column(Digest(), unique=True)
+    digest: Mapped[str] = mapped_column(DIGEST, unique=True)
     body: Mapped[Any]
 
 
@@ -243,7 +183,7 @@ class BaseModel(Base):
     # MODULE:FUNCTION of what loads the files at `path`, where icm cannot by itself.
     loader: Mapped[str | None]
     # The few bits that its weights are loaded in; NULL for what the device suits.
-    load_in: Mapped[str | None] = mapped_column(Choice(*LOAD_IN))
+    load_in: Mapped[str | None] = mapped_column(choice(*LOAD_IN))
 
 
 class BaseLabel(Base):
@@ -254,7 +194,7 @@ class BaseLabel(Base):
     id: Mapped[int] = mapped_column(primary_key=True)
     label: Mapped[str] = mapped_column(unique=True)
     base_model_id: Mapped[int] = mapped_column(ForeignKey("base_models.id"))
-    reason: Mapped[str] = mapped_column(Choice("told", "fingerprint", "mirror"))
+    reason: Mapped[str] = mapped_column(choice("told", "fingerprint", "mirror"))
     path: Mapped[str | None]  # that `icm base add` had set when the label was a base model of its own
 
     base_model: Mapped[BaseModel] = relationship(lazy="joined", innerjoin=True)
@@ -271,11 +211,11 @@ class Task(Base):
     base_model_id: Mapped[int] = mapped_column(ForeignKey("base_models.id"))
     samples_id: Mapped[int | None] = mapped_column(ForeignKey("blobs.id"))
     eval_id: Mapped[int | None] = mapped_column(ForeignKey("blobs.id"))
-    created_at: Mapped[str] = mapped_column(Moment())
+    created_at: Mapped[str] = mapped_column(MOMENT)
     pinned: Mapped[bool] = mapped_column(server_default=text("0"))
     folder: Mapped[str]
     note: Mapped[str | None]
-    tags: Mapped[tuple[str, ...]] = mapped_column(Words(), nullable=True)
+    tags: Mapped[tuple[str, ...]] = mapped_column(WORDS, nullable=True)
     # The label by which its adapters name the base model; NULL for the base model's own name.
     label_id: Mapped[int | None] = mapped_column(ForeignKey("base_labels.id"))
 
@@ -298,12 +238,12 @@ class Adapter(Base):
     card_id: Mapped[int | None] = mapped_column(ForeignKey("blobs.id"))
     description_id: Mapped[int] = mapped_column(ForeignKey("documents.id"))
     source: Mapped[str | None]
-    created_at: Mapped[str] = mapped_column(Moment())
-    evicted_at: Mapped[str | None] = mapped_column(Moment())
+    created_at: Mapped[str] = mapped_column(MOMENT)
+    evicted_at: Mapped[str | None] = mapped_column(MOMENT)
     is_generated: Mapped[bool] = mapped_column(server_default=text("0"))
     initial_id: Mapped[int | None] = mapped_column(ForeignKey("blobs.id"))
     # A hash of its tensors, whatever else their file says; NULL for one that came in a bundle.
-    tensors_key: Mapped[str | None] = mapped_column(Digest())
+    tensors_key: Mapped[str | None] = mapped_column(DIGEST)
     # Kept by a trigger: an extra that got lost, or came from another adapter, is seen.
     extra_count: Mapped[int] = mapped_column(server_default=text("0"))
 
@@ -343,7 +283,7 @@ class TaskVector(Base):
     __tablename__ = "task_vectors"
 
     task_id: Mapped[int] = mapped_column(ForeignKey("tasks.id", ondelete=_GONE_WITH_PARENT), primary_key=True)
-    view: Mapped[str] = mapped_column(Choice("adapted", "context"), primary_key=True)
+    view: Mapped[str] = mapped_column(choice("adapted", "context"), primary_key=True)
     support_set: Mapped[int] = mapped_column(primary_key=True)
     extractor_id: Mapped[int] = mapped_column(ForeignKey("documents.id"), primary_key=True)
     id: Mapped[int]
@@ -372,7 +312,7 @@ class Generator(Base):
     config: Mapped[Any]
     metrics: Mapped[Any]
     is_current: Mapped[bool]
-    created_at: Mapped[str] = mapped_column(Moment())
+    created_at: Mapped[str] = mapped_column(MOMENT)
     start_id: Mapped[int | None] = mapped_column(ForeignKey("blobs.id"))
 
     base_model: Mapped[BaseModel] = relationship(lazy="joined", innerjoin=True)
@@ -398,8 +338,8 @@ class TrainRun(Base):
     step: Mapped[int]
     weights_id: Mapped[int | None] = mapped_column(ForeignKey("blobs.id"))
     optimizer_id: Mapped[int | None] = mapped_column(ForeignKey("blobs.id"))
-    created_at: Mapped[str] = mapped_column(Moment())
-    updated_at: Mapped[str] = mapped_column(Moment())
+    created_at: Mapped[str] = mapped_column(MOMENT)
+    updated_at: Mapped[str] = mapped_column(MOMENT)
 
     base_model: Mapped[BaseModel] = relationship(lazy="joined", innerjoin=True)
     weights: Mapped[Blob | None] = relationship(lazy="joined", foreign_keys=[weights_id])
@@ -418,7 +358,7 @@ class RunCode(Base):
     run_id: Mapped[int] = mapped_column(ForeignKey("train_runs.id", ondelete=_GONE_WITH_PARENT), primary_key=True)
     adapter_id: Mapped[int] = mapped_column(ForeignKey("adapters.id", ondelete=_GONE_WITH_PARENT), primary_key=True)
     blob_id: Mapped[int] = mapped_column(ForeignKey("blobs.id"))
-    generator: Mapped[str] = mapped_column(Digest())  # of the file that the network would be published as
+    generator: Mapped[str] = mapped_column(DIGEST)  # of the file that the network would be published as
     squared_error: Mapped[float]
     initial_is_known: Mapped[bool]
 
@@ -446,7 +386,7 @@ class Code(Base):
     refined: Mapped[int | None]
     max_size: Mapped[int | None]
     # What the bundle that it came in says of it; NULL for a code that was made here.
-    claim: Mapped[Any] = mapped_column(Packed(), nullable=True)
+    claim: Mapped[Any] = mapped_column(PACKED, nullable=True)
 
     task: Mapped[Task] = relationship(lazy="joined", innerjoin=True)
     blob: Mapped[Blob] = relationship(lazy="joined", innerjoin=True, foreign_keys=[blob_id])
@@ -462,22 +402,22 @@ class Evaluation(Base):
 
     id: Mapped[int] = mapped_column(primary_key=True)
     task_id: Mapped[int] = mapped_column(ForeignKey("tasks.id", ondelete=_GONE_WITH_PARENT))
-    rung: Mapped[str] = mapped_column(Choice("base", "code", "network", "original", "residual", "generate"))
+    rung: Mapped[str] = mapped_column(choice("base", "code", "network", "original", "residual", "generate"))
     generator_id: Mapped[int | None] = mapped_column(ForeignKey("generators.id", ondelete=_GONE_WITH_PARENT))
     data_id: Mapped[int] = mapped_column(ForeignKey("blobs.id"))
     # Metrics other than the loss are named in `score`.
-    kind: Mapped[str] = mapped_column("metric", Choice("nll", "other"))
+    kind: Mapped[str] = mapped_column("metric", choice("nll", "other"))
     value: Mapped[float] = mapped_column("nats_per_token")
     count: Mapped[int] = mapped_column("tokens")
     utf8_bytes: Mapped[int]
-    retained_gain: Mapped[float | None] = mapped_column(RETAINED_GAIN)
+    retained_gain: Mapped[float | None] = mapped_column(figure(LEAST_GAIN, MOST_GAIN))
     squared_error: Mapped[float | None] = mapped_column("dw_error", SQUARED_ERROR)
     settings_id: Mapped[int] = mapped_column(ForeignKey("documents.id"))
-    created_at: Mapped[str] = mapped_column(Moment())
+    created_at: Mapped[str] = mapped_column(MOMENT)
     # The metric's name and further figures; NULL for the loss of a language model.
-    score: Mapped[Any] = mapped_column(Packed(), nullable=True)
+    score: Mapped[Any] = mapped_column(PACKED, nullable=True)
     # The few bits that the base model was loaded in, as `settings` has it too; NULL for full precision.
-    load_in: Mapped[str | None] = mapped_column(Choice(*LOAD_IN))
+    load_in: Mapped[str | None] = mapped_column(choice(*LOAD_IN))
 
     task: Mapped[Task] = relationship(lazy="joined", innerjoin=True)
     data: Mapped[Blob] = relationship(lazy="joined", innerjoin=True)

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from registry import files as fs
@@ -30,6 +29,11 @@ from registry.storage.folder import (
     with_reserve,
 )
 from registry.storage.locks import FileLock, Patience
+from registry.tables.codes import Codes
+from registry.tables.evaluations import Evaluations
+from registry.tables.generators import Generators
+from registry.tables.runs import Runs
+from registry.tables.vectors import Vectors
 
 if TYPE_CHECKING:
     from registry.errors import DamagedStore
@@ -38,13 +42,8 @@ if TYPE_CHECKING:
     from registry.storage.row_repair import RowRepair
     from registry.tables.base_models import BaseModels
     from registry.tables.bundles import Bundles
-    from registry.tables.codes import Codes
-    from registry.tables.evaluations import Evaluations
     from registry.tables.eviction import Originals
-    from registry.tables.generators import Generators
-    from registry.tables.runs import Runs
     from registry.tables.tasks import Tasks
-    from registry.tables.vectors import Vectors
     from registry.usage import Usage
     from registry.verify import Finding
 
@@ -73,12 +72,14 @@ class Store:
         command: str,
         on_damage: OnDamage | None = None,
     ) -> None:
-        self._patience, self._command, self._on_damage = patience, command, on_damage
-        self._paths = paths
+        self._patience, self._command = patience, command
+        self.paths = paths
         self._lock = lock
         self._db = database
         self.blobs = Blobs(backend, database.must_write)
-        self._parts = paths, lock, database, self.blobs
+        self._parts = parts = paths, lock, database, self.blobs, on_damage
+        self.generators, self.codes = Generators(*parts), Codes(*parts)
+        self.vectors, self.evaluations, self.runs = Vectors(*parts), Evaluations(*parts), Runs(*parts)
 
     @classmethod
     def open(
@@ -105,6 +106,9 @@ class Store:
             backend: where the bytes are, if not in the store folder.
             on_damage: called with the name of a task with wrong rows and what is wrong, where many tasks are read: the
                 others are read without it. By default that is an error.
+
+        Raises:
+            StoreNotFound: There is none, and `create` is not set.
         """
         paths, patience = StorePaths(path), patience or Patience(lock_timeout)
         if create and not read_only:
@@ -131,12 +135,14 @@ class Store:
         where = paths, lock, database, backend or LocalBackend(paths)
         return cls(*where, patience=patience, command=command, on_damage=on_damage)
 
+    # These take long to import, and not every command needs them.
+
     @cached_property
     def tasks(self) -> Tasks:
         """Tasks with their adapters."""
         from registry.tables.tasks import Tasks
 
-        return Tasks(*self._parts, on_damage=self._on_damage)
+        return Tasks(*self._parts)
 
     @cached_property
     def base_models(self) -> BaseModels:
@@ -144,41 +150,6 @@ class Store:
         from registry.tables.base_models import BaseModels
 
         return BaseModels(*self._parts)
-
-    @cached_property
-    def vectors(self) -> Vectors:
-        """Task vectors."""
-        from registry.tables.vectors import Vectors
-
-        return Vectors(*self._parts)
-
-    @cached_property
-    def generators(self) -> Generators:
-        """Generators with their codes."""
-        from registry.tables.generators import Generators
-
-        return Generators(*self._parts)
-
-    @cached_property
-    def codes(self) -> Codes:
-        """Codes and residuals."""
-        from registry.tables.codes import Codes
-
-        return Codes(*self._parts)
-
-    @cached_property
-    def evaluations(self) -> Evaluations:
-        """Measurements."""
-        from registry.tables.evaluations import Evaluations
-
-        return Evaluations(*self._parts)
-
-    @cached_property
-    def runs(self) -> Runs:
-        """Training runs and their checkpoints."""
-        from registry.tables.runs import Runs
-
-        return Runs(*self._parts)
 
     @cached_property
     def originals(self) -> Originals:
@@ -201,15 +172,8 @@ class Store:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
-
-    @property
-    def paths(self) -> StorePaths:
-        """Where the parts of the store are."""
-        return self._paths
 
     @contextmanager
     def job(self, base_model: str, *, shared: bool = False) -> Iterator[None]:
@@ -220,7 +184,7 @@ class Store:
         so nothing read before may be trusted inside the block.
         """
         self._db.must_write()
-        path = self._paths.job(base_model)
+        path = self.paths.job(base_model)
         with fs.store_errors(path):
             # The first job of a store makes the folder.
             path.parent.mkdir(exist_ok=True)
@@ -239,7 +203,7 @@ class Store:
         """
         from registry.usage import measure
 
-        return measure(self._db, self.blobs, self._paths, has_wrong_rows=has_wrong_rows)
+        return measure(self._db, self.blobs, self.paths, has_wrong_rows=has_wrong_rows)
 
     def prune(
         self,
@@ -255,21 +219,21 @@ class Store:
         """
         from registry.storage.prune import prune
 
-        do = partial(prune, self._db, self.blobs, self._paths, grace=grace, is_precious=is_precious)
+        do = partial(prune, self._db, self.blobs, self.paths, grace=grace, is_precious=is_precious)
         do = partial(do, empty_quarantine=empty_quarantine, dry_run=dry_run)
         if dry_run:
             return do()
         self._db.must_write()
         with self._lock.exclusive():
-            report = with_reserve(self._paths, do)
-            restore_reserve(self._paths)
+            report = with_reserve(self.paths, do)
+            restore_reserve(self.paths)
         return report
 
     def verify(self, *, read_data: bool = False, names: Sequence[str] = ()) -> Iterator[Finding]:
         """Yield what is wrong, as it is found; `read_data` also hashes every blob, `names` checks only these tasks."""
         from registry.verify import verify
 
-        return verify(self._db, self.blobs, self._paths, read_data=read_data, names=names)
+        return verify(self._db, self.blobs, self.paths, read_data=read_data, names=names)
 
     def repair(self) -> list[tuple[Finding, str]]:
         """Move damaged blobs to quarantine and return each with its new place."""
@@ -277,7 +241,7 @@ class Store:
 
         self._db.must_write()
         with self._lock.exclusive():
-            return repair(self._db, self.blobs, self._paths)
+            return repair(self._db, self.blobs, self.paths)
 
     def repair_rows(self) -> list[RowRepair]:
         """Correct rows of which one bit flipped, and return what became of each wrong row."""
@@ -285,4 +249,4 @@ class Store:
 
         self._db.must_write()
         with self._lock.exclusive():
-            return repair_rows(self._db, self._paths)
+            return repair_rows(self._db, self.paths)

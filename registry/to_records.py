@@ -27,24 +27,25 @@ _CHECKPOINT = re.compile(r"/checkpoint-[0-9]+$")
 
 def task_record(row: models.Task) -> records.TaskRecord:
     """Return the record of a task."""
-    return _record(records.TaskRecord, row)
+    return record(records.TaskRecord, row)
 
 
 def adapter_record(row: models.Adapter) -> records.AdapterRecord:
-    """Return the record of an adapter."""
+    """Return the record of an adapter; raise `WrongRow` if an extra of it is missing."""
     if len(row.extras) != row.extra_count:
         raise WrongRow(f"task {row.task.name!r} has {len(row.extras)} extras of {row.extra_count}")
     common = _description(row.description)
     if common.original_only is None and row.task.base_model.name == UNKNOWN_BASE:
         common = common._replace(original_only=WITHOUT_BASE)
     usual = usual_source(row.task.folder, row.step, is_final=row.is_final)
-    return _record(
+    extras = (records.Extra(one.blob.digest, one.file or None, one.size, one.blob.size) for one in row.extras)
+    return record(
         records.AdapterRecord,
         row,
         **common._asdict(),
         source=usual if row.source is None else row.source,
         # By content: the numbers of blobs depend on what else was stored, and when.
-        extras=tuple(sorted(map(_extra, row.extras), key=lambda extra: (extra.file or "", extra.blob))),
+        extras=tuple(sorted(extras, key=lambda extra: (extra.file or "", extra.blob))),
         original_bytes=row.weights.size + row.config.size + (row.card.size if row.card else 0),
         weights_bytes=row.weights.size,
         initial_bytes=row.initial.size if row.initial else 0,
@@ -60,45 +61,27 @@ def _description(row: models.Document) -> Description:
     return common._replace(target_modules=tuple(common.target_modules), layout=layout)
 
 
-def _extra(row: models.Extra) -> records.Extra:
-    return records.Extra(row.blob.digest, row.file or None, row.size, row.blob.size)
-
-
-def vector_record(row: models.TaskVector) -> records.VectorRecord:
-    """Return the record of a task vector."""
-    return _record(records.VectorRecord, row)
-
-
 def code_record(row: models.Code) -> records.CodeRecord:
     """Return the record of a code."""
-    return _record(
-        records.CodeRecord, row, size=row.blob.size, asked=_limits(row), residual=_residual(row), claim=_claim(row)
-    )
+    claim = None if row.claim is None or row.squared_error is not None else records.Claim(**row.claim)
+    more = {"asked": _limits(row), "residual": _residual(row), "claim": claim}
+    return record(records.CodeRecord, row, size=row.blob.size, **more)
 
 
 def generator_record(row: models.Generator) -> records.GeneratorRecord:
     """Return the record of a generator."""
     start_size = 0 if row.start is None else row.start.size
-    return _record(records.GeneratorRecord, row, size=row.blob.size, start_size=start_size)
-
-
-def train_run_record(row: models.TrainRun) -> records.TrainRunRecord:
-    """Return the record of a training run."""
-    return _record(records.TrainRunRecord, row)
-
-
-def run_code_record(row: models.RunCode) -> records.RunCode:
-    """Return the record of a code that is not published yet."""
-    return _record(records.RunCode, row, adapter=row.adapter_id, size=row.blob.size)
+    return record(records.GeneratorRecord, row, size=row.blob.size, start_size=start_size)
 
 
 def evaluation_record(row: models.Evaluation) -> records.EvaluationRecord:
     """Return the record of a measurement."""
     score = row.score or {"metric": NLL, "others": {}}
-    return _record(records.EvaluationRecord, row, metric=score["metric"], others=score["others"])
+    return record(records.EvaluationRecord, row, metric=score["metric"], others=score["others"])
 
 
-def _record(kind: type[Record], row: models.Base, **more: object) -> Record:
+def record(kind: type[Record], row: models.Base, **more: object) -> Record:
+    """Return the record of a row: what `more` does not name comes from the fields of the same names."""
     loaded = vars(row)  # SQLAlchemy's way to an attribute takes ten times longer
     names = (name for name in _names(cast(Any, kind)) if name not in more)
     values = {name: _value(loaded[name] if name in loaded else getattr(row, name)) for name in names}
@@ -127,10 +110,6 @@ def _residual(row: models.Code) -> records.ResidualRecord | None:
     if row.residual is None or row.residual_squared_error is None:
         return None
     return records.ResidualRecord(row.residual.digest, row.residual_squared_error, row.residual.size)
-
-
-def _claim(row: models.Code) -> records.Claim | None:
-    return None if row.claim is None or row.squared_error is not None else records.Claim(**row.claim)
 
 
 def _limits(row: models.Code) -> records.CodeLimits | None:

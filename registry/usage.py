@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,7 +50,7 @@ def measure(database: Database, blobs: Blobs, paths: StorePaths, *, has_wrong_ro
     listed = {blob.digest: blob.size for blob in blobs.all()}
     for digest, size in listed.items():
         sums[uses.get(digest, "unreferenced")] += size
-    for path in _files(paths.root):
+    for path in (Path(folder, name) for folder, _, names in os.walk(paths.root) for name in names):
         if path.is_relative_to(paths.blobs) and path.name in listed:
             continue
         try:
@@ -100,8 +99,3 @@ def _uses(session: Session, *, has_wrong_rows: bool) -> dict[str, str]:
         found = select(Blob.digest).where(right(Blob, condition))
         uses |= dict.fromkeys(session.scalars(found), use)
     return uses
-
-
-def _files(root: Path) -> Iterator[Path]:
-    for folder, _, names in os.walk(root):
-        yield from (Path(folder, name) for name in names)

@@ -10,7 +10,7 @@ from sqlalchemy import Select, or_, select
 from sqlalchemy.orm import Session
 
 from registry.errors import DamagedStore, MissingBlob, StoreIOError
-from registry.schema import RETAINED_GAIN, Adapter, Blob, Code, Extra, Generator, Task, TaskVector
+from registry.schema import LEAST_GAIN, MOST_GAIN, Adapter, Blob, Code, Extra, Generator, Task, TaskVector
 from registry.storage.blobs.content import Blobs
 from registry.storage.database import Damage, Database
 from registry.storage.folder import StorePaths
@@ -20,11 +20,7 @@ from registry.storage.row_writer import find_task
 Kind = Literal["database", "dangling", "row", "missing", "length", "digest", "orphan", "leftover", "remark"]
 
 _HARMLESS = {"orphan", "leftover", "remark"}
-_TASKS_WITHOUT_ADAPTER = "SELECT name FROM tasks WHERE id NOT IN (SELECT task_id FROM adapters WHERE is_final)"
-_EVICTED_WITHOUT_CODE = """
-SELECT name FROM tasks JOIN adapters ON adapters.task_id = tasks.id
-WHERE is_final AND evicted_at IS NOT NULL AND adapters.id NOT IN (SELECT adapter_id FROM codes)"""
-# What is known twice.
+# What is known twice: what is wrong with it -> the tasks of which it is.
 _CONTRADICTIONS = {
     "the code of task {} is recorded with another length than its file has": """
 SELECT name FROM codes JOIN tasks ON tasks.id = task_id JOIN blobs ON blobs.id = blob_id WHERE bits != 8.0 * size""",
@@ -39,7 +35,14 @@ SELECT name FROM codes JOIN tasks ON tasks.id = task_id
 WHERE dw_error < 0 OR residual_error < 0 OR (residual_id IS NULL) != (residual_error IS NULL)""",
     "a measurement of task {} has a gain that no adapter has": f"""
 SELECT name FROM evaluations JOIN tasks ON tasks.id = task_id
-WHERE retained_gain NOT BETWEEN {RETAINED_GAIN.least} AND {RETAINED_GAIN.most} OR dw_error < 0""",  # noqa: S608
+WHERE retained_gain NOT BETWEEN {LEAST_GAIN} AND {MOST_GAIN} OR dw_error < 0""",  # noqa: S608
+}
+_GAPS = {
+    "task {} has no final adapter": """
+SELECT name FROM tasks WHERE id NOT IN (SELECT task_id FROM adapters WHERE is_final)""",
+    "task {} was evicted and has no code": """
+SELECT name FROM tasks JOIN adapters ON adapters.task_id = tasks.id
+WHERE is_final AND evicted_at IS NOT NULL AND adapters.id NOT IN (SELECT adapter_id FROM codes)""",
 }
 
 
@@ -93,26 +96,23 @@ def repair(database: Database, blobs: Blobs, paths: StorePaths) -> list[tuple[Fi
 
 
 def _check_database(database: Database) -> Iterator[Finding]:
+    asked: list[tuple[Kind, str, str]] = [("row", *one) for one in _CONTRADICTIONS.items()]
+    asked += [("dangling", *one) for one in _GAPS.items()]
     try:
         with database.connection() as connection:
-            lost = connection.exec_driver_sql(_TASKS_WITHOUT_ADAPTER).scalars().all()
-            bare = connection.exec_driver_sql(_EVICTED_WITHOUT_CODE).scalars().all()
-            known_twice = {
-                fact: connection.exec_driver_sql(query).scalars().all() for fact, query in _CONTRADICTIONS.items()
-            }
+            named = [
+                (kind, fact.format(name), name)
+                for kind, fact, query in asked
+                for name in connection.exec_driver_sql(query).scalars()
+            ]
         damage = list(database.damage())
     except DamagedStore as error:
-        damage, lost, bare, known_twice = [Damage("database", str(error))], [], [], {}
+        damage, named = [Damage("database", str(error))], []
     for found in damage:
         tasks = () if found.task is None else (found.task,)
         yield Finding(found.kind, found.fact, str(database.path), tasks=tasks)
-    for fact, names in known_twice.items():
-        for name in names:
-            yield Finding("row", fact.format(name), str(database.path), tasks=(name,))
-    for name in lost:
-        yield Finding("dangling", f"task {name} has no final adapter", str(database.path), tasks=(name,))
-    for name in bare:
-        yield Finding("dangling", f"task {name} was evicted and has no code", str(database.path), tasks=(name,))
+    for kind, fact, name in named:
+        yield Finding(kind, fact, str(database.path), tasks=(name,))
 
 
 def _expected(database: Database, names: Sequence[str]) -> dict[str, int]:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from icm_cli.errors import UsageProblem
-from icm_cli.options import LoaderOpt, completing
+from icm_cli.options import LoaderOpt, argument, option
 from icm_cli.output import Column
 from icm_cli.session import Session, command
 from icm_cli.text import joined_text
@@ -21,56 +20,20 @@ if TYPE_CHECKING:
     from icmlora.fleet.bases.joins import BaseJoined
     from icmlora.fleet.context import Event
 
-NameArg = Annotated[
-    str,
-    typer.Argument(
-        metavar="NAME", help="Name of the base model, as adapters give it.", autocompletion=completing("base")
-    ),
-]
-PathArg = Annotated[
-    Path,
-    typer.Argument(
-        metavar="PATH",
-        help="A Hugging Face model or diffusers pipeline as a folder, or a .gguf file.",
-        show_default=False,
-    ),
-]
+NameArg = Annotated[str, argument("NAME", "Name of the base model, as adapters give it.", completes="base")]
+PathArg = Annotated[Path, argument("PATH", "A Hugging Face model or diffusers pipeline as a folder, or a .gguf file.")]
 LabelsArg = Annotated[
-    list[str],
-    typer.Argument(
-        metavar="LABEL...",
-        help="What else it is called: a hub name, NAME@REVISION or a path.",
-        show_default=False,
-        autocompletion=completing("base"),
-    ),
+    list[str], argument("LABEL...", "What else it is called: a hub name, NAME@REVISION or a path.", completes="base")
 ]
 KeepOpt = Annotated[
-    str | None,
-    typer.Option(
-        "--keep",
-        metavar="NAME",
-        help="Where several have a generator: whose stays in use.",
-        show_default=False,
-        autocompletion=completing("base"),
-    ),
+    str | None, option("--keep NAME", "Where several have a generator: whose stays in use.", completes="base")
 ]
-RemoveOpt = Annotated[bool, typer.Option("--remove", help="Make the labels base models of their own again.")]
-
-
-class Bits(StrEnum):
-    """In what few bits the linear layers of a base model can be loaded."""
-
-    NF4 = "nf4"
-    INT8 = "int8"
-
-
+RemoveOpt = Annotated[bool, option("--remove", "Make the labels base models of their own again.")]
 LoadInOpt = Annotated[
-    Bits | None,
-    typer.Option(
-        "--load-in",
-        metavar="nf4|int8",
-        help="Load its linear layers in 4 or 8 bits, with bitsandbytes. Default: what the device suits.",
-        show_default=False,
+    Literal["nf4", "int8"] | None,
+    option(
+        "--load-in nf4|int8",
+        "Load its linear layers in 4 or 8 bits, with bitsandbytes. Default: what the device suits.",
     ),
 ]
 
@@ -105,9 +68,7 @@ def add(session: Session, name: NameArg, path: PathArg, loader: LoaderOpt = None
             taken.append(event)
 
     with session.working("base add", listen) as context:
-        recorded = add_base_model(
-            context, name, path, loader=loader, load_in=None if load_in is None else load_in.value
-        )
+        recorded = add_base_model(context, name, path, loader=loader, load_in=load_in)
     for one in taken:
         session.out.note(f"{name} is taken for {one.base_model}")
         name = one.base_model
@@ -175,9 +136,7 @@ def ls(session: Session) -> None:
 
     bases = list_base_models(session.context)
     session.out.document([_document(base) for base in bases])
-    if session.out.is_quiet:
-        for base in bases:
-            session.out.answer(base.record.name)
+    session.out.names(base.record.name for base in bases)
     rows: list[list[str]] = []
     for base in bases:
         rows.append([base.record.name, str(base.record.tasks), str(base.path or "not found")])

@@ -5,13 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
-from icm_cli.errors import ExitCode, Interrupted, UsageProblem
-from icm_cli.options import DtypeName, completing
-from icm_cli.output import Column
-from icm_cli.session import Session, command
-from icm_cli.text import as_fields
+from icm_cli.errors import UsageProblem
+from icm_cli.options import DtypeName, argument, option
+from icm_cli.output import Column, Field
+from icm_cli.session import Session, command, end
+from icm_cli.text import as_fields, figure
 from icmlora.errors import Cancelled
 from icmlora.io.text import counted, human_size, parse_bytes
 
@@ -20,83 +18,65 @@ if TYPE_CHECKING:
     from icmlora.fleet.context import Event
     from icmlora.fleet.convert.convert import AdapterConverted, ConvertReport
 
-SourceArg = Annotated[
-    Path | None,
-    typer.Argument(metavar="SRC", help="A folder or file of one adapter, or a folder of many.", show_default=False),
-]
+SourceArg = Annotated[Path | None, argument("SRC", "A folder or file of one adapter, or a folder of many.")]
 DestinationArg = Annotated[
     Path | None,
-    typer.Argument(
-        metavar="DST",
-        help="Folder or file to write, as the format has it. For many adapters: the folder for them.",
-        show_default=False,
-    ),
+    argument("DST", "Folder or file to write, as the format has it. For many adapters: the folder for them."),
 ]
 FormatOpt = Annotated[
     str | None,
-    typer.Option(
-        "--format",
-        metavar="NAME",
-        help="Format to write: peft, mlx (for MLX-LM), gguf (one file for llama.cpp), diffusers, kohya, comfyui, xlabs "
+    option(
+        "--format NAME",
+        "Format to write: peft, mlx (for MLX-LM), gguf (one file for llama.cpp), diffusers, kohya, comfyui, xlabs "
         "or lycoris; --list-formats lists which becomes which. Default: that of the source.",
-        show_default=False,
-        autocompletion=completing("format"),
+        completes="format",
     ),
 ]
 RankOpt = Annotated[
     int | None,
-    typer.Option(
-        "--rank",
-        metavar="N",
+    option(
+        "--rank N",
+        "Cut every module to rank N at most. LoHa, LoKr and whole differences of LyCORIS become LoRA of rank N.",
         min=1,
-        help="Cut every module to rank N at most. LoHa, LoKr and whole differences of LyCORIS become LoRA of rank N.",
-        show_default=False,
     ),
 ]
 SizeOpt = Annotated[
     str | None,
-    typer.Option(
-        "--size",
-        metavar="SIZE",
-        help="Most bytes of the file of weights, as 4MB. Modules keep the ranks that make the error smallest.",
-        show_default=False,
+    option(
+        "--size SIZE", "Most bytes of the file of weights, as 4MB. Modules keep the ranks that make the error smallest."
     ),
 ]
 DtypeOpt = Annotated[
     DtypeName | None,
-    typer.Option(
-        "--dtype",
-        help="Number format of the weights. Default: that of the source, or float32 with --format gguf or mlx.",
-        show_default=False,
+    option(
+        "--dtype", "Number format of the weights. Default: that of the source, or float32 with --format gguf or mlx."
     ),
 ]
 BaseOpt = Annotated[
     Path | None,
-    typer.Option(
-        "--base-model",
-        metavar="PATH",
-        help="Folder or GGUF file of the base model, whose configuration is needed from and to gguf. Default: the "
+    option(
+        "--base-model PATH",
+        "Folder or GGUF file of the base model, whose configuration is needed from and to gguf. Default: the "
         "model that the adapter names, if it is on this machine.",
-        show_default=False,
     ),
 ]
 ListOpt = Annotated[
     bool,
-    typer.Option(
+    option(
         "--list-formats",
-        help="Convert nothing: list the formats, and from which ones each is written. Image adapters need the extra "
+        "Convert nothing: list the formats, and from which ones each is written. Image adapters need the extra "
         "`diffusion` for it, gguf the configuration of the base model.",
     ),
 ]
-ForceOpt = Annotated[bool, typer.Option("--force", "-f", help="Replace what is at DST, unless that is SRC itself.")]
+ForceOpt = Annotated[bool, option("--force -f", "Replace what is at DST, unless that is SRC itself.")]
 
-_COLUMNS = (
-    Column("adapter", shrink=True),
-    Column("format"),
-    Column("rank", right=True),
-    Column("before", right=True),
-    Column("after", right=True),
-    Column("relative error", right=True),
+_FIELDS: tuple[Field[AdapterConverted], ...] = (
+    Field("adapter", lambda done: done.name, shrink=True),
+    Field("format", lambda done: done.format),
+    Field("rank", lambda done: str(done.rank), right=True),
+    Field("before", lambda done: human_size(done.before), right=True),
+    Field("after", lambda done: human_size(done.size), right=True),
+    Field("relative error", lambda done: figure(done.relative_error), right=True),
 )
 
 
@@ -128,9 +108,7 @@ def convert(
       icm convert dog.safetensors dog-diffusers.safetensors --format diffusers
     """
     if list_formats:
-        from icm_cli import format_list
-
-        format_list.list_formats(session)
+        show_formats(session)
         return
     if source is None or destination is None:
         raise UsageProblem("SRC and DST are needed", hint="icm convert SRC DST --format NAME")
@@ -155,11 +133,26 @@ def convert(
             raise
         report, stopped = stop.report, True
     _sum_up(session.out, report)
-    if stopped:
-        done = counted(len(report.adapters), "adapter")
-        raise Interrupted(f"interrupted; {done} converted", hint="convert the rest, or run it again with --force")
-    if report.failed:
-        raise typer.Exit(ExitCode.PARTLY)
+    done, rest = counted(len(report.adapters), "adapter"), "convert the rest, or run it again with --force"
+    end(f"{done} converted", stopped=stopped, partly=bool(report.failed), hint=rest)
+
+
+def show_formats(session: Session) -> None:
+    """Print which formats `icm ingest` reads, which `icm materialize` and `icm convert` write, and from which."""
+    from icmlora.fleet.write.format_pairs import written_from
+    from icmlora.formats import catalogue
+
+    found = [(known.name, known.about, list(written_from(known))) for known in catalogue.FORMATS]
+    session.out.document(
+        [
+            {"name": name, "about": about, "read": True, "written_from": sources, "code": True}
+            for name, about, sources in found
+        ]
+    )
+    session.out.names(name for name, _, _ in found)
+    columns = [Column("format"), Column("what it is", shrink=True), Column("read")]
+    columns += [Column("written from", shrink=True), Column("code")]
+    session.out.table(columns, [(name, about, "yes", ", ".join(sources), "yes") for name, about, sources in found])
 
 
 def _tell(out: Output, event: Event) -> None:
@@ -175,10 +168,8 @@ def _tell(out: Output, event: Event) -> None:
 def _sum_up(out: Output, report: ConvertReport) -> None:
     before, after = (sum(getattr(one, name) for one in report.adapters) for name in ("before", "size"))
     out.event("summary", adapters=len(report.adapters), failed=len(report.failed), before=before, size=after)
-    if out.is_quiet:
-        for adapter in report.adapters:
-            out.answer(adapter.output)
-    out.table(_COLUMNS, [_cells(adapter) for adapter in report.adapters])
+    out.names(adapter.output for adapter in report.adapters)
+    out.listing(_FIELDS, report.adapters)
     for failed in report.failed:
         out.warn(f"{failed.task}: {failed.message}", kind=failed.kind, hint=failed.hint)
     left_out = sorted({file for adapter in report.adapters for file in adapter.left_out})
@@ -188,8 +179,3 @@ def _sum_up(out: Output, report: ConvertReport) -> None:
     where = f", in {report.adapters[0].output}" if len(report.adapters) == 1 else ""
     what = counted(len(report.adapters), "adapter")
     out.line(f"wrote {what}{where}: {human_size(after)}, {human_size(before)} before{some}")
-
-
-def _cells(adapter: AdapterConverted) -> list[str]:
-    sizes = human_size(adapter.before), human_size(adapter.size)
-    return [adapter.name, adapter.format, str(adapter.rank), *sizes, f"{adapter.relative_error:.4f}"]

@@ -3,38 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from icm_cli.config import config_file, log_file
 from icm_cli.errors import ExitCode
+from icm_cli.options import option
 from icm_cli.session import Session, command
 from icmlora.io.text import human_size
 
 if TYPE_CHECKING:
     from icmlora.io.cards import Card
 
-
-class What(StrEnum):
-    """The paths that `icm doctor --path` prints."""
-
-    STORE = "store"
-    DB = "db"
-    BLOBS = "blobs"
-    CONFIG = "config"
-    LOG = "log"
-
-
+What = Literal["store", "db", "blobs", "config", "log"]
 PathOpt = Annotated[
     What | None,
-    typer.Option(
+    option(
         "--path",
-        help="Only print a path, for scripts: of the store, its database, its blobs, the configuration file or the "
+        "Only print a path, for scripts: of the store, its database, its blobs, the configuration file or the "
         "log. It need not exist.",
-        show_default=False,
     ),
 ]
 
@@ -52,7 +41,7 @@ def doctor(session: Session, path: PathOpt = None) -> None:
     """
     if path is not None:
         found = path_of(session, path)
-        session.out.document({"name": path.value, "path": str(found)})
+        session.out.document({"name": path, "path": str(found)})
         session.out.answer(str(found))
         return
     from icmlora.fleet.tasks.maintenance import examine
@@ -83,12 +72,11 @@ def doctor(session: Session, path: PathOpt = None) -> None:
 
 def path_of(session: Session, what: What) -> Path:
     """Return where icm keeps something."""
-    if what is What.CONFIG:
+    if what == "config":
         return config_file()
-    if what is What.LOG:
+    if what == "log":
         return log_file()
-    store = session.settings.store.value
-    return store if what is What.STORE else store / {What.DB: "registry.db", What.BLOBS: "blobs"}[what]
+    return session.settings.store.value / {"store": "", "db": "registry.db", "blobs": "blobs"}[what]
 
 
 def _shown(name: str, value: str | int | Card | None) -> str:

@@ -4,30 +4,25 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
-from icm_cli.options import BaseModelOpt, SomeTasksArg
-from icm_cli.output import Column
+from icm_cli.options import BaseModelOpt, SomeTasksArg, option
+from icm_cli.output import Field
 from icm_cli.session import Session, command
-from icm_cli.text import as_fields
+from icm_cli.text import as_fields, figure
 from icmlora.io.text import counted, some
 
 if TYPE_CHECKING:
     from icmlora.fleet.tasks.duplicates import DuplicatePair, DuplicatesReport
 
 MaxDistanceOpt = Annotated[
-    float,
-    typer.Option(
-        "--max-distance",
-        metavar="X",
-        min=0.0,
-        max=0.5,
-        help="Largest distance of near copies; 0 finds only exact ones.",
-    ),
+    float, option("--max-distance X", "Largest distance of near copies; 0 finds only exact ones.", min=0.0, max=0.5)
 ]
 
-_COLUMNS = (Column("task", shrink=True), Column(""), Column("like", shrink=True), Column("distance", right=True))
-_NOTED = (*_COLUMNS, Column(""))
+_FIELDS: tuple[Field[DuplicatePair], ...] = (
+    Field("task", lambda pair: pair.task, shrink=True),
+    Field("", lambda pair: "=" if pair.same_tensors else "~"),
+    Field("like", lambda pair: pair.like, shrink=True),
+    Field("distance", lambda pair: "same tensors" if pair.same_tensors else figure(pair.distance), right=True),
+)
 
 
 @command
@@ -55,9 +50,7 @@ def duplicates(
         found = find_duplicates(context, tasks or (), max_distance=max_distance, base_model=base_model)
     out = session.out
     out.document(_as_json(found))
-    if out.is_quiet:
-        for group in found.groups:
-            out.answer(" ".join(group.tasks))
+    out.names(" ".join(group.tasks) for group in found.groups)
     _print(session, found)
 
 
@@ -65,8 +58,7 @@ def _print(session: Session, found: DuplicatesReport) -> None:
     out, pairs = session.out, [pair for group in found.groups for pair in group.pairs]
     notes = {pair.task: _note(pair) for pair in pairs} | {pair.task: _OTHER_BASE for pair in found.other_bases}
     pairs += found.other_bases
-    columns = _NOTED if any(notes.values()) else _COLUMNS
-    out.table(columns, [[*_cells(pair), notes[pair.task]][: len(columns)] for pair in pairs])
+    out.listing([*_FIELDS, Field("", lambda pair: notes[pair.task], is_rare=True)], pairs)
     compared = counted(found.compared, "task")
     if pairs:
         out.line()
@@ -81,12 +73,6 @@ def _print(session: Session, found: DuplicatesReport) -> None:
         out.note(f"only equal tensors were looked for, because there can be no code: {some(found.tensors_only)}")
     for entry in found.left_out:
         out.warn(f"{entry.task} was not compared: {entry.reason}", kind="not_compared", task=entry.task)
-
-
-def _cells(pair: DuplicatePair) -> list[str]:
-    if pair.same_tensors:
-        return [pair.task, "=", pair.like, "same tensors"]
-    return [pair.task, "~", pair.like, f"{pair.distance:.4f}"]
 
 
 _OTHER_BASE = "another base model"

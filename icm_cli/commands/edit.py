@@ -4,50 +4,30 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
 from icm_cli.errors import UsageProblem
-from icm_cli.options import TasksArg, completing
-from icm_cli.output import Column
+from icm_cli.options import TasksArg, option
+from icm_cli.output import Field
 from icm_cli.session import Session, command
 
 if TYPE_CHECKING:
+    from icmlora.fleet.records import TaskRecord
     from icmlora.fleet.tasks.tasks import EditReport
 
-NewNameOpt = Annotated[
-    str | None, typer.Option("--name", metavar="NEW", help="Another name, for one task.", show_default=False)
-]
-TagOpt = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--tag",
-        metavar="TAG",
-        help="A tag to add. Repeat it for several.",
-        autocompletion=completing("tag"),
-        show_default=False,
-    ),
-]
+NewNameOpt = Annotated[str | None, option("--name NEW", "Another name, for one task.")]
+TagOpt = Annotated[list[str] | None, option("--tag TAG", "A tag to add. Repeat it for several.", completes="tag")]
 UntagOpt = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--untag",
-        metavar="TAG",
-        help="A tag to remove. Repeat it for several.",
-        autocompletion=completing("tag"),
-        show_default=False,
-    ),
+    list[str] | None, option("--untag TAG", "A tag to remove. Repeat it for several.", completes="tag")
 ]
-NoteOpt = Annotated[
-    str | None,
-    typer.Option("--note", metavar="TEXT", help="A note, in place of an earlier one.", show_default=False),
-]
-NoNoteOpt = Annotated[bool, typer.Option("--no-note", help="Remove the note.")]
-PinOpt = Annotated[
-    bool | None,
-    typer.Option("--pin/--no-pin", help="Whether `icm evict` keeps their originals.", show_default=False),
-]
+NoteOpt = Annotated[str | None, option("--note TEXT", "A note, in place of an earlier one.")]
+NoNoteOpt = Annotated[bool, option("--no-note", "Remove the note.")]
+PinOpt = Annotated[bool | None, option("--pin/--no-pin", "Whether `icm evict` keeps their originals.")]
 
-_COLUMNS = (Column("task", shrink=True), Column("tags", shrink=True), Column("pinned"), Column("note", shrink=True))
+_FIELDS: tuple[Field[TaskRecord], ...] = (
+    Field("task", lambda task: task.name, shrink=True),
+    Field("tags", lambda task: ", ".join(task.tags) or "-", shrink=True),
+    Field("pinned", lambda task: "yes" if task.pinned else "-"),
+    Field("note", lambda task: task.note or "-", shrink=True),
+)
 
 
 @command
@@ -93,11 +73,7 @@ def _tell(session: Session, done: EditReport, *, is_pinned: bool) -> None:
     out.document(
         [{"task": task.name, "tags": list(task.tags), "note": task.note, "pinned": task.pinned} for task in done.tasks]
     )
-    for task in done.tasks if out.is_quiet else ():
-        out.answer(task.name)
-    rows = [
-        (task.name, ", ".join(task.tags) or "-", "yes" if task.pinned else "-", task.note or "-") for task in done.tasks
-    ]
-    out.table(_COLUMNS, rows)
+    out.names(task.name for task in done.tasks)
+    out.listing(_FIELDS, done.tasks)
     if is_pinned and done.evicted:
         out.note(f"already evicted, so there is no original to keep: {', '.join(done.evicted)}")

@@ -5,10 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
 from icm_cli.encode_report import sum_up, tell_encoded, tell_next
-from icm_cli.errors import ExitCode, Interrupted
 from icm_cli.options import (
     BaseModelOpt,
     DeviceOpt,
@@ -17,10 +14,11 @@ from icm_cli.options import (
     WorkersOpt,
     gain_option,
     loss_option,
+    option,
     quality_option,
     refine_option,
 )
-from icm_cli.session import Session, command
+from icm_cli.session import Session, command, end
 from icmlora.io.text import counted, parse_bytes
 from icmlora.training.config import REFINE_STEPS
 
@@ -46,11 +44,9 @@ ToleranceOpt = Annotated[
 ]
 SizeOpt = Annotated[
     str | None,
-    typer.Option(
-        "--size",
-        metavar="SIZE",
-        help="Most bytes that the code of a task may take, as 12KiB or 4MB: each code is as accurate as that allows.",
-        show_default=False,
+    option(
+        "--size SIZE",
+        "Most bytes that the code of a task may take, as 12KiB or 4MB: each code is as accurate as that allows.",
     ),
 ]
 QualityOpt = Annotated[
@@ -65,12 +61,9 @@ RefineOpt = Annotated[
     ),
 ]
 ResidualOpt = Annotated[
-    bool,
-    typer.Option("--residual", help="Keep the codes, and also store a residual for tasks whose code misses the limit."),
+    bool, option("--residual", "Keep the codes, and also store a residual for tasks whose code misses the limit.")
 ]
-AgainOpt = Annotated[
-    bool, typer.Option("--again", help="Re-encode even if the current code already meets these limits.")
-]
+AgainOpt = Annotated[bool, option("--again", "Re-encode even if the current code already meets these limits.")]
 
 
 @command
@@ -132,9 +125,6 @@ def encode(
 
     report, stopped = session.run("encode", work, partial(tell_encoded, session))
     sum_up(session, report)
-    if stopped:
-        done = counted(len(report.tasks), "task")
-        raise Interrupted(f"interrupted; {done} encoded", hint="run the same command to continue")
-    tell_next(session, report, max_error, min_gain)
-    if report.short:
-        raise typer.Exit(ExitCode.PARTLY)
+    if not stopped:
+        tell_next(session, report, max_error, min_gain)
+    end(f"{counted(len(report.tasks), 'task')} encoded", stopped=stopped, partly=bool(report.short))

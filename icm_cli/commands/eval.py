@@ -7,12 +7,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
-from icm_cli.errors import ExitCode
-from icm_cli.eval_report import interrupted, sum_up, tell_measured
-from icm_cli.options import DeviceOpt, ShardOpt, SomeTasksArg, WorkersOpt
-from icm_cli.session import Session, command
+from icm_cli.eval_report import MEASURE_REST, measured, sum_up, tell_measured
+from icm_cli.options import DeviceOpt, ShardOpt, SomeTasksArg, WorkersOpt, option
+from icm_cli.session import Session, command, end
 from icmlora.fleet.measure.metric_result import MAX_TOKENS
 
 if TYPE_CHECKING:
@@ -21,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class SourceName(StrEnum):
-    """A source that can be measured; base model and original always are."""
+    """A source that can be measured; base model and original always are. Typer repeats no `Literal`."""
 
     RESIDUAL = "residual"
     CODE = "code"
@@ -30,21 +27,14 @@ class SourceName(StrEnum):
     NETWORK = "network"
 
 
-DataOpt = Annotated[
-    Path | None,
-    typer.Option(
-        "--data", metavar="FILE", help="File with held-out text. Default: the task's own.", show_default=False
-    ),
-]
+DataOpt = Annotated[Path | None, option("--data FILE", "File with held-out text. Default: the task's own.")]
 SourceOpt = Annotated[
     list[SourceName] | None,
-    typer.Option(
-        "--source", help="Measure only this source, with base model and original. Can be repeated.", show_default=False
-    ),
+    option("--source", "Measure only this source, with base model and original. Can be repeated."),
 ]
-OldSourceOpt = Annotated[list[SourceName] | None, typer.Option("--rung", hidden=True, help="As --source.")]
-TokensOpt = Annotated[int, typer.Option("--max-tokens", metavar="N", min=2, help="Tokens to score in each text.")]
-AgainOpt = Annotated[bool, typer.Option("--again", help="Measure again what was measured on the same text before.")]
+OldSourceOpt = Annotated[list[SourceName] | None, option("--rung", "As --source.", hidden=True)]
+TokensOpt = Annotated[int, option("--max-tokens N", "Tokens to score in each text.", min=2)]
+AgainOpt = Annotated[bool, option("--again", "Measure again what was measured on the same text before.")]
 
 
 @command
@@ -92,7 +82,4 @@ def evaluate(
     if report.tasks and max_tokens != MAX_TOKENS:
         usual = f"`icm eval` without --max-tokens measures {MAX_TOKENS} tokens of each text"
         session.out.note(f"`icm stats` shows these figures until {usual}")
-    if stopped:
-        interrupted(report)
-    if report.is_partial:
-        raise typer.Exit(ExitCode.PARTLY)
+    end(measured(report), stopped=stopped, partly=report.is_partial, hint=MEASURE_REST)

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
-from icm_cli.errors import ExitCode, Interrupted
-from icm_cli.options import DeviceOpt, DryRunOpt, SomeTasksArg, WorkersOpt, gain_option
-from icm_cli.output import Column
-from icm_cli.session import Session, command
-from icm_cli.text import as_fields, coded_size
+from icm_cli.errors import ExitCode
+from icm_cli.options import DeviceOpt, DryRunOpt, SomeTasksArg, WorkersOpt, gain_option, option
+from icm_cli.output import Field
+from icm_cli.session import Session, command, end
+from icm_cli.text import as_fields, coded_size, figure
 from icmlora.fleet.measure.precision import gain_text
 from icmlora.io.text import counted, human_size
 
@@ -21,46 +19,42 @@ if TYPE_CHECKING:
 
 ErrorOpt = Annotated[
     float | None,
-    typer.Option(
-        "--max-error",
-        metavar="X",
-        min=0.0,
-        help="Largest relative error that a code may have: ||dW' - dW|| / ||dW||, 0.3 for 30 %.",
-        show_default=False,
+    option(
+        "--max-error X", "Largest relative error that a code may have: ||dW' - dW|| / ||dW||, 0.3 for 30 %.", min=0.0
     ),
 ]
 GainOpt = Annotated[
     float | None,
     gain_option("Smallest retained gain that a code may have, on the task's held-out text. Needs the base model."),
 ]
-CheckpointsOpt = Annotated[
-    bool, typer.Option("--checkpoints-only", help="Delete only checkpoints; keep the final adapters.")
-]
+CheckpointsOpt = Annotated[bool, option("--checkpoints-only", "Delete only checkpoints; keep the final adapters.")]
 
 PlaceholderOpt = Annotated[
     bool,
-    typer.Option(
+    option(
         "--placeholder",
-        help="Also replace the adapter in the folder it was ingested from by a small file; `icm restore` undoes that. "
+        "Also replace the adapter in the folder it was ingested from by a small file; `icm restore` undoes that. "
         "Only files that have not changed are deleted there.",
     ),
 ]
 KeepOpt = Annotated[
     bool,
-    typer.Option(
+    option(
         "--keep-originals",
-        help="With --placeholder: free only these folders. The store keeps the originals, so no limit is needed.",
+        "With --placeholder: free only these folders. The store keeps the originals, so no limit is needed.",
     ),
 ]
-_COLUMNS = (
-    Column("task", shrink=True),
-    Column("result"),
-    Column("freed", right=True),
-    Column("code", right=True),
-    Column("relative error", right=True),
-    Column("retained gain", right=True),
+_FIELDS: tuple[Field[TaskEvicted], ...] = (
+    Field("task", lambda task: task.task, shrink=True),
+    Field("result", lambda task: _result(task)),
+    Field("freed", lambda task: human_size(task.freed) if task.adapters else "-", right=True),
+    Field("code", lambda task: coded_size(task.code_size, task.residual_size), right=True),
+    Field("relative error", lambda task: figure(task.relative_error), right=True),
+    Field("retained gain", lambda task: gain_text(task.retained_gain, task.precision, 4), right=True),
 )
-_IN_FOLDER = Column("freed in folder", right=True)
+_IN_FOLDER: Field[TaskEvicted] = Field(
+    "freed in folder", lambda task: human_size(task.freed_in_folders) if task.freed_in_folders else "-", right=True
+)
 _STATUS = {
     "would_evict": "would evict",
     "known": "nothing to do",
@@ -116,11 +110,8 @@ def evict(
         lambda event: _tell(session, event),
     )
     _sum_up(session, report, dry_run=dry_run, placeholder=placeholder, keep_originals=keep_originals)
-    if stopped:
-        done = counted(len(report.tasks), "task")
-        raise Interrupted(f"interrupted; {done} checked", hint="run the same command to continue")
-    if report.partly:
-        raise typer.Exit(ExitCode.NO_SPACE if report.is_full else ExitCode.PARTLY)
+    code = ExitCode.NO_SPACE if report.is_full else ExitCode.PARTLY
+    end(f"{counted(len(report.tasks), 'task')} checked", stopped=stopped, partly=report.partly, code=code)
 
 
 def _tell(session: Session, event: Event) -> None:
@@ -142,20 +133,17 @@ def _sum_up(session: Session, report: EvictReport, *, dry_run: bool, placeholder
         placeholders=len(report.placeholders),
         freed_in_folders=report.freed_in_folders,
     )
-    if out.is_quiet:
-        for task in report.tasks if keep_originals else report.gone:
-            if not keep_originals or task.freed_in_folders:
-                out.answer(task.task)
-    shown = [*_COLUMNS[:2], _IN_FOLDER] if keep_originals else [*_COLUMNS, *([_IN_FOLDER] if placeholder else [])]
-    cells = [_cells(task) for task in sorted(report.tasks, key=lambda task: task.task)]
-    out.table(shown, [[row[column.title] for column in shown] for row in cells])
+    freed = [task for task in report.tasks if task.freed_in_folders] if keep_originals else report.gone
+    out.names(task.task for task in freed)
+    shown = [*_FIELDS[:2], _IN_FOLDER] if keep_originals else [*_FIELDS, *([_IN_FOLDER] if placeholder else [])]
+    out.listing(shown, sorted(report.tasks, key=lambda task: task.task))
     _tell_exceptions(out, report, dry_run=dry_run, keep_originals=keep_originals)
     if report.left:
         out.note(f"{human_size(report.left)} of this had been left by an interrupted `icm evict`")
     if not keep_originals:
-        verb, freed = ("would evict", "would free") if dry_run else ("evicted", "freed")
+        evicted, freeing = ("would evict", "would free") if dry_run else ("evicted", "freed")
         of_tasks = counted(len(report.tasks), "task")
-        out.line(f"{verb} {len(report.gone)} of {of_tasks}, {freed} {human_size(report.freed)}")
+        out.line(f"{evicted} {len(report.gone)} of {of_tasks}, {freeing} {human_size(report.freed)}")
     if placeholder:
         _tell_folders(out, report, dry_run=dry_run, keep_originals=keep_originals)
     elif report.gone and not dry_run:
@@ -194,16 +182,7 @@ def _tell_folders(out: Output, report: EvictReport, *, dry_run: bool, keep_origi
         out.hint(f"`icm restore FOLDER` brings adapters back, {source}")
 
 
-def _cells(task: TaskEvicted) -> dict[str, str]:
-    """Return the cells of a task by the titles of their columns."""
+def _result(task: TaskEvicted) -> str:
     # Its original was evicted before, and its folder has been freed now.
     replaced = task.status == "known" and any(folder.status == "replaced" for folder in task.folders)
-    return {
-        "task": task.task,
-        "result": "placeholder" if replaced else _STATUS.get(task.status, task.status),
-        "freed": human_size(task.freed) if task.adapters else "-",
-        "code": coded_size(task.code_size, task.residual_size),
-        "relative error": "-" if task.relative_error is None else f"{task.relative_error:.4f}",
-        "retained gain": gain_text(task.retained_gain, task.precision, 4),
-        "freed in folder": human_size(task.freed_in_folders) if task.freed_in_folders else "-",
-    }
+    return "placeholder" if replaced else _STATUS.get(task.status, task.status)

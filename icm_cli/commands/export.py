@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from icm_cli.errors import ExitCode
-from icm_cli.options import BaseModelOpt, SomeTasksArg
+from icm_cli.options import BaseModelOpt, SomeTasksArg, argument, option
 from icm_cli.session import Session, command
 from icmlora.io.text import counted, human_size
 
 if TYPE_CHECKING:
     from icmlora.fleet.bundles.export import ExportReport
 
-FileArg = Annotated[Path, typer.Argument(metavar="FILE", help="The bundle to write.", show_default=False)]
-ReplaceOpt = Annotated[bool, typer.Option("--force", "-f", help="Replace FILE if it exists.")]
+FileArg = Annotated[Path, argument("FILE", "The bundle to write.")]
+ReplaceOpt = Annotated[bool, option("--force -f", "Replace FILE if it exists.")]
 
 
 @command
@@ -60,8 +60,7 @@ def _tell(session: Session, done: ExportReport) -> None:
             "damaged": dict(done.damaged),
         }
     )
-    if out.is_quiet:
-        out.answer(str(done.file))
+    out.names([str(done.file)])
     out.line(
         f"{done.file}: generator {index.generator.version} of {index.base_model} with "
         f"{counted(len(index.tasks), 'code')}; {human_size(done.size)}"

@@ -5,10 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
 from icm_cli.errors import Interrupted
-from icm_cli.options import BaseModelOpt, DeviceOpt, DtypeName, ForceOpt, OutputOpt
+from icm_cli.options import BaseModelOpt, DeviceOpt, DtypeName, ForceOpt, OutputOpt, argument, option
 from icm_cli.session import Session, command
 from icmlora.errors import Cancelled
 from icmlora.fleet.measure.precision import measured_in
@@ -23,45 +21,25 @@ if TYPE_CHECKING:
 _NEAREST = 5
 _MOST_SAMPLES = 64
 
-NameArg = Annotated[str, typer.Argument(metavar="NAME", help="Name of the new task.", show_default=False)]
+NameArg = Annotated[str, argument("NAME", "Name of the new task.")]
 SamplesOpt = Annotated[
     Path,
-    typer.Option(
-        "--samples",
-        metavar="FILE",
-        help=(
-            'Samples of the task as JSON lines: {"text": ...}, or {"prompt": ..., "completion": ...}, where only '
-            "completions count. icm reads 128 tokens of each."
-        ),
-        show_default=False,
+    option(
+        "--samples FILE",
+        'Samples of the task as JSON lines: {"text": ...}, or {"prompt": ..., "completion": ...}, where only '
+        "completions count. icm reads 128 tokens of each.",
     ),
 ]
 CountOpt = Annotated[
-    int,
-    typer.Option(
-        "--count", metavar="K", min=1, max=_MOST_SAMPLES, help="Read at most K samples, spread over the file."
-    ),
+    int, option("--count K", "Read at most K samples, spread over the file.", min=1, max=_MOST_SAMPLES)
 ]
 DescriptionOpt = Annotated[
-    str | None,
-    typer.Option(
-        "--description", metavar="TEXT", help="A sentence for the model card. It does not change the adapter."
-    ),
+    str | None, option("--description TEXT", "A sentence for the model card. It does not change the adapter.")
 ]
-RegisterOpt = Annotated[bool, typer.Option("--register", help="Also store the task as code and vector.")]
-RefineOpt = Annotated[
-    int, typer.Option("--refine", metavar="STEPS", min=0, help="Then take this many gradient steps on the samples.")
-]
+RegisterOpt = Annotated[bool, option("--register", "Also store the task as code and vector.")]
+RefineOpt = Annotated[int, option("--refine STEPS", "Then take this many gradient steps on the samples.", min=0)]
 RankOpt = Annotated[
-    int | None,
-    typer.Option(
-        "--rank",
-        metavar="R",
-        min=1,
-        max=256,
-        help="Rank of the adapter. Default: the largest in the fleet.",
-        show_default=False,
-    ),
+    int | None, option("--rank R", "Rank of the adapter. Default: the largest in the fleet.", min=1, max=256)
 ]
 
 
@@ -78,7 +56,7 @@ def generate(
     register: RegisterOpt = False,
     base_model: BaseModelOpt = None,
     device: DeviceOpt = None,
-    dtype: Annotated[DtypeName, typer.Option("--dtype", help="Number format of the weights.")] = "bfloat16",
+    dtype: Annotated[DtypeName, option("--dtype", "Number format of the weights.")] = "bfloat16",
     force: ForceOpt = False,
 ) -> None:
     """Make an adapter for a new task from a few samples, without training one.

@@ -6,33 +6,28 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from icm_cli.options import DryRunOpt, YesOpt
-from icm_cli.output import Column
+from icm_cli.options import DryRunOpt, YesOpt, argument
+from icm_cli.output import Field
 from icm_cli.session import Session, command
 from icmlora.io.text import counted, human_size
 
 if TYPE_CHECKING:
     from icmlora.fleet.tasks.generators import GeneratorVersion
 
-DigestArg = Annotated[
-    str,
-    typer.Argument(
-        metavar="DIGEST", help="The first digits of a generator, as `icm generators` lists it.", show_default=False
-    ),
-]
+DigestArg = Annotated[str, argument("DIGEST", "The first digits of a generator, as `icm generators` lists it.")]
 
 _SHORT = 12
-_COLUMNS = (
-    Column("generator"),
-    Column("base model", shrink=True),
-    Column("version", right=True),
-    Column("created"),
-    Column("networks", right=True),
-    Column("size", right=True),
-    Column("few-shot start", right=True),
-    Column("tasks", right=True),
-    Column("only copies", right=True),
-    Column("in use"),
+_FIELDS: tuple[Field[GeneratorVersion], ...] = (
+    Field("generator", lambda made: made.record.blob[:_SHORT]),
+    Field("base model", lambda made: made.record.base_model, shrink=True),
+    Field("version", lambda made: str(made.record.version), right=True),
+    Field("created", lambda made: made.record.created_at),
+    Field("networks", lambda made: "damaged" if made.networks is None else str(made.networks), right=True),
+    Field("size", lambda made: human_size(made.record.size), right=True),
+    Field("few-shot start", lambda made: human_size(made.record.start_size) if made.record.start else "-", right=True),
+    Field("tasks", lambda made: str(len(made.tasks)), right=True),
+    Field("only copies", lambda made: str(len(made.last_copies)), right=True),
+    Field("in use", lambda made: "yes" if made.record.is_current else ""),
 )
 
 generators = typer.Typer(name="generators", invoke_without_command=True)
@@ -54,10 +49,8 @@ def ls(session: Session) -> None:
 
     found = list_generators(session.context)
     session.out.document([_as_json(version) for version in found])
-    if session.out.is_quiet:
-        for version in found:
-            session.out.answer(version.record.blob)
-    session.out.table(_COLUMNS, [_cells(version) for version in found])
+    session.out.names(version.record.blob for version in found)
+    session.out.listing(_FIELDS, found)
     if not found:
         session.out.hint("`icm train` trains the first generator")
 
@@ -123,22 +116,6 @@ def forget(session: Session, digest: DigestArg, dry_run: DryRunOpt = False, yes:
         out.line(f"forgot {what}")
     else:
         out.note(f"nothing was forgotten; without --dry-run it would be {what}" if dry_run else "nothing was forgotten")
-
-
-def _cells(version: GeneratorVersion) -> list[str]:
-    made = version.record
-    return [
-        made.blob[:_SHORT],
-        made.base_model,
-        str(made.version),
-        made.created_at,
-        "damaged" if version.networks is None else str(version.networks),
-        human_size(made.size),
-        human_size(made.start_size) if made.start else "-",
-        str(len(version.tasks)),
-        str(len(version.last_copies)),
-        "yes" if made.is_current else "",
-    ]
 
 
 def _as_json(version: GeneratorVersion) -> dict[str, object]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -10,16 +9,13 @@ from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from textwrap import wrap
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated, Literal, cast
 
-import typer
-
-from icm_cli.errors import ExitCode, Interrupted
 from icm_cli.failures import tell_left_out, tell_vectors
-from icm_cli.options import DeviceOpt, DryRunOpt, OnConflict, completing
+from icm_cli.options import DeviceOpt, DryRunOpt, argument, option
 from icm_cli.output import Column, Mode, Output
-from icm_cli.session import Session, command
-from icm_cli.text import joined_text
+from icm_cli.session import Session, command, end
+from icm_cli.text import grouped, joined_text, path_shown
 from icmlora.io.text import counted, escape, human_size, some
 
 if TYPE_CHECKING:
@@ -27,78 +23,55 @@ if TYPE_CHECKING:
     from icmlora.fleet.ingest.ingest import IngestReport, InputProblem
     from icmlora.fleet.vectors.vectors import VectorReport
 
-PathsArg = Annotated[
-    list[Path], typer.Argument(metavar="PATH...", help="Folders with adapters, at any depth.", show_default=False)
-]
+PathsArg = Annotated[list[Path], argument("PATH...", "Folders with adapters, at any depth.")]
 NameOpt = Annotated[
-    str | None,
-    typer.Option(
-        "--name",
-        metavar="NAME",
-        help="Name of the task, if there is only one. Default: the name of its folder.",
-        show_default=False,
-    ),
+    str | None, option("--name NAME", "Name of the task, if there is only one. Default: the name of its folder.")
 ]
 NameFromOpt = Annotated[
     str | None,
-    typer.Option(
-        "--name-from",
-        metavar="PATTERN",
-        help="Make names of {name}, {parent}, {grandparent} and {path}, such as '{parent}-{name}'.",
-        show_default=False,
+    option(
+        "--name-from PATTERN", "Make names of {name}, {parent}, {grandparent} and {path}, such as '{parent}-{name}'."
     ),
 ]
 SamplesOpt = Annotated[
     Path | None,
-    typer.Option(
-        "--samples",
-        metavar="FILE",
-        help="Samples of the task, if there is only one. Default: samples.jsonl next to its adapter.",
-        show_default=False,
-    ),
+    option("--samples FILE", "Samples of the task, if there is only one. Default: samples.jsonl next to its adapter."),
 ]
 BaseOfOpt = Annotated[
     str | None,
-    typer.Option(
-        "--base-model",
-        metavar="NAME",
-        help="Base model of image adapters, whatever they name, and of other adapters that name none.",
-        show_default=False,
-        autocompletion=completing("base"),
+    option(
+        "--base-model NAME",
+        "Base model of image adapters, whatever they name, and of other adapters that name none.",
+        completes="base",
     ),
 ]
 TextsOpt = Annotated[
-    bool,
-    typer.Option("--texts/--no-texts", help="Also ingest the samples.jsonl and eval.jsonl found next to adapters."),
+    bool, option("--texts/--no-texts", "Also ingest the samples.jsonl and eval.jsonl found next to adapters.")
 ]
 StrictOpt = Annotated[
-    bool, typer.Option("--strict", help="Check everything first, and store nothing if anything cannot be taken.")
+    bool, option("--strict", "Check everything first, and store nothing if anything cannot be taken.")
 ]
 OnConflictOpt = Annotated[
-    OnConflict,
-    typer.Option("--on-conflict", help="What to do if the store has a task of that name with another adapter."),
+    Literal["skip", "replace", "fail"],
+    option("--on-conflict", "What to do if the store has a task of that name with another adapter."),
 ]
-RestoreOpt = Annotated[
-    bool, typer.Option("--restore", help="Bring evicted originals back. By default they stay evicted.")
-]
+RestoreOpt = Annotated[bool, option("--restore", "Bring evicted originals back. By default they stay evicted.")]
 ReadBinOpt = Annotated[
     bool,
-    typer.Option(
+    option(
         "--read-bin",
-        help="Also read adapter_model.bin, a pickle, in a process of its own with limits, and store it as safetensors.",
+        "Also read adapter_model.bin, a pickle, in a process of its own with limits, and store it as safetensors.",
     ),
 ]
 InitialOpt = Annotated[
     Path | None,
-    typer.Option(
-        "--initial",
-        metavar="FOLDER",
-        help="Initial weights of a PiSSA, OLoRA or CorDA adapter. Default: pissa_init (olora_init ...) next to it.",
-        show_default=False,
+    option(
+        "--initial FOLDER",
+        "Initial weights of a PiSSA, OLoRA or CorDA adapter. Default: pissa_init (olora_init ...) next to it.",
     ),
 ]
 VectorsOpt = Annotated[
-    bool, typer.Option("--vectors/--no-vectors", help="Extract task vectors if the base model is on this machine.")
+    bool, option("--vectors/--no-vectors", "Extract task vectors if the base model is on this machine.")
 ]
 
 
@@ -112,7 +85,7 @@ def ingest(
     base_model: BaseOfOpt = None,
     texts: TextsOpt = True,
     strict: StrictOpt = False,
-    on_conflict: OnConflictOpt = OnConflict.FAIL,
+    on_conflict: OnConflictOpt = "fail",
     restore: RestoreOpt = False,
     read_bin: ReadBinOpt = False,
     initial: InitialOpt = None,
@@ -153,7 +126,7 @@ def ingest(
                 base_model=base_model,
                 texts=texts,
                 strict=strict,
-                on_conflict=on_conflict.value,
+                on_conflict=on_conflict,
                 restore=restore,
                 read_bin=read_bin,
                 initial=initial,
@@ -171,16 +144,8 @@ def ingest(
         _tell_sum(session, report, dry_run=dry_run)
     partly = _tell_extracted(session.out, report.vectors)
     _tell_end(session, report, dry_run=dry_run, is_named=name is not None or name_from is not None)
-    _end(report, stopped=stopped, partly=partly or bool(report.problems))
-
-
-def _end(report: IngestReport, *, stopped: bool, partly: bool) -> None:
-    """Exit with another code than 0 if the user stopped it or something was not taken."""
-    if stopped:
-        done = f"{len(report.ingested)} of {counted(report.found, 'task')}"
-        raise Interrupted(f"interrupted; {done} ingested", hint="run the same command to continue")
-    if partly:
-        raise typer.Exit(ExitCode.PARTLY)
+    done = f"{len(report.ingested)} of {counted(report.found, 'task')} ingested"
+    end(done, stopped=stopped, partly=partly or bool(report.problems))
 
 
 def _tell_extracted(out: Output, extracted: VectorReport | None) -> bool:
@@ -286,7 +251,7 @@ def _tell_tasks(out: Output, tasks: Sequence[str], one: str, several: str | None
 def _tell_names(out: Output, report: IngestReport) -> None:
     """Say which new tasks are not called like their folder."""
     added = [task for task in report.ingested if task.status == "added"]
-    named = [f"{task.task} ({_path_shown(task.folder)})" for task in added if task.is_renamed]
+    named = [f"{task.task} ({path_shown(task.folder)})" for task in added if task.is_renamed]
     _tell_tasks(out, named, "is not called like the folder", "are not called like the folder")
     if foreign := [task.task for task in added if not task.task.isascii()]:
         out.hint(f"Tab completes names that are hard to type; `icm edit {foreign[0]} --name NAME` renames a task")
@@ -294,21 +259,14 @@ def _tell_names(out: Output, report: IngestReport) -> None:
 
 def _tell_guesses(out: Output, report: IngestReport) -> None:
     """Say which base models are no more than likely."""
-    guessed: dict[str, list[str]] = {}
-    for task in report.ingested:
-        if task.base_is_guess:
-            guessed.setdefault(task.base_model, []).append(task.task)
-    if guessed:
+    if guessed := grouped((task.base_model, task.task) for task in report.ingested if task.base_is_guess):
         groups = [f"{base} for {some(tasks)}" for base, tasks in guessed.items()]
         out.note(f"the base model is a guess from the sizes of the tensors: {'; '.join(groups)}")
         out.hint("if it is wrong: `icm ingest --base-model NAME --on-conflict replace`")
 
 
 def _tell_originals(out: Output, report: IngestReport) -> None:
-    reasons: dict[str, list[str]] = {}
-    for task in report.ingested:
-        if task.original_only is not None:
-            reasons.setdefault(task.original_only, []).append(task.task)
+    reasons = grouped((task.original_only, task.task) for task in report.ingested if task.original_only is not None)
     if reasons:
         count = sum(map(len, reasons.values()))
         verb = "is kept as its original only" if count == 1 else "are kept as originals only"
@@ -319,7 +277,7 @@ def _tell_originals(out: Output, report: IngestReport) -> None:
 def _tell_converted(out: Output, report: IngestReport) -> None:
     tasks = [f"{task.task} (from {task.converted_from})" for task in report.ingested if task.converted_from is not None]
     _tell_tasks(out, tasks, "converted from a pickle, kept as safetensors")
-    tasks = [f"{task.task} ({_path_shown(task.initial)})" for task in report.ingested if task.initial is not None]
+    tasks = [f"{task.task} ({path_shown(task.initial)})" for task in report.ingested if task.initial is not None]
     _tell_tasks(out, tasks, "has initial weights, and can have a code", "have initial weights, and can have a code")
 
 
@@ -386,7 +344,7 @@ def tell_problems(out: Output, problems: Sequence[InputProblem]) -> None:
         return
     rows = [
         (
-            _path_shown(problem.path),
+            path_shown(problem.path),
             problem.message if problem.task is None else f"{problem.message} ({problem.task} is taken without it)",
             problem.hint or "",
         )
@@ -413,9 +371,3 @@ def _wrapped(rows: Sequence[tuple[str, str, str]]) -> list[tuple[str, str, str]]
         pieces = [path[at : at + first] for at in range(0, len(path), first)]
         lines.extend(zip_longest(pieces, wrap(reason, second), wrap(hint, max(third, 1)), fillvalue=""))
     return lines
-
-
-def _path_shown(path: str) -> str:
-    """Return a path as the user would write it: from the current folder where it is inside."""
-    here = f"{os.getcwd()}{os.sep}"
-    return path.removeprefix(here)

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
 from icm_cli.errors import UsageProblem
-from icm_cli.options import BaseModelOpt, FiltersOpt, FromOpt, LimitOpt, SortOpt
-from icm_cli.output import Column
+from icm_cli.options import BaseModelOpt, FiltersOpt, FromOpt, LimitOpt, SortOpt, option
+from icm_cli.output import Column, Field
 from icm_cli.session import Session, command
 from icm_cli.text import claim_json, claim_text, coded_size, errors_json
 from icmlora.fleet.measure.precision import gain_text
@@ -20,10 +16,8 @@ from icmlora.io.text import counted, human_size, in_ranges
 if TYPE_CHECKING:
     from icmlora.fleet.records import TaskSummary
 
-TagsOpt = Annotated[
-    bool, typer.Option("--tags", help="List the tags of all tasks instead, each with the number of its tasks.")
-]
-OldFiltersOpt = Annotated[list[str] | None, typer.Option("-f", hidden=True, help="As --filter.")]
+TagsOpt = Annotated[bool, option("--tags", "List the tags of all tasks instead, each with the number of its tasks.")]
+OldFiltersOpt = Annotated[list[str] | None, option("-f", "As --filter.", hidden=True)]
 
 
 @command
@@ -70,13 +64,11 @@ def ls(
         return
     out, context, chosen = session.out, session.context, tuple(filters or ())
     if out.is_quiet:
-        for name in list_names(context, base_model, filters=chosen, sort=sort, limit=limit):
-            out.answer(name)
+        out.names(list_names(context, base_model, filters=chosen, sort=sort, limit=limit))
         return
     rows = list_tasks(context, base_model, filters=chosen, sort=sort, limit=limit)
     out.document([_as_json(row) for row in rows])
-    columns = [column for column in _COLUMNS if column.is_needed(rows)]
-    out.table([column.column for column in columns], [[column.cell(row) for column in columns] for row in rows])
+    out.listing(_FIELDS, rows)
     if len(rows) == limit and (more := len(list_names(context, base_model, filters=chosen)) - len(rows)) > 0:
         out.note(f"{counted(more, 'more task')} {'is' if more == 1 else 'are'} not shown")
     if not rows and filters:
@@ -92,8 +84,7 @@ def list_tags(session: Session) -> None:
 
     out, tags = session.out, tasks.list_tags(session.context)
     out.document([{"tag": tag, "tasks_count": number} for tag, number in tags.items()])
-    for tag in tags if out.is_quiet else ():
-        out.answer(tag)
+    out.names(tags)
     out.table((Column("tag"), Column("tasks", right=True)), [[tag, str(number)] for tag, number in tags.items()])
     if not tags:
         out.note("no task has a tag")
@@ -116,10 +107,6 @@ def _original(row: TaskSummary) -> str:
     return f"pinned {size}" if row.task.pinned else size
 
 
-def _gain(row: TaskSummary) -> str:
-    return gain_text(row.gain, row.gain_precision, missing="")
-
-
 def _error(row: TaskSummary) -> str:
     squared = None if row.code is None else row.code.best_squared_error
     return "" if squared is None else f"{math.sqrt(squared):.3f}"
@@ -133,32 +120,20 @@ def _extras(row: TaskSummary) -> str:
     return human_size(row.final.extras_bytes) if row.final.extras else ""
 
 
-@dataclass(frozen=True)
-class _Cells:
-    """A column of the listing, and what it shows of a task."""
-
-    column: Column
-    cell: Callable[[TaskSummary], str]
-    is_rare: bool = False  # shown only if it is not empty
-
-    def is_needed(self, rows: Sequence[TaskSummary]) -> bool:
-        return not self.is_rare or any(map(self.cell, rows))
-
-
-_COLUMNS = (
-    _Cells(Column("task", shrink=True), lambda row: row.task.name),
-    _Cells(Column("base model", shrink=True), lambda row: row.task.base_model),
-    _Cells(Column("rank", right=True), lambda row: str(row.final.rank_max)),
-    _Cells(Column("targets", shrink=True, spare=3), lambda row: ",".join(in_ranges(row.final.target_modules))),
-    _Cells(Column("original", right=True), _original),
-    _Cells(Column("checkpoints", right=True, spare=6), lambda row: str(row.checkpoints)),
-    _Cells(Column("vectors", right=True, spare=5), lambda row: str(row.vectors)),
-    _Cells(Column("code", right=True), _coded),
-    _Cells(Column("gain", right=True, spare=7), _gain, is_rare=True),
-    _Cells(Column("relative error", right=True, spare=8), _error, is_rare=True),
-    _Cells(Column("claimed by the bundle", shrink=True, spare=1), _claimed, is_rare=True),
-    _Cells(Column("extras", right=True, spare=4), _extras, is_rare=True),
-    _Cells(Column("tags", shrink=True, spare=2), lambda row: " ".join(row.task.tags), is_rare=True),
+_FIELDS: tuple[Field[TaskSummary], ...] = (
+    Field("task", lambda row: row.task.name, shrink=True),
+    Field("base model", lambda row: row.task.base_model, shrink=True),
+    Field("rank", lambda row: str(row.final.rank_max), right=True),
+    Field("targets", lambda row: ",".join(in_ranges(row.final.target_modules)), shrink=True, spare=3),
+    Field("original", _original, right=True),
+    Field("checkpoints", lambda row: str(row.checkpoints), right=True, spare=6),
+    Field("vectors", lambda row: str(row.vectors), right=True, spare=5),
+    Field("code", _coded, right=True),
+    Field("gain", lambda row: gain_text(row.gain, row.gain_precision, missing=""), right=True, spare=7, is_rare=True),
+    Field("relative error", _error, right=True, spare=8, is_rare=True),
+    Field("claimed by the bundle", _claimed, shrink=True, spare=1, is_rare=True),
+    Field("extras", _extras, right=True, spare=4, is_rare=True),
+    Field("tags", lambda row: " ".join(row.task.tags), shrink=True, spare=2, is_rare=True),
 )
 
 

@@ -2,55 +2,47 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from icm_cli.errors import ExitCode, UsageProblem
-from icm_cli.options import BaseModelOpt
-from icm_cli.output import Column
+from icm_cli.options import BaseModelOpt, option
+from icm_cli.output import Field
 from icm_cli.session import Session, command
 from icmlora.io.text import counted, human_percent
 
 if TYPE_CHECKING:
     from icmlora.fleet.map.map import MapReport
-    from icmlora.task_vectors.map import MappedTask
-
-
-class View(StrEnum):
-    """How a task vector was made."""
-
-    ADAPTED = "adapted"
-    CONTEXT = "context"
+    from icmlora.task_vectors.map import MappedTask, Pair
 
 
 ViewOpt = Annotated[
-    View,
-    typer.Option("--view", help="Vectors to compare: with the adapter (adapted) or of the base model alone (context)."),
+    Literal["adapted", "context"],
+    option("--view", "Vectors to compare: with the adapter (adapted) or of the base model alone (context)."),
 ]
-ClustersOpt = Annotated[
-    str,
-    typer.Option("--clusters", metavar="N|auto", help="Number of clusters; auto picks the best mean silhouette."),
-]
-PlotOpt = Annotated[
-    Path | None, typer.Option("--plot", metavar="FILE.svg", help="Also draw the map to this file.", show_default=False)
-]
-ReplaceOpt = Annotated[bool, typer.Option("--force", "-f", help="Replace the --plot FILE if it exists.")]
+ClustersOpt = Annotated[str, option("--clusters N|auto", "Number of clusters; auto picks the best mean silhouette.")]
+PlotOpt = Annotated[Path | None, option("--plot FILE.svg", "Also draw the map to this file.")]
+ReplaceOpt = Annotated[bool, option("--force -f", "Replace the --plot FILE if it exists.")]
 
-_CLUSTERS = (
-    Column("cluster", right=True),
-    Column("silhouette", right=True),
-    Column("tasks", shrink=True),
+_CLUSTERS: tuple[Field[tuple[MappedTask, ...]], ...] = (
+    Field("cluster", lambda members: str(members[0].cluster), right=True),
+    Field("silhouette", lambda members: _silhouette(members), right=True),
+    Field("tasks", lambda members: ", ".join(task.name for task in members), shrink=True),
 )
-_PAIRS = (Column("nearest pairs"), Column(""), Column("distance", right=True), Column(""))
-_TASKS = (
-    Column("task", shrink=True),
-    Column("cluster", right=True),
-    Column("silhouette", right=True),
-    Column("nearest", shrink=True),
-    Column("distance", right=True),
+_PAIRS: tuple[Field[Pair], ...] = (
+    Field("nearest pairs", lambda pair: pair.tasks[0]),
+    Field("", lambda pair: pair.tasks[1]),
+    Field("distance", lambda pair: f"{pair.distance:.3f}", right=True),
+    Field("", lambda pair: "alike" if pair.is_alike else ""),
+)
+_TASKS: tuple[Field[MappedTask], ...] = (
+    Field("task", lambda task: task.name, shrink=True),
+    Field("cluster", lambda task: str(task.cluster), right=True),
+    Field("silhouette", lambda task: f"{task.silhouette:.3f}", right=True),
+    Field("nearest", lambda task: task.nearest.task, shrink=True),
+    Field("distance", lambda task: f"{task.nearest.distance:.3f}", right=True),
 )
 # What a mean silhouette is called (Kaufman and Rousseeuw 1990).
 _WORDS = ((0.7, "strong"), (0.5, "reasonable"), (0.25, "weak"))
@@ -59,7 +51,7 @@ _WORDS = ((0.7, "strong"), (0.5, "reasonable"), (0.25, "weak"))
 @command
 def map_(
     session: Session,
-    view: ViewOpt = View.ADAPTED,
+    view: ViewOpt = "adapted",
     base_model: BaseModelOpt = None,
     clusters: ClustersOpt = "auto",
     plot: PlotOpt = None,
@@ -78,12 +70,10 @@ def map_(
     from icmlora.fleet.map.map import map_fleet
 
     found = map_fleet(
-        session.context, view=view.value, base_model=base_model, clusters=_number(clusters), plot=plot, force=force
+        session.context, view=view, base_model=base_model, clusters=_number(clusters), plot=plot, force=force
     )
     session.out.document(_as_json(found, plot))
-    if session.out.is_quiet:
-        for members in found.map.clusters:
-            session.out.answer(" ".join(task.name for task in members))
+    session.out.names(" ".join(task.name for task in members) for members in found.map.clusters)
     _print(session, found)
     if plot is not None:
         session.out.note(f"drew {plot}")
@@ -103,13 +93,12 @@ def _print(session: Session, found: MapReport) -> None:
     out, tasks = session.out, found.map.tasks
     out.record(_summary(found))
     out.line()
-    out.table(_CLUSTERS, [_cluster_cells(members) for members in found.map.clusters])
+    out.listing(_CLUSTERS, found.map.clusters)
     out.line()
-    pairs = [[*pair.tasks, f"{pair.distance:.3f}", "alike" if pair.is_alike else ""] for pair in found.map.pairs]
-    out.table(_PAIRS, pairs)
+    out.listing(_PAIRS, found.map.pairs)
     if out.verbosity:
         out.line()
-        out.table(_TASKS, [_task_cells(task) for task in tasks])
+        out.listing(_TASKS, tasks)
     alike = sum(pair.is_alike for pair in found.map.pairs)
     if alike:
         out.line()
@@ -147,15 +136,8 @@ def _judged(silhouette: float | None) -> str:
     return f"{silhouette:.3f} ({word} structure)"
 
 
-def _cluster_cells(members: tuple[MappedTask, ...]) -> list[str]:
-    mean = sum(task.silhouette for task in members) / len(members)
-    names = ", ".join(task.name for task in members)
-    return [str(members[0].cluster), "-" if len(members) == 1 else f"{mean:.3f}", names]
-
-
-def _task_cells(task: MappedTask) -> list[str]:
-    near = task.nearest
-    return [task.name, str(task.cluster), f"{task.silhouette:.3f}", near.task, f"{near.distance:.3f}"]
+def _silhouette(members: tuple[MappedTask, ...]) -> str:
+    return "-" if len(members) == 1 else f"{sum(task.silhouette for task in members) / len(members):.3f}"
 
 
 def _as_json(found: MapReport, plot: Path | None) -> dict[str, object]:

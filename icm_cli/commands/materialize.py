@@ -7,10 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-import typer
-
 from icm_cli.errors import UsageProblem
-from icm_cli.options import DtypeName, ForceOpt, FromOpt, SeedOpt, completing
+from icm_cli.options import DtypeName, ForceOpt, FromOpt, SeedOpt, argument, option
 from icm_cli.session import Session, command
 from icm_cli.text import claim_json, claim_text
 from icmlora.fleet.measure.precision import measured_in
@@ -24,84 +22,67 @@ SourceName = Literal["auto", "original", "residual", "code", "recalled", "genera
 
 WrittenOpt = Annotated[
     Path,
-    typer.Option(
-        "--output",
-        "-o",
-        metavar="PATH",
-        help="Folder to write, absent or empty, or a file: NAME.gguf, or NAME.safetensors for an image adapter.",
-        show_default=False,
+    option(
+        "--output -o PATH",
+        "Folder to write, absent or empty, or a file: NAME.gguf, or NAME.safetensors for an image adapter.",
     ),
 ]
 FormatOpt = Annotated[
     str | None,
-    typer.Option(
-        "--format",
-        metavar="NAME",
-        help="peft: a PEFT folder. mlx: a folder for MLX-LM. gguf: one file for llama.cpp; from and to it, the "
+    option(
+        "--format NAME",
+        "peft: a PEFT folder. mlx: a folder for MLX-LM. gguf: one file for llama.cpp; from and to it, the "
         "configuration of the base model is read. For image adapters diffusers, kohya, comfyui, xlabs, lycoris: one "
         "file each; `icm convert --list-formats` lists which becomes which. Default: the adapter's own format.",
-        show_default=False,
-        autocompletion=completing("format"),
+        completes="format",
     ),
 ]
 SourceOpt = Annotated[
     SourceName,
-    typer.Option(
+    option(
         "--source",
-        help="original: the ingested files. residual: the code, corrected by its residual. code: the code alone. "
+        "original: the ingested files. residual: the code, corrected by its residual. code: the code alone. "
         "recalled: the code of the task recognized from its vectors. network: what the network alone predicts from "
         "them. auto: the first of original, residual and code that is there.",
     ),
 ]
 DtypeOpt = Annotated[
     DtypeName | None,
-    typer.Option(
+    option(
         "--dtype",
-        help="Number format of decoded or converted weights. Default: that of the original, or float32 if they are "
+        "Number format of decoded or converted weights. Default: that of the original, or float32 if they are "
         "converted.",
-        show_default=False,
     ),
 ]
 PadOpt = Annotated[
     int | None,
-    typer.Option(
-        "--pad-rank",
-        metavar="N",
-        min=1,
-        help="Write decoded weights with rank N for all modules, filled with zeros, for engines that need one rank. "
+    option(
+        "--pad-rank N",
+        "Write decoded weights with rank N for all modules, filled with zeros, for engines that need one rank. "
         "Default: the ranks of the original.",
-        show_default=False,
+        min=1,
     ),
 ]
 ErrorOpt = Annotated[
     float | None,
-    typer.Option(
-        "--max-error",
-        metavar="X",
+    option(
+        "--max-error X",
+        "Exit with code 14 and write nothing if the relative error, ||dW' - dW|| / ||dW||, is above X.",
         min=0.0,
-        help="Exit with code 14 and write nothing if the relative error, ||dW' - dW|| / ||dW||, is above X.",
-        show_default=False,
     ),
 ]
 
 
 # `icm recognize -q` names the task that samples belong to; these three are what was there before.
-SamplesOpt = Annotated[Path | None, typer.Option("--samples", metavar="FILE", hidden=True)]
-LoaderOpt = Annotated[str | None, typer.Option("--loader", hidden=True)]
-DeviceOpt = Annotated[str | None, typer.Option("--device", hidden=True)]
-MaybeTaskArg = Annotated[
-    str | None,
-    typer.Argument(
-        metavar="TASK", help="Name of a task (see `icm ls`).", autocompletion=completing("task"), show_default=False
-    ),
-]
+SamplesOpt = Annotated[Path | None, option("--samples FILE", hidden=True)]
+LoaderOpt = Annotated[str | None, option("--loader", hidden=True)]
+DeviceOpt = Annotated[str | None, option("--device", hidden=True)]
+MaybeTaskArg = Annotated[str | None, argument("TASK", "Name of a task (see `icm ls`).", completes="task")]
 BaseOpt = Annotated[
     str | None,
-    typer.Option(
-        "--base-model",
-        metavar="PATH",
-        help="With --from and --format gguf: folder or GGUF file of the base model, whose configuration is needed.",
-        show_default=False,
+    option(
+        "--base-model PATH",
+        "With --from and --format gguf: folder or GGUF file of the base model, whose configuration is needed.",
     ),
 ]
 
@@ -145,7 +126,7 @@ def materialize(
     if samples is None and (loader, device) != (None, None):
         raise UsageProblem("nothing runs the base model", hint="leave out --loader and --device")
     if samples is not None:
-        from icm_cli.commands.recognize import recognized
+        from icm_cli.recognized import recognized
 
         task = recognized(session, samples, base_model, bundle, loader, device).known_task()
     assert task is not None

@@ -6,16 +6,14 @@ from typing import Annotated
 
 import typer
 
+from icm_cli.commands.convert import show_formats
 from icm_cli.commands.doctor import What, path_of
 from icm_cli.commands.ls import list_tags
 from icm_cli.engine_config import Engine, print_config
 from icm_cli.errors import UsageProblem
-from icm_cli.format_list import list_formats
-from icm_cli.options import FromOpt, GatewayOpt, ServedBaseOpt, TaskArg, TasksArg, completing
+from icm_cli.options import FromOpt, GatewayOpt, ServedBaseOpt, TaskArg, TasksArg, argument, option
 from icm_cli.session import Session, command
 from icmlora.io.text import counted
-
-_TAGS = completing("tag")
 
 
 def _tell_new(session: Session, new: str) -> None:
@@ -23,7 +21,7 @@ def _tell_new(session: Session, new: str) -> None:
 
 
 @command
-def mv(session: Session, task: TaskArg, new: Annotated[str, typer.Argument(metavar="NEW")]) -> None:
+def mv(session: Session, task: TaskArg, new: Annotated[str, argument("NEW")]) -> None:
     """Rename a task, as `icm edit --name` does."""
     from icmlora.fleet.tasks.tasks import edit_tasks
 
@@ -36,9 +34,9 @@ def mv(session: Session, task: TaskArg, new: Annotated[str, typer.Argument(metav
 @command
 def tag(
     session: Session,
-    tasks: Annotated[list[str] | None, typer.Argument(metavar="[TASK]...", autocompletion=completing("task"))] = None,
-    add: Annotated[list[str] | None, typer.Option("--add", "-a", metavar="TAG", autocompletion=_TAGS)] = None,
-    remove: Annotated[list[str] | None, typer.Option("--remove", "-r", metavar="TAG", autocompletion=_TAGS)] = None,
+    tasks: Annotated[list[str] | None, argument("[TASK]...", completes="task")] = None,
+    add: Annotated[list[str] | None, option("--add -a TAG", completes="tag")] = None,
+    remove: Annotated[list[str] | None, option("--remove -r TAG", completes="tag")] = None,
 ) -> None:
     """Add tags and remove others, as `icm edit --tag` and `--untag` do; without TASK, list tags as `icm ls --tags`."""
     from icmlora.fleet.tasks.tasks import edit_tasks
@@ -60,8 +58,8 @@ def tag(
 def note(
     session: Session,
     task: TaskArg,
-    text: Annotated[str | None, typer.Argument(metavar="[TEXT]")] = None,
-    clear: Annotated[bool, typer.Option("--clear", help="Remove the note.")] = False,
+    text: Annotated[str | None, argument("[TEXT]")] = None,
+    clear: Annotated[bool, option("--clear", "Remove the note.")] = False,
 ) -> None:
     """Keep a note with a task, as `icm edit --note` does; without TEXT, print it."""
     from icmlora.fleet.tasks.tasks import edit_tasks
@@ -104,25 +102,25 @@ def unpin(session: Session, tasks: TasksArg) -> None:
 
 
 @command
-def path(session: Session, what: Annotated[What, typer.Argument()] = What.STORE) -> None:
+def path(session: Session, what: Annotated[What, typer.Argument()] = "store") -> None:
     """Print a path, as `icm doctor --path` does."""
     found = path_of(session, what)
-    session.out.document({"name": what.value, "path": str(found)})
+    session.out.document({"name": what, "path": str(found)})
     session.out.answer(str(found))
-    _tell_new(session, f"doctor --path {what.value}")
+    _tell_new(session, f"doctor --path {what}")
 
 
 @command
 def formats(session: Session) -> None:
     """List the formats of adapters, as `icm convert --list-formats` does."""
-    list_formats(session)
+    show_formats(session)
     _tell_new(session, "convert --list-formats")
 
 
 @command
 def serve_config(
     session: Session,
-    engine: Annotated[Engine, typer.Argument(metavar="vllm|sglang")],
+    engine: Annotated[Engine, argument("vllm|sglang")],
     bundle: FromOpt = None,
     base_model: ServedBaseOpt = None,
     gateway: GatewayOpt = False,

@@ -5,21 +5,17 @@ from __future__ import annotations
 import re
 from typing import Annotated
 
-import typer
-
 from icm_cli.errors import UsageProblem
-from icm_cli.options import DryRunOpt, YesOpt
+from icm_cli.options import DryRunOpt, YesOpt, option
 from icm_cli.session import Session, command
 from icmlora.io.text import counted, human_size
 
 _UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
 
-OlderThanOpt = Annotated[
-    str, typer.Option("--older-than", metavar="AGE", help="Delete only files older than this, such as 30m, 1h or 7d.")
-]
+OlderThanOpt = Annotated[str, option("--older-than AGE", "Delete only files older than this, such as 30m, 1h or 7d.")]
 
 EmptyOpt = Annotated[
-    bool, typer.Option("--empty-quarantine", help="Delete what would be set aside too, and what was set aside before.")
+    bool, option("--empty-quarantine", "Delete what would be set aside too, and what was set aside before.")
 ]
 
 
@@ -76,7 +72,7 @@ def prune(
 
 
 def seconds(age: str) -> float:
-    """Return an age such as `90`, `90s`, `30m`, `1h` or `7d` in seconds."""
+    """Return an age such as `90`, `90s`, `30m`, `1h` or `7d` in seconds; raises `UsageProblem` of any other text."""
     match = re.fullmatch(r"(\d{1,9})([smhd]?)", age)
     if match is None:
         raise UsageProblem(f"invalid age {age!r}", hint="use a number and a unit, such as 90s, 30m, 1h or 7d")

@@ -3,40 +3,28 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
-import typer
-
-from icm_cli.errors import UsageProblem
-from icm_cli.options import BaseModelOpt, DeviceOpt, LoaderOpt
+from icm_cli.options import BaseModelOpt, DeviceOpt, LoaderOpt, option
 from icm_cli.output import Column
 from icm_cli.session import Session, command
 from icmlora.io.text import counted
 
-if TYPE_CHECKING:
-    from icmlora.fleet.vectors.recognize import RecognizeReport
-
 SamplesOpt = Annotated[
     Path,
-    typer.Option(
-        "--samples",
-        metavar="FILE",
-        help="Samples as JSON lines, as for `icm generate`. icm reads 32 of them, spread over the file.",
-        show_default=False,
+    option(
+        "--samples FILE", "Samples as JSON lines, as for `icm generate`. icm reads 32 of them, spread over the file."
     ),
 ]
 BundleOpt = Annotated[
     Path | None,
-    typer.Option(
-        "--bundle",
-        "--from",
-        metavar="FILE",
-        help="Compare with the tasks of this bundle instead of the store; --base-model then says where the base "
+    option(
+        "--bundle --from FILE",
+        "Compare with the tasks of this bundle instead of the store; --base-model then says where the base "
         "model is, and --loader what loads it.",
-        show_default=False,
     ),
 ]
-LimitOpt = Annotated[int, typer.Option("--limit", metavar="N", min=1, help="Show at most N tasks.")]
+LimitOpt = Annotated[int, option("--limit N", "Show at most N tasks.", min=1)]
 
 _COLUMNS = (Column("task", shrink=True), Column("probability", right=True), Column("distance", right=True))
 _NONE = "none of them"
@@ -61,6 +49,8 @@ def recognize(
     Example:
       icm recognize --samples queries.jsonl
     """
+    from icm_cli.recognized import recognized
+
     found = recognized(session, samples, base_model, bundle, loader, device)
     out = session.out
     out.document(
@@ -93,32 +83,3 @@ def recognize(
             out.warn(f"{entry.task}: {entry.reason}", task=entry.task)
     if found.task is None:
         out.hint("`icm generate NAME` makes an adapter for a new task")
-
-
-def recognized(
-    session: Session,
-    samples: Path,
-    base_model: str | None,
-    bundle: Path | None,
-    loader: str | None,
-    device: str | None,
-) -> RecognizeReport:
-    """Recognise the task of some samples among those of the store, or of a bundle."""
-    from icmlora.fleet.vectors.recognize import recognize
-
-    if loader is not None and (bundle is None or base_model is None):
-        hint = "in a store, `icm base add NAME PATH --loader` says what loads a base model"
-        raise UsageProblem("--loader goes with a bundle and --base-model PATH", hint=hint)
-    if bundle is not None:
-        from icm_cli.config import cache_folder
-        from icmlora.fleet.bundles.bundles import Bundle
-
-        return Bundle(bundle).recognize(
-            samples,
-            base_model=base_model,
-            loader=loader,
-            device=session.device(device),
-            cache=cache_folder(),
-        )
-    with session.working("recognize") as context:
-        return recognize(context, samples, base_model=base_model, device=session.device(device))

@@ -9,7 +9,7 @@ import typer
 
 from icm_cli.errors import ExitCode
 from icm_cli.failures import left_out_text, tell_failure
-from icm_cli.options import DeviceOpt, completing
+from icm_cli.options import DeviceOpt, option
 from icm_cli.session import Session, command
 from icm_cli.text import groups_json
 from icmlora.io.text import counted, human_size
@@ -18,43 +18,31 @@ if TYPE_CHECKING:
     from icmlora.fleet.report.pictures import Distances, TaskPictures
     from icmlora.fleet.report.report import ReportSummary
 
-FileOpt = Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The page to write.", show_default=False)]
+FileOpt = Annotated[Path, option("--output -o FILE", "The page to write.")]
 OutputsOpt = Annotated[
     list[str] | None,
-    typer.Option(
-        "--outputs",
-        metavar="TASK",
-        help="Also show what base model, original and code of this task write or draw. Repeat it for more tasks.",
-        autocompletion=completing("task"),
-        show_default=False,
+    option(
+        "--outputs TASK",
+        "Also show what base model, original and code of this task write or draw. Repeat it for more tasks.",
+        completes="task",
     ),
 ]
 PromptsOpt = Annotated[
     Path | None,
-    typer.Option(
-        "--prompts",
-        metavar="FILE",
-        help="Prompts for --outputs: one a line, or JSON lines with prompt, text or messages. Default: the beginnings "
+    option(
+        "--prompts FILE",
+        "Prompts for --outputs: one a line, or JSON lines with prompt, text or messages. Default: the beginnings "
         "of three of the task's own held-out texts; for an image task, the trigger words and tags that its file notes.",
-        show_default=False,
     ),
 ]
-TokensOpt = Annotated[
-    int, typer.Option("--max-new-tokens", metavar="N", min=1, help="Tokens to write for each prompt, at most.")
-]
-StepsOpt = Annotated[int, typer.Option("--steps", metavar="N", min=1, help="Steps of denoising for each picture.")]
-SeedsOpt = Annotated[int, typer.Option("--seeds", metavar="N", min=1, help="Pictures of each prompt.")]
+TokensOpt = Annotated[int, option("--max-new-tokens N", "Tokens to write for each prompt, at most.", min=1)]
+StepsOpt = Annotated[int, option("--steps N", "Steps of denoising for each picture.", min=1)]
+SeedsOpt = Annotated[int, option("--seeds N", "Pictures of each prompt.", min=1)]
 SizeOpt = Annotated[
     int | None,
-    typer.Option(
-        "--image-size",
-        metavar="N",
-        min=1,
-        help="Width and height of pictures in pixels. Default: what the pipeline draws.",
-        show_default=False,
-    ),
+    option("--image-size N", "Width and height of pictures in pixels. Default: what the pipeline draws.", min=1),
 ]
-ReplaceOpt = Annotated[bool, typer.Option("--force", "-f", help="Replace FILE if it exists.")]
+ReplaceOpt = Annotated[bool, option("--force -f", "Replace FILE if it exists.")]
 
 
 @command
@@ -117,8 +105,7 @@ def _tell(session: Session, done: ReportSummary) -> bool:
             "failed": [{"task": task, "reason": reason} for task, reason in done.failures.items()],
         }
     )
-    if out.is_quiet:
-        out.answer(str(done.file))
+    out.names([str(done.file)])
     out.line(f"{done.file}: {counted(done.tasks, 'task')}; {human_size(done.size)}")
     for found in done.pictures:
         if found.distances is not None:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
-from icm_cli.errors import ExitCode, Interrupted
-from icm_cli.options import DryRunOpt, FromOpt
-from icm_cli.output import Column
-from icm_cli.session import Session, command
-from icm_cli.text import as_fields
+from icm_cli.errors import ExitCode
+from icm_cli.options import DryRunOpt, FromOpt, argument
+from icm_cli.output import Field
+from icm_cli.session import Session, command, end
+from icm_cli.text import as_fields, figure, path_shown
 from icmlora.fleet.measure.precision import gain_text
 from icmlora.io.text import counted, human_size
 
@@ -21,18 +18,19 @@ if TYPE_CHECKING:
     from icmlora.fleet.context import Event
     from icmlora.fleet.evict.restore import AdapterRestored, RestoreReport
 
-FoldersArg = Annotated[
-    list[Path],
-    typer.Argument(metavar="FOLDER...", help="Folders with placeholders, at any depth.", show_default=False),
-]
+FoldersArg = Annotated[list[Path], argument("FOLDER...", "Folders with placeholders, at any depth.")]
 
-_COLUMNS = (
-    Column("folder", shrink=True),
-    Column("task", shrink=True),
-    Column("from"),
-    Column("size", right=True),
-    Column("relative error", right=True),
-    Column("retained gain", right=True),
+_FIELDS: tuple[Field[AdapterRestored], ...] = (
+    Field("folder", lambda adapter: path_shown(adapter.path), shrink=True),
+    Field("task", lambda adapter: adapter.task or "-", shrink=True),
+    Field("from", lambda adapter: _source(adapter)),
+    Field("size", lambda adapter: human_size(adapter.size), right=True),
+    Field("relative error", lambda adapter: figure(_lost(adapter, adapter.relative_error)), right=True),
+    Field(
+        "retained gain",
+        lambda adapter: gain_text(_lost(adapter, adapter.retained_gain), adapter.precision, 4),
+        right=True,
+    ),
 )
 _FROM = {"original": "original", "residual": "code and residual", "code": "code"}
 
@@ -66,11 +64,8 @@ def restore(session: Session, folders: FoldersArg, bundle: FromOpt = None, dry_r
             _tell_refused(session.out, refused)
         raise
     _sum_up(session.out, report, dry_run=dry_run)
-    if stopped:
-        done = counted(len(report.restored), "adapter")
-        raise Interrupted(f"interrupted; {done} restored", hint="run the same command to continue")
-    if report.refused:
-        raise typer.Exit(ExitCode.NO_SPACE if report.is_full else ExitCode.PARTLY)
+    code = ExitCode.NO_SPACE if report.is_full else ExitCode.PARTLY
+    end(f"{counted(len(report.restored), 'adapter')} restored", stopped=stopped, partly=bool(report.refused), code=code)
 
 
 def _tell(session: Session, refused: list[AdapterRestored], event: Event) -> None:
@@ -93,13 +88,11 @@ def _sum_up(out: Output, report: RestoreReport, *, dry_run: bool) -> None:
         refused=len(report.refused),
         size=report.size,
     )
-    if out.is_quiet:
-        for adapter in done:
-            out.answer(adapter.path)
+    out.names(adapter.path for adapter in done)
     if not report.adapters:
         out.line("no placeholder was found")
         return
-    out.table(_COLUMNS, [_cells(adapter) for adapter in done])
+    out.listing(_FIELDS, done)
     _tell_refused(out, report.refused)
     for adapter in done:
         if adapter.converted_from is not None:
@@ -114,7 +107,7 @@ def _sum_up(out: Output, report: RestoreReport, *, dry_run: bool) -> None:
 
 def _tell_refused(out: Output, refused: list[AdapterRestored]) -> None:
     for adapter in refused:
-        where = _shown(adapter.path)
+        where = path_shown(adapter.path)
         if out.is_quiet:
             out.warn(f"{where}: {adapter.reason}")
         out.line(f"not restored, {where}: {adapter.reason}")
@@ -122,14 +115,10 @@ def _tell_refused(out: Output, refused: list[AdapterRestored]) -> None:
         out.hint(hint)
 
 
-def _cells(adapter: AdapterRestored) -> list[str]:
-    source = "was still there" if adapter.status == "complete" else _FROM[adapter.source or "original"]
-    lossy = adapter.source != "original"
-    error, gain = (adapter.relative_error, adapter.retained_gain) if lossy else (None, None)
-    numbers = ["-" if error is None else f"{error:.4f}", gain_text(gain, adapter.precision, 4)]
-    return [_shown(adapter.path), adapter.task or "-", source, human_size(adapter.size), *numbers]
+def _source(adapter: AdapterRestored) -> str:
+    return "was still there" if adapter.status == "complete" else _FROM[adapter.source or "original"]
 
 
-def _shown(path: str) -> str:
-    """Return a path as the user would write it: from the current folder where it is inside."""
-    return path.removeprefix(f"{os.getcwd()}{os.sep}")
+def _lost(adapter: AdapterRestored, figure: float | None) -> float | None:
+    """Return a figure of what was lost; the original loses nothing."""
+    return None if adapter.source == "original" else figure

@@ -13,12 +13,10 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import typer
-
 from icm_cli import engine_config
 from icm_cli.engine_config import Engine
 from icm_cli.errors import CliError, UsageProblem
-from icm_cli.options import FromOpt, GatewayOpt, ServedBaseOpt
+from icm_cli.options import FromOpt, GatewayOpt, ServedBaseOpt, option
 from icm_cli.session import Session, command
 from icmlora.io.text import counted, escape, escape_lines, parse_bytes, utc
 
@@ -29,138 +27,92 @@ if TYPE_CHECKING:
     from icmlora.serving.folders import AdapterFolders
     from icmlora.serving.tasks import ServedTasks
 
-EngineUrlOpt = Annotated[
-    str | None,
-    typer.Option(
-        "--engine-url", metavar="URL", help="Where the engine is, as http://127.0.0.1:8000.", show_default=False
-    ),
-]
+EngineUrlOpt = Annotated[str | None, option("--engine-url URL", "Where the engine is, as http://127.0.0.1:8000.")]
 PrintConfigOpt = Annotated[
     Engine | None,
-    typer.Option(
-        "--print-config",
-        metavar="vllm|sglang",
-        help="Serve nothing: print the environment and the command line that start this engine with the tasks.",
-        show_default=False,
+    option(
+        "--print-config vllm|sglang",
+        "Serve nothing: print the environment and the command line that start this engine with the tasks.",
     ),
 ]
 EngineOpt = Annotated[
-    Literal["auto", "vllm", "sglang"],
-    typer.Option("--engine", metavar="auto|vllm|sglang", help="Which engine it is; auto asks it."),
+    Literal["auto", "vllm", "sglang"], option("--engine auto|vllm|sglang", "Which engine it is; auto asks it.")
 ]
-HostOpt = Annotated[str, typer.Option("--host", metavar="ADDRESS", help="Address to listen on.")]
-PortOpt = Annotated[
-    int, typer.Option("--port", metavar="N", min=0, max=65535, help="Port to listen on; 0 for any free one.")
-]
+HostOpt = Annotated[str, option("--host ADDRESS", "Address to listen on.")]
+PortOpt = Annotated[int, option("--port N", "Port to listen on; 0 for any free one.", min=0, max=65535)]
 
 _ACCESS = "Access"
 TokenOpt = Annotated[
     str | None,
-    typer.Option(
-        "--token",
-        metavar="TOKEN",
-        help="Token that clients must send. Other users of this machine can read it in the list of processes: "
+    option(
+        "--token TOKEN",
+        "Token that clients must send. Other users of this machine can read it in the list of processes: "
         "--token-file and $ICM_SERVE_TOKEN are better.",
-        show_default=False,
-        rich_help_panel=_ACCESS,
+        panel=_ACCESS,
     ),
 ]
 TokenFileOpt = Annotated[
-    Path | None,
-    typer.Option(
-        "--token-file",
-        metavar="FILE",
-        help="File with the token that clients must send.",
-        show_default=False,
-        rich_help_panel=_ACCESS,
-    ),
+    Path | None, option("--token-file FILE", "File with the token that clients must send.", panel=_ACCESS)
 ]
-NoTokenOpt = Annotated[
-    bool,
-    typer.Option("--no-token", help="Let anyone who reaches the address use it.", rich_help_panel=_ACCESS),
-]
+NoTokenOpt = Annotated[bool, option("--no-token", "Let anyone who reaches the address use it.", panel=_ACCESS)]
 EngineTokenOpt = Annotated[
     str | None,
-    typer.Option(
-        "--engine-token",
-        metavar="TOKEN",
-        help="Token that the engine wants (`--api-key` of vLLM and SGLang). (env: ICM_ENGINE_TOKEN)",
-        show_default=False,
-        rich_help_panel=_ACCESS,
+    option(
+        "--engine-token TOKEN",
+        "Token that the engine wants (`--api-key` of vLLM and SGLang). (env: ICM_ENGINE_TOKEN)",
+        panel=_ACCESS,
     ),
 ]
 
 _ROOM = "Adapters"
 AdaptersOpt = Annotated[
     Path | None,
-    typer.Option(
-        "--adapters",
-        metavar="FOLDER",
-        help="Folder for written adapters, which the engine sees under the same path. Default: one in memory.",
-        show_default=False,
-        rich_help_panel=_ROOM,
+    option(
+        "--adapters FOLDER",
+        "Folder for written adapters, which the engine sees under the same path. Default: one in memory.",
+        panel=_ROOM,
     ),
 ]
 AdaptersSizeOpt = Annotated[
     str | None,
-    typer.Option(
-        "--adapters-size",
-        metavar="SIZE",
-        help="What written adapters may take, as 4GiB. Default: half of the space that is free.",
-        show_default=False,
-        rich_help_panel=_ROOM,
+    option(
+        "--adapters-size SIZE",
+        "What written adapters may take, as 4GiB. Default: half of the space that is free.",
+        panel=_ROOM,
     ),
 ]
 MaxAdaptersOpt = Annotated[
     int | None,
-    typer.Option(
-        "--max-adapters",
-        metavar="N",
-        min=1,
-        help="How many adapters may be loaded. Default: as many as fit.",
-        show_default=False,
-        rich_help_panel=_ROOM,
-    ),
+    option("--max-adapters N", "How many adapters may be loaded. Default: as many as fit.", panel=_ROOM, min=1),
 ]
 MaxWaitingOpt = Annotated[
     int,
-    typer.Option(
-        "--max-waiting",
-        metavar="N",
+    option(
+        "--max-waiting N",
+        "How many tasks may wait to be loaded; requests for others get status 503.",
+        panel=_ROOM,
         min=1,
-        help="How many tasks may wait to be loaded; requests for others get status 503.",
-        rich_help_panel=_ROOM,
     ),
 ]
 
 _LIMITS = "Limits"
 MaxRequestsOpt = Annotated[
-    int,
-    typer.Option(
-        "--max-requests",
-        metavar="N",
-        min=1,
-        help="How many requests may be in work; others get status 503.",
-        rich_help_panel=_LIMITS,
-    ),
+    int, option("--max-requests N", "How many requests may be in work; others get status 503.", panel=_LIMITS, min=1)
 ]
 MaxConnectionsOpt = Annotated[
     int,
-    typer.Option(
-        "--max-connections",
-        metavar="N",
+    option(
+        "--max-connections N",
+        "How many connections one address may have open; at most a third of the file descriptors.",
+        panel=_LIMITS,
         min=1,
-        help="How many connections one address may have open; at most a third of the file descriptors.",
-        rich_help_panel=_LIMITS,
     ),
 ]
-MaxBodyOpt = Annotated[
-    str, typer.Option("--max-body", metavar="SIZE", help="Largest body of a request.", rich_help_panel=_LIMITS)
-]
+MaxBodyOpt = Annotated[str, option("--max-body SIZE", "Largest body of a request.", panel=_LIMITS)]
 
 
 def _seconds(name: str, text: str) -> Any:
-    return typer.Option(name, metavar="SECONDS", min=0.01, help=text, rich_help_panel=_LIMITS)
+    return option(f"{name} SECONDS", text, min=0.01, panel=_LIMITS)
 
 
 _HEADER_SECONDS = 30.0
@@ -177,7 +129,7 @@ IdleTimeoutOpt = Annotated[
 DrainOpt = Annotated[
     float, _seconds("--drain-seconds", "How long requests in flight may take after SIGTERM or Ctrl-C.")
 ]
-AccessLogOpt = Annotated[bool, typer.Option("--access-log", help="Log every request.")]
+AccessLogOpt = Annotated[bool, option("--access-log", "Log every request.")]
 
 
 @command
@@ -228,10 +180,10 @@ def serve(
     if engine_url is None:
         hint = "start one as `icm serve --print-config vllm` says, and give its address"
         raise UsageProblem("--engine-url is missing: where the engine is", hint=hint)
-    server = _server()
-    known_token = _token(token, token_file, no_token)
-    waits = {"whole_body": body_timeout, "first_byte": first_byte_timeout, "idle": idle_timeout}
-    settings = server.GatewaySettings(
+    from icmlora.serving.gateway.settings import GatewaySettings
+
+    server, known_token = _server(), _token(token, token_file, no_token)
+    settings = GatewaySettings(
         engine_url=_address(engine_url),
         engine=None if engine == "auto" else engine,
         engine_token=engine_token or os.environ.get("ICM_ENGINE_TOKEN") or None,
@@ -242,8 +194,12 @@ def serve(
         max_adapters=max_adapters,
         max_requests=max_requests,
         max_waiting=max_waiting,
+        max_body=parse_bytes(max_body),
+        header_timeout=min(body_timeout, _HEADER_SECONDS),
+        body_timeout=body_timeout,
+        first_byte_timeout=first_byte_timeout,
+        idle_timeout=idle_timeout,
         drain=drain_seconds,
-        limits=server.Limits(body=parse_bytes(max_body), header=min(body_timeout, _HEADER_SECONDS), **waits),
         access_log=access_log,
     )
     tasks = _tasks(session, bundle, base_model)
@@ -260,18 +216,15 @@ def _check_local(host: str, listening: socket, *, everyone: bool) -> None:
         raise UsageProblem(f"anyone who reaches {host} could use the server", hint=hint)
 
 
+_EXTRA = ("fastapi", "httpx", "prometheus_client", "starlette", "uvicorn")
+
+
 def _server() -> ModuleType:
     """Import the gateway."""
     try:
         from icmlora.serving.gateway import server
     except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] not in (
-            "fastapi",
-            "httpx",
-            "prometheus_client",
-            "starlette",
-            "uvicorn",
-        ):
+        if (error.name or "").partition(".")[0] not in _EXTRA:
             raise
         fact = f"`icm serve` needs the package {error.name}, which is not installed"
         raise CliError(fact, hint="install the extra: pip install 'icm-lora[serve]'") from error

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
-from icm_cli.options import TaskArg
-from icm_cli.output import Column
+from icm_cli.options import TaskArg, option
+from icm_cli.output import Field
 from icm_cli.session import Session, command
-from icm_cli.text import as_fields, claim_json, claim_text, groups_json
+from icm_cli.text import SOURCES, as_fields, claim_json, claim_text, figure, groups_json
 from icmlora.fleet.measure.metric_result import MetricResult
 from icmlora.fleet.measure.precision import gain_text, measured_in
 from icmlora.fleet.stats.bill_text import limits_text
@@ -26,22 +25,21 @@ if TYPE_CHECKING:
 
 ErrorsOpt = Annotated[
     bool,
-    typer.Option(
+    option(
         "--errors",
-        help="Also show the relative error of the code for each kind of module, or for each block of an image model. "
+        "Also show the relative error of the code for each kind of module, or for each block of an image model. "
         "It decodes the code, which takes a while for a large adapter.",
     ),
 ]
 
-_ADAPTER_COLUMNS = (
-    Column("step", right=True),
-    Column("final"),
-    Column("rank", right=True),
-    Column("dtype"),
-    Column("size", right=True),
-    Column("weights"),
+_ADAPTER_FIELDS: tuple[Field[AdapterRecord], ...] = (
+    Field("step", lambda adapter: "-" if adapter.step is None else str(adapter.step), right=True),
+    Field("final", lambda adapter: "yes" if adapter.is_final else ""),
+    Field("rank", lambda adapter: str(adapter.rank_max), right=True),
+    Field("dtype", lambda adapter: adapter.dtype.lower()),
+    Field("size", lambda adapter: _size(adapter), right=True),
+    Field("weights", lambda adapter: adapter.weights[:12]),
 )
-_RUNGS = ("base", "original", "residual", "code", "generate", "network")
 
 
 @command
@@ -65,7 +63,7 @@ def show(session: Session, task: TaskArg, errors: ErrorsOpt = False) -> None:
     session.out.document({**_as_json(details), "errors": groups_json(groups) if errors else None})
     session.out.record(_summary(details))
     session.out.line()
-    session.out.table(_ADAPTER_COLUMNS, [_adapter_cells(adapter) for adapter in details.adapters])
+    session.out.listing(_ADAPTER_FIELDS, details.adapters)
     session.out.line()
     _print_evaluations(session, details)
     if groups:
@@ -165,17 +163,6 @@ def _kept(final: AdapterRecord) -> list[tuple[str, str]]:
     return lines
 
 
-def _adapter_cells(adapter: AdapterRecord) -> list[str]:
-    return [
-        "-" if adapter.step is None else str(adapter.step),
-        "yes" if adapter.is_final else "",
-        str(adapter.rank_max),
-        adapter.dtype.lower(),
-        _size(adapter),
-        adapter.weights[:12],
-    ]
-
-
 def _size(adapter: AdapterRecord) -> str:
     if adapter.was_never_here:
         return "never here"
@@ -186,42 +173,40 @@ def _present(details: TaskDetails) -> list[EvaluationRecord]:
     """Return the measurements that do not depend on an earlier generator, those on the task's own text first."""
     current = {None, None if details.generator is None else details.generator.id}
     rows = [row for row in details.evaluations if row.generator_id in current]
-    return sorted(rows, key=lambda row: (row.data != details.task.eval_data, row.data, _RUNGS.index(row.rung)))
+    return sorted(rows, key=lambda row: (row.data != details.task.eval_data, row.data, SOURCES.index(row.rung)))
 
 
 def _print_evaluations(session: Session, details: TaskDetails) -> None:
     rows = _present(details)
-    names = list(dict.fromkeys(name for row in rows for name in MetricResult.of(row).figures))
-    columns = [Column("source"), Column("text"), *(Column(name, right=True) for name in names)]
-    columns += [Column("retained gain", right=True), Column("relative error", right=True)]
-    session.out.table(columns, [_evaluation_cells(details, row, names) for row in rows])
+    names = dict.fromkeys(name for row in rows for name in MetricResult.of(row).figures)
+    fields: list[Field[EvaluationRecord]] = [
+        Field("source", lambda row: f"{row.rung}{measured_in([row.precision])}"),
+        Field("text", lambda row: "held-out" if row.data == details.task.eval_data else row.data[:12]),
+        *(Field(name, partial(_metric, name), right=True) for name in names),
+        Field("retained gain", lambda row: gain_text(row.retained_gain, row.precision), right=True),
+        Field("relative error", lambda row: figure(row.relative_error, 3), right=True),
+    ]
+    session.out.listing(fields, rows)
+
+
+def _metric(name: str, row: EvaluationRecord) -> str:
+    value = MetricResult.of(row).figures.get(name)
+    return "-" if value is None else f"{value:.4g}"
 
 
 def _print_errors(session: Session, groups: Sequence[GroupError]) -> None:
     total = sum(group.parameters for group in groups)
-    columns = [Column("modules"), Column("count", right=True), Column("of the parameters", right=True)]
-    columns += [Column(f"error of {source}", right=True) for source in groups[0].errors]
-    rows = [
-        [
-            group.group,
-            str(group.modules),
-            human_percent(group.parameters / total),
-            *(f"{error:.3f}" for error in group.errors.values()),
-        ]
-        for group in groups
+    fields: list[Field[GroupError]] = [
+        Field("modules", lambda group: group.group),
+        Field("count", lambda group: str(group.modules), right=True),
+        Field("of the parameters", lambda group: human_percent(group.parameters / total), right=True),
+        *(Field(f"error of {source}", partial(_error, source), right=True) for source in groups[0].errors),
     ]
-    session.out.table(columns, rows)
+    session.out.listing(fields, groups)
 
 
-def _evaluation_cells(details: TaskDetails, entry: EvaluationRecord, names: Sequence[str]) -> list[str]:
-    figures = MetricResult.of(entry).figures
-    return [
-        f"{entry.rung}{measured_in([entry.precision])}",
-        "held-out" if entry.data == details.task.eval_data else entry.data[:12],
-        *("-" if figures.get(name) is None else f"{figures[name]:.4g}" for name in names),
-        gain_text(entry.retained_gain, entry.precision),
-        "-" if entry.relative_error is None else f"{entry.relative_error:.3f}",
-    ]
+def _error(source: str, group: GroupError) -> str:
+    return f"{group.errors[source]:.3f}"
 
 
 def _as_json(details: TaskDetails) -> dict[str, object]:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
-import typer
-
-from icm_cli.output import Column, Output
+from icm_cli.options import option
+from icm_cli.output import Field
 from icm_cli.session import Session, command
-from icm_cli.text import as_fields, coded_size
+from icm_cli.text import as_fields, coded_size, figure
 from icmlora.fleet.measure.precision import gain_text, measured_in
 from icmlora.fleet.stats.bill_text import claims_text, disk_lines, saving_text, shortfalls
 from icmlora.io.text import counted, human_percent, human_size
@@ -18,38 +17,34 @@ from icmlora.io.text import counted, human_percent, human_size
 if TYPE_CHECKING:
     from icmlora.fleet.stats.bill import BaseModelBill, Bill, Spread, TaskBill
 
-PlotOpt = Annotated[
-    Path | None,
-    typer.Option(
-        "--plot", metavar="FILE.svg|png|pdf", help="Also draw bytes against the number of tasks.", show_default=False
-    ),
-]
-ReplaceOpt = Annotated[bool, typer.Option("--force", "-f", help="Replace the --plot FILE if it exists.")]
+R = TypeVar("R")
 
-_EXTRAS = Column("extras", right=True)
-_FLEET_COLUMNS = (
-    Column("base model", shrink=True),
-    Column("tasks", right=True),
-    Column("bf16", right=True),
-    Column("generator", right=True),
-    Column("codes+vectors", right=True),
-    _EXTRAS,
-    Column("per task", right=True),
-    Column("of bf16", right=True),
-    Column("break-even", right=True),
-    Column("relative error", right=True),
-    Column("retained gain", right=True),
+PlotOpt = Annotated[Path | None, option("--plot FILE.svg|png|pdf", "Also draw bytes against the number of tasks.")]
+ReplaceOpt = Annotated[bool, option("--force -f", "Replace the --plot FILE if it exists.")]
+
+_FLEET_FIELDS: tuple[Field[BaseModelBill], ...] = (
+    Field("base model", lambda fleet: fleet.base_model, shrink=True),
+    Field("tasks", lambda fleet: str(len(fleet.tasks)), right=True),
+    Field("bf16", lambda fleet: human_size(fleet.bf16_size), right=True),
+    Field("generator", lambda fleet: human_size(fleet.shared_size) if fleet.generator else "-", right=True),
+    Field("codes+vectors", lambda fleet: human_size(fleet.codes_and_vectors_size), right=True),
+    Field("extras", lambda fleet: human_size(fleet.extras_bytes), right=True),
+    Field("per task", lambda fleet: _size(fleet.marginal_size), right=True),
+    Field("of bf16", lambda fleet: _fleet_share(fleet), right=True),
+    Field("break-even", lambda fleet: _break_even(fleet), right=True),
+    Field("relative error", lambda fleet: _mean_and_worst(fleet.relative_errors, fleet), right=True),
+    Field("retained gain", lambda fleet: _mean_and_worst(fleet.retained_gains, fleet), right=True),
 )
-_TASK_COLUMNS = (
-    Column("task", shrink=True),
-    Column("bf16", right=True),
-    Column("original", right=True),
-    Column("code", right=True),
-    Column("vectors", right=True),
-    _EXTRAS,
-    Column("of bf16", right=True),
-    Column("relative error", right=True),
-    Column("retained gain", right=True),
+_TASK_FIELDS: tuple[Field[TaskBill], ...] = (
+    Field("task", lambda task: task.task, shrink=True),
+    Field("bf16", lambda task: human_size(task.bf16_size), right=True),
+    Field("original", lambda task: "evicted" if task.evicted else human_size(task.original_size), right=True),
+    Field("code", lambda task: _code(task), right=True),
+    Field("vectors", lambda task: human_size(task.vectors_size), right=True),
+    Field("extras", lambda task: human_size(task.extras_bytes), right=True),
+    Field("of bf16", lambda task: _task_share(task), right=True),
+    Field("relative error", lambda task: figure(task.relative_error, 3), right=True),
+    Field("retained gain", lambda task: gain_text(task.retained_gain, task.precision), right=True),
 )
 
 
@@ -72,11 +67,10 @@ def stats(session: Session, plot: PlotOpt = None, force: ReplaceOpt = False) -> 
     out = session.out
     if out.is_json:  # a line per task takes longer than all the rest
         out.document(_as_json(found))
-    _table(out, _FLEET_COLUMNS, [_fleet_cells(fleet) for fleet in found.fleets], found)
+    out.listing(_fields(_FLEET_FIELDS, found), found.fleets)
     if out.verbosity:
         out.line()
-        tasks = [task for fleet in found.fleets for task in fleet.tasks]
-        _table(out, _TASK_COLUMNS, [_task_cells(task) for task in tasks], found)
+        out.listing(_fields(_TASK_FIELDS, found), [task for fleet in found.fleets for task in fleet.tasks])
     if found.fleets:
         out.line()
     out.record(_disk(found))
@@ -90,10 +84,9 @@ def stats(session: Session, plot: PlotOpt = None, force: ReplaceOpt = False) -> 
         out.note(f"drew {plot}")
 
 
-def _table(out: Output, columns: Sequence[Column], rows: Sequence[list[str]], found: Bill) -> None:
-    """Print a table; few fleets have extras, so their column is left out where there are none."""
-    shown = [number for number, column in enumerate(columns) if column is not _EXTRAS or found.usage.extras]
-    out.table([columns[number] for number in shown], [[row[number] for number in shown] for row in rows])
+def _fields(fields: Sequence[Field[R]], found: Bill) -> list[Field[R]]:
+    """Return the columns of a table; few fleets have extras, so their column is left out where there are none."""
+    return [field for field in fields if field.title != "extras" or found.usage.extras]
 
 
 def _disk(found: Bill) -> list[tuple[str, str]]:
@@ -123,37 +116,28 @@ def _originals(found: Bill) -> str:
     return f" with the originals of {left} of {counted(found.tasks, 'task')}" if left else "; every original is evicted"
 
 
-def _fleet_cells(fleet: BaseModelBill) -> list[str]:
+def _size(size: float | None) -> str:
+    return "-" if size is None else human_size(round(size))
+
+
+def _code(task: TaskBill) -> str:
+    return "original only" if task.original_only else coded_size(task.code_size, task.residual_size)
+
+
+def _task_share(task: TaskBill) -> str:
+    has_size = task.code_size is not None or task.original_only is not None
+    return human_percent(task.size / task.bf16_size if has_size and task.bf16_size else None)
+
+
+def _fleet_share(fleet: BaseModelBill) -> str:
     size = fleet.shared_size + fleet.per_task_size
-    marginal, complete = fleet.marginal_size, fleet.is_complete
-    return [
-        fleet.base_model,
-        str(len(fleet.tasks)),
-        human_size(fleet.bf16_size),
-        human_size(fleet.shared_size) if fleet.generator else "-",
-        human_size(fleet.codes_and_vectors_size),
-        human_size(fleet.extras_bytes),
-        "-" if marginal is None else human_size(round(marginal)),
-        human_percent(size / fleet.bf16_size if complete and fleet.bf16_size else None),
-        "-" if not fleet.encoded else ("never" if fleet.break_even is None else str(fleet.break_even)),
-        _mean_and_worst(fleet.relative_errors, fleet),
-        _mean_and_worst(fleet.retained_gains, fleet),
-    ]
+    return human_percent(size / fleet.bf16_size if fleet.is_complete and fleet.bf16_size else None)
 
 
-def _task_cells(task: TaskBill) -> list[str]:
-    size = None if task.code_size is None and task.original_only is None else task.size
-    return [
-        task.task,
-        human_size(task.bf16_size),
-        "evicted" if task.evicted else human_size(task.original_size),
-        "original only" if task.original_only else coded_size(task.code_size, task.residual_size),
-        human_size(task.vectors_size),
-        human_size(task.extras_bytes),
-        human_percent(size / task.bf16_size if size is not None and task.bf16_size else None),
-        "-" if task.relative_error is None else f"{task.relative_error:.3f}",
-        gain_text(task.retained_gain, task.precision),
-    ]
+def _break_even(fleet: BaseModelBill) -> str:
+    if not fleet.encoded:
+        return "-"
+    return "never" if fleet.break_even is None else str(fleet.break_even)
 
 
 def _mean_and_worst(found: Spread | None, fleet: BaseModelBill) -> str:

@@ -5,18 +5,15 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
-from icm_cli.errors import ExitCode, Interrupted
 from icm_cli.failures import tell_left_out, tell_vectors
-from icm_cli.options import DeviceOpt, ShardOpt, SomeTasksArg, WorkersOpt
-from icm_cli.session import Session, command
+from icm_cli.options import DeviceOpt, ShardOpt, SomeTasksArg, WorkersOpt, option
+from icm_cli.session import Session, command, end
 from icmlora.io.text import counted
 
 if TYPE_CHECKING:
     from icmlora.fleet.vectors.vectors import VectorReport
 
-AgainOpt = Annotated[bool, typer.Option("--again", help="Also extract the vectors of tasks that already have some.")]
+AgainOpt = Annotated[bool, option("--again", "Also extract the vectors of tasks that already have some.")]
 
 
 @command
@@ -47,11 +44,8 @@ def vectors(
     )
     _tell_end(session, report)
     partly = tell_left_out(session.out, report.left_out, "no vectors")
-    if stopped:
-        done = counted(len(report.tasks), "task")
-        raise Interrupted(f"interrupted; {done} extracted", hint="run `icm vectors` to continue")
-    if report.failed or partly:
-        raise typer.Exit(ExitCode.PARTLY)
+    done = f"{counted(len(report.tasks), 'task')} extracted"
+    end(done, stopped=stopped, partly=partly or bool(report.failed), hint="run `icm vectors` to continue")
 
 
 def _tell_end(session: Session, report: VectorReport) -> None:

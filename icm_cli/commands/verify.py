@@ -9,29 +9,24 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from icm_cli.errors import ExitCode, UsageProblem
-from icm_cli.options import DryRunOpt, SomeTasksArg, YesOpt
+from icm_cli.options import DryRunOpt, SomeTasksArg, YesOpt, option
 from icm_cli.session import Session, command
 from icmlora.io.text import counted
 
 if TYPE_CHECKING:
     from icmlora.fleet.tasks.maintenance import Finding, RowRepair
 
-ReadDataOpt = Annotated[
-    bool, typer.Option("--read-data", help="Read and hash every blob instead of only checking its length.")
-]
-DecodeOpt = Annotated[
-    bool, typer.Option("--decode", help="Decode every code whose original is there, and compare its error.")
-]
+ReadDataOpt = Annotated[bool, option("--read-data", "Read and hash every blob instead of only checking its length.")]
+DecodeOpt = Annotated[bool, option("--decode", "Decode every code whose original is there, and compare its error.")]
 RepairOpt = Annotated[
     bool,
-    typer.Option(
+    option(
         "--repair",
-        help="Correct rows of which one bit flipped; read all data and move damaged blobs aside. Deletes nothing.",
+        "Correct rows of which one bit flipped; read all data and move damaged blobs aside. Deletes nothing.",
     ),
 ]
 RestoreOpt = Annotated[
-    bool,
-    typer.Option("--restore-database", help="Put back the copy of the database from before the last deletion."),
+    bool, option("--restore-database", "Put back the copy of the database from before the last deletion.")
 ]
 
 _OF_DATABASE = ("row", "database", "dangling")

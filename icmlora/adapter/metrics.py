@@ -76,12 +76,9 @@ class GroupError:
 def errors_by_group(
     original: Adapter, others: Mapping[str, Adapter], group_of: Callable[[str], str]
 ) -> Sequence[GroupError]:
-    """Return the relative errors of some adapters in each group of the original's modules, the largest group first.
+    """Return the relative errors of some adapters, by name, in each group of the original's modules, the largest first.
 
-    Args:
-        original: What they are compared with.
-        others: Adapters by name.
-        group_of: The name of a module -> that of its group.
+    `group_of` names the group of a module.
     """
     shapes: dict[str, list[ModuleShape]] = {}
     for shape in original.layout:

@@ -20,7 +20,7 @@ from icmlora.adapter.model import Adapter, LoraModule
 
 
 @dataclass(frozen=True)
-class Slots:
+class RankedSlots:
     """An adapter in canonical form with the slots that it may lose, those that matter least last.
 
     Attributes:
@@ -34,7 +34,7 @@ class Slots:
     values: tuple[int, ...]
 
     @classmethod
-    def of(cls, adapter: Adapter) -> Slots:
+    def of(cls, adapter: Adapter) -> RankedSlots:
         """Decompose an adapter."""
         adapter = canonicalize(adapter)
         costs = [module.shape.inputs + module.shape.outputs for module in adapter.modules]

@@ -1,6 +1,7 @@
 """Sketches: 1,024 numbers per adapter that tell which adapters may be near each other, without reading them again.
 
-A module's dW is multiplied from both sides by random signs, which depend on its name and widths alone:
+A module's dW is multiplied from both sides by random signs (as in Alon, Matias and Szegedy 1996), which depend on its
+name and widths alone:
 
     Y = sum over modules of  S_out D_out dW D_in S_in^T      four times 16 x 16 values, from the factors
     E ||Y||^2 = 1024 ||dW||^2,   and since Y is linear in dW:   E ||Y - Y'||^2 = 1024 ||dW - dW'||^2
@@ -57,13 +58,9 @@ def sketch(adapter: Adapter) -> Floats:
 def near_pairs(sketches: Floats, norms: npt.NDArray[np.float64], limit: float) -> list[tuple[int, int]]:
     """Return the pairs of adapters that may be within a distance of each other, probably nearest first.
 
-    A pair within the limit is missed with a chance below 1e-8. Pairs at up to twice the limit are among them, so the
-    distance of each has to be computed (`icmlora.adapter.metrics.distance`).
-
-    Args:
-        sketches: One row per adapter, of shape (n, 1024).
-        norms: ||dW|| of each, of shape (n,), positive.
-        limit: Largest distance, from 0 to below 1.
+    A pair within the limit, 0 to below 1, is missed with a chance below 1e-8. Pairs at up to twice the limit are among
+    them, so the distance of each has to be computed (`icmlora.adapter.metrics.distance`). Sketches are (n, 1024), norms
+    ||dW|| are (n,) and positive.
     """
     order = np.argsort(norms, kind="stable")
     found = list(_blocks(sketches[order], norms[order], limit))

@@ -18,7 +18,11 @@ FORMATS: list[AdapterFormat] = [PEFT, MLX, GGUF, DIFFUSERS, COMFYUI, XLABS, LYCO
 
 
 def format_named(name: str) -> AdapterFormat:
-    """Return the format of a name."""
+    """Return the format of a name.
+
+    Raises:
+        AdapterRefused: This icm does not know it.
+    """
     for known in FORMATS:
         if known.name == name:
             return known

@@ -72,9 +72,7 @@ def unpack(packed: bytes) -> bytes:
         DataError: These are not packed bytes, or they are damaged.
     """
     try:
-        magic, width, length = _HEAD.unpack_from(packed)
-        if magic != _MAGIC or width not in (1, 2, 4, 8) or length > MAX_BYTES:
-            raise ValueError("not packed by icm")
+        width, length = _stated(packed)
         frame = packed[_HEAD.size :]
         # The decompressor believes the length that a frame states, whatever it is.
         if zstandard.frame_content_size(frame) != length:
@@ -83,8 +81,27 @@ def unpack(packed: bytes) -> bytes:
         if len(planes) != length:
             raise ValueError("cut short")
     except (struct.error, ValueError, zstandard.ZstdError) as error:
-        raise DataError(f"what is kept of an adapter in addition to its LoRA cannot be read: {error}") from error
+        raise _unreadable(error) from error
     return _unplaned(planes, width)
+
+
+def unpacked_size(packed: bytes) -> int:
+    """Return how many bytes `unpack` makes of these, without doing it; raises as that does."""
+    try:
+        return _stated(packed)[1]
+    except (struct.error, ValueError) as error:
+        raise _unreadable(error) from error
+
+
+def _stated(packed: bytes) -> tuple[int, int]:
+    magic, width, length = _HEAD.unpack_from(packed)
+    if magic != _MAGIC or width not in (1, 2, 4, 8) or length > MAX_BYTES:
+        raise ValueError("not packed by icm")
+    return width, length
+
+
+def _unreadable(error: Exception) -> DataError:
+    return DataError(f"what is kept of an adapter in addition to its LoRA cannot be read: {error}")
 
 
 def _planes(data: bytes, width: int) -> bytes:

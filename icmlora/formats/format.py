@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from icmlora.errors import AdapterRefused, DataError, UnsafeInput, located
 from icmlora.io import staging
@@ -29,6 +29,10 @@ if TYPE_CHECKING:
     from icmlora.io.safetensors import RawTensor, TensorInfo
 
 Buffer = bytes | bytearray | memoryview
+Extras: TypeAlias = "Mapping[str, RawTensor]"
+"""The tensors of an adapter that a code cannot represent, by their names in the file."""
+Texts = Mapping[str, str]
+"""Short facts for the header of the weights."""
 
 
 @dataclass(frozen=True)
@@ -120,8 +124,7 @@ class LoadedAdapter:
 
     adapter: Adapter
     """Float32, the scale folded into B; not yet canonical."""
-    extras: Mapping[str, RawTensor] = field(default_factory=dict)
-    """The tensors that a code cannot represent, by their names in the file."""
+    extras: Extras = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -249,11 +252,11 @@ class AdapterFormat(ABC):
         adapter: Adapter,
         *,
         card: str,
-        metadata: Mapping[str, str],
+        metadata: Texts,
         like: Template | None = None,
         dtype: str | None = None,
         pad_rank: int | None = None,
-        extras: Mapping[str, RawTensor] | None = None,
+        extras: Extras | None = None,
     ) -> AdapterBytes:
         """Write an adapter; the same arguments give the same bytes.
 
@@ -274,7 +277,7 @@ class AdapterFormat(ABC):
         if like is None:
             made = self._fresh(adapter, metadata, dtype or "bfloat16")
         else:
-            made = self._alike(adapter, like, dtype=dtype, pad_rank=pad_rank, extras=extras or {}, metadata=metadata)
+            made = self._alike(adapter, like, dtype, pad_rank, extras=extras or {}, metadata=metadata)
         return made if self.suffix is not None else replace(made, card=card.encode())
 
     def lay_out(self, files: AdapterBytes, name: str) -> dict[str, bytes]:
@@ -306,21 +309,14 @@ class AdapterFormat(ABC):
         """Do what `runnable` does."""
 
     @abstractmethod
-    def _fresh(self, adapter: Adapter, metadata: Mapping[str, str], dtype: str) -> AdapterBytes:
+    def _fresh(self, adapter: Adapter, metadata: Texts, dtype: str) -> AdapterBytes:
         """Do what `encode` does without `like`, but for the card."""
 
     @abstractmethod
     def _alike(
-        self,
-        adapter: Adapter,
-        like: Template,
-        *,
-        dtype: str | None,
-        pad_rank: int | None,
-        extras: Mapping[str, RawTensor],
-        metadata: Mapping[str, str],
+        self, adapter: Adapter, like: Template, dtype: str | None, rank: int | None, extras: Extras, metadata: Texts
     ) -> AdapterBytes:
-        """Do what `encode` does with `like`, but for the card."""
+        """Do what `encode` does with `like`, but for the card; `rank` is its `pad_rank`."""
 
 
 class FolderFormat(AdapterFormat):

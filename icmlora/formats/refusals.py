@@ -111,14 +111,7 @@ def _check_unknown(fields: dict[str, Any]) -> None:
 _SWITCH = re.compile(r"use_.*|.*_config")
 _KNOWN = frozenset(
     {
-        "use_rslora",
-        "use_dora",
-        "loftq_config",
-        "eva_config",
-        "corda_config",
-        "lora_ga_config",
-        "velora_config",
-        "megatron_config",
+        *("use_rslora", "use_dora", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "velora_config"),
+        *("megatron_config", "runtime_config"),
     }
-    | {"runtime_config"}
 )

@@ -25,7 +25,7 @@ def read_weights(path: Path, known: AdapterFormat) -> bytes:
 def check_head(known: AdapterFormat, descriptor: int, size: int) -> None:
     """Check the header of an open file of weights against its size; raises as `read_weights` does."""
     if known.suffix in (None, ".safetensors"):
-        safetensors.check_head(descriptor, size)
+        safetensors.read_head(descriptor, size)
     elif known.suffix == ".gguf":
         from icmlora.formats.pairs.gguf_file import read_gguf  # few adapters are GGUF files
 

@@ -3,7 +3,7 @@
 cvae, objective              the network, and its loss: the length of a code in bits
 tokens, sensitivity          adapters as weighted singular vectors
 quantizer, scales            tokens as integers, and the tables they are coded under
-decoder, encoding, codec     adapters <-> codes; code, packing, entropy_coding and container make the bytes
+codec, encoding              adapters <-> codes; code, packing, entropy_coding and container make the bytes
 relaxed                      a code that gradient steps can refine
 residual, residual_codec     corrections to a code
 versions, file, network_file, differences                    the generator's own bytes

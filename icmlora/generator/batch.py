@@ -25,7 +25,7 @@ from icmlora.generator.water_level import water_level
 
 
 @dataclass(frozen=True, eq=False)
-class Prepared:
+class PreparedAdapter:
     """Everything about one adapter that does not change while the network is trained; on the CPU."""
 
     tokens: tuple[KindTokens, ...]  # in quantiser steps
@@ -40,14 +40,14 @@ class Prepared:
 
 def prepare(
     tokens: Sequence[KindTokens], subspace: InitialSubspace, sensitivity: Sensitivity, tolerance: float
-) -> Prepared:
-    """Prepare an adapter for batches."""
+) -> PreparedAdapter:
+    """Prepare an adapter for batches: its tokens, inputs (n, in) and outputs (n, out), in quantiser steps."""
     step = water_level(tokens, tolerance, sensitivity, subspace)
     in_steps = (
         replace(group, norm=group.norm / step, inputs=group.inputs / step, outputs=group.outputs / step)
         for group in tokens
     )
-    return Prepared(tuple(in_steps), subspace, step)
+    return PreparedAdapter(tuple(in_steps), subspace, step)
 
 
 class Subspaces(NamedTuple):
@@ -90,17 +90,13 @@ class Batch(NamedTuple):
 
 def batched(
     config: GeneratorConfig,
-    adapters: Sequence[Prepared],
+    adapters: Sequence[PreparedAdapter],
     vectors: Sequence[Mapping[str, torch.Tensor]],
     noise: Sequence[torch.Generator],
 ) -> Batch:
-    """Make a batch of adapters, on the CPU.
+    """Make a batch of at least one adapter, on the CPU, with one support set of each: vectors (hidden,) by view.
 
-    Args:
-        config: The network's.
-        adapters: At least one.
-        vectors: Of each adapter, one support set by view, each (hidden,); views may be missing.
-        noise: Of each adapter, draws on the CPU.
+    Views may be missing. `noise` is the generator, on the CPU, that each adapter's noise is drawn from.
     """
     stack = stacked([adapter.tokens for adapter in adapters])
     steps = torch.tensor([adapter.step for adapter in adapters])
@@ -147,7 +143,7 @@ def _table_rows(config: GeneratorConfig, stack: Stack) -> tuple[torch.Tensor, ..
     return torch.split(rows, [len(values.norm) for values in stack.values]) if stack.values else ()
 
 
-def _subspaces(adapters: Sequence[Prepared], counts: Sequence[tuple[int, int]]) -> Subspaces | None:
+def _subspaces(adapters: Sequence[PreparedAdapter], counts: Sequence[tuple[int, int]]) -> Subspaces | None:
     """Collect the initial subspaces of tokens of the same widths, in the order of the stack."""
     groups = [
         (adapter.subspace, group)

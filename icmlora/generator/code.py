@@ -91,7 +91,7 @@ class Code:
 
     @classmethod
     def from_bytes(cls, data: bytes, config: GeneratorConfig) -> Code:
-        """Parse a code that was made under this generator configuration."""
+        """Parse a code of this configuration; raise `CodeError` if it is damaged, or of another version or range."""
         generator = generator_of(data)
         opened = open_container(data, _PREFIX)
         if opened is None:

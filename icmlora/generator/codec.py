@@ -1,31 +1,74 @@
-"""Adapters <-> codes of one generator.
+"""Adapters <-> codes of one generator, and task vectors -> adapters.
 
     task vectors ──▶ condition ─┐
-    adapter ──tokens──▶ latent ─┴──▶ prediction ──rounded difference──▶ integers ──▶ code
+    adapter ──tokens──▶ latent ─┴──▶ prediction ──rounded difference──▶ integers ──▶ code        encode
 
-The way back is in icmlora/generator/decoder.py, the search for the quantiser step in icmlora/generator/encoding.py.
+    code ──▶ condition, latent ────▶ prediction ──+ integers──▶ tokens ──▶ adapter               decode
+    task vectors ──▶ condition ────▶ prediction ──────────────▶ tokens ──▶ adapter               generate
+
+The search for the quantiser step of a code is in icmlora/generator/encoding.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import chain
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from icmlora.adapter.model import Adapter
-from icmlora.generator.decoder import Decoder
+from icmlora.adapter.layout import ModuleShape
+from icmlora.adapter.model import Adapter, LoraModule
+from icmlora.errors import CodeError, GeneratorError
+from icmlora.generator.code import Code, CodeHead, generator_of
+from icmlora.generator.container import ABSENT
+from icmlora.generator.cvae import VIEWS, TaskState, predicted_tokens
 from icmlora.generator.initial_a.draw import InitialA
+from icmlora.generator.initial_a.subspace import initial_subspace
+from icmlora.generator.network_file import TrainedGenerator
+from icmlora.generator.packing import KindIntegers, pack, unpack
+from icmlora.generator.quantizer import TokenQuantizer, norm_of
+from icmlora.generator.scales import STRENGTHS
+from icmlora.generator.tokens import KindTokens, assembled, detokenize, modules_of
+from icmlora.io.threads import one_thread, side_by_side
 
 if TYPE_CHECKING:
     from icmlora.generator.encoding import Encoded
     from icmlora.generator.limits import Limits
 
+_LARGE = 1 << 18  # bytes of a code above which a second thread saves more than it costs
+_SUBSPACES = 4  # initial subspaces that stay in memory
 
-class Codec(Decoder):
+
+@dataclass(frozen=True, eq=False)
+class OpenCode:
+    """A code as integers."""
+
+    head: CodeHead
+    state: TaskState
+    groups: tuple[KindIntegers, ...]
+
+
+class Codec:
     """Encode and decode the adapters of one generator. Works on the CPU in float32."""
 
     # Under a tolerance near 1 the code of an adapter that is predicted well is condition and latent, without integers.
+
+    def __init__(self, generator: TrainedGenerator) -> None:
+        self.generator = generator
+        self.net = generator.net.eval()
+        self.sensitivity = self.net.sensitivity
+        self.quantizer = TokenQuantizer(self.net)
+        # Drawing an initial A takes a third of the time of decoding. All codes that are tried for an adapter have the
+        # same one, and tasks often share it: alike in ranks and modules, trained under one seed.
+        self.config = config = self.net.config
+        sensitivity = self.sensitivity  # not self, which the cache would keep alive
+        self.subspace = lru_cache(_SUBSPACES)(lambda initial: initial_subspace(initial, config, sensitivity))
 
     @torch.no_grad()
     def encode(
@@ -63,6 +106,128 @@ class Codec(Decoder):
     @torch.no_grad()
     def measure(self, adapter: Adapter, code: bytes) -> Encoded:
         """Decode a code and compare the result with the adapter that was encoded."""
-        from icmlora.generator.encoding import measure
+        from icmlora.generator.encoding import compare
 
-        return measure(self, adapter, code)
+        return compare(self, adapter, self.decode(code), code)
+
+    def decode(self, code: bytes) -> Adapter:
+        """Decode one code; large ones several kinds at a time."""
+        head, state, streams = self._read(code)
+
+        def modules(stream: Iterable[KindIntegers]) -> list[tuple[int, int, LoraModule]]:
+            return [module for group in stream for module in self._modules(group, state, head)]
+
+        with side_by_side(None if len(code) > _LARGE else 1) as each:
+            adapter = assembled(
+                each(modules, streams), self.config, modules=_modules_of(head), task_type=head.task_type
+            )
+        return _checked(adapter)
+
+    @torch.no_grad()
+    @one_thread()
+    def generate(
+        self,
+        vectors: Mapping[str, torch.Tensor],
+        layout: Sequence[ModuleShape],
+        *,
+        task_type: str | None,
+        seed: int | None = None,
+    ) -> Adapter:
+        """Make an adapter from task vectors (hidden,) alone, with z at the prior's mean or sampled with a seed."""
+        modules = sorted((*self.config.place_of(shape), shape.rank) for shape in layout)
+        condition = self.condition(vectors)
+        mean, scale = self.net.latent_prior(condition)
+        if seed is not None:
+            mean = mean + scale * torch.randn(mean.shape, generator=torch.Generator().manual_seed(seed))
+        state = TaskState(condition, mean.round().clamp(-127, 127), self.subspace(None))
+        tokens = predicted_tokens(self.net, state, modules)
+        pairs = [(kind, layer) for kind, layer, _ in modules]
+        return detokenize(tokens, self.config, self.sensitivity, modules=pairs, task_type=task_type)
+
+    def open(self, code: bytes) -> OpenCode:
+        """Read a code's integers without decoding them to weights."""
+        head, state, streams = self._read(code)
+        return OpenCode(head, state, tuple(chain.from_iterable(streams)))
+
+    def _read(self, code: bytes) -> tuple[CodeHead, TaskState, list[Iterator[KindIntegers]]]:
+        """Read the head of a code, and then its integers: for each stream, one kind after the other."""
+        digest = generator_of(code)
+        if digest != self.generator.digest:
+            raise CodeError(f"the code belongs to generator {digest[:12]}, not {self.generator.digest[:12]}")
+        parsed = Code.from_bytes(code, self.config)
+        head = parsed.head
+        subspace = replace(self.subspace(head.initial), shifts=head.shifts, boosts=head.boosts)
+        state = TaskState(_floats(head.condition), _floats(head.latent), subspace)
+        return head, state, unpack(self.quantizer, head, subspace, parsed.words)
+
+    def close(self, head: CodeHead, groups: Sequence[KindIntegers]) -> bytes:
+        """Write a code of these integers, whose shapes are those of `KindIntegers`."""
+        subspace = replace(self.subspace(head.initial), shifts=head.shifts)
+        words = pack(self.quantizer, head, subspace, groups)
+        return Code(self.generator.digest, head, words).to_bytes(self.config)
+
+    def condition(self, vectors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Embed task vectors (hidden,) as integers, (C,); raise `GeneratorError` if one has another length."""
+        size = self.config.condition_size
+        wrong = [len(vectors[view]) for view in VIEWS if size and view in vectors and vectors[view].shape != (size,)]
+        if wrong:
+            raise GeneratorError(f"a task vector has {wrong[0]} values; the generator was trained on {size}")
+        return self.net.embed(vectors).round()
+
+    def dequantised(self, group: KindIntegers, state: TaskState, step: int) -> KindTokens:
+        """Turn the integers of one kind into tokens, (n, in) and (n, out); strengths are not applied yet."""
+        slots, norms = group.slots, self.quantizer.norms(group.slots, group.gain, group.residuals)
+        layer, slot = torch.from_numpy(slots.layer), torch.from_numpy(slots.slot)
+        vectors = self.quantizer.dequantise(slots, norms, state, step, group.vectors)
+        return KindTokens(slots.kind, layer, slot, norm_of(norms), *vectors)
+
+    def assemble(self, tokens: Iterable[KindTokens], head: CodeHead, strengths: NDArray[np.int8]) -> Adapter:
+        """Make an adapter with a code's modules from tokens, which are changed in place; strengths: (K, L)."""
+        # Tokens are taken one kind after the other, so that one is in memory at a time.
+        strong = (strengthened(group, strengths[group.kind]) for group in tokens)
+        return self.adapter_of(strong, _modules_of(head), head.task_type)
+
+    def adapter_of(
+        self, tokens: Iterable[KindTokens], modules: Sequence[tuple[int, int]], task_type: str | None
+    ) -> Adapter:
+        """Make an adapter with modules (kind, layer) from final tokens; raise `CodeError` if one is not finite."""
+        return _checked(detokenize(tokens, self.config, self.sensitivity, modules=modules, task_type=task_type))
+
+    def _modules(self, group: KindIntegers, state: TaskState, head: CodeHead) -> Iterator[tuple[int, int, LoraModule]]:
+        """Turn the integers of one kind into its modules."""
+        slots, norms = group.slots, self.quantizer.norms(group.slots, group.gain, group.residuals)
+        layer, root = torch.from_numpy(slots.layer), norm_of(norms).sqrt()
+        factors = 1 / root, _strength_of(head.strengths[slots.kind])[layer] / root
+        a, b = self.quantizer.dequantise(slots, norms, state, head.step, group.vectors, factors=factors)
+        return modules_of(slots.kind, layer, a, b, self.config, self.sensitivity)
+
+
+def _modules_of(head: CodeHead) -> list[tuple[int, int]]:
+    """Return the modules of a code, as (kind, layer)."""
+    return [(int(kind), int(layer)) for kind, layer in zip(*np.nonzero(head.kept != ABSENT), strict=True)]
+
+
+def _strength_of(strengths: NDArray[np.int8]) -> torch.Tensor:
+    """Return the factor of each layer's dW, shape (L,), from its log2 in 64ths."""
+    return torch.exp2(_floats(strengths) / STRENGTHS)
+
+
+def _checked(adapter: Adapter) -> Adapter:
+    if not all(_is_finite(factor) for module in adapter.modules for factor in (module.a, module.b)):
+        raise CodeError("the code's values are out of float32's range")
+    return adapter
+
+
+def strengthened(tokens: KindTokens, strengths: NDArray[np.int8]) -> KindTokens:
+    """Multiply the tokens of each layer by its strength, log2 in 64ths, shape (L,); in place."""
+    tokens.outputs.mul_(_strength_of(strengths)[tokens.layer][:, None])
+    return tokens
+
+
+def _is_finite(values: torch.Tensor) -> bool:
+    low, high = torch.aminmax(values)  # NaN is the smallest and the largest; a tenth of the time of torch.isfinite
+    return math.isfinite(low) and math.isfinite(high)
+
+
+def _floats(values: NDArray[np.int8]) -> torch.Tensor:
+    return torch.from_numpy(values.astype(np.float32))

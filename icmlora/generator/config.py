@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from typing import Any
 
 from icmlora.adapter.layout import ModuleShape
 from icmlora.errors import GeneratorError, NotCovered
@@ -93,7 +94,7 @@ class GeneratorConfig:
         return 1 if self.slots <= _NARROW_SLOTS else 2
 
     def place_of(self, shape: ModuleShape) -> tuple[int, int]:
-        """Return the index of a module's kind and its layer."""
+        """Return the index of a module's kind and its layer; raise `NotCovered` if there is no place for it."""
         kind, layer = kind_of(shape)
         number = self._index.get(kind)
         if number is None or layer >= self.layers or shape.rank > self.slots:
@@ -135,7 +136,7 @@ class GeneratorConfig:
 
     @classmethod
     def from_json(cls, text: str) -> GeneratorConfig:
-        """Parse what `to_json` wrote."""
+        """Parse what `to_json` wrote; raise `GeneratorError` if it is something else."""
         try:
             fields = json.loads(text)
             fields["kinds"] = tuple(ModuleKind(**kind) for kind in fields["kinds"])
@@ -145,7 +146,7 @@ class GeneratorConfig:
 
 
 def tolerance_of(quality: int, *, refined: bool = False) -> float:
-    """Return the weighted squared error of a quality, 1 (smallest) to 8 (most accurate): of plain or refined codes."""
+    """Return the weighted squared error of a quality, 1 (smallest) to 8; raise `GeneratorError` for any other."""
     if not 1 <= quality <= len(_TOLERANCES):
         raise GeneratorError(f"invalid quality {quality}; use 1 to {len(_TOLERANCES)}")
     return (_REFINED if refined else _TOLERANCES)[quality - 1]
@@ -177,22 +178,14 @@ def config_for(
             kind, layer = kind_of(shape)
             kinds.add(kind)
             layers, slots = max(layers, layer + 1), max(slots, shape.rank)
-    sizes = next((sizes for below, sizes in _SIZES if tasks < below), {})
-    sizes = sizes if width is None else {**sizes, "width": width}
-    start = previous or GeneratorConfig(
-        base_model=base_model,
-        kinds=tuple(sorted(kinds)),
-        layers=layers,
-        slots=slots,
-        condition_size=condition_size,
-        tolerance=tolerance_of(quality),
-        **sizes,
-    )
-    return replace(
-        start,
-        kinds=tuple(sorted(kinds)),
-        layers=layers,
-        slots=slots,
-        condition_size=condition_size,
-        tolerance=tolerance_of(quality) if tolerance is None else tolerance,
-    )
+    covered: dict[str, Any] = {
+        "kinds": tuple(sorted(kinds)),
+        "layers": layers,
+        "slots": slots,
+        "condition_size": condition_size,
+        "tolerance": tolerance_of(quality) if tolerance is None else tolerance,
+    }
+    if previous:
+        return replace(previous, **covered)
+    sizes: dict[str, Any] = next((sizes for below, sizes in _SIZES if tasks < below), {})
+    return GeneratorConfig(base_model, **covered, **(sizes if width is None else {**sizes, "width": width}))

@@ -26,12 +26,12 @@ ABSENT = 0xFFFF  # in place of a number of rank slots: the adapter has no such m
 
 
 def counts_to_bytes(counts: NDArray[np.uint16], size: int) -> bytes:
-    """Serialise numbers of rank slots with one or two bytes each; `ABSENT` becomes the largest number."""
+    """Serialise numbers of rank slots, (K, L), with one or two bytes each; `ABSENT` becomes the largest number."""
     return counts.astype(f"<u{size}").tobytes()
 
 
 def counts_from_bytes(data: NDArray[np.uint8], size: int) -> NDArray[np.uint16]:
-    """Read what `counts_to_bytes` wrote."""
+    """Read what `counts_to_bytes` wrote, shape (K * L,)."""
     counts = data.view(f"<u{size}").astype(np.uint16)
     counts[counts == (1 << 8 * size) - 1] = ABSENT
     return counts
@@ -75,7 +75,11 @@ def open_container(data: bytes, prefix: int) -> tuple[bytes, bytes] | None:
 
 
 def inflate(packed: bytes, least: int, most: int) -> bytes:
-    """Decompress a head of a bounded size, so that a few bytes cannot ask for gigabytes of memory."""
+    """Decompress a head of a bounded size, so that a few bytes cannot ask for gigabytes of memory.
+
+    Raises:
+        CodeError: It is damaged, or has another length in bytes than `least` to `most`.
+    """
     stream = zlib.decompressobj()
     try:
         plain = stream.decompress(packed, most + 1)
@@ -87,5 +91,5 @@ def inflate(packed: bytes, least: int, most: int) -> bytes:
 
 
 def split_fields(plain: bytes, sizes: Sequence[int]) -> list[NDArray[np.uint8]]:
-    """Split a head into its fields; `sizes` are in bytes and add up to its length."""
+    """Split a head into its fields, uint8 of shape (size,) each; `sizes` are in bytes and add up to its length."""
     return np.split(np.frombuffer(plain, dtype=np.uint8), np.cumsum(sizes)[:-1])

@@ -24,10 +24,10 @@ from icmlora.adapter.metrics import errors_and_norms, relative
 from icmlora.adapter.model import Adapter, LoraModule
 from icmlora.errors import GeneratorError
 from icmlora.generator.code import CodeHead
+from icmlora.generator.codec import Codec, strengthened
 from icmlora.generator.config import GeneratorConfig
 from icmlora.generator.container import ABSENT
 from icmlora.generator.cvae import TaskState
-from icmlora.generator.decoder import Decoder, strengthened
 from icmlora.generator.initial_a.draw import InitialA
 from icmlora.generator.limits import Limits, Measured
 from icmlora.generator.objective import worth_writing
@@ -87,7 +87,7 @@ class _Original:
     weighted: Adapter
 
     @classmethod
-    def of(cls, codec: Decoder, adapter: Adapter) -> _Original:
+    def of(cls, codec: Codec, adapter: Adapter) -> _Original:
         return cls(adapter, weighted(adapter, codec.config, codec.sensitivity))
 
     def by_kind(self, config: GeneratorConfig) -> dict[int, _Original]:
@@ -101,7 +101,7 @@ class _Original:
             for kind, (plain, heavy) in split.items()
         }
 
-    def parts(self, codec: Decoder, decoded: Adapter) -> tuple[_Parts, _Parts]:
+    def parts(self, codec: Codec, decoded: Adapter) -> tuple[_Parts, _Parts]:
         """Return squared error and squared norm of each module's dW, and both of weighted dW."""
         plain = errors_and_norms(self.adapter, decoded)
         if codec.sensitivity.is_even:
@@ -110,7 +110,7 @@ class _Original:
 
 
 def encode_adapter(
-    codec: Decoder,
+    codec: Codec,
     adapter: Adapter,
     vectors: Mapping[str, torch.Tensor],
     initial: InitialA | None,
@@ -118,7 +118,7 @@ def encode_adapter(
     *,
     keep_decoded: bool,
 ) -> Encoded:
-    """Encode one adapter with the coarsest quantiser step found that keeps the limits; see `Codec.encode`."""
+    """Encode one adapter with the coarsest step found that keeps the limits; vectors (size,); see `Codec.encode`."""
     tokens, state = _prepared(codec, adapter, vectors, initial)
     subspace = codec.subspace(initial)
     expected = limits.expected_step(tokens, codec.sensitivity, subspace)
@@ -145,7 +145,7 @@ def encode_adapter(
 
 
 def encode_within(
-    codec: Decoder,
+    codec: Codec,
     adapter: Adapter,
     vectors: Mapping[str, torch.Tensor],
     initial: InitialA | None,
@@ -153,7 +153,7 @@ def encode_within(
     *,
     keep_decoded: bool,
 ) -> Encoded:
-    """Encode one adapter with the finest step whose code has at most `size` bytes; see `Codec.encode`."""
+    """Encode one adapter in at most `size` bytes, with the finest step found; vectors (size,); see `Codec.encode`."""
     tokens, state = _prepared(codec, adapter, vectors, initial)
     originals, means = _Original.of(codec, adapter).by_kind(codec.config), None
     if sum(shape.parameters for shape in adapter.layout) <= _SMALL:
@@ -182,7 +182,7 @@ def encode_within(
 
 
 def _prepared(
-    codec: Decoder, adapter: Adapter, vectors: Mapping[str, torch.Tensor], initial: InitialA | None
+    codec: Codec, adapter: Adapter, vectors: Mapping[str, torch.Tensor], initial: InitialA | None
 ) -> tuple[Sequence[KindTokens], TaskState]:
     """Return the tokens of an adapter, and everything in its code that no step changes."""
     tokens = tokenize(adapter, codec.config, codec.sensitivity)
@@ -194,7 +194,7 @@ def _prepared(
     return tokens, replace(state, subspace=replace(subspace, shifts=codec.quantizer.shifts(tokens, state)))
 
 
-def _closed(codec: Decoder, data: bytes, tried: _Rounded, *, keep_decoded: bool) -> Encoded:
+def _closed(codec: Codec, data: bytes, tried: _Rounded, *, keep_decoded: bool) -> Encoded:
     """Check that a code reads as what was tried, and return it with its errors."""
     if not _reads_as(codec, data, tried):
         raise GeneratorError("the code does not decode to what was encoded")
@@ -202,7 +202,7 @@ def _closed(codec: Decoder, data: bytes, tried: _Rounded, *, keep_decoded: bool)
     return Encoded(data, tried.squared_error, tried.weighted_error, decoded)
 
 
-def _reads_as(codec: Decoder, data: bytes, tried: _Rounded) -> bool:
+def _reads_as(codec: Codec, data: bytes, tried: _Rounded) -> bool:
     """Whether a code holds the integers and strengths that were tried; what it decodes to follows from them."""
     opened, groups = codec.open(data), {group.slots.kind: group for group in tried.groups}
     # A kind without energy has no tokens to try; what is read of it is empty.
@@ -234,6 +234,9 @@ def coarsest(expected: int, limits: Limits, encode: Callable[[int], _Tried], eno
     """Return the result of the coarsest step (eighths of an octave) that keeps the limits, or of one that is near it.
 
     From the expected step the strides double until the limits begin or cease to be kept; then bisection goes on.
+
+    Raises:
+        GeneratorError: No step keeps the limits.
     """
     # A coarser step loses more, nearly always; what is returned keeps the limits in any case. A step whose error is
     # this share of a limit is coarse enough.
@@ -257,32 +260,29 @@ def coarsest(expected: int, limits: Limits, encode: Callable[[int], _Tried], eno
     return best
 
 
-def measure(codec: Decoder, adapter: Adapter, code: bytes) -> Encoded:
-    """Decode a code and compare the result with the adapter that was encoded."""
-    return compare(codec, adapter, codec.decode(code), code)
-
-
-def compare(codec: Decoder, adapter: Adapter, decoded: Adapter, data: bytes) -> Encoded:
+def compare(codec: Codec, adapter: Adapter, decoded: Adapter, data: bytes) -> Encoded:
     """Measure how far an adapter, decoded from these bytes, is from the one that was encoded."""
     plain, heavy = _Original.of(codec, adapter).parts(codec, decoded)
     return Encoded(data, relative(plain), relative(heavy), decoded)
 
 
 def quantised(
-    codec: Decoder,
+    codec: Codec,
     group: KindTokens,
     state: TaskState,
     step: int,
     gain: int | None = None,
     means: dict[int, Means] | None = None,
 ) -> tuple[KindIntegers, KindTokens, KindTokens]:
-    """Round the tokens of one kind, and leave out the slots that are not worth their bits."""
-    # step and gain are log2 in eighths; norms are counted from the gain, by default the tokens' own mean. Returns the
-    # integers of the slots that are kept, the tokens of these slots, and the tokens that the integers decode to.
+    """Round the tokens of one kind, (n, in) and (n, out), and leave out the slots that are not worth their bits.
+
+    Step and gain are log2 in eighths; norms are counted from the gain, by default the tokens' own mean. `means` keeps
+    the predictions of each kind, which are the same at every step. Returns the integers of the slots that are kept, the
+    tokens of these slots, and the tokens that the integers decode to.
+    """
     slots = Slots(group.kind, group.layer.numpy(), group.slot.numpy())
     gain, residuals = codec.quantizer.norm_residuals(slots, group.norm, gain)
     norms = codec.quantizer.norms(slots, gain, residuals)
-    # Norms and predictions are the same at every step; `means` keeps those of each kind.
     means = {} if means is None else means
     if group.kind not in means:
         means[group.kind] = codec.quantizer.means(slots, norms, state)
@@ -301,10 +301,12 @@ def quantised(
 
 
 def strength_of(original: KindTokens, overlaps: torch.Tensor) -> int:
-    """Return the strength with which the decoded dW of a kind is as long, along the original, as the original is."""
+    """Return log2, in 64ths, of the factor that makes the decoded dW of a kind as long, along it, as the original.
+
+    `overlaps` are the inner products of original and decoded dW in the kept slots, (n,).
+    """
     # Values that round to zero make the decoded dW shorter. An adapter at nine tenths of its strength loses more of its
-    # gain than the larger error of a full-strength one costs (docs/results/LOG.md). overlaps: inner product of original
-    # and decoded dW in each kept slot. Returns log2 of a factor, in 64ths.
+    # gain than the larger error of a full-strength one costs (docs/results/LOG.md).
     along, length = float(overlaps.sum()), squared_norm([original])
     if not 0 < along < math.inf:  # products of very large values overflow float32
         return 0
@@ -313,7 +315,7 @@ def strength_of(original: KindTokens, overlaps: torch.Tensor) -> int:
 
 def _rounded_at(
     step: int,
-    codec: Decoder,
+    codec: Codec,
     adapter: Adapter,
     originals: Mapping[int, _Original],
     tokens: Sequence[KindTokens],

@@ -70,7 +70,7 @@ class ScaleGroup:
 
 
 def clip(values: NDArray[np.float64]) -> Integers:
-    """Turn whole numbers into integers, clipped to those that can be written."""
+    """Turn whole numbers of any shape into integers, clipped to those that can be written."""
     return np.clip(values, -LIMIT, LIMIT).astype(np.int32)
 
 

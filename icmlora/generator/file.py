@@ -46,7 +46,7 @@ class StoredVersion:
 
 
 def versions_of(data: bytes) -> tuple[StoredVersion, ...]:
-    """Split a generator file into its versions, oldest first, without reading any network."""
+    """Split a generator file into its versions, oldest first; raise `GeneratorError` if it is damaged."""
     if not data.startswith(MAGIC_OF_VERSIONS):
         return (StoredVersion(hashlib.sha256(data).hexdigest(), config_in(split_network(data)[0]), None, data),)
     versions: list[StoredVersion] = []
@@ -68,7 +68,7 @@ def versions_of(data: bytes) -> tuple[StoredVersion, ...]:
 
 
 def append_version(data: bytes, content: bytes, base: int | None) -> bytes:
-    """Return a generator file with one more version; the earlier ones stay as they are."""
+    """Return a generator file with one more version; raise `GeneratorError` if it has too many."""
     # content: a file of one version, or with `base` the words of the differences to that version.
     if len(versions_of(data)) >= _MOST:
         raise GeneratorError("the generator has too many versions", hint="run `icm train` to make one version of them")

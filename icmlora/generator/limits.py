@@ -72,7 +72,7 @@ class Limits:
         return max((error / limit for error, limit in self._pairs(encoded) if limit), default=1.0)
 
     def expected_step(self, tokens: Sequence[KindTokens], sensitivity: Sensitivity, subspace: InitialSubspace) -> int:
-        """Return the step, in eighths of an octave, that theory gives for the smaller limit."""
+        """Return the step, in eighths of an octave, that theory gives for the smaller limit and tokens (n, size)."""
         # At full strength an adapter of which the share e is lost has the error e / (1 - e).
         lost = self.least / (1 + self.least)
         return math.floor(OCTAVE * math.log2(water_level(tokens, lost, sensitivity, subspace)))

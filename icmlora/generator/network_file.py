@@ -59,7 +59,7 @@ def generator_to_bytes(net: CVAE, notes: Mapping[str, str] | None = None) -> byt
 
 
 def generator_from_bytes(data: bytes) -> TrainedGenerator:
-    """Read a generator file of one version."""
+    """Read a generator file of one version; raise `GeneratorError` if it is damaged, or of other tables."""
     header, words = split_network(data)
     if header.get("tables") != tables_digest():
         message = "the coding tables computed here differ from those of the machine that trained this generator"
@@ -104,7 +104,7 @@ def _least_values(config: GeneratorConfig) -> int:
 
 
 def parameters_to_words(state: Mapping[str, torch.Tensor]) -> bytes:
-    """Write a network's tensors, in the order of `state`."""
+    """Write a network's tensors of any shapes, in order; raise `GeneratorError` if one is not finite."""
     writer = IntegerWriter()
     weights: list[Integers] = []
     for name, tensor in state.items():
@@ -121,7 +121,7 @@ def parameters_to_words(state: Mapping[str, torch.Tensor]) -> bytes:
 
 
 def words_to_parameters(words: bytes, shapes: Mapping[str, torch.Size]) -> dict[str, torch.Tensor]:
-    """Read what `parameters_to_words` wrote; every machine reads the same integers."""
+    """Read what `parameters_to_words` wrote, float32 of these shapes; raise `CodeError` if it is damaged."""
     reader = IntegerReader(words)
     weights: list[Integers] = []
     state = {}

@@ -66,7 +66,7 @@ class Objective:
         }
 
     def bits(self, batch: Batch) -> Bits:
-        """Estimate the code lengths of a batch that is on the network's device."""
+        """Estimate the code lengths of a batch that is on the network's device, (B,) each."""
         # Uniform noise takes the place of rounding, which keeps the gradient (Ballé et al., arXiv 1611.01704).
         net, config = self._net, self._net.config
         of_condition, of_latent = torch.split(batch.noise, [config.condition, config.latent], dim=1)

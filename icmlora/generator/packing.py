@@ -105,7 +105,7 @@ def _streams_of(head: CodeHead, quantizer: TokenQuantizer) -> list[list[Slots]]:
             streams.append([])
             values = 0
         streams[-1].append(slots)
-        values += len(slots.layer) * sum(quantizer.sizes(slots.kind))
+        values += len(slots.layer) * sum(quantizer.sizes[slots.kind])
     return streams
 
 

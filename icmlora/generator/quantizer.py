@@ -63,16 +63,12 @@ class TokenQuantizer:
         # Norm residuals are counted in eighths, hence the factor of OCTAVE = 2^3.
         self._norm_scales = np.clip(_eighths(net.norm_spread) + 3 * OCTAVE, SMALLEST, LARGEST)  # (K, S)
         self._spreads = _eighths(net.spread)  # (K, 2, L, S)
-        self._sizes = [(kind.inputs, kind.outputs) for kind in net.config.kinds]
+        self.sizes = [(kind.inputs, kind.outputs) for kind in net.config.kinds]
         self._profiles = profiles = [  # (L, in) and (L, out) of each kind
             (_profile(net.sensitivity, kind, INPUTS), _profile(net.sensitivity, kind, OUTPUTS))
-            for kind in range(len(self._sizes))
+            for kind in range(len(self.sizes))
         ]
         self._orders = cache(lambda kind: [ChannelOrder(profile) for profile in profiles[kind]])
-
-    def sizes(self, kind: int) -> tuple[int, int]:
-        """Return the widths (in, out) of a kind's modules."""
-        return self._sizes[kind]
 
     def norm_scales(self, slots: Slots) -> Integers:
         """Return the scale indices of the norm residuals, shape (n,)."""
@@ -114,7 +110,7 @@ class TokenQuantizer:
 
     def _levels(self, slots: Slots, norms: Norms, subspace: InitialSubspace, step: int) -> Levels:
         spread = self._spreads[slots.kind, :, slots.layer, slots.slot]  # (n, 2): numpy moves the indexed axes first
-        wide = [_half_octaves(size) for size in self._sizes[slots.kind]]  # log2 sqrt(size) of both sides
+        wide = [_half_octaves(size) for size in self.sizes[slots.kind]]  # log2 sqrt(size) of both sides
         level = norms[:, None] - step - np.array(wide) + spread  # (n, 2)
         known = subspace.knows(slots.kind)[slots.layer]
         level[known, INPUTS] += subspace.shifts[slots.kind, slots.slot[known]]
@@ -130,7 +126,7 @@ class TokenQuantizer:
     def quantise(
         self, group: KindTokens, norms: Norms, state: TaskState, step: int, means: Means | None = None
     ) -> Sides:
-        """Round tokens to integers; `means` are the predictions, if they are known already."""
+        """Round tokens to integers, (n, in), (n, out) and (n, R); `means` are predictions that are known already."""
         inputs, outputs, along = self.in_steps(group, norms, state, step, means)
         return _whole(inputs), _whole(outputs), _whole(along)
 
@@ -184,7 +180,7 @@ class TokenQuantizer:
         """
         left, right = factors or (torch.ones(len(norms)),) * 2
         rows = state.subspace.rows(slots.kind)
-        sizes = [len(norms) * size for size in (*self._sizes[slots.kind], rows)]
+        sizes = [len(norms) * size for size in (*self.sizes[slots.kind], rows)]
         row = torch.zeros(sum(sizes)) if rows else torch.empty(sum(sizes))
         inputs, outputs, along = (part.view(len(norms), -1) for part in torch.split(row, sizes))
         if means is None:
@@ -202,7 +198,7 @@ class TokenQuantizer:
 
     def means(self, slots: Slots, norms: Norms, state: TaskState) -> Means:
         """Return the generator's predictions, shapes (n, in) and (n, out)."""
-        inputs, outputs = (torch.empty(len(norms), size) for size in self._sizes[slots.kind])
+        inputs, outputs = (torch.empty(len(norms), size) for size in self.sizes[slots.kind])
         self._predict(slots, norms, state, (inputs, outputs), (torch.ones(len(norms)),) * 2)
         return inputs, outputs
 

@@ -22,8 +22,8 @@ from torch import nn
 from icmlora.adapter.model import Adapter
 from icmlora.base_models.running.lora_hooks import Factors
 from icmlora.generator.code_length import bin_bits
-from icmlora.generator.decoder import Decoder
-from icmlora.generator.entropy_coding import LIMIT, Integers, clip
+from icmlora.generator.codec import Codec
+from icmlora.generator.entropy_coding import LIMIT
 from icmlora.generator.initial_a.subspace import Bases, bases_of
 from icmlora.generator.packing import KindIntegers
 from icmlora.generator.quantizer import nonzeros_of, norm_of
@@ -61,7 +61,7 @@ class _Part:
 class RelaxedCode:
     """The code of one adapter, while an optimiser changes it on a device."""
 
-    def __init__(self, codec: Decoder, adapter: Adapter, code: bytes, device: torch.device | None = None) -> None:
+    def __init__(self, codec: Codec, adapter: Adapter, code: bytes, device: torch.device | None = None) -> None:
         self._codec, self._opened = codec, codec.open(code)
         self._device = device = device or torch.device("cpu")
         table, starts = centre_table()
@@ -85,11 +85,11 @@ class RelaxedCode:
         return [factor for part in self._parts for factor in (part.strength, part.boost)]
 
     def factors(self, dtype: torch.dtype = torch.float32) -> Factors:
-        """Return the factors that the rounded code decodes to, with gradients to values and strengths."""
+        """Return the factors that the rounded code decodes to, A (r, in) and B (out, r), with gradients."""
         return dict(factors for part in self._parts for factors in self._modules(part, dtype))
 
     def bits(self) -> torch.Tensor:
-        """Return the length of the values under the coder's tables, in bits; they need not be whole numbers."""
+        """Return the bits of the values under the coder's tables, a scalar; they need not be whole numbers."""
         values = [values.flatten() for values in self.values]
         return bin_bits(torch.cat(values), self._widths).sum() if values else torch.zeros((), device=self._device)
 
@@ -98,9 +98,10 @@ class RelaxedCode:
         strengths, boosts = self._opened.head.strengths.copy(), self._opened.head.boosts.copy()
         groups = []
         for part in self._parts:
-            inputs, outputs, along = (_whole(values) for values in part.values)
+            exact = (values.detach().cpu().double().numpy() for values in part.values)
             scales = [indices.cpu().numpy() for indices in part.fixed.scales]
-            groups.append(replace(part.integers, vectors=nonzeros_of((inputs, outputs, along), scales)))
+            vectors = nonzeros_of([clip(np.rint(values)) for values in exact], scales)
+            groups.append(replace(part.integers, vectors=vectors))
             kind, layers = part.integers.slots.kind, np.unique(part.integers.slots.layer)
             strengths[kind, layers] = _stored(part.strength)[layers]
             boosts[kind] = _stored(part.boost)
@@ -194,7 +195,3 @@ def _stored(factors: torch.Tensor) -> NDArray[np.int8]:
     octaves = factors.detach().cpu().numpy()
     stored: NDArray[np.int8] = np.clip(np.rint(octaves * STRENGTHS), -127, 127).astype(np.int8)
     return stored
-
-
-def _whole(values: torch.Tensor) -> Integers:
-    return clip(np.rint(values.detach().cpu().double().numpy()))

@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 
 from icmlora.adapter.model import Adapter
 from icmlora.errors import CodeError
+from icmlora.generator.codec import Codec, OpenCode
 from icmlora.generator.container import ABSENT
-from icmlora.generator.decoder import Decoder, OpenCode
 from icmlora.generator.encoding import Encoded, coarsest, compare, quantised, strength_of
 from icmlora.generator.entropy_coding import IntegerReader, Integers, IntegerWriter, Scales, clip
 from icmlora.generator.limits import Limits
@@ -62,7 +62,7 @@ class _Missing:
 class ResidualCodec:
     """Encode and decode residuals. Works on the CPU in float32."""
 
-    def __init__(self, codec: Decoder) -> None:
+    def __init__(self, codec: Codec) -> None:
         self._codec, self._quantizer = codec, codec.quantizer
 
     @torch.no_grad()
@@ -92,7 +92,7 @@ class ResidualCodec:
         return [self._decoded_kind(group, opened) for group in opened.groups]
 
     def _decoded_kind(self, group: KindIntegers, opened: OpenCode) -> _Decoded:
-        count, sizes = len(group.slots.layer), self._quantizer.sizes(group.slots.kind)
+        count, sizes = len(group.slots.layer), self._quantizer.sizes[group.slots.kind]
         norms = self._quantizer.norms(group.slots, group.gain, group.residuals)
         scales = self._quantizer.scales(group.slots, norms, opened.state.subspace, opened.head.step)[:2]
         row = group.vectors.dense(count * (sum(sizes) + opened.state.subspace.rows(group.slots.kind)))
@@ -143,7 +143,7 @@ class ResidualCodec:
         for part in parts:
             kind = part.slots.kind
             values = reader.read(_flat_scales(head.scales[kind], part.classes))
-            inputs, outputs = split_sides(values, len(part.slots.layer), self._quantizer.sizes(kind))
+            inputs, outputs = split_sides(values, len(part.slots.layer), self._quantizer.sizes[kind])
             finer.append(_finer(part.tokens, (inputs, outputs), _scales(head.scales[kind], part.classes), head.step))
         tokens = []
         for kept, slots in zip(finer, slots_between(opened.head.kept, head.kept), strict=True):
@@ -154,7 +154,7 @@ class ResidualCodec:
 
 
 def classes_of(integers: Integers, scales: Scales) -> NDArray[np.uint8]:
-    """Return the class of each of a code's integers: 0 where it is not zero, else by the scale it was coded under."""
+    """Return the class of each of a code's integers, (n, size): 0 if it is not 0, else by the scale of its coding."""
     # A zero under a small scale stands for a value near zero, one under a large scale for any value within half a step.
     likely = np.clip((scales.astype(np.int16) - SMALLEST) // _WIDTH, 0, CLASSES - 2)
     return np.where(integers == 0, likely + 1, 0).astype(np.uint8)

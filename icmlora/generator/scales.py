@@ -30,7 +30,7 @@ _GAPS = 64  # symbols of a table of gaps, about
 
 @cache
 def frequencies(index: int) -> NDArray[np.int64]:
-    """Return integer frequencies of the symbols -reach .. reach for one scale index (reach = len // 2)."""
+    """Return integer frequencies of the symbols -reach .. reach of one scale index, shape (2 * reach + 1,)."""
     scale = 2.0 ** (index / OCTAVE)
     reach = reach_of(index)
     edges = np.arange(-reach, reach + 2) - 0.5  # of the bins around -reach .. reach, in quantiser steps
@@ -100,7 +100,7 @@ def gap_frequencies(rarity: int) -> tuple[int, NDArray[np.int64]]:
 
 @cache
 def centres(index: int) -> NDArray[np.float64]:
-    """Return the value that each magnitude 0 .. reach decodes to: the mean of a Gaussian inside its quantiser bin.
+    """Return what each magnitude 0 .. reach decodes to, (reach + 1,): the mean of a Gaussian inside its quantiser bin.
 
     Magnitude m stands for the values from m - 1/2 to m + 1/2, in quantiser steps.
     """
@@ -116,7 +116,7 @@ def centres(index: int) -> NDArray[np.float64]:
 
 @cache
 def centre_table() -> tuple[NDArray[np.float32], NDArray[np.int32]]:
-    """Return the centres of all scale indices in one row, and where those of each index begin (from `SMALLEST`)."""
+    """Return the centres of all scale indices in a row (n,), and where those of each index begin, from `SMALLEST`."""
     tables = [centres(index).astype(np.float32) for index in range(SMALLEST, LARGEST + 1)]
     starts = np.cumsum([0, *(len(table) for table in tables)])
     return np.concatenate(tables), starts.astype(np.int32)

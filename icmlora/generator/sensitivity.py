@@ -37,7 +37,6 @@ class Sensitivity:
 
     inputs: tuple[torch.Tensor, ...]  # per kind, float32, shape (L, in)
     outputs: tuple[torch.Tensor, ...]  # per kind, float32, shape (L, out)
-    _spreads: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict, init=False, repr=False)
     _inverses: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict, init=False, repr=False)
 
     @cached_property
@@ -75,12 +74,6 @@ class Sensitivity:
         weights = (self.inputs, self.outputs)[side][kind]
         middle = (weights.mean(dim=1, keepdim=True) * OCTAVE).round() / OCTAVE
         return weights - middle
-
-    def spreads(self, kind: int, side: int) -> torch.Tensor:
-        """Return 2^profile, shape (L, size); it is kept for the next call."""
-        if (kind, side) not in self._spreads:
-            self._spreads[kind, side] = torch.exp2(self.profile(kind, side))
-        return self._spreads[kind, side]
 
 
 def even(config: GeneratorConfig) -> Sensitivity:

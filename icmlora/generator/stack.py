@@ -52,7 +52,7 @@ class Stack(NamedTuple):
     values: tuple[Values, ...]
 
     def by_kind(self, side: int) -> Iterator[torch.Tensor]:
-        """Yield the inputs or outputs of the tokens of each kind of `places.counts`."""
+        """Yield the inputs or outputs of the tokens of each kind of `places.counts`, (n, size) each."""
         for values in self.values:
             yield from torch.split((values.inputs, values.outputs)[side], [count for _, count in values.counts])
 
@@ -62,12 +62,12 @@ class Stack(NamedTuple):
 
 
 def places_of(kind: int, layer: torch.Tensor, slot: torch.Tensor) -> Places:
-    """Return the places of tokens of one kind and one adapter."""
+    """Return the places of tokens of one kind and one adapter, layer (n,) and slot (n,)."""
     return Places(((kind, len(layer)),), torch.full_like(layer, kind), layer, slot, torch.zeros_like(layer))
 
 
 def stacked(adapters: Sequence[Sequence[KindTokens]]) -> Stack:
-    """Put the tokens of adapters next to each other."""
+    """Put the tokens of adapters, (n, in) and (n, out) of each kind, next to each other."""
     by_widths: defaultdict[tuple[int, int], list[tuple[int, int, KindTokens]]] = defaultdict(list)
     for owner, tokens in enumerate(adapters):
         for group in tokens:
@@ -90,7 +90,7 @@ def stacked(adapters: Sequence[Sequence[KindTokens]]) -> Stack:
 
 
 def joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Concatenate rows; of one part there is no copy."""
+    """Concatenate rows (n, ...); of one part there is no copy."""
     return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 

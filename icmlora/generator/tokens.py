@@ -60,11 +60,6 @@ class KindTokens:
         parts = (self.layer, self.slot, self.norm, self.inputs, self.outputs)
         return KindTokens(self.kind, *(part[chosen] for part in parts))
 
-    def to(self, device: torch.device) -> KindTokens:
-        """Move all tensors to a device."""
-        parts = (self.layer, self.slot, self.norm, self.inputs, self.outputs)
-        return KindTokens(self.kind, *(part.to(device) for part in parts))
-
 
 def weighted(adapter: Adapter, config: GeneratorConfig, sensitivity: Sensitivity) -> Adapter:
     """Return an adapter with dW multiplied by the weights of its channels; the same one under even weights."""
@@ -75,7 +70,7 @@ def weighted(adapter: Adapter, config: GeneratorConfig, sensitivity: Sensitivity
 
 
 def tokenize(adapter: Adapter, config: GeneratorConfig, sensitivity: Sensitivity) -> tuple[KindTokens, ...]:
-    """Turn an adapter (any gauge) into tokens; slots and kinds without energy are left out."""
+    """Turn an adapter (any gauge) into tokens, (n, in) and (n, out); slots and kinds without energy are left out."""
     from icmlora.adapter.canonical import canonicalize  # needed to encode only
 
     groups: defaultdict[int, list[tuple[int, LoraModule]]] = defaultdict(list)
@@ -87,7 +82,7 @@ def tokenize(adapter: Adapter, config: GeneratorConfig, sensitivity: Sensitivity
 
 
 def refuse_overflow(tokens: Sequence[KindTokens], config: GeneratorConfig) -> None:
-    """Refuse an adapter whose dW is too large for the network."""
+    """Raise `AdapterRefused` if a norm (n,) of an adapter is above 2^50: the network adds their squares."""
     for group in tokens:
         if (group.norm > _LARGEST).any():
             slot = int(group.norm.argmax())
@@ -98,7 +93,7 @@ def refuse_overflow(tokens: Sequence[KindTokens], config: GeneratorConfig) -> No
 
 
 def refuse_underflow(tokens: Sequence[KindTokens]) -> None:
-    """Refuse to encode an adapter that is too small for any quantiser step; training goes by its shape alone."""
+    """Raise `GeneratorError` if no norm (n,) of an adapter reaches 2^-50; training goes by its shape alone."""
     largest = max((float(group.norm.max()) for group in tokens), default=1.0)
     if largest < _SMALLEST:
         hint = "it changes nothing that its base model computes: it keeps its original, or `icm rm` it"
@@ -165,20 +160,19 @@ def assembled(
     task_type: str | None,
 ) -> Adapter:
     """Make an adapter of modules (kind, layer); those that are not among the parts are of rank 1, and zero."""
-    written = {place: _zero_module(config, *place) for place in modules}
+    written = {}
+    for kind, layer in modules:
+        shape = config.kinds[kind]
+        zeros = torch.zeros(1, shape.inputs), torch.zeros(shape.outputs, 1)
+        written[kind, layer] = LoraModule(shape.module(layer), *zeros)
     for part in parts:
         written |= {(kind, layer): module for kind, layer, module in part}
     names = target_modules(module.name for module in written.values())
     return Adapter(config.base_model, task_type, names, tuple(written.values()))
 
 
-def _zero_module(config: GeneratorConfig, kind: int, layer: int) -> LoraModule:
-    shape = config.kinds[kind]
-    return LoraModule(shape.module(layer), torch.zeros(1, shape.inputs), torch.zeros(shape.outputs, 1))
-
-
 def squared_norm(tokens: Sequence[KindTokens]) -> float:
-    """Return |dW|^2 summed over all modules."""
+    """Return |dW|^2 summed over all modules, from the norms (n,) of their slots."""
     return sum(float(group.norm.double().square().sum()) for group in tokens)
 
 

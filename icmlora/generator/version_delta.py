@@ -23,7 +23,7 @@ _EIGHTHS = -3 * OCTAVE  # exponent of tensors that are stored in whole eighths
 
 
 def differences_to_words(before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor], step: float) -> bytes:
-    """Write how the tensors of a network differ from those of an earlier version."""
+    """Write how tensors of equal shapes differ from earlier ones; raise `GeneratorError` if one is not finite."""
     # The step is relative to the root mean square of a tensor's differences. At 2 most of them round to zero.
     names = _written(before)
     exponents, scales = np.zeros((2, len(names)), dtype=np.int32)
@@ -45,7 +45,7 @@ def differences_to_words(before: Mapping[str, torch.Tensor], after: Mapping[str,
 
 
 def words_to_changed(words: bytes, before: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return the tensors that `differences_to_words` wrote; every machine reads the same integers."""
+    """Return what `differences_to_words` wrote, of the same shapes; raise `CodeError` if it is damaged."""
     names, reader = _written(before), IntegerReader(words)
     scales, exponents = read_side(reader, len(names)), read_side(reader, len(names))
     if (scales < SMALLEST).any() or (scales > LARGEST).any() or (np.abs(exponents) > EXTREME).any():

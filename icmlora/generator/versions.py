@@ -4,62 +4,44 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from icmlora.adapter.layout import ModuleShape
 from icmlora.errors import CodeError, GeneratorError, NotCovered
 from icmlora.generator.code import generator_of
-from icmlora.generator.config import GeneratorConfig
+from icmlora.generator.codec import Codec
 from icmlora.generator.cvae import CVAE
-from icmlora.generator.decoder import Decoder
 from icmlora.generator.file import versions_of
 from icmlora.generator.network_file import TrainedGenerator, generator_from_bytes
-
-if TYPE_CHECKING:
-    from icmlora.generator.codec import Codec
 
 
 class GeneratorFile:
     """The versions of one generator, oldest first; earlier ones decode the codes that were made under them."""
 
-    # An opened decoder stays in memory as long as this object does.
+    # An opened codec stays in memory as long as this object does.
 
     def __init__(self, data: bytes) -> None:
         self._versions = versions_of(data)
-        self._decoders: dict[int, Decoder] = {}
-
-    @property
-    def digests(self) -> tuple[str, ...]:
-        """What the codes of each version name; the last one is the SHA-256 of the file."""
-        return tuple(version.digest for version in self._versions)
-
-    @property
-    def configs(self) -> tuple[GeneratorConfig, ...]:
-        """The configuration of each version; all have the same base model."""
-        return tuple(version.config for version in self._versions)
+        self._codecs: dict[int, Codec] = {}
+        # What the codes of each version name; the last one is the SHA-256 of the file.
+        self.digests = tuple(version.digest for version in self._versions)
+        # All have the same base model.
+        self.configs = tuple(version.config for version in self._versions)
 
     def codec(self, number: int) -> Codec:
         """Return the codec of a version, counted from 0; versions added later do not change it."""
-        from icmlora.generator.codec import Codec  # most commands only decode
-
-        known = self._decoders.get(number)
-        codec = known if isinstance(known, Codec) else Codec(self._open(number))
-        self._decoders[number] = codec
-        return codec
+        if number not in self._codecs:
+            self._codecs[number] = Codec(self._open(number))
+        return self._codecs[number]
 
     def codec_of(self, code: bytes) -> Codec:
-        """Return the codec of the version that a code names."""
-        return self.codec(self._number_of(code))
-
-    def decoder_of(self, code: bytes) -> Decoder:
-        """Return the decoder of the version that a code names."""
-        number = self._number_of(code)
-        if number not in self._decoders:
-            self._decoders[number] = Decoder(self._open(number))
-        return self._decoders[number]
+        """Return the codec of the version that a code names; raise `CodeError` if it names none of this generator."""
+        digest = generator_of(code)
+        if digest not in self.digests:
+            raise CodeError(f"the code belongs to generator {digest[:12]}, not {self.digests[-1][:12]}")
+        return self.codec(self.digests.index(digest))
 
     def codec_for(self, layout: Sequence[ModuleShape]) -> Codec:
-        """Return the codec of the newest version that covers an adapter."""
+        """Return the codec of the newest version that covers an adapter; raise `NotCovered` if there is none."""
         covering = self.covering(layout)
         if not covering:
             fact = "the generator does not cover every module and rank of this adapter"
@@ -69,12 +51,6 @@ class GeneratorFile:
     def covering(self, layout: Sequence[ModuleShape]) -> list[int]:
         """Return the numbers of the versions that have every module, layer and rank of an adapter, oldest first."""
         return [number for number, config in enumerate(self.configs) if config.covers(layout)]
-
-    def _number_of(self, code: bytes) -> int:
-        digest = generator_of(code)
-        if digest not in self.digests:
-            raise CodeError(f"the code belongs to generator {digest[:12]}, not {self.digests[-1][:12]}")
-        return self.digests.index(digest)
 
     def _open(self, number: int) -> TrainedGenerator:
         """Read a version's network: a whole network first, then the differences that lead from it to this version."""

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any, TypeVar, cast
 
 import torch
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from icmlora.errors import DeviceUnavailable
 
@@ -21,9 +22,14 @@ _NAME = re.compile(r"(cpu|mps|cuda(?::(\d{1,3}))?)")
 
 
 def resolve_device(name: str = "auto") -> torch.device:
-    """Turn a device name into a device that exists."""
+    """Turn a device name into a device that exists.
+
+    Raises:
+        DeviceUnavailable: The name is unknown, or this machine has no such device.
+    """
     if name == "auto":
-        return torch.device(_best())
+        other = "mps" if torch.backends.mps.is_available() else "cpu"
+        return torch.device("cuda" if torch.cuda.is_available() else other)
     match = _NAME.fullmatch(name)
     if match is None:
         raise DeviceUnavailable(f"unknown device {name!r}", hint="choose auto, cpu, cuda, cuda:N or mps")
@@ -68,24 +74,21 @@ def moved(values: _Nested, device: torch.device) -> _Nested:
     """Copy all tensors of a nested named tuple to a device, those of one type together: a copy takes a while itself."""
     if device.type == "cpu":
         return values
-    leaves = defaultdict[torch.dtype, list[torch.Tensor]](list)
-    for leaf in _leaves(values):
-        leaves[leaf.dtype].append(leaf)
-    there = {dtype: _copied_together(found, device) for dtype, found in leaves.items()}
-    return cast(_Nested, _replaced(values, there))
+    leaves, form = tree_flatten(values)
+    alike = defaultdict[torch.dtype, list[int]](list)
+    for place, leaf in enumerate(leaves):
+        if isinstance(leaf, torch.Tensor):
+            alike[leaf.dtype].append(place)
+    for places in alike.values():
+        there = _copied_together([leaves[place] for place in places], device)
+        for place, leaf in zip(places, there, strict=True):
+            leaves[place] = leaf
+    return cast(_Nested, tree_unflatten(leaves, form))
 
 
 def seed_everything(seed: int) -> None:
     """Seed torch's global generators on every device; what has its own generator is not touched."""
     torch.manual_seed(seed)
-
-
-def _leaves(values: Any) -> Iterator[torch.Tensor]:
-    if isinstance(values, torch.Tensor):
-        yield values
-    elif isinstance(values, (tuple, dict)):
-        for value in values.values() if isinstance(values, dict) else values:
-            yield from _leaves(value)
 
 
 def _copied_together(leaves: list[torch.Tensor], device: torch.device) -> Iterator[torch.Tensor]:
@@ -94,23 +97,6 @@ def _copied_together(leaves: list[torch.Tensor], device: torch.device) -> Iterat
         flat = flat.pin_memory()  # as in `uploaded`
     parts = torch.split(flat.to(device, non_blocking=True), [leaf.numel() for leaf in leaves])
     return (part.view(leaf.shape) for part, leaf in zip(parts, leaves, strict=True))
-
-
-def _replaced(values: Any, there: dict[torch.dtype, Iterator[torch.Tensor]]) -> Any:
-    if isinstance(values, torch.Tensor):
-        return next(there[values.dtype])
-    if isinstance(values, dict):
-        return {key: _replaced(value, there) for key, value in values.items()}
-    if isinstance(values, tuple):
-        found = [_replaced(value, there) for value in values]
-        return values._make(found) if hasattr(values, "_make") else tuple(found)
-    return values
-
-
-def _best() -> str:
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 def _cuda(name: str, index: int | None) -> torch.device:

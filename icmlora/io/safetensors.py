@@ -4,6 +4,8 @@
 
 The header maps each name to {"dtype", "shape", "data_offsets"}. The public library accepts duplicate keys (the last
 wins), names with escape characters, empty tensors and values that are not finite; this reader refuses them.
+
+Source: huggingface/safetensors, README ("Format").
 """
 
 from __future__ import annotations
@@ -154,17 +156,12 @@ def peek_bytes(start: Callable[[int], bytes]) -> PeekedHeader | None:
     return PeekedHeader(frozenset(fields), {key: text for key, text in texts if isinstance(text, str)})
 
 
-def check_head(descriptor: int, size: int) -> None:
-    """Check the header of an open file against its size, and read nothing else; raises as `read_header` does."""
-    _read_head(descriptor, size)
-
-
 def read_tensor_header(path: Path, *, max_bytes: int = MAX_FILE_BYTES) -> TensorHeader:
     """Read and check the header of a safetensors file on disk, without its tensors."""
     from icmlora.io.files import open_regular
 
     with located(path), open_regular(path, max_bytes=max_bytes) as (descriptor, size):
-        return _read_head(descriptor, size)
+        return read_head(descriptor, size)
 
 
 def read_tensor(path: Path, info: TensorInfo, *, max_bytes: int = MAX_FILE_BYTES) -> RawTensor:
@@ -175,7 +172,8 @@ def read_tensor(path: Path, info: TensorInfo, *, max_bytes: int = MAX_FILE_BYTES
         return RawTensor(info.dtype, info.shape, read_exactly(descriptor, info.end - info.begin, info.begin))
 
 
-def _read_head(descriptor: int, size: int) -> TensorHeader:
+def read_head(descriptor: int, size: int) -> TensorHeader:
+    """Read and check the header of an open file, and nothing else; raises as `read_header` does."""
     from icmlora.io.files import read_exactly
 
     start = read_exactly(descriptor, min(size, _PREFIX_BYTES + 1), 0)
@@ -188,7 +186,11 @@ def raw_tensors(data: bytes, tensors: Iterable[TensorInfo]) -> dict[str, RawTens
 
 
 def encode(tensors: Mapping[str, RawTensor], metadata: Mapping[str, str]) -> bytes:
-    """Serialise tensors; the same tensors and metadata always give the same bytes."""
+    """Serialise tensors; the same tensors and metadata always give the same bytes.
+
+    Raises:
+        ValueError: The bytes of a tensor do not fill its shape.
+    """
     # Names are written in sorted order (the library's order of metadata varies from run to run).
     header: dict[str, Any] = {_METADATA: dict(sorted(metadata.items()))} if metadata else {}
     offset = 0

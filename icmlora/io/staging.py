@@ -140,7 +140,7 @@ def _staged_file(target: Path) -> Iterator[tuple[Path, int, Path]]:
 
 
 def check_absent(path: Path, *, force: bool = False) -> None:
-    """Check that a file can be written, before the work of making its content."""
+    """Check that a file can be written, before the work of making its content; raises `OutputExists`."""
     if path.exists() and not path.is_file():
         raise OutputExists("is not a file", path=path)
     if path.exists() and not force:
@@ -165,7 +165,12 @@ def write_files(folder: Path, files: Mapping[str, bytes], *, force: bool = False
 
 
 def check_free(directory: Path, *, force: bool = False) -> None:
-    """Check that a folder can be written, before the work of making its content."""
+    """Check that a folder can be written, before the work of making its content.
+
+    Raises:
+        OutputExists: It is a file, or not empty and `force` is not given.
+        PermissionError: Nothing can be written there.
+    """
     if directory.exists() and not directory.is_dir():
         raise OutputExists("is not a folder", path=directory)
     if not force and directory.is_dir() and any(directory.iterdir()):

@@ -28,7 +28,17 @@ _SURROGATES = re.compile("[\ud800-\udfff]")
 
 
 def parse_object(data: bytes, *, what: str, max_bytes: int) -> dict[str, Any]:
-    """Parse bytes that must hold exactly one JSON object."""
+    """Parse bytes that must hold exactly one JSON object.
+
+    Args:
+        data: UTF-8.
+        what: What it is, for messages.
+        max_bytes: How long it may be.
+
+    Raises:
+        AdapterRefused: It is something else.
+        UnsafeInput: It is too long or too deep, has a key twice, or holds text that is not Unicode.
+    """
     if len(data) > max_bytes:
         raise UnsafeInput(f"{what} has {len(data):,} bytes, more than {max_bytes:,}", kind="limits")
     _check_punctuation(data, what)

@@ -22,8 +22,13 @@ _INTEGERS = {"F64": torch.int64, "F32": torch.int32, "F16": torch.int16, "BF16":
 
 
 def decode_float32(data: bytes | bytearray | memoryview, header: TensorHeader) -> dict[str, torch.Tensor]:
-    """Read the tensors that a header names as float32; F16 and BF16 widen exactly."""
-    # Neighbours may share storage.
+    """Read the tensors that a header names as float32, in their shapes; F16 and BF16 widen exactly.
+
+    Neighbours may share storage.
+
+    Raises:
+        AdapterRefused: One is of another type than float.
+    """
     from icmlora.io.finite import bits  # needed to read only
 
     tensors: dict[str, torch.Tensor] = {}
@@ -55,7 +60,11 @@ def encode_torch(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str
 
 
 def dtype_name(dtype: str) -> str:
-    """Return what safetensors calls a number format in which adapters are written."""
+    """Return what safetensors calls a number format in which adapters are written.
+
+    Raises:
+        DataError: Adapters are not written in it.
+    """
     if dtype not in DTYPE_NAMES:
         raise DataError(f"unknown number format {dtype!r}", hint=f"choose one of {', '.join(sorted(DTYPE_NAMES))}")
     return DTYPE_NAMES[dtype]

@@ -14,24 +14,8 @@ from functools import lru_cache
 from itertools import groupby
 
 from icmlora.errors import DataError
-from registry.names import escape, some
-
-__all__ = [
-    "counted",
-    "escape",
-    "escape_lines",
-    "human_duration",
-    "human_percent",
-    "human_size",
-    "in_ranges",
-    "parse_bytes",
-    "shortened",
-    "shortened_inside",
-    "some",
-    "utc",
-    "width",
-    "with_article",
-]
+from registry.names import escape as escape
+from registry.names import some as some
 
 _UNITS = ("KiB", "MiB", "GiB", "TiB", "PiB")
 

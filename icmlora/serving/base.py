@@ -31,44 +31,38 @@ class EngineBase:
         model: What the engine was started with: a name on a hub, or a folder.
         tasks: The tasks that it may be asked for.
         label: One of their base models, if the user says that this is it.
+        log: Where to warn: an engine may show nothing that is not below its own name.
     """
 
-    def __init__(self, model: str, tasks: ServedTasks, label: str | None = None) -> None:
-        self.model = model
+    def __init__(self, model: str, tasks: ServedTasks, label: str | None = None, *, log: logging.Logger = _log) -> None:
+        self.model, self._warn = model, log.warning
         self._tasks, self._label = tasks, label
         self._same: dict[str, bool] = {}
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # several threads ask, and the models are compared once
 
     def problem(self, task: ServedTask) -> str | None:
         """Say why the engine cannot serve a task, or return None if it can. The first call may read the base model."""
-        with self._lock:  # several threads ask, and the models are compared once
-            return self._problem(task)
+        with self._lock:
+            if not self.is_of(task.base_model):
+                fact = f"task {task.name!r} is of base model {task.base_model!r}, and the engine runs {self.model!r}"
+                hint = "say so with ICM_BASE_MODEL (in `icm serve`: --base-model) and the former name"
+                return f"{fact}; if they are the same, {hint}"
+            misfit = None if self._modules is None else _misfit(self._modules, task.layout)
+            return None if misfit is None else f"task {task.name!r}: {misfit}"
 
     def is_of(self, base_model: str) -> bool:
         """Say whether the tasks of a base model are for the engine's model. The first call may read both."""
         with self._lock:
-            return self._is_of(base_model)
+            if base_model not in self._same:
+                self._same[base_model] = self._compare(base_model)
+            return self._same[base_model]
 
     def prepare(self) -> None:
         """Do now what else the first task would wait for: read the engine's model, and what modules it has."""
         with self._lock:
             for base_model in self._tasks.base_models():
-                self._is_of(base_model)
+                self.is_of(base_model)
             _ = self._modules
-
-    def _problem(self, task: ServedTask) -> str | None:
-        if not self._is_of(task.base_model):
-            return (
-                f"task {task.name!r} is of base model {task.base_model!r}, and the engine runs {self.model!r}; "
-                "if they are the same, say so with ICM_BASE_MODEL (in `icm serve`: --base-model) and the former name"
-            )
-        misfit = None if self._modules is None else _misfit(self._modules, task.layout)
-        return None if misfit is None else f"task {task.name!r}: {misfit}"
-
-    def _is_of(self, base_model: str) -> bool:
-        if base_model not in self._same:
-            self._same[base_model] = self._compare(base_model)
-        return self._same[base_model]
 
     def _compare(self, base_model: str) -> bool:
         names = self._tasks.base_models().get(base_model, (base_model,))
@@ -93,7 +87,7 @@ class EngineBase:
         except BaseModelNotFound:
             return
         fact = "icm: the engine runs %r, whose weights are not those of %r: with its adapters the answers make no sense"
-        _log.warning(fact, self.model, base_model)
+        self._warn(fact, self.model, base_model)
 
     @cached_property
     def _found(self) -> FoundBase | None:
@@ -102,7 +96,7 @@ class EngineBase:
                 return find_base_model(self.model)
             return self._tasks.locate(self._label)
         except BaseModelNotFound as error:
-            _log.warning("icm: %s; so the modules of adapters are not compared with it", error.message)
+            self._warn("icm: %s; so the modules of adapters are not compared with it", error.message)
             return None
 
     @cached_property
@@ -115,7 +109,7 @@ class EngineBase:
         try:
             return dict(load_skeleton(self._found).model.named_modules())
         except BaseModelNotFound as error:
-            _log.warning("icm: %s; so the modules of adapters are not compared with it", error.message)
+            self._warn("icm: %s; so the modules of adapters are not compared with it", error.message)
             return None
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from icmlora.errors import BaseModelNotFound, DataError
 from icmlora.io.strict_json import parse_object
 from icmlora.serving.requirements import VLLM_RANKS, EngineName, config_problem, largest_rank
-from icmlora.serving.tasks import ServedTasks, TaskForm
+from icmlora.serving.tasks import ServedTasks
 
 _AT_ONCE = 8
 """Adapters in one batch, unless there are fewer tasks: each takes memory next to the model, of the largest rank."""
@@ -113,20 +113,19 @@ def _sorted(
     served, rank, targets = 0, 1, set[str]()
     left_out: list[tuple[str, str]] = []
     for form in tasks.forms(base_model):
+        if form.damage is not None:
+            left_out.append((form.name, form.damage))
+            continue
         if form.format != "peft":
             left_out.append((form.name, f"it is in the format {form.format}, and {engine} reads PEFT folders"))
             continue
-        config = _config(form)
+        config = parse_object(form.config, what=f"the configuration of {form.name!r}", max_bytes=len(form.config))
         if (problem := config_problem(engine, config)) is not None:
             left_out.append((form.name, problem))
             continue
         served, rank = served + 1, max(rank, largest_rank(config))
         targets.update(form.targets)
     return served, left_out, rank, sorted(targets)
-
-
-def _config(form: TaskForm) -> Mapping[str, object]:
-    return parse_object(form.config, what=f"the configuration of {form.name!r}", max_bytes=len(form.config))
 
 
 def _model(tasks: ServedTasks, base_model: str) -> tuple[str, bool]:

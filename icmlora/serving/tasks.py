@@ -7,7 +7,7 @@ import json
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
@@ -52,12 +52,14 @@ class TaskForm:
         format: The format of its adapter; engines read `peft`.
         config: Its `adapter_config.json`, as it is written.
         targets: The names of its modules, as a configuration gives them.
+        damage: What is wrong with its configuration in the store, which is then empty here.
     """
 
     name: str
     format: str
     config: bytes
     targets: tuple[str, ...]
+    damage: str | None = None
 
 
 @dataclass(frozen=True)
@@ -124,13 +126,15 @@ class ServedTasks:
         with self._open() as codes:
             read = cache(codes.read)  # many tasks have the same configuration
             for final in codes.finals(base_model):
+                form = TaskForm(final.task, final.format, b"", tuple(final.target_modules))
                 try:
                     config = read(final.config)
                     if final.is_evicted and final.format == "peft":  # else the original is served as it is
                         config = converted_form(template_of(final, config)).config
-                except DamagedStore:  # whoever asks for the task is told
-                    continue
-                yield TaskForm(final.task, final.format, config, tuple(final.target_modules))
+                except DamagedStore as error:
+                    yield replace(form, damage=error.message)
+                else:
+                    yield replace(form, config=config)
 
     def base_models(self) -> Mapping[str, tuple[str, ...]]:
         """Return all names of each base model, by its main name."""

@@ -104,4 +104,4 @@ def open_source(model: str) -> tuple[ServedTasks, AdapterFolders, EngineBase]:
     )
     tasks = open_tasks(store, bundle, command="vllm")
     folders = AdapterFolders(Path(root) if root else default_root("vllm"), parse_bytes(size) if size else None)
-    return tasks, folders, EngineBase(model, tasks, label)
+    return tasks, folders, EngineBase(model, tasks, label, log=_log)

@@ -12,9 +12,8 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from icmlora.task_vectors.rounding import settled
+from icmlora.task_vectors.distances import Floats, settled
 
-Floats = NDArray[np.float64]
 Labels = NDArray[np.int64]
 
 MAX_CLUSTERS = 50  # largest number that is chosen automatically: neither a table nor a picture can show more
@@ -64,7 +63,7 @@ def silhouettes(distances: Floats, labels: Labels) -> Floats:
 
 
 def cluster(distances: Floats, clusters: int | None = None) -> Labels:
-    """Return cluster numbers (n,) from 0, the largest cluster first, for distances (n, n)."""
+    """Return cluster numbers (n,) from 0, the largest cluster first, for distances (n, n) of two points or more."""
     # By default the number of clusters is the one with the best mean silhouette, from 2 to half of the points; of
     # equally good ones the smallest.
     count = len(distances)

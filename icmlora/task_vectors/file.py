@@ -75,7 +75,7 @@ class _ViewHead:
 
 
 def vectors_to_bytes(views: Mapping[View, torch.Tensor]) -> bytes:
-    """Write a task's vectors, by view float32 (support sets, hidden size); equal values give equal bytes."""
+    """Write a task's vectors, by view float32 (support sets, hidden size), finite; equal values give equal bytes."""
     exact = {view: values.detach().cpu().double().numpy() for view, values in views.items()}
     lengths = {values.shape[-1] for values in exact.values() if values.ndim == 2 and 1 <= len(values) <= 255}
     if len(lengths) != 1 or not all(values.ndim == 2 and np.isfinite(values).all() for values in exact.values()):
@@ -94,14 +94,14 @@ def vectors_to_bytes(views: Mapping[View, torch.Tensor]) -> bytes:
 
 
 def vectors_from_bytes(data: bytes) -> dict[View, torch.Tensor]:
-    """Read the vectors of a task as `arrays_from_bytes`, but as tensors."""
+    """Read the vectors of a task as `arrays_from_bytes`, but as tensors (support sets, hidden size)."""
     import torch  # takes seconds to import, and a command that compares vectors does not need it
 
     return {view: torch.from_numpy(values) for view, values in arrays_from_bytes(data).items()}
 
 
 def arrays_from_bytes(data: bytes) -> dict[View, NDArray[np.float32]]:
-    """Read the vectors of a task, by view float32 of shape (support sets, hidden size)."""
+    """Read the vectors of a task, by view (support sets, hidden size); raise `DataError` if they are damaged."""
     content = checked(data)
     if content is None or not content.startswith(_MAGIC) or len(content) < len(_MAGIC) + _HEAD.size:
         hint = "run `icm vectors --again` to make them again"

@@ -15,17 +15,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from icmlora.task_vectors.clusters import Floats, Labels, cluster, silhouettes
+from icmlora.task_vectors.clusters import Labels, cluster, silhouettes
 from icmlora.task_vectors.distances import (
     FEWEST,
+    Floats,
     Neighbour,
     SupportSetVectors,
     VectorSpace,
     cosine_distances,
     directions,
     mean_vectors,
+    settled,
 )
-from icmlora.task_vectors.rounding import settled
 
 PAIRS = 5  # nearest pairs that a map names, in addition to pairs that cannot be told apart
 # Two tasks are alike if their vectors are at most this much farther apart than vectors of one task. Of 20 real tasks,
@@ -83,7 +84,7 @@ class TaskMap:
 
 
 def map_tasks(tasks: SupportSetVectors, clusters: int | None = None) -> TaskMap:
-    """Make the map of some tasks; their order matters for exact ties only."""
+    """Make the map of `FEWEST` tasks or more, vectors (sets, d) each; their order matters for exact ties only."""
     if len(tasks) < FEWEST:
         raise ValueError(f"a map has {FEWEST} tasks or more")
     names, means, space = list(tasks), mean_vectors(tasks), VectorSpace.of(tasks)

@@ -27,8 +27,8 @@ from icmlora.task_vectors.distances import (
     VectorSpace,
     cosine_distances,
     mean_vectors,
+    settled,
 )
-from icmlora.task_vectors.rounding import settled
 
 Places = NDArray[np.intp]  # numbers of tasks
 

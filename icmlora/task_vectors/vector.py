@@ -33,11 +33,8 @@ class VectorSettings:
     """How much text a task vector is made from; the defaults read about 6,000 tokens per task, both views together."""
 
     support_sets: int = 4  # disjoint sets of samples; each gives one vector per view
-
     set_size: int = 8  # samples in a set
-
     sample_tokens: int = 128  # tokens of a sample that the adapted view reads
-
     # Tokens of all demonstrations in the context view; each sample of the set gets an equal share.
     context_tokens: int = 512
 
@@ -85,7 +82,7 @@ class TaskVector:
 
 
 def split_samples(samples: Sequence[Sample], settings: VectorSettings | None = None) -> tuple[tuple[Sample, ...], ...]:
-    """Choose disjoint support sets from a task's samples."""
+    """Choose disjoint support sets from a task's samples; raise `DataError` if there is none."""
     # The chosen samples are spread evenly over the file and dealt out in turn, so that a file sorted by topic gives
     # similar sets. Fewer samples give fewer sets; less than one full set gives one set of all samples.
     settings = settings or VectorSettings()

@@ -64,19 +64,14 @@ class TrainConfig:
         seed: int = 0,
         stacked: int = 1,
     ) -> TrainConfig:
-        """Choose the options of a run; what was asked for takes the place of a default.
+        """Choose the options of a run of so many tasks and adapters, checkpoints included.
 
-        Args:
-            tasks: Number of tasks.
-            adapters: Number of adapters, checkpoints included.
-            parameters: Of all adapters together; None if that is unknown.
-            steps: What was asked for.
-            learning_rate: What was asked for.
-            seed: Of the draws.
-            stacked: How many adapters an optimiser step sees.
+        A number of steps and a rate that were asked for take the place of a default. `parameters` are those of all
+        adapters together, if that is known; `stacked` is how many adapters an optimiser step sees.
         """
         small = is_small(tasks, steps)
-        default_steps = stretched(_small_steps(tasks) if small else steps_for(adapters, parameters), stacked)
+        few = max(LEAST_SMALL_STEPS, SMALL_STEPS_PER_TASK * tasks)
+        default_steps = stretched(few if small else steps_for(adapters, parameters), stacked)
         default_rate = SMALL_RATE if small else RATE
         mean = 0 if parameters is None else parameters // max(adapters, 1)
         return cls(
@@ -100,7 +95,7 @@ class TrainConfig:
 
     @classmethod
     def from_json(cls, text: str) -> TrainConfig:
-        """Parse what `to_json` wrote."""
+        """Parse what `to_json` wrote; raise `GeneratorError` if it is something else."""
         try:
             return cls(**json.loads(text))
         except (ValueError, TypeError) as error:
@@ -125,7 +120,3 @@ def steps_for(adapters: int, parameters: int | None = None) -> int:
     """Return how many steps adapters (checkpoints included), with so many parameters in all, are trained for."""
     wanted = min(MOST_STEPS, max(LEAST_STEPS, STEPS_PER_ADAPTER * adapters))
     return wanted if parameters is None else min(wanted, max(FREE_STEPS, parameters // PARAMETERS_PER_STEP))
-
-
-def _small_steps(tasks: int) -> int:
-    return max(LEAST_SMALL_STEPS, SMALL_STEPS_PER_TASK * tasks)

@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 
 from icmlora.adapter.model import Adapter, LoraModule
-from icmlora.generator.batch import Batch, Prepared, batched, prepare
+from icmlora.generator.batch import Batch, PreparedAdapter, batched, prepare
 from icmlora.generator.cvae import CVAE
 from icmlora.generator.initial_a.subspace import initial_subspace
 from icmlora.generator.objective import Objective
@@ -100,7 +100,7 @@ def draws_of(device: torch.device) -> int:
 
 class _Draw(NamedTuple):
     task: int
-    adapter: Prepared
+    adapter: PreparedAdapter
     vectors: dict[str, torch.Tensor]  # by view, each (hidden,)
     noise: torch.Generator
 
@@ -140,10 +140,10 @@ class _Adapters:
         self._sensitivity = sensitivity = net.sensitivity.to(torch.device("cpu"))
         # Tasks often share an initial A, and drawing it takes as long as a part of a step.
         self._subspace = lru_cache(_SUBSPACES)(lambda initial: initial_subspace(initial, net.config, sensitivity))
-        self._cache: OrderedDict[tuple[int, int | None], Prepared] = OrderedDict()
+        self._cache: OrderedDict[tuple[int, int | None], PreparedAdapter] = OrderedDict()
         self._bytes = 0
 
-    def __call__(self, task: int, checkpoint: int | None, draw: random.Random) -> Prepared:
+    def __call__(self, task: int, checkpoint: int | None, draw: random.Random) -> PreparedAdapter:
         """Return some modules of an adapter, or a very small one whole."""
         key = task, checkpoint
         found = self._cache.pop(key, None)
@@ -160,14 +160,14 @@ class _Adapters:
             self._bytes -= dropped.parameters * _KEPT
         return found if found.parameters <= _WHOLE else _half(found, draw)
 
-    def _prepare(self, task: int, adapter: Adapter) -> Prepared:
+    def _prepare(self, task: int, adapter: Adapter) -> PreparedAdapter:
         tokens = tokenize(adapter, self._config, self._sensitivity)
         refuse_overflow(tokens, self._config)
         subspace = self._subspace(self._fleet.initial(task))
         return prepare(tokens, subspace, self._sensitivity, self._config.tolerance)
 
 
-def _half(adapter: Prepared, draw: random.Random) -> Prepared:
+def _half(adapter: PreparedAdapter, draw: random.Random) -> PreparedAdapter:
     """Draw half of the layers of each kind of modules."""
     groups = []
     for group in adapter.tokens:

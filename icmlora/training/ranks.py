@@ -209,7 +209,7 @@ ALONE = Ranks()
 
 @contextmanager
 def joined() -> Iterator[Ranks]:
-    """Join the other processes of the launcher for the block; without a launcher this process is alone."""
+    """Join the processes of the launcher for the block, if there is one; raise `OtherProcessFailed` if they fail."""
     rank, count = launched()
     if count == 1:
         yield ALONE

@@ -56,7 +56,7 @@ def new_state(net: CVAE, config: TrainConfig) -> TrainState:
 
 
 def state_from_bytes(network: bytes, optimizer: bytes, device: torch.device) -> TrainState:
-    """Continue a run from what `network_bytes` and `optimizer_bytes` wrote after the same step."""
+    """Continue a run from its network and optimiser; raise `GeneratorError` if they are damaged, or do not match."""
     header, parameters = _parse(network, NETWORK_FORMAT)
     progress, moments = _parse(optimizer, OPTIMIZER_FORMAT)
     try:

@@ -83,10 +83,8 @@ class Teacher:
 def shortfalls(base: BaseModel, asked: Sequence[tuple[Teacher, Factors, Sequence[int]]]) -> list[Shortfall]:
     """Compare factors of several tasks with their originals, in one pass through the base model.
 
-    Args:
-        base: The base model.
-        asked: Teacher, factors and examples of each task, the same number of examples for each. The factors are with or
-            without gradients; none stand for the bare base model.
+    Asked are teacher, factors and examples of each task, the same number of examples for each. The factors, A (r, in)
+    and B (out, r), are with or without gradients; none stand for the bare base model.
 
     Raises:
         BaseModelUnsuited: The factors are for modules that do not compute row by row; for one task never.

@@ -104,10 +104,6 @@ class Database:
         engine = _engine(self.path, self.read_only, self.patience.seconds, create=create)
         return engine.execution_options(icm_patience=self.patience)
 
-    def can_be_written(self) -> bool:
-        """Say whether the file system lets this user write the database, or its folder where it is still to be made."""
-        return _can_be_written(self.path)
-
     def must_write(self) -> None:
         """Raise `StoreReadOnly` if the store was opened read-only."""
         if self.read_only:
@@ -241,6 +237,7 @@ def _connect(path: Path, read_only: bool, busy_timeout: float, create: bool) -> 
 
 
 def _can_be_written(path: Path) -> bool:
+    """Say whether the file system lets this user write the database, or its folder where it is still to be made."""
     return os.access(path.parent, os.W_OK) and (os.access(path, os.W_OK) or not path.exists())
 
 
@@ -276,13 +273,13 @@ def newest() -> int:
 
 
 def migrate(database: Database, *, create: bool = False) -> None:
-    """Bring the database to the newest schema, or check that it is there."""
+    """Bring the database to the newest schema; raise `DamagedStore` if it is old and cannot be written."""
     with database.connection(create=create) as connection:
         version = _version(connection, database, create=create)
     if version == newest():
         return
     # A store that is only to be read is migrated too: no query fits an old schema.
-    if not database.can_be_written():
+    if not _can_be_written(database.path):
         hint = "copy the store to a place that can be written; the first icm command there migrates it"
         raise DamagedStore(f"{database.path} has the old schema {version}", path=database.path, hint=hint)
     writer = database

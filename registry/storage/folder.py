@@ -17,8 +17,6 @@ import hashlib
 import re
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
 
@@ -32,68 +30,28 @@ _FORMAT = re.compile(rb"icm store [1-9][0-9]{0,5}\n")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
-@dataclass(frozen=True)
 class StorePaths:
-    """The paths of one store."""
+    """The paths of one store; what is there is said above."""
 
-    root: Path
-
-    @cached_property
-    def format(self) -> Path:
-        """The file that says what this folder is."""
-        return self.root / "FORMAT"
-
-    @cached_property
-    def database(self) -> Path:
-        """The SQLite file."""
-        return self.root / "registry.db"
-
-    @cached_property
-    def journal(self) -> Path:
-        """SQLite's own, of a commit that did not end."""
-        return self.root / "registry.db-journal"
-
-    @cached_property
-    def kept(self) -> Path:
-        """The copy of the database from before the last deletion."""
-        return self.root / "registry.db.kept"
-
-    @cached_property
-    def blobs(self) -> Path:
-        """The folder of content-addressed files."""
-        return self.root / "blobs"
-
-    @cached_property
-    def tmp(self) -> Path:
-        """The folder of files that are being written."""
-        return self.root / "tmp"
-
-    @cached_property
-    def quarantine(self) -> Path:
-        """The folder of damaged blobs."""
-        return self.root / "quarantine"
-
-    @cached_property
-    def lock(self) -> Path:
-        """The file that is flock'ed."""
-        return self.root / "lock"
-
-    @cached_property
-    def jobs(self) -> Path:
-        """The folder of the files that are flock'ed by jobs."""
-        return self.root / "jobs"
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.format = root / "FORMAT"
+        self.database = root / "registry.db"
+        self.journal = root / "registry.db-journal"  # SQLite's own, of a commit that did not end
+        self.kept = root / "registry.db.kept"
+        self.blobs = root / "blobs"
+        self.tmp = root / "tmp"
+        self.quarantine = root / "quarantine"
+        self.lock = root / "lock"
+        self.jobs = root / "jobs"
+        self.reserve = root / "reserve"
 
     def job(self, base_model: str) -> Path:
         """Return the lock file of a base model's jobs."""
         return self.jobs / hashlib.sha256(base_model.encode()).hexdigest()[:16]
 
-    @cached_property
-    def reserve(self) -> Path:
-        """The file that is given up on a full disk."""
-        return self.root / "reserve"
-
     def blob(self, digest: str) -> Path:
-        """Return the path of a blob. Only here does a digest become a path, so it is checked here."""
+        """Return the path of a blob. Only here does a digest become a path; raise `ValueError` if it is none."""
         if not is_digest(digest):
             raise ValueError(f"not a digest: {digest[:80]!r}")
         return Path(f"{self.root}/blobs/{digest[0]}/{digest}")  # three times faster than joining, for each of many
@@ -144,11 +102,11 @@ def prepare_folder(paths: StorePaths) -> None:
 
 def check_place(root: Path) -> None:
     """Raise `NotAStore` if a folder holds things that are not a store's."""
-    # FORMAT too: another process may make a store here while this looks.
-    ours = {"FORMAT", "registry.db", "registry.db-journal", "blobs", "tmp", "quarantine", "jobs", "reserve"}
-    ours |= {"lock", "lock.gate", "registry.db.kept"}
-    if not root.is_dir() or StorePaths(root).format.exists():
+    paths = StorePaths(root)
+    if not root.is_dir() or paths.format.exists():
         return
+    # FORMAT too: another process may make a store here while this looks.
+    ours = {path.name for path in vars(paths).values() if path != root} | {"lock.gate"}
     if foreign := {entry.name for entry in root.iterdir()} - ours:
         message = f"{root} is not a store: it holds {min(foreign)!r}"
         raise NotAStore(message, path=root, hint="name an empty or a new folder with --store")

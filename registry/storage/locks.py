@@ -203,14 +203,10 @@ class FileLock:
 
     def _held(self, fd: int, before: str) -> str:
         """Say which processes hold a lock, after some words; say nothing where nobody is known."""
-        return _named(self._holders(fd), before)
-
-    def _holders(self, fd: int) -> dict[int, str]:
-        """Return pid -> command of the processes that hold a lock."""
         signed = self._signed()
         holding = _lock_holders(fd) - {os.getpid()}
         # Without word from the kernel, all who signed and are alive; some of them may have released it already.
-        return {pid: signed.get(pid, "") for pid in sorted(holding)} if holding else signed
+        return _named({pid: signed.get(pid, "") for pid in sorted(holding)} if holding else signed, before)
 
     def _signed(self) -> dict[int, str]:
         """Return pid -> command of the other processes in the file that are alive."""

@@ -21,46 +21,21 @@ from sqlalchemy.orm import InstrumentedAttribute
 from registry import files as fs
 from registry.errors import MissingBlob
 from registry.files import failpoint
-from registry.schema import (
-    Adapter,
-    Base,
-    Blob,
-    Code,
-    Document,
-    Evaluation,
-    Extra,
-    Generator,
-    RunCode,
-    Task,
-    TaskVector,
-    TrainRun,
-)
+from registry.schema import Adapter, Base, Blob, Document, Evaluation, TaskVector
 from registry.storage.blobs.content import Blobs
 from registry.storage.database import Database
 from registry.storage.folder import StorePaths
 from registry.storage.kept import keep
 from registry.storage.locks import FileLock
-from registry.storage.row_writer import in_parts
+from registry.storage.row_writer import in_parts, table_of
 
 BlobColumn = InstrumentedAttribute[int] | InstrumentedAttribute[int | None]
-# Every column that refers to a blob; a test compares this with the tables.
-BLOB_COLUMNS: tuple[BlobColumn, ...] = (
-    Task.samples_id,
-    Task.eval_id,
-    Adapter.weights_id,
-    Adapter.config_id,
-    Adapter.card_id,
-    Adapter.initial_id,
-    Extra.blob_id,
-    TaskVector.blob_id,
-    Generator.blob_id,
-    Generator.start_id,
-    TrainRun.weights_id,
-    TrainRun.optimizer_id,
-    RunCode.blob_id,
-    Code.blob_id,
-    Code.residual_id,
-    Evaluation.data_id,
+# Every column that refers to a blob.
+BLOB_COLUMNS: tuple[BlobColumn, ...] = tuple(
+    getattr(owner, column.name)
+    for owner in Base.__subclasses__()
+    for column in table_of(owner).columns
+    if column.references(table_of(Blob).c.id)
 )
 _START = 64  # bytes of a blob by which its kind is known
 _CHUNK = 200  # rows deleted per commit, so that the journal stays small on a full disk
@@ -206,16 +181,10 @@ def _delete_rows(database: Database) -> None:
             ids = session.scalars(stale).all()
             session.execute(delete(Blob).where(Blob.id.in_(ids)))
             if not ids:
-                session.execute(delete(Document).where(~_has_document()))
+                columns = (Adapter.description_id, TaskVector.extractor_id, Evaluation.settings_id)
+                is_read = or_(*(exists().where(column == Document.id) for column in columns))
+                session.execute(delete(Document).where(~is_read))
                 return
-
-
-def _has_document() -> ColumnElement[bool]:
-    return or_(
-        exists().where(Adapter.description_id == Document.id),
-        exists().where(TaskVector.extractor_id == Document.id),
-        exists().where(Evaluation.settings_id == Document.id),
-    )
 
 
 def _older(folder: Path, newest: float) -> dict[Path, int]:

@@ -123,10 +123,10 @@ def check_rows(session: Session, table: Table, *conditions: ColumnElement[bool])
     session.execute(select(table.c.crc).where(*conditions)).all()
 
 
-def in_parts(values: Sequence[T]) -> Iterator[Sequence[T]]:
+def in_parts(values: Sequence[T], most: int = MAX_VARIABLES) -> Iterator[Sequence[T]]:
     """Split values into parts that one statement takes as variables."""
-    for at in range(0, len(values), MAX_VARIABLES):
-        yield values[at : at + MAX_VARIABLES]
+    for at in range(0, len(values), most):
+        yield values[at : at + most]
 
 
 def existing_adapters(session: Session, numbers: Sequence[int]) -> set[int]:
@@ -201,7 +201,7 @@ def same_names(connection: Connection, names: Sequence[str]) -> list[str]:
 
 
 def find_task(session: Session, name: str) -> models.Task:
-    """Return a task by name, as `task_named` does; the error if there is none holds the closest names."""
+    """Return a task by name, as `task_named` does; raise `TaskNotFound`, with the closest names, if there is none."""
     task = task_named(session, name)
     if task is None:
         # Names differ in case only by accident, so the search does not see case.

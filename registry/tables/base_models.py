@@ -11,7 +11,7 @@ them, so nothing has to be encoded again. A task remembers its label, so that th
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from typing import cast
 
 from sqlalchemy import Connection, delete, func, select, update
@@ -26,7 +26,7 @@ from registry.storage.row_writer import RowWriter, in_parts, table_of
 from registry.tables.generators import find_current, must_cover_evicted
 from registry.tables.runs import finish_run
 from registry.tables.table import Table
-from registry.to_records import code_record
+from registry.to_records import code_record, record
 
 
 @dataclass(frozen=True)
@@ -64,17 +64,7 @@ class BaseModels(Table):
                 )
             count = select(func.count()).where(models.Task.base_model_id == base.id).scalar_subquery()
             return [
-                records.BaseModelRecord(
-                    row.id,
-                    row.name,
-                    row.fingerprint,
-                    row.path,
-                    row.shape,
-                    tasks,
-                    tuple(labels.get(row.id, ())),
-                    row.loader,
-                    cast(LoadIn | None, row.load_in),
-                )
+                record(records.BaseModelRecord, row, tasks=tasks, labels=tuple(labels.get(row.id, ())))
                 for row, tasks in session.execute(select(base, count).order_by(base.name))
             ]
 
@@ -86,13 +76,9 @@ class BaseModels(Table):
     def set_path(
         self, name: str, path: str | None, *, loader: str | None = None, load_in: LoadIn | None = None
     ) -> None:
-        """Record where a base model is on this machine and how it is loaded; None forgets it.
+        """Record where a base model, under any label of it, is on this machine, and what loads it; None forgets it.
 
-        Args:
-            name: any label of it.
-            path: where it is.
-            loader: what loads it, if icm cannot.
-            load_in: the few bits that its weights are loaded in; None for what the device suits.
+        `load_in` is the few bits that its weights are loaded in; None for what the device suits.
         """
         with self._db.write() as session:
             row = RowWriter(session, self._blobs).base_model(name)
@@ -101,12 +87,12 @@ class BaseModels(Table):
     def set_facts(self, name: str, *, fingerprint: str, shape: records.Json) -> None:
         """Record what a base model turned out to be when it was loaded. Works on a full disk."""
 
-        def record() -> None:
+        def write() -> None:
             with self._db.write() as session:
                 row = RowWriter(session, self._blobs).base_model(name)
                 row.fingerprint, row.shape = fingerprint, dict(shape)
 
-        with_reserve(self._paths, record)
+        with_reserve(self._paths, write)
 
     def join(
         self, name: str, labels: Sequence[str], *, reason: records.JoinReason = "told", keep: str | None = None
@@ -123,19 +109,24 @@ class BaseModels(Table):
             session = writer.session
             base = writer.base_model(name)
             session.flush()
-            done, garbage = Joined(base.name), list[str]()
+            joining = _Joining(writer, base, reason, keep)
             for label in dict.fromkeys(labels):
-                done = _join_label(writer, base, label, reason, keep, done, garbage)
+                joining.add(label)
             if keep is not None:
                 must_cover_evicted(session, base.name, _coded(session, base))
-        self._drop(garbage)
-        return done
+            without_code = tuple(sorted(joining.lost - set(_coded(session, base))))
+        self._drop(joining.garbage)
+        return Joined(base.name, tuple(joining.labels), joining.tasks, joining.generators, without_code)
 
     def separate(self, label: str) -> Separated:
         """Make a label a base model of its own again, with the tasks whose adapters name it, in one transaction.
 
         If no task stays, the generators go with the label. Otherwise the tasks lose their codes, vectors and
         measurements, which may have been made with another model.
+
+        Raises:
+            BaseModelConflict: The label is not joined to a base model.
+            LastCopy: Only the code of a task is left, and its generator stays.
         """
         with self._write() as writer:
             session = writer.session
@@ -177,72 +168,68 @@ def find_labels(connection: Connection, labels: Iterable[str]) -> Mapping[str, t
     return found
 
 
-def _join_label(
-    writer: RowWriter,
-    base: models.BaseModel,
-    label: str,
-    reason: records.JoinReason,
-    keep: str | None,
-    done: Joined,
-    garbage: list[str],
-) -> Joined:
-    session = writer.session
-    if UNKNOWN_BASE in (label, base.name):
-        fact = f"{UNKNOWN_BASE!r} holds the adapters that name no base model, and is not one itself"
-        raise BaseModelConflict(fact, hint="`icm ingest --base-model NAME` says which base model they have")
-    other = writer.find_base_model(label)
-    if other is base:
-        return done
-    if other is not None and other.name != label:
-        fact = f"{label!r} is a label of {other.name!r}"
-        hint = f"join {other.name} itself, or separate the label first: icm base alias {other.name} {label} --remove"
-        raise BaseModelConflict(fact, hint=hint)
-    row = models.BaseLabel(label=label, base_model=base, reason=reason, path=None if other is None else other.path)
-    session.add(row)
-    session.flush()
-    done = replace(done, labels=(*done.labels, label))
-    return done if other is None else _merge(writer, base, other, row, keep, done, garbage)
+@dataclass
+class _Joining:
+    """Labels on their way to a base model, in an open transaction, and what comes with them."""
 
+    writer: RowWriter
+    base: models.BaseModel
+    reason: records.JoinReason
+    keep: str | None
+    labels: list[str] = field(default_factory=list)
+    tasks: int = 0
+    generators: int = 0
+    lost: set[str] = field(default_factory=set)  # tasks whose code was that of a generator that does not stay
+    garbage: list[str] = field(default_factory=list)
 
-def _merge(
-    writer: RowWriter,
-    base: models.BaseModel,
-    other: models.BaseModel,
-    row: models.BaseLabel,
-    keep: str | None,
-    done: Joined,
-    garbage: list[str],
-) -> Joined:
-    """Move everything of a base model to another one, of which its name becomes a label."""
-    session, task, label, run = writer.session, models.Task, models.BaseLabel, models.TrainRun
-    lost = _settle_generators(session, base, other, keep)
-    # A stopped training does not go on: it read the tasks of one of the two only.
-    running = session.scalars(select(run.id).where(run.base_model_id == other.id, run.state == "running"))
-    for number in list(running):
-        garbage.extend(finish_run(writer, number))
-    moved_generators = _move(session, models.Generator, other, base)
-    _move(session, run, other, base)
-    own = task.base_model_id == other.id
-    session.execute(update(task).where(own, task.label_id.is_(None)).values(label_id=row.id))
-    tasks = _move(session, task, other, base)
-    _move(session, label, other, base)
-    if base.path is None and other.loader is not None:  # a loader stays with its path
-        base.path, base.loader = other.path, other.loader
-    if base.loader is None:
-        base.load_in = base.load_in or other.load_in
-    if base.fingerprint is None:
-        base.fingerprint, base.shape = other.fingerprint, other.shape
-    session.flush()
-    session.expire_all()
-    session.delete(other)
-    session.flush()
-    writer.forget_base_models()
-    return replace(
-        done,
-        tasks=done.tasks + tasks,
-        generators=done.generators + moved_generators,
-        without_code=tuple(sorted({*done.without_code, *lost} - set(_coded(session, base)))),
-    )
+    def add(self, label: str) -> None:
+        """Give the base model a label, and all that a base model of this name has."""
+        session, base = self.writer.session, self.base
+        if UNKNOWN_BASE in (label, base.name):
+            fact = f"{UNKNOWN_BASE!r} holds the adapters that name no base model, and is not one itself"
+            raise BaseModelConflict(fact, hint="`icm ingest --base-model NAME` says which base model they have")
+        other = self.writer.find_base_model(label)
+        if other is base:
+            return
+        if other is not None and other.name != label:
+            fact = f"{label!r} is a label of {other.name!r}"
+            hint = (
+                f"join {other.name} itself, or separate the label first: icm base alias {other.name} {label} --remove"
+            )
+            raise BaseModelConflict(fact, hint=hint)
+        path = None if other is None else other.path
+        row = models.BaseLabel(label=label, base_model=base, reason=self.reason, path=path)
+        session.add(row)
+        session.flush()
+        self.labels.append(label)
+        if other is not None:
+            self._merge(other, row)
+
+    def _merge(self, other: models.BaseModel, row: models.BaseLabel) -> None:
+        """Move everything of a base model to this one, of which its name becomes a label."""
+        session, base, task, run = self.writer.session, self.base, models.Task, models.TrainRun
+        self.lost |= set(_settle_generators(session, base, other, self.keep))
+        # A stopped training does not go on: it read the tasks of one of the two only.
+        running = session.scalars(select(run.id).where(run.base_model_id == other.id, run.state == "running"))
+        for number in list(running):
+            self.garbage += finish_run(self.writer, number)
+        self.generators += _move(session, models.Generator, other, base)
+        _move(session, run, other, base)
+        own = task.base_model_id == other.id
+        session.execute(update(task).where(own, task.label_id.is_(None)).values(label_id=row.id))
+        self.tasks += _move(session, task, other, base)
+        _move(session, models.BaseLabel, other, base)
+        if base.path is None and other.loader is not None:  # a loader stays with its path
+            base.path, base.loader = other.path, other.loader
+        if base.loader is None:
+            base.load_in = base.load_in or other.load_in
+        if base.fingerprint is None:
+            base.fingerprint, base.shape = other.fingerprint, other.shape
+        session.flush()
+        session.expire_all()
+        session.delete(other)
+        session.flush()
+        self.writer.forget_base_models()
 
 
 def _settle_generators(

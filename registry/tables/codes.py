@@ -15,8 +15,7 @@ from sqlalchemy.orm import Session
 from registry import records
 from registry import schema as models
 from registry.errors import GeneratorConflict, LastCopy
-from registry.storage import row_writer as rows
-from registry.storage.row_writer import RowWriter, final_if_unchanged, final_under_any_name, in_parts
+from registry.storage.row_writer import RowWriter, final_if_unchanged, final_under_any_name, find_task, in_parts
 from registry.tables.evaluations import record_evaluation
 from registry.tables.table import Table
 from registry.to_records import code_record
@@ -35,7 +34,7 @@ class Codes(Table):
         found = self.of([task], generator_id)
         if not found:  # few have none: for the others one look is enough
             with self._db.read() as session:
-                name = rows.find_task(session, task).name
+                name = find_task(session, task).name
             found = self.of([name], generator_id)
         return next(iter(found.values()), None)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
 from sqlalchemy import delete, select
@@ -11,8 +10,7 @@ from sqlalchemy.orm import Session
 from registry import records
 from registry import schema as models
 from registry.names import NLL
-from registry.storage import row_writer as rows
-from registry.storage.row_writer import document_row, final_if_unchanged, named_blob
+from registry.storage.row_writer import document_row, final_if_unchanged, find_task, named_blob
 from registry.tables.table import Table
 from registry.to_records import code_record, evaluation_record
 
@@ -43,24 +41,18 @@ class Evaluations(Table):
             query = select(evaluation).join(evaluation.task).join(evaluation.data)
             query = query.order_by(models.Task.name, models.Blob.digest, evaluation.rung, evaluation.id)
             if task is not None:
-                query = query.where(evaluation.task_id == rows.find_task(session, task).id)
+                query = query.where(evaluation.task_id == find_task(session, task).id)
             return [evaluation_record(row) for row in session.scalars(query)]
 
     def of(self, tasks: Sequence[str]) -> dict[str, list[records.EvaluationRecord]]:
-        """Return task -> its measurements, for those that have some; rows of other tasks are not looked at."""
-        evaluation, found = models.Evaluation, defaultdict[str, list[records.EvaluationRecord]](list)
-        with self._db.read() as session:
-            for some in rows.in_parts(tasks):
-                query = select(evaluation).join(evaluation.task).where(models.Task.name.in_(some))
-                for row in session.scalars(query.order_by(evaluation.id)):
-                    found[row.task.name].append(evaluation_record(row))
-        return found
+        """Return task -> its measurements, for those that have some."""
+        return self._by_task(models.Evaluation, evaluation_record, tasks)
 
 
 def record_evaluation(session: Session, new: records.NewEvaluation, now: str) -> None:
     """Record a measurement in an open transaction, in place of an earlier one of the same thing."""
     evaluation = models.Evaluation
-    task, data = rows.find_task(session, new.task), named_blob(session, new.data)
+    task, data = find_task(session, new.task), named_blob(session, new.data)
     same = (
         evaluation.task_id == task.id,
         evaluation.rung == new.rung,

@@ -16,11 +16,10 @@ from registry import schema as models
 from registry.errors import DamagedBlob, LastCopy, StoreIOError
 from registry.files import failpoint
 from registry.records import AdapterRecord, EvictedAdapter, Eviction
-from registry.storage import row_writer as rows
 from registry.storage.folder import restore_reserve, with_reserve
 from registry.storage.kept import keep
 from registry.storage.prune import drop_evicted, evicted_files
-from registry.storage.row_writer import in_parts, utc_now
+from registry.storage.row_writer import find_final, find_task, in_parts, utc_now
 from registry.tables import ingest as known_tasks
 from registry.tables.evaluations import record_evaluation
 from registry.tables.table import Table
@@ -50,20 +49,13 @@ class Originals(Table):
         return set(evicted_files(self._db, self._blobs))
 
     def check_alone(self) -> None:
-        """Wait until no other process uses the store: who is about to measure for minutes learns at once that he waits.
-
-        Raises:
-            StoreLocked: Another process uses it for too long.
-        """
+        """Wait until no other process uses the store, before measuring for minutes; raise `StoreLocked` if one does."""
         self._db.must_write()
         with self._lock.exclusive():
             pass
 
     def evict(self, eviction: Eviction) -> int:
         """Delete the weights of some adapters of a task, for good; return the bytes freed. Works on a full disk.
-
-        Args:
-            eviction: What goes, and what was checked to replace it.
 
         Raises:
             DamagedStore: Something that must remain is damaged, or cannot be read.
@@ -98,12 +90,12 @@ class Originals(Table):
 
 def _code_to_rely_on(session: Session, eviction: Eviction) -> models.Code:
     """Return the row of the code that was checked; raise if the task has another one by now."""
-    task, code = rows.find_task(session, eviction.task), eviction.code
+    task, code = find_task(session, eviction.task), eviction.code
     if task.pinned:
         hint = "`icm edit TASK --no-pin` allows its original to be deleted"
         raise LastCopy(f"task {task.name!r} is pinned", hint=hint)
     row, generator = session.get(models.Code, code.id), session.get(models.Generator, eviction.generator.id)
-    final = rows.find_final(session, task.id)
+    final = find_final(session, task.id)
     if (
         row is None
         or generator is None

@@ -23,6 +23,7 @@ from registry.names import some
 from registry.row_checks import COLUMN
 from registry.storage.row_writer import RowWriter, check_rows, table_of
 from registry.tables.codes import code_files, code_rows, current_row
+from registry.tables.runs import finish_run
 from registry.tables.table import Table
 from registry.to_records import code_record, generator_record
 
@@ -41,8 +42,6 @@ class Generators(Table):
 
     def add(self, generator: records.NewGenerator) -> records.GeneratorRecord:
         """Record a generator with all its codes in one transaction and make it the current one."""
-        from registry.tables.runs import finish_run  # not needed to read generators
-
         with self._write() as writer:
             row = generator_row(writer, generator)
             codes = list(code_rows(writer, row, generator.codes))

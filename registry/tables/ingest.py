@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
-from sqlalchemy import ColumnElement, Connection, FromClause, delete, exists, func, insert, select, update
+from sqlalchemy import ColumnElement, Connection, FromClause, Select, delete, func, insert, select, update
 
 from registry import records
 from registry import schema as models
@@ -29,6 +29,7 @@ AdapterKey = tuple[str, str, int | None]
 
 _TASKS, _ADAPTERS, _VECTORS = map(table_of, (models.Task, models.Adapter, models.TaskVector))
 _BLOBS, _BASES, _EXTRAS = map(table_of, (models.Blob, models.BaseModel, models.Extra))
+_WEIGHTS, _CONFIGS = _BLOBS.alias(), _BLOBS.alias()
 _PLACE = func.coalesce(_ADAPTERS.c.source, _TASKS.c.folder)
 """Where an adapter came from, but for the folder of a checkpoint."""
 
@@ -65,26 +66,12 @@ def known_tasks(connection: Connection, names: Sequence[str]) -> dict[str, Known
     return {task.name.lower(): task for task in tasks.values()}
 
 
-def names_without_vectors(connection: Connection) -> list[str]:
-    """Return the names of the tasks that have no task vector, in order."""
-    query = select(_TASKS.c.name).where(~exists().where(_VECTORS.c.task_id == _TASKS.c.id)).order_by(_TASKS.c.name)
-    return list(connection.execute(query).scalars())
-
-
 def task_origins(connection: Connection) -> list[records.TaskOrigin]:
     """Return what every task is recognised by, in order of names."""
-    weights, config = _BLOBS.alias(), _BLOBS.alias()
-    query = (
-        select(
-            *(_TASKS.c.name, _TASKS.c.folder, _ADAPTERS.c.source, _ADAPTERS.c.step, _ADAPTERS.c.is_final),
-            *(weights.c.digest, weights.c.size, config.c.digest, _ADAPTERS.c.tensors_key),
-            *_checks(_TASKS, _ADAPTERS, weights, config),
-        )
-        .join_from(_ADAPTERS, _TASKS)
-        .join(weights, _ADAPTERS.c.weights_id == weights.c.id)
-        .join(config, _ADAPTERS.c.config_id == config.c.id)
-        .order_by(_TASKS.c.name, _ADAPTERS.c.is_final.desc(), _ADAPTERS.c.id)
-    )
+    query = _adapters(
+        *(_TASKS.c.name, _TASKS.c.folder, _ADAPTERS.c.source, _ADAPTERS.c.step, _ADAPTERS.c.is_final),
+        *(_WEIGHTS.c.digest, _WEIGHTS.c.size, _CONFIGS.c.digest, _ADAPTERS.c.tensors_key),
+    ).order_by(_TASKS.c.name, _ADAPTERS.c.is_final.desc(), _ADAPTERS.c.id)
     origins: dict[str, records.TaskOrigin] = {}
     for name, folder, source, step, is_final, digest, size, config_digest, key, *_ in connection.execute(query):
         place = usual_source(folder, step, is_final=is_final) if source is None else source
@@ -97,19 +84,18 @@ def task_origins(connection: Connection) -> list[records.TaskOrigin]:
 
 def evicted_adapters(connection: Connection) -> list[EvictedAdapter]:
     """Return all adapters whose weights were deleted, by task; not those that never were here, but in a bundle."""
-    weights, config = _BLOBS.alias(), _BLOBS.alias()
-    query = (
-        select(
-            *(_TASKS.c.name, weights.c.digest, config.c.digest, _ADAPTERS.c.step, _ADAPTERS.c.is_final, _PLACE),
-            *_checks(_TASKS, _ADAPTERS, weights, config),
-        )
-        .join_from(_ADAPTERS, _TASKS)
-        .join(weights, _ADAPTERS.c.weights_id == weights.c.id)
-        .join(config, _ADAPTERS.c.config_id == config.c.id)
-        .where(_ADAPTERS.c.evicted_at.is_not(None))
-        .order_by(_TASKS.c.name, _ADAPTERS.c.id)
+    query = _adapters(
+        *(_TASKS.c.name, _WEIGHTS.c.digest, _CONFIGS.c.digest, _ADAPTERS.c.step, _ADAPTERS.c.is_final, _PLACE)
     )
+    query = query.where(_ADAPTERS.c.evicted_at.is_not(None)).order_by(_TASKS.c.name, _ADAPTERS.c.id)
     return [EvictedAdapter(*row[:5]) for row in connection.execute(query) if not is_bundle_source(row[5])]
+
+
+def _adapters(*columns: Any) -> Select[Any]:
+    """Return a statement that selects columns of adapters, with their tasks and their files, and checks the rows."""
+    query = select(*columns, *_checks(_TASKS, _ADAPTERS, _WEIGHTS, _CONFIGS)).join_from(_ADAPTERS, _TASKS)
+    query = query.join(_WEIGHTS, _ADAPTERS.c.weights_id == _WEIGHTS.c.id)
+    return query.join(_CONFIGS, _ADAPTERS.c.config_id == _CONFIGS.c.id)
 
 
 def _checks(*tables: FromClause) -> list[ColumnElement[int]]:
@@ -134,18 +120,10 @@ def _tasks(connection: Connection, names: Sequence[str]) -> list[KnownTask]:
 
 
 def _add_adapters(connection: Connection, ids: Sequence[int], tasks: dict[int, KnownTask]) -> None:
-    weights, config = _BLOBS.alias(), _BLOBS.alias()
-    query = (
-        select(
-            *(_ADAPTERS.c.task_id, weights.c.digest, config.c.digest, _ADAPTERS.c.step),
-            *(_ADAPTERS.c.is_final, _ADAPTERS.c.evicted_at, _ADAPTERS.c.id, _ADAPTERS.c.initial_id, _PLACE),
-            *_checks(_TASKS, _ADAPTERS, weights, config),
-        )
-        .join_from(_ADAPTERS, weights, _ADAPTERS.c.weights_id == weights.c.id)
-        .join(_TASKS, _ADAPTERS.c.task_id == _TASKS.c.id)
-        .join(config, _ADAPTERS.c.config_id == config.c.id)
-        .where(_ADAPTERS.c.task_id.in_(ids))
-    )
+    query = _adapters(
+        *(_ADAPTERS.c.task_id, _WEIGHTS.c.digest, _CONFIGS.c.digest, _ADAPTERS.c.step),
+        *(_ADAPTERS.c.is_final, _ADAPTERS.c.evicted_at, _ADAPTERS.c.id, _ADAPTERS.c.initial_id, _PLACE),
+    ).where(_ADAPTERS.c.task_id.in_(ids))
     for task_id, weight, setting, step, is_final, evicted_at, number, initial, place, *_ in connection.execute(query):
         task, key = tasks[task_id], (weight, setting, step)
         task = replace(task, adapters=task.adapters | {key})

@@ -103,12 +103,8 @@ def _error() -> Expression:
     return func.icm_root(_current(select(squared).select_from(Code)).scalar_subquery())
 
 
-def measurement() -> Expression:
-    """Return the number of the row that has the retained gain."""
-    return _measured(Evaluation.id)
-
-
-def _measured(column: InstrumentedAttribute[Any]) -> Expression:
+def measured(column: InstrumentedAttribute[Any]) -> Expression:
+    """Return a column of the measurement that has the retained gain."""
     source = Evaluation.rung.type
     better = case((Code.residual_id.is_(None), literal("code", source)), else_=literal("residual", source))
     found = select(column).select_from(Code)
@@ -121,10 +117,6 @@ def _measured(column: InstrumentedAttribute[Any]) -> Expression:
     own = func.coalesce(Evaluation.data_id == same.eval_id, 0)
     order = own.desc(), Evaluation.retained_gain.is_not(None).desc(), Evaluation.id.desc()
     return _current(found).order_by(*order).limit(1).scalar_subquery()
-
-
-def _tag() -> Expression:
-    return func.lower(literal(" ").concat(func.coalesce(Task.tags.cast(String), "")).concat(" "))
 
 
 def _status() -> Expression:
@@ -151,9 +143,9 @@ _FIELDS: dict[str, Callable[[], Expression]] = {
     "code": _code_size,
     "extras": _extras,
     # Of what the task decodes to: code and residual, or the code.
-    "gain": lambda: _measured(Evaluation.retained_gain),
+    "gain": lambda: measured(Evaluation.retained_gain),
     "error": _error,
-    "tag": _tag,
+    "tag": lambda: func.lower(literal(" ").concat(func.coalesce(Task.tags.cast(String), "")).concat(" ")),
     "status": _status,
     "source": lambda: func.icm_casefold(func.coalesce(_of_final(Adapter.source), Task.folder)),
     "note": lambda: func.icm_casefold(func.coalesce(Task.note, "")),
@@ -187,17 +179,13 @@ def _current(statement: Select[Any]) -> Select[Any]:
 def _add_functions(session: Session) -> None:
     connection = session.connection().connection.driver_connection
     assert isinstance(connection, sqlite3.Connection)
-    connection.create_function("icm_casefold", 1, _casefold, deterministic=True)
-    connection.create_function("icm_root", 1, _root, deterministic=True)
-    connection.create_function("icm_described", 2, _field_of, deterministic=True)
-
-
-def _casefold(text: str | None) -> str | None:
-    return None if text is None else text.casefold()
-
-
-def _root(value: float | None) -> float | None:
-    return None if value is None else math.sqrt(max(value, 0.0))
+    functions: dict[str, tuple[int, Callable[..., Any]]] = {
+        "icm_casefold": (1, lambda text: None if text is None else text.casefold()),
+        "icm_root": (1, lambda value: None if value is None else math.sqrt(max(value, 0.0))),
+        "icm_described": (2, _field_of),
+    }
+    for name, (arguments, function) in functions.items():
+        connection.create_function(name, arguments, function, deterministic=True)
 
 
 def _field_of(body: bytes | None, place: int) -> Any:

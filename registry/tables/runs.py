@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from sqlalchemy import delete, select
+from sqlalchemy.orm import Session
 
 from registry import records
 from registry import schema as models
 from registry.storage.row_writer import RowWriter, existing_adapters
 from registry.tables.table import Table
-from registry.to_records import run_code_record, train_run_record
+from registry.to_records import record
 
 
 class Runs(Table):
@@ -19,10 +20,8 @@ class Runs(Table):
     def running(self, base_model: str) -> records.TrainRunRecord | None:
         """Return the run of a base model that can be resumed, if there is one."""
         with self._db.read() as session:
-            query = select(models.TrainRun).join(models.TrainRun.base_model)
-            query = query.where(models.BaseModel.name == base_model, models.TrainRun.state == "running")
-            row = session.scalar(query)
-            return None if row is None else train_run_record(row)
+            row = _running(session, base_model)
+            return None if row is None else record(records.TrainRunRecord, row)
 
     def start(self, base_model: str, config: records.Json) -> records.TrainRunRecord:
         """Begin a run; one of the same base model that was running is given up with its checkpoint."""
@@ -30,21 +29,22 @@ class Runs(Table):
             session = writer.session
             base = writer.base_model(base_model)
             session.flush()
-            query = select(models.TrainRun).where(
-                models.TrainRun.base_model_id == base.id, models.TrainRun.state == "running"
-            )
-            earlier = session.scalar(query)
+            earlier = _running(session, base.name)
             garbage = finish_run(writer, earlier.id) if earlier is not None else []
             row = models.TrainRun(base_model=base, state="running", config=dict(config), step=0, created_at=writer.now)
             row.updated_at = writer.now
             session.add(row)
             session.flush()
-            record = train_run_record(row)
+            made = record(records.TrainRunRecord, row)
         self._drop(garbage)
-        return record
+        return made
 
     def save_checkpoint(self, run_id: int, *, step: int, weights: bytes, optimizer: bytes) -> records.TrainRunRecord:
-        """Store a checkpoint durably in place of the run's earlier one, whose files are deleted."""
+        """Store a checkpoint of a running run durably, in place of its earlier one, whose files are deleted.
+
+        Raises:
+            LookupError: The run is not running.
+        """
         # Bytes first: a row never refers to bytes that are not durable.
         digests = self._blobs.put_all([weights, optimizer])
         with self._write() as writer:
@@ -55,10 +55,10 @@ class Runs(Table):
             row.weights, row.optimizer = writer.blob(digests[0]), writer.blob(digests[1])
             row.step, row.updated_at = step, writer.now
             writer.session.flush()
-            record = train_run_record(row)
+            made = record(records.TrainRunRecord, row)
         # What did not change since the last checkpoint is the same blob.
         self._drop(digest for digest in garbage if digest not in digests)
-        return record
+        return made
 
     def save_codes(self, run_id: int, codes: Iterable[records.RunCode]) -> None:
         """Record codes whose files are durable, each in place of an earlier one, unless the adapter is gone by now."""
@@ -77,11 +77,16 @@ class Runs(Table):
         code = models.RunCode
         with self._db.read() as session:
             rows = session.scalars(select(code).where(code.run_id == run_id, code.generator == generator))
-            return [run_code_record(row) for row in rows]
+            return [record(records.RunCode, row, adapter=row.adapter_id, size=row.blob.size) for row in rows]
+
+
+def _running(session: Session, base_model: str) -> models.TrainRun | None:
+    query = select(models.TrainRun).join(models.TrainRun.base_model)
+    return session.scalar(query.where(models.BaseModel.name == base_model, models.TrainRun.state == "running"))
 
 
 def finish_run(writer: RowWriter, run_id: int) -> list[str]:
-    """Mark a run as done in an open transaction and return the digests that may be garbage after the commit."""
+    """Mark a run as done in an open transaction; return what may be garbage then. `LookupError` if it is gone."""
     row = writer.session.get(models.TrainRun, run_id)
     if row is None:
         raise LookupError(f"there is no train run {run_id}")

@@ -2,31 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from sqlalchemy import select
 
 from registry.files import failpoint
+from registry.schema import Evaluation, Task, TaskVector
 from registry.storage.database import Database
+from registry.storage.row_writer import RowWriter, in_parts
 
 if TYPE_CHECKING:
     from registry.storage.blobs.content import Blobs
     from registry.storage.folder import StorePaths
     from registry.storage.locks import FileLock
-    from registry.storage.row_writer import RowWriter
+    from registry.store import OnDamage
+
+Record = TypeVar("Record")
 
 
 class Table:
     """Operations on one kind of row; a `registry.store.Store` has one of each."""
 
-    def __init__(self, paths: StorePaths, lock: FileLock, database: Database, blobs: Blobs) -> None:
-        self._paths, self._lock, self._db, self._blobs = paths, lock, database, blobs
+    def __init__(
+        self, paths: StorePaths, lock: FileLock, database: Database, blobs: Blobs, on_damage: OnDamage | None = None
+    ) -> None:
+        self._paths, self._lock, self._db, self._blobs, self._on_damage = paths, lock, database, blobs, on_damage
 
     @contextmanager
     def _write(self) -> Iterator[RowWriter]:
         """Open a transaction for rows that refer to durable bytes; leaving the block commits."""
-        from registry.storage.row_writer import RowWriter  # readers write nothing
-
         with self._db.write() as session:
             yield RowWriter(session, self._blobs)
             failpoint("rows-before-commit")
@@ -37,3 +44,15 @@ class Table:
         from registry.storage.prune import drop_unreferenced  # readers delete nothing
 
         drop_unreferenced(self._lock, self._db, self._blobs, digests)
+
+    def _by_task(
+        self, model: type[Evaluation] | type[TaskVector], to_record: Callable[[Any], Record], tasks: Sequence[str]
+    ) -> dict[str, list[Record]]:
+        """Return task -> the records of its rows, for tasks that have some; rows of other tasks are not looked at."""
+        found = defaultdict[str, list[Record]](list)
+        with self._db.read() as session:
+            for some in in_parts(tasks):
+                query = select(model, Task.name).join(Task, model.task_id == Task.id).where(Task.name.in_(some))
+                for row, name in session.execute(query.order_by(model.id)):
+                    found[name].append(to_record(row))
+        return found

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Literal, TypeVar
 
-from sqlalchemy import BindParameter, ColumnElement, bindparam, delete, func, select
+from sqlalchemy import BindParameter, ColumnElement, bindparam, delete, exists, func, select
 from sqlalchemy.orm import Session, aliased, lazyload, selectinload
 
 from registry import records
@@ -23,11 +23,6 @@ from registry.to_records import adapter_record, code_record, task_record
 
 if TYPE_CHECKING:
     from registry.filters import Selection
-    from registry.storage.blobs.content import Blobs
-    from registry.storage.database import Database
-    from registry.storage.folder import StorePaths
-    from registry.storage.locks import FileLock
-    from registry.store import OnDamage
 
 T = TypeVar("T")
 
@@ -36,22 +31,6 @@ _PAGE = 256
 
 class Tasks(Table):
     """Tasks with their adapters."""
-
-    def __init__(
-        self,
-        paths: StorePaths,
-        lock: FileLock,
-        database: Database,
-        blobs: Blobs,
-        *,
-        on_damage: OnDamage | None = None,
-    ) -> None:
-        super().__init__(paths, lock, database, blobs)
-        self._on_damage = on_damage
-
-    def ingest_one(self, task: records.TaskIngest) -> records.IngestOutcome:
-        """Record one task; see :meth:`ingest`."""
-        return self.ingest([task])[0]
 
     def ingest(self, tasks: Sequence[records.TaskIngest]) -> list[records.IngestOutcome]:
         """Record tasks with all their adapters in one transaction; the same again changes nothing."""
@@ -68,7 +47,7 @@ class Tasks(Table):
         """Yield all tasks by name. Each page is one short read, so that a slow reader delays nobody."""
         with self._db.read() as session:
             ids = session.scalars(select(models.Task.id).order_by(models.Task.name)).all()
-        for some in _pages(ids):
+        for some in rows.in_parts(ids, _PAGE):
             yield from self._undamaged(self._task_page, some)
 
     def named(self, names: Sequence[str]) -> list[records.TaskRecord]:
@@ -107,10 +86,10 @@ class Tasks(Table):
 
     def without_vectors(self) -> list[str]:
         """Return the names of the tasks that have no task vector yet, in order."""
-        from registry.tables import ingest
-
-        with self._db.connection() as connection:
-            return ingest.names_without_vectors(connection)
+        task, vector = models.Task, models.TaskVector
+        with self._db.read() as session:
+            has_vectors = exists().where(vector.task_id == task.id)
+            return list(session.scalars(select(task.name).where(~has_vectors).order_by(task.name)))
 
     def origins(self) -> list[records.TaskOrigin]:
         """Return what every task is recognised by when its folder is met again, in order of names."""
@@ -122,13 +101,13 @@ class Tasks(Table):
     def names(self, selection: Selection | None = None, *, without: Collection[int] = ()) -> list[str]:
         """Return the names of the selected tasks, in the order that the selection asks for."""
         ids = self._selected(selection, without)
-        return [name for some in _pages(ids) for name in self._undamaged(self._name_page, some)]
+        return [name for some in rows.in_parts(ids, _PAGE) for name in self._undamaged(self._name_page, some)]
 
     def summaries(
         self, selection: Selection | None = None, *, without: Collection[int] = ()
     ) -> Iterator[records.TaskSummary]:
         """Yield the selected tasks, in the order asked for, with what a listing shows of them; few at a time."""
-        for some in _pages(self._selected(selection, without)):
+        for some in rows.in_parts(self._selected(selection, without), _PAGE):
             yield from self._undamaged(self._summary_page, some)
 
     def _selected(self, selection: Selection | None, without: Collection[int]) -> Sequence[int]:
@@ -178,7 +157,7 @@ class Tasks(Table):
         return self.whole(task)[1]
 
     def whole(self, task: str) -> tuple[records.TaskRecord, list[records.AdapterRecord]]:
-        """Return a task and its adapters as `adapters` does, with one look."""
+        """Return a task and its adapters, with one look; raise `DamagedStore` if it has no final one."""
         # The name may be spelled otherwise, or there is no such task.
         found = self.wholes([task]) or self.wholes([self.get(task).name])
         if not found:
@@ -211,10 +190,6 @@ class Tasks(Table):
             query = query.join(config_blob, adapter.config_id == config_blob.id)
             query = query.where(weights_blob.digest == weights, config_blob.digest == config)
             return [adapter_record(row) for row in session.scalars(query.order_by(adapter.task_id, adapter.id))]
-
-    def remove_one(self, name: str) -> records.TaskRecord:
-        """Forget a task, even if its code is the only copy; see :meth:`remove`."""
-        return self.remove([name], last_copies=[name])[0]
 
     def remove(self, names: Sequence[str], *, last_copies: Collection[str] = ()) -> list[records.TaskRecord]:
         """Forget tasks with everything derived from them, evicted ones only if `last_copies` names them."""
@@ -289,8 +264,12 @@ class Tasks(Table):
     def tags(self) -> dict[str, int]:
         """Return how many tasks have each tag, by tag."""
         with self._db.read() as session:
-            rows = session.execute(select(models.Task.tags, models.Task.crc))
-            return _counted_tags(tags for tags, _ in rows)
+            rows = session.execute(select(models.Task.tags, models.Task.crc)).all()
+        counts: dict[str, tuple[str, int]] = {}  # by tag in lower case; it is shown as it was first written
+        for tag in (tag for tags, _ in rows for tag in tags):
+            shown, before = counts.get(tag.lower(), (tag, 0))
+            counts[tag.lower()] = shown, before + 1
+        return dict(counts[tag] for tag in sorted(counts))
 
     def _name_page(self, ids: Sequence[int]) -> list[str]:
         with self._db.read() as session:
@@ -319,20 +298,6 @@ def _doomed(session: Session, names: Sequence[str], last_copies: Collection[str]
             fact = f"task {row.name!r} was evicted: its code is the only copy"
             raise LastCopy(fact, hint="run the same command again to remove it nevertheless")
         yield task_record(row)
-
-
-def _counted_tags(rows: Iterable[Sequence[str]]) -> dict[str, int]:
-    counts: dict[str, tuple[str, int]] = {}
-    for tags in rows:
-        for tag in tags:
-            shown, before = counts.get(tag.lower(), (tag, 0))
-            counts[tag.lower()] = shown, before + 1
-    return dict(counts[tag] for tag in sorted(counts))
-
-
-def _pages(ids: Sequence[int]) -> Iterator[Sequence[int]]:
-    for at in range(0, len(ids), _PAGE):
-        yield ids[at : at + _PAGE]
 
 
 def _summaries(session: Session, tasks: Sequence[models.Task]) -> list[records.TaskSummary]:
@@ -378,7 +343,7 @@ def _gains(session: Session, ids: Sequence[int]) -> dict[int, tuple[float | None
     from registry.tables import listing
 
     task, row, how = models.Task, models.Evaluation, models.Document
-    measured = select(task.id, listing.measurement().label("number")).where(task.id.in_(ids))
+    measured = select(task.id, listing.measured(models.Evaluation.id).label("number")).where(task.id.in_(ids))
     number_of = {found.id: found.number for found in session.execute(measured)}
     query = select(row.id, row.retained_gain, how.body, row.crc, how.crc).join(how, how.id == row.settings_id)
     rows = session.execute(query.where(row.id.in_(filter(None, number_of.values()))))

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Sequence
+from functools import partial
 
 from sqlalchemy import func, select
 
 from registry import records
 from registry import schema as models
-from registry.storage import row_writer as rows
-from registry.storage.row_writer import RowWriter, document_row, final_if_unchanged
+from registry.storage.row_writer import RowWriter, document_row, final_if_unchanged, find_task
 from registry.tables.table import Table
-from registry.to_records import task_record, vector_record
+from registry.to_records import record, task_record
 
 
 class Vectors(Table):
@@ -38,24 +37,18 @@ class Vectors(Table):
             query = select(vector).join(vector.task)
             query = query.order_by(models.Task.name, vector.extractor_id, vector.view, vector.support_set)
             if task is not None:
-                query = query.where(vector.task_id == rows.find_task(session, task).id)
-            return [vector_record(row) for row in session.scalars(query)]
+                query = query.where(vector.task_id == find_task(session, task).id)
+            return [record(records.VectorRecord, row) for row in session.scalars(query)]
 
     def of(self, tasks: Sequence[str]) -> dict[str, list[records.VectorRecord]]:
-        """Return task -> its vectors, for those that have some; rows of other tasks are not looked at."""
-        vector, found = models.TaskVector, defaultdict[str, list[records.VectorRecord]](list)
-        with self._db.read() as session:
-            for some in rows.in_parts(tasks):
-                query = select(vector).join(vector.task).where(models.Task.name.in_(some))
-                for row in session.scalars(query.order_by(vector.id)):
-                    found[row.task.name].append(vector_record(row))
-        return found
+        """Return task -> its vectors, for those that have some."""
+        return self._by_task(models.TaskVector, partial(record, records.VectorRecord), tasks)
 
 
 def record_vector(writer: RowWriter, new: records.NewVector) -> bool:
     """Record a task vector in an open transaction, and say whether it is new or changed."""
     vector = models.TaskVector
-    task = rows.find_task(writer.session, new.task)
+    task = find_task(writer.session, new.task)
     extractor = document_row(writer.session, dict(new.extractor))
     blob = writer.blob(new.blob)
     writer.session.flush()

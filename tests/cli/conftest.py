@@ -17,11 +17,11 @@ from icmlora.fleet.measure.metric_result import MetricResult
 from icmlora.fleet.train.candidates import Candidate
 from registry.records import Rung
 from tests.cli.fleet import write_fleet
-from tests.refining import short_refining
+from tests.quick import quick_codes
 from tests.rewriting import moved
 from tests.shared import built_once
 
-__all__ = ["short_refining"]
+__all__ = ["quick_codes"]
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from icm_cli import app as program
 from icm_cli.config import load_settings
 from icm_cli.errors import ExitCode
 from icm_cli.output import Output
-from icm_cli.session import GlobalOptions, Session
+from icm_cli.session import Session
 from icmlora.fleet.context import Context, reporting
 from tests.cli.conftest import Ran, modules_of
 from tests.cli.homeless import leave_home
@@ -169,12 +169,12 @@ def test_a_stopped_job_reports_what_was_done_and_that_it_was_stopped() -> None:
                 context.progress(1, 2)
         return done
 
-    session = Session(Output(), load_settings(), "icm test", GlobalOptions())
+    session = Session(Output(), load_settings(), "icm test")
     assert session.run("test", work) == (["first"], True)
 
 
 def test_a_second_signal_stops_at_once() -> None:
-    session = Session(Output(), load_settings(), "icm test", GlobalOptions())
+    session = Session(Output(), load_settings(), "icm test")
 
     def work(context: Context) -> None:
         signal.raise_signal(signal.SIGINT)
@@ -186,6 +186,6 @@ def test_a_second_signal_stops_at_once() -> None:
 
 def test_the_signal_handlers_are_put_back_after_the_work() -> None:
     before = signal.getsignal(signal.SIGINT)
-    session = Session(Output(), load_settings(), "icm test", GlobalOptions())
+    session = Session(Output(), load_settings(), "icm test")
     assert session.run("test", lambda fleet: 1) == (1, False)
     assert signal.getsignal(signal.SIGINT) is before

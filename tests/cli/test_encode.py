@@ -175,6 +175,7 @@ def test_the_replaced_codes_leave_no_bytes_behind(icm: Icm, trained: Path) -> No
     assert icm("verify", "--read-data").code == 0
 
 
+@pytest.mark.slow
 def test_a_gain_that_every_code_keeps_gives_smaller_codes_than_one_that_few_keep(icm: Icm, trained: Path) -> None:
     sizes = []
     for limit in ("0.2", "0.995"):

@@ -15,7 +15,7 @@ from icm_cli.errors import ExitCode
 from icmlora.adapter.metrics import squared_error
 from icmlora.adapter.model import Adapter
 from icmlora.formats.discovery.folder import load_adapter
-from icmlora.generator.decoder import Decoder
+from icmlora.generator.codec import Codec
 from registry.errors import StoreFull
 from registry.records import AdapterRecord, CodeRecord
 from registry.storage.database import Database
@@ -227,8 +227,8 @@ def crashing(adapter: Adapter) -> Adapter:
 def test_a_codec_that_lies_costs_no_original(
     icm: Icm, trained: Path, monkeypatch: pytest.MonkeyPatch, lie: Callable[[Adapter], Adapter]
 ) -> None:
-    real, before = Decoder.decode, blob_bytes(trained)
-    monkeypatch.setattr(Decoder, "decode", lambda self, data: lie(real(self, data)))
+    real, before = Codec.decode, blob_bytes(trained)
+    monkeypatch.setattr(Codec, "decode", lambda self, data: lie(real(self, data)))
     ran = icm("evict", "poems", "rules", "--max-error", "0.45", "--json")
     assert (ran.code, evicted(trained), blob_bytes(trained)) == (ExitCode.PARTLY, set(), before)
     assert all(task["reason"] for task in tasks_of(ran).values())
@@ -248,9 +248,9 @@ def test_nothing_goes_where_a_part_is_damaged(icm: Icm, trained: Path, part: str
 
 @pytest.mark.slow
 def test_one_adapter_at_a_time_is_in_memory(icm: Icm, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, alive = Decoder.decode, []
+    real, alive = Codec.decode, []
 
-    def decode(self: Decoder, data: bytes) -> Adapter:
+    def decode(self: Codec, data: bytes) -> Adapter:
         gc.collect()
         alive.append(sum(reference() is not None for reference in seen))
         adapter = real(self, data)
@@ -258,7 +258,7 @@ def test_one_adapter_at_a_time_is_in_memory(icm: Icm, trained: Path, monkeypatch
         return adapter
 
     seen: list[Any] = []
-    monkeypatch.setattr(Decoder, "decode", decode)
+    monkeypatch.setattr(Codec, "decode", decode)
     assert icm(*ALL).code == 0
     assert alive == [0, 0, 0]
 

@@ -1,5 +1,6 @@
 """`icm import`: a bundle becomes tasks of a store."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -117,6 +118,34 @@ def test_an_original_that_was_never_here_is_not_called_evicted(icm: Icm, bundle:
     assert "evicted at" in icm("show", "poems").out
 
 
+FORGED = {
+    "names": {"names": {"model.layers.0.self_attn.q_proj": ["../../x", "y"]}},
+    "the same name twice": {"names": {"model.layers.0.self_attn.q_proj": ["a", "a"]}},
+    "shapes": {"shapes": {"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": [3, 5]}},
+    "experts": {"experts": {"model.layers.0.self_attn": 2}},
+    "number format": {"dtype": "F9000"},
+    "number formats": {"dtypes": {"x": ["F32"]}},
+    "metadata": {"metadata": {"format": 1}},
+    "unknown": {"evil": 1},
+}
+
+
+@pytest.mark.one_case
+@pytest.mark.parametrize("form", FORGED.values(), ids=list(FORGED))
+def test_a_task_with_a_forged_form_is_left_out_by_name_and_the_others_are_imported(
+    icm: Icm, bundle: Path, form: dict[str, object]
+) -> None:
+    fields = fields_of(bundle)
+    fields["tasks"][1]["template"] = json.dumps(form)
+    for options in (("--dry-run",), ()):
+        ran = icm("import", forge(bundle, fields), "--json", *options)
+        assert (ran.code, statuses(ran)) == (ExitCode.PARTLY, {"poems": "added", "silent": "added"})
+        assert ran.document["refused"] == {"rules": "what is noted of the original's form does not fit it"}
+    assert icm("ls", "-q").out == "poems\nsilent\n"
+    assert verified(icm)
+    assert icm("import", bundle, "rules").code == ExitCode.FAILED
+
+
 @pytest.mark.one_case
 @pytest.mark.parametrize("limit", [("--max-error", 0.05), ("--min-gain", 0.9)])
 def test_a_forged_claim_costs_no_original(
@@ -224,7 +253,7 @@ def test_codes_of_another_generator_are_refused(icm: Icm, bundle: Path, tmp_path
     assert not (tmp_path / "store").exists()
 
 
-@pytest.mark.one_case
+@pytest.mark.slow
 @pytest.mark.parametrize("point", ["blob-renamed", "blobs-durable", "rows-before-commit", "rows-committed"])
 def test_a_killed_import_is_completed_by_the_same_command(icm: Icm, bundle: Path, point: str) -> None:
     script = "import sys; from icm_cli.app import run; sys.exit(run(sys.argv[1:]))"

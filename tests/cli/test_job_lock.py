@@ -77,6 +77,7 @@ def test_reading_and_ingesting_do_not_wait(icm: Icm, trained: Path, mixed_templa
             assert icm(*command, "--lock-timeout", 0).code == 0, command
 
 
+@pytest.mark.slow
 def test_a_command_that_waits_says_for_whom(icm: Icm, trained: Path) -> None:
     with another_process_trains(trained, seconds=1.6) as pid:
         ran = icm("encode", "rules", "--max-error", "0.3")

@@ -86,7 +86,13 @@ def test_adapters_that_bring_their_heads_are_measured_on_a_base_model_without_on
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # between PEFT and transformers
-@pytest.mark.parametrize("kind", KINDS.values(), ids=lambda kind: kind.name)
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(kind, id=name, marks=[pytest.mark.slow] if name in ("bart", "bert", "florence", "yolos") else [])
+        for name, kind in KINDS.items()
+    ],
+)
 def test_the_whole_path_works(kind: Kind, icm: Icm, tmp_path: Path) -> None:
     root = write_fleet(kind, tmp_path / "given")
     icm("base", "add", kind.name, root / "base")

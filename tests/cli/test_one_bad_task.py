@@ -69,6 +69,8 @@ def digest_of(store: Path, task: str, what: str) -> str:
 
 DAMAGED = tuple(f"damaged {what}" for what in ("weights", "config", "code", "vectors", "samples", "eval"))
 OTHERS = ("diverged", "not finite", "of other modules", "without texts", "without its base", "not run", "broken base")
+FEW = ("damaged weights", "not finite")
+ALL = pytest.param((*DAMAGED, *OTHERS), id="all", marks=pytest.mark.slow)
 EACH = [pytest.param((kind,), id=kind, marks=pytest.mark.slow) for kind in (*DAMAGED, *OTHERS)]
 
 
@@ -165,7 +167,7 @@ def expected(good: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[
     return [told(store, *arguments) for arguments in COMPARED]
 
 
-@pytest.mark.parametrize("kinds", [pytest.param((*DAMAGED, *OTHERS), id="all"), *EACH])
+@pytest.mark.parametrize("kinds", [pytest.param(FEW, id="few"), ALL, *EACH])
 def test_what_is_done_with_the_good_tasks_is_the_same_beside_bad_ones(
     kinds: Sequence[str], good: Path, expected: list[dict[str, object]], tmp_path: Path
 ) -> None:
@@ -201,6 +203,7 @@ def test_an_update_makes_codes_of_all_good_tasks_and_names_the_bad_ones(
 
 
 # Tasks with a code are in the test below: only the generator in use decodes it.
+@pytest.mark.slow
 @pytest.mark.parametrize("kinds", [pytest.param(OTHERS, id="all"), *EACH[len(DAMAGED) :]])
 def test_a_training_takes_all_good_tasks_and_names_the_bad_ones(
     kinds: Sequence[str], good: Path, tmp_path: Path

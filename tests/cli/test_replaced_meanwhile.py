@@ -83,10 +83,10 @@ def other(tmp_path: Path) -> Path:
     return write_lora(tmp_path / "other" / "poems", seed=77)
 
 
-@pytest.fixture
-def finer(trained_template: Path, tmp_path: Path) -> dict[str, bytes]:
+@pytest.fixture(scope="module")
+def finer(trained_template: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """Other codes for `poems` and `rules`, which the present generator decodes."""
-    store = Path(shutil.copytree(trained_template, tmp_path / "finer"))
+    store = Path(shutil.copytree(trained_template, tmp_path_factory.mktemp("finer") / "store"))
     icm_quietly(store, "encode", "poems", "rules", "--max-error", "0.045")
     with Store.open(store) as opened:
         return {task: opened.blobs.read(row.blob) for task, row in codes(store).items()}
@@ -159,7 +159,7 @@ class TestEval:
         self, icm: Icm, trained: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         def code(losses: TaskLosses) -> object:
-            losses._store.tasks.remove_one("poems")  # as `icm rm` does
+            losses._store.tasks.remove(["poems"], last_copies=["poems"])  # as `icm rm` does
             monkeypatch.setattr(TaskLosses, "_code", real)
             return real(losses)
 
@@ -214,7 +214,7 @@ class TestEncode:
         def read_original(store: Store, final: AdapterRecord) -> Adapter:
             adapter = real(store, final)
             if final.task == "poems":
-                store.tasks.remove_one("poems")  # as `icm rm` does
+                store.tasks.remove(["poems"], last_copies=["poems"])  # as `icm rm` does
             return adapter
 
         real = encoding.read_original
@@ -297,7 +297,7 @@ def test_an_eviction_passes_over_a_task_that_was_removed_meanwhile(
     def evict(evictor: Evictor, name: str, made: Any) -> TaskEvicted:
         done = real(evictor, name, made)
         if name == "poems":
-            evictor._store.tasks.remove_one("rules")  # as `icm rm` does
+            evictor._store.tasks.remove(["rules"], last_copies=["rules"])  # as `icm rm` does
         return done
 
     real = Evictor.evict

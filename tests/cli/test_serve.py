@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ httpx = pytest.importorskip("httpx")
 
 from icm_cli.errors import ExitCode  # noqa: E402
 from icmlora.serving.gateway import server  # noqa: E402
-from icmlora.serving.gateway.server import GatewaySettings  # noqa: E402
+from icmlora.serving.gateway.settings import GatewaySettings  # noqa: E402
 from registry.store import Store  # noqa: E402
 from tests.cli.conftest import Ran, modules_of  # noqa: E402
 from tests.icmlora.serving.gateway.gateways import wait_for  # noqa: E402
@@ -116,6 +116,11 @@ def test_the_address_as_json(serve: Icm, settings: list[GatewaySettings]) -> Non
     assert (event["type"], event["tasks_count"]) == ("listening", 3)
 
 
+def test_the_defaults_of_the_options_are_those_of_the_gateway(serve: Icm, settings: list[GatewaySettings]) -> None:
+    serve()
+    assert settings == [GatewaySettings(engine_url="http://127.0.0.1:9", local_names=frozenset({"127.0.0.1"}))]
+
+
 def test_options_reach_the_server(serve: Icm, settings: list[GatewaySettings]) -> None:
     ran = serve(
         *("--engine", "sglang", "--base-model", "tiny/llama", "--max-adapters", "7", "--max-waiting", "8"),
@@ -127,8 +132,8 @@ def test_options_reach_the_server(serve: Icm, settings: list[GatewaySettings]) -
     found = settings[0]
     assert (found.engine, found.base_model, found.engine_token, found.access_log) == ("sglang", "tiny/llama", "e", True)
     assert (found.max_adapters, found.max_waiting, found.max_requests) == (7, 8, 9)
-    assert (found.limits.body, found.limits.first_byte, found.limits.idle) == (1 << 20, 2, 3)
-    assert (found.limits.header, found.limits.whole_body, found.max_connections) == (6, 6, 10)
+    assert (found.max_body, found.first_byte_timeout, found.idle_timeout) == (1 << 20, 2, 3)
+    assert (found.header_timeout, found.body_timeout, found.max_connections) == (6, 6, 10)
     assert found.drain == 4
 
 
@@ -273,6 +278,39 @@ def test_a_request_that_takes_too_long_to_end_is_cut(engine: StubEngine, trained
     assert answers[0].status_code == 503
     assert "Traceback" not in err
     assert "1 request in flight did not end within --drain-seconds and was cut off" in err
+
+
+@pytest.mark.parametrize(("addresses", "lines"), [(1, 0), (4, 1)])
+def test_hundreds_of_halves_of_requests_leave_no_traceback_where_descriptors_are_few(
+    engine: StubEngine, trained: Path, tmp_path: Path, addresses: int, lines: int
+) -> None:
+    err = ""
+    few = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))\n"
+    with served(engine, trained, tmp_path / "adapters", before=few) as process, ExitStack() as open_ones:
+        host, port = process.url.removeprefix("http://").split(":")
+        for number in range(400):
+            place = (host, int(port)), 20, (f"127.0.0.{1 + number % addresses}", 0)
+            open_ones.enter_context(socket.create_connection(*place)).sendall(b"POST /v1/compl")
+        if addresses == 1:  # there are descriptors left for others
+            with httpx.Client(transport=httpx.HTTPTransport(local_address="127.0.0.9")) as other:
+                assert other.get(f"{process.url}/healthz").status_code == 200
+        else:
+            patience = threading.Timer(120, process.kill)
+            patience.start()
+            err = next(line for line in process.stderr if "no file descriptor" in line)
+            patience.cancel()
+        open_ones.close()
+        wait_for(lambda: _is_healthy(process.url))
+        process.send_signal(signal.SIGTERM)
+        err += process.communicate()[1]
+    assert "Traceback" not in err
+    assert err.count("no file descriptor is left for another connection") == lines
+
+
+def _is_healthy(url: str) -> bool:
+    with suppress(httpx.HTTPError):
+        return bool(httpx.get(f"{url}/healthz", trust_env=False).status_code == 200)
+    return False
 
 
 @pytest.mark.slow

@@ -14,6 +14,8 @@ from icmlora.serving.base import EngineBase
 from icmlora.serving.launch import VLLM_RANKS
 from icmlora.serving.requirements import Config, EngineName, config_problem
 from icmlora.serving.tasks import ServedTasks, TaskForm, open_tasks
+from registry.store import Store
+from tests.cli.coded import damage
 from tests.cli.conftest import Ran
 from tests.cli.tiny_fleet import write_lora
 from tests.icmlora.tiny_base import LABEL
@@ -74,6 +76,20 @@ def test_what_is_no_peft_folder_is_left_out_and_said(icm: Icm, trained: Path, mo
     plan = icm("serve", "--print-config", "vllm", "--json").document
     assert [one["task"] for one in plan["left_out"]] == ["rules"]
     assert plan["tasks_count"] == 2
+
+
+def test_tasks_with_a_damaged_configuration_are_left_out_by_name(icm: Icm, trained: Path) -> None:
+    with Store.open(trained) as store:
+        configs = {name: store.tasks.final(name).config for name in ("poems", "rules", "silent")}
+    damage(trained, configs["rules"])  # tasks may share it
+    ran = icm("serve", "--print-config", "vllm", "--json")
+    assert (ran.code, ran.document["tasks_count"]) == (
+        0,
+        sum(config != configs["rules"] for config in configs.values()),
+    )
+    left_out = {one["task"]: one["reason"] for one in ran.document["left_out"]}
+    assert left_out.keys() == {name for name, config in configs.items() if config == configs["rules"]}
+    assert "damaged" in left_out["rules"]
 
 
 def test_vllm_behind_the_gateway_needs_no_plug_in(icm: Icm, trained: Path) -> None:

@@ -123,6 +123,7 @@ def test_ctrl_c_while_it_encodes_publishes_nothing(icm: Icm, mixed: Path, monkey
         assert store.generators.current(LABEL) is None
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize(
     ("event_type", "options", "told", "go_on"),
     [

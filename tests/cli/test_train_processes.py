@@ -121,7 +121,7 @@ with Store.open(Path(sys.argv[1]), read_only=True) as store:
     for row in store.tasks.summaries():
         generator = store.generators.current(row.task.base_model)
         code = store.blobs.read(row.code.blob)
-        opened = GeneratorFile(store.blobs.read(generator.blob)).decoder_of(code).open(code)
+        opened = GeneratorFile(store.blobs.read(generator.blob)).codec_of(code).open(code)
         for group in opened.groups:
             for part in (group.residuals, *group.sides):
                 digest.update(part.tobytes())

@@ -9,6 +9,9 @@ pytest.register_assert_rewrite("tests.compat.suite")
 from tests.compat.case import Case  # noqa: E402
 from tests.compat.not_yet import NOT_YET  # noqa: E402
 from tests.compat.suite import CaseTests, World, build_world  # noqa: E402
+from tests.quick import quick_codes  # noqa: E402
+
+__all__ = ["quick_codes"]
 
 _MADE_FOR = {
     "test_it_has_its_outcome": lambda case: True,

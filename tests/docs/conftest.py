@@ -1,6 +1,6 @@
 """The command line, for the tests of the documentation."""
 
 from tests.cli.conftest import icm
-from tests.refining import short_refining
+from tests.quick import quick_codes
 
-__all__ = ["icm", "short_refining"]
+__all__ = ["icm", "quick_codes"]

@@ -15,7 +15,7 @@ pytest.importorskip("fastapi")
 pytest.importorskip("uvicorn")
 
 from icmlora.serving.folders import AdapterFolders
-from icmlora.serving.gateway.server import GatewaySettings
+from icmlora.serving.gateway.settings import GatewaySettings
 from icmlora.serving.tasks import open_tasks
 from tests.cli.conftest import Ran
 from tests.docs.pages import ROOT

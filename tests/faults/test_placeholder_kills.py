@@ -109,7 +109,7 @@ def test_a_kill_after_each_file_leaves_the_adapter_or_its_placeholder(
     assert (kills, place.is_back()) == (len(FILES) * len(away), True)
 
 
-@pytest.mark.one_case
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mode", "point"),
     [

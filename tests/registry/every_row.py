@@ -17,7 +17,7 @@ def fill(store: Store) -> None:
     store.base_models.set_facts(BASE, fingerprint="f00d", shape={"hidden_size": 64})
     ingest(store, "rust", steps=[80, 90], samples=b"samples", eval_data=b"texts", card=b"card")
     ingest(store, "HTML")
-    store.tasks.ingest_one(trainer_run(store))
+    store.tasks.ingest([trainer_run(store)])
     one = vector(store, "rust")
     newer = {**EXTRACTOR, "version": 2}
     store.vectors.add([one, vector(store, "rust", 1), replace(one, view="adapted"), replace(one, extractor=newer)])

@@ -81,7 +81,7 @@ def adapter(
 
 def ingest(store: Store, name: str, **options: object) -> None:
     """Store and record a task; options as in :func:`offer`."""
-    store.tasks.ingest_one(offer(store, name, **options))  # type: ignore[arg-type]
+    store.tasks.ingest([offer(store, name, **options)])  # type: ignore[arg-type]
 
 
 def vector(store: Store, task: str, support_set: int = 0, *, data: bytes = b"vector") -> NewVector:

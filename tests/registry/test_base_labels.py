@@ -170,11 +170,11 @@ def test_a_task_gets_the_base_model_that_it_lacked(store: Store) -> None:
     ingest(store, "rust", base_model=UNKNOWN_BASE)
     assert "no base model" in str(store.tasks.final("rust").original_only)
     told = replace(offer(store, "rust"), base_is_told=True)
-    outcome = store.tasks.ingest_one(told)
+    outcome = store.tasks.ingest([told])[0]
     assert (outcome.status, outcome.new, outcome.base_model) == ("updated", 0, BASE)
     assert (store.tasks.get("rust").base_model, store.tasks.final("rust").original_only) == (BASE, None)
     # The same adapter without the option: it keeps what it has.
-    again = store.tasks.ingest_one(offer(store, "rust", base_model=UNKNOWN_BASE))
+    again = store.tasks.ingest([offer(store, "rust", base_model=UNKNOWN_BASE)])[0]
     assert (again.status, again.base_model) == ("known", BASE)
 
 

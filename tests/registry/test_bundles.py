@@ -95,7 +95,7 @@ def test_the_true_original_of_a_bundle_is_stored_although_nobody_asks_to_restore
     task = imported(store, "rust")
     store.bundles.add(bundle(store, replace(task, original=replace(task.original, source=bundle_source("ab")))))
     assert store.originals.evicted() == []
-    assert store.tasks.ingest_one(offer(store, "rust")).restored == 1
+    assert store.tasks.ingest([offer(store, "rust")])[0].restored == 1
     assert store.tasks.final("rust").source == offer(store, "rust").adapters[0].source
 
 
@@ -231,7 +231,7 @@ def test_a_store_opened_read_only_takes_nothing(store: Store, tmp_path: Path) ->
 
 def test_ingesting_the_original_brings_it_back_whatever_length_was_claimed(store: Store) -> None:
     store.bundles.add(bundle(store, imported(store, "rust")))
-    store.tasks.ingest_one(replace(offer(store, "rust"), restore=True))
+    store.tasks.ingest([replace(offer(store, "rust"), restore=True)])
     assert not store.tasks.final("rust").is_evicted
     assert list(store.verify(read_data=True)) == []
 

@@ -80,7 +80,7 @@ def test_a_code_whose_bytes_are_not_stored_is_refused(store: Store) -> None:
 def test_a_code_of_a_task_that_was_removed_meanwhile_is_left_out(store: Store) -> None:
     made, _ = coded(store)
     late = new_code(store, b"second")
-    store.tasks.remove_one("rust")
+    store.tasks.remove(["rust"], last_copies=["rust"])
     assert store.codes.replace(made.id, late) is None
 
 

@@ -70,13 +70,13 @@ def test_pruning_and_removing_beside_ingests_and_readers_breaks_nothing(tmp_path
     def ingest_again_and_again() -> None:
         for number in range(15):
             with new_store(root, lock_timeout=TIMEOUT) as store:
-                store.tasks.ingest_one(offer(store, f"task{number}", steps=[1, 2]))
+                store.tasks.ingest([offer(store, f"task{number}", steps=[1, 2])])
 
     def remove_and_prune() -> None:
         for _ in range(15):
             with new_store(root, lock_timeout=TIMEOUT) as store:
                 for task in list(store.tasks.all())[:1]:
-                    store.tasks.remove_one(task.name)
+                    store.tasks.remove([task.name], last_copies=[task.name])
                 store.prune(grace=0)
 
     def read() -> None:

@@ -260,25 +260,27 @@ def test_verify_finds_an_evicted_task_without_a_code(rust: Store) -> None:
 def test_the_same_ingest_leaves_it_evicted_and_needs_no_file(rust: Store) -> None:
     again = offer(rust, "rust", steps=[80], card=b"card")
     rust.originals.evict(eviction(rust, "rust"))
-    outcome = rust.tasks.ingest_one(again)
+    outcome = rust.tasks.ingest([again])[0]
     assert (outcome.status, outcome.new, outcome.known, outcome.evicted, outcome.restored) == ("known", 0, 2, 2, 0)
     assert rust.tasks.final("rust").is_evicted
 
 
 def test_an_evicted_original_can_be_restored(rust: Store) -> None:
     rust.originals.evict(eviction(rust, "rust"))
-    outcome = rust.tasks.ingest_one(replace(offer(rust, "rust", steps=[80], card=b"card"), restore=True))
+    outcome = rust.tasks.ingest([replace(offer(rust, "rust", steps=[80], card=b"card"), restore=True)])[0]
     assert (outcome.status, outcome.evicted, outcome.restored) == ("updated", 0, 2)
     assert [row.is_evicted for row in rust.tasks.adapters("rust")] == [False, False]
     assert list(rust.verify(read_data=True)) == []
-    assert rust.tasks.ingest_one(replace(offer(rust, "rust", steps=[80], card=b"card"), restore=True)).status == "known"
+    assert (
+        rust.tasks.ingest([replace(offer(rust, "rust", steps=[80], card=b"card"), restore=True)])[0].status == "known"
+    )
 
 
 def test_restoring_without_the_bytes_is_refused(rust: Store) -> None:
     again = offer(rust, "rust", steps=[80], card=b"card")
     rust.originals.evict(eviction(rust, "rust"))
     with pytest.raises(MissingBlob):
-        rust.tasks.ingest_one(replace(again, restore=True))
+        rust.tasks.ingest([replace(again, restore=True)])
     assert rust.tasks.final("rust").is_evicted
 
 

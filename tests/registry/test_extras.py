@@ -32,7 +32,7 @@ def with_extras(store: Store, name: str, extras: Sequence[Extra], **options: obj
 
 
 def ingest(store: Store, name: str, extras: Sequence[Extra] | None = None, **options: object) -> None:
-    store.tasks.ingest_one(with_extras(store, name, usual(store) if extras is None else extras, **options))
+    store.tasks.ingest([with_extras(store, name, usual(store) if extras is None else extras, **options)])
 
 
 def test_an_adapter_comes_back_with_its_extras(store: Store) -> None:
@@ -106,7 +106,7 @@ def test_prune_keeps_extras_and_removes_those_of_tasks_that_are_gone(store: Stor
     ingest(store, "rust")
     ingest(store, "sql", [extra(store, HEAD)])
     assert store.prune(grace=0).blobs == 0
-    store.tasks.remove_one("rust")
+    store.tasks.remove(["rust"], last_copies=["rust"])
     store.prune(grace=0)
     assert [store.blobs.exists(digest_of(data)) for data in (HEAD, BIAS, TOKENIZER)] == [True, False, False]
     assert list(store.verify(read_data=True)) == []

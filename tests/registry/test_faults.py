@@ -69,7 +69,7 @@ def remove_and_prune(root: Path) -> None:
     with new_store(root) as store:
         if not any(task.name == "html" for task in store.tasks.all()):
             ingest(store, "html", steps=[80])
-        store.tasks.remove_one("html")
+        store.tasks.remove(["html"], last_copies=["html"])
         store.prune(grace=0)
 
 

@@ -84,7 +84,7 @@ class TestAdding:
     def test_a_code_of_a_task_that_was_removed_meanwhile_is_left_out(self, store: Store) -> None:
         ingest(store, "html")
         new = generator(store, ["rust", "html"])
-        store.tasks.remove_one("rust")
+        store.tasks.remove(["rust"], last_copies=["rust"])
         assert [code.task for code in store.codes.all(store.generators.add(new).id)] == ["html"]
 
     def test_a_code_of_an_adapter_that_was_replaced_meanwhile_is_left_out(self, store: Store) -> None:

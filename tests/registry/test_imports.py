@@ -25,10 +25,9 @@ print(sorted({{"torch", "numpy", "safetensors", "alembic", "rich"}} & sys.module
     assert answer.stdout.strip() == "[]"
 
 
-def test_every_error_is_drawn_in_the_tree() -> None:
-    found = {name for name, value in vars(errors).items() if isinstance(value, type) and issubclass(value, Exception)}
-    assert all(name in (errors.__doc__ or "") for name in found)
-    assert all(issubclass(getattr(errors, name), errors.IcmError) for name in found)
+def test_every_error_is_one_that_icm_raises_on_purpose() -> None:
+    found = [value for value in vars(errors).values() if isinstance(value, type) and issubclass(value, Exception)]
+    assert all(issubclass(error, errors.IcmError) for error in found)
 
 
 def test_only_the_seam_writes_renames_and_removes() -> None:

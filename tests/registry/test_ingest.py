@@ -99,7 +99,7 @@ def test_a_plan_refuses_what_the_ingest_refuses(store: Store) -> None:
 def test_the_key_of_the_tensors_is_recorded_and_names_a_task_again(store: Store) -> None:
     made = offer(store, "rust")
     (final,) = made.adapters
-    store.tasks.ingest_one(replace(made, adapters=[replace(final, tensors_key="00ff" * 4)]))
+    store.tasks.ingest([replace(made, adapters=[replace(final, tensors_key="00ff" * 4)])])
     ingest(store, "older")
     assert store.tasks.final("rust").tensors_key == "00ff" * 4
     assert {origin.name: origin.tensors_key for origin in store.tasks.origins()} == {"older": None, "rust": "00ff" * 4}

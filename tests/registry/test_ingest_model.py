@@ -84,7 +84,7 @@ def test_one_batch_and_one_task_at_a_time_end_in_the_same_store(offers: Offers) 
     with fresh_store() as together, fresh_store() as apart:
         together.tasks.ingest(batch(together, offers, "fail"))
         for task in batch(apart, list(reversed(offers)), "fail"):
-            apart.tasks.ingest_one(task)
+            apart.tasks.ingest([task])
         assert contents(together) == contents(apart)
         assert together.usage().originals == apart.usage().originals
 
@@ -109,9 +109,9 @@ def test_an_empty_batch_is_no_work(store: Store) -> None:
 
 def test_a_task_keeps_the_folder_it_first_came_from(store: Store) -> None:
     first = offer(store, "rust")
-    store.tasks.ingest_one(first)
+    store.tasks.ingest([first])
     moved = [replace(row, source="elsewhere/example") for row in offer(store, "rust", steps=[80]).adapters]
-    store.tasks.ingest_one(replace(first, adapters=moved))
+    store.tasks.ingest([replace(first, adapters=moved)])
     assert {row.step: row.source for row in store.tasks.adapters("rust")} == {
         None: "loras/example",
         80: "elsewhere/example",

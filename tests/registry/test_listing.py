@@ -33,11 +33,11 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
 
 def fill(store: Store) -> None:
     ingest(store, "rust", steps=[80], eval_data=b"texts", card=b"a long card")
-    store.tasks.ingest_one(TaskIngest("HTML", BASE, [made(store, "HTML", rank_max=16, source="runs/Ünder/html")]))
+    store.tasks.ingest([TaskIngest("HTML", BASE, [made(store, "HTML", rank_max=16, source="runs/Ünder/html")])])
     extra = Extra(store.blobs.put(b"head"), None, 9, 4)
     odd = made(store, "sql", rank_max=4, original_only="LoHa factors", extras=(extra,))
-    store.tasks.ingest_one(TaskIngest("sql", "Acme/Llama-3", [odd]))
-    store.tasks.ingest_one(TaskIngest("Verse", BASE, [made(store, "Verse", does_nothing=True)]))
+    store.tasks.ingest([TaskIngest("sql", "Acme/Llama-3", [odd])])
+    store.tasks.ingest([TaskIngest("Verse", BASE, [made(store, "Verse", does_nothing=True)])])
     old = store.generators.add(generator(store, ["rust"], data=b"old"))
     now = store.generators.add(generator(store, ["rust", "HTML"], data=b"now", parent_id=old.id))
     residual = NewResidual(store.blobs.put(b"residual of rust"), 0.0025)
@@ -183,7 +183,7 @@ def test_a_task_that_is_removed_while_pages_are_read_is_left_out(
             ingest(store, name)
         rows = store.tasks.summaries()
         assert next(rows).task.name == "a"
-        store.tasks.remove_one("b")
+        store.tasks.remove(["b"], last_copies=["b"])
         assert [row.task.name for row in rows] == ["c"]
 
 

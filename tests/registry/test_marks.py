@@ -67,7 +67,7 @@ class TestRename:
         ingest(store, "rust")
         made = store.generators.add(generator(store))
         new = code(store, "rust")
-        store.tasks.remove_one("rust")
+        store.tasks.remove(["rust"], last_copies=["rust"])
         ingest(store, "oxide", weights=b"other weights")
         assert store.codes.add(made.id, [new]) == []
 
@@ -135,6 +135,6 @@ def test_a_replaced_adapter_leaves_tags_and_note_as_they_are(store: Store) -> No
     store.tasks.edit(["rust"], add_tags=["prod"])
     store.tasks.edit(["rust"], note="the good one")
     store.tasks.edit(["rust"], pinned=True)
-    outcome = store.tasks.ingest_one(offer(store, "rust", weights=b"trained again", on_conflict="replace"))
+    outcome = store.tasks.ingest([offer(store, "rust", weights=b"trained again", on_conflict="replace")])[0]
     task = store.tasks.get("rust")
     assert (outcome.status, task.tags, task.note, task.pinned) == ("replaced", ("prod",), "the good one", True)

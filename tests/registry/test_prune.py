@@ -50,7 +50,7 @@ def test_nothing_that_a_row_refers_to_goes(store: Store) -> None:
 
 def test_all_of_a_removed_task_goes(store: Store) -> None:
     ingest(store, "rust", steps=[80], samples=b"samples")
-    store.tasks.remove_one("rust")
+    store.tasks.remove(["rust"], last_copies=["rust"])
     report = store.prune(grace=0)
     assert report.blobs == 4
     assert report.freed_bytes == sum(map(len, (b"weights of rust", b"weights of rust at 80", b'{"r": 8}', b"samples")))
@@ -60,7 +60,7 @@ def test_all_of_a_removed_task_goes(store: Store) -> None:
 def test_bytes_that_another_task_shares_stay(store: Store) -> None:
     ingest(store, "rust", weights=b"shared")
     ingest(store, "html", weights=b"shared")
-    store.tasks.remove_one("rust")
+    store.tasks.remove(["rust"], last_copies=["rust"])
     store.prune(grace=0)
     assert store.blobs.read(store.tasks.final("html").weights) == b"shared"
 
@@ -107,7 +107,7 @@ def test_a_dry_run_passes_over_what_others_remove_once_it_is_listed(
 
 def test_prune_twice_is_prune_once(store: Store) -> None:
     fill(store)
-    store.tasks.remove_one("rust")
+    store.tasks.remove(["rust"], last_copies=["rust"])
     store.prune(grace=0)
     assert store.prune(grace=0) == garbage.PruneReport(0, 0, 0)
 
@@ -115,7 +115,7 @@ def test_prune_twice_is_prune_once(store: Store) -> None:
 def test_many_rows_go_in_several_commits(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(garbage, "_CHUNK", 2)
     ingest(store, "rust", steps=range(7))
-    store.tasks.remove_one("rust")
+    store.tasks.remove(["rust"], last_copies=["rust"])
     assert store.prune(grace=0).blobs == 9
     with store._db.read() as session:
         for table in ("blobs", "documents"):
@@ -129,7 +129,7 @@ def test_a_text_that_was_only_measured_on_is_not_missed_and_its_row_goes_with_th
     assert list(store.verify()) == []
     assert store.prune(grace=0).blobs == 0
     assert [found.data for found in store.evaluations.all()] == [evaluation("rust").data]
-    store.tasks.remove_one("rust")
+    store.tasks.remove(["rust"], last_copies=["rust"])
     store.prune(grace=0)
     with store._db.read() as session:
         assert session.connection().exec_driver_sql("SELECT count(*) FROM blobs").scalar_one() == 0
@@ -158,7 +158,7 @@ def test_prune_does_not_run_beside_another_command(store: Store) -> None:
 
 def test_a_pruned_blob_can_be_stored_again(store: Store) -> None:
     ingest(store, "rust")
-    store.tasks.remove_one("rust")
+    store.tasks.remove(["rust"], last_copies=["rust"])
     store.prune(grace=0)
     ingest(store, "rust")
     assert list(store.verify(read_data=True)) == []

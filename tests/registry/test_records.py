@@ -88,7 +88,7 @@ def test_an_adapter_is_read_as_it_was_offered(
         source=words[1],
         format=words[2],
     )
-    shared.tasks.ingest_one(TaskIngest(name, "base", [made]))
+    shared.tasks.ingest([TaskIngest(name, "base", [made])])
     found = shared.tasks.final(name)
     assert values(found, NewAdapter) == asdict(made)
     assert (found.original_bytes, found.weights_bytes, found.stored_bytes) == (15, 5, 15)

@@ -39,7 +39,7 @@ def test_a_task_can_be_removed_from_a_full_disk(store: Store, full_disk: Path) -
     store.paths.reserve.unlink()
     ingest(store, "rust")
     make_reserve(store.paths)
-    store.tasks.remove_one("rust")
+    store.tasks.remove(["rust"], last_copies=["rust"])
     assert list(store.tasks.all()) == []
     assert full_disk.exists()
 

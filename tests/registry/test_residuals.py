@@ -154,6 +154,6 @@ def test_residuals_are_on_the_bill_by_name(store: Store, coded: CodeRecord) -> N
 
 
 def test_forgetting_a_task_frees_its_residual(store: Store, coded: CodeRecord) -> None:
-    store.tasks.remove_one("rust")
+    store.tasks.remove(["rust"], last_copies=["rust"])
     store.prune(grace=0)
     assert DATA not in files(store)

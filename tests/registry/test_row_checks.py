@@ -111,7 +111,7 @@ def test_an_extra_that_is_gone_or_another_ones_is_missed(store: Store) -> None:
     for name in ("rust", "html"):
         task = offer(store, name)
         extra = Extra(store.blobs.put(b"tokens"), f"{name}.json", 6, 6)
-        store.tasks.ingest_one(replace(task, adapters=[replace(task.adapters[0], extras=[extra])]))
+        store.tasks.ingest([replace(task, adapters=[replace(task.adapters[0], extras=[extra])])])
     damage(store, "DELETE FROM extras WHERE file = 'rust.json'")
     with pytest.raises(DamagedRow, match="0 extras of 1"):
         store.tasks.final("rust")

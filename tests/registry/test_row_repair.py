@@ -37,7 +37,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
         fill(store)
         task = offer(store, "extra")
         extra = Extra(store.blobs.put(b"tokens"), "tokens.json", 6, 6)
-        store.tasks.ingest_one(replace(task, adapters=[replace(task.adapters[0], extras=[extra])]))
+        store.tasks.ingest([replace(task, adapters=[replace(task.adapters[0], extras=[extra])])])
     return root
 
 

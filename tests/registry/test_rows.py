@@ -133,7 +133,7 @@ class TestTheSameAdapterStill:
     def test_another_adapter_under_the_number_of_the_old_one_is_not_it(self, store: Store) -> None:
         ingest(store, "rust")
         seen = store.tasks.final("rust")
-        store.tasks.ingest_one(offer(store, "rust", weights=b"other", on_conflict="replace"))
+        store.tasks.ingest([offer(store, "rust", weights=b"other", on_conflict="replace")])
         assert store.tasks.final("rust").id == seen.id  # SQLite gives the number again
         with store._db.read() as session:
             assert rows.final_if_unchanged(session, seen) is None
@@ -141,7 +141,7 @@ class TestTheSameAdapterStill:
     def test_a_removed_task_has_none(self, store: Store) -> None:
         ingest(store, "rust")
         seen = store.tasks.final("rust")
-        store.tasks.remove_one("rust")
+        store.tasks.remove(["rust"], last_copies=["rust"])
         with store._db.read() as session:
             assert rows.final_if_unchanged(session, seen) is None
 

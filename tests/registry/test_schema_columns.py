@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from sqlalchemy.dialects import sqlite
 
 from registry.errors import DamagedStore
-from registry.schema import Choice, Digest, Moment, Packed, compact_json
+from registry.schema import DIGEST, MOMENT, PACKED, choice, compact_json
 from registry.store import Store
 from tests.registry.examples import ingest
 
@@ -24,7 +24,7 @@ JSON = st.recursive(
     max_leaves=8,
 )
 DIALECT = sqlite.dialect()
-RUNGS = Choice("base", "code")
+RUNGS = choice("base", "code")
 
 
 def through(column: Any, value: object) -> object:
@@ -33,19 +33,19 @@ def through(column: Any, value: object) -> object:
 
 @given(st.binary(min_size=32, max_size=32).map(bytes.hex))
 def test_a_digest_takes_32_bytes_and_comes_back(digest: str) -> None:
-    assert len(Digest().pack(digest)) == 32
-    assert through(Digest(), digest) == digest
+    assert len(DIGEST.pack(digest)) == 32
+    assert through(DIGEST, digest) == digest
 
 
 @given(st.datetimes(datetime(1970, 1, 1), datetime(2200, 1, 1), timezones=st.just(UTC)))
 def test_a_time_comes_back_to_the_second(moment: datetime) -> None:
     text = moment.strftime("%Y-%m-%dT%H:%M:%SZ")
-    assert through(Moment(), text) == text
+    assert through(MOMENT, text) == text
 
 
 @given(JSON)
 def test_a_json_value_comes_back(value: object) -> None:
-    assert through(Packed(), value) == value
+    assert through(PACKED, value) == value
 
 
 @pytest.mark.parametrize("word", ["base", "code"])
@@ -59,7 +59,7 @@ def test_an_unknown_word_is_not_written() -> None:
         RUNGS.pack("original")
 
 
-@pytest.mark.parametrize("column", [Digest(), Moment(), Packed(), RUNGS])
+@pytest.mark.parametrize("column", [DIGEST, MOMENT, PACKED, RUNGS])
 def test_nothing_is_null(column: Any) -> None:
     assert through(column, None) is None
 

@@ -143,7 +143,7 @@ class TestReadOnly:
                 lambda: store.blobs.put(b"x"),
                 lambda: store.blobs.put_files([], lambda path, data: None),
                 lambda: store.base_models.set_path("a", "b"),
-                lambda: store.tasks.remove_one("a"),
+                lambda: store.tasks.remove(["a"], last_copies=["a"])[0],
                 store.prune,
                 store.repair,
             ):
@@ -154,5 +154,5 @@ class TestReadOnly:
         with new_store(tmp_path / "store", lock_timeout=0) as store:
             ingest(store, "shakespeare")
             with Store.open(tmp_path / "store", read_only=True), pytest.raises(StoreLocked):
-                store.tasks.remove_one("shakespeare")
-            store.tasks.remove_one("shakespeare")
+                store.tasks.remove(["shakespeare"], last_copies=["shakespeare"])
+            store.tasks.remove(["shakespeare"], last_copies=["shakespeare"])

@@ -52,26 +52,26 @@ class StoreModel(RuleBasedStateMachine):
         if known is not None and known[0] != weights:
             if on_conflict == "fail":
                 with pytest.raises(TaskConflict):
-                    self.store.tasks.ingest_one(offered)
+                    self.store.tasks.ingest([offered])
                 return
-            assert self.store.tasks.ingest_one(offered).status == ("skipped" if on_conflict == "skip" else "replaced")
+            assert self.store.tasks.ingest([offered])[0].status == ("skipped" if on_conflict == "skip" else "replaced")
             if on_conflict == "replace":
                 self.model[key] = (weights, steps)
                 self.forget(key)
             return
         before = known[1] if known else set()
-        assert self.store.tasks.ingest_one(offered).new == len(steps - before) + (known is None)
+        assert self.store.tasks.ingest([offered])[0].new == len(steps - before) + (known is None)
         self.model[key] = (weights, before | steps)
 
     @rule(name=NAMES)
     def remove(self, name: str) -> None:
         if name.lower() in self.model:
-            self.store.tasks.remove_one(name)
+            self.store.tasks.remove([name], last_copies=[name])
             del self.model[name.lower()]
             self.forget(name.lower())
         else:
             with pytest.raises(TaskNotFound):
-                self.store.tasks.remove_one(name)
+                self.store.tasks.remove([name], last_copies=[name])
 
     @rule(data=st.sampled_from([b"generator 1", b"generator 2"]))
     def train(self, data: bytes) -> None:
@@ -91,7 +91,7 @@ class StoreModel(RuleBasedStateMachine):
         name = data.draw(st.sampled_from(sorted(self.evicted)))
         weights, steps = self.model[name]
         offered = offer(self.store, name, weights=weights, steps=sorted(steps))
-        assert self.store.tasks.ingest_one(replace(offered, restore=True)).restored >= 1
+        assert self.store.tasks.ingest([replace(offered, restore=True)])[0].restored >= 1
         self.evicted.remove(name)
 
     @rule()
@@ -119,7 +119,7 @@ class StoreModel(RuleBasedStateMachine):
     def crash_before_the_commit(self, point: str, name: str) -> None:
         def ingest() -> None:
             with new_store(self.root) as store:
-                store.tasks.ingest_one(offer(store, name, weights=FRESH, steps=[9], on_conflict="replace"))
+                store.tasks.ingest([offer(store, name, weights=FRESH, steps=[9], on_conflict="replace")])
 
         self.store.close()
         status = run(ingest, failpoint=point)

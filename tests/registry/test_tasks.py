@@ -33,7 +33,7 @@ class TestIngest:
 
     def test_a_task_has_what_was_offered(self, store: Store) -> None:
         offered = offer(store, "rust", steps=[80, 90], samples=b"samples", eval_data=b"eval", card=b"card")
-        assert store.tasks.ingest_one(offered).status == "added"
+        assert store.tasks.ingest([offered])[0].status == "added"
         task = store.tasks.get("rust")
         assert (task.base_model, task.samples, task.eval_data) == (BASE, offered.samples, offered.eval_data)
         final = store.tasks.final("rust")
@@ -49,31 +49,31 @@ class TestIngest:
 
     def test_the_same_again_changes_nothing(self, store: Store) -> None:
         offered = offer(store, "rust", steps=[80], samples=b"samples")
-        assert store.tasks.ingest_one(offered).new == 2
+        assert store.tasks.ingest([offered])[0].new == 2
         before = (store.tasks.get("rust"), store.tasks.adapters("rust"))
-        outcome = store.tasks.ingest_one(offered)
+        outcome = store.tasks.ingest([offered])[0]
         assert (outcome.new, outcome.known, outcome.status) == (0, 2, "known")
         assert (store.tasks.get("rust"), store.tasks.adapters("rust")) == before
 
     def test_a_later_checkpoint_is_added(self, store: Store) -> None:
         ingest(store, "rust", steps=[80])
-        outcome = store.tasks.ingest_one(offer(store, "rust", steps=[80, 90]))
+        outcome = store.tasks.ingest([offer(store, "rust", steps=[80, 90])])[0]
         assert (outcome.new, outcome.known, outcome.status) == (1, 2, "updated")
 
     def test_a_checkpoint_with_the_bytes_of_the_final_adapter_is_one_of_its_own(self, store: Store) -> None:
         final = adapter(store, b"same", is_final=True)
-        store.tasks.ingest_one(TaskIngest("rust", BASE, [final, replace(final, is_final=False, step=100)]))
+        store.tasks.ingest([TaskIngest("rust", BASE, [final, replace(final, is_final=False, step=100)])])
         assert [(a.step, a.is_final) for a in store.tasks.adapters("rust")] == [(100, False), (None, True)]
 
     def test_the_final_adapter_is_known_by_its_bytes_whatever_its_step(self, store: Store) -> None:
         final = adapter(store, b"same", is_final=True, step=100)
-        store.tasks.ingest_one(TaskIngest("rust", BASE, [final]))
-        outcome = store.tasks.ingest_one(TaskIngest("rust", BASE, [replace(final, step=None)]))
+        store.tasks.ingest([TaskIngest("rust", BASE, [final])])
+        outcome = store.tasks.ingest([TaskIngest("rust", BASE, [replace(final, step=None)])])[0]
         assert (outcome.new, outcome.known) == (0, 1)
 
     def test_a_name_that_differs_in_case_only_is_the_same_task(self, store: Store) -> None:
         ingest(store, "Rust", weights=b"w")
-        assert store.tasks.ingest_one(offer(store, "rust", weights=b"w")).name == "Rust"
+        assert store.tasks.ingest([offer(store, "rust", weights=b"w")])[0].name == "Rust"
         assert names(store) == ["Rust"]
 
     def test_a_layout_is_kept_once_for_all(self, store: Store) -> None:
@@ -84,7 +84,7 @@ class TestIngest:
 
     def test_two_final_adapters_are_a_mistake(self, store: Store) -> None:
         with pytest.raises(ValueError, match="exactly one"):
-            store.tasks.ingest_one(TaskIngest("rust", BASE, [adapter(store, w, is_final=True) for w in (b"1", b"2")]))
+            store.tasks.ingest([TaskIngest("rust", BASE, [adapter(store, w, is_final=True) for w in (b"1", b"2")])])
 
     def test_two_tasks_of_one_name_in_a_batch_are_a_mistake(self, store: Store) -> None:
         with pytest.raises(ValueError, match="same name"):
@@ -97,7 +97,7 @@ class TestIngest:
     def test_bytes_that_are_not_in_the_store_are_not_referred_to(self, store: Store) -> None:
         final = replace(adapter(store, b"w", is_final=True), weights="ab" * 32)
         with pytest.raises(MissingBlob):
-            store.tasks.ingest_one(TaskIngest("rust", BASE, [final]))
+            store.tasks.ingest([TaskIngest("rust", BASE, [final])])
         assert names(store) == []
 
     def test_a_batch_is_recorded_whole_or_not_at_all(self, store: Store) -> None:
@@ -119,12 +119,12 @@ class TestConflict:
 
     def test_the_same_adapter_keeps_the_base_model_that_it_has(self, store: Store) -> None:
         ingest(store, "rust")
-        outcome = store.tasks.ingest_one(offer(store, "rust", base_model="other/base"))
+        outcome = store.tasks.ingest([offer(store, "rust", base_model="other/base")])[0]
         assert (outcome.status, outcome.base_model, store.tasks.get("rust").base_model) == ("known", BASE, BASE)
 
     def test_skip_leaves_the_task_as_it_is(self, store: Store) -> None:
         ingest(store, "rust")
-        outcome = store.tasks.ingest_one(offer(store, "rust", weights=b"other", on_conflict="skip"))
+        outcome = store.tasks.ingest([offer(store, "rust", weights=b"other", on_conflict="skip")])[0]
         assert outcome.status == "skipped"
         assert store.blobs.read(store.tasks.final("rust").weights) == b"weights of rust"
 
@@ -133,7 +133,7 @@ class TestConflict:
         store.vectors.add([vector(store, "rust")])
         made = store.generators.add(generator(store, ["rust"]))
         store.evaluations.add([evaluation("rust")])
-        outcome = store.tasks.ingest_one(offer(store, "rust", weights=b"other", on_conflict="replace"))
+        outcome = store.tasks.ingest([offer(store, "rust", weights=b"other", on_conflict="replace")])[0]
         assert (outcome.status, outcome.new) == ("replaced", 1)
         assert [store.blobs.read(a.weights) for a in store.tasks.adapters("rust")] == [b"other"]
         assert store.vectors.all("rust") == []
@@ -146,19 +146,19 @@ class TestTexts:
 
     def test_no_samples_keeps_those_that_are_there(self, store: Store) -> None:
         ingest(store, "rust", samples=b"samples")
-        assert store.tasks.ingest_one(offer(store, "rust")).status == "known"
+        assert store.tasks.ingest([offer(store, "rust")])[0].status == "known"
         assert store.tasks.get("rust").samples == store.blobs.put(b"samples")
 
     def test_other_samples_make_the_vectors_of_the_old_ones_go(self, store: Store) -> None:
         ingest(store, "rust", samples=b"samples")
         store.vectors.add([vector(store, "rust")])
-        assert store.tasks.ingest_one(offer(store, "rust", samples=b"other")).status == "updated"
+        assert store.tasks.ingest([offer(store, "rust", samples=b"other")])[0].status == "updated"
         assert store.vectors.all("rust") == []
 
     def test_other_held_out_texts_leave_the_vectors_alone(self, store: Store) -> None:
         ingest(store, "rust", eval_data=b"eval")
         store.vectors.add([vector(store, "rust")])
-        assert store.tasks.ingest_one(offer(store, "rust", eval_data=b"other")).status == "updated"
+        assert store.tasks.ingest([offer(store, "rust", eval_data=b"other")])[0].status == "updated"
         assert len(store.vectors.all("rust")) == 1
 
 
@@ -223,13 +223,13 @@ class TestRemoval:
     def test_a_removed_task_is_gone_with_its_rows_and_its_bytes_stay_until_prune(self, store: Store) -> None:
         ingest(store, "rust")
         weights = store.tasks.final("rust").weights
-        assert store.tasks.remove_one("RUST").name == "rust"
+        assert store.tasks.remove(["RUST"], last_copies=["RUST"])[0].name == "rust"
         assert names(store) == []
         assert store.blobs.read(weights) == b"weights of rust"
 
     def test_an_unknown_task_cannot_be_removed(self, store: Store) -> None:
         with pytest.raises(TaskNotFound):
-            store.tasks.remove_one("rust")
+            store.tasks.remove(["rust"], last_copies=["rust"])
 
     def test_no_task_goes_if_one_of_them_was_evicted_unknown_to_the_user(self, store: Store) -> None:
         for name in ("html", "rust", "sql"):
@@ -255,7 +255,7 @@ class TestRemoval:
         ingest(store, "rust")
         with new_store(store.paths.root):
             pass
-        store.tasks.remove_one("rust")
+        store.tasks.remove(["rust"], last_copies=["rust"])
 
 
 class TestBaseModels:

@@ -84,5 +84,5 @@ def test_of_samples_that_were_replaced_meanwhile_they_are_left_out(store: Store)
 
 def test_of_a_task_that_was_removed_meanwhile_they_are_left_out(store: Store) -> None:
     seen = summary(store, "rust")
-    store.tasks.remove_one("rust")
+    store.tasks.remove(["rust"], last_copies=["rust"])
     assert store.vectors.add([vector(store, "rust")], of=seen) is None

@@ -7,16 +7,18 @@ Until the transaction the store is as it was. A killed import leaves blobs witho
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from icmlora.bundle.file import open_bundle
-from icmlora.errors import BundleError
+from icmlora.errors import AdapterRefused, BundleError, DataError, UnsafeInput
 from icmlora.fleet.context import Context, use_case
 from icmlora.fleet.resources.bundle_codes import bundled_adapter, bundled_vectors, claim_of, find_task
+from icmlora.formats.base_references import REFERENCES
 from icmlora.formats.catalogue import format_named
+from icmlora.formats.extras import unpack_tensors, unpacked_size
 from icmlora.formats.format import Template, check_companions
 from icmlora.formats.peft.config import AdapterConfig
 from icmlora.formats.peft.initial import converted_form
@@ -27,11 +29,14 @@ from registry.records import NewGenerator
 from registry.tables.bundles import BundleImport, ImportedTask, ImportOutcome
 
 if TYPE_CHECKING:
+    from icmlora.base_models.finding.tensors import BaseTensors
     from icmlora.bundle.file import BundleFile
     from icmlora.bundle.index import BundledTask, BundleIndex
     from registry.store import Store
 
 _BATCH_BYTES = 64 << 20
+_MOST_TRIED = 64 << 20
+"""Values of an adapter that is written for trial: a forged bundle is not to take memory before anybody asks for it."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,7 @@ class ImportReport:
     index: BundleIndex
     digest: str  # SHA-256 that identifies the whole bundle
     tasks: tuple[ImportOutcome, ...]  # what became of each task: `added`, `encoded`, `known` or `skipped`
+    refused: Mapping[str, str]  # task -> why its adapter cannot be written; the others are imported
 
 
 @use_case
@@ -63,6 +69,7 @@ def import_bundle(
 
     Raises:
         BundleError: The bundle is damaged, cut short, or of another format.
+        AdapterRefused: None of the tasks has an adapter that can be written.
         GeneratorConflict: The store uses another generator for this base model.
         TaskConflict: A task has another adapter or code in the store, and `on_conflict` is `fail`.
     """
@@ -73,16 +80,18 @@ def import_bundle(
         context.progress(0, None, "checking")
         bundle.check()
         _check_parts(bundle, wanted)
+        refused = _refused(bundle, wanted)
+        wanted = [task for task in wanted if task.name not in refused]
         arrival = _arrival(bundle, wanted, on_conflict)
         if dry_run:
-            return ImportReport(index, bundle.digest, tuple(_plan(context, arrival)))
+            return ImportReport(index, bundle.digest, tuple(_plan(context, arrival)), refused)
         with context.open(create=True) as store:
             planned = store.bundles.plan(arrival)
             new = {outcome.name.lower() for outcome in planned if outcome.status in ("added", "encoded")}
             _put(context, store, bundle, [task for task in wanted if task.name.lower() in new])
             # `add` decides again under the write lock, since another process may have changed a task in the meantime.
             outcomes = store.bundles.add(arrival) if new else planned
-    return ImportReport(index, bundle.digest, tuple(outcomes))
+    return ImportReport(index, bundle.digest, tuple(outcomes), refused)
 
 
 def _check_parts(bundle: BundleFile, tasks: Sequence[BundledTask]) -> None:
@@ -95,13 +104,69 @@ def _check_parts(bundle: BundleFile, tasks: Sequence[BundledTask]) -> None:
     for task in tasks:
         if generator_of(bundle.read(task.code)) not in generator_file.digests:
             raise BundleError(f"the code of {task.name!r} belongs to another generator")
-        # It may name a mirror of the base model.
-        config = bundle.read(task.config)
-        known = format_named(task.format)
-        known.read_config(config)
-        check_companions(known, task.files)
-        if task.format == PEFT.name:
-            AdapterConfig.parse(converted_form(Template(config, task.layout, task.dtype, task.template)).config)
+        check_companions(format_named(task.format), task.files)
+
+
+def _refused(bundle: BundleFile, tasks: Sequence[BundledTask]) -> dict[str, str]:
+    """Say which tasks have an adapter that cannot be written, and why."""
+    refused: dict[str, AdapterRefused] = {}
+    tried: set[tuple[object, ...]] = set()
+    for task in tasks:
+        form = task.format, task.config, task.layout, task.dtype, task.template, task.extras
+        if form in tried:  # most of a fleet have one form
+            continue
+        try:
+            _try_form(bundle, task)
+        except UnsafeInput:
+            raise
+        except AdapterRefused as error:
+            refused[task.name] = error
+        else:
+            tried.add(form)
+    if tasks and len(refused) == len(tasks):
+        name, first = next(iter(refused.items()))
+        raise AdapterRefused(f"task {name!r}: {first.message}", kind=first.kind, hint=first.hint)
+    return {name: why.message for name, why in refused.items()}
+
+
+def _try_form(bundle: BundleFile, task: BundledTask) -> None:
+    """Write an adapter of zeros in the form of a task's original: what a decoded one will be written in.
+
+    One of more than `_MOST_TRIED` values is not tried; its faults show when it is written.
+
+    Raises:
+        AdapterRefused: Its configuration, or what is noted of its form, is damaged or does not fit it.
+    """
+    known, config = format_named(task.format), bundle.read(task.config)
+    known.read_config(config)  # it may name a mirror of the base model
+    template = Template(config, task.layout, task.dtype, task.template)
+    if task.format == PEFT.name:
+        AdapterConfig.parse(converted_form(template).config)
+    if task.parameters + sum(extra.size for extra in task.extras) > _MOST_TRIED:
+        return
+    from icmlora.adapter.model import Adapter, LoraModule
+    from icmlora.formats.factors import fitted
+
+    first = task.layout[0]  # formats make zeros of the modules that an adapter lacks, but there is none without any
+    zeros = LoraModule(first.module, *fitted(None, first.rank, first.inputs, first.outputs))
+    adapter = Adapter(bundle.index.base_model, None, (), (zeros,))
+    packed = [(extra, bundle.read(extra.part)) for extra in task.extras if extra.file is None]
+    if any(data.startswith(REFERENCES) for _, data in packed):  # it is written with tensors of its base model
+        return
+    try:
+        if any(unpacked_size(data) != extra.size for extra, data in packed):
+            raise DataError("what is kept of the original has another size than the bundle says")
+        extras = unpack_tensors([data for _, data in packed], _no_base)
+        known.encode(adapter, card="", metadata={}, like=template, extras=extras)
+    except DataError as error:
+        raise AdapterRefused(error.message, kind="extras") from error
+    except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+        fact = "what is noted of the original's form does not fit it"
+        raise AdapterRefused(fact, kind="template") from error
+
+
+def _no_base() -> BaseTensors:
+    raise AssertionError("only references need the base model")
 
 
 def _plan(context: Context, arrival: BundleImport) -> list[ImportOutcome]:

@@ -19,7 +19,7 @@ from icmlora.adapter.arithmetic import truncated
 from icmlora.adapter.metrics import errors_by_group, relative, squared_error
 from icmlora.adapter.model import Adapter
 from icmlora.adapter.module_groups import grouping
-from icmlora.adapter.resize import Slots
+from icmlora.adapter.resize import RankedSlots
 from icmlora.errors import AdapterRefused, located
 from icmlora.fleet.write.format_pairs import SourceAdapter, check_pair, convert_content, written_from
 from icmlora.formats.catalogue import format_named
@@ -231,7 +231,7 @@ def _largest(form: _Form, size: int) -> tuple[Adapter, AdapterBytes]:
         def cut(count: int) -> Adapter:
             return truncated(form.original, count + 1)
     else:
-        slots = Slots.of(form.original)
+        slots = RankedSlots.of(form.original)
         values, cut = slots.values, slots.first
     low, high, header, tries = -1, len(values), 0, 0  # low fits, high does not
     best: tuple[Adapter, AdapterBytes] | None = None

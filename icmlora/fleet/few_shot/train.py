@@ -182,7 +182,7 @@ def check_few_shot(context: Context, *, base_model: str | None = None) -> None:
 def read_few_shot_start(store: Store, generator: GeneratorRecord, file: GeneratorFile) -> FewShotStart:
     """Read the few-shot start of a generator that has one."""
     data = store.blobs.read(str(generator.start))
-    return fewshot_start_from_bytes(data, lambda code: file.decoder_of(code).decode(code))
+    return fewshot_start_from_bytes(data, lambda code: file.codec_of(code).decode(code))
 
 
 @use_case

@@ -37,7 +37,7 @@ def code_reader(
 ) -> Callable[[], Adapter]:
     """Read a code, and return what decodes it, on any thread."""
     data = read(code.blob)
-    decoder = generator_file.decoder_of(data)
+    decoder = generator_file.codec_of(data)
     if source == "code" or code.residual is None:
         return partial(decoder.decode, data)
     from icmlora.generator.residual_codec import ResidualCodec  # most codes have no residual

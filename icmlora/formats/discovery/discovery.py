@@ -47,6 +47,7 @@ from icmlora.formats.discovery.task_names import (
 from icmlora.formats.discovery.tree import Folder, walk
 from icmlora.formats.discovery.unsupported import APPLE_DOUBLE, PICKLES, described, foreign_adapters, is_passed_over
 from icmlora.formats.format import AdapterFormat, AdapterPaths
+from icmlora.formats.peft.config import MAX_CONFIG_BYTES
 from icmlora.formats.peft.peft import CONFIG_NAME, WEIGHTS_NAME
 from icmlora.io.files import open_regular, read_exactly, read_regular
 from registry.names import natural_key, task_name_problem
@@ -55,7 +56,6 @@ if TYPE_CHECKING:
     from registry.records import TaskOrigin
 
 _NOTES = (*SAMPLES_NAMES, *EVAL_NAMES, STATE_NAME)
-_CONFIG_LIMIT = 1 << 20
 _BLOCK = 1 << 20
 _LOGS = frozenset({"wandb", "mlruns", "lightning_logs", "tensorboard", "tb_logs", "swanlog"})
 """Folders in which trackers of experiments keep copies of configurations."""
@@ -72,11 +72,22 @@ class FoundAdapter:
     weights: Path  # the file with its tensors
     config: Path | None  # the file with its configuration; None for a format without one
     card: Path | None
-    step: int | None  # the training step of a checkpoint, or None for an adapter that is not a checkpoint
-    is_final: bool  # whether this is *the* adapter of its task; true for exactly one
+    step: int | None = None  # the training step of a checkpoint, or None for an adapter that is not a checkpoint
+    is_final: bool = False  # whether this is *the* adapter of its task; true for exactly one
     companions: Mapping[str, Path] = field(default_factory=dict)  # other files that belong to it, by name
     pickle: str | None = None  # the name of the weights where they are, or were, a pickle
     initial: Path | None = None  # the file with the weights that it began with (see initial_weights.py)
+
+    @classmethod
+    def of(cls, known: AdapterFormat, paths: AdapterPaths, pickle: str | None = None) -> FoundAdapter:
+        """Make it of what a format found; whether it is a checkpoint, and the final one, is told later."""
+        files = paths.place, paths.weights, paths.config, paths.card
+        return cls(known, *files, companions=paths.companions, pickle=pickle)
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Everything that belongs to it."""
+        return tuple(path for path in (self.weights, self.config, self.card, *self.companions.values()) if path)
 
 
 @dataclass(frozen=True)
@@ -133,21 +144,12 @@ class SkippedPlaceholder:
     passed_over: int
 
 
-@dataclass(frozen=True)
-class _Located:
-    """The paths of one adapter and the format that found them."""
-
-    format: AdapterFormat
-    paths: AdapterPaths
-    pickle: str | None = None
-
-
 @dataclass
 class _Run:
     """What was met of one task so far; the keys are steps, None for what is not in a checkpoint."""
 
     root: Path = field(default_factory=Path)
-    adapters: dict[int | None, _Located] = field(default_factory=dict)
+    adapters: dict[int | None, FoundAdapter] = field(default_factory=dict)
     notes: dict[str, dict[int | None, Path]] = field(default_factory=dict)
     not_kept: list[Path] = field(default_factory=list)
     part: str | None = None
@@ -257,48 +259,44 @@ def name_tasks(
 def _collect(folder: Folder, root: Path, runs: defaultdict[Path, _Run], refused: list[AdapterRefused]) -> None:
     # The folder given may be a checkpoint itself, so its own name takes part.
     levels = 1 + len(folder.path.relative_to(root).parts)
-    found = [_Located(known, paths, folder.pickle) for known in catalogue.FORMATS for paths in known.find(folder)]
-    for located in found:
-        _add(located, levels, root, runs)
-    away = _collect_placeholders(folder, {located.paths.place for located in found}, levels, root, runs, refused)
-    kept = {path for located in found for path in _files_of(located.paths)}
+    found = [(known, paths) for known in catalogue.FORMATS for paths in known.find(folder)]
+    adapters = [FoundAdapter.of(*one, folder.pickle) for one in found]
+    homes = [run_folder(one.place, levels) if one.run is None else (one.run, one.step) for _, one in found]
+    for adapter, (home, step) in zip(adapters, homes, strict=True):
+        _add(adapter, home, step, root, runs)
+    away = _collect_placeholders(folder, {adapter.place for adapter in adapters}, levels, root, runs, refused)
+    kept = {path for adapter in adapters for path in adapter.files}
     # Next to an adapter that is a folder, the same adapter as a pickle or in shards is not worth a refusal.
-    if not away and all(located.paths.place != folder.path for located in found):
+    if not away and all(adapter.place != folder.path for adapter in adapters):
         of_no_format = foreign_adapters({name: path for name, path in folder.files.items() if path not in kept})
         refused.extend(of_no_format)
-        if not found and not of_no_format and _LOGS.isdisjoint(folder.path.relative_to(root).parts):
+        if not adapters and not of_no_format and _LOGS.isdisjoint(folder.path.relative_to(root).parts):
             refused.extend(error for known in catalogue.FORMATS for error in known.refuse(folder))
     home, step = run_folder(folder.path, levels)
     for name in _NOTES:
         if name in folder.files:
             runs[home].notes.setdefault(name, {}).setdefault(step, folder.files[name])
-    if found:
+    if adapters:
         kept.update(folder.files[name] for name in _NOTES if name in folder.files)
         others = [folder.path / name for name, path in folder.files.items() if path not in kept]
-        owner = runs[home] if runs[home].adapters else runs[_run_of(found[0].paths, levels)[0]]
+        owner = runs[home] if runs[home].adapters else runs[homes[0][0]]
         met = set(owner.not_kept)
-        owner.not_kept.extend(path for path in others if path not in met and not _is_passed_over(path.name))
+        owner.not_kept.extend(
+            path
+            for path in others
+            if path not in met and not is_placeholder(path.name) and not is_passed_over(path.name)
+        )
 
 
-def _add(located: _Located, levels: int, root: Path, runs: defaultdict[Path, _Run]) -> None:
-    paths = located.paths
-    home, step = _run_of(paths, levels)
+def _add(adapter: FoundAdapter, home: Path, step: int | None, root: Path, runs: defaultdict[Path, _Run]) -> None:
     run = runs[home]
     run.root = root
-    first = run.adapters.setdefault(step, located)
-    if first.paths != paths and not _is_copy(first, located):
+    first = run.adapters.setdefault(step, adapter)
+    if first.files != adapter.files and not _is_copy(first, adapter):
         # `checkpoint-5` next to `epoch_5`, or `checkpoint-05`.
-        apart = runs[paths.place]
-        apart.root, apart.part = root, paths.place.name
-        apart.adapters[step] = located
-
-
-def _run_of(paths: AdapterPaths, levels: int) -> tuple[Path, int | None]:
-    return run_folder(paths.place, levels) if paths.run is None else (paths.run, paths.step)
-
-
-def _is_passed_over(name: str) -> bool:
-    return is_placeholder(name) or is_passed_over(name)
+        apart = runs[adapter.place]
+        apart.root, apart.part = root, adapter.place.name
+        apart.adapters[step] = adapter
 
 
 def _collect_placeholders(
@@ -327,11 +325,6 @@ def with_pickle(folder: Folder) -> Folder:
     return Folder(folder.path, {**folder.files, WEIGHTS_NAME: folder.files[pickle]}, pickle)
 
 
-def _files_of(paths: AdapterPaths) -> list[Path]:
-    own = (paths.weights, paths.config, paths.card)
-    return [*(path for path in own if path is not None), *paths.companions.values()]
-
-
 def _collect_file(file: Path, runs: defaultdict[Path, _Run]) -> bool:
     """Take an adapter that is a single file and was given by its own path; False if no format knows it."""
     if not file.is_file() or file.name.startswith(APPLE_DOUBLE):
@@ -339,7 +332,7 @@ def _collect_file(file: Path, runs: defaultdict[Path, _Run]) -> bool:
     folder = Folder(file.parent, {file.name: file})
     for known in catalogue.FORMATS:
         for paths in known.find(folder):
-            runs[paths.place].adapters[None] = _Located(known, paths)
+            runs[paths.place].adapters[None] = FoundAdapter.of(known, paths)
             return True
     return False
 
@@ -380,9 +373,9 @@ def _rank(folder: Path, home: Path) -> tuple[int, str]:
 def _without_copies(run: _Run, other: _Run) -> _Run:
     """Drop adapters that the other run has byte for byte: trainers save the last one twice."""
     adapters = {
-        step: located
-        for step, located in run.adapters.items()
-        if step not in other.adapters or not _is_copy(other.adapters[step], located)
+        step: adapter
+        for step, adapter in run.adapters.items()
+        if step not in other.adapters or not _is_copy(other.adapters[step], adapter)
     }
     return replace(run, adapters=adapters)
 
@@ -397,17 +390,17 @@ def _fit(run: _Run, other: _Run) -> bool:
     return first is None or second is None or first == second
 
 
-def _base_of(located: _Located) -> str | None:
-    if located.paths.config is None:
+def _base_of(adapter: FoundAdapter) -> str | None:
+    if adapter.config is None:
         return None
     try:
-        return located.format.read_config(read_regular(located.paths.config, max_bytes=_CONFIG_LIMIT)).base_model
+        return adapter.format.read_config(read_regular(adapter.config, max_bytes=MAX_CONFIG_BYTES)).base_model
     except AdapterRefused:
         return None
 
 
-def _is_copy(first: _Located, second: _Located) -> bool:
-    pairs = [(first.paths.weights, second.paths.weights), (first.paths.config, second.paths.config)]
+def _is_copy(first: FoundAdapter, second: FoundAdapter) -> bool:
+    pairs = [(first.weights, second.weights), (first.config, second.config)]
     return all(
         one == other or (one is not None and other is not None and _same_bytes(one, other)) for one, other in pairs
     )
@@ -447,7 +440,7 @@ def _task(folder: Path, run: _Run) -> FoundTask:
     return FoundTask(
         name="",
         folder=folder,
-        adapters=tuple(_adapter(run.adapters[step], step, is_final=step == final) for step in steps),
+        adapters=tuple(replace(run.adapters[step], step=step, is_final=step == final) for step in steps),
         samples=_text(folder, run, SAMPLES_NAMES),
         eval_data=_text(folder, run, EVAL_NAMES),
         part=run.part,
@@ -480,12 +473,6 @@ def _final_step(run: _Run) -> int | None:
 def _order(step: int | None) -> tuple[bool, int]:
     """Order steps; an adapter outside a checkpoint comes last, because it was saved when training was over."""
     return (step is None, step or 0)
-
-
-def _adapter(located: _Located, step: int | None, *, is_final: bool) -> FoundAdapter:
-    paths = located.paths
-    files = paths.place, paths.weights, paths.config, paths.card
-    return FoundAdapter(located.format, *files, step, is_final, paths.companions, located.pickle)
 
 
 def _next_to(folder: Path, name: str) -> Path | None:

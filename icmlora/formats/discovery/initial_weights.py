@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from icmlora.errors import AdapterRefused
+from icmlora.formats.peft.config import MAX_CONFIG_BYTES
 from icmlora.formats.peft.peft import CONFIG_NAME, WEIGHTS_NAME, PeftFormat
 from icmlora.io.files import read_regular
 from icmlora.io.safetensors import read_tensor_header
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from icmlora.formats.discovery.discovery import FoundAdapter, FoundTask
 
 _METHODS = ("pissa", "olora", "corda")
-_CONFIG_LIMIT = 1 << 20
 
 
 def with_initial_weights(tasks: Sequence[FoundTask], given: Path | None = None) -> list[FoundTask]:
@@ -60,10 +60,10 @@ def _fits(config: Path, weights: Path, folder: Path) -> bool:
     from icmlora.formats.peft.initial import changed_base, check_initial  # few adapters have such a folder
 
     try:
-        own = read_regular(config, max_bytes=_CONFIG_LIMIT)
+        own = read_regular(config, max_bytes=MAX_CONFIG_BYTES)
         if changed_base(own) is None:
             return False
-        initial = read_regular(folder / CONFIG_NAME, max_bytes=_CONFIG_LIMIT)
+        initial = read_regular(folder / CONFIG_NAME, max_bytes=MAX_CONFIG_BYTES)
         check_initial(own, read_tensor_header(weights), initial, read_tensor_header(folder / WEIGHTS_NAME))
     except AdapterRefused:
         return False

@@ -15,13 +15,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from icmlora.errors import AdapterRefused
 from icmlora.formats.discovery.task_names import (
     cached_repository,
     chain_of,
-    former_name,
     is_generic,
     name_chain,
     names_above,
@@ -29,47 +28,19 @@ from icmlora.formats.discovery.task_names import (
     plain_name,
     run_folder,
 )
+from icmlora.formats.peft.config import MAX_CONFIG_BYTES
 from icmlora.io.files import hash_open, open_regular, read_regular
 from registry.names import escape, source_label
 
 if TYPE_CHECKING:
+    from icmlora.formats.discovery.discovery import FoundTask
     from registry.records import TaskOrigin
 
-_CONFIG_LIMIT = 1 << 20
 _NUMBER = re.compile(r"-\d{1,9}$", re.ASCII)
 
 
-class Nameable(Protocol):
-    """What the name of a found task is made from."""
-
-    @property
-    def folder(self) -> Path:
-        """The folder that it is named after."""
-        ...
-
-    @property
-    def root(self) -> Path:
-        """The folder given, in which it was found."""
-        ...
-
-    @property
-    def part(self) -> str | None:
-        """What tells it from another task of the same folder."""
-        ...
-
-    @property
-    def places(self) -> tuple[Path, ...]:
-        """The places of its adapters, that of the final one first."""
-        ...
-
-    @property
-    def files(self) -> tuple[Path, Path | None]:
-        """The weights and the configuration of its final adapter."""
-        ...
-
-
 def choose_names(
-    tasks: Sequence[Nameable],
+    tasks: Sequence[FoundTask],
     known: Sequence[TaskOrigin] = (),
     *,
     pattern: NameTemplate | None = None,
@@ -83,7 +54,7 @@ def choose_names(
         pattern: Makes the names instead of the rule; tasks that the store has keep theirs.
         same_name_is_same_task: A task of the store that has the same name is the same task, wherever it came from.
     """
-    chains = [list(_chain(task, pattern)) for task in tasks]
+    chains = [name_chain(task.folder, task.part) if pattern is None else pattern.chain(task) for task in tasks]
     names = _Recognised(tasks, chains, known).names()
     if pattern is None:
         _number(tasks, chains, names, known)
@@ -118,15 +89,8 @@ def choose_names(
     return [names[index] for index in range(len(tasks))]
 
 
-def _chain(task: Nameable, pattern: NameTemplate | None) -> Iterator[str]:
-    if pattern is not None:
-        yield from pattern.chain(task)
-    else:
-        yield from name_chain(task.folder, task.part)
-
-
 def _number(
-    tasks: Sequence[Nameable], chains: list[list[str]], names: dict[int, str], known: Sequence[TaskOrigin]
+    tasks: Sequence[FoundTask], chains: list[list[str]], names: dict[int, str], known: Sequence[TaskOrigin]
 ) -> None:
     """Number new tasks of one folder whose names differ in nothing but case, or in characters that no name has."""
     used = {origin.name.lower() for origin in known}
@@ -185,7 +149,9 @@ def _is_newer_snapshot(folder: Path, other: Path) -> bool:
 class _Recognised:
     """Finds the tasks that the store has already."""
 
-    def __init__(self, tasks: Sequence[Nameable], chains: Sequence[Sequence[str]], known: Sequence[TaskOrigin]) -> None:
+    def __init__(
+        self, tasks: Sequence[FoundTask], chains: Sequence[Sequence[str]], known: Sequence[TaskOrigin]
+    ) -> None:
         self._tasks = tasks
         self._known = {origin.name.lower(): origin for origin in known}
         self._by_source: defaultdict[str, list[TaskOrigin]] = defaultdict(list)
@@ -193,7 +159,11 @@ class _Recognised:
             for source in origin.sources:
                 self._by_source[source].append(origin)
         # The names under which the store may have the task, the most likely first.
-        self._possible = [_possible(task, chain) if known else [] for task, chain in zip(tasks, chains, strict=True)]
+        self._possible = [
+            [name.lower() for name in (*chain, *name_chain(task.folder, task.part), *name_chain(task.folder))]
+            for task, chain in zip(tasks, chains, strict=True)
+            if known
+        ]
 
     def names(self) -> dict[int, str]:
         """Return the names of those that were recognised, by their number."""
@@ -229,18 +199,12 @@ class _Recognised:
                 yield origin
 
 
-def _possible(task: Nameable, chain: Sequence[str]) -> list[str]:
-    names = [*chain, *name_chain(task.folder, task.part), *name_chain(task.folder)]
-    former = [former_name(task.folder.name)] if not task.folder.name.isascii() else []
-    return [name.lower() for name in (*names, *former)]
-
-
-def _has_bytes_of(task: Nameable, origin: TaskOrigin) -> bool:
+def _has_bytes_of(task: FoundTask, origin: TaskOrigin) -> bool:
     weights, config = task.files
     try:
         if (
             config is not None
-            and hashlib.sha256(read_regular(config, max_bytes=_CONFIG_LIMIT)).hexdigest() != origin.config
+            and hashlib.sha256(read_regular(config, max_bytes=MAX_CONFIG_BYTES)).hexdigest() != origin.config
         ):
             return False
         with open_regular(weights, max_bytes=2**62) as (descriptor, size):
@@ -275,13 +239,13 @@ class NameTemplate:
             hint = f"write text and {', '.join(f'{{{name}}}' for name in _FIELDS)}, as in '{{parent}}-{{name}}'"
             raise AdapterRefused(message, kind="name", hint=hint)
 
-    def chain(self, task: Nameable) -> list[str]:
+    def chain(self, task: FoundTask) -> list[str]:
         """Return the names that a task can have: the pattern's, then longer ones."""
         above = names_above(task.folder)
         first = _PLACEHOLDER.sub(lambda match: self._value(match, task, above), self.text).strip("-._/ ")
         return chain_of(first.replace("/", "-"), above[1:], task.places[0])
 
-    def _value(self, match: re.Match[str], task: Nameable, above: Sequence[str]) -> str:
+    def _value(self, match: re.Match[str], task: FoundTask, above: Sequence[str]) -> str:
         name, cut, text = match.groups()
         if name == "path":
             inside = task.folder.relative_to(task.root).parts if task.folder.is_relative_to(task.root) else ()

@@ -61,7 +61,12 @@ class PickleReader:
         self._forker.__exit__(kind, error, at)
 
     def convert(self, source: Path, target: Path, name: str) -> None:
-        """Write the tensors of a pickle as safetensors; its name and its digest go into the header."""
+        """Write the tensors of a pickle as safetensors; its name and its digest go into the header.
+
+        Raises:
+            UnsafeInput: It holds something else, or takes more than the limits.
+            AdapterRefused: It is no pickle.
+        """
         with located(source), open_regular(source, max_bytes=MAX_FILE_BYTES) as (descriptor, size):
             if read_exactly(descriptor, min(size, 8), 0) == b"version ":
                 raise AdapterRefused("a Git LFS pointer, not the file itself", kind="lfs", hint="run 'git lfs pull'")

@@ -120,15 +120,6 @@ def _cut(name: str) -> str:
     return data.decode("utf-8", "ignore")
 
 
-def former_name(name: str) -> str:
-    """Return what a task was called when names were of ASCII letters only: stores from then keep their names."""
-    letters = unicodedata.normalize("NFKD", name[:_LONGEST]).encode("ascii", "ignore").decode()
-    plain = re.sub(r"[^A-Za-z0-9._-]+", "-", letters).strip("-._")
-    if len(plain) > MAX_NAME:
-        return f"{plain[: MAX_NAME - _SHORT_HASH - 1]}-{_hash(name)}"
-    return plain if task_name_problem(plain) is None else f"{plain or 'task'}-{_hash(name)}"
-
-
 def cached_repository(path: Path) -> Path | None:
     """Return the folder of a repository in the Hugging Face cache whose snapshot holds a path, or None."""
     for place in path.parents:

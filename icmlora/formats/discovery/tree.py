@@ -42,7 +42,11 @@ class Folder:
 
 
 def walk(root: Path, watched: Collection[str], refuse: Refuse) -> Iterator[Folder]:
-    """Yield every folder of a tree, parents first, in order of names."""
+    """Yield every folder of a tree, parents first, in order of names.
+
+    Raises:
+        UnsafeInput: It has more than a million entries.
+    """
     # A link to a folder inside the tree is skipped, because its target is met anyway; hidden folders are skipped too.
     # Links and special files are refused if their names are `watched`, and ignored otherwise.
     pending = [root]

@@ -17,8 +17,8 @@ import torch
 from icmlora.errors import AdapterRefused
 from icmlora.formats.format import AdapterBytes, AdapterFormat
 from icmlora.formats.images.diffusers import METADATA
+from icmlora.formats.images.families import ImageBase, base_of
 from icmlora.formats.images.header_ranks import of_lora, with_ranks
-from icmlora.formats.images.models import ImageBase, base_of
 from icmlora.formats.images.names import diffusers_to_kohya, lycoris_to_kohya, to_diffusers
 from icmlora.formats.images.single_file import SingleFileFormat
 from icmlora.formats.images.single_file_check import HEADER
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from icmlora.formats.images.single_file_names import Factors
-    from icmlora.io.safetensors import TensorInfo
 
 _SDXL = "stable-diffusion-xl-v1-base"
 Rename = Callable[[Mapping[str, "Tensor"]], dict[str, "Tensor"]]
@@ -85,7 +84,9 @@ def checked_renaming(weights: bytes, source: AdapterFormat, target: AdapterForma
     base = base_of(stated, {one.module: one.shape.inputs for one in found.factors})
     rename = _renaming(source.name, target.name, base)
     if found.factors and found.other_method is None:  # what is another method has nothing to rename
-        _refuse_extras(found.extras)
+        if found.extras:
+            fact = f"{found.extras[0].name} is more than a LoRA factor, and diffusers does not convert it"
+            raise AdapterRefused(fact, kind="extras", hint="without --format it is kept as it is")
         _refuse_losses(found.factors, rename)
     return rename
 
@@ -96,12 +97,6 @@ def _renaming(source: str, target: str, base: ImageBase) -> Rename:
     if source == "lycoris":
         return lycoris_to_kohya
     return lambda tensors: diffusers_to_kohya(tensors, is_sdxl=base.label == _SDXL)
-
-
-def _refuse_extras(extras: Sequence[TensorInfo]) -> None:
-    if extras:
-        fact = f"{extras[0].name} is more than a LoRA factor, and diffusers does not convert it"
-        raise AdapterRefused(fact, kind="extras", hint="without --format it is kept as it is")
 
 
 def _refuse_losses(factors: Sequence[Factors], rename: Rename) -> None:

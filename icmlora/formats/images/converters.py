@@ -1,15 +1,17 @@
 """diffusers' converters from the names of original models, which fuse layers that its own models have apart.
 
 Each gets the spelling that it reads best, whichever spelling a file has. Some of what is called here is private to
-diffusers and may move: all of it is in this file and in `image_names.py`, and tests/icmlora/formats/test_image_names.py
-and test_image_families.py say what is expected of it.
+diffusers and may move: all of it is in this file and in `names.py`, and tests/icmlora/formats/test_image_names.py and
+test_image_families.py say what is expected of it.
+
+Sources: huggingface/diffusers, loaders/lora_pipeline.py; Comfy-Org/ComfyUI, comfy/utils.py.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from icmlora.formats.images.diffusers_models import from_diffusers
@@ -27,12 +29,14 @@ REFUSALS = (ValueError, LookupError, AssertionError, NotImplementedError, Runtim
 
 # All that the converter of SDXL's original names reads of a UNet's configuration; it is the same for every SDXL.
 _SDXL_UNET = SimpleNamespace(layers_per_block=2)
-_NEXT_DIT = {re.compile(r"(attention|feed_forward)_"): r"\1."}
-_HUNYUAN: Mapping[re.Pattern[str], str] = {
-    re.compile(r"_attn\.(qkv|proj)$"): r"_attn_\1",
-    re.compile(r"_mlp[._](?:0|fc1)$"): "_mlp.fc1",
-    re.compile(r"_mlp[._](?:2|fc2)$"): "_mlp.fc2",
-    re.compile(r"(_mod|modulation)[._]lin(ear)?$"): r"\1.linear",
+# Expressions -> what takes their place in the names of original models.
+_NEXT_DIT = {r"(attention|feed_forward)_": r"\1."}
+_ATTENTION = {r"(self_attn|cross_attn|mlp)_": r"\1."}
+_HUNYUAN = {
+    r"_attn\.(qkv|proj)$": r"_attn_\1",
+    r"_mlp[._](?:0|fc1)$": "_mlp.fc1",
+    r"_mlp[._](?:2|fc2)$": "_mlp.fc2",
+    r"(_mod|modulation)[._]lin(ear)?$": r"\1.linear",
 }
 # diffusers converts the whole models of these families, and not their adapters: names of a block, with "_" for ".".
 _SD3 = {
@@ -133,26 +137,35 @@ _pixart = _by_table(blocks=("transformer_blocks", _PIXART))
 _vace_blocks = _by_table(vace_blocks=("vace_blocks", _VACE))
 
 
+def _mixin(loader: str) -> Any:
+    return getattr(from_diffusers("loaders.lora_pipeline"), f"{loader}LoraLoaderMixin").lora_state_dict
+
+
+def _by_mixin(
+    loader: str, renames: Mapping[str, str] = MappingProxyType({}), *, may_be_flat: bool = False
+) -> Callable[[Pairs], Any]:
+    """Return diffusers' own converter of a pipeline, which reads the names of the original model.
+
+    Args:
+        loader: How its class begins.
+        renames: Expression -> what takes its place in a name, after dots were put into it.
+        may_be_flat: It also reads flattened names, as kohya's programs write them.
+    """
+
+    def convert(pairs: Pairs) -> Any:
+        is_flat = may_be_flat and all("." not in inner_name(stem) for stem in pairs)
+        return _mixin(loader)(_state(pairs, _flat) if is_flat else _original(pairs, renames))
+
+    return convert
+
+
+_wan = _by_mixin("Wan", {r"(self_attn|cross_attn|img_emb|head)_": r"\1."})
+
+
 def _flux(pairs: Pairs) -> Any:
-    mixin = _mixin("Flux")
     if all(".processor." in stem for stem in pairs):
-        return mixin.lora_state_dict(_state(pairs, lambda inner: inner, ".down", ".up"))
-    return mixin.lora_state_dict(_state(pairs, _flat))
-
-
-def _flux_2(pairs: Pairs) -> Any:
-    if all("." not in inner_name(stem) for stem in pairs):
-        return _mixin("Flux2").lora_state_dict(_state(pairs, _flat))
-    return _mixin("Flux2").lora_state_dict(_original(pairs))
-
-
-def _flux_3(pairs: Pairs) -> Any:
-    return _mixin("Flux3").lora_state_dict(_original(pairs))
-
-
-def _wan(pairs: Pairs) -> Any:
-    renames = {re.compile(r"(self_attn|cross_attn|img_emb|head)_"): r"\1."}
-    return _mixin("Wan").lora_state_dict(_original(pairs, renames))
+        return _mixin("Flux")(_state(pairs, lambda inner: inner, ".down", ".up"))
+    return _mixin("Flux")(_state(pairs, _flat))
 
 
 def _wan_vace(pairs: Pairs) -> Any:
@@ -162,86 +175,49 @@ def _wan_vace(pairs: Pairs) -> Any:
 
 
 def _hunyuan(pairs: Pairs) -> Any:
-    state = _original(pairs, _HUNYUAN)
-    return from_diffusers("loaders.lora_conversion_utils")._convert_hunyuan_video_lora_to_diffusers(state)
+    convert = from_diffusers("loaders.lora_conversion_utils")._convert_hunyuan_video_lora_to_diffusers
+    return convert(_original(pairs, _HUNYUAN))
 
 
 def _z_image(pairs: Pairs) -> Any:
-    state = _state(pairs, lambda inner: f"diffusion_model.{_unflattened(inner, _NEXT_DIT)}", ".lora.down", ".lora.up")
-    return _mixin("ZImage").lora_state_dict(state)
-
-
-def _lumina(pairs: Pairs) -> Any:
-    return _mixin("Lumina2").lora_state_dict(_original(pairs, _NEXT_DIT))
-
-
-def _ideogram(pairs: Pairs) -> Any:
-    return _mixin("Ideogram4").lora_state_dict(_original(pairs, _NEXT_DIT))
-
-
-def _krea(pairs: Pairs) -> Any:
-    return _mixin("Krea2").lora_state_dict(_original(pairs))
-
-
-def _cosmos(pairs: Pairs) -> Any:
-    renames = {re.compile(r"(?<=\.)(self_attn|cross_attn|mlp)_"): r"\1."}
-    return _mixin("Anima").lora_state_dict(_original(pairs, renames))
-
-
-def _minimax_h3(pairs: Pairs) -> Any:
-    flat = all("." not in inner_name(stem) for stem in pairs)
-    return _mixin("MiniMaxH3").lora_state_dict(_state(pairs, _flat) if flat else _original(pairs))
+    return _mixin("ZImage")(_original(pairs, _NEXT_DIT, ".lora.down", ".lora.up"))
 
 
 def _ace_step(pairs: Pairs) -> Any:
-    renames = {re.compile(r"(self_attn|cross_attn|mlp)_"): r"\1."}
-    state = _state(pairs, lambda inner: _unflattened(inner, renames), ".lora_A", ".lora_B")
+    state = _state(pairs, lambda inner: _unflattened(inner, _ATTENTION), ".lora_A", ".lora_B")
     return from_diffusers("loaders.lora_conversion_utils")._convert_non_diffusers_ace_step_lora_to_diffusers(state)
 
 
-def _ltx(pairs: Pairs) -> Any:
-    renames = {re.compile("^patchify_proj"): "proj_in", re.compile("^adaln_single"): "time_embed"}
-    return _mixin("LTXVideo").lora_state_dict(_original(pairs, renames))
-
-
-def _ltx_2(pairs: Pairs) -> Any:
-    return _mixin("LTX2").lora_state_dict(_original(pairs))
-
-
 def _sdxl(pairs: Pairs) -> Any:
-    state, _ = _mixin("StableDiffusionXL").lora_state_dict(_state(pairs, _flat), unet_config=_SDXL_UNET)
+    state, _ = _mixin("StableDiffusionXL")(_state(pairs, _flat), unet_config=_SDXL_UNET)
     return state
 
 
 CONVERTERS: Mapping[str, Callable[[Pairs], Any]] = {
     "flux-1-dev": _flux,
     "chroma": _flux,
-    "flux-2": _flux_2,
-    "flux-3": _flux_3,
+    "flux-2": _by_mixin("Flux2", may_be_flat=True),
+    "flux-3": _by_mixin("Flux3"),
     "wan-2.1": _wan,
     "wan-2.1-vace": _wan_vace,
     "hunyuan-video": _hunyuan,
     "framepack": _hunyuan,
     "z-image": _z_image,
-    "lumina-2": _lumina,
-    "ideogram-4": _ideogram,
-    "krea-2": _krea,
-    "cosmos-predict-2": _cosmos,
-    "ltx-video": _ltx,
-    "ltx-2": _ltx_2,
+    "lumina-2": _by_mixin("Lumina2", _NEXT_DIT),
+    "ideogram-4": _by_mixin("Ideogram4", _NEXT_DIT),
+    "krea-2": _by_mixin("Krea2"),
+    "cosmos-predict-2": _by_mixin("Anima", {r"(?<=\.)(self_attn|cross_attn|mlp)_": r"\1."}),
+    "ltx-video": _by_mixin("LTXVideo", {"^patchify_proj": "proj_in", "^adaln_single": "time_embed"}),
+    "ltx-2": _by_mixin("LTX2"),
     "stable-diffusion-xl-v1-base": _sdxl,
     "stable-diffusion-3": _stable_diffusion_3,
     "stable-diffusion-3-5-medium": _stable_diffusion_3,
     "auraflow": _auraflow,
     "pixart": _pixart,
-    "minimax-h3": _minimax_h3,
+    "minimax-h3": _by_mixin("MiniMaxH3", may_be_flat=True),
     "ace-step-1.5": _ace_step,
 }
 """Label of a family -> A and B by the names in a file -> tensors by diffusers' names of one generation or another."""
-
-
-def _mixin(loader: str) -> Any:
-    return getattr(from_diffusers("loaders.lora_pipeline"), f"{loader}LoraLoaderMixin")
 
 
 def _state(
@@ -254,17 +230,19 @@ def _state(
     }
 
 
-def _original(pairs: Pairs, renames: Mapping[re.Pattern[str], str] | None = None) -> dict[str, Tensor]:
-    return _state(pairs, lambda inner: f"diffusion_model.{_unflattened(inner, renames or {})}", ".lora_A", ".lora_B")
+def _original(
+    pairs: Pairs, renames: Mapping[str, str], down: str = ".lora_A", up: str = ".lora_B"
+) -> dict[str, Tensor]:
+    return _state(pairs, lambda inner: f"diffusion_model.{_unflattened(inner, renames)}", down, up)
 
 
 def _flat(inner: str) -> str:
     return f"lora_unet_{inner.replace('.', '_')}"
 
 
-def _unflattened(inner: str, renames: Mapping[re.Pattern[str], str]) -> str:
+def _unflattened(inner: str, renames: Mapping[str, str]) -> str:
     """Put dots into a flattened name, and a model's own words into any name."""
     name = inner if "." in inner else dotted(inner)
-    for pattern, word in renames.items():
-        name = pattern.sub(word, name)
+    for expression, word in renames.items():
+        name = re.sub(expression, word, name)
     return name

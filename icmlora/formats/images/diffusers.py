@@ -39,7 +39,11 @@ _NAMING = Naming(
 
 
 def scale_of(metadata: Mapping[str, str], module: str, rank: int) -> float:
-    """Return the scale of a module: that of the configuration in the header, or 1 as diffusers takes it."""
+    """Return the scale of a module: that of the configuration in the header, or 1 as diffusers takes it.
+
+    Raises:
+        AdapterRefused: The configuration states another rank, or is damaged.
+    """
     text = metadata.get(METADATA)
     component, _, inner = module.partition(".")
     config = None if text is None else _configs(text).get(component)
@@ -57,7 +61,11 @@ def restated(metadata: Mapping[str, str], ranks: Mapping[str, int]) -> Mapping[s
         return metadata
     fields, is_stated = dict(_fields(metadata[METADATA])), True
     for component, config in _configs(metadata[METADATA]).items():
-        inner = {name.removeprefix(f"{component}."): rank for name, rank in ranks.items() if _is_of(name, component)}
+        inner = {
+            name.removeprefix(f"{component}."): rank
+            for name, rank in ranks.items()
+            if name.partition(".")[0] == component
+        }
         if all(config.rank_of(name) == rank for name, rank in inner.items()):
             continue
         is_stated = False
@@ -69,10 +77,6 @@ def restated(metadata: Mapping[str, str], ranks: Mapping[str, int]) -> Mapping[s
         return metadata
     flat = {f"{component}.{name}": value for component, some in fields.items() for name, value in some.items()}
     return {**metadata, METADATA: json.dumps(flat, indent=2, sort_keys=True)}
-
-
-def _is_of(module: str, component: str) -> bool:
-    return module.partition(".")[0] == component
 
 
 @lru_cache(maxsize=4)

@@ -1,14 +1,16 @@
-"""The families of image and video models: what their blocks are called, what headers call them, and their sizes.
+"""Which base model an image adapter is for: families of image and video models, what they are called, and their sizes.
 
     header    "wan22_14b", "Wan-2.1/lora" ...      ──_SPELLINGS──▶ family ──sizes──▶ label
     names     blocks.0.cross_attn.k                ──own─────────▶ family ──sizes──▶ label
     widths    single_blocks.0.linear1 reads 3072   ──_GUESSES────▶ label, said to be a guess
 
-A label is that of an architecture, not of a checkpoint: Wan 2.2's two transformers of 14B have the layers of Wan 2.1's,
-and Flux Kontext those of Flux. Never imports torch.
+Adapters of one architecture fit all of its checkpoints, so a label is that of the architecture, as the modelspec
+standard spells it where it has one: Wan 2.2's two transformers of 14B have the layers of Wan 2.1's, and Flux Kontext
+those of Flux. On which checkpoint an adapter was trained stays in its metadata. Never imports torch.
 
 Sources: huggingface/diffusers, models/transformers; Comfy-Org/ComfyUI, comfy/model_detection.py and comfy/lora.py;
-kohya-ss/sd-scripts and kohya-ss/musubi-tuner, sai_model_spec.py; ostris/ai-toolkit, get_base_model_version.
+kohya-ss/sd-scripts and kohya-ss/musubi-tuner, sai_model_spec.py; ostris/ai-toolkit, get_base_model_version;
+Stability-AI/ModelSpec.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 
 @dataclass(frozen=True, eq=False)
@@ -347,6 +350,70 @@ _UNET_BLOCK = _names("(down|mid|up|input|middle|output)_block")
 _FLAT = re.compile(r"lora_(unet|transformer)_|lycoris_")
 _DOTTED = re.compile(r"transformer(_\d)?\.|(model\.)?diffusion_model\.|base_model\.model\.|unet\.|pipe\.dit\.")
 _READS_WIDTH = re.compile(r".*(to_q|to_query|qkv|qkv_mlp_proj|[._]q|q_proj|linear1|w[12]q)")
+# modelspec has the label, then the kind of adapter: `.../lora`.
+_STATED = ("modelspec.architecture", "ss_base_model_version")
+_LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,80}")
+_UNSET = frozenset({"None", "none", "null", "unknown"})
+# Two text encoders of CLIP beside a UNet: SDXL alone has them.
+_SECOND_TEXT, _ANY_UNET = re.compile(r"lora_te2_|text_encoder_2\."), re.compile(r"lora_unet_|unet\.")
+_CLIP = re.compile(r"lora_te\d?_text_model|text_encoder(_\d)?\.(text_model|encoder)|(text_encoders\.)?clip_")
+_NUMBER = re.compile(r"\d+")
+_TWO_CLIPS = "stable-diffusion-xl-v1-base"
+
+
+class ImageBase(NamedTuple):
+    """The base model of an image adapter.
+
+    Attributes:
+        label: What it is called; None if nothing tells.
+        is_guess: Only widths tell, which other models may have too.
+    """
+
+    label: str | None
+    is_guess: bool = False
+
+
+UNKNOWN = ImageBase(None)
+
+
+def base_of(metadata: Mapping[str, str], widths: Mapping[str, int]) -> ImageBase:
+    """Return the base model of an adapter: its header says it, or the names of its blocks, or else their widths.
+
+    Args:
+        metadata: That of its header.
+        widths: Its modules in natural order, as its file calls them -> the width that each reads, or 0 where that is
+            not known.
+    """
+    # One module of each kind is enough, which is the last: models have thousands, and differ in how many blocks.
+    named = ((inner_name(name), width) for name, width in widths.items())
+    inner = dict({_NUMBER.sub("#", name): (name, width) for name, width in named}.values())
+    for key in _STATED:
+        text = metadata.get(key, "").partition("/")[0]
+        if _LABEL.fullmatch(text) and text not in _UNSET:
+            return ImageBase(_stated(text, inner) or text)
+    if (family := next(_named(inner.keys()), None)) is not None:
+        return ImageBase(_sized(family, inner))
+    guessed = _guessed(inner, with_clip=any(map(_CLIP.match, widths)))
+    if guessed in (None, _TWO_CLIPS) and all(any(map(one.match, widths)) for one in (_ANY_UNET, _SECOND_TEXT)):
+        return ImageBase(_TWO_CLIPS)
+    return ImageBase(guessed, is_guess=guessed is not None)
+
+
+def families_of(names: Collection[str], base: ImageBase) -> list[Family]:
+    """Return the families that an adapter may be of, the likeliest first: one where its base model is certain.
+
+    Args:
+        names: Its modules, without their prefixes.
+        base: What is known of its base model.
+    """
+    known = _with_label(base.label)
+    if known and not base.is_guess:
+        return known
+    guessed = [next(iter(sizes.values())) for blocks, sizes in _GUESSES if any(map(blocks.match, names))]
+    if any(map(_UNET_BLOCK.match, names)):
+        guessed += ["stable-diffusion-v1", _TWO_CLIPS]
+    like = (family for label in guessed for family in _with_label(label))
+    return list(dict.fromkeys([*known, *_named(names), *like]))
 
 
 def inner_name(module: str) -> str:
@@ -357,61 +424,36 @@ def inner_name(module: str) -> str:
     return module if dotted is None else module[dotted.end() :]
 
 
-def stated_label(text: str, widths: Mapping[str, int]) -> str | None:
-    """Return the label for what a header calls a model; None if it is no spelling of one that is known.
-
-    Args:
-        text: What the header says.
-        widths: Name of a module, without its prefix -> the width that it reads.
-    """
+def _stated(text: str, widths: Mapping[str, int]) -> str | None:
+    """Return the label for what a header calls a model; None if it is no spelling of one that is known."""
     plain = re.sub(r"[^a-z0-9]", "", text.lower())
     label = next((label for spelling, label in _SPELLINGS.items() if spelling.fullmatch(plain)), None)
-    family = None if label is None else next((one for one in FAMILIES if one.label == label), None)
+    family = next((one for one in FAMILIES if one.label == label), None)
     return label if family is None else _sized(family, widths)
 
 
-def named_families(names: Collection[str]) -> Iterator[Family]:
+def _named(names: Collection[str]) -> Iterator[Family]:
     """Yield the families that have some of these names, and no other family has them."""
     return (family for family in FAMILIES if family.own is not None and any(map(family.own.match, names)))
 
 
-def label_of_names(widths: Mapping[str, int]) -> str | None:
-    """Return the label that the names of modules tell for certain."""
-    family = next(named_families(widths.keys()), None)
-    return None if family is None else _sized(family, widths)
-
-
-def guessed_label(widths: Mapping[str, int], *, with_clip: bool) -> str | None:
-    """Return the label that the widths of modules make likely.
-
-    Args:
-        widths: Name of a module, without its prefix -> the width that it reads.
-        with_clip: The adapter also changes a text encoder of CLIP, so its model must have one.
-    """
+def _guessed(widths: Mapping[str, int], *, with_clip: bool) -> str | None:
+    """Return the label that widths make likely; an adapter that also changes CLIP is of a model that has it."""
     for names, sizes in _GUESSES:
         for name, width in widths.items():
-            if width in sizes and names.match(name) and (not with_clip or _has_clip(sizes[width])):
-                return sizes[width]
+            if width in sizes and names.match(name):
+                label = sizes[width]
+                if not with_clip or any(family.text_encoders > 0 for family in _with_label(label)):
+                    return label
     return None
 
 
-def _has_clip(label: str) -> bool:
-    return any(family.text_encoders > 0 for family in families_with(label))
-
-
-def families_with(label: str | None) -> list[Family]:
+def _with_label(label: str | None) -> list[Family]:
     """Return the families of a label: one, or none."""
     return [family for family in FAMILIES if label in family.labels]
 
 
-def families_like(names: Collection[str]) -> list[Family]:
-    """Return the families that an adapter with these names may be of, the likeliest first."""
-    guessed = [next(iter(sizes.values())) for known, sizes in _GUESSES if any(map(known.match, names))]
-    if any(map(_UNET_BLOCK.match, names)):
-        guessed += ["stable-diffusion-v1", "stable-diffusion-xl-v1-base"]
-    return [*named_families(names), *(family for label in guessed for family in families_with(label))]
-
-
 def _sized(family: Family, widths: Mapping[str, int]) -> str:
+    """Return the label of a family's model by the width that its blocks read."""
     width = next((width for name, width in widths.items() if _READS_WIDTH.fullmatch(name) and width in family.sizes), 0)
     return family.sizes.get(width, family.label)

@@ -16,9 +16,11 @@ from icmlora.formats.images.single_file_names import Naming, other_method
 _STEM = re.compile(r"(lycoris|lora)_[A-Za-z0-9_]+")
 
 
-def _is_mark(key: str) -> bool:
-    return key.startswith("lycoris_") or other_method(key) is not None
-
-
-_NAMING = Naming(_STEM, (STYLE,), dotted, flattened, _is_mark)
+_NAMING = Naming(
+    _STEM,
+    (STYLE,),
+    dotted,
+    flattened,
+    is_mark=lambda key: key.startswith("lycoris_") or other_method(key) is not None,
+)
 LYCORIS = SingleFileFormat("lycoris", "one file, as LyCORIS saves LoCon, LoHa, LoKr and others", _NAMING)

@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING
 from icmlora.errors import AdapterRefused
 from icmlora.formats.images.converters import CONVERTERS, REFUSALS
 from icmlora.formats.images.diffusers_models import clip_name, from_diffusers, modules_of
-from icmlora.formats.images.families import FAMILIES, UNET, Family, inner_name
-from icmlora.formats.images.models import UNKNOWN, ImageBase, families_of
+from icmlora.formats.images.families import FAMILIES, UNET, UNKNOWN, Family, ImageBase, families_of, inner_name
 
 if TYPE_CHECKING:
     from torch import Tensor

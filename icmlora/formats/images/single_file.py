@@ -26,9 +26,11 @@ from icmlora.formats.format import (
     AdapterPaths,
     AdapterSummary,
     Buffer,
+    Extras,
     LoadedAdapter,
     RunnableAdapter,
     Template,
+    Texts,
     without_suffix,
 )
 
@@ -39,7 +41,6 @@ if TYPE_CHECKING:
     from icmlora.formats.discovery.tree import Folder
     from icmlora.formats.images.single_file_check import CheckedFile
     from icmlora.formats.images.single_file_names import Naming, SortedFile
-    from icmlora.io.safetensors import RawTensor
 
 SUFFIX = ".safetensors"
 
@@ -151,24 +152,17 @@ class SingleFileFormat(AdapterFormat):
         hint = "`icm report -o FILE --outputs TASK` draws pictures with a diffusers pipeline"
         raise AdapterRefused(fact, kind="cannot-run", hint=hint)
 
-    def _fresh(self, adapter: Adapter, metadata: Mapping[str, str], dtype: str) -> AdapterBytes:
+    def _fresh(self, adapter: Adapter, metadata: Texts, dtype: str) -> AdapterBytes:
         from icmlora.formats.images.single_file_tensors import write_fresh
 
         return AdapterBytes(write_fresh(adapter, self._naming, dtype, metadata))
 
     def _alike(
-        self,
-        adapter: Adapter,
-        like: Template,
-        *,
-        dtype: str | None,
-        pad_rank: int | None,
-        extras: Mapping[str, RawTensor],
-        metadata: Mapping[str, str],
+        self, adapter: Adapter, like: Template, dtype: str | None, rank: int | None, extras: Extras, metadata: Texts
     ) -> AdapterBytes:
         from icmlora.formats.images.single_file_tensors import write_like
 
-        if pad_rank is not None:
+        if rank is not None:
             fact = f"--pad-rank is for engines that read PEFT folders, not for {self.name} files"
             raise AdapterRefused(fact, kind="rank", hint="write it without --pad-rank")
         return AdapterBytes(write_like(adapter, self._naming, self._scales, self._restated, like, dtype, extras))

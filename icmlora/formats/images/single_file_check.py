@@ -4,27 +4,24 @@ from __future__ import annotations
 
 import json
 import re
-from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import isfinite, prod
-from typing import Any, TypeVar
 
 import numpy as np
 
 from icmlora.adapter.module_groups import blocks_of
 from icmlora.errors import AdapterRefused
 from icmlora.formats.format import AdapterSummary, Buffer
-from icmlora.formats.images.models import base_of
+from icmlora.formats.images.families import base_of
 from icmlora.formats.images.single_file_names import Factors, Naming, SortedFile, sort_file
+from icmlora.formats.noted_form import commonest, note, types_to_note
 from icmlora.io.finite import bits, check_finite, is_zero
 from icmlora.io.safetensors import TensorHeader, TensorInfo, header_text, parse_header
 
 HEADER = "header.metadata"
 """The name under which the header's metadata is kept, word for word, as one more tensor of bytes."""
 NOTHING = "does nothing"
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -147,28 +144,20 @@ def _metadata_tensor(weights: Buffer, header: TensorHeader) -> tuple[TensorInfo,
 def _template(factors: tuple[Factors, ...], alphas: Mapping[str, float], naming: Naming) -> str:
     """Note what differs from linear factors of one type, one alpha and the naming's first style."""
     noted = {one.module: None if one.alpha is None else [alphas[one.module], one.alpha.dtype] for one in factors}
-    alpha = json.loads(_commonest(json.dumps(found) for found in noted.values()))
-    tensors = [tensor for one in factors for tensor in (one.down, one.up)]
-    dtype, style = _commonest(tensor.dtype for tensor in tensors), _commonest(one.style for one in factors)
-    usual = naming.styles[style]
-    details: dict[str, Any] = {
+    alpha = json.loads(commonest(json.dumps(found) for found in noted.values()))
+    style = commonest(one.style for one in factors)
+    details = {
         "style": style,
         "alpha": alpha,
         "alphas": {module: found for module, found in noted.items() if found != alpha},
         "alpha_shape": [1] if any(one.alpha and one.alpha.shape for one in factors) else [],
         "kernels": {one.module: list(one.kernel) for one in factors if one.kernel},
         "flat_up": [one.module for one in factors if one.kernel and len(one.up.shape) == 2],
-        "dtypes": {tensor.name: tensor.dtype for tensor in tensors if tensor.dtype != dtype},
-        "dtype": dtype if any(tensor.dtype != dtype for tensor in tensors) else None,
+        **types_to_note([tensor for one in factors for tensor in (one.down, one.up)]),
         "names": {
             one.module: [one.down.name, one.up.name]
             for one in factors
-            if (one.down.name, one.up.name) != usual.names(naming.stem_of(one.module))
+            if (one.down.name, one.up.name) != naming.styles[style].names(naming.stem_of(one.module))
         },
     }
-    return json.dumps({key: value for key, value in details.items() if value}, sort_keys=True, separators=(",", ":"))
-
-
-def _commonest(values: Iterable[T]) -> T:
-    ((value, _),) = Counter(values).most_common(1)
-    return value
+    return note(details, {}) or "{}"

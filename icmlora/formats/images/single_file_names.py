@@ -7,6 +7,8 @@
     up      (out, r[, 1, 1])     alpha   one number; dW = alpha / r * up @ down
 
 Programs differ in stems and parts: a `Naming` is one of their languages. What none of its styles names is an extra.
+
+Sources: kohya-ss/sd-scripts, networks/lora.py; KohakuBlueleaf/LyCORIS, lycoris/modules.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from registry.names import is_module_name, natural_key
 NUMBERS = FLOAT_TYPES | {"I64", "I32", "I16"}
 """Types of an alpha: some trainers save it as the whole number that they were given."""
 
-Part = Literal["down", "up", "mid", "alpha"]
+FactorPart = Literal["down", "up", "mid", "alpha"]
 
 # A LoRA factor in whatever naming; one that the file's own naming does not know belongs to another one.
 _FACTOR = re.compile(r"(?P<stem>.+?)[._](lora\d?[._](down|up|[AB])|lora_linear_layer\.(down|up))(\.default)?\.weight")
@@ -59,7 +61,7 @@ class Style:
         parent, _, leaf = stem.rpartition(".")
         return tuple(name.format(stem, parent=parent, leaf=leaf) for name in (self.down, self.up))  # type: ignore[return-value]
 
-    def split(self, key: str) -> tuple[str, Part] | None:
+    def split(self, key: str) -> tuple[str, FactorPart] | None:
         """Return the stem and the part of a factor, or None for another tensor."""
         for part, pattern in self._patterns.items():
             if (match := pattern.fullmatch(key)) is not None:
@@ -67,7 +69,7 @@ class Style:
         return None
 
     @cached_property
-    def _patterns(self) -> dict[Part, re.Pattern[str]]:
+    def _patterns(self) -> dict[FactorPart, re.Pattern[str]]:
         def pattern(name: str) -> re.Pattern[str]:
             parts = re.split(r"\{\}|\{parent\}|\{leaf\}", name)
             return re.compile("(.+)".join(map(re.escape, parts)))
@@ -95,12 +97,9 @@ class Naming:
 
     def owns(self, keys: Iterable[str]) -> bool:
         """Say whether a file with tensors of these names is of this naming."""
-        return any(map(self.is_mark or self._is_factor, keys))
+        return any(map(self.is_mark or self._split, keys))
 
-    def _is_factor(self, key: str) -> bool:
-        return self._split(key) is not None
-
-    def split(self, key: str) -> tuple[str, Part, int] | None:
+    def split(self, key: str) -> tuple[str, FactorPart, int] | None:
         """Return the stem, the part and the number of the style of a tensor; None for one that is no factor."""
         for suffix, part in _SCALARS.items():
             stem = key.removesuffix(suffix)
@@ -108,7 +107,7 @@ class Naming:
                 return stem, part, 0
         return self._split(key)
 
-    def _split(self, key: str) -> tuple[str, Part, int] | None:
+    def _split(self, key: str) -> tuple[str, FactorPart, int] | None:
         for number, style in enumerate(self.styles):
             found = style.split(key)
             if found is not None and self.stem.fullmatch(found[0]):
@@ -116,7 +115,7 @@ class Naming:
         return None
 
 
-_SCALARS: Mapping[str, Part] = {".alpha": "alpha", ".lora_mid.weight": "mid"}
+_SCALARS: Mapping[str, FactorPart] = {".alpha": "alpha", ".lora_mid.weight": "mid"}
 
 
 @dataclass(frozen=True)
@@ -158,7 +157,7 @@ def sort_file(header: TensorHeader, naming: Naming) -> SortedFile:
     Raises:
         AdapterRefused: A factor without the other, one named in another way, or shapes that do not fit.
     """
-    parts: defaultdict[str, dict[Part, TensorInfo]] = defaultdict(dict)
+    parts: defaultdict[str, dict[FactorPart, TensorInfo]] = defaultdict(dict)
     styles: dict[str, int] = {}
     extras: list[TensorInfo] = []
     methods: dict[str, None] = {}
@@ -208,7 +207,7 @@ def _check_modules(factors: tuple[Factors, ...]) -> None:
         raise AdapterRefused(fact, kind="alpha", hint="fetch the file again, or save it again where it was trained")
 
 
-def _factors(module: str, style: int, parts: Mapping[Part, TensorInfo]) -> Factors:
+def _factors(module: str, style: int, parts: Mapping[FactorPart, TensorInfo]) -> Factors:
     for part, other in (("down", "up"), ("up", "down")):
         if part not in parts:
             present = next(iter(parts.values()))

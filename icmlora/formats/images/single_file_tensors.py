@@ -8,7 +8,7 @@ A convolution in three factors comes back in two, which compute the same (LyCORI
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite, prod
 from operator import index
@@ -18,36 +18,42 @@ import torch
 
 from icmlora.adapter.model import Adapter, LoraModule
 from icmlora.errors import AdapterRefused
+from icmlora.formats.factors import fitted_parts, load_factors, unscaled
 from icmlora.formats.format import LoadedAdapter, Template
 from icmlora.formats.images.single_file_check import HEADER, CheckedFile
 from icmlora.formats.images.single_file_names import NUMBERS, Factors, Naming
-from icmlora.formats.peft.tensors import fitted
-from icmlora.io.safetensors import FLOAT_TYPES, ITEM_BYTES, TENSOR_NAME, RawTensor, TensorHeader, encode, raw_tensors
+from icmlora.formats.noted_form import bad_note, reading, types_of
+from icmlora.io.safetensors import ITEM_BYTES, TENSOR_NAME, RawTensor, encode
 from icmlora.io.strict_json import parse_object
-from icmlora.io.tensors import decode_float32, dtype_name, raw_tensor
+from icmlora.io.tensors import dtype_name, raw_tensor
 
 if TYPE_CHECKING:
     from icmlora.adapter.layout import ModuleShape
     from icmlora.formats.images.single_file import Restated, Scales
 
-_MAX_TEMPLATE = 64 << 20
 _MAX_KERNEL = 64
 
 
 def read_adapter(weights: bytes, checked: CheckedFile, scales: Scales) -> LoadedAdapter:
-    """Read the factors in float32, with the scale folded into B, and the extras as they are."""
-    summary = checked.summary
-    if summary.original_only is not None:
-        raise AdapterRefused(f"only its original can be used: {summary.original_only}", kind="original-only")
-    tensors = [tensor for one in checked.factors for tensor in (one.down, one.up, one.mid) if tensor is not None]
-    in_file = tuple(sorted(tensors, key=lambda tensor: tensor.begin))
-    values = decode_float32(weights, TensorHeader(in_file, {}))
-    modules = [
-        _module(one, values, _scale(checked.alphas.get(one.module), one.shape, checked.metadata, scales))
-        for one in checked.factors
-    ]
-    adapter = Adapter(summary.base_model or "", None, summary.target_modules, tuple(modules))
-    return LoadedAdapter(adapter, raw_tensors(weights, summary.extras))
+    """Read the factors in float32, with the scale folded into B, and the extras as they are.
+
+    Raises:
+        AdapterRefused: There can be no code of it, or its scale makes its values exceed float32.
+    """
+
+    def module(one: Factors, values: Mapping[str, torch.Tensor]) -> LoraModule:
+        scale = _scale(checked.alphas.get(one.module), one.shape, checked.metadata, scales)
+        a, b = values[one.down.name].flatten(1), values[one.up.name].flatten(1) * scale
+        if one.mid is not None:
+            a = torch.einsum("ijk,jn->ink", values[one.mid.name].flatten(2), a).flatten(1)
+        if not b.isfinite().all() or not a.isfinite().all():
+            raise AdapterRefused(f"{one.module}: its factors times the scale exceed float32", kind="overflow")
+        return LoraModule(one.module, a, b)
+
+    tensors = (tensor for one in checked.factors for tensor in (one.down, one.up, one.mid) if tensor is not None)
+    return load_factors(
+        weights, checked.summary, tensors, lambda values: (module(one, values) for one in checked.factors)
+    )
 
 
 def named_factors(weights: bytes, checked: CheckedFile, scales: Scales) -> dict[str, torch.Tensor]:
@@ -67,15 +73,6 @@ def _scale(alpha: float | None, shape: ModuleShape, metadata: Mapping[str, str],
     return alpha / shape.rank if alpha else 1.0
 
 
-def _module(factors: Factors, values: Mapping[str, torch.Tensor], scale: float) -> LoraModule:
-    a, b = values[factors.down.name].flatten(1), values[factors.up.name].flatten(1) * scale
-    if factors.mid is not None:
-        a = torch.einsum("ijk,jn->ink", values[factors.mid.name].flatten(2), a).flatten(1)
-    if not b.isfinite().all() or not a.isfinite().all():
-        raise AdapterRefused(f"{factors.module}: its factors times the scale exceed float32", kind="overflow")
-    return LoraModule(factors.module, a, b)
-
-
 def write_like(
     adapter: Adapter,
     naming: Naming,
@@ -85,35 +82,33 @@ def write_like(
     dtype: str | None,
     extras: Mapping[str, RawTensor],
 ) -> bytes:
-    """Write a file in the form of another adapter; modules that `adapter` lacks become zeros."""
+    """Write a file in the form of another adapter; modules that `adapter` lacks become zeros.
+
+    Raises:
+        AdapterRefused: The form does not fit, or a type cannot hold a value.
+    """
     details, stated, kept = _Details.parse(like), *_split(extras)
     metadata = restated(stated, {shape.module: shape.rank for shape in like.layout})
-    modules = {module.name: module for module in adapter.modules}
     tensors: dict[str, RawTensor] = {}
     style = naming.styles[details.style] if details.style < len(naming.styles) else naming.styles[0]
-    for shape in like.layout:
-        stem = naming.stem_of(shape.module)
-        alpha = details.alphas.get(shape.module, details.alpha)
-        scale = _scale(None if alpha is None else alpha[0], shape, metadata, scales)
-        a, b = fitted(modules.pop(shape.module, None), *shape[1:])
-        # An adapter of scale 0 does nothing, whatever its factors are.
-        b = b / scale if scale else torch.zeros_like(b)
-        kernel = details.kernels.get(shape.module, ())
+    for shape, (module, (factors,)) in zip(like.layout, fitted_parts(adapter, like.layout, {}), strict=True):
+        stem = naming.stem_of(module)
+        alpha = details.alphas.get(module, details.alpha)
+        a, b = unscaled(factors, _scale(None if alpha is None else alpha[0], shape, metadata, scales))
+        kernel = details.kernels.get(module, ())
         if kernel:
             if shape.inputs % prod(kernel):
-                raise _bad_template()
+                raise bad_note()
             a = a.reshape(shape.rank, -1, *kernel)
-            b = b if shape.module in details.flat_up else b.reshape(*b.shape, *(1 for _ in kernel))
-        names = details.names.get(shape.module) or style.names(stem)
+            b = b if module in details.flat_up else b.reshape(*b.shape, *(1 for _ in kernel))
+        names = details.names.get(module) or style.names(stem)
         for name, values in zip(names, (a, b), strict=True):
             if name in tensors or name in kept:
-                raise _bad_template()
-            kind = details.dtypes.get(name, details.dtype) if dtype is None else dtype_name(dtype)
+                raise bad_note()
+            kind = details.type_of(name) if dtype is None else dtype_name(dtype)
             tensors[name] = raw_tensor(name, values, kind)
         if alpha is not None:
             tensors[f"{stem}.alpha"] = _scalar(*alpha, details.alpha_shape)
-    if modules:
-        raise ValueError(f"the template has no module {next(iter(modules))}")
     return encode(tensors | kept, metadata)
 
 
@@ -145,7 +140,7 @@ def _split(extras: Mapping[str, RawTensor]) -> tuple[dict[str, str], dict[str, R
         return {}, kept
     found = parse_object(header.data, what="the metadata of the header", max_bytes=len(header.data))
     if not all(isinstance(value, str) for value in found.values()):
-        raise _bad_template()
+        raise bad_note()
     return found, kept
 
 
@@ -168,14 +163,12 @@ class _Details:
     alpha_shape: tuple[int, ...]
     kernels: Mapping[str, tuple[int, ...]]
     flat_up: frozenset[str]  # convolutions whose up has two dimensions
-    dtypes: Mapping[str, str]
-    dtype: str
+    type_of: Callable[[str], str]
     names: Mapping[str, tuple[str, str]]
 
     @classmethod
     def parse(cls, like: Template) -> _Details:
-        found = parse_object((like.details or "{}").encode(), what="the template", max_bytes=_MAX_TEMPLATE)
-        try:
+        with reading(like) as found:
             made = cls(
                 style=index(found.pop("style", 0)),
                 alpha=_alpha(found.pop("alpha", None)),
@@ -183,21 +176,16 @@ class _Details:
                 alpha_shape=tuple(map(index, found.pop("alpha_shape", []))),
                 kernels={module: tuple(map(index, sizes)) for module, sizes in found.pop("kernels", {}).items()},
                 flat_up=frozenset(found.pop("flat_up", [])),
-                dtypes=dict(found.pop("dtypes", {})),
-                dtype=found.pop("dtype", like.dtype),
+                type_of=types_of(found, like),
                 names={module: (str(down), str(up)) for module, (down, up) in found.pop("names", {}).items()},
             )
-            good = (
+            if not (
                 made.style >= 0
                 and made.alpha_shape in ((), (1,))
                 and all(0 < size <= _MAX_KERNEL for sizes in made.kernels.values() for size in sizes)
                 and all(TENSOR_NAME.fullmatch(name) for pair in made.names.values() for name in pair)
-                and {made.dtype, *made.dtypes.values()} <= FLOAT_TYPES
-            )
-        except (AttributeError, TypeError, ValueError):
-            raise _bad_template() from None
-        if found or not good:
-            raise _bad_template()
+            ):
+                raise bad_note()
         return made
 
 
@@ -208,7 +196,3 @@ def _alpha(value: object) -> _Alpha | None:
     if not isinstance(dtype, str) or not isinstance(number, float) or not isfinite(number) or dtype not in NUMBERS:
         raise ValueError("not an alpha")
     return number, dtype
-
-
-def _bad_template() -> AdapterRefused:
-    return AdapterRefused("what is noted of the original's form does not fit it", kind="template")

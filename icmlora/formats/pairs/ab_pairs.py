@@ -5,11 +5,12 @@
 
 All other tensors of a file are extras. What was noted of a file's form is `PairForm`, from which `lora_pair_tensors`
 writes a decoded adapter in that form.
+
+Sources: ml-explore/mlx-lm, tuner/lora.py and models/switch_layers.py; ggml-org/llama.cpp, convert_lora_to_gguf.py.
 """
 
 from __future__ import annotations
 
-import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,16 +21,15 @@ from typing import Any
 from icmlora.adapter.layout import ModuleShape, target_modules
 from icmlora.errors import AdapterRefused
 from icmlora.formats.format import AdapterSummary, Buffer, ConfigFacts, Template
+from icmlora.formats.noted_form import bad_note, note, reading, types_of, types_to_note
 from icmlora.formats.peft.config import MAX_RANK
 from icmlora.io.safetensors import FLOAT_TYPES, ITEM_BYTES, TensorHeader, TensorInfo
-from icmlora.io.strict_json import parse_object
 from registry.names import is_module_name, natural_key
 
 TASK_TYPE = "CAUSAL_LM"
 """What both programs run: language models."""
 _MOST_EXPERTS = 1024
 _MOST_MODULES = 50_000
-_MAX_FORM = 64 << 20  # as large as the header of a file can be, and more
 
 
 @dataclass(frozen=True)
@@ -219,31 +219,22 @@ def original_only(
 
 
 def _noted(pairs: Sequence[LoraPair], form: Mapping[str, object]) -> str:
-    tensors = [tensor for pair in pairs for tensor in (pair.a, pair.b)]
-    ((main, _), *others) = Counter(tensor.dtype for tensor in tensors).most_common()
-    details = {
-        "experts": {pair.module: pair.experts for pair in pairs if len(pair.a.shape) == 3},
-        "dtypes": {tensor.name: tensor.dtype for tensor in tensors if tensor.dtype != main},
-        "dtype": main if others else None,
-    }
-    found = {key: value for key, value in details.items() if value} | dict(form)
-    return json.dumps(found, sort_keys=True, separators=(",", ":")) if found else ""
+    experts = {pair.module: pair.experts for pair in pairs if len(pair.a.shape) == 3}
+    return note({"experts": experts, **types_to_note([one for pair in pairs for one in (pair.a, pair.b)])}, form)
 
 
 @dataclass(frozen=True)
 class PairForm:
-    """The template that `summary_of` noted, read as hostile input.
+    """What `summary_of` noted, read as hostile input.
 
     Attributes:
         experts: Module -> how many modules of the layout it is.
-        dtypes: Name of a tensor -> its type, where that is not `dtype`.
-        dtype: The type of the other factors.
+        type_of: Says the type of a factor by its name.
         own: What the format noted itself.
     """
 
     experts: Mapping[str, int]
-    dtypes: Mapping[str, str]
-    dtype: str
+    type_of: Callable[[str], str]
     own: Mapping[str, Any]
 
     @classmethod
@@ -253,23 +244,10 @@ class PairForm:
         Raises:
             AdapterRefused: It is damaged.
         """
-        found = parse_object((like.details or "{}").encode(), what="the template", max_bytes=_MAX_FORM)
-        try:
-            made = cls(
-                experts={module: index(count) for module, count in found.pop("experts", {}).items()},
-                dtypes=dict(found.pop("dtypes", {})),
-                dtype=found.pop("dtype", like.dtype),
-                own=found,
-            )
-            good = all(0 < count <= _MOST_EXPERTS for count in made.experts.values())
-            good = good and {made.dtype, *made.dtypes.values()} <= FLOAT_TYPES
-        except (AttributeError, TypeError, ValueError):
-            raise bad_template() from None
-        if not good:
-            raise bad_template()
+        with reading(like) as found:
+            experts = {module: index(count) for module, count in found.pop("experts", {}).items()}
+            made = cls(experts, types_of(found, like), dict(found))
+            if not all(0 < count <= _MOST_EXPERTS for count in experts.values()):
+                raise bad_note()
+            found.clear()
         return made
-
-
-def bad_template() -> AdapterRefused:
-    """Return the refusal of what was noted of an original's form."""
-    return AdapterRefused("what is noted of the original's form does not fit it", kind="template")

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 
-from icmlora.adapter.layout import ModuleShape, target_modules
 from icmlora.adapter.model import Adapter, LoraModule
-from icmlora.errors import AdapterRefused
+from icmlora.formats.factors import fitted_parts, load_factors, scaled, unscaled
 from icmlora.formats.format import AdapterSummary, LoadedAdapter, Template
-from icmlora.formats.pairs.ab_pairs import LoraPair, PairForm, SortedPairs, bad_template
-from icmlora.formats.peft.tensors import fitted
-from icmlora.io.safetensors import RawTensor, TensorHeader, raw_tensors
-from icmlora.io.tensors import decode_float32, dtype_name, raw_tensor
-
-_Factors = tuple[torch.Tensor, torch.Tensor]
+from icmlora.formats.pairs.ab_pairs import LoraPair, PairForm, SortedPairs
+from icmlora.io.safetensors import RawTensor
+from icmlora.io.tensors import dtype_name, raw_tensor
 
 
 def read_pairs(
@@ -33,29 +28,19 @@ def read_pairs(
     Raises:
         AdapterRefused: There can be no code of it, or its scale makes its values exceed float32.
     """
-    if summary.original_only is not None:
-        fact = f"only its original can be used: {summary.original_only}"
-        raise AdapterRefused(fact, kind="original-only")
-    factors = [tensor for pair in sorted_pairs.pairs for tensor in (pair.a, pair.b)]
-    in_file = sorted(factors, key=lambda tensor: tensor.begin)
-    values = decode_float32(weights, TensorHeader(tuple(in_file), {}))
-    modules = [module for pair in sorted_pairs.pairs for module in _modules(pair, values, scale(pair.rank))]
-    targets = target_modules(module.name for module in modules)
-    adapter = Adapter(summary.base_model or "", summary.task_type, targets, tuple(modules), summary.revision)
-    return LoadedAdapter(adapter, raw_tensors(weights, sorted_pairs.extras))
+    pairs = sorted_pairs.pairs
+    factors = [tensor for pair in pairs for tensor in (pair.a, pair.b)]
+    return load_factors(
+        weights, summary, factors, lambda values: (one for pair in pairs for one in _modules(pair, values, scale))
+    )
 
 
-def _modules(pair: LoraPair, values: Mapping[str, torch.Tensor], scale: float) -> list[LoraModule]:
-    a, b = values[pair.a.name], values[pair.b.name] * scale
-    if not b.isfinite().all():
-        hint = "the training run diverged: take an earlier checkpoint"
-        raise AdapterRefused(f"{pair.module}: B times the scale exceeds float32", kind="overflow", hint=hint)
+def _modules(pair: LoraPair, values: Mapping[str, torch.Tensor], scale: Callable[[int], float]) -> Iterator[LoraModule]:
+    a, b = values[pair.a.name], scaled(pair.module, values[pair.b.name], scale(pair.rank))
     a, b = a.mT if pair.a_is_turned else a, b.mT if pair.b_is_turned else b
-    parts = [(a, b)] if a.dim() == 2 else list(zip(a, b, strict=True))
-    return [
-        LoraModule(shape.module, part_a.contiguous(), part_b.contiguous())
-        for shape, (part_a, part_b) in zip(pair.shapes, parts, strict=True)
-    ]
+    parts = [(a, b)] if a.dim() == 2 else zip(a, b, strict=True)
+    for shape, (part_a, part_b) in zip(pair.shapes, parts, strict=True):
+        yield LoraModule(shape.module, part_a.contiguous(), part_b.contiguous())
 
 
 def write_pairs(
@@ -80,32 +65,16 @@ def write_pairs(
         scale: Rank -> what the program that reads it multiplies B @ A by.
         dtype: Number format of the factors; that of the form by default.
         rank: One rank for all modules instead of those of the form.
+
+    Raises:
+        AdapterRefused: A module has a higher rank than `rank`, the form does not fit, or a type cannot hold a value.
     """
-    modules = {module.name: module for module in adapter.modules}
-    whole = {f"{name}.{part}": name for name, count in form.experts.items() for part in range(count)}
-    shapes: defaultdict[str, list[ModuleShape]] = defaultdict(list)
-    for shape in like.layout:  # the experts of a module are in the order of their numbers
-        if rank is not None and rank < shape.rank:
-            raise AdapterRefused(f"rank {rank} is too small: a module has rank {shape.rank}", kind="rank")
-        shapes[whole.get(shape.module, shape.module)].append(shape if rank is None else shape._replace(rank=rank))
     tensors: dict[str, RawTensor] = {}
-    for module, some in shapes.items():
-        if len(some) != form.experts.get(module, 1) or len({shape[2:] for shape in some}) > 1:
-            raise bad_template()
-        largest = max(shape.rank for shape in some)  # one tensor holds all experts
-        parts = [fitted(modules.pop(shape.module, None), largest, *shape[2:]) for shape in some]
-        factors = _stacked(parts) if module in form.experts else parts[0]
-        factor = scale(largest)
-        # An adapter of scale 0 does nothing, whatever its factors are.
-        unscaled = factors[0], factors[1] / factor if factor else torch.zeros_like(factors[1])
-        for half, values, is_turned in zip("ab", unscaled, turned(module), strict=True):
+    for module, parts in fitted_parts(adapter, like.layout, form.experts, rank):
+        a, b = map(torch.stack, zip(*parts, strict=True)) if module in form.experts else parts[0]
+        factors = unscaled((a, b), scale(a.shape[-2]))
+        for half, values, is_turned in zip("ab", factors, turned(module), strict=True):
             name = f"{module}{suffix}.lora_{half}"
-            kind = form.dtypes.get(name, form.dtype) if dtype is None else dtype_name(dtype)
+            kind = form.type_of(name) if dtype is None else dtype_name(dtype)
             tensors[name] = raw_tensor(name, values.mT if is_turned else values, kind)
-    if modules:
-        raise ValueError(f"the template has no module {next(iter(modules))}")
     return tensors
-
-
-def _stacked(parts: Sequence[_Factors]) -> _Factors:
-    return torch.stack([a for a, _ in parts]), torch.stack([b for _, b in parts])

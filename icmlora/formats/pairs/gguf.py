@@ -6,6 +6,8 @@
 
 Modules have llama.cpp's names, and rows of B its order: what transformers calls them depends on the base model, which
 is not here. `icmlora.formats.pairs.gguf_lora.with_base_names` translates an adapter once the base model is known.
+
+Source: ggml-org/llama.cpp, convert_lora_to_gguf.py and src/llama-adapter.cpp.
 """
 
 from __future__ import annotations
@@ -13,7 +15,6 @@ from __future__ import annotations
 import base64
 import binascii
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,17 +27,19 @@ from icmlora.formats.format import (
     AdapterSummary,
     Buffer,
     ConfigFacts,
+    Extras,
     LoadedAdapter,
     RunnableAdapter,
     Template,
+    Texts,
     without_suffix,
 )
+from icmlora.formats.noted_form import bad_note
 from icmlora.formats.pairs.ab_pairs import (
     TASK_TYPE,
     LoraPair,
     PairForm,
     SortedPairs,
-    bad_template,
     check_orientation,
     original_only,
     sort_pairs,
@@ -58,7 +61,6 @@ from registry.names import escape
 if TYPE_CHECKING:
     from icmlora.adapter.model import Adapter
     from icmlora.formats.discovery.tree import Folder
-    from icmlora.io.safetensors import RawTensor
 
 SUFFIX = ".gguf"
 ARCHITECTURE = "general.architecture"
@@ -127,27 +129,20 @@ class GgufFormat(AdapterFormat):
         fact = "it cannot be run by icm: names and rows of a GGUF adapter are llama.cpp's"
         raise AdapterRefused(fact, kind="cannot-run", hint=_BASE)
 
-    def _fresh(self, adapter: Adapter, metadata: Mapping[str, str], dtype: str) -> AdapterBytes:
+    def _fresh(self, adapter: Adapter, metadata: Texts, dtype: str) -> AdapterBytes:
         fact = "a GGUF adapter names the architecture of its base model, which is not known here"
         raise AdapterRefused(fact, kind="config", hint="`icm materialize --format gguf` finds it out")
 
     def _alike(
-        self,
-        adapter: Adapter,
-        like: Template,
-        *,
-        dtype: str | None,
-        pad_rank: int | None,
-        extras: Mapping[str, RawTensor],
-        metadata: Mapping[str, str],
+        self, adapter: Adapter, like: Template, dtype: str | None, rank: int | None, extras: Extras, metadata: Texts
     ) -> AdapterBytes:
-        """Write an adapter with the keys of another one; with `pad_rank` alpha is the rank, so that the scale is 1."""
+        """Write an adapter with the keys of another one; with `rank` alpha is the rank, so that the scale is 1."""
         from icmlora.formats.pairs.ab_tensors import write_pairs
 
         form = PairForm.parse(like)
         values = _values_of(form)
-        if pad_rank is not None:
-            values[_ALPHA] = GgufValue.float32(pad_rank)
+        if rank is not None:
+            values[_ALPHA] = GgufValue.of(float(rank))
         alpha = _alpha(GgufHeader(values))
         tensors = write_pairs(
             adapter,
@@ -157,13 +152,17 @@ class GgufFormat(AdapterFormat):
             suffix=_WEIGHT,
             scale=lambda rank: _scale(alpha, rank),
             dtype=dtype,
-            rank=pad_rank,
+            rank=rank,
         )
         return AdapterBytes(encode_gguf_file(values, tensors | dict(extras)))
 
 
 def architecture_of(weights: Buffer) -> str:
-    """Return what llama.cpp calls the architecture of an adapter's base model."""
+    """Return what llama.cpp calls the architecture of an adapter's base model.
+
+    Raises:
+        AdapterRefused: The file is damaged, or does not say so.
+    """
     found = read_gguf(weights).text(ARCHITECTURE)
     if found is None:
         raise AdapterRefused(f"the header has no {ARCHITECTURE}", kind="damaged")
@@ -220,11 +219,11 @@ def _values_of(form: PairForm) -> dict[str, GgufValue]:
     """Read the keys of the original; a template may come from anywhere."""
     noted = form.own.get("header")
     if not isinstance(noted, str) or form.own.keys() != {"header"}:
-        raise bad_template()
+        raise bad_note()
     try:
         return parse_values(base64.b64decode(noted, validate=True))
     except (binascii.Error, ValueError):
-        raise bad_template() from None
+        raise bad_note() from None
 
 
 GGUF: AdapterFormat = GgufFormat()

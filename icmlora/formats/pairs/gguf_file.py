@@ -4,6 +4,8 @@
 
 The package maps a file into memory and believes the counts in it, so a file of 40 bytes can keep it busy for years.
 Here every count is checked against the bytes that are left. Keys and values are kept as the bytes that they were.
+
+Source: ggml-org/ggml, docs/gguf.md.
 """
 
 from __future__ import annotations
@@ -66,9 +68,13 @@ class GgufValue:
         return None if self.kind == _ARRAY else struct.unpack(f"<{_SCALARS[self.kind]}", self.data)[0]
 
     @classmethod
-    def float32(cls, number: float) -> GgufValue:
-        """Make a value of a number."""
-        return cls(_FLOAT32, struct.pack("<f", number))
+    def of(cls, content: str | int | float) -> GgufValue:
+        """Make a value of a text, a whole number (32 bits, unsigned) or a number (32 bits)."""
+        if isinstance(content, str):
+            data = content.encode()
+            return cls(_TEXT, struct.pack("<Q", len(data)) + data)
+        kind = _UINT32 if isinstance(content, int) else _FLOAT32
+        return cls(kind, struct.pack(f"<{_SCALARS[kind]}", content))
 
 
 @dataclass(frozen=True)
@@ -130,7 +136,11 @@ def encode_values(values: Mapping[str, GgufValue]) -> bytes:
 
 
 def encode_gguf_file(values: Mapping[str, GgufValue], tensors: Mapping[str, RawTensor]) -> bytes:
-    """Write a file; the same values and tensors give the same bytes."""
+    """Write a file; the same values and tensors give the same bytes.
+
+    Raises:
+        AdapterRefused: A tensor has a type that GGUF files do not have.
+    """
     alignment, offset = _alignment(values), 0
     infos, data = [], []
     for name, tensor in tensors.items():

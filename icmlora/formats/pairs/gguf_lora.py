@@ -7,6 +7,8 @@
 
 Names come from the tables of the `gguf` package. The architecture is the base model's: llama.cpp loads no adapter of
 another one. `with_base_names` goes the other way, for an adapter that was ingested as a GGUF file.
+
+Source: ggml-org/llama.cpp, convert_lora_to_gguf.py and convert_hf_to_gguf.py (`LlamaModel.permute`).
 """
 
 from __future__ import annotations
@@ -15,17 +17,16 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import gguf
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from icmlora.adapter.layout import target_modules
 from icmlora.adapter.model import Adapter, LoraModule
 from icmlora.errors import AdapterRefused, BaseModelMismatch, BaseModelUnsuited
 from icmlora.formats.format import RunnableAdapter
+from icmlora.formats.pairs.gguf_file import GgufValue, encode_gguf_file
+from icmlora.io.safetensors import RawTensor
 from icmlora.io.tensors import dtype_name, raw_tensor
 from registry.names import escape
 
@@ -79,11 +80,6 @@ _OTHER_LAYERS: Mapping[str, Mapping[str, str]] = {
 _BLOCK = re.compile(r"blk\.(\d{1,5})\.(.+)", re.ASCII)
 # Where a text model is a part of a larger one, llama.cpp knows it by the names that it has alone.
 _INNER = (("model.language_model.", "model."), ("language_model.", ""))
-_TYPES = {
-    "F32": gguf.GGMLQuantizationType.F32,
-    "F16": gguf.GGMLQuantizationType.F16,
-    "BF16": gguf.GGMLQuantizationType.BF16,
-}
 _MERGE = "write it with --format peft, merge it into its base model with PEFT, and convert the whole model"
 
 
@@ -158,26 +154,29 @@ def encode_gguf(
     names = gguf.get_tensor_name_map(architecture, base.layers)
     modules = adapter.adapter.modules
     rank = max(module.a.shape[0] for module in modules)
-    writer = gguf.GGUFWriter(None, base.architecture)
-    writer.add_type(gguf.GGUFType.ADAPTER)
-    writer.add_name(task)  # none is written if there is none
-    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
-    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(rank))
-    writer.add_string(gguf.Keys.Adapter.LORA_TASK_NAME, task)
-    if adapter.adapter.base_model:
-        writer.add_base_model_count(1)
-        writer.add_base_model_name(0, adapter.adapter.base_model)
-    for key, text in sorted(metadata.items()):
-        writer.add_string(key, text)
-    targets: set[str] = set()
+    general, own, label = gguf.Keys.General, gguf.Keys.Adapter, adapter.adapter.base_model
+    keys: dict[str, str | int | float] = {
+        general.ARCHITECTURE: base.architecture,
+        general.TYPE: gguf.GGUFType.ADAPTER,
+        general.NAME: task,
+        own.TYPE: "lora",
+        own.LORA_ALPHA: float(rank),
+        own.LORA_TASK_NAME: task,
+        **({general.BASE_MODEL_COUNT: 1, general.BASE_MODEL_NAME.format(id=0): label} if label else {}),
+        **dict(sorted(metadata.items())),
+    }
+    tensors: dict[str, RawTensor] = {}
     for module in modules:
         target = _target(module.name, names, base)
-        if target in targets:
+        if f"{target}.lora_a" in tensors:
             raise AdapterRefused(f"two modules would both be {target}", kind="layers")
-        targets.add(target)
-        for suffix, factor in zip(("lora_a", "lora_b"), _factors(module, rank, base), strict=True):
-            _add(writer, f"{target}.{suffix}", factor, dtype_name(dtype))
-    return _bytes(writer)
+        b = _reordered(module, base, ("q_proj", "k_proj"), (2, -1))
+        # llama.cpp multiplies by alpha / r, where alpha is the largest rank: the scale itself is in B already.
+        factors = module.a, b * (module.a.shape[0] / rank)
+        for half, factor in zip("ab", factors, strict=True):
+            name = f"{target}.lora_{half}"
+            tensors[name] = raw_tensor(name, factor, dtype_name(dtype))
+    return encode_gguf_file({key: GgufValue.of(one) for key, one in keys.items() if one != ""}, tensors)
 
 
 def with_base_names(adapter: Adapter, architecture: str, base: GgufBase) -> RunnableAdapter:
@@ -196,7 +195,8 @@ def with_base_names(adapter: Adapter, architecture: str, base: GgufBase) -> Runn
         fact = f"the adapter is for {escape(architecture, 80)!r}, but its base model is {base.architecture!r}"
         raise BaseModelMismatch(fact, hint="`icm base add NAME PATH` says where the base model of tasks in a store is")
     modules = tuple(
-        LoraModule(_source(module.name, base), module.a, _turned_back(module, base)) for module in adapter.modules
+        LoraModule(_source(one.name, base), one.a, _reordered(one, base, ("attn_q", "attn_k"), (-1, 2)))
+        for one in adapter.modules
     )
     targets = target_modules(module.name for module in modules)
     return RunnableAdapter(replace(adapter, modules=modules, target_modules=targets))
@@ -212,21 +212,23 @@ def _source(target: str, base: GgufBase) -> str:
     return f"{base.prefix}layers.{match[1]}.{layers[match[2]]}"
 
 
-def _turned_back(module: LoraModule, base: GgufBase) -> torch.Tensor:
-    """Return B with its rows in the order of transformers."""
-    kind = module.name.rpartition(".")[2]
-    if base.heads is None or kind not in ("attn_q", "attn_k"):
-        return module.b
-    return _reordered(module, base.heads[kind == "attn_k"], (-1, 2))
+def _reordered(module: LoraModule, base: GgufBase, kinds: tuple[str, str], halves: tuple[int, int]) -> torch.Tensor:
+    """Return B (out, r) with the rows of each head in the other order, where llama.cpp has another one.
 
-
-def _reordered(module: LoraModule, heads: int, shape: tuple[int, int]) -> torch.Tensor:
-    """Swap the two dimensions of each head of B, which has the given shape there."""
-    b = module.b
+    Args:
+        module: The module.
+        base: Its base model.
+        kinds: How the names of queries and keys end.
+        halves: The shape of the rows of a head, whose two dimensions are swapped.
+    """
+    b, kind = module.b, module.name.rpartition(".")[2]
+    if base.heads is None or kind not in kinds:
+        return b
+    heads = base.heads[kinds.index(kind)]
     if len(b) % (2 * heads):
         fact = f"{module.name} has {len(b)} outputs, which are not {heads} heads of its base model"
         raise BaseModelMismatch(fact)
-    return b.reshape(heads, *shape, b.shape[1]).transpose(1, 2).reshape(b.shape)
+    return b.reshape(heads, *halves, b.shape[1]).transpose(1, 2).reshape(b.shape)
 
 
 def _target(module: str, names: gguf.TensorNameMap, base: GgufBase) -> str:
@@ -238,33 +240,6 @@ def _target(module: str, names: gguf.TensorNameMap, base: GgufBase) -> str:
         fact = f"{escape(module, 120)}: a GGUF adapter for {base.architecture} has no place for this module"
         raise AdapterRefused(fact, kind="layers", hint="it holds linear layers inside of the blocks of the model")
     return target
-
-
-def _factors(module: LoraModule, rank: int, base: GgufBase) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return A (r, in) and B (out, r) as llama.cpp uses them."""
-    # llama.cpp multiplies by alpha / r, where alpha is the largest rank: the scale itself is in B already.
-    b, kind = module.b, module.name.rpartition(".")[2]
-    if base.heads is not None and kind in ("q_proj", "k_proj"):
-        b = _reordered(module, base.heads[kind == "k_proj"], (2, -1))
-    return module.a, b * (module.a.shape[0] / rank)
-
-
-def _add(writer: gguf.GGUFWriter, name: str, values: torch.Tensor, dtype: str) -> None:
-    raw = raw_tensor(name, values, dtype)
-    # As bytes: numpy has no bfloat16. The writer counts the items of a row.
-    rows: NDArray[np.uint8] = np.frombuffer(raw.data, np.uint8).reshape(len(values), -1)
-    writer.add_tensor(name, rows, raw_dtype=_TYPES[dtype])
-
-
-def _bytes(writer: gguf.GGUFWriter) -> bytes:
-    """Return the whole file; the writer knows only how to write to disk."""
-    with TemporaryDirectory() as folder:
-        path = Path(folder) / "adapter.gguf"
-        writer.write_header_to_file(path)
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-        return path.read_bytes()
 
 
 def _count(facts: Mapping[str, object], key: str) -> int:

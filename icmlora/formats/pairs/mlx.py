@@ -6,6 +6,8 @@
 
 The configuration is everything that the training was told. The copies that a training leaves every few steps
 (`0000100_adapters.safetensors`) are passed over.
+
+Source: ml-explore/mlx-lm, lora.py and tuner/utils.py (`load_adapters`).
 """
 
 from __future__ import annotations
@@ -24,17 +26,19 @@ from icmlora.formats.format import (
     AdapterSummary,
     Buffer,
     ConfigFacts,
+    Extras,
     FolderFormat,
     LoadedAdapter,
     RunnableAdapter,
     Template,
+    Texts,
 )
+from icmlora.formats.noted_form import bad_note
 from icmlora.formats.pairs.ab_pairs import (
     TASK_TYPE,
     LoraPair,
     PairForm,
     SortedPairs,
-    bad_template,
     check_orientation,
     original_only,
     sort_pairs,
@@ -49,7 +53,6 @@ from registry.names import escape
 if TYPE_CHECKING:
     from icmlora.adapter.model import Adapter
     from icmlora.formats.discovery.tree import Folder
-    from icmlora.io.safetensors import RawTensor
 
 CONFIG_NAME = FolderFormat.config_name
 WEIGHTS_NAME = "adapters.safetensors"
@@ -138,30 +141,23 @@ class MlxFormat(FolderFormat):
         values = decode_float32(weights, TensorHeader(tuple(lengths.values()), {}))
         return RunnableAdapter(adapter, magnitudes={name: values[one.name] for name, one in lengths.items()})
 
-    def _fresh(self, adapter: Adapter, metadata: Mapping[str, str], dtype: str) -> AdapterBytes:
+    def _fresh(self, adapter: Adapter, metadata: Texts, dtype: str) -> AdapterBytes:
         from icmlora.formats.pairs.mlx_writer import encode_mlx
 
         return encode_mlx(RunnableAdapter(adapter), metadata=metadata, dtype=dtype)
 
     def _alike(
-        self,
-        adapter: Adapter,
-        like: Template,
-        *,
-        dtype: str | None,
-        pad_rank: int | None,
-        extras: Mapping[str, RawTensor],
-        metadata: Mapping[str, str],
+        self, adapter: Adapter, like: Template, dtype: str | None, rank: int | None, extras: Extras, metadata: Texts
     ) -> AdapterBytes:
         from icmlora.formats.pairs.ab_tensors import write_pairs
         from icmlora.io.safetensors import encode
 
         form, config = PairForm.parse(like), like.config
         largest = max(shape.rank for shape in like.layout)
-        if pad_rank is None and MlxConfig.parse(config).rank not in (None, largest):
-            pad_rank = largest  # MLX-LM knows one rank for all modules
-        if pad_rank is not None:
-            config = _with_rank(config, pad_rank)
+        if rank is None and MlxConfig.parse(config).rank not in (None, largest):
+            rank = largest  # MLX-LM knows one rank for all modules
+        if rank is not None:
+            config = _with_rank(config, rank)
         scale = MlxConfig.parse(config).scale
         tensors = write_pairs(
             adapter,
@@ -171,7 +167,7 @@ class MlxFormat(FolderFormat):
             suffix="",
             scale=lambda rank: scale,
             dtype=dtype,
-            rank=pad_rank,
+            rank=rank,
         )
         return AdapterBytes(encode(tensors | dict(extras), _metadata_of(form)), config)
 
@@ -188,7 +184,7 @@ def _parse(config: bytes, weights: Buffer) -> tuple[MlxConfig, TensorHeader, Sor
     parsed, header = MlxConfig.parse(config), read_header(weights)
     if parsed.kind not in _KINDS:
         return parsed, header, SortedPairs((), header.tensors)
-    pairs = sort_pairs(header.tensors, "", _pair)
+    pairs = sort_pairs(header.tensors, "", lambda name, a, b: LoraPair(name, a, b, *(len(a.shape) == 2,) * 2))
     if parsed.rank is None:
         check_orientation(pairs.pairs)
     for pair in pairs.pairs:
@@ -199,10 +195,6 @@ def _parse(config: bytes, weights: Buffer) -> tuple[MlxConfig, TensorHeader, Sor
                 hint = "lora_a is (in, r) for MLX-LM and lora_b (r, out): convert the adapter again"
             raise AdapterRefused(fact, kind="rank", hint=hint)
     return parsed, header, pairs
-
-
-def _pair(module: str, a: Any, b: Any) -> LoraPair:
-    return LoraPair(module, a, b, *(len(a.shape) == 2,) * 2)
 
 
 def _summary(parsed: MlxConfig, header: TensorHeader, pairs: SortedPairs, weights: Buffer) -> AdapterSummary:
@@ -256,13 +248,10 @@ def _with_rank(config: bytes, rank: int) -> bytes:
 
 def _metadata_of(form: PairForm) -> dict[str, str]:
     found = form.own.get("metadata", {})
-    if form.own.keys() - {"metadata"} or not isinstance(found, dict) or not all(map(_is_text, found.values())):
-        raise bad_template()
+    is_text = isinstance(found, dict) and all(isinstance(value, str) for value in found.values())
+    if form.own.keys() - {"metadata"} or not is_text:
+        raise bad_note()
     return dict(found)
-
-
-def _is_text(value: object) -> bool:
-    return isinstance(value, str)
 
 
 def _wrong(key: str, value: object) -> AdapterRefused:

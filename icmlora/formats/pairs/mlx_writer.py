@@ -8,6 +8,8 @@
 
 MLX-LM keeps the weights of transformers in their order and, inside of the blocks, mostly under their names; it refuses
 to load an adapter with a module that the model does not have.
+
+Source: ml-explore/mlx-lm, tuner/lora.py and tuner/dora.py.
 """
 
 from __future__ import annotations

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -13,6 +11,7 @@ from typing import Any
 from icmlora.adapter.layout import target_modules
 from icmlora.errors import AdapterRefused, UnsafeInput
 from icmlora.formats.format import AdapterSummary, Buffer
+from icmlora.formats.noted_form import note, types_to_note
 from icmlora.formats.peft.config import AdapterConfig, read_facts, stated_rank, stated_targets
 from icmlora.formats.peft.experts import resolve_parameters
 from icmlora.formats.peft.names import FactorPair, SortedTensors, sort_tensors, wrapper_in
@@ -132,20 +131,17 @@ def _is_dead(config: AdapterConfig, tensors: SortedTensors, weights: Buffer) -> 
 def _template(pairs: tuple[FactorPair, ...], metadata: Mapping[str, str]) -> str:
     """Note what differs from two linear factors of one type under PEFT's usual names."""
     tensors = [tensor for pair in pairs for tensor in (pair.a, pair.b)]
-    ((main, _), *others) = Counter(tensor.dtype for tensor in tensors).most_common()
-    details: dict[str, Any] = {
+    details = {
         "experts": {pair.module: pair.experts for pair in pairs if pair.experts > 1},
         "groups": {pair.module: pair.groups for pair in pairs if pair.groups > 1},
         "targets": {pair.module: pair.target for pair in pairs if pair.target not in ("", pair.module)},
         "names": {pair.module: [pair.a.name, pair.b.name] for pair in pairs if not pair.has_usual_names},
         "shapes": {tensor.name: list(tensor.shape) for tensor in tensors if len(tensor.shape) != 2},
-        "dtypes": {tensor.name: tensor.dtype for tensor in tensors if tensor.dtype != main},
-        "dtype": main if others else None,
-        "metadata": None if metadata == _PLAIN_METADATA else dict(metadata),
+        **types_to_note(tensors),
     }
     # An empty map of metadata differs from the usual one and has to be noted.
-    found = {key: value for key, value in details.items() if value or (key == "metadata" and value is not None)}
-    return json.dumps(found, sort_keys=True, separators=(",", ":")) if found else ""
+    own = {} if metadata == _PLAIN_METADATA else {"metadata": dict(metadata)}
+    return note(details, own)
 
 
 def _joined(dtypes: Any) -> str:

@@ -4,6 +4,8 @@
 
 No regular expression of the file is matched by `re` (icmlora/formats/peft/name_patterns.py). Whoever stores the file
 keeps everything else in it byte for byte.
+
+Sources: huggingface/peft, tuners/lora/config.py; rsLoRA, Kalajdzievski 2023 (arXiv 2312.03732).
 """
 
 from __future__ import annotations
@@ -57,13 +59,13 @@ class AdapterConfig:
         """Read a configuration; refuse one that is not a plain LoRA's."""
         from icmlora.formats.refusals import refuse_unsupported  # needed to read only
 
-        refuse_unsupported(_fields(data))
+        refuse_unsupported(fields_of(data))
         return cls.read(data)
 
     @classmethod
     def read(cls, data: bytes) -> AdapterConfig:
         """Read a configuration that `parse` has taken before."""
-        fields = _fields(data)
+        fields = fields_of(data)
         reader = _Reader(fields)
         return cls(
             base_model=reader.text("base_model_name_or_path"),
@@ -118,7 +120,7 @@ def with_ranks(data: bytes, modules: Mapping[str, tuple[int, float]]) -> bytes:
     rank = Counter(rank for rank, _ in modules.values()).most_common(1)[0][0]
     alpha = Counter(alphas.values()).most_common(1)[0][0]
     fields = {
-        **_fields(data),
+        **fields_of(data),
         "r": rank,
         "lora_alpha": _whole(alpha),
         "use_rslora": False,
@@ -140,26 +142,31 @@ def _whole(number: float) -> float:
 
 def read_facts(data: bytes) -> ConfigFacts:
     """Read what every PEFT configuration says, whatever the method; refuse only what is damaged."""
-    reader = _Reader(_fields(data))
+    reader = _Reader(fields_of(data))
     labels = (reader.text(key) for key in ("base_model_name_or_path", "revision", "task_type"))
     return ConfigFacts(*labels)
 
 
 def stated_rank(data: bytes) -> int:
     """Return the rank that a configuration states; 0 if it states none."""
-    rank = _fields(data).get("r")
+    rank = fields_of(data).get("r")
     return rank if type(rank) is int and 0 < rank < 2**31 else 0
 
 
 def stated_targets(data: bytes) -> tuple[str, ...]:
     """Return the target modules that a configuration lists."""
-    targets = _fields(data).get("target_modules")
+    targets = fields_of(data).get("target_modules")
     if not isinstance(targets, list) or len(targets) > MAX_TARGETS:
         return ()
     return tuple(sorted(name for name in targets if isinstance(name, str) and is_module_name(name)))
 
 
-def _fields(data: bytes) -> dict[str, Any]:
+def fields_of(data: bytes) -> dict[str, Any]:
+    """Parse a configuration.
+
+    Raises:
+        AdapterRefused: It is damaged.
+    """
     return parse_object(data, what="adapter_config.json", max_bytes=MAX_CONFIG_BYTES)
 
 

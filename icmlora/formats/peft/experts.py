@@ -8,6 +8,8 @@ PEFT writes one pair for all E experts of a parameter; both are split into one m
 The file names the module M and not the parameter. Of two parameters of one module, `M.base_layer` is the one that the
 model declares first and `M` the other. Which is which, and with it every rank, follows from the configuration as long
 as only one reading fits the shapes.
+
+Source: huggingface/peft, tuners/lora/layer.py (`ParamWrapper`).
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ import numpy as np
 
 from icmlora.errors import AdapterRefused
 from icmlora.formats.format import AdapterSummary, Buffer, Template
-from icmlora.formats.peft.config import MAX_CONFIG_BYTES, AdapterConfig
+from icmlora.formats.peft.config import AdapterConfig, fields_of
 from icmlora.formats.peft.names import FactorPair, sort_tensors
 from icmlora.io.safetensors import ITEM_BYTES, RawTensor, TensorHeader, encode, raw_tensors, read_header
 from icmlora.io.strict_json import parse_object
@@ -34,7 +34,7 @@ _MARK = "converted"
 
 def changed_base(config: bytes) -> str | None:
     """Return the method that changed an adapter's base model and can be undone: pissa, olora or corda."""
-    init = _fields(config).get("init_lora_weights")
+    init = fields_of(config).get("init_lora_weights")
     found = _METHOD.fullmatch(init.lower()) if isinstance(init, str) else None
     return None if found is None else found[1]
 
@@ -71,8 +71,12 @@ def convert(config: bytes, weights: bytes, initial: bytes) -> tuple[bytes, bytes
 
 
 def convert_config(config: bytes) -> bytes:
-    """Return the configuration that PEFT gives a converted adapter."""
-    fields = _fields(config)
+    """Return the configuration that PEFT gives a converted adapter.
+
+    Raises:
+        AdapterRefused: PEFT would not convert it.
+    """
+    fields = fields_of(config)
     patterns = {key: fields.get(key) or {} for key in ("rank_pattern", "alpha_pattern")}
     if fields.get("use_rslora") and any(patterns.values()):
         raise _unfit("PEFT does not convert rank_pattern or alpha_pattern with use_rslora")
@@ -108,7 +112,7 @@ def converted_form(like: Template) -> Template:
 
 def _check(config: bytes, pairs: tuple[FactorPair, ...], initial: tuple[FactorPair, ...]) -> None:
     convert_config(config)
-    if _fields(config).get("target_parameters"):
+    if fields_of(config).get("target_parameters"):
         raise _unfit("it has fused experts")
     for pair in pairs:
         if len(pair.a.shape) != 2 or "lora_embedding_" in pair.a.name:
@@ -133,10 +137,6 @@ def _less_columns(b: RawTensor, initial: RawTensor) -> RawTensor:
     negated[width - 1 :: width] ^= 0x80  # the sign of a little-endian number
     rows = (np.frombuffer(b.data, np.uint8).reshape(b.shape[0], -1), negated.reshape(b.shape[0], -1))
     return RawTensor(b.dtype, (b.shape[0], 2 * b.shape[1]), np.concatenate(rows, axis=1).tobytes())
-
-
-def _fields(config: bytes) -> dict[str, Any]:
-    return parse_object(config, what="adapter_config.json", max_bytes=MAX_CONFIG_BYTES)
 
 
 def _unfit(why: str) -> AdapterRefused:

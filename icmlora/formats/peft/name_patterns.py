@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from re import _parser  # type: ignore[attr-defined]  # what `re.compile` reads an expression with
-from typing import Any, Protocol
+from typing import Any
 
 _PLAIN = re.compile(r"\^?(?:[A-Za-z0-9_.-]|\\\.)+")
 _LITERAL_DOT = "\\"  # stands for an escaped dot inside `characters`; no module name holds a backslash
@@ -28,6 +28,8 @@ _WORD = frozenset(string.ascii_letters + string.digits + "_")
 _DIGITS = frozenset(string.digits)
 _ANY = _WORD | {".", "-"}  # every character that a name can have
 _NONE = frozenset[str]()
+_Tree = Iterable[tuple[Any, Any]]
+"""What Python's parser makes of a sequence: signs, each with what it says."""
 _CATEGORIES = {
     **{"CATEGORY_DIGIT": _DIGITS, "CATEGORY_WORD": _WORD, "CATEGORY_SPACE": _NONE},
     **{"CATEGORY_NOT_DIGIT": _ANY - _DIGITS, "CATEGORY_NOT_WORD": _ANY - _WORD, "CATEGORY_NOT_SPACE": _ANY},
@@ -43,18 +45,6 @@ class Steps:
     """What is left of the steps that the keys of one file may take, all together, for all names."""
 
     left: int = 10_000_000  # a few seconds; real keys take a hundred or two for each name
-
-
-class NamePattern(Protocol):
-    """A key that was read."""
-
-    def matches(self, module: str) -> bool:
-        """Return whether PEFT would apply the key to this module."""
-
-
-def parse_pattern(key: str, steps: Steps) -> NamePattern:
-    """Read a key; raises `PatternRefused`."""
-    return ModulePattern.parse(key) or NameExpression(key, steps)
 
 
 @dataclass(frozen=True)
@@ -82,34 +72,12 @@ class ModulePattern:
         )
 
 
-@dataclass(frozen=True)
-class _Edge:
-    """One end of the name."""
-
-    end: bool
-
-
-@dataclass(frozen=True)
-class _Choice:
-    """One of some sequences."""
-
-    branches: list[list[_Part]]
-
-
-@dataclass(frozen=True)
-class _Repeat:
-    """A sequence, several times."""
-
-    least: int
-    most: int
-    parts: list[_Part]
-
-
-_Part = frozenset[str] | _Edge | _Choice | _Repeat  # a set: one of these characters
-
-
 class NameExpression:
-    """A key that is a regular expression."""
+    """A key that is a regular expression.
+
+    Raises:
+        PatternRefused: Python does not read it, or it has more than characters, choices, repetitions and ends.
+    """
 
     def __init__(self, key: str, steps: Steps) -> None:
         if len(key) > _LONGEST_KEY:
@@ -117,36 +85,41 @@ class NameExpression:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("error")  # a meaning that is about to change is not one to rely on
-                tree = _parser.parse(key)
+                self._tree = _parser.parse(key)
         except (re.error, Warning, OverflowError, RecursionError) as error:
             raise PatternRefused("Python does not read it") from error
-        if tree.state.flags != re.UNICODE:
+        if self._tree.state.flags != re.UNICODE:
             raise PatternRefused("it has flags")
-        self._parts = _read(tree)
         self._steps = steps
         self._known: dict[str, bool] = {}
+        self._ends(self._tree, set(), "")  # goes through all of it, and refuses what is not known
 
     def matches(self, module: str) -> bool:
         """Return whether PEFT would apply the key to this module."""
         if module not in self._known:
             starts = {0, *(at + 1 for at, character in enumerate(module) if character == ".")}
             is_name = _ANY.issuperset(module)
-            self._known[module] = is_name and len(module) in self._ends(self._parts, starts, module)
+            self._known[module] = is_name and len(module) in self._ends(self._tree, starts, module)
         return self._known[module]
 
-    def _ends(self, parts: list[_Part], places: set[int], name: str) -> set[int]:
+    def _ends(self, tree: _Tree, places: set[int], name: str, depth: int = 0) -> set[int]:
         """Return where in a name a sequence can end that begins at one of these places."""
+        if depth > _DEEPEST:
+            raise PatternRefused("its groups are too deep")
         self._count(places)
-        for part in parts:
+        for sign, value in tree:
             self._count(places)
-            match part:
-                case _Edge():
-                    places = places & {len(name) if part.end else 0}
-                case _Choice():
-                    places = set().union(*(self._ends(branch, places, name) for branch in part.branches))
-                case _Repeat():
-                    places = self._repeated(part, places, name)
-                case characters:
+            match str(sign), value:
+                case "SUBPATTERN", (_, 0, 0, inner):
+                    places = self._ends(inner, places, name, depth + 1)
+                case "BRANCH", (_, branches):
+                    places = set().union(*(self._ends(branch, places, name, depth + 1) for branch in branches))
+                case "MAX_REPEAT" | "MIN_REPEAT", (least, most, inner):
+                    places = self._repeated(inner, least, most, places, name, depth + 1)
+                case "AT", _ if str(value) in ("AT_BEGINNING", "AT_END"):
+                    places = places & {len(name) if str(value) == "AT_END" else 0}
+                case _:
+                    characters = _characters(str(sign), value)
                     places = {at + 1 for at in places if name[at : at + 1] in characters}
         return places
 
@@ -155,40 +128,22 @@ class NameExpression:
         if self._steps.left < 0:
             raise PatternRefused("it takes too long")
 
-    def _repeated(self, repeat: _Repeat, places: set[int], name: str) -> set[int]:
-        if places and repeat.parts == [_ANY] and repeat.most > len(name):  # as most are: ".*"
-            return set(range(min(places) + repeat.least, len(name) + 1))
-        for _ in range(repeat.least):
-            before, places = places, self._ends(repeat.parts, places, name)
+    def _repeated(self, inner: _Tree, least: int, most: int, places: set[int], name: str, depth: int) -> set[int]:
+        if not places:
+            return self._ends(inner, places, name, depth)
+        if [str(sign) for sign, _ in inner] == ["ANY"] and most > len(name):  # as most are: ".*"
+            return set(range(min(places) + least, len(name) + 1))
+        for _ in range(least):
+            before, places = places, self._ends(inner, places, name, depth)
             if places == before:  # more repetitions change nothing
                 break
         found, new = set(places), places
-        for _ in range(repeat.most - repeat.least):
-            new = self._ends(repeat.parts, new, name) - found
+        for _ in range(most - least):
+            new = self._ends(inner, new, name, depth) - found
             if not new:
                 break
             found |= new
         return found
-
-
-def _read(tree: Iterable[tuple[Any, Any]], depth: int = 0) -> list[_Part]:
-    """Read what the parser made of a sequence."""
-    if depth > _DEEPEST:
-        raise PatternRefused("its groups are too deep")
-    parts: list[_Part] = []
-    for sign, value in tree:
-        match str(sign), value:
-            case "SUBPATTERN", (_, 0, 0, inner):
-                parts += _read(inner, depth + 1)
-            case "BRANCH", (_, branches):
-                parts.append(_Choice([_read(branch, depth + 1) for branch in branches]))
-            case "MAX_REPEAT" | "MIN_REPEAT", (least, most, inner):
-                parts.append(_Repeat(least, most, _read(inner, depth + 1)))
-            case "AT", _ if str(value) in ("AT_BEGINNING", "AT_END"):
-                parts.append(_Edge(end=str(value) == "AT_END"))
-            case _:
-                parts.append(_characters(str(sign), value))
-    return parts
 
 
 def _characters(sign: str, value: Any) -> frozenset[str]:
@@ -210,3 +165,11 @@ def _characters(sign: str, value: Any) -> frozenset[str]:
             return _ANY - found if negated else found
         case _:
             raise PatternRefused(f"{sign.lower()} is not known")
+
+
+NamePattern = ModulePattern | NameExpression
+
+
+def parse_pattern(key: str, steps: Steps) -> NamePattern:
+    """Read a key; raises `PatternRefused`."""
+    return ModulePattern.parse(key) or NameExpression(key, steps)

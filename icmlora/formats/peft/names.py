@@ -10,6 +10,8 @@
     E experts      lora_A.weight      (E r, in)       lora_B.weight      (out, E r)
 
 All other tensors are extras: heads, biases, DoRA's magnitudes, token rows, copies of base layers.
+
+Source: huggingface/peft, utils/save_and_load.py.
 """
 
 from __future__ import annotations

@@ -8,7 +8,6 @@ Source: huggingface/peft, utils/save_and_load.py and tuners/lora.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,16 +19,17 @@ from icmlora.formats.format import (
     AdapterSummary,
     Buffer,
     ConfigFacts,
+    Extras,
     FolderFormat,
     LoadedAdapter,
     RunnableAdapter,
     Template,
+    Texts,
 )
 
 if TYPE_CHECKING:
     from icmlora.adapter.model import Adapter
     from icmlora.formats.discovery.tree import Folder
-    from icmlora.io.safetensors import RawTensor
 
 CONFIG_NAME = FolderFormat.config_name
 CARD_NAME = FolderFormat.card_name
@@ -101,20 +101,13 @@ class PeftFormat(FolderFormat):
 
         return read_runnable(config, weights)
 
-    def _fresh(self, adapter: Adapter, metadata: Mapping[str, str], dtype: str) -> AdapterBytes:
+    def _fresh(self, adapter: Adapter, metadata: Texts, dtype: str) -> AdapterBytes:
         from icmlora.formats.peft.tensors import write_fresh
 
         return AdapterBytes(*write_fresh(adapter, dtype, metadata))
 
     def _alike(
-        self,
-        adapter: Adapter,
-        like: Template,
-        *,
-        dtype: str | None,
-        pad_rank: int | None,
-        extras: Mapping[str, RawTensor],
-        metadata: Mapping[str, str],
+        self, adapter: Adapter, like: Template, dtype: str | None, rank: int | None, extras: Extras, metadata: Texts
     ) -> AdapterBytes:
         from icmlora.formats.peft.tensors import refuse_special, write_fresh, write_like
 
@@ -122,13 +115,13 @@ class PeftFormat(FolderFormat):
             from icmlora.formats.peft.initial import converted_form  # few adapters have a form to be noted
 
             like = converted_form(like)
-        if pad_rank is None:
+        if rank is None:
             return AdapterBytes(*write_like(adapter, like, dtype, extras))
         refuse_special(like, extras)
         # A decoded adapter has its generator's label, which may be another one of the same base model.
         facts = self.read_config(like.config)
         adapter = replace(adapter, base_model=facts.base_model or "", revision=facts.revision)
-        return AdapterBytes(*write_fresh(adapter, dtype or "bfloat16", metadata, rank=pad_rank))
+        return AdapterBytes(*write_fresh(adapter, dtype or "bfloat16", metadata, rank=rank))
 
 
 PEFT: AdapterFormat = PeftFormat()

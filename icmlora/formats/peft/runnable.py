@@ -6,6 +6,8 @@ PEFT treats names in a configuration as regular expressions. Here the tensors' o
     M.lora_B.bias                                added to the output of B, then scaled
     M.token_adapter.trainable_tokens_delta       rows of an embedding (the rows themselves, not a difference)
     M.weight, M.base_layer.bias, ...             whole parameters: heads, embeddings, biases, copies of base layers
+
+Sources: huggingface/peft, tuners/lora/layer.py and utils/other.py; DoRA, Liu et al. 2024 (arXiv 2402.09353).
 """
 
 from __future__ import annotations
@@ -19,11 +21,10 @@ from safetensors.torch import load
 
 from icmlora.errors import AdapterRefused
 from icmlora.formats.format import RunnableAdapter
-from icmlora.formats.peft.config import PREFIX, AdapterConfig
+from icmlora.formats.peft.config import PREFIX, AdapterConfig, fields_of
 from icmlora.formats.peft.names import unwrapped
 from icmlora.formats.peft.tensors import read_adapter
 from icmlora.io.safetensors import encode
-from icmlora.io.strict_json import parse_object
 from registry.names import escape
 
 _KINDS = re.compile(
@@ -54,7 +55,7 @@ def read_runnable(config: bytes, weights: bytes) -> RunnableAdapter:
     Raises:
         AdapterRefused: It works in a way that icm cannot run.
     """
-    fields = parse_object(config, what="adapter_config.json", max_bytes=len(config))
+    fields = fields_of(config)
     for field, what in _CANNOT_RUN.items():
         if fields.get(field):
             raise AdapterRefused(f"it cannot be run by icm: {what}", kind="cannot-run", hint=_MEASURE)
@@ -80,7 +81,10 @@ def read_runnable(config: bytes, weights: bytes) -> RunnableAdapter:
             rows[module] = _row_numbers(fields, module, tensor), tensor
         else:
             raise AdapterRefused(f"it cannot be run by icm: it has a tensor {name}", kind="cannot-run")
-    _check_complete(fields, [module.name for module in loaded.adapter.modules], magnitudes)
+    modules = {module.name for module in loaded.adapter.modules}
+    if (magnitudes or fields.get("use_dora")) and (odd := min(modules ^ magnitudes.keys(), default=None)):
+        fact = f"DoRA needs a magnitude for each module, and {odd} has only one of the two"
+        raise AdapterRefused(fact, kind="missing-half")
     return RunnableAdapter(loaded.adapter, values, rows, magnitudes, biases)
 
 
@@ -97,10 +101,3 @@ def _row_numbers(fields: Mapping[str, Any], module: str, rows: torch.Tensor) -> 
         fact = f"trainable_token_indices does not say which rows the {rows.shape[0]} of {escape(module, 120)} are"
         raise AdapterRefused(fact, kind="config")
     return stated
-
-
-def _check_complete(fields: Mapping[str, Any], modules: Sequence[str], magnitudes: Mapping[str, torch.Tensor]) -> None:
-    wanted = set(modules) if magnitudes or fields.get("use_dora") else set()
-    if odd := sorted(wanted ^ magnitudes.keys()):
-        fact = f"DoRA needs a magnitude for each module, and {odd[0]} has only one of the two"
-        raise AdapterRefused(fact, kind="missing-half")

@@ -8,66 +8,58 @@ factors alone       ──▶ the form that every engine reads: one rank, alpha 
 from __future__ import annotations
 
 import json
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from operator import index
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.nn.functional import pad
 
-from icmlora.adapter.layout import ModuleShape
 from icmlora.adapter.model import Adapter, LoraModule
 from icmlora.errors import AdapterRefused
+from icmlora.formats.factors import Factors, fitted, fitted_parts, load_factors, scaled, unscaled
 from icmlora.formats.format import LoadedAdapter, Template
+from icmlora.formats.noted_form import bad_note, reading, types_of
 from icmlora.formats.peft.config import PREFIX, AdapterConfig, usual_names, with_ranks
 from icmlora.formats.peft.names import without_wrappers
-from icmlora.io.safetensors import FLOAT_TYPES, MAX_DIMENSION, TENSOR_NAME, RawTensor, TensorHeader, encode, raw_tensors
-from icmlora.io.strict_json import parse_object
-from icmlora.io.tensors import decode_float32, dtype_name, raw_tensor
+from icmlora.io.safetensors import MAX_DIMENSION, TENSOR_NAME, RawTensor, encode
+from icmlora.io.tensors import dtype_name, raw_tensor
 
 if TYPE_CHECKING:
     from icmlora.formats.peft.names import FactorPair
 
 _METADATA = {"format": "pt"}
-_MAX_TEMPLATE = 64 << 20  # it names every tensor of a file, and holds the metadata of its header
 _MOST_PARTS = 1024  # experts or groups of one module
-_Factors = tuple[torch.Tensor, torch.Tensor]
 
 
 def read_adapter(config: bytes, weights: bytes) -> LoadedAdapter:
-    """Read the factors in float32 and the extras as they are."""
+    """Read the factors in float32 and the extras as they are.
+
+    Raises:
+        AdapterRefused: The adapter is damaged, or there can be no code of it.
+    """
     from icmlora.formats.peft.check import check_adapter  # needed to read only
 
     checked = check_adapter(config, weights)
-    summary, parsed, tensors = checked.summary, checked.config, checked.tensors
-    if parsed is None or tensors is None:
-        fact = f"only its original can be used: {summary.original_only}"
-        raise AdapterRefused(fact, kind="original-only")
-    factors = [tensor for pair in tensors.pairs for tensor in (pair.a, pair.b)]
-    in_file = sorted(factors, key=lambda tensor: tensor.begin)
-    values = decode_float32(weights, TensorHeader(tuple(in_file), {}))
-    modules = [module for pair in tensors.pairs for module in _modules(pair, values, parsed)]
-    extras = raw_tensors(weights, tensors.extras)
-    label = summary.base_model or ""
-    targets = summary.target_modules
-    return LoadedAdapter(Adapter(label, summary.task_type, targets, tuple(modules), summary.revision), extras)
+    parsed, pairs = checked.config, () if checked.tensors is None else checked.tensors.pairs
+    tensors = [tensor for pair in pairs for tensor in (pair.a, pair.b)]
+    return load_factors(
+        weights,
+        checked.summary,
+        tensors,
+        lambda values: (module for pair in pairs if parsed for module in _modules(pair, values, parsed)),
+    )
 
 
 def _modules(pair: FactorPair, values: Mapping[str, torch.Tensor], config: AdapterConfig) -> list[LoraModule]:
     a, b = values[pair.a.name].flatten(1), values[pair.b.name].flatten(1)
-    # The scale goes into B, as A may be the initial one, whose bits the seed search needs.
-    b = b * config.scale_of(pair.target or pair.module)
-    if not b.isfinite().all():
-        message = f"{pair.module}: B times the scale exceeds float32"
-        raise AdapterRefused(message, kind="overflow", hint="the training run diverged: take an earlier checkpoint")
+    b = scaled(pair.module, b, config.scale_of(pair.target or pair.module))
     parts = _split(a, b, pair.experts, pair.groups)
     return [LoraModule(shape.module, *part) for shape, part in zip(pair.shapes, parts, strict=True)]
 
 
-def _split(a: torch.Tensor, b: torch.Tensor, experts: int, groups: int) -> list[_Factors]:
+def _split(a: torch.Tensor, b: torch.Tensor, experts: int, groups: int) -> list[Factors]:
     """Split the factors of a module (r, in), (out, r) into those of its experts or groups."""
     inputs, (outputs, columns) = a.shape[1], b.shape
     if experts > 1:
@@ -77,8 +69,12 @@ def _split(a: torch.Tensor, b: torch.Tensor, experts: int, groups: int) -> list[
     return list(zip(a.reshape(groups, columns, inputs), b.reshape(groups, -1, columns), strict=True))
 
 
-def joined(parts: Sequence[_Factors], *, experts: bool) -> _Factors:
-    """Join the factors of the experts or groups of a module, in their order."""
+def joined(parts: Sequence[Factors], *, experts: bool) -> Factors:
+    """Join the factors (r, in), (out, r) of n experts or groups of a module, in their order.
+
+    Returns:
+        A (n r, in), and B (out, n r) of experts, or (n out, r) of groups.
+    """
     a = torch.cat([a for a, _ in parts])
     if experts:
         b = torch.stack([b for _, b in parts], dim=2)  # (out, r, experts)
@@ -93,48 +89,34 @@ def write_like(
 
     Modules that `adapter` lacks become zeros. Names that a wrapper put in are left out. The configuration is the other
     one's, unless that states other ranks than the layout of the form.
+
+    Raises:
+        AdapterRefused: The form does not fit, or a type cannot hold a value.
     """
     config, details = AdapterConfig.read(like.config), _Details.parse(like)
-    extras = _without_wrappers(extras)
-    modules = {module.name: module for module in adapter.modules}
+    clean = {without_wrappers(name): tensor for name, tensor in extras.items()}
+    extras = clean if len(clean) == len(extras) else extras
     tensors: dict[str, RawTensor] = {}
-    whole = {f"{name}.{part}": name for name, count in details.parts.items() for part in range(count)}
-    parts: defaultdict[str, list[ModuleShape]] = defaultdict(list)
     written: dict[str, tuple[int, float]] = {}
     is_stated = True
-    for shape in like.layout:  # the parts of a module are in the order of their numbers
-        parts[whole.get(shape.module, shape.module)].append(shape)
-    for module, shapes in parts.items():
-        if len(shapes) != details.parts.get(module, 1) or len({shape[2:] for shape in shapes}) > 1:
-            raise _bad_template()
-        rank = max(shape.rank for shape in shapes)  # one tensor holds all parts
-        of_parts = [fitted(modules.pop(shape.module, None), rank, *shape[2:]) for shape in shapes]
-        factors = joined(of_parts, experts=module in details.experts)
+    for module, parts in fitted_parts(adapter, like.layout, details.parts):
         target = details.targets.get(module, module)
         scale = config.scale_of(target)
-        written[target] = rank * details.groups.get(module, 1), scale
+        written[target] = len(parts[0][0]) * details.groups.get(module, 1), scale
         is_stated = is_stated and config.rank_of(target) == written[target][0]
-        # An adapter of scale 0 does nothing, whatever its factors are.
-        unscaled = factors[0], factors[1] / scale if scale else torch.zeros_like(factors[1])
+        factors = unscaled(joined(parts, experts=module in details.experts), scale)
         names = details.names.get(module) or usual_names(module)
-        for axis, (noted, factor) in enumerate(zip(names, unscaled, strict=True)):
-            kind = details.dtypes.get(noted, details.dtype) if dtype is None else dtype_name(dtype)
+        for axis, (noted, factor) in enumerate(zip(names, factors, strict=True)):
+            kind = details.type_of(noted) if dtype is None else dtype_name(dtype)
             size = details.shapes.get(noted, tuple(factor.shape))
             name = without_wrappers(noted)  # PEFT finds no module for the others, and loads nothing
             if not is_stated:
                 size = *size[:axis], factor.shape[axis], *size[axis + 1 :]  # A (r, ...), B (out, r, ...)
             if prod(size) != factor.numel() or name in tensors or name in extras:
-                raise _bad_template()
+                raise bad_note()
             tensors[name] = raw_tensor(name, factor.reshape(size), kind)
-    if modules:
-        raise ValueError(f"the template has no module {next(iter(modules))}")
     data = encode({**tensors, **extras}, details.metadata)
     return data, like.config if is_stated else with_ranks(like.config, written)
-
-
-def _without_wrappers(extras: Mapping[str, RawTensor]) -> Mapping[str, RawTensor]:
-    clean = {without_wrappers(name): tensor for name, tensor in extras.items()}
-    return clean if len(clean) == len(extras) else extras
 
 
 @dataclass(frozen=True)
@@ -146,8 +128,7 @@ class _Details:
     targets: Mapping[str, str]  # module -> the name that patterns match
     names: Mapping[str, tuple[str, str]]  # module -> its two tensors
     shapes: Mapping[str, tuple[int, ...]]
-    dtypes: Mapping[str, str]
-    dtype: str
+    type_of: Callable[[str], str]
     metadata: Mapping[str, str]
 
     @property
@@ -157,34 +138,24 @@ class _Details:
 
     @classmethod
     def parse(cls, like: Template) -> _Details:
-        found = parse_object((like.details or "{}").encode(), what="the template", max_bytes=_MAX_TEMPLATE)
-        try:
+        with reading(like) as found:
             made = cls(
                 experts={module: index(count) for module, count in found.pop("experts", {}).items()},
                 groups={module: index(count) for module, count in found.pop("groups", {}).items()},
                 targets={module: str(target) for module, target in found.pop("targets", {}).items()},
                 names={module: (str(a), str(b)) for module, (a, b) in found.pop("names", {}).items()},
                 shapes={name: tuple(map(index, sizes)) for name, sizes in found.pop("shapes", {}).items()},
-                dtypes=dict(found.pop("dtypes", {})),
-                dtype=found.pop("dtype", like.dtype),
+                type_of=types_of(found, like),
                 metadata=dict(found.pop("metadata", _METADATA)),
             )
-            good = (
+            if not (
                 all(TENSOR_NAME.fullmatch(name) for pair in made.names.values() for name in pair)
                 and all(1 < count <= _MOST_PARTS for count in made.parts.values())
                 and all(0 < size <= MAX_DIMENSION for sizes in made.shapes.values() for size in sizes)
-                and {made.dtype, *made.dtypes.values()} <= FLOAT_TYPES
                 and all(isinstance(text, str) for text in made.metadata.values())
-            )
-        except (AttributeError, TypeError, ValueError):
-            raise _bad_template() from None
-        if found or not good:
-            raise _bad_template()
+            ):
+                raise bad_note()
         return made
-
-
-def _bad_template() -> AdapterRefused:
-    return AdapterRefused("what is noted of the original's form does not fit it", kind="template")
 
 
 def refuse_special(like: Template, extras: Mapping[str, RawTensor]) -> None:
@@ -213,7 +184,10 @@ def write_fresh(
     """Write a tensor file and its configuration in the form that every engine reads.
 
     Engines disagree on patterns and on alpha: one rank for all modules and alpha == rank mean the same to all. With
-    `magnitudes`, DoRA's lengths of the rows of W + dW by module, it is a DoRA adapter.
+    `magnitudes`, DoRA's lengths (out,) of the rows of W + dW by module, it is a DoRA adapter.
+
+    Raises:
+        AdapterRefused: A module has a higher rank than `rank`, or the type cannot hold a value.
     """
     largest = max(module.a.shape[0] for module in adapter.modules)
     if rank is not None and rank < largest:
@@ -228,16 +202,6 @@ def write_fresh(
         name = f"{PREFIX}{module_name}.lora_magnitude_vector"
         tensors[name] = raw_tensor(name, lengths, dtype_name(dtype))
     return encode(tensors, {**_METADATA, **metadata}), _config(adapter, rank, use_dora=bool(magnitudes))
-
-
-def fitted(module: LoraModule | None, rank: int, inputs: int, outputs: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return factors of the wanted rank, filled up with zeros: (rank, in) and (out, rank)."""
-    if module is None:
-        return torch.zeros(rank, inputs), torch.zeros(outputs, rank)
-    missing = rank - module.a.shape[0]
-    if missing < 0 or (module.a.shape[1], module.b.shape[0]) != (inputs, outputs):
-        raise ValueError(f"{module.name} does not fit the template")
-    return pad(module.a, (0, 0, 0, missing)), pad(module.b, (0, missing))
 
 
 def _config(adapter: Adapter, rank: int, *, use_dora: bool) -> bytes:

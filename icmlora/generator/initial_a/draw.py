@@ -4,7 +4,7 @@ LoRA training begins with B = 0 and a random A, which PEFT draws from torch's CP
 in +-1 / sqrt(in). Training moves A, but not far: most of the trained A is still in the span of these r rows. Whoever
 knows the seed, and where in the stream each module's draws begin, gets the rows for nothing.
 
-The stream is that of MT19937. numpy's `RandomState` yields it too, and promises never to change it.
+The stream is MT19937's (Matsumoto and Nishimura 1998). numpy's `RandomState` has it too, and promises to keep it.
 
 A code's head stores where an initial A was drawn as these bytes:
 
@@ -111,7 +111,7 @@ def initial_to_bytes(initial: InitialA | None, config: GeneratorConfig) -> bytes
 
 
 def initial_from_bytes(data: bytes, config: GeneratorConfig) -> InitialA | None:
-    """Read what `initial_to_bytes` wrote."""
+    """Read what `initial_to_bytes` wrote; raise `CodeError` if that is out of the generator's range."""
     (seed,) = struct.unpack_from("<I", data)
     shape = len(config.kinds), config.layers
     count = shape[0] * shape[1]

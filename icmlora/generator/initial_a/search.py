@@ -120,10 +120,10 @@ def _followed(adapter: Adapter, seed: int) -> tuple[InitialModule, ...]:
         reach = max(_before(module) + len(head) for module, head in waiting.values())
         further = stream.read(position + len(drawn), max(0, reach - len(drawn)))
         drawn = np.concatenate([drawn, further])
-        fits = {
-            name: float(_agreements(drawn[_before(module) :][None, : len(head)], head)[0]) / _least(len(head))
-            for name, (module, head) in waiting.items()
-        }
+        fits = {}
+        for name, (module, head) in waiting.items():
+            rows = drawn[_before(module) :][None, : len(head)]  # (1, n)
+            fits[name] = float((rows @ head / _lengths(rows))[0]) / _least(len(head))
         best = max(fits, key=fits.__getitem__)
         if fits[best] <= 1:  # not better than chance
             break
@@ -143,12 +143,6 @@ def _head(module: LoraModule) -> NDArray[np.float32]:
     head = module.a.reshape(-1)[:_SEEN].double().numpy()
     scaled: NDArray[np.float32] = (head / max(float(np.linalg.norm(head)), math.ulp(0.0))).astype(np.float32)
     return scaled
-
-
-def _agreements(draws: NDArray[np.float32], head: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Return the cosine of rows of draws (m, n) with values (n,) of length 1, shape (m,)."""
-    cosines: NDArray[np.float32] = draws @ head / _lengths(draws)
-    return cosines
 
 
 def _lengths(draws: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -53,10 +53,6 @@ class InitialSubspace:
         """Say for each layer's module of a kind whether its initial A is known, shape (L,)."""
         known: NDArray[np.bool_] = self.ranks_of(kind) > 0
         return known
-
-    def to(self, device: torch.device) -> InitialSubspace:
-        """Move everything to a device."""
-        return replace(self, bases={kind: basis.to(device) for kind, basis in self.bases.items()})
 
     def project(self, kind: int, layer: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """Return Q x, shape (n, R), of rows of values (n, in); layer (n,) is ascending."""
@@ -106,10 +102,8 @@ class Bases(NamedTuple):
 def bases_of(parts: Sequence[tuple[InitialSubspace, int, torch.Tensor, torch.Tensor]], inputs: int) -> Bases | None:
     """Collect the bases of rows of the same number of inputs; None where no initial A is known.
 
-    Args:
-        parts: Subspace, kind, layer (n,) and slot (n,) of some of the rows; a module's rows are in one part, and next
-            to each other.
-        inputs: Number of inputs.
+    Each part is subspace, kind, layer (n,) and slot (n,) of some of the rows; a module's rows are in one part, and next
+    to each other.
     """
     rank = max((subspace.rows(kind) for subspace, kind, _, _ in parts), default=0)
     if not rank:

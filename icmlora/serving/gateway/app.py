@@ -23,10 +23,11 @@ from starlette.exceptions import HTTPException
 
 from icmlora.serving.gateway.connection import Connection
 from icmlora.serving.gateway.engines import Card
-from icmlora.serving.gateway.forward import ClientGone, CutShort, Forwarder, Message, Receive, Scope, Send
+from icmlora.serving.gateway.forward import Answer, ClientGone, CutShort, Forwarder, Receive, Scope, Send
 from icmlora.serving.gateway.metrics import CONTENT_TYPE, Metrics
-from icmlora.serving.gateway.problems import Problem
+from icmlora.serving.gateway.problems import HttpProblem
 from icmlora.serving.gateway.residency import Residency
+from icmlora.serving.gateway.settings import GatewaySettings
 from registry.errors import IcmError
 
 PASSED_ON = frozenset(
@@ -57,10 +58,7 @@ class GatewayApp:
         connection: The engine.
         residency: The adapters in it.
         metrics: What is counted.
-        token: What clients must know; None for nothing.
-        max_requests: How many requests may be in work.
-        local_names: Who may ask is only decided by being on this machine: a request has to be addressed to it, by one
-            of these names or as localhost. A web page elsewhere could have it sent by a browser here. None: any name.
+        settings: Who may ask, and how many requests may be in work.
     """
 
     def __init__(
@@ -69,42 +67,38 @@ class GatewayApp:
         connection: Connection,
         residency: Residency,
         metrics: Metrics,
-        *,
-        token: str | None,
-        max_requests: int,
-        local_names: frozenset[str] | None = None,
+        settings: GatewaySettings,
     ) -> None:
-        self._local_names = local_names
         self._forwarder, self._metrics = forwarder, metrics
-        self._token = None if token is None else sha256(token.encode()).digest()
-        self._max_requests, self._requests = max_requests, 0
+        self._local_names, self._max_requests, self._requests = settings.local_names, settings.max_requests, 0
+        self._token = None if settings.token is None else sha256(settings.token.encode()).digest()
         self._own = _OwnRoutes(connection, residency, metrics)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
         if scope["type"] != "http":
             return  # there are no websockets
-        answered = _Answered(send)
+        answer = Answer(send)
         try:
-            await self._answer(scope, receive, answered)
-        except Problem as problem:
+            await self._answer(scope, receive, answer)
+        except HttpProblem as problem:
             self._metrics.problems.labels(problem.code).inc()
-            await answered.tell(problem)
+            await answer.tell(problem)
         except ClientGone:
-            answered.status = 499  # as nginx counts them, also if the answer had begun
+            answer.status = 499  # as nginx counts them, also if the answer had begun
         except CutShort as cut:
             self._metrics.problems.labels(str(cut)).inc()
         except asyncio.CancelledError:  # the server stops, and has waited long enough
-            await answered.tell(Problem(503, "The gateway is stopping.", "stopping"))
+            await answer.tell(HttpProblem(503, "The gateway is stopping.", "stopping"))
         except Exception:
             _log.exception("unexpected error")
-            await answered.tell(Problem(500, "The gateway failed; its log has more.", "gateway_failed"))
+            await answer.tell(HttpProblem(500, "The gateway failed; its log has more.", "gateway_failed"))
         finally:
             path = scope["path"]
             route = path if path in PASSED_ON or path in _OWN else "other"
-            self._metrics.requests.labels(route, str(answered.status)).inc()
+            self._metrics.requests.labels(route, str(answer.status)).inc()
 
-    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _answer(self, scope: Scope, receive: Receive, answer: Answer) -> None:
         headers = dict(scope["headers"])
         _check_framing(headers)
         self._check_place(headers)
@@ -112,15 +106,15 @@ class GatewayApp:
             self._check_token(headers)
         target = _passed_on(scope["method"], scope["path"])
         if target is None:
-            await self._own.app(scope, receive, send)
+            await self._own.app(scope, receive, answer)
             return
         if self._requests >= self._max_requests:
             message = f"The gateway has {self._max_requests} requests in work; try again soon."
-            raise Problem(503, message, "too_many_requests", retry_after=1)
+            raise HttpProblem(503, message, "too_many_requests", retry_after=1)
         self._requests += 1
         self._metrics.in_flight.set(self._requests)
         try:
-            await self._forwarder.answer(scope, receive, send, target)
+            await self._forwarder.answer(scope, receive, answer, target)
         finally:
             self._requests -= 1
             self._metrics.in_flight.set(self._requests)
@@ -131,9 +125,9 @@ class GatewayApp:
         host, origin = headers.get(b"host"), headers.get(b"origin")
         way_out = "icm serve --token-file FILE lets others ask"
         if host is not None and not self._is_local(b"//" + host):
-            raise Problem(421, f"Without a token this gateway is for localhost only: {way_out}.", "foreign_host")
+            raise HttpProblem(421, f"Without a token this gateway is for localhost only: {way_out}.", "foreign_host")
         if origin is not None and not self._is_local(origin):
-            raise Problem(403, f"Pages of other sites may not use this gateway: {way_out}.", "foreign_origin")
+            raise HttpProblem(403, f"Pages of other sites may not use this gateway: {way_out}.", "foreign_origin")
 
     def _is_local(self, url: bytes) -> bool:
         """Say whether a URL is of this machine."""
@@ -150,7 +144,7 @@ class GatewayApp:
         given = token if kind.lower() == b"bearer" else headers.get(b"x-api-key", b"")
         # Digests have one length, so that comparing them takes the same time for all.
         if not compare_digest(sha256(given.strip()).digest(), self._token):
-            raise Problem(401, "The request has no valid token (Authorization: Bearer TOKEN).", "invalid_api_key")
+            raise HttpProblem(401, "The request has no valid token (Authorization: Bearer TOKEN).", "invalid_api_key")
 
 
 class _OwnRoutes:
@@ -168,7 +162,7 @@ class _OwnRoutes:
         self.app.get("/v1/models")(self._list_models)
         self.app.get("/v1/models/{model:path}")(self._show_model)
         self.app.add_exception_handler(HTTPException, self._unknown_route)
-        self.app.add_exception_handler(Problem, self._problem)
+        self.app.add_exception_handler(HttpProblem, self._problem)
 
     async def _healthz(self) -> Response:
         return JSONResponse({"status": "ok"})
@@ -176,8 +170,8 @@ class _OwnRoutes:
     async def _readyz(self) -> Response:
         try:
             await self._connection.check_ready(_READY_AGE)
-        except Problem as problem:
-            raise Problem(503, problem.message, problem.code) from problem
+        except HttpProblem as problem:
+            raise HttpProblem(503, problem.message, problem.code) from problem
         return JSONResponse({"status": "ready"})
 
     async def _show_metrics(self) -> Response:
@@ -189,7 +183,7 @@ class _OwnRoutes:
     async def _show_model(self, model: str) -> Response:
         card = (await self._all_models())[0].get(model)
         if card is None:
-            raise Problem(404, f"The model {model[:200]!r} does not exist.", "model_not_found")
+            raise HttpProblem(404, f"The model {model[:200]!r} does not exist.", "model_not_found")
         return JSONResponse(dict(card))
 
     async def _all_models(self) -> tuple[Mapping[str, Card], bytes]:
@@ -207,7 +201,7 @@ class _OwnRoutes:
         try:
             names = await self._connection.names()
         except IcmError as error:
-            raise Problem(503, f"The tasks cannot be read: {error.message}", "store_unavailable") from error
+            raise HttpProblem(503, f"The tasks cannot be read: {error.message}", "store_unavailable") from error
         fields = {"object": "model", "created": self._started, "owned_by": "icm", "parent": listing.base}
         tasks = {name: {"id": name, **fields, "root": name} for name in names}
         own = (card for card in listing.cards if not card.get("parent") or self._residency.is_own(listing, card["id"]))
@@ -215,43 +209,20 @@ class _OwnRoutes:
 
     async def _unknown_route(self, request: Request, error: Exception) -> Response:
         message = f"The gateway has no route {request.method} {request.url.path[:200]}."
-        return await self._problem(request, Problem(404, message, "unknown_route"))
+        return await self._problem(request, HttpProblem(404, message, "unknown_route"))
 
     async def _problem(self, request: Request, error: Exception) -> Response:
-        assert isinstance(error, Problem)
+        assert isinstance(error, HttpProblem)
         self._metrics.problems.labels(error.code).inc()
         headers = {name.decode(): value.decode() for name, value in error.headers()}
         return Response(error.body(), error.status, headers)
-
-
-class _Answered:
-    """Sends an answer and notes its status."""
-
-    def __init__(self, send: Send) -> None:
-        self._send = send
-        self.status = 0
-
-    async def __call__(self, message: Message) -> None:
-        if message["type"] == "http.response.start":
-            self.status = message["status"]
-        await self._send(message)
-
-    async def tell(self, problem: Problem) -> None:
-        """Answer with a problem, unless the answer has begun: then the server closes the connection."""
-        if not self.status:
-            body = problem.body()
-            length = (b"content-length", str(len(body)).encode())
-            await self(
-                {"type": "http.response.start", "status": problem.status, "headers": [*problem.headers(), length]}
-            )
-            await self({"type": "http.response.body", "body": body})
 
 
 def _check_framing(headers: Mapping[bytes, bytes]) -> None:
     """Refuse what two servers may read as different requests; what follows on the connection is not looked at."""
     if b"content-length" in headers and b"transfer-encoding" in headers:
         message = "The request has both Content-Length and Transfer-Encoding."
-        raise Problem(400, message, "ambiguous_length", closes=True)
+        raise HttpProblem(400, message, "ambiguous_length", closes=True)
 
 
 def _passed_on(method: str, path: str) -> str | None:

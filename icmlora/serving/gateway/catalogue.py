@@ -48,7 +48,8 @@ class Catalogue:
     async def find(self, name: str) -> ServedTask | None:
         """Return the task of a name as it is now, or None.
 
-        While another command has the store to itself, a task is returned as it was seen last.
+        While another command has the store to itself, a task is returned as it was seen last. Of a task that was not
+        seen yet, this raises what reading the store does.
         """
         if task_name_problem(name) is not None:
             return None

@@ -21,6 +21,8 @@ R = TypeVar("R")
 class Connection:
     """The engine behind the gateway. It may be away at the start, and come back as another one.
 
+    Methods that ask it raise `HttpProblem`, as `Engine` does.
+
     Args:
         client: What the gateway's own requests go through.
         tasks: The tasks that it may be asked for.
@@ -82,11 +84,7 @@ class Connection:
         await (await self.engine()).check_prepared()
 
     async def prepare(self) -> tuple[str, int, int]:
-        """Do what the first task would wait for; return the engine's model, how many tasks are of it, and how many not.
-
-        Raises:
-            Problem: The engine does not answer, or loads no adapters.
-        """
+        """Do what the first task would wait for; return the engine's model, how many tasks are of it, how many not."""
         model = (await self.listing()).model
         await self._in_thread(lambda: self._base_of(model).prepare())
         await self.check_ready(float("inf"))

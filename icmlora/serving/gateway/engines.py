@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 
 import httpx
 
-from icmlora.serving.gateway.problems import Problem
+from icmlora.serving.gateway.problems import HttpProblem
 from icmlora.serving.requirements import EngineName
 
 Body = dict[str, Any]
@@ -49,7 +49,7 @@ class Listing:
 
 
 class Engine(ABC):
-    """An engine that is asked over HTTP.
+    """An engine that is asked over HTTP. Whatever it is asked raises `HttpProblem` if it refuses or does not answer.
 
     Args:
         client: A client whose base URL is the engine's, and which has its token and time limits.
@@ -91,7 +91,7 @@ class Engine(ABC):
         cards = await list_models(self._client)
         bases = [card for card in cards if not card.get("parent")]
         if not bases:
-            raise Problem(502, "The engine lists no base model.", "engine_invalid")
+            raise HttpProblem(502, "The engine lists no base model.", "engine_invalid")
         base = str(bases[0]["id"])
         adapters = {str(card["id"]): str(card.get("root") or "") for card in cards if card.get("parent")}
         return Listing(base, await self._model(bases[0]), tuple(cards), adapters)
@@ -112,7 +112,7 @@ class Engine(ABC):
             raise self._not_prepared()
         if answer.status_code != 200:
             reason = _reason(answer, f"status {answer.status_code}")
-            raise Problem(502, f"The engine refused to load the adapter: {reason}", "engine_refused_adapter")
+            raise HttpProblem(502, f"The engine refused to load the adapter: {reason}", "engine_refused_adapter")
 
     async def unload(self, adapter: str) -> None:
         """Have the engine forget an adapter; that it has none of this name is as good."""
@@ -121,13 +121,13 @@ class Engine(ABC):
             return
         if adapter in (await self.listing()).adapters:
             reason = _reason(answer, f"status {answer.status_code}")
-            raise Problem(502, f"The engine refused to unload an adapter: {reason}", "engine_refused_unload")
+            raise HttpProblem(502, f"The engine refused to unload an adapter: {reason}", "engine_refused_unload")
 
     async def _model(self, card: Card) -> str:
         return str(card.get("root") or card["id"])
 
-    def _not_prepared(self) -> Problem:
-        return Problem(502, f"The engine has no route {self._load_route}: {self._hint}.", "engine_not_prepared")
+    def _not_prepared(self) -> HttpProblem:
+        return HttpProblem(502, f"The engine has no route {self._load_route}: {self._hint}.", "engine_not_prepared")
 
     async def _tell(self, route: str, fields: Mapping[str, object]) -> httpx.Response:
         timeout = httpx.Timeout(_LOAD_TIMEOUT, connect=self._client.timeout.connect)
@@ -196,43 +196,47 @@ _ENGINES: Mapping[EngineName, type[Engine]] = {"vllm": VllmEngine, "sglang": Sgl
 
 
 async def connect(client: httpx.AsyncClient, name: EngineName | None) -> Engine:
-    """Return the engine at the client's URL; without a name, the engine itself says which one it is."""
+    """Return the engine at the client's URL; without a name, the engine itself says which one it is.
+
+    Raises:
+        HttpProblem: It does not answer, or is none that icm knows.
+    """
     if name is None:
         owners = {card.get("owned_by") for card in await list_models(client) if not card.get("parent")}
         name = next((known for known in _ENGINES if known in owners), None)
     if name is None:
-        raise Problem(502, "The engine says neither that it is vLLM nor that it is SGLang.", "engine_unknown")
+        raise HttpProblem(502, "The engine says neither that it is vLLM nor that it is SGLang.", "engine_unknown")
     return _ENGINES[name](client)
 
 
 async def list_models(client: httpx.AsyncClient) -> list[Card]:
-    """Ask an engine for its list of models."""
+    """Ask an engine for its list of models; raises `HttpProblem` if it gives none."""
     answer = await ask(client, "GET", "/v1/models")
     if answer.status_code in (401, 403):
-        raise Problem(502, "The engine refused the gateway's token.", "engine_refused_token")
+        raise HttpProblem(502, "The engine refused the gateway's token.", "engine_refused_token")
     found = _json(answer) if answer.status_code == 200 else None
     cards = found.get("data") if isinstance(found, dict) else None
     if not isinstance(cards, list) or not all(isinstance(card, dict) and "id" in card for card in cards):
         message = f"The engine does not list its models (status {answer.status_code})."
-        raise Problem(502, message, "engine_invalid")
+        raise HttpProblem(502, message, "engine_invalid")
     return cards
 
 
 async def ask(client: httpx.AsyncClient, method: str, path: str, **options: Any) -> httpx.Response:
-    """Send one of the gateway's own requests to the engine."""
+    """Send one of the gateway's own requests to the engine; raises `HttpProblem` if no answer comes."""
     try:
         return await client.request(method, path, **options)
     except httpx.HTTPError as error:
         raise unreachable(error) from error
 
 
-def unreachable(error: Exception) -> Problem:
+def unreachable(error: Exception) -> HttpProblem:
     """Describe why a request got no answer from the engine."""
     if isinstance(error, TimeoutError | httpx.TimeoutException):
-        return Problem(504, "The engine did not answer in time.", "engine_timeout")
+        return HttpProblem(504, "The engine did not answer in time.", "engine_timeout")
     if isinstance(error, httpx.ConnectError):
-        return Problem(502, "The engine cannot be reached.", "engine_unreachable", retry_after=5)
-    return Problem(502, "The engine closed the connection without an answer.", "engine_died", retry_after=5)
+        return HttpProblem(502, "The engine cannot be reached.", "engine_unreachable", retry_after=5)
+    return HttpProblem(502, "The engine closed the connection without an answer.", "engine_died", retry_after=5)
 
 
 def _json(answer: httpx.Response) -> Any:

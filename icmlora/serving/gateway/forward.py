@@ -11,7 +11,7 @@ import asyncio
 import json
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -20,8 +20,9 @@ import httpx
 from icmlora.serving.gateway.catalogue import Catalogue
 from icmlora.serving.gateway.connection import Connection
 from icmlora.serving.gateway.engines import Body, Engine, unreachable
-from icmlora.serving.gateway.problems import Problem
-from icmlora.serving.gateway.residency import Residency, Resident
+from icmlora.serving.gateway.problems import HttpProblem
+from icmlora.serving.gateway.residency import Residency
+from icmlora.serving.gateway.settings import GatewaySettings
 from icmlora.serving.tasks import ServedTask
 from registry.errors import IcmError
 
@@ -54,23 +55,28 @@ class CutShort(Exception):
     """An answer that had begun cannot be completed; the connection is to be closed."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Limits:
-    """What a request may take.
+class Answer:
+    """Sends an answer to a client, and notes its status, and whether all of it was sent."""
 
-    Attributes:
-        body: Bytes of its body.
-        header: Seconds until its headers have arrived.
-        whole_body: Seconds until its body has.
-        first_byte: Seconds until the engine's answer begins.
-        idle: Seconds between two pieces of a body, in either direction.
-    """
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self.status = 0
+        self.is_complete = False
 
-    body: int = 64 << 20
-    header: float = 30.0
-    whole_body: float = 300.0
-    first_byte: float = 600.0
-    idle: float = 120.0
+    async def __call__(self, message: Message) -> None:
+        """Send a part of the answer."""
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+        self.is_complete = message["type"] == "http.response.body" and not message.get("more_body", False)
+        await self._send(message)
+
+    async def tell(self, problem: HttpProblem) -> None:
+        """Answer with a problem, unless the answer has begun: then the server closes the connection."""
+        if not self.status:
+            body = problem.body()
+            headers = [*problem.headers(), (b"content-length", str(len(body)).encode())]
+            await self({"type": "http.response.start", "status": problem.status, "headers": headers})
+            await self({"type": "http.response.body", "body": body})
 
 
 @dataclass(frozen=True)
@@ -96,7 +102,7 @@ class Forwarder:
         connection: The engine.
         catalogue: The tasks.
         residency: Their adapters in the engine.
-        limits: What a request may take.
+        settings: What a request may take.
         own_authorization: The `authorization` header for the engine, in place of the client's. Empty: the engine gets
             none; None: it gets the client's.
     """
@@ -107,26 +113,25 @@ class Forwarder:
         connection: Connection,
         catalogue: Catalogue,
         residency: Residency,
-        limits: Limits,
+        settings: GatewaySettings,
         own_authorization: bytes | None,
     ) -> None:
         self._client, self._connection = client, connection
         self._catalogue, self._residency = catalogue, residency
-        self._limits, self._own_authorization = limits, own_authorization
+        self._settings, self._own_authorization = settings, own_authorization
 
-    async def answer(self, scope: Scope, receive: Receive, send: Send, path: str) -> None:
+    async def answer(self, scope: Scope, receive: Receive, answer: Answer, path: str) -> None:
         """Answer a request with the engine's answer to `path`.
 
         Raises:
-            Problem: There is none, and nothing was sent yet.
+            HttpProblem: There is none, and nothing was sent yet.
             ClientGone: The client did not wait for it.
             CutShort: It broke off.
         """
         body = await self._body(receive)
         url = self._url(path, scope["query_string"])
         request = httpx.Request(scope["method"], url, headers=self._headers(scope["headers"]), content=body)
-        sending = _Sending(send)
-        await _while_connected(receive, sending, self._respond(request, body, sending))
+        await _while_connected(receive, answer, self._respond(request, body, answer))
 
     async def _respond(self, request: httpx.Request, body: bytes, send: Send) -> None:
         if request.method == "GET" or request.url.path.endswith("/cancel"):  # of the Responses API: no model is named
@@ -140,7 +145,8 @@ class Forwarder:
         """Send the request for its task; return whether to do so again, because the engine forgot the adapter."""
         engine = await self._connection.engine()
         target = await self._target(engine, fields)
-        async with self._using(target.task) as resident:
+        using = nullcontext() if target.task is None else self._residency.using(target.task)
+        async with using as resident:
             adapter = target.name if resident is None else resident.adapter
             asked = _addressed(request, engine.addressed(fields, adapter, target.base) if adapter else None)
             async with self._sent(asked) as response:
@@ -163,35 +169,26 @@ class Forwarder:
             return _Target(listing.base, name)
         if (task := await self._find(name)) is not None:
             return _Target(listing.base, name, task)
-        if self._residency.has(name):
-            await self._residency.remove(name)
+        await self._residency.remove(name)
         if engine.takes_unknown(name):
             return _Target(listing.base)
         if self._residency.is_own(await self._connection.listing(_RECENT), name):  # somebody has loaded it since
             return _Target(listing.base, name)
-        raise Problem(404, f"The model {name[:200]!r} does not exist.", "model_not_found")
+        raise HttpProblem(404, f"The model {name[:200]!r} does not exist.", "model_not_found")
 
     async def _find(self, name: str) -> ServedTask | None:
         try:
             return await self._catalogue.find(name)
         except (IcmError, OSError) as error:
-            message = error.message if isinstance(error, IcmError) else error.strerror
-            _log.warning("cannot look for a task: %s", message)
-            raise Problem(503, f"The tasks cannot be read: {message}", "store_unavailable", retry_after=5) from error
-
-    @asynccontextmanager
-    async def _using(self, task: ServedTask | None) -> AsyncIterator[Resident | None]:
-        if task is None:
-            yield None
-            return
-        async with self._residency.using(task) as resident:
-            yield resident
+            fact = error.message if isinstance(error, IcmError) else error.strerror
+            _log.warning("cannot look for a task: %s", fact)
+            raise HttpProblem(503, f"The tasks cannot be read: {fact}", "store_unavailable", retry_after=5) from error
 
     @asynccontextmanager
     async def _sent(self, request: httpx.Request) -> AsyncIterator[httpx.Response]:
         """Send a request, and close its answer after the block however far it was read."""
         try:
-            async with asyncio.timeout(self._limits.first_byte):
+            async with asyncio.timeout(self._settings.first_byte_timeout):
                 response = await self._client.send(request, stream=True)
         except (httpx.HTTPError, TimeoutError) as error:
             problem = unreachable(error)
@@ -201,7 +198,7 @@ class Forwarder:
             raise problem from error
         try:
             if not 200 <= response.status_code < 600:
-                raise Problem(502, f"The engine answered with status {response.status_code}.", "engine_invalid")
+                raise HttpProblem(502, f"The engine answered with status {response.status_code}.", "engine_invalid")
             yield response
         finally:
             await response.aclose()
@@ -209,12 +206,13 @@ class Forwarder:
     async def _relay(self, response: httpx.Response, send: Send, begin: bytes = b"") -> None:
         """Send an answer to the client, piece by piece."""
         is_stream = response.headers.get("content-type", "").startswith("text/event-stream")
-        headers = [(name, value) for name, value in response.headers.raw if name.lower() not in _dropped(response)]
+        dropped = _OF_ONE_HOP | _named_by_connection(response.headers.raw)
+        headers = [(name, value) for name, value in response.headers.raw if name.lower() not in dropped]
         await self._to_client(send, {"type": "http.response.start", "status": response.status_code, "headers": headers})
         if begin:
             await self._to_client(send, {"type": "http.response.body", "body": begin, "more_body": True})
         if not response.is_stream_consumed:
-            pieces, limit, last = response.aiter_raw(), self._limits.first_byte, b"\n\n"
+            pieces, limit, last = response.aiter_raw(), self._settings.first_byte_timeout, b"\n\n"
             while True:
                 try:
                     async with asyncio.timeout(limit):
@@ -224,16 +222,16 @@ class Forwarder:
                 if piece is None:
                     break
                 await self._to_client(send, {"type": "http.response.body", "body": piece, "more_body": True})
-                limit, last = self._limits.idle, piece[-2:]
+                limit, last = self._settings.idle_timeout, piece[-2:]
         await self._to_client(send, {"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _break_off(self, send: Send, error: Exception, *, is_stream: bool, last: bytes) -> NoReturn:
         """End an answer that the engine did not complete: nobody must take what is there for all of it."""
         if isinstance(error, TimeoutError):
-            problem = Problem(504, "The engine stopped in the middle of its answer.", "engine_timeout")
+            problem = HttpProblem(504, "The engine stopped in the middle of its answer.", "engine_timeout")
         else:
             self._connection.lost()
-            problem = Problem(502, "The engine closed the connection in the middle of its answer.", "engine_died")
+            problem = HttpProblem(502, "The engine closed the connection in the middle of its answer.", "engine_died")
         _log.warning("%s", problem.message)
         if is_stream:
             event = problem.event() if last == b"\n\n" else b"\n\n" + problem.event()
@@ -242,7 +240,7 @@ class Forwarder:
 
     async def _to_client(self, send: Send, message: Message) -> None:
         try:
-            async with asyncio.timeout(self._limits.idle):
+            async with asyncio.timeout(self._settings.idle_timeout):
                 await send(message)
         except TimeoutError as error:
             raise ClientGone("the client does not read the answer") from error
@@ -251,11 +249,11 @@ class Forwarder:
         """Read a refusal to its end."""
         data = b""
         try:
-            async with asyncio.timeout(self._limits.idle):
+            async with asyncio.timeout(self._settings.idle_timeout):
                 async for piece in response.aiter_raw():
                     data += piece
                     if len(data) > _LARGEST_ERROR:
-                        raise Problem(502, "The engine's refusal has no end.", "engine_invalid")
+                        raise HttpProblem(502, "The engine's refusal has no end.", "engine_invalid")
         except (httpx.HTTPError, TimeoutError) as error:
             raise unreachable(error) from error
         return data
@@ -267,26 +265,26 @@ class Forwarder:
         try:
             return base.copy_with(raw_path=raw_path)
         except (httpx.InvalidURL, ValueError) as error:
-            raise Problem(400, "The URL is not valid.", "invalid_url") from error
+            raise HttpProblem(400, "The URL is not valid.", "invalid_url") from error
 
     async def _body(self, receive: Receive) -> bytes:
         try:
-            async with asyncio.timeout(self._limits.whole_body):
+            async with asyncio.timeout(self._settings.body_timeout):
                 return await self._pieces(receive)
         except TimeoutError as error:
             message = "The request's body did not arrive in time."
-            raise Problem(408, message, "request_timeout", closes=True) from error
+            raise HttpProblem(408, message, "request_timeout", closes=True) from error
 
     async def _pieces(self, receive: Receive) -> bytes:
         data = bytearray()
         while True:
-            async with asyncio.timeout(self._limits.idle):
+            async with asyncio.timeout(self._settings.idle_timeout):
                 message = await receive()
             if message["type"] == "http.disconnect":
                 raise ClientGone("the client closed the connection")
             data += message.get("body", b"")
-            if len(data) > self._limits.body:
-                raise Problem(413, f"The body has more than {self._limits.body:,} bytes.", "body_too_large")
+            if len(data) > self._settings.max_body:
+                raise HttpProblem(413, f"The body has more than {self._settings.max_body:,} bytes.", "body_too_large")
             if not message.get("more_body", False):
                 return bytes(data)
 
@@ -300,36 +298,24 @@ class Forwarder:
 
 
 def parse_body(body: bytes) -> Body:
-    """Read the body of a request as a JSON object."""
+    """Read the body of a request as a JSON object; raises `HttpProblem` if it is none."""
     try:
         fields = json.loads(body)
     except (ValueError, RecursionError) as error:
         reason = error if isinstance(error, json.JSONDecodeError) else "it cannot be read"
-        raise Problem(400, f"The body is not JSON: {reason}", "invalid_json") from error
+        raise HttpProblem(400, f"The body is not JSON: {reason}", "invalid_json") from error
     if not isinstance(fields, dict):
-        raise Problem(400, "The body is not a JSON object.", "invalid_json")
+        raise HttpProblem(400, "The body is not a JSON object.", "invalid_json")
     return fields
 
 
-class _Sending:
-    """Sends an answer, and knows when all of it was sent."""
-
-    def __init__(self, send: Send) -> None:
-        self._send = send
-        self.is_complete = False
-
-    async def __call__(self, message: Message) -> None:
-        self.is_complete = message["type"] == "http.response.body" and not message.get("more_body", False)
-        await self._send(message)
-
-
-async def _while_connected(receive: Receive, sending: _Sending, work: Awaitable[None]) -> None:
+async def _while_connected(receive: Receive, answer: Answer, work: Awaitable[None]) -> None:
     """Do some work unless the client leaves before it is done."""
     # After a complete answer the server also says that the client is gone.
     job, gone = asyncio.ensure_future(work), asyncio.ensure_future(_disconnected(receive))
     try:
         await asyncio.wait({job, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if not job.done() and not sending.is_complete:
+        if not job.done() and not answer.is_complete:
             raise ClientGone("the client closed the connection")
         await job
     finally:
@@ -349,10 +335,6 @@ def _addressed(request: httpx.Request, body: bytes | None) -> httpx.Request:
         return request
     headers = [(name, value) for name, value in request.headers.raw if name.lower() != b"content-length"]
     return httpx.Request(request.method, request.url, headers=headers, content=body)
-
-
-def _dropped(response: httpx.Response) -> frozenset[bytes]:
-    return _OF_ONE_HOP | _named_by_connection(response.headers.raw)
 
 
 def _named_by_connection(headers: Headers) -> frozenset[bytes]:

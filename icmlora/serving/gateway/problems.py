@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 
-JSON_TYPE = (b"content-type", b"application/json")
 
-
-class Problem(Exception):
+class HttpProblem(Exception):
     """An answer other than the engine's.
 
     Args:
@@ -27,7 +25,7 @@ class Problem(Exception):
 
     def headers(self) -> list[tuple[bytes, bytes]]:
         """Return the headers of the answer."""
-        headers = [JSON_TYPE]
+        headers = [(b"content-type", b"application/json")]
         if self.retry_after is not None:
             headers.append((b"retry-after", str(self.retry_after).encode()))
         if self.closes:
@@ -38,13 +36,10 @@ class Problem(Exception):
 
     def body(self) -> bytes:
         """Return the answer as JSON."""
-        return json.dumps(self._fields()).encode()
+        kind = "invalid_request_error" if self.status < 500 else "server_error"
+        error = {"message": self.message, "type": kind, "param": None, "code": self.code}
+        return json.dumps({"type": "error", "error": error}).encode()  # the outer "type" is for clients of /v1/messages
 
     def event(self) -> bytes:
         """Return the answer as the last event of a stream."""
         return b"event: error\ndata: " + self.body() + b"\n\n"
-
-    def _fields(self) -> dict[str, object]:
-        kind = "invalid_request_error" if self.status < 500 else "server_error"
-        error = {"message": self.message, "type": kind, "param": None, "code": self.code}
-        return {"type": "error", "error": error}  # the outer "type" is for clients of /v1/messages

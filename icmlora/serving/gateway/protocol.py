@@ -7,6 +7,9 @@ file descriptors: a few hundred halves of a request line, sent before any token,
 from __future__ import annotations
 
 import asyncio
+import errno
+import logging
+import math
 import resource
 from collections import Counter
 from collections.abc import Callable
@@ -16,14 +19,18 @@ from typing import Any, Literal
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from icmlora.serving.gateway.forward import Limits
-from icmlora.serving.gateway.problems import Problem
+from icmlora.serving.gateway.problems import HttpProblem
+from icmlora.serving.gateway.settings import GatewaySettings
 
 _DESCRIPTORS = 65_536
 _OF_ONE_ADDRESS = 3
 """What share of the file descriptors one address gets: one third, since each request has another to the engine."""
+_AT_ONCE = 16
+"""What share of them is taken at once: one that is too many is closed two rounds of asyncio's loop after it came."""
+_SAID_AGAIN = 60.0  # seconds after which a lack of descriptors is worth another line
 _GRACE = 1.0  # seconds after which the connection is closed if the application did not answer that the body is late
 
+_log = logging.getLogger(__name__)
 
 _Part = Literal["header", "body", "rest"]
 """What a client still has to send: `rest` is a body that nobody waits for, since its answer was sent already."""
@@ -33,12 +40,12 @@ class Gate:
     """What the connections of a server have in common.
 
     Args:
-        limits: What a request may take.
+        settings: How long requests may take to arrive.
         connections: How many connections an address may have open.
     """
 
-    def __init__(self, limits: Limits, connections: int) -> None:
-        self.limits, self._connections = limits, connections
+    def __init__(self, settings: GatewaySettings, connections: int) -> None:
+        self.settings, self._connections = settings, connections
         self._open = Counter[str]()
 
     def enter(self, address: str) -> bool:
@@ -53,17 +60,40 @@ class Gate:
             del self._open[address]
 
 
-def allowed(connections: int) -> int:
-    """Return how many connections an address may have where so many are asked for; have this process allowed many."""
+def allowed(connections: int) -> tuple[int, int]:
+    """Have this process allowed many file descriptors.
+
+    Returns:
+        How many connections an address may have where so many are asked for, and how many to take at once.
+    """
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     descriptors = min(most, _DESCRIPTORS) if most != resource.RLIM_INFINITY else _DESCRIPTORS
     resource.setrlimit(resource.RLIMIT_NOFILE, (descriptors, most))
-    return min(connections, descriptors // _OF_ONE_ADDRESS)
+    return min(connections, descriptors // _OF_ONE_ADDRESS), min(connections, descriptors // _AT_ONCE)
 
 
-def guarded(limits: Limits, connections: int) -> Callable[..., asyncio.Protocol]:
-    """Return what makes the connections of one server; its limits are those of `Gate`."""
-    return partial(_Guarded, Gate(limits, connections))
+class NoDescriptors:
+    """What asyncio's loop does with an error that nobody awaits: a lack of file descriptors is one line, not a trace.
+
+    asyncio itself waits a second and goes on taking connections, and would log a traceback each time.
+    """
+
+    def __init__(self) -> None:
+        self._said = -math.inf
+
+    def __call__(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """Handle an error, as `loop.set_exception_handler` asks for."""
+        error = context.get("exception")
+        if not isinstance(error, OSError) or error.errno not in (errno.EMFILE, errno.ENFILE):
+            loop.default_exception_handler(context)
+        elif loop.time() - self._said >= _SAID_AGAIN:
+            self._said = loop.time()
+            _log.warning("no file descriptor is left for another connection; `ulimit -n` of the gateway allows more")
+
+
+def guarded(settings: GatewaySettings, connections: int) -> Callable[..., asyncio.Protocol]:
+    """Return what makes the connections of one server; its arguments are those of `Gate`."""
+    return partial(_Guarded, Gate(settings, connections))
 
 
 class _Guarded(H11Protocol):
@@ -82,7 +112,7 @@ class _Guarded(H11Protocol):
             self._watch()
         else:
             message = "Your address has too many connections to the gateway."
-            self._refuse(Problem(503, message, "too_many_connections", retry_after=1))
+            self._refuse(HttpProblem(503, message, "too_many_connections", retry_after=1))
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget a connection."""
@@ -112,8 +142,8 @@ class _Guarded(H11Protocol):
         self._forget_deadline()
         self._arriving = arriving
         if arriving is not None:
-            limits = self._gate.limits
-            seconds = limits.whole_body + _GRACE if arriving[0] == "body" else limits.header
+            settings = self._gate.settings
+            seconds = settings.body_timeout + _GRACE if arriving[0] == "body" else settings.header_timeout
             self._deadline = self.loop.call_later(seconds, self._late)
 
     def _part(self) -> tuple[_Part, object] | None:
@@ -138,11 +168,11 @@ class _Guarded(H11Protocol):
 
     def _late(self) -> None:
         if self._arriving is not None and self._arriving[0] == "header" and self._has_begun:
-            self._refuse(Problem(408, "The request's headers did not arrive in time.", "request_timeout"))
+            self._refuse(HttpProblem(408, "The request's headers did not arrive in time.", "request_timeout"))
         else:
             self.transport.close()
 
-    def _refuse(self, problem: Problem) -> None:
+    def _refuse(self, problem: HttpProblem) -> None:
         """Answer without asking the application, and close the connection."""
         body = problem.body()
         headers = [*problem.headers(), (b"content-length", str(len(body)).encode()), (b"connection", b"close")]

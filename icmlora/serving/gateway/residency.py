@@ -29,7 +29,8 @@ from icmlora.serving.folders import AdapterFolders, is_adapter_folder
 from icmlora.serving.gateway.connection import Connection
 from icmlora.serving.gateway.engines import Engine, Listing
 from icmlora.serving.gateway.metrics import Metrics
-from icmlora.serving.gateway.problems import Problem
+from icmlora.serving.gateway.problems import HttpProblem
+from icmlora.serving.gateway.settings import GatewaySettings
 from icmlora.serving.requirements import config_problem
 from icmlora.serving.tasks import ServedTask, ServedTasks
 from registry.errors import IcmError, StoreLocked
@@ -87,8 +88,7 @@ class Residency:
         folders: Where they are written.
         threads: Where that is done.
         metrics: What is counted.
-        max_adapters: How many may be loaded; None for as many as the folders hold.
-        max_waiting: How many tasks may wait to be brought in.
+        settings: How many may be loaded, and how many tasks may wait for that.
     """
 
     def __init__(
@@ -98,17 +98,15 @@ class Residency:
         folders: AdapterFolders,
         threads: ThreadPoolExecutor,
         metrics: Metrics,
-        *,
-        max_adapters: int | None,
-        max_waiting: int,
+        settings: GatewaySettings,
     ) -> None:
         self._connection, self._tasks, self._folders = connection, tasks, folders
         self._threads, self._metrics = threads, metrics
-        self._max_adapters, self._max_waiting = max_adapters, max_waiting
+        self._max_adapters, self._max_waiting = settings.max_adapters, settings.max_waiting
         self._loaded: OrderedDict[str, Resident] = OrderedDict()  # by task, least recently used first
         self._retired: set[Resident] = set()
         self._flights: dict[str, _Flight] = {}
-        self._failures: dict[tuple[str, str], tuple[float, Problem]] = {}
+        self._failures: dict[tuple[str, str], tuple[float, HttpProblem]] = {}
         self._jobs: set[asyncio.Task[Any]] = set()
         self._warned: set[str] = set()  # adapters of the plug-in
         self._turn = asyncio.Lock()
@@ -116,7 +114,11 @@ class Residency:
 
     @asynccontextmanager
     async def using(self, task: ServedTask) -> AsyncIterator[Resident | None]:
-        """Have a task loaded, and keep it so for the block; None if the engine has an adapter of this name itself."""
+        """Have a task loaded, and keep it so for the block; None if the engine has an adapter of this name itself.
+
+        Raises:
+            HttpProblem: It cannot be written or loaded, or there is no room.
+        """
         resident = await self._acquire(task)
         try:
             yield resident
@@ -145,14 +147,12 @@ class Residency:
         return not resident.known or self._loaded.get(resident.task) is not resident
 
     async def remove(self, task: str) -> None:
-        """Unload the adapter of a task that is no more."""
+        """Unload the adapter of a task that is no more, if there is one."""
+        if task not in self._loaded:  # without a turn: any name may be asked for
+            return
         async with self._turn:
             if (resident := self._loaded.get(task)) is not None:
                 await self._retire(await self._connection.engine(), resident, "the task was removed")
-
-    def has(self, task: str) -> bool:
-        """Say whether an adapter of a task is loaded."""
-        return task in self._loaded
 
     async def prepare(self) -> None:
         """Find out what the engine has loaded from before, and what it is."""
@@ -170,6 +170,11 @@ class Residency:
         for job in self._jobs:
             job.cancel()
         await asyncio.gather(*self._jobs, return_exceptions=True)
+
+    @property
+    def _all(self) -> list[Resident]:
+        """Every version that the engine may have."""
+        return [*self._loaded.values(), *self._retired]
 
     async def _acquire(self, task: ServedTask) -> Resident | None:
         resident = self._loaded.get(task.name)
@@ -204,7 +209,7 @@ class Residency:
             async with self._turn:
                 if resident in self._retired and resident.uses == 0:
                     await self._drop(resident, "another version is loaded")
-        except Problem as problem:
+        except HttpProblem as problem:
             _log.warning("cannot unload %s: %s", resident.task, problem.message)
 
     def _take_off(self, task: ServedTask) -> _Flight:
@@ -214,7 +219,7 @@ class Residency:
             raise problem.with_traceback(None)  # else each raise would add to it
         if len(self._flights) >= self._max_waiting:
             message = f"{self._max_waiting} other tasks wait to be loaded; try again soon."
-            raise Problem(503, message, "too_many_waiting", retry_after=2)
+            raise HttpProblem(503, message, "too_many_waiting", retry_after=2)
         flight = _Flight(self._start(self._fly(task.name, task.key)))
         self._flights[task.name] = flight
         return flight
@@ -237,7 +242,7 @@ class Residency:
         finally:
             del self._flights[name]
 
-    def _remember(self, version: tuple[str, str], problem: Problem) -> None:
+    def _remember(self, version: tuple[str, str], problem: HttpProblem) -> None:
         now = time.monotonic()
         self._failures = {known: found for known, found in self._failures.items() if found[0] > now}
         self._failures[version] = now + _REMEMBERED, problem
@@ -262,9 +267,7 @@ class Residency:
 
     def _version(self, engine: Engine, task: ServedTask, folder: Path) -> Resident:
         """Return a version of a task, which may be there already: forgotten by the engine, or retired."""
-        known = (
-            one for one in (*self._loaded.values(), *self._retired) if (one.task, one.key) == (task.name, task.key)
-        )
+        known = (one for one in self._all if (one.task, one.key) == (task.name, task.key))
         adapter = engine.adapter_name(task.name, task.key)
         return next(known, None) or Resident(task.name, task.key, adapter, folder, known=False)
 
@@ -272,7 +275,7 @@ class Residency:
         begun = time.monotonic()
         await engine.load(resident.adapter, resident.folder)
         if resident.adapter not in (await self._connection.listing()).adapters:
-            raise Problem(502, "The engine says that it loaded the adapter, but does not list it.", "engine_lied")
+            raise HttpProblem(502, "The engine says that it loaded the adapter, but does not list it.", "engine_lied")
         resident.known = True
         took = time.monotonic() - begun
         self._metrics.load_seconds.observe(took)
@@ -285,15 +288,15 @@ class Residency:
             stamp = self._tasks.stamp()
             task = await self._in_thread(partial(self._tasks.find, name))
             if task is None:
-                raise Problem(404, f"The task {name!r} does not exist.", "model_not_found")
+                raise HttpProblem(404, f"The task {name!r} does not exist.", "model_not_found")
             if (problem := await self._connection.problem(task)) is not None:
-                raise Problem(404, f"The engine cannot serve this task: {problem}", "adapter_unsuited")
+                raise HttpProblem(404, f"The engine cannot serve this task: {problem}", "adapter_unsuited")
             folder = await self._written(task)
             # Whether the folder has what its key says is known only if nobody changed the task meanwhile.
             if self._tasks.stamp() == stamp or await self._in_thread(partial(self._tasks.find, name)) == task:
                 return task, folder
             await self._discard(task.key)
-        raise Problem(503, f"The task {name!r} is being changed; try again soon.", "task_changes", retry_after=2)
+        raise HttpProblem(503, f"The task {name!r} is being changed; try again soon.", "task_changes", retry_after=2)
 
     async def _written(self, task: ServedTask) -> Path:
         """Return the folder of a task, written if it is not there."""
@@ -308,10 +311,10 @@ class Residency:
             # Below the limit, but others fill the disk too.
             if not await self._dropped_one(task):
                 message = f"There is no space left on the disk for the adapter of {task.name!r}."
-                raise Problem(503, message, "no_room", retry_after=5)
+                raise HttpProblem(503, message, "no_room", retry_after=5)
         try:
             await self._make_room(task, lambda: folders.size > folders.limit)
-        except Problem:
+        except HttpProblem:
             await self._discard(task.key)
             raise
         return folder
@@ -322,16 +325,16 @@ class Residency:
         while is_needed():
             if await self._dropped_one(task):
                 continue
-            if not any(one.uses for one in (*self._loaded.values(), *self._retired)):
+            if not any(one.uses for one in self._all):
                 limit = human_size(self._folders.limit)
-                raise Problem(503, f"The adapter of {task.name!r} takes more than the limit of {limit}.", "no_room")
+                raise HttpProblem(503, f"The adapter of {task.name!r} takes more than the limit of {limit}.", "no_room")
             self._freed.clear()
             try:
                 async with asyncio.timeout_at(until):
                     await self._freed.wait()
             except TimeoutError:
                 message = "There is no room for one more adapter: those that are loaded are in use."
-                raise Problem(503, message, "no_room", retry_after=1) from None
+                raise HttpProblem(503, message, "no_room", retry_after=1) from None
 
     async def _dropped_one(self, task: ServedTask) -> bool:
         """Unload the idle adapter that was used longest ago, and say whether there was one."""
@@ -350,7 +353,7 @@ class Residency:
         data = await self._in_thread((folder / "adapter_config.json").read_bytes)
         config = parse_object(data, what="the configuration", max_bytes=len(data))
         if (problem := config_problem(engine.name, config)) is not None:
-            raise Problem(404, f"The engine cannot serve this task: {problem}.", "adapter_unsuited")
+            raise HttpProblem(404, f"The engine cannot serve this task: {problem}.", "adapter_unsuited")
 
     async def _retire(self, engine: Engine, resident: Resident, why: str) -> None:
         """Take an adapter from those that requests get; what is in flight keeps it."""
@@ -382,13 +385,13 @@ class Residency:
 
     async def _discard(self, key: str) -> None:
         """Delete a folder, unless there is an adapter from it."""
-        if all(one.key != key for one in (*self._loaded.values(), *self._retired)):
+        if all(one.key != key for one in self._all):
             await self._in_thread(partial(self._folders.discard, key))
 
     async def _reconcile(self) -> Listing:
         """Compare what the engine has with what is known here, and take over what an earlier gateway left."""
         engine, listing = await self._connection.engine(), await self._connection.listing()
-        residents = [*self._loaded.values(), *self._retired]
+        residents = self._all
         for resident in residents:
             if resident.known and listing.adapters.get(resident.adapter) != str(resident.folder):
                 resident.known = False
@@ -397,7 +400,7 @@ class Residency:
         for adapter, root in listing.adapters.items():
             if adapter not in ours and Path(root).parent == self._folders.root:
                 await self._take_over(engine, adapter, Path(root))
-        used = {one.key for one in (*self._loaded.values(), *self._retired)}
+        used = {one.key for one in self._all}
         for key in set(self._folders.keys()) - used:
             await self._discard(key)
         for resident in [one for one in self._retired if one.uses == 0]:
@@ -415,7 +418,7 @@ class Residency:
         _log.info("the engine has %s from before", name)
 
     def _measure(self) -> None:
-        self._metrics.loaded.set(sum(one.known for one in (*self._loaded.values(), *self._retired)))
+        self._metrics.loaded.set(sum(one.known for one in self._all))
         self._metrics.bytes.set(self._folders.size)
 
     def _start(self, work: Coroutine[Any, Any, R]) -> asyncio.Task[R]:
@@ -443,17 +446,17 @@ def _got(folders: AdapterFolders, key: str, write: Callable[[Path], None]) -> Pa
         raise
 
 
-def _as_problem(name: str, error: Exception) -> Problem:
+def _as_problem(name: str, error: Exception) -> HttpProblem:
     """Describe why a task could not be brought in."""
-    if isinstance(error, Problem):
+    if isinstance(error, HttpProblem):
         return error
     if isinstance(error, FoldersUnusable):
-        return Problem(503, f"There is no room for one more adapter: {error.message}.", "no_room", retry_after=5)
+        return HttpProblem(503, f"There is no room for one more adapter: {error.message}.", "no_room", retry_after=5)
     if isinstance(error, StoreLocked):
-        return Problem(503, f"The store is busy: {error.message}.", "store_busy", retry_after=5)
+        return HttpProblem(503, f"The store is busy: {error.message}.", "store_busy", retry_after=5)
     if isinstance(error, IcmError | OSError):
         reason = error.message if isinstance(error, IcmError) else error.strerror or str(error)
     else:
         _log.exception("unexpected error while %s was brought in", name, exc_info=error)
         reason = f"unexpected {type(error).__name__}; the gateway's log has more"
-    return Problem(503, f"The adapter of {name!r} cannot be made: {reason}", "adapter_unavailable")
+    return HttpProblem(503, f"The adapter of {name!r} cannot be made: {reason}", "adapter_unavailable")

@@ -10,7 +10,6 @@ import socket
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass, field
 
 import httpx
 import uvicorn
@@ -20,14 +19,16 @@ from icmlora.serving.folders import AdapterFolders
 from icmlora.serving.gateway.app import GatewayApp
 from icmlora.serving.gateway.catalogue import Catalogue
 from icmlora.serving.gateway.connection import Connection
-from icmlora.serving.gateway.forward import Forwarder, Limits
+from icmlora.serving.gateway.forward import Forwarder
 from icmlora.serving.gateway.metrics import Metrics
-from icmlora.serving.gateway.problems import Problem
-from icmlora.serving.gateway.protocol import allowed, guarded
+from icmlora.serving.gateway.problems import HttpProblem
+from icmlora.serving.gateway.protocol import NoDescriptors, allowed, guarded
 from icmlora.serving.gateway.residency import Residency
-from icmlora.serving.requirements import EngineName
+from icmlora.serving.gateway.settings import GatewaySettings
 from icmlora.serving.tasks import ServedTasks
 
+_QUEUE = 2048
+"""Connections that the system keeps until they are taken."""
 _THREADS = 4  # for looking into the store
 _KEPT_ALIVE = 3.0
 """Seconds for which an idle connection to the engine is used again: both engines close theirs after 5."""
@@ -38,41 +39,6 @@ _CLIENT_KEPT_ALIVE = 75  # seconds, more than load balancers keep theirs
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, kw_only=True)
-class GatewaySettings:
-    """How the gateway works.
-
-    Attributes:
-        engine_url: Where the engine is.
-        engine: Which one it is; None to ask it.
-        engine_token: What the engine wants to be told.
-        base_model: The base model of the tasks, if the user says that it is the engine's.
-        token: What clients must know.
-        max_adapters: How many adapters may be loaded; None for as many as the folders hold.
-        max_requests: How many requests may be in work.
-        max_waiting: How many tasks may wait to be loaded.
-        max_connections: How many connections one address may have open.
-        local_names: Names of this machine, if only who is on it may ask: see `GatewayApp`.
-        drain: Seconds for requests in flight to end when the gateway is stopped.
-        limits: What one request may take.
-        access_log: Whether to log each request.
-    """
-
-    engine_url: str
-    engine: EngineName | None = None
-    engine_token: str | None = None
-    base_model: str | None = None
-    token: str | None = None
-    max_adapters: int | None = None
-    max_requests: int = 512
-    max_waiting: int = 64
-    max_connections: int = 1024
-    local_names: frozenset[str] | None = None
-    drain: float = 30.0
-    limits: Limits = field(default_factory=Limits)
-    access_log: bool = False
-
-
 def serve(listening: socket.socket, tasks: ServedTasks, folders: AdapterFolders, settings: GatewaySettings) -> None:
     """Serve on a socket until SIGTERM or SIGINT; a second one cuts off what is in flight."""
     logging.getLogger("uvicorn.error").addFilter(_is_news)
@@ -81,6 +47,7 @@ def serve(listening: socket.socket, tasks: ServedTasks, folders: AdapterFolders,
         async with opened(tasks, folders, settings) as app:
             server = _Server(uvicorn_config(app, settings))
             loop = asyncio.get_running_loop()
+            loop.set_exception_handler(NoDescriptors())
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.add_signal_handler(number, server.stop)
             await server.serve([listening])
@@ -89,13 +56,13 @@ def serve(listening: socket.socket, tasks: ServedTasks, folders: AdapterFolders,
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Return a socket that listens, so that nobody who reads the address is refused."""
+    """Return a socket that listens, so that nobody who reads its address is refused. Raises `OSError` with it."""
     family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     found = socket.socket(family, kind, protocol)
     try:
         found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         found.bind(address)
-        found.listen(2048)
+        found.listen(_QUEUE)
     except OSError as error:
         found.close()
         raise OSError(error.errno, error.strerror or os.strerror(error.errno or 0), f"{host}:{port}") from error
@@ -108,36 +75,19 @@ async def opened(tasks: ServedTasks, folders: AdapterFolders, settings: GatewayS
     token = settings.engine_token
     authorization = None if token is None else f"Bearer {token}".encode()
     control = _client(settings, httpx.Timeout(_LIST_TIMEOUT, connect=_CONNECT_TIMEOUT), authorization)
-    timeout = httpx.Timeout(None, connect=_CONNECT_TIMEOUT, write=settings.limits.idle)
+    timeout = httpx.Timeout(None, connect=_CONNECT_TIMEOUT, write=settings.idle_timeout)
     passing = _client(settings, timeout, None)
     threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="icm")
     async with control, passing:
         metrics = Metrics()
         connection = Connection(control, tasks, threads, settings.engine, settings.base_model)
-        residency = Residency(
-            connection,
-            tasks,
-            folders,
-            threads,
-            metrics,
-            max_adapters=settings.max_adapters,
-            max_waiting=settings.max_waiting,
-        )
+        residency = Residency(connection, tasks, folders, threads, metrics, settings)
         if settings.token is not None:
             authorization = authorization or b""  # the client's token is not the engine's business
-        catalogue = Catalogue(tasks, threads)
-        forwarder = Forwarder(passing, connection, catalogue, residency, settings.limits, authorization)
+        forwarder = Forwarder(passing, connection, Catalogue(tasks, threads), residency, settings, authorization)
         preparing = asyncio.create_task(_prepare(residency, settings.engine_url))
         try:
-            yield GatewayApp(
-                forwarder,
-                connection,
-                residency,
-                metrics,
-                token=settings.token,
-                max_requests=settings.max_requests,
-                local_names=settings.local_names,
-            )
+            yield GatewayApp(forwarder, connection, residency, metrics, settings)
         finally:
             preparing.cancel()
             await residency.close()
@@ -160,7 +110,7 @@ async def _prepare(residency: Residency, url: str) -> None:
     """Do before the first request what it would wait for."""
     try:
         await residency.prepare()
-    except Problem as problem:
+    except HttpProblem as problem:
         _log.warning("%s: %s Until that changes, requests get status %d.", url, problem.message, problem.status)
     except Exception as error:
         _log.warning("cannot prepare: %s", error)
@@ -168,11 +118,11 @@ async def _prepare(residency: Residency, url: str) -> None:
 
 def uvicorn_config(app: GatewayApp, settings: GatewaySettings) -> uvicorn.Config:
     """Return how uvicorn is to serve the application."""
-    connections = allowed(settings.max_connections)
+    connections, at_once = allowed(settings.max_connections)
     return uvicorn.Config(
         app,
-        http=guarded(settings.limits, connections),  # type: ignore[arg-type]  # it is only called
-        backlog=connections,  # asyncio takes so many at once, before it closes those that are too many
+        http=guarded(settings, connections),  # type: ignore[arg-type]  # it is only called
+        backlog=at_once,  # asyncio takes so many before it closes those that are too many
         ws="none",
         lifespan="off",
         interface="asgi3",
@@ -197,6 +147,12 @@ def _is_news(record: logging.LogRecord) -> bool:
 
 class _Server(uvicorn.Server):
     """A server whose signals are handled by the loop: uvicorn would raise them again once it has stopped."""
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begin to listen; asyncio would have the system keep no more connections than it takes at once."""
+        await super().startup(sockets)
+        for listening in sockets or ():
+            listening.listen(_QUEUE)
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:

@@ -58,11 +58,7 @@ class BlobBackend(Protocol):
         ...
 
     def get(self, digest: str) -> BinaryIO:
-        """Open the bytes of a blob for reading.
-
-        Raises:
-            FileNotFoundError: there is no such blob.
-        """
+        """Open the bytes of a blob for reading; raise `FileNotFoundError` if there is none."""
         ...
 
     def exists(self, digest: str) -> bool:
@@ -70,11 +66,7 @@ class BlobBackend(Protocol):
         ...
 
     def size(self, digest: str) -> int:
-        """Return the length of a blob in bytes.
-
-        Raises:
-            FileNotFoundError: there is no such blob.
-        """
+        """Return the length of a blob in bytes; raise `FileNotFoundError` if there is none."""
         ...
 
     def all(self) -> Iterator[BlobInfo]:

@@ -9,7 +9,7 @@ A crash at any point leaves at most a file in tmp/ or a blob without a row; prun
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -129,7 +129,8 @@ class LocalBatch:
             if temporary is not None:
                 fs.replace(temporary, self._paths.blob(digest))
                 fs.failpoint("blob-renamed")
-        _sync_all([self._paths.blobs, *sorted(folders)] if folders else [])
+        with ThreadPoolExecutor(_SYNCERS) as pool:
+            list(pool.map(fs.fsync_dir, [self._paths.blobs, *sorted(folders)] if folders else []))
         fs.failpoint("blobs-durable")
 
     def discard(self) -> None:
@@ -137,11 +138,6 @@ class LocalBatch:
         for temporary in self._written.values():
             if temporary is not None:
                 fs.discard(temporary)
-
-
-def _sync_all(folders: Iterable[Path]) -> None:
-    with ThreadPoolExecutor(_SYNCERS) as pool:
-        list(pool.map(fs.fsync_dir, folders))
 
 
 def _holds(path: Path, data: fs.Bytes) -> bool:

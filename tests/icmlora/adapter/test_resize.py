@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from icmlora.adapter.metrics import errors_by_group, squared_error
 from icmlora.adapter.model import Adapter, LoraModule
 from icmlora.adapter.module_groups import grouping
-from icmlora.adapter.resize import Slots
+from icmlora.adapter.resize import RankedSlots
 from tests.icmlora.small_fleet import make_adapter
 
 KINDS = st.sets(st.sampled_from(("q_proj", "v_proj", "down_proj")), min_size=1).map(sorted)
@@ -30,7 +30,7 @@ def values_of(adapter: Adapter) -> int:
 
 @given(ADAPTERS, st.data())
 def test_more_values_never_have_a_larger_error(adapter: Adapter, data: st.DataObject) -> None:
-    slots = Slots.of(adapter)
+    slots = RankedSlots.of(adapter)
     counts = sorted(data.draw(st.lists(st.integers(0, len(slots.order)), min_size=2, max_size=2)))
     less, more = (squared_error(adapter, slots.first(count)) for count in counts)
     assert more <= less + 1e-12
@@ -38,7 +38,7 @@ def test_more_values_never_have_a_larger_error(adapter: Adapter, data: st.DataOb
 
 @given(ADAPTERS, st.data())
 def test_the_error_is_that_of_the_singular_values_that_were_cut(adapter: Adapter, data: st.DataObject) -> None:
-    slots = Slots.of(adapter)
+    slots = RankedSlots.of(adapter)
     small = slots.first(data.draw(st.integers(0, len(slots.order))))
     lost = whole = 0.0
     for module, rank in zip(adapter.modules, [shape.rank for shape in small.layout], strict=True):
@@ -49,7 +49,7 @@ def test_the_error_is_that_of_the_singular_values_that_were_cut(adapter: Adapter
 
 @given(ADAPTERS, st.floats(0, 1))
 def test_what_fits_takes_at_most_the_values_and_one_slot_more_does_not(adapter: Adapter, share: float) -> None:
-    slots = Slots.of(adapter)
+    slots = RankedSlots.of(adapter)
     limit = slots.values[0] + share * (slots.values[-1] - slots.values[0])
     count = slots.within(limit)
     assert values_of(slots.first(count)) == slots.values[count] <= limit
@@ -59,7 +59,7 @@ def test_what_fits_takes_at_most_the_values_and_one_slot_more_does_not(adapter: 
 @given(seed=st.integers(0, 10**6), data=st.data())
 def test_no_other_choice_of_ranks_is_better(seed: int, data: st.DataObject) -> None:
     adapter = make_adapter(seed, 3, kinds=["q_proj", "down_proj"])
-    slots = Slots.of(adapter)
+    slots = RankedSlots.of(adapter)
     count = data.draw(st.integers(0, len(slots.order)))
     found, limit = slots.first(count), slots.values[count]
     shapes = adapter.layout
@@ -76,13 +76,13 @@ def test_a_module_that_does_nothing_keeps_one_slot() -> None:
     adapter = make_adapter(0, 3)
     first = adapter.modules[0]
     silent = LoraModule(first.name, first.a, torch.zeros_like(first.b))
-    slots = Slots.of(Adapter("tiny", None, adapter.target_modules, (silent, *adapter.modules[1:])))
+    slots = RankedSlots.of(Adapter("tiny", None, adapter.target_modules, (silent, *adapter.modules[1:])))
     assert slots.first(len(slots.order)).layout[0].rank == 1
 
 
 def test_errors_are_given_for_each_kind_of_modules() -> None:
     adapter = make_adapter(0, 2)
-    cut = Slots.of(adapter).first(0)
+    cut = RankedSlots.of(adapter).first(0)
     groups = errors_by_group(adapter, {"cut": cut, "same": adapter}, grouping(is_for_images=False))
     kinds = {group.group: group.errors["cut"] for group in groups}
     assert set(kinds) == {module.name.rpartition(".")[2] for module in adapter.modules}

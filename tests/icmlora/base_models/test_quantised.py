@@ -148,7 +148,7 @@ def test_dora_runs_and_leaves_the_base_model_as_it_was(load_in: LoadIn, tmp_path
             assert torch.equal(base.model(input_ids=ids[None]).logits, before)
 
 
-@pytest.mark.one_case
+@pytest.mark.slow
 def test_loading_prints_nothing(load_in: LoadIn, tmp_path: Path) -> None:
     folder = write_tiny_base(tmp_path)
     script = f"""

@@ -13,12 +13,12 @@ from icmlora.fewshot.finetune import FinetuneConfig, finetune
 from tests.icmlora.fewshot.trained_tasks import random_adapter, scored
 from tests.icmlora.fleet.stores import copy_of
 from tests.icmlora.tiny_base import LABEL, load_tiny_base
-from tests.refining import short_refining
+from tests.quick import quick_codes
 from tests.shared import built_once
 
 SUBJECTS = {"apples": "red apples", "ships": "tall ships", "trains": "night trains"}
 
-__all__ = ["short_refining"]
+__all__ = ["quick_codes"]
 
 
 @pytest.fixture

@@ -33,6 +33,7 @@ def measured(fleet: Fleet) -> list[object]:
         return [rows, [(code.task, code.blob, code.asked) for code in store.codes.all(generator.id)]]
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -94,6 +95,7 @@ def test_a_limit_that_no_code_meets_makes_the_report_partial(ingested: Fleet) ->
     assert "silent" in {task.task for task in report.encoded[0].short}
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("kind", [TaskEncoded, TaskEvaluated])
 def test_a_stop_keeps_the_generator_and_what_is_done(ingested: Fleet, kind: type[Event]) -> None:
     with pytest.raises(Cancelled) as stopped:

@@ -86,6 +86,7 @@ def test_new_held_out_text_makes_a_known_code_unknown(learned: Fleet, learned_te
     assert task.status == "encoded"
 
 
+@pytest.mark.slow
 def test_a_residual_brings_a_code_to_the_gain(learned: Fleet) -> None:
     learned.encode(["ships"], min_gain=0.5, device="cpu")
     coarse = code_blobs(learned)["ships"]

@@ -99,7 +99,7 @@ def test_locon_of_lycoris_changes_each_weight_by_the_same(
     assert_equal(wanted, {name: delta.reshape(wanted[name].shape) for name, delta in found.items()})
 
 
-@pytest.mark.one_case
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["kohya-sd15-locon", "xlabs-flux", "comfyui-flux"])
 def test_a_converted_adapter_makes_the_same_image(name: str, tmp_path: Path) -> None:
     make, pipeline = TO_DIFFUSERS[name]

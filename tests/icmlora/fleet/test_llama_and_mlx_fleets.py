@@ -118,6 +118,7 @@ def test_one_is_converted_into_the_other(mlx: Fleet, llama: Fleet, source: Path,
     assert squared_error(load_adapter(source / "mlx" / "poems"), load_adapter(tmp_path / "out")) < 1e-10
 
 
+@pytest.mark.slow
 def test_an_evicted_original_is_restored_from_its_file(source: Path, tmp_path: Path) -> None:
     fleet = trained(source, "gguf", tmp_path)
     fleet.evict(["poems"], max_error=10.0)

@@ -32,6 +32,7 @@ def test_its_tasks_are_not_measured(images: Fleet, data: Path) -> None:
     assert [WHAT in left_out.reason for left_out in report.left_out] == [True]
 
 
+@pytest.mark.slow
 def test_they_are_trained_and_encoded_without_being_refined(images: Fleet) -> None:
     images.train(device="cpu", steps=2, fresh=True, refine=0, evaluate=False)
     (task,) = images.encode(["pear"], quality=2, device="cpu").tasks

@@ -90,6 +90,7 @@ def test_what_is_measured_stands_beside_what_was_measured_in_full_precision(lear
     assert files_of(learned.path) == files
 
 
+@pytest.mark.slow
 def test_listing_bill_and_task_say_the_precision_of_a_gain(learned: Fleet, base: Path) -> None:
     learned.add_base_model(LABEL, base, load_in="int8")
     learned.evaluate(["ships"], sources=["code"], **CPU)
@@ -101,6 +102,7 @@ def test_listing_bill_and_task_say_the_precision_of_a_gain(learned: Fleet, base:
     assert "int8" in bill.retained_gains.precisions
 
 
+@pytest.mark.slow
 def test_a_code_for_a_gain_is_made_again_when_the_base_model_is_another_one(learned: Fleet, base: Path) -> None:
     limits = {"min_gain": 0.5, "refine": 2, **CPU}
     (full,) = learned.encode(["ships"], **limits).tasks  # type: ignore[arg-type]
@@ -132,6 +134,7 @@ def test_vectors_of_different_precisions_are_not_compared(learned: Fleet, base: 
     }
 
 
+@pytest.mark.slow
 def test_a_bundle_is_asked_in_the_precision_of_its_vectors(
     subjects: Fleet, base: Path, samples: Path, tmp_path: Path
 ) -> None:
@@ -157,6 +160,7 @@ def test_an_adapter_is_generated_on_it(started: Path, mixed_template: Path, samp
     assert made.code_size is not None
 
 
+@pytest.mark.slow
 def test_a_generator_is_trained_with_what_its_channels_do(learned: Fleet, base: Path) -> None:
     learned.add_base_model(LABEL, base, load_in="int8")
     (trained,) = learned.train(fresh=True, steps=4, refine=0, evaluate=False, **CPU).trained

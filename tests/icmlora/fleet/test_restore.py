@@ -16,7 +16,7 @@ from icmlora.fleet.evict.restore import AdapterRestored, RestoreReport
 from icmlora.formats import catalogue
 from icmlora.formats.discovery.placeholder import PLACEHOLDER_NAME, placeholder_to_json, read_placeholder
 from icmlora.formats.peft.peft import PEFT
-from icmlora.generator.decoder import Decoder
+from icmlora.generator.codec import Codec
 from tests.cli.tiny_fleet import write_lora
 from tests.icmlora.fleet.stores import blob_of, damage, equal, files_of, stop_after
 from tests.icmlora.formats.toy_format import ToyFormat
@@ -208,10 +208,10 @@ def test_a_decoder_that_fails_stops_no_other_adapter(
     lose(fleet, "rules")
     keep(fleet, "silent")
 
-    def crash(self: Decoder, data: bytes) -> None:
+    def crash(self: Codec, data: bytes) -> None:
         raise IndexError("out of range")
 
-    monkeypatch.setattr(Decoder, "decode", crash)
+    monkeypatch.setattr(Codec, "decode", crash)
     done = by_name(fleet.restore([own_loras]))
     assert (done["rules"].kind, "IndexError" in str(done["rules"].reason)) == ("cannot_decode", True)
     assert done["silent"].status == "restored"

@@ -93,6 +93,7 @@ def test_a_few_shot_start_is_shared_by_all_tasks(started: Path) -> None:
     assert of_base.shared_size == of_base.generator_size + of_base.start_size == Fleet(started).stats().usage.generators
 
 
+@pytest.mark.slow
 def test_an_earlier_generator_is_counted_apart_with_its_codes(fleet: Fleet) -> None:
     before = fleet.stats().usage
     fleet.train(device="cpu", steps=2, fresh=True, refine=0, evaluate=False)

@@ -118,6 +118,7 @@ def test_a_stopped_training_leaves_no_generator(ingested: Fleet) -> None:
     assert (ingested.generators(), is_sound(ingested)) == ([], True)
 
 
+@pytest.mark.slow
 def test_a_resumed_training_makes_the_generator_of_an_undisturbed_one(mixed: Path, tmp_path: Path) -> None:
     undisturbed = (
         copy_of(mixed, tmp_path / "copy").train(device="cpu", steps=STEPS, refine=0, evaluate=False).trained[0]

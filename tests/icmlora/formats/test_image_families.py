@@ -13,8 +13,7 @@ from torch import nn
 
 from icmlora import AdapterRefused, convert
 from icmlora.formats.discovery.discovery import find_adapters
-from icmlora.formats.images.families import FAMILIES, UNET
-from icmlora.formats.images.models import ImageBase
+from icmlora.formats.images.families import FAMILIES, UNET, ImageBase
 from icmlora.formats.images.names import to_diffusers
 from tests.icmlora.formats.single_files import Tensors, linear, values, write
 
@@ -231,6 +230,7 @@ def test_a_family_is_known_by_its_names_where_the_header_is_gone(label: str, tmp
     assert {name.removeprefix("transformer.").rpartition(".lora_")[0] for name in found} == wanted.keys()
 
 
+@pytest.mark.one_case
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # of diffusers, about its own parts
 @pytest.mark.parametrize("label", CONVERTIBLE)
 def test_the_modules_of_diffusers_keep_their_names_under_any_prefix(label: str) -> None:

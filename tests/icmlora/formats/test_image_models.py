@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from icmlora.formats.images.families import ImageBase, base_of
 from icmlora.formats.images.kohya import KOHYA
-from icmlora.formats.images.models import ImageBase, base_of
 from tests.icmlora.formats.single_files import file_bytes, kohya, linear
 
 ATTENTION = "lora_unet_mid_block_attentions.0.transformer_blocks.0.attn2_to_k"

@@ -22,9 +22,11 @@ from icmlora.formats.format import (
     AdapterPaths,
     AdapterSummary,
     Buffer,
+    Extras,
     LoadedAdapter,
     RunnableAdapter,
     Template,
+    Texts,
 )
 from icmlora.io.safetensors import RawTensor, TensorInfo
 from icmlora.io.strict_json import parse_object
@@ -102,18 +104,11 @@ class ToyFormat(AdapterFormat):
     def _run(self, config: bytes, weights: bytes) -> RunnableAdapter:
         return RunnableAdapter(self._load(config, weights).adapter)  # the extras do nothing
 
-    def _fresh(self, adapter: Adapter, metadata: Mapping[str, str], dtype: str) -> AdapterBytes:
+    def _fresh(self, adapter: Adapter, metadata: Texts, dtype: str) -> AdapterBytes:
         return self._written(adapter, metadata, dtype, {})
 
     def _alike(
-        self,
-        adapter: Adapter,
-        like: Template,
-        *,
-        dtype: str | None,
-        pad_rank: int | None,
-        extras: Mapping[str, RawTensor],
-        metadata: Mapping[str, str],
+        self, adapter: Adapter, like: Template, dtype: str | None, rank: int | None, extras: Extras, metadata: Texts
     ) -> AdapterBytes:
         return self._written(adapter, metadata, dtype or "float32", extras)
 

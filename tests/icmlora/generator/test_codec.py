@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from icmlora.adapter.metrics import dw_norm, squared_error
 from icmlora.adapter.model import Adapter, LoraModule
 from icmlora.errors import AdapterRefused, CodeError, GeneratorError
-from icmlora.generator import decoder
+from icmlora.generator import codec as codec_module
 from icmlora.generator.codec import Codec
 from icmlora.generator.limits import Limits
 from icmlora.generator.network_file import generator_from_bytes, generator_to_bytes
@@ -243,5 +243,5 @@ def test_a_code_that_is_read_ahead_decodes_to_the_same_bits(monkeypatch: pytest.
     under = codec()
     data = under.encode(mixed_fleet().load(0, None), make_vectors(0)).data
     plain = under.decode(data)
-    monkeypatch.setattr(decoder, "_LARGE", 0)
+    monkeypatch.setattr(codec_module, "_LARGE", 0)
     assert same(under.decode(data), plain)

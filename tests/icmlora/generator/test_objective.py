@@ -45,6 +45,7 @@ def noise() -> torch.Generator:
     return torch.Generator().manual_seed(0)
 
 
+@pytest.mark.one_case
 @pytest.mark.parametrize("modules", [0, 3, 6])
 @pytest.mark.parametrize("task", [0, 1, 2])
 def test_the_estimate_is_near_the_size_of_the_code_whatever_is_known_of_the_initial_a(task: int, modules: int) -> None:

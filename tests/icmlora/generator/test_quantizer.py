@@ -125,7 +125,7 @@ def test_integers_and_scales_stay_in_range_whatever_the_step(net: CVAE) -> None:
 @pytest.mark.parametrize("level", [-4000, SMALLEST, 0, LARGEST, 4000])
 def test_a_scale_is_the_sum_of_its_parts_as_far_as_there_are_tables(net: CVAE, level: int) -> None:
     quantizer, (_, slots) = TokenQuantizer(net), first(net, make_adapter(3))
-    size = quantizer.sizes(slots.kind)[0]
+    size = quantizer.sizes[slots.kind][0]
     spread = np.rint(OCTAVE * net.spread.detach().numpy())[slots.kind, 0, slots.layer, slots.slot]
     profile = np.rint(OCTAVE * net.sensitivity.profile(slots.kind, 0).numpy())[slots.layer]
     plain = level + (spread - round(OCTAVE * np.log2(size) / 2))[:, None] + profile

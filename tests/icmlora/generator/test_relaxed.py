@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from icmlora.adapter.model import Adapter
-from icmlora.generator.codec import Codec
-from icmlora.generator.decoder import OpenCode
+from icmlora.generator.codec import Codec, OpenCode
 from icmlora.generator.entropy_coding import Integers
 from icmlora.generator.limits import Limits
 from icmlora.generator.packing import KindIntegers
@@ -81,7 +80,7 @@ def test_moved_values_are_what_the_new_code_decodes_to(make: Make) -> None:
 def along(under: Codec, opened: OpenCode, group: KindIntegers) -> Integers:
     """Return the integers along the initial subspace, shape (n, R)."""
     count, rows = len(group.slots.layer), opened.state.subspace.rows(group.slots.kind)
-    before = count * sum(under.quantizer.sizes(group.slots.kind))
+    before = count * sum(under.quantizer.sizes[group.slots.kind])
     return group.vectors.dense(before + count * rows)[before:].reshape(count, rows)
 
 

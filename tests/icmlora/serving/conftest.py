@@ -10,7 +10,10 @@ import pytest
 
 from tests.cli.tiny_fleet import icm_quietly
 from tests.icmlora.tiny_base import LABEL
+from tests.quick import quick_codes
 from tests.shared import built_once
+
+__all__ = ["quick_codes"]
 
 
 @dataclass(frozen=True)

@@ -151,7 +151,7 @@ def test_a_store_works_on_another_backend(tmp_path: Path) -> None:
         assert list(store.verify(read_data=True)) == []
         assert not list(store.paths.blobs.iterdir())
     with Store.open(root, backend=memory) as store:
-        store.tasks.remove_one("html")
+        store.tasks.remove(["html"], last_copies=["html"])
         assert store.usage().unreferenced == len(b"weights of html")
         assert store.prune(grace=0).blobs == 1
         assert store.usage().codes == len(b"code of rust")

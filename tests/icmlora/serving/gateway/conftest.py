@@ -17,7 +17,6 @@ from icmlora.serving.tasks import ServedTasks, open_tasks
 from tests.icmlora.serving.conftest import Served
 
 if TYPE_CHECKING:
-    from icmlora.serving.gateway.forward import Limits
     from tests.icmlora.serving.gateway.gateways import Gateway, StartGateway
     from tests.icmlora.serving.gateway.stub_engine import StubEngine
 
@@ -44,19 +43,16 @@ def engine_url(engine: StubEngine) -> Iterator[str]:
 
 @pytest.fixture
 def start(engine_url: str, served: Served, tmp_path: Path) -> Iterator[StartGateway]:
-    """Return a function that starts a gateway; its arguments are settings, limits, or the bytes for adapters."""
+    """Return a function that starts a gateway; its arguments are settings, or the bytes for adapters."""
     import httpx
 
-    from icmlora.serving.gateway.server import GatewaySettings
+    from icmlora.serving.gateway.settings import GatewaySettings
     from tests.icmlora.serving.gateway.gateways import Gateway, running_gateway
 
     with ExitStack() as stack:
 
-        def begin(
-            *, room: int = 1 << 30, tasks: ServedTasks | None = None, limits: Limits | None = None, **changes: Any
-        ) -> Gateway:
+        def begin(*, room: int = 1 << 30, tasks: ServedTasks | None = None, **changes: Any) -> Gateway:
             settings = replace(GatewaySettings(engine_url=engine_url), **changes)
-            settings = settings if limits is None else replace(settings, limits=limits)
             folders = AdapterFolders(tmp_path / "adapters", room, alone=True)
             stack.callback(folders.close)
             source = tasks or open_tasks(served.store, None, command="test")

@@ -14,7 +14,8 @@ import httpx
 import uvicorn
 
 from icmlora.serving.folders import AdapterFolders
-from icmlora.serving.gateway.server import GatewaySettings, listen, opened, uvicorn_config
+from icmlora.serving.gateway.server import listen, opened, uvicorn_config
+from icmlora.serving.gateway.settings import GatewaySettings
 from icmlora.serving.tasks import ServedTasks
 
 

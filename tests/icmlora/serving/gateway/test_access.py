@@ -9,7 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import pytest
 
-from icmlora.serving.gateway.forward import Limits
 from tests.icmlora.serving.gateway.gateways import Gateway, StartGateway, wait_for
 from tests.icmlora.serving.gateway.stub_engine import StubEngine
 
@@ -87,7 +86,7 @@ def test_a_route_that_is_not_there_is_said_in_openais_shape(gateway: Gateway) ->
 
 
 def test_a_large_body_is_refused(start: StartGateway, engine: StubEngine) -> None:
-    gateway = start(limits=Limits(body=1000))
+    gateway = start(max_body=1000)
     answer = gateway.ask("base", text="x" * 2000)
     assert (answer.status_code, answer.json()["error"]["code"]) == (413, "body_too_large")
     assert engine.headers == {}
@@ -95,7 +94,7 @@ def test_a_large_body_is_refused(start: StartGateway, engine: StubEngine) -> Non
 
 
 def test_a_body_that_never_arrives_ends(start: StartGateway) -> None:
-    gateway = start(limits=Limits(idle=0.3))
+    gateway = start(idle_timeout=0.3)
     host, port = gateway.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port))) as connection:
         connection.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 10\r\n\r\n{")
@@ -183,7 +182,7 @@ def test_the_gateway_closes_the_connection_of_a_client_that_does_not_read(
             await send({"type": "http.response.body", "body": b"x" * 65536, "more_body": True})  # type: ignore[operator]
 
     engine._complete = flood  # type: ignore[assignment, method-assign]
-    gateway = start(limits=Limits(idle=0.5))
+    gateway = start(idle_timeout=0.5)
     with gateway.client.stream("POST", "/v1/completions", json={"model": "base"}) as answer:
         wait_for(lambda: httpx.get(f"{gateway.url}/metrics", trust_env=False).text.find("in_flight 0.0") > 0)
         with pytest.raises(httpx.RemoteProtocolError):

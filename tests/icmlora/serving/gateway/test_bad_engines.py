@@ -12,7 +12,6 @@ from typing import Any
 import httpx
 import pytest
 
-from icmlora.serving.gateway.forward import Limits
 from tests.icmlora.serving.gateway.gateways import Gateway, StartGateway, wait_for
 from tests.icmlora.serving.gateway.stub_engine import StubEngine, running
 
@@ -98,7 +97,7 @@ def test_an_engine_that_comes_back_with_another_base_model(start: StartGateway, 
 
 
 def test_an_engine_that_is_slow_to_begin(start: StartGateway, engine: StubEngine) -> None:
-    gateway = start(limits=Limits(first_byte=0.3))
+    gateway = start(first_byte_timeout=0.3)
     gateway.ask("rules")
     engine.hold = threading.Event()
     assert error_of(gateway.ask("rules")) == (504, "engine_timeout")
@@ -106,7 +105,7 @@ def test_an_engine_that_is_slow_to_begin(start: StartGateway, engine: StubEngine
 
 
 def test_an_engine_that_stops_in_the_middle(start: StartGateway, engine: StubEngine) -> None:
-    gateway = start(limits=Limits(idle=0.3))
+    gateway = start(idle_timeout=0.3)
     gateway.ask("rules")
     engine.between = 60
     assert events_of(gateway)[-1] == ("error", "engine_timeout")

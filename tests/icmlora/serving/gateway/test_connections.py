@@ -8,7 +8,6 @@ from contextlib import ExitStack, contextmanager, suppress
 
 import pytest
 
-from icmlora.serving.gateway.forward import Limits
 from tests.icmlora.serving.gateway.gateways import Gateway, StartGateway
 from tests.icmlora.serving.gateway.stub_engine import StubEngine
 
@@ -45,18 +44,18 @@ def asked(gateway: Gateway, headers: bytes, body: bytes = BODY) -> bytes:
 
 @pytest.mark.parametrize("begun", [b"POST /v1/compl", POST + b"x-slow: "])
 def test_half_of_the_headers_is_closed_after_a_while(start: StartGateway, begun: bytes) -> None:
-    with connected(start(limits=Limits(header=0.3))) as connection:
+    with connected(start(header_timeout=0.3)) as connection:
         connection.sendall(begun)
         assert all_of(connection).startswith(b"HTTP/1.1 408")
 
 
 def test_a_connection_without_any_request_is_closed_after_a_while(start: StartGateway) -> None:
-    with connected(start(limits=Limits(header=0.3))) as connection:
+    with connected(start(header_timeout=0.3)) as connection:
         assert all_of(connection) == b""
 
 
 def test_half_of_a_second_request_is_closed_too(start: StartGateway) -> None:
-    with connected(start(limits=Limits(header=0.3))) as connection:
+    with connected(start(header_timeout=0.3)) as connection:
         connection.sendall(b"GET /healthz HTTP/1.1\r\nhost: localhost\r\n\r\n")
         assert connection.recv(65536).startswith(b"HTTP/1.1 200")
         connection.sendall(b"GET /hea")
@@ -64,15 +63,15 @@ def test_half_of_a_second_request_is_closed_too(start: StartGateway) -> None:
 
 
 @pytest.mark.parametrize(
-    ("path", "limits"),
+    ("path", "settings"),
     [
-        (b"/v1/completions", Limits(idle=60, whole_body=0.3)),
-        (b"/healthz", Limits(header=0.3)),
-        (b"/no", Limits(header=0.3)),
+        (b"/v1/completions", {"idle_timeout": 60, "body_timeout": 0.3}),
+        (b"/healthz", {"header_timeout": 0.3}),
+        (b"/no", {"header_timeout": 0.3}),
     ],
 )
-def test_a_body_that_comes_byte_by_byte_ends(start: StartGateway, path: bytes, limits: Limits) -> None:
-    with connected(start(limits=limits)) as connection:
+def test_a_body_that_comes_byte_by_byte_ends(start: StartGateway, path: bytes, settings: dict[str, float]) -> None:
+    with connected(start(**settings)) as connection:
         connection.sendall(b"POST %s HTTP/1.1\r\nhost: localhost\r\ncontent-length: 100000\r\n\r\n" % path)
         connection.settimeout(0.05)
         with pytest.raises(ConnectionError):

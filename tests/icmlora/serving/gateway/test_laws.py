@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from icmlora.serving.folders import AdapterFolders
-from icmlora.serving.gateway.server import GatewaySettings
+from icmlora.serving.gateway.settings import GatewaySettings
 from icmlora.serving.tasks import open_tasks
 from tests.icmlora.serving.conftest import Served
 from tests.icmlora.serving.gateway.gateways import running_gateway

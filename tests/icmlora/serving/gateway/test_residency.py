@@ -17,7 +17,7 @@ from icmlora import Fleet
 from icmlora.errors import CodeError
 from icmlora.serving.folders import AdapterFolders
 from icmlora.serving.gateway import residency
-from icmlora.serving.gateway.server import GatewaySettings
+from icmlora.serving.gateway.settings import GatewaySettings
 from icmlora.serving.tasks import ServedTask, ServedTasks, open_tasks
 from tests.cli.tiny_fleet import icm_quietly, write_lora
 from tests.icmlora.serving.conftest import Served, folder_bytes
