@@ -23,7 +23,7 @@ from icmlora.adapter.model import Adapter
 from icmlora.base_models.running.lora_hooks import Factors
 from icmlora.generator.code_length import bin_bits
 from icmlora.generator.codec import Codec
-from icmlora.generator.entropy_coding import LIMIT
+from icmlora.generator.entropy_coding import LIMIT, clip
 from icmlora.generator.initial_a.subspace import Bases, bases_of
 from icmlora.generator.packing import KindIntegers
 from icmlora.generator.quantizer import nonzeros_of, norm_of
