@@ -180,9 +180,10 @@ class TokenQuantizer:
         """
         left, right = factors or (torch.ones(len(norms)),) * 2
         rows = state.subspace.rows(slots.kind)
-        sizes = [len(norms) * size for size in (*self.sizes[slots.kind], rows)]
-        row = torch.zeros(sum(sizes)) if rows else torch.empty(sum(sizes))
-        inputs, outputs, along = (part.view(len(norms), -1) for part in torch.split(row, sizes))
+        count, sizes = len(norms), (*self.sizes[slots.kind], rows)
+        row = torch.zeros(count * sum(sizes)) if rows else torch.empty(count * sum(sizes))
+        parts = torch.split(row, [count * size for size in sizes])
+        inputs, outputs, along = (part.view(count, size) for part, size in zip(parts, sizes, strict=True))
         if means is None:
             self._predict(slots, norms, state, (inputs, outputs), (left, right))
         else:
@@ -202,6 +203,7 @@ class TokenQuantizer:
         self._predict(slots, norms, state, (inputs, outputs), (torch.ones(len(norms)),) * 2)
         return inputs, outputs
 
+    @torch.no_grad()
     def _predict(
         self, slots: Slots, norms: Norms, state: TaskState, means: Means, factors: tuple[torch.Tensor, torch.Tensor]
     ) -> None:
