@@ -10,7 +10,7 @@ from icm_cli.failures import tell_failure, tell_left_out
 from icm_cli.output import Column
 from icm_cli.session import Session
 from icm_cli.text import errors_json
-from icmlora.fleet.measure.precision import measured_in
+from icmlora.fleet.measure.precision import measured_in, source_name
 from icmlora.io.text import counted
 
 if TYPE_CHECKING:
@@ -44,8 +44,8 @@ def sum_up(session: Session, report: EvaluateReport) -> None:
         figures = {"tasks": gain.tasks, "mean": gain.mean, "worst": gain.worst}
         session.out.event("mean", rung=source, **figures, precisions=list(gain.precisions))
         session.out.line(
-            f"retained gain of `{source}`: mean {gain.mean:.3f}, worst {gain.worst:.3f} ({gain.worst_task})"
-            f"{measured_in(gain.precisions)}"
+            f"retained gain of `{source_name(source)}`: mean {gain.mean:.3f}, worst {gain.worst:.3f} "
+            f"({gain.worst_task}){measured_in(gain.precisions)}"
         )
     notes = {
         "no held-out text, so not measured": report.without_data,
@@ -67,9 +67,10 @@ def _print_table(session: Session, tasks: list[TaskEvaluated], shown: list[str],
     names = dict.fromkeys(name for task in tasks for name in task.sources["base"].score.figures) or _SHORT
     figures = [name for name in names if name != "nats per token"]  # perplexity says the same
     columns = [Column("task", shrink=True)]
-    columns += [Column(f"{source} {_SHORT.get(name, name)}", right=True) for name in figures for source in shown]
+    words = list(map(source_name, shown))
+    columns += [Column(f"{word} {_SHORT.get(name, name)}", right=True) for name in figures for word in words]
     for source in with_gain:
-        columns += [Column(f"{source} gain", right=True), Column(f"{source} error", right=True)]
+        columns += [Column(f"{source_name(source)} {figure}", right=True) for figure in ("gain", "error")]
     by_name = sorted(tasks, key=lambda task: task.task)
     session.out.table(columns, [_cells(task, figures, shown, with_gain) for task in by_name])
 

@@ -12,7 +12,7 @@ from icm_cli.output import Column
 from icm_cli.session import Session, command
 from icm_cli.text import as_fields, claim_json, claim_text, groups_json
 from icmlora.fleet.measure.metric_result import MetricResult
-from icmlora.fleet.measure.precision import gain_text, measured_in
+from icmlora.fleet.measure.precision import gain_text, measured_in, source_name
 from icmlora.fleet.stats.bill_text import limits_text
 from icmlora.formats.images.header_notes import header_notes
 from icmlora.io.text import counted, escape, human_percent, human_size, in_ranges
@@ -216,7 +216,7 @@ def _print_errors(session: Session, groups: Sequence[GroupError]) -> None:
 def _evaluation_cells(details: TaskDetails, entry: EvaluationRecord, names: Sequence[str]) -> list[str]:
     figures = MetricResult.of(entry).figures
     return [
-        f"{entry.rung}{measured_in([entry.precision])}",
+        f"{source_name(entry.rung)}{measured_in([entry.precision])}",
         "held-out" if entry.data == details.task.eval_data else entry.data[:12],
         *("-" if figures.get(name) is None else f"{figures[name]:.4g}" for name in names),
         gain_text(entry.retained_gain, entry.precision),
