@@ -10,7 +10,7 @@ from icm_cli.failures import tell_failure, tell_left_out
 from icm_cli.output import Field
 from icm_cli.session import Session
 from icm_cli.text import SOURCES, errors_json, figure
-from icmlora.fleet.measure.precision import measured_in
+from icmlora.fleet.measure.precision import measured_in, source_name
 from icmlora.io.text import counted
 
 if TYPE_CHECKING:
@@ -47,8 +47,8 @@ def sum_up(session: Session, report: EvaluateReport) -> None:
         figures = {"tasks": gain.tasks, "mean": gain.mean, "worst": gain.worst}
         session.out.event("mean", rung=source, **figures, precisions=list(gain.precisions))
         session.out.line(
-            f"retained gain of `{source}`: mean {gain.mean:.3f}, worst {gain.worst:.3f} ({gain.worst_task})"
-            f"{measured_in(gain.precisions)}"
+            f"retained gain of `{source_name(source)}`: mean {gain.mean:.3f}, worst {gain.worst:.3f} "
+            f"({gain.worst_task}){measured_in(gain.precisions)}"
         )
     notes = {
         "no held-out text, so not measured": report.without_data,
@@ -91,7 +91,7 @@ def _field(
     def cell(task: TaskEvaluated) -> str:
         return figure(value(task.sources[source]) if source in task.sources else None, digits)
 
-    return Field(f"{source} {title}", cell, right=True)
+    return Field(f"{source_name(source)} {title}", cell, right=True)
 
 
 def tell_measured(session: Session, event: Event) -> None:
