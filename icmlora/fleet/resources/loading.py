@@ -97,7 +97,7 @@ def load_base(
 def _converted(found: FoundBase, cache: Path) -> FoundBase:
     if not found.is_gguf:
         return found
-    from icmlora.base_models.running.gguf import convert_gguf  # imports transformers
+    from icmlora.base_models.load import convert_gguf  # imports transformers
 
     # Dequantising a GGUF file takes a minute, reading the result a second.
     folder = cache / "base-models" / found.stamp()[:32]
