@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from icmlora.fleet.context import Event
     from icmlora.fleet.measure.evaluate import EvaluateReport, TaskEvaluated
     from icmlora.fleet.measure.measure import SourceResult
-    from icmlora.fleet.measure.metric_result import MetricResult
     from icmlora.fleet.records import Rung
 
 MEASURE_REST = "`icm eval` measures the rest"
@@ -107,14 +106,11 @@ def tell_measured(session: Session, event: Event) -> None:
 
 
 def _as_json(result: SourceResult) -> dict[str, object]:
-    figures = {"retained_gain": result.retained_gain, **errors_json(result.squared_error)}
-    return _score_as_json(result.score) | figures
-
-
-def _score_as_json(score: MetricResult) -> dict[str, object]:
-    """Return the metric under its own name, and for language models what follows from it."""
+    """Return the metric under its own name, for language models what follows from it, and what was lost."""
+    score = result.score
     figures = {name: value if math.isfinite(value) else None for name, value in score.figures.items()}
     keys: dict[str, object] = {"metric": score.metric, "value": score.value, "count": score.count}
     if "perplexity" in figures:
         keys["tokens"] = score.count
-    return keys | {name.replace(" ", "_"): value for name, value in figures.items()}
+    keys |= {name.replace(" ", "_"): value for name, value in figures.items()}
+    return keys | {"retained_gain": result.retained_gain, **errors_json(result.squared_error)}
