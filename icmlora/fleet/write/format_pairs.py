@@ -132,7 +132,7 @@ def convert_content(
             assert base is not None
             return _for_gguf(adapter, base, source.name, metadata, dtype)
         if target.name == "mlx":
-            from icmlora.formats.pairs.mlx_writer import encode_mlx
+            from icmlora.formats.pairs.mlx import encode_mlx
 
             return encode_mlx(adapter, metadata=metadata, dtype=dtype)
         if target.name == "peft":
