@@ -128,7 +128,7 @@ def convert_content(
             dotted = {key.replace("_", ".", 1): text for key, text in metadata.items()}
             return AdapterBytes(encode_gguf(adapter, base, task=source.name, metadata=dotted, dtype=dtype))
         if target.name == "mlx":
-            from icmlora.formats.pairs.mlx_writer import encode_mlx
+            from icmlora.formats.pairs.mlx import encode_mlx
 
             return encode_mlx(adapter, metadata=metadata, dtype=dtype)
         if target.name == "peft":
