@@ -29,14 +29,14 @@ demo: $(READY)  ## ingest, train, materialize, compare and measure on the CPU: f
 	@VENV="$(VENV)" bash docs/demo.sh
 
 ## Check it
-test: test-device  ## run a test of each promise, command, format and kind of base model (12 minutes on 2 cores)
+test: test-device  ## run a test of each promise, command, format and kind of base model (about 5 minutes on 2 cores)
 	@$(PYTEST) -m "not slow and not fault"
 
 test-rest: $(READY)  ## run what `make test` leaves out: further cases, and properties with more examples
 	@$(MAKE) --no-print-directory test-as-cuda WHICH=slow
 	@$(THOROUGH) -m "(slow or property) and not fault"
 
-test-all: $(READY)  ## run `make test` and `make test-rest` (an hour on 2 cores)
+test-all: $(READY)  ## run `make test` and `make test-rest`
 	@$(MAKE) --no-print-directory test
 	@$(MAKE) --no-print-directory test-rest
 

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from icm_cli.session import Session
 from icmlora.io.text import counted
-
-if TYPE_CHECKING:
-    from icmlora.serving.launch import Launch
 
 Engine = Literal["vllm", "sglang"]
 
@@ -26,10 +23,6 @@ def print_config(
     store = None if bundle is not None else session.settings.store.value.resolve()
     tasks = open_tasks(store, bundle, command=session.command, lock_timeout=session.settings.lock_timeout.value)
     launch = plan_launch(tasks, engine, store, bundle, base_model=base_model, gateway=gateway)
-    _tell(session, engine, launch, is_bundle=bundle is not None)
-
-
-def _tell(session: Session, engine: str, launch: Launch, *, is_bundle: bool) -> None:
     out = session.out
     out.document(
         {
@@ -51,7 +44,7 @@ def _tell(session: Session, engine: str, launch: Launch, *, is_bundle: bool) -> 
     if not launch.is_local:
         out.warn("the base model is not on this machine, so icm cannot compare adapters with it before they are loaded")
         name = shlex.quote(launch.base_model)
-        if is_bundle:
+        if bundle is not None:
             option = "--model" if engine == "vllm" else "--model-path"
             out.hint(f"`hf download {name}` gets it; or give the engine its folder: {option} FOLDER")
         else:

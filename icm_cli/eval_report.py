@@ -10,7 +10,7 @@ from icm_cli.failures import tell_failure, tell_left_out
 from icm_cli.output import Field
 from icm_cli.session import Session
 from icm_cli.text import SOURCES, errors_json, figure
-from icmlora.fleet.measure.precision import measured_in
+from icmlora.fleet.measure.precision import measured_in, source_name
 from icmlora.io.text import counted
 
 if TYPE_CHECKING:
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from icmlora.fleet.context import Event
     from icmlora.fleet.measure.evaluate import EvaluateReport, TaskEvaluated
     from icmlora.fleet.measure.measure import SourceResult
-    from icmlora.fleet.measure.metric_result import MetricResult
     from icmlora.fleet.records import Rung
 
 MEASURE_REST = "`icm eval` measures the rest"
@@ -47,8 +46,8 @@ def sum_up(session: Session, report: EvaluateReport) -> None:
         figures = {"tasks": gain.tasks, "mean": gain.mean, "worst": gain.worst}
         session.out.event("mean", rung=source, **figures, precisions=list(gain.precisions))
         session.out.line(
-            f"retained gain of `{source}`: mean {gain.mean:.3f}, worst {gain.worst:.3f} ({gain.worst_task})"
-            f"{measured_in(gain.precisions)}"
+            f"retained gain of `{source_name(source)}`: mean {gain.mean:.3f}, worst {gain.worst:.3f} "
+            f"({gain.worst_task}){measured_in(gain.precisions)}"
         )
     notes = {
         "no held-out text, so not measured": report.without_data,
@@ -91,7 +90,7 @@ def _field(
     def cell(task: TaskEvaluated) -> str:
         return figure(value(task.sources[source]) if source in task.sources else None, digits)
 
-    return Field(f"{source} {title}", cell, right=True)
+    return Field(f"{source_name(source)} {title}", cell, right=True)
 
 
 def tell_measured(session: Session, event: Event) -> None:
@@ -107,14 +106,11 @@ def tell_measured(session: Session, event: Event) -> None:
 
 
 def _as_json(result: SourceResult) -> dict[str, object]:
-    figures = {"retained_gain": result.retained_gain, **errors_json(result.squared_error)}
-    return _score_as_json(result.score) | figures
-
-
-def _score_as_json(score: MetricResult) -> dict[str, object]:
-    """Return the metric under its own name, and for language models what follows from it."""
+    """Return the metric under its own name, for language models what follows from it, and what was lost."""
+    score = result.score
     figures = {name: value if math.isfinite(value) else None for name, value in score.figures.items()}
     keys: dict[str, object] = {"metric": score.metric, "value": score.value, "count": score.count}
     if "perplexity" in figures:
         keys["tokens"] = score.count
-    return keys | {name.replace(" ", "_"): value for name, value in figures.items()}
+    keys |= {name.replace(" ", "_"): value for name, value in figures.items()}
+    return keys | {"retained_gain": result.retained_gain, **errors_json(result.squared_error)}

@@ -151,6 +151,12 @@ def gain_option(text: str) -> Any:
     return option("--min-gain G", text, min=0.0, max=1.0)
 
 
+MinGainOpt = Annotated[
+    float | None,
+    gain_option("Smallest retained gain that a code may have, on the task's held-out text. Needs the base model."),
+]
+
+
 def quality_option(text: str) -> Any:
     """Return an option for the quality of codes."""
     return option("--quality 1..8", f"1 (smallest) to 8 (most accurate). {text}", min=1, max=8)

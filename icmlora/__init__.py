@@ -71,10 +71,10 @@ if TYPE_CHECKING:
     from icmlora.fleet.measure.evaluate import EvaluateReport, Measurable
     from icmlora.fleet.records import GeneratorRecord, Joined, Separated, TaskSummary
     from icmlora.fleet.report.report import ReportSummary
-    from icmlora.fleet.stats.bill import Bill
+    from icmlora.fleet.stats.stats import Bill
+    from icmlora.fleet.tasks.doctor import Check
     from icmlora.fleet.tasks.duplicates import DuplicatesReport
     from icmlora.fleet.tasks.generators import Forgotten, GeneratorVersion, RolledBack
-    from icmlora.fleet.tasks.maintenance import Check
     from icmlora.fleet.tasks.tasks import EditReport, Removal, TaskDetails
     from icmlora.fleet.train.train import TrainReport
     from icmlora.fleet.train.update import UpdateReport
@@ -169,9 +169,9 @@ __all__ = [
 
 _HOMES = {
     "Adapter": "icmlora.adapter.model",
-    "Bill": "icmlora.fleet.stats.bill",
+    "Bill": "icmlora.fleet.stats.stats",
     "Bundle": "icmlora.fleet.bundles.bundles",
-    "Check": "icmlora.fleet.tasks.maintenance",
+    "Check": "icmlora.fleet.tasks.doctor",
     "CustomModel": "icmlora.base_models.kinds.custom_model",
     "DuplicatesReport": "icmlora.fleet.tasks.duplicates",
     "EditReport": "icmlora.fleet.tasks.tasks",

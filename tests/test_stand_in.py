@@ -7,6 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+pytestmark = pytest.mark.slow
+
 _ROOT = Path(__file__).parents[1]
 _REFUSALS = "tests/device/cuda/test_refusals.py"
 

@@ -17,7 +17,6 @@ from icmlora.io.text import counted
 
 if TYPE_CHECKING:
     from icmlora.fleet.bases.base_models import KnownBase
-    from icmlora.fleet.bases.joins import BaseJoined
     from icmlora.fleet.context import Event
 
 NameArg = Annotated[str, argument("NAME", "Name of the base model, as adapters give it.", completes="base")]
@@ -58,26 +57,20 @@ def add(session: Session, name: NameArg, path: PathArg, loader: LoaderOpt = None
     from icmlora.fleet.bases.base_models import NameTaken, add_base_model
     from icmlora.fleet.bases.joins import BaseJoined
 
-    joined: list[BaseJoined] = []
-    taken: list[NameTaken] = []
-
-    def listen(event: Event) -> None:
-        if isinstance(event, BaseJoined):
-            joined.append(event)
-        elif isinstance(event, NameTaken):
-            taken.append(event)
-
-    with session.working("base add", listen) as context:
+    heard: list[Event] = []
+    with session.working("base add", heard.append) as context:
         recorded = add_base_model(context, name, path, loader=loader, load_in=load_in)
-    for one in taken:
-        session.out.note(f"{name} is taken for {one.base_model}")
-        name = one.base_model
+    for event in heard:
+        if isinstance(event, NameTaken):
+            session.out.note(f"{name} is taken for {event.base_model}")
+            name = event.base_model
+    joined = [event for event in heard if isinstance(event, BaseJoined)]
     document = {"name": name, "path": str(recorded), "loader": loader, "load_in": load_in}
-    session.out.document(document | {"joined": [asdict(event) for event in joined]})
+    session.out.document(document | {"joined": [asdict(join) for join in joined]})
     how = f", loaded by {loader}" if loader else f", loaded in {load_in}" if load_in else ""
     session.out.line(f"{name} is at {recorded}{how}")
-    for event in joined:
-        session.out.note(joined_text(event))
+    for join in joined:
+        session.out.note(joined_text(join))
 
 
 @command

@@ -7,14 +7,13 @@ from typing import TYPE_CHECKING, Annotated
 
 from icm_cli.errors import UsageProblem
 from icm_cli.options import DtypeName, argument, option
-from icm_cli.output import Column, Field
+from icm_cli.output import Column, Field, Output
 from icm_cli.session import Session, command, end
 from icm_cli.text import as_fields, figure
 from icmlora.errors import Cancelled
 from icmlora.io.text import counted, human_size, parse_bytes
 
 if TYPE_CHECKING:
-    from icm_cli.output import Output
     from icmlora.fleet.context import Event
     from icmlora.fleet.convert.convert import AdapterConverted, ConvertReport
 

@@ -44,7 +44,7 @@ def doctor(session: Session, path: PathOpt = None) -> None:
         session.out.document({"name": path, "path": str(found)})
         session.out.answer(str(found))
         return
-    from icmlora.fleet.tasks.maintenance import examine
+    from icmlora.fleet.tasks.doctor import examine
 
     settings = session.settings
     checks = examine(session.context)

@@ -9,10 +9,10 @@ from icm_cli.encode_report import sum_up, tell_encoded, tell_next
 from icm_cli.options import (
     BaseModelOpt,
     DeviceOpt,
+    MinGainOpt,
     ShardOpt,
     SomeTasksArg,
     WorkersOpt,
-    gain_option,
     loss_option,
     option,
     quality_option,
@@ -29,10 +29,6 @@ if TYPE_CHECKING:
 ErrorOpt = Annotated[
     float | None,
     loss_option("--max-error", "Largest relative error that a code may have: ||dW' - dW|| / ||dW||, 0.3 for 30 %."),
-]
-GainOpt = Annotated[
-    float | None,
-    gain_option("Smallest retained gain that a code may have, on the task's held-out text. Needs the base model."),
 ]
 ToleranceOpt = Annotated[
     float | None,
@@ -72,7 +68,7 @@ def encode(
     tasks: SomeTasksArg = None,
     quality: QualityOpt = None,
     max_error: ErrorOpt = None,
-    min_gain: GainOpt = None,
+    min_gain: MinGainOpt = None,
     tolerance: ToleranceOpt = None,
     size: SizeOpt = None,
     refine: RefineOpt = None,

@@ -5,15 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Annotated
 
 from icm_cli.errors import ExitCode
-from icm_cli.options import DeviceOpt, DryRunOpt, SomeTasksArg, WorkersOpt, gain_option, option
-from icm_cli.output import Field
+from icm_cli.options import DeviceOpt, DryRunOpt, MinGainOpt, SomeTasksArg, WorkersOpt, option
+from icm_cli.output import Field, Output
 from icm_cli.session import Session, command, end
 from icm_cli.text import as_fields, coded_size, figure
 from icmlora.fleet.measure.precision import gain_text
 from icmlora.io.text import counted, human_size
 
 if TYPE_CHECKING:
-    from icm_cli.output import Output
     from icmlora.fleet.context import Event
     from icmlora.fleet.evict.types import EvictReport, TaskEvicted
 
@@ -22,10 +21,6 @@ ErrorOpt = Annotated[
     option(
         "--max-error X", "Largest relative error that a code may have: ||dW' - dW|| / ||dW||, 0.3 for 30 %.", min=0.0
     ),
-]
-GainOpt = Annotated[
-    float | None,
-    gain_option("Smallest retained gain that a code may have, on the task's held-out text. Needs the base model."),
 ]
 CheckpointsOpt = Annotated[bool, option("--checkpoints-only", "Delete only checkpoints; keep the final adapters.")]
 
@@ -69,7 +64,7 @@ def evict(
     session: Session,
     tasks: SomeTasksArg = None,
     max_error: ErrorOpt = None,
-    min_gain: GainOpt = None,
+    min_gain: MinGainOpt = None,
     checkpoints_only: CheckpointsOpt = False,
     placeholder: PlaceholderOpt = False,
     keep_originals: KeepOpt = False,

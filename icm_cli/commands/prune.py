@@ -39,7 +39,7 @@ def prune(
     Example:
       icm prune --dry-run
     """
-    from icmlora.fleet.tasks.maintenance import prune
+    from icmlora.fleet.tasks.verify import prune
 
     out, context, grace = session.out, session.context, seconds(older_than)
     report = prune(context, grace=grace, empty_quarantine=empty_quarantine, dry_run=True)

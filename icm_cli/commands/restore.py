@@ -7,14 +7,13 @@ from typing import TYPE_CHECKING, Annotated
 
 from icm_cli.errors import ExitCode
 from icm_cli.options import DryRunOpt, FromOpt, argument
-from icm_cli.output import Field
+from icm_cli.output import Field, Output
 from icm_cli.session import Session, command, end
 from icm_cli.text import as_fields, figure, path_shown
 from icmlora.fleet.measure.precision import gain_text
 from icmlora.io.text import counted, human_size
 
 if TYPE_CHECKING:
-    from icm_cli.output import Output
     from icmlora.fleet.context import Event
     from icmlora.fleet.evict.restore import AdapterRestored, RestoreReport
 

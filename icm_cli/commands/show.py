@@ -11,7 +11,7 @@ from icm_cli.output import Field
 from icm_cli.session import Session, command
 from icm_cli.text import SOURCES, as_fields, claim_json, claim_text, figure, groups_json
 from icmlora.fleet.measure.metric_result import MetricResult
-from icmlora.fleet.measure.precision import gain_text, measured_in
+from icmlora.fleet.measure.precision import gain_text, measured_in, source_name
 from icmlora.fleet.stats.bill_text import limits_text
 from icmlora.formats.images.header_notes import header_notes
 from icmlora.io.text import counted, escape, human_percent, human_size, in_ranges
@@ -180,7 +180,7 @@ def _print_evaluations(session: Session, details: TaskDetails) -> None:
     rows = _present(details)
     names = dict.fromkeys(name for row in rows for name in MetricResult.of(row).figures)
     fields: list[Field[EvaluationRecord]] = [
-        Field("source", lambda row: f"{row.rung}{measured_in([row.precision])}"),
+        Field("source", lambda row: f"{source_name(row.rung)}{measured_in([row.precision])}"),
         Field("text", lambda row: "held-out" if row.data == details.task.eval_data else row.data[:12]),
         *(Field(name, partial(_metric, name), right=True) for name in names),
         Field("retained gain", lambda row: gain_text(row.retained_gain, row.precision), right=True),

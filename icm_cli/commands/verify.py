@@ -14,7 +14,7 @@ from icm_cli.session import Session, command
 from icmlora.io.text import counted
 
 if TYPE_CHECKING:
-    from icmlora.fleet.tasks.maintenance import Finding, RowRepair
+    from icmlora.fleet.tasks.verify import Finding, RowRepair
 
 ReadDataOpt = Annotated[bool, option("--read-data", "Read and hash every blob instead of only checking its length.")]
 DecodeOpt = Annotated[bool, option("--decode", "Decode every code whose original is there, and compare its error.")]
@@ -57,7 +57,7 @@ def verify(
     Example:
       icm verify --read-data
     """
-    from icmlora.fleet.tasks.maintenance import repair_blobs
+    from icmlora.fleet.tasks.verify import repair_blobs
 
     if repair and tasks:
         raise UsageProblem("--repair works on the whole store", hint="leave out the task names")
@@ -93,7 +93,7 @@ def verify(
 
 def _look(session: Session, tasks: Sequence[str], *, read_data: bool, decode: bool) -> list[Finding]:
     """Find what is wrong, and tell each finding at once."""
-    from icmlora.fleet.tasks.maintenance import verify
+    from icmlora.fleet.tasks.verify import verify
 
     findings = []
     for finding in verify(session.context, tasks, read_data=read_data, decode=decode):
@@ -104,7 +104,7 @@ def _look(session: Session, tasks: Sequence[str], *, read_data: bool, decode: bo
 
 def _repair_rows(session: Session, findings: list[Finding], *, yes: bool) -> list[RowRepair]:
     """Correct rows of the database if something is wrong with it, and tell what became of each."""
-    from icmlora.fleet.tasks.maintenance import repair_rows
+    from icmlora.fleet.tasks.verify import repair_rows
 
     if not any(finding.kind in _OF_DATABASE for finding in findings):
         return []
@@ -122,7 +122,7 @@ def _repair_rows(session: Session, findings: list[Finding], *, yes: bool) -> lis
 
 
 def _restore(session: Session, *, yes: bool) -> None:
-    from icmlora.fleet.tasks.maintenance import restore_database
+    from icmlora.fleet.tasks.verify import restore_database
 
     out = session.out
     if not out.confirm("Replace the database by the copy from before the last deletion?", yes=yes):

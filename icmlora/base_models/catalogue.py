@@ -47,10 +47,7 @@ def modality_of(found: FoundBase) -> Modality[Any, Any]:
 def check_examples(data: bytes, *, path: str | Path | None = None, any_row: bool = False) -> Examples:
     """Read examples where the base model, and so their modality, is not known: the modality of most rows has them.
 
-    Args:
-        data: The file's bytes.
-        path: Where they came from, for the messages.
-        any_row: A base model with a loader is known, which may read rows of any form.
+    With `any_row` a base model with a loader is known, which may read rows of any form. `path` is for the messages.
 
     Raises:
         DataError: No modality has any of them.

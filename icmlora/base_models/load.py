@@ -1,8 +1,14 @@
-"""Load the network of a base model and what prepares its inputs: offline, quietly, and without running its code."""
+"""Load the network of a base model and what prepares its inputs: offline, quietly, and without running its code.
+
+model.gguf ──load_gguf──▶ model, tokenizer              slow: tensors are dequantised and the vocabulary rebuilt
+model.gguf ──convert_gguf──▶ folder of safetensors      which then loads in a second
+"""
 
 from __future__ import annotations
 
 import io
+import os
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
@@ -15,13 +21,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils import logging as transformers_logging
 
 from icmlora.base_models.finding.fingerprint import fingerprint_base
-from icmlora.base_models.finding.lookup import FoundBase
+from icmlora.base_models.finding.lookup import FoundBase, inspect_base
 from icmlora.base_models.modality import BaseModel, Modality
 from icmlora.base_models.placement import placement, smaller
 from icmlora.base_models.quantised import HEADS, settle
-from icmlora.errors import BaseModelNotFound, IcmLoraError
+from icmlora.errors import BaseModelNotFound, IcmLoraError, OutputExists
 from icmlora.io.devices import inference_dtype
 from icmlora.io.memory import free, ran_out
+from icmlora.io.staging import building_folder
 from icmlora.io.text import with_article
 
 _CAUSAL = "causal language model"
@@ -129,6 +136,29 @@ def load_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrain
     return model, tokenizer
 
 
+def convert_gguf(source: Path, directory: Path, *, label: str) -> Path:
+    """Write a GGUF base model as a float32 Hugging Face folder; raise `OutputExists` if the folder is not empty."""
+    found = inspect_base(label, source)
+    if directory.exists() and any(directory.iterdir()):
+        fact = "the folder for the converted base model is not empty"
+        raise OutputExists(fact, path=directory, hint="choose another folder")
+    with building_folder(directory) as work:
+        with quiet_loading(found):
+            model, tokenizer = load_gguf(found.path, torch.float32)
+            model.save_pretrained(work)
+            tokenizer.save_pretrained(work)
+        _make_durable(work)
+    return directory
+
+
+def _make_durable(folder: Path) -> None:
+    mode = stat.S_IMODE((folder / "config.json").stat().st_mode)
+    for file in folder.iterdir():
+        file.chmod(mode)  # the library leaves the weights at 0600, whatever the umask
+        with file.open("rb") as stream:
+            os.fsync(stream.fileno())
+
+
 @contextmanager
 def quiet_loading(found: FoundBase, kind: str = _CAUSAL, library: str = "transformers") -> Iterator[None]:
     """Load in the block without progress bars of the library; turn its many exceptions into `BaseModelNotFound`."""
@@ -147,12 +177,10 @@ def quiet_loading(found: FoundBase, kind: str = _CAUSAL, library: str = "transfo
             raise BaseModelNotFound(fact, path=found.path, hint=smaller(found)) from error
         # Deliberately broad: for a damaged file the loaders raise whatever their parsing runs into.
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        fact = f"base model {found.label!r} cannot be loaded as {with_article(kind)}: {first}"
         hint = f"the folder must be a complete model that {library} knows, with its tokenizer or processor"
-        raise BaseModelNotFound(
-            f"base model {found.label!r} cannot be loaded as {with_article(kind)}: {first}",
-            path=found.path,
-            hint=_LIBRARY_HINT if isinstance(error, ImportError) else hint,
-        ) from error
+        hint = _LIBRARY_HINT if isinstance(error, ImportError) else hint
+        raise BaseModelNotFound(fact, path=found.path, hint=hint) from error
     finally:
         if bars:
             transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]

@@ -129,29 +129,21 @@ class BaseModel:
 class Modality(Protocol[Example, Item]):
     """One kind of base model. Importing it should not import torch: `icm ingest` reads examples without.
 
-    A class that derives from it gets `reads`, `probes`, `written`, `answer` and `counted` of a model that reads text
-    without files, writes nothing and pads nothing.
+    A class that derives from it gets `reads`, `probes`, `context_state`, `loss`, `written`, `answer` and `counted` of a
+    model that reads examples one at a time and without files, writes nothing and pads nothing.
     """
 
-    @property
-    def name(self) -> str:
-        """What messages call it."""
-        ...
+    name: str
+    """What messages call it."""
+    reads: Collection[str] = ()
+    """Which of a row's files it reads, of `MEDIA_KEYS`; a row with another one is left out."""
+    probes: Sequence[Example] = ()
+    """Neutral examples, for task vectors of tasks that bring no samples; none where there is nothing neutral."""
 
     @property
     def metric(self) -> Metric:
         """What `measure` returns."""
         ...
-
-    @property
-    def reads(self) -> Collection[str]:
-        """Which of a row's files it reads, of `MEDIA_KEYS`; a row with another one is left out."""
-        return ()
-
-    @property
-    def probes(self) -> Sequence[Example]:
-        """Neutral examples, for task vectors of tasks that bring no samples; none where there is nothing neutral."""
-        return ()
 
     def suits(self, found: FoundBase) -> bool:
         """Whether a base model is of this kind, judged by its files without loading it: its metric makes sense."""
@@ -196,16 +188,9 @@ class Modality(Protocol[Example, Item]):
         ...
 
     def prepare(self, base: BaseModel, examples: Sequence[Example], limit: int, *, whole: bool = False) -> list[Item]:
-        """Turn examples into what the model reads; those without anything to score are left out.
+        """Turn examples into what the model reads, without those that have nothing to score.
 
-        Args:
-            base: The base model.
-            examples: At least one.
-            limit: Most tokens read of an example.
-            whole: Score all of an example, its prompt included.
-
-        Raises:
-            DataError: None is left.
+        At most `limit` tokens of each are read; `whole` scores its prompt too. Raises `DataError` if none is left.
         """
         ...
 
@@ -214,64 +199,53 @@ class Modality(Protocol[Example, Item]):
         ...
 
     def context_state(self, base: BaseModel, examples: Sequence[Example], limit: int) -> torch.Tensor:
-        """Return one hidden state for all examples together, (d,) in float32; no adapter is on the model."""
-        ...
+        """Return one hidden state for all examples together, (d,) in float32; no adapter is on the model.
+
+        That is their mean for models that read one example at a time.
+        """
+        return self.states(base, examples, max(1, limit // len(examples))).mean(dim=0)
 
     def logits(self, base: BaseModel, items: Sequence[Item], *, from_leaf: bool = False) -> list[torch.Tensor]:
         """Return the predictions for each item, without padding: a tensor of shape (predictions, classes) for each.
 
-        Args:
-            base: The base model.
-            items: The items.
-            from_leaf: Let gradients flow back to the model's inputs, so that they reach every module on the way.
+        With `from_leaf`, gradients flow back to the model's inputs, so that they reach every module on the way.
         """
         ...
 
     def loss(self, base: BaseModel, items: Sequence[Item]) -> torch.Tensor:
         """Return the loss of all scored predictions, summed: a scalar, with gradients that reach every module."""
-        ...
+        import torch
+
+        rows = self.logits(base, items, from_leaf=True)
+        losses = (self.item_loss(item, row) for item, row in zip(items, rows, strict=True))
+        return torch.stack([loss for loss in losses if loss is not None]).sum()
 
     def item_loss(self, item: Item, logits: torch.Tensor) -> torch.Tensor | None:
-        """Return the loss of one item, summed, from what `logits` returned for it, (predictions, classes).
+        """Return the loss of one item, summed: a scalar, with gradients to its logits (predictions, classes).
 
-        Returns:
-            A scalar, with gradients to the logits; None where the loss takes more than that.
+        None where the loss takes more than the logits.
         """
         ...
 
     def written(self, base: BaseModel, items: Sequence[Item], count: int, limit: int, *, seed: int) -> list[Item]:
         """Let the model write items itself, such as texts, with the adapter that is on it.
 
-        Args:
-            base: The base model.
-            items: What to begin like, in turn; may be empty.
-            count: How many to write, at most.
-            limit: Most tokens of each.
-            seed: Of all random numbers.
-
-        Returns:
-            The items; none where this kind of model writes nothing that it could read.
+        At most `count` are written, of at most `limit` tokens, each beginning like one of `items`, in turn; none where
+        this kind of model writes nothing that it could read. `seed` is that of all random numbers.
         """
         return []
 
     def answer(self, base: BaseModel, prompt: Prompt, most: int) -> str | None:
-        """Return what the model writes after a prompt, always its most probable next token.
+        """Return what the model writes after a prompt, always its most probable next token, at most `most` of them.
 
-        Args:
-            base: The base model.
-            prompt: What to continue.
-            most: Most tokens to write.
-
-        Returns:
-            The text; None where this kind of model does not continue text.
+        None where this kind of model does not continue text.
         """
         return None
 
     def counted(self, base: BaseModel, items: Sequence[Item]) -> torch.Tensor | None:
-        """Return which rows of a module's input are padding, and which are not, in `loss` and `logits` of these items.
+        """Return which rows of a module's input are no padding in `loss` and `logits`: all its dimensions but the last.
 
-        Returns:
-            A boolean mask of the shape of a module's input without its last dimension; None where nothing is padded.
+        None where nothing is padded.
         """
         return None
 
@@ -281,19 +255,10 @@ class Modality(Protocol[Example, Item]):
 
 
 def retained_gain(base: float, original: float, other: float, *, higher_is_better: bool = False) -> float | None:
-    """Return which share of the original adapter's gain another adapter keeps.
+    """Return which share of the original adapter's gain over the base model another adapter keeps, from their metrics.
 
-    1 is as good as the original, 0 as good as no adapter; the share may be below 0 or above 1.
-
-    Args:
-        base: The metric of the base model.
-        original: With the original adapter.
-        other: With the adapter in question.
-        higher_is_better: The direction of the metric.
-
-    Returns:
-        The share, or None where the original does not help, so that there is no gain to keep. What rounding makes of a
-        float32 loss is no help.
+    1 is as good as the original, 0 as good as no adapter; the share may be below 0 or above 1. None where the original
+    does not help, so that there is no gain to keep. What rounding makes of a float32 loss is no help.
     """
     gain = original - base if higher_is_better else base - original
     remaining = other - base if higher_is_better else base - other

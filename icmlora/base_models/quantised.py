@@ -19,7 +19,6 @@ from icmlora.errors import BaseModelNotFound, BaseModelUnsuited, DataError
 from registry.names import LOAD_IN
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
 
 HEADS = ("classifier.", "score.", "classification_head.", "pre_classifier.", "pooler.", "bert.pooler.")
@@ -117,14 +116,10 @@ def stored_bytes(model: nn.Module) -> int:
     """Return the bytes of a network's parameters and buffers, with the scales of those in few bits."""
     total = 0
     for tensor in (*model.parameters(), *model.buffers()):
-        total += _bytes(tensor)
+        total += tensor.nbytes
         if (state := getattr(tensor, "quant_state", None)) is not None:
             scales = [state.absmax, state.offset, *([] if state.state2 is None else [state.state2.absmax])]
-            total += sum(_bytes(scale) for scale in scales if scale is not None)
+            total += sum(scale.nbytes for scale in scales if scale is not None)
         if (scale := getattr(tensor, "SCB", None)) is not None:
-            total += _bytes(scale)
+            total += scale.nbytes
     return total
-
-
-def _bytes(tensor: torch.Tensor) -> int:
-    return tensor.numel() * tensor.element_size()

@@ -310,6 +310,9 @@ def _task(
     dtype = fields.text("dtype", limit=64)
     if dtype != "+".join(sorted(set(dtype.split("+")) & FLOAT_TYPES)):
         raise wrong(dtype, "a task of the bundle: dtype")
+    form = fields.text("format", limit=32)
+    if not _FORMAT.fullmatch(form):
+        raise wrong(form, "a task of the bundle: format")
     layout = fields.count("layout")
     if layout >= len(layouts):
         raise wrong(layout, "a task of the bundle: layout")
@@ -329,7 +332,7 @@ def _task(
         template=_template(fields.optional_text("template", limit=MAX_CONFIG_BYTES)),
         extras=tuple(_extra(entry) for entry in fields.entries("extras")),
         vectors=_vectors(fields.optional("vectors", fields.entries), extractors),
-        format=_format(fields.text("format", limit=32)),
+        format=form,
     )
 
 
@@ -350,12 +353,6 @@ def _extractor(value: object) -> Mapping[str, Any]:
     if not isinstance(value, dict) or value.get("view") not in ("adapted", "context"):
         raise wrong(value, "an extractor of the bundle")
     return value
-
-
-def _format(name: str) -> str:
-    if not _FORMAT.fullmatch(name):
-        raise wrong(name, "a task of the bundle: format")
-    return name
 
 
 def _squared_error(fields: Fields) -> float | None:

@@ -84,7 +84,7 @@ def with_first_lengths(start: FewShotStart) -> FewShotStart:
 
 
 def encodable_part(start: FewShotStart, config: GeneratorConfig) -> FewShotStart:
-    """Return what a generator can encode of a start: its modules, with as many directions as it has slots."""
+    """Return the modules and directions of a start that a generator can encode; `ValueError` if there are none."""
     shapes = start.adapter.layout
     kept = [number for number, shape in enumerate(shapes) if config.covers([shape._replace(rank=1)])]
     if not kept:

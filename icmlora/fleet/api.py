@@ -29,9 +29,9 @@ from icmlora.fleet.measure.evaluate import evaluate, measurable
 from icmlora.fleet.measure.module_errors import module_errors
 from icmlora.fleet.report.report import write_report
 from icmlora.fleet.stats.stats import stats
+from icmlora.fleet.tasks.doctor import examine
 from icmlora.fleet.tasks.duplicates import find_duplicates
 from icmlora.fleet.tasks.generators import forget_generator, list_generators, rollback
-from icmlora.fleet.tasks.maintenance import examine, prune, repair_blobs, repair_rows, restore_database, verify
 from icmlora.fleet.tasks.tasks import (
     edit_tasks,
     list_names,
@@ -41,6 +41,7 @@ from icmlora.fleet.tasks.tasks import (
     remove_tasks,
     show_task,
 )
+from icmlora.fleet.tasks.verify import prune, repair_blobs, repair_rows, restore_database, verify
 from icmlora.fleet.train.train import train
 from icmlora.fleet.train.update import update
 from icmlora.fleet.vectors.recognize import recognize

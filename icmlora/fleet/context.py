@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import wraps
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from icmlora.base_models.finding.lookup import FoundBase
     from icmlora.generator.versions import GeneratorFile
     from registry.errors import IcmError
-    from registry.records import BaseModelRecord, TaskRecord
+    from registry.records import BaseModelRecord, CodeRecord, GeneratorRecord, TaskRecord
     from registry.storage.locks import Patience
     from registry.store import Store
 
@@ -40,17 +40,11 @@ class Event:
 
 @dataclass(frozen=True)
 class Progress(Event):
-    """How far a use case is.
+    """How far a use case is."""
 
-    Attributes:
-        done: Finished units.
-        total: All units, or None if that is unknown.
-        note: The unit in work, as untrusted text.
-    """
-
-    done: float
-    total: float | None
-    note: str = ""
+    done: float  # finished units
+    total: float | None  # all units, or None if that is unknown
+    note: str = ""  # the unit in work, as untrusted text
 
 
 @dataclass(frozen=True)
@@ -164,9 +158,8 @@ class Context:
         from registry.storage.locks import Patience
 
         patience = Patience(self.lock_timeout, lambda text: self.on_event(Waiting(text)))
-        return Context(
-            self.path, self.cache_folder, self.lock_timeout, self.command, self.on_event, self.generator, patience
-        )
+        known = self.path, self.cache_folder, self.lock_timeout, self.command, self.on_event, self.generator
+        return Context(*known, patience)  # not `replace`: a `Fleet` is made from other arguments
 
     def _tell_damage(self, task: str, error: IcmError) -> None:
         self.on_event(TaskDamaged(task, error.message, error.hint))
@@ -174,6 +167,11 @@ class Context:
     def progress(self, done: float, total: float | None, note: str = "") -> None:
         """Report how far the use case is."""
         self.on_event(Progress(done, total, note))
+
+    def counting(self, done: Sized, total: int) -> Callable[[str], None]:
+        """Return what reports how many of so many tasks are done, and what is being done; report that none is."""
+        self.progress(0, total)
+        return lambda note: self.progress(len(done), total, note)
 
 
 def use_case(function: Callable[Concatenate[Context, P], R]) -> Callable[Concatenate[Context, P], R]:
@@ -208,7 +206,7 @@ class Shard:
 
     @classmethod
     def of(cls, text: str | None) -> Shard | None:
-        """Read a shard written as `3/8`; None stands for the whole fleet."""
+        """Read a shard written as `3/8`, None for the whole fleet; raises `InvalidShare`."""
         if text is None:
             return None
         match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
@@ -237,14 +235,14 @@ def select_tasks(
 
 
 def check_base_model(base_model: str | None, known: Collection[str], *, named: bool = False) -> None:
-    """Check that a task belongs to the selected base model."""
+    """Raise `DataError` unless a task belongs to the selected base model."""
     if base_model is not None and base_model not in known:
         none = "none of these tasks" if named else "no task"
         raise DataError(f"{none} belongs to base model {base_model!r}", hint="run `icm base ls` to list them")
 
 
 def locate_base(store: Store, label: str) -> FoundBase:
-    """Find a base model without loading it."""
+    """Find a base model without loading it; raises `BaseModelNotFound`."""
     from icmlora.base_models.finding.lookup import find_base_model
 
     record = base_record(store, label)
@@ -268,7 +266,7 @@ def _task_type(store: Store, base_model: str) -> str | None:
 
 
 def find_recorded(record: BaseModelRecord) -> FoundBase:
-    """Find a base model of the store under its own name, or else under one of its labels, quantised mirrors last."""
+    """Find a base model by its name, or else by a label, quantised mirrors last; raises `BaseModelNotFound`."""
     from icmlora.base_models.finding.lookup import find_base_model
     from icmlora.base_models.finding.mirrors import original_of
 
@@ -290,6 +288,12 @@ def find_recorded(record: BaseModelRecord) -> FoundBase:
 def base_record(store: Store, label: str) -> BaseModelRecord | None:
     """Return what the store knows about the base model that has a label, if anything."""
     return next((known for known in store.base_models.all() if label in known.names), None)
+
+
+def current_code(store: Store, task: TaskRecord) -> tuple[CodeRecord | None, GeneratorRecord | None]:
+    """Return the code of a task under the current generator of its base model, and that generator."""
+    generator = store.generators.current(task.base_model)
+    return None if generator is None else store.codes.get(task.name, generator.id), generator
 
 
 def has_loaders(store: Store) -> bool:

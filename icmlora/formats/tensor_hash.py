@@ -13,17 +13,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from functools import lru_cache
 
 from icmlora.errors import AdapterRefused
 from icmlora.formats.format import Buffer
-from icmlora.io.safetensors import header_text, parse_header
+from icmlora.io.safetensors import header_text, parse_header, remembered
 from icmlora.io.strict_json import parse_object
 
 _KEY_BYTES = 8
 _SAMPLE = 32  # bytes, from the middle of each tensor
-_REMEMBERED_HEADERS = 16
-_REMEMBERED_BYTES = 256 * 1024
 # Fields of `adapter_config.json` that training or a library notes, and that do not change what the tensors mean. Which
 # modules are targets is what the tensors themselves say.
 _UNIMPORTANT = frozenset(
@@ -76,18 +73,14 @@ _Layout = tuple[bytes, tuple[tuple[int, int], ...]]
 
 def _layout(data: memoryview) -> _Layout:
     try:
-        text = header_text(data)
-        return (_remembered if len(text) <= _REMEMBERED_BYTES else _parsed)(text, len(data))
+        return _parsed(header_text(data), len(data))
     except AdapterRefused:
         return b"", ((0, len(data)),)
 
 
+@remembered  # parsing takes longer than all the rest
 def _parsed(text: bytes, size: int) -> _Layout:
     """Return what a header says of the tensors without their places, and their places; both by name."""
     tensors = sorted(parse_header(text, size).tensors, key=lambda tensor: tensor.name)
     prefix = json.dumps([[tensor.name, tensor.dtype, tensor.shape] for tensor in tensors]).encode()
     return prefix, tuple((tensor.begin, tensor.end) for tensor in tensors)
-
-
-# Most adapters of a fleet have the header of another one byte for byte, and parsing takes longer than all the rest.
-_remembered = lru_cache(maxsize=_REMEMBERED_HEADERS)(_parsed)

@@ -15,9 +15,9 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar, cast
 
 from icmlora.errors import AdapterRefused, UnsafeInput, located
 from registry.names import escape
@@ -42,6 +42,8 @@ _PREFIX_BYTES = 8
 _REMEMBERED_BYTES = 256 * 1024
 _METADATA = "__metadata__"
 _FIELDS = {"dtype", "shape", "data_offsets"}
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -95,12 +97,25 @@ def header_text(data: bytes | bytearray | memoryview) -> bytes:
     return bytes(view[_PREFIX_BYTES : _PREFIX_BYTES + length])
 
 
+def remembered(function: Callable[_P, _T]) -> Callable[_P, _T]:
+    """Keep the last few results for bytes that are not long.
+
+    A header is asked for several times: before its file is read, when that is checked, and when it is compared. Most
+    adapters of a fleet have the header, and many the configuration, of another one byte for byte.
+    """
+    kept = cast("Callable[_P, _T]", lru_cache(maxsize=16)(function))
+
+    @wraps(function)
+    def result(*args: _P.args, **kwargs: _P.kwargs) -> _T:
+        size = sum(len(one) for one in args if isinstance(one, bytes))
+        return kept(*args, **kwargs) if size <= _REMEMBERED_BYTES else function(*args, **kwargs)
+
+    return result
+
+
+@remembered
 def parse_header(text: bytes, size: int) -> TensorHeader:
     """Parse and check a header against the size of its file; raises as `read_header` does."""
-    return (_remembered if len(text) <= _REMEMBERED_BYTES else _parsed)(text, size)
-
-
-def _parsed(text: bytes, size: int) -> TensorHeader:
     # Each tensor opens one brace; counting them bounds the memory that parsing can take.
     from icmlora.io.strict_json import parse_object  # needed to read only
 
@@ -114,11 +129,6 @@ def _parsed(text: bytes, size: int) -> TensorHeader:
     )
     _check_contiguous(tensors, start, size)
     return TensorHeader(tuple(tensors), metadata)
-
-
-# A header is asked for several times: before its file is read, when that is checked, and when it is compared. Most
-# adapters of a fleet have the header of another one byte for byte.
-_remembered = lru_cache(maxsize=16)(_parsed)
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-import re
-from typing import Any, NoReturn
+from typing import Any
 
 from icmlora.errors import AdapterRefused, UnsafeInput
 from registry.names import escape
@@ -20,11 +19,7 @@ MAX_DEPTH = 32  # nesting allowed; real configurations need 3
 # which take fifty times the memory of their text.
 MAX_PUNCTUATION = 400_000
 
-# A string, or one structural character: enough to follow the nesting without building anything.
-# Possessive, and a string may end with the data: the scan never goes back, so it is linear for any input.
-_TOKENS = re.compile(rb'"(?:[^"\\]++|\\.)*+(?:"|\\?\Z)|[\[\]{}]', re.DOTALL)
 _PUNCTUATION = (b'"', b"\\", b",", b"[", b"]", b"{", b"}")
-_SURROGATES = re.compile("[\ud800-\udfff]")
 
 
 def parse_object(data: bytes, *, what: str, max_bytes: int) -> dict[str, Any]:
@@ -42,7 +37,6 @@ def parse_object(data: bytes, *, what: str, max_bytes: int) -> dict[str, Any]:
     if len(data) > max_bytes:
         raise UnsafeInput(f"{what} has {len(data):,} bytes, more than {max_bytes:,}", kind="limits")
     _check_punctuation(data, what)
-    _check_depth(data, what)
 
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
         found: dict[str, Any] = {}
@@ -52,25 +46,28 @@ def parse_object(data: bytes, *, what: str, max_bytes: int) -> dict[str, Any]:
             found[key] = value
         return found
 
-    def number(text: str) -> float:
-        value = float(text)
-        if not math.isfinite(value):
-            raise ValueError(f"the number {text[:32]} is not finite")
-        return value
-
-    def constant(text: str) -> NoReturn:
-        raise ValueError(f"{text} is not a JSON number")
-
     try:
-        text = data.decode("utf-8")
-        parsed = json.loads(text, object_pairs_hook=pairs, parse_float=number, parse_constant=constant)
+        parsed = json.loads(data.decode("utf-8"), object_pairs_hook=pairs, parse_float=_finite, parse_constant=_finite)
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
         raise AdapterRefused(f"{what} is not valid JSON: {escape(str(error), 120)}", kind="json") from None
+    except RecursionError:
+        raise _too_deep(what) from None
     if not isinstance(parsed, dict):
         raise AdapterRefused(f"{what} is not a JSON object", kind="json")
-    if "\\u" in text and _has_surrogate(parsed):
-        raise UnsafeInput(f"{what} holds text that is not Unicode (a lone surrogate)", kind="text")
+    _check_depth(parsed, what)
+    if b"\\u" in data:
+        try:
+            json.dumps(parsed, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise UnsafeInput(f"{what} holds text that is not Unicode (a lone surrogate)", kind="text") from None
     return parsed
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"the number {text[:32]} is not finite")
+    return value
 
 
 def _check_punctuation(data: bytes, what: str) -> None:
@@ -80,23 +77,13 @@ def _check_punctuation(data: bytes, what: str) -> None:
             raise UnsafeInput(message, kind="limits")
 
 
-def _check_depth(data: bytes, what: str) -> None:
-    depth = 0
-    for token in _TOKENS.finditer(data):
-        char = token[0]
-        if char in (b"{", b"["):
-            depth += 1
-            if depth > MAX_DEPTH:
-                raise UnsafeInput(f"{what} is nested deeper than {MAX_DEPTH} levels", kind="limits")
-        elif char in (b"}", b"]"):
-            depth -= 1
+def _check_depth(value: dict[str, Any] | list[Any], what: str, depth: int = 1) -> None:
+    if depth > MAX_DEPTH:
+        raise _too_deep(what)
+    for item in value.values() if isinstance(value, dict) else value:
+        if isinstance(item, dict | list):
+            _check_depth(item, what, depth + 1)
 
 
-def _has_surrogate(value: object) -> bool:
-    if isinstance(value, str):
-        return _SURROGATES.search(value) is not None
-    if isinstance(value, dict):
-        return any(_has_surrogate(key) or _has_surrogate(item) for key, item in value.items())
-    if isinstance(value, list):
-        return any(_has_surrogate(item) for item in value)
-    return False
+def _too_deep(what: str) -> UnsafeInput:
+    return UnsafeInput(f"{what} is nested deeper than {MAX_DEPTH} levels", kind="limits")

@@ -63,7 +63,7 @@ def silhouettes(distances: Floats, labels: Labels) -> Floats:
 
 
 def cluster(distances: Floats, clusters: int | None = None) -> Labels:
-    """Return cluster numbers (n,) from 0, the largest cluster first, for distances (n, n) of two points or more."""
+    """Return cluster numbers (n,), the largest cluster first, by distances (n, n); `ValueError` if n is below 2."""
     # By default the number of clusters is the one with the best mean silhouette, from 2 to half of the points; of
     # equally good ones the smallest.
     count = len(distances)

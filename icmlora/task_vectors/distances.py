@@ -108,7 +108,7 @@ def nearest(vector: NDArray[np.floating], others: SupportSetVectors) -> tuple[Ne
 
 
 def familiarity(vector: NDArray[np.floating], others: SupportSetVectors) -> Familiarity:
-    """Measure how far a vector (d,) is from `FEWEST` known tasks or more, compared with how far those are apart."""
+    """Measure how far a vector (d,) is from known tasks, and those from each other; `ValueError` if few are known."""
     if len(others) < FEWEST:
         raise ValueError(f"familiarity needs {FEWEST} tasks or more")
     placed = VectorSpace.of(others).place(mean_vectors(others))

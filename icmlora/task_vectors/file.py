@@ -75,7 +75,7 @@ class _ViewHead:
 
 
 def vectors_to_bytes(views: Mapping[View, torch.Tensor]) -> bytes:
-    """Write a task's vectors, by view float32 (support sets, hidden size), finite; equal values give equal bytes."""
+    """Write vectors, by view float32 (support sets, hidden size); raise `ValueError` if one is not finite."""
     exact = {view: values.detach().cpu().double().numpy() for view, values in views.items()}
     lengths = {values.shape[-1] for values in exact.values() if values.ndim == 2 and 1 <= len(values) <= 255}
     if len(lengths) != 1 or not all(values.ndim == 2 and np.isfinite(values).all() for values in exact.values()):

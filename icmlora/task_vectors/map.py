@@ -84,7 +84,7 @@ class TaskMap:
 
 
 def map_tasks(tasks: SupportSetVectors, clusters: int | None = None) -> TaskMap:
-    """Make the map of `FEWEST` tasks or more, vectors (sets, d) each; their order matters for exact ties only."""
+    """Make the map of some tasks, vectors (sets, d) each; raise `ValueError` for fewer than `FEWEST`."""
     if len(tasks) < FEWEST:
         raise ValueError(f"a map has {FEWEST} tasks or more")
     names, means, space = list(tasks), mean_vectors(tasks), VectorSpace.of(tasks)

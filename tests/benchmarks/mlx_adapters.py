@@ -25,7 +25,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from icmlora.errors import AdapterRefused
-from icmlora.formats.pairs.mlx_writer import encode_mlx
+from icmlora.formats.pairs.mlx import encode_mlx
 from icmlora.formats.peft.peft import CONFIG_NAME, PEFT, WEIGHTS_NAME
 from tests.benchmarks.llama_cpp.tiny_models import MODELS, adapted, write_model
 

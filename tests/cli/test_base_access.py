@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from icmlora.base_models.running import gguf as gguf_base
+from icmlora.base_models import load as base_loading
 from icmlora.fleet.resources.loading import open_base
 from registry.store import Store
 from tests.icmlora.base_models.test_gguf import write_tiny_gguf
@@ -30,7 +30,7 @@ def converted(tmp_path: Path) -> list[Path]:
 
 def test_a_gguf_file_is_converted_once(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = open_base(store, LABEL, torch.device("cpu"), cache=store.paths.root.parent / "cache" / "icm")
-    monkeypatch.setattr(gguf_base, "load_gguf", lambda *_: pytest.fail("it is in the cache"))
+    monkeypatch.setattr(base_loading, "load_gguf", lambda *_: pytest.fail("it is in the cache"))
     second = open_base(store, LABEL, torch.device("cpu"), cache=store.paths.root.parent / "cache" / "icm")
     assert first.fingerprint == second.fingerprint
     assert len(converted(tmp_path)) == 1
@@ -39,7 +39,7 @@ def test_a_gguf_file_is_converted_once(store: Store, tmp_path: Path, monkeypatch
 def test_two_processes_that_convert_it_at_the_same_time_both_succeed(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, others = gguf_base.load_gguf, []
+    real, others = base_loading.load_gguf, []
 
     def load(*arguments: Any) -> Any:
         if not others:
@@ -47,6 +47,6 @@ def test_two_processes_that_convert_it_at_the_same_time_both_succeed(
             open_base(store, LABEL, torch.device("cpu"), cache=store.paths.root.parent / "cache" / "icm")
         return real(*arguments)
 
-    monkeypatch.setattr(gguf_base, "load_gguf", load)
+    monkeypatch.setattr(base_loading, "load_gguf", load)
     open_base(store, LABEL, torch.device("cpu"), cache=store.paths.root.parent / "cache" / "icm")
     assert len(converted(tmp_path)) == 1

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from icm_cli.errors import ExitCode
-from icmlora.fleet.tasks.maintenance import has_wal_reset_bug
+from icmlora.fleet.tasks.doctor import has_wal_reset_bug
 from icmlora.io import cards
 from tests.cli.conftest import Ran
 from tests.cli.homeless import leave_home

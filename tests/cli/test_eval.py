@@ -43,7 +43,7 @@ def texts(path: Path, *lines: str) -> Path:
 @pytest.mark.slow
 def test_every_rung_stands_side_by_side(icm: Icm, trained: Path) -> None:
     out = icm(*EVAL).out
-    for heading in ("BASE PPL", "ORIGINAL PPL", "CODE PPL", "GENERATE PPL", "CODE BPB", "CODE GAIN", "GENERATE ERROR"):
+    for heading in ("BASE PPL", "ORIGINAL PPL", "CODE PPL", "RECALLED PPL", "CODE BPB", "CODE GAIN", "RECALLED ERROR"):
         assert heading in out
     assert [line.split()[0] for line in out.splitlines()[1:3]] == ["poems", "rules"]
 
@@ -164,6 +164,12 @@ def test_show_lists_the_measurements_of_the_present_generator(icm: Icm, trained:
     assert [row[:2] for row in rows] == [["base", "held-out"], ["original", "held-out"]]
     current = {entry["rung"]: entry["is_current"] for entry in icm("show", "poems", "--json").document["evaluations"]}
     assert current == {"base": True, "original": True, "code": False, "generate": False}
+
+
+def test_eval_and_show_print_recalled_for_what_json_calls_generate(icm: Icm, trained: Path) -> None:
+    for out in (icm(*EVAL, "poems").out, icm("show", "poems").out):
+        assert "recalled" in out.lower()
+        assert "generate" not in out.lower().replace("generated", "").replace("generator", "")
 
 
 def test_show_says_how_a_rung_was_measured_and_against_which_original(icm: Icm, trained: Path) -> None:

@@ -7,16 +7,16 @@ from collections.abc import Callable, Sequence
 import pytest
 
 from icmlora.errors import DataError
-from icmlora.fleet.encode.search import LADDER, Attempt, Found, Trial, bisect, ladder_within, walk
+from icmlora.fleet.encode.search import LADDER, Attempt, LadderResult, Trial, bisect, ladder_within, walk
 from icmlora.fleet.measure.measure import SourceResult
 from icmlora.fleet.measure.metric_result import MetricResult
 from icmlora.generator.encoding import Encoded
 
 GAINS = (0.1, 0.3, 0.5, 0.7, 0.9, 0.95, 0.98, 0.99)  # by index, coarse to fine
-Search = Callable[[Attempt], Found]
+Search = Callable[[Attempt], LadderResult]
 
 
-def searched(search: Search, gains: Sequence[float | None] = GAINS) -> tuple[Found, list[int]]:
+def searched(search: Search, gains: Sequence[float | None] = GAINS) -> tuple[LadderResult, list[int]]:
     """Return what a search found, and the indices that it tried."""
     tried: list[int] = []
 

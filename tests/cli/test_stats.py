@@ -1,5 +1,6 @@
 """`icm stats`."""
 
+import os
 import resource
 import subprocess
 from collections.abc import Callable
@@ -32,8 +33,8 @@ def test_the_total_is_the_size_of_the_files(icm: Icm, trained: Path) -> None:
 def test_a_file_that_disappears_in_the_meantime_does_not_count(
     icm: Icm, trained: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    files = [path for path in trained.rglob("*") if path.is_file()]
-    monkeypatch.setattr("registry.usage._files", lambda root: [root / "tmp" / "gone", *files])
+    walk = os.walk
+    monkeypatch.setattr("registry.usage.os.walk", lambda root: [*walk(root), (root / "tmp", [], ["gone"])])
     assert icm("stats", "--json").document["on_disk"]["total"] == size_of_files(trained)
 
 

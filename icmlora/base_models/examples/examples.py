@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, overload
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from icmlora.base_models.examples.chats import Chat, chat_of
 from icmlora.base_models.examples.media import MEDIA_KEYS, Media, Resolver, with_media
@@ -80,11 +80,7 @@ class Examples(Sequence[Any]):
     def __len__(self) -> int:
         return len(self.items)
 
-    @overload
-    def __getitem__(self, place: int) -> Any: ...
-    @overload
-    def __getitem__(self, place: slice) -> tuple[Any, ...]: ...
-    def __getitem__(self, place: int | slice) -> Any:
+    def __getitem__(self, place: Any) -> Any:
         return self.items[place]
 
     @property
@@ -168,12 +164,8 @@ def examples_for(
 ) -> Examples:
     """Read a file for a base model: its usable rows, as that model reads them.
 
-    Args:
-        base: The base model.
-        data: The file's bytes.
-        path: Where they came from, for the messages.
-        most: Return at most so many examples, spread evenly over the file.
-        template: The chat template that came with the adapter, if one did.
+    At most `most` are returned, spread evenly over the file. `template` is the chat template that came with the
+    adapter, and `path` is for the messages.
 
     Raises:
         DataError: No row can be used, or the file breaks a limit.

@@ -67,16 +67,10 @@ def read_examples(path: Path) -> bytes:
 
 
 def pack_rows(rows: Iterable[Any], read: Callable[[str], bytes]) -> bytes:
-    """Pack rows and the files they name.
+    """Pack rows and the files that they name; raise `DataError` if they are larger than `MAX_BYTES`.
 
-    A row whose file cannot be read keeps the name, so it is skipped and counted like any other bad row.
-
-    Args:
-        rows: The rows, in their order.
-        read: Returns the bytes of a file by the name that a row gives it; raises `DataError` or `OSError`.
-
-    Raises:
-        DataError: Together they are larger than `MAX_BYTES`.
+    `read` returns the bytes of a file by its name, or raises `DataError` or `OSError`: then the row keeps the name, so
+    it is skipped and counted like any other bad row.
     """
     files: dict[str, bytes] = {}
     lines: list[bytes] = []

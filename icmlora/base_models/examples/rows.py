@@ -1,6 +1,6 @@
 """Read the rows of a file of examples, whatever its form. Never imports torch.
 
-    JSON lines     one JSON object a line
+    JSON lines     one JSON object a line (jsonlines.org)
     JSON           one array of objects
     Parquet        one object a row; needs pyarrow
 

@@ -42,11 +42,9 @@ def typed_label(label: str) -> str:
 
 
 def named_by(label: str, known: Sequence[str]) -> list[str]:
-    """Return which of some names a relative path that a user typed may mean: it is the end of a path of an adapter.
+    """Return which of some names of base models a relative path that a user typed may mean: an adapter's own ends so.
 
-    Args:
-        label: As an adapter's configuration may have it; an adapter's own was made absolute when it was ingested.
-        known: Names of base models.
+    In the configuration it may be relative; it was made absolute when the adapter was ingested.
     """
     if not _must_be_path(label) or os.path.isabs(label) or label.startswith("~"):
         return []

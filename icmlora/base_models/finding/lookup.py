@@ -56,16 +56,11 @@ class FoundBase:
 
     def stamp(self) -> str:
         """Identify the files cheaply (path, size, mtime), as the key under which a caller may cache the fingerprint."""
-        parts: list[Any] = [
-            [str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in self._files()
-        ]
+        described = [PIPELINE] if self.is_pipeline else ["config.json"] if self.has_config else []
+        files = (*self.weights, *(self.path / name for name in described))
+        parts: list[Any] = [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
         parts += [] if self.loader is None else [self.loader]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
-    def _files(self) -> tuple[Path, ...]:
-        if self.is_pipeline:
-            return (*self.weights, self.path / PIPELINE)
-        return (*self.weights, self.path / "config.json") if self.has_config else self.weights
 
 
 def find_base_model(

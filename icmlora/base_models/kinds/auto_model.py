@@ -128,10 +128,6 @@ class AutoModality(Modality[Any, Inputs]):
             found = [self.pooled(_run(base, some, output_hidden_states=True)).float() for some in batches]
         return torch.cat(found)
 
-    def context_state(self, base: BaseModel, examples: Sequence[Any], limit: int) -> torch.Tensor:
-        """Return the mean state, (d,): these models read one example at a time."""
-        return self.states(base, examples, max(1, limit // len(examples))).mean(dim=0)
-
     def logits(self, base: BaseModel, items: Sequence[Inputs], *, from_leaf: bool = False) -> list[torch.Tensor]:
         """Return one row of logits for each prediction of an example: (predictions, classes) each."""
         rows: list[torch.Tensor] = []
@@ -145,13 +141,6 @@ class AutoModality(Modality[Any, Inputs]):
                 logits = logits if logits.dim() == 3 else logits[:, None]  # (examples, predictions, classes)
                 rows += list(logits)
         return rows
-
-    def loss(self, base: BaseModel, items: Sequence[Inputs]) -> torch.Tensor:
-        """Return the cross entropy of the scored predictions in nats, summed: a scalar with gradients."""
-        import torch
-
-        rows = self.logits(base, items, from_leaf=True)
-        return torch.stack([row_loss(row, item.targets) for row, item in zip(rows, items, strict=True)]).sum()
 
     def item_loss(self, item: Inputs, logits: torch.Tensor) -> torch.Tensor | None:
         """Return the cross entropy of an example in nats, summed: a scalar; logits are (predictions, classes)."""
@@ -186,12 +175,7 @@ def classes_of(auto_class: str, config: Mapping[str, object]) -> set[str]:
 
 
 def seen(base: BaseModel, made: Mapping[str, Any], what: str) -> dict[str, torch.Tensor]:
-    """Return what a processor made of an image or a recording, if the model reads it.
-
-    Args:
-        base: The base model.
-        made: What its processor returned, by name; only tensors count.
-        what: What it was made of, for the message.
+    """Return what a processor made of `what`, such as an image: the tensors that the model reads, by name.
 
     Raises:
         BaseModelUnsuited: Nothing of it would reach the model, so that it would be run without.

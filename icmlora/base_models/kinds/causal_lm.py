@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from icmlora.base_models.finding.lookup import FoundBase
     from icmlora.base_models.kinds.likelihood import Scored
 
+_ENDINGS = ("ForCausalLM", "LMHeadModel")
+# It predicts tokens in any order, from both sides, and is in no table of masked models.
+_BOTH_SIDES = frozenset({"xlnet"})
 # For tasks that bring no samples of their own: short pieces in several genres and languages, written for this project.
 # They say nothing about any task: only the adapted view reads them, where the adapter itself makes the difference.
 PROBES: tuple[str, ...] = (
@@ -55,11 +58,7 @@ class CausalLM(Modality[Any, "Scored"]):
 
     def suits(self, found: FoundBase) -> bool:
         """Judge by `config.json`: a language model that reads from left to right."""
-        if found.is_gguf:
-            return True
-        from icmlora.base_models.finding.causal_config import is_causal
-
-        return is_causal(read_config(found.path))
+        return found.is_gguf or _is_causal(read_config(found.path))
 
     def load(
         self,
@@ -90,7 +89,11 @@ class CausalLM(Modality[Any, "Scored"]):
             return Examples(tuple(examples))
         of_base = ChatTemplate.of(base.tokenizer)
         chosen = of_base if template is None else ChatTemplate.of(base.tokenizer, template)
-        found = [_plain(example, chosen) for example in examples]
+        found = [
+            # Where there is no template for a chat, its plain form is read.
+            Example(*example.plain) if isinstance(example, Chat) and example.plain and not chosen.is_own else example
+            for example in examples
+        ]
         chats = [example for example in found if isinstance(example, Chat)]
         # The base model's own template is trusted as its weights are.
         is_trusted = chosen.templates == of_base.templates
@@ -130,12 +133,6 @@ class CausalLM(Modality[Any, "Scored"]):
 
         return next_token_logits(base, items, from_leaf=from_leaf)
 
-    def loss(self, base: BaseModel, items: Sequence[Scored]) -> torch.Tensor:
-        """Return the negative log-likelihood of the scored tokens in nats, summed: a scalar with gradients."""
-        from icmlora.base_models.kinds.likelihood import summed_loss
-
-        return summed_loss(base, items)
-
     def item_loss(self, item: Scored, logits: torch.Tensor) -> torch.Tensor:
         """Return the negative log-likelihood of a text in nats, summed: a scalar; logits are (T, vocabulary)."""
         from icmlora.base_models.kinds.likelihood import item_loss
@@ -170,11 +167,27 @@ class CausalLM(Modality[Any, "Scored"]):
         return nll(base.model, base.tokenizer, examples, max_tokens=limit, batch_size=batch, device=device)
 
 
-def _plain(example: Example | Chat, template: ChatTemplate) -> Example | Chat:
-    """Return the plain form of a chat where there is no template for it."""
-    if isinstance(example, Example) or example.plain is None or template.is_own:
-        return example
-    return Example(*example.plain)
+def _is_causal(config: Mapping[str, object]) -> bool:
+    """Return whether the loss of the next token makes sense for a model; True where only loading it can tell."""
+    from transformers.models.auto import modeling_auto as tables
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    kind = config.get("model_type")
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
+        return True  # transformers does not know it, and says so when it is loaded
+    causal = tables.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind)
+    if causal is None or kind in _BOTH_SIDES:
+        return False
+    named = config.get("architectures")
+    architectures = [name for name in named if isinstance(name, str)] if isinstance(named, list) else []
+    known = {causal} if isinstance(causal, str) else set(causal)
+    is_named = any(name in known or name.endswith(_ENDINGS) for name in architectures)
+    if config.get("is_encoder_decoder") is True and not is_named:
+        return False
+    if kind in tables.MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+        # A class of causal language models loads these too, and lets every token see the next ones.
+        return config.get("is_decoder") is True
+    return is_named or not architectures
 
 
 def _texts(examples: Sequence[Example | Rendered]) -> list[str | Rendered]:

@@ -26,12 +26,8 @@ _BATCH = 32  # texts written together
 def continuations(base: BaseModel, items: Sequence[Scored], count: int, limit: int, *, seed: int = 0) -> list[Scored]:
     """Let the model write texts, of which each begins like an item, in turn, or with nothing if there are none.
 
-    Args:
-        base: A causal language model.
-        items: What to begin like.
-        count: Texts to write. Fewer come back where some end early.
-        limit: Most tokens of a text.
-        seed: Of all random numbers; torch's global generators are left as they were.
+    Fewer than `count` come back where some end early; none has more than `limit` tokens. `seed` is that of all random
+    numbers; torch's global generators are left as they were.
     """
     starts = [item.ids[:_START] for item in items if len(item.ids) >= _START] or [[_nothing(base)]]
     rows = [starts[number % len(starts)] for number in range(count)]
@@ -46,23 +42,18 @@ def continuations(base: BaseModel, items: Sequence[Scored], count: int, limit: i
 def answer(base: BaseModel, prompt: Prompt, most: int) -> str:
     """Let a causal or sequence-to-sequence language model continue a prompt with its most probable tokens.
 
-    Args:
-        base: The language model.
-        prompt: What to continue; of one that is too long, the end is read.
-        most: Most tokens to write.
+    At most `most` are written. Of a prompt that is too long, the end is read.
     """
     tokenizer, room = base.tokenizer, None if base.positions is None else max(1, base.positions - most)
     ids = list(tokenizer(prompt.text, add_special_tokens=not prompt.is_rendered)["input_ids"])
     ids = (ids or [_nothing(base)])[-room if room else 0 :]
     with torch.inference_mode():
-        written = _generated(base, [ids], most, do_sample=False, num_beams=1, temperature=None, top_k=None, top_p=None)[
-            0
-        ]
+        rows = _generated(base, [ids], most, do_sample=False, num_beams=1, temperature=None, top_k=None, top_p=None)
     if base.model.config.is_encoder_decoder:
-        return _spelled(tokenizer, written)
+        return _spelled(tokenizer, rows[0])
     # Alone, the first new token would lose the space before it.
-    before, whole = _spelled(tokenizer, ids), _spelled(tokenizer, written)
-    return whole[len(before) :] if whole.startswith(before) else _spelled(tokenizer, written[len(ids) :])
+    before, whole = _spelled(tokenizer, ids), _spelled(tokenizer, rows[0])
+    return whole[len(before) :] if whole.startswith(before) else _spelled(tokenizer, rows[0][len(ids) :])
 
 
 def _spelled(tokenizer: Any, ids: Sequence[int]) -> str:

@@ -42,13 +42,9 @@ Loader = TypeVar("Loader", bound="Callable[[Path, torch.device, torch.dtype], Cu
 
 
 def base_model_loader(function: Loader) -> Loader:
-    """Mark a function as a loader of base models, so that `icm base add --loader` may name it.
+    """Mark a function as a loader of base models, so that `icm base add --loader` may name it; return it.
 
-    Args:
-        function: Called with the path of the base model, the device and the precision; returns a `CustomModel`.
-
-    Returns:
-        The function itself.
+    It is called with the path of the base model, the device and the precision, and returns a `CustomModel`.
     """
     setattr(function, _MARK, True)
     return function
@@ -87,7 +83,7 @@ class CustomModel(ABC):
         """Return the metric on held-out examples, and further figures by name."""
 
     def predictions(self, examples: Sequence[Any]) -> list[torch.Tensor]:
-        """Return logits for each example, (predictions, classes), which refinement compares; none by default."""
+        """Return logits for each example, (predictions, classes), to refine by; by default `BaseModelUnsuited`."""
         raise BaseModelUnsuited("its loader gives no predictions, so its codes cannot be refined")
 
 
@@ -201,10 +197,6 @@ class CustomModality(Modality[Any, CustomItem]):
             fact = f"states of the loader {self._loader} returned the shape {tuple(found.shape)}, not {wanted}"
             raise BaseModelMismatch(fact)
         return found
-
-    def context_state(self, base: BaseModel, examples: Sequence[Any], limit: int) -> torch.Tensor:
-        """Return the mean state, (d,)."""
-        return self.states(base, examples, limit).mean(dim=0)
 
     def logits(self, base: BaseModel, items: Sequence[CustomItem], *, from_leaf: bool = False) -> list[torch.Tensor]:
         """Return the predictions, (predictions, classes) for each example."""

@@ -66,7 +66,8 @@ class ImageTextToText(AutoModality):
     def inputs(self, base: BaseModel, example: ImagePrompt, limit: int) -> Inputs:
         """Place the image in the prompt, score the completion; raise `BaseModelUnsuited` if there are no tokens."""
         image = open_image(example.image)
-        if not _reads_prompts(base):
+        # The decoders of TrOCR and Donut read no text beside the image; they only continue what they wrote.
+        if "input_ids" not in inspect.signature(type(base.model).forward).parameters:
             return _written_after(base, example, image, limit)
         made = base.processor(text=_prompt(base, example.prompt), images=image, return_tensors="pt")
         prompt = seen(base, made, "an image and a prompt")
@@ -78,11 +79,6 @@ class ImageTextToText(AutoModality):
         """Return the decoder's last layer at the last position, (examples, d), as ICM-LoRA does (arXiv 2501.17635)."""
         states = getattr(outputs, "decoder_hidden_states", None) or outputs.hidden_states
         return states[-1][:, -1]  # type: ignore[no-any-return]
-
-
-def _reads_prompts(base: BaseModel) -> bool:
-    """Whether the model reads text beside the image; the decoders of TrOCR and Donut only continue what they wrote."""
-    return "input_ids" in inspect.signature(type(base.model).forward).parameters
 
 
 def _written_after(base: BaseModel, example: ImagePrompt, image: Image, limit: int) -> Inputs:
@@ -105,6 +101,7 @@ def _translated(base: BaseModel, example: ImagePrompt, prompt: dict[str, torch.T
 def _continued(base: BaseModel, example: ImagePrompt, prompt: dict[str, torch.Tensor], limit: int) -> Inputs:
     """Let the model read image, prompt and answer one after the other."""
     import torch
+    from torch.nn.functional import pad
 
     tokenizer = base.processor.tokenizer
     options = {"add_special_tokens": False, "truncation": True, "max_length": limit, "return_tensors": "pt"}
@@ -115,18 +112,12 @@ def _continued(base: BaseModel, example: ImagePrompt, prompt: dict[str, torch.Te
     ids = torch.cat([asked, answer], dim=1)
     # The logits at a token predict the next one.
     targets = (*[IGNORED] * (asked.shape[1] - 1), *answer[0].tolist(), IGNORED)
-    # What says of each token what kind it is goes on with that of an answer.
+    # What says of each token what kind it is, (1, T), goes on with that of an answer.
     kind = 1 if base.model.config.model_type in _PREFIXED else 0
-    kinds = {name: _longer(prompt[name], ids.shape[1], kind) for name in _OF_TOKENS if name in prompt}
+    given = {name: prompt[name] for name in _OF_TOKENS if name in prompt}
+    kinds = {name: pad(value, (0, ids.shape[1] - value.shape[1]), value=kind) for name, value in given.items()}
     tensors = prompt | kinds | {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     return Inputs(tensors, targets, example.completion, ids.shape[1])
-
-
-def _longer(kinds: torch.Tensor, length: int, kind: int) -> torch.Tensor:
-    """Return a number for each token, (1, T), with `kind` for more tokens, or without the last ones."""
-    from torch.nn.functional import pad
-
-    return pad(kinds, (0, length - kinds.shape[1]), value=kind)
 
 
 def _prompt(base: BaseModel, prompt: str) -> str:

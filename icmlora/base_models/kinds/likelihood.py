@@ -185,9 +185,13 @@ def padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[torch.T
 
 def next_token_logits(base: BaseModel, items: Sequence[Scored], *, from_leaf: bool = False) -> list[torch.Tensor]:
     """Return the next-token logits of each text, (T, vocabulary) without its padding."""
-    # `from_leaf` begins at embeddings that take gradients: no parameter of the base model does.
     ids, mask = padded([item.ids for item in items], base.device)
-    inputs = {"inputs_embeds": _leaf(base, ids)} if from_leaf else {"input_ids": ids}
+    inputs = {"input_ids": ids}
+    if (
+        from_leaf
+    ):  # autograd only runs from a leaf that takes gradients, and every parameter of the base model is frozen
+        embedded: torch.Tensor = base.model.get_input_embeddings()(ids)  # (texts, T, d)
+        inputs = {"inputs_embeds": embedded.detach().requires_grad_()}
     # Without padding and without a mask, attention may use its fastest kernel.
     if len({item.size for item in items}) > 1:
         inputs["attention_mask"] = mask
@@ -195,20 +199,8 @@ def next_token_logits(base: BaseModel, items: Sequence[Scored], *, from_leaf: bo
     return [row[: len(item.ids)] for row, item in zip(logits, items, strict=True)]
 
 
-def summed_loss(base: BaseModel, items: Sequence[Scored]) -> torch.Tensor:
-    """Return the loss of all scored tokens in nats: a scalar, with gradients that reach every module."""
-    rows = next_token_logits(base, items, from_leaf=True)
-    return torch.stack([item_loss(logits, item) for logits, item in zip(rows, items, strict=True)]).sum()
-
-
 def item_loss(logits: torch.Tensor, item: Scored) -> torch.Tensor:
     """Return the loss of the scored tokens of a text in nats, summed; logits: (T, vocabulary)."""
     # The logits at token t predict token t + 1.
     predicted = logits[item.first - 1 : -1].float()  # (scored tokens, vocabulary)
     return functional.cross_entropy(predicted, uploaded(item.targets, logits.device), reduction="sum")
-
-
-def _leaf(base: BaseModel, ids: torch.Tensor) -> torch.Tensor:
-    # Autograd only runs from a leaf that takes gradients, and every parameter of the base model is frozen.
-    embedded: torch.Tensor = base.model.get_input_embeddings()(ids)  # (texts, T, d)
-    return embedded.detach().requires_grad_()

@@ -1,6 +1,7 @@
 """Object detectors such as DETR, YOLOS and RT-DETR; measured by mean average precision at an overlap of a half.
 
-Boxes are COCO's: [x, y, width, height] in pixels of the image, x to the right and y down from the upper left corner.
+Boxes are those of COCO (Lin et al., arXiv 1405.0312): [x, y, width, height] in pixels of the image, x to the right and
+y down from the upper left corner.
 """
 
 from __future__ import annotations
@@ -182,12 +183,9 @@ class Seen:
 
 
 def mean_average_precision(scenes: Sequence[Scene], labels: Sequence[Sequence[int]], found: Sequence[Seen]) -> Score:
-    """Return COCO's mAP50, with mAP75 beside it.
+    """Return COCO's mAP50, with mAP75 beside it, of what is `found` in each image; the hundred best of it count.
 
-    Args:
-        scenes: The images with the boxes that are really there.
-        labels: The numbers of the classes of those boxes.
-        found: What the model sees in each image; the hundred best of it count.
+    The scenes have the boxes that are really there, and `labels` the numbers of their classes.
     """
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval

@@ -13,9 +13,9 @@ from __future__ import annotations
 import tempfile
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -38,9 +38,7 @@ WEIGHTS = "adapter_model.safetensors"
 def adapted(base: BaseModel, adapter: RunnableAdapter | Path) -> Iterator[PeftModel]:
     """Put an adapter on the base model inside the block; yields it in evaluation mode.
 
-    Args:
-        base: The base model.
-        adapter: What a format read, or a folder that this package wrote: PEFT runs patterns of its configuration.
+    It is what a format read, or a folder that this package wrote: PEFT runs patterns of its configuration.
 
     Raises:
         BaseModelMismatch: The adapter does not fit. The base model is as it was.
@@ -126,7 +124,7 @@ def _restored_attention(base: BaseModel, adapter: RunnableAdapter) -> Iterator[N
 @contextmanager
 def _replaced(base: BaseModel, adapter: RunnableAdapter) -> Iterator[None]:
     """Put an adapter's own tensors in the places of the base model's inside the block."""
-    before: list[tuple[nn.Module, str, torch.Tensor]] = []
+    before: list[tuple[dict[str, Any], str, torch.Tensor]] = []
     try:
         for name, value in adapter.values.items():
             owner, child, old = _tensor(base, name)
@@ -134,12 +132,17 @@ def _replaced(base: BaseModel, adapter: RunnableAdapter) -> Iterator[None]:
                 fact = f"{name}, which the adapter replaces, is loaded in {base.load_in} in base model {base.label!r}"
                 hint = "`icm base add NAME PATH` without --load-in loads it in full precision"
                 raise BaseModelMismatch(fact, hint=hint)
-            is_larger = _may_grow(base, owner) and old.shape[1:] == value.shape[1:]
+            is_larger = any(end is owner for end in _ends(base)) and old.shape[1:] == value.shape[1:]
             if not (old.shape == value.shape or is_larger or name in base.made_up):
                 fact = f"{name} has the shape {list(value.shape)}, in base model {base.label!r} it is {list(old.shape)}"
                 raise BaseModelMismatch(fact, hint="an adapter for another head or vocabulary cannot be run there")
-            before.append((owner, child, old))
-            _put(owner, child, value.to(old))
+            new = value.to(old)
+            if child in owner._buffers:
+                before.append((owner._buffers, child, old))
+                owner._buffers[child] = new
+            else:
+                before.append((owner._parameters, child, old))
+                owner._parameters[child] = nn.Parameter(new, requires_grad=False)
         for module, (numbers, rows) in adapter.rows.items():
             _, _, old = _tensor(base, f"{module}.weight")
             if max(numbers, default=0) >= len(old) or rows.shape[1:] != old.shape[1:]:
@@ -151,12 +154,12 @@ def _replaced(base: BaseModel, adapter: RunnableAdapter) -> Iterator[None]:
             # A head that shares the embedding's weight gets the new rows too.
             for owner in list(base.model.modules()):
                 if owner._parameters.get("weight") is old:
-                    before.append((owner, "weight", old))
+                    before.append((owner._parameters, "weight", old))
                     owner._parameters["weight"] = new
         yield
     finally:
-        for owner, child, old in reversed(before):
-            (owner._buffers if child in owner._buffers else owner._parameters)[child] = old  # type: ignore[assignment]
+        for home, child, old in reversed(before):
+            home[child] = old
 
 
 def _tensor(base: BaseModel, name: str) -> tuple[nn.Module, str, torch.Tensor]:
@@ -172,22 +175,10 @@ def _tensor(base: BaseModel, name: str) -> tuple[nn.Module, str, torch.Tensor]:
     return owner, child, tensors[child]
 
 
-def _put(owner: nn.Module, child: str, value: torch.Tensor) -> None:
-    if child in owner._buffers:
-        owner._buffers[child] = value
-    else:
-        owner._parameters[child] = nn.Parameter(value, requires_grad=False)
-
-
-def _may_grow(base: BaseModel, owner: nn.Module) -> bool:
-    """Whether a module may have more rows than in the base model: a vocabulary can be enlarged."""
-    return any(_end(base, name) is owner for name in ("get_input_embeddings", "get_output_embeddings"))
-
-
-def _end(base: BaseModel, name: str) -> nn.Module | None:
-    """Return what one of transformers' methods finds; models of images need not have such a layer."""
-    try:
-        found: nn.Module | None = getattr(base.model, name, lambda: None)()
-    except (NotImplementedError, AttributeError):
-        return None
+def _ends(base: BaseModel) -> list[nn.Module]:
+    """Return the layers of a row for each token, of which a larger vocabulary has more; some models have none."""
+    found = []
+    for name in ("get_input_embeddings", "get_output_embeddings"):
+        with suppress(NotImplementedError, AttributeError):
+            found.append(getattr(base.model, name)())
     return found

@@ -55,10 +55,7 @@ def _beside(model: nn.Module, name: str, pair: tuple[torch.Tensor, torch.Tensor]
 def added_by_rows(model: nn.Module, several: Sequence[Factors], rows: int) -> Iterator[None]:
     """Add the factors of T tasks to linear layers inside the block: each task has the same number of rows of a batch.
 
-    Args:
-        model: The base model.
-        several: The factors of each task, A (r, in) and B (out, r) by module.
-        rows: Rows of the batch; those of one task come after the other's.
+    Factors are A (r, in) and B (out, r) by module; the `rows` of one task come after the other's.
 
     Raises:
         BaseModelUnsuited: Inside the block, by a module that does not compute row by row: a convolution, an expert.

@@ -144,12 +144,7 @@ def _halves(module: nn.Module, a: torch.Tensor, b: torch.Tensor) -> Mapping[str,
 
 def _targets(targets: Collection[str], modules: Mapping[str, Any]) -> list[str] | str:
     """Return the names, or an expression of names alone where a name in the list would stand for other modules too."""
-    others = (name for name in modules if name not in targets)
-    if any(ending in targets for name in others for ending in _endings(name)):
+    endings = tuple(f".{name}" for name in targets)
+    if any(name.endswith(endings) for name in modules if name not in targets):
         return "|".join(re.escape(name) for name in sorted(targets))
     return sorted(targets)
-
-
-def _endings(name: str) -> list[str]:
-    parts = name.split(".")
-    return [".".join(parts[start:]) for start in range(1, len(parts))]

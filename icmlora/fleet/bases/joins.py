@@ -25,19 +25,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class BaseJoined(Event):
-    """A label that is taken for a base model; `icm base alias --remove` undoes it.
+    """A label that is taken for a base model; `icm base alias --remove` undoes it."""
 
-    Attributes:
-        label: What the adapters say.
-        base_model: The base model that it is taken for.
-        reason: `mirror`, from the table of known mirrors, or `fingerprint`, from equal files on this machine.
-        is_quantised: Whether the label is a quantised copy: adapters were trained on slightly other weights.
-    """
-
-    label: str
-    base_model: str
+    label: str  # what the adapters say
+    base_model: str  # the base model that it is taken for
+    # `mirror`, from the table of known mirrors, or `fingerprint`, from equal files on this machine.
     reason: Literal["fingerprint", "mirror"]
-    is_quantised: bool
+    is_quantised: bool  # whether the label is a quantised copy: adapters were trained on slightly other weights
 
 
 class KnownBases:

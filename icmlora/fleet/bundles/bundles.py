@@ -87,10 +87,10 @@ class Bundle:
             DataError: The bundle has no task of that name.
             TooLossy: The error is above `max_error`.
         """
-        from icmlora.fleet.write.materialize import reader
+        from icmlora.fleet.write.materialize import choose
 
         with self.open() as codes:
-            return reader(codes, task, max_error=max_error)()
+            return choose(codes, codes.get(task)).reader(max_error)()
 
     def materialize(
         self,
@@ -108,28 +108,12 @@ class Bundle:
 
         Every byte of the bundle is checked before anything is written; while the file stays as it is, once.
 
-        Args:
-            task: Name of the task, in any case.
-            directory: The folder, absent or empty; with a format of single files a file, as `NAME.gguf`.
-            adapter_format: Name of a format, as `icm convert --list-formats` lists them. Default: the adapter's own.
-                Converting image adapters needs the extra `diffusion`.
-            dtype: Number format of the factors: `bfloat16`, `float16` or `float32`. Default: that of the original, or
-                `float32` if they are converted.
-            pad_rank: Write one rank for all modules, filled with zeros, for engines that need it. Default: the ranks
-                of the original.
-            max_error: Refuse an adapter whose relative error is larger by what the bundle says, or not told.
-            base_model: Folder or GGUF file of the base model, whose configuration a conversion from or to `gguf` needs;
-                by default it is looked for in the Hugging Face cache.
-            force: Replace the adapter in a folder that is not empty, or a file.
+        The arguments and the errors are those of `Fleet.materialize`, but `max_error` is held against what the bundle
+        says, and `base_model` is the folder or GGUF file of the base model, whose configuration a conversion from or to
+        `gguf` needs. By default it is looked for in the Hugging Face cache.
 
         Raises:
             BundleError: The bundle is damaged, or the file was replaced.
-            DataError: The bundle has no task of that name.
-            TooLossy: The error is above `max_error`.
-            OutputExists: The folder is not empty, or the file exists, and `force` is not given.
-            AdapterRefused: The format has no place for a part of the adapter, such as a head.
-            BaseModelNotFound: With `gguf`: it is not on this machine.
-            BaseModelUnsuited: With `gguf`: its architecture is none that icm writes adapters for.
         """
         from icmlora.fleet.write.materialize import write_adapter
 
@@ -151,11 +135,11 @@ class Bundle:
 
         `task`, `dtype`, `pad_rank`, `max_error` and the errors are those of `materialize`.
         """
-        from icmlora.fleet.write.materialize import choose, make_files
+        from icmlora.fleet.write.materialize import choose
 
         with self.open() as codes:
-            chosen = choose(codes, codes.get(task))
-            return make_files(codes, chosen, dtype=dtype, pad_rank=pad_rank, max_error=max_error).by_name
+            made = choose(codes, codes.get(task)).files(dtype=dtype, pad_rank=pad_rank, max_error=max_error)
+            return made.by_name
 
     def recognize(
         self,

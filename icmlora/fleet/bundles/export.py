@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -47,13 +47,6 @@ class ExportReport:
     damaged: Mapping[str, str] = field(default_factory=dict)  # tasks that are not in it because of damage, and why
 
 
-@dataclass(frozen=True)
-class _Choice:
-    generator: GeneratorRecord
-    rows: Sequence[TaskSummary]
-    left_out: tuple[str, ...]
-
-
 @use_case
 def export_bundle(
     context: Context, file: str | Path, tasks: Sequence[str] = (), *, base_model: str | None = None, force: bool = False
@@ -76,26 +69,36 @@ def export_bundle(
     path = Path(file)
     check_absent(path, force=force)
     with context.open(read_only=True) as store:
-        choice = _choose(store, tasks, base_model)
-        choice, damaged = _readable(store, choice)
-        if damaged and (tasks or not choice.rows):
+        generator, rows, left_out = _choose(store, tasks, base_model)
+        entries, damaged = _readable(store, rows, generator)
+        if damaged and (tasks or not entries):
             name, reason = next(iter(damaged.items()))
             hint = "`icm verify --repair` moves damaged files aside; name the other tasks to export those only"
             raise CodeError(f"task {name!r} cannot be exported: {reason}", hint=hint)
-        index = _index(store, choice)
+        parts = dict.fromkeys([generator.blob, *(digest for task in entries for digest in task.parts)])
+        index = BundleIndex(
+            base_model=generator.base_model,
+            generator=BundledGenerator(
+                generator.blob, generator.version, dict(generator.config), dict(generator.metrics)
+            ),
+            tasks=tuple(sorted(entries, key=lambda task: task.name.lower())),
+            parts=tuple(BundlePart(digest, store.blobs.size(digest)) for digest in parts),
+        )
         # From here on the export keeps to the codes in the index, whatever other processes encode.
         codes = {task.code: task.name for task in index.tasks}
-        made_by = {version.digest for version in versions_of(store.blobs.read(choice.generator.blob))}
-        parts = write_bundle(path, index, lambda digest: _read_part(store, digest, codes, made_by), force=force)
-        for done, part in enumerate(parts, 1):
+        made_by = {version.digest for version in versions_of(store.blobs.read(generator.blob))}
+        written = write_bundle(path, index, lambda digest: _read_part(store, digest, codes, made_by), force=force)
+        for done, part in enumerate(written, 1):
             context.progress(done, len(index.parts), codes.get(part.digest, ""))
-    without = tuple(row.task.name for row in choice.rows if row.code is not None and row.code.residual is not None)
-    size = bundle_size(index)
-    return ExportReport(path, bundle_digest(index), size, index, choice.left_out, without, damaged)
+    with_residual = [row.task.name for row in rows if row.code is not None and row.code.residual is not None]
+    without = tuple(name for name in with_residual if name not in damaged)
+    return ExportReport(path, bundle_digest(index), bundle_size(index), index, left_out, without, damaged)
 
 
-def _choose(store: Store, tasks: Sequence[str], base_model: str | None) -> _Choice:
-    """Find the tasks to export and the one generator that all their codes belong to."""
+def _choose(
+    store: Store, tasks: Sequence[str], base_model: str | None
+) -> tuple[GeneratorRecord, Sequence[TaskSummary], tuple[str, ...]]:
+    """Find the tasks to export and the one generator of all their codes; also name the tasks without a code."""
     named = {store.tasks.get(name).name for name in tasks}
     rows = [row for row in store.tasks.summaries() if not named or row.task.name in named]
     base_model = base_name(store, base_model)
@@ -115,32 +118,23 @@ def _choose(store: Store, tasks: Sequence[str], base_model: str | None) -> _Choi
         raise DataError("no task has a code to export", hint="run `icm train` to make codes")
     if any(row.code is None or row.code.generator_id != generator.id for row in coded):
         raise DataError("another icm has just replaced the generator", hint="run the same command again")
-    return _Choice(generator, coded, without)
+    return generator, coded, without
 
 
-def _readable(store: Store, choice: _Choice) -> tuple[_Choice, dict[str, str]]:
-    """Return the choice without tasks of which something is damaged, and what of each."""
-    vectors, damaged = vectors_by_task(store), dict[str, str]()
-    for row in choice.rows:
+def _readable(
+    store: Store, rows: Sequence[TaskSummary], generator: GeneratorRecord
+) -> tuple[list[BundledTask], dict[str, str]]:
+    """Return the entries of the tasks whose parts can be read, and what is damaged of the others."""
+    vectors, entries, damaged = vectors_by_task(store), list[BundledTask](), dict[str, str]()
+    for row in rows:
         try:
-            for digest in _task(store, row, choice.generator, vectors[row.task.name]).parts:
+            entry = _task(store, row, generator, vectors[row.task.name])
+            for digest in entry.parts:
                 store.blobs.read(digest)
+            entries.append(entry)
         except DamagedStore as error:
             damaged[row.task.name] = error.message
-    return replace(choice, rows=[row for row in choice.rows if row.task.name not in damaged]), damaged
-
-
-def _index(store: Store, choice: _Choice) -> BundleIndex:
-    generator = choice.generator
-    vectors = vectors_by_task(store)
-    tasks = [_task(store, row, generator, vectors[row.task.name]) for row in choice.rows]
-    digests = dict.fromkeys([generator.blob, *(digest for task in tasks for digest in task.parts)])
-    return BundleIndex(
-        base_model=generator.base_model,
-        generator=BundledGenerator(generator.blob, generator.version, dict(generator.config), dict(generator.metrics)),
-        tasks=tuple(sorted(tasks, key=lambda task: task.name.lower())),
-        parts=tuple(BundlePart(digest, store.blobs.size(digest)) for digest in digests),
-    )
+    return entries, damaged
 
 
 def _task(store: Store, row: TaskSummary, generator: GeneratorRecord, vectors: Sequence[VectorRecord]) -> BundledTask:

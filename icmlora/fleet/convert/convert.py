@@ -64,7 +64,7 @@ class ConvertReport:
 
 
 @dataclass(frozen=True)
-class _Found:
+class _OnDisk:
     """An adapter on disk."""
 
     name: str
@@ -183,7 +183,7 @@ def _wanted(adapter_format: str | None, rank: int | None, size: int | None, dtyp
     return Wanted(target, rank, size, dtype)
 
 
-def _single(path: Path) -> _Found | None:
+def _single(path: Path) -> _OnDisk | None:
     """Return the adapter if a path is that of one: its file, or its folder."""
     if not path.exists():
         raise AdapterRefused("does not exist", kind="not-a-folder", path=path)
@@ -200,16 +200,16 @@ def _single(path: Path) -> _Found | None:
     return found[0]
 
 
-def _at(folder: Folder) -> list[_Found]:
+def _at(folder: Folder) -> list[_OnDisk]:
     """Return the adapters of a folder; the first format that knows a file has it."""
-    return [_Found(paths.place.name, known, paths) for known in catalogue.FORMATS for paths in known.find(folder)]
+    return [_OnDisk(paths.place.name, known, paths) for known in catalogue.FORMATS for paths in known.find(folder)]
 
 
-def _many(path: Path) -> tuple[list[_Found], Sequence[tuple[str, IcmError]]]:
+def _many(path: Path) -> tuple[list[_OnDisk], Sequence[tuple[str, IcmError]]]:
     """Return the adapters under a folder by name, and what looks like one but cannot be read."""
     discovery = find_adapters([path], texts=False)
     found = [
-        _Found(task.name, one.format, AdapterPaths(one.place, one.weights, one.config, one.card, one.companions))
+        _OnDisk(task.name, one.format, AdapterPaths(one.place, one.weights, one.config, one.card, one.companions))
         for task in discovery.tasks
         for one in (task.final,)
     ]
@@ -222,7 +222,7 @@ def _many(path: Path) -> tuple[list[_Found], Sequence[tuple[str, IcmError]]]:
 
 
 def _convert_one(
-    found: _Found, output: Path, wanted: Wanted, base_model: str | Path | None, *, force: bool
+    found: _OnDisk, output: Path, wanted: Wanted, base_model: str | Path | None, *, force: bool
 ) -> AdapterConverted:
     """Write one adapter as a folder, or as a file."""
     from icmlora.fleet.convert.resized_files import convert_files
@@ -241,7 +241,7 @@ def _convert_one(
     return _outcome(found, source.content, made, output)
 
 
-def _outcome(found: _Found, content: AdapterBytes, made: ConvertedFiles, output: Path) -> AdapterConverted:
+def _outcome(found: _OnDisk, content: AdapterBytes, made: ConvertedFiles, output: Path) -> AdapterConverted:
     files = made.format.lay_out(made.content, found.name)
     others = dict(content.companions) if content.card is None else {**content.companions, "README.md": content.card}
     return AdapterConverted(

@@ -39,37 +39,23 @@ _GUESSES = 6
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is to become of an adapter; None for what stays as it is.
+    """What is to become of an adapter; None for what stays as it is."""
 
-    Attributes:
-        adapter_format: The format.
-        rank: Largest rank of a module.
-        size: Most bytes of the file of weights.
-        dtype: "bfloat16", "float16" or "float32".
-    """
-
-    adapter_format: AdapterFormat | None = None
-    rank: int | None = None
-    size: int | None = None
-    dtype: str | None = None
+    adapter_format: AdapterFormat | None = None  # the format
+    rank: int | None = None  # largest rank of a module
+    size: int | None = None  # most bytes of the file of weights
+    dtype: str | None = None  # "bfloat16", "float16" or "float32"
 
 
 @dataclass(frozen=True, eq=False)
 class ConvertedFiles:
-    """An adapter as the files of a format.
+    """An adapter as the files of a format."""
 
-    Attributes:
-        content: Its files.
-        format: Their format.
-        rank: The largest rank of a module.
-        relative_error: ||dW' - dW|| / ||dW|| of what was written.
-        groups: The same of each group of modules, such as `q_proj`; None if nothing changed.
-    """
-
-    content: AdapterBytes
-    format: AdapterFormat
-    rank: int
-    relative_error: float = 0.0
+    content: AdapterBytes  # its files
+    format: AdapterFormat  # their format
+    rank: int  # the largest rank of a module
+    relative_error: float = 0.0  # ||dW' - dW|| / ||dW|| of what was written
+    # The same of each group of modules, such as `q_proj`; None if nothing changed.
     groups: Mapping[str, float] | None = None
 
 
@@ -152,22 +138,13 @@ def _with_earlier(written: ConvertedFiles, errors: Mapping[str, tuple[float, flo
     return replace(written, relative_error=both([*errors.values()], written.relative_error), groups=found)
 
 
-@dataclass(frozen=True, eq=False)
 class _Form:
     """The form in which an adapter is written: its own, with other ranks or numbers."""
 
-    format: AdapterFormat
-    content: AdapterBytes
-    summary: AdapterSummary
-    original: Adapter
-    extras: Mapping[str, RawTensor]
-    dtype: str | None
-
-    @classmethod
-    def of(cls, source: SourceAdapter, summary: AdapterSummary, dtype: str | None) -> _Form:
-        content = source.content
-        loaded = source.format.read(content.config, content.weights, path=source.path)
-        return cls(source.format, content, summary, loaded.adapter, loaded.extras, dtype)
+    def __init__(self, source: SourceAdapter, summary: AdapterSummary, dtype: str | None) -> None:
+        self.format, self.content, self.summary, self.dtype = source.format, source.content, summary, dtype
+        loaded = source.format.read(source.content.config, source.content.weights, path=source.path)
+        self.original, self.extras = loaded.adapter, loaded.extras
 
     @property
     def item(self) -> int:
@@ -206,7 +183,7 @@ def _in_own_form(source: SourceAdapter, wanted: Wanted) -> ConvertedFiles:
     is_typed = wanted.dtype is None or DTYPE_NAMES.get(wanted.dtype) == summary.dtype
     if is_typed and fits and (wanted.rank is None or summary.rank_max <= wanted.rank):
         return ConvertedFiles(source.content, source.format, summary.rank_max)
-    form = _Form.of(source, summary, wanted.dtype)
+    form = _Form(source, summary, wanted.dtype)
     adapter = form.original
     if wanted.rank is not None and summary.rank_max > wanted.rank:
         adapter = truncated(adapter, wanted.rank)

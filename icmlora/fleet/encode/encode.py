@@ -148,11 +148,7 @@ def encode(
         chosen = select_tasks(store, tasks, base_model, Shard.of(shard))
         if chosen and not any(store.generators.current(label) for label in {task.base_model for task in chosen}):
             raise DataError(f"there is no generator for task {chosen[0].name!r}", hint="`icm train` makes one")
-        context.progress(0, len(chosen))
-
-        def tell(note: str) -> None:
-            context.progress(len(report.tasks), len(chosen), note)
-
+        tell = context.counting(report.tasks, len(chosen))
         for label, of_base in groupby(chosen, key=lambda task: task.base_model):
             with (
                 store.job(label, shared=True),

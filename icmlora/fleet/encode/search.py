@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -55,7 +56,7 @@ class Trial:
         return None if self.result is None else self.result.retained_gain
 
     def keeps(self, min_gain: float) -> bool:
-        """Return whether its retained gain is at least `min_gain`."""
+        """Return whether its retained gain is at least `min_gain`; raises `DataError` where there is none to keep."""
         if self.gain is None:
             fact = "its original is no better than the base model on its held-out text, so there is no gain to keep"
             raise DataError(fact)
@@ -63,7 +64,7 @@ class Trial:
 
 
 @dataclass(frozen=True)
-class Found:
+class LadderResult:
     """The result of a search along a ladder: the index, its trial, and whether that keeps the gain."""
 
     index: int
@@ -75,16 +76,16 @@ Attempt = Callable[[int], Trial]
 """Makes and measures what one index of a ladder stands for."""
 
 
-def bisect(length: int, min_gain: float, attempt: Attempt) -> Found:
+def bisect(length: int, min_gain: float, attempt: Attempt) -> LadderResult:
     """Bisect a ladder for its coarsest entry that keeps a gain; if none does, return the finest."""
     low, high = 0, length - 1
-    best: Found | None = None
+    best: LadderResult | None = None
     while low <= high:
         middle = (low + high) // 2
         trial = attempt(middle)
         is_kept = trial.keeps(min_gain)
         if is_kept or best is None or not best.is_kept:
-            best = Found(middle, trial, is_kept)
+            best = LadderResult(middle, trial, is_kept)
         if is_kept:
             high = middle - 1
         else:
@@ -93,16 +94,16 @@ def bisect(length: int, min_gain: float, attempt: Attempt) -> Found:
     return best
 
 
-def walk(first: int, length: int, min_gain: float, attempt: Attempt) -> Found:
+def walk(first: int, length: int, min_gain: float, attempt: Attempt) -> LadderResult:
     """Go from one entry of a ladder to coarser ones while they keep a gain, or to finer ones until one does."""
     # A good first guess takes two attempts, where bisection takes four.
     trial = attempt(first)
-    found = Found(first, trial, trial.keeps(min_gain))
+    found = LadderResult(first, trial, trial.keeps(min_gain))
     for index in range(first - 1, -1, -1) if found.is_kept else range(first + 1, length):
         trial = attempt(index)
         if trial.keeps(min_gain) != found.is_kept:
-            return found if found.is_kept else Found(index, trial, True)
-        found = Found(index, trial, found.is_kept)
+            return found if found.is_kept else LadderResult(index, trial, True)
+        found = LadderResult(index, trial, found.is_kept)
     return found
 
 
@@ -173,7 +174,7 @@ class CodeSearch:
 
     codec: Codec
     original: Adapter
-    vectors: Mapping[str, torch.Tensor]
+    vectors: Mapping[str, torch.Tensor]  # view -> mean over the support sets, float32 of shape (hidden,)
     initial: InitialA | None
     limits: Limits
     losses: TaskLosses | None  # measures gains; None where no gain is asked for
@@ -199,17 +200,14 @@ class CodeSearch:
             return self._try(limits, self.refiner), True
         ladder = ladder_within(limits.tolerance)
 
-        def attempt(index: int) -> Trial:
-            return self._try(replace(limits, tolerance=ladder[index]), self.refiner)
-
-        def plain(index: int) -> Trial:
-            return self._try(replace(limits, tolerance=ladder[index]), None)
+        def attempt(index: int, refiner: Refiner | None = None) -> Trial:
+            return self._try(replace(limits, tolerance=ladder[index]), refiner)
 
         if self.refiner is None:
-            found = bisect(len(ladder), min_gain, plain)
+            found = bisect(len(ladder), min_gain, attempt)
         else:  # refinement takes minutes, so find out without it where to begin
-            near = bisect(len(ladder), 1 - _LOSS_RATIO * (1 - min_gain), plain)
-            found = walk(near.index, len(ladder), min_gain, attempt)
+            near = bisect(len(ladder), 1 - _LOSS_RATIO * (1 - min_gain), attempt)
+            found = walk(near.index, len(ladder), min_gain, partial(attempt, refiner=self.refiner))
         return found.trial, found.is_kept
 
     def coarse(self) -> Coarse:

@@ -16,37 +16,25 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
-from functools import cache
-from itertools import chain, groupby
+from dataclasses import replace
+from itertools import groupby
 from typing import TYPE_CHECKING
 
-from icmlora.errors import Cancelled, IcmLoraError, OptionsConflict
-from icmlora.fleet.context import Context, reporting, select_tasks, use_case
-from icmlora.fleet.evict.check import EvictionCheck, check_bytes, check_recorded, recorded_gain
+from icmlora.errors import OptionsConflict
+from icmlora.fleet.context import Context, OpenedGenerator, current_code, reporting, select_tasks, use_case
+from icmlora.fleet.evict.check import Evictable, check_bytes, check_codes, check_recorded, sizes_of
 from icmlora.fleet.evict.placeholders import FolderReplaced, Placeholders, RestoreSource
-from icmlora.fleet.evict.types import CheckFailed, EvictReport, EvictStatus, Limits, TaskEvicted
+from icmlora.fleet.evict.types import CheckFailed, EvictLimits, EvictReport, EvictStatus, TaskEvicted
 from icmlora.fleet.failures import FAILURES, Failed
-from icmlora.fleet.resources.decoding import StoredDecoder
-from icmlora.fleet.resources.loading import Models
+from icmlora.fleet.resources.decoding import files_of_code
 from icmlora.fleet.resources.workers import Tell, check_place, worker_pool
 from icmlora.formats.format import AdapterBytes
-from icmlora.io.second_process import in_two_processes
 from icmlora.io.text import counted
-from registry.errors import DamagedStore, LastCopy, StoreIOError, TaskNotFound
-from registry.records import (
-    AdapterRecord,
-    CodeRecord,
-    Eviction,
-    GeneratorRecord,
-    TaskRecord,
-)
+from registry.errors import DamagedStore, LastCopy, TaskNotFound
+from registry.records import AdapterRecord, CodeRecord, GeneratorRecord, TaskRecord
 
 if TYPE_CHECKING:
     from registry.store import Store
-
-_READ_TOGETHER = 32
-"""Tasks whose rows are read at once."""
 
 
 @use_case
@@ -84,7 +72,7 @@ def evict(
     Raises:
         OptionsConflict: There is no limit, or the arguments contradict each other.
     """
-    limits = Limits(max_error, min_gain)
+    limits = EvictLimits(max_error, min_gain)
     _check_options(limits, checkpoints_only, placeholder, keep_originals)
     check_place(device, workers)
     report = EvictReport()
@@ -94,14 +82,10 @@ def evict(
         evictor = Evictor(store, limits if placeholder else None, checkpoints_only=checkpoints_only, dry_run=dry_run)
         if not (keep_originals or dry_run):
             store.originals.check_alone()
-        context.progress(0, len(chosen))
-
-        def tell(note: str) -> None:
-            context.progress(len(report.tasks), len(chosen), note)
-
+        tell = context.counting(report.tasks, len(chosen))
         for base_model, of_base in groupby(chosen, key=lambda task: task.base_model):
             with nullcontext() if dry_run else store.job(base_model):
-                checked: Iterator[tuple[TaskRecord, TaskEvicted | _Evictable | Failed | None]]
+                checked: Iterator[tuple[TaskRecord, TaskEvicted | Evictable | Failed | None]]
                 if keep_originals:
                     checked = ((task, None) for task in of_base)
                 else:
@@ -118,7 +102,7 @@ def evict(
     return report
 
 
-def _check_options(limits: Limits, checkpoints_only: bool, placeholder: bool, keep_originals: bool) -> None:
+def _check_options(limits: EvictLimits, checkpoints_only: bool, placeholder: bool, keep_originals: bool) -> None:
     """Refuse what would delete originals whatever their codes lose, or contradicts itself."""
     given = [limit for limit in (limits.max_error, limits.min_gain) if limit is not None]
     if keep_originals and not placeholder:
@@ -142,10 +126,10 @@ def _checked(
     device: str,
     workers: str | None,
     tell: Tell,
-    limits: Limits,
+    limits: EvictLimits,
     checkpoints_only: bool,
     dry_run: bool,
-) -> Iterator[tuple[TaskRecord, TaskEvicted | _Evictable | Failed]]:
+) -> Iterator[tuple[TaskRecord, TaskEvicted | Evictable | Failed]]:
     """Check the codes of tasks of one base model."""
     interrupted = frozenset(store.originals.interrupted())
     with worker_pool(context, store, device=device, workers=workers) as pool:
@@ -158,109 +142,6 @@ def _checked(
     yield from checked
 
 
-@dataclass(frozen=True)
-class _Evictable:
-    """Originals of a task whose code was checked."""
-
-    order: Eviction
-    rows: Sequence[AdapterRecord]
-    final: AdapterRecord  # one of the rows, or evicted before
-    gain: float | None  # the retained gain of the code, if it was measured
-    precision: str | None  # of the base model that it was measured on
-
-
-def check_codes(
-    models: Models,
-    tasks: Sequence[TaskRecord],
-    tell: Tell,
-    limits: Limits,
-    checkpoints_only: bool,
-    dry_run: bool,
-    interrupted: frozenset[str],
-) -> Iterator[tuple[TaskRecord, TaskEvicted | _Evictable]]:
-    """Check the codes of tasks of one base model, or say why they keep their originals; nothing is deleted."""
-    yield from _Checker(limits, checkpoints_only, dry_run, interrupted, models).each(tasks)
-
-
-class _Checker:
-    """Checks one task after the other, and deletes nothing."""
-
-    def __init__(
-        self, limits: Limits, checkpoints_only: bool, dry_run: bool, interrupted: frozenset[str], models: Models
-    ) -> None:
-        self._store, self._interrupted = models.store, interrupted
-        self._checkpoints_only, self._dry_run = checkpoints_only, dry_run
-        self._check = EvictionCheck(models.store, models, limits)
-        self._generator = cache(models.store.generators.current)  # of all tasks of a base model
-
-    def each(self, tasks: Sequence[TaskRecord]) -> Iterator[tuple[TaskRecord, TaskEvicted | _Evictable]]:
-        """Check tasks of one base model; the rows of many are read at once, which takes a fraction of the time."""
-        # A deletion lets others change what was read before it.
-        size = _READ_TOGETHER if self._dry_run else 1
-        parts = [tasks[at : at + size] for at in range(1, len(tasks), size)]
-        yield from self._together(tasks[:1])  # it opens the generator for all
-        if self._dry_run and self._check.limits.min_gain is None:
-            yield from in_two_processes(self._together, parts)
-        else:  # a base model that measures gains is in memory once
-            yield from chain.from_iterable(map(self._together, parts))
-
-    def _together(self, tasks: Sequence[TaskRecord]) -> Iterator[tuple[TaskRecord, TaskEvicted | _Evictable]]:
-        names, generator = [task.name for task in tasks], self._generator(tasks[0].base_model)
-        found = self._store.tasks.wholes(names)
-        codes = {} if generator is None else self._store.codes.of(names, generator.id)
-        for task in tasks:
-            try:
-                whole = found.get(task.name) or self._store.tasks.whole(task.name)
-            except TaskNotFound:  # `icm rm` does not wait for this job
-                yield task, TaskEvicted(task.name, "removed")
-            else:
-                yield task, self._checked(*whole, codes.get(task.name), generator)
-
-    def _checked(
-        self,
-        task: TaskRecord,
-        adapters: Sequence[AdapterRecord],
-        code: CodeRecord | None,
-        generator: GeneratorRecord | None,
-    ) -> TaskEvicted | _Evictable:
-        there = [row for row in adapters if not row.is_evicted or row.weights in self._interrupted]
-        wanted = [row for row in there if not (row.is_final and self._checkpoints_only)]
-        chosen = [row for row in wanted if row.original_only is None]
-        if task.pinned or not wanted:
-            return self._untouched(task, code, generator)
-        if adapters[-1].original_only is not None:
-            return TaskEvicted(task.name, "original_only", reason=adapters[-1].original_only)
-        if not chosen:
-            return TaskEvicted(task.name, "original_only", reason=wanted[0].original_only)
-        if code is None or generator is None:
-            return TaskEvicted(task.name, "kept", reason="it has no code; `icm train --update` makes one")
-        final = adapters[-1]
-        try:
-            # A row may say "evicted" for another reason than an interrupted run: what is there decides.
-            present = replace(final, evicted_at=None) if final in there else final
-            checked = self._check.run(task, present, code, generator)
-        except CheckFailed as error:
-            figures = (*_sizes(code), error.squared_error, error.retained_gain)
-            reason = f"{_still_there(chosen)}{error}"
-            return TaskEvicted(task.name, "kept", 0, 0, *figures, reason, precision=error.precision)
-        except Cancelled:
-            raise
-        except (IcmLoraError, DamagedStore, StoreIOError) as error:
-            reason = f"{_still_there(chosen)}{error}"
-            return TaskEvicted(task.name, "kept", 0, 0, *_sizes(code), reason=reason)
-        numbers = [row.id for row in chosen]
-        order = Eviction(task.name, numbers, final, code, generator, checked.squared_error, checked.evaluations)
-        return _Evictable(order, chosen, final, checked.retained_gain, checked.precision)
-
-    def _untouched(self, task: TaskRecord, code: CodeRecord | None, generator: GeneratorRecord | None) -> TaskEvicted:
-        status: EvictStatus = "pinned" if task.pinned else "known"
-        if code is None or generator is None:
-            return TaskEvicted(task.name, status)
-        gain, precision = recorded_gain(self._store, task, code, generator)
-        figures = (*_sizes(code), code.best_squared_error, gain)
-        return TaskEvicted(task.name, status, 0, 0, *figures, precision=precision)
-
-
 class Evictor:
     """Deletes originals that were checked, or only counts their bytes.
 
@@ -271,42 +152,45 @@ class Evictor:
         dry_run: Nothing is deleted.
     """
 
-    def __init__(self, store: Store, limits: Limits | None, *, checkpoints_only: bool, dry_run: bool) -> None:
+    def __init__(self, store: Store, limits: EvictLimits | None, *, checkpoints_only: bool, dry_run: bool) -> None:
         self._store, self._limits = store, limits
         self._checkpoints_only, self._dry_run = checkpoints_only, dry_run
-        self._folders, self._decoder = Placeholders(store, dry_run=dry_run), StoredDecoder(store)
+        self._folders, self._generator = Placeholders(store, dry_run=dry_run), OpenedGenerator()
         self._in_use = Counter(store.originals.in_use())
 
-    def evict(self, name: str, made: TaskEvicted | _Evictable | Failed | None) -> TaskEvicted:
+    def evict(self, name: str, made: TaskEvicted | Evictable | Failed | None) -> TaskEvicted:
         """Delete the originals of a task, or say why not; None where they are kept and only folders are freed."""
         if isinstance(made, Failed):
             return TaskEvicted(name, "kept", reason=made.error.message)
         try:
             if made is None:
                 return self._replace(self._store.tasks.get(name))
-            return self._with_folder(made) if isinstance(made, TaskEvicted) else self._delete(name, made)
+            if isinstance(made, Evictable):
+                return self._delete(name, made)
+            if made.status != "known":
+                return made
+            # Its original was evicted before; its folder may still have the adapter.
+            task, final = self._store.tasks.get(name), self._store.tasks.final(name)
+            return replace(made, folders=self._folder_of(final, *current_code(self._store, task), is_checked=False))
         except TaskNotFound:  # `icm rm` does not wait for this job
             return TaskEvicted(name, "removed")
 
-    def _delete(self, name: str, made: _Evictable) -> TaskEvicted:
-        sizes = _sizes(made.order.code)
+    def _delete(self, name: str, made: Evictable) -> TaskEvicted:
+        sizes = sizes_of(made.code)
         rows, held_back = self._may_go(made.rows)
+        figures = (*sizes, made.squared_error, made.retained_gain)
         if not rows:
-            figures = (*sizes, made.order.squared_error, made.gain)
             return TaskEvicted(name, "kept", 0, 0, *figures, held_back, precision=made.precision)
-        order = replace(made.order, adapters=[row.id for row in rows])
         # First the folder: until its row says otherwise, the original can bring back what goes there.
-        folders = self._folder_of(made.final, order.code, order.generator, is_checked=made.final in rows)
+        folders = self._folder_of(made.final, made.code, made.generator, is_checked=made.final in rows)
         freed, left = self._freed(rows)
         try:
             if not self._dry_run:
-                freed = self._store.originals.evict(order)
+                freed = self._store.originals.evict(made.order(rows))
         except (DamagedStore, LastCopy) as error:
             return TaskEvicted(name, "kept", 0, 0, *sizes, reason=str(error), folders=folders)
         status: EvictStatus = "would_evict" if self._dry_run else "evicted"
-        figures = (*sizes, order.squared_error, made.gain)
-        told = (held_back, folders, made.precision, left)
-        return TaskEvicted(name, status, len(rows), freed, *figures, *told)
+        return TaskEvicted(name, status, len(rows), freed, *figures, held_back, folders, made.precision, left)
 
     def _may_go(self, rows: Sequence[AdapterRecord]) -> tuple[list[AdapterRecord], str | None]:
         """Return the adapters that may go, and why others may not: nothing else brings a checkpoint back."""
@@ -315,13 +199,6 @@ class Evictor:
             return list(rows), None
         reason = f"a placeholder stands for it at {held_back[-1].source}, and a checkpoint has no code"
         return [row for row in rows if row not in held_back], f"{counted(len(held_back), 'checkpoint')} kept: {reason}"
-
-    def _with_folder(self, done: TaskEvicted) -> TaskEvicted:
-        """Free the folder of a task whose original was evicted before."""
-        if done.status != "known":
-            return done
-        task, final = self._store.tasks.get(done.task), self._store.tasks.final(done.task)
-        return replace(done, folders=self._folder_of(final, *_code_of(self._store, task), is_checked=False))
 
     def _folder_of(
         self, final: AdapterRecord, code: CodeRecord | None, generator: GeneratorRecord | None, *, is_checked: bool
@@ -335,7 +212,7 @@ class Evictor:
             if code is None or generator is None:
                 raise CheckFailed("it has no code")
             now = self._store.tasks.get(final.task)
-            row, (code_now, _) = self._store.tasks.final(now.name), _code_of(self._store, now)
+            row, (code_now, _) = self._store.tasks.final(now.name), current_code(self._store, now)
             if (row.weights, row.config, code_now) != (final.weights, final.config, code):
                 raise CheckFailed("the task changed while its code was checked; run the same command again")
             if is_checked:
@@ -347,7 +224,8 @@ class Evictor:
             if code is None or generator is None:
                 return None
             try:
-                return self._decoder.files(final, code, generator)
+                generator_file = self._generator.get(generator.blob, self._store.blobs.read)
+                return files_of_code(self._store, generator_file, final, code)
             except FAILURES:  # the check says what is wrong with it
                 return None
 
@@ -358,7 +236,7 @@ class Evictor:
         """Free the folders of a task, whose originals the store keeps."""
         if task.pinned:
             return TaskEvicted(task.name, "pinned")
-        code, generator = _code_of(self._store, task)
+        code, generator = current_code(self._store, task)
         rows = self._store.tasks.adapters(task.name)
         rows = [row for row in rows if not (row.is_final and self._checkpoints_only)]
         left = [self._folder_with_original(row, code if row.is_final else None, generator) for row in rows]
@@ -392,21 +270,3 @@ class Evictor:
                 if not self._in_use[digest] and self._store.blobs.exists(digest):
                     (left if row.is_evicted else freed)[digest] = size
         return sum((left | freed).values()), sum(left.values())
-
-
-def _still_there(rows: Sequence[AdapterRecord]) -> str:
-    """Say what is odd about weights that are there although their rows call them deleted."""
-    if not any(row.is_evicted for row in rows):
-        return ""
-    return "an interrupted eviction left its weights, and they stay: "
-
-
-def _code_of(store: Store, task: TaskRecord) -> tuple[CodeRecord | None, GeneratorRecord | None]:
-    """Return the code of a task under the current generator, and that generator."""
-    generator = store.generators.current(task.base_model)
-    return None if generator is None else store.codes.get(task.name, generator.id), generator
-
-
-def _sizes(code: CodeRecord) -> tuple[int, int | None]:
-    """Return the bytes of a code, and of its residual."""
-    return code.size, None if code.residual is None else code.residual.size

@@ -14,7 +14,6 @@ import os
 import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -71,19 +70,13 @@ class NotReplaced(IcmLoraError):
 
 @dataclass(frozen=True)
 class RestoreSource:
-    """What brings an adapter back once its files are gone.
+    """What brings an adapter back once its files are gone."""
 
-    Attributes:
-        check: Called before anything is deleted; raises if the store could not bring the adapter back.
-        code: Its code, for a final adapter that has one.
-        generator: That of the code.
-        decoded: Called if the weights are not the original ones: returns what the code decodes to, which `icm restore`
-            may have written.
-    """
-
-    check: Callable[[], None]
-    code: CodeRecord | None
-    generator: GeneratorRecord | None
+    check: Callable[[], None]  # called before anything is deleted; raises if the store could not bring the adapter back
+    code: CodeRecord | None  # its code, for a final adapter that has one
+    generator: GeneratorRecord | None  # that of the code
+    # Called if the weights are not the original ones: returns what the code decodes to, which `icm restore` may have
+    # written.
     decoded: Callable[[], AdapterBytes | None] = lambda: None
 
 
@@ -153,7 +146,10 @@ class Placeholders:
             return FolderReplaced(row.source, "would_replace", freed)
         _check_unchanged(doomed)  # the check may take a while
         if known is None:
-            replaced = [_replaced(file, parts[file.path]) for file in doomed]
+            replaced = [
+                ReplacedFile(file.path.name, parts[file.path], FileStamp(file.digest, file.status.st_size))
+                for file in doomed
+            ]
             self._write(folder, row, replaced, _code_stamp(source))
         failpoint("placeholder-written")
         _unlink(folder.home, doomed)
@@ -176,8 +172,9 @@ class Placeholders:
                 files[part].append(hash_regular(path))
             elif part != "companion":
                 raise NotReplaced(f"{path.name} is a symbolic link")
-        kept = _Companions(self._store, row)
-        files["companion"] = [file for file in files["companion"] if kept.has(folder.companion(file.path), file)]
+        files["companion"] = [
+            file for file in files["companion"] if self._has_kept(row, folder.companion(file.path), file)
+        ]
         config = row.config
         for file in files["weights"]:
             if file.digest == row.weights or file.digest == pickle_digest(self._store, row):
@@ -191,12 +188,17 @@ class Placeholders:
                 raise NotReplaced(f"{file.path.name} has changed since it was ingested")
         return [file for some in files.values() for file in some]
 
+    def _has_kept(self, row: AdapterRecord, name: str, file: HashedFile) -> bool:
+        """Say whether the store has the very bytes of a file next to an adapter, under this name."""
+        kept = next((extra for extra in row.extras if extra.file == name), None)
+        if kept is None or kept.size != file.status.st_size:
+            return False
+        from icmlora.formats.extras import unpack  # most adapters have no companions
+
+        return digest_of(unpack(self._store.blobs.read(kept.blob))) == file.digest
+
     def _write(
-        self,
-        folder: _AdapterFolder,
-        row: AdapterRecord,
-        files: Sequence[ReplacedFile],
-        code: CodeStamp | None,
+        self, folder: _AdapterFolder, row: AdapterRecord, files: Sequence[ReplacedFile], code: CodeStamp | None
     ) -> None:
         if odd := [file.name for file in files if not is_file_name(file.name)]:
             raise NotReplaced(f"a placeholder cannot hold the file name {odd[0]!r}")
@@ -275,35 +277,12 @@ def _parts(paths: AdapterPaths) -> Iterator[tuple[Path, Part]]:
         yield path, "companion"
 
 
-class _Companions:
-    """What the store keeps of the files next to an adapter."""
-
-    def __init__(self, store: Store, row: AdapterRecord) -> None:
-        self._store, self._row = store, row
-
-    @cached_property
-    def _digests(self) -> dict[str, str]:
-        from icmlora.formats.extras import unpack  # most adapters have no companions
-
-        files = [(extra.file, extra.blob) for extra in self._row.extras if extra.file is not None]
-        return {name: digest_of(unpack(self._store.blobs.read(blob))) for name, blob in files}
-
-    def has(self, name: str, file: HashedFile) -> bool:
-        """Say whether the store has the very bytes of a file, under this name."""
-        sizes = {extra.file: extra.size for extra in self._row.extras}
-        return sizes.get(name) == file.status.st_size and self._digests[name] == file.digest
-
-
 def _code_stamp(source: RestoreSource) -> CodeStamp | None:
     code, generator = source.code, source.generator
     if code is None or generator is None:
         return None
     residual = None if code.residual is None else FileStamp(code.residual.blob, code.residual.size)
     return CodeStamp(FileStamp(code.blob, code.size), FileStamp(generator.blob, generator.size), residual)
-
-
-def _replaced(file: HashedFile, part: Part) -> ReplacedFile:
-    return ReplacedFile(file.path.name, part, FileStamp(file.digest, file.status.st_size))
 
 
 def _unlink(home: Path, files: Sequence[HashedFile]) -> None:

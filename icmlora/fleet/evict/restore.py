@@ -121,20 +121,18 @@ def restore(
     report = RestoreReport()
     errors: list[Exception] = []
 
-    def tell(done: AdapterRestored, error: Exception | None = None) -> None:
+    def tell(done: AdapterRestored) -> None:
         report.adapters.append(done)
-        errors.extend([] if error is None else [error])
         context.on_event(done)
 
     def refuse(error: Exception, path: str, task: str | None = None) -> None:
-        tell(_refused(error, path, task), error)
+        errors.append(error)
+        tell(_refused(error, path, task))
 
     with reporting(report):
-        refusals: list[AdapterRefused] = []
-        found = _find([Path(folder) for folder in folders], refusals)
+        readable, refusals = _find([Path(folder) for folder in folders])
         for refusal in refusals:
             refuse(refusal, refusal.path or ".")
-        readable = [item for item in found if isinstance(item.content, Placeholder)]
         if readable:
             with _opened(context, bundle, readable) as codes:
                 for number, item in enumerate(readable):
@@ -172,9 +170,9 @@ def _opened(context: Context, bundle: str | Path | None, found: Sequence[FoundPl
         yield StoreCodes(store, context)
 
 
-def _find(folders: Sequence[Path], refused: list[AdapterRefused]) -> list[FoundPlaceholder]:
-    """Find the placeholders under some folders, each once."""
-    found: dict[Path, FoundPlaceholder] = {}
+def _find(folders: Sequence[Path]) -> tuple[list[FoundPlaceholder], list[AdapterRefused]]:
+    """Find the placeholders under some folders, each once, and what cannot be read."""
+    found, refused = dict[Path, FoundPlaceholder](), list[AdapterRefused]()
     for path in folders:
         root = Path(os.path.realpath(path))
         if root.is_dir():
@@ -188,7 +186,7 @@ def _find(folders: Sequence[Path], refused: list[AdapterRefused]) -> list[FoundP
             continue
         found |= {item.path: item for folder in trees for item in find_placeholders(folder)}
     refused += [item.content for item in found.values() if isinstance(item.content, AdapterRefused)]
-    return list(found.values())
+    return [item for item in found.values() if isinstance(item.content, Placeholder)], refused
 
 
 def _content(found: FoundPlaceholder) -> Placeholder:
@@ -200,35 +198,25 @@ def _refused(error: Exception, path: str, task: str | None) -> AdapterRestored:
     if isinstance(error, IcmError):
         failed = TaskFailed.of(task or "", error)
         return AdapterRestored(path, task, "refused", kind=failed.kind, reason=failed.message, hint=failed.hint)
+    kind, reason = "cannot_decode", f"its code cannot be decoded: {type(error).__name__}: {error}"
     if isinstance(error, OSError):
-        reason = f"it cannot be written: {error.strerror or error}"
-        if is_full(error):
-            hint = "free some space, then run the same command again"
-            return AdapterRestored(path, task, "refused", kind=NO_SPACE, reason=reason, hint=hint)
-        return AdapterRestored(path, task, "refused", kind="cannot_write", reason=reason)
-    reason = f"its code cannot be decoded: {type(error).__name__}: {error}"
-    return AdapterRestored(path, task, "refused", kind="cannot_decode", reason=reason)
+        kind, reason = "cannot_write", f"it cannot be written: {error.strerror or error}"
+    if is_full(error):
+        hint = "free some space, then run the same command again"
+        return AdapterRestored(path, task, "refused", kind=NO_SPACE, reason=reason, hint=hint)
+    return AdapterRestored(path, task, "refused", kind=kind, reason=reason)
 
 
-@dataclass(frozen=True)
-class _Made:
-    """The files of an adapter, and where they come from."""
-
-    files: AdapterBytes
-    source: Literal["original", "residual", "code"]
-    generator: str | None = None
-    squared_error: float | None = 0.0
-    retained_gain: float | None = 1.0
-    precision: str | None = None
-
-
-def _make(codes: CodeSource, wanted: Placeholder, weights: bytes | None) -> _Made:
+def _made(
+    codes: CodeSource, wanted: Placeholder, weights: bytes | None, done: AdapterRestored
+) -> tuple[AdapterBytes, AdapterRestored]:
     """Return the files of an adapter without a card: its original if it is kept, or else what its code decodes to.
 
     Args:
         codes: Where to look for it.
         wanted: Which adapter.
         weights: Its original weights, if its folder has them: then only the files next to them are made.
+        done: What is reported of an original; it is returned as it is true of these files.
     """
     rows = codes.having(wanted.weights, wanted.config)
     # Several tasks may have it; the one that the placeholder names comes first.
@@ -240,25 +228,32 @@ def _make(codes: CodeSource, wanted: Placeholder, weights: bytes | None) -> _Mad
         raise DataError(f"the {codes.name} has no adapter with the digests of task {wanted.task!r}", hint=hint)
     original = next((row for row in rows if weights is not None or not row.is_evicted), None)
     if original is not None:
-        return _Made(original_files(codes, original, weights), "original")
+        return original_files(codes, original, weights), done
     for row in rows:
         generator = codes.generator(codes.get(row.task).base_model)
         code = None if generator is None else codes.code(row.task, generator)
         if generator is not None and code is not None and code.adapter_id == row.id:
-            return _decoded(codes, row, code, generator)
+            return _decoded(codes, row, code, generator, done)
     if not any(row.is_final for row in rows):
         raise DataError("the store deleted this checkpoint, and a checkpoint has no code")
     raise DataError(f"the original of task {rows[0].task!r} was evicted, and it has no code")
 
 
-def _decoded(codes: CodeSource, row: AdapterRecord, code: CodeRecord, generator: GeneratorRecord) -> _Made:
+def _decoded(
+    codes: CodeSource, row: AdapterRecord, code: CodeRecord, generator: GeneratorRecord, done: AdapterRestored
+) -> tuple[AdapterBytes, AdapterRestored]:
     from icmlora.fleet.resources.decoding import code_reader, files_like_original  # torch, which originals do not need
 
     measured = codes.measured(codes.get(row.task), code.rung, generator)
-    gain, precision = (None, None) if measured is None else (measured.retained_gain, measured.precision)
     adapter = code_reader(codes.read, codes.generator_file(generator), code, code.rung)()
-    files = files_like_original(adapter, codes.form(row))
-    return _Made(files, code.rung, generator.blob, code.best_squared_error, gain, precision)
+    return files_like_original(adapter, codes.form(row)), replace(
+        done,
+        source=code.rung,
+        generator=generator.blob,
+        squared_error=code.best_squared_error,
+        retained_gain=None if measured is None else measured.retained_gain,
+        precision=None if measured is None else measured.precision,
+    )
 
 
 class _Restorer:
@@ -271,42 +266,33 @@ class _Restorer:
 
     def run(self, *, dry_run: bool) -> AdapterRestored:
         """Restore the adapter."""
-        path, task = source_label(self._found.place), self._wanted.task
-        if all(map(self._is_there, self._wanted.files)):
-            # The eviction was interrupted before it took anything away, or a person put the files back.
-            done = AdapterRestored(path, task, "complete", "original", squared_error=0.0, retained_gain=1.0)
-            missing: Mapping[str, bytes] = {}
-        else:
+        path = source_label(self._found.place)
+        done = AdapterRestored(path, self._wanted.task, "complete", "original", squared_error=0.0, retained_gain=1.0)
+        missing: Mapping[str, bytes] = {}
+        # If all are there, the eviction was interrupted before it took anything away, or a person put the files back.
+        if not all(map(self._is_there, self._wanted.files)):
             weights = self._weights
             is_exact = weights.stamp.digest == self._wanted.weights and self._is_there(weights)
             data = read_regular(self._home / weights.name, max_bytes=MAX_FILE_BYTES) if is_exact else None
-            made = _make(self._codes, self._wanted, data)
+            made, done = _made(self._codes, self._wanted, data, done)
             missing = self._missing(made)
-            done = AdapterRestored(
-                path,
-                task,
-                "would_restore" if dry_run else "restored",
-                made.source,
-                sum(map(len, missing.values())),
-                digest_of(made.files.weights),
-                made.generator,
-                made.squared_error,
-                made.retained_gain,
-                self._pickle(),
-                precision=made.precision,
+            done = replace(
+                done,
+                status="would_restore" if dry_run else "restored",
+                size=sum(map(len, missing.values())),
+                weights=digest_of(made.weights),
+                converted_from=weights.name if weights.name in PICKLES else None,  # a pickle comes back as safetensors
             )
-        if not dry_run:
-            self._write(missing)
-        return done
-
-    def _write(self, files: Mapping[str, bytes]) -> None:
-        if files:
-            write_files(self._home, files)
+        if dry_run:
+            return done
+        if missing:
+            write_files(self._home, missing)
         failpoint("restored-adapter")
         unlink(self._found.path)
         fsync_dir(self._home)
+        return done
 
-    def _missing(self, made: _Made) -> dict[str, bytes]:
+    def _missing(self, made: AdapterBytes) -> dict[str, bytes]:
         """Return the files that are not there yet; raise if another file is in the place of one."""
         missing: dict[str, bytes] = {}
         for name, data in self._files(made).items():
@@ -318,7 +304,7 @@ class _Restorer:
                 raise OutputExists(f"{name} is there, and is not what would be written", path=path, hint=hint)
         return missing
 
-    def _files(self, made: _Made) -> dict[str, bytes]:
+    def _files(self, made: AdapterBytes) -> dict[str, bytes]:
         """Return the files to write, by name; that which makes the folder an adapter comes last.
 
         Names come from the format and the store. Those in the placeholder only choose among them.
@@ -328,27 +314,21 @@ class _Restorer:
         if is_single and (others := [file.name for file in self._wanted.files if not file.name.startswith(stem)]):
             raise DataError(f"the placeholder stands for another file, {others[0]!r}", path=self._found.path)
         listed = {file.name for file in self._wanted.files if file.part == "companion"}
-        kept = {f"{stem}{key}" if is_single else key: data for key, data in made.files.companions.items()}
+        kept = {f"{stem}{key}" if is_single else key: data for key, data in made.companions.items()}
         if lost := listed - kept.keys():
             raise DataError(f"{min(lost)} was not kept, so the adapter would not be complete")
         companions = {name: data for name, data in kept.items() if name in listed}
         if is_single:
-            return {**companions, self._weights.name: made.files.weights}
-        return self._format.lay_out(replace(made.files, card=None, companions=companions), "")
+            return {**companions, self._weights.name: made.weights}
+        return self._format.lay_out(replace(made, card=None, companions=companions), "")
 
     @property
     def _weights(self) -> ReplacedFile:
         return next(file for file in self._wanted.files if file.part == "weights")
 
-    def _pickle(self) -> str | None:
-        """Return the name of the weights if they were a pickle, which comes back as safetensors."""
-        name = self._weights.name
-        return name if name in PICKLES else None
-
     def _is_there(self, file: ReplacedFile) -> bool:
         """Say whether a file that was replaced is still there, or there again."""
-        path = self._home / file.name
         try:
-            return hash_regular(path).digest == file.stamp.digest
+            return hash_regular(self._home / file.name).digest == file.stamp.digest
         except AdapterRefused:
             return False

@@ -35,8 +35,8 @@ class CheckFailed(DataError):
 
 
 @dataclass(frozen=True)
-class Limits:
-    """What a code has to keep; at least one is given."""
+class EvictLimits:
+    """What a code has to keep for its original to go; at least one is given."""
 
     max_error: float | None = None  # largest relative error
     min_gain: float | None = None  # smallest retained gain

@@ -48,7 +48,7 @@ from icmlora.task_vectors.distances import FEWEST, Familiarity, familiarity
 from icmlora.task_vectors.extraction import extract_context
 from icmlora.task_vectors.vector import TaskVector
 from icmlora.training.refinement import RefineConfig
-from registry.errors import TaskConflict, TaskNotFound
+from registry.errors import TaskConflict
 from registry.names import check_name, split_label
 from registry.records import GeneratorRecord, NewAdapter, NewGenerator, relative_error
 from registry.tables.bundles import BundleImport, ImportedTask
@@ -61,26 +61,20 @@ _CODE_TOLERANCE = 0.7
 
 
 @dataclass(frozen=True)
-class _Facts:
-    """What is known of an adapter before it is written."""
-
-    samples: int
-    reaching: int  # how many of them are as long as what is read of a sample (`SAMPLE_TOKENS`), or longer
-    base_nats: float
-    nats: float
-    known: Familiarity | None  # how far the task is from known ones; None if too few of them can be compared
-    rank: int
-    precision: str  # of the base model that read the samples, such as "float32" or "nf4"
-
-
-@dataclass(frozen=True)
-class Generated(_Facts):
+class Generated:
     """A generated adapter."""
 
     task: str
     directory: Path
     base_model: str
     generator: str
+    samples: int
+    reaching: int  # how many of them are as long as what is read of a sample (`SAMPLE_TOKENS`), or longer
+    base_nats: float  # loss of the base model on the samples, in nats per token
+    nats: float  # that of the base model with the adapter
+    known: Familiarity | None  # how far the task is from known ones; None if too few of them can be compared
+    rank: int
+    precision: str  # of the base model that read the samples, such as "float32" or "nf4"
     weights: str  # SHA-256 of the written weights
     code_size: int | None  # bytes of the code that was registered; None without `register`
     code_squared_error: float | None
@@ -144,8 +138,8 @@ def generate(
     with context.open() as store:
         data = read_examples(path)
         check_examples(data, path=path, any_row=has_loaders(store))  # before a model is loaded
-        if register:
-            _refuse_known(store, name)
+        if register and (taken := store.tasks.find(name)) is not None:
+            raise TaskConflict(taken.name, choices=None)
         generator = _generator_with_start(store, base_model)
         file = GeneratorFile(store.blobs.read(generator.blob))
         start = read_few_shot_start(store, generator, file)
@@ -157,40 +151,30 @@ def generate(
         base, found, vectors = _load_base(context, store, generator.base_model, chosen, data, path, count)
         prepared = base.modality.prepare(base, found.items, SAMPLE_TOKENS)
         adapter = _adapted(context, base, start, prepared, rank or most, refine)
-        facts = _Facts(
-            samples=len(found.items),
-            reaching=sum(sample.size == SAMPLE_TOKENS for sample in prepared),
-            base_nats=_nats(base, None, found.items),
-            nats=_nats(base, adapter, found.items),
-            known=_familiarity(store, generator, vectors),
-            rank=max(shape.rank for shape in adapter.layout),
-            precision=base.dtype,
-        )
+        base_nats, nats = (_nats(base, one, found.items) for one in (None, adapter))
+        known = _familiarity(store, generator, vectors)
         code = _encode(context, file, adapter, vectors, base, found.items) if register else None
         context.progress(0, None, "writing the adapter")  # the last moment to stop: then the folder, then the task
-        card = GeneratedCard(name, generator.base_model, generator, facts.samples, refine, description)
+        card = GeneratedCard(name, generator.base_model, generator, len(found.items), refine, description)
         weights = _write(adapter, card, folder, dtype, force=force)
         if code is not None:
             _register(store, generator, name, folder, vectors, code)
     return Generated(
-        **vars(facts),
         task=name,
         directory=folder,
         base_model=generator.base_model,
         generator=generator.blob,
+        samples=len(found.items),
+        reaching=sum(sample.size == SAMPLE_TOKENS for sample in prepared),
+        base_nats=base_nats,
+        nats=nats,
+        known=known,
+        rank=max(shape.rank for shape in adapter.layout),
+        precision=base.dtype,
         weights=weights,
         code_size=None if code is None else len(code.data),
         code_squared_error=None if code is None else code.squared_error,
     )
-
-
-def _refuse_known(store: Store, name: str) -> None:
-    """Raise `TaskConflict` if the store has a task of that name."""
-    try:
-        known = store.tasks.get(name)
-    except TaskNotFound:
-        return
-    raise TaskConflict(known.name, choices=None)
 
 
 def _generator_with_start(store: Store, base_model: str | None) -> GeneratorRecord:
@@ -203,13 +187,13 @@ def _generator_with_start(store: Store, base_model: str | None) -> GeneratorReco
             hint = f"`icm generators` lists those of other base models; {hint}"
         raise DataError(f"there is no generator{of_it}", hint=hint)
     found = [row for row in current if row.start is not None]
-    if not found:
-        fact = f"the generator of {current[0].base_model} has no few-shot start"
-        raise DataError(fact, hint="`icm train --objective functional` trains one; codes do not change")
-    if len(found) > 1:
+    if len(found) == 1:
+        return found[0]
+    if found:
         names = ", ".join(row.base_model for row in found)
         raise DataError(f"there are generators for several base models: {names}", hint="choose one with --base-model")
-    return found[0]
+    fact = f"the generator of {current[0].base_model} has no few-shot start"
+    raise DataError(fact, hint="`icm train --objective functional` trains one; codes do not change")
 
 
 def _load_base(
@@ -242,6 +226,7 @@ def _adapted(
 
 
 def _nats(base: BaseModel, adapter: Adapter | None, examples: Sequence[Any]) -> float:
+    """Measure the loss on samples, in nats per token."""
     with added(base.model, {} if adapter is None else factors_of(adapter)):
         return base.modality.measure(base, examples, SAMPLE_TOKENS).value
 
@@ -285,21 +270,15 @@ def _encode(
 
 
 def _register(
-    store: Store,
-    generator: GeneratorRecord,
-    name: str,
-    folder: Path,
-    vectors: Sequence[TaskVector],
-    code: Encoded,
+    store: Store, generator: GeneratorRecord, name: str, folder: Path, vectors: Sequence[TaskVector], code: Encoded
 ) -> None:
     """Record the task of a written folder as if it had been ingested, encoded and evicted."""
-    config, weights = (folder / CONFIG_NAME).read_bytes(), (folder / WEIGHTS_NAME).read_bytes()
-    card = store.blobs.put((folder / CARD_NAME).read_bytes())
+    config, weights, card = ((folder / file).read_bytes() for file in (CONFIG_NAME, WEIGHTS_NAME, CARD_NAME))
     summary = PEFT.inspect(config, weights, path=folder)
     original = NewAdapter(
         weights=hashlib.sha256(weights).hexdigest(),
         config=store.blobs.put(config),
-        card=card,
+        card=store.blobs.put(card),
         step=None,
         is_final=True,
         dtype=summary.dtype,
@@ -310,8 +289,7 @@ def _register(
         source=f"generated {name}",
         is_generated=True,
     )
-    rows = put_vectors(store, name, vectors)
-    blob = store.blobs.put(code.data)
+    rows, blob = put_vectors(store, name, vectors), store.blobs.put(code.data)
     task = ImportedTask(name, original, len(weights), blob, code.squared_error, vectors=rows)
     current = NewGenerator(generator.base_model, generator.blob, generator.config, generator.metrics)
     store.bundles.add(BundleImport(current, generator.version, [task]))

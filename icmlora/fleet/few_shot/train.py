@@ -79,29 +79,44 @@ class FewShotReport:
     failed: list[BaseModelFailed] = field(default_factory=list)
 
 
-class AllAdapters:
-    """Every task of a base model as an adapter: its original, or what its code decodes to if that is evicted.
+class StoreEpisodeSource:
+    """The tasks of a base model with enough samples; implements `icmlora.fewshot.meta_training.EpisodeSource`.
 
-    Tasks that are more than a LoRA of linear layers and plain convolutions are left out: no step reaches anything else.
+    Tasks that are more than a LoRA of linear layers and plain convolutions are passed over: no step reaches anything
+    else. Those that cannot be read are in `left_out`, with the reason.
     """
 
     def __init__(self, store: Store, generator: GeneratorRecord, file: GeneratorFile, base: BaseModel) -> None:
-        self._store, self._generator, self._file = store, generator, file
+        self._store, self._generator, self._file, self._base = store, generator, file, base
         rows = [row for row in store.tasks.summaries() if row.task.base_model == generator.base_model]
         # A generated task would only confirm the few-shot start that made it.
         plain = [row for row in rows if not row.final.is_generated and _is_plain(row.final, base)]
         self.left_out: dict[str, str] = {}
-        self._rows = [row for row in plain if self._is_usable(row)]
-        self.names = [row.task.name for row in self._rows]
-        self._samples: dict[tuple[int, int], Sequence[Prepared]] = {}
+        self._all = [row for row in plain if self._is_usable(row)]
+        self._rows = [row for row in self._all if len(self._read_samples(row, _PROBED_SAMPLES)) >= _FEWEST_SAMPLES]
+        self._samples: dict[int, Sequence[Prepared]] = {}
 
-    def __iter__(self) -> Iterator[Adapter]:
-        """Read all adapters, one after the other."""
-        return (self.load(task) for task in range(len(self._rows)))
+    def adapters(self) -> Iterator[Adapter]:
+        """Read the adapters of all tasks, also of those without samples, one after the other."""
+        return map(self._adapter_of, self._all)
+
+    def tasks(self) -> int:
+        """Return the number of tasks with enough samples."""
+        return len(self._rows)
+
+    def name(self, task: int) -> str:
+        """Return the name of a task."""
+        return self._rows[task].task.name
 
     def load(self, task: int) -> Adapter:
-        """Read or decode the adapter of a task."""
+        """Read the original of a task, or decode its code if that is evicted."""
         return self._adapter_of(self._rows[task])
+
+    def samples(self, task: int) -> Sequence[Prepared]:
+        """Read the samples of a task, at most 1,024 of them, spread evenly over its file."""
+        if task not in self._samples:  # a chat template of an adapter's own takes seconds
+            self._samples[task] = self._read_samples(self._rows[task], _EPISODE_SAMPLES)
+        return self._samples[task]
 
     def _is_usable(self, row: TaskSummary) -> bool:
         try:
@@ -120,16 +135,10 @@ class AllAdapters:
             raise DataError(fact, hint="`icm verify` checks the store for damage")
         return decode_code(self._store, self._file, code, code.rung)
 
-    def samples(self, task: int, base: BaseModel, most: int) -> Sequence[Prepared]:
-        """Return up to `most` samples of a task, spread evenly over its file; none if none is usable."""
-        if (task, most) not in self._samples:  # a chat template of an adapter's own takes seconds
-            self._samples[task, most] = self._read_samples(task, base, most)
-        return self._samples[task, most]
-
-    def _read_samples(self, task: int, base: BaseModel, most: int) -> Sequence[Prepared]:
+    def _read_samples(self, row: TaskSummary, most: int) -> Sequence[Prepared]:
         try:
-            some = read_samples(self._store, self._rows[task].task, base, most=most)
-            return () if some is None else base.modality.prepare(base, some.items, SAMPLE_TOKENS)
+            some = read_samples(self._store, row.task, self._base, most=most)
+            return () if some is None else self._base.modality.prepare(self._base, some.items, SAMPLE_TOKENS)
         except FAILURES:
             return ()  # damaged, single letters without a token to predict, or chats that the chat template refuses
 
@@ -138,33 +147,6 @@ def _is_plain(final: AdapterRecord, base: BaseModel) -> bool:
     if final.original_only is not None or any(extra.file is None for extra in final.extras):
         return False
     return not_matrix(base, final.layout) is None
-
-
-class StoreEpisodeSource:
-    """The tasks with enough samples; implements `icmlora.fewshot.meta_training.EpisodeSource`."""
-
-    def __init__(self, adapters: AllAdapters, base: BaseModel) -> None:
-        self._adapters, self._base = adapters, base
-        tasks = range(len(adapters.names))
-        self._numbers = [
-            task for task in tasks if len(adapters.samples(task, base, _PROBED_SAMPLES)) >= _FEWEST_SAMPLES
-        ]
-
-    def tasks(self) -> int:
-        """Return the number of tasks."""
-        return len(self._numbers)
-
-    def name(self, task: int) -> str:
-        """Return the name of a task."""
-        return self._adapters.names[self._numbers[task]]
-
-    def load(self, task: int) -> Adapter:
-        """Read the adapter of a task."""
-        return self._adapters.load(self._numbers[task])
-
-    def samples(self, task: int) -> Sequence[Prepared]:
-        """Read the samples of a task."""
-        return self._adapters.samples(self._numbers[task], self._base, _EPISODE_SAMPLES)
 
 
 @use_case
@@ -224,14 +206,18 @@ def _train_base(context: Context, store: Store, label: str, config: MetaConfig, 
     base = open_base(store, label, device, gradient_dtype(device), cache=context.cache)
     began = time.monotonic()
     file = GeneratorFile(store.blobs.read(generator.blob))
-    adapters = AllAdapters(store, generator, file, base)
-    source = StoreEpisodeSource(adapters, base)
+    source = StoreEpisodeSource(store, generator, file, base)
     _refuse_few(label, source.tasks())
     context.progress(0, config.episodes, "averaging the adapters")
-    start, codec = _encodable(untrained_fewshot_start(adapters), file)
+    start, codec = _encodable(untrained_fewshot_start(source.adapters()), file)
     code = mean_code(start, codec)
     decoded = replace(start, adapter=codec.decode(code))  # what `icm generate` will read
-    trained, losses = _run_episodes(context, base, label, decoded, source, config)
+    trained, losses = decoded, list[float]()  # what is trained are the lengths of its steps
+    for at, taught in meta_train(base, decoded, source, config):
+        trained = taught
+        losses.append(at.loss)
+        context.on_event(EpisodeDone(label, source.name(at.task), at))
+        context.progress(at.number, at.episodes, source.name(at.task))
     data = fewshot_start_to_bytes(trained, code)
     blob = store.blobs.put(data)
     store.generators.set_start(generator.id, blob)
@@ -246,27 +232,8 @@ def _train_base(context: Context, store: Store, label: str, config: MetaConfig, 
         loss=sum(last) / max(len(last), 1),
         seconds=round(time.monotonic() - began, 3),
         precision=base.dtype,
-        left_out=adapters.left_out,
+        left_out=source.left_out,
     )
-
-
-def _run_episodes(
-    context: Context,
-    base: BaseModel,
-    label: str,
-    start: FewShotStart,
-    source: StoreEpisodeSource,
-    config: MetaConfig,
-) -> tuple[FewShotStart, Sequence[float]]:
-    """Train the lengths of the steps, and return the few-shot start with the loss of each episode."""
-    losses: list[float] = []
-    for at, trained in meta_train(base, start, source, config):
-        start = trained
-        losses.append(at.loss)
-        name = source.name(at.task)
-        context.on_event(EpisodeDone(label, name, at))
-        context.progress(at.number, at.episodes, name)
-    return start, losses
 
 
 def _refuse_few(base_model: str, tasks: int) -> None:

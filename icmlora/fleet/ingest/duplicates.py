@@ -25,6 +25,11 @@ class _Final:
     config: str
     tensors_key: str | None
 
+    @property
+    def keys(self) -> list[str]:
+        """What it has in common with those that may be the same."""
+        return [self.weights] if self.tensors_key is None else [self.weights, self.tensors_key]
+
 
 class KnownTensors:
     """The final adapters of all tasks, found by their tensors.
@@ -46,7 +51,7 @@ class KnownTensors:
     def add(self, task: str, adapter: NewAdapter) -> str | None:
         """Note the final adapter of a task; return the first task known before whose adapter is the same, if any."""
         final = _Final(adapter.weights, adapter.config, adapter.tensors_key)
-        near = sorted({name for key in _keys(final) for name in self._names[key]}, key=self._order.__getitem__)
+        near = sorted({name for key in final.keys for name in self._names[key]}, key=self._order.__getitem__)
         found = next((name for name in near if name.lower() != task.lower() and self._is_same(name, final)), None)
         self._add(task, final)
         return found
@@ -54,7 +59,7 @@ class KnownTensors:
     def _add(self, task: str, final: _Final) -> None:
         self._order.setdefault(task, len(self._order))
         self._finals[task.lower()] = final
-        for key in _keys(final):
+        for key in final.keys:
             self._names[key].add(task)
 
     def _is_same(self, task: str, final: _Final) -> bool:
@@ -68,10 +73,6 @@ class KnownTensors:
             )
         except DamagedStore:
             return False
-
-
-def _keys(final: _Final) -> list[str]:
-    return [final.weights] if final.tensors_key is None else [final.weights, final.tensors_key]
 
 
 def _equal(describe: Callable[[str], str | None], left: str, right: str) -> bool:

@@ -5,14 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from icmlora.errors import (
-    AdapterRefused,
-    BaseModelMismatch,
-    BaseModelNotFound,
-    BaseModelUnsuited,
-    Cancelled,
-    DataError,
-)
+from icmlora.errors import AdapterRefused, BaseModelMismatch, BaseModelNotFound, BaseModelUnsuited, Cancelled, DataError
 from icmlora.fleet.context import Context, TaskFailed, locate_base
 from icmlora.fleet.failures import BaseModelLeftOut
 from icmlora.formats.catalogue import format_named

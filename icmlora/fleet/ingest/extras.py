@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from icmlora.errors import IcmLoraError
 from icmlora.fleet.bases.joins import KnownBases
-from icmlora.fleet.ingest.files import PreparedTask, Problem
+from icmlora.fleet.ingest.files import PreparedTask, Refusal
 from icmlora.formats.extras import pack, tensor_files
 from icmlora.io.files import read_regular
 from icmlora.io.safetensors import RawTensor, raw_tensors
@@ -47,13 +47,13 @@ class ExtrasKeeper:
         self._packed: dict[tuple[str, int], tuple[str, int]] = {}  # what was packed, as bytes of which width -> blob
         self._waiting: list[bytes] = []
 
-    def keep(self, task: PreparedTask) -> PreparedTask | Problem:
+    def keep(self, task: PreparedTask) -> PreparedTask | Refusal:
         """Return a task with its extras, or why they cannot be read; `flush` makes them durable."""
-        final = next(row for row in task.adapters if row.is_final)
+        final = task.final
         try:
             extras = self._extras(task, final)
         except (IcmLoraError, SourceRefused) as error:
-            return Problem(error, task.found.final.place)
+            return Refusal(error, task.found.final.place)
         rows = tuple(replace(row, extras=extras) if row is final else row for row in task.adapters)
         size = task.size + sum(extra.size for extra in extras if extra.file is not None)
         return replace(task, adapters=rows, size=size)
@@ -69,7 +69,9 @@ class ExtrasKeeper:
         if not companions and not task.kept:
             return ()
         recorded = self._recorded.get((task.found.name.lower(), final.config, final.weights))
-        if recorded is not None and self._are_there(recorded):
+        # If the store lost one of them, the same ingest gives it back.
+        are_there = self._store is None or all(self._store.blobs.exists(extra.blob) for extra in recorded or ())
+        if recorded is not None and are_there:
             return recorded
         extras = [
             self._extra(name, read_regular(path, max_bytes=_COMPANION_LIMIT))
@@ -79,7 +81,11 @@ class ExtrasKeeper:
         if self._store is not None and task.kept and self._store.blobs.exists(final.weights):
             tensors = raw_tensors(self._store.blobs.read(final.weights), task.kept)
             if equal := self._equal(tensors, task.base_model):
-                extras.append(self._references(equal, sum(len(tensors.pop(name).data) for name in equal)))
+                from icmlora.formats.base_references import pack_references
+
+                record, size = pack_references(equal), sum(len(tensors.pop(name).data) for name in equal)
+                self._waiting.append(record)
+                extras.append(Extra(digest_of(record), None, size, len(record)))
             extras += [self._extra(None, data, width) for data, width in tensor_files(tensors)]
         return tuple(extras)
 
@@ -102,22 +108,11 @@ class ExtrasKeeper:
         except (IcmLoraError, OSError):  # a base model that cannot be read costs bytes, not the adapter
             return {}
 
-    def _references(self, references: Mapping[str, Reference], size: int) -> Extra:
-        from icmlora.formats.base_references import pack_references
-
-        record = pack_references(references)
-        self._waiting.append(record)
-        return Extra(digest_of(record), None, size, len(record))
-
     @cached_property
     def _recorded(self) -> dict[tuple[str, str, str], tuple[Extra, ...]]:
         """The extras of all final adapters in the store, by task, configuration and weights."""
         rows = [] if self._known is None else self._known.tasks.summaries()
         return {(row.task.name.lower(), row.final.config, row.final.weights): tuple(row.final.extras) for row in rows}
-
-    def _are_there(self, extras: tuple[Extra, ...]) -> bool:
-        """Say whether the store has these extras; if it lost one, the same ingest gives it back."""
-        return self._store is None or all(self._store.blobs.exists(extra.blob) for extra in extras)
 
     def _extra(self, file: str | None, data: bytes, width: int = 1) -> Extra:
         key = digest_of(data), width

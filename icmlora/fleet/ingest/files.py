@@ -1,7 +1,7 @@
 """Read, check and store the files of found tasks, one batch at a time.
 
     FoundTask --check--> PreparedTask (its bytes are stored as blobs; ready to be recorded)
-         `-------------> Problem      (refused: why, and which task or checkpoint is lost)
+         `-------------> Refusal      (refused: why, and which task or checkpoint is lost)
 
 Weights and texts are read once: the bytes that are checked are those that are hashed and stored. Configurations and
 cards are small; they are read first, because weights are checked against them, and stored from memory.
@@ -47,7 +47,7 @@ _BATCH_ADAPTERS = 256
 
 
 @dataclass(frozen=True)
-class Problem:
+class Refusal:
     """A refusal of a whole task, or of a checkpoint or a text of a task that is taken without it."""
 
     error: Exception
@@ -56,17 +56,11 @@ class Problem:
 
 @dataclass(frozen=True)
 class TextRead:
-    """How many rows of a task's samples or held-out text can be used.
+    """How many rows of a task's samples or held-out text can be used."""
 
-    Attributes:
-        kept: Rows that can.
-        skipped: Rows that cannot.
-        reason: Why the first of them cannot.
-    """
-
-    kept: int
-    skipped: int
-    reason: str | None
+    kept: int  # rows that can
+    skipped: int  # rows that cannot
+    reason: str | None  # why the first of them cannot
 
 
 @dataclass(frozen=True)
@@ -79,13 +73,18 @@ class PreparedTask:
     samples: str | None
     eval_data: str | None
     size: int  # bytes of all its adapters' files
-    problems: tuple[Problem, ...]
+    problems: tuple[Refusal, ...]
     samples_read: TextRead | None = None
     eval_read: TextRead | None = None
     kept: tuple[TensorInfo, ...] = ()  # tensors of its final adapter that no code can represent
     base_is_told: bool = False  # by the user
     base_is_guess: bool = False  # the widths of an image adapter make it likely, and nothing names it
     wrapper: str | None = None  # what a wrapper put into the names of its final adapter's tensors
+
+    @property
+    def final(self) -> NewAdapter:
+        """Its final adapter."""
+        return next(row for row in self.adapters if row.is_final)
 
 
 @dataclass(frozen=True)
@@ -148,7 +147,7 @@ def prepare(
     store: Store | None,
     evicted: Sequence[EvictedAdapter] = (),
     refused: Mapping[Path, IcmLoraError] = MappingProxyType({}),
-) -> list[PreparedTask | Problem]:
+) -> list[PreparedTask | Refusal]:
     """Check the files of some tasks and store them as blobs; weights that are `refused` already are not opened."""
     adapters = [adapter for task in tasks for adapter in task.adapters]
     initial: dict[Path, bytes] = {}
@@ -182,7 +181,10 @@ def prepare(
         back = (item.initial for item in adapters if not withheld[item.weights])
         contents |= {initial[path] for path in back if path in initial}
         outcomes = _check_and_store(checks, first, sorted(contents), store, withheld)
-    outcomes |= {path: _too_large(path) for path in texts - checks.keys() - packed.keys()} | dict(refused) | packed
+    hint = f"shorten the file to a sample of the task's text; {_AGAIN}"
+    for path in texts - checks.keys() - packed.keys():
+        outcomes[path] = DataError(f"more than {MAX_BYTES} bytes of text", path=path, hint=hint)
+    outcomes |= dict(refused) | packed
     return [_prepared(task, small, outcomes) for task in tasks]
 
 
@@ -241,11 +243,6 @@ def _packed(path: Path, store: Store | None, check: Callable[..., TextRead]) -> 
     return _Checked(digest, len(data), found)
 
 
-def _too_large(path: Path) -> DataError:
-    hint = f"shorten the file to a sample of the task's text; {_AGAIN}"
-    return DataError(f"more than {MAX_BYTES} bytes of text", path=path, hint=hint)
-
-
 def _withheld(
     tasks: Sequence[FoundTask], small: Mapping[Path, _Small], evicted: Sequence[EvictedAdapter]
 ) -> defaultdict[Path, set[str]]:
@@ -274,19 +271,17 @@ def _check_and_store(
     store: Store,
     withheld: Mapping[Path, Collection[str]],
 ) -> _Outcomes:
+    """Store the files that pass their checks, and other contents."""
+
     def inspect(path: Path, data: bytes) -> _Weights | TextRead:
         return checks[path](data)
 
     # The whole batch in one call: each call waits for the disk once, and that is what takes time.
-    outcomes: _Outcomes = {}
-    refusals = (IcmLoraError,)
-    done = store.blobs.put_files(list(checks), inspect, refusals, contents, withheld, first)
-    for result in done:
-        if isinstance(result, PutRefusal):
-            outcomes[result.path] = result.error
-        else:
-            outcomes[result.path] = _Checked(result.digest, result.size, result.inspected)
-    return outcomes
+    done = store.blobs.put_files(list(checks), inspect, (IcmLoraError,), contents, withheld, first)
+    return {
+        one.path: one.error if isinstance(one, PutRefusal) else _Checked(one.digest, one.size, one.inspected)
+        for one in done
+    }
 
 
 def _check_only(checks: _Checks, first: Mapping[Path, CheckFirst]) -> _Outcomes:
@@ -303,10 +298,10 @@ def _check_only(checks: _Checks, first: Mapping[Path, CheckFirst]) -> _Outcomes:
 
 def _prepared(
     task: FoundTask, small: Mapping[Path, _Small | IcmLoraError], outcomes: _Outcomes
-) -> PreparedTask | Problem:
+) -> PreparedTask | Refusal:
     """Combine what was read of one task; refuse the task if its final adapter was refused."""
     rows: list[NewAdapter] = []
-    problems: list[Problem] = []
+    problems: list[Refusal] = []
     base_model: str | None = None
     kept: tuple[TensorInfo, ...] = ()
     wrapper: str | None = None
@@ -314,7 +309,7 @@ def _prepared(
     for found in task.adapters:
         match _read_of(found, small, outcomes):
             case Exception() as error:
-                problems.append(Problem(error, found.place))
+                problems.append(Refusal(error, found.place))
                 if found.is_final:
                     return problems[-1]
             case files, checked, summary, key:
@@ -357,7 +352,7 @@ def _read_of(
     return summary if isinstance(summary, Exception) else (files, checked, summary, checked.found.tensors_key)
 
 
-def _text(path: Path | None, outcomes: _Outcomes, problems: list[Problem]) -> tuple[str, TextRead] | tuple[None, None]:
+def _text(path: Path | None, outcomes: _Outcomes, problems: list[Refusal]) -> tuple[str, TextRead] | tuple[None, None]:
     """Return the digest of a text and what was read of it, or note why it cannot be used."""
     if path is None:
         return None, None
@@ -365,7 +360,7 @@ def _text(path: Path | None, outcomes: _Outcomes, problems: list[Problem]) -> tu
         case _Checked(digest=digest, found=TextRead() as read):
             return digest, read
         case Exception() as error:
-            problems.append(Problem(error, path))
+            problems.append(Refusal(error, path))
     return None, None
 
 

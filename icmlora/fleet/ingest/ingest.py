@@ -20,25 +20,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from icmlora.base_models.finding.labels import typed_label
-from icmlora.errors import (
-    AdapterRefused,
-    Cancelled,
-    IcmLoraError,
-    OptionsConflict,
-    UnsafeInput,
-)
+from icmlora.errors import AdapterRefused, Cancelled, IcmLoraError, OptionsConflict, UnsafeInput
 from icmlora.fleet.bases.joins import BaseJoined, KnownBases
-from icmlora.fleet.context import Context, Event, Progress, StageBegun, reporting, use_case
+from icmlora.fleet.context import Context, Event, Progress, StageBegun, current_code, reporting, use_case
 from icmlora.fleet.failures import FAILURES
 from icmlora.fleet.ingest.duplicates import KnownTensors
 from icmlora.fleet.ingest.extraction import extract, note_missing_vectors
 from icmlora.fleet.ingest.extras import ExtrasKeeper
-from icmlora.fleet.ingest.files import PreparedTask, Problem, TextRead, batches, prepare
+from icmlora.fleet.ingest.files import PreparedTask, Refusal, TextRead, batches, prepare
 from icmlora.formats.discovery.discovery import Discovery, FoundTask, find_tasks, name_tasks, no_adapter
 from icmlora.formats.discovery.naming import NameTemplate
 from icmlora.formats.discovery.pickled import PickleReader, converted
 from icmlora.io.files import read_regular
-from icmlora.io.safetensors import MAX_FILE_BYTES
+from icmlora.io.safetensors import ITEM_BYTES, MAX_FILE_BYTES
 from registry.errors import MissingBlob, SourceRefused, StoreNotFound, TaskConflict
 from registry.names import UNKNOWN_BASE, source_label
 from registry.records import WITHOUT_BASE, IngestOutcome, NewAdapter, TaskIngest, TaskOrigin
@@ -205,7 +199,8 @@ def ingest(
 
     as_found = None if name is not None else named
     take = partial(_take, found=found, named=as_found, told=told, on_conflict=on_conflict, restore=restore)
-    report = IngestReport(found=len(found.tasks), not_kept=_not_kept(found.tasks))
+    not_kept = Counter(source_label(Path(path.name)) for task in found.tasks for path in task.not_kept)
+    report = IngestReport(found=len(found.tasks), not_kept=dict(sorted(not_kept.items())))
     problems = _Problems(context, report)
     with reporting(report):
         if strict:
@@ -321,28 +316,36 @@ def _find(
     return replace(found, tasks=(replace(found.tasks[0], samples=Path(samples)),))
 
 
-def _not_kept(tasks: Sequence[FoundTask]) -> dict[str, int]:
-    names = Counter(source_label(Path(path.name)) for task in tasks for path in task.not_kept)
-    return dict(sorted(names.items()))
-
-
-_Record = Callable[[Sequence[TaskIngest]], list[IngestOutcome]]
-
-
-@dataclass(frozen=True)
 class _Target:
-    """Where tasks go, and how."""
+    """Where tasks go, and how: `known` is None if the store is still to be made."""
 
-    told: str | None  # the base model of image adapters, and of others that name none
-    on_conflict: Conflict
-    restore: bool
-    store: Store | None  # where blobs are stored; None in a dry run
-    record: _Record
-    bases: KnownBases
-    extras: ExtrasKeeper
-    origins: Sequence[TaskOrigin] = ()
-    evicted: Sequence[EvictedAdapter] = ()
-    known: Store | None = None  # where tasks are looked up; None if the store is still to be made
+    def __init__(
+        self,
+        context: Context,
+        known: Store | None,
+        told: str | None,
+        on_conflict: Conflict,
+        *,
+        restore: bool,
+        dry_run: bool,
+    ) -> None:
+        self.known, self.on_conflict, self.restore = known, on_conflict, restore
+        self.told = told  # the base model of image adapters, and of others that name none
+        self.store = None if dry_run else known  # where blobs are stored
+        self.bases = KnownBases(context, known, dry_run=dry_run)
+        self.extras = ExtrasKeeper(self.bases, known, self.store)
+        self.origins = () if known is None else known.tasks.origins()
+        self.evicted = () if restore or self.store is None else self.store.originals.evicted()
+
+    def record(self, rows: Sequence[TaskIngest]) -> list[IngestOutcome]:
+        """Record tasks in one transaction, or in a dry run say what would become of them."""
+        if self.store is not None:
+            return self.store.tasks.ingest(rows)
+        if self.known is not None:
+            return self.known.tasks.plan_ingest(rows)
+        from registry.tables.ingest import plan_tasks  # SQLAlchemy comes with it
+
+        return plan_tasks(None, rows)
 
     def decoded(self, tasks: Iterable[PreparedTask]) -> set[str]:
         """Return which tasks have a folder that holds what their code decodes to, as `icm restore` writes it.
@@ -350,25 +353,23 @@ class _Target:
         That is no other adapter: taking it would put the code's losses in place of the original.
         """
         known = {origin.name.lower(): (origin.weights, origin.config) for origin in self.origins}
-        finals = {task.found.name: _final(task) for task in tasks}
-        others = {
-            name: row
-            for name, row in finals.items()
-            if known.get(name.lower(), (row.weights, row.config)) != (row.weights, row.config)
-        }
-        return {name for name, row in others.items() if self._is_decoded(name, row)}
+        others = [
+            task
+            for task in tasks
+            if known.get(task.found.name.lower()) not in (None, (task.final.weights, task.final.config))
+        ]
+        return {task.found.name for task in others if self._is_decoded(task.found.name, task.final)}
 
     def _is_decoded(self, name: str, found: NewAdapter) -> bool:
         assert self.known is not None  # only a task of the store has another adapter there
-        final, task = self.known.tasks.final(name), self.known.tasks.get(name)
-        generator = self.known.generators.current(task.base_model)
-        code = None if generator is None else self.known.codes.get(name, generator.id)
+        final, (code, generator) = self.known.tasks.final(name), current_code(self.known, self.known.tasks.get(name))
         if generator is None or code is None or not final.is_evicted:
             return False
-        from icmlora.fleet.resources.decoding import StoredDecoder  # imports torch; few tasks come here
+        from icmlora.fleet.resources.decoding import files_of_code  # imports torch; few tasks come here
+        from icmlora.generator.versions import GeneratorFile
 
         try:
-            made = StoredDecoder(self.known).files(final, code, generator)
+            made = files_of_code(self.known, GeneratorFile(self.known.blobs.read(generator.blob)), final, code)
         except FAILURES:
             return False
         return (digest_of(made.weights), digest_of(made.config)) == (found.weights, found.config)
@@ -379,29 +380,17 @@ def _open_target(
     context: Context, told: str | None, on_conflict: Conflict, *, restore: bool, dry_run: bool
 ) -> Iterator[_Target]:
     """Open the store for writing. A dry run opens it for reading; a store that does not exist yet counts as empty."""
-    make = partial(_Target, told, on_conflict, restore)
-    if not dry_run:
-        with context.open(create=True) as store:
-            evicted = () if restore else store.originals.evicted()
-            bases = KnownBases(context, store)
-            extras = ExtrasKeeper(bases, store, store)
-            yield make(store, store.tasks.ingest, bases, extras, store.tasks.origins(), evicted, store)
-        return
+    make = partial(_Target, context, told=told, on_conflict=on_conflict, restore=restore, dry_run=dry_run)
     try:
-        present = context.open(read_only=True)
+        store = context.open(create=not dry_run, read_only=dry_run)
     except StoreNotFound:
-        # SQLAlchemy comes with these, so they are imported only if they are needed.
         from registry.storage.folder import check_place
-        from registry.tables.ingest import plan_tasks
 
         check_place(context.path)
-        bases = KnownBases(context, None)
-        yield make(None, partial(plan_tasks, None), bases, ExtrasKeeper(bases, None, None))
+        yield make(None)
         return
-    with present:
-        bases = KnownBases(context, present, dry_run=True)
-        extras = ExtrasKeeper(bases, present, None)
-        yield make(None, present.tasks.plan_ingest, bases, extras, present.tasks.origins(), known=present)
+    with store:
+        yield make(store)
 
 
 # Put and record
@@ -435,7 +424,7 @@ def _ingest_batches(
                 if task.found.name in decoded:
                     ingested = replace(ingested, status="decoded")
                 elif outcome.status in ("added", "replaced"):
-                    ingested = replace(ingested, same_as=tensors.add(outcome.name, _final(task)))
+                    ingested = replace(ingested, same_as=tensors.add(outcome.name, task.final))
                 report.ingested.append(ingested)
                 context.on_event(ingested)
         for problem, name in _in_order(prepared, outcomes):
@@ -445,28 +434,20 @@ def _ingest_batches(
 
 
 def _prepared(
-    tasks: Sequence[FoundTask],
-    target: _Target,
-    evicted: Sequence[EvictedAdapter],
-    refused: Mapping[Path, IcmLoraError],
-) -> list[PreparedTask | Problem]:
+    tasks: Sequence[FoundTask], target: _Target, evicted: Sequence[EvictedAdapter], refused: Mapping[Path, IcmLoraError]
+) -> list[PreparedTask | Refusal]:
     """Store the files of some tasks, find their base models, then keep their extras, which may refer to these."""
-    prepared = _with_bases(prepare(tasks, target.store, evicted, refused), target.told, target.bases)
+    found, told, bases = prepare(tasks, target.store, evicted, refused), target.told, target.bases
+    labels = [told, *(task.base_model for task in _good(found))]
+    bases.settle(label for label in labels if label is not None)
+    prepared = [_with_base(item, told, bases) if isinstance(item, PreparedTask) else item for item in found]
     kept = [target.extras.keep(item) if isinstance(item, PreparedTask) else item for item in prepared]
     target.extras.flush()
     return kept
 
 
-def _with_bases(
-    prepared: Sequence[PreparedTask | Problem], told: str | None, bases: KnownBases
-) -> list[PreparedTask | Problem]:
-    """Find the base model of each task; with `told`, that of image adapters and of others that name none."""
-    labels = [task.base_model for task in _good(prepared)]
-    bases.settle(label for label in (told, *labels) if label is not None)
-    return [_with_base(item, told, bases) if isinstance(item, PreparedTask) else item for item in prepared]
-
-
-def _with_base(task: PreparedTask, told: str | None, bases: KnownBases) -> PreparedTask | Problem:
+def _with_base(task: PreparedTask, told: str | None, bases: KnownBases) -> PreparedTask | Refusal:
+    """Find the base model of a task; `told` is that of an image adapter, and of another one that names none."""
     label = task.base_model
     if label is None or (told is not None and task.found.final.format.is_for_images):
         changed = replace(task, base_model=told or UNKNOWN_BASE, base_is_told=told is not None, base_is_guess=False)
@@ -475,10 +456,10 @@ def _with_base(task: PreparedTask, told: str | None, bases: KnownBases) -> Prepa
         return _of_architecture(task, bases)
     hint = f"`icm base alias {told} {label}` if they are the same model; else ingest it without --base-model"
     error = AdapterRefused(f"it was trained for {label!r}, not for {told!r}", kind="base-model", hint=hint)
-    return Problem(error, task.found.folder)
+    return Refusal(error, task.found.folder)
 
 
-def _of_architecture(task: PreparedTask, bases: KnownBases) -> PreparedTask | Problem:
+def _of_architecture(task: PreparedTask, bases: KnownBases) -> PreparedTask | Refusal:
     """Refuse an adapter of a GGUF file whose base model has another architecture than it says."""
     final = task.found.final
     if final.format.name != "gguf" or task.base_model in (None, UNKNOWN_BASE):
@@ -488,37 +469,34 @@ def _of_architecture(task: PreparedTask, bases: KnownBases) -> PreparedTask | Pr
     try:
         bases.check_gguf(str(task.base_model), architecture_of(read_regular(final.weights, max_bytes=MAX_FILE_BYTES)))
     except AdapterRefused as error:
-        return Problem(error, final.weights)
+        return Refusal(error, final.weights)
     return task
 
 
 def _record(
-    prepared: Sequence[PreparedTask | Problem], target: _Target, decoded: Collection[str]
-) -> list[IngestOutcome | Problem]:
+    prepared: Sequence[PreparedTask | Refusal], target: _Target, decoded: Collection[str]
+) -> list[IngestOutcome | Refusal]:
     """Record the good tasks in one transaction, or each in its own if one of them conflicts; not those `decoded`."""
     tasks = [task for task in _good(prepared) if task.found.name not in decoded]
     rows = [_rows(task, target) for task in tasks]
-    outcomes: Iterator[IngestOutcome | Problem]
+    outcomes: Iterator[IngestOutcome | Refusal]
     try:
         outcomes = iter(target.record(rows))
     except TaskConflict:
-        outcomes = iter([_record_one(target.record, row, task) for row, task in zip(rows, tasks, strict=True)])
-    return [_as_it_is(task) if task.found.name in decoded else next(outcomes) for task in _good(prepared)]
+        outcomes = iter([_record_one(target, row, task) for row, task in zip(rows, tasks, strict=True)])
+    return [
+        IngestOutcome(task.found.name, 0, len(task.adapters), "known", task.base_model or UNKNOWN_BASE)
+        if task.found.name in decoded
+        else next(outcomes)
+        for task in _good(prepared)
+    ]
 
 
-def _final(task: PreparedTask) -> NewAdapter:
-    return next(row for row in task.adapters if row.is_final)
-
-
-def _as_it_is(task: PreparedTask) -> IngestOutcome:
-    return IngestOutcome(task.found.name, 0, len(task.adapters), "known", task.base_model or UNKNOWN_BASE)
-
-
-def _record_one(record: _Record, row: TaskIngest, task: PreparedTask) -> IngestOutcome | Problem:
+def _record_one(target: _Target, row: TaskIngest, task: PreparedTask) -> IngestOutcome | Refusal:
     try:
-        return record([row])[0]
+        return target.record([row])[0]
     except TaskConflict as error:
-        return Problem(error, task.found.folder)
+        return Refusal(error, task.found.folder)
 
 
 def _rows(task: PreparedTask, target: _Target) -> TaskIngest:
@@ -534,27 +512,25 @@ def _rows(task: PreparedTask, target: _Target) -> TaskIngest:
     )
 
 
-def _good(prepared: Sequence[PreparedTask | Problem]) -> list[PreparedTask]:
+def _good(prepared: Sequence[PreparedTask | Refusal]) -> list[PreparedTask]:
     return [item for item in prepared if isinstance(item, PreparedTask)]
 
 
 def _in_order(
-    prepared: Sequence[PreparedTask | Problem], outcomes: Sequence[IngestOutcome | Problem]
-) -> list[tuple[Problem, str | None]]:
+    prepared: Sequence[PreparedTask | Refusal], outcomes: Sequence[IngestOutcome | Refusal]
+) -> list[tuple[Refusal, str | None]]:
     """Return all problems by path, each with the task that was taken without it."""
-    problems = [(item, None) for item in prepared if isinstance(item, Problem)]
-    of_tasks: list[tuple[Problem, str | None]] = []
+    problems: list[tuple[Refusal, str | None]] = [(item, None) for item in prepared if isinstance(item, Refusal)]
     for task, outcome in zip(_good(prepared), outcomes, strict=True):
-        if isinstance(outcome, Problem):
-            of_tasks.append((outcome, None))
-        name = None if isinstance(outcome, Problem) else outcome.name
-        of_tasks.extend((problem, name) for problem in task.problems)
-    return sorted([*problems, *of_tasks], key=lambda item: str(item[0].path))
+        if isinstance(outcome, Refusal):
+            problems.append((outcome, None))
+        name = None if isinstance(outcome, Refusal) else outcome.name
+        problems += [(problem, name) for problem in task.problems]
+    return sorted(problems, key=lambda item: str(item[0].path))
 
 
 def _ingested(task: PreparedTask, outcome: IngestOutcome, bases: KnownBases) -> TaskIngested:
-    final = _final(task)
-    base = bases.name_of(outcome.base_model)
+    final, base = task.final, bases.name_of(outcome.base_model)
     return TaskIngested(
         task=outcome.name,
         status=outcome.status,
@@ -579,10 +555,7 @@ def _ingested(task: PreparedTask, outcome: IngestOutcome, bases: KnownBases) -> 
     )
 
 
-_WIDTHS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
-
-
 def _lora_size(row: NewAdapter) -> int:
     if row.original_only is not None:
         return 0
-    return row.parameters * max((_WIDTHS.get(dtype, 4) for dtype in row.dtype.split("+")), default=4)
+    return row.parameters * max((ITEM_BYTES.get(dtype, 4) for dtype in row.dtype.split("+")), default=4)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 _AROUND = ((1, 0), (-1, 0), (0, -1), (0, 1), (1, -1), (-1, -1), (1, 1), (-1, 1))
 _GAPS = (9.0, 22.0, 38.0)
@@ -60,6 +61,21 @@ class Label:
     box: Box
     across: int  # -1 if it is left of its point, 1 if right, 0 if above or below
     is_away: bool  # whether it needs a line to its point
+
+    @property
+    def anchor(self) -> Literal["start", "middle", "end"]:
+        """Where its text begins to grow: the width is an estimate, so at the side that is nearest to its point."""
+        return "start" if self.across > 0 else "end" if self.across else "middle"
+
+    @property
+    def x(self) -> float:
+        """Where that is."""
+        return {"start": self.box.left, "middle": self.box.middle[0], "end": self.box.right}[self.anchor]
+
+    def end(self, y: float) -> tuple[float, float]:
+        """Return where the line from its point, which is at `y`, ends."""
+        box = self.box
+        return self.x, box.middle[1] if self.across else box.top if box.top > y else box.bottom
 
 
 def place_labels(

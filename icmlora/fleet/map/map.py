@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-import numpy as np
-from numpy.typing import NDArray
 
 from icmlora.errors import DataError, IcmLoraError
 from icmlora.fleet.context import Context, use_case
@@ -94,7 +91,9 @@ def map_of(
     """
     known = comparable_vectors(store, tasks, view)
     if len(known.vectors) < FEWEST:
-        raise _too_few(base_model, view, list(known.vectors), known.left_out)
+        fact = f"a map needs {FEWEST} tasks of {base_model} with comparable vectors of the {view} view"
+        have = f"there {'is' if len(known.vectors) == 1 else 'are'} {len(known.vectors)}"
+        raise DataError("; ".join([f"{fact}, but {have}", *_grouped(known.left_out)]), hint=NO_VECTORS)
     if clusters is not None and clusters > len(known.vectors):
         fact = f"{len(known.vectors)} tasks cannot make {clusters} clusters"
         raise DataError(fact, hint="use `--clusters auto` for the best silhouette")
@@ -117,20 +116,12 @@ def nearest_tasks(store: Store, task: TaskRecord) -> tuple[Neighbour, ...]:
         except (DamagedStore, IcmLoraError):
             return ()
         if task.name in vectors:
-            return _neighbours(task.name, vectors) if len(vectors) >= FEWEST else ()
+            if len(vectors) < FEWEST:
+                return ()
+            names = list(vectors)
+            found = ranked(names, task_distances(vectors)[names.index(task.name)])
+            return tuple(neighbour for neighbour in found if neighbour.task != task.name)[:_NEAREST]
     return ()
-
-
-def _neighbours(task: str, vectors: Mapping[str, NDArray[np.float32]]) -> tuple[Neighbour, ...]:
-    names = list(vectors)
-    found = ranked(names, task_distances(vectors)[names.index(task)])
-    return tuple(neighbour for neighbour in found if neighbour.task != task)[:_NEAREST]
-
-
-def _too_few(base_model: str, view: View, mapped: Sequence[str], left_out: Sequence[LeftOut]) -> DataError:
-    fact = f"a map needs {FEWEST} tasks of {base_model} with comparable vectors of the {view} view"
-    have = f"there {'is' if len(mapped) == 1 else 'are'} {len(mapped)}"
-    return DataError("; ".join([f"{fact}, but {have}", *_grouped(left_out)]), hint=NO_VECTORS)
 
 
 def _grouped(left_out: Sequence[LeftOut]) -> list[str]:

@@ -16,7 +16,7 @@ from html import escape
 from itertools import chain
 from typing import TYPE_CHECKING
 
-from icmlora.fleet.map.label_placement import Box, Label, place_labels
+from icmlora.fleet.map.label_placement import Box, place_labels
 from icmlora.io.text import counted
 from registry.names import escape as printable
 
@@ -147,18 +147,12 @@ def _labels(placed: Sequence[_Placed]) -> Iterator[str]:
         [_around(dot, _DOT) for spot in placed for dot in spot.support_sets],
     )
     for spot, name, label in zip(order, names, labels, strict=True):
-        if label is not None:
-            yield from _label(spot, name, label)
-
-
-def _label(spot: _Placed, name: str, label: Label) -> Iterator[str]:
-    box, (x, y) = label.box, spot.point
-    # The width is an estimate, so a label is anchored at the side that is nearest to its point.
-    anchor, at = {1: ("start", box.left), -1: ("end", box.right), 0: ("middle", box.middle[0])}[label.across]
-    if label.is_away:
-        end = box.middle[1] if label.across else box.top if box.top > y else box.bottom
-        yield f'<line class="link" x1="{x:.1f}" y1="{y:.1f}" x2="{at:.1f}" y2="{end:.1f}"/>'
-    yield _text(at, box.middle[1] + 4, "ink", name, anchor=anchor)
+        if label is None:
+            continue
+        if label.is_away:
+            (x, y), (end_x, end_y) = spot.point, label.end(spot.point[1])
+            yield f'<line class="link" x1="{x:.1f}" y1="{y:.1f}" x2="{end_x:.1f}" y2="{end_y:.1f}"/>'
+        yield _text(label.x, label.box.middle[1] + 4, "ink", name, anchor=label.anchor)
 
 
 def _support_sets(spot: _Placed) -> Iterator[str]:

@@ -29,9 +29,11 @@ from icmlora.fleet.context import (
 from icmlora.fleet.failures import FAILURES, BaseModelLeftOut, BaseUnavailable, Failed, FailureLog, as_error
 from icmlora.fleet.measure.measure import SOURCES, Measurement, SourceResult, TaskLosses, record_measurements
 from icmlora.fleet.measure.metric_result import MAX_TOKENS
+from icmlora.fleet.measure.precision import source_name
 from icmlora.fleet.resources.loading import Models
 from icmlora.fleet.resources.texts import adapter_template, own_text
 from icmlora.fleet.resources.workers import Tell, check_place, worker_pool
+from icmlora.fleet.stats.stats import Spread
 from icmlora.formats.catalogue import format_named
 from registry.errors import TaskNotFound
 from registry.records import Rung, TaskRecord
@@ -48,17 +50,6 @@ class TaskEvaluated(Event):
     sources: Mapping[Rung, SourceResult]
     skipped: str | None = None
     precision: str | None = None  # of the base model, such as "float32" or "nf4"
-
-
-@dataclass(frozen=True)
-class GainSummary:
-    """Retained gain of one source over some tasks."""
-
-    tasks: int
-    mean: float
-    worst: float
-    worst_task: str
-    precisions: tuple[str, ...] = ()  # of the base models, sorted
 
 
 @dataclass
@@ -78,27 +69,14 @@ class EvaluateReport:
         """Whether a task that icm can run was not measured."""
         return bool(self.failed) or any(not base.is_unsuited for base in self.left_out)
 
-    def add(self, done: TaskEvaluated, *, is_outdated: bool) -> None:
-        """Add a task that is done."""
-        self.tasks.append(done)
-        if "original" not in done.sources:
-            self.without_original.append(done.task)
-        if is_outdated:
-            self.outdated.append(done.task)
-
-    def gain_of(self, source: str) -> GainSummary | None:
+    def gain_of(self, source: str) -> Spread | None:
         """Sum up the retained gain of one source; None where no task has one."""
-        gains = [
-            (result.retained_gain, task.task, task.precision)
+        return Spread.of(
+            (task.task, result.retained_gain, task.precision)
             for task in self.tasks
             for name, result in task.sources.items()
-            if name == source and result.retained_gain is not None
-        ]
-        if not gains:
-            return None
-        worst, worst_task, _ = min(gains, key=lambda row: row[:2])
-        precisions = tuple(sorted({precision for *_, precision in gains if precision is not None}))
-        return GainSummary(len(gains), sum(gain for gain, *_ in gains) / len(gains), worst, worst_task, precisions)
+            if name == source
+        )
 
 
 @use_case
@@ -134,18 +112,18 @@ def evaluate(
     # A typing error is told before a model is loaded.
     rungs: list[Rung] = ["generate" if source == "recalled" else source for source in sources]  # as the rows have it
     if unknown := sorted(set(rungs).difference(SOURCES)):
-        raise DataError(f"{unknown[0]!r} is not a source", hint=f"the sources are {', '.join(SOURCES)}")
+        raise DataError(
+            f"{unknown[0]!r} is not a source", hint=f"the sources are {', '.join(map(source_name, SOURCES))}"
+        )
     check_place(device, workers)
     report, path = EvaluateReport(), None if data is None else Path(data)
     with context.open() as store, reporting(report):
-        given = _given_data(path, any_row=has_loaders(store))
+        given = None if path is None else read_examples(path)
+        if given is not None:  # before a model is loaded
+            check_examples(given, path=path, any_row=has_loaders(store))
         chosen = _tasks_with_text(store, tasks, Shard.of(shard), report, is_given=path is not None)
         failures = FailureLog(context, report, len(chosen))
-        context.progress(0, len(chosen))
-
-        def tell(note: str) -> None:
-            context.progress(len(report.tasks), len(chosen), note)
-
+        tell = context.counting(report.tasks, len(chosen))
         by_base = {label: list(group) for label, group in groupby(chosen, key=lambda task: task.base_model)}
         with worker_pool(context, store, device=device, workers=workers) as pool:
             for base_model, of_base in by_base.items():
@@ -159,7 +137,7 @@ def evaluate(
 
 
 @dataclass(frozen=True)
-class _Measured:
+class _TaskResults:
     """What was measured of one task, before it is recorded."""
 
     task: TaskEvaluated
@@ -177,27 +155,19 @@ def evaluate_tasks(
     max_tokens: int,
     *,
     again: bool,
-) -> Iterator[tuple[TaskRecord, _Measured | Failed | BaseUnavailable | None]]:
+) -> Iterator[tuple[TaskRecord, _TaskResults | Failed | BaseUnavailable | None]]:
     """Measure each task of one base model, on the bytes of the given file or on its own text; None if it was removed.
 
-    Args:
-        models: Loaded models, and the store.
-        tasks: The tasks.
-        tell: Called with what is being done.
-        sources: What to measure.
-        path: The given file.
-        data: Its bytes.
-        max_tokens: Tokens scored in each text.
-        again: Whether to measure again what was measured before.
+    `path` and `data` are the given file and its bytes; `evaluate` explains the other arguments.
     """
     texts = _Texts(models, path, data)
     for task in tasks:
-        result: _Measured | Failed | BaseUnavailable | None = None
+        result: _TaskResults | Failed | BaseUnavailable | None = None
         try:
             text, base = texts.of(task), models.base(task.base_model)
             losses = TaskLosses(models.store, models, task, text, max_tokens)
             done = TaskEvaluated(task.name, losses.measure(sources, again=again), text.skipped, base.dtype)
-            result = _Measured(done, losses.made, text.note)
+            result = _TaskResults(done, losses.made, text.note)
         except (BaseModelNotFound, BaseModelUnsuited) as error:
             result = BaseUnavailable(error)
         except TaskNotFound:  # `icm rm` does not wait for this
@@ -207,7 +177,7 @@ def evaluate_tasks(
         yield task, result
 
 
-def _record(context: Context, store: Store, name: str, made: _Measured | None, report: EvaluateReport) -> None:
+def _record(context: Context, store: Store, name: str, made: _TaskResults | None, report: EvaluateReport) -> None:
     """Record what was measured of a task, without what belongs to an adapter or a code that was replaced meanwhile."""
     if made is None:
         report.outdated.append(name)
@@ -219,7 +189,9 @@ def _record(context: Context, store: Store, name: str, made: _Measured | None, r
         return
     if made.note is not None and made.note not in report.notes:
         report.notes.append(made.note)
-    report.add(made.task, is_outdated=not is_current)
+    report.tasks.append(made.task)
+    report.without_original += [] if "original" in made.task.sources else [name]
+    report.outdated += [] if is_current else [name]
     context.on_event(made.task)
 
 
@@ -241,15 +213,6 @@ class _Texts:
         if self._shared is None:
             self._shared = EvaluationData.parse(self._data, base=base, path=self._path, template=None)
         return self._shared
-
-
-def _given_data(path: Path | None, *, any_row: bool) -> bytes | None:
-    """Read the file of `data`, and check that it has text before any model is loaded."""
-    if path is None:
-        return None
-    data = read_examples(path)
-    check_examples(data, path=path, any_row=any_row)
-    return data
 
 
 def _tasks_with_text(

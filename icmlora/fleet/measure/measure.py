@@ -1,6 +1,6 @@
 """Measure the sources of one task on held-out text.
 
-    base model, original, residual, code, generate, network
+    base model, original, residual, code, recalled, network
        └─ written in the form of the original ──PEFT──▶ base model with adapter ──▶ nats per token ──▶ retained gain
 
 Every adapter is written, read and loaded with PEFT before it is measured, so the figures are those of what a user gets,
@@ -21,6 +21,7 @@ from icmlora.base_models.examples.examples import EvaluationData
 from icmlora.base_models.modality import retained_gain
 from icmlora.errors import DataError, NotCovered
 from icmlora.fleet.measure.metric_result import MAX_TOKENS, MetricResult
+from icmlora.fleet.measure.precision import source_name
 from icmlora.fleet.resources.decoding import OriginalForm, decode_code, predict_adapter, read_form
 from icmlora.fleet.resources.loading import Models, read_original, read_runnable
 from icmlora.fleet.resources.texts import own_text
@@ -28,7 +29,6 @@ from icmlora.formats.format import RunnableAdapter
 from registry.records import (
     AdapterRecord,
     CodeRecord,
-    EvaluationRecord,
     GeneratorRecord,
     NewEvaluation,
     Rung,
@@ -69,7 +69,7 @@ def record_measurements(store: Store, made: Sequence[Measurement]) -> bool:
 
 
 def losses_on_own_text(store: Store, models: Models, task: TaskRecord, generator: GeneratorRecord) -> TaskLosses:
-    """Prepare to measure a task on its own held-out text, as `icm eval` does by default."""
+    """Prepare to measure a task on its own held-out text, as `icm eval` does; raises `DataError` without one."""
     if task.eval_data is None:  # before the base model is loaded
         raise DataError("it has no held-out text, so its retained gain cannot be measured")
     text = own_text(store, task, models.base(task.base_model))
@@ -233,8 +233,9 @@ class TaskLosses:
         found = modality.measure(self._base, self._text.examples, self._max_tokens)
         if not math.isfinite(found.value):
             name, dtype = modality.metric.name, self._base.dtype
-            fact = f"the {name} of {self._task.name!r} ({label}) is not a number: values overflow in {dtype}"
-            raise DataError(fact, hint="the training run diverged: use an earlier checkpoint")
+            what = f"the {name} of {self._task.name!r} ({source_name(label)})"
+            hint = "the training run diverged: use an earlier checkpoint"
+            raise DataError(f"{what} is not a number: values overflow in {dtype}", hint=hint)
         return MetricResult(modality.metric.name, found.value, found.count, found.utf8_bytes, dict(found.others))
 
     def _squared_error(self, source: Rung, written: RunnableAdapter, code: CodeRecord | None) -> float | None:
@@ -259,14 +260,12 @@ class TaskLosses:
 
     def _recorded(self) -> dict[Rung, SourceResult]:
         """Return what was measured before on the same text, in the same way, of the same generator."""
-        rows = [row for row in self._store.evaluations.all(self._task.name) if self._is_current(row)]
         return {
-            row.rung: SourceResult(row.rung, MetricResult.of(row), row.retained_gain, row.squared_error) for row in rows
+            row.rung: SourceResult(row.rung, MetricResult.of(row), row.retained_gain, row.squared_error)
+            for row in self._store.evaluations.all(self._task.name)
+            if (row.data, dict(row.settings)) == (self._text.digest, self._settings)
+            and row.generator_id == self._generator_of(row.rung)
         }
-
-    def _is_current(self, row: EvaluationRecord) -> bool:
-        same = (self._text.digest, self._generator_of(row.rung), self._settings)
-        return (row.data, row.generator_id, dict(row.settings)) == same
 
     def _generator_of(self, source: Rung) -> int | None:
         """Return the number of the generator that a source depends on."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from icmlora.adapter.metrics import GroupError, errors_by_group
 from icmlora.adapter.module_groups import grouping
 from icmlora.errors import DataError
-from icmlora.fleet.context import Context, use_case
+from icmlora.fleet.context import Context, current_code, use_case
 from icmlora.fleet.resources.decoding import decode_code
 from icmlora.fleet.resources.loading import read_original
 from icmlora.formats.catalogue import format_named
@@ -38,8 +38,7 @@ def module_errors(context: Context, task: str) -> Sequence[GroupError]:
     """
     with context.open(read_only=True) as store:
         known = store.tasks.get(task)
-        final, generator = store.tasks.final(known.name), store.generators.current(known.base_model)
-        code = None if generator is None else store.codes.get(known.name, generator.id)
+        final, (code, generator) = store.tasks.final(known.name), current_code(store, known)
         if final.is_evicted:
             hint = "only `icm verify` and what was measured before tell about its code now"
             raise DataError("its original was evicted: there is nothing to compare the code with", hint=hint)

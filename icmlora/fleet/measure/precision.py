@@ -1,10 +1,15 @@
-"""Say beside a figure in how few bits the base model was loaded that it was measured on. Full precision goes unsaid."""
+"""Say what a figure was measured of, and in how few bits its base model was loaded. Full precision goes unsaid."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
 from registry.names import LOAD_IN
+
+
+def source_name(rung: str) -> str:
+    """Return what people call a source. Rows and JSON keep the older word, which `icm generate` has taken since."""
+    return "recalled" if rung == "generate" else rung
 
 
 def gain_text(gain: float | None, precision: str | None, digits: int = 3, missing: str = "-") -> str:

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from icmlora.fleet.measure.precision import measured_in
-from icmlora.fleet.stats.bill import Bill
 from icmlora.fleet.stats.bill_text import claims_text, disk_lines, saving_text, shortfalls
+from icmlora.fleet.stats.stats import Bill
 from icmlora.formats.catalogue import format_named
 from icmlora.io.text import counted, escape, human_percent, human_size
 from registry.records import TaskSummary
@@ -23,20 +23,13 @@ class Figure:
 
 @dataclass(frozen=True)
 class Facts:
-    """What stands above the table.
+    """What stands above the table."""
 
-    Attributes:
-        title: What the fleet is.
-        figures: A few numbers.
-        sentences: The same, and what else there is to say, in words.
-        newest: The day of the newest task or generator; None in an empty store.
-        disk: Bytes by what they are for, without locks and the reserve, which differ from one reading to the next.
-    """
-
-    title: str
-    figures: Sequence[Figure]
-    sentences: Sequence[str]
-    newest: str | None
+    title: str  # what the fleet is
+    figures: Sequence[Figure]  # a few numbers
+    sentences: Sequence[str]  # the same, and what else there is to say, in words
+    newest: str | None  # the day of the newest task or generator; None in an empty store
+    # Bytes by what they are for, without locks and the reserve, which differ from one reading to the next.
     disk: Sequence[tuple[str, int]]
 
 

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from icmlora.base_models.examples.prompts import Prompt, given_prompts, prompts_of
 from icmlora.base_models.running.attach import adapted
 from icmlora.errors import BaseModelNotFound, BaseModelUnsuited, DataError
+from icmlora.fleet.context import current_code
 from icmlora.fleet.failures import FAILURES, BaseUnavailable, Failed, as_error
 from icmlora.fleet.measure.module_errors import decoded, errors_of
 from icmlora.fleet.resources.decoding import read_form
@@ -88,22 +89,17 @@ def task_outputs(
 ) -> TaskOutputs | Failed | BaseUnavailable:
     """Let the sources of a task answer; what is wrong with it is returned, so that others go on."""
     try:
-        return _answered(models, models.base(task.base_model), task, given, max_new_tokens)
+        base = models.base(task.base_model)
+        prompts = _prompts(models.store, base, task, given)
+        adapters, errors = _adapters(models, task)
+        sources: dict[str, RunnableAdapter | None] = {"base model": None, **adapters}
+        texts = {source: _texts(base, adapter, prompts, max_new_tokens) for source, adapter in sources.items()}
+        answers = [_side_by_side(prompt, texts, place) for place, prompt in enumerate(prompts)]
+        return TaskOutputs(task.name, answers, errors)
     except (BaseModelNotFound, BaseModelUnsuited) as error:
         return BaseUnavailable(error)
     except FAILURES as error:
         return Failed(as_error(error, models.loaded(task.base_model)))
-
-
-def _answered(
-    models: Models, base: BaseModel, task: TaskRecord, given: Given | None, max_new_tokens: int
-) -> TaskOutputs:
-    prompts = _prompts(models.store, base, task, given)
-    adapters, errors = _adapters(models, task)
-    sources: dict[str, RunnableAdapter | None] = {"base model": None, **adapters}
-    texts = {source: _texts(base, adapter, prompts, max_new_tokens) for source, adapter in sources.items()}
-    answers = [_side_by_side(prompt, texts, place) for place, prompt in enumerate(prompts)]
-    return TaskOutputs(task.name, answers, errors)
 
 
 def _prompts(store: Store, base: BaseModel, task: TaskRecord, given: Given | None) -> list[Prompt]:
@@ -120,10 +116,9 @@ def _prompts(store: Store, base: BaseModel, task: TaskRecord, given: Given | Non
 def _adapters(models: Models, task: TaskRecord) -> tuple[dict[str, RunnableAdapter], Sequence[GroupError]]:
     """Return the original and the best code of a task, as far as the store has them, and the errors of its codes."""
     store, found = models.store, dict[str, "RunnableAdapter"]()
-    final, generator = store.tasks.final(task.name), store.generators.current(task.base_model)
+    final, (code, generator) = store.tasks.final(task.name), current_code(store, task)
     if not final.is_evicted:
         found["original"] = read_runnable(store, final)
-    code = None if generator is None else store.codes.get(task.name, generator.id)
     if code is None or generator is None:
         return found, ()
     codes = decoded(store, models.generator_file(generator), code)

@@ -24,7 +24,7 @@ from icmlora.adapter.metrics import GroupError, dw_norm
 from icmlora.base_models.examples.prompts import Prompt
 from icmlora.base_models.running.pipeline import Drawing, Pipeline, Pixels, rmse
 from icmlora.errors import BaseModelNotFound, BaseModelUnsuited, DataError
-from icmlora.fleet.context import locate_base
+from icmlora.fleet.context import current_code, locate_base
 from icmlora.fleet.failures import FAILURES, BaseUnavailable, Failed, as_error
 from icmlora.fleet.measure.module_errors import decoded, errors_of
 from icmlora.fleet.resources.decoding import files_like_original, read_form
@@ -58,36 +58,25 @@ class Drawn:
 
 @dataclass(frozen=True)
 class Distances:
-    """How far pictures are apart, on average: root mean square over pixels with values in 0 to 1.
+    """How far pictures are apart, on average: root mean square over pixels with values in 0 to 1."""
 
-    Attributes:
-        to_original: Source -> distance of its pictures to those of the original with the same prompt and seed.
-        seeds: Distance of two pictures of the original with one prompt and different seeds; None with one seed.
-    """
-
+    # Source -> distance of its pictures to those of the original with the same prompt and seed.
     to_original: Mapping[str, float]
+    # Distance of two pictures of the original with one prompt and different seeds; None with one seed.
     seeds: float | None
 
 
 @dataclass(frozen=True)
 class TaskPictures:
-    """The pictures of a task.
+    """The pictures of a task."""
 
-    Attributes:
-        task: Its name.
-        sources: What was drawn: "base model", and as far as the store has them "original", "code", "code + residual".
-        prompts: The pictures.
-        distances: None where the original is not in the store.
-        errors: Relative errors of its code by block; empty where original or code are missing.
-        notes: What diffusers passed over, in words.
-    """
-
-    task: str
+    task: str  # its name
+    # What was drawn: "base model", and as far as the store has them "original", "code", "code + residual".
     sources: Sequence[str]
-    prompts: Sequence[Drawn]
-    distances: Distances | None
-    errors: Sequence[GroupError]
-    notes: Sequence[str]
+    prompts: Sequence[Drawn]  # the pictures
+    distances: Distances | None  # None where the original is not in the store
+    errors: Sequence[GroupError]  # relative errors of its code by block; empty where original or code are missing
+    notes: Sequence[str]  # what diffusers passed over, in words
 
 
 @dataclass(frozen=True)
@@ -172,8 +161,7 @@ class Studio:
             original = None if final.original_only is not None else read_original(store, final)
             norm = None if original is None else dw_norm(original)
             found["original"] = _Source(store.blobs.read(final.weights), norm)
-        generator = store.generators.current(task.base_model)
-        code = None if generator is None else store.codes.get(task.name, generator.id)
+        code, generator = current_code(store, task)
         if code is None or generator is None:
             return found, ()
         codes, form = decoded(store, self._models.generator_file(generator), code), read_form(store, final)
@@ -224,7 +212,7 @@ def distances(drawn: Mapping[str, Mapping[tuple[str, int], Pixels]]) -> Distance
 
 
 def data_uri(picture: Pixels) -> str:
-    """Return a picture as WebP in a data URI, scaled down to `MOST_EDGE` where it is larger."""
+    """Return a picture, uint8 (height, width, 3), as WebP in a data URI of at most `MOST_EDGE` pixels a side."""
     from PIL import Image
 
     image = Image.fromarray(picture)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from icmlora.fleet.map.label_placement import Box, place_labels
-from icmlora.fleet.stats.bill import Bill, TaskBill
+from icmlora.fleet.stats.stats import Bill, TaskBill
 from icmlora.io.text import counted, escape, human_size
 
 Quality = Literal["retained gain", "relative error"]
@@ -64,9 +64,6 @@ class RatePicture:
 
     title: str
     quality: Quality
-    width: float
-    height: float
-    frame: Box
     across: Sequence[Tick]
     up: Sequence[Tick]
     codes: Sequence[Dot]  # empty if there are many
@@ -75,6 +72,9 @@ class RatePicture:
     original_path: str
     notes: Sequence[Note]
     caption: str
+    width: float = _WIDTH
+    height: float = _HEIGHT
+    frame: Box = _FRAME
 
 
 def rate_picture(bill: Bill, numbers: Mapping[str, int]) -> RatePicture | None:
@@ -97,9 +97,6 @@ def rate_picture(bill: Bill, numbers: Mapping[str, int]) -> RatePicture | None:
     return RatePicture(
         title=f"{quality} against bytes of {counted(len(shown), 'task')}",
         quality=quality,
-        width=_WIDTH,
-        height=_HEIGHT,
-        frame=_FRAME,
         across=space.across(),
         up=space.up(),
         codes=[] if are_many else codes,
@@ -218,11 +215,8 @@ def _notes(tasks: Sequence[TaskBill], codes: Sequence[Dot], originals: Sequence[
     for ((x, y), text, kind), label in zip(kinds, labels, strict=True):
         if label is None:
             continue
-        box = label.box
-        anchor, at = {1: ("start", box.left), -1: ("end", box.right), 0: ("middle", box.middle[0])}[label.across]
-        end = box.middle[1] if label.across else box.top if box.top > y else box.bottom
-        line = (x, y, at, end) if label.is_away else None
-        notes.append(Note(at, box.middle[1] + 4, text, anchor, kind, line))  # type: ignore[arg-type]
+        line = (x, y, *label.end(y)) if label.is_away else None
+        notes.append(Note(label.x, label.box.middle[1] + 4, text, label.anchor, kind, line))
     return notes
 
 

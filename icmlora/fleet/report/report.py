@@ -6,11 +6,9 @@ adapter at a time; torch is imported only then.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,7 +30,7 @@ if TYPE_CHECKING:
     from icmlora.fleet.map.map import MapReport
     from icmlora.fleet.report.outputs import TaskOutputs
     from icmlora.fleet.report.pictures import TaskPictures
-    from icmlora.fleet.stats.bill import Bill
+    from icmlora.fleet.stats.stats import Bill
     from registry.records import TaskRecord, TaskSummary
     from registry.store import Store
 
@@ -42,29 +40,18 @@ MOST_MAPPED = 1000
 
 @dataclass
 class ReportSummary:
-    """What was written.
+    """What was written."""
 
-    Attributes:
-        file: The page.
-        size: Its bytes.
-        tasks: How many tasks are in its table.
-        maps: The base models whose task maps are on it.
-        quality: What the rate picture shows against bytes; None where no code was measured.
-        outputs: The tasks whose outputs it shows.
-        pictures: Those of image tasks.
-        failed: Chosen tasks without outputs, because something is wrong with them.
-        left_out: Base models of chosen tasks that could not be run.
-    """
-
-    file: Path
-    size: int = 0
-    tasks: int = 0
-    maps: list[str] = field(default_factory=list)
-    quality: Quality | None = None
-    outputs: list[str] = field(default_factory=list)
-    pictures: list[TaskPictures] = field(default_factory=list)
+    file: Path  # the page
+    size: int = 0  # its bytes
+    tasks: int = 0  # how many tasks are in its table
+    maps: list[str] = field(default_factory=list)  # the base models whose task maps are on it
+    quality: Quality | None = None  # what the rate picture shows against bytes; None where no code was measured
+    outputs: list[str] = field(default_factory=list)  # the tasks whose outputs it shows
+    pictures: list[TaskPictures] = field(default_factory=list)  # those of image tasks
+    # Chosen tasks without outputs, because something is wrong with them.
     failed: list[TaskFailed] = field(default_factory=list)
-    left_out: list[BaseModelLeftOut] = field(default_factory=list)
+    left_out: list[BaseModelLeftOut] = field(default_factory=list)  # base models of chosen tasks that could not be run
 
     @property
     def failures(self) -> dict[str, str]:
@@ -123,20 +110,8 @@ def write_report(
     report = ReportSummary(page_file)
     with context.open(read_only=True) as store:
         chosen = list({task.name: task for task in map(store.tasks.get, outputs)}.values())
-        made = (
-            _outputs(
-                context,
-                store,
-                chosen,
-                report,
-                prompts=prompts_file,
-                max_new_tokens=max_new_tokens,
-                drawing=(steps, seeds, image_size),
-                device=device,
-            )
-            if chosen
-            else []
-        )
+        drawing = steps, seeds, image_size
+        made = _outputs(context, store, chosen, report, prompts_file, max_new_tokens, drawing, device) if chosen else []
         page = _page(store, made, report.failures)
     report.tasks, report.outputs = len(page.table.rows), [found.task for found in made]
     report.maps = [found.base_model for found in page.maps if found.svg is not None]
@@ -150,10 +125,8 @@ def write_report(
 def _page(store: Store, outputs: Sequence[TaskOutputs | TaskPictures], failures: Mapping[str, str]) -> Page:
     """Read everything else that is on the page."""
     rows, has_wrong_rows = sound_tasks(store)
-    by_base: defaultdict[str, list[TaskSummary]] = defaultdict(list)
-    for row in rows:
-        by_base[row.task.base_model].append(row)
-    maps = {label: _map(store, label, by_base[label]) for label in sorted(by_base)}
+    labels = sorted({row.task.base_model for row in rows})
+    maps = {label: _map(store, label, [row for row in rows if row.task.base_model == label]) for label in labels}
     return assembled(rows, bill_of(store, rows, has_wrong_rows), maps, outputs, failures)
 
 
@@ -166,12 +139,8 @@ def assembled(
 ) -> Page:
     """Put what was read of a store together.
 
-    Args:
-        rows: All tasks.
-        bill: Their bytes and their quality.
-        maps: For each base model its map, or why there is none, or None where no task has vectors.
-        outputs: What chosen tasks write or draw.
-        failures: Why others of the chosen tasks have no outputs.
+    `maps` has for each base model its map, or why there is none, or None where no task has vectors; `failures` says why
+    chosen tasks have no outputs.
     """
     found = {label: made for label, made in maps.items() if made is not None}
     mapped = {task.name: task for made in found.values() if not isinstance(made, str) for task in made.map.tasks}
@@ -212,7 +181,6 @@ def _outputs(
     store: Store,
     tasks: Sequence[TaskRecord],
     report: ReportSummary,
-    *,
     prompts: Path | None,
     max_new_tokens: int,
     drawing: tuple[int, int, int | None],
@@ -241,14 +209,12 @@ def _outputs(
             made = studio.draw(task) if is_for_images else task_outputs(models, task, given, max_new_tokens)
             yield task, made
 
-    by_base = groupby(sorted(tasks, key=lambda task: task.base_model), key=lambda task: task.base_model)
-    bases = 0
-    for base_model, of_base in by_base:
-        bases += 1
+    labels = sorted({task.base_model for task in tasks})
+    for label in labels:
         results: Iterator[tuple[TaskRecord, TaskOutputs | TaskPictures]] = failures.results(
-            base_model, answered(of_base)
+            label, answered(task for task in tasks if task.base_model == label)
         )
         found |= {task.name: made for task, made in results}
-    failures.check(bases)
+    failures.check(len(labels))
     report.pictures = [made for made in found.values() if isinstance(made, TaskPictures)]
     return [found[task.name] for task in tasks if task.name in found]

@@ -10,8 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from icmlora.fleet.measure.precision import measured_in
-from icmlora.fleet.stats.bill import Bill, TaskBill
 from icmlora.fleet.stats.bill_text import limits_text
+from icmlora.fleet.stats.stats import Bill, TaskBill
 from icmlora.io.text import escape, escape_lines
 from icmlora.task_vectors.map import MappedTask
 from registry.names import natural_key

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -17,7 +18,7 @@ from icmlora.adapter.model import Adapter
 from icmlora.errors import AdapterRefused
 from icmlora.fleet.failures import FAILURES, as_error
 from icmlora.fleet.resources.loading import read_original
-from icmlora.fleet.resources.stored_vectors import latest_vectors
+from icmlora.fleet.resources.stored_vectors import latest_vectors, read_vectors, vectors_by_task
 from icmlora.generator.config import MAX_SLOTS
 from icmlora.generator.initial_a.draw import InitialA
 from icmlora.generator.initial_a.search import SeedSearch, initial_under
@@ -38,32 +39,36 @@ _LARGEST = 2.0**26  # norm of a dW: 2^50 is the most that the network takes, and
 _TOO_WIDE = f"its rank is above {MAX_SLOTS}, the largest that a code can hold"
 
 
+@dataclass(frozen=True)
+class _Rows:
+    """The rows of one task."""
+
+    final: AdapterRecord
+    checkpoints: Sequence[AdapterRecord]
+    vectors: Sequence[Mapping[str, VectorRecord]]  # by view, for each support set
+
+
 class StoreAdapterSource:
     """The tasks of one base model whose originals are there; implements `icmlora.training.source.AdapterSource`."""
 
     def __init__(self, store: Store, base_model: str, names: Collection[str] | None = None) -> None:
         self._store = store
         self.base_model = base_model
-        rows = [
-            row for row in store.tasks.summaries() if row.task.base_model == base_model and not row.final.is_evicted
-        ]
-        rows = [row for row in rows if names is None or row.task.name in names]
-        reasons = {row.task.name: row.final.original_only or _too_wide(row.final) for row in rows}
-        self.left_out = {name: reason for name, reason in reasons.items() if reason is not None}
-        rows = [row for row in rows if row.task.name not in self.left_out]
-        self.names = [row.task.name for row in rows]
-        self._finals = [row.final for row in rows]
-        self._checkpoints = [
-            [one for one in store.tasks.adapters(row.task.name) if _is_checkpoint(one)]
-            if names is None and row.checkpoints
-            else []
-            for row in rows
-        ]
-        vectors = defaultdict[str, list[VectorRecord]](list)
-        for row in store.vectors.all():
-            vectors[row.task].append(row)
-        self._vectors = [_by_support_set(vectors[name]) for name in self.names]
+        self.left_out: dict[str, str] = {}
         # Rows stay in memory; of the adapters, which are larger, only those read last.
+        self._tasks: list[_Rows] = []
+        vectors = vectors_by_task(store)
+        for row in store.tasks.summaries():
+            name, final = row.task.name, row.final
+            if row.task.base_model != base_model or final.is_evicted or (names is not None and name not in names):
+                continue
+            reason = final.original_only or _too_wide(final)
+            if reason is not None:
+                self.left_out[name] = reason
+                continue
+            of_all = names is None and row.checkpoints
+            checkpoints = list(filter(_is_checkpoint, store.tasks.adapters(name))) if of_all else []
+            self._tasks.append(_Rows(final, checkpoints, _by_support_set(vectors[name])))
         self._cache: OrderedDict[tuple[str, str], Adapter] = OrderedDict()
         self._cached = 0
         self._search = SeedSearch()
@@ -71,31 +76,31 @@ class StoreAdapterSource:
         self._initial = lru_cache(_CACHED_INITIALS)(self._find_initial)
         self._vector_file = lru_cache(_CACHED_VECTOR_FILES)(lambda blob: vectors_from_bytes(store.blobs.read(blob)))
 
+    @property
+    def names(self) -> list[str]:
+        """The names of the tasks."""
+        return [rows.final.task for rows in self._tasks]
+
     def leave_out_unusable(self, tell: Callable[[int, str], None]) -> None:
         """Leave out tasks and checkpoints whose bytes are damaged or whose values are too large, and note why.
 
         Args:
             tell: Called with the number and the name of each task before its adapters are read.
         """
-        kept = [task for task in range(len(self.names)) if self._is_usable(task, tell)]
-        self.names = [self.names[task] for task in kept]
-        self._finals = [self._finals[task] for task in kept]
-        self._checkpoints = [self._checkpoints[task] for task in kept]
-        self._vectors = [self._vectors[task] for task in kept]
+        kept: list[_Rows] = []
+        for task, rows in enumerate(self._tasks):
+            tell(task, rows.final.task)
+            try:
+                refuse_large(self._adapter_of(rows.final))
+                for support_set in range(self.support_sets(task)):
+                    self.vectors(task, support_set)
+            except FAILURES as error:
+                self.left_out[rows.final.task] = as_error(error).message
+            else:
+                kept.append(replace(rows, checkpoints=list(filter(self._is_usable, rows.checkpoints))))
+        self._tasks = kept
 
-    def _is_usable(self, task: int, tell: Callable[[int, str], None]) -> bool:
-        tell(task, self.names[task])
-        try:
-            refuse_large(self.load(task, None))
-            for support_set in range(self.support_sets(task)):
-                self.vectors(task, support_set)
-        except FAILURES as error:
-            self.left_out[self.names[task]] = as_error(error).message
-            return False
-        self._checkpoints[task] = [row for row in self._checkpoints[task] if self._is_usable_row(row)]
-        return True
-
-    def _is_usable_row(self, row: AdapterRecord) -> bool:
+    def _is_usable(self, row: AdapterRecord) -> bool:
         try:
             refuse_large(self._adapter_of(row))
         except FAILURES:
@@ -104,15 +109,15 @@ class StoreAdapterSource:
 
     def tasks(self) -> int:
         """Return the number of tasks."""
-        return len(self.names)
+        return len(self._tasks)
 
     def checkpoints(self, task: int) -> int:
         """Return the number of checkpoints of a task."""
-        return len(self._checkpoints[task])
+        return len(self._tasks[task].checkpoints)
 
     def final(self, task: int) -> AdapterRecord:
         """Return the row of a task's final adapter."""
-        return self._finals[task]
+        return self._tasks[task].final
 
     def adapters(self) -> int:
         """Return the number of adapters, checkpoints included."""
@@ -127,19 +132,27 @@ class StoreAdapterSource:
         return (layout_of(row) for row in self._rows())
 
     def _rows(self) -> Iterator[AdapterRecord]:
-        for final, checkpoints in zip(self._finals, self._checkpoints, strict=True):
-            yield final
-            yield from checkpoints
+        for rows in self._tasks:
+            yield rows.final
+            yield from rows.checkpoints
 
     def digest(self) -> str:
         """Return a digest of everything that training reads: adapters, checkpoints and vectors."""
         adapters = [[row.task, row.is_final, row.weights, row.config] for row in self._rows()]
-        vectors = [[sorted((view, row.blob) for view, row in rows.items()) for rows in sets] for sets in self._vectors]
+        vectors = [
+            [sorted((view, row.blob) for view, row in views.items()) for views in rows.vectors] for rows in self._tasks
+        ]
         return hashlib.sha256(json.dumps([adapters, vectors]).encode()).hexdigest()
 
     def load(self, task: int, checkpoint: int | None) -> Adapter:
-        """Read one checkpoint of a task, or its final adapter (None)."""
-        return self._adapter_of(self._finals[task] if checkpoint is None else self._checkpoints[task][checkpoint])
+        """Read one checkpoint of a task, or its final adapter (None).
+
+        Raises:
+            AdapterRefused: The adapter is damaged.
+            DamagedStore: Its bytes are missing or damaged.
+        """
+        rows = self._tasks[task]
+        return self._adapter_of(rows.final if checkpoint is None else rows.checkpoints[checkpoint])
 
     def _adapter_of(self, row: AdapterRecord) -> Adapter:
         key = row.config, row.weights  # the same weights under another alpha are another adapter
@@ -169,35 +182,29 @@ class StoreAdapterSource:
 
     def support_sets(self, task: int) -> int:
         """Return the number of support sets with vectors, 0 without any."""
-        return len(self._vectors[task])
+        return len(self._tasks[task].vectors)
 
     def vectors(self, task: int, support_set: int) -> Mapping[str, torch.Tensor]:
-        """Return a task's vectors of one support set by view."""
-        rows = self._vectors[task][support_set]
+        """Return a task's vectors of one support set by view, each float32 of shape (hidden,)."""
+        rows = self._tasks[task].vectors[support_set]
         return {view: self._vector_file(row.blob)[row.view][row.support_set] for view, row in rows.items()}
 
     def mean_vectors(self, task: int) -> Mapping[str, torch.Tensor]:
-        """Return a task's vectors by view, averaged over its support sets."""
-        return mean_vectors(self._store, [row for sets in self._vectors[task] for row in sets.values()])
+        """Return a task's vectors by view, averaged over its support sets, each float32 of shape (hidden,)."""
+        return mean_vectors(self._store, [row for views in self._tasks[task].vectors for row in views.values()])
 
     def condition_size(self) -> int:
         """Return the length of the fleet's vectors, 0 without any."""
-        return next((row.dim for sets in self._vectors for rows in sets for row in rows.values()), 0)
+        return next((row.dim for rows in self._tasks for views in rows.vectors for row in views.values()), 0)
 
 
 def mean_vectors(store: Store, rows: Iterable[VectorRecord]) -> dict[str, torch.Tensor]:
-    """Average a task's vectors over its support sets: view -> tensor of shape (hidden,)."""
+    """Average a task's vectors over its support sets: view -> float32 of shape (hidden,)."""
     views: defaultdict[str, list[torch.Tensor]] = defaultdict(list)
     latest = latest_vectors(rows)
-    for row, values in zip(latest, _read(store, latest), strict=True):
-        views[row.view].append(values)
+    for row, values in zip(latest, read_vectors(store.blobs.read, latest), strict=True):
+        views[row.view].append(torch.from_numpy(values))
     return {view: torch.stack(sets).mean(dim=0) for view, sets in views.items()}
-
-
-def _read(store: Store, rows: Sequence[VectorRecord]) -> list[torch.Tensor]:
-    """Read vectors; a file holds all vectors of one extraction, so each is read once."""
-    files = {blob: vectors_from_bytes(store.blobs.read(blob)) for blob in {row.blob for row in rows}}
-    return [files[row.blob][row.view][row.support_set] for row in rows]
 
 
 def layout_of(row: AdapterRecord) -> list[ModuleShape]:
@@ -210,7 +217,11 @@ def _is_checkpoint(row: AdapterRecord) -> bool:
 
 
 def refuse_large(adapter: Adapter) -> float:
-    """Return the norm of dW; refuse an adapter whose training diverged, with which no network could be trained."""
+    """Return the norm of dW; refuse an adapter whose training diverged, with which no network could be trained.
+
+    Raises:
+        AdapterRefused: The dW of a module has a norm above 2^26, or is not a number.
+    """
     norms = module_norms(adapter)
     for name, norm in norms.items():
         if not norm <= _LARGEST:  # nor NaN

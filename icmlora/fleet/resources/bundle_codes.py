@@ -180,7 +180,7 @@ class BundleCodes:
 
 
 def find_task(index: BundleIndex, name: str) -> BundledTask:
-    """Return a task of a bundle by name, in any case."""
+    """Return a task of a bundle by name, in any case; raises `DataError` if there is none."""
     task = index.task(name)
     if task is None:
         close = difflib.get_close_matches(name, [task.name for task in index.tasks], n=1)
@@ -220,7 +220,7 @@ def bundled_adapter(task: BundledTask, file: BundleFile) -> NewAdapter:
 
 
 def bundled_vectors(task: BundledTask, file: BundleFile) -> list[NewVector]:
-    """Return the rows of a task's vectors."""
+    """Return the rows of a task's vectors; raises `BundleError` if they are not those of the index."""
     from icmlora.task_vectors.file import arrays_from_bytes
 
     if task.vectors is None:

@@ -32,17 +32,11 @@ Decoded = Literal["residual", "code", "recalled", "network"]
 
 
 class CodeSource(Protocol):
-    """An open store or bundle: its rows, the bytes that they name, and what is made of both.
+    """An open store or bundle: its rows, the bytes that they name, and what is made of both."""
 
-    Attributes:
-        name: "store" or "bundle".
-        better: How to get better codes, as a hint.
-        takes_claims: Whether limits are held against what a bundle claims of its codes.
-    """
-
-    name: str
-    better: str
-    takes_claims: bool
+    name: str  # "store" or "bundle"
+    better: str  # how to get better codes, as a hint
+    takes_claims: bool  # whether limits are held against what a bundle claims of its codes
 
     @property
     def any_row(self) -> bool:

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Literal
 from icmlora.adapter.layout import ModuleShape
 from icmlora.adapter.model import Adapter
 from icmlora.errors import CodeError, DataError
-from icmlora.fleet.context import OpenedGenerator
 from icmlora.fleet.resources.code_source import template_of
 from icmlora.formats.catalogue import format_named
 from icmlora.formats.format import AdapterBytes, AdapterFormat, RunnableAdapter, Template
@@ -21,14 +20,14 @@ if TYPE_CHECKING:
     from icmlora.base_models.finding.tensors import BaseTensors
     from icmlora.generator.codec import Codec
     from icmlora.io.safetensors import RawTensor
-    from registry.records import AdapterRecord, CodeRecord, GeneratorRecord
+    from registry.records import AdapterRecord, CodeRecord
     from registry.store import Store
 
 
 def decode_code(
     store: Store, generator_file: GeneratorFile, code: CodeRecord, source: Literal["residual", "code"]
 ) -> Adapter:
-    """Read a code from disk and decode it."""
+    """Read a code from disk and decode it; raises `DamagedStore`, or `CodeError` for one that is no code."""
     return code_reader(store.blobs.read, generator_file, code, source)()
 
 
@@ -82,17 +81,9 @@ def files_like_original(adapter: Adapter, form: OriginalForm) -> AdapterBytes:
     return replace(files, card=None, companions=form.files)
 
 
-class StoredDecoder:
-    """Decodes the codes of a store into the files of adapters; a generator is read once for all its codes."""
-
-    def __init__(self, store: Store) -> None:
-        self._store, self._generator = store, OpenedGenerator()
-
-    def files(self, final: AdapterRecord, code: CodeRecord, generator: GeneratorRecord) -> AdapterBytes:
-        """Return the files of a task as its code brings them back."""
-        generator_file = self._generator.get(generator.blob, self._store.blobs.read)
-        adapter = decode_code(self._store, generator_file, code, code.rung)
-        return files_like_original(adapter, read_form(self._store, final))
+def files_of_code(store: Store, generator_file: GeneratorFile, final: AdapterRecord, code: CodeRecord) -> AdapterBytes:
+    """Return the files of a task as its code brings them back."""
+    return files_like_original(decode_code(store, generator_file, code, code.rung), read_form(store, final))
 
 
 def read_companions(read: Callable[[str], bytes], final: AdapterRecord) -> dict[str, bytes]:
@@ -146,7 +137,7 @@ def predict_adapter(
     *,
     seed: int | None = None,
 ) -> Adapter:
-    """Predict the adapter of a task from its task vectors with the network alone."""
+    """Predict the adapter of a task from its vectors with the network alone; raises `DataError` if it has none."""
     from icmlora.fleet.resources.adapter_source import mean_vectors  # imports what training needs
 
     vectors = mean_vectors(store, store.vectors.all(final.task))

@@ -17,16 +17,16 @@ from icmlora.base_models.finding.lookup import FoundBase, inspect_base
 from icmlora.base_models.modality import BaseModel
 from icmlora.base_models.quantised import check_load_in
 from icmlora.errors import BaseModelNotFound, BaseModelUnsuited, OutputExists
-from icmlora.fleet.context import base_record, locate_base
+from icmlora.fleet.context import OpenedGenerator, base_record, locate_base
 from icmlora.formats.catalogue import format_named
 from icmlora.formats.format import LoadedAdapter, RunnableAdapter
 from icmlora.generator.initial_a.search import SeedSearch
-from icmlora.generator.versions import GeneratorFile
 from icmlora.io.devices import inference_dtype
 from registry.records import AdapterRecord, GeneratorRecord
 
 if TYPE_CHECKING:
     from icmlora.fleet.resources.recalled_code import Exemplars
+    from icmlora.generator.versions import GeneratorFile
     from registry.store import Store
 
 
@@ -97,7 +97,7 @@ def load_base(
 def _converted(found: FoundBase, cache: Path) -> FoundBase:
     if not found.is_gguf:
         return found
-    from icmlora.base_models.running.gguf import convert_gguf  # imports transformers
+    from icmlora.base_models.load import convert_gguf  # imports transformers
 
     # Dequantising a GGUF file takes a minute, reading the result a second.
     folder = cache / "base-models" / found.stamp()[:32]
@@ -114,25 +114,18 @@ class Models:
     """
 
     def __init__(
-        self,
-        store: Store,
-        device: torch.device,
-        cache: Path,
-        on_facts: Callable[[BaseFacts], None] | None = None,
+        self, store: Store, device: torch.device, cache: Path, on_facts: Callable[[BaseFacts], None] | None = None
     ) -> None:
         self.store, self.device = store, device
         self.seeds = SeedSearch()
         self._cache, self._on_facts = cache, on_facts
-        self._generator_file: GeneratorFile | None = None
+        self._generator = OpenedGenerator()
         self._exemplars: tuple[int, Exemplars] | None = None
         self._bases: dict[tuple[str, torch.dtype], BaseModel | BaseModelNotFound | BaseModelUnsuited] = {}
 
     def generator_file(self, generator: GeneratorRecord) -> GeneratorFile:
         """Return the versions of a generator. Its digest is checked when it is read."""
-        if self._generator_file is None or self._generator_file.digests[-1] != generator.blob:
-            self._generator_file = None
-            self._generator_file = GeneratorFile(self.store.blobs.read(generator.blob))
-        return self._generator_file
+        return self._generator.get(generator.blob, self.store.blobs.read)
 
     def exemplars(self, generator: GeneratorRecord) -> Exemplars:
         """Return the tasks of a generator as exemplars."""
@@ -170,7 +163,7 @@ class Models:
 
 
 def read_original(store: Store, final: AdapterRecord) -> Adapter:
-    """Read the original of a task; alpha / rank is multiplied into its weights."""
+    """Read the original of a task, alpha / rank multiplied into B; raises `AdapterRefused` or `DamagedStore`."""
     return original_reader(store, final)()
 
 

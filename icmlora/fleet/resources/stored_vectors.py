@@ -30,11 +30,11 @@ NO_VECTORS = "run `icm vectors` to extract the missing vectors"
 
 @dataclass(frozen=True)
 class LeftOut:
-    """A task whose vectors cannot be compared with the others, and why."""
+    """A task that cannot be compared with the others, and why."""
 
     task: str
     reason: str
-    is_damaged: bool = False  # whether they are in the store, and cannot be read
+    is_damaged: bool = False  # whether its vectors are in the store, and cannot be read
 
 
 @dataclass(frozen=True)
@@ -89,14 +89,14 @@ def comparable(
             left_out.append(LeftOut(name, _reason(rows[name], view, made_by.get(name), chosen)))
             continue
         try:
-            vectors[name] = _read(read, in_view[name])
+            vectors[name] = np.stack(read_vectors(read, in_view[name]))
         except (DamagedStore, IcmLoraError) as error:
             left_out.append(LeftOut(name, f"its vectors cannot be read: {error.message}", is_damaged=True))
     return ComparableVectors(vectors, tuple(left_out), chosen if vectors else None)
 
 
 def tasks_of_one_base(store: Store, base_model: str | None) -> tuple[str, Sequence[TaskRecord]]:
-    """Return the chosen base model, or the only one with vectors, and its tasks."""
+    """Return the chosen base model, or the only one with vectors, and its tasks; raises `DataError` without one."""
     by_base: defaultdict[str, list[TaskRecord]] = defaultdict(list)
     has_vectors: defaultdict[str, bool] = defaultdict(bool)
     for row in store.tasks.summaries():
@@ -123,9 +123,15 @@ def comparison_key(extractor: Json) -> str:
     return json.dumps({name: value for name, value in extractor.items() if name != "template"}, sort_keys=True)
 
 
-def _read(read: Callable[[str], bytes], rows: Sequence[VectorRecord]) -> NDArray[np.float32]:
+def read_vectors(read: Callable[[str], bytes], rows: Sequence[VectorRecord]) -> list[NDArray[np.float32]]:
+    """Read vectors, each of shape (hidden,); a file holds all of one extraction, so each is read once.
+
+    Raises:
+        DataError: A file does not hold vectors.
+        DamagedStore: Its bytes are missing or damaged.
+    """
     files = {blob: arrays_from_bytes(read(blob)) for blob in {row.blob for row in rows}}
-    return np.stack([files[row.blob][row.view][row.support_set] for row in rows])
+    return [files[row.blob][row.view][row.support_set] for row in rows]
 
 
 def _reason(rows: Sequence[VectorRecord], view: View, made_by: str | None, chosen: str | None) -> str:

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 
@@ -58,27 +58,11 @@ Work = Callable[Concatenate[Models, Sequence["TaskRecord"], Tell, P], Iterator[t
 """What is called, of a module: it yields each task of some of one base model with its result, and writes nothing."""
 
 
-class Workers(Protocol):
-    """Where a function is called on many tasks."""
-
-    def each(
-        self, work: Work[P, R], tasks: Sequence[TaskRecord], tell: Tell, *args: P.args, **kwargs: P.kwargs
-    ) -> Iterator[tuple[TaskRecord, R | Failed]]:
-        """Call `work` with models, tasks, `tell` and the other arguments; yield tasks as they are done.
-
-        On workers it gets one task at a time, and its arguments and results are pickled.
-        """
-
-
 @contextmanager
-def worker_pool(context: Context, store: Store, *, device: str, workers: str | None) -> Iterator[Workers]:
+def worker_pool(context: Context, store: Store, *, device: str, workers: str | None) -> Iterator[_ThisProcess | _Pool]:
     """Start workers for a block.
 
-    Args:
-        context: what to open the store with.
-        store: the store, as this process has it.
-        device: the device of each worker.
-        workers: as in `check_place`.
+    `workers` is as in `check_place`, and `device` that of each worker.
 
     Raises:
         WorkersUnavailable: Ray is not installed, or there is no cluster.
@@ -124,11 +108,14 @@ def naming(task: TaskRecord, tell: Tell) -> Tell:
 
 @dataclass(frozen=True)
 class _ThisProcess:
+    """Calls a function here, on all tasks at once."""
+
     models: Models
 
     def each(
         self, work: Work[P, R], tasks: Sequence[TaskRecord], tell: Tell, *args: P.args, **kwargs: P.kwargs
     ) -> Iterator[tuple[TaskRecord, R | Failed]]:
+        """Call `work` with models, tasks, `tell` and the other arguments; yield tasks as they are done."""
         yield from work(self.models, tasks, tell, *args, **kwargs)
 
 
@@ -151,12 +138,9 @@ class _Worker:
         """Compute the result of a task, and return what was learnt of its base model on the way."""
         work, args, kwargs = call
         self._facts.clear()
-        ((_, result),) = work(self._models, [task], _unheard, *args, **kwargs)
+        # Nobody is shown the notes: the bar counts the tasks of all workers.
+        ((_, result),) = work(self._models, [task], lambda note: None, *args, **kwargs)
         return result, list(self._facts)
-
-
-def _unheard(text: str) -> None:
-    """Take a note that nobody is shown: the bar counts the tasks of all workers."""
 
 
 class _Pool:
@@ -174,6 +158,7 @@ class _Pool:
     def each(
         self, work: Work[P, R], tasks: Sequence[TaskRecord], tell: Tell, *args: P.args, **kwargs: P.kwargs
     ) -> Iterator[tuple[TaskRecord, R | Failed]]:
+        """Call `work` as `_ThisProcess` does, with one task at a time; its arguments and results are pickled."""
         call = self._ray.put((work, args, kwargs))  # once: a file of held-out text may be among the arguments
         # Large ones first: a large one that comes last keeps the other workers waiting.
         waiting = deque(sorted(tasks, key=lambda task: -self._parameters.get(task.name, 0)))

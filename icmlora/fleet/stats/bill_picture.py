@@ -11,7 +11,7 @@ from icmlora.io.staging import check_absent, writing_file
 from icmlora.io.text import counted
 
 if TYPE_CHECKING:
-    from icmlora.fleet.stats.bill import BaseModelBill, Bill
+    from icmlora.fleet.stats.stats import BaseModelBill, Bill
 
 _MEBIBYTE = 2**20
 # Without the date: the same store gives the same bytes.
@@ -20,7 +20,7 @@ _GREY, _BLUE = "#6e7781", "#0072b2"  # both are readable on white and on black
 
 
 def check_plot(path: Path, *, force: bool = False) -> None:
-    """Check that a plot can be drawn to a file, before anything is computed for it."""
+    """Check that a plot can be drawn to a file; raises `DataError` or `OutputExists`."""
     if path.suffix.lower() not in _METADATA:
         raise DataError("a plot is an .svg, .png or .pdf file", path=path, hint="use one of these endings")
     check_absent(path, force=force)
@@ -28,7 +28,7 @@ def check_plot(path: Path, *, force: bool = False) -> None:
 
 
 def plot_bill(found: Bill, path: Path, *, force: bool = False) -> None:
-    """Draw bytes against the number of tasks: all adapters in bf16, and generator plus codes and vectors."""
+    """Draw bytes against tasks, as adapters in bf16 and as generator and codes; raises `DataError` without a code."""
     fleets = [fleet for fleet in found.fleets if fleet.encoded]
     if not fleets:
         raise DataError("no task has a code, so there is nothing to draw", hint="run `icm train`")

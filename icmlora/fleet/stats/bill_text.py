@@ -6,11 +6,11 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from icmlora.fleet.stats.bill import Bill
 from icmlora.io.text import counted, human_percent, human_size
 from registry.records import CodeLimits
 
 if TYPE_CHECKING:
+    from icmlora.fleet.stats.stats import Bill
     from registry.usage import Usage
 
 

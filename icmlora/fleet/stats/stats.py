@@ -1,23 +1,228 @@
-"""Count what a store takes on disk, what its generators and codes save, and what they cost in quality.
+"""Count what a store takes on disk, what its generators and codes save, and what they cost in quality: `icm stats`.
 
 Sizes are those of the files. A blob that several rows share counts once in the totals, and fully in each task's line.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from icmlora.fleet.context import Context, use_case
-from icmlora.fleet.stats.bill import BaseModelBill, Bill, TaskBill
-from registry.records import GeneratorRecord, TaskSummary
+from registry.records import CodeLimits, GeneratorRecord, TaskSummary, WithRelativeError
 from registry.tables.evaluations import latest
 
 if TYPE_CHECKING:
     from registry.store import Store
+    from registry.usage import Usage
 
 _BF16 = 2  # bytes per parameter: what a user would otherwise keep
+
+
+@dataclass(frozen=True)
+class TaskBill(WithRelativeError):
+    """The bytes and the quality of one task; None where it has no code, or was not measured."""
+
+    task: str
+    bf16_size: int
+    original_size: int
+    vectors_size: int
+    code_size: int | None
+    residual_size: int | None
+    rung: Literal["residual", "code"] | None
+    squared_error: float | None
+    retained_gain: float | None
+    evicted: bool
+    asked: CodeLimits | None
+    original_only: str | None  # why there can be no code
+    extras_bytes: int
+    precision: str | None = None  # of the base model that the gain was measured on
+    is_claimed: bool = False  # its figures are those that a bundle claims, so they are left out here
+
+    @property
+    def size(self) -> int:
+        """Bytes of what stands for the adapter: code, residual, vectors and extras, or an original without a code."""
+        return self.codes_and_vectors_size + self.extras_bytes + (self.original_size if self.original_only else 0)
+
+    @property
+    def codes_and_vectors_size(self) -> int:
+        """Bytes of code, residual and vectors."""
+        return (self.code_size or 0) + (self.residual_size or 0) + self.vectors_size
+
+    @property
+    def fell_short(self) -> bool:
+        """Whether no code meets its limits, so that its original has to stay."""
+        return self.asked is not None and not self.asked.is_kept and not self.evicted
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A figure over the tasks of which it was measured."""
+
+    tasks: int
+    mean: float
+    worst: float
+    worst_task: str
+    precisions: tuple[str, ...] = ()  # of the base models that gains were measured on, sorted
+
+    @classmethod
+    def of(cls, figures: Iterable[tuple[str, float | None, str | None]], *, high_is_bad: bool = False) -> Spread | None:
+        """Sum up the figures of tasks, each with the precision of its base model; None where no task has one."""
+        known = [(task, value, precision) for task, value, precision in figures if value is not None]
+        if not known:
+            return None
+        worst_task, worst, _ = min(known, key=lambda row: (-row[1] if high_is_bad else row[1], row[0]))
+        precisions = {precision for *_, precision in known if precision is not None}
+        mean = sum(value for _, value, _ in known) / len(known)
+        return cls(len(known), mean, worst, worst_task, tuple(sorted(precisions)))
+
+
+class _Sums:
+    """What one base model and the whole store have in common: sums over tasks."""
+
+    @property
+    def each(self) -> Iterable[TaskBill]:
+        """All tasks."""
+        raise NotImplementedError
+
+    @property
+    def bf16_size(self) -> int:
+        """Bytes of all final adapters in bfloat16; savings are relative to this."""
+        return sum(task.bf16_size for task in self.each)
+
+    @property
+    def evicted(self) -> int:
+        """How many tasks are evicted."""
+        return sum(task.evicted for task in self.each)
+
+    @property
+    def relative_errors(self) -> Spread | None:
+        """The relative errors of the codes with their residuals; None where none was measured."""
+        return Spread.of(((task.task, task.relative_error, None) for task in self.each), high_is_bad=True)
+
+    @property
+    def retained_gains(self) -> Spread | None:
+        """The retained gains of the codes with their residuals; None where none was measured."""
+        return Spread.of((task.task, task.retained_gain, task.precision) for task in self.each)
+
+
+@dataclass(frozen=True)
+class BaseModelBill(_Sums):
+    """The tasks of one base model."""
+
+    base_model: str
+    generator: GeneratorRecord | None
+    tasks: tuple[TaskBill, ...]
+    extras_bytes: int  # of all tasks; what several tasks share counts once
+
+    @property
+    def each(self) -> tuple[TaskBill, ...]:
+        """All tasks."""
+        return self.tasks
+
+    @property
+    def generator_size(self) -> int:
+        """Bytes of the current generator's file."""
+        return 0 if self.generator is None else self.generator.size
+
+    @property
+    def start_size(self) -> int:
+        """Bytes of the generator's few-shot start; 0 if it has none."""
+        return 0 if self.generator is None else self.generator.start_size
+
+    @property
+    def shared_size(self) -> int:
+        """Bytes that all tasks share: the generator and its few-shot start."""
+        return self.generator_size + self.start_size
+
+    @property
+    def codes_and_vectors_size(self) -> int:
+        """Bytes of all codes, residuals and vectors."""
+        return sum(task.codes_and_vectors_size for task in self.tasks)
+
+    @property
+    def per_task_size(self) -> int:
+        """Bytes of all that stands for the adapters; what several tasks share counts once."""
+        return sum(task.size - task.extras_bytes for task in self.tasks) + self.extras_bytes
+
+    @property
+    def original_only(self) -> tuple[TaskBill, ...]:
+        """The tasks of which there can be no code."""
+        return tuple(task for task in self.tasks if task.original_only is not None)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every task has a code that can have one, so that the bill covers all of them."""
+        return bool(self.encoded) and len(self.encoded) + len(self.original_only) == len(self.tasks)
+
+    @property
+    def encoded(self) -> tuple[TaskBill, ...]:
+        """The tasks that have a code."""
+        return tuple(task for task in self.tasks if task.code_size is not None)
+
+    @property
+    def short(self) -> tuple[TaskBill, ...]:
+        """The tasks that keep their original because no code meets their limits."""
+        return tuple(task for task in self.tasks if task.fell_short)
+
+    @property
+    def marginal_size(self) -> float | None:
+        """Mean bytes of one more task: its code, residual and vectors."""
+        if not self.encoded:
+            return None
+        return sum(task.size for task in self.encoded) / len(self.encoded)
+
+    @property
+    def break_even(self) -> int | None:
+        """The number of tasks from which generator and codes are smaller than bf16; None if they never are."""
+        if self.marginal_size is None:
+            return None
+        saved = sum(task.bf16_size for task in self.encoded) / len(self.encoded) - self.marginal_size
+        return math.ceil(self.shared_size / saved) if saved > 0 else None
+
+
+@dataclass(frozen=True)
+class Bill(_Sums):
+    """The whole store."""
+
+    usage: Usage
+    fleets: tuple[BaseModelBill, ...]
+
+    @property
+    def each(self) -> list[TaskBill]:
+        """All tasks."""
+        return [task for fleet in self.fleets for task in fleet.tasks]
+
+    @property
+    def tasks(self) -> int:
+        """How many tasks there are."""
+        return len(self.each)
+
+    @property
+    def compact_size(self) -> int:
+        """Bytes of all that the adapters need without the originals of which there is a code."""
+        usage = self.usage
+        uncoded = sum(task.original_size for fleet in self.fleets for task in fleet.original_only)
+        coded = usage.generators + usage.codes + usage.residuals + usage.vectors + usage.extras
+        return coded + usage.database + uncoded
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether there are tasks and the compact size covers all of them."""
+        return bool(self.fleets) and all(fleet.is_complete for fleet in self.fleets)
+
+    @property
+    def original_only(self) -> int:
+        """How many tasks there are of which there can be no code."""
+        return sum(len(fleet.original_only) for fleet in self.fleets)
+
+    @property
+    def compact_share(self) -> float | None:
+        """The compact size as a share of bf16 (above 1 if it is larger); None until every task has a code."""
+        return self.compact_size / self.bf16_size if self.is_complete and self.bf16_size else None
 
 
 @use_case
@@ -33,21 +238,15 @@ def stats(context: Context, *, plot: str | Path | None = None, force: bool = Fal
         DataError: The plot has another ending, matplotlib is missing, or no task has a code to draw.
         OutputExists: The file exists and `force` is not given.
     """
-    plot = None if plot is None else Path(plot)
-    if plot is None:
-        return bill(context)
-    from icmlora.fleet.stats.bill_picture import check_plot, plot_bill
+    if plot is not None:
+        from icmlora.fleet.stats.bill_picture import check_plot, plot_bill
 
-    check_plot(plot, force=force)
-    found = bill(context)
-    plot_bill(found, plot, force=force)
-    return found
-
-
-def bill(context: Context) -> Bill:
-    """Count everything. Reads rows and file sizes, but no file's content."""
+        check_plot(Path(plot), force=force)
     with context.open(read_only=True) as store:
-        return bill_of(store, *sound_tasks(store))
+        found = bill_of(store, *sound_tasks(store))
+    if plot is not None:
+        plot_bill(found, Path(plot), force=force)
+    return found
 
 
 def sound_tasks(store: Store) -> tuple[list[TaskSummary], bool]:
@@ -57,7 +256,10 @@ def sound_tasks(store: Store) -> tuple[list[TaskSummary], bool]:
 
 
 def bill_of(store: Store, rows: Sequence[TaskSummary], has_wrong_rows: bool) -> Bill:
-    """Count everything in an open store, of which `rows` are all tasks whose figures depend on no wrong row."""
+    """Count everything in an open store, of which `rows` are all tasks whose figures depend on no wrong row.
+
+    Reads rows and file sizes, but no file's content.
+    """
     labels = sorted({row.task.base_model for row in rows})
     per_task = _TaskBills(store, [row.task.name for row in rows])
     fleets = []

@@ -28,6 +28,7 @@ from icmlora.fleet.failures import FAILURES, as_error
 from icmlora.fleet.resources.adapter_source import refuse_large
 from icmlora.fleet.resources.decoding import code_reader
 from icmlora.fleet.resources.loading import original_reader
+from icmlora.fleet.resources.stored_vectors import LeftOut
 from icmlora.formats.tensor_hash import plain_config, tensors_digest
 from icmlora.io.second_process import in_two_processes
 from icmlora.io.threads import side_by_side
@@ -46,67 +47,38 @@ _IN_MEMORY = 4  # adapters of the pairs that are compared; one may have hundreds
 
 @dataclass(frozen=True)
 class DuplicatePair:
-    """A task and another one that its adapter is like.
+    """A task and another one that its adapter is like."""
 
-    Attributes:
-        task: The task.
-        like: The oldest one of its group; if that is farther than the limit, the nearest task linking it to the group.
-        same_tensors: Whether their tensors are equal, and mean the same.
-        distance: ||dW - dW'|| / max(||dW||, ||dW'||); 0 for the same tensors.
-        extras_differ: Whether heads, biases or other tensors next to dW differ.
-    """
-
-    task: str
+    task: str  # the task
+    # The oldest one of its group; if that is farther than the limit, the nearest task linking it to the group.
     like: str
-    same_tensors: bool
-    distance: float
-    extras_differ: bool = False
+    same_tensors: bool  # whether their tensors are equal, and mean the same
+    distance: float  # ||dW - dW'|| / max(||dW||, ||dW'||); 0 for the same tensors
+    extras_differ: bool = False  # whether heads, biases or other tensors next to dW differ
 
 
 @dataclass(frozen=True)
 class DuplicateGroup:
-    """Tasks of one base model that are connected by distances within the limit.
+    """Tasks of one base model that are connected by distances within the limit."""
 
-    Attributes:
-        base_model: Their base model.
-        tasks: The tasks, oldest first.
-        pairs: One for each task but the oldest, nearest first.
-    """
-
-    base_model: str
-    tasks: tuple[str, ...]
-    pairs: tuple[DuplicatePair, ...]
-
-
-@dataclass(frozen=True)
-class NotCompared:
-    """A task whose adapter could not be read, and why."""
-
-    task: str
-    reason: str
+    base_model: str  # their base model
+    tasks: tuple[str, ...]  # the tasks, oldest first
+    pairs: tuple[DuplicatePair, ...]  # one for each task but the oldest, nearest first
 
 
 @dataclass
 class DuplicatesReport:
-    """What was found.
+    """What was found."""
 
-    Attributes:
-        max_distance: The limit.
-        compared: How many tasks were compared.
-        groups: Tasks that are alike, the largest group first.
-        other_bases: Tasks with the same tensors as an older task of another base model.
-        from_codes: Evicted tasks, compared as what their codes decode to.
-        tensors_only: Tasks that can have no code: only their tensors were compared.
-        left_out: Tasks that could not be read.
-    """
-
-    max_distance: float
-    compared: int = 0
-    groups: list[DuplicateGroup] = field(default_factory=list)
+    max_distance: float  # the limit
+    compared: int = 0  # how many tasks were compared
+    groups: list[DuplicateGroup] = field(default_factory=list)  # tasks that are alike, the largest group first
+    # Tasks with the same tensors as an older task of another base model.
     other_bases: list[DuplicatePair] = field(default_factory=list)
-    from_codes: list[str] = field(default_factory=list)
+    from_codes: list[str] = field(default_factory=list)  # evicted tasks, compared as what their codes decode to
+    # Tasks that can have no code: only their tensors were compared.
     tensors_only: list[str] = field(default_factory=list)
-    left_out: list[NotCompared] = field(default_factory=list)
+    left_out: list[LeftOut] = field(default_factory=list)  # tasks that could not be read
 
 
 @use_case
@@ -131,7 +103,7 @@ def find_duplicates(
     report = DuplicatesReport(max_distance)
     with context.open(read_only=True) as store:
         wanted = {store.tasks.get(name).name for name in tasks}
-        every = _in_order(store.tasks.summaries())
+        every = sorted(store.tasks.summaries(), key=lambda row: (row.task.created_at, row.task.id))
         by_base = _by_base(every, base_name(store, base_model), wanted)
         steps = _Steps(context, sum(map(len, by_base.values())))
         for rows in by_base.values():
@@ -156,10 +128,6 @@ def _by_base(
         for base, rows in sorted(found.items())
         if base_model in (None, base) and (not wanted or any(row.task.name in wanted for row in rows))
     }
-
-
-def _in_order(rows: Iterable[TaskSummary]) -> list[TaskSummary]:
-    return sorted(rows, key=lambda row: (row.task.created_at, row.task.id))
 
 
 def _across_bases(store: Store, rows: Sequence[TaskSummary]) -> Iterator[DuplicatePair]:
@@ -230,7 +198,7 @@ class _Comparison:
         sketches = np.empty((len(first), SKETCH_SIZE), np.float32)
         for place, read in zip(first, self._each(first), strict=True):
             if read.error is not None:
-                self._report.left_out.append(NotCompared(self._rows[place].task.name, read.error))
+                self._report.left_out.append(LeftOut(self._rows[place].task.name, read.error))
                 self._report.compared -= 1
             elif (read.identity is None or self._is_first(place, read.identity)) and read.norm > 0.0:
                 sketches[len(places)] = read.sketch
@@ -281,12 +249,10 @@ class _Comparison:
         # The scale, wherever the file says it, is part of B.
         modules = () if adapter is None else adapter.modules
         scales = [f"{module.name} {float(module.b.min())} {float(module.b.max())}" for module in modules]
-        return "\n".join([tensors_digest(self._store.blobs.read(final.weights)), self._meaning(final), *scales])
-
-    def _meaning(self, final: AdapterRecord) -> str:
-        """Return what, besides an adapter's tensors and scale, says what it is."""
+        # Besides these, the configuration says what an adapter is, where it is more than a LoRA.
         is_plain = final.original_only is None and not _extras(final)
-        return f"{final.initial} {'' if is_plain else plain_config(self._store.blobs.read(final.config))}"
+        config = "" if is_plain else plain_config(self._store.blobs.read(final.config))
+        return "\n".join([tensors_digest(self._store.blobs.read(final.weights)), f"{final.initial} {config}", *scales])
 
     def _maker(self, place: int) -> Callable[[], Adapter]:
         """Read the files of an adapter, and return what makes it, on any thread."""

@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from icmlora.errors import DataError, IcmLoraError
-from icmlora.fleet.context import Context, base_name, check_base_model, use_case
+from icmlora.fleet.context import Context, base_name, check_base_model, current_code, use_case
 from registry.errors import DamagedStore
 from registry.filters import FIELDS, Field, Selection, parse_filter, parse_sort
 from registry.records import (
@@ -202,8 +202,7 @@ def show_task(context: Context, task: str) -> TaskDetails:
 
     with context.open(read_only=True) as store:
         known = store.tasks.get(task)
-        generator = store.generators.current(known.base_model)
-        code = None if generator is None else store.codes.get(known.name, generator.id)
+        code, generator = current_code(store, known)
         vectors = tuple(store.vectors.all(known.name))
         evaluations = tuple(store.evaluations.all(known.name))
         template = _template(vectors, evaluations)
@@ -248,9 +247,17 @@ def header_of(store: Store, final: AdapterRecord) -> Mapping[str, str]:
 @use_case
 def plan_removal(context: Context, tasks: Sequence[str]) -> list[Removal]:
     """Return what `remove` would delete with these `tasks`; nothing changes."""
+    from icmlora.fleet.evict.placeholders import Placeholders
+
+    found: list[Removal] = []
     with context.open(read_only=True) as store:
-        names = {store.tasks.get(name).name: None for name in tasks}
-        return [_removal(store, name) for name in names]
+        folders = Placeholders(store, dry_run=True)
+        for name in dict.fromkeys(store.tasks.get(name).name for name in tasks):
+            adapters = store.tasks.adapters(name)
+            size = sum(adapter.stored_bytes for adapter in adapters)
+            is_last_copy = any(adapter.is_final and adapter.is_evicted for adapter in adapters)
+            found.append(Removal(name, len(adapters), size, is_last_copy, sum(map(folders.has_left, adapters))))
+    return found
 
 
 @use_case
@@ -299,12 +306,3 @@ def _initial(store: Store, generator: GeneratorRecord, code: CodeRecord) -> Init
         return None if config is None else Code.from_bytes(data, config).head.initial
     except (DamagedStore, IcmLoraError):
         return None
-
-
-def _removal(store: Store, name: str) -> Removal:
-    from icmlora.fleet.evict.placeholders import Placeholders
-
-    adapters, folders = store.tasks.adapters(name), Placeholders(store, dry_run=True)
-    size = sum(adapter.stored_bytes for adapter in adapters)
-    is_last_copy = any(adapter.is_final and adapter.is_evicted for adapter in adapters)
-    return Removal(name, len(adapters), size, is_last_copy, sum(map(folders.has_left, adapters)))

@@ -11,7 +11,7 @@ Versions are only appended to the file, so every earlier code decodes to the sam
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import TYPE_CHECKING
@@ -76,18 +76,27 @@ class UpdateCandidates:
         self._steps, self._learning_rate, self._seed = steps, learning_rate, seed
         self.steps = 0
         self.left_out = dict(source.left_out)
+        self.added: Sequence[str] = ()  # what the best candidate appends: `tuned`, `fresh`
+        self.kept_size: int | None = None  # bytes of the codes under the networks of before; None if there are none
+        self.tuned_size: int | None = None  # bytes of the codes under a tuned decoder, with that decoder
+
+    def best(self, data: bytes) -> Candidate:
+        """Return the candidate with the fewest bytes, with a network for the tasks that it cannot encode."""
+        best = unchanged = self.unchanged(data)
+        if unchanged.codes:
+            tuned = self.tuned(unchanged)
+            self.kept_size, self.tuned_size = unchanged.cost(data), tuned.cost(data)
+            if self.tuned_size < self.kept_size:
+                best, self.added = tuned, ["tuned"]
+        uncovered = [name for name in self._source.names if name not in {*unchanged.codes, *self.left_out}]
+        if uncovered:
+            grown = self.with_new_network(best.data, uncovered)
+            best, self.added = Candidate(grown.data, {**best.codes, **grown.codes}), [*self.added, "fresh"]
+        return best
 
     def unchanged(self, data: bytes) -> Candidate:
         """Keep the file, and give each task the smallest code that one of the networks covering it makes."""
-        file, codes = GeneratorFile(data), dict[str, Encoded]()
-        for task, name in enumerate(self._source.names):
-            covering = file.covering(layout_of(self._source.final(task)))
-            made = [self._encode(file.codec(number), self._source, task) for number in covering]
-            found = [code for code in made if code is not None]
-            if found:
-                codes[name] = reduce(_smaller, found)
-            self._context.progress(task + 1, self._source.tasks(), f"encoding {name}")
-        return Candidate(data, codes)
+        return self._encoded(data, self._source, lambda file, task: file.covering(layout_of(self._source.final(task))))
 
     def tuned(self, unchanged: Candidate) -> Candidate:
         """Tune the decoder that most codes of a candidate name, append it as differences, and encode its tasks."""
@@ -139,11 +148,18 @@ class UpdateCandidates:
         return state
 
     def _with_last_version(self, data: bytes, source: StoreAdapterSource) -> Candidate:
+        return self._encoded(data, source, lambda file, task: [len(file.digests) - 1])
+
+    def _encoded(
+        self, data: bytes, source: StoreAdapterSource, versions: Callable[[GeneratorFile, int], Iterable[int]]
+    ) -> Candidate:
+        """Give each task the smallest code that one of some versions of a file makes."""
         file, codes = GeneratorFile(data), dict[str, Encoded]()
-        codec = file.codec(len(file.digests) - 1)
         for task, name in enumerate(source.names):
-            if (code := self._encode(codec, source, task)) is not None:
-                codes[name] = code
+            made = [self._encode(file.codec(number), source, task) for number in versions(file, task)]
+            found = [code for code in made if code is not None]
+            if found:
+                codes[name] = reduce(_smaller, found)
             self._context.progress(task + 1, source.tasks(), f"encoding {name}")
         return Candidate(data, codes)
 
@@ -153,7 +169,7 @@ class UpdateCandidates:
             vectors, initial = source.mean_vectors(task), source.initial(task)
             return codec.encode(source.load(task, None), vectors, initial, Limits(tolerance=self._tolerance))
         except FAILURES as error:
-            self.left_out[source.names[task]] = as_error(error).message
+            self.left_out[source.final(task).task] = as_error(error).message
             return None
 
 

@@ -53,16 +53,8 @@ def finish(
 ) -> None:
     """Encode again for limits or refine, then measure, and note in the report what was done.
 
-    Args:
-        context: The store, and who listens.
-        report: What to complete.
-        base_models: Base models of which tasks have new codes.
-        tasks: These tasks, if not all.
-        limits: Without a gain or an error to keep, codes are refined, except those of a tolerance of their own.
-        only: The only base model that is meant.
-        measure: Whether to measure the codes.
-        device: Where to compute.
-        workers: Where to compute, as described for `Fleet`.
+    `base_models` are those with new codes, `tasks` the tasks that have one, if not all, and `only` the only base model
+    that is meant. Without a gain or an error to keep, codes are refined, except those of a tolerance of their own.
     """
     labels: Sequence[str | None] = base_models if limits.tolerance is None and limits.refine != 0 else []
     quality, refine = limits.quality, limits.refine

@@ -22,12 +22,7 @@ import torch
 
 from icmlora.base_models.modality import BaseModel
 from icmlora.base_models.running.channel_statistics import channel_statistics
-from icmlora.errors import (
-    Cancelled,
-    DataError,
-    GeneratorError,
-    OtherProcessFailed,
-)
+from icmlora.errors import Cancelled, DataError, GeneratorError, OtherProcessFailed
 from icmlora.fleet.context import Context, Event, base_name, check_base_model
 from icmlora.fleet.failures import FAILURES
 from icmlora.fleet.resources.adapter_source import StoreAdapterSource
@@ -105,16 +100,7 @@ def open_run(
 ) -> TrainingRun:
     """Resume the run that was stopped if it is the same one, else start a new one. Call it inside the job lock.
 
-    Args:
-        context: The store, and who listens.
-        store: The open store.
-        source: What to train on.
-        device: Where to train.
-        network: The current network, to start from; None to start from scratch.
-        config: The network to train.
-        options: How to train it.
-        parent: Digest of the current generator's file.
-        resume: Whether to resume a run.
+    `network` is the current one to start from, None to start from scratch, and `parent` the digest of its file.
     """
     identity: dict[str, object] = {
         "generator": json.loads(config.to_json()),
@@ -144,7 +130,11 @@ def share_run(run: TrainingRun, source: StoreAdapterSource, ranks: Ranks) -> Non
 
 
 def help_train(context: Context, ranks: Ranks, device: torch.device) -> None:
-    """Take part in the runs of rank 0 until it has no more. Call it on the other ranks; nothing is written."""
+    """Take part in the runs of rank 0 until it has no more. Call it on the other ranks; nothing is written.
+
+    Raises:
+        DataError: The store changed while the training began.
+    """
     while work := ranks.share(on_wait=lambda: context.progress(0, None, "waiting for the first process")):
         label, digest, network, optimizer = work
         # Only now: the first process may have waited for the job, and nobody may hold the store meanwhile.
@@ -161,7 +151,7 @@ def usable_source(
 ) -> StoreAdapterSource:
     """Return the tasks of a base model that can be trained on, without those that are damaged or diverged."""
     source = StoreAdapterSource(store, label, names)
-    source.leave_out_unusable(lambda done, name: context.progress(done, len(source.names), f"reading {name}"))
+    source.leave_out_unusable(lambda done, name: context.progress(done, source.tasks(), f"reading {name}"))
     return source
 
 
@@ -187,14 +177,18 @@ def train_network(
     save: Callable[[], None] | None = None,
     ranks: Ranks = ALONE,
 ) -> float | None:
-    """Train to the last step and return the mean loss in bits per parameter; None if no step was left."""
+    """Train to the last step and return the mean loss in bits per parameter; None if no step was left.
+
+    Raises:
+        GeneratorError: The training diverged.
+    """
     saved, recent = time.monotonic(), None
     try:
         for at in fit(state, source, ranks):
             if not math.isfinite(at.bits):
                 raise GeneratorError(f"training diverged at step {at.step}", hint="train again with a lower --lr")
             recent = at.bits if recent is None else 0.98 * recent + 0.02 * at.bits
-            context.on_event(StepDone(source.base_model, source.names[at.task], at))
+            context.on_event(StepDone(source.base_model, source.final(at.task).task, at))
             context.progress(at.step, at.steps, f"{recent:.3f} bits per parameter")
             if save is not None and time.monotonic() - saved > _CHECKPOINT_SECONDS:
                 save()
@@ -209,7 +203,7 @@ def train_network(
 
 
 def base_models_with_tasks(store: Store, base_model: str | None) -> list[str]:
-    """Return the base models that have tasks with adapters to train on, or only the given one."""
+    """Return the base models that have tasks to train on, or only the given one; raises `DataError` without any."""
     base_model = base_name(store, base_model)
     rows = [(row.task.base_model, row.final.original_only is None) for row in store.tasks.summaries()]
     found = sorted({label for label, _ in rows})
@@ -233,11 +227,7 @@ def run_metrics(device: torch.device) -> dict[str, object]:
 
 
 def measured_sensitivity(
-    context: Context,
-    store: Store,
-    source: StoreAdapterSource,
-    config: GeneratorConfig,
-    device: torch.device,
+    context: Context, store: Store, source: StoreAdapterSource, config: GeneratorConfig, device: torch.device
 ) -> Sensitivity | None:
     """Measure how strongly the base model reacts to each channel, or return None if it cannot be run for that here.
 
@@ -268,14 +258,13 @@ def _examples(store: Store, names: Sequence[str], base: BaseModel) -> list[Any]:
 
 
 def wanted_config(
-    source: StoreAdapterSource,
-    network: CVAE | None,
-    *,
-    quality: int | None,
-    tolerance: float | None,
-    width: int | None,
+    source: StoreAdapterSource, network: CVAE | None, *, quality: int | None, tolerance: float | None, width: int | None
 ) -> GeneratorConfig:
-    """Choose the network of a generator; None stands for what the current one has, or for the default."""
+    """Choose the network of a generator; None stands for what the current one has, or for the default.
+
+    Raises:
+        DataError: The current one has another width.
+    """
     previous = None if network is None else network.config
     if previous is not None:
         if width not in (None, previous.width):

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -44,6 +45,9 @@ from registry.names import some
 from registry.records import AdapterRecord, CodeLimits, GeneratorRecord, NewCode, NewGenerator, WithRelativeError
 
 if TYPE_CHECKING:
+    from icmlora.generator.config import GeneratorConfig
+    from icmlora.generator.cvae import CVAE
+    from icmlora.training.config import TrainConfig
     from registry.store import Store
 
 REPLACED = "its adapter was replaced in the meantime"
@@ -169,6 +173,8 @@ def train(
     if workers is not None:  # a typing error is told now, not after hours
         check_place(device, workers)
     report = TrainReport()
+    config_of = partial(wanted_config, quality=quality, tolerance=tolerance, width=width)
+    schedule_of = partial(options_of, steps=steps, learning_rate=learning_rate, seed=seed)
     with reporting(report):
         with joined() as ranks:
             place = ranks.device(device)
@@ -180,21 +186,9 @@ def train(
                 for label in labels:
                     with one_of_several(context, report, label, labels if ranks.count == 1 else [label]):
                         with store.job(label):
+                            kept = None if fresh else store.generators.current(label)
                             trained = _train_base(
-                                context,
-                                store,
-                                label,
-                                place,
-                                ranks,
-                                report,
-                                quality=quality,
-                                tolerance=tolerance,
-                                width=width,
-                                steps=steps,
-                                learning_rate=learning_rate,
-                                seed=seed,
-                                resume=resume,
-                                fresh=fresh,
+                                context, store, label, place, ranks, report, kept, config_of, schedule_of, resume=resume
                             )
                         report.trained.append(trained)
                         context.on_event(trained)
@@ -212,27 +206,21 @@ def _train_base(
     device: torch.device,
     ranks: Ranks,
     report: TrainReport,
+    previous: GeneratorRecord | None,
+    config_of: Callable[[StoreAdapterSource, CVAE | None], GeneratorConfig],
+    schedule_of: Callable[[StoreAdapterSource, torch.device], TrainConfig],
     *,
-    quality: int | None,
-    tolerance: float | None,
-    width: int | None,
-    steps: int | None,
-    learning_rate: float | None,
-    seed: int,
     resume: bool,
-    fresh: bool,
 ) -> Trained:
     """Train the generator of one base model, and make it and its codes current."""
     _refuse_evicted(store, label)
     source = usable_source(context, store, label)
     _refuse_lost(store, label, source.left_out)
     _refuse_none(source.names, source.left_out)
-    previous = None if fresh else store.generators.current(label)
     started = time.monotonic()
     # The first version was trained on a whole fleet; later ones are for the tasks that they were added for.
     network = None if previous is None else GeneratorFile(store.blobs.read(previous.blob)).codec(0).generator.net
-    config = wanted_config(source, network, quality=quality, tolerance=tolerance, width=width)
-    options = options_of(source, device, steps=steps, learning_rate=learning_rate, seed=seed)
+    config, options = config_of(source, network), schedule_of(source, device)
     parent = None if previous is None else previous.blob
     run = open_run(context, store, source, device, network, config, options, parent=parent, resume=resume)
     first = run.state.step

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -29,7 +30,7 @@ from icmlora.generator.config import tolerance_of
 from icmlora.generator.limits import Limits
 from icmlora.generator.versions import GeneratorFile
 from icmlora.io.devices import resolve_device
-from registry.records import CodeLimits, GeneratorRecord, NewCode, NewGenerator
+from registry.records import CodeLimits, NewCode, NewGenerator
 
 if TYPE_CHECKING:
     from registry.store import Store
@@ -70,16 +71,6 @@ class UpdateReport(FinishReport):
         return super().is_partial or any(one.left_out for one in self.updated)
 
 
-@dataclass(frozen=True)
-class _Choice:
-    """The smallest candidate, with the figures that `Updated` reports."""
-
-    candidate: Candidate
-    added: Sequence[str]
-    kept_size: int | None
-    tuned_size: int | None
-
-
 @use_case
 def update(
     context: Context,
@@ -103,21 +94,9 @@ def update(
     evicted. It takes as long as the new tasks take. Then the new codes are encoded again or refined, and measured, as
     `train` does.
 
-    Args:
-        context: The store, and who listens.
-        device: Where to compute.
-        base_model: Update only the generator of this base model.
-        quality: Of the new codes: 1 (smallest) to 8 (most accurate); by default that of the first training.
-        tolerance: The same as a number: the largest squared error, weighted by how sensitive each channel is. Codes of
-            a tolerance are not refined.
-        steps: Adapters to draw; by default it depends on the number of new tasks, and on the device.
-        learning_rate: Peak learning rate.
-        seed: Seed for all random numbers.
-        refine: Steps that fit each new code to what its adapter does; 0 for none, by default as in `encode`.
-        min_gain: Encode the new tasks again to keep this retained gain, as `encode` does.
-        max_error: Encode the new tasks again to keep this relative error, as `encode` does.
-        evaluate: Measure the new codes, as `evaluate` does.
-        workers: Where to encode and measure, as described for `Fleet`.
+    `device`, `base_model`, `learning_rate`, `seed`, `refine`, `min_gain`, `max_error`, `evaluate` and `workers` are as
+    in `train`. So are `quality` and `tolerance`, by default those of the first training, and `steps`, by default chosen
+    for the number of new tasks.
 
     Raises:
         DataError: The store has no tasks, or a base model has no generator yet.
@@ -126,6 +105,9 @@ def update(
     """
     check_place(device, workers)
     report, place = UpdateReport(), resolve_device(device)
+    candidates_of = partial(
+        UpdateCandidates, context, device=place, steps=steps, learning_rate=learning_rate, seed=seed
+    )
     with reporting(report):
         with context.open() as store:
             labels = base_models_with_tasks(store, base_model)
@@ -133,43 +115,15 @@ def update(
             for label in sorted(labels, key=lambda label: store.generators.current(label) is not None):
                 with one_of_several(context, report, label, labels):
                     with store.job(label):
-                        updated, codes = _update_base(
-                            context,
-                            store,
-                            label,
-                            place,
-                            quality=quality,
-                            tolerance=tolerance,
-                            steps=steps,
-                            learning_rate=learning_rate,
-                            seed=seed,
-                        )
+                        updated, codes = _update_base(context, store, label, place, quality, tolerance, candidates_of)
                     report.updated.append(updated)
                     for code in codes:
                         context.on_event(code)
                     context.on_event(updated)
         limits = Limits(quality, min_gain, max_error, tolerance, refine=refine)
-        labels = [updated.base_model for updated in report.updated if updated.tasks]
-        finish(
-            context,
-            report,
-            labels,
-            report.tasks,
-            limits,
-            only=base_model,
-            measure=evaluate,
-            device=device,
-            workers=workers,
-        )
+        tasks, done = report.tasks, [updated.base_model for updated in report.updated if updated.tasks]
+        finish(context, report, done, tasks, limits, only=base_model, measure=evaluate, device=device, workers=workers)
     return report
-
-
-def _current(store: Store, label: str) -> GeneratorRecord:
-    generator = store.generators.current(label)
-    if generator is None:
-        hint = f"`icm train --base-model {label}` trains the first one"
-        raise DataError(f"{label} has no generator to add tasks to", hint=hint)
-    return generator
 
 
 def _update_base(
@@ -177,26 +131,23 @@ def _update_base(
     store: Store,
     label: str,
     device: torch.device,
-    *,
     quality: int | None,
     tolerance: float | None,
-    steps: int | None,
-    learning_rate: float | None,
-    seed: int,
+    candidates_of: Callable[..., UpdateCandidates],
 ) -> tuple[Updated, Sequence[CodeMade]]:
     """Encode the new tasks of one base model, and make their codes current."""
     started = time.monotonic()
-    generator = _current(store, label)
+    generator = store.generators.current(label)
+    if generator is None:
+        hint = f"`icm train --base-model {label}` trains the first one"
+        raise DataError(f"{label} has no generator to add tasks to", hint=hint)
     data = store.blobs.read(generator.blob)
     new = [row.task.name for row in store.tasks.summaries() if row.task.base_model == label and row.code is None]
     source = usable_source(context, store, label, new)
     if tolerance is None:  # that of the generator's first training
         tolerance = GeneratorFile(data).configs[0].tolerance if quality is None else tolerance_of(quality)
-    candidates = UpdateCandidates(
-        context, store, source, device, tolerance=tolerance, steps=steps, learning_rate=learning_rate, seed=seed
-    )
-    choice = _choose(candidates, data, source)
-    best = choice.candidate
+    candidates = candidates_of(store, source, tolerance=tolerance)
+    best = candidates.best(data)
     metrics: dict[str, object] = {
         "steps": candidates.steps,
         "update_seconds": round(time.monotonic() - started, 3),
@@ -219,32 +170,16 @@ def _update_base(
         generator=generator.blob,
         generator_size=len(best.data),
         epochs=len(file.digests),
-        added=choice.added,
+        added=candidates.added,
         tasks=[code.task for code in recorded],
         codes_size=sum(code.size for code in recorded),
-        kept_size=choice.kept_size,
-        tuned_size=choice.tuned_size,
+        kept_size=candidates.kept_size,
+        tuned_size=candidates.tuned_size,
         metrics=metrics,
         left_out=left_out,
     )
     encoded = [(code.task, best.codes[code.task]) for code in recorded]
     return updated, [CodeMade(name, len(code.data), code.squared_error) for name, code in encoded]
-
-
-def _choose(candidates: UpdateCandidates, data: bytes, source: StoreAdapterSource) -> _Choice:
-    """Take the candidate with the fewest bytes, and add a network for the tasks that it cannot encode."""
-    unchanged = candidates.unchanged(data)
-    best, added, kept_size, tuned_size = unchanged, list[str](), None, None
-    if unchanged.codes:
-        tuned = candidates.tuned(unchanged)
-        kept_size, tuned_size = unchanged.cost(data), tuned.cost(data)
-        if tuned_size < kept_size:
-            best, added = tuned, ["tuned"]
-    uncovered = [name for name in source.names if name not in unchanged.codes and name not in candidates.left_out]
-    if uncovered:
-        grown = candidates.with_new_network(best.data, uncovered)
-        best, added = Candidate(grown.data, {**best.codes, **grown.codes}), [*added, "fresh"]
-    return _Choice(best, added, kept_size, tuned_size)
 
 
 def _new_codes(store: Store, source: StoreAdapterSource, best: Candidate, tolerance: float) -> list[NewCode]:

@@ -6,13 +6,12 @@ samples ──base model──▶ context vectors ──▶ a probability for ea
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
 from icmlora.base_models.catalogue import check_examples
 from icmlora.base_models.examples.examples import examples_for
@@ -24,34 +23,19 @@ from icmlora.fleet.resources.stored_vectors import NO_VECTORS, LeftOut, comparis
 from icmlora.fleet.vectors.vectors import SAMPLES_READ, VECTOR_DTYPE
 from icmlora.io.devices import resolve_device
 from icmlora.task_vectors.extraction import extract_context
-from icmlora.task_vectors.recognition import Candidate, Recognition, Recognizer, TooFewVectors
+from icmlora.task_vectors.recognition import Recognition, Recognizer, TooFewVectors
 
 if TYPE_CHECKING:
     from icmlora.base_models.modality import BaseModel
 
 
 @dataclass(frozen=True)
-class RecognizeReport:
-    """Which known task some samples belong to.
+class RecognizeReport(Recognition):
+    """Which known task some samples belong to."""
 
-    Attributes:
-        base_model: The base model that read them.
-        samples: How many were read.
-        candidates: The known tasks with their probabilities, the most probable first.
-        new: Probability that the samples belong to none of them; with those of the candidates, all sums to 1.
-        left_out: Tasks that cannot be compared, and why.
-    """
-
-    base_model: str
-    samples: int
-    candidates: tuple[Candidate, ...]
-    new: float
-    left_out: tuple[LeftOut, ...] = ()
-
-    @property
-    def task(self) -> str | None:
-        """The recognised task; None if "none of them" is more probable than any."""
-        return Recognition(self.candidates, self.new).task
+    base_model: str  # that read them
+    samples: int  # how many were read
+    left_out: tuple[LeftOut, ...] = ()  # tasks that cannot be compared, and why
 
     def known_task(self) -> str:
         """Return the recognised task.
@@ -99,30 +83,20 @@ def recognize_among(
     device: str,
     progress: Callable[[float, float | None, str], None] = lambda done, total, note: None,
 ) -> RecognizeReport:
-    """Recognize the task of some samples among those of a store or a bundle; `recognize` explains the arguments."""
-    data = _read(samples, any_row=codes.any_row)
+    """Recognize the task of samples among those of a store or a bundle; `recognize` explains arguments and errors."""
+    data = read_examples(samples)
+    check_examples(data, path=samples, any_row=codes.any_row)  # before a model is loaded
     label, known = codes.context_vectors(base_model)
-    recognizer = _recognizer(known.vectors)  # before a model is loaded
+    try:
+        recognizer = Recognizer(known.vectors)
+    except TooFewVectors as error:
+        fact = f"recognition needs the context vectors of {error}; {len(known.vectors)} can be compared"
+        raise DataError(fact, hint=f"a support set is made from 8 samples; {NO_VECTORS}") from None
     progress(0, None, f"loading {label}")
     base = codes.open_base(label, resolve_device(device), VECTOR_DTYPE, known.extractor)
     progress(0, None, "reading the samples")
     count, found = _recognized(base, data, samples, recognizer, known.extractor)
-    return RecognizeReport(label, count, found.candidates, found.new, known.left_out)
-
-
-def _read(path: Path, *, any_row: bool = False) -> bytes:
-    """Read the samples; a wrong file is told before a model is loaded."""
-    data = read_examples(path)
-    check_examples(data, path=path, any_row=any_row)
-    return data
-
-
-def _recognizer(known: Mapping[str, NDArray[np.float32]]) -> Recognizer:
-    try:
-        return Recognizer(known)
-    except TooFewVectors as error:
-        fact = f"recognition needs the context vectors of {error}; {len(known)} can be compared"
-        raise DataError(fact, hint=f"a support set is made from 8 samples; {NO_VECTORS}") from None
+    return RecognizeReport(found.candidates, found.new, label, count, known.left_out)
 
 
 def _recognized(

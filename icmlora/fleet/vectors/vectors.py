@@ -187,9 +187,8 @@ def put_vectors(store: Store, task: str, vectors: Sequence[TaskVector]) -> list[
     for vector in vectors:
         by_view[vector.view].append(vector.values)
     blob = store.blobs.put(vectors_to_bytes({view: torch.stack(values) for view, values in by_view.items()}))
-    return [_row(task, vector, blob) for vector in vectors]
-
-
-def _row(task: str, vector: TaskVector, blob: str) -> NewVector:
-    extractor = json.loads(vector.extractor.to_json())
-    return NewVector(task, vector.view, vector.support_set, extractor, blob, vector.values.numel())
+    made_by = [json.loads(vector.extractor.to_json()) for vector in vectors]
+    return [
+        NewVector(task, vector.view, vector.support_set, extractor, blob, vector.values.numel())
+        for vector, extractor in zip(vectors, made_by, strict=True)
+    ]

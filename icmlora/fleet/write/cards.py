@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 import yaml
 
 from icmlora.fleet.measure.precision import measured_in
 from icmlora.io.text import counted, escape
 from registry.names import split_label
-from registry.records import Claim, WithRelativeError
+from registry.records import Claim, GeneratorRecord, WithRelativeError
 
 _CARD = """\
 ---
@@ -58,18 +58,6 @@ _HOW = {
 }
 
 
-class NamedGenerator(Protocol):
-    """What a card says about a generator, from a store or from a bundle."""
-
-    @property
-    def blob(self) -> str:
-        """SHA-256 of its file."""
-
-    @property
-    def version(self) -> int:
-        """Its number among the generators of its base model, from 1."""
-
-
 @dataclass(frozen=True)
 class Provenance(WithRelativeError):
     """Where a decoded adapter comes from."""
@@ -77,7 +65,7 @@ class Provenance(WithRelativeError):
     task: str
     base_model: str
     source: Literal["residual", "code", "recalled", "network"]
-    generator: NamedGenerator
+    generator: GeneratorRecord
     squared_error: float | None  # None if it was not measured
     retained_gain: float | None  # as `icm eval` measured it
     seed: int | None
@@ -109,15 +97,14 @@ class Provenance(WithRelativeError):
 def card_text(provenance: Provenance) -> str:
     """Return the card of a decoded adapter."""
     sampled = "" if provenance.seed is None else f" (sampled with seed {provenance.seed})"
-    untrained = _UNTRAINED if provenance.is_generated else ""
     claim = provenance.claim
     return _CARD.format(
         front=front_matter(provenance.base_model),
         task=provenance.task,
         base=quoted(provenance.base_model),
         how=provenance.how + sampled,
-        untrained=untrained,
-        rung=provenance.rung,
+        untrained=_UNTRAINED if provenance.is_generated else "",
+        rung=provenance.source,
         version=provenance.generator.version,
         generator=provenance.generator.blob,
         error=_figure(provenance.relative_error, None if claim is None else claim.relative_error),
@@ -177,7 +164,7 @@ class GeneratedCard:
 
     task: str
     base_model: str
-    generator: NamedGenerator
+    generator: GeneratorRecord
     samples: int
     refined: int
     description: str | None  # what the user said about the task

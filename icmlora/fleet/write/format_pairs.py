@@ -32,22 +32,14 @@ _RENAMED: Mapping[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True, eq=False)
 class SourceAdapter:
-    """An adapter that is to be converted.
+    """An adapter that is to be converted."""
 
-    Attributes:
-        name: What it is called.
-        format: Its format.
-        content: Its files.
-        find_base: Finds its base model; called only if its configuration is needed.
-        path: Where it came from, for messages.
-        initial: What its training took out of the base model to begin with, if that is known.
-    """
-
-    name: str
-    format: AdapterFormat
-    content: AdapterBytes
-    find_base: Callable[[], FoundBase]
-    path: Path | None = field(default=None, kw_only=True)
+    name: str  # what it is called
+    format: AdapterFormat  # its format
+    content: AdapterBytes  # its files
+    find_base: Callable[[], FoundBase]  # finds its base model; called only if its configuration is needed
+    path: Path | None = field(default=None, kw_only=True)  # where it came from, for messages
+    # What its training took out of the base model to begin with, if that is known.
     initial: bytes | None = field(default=None, kw_only=True)
 
     @property
@@ -130,9 +122,13 @@ def convert_content(
         adapter = _runnable(source, base)
         if target.name == "gguf":
             assert base is not None
-            return _for_gguf(adapter, base, source.name, metadata, dtype)
+            from icmlora.formats.pairs.gguf_lora import encode_gguf
+
+            # Keys of a GGUF file are words with dots between them.
+            dotted = {key.replace("_", ".", 1): text for key, text in metadata.items()}
+            return AdapterBytes(encode_gguf(adapter, base, task=source.name, metadata=dotted, dtype=dtype))
         if target.name == "mlx":
-            from icmlora.formats.pairs.mlx_writer import encode_mlx
+            from icmlora.formats.pairs.mlx import encode_mlx
 
             return encode_mlx(adapter, metadata=metadata, dtype=dtype)
         if target.name == "peft":
@@ -173,16 +169,6 @@ def _runnable(source: SourceAdapter, base: GgufBase | None) -> RunnableAdapter:
         fact = f"it also has the tensor {next(iter(loaded.extras))}, which only a GGUF adapter has"
         raise AdapterRefused(fact, kind="extras", hint="`--format gguf` writes it as it is")
     return with_base_names(loaded.adapter, architecture_of(content.weights), base)
-
-
-def _for_gguf(
-    adapter: RunnableAdapter, base: GgufBase, name: str, metadata: Mapping[str, str], dtype: str
-) -> AdapterBytes:
-    from icmlora.formats.pairs.gguf_lora import encode_gguf
-
-    # Keys of a GGUF file are words with dots between them.
-    dotted = {key.replace("_", ".", 1): text for key, text in metadata.items()}
-    return AdapterBytes(encode_gguf(adapter, base, task=name, metadata=dotted, dtype=dtype))
 
 
 def _for_peft(adapter: RunnableAdapter, metadata: Mapping[str, str], card: bytes | None, dtype: str) -> AdapterBytes:

@@ -137,7 +137,7 @@ def read_files(
     """
     with open_store(context) as codes:
         chosen = choose(codes, codes.get(task), source, seed)
-        return make_files(codes, chosen, dtype=dtype, pad_rank=pad_rank, seed=seed, max_error=max_error).by_name
+        return chosen.files(dtype=dtype, pad_rank=pad_rank, max_error=max_error).by_name
 
 
 @use_case
@@ -152,7 +152,7 @@ def load(
     `task`, `source`, `seed`, `max_error` and the errors are those of `materialize`.
     """
     with open_store(context) as codes:
-        return reader(codes, task, source=source, seed=seed, max_error=max_error)()
+        return choose(codes, codes.get(task), source, seed).reader(max_error)()
 
 
 @use_case
@@ -178,7 +178,8 @@ def load_many(
     with open_store(context) as codes, side_by_side() as each:
         for first in range(0, len(tasks), _SIDE_BY_SIDE):
             names = tasks[first : first + _SIDE_BY_SIDE]
-            adapters = each(lambda read: read().to(place), [reader(codes, name, source=source) for name in names])
+            readers = [choose(codes, codes.get(name), source).reader() for name in names]
+            adapters = each(lambda read: read().to(place), readers)
             yield from zip(names, adapters, strict=True)
 
 
@@ -256,8 +257,8 @@ def write_adapter(
         other = None if target is None or target.name == own.name else target
         if other is not None:
             check_pair(own, other)
-        chosen, written = choose(codes, task, source, seed), dtype if other is None else None
-        made = make_files(codes, chosen, dtype=written, pad_rank=pad_rank, seed=seed, max_error=max_error)
+        written = dtype if other is None else None
+        made = choose(codes, task, source, seed).files(dtype=written, pad_rank=pad_rank, max_error=max_error)
     if other is None:
         return made.write(output, force=force)
 
@@ -268,64 +269,106 @@ def write_adapter(
     return made.convert(output, other, find_base, dtype=dtype, force=force)
 
 
-def reader(
-    codes: CodeSource, name: str, *, source: Source = "auto", seed: int | None = None, max_error: float | None = None
-) -> Callable[[], Adapter]:
-    """Read what an adapter is made from, and return what makes it, on any thread."""
-    chosen = choose(codes, codes.get(name), source, seed)
-    if chosen.source == "original":
-        final, known = chosen.final, format_named(chosen.final.format)
-        initial = None if final.initial is None else codes.read(final.initial)
-        config, weights = codes.read(final.config), codes.read(final.weights)
-        return lambda: known.read(config, weights, initial=initial).adapter
-    _provenance(codes, chosen, seed, max_error)  # it holds the error against the limit
-    return _decoder(codes, chosen, seed)
-
-
-def make_files(
-    codes: CodeSource,
-    chosen: Chosen,
-    *,
-    dtype: str | None = None,
-    pad_rank: int | None = None,
-    seed: int | None = None,
-    max_error: float | None = None,
-) -> MadeFiles:
-    """Make the files of an adapter in memory, a decoded one with its model card. Equal arguments give equal bytes."""
-    if chosen.source == "original":
-        return _original_files(codes, chosen)
-    from icmlora.fleet.write.cards import card_text
-
-    provenance, form = _provenance(codes, chosen, seed, max_error), codes.form(chosen.final)
-    files = form.format.encode(
-        _decoder(codes, chosen, seed)(),
-        card=card_text(provenance),
-        metadata=provenance.metadata(),
-        like=form.template,
-        dtype=dtype,
-        pad_rank=pad_rank,
-        extras=form.tensors,
-    )
-    return MadeFiles(provenance.task, form.format, replace(files, companions=form.files), provenance)
-
-
 @dataclass(frozen=True)
 class Chosen:
-    """What the adapter of a task is made from.
+    """What the adapter of a task is made from."""
 
-    Attributes:
-        task: The task.
-        final: Its adapter.
-        source: Where the adapter comes from.
-        generator: What decodes it; None for an original.
-        code: What is decoded; None for an original, and for what the network predicts.
-    """
+    codes: CodeSource  # the store or the bundle
+    task: TaskRecord  # the task
+    final: AdapterRecord  # its adapter
+    source: Literal["original"] | Decoded  # where the adapter comes from
+    generator: GeneratorRecord | None = None  # what decodes it; None for an original
+    code: CodeRecord | None = None  # what is decoded; None for an original, and for what the network predicts
+    seed: int | None = None  # of the latent from which it is predicted; None for the mean
 
-    task: TaskRecord
-    final: AdapterRecord
-    source: Literal["original"] | Decoded
-    generator: GeneratorRecord | None = None
-    code: CodeRecord | None = None
+    def reader(self, max_error: float | None = None) -> Callable[[], Adapter]:
+        """Read what the adapter is made from, and return what makes it, on any thread.
+
+        Raises:
+            TooLossy: The error is above `max_error`.
+        """
+        if self.source != "original":
+            self._provenance(max_error)  # it holds the error against the limit
+            return self._decoder()
+        final, known, read = self.final, format_named(self.final.format), self.codes.read
+        initial = None if final.initial is None else read(final.initial)
+        config, weights = read(final.config), read(final.weights)
+        return lambda: known.read(config, weights, initial=initial).adapter
+
+    def files(
+        self, *, dtype: str | None = None, pad_rank: int | None = None, max_error: float | None = None
+    ) -> MadeFiles:
+        """Make the files of the adapter in memory, a decoded one with its model card. Equal arguments give equal bytes.
+
+        Raises:
+            TooLossy: The error is above `max_error`.
+        """
+        if self.source == "original":
+            return self._original_files()
+        from icmlora.fleet.write.cards import card_text
+
+        provenance, form = self._provenance(max_error), self.codes.form(self.final)
+        files = form.format.encode(
+            self._decoder()(),
+            card=card_text(provenance),
+            metadata=provenance.metadata(),
+            like=form.template,
+            dtype=dtype,
+            pad_rank=pad_rank,
+            extras=form.tensors,
+        )
+        return MadeFiles(provenance.task, form.format, replace(files, companions=form.files), provenance)
+
+    def _original_files(self) -> MadeFiles:
+        codes, task, final = self.codes, self.task, self.final
+        if final.card is None:
+            from icmlora.fleet.write.cards import original_card
+
+            card = original_card(task.name, task.base_model, final.weights).encode()
+        else:
+            card = codes.read(final.card)
+        content = replace(original_files(codes, final), card=card)
+        initial = None if final.initial is None else codes.read(final.initial)
+        return MadeFiles(task.name, format_named(final.format), content, None, initial)
+
+    def _decoder(self) -> Callable[[], Adapter]:
+        codes = self.codes
+        assert self.generator is not None
+        if self.code is None:
+            predicted = codes.predict(self.final, self.generator, self.seed)
+            return lambda: predicted
+        from icmlora.fleet.resources.decoding import code_reader
+
+        source: Literal["residual", "code"] = "residual" if self.source == "residual" else "code"
+        return code_reader(codes.read, codes.generator_file(self.generator), self.code, source)
+
+    def _provenance(self, max_error: float | None) -> Provenance:
+        """Gather what is known of an adapter before it is decoded, and hold its error against a limit."""
+        from icmlora.fleet.write.cards import Provenance
+
+        task, source, generator, code, codes = self.task, self.source, self.generator, self.code, self.codes
+        assert source != "original"
+        assert generator is not None
+        error = gain = precision = None
+        if self.seed is None:  # nothing was measured of a sampled adapter
+            measured = codes.measured(task, source, generator)
+            if measured is not None:
+                error, gain, precision = measured.squared_error, measured.retained_gain, measured.precision
+        if code is not None and code.task == task.name:
+            error = code.best_squared_error if source == "residual" else code.squared_error
+        recognized = code.task if code is not None and source == "recalled" else None
+        claim = code.claim if code is not None and source == "code" else None
+        known = error, gain, self.seed, self.final.is_generated, recognized, precision, claim
+        found = Provenance(task.name, task.base_model, source, generator, *known)
+        claimed = None if claim is None else claim.relative_error
+        said = claimed if codes.takes_claims else found.relative_error
+        if max_error is not None and (said is None or said > max_error):
+            fact = "was not measured" if said is None else f"is {said:.4f}"
+            if said is None and claimed is not None:
+                fact = f"was not measured here, only claimed to be {claimed:.4f} by its bundle"
+            fact = f"the relative error of {task.name!r} {fact}, but the limit is {max_error}"
+            raise TooLossy(fact, hint=codes.better)
+        return found
 
 
 def choose(codes: CodeSource, task: TaskRecord, source: Source = "auto", seed: int | None = None) -> Chosen:
@@ -335,13 +378,14 @@ def choose(codes: CodeSource, task: TaskRecord, source: Source = "auto", seed: i
         DataError: There is no such source, or the task does not have it.
     """
     if source not in get_args(Source):
-        raise DataError(f"unknown source {source!r}", hint=f"choose one of {', '.join(get_args(Source))}")
+        names = [name for name in get_args(Source) if name != "generate"]
+        raise DataError(f"unknown source {source!r}", hint=f"choose one of {', '.join(names)}")
     if seed is not None and source not in ("auto", "network"):
         raise OptionsConflict("--seed needs --source network or auto")
     final = codes.final(task.name)
     if source == "original" or (source == "auto" and seed is None and not final.is_evicted):
         _check_original(task, final)
-        return Chosen(task, final, "original")
+        return Chosen(codes, task, final, "original")
     if final.original_only is not None:
         fact = f"task {task.name!r} has its original only: {final.original_only}"
         raise DataError(fact, hint="use `--source original`")
@@ -358,10 +402,10 @@ def choose(codes: CodeSource, task: TaskRecord, source: Source = "auto", seed: i
     if generator is None:
         raise DataError(f"there is no generator for task {task.name!r}", hint="run `icm train` to make one")
     if source in ("recalled", "generate"):
-        return Chosen(task, final, "recalled", generator, codes.recalled(final, generator))
+        return Chosen(codes, task, final, "recalled", generator, codes.recalled(final, generator))
     if source in ("code", "residual"):
-        return Chosen(task, final, source, generator, code)
-    return Chosen(task, final, "network", generator)
+        return Chosen(codes, task, final, source, generator, code)
+    return Chosen(codes, task, final, "network", generator, seed=seed)
 
 
 def _check_original(task: TaskRecord, final: AdapterRecord) -> None:
@@ -372,64 +416,6 @@ def _check_original(task: TaskRecord, final: AdapterRecord) -> None:
         fact, brings = "was never here: a bundle brought its code", "`icm ingest PATH` stores it"
     hint = f"{brings}; `--source code` decodes what the store still has"
     raise DataError(f"the original of task {task.name!r} {fact}", hint=hint)
-
-
-def _provenance(codes: CodeSource, chosen: Chosen, seed: int | None, max_error: float | None) -> Provenance:
-    """Gather what is known of an adapter before it is decoded, and hold its error against a limit."""
-    from icmlora.fleet.write.cards import Provenance
-
-    task, source, generator, code = chosen.task, chosen.source, chosen.generator, chosen.code
-    assert source != "original"
-    assert generator is not None
-    error = gain = precision = None
-    if seed is None:  # nothing was measured of a sampled adapter
-        measured = codes.measured(task, source, generator)
-        if measured is not None:
-            error, gain, precision = measured.squared_error, measured.retained_gain, measured.precision
-    if code is not None and code.task == task.name:
-        error = code.best_squared_error if source == "residual" else code.squared_error
-    recognized = code.task if code is not None and source == "recalled" else None
-    claim = code.claim if code is not None and source == "code" else None
-    known = error, gain, seed, chosen.final.is_generated, recognized, precision, claim
-    found = Provenance(task.name, task.base_model, source, generator, *known)
-    _check_error(found, max_error, codes)
-    return found
-
-
-def _check_error(found: Provenance, limit: float | None, codes: CodeSource) -> None:
-    """Refuse an adapter whose error is above a limit, or was not measured here although there is a limit."""
-    error, claimed = found.relative_error, None if found.claim is None else found.claim.relative_error
-    error = claimed if codes.takes_claims else error
-    if limit is None or (error is not None and error <= limit):
-        return
-    said = "was not measured" if error is None else f"is {error:.4f}"
-    if error is None and claimed is not None:
-        said = f"was not measured here, only claimed to be {claimed:.4f} by its bundle"
-    raise TooLossy(f"the relative error of {found.task!r} {said}, but the limit is {limit}", hint=codes.better)
-
-
-def _decoder(codes: CodeSource, chosen: Chosen, seed: int | None) -> Callable[[], Adapter]:
-    assert chosen.generator is not None
-    if chosen.code is None:
-        predicted = codes.predict(chosen.final, chosen.generator, seed)
-        return lambda: predicted
-    from icmlora.fleet.resources.decoding import code_reader
-
-    generator_file = codes.generator_file(chosen.generator)
-    return code_reader(codes.read, generator_file, chosen.code, "residual" if chosen.source == "residual" else "code")
-
-
-def _original_files(codes: CodeSource, chosen: Chosen) -> MadeFiles:
-    task, final = chosen.task, chosen.final
-    if final.card is None:
-        from icmlora.fleet.write.cards import original_card
-
-        card = original_card(task.name, task.base_model, final.weights).encode()
-    else:
-        card = codes.read(final.card)
-    content = replace(original_files(codes, final), card=card)
-    initial = None if final.initial is None else codes.read(final.initial)
-    return MadeFiles(task.name, format_named(final.format), content, None, initial)
 
 
 def original_files(codes: CodeSource, row: AdapterRecord, weights: bytes | None = None) -> AdapterBytes:

@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from icmlora.errors import AdapterRefused, located
 from icmlora.io.files import read_regular
@@ -34,6 +34,7 @@ _MAX_ABOUT = 2000
 _MAX_COUNT = 2**53  # whole numbers above this differ between JSON readers
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
+_STAMP = frozenset({"sha256", "size"})
 _FORMAT = re.compile(r"[a-z0-9_-]{1,32}")
 _ABOUT = (
     "The adapter that was here is kept by icm in the store below, as the task below. "
@@ -165,22 +166,17 @@ def parse_placeholder(data: bytes) -> Placeholder:
         hint = "use the icm that wrote it, or a newer one"
         raise AdapterRefused(f"a placeholder of version {version}", kind="placeholder", hint=hint)
     _keys(value, {"about", "adapter", "code", "files", "icm_placeholder", "store", "task"}, "the placeholder")
-    _check(type(version) is int and version == VERSION, "icm_placeholder", version)
-    _check(_is_text(value["about"], _MAX_ABOUT), "about", value["about"])
-    _check(_is_text(value["store"], _MAX_PATH), "store", value["store"])
-    task = value["task"]
-    _check(isinstance(task, str) and task_name_problem(task) is None, "task", task)
+    _checked(value, "icm_placeholder", lambda one: type(one) is int and one == VERSION)
+    _checked(value, "about", lambda one: _is_text(one, _MAX_ABOUT))
     adapter = _keys(value["adapter"], {"config", "final", "format", "weights"}, "adapter")
-    _check(type(adapter["final"]) is bool, "final", adapter["final"])
-    _check(isinstance(adapter["format"], str) and _FORMAT.fullmatch(adapter["format"]), "format", adapter["format"])
     return Placeholder(
-        task=task,
-        store=value["store"],
-        format=adapter["format"],
-        is_final=adapter["final"],
-        weights=_digest(adapter["weights"], "weights"),
-        config=_digest(adapter["config"], "config"),
-        files=_files(value["files"]),
+        task=_checked(value, "task", lambda one: isinstance(one, str) and task_name_problem(one) is None),
+        store=_checked(value, "store", lambda one: _is_text(one, _MAX_PATH)),
+        format=_checked(adapter, "format", lambda one: isinstance(one, str) and _FORMAT.fullmatch(one)),
+        is_final=_checked(adapter, "final", lambda one: type(one) is bool),
+        weights=_checked(adapter, "weights", _is_digest),
+        config=_checked(adapter, "config", _is_digest),
+        files=_files(value),
         code=None if value["code"] is None else _code(value["code"]),
     )
 
@@ -194,40 +190,36 @@ def _stamps(code: CodeStamp) -> dict[str, object]:
     return {**_stamp(code.code), "generator": _stamp(code.generator), "residual": residual}
 
 
-def _files(value: object) -> tuple[ReplacedFile, ...]:
-    _check(isinstance(value, list) and 1 <= len(value) <= MAX_FILES, "files", value)
-    files = tuple(map(_file, cast(list[object], value)))
-    names = [file.name for file in files]
-    _check(names == sorted(set(names)), "files", names)
-    parts = [file.part for file in files]
-    _check(parts.count("weights") == 1 and parts.count("config") <= 1, "files", parts)
+def _files(value: dict[str, Any]) -> tuple[ReplacedFile, ...]:
+    found = _checked(value, "files", lambda some: isinstance(some, list) and 1 <= len(some) <= MAX_FILES)
+    files = tuple(map(_file, found))
+    names, parts = [file.name for file in files], [file.part for file in files]
+    _checked({"files": names}, "files", lambda some: some == sorted(set(some)))
+    _checked({"files": parts}, "files", lambda some: some.count("weights") == 1 and some.count("config") <= 1)
     return files
 
 
 def _file(value: object) -> ReplacedFile:
     found = _keys(value, {"name", "part", "sha256", "size"}, "a file")
-    name, part = found["name"], found["part"]
-    _check(isinstance(name, str) and is_file_name(name) and not is_placeholder(name), "name", name)
-    _check(isinstance(part, str) and part in get_args(Part), "part", part)
+    name = _checked(found, "name", lambda one: isinstance(one, str) and is_file_name(one) and not is_placeholder(one))
+    part = _checked(found, "part", lambda one: isinstance(one, str) and one in get_args(Part))
     return ReplacedFile(name, part, _stamp_of(found))
 
 
 def _code(value: object) -> CodeStamp:
-    found = _keys(value, {"sha256", "size", "generator", "residual"}, "code")
-    generator = _keys(found["generator"], {"sha256", "size"}, "generator")
-    residual = None if found["residual"] is None else _keys(found["residual"], {"sha256", "size"}, "residual")
-    return CodeStamp(_stamp_of(found), _stamp_of(generator), None if residual is None else _stamp_of(residual))
+    found = _keys(value, {*_STAMP, "generator", "residual"}, "code")
+    generator = _stamp_of(_keys(found["generator"], _STAMP, "generator"))
+    residual = None if found["residual"] is None else _stamp_of(_keys(found["residual"], _STAMP, "residual"))
+    return CodeStamp(_stamp_of(found), generator, residual)
 
 
 def _stamp_of(found: dict[str, Any]) -> FileStamp:
-    size = found["size"]
-    _check(type(size) is int and 0 <= size <= _MAX_COUNT, "size", size)
-    return FileStamp(_digest(found["sha256"], "sha256"), size)
+    size = _checked(found, "size", lambda one: type(one) is int and 0 <= one <= _MAX_COUNT)
+    return FileStamp(_checked(found, "sha256", _is_digest), size)
 
 
-def _digest(value: object, key: str) -> str:
-    _check(isinstance(value, str) and _DIGEST.fullmatch(value), key, value)
-    return cast(str, value)
+def _is_digest(value: object) -> bool:
+    return isinstance(value, str) and _DIGEST.fullmatch(value) is not None
 
 
 def _is_text(value: object, limit: int) -> bool:
@@ -237,12 +229,14 @@ def _is_text(value: object, limit: int) -> bool:
 def _keys(value: object, keys: Collection[str], what: str) -> dict[str, Any]:
     if not isinstance(value, dict) or value.keys() != set(keys):
         raise _refusal(f"{what} does not have the keys of this format")
-    return cast(dict[str, Any], value)
+    return value
 
 
-def _check(holds: object, key: str, value: object) -> None:
-    if not holds:
-        raise _refusal(f"{key} is {escape(repr(value), 60)}, which this format does not have")
+def _checked(found: Mapping[str, Any], key: str, is_good: Callable[[Any], object]) -> Any:
+    """Return a value that the format may have under a key."""
+    if not is_good(found[key]):
+        raise _refusal(f"{key} is {escape(repr(found[key]), 60)}, which this format does not have")
+    return found[key]
 
 
 def _refusal(fact: str) -> AdapterRefused:

@@ -4,17 +4,21 @@
     model.layers.0.self_attn.q_proj.m (out,)         DoRA's row lengths, kept exactly
     model.layers.0.mlp.switch_mlp.up_proj.lora_a (E, r, in), .lora_b (E, out, r)    experts, not turned
 
-The configuration is everything that the training was told. The copies that a training leaves every few steps
-(`0000100_adapters.safetensors`) are passed over.
+The configuration is everything that the training was told, with one scale and one r. The copies that a training leaves
+every few steps (`0000100_adapters.safetensors`) are passed over.
 
-Source: ml-explore/mlx-lm, lora.py and tuner/utils.py (`load_adapters`).
+MLX-LM keeps the weights of transformers in their order and, inside of the blocks, mostly under their names; it refuses
+to load an adapter with a module that the model does not have.
+
+Source: ml-explore/mlx-lm, lora.py, tuner/lora.py, tuner/dora.py and tuner/utils.py (`load_adapters`).
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,7 +50,7 @@ from icmlora.formats.pairs.ab_pairs import (
 )
 from icmlora.formats.peft.config import MAX_CONFIG_BYTES, MAX_LABEL, MAX_RANK
 from icmlora.io.files import read_regular
-from icmlora.io.safetensors import TensorHeader, read_header
+from icmlora.io.safetensors import RawTensor, TensorHeader, encode, read_header
 from icmlora.io.strict_json import parse_object
 from registry.names import escape
 
@@ -59,6 +63,11 @@ WEIGHTS_NAME = "adapters.safetensors"
 _DEFAULT_SCALE = 20.0  # MLX-LM's own, for configurations that leave it out
 _MAX_SCALE = 1e30
 _KINDS = ("lora", "dora")
+# MLX-LM looks for the key in each block. It computes experts together, from one tensor.
+_MODULE = re.compile(
+    r"(?P<model>model\.|model\.language_model\.|language_model\.model\.)(?P<block>layers\.\d+)\."
+    r"(?P<key>(?!.*\.\d+(\.|$)).+)"
+)
 
 
 @dataclass(frozen=True)
@@ -142,15 +151,12 @@ class MlxFormat(FolderFormat):
         return RunnableAdapter(adapter, magnitudes={name: values[one.name] for name, one in lengths.items()})
 
     def _fresh(self, adapter: Adapter, metadata: Texts, dtype: str) -> AdapterBytes:
-        from icmlora.formats.pairs.mlx_writer import encode_mlx
-
         return encode_mlx(RunnableAdapter(adapter), metadata=metadata, dtype=dtype)
 
     def _alike(
         self, adapter: Adapter, like: Template, dtype: str | None, rank: int | None, extras: Extras, metadata: Texts
     ) -> AdapterBytes:
         from icmlora.formats.pairs.ab_tensors import write_pairs
-        from icmlora.io.safetensors import encode
 
         form, config = PairForm.parse(like), like.config
         largest = max(shape.rank for shape in like.layout)
@@ -261,6 +267,64 @@ def _wrong(key: str, value: object) -> AdapterRefused:
 def _cannot_run(what: str) -> AdapterRefused:
     hint = "it is kept and written back all the same: measure it where it was trained"
     return AdapterRefused(f"it cannot be run by icm: {what}", kind="cannot-run", hint=hint)
+
+
+def encode_mlx(adapter: RunnableAdapter, *, metadata: Mapping[str, str], dtype: str = "float32") -> AdapterBytes:
+    """Write an adapter as weights and configuration; the same arguments give the same bytes.
+
+    Args:
+        adapter: What to write.
+        metadata: Short facts for the header of the weights.
+        dtype: "bfloat16", "float16" or "float32", in which MLX-LM trains by default.
+
+    Raises:
+        AdapterRefused: It has something that MLX-LM has no place for, or a value that the type cannot hold.
+    """
+    from icmlora.formats.factors import fitted
+    from icmlora.io.tensors import dtype_name, raw_tensor
+
+    other = replace(adapter, magnitudes={}).beyond_lora()
+    if other is not None:
+        fact = f"an MLX adapter holds LoRA factors and DoRA magnitudes only, and it also has {other}"
+        raise AdapterRefused(fact, kind="extras", hint="write it with --format peft, and merge it with PEFT")
+    modules, kind = adapter.adapter.modules, dtype_name(dtype)
+    rank = max(module.a.shape[0] for module in modules)  # the others are filled up with zeros
+    keys: set[str] = set()
+    tensors: dict[str, RawTensor] = {}
+    for module in modules:
+        place, key = _place(module.name)
+        a, b = fitted(module, rank, module.a.shape[1], module.b.shape[0])
+        values = {"lora_a": a.T, "lora_b": b.T}
+        if module.name in adapter.magnitudes:
+            values["m"] = adapter.magnitudes[module.name]
+        named = {f"{place}.{key}.{leaf}": value for leaf, value in values.items()}
+        if named.keys() & tensors.keys():
+            raise AdapterRefused(f"two modules would both be {place}.{key}", kind="layers")
+        tensors |= {name: raw_tensor(name, value, kind) for name, value in named.items()}
+        keys.add(key)
+    return AdapterBytes(encode(tensors, {"format": "mlx", **metadata}), _fresh_config(adapter, rank, sorted(keys)))
+
+
+def _place(module: str) -> tuple[str, str]:
+    """Return the name of a module's block in MLX-LM, and that of the module inside of the block."""
+    match = _MODULE.fullmatch(module)
+    if match is None:
+        fact = f"{escape(module, 120)}: an MLX adapter has no place for this module"
+        raise AdapterRefused(fact, kind="layers", hint="it holds linear layers named model.layers.N.…, no experts")
+    # Where a text model is a part of a larger one, MLX-LM has its own place for it.
+    model = "model" if match["model"] == "model." else "language_model.model"
+    return f"{model}.{match['block']}", match["key"]
+
+
+def _fresh_config(adapter: RunnableAdapter, rank: int, keys: list[str]) -> bytes:
+    fields = {
+        "fine_tune_type": "dora" if adapter.magnitudes else "lora",
+        # The scale is in lora_b already. Some readers of this file know no scale, which is the same then.
+        "lora_parameters": {"dropout": 0.0, "keys": keys, "rank": rank, "scale": 1.0},
+        "model": adapter.adapter.base_model,
+        "num_layers": -1,  # all; a module without tensors in the file adds nothing
+    }
+    return (json.dumps(fields, indent=4, sort_keys=True) + "\n").encode()
 
 
 MLX: AdapterFormat = MlxFormat()

@@ -8,9 +8,10 @@ FleetMean    shared = k strongest directions of mean(B_i A_i);   code = b"", or 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from icmlora.adapter.arithmetic import among, mean_adapter, plus, times, truncated
+from icmlora.adapter.arithmetic import mean_adapter, plus, times, truncated
 from icmlora.adapter.model import Adapter, LoraModule
 from icmlora.errors import CodeError
 from tests.benchmarks.baselines.baseline import Baseline, NamedAdapters, PerAdapter
@@ -90,7 +91,7 @@ class FleetMean:
         if self.residual is None:
             return b""
         # The difference to the mean as it is stored, so that its rounding error is corrected too.
-        mean = among(factors_from_bytes(shared, self.quantizer).modules, adapter)
+        mean = _among(factors_from_bytes(shared, self.quantizer).modules, adapter)
         return self.residual.encode(plus(adapter, times(mean, -1.0)), b"")
 
     def decode(self, code: bytes, shared: bytes) -> Adapter:
@@ -98,7 +99,7 @@ class FleetMean:
         mean = factors_from_bytes(shared, self.quantizer)
         if self.residual is not None:
             difference = self.residual.decode(code, b"")
-            common = among(mean.modules, difference)
+            common = _among(mean.modules, difference)
             widths = {shape.module: shape[2:] for shape in difference.layout}
             if any(module.shape[2:] != widths[module.name] for module in common):
                 raise CodeError("a module has other widths in the code than in the fleet's mean")
@@ -106,3 +107,9 @@ class FleetMean:
         if code:
             raise CodeError("the task has a code, but this baseline stores only the fleet's mean")
         return mean
+
+
+def _among(modules: Iterable[LoraModule], adapter: Adapter) -> list[LoraModule]:
+    """Return those of some modules that an adapter has too."""
+    own = {module.name for module in adapter.modules}
+    return [module for module in modules if module.name in own]

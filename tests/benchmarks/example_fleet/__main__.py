@@ -9,7 +9,7 @@ then copy. About an hour on two cores; a stopped run goes on with the first task
 import sys
 from pathlib import Path
 
-from icmlora.base_models.running.gguf import convert_gguf
+from icmlora.base_models.load import convert_gguf
 from tests.benchmarks.example_fleet import build_text, train
 from tests.benchmarks.example_fleet.packages import Packages
 from tests.benchmarks.example_fleet.tasks import BASE_MODEL

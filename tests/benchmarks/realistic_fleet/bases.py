@@ -4,7 +4,7 @@ import hashlib
 import shutil
 from pathlib import Path
 
-from icmlora.base_models.running.gguf import convert_gguf
+from icmlora.base_models.load import convert_gguf
 from tests.benchmarks.example_fleet.__main__ import make_base
 from tests.benchmarks.example_fleet.packages import Packages
 from tests.benchmarks.realistic_fleet.tasks import GEMMA, SMOLLM2

@@ -39,7 +39,7 @@ from icmlora.generator.versions import GeneratorFile
 with Context(Path(sys.argv[1])).open() as store:
     row = next(row for row in store.tasks.summaries() if row.code is not None)
     code = store.blobs.read(row.code.blob)
-    decoder = GeneratorFile(store.blobs.read(store.generators.current(row.task.base_model).blob)).decoder_of(code)
+    decoder = GeneratorFile(store.blobs.read(store.generators.current(row.task.base_model).blob)).codec_of(code)
 def timed():
     started = time.perf_counter()
     decoder.decode(code)

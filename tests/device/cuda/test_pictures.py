@@ -24,6 +24,7 @@ def images(tmp_path: Path) -> tuple[Fleet, str]:
     return fleet, task.task
 
 
+@pytest.mark.slow
 def test_the_report_draws_with_a_pipeline_on_the_card(images: tuple[Fleet, str], tmp_path: Path) -> None:
     (fleet, task), made = images, {}
     for device in ("cuda", "cpu"):

@@ -13,7 +13,7 @@ from tokenizers import pre_tokenizers
 
 from icmlora.base_models.finding.lookup import inspect_base
 from icmlora.base_models.kinds.causal_lm import CausalLM
-from icmlora.base_models.running.gguf import convert_gguf
+from icmlora.base_models.load import convert_gguf
 from icmlora.errors import BaseModelNotFound, OutputExists
 from tests.icmlora.base_models.chat_templates import QWEN
 from tests.icmlora.tiny_base import HIDDEN, LABEL, tiny_model

@@ -102,6 +102,14 @@ def test_a_model_with_the_processor_of_another_is_refused_by_name(tmp_path: Path
         losses(odd, MEDIA_KINDS["moonshine"], sound_file)
 
 
+@pytest.mark.parametrize("alone", ["Wav2Vec2ForCTC", "Wav2Vec2ForSequenceClassification", "Wav2Vec2Model"])
+def test_wav2vec_2_without_a_decoder_is_refused_by_name(alone: str, tmp_path: Path) -> None:
+    t.Wav2Vec2Config(architectures=[alone]).save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"no weights")
+    with pytest.raises(BaseModelUnsuited, match=r"'tiny' is of a kind that icm does not run"):
+        load(lambda folder: tmp_path, tmp_path)
+
+
 @pytest.mark.skipif(HAS_VIDEO, reason="torchvision is installed")
 def test_a_processor_whose_library_is_missing_is_named_before_weights_are_read(tmp_path: Path) -> None:
     base = tmp_path / "base"

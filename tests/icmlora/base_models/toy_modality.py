@@ -101,20 +101,10 @@ class VectorClassifier(Modality[Point, Point]):
             hidden: torch.Tensor = base.model.hidden(self._vectors(base, examples)).float()
         return hidden
 
-    def context_state(self, base: BaseModel, examples: Sequence[Point], limit: int) -> torch.Tensor:
-        """Return the mean hidden state."""
-        return self.states(base, examples, limit).mean(dim=0)
-
     def logits(self, base: BaseModel, items: Sequence[Point], *, from_leaf: bool = False) -> list[torch.Tensor]:
         """Return one row of class logits for each example."""
         logits = base.model(self._vectors(base, items).requires_grad_(from_leaf))
         return list(logits[:, None])
-
-    def loss(self, base: BaseModel, items: Sequence[Point]) -> torch.Tensor:
-        """Return the cross entropy, summed."""
-        logits = torch.cat(self.logits(base, items, from_leaf=True)).float()
-        labels = torch.tensor([item.label for item in items], device=base.device)
-        return nn.functional.cross_entropy(logits, labels, reduction="sum")
 
     def item_loss(self, item: Point, logits: torch.Tensor) -> torch.Tensor:
         """Return the cross entropy of one example."""

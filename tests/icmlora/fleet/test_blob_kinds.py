@@ -6,7 +6,7 @@ import pytest
 from safetensors.torch import save
 from torch import zeros
 
-from icmlora.fleet.tasks.blob_kinds import kind_of
+from icmlora.fleet.tasks.verify import kind_of
 from icmlora.generator import code, file, residual
 from icmlora.task_vectors import file as vectors
 

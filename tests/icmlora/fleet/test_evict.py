@@ -78,7 +78,7 @@ def test_a_dry_run_on_two_processes_reports_what_one_process_reports(
 ) -> None:
     damage(blob_of(fleet, code_blobs(fleet)[TASKS[1]]))
     alone = fleet.evict(max_error=0.45, dry_run=True)
-    monkeypatch.setattr("icmlora.fleet.evict.evict._READ_TOGETHER", 1)
+    monkeypatch.setattr("icmlora.fleet.evict.check._READ_TOGETHER", 1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     assert fleet.evict(max_error=0.45, dry_run=True) == alone
 

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from icmlora import DataError, Fleet
-from icmlora.fleet.evict import evict, placeholders
+from icmlora.fleet.evict import check, placeholders
 from icmlora.fleet.evict.placeholders import FolderReplaced
 from icmlora.formats.discovery.placeholder import PLACEHOLDER_NAME, read_placeholder
 from tests.cli.tiny_fleet import write_lora
@@ -200,14 +200,14 @@ def test_weights_that_change_while_other_files_go_are_not_deleted(
 def test_a_task_that_is_replaced_while_its_code_is_checked_keeps_its_folder(
     fleet: Fleet, own_loras: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = evict._Checker._checked
+    real = check._Checker._checked
 
     def replace_then(self: Any, *about_the_task: Any) -> Any:
         made = real(self, *about_the_task)
         fleet.ingest([write_lora(tmp_path / "new" / "rules", seed=77)], name="rules", on_conflict="replace")
         return made
 
-    monkeypatch.setattr(evict._Checker, "_checked", replace_then)
+    monkeypatch.setattr(check._Checker, "_checked", replace_then)
     (task,) = fleet.evict(["rules"], max_error=0.7, placeholder=True).tasks
     assert (task.status, [folder.status for folder in task.folders]) == ("kept", ["left"])
     assert names_in(own_loras / "rules") >= {CONFIG, WEIGHTS}

@@ -14,7 +14,7 @@ from safetensors.torch import load
 
 from icmlora.errors import AdapterRefused, DataError
 from icmlora.formats.format import RunnableAdapter
-from icmlora.formats.pairs.mlx_writer import encode_mlx
+from icmlora.formats.pairs.mlx import encode_mlx
 from tests.icmlora import adapter_files as make
 
 NAMES = ("model.layers.0.self_attn.q_proj", "model.layers.2.mlp.down_proj", "model.layers.10.self_attn.q_proj")

@@ -15,7 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load
 
 from icmlora.adapter.metrics import squared_error
-from icmlora.adapter.resize import Slots
+from icmlora.adapter.resize import RankedSlots
 from icmlora.formats.format import AdapterBytes, Template
 from icmlora.formats.peft.peft import PEFT
 from tests.icmlora.adapter_files import Q0, V0, adapter, config, factors, key, weights
@@ -35,7 +35,7 @@ IDS = torch.arange(1, 20)[None]
 def cut(files: AdapterBytes, share: float = 0.5, dtype: str | None = "float32") -> tuple[AdapterBytes, float]:
     """Write an adapter with a part of its slots; return its files and the squared error that it has in memory."""
     loaded, summary = PEFT.read(files.config, files.weights), PEFT.inspect(files.config, files.weights)
-    slots = Slots.of(loaded.adapter)
+    slots = RankedSlots.of(loaded.adapter)
     small = slots.first(round(share * len(slots.order)))
     like = Template(files.config, small.layout, summary.dtype, summary.template)
     made = PEFT.encode(small, card="", metadata={}, like=like, dtype=dtype, extras=loaded.extras)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -20,15 +18,15 @@ TEXTS = ["a first text of the task", "another one, of another length", "the thir
 ALL = range(len(TEXTS))
 
 
-@pytest.fixture
-def base(tmp_path: Path) -> BaseModel:
-    return load_tiny_base(tmp_path / "base")
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> BaseModel:
+    return load_tiny_base(tmp_path_factory.mktemp("base"))
 
 
-@pytest.fixture
-def trained(base: BaseModel, tmp_path: Path) -> Adapter:
+@pytest.fixture(scope="module")
+def trained(base: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> Adapter:
     """An adapter that knows the texts."""
-    start = load_adapter(write_tiny_adapter(tmp_path / "adapter", strength=0.1))
+    start = load_adapter(write_tiny_adapter(tmp_path_factory.mktemp("adapter"), strength=0.1))
     items = base.modality.prepare(base, plain(TEXTS), 64)
     *_, (_, adapter) = finetune(base, start, items, FinetuneConfig(steps=40, learning_rate=0.02, batch=3))
     return adapter

@@ -1,0 +1,117 @@
+"""Check the machine and the store, for a problem report: `icm doctor`."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import sqlite3
+from contextlib import closing
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from icmlora.fleet.context import Context, use_case
+from registry.errors import RegistryError
+
+if TYPE_CHECKING:
+    from icmlora.io.cards import Card
+
+_DISTRIBUTIONS = ("icm-lora", "torch", "transformers", "peft", "safetensors", "sqlalchemy", "numpy", "typer")
+_LOW_SPACE = 1 << 30  # bytes: less than this does not hold a handful of adapters and a generator
+
+
+@dataclass(frozen=True)
+class Check:
+    """One result of `icm doctor`."""
+
+    name: str
+    value: str | int | Card | None
+    problem: str | None = None
+
+
+@use_case
+def examine(context: Context) -> list[Check]:
+    """Check versions, devices, free space and the store, for a problem report."""
+    return [*_versions(), *_devices(), *_database_library(), *_store(context)]
+
+
+def _versions() -> list[Check]:
+    found = [Check("python", platform.python_version()), Check("platform", platform.platform())]
+    for name in _DISTRIBUTIONS:
+        try:
+            found.append(Check(name, version(name)))
+        except PackageNotFoundError:
+            found.append(Check(name, None, "not installed"))
+    return found
+
+
+def _devices() -> list[Check]:
+    import torch
+
+    from icmlora.io.cards import cuda_cards, has_nvidia_card, install_command, mps_card, nvidia_driver, toolkit
+
+    (cards, problem), mac, driver, built = cuda_cards(), mps_card(), nvidia_driver(), toolkit()
+    if driver is not None and built is None:
+        fact = f"this machine has {', '.join(driver.cards)}, but this build of torch has no CUDA"
+        problem = f"{fact}; `{install_command(driver)}` installs one that has"
+    out_of_reach = "none, although there is an NVIDIA card" if has_nvidia_card() else "none"
+    return [
+        Check("cpu_threads", torch.get_num_threads()),
+        Check("cuda", ", ".join(card.name for card in cards.values()) or "none", problem),
+        Check("torch_built_for", built or "CPU"),
+        Check("nvidia_driver", out_of_reach if driver is None else driver.version),
+        *(Check(device, card) for device, card in cards.items()),
+        Check("mps", mac or "none"),
+    ]
+
+
+def _database_library() -> list[Check]:
+    note = "has the WAL-reset bug, which icm avoids by using the rollback journal"
+    suffix = f" ({note})" if has_wal_reset_bug(sqlite3.sqlite_version_info) else ""
+    return [Check("sqlite", f"{sqlite3.sqlite_version}{suffix}")]
+
+
+def has_wal_reset_bug(release: tuple[int, ...]) -> bool:
+    """Return whether an SQLite release can corrupt a WAL database: 3.7.0 to 3.51.2, but two have the fix."""
+    if (3, 44, 6) <= release < (3, 45) or (3, 50, 7) <= release < (3, 51):
+        return False
+    return (3, 7, 0) <= release < (3, 51, 3)
+
+
+def _store(context: Context) -> list[Check]:
+    store = context.path
+    anchor = next(folder for folder in (store, *store.absolute().parents) if folder.exists())
+    free = shutil.disk_usage(anchor).free
+    checks = [Check("free_bytes", free, "less than 1 GiB is free" if free < _LOW_SPACE else None)]
+    if not os.access(anchor, os.W_OK | os.X_OK):
+        checks.append(Check("writable", "no", f"{anchor} cannot be written by this user"))
+    if not (store / "FORMAT").exists():
+        return [*checks, Check("store", "none yet; `icm ingest` creates it")]
+    return [*checks, _opened(context), _schema(store / "registry.db")]
+
+
+def _opened(context: Context) -> Check:
+    """Open the store, and report the error that another command would raise."""
+    problem = None
+    try:
+        with context.open(read_only=True):
+            pass
+    except RegistryError as error:
+        problem = str(error) if error.hint is None else f"{error}; {error.hint}"
+    try:
+        format_ = (context.path / "FORMAT").read_text(errors="replace").strip()[:80]
+    except OSError:
+        format_ = None
+    return Check("store", format_, problem)
+
+
+def _schema(database: Path) -> Check:
+    try:
+        with closing(sqlite3.connect(f"{database.absolute().as_uri()}?mode=ro", uri=True)) as connection:
+            (schema,) = connection.execute("PRAGMA user_version").fetchone()
+            (verdict,) = connection.execute("PRAGMA quick_check(1)").fetchone()
+    except sqlite3.Error as error:
+        return Check("schema", None, f"the database cannot be read: {error}")
+    return Check("schema", schema, None if verdict == "ok" else f"the database is damaged: {verdict}")
