@@ -109,9 +109,12 @@ def _join_same(context: Context, store: Store, name: str, found: FoundBase) -> N
     """Join a base model to one of the same files; where both have a generator, the user has to say which stays."""
     records = store.base_models.all()
     mine = next(record for record in records if name in record.names)
-    for other in records:
-        copy = None if other is mine else _copy(other)
-        if copy is None or not is_same_model(found, copy):
+    for other in (record for record in records if record is not mine):
+        try:
+            copy = find_recorded(other)
+        except BaseModelNotFound:
+            continue
+        if not is_same_model(found, copy):
             continue
         first, second = (mine, other) if store.generators.current(mine.name) is not None else (other, mine)
         with suppress(BaseModelConflict):
@@ -195,9 +198,3 @@ def _locate(record: BaseModelRecord) -> KnownBase:
         return KnownBase(record, find_recorded(record).path, None)
     except BaseModelNotFound as error:
         return KnownBase(record, None, str(error))
-
-
-def _copy(record: BaseModelRecord) -> FoundBase | None:
-    with suppress(BaseModelNotFound):
-        return find_recorded(record)
-    return None

@@ -163,7 +163,8 @@ class _Space:
         first, last = (size / math.log10(4) for size in self.sizes)
         powers = range(math.ceil(first), math.floor(last) + 1)
         every = math.ceil(len(powers) / 7)
-        return [Tick(self.x(4**power), _whole_size(4**power)) for power in powers if power % every == 0]
+        sizes = [4**power for power in powers if power % every == 0]
+        return [Tick(self.x(size), human_size(size).replace(".0 ", " ")) for size in sizes]  # as in `64 KiB`
 
     def up(self) -> list[Tick]:
         low, high = self.values
@@ -181,11 +182,6 @@ def _nice(step: float) -> float:
     """Return the next of 1, 2 and 5 times a power of ten."""
     power = 10.0 ** math.floor(math.log10(step))
     return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= step * (1 - 1e-9))
-
-
-def _whole_size(size: int) -> str:
-    """Return a power of 4 in IEC units: `64 KiB`."""
-    return human_size(size).replace(".0 ", " ")
 
 
 def _path(dots: Iterable[Dot]) -> str:

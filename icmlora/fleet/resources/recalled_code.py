@@ -9,6 +9,7 @@ one task has nearly all of it, and a mean of the adapters of different tasks is 
 
 from __future__ import annotations
 
+from functools import cache
 from typing import TYPE_CHECKING
 
 from icmlora.fleet.resources.stored_vectors import ComparableVectors, comparable_vectors
@@ -26,7 +27,7 @@ class Exemplars:
 
     def __init__(self, store: Store, generator: GeneratorRecord) -> None:
         self._store, self._generator = store, generator
-        self._known: dict[View, tuple[ComparableVectors, Recognizer | None]] = {}
+        self._of_view = cache(self._read_view)
 
     def code_for(self, final: AdapterRecord) -> CodeRecord | None:
         """Return the code of the known task recognized from a task's vectors, None if none is.
@@ -48,20 +49,16 @@ class Exemplars:
             return None
         return code
 
-    def _of_view(self, view: View) -> tuple[ComparableVectors, Recognizer | None]:
+    def _read_view(self, view: View) -> tuple[ComparableVectors, Recognizer | None]:
         """Return the vectors of a view, and what recognises the tasks among them that have a code."""
-        if view not in self._known:
-            store, generator = self._store, self._generator
-            tasks = [task for task in store.tasks.all() if task.base_model == generator.base_model]
-            known = comparable_vectors(store, tasks, view)
-            coded = {code.task for code in store.codes.all(generator.id)}
-            exemplars = {name: vectors for name, vectors in known.vectors.items() if name in coded}
-            try:
-                recognizer = Recognizer(exemplars)
-            except TooFewVectors:
-                recognizer = None
-            self._known[view] = known, recognizer
-        return self._known[view]
+        store, generator = self._store, self._generator
+        tasks = [task for task in store.tasks.all() if task.base_model == generator.base_model]
+        known = comparable_vectors(store, tasks, view)
+        coded = {code.task for code in store.codes.all(generator.id)}
+        try:
+            return known, Recognizer({name: vectors for name, vectors in known.vectors.items() if name in coded})
+        except TooFewVectors:
+            return known, None
 
 
 def _fits(exemplar: AdapterRecord, final: AdapterRecord) -> bool:

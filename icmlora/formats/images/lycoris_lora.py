@@ -13,9 +13,8 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -25,7 +24,7 @@ from icmlora.formats.images.header_ranks import of_lora
 from icmlora.formats.images.single_file_check import scalar
 from icmlora.formats.images.single_file_names import NUMBERS, other_method
 from icmlora.io.finite import check_finite
-from icmlora.io.safetensors import TensorHeader, encode, header_text, parse_header
+from icmlora.io.safetensors import TensorHeader, encode, read_header
 from icmlora.io.tensors import decode_float32, raw_tensor
 
 if TYPE_CHECKING:
@@ -52,8 +51,7 @@ _TEXT_OF_V1 = re.compile(r".*_attn2_to_[kv]")
 _V1, _V1_WIDTH = "stable-diffusion-v1", 768
 
 
-@dataclass(frozen=True)
-class LowRank:
+class LowRank(NamedTuple):
     """What was made of an adapter.
 
     Attributes:
@@ -76,7 +74,7 @@ def low_rank(weights: bytes, rank: int) -> LowRank:
         AdapterRefused: It is damaged, or a part of it is not a change of weights by itself.
         DataError: lycoris-lora is not installed.
     """
-    header = parse_header(header_text(weights), len(weights))
+    header = read_header(weights)
     check_finite(weights, header)
     modules = _modules(weights, header)
     text = next((stem for stem in modules if _TEXT_OF_V1.fullmatch(stem.replace(".", "_"))), None)
@@ -99,7 +97,7 @@ def low_rank(weights: bytes, rank: int) -> LowRank:
 
 def format_of_lora(weights: bytes) -> str:
     """Return the format of what `low_rank` makes of an adapter: that in which its modules have the names they have."""
-    header = parse_header(header_text(weights), len(weights))
+    header = read_header(weights)
     has_dots = any("." in _split(info.name)[0] for info in header.tensors)
     return "comfyui" if has_dots else "lycoris"
 

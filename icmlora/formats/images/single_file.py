@@ -130,9 +130,9 @@ class SingleFileFormat(AdapterFormat):
     def look(self, weights: bytes) -> tuple[SortedFile, Mapping[str, str]]:
         """Sort the tensors of an adapter by its header alone, and return its metadata; raises as `inspect` does."""
         from icmlora.formats.images.single_file_names import sort_file
-        from icmlora.io.safetensors import header_text, parse_header
+        from icmlora.io.safetensors import read_header
 
-        header = parse_header(header_text(weights), len(weights))
+        header = read_header(weights)
         return sort_file(header, self._naming), header.metadata
 
     def named_factors(self, weights: bytes) -> tuple[dict[str, Tensor], CheckedFile]:

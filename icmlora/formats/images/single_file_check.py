@@ -17,7 +17,7 @@ from icmlora.formats.images.families import base_of
 from icmlora.formats.images.single_file_names import Factors, Naming, SortedFile, sort_file
 from icmlora.formats.noted_form import commonest, note, types_to_note
 from icmlora.io.finite import bits, check_finite, is_zero
-from icmlora.io.safetensors import TensorHeader, TensorInfo, header_text, parse_header
+from icmlora.io.safetensors import TensorHeader, TensorInfo, header_text, read_header
 
 HEADER = "header.metadata"
 """The name under which the header's metadata is kept, word for word, as one more tensor of bytes."""
@@ -48,7 +48,7 @@ def check_file(weights: Buffer, naming: Naming) -> CheckedFile:
         AdapterRefused: It is damaged, or its scale is unknown; `kind` says how.
         UnsafeInput: Hostile names, or limits broken.
     """
-    header = parse_header(header_text(weights), len(weights))
+    header = read_header(weights)
     found = sort_file(header, naming)
     _check_stated_alpha(header.metadata, found.factors)
     alphas = {one.module: scalar(weights, one.alpha) for one in found.factors if one.alpha is not None}

@@ -23,7 +23,7 @@ from icmlora.io.strict_json import parse_object
 from registry.names import escape, is_module_name
 
 if TYPE_CHECKING:
-    from icmlora.formats.peft.name_patterns import NamePattern, Steps
+    from icmlora.formats.peft.name_patterns import NamePattern
 
 PREFIX = "base_model.model."  # what PEFT puts before the name that a module has in the base model
 MAX_CONFIG_BYTES = 1024 * 1024
@@ -99,9 +99,8 @@ def _first_match(patterns: Sequence[tuple[NamePattern, _Number]], module: str, d
     try:
         return next((value for pattern, value in patterns if pattern.matches(module)), default)
     except PatternRefused as refused:
-        raise AdapterRefused(
-            f"a key of rank_pattern or alpha_pattern cannot be used: {refused}", kind="pattern"
-        ) from None
+        fact = f"a key of rank_pattern or alpha_pattern cannot be used: {refused}"
+        raise AdapterRefused(fact, kind="pattern") from None
 
 
 def usual_names(module: str) -> tuple[str, str]:
@@ -170,10 +169,6 @@ def fields_of(data: bytes) -> dict[str, Any]:
     return parse_object(data, what="adapter_config.json", max_bytes=MAX_CONFIG_BYTES)
 
 
-def _is_name(value: object) -> bool:
-    return isinstance(value, str) and is_module_name(value)
-
-
 class _Reader:
     """Typed access to the parsed fields; a value of the wrong kind is refused with the field's name."""
 
@@ -198,7 +193,8 @@ class _Reader:
 
     def names(self, key: str) -> tuple[str, ...]:
         value = self._fields.get(key) or ()
-        if isinstance(value, list | tuple) and len(value) <= MAX_TARGETS and all(map(_is_name, value)):
+        is_list = isinstance(value, list | tuple) and len(value) <= MAX_TARGETS
+        if is_list and all(isinstance(name, str) and is_module_name(name) for name in value):
             return tuple(value)
         raise self._wrong(key, value, "a list of names")
 
@@ -217,28 +213,21 @@ class _Reader:
 
     def map(self, key: str) -> list[tuple[NamePattern, object]]:
         value = self._fields.get(key)
-        if value is None:
+        if value is None or value == {}:
             return []
         if not isinstance(value, dict):
             raise self._wrong(key, value, "an object")
-        if not value:
-            return []
-        from icmlora.formats.peft.name_patterns import Steps
+        from icmlora.formats.peft.name_patterns import PatternRefused, Steps, parse_pattern  # few have patterns
 
-        steps = Steps()
-        return [(self._pattern(key, name, steps), item) for name, item in value.items()]
-
-    def _pattern(self, key: str, name: str, steps: Steps) -> NamePattern:
-        from icmlora.formats.peft.name_patterns import PatternRefused, parse_pattern
-
-        try:
-            return parse_pattern(name, steps)
-        except PatternRefused as refused:
-            raise AdapterRefused(
-                f"{key} has the key {escape(name, 120)!r}, which icm does not read: {refused}",
-                kind="pattern",
-                hint=f"write {key} with module names in full",
-            ) from None
+        steps, found = Steps(), []
+        for name, item in value.items():
+            try:
+                found.append((parse_pattern(name, steps), item))
+            except PatternRefused as refused:
+                fact = f"{key} has the key {escape(name, 120)!r}, which icm does not read: {refused}"
+                hint = f"write {key} with module names in full"
+                raise AdapterRefused(fact, kind="pattern", hint=hint) from None
+        return found
 
     def _wrong(self, key: str, value: object, wanted: str) -> AdapterRefused:
         message = f"{key} is {escape(repr(value), 48)}, not {wanted}"

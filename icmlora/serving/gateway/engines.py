@@ -7,7 +7,6 @@ SGLang    POST /load_lora_adapter, /unload_lora_adapter; a request names BASE:AD
 from __future__ import annotations
 
 import json
-from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -48,7 +47,7 @@ class Listing:
         return frozenset(str(card["id"]) for card in self.cards if not card.get("parent"))
 
 
-class Engine(ABC):
+class Engine:
     """An engine that is asked over HTTP. Whatever it is asked raises `HttpProblem` if it refuses or does not answer.
 
     Args:
@@ -70,21 +69,21 @@ class Engine(ABC):
         self._client = client
         self._is_prepared = False
 
-    @abstractmethod
     def adapter_name(self, task: str, key: str) -> str:
-        """Return the name under which a version of a task is loaded."""
+        """Return the name under which a version of a task is loaded: the task's, so that requests need no change."""
+        return task
 
-    @abstractmethod
     def task_of(self, model: str, base: str) -> str:
         """Return the task that a request's model names."""
+        return model
 
-    @abstractmethod
     def addressed(self, body: Body, adapter: str, base: str) -> bytes | None:
         """Return the body that asks for a loaded adapter; None if it is the body as the client sent it."""
+        return None
 
-    @abstractmethod
     def takes_unknown(self, model: str) -> bool:
-        """Say whether a request for a model that is neither listed nor a task is for the engine to answer."""
+        """Say whether the engine is to answer a request for a model that is neither listed nor a task, with a 404."""
+        return True
 
     async def listing(self) -> Listing:
         """Ask what the engine serves."""
@@ -142,22 +141,6 @@ class VllmEngine(Engine):
     unloads_at_once = True
     _load_route, _unload_route = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
     _hint = "start vLLM with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"
-
-    def adapter_name(self, task: str, key: str) -> str:
-        """Return the task's name: clients' requests are passed on as they are."""
-        return task
-
-    def task_of(self, model: str, base: str) -> str:
-        """Return the model."""
-        return model
-
-    def addressed(self, body: Body, adapter: str, base: str) -> bytes | None:
-        """Return None: the request names the adapter already."""
-        return None
-
-    def takes_unknown(self, model: str) -> bool:
-        """Return True: it answers with 404."""
-        return True
 
 
 class SglangEngine(Engine):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from icmlora.errors import AdapterRefused
-from icmlora.io.finite import check_finite
+from icmlora.io.finite import check_finite, is_zero
 from icmlora.io.safetensors import RawTensor, encode, read_header
 
 TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -63,3 +65,26 @@ def test_any_bits_are_judged_as_torch_judges_them(words: list[int], dtype: str) 
     except AdapterRefused:
         finite = False
     assert finite == bool(torch.isfinite(values).all())
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("place", [0, 300_000, 599_999])
+def test_one_value_anywhere_makes_a_tensor_other_than_zero(dtype: str, place: int) -> None:
+    values = torch.full((600, 1000), -0.0)
+    zeros = encode({"a": raw(values, dtype)}, {})
+    values.view(-1)[place] = 6e-8
+    other = encode({"a": raw(values, dtype)}, {})
+    (tensor,) = read_header(zeros).tensors
+    assert is_zero(zeros, tensor)
+    assert not is_zero(other, tensor)
+
+
+def test_looking_for_zeros_takes_little_memory() -> None:
+    data = encode({"a": raw(torch.zeros(4, 1 << 20), "F32")}, {})
+    (tensor,) = read_header(data).tensors
+    tracemalloc.start()
+    try:
+        assert is_zero(data, tensor)
+        assert tracemalloc.get_traced_memory()[1] < len(data) / 4
+    finally:
+        tracemalloc.stop()
