@@ -77,8 +77,6 @@ class Codec:
         vectors: Mapping[str, torch.Tensor],
         initial: InitialA | None = None,
         limits: Limits | None = None,
-        *,
-        keep_decoded: bool = False,
     ) -> Encoded:
         """Encode one adapter with the coarsest quantiser step found that keeps the limits of its errors.
 
@@ -88,7 +86,6 @@ class Codec:
             initial: Where its initial A was drawn, if that is known.
             limits: By default the generator's own tolerance. Under a size, the code is the most accurate of at most so
                 many bytes, or the smallest found if none has so few.
-            keep_decoded: Whether the result holds what the code decodes to.
 
         Raises:
             NotCovered: The generator has no place for one of the modules or ranks.
@@ -100,8 +97,8 @@ class Codec:
         if limits is None:
             limits = Limits(tolerance=self.config.tolerance)
         if limits.size is not None:
-            return encode_within(self, adapter, vectors, initial, limits.size, keep_decoded=keep_decoded)
-        return encode_adapter(self, adapter, vectors, initial, limits, keep_decoded=keep_decoded)
+            return encode_within(self, adapter, vectors, initial, limits.size)
+        return encode_adapter(self, adapter, vectors, initial, limits)
 
     @torch.no_grad()
     def measure(self, adapter: Adapter, code: bytes) -> Encoded:

@@ -3,8 +3,8 @@
     adapter ──tokens──▶ latent, shifts ──▶ integers at one step ──▶ code ──decode──▶ errors ──▶ coarser or finer step
 
 The theory of reverse water-filling says where to begin; of a large adapter, so does a part of its layers. Every step
-that is tried is rounded, decoded as its code would be, and measured. What is found is written, and its integers are
-read from the bytes again and compared, so the limit holds for the bytes themselves.
+that is tried is rounded, decoded as its code would be, and measured. What is found is written, decoded from its bytes
+and measured again, so the limit holds for the bytes themselves.
 """
 
 from __future__ import annotations
@@ -55,6 +55,7 @@ _ENOUGH = 0.9  # share of a limit at which the code of a larger adapter is coars
 _FINEST, _COARSEST = 1e-8, 0.95  # squared errors between which the steps for a size are tried
 _PART = 8  # of a larger adapter, every eighth layer tells about which step is the coarsest
 _STRONGEST = STRENGTHS  # a code is made at most twice as strong
+_ALIKE = 1e-3  # errors of the same code, as a share: float32 rounds in another order where integers are tried
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class Encoded:
     squared_error: float  # of dW
     # The same of dW weighted by the sensitivity of its channels; equal to `squared_error` under even weights.
     weighted_error: float
-    # That adapter, where the caller wants to go on with it.
+    # That adapter; None where it was let go.
     decoded: Adapter | None = field(default=None, repr=False, compare=False)
 
 
@@ -115,33 +116,30 @@ def encode_adapter(
     vectors: Mapping[str, torch.Tensor],
     initial: InitialA | None,
     limits: Limits,
-    *,
-    keep_decoded: bool,
 ) -> Encoded:
     """Encode one adapter with the coarsest step found that keeps the limits; vectors (size,); see `Codec.encode`."""
     tokens, state = _prepared(codec, adapter, vectors, initial)
     subspace = codec.subspace(initial)
     expected = limits.expected_step(tokens, codec.sensitivity, subspace)
 
-    def search(
-        adapter: Adapter, tokens: Sequence[KindTokens], expected: int, means: dict[int, Means] | None, enough: float
-    ) -> _Rounded:
+    def trials(
+        adapter: Adapter, tokens: Sequence[KindTokens], means: dict[int, Means] | None
+    ) -> Callable[[int], _Rounded]:
         originals = _Original.of(codec, adapter).by_kind(codec.config)
-
-        def at(step: int) -> _Rounded:
-            return _rounded_at(step, codec, adapter, originals, tokens, state, initial, means)
-
-        return coarsest(expected, limits, at, enough)
+        return lambda step: _rounded_at(step, codec, adapter, originals, tokens, state, initial, means)
 
     if sum(shape.parameters for shape in adapter.layout) > _SMALL:
         # How far theory is off in a part is how far it is off in the whole, about.
         some, of_some = _part_of(adapter, tokens, codec.config)
         there = limits.expected_step(of_some, codec.sensitivity, subspace)
-        found = search(some, of_some, there, {}, 1.0).head.step
-        best = search(adapter, tokens, expected + found - there, None, _ENOUGH)
+        expected += coarsest(there, limits, trials(some, of_some, {})).head.step - there
+        at, enough = trials(adapter, tokens, None), _ENOUGH
     else:
-        best = search(adapter, tokens, expected, {}, 1.0)
-    return _closed(codec, codec.close(best.head, best.groups), best, keep_decoded=keep_decoded)
+        at, enough = trials(adapter, tokens, {}), 1.0
+    best = coarsest(expected, limits, at, enough)
+    while not limits.keeps(found := _measured(codec, adapter, codec.close(best.head, best.groups), best)):
+        best = at(best.head.step - 1)  # it was at the limit, and rounding of float32 put it beyond
+    return found
 
 
 def encode_within(
@@ -150,8 +148,6 @@ def encode_within(
     vectors: Mapping[str, torch.Tensor],
     initial: InitialA | None,
     size: int,
-    *,
-    keep_decoded: bool,
 ) -> Encoded:
     """Encode one adapter in at most `size` bytes, with the finest step found; vectors (size,); see `Codec.encode`."""
     tokens, state = _prepared(codec, adapter, vectors, initial)
@@ -178,7 +174,7 @@ def encode_within(
             if best is None or size < len(data) < len(best[0]):
                 best = data, trial
     assert best is not None
-    return _closed(codec, *best, keep_decoded=keep_decoded)
+    return _measured(codec, adapter, *best)
 
 
 def _prepared(
@@ -194,22 +190,12 @@ def _prepared(
     return tokens, replace(state, subspace=replace(subspace, shifts=codec.quantizer.shifts(tokens, state)))
 
 
-def _closed(codec: Codec, data: bytes, tried: _Rounded, *, keep_decoded: bool) -> Encoded:
-    """Check that a code reads as what was tried, and return it with its errors."""
-    if not _reads_as(codec, data, tried):
+def _measured(codec: Codec, adapter: Adapter, data: bytes, tried: _Rounded) -> Encoded:
+    """Decode a code and measure it; raise `GeneratorError` if that is not what was tried."""
+    found = compare(codec, adapter, codec.decode(data), data)
+    if not math.isclose(found.weighted_error, tried.weighted_error, rel_tol=_ALIKE, abs_tol=_ALIKE**2):
         raise GeneratorError("the code does not decode to what was encoded")
-    decoded = codec.decode(data) if keep_decoded else None
-    return Encoded(data, tried.squared_error, tried.weighted_error, decoded)
-
-
-def _reads_as(codec: Codec, data: bytes, tried: _Rounded) -> bool:
-    """Whether a code holds the integers and strengths that were tried; what it decodes to follows from them."""
-    opened, groups = codec.open(data), {group.slots.kind: group for group in tried.groups}
-    # A kind without energy has no tokens to try; what is read of it is empty.
-    pairs = [(group, groups[group.slots.kind]) for group in opened.groups if group.slots.kind in groups]
-    return np.array_equal(opened.head.strengths, tried.head.strengths) and all(
-        np.array_equal(read.residuals, wanted.residuals) and read.vectors == wanted.vectors for read, wanted in pairs
-    )
+    return found
 
 
 def _part_of(

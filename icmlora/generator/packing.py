@@ -37,6 +37,11 @@ class KindIntegers:
     residuals: Integers  # shape (n,): log2 norms relative to table and gain, in eighths
     vectors: Nonzeros  # of inputs, outputs, and the part of the inputs in the initial subspace, in one row
 
+    def sides(self, sizes: Sequence[int]) -> list[Integers]:
+        """Return all integers of the vectors by side, (n, size) each; sizes are in, out and R."""
+        count = len(self.slots.layer)
+        return split_sides(self.vectors.dense(count * sum(sizes)), count, sizes)
+
 
 def pack(quantizer: TokenQuantizer, head: CodeHead, subspace: InitialSubspace, groups: Sequence[KindIntegers]) -> bytes:
     """Write the integers of an adapter; at most one group per kind."""
@@ -111,8 +116,8 @@ def _streams_of(head: CodeHead, quantizer: TokenQuantizer) -> list[list[Slots]]:
 
 def split_sides(values: Integers, count: int, sizes: Sequence[int]) -> list[Integers]:
     """Split the integers of `count` slots into sides of shapes (count, size), which follow each other."""
-    ends = np.cumsum([count * size for size in sizes])[:-1]
-    return [side.reshape(count, size) for side, size in zip(np.split(values, ends), sizes, strict=True)]
+    parts = np.split(values, np.cumsum([count * size for size in sizes])[:-1])
+    return [side.reshape(count, size) for side, size in zip(parts, sizes, strict=True)]
 
 
 def slots_between(first: NDArray[np.uint16], kept: NDArray[np.uint16]) -> list[Slots]:

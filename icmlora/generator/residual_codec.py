@@ -92,11 +92,10 @@ class ResidualCodec:
         return [self._decoded_kind(group, opened) for group in opened.groups]
 
     def _decoded_kind(self, group: KindIntegers, opened: OpenCode) -> _Decoded:
-        count, sizes = len(group.slots.layer), self._quantizer.sizes[group.slots.kind]
+        subspace, kind = opened.state.subspace, group.slots.kind
         norms = self._quantizer.norms(group.slots, group.gain, group.residuals)
-        scales = self._quantizer.scales(group.slots, norms, opened.state.subspace, opened.head.step)[:2]
-        row = group.vectors.dense(count * (sum(sizes) + opened.state.subspace.rows(group.slots.kind)))
-        values = split_sides(row[: count * sum(sizes)], count, sizes)
+        scales = self._quantizer.scales(group.slots, norms, subspace, opened.head.step)
+        values = group.sides((*self._quantizer.sizes[kind], subspace.rows(kind)))
         classes = classes_of(values[INPUTS], scales[INPUTS]), classes_of(values[OUTPUTS], scales[OUTPUTS])
         tokens = self._codec.dequantised(group, opened.state, opened.head.step)
         return _Decoded(group.slots, group.gain, tokens, classes)

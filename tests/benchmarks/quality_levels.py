@@ -114,7 +114,7 @@ class TaskLevels:
         initial = SeedSearch().find(adapter)
         for quality in LEVELS:
             limit = tolerance_of(quality)
-            yield quality, codec.encode(adapter, vectors, initial, limits=Limits(tolerance=limit), keep_decoded=True)
+            yield quality, codec.encode(adapter, vectors, initial, limits=Limits(tolerance=limit))
 
     def _answers(self, adapter: RunnableAdapter | None) -> Answers:
         modality = self._base.modality

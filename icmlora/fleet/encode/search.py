@@ -213,22 +213,23 @@ class CodeSearch:
     def coarse(self) -> Coarse:
         """Return the code that refinement begins with."""
         assert self.refiner is not None
-        return Coarse(self.refiner, self.codec, self.original, self._plain(self.limits, keep_decoded=False))
+        return Coarse(self.refiner, self.codec, self.original, replace(self._plain(self.limits), decoded=None))
 
     def _most_accurate(self, size: int) -> tuple[Trial, bool]:
-        self.tell(f"encoding, at most {human_size(size)}")
-        keep, min_gain = self.losses is not None, self.limits.min_gain
-        encoded = self.codec.encode(self.original, self.vectors, self.initial, self.limits, keep_decoded=keep)
+        min_gain, encoded = self.limits.min_gain, self._plain(self.limits)
         trial = _measured(self.losses, "code", encoded)
         is_good = self.limits.keeps(encoded) and (min_gain is None or trial.keeps(min_gain))
         return trial, is_good and len(encoded.data) <= size
 
-    def _plain(self, limits: Limits, *, keep_decoded: bool) -> Encoded:
-        self.tell("encoding" if limits.tolerance is None else f"encoding, tolerance {limits.tolerance:.2g}")
-        return self.codec.encode(self.original, self.vectors, self.initial, limits, keep_decoded=keep_decoded)
+    def _plain(self, limits: Limits) -> Encoded:
+        if limits.size is not None:
+            self.tell(f"encoding, at most {human_size(limits.size)}")
+        else:
+            self.tell("encoding" if limits.tolerance is None else f"encoding, tolerance {limits.tolerance:.2g}")
+        return self.codec.encode(self.original, self.vectors, self.initial, limits)
 
     def _try(self, limits: Limits, refiner: Refiner | None) -> Trial:
-        encoded = self._plain(limits, keep_decoded=self.losses is not None and refiner is None)
+        encoded = self._plain(limits)
         if refiner is not None:
             encoded = refiner.refine(self.codec, self.original, encoded, self.tell)
         return _measured(self.losses, "code", encoded)

@@ -230,7 +230,7 @@ def test_the_number_of_threads_changes_no_byte_of_a_code_and_no_bit_of_what_it_d
     try:
         for threads in (1, 3):
             torch.set_num_threads(threads)
-            encoded = codec().encode(mixed_fleet().load(task, None), make_vectors(task), keep_decoded=True)
+            encoded = codec().encode(mixed_fleet().load(task, None), make_vectors(task))
             assert encoded.decoded is not None
             made.append(encoded)
     finally:

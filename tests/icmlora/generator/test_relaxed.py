@@ -79,9 +79,8 @@ def test_moved_values_are_what_the_new_code_decodes_to(make: Make) -> None:
 
 def along(under: Codec, opened: OpenCode, group: KindIntegers) -> Integers:
     """Return the integers along the initial subspace, shape (n, R)."""
-    count, rows = len(group.slots.layer), opened.state.subspace.rows(group.slots.kind)
-    before = count * sum(under.quantizer.sizes[group.slots.kind])
-    return group.vectors.dense(before + count * rows)[before:].reshape(count, rows)
+    kind = group.slots.kind
+    return group.sides((*under.quantizer.sizes[kind], opened.state.subspace.rows(kind)))[2]
 
 
 def test_a_code_that_was_moved_still_holds_the_initial_a() -> None:

@@ -14,8 +14,11 @@ from icmlora.adapter.layout import ModuleShape
 from icmlora.adapter.metrics import dw_norm, squared_error
 from icmlora.adapter.model import Adapter, LoraModule
 from icmlora.errors import GeneratorError
+from icmlora.generator.codec import OpenCode
+from icmlora.generator.entropy_coding import Integers
 from icmlora.generator.initial_a.draw import InitialA, InitialModule
 from icmlora.generator.limits import Limits
+from icmlora.generator.packing import KindIntegers
 from tests.icmlora.peft_made import initial_of, peft_codec, peft_fleet, peft_made
 from tests.icmlora.small_fleet import same, with_factors
 
@@ -84,6 +87,12 @@ def test_an_error_of_the_weights_is_kept_too() -> None:
     assert peft_codec().encode(adapter, {}, initial, limits=Limits(max_error=math.sqrt(0.002))).squared_error <= 0.002
 
 
+def sides_of(opened: OpenCode, group: KindIntegers) -> list[Integers]:
+    """Return inputs, outputs, and what lies along the initial subspace."""
+    kind = group.slots.kind
+    return group.sides((*peft_codec().quantizer.sizes[kind], opened.state.subspace.rows(kind)))
+
+
 @pytest.mark.parametrize("task", TASKS)
 def test_the_code_holds_where_the_initial_a_was_drawn_and_how_much_is_left_across_it(task: int) -> None:
     adapter, initial = known(task)
@@ -92,14 +101,14 @@ def test_the_code_holds_where_the_initial_a_was_drawn_and_how_much_is_left_acros
     for group in opened.groups:
         # A tenth of the energy is left: 13 eighths of an octave less of length.
         assert (opened.head.shifts[group.slots.kind, :6] < -8).all()
-        assert group.along.any()
+        assert sides_of(opened, group)[2].any()
 
 
 def test_without_one_the_code_holds_neither() -> None:
     opened = peft_codec().open(peft_codec().encode(known(0)[0], {}).data)
     assert opened.head.initial is None
     assert not opened.head.shifts.any()
-    assert all(group.along.shape[1] == 0 for group in opened.groups)
+    assert all(opened.state.subspace.rows(group.slots.kind) == 0 for group in opened.groups)
 
 
 def test_what_is_known_of_some_modules_is_used_for_them() -> None:
@@ -158,7 +167,7 @@ def test_what_lies_along_the_subspace_takes_no_numbers_across_it() -> None:
     shares = []
     for which in (None, initial_of(adapter)):
         opened = peft_codec().open(peft_codec().encode(adapter, {}, which, limits=Limits(tolerance=0.01)).data)
-        shares.append(sum(float((group.inputs != 0).mean()) for group in opened.groups))
+        shares.append(sum(float((sides_of(opened, group)[0] != 0).mean()) for group in opened.groups))
     assert shares[1] < 0.5 * shares[0]
 
 
