@@ -100,14 +100,6 @@ def test_a_second_one_in_the_same_folder_gets_a_number_and_keeps_it(icm: Icm, tm
     assert names(icm) == ["dog", "Dog-2"]
 
 
-def test_a_store_from_before_keeps_a_name_without_accents(icm: Icm, tmp_path: Path) -> None:
-    folder = write_adapter(tmp_path / "Über", seed=1)
-    icm("ingest", folder, "--name", "Uber")
-    write_adapter(folder, seed=2)
-    assert icm("ingest", folder, "--on-conflict", "replace").code == 0
-    assert names(icm) == ["Uber"]
-
-
 @pytest.mark.parametrize("folder", ["水墨画", "cafe\u0301", "my style"])
 def test_a_name_that_is_the_folders_is_not_told(icm: Icm, tmp_path: Path, folder: str) -> None:
     write_adapter(tmp_path / folder)

@@ -187,9 +187,8 @@ def next_token_logits(base: BaseModel, items: Sequence[Scored], *, from_leaf: bo
     """Return the next-token logits of each text, (T, vocabulary) without its padding."""
     ids, mask = padded([item.ids for item in items], base.device)
     inputs = {"input_ids": ids}
-    if (
-        from_leaf
-    ):  # autograd only runs from a leaf that takes gradients, and every parameter of the base model is frozen
+    if from_leaf:
+        # Autograd only runs from a leaf that takes gradients, and every parameter of the base model is frozen.
         embedded: torch.Tensor = base.model.get_input_embeddings()(ids)  # (texts, T, d)
         inputs = {"inputs_embeds": embedded.detach().requires_grad_()}
     # Without padding and without a mask, attention may use its fastest kernel.

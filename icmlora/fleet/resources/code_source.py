@@ -14,7 +14,6 @@ from icmlora.adapter.layout import ModuleShape
 from icmlora.fleet.context import Context, has_loaders, locate_base
 from icmlora.formats.format import Template
 from registry.errors import DamagedStore
-from registry.filters import Selection
 from registry.records import AdapterRecord, CodeRecord, EvaluationRecord, GeneratorRecord, TaskRecord
 
 if TYPE_CHECKING:
@@ -26,6 +25,7 @@ if TYPE_CHECKING:
     from icmlora.fleet.resources.decoding import OriginalForm
     from icmlora.fleet.resources.stored_vectors import ComparableVectors
     from icmlora.generator.versions import GeneratorFile
+    from registry.filters import Selection
     from registry.store import Store
 
 Decoded = Literal["residual", "code", "recalled", "network"]
@@ -131,10 +131,10 @@ class StoreCodes:
         return has_loaders(self._store)
 
     def names(self, base_model: str | None = None) -> list[str]:
-        return self._store.tasks.names(Selection(base_model=base_model))
+        return self._store.tasks.names(_selection(base_model))
 
     def finals(self, base_model: str) -> Iterator[AdapterRecord]:
-        return (row.final for row in self._store.tasks.summaries(Selection(base_model=base_model)))
+        return (row.final for row in self._store.tasks.summaries(_selection(base_model)))
 
     def code(self, task: str, generator: GeneratorRecord) -> CodeRecord | None:
         return self._store.codes.get(task, generator.id)
@@ -183,3 +183,9 @@ class StoreCodes:
         from icmlora.fleet.resources.loading import open_base
 
         return open_base(self._store, label, device, dtype, cache=self._context.cache)
+
+
+def _selection(base_model: str | None) -> Selection:
+    from registry.filters import Selection  # not needed to read one task
+
+    return Selection(base_model=base_model)
