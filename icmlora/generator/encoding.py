@@ -275,12 +275,15 @@ def quantised(
     mean = means[group.kind]
     sides = codec.quantizer.quantise(group, norms, state, step, mean)
     scales = codec.quantizer.scales(slots, norms, state.subspace, step)
-    vectors = codec.quantizer.dequantise(slots, norms, state, step, nonzeros_of(sides, scales), means=mean)
+    found = nonzeros_of(sides, scales)
+    vectors = codec.quantizer.dequantise(slots, norms, state, step, found, means=mean)
     rebuilt = KindTokens(group.kind, group.layer, group.slot, norm_of(norms), *vectors)
     inputs, outputs, along = (torch.from_numpy(side) for side in sides)
     has_inputs = torch.cat([inputs, along], dim=1).any(dim=1)
     is_worth = worth_writing(group, rebuilt, has_inputs, outputs.any(dim=1))  # (n,)
     keep = written_slots(slots, is_worth.numpy())
+    if keep.all():
+        return KindIntegers(slots, gain, residuals, found), group, rebuilt
     kept = torch.from_numpy(keep)
     found = nonzeros_of(*([side[keep] for side in every] for every in (sides, scales)))
     return KindIntegers(slots[keep], gain, residuals[keep], found), group[kept], rebuilt[kept]
@@ -326,8 +329,6 @@ def _rounded_at(
         gains[kind] = group.gain
         strengths[kind, np.unique(layers)] = strength_of(original, slot_overlaps(kept_tokens, rebuilt))
         np.add.at(kept[kind], layers, 1)
-        if len(rebuilt.norm) < len(original.norm):  # of fewer slots the network computes the same mean in another order
-            rebuilt = codec.dequantised(group, state, step)
         decoded = codec.adapter_of([strengthened(rebuilt, strengths[kind])], places[kind], None)
         return group, *originals[kind].parts(codec, decoded)
 

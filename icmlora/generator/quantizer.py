@@ -133,14 +133,14 @@ class TokenQuantizer:
     def in_steps(
         self, group: KindTokens, norms: Norms, state: TaskState, step: int, means: Means | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Measure tokens in quantiser steps from their prediction: float64, shapes (n, in), (n, out) and (n, R)."""
+        """Measure tokens in quantiser steps from their prediction: float32, shapes (n, in), (n, out) and (n, R)."""
         slots = Slots(group.kind, group.layer.numpy(), group.slot.numpy())
         means = means or self.means(slots, norms, state)
         # The two vectors of a pair may change sign together: the sign nearer to the prediction takes fewer bits.
         agreement = (group.inputs * means[INPUTS]).sum(1) + (group.outputs * means[OUTPUTS]).sum(1)
         factor = torch.where(agreement < 0, -1.0, 1.0) * (norm_of(norms) / group.norm).sqrt()
         inputs, outputs = (
-            ((values * factor[:, None] - mean) / 2.0 ** (step / OCTAVE)).double()
+            values.mul(factor[:, None]).sub_(mean).div_(2.0 ** (step / OCTAVE))
             for values, mean in zip((group.inputs, group.outputs), means, strict=True)
         )
         along = state.subspace.project(group.kind, group.layer, inputs)
