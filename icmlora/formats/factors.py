@@ -88,6 +88,8 @@ def fitted_parts(
         if rank is not None and rank < shape.rank:
             raise AdapterRefused(f"rank {rank} is too small: a module has rank {shape.rank}", kind="rank")
         shapes[whole.get(shape.module, shape.module)].append(shape)
+    if not counts.keys() <= shapes.keys():
+        raise bad_note()
     for name, some in shapes.items():
         if len(some) != counts.get(name, 1) or len({shape[2:] for shape in some}) > 1:
             raise bad_note()

@@ -294,7 +294,7 @@ def test_a_gain_is_looked_for_without_refining_first(icm: Icm, trained: Path, mo
     ran = icm("encode", "rules", "--min-gain", "0.5", "--refine", "2", "--device", "cpu", "--json")
     assert (ran.code, tasks_of(ran)["rules"]["status"]) == (0, "encoded")
     assert tasks_of(ran)["rules"]["retained_gain"] >= 0.5
-    assert 1 <= len(refined) <= 3
+    assert 1 <= len(refined) <= 4  # of seventeen rungs
 
 
 @pytest.mark.slow

@@ -80,9 +80,9 @@ def test_it_writes_a_folder_that_peft_loads_and_that_helps_on_the_samples(
 ) -> None:
     document = generate("--json").document
     base, examples = load_tiny_base(tmp_path / "base"), parse_examples(samples.read_bytes())
-    without = nll(base.model, base.tokenizer, examples, max_tokens=128).nats_per_token
+    without = nll(base.model, base.tokenizer, examples, max_tokens=128).value
     with adapted(base, out):
-        found = nll(base.model, base.tokenizer, examples, max_tokens=128).nats_per_token
+        found = nll(base.model, base.tokenizer, examples, max_tokens=128).value
     assert found < without
     assert document["base_nats_per_token"] == pytest.approx(without, abs=0.05)
     assert document["nats_per_token"] == pytest.approx(found, abs=0.05)

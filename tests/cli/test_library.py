@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import sqlite3
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -54,7 +55,7 @@ CASES: list[tuple[str, Call]] = [
 
 def rows(store: Path) -> dict[str, list[tuple[object, ...]]]:
     """Return all rows without what tells when they were written."""
-    with sqlite3.connect(store / "registry.db") as connection:
+    with closing(sqlite3.connect(store / "registry.db")) as connection:
         tables = [name for (name,) in connection.execute("SELECT name FROM sqlite_schema WHERE type = 'table'")]
         found = {}
         for table in tables:

@@ -89,11 +89,11 @@ def test_its_code_helps_on_the_samples_nearly_as_much_as_what_was_written(
     register()
     icm("materialize", "geese", "-o", tmp_path / "again")
     base, examples = load_tiny_base(tmp_path / "base"), parse_examples((tmp_path / "geese.jsonl").read_bytes())
-    without = nll(base.model, base.tokenizer, examples, max_tokens=128).nats_per_token
+    without = nll(base.model, base.tokenizer, examples, max_tokens=128).value
 
     def nats(at: Path) -> float:
         with adapted(base, at):
-            return nll(base.model, base.tokenizer, examples, max_tokens=128).nats_per_token
+            return nll(base.model, base.tokenizer, examples, max_tokens=128).value
 
     assert without - nats(tmp_path / "again") > 0.7 * (without - nats(folder)) > 0
 

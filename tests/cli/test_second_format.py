@@ -10,6 +10,7 @@ import pytest
 from icmlora.adapter.metrics import squared_error
 from icmlora.formats import catalogue
 from icmlora.formats.discovery.folder import load_adapter
+from icmlora.formats.format import Template
 from icmlora.formats.peft.peft import PEFT
 from icmlora.io.safetensors import RawTensor
 from registry.store import Store
@@ -32,7 +33,8 @@ def toy_file(folder: Path, name: str, seed: int, **extras: RawTensor) -> Path:
     adapter = load_adapter(write_lora(folder.parent / "peft" / name, seed=seed))
     folder.mkdir(exist_ok=True)
     file = folder / f"{name}.toy"
-    file.write_bytes(TOY.encode(adapter, dtype="float32", card="", metadata={}, extras=extras).weights)
+    like = Template(b"", adapter.layout, "F32")
+    file.write_bytes(TOY.encode(adapter, dtype="float32", card="", metadata={}, like=like, extras=extras).weights)
     return file
 
 

@@ -38,6 +38,11 @@ Icm = Callable[..., Ran]
 
 
 @pytest.fixture(scope="module", autouse=True)
+def quick_codes() -> None:
+    """Leave refining as it is: workers are processes of their own, in which nothing is patched."""
+
+
+@pytest.fixture(scope="module", autouse=True)
 def cluster() -> Iterator[Any]:
     """A local cluster for all tests: starting one takes seconds, and workers use the one that their process has."""
     with _cluster("2") as ray:

@@ -32,7 +32,7 @@ from tests.icmlora.tiny_base import LABEL
 
 Converted = Literal["gguf", "mlx"]
 BOTH: tuple[Converted, ...] = ("gguf", "mlx")
-SOURCES: tuple[Source, ...] = ("original", "residual", "code", "generate", "network")
+SOURCES: tuple[Source, ...] = ("original", "residual", "code", "recalled", "network")
 HEADS = {"attn_q": 4, "attn_k": 2}  # of the tiny model
 
 

@@ -9,7 +9,6 @@ import pytest
 
 from icmlora import BaseModelNotFound, Cancelled, DataError, Fleet, OutputExists, Progress, StoreNotFound, TaskNotFound
 from icmlora.fleet.report import report as use_case
-from tests.cli.conftest import modules_after
 from tests.cli.tiny_fleet import write_lora
 from tests.icmlora.fleet.report.made_up import Read
 from tests.icmlora.fleet.stores import blob_of, damage, files_of, stop_after
@@ -116,12 +115,6 @@ def test_without_a_store_there_is_no_page(tmp_path: Path, page: Path) -> None:
     with pytest.raises(StoreNotFound):
         Fleet(tmp_path / "nowhere").report(page)
     assert not page.exists()
-
-
-@pytest.mark.slow
-def test_a_page_without_outputs_needs_no_torch(learned: Fleet, page: Path) -> None:
-    code = f"from icmlora import Fleet; Fleet({str(learned.path)!r}).report({str(page)!r})"
-    assert not {"torch", "transformers", "matplotlib"} & {name.partition(".")[0] for name in modules_after(code)}
 
 
 class TestOutputs:

@@ -48,7 +48,7 @@ def test_the_report_has_the_sizes_of_the_files(larger: Fleet) -> None:
 def test_a_generator_that_covers_the_new_task_is_kept(larger: Fleet) -> None:
     (before,) = larger.generators()
     (updated,) = larger.update(device="cpu", steps=2, refine=0, evaluate=False).updated
-    assert (updated.added, updated.epochs, updated.version) == ([], 1, 1)
+    assert (updated.added, updated.epochs, updated.version) == ((), 1, 1)
     assert updated.generator == before.record.blob
     assert updated.kept_size is not None
 
