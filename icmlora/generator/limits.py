@@ -71,11 +71,16 @@ class Limits:
         """Say how much of the limits a code's errors take: 1 if it just keeps them."""
         return max((error / limit for error, limit in self._pairs(encoded) if limit), default=1.0)
 
-    def expected_step(self, tokens: Sequence[KindTokens], sensitivity: Sensitivity, subspace: InitialSubspace) -> int:
-        """Return the step, in eighths of an octave, that theory gives for the smaller limit and tokens (n, size)."""
+    def expected_step(
+        self, tokens: Sequence[KindTokens], sensitivity: Sensitivity, subspace: InitialSubspace, used: float = 1.0
+    ) -> float:
+        """Return the step, in eighths of an octave, that theory gives for tokens (n, size).
+
+        The smaller limit counts, or so much of it as is `used`.
+        """
         # At full strength an adapter of which the share e is lost has the error e / (1 - e).
-        lost = self.least / (1 + self.least)
-        return math.floor(OCTAVE * math.log2(water_level(tokens, lost, sensitivity, subspace)))
+        error = used * self.least
+        return OCTAVE * math.log2(water_level(tokens, error / (1 + error), sensitivity, subspace))
 
     def _pairs(self, encoded: Measured) -> list[tuple[float, float]]:
         """Return each limit of an error that is set, with the error that it is for."""

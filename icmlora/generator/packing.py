@@ -37,6 +37,14 @@ class KindIntegers:
     residuals: Integers  # shape (n,): log2 norms relative to table and gain, in eighths
     vectors: Nonzeros  # of inputs, outputs, and the part of the inputs in the initial subspace, in one row
 
+    @classmethod
+    def joined(cls, parts: Sequence[KindIntegers], sizes: Sequence[int]) -> KindIntegers:
+        """Join slots that follow each other; sizes of the vectors are in, out and R."""
+        layer, slot = (np.concatenate([getattr(part.slots, name) for part in parts]) for name in ("layer", "slot"))
+        vectors = Nonzeros.joined([part.vectors for part in parts], [len(part.slots.layer) for part in parts], sizes)
+        residuals = np.concatenate([part.residuals for part in parts])
+        return cls(Slots(parts[0].slots.kind, layer, slot), parts[0].gain, residuals, vectors)
+
     def sides(self, sizes: Sequence[int]) -> list[Integers]:
         """Return all integers of the vectors by side, (n, size) each; sizes are in, out and R."""
         count = len(self.slots.layer)

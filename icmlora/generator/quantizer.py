@@ -37,8 +37,7 @@ _SHORT = 31  # magnitude of the integers whose centres are in a small table
 
 Means = tuple[torch.Tensor, torch.Tensor]  # the generator's predictions, shapes (n, in) and (n, out)
 Norms = NDArray[np.int64]  # log2 norms, in eighths
-Sides = tuple[Integers, Integers, Integers]  # integers of the tokens of one kind: shapes (n, in), (n, out) and (n, R)
-SideScales = tuple[Scales, Scales, Scales]  # scale indices of the integers, of the same shapes
+SideScales = tuple[Scales, Scales, Scales]  # scale indices of integers of shapes (n, in), (n, out) and (n, R)
 Levels = tuple[Norms, Norms, Norms]  # scale indices of the integers of each slot, before profiles, shapes (n,)
 
 
@@ -99,14 +98,7 @@ class TokenQuantizer:
     def runs(self, slots: Slots, norms: Norms, subspace: InitialSubspace, step: int) -> Runs:
         """Return the same scale indices as runs, in the row of inputs (n, in), outputs (n, out) and along (n, R)."""
         orders = (*self._orders(slots.kind), ChannelOrder(_profiles_along(subspace, slots.kind)))
-        origins = len(slots.layer) * np.cumsum([0, *(order.size for order in orders)])
-        levels = self._levels(slots, norms, subspace, step)
-        return Runs.joined(
-            [
-                order.runs(slots.layer, level, side, int(origin))
-                for side, (order, level, origin) in enumerate(zip(orders, levels, origins, strict=False))
-            ]
-        )
+        return Runs(orders, slots.layer, self._levels(slots, norms, subspace, step))
 
     def _levels(self, slots: Slots, norms: Norms, subspace: InitialSubspace, step: int) -> Levels:
         spread = self._spreads[slots.kind, :, slots.layer, slots.slot]  # (n, 2): numpy moves the indexed axes first
@@ -125,10 +117,28 @@ class TokenQuantizer:
 
     def quantise(
         self, group: KindTokens, norms: Norms, state: TaskState, step: int, means: Means | None = None
-    ) -> Sides:
-        """Round tokens to integers, (n, in), (n, out) and (n, R); `means` are predictions that are known already."""
-        inputs, outputs, along = self.in_steps(group, norms, state, step, means)
-        return _whole(inputs), _whole(outputs), _whole(along)
+    ) -> Nonzeros:
+        """Round tokens, (n, in) and (n, out), to integers; `means` are predictions that are known already."""
+        slots = Slots(group.kind, group.layer.numpy(), group.slot.numpy())
+        return self.rounded(slots, norms, state.subspace, step, self.in_steps(group, norms, state, step, means))
+
+    def rounded(
+        self, slots: Slots, norms: Norms, subspace: InitialSubspace, step: int, vectors: Sequence[torch.Tensor]
+    ) -> Nonzeros:
+        """Round the vectors of n slots, measured in steps, shapes (n, in), (n, out) and (n, R)."""
+        profiles = (*self._profiles[slots.kind], _profiles_along(subspace, slots.kind))
+        levels = self._levels(slots, norms, subspace, step)
+        parts, origin, count = [], 0, len(norms)
+        for side, (values, profile, level) in enumerate(zip(vectors, profiles, levels, strict=True)):
+            row, size = values.numpy().ravel(), values.shape[1]
+            places = np.flatnonzero(np.abs(row) > 0.5)
+            counts = np.diff(np.searchsorted(places, size * np.arange(count + 1)))
+            channels = places + np.repeat(size * (slots.layer - np.arange(count)), counts)
+            scales = profile.ravel().take(channels) + np.repeat(level.astype(np.int16), counts)
+            whose = np.repeat(np.arange(side * count, (side + 1) * count, dtype=np.int32), counts)
+            parts.append((places + origin, entropy.clip(np.rint(row.take(places))), _clipped(scales), whose))
+            origin += len(row)
+        return Nonzeros(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
     def in_steps(
         self, group: KindTokens, norms: Norms, state: TaskState, step: int, means: Means | None = None
@@ -253,15 +263,6 @@ def boost_of(slots: Slots, subspace: InitialSubspace) -> torch.Tensor:
     return torch.from_numpy(np.exp2(boosts / STRENGTHS).astype(np.float32))
 
 
-def nonzeros_of(sides: Sequence[Integers], scales: Sequence[Scales]) -> Nonzeros:
-    """Find the integers that are not zero in inputs, outputs and along, of n slots, with their scales."""
-    row, under = (np.concatenate([side.ravel() for side in every]) for every in (sides, scales))
-    places = np.flatnonzero(row != 0)
-    counts = np.concatenate([np.count_nonzero(side, axis=1) for side in sides])
-    whose = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
-    return Nonzeros(places, row.take(places), under.take(places), whose)
-
-
 def _profile(sensitivity: Sensitivity, kind: int, side: int) -> Profiles:
     return _eighths(sensitivity.profile(kind, side)).astype(np.int16)
 
@@ -277,14 +278,14 @@ def _half_octaves(size: int) -> int:
     return round(OCTAVE * math.log2(size) / 2)
 
 
-def _whole(values: torch.Tensor) -> Integers:
-    return entropy.clip(np.rint(values.numpy()))
-
-
 def _indices(profiles: Profiles, layer: NDArray[np.int64], level: Norms) -> Scales:
     """Add the profile (L, size) of each slot's layer (n,) to its level (n,); returns scale indices (n, size)."""
     indices = profiles[layer]
     indices += level.astype(np.int16)[:, None]
+    return _clipped(indices)
+
+
+def _clipped(indices: NDArray[np.int16]) -> NDArray[np.int8]:
     return np.clip(indices, SMALLEST, LARGEST, out=indices).astype(np.int8)
 
 

@@ -22,12 +22,13 @@ from icmlora.adapter.model import Adapter
 from icmlora.errors import CodeError
 from icmlora.generator.codec import Codec, OpenCode
 from icmlora.generator.container import ABSENT
-from icmlora.generator.encoding import Encoded, coarsest, compare, quantised, strength_of
+from icmlora.generator.encoding import Encoded, coarsest, compare
 from icmlora.generator.entropy_coding import IntegerReader, Integers, IntegerWriter, Scales, clip
 from icmlora.generator.limits import Limits
 from icmlora.generator.packing import KindIntegers, read_kind, slots_between, split_sides, write_kind
-from icmlora.generator.quantizer import Slots, centred, nonzeros_of
+from icmlora.generator.quantizer import Slots, centred
 from icmlora.generator.residual import CLASSES, Residual, ResidualHead, digest_of
+from icmlora.generator.rounding import quantised, strength_of
 from icmlora.generator.scales import LARGEST, OCTAVE, SMALLEST
 from icmlora.generator.stack import INPUTS, OUTPUTS
 from icmlora.generator.tokens import KindTokens, slot_overlaps, tokenize
@@ -79,7 +80,8 @@ class ResidualCodec:
             data = self._encode_at(step, digest_of(code), opened, parts, missing)
             return compare(self._codec, adapter, self._decode(opened, parts, code, data), data)
 
-        return coarsest(limits.expected_step(tokens, self._codec.sensitivity, opened.state.subspace), limits, at)
+        expected = limits.expected_step(tokens, self._codec.sensitivity, opened.state.subspace)
+        return coarsest(math.floor(expected), limits, at)
 
     @torch.no_grad()
     @one_thread()
@@ -199,9 +201,10 @@ def _finer(
     tokens: KindTokens, integers: tuple[Integers, Integers], scales: tuple[Scales, Scales], step: int
 ) -> KindTokens:
     """Add a residual's integers to the tokens that the code decodes to."""
-    found = nonzeros_of(integers, scales)
     row = torch.cat([tokens.inputs.flatten(), tokens.outputs.flatten()])
-    row.numpy()[found.places] += centred(found.values, found.scales) * np.float32(2.0 ** (step / OCTAVE))
+    whole, under = (np.concatenate([side.ravel() for side in sides]) for sides in (integers, scales))
+    places = np.flatnonzero(whole != 0)
+    row.numpy()[places] += centred(whole.take(places), under.take(places)) * np.float32(2.0 ** (step / OCTAVE))
     end = tokens.inputs.numel()
     inputs, outputs = row[:end].view_as(tokens.inputs), row[end:].view_as(tokens.outputs)
     return KindTokens(tokens.kind, tokens.layer, tokens.slot, tokens.norm, inputs, outputs)

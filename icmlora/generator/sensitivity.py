@@ -50,7 +50,9 @@ class Sensitivity:
         return Sensitivity(left, right)
 
     def weigh(self, module: LoraModule, kind: int, layer: int) -> LoraModule:
-        """Multiply dW by the weights of its channels."""
+        """Multiply dW by the weights of its channels; the same module comes back under even weights."""
+        if self.is_even:
+            return module
         left, right = torch.exp2(self.outputs[kind][layer]), torch.exp2(self.inputs[kind][layer])
         return LoraModule(module.name, module.a * right, module.b * left[:, None])
 

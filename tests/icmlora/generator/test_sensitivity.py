@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 from icmlora.adapter.metrics import squared_error
 from icmlora.generator.config import GeneratorConfig, ModuleKind
 from icmlora.generator.sensitivity import MeanSquares, even, sensitivity_of
-from icmlora.generator.tokens import weighted
-from tests.icmlora.small_fleet import make_adapter, mixed_fleet, uneven
+from tests.icmlora.small_fleet import make_adapter, mixed_fleet, uneven, weighted
 
 CONFIG = mixed_fleet().config()
 
