@@ -125,8 +125,8 @@ def _stack(kind: ModuleKind, number: int, modules: list[tuple[int, LoraModule]])
         torch.mul(module.a[:used], root, out=inputs[begin:end])
         torch.mul(module.b[:, :used].T, root, out=outputs[begin:end])
         begin = end
-    layer, slot, norm = (torch.cat(part) for part in (layers, slots, norms))
-    return KindTokens(number, layer, slot, norm, inputs[:begin], outputs[:begin])
+    layer_of, slot, size = (torch.cat(part) for part in (layers, slots, norms))
+    return KindTokens(number, layer_of, slot, size, inputs[:begin], outputs[:begin])
 
 
 def detokenize(
