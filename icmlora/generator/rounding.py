@@ -178,7 +178,7 @@ def _exact(group: KindTokens, layer: int, sensitivity: Sensitivity | None) -> tu
     mask = group.layer == layer
     a, b = group.inputs[mask].double().div_(group.norm[mask, None]), group.outputs[mask].double()
     if sensitivity is not None:
-        sensitivity.unweigh(group.kind, layer, a, b)
+        sensitivity.unweigh(group.kind, group.layer[mask], a, b)
     return a, b
 
 

@@ -29,6 +29,7 @@ _CHANNEL_POWER, _LEVEL_POWER = 0.5, 0.25
 # Share of the mean that is added to every mean square: an input that was zero on these texts may not stay so.
 _FLOOR = 0.05
 _RANGE = 12.0  # weights are between 2^-12 and 2^12
+_AT_A_TIME = 1 << 18  # values whose weights are undone together: more would not stay in the processor's cache
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,13 +57,14 @@ class Sensitivity:
         left, right = torch.exp2(self.outputs[kind][layer]), torch.exp2(self.inputs[kind][layer])
         return LoraModule(module.name, module.a * right, module.b * left[:, None])
 
-    def unweigh(self, kind: int, layer: int, inputs: torch.Tensor, outputs: torch.Tensor) -> None:
-        """Undo `weigh`, in place, for rank slots of one module: inputs (r, in), outputs (r, out)."""
+    def unweigh(self, kind: int, layer: torch.Tensor, inputs: torch.Tensor, outputs: torch.Tensor) -> None:
+        """Undo `weigh`, in place, for n rank slots of one kind: layer (n,), inputs (n, in), outputs (n, out)."""
         if self.is_even:
             return
-        left, right = self._inverse(kind)
-        inputs.mul_(left[layer])
-        outputs.mul_(right[layer])
+        for values, weights in zip((inputs, outputs), self._inverse(kind), strict=True):
+            rows = max(1, _AT_A_TIME // values.shape[1])
+            for part, of_part in zip(torch.split(values, rows), torch.split(layer, rows), strict=True):
+                part.mul_(weights.index_select(0, of_part))
 
     def _inverse(self, kind: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return what undoes the weights, shapes (L, in) and (L, out); it is kept for the next call."""
