@@ -91,7 +91,8 @@ def write_kind(
     """Append the integers of some slots of a kind."""
     writer.write(group.residuals, quantizer.norm_scales(group.slots))
     norms = quantizer.norms(group.slots, group.gain, group.residuals)
-    writer.write_groups(quantizer.runs(group.slots, norms, subspace, step).groups(group.vectors))
+    runs = quantizer.runs(group.slots, norms, subspace, step)
+    writer.write_nonzeros(runs.sizes, *runs.places(group.vectors))
 
 
 def read_kind(
@@ -107,7 +108,7 @@ def read_kind(
     if (np.abs(norms) > EXTREME).any():
         raise CodeError("the code's norms are out of range")
     runs = quantizer.runs(slots, norms, subspace, step)
-    return KindIntegers(slots, gain, residuals, runs.nonzeros(reader.read_groups(runs.sizes)))
+    return KindIntegers(slots, gain, residuals, runs.nonzeros(*reader.read_nonzeros(runs.sizes)))
 
 
 def _streams_of(head: CodeHead, quantizer: TokenQuantizer) -> list[list[Slots]]:

@@ -13,13 +13,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from icmlora.generator.entropy_coding import Integers, Places, ScaleGroup
+from icmlora.generator.entropy_coding import Integers, Places, Sizes
 from icmlora.generator.scales import LARGEST, SMALLEST
 
 Profiles = NDArray[np.int16]  # log2 of how far each channel is above its layer's mean, in eighths, shape (L, size)
@@ -120,24 +119,21 @@ class Runs:
         self._begins = np.cumsum(self._lengths) - self._lengths  # of a run, among all integers in this order
 
     @cached_property
-    def sizes(self) -> list[tuple[int, int]]:
+    def sizes(self) -> Sizes:
         """Each scale index, ascending, with the number of its integers."""
         counts = np.bincount(self._scales.astype(np.int64) - SMALLEST, weights=self._lengths)
         return [(key + SMALLEST, count) for key, count in enumerate(counts.astype(np.int64).tolist()) if count]
 
-    def nonzeros(self, groups: Sequence[ScaleGroup]) -> Nonzeros:
-        """Say where the integers of each scale are in the row of all values."""
-        starts = np.cumsum([0, *(group.count for group in groups)])
-        at = np.concatenate([np.zeros(0, np.int64), *(g.places + s for g, s in zip(groups, starts, strict=False))])
+    def nonzeros(self, at: Places, values: Integers) -> Nonzeros:
+        """Find the k integers that are not zero in the row of all values, given their places in the runs, ascending."""
         counts = np.diff(np.searchsorted(at, self._begins + self._lengths), prepend=0)  # nonzeros of each run
-        at += np.repeat(self._firsts - self._begins, counts)
-        places = np.concatenate([order.channels for order in self._orders]).take(at)
-        values = np.concatenate([np.zeros(0, np.int32), *(group.values for group in groups)])
+        channels = np.concatenate([order.channels for order in self._orders])
+        places = channels.take(at + np.repeat(self._firsts - self._begins, counts))
         row = places + np.repeat(self._starts.take(self._sides), counts)
         return Nonzeros(row, values, np.repeat(self._scales, counts), np.repeat(self._sides, counts))
 
-    def groups(self, found: Nonzeros) -> list[ScaleGroup]:
-        """Return the integers of each scale."""
+    def places(self, found: Nonzeros) -> tuple[Places, Integers]:
+        """Return the places in the runs, ascending, of integers that are not zero, and what they are: shape (k,)."""
         # Of each vector and scale the distance from an integer's place among the ordered channels to that in all runs.
         # Runs that were clipped to one scale follow each other in both, so that of the first one holds for all.
         shifts = np.zeros((len(self._starts), LARGEST - SMALLEST + 1), dtype=np.int64)
@@ -153,13 +149,7 @@ class Runs:
         # By scale first, in linear time; few are out of order then.
         order = np.argsort(keys.astype(np.uint8), kind="stable")
         order = order[np.argsort(at[order], kind="stable")]
-        at, values = at[order], found.values[order]
-        ends = np.cumsum([count for _, count in self.sizes]).tolist()
-        cuts = np.searchsorted(at, [0, *ends]).tolist()
-        return [
-            ScaleGroup(scale, count, at[low:high] - (end - count), values[low:high])
-            for (scale, count), end, (low, high) in zip(self.sizes, ends, pairwise(cuts), strict=True)
-        ]
+        return at[order], found.values[order]
 
 
 def starts_of(count: int, sizes: Sequence[int]) -> Places:
