@@ -106,12 +106,16 @@ class Codec:
 
         return compare(self, adapter, self.decode(code), code)
 
-    def decode(self, code: bytes) -> Adapter:
-        """Decode one code; large ones several kinds at a time."""
+    def decode(self, code: bytes, device: torch.device | None = None) -> Adapter:
+        """Decode one code, to factors in float32 on a device (by default the CPU); large ones several kinds at a time.
+
+        Integers are read on the CPU. Another device's arithmetic may differ in the last bit.
+        """
+        place = device or torch.device("cpu")
         head, state, streams = self._read(code)
 
         def modules(stream: Iterable[KindIntegers]) -> Modules:
-            return {place: module for group in stream for place, module in self._modules(group, state, head).items()}
+            return {key: module for group in stream for key, module in self._modules(group, state, head, place).items()}
 
         with side_by_side(None if len(code) > _LARGE else 1) as each:
             return assembled(each(modules, streams), self.config, modules=_modules_of(head), task_type=head.task_type)
@@ -181,12 +185,12 @@ class Codec:
         modules, task_type = _modules_of(head), head.task_type
         return detokenize(strong, self.config, self.sensitivity, modules=modules, task_type=task_type)
 
-    def _modules(self, group: KindIntegers, state: TaskState, head: CodeHead) -> Modules:
+    def _modules(self, group: KindIntegers, state: TaskState, head: CodeHead, device: torch.device) -> Modules:
         """Turn the integers of one kind into its modules."""
         slots, norms = group.slots, self.quantizer.norms(group.slots, group.gain, group.residuals)
         layer, root = torch.from_numpy(slots.layer), norm_of(norms).sqrt()
         factors = 1 / root, _strength_of(head.strengths[slots.kind])[layer] / root
-        a, b = self.quantizer.dequantise(slots, norms, state, head.step, group.vectors, factors=factors)
+        a, b = self.quantizer.dequantise(slots, norms, state, head.step, group.vectors, factors=factors, device=device)
         return modules_of(slots.kind, layer, a, b, self.config, self.sensitivity)
 
 

@@ -33,6 +33,7 @@ from icmlora.generator.sensitivity import Sensitivity
 from icmlora.generator.stack import INPUTS, OUTPUTS, places_of
 from icmlora.generator.tokens import KindTokens
 
+_CPU = torch.device("cpu")
 _SHORT = 31  # magnitude of the integers whose centres are in a small table
 
 Means = tuple[torch.Tensor, torch.Tensor]  # the generator's predictions, shapes (n, in) and (n, out)
@@ -67,6 +68,8 @@ class TokenQuantizer:
             (_profile(net.sensitivity, kind, INPUTS), _profile(net.sensitivity, kind, OUTPUTS))
             for kind in range(len(self.sizes))
         ]
+        directions = net.directions  # not self, which the caches would keep alive
+        self._directions = cache(lambda place, device: directions[place].detach().to(device))
         self._orders = cache(lambda kind: [ChannelOrder(profile) for profile in profiles[kind]])
 
     def norm_scales(self, slots: Slots) -> Integers:
@@ -183,26 +186,28 @@ class TokenQuantizer:
         *,
         means: Means | None = None,
         factors: tuple[torch.Tensor, torch.Tensor] | None = None,
+        device: torch.device = _CPU,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Turn the integers of n slots into their inputs (n, in) and outputs (n, out), times a factor of each, (n,).
 
-        Each integer becomes the mean of its bin under its scale. `means` are the predictions, without factors.
+        Each integer becomes the mean of its bin under its scale. `means` are the predictions, without factors. They and
+        the factors are on the CPU; what is returned is on the device, where most of the work is done.
         """
         left, right = factors or (torch.ones(len(norms)),) * 2
         rows = state.subspace.rows(slots.kind)
         count, sizes = len(norms), (*self.sizes[slots.kind], rows)
-        row = torch.zeros(count * sum(sizes)) if rows else torch.empty(count * sum(sizes))
+        row = (torch.zeros if rows else torch.empty)(count * sum(sizes), device=device)
         parts = torch.split(row, [count * size for size in sizes])
         inputs, outputs, along = (part.view(count, size) for part, size in zip(parts, sizes, strict=True))
         if means is None:
             self._predict(slots, norms, state, (inputs, outputs), (left, right))
         else:
             for target, mean, factor in zip((inputs, outputs), means, (left, right), strict=True):
-                torch.mul(mean, factor[:, None], out=target)
+                torch.mul(mean.to(device), factor[:, None].to(device), out=target)
         sides = torch.cat([left * boost_of(slots, state.subspace), right, left]) * 2.0 ** (step / OCTAVE)
         values = torch.from_numpy(centred(vectors.values, vectors.scales))
         values.mul_(sides.index_select(0, torch.from_numpy(vectors.sides)))
-        row.index_add_(0, torch.from_numpy(vectors.places), values)
+        row.index_add_(0, torch.from_numpy(vectors.places).to(device), values.to(device))
         if rows:
             inputs += state.subspace.expand(slots.kind, torch.from_numpy(slots.layer), along, inputs.shape[1])
         return inputs, outputs
@@ -219,10 +224,10 @@ class TokenQuantizer:
     ) -> None:
         """Write the generator's predictions, times a factor of each slot."""
         places = places_of(slots.kind, torch.from_numpy(slots.layer), torch.from_numpy(slots.slot))
-        directions = self._net.directions[2 * slots.kind :]
         hidden = self._net.hidden(places, state.features)
-        for direction, rows, mean, factor in zip(directions, hidden, means, factors, strict=False):
-            torch.mm(rows * (norm_of(norms) * factor)[:, None], direction, out=mean)
+        for side, (rows, mean, factor) in enumerate(zip(hidden, means, factors, strict=True)):
+            weighted = rows * (norm_of(norms) * factor)[:, None]
+            torch.mm(weighted.to(mean.device), self._directions(2 * slots.kind + side, mean.device), out=mean)
 
 
 def centred(whole: Integers, scales: Scales) -> NDArray[np.float32]:

@@ -23,6 +23,7 @@ from icmlora.generator.scales import OCTAVE
 
 # By dotted module name: mean squares of inputs (in,) and of output gradients (out,).
 MeanSquares = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
+_Sides = tuple[torch.Tensor, torch.Tensor]  # weights of inputs and outputs
 
 # Powers of root mean squares, within a module and between modules; 1 is the Fisher information, 0 even weights.
 _CHANNEL_POWER, _LEVEL_POWER = 0.5, 0.25
@@ -38,7 +39,9 @@ class Sensitivity:
 
     inputs: tuple[torch.Tensor, ...]  # per kind, float32, shape (L, in)
     outputs: tuple[torch.Tensor, ...]  # per kind, float32, shape (L, out)
-    _inverses: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict, init=False, repr=False)
+    _inverses: dict[tuple[int, torch.device], tuple[torch.Tensor, torch.Tensor]] = field(
+        default_factory=dict, init=False, repr=False
+    )
 
     @cached_property
     def is_even(self) -> bool:
@@ -61,16 +64,19 @@ class Sensitivity:
         """Undo `weigh`, in place, for n rank slots of one kind: layer (n,), inputs (n, in), outputs (n, out)."""
         if self.is_even:
             return
-        for values, weights in zip((inputs, outputs), self._inverse(kind), strict=True):
+        for values, weights in zip((inputs, outputs), self._inverse(kind, inputs.device), strict=True):
             rows = max(1, _AT_A_TIME // values.shape[1])
-            for part, of_part in zip(torch.split(values, rows), torch.split(layer, rows), strict=True):
+            for part, of_part in zip(
+                torch.split(values, rows), torch.split(layer.to(values.device), rows), strict=True
+            ):
                 part.mul_(weights.index_select(0, of_part))
 
-    def _inverse(self, kind: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _inverse(self, kind: int, device: torch.device) -> _Sides:
         """Return what undoes the weights, shapes (L, in) and (L, out); it is kept for the next call."""
-        if kind not in self._inverses:
-            self._inverses[kind] = torch.exp2(-self.inputs[kind]), torch.exp2(-self.outputs[kind])
-        return self._inverses[kind]
+        if (kind, device) not in self._inverses:
+            left, right = (torch.exp2(-weights[kind]).to(device) for weights in (self.inputs, self.outputs))
+            self._inverses[kind, device] = left, right
+        return self._inverses[kind, device]
 
     def profile(self, kind: int, side: int) -> torch.Tensor:
         """Return log2 of how far each channel is above the layer's mean, in whole eighths, shape (L, size)."""
