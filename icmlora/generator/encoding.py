@@ -32,6 +32,7 @@ from icmlora.generator.rounding import Rounded, Rounding
 from icmlora.generator.scales import OCTAVE
 from icmlora.generator.stack import stacked
 from icmlora.generator.tokens import KindTokens, refuse_overflow, refuse_underflow, tokenize
+from icmlora.generator.water_filling import WaterFilling
 from icmlora.io.threads import side_by_side
 
 # Steps tried below and above the expected one, in eighths of an octave: 2^-16 of it is below what float32 resolves.
@@ -40,6 +41,7 @@ _SMALL = 1 << 22  # parameters up to which the predictions of all kinds stay in 
 _ENOUGH = 0.9  # share of a limit at which the code of a larger adapter is coarse enough: each try takes a second
 _FINEST, _COARSEST = 1e-8, 0.95  # squared errors between which the steps for a size are tried
 _PART = 8  # of a larger adapter, every eighth layer tells about which step is the coarsest
+_PART_TRIES = 4  # at most; two are usual
 _ALIKE = 1e-3  # errors of the same code, as a share: float32 rounds in another order where integers are tried
 
 
@@ -67,8 +69,12 @@ def encode_adapter(
     is_large = sum(shape.parameters for shape in adapter.layout) > _SMALL
     is_plain_wanted = limits.max_error is not None and not codec.sensitivity.is_even
     rounding = partial(Rounding, codec, state=state, head=head, is_plain_wanted=is_plain_wanted)
-    theory = partial(limits.expected_step, sensitivity=codec.sensitivity, subspace=state.subspace)
-    expected = theory(tokens) + (_offset(_part_of(tokens), limits, rounding, theory) if is_large else 0.0)
+    theory = partial(WaterFilling, sensitivity=codec.sensitivity, subspace=state.subspace)
+    expected = limits.expected_step(theory(tokens))
+    if is_large:
+        # How far theory is off in a part is how far it is off in the whole, about.
+        part = _part_of(tokens)
+        expected += _offset(limits, theory(part), rounding(part, keeps_means=True).at)
     at = rounding(tokens, keeps_means=not is_large).at
     best = coarsest(math.floor(expected), limits, at, _ENOUGH if is_large else 1.0)
     while True:
@@ -91,10 +97,8 @@ def encode_within(
     tokens, state, head = _prepared(codec, adapter, vectors, initial)
     is_small = sum(shape.parameters for shape in adapter.layout) <= _SMALL
     at = Rounding(codec, tokens, state, head, keeps_means=is_small, is_plain_wanted=False).at
-    low, high = (
-        math.floor(Limits(tolerance=squared).expected_step(tokens, codec.sensitivity, state.subspace))
-        for squared in (_FINEST, _COARSEST)
-    )
+    theory = WaterFilling(tokens, codec.sensitivity, state.subspace)
+    low, high = (math.floor(Limits(tolerance=squared).expected_step(theory)) for squared in (_FINEST, _COARSEST))
     high += _ABOVE
     best: tuple[bytes, Rounded] | None = None
     while low <= high:
@@ -153,13 +157,17 @@ def _measured(codec: Codec, adapter: Adapter, data: bytes, expected: float) -> E
     return found
 
 
-def _offset(
-    part: Sequence[KindTokens], limits: Limits, rounding: Callable[..., Rounding], theory: Callable[..., float]
-) -> float:
-    """Return by how many eighths of an octave the coarsest step of a part of an adapter is above that of theory."""
-    # How far theory is off in a part is how far it is off in the whole, about.
-    found = coarsest(math.floor(theory(part)), limits, rounding(part, keeps_means=True).at)
-    return found.head.step - theory(part, used=limits.used(found))
+def _offset(limits: Limits, theory: WaterFilling, at: Callable[[int], Rounded]) -> float:
+    """Return by how many eighths of an octave the step that just keeps the limits is above that of theory."""
+    expected, offset = limits.expected_step(theory), 0.0
+    for _ in range(_PART_TRIES):
+        tried = math.floor(expected + offset)
+        # From where it was tried, it is as far as theory says that it is from there.
+        found = tried - limits.expected_step(theory, used=limits.used(at(tried)))
+        offset = min(max(found, -_BELOW), _ABOVE)
+        if abs(expected + offset - tried) <= 1:
+            break
+    return offset
 
 
 def _part_of(tokens: Sequence[KindTokens]) -> Sequence[KindTokens]:

@@ -32,6 +32,7 @@ from icmlora.generator.rounding import quantised, strength_of
 from icmlora.generator.scales import LARGEST, OCTAVE, SMALLEST
 from icmlora.generator.stack import INPUTS, OUTPUTS
 from icmlora.generator.tokens import KindTokens, slot_overlaps, tokenize
+from icmlora.generator.water_filling import WaterFilling
 from icmlora.io.threads import one_thread
 
 _WIDTH = OCTAVE // 2  # scale indices in one class: half an octave
@@ -80,7 +81,7 @@ class ResidualCodec:
             data = self._encode_at(step, digest_of(code), opened, parts, missing)
             return compare(self._codec, adapter, self._decode(opened, parts, code, data), data)
 
-        expected = limits.expected_step(tokens, self._codec.sensitivity, opened.state.subspace)
+        expected = limits.expected_step(WaterFilling(tokens, self._codec.sensitivity, opened.state.subspace))
         return coarsest(math.floor(expected), limits, at)
 
     @torch.no_grad()
@@ -124,11 +125,11 @@ class ResidualCodec:
             inputs, outputs = (clip(np.rint(values)) for values in exact)
             writer.write(np.concatenate([inputs.ravel(), outputs.ravel()]), _flat_scales(scales[kind], part.classes))
             # Slots that the code left out; they are written behind those of all kinds.
-            group, further_kept, rebuilt = quantised(self._codec, lack.further, opened.state, step, part.gain)
+            group, keep, rebuilt = quantised(self._codec, lack.further, opened.state, step, part.gain)
             further.append(group)
             np.maximum.at(kept[kind], group.slots.layer, (group.slots.slot + 1).astype(np.uint16))
             finer = _finer(part.tokens, (inputs, outputs), _scales(scales[kind], part.classes), step)
-            overlaps = torch.cat([slot_overlaps(lack.shared, finer), slot_overlaps(further_kept, rebuilt)])
+            overlaps = torch.cat([slot_overlaps(lack.shared, finer), slot_overlaps(lack.further, rebuilt)[keep]])
             written = np.concatenate([part.slots.layer, group.slots.layer])
             strengths[kind, np.unique(written)] = strength_of(lack.original, overlaps)
         for group in further:

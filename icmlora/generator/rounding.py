@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from icmlora.adapter.metrics import relative
 from icmlora.generator.code import CodeHead
@@ -95,11 +96,11 @@ class Rounding:
         parts, overlaps = [], []
         plain, heavy = _Products(), _Products()
         for number, tokens in enumerate(group.by_layers(_AT_A_TIME)):
-            integers, original, rebuilt = quantised(
-                self._codec, tokens, self._state, step, gain, self._means_of(tokens, gain, number)
-            )
+            means = self._means_of(tokens, gain, number)
+            integers, keep, rebuilt = quantised(self._codec, tokens, self._state, step, gain, means)
             parts.append(integers)
-            overlaps.append(slot_overlaps(original, rebuilt))
+            rebuilt.outputs.mul_(keep[:, None])
+            overlaps.append(slot_overlaps(tokens, rebuilt))
             heavy += _products(tokens, rebuilt)
             if self._is_plain_wanted:
                 plain += _products(tokens, rebuilt, sensitivity)
@@ -128,12 +129,11 @@ def slots_of(group: KindTokens) -> Slots:
 
 def quantised(
     codec: Codec, group: KindTokens, state: TaskState, step: int, gain: int, means: Means | None = None
-) -> tuple[KindIntegers, KindTokens, KindTokens]:
+) -> tuple[KindIntegers, torch.Tensor, KindTokens]:
     """Round the tokens of one kind, (n, in) and (n, out), and leave out the slots that are not worth their bits.
 
     Step and gain are log2 in eighths; norms are counted from the gain. `means` are predictions that are known already.
-    Returns the integers of the slots that are kept, the tokens of these slots, and the tokens that the integers decode
-    to.
+    Returns the integers of the slots that are kept, a mask (n,) of these, and what the integers of all slots decode to.
     """
     quantizer, slots = codec.quantizer, slots_of(group)
     _, residuals = quantizer.norm_residuals(slots, group.norm, gain)
@@ -145,10 +145,10 @@ def quantised(
     inputs, outputs, along = np.bincount(found.sides, minlength=3 * len(norms)).reshape(3, len(norms)) > 0
     is_worth = worth_writing(group, rebuilt, torch.from_numpy(inputs | along), torch.from_numpy(outputs))  # (n,)
     keep = written_slots(slots, is_worth.numpy())
-    if keep.all():
-        return KindIntegers(slots, gain, residuals, found), group, rebuilt
-    kept, sizes = torch.from_numpy(keep), (*quantizer.sizes[group.kind], state.subspace.rows(group.kind))
-    return KindIntegers(slots[keep], gain, residuals[keep], found.kept(keep, sizes)), group[kept], rebuilt[kept]
+    if not keep.all():
+        sizes = (*quantizer.sizes[group.kind], state.subspace.rows(group.kind))
+        slots, residuals, found = slots[keep], residuals[keep], found.kept(keep, sizes)
+    return KindIntegers(slots, gain, residuals, found), torch.from_numpy(keep), rebuilt
 
 
 def strength_of(original: KindTokens, overlaps: torch.Tensor) -> int:
@@ -166,25 +166,25 @@ def strength_of(original: KindTokens, overlaps: torch.Tensor) -> int:
 
 def _products(original: KindTokens, rebuilt: KindTokens, sensitivity: Sensitivity | None = None) -> _Products:
     """Return the inner products of each layer's module; of plain dW, if the weights of its channels are given."""
-    found = []
-    for layer in torch.unique_consecutive(original.layer).tolist():
-        a, b, c, d = (part for group in (original, rebuilt) for part in _exact(group, layer, sensitivity))
-        found.append((_inner(a, b, a, b), _inner(a, b, c, d), _inner(c, d, c, d)))
-    return found
+    a, b = _by_module(original, sensitivity)
+    c, d = _by_module(rebuilt, sensitivity)
+    products = [
+        ((left @ right.mT) * (left_b @ right_b.mT)).sum(dim=(1, 2)).tolist()
+        for left, left_b, right, right_b in ((a, b, a, b), (a, b, c, d), (c, d, c, d))
+    ]
+    return list(zip(*products, strict=True))
 
 
-def _exact(group: KindTokens, layer: int, sensitivity: Sensitivity | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return A and B^T of one layer's module, in float64, (r, in) and (r, out)."""
-    mask = group.layer == layer
-    a, b = group.inputs[mask].double().div_(group.norm[mask, None]), group.outputs[mask].double()
+def _by_module(group: KindTokens, sensitivity: Sensitivity | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return A and B^T of each layer's module in float64, (modules, r, in) and (modules, r, out), filled with zeros."""
+    a, b = group.inputs.double().div_(group.norm[:, None]), group.outputs.double()
     if sensitivity is not None:
-        sensitivity.unweigh(group.kind, group.layer[mask], a, b)
-    return a, b
-
-
-def _inner(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor, d: torch.Tensor) -> float:
-    """Return <B A, D C> of factors (r, in) and (r, out)."""
-    return float(((a @ c.T) * (b @ d.T)).sum())
+        sensitivity.unweigh(group.kind, group.layer, a, b)
+    counts = torch.unique_consecutive(group.layer, return_counts=True)[1].tolist()
+    if len(set(counts)) == 1:
+        return a.view(len(counts), -1, a.shape[1]), b.view(len(counts), -1, b.shape[1])
+    padded = [pad_sequence(list(torch.split(values, counts)), batch_first=True) for values in (a, b)]
+    return padded[0], padded[1]
 
 
 def _errors(products: _Products, factor: float) -> _Parts:
