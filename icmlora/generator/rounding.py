@@ -42,7 +42,7 @@ class Rounded:
     """The integers of an adapter at one step, and the squared errors of what they decode to."""
 
     head: CodeHead
-    groups: Sequence[KindIntegers]
+    groups: Sequence[KindIntegers]  # some layers of a kind each, in their order
     squared_error: float  # of dW; the same as `weighted_error` if it was not asked for
     weighted_error: float
 
@@ -80,17 +80,18 @@ class Rounding:
             strengths=np.zeros_like(self._head.strengths),
             kept=np.where(self._head.kept == ABSENT, ABSENT, 0).astype(self._head.kept.dtype),
         )
-        for integers, strength, _, _ in found:
-            kind, layers = integers.slots.kind, integers.slots.layer
-            head.gains[kind] = integers.gain
-            head.strengths[kind, np.unique(layers)] = strength
-            np.add.at(head.kept[kind], layers, 1)
+        for parts, strength, _, _ in found:
+            for part in parts:
+                kind, layers = part.slots.kind, part.slots.layer
+                head.gains[kind] = part.gain
+                head.strengths[kind, np.unique(layers)] = strength
+                np.add.at(head.kept[kind], layers, 1)
         plain = relative(part for one in found for part in one[2])
         heavy = relative(part for one in found for part in one[3])
-        return Rounded(head, [one[0] for one in found], plain, heavy)
+        return Rounded(head, [part for one in found for part in one[0]], plain, heavy)
 
-    def _kind(self, group: KindTokens, step: int) -> tuple[KindIntegers, int, _Parts, _Parts]:
-        """Round one kind; returns its strength and the parts of its modules' errors, plain and weighted, too."""
+    def _kind(self, group: KindTokens, step: int) -> tuple[list[KindIntegers], int, _Parts, _Parts]:
+        """Round one kind, some layers at a time; returns its strength, and its modules' errors, plain and weighted."""
         quantizer, sensitivity = self._codec.quantizer, self._codec.sensitivity
         gain, _ = quantizer.norm_residuals(slots_of(group), group.norm)
         parts, overlaps = [], []
@@ -105,9 +106,8 @@ class Rounding:
             if self._is_plain_wanted:
                 plain += _products(tokens, rebuilt, sensitivity)
         strength = strength_of(group, torch.cat(overlaps))
-        sizes = (*quantizer.sizes[group.kind], self._state.subspace.rows(group.kind))
         errors = [_errors(products, 2.0 ** (strength / STRENGTHS)) for products in (plain or heavy, heavy)]
-        return KindIntegers.joined(parts, sizes), strength, errors[0], errors[1]
+        return parts, strength, errors[0], errors[1]
 
     def _means_of(self, tokens: KindTokens, gain: int, number: int) -> Means:
         """Return the predictions of some layers, the `number`th of their kind."""
