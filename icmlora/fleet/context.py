@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar
 
 from icmlora.errors import BaseModelNotFound, Cancelled, DataError, InvalidShare
-from icmlora.fleet.older import open_generator
 
 if TYPE_CHECKING:
     from icmlora.base_models.finding.lookup import FoundBase
@@ -109,6 +108,8 @@ class OpenedGenerator:
         """Return the generator of a digest; `read` returns the bytes of its file."""
         last = self._last  # once: another thread may replace it
         if last is None or last[0] != digest:
+            from icmlora.fleet.older import open_generator  # an original is written without
+
             self._last = last = digest, open_generator(digest, read)
         return last[1]
 

@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 from icmlora.errors import DataError, IcmLoraError, OptionsConflict
 from icmlora.fleet.context import Context, use_case
-from icmlora.fleet.older import only_in_older_code
 from icmlora.fleet.resources.code_source import CodeSource, Decoded, OpenCodes, open_store
 from icmlora.formats.catalogue import format_named
 from icmlora.formats.format import AdapterBytes, AdapterFormat, check_target, write_adapter_files
@@ -412,6 +411,8 @@ def _no_code(
     codes: CodeSource, task: TaskRecord, final: AdapterRecord, generator: GeneratorRecord | None
 ) -> IcmLoraError:
     if final.is_evicted and codes.has_older_code(task):
+        from icmlora.fleet.older import only_in_older_code
+
         return only_in_older_code(task.name)
     train = "icm train" if generator is None else "icm train --update"
     return DataError(f"task {task.name!r} has no code", hint=f"run `{train}` to make one")
