@@ -41,7 +41,7 @@ class ExitCode(IntEnum):
     PARTLY = 3, "partly done: some inputs or tasks could not be used, or some originals were not evicted"
     NO_STORE = 10, "no store was found at the path"
     LOCKED = 11, "another icm process still holds the lock after `--lock-timeout`"
-    OTHER_VERSION = 12, "a newer icm wrote the store, or one from before the first release"
+    OTHER_VERSION = 12, "another version of icm wrote the store, or the code, and this one does not read it"
     DAMAGED = 13, "damaged data: a digest does not match, or a blob is missing"
     TOO_LOSSY = 14, "the error is above the limit you set"
     NO_SPACE = 15, "no space left on the device; the store is intact"
@@ -119,6 +119,7 @@ TABLE: dict[str, ExitCode] = {
     "registry.errors.SourceChanged": ExitCode.FAILED,
     "icmlora.errors.UnsafeInput": ExitCode.UNSAFE,
     "icmlora.errors.CodeError": ExitCode.DAMAGED,
+    "icmlora.errors.OtherFormat": ExitCode.OTHER_VERSION,
     "icmlora.errors.InvalidShare": ExitCode.USAGE,
     "icmlora.errors.OptionsConflict": ExitCode.USAGE,
     "icmlora.errors.BundleError": ExitCode.DAMAGED,

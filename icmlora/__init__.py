@@ -31,6 +31,7 @@ from icmlora.errors import (
     NotCovered,
     NotRecognized,
     OptionsConflict,
+    OtherFormat,
     OutputExists,
     UnsafeInput,
 )
@@ -138,6 +139,7 @@ __all__ = [
     "NotCovered",
     "NotRecognized",
     "OptionsConflict",
+    "OtherFormat",
     "OutputExists",
     "Progress",
     "PruneReport",

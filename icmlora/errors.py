@@ -14,6 +14,7 @@ registry.errors.IcmError     message, path, hint; catch it to catch everything t
     ├── GeneratorError       a generator that cannot be made, read or used as asked
     │   └── NotCovered       an adapter with a module, layer or rank that the generator does not cover
     ├── CodeError            a code that is damaged or belongs to another generator
+    ├── OtherFormat          a file in a format that another version of icm reads, and this one does not
     ├── BundleError          a bundle that is damaged, cut short or of another format
     ├── DataError            samples or held-out text that cannot be used
     │   └── OptionsConflict  options that contradict each other
@@ -102,6 +103,20 @@ class NotCovered(GeneratorError):
 
 class CodeError(IcmLoraError):
     """A code that is damaged or was made by another generator."""
+
+
+class OtherFormat(IcmLoraError):
+    """A file in a format that another version of icm reads, and this one does not; nothing is damaged.
+
+    Attributes:
+        is_older: Whether the format is from before this icm.
+    """
+
+    def __init__(
+        self, message: str, *, is_older: bool, path: str | Path | None = None, hint: str | None = None
+    ) -> None:
+        super().__init__(message, path=path, hint=hint)
+        self.is_older = is_older
 
 
 class BundleError(IcmLoraError):

@@ -6,7 +6,7 @@ Times are RFC 3339 in UTC, sizes are bytes, digests are the lower-case SHA-256 o
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -342,6 +342,8 @@ class NewGenerator:
     parent_id: int | None = None  # the generator it was trained on from
     codes: Sequence[NewCode] = field(default=())  # of all tasks under it, recorded in the same transaction
     train_run_id: int | None = None  # the run that ends with it
+    # Evicted tasks whose codes stay where they are, under the present generator: nobody can make them again.
+    stay: Collection[str] = ()
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The tables, as SQLAlchemy classes. This is schema 8, the first.
+"""The tables, as SQLAlchemy classes. These are those of schemas 8, the first, and 9.
 
     base_models 1─n tasks 1─n adapters 1─n extras
          ├──n base_labels

@@ -10,6 +10,7 @@ import typer
 from icm_cli.errors import ExitCode
 from icm_cli.options import BaseModelOpt, SomeTasksArg, argument, option
 from icm_cli.session import Session, command
+from icmlora.fleet.older import WAY_OUT
 from icmlora.io.text import counted, human_size
 
 if TYPE_CHECKING:
@@ -68,7 +69,11 @@ def _tell(session: Session, done: ExportReport) -> None:
     if done.left_out:
         out.warn(f"left out {counted(len(done.left_out), 'task')} without a code")
         out.detail(", ".join(done.left_out))
-        out.hint("run `icm train --update` to make the missing codes")
+        if set(done.left_out) - set(done.in_older_codes):
+            out.hint("run `icm train --update` to make the missing codes")
+    if done.in_older_codes:
+        out.warn(f"codes of an older format, which this icm does not read: {', '.join(done.in_older_codes)}")
+        out.hint(WAY_OUT)
     for name, reason in done.damaged.items():
         out.warn(f"left out {name}: {reason}", task=name)
     if done.without_residual:

@@ -22,7 +22,7 @@ _FIELDS: tuple[Field[GeneratorVersion], ...] = (
     Field("base model", lambda made: made.record.base_model, shrink=True),
     Field("version", lambda made: str(made.record.version), right=True),
     Field("created", lambda made: made.record.created_at),
-    Field("networks", lambda made: "damaged" if made.networks is None else str(made.networks), right=True),
+    Field("networks", lambda made: _networks(made), right=True),
     Field("size", lambda made: human_size(made.record.size), right=True),
     Field("few-shot start", lambda made: human_size(made.record.start_size) if made.record.start else "-", right=True),
     Field("tasks", lambda made: str(len(made.tasks)), right=True),
@@ -38,9 +38,9 @@ generators = typer.Typer(name="generators", invoke_without_command=True)
 def ls(session: Session) -> None:
     """List all generators, what depends on each, and which one is in use.
 
-    NETWORKS counts the versions of the network in a file: `icm train --update` may add one. FEW-SHOT START is what
-    `icm generate` needs. TASKS counts the tasks with a code. ONLY COPIES counts evicted tasks that no other generator
-    can restore.
+    NETWORKS counts the versions of the network in a file: `icm train --update` may add one; this icm does not read one
+    of an older format. FEW-SHOT START is what `icm generate` needs. TASKS counts the tasks with a code. ONLY COPIES
+    counts evicted tasks that no other generator can restore.
 
     Example:
       icm generators
@@ -118,6 +118,12 @@ def forget(session: Session, digest: DigestArg, dry_run: DryRunOpt = False, yes:
         out.note(f"nothing was forgotten; without --dry-run it would be {what}" if dry_run else "nothing was forgotten")
 
 
+def _networks(version: GeneratorVersion) -> str:
+    if version.networks is None:
+        return "older format" if version.is_older else "damaged"
+    return str(version.networks)
+
+
 def _as_json(version: GeneratorVersion) -> dict[str, object]:
     made = version.record
     return {
@@ -126,6 +132,7 @@ def _as_json(version: GeneratorVersion) -> dict[str, object]:
         "version": made.version,
         "created_at": made.created_at,
         "epochs": version.networks,
+        "older_format": version.is_older,
         "size": made.size,
         "start": made.start,
         "start_size": made.start_size,

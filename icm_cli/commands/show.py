@@ -122,7 +122,8 @@ def _coded(details: TaskDetails) -> list[tuple[str, str]]:
     if details.final.original_only is not None:
         return []
     if code is None or generator is None:
-        return [("code", "-")]
+        # An evicted task has a code: where none is found, it was passed over by a training.
+        return [("code", "in an older format, which this icm does not read" if details.final.is_evicted else "-")]
     error = "" if code.relative_error is None else f", relative error {code.relative_error:.3f}"
     lines = [("code", f"{human_size(code.size)} under generator {generator.version}{error}")]
     if code.claim is not None:

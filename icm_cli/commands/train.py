@@ -27,6 +27,7 @@ from icm_cli.session import Session, command
 from icm_cli.text import as_fields
 from icmlora.errors import OtherProcessFailed
 from icmlora.fleet.measure.precision import measured_in
+from icmlora.fleet.older import WAY_OUT
 from icmlora.io.text import counted, human_duration, human_size
 from icmlora.training import config
 from icmlora.training.ranks import launched
@@ -328,7 +329,7 @@ def _train_few_shot(session: Session, device: str, base_model: str | None, episo
 
 def _tell(session: Session, event: Event) -> None:
     from icmlora.fleet.train.run import StepDone
-    from icmlora.fleet.train.train import CodeMade, Continued, Resumed, Trained
+    from icmlora.fleet.train.train import CodeMade, Continued, Resumed, StartedOver, Trained
     from icmlora.fleet.train.update import Updated
 
     out = session.out
@@ -342,6 +343,11 @@ def _tell(session: Session, event: Event) -> None:
         out.event("continued", **asdict(event))
         new = f"{counted(event.new_tasks, 'task')} without a code" if event.new_tasks else "no new tasks"
         out.note(f"training from generator {event.version} of {event.base_model}: {new}; all tasks are encoded again")
+    elif isinstance(event, StartedOver):
+        out.event("started_over", **asdict(event))
+        out.note(f"generator {event.version} of {event.base_model} has an older format: training from scratch")
+        if event.without_vectors:
+            out.hint("task vectors have a new format too: `icm vectors` makes them again, best before the training")
     elif isinstance(event, CodeMade):
         out.event("code", **as_fields(event))
         out.detail(f"{event.task}: code of {human_size(event.size)}, relative error {event.relative_error:.4f}")
@@ -377,6 +383,10 @@ def _sum_up(session: Session, trained: Trained, *, few_shot: bool) -> None:
     seeds = f"{metrics['initial_a_known']} of {counted(trained.tasks, 'adapter')}"
     out.note(f"initialisation seed recovered for {seeds} (smaller codes)")
     _warn_of(session, trained.left_out)
+    if trained.in_older_codes:
+        names = ", ".join(trained.in_older_codes)
+        out.warn(f"evicted, so their codes, which have an older format, stay as they are: {names}")
+        out.hint(WAY_OUT)
     if trained.start_dropped and not few_shot:
         out.note("the new generator has no few-shot start; the earlier one had one")
         out.hint("`icm train --objective functional` trains one; codes do not change")
@@ -392,7 +402,7 @@ def _sum_up_update(session: Session, updated: Updated) -> None:
     _warn_of(session, updated.left_out)
     if not updated.tasks:
         if not updated.left_out:
-            out.line(f"every task of {updated.base_model} has a code: nothing to add")
+            out.line(f"every task of {updated.base_model} that can have a code has one: nothing to add")
         return
     networks = f", {counted(updated.epochs, 'network')}" if updated.epochs > 1 else ""
     out.line(

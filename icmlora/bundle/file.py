@@ -1,6 +1,6 @@
 """One file that holds a generator with the codes of some tasks: made once, carried anywhere, read without a store.
 
-    | "ICMB" 4 | length of index (4) | SHA-256 (32) | index: JSON | generator | code | config | card | code | ...
+    | "ICMB" 5 | length of index (4) | SHA-256 (32) | index: JSON | generator | code | config | card | code | ...
 
 The SHA-256 covers the bytes in front of it and the index, and the index holds the SHA-256 of every part. So every byte
 of the file is covered, and this one digest stands for the whole file. The shape is that of safetensors (length, JSON,
@@ -18,14 +18,13 @@ from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
 
-from icmlora.bundle.index import MAX_INDEX_BYTES, VERSION, BundleIndex, BundlePart, index_from_json, index_to_json
-from icmlora.errors import BundleError, located
+from icmlora.bundle.index import MAX_INDEX_BYTES, BundleIndex, BundlePart, index_from_json, index_to_json
+from icmlora.errors import BundleError, OtherFormat, located
 from icmlora.io.files import open_regular, read_exactly
 from icmlora.io.staging import writing_file
 from registry.files import identity
 
-MAGIC = b"ICMB" + bytes([VERSION])
-_READABLE = (b"ICMB\x02", b"ICMB\x03", b"ICMB\x04", MAGIC)
+MAGIC = b"ICMB\x05"
 MAX_BUNDLE_BYTES = 64 * 1024**3
 
 _HEAD = struct.Struct("<5sI32s")
@@ -80,7 +79,8 @@ def open_bundle(path: Path, known: BundleFile | None = None) -> Iterator[BundleF
         known: The bundle as it was opened before, whose index is taken where the file has not changed since.
 
     Raises:
-        BundleError: It is none, or damaged or cut short, or of another version.
+        BundleError: It is none, or damaged or cut short, or of a newer format.
+        OtherFormat: It has an earlier format.
         UnsafeInput: It breaks a limit.
     """
     # The user named this path, so a link is followed; what it leads to must be a plain file.
@@ -89,11 +89,11 @@ def open_bundle(path: Path, known: BundleFile | None = None) -> Iterator[BundleF
         if known is not None and _stamp(descriptor) == known.stamp:
             yield known.at(descriptor)
             return
-        magic, length, digest = _head(read_exactly(descriptor, min(size, _HEAD.size), 0), size)
+        length, digest = _head(read_exactly(descriptor, min(size, _HEAD.size), 0), size)
         text = read_exactly(descriptor, length, _HEAD.size)
-        if _digest(text, magic) != digest:
+        if _digest(text) != digest:
             raise BundleError("the bundle's index is damaged", hint=_HINT)
-        index = index_from_json(text, version=magic[4])
+        index = index_from_json(text)
         start = _HEAD.size + length
         # Parts follow each other without gaps, so the length alone shows a file that was cut short.
         expected = start + sum(part.size for part in index.parts)
@@ -129,19 +129,22 @@ def bundle_size(index: BundleIndex) -> int:
     return _HEAD.size + len(index_to_json(index)) + sum(part.size for part in index.parts)
 
 
-def _head(data: bytes, size: int) -> tuple[bytes, int, str]:
-    """Return magic number, length and digest of the index."""
+def _head(data: bytes, size: int) -> tuple[int, str]:
+    """Return length and digest of the index."""
     if data[:4] != MAGIC[:4]:
         raise BundleError("not an icm bundle", hint="`icm export FILE` writes one")
     if len(data) < _HEAD.size:
         raise BundleError(f"the bundle has {size:,} bytes, too few for its head", hint=_HINT)
     magic, length, digest = _HEAD.unpack(data)
-    if magic not in _READABLE:
+    if magic != MAGIC:
+        if 0 < magic[4] < MAGIC[4]:  # those of before
+            fact = f"the bundle has format {magic[4]}, and this icm reads format {MAGIC[4]}"
+            raise OtherFormat(fact, is_older=True, hint="the icm that wrote it writes its adapters")
         message = f"the bundle is damaged, or has the format {magic[4]}; this icm knows {MAGIC[4]}"
         raise BundleError(message, hint="use the icm that wrote it, or a newer one")
     if length > min(MAX_INDEX_BYTES, size - _HEAD.size):
         raise BundleError(f"the bundle claims an index of {length:,} bytes and has {size:,} in all", hint=_HINT)
-    return magic, length, digest.hex()
+    return length, digest.hex()
 
 
 def _stamp(descriptor: int) -> tuple[int, ...]:
@@ -149,12 +152,12 @@ def _stamp(descriptor: int) -> tuple[int, ...]:
     return *identity(found), found.st_ctime_ns
 
 
-def _prefix(text: bytes, magic: bytes = MAGIC) -> bytes:
-    return magic + struct.pack("<I", len(text))
+def _prefix(text: bytes) -> bytes:
+    return MAGIC + struct.pack("<I", len(text))
 
 
-def _digest(text: bytes, magic: bytes = MAGIC) -> str:
-    return hashlib.sha256(_prefix(text, magic) + text).hexdigest()
+def _digest(text: bytes) -> str:
+    return hashlib.sha256(_prefix(text) + text).hexdigest()
 
 
 def _damaged(digest: str) -> BundleError:

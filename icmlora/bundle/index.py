@@ -28,8 +28,6 @@ from icmlora.io.safetensors import FLOAT_TYPES, MAX_DIMENSION, MAX_FILE_BYTES
 from icmlora.io.strict_json import parse_object
 from registry.names import NLL, escape, is_file_name, is_module_name, task_name_problem
 
-# Version 4 had PEFT adapters only, version 3 no vectors and one metric, version 2 neither templates nor extras.
-VERSION = 5
 MAX_CODE_BYTES = 1024**3
 MAX_VECTOR_BYTES = 64 * 1024**2
 MAX_CARD_BYTES = 64 * 1024  # a longer model card is left out: nothing in it is needed to write an adapter
@@ -196,13 +194,6 @@ _GENERATOR = tuple(BundledGenerator.__dataclass_fields__)
 # Field -> key in the file, where they differ.
 _KEYS = {"squared_error": "dw_error", "value": "nats_per_token", "count": "tokens"}
 _TASK = tuple(_KEYS.get(name, name) for name in BundledTask.__dataclass_fields__)
-# Version -> the fields that a task has since then, as they are to be read of earlier ones.
-_SINCE: dict[int, dict[str, Any]] = {
-    3: {"template": "", "extras": []},
-    4: {"vectors": None},
-    5: {"format": "peft"},
-}
-_MEASURED_SINCE_VERSION_4: dict[str, Any] = {"metric": NLL, "others": {}}
 _FORMAT = re.compile(r"[a-z0-9_-]+")
 _MEASURED = tuple(_KEYS.get(name, name) for name in BundledMeasurement.__dataclass_fields__)
 
@@ -225,16 +216,14 @@ def index_to_json(index: BundleIndex) -> bytes:
     return json.dumps(fields, sort_keys=True, separators=(",", ":"), allow_nan=False).encode("ascii")
 
 
-def index_from_json(data: bytes, *, version: int = VERSION) -> BundleIndex:
-    """Read what `index_to_json` wrote, or an earlier version of it.
+def index_from_json(data: bytes) -> BundleIndex:
+    """Read what `index_to_json` wrote.
 
     Raises:
         BundleError: It has other fields or values than this format.
         UnsafeInput: It breaks a limit, or has a name that is none.
     """
     parsed = _object(data, "the bundle's index", MAX_INDEX_BYTES)
-    if version < 4:
-        parsed = _completed(parsed, {"extractors": []})
     fields = Fields(parsed, _INDEX, "the bundle's index")
     tasks = fields.entries("tasks")
     if len(tasks) > MAX_TASKS:
@@ -244,7 +233,7 @@ def index_from_json(data: bytes, *, version: int = VERSION) -> BundleIndex:
     return BundleIndex(
         base_model=fields.text("base_model", MAX_LABEL),
         generator=_generator(fields.mapping("generator")),
-        tasks=tuple(_task(entry, layouts, extractors, version) for entry in tasks),
+        tasks=tuple(_task(entry, layouts, extractors) for entry in tasks),
         parts=tuple(_part(entry) for entry in fields.entries("parts")),
     )
 
@@ -256,13 +245,6 @@ def _object(data: bytes, what: str, limit: int) -> dict[str, Any]:
         raise
     except AdapterRefused as error:
         raise BundleError(error.message) from None
-
-
-def _completed(value: Any, missing: dict[str, Any]) -> Any:
-    """Add the fields that an earlier version did not have; None if one of them is there."""
-    if not isinstance(value, dict):
-        return value
-    return None if value.keys() & missing.keys() else missing | value
 
 
 def _extractors(index: BundleIndex) -> list[Mapping[str, Any]]:
@@ -297,12 +279,8 @@ def _generator(value: object) -> BundledGenerator:
     )
 
 
-def _task(
-    value: object, layouts: Sequence[Layout], extractors: Sequence[Mapping[str, Any]], version: int
-) -> BundledTask:
+def _task(value: object, layouts: Sequence[Layout], extractors: Sequence[Mapping[str, Any]]) -> BundledTask:
     what = "a task of the bundle"
-    for since, missing in _SINCE.items():
-        value = _completed(value, missing) if version < since else value
     fields = Fields(value, _TASK, what)
     name = fields.text("name", limit=1024)
     if (problem := task_name_problem(name)) is not None:
@@ -328,7 +306,7 @@ def _task(
         step=fields.optional("step", fields.count),
         is_generated=fields.flag("is_generated"),
         layout=layouts[layout],
-        measured=_measured(fields.optional("measured", fields.mapping), version),
+        measured=_measured(fields.optional("measured", fields.mapping)),
         template=_template(fields.optional_text("template", limit=MAX_CONFIG_BYTES)),
         extras=tuple(_extra(entry) for entry in fields.entries("extras")),
         vectors=_vectors(fields.optional("vectors", fields.entries), extractors),
@@ -376,11 +354,9 @@ def _extra(value: object) -> BundledExtra:
     return BundledExtra(as_digest(part, "an extra's digest"), file, as_count(size, "an extra's size"))
 
 
-def _measured(value: Mapping[str, Any] | None, version: int) -> BundledMeasurement | None:
+def _measured(value: Mapping[str, Any] | None) -> BundledMeasurement | None:
     if value is None:
         return None
-    if version < 4:
-        value = _MEASURED_SINCE_VERSION_4 | dict(value)
     fields = Fields(value, _MEASURED, "a measurement of the bundle")
     return BundledMeasurement(
         data=fields.digest("data"),

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from icmlora.errors import CodeError, IcmLoraError
+from icmlora.errors import CodeError, IcmLoraError, OtherFormat
 
 # Bytes of a checksum, the first ones of the SHA-256 of what precedes it. It detects damage also outside a store.
 CHECKSUM_SIZE = 8
@@ -38,12 +38,12 @@ def counts_from_bytes(data: NDArray[np.uint8], size: int) -> NDArray[np.uint16]:
 
 
 def check_magic(data: bytes, magic: bytes, name: str, error: type[IcmLoraError]) -> None:
-    """Refuse data that do not begin with a magic number, and say whether only their version is another."""
+    """Refuse data that do not begin with a magic number: `OtherFormat` if only their version is another."""
     if data.startswith(magic):
         return
     if len(data) > len(magic) and data.startswith(magic[:4]):
-        fact = f"the {name} is of version {data[4]}; this icm reads version {magic[4]}"
-        raise error(fact, hint="`icm train` makes it again from the adapters")
+        fact = f"the {name} has format {data[4]}, and this icm reads format {magic[4]}"
+        raise OtherFormat(fact, is_older=data[4] < magic[4], hint="use the icm that wrote it")
     raise error(f"not a {name} of icm, or damaged")
 
 

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from icmlora.errors import CodeError, DataError
-from icmlora.generator.container import add_checksum, checked
+from icmlora.generator.container import add_checksum, check_magic, checked
 from icmlora.generator.entropy_coding import LIMIT, IntegerReader, IntegerWriter, clip
 from icmlora.generator.scales import LARGEST, OCTAVE, SMALLEST
 from icmlora.task_vectors.vector import View
@@ -102,12 +102,11 @@ def vectors_from_bytes(data: bytes) -> dict[View, torch.Tensor]:
 
 def arrays_from_bytes(data: bytes) -> dict[View, NDArray[np.float32]]:
     """Read the vectors of a task, by view (support sets, hidden size); raise `DataError` if they are damaged."""
-    content = checked(data)
-    if content is None or not content.startswith(_MAGIC) or len(content) < len(_MAGIC) + _HEAD.size:
-        hint = "run `icm vectors --again` to make them again"
-        raise DataError("not task vectors, or damaged", hint=hint)
+    content, start = checked(data), len(_MAGIC) + _HEAD.size
+    if content is None or len(content) < start:
+        raise DataError("not task vectors, or damaged", hint="run `icm vectors --again` to make them again")
+    check_magic(content, _MAGIC, "file of task vectors", DataError)
     count, length = _HEAD.unpack_from(content, len(_MAGIC))
-    start = len(_MAGIC) + _HEAD.size
     end = start + count * _VIEW.size
     heads = [_ViewHead(*fields) for fields in _VIEW.iter_unpack(content[start:end])] if end <= len(content) else []
     is_sound = bool(heads) and all(head.is_sound() for head in heads)

@@ -22,6 +22,7 @@ from sqlalchemy.exc import DBAPIError, NoResultFound
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import NullPool
 
+from registry import files as fs
 from registry.errors import (
     DamagedRow,
     DamagedStore,
@@ -45,7 +46,7 @@ APPLICATION_ID = 0x69636D31  # "icm1": tells `file` and us what the database is
 _DAMAGE_HINT = "`icm verify` says what is damaged, and what mends it"
 _TOO_OLD_HINT = (
     "ingest the adapters again from their folders into a new store (--store). Of adapters that only this one has, the "
-    "icm that wrote it makes folders with `icm materialize`, or one file with `icm export` for `icm import` here"
+    "icm that wrote it makes folders with `icm materialize`"
 )
 # SQLite's smallest: most of two dozen tables and indexes fill less than a page. The rows of 20 tasks with vectors,
 # codes and evaluations take 53 KB; with pages of 4096 bytes they take 115 KB.
@@ -262,8 +263,32 @@ def sqlite_of(connection: Connection) -> sqlite3.Connection:
     return found
 
 
+def _with_new_formats(connection: Connection) -> None:
+    """Move to schema 9: generators, codes, residuals and task vectors are written in other formats from here on.
+
+    No table changes: the number keeps an earlier icm from a store whose codes it would call damaged. Generators and
+    codes stay, for that icm to read: see `icmlora.fleet.older`. Vectors are made again.
+    """
+    if connection.exec_driver_sql("SELECT 1 FROM codes LIMIT 1").first() is not None:
+        _keep_for_earlier_icm(connection)
+    connection.exec_driver_sql("DELETE FROM task_vectors")
+
+
+def _keep_for_earlier_icm(connection: Connection) -> None:
+    """Keep the database as it is, next to it. Nothing here reads that file, and nothing deletes it."""
+    version = connection.exec_driver_sql("PRAGMA user_version").scalar_one()
+    path = Path(connection.exec_driver_sql("PRAGMA database_list").one()[2])
+    kept = path.with_name(f"{path.name}.schema-{version}")
+    temporary = kept.with_name(f"{kept.name}.tmp")
+    with fs.store_errors(kept):
+        fs.discard(temporary)
+        fs.write_file(temporary, sqlite_of(connection).serialize(), 0o600)
+        fs.replace(temporary, kept)
+        fs.fsync_dir(kept.parent)
+
+
 FIRST_SCHEMA = 8
-MIGRATIONS: tuple[Callable[[Connection], None], ...] = ()
+MIGRATIONS: tuple[Callable[[Connection], None], ...] = (_with_new_formats,)
 """One function for each schema after the first: it gets a connection with the write lock and changes the tables."""
 
 

@@ -3,6 +3,7 @@
 FORMAT            "icm store 2"; written last when a store is made, so it marks a whole one
 registry.db       rows
 registry.db.kept  a copy of them, deflated, from before the last deletion: see `registry.storage.kept`
+registry.db.schema-8  the rows as an icm that has another format of codes left them, for that one to read
 blobs/3/3f9a..    the bytes (see blobs/local.py); 16 folders: syncing 256 costs a first ingest a tenth of its time
 tmp/              files being written; on the same file system, so that a rename is atomic
 quarantine/       damaged blobs that were moved aside

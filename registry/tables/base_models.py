@@ -23,7 +23,7 @@ from registry.errors import BaseModelConflict, LastCopy
 from registry.names import UNKNOWN_BASE, LoadIn
 from registry.storage.folder import with_reserve
 from registry.storage.row_writer import RowWriter, in_parts, table_of
-from registry.tables.generators import find_current, must_cover_evicted
+from registry.tables.generators import find_current
 from registry.tables.runs import finish_run
 from registry.tables.table import Table
 from registry.to_records import code_record, record
@@ -112,8 +112,6 @@ class BaseModels(Table):
             joining = _Joining(writer, base, reason, keep)
             for label in dict.fromkeys(labels):
                 joining.add(label)
-            if keep is not None:
-                must_cover_evicted(session, base.name, _coded(session, base))
             without_code = tuple(sorted(joining.lost - set(_coded(session, base))))
         self._drop(joining.garbage)
         return Joined(base.name, tuple(joining.labels), joining.tasks, joining.generators, without_code)

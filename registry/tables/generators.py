@@ -10,7 +10,7 @@ original went; it counts, and no other.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from sqlalchemy import delete, func, insert, literal, select, update
@@ -43,9 +43,10 @@ class Generators(Table):
     def add(self, generator: records.NewGenerator) -> records.GeneratorRecord:
         """Record a generator with all its codes in one transaction and make it the current one."""
         with self._write() as writer:
+            relied_on = _evicted_under_current(writer.session, writer.base_model(generator.base_model).name)
             row = generator_row(writer, generator)
             codes = list(code_rows(writer, row, generator.codes))
-            must_cover_evicted(writer.session, generator.base_model, [code.task.name for code in codes])
+            _must_cover(relied_on, [*(code.task.name for code in codes), *generator.stay])
             writer.session.add_all(codes)
             garbage = finish_run(writer, generator.train_run_id) if generator.train_run_id else []
             writer.session.flush()
@@ -84,7 +85,6 @@ class Generators(Table):
             row.start_id = parent.start_id  # its mean is a code as others are
             _link(session, parent.id, row.id, [code.task_id for code in fresh])
             _must_keep_codes(session, parent, row)
-            must_cover_evicted(session, new.base_model, code_files(session, row.id))
             return generator_record(row)
 
     def uses(self) -> list[GeneratorUse]:
@@ -123,7 +123,6 @@ class Generators(Table):
             if present is not None:
                 _must_keep_codes(session, present, row)
                 before = code_files(session, present.id)
-            must_cover_evicted(session, row.base_model.name, codes)
             session.execute(update(generator).where(of_base, generator.is_current).values(is_current=False))
             session.execute(update(generator).where(generator.id == generator_id).values(is_current=True))
             return sorted(set(before) - set(codes))
@@ -221,13 +220,18 @@ def _link(session: Session, parent_id: int, generator_id: int, without: Sequence
         session.execute(insert(table).from_select(["generator_id", *(column.key for column in columns)], chosen))
 
 
-def must_cover_evicted(session: Session, base_model: str, tasks: Iterable[str]) -> None:
-    """Raise unless there are codes of all tasks of a base model that have no original any more."""
-    adapter, base = models.Adapter, models.BaseModel
-    query = select(models.Task.name).join(models.Task.base_model).join(adapter, adapter.task_id == models.Task.id)
-    query = query.where(base.name == base_model, adapter.is_final, adapter.evicted_at.is_not(None))
-    covered = {task.lower() for task in tasks}
-    bare = [name for name in session.scalars(query.order_by(models.Task.name)) if name.lower() not in covered]
+def _evicted_under_current(session: Session, base_model: str) -> set[str]:
+    """Return the tasks of which there is only the code under the current generator of their base model.
+
+    That of a task whose code has an older format may be under an earlier generator. Nothing changes for that one.
+    """
+    present = find_current(session, base_model)
+    return set() if present is None else set(code_files(session, present.id, evicted=True))
+
+
+def _must_cover(relied_on: Collection[str], tasks: Iterable[str]) -> None:
+    """Raise unless a generator that is to be current has a code of all tasks of which there is nothing else."""
+    bare = sorted(set(relied_on) - set(tasks))
     if bare:
         fact = f"task {bare[0]!r} was evicted, and would have no code"
         raise LastCopy(fact, hint="`icm ingest --restore PATH` of its original brings it back")

@@ -1,12 +1,16 @@
 """Stores and bundles that earlier versions wrote are opened, moved forward, and give the same adapters.
 
-Schema 7 is from before the first release: its store is refused, its bundle opens.
+Schema 8 has generators and codes of a format that is not read any more: its originals are used as before, its codes are
+left to the icm that wrote them.
 """
 
 from __future__ import annotations
 
+import shutil
+import sqlite3
 import tarfile
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -20,11 +24,12 @@ from tests.golden.build import HERE, TASKS
 
 Icm = Callable[..., Ran]
 VERSIONS = sorted((folder.name for folder in HERE.glob("schema-*")), key=lambda name: int(name.split("-")[1]))
-BEFORE_THE_FIRST = f"schema-{FIRST_SCHEMA - 1}"
+OLDER = "schema-8"
+"""The schema whose codes have an older format."""
 WEIGHTS = "adapter_model.safetensors"
 
 
-@pytest.fixture(params=[name for name in VERSIONS if name != BEFORE_THE_FIRST])
+@pytest.fixture(params=[name for name in VERSIONS if name != OLDER])
 def golden(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """What a version wrote; its store is a copy at the default place."""
     return unpacked(str(request.param), tmp_path)
@@ -70,21 +75,8 @@ def test_it_can_be_changed_as_any_other(icm: Icm, golden: Path) -> None:
     assert icm("verify", "--read-data").code == 0
 
 
-def test_a_store_from_before_the_first_release_is_refused_with_the_way_out(icm: Icm, tmp_path: Path) -> None:
-    unpacked(BEFORE_THE_FIRST, tmp_path)
-    for command in ("ls", "verify", "train"):
-        ran = icm(command)
-        assert ran.code == ExitCode.OTHER_VERSION
-        assert "has schema 7; this icm begins with schema 8" in ran.err
-        assert "ingest the adapters again" in ran.err
-
-
 @pytest.mark.parametrize("stored", [False, True])
-@pytest.mark.parametrize("version", VERSIONS)
-def test_a_bundle_of_an_earlier_version_gives_the_same_adapters(
-    icm: Icm, version: str, tmp_path: Path, stored: bool
-) -> None:
-    golden = HERE / version
+def test_its_bundle_gives_the_same_adapters(icm: Icm, golden: Path, tmp_path: Path, stored: bool) -> None:
     source: tuple[object, ...] = ("--from", golden / "fleet.icm")
     if stored:
         icm("--store", tmp_path / "other", "import", golden / "fleet.icm")
@@ -96,3 +88,124 @@ def test_a_bundle_of_an_earlier_version_gives_the_same_adapters(
 def test_there_is_one_of_the_schema_in_use() -> None:
     """`python -m tests.golden.build` writes it, once a schema is settled."""
     assert f"schema-{newest()}" in VERSIONS
+
+
+def test_a_schema_from_before_the_first_release_is_refused_with_the_way_out(icm: Icm, tmp_path: Path) -> None:
+    unpacked(OLDER, tmp_path)
+    with closing(sqlite3.connect(tmp_path / "store" / "registry.db")) as connection:
+        connection.execute(f"PRAGMA user_version={FIRST_SCHEMA - 1}")
+    for command in ("ls", "verify", "train"):
+        ran = icm(command)
+        assert ran.code == ExitCode.OTHER_VERSION
+        assert "has schema 7; this icm begins with schema 8" in ran.err
+        assert "ingest the adapters again" in ran.err
+
+
+# Codes of an older format
+
+
+@pytest.fixture
+def older(tmp_path: Path) -> Path:
+    """A copy of the store of schema 8 at the default place, with a pinned task and an evicted one."""
+    unpacked(OLDER, tmp_path)
+    return tmp_path / "store"
+
+
+def content(store: Path) -> dict[str, bytes]:
+    """Read every blob of a store but task vectors, which are made again."""
+    found = {path.name: path.read_bytes() for path in (store / "blobs").rglob("*") if path.is_file()}
+    return {name: data for name, data in found.items() if not data.startswith(b"ICMT")}
+
+
+def test_nothing_of_a_store_with_older_codes_is_lost_and_its_originals_are_used(icm: Icm, older: Path) -> None:
+    before = content(older)
+    assert {row["name"] for row in icm("ls", "--json", "-F", "status=coded").document} == set(TASKS)
+    assert icm("materialize", "rules", "-o", older.parent / "rules").code == 0
+    check(older.parent / "rules", HERE / OLDER / "adapters" / "rules", exact=True)
+    for command in ("ls", "stats", "generators", "prune --yes", "show poems", "show rules"):
+        assert icm(*command.split()).code == 0
+    assert content(older) == before
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "materialize poems -o out",
+        "materialize rules --source code -o out",
+        "encode rules --refine 0",
+        "encode --max-error 0.1",
+        "train --update",
+        "export out.icm",
+        "show rules --errors",
+        "generators rollback DIGEST",
+        "import BUNDLE",
+        "materialize poems --from BUNDLE -o out",
+    ],
+)
+def test_what_needs_an_older_code_says_what_to_do(
+    icm: Icm, older: Path, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    before, (generator,) = content(older), icm("generators", "--json").document
+    words = {"DIGEST": generator["generator"], "BUNDLE": str(HERE / OLDER / "fleet.icm")}
+    ran = icm(*(words.get(word, word) for word in command.split()))
+    assert ran.code == ExitCode.OTHER_VERSION, ran.err
+    assert "an older format, which this icm does not read" in ran.err
+    assert "icm 0.9" in ran.err
+    assert "damaged" not in ran.err
+    assert content(older) == before
+
+
+def test_verify_calls_older_codes_by_their_name_and_not_damaged(icm: Icm, older: Path) -> None:
+    ran = icm("verify", "--read-data", "--decode", "--json")
+    assert (ran.code, ran.document["ok"]) == (0, True)
+    (remark,) = [finding for finding in ran.document["findings"] if finding["kind"] == "remark"]
+    assert set(remark["tasks"]) == set(TASKS)
+    assert "`icm train` makes new ones of 2 tasks; poems: " in remark["message"]
+    assert remark["message"] in icm("doctor").err
+
+
+def test_no_original_is_evicted_on_an_older_code(icm: Icm, older: Path) -> None:
+    before = content(older)
+    ran = icm("evict", "rules", "--max-error", "10")
+    assert (ran.code, "kept rules: generator" in ran.out + ran.err) == (ExitCode.PARTLY, True)
+    assert content(older) == before
+
+
+def test_training_makes_new_codes_and_leaves_those_that_are_the_only_copy(icm: Icm, older: Path) -> None:
+    before = content(older)
+    ran = icm("train", "--device", "cpu", "--refine", "0", "--no-eval", "--steps", "2")
+    assert (ran.code, "stay as they are: poems" in ran.err) == (ExitCode.PARTLY, True)
+    first, second = icm("generators", "--json").document
+    assert (first["tasks"], first["last_copies"]) == (sorted(TASKS), ["poems"])
+    assert (second["tasks"], second["is_current"], second["older_format"]) == (["rules", "silent"], True, False)
+    assert icm("materialize", "silent", "--source", "code", "-o", older.parent / "silent").code == 0
+    for command in ("materialize poems -o out", "duplicates poems"):
+        assert "which this icm does not read" in icm(*command.split()).err
+    # Once more, and with a task that was evicted since: that one's code is read, so it must have one.
+    assert icm("train", "--device", "cpu", "--refine", "0", "--no-eval", "--steps", "2").code == ExitCode.PARTLY
+    assert icm("evict", "rules", "--max-error", "10").code == 0
+    refused = icm("train", "--device", "cpu")
+    assert "without a code: 'rules'" in refused.err
+    assert icm("train", "--update", "--device", "cpu").code == 0
+    assert icm("generators", "forget", first["generator"], "--yes").code != 0
+    assert icm("prune", "--yes").code == 0
+    kept = {name: data for name, data in before.items() if data.startswith((b"ICMC", b"ICMG", b"ICMR"))}
+    assert kept.items() <= content(older).items()
+    assert icm("verify", "--read-data").code == 0
+
+
+def test_the_icm_that_wrote_older_codes_finds_its_database_as_it_was(icm: Icm, older: Path) -> None:
+    with closing(sqlite3.connect(older / "registry.db")) as connection:
+        before = list(connection.iterdump())
+    icm("ls")
+    with closing(sqlite3.connect(older / "registry.db.schema-8")) as connection:
+        assert (list(connection.iterdump()), connection.execute("PRAGMA user_version").fetchone()) == (before, (8,))
+
+
+def test_what_the_earlier_icm_wrote_takes_the_place_of_an_older_code(icm: Icm, older: Path, tmp_path: Path) -> None:
+    shutil.copytree(HERE / OLDER / "adapters" / "poems", tmp_path / "new" / "poems")
+    assert icm("ingest", tmp_path / "new", "--name-from", "{name}", "--on-conflict", "replace").code == 0
+    (poems,) = [row for row in icm("ls", "--json").document if row["name"] == "poems"]
+    assert poems["evicted_at"] is None
+    assert icm("verify", "--read-data").code == 0

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal
 from icmlora.bundle.file import open_bundle
 from icmlora.errors import AdapterRefused, BundleError, DataError, UnsafeInput
 from icmlora.fleet.context import Context, use_case
-from icmlora.fleet.resources.bundle_codes import bundled_adapter, bundled_vectors, claim_of, find_task
+from icmlora.fleet.resources.bundle_codes import bundled_adapter, bundled_vectors, claim_of, find_task, told_of_bundle
 from icmlora.formats.base_references import REFERENCES
 from icmlora.formats.catalogue import format_named
 from icmlora.formats.extras import unpack_tensors, unpacked_size
@@ -98,7 +98,8 @@ def _check_parts(bundle: BundleFile, tasks: Sequence[BundledTask]) -> None:
     """Check what the file format does not: that every version opens, and that codes and configurations belong to it."""
     from icmlora.generator.versions import GeneratorFile
 
-    generator_file = GeneratorFile(bundle.read(bundle.index.generator.blob))
+    with told_of_bundle():
+        generator_file = GeneratorFile(bundle.read(bundle.index.generator.blob))
     for number in range(len(generator_file.digests)):
         generator_file.codec(number)
     for task in tasks:

@@ -320,6 +320,7 @@ def _prepare(
             return state.unchanged("evicted", reason if is_named else None)
         if final.original_only is not None:
             return state.unchanged("original_only", final.original_only)
+        models.generator_file(generator)  # before minutes are spent: it may have a format that is not read any more
         limits = _limits_under(generator, asked, refined=asked.refine != 0 and not residual)
         if not again and (known := _known(state, limits, residual=residual)) is not None:
             return known

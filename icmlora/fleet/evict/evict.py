@@ -219,6 +219,7 @@ class Evictor:
                 check_bytes(self._store, final, [generator.blob, *code.digests()])
                 return
             check_recorded(self._store, now, final, limits, code, generator)
+            self._generator.get(generator.blob, self._store.blobs.read)  # it may have a format that is not read
 
         def decoded() -> AdapterBytes | None:
             if code is None or generator is None:

@@ -22,6 +22,7 @@ from icmlora.errors import AdapterRefused, DataError, OutputExists
 from icmlora.fleet.bundles.bundles import Bundle
 from icmlora.fleet.context import Context, Event, TaskFailed, reporting, use_case
 from icmlora.fleet.failures import FAILURES
+from icmlora.fleet.older import only_in_older_code
 from icmlora.fleet.resources.code_source import CodeSource, StoreCodes
 from icmlora.fleet.write.materialize import original_files
 from icmlora.formats.catalogue import format_named
@@ -234,6 +235,9 @@ def _made(
         code = None if generator is None else codes.code(row.task, generator)
         if generator is not None and code is not None and code.adapter_id == row.id:
             return _decoded(codes, row, code, generator, done)
+    for row in rows:
+        if row.is_final and codes.has_older_code(codes.get(row.task)):
+            raise only_in_older_code(row.task)
     if not any(row.is_final for row in rows):
         raise DataError("the store deleted this checkpoint, and a checkpoint has no code")
     raise DataError(f"the original of task {rows[0].task!r} was evicted, and it has no code")

@@ -33,6 +33,7 @@ from icmlora.fewshot.start import FewShotStart
 from icmlora.fleet.context import Context, base_name, has_loaders, use_case
 from icmlora.fleet.encode.search import Refiner
 from icmlora.fleet.few_shot.train import SAMPLE_TOKENS, read_few_shot_start
+from icmlora.fleet.older import open_generator
 from icmlora.fleet.resources.loading import open_base
 from icmlora.fleet.resources.stored_vectors import comparable_vectors, comparison_key
 from icmlora.fleet.vectors.vectors import VECTOR_DTYPE, put_vectors
@@ -141,7 +142,7 @@ def generate(
         if register and (taken := store.tasks.find(name)) is not None:
             raise TaskConflict(taken.name, choices=None)
         generator = _generator_with_start(store, base_model)
-        file = GeneratorFile(store.blobs.read(generator.blob))
+        file = open_generator(generator.blob, store.blobs.read)
         start = read_few_shot_start(store, generator, file)
         most = max(file.configs[number].slots for number in file.covering(start.adapter.layout))
         if register and rank is not None and rank > most:

@@ -12,6 +12,7 @@ from icmlora.adapter.metrics import GroupError, errors_by_group
 from icmlora.adapter.module_groups import grouping
 from icmlora.errors import DataError
 from icmlora.fleet.context import Context, current_code, use_case
+from icmlora.fleet.older import open_generator
 from icmlora.fleet.resources.decoding import decode_code
 from icmlora.fleet.resources.loading import read_original
 from icmlora.formats.catalogue import format_named
@@ -44,7 +45,7 @@ def module_errors(context: Context, task: str) -> Sequence[GroupError]:
             raise DataError("its original was evicted: there is nothing to compare the code with", hint=hint)
         if code is None or generator is None:
             raise DataError("it has no code", hint="`icm train` makes codes")
-        codes = decoded(store, GeneratorFile(store.blobs.read(generator.blob)), code)
+        codes = decoded(store, open_generator(generator.blob, store.blobs.read), code)
         return errors_of(final, read_original(store, final), codes)
 
 

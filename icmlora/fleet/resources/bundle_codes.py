@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,8 +17,9 @@ from typing import TYPE_CHECKING
 from icmlora.adapter.module_groups import blocks_of
 from icmlora.bundle.file import BundleFile
 from icmlora.bundle.index import BundledTask, BundleIndex
-from icmlora.errors import BaseModelNotFound, BundleError, DataError
+from icmlora.errors import BaseModelNotFound, BundleError, DataError, OtherFormat
 from icmlora.fleet.context import OpenedGenerator, default_cache
+from icmlora.fleet.older import READER
 from icmlora.formats.catalogue import format_named
 from icmlora.formats.format import check_companions
 from registry.names import LOAD_IN, bundle_source
@@ -116,13 +118,18 @@ class BundleCodes:
         size = self._index.sizes[found.code]
         return CodeRecord(0, found.name, 0, 0, found.code, size, 0.0, None, None, None, claim_of(found))
 
+    def has_older_code(self, task: TaskRecord) -> bool:
+        """Return False: every task has a code of the one generator."""
+        return False
+
     def measured(self, task: TaskRecord, source: Decoded, generator: GeneratorRecord) -> None:
         """Return None: nothing was measured here."""
 
     def generator_file(self, generator: GeneratorRecord) -> GeneratorFile:
         """Open the generator once every byte of the bundle was checked."""
         self.check()
-        return self._generator.get(generator.blob, self.read)
+        with told_of_bundle():
+            return self._generator.get(generator.blob, self.read)
 
     def check(self) -> None:
         """Check every byte of the bundle; once, while the file stays as it is."""
@@ -177,6 +184,19 @@ class BundleCodes:
         made_in = None if extractor is None else json.loads(extractor).get("dtype")
         found = replace(self.locate(label), load_in=made_in if made_in in LOAD_IN else None)
         return load_base(found, device, dtype, cache=self._cache or default_cache())
+
+
+@contextmanager
+def told_of_bundle() -> Iterator[None]:
+    """Say of a bundle whose codes have an older format what can be done with it."""
+    try:
+        yield
+    except OtherFormat as error:
+        if not error.is_older:
+            raise
+        fact = "the codes of this bundle have an older format, which this icm does not read"
+        hint = f"{READER} writes their adapters: `icm materialize TASK --from FILE`; `icm ingest` takes them here"
+        raise OtherFormat(fact, is_older=True, hint=hint) from error
 
 
 def find_task(index: BundleIndex, name: str) -> BundledTask:

@@ -66,6 +66,9 @@ class CodeSource(Protocol):
     def code(self, task: str, generator: GeneratorRecord) -> CodeRecord | None:
         """Return the code of a task under a generator."""
 
+    def has_older_code(self, task: TaskRecord) -> bool:
+        """Say whether an evicted task without a code under the current generator has one of an older format."""
+
     def measured(self, task: TaskRecord, source: Decoded, generator: GeneratorRecord) -> EvaluationRecord | None:
         """Return how a source of a task does; None if nobody measured it here."""
 
@@ -138,6 +141,11 @@ class StoreCodes:
 
     def code(self, task: str, generator: GeneratorRecord) -> CodeRecord | None:
         return self._store.codes.get(task, generator.id)
+
+    def has_older_code(self, task: TaskRecord) -> bool:
+        from icmlora.fleet.older import has_older_code
+
+        return has_older_code(self._store, task)
 
     def measured(self, task: TaskRecord, source: Decoded, generator: GeneratorRecord) -> EvaluationRecord | None:
         from registry.tables.evaluations import latest

@@ -20,6 +20,8 @@ def saving_text(found: Bill) -> str:
         return "No task has a code yet, so nothing is saved."
     share = found.compact_share
     if share is None:
+        if any(task.evicted and task.code_size is None for task in found.each):
+            return "Some codes have an older format, so the saving is unknown: `icm verify` names the tasks."
         return "Not every task has a code yet, so the saving is unknown: run `icm train --update`."
     usage = found.usage
     some = [

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from icmlora.fleet.context import Context, use_case
+from icmlora.fleet.older import older_codes
 from registry.errors import RegistryError
 
 if TYPE_CHECKING:
@@ -93,11 +94,11 @@ def _store(context: Context) -> list[Check]:
 
 
 def _opened(context: Context) -> Check:
-    """Open the store, and report the error that another command would raise."""
+    """Open the store, and report the error that another command would raise, or which codes are not read any more."""
     problem = None
     try:
-        with context.open(read_only=True):
-            pass
+        with context.open(read_only=True) as store:
+            problem = "; ".join(found.told for found in older_codes(store, list(store.tasks.summaries()))) or None
     except RegistryError as error:
         problem = str(error) if error.hint is None else f"{error}; {error.hint}"
     try:

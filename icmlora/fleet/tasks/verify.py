@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 from icmlora.errors import BaseModelMismatch, BaseModelNotFound, DataError
 from icmlora.fleet.context import Context, locate_base, use_case
+from icmlora.fleet.older import is_older, older_codes, open_generator
 from registry.errors import DamagedStore
 from registry.verify import Finding as Finding
 
@@ -63,7 +64,9 @@ def verify(
 
 
 def _remarks(store: Store, rows: Sequence[TaskSummary], *, with_base_models: bool) -> Iterator[Finding]:
-    """Yield which adapters do nothing, and which do not fit their base model where that is on this machine."""
+    """Yield which codes are not read any more, which adapters do nothing, and which do not fit their base model."""
+    for found in older_codes(store, rows):
+        yield Finding("remark", found.told, "", tasks=(*found.tasks, *found.evicted))
     fitted: defaultdict[str, list[TaskSummary]] = defaultdict(list)
     for row in rows:
         if with_base_models and row.final.extras:
@@ -127,6 +130,8 @@ def _wrong_errors(store: Store, rows: Sequence[TaskSummary]) -> Iterator[Finding
         code, generator = row.code, store.generators.current(row.task.base_model)
         if code is None or generator is None or not row.final.can_be_read or code.best_squared_error is None:
             continue  # nothing to compare, or nobody measured it
+        if is_older(store, generator):
+            continue  # a remark says so
         if (fact := _wrong_error(store, row, code, generator, code.best_squared_error)) is not None:
             yield Finding("row", fact, store.blobs.place(code.blob), code.blob, (row.task.name,))
 
@@ -139,10 +144,9 @@ def _wrong_error(
     from icmlora.fleet.failures import FAILURES, as_error
     from icmlora.fleet.resources.decoding import decode_code
     from icmlora.fleet.resources.loading import read_original
-    from icmlora.generator.versions import GeneratorFile
 
     try:
-        decoded = decode_code(store, GeneratorFile(store.blobs.read(generator.blob)), code, code.rung)
+        decoded = decode_code(store, open_generator(generator.blob, store.blobs.read), code, code.rung)
         before, now = math.sqrt(recorded), math.sqrt(squared_error(read_original(store, row.final), decoded))
     except FAILURES as error:
         return f"the code of task {row.task.name} cannot be decoded: {as_error(error).message}"

@@ -258,9 +258,17 @@ def _examples(store: Store, names: Sequence[str], base: BaseModel) -> list[Any]:
 
 
 def wanted_config(
-    source: StoreAdapterSource, network: CVAE | None, *, quality: int | None, tolerance: float | None, width: int | None
+    source: StoreAdapterSource,
+    network: CVAE | None,
+    tolerance_before: float | None,
+    *,
+    quality: int | None,
+    tolerance: float | None,
+    width: int | None,
 ) -> GeneratorConfig:
     """Choose the network of a generator; None stands for what the current one has, or for the default.
+
+    `network` is that of the current one if training starts from it, `tolerance_before` what it was trained with.
 
     Raises:
         DataError: The current one has another width.
@@ -270,8 +278,9 @@ def wanted_config(
         if width not in (None, previous.width):
             fact = f"the current generator has width {previous.width}, and training that starts from it keeps the width"
             raise DataError(fact, hint="`icm train --fresh` starts from scratch, with any width")
-        if tolerance is None and quality is None:
-            tolerance = previous.tolerance
+        tolerance_before = previous.tolerance
+    if tolerance is None and quality is None:
+        tolerance = tolerance_before
     return config_for(
         source.base_model,
         source.layouts(),

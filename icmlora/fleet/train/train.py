@@ -20,6 +20,7 @@ import torch
 from icmlora.errors import Cancelled, DataError, GeneratorError
 from icmlora.fleet.context import Context, Event, reporting, use_case
 from icmlora.fleet.failures import FAILURES, as_error, one_of_several
+from icmlora.fleet.older import is_older, older_codes, open_generator
 from icmlora.fleet.resources.adapter_source import StoreAdapterSource
 from icmlora.fleet.resources.workers import check_place
 from icmlora.fleet.train.finish import FinishReport, finish
@@ -39,7 +40,6 @@ from icmlora.generator.codec import Codec
 from icmlora.generator.encoding import Encoded
 from icmlora.generator.limits import Limits
 from icmlora.generator.network_file import generator_from_bytes, generator_to_bytes
-from icmlora.generator.versions import GeneratorFile
 from icmlora.training.ranks import Ranks, joined
 from registry.names import some
 from registry.records import AdapterRecord, CodeLimits, GeneratorRecord, NewCode, NewGenerator, WithRelativeError
@@ -74,6 +74,16 @@ class Continued(Event):
 
 
 @dataclass(frozen=True)
+class StartedOver(Event):
+    """Training starts from scratch, because the current generator has a format that is not read any more."""
+
+    base_model: str
+    version: int
+    # Whether that generator was trained with task vectors, and the tasks have none now: they had another format too.
+    without_vectors: bool
+
+
+@dataclass(frozen=True)
 class CodeMade(WithRelativeError, Event):
     """One task is encoded; its code becomes current together with all others."""
 
@@ -97,6 +107,8 @@ class Trained(Event):
     # has none.
     start_dropped: bool
     left_out: Mapping[str, str]
+    # Evicted tasks whose codes have an older format: these stay as they are, with their generator.
+    in_older_codes: Sequence[str]
 
 
 @dataclass
@@ -110,7 +122,7 @@ class TrainReport(FinishReport):
     @property
     def is_partial(self) -> bool:
         """Whether something was left out, at any stage."""
-        return super().is_partial or any(one.left_out for one in self.trained)
+        return super().is_partial or any(one.left_out or one.in_older_codes for one in self.trained)
 
 
 @use_case
@@ -207,26 +219,32 @@ def _train_base(
     ranks: Ranks,
     report: TrainReport,
     previous: GeneratorRecord | None,
-    config_of: Callable[[StoreAdapterSource, CVAE | None], GeneratorConfig],
+    config_of: Callable[[StoreAdapterSource, CVAE | None, float | None], GeneratorConfig],
     schedule_of: Callable[[StoreAdapterSource, torch.device], TrainConfig],
     *,
     resume: bool,
 ) -> Trained:
     """Train the generator of one base model, and make it and its codes current."""
+    is_old = previous is not None and is_older(store, previous)
     _refuse_evicted(store, label)
     source = usable_source(context, store, label)
     _refuse_lost(store, label, source.left_out)
     _refuse_none(source.names, source.left_out)
     started = time.monotonic()
     # The first version was trained on a whole fleet; later ones are for the tasks that they were added for.
-    network = None if previous is None else GeneratorFile(store.blobs.read(previous.blob)).codec(0).generator.net
-    config, options = config_of(source, network), schedule_of(source, device)
-    parent = None if previous is None else previous.blob
+    network = before = parent = None
+    if previous is not None:
+        before, parent = float(str(previous.config["tolerance"])), previous.blob
+        network = None if is_old else open_generator(parent, store.blobs.read).codec(0).generator.net
+    config, options = config_of(source, network, before), schedule_of(source, device)
     run = open_run(context, store, source, device, network, config, options, parent=parent, resume=resume)
     first = run.state.step
     try:
         if first:
             context.on_event(Resumed(label, first))
+        elif is_old and previous is not None:
+            had_vectors = bool(previous.config.get("condition_size"))
+            context.on_event(StartedOver(label, previous.version, had_vectors and not source.condition_size()))
         elif previous is not None:
             new = [row for row in store.tasks.summaries() if row.task.base_model == label and row.code is None]
             context.on_event(Continued(label, previous.version, len(new)))
@@ -247,13 +265,23 @@ def _train_base(
 
 
 def _refuse_evicted(store: Store, label: str) -> None:
-    """Raise if a task is evicted: only the current generator decodes its code, and it cannot be encoded again."""
+    """Raise if a task is evicted: only the current generator decodes its code, and it cannot be encoded again.
+
+    A code of an older format, which no generator decodes any more, stays where it is.
+    """
     rows = [row for row in store.tasks.summaries() if row.task.base_model == label]
-    evicted = [row.task.name for row in rows if row.final.is_evicted]
+    stay = _in_older_codes(store, label)
+    evicted = [row.task.name for row in rows if row.final.is_evicted and row.task.name not in stay]
     if evicted:
         fact = f"a new generator would leave evicted tasks without a code: {some([repr(name) for name in evicted])}"
         hint = "`icm train --update` only adds new tasks; or restore the originals with `icm ingest --restore PATH`"
         raise DataError(fact, hint=hint)
+
+
+def _in_older_codes(store: Store, label: str) -> list[str]:
+    """Return the evicted tasks whose codes have an older format."""
+    rows = [row for row in store.tasks.summaries() if row.task.base_model == label]
+    return [name for found in older_codes(store, rows) for name in found.evicted]
 
 
 def _refuse_lost(store: Store, label: str, left_out: Mapping[str, str]) -> None:
@@ -293,7 +321,8 @@ def _publish(
     metrics = {**metrics, "encode_seconds": seconds, "initial_a_known": known_seeds}
     config = json.loads(run.state.net.config.to_json()) | {"train": asdict(run.state.config)}
     before, parent = store.generators.current(label), None if previous is None else previous.id
-    record = store.generators.add(NewGenerator(label, blob, config, metrics, parent, codes, run.id))
+    stay = _in_older_codes(store, label)
+    record = store.generators.add(NewGenerator(label, blob, config, metrics, parent, codes, run.id, stay))
     recorded = {code.task: code.size for code in store.codes.all(record.id)}
     left_out |= {code.adapter.task: REPLACED for code in codes if code.adapter.task not in recorded}
     return Trained(
@@ -306,6 +335,7 @@ def _publish(
         metrics=metrics,
         start_dropped=before is not None and before.start is not None,
         left_out=left_out,
+        in_older_codes=stay,
     )
 
 

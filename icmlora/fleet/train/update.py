@@ -20,6 +20,7 @@ import torch
 from icmlora.errors import DataError
 from icmlora.fleet.context import Context, Event, reporting, use_case
 from icmlora.fleet.failures import one_of_several
+from icmlora.fleet.older import open_generator
 from icmlora.fleet.resources.adapter_source import StoreAdapterSource
 from icmlora.fleet.resources.workers import check_place
 from icmlora.fleet.train.candidates import Candidate, UpdateCandidates
@@ -141,11 +142,11 @@ def _update_base(
     if generator is None:
         hint = f"`icm train --base-model {label}` trains the first one"
         raise DataError(f"{label} has no generator to add tasks to", hint=hint)
-    data = store.blobs.read(generator.blob)
+    present, data = open_generator(generator.blob, store.blobs.read), store.blobs.read(generator.blob)
     new = [row.task.name for row in store.tasks.summaries() if row.task.base_model == label and row.code is None]
     source = usable_source(context, store, label, new)
     if tolerance is None:  # that of the generator's first training
-        tolerance = GeneratorFile(data).configs[0].tolerance if quality is None else tolerance_of(quality)
+        tolerance = present.configs[0].tolerance if quality is None else tolerance_of(quality)
     candidates = candidates_of(store, source, tolerance=tolerance)
     best = candidates.best(data)
     metrics: dict[str, object] = {

@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
-from icmlora.errors import DataError, OptionsConflict
+from icmlora.errors import DataError, IcmLoraError, OptionsConflict
 from icmlora.fleet.context import Context, use_case
 from icmlora.fleet.resources.code_source import CodeSource, Decoded, OpenCodes, open_store
 from icmlora.formats.catalogue import format_named
@@ -394,8 +394,7 @@ def choose(codes: CodeSource, task: TaskRecord, source: Source = "auto", seed: i
     if source == "auto":
         source = "network" if seed is not None else "code" if code is None else code.rung
     if source in ("code", "residual") and code is None:
-        train = "icm train" if generator is None else "icm train --update"
-        raise DataError(f"task {task.name!r} has no code", hint=f"run `{train}` to make one")
+        raise _no_code(codes, task, final, generator)
     if source == "residual" and code is not None and code.residual is None:
         hint = "a residual is only stored if a code misses its limits; `icm encode --residual` makes one"
         raise DataError(f"task {task.name!r} has no residual", hint=hint)
@@ -406,6 +405,17 @@ def choose(codes: CodeSource, task: TaskRecord, source: Source = "auto", seed: i
     if source in ("code", "residual"):
         return Chosen(codes, task, final, source, generator, code)
     return Chosen(codes, task, final, "network", generator, seed=seed)
+
+
+def _no_code(
+    codes: CodeSource, task: TaskRecord, final: AdapterRecord, generator: GeneratorRecord | None
+) -> IcmLoraError:
+    if final.is_evicted and codes.has_older_code(task):
+        from icmlora.fleet.older import only_in_older_code
+
+        return only_in_older_code(task.name)
+    train = "icm train" if generator is None else "icm train --update"
+    return DataError(f"task {task.name!r} has no code", hint=f"run `{train}` to make one")
 
 
 def _check_original(task: TaskRecord, final: AdapterRecord) -> None:

@@ -14,9 +14,10 @@ from icmlora.task_vectors import file as vectors
 @pytest.mark.parametrize(
     ("start", "kind"),
     [
-        *((magic, "code") for magic in (code.MAGIC, code._MAGIC_WIDE, code._MAGIC_WITHOUT_INITIAL)),
+        (code.MAGIC, "code"),
         *((magic, "generator") for magic in (file.MAGIC, file.MAGIC_OF_VERSIONS)),
-        *((magic, "residual") for magic in (residual.MAGIC, residual._MAGIC_WIDE)),
+        (residual.MAGIC, "residual"),
+        *((magic, "code") for magic in (b"ICMC\x02", b"ICMC\x03", b"ICMC\x04")),  # of earlier formats
         (vectors._MAGIC, "task vectors"),
         (save({"a": zeros(3)}), "weights"),
         (b'{"r": 8, "lora_alpha": 16}', None),
