@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from typing import TypeVar
 
 import numpy as np
@@ -41,7 +41,7 @@ _SMALL = 1 << 22  # parameters up to which the predictions of all kinds stay in 
 _ENOUGH = 0.9  # share of a limit at which the code of a larger adapter is coarse enough: each try takes a second
 _FINEST, _COARSEST = 1e-8, 0.95  # squared errors between which the steps for a size are tried
 _PART = 8  # of a larger adapter, every eighth layer tells about which step is the coarsest
-_PART_TRIES = 4  # at most; two are usual
+_TRIES = 4  # at most, to find the first step; two are usual
 _ALIKE = 1e-3  # errors of the same code, as a share: float32 rounds in another order where integers are tried
 
 
@@ -70,12 +70,15 @@ def encode_adapter(
     is_plain_wanted = limits.max_error is not None and not codec.sensitivity.is_even
     rounding = partial(Rounding, codec, state=state, head=head, is_plain_wanted=is_plain_wanted)
     theory = partial(WaterFilling, sensitivity=codec.sensitivity, subspace=state.subspace)
-    expected = limits.expected_step(theory(tokens))
     if is_large:
         # How far theory is off in a part is how far it is off in the whole, about.
-        part = _part_of(tokens)
-        expected += _offset(limits, theory(part), rounding(part, keeps_means=True).at)
-    at = rounding(tokens, keeps_means=not is_large).at
+        at, part = rounding(tokens, keeps_means=False).at, _part_of(tokens)
+        offset = _offset(limits, theory(part), rounding(part, keeps_means=True).at)
+        del part
+    else:
+        at = cache(rounding(tokens, keeps_means=True).at)
+        offset = _offset(limits, theory(tokens), at)
+    expected = limits.expected_step(theory(tokens)) + offset
     best = coarsest(math.floor(expected), limits, at, _ENOUGH if is_large else 1.0)
     while True:
         data, step, error = codec.close(best.head, best.groups), best.head.step, best.weighted_error
@@ -160,7 +163,7 @@ def _measured(codec: Codec, adapter: Adapter, data: bytes, expected: float) -> E
 def _offset(limits: Limits, theory: WaterFilling, at: Callable[[int], Rounded]) -> float:
     """Return by how many eighths of an octave the step that just keeps the limits is above that of theory."""
     expected, offset = limits.expected_step(theory), 0.0
-    for _ in range(_PART_TRIES):
+    for _ in range(_TRIES):
         tried = math.floor(expected + offset)
         # From where it was tried, it is as far as theory says that it is from there.
         found = tried - limits.expected_step(theory, used=limits.used(at(tried)))
