@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from icmlora.adapter.layout import ModuleShape
-from icmlora.errors import CodeError
+from icmlora.errors import CodeError, OtherFormat
 from icmlora.generator.code import MAGIC, Code, CodeHead, generator_of
 from icmlora.generator.config import GeneratorConfig, ModuleKind
 from icmlora.generator.container import ABSENT, add_checksum
@@ -114,10 +114,11 @@ def test_bytes_that_are_no_code_are_refused(data: bytes) -> None:
         generator_of(data)
 
 
-def test_a_code_of_another_version_is_refused_with_the_way_out() -> None:
-    with pytest.raises(CodeError, match="of version 3; this icm reads version 5") as refused:
-        generator_of(b"ICMC\x03" + code()[5:])
-    assert "icm train" in str(refused.value.hint)
+@pytest.mark.parametrize(("version", "is_older"), [(3, True), (9, False)])
+def test_a_code_of_another_format_is_not_called_damaged(version: int, is_older: bool) -> None:
+    with pytest.raises(OtherFormat, match=f"has format {version}, and this icm reads format 5") as refused:
+        generator_of(add_checksum(b"ICMC" + bytes([version]) + bytes(99)))
+    assert refused.value.is_older == is_older
 
 
 @pytest.mark.parametrize("length", range(len(MAGIC) + 36, len(code(b""))))
