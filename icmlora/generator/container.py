@@ -41,7 +41,7 @@ def check_magic(data: bytes, magic: bytes, name: str, error: type[IcmLoraError])
     """Refuse data that do not begin with a magic number: `OtherFormat` if only their version is another."""
     if data.startswith(magic):
         return
-    if len(data) > len(magic) and data.startswith(magic[:4]):
+    if data.startswith(magic[:4]) and checked(data) is not None:  # else its version may be what is damaged
         fact = f"the {name} has format {data[4]}, and this icm reads format {magic[4]}"
         raise OtherFormat(fact, is_older=data[4] < magic[4], hint="use the icm that wrote it")
     raise error(f"not a {name} of icm, or damaged")

@@ -105,7 +105,7 @@ def arrays_from_bytes(data: bytes) -> dict[View, NDArray[np.float32]]:
     content, start = checked(data), len(_MAGIC) + _HEAD.size
     if content is None or len(content) < start:
         raise DataError("not task vectors, or damaged", hint="run `icm vectors --again` to make them again")
-    check_magic(content, _MAGIC, "file of task vectors", DataError)
+    check_magic(data, _MAGIC, "file of task vectors", DataError)
     count, length = _HEAD.unpack_from(content, len(_MAGIC))
     end = start + count * _VIEW.size
     heads = [_ViewHead(*fields) for fields in _VIEW.iter_unpack(content[start:end])] if end <= len(content) else []

@@ -282,7 +282,7 @@ def _with_new_formats(connection: Connection) -> None:
 def _keep_for_earlier_icm(connection: Connection) -> None:
     """Keep the database as it is, next to it. Nothing here reads that file, and nothing deletes it."""
     version = connection.exec_driver_sql("PRAGMA user_version").scalar_one()
-    path = Path(connection.exec_driver_sql("PRAGMA database_list").one()[2])
+    path = Path(connection.exec_driver_sql("PRAGMA database_list").all()[0][2])
     kept = path.with_name(f"{path.name}.schema-{version}")
     temporary = kept.with_name(f"{kept.name}.tmp")
     with fs.store_errors(kept):

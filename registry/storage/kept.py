@@ -91,6 +91,9 @@ def _restore(paths: StorePaths, patience: Patience) -> str:
             if old.exists():
                 fs.replace(old, aside.with_name(aside.name + suffix))
         fs.replace(temporary, paths.database)
+        for older in paths.tmp.glob(f"{temporary.name}.schema-*"):  # where the copy was of an earlier schema
+            if not (there := paths.root / older.name).exists():
+                fs.replace(older, there)
         for folder in (paths.quarantine, paths.root):
             fs.fsync_dir(folder)
         fs.discard(temporary.with_name("registry.db-journal"))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import shutil
 import sqlite3
 import tarfile
+import zlib
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -195,12 +196,27 @@ def test_training_makes_new_codes_and_leaves_those_that_are_the_only_copy(icm: I
     assert icm("verify", "--read-data").code == 0
 
 
+def test_there_is_nothing_to_train_on_where_every_task_has_an_older_code_only(icm: Icm, older: Path) -> None:
+    assert icm("rm", "rules", "silent", "--yes").code == 0
+    ran = icm("train", "--device", "cpu")
+    assert (ran.code, "which this icm does not read" in ran.err) == (ExitCode.OTHER_VERSION, True)
+
+
 def test_the_icm_that_wrote_older_codes_finds_its_database_as_it_was(icm: Icm, older: Path) -> None:
     with closing(sqlite3.connect(older / "registry.db")) as connection:
         before = list(connection.iterdump())
     icm("ls")
     with closing(sqlite3.connect(older / "registry.db.schema-8")) as connection:
         assert (list(connection.iterdump()), connection.execute("PRAGMA user_version").fetchone()) == (before, (8,))
+
+
+def test_a_database_that_is_put_back_in_an_older_schema_is_kept_as_it_was_too(icm: Icm, older: Path) -> None:
+    data = (older / "registry.db").read_bytes()
+    (older / "registry.db.kept").write_bytes(zlib.compress(data))
+    (older / "registry.db").write_bytes(bytes(100))
+    assert icm("verify", "--restore-database", "--yes").code == 0
+    assert (older / "registry.db.schema-8").read_bytes() == data
+    assert icm("verify", "--read-data").code == 0
 
 
 def test_what_the_earlier_icm_wrote_takes_the_place_of_an_older_code(icm: Icm, older: Path, tmp_path: Path) -> None:

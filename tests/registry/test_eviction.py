@@ -235,6 +235,21 @@ def test_a_new_generator_must_cover_what_is_evicted(rust: Store) -> None:
     assert rust.generators.add(generator(rust, ["html", "rust"], data=b"another")).version == 2
 
 
+def test_a_new_generator_may_leave_evicted_tasks_to_the_one_before(rust: Store) -> None:
+    first = rust.generators.current(BASE)
+    assert first is not None
+    ingest(rust, "html")
+    rust.originals.evict(eviction(rust, "rust"))
+    rust.generators.add(replace(generator(rust, ["html"], data=b"another"), stay=["rust"]))
+    with pytest.raises(LastCopy, match="'rust'"):
+        rust.generators.forget(first)
+    third = rust.generators.add(generator(rust, ["html"], data=b"third"))  # nothing changes for it
+    assert rust.generators.extend(replace(generator(rust, [], data=b"fourth"), parent_id=third.id)).version == 4
+    rust.prune(grace=0)
+    assert rust.codes.get("rust", first.id) is not None
+    assert list(rust.verify(read_data=True)) == []
+
+
 def test_a_generator_with_a_last_copy_is_not_forgotten(rust: Store) -> None:
     first = rust.generators.current(BASE)
     assert first is not None

@@ -20,7 +20,7 @@ import torch
 from icmlora.errors import Cancelled, DataError, GeneratorError
 from icmlora.fleet.context import Context, Event, reporting, use_case
 from icmlora.fleet.failures import FAILURES, as_error, one_of_several
-from icmlora.fleet.older import is_older, older_codes, open_generator
+from icmlora.fleet.older import is_older, older_codes, only_in_older_code, open_generator
 from icmlora.fleet.resources.adapter_source import StoreAdapterSource
 from icmlora.fleet.resources.workers import check_place
 from icmlora.fleet.train.finish import FinishReport, finish
@@ -228,7 +228,7 @@ def _train_base(
     is_old = previous is not None and is_older(store, previous)
     _refuse_evicted(store, label)
     source = usable_source(context, store, label)
-    _refuse_lost(store, label, source.left_out)
+    _refuse_lost(store, label, source.left_out, is_old=is_old)
     _refuse_none(source.names, source.left_out)
     started = time.monotonic()
     # The first version was trained on a whole fleet; later ones are for the tasks that they were added for.
@@ -271,6 +271,8 @@ def _refuse_evicted(store: Store, label: str) -> None:
     """
     rows = [row for row in store.tasks.summaries() if row.task.base_model == label]
     stay = _in_older_codes(store, label)
+    if rows and len(stay) == len(rows):
+        raise only_in_older_code(stay[0])
     evicted = [row.task.name for row in rows if row.final.is_evicted and row.task.name not in stay]
     if evicted:
         fact = f"a new generator would leave evicted tasks without a code: {some([repr(name) for name in evicted])}"
@@ -284,13 +286,15 @@ def _in_older_codes(store: Store, label: str) -> list[str]:
     return [name for found in older_codes(store, rows) for name in found.evicted]
 
 
-def _refuse_lost(store: Store, label: str, left_out: Mapping[str, str]) -> None:
+def _refuse_lost(store: Store, label: str, left_out: Mapping[str, str], *, is_old: bool) -> None:
     """Raise if a task cannot be encoded again that has a code: its original may be damaged, and the code is not."""
     rows = [row for row in store.tasks.summaries() if row.task.base_model == label and row.code is not None]
     lost = [row.task.name for row in rows if row.task.name in left_out]
     if lost:
         fact = f"a new generator would leave {some([repr(name) for name in lost])} without a code: {left_out[lost[0]]}"
-        hint = "`icm train --update` only adds new tasks; or restore the originals with `icm ingest --restore PATH`"
+        hint = "restore the originals with `icm ingest --restore PATH`"
+        if not is_old:
+            hint = f"`icm train --update` only adds new tasks; or {hint}"
         raise DataError(fact, hint=hint)
 
 
