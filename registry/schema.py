@@ -262,7 +262,7 @@ class TaskVector(Base):
     __tablename__ = "task_vectors"
 
     task_id: Mapped[int] = mapped_column(ForeignKey("tasks.id", ondelete=_GONE_WITH_PARENT), primary_key=True)
-    view: Mapped[str] = mapped_column(choice("adapted", "context"), primary_key=True)
+    view: Mapped[str] = mapped_column(choice(*values.VIEWS), primary_key=True)
     support_set: Mapped[int] = mapped_column(primary_key=True)
     extractor_id: Mapped[int] = mapped_column(ForeignKey("documents.id"), primary_key=True)
     id: Mapped[int]

@@ -8,7 +8,7 @@ with Store.open(path, create=True, command="icm ingest") as store:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
 from pathlib import Path
@@ -237,14 +237,17 @@ class Store:
         finally:
             lock.close()
 
-    def usage(self, *, has_wrong_rows: bool = False) -> Usage:
+    def usage(self, listed: Mapping[str, int] | None = None, *, has_wrong_rows: bool = False) -> Usage:
         """Return the bytes on disk by what they are for; their total is what `du -b` says of the files.
 
+        Whoever has listed the blobs gives digest -> bytes of all of them as `listed`.
         Where it `has_wrong_rows`, these are not believed: what they alone refer to counts as `unreferenced`.
         """
         from registry.usage import measure
 
-        return measure(self._db, self.blobs, self.paths, has_wrong_rows=has_wrong_rows)
+        return measure(
+            self._db, self.blobs.sizes() if listed is None else listed, self.paths, has_wrong_rows=has_wrong_rows
+        )
 
     def prune(
         self,

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import sqlite3
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from registry.row_checks import is_right
-from registry.storage.blobs.content import Blobs
 from registry.storage.database import Database
 from registry.storage.folder import StorePaths
 
@@ -55,12 +55,14 @@ class Usage:
         return sum(vars(self).values())
 
 
-def measure(database: Database, blobs: Blobs, paths: StorePaths, *, has_wrong_rows: bool) -> Usage:
-    """Add up the files of a store by use. What only a wrong row refers to counts as `unreferenced`."""
+def measure(database: Database, listed: Mapping[str, int], paths: StorePaths, *, has_wrong_rows: bool) -> Usage:
+    """Add up the files of a store by use. What only a wrong row refers to counts as `unreferenced`.
+
+    `listed` is digest -> bytes of every blob that is there.
+    """
     with database.columns() as connection:
         uses = _uses(connection, has_wrong_rows=has_wrong_rows)
     sums = dict.fromkeys(Usage.__dataclass_fields__, 0)
-    listed = {blob.digest: blob.size for blob in blobs.all()}
     for digest, size in listed.items():
         sums[uses.get(digest, "unreferenced")] += size
     for folder, _, names in os.walk(paths.root):

@@ -16,6 +16,7 @@ from typing import Any
 
 _START = datetime(1970, 1, 1, tzinfo=UTC)
 LEAST_GAIN, MOST_GAIN = -1000.0, 1000.0  # beyond that an original is no better than its base model
+VIEWS = ("adapted", "context")
 RUNGS = ("base", "code", "network", "original", "residual", "generate")
 
 

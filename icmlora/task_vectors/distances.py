@@ -122,6 +122,15 @@ def task_distances(tasks: SupportSetVectors) -> Floats:
     return cosine_distances(placed, placed)
 
 
+def distances_from(task: str, tasks: SupportSetVectors) -> Floats:
+    """Return the row of a task of :func:`task_distances`, shape (n,), in time and memory that grow with n alone."""
+    placed = VectorSpace.of(tasks).place(mean_vectors(tasks))
+    place = list(tasks).index(task)
+    distances: Floats = cosine_distances(placed[place][None], placed)[0]
+    distances[place] = 0.0
+    return distances
+
+
 def cosine_distances(one: Floats, other: Floats) -> Floats:
     """Return 1 - cosine of each row of one array with each of another: (n, d), (m, d) -> (n, m), values 0 to 2.
 

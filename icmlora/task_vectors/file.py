@@ -15,6 +15,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Mapping
 from dataclasses import astuple, dataclass, replace
+from functools import cache
 from typing import TYPE_CHECKING, get_args
 
 import numpy as np
@@ -167,6 +168,7 @@ def _typical(values: Floats) -> float:
     return float(np.median(np.abs(values))) / _TYPICAL if values.size else 0.0
 
 
+@cache  # thousands of files have as many sets
 def _cosines(sets: int) -> Floats:
     """Return the orthonormal cosine transform (sets, sets): its first row makes the mean, the others differences."""
     angles = np.pi / sets * np.outer(np.arange(sets), np.arange(sets) + 0.5)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -58,6 +58,10 @@ FROM codes JOIN evaluations ON evaluations.id = (
         AND rung = CASE WHEN residual_id IS NULL THEN {RUNGS.index("code")} ELSE {RUNGS.index("residual")} END
     ORDER BY coalesce(data_id = eval_id, 0) DESC, retained_gain IS NOT NULL DESC, own.id DESC LIMIT 1)
 WHERE codes.task_id IN ({{of}}) AND codes.generator_id IN (SELECT id FROM generators WHERE is_current)"""  # noqa: S608
+_VECTORS = """
+SELECT tasks.name, view, support_set, extractor_id, blobs.digest, dim, task_vectors.id
+FROM task_vectors JOIN tasks ON tasks.id = task_id JOIN blobs ON blobs.id = blob_id
+WHERE task_id = coalesce(?1, task_id) ORDER BY tasks.name, extractor_id, view, support_set"""
 _VECTOR_FILES = """
 SELECT task_id, digest FROM (SELECT DISTINCT task_id, blob_id FROM task_vectors) JOIN blobs ON blobs.id = blob_id"""
 _GENERATOR = """
@@ -65,6 +69,7 @@ SELECT generators.id, base_models.name, version, parent_id, file.digest, file.si
     generators.created_at, start.digest, start.size
 FROM generators JOIN base_models ON base_models.id = base_model_id JOIN blobs AS file ON file.id = blob_id
 LEFT JOIN blobs AS start ON start.id = start_id WHERE base_models.name = ? AND is_current"""
+_VIEW = values.choice(*values.VIEWS)
 _BLOBS = {
     "tasks": ("id", "samples_id", "eval_id"),
     "adapters": ("task_id", "weights_id", "config_id", "card_id", "initial_id"),
@@ -174,6 +179,19 @@ def generator(connection: sqlite3.Connection, base_model: str) -> records.Genera
         DIGEST.read(start),
         start_size or 0,
     )
+
+
+def vectors(connection: sqlite3.Connection, task: int | None) -> Iterator[records.VectorRecord]:
+    """Yield the vectors of all tasks, or of one, once their rows are known to be right."""
+    own = "TRUE" if task is None else f"task_id = {task:d}"
+    check_rows(connection, "task_vectors", own)
+    for table, column in {"tasks": "task_id", "blobs": "blob_id", "documents": "extractor_id"}.items():
+        check_rows(connection, table, f"id IN (SELECT {column} FROM task_vectors WHERE {own})")  # noqa: S608
+    rows = connection.execute(_VECTORS, (task,)).fetchall()
+    documents = _documents(connection, {row[3] for row in rows})
+    for name, view, support_set, extractor, blob, dim, number in rows:
+        made_by = PACKED.read(documents[extractor])
+        yield records.VectorRecord(name, _VIEW.read(view), support_set, made_by, DIGEST.read(blob), dim, number)
 
 
 def vector_files(connection: sqlite3.Connection) -> dict[int, list[str]]:

@@ -10,6 +10,7 @@ from sqlalchemy import func, select
 from registry import records
 from registry import schema as models
 from registry.storage.row_writer import RowWriter, document_row, final_if_unchanged, find_task
+from registry.tables import summary_rows
 from registry.tables.table import Table
 from registry.to_records import record, task_record
 
@@ -32,13 +33,12 @@ class Vectors(Table):
 
     def all(self, task: str | None = None) -> list[records.VectorRecord]:
         """Return all vectors, or those of one task, by task, extractor, view and support set."""
-        vector = models.TaskVector
-        with self._db.read() as session:
-            query = select(vector).join(vector.task)
-            query = query.order_by(models.Task.name, vector.extractor_id, vector.view, vector.support_set)
-            if task is not None:
-                query = query.where(vector.task_id == find_task(session, task).id)
-            return [record(records.VectorRecord, row) for row in session.scalars(query)]
+        number = None
+        if task is not None:
+            with self._db.read() as session:
+                number = find_task(session, task).id
+        with self._db.columns() as connection:
+            return list(summary_rows.vectors(connection, number))
 
     def of(self, tasks: Sequence[str]) -> dict[str, list[records.VectorRecord]]:
         """Return task -> its vectors, for those that have some."""

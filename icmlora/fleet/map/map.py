@@ -12,7 +12,7 @@ from icmlora.errors import DataError, IcmLoraError
 from icmlora.fleet.context import Context, use_case
 from icmlora.fleet.resources.stored_vectors import NO_VECTORS, LeftOut, comparable_vectors, tasks_of_one_base
 from icmlora.io.staging import check_absent, writing_file
-from icmlora.task_vectors.distances import FEWEST, Neighbour, ranked, task_distances
+from icmlora.task_vectors.distances import FEWEST, Neighbour, distances_from, ranked
 from icmlora.task_vectors.map import TaskMap, map_tasks
 from registry.errors import DamagedStore
 from registry.records import TaskRecord, View
@@ -108,7 +108,7 @@ def map_of(
 
 def nearest_tasks(store: Store, task: TaskRecord) -> tuple[Neighbour, ...]:
     """Return the tasks with the nearest vectors, at most five; none if too few can be compared."""
-    tasks = [other for other in store.tasks.all() if other.base_model == task.base_model]
+    tasks = [other for other in store.listing.all() if other.base_model == task.base_model]
     for view in _VIEWS:
         # A generated task has vectors of the context view only. Damaged vectors are left to `icm verify`.
         try:
@@ -118,8 +118,7 @@ def nearest_tasks(store: Store, task: TaskRecord) -> tuple[Neighbour, ...]:
         if task.name in vectors:
             if len(vectors) < FEWEST:
                 return ()
-            names = list(vectors)
-            found = ranked(names, task_distances(vectors)[names.index(task.name)])
+            found = ranked(list(vectors), distances_from(task.name, vectors))
             return tuple(neighbour for neighbour in found if neighbour.task != task.name)[:_NEAREST]
     return ()
 

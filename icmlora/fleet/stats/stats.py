@@ -9,6 +9,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -81,29 +82,29 @@ class Spread:
 
 
 class _Sums:
-    """What one base model and the whole store have in common: sums over tasks."""
+    """What one base model and the whole store have in common: sums over tasks, each made once."""
 
     @property
     def each(self) -> Iterable[TaskBill]:
         """All tasks."""
         raise NotImplementedError
 
-    @property
+    @cached_property
     def bf16_size(self) -> int:
         """Bytes of all final adapters in bfloat16; savings are relative to this."""
         return sum(task.bf16_size for task in self.each)
 
-    @property
+    @cached_property
     def evicted(self) -> int:
         """How many tasks are evicted."""
         return sum(task.evicted for task in self.each)
 
-    @property
+    @cached_property
     def relative_errors(self) -> Spread | None:
         """The relative errors of the codes with their residuals; None where none was measured."""
         return Spread.of(((task.task, task.relative_error, None) for task in self.each), high_is_bad=True)
 
-    @property
+    @cached_property
     def retained_gains(self) -> Spread | None:
         """The retained gains of the codes with their residuals; None where none was measured."""
         return Spread.of((task.task, task.retained_gain, task.precision) for task in self.each)
@@ -138,17 +139,17 @@ class BaseModelBill(_Sums):
         """Bytes that all tasks share: the generator and its few-shot start."""
         return self.generator_size + self.start_size
 
-    @property
+    @cached_property
     def codes_and_vectors_size(self) -> int:
         """Bytes of all codes, residuals and vectors."""
         return sum(task.codes_and_vectors_size for task in self.tasks)
 
-    @property
+    @cached_property
     def per_task_size(self) -> int:
         """Bytes of all that stands for the adapters; what several tasks share counts once."""
         return sum(task.size - task.extras_bytes for task in self.tasks) + self.extras_bytes
 
-    @property
+    @cached_property
     def original_only(self) -> tuple[TaskBill, ...]:
         """The tasks of which there can be no code."""
         return tuple(task for task in self.tasks if task.original_only is not None)
@@ -158,17 +159,17 @@ class BaseModelBill(_Sums):
         """Whether every task has a code that can have one, so that the bill covers all of them."""
         return bool(self.encoded) and len(self.encoded) + len(self.original_only) == len(self.tasks)
 
-    @property
+    @cached_property
     def encoded(self) -> tuple[TaskBill, ...]:
         """The tasks that have a code."""
         return tuple(task for task in self.tasks if task.code_size is not None)
 
-    @property
+    @cached_property
     def short(self) -> tuple[TaskBill, ...]:
         """The tasks that keep their original because no code meets their limits."""
         return tuple(task for task in self.tasks if task.fell_short)
 
-    @property
+    @cached_property
     def marginal_size(self) -> float | None:
         """Mean bytes of one more task: its code, residual and vectors."""
         if not self.encoded:
@@ -191,7 +192,7 @@ class Bill(_Sums):
     usage: Usage
     fleets: tuple[BaseModelBill, ...]
 
-    @property
+    @cached_property
     def each(self) -> list[TaskBill]:
         """All tasks."""
         return [task for fleet in self.fleets for task in fleet.tasks]
@@ -214,7 +215,7 @@ class Bill(_Sums):
         """Whether there are tasks and the compact size covers all of them."""
         return bool(self.fleets) and all(fleet.is_complete for fleet in self.fleets)
 
-    @property
+    @cached_property
     def original_only(self) -> int:
         """How many tasks there are of which there can be no code."""
         return sum(len(fleet.original_only) for fleet in self.fleets)
@@ -261,14 +262,19 @@ def bill_of(store: Store, rows: Sequence[TaskSummary], has_wrong_rows: bool) -> 
     Reads rows and file sizes, but no file's content.
     """
     of_base, vectors = defaultdict[str, list[TaskSummary]](list), store.listing.vector_files()
+    listed = store.blobs.sizes()
+
+    def size(digest: str) -> int:
+        return listed[digest] if digest in listed else store.blobs.size(digest)  # which says what is missing
+
     for row in rows:
         of_base[row.task.base_model].append(row)
     fleets = []
     for label, own in sorted(of_base.items()):
-        tasks = tuple(_task_bill(row, sum(map(store.blobs.size, vectors.get(row.task.id, ())))) for row in own)
+        tasks = tuple(_task_bill(row, sum(map(size, vectors.get(row.task.id, ())))) for row in own)
         extras = {extra.blob: extra.packed_size for row in own for extra in row.final.extras}
         fleets.append(BaseModelBill(label, store.listing.generator(label), tasks, sum(extras.values())))
-    return Bill(store.usage(has_wrong_rows=has_wrong_rows), tuple(fleets))
+    return Bill(store.usage(listed, has_wrong_rows=has_wrong_rows), tuple(fleets))
 
 
 def _task_bill(row: TaskSummary, vectors_size: int) -> TaskBill:

@@ -158,6 +158,10 @@ class Blobs:
         """Yield all blobs, by digest, whether or not rows refer to them."""
         return self._backend.all()
 
+    def sizes(self) -> dict[str, int]:
+        """Return digest -> length in bytes of all blobs."""
+        return {blob.digest: blob.size for blob in self._backend.all()}
+
     def delete(self, digests: Iterable[str]) -> int:
         """Delete blobs and return the bytes that this frees; those that are gone already are passed over."""
         return sum(map(self._backend.delete, digests))
