@@ -102,7 +102,10 @@ def shortfalls(base: BaseModel, asked: Sequence[tuple[Teacher, Factors, Sequence
     several = [factors for _, factors, _ in asked]
     single = len(several) == 1
     with added(base.model, several[0]) if single else added_by_rows(base.model, several, len(items)):
-        rows = iter(base.modality.logits(base, items))  # (T, V) each
+        # One task's texts need not go together: what suits the device takes no time over padding.
+        size = texts_at_once(base.device) if single else len(items)
+        batches = (base.modality.logits(base, some) for some in _batches(items, size))
+        rows = iter([row for batch in batches for row in batch])  # (T, V) each
     return [
         _shortfall([(target, _read(next(rows), target.tokens, target.wanted)) for target in of_task])
         for of_task in targets
