@@ -69,6 +69,10 @@ class FoldersUnusable(IcmLoraError):
     """The folders for served adapters have no room left, or cannot be trusted."""
 
 
+class TaskChanged(IcmLoraError):
+    """A task is another one than it was when somebody looked for it."""
+
+
 class FoldersInUse(IcmLoraError):
     """Another server uses the folders for served adapters."""
 

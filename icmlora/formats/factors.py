@@ -17,7 +17,7 @@ from icmlora.errors import AdapterRefused
 from icmlora.formats.format import AdapterSummary, LoadedAdapter
 from icmlora.formats.noted_form import bad_note
 from icmlora.io.safetensors import TensorHeader, TensorInfo, raw_tensors
-from icmlora.io.tensors import decode_float32
+from icmlora.io.tensors import decode_float32, is_finite
 
 Factors = tuple[torch.Tensor, torch.Tensor]
 """A (r, in) and B (out, r)."""
@@ -55,7 +55,7 @@ def scaled(module: str, b: torch.Tensor, scale: float) -> torch.Tensor:
         AdapterRefused: It exceeds float32.
     """
     b = b * scale
-    if not b.isfinite().all():
+    if not is_finite(b):
         hint = "the training run diverged: take an earlier checkpoint"
         raise AdapterRefused(f"{module}: B times the scale exceeds float32", kind="overflow", hint=hint)
     return b
@@ -110,4 +110,6 @@ def fitted(module: LoraModule | None, rank: int, inputs: int, outputs: int) -> F
     missing = rank - module.a.shape[0]
     if missing < 0 or (module.a.shape[1], module.b.shape[0]) != (inputs, outputs):
         raise ValueError(f"{module.name} does not fit the template")
+    if not missing:
+        return module.a, module.b
     return pad(module.a, (0, 0, 0, missing)), pad(module.b, (0, missing))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -72,9 +73,24 @@ def dtype_name(dtype: str) -> str:
 
 def raw_tensor(key: str, tensor: torch.Tensor, dtype: str) -> RawTensor:
     """Round a tensor to a type of safetensors; refuse values that are not finite in it."""
-    narrow = tensor.detach().to("cpu", _TORCH[dtype]).contiguous()
-    # The sum is finite only if every value is, and costs one pass; the exact test runs when the sum overflowed.
-    if not torch.isfinite(narrow.sum(dtype=torch.float64)) and not torch.isfinite(narrow).all():
+    narrow = rounded(key, tensor.detach().cpu(), dtype).contiguous()
+    return RawTensor(dtype, tuple(narrow.shape), narrow.view(_INTEGERS[dtype]).numpy().tobytes())
+
+
+def rounded(key: str, tensor: torch.Tensor, dtype: str) -> torch.Tensor:
+    """Return a tensor in a type of safetensors, rounded to nearest even.
+
+    Raises:
+        AdapterRefused: A value is not finite in it; `key` is the tensor's name.
+    """
+    narrow = tensor.to(_TORCH[dtype])
+    if not is_finite(narrow):
         message = f"{key} holds a value that {dtype} cannot hold"
         raise AdapterRefused(message, kind="overflow", hint="write float32")
-    return RawTensor(dtype, tuple(narrow.shape), narrow.view(_INTEGERS[dtype]).numpy().tobytes())
+    return narrow
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Say whether all values are finite."""
+    # The sum is finite only if every value is, and costs one pass; the exact test runs when the sum overflowed.
+    return math.isfinite(tensor.sum(dtype=torch.float64)) or bool(torch.isfinite(tensor).all())

@@ -11,19 +11,23 @@ adapters of different ranks and scalings take turns, which PEFT refuses of folde
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, cast
 
 import icmlora.io.quiet_bitsandbytes  # noqa: F401  # isort: skip
+import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import Embedding, LoraLayer
-from peft.utils.hotswap import hotswap_adapter_from_state_dict
 from torch import nn
 
 from icmlora.base_models.finding.tensors import BaseTensors
 from icmlora.errors import BaseModelMismatch, BaseModelNotFound, DataError
 from icmlora.fleet.bundles.bundles import Bundle
-from icmlora.formats.peft.peft import CONFIG_NAME, PEFT, WEIGHTS_NAME
+from icmlora.fleet.resources.code_source import CodeSource, open_store
+from icmlora.fleet.write.materialize import Chosen, choose
+from icmlora.formats.peft.initial import converted_form
+from icmlora.formats.peft.tensors import rounded_like
 from icmlora.io.safetensors import encode
 from icmlora.io.tensors import decode_torch
 from icmlora.serving.tasks import open_tasks
@@ -31,6 +35,9 @@ from icmlora.serving.tasks import open_tasks
 if TYPE_CHECKING:
     from icmlora.adapter.model import Adapter
     from icmlora.fleet.api import Fleet
+
+Layers = Mapping[str, nn.Linear | LoraLayer]
+"""The linear layers of a model, with or without PEFT's parts, by their names without those."""
 
 _OTHER = 0.01
 """From which relative difference on weights are others: more than rounding makes, less than a training does."""
@@ -50,64 +57,92 @@ def attach(model: nn.Module, fleet: Fleet | Bundle, task: str) -> PeftModel:
 
     Args:
         model: A transformers model, or what this function returned for it, on any device. It is changed in place.
-        fleet: Where the task is.
+        fleet: Where the task is. It keeps the generator, so use the same one again.
         task: Its name.
 
     Returns:
         The model with PEFT's layers, in evaluation mode; the same object again and again.
 
     Raises:
-        DataError: The adapter has more than factors of linear layers, such as a head or a bias: load its folder.
+        DataError: The adapter has more than factors of linear layers, such as a head or a bias: load its folder. Or the
+            one before is merged into the model: call `model.unmerge_adapter()`.
         BaseModelMismatch: The model does not have a module of the adapter. Nothing was changed.
     """
     adapter = _plain_adapter(fleet, task)
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    _check_modules(base, adapter)
+    layers = dict(_linear_layers(base))
+    _check_modules(layers, adapter)
+    if any(SLOT in layer.merged_adapters for layer in _slot(layers).values()):
+        raise DataError("the adapter in the slot is merged into the model", hint="call `model.unmerge_adapter()` first")
     slotted = model if isinstance(model, PeftModel) else None
     if slotted is None:
-        _warn_if_other(base, fleet, task, adapter)
-    if slotted is None or not _slot_modules(slotted) >= {module.name for module in adapter.modules}:
+        _warn_if_other(layers, fleet, task, adapter)
+    if slotted is None or not _slot(layers).keys() >= {module.name for module in adapter.modules}:
         slotted = _with_slot(model, adapter)
-    state = {}
-    for module in adapter.modules:
-        place = f"base_model.model.{module.name}"
-        state[f"{place}.lora_A.{SLOT}.weight"] = module.a
-        state[f"{place}.lora_B.{SLOT}.weight"] = module.b
-    # Of the configuration it reads the scaling alone.
-    hotswap_adapter_from_state_dict(slotted, state, SLOT, LoraConfig(r=1, lora_alpha=1))
-    return slotted.eval()
+        layers = dict(_linear_layers(slotted.get_base_model()))
+    _exchange(layers, adapter)
+    return slotted.eval() if slotted.training else slotted
 
 
 def _plain_adapter(fleet: Fleet | Bundle, task: str) -> Adapter:
     """Read the very adapter that `materialize` would write: a code is rounded to the number format of its original."""
-    files = fleet.read_files(task)
-    hint = "write it with `materialize`, and load the folder"
-    if WEIGHTS_NAME not in files:
-        raise DataError(f"task {task!r} cannot be attached: it is not in PEFT's format", hint=hint)
-    config, weights = files[CONFIG_NAME], files[WEIGHTS_NAME]
-    found = PEFT.inspect(config, weights)
-    if found.original_only is not None:
-        raise DataError(f"task {task!r} cannot be attached: {found.original_only}", hint=hint)
-    loaded = PEFT.read(config, weights)
-    if loaded.extras:
-        names = ", ".join(sorted(loaded.extras)[:3])
-        raise DataError(f"task {task!r} has more than factors of LoRA ({names})", hint=hint)
-    return loaded.adapter
+    with _opened(fleet) as codes:
+        chosen = choose(codes, codes.get(task))
+        if (problem := _problem(chosen)) is not None:
+            hint = "write it with `materialize`, and load the folder"
+            raise DataError(f"task {chosen.task.name!r} {problem}", hint=hint)
+        read, form = chosen.reader(), codes.form(chosen.final).template
+    return read() if chosen.source == "original" else rounded_like(read(), converted_form(form))
 
 
-def _check_modules(base: nn.Module, adapter: Adapter) -> None:
-    linear = dict(_linear_layers(base))
+def _opened(fleet: Fleet | Bundle) -> AbstractContextManager[CodeSource]:
+    return fleet.open() if isinstance(fleet, Bundle) else open_store(fleet)
+
+
+def _problem(chosen: Chosen) -> str | None:
+    """Say why an adapter has no place in a slot; None if it has."""
+    final = chosen.final
+    if final.format != "peft":
+        return "cannot be attached: it is not in PEFT's format"
+    if final.original_only is not None:
+        return f"cannot be attached: {final.original_only}"
+    if all(extra.file is not None for extra in final.extras):
+        return None
+    return f"has more than factors of LoRA ({', '.join(sorted(chosen.codes.form(final).tensors)[:3])})"
+
+
+def _check_modules(layers: Layers, adapter: Adapter) -> None:
     for module in adapter.modules:
-        found = linear.get(module.name)
+        found = layers.get(module.name)
         if found is None:
             raise BaseModelMismatch(f"the model has no linear layer {module.name!r}")
-        if (found.in_features, found.out_features) != (module.a.shape[1], module.b.shape[0]):
-            widths = module.a.shape[1], module.b.shape[0]
-            fact = f"{module.name!r} has widths {widths} in the adapter, {found.in_features, found.out_features} here"
-            raise BaseModelMismatch(fact)
+        linear, widths = _inner(found), (module.a.shape[1], module.b.shape[0])
+        if (here := (linear.in_features, linear.out_features)) != widths:
+            raise BaseModelMismatch(f"{module.name!r} has widths {widths} in the adapter, {here} here")
 
 
-def _warn_if_other(base: nn.Module, fleet: Fleet | Bundle, task: str, adapter: Adapter) -> None:
+@torch.no_grad()
+def _exchange(layers: Layers, adapter: Adapter) -> None:
+    """Write an adapter over the one in the slot. Not by PEFT's hotswap, which walks through the model several times."""
+    modules = {module.name: module for module in adapter.modules}
+    for name, layer in _slot(layers).items():
+        a, b = (cast(nn.Linear, factors[SLOT]).weight for factors in (layer.lora_A, layer.lora_B))
+        module = modules.get(name)
+        rank = 0 if module is None else len(module.a)
+        if rank > len(a):
+            a.data, b.data = a.new_empty(rank, a.shape[1]), b.new_empty(len(b), rank)
+        if module is not None:
+            a[:rank].copy_(module.a)
+            b[:, :rank].copy_(module.b)
+        a[rank:], b[:, rank:] = 0, 0
+        scale = layer.scaling[SLOT]
+        if isinstance(scale, torch.Tensor):  # PEFT makes one for `torch.compile`
+            scale.fill_(1)
+        else:
+            layer.scaling[SLOT] = 1.0
+
+
+def _warn_if_other(layers: Layers, fleet: Fleet | Bundle, task: str, adapter: Adapter) -> None:
     """Compare one layer of a model with the files of the task's base model, if they are on this machine."""
     tasks = open_tasks(*((None, fleet.path) if isinstance(fleet, Bundle) else (fleet.path, None)), command="attach")
     if (found := tasks.find(task)) is None:
@@ -116,8 +151,8 @@ def _warn_if_other(base: nn.Module, fleet: Fleet | Bundle, task: str, adapter: A
         files = BaseTensors(tasks.locate(found.base_model))
     except BaseModelNotFound:
         return
-    linear, name = dict(_linear_layers(base)), adapter.modules[0].name
-    weight = linear[name].weight.detach()
+    name = adapter.modules[0].name
+    weight = _inner(layers[name]).weight.detach()
     place = files.counterpart(f"{name}.weight", tuple(weight.shape))
     stored = None if place is None else files.read(place)
     if stored is None or not weight.is_floating_point():  # in few bits it is rounded too much to tell
@@ -128,36 +163,42 @@ def _warn_if_other(base: nn.Module, fleet: Fleet | Bundle, task: str, adapter: A
         warnings.warn(f"{fact}: its answers may make no sense", stacklevel=3)
 
 
-def _linear_layers(base: nn.Module) -> Iterable[tuple[str, nn.Linear]]:
-    """Yield the linear layers by their names without PEFT's parts."""
-    for name, module in base.named_modules():
-        if isinstance(module, LoraLayer) and not isinstance(module, Embedding):
-            inner = module.get_base_layer()
-            if isinstance(inner, nn.Linear):
-                yield name, inner
-        elif isinstance(module, nn.Linear) and ".base_layer" not in name and ".lora_" not in name:
-            yield name, module
+def _linear_layers(base: nn.Module) -> Iterable[tuple[str, nn.Linear | LoraLayer]]:
+    waiting = [("", base)]
+    while waiting:
+        prefix, module = waiting.pop()
+        if isinstance(module, LoraLayer):  # not into it: it has two thirds of the modules
+            if not isinstance(module, Embedding) and isinstance(module.get_base_layer(), nn.Linear):
+                yield prefix, module
+        elif isinstance(module, nn.Linear):
+            yield prefix, module
+        else:
+            waiting += [(f"{prefix}.{name}" if prefix else name, child) for name, child in module.named_children()]
 
 
-def _slot_modules(model: PeftModel) -> set[str]:
-    """Return the modules that the slot of a model has; none if it has no slot."""
-    layers = model.get_base_model().named_modules()
-    return {name for name, module in layers if isinstance(module, LoraLayer) and SLOT in module.lora_A}
+def _inner(layer: nn.Linear | LoraLayer) -> nn.Linear:
+    """Return a layer without PEFT's parts."""
+    return cast(nn.Linear, layer.get_base_layer()) if isinstance(layer, LoraLayer) else layer
+
+
+def _slot(layers: Layers) -> dict[str, LoraLayer]:
+    """Return the layers that the slot of a model has; none if it has no slot."""
+    return {name: layer for name, layer in layers.items() if isinstance(layer, LoraLayer) and SLOT in layer.lora_A}
 
 
 def _with_slot(model: nn.Module, adapter: Adapter) -> PeftModel:
     """Give a model a slot with the modules of an adapter, and those of the slot that it had."""
-    known = _slot_modules(model) if isinstance(model, PeftModel) else set()
+    known = _slot(dict(_linear_layers(model.get_base_model()))) if isinstance(model, PeftModel) else {}
     rank = max(shape.rank for shape in adapter.layout)
-    names = sorted(known | {module.name for module in adapter.modules})
+    names = sorted(known.keys() | {module.name for module in adapter.modules})
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules=names, task_type=None)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about a second configuration: the slot is made anew
         if not isinstance(model, PeftModel):
             slotted = cast(PeftModel, get_peft_model(model, config, adapter_name=SLOT))
-            return slotted.requires_grad_(False)
+            return slotted.requires_grad_(False).eval()
         if SLOT in model.peft_config:
             model.delete_adapter(SLOT)
         model.add_adapter(SLOT, config)
         model.set_adapter(SLOT)
-    return model.requires_grad_(False)
+    return model.requires_grad_(False).eval()

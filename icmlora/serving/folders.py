@@ -90,7 +90,7 @@ class AdapterFolders:
         Raises:
             FoldersUnusable: There is no room below the limit for one more.
         """
-        folder = self.root / f"sha256-{key}"
+        folder = self.path(key)
         with self._one(key):
             if folder.is_dir():
                 folder.touch()  # for the order in which folders are trimmed
@@ -104,11 +104,15 @@ class AdapterFolders:
             self._sizes.setdefault(folder.name, _size(folder))
         return folder
 
+    def path(self, key: str) -> Path:
+        """Return where the folder of a key is, if it is there."""
+        return self.root / f"sha256-{key}"
+
     def discard(self, key: str) -> None:
         """Delete a folder that nobody uses any more; only for a process that has the folders alone."""
         assert self.alone
         with self._one(key):
-            shutil.rmtree(self.root / f"sha256-{key}", ignore_errors=True)
+            shutil.rmtree(self.path(key), ignore_errors=True)
             self._sizes.pop(f"sha256-{key}", None)
 
     def keys(self) -> list[str]:

@@ -14,10 +14,12 @@ from pathlib import Path
 
 from icmlora.adapter.layout import ModuleShape
 from icmlora.base_models.finding.lookup import FoundBase
+from icmlora.errors import TaskChanged
 from icmlora.fleet.bundles.bundles import Bundle
 from icmlora.fleet.context import Context
 from icmlora.fleet.resources.code_source import CodeSource, OpenCodes, open_store, template_of
-from icmlora.fleet.write.materialize import Chosen, choose, write_adapter
+from icmlora.fleet.write.materialize import Chosen, choose
+from icmlora.formats.format import write_adapter_files
 from registry.errors import DamagedStore
 from registry.files import identity
 from registry.names import task_name_problem
@@ -147,9 +149,18 @@ class ServedTasks:
             return codes.locate(base_model)
 
     def write(self, task: ServedTask, directory: Path) -> None:
-        """Write a task's adapter as a folder: complete, or not at all. Raises as `Fleet.materialize` does."""
+        """Write a task's adapter as a folder: complete, or not at all. Raises as `Fleet.materialize` does.
+
+        Raises:
+            TaskChanged: It is not as it was found any more. So what is written is what its key says.
+        """
         with self._admitted:
-            write_adapter(self._open, task.name, directory)
+            with self._open() as codes:
+                chosen = choose(codes, codes.get(task.name))
+                if _key(chosen) != task.key:
+                    raise TaskChanged(f"the task {task.name!r} is being changed")
+                made = chosen.files()
+            write_adapter_files(directory, made.format, made.content, task.name)
 
 
 def _key(chosen: Chosen) -> str:

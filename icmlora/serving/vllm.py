@@ -6,6 +6,10 @@ vLLM imports it in each of its processes through the entry point `vllm.general_p
 here. It asks the resolver on the event loop of its API server, for any name that any client sends, and treats an
 exception as a failure of its own: whatever goes wrong is one line in the log, and None.
 
+vLLM asks for a name once, and remembers the answer until it is restarted. `_Follower` looks at each request whether the
+task is still the one that vLLM has, and puts the new adapter in its place: under another path, so that vLLM uses no
+prefix cache of the old one, and another number, so that requests in flight keep the old one.
+
 Read from the environment: ICM_STORE or ICM_BUNDLE, and ICM_BASE_MODEL, ICM_ADAPTERS (folder for the written adapters)
 and ICM_ADAPTERS_SIZE (what they may take, as 4GiB).
 """
@@ -15,18 +19,29 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import sys
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from icmlora.errors import TaskChanged
 
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
 
     from icmlora.serving.base import EngineBase
     from icmlora.serving.folders import AdapterFolders
-    from icmlora.serving.tasks import ServedTasks
+    from icmlora.serving.tasks import ServedTask, ServedTasks
 
+Check = Callable[[Any, Any], Awaitable[Any]]
 NAME = "icm"
+_CHECKING = (
+    ("vllm.entrypoints.serve.engine.serving", "BaseServing"),
+    ("vllm.entrypoints.pooling.base.serving", "PoolingBaseServing"),
+)
+"""The classes of vLLM 0.32 whose method `_check_model` looks whether there is the model that a request names."""
 _THREADS = 4
 """Names that are looked up at once; the rest waits, whatever clients send."""
 
@@ -59,36 +74,115 @@ class IcmResolver:
 
     def __init__(self) -> None:
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="icm")
-        self._source: tuple[ServedTasks, AdapterFolders, EngineBase] | None = None
+        self._source: _Source | None = None
         self._opening = asyncio.Lock()
 
     async def resolve_lora(self, base_model_name: str, lora_name: str) -> LoRARequest | None:
         """Return the folder of the task that has a name, written if necessary; None if there is none, or it fails."""
         try:
-            loop = asyncio.get_running_loop()
             async with self._opening:
                 if self._source is None:
-                    self._source = await loop.run_in_executor(self._threads, open_source, base_model_name)
-            return await loop.run_in_executor(self._threads, self._resolve, lora_name)
+                    opened = asyncio.get_running_loop().run_in_executor(self._threads, open_source, base_model_name)
+                    self._source = _Source(*await opened, self._threads)
+                    _follow_tasks(self)
+            return await self._resolve(self._source, lora_name)
         except Exception as error:
             _log.error("icm: %.128r: %s", lora_name, error or type(error).__name__)
             return None
 
-    def _resolve(self, lora_name: str) -> LoRARequest | None:
+    async def _resolve(self, source: _Source, lora_name: str) -> LoRARequest | None:
         from vllm.lora.request import LoRARequest
 
-        assert self._source is not None
-        tasks, folders, base = self._source
-        task = tasks.find(lora_name)
+        task = await source.catalogue.find(lora_name)
         if task is None:
             _log.info("icm: no task has the name %.128r", lora_name)
             return None
-        if (problem := base.problem(task)) is not None:
+        loop = asyncio.get_running_loop()
+        try:
+            folder = await loop.run_in_executor(self._threads, source.folder, task)
+        except TaskChanged:
+            return await self._resolve(source, lora_name)
+        # vLLM puts its own number in place of this one.
+        return None if folder is None else LoRARequest(lora_name=lora_name, lora_int_id=1, lora_path=str(folder))
+
+    async def renew(self, models: Any, name: object) -> None:
+        """Have vLLM serve a task as it is now, if that is not the one that it has.
+
+        Args:
+            models: vLLM's `OpenAIServingModels`, or what stands for it where there are no adapters.
+            name: The model that a request names.
+        """
+        served, source = models.lora_requests.get(name), self._source
+        if source is None or served is None or await self._is_current(source, served):
+            return
+        async with models.lora_resolver_lock[name]:
+            served = models.lora_requests.get(name)
+            if served is None or await self._is_current(source, served):
+                return  # another request has done it
+            request = await self.resolve_lora(models.model_config.model, served.lora_name)
+            if request is None:
+                del models.lora_requests[name]  # now vLLM asks again, and says what it says of unknown names
+                return
+            request.lora_int_id = models.lora_id_counter.inc(1)
+            try:
+                await models.engine_client.add_lora(request)
+            except Exception as error:
+                _log.error("icm: vLLM refused the new adapter of %.128r: %s", name, error)
+                del models.lora_requests[name]
+                return
+            models.lora_requests[name] = request
+            _log.info("icm: %r has changed, and is served anew", name)
+
+    async def _is_current(self, source: _Source, served: LoRARequest) -> bool:
+        """Say whether the adapter that vLLM has of a task is the one of now; also if it has it from elsewhere."""
+        folder = Path(served.lora_path)
+        if folder.parent != source.folders.root:
+            return True
+        try:
+            task = await source.catalogue.find(served.lora_name)
+        except Exception as error:  # a request need not fail for it
+            _log.error("icm: cannot see whether %.128r has changed: %s", served.lora_name, error)
+            return True
+        return task is not None and source.folders.path(task.key) == folder
+
+
+class _Source:
+    """Where adapters come from."""
+
+    def __init__(
+        self, tasks: ServedTasks, folders: AdapterFolders, base: EngineBase, threads: ThreadPoolExecutor
+    ) -> None:
+        from icmlora.serving.catalogue import Catalogue
+
+        self.folders, self.catalogue = folders, Catalogue(tasks, threads)
+        self._tasks, self._base = tasks, base
+
+    def folder(self, task: ServedTask) -> Path | None:
+        """Return the folder of a task, written if necessary; None if the engine cannot serve it."""
+        if (problem := self._base.problem(task)) is not None:
             _log.error("icm: %s", problem)
             return None
-        folder = folders.get(task.key, lambda directory: tasks.write(task, directory))
-        # vLLM puts its own number in place of this one.
-        return LoRARequest(lora_name=lora_name, lora_int_id=1, lora_path=str(folder))
+        return self.folders.get(task.key, lambda directory: self._tasks.write(task, directory))
+
+
+def _follow_tasks(resolver: IcmResolver) -> None:
+    """Have vLLM call `resolver.renew` at each request: it has no hook for that, so a method of its is replaced."""
+    # vLLM calls a resolver from these modules, so they are imported by now. A worker has none of them.
+    classes = [vars(sys.modules[module]).get(name) for module, name in _CHECKING if module in sys.modules]
+    checking = [found for found in classes if found is not None and hasattr(found, "_check_model")]
+    if not checking:
+        _log.warning("icm: this vLLM goes on with the adapter of a task that has changed until it is restarted")
+    for found in checking:
+        found._check_model = _renewing(found._check_model, resolver)
+
+
+def _renewing(check: Check, resolver: IcmResolver) -> Check:
+    @wraps(check)
+    async def renew_and_check(serving: Any, request: Any) -> Any:
+        await resolver.renew(serving.models, request.model)
+        return await check(serving, request)
+
+    return renew_and_check
 
 
 def open_source(model: str) -> tuple[ServedTasks, AdapterFolders, EngineBase]:

@@ -288,7 +288,8 @@ class Chosen:
             TooLossy: The error is above `max_error`.
         """
         if self.source != "original":
-            self._provenance(max_error)  # it holds the error against the limit
+            if max_error is not None:
+                self._provenance(max_error)  # it holds the error against the limit
             return self._decoder()
         final, known, read = self.final, format_named(self.final.format), self.codes.read
         initial = None if final.initial is None else read(final.initial)

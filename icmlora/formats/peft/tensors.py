@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from operator import index
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,7 @@ from icmlora.formats.noted_form import bad_note, reading, types_of
 from icmlora.formats.peft.config import PREFIX, AdapterConfig, usual_names, with_ranks
 from icmlora.formats.peft.names import without_wrappers
 from icmlora.io.safetensors import MAX_DIMENSION, TENSOR_NAME, RawTensor, encode
-from icmlora.io.tensors import dtype_name, raw_tensor
+from icmlora.io.tensors import dtype_name, raw_tensor, rounded
 
 if TYPE_CHECKING:
     from icmlora.formats.peft.names import FactorPair
@@ -117,6 +117,28 @@ def write_like(
             tensors[name] = raw_tensor(name, factor.reshape(size), kind)
     data = encode({**tensors, **extras}, details.metadata)
     return data, like.config if is_stated else with_ranks(like.config, written)
+
+
+def rounded_like(adapter: Adapter, like: Template) -> Adapter:
+    """Return what reading a file of `write_like` gives, without the file: rounded, and of the ranks of the form.
+
+    Raises:
+        AdapterRefused: The form does not fit, or a type cannot hold a value.
+    """
+    config, details = AdapterConfig.read(like.config), _Details.parse(like)
+    modules = []
+    for module, parts in fitted_parts(adapter, like.layout, details.parts):
+        scale = config.scale_of(details.targets.get(module, module))
+        names = details.names.get(module) or usual_names(module)
+        for part, factors in enumerate(parts):
+            a, b = (
+                rounded(name, factor, details.type_of(name)).float()
+                for name, factor in zip(names, unscaled(factors, scale), strict=True)
+            )
+            modules.append(
+                LoraModule(f"{module}.{part}" if module in details.parts else module, a, scaled(module, b, scale))
+            )
+    return replace(adapter, modules=tuple(modules))
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 import httpx
 
-from icmlora.serving.gateway.catalogue import Catalogue
+from icmlora.serving.catalogue import Catalogue
 from icmlora.serving.gateway.connection import Connection
 from icmlora.serving.gateway.engines import Body, Engine, unreachable
 from icmlora.serving.gateway.problems import HttpProblem

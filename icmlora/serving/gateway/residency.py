@@ -5,7 +5,8 @@
                                    `--its task was replaced--> retired: serves what is in flight, then deleted
 
 Only one adapter at a time is brought in or out, under a lock: the engine's list and this one cannot drift apart
-meanwhile, and writing takes a processor anyway.
+meanwhile. Those that wait for it are written in the meantime, as long as there is much room: here it is known what is
+asked for next.
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from icmlora.errors import FoldersUnusable
+from icmlora.errors import FoldersUnusable, TaskChanged
 from icmlora.io.strict_json import parse_object
 from icmlora.io.text import counted, human_size
 from icmlora.serving.folders import AdapterFolders, is_adapter_folder
@@ -43,6 +44,9 @@ _REMEMBERED = 5.0
 _LASTING = frozenset({"adapter_unavailable", "adapter_unsuited", "engine_refused_adapter", "engine_lied"})
 _PATIENCE = 10.0
 """Seconds that a task waits for room while all adapters are in use."""
+_AHEAD = 4
+"""Of the room for adapters, the share that has to do while some are written that wait to be loaded."""
+_LARGEST_ITEM = 8  # bytes of a float64
 _ATTEMPTS = 3  # at writing a task that is being replaced
 
 _log = logging.getLogger(__name__)
@@ -74,6 +78,7 @@ class Resident:
 class _Flight:
     """A task that is being brought in, and those who wait for it."""
 
+    key: str
     job: asyncio.Task[Resident | None]
     waiting: int = 0
     landed: Resident | None = None
@@ -109,7 +114,7 @@ class Residency:
         self._failures: dict[tuple[str, str], tuple[float, HttpProblem]] = {}
         self._jobs: set[asyncio.Task[Any]] = set()
         self._warned: set[str] = set()  # adapters of the plug-in
-        self._turn = asyncio.Lock()
+        self._turn, self._ahead = asyncio.Lock(), asyncio.Lock()
         self._freed = asyncio.Event()  # an adapter is no longer in use
 
     @asynccontextmanager
@@ -134,8 +139,8 @@ class Residency:
         if is_own and root is not None and is_adapter_folder(Path(root)) and adapter not in self._warned:
             self._warned.add(adapter)
             _log.warning(
-                "the engine has %s from icm's plug-in, or a gateway with another --adapters folder, so a change of "
-                "the task goes unnoticed: start the engine anew, without ICM_STORE and ICM_BUNDLE",
+                "the engine has %s from icm's plug-in, or a gateway with another --adapters folder, so this one does "
+                "not load it anew when the task changes: start the engine anew, without ICM_STORE and ICM_BUNDLE",
                 adapter,
             )
         return is_own
@@ -220,12 +225,14 @@ class Residency:
         if len(self._flights) >= self._max_waiting:
             message = f"{self._max_waiting} other tasks wait to be loaded; try again soon."
             raise HttpProblem(503, message, "too_many_waiting", retry_after=2)
-        flight = _Flight(self._start(self._fly(task.name, task.key)))
+        flight = _Flight(task.key, self._start(self._fly(task)))
         self._flights[task.name] = flight
         return flight
 
-    async def _fly(self, name: str, key: str) -> Resident | None:
+    async def _fly(self, task: ServedTask) -> Resident | None:
+        name, key = task.name, task.key
         try:
+            await self._write_ahead(task)
             async with self._turn:
                 resident = await self._bring_in(name)
                 flight = self._flights[name]
@@ -241,6 +248,17 @@ class Residency:
             raise problem from None
         finally:
             del self._flights[name]
+
+    async def _write_ahead(self, task: ServedTask) -> None:
+        """Write a task that has to wait for its turn, while the engine loads another one, if there is much room."""
+        if not self._turn.locked():
+            return
+        async with self._ahead:
+            largest = sum(shape.parameters for shape in task.layout) * _LARGEST_ITEM
+            if not task.layout or self._folders.size + largest > self._folders.limit // _AHEAD or self._is_full(task):
+                return
+            with suppress(Exception):  # whatever is wrong is told in its turn
+                await self._in_thread(partial(self._folders.get, task.key, self._writer(task)))
 
     def _remember(self, version: tuple[str, str], problem: HttpProblem) -> None:
         now = time.monotonic()
@@ -285,27 +303,18 @@ class Residency:
     async def _write(self, name: str) -> tuple[ServedTask, Path]:
         """Write a task as it is now."""
         for _ in range(_ATTEMPTS):
-            stamp = self._tasks.stamp()
             task = await self._in_thread(partial(self._tasks.find, name))
             if task is None:
                 raise HttpProblem(404, f"The task {name!r} does not exist.", "model_not_found")
             if (problem := await self._connection.problem(task)) is not None:
                 raise HttpProblem(404, f"The engine cannot serve this task: {problem}", "adapter_unsuited")
-            folder = await self._written(task)
-            # Whether the folder has what its key says is known only if nobody changed the task meanwhile.
-            if self._tasks.stamp() == stamp or await self._in_thread(partial(self._tasks.find, name)) == task:
-                return task, folder
-            await self._discard(task.key)
+            with suppress(TaskChanged):
+                return task, await self._written(task)
         raise HttpProblem(503, f"The task {name!r} is being changed; try again soon.", "task_changes", retry_after=2)
 
     async def _written(self, task: ServedTask) -> Path:
         """Return the folder of a task, written if it is not there."""
-
-        def write(directory: Path) -> None:
-            with self._metrics.materialize_seconds.time():
-                self._tasks.write(task, directory)
-
-        folders = self._folders
+        folders, write = self._folders, self._writer(task)
         await self._make_room(task, lambda: folders.size >= folders.limit or self._is_full(task))
         while (folder := await self._in_thread(partial(_got, folders, task.key, write))) is None:
             # Below the limit, but others fill the disk too.
@@ -318,6 +327,15 @@ class Residency:
             await self._discard(task.key)
             raise
         return folder
+
+    def _writer(self, task: ServedTask) -> Callable[[Path], None]:
+        """Return what writes a task into a folder, and counts how long that takes."""
+
+        def write(directory: Path) -> None:
+            with self._metrics.materialize_seconds.time():
+                self._tasks.write(task, directory)
+
+        return write
 
     async def _make_room(self, task: ServedTask, is_needed: Callable[[], bool]) -> None:
         """Unload idle adapters, those used longest ago first; wait for a while if all are in use."""
@@ -400,7 +418,7 @@ class Residency:
         for adapter, root in listing.adapters.items():
             if adapter not in ours and Path(root).parent == self._folders.root:
                 await self._take_over(engine, adapter, Path(root))
-        used = {one.key for one in self._all}
+        used = {one.key for one in self._all} | {flight.key for flight in self._flights.values()}
         for key in set(self._folders.keys()) - used:
             await self._discard(key)
         for resident in [one for one in self._retired if one.uses == 0]:

@@ -15,9 +15,9 @@ import httpx
 import uvicorn
 
 from icmlora.io.text import counted
+from icmlora.serving.catalogue import Catalogue
 from icmlora.serving.folders import AdapterFolders
 from icmlora.serving.gateway.app import GatewayApp
-from icmlora.serving.gateway.catalogue import Catalogue
 from icmlora.serving.gateway.connection import Connection
 from icmlora.serving.gateway.forward import Forwarder
 from icmlora.serving.gateway.metrics import Metrics

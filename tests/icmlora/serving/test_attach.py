@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from peft.utils.hotswap import prepare_model_for_compiled_hotswap
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -153,3 +154,25 @@ def test_a_model_can_be_taken_out_of_the_slot_again(served_template: Served, mod
     restored = attach(model, Fleet(served_template.store), "rules").unload()
     assert torch.equal(logits(restored), before)
     assert not any("lora" in name for name, _ in restored.named_modules())
+
+
+def test_an_adapter_that_is_merged_into_the_model_is_not_overwritten(served_template: Served, model: Any) -> None:
+    fleet = Fleet(served_template.store)
+    attached = attach(model, fleet, "rules")
+    before = logits(attached).clone()
+    attached.merge_adapter()
+    with pytest.raises(DataError, match="merged into the model"):
+        attach(attached, fleet, "poems")
+    attached.unmerge_adapter()
+    torch.testing.assert_close(logits(attached), before)
+
+
+def test_a_slot_that_was_prepared_for_compiling_keeps_its_tensors(served_template: Served, model: Any) -> None:
+    fleet = Fleet(served_template.store)
+    attached = attach(model, fleet, "rules")
+    expected = logits(attach(attached, fleet, "poems")).clone()
+    attached = attach(attached, fleet, "rules")
+    prepare_model_for_compiled_hotswap(attached, target_rank=8)
+    places = {name: value.data_ptr() for name, value in attached.named_parameters() if "lora_" in name}
+    torch.testing.assert_close(logits(attach(attached, fleet, "poems")), expected)
+    assert {name: value.data_ptr() for name, value in attached.named_parameters() if "lora_" in name} == places

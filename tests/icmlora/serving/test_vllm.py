@@ -1,4 +1,4 @@
-"""The plug-in for vLLM, with the two classes of vLLM that it touches written down as vLLM 0.32 has them.
+"""The plug-in for vLLM, with what it touches of vLLM written down as vLLM 0.32 has it.
 
 `python -m tests.benchmarks.serving.vllm` runs it in the real engine.
 """
@@ -11,10 +11,12 @@ import shutil
 import subprocess
 import sys
 from abc import ABC, abstractmethod
+from collections import defaultdict
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
+from itertools import count
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,6 +26,8 @@ from icmlora.serving.vllm import IcmResolver, register
 from tests.cli.tiny_fleet import icm_quietly, write_lora
 from tests.icmlora.serving.conftest import Served, folder_bytes
 from tests.icmlora.tiny_base import HIDDEN, LABEL, write_tiny_base
+
+SERVING = "vllm.entrypoints.serve.engine.serving"
 
 
 class LoRAResolver(ABC):
@@ -50,14 +54,65 @@ class LoRARequest:
     lora_path: str = ""
 
 
+class BaseServing:
+    """Where a request begins: what is loaded already is not resolved again."""
+
+    def __init__(self, model: str, resolver: IcmResolver) -> None:
+        self.models = self
+        self.model_config = SimpleNamespace(model=model)
+        self.engine_client = self
+        self.resolver = resolver
+        self.lora_requests: dict[str, LoRARequest] = {}
+        self.lora_resolver_lock: dict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self.lora_id_counter = SimpleNamespace(inc=lambda step: next(self._numbers))
+        self.loaded: list[LoRARequest] = []
+        self.refuses = False
+        self._numbers = count(1)
+
+    async def add_lora(self, request: LoRARequest) -> None:
+        if self.refuses:
+            raise ValueError("rank 64 is too much")
+        self.loaded.append(request)
+
+    async def _check_model(self, request: Any) -> str | None:
+        if request.model not in self.lora_requests:
+            found = await self.resolver.resolve_lora(self.model_config.model, request.model)
+            if found is None:
+                return "does not exist"
+            found.lora_int_id = self.lora_id_counter.inc(1)
+            await self.add_lora(found)
+            self.lora_requests[request.model] = found
+        return None
+
+    def ask(self, *names: str) -> list[LoRARequest | None]:
+        """Send requests, one after the other, and return what is served to each."""
+
+        async def requests() -> list[LoRARequest | None]:
+            found = []
+            for name in names:
+                await self._check_model(SimpleNamespace(model=name))
+                found.append(self.lora_requests.get(name))
+            return found
+
+        return asyncio.run(requests())
+
+
+@pytest.fixture
+def vllm(resolver: IcmResolver, served: Served) -> BaseServing:
+    made: BaseServing = vars(sys.modules[SERVING])["BaseServing"](str(served.base), resolver)
+    return made
+
+
 @pytest.fixture
 def registry(monkeypatch: pytest.MonkeyPatch) -> Registry:
     found = Registry()
-    modules = {
+    modules: dict[str, dict[str, object]] = {
         "vllm": {},
         "vllm.lora": {},
         "vllm.lora.request": {"LoRARequest": LoRARequest},
         "vllm.lora.resolver": {"LoRAResolver": LoRAResolver, "LoRAResolverRegistry": found},
+        # A class of its own for each test: the plug-in replaces a method.
+        SERVING: {"BaseServing": type("BaseServing", (BaseServing,), {"_check_model": BaseServing._check_model})},
     }
     for name, members in modules.items():
         module = ModuleType(name)
@@ -108,6 +163,66 @@ def test_a_task_that_was_encoded_anew_has_another_folder(resolver: IcmResolver, 
     assert second is not None
     assert first.lora_path != second.lora_path
     assert Path(first.lora_path).is_dir()  # vLLM may read it again
+
+
+def test_a_task_that_changes_is_served_anew_with_the_next_request(vllm: BaseServing, served: Served) -> None:
+    (first,) = vllm.ask("rules")
+    Fleet(served.store).evict(["rules"], max_error=10)
+    second, third = vllm.ask("rules", "rules")
+    assert first is not None
+    assert second is not None
+    assert second is third
+    assert (first.lora_path, first.lora_int_id) != (second.lora_path, second.lora_int_id)
+    assert Path(first.lora_path).is_dir()  # for requests that run on it
+    assert [request.lora_int_id for request in vllm.loaded] == [1, 2]
+
+
+def test_a_change_of_other_tasks_loads_nothing_again(vllm: BaseServing, served: Served) -> None:
+    (first,) = vllm.ask("poems")
+    Fleet(served.store).evict(["rules"], max_error=10)
+    assert vllm.ask("poems") == [first]
+    assert len(vllm.loaded) == 1
+
+
+def test_a_task_that_is_renamed_or_removed_is_no_longer_served(vllm: BaseServing, served: Served) -> None:
+    vllm.ask("rules", "silent")
+    fleet = Fleet(served.store)
+    fleet.edit(["rules"], name="laws")
+    fleet.remove(["silent"])
+    assert [found is not None for found in vllm.ask("rules", "laws", "silent")] == [False, True, False]
+
+
+def test_a_new_adapter_that_vllm_refuses_is_not_replaced_by_the_old_one(
+    vllm: BaseServing, served: Served, caplog: pytest.LogCaptureFixture
+) -> None:
+    vllm.ask("rules")
+    Fleet(served.store).evict(["rules"], max_error=10)
+    vllm.refuses = True
+    with pytest.raises(ValueError, match="rank 64"):
+        vllm.ask("rules")
+    assert "refused the new adapter of 'rules'" in caplog.text
+    vllm.refuses = False
+    assert vllm.ask("rules") != [None]
+
+
+def test_while_the_store_cannot_be_read_vllm_goes_on_with_what_it_has(vllm: BaseServing, served: Served) -> None:
+    (first,) = vllm.ask("rules")
+    (served.store / "registry.db").rename(served.store / "away.db")
+    assert vllm.ask("rules") == [first]
+
+
+def test_an_adapter_from_elsewhere_is_left_alone(vllm: BaseServing, tmp_path: Path) -> None:
+    vllm.ask("poems")
+    own = vllm.lora_requests["rules"] = LoRARequest("rules", 9, str(tmp_path))
+    assert vllm.ask("rules") == [own]
+
+
+def test_a_vllm_without_the_method_says_that_it_does_not_follow(
+    resolver: IcmResolver, served: Served, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.delitem(sys.modules, SERVING)
+    assert ask(resolver, served.base, "poems") is not None
+    assert "until it is restarted" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["unknown", "", "../poems", "poems\x00", "x" * 10_000, "Poems"])

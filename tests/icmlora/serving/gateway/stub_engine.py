@@ -41,6 +41,7 @@ class StubEngine:
         between: Seconds between the pieces of a stream.
         dies_after: Close the connection after so many pieces of a stream.
         hold: Requests wait for it, if it is there.
+        holds_load: Requests to load wait for it, if it is there.
         token: What it wants to be told.
         is_prepared: Whether it loads adapters while it runs.
         listed: An answer to the list of models in place of the right one.
@@ -60,6 +61,7 @@ class StubEngine:
     between: float = 0.0
     dies_after: int | None = None
     hold: threading.Event | None = None
+    holds_load: threading.Event | None = None
     token: str | None = None
     is_prepared: bool = True
     listed: Any = None
@@ -113,6 +115,8 @@ class StubEngine:
         return {"object": "list", "data": [base, *adapters]}
 
     async def _load(self, send: Any, asked: dict[str, str]) -> None:
+        while self.holds_load is not None and not self.holds_load.is_set():
+            await asyncio.sleep(0.01)
         name, path = asked["lora_name"], asked["lora_path"]
         if self.load_answer is not None:
             return await _answer(send, *self.load_answer)

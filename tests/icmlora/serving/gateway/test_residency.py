@@ -85,6 +85,17 @@ def test_a_client_that_leaves_does_not_stop_the_loading_for_others(
     assert engine.loads == ["rules"]
 
 
+def test_tasks_that_wait_are_written_while_the_engine_loads_another_one(gateway: Gateway, engine: StubEngine) -> None:
+    engine.holds_load = threading.Event()
+    with asking(gateway, "rules", "poems", "silent") as answers:
+        wait_for(lambda: gateway.metric("icm_materialize_seconds_count") == 3)
+        assert engine.adapters == {}
+        engine.holds_load.set()
+    assert [answer.status_code for answer in answers] == [200] * 3
+    assert gateway.metric("icm_materialize_seconds_count") == 3
+    assert len(gateway.folders.keys()) == 3
+
+
 def test_only_so_many_tasks_may_wait(start: StartGateway, engine: StubEngine, slow_writing: threading.Event) -> None:
     gateway = start(max_waiting=1)
     with asking(gateway, "rules") as answers:
@@ -344,7 +355,7 @@ def test_a_bundle_that_is_replaced_is_read_anew(
 
 def test_a_warm_task_reads_no_store(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
     gateway.ask("rules")
-    monkeypatch.setattr("icmlora.serving.gateway.catalogue._UNSETTLED", float("inf"))
+    monkeypatch.setattr("icmlora.serving.catalogue._UNSETTLED", float("inf"))
     monkeypatch.setattr(ServedTasks, "find", lambda self, name: pytest.fail("the store was read"))
     assert gateway.ask("rules").status_code == 200
 
