@@ -21,14 +21,14 @@ from typing import TYPE_CHECKING, Generic, TextIO, TypeVar
 
 from icm_cli.config import switched_on
 from icm_cli.errors import Failure, UsageProblem
-from icmlora.io.text import escape, escape_lines, shortened_inside, width
+from icm_cli.table import GAP, laid_out
+from icm_cli.table import Column as Column
+from icmlora.io.text import escape, escape_lines, width
 
 if TYPE_CHECKING:
     from icm_cli.progress import Progress
 
 R = TypeVar("R")
-_GAP = "  "
-_NARROWEST = 12  # terminal cells that a shrinking column keeps
 
 
 class Mode(Enum):
@@ -38,18 +38,6 @@ class Mode(Enum):
     PLAIN = "plain"
     JSON = "json"
     QUIET = "quiet"
-
-
-@dataclass(frozen=True)
-class Column:
-    """A column of a table."""
-
-    title: str
-    _: KW_ONLY
-    right: bool = False  # whether values are aligned to the right, as numbers are
-    shrink: bool = False  # whether values may be cut in the middle when the terminal is narrow
-    # Whether the column may be left out there, and in which order: the highest number goes first, 0 never.
-    spare: int = 0
 
 
 @dataclass(frozen=True)
@@ -119,20 +107,21 @@ class Output:
     def listing(self, fields: Sequence[Field[R]], records: Sequence[R]) -> None:
         """Print a table for people, with a row for each record."""
         if self.mode in (Mode.HUMAN, Mode.PLAIN):
-            shown = [field for field in fields if not field.is_rare or any(map(field.cell, records))]
-            self.table(shown, [[field.cell(record) for field in shown] for record in records])
+            cells = [(field, [field.cell(record) for record in records]) for field in fields]
+            self._table([(field, texts) for field, texts in cells if any(texts) or not field.is_rare])
 
     def table(self, columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> None:
         """Print a table for people."""
-        if self.mode not in (Mode.HUMAN, Mode.PLAIN) or not rows:
+        if rows:
+            self._table(list(zip(columns, zip(*rows, strict=True), strict=True)))
+
+    def _table(self, cells: Sequence[tuple[Column, Sequence[str]]]) -> None:
+        """Print columns, each with the texts of its rows."""
+        if self.mode not in (Mode.HUMAN, Mode.PLAIN) or not cells or not cells[0][1]:
             return
-        cells: Sequence[Sequence[str]] = [[escape(cell) for cell in row] for row in rows]
         limit = shutil.get_terminal_size().columns if self.mode is Mode.HUMAN else None
-        columns, cells = _fitting(columns, cells, limit)
-        widths = _widths(columns, cells, limit)
-        _write(sys.stdout, self._bold(_row([column.title.upper() for column in columns], columns, widths)))
-        for row in cells:
-            _write(sys.stdout, _row(row, columns, widths))
+        head, *rows = laid_out([column for column, _ in cells], [texts for _, texts in cells], limit)
+        _write(sys.stdout, "\n".join([self._bold(head), *rows]))
 
     def record(self, pairs: Sequence[tuple[str, str]]) -> None:
         """Print name-value pairs for people, one per line."""
@@ -140,7 +129,7 @@ class Output:
             return
         widest = max(width(name) for name, _ in pairs)
         for name, value in pairs:
-            _write(sys.stdout, f"{self._bold(name.ljust(widest))}{_GAP}{escape(value)}".rstrip())
+            _write(sys.stdout, f"{self._bold(name.ljust(widest))}{GAP}{escape(value)}".rstrip())
 
     # Notes, warnings, errors and progress, on stderr.
 
@@ -207,50 +196,3 @@ def _write(stream: TextIO, text: str) -> None:
     # Characters that the terminal's encoding lacks are escaped instead of raising an error.
     encoding = stream.encoding or "utf-8"
     stream.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
-
-
-def _fitting(
-    columns: Sequence[Column], rows: Sequence[Sequence[str]], limit: int | None
-) -> tuple[Sequence[Column], Sequence[Sequence[str]]]:
-    """Leave out columns until the others fit, cut as far as they may be."""
-    full = _full_widths(columns, rows)
-    least = [_least(column, size) if column.shrink else size for column, size in zip(columns, full, strict=True)]
-    kept = list(range(len(columns)))
-    while limit is not None and sum(least[index] + len(_GAP) for index in kept) - len(_GAP) > limit:
-        spare = max(kept, key=lambda index: columns[index].spare)
-        if not columns[spare].spare:
-            break
-        kept.remove(spare)
-    return [columns[index] for index in kept], [[row[index] for index in kept] for row in rows]
-
-
-def _full_widths(columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> list[int]:
-    return [max([width(column.title), *(width(row[index]) for row in rows)]) for index, column in enumerate(columns)]
-
-
-def _least(column: Column, full: int) -> int:
-    return min(full, max(_NARROWEST, width(column.title)))
-
-
-def _widths(columns: Sequence[Column], rows: Sequence[Sequence[str]], limit: int | None) -> list[int]:
-    widths = _full_widths(columns, rows)
-    excess = 0 if limit is None else sum(widths) + len(_GAP) * (len(widths) - 1) - limit
-    shrinking = [index for index, column in enumerate(columns) if column.shrink]
-    while excess > 0 and shrinking:
-        # A long list of modules gives way before a name does.
-        widest = max(shrinking, key=widths.__getitem__)
-        if widths[widest] <= _least(columns[widest], widths[widest]):
-            shrinking.remove(widest)
-            continue
-        widths[widest] -= 1
-        excess -= 1
-    return widths
-
-
-def _row(cells: Sequence[str], columns: Sequence[Column], widths: Sequence[int]) -> str:
-    padded = []
-    for cell, column, cells_wide in zip(cells, columns, widths, strict=True):
-        text = shortened_inside(cell, cells_wide)
-        space = " " * (cells_wide - width(text))
-        padded.append(space + text if column.right else text + space)
-    return _GAP.join(padded).rstrip()

@@ -483,3 +483,10 @@ def description_of(new: NewAdapter) -> Description:
     modules, layout = tuple(new.target_modules), tuple(new.layout)
     shape = (new.dtype, new.rank_max, new.parameters, modules, layout, new.format)
     return Description(*shape, new.original_only, new.does_nothing, new.template)
+
+
+def read_description(stored: Sequence[object]) -> Description:
+    """Return a description from its JSON, with tuples where JSON has only lists: it must be a key."""
+    common = Description(*stored)  # type: ignore[arg-type]  # as `description_of` made it
+    layout = tuple((name, rank, inputs, outputs) for name, rank, inputs, outputs in common.layout)
+    return common._replace(target_modules=tuple(common.target_modules), layout=layout)

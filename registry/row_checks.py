@@ -13,14 +13,14 @@ from __future__ import annotations
 
 import sqlite3
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import Boolean, ColumnElement, Connection, Integer, MetaData, Table, case, func, literal_column
-from sqlalchemy.engine import Dialect
-from sqlalchemy.exc import OperationalError
-from sqlalchemy.types import TypeDecorator
+from registry.columns import COLUMNS_OF
+
+if TYPE_CHECKING:
+    from sqlalchemy import Connection, MetaData, Table
 
 Value = int | float | str | bytes | None
 """What SQLite stores."""
@@ -50,33 +50,8 @@ class WrongRow(ValueError):
     """A row does not have the values that it was written with."""
 
 
-class RowCheck(TypeDecorator[int]):
-    """The column of the check value. Selecting it checks the row: one that fails raises `WrongRow`."""
-
-    impl = Integer
-    cache_ok = True
-
-    def __init__(self, table: str) -> None:
-        """Name the table that the column is in."""
-        super().__init__()
-        self.table = table
-
-    def column_expression(self, column: ColumnElement[int]) -> ColumnElement[int]:
-        """Select what the check says instead of the value (SQLAlchemy's hook)."""
-        owner: Any = column.table
-        values = [other for other in owner.c if other.name != COLUMN]
-        checked = func.icm_checked(column, literal_column(f"'{self.table}'"), *values, type_=self)
-        if self.table in _KEY_LENGTH:
-            return checked
-        # Most outer joins find no row. A number that is the key is the row's place: no flip makes it NULL.
-        return case((owner.c.id.is_(None), None), else_=checked)
-
-    def result_processor(self, dialect: Dialect, coltype: object) -> Callable[[int | str | None], int | None]:
-        """Raise if the row failed (SQLAlchemy's hook that costs least: it is called for every row)."""
-        return _passed
-
-
-def _passed(value: int | str | None) -> int | None:
+def passed(value: int | str | None) -> int | None:
+    """Return what the check of a row said; raise `WrongRow` if the row failed."""
     if isinstance(value, str):
         raise WrongRow(value)
     return value
@@ -101,6 +76,11 @@ def _checked(check: int | None, table: str, *values: Value) -> int | str | None:
     if check is None and not any(value is not None for value in values):
         return None  # an outer join that found no row
     return f"{name_of(table, values)} does not have the values that it was written with"
+
+
+def is_known_by_a_number(table: str) -> bool:
+    """Say whether the first column of a table is its key, and the place of its rows."""
+    return table not in _KEY_LENGTH
 
 
 def name_of(table: str, values: Sequence[Value]) -> str:
@@ -143,6 +123,32 @@ def _call(table: Table, row: str = "", *, checked: bool = False) -> str:
     return f"icm_checked({COLUMN}, '{table.name}', {values})" if checked else f"icm_check('{table.name}', {values})"
 
 
+def is_right(table: str) -> str:
+    """Return the SQL of the condition that a row of a table has the values that it was written with."""
+    return f"{table}.{COLUMN} IS icm_check('{table}', {_values_of(table)})"
+
+
+def what_fails(table: str) -> str:
+    """Return the SQL of what a message says of a row that fails; for another one it is no text."""
+    return f"icm_checked({table}.{COLUMN}, '{table}', {_values_of(table)})"
+
+
+def _values_of(table: str) -> str:
+    return ", ".join(f'{table}."{name}"' for name in COLUMNS_OF[table])
+
+
+def are_right(connection: sqlite3.Connection) -> bool:
+    """Say whether all rows have the values that they were written with; SQLite goes through them up to a wrong one."""
+    try:
+        for table in COLUMNS_OF:
+            wrong = f"SELECT 1 FROM {table} WHERE NOT {is_right(table)} LIMIT 1"  # noqa: S608
+            if connection.execute(wrong).fetchone() is not None:
+                return False
+    except (sqlite3.Error, UnicodeDecodeError):  # text that is none, or a page that cannot be read
+        return False
+    return True
+
+
 def find_wrong_rows(connection: Connection, tables: MetaData) -> Iterator[tuple[str, str | None]]:
     """Check every row, and every adapter's number of extras; yield what is wrong, and the task it is about if known."""
     for table in tables.sorted_tables:
@@ -162,13 +168,10 @@ def find_wrong_tasks(connection: Connection, tables: MetaData) -> dict[str, set[
     return found
 
 
-def is_right(table: Table) -> ColumnElement[bool]:
-    """Return the condition that a row has the values that it was written with."""
-    return literal_column(f"{table.name}.{COLUMN} IS {_call(table, f'{table.name}.')}", Boolean())
-
-
 def _wrong(connection: Connection, table: Table, fields: Sequence[str]) -> Iterator[tuple[Any, ...]]:
     """Yield what is wrong with each wrong row of a table, and some fields of it, None if it cannot be read."""
+    from sqlalchemy.exc import OperationalError
+
     fails = f"SELECT {_call(table, checked=True)}, {', '.join(fields)} FROM {table.name} AS own"  # noqa: S608
     try:
         yield from map(tuple, connection.exec_driver_sql(f"{fails} WHERE {COLUMN} IS NOT {_call(table)}").all())
@@ -177,6 +180,8 @@ def _wrong(connection: Connection, table: Table, fields: Sequence[str]) -> Itera
 
 
 def _one_by_one(connection: Connection, table: Table, fails: str, fields: int) -> Iterator[tuple[Any, ...]]:
+    from sqlalchemy.exc import OperationalError
+
     count = int(connection.exec_driver_sql(f"SELECT count(*) FROM {table.name}").scalar_one())  # noqa: S608
     for place in range(count):
         try:

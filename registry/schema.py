@@ -25,116 +25,95 @@ Every task pays for its rows, so values are stored small:
 
 from __future__ import annotations
 
-import json
-import sys
-import zlib
 from collections.abc import Callable
-from datetime import UTC, datetime, timedelta
-from functools import lru_cache
 from typing import Any, ClassVar
 
-from sqlalchemy import Double, ForeignKey, Index, Integer, LargeBinary, String, UniqueConstraint, text
+from sqlalchemy import (
+    ColumnElement,
+    Double,
+    ForeignKey,
+    Index,
+    Integer,
+    LargeBinary,
+    String,
+    UniqueConstraint,
+    case,
+    func,
+    literal_column,
+    text,
+)
 from sqlalchemy.engine import Dialect
 from sqlalchemy.orm import DeclarativeBase, Mapped, declared_attr, mapped_column, relationship
 from sqlalchemy.types import TypeDecorator, TypeEngine
 
+from registry import values
 from registry.names import LOAD_IN
-from registry.row_checks import RowCheck
-
-_START = datetime(1970, 1, 1, tzinfo=UTC)
-
-
-class UnreadableValue(ValueError):
-    """A column holds something that icm did not write there."""
+from registry.row_checks import COLUMN, is_known_by_a_number, passed
+from registry.values import Form
 
 
 class Stored(TypeDecorator[Any]):
     """A column that stores a value in another form.
 
     Args:
-        what: What messages call a value.
-        form: What it is in SQLite.
-        pack: Value -> what is stored.
-        unpack: The way back; any error of it is damage.
-        absent: The value that NULL stands for.
+        form: Value -> what is stored, and back.
+        kind: What that is in SQLite.
     """
 
     impl: TypeEngine[Any] | type[TypeEngine[Any]] = LargeBinary
     cache_ok = True
 
-    def __init__(
-        self,
-        what: str,
-        form: TypeEngine[Any],
-        pack: Callable[[Any], Any],
-        unpack: Callable[[Any], Any],
-        absent: object = None,
-    ) -> None:
+    def __init__(self, form: Form, kind: TypeEngine[Any]) -> None:
         super().__init__()
-        self.impl = form
+        self.impl = kind
         # Under their own names: SQLAlchemy tells columns apart by them.
-        self.what, self.form, self.pack, self.unpack, self.absent = what, form, pack, unpack, absent
+        self.form, self.kind = form, kind
 
     def process_bind_param(self, value: Any, dialect: Dialect) -> Any:
         """Turn a value into what is stored (SQLAlchemy's hook)."""
-        return None if value is None else self.pack(value)
+        return None if value is None else self.form.pack(value)
 
     def process_result_value(self, value: Any, dialect: Dialect) -> Any:
         """Turn what is stored into the value (SQLAlchemy's hook)."""
-        try:
-            return self.absent if value is None else self.unpack(value)
-        except (AttributeError, LookupError, OverflowError, TypeError, ValueError, zlib.error) as error:
-            raise UnreadableValue(f"not a {self.what}: {error}") from error
+        return self.form.read(value)
 
 
-def compact_json(value: object) -> str:
-    """Write JSON in one canonical way, so that equal values are equal texts."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+class RowCheck(TypeDecorator[int]):
+    """The column of the check value. Selecting it checks the row: one that fails raises `WrongRow`."""
 
+    impl = Integer
+    cache_ok = True
 
-def _packed(value: object) -> bytes:
-    return zlib.compress(compact_json(value).encode(), 9)
+    def __init__(self, table: str) -> None:
+        """Name the table that the column is in."""
+        super().__init__()
+        self.table = table
 
+    def column_expression(self, column: ColumnElement[int]) -> ColumnElement[int]:
+        """Select what the check says instead of the value (SQLAlchemy's hook)."""
+        owner: Any = column.table
+        others = [other for other in owner.c if other.name != COLUMN]
+        checked = func.icm_checked(column, literal_column(f"'{self.table}'"), *others, type_=self)
+        if not is_known_by_a_number(self.table):
+            return checked
+        # Most outer joins find no row. A number that is the key is the row's place: no flip makes it NULL.
+        return case((owner.c.id.is_(None), None), else_=checked)
 
-# A page of tasks has the same few descriptions in every row; nobody changes a value, so equal bytes share it.
-@lru_cache(maxsize=128)
-def _unpacked(stored: bytes) -> object:
-    return json.loads(zlib.decompress(stored))
-
-
-def _seconds(moment: str) -> int:
-    return (datetime.fromisoformat(moment) - _START) // timedelta(seconds=1)
-
-
-def _moment(seconds: int) -> str:
-    return (_START + timedelta(seconds=seconds)).isoformat()[:-6] + "Z"  # a fraction of the time of strftime
+    def result_processor(self, dialect: Dialect, coltype: object) -> Callable[[int | str | None], int | None]:
+        """Raise if the row failed (SQLAlchemy's hook that costs least: it is called for every row)."""
+        return passed
 
 
 def choice(*words: str) -> Stored:
     """Return a column of one of a few words; their order is part of the schema."""
-    return Stored("choice", Integer(), words.index, words.__getitem__)
+    return Stored(values.choice(*words), Integer())
 
 
-def figure(least: float, most: float) -> Stored:
-    """Return a column of a measured number.
-
-    One out of its range is not kept, as if nobody had measured it, and not believed when it is read.
-    """
-
-    def believed(stored: float) -> float:
-        if not least <= stored <= most:
-            raise ValueError(f"{stored} is not from {least:g} to {most:g}")
-        return stored
-
-    return Stored("figure", Double(), lambda value: value if least <= value <= most else None, believed)
-
-
-DIGEST = Stored("digest", LargeBinary(), bytes.fromhex, bytes.hex)
-MOMENT = Stored("moment", Integer(), _seconds, _moment)
-PACKED = Stored("packed", LargeBinary(), _packed, _unpacked)
-WORDS = Stored("words", String(), lambda words: " ".join(words) or None, lambda text: tuple(text.split(" ")), absent=())
-SQUARED_ERROR = figure(0.0, sys.float_info.max)
-LEAST_GAIN, MOST_GAIN = -1000.0, 1000.0  # beyond that an original is no better than its base model
+DIGEST = Stored(values.DIGEST, LargeBinary())
+MOMENT = Stored(values.MOMENT, Integer())
+PACKED = Stored(values.PACKED, LargeBinary())
+WORDS = Stored(values.WORDS, String())
+SQUARED_ERROR = Stored(values.SQUARED_ERROR, Double())
 _GONE_WITH_PARENT = "CASCADE"
 _LAST = 1000  # among the columns of a table
 
@@ -402,7 +381,7 @@ class Evaluation(Base):
 
     id: Mapped[int] = mapped_column(primary_key=True)
     task_id: Mapped[int] = mapped_column(ForeignKey("tasks.id", ondelete=_GONE_WITH_PARENT))
-    rung: Mapped[str] = mapped_column(choice("base", "code", "network", "original", "residual", "generate"))
+    rung: Mapped[str] = mapped_column(choice(*values.RUNGS))
     generator_id: Mapped[int | None] = mapped_column(ForeignKey("generators.id", ondelete=_GONE_WITH_PARENT))
     data_id: Mapped[int] = mapped_column(ForeignKey("blobs.id"))
     # Metrics other than the loss are named in `score`.
@@ -410,7 +389,7 @@ class Evaluation(Base):
     value: Mapped[float] = mapped_column("nats_per_token")
     count: Mapped[int] = mapped_column("tokens")
     utf8_bytes: Mapped[int]
-    retained_gain: Mapped[float | None] = mapped_column(figure(LEAST_GAIN, MOST_GAIN))
+    retained_gain: Mapped[float | None] = mapped_column(Stored(values.GAIN, Double()))
     squared_error: Mapped[float | None] = mapped_column("dw_error", SQUARED_ERROR)
     settings_id: Mapped[int] = mapped_column(ForeignKey("documents.id"))
     created_at: Mapped[str] = mapped_column(MOMENT)

@@ -29,11 +29,6 @@ from registry.storage.folder import (
     with_reserve,
 )
 from registry.storage.locks import FileLock, Patience
-from registry.tables.codes import Codes
-from registry.tables.evaluations import Evaluations
-from registry.tables.generators import Generators
-from registry.tables.runs import Runs
-from registry.tables.vectors import Vectors
 
 if TYPE_CHECKING:
     from registry.errors import DamagedStore
@@ -42,8 +37,14 @@ if TYPE_CHECKING:
     from registry.storage.row_repair import RowRepair
     from registry.tables.base_models import BaseModels
     from registry.tables.bundles import Bundles
+    from registry.tables.codes import Codes
+    from registry.tables.evaluations import Evaluations
     from registry.tables.eviction import Originals
+    from registry.tables.generators import Generators
+    from registry.tables.runs import Runs
+    from registry.tables.summaries import Summaries
     from registry.tables.tasks import Tasks
+    from registry.tables.vectors import Vectors
     from registry.usage import Usage
     from registry.verify import Finding
 
@@ -77,9 +78,7 @@ class Store:
         self._lock = lock
         self._db = database
         self.blobs = Blobs(backend, database.must_write)
-        self._parts = parts = paths, lock, database, self.blobs, on_damage
-        self.generators, self.codes = Generators(*parts), Codes(*parts)
-        self.vectors, self.evaluations, self.runs = Vectors(*parts), Evaluations(*parts), Runs(*parts)
+        self._parts = paths, lock, database, self.blobs, on_damage
 
     @classmethod
     def open(
@@ -135,7 +134,49 @@ class Store:
         where = paths, lock, database, backend or LocalBackend(paths)
         return cls(*where, patience=patience, command=command, on_damage=on_damage)
 
-    # These take long to import, and not every command needs them.
+    @cached_property
+    def listing(self) -> Summaries:
+        """What listings show of tasks; `tasks` has it too, but takes longer to import."""
+        from registry.tables.summaries import Summaries
+
+        return Summaries(*self._parts)
+
+    # These take long to import, with SQLAlchemy, and not every command needs them.
+
+    @cached_property
+    def generators(self) -> Generators:
+        """Generators and which of them is current."""
+        from registry.tables.generators import Generators
+
+        return Generators(*self._parts)
+
+    @cached_property
+    def codes(self) -> Codes:
+        """Codes of tasks under generators."""
+        from registry.tables.codes import Codes
+
+        return Codes(*self._parts)
+
+    @cached_property
+    def vectors(self) -> Vectors:
+        """Task vectors."""
+        from registry.tables.vectors import Vectors
+
+        return Vectors(*self._parts)
+
+    @cached_property
+    def evaluations(self) -> Evaluations:
+        """Measurements."""
+        from registry.tables.evaluations import Evaluations
+
+        return Evaluations(*self._parts)
+
+    @cached_property
+    def runs(self) -> Runs:
+        """Training runs."""
+        from registry.tables.runs import Runs
+
+        return Runs(*self._parts)
 
     @cached_property
     def tasks(self) -> Tasks:

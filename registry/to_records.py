@@ -17,7 +17,7 @@ from typing import Any, TypeVar, cast
 from registry import records
 from registry import schema as models
 from registry.names import NLL, UNKNOWN_BASE
-from registry.records import WITHOUT_BASE, Description
+from registry.records import WITHOUT_BASE
 from registry.row_checks import WrongRow
 
 Record = TypeVar("Record")
@@ -54,11 +54,8 @@ def adapter_record(row: models.Adapter) -> records.AdapterRecord:
 
 # Adapters with the same description share it in memory too: a layout may name a thousand modules.
 @lru_cache(maxsize=64)
-def _description(row: models.Document) -> Description:
-    common = Description(*row.body)
-    # JSON has lists only; a description must be a key.
-    layout = tuple((name, rank, inputs, outputs) for name, rank, inputs, outputs in common.layout)
-    return common._replace(target_modules=tuple(common.target_modules), layout=layout)
+def _description(row: models.Document) -> records.Description:
+    return records.read_description(row.body)
 
 
 def code_record(row: models.Code) -> records.CodeRecord:

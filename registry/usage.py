@@ -3,19 +3,32 @@
 from __future__ import annotations
 
 import os
+import sqlite3
 from dataclasses import dataclass
 from pathlib import Path
 
-from sqlalchemy import ColumnElement, and_, select, true
-from sqlalchemy.orm import Session
-
 from registry.row_checks import is_right
-from registry.schema import Adapter, Base, Blob, Code, Extra, Generator, Task, TaskVector, TrainRun
 from registry.storage.blobs.content import Blobs
 from registry.storage.database import Database
 from registry.storage.folder import StorePaths
-from registry.storage.prune import blob_references
-from registry.storage.row_writer import table_of
+
+_OF_CURRENT = "generator_id IN (SELECT generators.id FROM generators WHERE is_current AND {right})"
+# Use -> a table, its columns that refer to blobs, and which rows; the first that refers to a blob has it.
+_USES = (
+    ("originals", "adapters", ("config_id", "card_id"), "is_final"),
+    ("originals", "adapters", ("weights_id", "initial_id"), "is_final AND evicted_at IS NULL"),
+    ("checkpoints", "adapters", ("config_id", "card_id"), "TRUE"),
+    ("checkpoints", "adapters", ("weights_id", "initial_id"), "evicted_at IS NULL"),
+    ("generators", "generators", ("blob_id", "start_id"), "is_current"),
+    ("residuals", "codes", ("residual_id",), _OF_CURRENT),
+    ("codes", "codes", ("blob_id",), _OF_CURRENT),
+    ("extras", "extras", ("blob_id",), "TRUE"),
+    ("vectors", "task_vectors", ("blob_id",), "TRUE"),
+    ("texts", "tasks", ("samples_id", "eval_id"), "TRUE"),
+    ("old_generators", "generators", ("blob_id", "start_id"), "TRUE"),
+    ("old_generators", "codes", ("blob_id", "residual_id"), "TRUE"),
+    ("training", "train_runs", ("weights_id", "optimizer_id"), "TRUE"),
+)
 
 
 @dataclass(frozen=True)
@@ -44,58 +57,47 @@ class Usage:
 
 def measure(database: Database, blobs: Blobs, paths: StorePaths, *, has_wrong_rows: bool) -> Usage:
     """Add up the files of a store by use. What only a wrong row refers to counts as `unreferenced`."""
-    with database.read() as session:
-        uses = _uses(session, has_wrong_rows=has_wrong_rows)
+    with database.columns() as connection:
+        uses = _uses(connection, has_wrong_rows=has_wrong_rows)
     sums = dict.fromkeys(Usage.__dataclass_fields__, 0)
     listed = {blob.digest: blob.size for blob in blobs.all()}
     for digest, size in listed.items():
         sums[uses.get(digest, "unreferenced")] += size
-    for path in (Path(folder, name) for folder, _, names in os.walk(paths.root) for name in names):
-        if path.is_relative_to(paths.blobs) and path.name in listed:
-            continue
-        try:
-            size = path.lstat().st_size
-        except FileNotFoundError:
-            continue  # another process has renamed or removed it since the folder was listed
-        # The journal has the name of the database and a suffix.
-        if path.name.startswith(paths.database.name):
-            sums["database"] += size
-        elif path.parent in (paths.root, paths.jobs):
-            sums["overhead"] += size
-        else:
-            sums["unreferenced"] += size
+    for folder, _, names in os.walk(paths.root):
+        is_of_blobs = Path(folder).is_relative_to(paths.blobs)
+        for name in names:
+            if not (is_of_blobs and name in listed):
+                _add(sums, paths, Path(folder, name))
     return Usage(**sums)
 
 
-def _uses(session: Session, *, has_wrong_rows: bool) -> dict[str, str]:
-    """Return digest -> use; the later entries of the list give way to the earlier ones."""
+def _add(sums: dict[str, int], paths: StorePaths, path: Path) -> None:
+    """Add a file that is no blob to what it is for."""
+    try:
+        size = path.lstat().st_size
+    except FileNotFoundError:
+        return  # another process has renamed or removed it since the folder was listed
+    # The journal has the name of the database and a suffix.
+    if path.name.startswith(paths.database.name):
+        sums["database"] += size
+    elif path.parent in (paths.root, paths.jobs):
+        sums["overhead"] += size
+    else:
+        sums["unreferenced"] += size
 
-    def right(owner: type[Base], *conditions: ColumnElement[bool]) -> ColumnElement[bool]:
+
+def _uses(connection: sqlite3.Connection, *, has_wrong_rows: bool) -> dict[str, str]:
+    """Return digest -> use."""
+
+    def right(table: str) -> str:
         # It takes a call of Python for each row and each use.
-        return and_(*conditions, is_right(table_of(owner)) if has_wrong_rows else true())
+        return is_right(table) if has_wrong_rows else "TRUE"
 
-    def refers(owner: type[Base], *conditions: ColumnElement[bool]) -> ColumnElement[bool]:
-        return blob_references(owner, right(owner, *conditions))
-
-    of_current = Code.generator_id.in_(select(Generator.id).where(right(Generator, Generator.is_current.is_(True))))
-    conditions: list[tuple[str, ColumnElement[bool]]] = [
-        ("originals", refers(Adapter, Adapter.is_final.is_(True))),
-        ("checkpoints", refers(Adapter)),
-        ("generators", refers(Generator, Generator.is_current.is_(True))),
-        (
-            "residuals",
-            Blob.id.in_(select(Code.residual_id).where(right(Code, Code.residual_id.is_not(None), of_current))),
-        ),
-        ("codes", refers(Code, of_current)),
-        ("extras", refers(Extra)),
-        ("vectors", refers(TaskVector)),
-        ("texts", refers(Task)),
-        ("old_generators", refers(Generator)),
-        ("old_generators", refers(Code)),
-        ("training", refers(TrainRun)),
-    ]
-    uses: dict[str, str] = {}
-    for use, condition in reversed(conditions):
-        found = select(Blob.digest).where(right(Blob, condition))
-        uses |= dict.fromkeys(session.scalars(found), use)
-    return uses
+    use_of: dict[int, str] = {}
+    for use, table, columns, rows in reversed(_USES):
+        condition = f"{rows.format(right=right('generators'))} AND {right(table)}"
+        for column in columns:
+            query = f"SELECT DISTINCT {column} FROM {table} WHERE {condition}"  # noqa: S608
+            use_of |= dict.fromkeys((number for (number,) in connection.execute(query)), use)
+    known = connection.execute(f"SELECT id, digest FROM blobs WHERE {right('blobs')}")  # noqa: S608
+    return {digest.hex(): use_of[number] for number, digest in known if number in use_of}

@@ -10,12 +10,13 @@ from sqlalchemy import Select, or_, select
 from sqlalchemy.orm import Session
 
 from registry.errors import DamagedStore, MissingBlob, StoreIOError
-from registry.schema import LEAST_GAIN, MOST_GAIN, Adapter, Blob, Code, Extra, Generator, Task, TaskVector
+from registry.schema import Adapter, Blob, Code, Extra, Generator, Task, TaskVector
 from registry.storage.blobs.content import Blobs
 from registry.storage.database import Damage, Database
 from registry.storage.folder import StorePaths
 from registry.storage.prune import BLOB_COLUMNS, BlobColumn, is_evictable, is_needed
 from registry.storage.row_writer import find_task
+from registry.values import LEAST_GAIN, MOST_GAIN
 
 Kind = Literal["database", "dangling", "row", "missing", "length", "digest", "orphan", "leftover", "remark"]
 

@@ -11,15 +11,15 @@ from typing import Any
 
 from sqlalchemy import Engine
 
-from registry.storage import database
+from registry.storage import engine as engines
 
-_made = database._engine.__wrapped__
+_made = engines._engine.__wrapped__
 _first: list[Engine] = []
 
 
 def share_statements() -> None:
     """Let the engines of all stores have one dialect and one cache."""
-    database._engine = lru_cache(maxsize=16)(_sharing)
+    engines._engine = lru_cache(maxsize=16)(_sharing)
 
 
 def _sharing(*arguments: Any, **options: Any) -> Engine:

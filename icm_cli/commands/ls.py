@@ -47,7 +47,7 @@ def ls(
     Example:
       icm ls -F 'rank>=8' -F tag=prod -F 'base~llama' --sort size:desc --limit 20
     """
-    from icmlora.fleet.tasks.tasks import list_names, list_tasks
+    from icmlora.fleet.tasks.tasks import count_tasks, list_names, list_tasks
 
     if tags:
         list_tags(session)
@@ -67,9 +67,10 @@ def ls(
         out.names(list_names(context, base_model, filters=chosen, sort=sort, limit=limit))
         return
     rows = list_tasks(context, base_model, filters=chosen, sort=sort, limit=limit)
-    out.document([_as_json(row) for row in rows])
+    if out.is_json:  # fields for thousands of tasks take longer than to read them
+        out.document([_as_json(row) for row in rows])
     out.listing(_FIELDS, rows)
-    if len(rows) == limit and (more := len(list_names(context, base_model, filters=chosen)) - len(rows)) > 0:
+    if len(rows) == limit and (more := count_tasks(context, base_model, filters=chosen) - len(rows)) > 0:
         out.note(f"{counted(more, 'more task')} {'is' if more == 1 else 'are'} not shown")
     if not rows and filters:
         out.note("no task passes the filters")

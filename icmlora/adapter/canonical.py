@@ -3,7 +3,8 @@
 (A, B) and (M A, B M^-1) are the same adapter for every invertible M. Before adapters are compared, averaged or learned,
 each is put into the form that depends on dW = B @ A alone:
 
-    B = Qb Rb,   A^T = Qa Ra,   Rb Ra^T = U S V^T   (r x r),   A' = S^1/2 V^T Qa^T,   B' = Qb U S^1/2
+    B = Qb Rb,   A^T = Qa Ra,   Rb Ra^T = U S V^T   (r x r),   A' = S^1/2 V^T Qa^T = S^-1/2 U^T Rb A
+                                                               B' = Qb U S^1/2     = B Ra^T V S^-1/2
 
 Singular values descend along the rank slots; the largest entry of each row of A' is positive. dW is never formed.
 """
@@ -23,7 +24,7 @@ from icmlora.io.threads import side_by_side
 # Below this share of the largest singular value a slot holds rounding noise of float64. The square root would lift
 # the noise from 1e-16 to 1e-8 of the adapter, so it is set to zero.
 _NOISE = 1e-13
-_BYTES = 32 << 20  # of factors in float64 that are decomposed together
+_BYTES = 4 << 20  # of factors in float64 that are decomposed together: more would not stay in the processor's cache
 
 
 def canonicalize(adapter: Adapter) -> Adapter:
@@ -56,21 +57,21 @@ def _parts(modules: list[LoraModule]) -> Iterator[list[LoraModule]]:
 
 def balance(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Balance factor pairs of one shape: a (n, r, in), b (n, out, r); float32 on the CPU, shapes unchanged."""
-    rank = a.shape[1]
     # float64: the sign and order of slots should not depend on rounding, and some devices have no float64.
-    a64, b64 = a.detach().to("cpu", torch.float64), b.detach().to("cpu", torch.float64)
-    q_b, r_b = torch.linalg.qr(b64)  # (n, out, k), (n, k, r)
-    q_a, r_a = torch.linalg.qr(a64.mT)  # (n, in, k), (n, k, r)
+    rows_a, rows_b = _rows(a), _rows(b.mT)  # (n, r, in), (n, r, out)
+    r_a, r_b = (torch.linalg.qr(rows.mT, mode="r").R for rows in (rows_a, rows_b))  # (n, k, r); Q is never formed
     u, s, v_t = torch.linalg.svd(r_b @ r_a.mT, full_matrices=False)
-    s = torch.where(s > _NOISE * s[:, :1], s, 0.0)
-    root = s.sqrt()
-    new_a = root[:, :, None] * (v_t @ q_a.mT)  # (n, k, in)
-    new_b = (q_b @ u) * root[:, None, :]  # (n, out, k)
-    largest = new_a.gather(2, new_a.abs().argmax(dim=2, keepdim=True))
-    sign = torch.where(largest < 0, -1.0, 1.0).to(torch.float64)  # (n, k, 1)
-    new_a, new_b = new_a * sign, new_b * sign.mT
+    over_root = torch.where(s > _NOISE * s[:, :1], s.rsqrt(), 0.0)[:, :, None]
+    new_a = (over_root * (u.mT @ r_b)) @ rows_a  # (n, k, in)
+    low, high = torch.aminmax(new_a, dim=2, keepdim=True)
+    sign = torch.where(-low > high, -1.0, 1.0)  # (n, k, 1)
+    new_b = (sign * over_root * (v_t @ r_a)) @ rows_b  # (n, k, out)
     # A rank above the module's width leaves slots that no singular value fills.
-    unused = rank - s.shape[1]
-    new_a = torch.nn.functional.pad(new_a, (0, 0, 0, unused))
-    new_b = torch.nn.functional.pad(new_b, (0, unused))
-    return new_a.to(torch.float32), new_b.to(torch.float32)
+    unused = (0, 0, 0, a.shape[1] - s.shape[1])
+    padded = [torch.nn.functional.pad(new.to(torch.float32), unused) for new in (new_a.mul_(sign), new_b)]
+    return padded[0], padded[1].mT
+
+
+def _rows(factor: torch.Tensor) -> torch.Tensor:
+    """Return a factor in float64 on the CPU, row after row."""
+    return torch.empty(factor.shape, dtype=torch.float64).copy_(factor.detach())

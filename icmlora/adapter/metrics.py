@@ -27,12 +27,7 @@ def squared_error(original: Adapter, other: Adapter) -> float:
     Ranks may differ; a module that one side lacks counts as zero there. Rounding limits the result to about 1e-15.
     It is infinite where the original is zero and the other is not.
     """
-    return relative(errors_and_norms(original, other))
-
-
-def errors_and_norms(original: Adapter, other: Adapter) -> list[tuple[float, float]]:
-    """Return ||dW_other - dW_original||^2 and ||dW_original||^2 of each module."""
-    return list(_parts(original, other).values())
+    return relative(_parts(original, other).values())
 
 
 def relative(parts: Iterable[tuple[float, float]]) -> float:
@@ -118,17 +113,19 @@ def _parts(original: Adapter, other: Adapter) -> dict[str, tuple[float, float]]:
     """Return per module the squared error and the squared norm of the original."""
     left = {module.name: module for module in original.modules}
     right = {module.name: module for module in other.modules}
-    parts: dict[str, tuple[float, float]] = {}
-    for name in left | right:
-        # In float64 once: turning factors into float64 takes longer than multiplying them.
-        mine, theirs = (None if one is None else _exact(one) for one in (left.get(name), right.get(name)))
-        norm = _inner(mine, mine) if mine else 0.0
-        error = norm + (_inner(theirs, theirs) if theirs else 0.0)
-        if mine and theirs:
-            error -= 2.0 * _inner(mine, theirs)
-        # Equal adapters cancel to rounding noise, which may be negative.
-        parts[name] = (max(error, 0.0), norm)
-    return parts
+    return {name: error_and_norm(left.get(name), right.get(name)) for name in left | right}
+
+
+def error_and_norm(original: LoraModule | None, other: LoraModule | None) -> tuple[float, float]:
+    """Return ||dW_other - dW_original||^2 and ||dW_original||^2 of a module, which one of both may lack."""
+    # In float64 once: turning factors into float64 takes longer than multiplying them.
+    mine, theirs = (None if one is None else _exact(one) for one in (original, other))
+    norm = _inner(mine, mine) if mine else 0.0
+    error = norm + (_inner(theirs, theirs) if theirs else 0.0)
+    if mine and theirs:
+        error -= 2.0 * _inner(mine, theirs)
+    # Equal adapters cancel to rounding noise, which may be negative.
+    return max(error, 0.0), norm
 
 
 def _exact(module: LoraModule) -> LoraModule:

@@ -28,6 +28,8 @@ Example = TypeVar("Example")
 """One line of `samples.jsonl` or `eval.jsonl`."""
 Item = TypeVar("Item", bound="Prepared")
 """An example as the model reads it."""
+IGNORED = -100
+"""The wanted class of a prediction that is not scored."""
 _ROUNDING = 1e-6  # share of a loss: two float32 sums of the same numbers differ by less
 
 
@@ -216,14 +218,16 @@ class Modality(Protocol[Example, Item]):
         """Return the loss of all scored predictions, summed: a scalar, with gradients that reach every module."""
         import torch
 
+        from icmlora.base_models.log_probabilities import cross_entropy
+
         rows = self.logits(base, items, from_leaf=True)
-        losses = (self.item_loss(item, row) for item, row in zip(items, rows, strict=True))
-        return torch.stack([loss for loss in losses if loss is not None]).sum()
+        pairs = ((row, self.wanted(item)) for item, row in zip(items, rows, strict=True))
+        return torch.stack([cross_entropy(row, wanted) for row, wanted in pairs if wanted is not None]).sum()
 
-    def item_loss(self, item: Item, logits: torch.Tensor) -> torch.Tensor | None:
-        """Return the loss of one item, summed: a scalar, with gradients to its logits (predictions, classes).
+    def wanted(self, item: Item) -> Sequence[int] | None:
+        """Return the class that each of an item's last predictions should be, or `IGNORED` where it is not scored.
 
-        None where the loss takes more than the logits.
+        The loss is the cross entropy with them. None where the loss takes more than the predictions.
         """
         ...
 

@@ -21,7 +21,7 @@ from icmlora.generator.initial_a.subspace import Bases, InitialSubspace, bases_o
 from icmlora.generator.sensitivity import Sensitivity
 from icmlora.generator.stack import INPUTS, OUTPUTS, Stack, stacked
 from icmlora.generator.tokens import KindTokens
-from icmlora.generator.water_level import water_level
+from icmlora.generator.water_filling import WaterFilling
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +42,7 @@ def prepare(
     tokens: Sequence[KindTokens], subspace: InitialSubspace, sensitivity: Sensitivity, tolerance: float
 ) -> PreparedAdapter:
     """Prepare an adapter for batches: its tokens, inputs (n, in) and outputs (n, out), in quantiser steps."""
-    step = water_level(tokens, tolerance, sensitivity, subspace)
+    step = WaterFilling(tokens, sensitivity, subspace).step(tolerance)
     in_steps = (
         replace(group, norm=group.norm / step, inputs=group.inputs / step, outputs=group.outputs / step)
         for group in tokens

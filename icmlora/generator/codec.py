@@ -11,7 +11,6 @@ The search for the quantiser step of a code is in icmlora/generator/encoding.py.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -23,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 
 from icmlora.adapter.layout import ModuleShape
-from icmlora.adapter.model import Adapter, LoraModule
+from icmlora.adapter.model import Adapter
 from icmlora.errors import CodeError, GeneratorError
 from icmlora.generator.code import Code, CodeHead, generator_of
 from icmlora.generator.container import ABSENT
@@ -34,7 +33,7 @@ from icmlora.generator.network_file import TrainedGenerator
 from icmlora.generator.packing import KindIntegers, pack, unpack
 from icmlora.generator.quantizer import TokenQuantizer, norm_of
 from icmlora.generator.scales import STRENGTHS
-from icmlora.generator.tokens import KindTokens, assembled, detokenize, modules_of
+from icmlora.generator.tokens import KindTokens, Modules, assembled, detokenize, modules_of
 from icmlora.io.threads import one_thread, side_by_side
 
 if TYPE_CHECKING:
@@ -107,18 +106,19 @@ class Codec:
 
         return compare(self, adapter, self.decode(code), code)
 
-    def decode(self, code: bytes) -> Adapter:
-        """Decode one code; large ones several kinds at a time."""
+    def decode(self, code: bytes, device: torch.device | None = None) -> Adapter:
+        """Decode one code, to factors in float32 on a device (by default the CPU); large ones several kinds at a time.
+
+        Integers are read on the CPU. Another device's arithmetic may differ in the last bit.
+        """
+        place = device or torch.device("cpu")
         head, state, streams = self._read(code)
 
-        def modules(stream: Iterable[KindIntegers]) -> list[tuple[int, int, LoraModule]]:
-            return [module for group in stream for module in self._modules(group, state, head)]
+        def modules(stream: Iterable[KindIntegers]) -> Modules:
+            return {key: module for group in stream for key, module in self._modules(group, state, head, place).items()}
 
         with side_by_side(None if len(code) > _LARGE else 1) as each:
-            adapter = assembled(
-                each(modules, streams), self.config, modules=_modules_of(head), task_type=head.task_type
-            )
-        return _checked(adapter)
+            return assembled(each(modules, streams), self.config, modules=_modules_of(head), task_type=head.task_type)
 
     @torch.no_grad()
     @one_thread()
@@ -182,20 +182,15 @@ class Codec:
         """Make an adapter with a code's modules from tokens, which are changed in place; strengths: (K, L)."""
         # Tokens are taken one kind after the other, so that one is in memory at a time.
         strong = (strengthened(group, strengths[group.kind]) for group in tokens)
-        return self.adapter_of(strong, _modules_of(head), head.task_type)
+        modules, task_type = _modules_of(head), head.task_type
+        return detokenize(strong, self.config, self.sensitivity, modules=modules, task_type=task_type)
 
-    def adapter_of(
-        self, tokens: Iterable[KindTokens], modules: Sequence[tuple[int, int]], task_type: str | None
-    ) -> Adapter:
-        """Make an adapter with modules (kind, layer) from final tokens; raise `CodeError` if one is not finite."""
-        return _checked(detokenize(tokens, self.config, self.sensitivity, modules=modules, task_type=task_type))
-
-    def _modules(self, group: KindIntegers, state: TaskState, head: CodeHead) -> Iterator[tuple[int, int, LoraModule]]:
+    def _modules(self, group: KindIntegers, state: TaskState, head: CodeHead, device: torch.device) -> Modules:
         """Turn the integers of one kind into its modules."""
         slots, norms = group.slots, self.quantizer.norms(group.slots, group.gain, group.residuals)
         layer, root = torch.from_numpy(slots.layer), norm_of(norms).sqrt()
         factors = 1 / root, _strength_of(head.strengths[slots.kind])[layer] / root
-        a, b = self.quantizer.dequantise(slots, norms, state, head.step, group.vectors, factors=factors)
+        a, b = self.quantizer.dequantise(slots, norms, state, head.step, group.vectors, factors=factors, device=device)
         return modules_of(slots.kind, layer, a, b, self.config, self.sensitivity)
 
 
@@ -209,21 +204,10 @@ def _strength_of(strengths: NDArray[np.int8]) -> torch.Tensor:
     return torch.exp2(_floats(strengths) / STRENGTHS)
 
 
-def _checked(adapter: Adapter) -> Adapter:
-    if not all(_is_finite(factor) for module in adapter.modules for factor in (module.a, module.b)):
-        raise CodeError("the code's values are out of float32's range")
-    return adapter
-
-
 def strengthened(tokens: KindTokens, strengths: NDArray[np.int8]) -> KindTokens:
     """Multiply the tokens of each layer by its strength, log2 in 64ths, shape (L,); in place."""
     tokens.outputs.mul_(_strength_of(strengths)[tokens.layer][:, None])
     return tokens
-
-
-def _is_finite(values: torch.Tensor) -> bool:
-    low, high = torch.aminmax(values)  # NaN is the smallest and the largest; a tenth of the time of torch.isfinite
-    return math.isfinite(low) and math.isfinite(high)
 
 
 def _floats(values: NDArray[np.int8]) -> torch.Tensor:

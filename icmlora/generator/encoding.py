@@ -10,51 +10,38 @@ and measured again, so the limit holds for the bytes themselves.
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import chain
+from functools import cache, partial
 from typing import TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from icmlora.adapter.metrics import errors_and_norms, relative
+from icmlora.adapter.metrics import error_and_norm, relative
 from icmlora.adapter.model import Adapter, LoraModule
 from icmlora.errors import GeneratorError
 from icmlora.generator.code import CodeHead
-from icmlora.generator.codec import Codec, strengthened
-from icmlora.generator.config import GeneratorConfig
+from icmlora.generator.codec import Codec
 from icmlora.generator.container import ABSENT
 from icmlora.generator.cvae import TaskState
 from icmlora.generator.initial_a.draw import InitialA
 from icmlora.generator.limits import Limits, Measured
-from icmlora.generator.objective import worth_writing
-from icmlora.generator.packing import KindIntegers, written_slots
-from icmlora.generator.quantizer import Means, Slots, nonzeros_of, norm_of
-from icmlora.generator.scales import OCTAVE, STRENGTHS
+from icmlora.generator.rounding import Rounded, Rounding
+from icmlora.generator.scales import OCTAVE
 from icmlora.generator.stack import stacked
-from icmlora.generator.tokens import (
-    KindTokens,
-    refuse_overflow,
-    refuse_underflow,
-    slot_overlaps,
-    squared_norm,
-    tokenize,
-    weighted,
-)
+from icmlora.generator.tokens import KindTokens, refuse_overflow, refuse_underflow, tokenize
+from icmlora.generator.water_filling import WaterFilling
 from icmlora.io.threads import side_by_side
 
-_Parts = list[tuple[float, float]]  # squared error and squared norm of each module
 # Steps tried below and above the expected one, in eighths of an octave: 2^-16 of it is below what float32 resolves.
 _BELOW, _ABOVE = 16 * OCTAVE, 2 * OCTAVE
 _SMALL = 1 << 22  # parameters up to which the predictions of all kinds stay in memory during the search
-_WORTH_A_THREAD = 1 << 16  # inputs of a kind on average: of fewer, threads wait for each other longer than they work
 _ENOUGH = 0.9  # share of a limit at which the code of a larger adapter is coarse enough: each try takes a second
 _FINEST, _COARSEST = 1e-8, 0.95  # squared errors between which the steps for a size are tried
 _PART = 8  # of a larger adapter, every eighth layer tells about which step is the coarsest
-_STRONGEST = STRENGTHS  # a code is made at most twice as strong
+_TRIES = 4  # at most, to find the first step; two are usual
 _ALIKE = 1e-3  # errors of the same code, as a share: float32 rounds in another order where integers are tried
 
 
@@ -70,46 +57,6 @@ class Encoded:
     decoded: Adapter | None = field(default=None, repr=False, compare=False)
 
 
-@dataclass(frozen=True)
-class _Rounded:
-    """The integers of an adapter at one step, and the errors of what they decode to."""
-
-    head: CodeHead
-    groups: Sequence[KindIntegers]
-    squared_error: float
-    weighted_error: float
-
-
-@dataclass(frozen=True)
-class _Original:
-    """The adapter that is encoded, or a part of it: as it is, and weighted."""
-
-    adapter: Adapter
-    weighted: Adapter
-
-    @classmethod
-    def of(cls, codec: Codec, adapter: Adapter) -> _Original:
-        return cls(adapter, weighted(adapter, codec.config, codec.sensitivity))
-
-    def by_kind(self, config: GeneratorConfig) -> dict[int, _Original]:
-        """Split it into its kinds of modules."""
-        pairs = defaultdict[int, list[tuple[LoraModule, LoraModule]]](list)
-        for pair in zip(self.adapter.modules, self.weighted.modules, strict=True):
-            pairs[config.place_of(pair[0].shape)[0]].append(pair)
-        split = {kind: tuple(zip(*found, strict=True)) for kind, found in pairs.items()}
-        return {
-            kind: _Original(replace(self.adapter, modules=plain), replace(self.weighted, modules=heavy))
-            for kind, (plain, heavy) in split.items()
-        }
-
-    def parts(self, codec: Codec, decoded: Adapter) -> tuple[_Parts, _Parts]:
-        """Return squared error and squared norm of each module's dW, and both of weighted dW."""
-        plain = errors_and_norms(self.adapter, decoded)
-        if codec.sensitivity.is_even:
-            return plain, plain
-        return plain, errors_and_norms(self.weighted, weighted(decoded, codec.config, codec.sensitivity))
-
-
 def encode_adapter(
     codec: Codec,
     adapter: Adapter,
@@ -118,28 +65,28 @@ def encode_adapter(
     limits: Limits,
 ) -> Encoded:
     """Encode one adapter with the coarsest step found that keeps the limits; vectors (size,); see `Codec.encode`."""
-    tokens, state = _prepared(codec, adapter, vectors, initial)
-    subspace = codec.subspace(initial)
-    expected = limits.expected_step(tokens, codec.sensitivity, subspace)
-
-    def trials(
-        adapter: Adapter, tokens: Sequence[KindTokens], means: dict[int, Means] | None
-    ) -> Callable[[int], _Rounded]:
-        originals = _Original.of(codec, adapter).by_kind(codec.config)
-        return lambda step: _rounded_at(step, codec, adapter, originals, tokens, state, initial, means)
-
-    if sum(shape.parameters for shape in adapter.layout) > _SMALL:
+    tokens, state, head = _prepared(codec, adapter, vectors, initial)
+    is_large = sum(shape.parameters for shape in adapter.layout) > _SMALL
+    is_plain_wanted = limits.max_error is not None and not codec.sensitivity.is_even
+    rounding = partial(Rounding, codec, state=state, head=head, is_plain_wanted=is_plain_wanted)
+    theory = partial(WaterFilling, sensitivity=codec.sensitivity, subspace=state.subspace)
+    if is_large:
         # How far theory is off in a part is how far it is off in the whole, about.
-        some, of_some = _part_of(adapter, tokens, codec.config)
-        there = limits.expected_step(of_some, codec.sensitivity, subspace)
-        expected += coarsest(there, limits, trials(some, of_some, {})).head.step - there
-        at, enough = trials(adapter, tokens, None), _ENOUGH
+        at, part = rounding(tokens, keeps_means=False).at, _part_of(tokens)
+        offset = _offset(limits, theory(part), rounding(part, keeps_means=True).at)
+        del part
     else:
-        at, enough = trials(adapter, tokens, {}), 1.0
-    best = coarsest(expected, limits, at, enough)
-    while not limits.keeps(found := _measured(codec, adapter, codec.close(best.head, best.groups), best)):
-        best = at(best.head.step - 1)  # it was at the limit, and rounding of float32 put it beyond
-    return found
+        at = cache(rounding(tokens, keeps_means=True).at)
+        offset = _offset(limits, theory(tokens), at)
+    expected = limits.expected_step(theory(tokens)) + offset
+    best = coarsest(math.floor(expected), limits, at, _ENOUGH if is_large else 1.0)
+    while True:
+        data, step, error = codec.close(best.head, best.groups), best.head.step, best.weighted_error
+        del best  # its integers take as much memory as the adapter
+        encoded = _measured(codec, adapter, data, error)
+        if limits.keeps(encoded):
+            return encoded
+        best = at(step - 1)  # it was at the limit, and rounding of float32 put it beyond
 
 
 def encode_within(
@@ -150,19 +97,16 @@ def encode_within(
     size: int,
 ) -> Encoded:
     """Encode one adapter in at most `size` bytes, with the finest step found; vectors (size,); see `Codec.encode`."""
-    tokens, state = _prepared(codec, adapter, vectors, initial)
-    originals, means = _Original.of(codec, adapter).by_kind(codec.config), None
-    if sum(shape.parameters for shape in adapter.layout) <= _SMALL:
-        means = dict[int, Means]()
-    subspace = codec.subspace(initial)
-    low, high = (
-        Limits(tolerance=squared).expected_step(tokens, codec.sensitivity, subspace) for squared in (_FINEST, _COARSEST)
-    )
+    tokens, state, head = _prepared(codec, adapter, vectors, initial)
+    is_small = sum(shape.parameters for shape in adapter.layout) <= _SMALL
+    at = Rounding(codec, tokens, state, head, keeps_means=is_small, is_plain_wanted=False).at
+    theory = WaterFilling(tokens, codec.sensitivity, state.subspace)
+    low, high = (math.floor(Limits(tolerance=squared).expected_step(theory)) for squared in (_FINEST, _COARSEST))
     high += _ABOVE
-    best: tuple[bytes, _Rounded] | None = None
+    best: tuple[bytes, Rounded] | None = None
     while low <= high:
         step = (low + high) // 2
-        trial = _rounded_at(step, codec, adapter, originals, tokens, state, initial, means)
+        trial = at(step)
         data = codec.close(trial.head, trial.groups)
         if len(data) <= size:
             high = step - 1
@@ -174,43 +118,68 @@ def encode_within(
             if best is None or size < len(data) < len(best[0]):
                 best = data, trial
     assert best is not None
-    return _measured(codec, adapter, *best)
+    data, found = best
+    return _measured(codec, adapter, data, found.weighted_error)
 
 
 def _prepared(
     codec: Codec, adapter: Adapter, vectors: Mapping[str, torch.Tensor], initial: InitialA | None
-) -> tuple[Sequence[KindTokens], TaskState]:
+) -> tuple[Sequence[KindTokens], TaskState, CodeHead]:
     """Return the tokens of an adapter, and everything in its code that no step changes."""
-    tokens = tokenize(adapter, codec.config, codec.sensitivity)
-    refuse_overflow(tokens, codec.config)
+    config = codec.config
+    tokens = tokenize(adapter, config, codec.sensitivity)
+    refuse_overflow(tokens, config)
     refuse_underflow(tokens)
     condition, subspace = codec.condition(vectors), codec.subspace(initial)
     (latent,) = codec.net.posterior(stacked([tokens]), condition[None])
     state = TaskState(condition, latent.round().clamp(-127, 127), subspace)
-    return tokens, replace(state, subspace=replace(subspace, shifts=codec.quantizer.shifts(tokens, state)))
+    state = replace(state, subspace=replace(subspace, shifts=codec.quantizer.shifts(tokens, state)))
+    shape = len(config.kinds), config.layers  # (K, L)
+    head = CodeHead(
+        step=0,
+        condition=_bytes(state.condition),
+        latent=_bytes(state.latent),
+        gains=np.zeros(shape[0], dtype=np.int16),
+        strengths=np.zeros(shape, dtype=np.int8),
+        kept=np.full(shape, ABSENT, dtype=np.uint16),
+        shifts=state.subspace.shifts,
+        boosts=state.subspace.boosts,
+        initial=initial,
+        task_type=adapter.task_type,
+    )
+    for module in adapter.layout:
+        head.kept[config.place_of(module)] = 0
+    return tokens, state, head
 
 
-def _measured(codec: Codec, adapter: Adapter, data: bytes, tried: _Rounded) -> Encoded:
-    """Decode a code and measure it; raise `GeneratorError` if that is not what was tried."""
+def _measured(codec: Codec, adapter: Adapter, data: bytes, expected: float) -> Encoded:
+    """Decode a code and measure it; raise `GeneratorError` if the weighted error is not the expected one."""
     found = compare(codec, adapter, codec.decode(data), data)
-    if not math.isclose(found.weighted_error, tried.weighted_error, rel_tol=_ALIKE, abs_tol=_ALIKE**2):
+    if not math.isclose(found.weighted_error, expected, rel_tol=_ALIKE, abs_tol=_ALIKE**2):
         raise GeneratorError("the code does not decode to what was encoded")
     return found
 
 
-def _part_of(
-    adapter: Adapter, tokens: Sequence[KindTokens], config: GeneratorConfig
-) -> tuple[Adapter, Sequence[KindTokens]]:
-    """Return every eighth layer of each kind of modules of an adapter, and its tokens."""
-    layers = defaultdict[int, list[int]](list)
-    for kind, layer in sorted(config.place_of(shape) for shape in adapter.layout):
-        layers[kind].append(layer)
-    chosen = {kind: found[(min(len(found), _PART) - 1) // 2 :: _PART] for kind, found in layers.items()}
-    places = {(kind, layer) for kind, found in chosen.items() for layer in found}
-    modules = tuple(module for module in adapter.modules if config.place_of(module.shape) in places)
-    masks = [torch.isin(group.layer, torch.tensor(chosen[group.kind])) for group in tokens]
-    parts = [group[mask] for group, mask in zip(tokens, masks, strict=True) if mask.any()]
-    return replace(adapter, modules=modules), parts
+def _offset(limits: Limits, theory: WaterFilling, at: Callable[[int], Rounded]) -> float:
+    """Return by how many eighths of an octave the step that just keeps the limits is above that of theory."""
+    expected, offset = limits.expected_step(theory), 0.0
+    for _ in range(_TRIES):
+        tried = math.floor(expected + offset)
+        # From where it was tried, it is as far as theory says that it is from there.
+        found = tried - limits.expected_step(theory, used=limits.used(at(tried)))
+        offset = min(max(found, -_BELOW), _ABOVE)
+        if abs(expected + offset - tried) <= 1:
+            break
+    return offset
+
+
+def _part_of(tokens: Sequence[KindTokens]) -> Sequence[KindTokens]:
+    """Return the tokens of every eighth layer of each kind of modules."""
+    parts = []
+    for group in tokens:
+        layers = torch.unique_consecutive(group.layer)
+        parts.append(group[torch.isin(group.layer, layers[(min(len(layers), _PART) - 1) // 2 :: _PART])])
+    return parts
 
 
 _Tried = TypeVar("_Tried", bound=Measured)
@@ -248,107 +217,21 @@ def coarsest(expected: int, limits: Limits, encode: Callable[[int], _Tried], eno
 
 def compare(codec: Codec, adapter: Adapter, decoded: Adapter, data: bytes) -> Encoded:
     """Measure how far an adapter, decoded from these bytes, is from the one that was encoded."""
-    plain, heavy = _Original.of(codec, adapter).parts(codec, decoded)
-    return Encoded(data, relative(plain), relative(heavy), decoded)
+    config, sensitivity = codec.config, codec.sensitivity
+    found = {module.name: module for module in decoded.modules}
 
+    def parts(module: LoraModule) -> tuple[tuple[float, float], tuple[float, float]]:
+        pair = module, found[module.name]
+        plain = error_and_norm(*pair)
+        if sensitivity.is_even:
+            return plain, plain
+        place = config.place_of(module.shape)
+        return plain, error_and_norm(*(sensitivity.weigh(one, *place) for one in pair))
 
-def quantised(
-    codec: Codec,
-    group: KindTokens,
-    state: TaskState,
-    step: int,
-    gain: int | None = None,
-    means: dict[int, Means] | None = None,
-) -> tuple[KindIntegers, KindTokens, KindTokens]:
-    """Round the tokens of one kind, (n, in) and (n, out), and leave out the slots that are not worth their bits.
-
-    Step and gain are log2 in eighths; norms are counted from the gain, by default the tokens' own mean. `means` keeps
-    the predictions of each kind, which are the same at every step. Returns the integers of the slots that are kept, the
-    tokens of these slots, and the tokens that the integers decode to.
-    """
-    slots = Slots(group.kind, group.layer.numpy(), group.slot.numpy())
-    gain, residuals = codec.quantizer.norm_residuals(slots, group.norm, gain)
-    norms = codec.quantizer.norms(slots, gain, residuals)
-    means = {} if means is None else means
-    if group.kind not in means:
-        means[group.kind] = codec.quantizer.means(slots, norms, state)
-    mean = means[group.kind]
-    sides = codec.quantizer.quantise(group, norms, state, step, mean)
-    scales = codec.quantizer.scales(slots, norms, state.subspace, step)
-    found = nonzeros_of(sides, scales)
-    vectors = codec.quantizer.dequantise(slots, norms, state, step, found, means=mean)
-    rebuilt = KindTokens(group.kind, group.layer, group.slot, norm_of(norms), *vectors)
-    inputs, outputs, along = (torch.from_numpy(side) for side in sides)
-    has_inputs = torch.cat([inputs, along], dim=1).any(dim=1)
-    is_worth = worth_writing(group, rebuilt, has_inputs, outputs.any(dim=1))  # (n,)
-    keep = written_slots(slots, is_worth.numpy())
-    if keep.all():
-        return KindIntegers(slots, gain, residuals, found), group, rebuilt
-    kept = torch.from_numpy(keep)
-    found = nonzeros_of(*([side[keep] for side in every] for every in (sides, scales)))
-    return KindIntegers(slots[keep], gain, residuals[keep], found), group[kept], rebuilt[kept]
-
-
-def strength_of(original: KindTokens, overlaps: torch.Tensor) -> int:
-    """Return log2, in 64ths, of the factor that makes the decoded dW of a kind as long, along it, as the original.
-
-    `overlaps` are the inner products of original and decoded dW in the kept slots, (n,).
-    """
-    # Values that round to zero make the decoded dW shorter. An adapter at nine tenths of its strength loses more of its
-    # gain than the larger error of a full-strength one costs (docs/results/LOG.md).
-    along, length = float(overlaps.sum()), squared_norm([original])
-    if not 0 < along < math.inf:  # products of very large values overflow float32
-        return 0
-    return min(max(round(STRENGTHS * math.log2(length / along)), 0), _STRONGEST)
-
-
-def _rounded_at(
-    step: int,
-    codec: Codec,
-    adapter: Adapter,
-    originals: Mapping[int, _Original],
-    tokens: Sequence[KindTokens],
-    state: TaskState,
-    initial: InitialA | None,
-    means: dict[int, Means] | None,
-) -> _Rounded:
-    """Round an adapter at one step, and measure what that decodes to: several kinds at a time, if they are large."""
-    shape = len(codec.config.kinds), codec.config.layers  # (K, L)
-    gains, strengths = np.zeros(shape[0], dtype=np.int16), np.zeros(shape, dtype=np.int8)
-    kept = np.full(shape, ABSENT, dtype=np.uint16)
-    for module in adapter.layout:
-        kept[codec.config.place_of(module)] = 0
-    places = {
-        kind: [(kind, layer) for layer in np.flatnonzero(row != ABSENT).tolist()] for kind, row in enumerate(kept)
-    }
-
-    def rounded(original: KindTokens) -> tuple[KindIntegers, _Parts, _Parts]:
-        kind = original.kind
-        group, kept_tokens, rebuilt = quantised(codec, original, state, step, means=means)
-        layers = group.slots.layer
-        gains[kind] = group.gain
-        strengths[kind, np.unique(layers)] = strength_of(original, slot_overlaps(kept_tokens, rebuilt))
-        np.add.at(kept[kind], layers, 1)
-        decoded = codec.adapter_of([strengthened(rebuilt, strengths[kind])], places[kind], None)
-        return group, *originals[kind].parts(codec, decoded)
-
-    is_small = sum(group.inputs.numel() for group in tokens) < _WORTH_A_THREAD * len(tokens)
+    is_small = sum(shape.parameters for shape in adapter.layout) <= _SMALL
     with side_by_side(1 if is_small else None) as each:
-        found = list(each(rounded, tokens))
-    head = CodeHead(
-        step=step,
-        condition=_bytes(state.condition),
-        latent=_bytes(state.latent),
-        gains=gains,
-        strengths=strengths,
-        kept=kept,
-        shifts=state.subspace.shifts,
-        boosts=state.subspace.boosts,
-        initial=initial,
-        task_type=adapter.task_type,
-    )
-    groups, plain, heavy = zip(*found, strict=True) if found else ((), (), ())
-    return _Rounded(head, groups, relative(chain.from_iterable(plain)), relative(chain.from_iterable(heavy)))
+        plain, heavy = zip(*each(parts, adapter.modules), strict=True)
+    return Encoded(data, relative(plain), relative(heavy), decoded)
 
 
 def _bytes(values: torch.Tensor) -> NDArray[np.int8]:

@@ -17,9 +17,9 @@ writer collects its symbols until it knows all of them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import constriction
@@ -42,6 +42,7 @@ from icmlora.generator.scales import (
 Integers = NDArray[np.int32]
 Places = NDArray[np.int64]
 Scales = NDArray[np.signedinteger[Any]]  # scale indices, in whatever width; they fit in one byte
+Sizes = Sequence[tuple[int, int]]  # scale indices, ascending, each with the number of its integers
 
 # Largest magnitude that can be written. Larger ones would mean a quantiser step below the resolution of float32.
 LIMIT = 1 << 20
@@ -51,22 +52,6 @@ _MANY = 1024  # integers of one scale, of which so many are worth saying how man
 _SHORT = 17  # symbols up to which a lazy model, which goes through them from the first on, decodes faster
 _LENGTHS = 32  # longest excess, in bits after the leading one, plus one
 _EVEN = 12  # bits of an even number that are written at a time
-
-
-@dataclass(frozen=True, eq=False)
-class ScaleGroup:
-    """The integers of one scale that are not zero."""
-
-    scale: int
-    count: int  # all integers of that scale
-    places: Places  # which of them are not zero, ascending, shape (k,)
-    values: Integers  # shape (k,)
-
-    @classmethod
-    def of(cls, scale: int, values: Integers) -> ScaleGroup:
-        """Find those of a scale's integers that are not zero."""
-        places = np.flatnonzero(values != 0)  # of booleans: several times as fast as of integers
-        return cls(scale, len(values), places, values.take(places))
 
 
 def clip(values: NDArray[np.float64]) -> Integers:
@@ -82,11 +67,19 @@ class IntegerWriter:
 
     def write(self, values: Integers, scales: Scales) -> None:
         """Append integers of shape (n,), at most `LIMIT` in magnitude, under their scale indices, shape (n,)."""
-        self.write_groups(ScaleGroup.of(scale, values.take(places)) for scale, places in _by_scale(scales))
+        order, sizes = _by_scale(scales)
+        ordered = values.take(order)
+        places = np.flatnonzero(ordered != 0)  # of booleans: several times as fast as of integers
+        self.write_nonzeros(sizes, places, ordered.take(places))
 
-    def write_groups(self, groups: Iterable[ScaleGroup]) -> None:
-        """Append the integers of several scales."""
-        beyond = [self._write_group(group) for group in groups]
+    def write_nonzeros(self, sizes: Sizes, places: Places, values: Integers) -> None:
+        """Append the integers of several scales, of which those at k places, ascending, are not zero: values (k,)."""
+        ends = np.cumsum([count for _, count in sizes]).tolist()
+        cuts = np.searchsorted(places, [0, *ends]).tolist()
+        beyond = [
+            self._write_scale(*size, places[low:high] - (end - size[1]), values[low:high])
+            for size, end, (low, high) in zip(sizes, ends, pairwise(cuts), strict=True)
+        ]
         self._write_excess(np.concatenate(beyond) if beyond else np.zeros(0, dtype=np.int32))
 
     def to_bytes(self) -> bytes:
@@ -96,18 +89,18 @@ class IntegerWriter:
             coder.encode_reverse(symbols, model)
         return bytes(coder.get_compressed().astype("<u4").tobytes())
 
-    def _write_group(self, group: ScaleGroup) -> Integers:
+    def _write_scale(self, scale: int, count: int, places: Places, values: Integers) -> Integers:
         """Append the integers of a scale; returns what of them is beyond its table, from 1 on."""
-        reach = reach_of(group.scale)
-        short = np.clip(group.values, -reach, reach)
-        if _is_sparse(group.scale, group.count):
-            self._write_places(group.scale, group.count, group.places)
-            self._append(short + reach - (short > 0), _values_model(group.scale))
+        reach = reach_of(scale)
+        short = np.clip(values, -reach, reach)
+        if _is_sparse(scale, count):
+            self._write_places(scale, count, places)
+            self._append(short + reach - (short > 0), _values_model(scale))
         else:
-            symbols = np.full(group.count, reach, dtype=np.int32)
-            symbols[group.places] += short
-            self._append(symbols, _model(group.scale))
-        magnitudes = np.abs(group.values)
+            symbols = np.full(count, reach, dtype=np.int32)
+            symbols[places] += short
+            self._append(symbols, _model(scale))
+        magnitudes = np.abs(values)
         return magnitudes[magnitudes >= reach] - (reach - 1)
 
     def _write_places(self, scale: int, count: int, places: Places) -> None:
@@ -141,7 +134,7 @@ class IntegerWriter:
             self._write_even(values >> _EVEN, ((count - 1) >> _EVEN) + 1)
             values, count = values & ((1 << _EVEN) - 1), 1 << _EVEN
         if count > 1:
-            self._append(values, constriction.stream.model.Uniform(count))
+            self._append(values, _even_model(count))
 
     def _append(self, symbols: NDArray[np.signedinteger[Any]], model: object) -> None:
         self._passes.append((symbols.astype(np.int32), model))
@@ -160,35 +153,40 @@ class IntegerReader:
 
     def read(self, scales: Scales) -> Integers:
         """Read integers, shape (n,)."""
+        order, sizes = _by_scale(scales)
+        places, found = self.read_nonzeros(sizes)
         values = np.zeros(len(scales), dtype=np.int32)
-        by_scale = list(_by_scale(scales))
-        groups = self.read_groups([(scale, len(places)) for scale, places in by_scale])
-        for (_, places), group in zip(by_scale, groups, strict=True):
-            values[places.take(group.places)] = group.values
+        values[order.take(places)] = found
         return values
 
-    def read_groups(self, sizes: Sequence[tuple[int, int]]) -> list[ScaleGroup]:
-        """Read the integers of several scales, given as (scale, count)."""
+    def read_nonzeros(self, sizes: Sizes) -> tuple[Places, Integers]:
+        """Read the integers of several scales; returns where they are not zero, ascending, and what they are: (k,)."""
         try:
-            groups = [self._read_group(*size) for size in sizes]
-            at_reach = [np.flatnonzero(np.abs(group.values) == reach_of(group.scale)) for group in groups]
-            excess = self._read_excess(sum(map(len, at_reach))) - 1
+            parts = [self._read_scale(*size) for size in sizes]
+            if not parts:
+                return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int32)
+            counts = [len(values) for _, values in parts]
+            starts = np.cumsum([0, *(count for _, count in sizes[:-1])])
+            places = np.concatenate([part for part, _ in parts])
+            places += np.repeat(starts, counts)
+            values = np.concatenate([part for _, part in parts])
+            reaches = np.repeat(np.array([reach_of(scale) for scale, _ in sizes], dtype=np.int32), counts)
+            beyond = np.flatnonzero(np.abs(values) == reaches)
+            values[beyond] += np.sign(values[beyond]) * (self._read_excess(len(beyond)) - 1)
         except (AssertionError, ValueError) as error:  # what constriction raises for data that no encoder produces
             raise _damaged() from error
-        begin = 0
-        for group, places in zip(groups, at_reach, strict=True):
-            group.values[places] += np.sign(group.values[places]) * excess[begin : begin + len(places)]
-            begin += len(places)
-        return groups
+        return places, values
 
-    def _read_group(self, scale: int, count: int) -> ScaleGroup:
+    def _read_scale(self, scale: int, count: int) -> tuple[Places, Integers]:
         reach = reach_of(scale)
-        if _is_sparse(scale, count):
-            places = self._read_places(scale, count)
-            values = self._coder.decode(_values_model(scale), len(places)) - reach
-            values += values >= 0
-            return ScaleGroup(scale, count, places, values)
-        return ScaleGroup.of(scale, self._coder.decode(_model(scale), count) - reach)
+        if not _is_sparse(scale, count):
+            symbols = self._coder.decode(_model(scale), count)
+            places = (symbols != reach).nonzero()[0]
+            return places, symbols.take(places) - reach
+        places = self._read_places(scale, count)
+        values = self._coder.decode(_values_model(scale), len(places)) - reach
+        values += values >= 0
+        return places, values
 
     def _read_places(self, scale: int, count: int) -> Places:
         model = _rarity_model(is_none_likely=count * nonzero_share(scale) < 1)
@@ -202,7 +200,7 @@ class IntegerReader:
         found = low + int(self._read_even(1, high - low + 1)[0])
         shift, last, model = _gap_model(rarity)
         gaps = self._coder.decode(model, found).astype(np.int64)
-        long = np.flatnonzero(gaps == last)
+        long = (gaps == last).nonzero()[0]
         gaps[long] += self._read_excess(len(long)) - 1
         if shift:
             gaps = (gaps << shift) + self._read_even(found, 1 << shift)
@@ -221,14 +219,14 @@ class IntegerReader:
                 excess[places] = (1 << length) + self._read_even(len(places), 1 << length)
         return excess
 
-    def _read_even(self, count: int, below: int) -> NDArray[np.int64]:
-        values = np.zeros(count, dtype=np.int64)
-        bits = 0
+    def _read_even(self, count: int, below: int) -> Places:
         if below > 1 << _EVEN:
-            values, bits, below = self._read_even(count, ((below - 1) >> _EVEN) + 1), _EVEN, 1 << _EVEN
-        if below > 1:
-            values = (values << bits) + self._coder.decode(constriction.stream.model.Uniform(below), count)
-        return values
+            high = self._read_even(count, ((below - 1) >> _EVEN) + 1)
+            return (high << _EVEN) + self._read_even(count, 1 << _EVEN)
+        if below == 1:
+            return np.zeros(count, dtype=np.int64)
+        even: Places = self._coder.decode(_even_model(below), count).astype(np.int64)
+        return even
 
 
 def _damaged() -> CodeError:
@@ -252,22 +250,24 @@ def _range_of(rarity: int, count: int) -> tuple[int, int]:
     return (count * int(bounds[rarity]) >> 32) + 1, (count * int(bounds[rarity - 1]) >> 32) if rarity else count
 
 
-def _by_scale(scales: Scales) -> Iterator[tuple[int, Places]]:
-    """Yield each scale index with its places, both ascending."""
-    return ((key + SMALLEST, places) for key, places in _places_of((scales - SMALLEST).astype(np.uint8)))
+def _by_scale(scales: Scales) -> tuple[Places, Sizes]:
+    """Return in which order integers are ascending by scale, and the scales with their numbers of integers."""
+    order, keys = _ordered((scales - SMALLEST).astype(np.uint8))
+    return order, [(key + SMALLEST, count) for key, count in keys]
+
+
+def _ordered(keys: NDArray[np.uint8]) -> tuple[Places, Sizes]:
+    """Return the order in which keys are ascending, and each of them with how many there are."""
+    # A stable sort of single bytes is a radix sort in numpy, so this takes linear time.
+    counts = np.bincount(keys).tolist()
+    return np.argsort(keys, kind="stable"), [(key, count) for key, count in enumerate(counts) if count]
 
 
 def _places_of(keys: NDArray[np.uint8]) -> Iterator[tuple[int, Places]]:
     """Yield each key with its places, both ascending."""
-    # A stable sort of single bytes is a radix sort in numpy, so this takes linear time.
-    order = np.argsort(keys, kind="stable")
-    found = np.arange(int(keys.max(initial=0)) + 1, dtype=np.uint8)  # of another type, all keys would be converted
-    ends = np.searchsorted(keys.take(order), found, side="right")
-    start = 0
-    for key, end in enumerate(ends.tolist()):
-        if end > start:
-            yield key, order[start:end]
-        start = end
+    order, found = _ordered(keys)
+    ends = np.cumsum([count for _, count in found]).tolist()
+    return ((key, order[end - count : end]) for (key, count), end in zip(found, ends, strict=True))
 
 
 @cache
@@ -285,6 +285,11 @@ def _gap_model(rarity: int) -> tuple[int, int, object]:
     """Return by how many bits gaps are shifted, the symbol of long ones, and the model."""
     shift, table = gap_frequencies(rarity)
     return shift, len(table) - 1, _categorical(table / table.sum())
+
+
+@cache
+def _even_model(count: int) -> object:
+    return constriction.stream.model.Uniform(count)
 
 
 @cache

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from icmlora.generator.initial_a.subspace import InitialSubspace
 from icmlora.generator.scales import OCTAVE
-from icmlora.generator.sensitivity import Sensitivity
-from icmlora.generator.tokens import KindTokens
-from icmlora.generator.water_level import water_level
+from icmlora.generator.water_filling import WaterFilling
 
 
 class Measured(Protocol):
@@ -71,11 +67,11 @@ class Limits:
         """Say how much of the limits a code's errors take: 1 if it just keeps them."""
         return max((error / limit for error, limit in self._pairs(encoded) if limit), default=1.0)
 
-    def expected_step(self, tokens: Sequence[KindTokens], sensitivity: Sensitivity, subspace: InitialSubspace) -> int:
-        """Return the step, in eighths of an octave, that theory gives for the smaller limit and tokens (n, size)."""
+    def expected_step(self, theory: WaterFilling, used: float = 1.0) -> float:
+        """Return the step, in eighths of an octave, at which theory expects so much of the smaller limit to be used."""
         # At full strength an adapter of which the share e is lost has the error e / (1 - e).
-        lost = self.least / (1 + self.least)
-        return math.floor(OCTAVE * math.log2(water_level(tokens, lost, sensitivity, subspace)))
+        error = used * self.least
+        return OCTAVE * math.log2(theory.step(error / (1 + error)))
 
     def _pairs(self, encoded: Measured) -> list[tuple[float, float]]:
         """Return each limit of an error that is set, with the error that it is for."""

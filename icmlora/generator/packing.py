@@ -9,6 +9,7 @@ that fills it, so that large kinds are read side by side, and one of them withou
 from __future__ import annotations
 
 import struct
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -24,6 +25,7 @@ from icmlora.generator.initial_a.subspace import InitialSubspace
 from icmlora.generator.quantizer import Slots, TokenQuantizer
 from icmlora.generator.runs import Nonzeros
 from icmlora.generator.scales import EXTREME
+from icmlora.io.threads import side_by_side
 
 _FULL = 1 << 20  # values from which on a stream ends
 
@@ -37,6 +39,16 @@ class KindIntegers:
     residuals: Integers  # shape (n,): log2 norms relative to table and gain, in eighths
     vectors: Nonzeros  # of inputs, outputs, and the part of the inputs in the initial subspace, in one row
 
+    @classmethod
+    def joined(cls, parts: Sequence[KindIntegers], sizes: Sequence[int]) -> KindIntegers:
+        """Join slots that follow each other; sizes of the vectors are in, out and R."""
+        if len(parts) == 1:
+            return parts[0]
+        layer, slot = (np.concatenate([getattr(part.slots, name) for part in parts]) for name in ("layer", "slot"))
+        vectors = Nonzeros.joined([part.vectors for part in parts], [len(part.slots.layer) for part in parts], sizes)
+        residuals = np.concatenate([part.residuals for part in parts])
+        return cls(Slots(parts[0].slots.kind, layer, slot), parts[0].gain, residuals, vectors)
+
     def sides(self, sizes: Sequence[int]) -> list[Integers]:
         """Return all integers of the vectors by side, (n, size) each; sizes are in, out and R."""
         count = len(self.slots.layer)
@@ -44,14 +56,21 @@ class KindIntegers:
 
 
 def pack(quantizer: TokenQuantizer, head: CodeHead, subspace: InitialSubspace, groups: Sequence[KindIntegers]) -> bytes:
-    """Write the integers of an adapter; at most one group per kind."""
-    by_kind, streams = {group.slots.kind: group for group in groups}, []
-    for kinds in _streams_of(head, quantizer):
+    """Write the integers of an adapter; groups of one kind follow each other, ordered by their slots."""
+    by_kind: defaultdict[int, list[KindIntegers]] = defaultdict(list)
+    for group in groups:
+        by_kind[group.slots.kind].append(group)
+
+    def write(kinds: Sequence[Slots]) -> bytes:
         writer = IntegerWriter()
-        for slots in kinds:
-            if slots.kind in by_kind:  # a kind without energy has no slots
-                write_kind(writer, quantizer, by_kind[slots.kind], subspace, head.step)
-        streams.append(writer.to_bytes())
+        for kind in (slots.kind for slots in kinds if slots.kind in by_kind):  # one without energy has no slots
+            sizes = (*quantizer.sizes[kind], subspace.rows(kind))
+            write_kind(writer, quantizer, KindIntegers.joined(by_kind[kind], sizes), subspace, head.step)
+        return writer.to_bytes()
+
+    of_streams = _streams_of(head, quantizer)
+    with side_by_side(len(of_streams)) as each:
+        streams = list(each(write, of_streams))
     return b"".join([*(struct.pack("<I", len(stream)) for stream in streams[:-1]), *streams])
 
 
@@ -83,7 +102,8 @@ def write_kind(
     """Append the integers of some slots of a kind."""
     writer.write(group.residuals, quantizer.norm_scales(group.slots))
     norms = quantizer.norms(group.slots, group.gain, group.residuals)
-    writer.write_groups(quantizer.runs(group.slots, norms, subspace, step).groups(group.vectors))
+    runs = quantizer.runs(group.slots, norms, subspace, step)
+    writer.write_nonzeros(runs.sizes, *runs.places(group.vectors))
 
 
 def read_kind(
@@ -99,7 +119,7 @@ def read_kind(
     if (np.abs(norms) > EXTREME).any():
         raise CodeError("the code's norms are out of range")
     runs = quantizer.runs(slots, norms, subspace, step)
-    return KindIntegers(slots, gain, residuals, runs.nonzeros(reader.read_groups(runs.sizes)))
+    return KindIntegers(slots, gain, residuals, runs.nonzeros(*reader.read_nonzeros(runs.sizes)))
 
 
 def _streams_of(head: CodeHead, quantizer: TokenQuantizer) -> list[list[Slots]]:

@@ -33,12 +33,12 @@ from icmlora.generator.sensitivity import Sensitivity
 from icmlora.generator.stack import INPUTS, OUTPUTS, places_of
 from icmlora.generator.tokens import KindTokens
 
+_CPU = torch.device("cpu")
 _SHORT = 31  # magnitude of the integers whose centres are in a small table
 
 Means = tuple[torch.Tensor, torch.Tensor]  # the generator's predictions, shapes (n, in) and (n, out)
 Norms = NDArray[np.int64]  # log2 norms, in eighths
-Sides = tuple[Integers, Integers, Integers]  # integers of the tokens of one kind: shapes (n, in), (n, out) and (n, R)
-SideScales = tuple[Scales, Scales, Scales]  # scale indices of the integers, of the same shapes
+SideScales = tuple[Scales, Scales, Scales]  # scale indices of integers of shapes (n, in), (n, out) and (n, R)
 Levels = tuple[Norms, Norms, Norms]  # scale indices of the integers of each slot, before profiles, shapes (n,)
 
 
@@ -68,6 +68,8 @@ class TokenQuantizer:
             (_profile(net.sensitivity, kind, INPUTS), _profile(net.sensitivity, kind, OUTPUTS))
             for kind in range(len(self.sizes))
         ]
+        directions = net.directions  # not self, which the caches would keep alive
+        self._directions = cache(lambda place, device: directions[place].detach().to(device))
         self._orders = cache(lambda kind: [ChannelOrder(profile) for profile in profiles[kind]])
 
     def norm_scales(self, slots: Slots) -> Integers:
@@ -99,14 +101,7 @@ class TokenQuantizer:
     def runs(self, slots: Slots, norms: Norms, subspace: InitialSubspace, step: int) -> Runs:
         """Return the same scale indices as runs, in the row of inputs (n, in), outputs (n, out) and along (n, R)."""
         orders = (*self._orders(slots.kind), ChannelOrder(_profiles_along(subspace, slots.kind)))
-        origins = len(slots.layer) * np.cumsum([0, *(order.size for order in orders)])
-        levels = self._levels(slots, norms, subspace, step)
-        return Runs.joined(
-            [
-                order.runs(slots.layer, level, side, int(origin))
-                for side, (order, level, origin) in enumerate(zip(orders, levels, origins, strict=False))
-            ]
-        )
+        return Runs(orders, slots.layer, self._levels(slots, norms, subspace, step))
 
     def _levels(self, slots: Slots, norms: Norms, subspace: InitialSubspace, step: int) -> Levels:
         spread = self._spreads[slots.kind, :, slots.layer, slots.slot]  # (n, 2): numpy moves the indexed axes first
@@ -125,10 +120,28 @@ class TokenQuantizer:
 
     def quantise(
         self, group: KindTokens, norms: Norms, state: TaskState, step: int, means: Means | None = None
-    ) -> Sides:
-        """Round tokens to integers, (n, in), (n, out) and (n, R); `means` are predictions that are known already."""
-        inputs, outputs, along = self.in_steps(group, norms, state, step, means)
-        return _whole(inputs), _whole(outputs), _whole(along)
+    ) -> Nonzeros:
+        """Round tokens, (n, in) and (n, out), to integers; `means` are predictions that are known already."""
+        slots = Slots(group.kind, group.layer.numpy(), group.slot.numpy())
+        return self.rounded(slots, norms, state.subspace, step, self.in_steps(group, norms, state, step, means))
+
+    def rounded(
+        self, slots: Slots, norms: Norms, subspace: InitialSubspace, step: int, vectors: Sequence[torch.Tensor]
+    ) -> Nonzeros:
+        """Round the vectors of n slots, measured in steps, shapes (n, in), (n, out) and (n, R)."""
+        profiles = (*self._profiles[slots.kind], _profiles_along(subspace, slots.kind))
+        levels = self._levels(slots, norms, subspace, step)
+        parts, origin, count = [], 0, len(norms)
+        for side, (values, profile, level) in enumerate(zip(vectors, profiles, levels, strict=True)):
+            row, size = values.numpy().ravel(), values.shape[1]
+            places = np.flatnonzero(np.abs(row) > 0.5)
+            counts = np.diff(np.searchsorted(places, size * np.arange(count + 1)))
+            channels = places + np.repeat(size * (slots.layer - np.arange(count)), counts)
+            scales = profile.ravel().take(channels) + np.repeat(level.astype(np.int16), counts)
+            whose = np.repeat(np.arange(side * count, (side + 1) * count, dtype=np.int32), counts)
+            parts.append((places + origin, entropy.clip(np.rint(row.take(places))), _clipped(scales), whose))
+            origin += len(row)
+        return Nonzeros(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
     def in_steps(
         self, group: KindTokens, norms: Norms, state: TaskState, step: int, means: Means | None = None
@@ -173,26 +186,28 @@ class TokenQuantizer:
         *,
         means: Means | None = None,
         factors: tuple[torch.Tensor, torch.Tensor] | None = None,
+        device: torch.device = _CPU,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Turn the integers of n slots into their inputs (n, in) and outputs (n, out), times a factor of each, (n,).
 
-        Each integer becomes the mean of its bin under its scale. `means` are the predictions, without factors.
+        Each integer becomes the mean of its bin under its scale. `means` are the predictions, without factors. They and
+        the factors are on the CPU; what is returned is on the device, where most of the work is done.
         """
         left, right = factors or (torch.ones(len(norms)),) * 2
         rows = state.subspace.rows(slots.kind)
         count, sizes = len(norms), (*self.sizes[slots.kind], rows)
-        row = torch.zeros(count * sum(sizes)) if rows else torch.empty(count * sum(sizes))
+        row = (torch.zeros if rows else torch.empty)(count * sum(sizes), device=device)
         parts = torch.split(row, [count * size for size in sizes])
         inputs, outputs, along = (part.view(count, size) for part, size in zip(parts, sizes, strict=True))
         if means is None:
             self._predict(slots, norms, state, (inputs, outputs), (left, right))
         else:
             for target, mean, factor in zip((inputs, outputs), means, (left, right), strict=True):
-                torch.mul(mean, factor[:, None], out=target)
+                torch.mul(mean.to(device), factor[:, None].to(device), out=target)
         sides = torch.cat([left * boost_of(slots, state.subspace), right, left]) * 2.0 ** (step / OCTAVE)
         values = torch.from_numpy(centred(vectors.values, vectors.scales))
         values.mul_(sides.index_select(0, torch.from_numpy(vectors.sides)))
-        row.index_add_(0, torch.from_numpy(vectors.places), values)
+        row.index_add_(0, torch.from_numpy(vectors.places).to(device), values.to(device))
         if rows:
             inputs += state.subspace.expand(slots.kind, torch.from_numpy(slots.layer), along, inputs.shape[1])
         return inputs, outputs
@@ -209,10 +224,10 @@ class TokenQuantizer:
     ) -> None:
         """Write the generator's predictions, times a factor of each slot."""
         places = places_of(slots.kind, torch.from_numpy(slots.layer), torch.from_numpy(slots.slot))
-        directions = self._net.directions[2 * slots.kind :]
         hidden = self._net.hidden(places, state.features)
-        for direction, rows, mean, factor in zip(directions, hidden, means, factors, strict=False):
-            torch.mm(rows * (norm_of(norms) * factor)[:, None], direction, out=mean)
+        for side, (rows, mean, factor) in enumerate(zip(hidden, means, factors, strict=True)):
+            weighted = rows * (norm_of(norms) * factor)[:, None]
+            torch.mm(weighted.to(mean.device), self._directions(2 * slots.kind + side, mean.device), out=mean)
 
 
 def centred(whole: Integers, scales: Scales) -> NDArray[np.float32]:
@@ -253,15 +268,6 @@ def boost_of(slots: Slots, subspace: InitialSubspace) -> torch.Tensor:
     return torch.from_numpy(np.exp2(boosts / STRENGTHS).astype(np.float32))
 
 
-def nonzeros_of(sides: Sequence[Integers], scales: Sequence[Scales]) -> Nonzeros:
-    """Find the integers that are not zero in inputs, outputs and along, of n slots, with their scales."""
-    row, under = (np.concatenate([side.ravel() for side in every]) for every in (sides, scales))
-    places = np.flatnonzero(row != 0)
-    counts = np.concatenate([np.count_nonzero(side, axis=1) for side in sides])
-    whose = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
-    return Nonzeros(places, row.take(places), under.take(places), whose)
-
-
 def _profile(sensitivity: Sensitivity, kind: int, side: int) -> Profiles:
     return _eighths(sensitivity.profile(kind, side)).astype(np.int16)
 
@@ -277,14 +283,14 @@ def _half_octaves(size: int) -> int:
     return round(OCTAVE * math.log2(size) / 2)
 
 
-def _whole(values: torch.Tensor) -> Integers:
-    return entropy.clip(np.rint(values.numpy()))
-
-
 def _indices(profiles: Profiles, layer: NDArray[np.int64], level: Norms) -> Scales:
     """Add the profile (L, size) of each slot's layer (n,) to its level (n,); returns scale indices (n, size)."""
     indices = profiles[layer]
     indices += level.astype(np.int16)[:, None]
+    return _clipped(indices)
+
+
+def _clipped(indices: NDArray[np.int16]) -> NDArray[np.int8]:
     return np.clip(indices, SMALLEST, LARGEST, out=indices).astype(np.int8)
 
 

@@ -23,10 +23,10 @@ from icmlora.adapter.model import Adapter
 from icmlora.base_models.running.lora_hooks import Factors
 from icmlora.generator.code_length import bin_bits
 from icmlora.generator.codec import Codec
-from icmlora.generator.entropy_coding import LIMIT, clip
+from icmlora.generator.entropy_coding import LIMIT
 from icmlora.generator.initial_a.subspace import Bases, bases_of
 from icmlora.generator.packing import KindIntegers
-from icmlora.generator.quantizer import nonzeros_of, norm_of
+from icmlora.generator.quantizer import norm_of
 from icmlora.generator.scales import OCTAVE, SMALLEST, STRENGTHS, centre_table
 from icmlora.generator.tokens import KindTokens, tokenize
 from icmlora.io.devices import moved
@@ -98,11 +98,12 @@ class RelaxedCode:
         strengths, boosts = self._opened.head.strengths.copy(), self._opened.head.boosts.copy()
         groups = []
         for part in self._parts:
-            exact = (values.detach().cpu().double().numpy() for values in part.values)
-            scales = [indices.cpu().numpy() for indices in part.fixed.scales]
-            vectors = nonzeros_of([clip(np.rint(values)) for values in exact], scales)
+            slots, subspace = part.integers.slots, self._opened.state.subspace
+            norms = self._codec.quantizer.norms(slots, part.integers.gain, part.integers.residuals)
+            steps = [values.detach().cpu() for values in part.values]
+            vectors = self._codec.quantizer.rounded(slots, norms, subspace, self._opened.head.step, steps)
             groups.append(replace(part.integers, vectors=vectors))
-            kind, layers = part.integers.slots.kind, np.unique(part.integers.slots.layer)
+            kind, layers = slots.kind, np.unique(slots.layer)
             strengths[kind, layers] = _stored(part.strength)[layers]
             boosts[kind] = _stored(part.boost)
         head = replace(self._opened.head, strengths=strengths, boosts=boosts)

@@ -22,15 +22,17 @@ from icmlora.adapter.model import Adapter
 from icmlora.errors import CodeError
 from icmlora.generator.codec import Codec, OpenCode
 from icmlora.generator.container import ABSENT
-from icmlora.generator.encoding import Encoded, coarsest, compare, quantised, strength_of
+from icmlora.generator.encoding import Encoded, coarsest, compare
 from icmlora.generator.entropy_coding import IntegerReader, Integers, IntegerWriter, Scales, clip
 from icmlora.generator.limits import Limits
 from icmlora.generator.packing import KindIntegers, read_kind, slots_between, split_sides, write_kind
-from icmlora.generator.quantizer import Slots, centred, nonzeros_of
+from icmlora.generator.quantizer import Slots, centred
 from icmlora.generator.residual import CLASSES, Residual, ResidualHead, digest_of
+from icmlora.generator.rounding import quantised, strength_of
 from icmlora.generator.scales import LARGEST, OCTAVE, SMALLEST
 from icmlora.generator.stack import INPUTS, OUTPUTS
 from icmlora.generator.tokens import KindTokens, slot_overlaps, tokenize
+from icmlora.generator.water_filling import WaterFilling
 from icmlora.io.threads import one_thread
 
 _WIDTH = OCTAVE // 2  # scale indices in one class: half an octave
@@ -79,7 +81,8 @@ class ResidualCodec:
             data = self._encode_at(step, digest_of(code), opened, parts, missing)
             return compare(self._codec, adapter, self._decode(opened, parts, code, data), data)
 
-        return coarsest(limits.expected_step(tokens, self._codec.sensitivity, opened.state.subspace), limits, at)
+        expected = limits.expected_step(WaterFilling(tokens, self._codec.sensitivity, opened.state.subspace))
+        return coarsest(math.floor(expected), limits, at)
 
     @torch.no_grad()
     @one_thread()
@@ -122,11 +125,11 @@ class ResidualCodec:
             inputs, outputs = (clip(np.rint(values)) for values in exact)
             writer.write(np.concatenate([inputs.ravel(), outputs.ravel()]), _flat_scales(scales[kind], part.classes))
             # Slots that the code left out; they are written behind those of all kinds.
-            group, further_kept, rebuilt = quantised(self._codec, lack.further, opened.state, step, part.gain)
+            group, keep, rebuilt = quantised(self._codec, lack.further, opened.state, step, part.gain)
             further.append(group)
             np.maximum.at(kept[kind], group.slots.layer, (group.slots.slot + 1).astype(np.uint16))
             finer = _finer(part.tokens, (inputs, outputs), _scales(scales[kind], part.classes), step)
-            overlaps = torch.cat([slot_overlaps(lack.shared, finer), slot_overlaps(further_kept, rebuilt)])
+            overlaps = torch.cat([slot_overlaps(lack.shared, finer), slot_overlaps(lack.further, rebuilt)[keep]])
             written = np.concatenate([part.slots.layer, group.slots.layer])
             strengths[kind, np.unique(written)] = strength_of(lack.original, overlaps)
         for group in further:
@@ -199,9 +202,10 @@ def _finer(
     tokens: KindTokens, integers: tuple[Integers, Integers], scales: tuple[Scales, Scales], step: int
 ) -> KindTokens:
     """Add a residual's integers to the tokens that the code decodes to."""
-    found = nonzeros_of(integers, scales)
     row = torch.cat([tokens.inputs.flatten(), tokens.outputs.flatten()])
-    row.numpy()[found.places] += centred(found.values, found.scales) * np.float32(2.0 ** (step / OCTAVE))
+    whole, under = (np.concatenate([side.ravel() for side in sides]) for sides in (integers, scales))
+    places = np.flatnonzero(whole != 0)
+    row.numpy()[places] += centred(whole.take(places), under.take(places)) * np.float32(2.0 ** (step / OCTAVE))
     end = tokens.inputs.numel()
     inputs, outputs = row[:end].view_as(tokens.inputs), row[end:].view_as(tokens.outputs)
     return KindTokens(tokens.kind, tokens.layer, tokens.slot, tokens.norm, inputs, outputs)

@@ -13,11 +13,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from icmlora.generator.entropy_coding import Integers, Places, ScaleGroup
+from icmlora.generator.entropy_coding import Integers, Places, Sizes
 from icmlora.generator.scales import LARGEST, SMALLEST
 
 Profiles = NDArray[np.int16]  # log2 of how far each channel is above its layer's mean, in eighths, shape (L, size)
@@ -28,25 +29,22 @@ class ChannelOrder:
 
     def __init__(self, profiles: Profiles) -> None:
         self.size = profiles.shape[1]
-        self.channels = np.argsort(profiles, axis=1, kind="stable").astype(np.int32)  # (L, size)
-        ordered = np.take_along_axis(profiles, self.channels, axis=1)
-        begins = np.diff(ordered, axis=1, prepend=ordered[:, :1] - 1) != 0
-        self._first = np.flatnonzero(begins)  # flat index of each run's first channel, layer after layer
-        self._length = np.diff(self._first, append=ordered.size)
-        self._profile = ordered.ravel()[self._first].astype(np.int64)
-        self._count = begins.sum(axis=1)  # runs of each layer, (L,)
-        self._begin = np.cumsum(self._count) - self._count
+        ordered = np.argsort(profiles, axis=1, kind="stable").astype(np.int32)  # (L, size)
+        profiles = np.take_along_axis(profiles, ordered, axis=1)
+        begins = np.diff(profiles, axis=1, prepend=profiles[:, :1] - 1) != 0
+        self.channels = ordered.ravel()  # layer after layer, as everything here
+        self.first = np.flatnonzero(begins)  # index of each run's first channel
+        self.length = np.diff(self.first, append=profiles.size)
+        self.profile = profiles.ravel()[self.first].astype(np.int64)
+        self.count = begins.sum(axis=1)  # runs of each layer, (L,)
 
-    def runs(self, layer: NDArray[np.int64], level: NDArray[np.int64], side: int, origin: int) -> Runs:
-        """Return the runs of n slots with levels (n,); the first one's values begin at `origin`."""
-        counts = self._count[layer]
-        slot = np.repeat(np.arange(len(layer)), counts)
-        # 0, 1, ... within each slot, from the first run of its layer on.
-        run = np.arange(len(slot)) - np.repeat(np.cumsum(counts) - counts - self._begin[layer], counts)
-        scales = np.clip(level[slot] + self._profile[run], SMALLEST, LARGEST).astype(np.int8)
-        sides = (side * len(layer) + slot).astype(np.int32)
-        origins = origin + slot * self.size
-        return Runs(scales, self._length[run], sides, origins, self._first[run], self.channels.ravel())
+    @cached_property
+    def places(self) -> Integers:
+        """Where each channel stands among the ordered ones."""
+        places = np.empty(len(self.channels), dtype=np.int32)
+        layer = np.arange(len(places), dtype=np.int32) // max(self.size, 1) * self.size
+        places[layer + self.channels] = np.arange(len(places), dtype=np.int32)
+        return places
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,6 +55,31 @@ class Nonzeros:
     values: Integers  # shape (k,)
     scales: NDArray[np.int8]  # scale indices, shape (k,)
     sides: Integers  # whose they are: 0 ... n-1 are the inputs of the slots, then come their outputs, then along
+
+    @classmethod
+    def joined(cls, parts: Sequence[Nonzeros], counts: Sequence[int], sizes: Sequence[int]) -> Nonzeros:
+        """Join those of slots that follow each other, so many in each part, with vectors of these sizes."""
+        total, shifts = sum(counts), np.cumsum([0, *counts])
+        after = starts_of(total, sizes).reshape(len(sizes), total)
+        columns: list[tuple[NDArray[Any], ...]] = []
+        for part, count, shift in zip(parts, counts, shifts.tolist(), strict=False):
+            whose = np.arange(len(sizes), dtype=np.int32)[:, None] * total + np.arange(shift, shift + count)
+            moved = (after[:, shift : shift + count].ravel() - starts_of(count, sizes)).take(part.sides)
+            columns.append((part.places + moved, part.values, part.scales, whose.ravel().take(part.sides)))
+        return cls(*(np.concatenate(column) for column in zip(*columns, strict=True)))
+
+    def kept(self, keep: NDArray[np.bool_], sizes: Sequence[int]) -> Nonzeros:
+        """Leave out slots, by a mask (n,) of those to keep."""
+        masks = np.tile(keep, len(sizes))
+        whose = np.cumsum(masks, dtype=np.int32) - 1
+        starts = starts_of(int(keep.sum()), sizes)
+        moved = np.zeros(len(masks), dtype=np.int64)
+        moved[masks] = starts - starts_of(len(keep), sizes)[masks]
+        chosen = masks.take(self.sides)
+        sides = self.sides[chosen]
+        return Nonzeros(
+            self.places[chosen] + moved.take(sides), self.values[chosen], self.scales[chosen], whose.take(sides)
+        )
 
     def dense(self, count: int) -> Integers:
         """Return all values of the kind, shape (count,)."""
@@ -72,52 +95,78 @@ class Nonzeros:
         return np.array_equal(self.dense(count), other.dense(count))
 
 
-@dataclass(frozen=True, eq=False)
 class Runs:
-    """S runs of integers of one scale each."""
+    """Runs of integers of one scale each, ordered by scale, of n slots of a kind."""
 
-    scales: NDArray[np.int8]  # scale index, shape (S,)
-    lengths: Places  # shape (S,)
-    sides: Integers  # of the n slots: their inputs, their outputs, and along, shape (S,)
-    origins: Places  # where the values of a run's side begin, shape (S,)
-    firsts: Places  # which entry of `channels` is its first one, shape (S,)
-    channels: Integers  # channels of several layers, in the order of their profiles
-
-    @classmethod
-    def joined(cls, parts: Sequence[Runs]) -> Runs:
-        """Join runs, ordered by scale."""
-        shifts = np.cumsum([0, *(len(part.channels) for part in parts)])
-        firsts = np.concatenate([part.firsts + shift for part, shift in zip(parts, shifts, strict=False)])
-        scales, lengths, sides, origins, channels = (
-            np.concatenate([getattr(part, name) for part in parts])
-            for name in ("scales", "lengths", "sides", "origins", "channels")
+    def __init__(self, orders: Sequence[ChannelOrder], layer: NDArray[np.int64], levels: Sequence[Places]) -> None:
+        """Find the runs of slots with levels (n,) in layers (n,), by their inputs, outputs and along."""
+        self._orders = orders
+        self._starts = starts_of(len(layer), [order.size for order in orders])  # (3n,)
+        shifts = np.cumsum([0, *(len(order.channels) for order in orders)])
+        # Where the channels of each vector's layer begin among those of all sides.
+        self._blocks = np.concatenate(
+            [shift + order.size * layer for order, shift in zip(orders, shifts, strict=False)]
         )
+        parts = [_runs_of(order, layer, level) for order, level in zip(orders, levels, strict=True)]
+        scales = np.concatenate([part[0] for part in parts])
         order = np.argsort((scales - SMALLEST).astype(np.uint8), kind="stable")
-        return cls(scales[order], lengths[order], sides[order], origins[order], firsts[order], channels)
+        self._scales = scales[order]  # scale index, (S,)
+        self._lengths = np.concatenate([part[1] for part in parts])[order]
+        vectors = [part[2] + side * len(layer) for side, part in enumerate(parts)]
+        self._sides = np.concatenate(vectors).astype(np.int32)[order]
+        firsts = [part[3] + shift for part, shift in zip(parts, shifts, strict=False)]
+        self._firsts = np.concatenate(firsts)[order]  # index of the first channel of a run, among those of all sides
+        self._begins = np.cumsum(self._lengths) - self._lengths  # of a run, among all integers in this order
 
     @cached_property
-    def sizes(self) -> list[tuple[int, int]]:
+    def sizes(self) -> Sizes:
         """Each scale index, ascending, with the number of its integers."""
-        counts = np.bincount(self.scales.astype(np.int64) - SMALLEST, weights=self.lengths)
+        counts = np.bincount(self._scales.astype(np.int64) - SMALLEST, weights=self._lengths)
         return [(key + SMALLEST, count) for key, count in enumerate(counts.astype(np.int64).tolist()) if count]
 
-    def nonzeros(self, groups: Sequence[ScaleGroup]) -> Nonzeros:
-        """Say where the integers of each scale are in the row of all values."""
-        starts = np.cumsum([0, *(group.count for group in groups)])
-        at = np.concatenate([np.zeros(0, np.int64), *(g.places + s for g, s in zip(groups, starts, strict=False))])
-        ends = np.cumsum(self.lengths)
-        counts = np.diff(np.searchsorted(at, ends), prepend=0)  # nonzeros of each run
-        shift = np.repeat(self.firsts - (ends - self.lengths), counts)
-        places = self.channels.take(at + shift) + np.repeat(self.origins, counts)
-        values = np.concatenate([np.zeros(0, np.int32), *(group.values for group in groups)])
-        return Nonzeros(places, values, np.repeat(self.scales, counts), np.repeat(self.sides, counts))
+    def nonzeros(self, at: Places, values: Integers) -> Nonzeros:
+        """Find the k integers that are not zero in the row of all values, given their places in the runs, ascending."""
+        counts = np.diff(np.searchsorted(at, self._begins + self._lengths), prepend=0)  # nonzeros of each run
+        channels = np.concatenate([order.channels for order in self._orders])
+        places = channels.take(at + np.repeat(self._firsts - self._begins, counts))
+        row = places + np.repeat(self._starts.take(self._sides), counts)
+        return Nonzeros(row, values, np.repeat(self._scales, counts), np.repeat(self._sides, counts))
 
-    def groups(self, found: Nonzeros) -> list[ScaleGroup]:
-        """Return the integers of each scale."""
-        ends = np.cumsum(self.lengths)
-        row = found.dense(int(ends[-1]) if len(ends) else 0)
-        run = np.repeat(np.arange(len(ends)), self.lengths)
-        shift = self.firsts - (ends - self.lengths)
-        ordered = row.take(self.channels.take(np.arange(len(run)) + shift.take(run)) + self.origins.take(run))
-        parts = np.split(ordered, np.cumsum([count for _, count in self.sizes])[:-1])
-        return [ScaleGroup.of(scale, part) for (scale, _), part in zip(self.sizes, parts, strict=False)]
+    def places(self, found: Nonzeros) -> tuple[Places, Integers]:
+        """Return the places in the runs, ascending, of integers that are not zero, and what they are: shape (k,)."""
+        # Of each vector and scale the distance from an integer's place among the ordered channels to that in all runs.
+        # Runs that were clipped to one scale follow each other in both, so that of the first one holds for all.
+        shifts = np.zeros((len(self._starts), LARGEST - SMALLEST + 1), dtype=np.int64)
+        backwards = slice(None, None, -1)
+        shifts[self._sides[backwards], self._scales[backwards].astype(np.int64) - SMALLEST] = (
+            self._begins - self._firsts
+        )[backwards]
+        keys = found.scales.astype(np.int64) - SMALLEST
+        shift = shifts.ravel().take(found.sides.astype(np.int64) * shifts.shape[1] + keys)
+        sides = np.cumsum([0, *(len(order.channels) for order in self._orders)])
+        places = np.concatenate([order.places + side for order, side in zip(self._orders, sides, strict=False)])
+        at = places.take(found.places + (self._blocks - self._starts).take(found.sides)) + shift
+        # By scale first, in linear time; few are out of order then.
+        order = np.argsort(keys.astype(np.uint8), kind="stable")
+        order = order[np.argsort(at[order], kind="stable")]
+        return at[order], found.values[order]
+
+
+def starts_of(count: int, sizes: Sequence[int]) -> Places:
+    """Return where each vector begins in the row of a kind's values: of `count` slots the first sides, the second..."""
+    origins = count * np.cumsum([0, *sizes])
+    slots = np.arange(count)
+    return np.concatenate([origin + size * slots for origin, size in zip(origins, sizes, strict=False)])
+
+
+def _runs_of(
+    order: ChannelOrder, layer: NDArray[np.int64], level: Places
+) -> tuple[NDArray[np.int8], Places, Places, Places]:
+    """Return scale, length, slot and first channel of each run of n slots."""
+    counts = order.count[layer]
+    slot = np.repeat(np.arange(len(layer)), counts)
+    # 0, 1, ... within each slot, from the first run of its layer on.
+    begin = (np.cumsum(order.count) - order.count)[layer]
+    run = np.arange(len(slot)) - np.repeat(np.cumsum(counts) - counts - begin, counts)
+    scales = np.clip(level[slot] + order.profile[run], SMALLEST, LARGEST).astype(np.int8)
+    return scales, order.length[run], slot, order.first[run]

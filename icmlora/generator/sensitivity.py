@@ -23,12 +23,14 @@ from icmlora.generator.scales import OCTAVE
 
 # By dotted module name: mean squares of inputs (in,) and of output gradients (out,).
 MeanSquares = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
+_Sides = tuple[torch.Tensor, torch.Tensor]  # weights of inputs and outputs
 
 # Powers of root mean squares, within a module and between modules; 1 is the Fisher information, 0 even weights.
 _CHANNEL_POWER, _LEVEL_POWER = 0.5, 0.25
 # Share of the mean that is added to every mean square: an input that was zero on these texts may not stay so.
 _FLOOR = 0.05
 _RANGE = 12.0  # weights are between 2^-12 and 2^12
+_AT_A_TIME = 1 << 18  # values whose weights are undone together: more would not stay in the processor's cache
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +39,9 @@ class Sensitivity:
 
     inputs: tuple[torch.Tensor, ...]  # per kind, float32, shape (L, in)
     outputs: tuple[torch.Tensor, ...]  # per kind, float32, shape (L, out)
-    _inverses: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict, init=False, repr=False)
+    _inverses: dict[tuple[int, torch.device], tuple[torch.Tensor, torch.Tensor]] = field(
+        default_factory=dict, init=False, repr=False
+    )
 
     @cached_property
     def is_even(self) -> bool:
@@ -50,23 +54,29 @@ class Sensitivity:
         return Sensitivity(left, right)
 
     def weigh(self, module: LoraModule, kind: int, layer: int) -> LoraModule:
-        """Multiply dW by the weights of its channels."""
+        """Multiply dW by the weights of its channels; the same module comes back under even weights."""
+        if self.is_even:
+            return module
         left, right = torch.exp2(self.outputs[kind][layer]), torch.exp2(self.inputs[kind][layer])
         return LoraModule(module.name, module.a * right, module.b * left[:, None])
 
-    def unweigh(self, kind: int, layer: int, inputs: torch.Tensor, outputs: torch.Tensor) -> None:
-        """Undo `weigh`, in place, for rank slots of one module: inputs (r, in), outputs (r, out)."""
+    def unweigh(self, kind: int, layer: torch.Tensor, inputs: torch.Tensor, outputs: torch.Tensor) -> None:
+        """Undo `weigh`, in place, for n rank slots of one kind: layer (n,), inputs (n, in), outputs (n, out)."""
         if self.is_even:
             return
-        left, right = self._inverse(kind)
-        inputs.mul_(left[layer])
-        outputs.mul_(right[layer])
+        for values, weights in zip((inputs, outputs), self._inverse(kind, inputs.device), strict=True):
+            rows = max(1, _AT_A_TIME // values.shape[1])
+            for part, of_part in zip(
+                torch.split(values, rows), torch.split(layer.to(values.device), rows), strict=True
+            ):
+                part.mul_(weights.index_select(0, of_part))
 
-    def _inverse(self, kind: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _inverse(self, kind: int, device: torch.device) -> _Sides:
         """Return what undoes the weights, shapes (L, in) and (L, out); it is kept for the next call."""
-        if kind not in self._inverses:
-            self._inverses[kind] = torch.exp2(-self.inputs[kind]), torch.exp2(-self.outputs[kind])
-        return self._inverses[kind]
+        if (kind, device) not in self._inverses:
+            left, right = (torch.exp2(-weights[kind]).to(device) for weights in (self.inputs, self.outputs))
+            self._inverses[kind, device] = left, right
+        return self._inverses[kind, device]
 
     def profile(self, kind: int, side: int) -> torch.Tensor:
         """Return log2 of how far each channel is above the layer's mean, in whole eighths, shape (L, size)."""

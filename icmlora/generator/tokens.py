@@ -11,6 +11,7 @@ dW is first weighted by the sensitivity of its channels, so that equal distortio
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -20,12 +21,15 @@ import torch
 
 from icmlora.adapter.layout import target_modules
 from icmlora.adapter.model import Adapter, LoraModule
-from icmlora.errors import AdapterRefused, GeneratorError
-from icmlora.generator.config import GeneratorConfig
+from icmlora.errors import AdapterRefused, CodeError, GeneratorError
+from icmlora.generator.config import GeneratorConfig, ModuleKind
 from icmlora.generator.sensitivity import Sensitivity
 
 _LARGEST = 2.0**50  # largest singular value: the network sums their squares in float32, and quantiser steps end at 2^40
 _SMALLEST = 2.0**-50  # and begin at 2^-40
+
+
+Modules = dict[tuple[int, int], LoraModule]  # by kind and layer
 
 
 class Pairs(Protocol):
@@ -55,30 +59,39 @@ class KindTokens:
     inputs: torch.Tensor  # s * v, float32, shape (n, in)
     outputs: torch.Tensor  # s * u, float32, shape (n, out)
 
-    def __getitem__(self, chosen: torch.Tensor) -> KindTokens:
-        """Choose token pairs with a mask of shape (n,)."""
+    def __getitem__(self, chosen: torch.Tensor | slice) -> KindTokens:
+        """Choose token pairs with a mask of shape (n,), or a slice."""
         parts = (self.layer, self.slot, self.norm, self.inputs, self.outputs)
         return KindTokens(self.kind, *(part[chosen] for part in parts))
 
-
-def weighted(adapter: Adapter, config: GeneratorConfig, sensitivity: Sensitivity) -> Adapter:
-    """Return an adapter with dW multiplied by the weights of its channels; the same one under even weights."""
-    if sensitivity.is_even:
-        return adapter
-    modules = (sensitivity.weigh(module, *config.place_of(module.shape)) for module in adapter.modules)
-    return replace(adapter, modules=tuple(modules))
+    def by_layers(self, most: int) -> Iterator[KindTokens]:
+        """Split after whole layers, into parts of at most so many values, or of one layer."""
+        values = self.inputs.shape[1] + self.outputs.shape[1]
+        ends = torch.unique_consecutive(self.layer, return_counts=True)[1].cumsum(0).tolist()
+        begin = 0
+        for end, following in zip(ends, [*ends[1:], math.inf], strict=True):
+            if (following - begin) * values > most:
+                yield self[begin:end]
+                begin = end
 
 
 def tokenize(adapter: Adapter, config: GeneratorConfig, sensitivity: Sensitivity) -> tuple[KindTokens, ...]:
     """Turn an adapter (any gauge) into tokens, (n, in) and (n, out); slots and kinds without energy are left out."""
     from icmlora.adapter.canonical import canonicalize  # needed to encode only
 
-    groups: defaultdict[int, list[tuple[int, LoraModule]]] = defaultdict(list)
-    for module in canonicalize(weighted(adapter, config, sensitivity)).modules:
-        kind, layer = config.place_of(module.shape)
-        groups[kind].append((layer, module))
-    stacked = (_stack(kind, sorted(groups[kind], key=lambda pair: pair[0])) for kind in sorted(groups))
-    return tuple(group for group in stacked if len(group.norm))
+    kinds: defaultdict[int, list[LoraModule]] = defaultdict(list)
+    for module in adapter.modules:
+        kinds[config.place_of(module.shape)[0]].append(module)
+    groups = []
+    for kind, modules in sorted(kinds.items()):
+        places = [config.place_of(module.shape) for module in modules]
+        weighted = [sensitivity.weigh(module, *place) for module, place in zip(modules, places, strict=True)]
+        canonical = canonicalize(replace(adapter, modules=tuple(weighted))).modules
+        layers = [layer for _, layer in places]
+        groups.append(
+            _stack(config.kinds[kind], kind, sorted(zip(layers, canonical, strict=True), key=lambda pair: pair[0]))
+        )
+    return tuple(group for group in groups if len(group.norm))
 
 
 def refuse_overflow(tokens: Sequence[KindTokens], config: GeneratorConfig) -> None:
@@ -100,19 +113,23 @@ def refuse_underflow(tokens: Sequence[KindTokens]) -> None:
         raise GeneratorError(f"its dW has the size {largest:.0e}, too small to encode", hint=hint)
 
 
-def _stack(kind: int, modules: list[tuple[int, LoraModule]]) -> KindTokens:
+def _stack(kind: ModuleKind, number: int, modules: list[tuple[int, LoraModule]]) -> KindTokens:
     """Concatenate the tokens of all layers of one kind; modules are (layer, module in canonical gauge)."""
-    layers, slots, norms, inputs, outputs = [], [], [], [], []
+    rows = sum(len(module.a) for _, module in modules)
+    inputs, outputs = torch.empty(rows, kind.inputs), torch.empty(rows, kind.outputs)
+    layers, slots, norms, begin = [], [], [], 0
     for layer, module in modules:
         norm = module.a.norm(dim=1) * module.b.norm(dim=0)  # balanced factors: |a_i| = |b_i| = sqrt(s_i)
         used = int((norm > 0).sum())
-        root = norm[:used].sqrt()
+        root, end = norm[:used, None].sqrt(), begin + used
         layers.append(torch.full((used,), layer))
         slots.append(torch.arange(used))
         norms.append(norm[:used])
-        inputs.append(module.a[:used] * root[:, None])
-        outputs.append(module.b[:, :used].T * root[:, None])
-    return KindTokens(kind, *(torch.cat(part) for part in (layers, slots, norms, inputs, outputs)))
+        torch.mul(module.a[:used], root, out=inputs[begin:end])
+        torch.mul(module.b[:, :used].T, root, out=outputs[begin:end])
+        begin = end
+    layer_of, slot, size = (torch.cat(part) for part in (layers, slots, norms))
+    return KindTokens(number, layer_of, slot, size, inputs[:begin], outputs[:begin])
 
 
 def detokenize(
@@ -134,8 +151,8 @@ def detokenize(
 
 def modules_of(
     kind: int, layer: torch.Tensor, a: torch.Tensor, b: torch.Tensor, config: GeneratorConfig, sensitivity: Sensitivity
-) -> Iterator[tuple[int, int, LoraModule]]:
-    """Yield the modules of a kind, with its number and their layers, from weighted rows of A and columns of B.
+) -> Modules:
+    """Make the modules of a kind from weighted rows of A and columns of B.
 
     Args:
         kind: Number of the kind.
@@ -144,31 +161,40 @@ def modules_of(
         b: Columns of B, float32, shape (n, out); changed in place.
         config: What the kind is.
         sensitivity: The weights.
+
+    Raises:
+        CodeError: A value is not finite.
     """
-    counts = torch.bincount(layer, minlength=config.layers).tolist()
-    for number, (rows, columns) in enumerate(zip(torch.split(a, counts), torch.split(b, counts), strict=True)):
-        if len(rows):
-            sensitivity.unweigh(kind, number, rows, columns)
-            yield kind, number, LoraModule(config.kinds[kind].module(number), rows, columns.T.contiguous())
+    sensitivity.unweigh(kind, layer, a, b)
+    if not (_is_finite(a) and _is_finite(b)):
+        raise CodeError("the code's values are out of float32's range")
+    numbers, counts = (part.tolist() for part in torch.unique_consecutive(layer, return_counts=True))
+    factors = zip(numbers, torch.split(a, counts), torch.split(b, counts), strict=True)
+    name = config.kinds[kind].module
+    return {(kind, number): LoraModule(name(number), rows, columns.T) for number, rows, columns in factors}
 
 
 def assembled(
-    parts: Iterable[Iterable[tuple[int, int, LoraModule]]],
+    parts: Iterable[Modules],
     config: GeneratorConfig,
     *,
     modules: Sequence[tuple[int, int]],
     task_type: str | None,
 ) -> Adapter:
     """Make an adapter of modules (kind, layer); those that are not among the parts are of rank 1, and zero."""
-    written = {}
-    for kind, layer in modules:
-        shape = config.kinds[kind]
-        zeros = torch.zeros(1, shape.inputs), torch.zeros(shape.outputs, 1)
-        written[kind, layer] = LoraModule(shape.module(layer), *zeros)
-    for part in parts:
-        written |= {(kind, layer): module for kind, layer, module in part}
-    names = target_modules(module.name for module in written.values())
-    return Adapter(config.base_model, task_type, names, tuple(written.values()))
+    found = {place: module for part in parts for place, module in part.items()}
+    written = tuple(found.get(place) or _nothing(*place, config) for place in modules)
+    return Adapter(config.base_model, task_type, target_modules(module.name for module in written), written)
+
+
+def _nothing(kind: int, layer: int, config: GeneratorConfig) -> LoraModule:
+    shape = config.kinds[kind]
+    return LoraModule(shape.module(layer), torch.zeros(1, shape.inputs), torch.zeros(shape.outputs, 1))
+
+
+def _is_finite(values: torch.Tensor) -> bool:
+    # NaN is the smallest and the largest. This takes a tenth of the time of torch.isfinite.
+    return not values.numel() or all(math.isfinite(value) for value in torch.aminmax(values))
 
 
 def squared_norm(tokens: Sequence[KindTokens]) -> float:

@@ -45,6 +45,9 @@ def side_by_side(most: int | None = None) -> Iterator[Map]:
     try:
         torch.set_num_threads(1)  # some libraries have one number for the whole process
         count = min(before, most or before)
+        if count == 1:  # a thread takes longer to start than a small adapter takes to decode
+            yield lambda function, items: map(torch.no_grad()(function), items)
+            return
         with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=alone) as threads:
             yield lambda function, items: threads.map(torch.no_grad()(function), items)
     finally:

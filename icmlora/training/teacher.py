@@ -14,13 +14,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from icmlora.base_models.modality import BaseModel
+from icmlora.base_models.log_probabilities import log_probabilities
+from icmlora.base_models.modality import IGNORED, BaseModel
 from icmlora.base_models.running.lora_hooks import Factors, added, added_by_rows
-from icmlora.io.devices import texts_at_once
+from icmlora.io.devices import texts_at_once, uploaded
 
 KEPT = 128  # tokens stored of each distribution
 _LEAST = 1e-6  # smallest probability of the rest, so that its logarithm is finite
@@ -32,8 +33,15 @@ class Target:
 
     item: Any  # as the base model reads it
     tokens: torch.Tensor  # int64, shape (T, K): the likeliest next tokens
-    log_p: torch.Tensor  # float32, shape (T, K + 1): their log probabilities, and that of all others together
-    loss: float | None  # of the example under the adapter, summed; None where it does not follow from the predictions
+    wanted: torch.Tensor | None  # int64, shape (T,): the example's own; None where its loss takes more than predictions
+    read: _Read  # what the adapter makes of the example
+
+
+class _Read(NamedTuple):
+    """What a model with some factors makes of an example, with gradients if the factors have some."""
+
+    log_p: torch.Tensor  # float32, shape (T, K + 1): log probabilities of the tokens, and of all others together
+    loss: torch.Tensor  # of the example, summed: a scalar; 0 where it does not follow from the predictions
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,9 +72,8 @@ class Teacher:
                 rows = self._base.modality.logits(self._base, items)  # (T, V) each
             for number, item, logits in zip(some, items, rows, strict=True):
                 tokens = logits.topk(min(KEPT, logits.shape[-1] - 1), dim=-1).indices
-                loss = self._base.modality.item_loss(item, logits)
-                shares = _log_shares(logits, tokens)
-                self._targets[number] = Target(item, tokens, shares, None if loss is None else float(loss))
+                wanted = _wanted(self._base, item, logits)
+                self._targets[number] = Target(item, tokens, wanted, _read(logits, tokens, wanted))
         return [self._targets[number] for number in numbers]
 
     @torch.no_grad()
@@ -76,7 +83,8 @@ class Teacher:
         for some in _batches(range(min(most, len(self))), texts_at_once(self._base.device)):
             targets = self.targets(some)
             rows = self._base.modality.logits(self._base, [target.item for target in targets])
-            found += [_nats(target, row) / len(row) for target, row in zip(targets, rows, strict=True)]
+            reads = (_read(row, target.tokens, None) for target, row in zip(targets, rows, strict=True))
+            found += [_nats(target, read) / len(read.log_p) for target, read in zip(targets, reads, strict=True)]
         return float(torch.stack(found).mean())
 
 
@@ -95,18 +103,16 @@ def shortfalls(base: BaseModel, asked: Sequence[tuple[Teacher, Factors, Sequence
     single = len(several) == 1
     with added(base.model, several[0]) if single else added_by_rows(base.model, several, len(items)):
         rows = iter(base.modality.logits(base, items))  # (T, V) each
-    return [_shortfall(base, [(target, next(rows)) for target in of_task]) for of_task in targets]
-
-
-def _shortfall(base: BaseModel, pairs: Sequence[tuple[Target, torch.Tensor]]) -> Shortfall:
-    count = sum(len(row) for _, row in pairs)
-    nats = torch.stack([_nats(target, row) for target, row in pairs]).sum()
-    losses = [
-        found - target.loss
-        for target, row in pairs
-        if target.loss is not None and (found := base.modality.item_loss(target.item, row)) is not None
+    return [
+        _shortfall([(target, _read(next(rows), target.tokens, target.wanted)) for target in of_task])
+        for of_task in targets
     ]
-    more = torch.stack(losses).sum().clamp_min(0) if losses else torch.zeros_like(nats)
+
+
+def _shortfall(pairs: Sequence[tuple[Target, _Read]]) -> Shortfall:
+    count = sum(len(read.log_p) for _, read in pairs)
+    nats = torch.stack([_nats(target, read) for target, read in pairs]).sum()
+    more = torch.stack([read.loss - target.read.loss for target, read in pairs]).sum().clamp_min(0)
     return Shortfall(nats / count, more / count)
 
 
@@ -114,14 +120,23 @@ def _batches(numbers: Sequence[int], size: int) -> Iterator[Sequence[int]]:
     return (numbers[start : start + size] for start in range(0, len(numbers), size))
 
 
-def _log_shares(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """Return log probabilities of the chosen tokens and of all others together, shape (T, K + 1)."""
-    whole = logits.float()
-    chosen = whole.gather(-1, tokens) - whole.logsumexp(dim=-1, keepdim=True)
-    rest = (1 - chosen.exp().sum(dim=-1, keepdim=True)).clamp_min(_LEAST)
-    return torch.cat([chosen, rest.log()], dim=-1)
+def _wanted(base: BaseModel, item: Any, logits: torch.Tensor) -> torch.Tensor | None:
+    """Return the class that each prediction of an item should be, or `IGNORED`, (T,); None as `Modality.wanted`."""
+    wanted = base.modality.wanted(item)
+    return None if wanted is None else uploaded([*[IGNORED] * (len(logits) - len(wanted)), *wanted], logits.device)
 
 
-def _nats(target: Target, logits: torch.Tensor) -> torch.Tensor:
-    """Return KL(target || logits) in nats, summed over one example."""
-    return (target.log_p.exp() * (target.log_p - _log_shares(logits, target.tokens))).sum()
+def _read(logits: torch.Tensor, tokens: torch.Tensor, wanted: torch.Tensor | None) -> _Read:
+    """Read logits (T, V) once for all that is needed of them; tokens are (T, K), wanted is (T,)."""
+    chosen = tokens if wanted is None else torch.cat([tokens, wanted.clamp_min(0)[:, None]], dim=-1)
+    log_p = log_probabilities(logits, chosen)
+    listed = log_p[:, : tokens.shape[1]]
+    rest = (1 - listed.exp().sum(dim=-1, keepdim=True)).clamp_min(_LEAST)
+    loss = log_p.new_zeros(()) if wanted is None else -torch.where(wanted == IGNORED, 0.0, log_p[:, -1]).sum()
+    return _Read(torch.cat([listed, rest.log()], dim=-1), loss)
+
+
+def _nats(target: Target, read: _Read) -> torch.Tensor:
+    """Return KL(target || read) in nats, summed over one example."""
+    log_p = target.read.log_p
+    return (log_p.exp() * (log_p - read.log_p)).sum()

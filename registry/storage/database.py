@@ -1,4 +1,4 @@
-"""SQLite through SQLAlchemy, set up so that nothing is lost, done by half, or waited for in silence.
+"""SQLite, set up so that nothing is lost, done by half, or waited for in silence.
 
 The rollback journal is used, not WAL: SQLite 3.7.0 to 3.51.2 can corrupt a WAL database in rare races, and icm makes
 few commits. Writers begin with BEGIN IMMEDIATE, because Python's default transactions lose updates: a transaction
@@ -10,17 +10,12 @@ from __future__ import annotations
 import os
 import sqlite3
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 from urllib.parse import quote
-
-from sqlalchemy import Connection, Engine, create_engine, event
-from sqlalchemy.exc import DBAPIError, NoResultFound
-from sqlalchemy.orm import Session
-from sqlalchemy.pool import NullPool
 
 from registry import files as fs
 from registry.errors import (
@@ -35,10 +30,13 @@ from registry.errors import (
     StoreTooNew,
     StoreTooOld,
 )
-from registry.row_checks import REFUSED, WrongRow, add_functions, find_wrong_rows, guard
-from registry.schema import Base, UnreadableValue
+from registry.row_checks import REFUSED, WrongRow, add_functions, find_wrong_rows
+from registry.values import UnreadableValue
 
 if TYPE_CHECKING:
+    from sqlalchemy import Connection, Engine
+    from sqlalchemy.orm import Session
+
     from registry.storage.locks import Patience
 
 APPLICATION_ID = 0x69636D31  # "icm1": tells `file` and us what the database is
@@ -52,7 +50,7 @@ _TOO_OLD_HINT = (
 # codes and evaluations take 53 KB; with pages of 4096 bytes they take 115 KB.
 PAGE_SIZE = 512
 
-_WRITE = "BEGIN IMMEDIATE"
+READ, WRITE = "BEGIN", "BEGIN IMMEDIATE"
 _LEAST_WAIT = 1.0  # seconds: a commit of another process takes a moment, and is not to end a command that waited before
 _PRAGMAS = (
     # SQLite ignores foreign keys unless each connection asks for them.
@@ -96,14 +94,21 @@ class Database:
         self.read_only = read_only
         self.patience = patience
         self._users = users
-        self._engine = self._new_engine()
-        self._reader = self._engine.execution_options(icm_begin="BEGIN")
         self._is_sound = False  # as far as anybody has looked
         self.is_kept = False  # whether a copy was made since: see `registry.storage.kept`
 
+    @cached_property
+    def _engine(self) -> Engine:
+        return self._new_engine()
+
+    @cached_property
+    def _reader(self) -> Engine:
+        return self._engine.execution_options(icm_begin=READ)
+
     def _new_engine(self, *, create: bool = False) -> Engine:
-        engine = _engine(self.path, self.read_only, self.patience.seconds, create=create)
-        return engine.execution_options(icm_patience=self.patience)
+        from registry.storage.engine import new_engine  # imports SQLAlchemy
+
+        return new_engine(self.path, self.read_only, self.patience, create=create)
 
     def must_write(self) -> None:
         """Raise `StoreReadOnly` if the store was opened read-only."""
@@ -113,12 +118,16 @@ class Database:
     @contextmanager
     def read(self) -> Iterator[Session]:
         """Open a session that sees one consistent state. Fetch and leave: a reader holds up commits."""
+        from sqlalchemy.orm import Session
+
         with self._errors(), Session(self._reader, autoflush=False) as session:
             yield session
 
     @contextmanager
     def write(self) -> Iterator[Session]:
         """Open a session that holds the write lock from its first statement; leaving the block commits."""
+        from sqlalchemy.orm import Session
+
         self.must_write()
         # Rows are flushed in few large statements, where the writer asks for it.
         with self._errors(), Session(self._engine, autoflush=False, expire_on_commit=False) as session, session.begin():
@@ -132,12 +141,21 @@ class Database:
         """
         engine = self._new_engine(create=True) if create else self._engine
         if not write:
-            engine = engine.execution_options(icm_begin="BEGIN")
+            engine = engine.execution_options(icm_begin=READ)
         with self._errors(), engine.execution_options(icm_guarded=guarded).begin() as connection:
+            yield connection
+
+    @contextmanager
+    def columns(self, *, create: bool = False) -> Iterator[sqlite3.Connection]:
+        """Open SQLite's own connection to read columns in one consistent state; it checks no row by itself."""
+        with self._errors(), closing(connect(self.path, self.read_only, self.patience.seconds, create)) as connection:
+            begin(connection, self.patience, READ)
             yield connection
 
     def damage(self) -> Iterator[Damage]:
         """Yield what is wrong with pages, indexes, references and rows."""
+        from registry.schema import Base
+
         with self.connection() as connection:
             for answer in connection.exec_driver_sql("PRAGMA integrity_check").scalars():
                 if answer != "ok":
@@ -168,23 +186,29 @@ class Database:
     def _errors(self) -> Iterator[None]:
         try:
             yield
-        except DBAPIError as error:
-            translated = self._translate(error)
+        except Exception as error:
+            translated = self._translated(error)
             if translated is None:  # a broken rule of the schema is a bug of ours
                 raise
             raise translated from error
-        except (UnicodeDecodeError, UnreadableValue, NoResultFound) as error:
-            raise DamagedStore(f"{self.path}: {error}", path=self.path, hint=_DAMAGE_HINT) from error
-        except WrongRow as error:
-            raise self.damaged_row(str(error)) from error
 
     def damaged_row(self, fact: str) -> DamagedRow:
         """Return the error that says what is wrong with a row."""
         return DamagedRow(f"{self.path}: {fact}", path=self.path, hint=_DAMAGE_HINT)
 
-    def _translate(self, error: DBAPIError) -> RegistryError | None:
-        code = getattr(error.orig, "sqlite_errorcode", 0) & 0xFF
-        fact = f"{self.path}: {error.orig}"
+    def _translated(self, error: Exception) -> RegistryError | None:
+        from sqlalchemy.exc import DBAPIError, NoResultFound  # slow, but something went wrong
+
+        if isinstance(error, WrongRow):
+            return self.damaged_row(str(error))
+        if isinstance(error, (UnicodeDecodeError, UnreadableValue, NoResultFound)):
+            return DamagedStore(f"{self.path}: {error}", path=self.path, hint=_DAMAGE_HINT)
+        cause = error.orig if isinstance(error, DBAPIError) else error
+        return self._translated_sqlite(cause) if isinstance(cause, sqlite3.Error) else None
+
+    def _translated_sqlite(self, error: sqlite3.Error) -> RegistryError | None:
+        code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+        fact = f"{self.path}: {error}"
         if fact.endswith(REFUSED):
             return DamagedRow(fact, path=self.path, hint=_DAMAGE_HINT)
         if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
@@ -201,21 +225,8 @@ class Database:
         return None
 
 
-# An engine keeps the statements that it has compiled, which takes several times as long as running them: a server opens
-# its store for each task.
-@lru_cache(maxsize=16)
-def _engine(path: Path, read_only: bool, busy_timeout: float, *, create: bool = False) -> Engine:
-    engine = create_engine(
-        "sqlite://",
-        creator=partial(_connect, path, read_only, busy_timeout, create),
-        # SQLite connections must not be carried over a fork, so none is pooled.
-        poolclass=NullPool,
-    )
-    event.listen(engine, "begin", _begin)
-    return engine
-
-
-def _connect(path: Path, read_only: bool, busy_timeout: float, create: bool) -> sqlite3.Connection:
+def connect(path: Path, read_only: bool, busy_timeout: float, create: bool) -> sqlite3.Connection:
+    """Open a database as every store needs it."""
     # A reader may have to roll back the journal of a killed writer, so it opens read-only only where it must.
     mode = "rwc" if create else ("rw" if not read_only or _can_be_written(path) else "ro")
     uri = f"file:{quote(str(path))}?mode={mode}"
@@ -242,18 +253,12 @@ def _can_be_written(path: Path) -> bool:
     return os.access(path.parent, os.W_OK) and (os.access(path, os.W_OK) or not path.exists())
 
 
-def _begin(connection: Connection) -> None:
-    options = connection.get_execution_options()
-    begin, is_guarded = options.get("icm_begin", _WRITE), options.get("icm_guarded", True)
-    if not is_guarded:
-        connection.exec_driver_sql("PRAGMA foreign_keys=OFF")  # a transaction cannot change that
-    patience = options["icm_patience"]
+def begin(connection: sqlite3.Connection, patience: Patience, statement: str) -> None:
+    """Begin a transaction, waiting for others no longer than what is left of the patience."""
     wait = min(patience.seconds, max(patience.left, _LEAST_WAIT))
-    sqlite_of(connection).execute(f"PRAGMA busy_timeout={round(1000 * wait)}")
+    connection.execute(f"PRAGMA busy_timeout={round(1000 * wait)}")
     with patience.counted():
-        connection.exec_driver_sql(begin)
-    if begin == _WRITE and is_guarded:
-        guard(sqlite_of(connection), Base.metadata)
+        connection.execute(statement)
 
 
 def sqlite_of(connection: Connection) -> sqlite3.Connection:
@@ -299,7 +304,7 @@ def newest() -> int:
 
 def migrate(database: Database, *, create: bool = False) -> None:
     """Bring the database to the newest schema; raise `DamagedStore` if it is old and cannot be written."""
-    with database.connection(create=create) as connection:
+    with database.columns(create=create) as connection:
         version = _version(connection, database, create=create)
     if version == newest():
         return
@@ -307,12 +312,14 @@ def migrate(database: Database, *, create: bool = False) -> None:
     if not _can_be_written(database.path):
         hint = "copy the store to a place that can be written; the first icm command there migrates it"
         raise DamagedStore(f"{database.path} has the old schema {version}", path=database.path, hint=hint)
+    from registry.schema import Base
+
     writer = database
     if database.read_only:
         writer = Database(database.path, read_only=False, patience=database.patience)
     with writer.connection(write=True, create=create, guarded=False) as connection:
         # Read again under the write lock: if many processes open an old store at once, one of them migrates it.
-        version = _version(connection, database, create=create)
+        version = _version(sqlite_of(connection), database, create=create)
         if version == 0:
             Base.metadata.create_all(connection)
         else:
@@ -322,9 +329,9 @@ def migrate(database: Database, *, create: bool = False) -> None:
         connection.exec_driver_sql(f"PRAGMA user_version={newest()}")
 
 
-def _version(connection: Connection, database: Database, *, create: bool) -> int:
-    version = int(connection.exec_driver_sql("PRAGMA user_version").scalar_one())
-    application = int(connection.exec_driver_sql("PRAGMA application_id").scalar_one())
+def _version(connection: sqlite3.Connection, database: Database, *, create: bool) -> int:
+    (version,) = connection.execute("PRAGMA user_version").fetchone()
+    (application,) = connection.execute("PRAGMA application_id").fetchone()
     if version > newest():
         hint = "use the icm that wrote it, or a newer one"
         raise StoreTooNew(f"{database.path} has schema {version}, this icm knows {newest()}", hint=hint)
@@ -334,4 +341,4 @@ def _version(connection: Connection, database: Database, *, create: bool) -> int
     if 0 < version < FIRST_SCHEMA:
         fact = f"{database.path} has schema {version}; this icm begins with schema {FIRST_SCHEMA}"
         raise StoreTooOld(fact, path=database.path, hint=_TOO_OLD_HINT)
-    return version
+    return int(version)

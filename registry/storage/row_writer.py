@@ -20,8 +20,9 @@ from sqlalchemy.orm import Session
 from registry import records
 from registry import schema as models
 from registry.errors import TaskNotFound
-from registry.schema import BaseModel, Blob, Document, compact_json
+from registry.schema import BaseModel, Blob, Document
 from registry.storage.blobs.content import Blobs
+from registry.values import compact_json
 
 T = TypeVar("T")
 

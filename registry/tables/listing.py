@@ -9,11 +9,25 @@ import json
 import math
 import sqlite3
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from functools import lru_cache
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
-from sqlalchemy import ColumnElement, Integer, Select, String, and_, case, exists, func, literal, or_, select
+from sqlalchemy import (
+    BindParameter,
+    ColumnElement,
+    Integer,
+    Select,
+    String,
+    and_,
+    bindparam,
+    case,
+    exists,
+    func,
+    literal,
+    or_,
+    select,
+)
 from sqlalchemy.orm import InstrumentedAttribute, Session, aliased
 
 from registry.filters import Filter, Selection
@@ -21,24 +35,25 @@ from registry.names import UNKNOWN_BASE
 from registry.records import Description
 from registry.schema import Adapter, BaseLabel, BaseModel, Blob, Code, Document, Evaluation, Extra, Generator, Task
 
-T = TypeVar("T")
 Expression = ColumnElement[Any]
 
 
-def query(session: Session, wanted: InstrumentedAttribute[T], selection: Selection | None) -> Select[T]:
-    """Return a statement that yields a column of the selected tasks, or of all, in the order asked for."""
-    selection = selection or Selection()
+def selected(session: Session, selection: Selection, without: Collection[int]) -> Sequence[int]:
+    """Return the numbers of the selected tasks in the order asked for, `without` some that no limit counts."""
     if selection.filters or selection.sort is not None:
         _add_functions(session)
-    found = select(wanted)
+    found = select(Task.id)
     if selection.base_model is not None:
         number = select(BaseModel.id).where(BaseModel.name == selection.base_model).scalar_subquery()
         found = found.where(Task.base_model_id == number)
     found = found.where(*map(_condition, selection.filters))
+    if without:
+        numbers: BindParameter[int] = bindparam(None, list(without), expanding=True, literal_execute=True)
+        found = found.where(Task.id.not_in(numbers))
     if (sort := selection.sort) is not None:
         value = _FIELDS[sort.field.name]()
         found = found.order_by(value.is_(None), value.desc() if sort.descending else value.asc())
-    return found.order_by(Task.name).limit(selection.limit)
+    return session.scalars(found.order_by(Task.name).limit(selection.limit)).all()
 
 
 def _condition(one: Filter) -> ColumnElement[bool]:
@@ -103,7 +118,7 @@ def _error() -> Expression:
     return func.icm_root(_current(select(squared).select_from(Code)).scalar_subquery())
 
 
-def measured(column: InstrumentedAttribute[Any]) -> Expression:
+def _measured(column: InstrumentedAttribute[Any]) -> Expression:
     """Return a column of the measurement that has the retained gain."""
     source = Evaluation.rung.type
     better = case((Code.residual_id.is_(None), literal("code", source)), else_=literal("residual", source))
@@ -143,7 +158,7 @@ _FIELDS: dict[str, Callable[[], Expression]] = {
     "code": _code_size,
     "extras": _extras,
     # Of what the task decodes to: code and residual, or the code.
-    "gain": lambda: measured(Evaluation.retained_gain),
+    "gain": lambda: _measured(Evaluation.retained_gain),
     "error": _error,
     "tag": lambda: func.lower(literal(" ").concat(func.coalesce(Task.tags.cast(String), "")).concat(" ")),
     "status": _status,

@@ -7,17 +7,15 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from sqlalchemy import select
-
 from registry.files import failpoint
-from registry.schema import Evaluation, Task, TaskVector
 from registry.storage.database import Database
-from registry.storage.row_writer import RowWriter, in_parts
 
 if TYPE_CHECKING:
+    from registry.schema import Evaluation, TaskVector
     from registry.storage.blobs.content import Blobs
     from registry.storage.folder import StorePaths
     from registry.storage.locks import FileLock
+    from registry.storage.row_writer import RowWriter
     from registry.store import OnDamage
 
 Record = TypeVar("Record")
@@ -34,6 +32,8 @@ class Table:
     @contextmanager
     def _write(self) -> Iterator[RowWriter]:
         """Open a transaction for rows that refer to durable bytes; leaving the block commits."""
+        from registry.storage.row_writer import RowWriter  # imports SQLAlchemy
+
         with self._db.write() as session:
             yield RowWriter(session, self._blobs)
             failpoint("rows-before-commit")
@@ -49,6 +49,11 @@ class Table:
         self, model: type[Evaluation] | type[TaskVector], to_record: Callable[[Any], Record], tasks: Sequence[str]
     ) -> dict[str, list[Record]]:
         """Return task -> the records of its rows, for tasks that have some; rows of other tasks are not looked at."""
+        from sqlalchemy import select
+
+        from registry.schema import Task
+        from registry.storage.row_writer import in_parts
+
         found = defaultdict[str, list[Record]](list)
         with self._db.read() as session:
             for some in in_parts(tasks):

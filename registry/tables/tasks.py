@@ -3,33 +3,25 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import Literal
 
-from sqlalchemy import BindParameter, ColumnElement, bindparam, delete, exists, func, select
-from sqlalchemy.orm import Session, aliased, lazyload, selectinload
+from sqlalchemy import delete, exists, select
+from sqlalchemy.orm import Session, aliased
 
 from registry import records
 from registry import schema as models
 from registry.errors import DamagedStore, LastCopy, TaskConflict
 from registry.files import failpoint
 from registry.names import check_name, check_note, check_tag
-from registry.row_checks import find_wrong_tasks
 from registry.storage import row_writer as rows
 from registry.storage.folder import restore_reserve, with_reserve
-from registry.tables.table import Table
-from registry.to_records import adapter_record, code_record, task_record
-
-if TYPE_CHECKING:
-    from registry.filters import Selection
-
-T = TypeVar("T")
-
-_PAGE = 256
+from registry.tables.summaries import Summaries
+from registry.to_records import adapter_record, task_record
 
 
-class Tasks(Table):
+class Tasks(Summaries):
     """Tasks with their adapters."""
 
     def ingest(self, tasks: Sequence[records.TaskIngest]) -> list[records.IngestOutcome]:
@@ -42,13 +34,6 @@ class Tasks(Table):
             failpoint("rows-before-commit")
         failpoint("rows-committed")
         return outcomes
-
-    def all(self) -> Iterator[records.TaskRecord]:
-        """Yield all tasks by name. Each page is one short read, so that a slow reader delays nobody."""
-        with self._db.read() as session:
-            ids = session.scalars(select(models.Task.id).order_by(models.Task.name)).all()
-        for some in rows.in_parts(ids, _PAGE):
-            yield from self._undamaged(self._task_page, some)
 
     def named(self, names: Sequence[str]) -> list[records.TaskRecord]:
         """Return tasks by name, in any case, each as often as it is named."""
@@ -97,60 +82,6 @@ class Tasks(Table):
 
         with self._db.connection() as connection:
             return ingest.task_origins(connection)
-
-    def names(self, selection: Selection | None = None, *, without: Collection[int] = ()) -> list[str]:
-        """Return the names of the selected tasks, in the order that the selection asks for."""
-        ids = self._selected(selection, without)
-        return [name for some in rows.in_parts(ids, _PAGE) for name in self._undamaged(self._name_page, some)]
-
-    def summaries(
-        self, selection: Selection | None = None, *, without: Collection[int] = ()
-    ) -> Iterator[records.TaskSummary]:
-        """Yield the selected tasks, in the order asked for, with what a listing shows of them; few at a time."""
-        for some in rows.in_parts(self._selected(selection, without), _PAGE):
-            yield from self._undamaged(self._summary_page, some)
-
-    def _selected(self, selection: Selection | None, without: Collection[int]) -> Sequence[int]:
-        from registry.tables import listing  # not needed to read one task
-
-        with self._db.read() as session:
-            query = listing.query(session, models.Task.id, selection)
-            if without:  # before a limit counts
-                numbers: BindParameter[int] = bindparam(None, list(without), expanding=True, literal_execute=True)
-                query = query.where(models.Task.id.not_in(numbers))
-            return session.scalars(query).all()
-
-    def wrong_rows(self) -> dict[str, set[int]]:
-        """Check all rows, also those that a listing counts, compares or passes over, and tell of the wrong ones.
-
-        Return what is wrong with a row -> the numbers of the tasks whose figures depend on it.
-        """
-        with self._db.read() as session:
-            found = find_wrong_tasks(session.connection(), models.Base.metadata)
-        for fact, numbers in found.items():
-            error = self._db.damaged_row(fact)
-            if self._on_damage is None:
-                raise error
-            for name in sorted(map(self._name_of, numbers)) or ["a row of no task"]:
-                self._on_damage(name, error)
-        return found
-
-    def _undamaged(self, load: Callable[[Sequence[int]], list[T]], ids: Sequence[int]) -> list[T]:
-        """Load what some tasks are to be shown as, without those that have wrong rows."""
-        try:
-            return load(ids)
-        except DamagedStore as error:
-            if self._on_damage is None:
-                raise
-            if len(ids) > 1:
-                return [one for number in ids for one in self._undamaged(load, [number])]
-            self._on_damage(self._name_of(ids[0]), error)
-            return []
-
-    def _name_of(self, number: int) -> str:
-        """Return the name of a task that may be damaged."""
-        with self._db.read() as session:
-            return session.scalar(select(models.Task.name).where(models.Task.id == number)) or f"number {number}"
 
     def adapters(self, task: str) -> list[records.AdapterRecord]:
         """Return the adapters of a task: checkpoints by step, the final one last."""
@@ -271,23 +202,6 @@ class Tasks(Table):
             counts[tag.lower()] = shown, before + 1
         return dict(counts[tag] for tag in sorted(counts))
 
-    def _name_page(self, ids: Sequence[int]) -> list[str]:
-        with self._db.read() as session:
-            query = select(models.Task.id, models.Task.name, models.Task.crc).where(models.Task.id.in_(ids))
-            name_of = {number: name for number, name, _ in session.execute(query)}
-        return [name_of[number] for number in ids if number in name_of]
-
-    def _task_page(self, ids: Sequence[int]) -> list[records.TaskRecord]:
-        with self._db.read() as session:
-            query = select(models.Task).where(models.Task.id.in_(ids)).order_by(models.Task.name)
-            return [task_record(row) for row in session.scalars(query)]
-
-    def _summary_page(self, ids: Sequence[int]) -> list[records.TaskSummary]:
-        with self._db.read() as session:
-            query = select(models.Task).where(models.Task.id.in_(ids)).options(selectinload(models.Task.base_model))
-            found = {task.id: task for task in session.scalars(query)}
-            return _summaries(session, [found[number] for number in ids if number in found])
-
 
 def _doomed(session: Session, names: Sequence[str], last_copies: Collection[str]) -> Iterator[records.TaskRecord]:
     """Yield the tasks of some names, each once; raise where one may not go."""
@@ -298,65 +212,3 @@ def _doomed(session: Session, names: Sequence[str], last_copies: Collection[str]
             fact = f"task {row.name!r} was evicted: its code is the only copy"
             raise LastCopy(fact, hint="run the same command again to remove it nevertheless")
         yield task_record(row)
-
-
-def _summaries(session: Session, tasks: Sequence[models.Task]) -> list[records.TaskSummary]:
-    ids = [task.id for task in tasks]
-    adapter, vector, code = models.Adapter, models.TaskVector, models.Code
-    # The tasks are here already, and many adapters share a description: each is read, and checked, once.
-    finals = session.scalars(
-        select(adapter)
-        .where(adapter.task_id.in_(ids), adapter.is_final)
-        .options(lazyload(adapter.task), selectinload(adapter.description), selectinload(adapter.config))
-    )
-    codes = session.scalars(
-        select(code)
-        .join(models.Generator, code.generator_id == models.Generator.id)
-        .where(code.task_id.in_(ids), models.Generator.is_current)
-        .options(lazyload(code.task))
-    )
-    gain_of = _gains(session, ids)
-    final_of = {row.task_id: adapter_record(row) for row in finals}
-    code_of = {row.task_id: code_record(row) for row in codes}
-    adapters = _counts(session, adapter, ids, adapter.evicted_at.is_(None), ~adapter.is_final)
-    evicted = _counts(session, adapter, ids, adapter.evicted_at.is_not(None), ~adapter.is_final)
-    vectors = _counts(session, vector, ids)
-    if lost := [task.name for task in tasks if task.id not in final_of]:
-        raise DamagedStore(f"task {lost[0]!r} has no final adapter", hint="remove it and ingest it again")
-    return [
-        records.TaskSummary(
-            task=task_record(task),
-            final=final_of[task.id],
-            checkpoints=adapters.get(task.id, 0),
-            evicted_checkpoints=evicted.get(task.id, 0),
-            vectors=vectors.get(task.id, 0),
-            code=code_of.get(task.id),
-            gain=gain_of[task.id][0],
-            gain_precision=gain_of[task.id][1],
-        )
-        for task in tasks
-    ]
-
-
-def _gains(session: Session, ids: Sequence[int]) -> dict[int, tuple[float | None, str | None]]:
-    """Return task -> the retained gain of what it decodes to, and the precision of the base model in that."""
-    from registry.tables import listing
-
-    task, row, how = models.Task, models.Evaluation, models.Document
-    measured = select(task.id, listing.measured(models.Evaluation.id).label("number")).where(task.id.in_(ids))
-    number_of = {found.id: found.number for found in session.execute(measured)}
-    query = select(row.id, row.retained_gain, how.body, row.crc, how.crc).join(how, how.id == row.settings_id)
-    rows = session.execute(query.where(row.id.in_(filter(None, number_of.values()))))
-    gains = {number: (gain, settings.get("dtype")) for number, gain, settings, *_ in rows}
-    return {task_id: gains.get(number, (None, None)) for task_id, number in number_of.items()}
-
-
-def _counts(
-    session: Session,
-    table: type[models.Adapter] | type[models.TaskVector],
-    task_ids: Sequence[int],
-    *conditions: ColumnElement[bool],
-) -> dict[int, int]:
-    query = select(table.task_id, func.count().label("number"))
-    query = query.where(table.task_id.in_(task_ids), *conditions).group_by(table.task_id)
-    return {row.task_id: row.number for row in session.execute(query)}

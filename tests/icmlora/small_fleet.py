@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -118,6 +118,12 @@ def begin(fleet: MemoryAdapterSource, steps: int, **options: float) -> TrainStat
     """Start a training run."""
     net = fresh_network(fleet.config(), fleet, 0, uneven(fleet.config()))
     return new_state(net, TrainConfig(steps=steps, **options))  # type: ignore[arg-type]
+
+
+def weighted(adapter: Adapter, config: GeneratorConfig, sensitivity: Sensitivity) -> Adapter:
+    """Multiply dW by the weights of its channels."""
+    modules = (sensitivity.weigh(module, *config.place_of(module.shape)) for module in adapter.modules)
+    return replace(adapter, modules=tuple(modules))
 
 
 def uneven(config: GeneratorConfig) -> Sensitivity:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from registry.filters import FIELDS, Filter, Selection, parse_filter, parse_sort
 from registry.records import CodeLimits, Extra, NewAdapter, NewEvaluation, NewResidual, TaskIngest, TaskSummary
 from registry.store import Store
-from registry.tables import tasks as tasks_module
+from registry.tables import summaries
 from tests.registry.examples import BASE, adapter, code_of, evaluation, eviction, generator, ingest, new_store
 from tests.rewriting import rewriting
 
@@ -167,7 +167,7 @@ def test_a_base_model_selects_its_tasks(fleet: Store) -> None:
 
 
 def test_summaries_come_in_the_order_asked_for(fleet: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tasks_module, "_PAGE", 2)
+    monkeypatch.setattr(summaries, "_PAGE", 2)
     found = fleet.tasks.summaries(Selection(sort=parse_sort("rank:desc")))
     assert [(row.task.name, row.final.rank_max) for row in found] == [
         *(("HTML", 16), ("rust", 8), ("Verse", 8), ("sql", 4))
@@ -177,7 +177,7 @@ def test_summaries_come_in_the_order_asked_for(fleet: Store, monkeypatch: pytest
 def test_a_task_that_is_removed_while_pages_are_read_is_left_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tasks_module, "_PAGE", 1)
+    monkeypatch.setattr(summaries, "_PAGE", 1)
     with new_store(tmp_path / "store") as store:
         for name in ("a", "b", "c"):
             ingest(store, name)

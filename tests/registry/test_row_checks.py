@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 
 from registry import schema as models
+from registry.columns import COLUMNS_OF
 from registry.errors import DamagedRow
 from registry.records import Extra
+from registry.row_checks import columns_of
 from registry.store import Store
 from tests.registry.every_row import fill
 from tests.registry.examples import code_of, evaluation, new_store, offer
@@ -44,6 +46,11 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def filled(template: Path, tmp_path: Path) -> Iterator[Store]:
     with new_store(Path(shutil.copytree(template, tmp_path / "store"))) as store:
         yield store
+
+
+def test_a_check_takes_the_columns_of_the_classes_in_their_order() -> None:
+    of_classes = {name: tuple(columns_of(table)) for name, table in models.Base.metadata.tables.items()}
+    assert of_classes == COLUMNS_OF
 
 
 @pytest.mark.parametrize("table", TABLES)

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from sqlalchemy.dialects import sqlite
 
 from registry.errors import DamagedStore
-from registry.schema import DIGEST, MOMENT, PACKED, choice, compact_json
+from registry.schema import DIGEST, MOMENT, PACKED, choice
 from registry.store import Store
+from registry.values import compact_json
 from tests.registry.examples import ingest
 
 JSON = st.recursive(
@@ -33,7 +34,7 @@ def through(column: Any, value: object) -> object:
 
 @given(st.binary(min_size=32, max_size=32).map(bytes.hex))
 def test_a_digest_takes_32_bytes_and_comes_back(digest: str) -> None:
-    assert len(DIGEST.pack(digest)) == 32
+    assert len(DIGEST.form.pack(digest)) == 32
     assert through(DIGEST, digest) == digest
 
 
@@ -50,13 +51,13 @@ def test_a_json_value_comes_back(value: object) -> None:
 
 @pytest.mark.parametrize("word", ["base", "code"])
 def test_a_word_is_a_number(word: str) -> None:
-    assert isinstance(RUNGS.pack(word), int)
+    assert isinstance(RUNGS.form.pack(word), int)
     assert through(RUNGS, word) == word
 
 
 def test_an_unknown_word_is_not_written() -> None:
     with pytest.raises(ValueError, match="not in tuple"):
-        RUNGS.pack("original")
+        RUNGS.form.pack("original")
 
 
 @pytest.mark.parametrize("column", [DIGEST, MOMENT, PACKED, RUNGS])

@@ -9,7 +9,7 @@ import pytest
 from registry.errors import InvalidName, LastCopy, MissingBlob, TaskConflict, TaskNotFound
 from registry.records import TaskIngest
 from registry.store import Store
-from registry.tables import tasks as tasks_module
+from registry.tables import summaries
 from tests.registry.examples import (
     BASE,
     LAYOUT,
@@ -171,14 +171,14 @@ class TestQueries:
         assert names(store) == ["a", "b", "C"]
 
     def test_many_pages_are_read_without_gap_or_repetition(self, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(tasks_module, "_PAGE", 3)
+        monkeypatch.setattr(summaries, "_PAGE", 3)
         wanted = [f"task{n:02}" for n in range(10)]
         store.tasks.ingest([offer(store, name) for name in wanted])
         assert names(store) == wanted
         assert [summary.task.name for summary in store.tasks.summaries()] == wanted
 
     def test_a_slow_reader_does_not_hold_up_a_writer(self, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(tasks_module, "_PAGE", 1)
+        monkeypatch.setattr(summaries, "_PAGE", 1)
         store.tasks.ingest([offer(store, name) for name in ("a", "b")])
         reading = store.tasks.all()
         next(reading)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from icmlora.base_models.examples.examples import Examples
 from icmlora.base_models.finding.lookup import read_config
-from icmlora.base_models.modality import BaseModel, Metric, Modality, Score
+from icmlora.base_models.modality import IGNORED, BaseModel, Metric, Modality, Score
 from icmlora.errors import BaseModelUnsuited, DataError
 
 if TYPE_CHECKING:
@@ -25,9 +25,6 @@ if TYPE_CHECKING:
 
     from icmlora.base_models.examples.chat_template import Templates
     from icmlora.base_models.finding.lookup import FoundBase
-
-IGNORED = -100
-"""The wanted class of a prediction that is not scored."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,18 +139,20 @@ class AutoModality(Modality[Any, Inputs]):
                 rows += list(logits)
         return rows
 
-    def item_loss(self, item: Inputs, logits: torch.Tensor) -> torch.Tensor | None:
-        """Return the cross entropy of an example in nats, summed: a scalar; logits are (predictions, classes)."""
-        return row_loss(logits, item.targets)
+    def wanted(self, item: Inputs) -> Sequence[int] | None:
+        """Return its targets: some models put an image in front of the text, whose predictions come first."""
+        return item.targets
 
     def measure(self, base: BaseModel, examples: Sequence[Any], limit: int) -> Score:
         """Return the loss in nats for each prediction."""
         import torch
 
+        from icmlora.base_models.log_probabilities import cross_entropy
+
         items = self.prepare(base, examples, limit)
         with torch.inference_mode():
             rows = self.logits(base, items)
-            nats = [float(row_loss(row, item.targets)) for row, item in zip(rows, items, strict=True)]
+            nats = [float(cross_entropy(row, item.targets)) for row, item in zip(rows, items, strict=True)]
         count = sum(item.count for item in items)
         return Score(sum(nats) / count, count, max(1, sum(len(item.text.encode()) for item in items)))
 
@@ -193,16 +192,6 @@ def seen(base: BaseModel, made: Mapping[str, Any], what: str) -> dict[str, torch
         fact = f"what {kind} makes of {what} ({made_of}) is not what base model {base.label!r} reads"
         raise BaseModelUnsuited(fact, hint="the folder has to hold the processor that belongs to the model")
     return tensors
-
-
-def row_loss(logits: torch.Tensor, targets: Sequence[int]) -> torch.Tensor:
-    """Return the summed cross entropy of one example's predictions, in nats; logits are (predictions, classes)."""
-    import torch
-    from torch.nn import functional
-
-    wanted = torch.tensor(targets, device=logits.device)
-    # Some models put an image in front of the text by themselves: the last predictions are those of the text.
-    return functional.cross_entropy(logits[-len(targets) :].float(), wanted, reduction="sum", ignore_index=IGNORED)
 
 
 def _batches(items: Sequence[Inputs], most: int) -> Iterator[Sequence[Inputs]]:

@@ -11,7 +11,7 @@ from icmlora.base_models.examples.chat_template import ChatTemplate, Rendered, T
 from icmlora.base_models.examples.chats import Chat
 from icmlora.base_models.examples.examples import Example, Examples, plain, text_example
 from icmlora.base_models.finding.lookup import read_config
-from icmlora.base_models.modality import BaseModel, Metric, Modality, Score
+from icmlora.base_models.modality import IGNORED, BaseModel, Metric, Modality, Score
 from icmlora.errors import DataError
 from registry.names import NLL
 
@@ -133,11 +133,9 @@ class CausalLM(Modality[Any, "Scored"]):
 
         return next_token_logits(base, items, from_leaf=from_leaf)
 
-    def item_loss(self, item: Scored, logits: torch.Tensor) -> torch.Tensor:
-        """Return the negative log-likelihood of a text in nats, summed: a scalar; logits are (T, vocabulary)."""
-        from icmlora.base_models.kinds.likelihood import item_loss
-
-        return item_loss(logits, item)
+    def wanted(self, item: Scored) -> list[int]:
+        """Return the scored tokens; what is predicted after the last one is not scored."""
+        return [*item.targets, IGNORED]
 
     def written(self, base: BaseModel, items: Sequence[Scored], count: int, limit: int, *, seed: int) -> list[Scored]:
         """Return texts that the model continues token by token from the first ones of each item."""

@@ -212,7 +212,7 @@ class CustomModality(Modality[Any, CustomItem]):
         with self._running("loss"), gradients_from_inputs(base.model):
             return self.custom.loss([item.example for item in items])
 
-    def item_loss(self, item: CustomItem, logits: torch.Tensor) -> None:
+    def wanted(self, item: CustomItem) -> None:
         """Return None: only the loader knows how a loss follows from predictions."""
 
     def measure(self, base: BaseModel, examples: Sequence[Any], limit: int) -> Score:

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from icmlora.base_models.examples.media import Media, image_of, open_image
 from icmlora.base_models.finding.lookup import read_config
-from icmlora.base_models.kinds.auto_model import IGNORED, AutoModality, Inputs, names_a_class_of, seen
+from icmlora.base_models.kinds.auto_model import AutoModality, Inputs, names_a_class_of, seen
 from icmlora.base_models.kinds.seq2seq_lm import moved
-from icmlora.base_models.modality import BaseModel
+from icmlora.base_models.modality import IGNORED, BaseModel
 from icmlora.errors import BaseModelUnsuited, DataError
 
 if TYPE_CHECKING:

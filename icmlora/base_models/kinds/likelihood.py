@@ -19,12 +19,10 @@ from transformers import PreTrainedTokenizerBase
 
 from icmlora.base_models.examples.chat_template import Rendered, scored_tokens
 from icmlora.base_models.examples.examples import Example
-from icmlora.base_models.modality import BaseModel, Score
+from icmlora.base_models.modality import IGNORED, BaseModel, Score
 from icmlora.errors import DataError
 from icmlora.io.devices import uploaded
 
-_IGNORED = -100
-"""The index that `torch.nn.functional.cross_entropy` ignores."""
 _SPECIAL = {"add_special_tokens": False}
 
 
@@ -51,7 +49,7 @@ class Scored:
     def targets(self) -> list[int]:
         """What is to be predicted from the first scored token on; torch's loss passes over the others."""
         rest = self.ids[self.first :]
-        return [_IGNORED if place in self.unscored else token for place, token in enumerate(rest, self.first)]
+        return [IGNORED if place in self.unscored else token for place, token in enumerate(rest, self.first)]
 
     @property
     def size(self) -> int:
@@ -87,7 +85,7 @@ def _runs(item: Scored) -> list[list[int]]:
     """Return the scored tokens, each run of them together."""
     runs: list[list[int]] = [[]]
     for token in item.targets:
-        if token != _IGNORED:
+        if token != IGNORED:
             runs[-1].append(token)
         elif runs[-1]:
             runs.append([])
@@ -196,10 +194,3 @@ def next_token_logits(base: BaseModel, items: Sequence[Scored], *, from_leaf: bo
         inputs["attention_mask"] = mask
     logits = base.model(**inputs, use_cache=False).logits  # (texts, T, vocabulary)
     return [row[: len(item.ids)] for row, item in zip(logits, items, strict=True)]
-
-
-def item_loss(logits: torch.Tensor, item: Scored) -> torch.Tensor:
-    """Return the loss of the scored tokens of a text in nats, summed; logits: (T, vocabulary)."""
-    # The logits at token t predict token t + 1.
-    predicted = logits[item.first - 1 : -1].float()  # (scored tokens, vocabulary)
-    return functional.cross_entropy(predicted, uploaded(item.targets, logits.device), reduction="sum")

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from icmlora.base_models.examples.examples import Example, plain, text_example
-from icmlora.base_models.kinds.auto_model import IGNORED, AutoModality, Inputs
+from icmlora.base_models.kinds.auto_model import AutoModality, Inputs
 from icmlora.base_models.kinds.causal_lm import PROBES
-from icmlora.base_models.modality import BaseModel, Metric
+from icmlora.base_models.modality import IGNORED, BaseModel, Metric
 from icmlora.errors import DataError
 
 if TYPE_CHECKING:

@@ -100,7 +100,7 @@ class ObjectDetection(AutoModality):
                 losses.append(base.model(pixel_values=pixels.requires_grad_(), labels=[wanted]).loss)
         return torch.stack(losses).sum()
 
-    def item_loss(self, item: Inputs, logits: torch.Tensor) -> None:
+    def wanted(self, item: Inputs) -> None:
         """Return None: the loss takes boxes too."""
 
     def measure(self, base: BaseModel, examples: Sequence[Scene], limit: int) -> Score:

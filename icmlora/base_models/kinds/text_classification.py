@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from icmlora.base_models.examples.examples import Example, text_example
 from icmlora.base_models.examples.media import Media
 from icmlora.base_models.finding.lookup import read_config
-from icmlora.base_models.kinds.auto_model import AutoModality, Inputs, classes_of, row_loss
+from icmlora.base_models.kinds.auto_model import AutoModality, Inputs, classes_of
 from icmlora.base_models.kinds.masked_lm import as_text
 from icmlora.base_models.modality import BaseModel, Metric, Score
 from icmlora.errors import DataError
@@ -39,6 +39,8 @@ class Classification(AutoModality):
         """Return the accuracy, and beside it the mean cross entropy in nats."""
         import torch
 
+        from icmlora.base_models.log_probabilities import cross_entropy
+
         items = self.prepare(base, examples, limit)
         with torch.inference_mode():
             logits = torch.cat(self.logits(base, items)).float().cpu()  # (examples, classes)
@@ -46,7 +48,7 @@ class Classification(AutoModality):
         accuracy = (logits.argmax(dim=1) == wanted).double().mean()
         others = {}
         if int(wanted.max()) < logits.shape[1]:  # a head that is made up may have fewer classes than the task
-            others["nats"] = float(row_loss(logits, wanted.tolist())) / len(items)
+            others["nats"] = float(cross_entropy(logits, wanted.tolist())) / len(items)
         return Score(float(accuracy), len(items), others=others)
 
 

@@ -6,6 +6,7 @@ Sizes are those of the files. A blob that several rows share counts once in the 
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,6 @@ from typing import TYPE_CHECKING, Literal
 
 from icmlora.fleet.context import Context, use_case
 from registry.records import CodeLimits, GeneratorRecord, TaskSummary, WithRelativeError
-from registry.tables.evaluations import latest
 
 if TYPE_CHECKING:
     from registry.store import Store
@@ -251,8 +251,8 @@ def stats(context: Context, *, plot: str | Path | None = None, force: bool = Fal
 
 def sound_tasks(store: Store) -> tuple[list[TaskSummary], bool]:
     """Tell of wrong rows; return the tasks whose figures depend on none, and whether there are any."""
-    wrong = store.tasks.wrong_rows()
-    return list(store.tasks.summaries(without=set[int]().union(*wrong.values()))), bool(wrong)
+    wrong = store.listing.wrong_rows()
+    return list(store.listing.summaries(without=set[int]().union(*wrong.values()))), bool(wrong)
 
 
 def bill_of(store: Store, rows: Sequence[TaskSummary], has_wrong_rows: bool) -> Bill:
@@ -260,45 +260,33 @@ def bill_of(store: Store, rows: Sequence[TaskSummary], has_wrong_rows: bool) -> 
 
     Reads rows and file sizes, but no file's content.
     """
-    labels = sorted({row.task.base_model for row in rows})
-    per_task = _TaskBills(store, [row.task.name for row in rows])
+    of_base, vectors = defaultdict[str, list[TaskSummary]](list), store.listing.vector_files()
+    for row in rows:
+        of_base[row.task.base_model].append(row)
     fleets = []
-    for label in labels:
-        generator = store.generators.current(label)
-        tasks = tuple(per_task.of(row, generator) for row in rows if row.task.base_model == label)
-        extras = {
-            extra.blob: extra.packed_size for row in rows if row.task.base_model == label for extra in row.final.extras
-        }
-        fleets.append(BaseModelBill(label, generator, tasks, sum(extras.values())))
+    for label, own in sorted(of_base.items()):
+        tasks = tuple(_task_bill(row, sum(map(store.blobs.size, vectors.get(row.task.id, ())))) for row in own)
+        extras = {extra.blob: extra.packed_size for row in own for extra in row.final.extras}
+        fleets.append(BaseModelBill(label, store.listing.generator(label), tasks, sum(extras.values())))
     return Bill(store.usage(has_wrong_rows=has_wrong_rows), tuple(fleets))
 
 
-class _TaskBills:
-    """Makes the bill of each task from rows that are read once: a query for each of a thousand tasks takes seconds."""
-
-    def __init__(self, store: Store, tasks: Sequence[str]) -> None:
-        self._vectors, self._evaluations = store.vectors.of(tasks), store.evaluations.of(tasks)
-        self._size = store.blobs.size
-
-    def of(self, row: TaskSummary, generator: GeneratorRecord | None) -> TaskBill:
-        code, measured = row.code, None
-        if code is not None and generator is not None:
-            measured = latest(self._evaluations.get(row.task.name, ()), row.task, code.rung, generator)
-        return TaskBill(
-            task=row.task.name,
-            bf16_size=_BF16 * row.final.parameters
-            + sum(extra.size for extra in row.final.extras if extra.file is None),
-            original_size=row.final.stored_bytes,
-            vectors_size=sum(map(self._size, {vector.blob for vector in self._vectors.get(row.task.name, ())})),
-            code_size=None if code is None else code.size,
-            residual_size=None if code is None or code.residual is None else code.residual.size,
-            rung=None if code is None else code.rung,
-            squared_error=None if code is None else code.best_squared_error,
-            retained_gain=None if measured is None else measured.retained_gain,
-            precision=None if measured is None else measured.precision,
-            evicted=row.final.is_evicted,
-            asked=None if code is None else code.asked,
-            original_only=row.final.original_only,
-            extras_bytes=row.final.extras_bytes,
-            is_claimed=code is not None and code.claim is not None,
-        )
+def _task_bill(row: TaskSummary, vectors_size: int) -> TaskBill:
+    code = row.code
+    return TaskBill(
+        task=row.task.name,
+        bf16_size=_BF16 * row.final.parameters + sum(extra.size for extra in row.final.extras if extra.file is None),
+        original_size=row.final.stored_bytes,
+        vectors_size=vectors_size,
+        code_size=None if code is None else code.size,
+        residual_size=None if code is None or code.residual is None else code.residual.size,
+        rung=None if code is None else code.rung,
+        squared_error=None if code is None else code.best_squared_error,
+        retained_gain=row.gain,
+        precision=row.gain_precision,
+        evicted=row.final.is_evicted,
+        asked=None if code is None else code.asked,
+        original_only=row.final.original_only,
+        extras_bytes=row.final.extras_bytes,
+        is_claimed=code is not None and code.claim is not None,
+    )

@@ -99,7 +99,10 @@ def list_tasks(
     """
     selection = _selection(base_model, filters, sort, limit)
     with context.open(read_only=True) as store:
-        return list(store.tasks.summaries(_of_base_model(store, selection), without=_depending_on_wrong_rows(store)))
+        if limit is not None and selection == Selection(limit=limit):
+            return store.listing.first(limit)  # nothing is compared, so no other task has a part in what is shown
+        without = _depending_on_wrong_rows(store)
+        return list(store.listing.summaries(_of_base_model(store, selection), without=without))
 
 
 @use_case
@@ -119,12 +122,21 @@ def list_names(
     with context.open(read_only=True) as store:
         # Without a selection no other rows are read than those of the names.
         without = set() if selection == Selection() else _depending_on_wrong_rows(store)
-        return store.tasks.names(_of_base_model(store, selection), without=without)
+        return store.listing.names(_of_base_model(store, selection), without=without)
+
+
+@use_case
+def count_tasks(context: Context, base_model: str | None = None, *, filters: Sequence[str] = ()) -> int:
+    """Return how many tasks `list_tasks` lists; without a selection, damaged ones count too."""
+    if base_model is not None or filters:
+        return len(list_names(context, base_model, filters=filters))
+    with context.open(read_only=True) as store:
+        return store.listing.count()
 
 
 def _depending_on_wrong_rows(store: Store) -> set[int]:
     """Tell of the wrong rows, and return the numbers of the tasks whose figures depend on one."""
-    return set[int]().union(*store.tasks.wrong_rows().values())
+    return set[int]().union(*store.listing.wrong_rows().values())
 
 
 def _selection(base_model: str | None, filters: Sequence[str], sort: str | None, limit: int | None) -> Selection:

@@ -65,7 +65,7 @@ class InitialSubspace:
         """Return Q^T y of rows y of shape (n, R), as rows of shape (n, size)."""
         if kind not in self.bases:
             return along.new_zeros(len(along), size)
-        basis = self.bases[kind].to(along.dtype)
+        basis = self.bases[kind].to(along)
         return torch.cat([part @ basis[number] for number, part in _by_layer(layer, along, self.layers)])
 
     def spread(self, kind: int, layer: torch.Tensor) -> torch.Tensor:

@@ -2,10 +2,12 @@
 
     python -m tests.benchmarks.sizes --fleet DIR [--before REVISION] [--cases NAME ...] [--out FILE.json]
 
-DIR is the fleet of 20. Each case is one run of `icm ingest`, `icm train` and seven decodes in its own process, with
-the code of this working tree, and in turn with that of the other revision, checked out beside it. Where the older code
-would take hours, both take the same few steps. No base model is at hand, so channel weights are even. Peak memory is
-that of the whole process, some 0.3 GB of it torch.
+DIR is the fleet of 20. Each case is one run of `icm ingest` and `icm train`; then one adapter is decoded and loaded
+seven times in a process of its own, and encoded three times in another. All that with the code of this working tree,
+and in turn with that of the other revision, checked out beside it. Where the older code would take hours, both take the
+same few steps. No base model is at hand, so channel weights are even. The peak of training is that of the whole
+process, some 0.3 GB of it torch; memory of decoding and encoding is what it adds to a process with generator and
+adapter. A hundredth is a code of at most so many bytes of the adapter's file.
 """
 
 from __future__ import annotations
@@ -32,22 +34,52 @@ from tests.benchmarks.sizes.adapters import build
 ROOT = Path(__file__).parents[3]
 RESULT = Path(__file__).parents[1] / "results" / "sizes.json"
 _ICM = "from icm_cli.app import main; main()"
-_DECODE = """import json, resource, sys, time
+_CODE = """import json, os, resource, statistics, sys, time
 from pathlib import Path
+import torch
+from safetensors.torch import load_file
+from icmlora import load_adapter
 from icmlora.fleet.context import Context
+from icmlora.generator.limits import Limits
 from icmlora.generator.versions import GeneratorFile
-with Context(Path(sys.argv[1])).open() as store:
-    row = next(row for row in store.tasks.summaries() if row.code is not None)
-    code = store.blobs.read(row.code.blob)
-    decoder = GeneratorFile(store.blobs.read(store.generators.current(row.task.base_model).blob)).codec_of(code)
-def timed():
-    started = time.perf_counter()
-    decoder.decode(code)
-    return time.perf_counter() - started
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-times = sorted(timed() for _ in range(7))
-after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-print(json.dumps({"decode_seconds": times[3], "decode_memory": (after - before) * 1024, "code_bytes": len(code)}))
+store, adapter, what = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+weights = adapter / "adapter_model.safetensors" if adapter.is_dir() else adapter
+with Context(store).open() as opened:
+    row = next(row for row in opened.tasks.summaries() if row.task.name == adapter.stem)
+    code = opened.blobs.read(row.code.blob)
+    codec = GeneratorFile(opened.blobs.read(opened.generators.current(row.task.base_model).blob)).codec_of(code)
+def seconds(function, times=7):
+    took = []
+    for _ in range(times):
+        started = time.perf_counter()
+        function()
+        took.append(time.perf_counter() - started)
+    return statistics.median(took)
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+def grown(function):
+    before = resident()
+    function()
+    return max(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before, 0)
+def load():
+    return [tensor.clone() for tensor in load_file(weights).values()]
+def load_cold():
+    with weights.open("rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    return load()
+def encode(**limits):
+    return codec.encode(loaded, {}, limits=Limits(**limits)).data
+if what == "decode":
+    print(json.dumps({"code_bytes": len(code), "decode_memory": grown(lambda: codec.decode(code)),
+        "decode_seconds": seconds(lambda: codec.decode(code)), "load_seconds": seconds(load),
+        "load_cold_seconds": seconds(load_cold)}))
+else:
+    loaded = load_adapter(adapter)
+    memory = grown(lambda: encode(tolerance=0.11))
+    took = seconds(lambda: encode(tolerance=0.11), 3)
+    small = encode(size=weights.stat().st_size // 100)
+    print(json.dumps({"encode_seconds": took, "encode_memory": memory, "hundredth_bytes": len(small),
+        "hundredth_decode_seconds": seconds(lambda: codec.decode(small))}))
 """
 
 
@@ -63,6 +95,7 @@ class Case:
 CASES = {
     "fleet of 20": Case(20, None),
     "8B, 20 steps": Case(2, 20),
+    "SDXL, 20 steps": Case(2, 20),
     "8B, whole": Case(20, None, both=False),
     "96 kinds, 20 steps": Case(8, 20, both=False),
     "192 kinds, 20 steps": Case(8, 20),
@@ -81,7 +114,12 @@ def measure(tree: Path, adapters: Path, case: Case, store: Path) -> dict[str, An
     ).splitlines()
     (trained,) = [line for line in map(json.loads, lines) if line["type"] == "trained"]
     metrics = trained["metrics"]
-    decoded = json.loads(_python(tree, _DECODE, str(store)))
+    adapter = next(path for path in sorted(adapters.rglob("*")) if path.suffix == ".safetensors")
+    if adapter.name == "adapter_model.safetensors":
+        adapter = adapter.parent
+    measured: dict[str, Any] = {}
+    for what in ("decode", "encode"):  # each in a process of its own: the peak of a process never falls
+        measured |= json.loads(_python(tree, _CODE, str(store), str(adapter), what))
     shutil.rmtree(store)
     return {
         "load": round(load, 2),
@@ -91,7 +129,7 @@ def measure(tree: Path, adapters: Path, case: Case, store: Path) -> dict[str, An
         "train_peak_memory": metrics["peak_memory"],
         "generator_bytes": trained["generator_size"],
         "codes_bytes": trained["codes_size"],
-        **decoded,
+        **measured,
     }
 
 

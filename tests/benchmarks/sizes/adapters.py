@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from icmlora.adapter.layout import ModuleShape
 from icmlora.adapter.model import Adapter
 from tests.benchmarks import many_tiny
+from tests.benchmarks.image_fleet.build import write_fleet
 from tests.benchmarks.scale import large
 
 _EXPERT_LAYERS, _EXPERT_RANK, _WIDTH = 2, 8, 128
@@ -57,6 +58,9 @@ def build(name: str, count: int, folder: Path, fleet: Path) -> Path:
     """Make the adapters of a case of the benchmark; returns their folder."""
     if name == "fleet of 20":
         return fleet
+    if name.startswith("SDXL"):
+        write_fleet(folder, range(count))
+        return folder
     spectra = large.spectra_of(fleet)
     if name.startswith("8B"):
         build_large(folder, count, spectra)

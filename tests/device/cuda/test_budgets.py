@@ -101,3 +101,17 @@ def test_a_code_is_decoded_on_the_cpu_and_its_factors_copied(trained: Path) -> N
     counts = workloads.decoding(fleet, task)
     assert counts.operators == 0
     assert counts.copies_to == 2 * len(fleet.load(task, source="code").modules)
+
+
+def test_a_code_can_be_decoded_on_the_card_to_which_its_integers_are_copied(
+    codec: Codec, adapters: list[Adapter]
+) -> None:
+    code = codec.encode(adapters[0], {}).data
+    with counting() as counts:
+        found = codec.decode(code, workloads.CARD)
+    for module, expected in zip(found.modules, codec.decode(code).modules, strict=True):
+        assert module.a.device.type == module.b.device.type == "cuda"
+        torch.testing.assert_close(module.a.cpu(), expected.a, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(module.b.cpu(), expected.b, rtol=1e-5, atol=1e-6)
+    kinds = len({module.shape[1:] for module in found.modules})
+    assert counts.copies_from <= 4 * kinds  # whether all values are finite

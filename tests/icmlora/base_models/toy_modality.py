@@ -106,9 +106,9 @@ class VectorClassifier(Modality[Point, Point]):
         logits = base.model(self._vectors(base, items).requires_grad_(from_leaf))
         return list(logits[:, None])
 
-    def item_loss(self, item: Point, logits: torch.Tensor) -> torch.Tensor:
-        """Return the cross entropy of one example."""
-        return nn.functional.cross_entropy(logits.float(), torch.tensor([item.label], device=logits.device))
+    def wanted(self, item: Point) -> list[int]:
+        """Return the label."""
+        return [item.label]
 
     def counted(self, base: BaseModel, items: Sequence[Point]) -> torch.Tensor:
         """Return that every row is real."""

@@ -137,7 +137,7 @@ def test_the_base_model_is_left_as_it_was_where_gathering_fails(
         raise RuntimeError
 
     before = weights_of(base)
-    monkeypatch.setattr("icmlora.base_models.kinds.likelihood.item_loss", fail)
+    monkeypatch.setattr("icmlora.base_models.log_probabilities.cross_entropy", fail)
     with pytest.raises(RuntimeError):
         gather_evidence(base, factors_of(random_adapter(1)), NAMES, scored(base, TEXTS))
     assert is_untouched(base, before)

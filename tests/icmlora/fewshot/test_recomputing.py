@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from icmlora.base_models.kinds import likelihood
+from icmlora.base_models import log_probabilities
 from icmlora.base_models.modality import BaseModel
 from icmlora.base_models.running.lora_hooks import factors_of
 from icmlora.fewshot import evidence as module
@@ -89,10 +89,10 @@ def test_what_comes_into_a_module_is_not_kept_until_backward(
 
     def before_backward(*arguments: Any) -> Any:
         gone.append(all(reference.expired() for reference in inputs))
-        return row_loss(*arguments)
+        return loss_of_rows(*arguments)
 
-    row_loss = likelihood.item_loss
-    monkeypatch.setattr(likelihood, "item_loss", before_backward)
+    loss_of_rows = log_probabilities.cross_entropy
+    monkeypatch.setattr(log_probabilities, "cross_entropy", before_backward)
     handle = base.model.get_submodule(NAMES[1]).register_forward_pre_hook(
         lambda _, arguments: inputs.append(StorageWeakRef(arguments[0].untyped_storage()))
     )

@@ -16,7 +16,6 @@ from icmlora.generator import codec as codec_module
 from icmlora.generator.codec import Codec
 from icmlora.generator.limits import Limits
 from icmlora.generator.network_file import generator_from_bytes, generator_to_bytes
-from icmlora.generator.tokens import weighted
 from icmlora.training.loop import fit
 from tests.icmlora.small_fleet import (
     begin,
@@ -25,6 +24,7 @@ from tests.icmlora.small_fleet import (
     make_vectors,
     mixed_fleet,
     same,
+    weighted,
     with_factors,
 )
 

@@ -15,7 +15,7 @@ from icmlora.generator.cvae import CVAE
 from icmlora.generator.initial_a.subspace import InitialSubspace, initial_subspace
 from icmlora.generator.objective import Bits, Objective, worth_writing
 from icmlora.generator.tokens import KindTokens, tokenize
-from icmlora.generator.water_level import water_level
+from icmlora.generator.water_filling import WaterFilling
 from tests.icmlora.peft_made import peft_codec, peft_fleet
 from tests.icmlora.small_fleet import (
     BASE,
@@ -80,7 +80,7 @@ def test_energy_along_the_subspace_is_not_what_the_step_has_to_share_out() -> No
     under, initial = peft_codec(), peft_fleet().initial(0)
     tokens = tokenize(peft_fleet().load(0, None), under.config, under.sensitivity)
     steps = [
-        water_level(tokens, 0.1, under.sensitivity, initial_subspace(which, under.config, under.sensitivity))
+        WaterFilling(tokens, under.sensitivity, initial_subspace(which, under.config, under.sensitivity)).step(0.1)
         for which in (None, initial)
     ]
     assert steps[0] < steps[1]
@@ -103,14 +103,14 @@ def test_the_estimate_is_near_the_size_of_the_code(task: int) -> None:
 
 def test_a_smaller_tolerance_needs_a_finer_step() -> None:
     tokens = tokenize(make_adapter(0), CONFIG, WEIGHTS)
-    steps = [water_level(tokens, tolerance, WEIGHTS, NOTHING) for tolerance in (0.5, 0.1, 0.01)]
+    steps = [WaterFilling(tokens, WEIGHTS, NOTHING).step(tolerance) for tolerance in (0.5, 0.1, 0.01)]
     assert steps == sorted(steps, reverse=True)
 
 
 def test_the_step_scales_with_the_adapter() -> None:
     left, right = (tokenize(with_factors(make_adapter(0), b=b), CONFIG, WEIGHTS) for b in (1.0, 8.0))
-    assert water_level(right, 0.1, WEIGHTS, NOTHING) == pytest.approx(
-        8 * water_level(left, 0.1, WEIGHTS, NOTHING), rel=1e-4
+    assert WaterFilling(right, WEIGHTS, NOTHING).step(0.1) == pytest.approx(
+        8 * WaterFilling(left, WEIGHTS, NOTHING).step(0.1), rel=1e-4
     )
 
 

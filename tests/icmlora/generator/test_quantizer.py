@@ -14,7 +14,9 @@ from icmlora.adapter.model import Adapter
 from icmlora.generator.cvae import CVAE, TaskState
 from icmlora.generator.entropy_coding import LIMIT
 from icmlora.generator.initial_a.subspace import InitialSubspace, initial_subspace
-from icmlora.generator.quantizer import Norms, Sides, Slots, TokenQuantizer, centred, nonzeros_of, norm_of
+from icmlora.generator.packing import split_sides
+from icmlora.generator.quantizer import Norms, Slots, TokenQuantizer, centred, norm_of
+from icmlora.generator.runs import Nonzeros
 from icmlora.generator.scales import EXTREME, LARGEST, OCTAVE, SMALLEST, centres
 from icmlora.generator.tokens import KindTokens, tokenize
 from tests.icmlora.peft_made import peft_codec, peft_fleet
@@ -40,7 +42,7 @@ def first(net: CVAE, adapter: Adapter) -> tuple[KindTokens, Slots]:
 
 
 @torch.no_grad()
-def rounded(net: CVAE, adapter: Adapter, step: int) -> tuple[KindTokens, Slots, Norms, Sides]:
+def rounded(net: CVAE, adapter: Adapter, step: int) -> tuple[KindTokens, Slots, Norms, Nonzeros]:
     quantizer, (group, slots) = TokenQuantizer(net), first(net, adapter)
     norms = quantizer.norms(slots, *quantizer.norm_residuals(slots, group.norm))
     return group, slots, norms, quantizer.quantise(group, norms, state(net), step)
@@ -49,8 +51,7 @@ def rounded(net: CVAE, adapter: Adapter, step: int) -> tuple[KindTokens, Slots, 
 @torch.no_grad()
 def restored(net: CVAE, adapter: Adapter, step: int) -> tuple[KindTokens, KindTokens]:
     group, slots, norms, integers = rounded(net, adapter, step)
-    scales = TokenQuantizer(net).scales(slots, norms, nothing_known(net), step)
-    vectors = TokenQuantizer(net).dequantise(slots, norms, state(net), step, nonzeros_of(integers, scales))
+    vectors = TokenQuantizer(net).dequantise(slots, norms, state(net), step, integers)
     return group, KindTokens(group.kind, group.layer, group.slot, norm_of(norms), *vectors)
 
 
@@ -60,8 +61,7 @@ def products(group: KindTokens) -> torch.Tensor:
 
 def test_the_same_tokens_give_the_same_integers(net: CVAE) -> None:
     left, right = rounded(net, make_adapter(3), -40)[3], rounded(codec().generator.net, make_adapter(3), -40)[3]
-    np.testing.assert_array_equal(left[0], right[0])
-    np.testing.assert_array_equal(left[1], right[1])
+    assert left == right
 
 
 def test_scales_do_not_depend_on_the_task_or_on_floats_of_the_network(net: CVAE) -> None:
@@ -88,8 +88,7 @@ def test_the_sign_of_a_pair_does_not_matter(net: CVAE) -> None:
     norms = quantizer.norms(slots, *quantizer.norm_residuals(slots, group.norm))
     with torch.no_grad():
         left, right = (quantizer.quantise(tokens, norms, state(net), -40) for tokens in (group, flipped))
-    np.testing.assert_array_equal(left[0], right[0])
-    np.testing.assert_array_equal(left[1], right[1])
+    assert left == right
 
 
 def test_norms_come_back_to_a_sixteenth_of_an_octave(net: CVAE) -> None:
@@ -118,7 +117,7 @@ def test_integers_and_scales_stay_in_range_whatever_the_step(net: CVAE) -> None:
         scales = np.concatenate(
             [part.ravel() for part in TokenQuantizer(net).scales(slots, norms, nothing_known(net), step)]
         )
-        assert max(np.abs(part).max(initial=0) for part in integers) <= LIMIT
+        assert np.abs(integers.values).max(initial=0) <= LIMIT
         assert SMALLEST <= scales.min() <= scales.max() <= LARGEST
 
 
@@ -157,14 +156,13 @@ def test_runs_have_the_integers_and_scales_of_the_row_in_the_order_of_the_scales
     quantizer, group, known = with_initial(1, modules)
     slots, norms = norms_of(quantizer, group)
     with torch.no_grad():
-        integers = quantizer.quantise(group, norms, known, step)
+        wanted = quantizer.quantise(group, norms, known, step)
     scales = quantizer.scales(slots, norms, known.subspace, step)
-    wanted, runs = nonzeros_of(integers, scales), quantizer.runs(slots, norms, known.subspace, step)
-    groups = runs.groups(wanted)
+    runs = quantizer.runs(slots, norms, known.subspace, step)
     flat = np.concatenate([side.ravel() for side in scales])
-    assert [(one.scale, one.count) for one in groups] == runs.sizes
+    np.testing.assert_array_equal(wanted.scales, flat[wanted.places])
     assert runs.sizes == [(index, int((flat == index).sum())) for index in np.unique(flat).tolist()]
-    found = runs.nonzeros(groups)
+    found = runs.nonzeros(*runs.places(wanted))
     assert found == wanted
     np.testing.assert_array_equal(found.scales, flat[found.places])
 
@@ -196,7 +194,10 @@ def test_rows_that_a_module_lacks_hold_zeros_at_the_smallest_scale() -> None:
     lacking = known.subspace.ranks_of(group.kind)[slots.layer, None] <= np.arange(8)
     assert lacking.any()
     with torch.no_grad():
-        *_, along = quantizer.quantise(group, norms, known, -60)
+        found = quantizer.quantise(group, norms, known, -60)
+    sizes = (*quantizer.sizes[group.kind], known.subspace.rows(group.kind))
+    *_, along = split_sides(found.dense(len(norms) * sum(sizes)), len(norms), sizes)
+    assert along.any()
     assert not along[lacking].any()
     *_, scales = quantizer.scales(slots, norms, known.subspace, -60)
     assert (scales[lacking] == SMALLEST).all()
@@ -209,7 +210,7 @@ def test_integers_and_scales_along_the_subspace_stay_in_range_whatever_the_step(
         with torch.no_grad():
             integers = quantizer.quantise(group, norms, known, step)
         scales = np.concatenate([side.ravel() for side in quantizer.scales(slots, norms, known.subspace, step)])
-        assert max(np.abs(side).max() for side in integers) <= LIMIT
+        assert np.abs(integers.values).max(initial=0) <= LIMIT
         assert SMALLEST <= scales.min() <= scales.max() <= LARGEST
 
 

@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 from icmlora.adapter.metrics import squared_error
 from icmlora.generator.config import GeneratorConfig, ModuleKind
 from icmlora.generator.sensitivity import MeanSquares, even, sensitivity_of
-from icmlora.generator.tokens import weighted
-from tests.icmlora.small_fleet import make_adapter, mixed_fleet, uneven
+from tests.icmlora.small_fleet import make_adapter, mixed_fleet, uneven, weighted
 
 CONFIG = mixed_fleet().config()
 
@@ -87,7 +86,7 @@ def test_taking_the_weights_off_gives_the_adapter_back() -> None:
         kind, layer = CONFIG.place_of(module.shape)
         heavy = weights.weigh(module, kind, layer)
         a, b = heavy.a.clone(), heavy.b.T.clone()
-        weights.unweigh(kind, layer, a, b)
+        weights.unweigh(kind, torch.full((len(a),), layer), a, b)
         torch.testing.assert_close(a, module.a, rtol=1e-6, atol=0)
         torch.testing.assert_close(b.T, module.b, rtol=1e-6, atol=0)
 

@@ -21,9 +21,8 @@ from icmlora.generator.tokens import (
     slot_errors,
     squared_norm,
     tokenize,
-    weighted,
 )
-from tests.icmlora.small_fleet import BASE, make_adapter, uneven, with_factors
+from tests.icmlora.small_fleet import BASE, make_adapter, uneven, weighted, with_factors
 
 
 def config_of(adapter: Adapter) -> GeneratorConfig:

@@ -14,24 +14,29 @@ from icmlora.generator.tokens import KindTokens, squared_norm
 _PARTS = 16  # groups of channels of about equal weight, as the step need not be exact
 
 
-def water_level(
-    tokens: Sequence[KindTokens], tolerance: float, sensitivity: Sensitivity, subspace: InitialSubspace
-) -> float:
-    """Return the quantiser step whose expected squared error is `tolerance` (1 for an adapter of zeros).
+class WaterFilling:
+    """The variances of an adapter's coefficients."""
 
-    A coefficient of variance v contributes min(v, step^2 / 12): reverse water-filling (Cover and Thomas, 10.3.3).
-    """
-    if not tokens:
-        return 1.0
-    parts = [_variances(group, side, sensitivity, subspace) for group in tokens for side in (INPUTS, OUTPUTS)]
-    variance, count = (torch.cat(column) for column in zip(*parts, strict=True))
-    allowed = tolerance * squared_norm(tokens)
-    low, high = -40.0, 40.0  # log2 of the step
-    for _ in range(50):
-        middle = (low + high) / 2
-        error = float((torch.clamp(variance, max=4.0**middle / 12) * count).sum())
-        low, high = (middle, high) if error < allowed else (low, middle)
-    return float(2.0**low)
+    def __init__(self, tokens: Sequence[KindTokens], sensitivity: Sensitivity, subspace: InitialSubspace) -> None:
+        parts = [_variances(group, side, sensitivity, subspace) for group in tokens for side in (INPUTS, OUTPUTS)]
+        nothing = torch.zeros(0, dtype=torch.float64)
+        self._variance = torch.cat([nothing, *(variance for variance, _ in parts)])
+        self._count = torch.cat([nothing, *(count for _, count in parts)])
+        self._energy = squared_norm(tokens)
+
+    def step(self, tolerance: float) -> float:
+        """Return the quantiser step whose expected squared error is `tolerance` (1 for an adapter of zeros).
+
+        A coefficient of variance v contributes min(v, step^2 / 12): reverse water-filling (Cover and Thomas, 10.3.3).
+        """
+        if not len(self._variance):
+            return 1.0
+        low, high = -40.0, 40.0  # log2 of the step
+        for _ in range(50):
+            middle = (low + high) / 2
+            error = float((torch.clamp(self._variance, max=4.0**middle / 12) * self._count).sum())
+            low, high = (middle, high) if error < tolerance * self._energy else (low, middle)
+        return float(2.0**low)
 
 
 def _variances(

@@ -1,0 +1,133 @@
+"""Which tasks a listing shows, and what of them: read as columns, and without those that have wrong rows.
+
+Only a filter, an order or a base model needs SQLAlchemy, which takes longer to import than thousands of tasks to read.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Callable, Collection, Iterator, Sequence
+from itertools import islice
+from typing import TYPE_CHECKING, TypeVar
+
+from registry.errors import DamagedStore
+from registry.filters import Selection
+from registry.row_checks import are_right, find_wrong_tasks
+from registry.tables import summary_rows
+from registry.tables.table import Table
+
+if TYPE_CHECKING:
+    from registry.records import GeneratorRecord, TaskRecord, TaskSummary
+
+T = TypeVar("T")
+
+_PAGE = 1_000
+
+
+class Summaries(Table):
+    """Tasks with what a listing shows of them."""
+
+    def count(self) -> int:
+        """Return how many tasks there are, also damaged ones."""
+        with self._db.columns() as connection:
+            (number,) = connection.execute("SELECT count(*) FROM tasks").fetchone()
+        return int(number)
+
+    def all(self) -> Iterator[TaskRecord]:
+        """Yield all tasks by name; few at a time."""
+        yield from self._pages(summary_rows.tasks, self._selected(None, ()))
+
+    def names(self, selection: Selection | None = None, *, without: Collection[int] = ()) -> list[str]:
+        """Return the names of the selected tasks, in the order that the selection asks for."""
+        return list(self._pages(summary_rows.names, self._selected(selection, without)))
+
+    def summaries(
+        self, selection: Selection | None = None, *, without: Collection[int] | None = None
+    ) -> Iterator[TaskSummary]:
+        """Yield the selected tasks, in the order asked for, with what a listing shows of them; few at a time.
+
+        All rows that a task has are checked as it is read, unless the caller has checked every row and gives the
+        numbers of the tasks `without` which to go on. A filter or an order may pass over a task with a wrong row.
+        """
+        load = _checked_summaries if without is None else summary_rows.summaries
+        yield from self._pages(load, self._selected(selection, without or ()))
+
+    def first(self, count: int) -> list[TaskSummary]:
+        """Return the first tasks by name, and look at no rows of others."""
+        return list(islice(self._pages(_checked_summaries, self._selected(None, ()), count), count))
+
+    def wrong_rows(self) -> dict[str, set[int]]:
+        """Check all rows, also those that a listing counts, compares or passes over, and tell of the wrong ones.
+
+        Return what is wrong with a row -> the numbers of the tasks whose figures depend on it.
+        """
+        with self._db.columns() as connection:
+            if are_right(connection):
+                return {}
+        from registry.schema import Base  # imports SQLAlchemy
+
+        with self._db.connection() as opened:
+            found = find_wrong_tasks(opened, Base.metadata)
+        for fact, numbers in found.items():
+            error = self._db.damaged_row(fact)
+            if self._on_damage is None:
+                raise error
+            for name in sorted(map(self._name_of, numbers)) or ["a row of no task"]:
+                self._on_damage(name, error)
+        return found
+
+    def generator(self, base_model: str) -> GeneratorRecord | None:
+        """Return the current generator of a base model, if it has one; its row is not checked."""
+        with self._db.columns() as connection:
+            return summary_rows.generator(connection, base_model)
+
+    def vector_files(self) -> dict[int, list[str]]:
+        """Return number of a task -> the digests of the files of its vectors; rows are not checked."""
+        with self._db.columns() as connection:
+            return summary_rows.vector_files(connection)
+
+    def _selected(self, selection: Selection | None, without: Collection[int]) -> Sequence[int]:
+        selection = selection or Selection()
+        if selection == Selection(limit=selection.limit):
+            with self._db.columns() as connection:
+                numbers = (number for (number,) in connection.execute("SELECT id FROM tasks ORDER BY name"))
+                return list(islice((one for one in numbers if one not in without), selection.limit))
+        from registry.tables.listing import selected  # imports SQLAlchemy
+
+        with self._db.read() as session:
+            return selected(session, selection, without)
+
+    def _pages(
+        self, load: Callable[[sqlite3.Connection, Sequence[int]], list[T]], numbers: Sequence[int], size: int = 0
+    ) -> Iterator[T]:
+        """Load some tasks, few at a time. Each page is one short read, so that a slow reader delays nobody."""
+        size = min(size or _PAGE, _PAGE)
+        for at in range(0, len(numbers), size):
+            yield from self._undamaged(load, numbers[at : at + size])
+
+    def _undamaged(
+        self, load: Callable[[sqlite3.Connection, Sequence[int]], list[T]], numbers: Sequence[int]
+    ) -> list[T]:
+        """Load some tasks, without those that have wrong rows."""
+        try:
+            with self._db.columns() as connection:
+                return load(connection, numbers)
+        except DamagedStore as error:
+            if self._on_damage is None:
+                raise
+            if len(numbers) > 1:
+                half = len(numbers) // 2
+                return [one for some in (numbers[:half], numbers[half:]) for one in self._undamaged(load, some)]
+            self._on_damage(self._name_of(numbers[0]), error)
+            return []
+
+    def _name_of(self, number: int) -> str:
+        """Return the name of a task that may be damaged."""
+        with self._db.columns() as connection:
+            row = connection.execute("SELECT name FROM tasks WHERE id = ?", (number,)).fetchone()
+        return row[0] if row and row[0] else f"number {number}"
+
+
+def _checked_summaries(connection: sqlite3.Connection, numbers: Sequence[int]) -> list[TaskSummary]:
+    summary_rows.check(connection, numbers)
+    return summary_rows.summaries(connection, numbers)

@@ -1,0 +1,335 @@
+"""What a listing shows of tasks, read as columns: an object for each row takes ten times as long to make.
+
+    numbers of tasks ──▶ tasks, final adapters, codes, gains ──▶ a `TaskSummary` each
+
+SQLite joins and counts, and only values come back. Nothing is checked while they are read: `check` looks at all rows
+that some tasks have and refer to, `registry.row_checks.are_right` at all there are.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+from registry import records, values
+from registry.errors import DamagedStore
+from registry.names import UNKNOWN_BASE
+from registry.records import WITHOUT_BASE, Description, TaskSummary, read_description
+from registry.row_checks import WrongRow, what_fails
+from registry.values import DIGEST, MOMENT, PACKED, RUNGS, WORDS
+
+# In each statement, {of} is a list of numbers of tasks.
+_TASKS = """
+SELECT tasks.id, tasks.name, base_models.name, samples.digest, texts.digest, tasks.created_at, pinned, tags, note
+FROM tasks JOIN base_models ON base_models.id = base_model_id
+LEFT JOIN blobs AS samples ON samples.id = samples_id LEFT JOIN blobs AS texts ON texts.id = eval_id
+WHERE tasks.id IN ({of})"""
+_COUNTS = """
+SELECT id, (SELECT count(*) FROM adapters WHERE task_id = tasks.id AND NOT is_final AND evicted_at IS NULL),
+    (SELECT count(*) FROM adapters WHERE task_id = tasks.id AND NOT is_final AND evicted_at IS NOT NULL),
+    (SELECT count(*) FROM task_vectors WHERE task_id = tasks.id)
+FROM tasks WHERE id IN ({of})"""
+_FINALS = """
+SELECT task_id, adapters.id, tasks.folder, description_id, weights.digest, weights.size, config.digest, config.size,
+    card.digest, card.size, initial.digest, initial.size, step, source, adapters.created_at, evicted_at, is_generated,
+    tensors_key, extra_count
+FROM adapters JOIN tasks ON tasks.id = task_id
+JOIN blobs AS weights ON weights.id = weights_id JOIN blobs AS config ON config.id = config_id
+LEFT JOIN blobs AS card ON card.id = card_id LEFT JOIN blobs AS initial ON initial.id = initial_id
+WHERE task_id IN ({of}) AND is_final"""
+_EXTRAS = """
+SELECT adapter_id, blobs.digest, file, extras.size, blobs.size
+FROM extras JOIN blobs ON blobs.id = blob_id JOIN adapters ON adapters.id = adapter_id
+WHERE task_id IN ({of}) AND is_final"""
+_CODES = """
+SELECT task_id, codes.id, adapter_id, generator_id, code.digest, code.size, bits, dw_error, residual.digest,
+    residual.size, residual_error, min_gain, max_error, tolerance, is_kept, refined, max_size, claim
+FROM codes JOIN blobs AS code ON code.id = blob_id LEFT JOIN blobs AS residual ON residual.id = residual_id
+WHERE task_id IN ({of}) AND generator_id IN (SELECT id FROM generators WHERE is_current)"""
+# As `evaluations.latest`: on the task's own text, else the latest on any; one with a gain if there is one.
+_GAINS = f"""
+SELECT codes.task_id, retained_gain, settings_id
+FROM codes JOIN evaluations ON evaluations.id = (
+    SELECT own.id FROM evaluations AS own JOIN tasks ON tasks.id = own.task_id
+    WHERE own.task_id = codes.task_id AND own.generator_id = codes.generator_id
+        AND rung = CASE WHEN residual_id IS NULL THEN {RUNGS.index("code")} ELSE {RUNGS.index("residual")} END
+    ORDER BY coalesce(data_id = eval_id, 0) DESC, retained_gain IS NOT NULL DESC, own.id DESC LIMIT 1)
+WHERE codes.task_id IN ({{of}}) AND codes.generator_id IN (SELECT id FROM generators WHERE is_current)"""  # noqa: S608
+_VECTOR_FILES = """
+SELECT task_id, digest FROM (SELECT DISTINCT task_id, blob_id FROM task_vectors) JOIN blobs ON blobs.id = blob_id"""
+_GENERATOR = """
+SELECT generators.id, base_models.name, version, parent_id, file.digest, file.size, config, metrics,
+    generators.created_at, start.digest, start.size
+FROM generators JOIN base_models ON base_models.id = base_model_id JOIN blobs AS file ON file.id = blob_id
+LEFT JOIN blobs AS start ON start.id = start_id WHERE base_models.name = ? AND is_current"""
+_BLOBS = {
+    "tasks": ("id", "samples_id", "eval_id"),
+    "adapters": ("task_id", "weights_id", "config_id", "card_id", "initial_id"),
+    "codes": ("task_id", "blob_id", "residual_id"),
+    "task_vectors": ("task_id", "blob_id"),
+}
+_OF_ADAPTERS = "adapter_id IN (SELECT id FROM adapters WHERE task_id IN ({of}))"
+_FILES = [
+    f"SELECT {column} FROM {table} WHERE {task} IN ({{of}})"  # noqa: S608
+    for table, (task, *columns) in _BLOBS.items()
+    for column in columns
+]
+_FILES.append(f"SELECT blob_id FROM extras WHERE {_OF_ADAPTERS}")  # noqa: S608
+# Table -> the rows that some tasks have there or refer to.
+_CHECKED = {
+    "base_models": "TRUE",
+    "generators": "TRUE",
+    "tasks": "id IN ({of})",
+    **dict.fromkeys(("adapters", "task_vectors", "codes", "evaluations"), "task_id IN ({of})"),
+    "extras": _OF_ADAPTERS,
+    "documents": """id IN (SELECT description_id FROM adapters WHERE task_id IN ({of})
+        UNION SELECT settings_id FROM evaluations WHERE task_id IN ({of}))""",
+    "blobs": f"id IN ({' UNION '.join(_FILES)})",
+}
+_CHECKED_OF_TASKS = {
+    "base_models": "TRUE",
+    "tasks": "id IN ({of})",
+    "blobs": """id IN (SELECT samples_id FROM tasks WHERE id IN ({of})
+        UNION SELECT eval_id FROM tasks WHERE id IN ({of}))""",
+}
+
+
+def check(connection: sqlite3.Connection, numbers: Sequence[int], tables: Mapping[str, str] = _CHECKED) -> None:
+    """Raise `WrongRow` if a row that tasks have, or that one of these refers to, is not as it was written."""
+    of = _listed(numbers)
+    for table, rows in tables.items():
+        check_rows(connection, table, rows.format(of=of))
+
+
+def check_rows(connection: sqlite3.Connection, table: str, condition: str) -> None:
+    """Raise `WrongRow` if one of the rows of a table that a condition holds for is not as it was written."""
+    said = what_fails(table)
+    query = f"SELECT {said} FROM {table} WHERE ({condition}) AND typeof({said}) = 'text' LIMIT 1"  # noqa: S608
+    for (fact,) in connection.execute(query):
+        raise WrongRow(fact)
+
+
+def names(connection: sqlite3.Connection, numbers: Sequence[int]) -> list[str]:
+    """Return the names of tasks, in their order; those that are gone are left out."""
+    of = _listed(numbers)
+    check_rows(connection, "tasks", f"id IN ({of})")
+    name_of = dict(connection.execute(f"SELECT id, name FROM tasks WHERE id IN ({of})"))  # noqa: S608
+    return [name_of[number] for number in numbers if number in name_of]
+
+
+def tasks(connection: sqlite3.Connection, numbers: Sequence[int]) -> list[records.TaskRecord]:
+    """Return tasks, in their order, once their rows are known to be right; those that are gone are left out."""
+    check(connection, numbers, _CHECKED_OF_TASKS)
+    return list(_tasks(connection, numbers).values())
+
+
+def summaries(connection: sqlite3.Connection, numbers: Sequence[int]) -> list[TaskSummary]:
+    """Return tasks with what a listing shows of them, in their order; those that are gone are left out.
+
+    Raises:
+        DamagedStore: A task has no final adapter.
+        WrongRow: An extra of one is missing.
+        UnreadableValue: A value is none that icm wrote.
+    """
+    of, found = _listed(numbers), _tasks(connection, numbers)
+    counts = {row[0]: row[1:] for row in connection.execute(_COUNTS.format(of=of))}
+    codes = {row[0]: _code(found[row[0]].name, *row[1:]) for row in connection.execute(_CODES.format(of=of))}
+    finals = {row[0]: row[1:] for row in connection.execute(_FINALS.format(of=of))}
+    gains = {row[0]: row[1:] for row in connection.execute(_GAINS.format(of=of))}
+    documents = _documents(connection, {row[2] for row in finals.values()} | {how for _, how in gains.values()})
+    extras = defaultdict[int, list[records.Extra]](list)
+    for adapter, digest, file, size, packed in connection.execute(_EXTRAS.format(of=of)):
+        extras[adapter].append(records.Extra(DIGEST.read(digest), file or None, size, packed))
+    if lost := [task.name for number, task in found.items() if number not in finals]:
+        raise DamagedStore(f"task {lost[0]!r} has no final adapter", hint="remove it and ingest it again")
+    made = []
+    for number, task in found.items():
+        kept, evicted, vectors = counts[number]
+        gain, precision = _gain(documents, *gains.get(number, (None, None)))
+        final = _final(task, documents, extras, *finals[number])
+        made.append(TaskSummary(task, final, kept, evicted, vectors, codes.get(number), gain, precision))
+    return made
+
+
+def generator(connection: sqlite3.Connection, base_model: str) -> records.GeneratorRecord | None:
+    """Return the current generator of a base model, if it has one."""
+    row = connection.execute(_GENERATOR, (base_model,)).fetchone()
+    if row is None:
+        return None
+    number, name, version, parent, file, size, config, metrics, created_at, start, start_size = row
+    return records.GeneratorRecord(
+        number,
+        name,
+        version,
+        parent,
+        DIGEST.read(file),
+        size,
+        PACKED.read(config),
+        PACKED.read(metrics),
+        True,
+        MOMENT.read(created_at),
+        DIGEST.read(start),
+        start_size or 0,
+    )
+
+
+def vector_files(connection: sqlite3.Connection) -> dict[int, list[str]]:
+    """Return number of a task -> the digests of the files of its vectors, for those that have some."""
+    found = defaultdict[int, list[str]](list)
+    for number, digest in connection.execute(_VECTOR_FILES):
+        found[number].append(DIGEST.read(digest))
+    return found
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    return ",".join(map(str, numbers))
+
+
+def _documents(connection: sqlite3.Connection, numbers: set[int]) -> dict[int, bytes]:
+    """Return the bodies of documents, each once: many rows share one."""
+    of = _listed(sorted(numbers))
+    return dict(connection.execute(f"SELECT id, body FROM documents WHERE id IN ({of})"))  # noqa: S608
+
+
+# Adapters with the same description share it in memory too: a layout may name a thousand modules.
+@lru_cache(maxsize=64)
+def _description(body: bytes) -> Description:
+    return read_description(PACKED.read(body))
+
+
+def _tasks(connection: sqlite3.Connection, numbers: Sequence[int]) -> dict[int, records.TaskRecord]:
+    rows = {row[0]: row for row in connection.execute(_TASKS.format(of=_listed(numbers)))}
+    return {number: _task(*rows[number]) for number in numbers if number in rows}
+
+
+def _task(
+    number: int,
+    name: str,
+    base_model: str,
+    samples: bytes | None,
+    texts: bytes | None,
+    created_at: int,
+    pinned: int,
+    tags: str | None,
+    note: str | None,
+) -> records.TaskRecord:
+    files = DIGEST.read(samples), DIGEST.read(texts)
+    return records.TaskRecord(
+        number, name, base_model, *files, MOMENT.read(created_at), bool(pinned), WORDS.read(tags), note
+    )
+
+
+def _gain(documents: Mapping[int, bytes], gain: float | None, settings: int | None) -> tuple[float | None, str | None]:
+    """Return a retained gain, and the precision of the base model in that."""
+    return values.GAIN.read(gain), None if settings is None else PACKED.read(documents[settings]).get("dtype")
+
+
+def _final(
+    task: records.TaskRecord,
+    documents: Mapping[int, bytes],
+    extras: Mapping[int, Sequence[records.Extra]],
+    number: int,
+    folder: str,
+    described: int,
+    weights: bytes,
+    weights_size: int,
+    config: bytes,
+    config_size: int,
+    card: bytes | None,
+    card_size: int | None,
+    initial: bytes | None,
+    initial_size: int | None,
+    step: int | None,
+    source: str | None,
+    created_at: int,
+    evicted_at: int | None,
+    is_generated: int,
+    tensors_key: bytes | None,
+    extra_count: int,
+) -> records.AdapterRecord:
+    own = extras.get(number, ())
+    if len(own) != extra_count:
+        raise WrongRow(f"task {task.name!r} has {len(own)} extras of {extra_count}")
+    common = _description(documents[described])
+    original_only = common.original_only
+    return records.AdapterRecord(
+        id=number,
+        task=task.name,
+        weights=DIGEST.read(weights),
+        config=DIGEST.read(config),
+        card=DIGEST.read(card),
+        step=step,
+        is_final=True,
+        dtype=common.dtype,
+        rank_max=common.rank_max,
+        parameters=common.parameters,
+        target_modules=common.target_modules,
+        layout=common.layout,
+        source=folder if source is None else source,
+        is_generated=bool(is_generated),
+        format=common.format,
+        original_only=WITHOUT_BASE if original_only is None and task.base_model == UNKNOWN_BASE else original_only,
+        does_nothing=common.does_nothing,
+        template=common.template,
+        # By content: the numbers of blobs depend on what else was stored, and when.
+        extras=tuple(sorted(own, key=lambda extra: (extra.file or "", extra.blob))),
+        initial=DIGEST.read(initial),
+        tensors_key=DIGEST.read(tensors_key),
+        original_bytes=weights_size + config_size + (card_size or 0),
+        weights_bytes=weights_size,
+        initial_bytes=initial_size or 0,
+        created_at=MOMENT.read(created_at),
+        evicted_at=MOMENT.read(evicted_at),
+    )
+
+
+def _code(
+    task: str,
+    number: int,
+    adapter: int,
+    generator_number: int,
+    digest: bytes,
+    size: int,
+    bits: float,
+    squared_error: float | None,
+    residual: bytes | None,
+    residual_size: int,
+    residual_error: float | None,
+    *more: Any,
+) -> records.CodeRecord:
+    *limits, claim = more
+    of_residual = values.SQUARED_ERROR.read(residual_error)
+    squared = values.SQUARED_ERROR.read(squared_error)
+    claimed = None if claim is None or squared is not None else records.Claim(**PACKED.read(claim))
+    return records.CodeRecord(
+        number,
+        task,
+        adapter,
+        generator_number,
+        DIGEST.read(digest),
+        size,
+        bits,
+        squared,
+        _limits(*limits),
+        None
+        if residual is None or of_residual is None
+        else records.ResidualRecord(DIGEST.read(residual), of_residual, residual_size),
+        claimed,
+    )
+
+
+def _limits(
+    min_gain: float | None,
+    max_squared_error: float | None,
+    tolerance: float | None,
+    is_kept: int | None,
+    refined: int | None,
+    max_size: int | None,
+) -> records.CodeLimits | None:
+    if is_kept is None:
+        return None
+    max_error = records.relative_error(max_squared_error)
+    return records.CodeLimits(min_gain, max_error, tolerance, bool(is_kept), refined or 0, max_size)
