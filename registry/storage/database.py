@@ -217,6 +217,8 @@ class Database:
             return StoreFull(fact, path=self.path, hint="`icm prune` frees what no row refers to")
         if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_ERROR):
             return DamagedStore(fact, path=self.path, hint=_DAMAGE_HINT)
+        if "Could not decode" in fact:  # text that is none, which Python finds, without a code
+            return DamagedStore(fact, path=self.path, hint=_DAMAGE_HINT)
         if code == sqlite3.SQLITE_READONLY:
             return StoreReadOnly(fact, path=self.path, hint="check the permissions of the store folder")
         if code == sqlite3.SQLITE_IOERR:
