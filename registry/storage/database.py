@@ -148,6 +148,7 @@ class Database:
     def columns(self, *, create: bool = False) -> Iterator[sqlite3.Connection]:
         """Open SQLite's own connection to read columns in one consistent state; it checks no row by itself."""
         with self._errors(), closing(connect(self.path, self.read_only, self.patience.seconds, create)) as connection:
+            connection.execute("PRAGMA cache_size=-16000")  # KB: joins come back to the same pages again and again
             begin(connection, self.patience, READ)
             yield connection
 
