@@ -164,7 +164,8 @@ def find_wrong_tasks(connection: Connection, tables: MetaData) -> dict[str, set[
         numbers = _numbers_in(table)
         for fact, *values in _wrong(connection, table, numbers):
             row = dict(zip(numbers, values, strict=True))
-            found[fact] = set(_depending(connection, tables, table, row))
+            # The numbers of a row that cannot be read are not known: whoever reads it meets the damage.
+            found[fact] = {number for number in _depending(connection, tables, table, row) if number is not None}
     return found
 
 

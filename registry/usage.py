@@ -99,7 +99,7 @@ def _uses(connection: sqlite3.Connection, *, has_wrong_rows: bool) -> dict[str, 
     for use, table, columns, rows in reversed(_USES):
         condition = f"{rows.format(right=right('generators'))} AND {right(table)}"
         for column in columns:
-            query = f"SELECT DISTINCT {column} FROM {table} WHERE {condition}"  # noqa: S608
+            query = f"SELECT DISTINCT {column} FROM {table} WHERE {column} IS NOT NULL AND {condition}"  # noqa: S608
             use_of |= dict.fromkeys((number for (number,) in connection.execute(query)), use)
     known = connection.execute(f"SELECT id, digest FROM blobs WHERE {right('blobs')}")  # noqa: S608
     return {digest.hex(): use_of[number] for number, digest in known if number in use_of}

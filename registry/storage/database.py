@@ -149,6 +149,7 @@ class Database:
     def columns(self, *, create: bool = False) -> Iterator[sqlite3.Connection]:
         """Open SQLite's own connection to read columns in one consistent state; it checks no row by itself."""
         with self._errors(), closing(connect(self.path, self.read_only, self.patience.seconds, create)) as connection:
+            connection.execute("PRAGMA cache_size=-16000")  # KB: joins come back to the same pages again and again
             begin(connection, self.patience, READ)
             yield connection
 
@@ -217,6 +218,8 @@ class Database:
         if code == sqlite3.SQLITE_FULL:
             return StoreFull(fact, path=self.path, hint="`icm prune` frees what no row refers to")
         if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_ERROR):
+            return DamagedStore(fact, path=self.path, hint=_DAMAGE_HINT)
+        if "Could not decode" in fact:  # text that is none, which Python finds, without a code
             return DamagedStore(fact, path=self.path, hint=_DAMAGE_HINT)
         if code == sqlite3.SQLITE_READONLY:
             return StoreReadOnly(fact, path=self.path, hint="check the permissions of the store folder")

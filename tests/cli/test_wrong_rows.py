@@ -46,6 +46,26 @@ def test_a_wrong_row_costs_its_task_and_changes_no_other_figure(
     assert listed(ran) == {name: row for name, row in before.items() if name not in tasks}
 
 
+@pytest.mark.parametrize("command", ["ls", "ls --limit 9", "ls -F rank>0 --sort rank"])
+def test_text_that_is_none_costs_its_task_and_no_other(icm: Icm, trained: Path, command: str) -> None:
+    before = listed(icm(*command.split(), "--json"))
+    damage(trained, "UPDATE tasks SET note = CAST(x'ff61' AS TEXT) WHERE name = 'rules'")
+    ran = icm(*command.split(), "--json")
+    assert ran.code == ExitCode.DAMAGED
+    assert "rules is left out: " in ran.err
+    assert listed(ran) == {name: row for name, row in before.items() if name != "rules"}
+
+
+def test_a_limit_looks_at_no_rows_of_others(icm: Icm, trained: Path) -> None:
+    """The first by name is `poems`: only what is shown of it is checked, and what comes after it if it is wrong."""
+    damage(trained, f"UPDATE codes SET dw_error = dw_error / 4 WHERE {RULES}")
+    assert icm("ls", "--limit", "1").code == ExitCode.DONE
+    assert icm("ls", "--limit", "1", "--sort", "name").code == ExitCode.DAMAGED
+    damage(trained, "UPDATE tasks SET pinned = 1 WHERE name = 'poems'")
+    ran = icm("ls", "--limit", "1", "--json")
+    assert (ran.code, list(listed(ran))) == (ExitCode.DAMAGED, ["silent"])
+
+
 def test_bytes_that_a_wrong_row_refers_to_count_for_no_task(icm: Icm, trained: Path) -> None:
     before = icm("stats", "--json").document["on_disk"]
     with closing(sqlite3.connect(trained / "registry.db", isolation_level=None)) as connection:
@@ -53,6 +73,12 @@ def test_bytes_that_a_wrong_row_refers_to_count_for_no_task(icm: Icm, trained: P
     after = icm("stats", "--json").document["on_disk"]
     assert (after["total"], after["codes"]) == (before["total"], before["codes"])
     assert after["originals"] + after["unreferenced"] == before["originals"]
+
+
+def damage(store: Path, statement: str) -> None:
+    """Change rows behind icm's back."""
+    with closing(sqlite3.connect(store / "registry.db", isolation_level=None)) as connection:
+        connection.execute(statement)
 
 
 def listed(ran: Ran) -> dict[str, object]:
