@@ -11,9 +11,11 @@ adapters of different ranks and scalings take turns, which PEFT refuses of folde
 from __future__ import annotations
 
 import warnings
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, cast
+from weakref import WeakKeyDictionary
 
 import icmlora.io.quiet_bitsandbytes  # noqa: F401  # isort: skip
 import torch
@@ -30,7 +32,7 @@ from icmlora.formats.peft.initial import converted_form
 from icmlora.formats.peft.tensors import rounded_like
 from icmlora.io.safetensors import encode
 from icmlora.io.tensors import decode_torch
-from icmlora.serving.tasks import open_tasks
+from icmlora.serving.tasks import key_of, open_tasks
 
 if TYPE_CHECKING:
     from icmlora.adapter.model import Adapter
@@ -41,6 +43,11 @@ Layers = Mapping[str, nn.Linear | LoraLayer]
 
 _OTHER = 0.01
 """From which relative difference on weights are others: more than rounding makes, less than a training does."""
+_KEPT = 256 << 20
+"""Bytes of the adapters that were put into a model last and stay decoded; one is kept whatever it takes."""
+decoded_last: WeakKeyDictionary[nn.Module, OrderedDict[str, Adapter]] = (
+    WeakKeyDictionary()
+)  # by `key_of`, the oldest first
 SLOT = "icm"
 """PEFT's name of the adapter in a model."""
 
@@ -57,7 +64,8 @@ def attach(model: nn.Module, fleet: Fleet | Bundle, task: str) -> PeftModel:
 
     Args:
         model: A transformers model, or what this function returned for it, on any device. It is changed in place.
-        fleet: Where the task is. It keeps the generator, so use the same one again.
+        fleet: Where the task is. It keeps the generator, so use the same one again. The adapters that were put into a
+            model last stay decoded while there is the model, up to 256 MiB of them.
         task: Its name.
 
     Returns:
@@ -68,8 +76,8 @@ def attach(model: nn.Module, fleet: Fleet | Bundle, task: str) -> PeftModel:
             one before is merged into the model: call `model.unmerge_adapter()`.
         BaseModelMismatch: The model does not have a module of the adapter. Nothing was changed.
     """
-    adapter = _plain_adapter(fleet, task)
     base = model.get_base_model() if isinstance(model, PeftModel) else model
+    adapter = _plain_adapter(base, fleet, task)
     layers = dict(_linear_layers(base))
     _check_modules(layers, adapter)
     if any(SLOT in layer.merged_adapters for layer in _slot(layers).values()):
@@ -84,15 +92,27 @@ def attach(model: nn.Module, fleet: Fleet | Bundle, task: str) -> PeftModel:
     return slotted.eval() if slotted.training else slotted
 
 
-def _plain_adapter(fleet: Fleet | Bundle, task: str) -> Adapter:
+def _plain_adapter(model: nn.Module, fleet: Fleet | Bundle, task: str) -> Adapter:
     """Read the very adapter that `materialize` would write: a code is rounded to the number format of its original."""
     with _opened(fleet) as codes:
         chosen = choose(codes, codes.get(task))
         if (problem := _problem(chosen)) is not None:
             hint = "write it with `materialize`, and load the folder"
             raise DataError(f"task {chosen.task.name!r} {problem}", hint=hint)
+        recent, key = decoded_last.setdefault(model, OrderedDict()), key_of(chosen)
+        if key in recent:
+            recent.move_to_end(key)
+            return recent[key]
         read, form = chosen.reader(), codes.form(chosen.final).template
-    return read() if chosen.source == "original" else rounded_like(read(), converted_form(form))
+    adapter = read() if chosen.source == "original" else rounded_like(read(), converted_form(form))
+    recent[key] = adapter
+    while len(recent) > 1 and sum(map(_bytes, recent.values())) > _KEPT:
+        recent.popitem(last=False)
+    return adapter
+
+
+def _bytes(adapter: Adapter) -> int:
+    return sum(module.a.nbytes + module.b.nbytes for module in adapter.modules)
 
 
 def _opened(fleet: Fleet | Bundle) -> AbstractContextManager[CodeSource]:

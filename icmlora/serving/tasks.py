@@ -114,7 +114,7 @@ class ServedTasks:
                 return None
             chosen = choose(codes, task)
         layout = tuple(ModuleShape(*entry) for entry in chosen.final.layout)
-        return ServedTask(name, task.base_model, _key(chosen), layout)
+        return ServedTask(name, task.base_model, key_of(chosen), layout)
 
     def names(self, base_model: str | None = None) -> list[str]:
         """Return the names of all tasks, or of those of one base model, sorted."""
@@ -157,13 +157,13 @@ class ServedTasks:
         with self._admitted:
             with self._open() as codes:
                 chosen = choose(codes, codes.get(task.name))
-                if _key(chosen) != task.key:
+                if key_of(chosen) != task.key:
                     raise TaskChanged(f"the task {task.name!r} is being changed")
                 made = chosen.files()
             write_adapter_files(directory, made.format, made.content, task.name)
 
 
-def _key(chosen: Chosen) -> str:
+def key_of(chosen: Chosen) -> str:
     """Return the SHA-256 of all that the weights and the configuration of an adapter follow from, this icm included."""
     final, code = chosen.final, chosen.code
     facts: dict[str, object] = {"icm": _icm(), "task": chosen.task.name, "source": chosen.source}

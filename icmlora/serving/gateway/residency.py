@@ -26,6 +26,7 @@ from typing import Any, TypeVar
 from icmlora.errors import FoldersUnusable, TaskChanged
 from icmlora.io.strict_json import parse_object
 from icmlora.io.text import counted, human_size
+from icmlora.serving.catalogue import Catalogue
 from icmlora.serving.folders import AdapterFolders, is_adapter_folder
 from icmlora.serving.gateway.connection import Connection
 from icmlora.serving.gateway.engines import Engine, Listing
@@ -90,6 +91,7 @@ class Residency:
     Args:
         connection: The engine.
         tasks: Where adapters come from.
+        catalogue: Finds them.
         folders: Where they are written.
         threads: Where that is done.
         metrics: What is counted.
@@ -100,12 +102,13 @@ class Residency:
         self,
         connection: Connection,
         tasks: ServedTasks,
+        catalogue: Catalogue,
         folders: AdapterFolders,
         threads: ThreadPoolExecutor,
         metrics: Metrics,
         settings: GatewaySettings,
     ) -> None:
-        self._connection, self._tasks, self._folders = connection, tasks, folders
+        self._connection, self._tasks, self._catalogue, self._folders = connection, tasks, catalogue, folders
         self._threads, self._metrics = threads, metrics
         self._max_adapters, self._max_waiting = settings.max_adapters, settings.max_waiting
         self._loaded: OrderedDict[str, Resident] = OrderedDict()  # by task, least recently used first
@@ -303,7 +306,7 @@ class Residency:
     async def _write(self, name: str) -> tuple[ServedTask, Path]:
         """Write a task as it is now."""
         for _ in range(_ATTEMPTS):
-            task = await self._in_thread(partial(self._tasks.find, name))
+            task = await self._catalogue.find(name)
             if task is None:
                 raise HttpProblem(404, f"The task {name!r} does not exist.", "model_not_found")
             if (problem := await self._connection.problem(task)) is not None:

@@ -81,10 +81,11 @@ async def opened(tasks: ServedTasks, folders: AdapterFolders, settings: GatewayS
     async with control, passing:
         metrics = Metrics()
         connection = Connection(control, tasks, threads, settings.engine, settings.base_model)
-        residency = Residency(connection, tasks, folders, threads, metrics, settings)
+        catalogue = Catalogue(tasks, threads)
+        residency = Residency(connection, tasks, catalogue, folders, threads, metrics, settings)
         if settings.token is not None:
             authorization = authorization or b""  # the client's token is not the engine's business
-        forwarder = Forwarder(passing, connection, Catalogue(tasks, threads), residency, settings, authorization)
+        forwarder = Forwarder(passing, connection, catalogue, residency, settings, authorization)
         preparing = asyncio.create_task(_prepare(residency, settings.engine_url))
         try:
             yield GatewayApp(forwarder, connection, residency, metrics, settings)

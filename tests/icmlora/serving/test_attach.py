@@ -176,3 +176,23 @@ def test_a_slot_that_was_prepared_for_compiling_keeps_its_tensors(served_templat
     places = {name: value.data_ptr() for name, value in attached.named_parameters() if "lora_" in name}
     torch.testing.assert_close(logits(attach(attached, fleet, "poems")), expected)
     assert {name: value.data_ptr() for name, value in attached.named_parameters() if "lora_" in name} == places
+
+
+def test_an_adapter_that_comes_back_is_not_decoded_again(
+    served: Served, model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fleet = Fleet(served.store)
+    model = attach(model, fleet, "poems")
+    first = logits(model).clone()
+    model = attach(model, fleet, "rules")
+    with monkeypatch.context() as patched:
+        patched.setattr("icmlora.generator.codec.Codec.decode", lambda *args: pytest.fail("it is decoded again"))
+        torch.testing.assert_close(logits(attach(model, fleet, "poems")), first)
+
+
+def test_a_task_that_changed_is_read_again(served: Served, model: Any) -> None:
+    fleet = Fleet(served.store)
+    model = attach(model, fleet, "rules")
+    before = logits(model).clone()
+    fleet.evict(["rules"], max_error=10)
+    assert not torch.equal(logits(attach(model, fleet, "rules")), before)
