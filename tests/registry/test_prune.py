@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -92,15 +94,24 @@ def test_a_dry_run_passes_over_what_others_remove_once_it_is_listed(
 ) -> None:
     leftover, orphan = store.paths.tmp / "leftover", store.paths.blob(store.blobs.put(b"orphan"))
     leftover.write_bytes(b"123")
-    doomed, real = orphan if what == "orphan" else leftover, Path.iterdir
+    doomed, listed, scanned = orphan if what == "orphan" else leftover, Path.iterdir, os.scandir
 
     def iterdir(folder: Path) -> Iterator[Path]:
-        found = list(real(folder))
+        found = list(listed(folder))
         if folder == doomed.parent:
             doomed.unlink()
         return iter(found)
 
+    @contextmanager
+    def scandir(folder: Path) -> Iterator[list[os.DirEntry[str]]]:
+        with scanned(folder) as entries:
+            found = list(entries)
+        if folder == doomed.parent:
+            doomed.unlink()
+        yield found
+
     monkeypatch.setattr(Path, "iterdir", iterdir)
+    monkeypatch.setattr(os, "scandir", scandir)
     left = garbage.PruneReport(0, 1, 3) if what == "orphan" else garbage.PruneReport(1, 0, len(b"orphan"))
     assert store.prune(grace=0, dry_run=True) == left
 
