@@ -45,9 +45,8 @@ _OTHER = 0.01
 """From which relative difference on weights are others: more than rounding makes, less than a training does."""
 _KEPT = 256 << 20
 """Bytes of the adapters that were put into a model last and stay decoded; one is kept whatever it takes."""
-decoded_last: WeakKeyDictionary[nn.Module, OrderedDict[str, Adapter]] = (
-    WeakKeyDictionary()
-)  # by `key_of`, the oldest first
+decoded_last: WeakKeyDictionary[nn.Module, OrderedDict[str, Adapter]] = WeakKeyDictionary()
+"""Those of each model, by `key_of`, the oldest first."""
 SLOT = "icm"
 """PEFT's name of the adapter in a model."""
 
@@ -154,7 +153,8 @@ def _exchange(layers: Layers, adapter: Adapter) -> None:
         if module is not None:
             a[:rank].copy_(module.a)
             b[:, :rank].copy_(module.b)
-        a[rank:], b[:, rank:] = 0, 0
+        a[rank:].zero_()
+        b[:, rank:].zero_()
         scale = layer.scaling[SLOT]
         if isinstance(scale, torch.Tensor):  # PEFT makes one for `torch.compile`
             scale.fill_(1)
