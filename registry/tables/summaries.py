@@ -11,12 +11,12 @@ from itertools import islice
 from typing import TYPE_CHECKING, TypeVar
 
 from registry.errors import DamagedStore
-from registry.filters import Selection
 from registry.row_checks import are_right, find_wrong_tasks
 from registry.tables import summary_rows
 from registry.tables.table import Table
 
 if TYPE_CHECKING:
+    from registry.filters import Selection
     from registry.records import GeneratorRecord, TaskRecord, TaskSummary
 
 T = TypeVar("T")
@@ -87,6 +87,8 @@ class Summaries(Table):
             return summary_rows.vector_files(connection)
 
     def _selected(self, selection: Selection | None, without: Collection[int]) -> Sequence[int]:
+        from registry.filters import Selection  # most commands read one task
+
         selection = selection or Selection()
         if selection == Selection(limit=selection.limit):
             with self._db.columns() as connection:

@@ -123,7 +123,7 @@ with Store.open(Path(sys.argv[1]), read_only=True) as store:
         code = store.blobs.read(row.code.blob)
         opened = GeneratorFile(store.blobs.read(generator.blob)).codec_of(code).open(code)
         for group in opened.groups:
-            for part in (group.residuals, *group.sides):
+            for part in (group.residuals, group.vectors.places, group.vectors.values):
                 digest.update(part.tobytes())
 print(digest.hexdigest())
 """

@@ -12,10 +12,9 @@ from pathlib import Path
 import pytest
 
 from registry import schema as models
-from registry.columns import COLUMNS_OF
 from registry.errors import DamagedRow
 from registry.records import Extra
-from registry.row_checks import columns_of
+from registry.row_checks import COLUMNS_OF, columns_of
 from registry.store import Store
 from tests.registry.every_row import fill
 from tests.registry.examples import code_of, evaluation, new_store, offer
