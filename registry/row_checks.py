@@ -28,8 +28,8 @@ REFUSED = "fails its check, so it is neither changed nor deleted"
 """How SQLite's message ends where a wrong row was to be changed."""
 
 
-# Table -> its columns, in the order in which the check takes them, without that of the check. `registry.schema` says more
-# of each, but takes longer to import than thousands of rows to check.
+# Table -> its columns, in the order in which the check takes them, without that of the check. `registry.schema` says
+# more of each, but takes longer to import than thousands of rows to check.
 COLUMNS_OF = {
     table: tuple(names.split())
     for table, names in {
