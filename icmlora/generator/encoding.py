@@ -70,6 +70,7 @@ def encode_adapter(
     is_plain_wanted = limits.max_error is not None and not codec.sensitivity.is_even
     rounding = partial(Rounding, codec, state=state, head=head, is_plain_wanted=is_plain_wanted)
     theory = partial(WaterFilling, sensitivity=codec.sensitivity, subspace=state.subspace)
+    of_whole = theory(tokens)
     if is_large:
         # How far theory is off in a part is how far it is off in the whole, about.
         at, part = rounding(tokens, keeps_means=False).at, _part_of(tokens)
@@ -77,8 +78,8 @@ def encode_adapter(
         del part
     else:
         at = cache(rounding(tokens, keeps_means=True).at)
-        offset = _offset(limits, theory(tokens), at)
-    expected = limits.expected_step(theory(tokens)) + offset
+        offset = _offset(limits, of_whole, at)
+    expected = limits.expected_step(of_whole) + offset
     best = coarsest(math.floor(expected), limits, at, _ENOUGH if is_large else 1.0)
     while True:
         data, step, error = codec.close(best.head, best.groups), best.head.step, best.weighted_error
