@@ -8,7 +8,7 @@ the database that was kept when the store moved to a new schema (`registry.stora
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -37,17 +37,26 @@ def open_generator(digest: str, read: Callable[[str], bytes]) -> GeneratorFile:
         return GeneratorFile(read(digest))
 
 
-@contextmanager
-def told_of(generator: str) -> Iterator[None]:
+def told_of(generator: str) -> AbstractContextManager[None]:
     """Say in errors of the block which generator of the store has an older format, and the ways out."""
+    way = "`icm train` makes a new one, and new codes of the tasks whose originals are here"
+    return _told(f"generator {generator[:12]} has an older format, which this icm does not read: {way}", WAY_OUT)
+
+
+def told_of_bundle() -> AbstractContextManager[None]:
+    """Say in errors of the block what can be done with a bundle whose codes have an older format."""
+    hint = f"{READER} writes their adapters: `icm materialize TASK --from FILE`; `icm ingest` takes them here"
+    return _told("the codes of this bundle have an older format, which this icm does not read", hint)
+
+
+@contextmanager
+def _told(fact: str, hint: str) -> Iterator[None]:
     try:
         yield
     except OtherFormat as error:
         if not error.is_older:
             raise
-        way = "`icm train` makes a new one, and new codes of the tasks whose originals are here"
-        fact = f"generator {generator[:12]} has an older format, which this icm does not read: {way}"
-        raise OtherFormat(fact, is_older=True, hint=WAY_OUT) from error
+        raise OtherFormat(fact, is_older=True, hint=hint) from error
 
 
 def only_in_older_code(task: str) -> OtherFormat:

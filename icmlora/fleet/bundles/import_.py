@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Literal
 from icmlora.bundle.file import open_bundle
 from icmlora.errors import AdapterRefused, BundleError, DataError, UnsafeInput
 from icmlora.fleet.context import Context, use_case
-from icmlora.fleet.resources.bundle_codes import bundled_adapter, bundled_vectors, claim_of, find_task, told_of_bundle
+from icmlora.fleet.older import told_of_bundle
+from icmlora.fleet.resources.bundle_codes import bundled_adapter, bundled_vectors, claim_of, find_task
 from icmlora.formats.base_references import REFERENCES
 from icmlora.formats.catalogue import format_named
 from icmlora.formats.extras import unpack_tensors, unpacked_size

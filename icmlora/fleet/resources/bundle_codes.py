@@ -9,7 +9,6 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,9 +16,9 @@ from typing import TYPE_CHECKING
 from icmlora.adapter.module_groups import blocks_of
 from icmlora.bundle.file import BundleFile
 from icmlora.bundle.index import BundledTask, BundleIndex
-from icmlora.errors import BaseModelNotFound, BundleError, DataError, OtherFormat
+from icmlora.errors import BaseModelNotFound, BundleError, DataError
 from icmlora.fleet.context import OpenedGenerator, default_cache
-from icmlora.fleet.older import READER
+from icmlora.fleet.older import told_of_bundle
 from icmlora.formats.catalogue import format_named
 from icmlora.formats.format import check_companions
 from registry.names import LOAD_IN, bundle_source
@@ -184,19 +183,6 @@ class BundleCodes:
         made_in = None if extractor is None else json.loads(extractor).get("dtype")
         found = replace(self.locate(label), load_in=made_in if made_in in LOAD_IN else None)
         return load_base(found, device, dtype, cache=self._cache or default_cache())
-
-
-@contextmanager
-def told_of_bundle() -> Iterator[None]:
-    """Say of a bundle whose codes have an older format what can be done with it."""
-    try:
-        yield
-    except OtherFormat as error:
-        if not error.is_older:
-            raise
-        fact = "the codes of this bundle have an older format, which this icm does not read"
-        hint = f"{READER} writes their adapters: `icm materialize TASK --from FILE`; `icm ingest` takes them here"
-        raise OtherFormat(fact, is_older=True, hint=hint) from error
 
 
 def find_task(index: BundleIndex, name: str) -> BundledTask:

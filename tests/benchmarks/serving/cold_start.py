@@ -13,7 +13,6 @@ STORE holds many evicted tasks, among them those of DIR, whose folders have text
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 import statistics
@@ -24,14 +23,14 @@ from typing import Any
 
 from icmlora import Fleet
 from tests.benchmarks.performance.machine import describe_machine
-from tests.benchmarks.serving.vllm import COPY, Server, gateway, materialized, prompts_of, started, version
+from tests.benchmarks.serving.vllm import COPY, Server, gateway, materialized, parser_of, prompts_of, started, version
 
 RESULT = Path(__file__).parents[1] / "results" / "cold_start.json"
 
 
 def main() -> None:
     """Measure, print, write JSON."""
-    options = _options()
+    options = parser_of(__doc__, RESULT).parse_args()
     with tempfile.TemporaryDirectory(prefix="cold-", dir="/dev/shm") as folder:
         work = Path(folder)
         shutil.copytree(options.store, work / "store")  # its tasks are renamed
@@ -90,16 +89,6 @@ def changed(server: Server, fleet: Fleet, prompts: dict[str, str]) -> dict[str, 
         "the_next_answer_is_the_others": (after, again) == (expected, before),
         "seconds_to_the_first_token": round(first_token, 4),
     }
-
-
-def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("store", type=Path, help="store of evicted tasks")
-    parser.add_argument("base", type=Path, help="folder of their base model")
-    parser.add_argument("--fleet", type=Path, required=True, help="folder with TASK/eval.jsonl, for prompts")
-    parser.add_argument("--vllm", type=Path, required=True, help="Python of the environment with vLLM")
-    parser.add_argument("--out", type=Path, default=RESULT, help="JSON file to write")
-    return parser.parse_args()
 
 
 if __name__ == "__main__":

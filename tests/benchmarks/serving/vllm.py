@@ -377,14 +377,20 @@ def version(python: Path) -> str:
     return ran.stdout.strip()
 
 
-def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser_of(description: str | None, out: Path) -> argparse.ArgumentParser:
+    """Return the options of a study of engines."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("store", type=Path, help="store of evicted tasks")
     parser.add_argument("base", type=Path, help="folder of their base model")
     parser.add_argument("--fleet", type=Path, required=True, help="folder with TASK/eval.jsonl, for prompts")
     parser.add_argument("--vllm", type=Path, required=True, help="Python of the environment with vLLM")
+    parser.add_argument("--out", type=Path, default=out, help="JSON file to write")
+    return parser
+
+
+def _options() -> argparse.Namespace:
+    parser = parser_of(__doc__, RESULT)
     parser.add_argument("--warm-up", help="a further task of the store, to warm up with before cold tasks are timed")
-    parser.add_argument("--out", type=Path, default=RESULT, help="JSON file to write")
     return parser.parse_args()
 
 
