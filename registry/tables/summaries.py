@@ -86,6 +86,15 @@ class Summaries(Table):
         with self._db.columns() as connection:
             return summary_rows.vector_files(connection)
 
+    def vectors_stamp(self) -> str:
+        """Return a digest that changes with the vectors of any task, and with its name or its base model.
+
+        It is of the checks that the rows were written with. So whatever was derived from rows that passed is right
+        as long as the stamp is the same, also if one of them is damaged since.
+        """
+        with self._db.columns() as connection:
+            return summary_rows.vectors_stamp(connection)
+
     def _selected(self, selection: Selection | None, without: Collection[int]) -> Sequence[int]:
         from registry.filters import Selection  # most commands read one task
 

@@ -8,6 +8,7 @@ that some tasks have and refer to, `registry.row_checks.are_right` at all there 
 
 from __future__ import annotations
 
+import hashlib
 import sqlite3
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -64,6 +65,13 @@ FROM task_vectors JOIN tasks ON tasks.id = task_id JOIN blobs ON blobs.id = blob
 WHERE task_id = coalesce(?1, task_id) ORDER BY tasks.name, extractor_id, view, support_set"""
 _VECTOR_FILES = """
 SELECT task_id, digest FROM (SELECT DISTINCT task_id, blob_id FROM task_vectors) JOIN blobs ON blobs.id = blob_id"""
+_STAMPED = (
+    "SELECT crc FROM task_vectors ORDER BY task_id, view, support_set, extractor_id",
+    "SELECT crc FROM tasks ORDER BY id",
+    "SELECT crc FROM base_models ORDER BY id",
+    "SELECT crc FROM blobs WHERE id IN (SELECT blob_id FROM task_vectors) ORDER BY id",
+    "SELECT crc FROM documents WHERE id IN (SELECT extractor_id FROM task_vectors) ORDER BY id",
+)
 _GENERATOR = """
 SELECT generators.id, base_models.name, version, parent_id, file.digest, file.size, config, metrics,
     generators.created_at, start.digest, start.size
@@ -200,6 +208,15 @@ def vector_files(connection: sqlite3.Connection) -> dict[int, list[str]]:
     for number, digest in connection.execute(_VECTOR_FILES):
         found[number].append(DIGEST.read(digest))
     return found
+
+
+def vectors_stamp(connection: sqlite3.Connection) -> str:
+    """Return a digest of the checks of all rows that vectors have and refer to, but for those of samples and texts."""
+    digest = hashlib.sha256()
+    for query in _STAMPED:
+        checks = [check for (check,) in connection.execute(query)]
+        digest.update(repr(checks).encode())
+    return digest.hexdigest()
 
 
 def _listed(numbers: Sequence[int]) -> str:
