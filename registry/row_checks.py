@@ -92,10 +92,14 @@ def add_functions(connection: sqlite3.Connection) -> None:
     connection.create_function("icm_checked", -1, _checked, deterministic=True)
 
 
+_FORMS = tuple(f"({', '.join(['%a'] * length)})" for length in range(32))
+"""How `ascii` writes a tuple of each length but 1, in nine tenths of its time."""
+
+
 def check_of(*row: Value) -> int:
     """Return the check value of a row: the name of its table and its values. As SQLite's signed 4 bytes."""
     # Python writes these five types in the same way for ever, and each in another way than the others.
-    return zlib.crc32(ascii(row).encode()) - 0x80000000
+    return zlib.crc32((_FORMS[len(row)] % row).encode()) - 0x80000000
 
 
 def _checked(check: int | None, table: str, *values: Value) -> int | str | None:

@@ -21,7 +21,7 @@ from icmlora.fleet.report.facts import facts_of
 from icmlora.fleet.report.page import Map, Page, render
 from icmlora.fleet.report.rate_picture import Quality, rate_picture
 from icmlora.fleet.report.task_table import task_table
-from icmlora.fleet.stats.stats import bill_of, sound_tasks
+from icmlora.fleet.stats.stats import bill_of
 from icmlora.formats.catalogue import format_named
 from icmlora.io.staging import check_absent, writing_file
 from registry.errors import DamagedStore
@@ -124,10 +124,14 @@ def write_report(
 
 def _page(store: Store, outputs: Sequence[TaskOutputs | TaskPictures], failures: Mapping[str, str]) -> Page:
     """Read everything else that is on the page."""
-    rows, has_wrong_rows = sound_tasks(store)
+    wrong = store.listing.wrong_rows()
+    bill = bill_of(store, wrong)
+    billed = {task.task for fleet in bill.fleets for task in fleet.tasks}
+    listed = store.listing.summaries(without=set[int]().union(*wrong.values()))
+    rows = [row for row in listed if row.task.name in billed]  # not what another process added meanwhile
     labels = sorted({row.task.base_model for row in rows})
     maps = {label: _map(store, label, [row for row in rows if row.task.base_model == label]) for label in labels}
-    return assembled(rows, bill_of(store, rows, has_wrong_rows), maps, outputs, failures)
+    return assembled(rows, bill, maps, outputs, failures)
 
 
 def assembled(
