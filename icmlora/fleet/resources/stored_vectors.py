@@ -150,7 +150,8 @@ def read_vectors(read: Callable[[str], bytes], rows: Sequence[VectorRecord]) -> 
         DataError: A file does not hold vectors.
         DamagedStore: Its bytes are missing or damaged.
     """
-    files = {blob: arrays_from_bytes(read(blob)) for blob in {row.blob for row in rows}}
+    views = {row.view for row in rows}
+    files = {blob: arrays_from_bytes(read(blob), views) for blob in {row.blob for row in rows}}
     return [files[row.blob][row.view][row.support_set] for row in rows]
 
 
