@@ -26,6 +26,7 @@ SupportSetVectors = Mapping[str, NDArray[np.floating]]
 # are at most 2 and are told to three digits. Rounding moves them by 1e-15 to 1e-13, so two processors that round
 # differently get the same value in all but one of 10,000 cases.
 _DECIMALS = 9
+_CHUNK = 256  # tasks that are placed at once: pages of new memory take longer than what is computed in them
 FEWEST = 3  # least number of tasks: two are always opposite of each other around their own mean
 OUTSIDE = 0.95  # a task is outside of what is known if this share of the known tasks is nearer to the others
 
@@ -149,8 +150,12 @@ def task_distances(tasks: SupportSetVectors) -> Floats:
 
 def distances_from(place: int, known: MeanVectors) -> Floats:
     """Return the row of a task of :func:`task_distances`, shape (n,), in time and memory that grow with n alone."""
-    placed = VectorSpace.of(known).place(known.means)
-    distances: Floats = cosine_distances(placed[place][None], placed)[0]
+    space, own = VectorSpace.of(known), known.means[place][None]
+    parts = [
+        cosine_distances(space.place(own), space.place(known.means[start : start + _CHUNK]))[0]
+        for start in range(0, len(known.means), _CHUNK)
+    ]
+    distances: Floats = np.concatenate(parts)
     distances[place] = 0.0
     return distances
 

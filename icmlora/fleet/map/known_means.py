@@ -90,7 +90,7 @@ def known_means(
         return None
     path = _place(context, task.base_model, view, comparison_key(own.extractor))
     kept, stamp = KnownMeans.read(path), store.listing.vectors_stamp()
-    if kept is not None and kept.stamp == stamp:
+    if kept is not None and kept.stamp == stamp and task.name in kept.names:
         return kept
     tasks = list(store.listing.all())
     of_task = vectors_by_task(store)
