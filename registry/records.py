@@ -229,6 +229,28 @@ class TaskFigures(NamedTuple):
     gain: float | None  # as in `TaskSummary`
     gain_precision: str | None
 
+    @classmethod
+    def of(cls, row: TaskSummary) -> TaskFigures:
+        """Return what a bill says of a task that has been read with all that a listing shows."""
+        code, final = row.code, row.final
+        return cls(
+            row.task.id,
+            row.task.name,
+            row.task.base_model,
+            final.parameters,
+            final.stored_bytes,
+            final.is_evicted,
+            final.original_only,
+            tuple(final.extras),
+            None if code is None else code.size,
+            None if code is None or code.residual is None else code.residual.size,
+            None if code is None else code.best_squared_error,
+            None if code is None else code.asked,
+            code is not None and code.claim is not None,
+            row.gain,
+            row.gain_precision,
+        )
+
 
 @dataclass(frozen=True)
 class NewVector:

@@ -25,6 +25,7 @@ from icmlora.fleet.stats.stats import bill_of
 from icmlora.formats.catalogue import format_named
 from icmlora.io.staging import check_absent, writing_file
 from registry.errors import DamagedStore
+from registry.records import TaskFigures
 
 if TYPE_CHECKING:
     from icmlora.fleet.map.map import MapReport
@@ -125,10 +126,8 @@ def write_report(
 def _page(store: Store, outputs: Sequence[TaskOutputs | TaskPictures], failures: Mapping[str, str]) -> Page:
     """Read everything else that is on the page."""
     wrong = store.listing.wrong_rows()
-    bill = bill_of(store, wrong)
-    billed = {task.task for fleet in bill.fleets for task in fleet.tasks}
-    listed = store.listing.summaries(without=set[int]().union(*wrong.values()))
-    rows = [row for row in listed if row.task.name in billed]  # not what another process added meanwhile
+    rows = list(store.listing.summaries(without=set[int]().union(*wrong.values())))
+    bill = bill_of(store, map(TaskFigures.of, rows), has_wrong_rows=bool(wrong))
     labels = sorted({row.task.base_model for row in rows})
     maps = {label: _map(store, label, [row for row in rows if row.task.base_model == label]) for label in labels}
     return assembled(rows, bill, maps, outputs, failures)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -244,19 +244,21 @@ def stats(context: Context, *, plot: str | Path | None = None, force: bool = Fal
 
         check_plot(Path(plot), force=force)
     with context.open(read_only=True) as store:
-        found = bill_of(store, store.listing.wrong_rows())
+        wrong = store.listing.wrong_rows()
+        rows = store.listing.figures(without=set[int]().union(*wrong.values()))
+        found = bill_of(store, rows, has_wrong_rows=bool(wrong))
     if plot is not None:
         plot_bill(found, Path(plot), force=force)
     return found
 
 
-def bill_of(store: Store, wrong: Mapping[str, Collection[int]]) -> Bill:
-    """Count everything in an open store, without the tasks whose figures depend on a wrong row.
+def bill_of(store: Store, rows: Iterable[TaskFigures], *, has_wrong_rows: bool) -> Bill:
+    """Count everything in an open store, of which `rows` are all tasks whose figures depend on no wrong row.
 
-    `wrong` is what is wrong with a row -> the numbers of these tasks. Reads rows and file sizes, but no file's content.
+    Reads rows and file sizes, but no file's content.
     """
     of_base, vectors = defaultdict[str, list[TaskFigures]](list), store.listing.vector_files()
-    for row in store.listing.figures(without=set[int]().union(*wrong.values())):
+    for row in rows:
         of_base[row.base_model].append(row)
     listed = store.blobs.sizes()
 
@@ -268,7 +270,7 @@ def bill_of(store: Store, wrong: Mapping[str, Collection[int]]) -> Bill:
         tasks = tuple(_task_bill(row, sum(map(size, vectors.get(row.id, ())))) for row in own)
         extras = {extra.blob: extra.packed_size for row in own for extra in row.extras}
         fleets.append(BaseModelBill(label, store.listing.generator(label), tasks, sum(extras.values())))
-    return Bill(store.usage(listed, has_wrong_rows=bool(wrong)), tuple(fleets))
+    return Bill(store.usage(listed, has_wrong_rows=has_wrong_rows), tuple(fleets))
 
 
 def _task_bill(row: TaskFigures, vectors_size: int) -> TaskBill:
