@@ -42,6 +42,7 @@ _ENOUGH = 0.9  # share of a limit at which the code of a larger adapter is coars
 _FINEST, _COARSEST = 1e-8, 0.95  # squared errors between which the steps for a size are tried
 _PART = 8  # of a larger adapter, every eighth layer tells about which step is the coarsest
 _TRIES = 4  # at most, to find the first step; two are usual
+_SMALL_ERROR = 1e-3  # squared errors below which the rounding of float32 would be seen in them
 _ALIKE = 1e-3  # errors of the same code, as a share: float32 rounds in another order where integers are tried
 
 
@@ -68,7 +69,8 @@ def encode_adapter(
     tokens, state, head = _prepared(codec, adapter, vectors, initial)
     is_large = sum(shape.parameters for shape in adapter.layout) > _SMALL
     is_plain_wanted = limits.max_error is not None and not codec.sensitivity.is_even
-    rounding = partial(Rounding, codec, state=state, head=head, is_plain_wanted=is_plain_wanted)
+    is_exact = limits.least < _SMALL_ERROR
+    rounding = partial(Rounding, codec, state=state, head=head, is_plain_wanted=is_plain_wanted, is_exact=is_exact)
     theory = partial(WaterFilling, sensitivity=codec.sensitivity, subspace=state.subspace)
     of_whole = theory(tokens)
     if is_large:
@@ -100,7 +102,7 @@ def encode_within(
     """Encode one adapter in at most `size` bytes, with the finest step found; vectors (size,); see `Codec.encode`."""
     tokens, state, head = _prepared(codec, adapter, vectors, initial)
     is_small = sum(shape.parameters for shape in adapter.layout) <= _SMALL
-    at = Rounding(codec, tokens, state, head, keeps_means=is_small, is_plain_wanted=False).at
+    at = Rounding(codec, tokens, state, head, keeps_means=is_small, is_plain_wanted=False, is_exact=True).at
     theory = WaterFilling(tokens, codec.sensitivity, state.subspace)
     low, high = (math.floor(Limits(tolerance=squared).expected_step(theory)) for squared in (_FINEST, _COARSEST))
     high += _ABOVE
