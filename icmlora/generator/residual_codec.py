@@ -133,7 +133,7 @@ class ResidualCodec:
             written = np.concatenate([part.slots.layer, group.slots.layer])
             strengths[kind, np.unique(written)] = strength_of(lack.original, overlaps)
         for group in further:
-            write_kind(writer, self._quantizer, group, opened.state.subspace, step)
+            write_kind(writer, self._quantizer, [group], opened.state.subspace, step)
         return Residual(digest, ResidualHead(step, strengths, kept, scales), writer.to_bytes()).to_bytes(
             self._codec.config
         )
