@@ -10,8 +10,9 @@ and measured again, so the limit holds for the bytes themselves.
 from __future__ import annotations
 
 import math
+from collections import ChainMap
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import TypeVar
 
@@ -31,9 +32,8 @@ from icmlora.generator.limits import Limits, Measured
 from icmlora.generator.rounding import Rounded, Rounding
 from icmlora.generator.scales import OCTAVE
 from icmlora.generator.stack import stacked
-from icmlora.generator.tokens import KindTokens, refuse_overflow, refuse_underflow, tokenize
+from icmlora.generator.tokens import KindTokens, Modules, refuse_overflow, refuse_underflow, tokenize
 from icmlora.generator.water_filling import WaterFilling
-from icmlora.io.threads import side_by_side
 
 # Steps tried below and above the expected one, in eighths of an octave: 2^-16 of it is below what float32 resolves.
 _BELOW, _ABOVE = 16 * OCTAVE, 2 * OCTAVE
@@ -54,8 +54,6 @@ class Encoded:
     squared_error: float  # of dW
     # The same of dW weighted by the sensitivity of its channels; equal to `squared_error` under even weights.
     weighted_error: float
-    # That adapter; None where it was let go.
-    decoded: Adapter | None = field(default=None, repr=False, compare=False)
 
 
 def encode_adapter(
@@ -66,6 +64,22 @@ def encode_adapter(
     limits: Limits,
 ) -> Encoded:
     """Encode one adapter with the coarsest step found that keeps the limits; vectors (size,); see `Codec.encode`."""
+    asked = limits
+    while True:
+        best = _search(codec, adapter, vectors, initial, asked)
+        data, error = codec.close(best.head, best.groups), best.weighted_error
+        del best  # its integers take as much memory as the adapter
+        encoded = _checked(codec, adapter, data, error)
+        if limits.keeps(encoded):
+            return encoded
+        asked = asked.tighter()  # it was at the limit, and rounding of float32 put it beyond
+
+
+def _search(
+    codec: Codec, adapter: Adapter, vectors: Mapping[str, torch.Tensor], initial: InitialA | None, limits: Limits
+) -> Rounded:
+    """Round an adapter at the coarsest step found that keeps the limits."""
+    # The tokens, which take as much memory as the adapter, are let go with this function.
     tokens, state, head = _prepared(codec, adapter, vectors, initial)
     is_large = sum(shape.parameters for shape in adapter.layout) > _SMALL
     is_plain_wanted = limits.max_error is not None and not codec.sensitivity.is_even
@@ -82,14 +96,7 @@ def encode_adapter(
         at = cache(rounding(tokens, keeps_means=True).at)
         offset = _offset(limits, of_whole, at)
     expected = limits.expected_step(of_whole) + offset
-    best = coarsest(math.floor(expected), limits, at, _ENOUGH if is_large else 1.0)
-    while True:
-        data, step, error = codec.close(best.head, best.groups), best.head.step, best.weighted_error
-        del best  # its integers take as much memory as the adapter
-        encoded = _measured(codec, adapter, data, error)
-        if limits.keeps(encoded):
-            return encoded
-        best = at(step - 1)  # it was at the limit, and rounding of float32 put it beyond
+    return coarsest(math.floor(expected), limits, at, _ENOUGH if is_large else 1.0)
 
 
 def encode_within(
@@ -122,7 +129,7 @@ def encode_within(
                 best = data, trial
     assert best is not None
     data, found = best
-    return _measured(codec, adapter, data, found.weighted_error)
+    return _checked(codec, adapter, data, found.weighted_error)
 
 
 def _prepared(
@@ -155,9 +162,9 @@ def _prepared(
     return tokens, state, head
 
 
-def _measured(codec: Codec, adapter: Adapter, data: bytes, expected: float) -> Encoded:
+def _checked(codec: Codec, adapter: Adapter, data: bytes, expected: float) -> Encoded:
     """Decode a code and measure it; raise `GeneratorError` if the weighted error is not the expected one."""
-    found = compare(codec, adapter, codec.decode(data), data)
+    found = measured(codec, adapter, data)
     if not math.isclose(found.weighted_error, expected, rel_tol=_ALIKE, abs_tol=_ALIKE**2):
         raise GeneratorError("the code does not decode to what was encoded")
     return found
@@ -218,23 +225,41 @@ def coarsest(expected: int, limits: Limits, encode: Callable[[int], _Tried], eno
     return best
 
 
+def measured(codec: Codec, adapter: Adapter, data: bytes) -> Encoded:
+    """Decode a code, and measure how far that is from the adapter that was encoded; one kind in memory at a time."""
+    originals = {module.name: module for module in adapter.modules}
+
+    def lost(modules: Modules) -> dict[str, _Lost]:
+        pairs = ((originals.get(module.name), module) for module in modules.values())
+        return {other.name: _lost(codec, one, other) for one, other in pairs if one is not None}
+
+    _, parts = codec.each_kind(data, lost)
+    found = dict(ChainMap(*parts))
+    return _encoded(data, [found.get(name) or _lost(codec, module, None) for name, module in originals.items()])
+
+
 def compare(codec: Codec, adapter: Adapter, decoded: Adapter, data: bytes) -> Encoded:
     """Measure how far an adapter, decoded from these bytes, is from the one that was encoded."""
-    config, sensitivity = codec.config, codec.sensitivity
     found = {module.name: module for module in decoded.modules}
+    return _encoded(data, [_lost(codec, module, found[module.name]) for module in adapter.modules])
 
-    def parts(module: LoraModule) -> tuple[tuple[float, float], tuple[float, float]]:
-        pair = module, found[module.name]
-        plain = error_and_norm(*pair)
-        if sensitivity.is_even:
-            return plain, plain
-        place = config.place_of(module.shape)
-        return plain, error_and_norm(*(sensitivity.weigh(one, *place) for one in pair))
 
-    is_small = sum(shape.parameters for shape in adapter.layout) <= _SMALL
-    with side_by_side(1 if is_small else None) as each:
-        plain, heavy = zip(*each(parts, adapter.modules), strict=True)
-    return Encoded(data, relative(plain), relative(heavy), decoded)
+_Lost = tuple[tuple[float, float], tuple[float, float]]  # squared error and norm of plain dW, and of weighted dW
+
+
+def _lost(codec: Codec, original: LoraModule, decoded: LoraModule | None) -> _Lost:
+    """Return how much of a module was lost, of which the code may have nothing."""
+    plain = error_and_norm(original, decoded)
+    if codec.sensitivity.is_even:
+        return plain, plain
+    place = codec.config.place_of(original.shape)
+    weigh = partial(codec.sensitivity.weigh, kind=place[0], layer=place[1])
+    return plain, error_and_norm(weigh(original), None if decoded is None else weigh(decoded))
+
+
+def _encoded(data: bytes, parts: Sequence[_Lost]) -> Encoded:
+    plain, heavy = zip(*parts, strict=True)
+    return Encoded(data, relative(plain), relative(heavy))
 
 
 def _bytes(values: torch.Tensor) -> NDArray[np.int8]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from icmlora.generator.scales import OCTAVE
@@ -66,6 +66,13 @@ class Limits:
     def used(self, encoded: Measured) -> float:
         """Say how much of the limits a code's errors take: 1 if it just keeps them."""
         return max((error / limit for error, limit in self._pairs(encoded) if limit), default=1.0)
+
+    def tighter(self) -> Limits:
+        """Return nine tenths of the limits of squared errors."""
+        tolerance = None if self.tolerance is None else 0.9 * self.tolerance
+        return replace(
+            self, tolerance=tolerance, max_error=None if self.max_error is None else math.sqrt(0.9) * self.max_error
+        )
 
     def expected_step(self, theory: WaterFilling, used: float = 1.0) -> float:
         """Return the step, in eighths of an octave, at which theory expects so much of the smaller limit to be used."""
