@@ -32,7 +32,8 @@ from icmlora.generator.limits import Limits, Measured
 from icmlora.generator.rounding import Rounded, Rounding
 from icmlora.generator.scales import OCTAVE
 from icmlora.generator.stack import stacked
-from icmlora.generator.tokens import KindTokens, Modules, refuse_overflow, refuse_underflow, tokenize
+from icmlora.generator.tokenizing import tokenize
+from icmlora.generator.tokens import KindTokens, Modules, refuse_overflow, refuse_underflow
 from icmlora.generator.water_filling import WaterFilling
 
 # Steps tried below and above the expected one, in eighths of an octave: 2^-16 of it is below what float32 resolves.
@@ -41,7 +42,8 @@ _SMALL = 1 << 22  # parameters up to which the predictions of all kinds stay in 
 _ENOUGH = 0.9  # share of a limit at which the code of a larger adapter is coarse enough: each try takes a second
 _FINEST, _COARSEST = 1e-8, 0.95  # squared errors between which the steps for a size are tried
 _PART = 8  # of a larger adapter, every eighth layer tells about which step is the coarsest
-_TRIES = 4  # at most, to find the first step; two are usual
+_USUAL = 2.0  # eighths of an octave by which the step is above that of theory, usually: 1 to 3 of real adapters
+_TRIES = 4  # at most, to find the first step; one or two are usual
 _SMALL_ERROR = 1e-3  # squared errors below which the rounding of float32 would be seen in them
 _ALIKE = 1e-3  # errors of the same code, as a share: float32 rounds in another order where integers are tried
 
@@ -172,13 +174,13 @@ def _checked(codec: Codec, adapter: Adapter, data: bytes, expected: float) -> En
 
 def _offset(limits: Limits, theory: WaterFilling, at: Callable[[int], Rounded]) -> float:
     """Return by how many eighths of an octave the step that just keeps the limits is above that of theory."""
-    expected, offset = limits.expected_step(theory), 0.0
+    expected, offset = limits.expected_step(theory), _USUAL
     for _ in range(_TRIES):
         tried = math.floor(expected + offset)
         # From where it was tried, it is as far as theory says that it is from there.
         found = tried - limits.expected_step(theory, used=limits.used(at(tried)))
         offset = min(max(found, -_BELOW), _ABOVE)
-        if abs(expected + offset - tried) <= 1:
+        if abs(expected + offset - tried) < 2:
             break
     return offset
 

@@ -31,7 +31,8 @@ from icmlora.generator.residual import CLASSES, Residual, ResidualHead, digest_o
 from icmlora.generator.rounding import quantised, strength_of
 from icmlora.generator.scales import LARGEST, OCTAVE, SMALLEST
 from icmlora.generator.stack import INPUTS, OUTPUTS
-from icmlora.generator.tokens import KindTokens, slot_overlaps, tokenize
+from icmlora.generator.tokenizing import tokenize
+from icmlora.generator.tokens import KindTokens, slot_overlaps
 from icmlora.generator.water_filling import WaterFilling
 from icmlora.io.threads import one_thread
 

@@ -18,7 +18,8 @@ from icmlora.generator.packing import split_sides
 from icmlora.generator.quantizer import Norms, Slots, TokenQuantizer, centred, norm_of
 from icmlora.generator.runs import Nonzeros
 from icmlora.generator.scales import EXTREME, LARGEST, OCTAVE, SMALLEST, centres
-from icmlora.generator.tokens import KindTokens, tokenize
+from icmlora.generator.tokenizing import tokenize
+from icmlora.generator.tokens import KindTokens
 from tests.icmlora.peft_made import peft_codec, peft_fleet
 from tests.icmlora.small_fleet import codec, make_adapter, with_factors
 
