@@ -39,9 +39,8 @@ from icmlora.generator.water_filling import WaterFilling
 # Steps tried below and above the expected one, in eighths of an octave: 2^-16 of it is below what float32 resolves.
 _BELOW, _ABOVE = 16 * OCTAVE, 2 * OCTAVE
 _SMALL = 1 << 22  # parameters up to which the predictions of all kinds stay in memory during the search
-_ENOUGH = 0.9  # share of a limit at which the code of a larger adapter is coarse enough: each try takes a second
 _FINEST, _COARSEST = 1e-8, 0.95  # squared errors between which the steps for a size are tried
-_PART = 8  # of a larger adapter, every eighth layer tells about which step is the coarsest
+_PART = 8  # of a larger adapter, every eighth module tells about which step is the coarsest
 _USUAL = 2.0  # eighths of an octave by which the step is above that of theory, usually: 1 to 3 of real adapters
 _TRIES = 4  # at most, to find the first step; one or two are usual
 _SMALL_ERROR = 1e-3  # squared errors below which the rounding of float32 would be seen in them
@@ -98,7 +97,7 @@ def _search(
         at = cache(rounding(tokens, keeps_means=True).at)
         offset = _offset(limits, of_whole, at)
     expected = limits.expected_step(of_whole) + offset
-    return coarsest(math.floor(expected), limits, at, _ENOUGH if is_large else 1.0)
+    return coarsest(math.floor(expected), limits, at, limits.enough(of_whole) if is_large else 1.0)
 
 
 def encode_within(
@@ -143,7 +142,7 @@ def _prepared(
     refuse_overflow(tokens, config)
     refuse_underflow(tokens)
     condition, subspace = codec.condition(vectors), codec.subspace(initial)
-    (latent,) = codec.net.posterior(stacked([tokens]), condition[None])
+    (latent,) = codec.net.posterior(stacked([tokens], by_kind=True), condition[None])
     state = TaskState(condition, latent.round().clamp(-127, 127), subspace)
     state = replace(state, subspace=replace(subspace, shifts=codec.quantizer.shifts(tokens, state)))
     shape = len(config.kinds), config.layers  # (K, L)
@@ -186,12 +185,14 @@ def _offset(limits: Limits, theory: WaterFilling, at: Callable[[int], Rounded]) 
 
 
 def _part_of(tokens: Sequence[KindTokens]) -> Sequence[KindTokens]:
-    """Return the tokens of every eighth layer of each kind of modules."""
+    """Return the tokens of every eighth module, kind by kind."""
+    layers = [torch.unique_consecutive(group.layer) for group in tokens]
+    chosen = torch.arange(sum(map(len, layers))) % _PART == _PART // 2
     parts = []
-    for group in tokens:
-        layers = torch.unique_consecutive(group.layer)
-        parts.append(group[torch.isin(group.layer, layers[(min(len(layers), _PART) - 1) // 2 :: _PART])])
-    return parts
+    for group, found, is_chosen in zip(tokens, layers, torch.split(chosen, list(map(len, layers))), strict=True):
+        if is_chosen.any():
+            parts.append(group[torch.isin(group.layer, found[is_chosen])])
+    return parts or tokens
 
 
 _Tried = TypeVar("_Tried", bound=Measured)
@@ -205,8 +206,8 @@ def coarsest(expected: int, limits: Limits, encode: Callable[[int], _Tried], eno
     Raises:
         GeneratorError: No step keeps the limits.
     """
-    # A coarser step loses more, nearly always; what is returned keeps the limits in any case. A step whose error is
-    # this share of a limit is coarse enough.
+    # A coarser step loses more, nearly always; what is returned keeps the limits in any case. A step that uses so much
+    # of the limits is coarse enough: each try takes a large adapter half a second.
     lowest, highest = expected - _BELOW, expected + _ABOVE
     low, best = expected, encode(expected)
     high, stride = highest + 1, 1  # high: does not keep the limits, or is not to be tried

@@ -80,6 +80,12 @@ class Limits:
         error = used * self.least
         return OCTAVE * math.log2(theory.step(error / (1 + error)))
 
+    def enough(self, theory: WaterFilling) -> float:
+        """Return how much of the limits is used where theory expects the next coarser step to be beyond them."""
+        step = theory.step(self.least / (1 + self.least))
+        error, following = theory.error(step), theory.error(step * 2.0 ** (1 / OCTAVE))
+        return error / following * (1 - following) / (1 - error) if following < 1 else 1.0
+
     def _pairs(self, encoded: Measured) -> list[tuple[float, float]]:
         """Return each limit of an error that is set, with the error that it is for."""
         pairs = ((encoded.weighted_error, self.tolerance), (encoded.squared_error, self.max_squared_error))
