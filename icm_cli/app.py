@@ -30,7 +30,7 @@ PANELS = {
     "From adapters to codes and back": ("ingest", "vectors", "train", "encode", "eval", "materialize", "base"),
     "List, show and edit tasks": ("ls", "show", "edit", "stats", "map", "duplicates", "report"),
     "New adapters and other formats": ("generate", "recognize", "convert"),
-    "Use codes elsewhere": ("export", "import", "serve"),
+    "Use codes elsewhere": ("export", "import", "copy", "serve"),
     "Delete, restore and check": ("evict", "restore", "rm", "prune", "verify", "generators", "doctor"),
 }
 _PANEL_OF = {name: panel for panel, names in PANELS.items() for name in names}
