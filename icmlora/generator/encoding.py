@@ -112,7 +112,7 @@ def encode_within(
     """Encode one adapter in at most `size` bytes, with the finest step found; vectors (size,); see `Codec.encode`."""
     tokens, state, head = _prepared(codec, adapter, vectors, initial)
     is_small = sum(shape.parameters for shape in adapter.layout) <= _SMALL
-    at = Rounding(codec, tokens, state, head, keeps_means=is_small, is_plain_wanted=False, is_exact=True).at
+    at = Rounding(codec, tokens, state, head, keeps_means=is_small, is_plain_wanted=False, is_exact=False).at
     theory = WaterFilling(tokens, codec.sensitivity, state.subspace)
     low, high = (math.floor(Limits(tolerance=squared).expected_step(theory)) for squared in (_FINEST, _COARSEST))
     high += _ABOVE
