@@ -41,7 +41,8 @@ class WaterFilling:
 
     def error(self, step: float) -> float:
         """Return the expected squared error of a quantiser step, as a share of the adapter's energy."""
-        return float((torch.clamp(self._variance, max=step * step / 12) * self._count).sum()) / self._energy
+        lost = float((torch.clamp(self._variance, max=step * step / 12) * self._count).sum())
+        return lost / self._energy if lost else 0.0
 
 
 def _variances(
