@@ -68,13 +68,17 @@ class Teacher:
     def targets(self, numbers: Sequence[int]) -> list[Target]:
         """Return what the adapter predicts for some examples."""
         missing = [number for number in dict.fromkeys(numbers) if number not in self._targets]
-        items = [self._items[number] for number in missing]
+        if missing:  # or the adapter's factors would be copied to a card for nothing
+            self._make(missing)
+        return [self._targets[number] for number in numbers]
+
+    def _make(self, numbers: Sequence[int]) -> None:
+        items = [self._items[number] for number in numbers]
         with added(self._base.model, self._original):
-            for number, item, logits in zip(missing, items, _predictions(self._base, items), strict=True):
+            for number, item, logits in zip(numbers, items, _predictions(self._base, items), strict=True):
                 tokens = logits.topk(min(KEPT, logits.shape[-1] - 1), dim=-1).indices
                 wanted = _wanted(self._base, item, logits)
                 self._targets[number] = Target(item, tokens, wanted, _read(logits, tokens, wanted))
-        return [self._targets[number] for number in numbers]
 
     @torch.no_grad()
     def effect(self, most: int) -> float:
