@@ -35,6 +35,7 @@ from icmlora.generator.stack import stacked
 from icmlora.generator.tokenizing import tokenize
 from icmlora.generator.tokens import KindTokens, Modules, refuse_overflow, refuse_underflow
 from icmlora.generator.water_filling import WaterFilling
+from icmlora.io.threads import one_thread
 
 # Steps tried below and above the expected one, in eighths of an octave: 2^-16 of it is below what float32 resolves.
 _BELOW, _ABOVE = 16 * OCTAVE, 2 * OCTAVE
@@ -143,10 +144,7 @@ def _prepared(
     tokens = tokenize(adapter, config, codec.sensitivity)
     refuse_overflow(tokens, config)
     refuse_underflow(tokens)
-    condition, subspace = codec.condition(vectors), codec.subspace(initial)
-    (latent,) = codec.net.posterior(stacked([tokens], by_kind=True), condition[None])
-    state = TaskState(condition, latent.round().clamp(-127, 127), subspace)
-    state = replace(state, subspace=replace(subspace, shifts=codec.quantizer.shifts(tokens, state)))
+    state = _state_of(codec, tokens, vectors, initial)
     shape = len(config.kinds), config.layers  # (K, L)
     head = CodeHead(
         step=0,
@@ -163,6 +161,17 @@ def _prepared(
     for module in adapter.layout:
         head.kept[config.place_of(module)] = 0
     return tokens, state, head
+
+
+@one_thread()
+def _state_of(
+    codec: Codec, tokens: Sequence[KindTokens], vectors: Mapping[str, torch.Tensor], initial: InitialA | None
+) -> TaskState:
+    """Return what the decoder knows of a task before it reads integers."""
+    condition, subspace = codec.condition(vectors), codec.subspace(initial)
+    (latent,) = codec.net.posterior(stacked([tokens], by_kind=True), condition[None])
+    state = TaskState(condition, latent.round().clamp(-127, 127), subspace)
+    return replace(state, subspace=replace(subspace, shifts=codec.quantizer.shifts(tokens, state)))
 
 
 def _checked(codec: Codec, adapter: Adapter, data: bytes, expected: float) -> Encoded:
