@@ -52,8 +52,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Store"]
 
-GRACE_SECONDS = 3600.0
-
 
 class Store:
     """Rows and bytes of a fleet in one folder; see :meth:`open`.
@@ -252,13 +250,14 @@ class Store:
     def prune(
         self,
         *,
-        grace: float = GRACE_SECONDS,
+        grace: float | None = None,
         is_precious: Callable[[bytes], bool] = lambda start: False,
         empty_quarantine: bool = False,
         dry_run: bool = False,
     ) -> PruneReport:
         """Delete blobs that no row refers to, and leftovers of killed commands, if older than `grace` seconds.
 
+        By default that is what the place of the blobs asks for: an hour, or a day if it is remote.
         Blobs that are precious, by their first bytes, go to quarantine, unless that is to be emptied as well.
         """
         from registry.storage.prune import prune

@@ -14,7 +14,7 @@ from registry.schema import Adapter, Blob, Code, Extra, Generator, Task, TaskVec
 from registry.storage.blobs.content import Blobs
 from registry.storage.database import Damage, Database
 from registry.storage.folder import StorePaths
-from registry.storage.prune import BLOB_COLUMNS, BlobColumn, is_evictable, is_needed
+from registry.storage.prune import BLOB_COLUMNS, BlobColumn, is_evictable, is_needed, leftovers
 from registry.storage.row_writer import find_task
 from registry.values import LEAST_GAIN, MOST_GAIN
 
@@ -185,5 +185,6 @@ def _strays(blobs: Blobs, paths: StorePaths, expected: dict[str, int]) -> Iterat
     for blob in blobs.all():
         if blob.digest not in expected:
             yield Finding("orphan", f"no row needs blob {blob.digest}", blobs.place(blob.digest), blob.digest)
-    for path in sorted(paths.tmp.iterdir()):
-        yield Finding("leftover", f"{path.name} was left by a command that was killed", str(path))
+    for file in leftovers(blobs, paths):
+        name = file.place.rpartition("/")[2]
+        yield Finding("leftover", f"{name} was left by a command that was killed", file.place)

@@ -16,14 +16,18 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from registry import files as fs
 from registry.errors import DamagedStore, NotAStore, RegistryError, StoreFull, StoreTooNew
 from registry.storage.database import Database, migrate
+
+if TYPE_CHECKING:
+    from registry.storage.blobs.backend import Leftover
 
 FORMAT_TEXT = "icm store 2\n"
 
@@ -61,6 +65,21 @@ class StorePaths:
 def is_digest(text: str) -> bool:
     """Say whether `text` is a SHA-256 in the form the store uses."""
     return _DIGEST.fullmatch(text) is not None
+
+
+def files_in(folder: Path) -> Iterator[Leftover]:
+    """Yield the files of a folder in which there should be none."""
+    from registry.storage.blobs.backend import Leftover
+
+    for path in sorted(folder.iterdir()):
+        with suppress(FileNotFoundError):  # another process renamed or removed it
+            status = path.stat()
+            yield Leftover(str(path), status.st_size, status.st_mtime, partial(_remove, path))
+
+
+def _remove(path: Path) -> None:
+    with fs.store_errors(path):
+        fs.unlink(path)
 
 
 RESERVE_BYTES = 128 << 10

@@ -9,22 +9,19 @@ file stays. Evicted adapters, and the texts of evaluations, are referred to and 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 
 from sqlalchemy import ColumnElement, delete, exists, or_, select
 from sqlalchemy.orm import InstrumentedAttribute
 
-from registry import files as fs
 from registry.errors import MissingBlob
 from registry.files import failpoint
 from registry.schema import Adapter, Base, Blob, Document, Evaluation, TaskVector
+from registry.storage.blobs.backend import Leftover
 from registry.storage.blobs.content import Blobs
 from registry.storage.database import Database
-from registry.storage.folder import StorePaths
+from registry.storage.folder import StorePaths, files_in
 from registry.storage.kept import keep
 from registry.storage.locks import FileLock
 from registry.storage.row_writer import in_parts, table_of
@@ -94,7 +91,7 @@ def prune(
     blobs: Blobs,
     paths: StorePaths,
     *,
-    grace: float,
+    grace: float | None = None,
     is_precious: Callable[[bytes], bool] = lambda start: False,
     empty_quarantine: bool = False,
     dry_run: bool = False,
@@ -104,15 +101,17 @@ def prune(
     A blob that `is_precious`, by its first bytes, is moved to quarantine instead, unless that is to be emptied as well.
     """
     database.must_be_sound()
-    newest = time.time() - grace  # young files may be another writer's, where file locks do not lock
+    # Young files may be another writer's, where locks do not lock.
+    newest = blobs.now() - (blobs.grace if grace is None else grace)
     with database.read() as session:
         needed = set(session.scalars(select(Blob.digest).where(is_needed())))
     doomed = {blob.digest: blob.size for blob in blobs.all() if blob.digest not in needed and blob.modified <= newest}
-    temporary, precious = _older(paths.tmp, newest), set[str]()
+    left, precious = leftovers(blobs, paths), set[str]()
     if empty_quarantine:
-        temporary |= _older(paths.quarantine, newest)
+        left += leftovers(blobs, paths, aside=True)
     else:
         precious = {digest for digest in doomed if is_precious(_start_of(blobs, digest))}
+    temporary = [file for file in left if file.modified <= newest]
     if not dry_run:
         if doomed:
             keep(database, paths)
@@ -120,13 +119,18 @@ def prune(
         failpoint("garbage-rows-gone")
         for digest in sorted(precious):
             blobs.quarantine(digest)
-        blobs.delete(digest for digest in doomed if digest not in precious)
-        with fs.store_errors(paths.tmp):
-            for path in temporary:
-                fs.unlink(path)
+        blobs.delete((digest for digest in doomed if digest not in precious), newest=newest)
+        for file in temporary:
+            file.remove()
     aside = sum(doomed[digest] for digest in precious)
-    freed = sum(doomed.values()) + sum(temporary.values()) - aside
+    freed = sum(doomed.values()) + sum(file.size for file in temporary) - aside
     return PruneReport(len(doomed) - len(precious), len(temporary), freed, len(precious), aside)
+
+
+def leftovers(blobs: Blobs, paths: StorePaths, *, aside: bool = False) -> list[Leftover]:
+    """Return what killed commands left in the folder of a store and among its blobs; `aside`, what is in quarantine."""
+    own = files_in(paths.quarantine if aside else paths.tmp)  # mostly the same folder
+    return list({file.place: file for file in (*own, *blobs.leftovers(aside=aside))}.values())
 
 
 def _start_of(blobs: Blobs, digest: str) -> bytes:
@@ -185,14 +189,3 @@ def _delete_rows(database: Database) -> None:
                 is_read = or_(*(exists().where(column == Document.id) for column in columns))
                 session.execute(delete(Document).where(~is_read))
                 return
-
-
-def _older(folder: Path, newest: float) -> dict[Path, int]:
-    """Return path -> length of the files that were there before a time, in seconds since 1970."""
-    found: dict[Path, int] = {}
-    for path in sorted(folder.iterdir()):
-        with suppress(FileNotFoundError):  # during a dry run, another process renamed or removed it
-            state = path.stat()
-            if state.st_mtime <= newest:
-                found[path] = state.st_size
-    return found

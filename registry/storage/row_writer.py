@@ -146,7 +146,7 @@ class RowNumbers:
 
     def blobs(self, digests: Iterable[str]) -> dict[str, int]:
         """Return digest -> number; raise `MissingBlob` if the store does not have the bytes."""
-        rows = {digest: {"size": self._files.size(digest)} for digest in sorted(set(digests))}
+        rows = {digest: {"size": size} for digest, size in self._files.sizes_of(digests).items()}
         # An imported bundle may have said something else of the size of bytes that were not here.
         return self._numbers(table_of(models.Blob), "digest", rows, corrected="size")
 

@@ -99,7 +99,7 @@ def test_a_dry_run_passes_over_what_others_remove_once_it_is_listed(
     def iterdir(folder: Path) -> Iterator[Path]:
         found = list(listed(folder))
         if folder == doomed.parent:
-            doomed.unlink()
+            doomed.unlink(missing_ok=True)
         return iter(found)
 
     @contextmanager
@@ -107,7 +107,7 @@ def test_a_dry_run_passes_over_what_others_remove_once_it_is_listed(
         with scanned(folder) as entries:
             found = list(entries)
         if folder == doomed.parent:
-            doomed.unlink()
+            doomed.unlink(missing_ok=True)
         yield found
 
     monkeypatch.setattr(Path, "iterdir", iterdir)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import io
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import BinaryIO
 from uuid import uuid4
 
 from registry.files import Bytes
-from registry.storage.blobs.backend import BlobInfo
+from registry.storage.blobs.backend import BlobInfo, Leftover
 
 
 class MemoryBatch:
@@ -30,10 +32,16 @@ class MemoryBatch:
 class MemoryBackend:
     """Blobs in a dictionary."""
 
+    is_remote = False
+    grace = 3600.0
+
     def __init__(self) -> None:
         self.kept: dict[str, bytes] = {}
         self.damaged: dict[str, bytes] = {}
         self._modified: dict[str, float] = {}
+
+    def now(self) -> float:
+        return time.time()
 
     @contextmanager
     def batch(self) -> Iterator[MemoryBatch]:
@@ -58,8 +66,12 @@ class MemoryBackend:
         for digest in sorted(self.kept):
             yield BlobInfo(digest, len(self.kept[digest]), self._modified[digest])
 
-    def delete(self, digest: str) -> int:
-        return len(self.kept.pop(digest, b""))
+    def delete(self, digest: str, *, newest: float = math.inf) -> int:
+        return 0 if self._modified.get(digest, 0) > newest else len(self.kept.pop(digest, b""))
+
+    def leftovers(self, *, aside: bool = False) -> Iterator[Leftover]:
+        for place, data in list(self.damaged.items()) if aside else ():
+            yield Leftover(place, len(data), self._modified[place[:64]], partial(self.damaged.pop, place, None))
 
     def quarantine(self, digest: str) -> str:
         place = f"{digest}.{uuid4().hex[:8]}"

@@ -161,3 +161,35 @@ def test_a_store_works_on_another_backend(tmp_path: Path) -> None:
         assert (finding.kind, finding.path, finding.tasks) == ("digest", f"memory:{weights}", ("rust",))
         store.repair()
         assert list(memory.damaged.values()) == [b"weights of rusk"]
+
+
+def test_what_was_written_after_a_time_is_not_deleted(blobs: Blobs) -> None:
+    digest = blobs.put(b"bytes")
+    assert blobs.delete([digest], newest=blobs.now() - 60) == 0
+    assert blobs.delete([digest], newest=blobs.now() + 60) == len(b"bytes")
+
+
+def test_quarantine_is_listed_and_emptied(blobs: Blobs) -> None:
+    blobs.quarantine(blobs.put(b"bytes"))
+    (aside,) = blobs.leftovers(aside=True)
+    assert aside.size == len(b"bytes")
+    assert list(blobs.leftovers()) == []
+    aside.remove()
+    aside.remove()
+    assert list(blobs.leftovers(aside=True)) == []
+
+
+def test_sizes_of_many_are_asked_for_at_once(blobs: Blobs) -> None:
+    digests = blobs.put_all([b"1234", b"56"])
+    assert blobs.sizes_of([*digests, *digests]) == dict(zip(digests, [4, 2], strict=True))
+    with pytest.raises(MissingBlob, match=ABSENT):
+        blobs.sizes_of([*digests, ABSENT])
+
+
+def test_where_locks_may_be_lost_on_the_way_nothing_young_is_deleted_unless_somebody_says_how_young() -> None:
+    remote = MemoryBackend()
+    remote.is_remote = True
+    blobs = Blobs(remote)
+    digest = blobs.put(b"bytes")
+    assert blobs.delete([digest]) == 0
+    assert blobs.delete([digest], newest=blobs.now()) == len(b"bytes")
