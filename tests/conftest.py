@@ -16,6 +16,9 @@ from tests.shared import built_once
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+# Promises that are shipped with the library are tests too.
+pytest.register_assert_rewrite("registry.testing")
+
 # Tests do not time things: an example is slow when the machine is busy, and that is no failure.
 # How many examples is said here alone. `--hypothesis-profile=thorough` tries new ones on every run (in CI the same).
 settings.register_profile("thorough", deadline=None, max_examples=50)
