@@ -1,0 +1,20 @@
+"""A server for blobs that are far away."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.s3_server import CannotStart, S3Server, s3_server
+
+
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """A real S3 server; what needs it says why it was skipped where there is none."""
+    pytest.importorskip("obstore", reason="obstore is not installed: pip install 'icm-lora[team]'")
+    try:
+        with s3_server(tmp_path_factory.mktemp("s3")) as server:
+            yield server
+    except CannotStart as error:
+        pytest.skip(str(error))
