@@ -5,7 +5,7 @@
     s3://BUCKET/PREFIX/owner               whose blobs these are
     s3://BUCKET/PREFIX/clock               written to learn the time of the server
 
-    bytes ──▶ one object, whole or not at all ──▶ its MD5 by the server, or its length, is right ──▶ durable
+    bytes ──▶ one object, whole or not at all ──▶ its MD5 by the server is right, or it is read back ──▶ durable
 
 A name always means the same bytes, so writing needs no condition, and nothing is taken back: what a batch that failed
 has written may be what another process wrote too, and has referred to by now. What nobody refers to is pruned.
@@ -46,6 +46,7 @@ from registry.storage.folder import is_digest
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
+_ATTEMPTS = 3
 _PART = 8 << 20  # bytes that are sent, and sent again, together
 _CHUNK = 1 << 20
 # Seconds: without a byte; of one request with its answer; of a request with all that repeat it.
@@ -122,8 +123,13 @@ class ObjectBackend:
             is_there = found is not None and (found.size, found.mark) == (len(data), mark)
             if found is not None and is_there and self.now() - found.modified < self.grace / 2:
                 return False
-            if self._send(name, data) != mark:  # some servers call it by something else than its MD5
-                self._must_be_whole(name, len(data))
+            for _ in range(_ATTEMPTS):
+                # Servers that encrypt call it by something else than its MD5.
+                if self._send(name, data) == mark or self._holds(name, data):
+                    break
+            else:
+                place = self.place(digest)
+                raise StoreAway(f"{place} was not written as it was sent", path=place, hint=_AWAY_HINT)
         failpoint("blob-renamed")
         return not is_there
 
@@ -174,7 +180,8 @@ class ObjectBackend:
         with store_errors(self.place(digest)), self._errors(name):
             size = self._known(name).size
             obstore.copy(self._store, name, aside)
-            self._must_be_whole(aside, size)
+            if self._known(aside).size != size:
+                raise OSError("it was not copied whole")
             obstore.delete(self._store, name)
         return f"{self._url}/{aside}"
 
@@ -213,10 +220,15 @@ class ObjectBackend:
                 raise self._missing(name)
             return found
 
-    def _must_be_whole(self, name: str, size: int) -> None:
-        if self._known(name).size != size:
-            place = f"{self._url}/{name}"
-            raise StoreAway(f"{place} was not written whole", path=place, hint=_AWAY_HINT)
+    def _holds(self, name: str, data: Bytes) -> bool:
+        """Read an object back and say whether it has exactly these bytes."""
+        with self._errors(name):
+            view, at = memoryview(data), 0
+            for chunk in obstore.get(self._store, name).stream(min_chunk_size=_CHUNK):
+                if bytes(view[at : at + len(chunk)]) != bytes(chunk):
+                    return False
+                at += len(chunk)
+            return at == len(view)
 
     def _missing(self, name: str) -> _Missing:
         """Return the error for an object that is missing; raise if its bucket is, for which servers say the same."""
@@ -280,7 +292,7 @@ def connect(url: str) -> ObjectBackend:
         "timeout": timedelta(seconds=_LONGEST),
     }
     backoff: Any = {"init_backoff": timedelta(seconds=0.1), "max_backoff": timedelta(seconds=5), "base": 2}
-    retry: Any = {"max_retries": 10, "retry_timeout": timedelta(seconds=_DEADLINE), "backoff": backoff}
+    retry: Any = {"max_retries": 1000, "retry_timeout": timedelta(seconds=_DEADLINE), "backoff": backoff}
     given: Any = config or None
     return ObjectBackend(from_url(url, config=given, client_options=options, retry_config=retry), url)
 

@@ -18,13 +18,7 @@ if TYPE_CHECKING:
     from registry.storage.blobs.objects import ObjectBackend
 
 OWNER = "the store of these tests"
-
-
-@pytest.fixture(autouse=True)
-def environment(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let every test find the server."""
-    for name, value in s3.environment.items():
-        monkeypatch.setenv(name, value)
+pytestmark = pytest.mark.usefixtures("s3_environment")
 
 
 def new_place(url: str | None = None, owner: str | None = OWNER) -> ObjectBackend:
