@@ -23,6 +23,7 @@ from registry.files import Bytes, CheckFirst, read_plain, store_errors
 
 if TYPE_CHECKING:
     from registry.storage.blobs.backend import BlobBackend, BlobBatch, BlobInfo, Leftover
+    from registry.storage.blobs.cache import BlobCache
 
 T = TypeVar("T")
 Item = TypeVar("Item")
@@ -62,9 +63,11 @@ class PutRefusal:
 class Blobs:
     """Immutable bytes, named by their SHA-256."""
 
-    def __init__(self, backend: BlobBackend, must_write: Callable[[], None] = lambda: None) -> None:
-        """Work on a backend."""
-        self._backend, self._must_write = backend, must_write
+    def __init__(
+        self, backend: BlobBackend, must_write: Callable[[], None] = lambda: None, cache: BlobCache | None = None
+    ) -> None:
+        """Work on a backend; what is read goes through the cache, what is checked does not."""
+        self._backend, self._must_write, self._cache = backend, must_write, cache
         self.unwanted: set[str] = set()
         self._looks = 2 if backend.is_remote else 1  # before a blob is called damaged: it may be the way to it
 
@@ -127,15 +130,23 @@ class Blobs:
 
     def read(self, digest: str) -> bytes:
         """Return a blob's bytes once they are known to be the right ones."""
+        known = None if self._cache is None else self._cache.get(digest)
+        if known is not None:
+            return known
         for _ in range(self._looks):
             with self._errors(digest), self._backend.get(digest) as file:
                 data = file.read()
             if digest_of(data) == digest:
+                if self._cache is not None:
+                    self._cache.put(digest, data)
                 return data
         raise self._damaged(digest)
 
     def start(self, digest: str, size: int) -> bytes:
         """Return the first bytes of a blob, which nobody has checked."""
+        known = None if self._cache is None else self._cache.start(digest, size)
+        if known is not None:
+            return known
         with self._errors(digest), self._backend.get(digest) as file:
             return file.read(size)
 
