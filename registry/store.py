@@ -28,11 +28,13 @@ from registry.storage.folder import (
     restore_reserve,
     with_reserve,
 )
-from registry.storage.locks import FileLock, Patience
+from registry.storage.locks.flocks import FolderLock
+from registry.storage.locks.waiting import Patience
 
 if TYPE_CHECKING:
     from registry.errors import DamagedStore
     from registry.storage.blobs.backend import BlobBackend
+    from registry.storage.locks.waiting import StoreLock
     from registry.storage.prune import PruneReport
     from registry.storage.row_repair import RowRepair
     from registry.tables.base_models import BaseModels
@@ -63,15 +65,12 @@ class Store:
     def __init__(
         self,
         paths: StorePaths,
-        lock: FileLock,
+        lock: StoreLock,
         database: Database,
         backend: BlobBackend,
         *,
-        patience: Patience,
-        command: str,
         on_damage: OnDamage | None = None,
     ) -> None:
-        self._patience, self._command = patience, command
         self.paths = paths
         self._lock = lock
         self._db = database
@@ -114,7 +113,7 @@ class Store:
             hint = "`icm ingest PATH` makes one; --store or ICM_STORE says where"
             raise StoreNotFound(f"there is no store at {path}", path=path, hint=hint)
         with fs.store_errors(paths.lock):
-            lock = FileLock(paths.lock, patience=patience, command=command, writable=not read_only)
+            lock = FolderLock(paths.lock, paths.job, patience=patience, command=command, writable=not read_only)
         try:
             lock.enter()
             database = Database(paths.database, read_only=read_only, patience=patience, users=lock.users_of)
@@ -129,8 +128,7 @@ class Store:
         except BaseException:
             lock.close()
             raise
-        where = paths, lock, database, backend or LocalBackend(paths)
-        return cls(*where, patience=patience, command=command, on_damage=on_damage)
+        return cls(paths, lock, database, backend or LocalBackend(paths), on_damage=on_damage)
 
     @cached_property
     def listing(self) -> Summaries:
@@ -223,17 +221,8 @@ class Store:
         so nothing read before may be trusted inside the block.
         """
         self._db.must_write()
-        path = self.paths.job(base_model)
-        with fs.store_errors(path):
-            # The first job of a store makes the folder.
-            path.parent.mkdir(exist_ok=True)
-            lock = FileLock(path, patience=self._patience, command=self._command, subject=f"base model {base_model!r}")
-        try:
-            # Not reentrant: a job does not start another one.
-            lock.hold(shared=shared, without=self._lock)
+        with self._lock.job(base_model, shared=shared):
             yield
-        finally:
-            lock.close()
 
     def usage(self, listed: Mapping[str, int] | None = None, *, has_wrong_rows: bool = False) -> Usage:
         """Return the bytes on disk by what they are for; their total is what `du -b` says of the files.

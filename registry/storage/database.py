@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection, Engine
     from sqlalchemy.orm import Session
 
-    from registry.storage.locks import Patience
+    from registry.storage.locks.waiting import Patience
 
 APPLICATION_ID = 0x69636D31  # "icm1": tells `file` and us what the database is
 

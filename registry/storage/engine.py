@@ -15,7 +15,7 @@ from sqlalchemy.pool import NullPool
 from registry.row_checks import guard
 from registry.schema import Base
 from registry.storage.database import WRITE, begin, connect, sqlite_of
-from registry.storage.locks import Patience
+from registry.storage.locks.waiting import Patience
 
 
 def new_engine(path: Path, read_only: bool, patience: Patience, *, create: bool = False) -> Engine:

@@ -19,7 +19,8 @@ from registry import files as fs
 from registry.errors import DamagedStore, StoreFull, StoreIOError, StoreNotFound
 from registry.storage.database import Database, migrate, sqlite_of
 from registry.storage.folder import StorePaths, make_folders
-from registry.storage.locks import FileLock, Patience
+from registry.storage.locks.flocks import FileLock
+from registry.storage.locks.waiting import Patience
 
 _MODE = 0o600
 

@@ -23,7 +23,7 @@ from registry.storage.blobs.content import Blobs
 from registry.storage.database import Database
 from registry.storage.folder import StorePaths, files_in
 from registry.storage.kept import keep
-from registry.storage.locks import FileLock
+from registry.storage.locks.waiting import StoreLock
 from registry.storage.row_writer import in_parts, table_of
 
 BlobColumn = InstrumentedAttribute[int] | InstrumentedAttribute[int | None]
@@ -68,7 +68,7 @@ def evicted_files(database: Database, blobs: Blobs) -> list[str]:
     return [digest for digest in digests if blobs.exists(digest)]
 
 
-def drop_unreferenced(lock: FileLock, database: Database, blobs: Blobs, digests: Iterable[str]) -> None:
+def drop_unreferenced(lock: StoreLock, database: Database, blobs: Blobs, digests: Iterable[str]) -> None:
     """Delete the files of these blobs, and those of earlier calls that could not, unless a row refers to them."""
     blobs.unwanted.update(digests)
     if not blobs.unwanted:

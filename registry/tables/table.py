@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from registry.schema import Evaluation, TaskVector
     from registry.storage.blobs.content import Blobs
     from registry.storage.folder import StorePaths
-    from registry.storage.locks import FileLock
+    from registry.storage.locks.waiting import StoreLock
     from registry.storage.row_writer import RowWriter
     from registry.store import OnDamage
 
@@ -25,7 +25,7 @@ class Table:
     """Operations on one kind of row; a `registry.store.Store` has one of each."""
 
     def __init__(
-        self, paths: StorePaths, lock: FileLock, database: Database, blobs: Blobs, on_damage: OnDamage | None = None
+        self, paths: StorePaths, lock: StoreLock, database: Database, blobs: Blobs, on_damage: OnDamage | None = None
     ) -> None:
         self._paths, self._lock, self._db, self._blobs, self._on_damage = paths, lock, database, blobs, on_damage
 

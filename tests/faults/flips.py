@@ -24,7 +24,7 @@ from registry import row_checks
 from registry.errors import IcmError
 from registry.records import NewEvaluation
 from registry.storage.database import Database
-from registry.storage.locks import Patience
+from registry.storage.locks.waiting import Patience
 from registry.store import Store
 from tests.cli.tiny_fleet import build_ingested, icm_quietly, train_store, write_lora
 from tests.faults.pages import Place, places

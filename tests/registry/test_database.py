@@ -13,7 +13,7 @@ from sqlalchemy.exc import IntegrityError
 
 from registry.errors import DamagedStore, StoreFull, StoreLocked, StoreReadOnly
 from registry.storage.database import Database
-from registry.storage.locks import Patience
+from registry.storage.locks.waiting import Patience
 from registry.store import Store
 from tests.registry.children import start, wait
 
