@@ -201,13 +201,13 @@ class LockPromises:
         command = "icm train with\na long line " + "x" * 300
         with closing(self.new_lock(self.store, Patience(_LONG), command)) as holder:
             holder.enter()
-            with closing(self.new_lock(self.store, Patience(1.5, told.append))) as waiter:
+            with closing(self.new_lock(self.store, Patience(2.5, told.append))) as waiter:
                 waiter.enter()
                 one.close()
                 with pytest.raises(StoreLocked) as caught, waiter.exclusive():
                     pytest.fail("it was not alone")
         assert caught.value.hint is not None
-        assert "1.5 s" in caught.value.hint
+        assert "2.5 s" in caught.value.hint
         assert "\n" not in caught.value.message
         assert told
         assert all("waiting for" in text for text in told)

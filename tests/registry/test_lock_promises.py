@@ -21,3 +21,17 @@ class TestFolder(LockPromises):
         paths = StorePaths(self.root / store)
         paths.root.mkdir(exist_ok=True)
         return FolderLock(paths.lock, paths.job, patience=patience, command=command)
+
+
+class TestPostgres(LockPromises):
+    """Advisory locks of a database."""
+
+    @pytest.fixture(autouse=True)
+    def server(self, postgres: str) -> None:
+        self.url = postgres
+
+    def new_lock(self, store: str, patience: Patience, command: str = "icm") -> StoreLock:
+        from registry.storage.locks.advisory import AdvisoryLock
+        from registry.storage.postgres import only_connection
+
+        return AdvisoryLock(only_connection(self.url, command), store, url=self.url, patience=patience)
