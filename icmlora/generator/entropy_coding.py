@@ -27,6 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from icmlora.errors import CodeError
+from icmlora.generator.alphabet import Alphabet, categorical
 from icmlora.generator.scales import (
     RARITIES,
     SMALLEST,
@@ -47,9 +48,8 @@ Sizes = Sequence[tuple[int, int]]  # scale indices, ascending, each with the num
 # Largest magnitude that can be written. Larger ones would mean a quantiser step below the resolution of float32.
 LIMIT = 1 << 20
 
-_SPARSE = 0.4  # share of nonzeros below which gaps take less time than zeros
+_SPARSE = 0.25  # share of nonzeros below which gaps take less time than zeros
 _MANY = 1024  # integers of one scale, of which so many are worth saying how many are not zero
-_SHORT = 17  # symbols up to which a lazy model, which goes through them from the first on, decodes faster
 _LENGTHS = 32  # longest excess, in bits after the leading one, plus one
 _EVEN = 12  # bits of an even number that are written at a time
 
@@ -95,11 +95,11 @@ class IntegerWriter:
         short = np.clip(values, -reach, reach)
         if _is_sparse(scale, count):
             self._write_places(scale, count, places)
-            self._append(short + reach - (short > 0), _values_model(scale))
+            self._passes += _nonzeros(scale).symbols(short)
         else:
-            symbols = np.full(count, reach, dtype=np.int32)
-            symbols[places] += short
-            self._append(symbols, _model(scale))
+            dense = np.zeros(count, dtype=np.int32)
+            dense[places] = short
+            self._passes += _integers(scale).symbols(dense)
         magnitudes = np.abs(values)
         return magnitudes[magnitudes >= reach] - (reach - 1)
 
@@ -178,15 +178,12 @@ class IntegerReader:
         return places, values
 
     def _read_scale(self, scale: int, count: int) -> tuple[Places, Integers]:
-        reach = reach_of(scale)
         if not _is_sparse(scale, count):
-            symbols = self._coder.decode(_model(scale), count)
-            places = (symbols != reach).nonzero()[0]
-            return places, symbols.take(places) - reach
+            dense = _integers(scale).read(self._coder, count)
+            places = (dense != 0).nonzero()[0]
+            return places, dense.take(places).astype(np.int32)
         places = self._read_places(scale, count)
-        values = self._coder.decode(_values_model(scale), len(places)) - reach
-        values += values >= 0
-        return places, values
+        return places, _nonzeros(scale).read(self._coder, len(places)).astype(np.int32)
 
     def _read_places(self, scale: int, count: int) -> Places:
         model = _rarity_model(is_none_likely=count * nonzero_share(scale) < 1)
@@ -271,20 +268,21 @@ def _places_of(keys: NDArray[np.uint8]) -> Iterator[tuple[int, Places]]:
 
 
 @cache
-def _model(scale: int) -> object:
-    return _categorical(probabilities(scale))
+def _integers(scale: int) -> Alphabet:
+    return Alphabet(np.arange(-reach_of(scale), reach_of(scale) + 1), probabilities(scale))
 
 
 @cache
-def _values_model(scale: int) -> object:
-    return _categorical(nonzero_probabilities(scale))
+def _nonzeros(scale: int) -> Alphabet:
+    reach = reach_of(scale)
+    return Alphabet(np.delete(np.arange(-reach, reach + 1), reach), nonzero_probabilities(scale))
 
 
 @cache
 def _gap_model(rarity: int) -> tuple[int, int, object]:
     """Return by how many bits gaps are shifted, the symbol of long ones, and the model."""
     shift, table = gap_frequencies(rarity)
-    return shift, len(table) - 1, _categorical(table / table.sum())
+    return shift, len(table) - 1, categorical(table / table.sum())
 
 
 @cache
@@ -298,11 +296,7 @@ def _rarity_model(*, is_none_likely: bool) -> object:
     distance = np.abs(np.arange(2 * RARITIES + 1) - RARITIES)
     chances = 0.75**distance + 1e-6
     chances[-1] = chances.sum() * (2.0 if is_none_likely else 0.02)
-    return _categorical(chances / chances.sum())
-
-
-def _categorical(chances: NDArray[np.float64]) -> object:
-    return constriction.stream.model.Categorical(chances, perfect=False, lazy=len(chances) <= _SHORT)
+    return categorical(chances / chances.sum())
 
 
 _EXCESS = constriction.stream.model.Categorical(2.0 ** -np.arange(1.0, _LENGTHS + 1), perfect=False)

@@ -23,6 +23,8 @@ GAUSSIAN_SHARE, WIDE = 0.95, 2.0
 EXTREME = 120 * OCTAVE  # norms and quantiser steps lie between 2^-120 and 2^120, within float32
 # Sum of a table's frequencies, about; every symbol gets at least 1, so that everything can be coded.
 _PRECISION = 1 << 20
+_REACH = 3  # scales up to which integers are symbols, about; few are beyond, and small tables are read sooner
+_FAR = 16  # scales up to which the mean of a bin is known, about
 RARITIES = 256  # how seldom integers are not zero, in eighths of an octave: 1, 2^(-1/8), ... 2^(-255/8)
 _ONE = 1 << 32
 _GAPS = 64  # symbols of a table of gaps, about
@@ -34,6 +36,7 @@ def frequencies(index: int) -> NDArray[np.int64]:
     scale = 2.0 ** (index / OCTAVE)
     reach = reach_of(index)
     edges = np.arange(-reach, reach + 2) - 0.5  # of the bins around -reach .. reach, in quantiser steps
+    edges[[0, -1]] = -np.inf, np.inf  # the last ones hold everything beyond
     near, far = _cumulative(edges / scale), _cumulative(edges / (WIDE * scale))
     mass = np.diff(GAUSSIAN_SHARE * near + (1 - GAUSSIAN_SHARE) * far)
     table: NDArray[np.int64] = np.maximum(np.rint(mass * _PRECISION), 1).astype(np.int64)
@@ -42,7 +45,7 @@ def frequencies(index: int) -> NDArray[np.int64]:
 
 def reach_of(index: int) -> int:
     """Return the largest magnitude in the table of one scale index; it also announces anything larger."""
-    return 2 + math.ceil(16 * math.exp2(index / OCTAVE))
+    return 1 + math.ceil(_REACH * math.exp2(index / OCTAVE))
 
 
 @cache
@@ -100,12 +103,12 @@ def gap_frequencies(rarity: int) -> tuple[int, NDArray[np.int64]]:
 
 @cache
 def centres(index: int) -> NDArray[np.float64]:
-    """Return what each magnitude 0 .. reach decodes to, (reach + 1,): the mean of a Gaussian inside its quantiser bin.
+    """Return what magnitudes 0, 1, ... decode to, shape (M,): the mean of a Gaussian inside its quantiser bin.
 
-    Magnitude m stands for the values from m - 1/2 to m + 1/2, in quantiser steps.
+    Magnitude m stands for the values from m - 1/2 to m + 1/2, in quantiser steps. The last one is above 16 scales.
     """
     scale = 2.0 ** (index / OCTAVE)
-    low = np.arange(1, reach_of(index) + 1) - 0.5
+    low = np.arange(1, 3 + math.ceil(_FAR * scale)) - 0.5
     high = low + 1
     mass = _cumulative(-low / scale) - _cumulative(-high / scale)
     density = (np.exp(-0.5 * (low / scale) ** 2) - np.exp(-0.5 * (high / scale) ** 2)) * scale / math.sqrt(2 * math.pi)
