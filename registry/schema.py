@@ -12,7 +12,7 @@
 A new store gets these tables. A change of them is a new schema: `registry.storage.database.MIGRATIONS` moves older
 stores forward to it. Each table ends with a check of the row: see `registry.row_checks`.
 
-Every task pays for its rows, so values are stored small:
+Every task pays for its rows, so values are stored small. PostgreSQL has the same columns with the same values:
 
     in Python                   in SQLite
     64 hexadecimal digits       DIGEST   32 bytes; also of a part of a digest
@@ -29,6 +29,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 from sqlalchemy import (
+    BigInteger,
     ColumnElement,
     Double,
     ForeignKey,
@@ -38,6 +39,7 @@ from sqlalchemy import (
     String,
     UniqueConstraint,
     case,
+    false,
     func,
     literal_column,
     text,
@@ -109,8 +111,16 @@ def choice(*words: str) -> Stored:
     return Stored(values.choice(*words), Integer())
 
 
+def _where(condition: str) -> dict[str, Any]:
+    """Return the options of an index that has only the rows for which a condition holds."""
+    return {"sqlite_where": text(condition), "postgresql_where": text(condition)}
+
+
+# SQLite's integers have as many bytes as they need.
+NUMBER = BigInteger().with_variant(Integer(), "sqlite")
+_NAME = String(collation="NOCASE").with_variant(String(collation="C"), "postgresql")
 DIGEST = Stored(values.DIGEST, LargeBinary())
-MOMENT = Stored(values.MOMENT, Integer())
+MOMENT = Stored(values.MOMENT, NUMBER)
 PACKED = Stored(values.PACKED, LargeBinary())
 WORDS = Stored(values.WORDS, String())
 SQUARED_ERROR = Stored(values.SQUARED_ERROR, Double())
@@ -121,7 +131,7 @@ _LAST = 1000  # among the columns of a table
 class Base(DeclarativeBase):
     """Declarative base of all tables."""
 
-    type_annotation_map: ClassVar[dict[Any, Any]] = {Any: PACKED}
+    type_annotation_map: ClassVar[dict[Any, Any]] = {Any: PACKED, int: NUMBER}
 
     @declared_attr
     def crc(cls) -> Mapped[int | None]:  # noqa: N805  # SQLAlchemy hands it the class
@@ -186,17 +196,20 @@ class Task(Base):
 
     id: Mapped[int] = mapped_column(primary_key=True)
     # Files of tasks must not collide where file systems ignore case.
-    name: Mapped[str] = mapped_column(String(collation="NOCASE"), unique=True)
+    name: Mapped[str] = mapped_column(_NAME, unique=True)
     base_model_id: Mapped[int] = mapped_column(ForeignKey("base_models.id"))
     samples_id: Mapped[int | None] = mapped_column(ForeignKey("blobs.id"))
     eval_id: Mapped[int | None] = mapped_column(ForeignKey("blobs.id"))
     created_at: Mapped[str] = mapped_column(MOMENT)
-    pinned: Mapped[bool] = mapped_column(server_default=text("0"))
+    pinned: Mapped[bool] = mapped_column(server_default=false())
     folder: Mapped[str]
     note: Mapped[str | None]
     tags: Mapped[tuple[str, ...]] = mapped_column(WORDS, nullable=True)
     # The label by which its adapters name the base model; NULL for the base model's own name.
     label_id: Mapped[int | None] = mapped_column(ForeignKey("base_labels.id"))
+
+    # SQLite compares the column without case.
+    __table_args__ = (Index("one_task_per_name", text("lower(name)"), unique=True).ddl_if(dialect="postgresql"),)
 
     base_model: Mapped[BaseModel] = relationship(lazy="joined", innerjoin=True)
     samples: Mapped[Blob | None] = relationship(lazy="joined", foreign_keys=[samples_id])
@@ -219,7 +232,7 @@ class Adapter(Base):
     source: Mapped[str | None]
     created_at: Mapped[str] = mapped_column(MOMENT)
     evicted_at: Mapped[str | None] = mapped_column(MOMENT)
-    is_generated: Mapped[bool] = mapped_column(server_default=text("0"))
+    is_generated: Mapped[bool] = mapped_column(server_default=false())
     initial_id: Mapped[int | None] = mapped_column(ForeignKey("blobs.id"))
     # A hash of its tensors, whatever else their file says; NULL for one that came in a bundle.
     tensors_key: Mapped[str | None] = mapped_column(DIGEST)
@@ -237,7 +250,7 @@ class Adapter(Base):
     __table_args__ = (
         # A plain unique constraint would let two rows without a step pass: NULLs are distinct.
         Index("one_row_per_adapter", "task_id", "weights_id", "config_id", text("coalesce(step, -1)"), unique=True),
-        Index("one_final_adapter", "task_id", unique=True, sqlite_where=text("is_final")),
+        Index("one_final_adapter", "task_id", unique=True, **_where("is_final")),
     )
 
 
@@ -301,7 +314,7 @@ class Generator(Base):
 
     __table_args__ = (
         UniqueConstraint("base_model_id", "version"),
-        Index("one_current_generator", "base_model_id", unique=True, sqlite_where=text("is_current")),
+        Index("one_current_generator", "base_model_id", unique=True, **_where("is_current")),
     )
 
 
@@ -324,9 +337,7 @@ class TrainRun(Base):
     weights: Mapped[Blob | None] = relationship(lazy="joined", foreign_keys=[weights_id])
     optimizer: Mapped[Blob | None] = relationship(lazy="joined", foreign_keys=[optimizer_id])
 
-    __table_args__ = (
-        Index("one_running_train_run", "base_model_id", unique=True, sqlite_where=text("state = 'running'")),
-    )
+    __table_args__ = (Index("one_running_train_run", "base_model_id", unique=True, **_where("state = 'running'")),)
 
 
 class RunCode(Base):
