@@ -89,7 +89,7 @@ def passed(value: int | str | None) -> int | None:
 def add_functions(connection: sqlite3.Connection) -> None:
     """Give a connection the functions that make and compare checks."""
     connection.create_function("icm_check", -1, check_of, deterministic=True)
-    connection.create_function("icm_checked", -1, _checked, deterministic=True)
+    connection.create_function("icm_checked", -1, checked, deterministic=True)
 
 
 def check_of(*row: Value) -> int:
@@ -98,7 +98,7 @@ def check_of(*row: Value) -> int:
     return zlib.crc32(ascii(row).encode()) - 0x80000000
 
 
-def _checked(check: int | None, table: str, *values: Value) -> int | str | None:
+def checked(check: int | None, table: str, *values: Value) -> int | str | None:
     """Return the check value, or else which row it is wrong for."""
     if check == check_of(table, *values):
         return check

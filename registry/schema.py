@@ -25,11 +25,13 @@ Every task pays for its rows, so values are stored small. PostgreSQL has the sam
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any, ClassVar
 
 from sqlalchemy import (
     BigInteger,
+    ColumnClause,
     ColumnElement,
     Double,
     ForeignKey,
@@ -38,19 +40,25 @@ from sqlalchemy import (
     LargeBinary,
     String,
     UniqueConstraint,
+    and_,
     case,
+    column,
     false,
     func,
     literal_column,
     text,
 )
+from sqlalchemy import cast as sql_cast
 from sqlalchemy.engine import Dialect
+from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import DeclarativeBase, Mapped, declared_attr, mapped_column, relationship
+from sqlalchemy.sql.compiler import SQLCompiler
+from sqlalchemy.sql.functions import GenericFunction
 from sqlalchemy.types import TypeDecorator, TypeEngine
 
 from registry import values
 from registry.names import LOAD_IN
-from registry.row_checks import COLUMN, is_known_by_a_number, passed
+from registry.row_checks import COLUMN, Value, checked, is_known_by_a_number, passed
 from registry.values import Form
 
 
@@ -95,15 +103,78 @@ class RowCheck(TypeDecorator[int]):
         """Select what the check says instead of the value (SQLAlchemy's hook)."""
         owner: Any = column.table
         others = [other for other in owner.c if other.name != COLUMN]
-        checked = func.icm_checked(column, literal_column(f"'{self.table}'"), *others, type_=self)
+        said = func.icm_checked(column, literal_column(f"'{self.table}'"), *others, type_=self)
         if not is_known_by_a_number(self.table):
-            return checked
+            return said
         # Most outer joins find no row. A number that is the key is the row's place: no flip makes it NULL.
-        return case((owner.c.id.is_(None), None), else_=checked)
+        return case((owner.c.id.is_(None), None), else_=said)
 
-    def result_processor(self, dialect: Dialect, coltype: object) -> Callable[[int | str | None], int | None]:
+    def result_processor(self, dialect: Dialect, coltype: object) -> Callable[[Any], int | None]:
         """Raise if the row failed (SQLAlchemy's hook that costs least: it is called for every row)."""
-        return passed
+        return passed if dialect.name == "sqlite" else _passed_as_texts
+
+
+class icm_checked(GenericFunction[Any]):  # noqa: N801  # SQLite's function has this name
+    """The check of a row: SQLite calls `registry.row_checks` for it, from others the row comes as texts."""
+
+    inherit_cache = True
+
+
+@compiles(icm_checked, "postgresql")
+def _as_texts(function: icm_checked, compiler: SQLCompiler, **options: Any) -> str:
+    """Select all values of a row, for `_passed_as_texts`; a row of this transaction may be without a check yet."""
+    from sqlalchemy.dialects.postgresql import array  # takes time, and SQLite needs none of it
+
+    check, table, *others = function.clauses
+    written_by: ColumnClause[Any] = column("xmin")
+    written_by.table = others[0].table
+    is_new = and_(check.is_(None), written_by == text("pg_current_xact_id_if_assigned()::xid"))
+    known = case((is_new, NEW_ROW), else_=sql_cast(check, String))
+    whole: Any = array([known, table, *map(as_text, others)])
+    return compiler.process(whole, **options)
+
+
+def as_text(value: ColumnElement[Any]) -> ColumnElement[str]:
+    """Return a value of PostgreSQL as text, from which `value_of` reads what SQLite would store."""
+    kind = stored_as(value.type)
+    if kind is bytes:
+        return func.encode(value, "hex", type_=String)
+    return sql_cast(sql_cast(value, Integer) if kind is bool else value, String)
+
+
+def value_of(text_: str | None, kind: type) -> Value:
+    """Return what SQLite stores for a value that `as_text` has made."""
+    if text_ is None:
+        return None
+    return bytes.fromhex(text_) if kind is bytes else (int if kind is bool else kind)(text_)
+
+
+def stored_as(kind: TypeEngine[Any]) -> type:
+    """Return the Python type of what a column stores."""
+    return (kind.kind if isinstance(kind, Stored) else kind).python_type
+
+
+NEW_ROW = "new"
+"""Stands for the check of a row that was written in this transaction, and gets it before the commit."""
+
+
+@lru_cache
+def _kinds_of(table: str) -> tuple[type, ...]:
+    return tuple(stored_as(other.type) for other in Base.metadata.tables[table].c if other.name != COLUMN)
+
+
+def row_of(texts: Sequence[str | None]) -> tuple[str, list[Value]]:
+    """Return the table and the values of a row that comes as texts: its check, its table, and all other columns."""
+    table = str(texts[1])
+    return table, list(map(value_of, texts[2:], _kinds_of(table)))
+
+
+def _passed_as_texts(texts: Sequence[str | None] | None) -> int | None:
+    """Return the check of a row that comes as texts, or None if it has none yet; raise `WrongRow` if it fails."""
+    if texts is None or texts[0] == NEW_ROW:
+        return None
+    table, row = row_of(texts)
+    return passed(checked(None if texts[0] is None else int(texts[0]), table, *row))
 
 
 def choice(*words: str) -> Stored:

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
-from sqlalchemy import Connection, create_engine, insert, inspect, select
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy import Connection, create_engine, delete, insert, inspect, select
+from sqlalchemy.exc import IntegrityError, ProgrammingError
 
+from registry import row_checks
 from registry import schema as models
+from registry.names import LOAD_IN
+from registry.row_checks import REFUSED, WrongRow, add_functions
 from registry.schema import Base
+from registry.storage.database import sqlite_of
+from registry.storage.postgres_checks import guard, install, seal
 from registry.storage.row_writer import table_of
 from tests.pg_server import new_database
 
@@ -25,7 +31,10 @@ def connection(postgres: str) -> Iterator[Connection]:
     engine = create_engine(url.replace("postgresql://", "postgresql+psycopg://"))
     with engine.begin() as opened:
         Base.metadata.create_all(opened)
-    with engine.connect() as opened, opened.begin():
+        install(opened)
+    with engine.connect() as opened:
+        guard(opened)
+        opened.commit()
         yield opened
     engine.dispose()
 
@@ -78,3 +87,122 @@ def test_of_many_generators_one_is_current(connection: Connection) -> None:
     add(connection, models.Generator, version=3, is_current=True, **known)
     with pytest.raises(IntegrityError, match="one_current_generator"):
         add(connection, models.Generator, version=4, is_current=True, **known)
+
+
+def commit(connection: Connection) -> None:
+    seal(connection)
+    connection.commit()
+
+
+def test_a_row_has_the_same_check_in_both(connection: Connection) -> None:
+    sqlite = create_engine("sqlite://")
+    with sqlite.begin() as other:
+        add_functions(sqlite_of(other))
+        Base.metadata.create_all(other)
+        row_checks.guard(sqlite_of(other), Base.metadata)
+        for where in (connection, other):
+            add_task(where, "Größe \\ ' \" \x7f 𝄞")
+            blob = add(where, models.Blob, digest="00ff" * 16, size=LARGE)
+            document = add(where, models.Document, digest="ab" * 32, body={"layout": [1.5, "é"]})
+            base = add(where, models.BaseModel, name="x", shape=[1, 2], load_in=LOAD_IN[0])
+            known = {"created_at": LATE, "config": {}, "metrics": {"a": 1e-300}, "blob_id": blob}
+            adapter = add(
+                where, models.Adapter, task_id=1, is_final=True, weights_id=blob, config_id=blob,
+                description_id=document, created_at=LATE, tensors_key="cd" * 32,
+            )  # fmt: skip
+            for version, figure in enumerate((0.1, 1e-17, 1e22, 123456789.123456789, 5e-324, 8.0)):
+                made = {"base_model_id": base, "version": version, "is_current": not version, **known}
+                generator = add(where, models.Generator, **made)
+                code = {"task_id": 1, "generator_id": generator, "adapter_id": adapter, "blob_id": blob}
+                add(where, models.Code, bits=figure, dw_error=figure, **code)
+        seal(connection)
+        for table in Base.metadata.sorted_tables:
+            assert list(connection.execute(select(table))) == list(other.execute(select(table))), table.name
+            checks = [row[-1] for row in connection.execute(select(table))]
+            assert all(isinstance(check, int) for check in checks)
+    sqlite.dispose()
+
+
+@contextmanager
+def without_triggers(connection: Connection) -> Iterator[None]:
+    """Change rows as a broken disk does."""
+    connection.exec_driver_sql("SET session_replication_role = replica")
+    yield
+    connection.exec_driver_sql("SET session_replication_role = origin")
+
+
+def read(connection: Connection, model: type[Base]) -> list[Any]:
+    return list(connection.execute(select(table_of(model))))
+
+
+def test_a_row_is_read_in_its_own_transaction_before_it_has_a_check(connection: Connection) -> None:
+    add_task(connection, "rust")
+    assert read(connection, models.Task)[0].crc is None
+    seal(connection)
+    assert read(connection, models.Task)[0].crc is not None
+
+
+def test_a_committed_row_without_a_check_is_wrong(connection: Connection) -> None:
+    add_task(connection, "rust")
+    connection.commit()
+    with pytest.raises(WrongRow, match="row 1 of tasks"):
+        read(connection, models.Task)
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [("name", "'rusu'"), ("created_at", "created_at + 1"), ("pinned", "true"), ("base_model_id", "2"), ("note", "''")],
+)
+def test_a_row_that_has_changed_on_its_own_is_neither_read_nor_changed_nor_deleted(
+    connection: Connection, column: str, value: str
+) -> None:
+    add_task(connection, "rust")
+    add(connection, models.BaseModel, name="another")
+    commit(connection)
+    with without_triggers(connection):
+        connection.exec_driver_sql(f"UPDATE tasks SET {column} = {value}")
+    connection.commit()
+    with pytest.raises(WrongRow, match="row 1 of tasks"):
+        read(connection, models.Task)
+    for statement in ("UPDATE tasks SET folder = 'x'", "DELETE FROM tasks"):
+        connection.exec_driver_sql(statement)
+        with pytest.raises(WrongRow, match=f"row 1 of tasks {REFUSED}"):
+            seal(connection)
+        connection.rollback()
+
+
+def test_changes_that_the_database_makes_by_itself_are_checked_too(connection: Connection) -> None:
+    base, blob = add(connection, models.BaseModel, name="base"), add(connection, models.Blob, digest="cd" * 32, size=1)
+    known = {"base_model_id": base, "blob_id": blob, "config": {}, "metrics": {}, "created_at": LATE}
+    first = add(connection, models.Generator, version=1, is_current=False, **known)
+    add(connection, models.Generator, version=2, is_current=True, parent_id=first, **known)
+    commit(connection)
+    connection.execute(delete(table_of(models.Generator)).where(table_of(models.Generator).c.id == first))
+    commit(connection)
+    (left,) = read(connection, models.Generator)
+    assert (left.parent_id, left.version) == (None, 2)
+
+
+def test_an_adapter_knows_how_many_extras_it_has(connection: Connection) -> None:
+    task, blob = add_task(connection, "rust"), add(connection, models.Blob, digest="cd" * 32, size=1)
+    document = add(connection, models.Document, digest="ab" * 32, body=[])
+    known = {"task_id": task, "weights_id": blob, "config_id": blob, "description_id": document, "created_at": LATE}
+    adapter = add(connection, models.Adapter, is_final=True, **known)
+    for file in ("a", "b"):
+        extra = {"adapter_id": adapter, "file": file, "blob_id": blob, "size": 1}
+        connection.execute(insert(table_of(models.Extra)).values(extra))
+    commit(connection)
+    assert read(connection, models.Adapter)[0].extra_count == 2
+    connection.execute(delete(table_of(models.Extra)).where(table_of(models.Extra).c.file == "a"))
+    commit(connection)
+    assert read(connection, models.Adapter)[0].extra_count == 1
+    connection.execute(delete(table_of(models.Task)))
+    commit(connection)
+    assert read(connection, models.Extra) == []
+
+
+def test_other_programs_do_not_write(connection: Connection) -> None:
+    add_task(connection, "rust")
+    commit(connection)
+    with connection.engine.connect() as other, pytest.raises(ProgrammingError, match="icm_rows_before"):
+        other.exec_driver_sql("DELETE FROM tasks")
