@@ -18,7 +18,6 @@ from registry import files as fs
 from registry.errors import StoreNotFound
 from registry.storage.blobs.content import Blobs
 from registry.storage.blobs.local import LocalBackend
-from registry.storage.database import Database, migrate
 from registry.storage.folder import (
     StorePaths,
     check_format,
@@ -30,6 +29,8 @@ from registry.storage.folder import (
 )
 from registry.storage.locks.flocks import FolderLock
 from registry.storage.locks.waiting import Patience
+from registry.storage.migrations import migrate
+from registry.storage.sqlite import SqliteDatabase
 
 if TYPE_CHECKING:
     from registry.errors import DamagedStore
@@ -66,7 +67,7 @@ class Store:
         self,
         paths: StorePaths,
         lock: StoreLock,
-        database: Database,
+        database: SqliteDatabase,
         backend: BlobBackend,
         *,
         on_damage: OnDamage | None = None,
@@ -116,7 +117,7 @@ class Store:
             lock = FolderLock(paths.lock, paths.job, patience=patience, command=command, writable=not read_only)
         try:
             lock.enter()
-            database = Database(paths.database, read_only=read_only, patience=patience, users=lock.users_of)
+            database = SqliteDatabase(paths.database, read_only=read_only, patience=patience, users=lock.users_of)
             if not paths.format.exists():
                 with lock.exclusive():
                     # Several processes may come here; the first one makes the store, the others find it.

@@ -111,9 +111,9 @@ def _check_database(database: Database) -> Iterator[Finding]:
         damage, named = [Damage("database", str(error))], []
     for found in damage:
         tasks = () if found.task is None else (found.task,)
-        yield Finding(found.kind, found.fact, str(database.path), tasks=tasks)
+        yield Finding(found.kind, found.fact, database.place, tasks=tasks)
     for kind, fact, name in named:
-        yield Finding(kind, fact, str(database.path), tasks=(name,))
+        yield Finding(kind, fact, database.place, tasks=(name,))
 
 
 def _expected(database: Database, names: Sequence[str]) -> dict[str, int]:

@@ -24,7 +24,8 @@ from typing import TYPE_CHECKING, TypeVar
 
 from registry import files as fs
 from registry.errors import DamagedStore, NotAStore, RegistryError, StoreFull, StoreTooNew
-from registry.storage.database import Database, migrate
+from registry.storage.migrations import migrate
+from registry.storage.sqlite import SqliteDatabase
 
 if TYPE_CHECKING:
     from registry.storage.blobs.backend import Leftover
@@ -132,7 +133,7 @@ def check_place(root: Path) -> None:
         raise NotAStore(message, path=root, hint="name an empty or a new folder with --store")
 
 
-def create_store(paths: StorePaths, database: Database) -> None:
+def create_store(paths: StorePaths, database: SqliteDatabase) -> None:
     """Make the parts of a store, FORMAT last; a killed attempt is simply made again."""
     if paths.format.exists():  # another process was faster
         return

@@ -25,6 +25,7 @@ from registry.storage.folder import StorePaths, files_in
 from registry.storage.kept import keep
 from registry.storage.locks.waiting import StoreLock
 from registry.storage.row_writer import in_parts, table_of
+from registry.storage.sqlite import SqliteDatabase
 
 BlobColumn = InstrumentedAttribute[int] | InstrumentedAttribute[int | None]
 # Every column that refers to a blob.
@@ -87,7 +88,7 @@ def drop_unreferenced(lock: StoreLock, database: Database, blobs: Blobs, digests
 
 
 def prune(
-    database: Database,
+    database: SqliteDatabase,
     blobs: Blobs,
     paths: StorePaths,
     *,

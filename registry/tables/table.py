@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from registry.files import failpoint
-from registry.storage.database import Database
+from registry.storage.sqlite import SqliteDatabase
 
 if TYPE_CHECKING:
     from registry.schema import Evaluation, TaskVector
@@ -25,7 +25,12 @@ class Table:
     """Operations on one kind of row; a `registry.store.Store` has one of each."""
 
     def __init__(
-        self, paths: StorePaths, lock: StoreLock, database: Database, blobs: Blobs, on_damage: OnDamage | None = None
+        self,
+        paths: StorePaths,
+        lock: StoreLock,
+        database: SqliteDatabase,
+        blobs: Blobs,
+        on_damage: OnDamage | None = None,
     ) -> None:
         self._paths, self._lock, self._db, self._blobs, self._on_damage = paths, lock, database, blobs, on_damage
 

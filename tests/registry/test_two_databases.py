@@ -15,9 +15,9 @@ from registry import schema as models
 from registry.names import LOAD_IN
 from registry.row_checks import REFUSED, WrongRow, add_functions
 from registry.schema import Base
-from registry.storage.database import sqlite_of
 from registry.storage.postgres_checks import guard, install, seal
 from registry.storage.row_writer import table_of
+from registry.storage.sqlite import sqlite_of
 from tests.pg_server import new_database
 
 LATE = "2106-02-07T06:28:17Z"  # more seconds than 32 bits count
