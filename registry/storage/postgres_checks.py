@@ -11,15 +11,17 @@ each connection that writes makes for itself: other programs cannot write.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterator
 from typing import Any
 
 from sqlalchemy import BigInteger, Connection, Integer, String, Table, bindparam, update
 from sqlalchemy.dialects import postgresql
 
-from registry.row_checks import COLUMN, REFUSED, Value, WrongRow, check_of, checked, name_of
+from registry.row_checks import COLUMN, REFUSED, Value, WrongRow, check_of, checked, name_of, owner_of
 from registry.schema import Base, as_text, row_of, stored_as
 
 _NOTES = "icm_rows_before"
+_FEW = 1000  # rows that are fetched at a time
 _COUNTING = """
 CREATE FUNCTION icm_count_extras() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
     IF TG_OP = 'INSERT' THEN UPDATE adapters SET extra_count = extra_count + 1 WHERE id = NEW.adapter_id;
@@ -70,6 +72,17 @@ def seal(connection: Connection) -> None:
         written[table].append(row)
     for table, rows in written.items():
         _write_checks(connection, Base.metadata.tables[table], rows)
+
+
+def wrong_rows(connection: Connection) -> Iterator[tuple[str, str | None]]:
+    """Check every row; yield what is wrong with one, and the task it is about, if known."""
+    for table in Base.metadata.sorted_tables:
+        query = f"SELECT {_texts_of(table, 'own')}, {owner_of(table)} FROM {table.name} AS own"  # noqa: S608
+        for texts, task in connection.execution_options(yield_per=_FEW).exec_driver_sql(query):
+            name, row = row_of(texts)
+            said = checked(None if texts[0] is None else int(texts[0]), name, *row)
+            if not isinstance(said, int):
+                yield said or f"{name_of(name, row)} has no check", task
 
 
 def _new_rows(table: Table) -> str:
