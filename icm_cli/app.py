@@ -18,6 +18,7 @@ from icm_cli.config import log_file, switched_on
 from icm_cli.errors import ConfigProblem, ExitCode, Failure, StdoutClosed, describe, is_help
 from icm_cli.options import JsonOpt, LockTimeoutOpt, NoProgressOpt, QuietOpt, StoreOpt, VerboseOpt
 from icm_cli.output import Output
+from icm_cli.plain_values import spare_pydantic
 from icm_cli.session import GlobalOptions
 from icmlora.io.text import utc
 
@@ -29,7 +30,7 @@ PANELS = {
     "From adapters to codes and back": ("ingest", "vectors", "train", "encode", "eval", "materialize", "base"),
     "List, show and edit tasks": ("ls", "show", "edit", "stats", "map", "duplicates", "report"),
     "New adapters and other formats": ("generate", "recognize", "convert"),
-    "Use codes elsewhere": ("export", "import", "serve"),
+    "Use codes elsewhere": ("export", "import", "copy", "serve"),
     "Delete, restore and check": ("evict", "restore", "rm", "prune", "verify", "generators", "doctor"),
 }
 _PANEL_OF = {name: panel for panel, names in PANELS.items() for name in names}
@@ -69,6 +70,9 @@ def _load_command(name: str) -> click.Command:
 app = typer.Typer(
     name="icm", cls=CommandGroup, rich_markup_mode="rich", context_settings={"help_option_names": ["-h", "--help"]}
 )
+
+
+spare_pydantic()
 
 
 def _print_version(wanted: bool) -> None:

@@ -210,6 +210,48 @@ class TaskSummary:
     gain_precision: str | None = None  # of the base model that it was measured on, as in `NewEvaluation.precision`
 
 
+class TaskFigures(NamedTuple):
+    """What a bill says of a task. A named tuple, since of all that is known of ten thousand tasks it is little."""
+
+    id: int
+    task: str
+    base_model: str
+    parameters: int
+    stored_bytes: int  # of its final adapter: weights, configuration and card, as far as they are in the store
+    is_evicted: bool
+    original_only: str | None
+    extras: tuple[Extra, ...]
+    code_size: int | None  # under the current generator
+    residual_size: int | None
+    squared_error: float | None  # of the code with its residual
+    asked: CodeLimits | None
+    is_claimed: bool  # by the bundle that the code came in; nothing here has measured it
+    gain: float | None  # as in `TaskSummary`
+    gain_precision: str | None
+
+    @classmethod
+    def of(cls, row: TaskSummary) -> TaskFigures:
+        """Return what a bill says of a task that has been read with all that a listing shows."""
+        code, final = row.code, row.final
+        return cls(
+            row.task.id,
+            row.task.name,
+            row.task.base_model,
+            final.parameters,
+            final.stored_bytes,
+            final.is_evicted,
+            final.original_only,
+            tuple(final.extras),
+            None if code is None else code.size,
+            None if code is None or code.residual is None else code.residual.size,
+            None if code is None else code.best_squared_error,
+            None if code is None else code.asked,
+            code is not None and code.claim is not None,
+            row.gain,
+            row.gain_precision,
+        )
+
+
 @dataclass(frozen=True)
 class NewVector:
     """A task vector to be recorded."""

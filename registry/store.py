@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from registry.tables.base_models import BaseModels
     from registry.tables.bundles import Bundles
     from registry.tables.codes import Codes
+    from registry.tables.copies import Copies
     from registry.tables.evaluations import Evaluations
     from registry.tables.eviction import Originals
     from registry.tables.generators import Generators
@@ -202,6 +203,13 @@ class Store:
         from registry.tables.bundles import Bundles
 
         return Bundles(*self._parts)
+
+    @cached_property
+    def copies(self) -> Copies:
+        """Rows that go from store to store."""
+        from registry.tables.copies import Copies
+
+        return Copies(*self._parts)
 
     def close(self) -> None:
         """Let go of the store."""

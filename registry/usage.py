@@ -17,8 +17,8 @@ _OF_CURRENT = "generator_id IN (SELECT generators.id FROM generators WHERE is_cu
 _USES = (
     ("originals", "adapters", ("config_id", "card_id"), "is_final"),
     ("originals", "adapters", ("weights_id", "initial_id"), "is_final AND evicted_at IS NULL"),
-    ("checkpoints", "adapters", ("config_id", "card_id"), "TRUE"),
-    ("checkpoints", "adapters", ("weights_id", "initial_id"), "evicted_at IS NULL"),
+    ("checkpoints", "adapters", ("config_id", "card_id"), "NOT is_final"),
+    ("checkpoints", "adapters", ("weights_id", "initial_id"), "NOT is_final AND evicted_at IS NULL"),
     ("generators", "generators", ("blob_id", "start_id"), "is_current"),
     ("residuals", "codes", ("residual_id",), _OF_CURRENT),
     ("codes", "codes", ("blob_id",), _OF_CURRENT),
@@ -26,7 +26,7 @@ _USES = (
     ("vectors", "task_vectors", ("blob_id",), "TRUE"),
     ("texts", "tasks", ("samples_id", "eval_id"), "TRUE"),
     ("old_generators", "generators", ("blob_id", "start_id"), "TRUE"),
-    ("old_generators", "codes", ("blob_id", "residual_id"), "TRUE"),
+    ("old_generators", "codes", ("blob_id", "residual_id"), f"NOT {_OF_CURRENT}"),
     ("training", "train_runs", ("weights_id", "optimizer_id"), "TRUE"),
 )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import TYPE_CHECKING, Annotated
 
 from icm_cli.errors import UsageProblem
@@ -91,6 +92,11 @@ def list_tags(session: Session) -> None:
         out.note("no task has a tag")
 
 
+@lru_cache(maxsize=256)  # most tasks have those of others
+def _targets(modules: tuple[str, ...]) -> str:
+    return ",".join(in_ranges(modules))
+
+
 def _coded(row: TaskSummary) -> str:
     if row.final.original_only is not None:
         return "original only"
@@ -125,7 +131,7 @@ _FIELDS: tuple[Field[TaskSummary], ...] = (
     Field("task", lambda row: row.task.name, shrink=True),
     Field("base model", lambda row: row.task.base_model, shrink=True),
     Field("rank", lambda row: str(row.final.rank_max), right=True),
-    Field("targets", lambda row: ",".join(in_ranges(row.final.target_modules)), shrink=True, spare=3),
+    Field("targets", lambda row: _targets(tuple(row.final.target_modules)), shrink=True, spare=3),
     Field("original", _original, right=True),
     Field("checkpoints", lambda row: str(row.checkpoints), right=True, spare=6),
     Field("vectors", lambda row: str(row.vectors), right=True, spare=5),

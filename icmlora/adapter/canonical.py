@@ -12,12 +12,13 @@ Singular values descend along the rank slots; the largest entry of each row of A
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
 
-from icmlora.adapter.model import Adapter, LoraModule
+from icmlora.adapter.layout import ModuleShape
+from icmlora.adapter.model import Adapter, LoraModule, is_finite
 from icmlora.errors import AdapterRefused
 from icmlora.io.threads import side_by_side
 
@@ -37,7 +38,7 @@ def canonicalize(adapter: Adapter) -> Adapter:
     done: dict[str, LoraModule] = {}
     with side_by_side() as each:
         for modules, (a, b) in zip(parts, each(_balanced, parts), strict=True):
-            if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
+            if not (is_finite(a) and is_finite(b)):
                 message = f"the factors of {modules[0].name} or a module like it exceed float32"
                 raise AdapterRefused(message, kind="overflow")
             for module, new_a, new_b in zip(modules, a, b, strict=True):
@@ -46,32 +47,48 @@ def canonicalize(adapter: Adapter) -> Adapter:
 
 
 def _balanced(modules: list[LoraModule]) -> tuple[torch.Tensor, torch.Tensor]:
-    return balance(torch.stack([module.a for module in modules]), torch.stack([module.b for module in modules]))
+    _, a, b = singular_rows(*stacked_rows(modules), power=0.5)
+    # A rank above the module's width leaves slots that no singular value fills.
+    unused = (0, 0, 0, modules[0].shape.rank - a.shape[1])
+    padded = [torch.nn.functional.pad(rows.to(torch.float32), unused) for rows in (a, b)]
+    return padded[0], padded[1].mT
 
 
 def _parts(modules: list[LoraModule]) -> Iterator[list[LoraModule]]:
     """Split modules of one shape so that the memory does not grow with their number."""
-    count = max(1, _BYTES // (8 * modules[0].shape.parameters))
+    count = together(modules[0].shape)
     yield from (modules[begin : begin + count] for begin in range(0, len(modules), count))
 
 
-def balance(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Balance factor pairs of one shape: a (n, r, in), b (n, out, r); float32 on the CPU, shapes unchanged."""
+def together(shape: ModuleShape) -> int:
+    """Return how many modules of one shape are decomposed together."""
+    return max(1, _BYTES // (8 * shape.parameters))
+
+
+def stacked_rows(modules: Sequence[LoraModule]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return A and B^T of modules of one shape in float64 on the CPU: (n, r, in) and (n, r, out)."""
     # float64: the sign and order of slots should not depend on rounding, and some devices have no float64.
-    rows_a, rows_b = _rows(a), _rows(b.mT)  # (n, r, in), (n, r, out)
+    shape = modules[0].shape
+    rows = [torch.empty(len(modules), shape.rank, size, dtype=torch.float64) for size in (shape.inputs, shape.outputs)]
+    for number, module in enumerate(modules):
+        rows[0][number] = module.a.detach()
+        rows[1][number] = module.b.detach().T
+    return rows[0], rows[1]
+
+
+def singular_rows(
+    rows_a: torch.Tensor, rows_b: torch.Tensor, power: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Decompose dW of modules of one shape into singular values, and vectors times a power of these.
+
+    Takes A (n, r, in) and B^T (n, r, out) in float64. Returns the values (n, k), descending, where k is r or a smaller
+    width, and the vectors as rows (n, k, in) and (n, k, out). Slots of noise are zero.
+    """
     r_a, r_b = (torch.linalg.qr(rows.mT, mode="r").R for rows in (rows_a, rows_b))  # (n, k, r); Q is never formed
     u, s, v_t = torch.linalg.svd(r_b @ r_a.mT, full_matrices=False)
-    over_root = torch.where(s > _NOISE * s[:, :1], s.rsqrt(), 0.0)[:, :, None]
-    new_a = (over_root * (u.mT @ r_b)) @ rows_a  # (n, k, in)
+    is_used = s > _NOISE * s[:, :1]
+    factor = torch.where(is_used, s ** (power - 1), 0.0)[:, :, None]
+    new_a = (factor * (u.mT @ r_b)) @ rows_a
     low, high = torch.aminmax(new_a, dim=2, keepdim=True)
     sign = torch.where(-low > high, -1.0, 1.0)  # (n, k, 1)
-    new_b = (sign * over_root * (v_t @ r_a)) @ rows_b  # (n, k, out)
-    # A rank above the module's width leaves slots that no singular value fills.
-    unused = (0, 0, 0, a.shape[1] - s.shape[1])
-    padded = [torch.nn.functional.pad(new.to(torch.float32), unused) for new in (new_a.mul_(sign), new_b)]
-    return padded[0], padded[1].mT
-
-
-def _rows(factor: torch.Tensor) -> torch.Tensor:
-    """Return a factor in float64 on the CPU, row after row."""
-    return torch.empty(factor.shape, dtype=torch.float64).copy_(factor.detach())
+    return torch.where(is_used, s, 0.0), new_a.mul_(sign), (sign * factor * (v_t @ r_a)) @ rows_b

@@ -29,6 +29,7 @@ from icmlora.fleet.measure.evaluate import evaluate, measurable
 from icmlora.fleet.measure.module_errors import module_errors
 from icmlora.fleet.report.report import write_report
 from icmlora.fleet.stats.stats import stats
+from icmlora.fleet.tasks.copies import copy_tasks
 from icmlora.fleet.tasks.doctor import examine
 from icmlora.fleet.tasks.duplicates import find_duplicates
 from icmlora.fleet.tasks.generators import forget_generator, list_generators, rollback
@@ -129,6 +130,7 @@ class Fleet(Context):
     # Use codes elsewhere.
     export_bundle = export_bundle
     import_bundle = import_bundle
+    copy = copy_tasks
 
     # Delete, restore and check.
     evict = evict

@@ -11,11 +11,11 @@ The search for the quantiser step of a code is in icmlora/generator/encoding.py.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import chain
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import torch
@@ -42,6 +42,9 @@ if TYPE_CHECKING:
 
 _LARGE = 1 << 18  # bytes of a code above which a second thread saves more than it costs
 _SUBSPACES = 4  # initial subspaces that stay in memory
+
+
+_Used = TypeVar("_Used")
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,23 +105,33 @@ class Codec:
     @torch.no_grad()
     def measure(self, adapter: Adapter, code: bytes) -> Encoded:
         """Decode a code and compare the result with the adapter that was encoded."""
-        from icmlora.generator.encoding import compare
+        from icmlora.generator.encoding import measured
 
-        return compare(self, adapter, self.decode(code), code)
+        return measured(self, adapter, code)
 
     def decode(self, code: bytes, device: torch.device | None = None) -> Adapter:
-        """Decode one code, to factors in float32 on a device (by default the CPU); large ones several kinds at a time.
+        """Decode one code, to factors in float32 on a device (by default the CPU).
 
         Integers are read on the CPU. Another device's arithmetic may differ in the last bit.
+        """
+        head, parts = self.each_kind(code, lambda modules: modules, device)
+        return assembled(parts, self.config, modules=_modules_of(head), task_type=head.task_type)
+
+    def each_kind(
+        self, code: bytes, use: Callable[[Modules], _Used], device: torch.device | None = None
+    ) -> tuple[CodeHead, list[_Used]]:
+        """Decode one code kind by kind, of large ones several at a time; hand the modules of each to a function.
+
+        Returns the code's head, and what the function made of each kind. Modules without integers are left out.
         """
         place = device or torch.device("cpu")
         head, state, streams = self._read(code)
 
-        def modules(stream: Iterable[KindIntegers]) -> Modules:
-            return {key: module for group in stream for key, module in self._modules(group, state, head, place).items()}
+        def used(stream: Iterable[KindIntegers]) -> list[_Used]:
+            return [use(self._modules(group, state, head, place)) for group in stream]
 
         with side_by_side(None if len(code) > _LARGE else 1) as each:
-            return assembled(each(modules, streams), self.config, modules=_modules_of(head), task_type=head.task_type)
+            return head, list(chain.from_iterable(each(used, streams)))
 
     @torch.no_grad()
     @one_thread()

@@ -10,8 +10,9 @@ and measured again, so the limit holds for the bytes themselves.
 from __future__ import annotations
 
 import math
+from collections import ChainMap
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import TypeVar
 
@@ -31,17 +32,18 @@ from icmlora.generator.limits import Limits, Measured
 from icmlora.generator.rounding import Rounded, Rounding
 from icmlora.generator.scales import OCTAVE
 from icmlora.generator.stack import stacked
-from icmlora.generator.tokens import KindTokens, refuse_overflow, refuse_underflow, tokenize
+from icmlora.generator.tokenizing import tokenize
+from icmlora.generator.tokens import KindTokens, Modules, refuse_overflow, refuse_underflow
 from icmlora.generator.water_filling import WaterFilling
-from icmlora.io.threads import side_by_side
 
 # Steps tried below and above the expected one, in eighths of an octave: 2^-16 of it is below what float32 resolves.
 _BELOW, _ABOVE = 16 * OCTAVE, 2 * OCTAVE
 _SMALL = 1 << 22  # parameters up to which the predictions of all kinds stay in memory during the search
-_ENOUGH = 0.9  # share of a limit at which the code of a larger adapter is coarse enough: each try takes a second
 _FINEST, _COARSEST = 1e-8, 0.95  # squared errors between which the steps for a size are tried
-_PART = 8  # of a larger adapter, every eighth layer tells about which step is the coarsest
-_TRIES = 4  # at most, to find the first step; two are usual
+_PART = 8  # of a larger adapter, every eighth module tells about which step is the coarsest
+_USUAL = 2.0  # eighths of an octave by which the step is above that of theory, usually: 1 to 3 of real adapters
+_TRIES = 4  # at most, to find the first step; one or two are usual
+_SMALL_ERROR = 1e-3  # squared errors below which the rounding of float32 would be seen in them
 _ALIKE = 1e-3  # errors of the same code, as a share: float32 rounds in another order where integers are tried
 
 
@@ -53,8 +55,6 @@ class Encoded:
     squared_error: float  # of dW
     # The same of dW weighted by the sensitivity of its channels; equal to `squared_error` under even weights.
     weighted_error: float
-    # That adapter; None where it was let go.
-    decoded: Adapter | None = field(default=None, repr=False, compare=False)
 
 
 def encode_adapter(
@@ -65,10 +65,27 @@ def encode_adapter(
     limits: Limits,
 ) -> Encoded:
     """Encode one adapter with the coarsest step found that keeps the limits; vectors (size,); see `Codec.encode`."""
+    asked = limits
+    while True:
+        best = _search(codec, adapter, vectors, initial, asked)
+        data, error = codec.close(best.head, best.groups), best.weighted_error
+        del best  # its integers take as much memory as the adapter
+        encoded = _checked(codec, adapter, data, error)
+        if limits.keeps(encoded):
+            return encoded
+        asked = asked.tighter()  # it was at the limit, and rounding of float32 put it beyond
+
+
+def _search(
+    codec: Codec, adapter: Adapter, vectors: Mapping[str, torch.Tensor], initial: InitialA | None, limits: Limits
+) -> Rounded:
+    """Round an adapter at the coarsest step found that keeps the limits."""
+    # The tokens, which take as much memory as the adapter, are let go with this function.
     tokens, state, head = _prepared(codec, adapter, vectors, initial)
     is_large = sum(shape.parameters for shape in adapter.layout) > _SMALL
     is_plain_wanted = limits.max_error is not None and not codec.sensitivity.is_even
-    rounding = partial(Rounding, codec, state=state, head=head, is_plain_wanted=is_plain_wanted)
+    is_exact = limits.least < _SMALL_ERROR
+    rounding = partial(Rounding, codec, state=state, head=head, is_plain_wanted=is_plain_wanted, is_exact=is_exact)
     theory = partial(WaterFilling, sensitivity=codec.sensitivity, subspace=state.subspace)
     of_whole = theory(tokens)
     if is_large:
@@ -80,14 +97,7 @@ def encode_adapter(
         at = cache(rounding(tokens, keeps_means=True).at)
         offset = _offset(limits, of_whole, at)
     expected = limits.expected_step(of_whole) + offset
-    best = coarsest(math.floor(expected), limits, at, _ENOUGH if is_large else 1.0)
-    while True:
-        data, step, error = codec.close(best.head, best.groups), best.head.step, best.weighted_error
-        del best  # its integers take as much memory as the adapter
-        encoded = _measured(codec, adapter, data, error)
-        if limits.keeps(encoded):
-            return encoded
-        best = at(step - 1)  # it was at the limit, and rounding of float32 put it beyond
+    return coarsest(math.floor(expected), limits, at, limits.enough(of_whole) if is_large else 1.0)
 
 
 def encode_within(
@@ -100,7 +110,7 @@ def encode_within(
     """Encode one adapter in at most `size` bytes, with the finest step found; vectors (size,); see `Codec.encode`."""
     tokens, state, head = _prepared(codec, adapter, vectors, initial)
     is_small = sum(shape.parameters for shape in adapter.layout) <= _SMALL
-    at = Rounding(codec, tokens, state, head, keeps_means=is_small, is_plain_wanted=False).at
+    at = Rounding(codec, tokens, state, head, keeps_means=is_small, is_plain_wanted=False, is_exact=True).at
     theory = WaterFilling(tokens, codec.sensitivity, state.subspace)
     low, high = (math.floor(Limits(tolerance=squared).expected_step(theory)) for squared in (_FINEST, _COARSEST))
     high += _ABOVE
@@ -120,7 +130,7 @@ def encode_within(
                 best = data, trial
     assert best is not None
     data, found = best
-    return _measured(codec, adapter, data, found.weighted_error)
+    return _checked(codec, adapter, data, found.weighted_error)
 
 
 def _prepared(
@@ -132,7 +142,7 @@ def _prepared(
     refuse_overflow(tokens, config)
     refuse_underflow(tokens)
     condition, subspace = codec.condition(vectors), codec.subspace(initial)
-    (latent,) = codec.net.posterior(stacked([tokens]), condition[None])
+    (latent,) = codec.net.posterior(stacked([tokens], by_kind=True), condition[None])
     state = TaskState(condition, latent.round().clamp(-127, 127), subspace)
     state = replace(state, subspace=replace(subspace, shifts=codec.quantizer.shifts(tokens, state)))
     shape = len(config.kinds), config.layers  # (K, L)
@@ -153,9 +163,9 @@ def _prepared(
     return tokens, state, head
 
 
-def _measured(codec: Codec, adapter: Adapter, data: bytes, expected: float) -> Encoded:
+def _checked(codec: Codec, adapter: Adapter, data: bytes, expected: float) -> Encoded:
     """Decode a code and measure it; raise `GeneratorError` if the weighted error is not the expected one."""
-    found = compare(codec, adapter, codec.decode(data), data)
+    found = measured(codec, adapter, data)
     if not math.isclose(found.weighted_error, expected, rel_tol=_ALIKE, abs_tol=_ALIKE**2):
         raise GeneratorError("the code does not decode to what was encoded")
     return found
@@ -163,24 +173,26 @@ def _measured(codec: Codec, adapter: Adapter, data: bytes, expected: float) -> E
 
 def _offset(limits: Limits, theory: WaterFilling, at: Callable[[int], Rounded]) -> float:
     """Return by how many eighths of an octave the step that just keeps the limits is above that of theory."""
-    expected, offset = limits.expected_step(theory), 0.0
+    expected, offset = limits.expected_step(theory), _USUAL
     for _ in range(_TRIES):
         tried = math.floor(expected + offset)
         # From where it was tried, it is as far as theory says that it is from there.
         found = tried - limits.expected_step(theory, used=limits.used(at(tried)))
         offset = min(max(found, -_BELOW), _ABOVE)
-        if abs(expected + offset - tried) <= 1:
+        if abs(expected + offset - tried) < 2:
             break
     return offset
 
 
 def _part_of(tokens: Sequence[KindTokens]) -> Sequence[KindTokens]:
-    """Return the tokens of every eighth layer of each kind of modules."""
+    """Return the tokens of every eighth module, kind by kind."""
+    layers = [torch.unique_consecutive(group.layer) for group in tokens]
+    chosen = torch.arange(sum(map(len, layers))) % _PART == _PART // 2
     parts = []
-    for group in tokens:
-        layers = torch.unique_consecutive(group.layer)
-        parts.append(group[torch.isin(group.layer, layers[(min(len(layers), _PART) - 1) // 2 :: _PART])])
-    return parts
+    for group, found, is_chosen in zip(tokens, layers, torch.split(chosen, list(map(len, layers))), strict=True):
+        if is_chosen.any():
+            parts.append(group[torch.isin(group.layer, found[is_chosen])])
+    return parts or tokens
 
 
 _Tried = TypeVar("_Tried", bound=Measured)
@@ -194,8 +206,8 @@ def coarsest(expected: int, limits: Limits, encode: Callable[[int], _Tried], eno
     Raises:
         GeneratorError: No step keeps the limits.
     """
-    # A coarser step loses more, nearly always; what is returned keeps the limits in any case. A step whose error is
-    # this share of a limit is coarse enough.
+    # A coarser step loses more, nearly always; what is returned keeps the limits in any case. A step that uses so much
+    # of the limits is coarse enough: each try takes a large adapter half a second.
     lowest, highest = expected - _BELOW, expected + _ABOVE
     low, best = expected, encode(expected)
     high, stride = highest + 1, 1  # high: does not keep the limits, or is not to be tried
@@ -216,23 +228,41 @@ def coarsest(expected: int, limits: Limits, encode: Callable[[int], _Tried], eno
     return best
 
 
+def measured(codec: Codec, adapter: Adapter, data: bytes) -> Encoded:
+    """Decode a code, and measure how far that is from the adapter that was encoded; one kind in memory at a time."""
+    originals = {module.name: module for module in adapter.modules}
+
+    def lost(modules: Modules) -> dict[str, _Lost]:
+        pairs = ((originals.get(module.name), module) for module in modules.values())
+        return {other.name: _lost(codec, one, other) for one, other in pairs if one is not None}
+
+    _, parts = codec.each_kind(data, lost)
+    found = dict(ChainMap(*parts))
+    return _encoded(data, [found.get(name) or _lost(codec, module, None) for name, module in originals.items()])
+
+
 def compare(codec: Codec, adapter: Adapter, decoded: Adapter, data: bytes) -> Encoded:
     """Measure how far an adapter, decoded from these bytes, is from the one that was encoded."""
-    config, sensitivity = codec.config, codec.sensitivity
     found = {module.name: module for module in decoded.modules}
+    return _encoded(data, [_lost(codec, module, found[module.name]) for module in adapter.modules])
 
-    def parts(module: LoraModule) -> tuple[tuple[float, float], tuple[float, float]]:
-        pair = module, found[module.name]
-        plain = error_and_norm(*pair)
-        if sensitivity.is_even:
-            return plain, plain
-        place = config.place_of(module.shape)
-        return plain, error_and_norm(*(sensitivity.weigh(one, *place) for one in pair))
 
-    is_small = sum(shape.parameters for shape in adapter.layout) <= _SMALL
-    with side_by_side(1 if is_small else None) as each:
-        plain, heavy = zip(*each(parts, adapter.modules), strict=True)
-    return Encoded(data, relative(plain), relative(heavy), decoded)
+_Lost = tuple[tuple[float, float], tuple[float, float]]  # squared error and norm of plain dW, and of weighted dW
+
+
+def _lost(codec: Codec, original: LoraModule, decoded: LoraModule | None) -> _Lost:
+    """Return how much of a module was lost, of which the code may have nothing."""
+    plain = error_and_norm(original, decoded)
+    if codec.sensitivity.is_even:
+        return plain, plain
+    place = codec.config.place_of(original.shape)
+    weigh = partial(codec.sensitivity.weigh, kind=place[0], layer=place[1])
+    return plain, error_and_norm(weigh(original), None if decoded is None else weigh(decoded))
+
+
+def _encoded(data: bytes, parts: Sequence[_Lost]) -> Encoded:
+    plain, heavy = zip(*parts, strict=True)
+    return Encoded(data, relative(plain), relative(heavy))
 
 
 def _bytes(values: torch.Tensor) -> NDArray[np.int8]:

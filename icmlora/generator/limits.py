@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from icmlora.generator.scales import OCTAVE
@@ -67,11 +67,24 @@ class Limits:
         """Say how much of the limits a code's errors take: 1 if it just keeps them."""
         return max((error / limit for error, limit in self._pairs(encoded) if limit), default=1.0)
 
+    def tighter(self) -> Limits:
+        """Return nine tenths of the limits of squared errors."""
+        tolerance = None if self.tolerance is None else 0.9 * self.tolerance
+        return replace(
+            self, tolerance=tolerance, max_error=None if self.max_error is None else math.sqrt(0.9) * self.max_error
+        )
+
     def expected_step(self, theory: WaterFilling, used: float = 1.0) -> float:
         """Return the step, in eighths of an octave, at which theory expects so much of the smaller limit to be used."""
         # At full strength an adapter of which the share e is lost has the error e / (1 - e).
         error = used * self.least
         return OCTAVE * math.log2(theory.step(error / (1 + error)))
+
+    def enough(self, theory: WaterFilling) -> float:
+        """Return how much of the limits is used where theory expects the next coarser step to be beyond them."""
+        step = theory.step(self.least / (1 + self.least))
+        error, following = theory.error(step), theory.error(step * 2.0 ** (1 / OCTAVE))
+        return error / following * (1 - following) / (1 - error) if following < 1 else 1.0
 
     def _pairs(self, encoded: Measured) -> list[tuple[float, float]]:
         """Return each limit of an error that is set, with the error that it is for."""

@@ -39,16 +39,6 @@ class KindIntegers:
     residuals: Integers  # shape (n,): log2 norms relative to table and gain, in eighths
     vectors: Nonzeros  # of inputs, outputs, and the part of the inputs in the initial subspace, in one row
 
-    @classmethod
-    def joined(cls, parts: Sequence[KindIntegers], sizes: Sequence[int]) -> KindIntegers:
-        """Join slots that follow each other; sizes of the vectors are in, out and R."""
-        if len(parts) == 1:
-            return parts[0]
-        layer, slot = (np.concatenate([getattr(part.slots, name) for part in parts]) for name in ("layer", "slot"))
-        vectors = Nonzeros.joined([part.vectors for part in parts], [len(part.slots.layer) for part in parts], sizes)
-        residuals = np.concatenate([part.residuals for part in parts])
-        return cls(Slots(parts[0].slots.kind, layer, slot), parts[0].gain, residuals, vectors)
-
     def sides(self, sizes: Sequence[int]) -> list[Integers]:
         """Return all integers of the vectors by side, (n, size) each; sizes are in, out and R."""
         count = len(self.slots.layer)
@@ -64,8 +54,7 @@ def pack(quantizer: TokenQuantizer, head: CodeHead, subspace: InitialSubspace, g
     def write(kinds: Sequence[Slots]) -> bytes:
         writer = IntegerWriter()
         for kind in (slots.kind for slots in kinds if slots.kind in by_kind):  # one without energy has no slots
-            sizes = (*quantizer.sizes[kind], subspace.rows(kind))
-            write_kind(writer, quantizer, KindIntegers.joined(by_kind[kind], sizes), subspace, head.step)
+            write_kind(writer, quantizer, by_kind[kind], subspace, head.step)
         return writer.to_bytes()
 
     of_streams = _streams_of(head, quantizer)
@@ -97,13 +86,19 @@ def unpack(
 
 
 def write_kind(
-    writer: IntegerWriter, quantizer: TokenQuantizer, group: KindIntegers, subspace: InitialSubspace, step: int
+    writer: IntegerWriter,
+    quantizer: TokenQuantizer,
+    parts: Sequence[KindIntegers],
+    subspace: InitialSubspace,
+    step: int,
 ) -> None:
-    """Append the integers of some slots of a kind."""
-    writer.write(group.residuals, quantizer.norm_scales(group.slots))
-    norms = quantizer.norms(group.slots, group.gain, group.residuals)
-    runs = quantizer.runs(group.slots, norms, subspace, step)
-    writer.write_nonzeros(runs.sizes, *runs.places(group.vectors))
+    """Append the integers of a kind's slots, in parts that follow each other."""
+    layer, slot = (np.concatenate([getattr(part.slots, name) for part in parts]) for name in ("layer", "slot"))
+    slots, residuals = Slots(parts[0].slots.kind, layer, slot), np.concatenate([part.residuals for part in parts])
+    writer.write(residuals, quantizer.norm_scales(slots))
+    runs = quantizer.runs(slots, quantizer.norms(slots, parts[0].gain, residuals), subspace, step)
+    places, values = runs.places([part.vectors for part in parts], [len(part.slots.layer) for part in parts])
+    writer.write_nonzeros(runs.sizes, places, values)
 
 
 def read_kind(

@@ -152,12 +152,16 @@ class TokenQuantizer:
         # The two vectors of a pair may change sign together: the sign nearer to the prediction takes fewer bits.
         agreement = (group.inputs * means[INPUTS]).sum(1) + (group.outputs * means[OUTPUTS]).sum(1)
         factor = torch.where(agreement < 0, -1.0, 1.0) * (norm_of(norms) / group.norm).sqrt()
+        a_step = 2.0 ** (-step / OCTAVE)
+        factor = (factor * a_step)[:, None]
         inputs, outputs = (
-            values.mul(factor[:, None]).sub_(mean).div_(2.0 ** (step / OCTAVE))
+            values.mul(factor).sub_(mean, alpha=a_step)
             for values, mean in zip((group.inputs, group.outputs), means, strict=True)
         )
         along = state.subspace.project(group.kind, group.layer, inputs)
-        return inputs - state.subspace.expand(group.kind, group.layer, along, inputs.shape[1]), outputs, along
+        if state.subspace.rows(group.kind):
+            inputs -= state.subspace.expand(group.kind, group.layer, along, inputs.shape[1])
+        return inputs, outputs, along
 
     def shifts(self, tokens: Iterable[KindTokens], state: TaskState) -> NDArray[np.int8]:
         """Measure the shifts of an adapter, (K, S): how much of its inputs is outside the initial subspace."""

@@ -28,7 +28,8 @@ from icmlora.generator.initial_a.subspace import Bases, bases_of
 from icmlora.generator.packing import KindIntegers
 from icmlora.generator.quantizer import norm_of
 from icmlora.generator.scales import OCTAVE, SMALLEST, STRENGTHS, centre_table
-from icmlora.generator.tokens import KindTokens, tokenize
+from icmlora.generator.tokenizing import tokenize
+from icmlora.generator.tokens import KindTokens
 from icmlora.io.devices import moved
 
 

@@ -31,7 +31,8 @@ from icmlora.generator.residual import CLASSES, Residual, ResidualHead, digest_o
 from icmlora.generator.rounding import quantised, strength_of
 from icmlora.generator.scales import LARGEST, OCTAVE, SMALLEST
 from icmlora.generator.stack import INPUTS, OUTPUTS
-from icmlora.generator.tokens import KindTokens, slot_overlaps, tokenize
+from icmlora.generator.tokenizing import tokenize
+from icmlora.generator.tokens import KindTokens, slot_overlaps
 from icmlora.generator.water_filling import WaterFilling
 from icmlora.io.threads import one_thread
 
@@ -133,7 +134,7 @@ class ResidualCodec:
             written = np.concatenate([part.slots.layer, group.slots.layer])
             strengths[kind, np.unique(written)] = strength_of(lack.original, overlaps)
         for group in further:
-            write_kind(writer, self._quantizer, group, opened.state.subspace, step)
+            write_kind(writer, self._quantizer, [group], opened.state.subspace, step)
         return Residual(digest, ResidualHead(step, strengths, kept, scales), writer.to_bytes()).to_bytes(
             self._codec.config
         )

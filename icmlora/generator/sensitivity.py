@@ -60,6 +60,12 @@ class Sensitivity:
         left, right = torch.exp2(self.outputs[kind][layer]), torch.exp2(self.inputs[kind][layer])
         return LoraModule(module.name, module.a * right, module.b * left[:, None])
 
+    def weigh_rows(self, kind: int, layers: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+        """Do the same, in place, to A (n, r, in) and B^T (n, r, out) of modules of one kind, in layers (n,)."""
+        if not self.is_even:
+            for rows, weights in zip((a, b), (self.inputs, self.outputs), strict=True):
+                rows.mul_(torch.exp2(weights[kind][layers])[:, None])
+
     def unweigh(self, kind: int, layer: torch.Tensor, inputs: torch.Tensor, outputs: torch.Tensor) -> None:
         """Undo `weigh`, in place, for n rank slots of one kind: layer (n,), inputs (n, in), outputs (n, out)."""
         if self.is_even:

@@ -66,12 +66,16 @@ def places_of(kind: int, layer: torch.Tensor, slot: torch.Tensor) -> Places:
     return Places(((kind, len(layer)),), torch.full_like(layer, kind), layer, slot, torch.zeros_like(layer))
 
 
-def stacked(adapters: Sequence[Sequence[KindTokens]]) -> Stack:
-    """Put the tokens of adapters, (n, in) and (n, out) of each kind, next to each other."""
-    by_widths: defaultdict[tuple[int, int], list[tuple[int, int, KindTokens]]] = defaultdict(list)
+def stacked(adapters: Sequence[Sequence[KindTokens]], *, by_kind: bool = False) -> Stack:
+    """Put the tokens of adapters, (n, in) and (n, out) of each kind, next to each other.
+
+    By kind, those of the same widths stay apart, which saves the copy of a single adapter.
+    """
+    by_widths: defaultdict[tuple[int, int, int], list[tuple[int, int, KindTokens]]] = defaultdict(list)
     for owner, tokens in enumerate(adapters):
         for group in tokens:
-            by_widths[group.inputs.shape[1], group.outputs.shape[1]].append((group.kind, owner, group))
+            widths = group.inputs.shape[1], group.outputs.shape[1]
+            by_widths[(*widths, group.kind if by_kind else 0)].append((group.kind, owner, group))
     ordered = [sorted(found, key=lambda one: one[:2]) for _, found in sorted(by_widths.items())]
     values = tuple(_values(found) for found in ordered)
     groups = [one for found in ordered for one in found]

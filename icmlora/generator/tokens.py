@@ -12,17 +12,16 @@ dW is first weighted by the sensitivity of its channels, so that equal distortio
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
 from icmlora.adapter.layout import target_modules
-from icmlora.adapter.model import Adapter, LoraModule
+from icmlora.adapter.model import Adapter, LoraModule, is_finite
 from icmlora.errors import AdapterRefused, CodeError, GeneratorError
-from icmlora.generator.config import GeneratorConfig, ModuleKind
+from icmlora.generator.config import GeneratorConfig
 from icmlora.generator.sensitivity import Sensitivity
 
 _LARGEST = 2.0**50  # largest singular value: the network sums their squares in float32, and quantiser steps end at 2^40
@@ -75,25 +74,6 @@ class KindTokens:
                 begin = end
 
 
-def tokenize(adapter: Adapter, config: GeneratorConfig, sensitivity: Sensitivity) -> tuple[KindTokens, ...]:
-    """Turn an adapter (any gauge) into tokens, (n, in) and (n, out); slots and kinds without energy are left out."""
-    from icmlora.adapter.canonical import canonicalize  # needed to encode only
-
-    kinds: defaultdict[int, list[LoraModule]] = defaultdict(list)
-    for module in adapter.modules:
-        kinds[config.place_of(module.shape)[0]].append(module)
-    groups = []
-    for kind, modules in sorted(kinds.items()):
-        places = [config.place_of(module.shape) for module in modules]
-        weighted = [sensitivity.weigh(module, *place) for module, place in zip(modules, places, strict=True)]
-        canonical = canonicalize(replace(adapter, modules=tuple(weighted))).modules
-        layers = [layer for _, layer in places]
-        groups.append(
-            _stack(config.kinds[kind], kind, sorted(zip(layers, canonical, strict=True), key=lambda pair: pair[0]))
-        )
-    return tuple(group for group in groups if len(group.norm))
-
-
 def refuse_overflow(tokens: Sequence[KindTokens], config: GeneratorConfig) -> None:
     """Raise `AdapterRefused` if a norm (n,) of an adapter is above 2^50: the network adds their squares."""
     for group in tokens:
@@ -111,25 +91,6 @@ def refuse_underflow(tokens: Sequence[KindTokens]) -> None:
     if largest < _SMALLEST:
         hint = "it changes nothing that its base model computes: it keeps its original, or `icm rm` it"
         raise GeneratorError(f"its dW has the size {largest:.0e}, too small to encode", hint=hint)
-
-
-def _stack(kind: ModuleKind, number: int, modules: list[tuple[int, LoraModule]]) -> KindTokens:
-    """Concatenate the tokens of all layers of one kind; modules are (layer, module in canonical gauge)."""
-    rows = sum(len(module.a) for _, module in modules)
-    inputs, outputs = torch.empty(rows, kind.inputs), torch.empty(rows, kind.outputs)
-    layers, slots, norms, begin = [], [], [], 0
-    for layer, module in modules:
-        norm = module.a.norm(dim=1) * module.b.norm(dim=0)  # balanced factors: |a_i| = |b_i| = sqrt(s_i)
-        used = int((norm > 0).sum())
-        root, end = norm[:used, None].sqrt(), begin + used
-        layers.append(torch.full((used,), layer))
-        slots.append(torch.arange(used))
-        norms.append(norm[:used])
-        torch.mul(module.a[:used], root, out=inputs[begin:end])
-        torch.mul(module.b[:, :used].T, root, out=outputs[begin:end])
-        begin = end
-    layer_of, slot, size = (torch.cat(part) for part in (layers, slots, norms))
-    return KindTokens(number, layer_of, slot, size, inputs[:begin], outputs[:begin])
 
 
 def detokenize(
@@ -166,7 +127,7 @@ def modules_of(
         CodeError: A value is not finite.
     """
     sensitivity.unweigh(kind, layer, a, b)
-    if not (_is_finite(a) and _is_finite(b)):
+    if not (is_finite(a) and is_finite(b)):
         raise CodeError("the code's values are out of float32's range")
     numbers, counts = (part.tolist() for part in torch.unique_consecutive(layer, return_counts=True))
     factors = zip(numbers, torch.split(a, counts), torch.split(b, counts), strict=True)
@@ -190,11 +151,6 @@ def assembled(
 def _nothing(kind: int, layer: int, config: GeneratorConfig) -> LoraModule:
     shape = config.kinds[kind]
     return LoraModule(shape.module(layer), torch.zeros(1, shape.inputs), torch.zeros(shape.outputs, 1))
-
-
-def _is_finite(values: torch.Tensor) -> bool:
-    # NaN is the smallest and the largest. This takes a tenth of the time of torch.isfinite.
-    return not values.numel() or all(math.isfinite(value) for value in torch.aminmax(values))
 
 
 def squared_norm(tokens: Sequence[KindTokens]) -> float:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from icmlora.generator.initial_a.subspace import InitialSubspace
+from icmlora.generator.scales import OCTAVE
 from icmlora.generator.sensitivity import Sensitivity
 from icmlora.generator.stack import INPUTS, OUTPUTS
 from icmlora.generator.tokens import KindTokens, squared_norm
@@ -34,9 +36,12 @@ class WaterFilling:
         low, high = -40.0, 40.0  # log2 of the step
         for _ in range(50):
             middle = (low + high) / 2
-            error = float((torch.clamp(self._variance, max=4.0**middle / 12) * self._count).sum())
-            low, high = (middle, high) if error < tolerance * self._energy else (low, middle)
+            low, high = (middle, high) if self.error(2.0**middle) < tolerance else (low, middle)
         return float(2.0**low)
+
+    def error(self, step: float) -> float:
+        """Return the expected squared error of a quantiser step, as a share of the adapter's energy."""
+        return float((torch.clamp(self._variance, max=step * step / 12) * self._count).sum()) / self._energy
 
 
 def _variances(
@@ -48,14 +53,19 @@ def _variances(
     bits, so they lose next to nothing.
     """
     size = (group.inputs, group.outputs)[side].shape[1]
-    square = torch.exp2(2 * sensitivity.profile(group.kind, side)).double().sort(dim=1).values  # (L, size)
-    share = torch.stack([part.mean(dim=1) for part in square.tensor_split(min(_PARTS, size), dim=1)], dim=1)
+    layers, number = torch.unique_consecutive(group.layer, return_inverse=True)
+    profile = (OCTAVE * sensitivity.profile(group.kind, side)[layers]).to(torch.int16)
+    # numpy sorts two bytes in linear time.
+    ordered = torch.from_numpy(np.sort(profile.cpu().numpy(), axis=1, kind="stable")).to(group.norm)
+    square = torch.exp2(2 / OCTAVE * ordered).double()  # (layers, size)
+    parts = 1 if sensitivity.is_even else min(_PARTS, size)
+    share = torch.stack([part.mean(dim=1) for part in square.tensor_split(parts, dim=1)], dim=1)
     counts = torch.tensor(  # channels in each group
-        [len(part) for part in torch.arange(size).tensor_split(min(_PARTS, size))], device=square.device
+        [len(part) for part in torch.arange(size).tensor_split(parts)], device=square.device
     )
-    share = share / (share * counts).sum(dim=1, keepdim=True)  # (L, parts); one row's variances add up to 1
+    share = share / (share * counts).sum(dim=1, keepdim=True)  # (layers, parts); one row's variances add up to 1
     energy = group.norm.double().square()
     if side == INPUTS:
         energy = energy - subspace.project(group.kind, group.layer, group.inputs).double().square().sum(1)
-    variance = energy.clamp_min(0)[:, None] * share[group.layer]
+    variance = energy.clamp_min(0)[:, None] * share[number]
     return variance.flatten(), counts.double().expand_as(variance).flatten()

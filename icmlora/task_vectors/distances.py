@@ -10,7 +10,7 @@ by its noise, which is how far the vectors of one task differ in it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -26,6 +26,7 @@ SupportSetVectors = Mapping[str, NDArray[np.floating]]
 # are at most 2 and are told to three digits. Rounding moves them by 1e-15 to 1e-13, so two processors that round
 # differently get the same value in all but one of 10,000 cases.
 _DECIMALS = 9
+_CHUNK = 256  # tasks that are placed at once: pages of new memory take longer than what is computed in them
 FEWEST = 3  # least number of tasks: two are always opposite of each other around their own mean
 OUTSIDE = 0.95  # a task is outside of what is known if this share of the known tasks is nearer to the others
 
@@ -37,6 +38,35 @@ def settled(values: Floats) -> Floats:
 
 
 @dataclass(frozen=True)
+class MeanVectors:
+    """What distances between tasks need of their vectors."""
+
+    means: Floats  # of the vectors of each task, shape (n, d)
+    # Squared differences between vectors and the mean of their task, summed over all vectors, shape (d,), and how many
+    # of these differences are free: one mean was estimated for each task, so a task of s vectors has s - 1.
+    squares: Floats
+    freedom: int
+
+    @classmethod
+    def of(cls, tasks: SupportSetVectors) -> Self:
+        """Sum up the vectors of some tasks, in their order."""
+        means = mean_vectors(tasks)
+        several = [vectors - vectors.mean(axis=0) for vectors in _exact(tasks) if len(vectors) > 1]
+        squares = sum((np.square(vectors).sum(axis=0) for vectors in several), np.zeros(means.shape[1]))
+        return cls(means, squares, sum(len(vectors) - 1 for vectors in several))
+
+    @classmethod
+    def joined(cls, parts: Sequence[Self]) -> Self:
+        """Return what several groups of tasks make together; the tasks of each come after those before it."""
+        squares, freedom = sum(part.squares for part in parts), sum(part.freedom for part in parts)
+        return cls(np.concatenate([part.means for part in parts]), np.asarray(squares), freedom)
+
+    def ordered(self, places: Sequence[int]) -> MeanVectors:
+        """Return the same with the tasks in another order, given by the places that they have now."""
+        return MeanVectors(self.means[list(places)], self.squares, self.freedom)
+
+
+@dataclass(frozen=True)
 class VectorSpace:
     """The origin and the units that vectors are measured in."""
 
@@ -44,21 +74,17 @@ class VectorSpace:
     unit: Floats  # size of one unit in each channel, positive, shape (d,)
 
     @classmethod
-    def of(cls, tasks: SupportSetVectors) -> Self:
+    def of(cls, tasks: SupportSetVectors | MeanVectors) -> Self:
         """Make the space of some tasks.
 
         The unit is the channel's standard deviation between vectors of one task, plus the median of that over the
         channels: without it, channels that hardly vary at all would decide (as in SAM, Tusher et al. 2001). If no task
         has two vectors, the deviation between tasks is used instead.
         """
-        means = mean_vectors(tasks)  # (n, d)
-        several = [vectors - vectors.mean(axis=0) for vectors in _exact(tasks) if len(vectors) > 1]
-        # One mean was estimated for each task, so a task of s vectors has s - 1 degrees of freedom.
-        freedom = sum(len(vectors) - 1 for vectors in several)
-        squares = sum((np.square(vectors).sum(axis=0) for vectors in several), np.zeros(means.shape[1]))
-        noise = np.sqrt(squares / freedom) if freedom else means.std(axis=0)
+        known = tasks if isinstance(tasks, MeanVectors) else MeanVectors.of(tasks)
+        noise = np.sqrt(known.squares / known.freedom) if known.freedom else known.means.std(axis=0)
         unit = noise + np.median(noise)
-        return cls(means.mean(axis=0), np.where(unit > 0, unit, 1.0))
+        return cls(known.means.mean(axis=0), np.where(unit > 0, unit, 1.0))
 
     def place(self, vectors: NDArray[np.floating]) -> Floats:
         """Return vectors (n, d) with the mean subtracted, in units; one that is the mean, but for rounding, is zero."""
@@ -122,11 +148,14 @@ def task_distances(tasks: SupportSetVectors) -> Floats:
     return cosine_distances(placed, placed)
 
 
-def distances_from(task: str, tasks: SupportSetVectors) -> Floats:
+def distances_from(place: int, known: MeanVectors) -> Floats:
     """Return the row of a task of :func:`task_distances`, shape (n,), in time and memory that grow with n alone."""
-    placed = VectorSpace.of(tasks).place(mean_vectors(tasks))
-    place = list(tasks).index(task)
-    distances: Floats = cosine_distances(placed[place][None], placed)[0]
+    space, own = VectorSpace.of(known), known.means[place][None]
+    parts = [
+        cosine_distances(space.place(own), space.place(known.means[start : start + _CHUNK]))[0]
+        for start in range(0, len(known.means), _CHUNK)
+    ]
+    distances: Floats = np.concatenate(parts)
     distances[place] = 0.0
     return distances
 

@@ -13,7 +13,7 @@ mean by a sixth of a set's distance from it; drawing other samples would move th
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import astuple, dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, get_args
@@ -101,8 +101,11 @@ def vectors_from_bytes(data: bytes) -> dict[View, torch.Tensor]:
     return {view: torch.from_numpy(values) for view, values in arrays_from_bytes(data).items()}
 
 
-def arrays_from_bytes(data: bytes) -> dict[View, NDArray[np.float32]]:
-    """Read the vectors of a task, by view (support sets, hidden size); raise `DataError` if they are damaged."""
+def arrays_from_bytes(data: bytes, views: Collection[View] = _VIEWS) -> dict[View, NDArray[np.float32]]:
+    """Read the vectors of a task, by view (support sets, hidden size); raise `DataError` if they are damaged.
+
+    Nothing is read after the last of the `views` that are asked for, which may come with those before it.
+    """
     content, start = checked(data), len(_MAGIC) + _HEAD.size
     if content is None or len(content) < start:
         raise DataError("not task vectors, or damaged", hint="run `icm vectors --again` to make them again")
@@ -114,7 +117,8 @@ def arrays_from_bytes(data: bytes) -> dict[View, NDArray[np.float32]]:
     if not is_sound or not 1 <= length * sum(head.sets for head in heads) <= _LARGEST:
         raise DataError("not task vectors: the head is out of range")
     try:
-        return _read(IntegerReader(content[end:]), heads, length)
+        wanted = [place for place, head in enumerate(heads, 1) if _VIEWS[head.which] in views]
+        return _read(IntegerReader(content[end:]), heads[: max(wanted, default=0)], length)
     except CodeError as error:
         raise DataError(f"not task vectors: {error.message}") from error
 

@@ -28,7 +28,8 @@ from icmlora.generator.batch import Batch, PreparedAdapter, batched, prepare
 from icmlora.generator.cvae import CVAE
 from icmlora.generator.initial_a.subspace import initial_subspace
 from icmlora.generator.objective import Objective
-from icmlora.generator.tokens import refuse_overflow, tokenize
+from icmlora.generator.tokenizing import tokenize
+from icmlora.generator.tokens import refuse_overflow
 from icmlora.io.devices import moved
 from icmlora.io.threads import ahead, one_thread
 from icmlora.training.config import STACKED, STEP_PARAMETERS

@@ -17,7 +17,7 @@ from registry.tables.table import Table
 
 if TYPE_CHECKING:
     from registry.filters import Selection
-    from registry.records import GeneratorRecord, TaskRecord, TaskSummary
+    from registry.records import GeneratorRecord, TaskFigures, TaskRecord, TaskSummary
 
 T = TypeVar("T")
 
@@ -52,6 +52,13 @@ class Summaries(Table):
         load = _checked_summaries if without is None else summary_rows.summaries
         yield from self._pages(load, self._selected(selection, without or ()))
 
+    def figures(self, *, without: Collection[int]) -> Iterator[TaskFigures]:
+        """Yield what a bill says of all tasks, by name, but of those `without` which the caller goes on.
+
+        Rows are not checked: the caller has checked every one.
+        """
+        yield from self._pages(summary_rows.figures, self._selected(None, without))
+
     def first(self, count: int) -> list[TaskSummary]:
         """Return the first tasks by name, and look at no rows of others."""
         return list(islice(self._pages(_checked_summaries, self._selected(None, ()), count), count))
@@ -85,6 +92,15 @@ class Summaries(Table):
         """Return number of a task -> the digests of the files of its vectors; rows are not checked."""
         with self._db.columns() as connection:
             return summary_rows.vector_files(connection)
+
+    def vectors_stamp(self) -> str:
+        """Return a digest that changes with the vectors of any task, and with its name or its base model.
+
+        It is of the checks that the rows were written with. So whatever was derived from rows that passed is right
+        as long as the stamp is the same, also if one of them is damaged since.
+        """
+        with self._db.columns() as connection:
+            return summary_rows.vectors_stamp(connection)
 
     def _selected(self, selection: Selection | None, without: Collection[int]) -> Sequence[int]:
         from registry.filters import Selection  # most commands read one task

@@ -8,10 +8,13 @@ that some tasks have and refer to, `registry.row_checks.are_right` at all there 
 
 from __future__ import annotations
 
+import hashlib
 import sqlite3
+from array import array
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
+from itertools import chain
 from typing import Any
 
 from registry import records, values
@@ -40,6 +43,18 @@ FROM adapters JOIN tasks ON tasks.id = task_id
 JOIN blobs AS weights ON weights.id = weights_id JOIN blobs AS config ON config.id = config_id
 LEFT JOIN blobs AS card ON card.id = card_id LEFT JOIN blobs AS initial ON initial.id = initial_id
 WHERE task_id IN ({of}) AND is_final"""
+_FIGURES = """
+SELECT tasks.id, tasks.name, base_models.name, adapters.id, description_id, weights.size,
+    weights.size + config.size + coalesce(card.size, 0), evicted_at IS NOT NULL, extra_count, code.size,
+    residual.size, dw_error, residual_error, claim IS NOT NULL, min_gain, max_error, tolerance, is_kept, refined,
+    max_size
+FROM tasks JOIN base_models ON base_models.id = base_model_id
+LEFT JOIN adapters ON adapters.task_id = tasks.id AND is_final
+LEFT JOIN blobs AS weights ON weights.id = weights_id LEFT JOIN blobs AS config ON config.id = config_id
+LEFT JOIN blobs AS card ON card.id = card_id
+LEFT JOIN codes ON codes.task_id = tasks.id AND generator_id IN (SELECT id FROM generators WHERE is_current)
+LEFT JOIN blobs AS code ON code.id = codes.blob_id LEFT JOIN blobs AS residual ON residual.id = residual_id
+WHERE tasks.id IN ({of})"""
 _EXTRAS = """
 SELECT adapter_id, blobs.digest, file, extras.size, blobs.size
 FROM extras JOIN blobs ON blobs.id = blob_id JOIN adapters ON adapters.id = adapter_id
@@ -64,6 +79,14 @@ FROM task_vectors JOIN tasks ON tasks.id = task_id JOIN blobs ON blobs.id = blob
 WHERE task_id = coalesce(?1, task_id) ORDER BY tasks.name, extractor_id, view, support_set"""
 _VECTOR_FILES = """
 SELECT task_id, digest FROM (SELECT DISTINCT task_id, blob_id FROM task_vectors) JOIN blobs ON blobs.id = blob_id"""
+# A row without a check is damaged, so nothing that is derived from it has this stamp.
+_STAMPED = (
+    "SELECT coalesce(crc, 0) FROM task_vectors ORDER BY task_id, view, support_set, extractor_id",
+    "SELECT coalesce(crc, 0) FROM tasks ORDER BY id",
+    "SELECT coalesce(crc, 0) FROM base_models ORDER BY id",
+    "SELECT coalesce(crc, 0) FROM documents ORDER BY id",
+    "SELECT coalesce(crc, 0) FROM blobs WHERE id IN (SELECT blob_id FROM task_vectors) ORDER BY id",
+)
 _GENERATOR = """
 SELECT generators.id, base_models.name, version, parent_id, file.digest, file.size, config, metrics,
     generators.created_at, start.digest, start.size
@@ -145,11 +168,9 @@ def summaries(connection: sqlite3.Connection, numbers: Sequence[int]) -> list[Ta
     finals = {row[0]: row[1:] for row in connection.execute(_FINALS.format(of=of))}
     gains = {row[0]: row[1:] for row in connection.execute(_GAINS.format(of=of))}
     documents = _documents(connection, {row[2] for row in finals.values()} | {how for _, how in gains.values()})
-    extras = defaultdict[int, list[records.Extra]](list)
-    for adapter, digest, file, size, packed in connection.execute(_EXTRAS.format(of=of)):
-        extras[adapter].append(records.Extra(DIGEST.read(digest), file or None, size, packed))
+    extras = _extras(connection, of)
     if lost := [task.name for number, task in found.items() if number not in finals]:
-        raise DamagedStore(f"task {lost[0]!r} has no final adapter", hint="remove it and ingest it again")
+        raise _lost(lost[0])
     made = []
     for number, task in found.items():
         kept, evicted, vectors = counts[number]
@@ -157,6 +178,20 @@ def summaries(connection: sqlite3.Connection, numbers: Sequence[int]) -> list[Ta
         final = _final(task, documents, extras, *finals[number])
         made.append(TaskSummary(task, final, kept, evicted, vectors, codes.get(number), gain, precision))
     return made
+
+
+def figures(connection: sqlite3.Connection, numbers: Sequence[int]) -> list[records.TaskFigures]:
+    """Return what a bill says of tasks, in their order; raises as `summaries`."""
+    of = _listed(numbers)
+    found = {row[0]: row[1:] for row in connection.execute(_FIGURES.format(of=of))}
+    gains = {row[0]: row[1:] for row in connection.execute(_GAINS.format(of=of))}
+    documents = _documents(connection, {row[3] for row in found.values()} | {how for _, how in gains.values()})
+    extras = _extras(connection, of)
+    return [
+        _figures(number, *_gain(documents, *gains.get(number, (None, None))), documents, extras, *found[number])
+        for number in numbers
+        if number in found
+    ]
 
 
 def generator(connection: sqlite3.Connection, base_model: str) -> records.GeneratorRecord | None:
@@ -202,6 +237,15 @@ def vector_files(connection: sqlite3.Connection) -> dict[int, list[str]]:
     return found
 
 
+def vectors_stamp(connection: sqlite3.Connection) -> str:
+    """Return a digest of the checks of all rows that vectors have and refer to, but for those of samples and texts."""
+    digest = hashlib.sha256()
+    for query in _STAMPED:
+        checks = array("q", chain.from_iterable(connection.execute(query)))
+        digest.update(len(checks).to_bytes(8) + checks.tobytes())
+    return digest.hexdigest()
+
+
 def _listed(numbers: Sequence[int]) -> str:
     return ",".join(map(str, numbers))
 
@@ -210,6 +254,29 @@ def _documents(connection: sqlite3.Connection, numbers: set[int]) -> dict[int, b
     """Return the bodies of documents, each once: many rows share one."""
     of = _listed(sorted(numbers))
     return dict(connection.execute(f"SELECT id, body FROM documents WHERE id IN ({of})"))  # noqa: S608
+
+
+def _extras(connection: sqlite3.Connection, of: str) -> Mapping[int, Sequence[records.Extra]]:
+    """Return adapter -> its extras, for the final adapters of tasks."""
+    found = defaultdict[int, list[records.Extra]](list)
+    for adapter, digest, file, size, packed in connection.execute(_EXTRAS.format(of=of)):
+        found[adapter].append(records.Extra(DIGEST.read(digest), file or None, size, packed))
+    return found
+
+
+def _extras_of(task: str, own: Sequence[records.Extra], count: int) -> tuple[records.Extra, ...]:
+    if len(own) != count:
+        raise WrongRow(f"task {task!r} has {len(own)} extras of {count}")
+    # By content: the numbers of blobs depend on what else was stored, and when.
+    return tuple(sorted(own, key=lambda extra: (extra.file or "", extra.blob))) if own else ()
+
+
+def _lost(task: str) -> DamagedStore:
+    return DamagedStore(f"task {task!r} has no final adapter", hint="remove it and ingest it again")
+
+
+def _why_original_only(common: Description, base_model: str) -> str | None:
+    return WITHOUT_BASE if common.original_only is None and base_model == UNKNOWN_BASE else common.original_only
 
 
 # Adapters with the same description share it in memory too: a layout may name a thousand modules.
@@ -268,11 +335,7 @@ def _final(
     tensors_key: bytes | None,
     extra_count: int,
 ) -> records.AdapterRecord:
-    own = extras.get(number, ())
-    if len(own) != extra_count:
-        raise WrongRow(f"task {task.name!r} has {len(own)} extras of {extra_count}")
     common = _description(documents[described])
-    original_only = common.original_only
     return records.AdapterRecord(
         id=number,
         task=task.name,
@@ -289,11 +352,10 @@ def _final(
         source=folder if source is None else source,
         is_generated=bool(is_generated),
         format=common.format,
-        original_only=WITHOUT_BASE if original_only is None and task.base_model == UNKNOWN_BASE else original_only,
+        original_only=_why_original_only(common, task.base_model),
         does_nothing=common.does_nothing,
         template=common.template,
-        # By content: the numbers of blobs depend on what else was stored, and when.
-        extras=tuple(sorted(own, key=lambda extra: (extra.file or "", extra.blob))),
+        extras=_extras_of(task.name, extras.get(number, ()), extra_count),
         initial=DIGEST.read(initial),
         tensors_key=DIGEST.read(tensors_key),
         original_bytes=weights_size + config_size + (card_size or 0),
@@ -336,6 +398,51 @@ def _code(
         if residual is None or of_residual is None
         else records.ResidualRecord(DIGEST.read(residual), of_residual, residual_size),
         claimed,
+    )
+
+
+def _figures(
+    number: int,
+    gain: float | None,
+    precision: str | None,
+    documents: Mapping[int, bytes],
+    extras: Mapping[int, Sequence[records.Extra]],
+    name: str,
+    base_model: str,
+    final: int | None,
+    described: int,
+    weights_size: int,
+    original_size: int,
+    is_evicted: int,
+    extra_count: int,
+    code_size: int | None,
+    residual_size: int | None,
+    squared_error: float | None,
+    residual_error: float | None,
+    has_claim: int,
+    *limits: Any,
+) -> records.TaskFigures:
+    if final is None:
+        raise _lost(name)
+    common = _description(documents[described])
+    squared = values.SQUARED_ERROR.read(squared_error)
+    of_residual = None if residual_size is None else values.SQUARED_ERROR.read(residual_error)
+    return records.TaskFigures(
+        number,
+        name,
+        base_model,
+        common.parameters,
+        original_size - (weights_size if is_evicted else 0),
+        bool(is_evicted),
+        _why_original_only(common, base_model),
+        _extras_of(name, extras.get(final, ()), extra_count),
+        code_size,
+        None if of_residual is None else residual_size,
+        squared if of_residual is None else of_residual,
+        _limits(*limits),
+        bool(has_claim) and squared is None,
+        gain,
+        precision,
     )
 
 

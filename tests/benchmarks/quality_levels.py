@@ -88,9 +88,8 @@ class TaskLevels:
     def levels(self) -> Iterator[Level]:
         """Encode, decode and measure, from the smallest code to the most accurate one."""
         base, original = self._answers(None), self._answers(read_runnable(self._store, self._final))
-        for quality, encoded in self._codes():
-            assert encoded.decoded is not None
-            code = self._answers(self._losses.written(encoded.decoded))
+        for quality, encoded, decoded in self._codes():
+            code = self._answers(self._losses.written(decoded))
             gain = retained_gain(base.nats, original.nats, code.nats)
             assert gain is not None, f"the original of {self._task.name} is no better than the base model"
             yield Level(
@@ -104,7 +103,7 @@ class TaskLevels:
                 retained_gain=gain,
             )
 
-    def _codes(self) -> Iterator[tuple[int, Encoded]]:
+    def _codes(self) -> Iterator[tuple[int, Encoded, Adapter]]:
         adapter: Adapter = read_original(self._store, self._final)
         generator = self._store.generators.current(self._task.base_model)
         assert generator is not None
@@ -114,7 +113,8 @@ class TaskLevels:
         initial = SeedSearch().find(adapter)
         for quality in LEVELS:
             limit = tolerance_of(quality)
-            yield quality, codec.encode(adapter, vectors, initial, limits=Limits(tolerance=limit))
+            encoded = codec.encode(adapter, vectors, initial, limits=Limits(tolerance=limit))
+            yield quality, encoded, codec.decode(encoded.data)
 
     def _answers(self, adapter: RunnableAdapter | None) -> Answers:
         modality = self._base.modality

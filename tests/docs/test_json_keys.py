@@ -29,6 +29,7 @@ COMMANDS = {
     "export": ("export", "new.icm"),
     "verify --restore-database": ("verify", "--restore-database", "--yes"),
     "import": ("import", "fleet.icm"),
+    "copy": ("copy", "store", "other"),
     "base ls": ("base", "ls"),
     "generators": ("generators",),
     "generators rollback": ("generators", "rollback", "FIRST"),

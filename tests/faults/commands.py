@@ -60,6 +60,7 @@ COMMANDS = {
     "encode": Command(f"encode --residual --max-error {MAX_ERROR}", "train"),
     "export": Command("export {output}", "train"),
     "import": Command("import {root}/after/export/out", outputs_of=("export",)),
+    "copy": Command("copy {root}/after/train/store {root}/now/store", outputs_of=("train",)),
     "generate": Command(_GENERATE, "train", (_LEARN,)),
 }
 """In an order in which each comes after what it needs."""

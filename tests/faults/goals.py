@@ -65,6 +65,10 @@ def _imported(end: End) -> bool:
     return end.rows.keys() == set(end.names) and end.is_coded and decoded
 
 
+def _copied(end: End) -> bool:
+    return _ingested(end) and end.is_coded and all(row.vectors for row in end.rows.values())
+
+
 def _generated(end: End) -> bool:
     made = end.rows.get(GENERATED)
     return end.is_written and made is not None and made.code is not None and made.vectors > 0
@@ -80,5 +84,6 @@ GOALS: dict[str, Callable[[End], bool]] = {
     "encode": lambda end: end.is_coded and all(comes_back_within(end.store, name, MAX_ERROR) for name in end.rows),
     "export": lambda end: end.is_written,
     "import": _imported,
+    "copy": _copied,
     "generate": _generated,
 }

@@ -90,6 +90,7 @@ _PROMISES: dict[str, Callable[[Store, Event], bool]] = {
     "trained": _is_generator,
     "updated": _is_generator,
     "import": _are_imported,
+    "copy": lambda store, event: all(_is_known(store, name) for name in event["copied"]),
     "generate": _is_registered,
 }
 

@@ -21,13 +21,15 @@ POINTS = {
     "encode": ["blob-staged", "blob-renamed", "blobs-durable", "rows-before-commit", "rows-committed"],
     "import": ["store-before-format", "blob-staged", "blob-renamed", "blobs-durable", "rows-before-commit",
                "rows-committed"],
+    "copy": ["store-before-format", "blob-staged", "blob-renamed", "blobs-durable", "rows-before-commit",
+             "rows-committed"],
     "generate": ["blob-staged", "blob-renamed", "blobs-durable", "rows-before-commit", "rows-committed"],
 }  # fmt: skip
 PAIRS = [(command, point) for command in POINTS for point in POINTS[command]]
 QUICK = [("ingest", "blob-renamed"), ("ingest", "rows-before-commit"), ("vectors", "rows-committed"),
          ("train", "garbage-rows-gone"), ("update", "rows-before-commit"), ("update", "rows-committed"),
          ("evict", "eviction-committed"), ("evict", "blob-unlinked"), ("encode", "rows-committed"),
-         ("import", "rows-before-commit"), ("generate", "rows-committed")]  # fmt: skip
+         ("import", "rows-before-commit"), ("copy", "rows-committed"), ("generate", "rows-committed")]  # fmt: skip
 
 
 def check_point(world: World, command: str, point: str) -> None:
@@ -136,7 +138,7 @@ def test_many_kills_at_random_times_lose_nothing(world: World, command: str) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", ["ingest", "import", "encode"])
+@pytest.mark.parametrize("command", ["ingest", "import", "copy", "encode"])
 def test_the_harness_sees_a_row_without_its_bytes(world: World, command: str) -> None:
     world.reset(command)
     ran = world.run(command, sabotage="rows_first", env={"ICM_FAILPOINT": "rows-committed"})
@@ -203,7 +205,7 @@ def test_the_harness_sees_a_lost_acknowledgement(world: World) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", ["encode", "import", "generate"])
+@pytest.mark.parametrize("command", ["encode", "import", "copy", "generate"])
 def test_the_harness_sees_that_nothing_came_of_what_was_acknowledged(world: World, command: str) -> None:
     world.reset(command)
     events = world.run(command).events

@@ -11,7 +11,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from registry.filters import FIELDS, Filter, Selection, parse_filter, parse_sort
-from registry.records import CodeLimits, Extra, NewAdapter, NewEvaluation, NewResidual, TaskIngest, TaskSummary
+from registry.records import (
+    CodeLimits,
+    Extra,
+    NewAdapter,
+    NewEvaluation,
+    NewResidual,
+    TaskFigures,
+    TaskIngest,
+    TaskSummary,
+)
 from registry.store import Store
 from registry.tables import summaries
 from tests.registry.examples import BASE, adapter, code_of, evaluation, eviction, generator, ingest, new_store
@@ -74,6 +83,13 @@ def of_residual(task: str, gain: float, generator_id: int, data: str) -> NewEval
 def names(store: Store, *filters: str, sort: str | None = None, limit: int | None = None) -> list[str]:
     order = None if sort is None else parse_sort(sort)
     return store.tasks.names(Selection(filters=[parse_filter(text) for text in filters], sort=order, limit=limit))
+
+
+def test_what_a_bill_says_of_a_task_is_what_a_listing_shows_of_it(fleet: Store) -> None:
+    rows = list(fleet.listing.summaries())
+    assert list(fleet.listing.figures(without=())) == list(map(TaskFigures.of, rows))
+    left = list(fleet.listing.figures(without=[rows[1].task.id]))
+    assert [row.task for row in left] == [row.task.name for row in rows if row is not rows[1]]
 
 
 @pytest.mark.one_case

@@ -426,7 +426,7 @@ def _code(prepared: _Prepared, refined: Encoded | None) -> TaskEncoded | Made:
     """Make the smallest code of a task that meets the limits, or the most accurate one of a size."""
     state, search, reason, size = prepared.state, prepared.search, prepared.reason, prepared.search.limits.size
     try:
-        best, is_kept = search.best() if refined is None else (Trial(replace(refined, decoded=None)), True)
+        best, is_kept = search.best() if refined is None else (Trial(refined), True)
     except Cancelled:
         raise
     except FAILURES as error:
@@ -448,7 +448,7 @@ def _residual(state: _TaskState, limits: Limits) -> TaskEncoded | Made:
     if losses is not None and result is None:
         return _changed(state.task.name, "it got another adapter in the meantime")
     codec = state.models.generator_file(state.generator).codec_of(data)
-    code = Trial(replace(codec.measure(original, data), decoded=None), result)
+    code = Trial(codec.measure(original, data), result)
     found, is_kept = ResidualSearch(codec, original, code, limits, losses, state.tell).best()
     status: EncodeStatus = "below" if not is_kept else "enough" if found is None else "encoded"
     size = None if found is None else len(found.encoded.data)

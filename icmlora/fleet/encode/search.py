@@ -31,7 +31,6 @@ from icmlora.generator.relaxed import RelaxedCode
 from icmlora.generator.residual_codec import ResidualCodec
 from icmlora.io.text import human_size
 from icmlora.training.refinement import Refinable, RefineConfig, items_for, refine
-from registry.records import Rung
 
 LADDER = (0.95, *(2 ** (-half / 2) for half in range(1, 17)))
 """Tolerances from 0.95 to 0.004, half an octave apart; each takes a tenth to a fifth more bytes than the one before.
@@ -213,11 +212,11 @@ class CodeSearch:
     def coarse(self) -> Coarse:
         """Return the code that refinement begins with."""
         assert self.refiner is not None
-        return Coarse(self.refiner, self.codec, self.original, replace(self._plain(self.limits), decoded=None))
+        return Coarse(self.refiner, self.codec, self.original, self._plain(self.limits))
 
     def _most_accurate(self, size: int) -> tuple[Trial, bool]:
         min_gain, encoded = self.limits.min_gain, self._plain(self.limits)
-        trial = _measured(self.losses, "code", encoded)
+        trial = self._measured(encoded)
         is_good = self.limits.keeps(encoded) and (min_gain is None or trial.keeps(min_gain))
         return trial, is_good and len(encoded.data) <= size
 
@@ -232,7 +231,14 @@ class CodeSearch:
         encoded = self._plain(limits)
         if refiner is not None:
             encoded = refiner.refine(self.codec, self.original, encoded, self.tell)
-        return _measured(self.losses, "code", encoded)
+        return self._measured(encoded)
+
+    def _measured(self, encoded: Encoded) -> Trial:
+        """Measure the decoded adapter if a gain is asked for."""
+        if self.losses is None:
+            return Trial(encoded)
+        decoded = self.codec.decode(encoded.data)
+        return Trial(encoded, self.losses.measure_adapter("code", decoded, encoded.squared_error))
 
 
 @dataclass(frozen=True)
@@ -265,14 +271,9 @@ class ResidualSearch:
 
     def _try(self, limits: Limits) -> Trial:
         self.tell("making a residual" if limits.tolerance is None else f"residual, tolerance {limits.tolerance:.2g}")
-        encoded = ResidualCodec(self.codec).encode(self.original, self.code.encoded.data, limits)
-        return _measured(self.losses, "residual", encoded)
-
-
-def _measured(losses: TaskLosses | None, source: Rung, encoded: Encoded) -> Trial:
-    """Measure the decoded adapter if a gain is asked for, and free its memory."""
-    result = None
-    if losses is not None:
-        assert encoded.decoded is not None
-        result = losses.measure_adapter(source, encoded.decoded, encoded.squared_error)
-    return Trial(replace(encoded, decoded=None), result)
+        codec, code = ResidualCodec(self.codec), self.code.encoded.data
+        encoded = codec.encode(self.original, code, limits)
+        if self.losses is None:
+            return Trial(encoded)
+        decoded = codec.decode(code, encoded.data)
+        return Trial(encoded, self.losses.measure_adapter("residual", decoded, encoded.squared_error))

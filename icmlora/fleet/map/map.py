@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from heapq import nsmallest
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from icmlora.errors import DataError, IcmLoraError
 from icmlora.fleet.context import Context, use_case
+from icmlora.fleet.map.known_means import known_means
 from icmlora.fleet.resources.stored_vectors import NO_VECTORS, LeftOut, comparable_vectors, tasks_of_one_base
 from icmlora.io.staging import check_absent, writing_file
-from icmlora.task_vectors.distances import FEWEST, Neighbour, distances_from, ranked
+from icmlora.task_vectors.distances import FEWEST, Neighbour, distances_from
 from icmlora.task_vectors.map import TaskMap, map_tasks
 from registry.errors import DamagedStore
-from registry.records import TaskRecord, View
+from registry.records import TaskRecord, VectorRecord, View
 
 if TYPE_CHECKING:
     from registry.store import Store
@@ -106,20 +108,23 @@ def map_of(
     )
 
 
-def nearest_tasks(store: Store, task: TaskRecord) -> tuple[Neighbour, ...]:
-    """Return the tasks with the nearest vectors, at most five; none if too few can be compared."""
-    tasks = [other for other in store.listing.all() if other.base_model == task.base_model]
+def nearest_tasks(
+    context: Context, store: Store, task: TaskRecord, vectors: Sequence[VectorRecord]
+) -> tuple[Neighbour, ...]:
+    """Return the tasks whose vectors are nearest to those of a task, at most five; none if too few can be compared."""
     for view in _VIEWS:
         # A generated task has vectors of the context view only. Damaged vectors are left to `icm verify`.
         try:
-            vectors = comparable_vectors(store, tasks, view, like=task.name).vectors
+            known = known_means(context, store, task, vectors, view)
         except (DamagedStore, IcmLoraError):
             return ()
-        if task.name in vectors:
-            if len(vectors) < FEWEST:
+        if known is not None:
+            place = known.names.index(task.name)
+            if len(known.names) < FEWEST:
                 return ()
-            found = ranked(list(vectors), distances_from(task.name, vectors))
-            return tuple(neighbour for neighbour in found if neighbour.task != task.name)[:_NEAREST]
+            distances = distances_from(place, known.vectors)
+            others = (found for found in zip(distances.tolist(), known.names, strict=True) if found[1] != task.name)
+            return tuple(Neighbour(name, distance) for distance, name in nsmallest(_NEAREST, others))
     return ()
 
 

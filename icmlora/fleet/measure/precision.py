@@ -14,7 +14,7 @@ def source_name(rung: str) -> str:
 
 def gain_text(gain: float | None, precision: str | None, digits: int = 3, missing: str = "-") -> str:
     """Return a retained gain such as "0.951", or "0.951 nf4"."""
-    return missing if gain is None else f"{gain:.{digits}f}{measured_in([precision])}"
+    return missing if gain is None else f"{gain:.{digits}f}{f' {precision}' if precision in LOAD_IN else ''}"
 
 
 def measured_in(precisions: Iterable[str | None]) -> str:

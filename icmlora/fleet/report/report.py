@@ -21,10 +21,11 @@ from icmlora.fleet.report.facts import facts_of
 from icmlora.fleet.report.page import Map, Page, render
 from icmlora.fleet.report.rate_picture import Quality, rate_picture
 from icmlora.fleet.report.task_table import task_table
-from icmlora.fleet.stats.stats import bill_of, sound_tasks
+from icmlora.fleet.stats.stats import bill_of
 from icmlora.formats.catalogue import format_named
 from icmlora.io.staging import check_absent, writing_file
 from registry.errors import DamagedStore
+from registry.records import TaskFigures
 
 if TYPE_CHECKING:
     from icmlora.fleet.map.map import MapReport
@@ -124,10 +125,12 @@ def write_report(
 
 def _page(store: Store, outputs: Sequence[TaskOutputs | TaskPictures], failures: Mapping[str, str]) -> Page:
     """Read everything else that is on the page."""
-    rows, has_wrong_rows = sound_tasks(store)
+    wrong = store.listing.wrong_rows()
+    rows = list(store.listing.summaries(without=set[int]().union(*wrong.values())))
+    bill = bill_of(store, map(TaskFigures.of, rows), has_wrong_rows=bool(wrong))
     labels = sorted({row.task.base_model for row in rows})
     maps = {label: _map(store, label, [row for row in rows if row.task.base_model == label]) for label in labels}
-    return assembled(rows, bill_of(store, rows, has_wrong_rows), maps, outputs, failures)
+    return assembled(rows, bill, maps, outputs, failures)
 
 
 def assembled(

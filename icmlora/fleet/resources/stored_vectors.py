@@ -74,6 +74,16 @@ def comparable(
     of_task: Mapping[str, Sequence[VectorRecord]], read: Callable[[str], bytes], view: View, like: str | None = None
 ) -> ComparableVectors:
     """Read those of the vectors of some tasks that one extractor made: that of the task `like`, or the most common."""
+    rows, others, extractor = rows_to_compare(of_task, view, like)
+    vectors, unreadable = read_comparable(read, rows)
+    left_out = sorted([*others, *unreadable], key=lambda entry: entry.task)
+    return ComparableVectors(vectors, tuple(left_out), extractor if vectors else None)
+
+
+def rows_to_compare(
+    of_task: Mapping[str, Sequence[VectorRecord]], view: View, like: str | None = None
+) -> tuple[dict[str, list[VectorRecord]], list[LeftOut], str | None]:
+    """Return the rows of `comparable`, by name, the tasks that have none, and what made the vectors of these rows."""
     rows = {name: latest_vectors(found) for name, found in of_task.items()}
     in_view = {name: [row for row in found if row.view == view] for name, found in rows.items()}
     made_by = {name: comparison_key(found[0].extractor) for name, found in in_view.items() if found}
@@ -83,16 +93,26 @@ def comparable(
         # Counted by name, so that of two extractors with equally many tasks the same one wins every time.
         common = Counter(made_by[name] for name in sorted(made_by)).most_common(1)
         chosen = common[0][0] if common else None
-    vectors, left_out = {}, []
+    found, left_out = {}, []
     for name in sorted(rows):
         if chosen is None or made_by.get(name) != chosen:
             left_out.append(LeftOut(name, _reason(rows[name], view, made_by.get(name), chosen)))
-            continue
+        else:
+            found[name] = in_view[name]
+    return found, left_out, chosen
+
+
+def read_comparable(
+    read: Callable[[str], bytes], rows: Mapping[str, Sequence[VectorRecord]]
+) -> tuple[dict[str, NDArray[np.float32]], list[LeftOut]]:
+    """Read the vectors of tasks, one row of an array for each of theirs, without the tasks whose files are damaged."""
+    vectors, left_out = {}, []
+    for name, own in rows.items():
         try:
-            vectors[name] = np.stack(read_vectors(read, in_view[name]))
+            vectors[name] = np.stack(read_vectors(read, own))
         except (DamagedStore, IcmLoraError) as error:
             left_out.append(LeftOut(name, f"its vectors cannot be read: {error.message}", is_damaged=True))
-    return ComparableVectors(vectors, tuple(left_out), chosen if vectors else None)
+    return vectors, left_out
 
 
 def tasks_of_one_base(store: Store, base_model: str | None) -> tuple[str, Sequence[TaskRecord]]:
@@ -130,7 +150,8 @@ def read_vectors(read: Callable[[str], bytes], rows: Sequence[VectorRecord]) -> 
         DataError: A file does not hold vectors.
         DamagedStore: Its bytes are missing or damaged.
     """
-    files = {blob: arrays_from_bytes(read(blob)) for blob in {row.blob for row in rows}}
+    views = {row.view for row in rows}
+    files = {blob: arrays_from_bytes(read(blob), views) for blob in {row.blob for row in rows}}
     return [files[row.blob][row.view][row.support_set] for row in rows]
 
 

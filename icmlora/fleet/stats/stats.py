@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from icmlora.fleet.context import Context, use_case
-from registry.records import CodeLimits, GeneratorRecord, TaskSummary, WithRelativeError
+from registry.records import CodeLimits, GeneratorRecord, TaskFigures, WithRelativeError
 
 if TYPE_CHECKING:
     from registry.store import Store
@@ -244,55 +244,50 @@ def stats(context: Context, *, plot: str | Path | None = None, force: bool = Fal
 
         check_plot(Path(plot), force=force)
     with context.open(read_only=True) as store:
-        found = bill_of(store, *sound_tasks(store))
+        wrong = store.listing.wrong_rows()
+        rows = store.listing.figures(without=set[int]().union(*wrong.values()))
+        found = bill_of(store, rows, has_wrong_rows=bool(wrong))
     if plot is not None:
         plot_bill(found, Path(plot), force=force)
     return found
 
 
-def sound_tasks(store: Store) -> tuple[list[TaskSummary], bool]:
-    """Tell of wrong rows; return the tasks whose figures depend on none, and whether there are any."""
-    wrong = store.listing.wrong_rows()
-    return list(store.listing.summaries(without=set[int]().union(*wrong.values()))), bool(wrong)
-
-
-def bill_of(store: Store, rows: Sequence[TaskSummary], has_wrong_rows: bool) -> Bill:
+def bill_of(store: Store, rows: Iterable[TaskFigures], *, has_wrong_rows: bool) -> Bill:
     """Count everything in an open store, of which `rows` are all tasks whose figures depend on no wrong row.
 
     Reads rows and file sizes, but no file's content.
     """
-    of_base, vectors = defaultdict[str, list[TaskSummary]](list), store.listing.vector_files()
+    of_base, vectors = defaultdict[str, list[TaskFigures]](list), store.listing.vector_files()
+    for row in rows:
+        of_base[row.base_model].append(row)
     listed = store.blobs.sizes()
 
     def size(digest: str) -> int:
         return listed[digest] if digest in listed else store.blobs.size(digest)  # which says what is missing
 
-    for row in rows:
-        of_base[row.task.base_model].append(row)
     fleets = []
     for label, own in sorted(of_base.items()):
-        tasks = tuple(_task_bill(row, sum(map(size, vectors.get(row.task.id, ())))) for row in own)
-        extras = {extra.blob: extra.packed_size for row in own for extra in row.final.extras}
+        tasks = tuple(_task_bill(row, sum(map(size, vectors.get(row.id, ())))) for row in own)
+        extras = {extra.blob: extra.packed_size for row in own for extra in row.extras}
         fleets.append(BaseModelBill(label, store.listing.generator(label), tasks, sum(extras.values())))
     return Bill(store.usage(listed, has_wrong_rows=has_wrong_rows), tuple(fleets))
 
 
-def _task_bill(row: TaskSummary, vectors_size: int) -> TaskBill:
-    code = row.code
+def _task_bill(row: TaskFigures, vectors_size: int) -> TaskBill:
     return TaskBill(
-        task=row.task.name,
-        bf16_size=_BF16 * row.final.parameters + sum(extra.size for extra in row.final.extras if extra.file is None),
-        original_size=row.final.stored_bytes,
+        task=row.task,
+        bf16_size=_BF16 * row.parameters + sum(extra.size for extra in row.extras if extra.file is None),
+        original_size=row.stored_bytes,
         vectors_size=vectors_size,
-        code_size=None if code is None else code.size,
-        residual_size=None if code is None or code.residual is None else code.residual.size,
-        rung=None if code is None else code.rung,
-        squared_error=None if code is None else code.best_squared_error,
+        code_size=row.code_size,
+        residual_size=row.residual_size,
+        rung=None if row.code_size is None else "code" if row.residual_size is None else "residual",
+        squared_error=row.squared_error,
         retained_gain=row.gain,
         precision=row.gain_precision,
-        evicted=row.final.is_evicted,
-        asked=None if code is None else code.asked,
-        original_only=row.final.original_only,
-        extras_bytes=row.final.extras_bytes,
-        is_claimed=code is not None and code.claim is not None,
+        evicted=row.is_evicted,
+        asked=row.asked,
+        original_only=row.original_only,
+        extras_bytes=sum(extra.packed_size for extra in row.extras),
+        is_claimed=row.is_claimed,
     )

@@ -222,7 +222,7 @@ def show_task(context: Context, task: str) -> TaskDetails:
             task=known,
             adapters=tuple(store.tasks.adapters(known.name)),
             vectors=vectors,
-            nearest=nearest_tasks(store, known) if vectors else (),
+            nearest=nearest_tasks(context, store, known, vectors),
             generator=generator,
             code=code,
             initial=None if generator is None or code is None else _initial(store, generator, code),

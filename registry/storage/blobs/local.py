@@ -13,8 +13,7 @@ import os
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext, suppress
-from operator import attrgetter
+from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, BinaryIO
@@ -70,16 +69,9 @@ class LocalBackend:
 
     def all(self) -> Iterator[BlobInfo]:
         """Yield every file that is named by a digest and is in the folder of its first digit."""
-        from registry.storage.blobs.backend import BlobInfo
-
         for folder in sorted(self._paths.blobs.iterdir()):
-            with os.scandir(folder) if folder.is_dir() else nullcontext(()) as entries:
-                files = sorted(entries, key=attrgetter("name"))
-            for entry in files:  # a path for each would take several times as long
-                if entry.name[0] == folder.name and is_digest(entry.name):
-                    with suppress(FileNotFoundError):  # another process deleted it since the folder was listed
-                        status = entry.stat()
-                        yield BlobInfo(entry.name, status.st_size, status.st_mtime)
+            if folder.is_dir():
+                yield from _blobs_in(folder)
 
     def delete(self, digest: str, *, newest: float = math.inf) -> int:
         """Remove a file."""
@@ -169,3 +161,22 @@ def _holds(path: Path, data: fs.Bytes) -> bool:
             return all(file.read(_CHUNK) == bytes(view[at : at + _CHUNK]) for at in range(0, len(data), _CHUNK))
     except FileNotFoundError:
         return False
+
+
+def _blobs_in(folder: Path) -> list[BlobInfo]:
+    """Return the blobs of a folder, by digest."""
+    from registry.storage.blobs.backend import BlobInfo
+
+    found = []
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        for name in sorted(os.listdir(descriptor)):
+            if name[0] == folder.name and is_digest(name):
+                try:  # from here: to follow the whole path for each takes longer
+                    status = os.stat(name, dir_fd=descriptor)
+                except FileNotFoundError:
+                    continue  # another process deleted it since the folder was listed
+                found.append(BlobInfo(name, status.st_size, status.st_mtime))
+    finally:
+        os.close(descriptor)
+    return found

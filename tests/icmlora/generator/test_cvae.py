@@ -7,7 +7,7 @@ import dataclasses
 import torch
 
 from icmlora.generator.stack import stacked
-from icmlora.generator.tokens import tokenize
+from icmlora.generator.tokenizing import tokenize
 from tests.icmlora.small_fleet import codec, make_adapter, make_vectors
 
 

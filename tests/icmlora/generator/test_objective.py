@@ -14,7 +14,8 @@ from icmlora.generator.batch import batched, prepare
 from icmlora.generator.cvae import CVAE
 from icmlora.generator.initial_a.subspace import InitialSubspace, initial_subspace
 from icmlora.generator.objective import Bits, Objective, worth_writing
-from icmlora.generator.tokens import KindTokens, tokenize
+from icmlora.generator.tokenizing import tokenize
+from icmlora.generator.tokens import KindTokens
 from icmlora.generator.water_filling import WaterFilling
 from tests.icmlora.peft_made import peft_codec, peft_fleet
 from tests.icmlora.small_fleet import (

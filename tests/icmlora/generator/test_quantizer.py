@@ -18,7 +18,8 @@ from icmlora.generator.packing import split_sides
 from icmlora.generator.quantizer import Norms, Slots, TokenQuantizer, centred, norm_of
 from icmlora.generator.runs import Nonzeros
 from icmlora.generator.scales import EXTREME, LARGEST, OCTAVE, SMALLEST, centres
-from icmlora.generator.tokens import KindTokens, tokenize
+from icmlora.generator.tokenizing import tokenize
+from icmlora.generator.tokens import KindTokens
 from tests.icmlora.peft_made import peft_codec, peft_fleet
 from tests.icmlora.small_fleet import codec, make_adapter, with_factors
 
@@ -162,9 +163,24 @@ def test_runs_have_the_integers_and_scales_of_the_row_in_the_order_of_the_scales
     flat = np.concatenate([side.ravel() for side in scales])
     np.testing.assert_array_equal(wanted.scales, flat[wanted.places])
     assert runs.sizes == [(index, int((flat == index).sum())) for index in np.unique(flat).tolist()]
-    found = runs.nonzeros(*runs.places(wanted))
+    found = runs.nonzeros(*runs.places([wanted], [len(norms)]))
     assert found == wanted
     np.testing.assert_array_equal(found.scales, flat[found.places])
+
+
+@pytest.mark.parametrize("step", [-90, -40])
+def test_integers_in_parts_have_the_places_that_they_have_together(step: int) -> None:
+    quantizer, group, known = with_initial(1, 4)
+    slots, norms = norms_of(quantizer, group)
+    is_first = group.layer < 2
+    with torch.no_grad():
+        whole = quantizer.quantise(group, norms, known, step)
+        parts = [quantizer.quantise(group[mask], norms[mask], known, step) for mask in (is_first, ~is_first)]
+    assert (np.abs(whole.values).max() > 127) == (step == -90)
+    runs = quantizer.runs(slots, norms, known.subspace, step)
+    counts = [int(is_first.sum()), int((~is_first).sum())]
+    for together, found in zip(runs.places([whole], [len(norms)]), runs.places(parts, counts), strict=True):
+        np.testing.assert_array_equal(together, found)
 
 
 @pytest.mark.parametrize("modules", [2, 4])

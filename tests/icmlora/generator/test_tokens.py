@@ -13,6 +13,7 @@ from icmlora.adapter.metrics import dw_norm, squared_error
 from icmlora.adapter.model import Adapter, LoraModule
 from icmlora.errors import AdapterRefused, GeneratorError
 from icmlora.generator.config import GeneratorConfig, config_for
+from icmlora.generator.tokenizing import tokenize
 from icmlora.generator.tokens import (
     KindTokens,
     detokenize,
@@ -20,7 +21,6 @@ from icmlora.generator.tokens import (
     refuse_underflow,
     slot_errors,
     squared_norm,
-    tokenize,
 )
 from tests.icmlora.small_fleet import BASE, make_adapter, uneven, weighted, with_factors
 

@@ -8,10 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from icmlora.task_vectors import distances
 from icmlora.task_vectors.distances import (
+    MeanVectors,
     VectorSpace,
     cosine_distances,
     directions,
+    distances_from,
     familiarity,
     mean_vectors,
     nearest,
@@ -67,6 +70,27 @@ def test_the_last_bits_of_a_sum_are_no_distance(seed: int) -> None:
     one = np.random.default_rng(seed).standard_normal((3, 576))
     other = one * (1.0 + 1e-15 * np.random.default_rng(seed + 1).standard_normal(one.shape))
     assert cosine_distances(one, other).diagonal().tolist() == [0.0] * 3
+
+
+def test_distances_from_one_task_are_a_row_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    tasks = fleet()
+    known = MeanVectors.of(tasks)
+    for chunk in (1, 3, 100):
+        monkeypatch.setattr(distances, "_CHUNK", chunk)
+        assert [distances_from(place, known).tolist() for place in range(len(tasks))] == task_distances(tasks).tolist()
+
+
+@given(SEEDS, st.integers(1, 7))
+def test_means_of_parts_make_those_of_the_whole(seed: int, count: int) -> None:
+    tasks = fleet(seed)
+    names = list(tasks)
+    parts = [MeanVectors.of({name: tasks[name] for name in some}) for some in (names[count:], names[:count])]
+    order = names[count:] + names[:count]
+    joined = MeanVectors.joined(parts).ordered([order.index(name) for name in names])
+    whole = MeanVectors.of(tasks)
+    assert np.array_equal(joined.means, whole.means)
+    assert joined.squares == pytest.approx(whole.squares)
+    assert joined.freedom == whole.freedom
 
 
 def test_one_large_channel_does_not_decide() -> None:

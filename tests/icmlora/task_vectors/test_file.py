@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 
 from icmlora.errors import DataError, OtherFormat
 from icmlora.generator.container import add_checksum
-from icmlora.task_vectors.file import vectors_from_bytes, vectors_to_bytes
+from icmlora.task_vectors.file import arrays_from_bytes, vectors_from_bytes, vectors_to_bytes
 from icmlora.task_vectors.vector import View
 
 FLOATS = st.floats(-(2.0**99), 2.0**99, width=32)
@@ -134,3 +135,15 @@ def test_a_changed_bit_anywhere_is_refused(place: int, bit: int) -> None:
 def test_vectors_of_an_earlier_format_are_refused_and_not_called_damaged() -> None:
     with pytest.raises(OtherFormat, match="has format 1, and this icm reads format 3"):
         vectors_from_bytes(add_checksum(b"ICMT\x01" + bytes(40)))
+
+
+def test_a_view_is_the_same_whether_others_are_read_or_not() -> None:
+    draw = torch.Generator().manual_seed(3)
+    data = vectors_to_bytes(
+        {"adapted": torch.randn(3, 20, generator=draw), "context": torch.randn(2, 20, generator=draw)}
+    )
+    both = arrays_from_bytes(data)
+    assert list(both) == ["adapted", "context"]
+    assert list(arrays_from_bytes(data, ["adapted"])) == ["adapted"]
+    for view in both:
+        assert np.array_equal(arrays_from_bytes(data, [view])[view], both[view])

@@ -1,0 +1,147 @@
+"""`icm show` names the same nearest tasks whether it reads all vectors or the file with their means."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from icmlora import Fleet
+from icmlora.fleet.map import known_means
+from icmlora.task_vectors.distances import Neighbour
+from icmlora.task_vectors.file import vectors_to_bytes
+from registry.records import NewVector
+from registry.store import Store
+from tests.icmlora.fleet.stores import blob_of, damage
+from tests.registry.examples import EXTRACTOR, new_store, offer
+
+TASKS = [f"task-{number}" for number in range(7)]
+
+
+@pytest.fixture
+def fleet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fleet:
+    """A fleet of seven tasks with vectors, of which any number is enough for a file."""
+    monkeypatch.setattr(known_means, "_FEWEST", 1)
+    with new_store(tmp_path / "store") as store:
+        for number, name in enumerate(TASKS):
+            add(store, name, number)
+    return Fleet(tmp_path / "store", cache=tmp_path / "cache")
+
+
+def add(store: Store, name: str, seed: int) -> None:
+    store.tasks.ingest([offer(store, name)])
+    give_vectors(store, name, seed)
+
+
+def give_vectors(store: Store, name: str, seed: int) -> None:
+    """Record vectors of one to four support sets."""
+    draw, sets = torch.Generator().manual_seed(seed), 1 + seed % 4
+    values = torch.randn(1, 8, generator=draw) + torch.randn(sets, 8, generator=draw) / 3
+    blob = store.blobs.put(vectors_to_bytes({"adapted": values}))
+    store.vectors.add([NewVector(name, "adapted", place, EXTRACTOR, blob, 8) for place in range(sets)])
+
+
+def means_file(fleet: Fleet) -> Path:
+    (path,) = (fleet.path.parent / "cache" / "means").iterdir()
+    return path
+
+
+def from_vectors(fleet: Fleet, task: str) -> tuple[Neighbour, ...]:
+    """Return the nearest tasks as somebody finds them who has no file."""
+    return Fleet(fleet.path, cache=fleet.path.parent / "none" / task).show(task).nearest
+
+
+def change(what: Callable[[Store], object]) -> Callable[[Fleet], None]:
+    def do(fleet: Fleet) -> None:
+        with Store.open(fleet.path) as store:
+            what(store)
+
+    return do
+
+
+CHANGES = {
+    "nothing": lambda fleet: None,
+    "a new task": change(lambda store: add(store, "new", 20)),
+    "two new tasks": change(lambda store: [add(store, name, seed) for name, seed in (("z", 21), ("b", 22))]),
+    "another name": lambda fleet: fleet.edit(["task-2"], name="other"),
+    "other vectors": change(lambda store: give_vectors(store, "task-3", 23)),
+    "a task is gone": lambda fleet: fleet.remove(["task-4"]),
+    "one comes and one goes": lambda fleet: (
+        change(lambda store: add(store, "c", 24))(fleet),
+        fleet.remove(["task-1"]),
+    ),
+    "exchanged": change(lambda store: [give_vectors(store, f"task-{one}", other) for one, other in ((2, 6), (6, 2))]),
+    "another model": change(lambda store: store.tasks.ingest([offer(store, "d", base_model="acme/other")])),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_the_nearest_tasks_are_those_of_all_vectors_whatever_changed(fleet: Fleet, name: str) -> None:
+    assert fleet.show("task-0").nearest == from_vectors(fleet, "task-0")
+    CHANGES[name](fleet)
+    for task in ("task-0", "task-5"):
+        shown = fleet.show(task).nearest
+        assert (shown, len(shown)) == (from_vectors(fleet, task), 5)
+
+
+def test_files_of_vectors_are_not_read_again(fleet: Fleet) -> None:
+    before = fleet.show("task-0")
+    other = blob_of(fleet, fleet.show("task-1").vectors[0].blob)
+    other.unlink()
+    assert fleet.show("task-0") == before
+    with Store.open(fleet.path) as store:
+        add(store, "new", 20)
+    assert "task-1" in {neighbour.task for task in ("task-0", "new") for neighbour in fleet.show(task).nearest}
+
+
+@pytest.mark.parametrize("how", ["damaged", "cut off", "empty", "another file", "without a field"])
+def test_a_file_that_is_not_as_it_was_written_is_made_again(fleet: Fleet, how: str) -> None:
+    before, path = fleet.show("task-0").nearest, means_file(fleet)
+    data = bytearray(path.read_bytes())
+    if how == "damaged":  # a bit of the first mean
+        with np.load(path) as found:
+            place = data.index(found["means"].tobytes())
+        data[place + 6] ^= 4
+    new = {"damaged": data, "cut off": data[:-40], "empty": b"", "another file": b"means"}
+    if how == "without a field":
+        np.savez(path, names=np.array(TASKS))
+    else:
+        path.write_bytes(new[how])
+    assert fleet.show("task-0").nearest == before
+    assert known_means.KnownMeans.read(path) is not None
+
+
+def test_a_task_whose_vectors_are_damaged_is_back_once_they_are_mended(fleet: Fleet) -> None:
+    path = blob_of(fleet, fleet.show("task-1").vectors[0].blob)
+    means_file(fleet).unlink()
+    whole = path.read_bytes()
+    damage(path)
+    assert fleet.show("task-0").nearest == from_vectors(fleet, "task-0")
+    path.write_bytes(whole)
+    near = fleet.show("task-0").nearest
+    assert near == Fleet(fleet.path, cache=fleet.path.parent / "later").show("task-0").nearest
+    assert len(known_means.KnownMeans.read(means_file(fleet)).names) == len(TASKS)  # type: ignore[union-attr]
+
+
+def test_a_row_that_is_damaged_later_has_no_part_in_what_is_shown(fleet: Fleet) -> None:
+    before = fleet.show("task-0").nearest
+    with closing(sqlite3.connect(fleet.path / "registry.db")) as connection, connection:
+        connection.execute("UPDATE task_vectors SET dim = dim + 1 WHERE task_id = 3")
+    assert fleet.show("task-0").nearest == before
+    assert from_vectors(fleet, "task-0") == ()
+
+
+def test_a_cache_that_cannot_be_written_costs_time_alone(fleet: Fleet) -> None:
+    (fleet.path.parent / "cache").write_bytes(b"no folder")
+    assert fleet.show("task-0").nearest == from_vectors(fleet, "task-0")
+
+
+def test_a_few_tasks_leave_no_file(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(known_means, "_FEWEST", 8)
+    assert len(fleet.show("task-0").nearest) == 5
+    assert not (fleet.path.parent / "cache").exists()
