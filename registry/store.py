@@ -24,13 +24,13 @@ from registry.storage.folder import (
     create_store,
     make_folders,
     prepare_folder,
-    restore_reserve,
     with_reserve,
 )
 from registry.storage.locks.flocks import FolderLock
 from registry.storage.locks.waiting import Patience
 from registry.storage.migrations import migrate
 from registry.storage.sqlite import SqliteDatabase
+from registry.storage.upkeep import FolderUpkeep
 
 if TYPE_CHECKING:
     from registry.errors import DamagedStore
@@ -77,7 +77,8 @@ class Store:
         self._lock = lock
         self._db = database
         self.blobs = Blobs(backend, database.must_write)
-        self._parts = paths, lock, database, self.blobs, on_damage
+        self._upkeep = FolderUpkeep(database, paths)
+        self._parts = self._upkeep, lock, database, self.blobs, on_damage
 
     @classmethod
     def open(
@@ -260,21 +261,21 @@ class Store:
         """
         from registry.storage.prune import prune
 
-        do = partial(prune, self._db, self.blobs, self.paths, grace=grace, is_precious=is_precious)
+        do = partial(prune, self._db, self.blobs, self._upkeep, grace=grace, is_precious=is_precious)
         do = partial(do, empty_quarantine=empty_quarantine, dry_run=dry_run)
         if dry_run:
             return do()
         self._db.must_write()
         with self._lock.exclusive():
-            report = with_reserve(self.paths, do)
-            restore_reserve(self.paths)
+            report = self._upkeep.run(do)
+            self._upkeep.after_deletion()
         return report
 
     def verify(self, *, read_data: bool = False, names: Sequence[str] = ()) -> Iterator[Finding]:
         """Yield what is wrong, as it is found; `read_data` also hashes every blob, `names` checks only these tasks."""
         from registry.verify import verify
 
-        return verify(self._db, self.blobs, self.paths, read_data=read_data, names=names)
+        return verify(self._db, self.blobs, self._upkeep, read_data=read_data, names=names)
 
     def repair(self) -> list[tuple[Finding, str]]:
         """Move damaged blobs to quarantine and return each with its new place."""
@@ -282,7 +283,7 @@ class Store:
 
         self._db.must_write()
         with self._lock.exclusive():
-            return repair(self._db, self.blobs, self.paths)
+            return repair(self._db, self.blobs, self._upkeep)
 
     def repair_rows(self) -> list[RowRepair]:
         """Correct rows of which one bit flipped, and return what became of each wrong row."""

@@ -21,11 +21,9 @@ from registry.schema import Adapter, Base, Blob, Document, Evaluation, TaskVecto
 from registry.storage.blobs.backend import Leftover
 from registry.storage.blobs.content import Blobs
 from registry.storage.database import Database
-from registry.storage.folder import StorePaths, files_in
-from registry.storage.kept import keep
 from registry.storage.locks.waiting import StoreLock
 from registry.storage.row_writer import in_parts, table_of
-from registry.storage.sqlite import SqliteDatabase
+from registry.storage.upkeep import Upkeep
 
 BlobColumn = InstrumentedAttribute[int] | InstrumentedAttribute[int | None]
 # Every column that refers to a blob.
@@ -88,9 +86,9 @@ def drop_unreferenced(lock: StoreLock, database: Database, blobs: Blobs, digests
 
 
 def prune(
-    database: SqliteDatabase,
+    database: Database,
     blobs: Blobs,
-    paths: StorePaths,
+    upkeep: Upkeep,
     *,
     grace: float | None = None,
     is_precious: Callable[[bytes], bool] = lambda start: False,
@@ -107,15 +105,15 @@ def prune(
     with database.read() as session:
         needed = set(session.scalars(select(Blob.digest).where(is_needed())))
     doomed = {blob.digest: blob.size for blob in blobs.all() if blob.digest not in needed and blob.modified <= newest}
-    left, precious = leftovers(blobs, paths), set[str]()
+    left, precious = leftovers(blobs, upkeep), set[str]()
     if empty_quarantine:
-        left += leftovers(blobs, paths, aside=True)
+        left += leftovers(blobs, upkeep, aside=True)
     else:
         precious = {digest for digest in doomed if is_precious(_start_of(blobs, digest))}
     temporary = [file for file in left if file.modified <= newest]
     if not dry_run:
         if doomed:
-            keep(database, paths)
+            upkeep.before_deletion()
         _delete_rows(database)
         failpoint("garbage-rows-gone")
         for digest in sorted(precious):
@@ -128,10 +126,10 @@ def prune(
     return PruneReport(len(doomed) - len(precious), len(temporary), freed, len(precious), aside)
 
 
-def leftovers(blobs: Blobs, paths: StorePaths, *, aside: bool = False) -> list[Leftover]:
-    """Return what killed commands left in the folder of a store and among its blobs; `aside`, what is in quarantine."""
-    own = files_in(paths.quarantine if aside else paths.tmp)  # mostly the same folder
-    return list({file.place: file for file in (*own, *blobs.leftovers(aside=aside))}.values())
+def leftovers(blobs: Blobs, upkeep: Upkeep, *, aside: bool = False) -> list[Leftover]:
+    """Return what killed commands left in a store and among its blobs; `aside`, what is in quarantine."""
+    found = (*upkeep.leftovers(aside=aside), *blobs.leftovers(aside=aside))  # mostly of the same folder
+    return list({file.place: file for file in found}.values())
 
 
 def _start_of(blobs: Blobs, digest: str) -> bytes:

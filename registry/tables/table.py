@@ -13,9 +13,9 @@ from registry.storage.sqlite import SqliteDatabase
 if TYPE_CHECKING:
     from registry.schema import Evaluation, TaskVector
     from registry.storage.blobs.content import Blobs
-    from registry.storage.folder import StorePaths
     from registry.storage.locks.waiting import StoreLock
     from registry.storage.row_writer import RowWriter
+    from registry.storage.upkeep import Upkeep
     from registry.store import OnDamage
 
 Record = TypeVar("Record")
@@ -26,13 +26,13 @@ class Table:
 
     def __init__(
         self,
-        paths: StorePaths,
+        upkeep: Upkeep,
         lock: StoreLock,
         database: SqliteDatabase,
         blobs: Blobs,
         on_damage: OnDamage | None = None,
     ) -> None:
-        self._paths, self._lock, self._db, self._blobs, self._on_damage = paths, lock, database, blobs, on_damage
+        self._upkeep, self._lock, self._db, self._blobs, self._on_damage = upkeep, lock, database, blobs, on_damage
 
     @contextmanager
     def _write(self) -> Iterator[RowWriter]:
