@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Self
 from registry import files as fs
 from registry.errors import StoreNotFound
 from registry.storage.blobs.content import Blobs
-from registry.storage.blobs.local import LocalBackend
+from registry.storage.blobs.place import blobs_of
 from registry.storage.folder import (
     StorePaths,
     check_format,
@@ -35,6 +36,7 @@ from registry.storage.upkeep import FolderUpkeep
 if TYPE_CHECKING:
     from registry.errors import DamagedStore
     from registry.storage.blobs.backend import BlobBackend
+    from registry.storage.blobs.cache import BlobCache
     from registry.storage.locks.waiting import StoreLock
     from registry.storage.prune import PruneReport
     from registry.storage.row_repair import RowRepair
@@ -71,12 +73,13 @@ class Store:
         database: SqliteDatabase,
         backend: BlobBackend,
         *,
+        cache: BlobCache | None = None,
         on_damage: OnDamage | None = None,
     ) -> None:
         self.paths = paths
         self._lock = lock
         self._db = database
-        self.blobs = Blobs(backend, database.must_write)
+        self.blobs = Blobs(backend, database.must_write, cache)
         self._upkeep = FolderUpkeep(database, paths)
         self._parts = self._upkeep, lock, database, self.blobs, on_damage
 
@@ -91,6 +94,8 @@ class Store:
         patience: Patience | None = None,
         command: str = "icm",
         backend: BlobBackend | None = None,
+        address: str | None = None,
+        cache: Callable[[], Path] | None = None,
         on_damage: OnDamage | None = None,
     ) -> Self:
         """Open a store and hold it, shared with others, until :meth:`close`.
@@ -102,7 +107,9 @@ class Store:
             lock_timeout: seconds to wait for other processes, in all.
             patience: what is left of these seconds, where the same command has other stores open.
             command: what this process does, for the message that others see.
-            backend: where the bytes are, if not in the store folder.
+            backend: where the bytes are, if not where the store says.
+            address: where a new store has its bytes, such as `s3://BUCKET/PREFIX`, if not in its folder.
+            cache: returns the folder in which copies of what is read from a remote place are kept.
             on_damage: called with the name of a task with wrong rows and what is wrong, where many tasks are read: the
                 others are read without it. By default that is an error.
 
@@ -123,15 +130,17 @@ class Store:
             if not paths.format.exists():
                 with lock.exclusive():
                     # Several processes may come here; the first one makes the store, the others find it.
-                    create_store(paths, database)
+                    create_store(paths, database, address)
             check_format(paths)
             if not read_only:
                 make_folders(paths)
             with_reserve(paths, lambda: migrate(database))  # a newer icm is often asked to empty a full disk
+            backend = backend or blobs_of(paths)
         except BaseException:
             lock.close()
             raise
-        return cls(paths, lock, database, backend or LocalBackend(paths), on_damage=on_damage)
+        copies = _copies_in(cache) if backend.is_remote and cache is not None else None
+        return cls(paths, lock, database, backend, cache=copies, on_damage=on_damage)
 
     @cached_property
     def listing(self) -> Summaries:
@@ -242,9 +251,11 @@ class Store:
         """
         from registry.usage import measure
 
-        return measure(
+        found = measure(
             self._db, self.blobs.sizes() if listed is None else listed, self.paths, has_wrong_rows=has_wrong_rows
         )
+        aside = sum(file.size for file in self.blobs.leftovers(aside=True)) if self.blobs.is_remote else 0
+        return replace(found, unreferenced=found.unreferenced + aside)
 
     def prune(
         self,
@@ -292,3 +303,9 @@ class Store:
         self._db.must_write()
         with self._lock.exclusive():
             return repair_rows(self._db, self.paths)
+
+
+def _copies_in(folder: Callable[[], Path]) -> BlobCache:
+    from registry.storage.blobs.cache import BlobCache  # most stores have their blobs at hand
+
+    return BlobCache(folder)

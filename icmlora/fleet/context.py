@@ -149,6 +149,7 @@ class Context:
             read_only=read_only,
             patience=self.patience or self.with_patience().patience,
             command=self.command,
+            cache=lambda: self.cache / "blobs",
             # Where nobody listens, a missing task would go unnoticed.
             on_damage=None if self.on_event is ignore else self._tell_damage,
         )

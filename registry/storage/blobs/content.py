@@ -186,6 +186,11 @@ class Blobs:
         return {blob.digest: blob.size for blob in self._backend.all()}
 
     @property
+    def is_remote(self) -> bool:
+        """Whether each call waits for a network."""
+        return self._backend.is_remote
+
+    @property
     def grace(self) -> float:
         """For how many seconds `icm prune` spares what was written, unless it is told another age."""
         return self._backend.grace
@@ -200,7 +205,7 @@ class Blobs:
         So are those that were written after `newest`; by default, those in a remote place that are within its grace.
         """
         if newest is None:
-            newest = self.now() - self.grace if self._backend.is_remote else math.inf
+            newest = self.now() - self.grace if self.is_remote else math.inf
         return sum(self._each(partial(self._backend.delete, newest=newest), list(digests)))
 
     def leftovers(self, *, aside: bool = False) -> Iterator[Leftover]:
@@ -217,7 +222,7 @@ class Blobs:
 
     def _each(self, call: Callable[[Item], T], items: Sequence[Item]) -> list[T]:
         """Return what `call` returns for each item, in order; where each waits for a network, several at a time."""
-        return _on_threads(call, items) if self._backend.is_remote else list(map(call, items))
+        return _on_threads(call, items) if self.is_remote else list(map(call, items))
 
     @contextmanager
     def _errors(self, digest: str) -> Iterator[None]:

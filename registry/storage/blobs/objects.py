@@ -79,30 +79,30 @@ class ObjectBackend:
     Args:
         store: A store of obstore, which begins at the prefix.
         url: What people call it.
+        owner: The number of the store whose blobs these are.
     """
 
     is_remote = True
     grace = 24 * 3600.0
 
-    def __init__(self, store: Any, url: str) -> None:
-        self._store, self._url = store, url.rstrip("/")
+    def __init__(self, store: Any, url: str, owner: str) -> None:
+        self._store, self._url, self._owner = store, url.rstrip("/"), owner
+        self._is_confirmed = False  # that it is the owner's
         self._ahead: float | None = None  # the server's time less this machine's count of seconds
 
-    def claim(self, owner: str) -> None:
-        """Make this the place of one store's blobs: two that shared it would prune each other's.
+    def claim(self) -> None:
+        """Make this the place of the store's blobs: two stores that shared it would prune each other's.
 
         Raises:
             NotAStore: It is another store's.
         """
-        with self._errors(_OWNER):
-            with suppress(AlreadyExistsError):
-                obstore.put(self._store, _OWNER, owner.encode(), mode="create", use_multipart=False)
-            found = bytes(obstore.get(self._store, _OWNER).bytes()).decode(errors="replace")
-        if found != owner:
-            raise NotAStore(f"{self._url} holds the blobs of another store", hint="name another bucket or prefix")
+        with self._errors(_OWNER), suppress(AlreadyExistsError):
+            obstore.put(self._store, _OWNER, self._owner.encode(), mode="create", use_multipart=False)
+        self._check_owner()
 
     def now(self) -> float:
         """Return the server's time, to a second; this machine's clock may be wrong, or jump."""
+        self._confirm()
         if self._ahead is None:
             self._send(_CLOCK, b"")
             # Servers cut the fraction off, and what was written in this very second is not to be younger than now.
@@ -118,6 +118,7 @@ class ObjectBackend:
     def put(self, digest: str, data: Bytes) -> bool:
         """Write an object, and return whether these bytes were not there. They are young afterwards."""
         name, mark = _name(digest), _mark_of(data)
+        self._confirm()
         with self._errors(name):
             found = self._status(name)
             is_there = found is not None and (found.size, found.mark) == (len(data), mark)
@@ -159,6 +160,7 @@ class ObjectBackend:
 
     def all(self) -> Iterator[BlobInfo]:
         """Yield every object that is named by a digest; those of a first digit once all of them are listed."""
+        self._confirm()
         with ThreadPoolExecutor(len(_DIGITS)) as pool:
             for found in pool.map(self._listed, _DIGITS):
                 yield from found
@@ -166,6 +168,7 @@ class ObjectBackend:
     def delete(self, digest: str, *, newest: float = math.inf) -> int:
         """Delete an object unless it has been written after `newest`."""
         name = _name(digest)
+        self._confirm()
         with self._errors(name):
             found = self._status(name)
             if found is None or found.modified > newest:
@@ -232,10 +235,24 @@ class ObjectBackend:
 
     def _missing(self, name: str) -> _Missing:
         """Return the error for an object that is missing; raise if its bucket is, for which servers say the same."""
-        if name != _OWNER and self._status(_OWNER) is None:
-            hint = "check the address, and that the bucket was not emptied"
-            raise StoreAway(f"there are no blobs of icm at {self._url}", path=self._url, hint=hint)
+        self._check_owner()
         return _Missing(f"{self._url}/{name}")
+
+    def _confirm(self) -> None:
+        """Make sure, once, that this is the place of the store's blobs."""
+        if not self._is_confirmed:
+            self._check_owner()
+            self._is_confirmed = True
+
+    def _check_owner(self) -> None:
+        with self._errors(_OWNER):
+            try:
+                found = bytes(obstore.get(self._store, _OWNER).bytes()).decode(errors="replace")
+            except FileNotFoundError:
+                hint = "check the address, and that the bucket was not emptied"
+                raise StoreAway(f"there are no blobs of icm at {self._url}", path=self._url, hint=hint) from None
+        if found != self._owner:
+            raise NotAStore(f"{self._url} holds the blobs of another store", hint="name another bucket or prefix")
 
     def _listed(self, digit: str) -> list[BlobInfo]:
         found = (
@@ -271,7 +288,7 @@ class ObjectBackend:
             raise StoreAway(f"{place}: {fact}", path=place, hint=hint) from None
 
 
-def connect(url: str) -> ObjectBackend:
+def connect(url: str, owner: str) -> ObjectBackend:
     """Return what keeps blobs at an address such as `s3://BUCKET/PREFIX`. Nothing is sent yet.
 
     Credentials are those that the environment has, or the machine, or the profile of `AWS_PROFILE` in ~/.aws.
@@ -294,7 +311,7 @@ def connect(url: str) -> ObjectBackend:
     backoff: Any = {"init_backoff": timedelta(seconds=0.1), "max_backoff": timedelta(seconds=5), "base": 2}
     retry: Any = {"max_retries": 1000, "retry_timeout": timedelta(seconds=_DEADLINE), "backoff": backoff}
     given: Any = config or None
-    return ObjectBackend(from_url(url, config=given, client_options=options, retry_config=retry), url)
+    return ObjectBackend(from_url(url, config=given, client_options=options, retry_config=retry), url, owner)
 
 
 def _profile() -> dict[str, str]:

@@ -39,8 +39,8 @@ def blobs(server: FaultyServer) -> Blobs:
     """A place of its own, reached through the faulty server."""
     from registry.storage.blobs.objects import connect
 
-    place = connect(f"s3://icm/{uuid4().hex}")
-    place.claim("these tests")
+    place = connect(f"s3://icm/{uuid4().hex}", "these tests")
+    place.claim()
     return Blobs(place)
 
 
@@ -142,8 +142,8 @@ def test_a_listing_that_is_not_whole_is_an_error(
 def test_a_bucket_that_is_away_is_not_taken_for_damage(server: FaultyServer, tmp_path: Path) -> None:
     from registry.storage.blobs.objects import connect
 
-    place = connect(f"s3://icm/{uuid4().hex}")
-    place.claim("these tests")
+    place = connect(f"s3://icm/{uuid4().hex}", "these tests")
+    place.claim()
     with Store.open(tmp_path / "store", create=True, backend=place) as store:
         ingest(store, "rust")
         before = list(place.all())

@@ -21,12 +21,12 @@ OWNER = "the store of these tests"
 pytestmark = pytest.mark.usefixtures("s3_environment")
 
 
-def new_place(url: str | None = None, owner: str | None = OWNER) -> ObjectBackend:
+def new_place(url: str | None = None, *, owner: str = OWNER, claimed: bool = True) -> ObjectBackend:
     from registry.storage.blobs.objects import connect
 
-    place = connect(f"s3://icm/{uuid4().hex}" if url is None else url)
-    if owner is not None:
-        place.claim(owner)
+    place = connect(f"s3://icm/{uuid4().hex}" if url is None else url, owner)
+    if claimed:
+        place.claim()
     return place
 
 
@@ -62,29 +62,32 @@ def test_objects_are_named_as_files_in_a_folder_are() -> None:
 def test_a_place_belongs_to_one_store() -> None:
     place = new_place()
     new_place(url_of(place))
-    with pytest.raises(NotAStore, match="another store"):
-        place.claim("another store")
+    other = new_place(url_of(place), owner="another store", claimed=False)
+    for use in (other.claim, other.now, lambda: list(other.all()), lambda: other.put(digest_of(b""), b"")):
+        with pytest.raises(NotAStore, match="another store"):
+            use()
 
 
 @pytest.mark.parametrize("bucket", ["icm", "no-such-bucket"])
 def test_where_nothing_of_icm_is_no_blob_is_called_missing(bucket: str) -> None:
-    place = new_place(f"s3://{bucket}/{uuid4().hex}", owner=None)
+    place = new_place(f"s3://{bucket}/{uuid4().hex}", claimed=False)
     for ask in (place.get, place.size, place.exists):
         with pytest.raises(StoreAway, match="no blobs of icm"):
             ask("ab" * 32)
 
 
 def test_a_bucket_that_is_gone_takes_no_bytes_and_lists_none() -> None:
-    place = new_place("s3://no-such-bucket/prefix", owner=None)
-    with pytest.raises(StoreAway, match="NoSuchBucket"):
-        list(place.all())
+    place = new_place("s3://no-such-bucket/prefix", claimed=False)
+    for use in (lambda: list(place.all()), lambda: place.put(digest_of(b""), b""), place.now):
+        with pytest.raises(StoreAway, match="no blobs of icm"):
+            use()
 
 
 def test_a_wrong_key_is_told_without_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
     url = url_of(new_place())
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "another-secret")
     with pytest.raises(StoreAway, match="403") as caught:
-        new_place(url, owner=None).put(digest_of(b""), b"")
+        new_place(url, claimed=False).put(digest_of(b""), b"")
     told = f"{caught.value} {caught.value.hint}"
     assert "credentials" in told
     assert "another-secret" not in told
