@@ -1,6 +1,6 @@
 """The bytes of all vectors of a task: their mean precisely, the differences of its support sets coarsely.
 
-    ICMT 3 | views (1) | length (4) | per view: which, sets, exponent, slope, two scales (8) | words | checksum (8)
+    ICMT 4 | views (1) | length (4) | per view: which, sets, exponent, slope, two scales (8) | words | checksum (8)
 
     sets ──cosine transform over the sets──▶ mean, differences ──one step──▶ integers
                                                `── of a later view: minus what the first view's mean predicts
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 Floats = NDArray[np.float64]
 
-_MAGIC = b"ICMT\x03"
+_MAGIC = b"ICMT\x04"
 _HEAD = struct.Struct("<BI")
 _VIEW = struct.Struct("<BBhhbb")
 _VIEWS: tuple[View, ...] = get_args(View)  # the order of views in a file, and their numbers

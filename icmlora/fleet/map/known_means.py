@@ -57,7 +57,7 @@ class KnownMeans:
             with path.open("rb") as stream, np.load(stream, allow_pickle=False) as found:
                 vectors = MeanVectors(found["means"], found["squares"], int(found["freedom"]))
                 return cls(tuple(found["names"].tolist()), vectors, tuple(found["rows"].tolist()), str(found["stamp"]))
-        except (OSError, ValueError, KeyError, EOFError, BadZipFile, NotImplementedError):
+        except (OSError, ValueError, KeyError, EOFError, BadZipFile, RuntimeError):  # the last says "encrypted"
             return None
 
     def write(self, path: Path) -> None:

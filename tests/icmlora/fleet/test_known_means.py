@@ -116,6 +116,18 @@ def test_a_file_that_is_not_as_it_was_written_is_made_again(fleet: Fleet, how: s
     assert known_means.KnownMeans.read(path) is not None
 
 
+def test_no_flipped_bit_of_the_file_is_believed(fleet: Fleet) -> None:
+    fleet.show("task-0")
+    path = means_file(fleet)
+    data, whole = path.read_bytes(), known_means.KnownMeans.read(path)
+    for place in range(0, len(data), 3):
+        flipped = bytearray(data)
+        flipped[place] ^= 1 << place % 8
+        path.write_bytes(flipped)
+        found = known_means.KnownMeans.read(path)
+        assert found is None or repr(found) == repr(whole)
+
+
 def test_a_task_whose_vectors_are_damaged_is_back_once_they_are_mended(fleet: Fleet) -> None:
     path = blob_of(fleet, fleet.show("task-1").vectors[0].blob)
     means_file(fleet).unlink()
