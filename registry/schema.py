@@ -27,6 +27,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from string import ascii_uppercase
 from typing import Any, ClassVar
 
 from sqlalchemy import (
@@ -53,7 +54,7 @@ from sqlalchemy.engine import Dialect
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import DeclarativeBase, Mapped, declared_attr, mapped_column, relationship
 from sqlalchemy.sql.compiler import SQLCompiler
-from sqlalchemy.sql.functions import GenericFunction
+from sqlalchemy.sql.functions import FunctionElement, GenericFunction
 from sqlalchemy.types import TypeDecorator, TypeEngine
 
 from registry import values
@@ -86,6 +87,58 @@ class Stored(TypeDecorator[Any]):
     def process_result_value(self, value: Any, dialect: Dialect) -> Any:
         """Turn what is stored into the value (SQLAlchemy's hook)."""
         return self.form.read(value)
+
+
+class NoCase(TypeDecorator[str]):
+    """A text that is compared without regard to the case of ASCII letters."""
+
+    impl: TypeEngine[Any] | type[TypeEngine[Any]] = String
+    cache_ok = True
+
+    def __init__(self, kind: TypeEngine[Any]) -> None:
+        super().__init__()
+        self.impl = self.kind = kind
+
+    class Comparator(TypeDecorator.Comparator[str]):
+        """Compares what `in_any_case` makes of the column (SQLAlchemy's hook)."""
+
+        def operate(self, op: Any, *other: Any, **options: Any) -> Any:
+            """Compare."""
+            return op(in_any_case(self.expr), *other, **options)
+
+    comparator_factory = Comparator
+
+
+class _Folded(TypeDecorator[str]):
+    """What a text without case is compared with."""
+
+    impl = String
+    cache_ok = True
+
+    def bind_processor(self, dialect: Dialect) -> Callable[[str | None], str | None] | None:
+        """Fold the case of ASCII letters, which SQLite does by itself (SQLAlchemy's hook)."""
+        return None if dialect.name == "sqlite" else lambda text_: text_ and text_.translate(_FOLDED)
+
+
+class in_any_case(FunctionElement[str]):  # noqa: N801  # as SQLAlchemy's functions are named
+    """A text as it is compared, and ordered by: in SQLite the column itself, whose collation does it."""
+
+    inherit_cache = True
+    type = _Folded()
+
+
+@compiles(in_any_case)
+def _itself(function: in_any_case, compiler: SQLCompiler, **options: Any) -> str:
+    return compiler.process(function.clauses, **options)
+
+
+@compiles(in_any_case, "postgresql")
+def _lower(function: in_any_case, compiler: SQLCompiler, **options: Any) -> str:
+    """Fold: the collation of the column knows ASCII letters only."""
+    return f"lower({compiler.process(function.clauses, **options)})"
+
+
+_FOLDED = {ord(letter): letter.lower() for letter in ascii_uppercase}
 
 
 class RowCheck(TypeDecorator[int]):
@@ -151,7 +204,7 @@ def value_of(text_: str | None, kind: type) -> Value:
 
 def stored_as(kind: TypeEngine[Any]) -> type:
     """Return the Python type of what a column stores."""
-    return (kind.kind if isinstance(kind, Stored) else kind).python_type
+    return (kind.kind if isinstance(kind, (Stored, NoCase)) else kind).python_type
 
 
 NEW_ROW = "new"
@@ -189,7 +242,7 @@ def _where(condition: str) -> dict[str, Any]:
 
 # SQLite's integers have as many bytes as they need.
 NUMBER = BigInteger().with_variant(Integer(), "sqlite")
-_NAME = String(collation="NOCASE").with_variant(String(collation="C"), "postgresql")
+_NAME = NoCase(String(collation="NOCASE").with_variant(String(collation="C"), "postgresql"))
 DIGEST = Stored(values.DIGEST, LargeBinary())
 MOMENT = Stored(values.MOMENT, NUMBER)
 PACKED = Stored(values.PACKED, LargeBinary())

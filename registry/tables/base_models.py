@@ -275,7 +275,7 @@ def _evicted(session: Session, generator: models.Generator) -> list[str]:
     query = select(models.Task.name).join(code, code.task_id == models.Task.id)
     query = query.join(adapter, adapter.task_id == models.Task.id).where(code.generator_id == generator.id)
     query = query.where(adapter.is_final, adapter.evicted_at.is_not(None))
-    return list(session.scalars(query.order_by(models.Task.name)))
+    return list(session.scalars(query.order_by(models.in_any_case(models.Task.name))))
 
 
 def _forget_derived(session: Session, tasks: Sequence[int]) -> tuple[list[str], int]:

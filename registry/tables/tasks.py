@@ -73,7 +73,7 @@ class Tasks(Summaries):
         task, vector = models.Task, models.TaskVector
         with self._db.read() as session:
             has_vectors = exists().where(vector.task_id == task.id)
-            return list(session.scalars(select(task.name).where(~has_vectors).order_by(task.name)))
+            return list(session.scalars(select(task.name).where(~has_vectors).order_by(models.in_any_case(task.name))))
 
     def origins(self) -> list[records.TaskOrigin]:
         """Return what every task is recognised by when its folder is met again, in order of names."""

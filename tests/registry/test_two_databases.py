@@ -7,16 +7,16 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
-from sqlalchemy import Connection, create_engine, delete, insert, inspect, select
+from sqlalchemy import ColumnElement, Connection, create_engine, delete, insert, inspect, select
 from sqlalchemy.exc import IntegrityError, ProgrammingError
 
 from registry import row_checks
 from registry import schema as models
 from registry.names import LOAD_IN
 from registry.row_checks import REFUSED, WrongRow, add_functions
-from registry.schema import Base
+from registry.schema import Base, in_any_case
 from registry.storage.postgres_checks import guard, install, seal
-from registry.storage.row_writer import table_of
+from registry.storage.row_writer import insert_into, table_of
 from registry.storage.sqlite import sqlite_of
 from tests.pg_server import new_database
 
@@ -77,6 +77,34 @@ def test_names_of_tasks_that_differ_in_case_are_one_name(connection: Connection)
     add_task(connection, "rust")
     with pytest.raises(IntegrityError, match="one_task_per_name"):
         add_task(connection, "Rust")
+
+
+def test_names_of_tasks_are_found_and_ordered_in_any_case(connection: Connection) -> None:
+    for name in ("sql", "Rust", "bash", "GRÖSSE"):
+        add_task(connection, name)
+    column = table_of(models.Task).c.name
+
+    def found(*conditions: ColumnElement[bool]) -> list[str]:
+        return list(connection.scalars(select(column).where(*conditions).order_by(in_any_case(column))))
+
+    assert found() == ["bash", "GRÖSSE", "Rust", "sql"]
+    assert found(column == "RUST") == ["Rust"]
+    assert found(column.in_(["SQL", "Bash", "none"])) == ["bash", "sql"]
+    assert found(column == "größe") == []  # letters of ASCII only, as in SQLite
+    assert found(column == "grÖsse") == ["GRÖSSE"]
+    assert found(column != "SQL", column > "BASH") == ["GRÖSSE", "Rust"]
+
+
+def test_rows_that_are_there_are_left_or_corrected(connection: Connection) -> None:
+    table = table_of(models.Blob)
+    known = {"digest": "ab" * 32, "size": 1}
+    for size in (1, 2):
+        connection.execute(insert_into(connection, table).values({**known, "size": size}).on_conflict_do_nothing())
+    assert connection.scalars(select(table.c.size)).all() == [1]
+    new = insert_into(connection, table)
+    statement = new.on_conflict_do_update(index_elements=["digest"], set_={"size": new.excluded["size"]})
+    connection.execute(statement, [{**known, "size": 3}, {"digest": "cd" * 32, "size": 4}])
+    assert connection.scalars(select(table.c.size).order_by(table.c.id)).all() == [3, 4]
 
 
 def test_of_many_generators_one_is_current(connection: Connection) -> None:
