@@ -8,6 +8,7 @@ from pathlib import Path
 from uuid import uuid4
 
 import pytest
+import torch
 
 from registry.errors import DamagedStore, NotAStore, StoreAway
 from registry.storage.blobs.place import blobs_of
@@ -115,6 +116,19 @@ def test_an_evicted_original_stays_for_a_day(store: Path, tmp_path: Path, icm: I
         assert opened.blobs.exists(weights)
         opened.prune(grace=0)
         assert not opened.blobs.exists(weights)
+
+
+def test_what_two_processes_would_check_one_checks(
+    store: Path, tmp_path: Path, icm: Icm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert icm("ingest", tmp_path / "loras", "--no-vectors").code == 0
+    train_store(store)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)  # a copy of this process could not reach the bucket
+    ran = icm("evict", "--max-error", "10", "--json")
+    assert ran.code == 0, ran.err
+    with Store.open(store) as opened:
+        assert len(opened.originals.evicted()) > 1
+    assert icm("verify", "--read-data").code == 0
 
 
 def test_two_stores_do_not_share_a_prefix(tmp_path: Path) -> None:

@@ -63,6 +63,11 @@ _RIGHTS_HINT = "check the credentials, and that they may read, write, list and d
 _AWAY_HINT = "try again when it can be reached; nothing that was not acknowledged is referred to"
 
 
+_forked: list[int] = []
+# The client's threads are not in the copy: whatever it is asked there would wait for ever.
+os.register_at_fork(after_in_child=lambda: _forked.append(os.getpid()))
+
+
 class _Missing(FileNotFoundError):
     """There is no such object, although its bucket is there."""
 
@@ -275,6 +280,9 @@ class ObjectBackend:
     def _errors(self, name: str) -> Iterator[None]:
         """Turn what obstore raises into errors of the store, but for a missing object."""
         place = f"{self._url}/{name}"
+        if _forked:
+            fact = f"{place} cannot be reached from a copy of a process that has used an object store"
+            raise StoreAway(fact, path=place, hint="begin the other process anew, not by a fork")
         try:
             yield
         except _Missing:

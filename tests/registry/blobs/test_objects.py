@@ -12,6 +12,7 @@ from registry.errors import NotAStore, StoreAway
 from registry.storage.blobs.backend import BlobBackend
 from registry.storage.blobs.content import Blobs, digest_of
 from registry.testing.blobs import BlobPromises
+from tests.registry.children import run
 from tests.s3_server import S3Server
 
 if TYPE_CHECKING:
@@ -127,6 +128,19 @@ def test_bytes_that_are_there_are_written_again_once_they_are_no_longer_young() 
     place.grace = -60.0  # all is old
     assert not place.put(digest, b"bytes")
     assert obstore.head(client, name)["last_modified"] >= first
+
+
+def test_a_copy_of_this_process_gets_an_error_and_does_not_wait_for_ever() -> None:
+    place = new_place()
+    digest = Blobs(place).put(b"bytes")
+
+    def use() -> None:
+        for other in (place, new_place(url_of(place), claimed=False)):
+            with pytest.raises(StoreAway, match="copy of a process"):
+                Blobs(other).read(digest)
+
+    assert run(use) == 0
+    assert Blobs(place).read(digest) == b"bytes"
 
 
 def test_what_else_is_in_the_bucket_is_no_blob() -> None:
