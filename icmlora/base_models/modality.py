@@ -224,10 +224,6 @@ class Modality(Protocol[Example, Item]):
         pairs = ((row, self.wanted(item)) for item, row in zip(items, rows, strict=True))
         return torch.stack([cross_entropy(row, wanted) for row, wanted in pairs if wanted is not None]).sum()
 
-    def pieces(self, item: Item, most: int) -> list[Item]:
-        """Cut a long text into pieces of `most` tokens, to be read one by one; what is no text stays whole."""
-        return [item]
-
     def wanted(self, item: Item) -> Sequence[int] | None:
         """Return the class that each of an item's last predictions should be, or `IGNORED` where it is not scored.
 

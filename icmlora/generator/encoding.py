@@ -35,10 +35,12 @@ from icmlora.generator.stack import stacked
 from icmlora.generator.tokenizing import tokenize
 from icmlora.generator.tokens import KindTokens, Modules, refuse_overflow, refuse_underflow
 from icmlora.generator.water_filling import WaterFilling
+from icmlora.io.threads import one_thread
 
 # Steps tried below and above the expected one, in eighths of an octave: 2^-16 of it is below what float32 resolves.
 _BELOW, _ABOVE = 16 * OCTAVE, 2 * OCTAVE
 _SMALL = 1 << 22  # parameters up to which the predictions of all kinds stay in memory during the search
+_SURE = 1.03  # for smaller ones: theory knows by how much the error grows in one step to about a hundredth
 _FINEST, _COARSEST = 1e-8, 0.95  # squared errors between which the steps for a size are tried
 _PART = 8  # of a larger adapter, every eighth module tells about which step is the coarsest
 _USUAL = 2.0  # eighths of an octave by which the step is above that of theory, usually: 1 to 3 of real adapters
@@ -97,7 +99,8 @@ def _search(
         at = cache(rounding(tokens, keeps_means=True).at)
         offset = _offset(limits, of_whole, at)
     expected = limits.expected_step(of_whole) + offset
-    return coarsest(math.floor(expected), limits, at, limits.enough(of_whole) if is_large else 1.0)
+    enough = limits.enough(of_whole) * (1.0 if is_large else _SURE)
+    return coarsest(math.floor(expected), limits, at, min(enough, 1.0))
 
 
 def encode_within(
@@ -110,7 +113,7 @@ def encode_within(
     """Encode one adapter in at most `size` bytes, with the finest step found; vectors (size,); see `Codec.encode`."""
     tokens, state, head = _prepared(codec, adapter, vectors, initial)
     is_small = sum(shape.parameters for shape in adapter.layout) <= _SMALL
-    at = Rounding(codec, tokens, state, head, keeps_means=is_small, is_plain_wanted=False, is_exact=True).at
+    at = Rounding(codec, tokens, state, head, keeps_means=is_small, is_plain_wanted=False, is_exact=False).at
     theory = WaterFilling(tokens, codec.sensitivity, state.subspace)
     low, high = (math.floor(Limits(tolerance=squared).expected_step(theory)) for squared in (_FINEST, _COARSEST))
     high += _ABOVE
@@ -141,10 +144,7 @@ def _prepared(
     tokens = tokenize(adapter, config, codec.sensitivity)
     refuse_overflow(tokens, config)
     refuse_underflow(tokens)
-    condition, subspace = codec.condition(vectors), codec.subspace(initial)
-    (latent,) = codec.net.posterior(stacked([tokens], by_kind=True), condition[None])
-    state = TaskState(condition, latent.round().clamp(-127, 127), subspace)
-    state = replace(state, subspace=replace(subspace, shifts=codec.quantizer.shifts(tokens, state)))
+    state = _state_of(codec, tokens, vectors, initial)
     shape = len(config.kinds), config.layers  # (K, L)
     head = CodeHead(
         step=0,
@@ -161,6 +161,17 @@ def _prepared(
     for module in adapter.layout:
         head.kept[config.place_of(module)] = 0
     return tokens, state, head
+
+
+@one_thread()
+def _state_of(
+    codec: Codec, tokens: Sequence[KindTokens], vectors: Mapping[str, torch.Tensor], initial: InitialA | None
+) -> TaskState:
+    """Return what the decoder knows of a task before it reads integers."""
+    condition, subspace = codec.condition(vectors), codec.subspace(initial)
+    (latent,) = codec.net.posterior(stacked([tokens], by_kind=True), condition[None])
+    state = TaskState(condition, latent.round().clamp(-127, 127), subspace)
+    return replace(state, subspace=replace(subspace, shifts=codec.quantizer.shifts(tokens, state)))
 
 
 def _checked(codec: Codec, adapter: Adapter, data: bytes, expected: float) -> Encoded:

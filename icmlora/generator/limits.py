@@ -9,6 +9,8 @@ from typing import Protocol
 from icmlora.generator.scales import OCTAVE
 from icmlora.generator.water_filling import WaterFilling
 
+_LARGE = 0.5  # squared error above which it grows more slowly than theory expects, as slots are left out
+
 
 class Measured(Protocol):
     """Anything whose errors are known."""
@@ -82,9 +84,11 @@ class Limits:
 
     def enough(self, theory: WaterFilling) -> float:
         """Return how much of the limits is used where theory expects the next coarser step to be beyond them."""
+        if self.least > _LARGE:
+            return 1.0
         step = theory.step(self.least / (1 + self.least))
-        error, following = theory.error(step), theory.error(step * 2.0 ** (1 / OCTAVE))
-        return error / following * (1 - following) / (1 - error) if following < 1 else 1.0
+        following = theory.error(step * 2.0 ** (1 / OCTAVE))
+        return theory.error(step) / following if following else 1.0
 
     def _pairs(self, encoded: Measured) -> list[tuple[float, float]]:
         """Return each limit of an error that is set, with the error that it is for."""

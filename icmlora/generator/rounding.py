@@ -33,7 +33,7 @@ _Parts = list[tuple[float, float]]  # squared error and squared norm of some mod
 _Stacked = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # shapes (modules, r, in), (modules, r, out), (modules, r)
 _Products = tuple[float, float, float]  # |dW|^2, <dW, dW'> and |dW'|^2 of some modules
 
-_AT_A_TIME = 1 << 19  # values that are rounded together: 2 MB
+_AT_A_TIME = 1 << 20  # values that are rounded together: 4 MB
 _WORTH_A_THREAD = 1 << 16  # inputs of a kind on average: of fewer, threads wait for each other longer than they work
 _STRONGEST = STRENGTHS  # a code is made at most twice as strong
 
@@ -105,7 +105,7 @@ class Rounding:
             means = self._means_of(tokens, gain, number)
             integers, keep, rebuilt = quantised(self._codec, tokens, self._state, step, gain, means)
             parts.append(integers)
-            rebuilt.outputs.mul_(keep[:, None])
+            rebuilt.outputs[~keep] = 0
             overlap, products = _products(tokens, rebuilt, self._dtype)
             overlaps.append(overlap)
             heavy.append(products)

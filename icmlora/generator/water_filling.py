@@ -12,6 +12,7 @@ from icmlora.generator.scales import OCTAVE
 from icmlora.generator.sensitivity import Sensitivity
 from icmlora.generator.stack import INPUTS, OUTPUTS
 from icmlora.generator.tokens import KindTokens, squared_norm
+from icmlora.io.threads import one_thread
 
 _PARTS = 16  # groups of channels of about equal weight, as the step need not be exact
 
@@ -19,6 +20,7 @@ _PARTS = 16  # groups of channels of about equal weight, as the step need not be
 class WaterFilling:
     """The variances of an adapter's coefficients."""
 
+    @one_thread()
     def __init__(self, tokens: Sequence[KindTokens], sensitivity: Sensitivity, subspace: InitialSubspace) -> None:
         parts = [_variances(group, side, sensitivity, subspace) for group in tokens for side in (INPUTS, OUTPUTS)]
         nothing = torch.zeros(0, dtype=torch.float64)
@@ -26,6 +28,7 @@ class WaterFilling:
         self._count = torch.cat([nothing, *(count for _, count in parts)])
         self._energy = squared_norm(tokens)
 
+    @one_thread()
     def step(self, tolerance: float) -> float:
         """Return the quantiser step whose expected squared error is `tolerance` (1 for an adapter of zeros).
 
@@ -41,7 +44,8 @@ class WaterFilling:
 
     def error(self, step: float) -> float:
         """Return the expected squared error of a quantiser step, as a share of the adapter's energy."""
-        return float((torch.clamp(self._variance, max=step * step / 12) * self._count).sum()) / self._energy
+        lost = float((torch.clamp(self._variance, max=step * step / 12) * self._count).sum())
+        return lost / self._energy if lost else 0.0
 
 
 def _variances(

@@ -32,7 +32,7 @@ from icmlora.generator.relaxed import RelaxedCode
 from icmlora.training.config import REFINE_STEPS
 from icmlora.training.teacher import Teacher, shortfalls
 
-_EFFECT_TEXTS = 8  # pieces of samples from which an adapter's whole effect, KL(p || base), is measured
+_EFFECT_TEXTS = 8  # samples from which an adapter's whole effect, KL(p || base), is measured
 WITHOUT_REFINE = "encode it without --refine"  # hint where a code cannot be refined
 _LEAST_EFFECT = 1e-6  # nats per token; an adapter with a smaller effect has none
 
@@ -48,10 +48,8 @@ class RefineConfig:
     price: float = 0.6
     # Weight of what the samples' own tokens lose, beside the divergence of all predictions.
     answers: float = 0.25
-    texts: int = 2  # pieces of samples per step
+    texts: int = 2  # samples per step
     tokens: int = 192  # tokens read from a sample
-    # Tokens of a piece: in the same time, more of the samples teach more than longer context does.
-    piece: int = 96
     # Samples to learn from: what is missing of them the adapted model writes itself, so a code needs no data.
     samples: int = 32
     seed: int = 0
@@ -114,9 +112,7 @@ def _refined(codes: Sequence[Refinable], base: BaseModel, config: RefineConfig) 
 
 
 def items_for(base: BaseModel, adapter: Adapter, samples: Sequence[Any], config: RefineConfig) -> list[Any]:
-    """Return what the code of an adapter is refined on: pieces of samples, and of what the adapted model writes.
-
-    It writes what is missing of `config.samples`.
+    """Return what the code of an adapter is refined on: samples, and where there are few what the adapted model writes.
 
     Raises:
         DataError: There is nothing, or the adapter has modules that cannot be refined.
@@ -130,11 +126,11 @@ def items_for(base: BaseModel, adapter: Adapter, samples: Sequence[Any], config:
             items += base.modality.written(base, items, config.samples - len(items), config.tokens, seed=config.seed)
     if not items:
         raise DataError("there is nothing to refine on", hint=f"give the task a samples.jsonl, or {WITHOUT_REFINE}")
-    return [piece for item in items for piece in base.modality.pieces(item, config.piece)]
+    return items
 
 
 def _batches(count: int, config: RefineConfig) -> Iterator[list[int]]:
-    """Yield the numbers of each step's items; every one is drawn once before any is drawn again."""
+    """Yield the numbers of each step's samples; every sample is drawn once before any is drawn again."""
     draw = torch.Generator().manual_seed(config.seed)
     waiting: list[int] = []
     while True:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -25,7 +24,6 @@ from icmlora.base_models.running.lora_hooks import Factors, added, added_by_rows
 from icmlora.io.devices import texts_at_once, uploaded
 
 KEPT = 128  # tokens stored of each distribution
-_ALIKE = 2  # texts of one length that a processor reads together: of 96 tokens, this takes 0.86 of the time
 _LEAST = 1e-6  # smallest probability of the rest, so that its logarithm is finite
 
 
@@ -68,9 +66,11 @@ class Teacher:
     def targets(self, numbers: Sequence[int]) -> list[Target]:
         """Return what the adapter predicts for some examples."""
         missing = [number for number in dict.fromkeys(numbers) if number not in self._targets]
-        items = [self._items[number] for number in missing]
-        with added(self._base.model, self._original):
-            for number, item, logits in zip(missing, items, _predictions(self._base, items), strict=True):
+        for some in _batches(missing, texts_at_once(self._base.device)):
+            items = [self._items[number] for number in some]
+            with added(self._base.model, self._original):
+                rows = self._base.modality.logits(self._base, items)  # (T, V) each
+            for number, item, logits in zip(some, items, rows, strict=True):
                 tokens = logits.topk(min(KEPT, logits.shape[-1] - 1), dim=-1).indices
                 wanted = _wanted(self._base, item, logits)
                 self._targets[number] = Target(item, tokens, wanted, _read(logits, tokens, wanted))
@@ -79,10 +79,12 @@ class Teacher:
     @torch.no_grad()
     def effect(self, most: int) -> float:
         """Return KL(adapter || base) in nats: the mean over the predictions of an example, over `most` examples."""
-        targets = self.targets(range(min(most, len(self))))
-        rows = _predictions(self._base, [target.item for target in targets])
-        reads = (_read(row, target.tokens, None) for target, row in zip(targets, rows, strict=True))
-        found = [_nats(target, read) / len(read.log_p) for target, read in zip(targets, reads, strict=True)]
+        found = []
+        for some in _batches(range(min(most, len(self))), texts_at_once(self._base.device)):
+            targets = self.targets(some)
+            rows = self._base.modality.logits(self._base, [target.item for target in targets])
+            reads = (_read(row, target.tokens, None) for target, row in zip(targets, rows, strict=True))
+            found += [_nats(target, read) / len(read.log_p) for target, read in zip(targets, reads, strict=True)]
         return float(torch.stack(found).mean())
 
 
@@ -100,8 +102,10 @@ def shortfalls(base: BaseModel, asked: Sequence[tuple[Teacher, Factors, Sequence
     several = [factors for _, factors, _ in asked]
     single = len(several) == 1
     with added(base.model, several[0]) if single else added_by_rows(base.model, several, len(items)):
-        # One task's texts need not go together.
-        rows = iter(list(_predictions(base, items)) if single else base.modality.logits(base, items))  # (T, V) each
+        # One task's texts need not go together: what suits the device takes no time over padding.
+        size = texts_at_once(base.device) if single else len(items)
+        batches = (base.modality.logits(base, some) for some in _batches(items, size))
+        rows = iter([row for batch in batches for row in batch])  # (T, V) each
     return [
         _shortfall([(target, _read(next(rows), target.tokens, target.wanted)) for target in of_task])
         for of_task in targets
@@ -115,15 +119,8 @@ def _shortfall(pairs: Sequence[tuple[Target, _Read]]) -> Shortfall:
     return Shortfall(nats / count, more / count)
 
 
-def _predictions(base: BaseModel, items: Sequence[Any]) -> Iterator[torch.Tensor]:
-    """Yield what the model predicts for each item, (T, V); as many are read together as suits the device."""
-    is_slowed_by_padding = base.device.type == "cpu"
-    for size, alike in groupby(items, key=lambda item: item.size if is_slowed_by_padding else 0):
-        some = list(alike)
-        # Texts of one length need no padding. Of what is no text, the size is 1 and says nothing of that.
-        at_once = _ALIKE if size > 1 else texts_at_once(base.device)
-        for start in range(0, len(some), at_once):
-            yield from base.modality.logits(base, some[start : start + at_once])
+def _batches(numbers: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+    return (numbers[start : start + size] for start in range(0, len(numbers), size))
 
 
 def _wanted(base: BaseModel, item: Any, logits: torch.Tensor) -> torch.Tensor | None:

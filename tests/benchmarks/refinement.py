@@ -70,13 +70,13 @@ def main() -> None:
         for task in options.tasks:
             tasks[task] = {case.name: case.refined(task) for case in cases}
             print(task, json.dumps(tasks[task]), flush=True)
-    document = {
-        "date": datetime.now(UTC).date().isoformat(),
-        "machine": describe_machine(),
-        "means": {case.name: _means([row[case.name] for row in tasks.values()]) for case in cases},
-        "tasks": tasks,
-    }
-    RESULT.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+            document = {
+                "date": datetime.now(UTC).date().isoformat(),
+                "machine": describe_machine(),
+                "means": {case.name: _means([row[case.name] for row in tasks.values()]) for case in cases},
+                "tasks": tasks,
+            }
+            RESULT.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")  # what is done is kept
     print(json.dumps(document["means"], indent=1))
 
 

@@ -133,12 +133,6 @@ class CausalLM(Modality[Any, "Scored"]):
 
         return next_token_logits(base, items, from_leaf=from_leaf)
 
-    def pieces(self, item: Scored, most: int) -> list[Scored]:
-        """Return pieces of `most` tokens, spread over the text, in which every token is scored."""
-        from icmlora.base_models.kinds.likelihood import pieces
-
-        return pieces(item, most)
-
     def wanted(self, item: Scored) -> list[int]:
         """Return the scored tokens; what is predicted after the last one is not scored."""
         return [*item.targets, IGNORED]

@@ -123,19 +123,6 @@ def _tokenize(tokenizer: PreTrainedTokenizerBase, example: Example, limit: int) 
     return Scored(ids, first) if len(ids) > first else None
 
 
-def pieces(item: Scored, most: int) -> list[Scored]:
-    """Cut a text into pieces of `most` tokens in which every token is scored; a shorter one stays as it is.
-
-    There are about as many as fit, from its beginning to its end, so they overlap or leave out a few tokens: all have
-    one length and can be read together without padding.
-    """
-    if item.size <= most:
-        return [item]
-    count, last = round(item.size / most), item.size - most
-    starts = [last * number // (count - 1) for number in range(count)] if count > 1 else [0]
-    return [Scored(item.ids[start : start + most], 1) for start in starts]
-
-
 def _chat_tokens(
     tokenizer: PreTrainedTokenizerBase, chat: Rendered, limit: int, *, whole: bool = False
 ) -> Scored | None:

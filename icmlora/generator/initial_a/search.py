@@ -12,9 +12,8 @@ Unrelated values have a cosine of about 1 / sqrt(n), so a seed that agrees six t
 from __future__ import annotations
 
 import math
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Iterator, Sequence
-from functools import lru_cache, partial
 from itertools import chain
 
 import numpy as np
@@ -34,6 +33,7 @@ _SURE = 6.0  # standard deviations of the cosine of unrelated values
 _RECENT = 16  # seeds found lately, which are tried first
 # Tables in memory, 10 MB each: one for each rank and width of modules, three for a Llama with all modules targeted.
 _TABLES = 16
+_Place = tuple[int, int]  # numbers that are drawn before, and how many are read
 _ROWS = 128  # of a table that are compared at a time: as floats they fit a processor's cache
 
 
@@ -43,7 +43,7 @@ class SeedSearch:
     def __init__(self, seeds: Sequence[int] = SEEDS) -> None:
         self._seeds = seeds
         self._recent: deque[int] = deque(maxlen=_RECENT)
-        self._table = lru_cache(_TABLES)(partial(_Table, seeds))
+        self._tables: OrderedDict[_Place, _Table] = OrderedDict()  # those used last come last
 
     def find(self, adapter: Adapter) -> InitialA | None:
         """Return where an adapter's initial A was drawn, None if no seed gives it."""
@@ -57,11 +57,24 @@ class SeedSearch:
 
     def _candidates(self, adapter: Adapter) -> Iterator[int]:
         """Yield the seeds under which some module can have been the first that PEFT made."""
-        for module in _first_layer(adapter.modules):
-            head = _head(module)
-            agreements = self._table(_before(module), len(head)).agreements(head)
+        heads = [(_before(module), _head(module)) for module in _first_layer(adapter.modules)]
+        tables = self._tables_at([(before, len(head)) for before, head in heads])
+        for (_, head), table in zip(heads, tables, strict=True):
+            agreements = table.agreements(head)
             for number in np.flatnonzero(agreements > _least(len(head))).tolist():
                 yield self._seeds[number]
+
+    def _tables_at(self, places: Sequence[_Place]) -> list[_Table]:
+        """Return the tables of some places; those that are not in memory are drawn together, from each seed once."""
+        missing = [place for place in dict.fromkeys(places) if place not in self._tables]
+        found = {place: _Table(draws) for place, draws in _draws(self._seeds, missing).items()}
+        tables = [found.get(place) or self._tables[place] for place in places]
+        for place, table in zip(places, tables, strict=True):
+            self._tables[place] = table
+            self._tables.move_to_end(place)
+        while len(self._tables) > _TABLES:
+            self._tables.popitem(last=False)
+        return tables
 
 
 def initial_under(adapter: Adapter, seed: int) -> InitialA | None:
@@ -70,22 +83,36 @@ def initial_under(adapter: Adapter, seed: int) -> InitialA | None:
     return InitialA(seed, found) if found else None
 
 
-def _draws(seeds: Sequence[int], offset: int, count: int) -> NDArray[np.int8]:
-    """Return the draws of every seed at one offset, in 127ths, shape (seeds, count)."""
-    seeds = seeds[: max(1, _MOST_DRAWS // (offset + count))]
-    table = np.empty((len(seeds), count), dtype=np.int8)
+def _draws(seeds: Sequence[int], places: Sequence[_Place]) -> dict[_Place, NDArray[np.int8]]:
+    """Return the draws of every seed at each place, in 127ths, shape (seeds, count)."""
+    sizes = {(begin, count): max(1, _MOST_DRAWS // (begin + count)) for begin, count in places}
+    tables = {place: np.empty((min(len(seeds), sizes[place]), place[1]), dtype=np.int8) for place in places}
     stream = UniformStream(0)
-    for row, seed in zip(table, seeds, strict=True):
-        stream.restart(seed)
-        row[:] = stream.read(offset, count) * 127
-    return table
+    for passed in _passes(places):
+        for number, seed in enumerate(seeds):
+            stream.restart(seed)
+            for place in passed:
+                if number < len(tables[place]):
+                    tables[place][number] = stream.read(*place) * 127
+    return tables
+
+
+def _passes(places: Sequence[_Place]) -> list[list[_Place]]:
+    """Divide places among as few passes through a stream as it takes to read forwards only."""
+    passes: list[list[_Place]] = []
+    for place in sorted(places):
+        fitting = (passed for passed in passes if sum(passed[-1]) <= place[0])
+        if (passed := next(fitting, None)) is None:
+            passes.append(passed := [])
+        passed.append(place)
+    return passes
 
 
 class _Table:
-    """The draws of every seed at one offset, and the length of each row of them."""
+    """The draws of every seed at one place, and the length of each row of them."""
 
-    def __init__(self, seeds: Sequence[int], offset: int, count: int) -> None:
-        self._draws = _draws(seeds, offset, count)
+    def __init__(self, draws: NDArray[np.int8]) -> None:
+        self._draws = draws
         self._lengths = np.concatenate([_lengths(block) for block in self._blocks()])
 
     def agreements(self, head: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from icmlora.base_models.examples.examples import Example
-from icmlora.base_models.kinds.likelihood import Scored, nll, pieces
+from icmlora.base_models.kinds.likelihood import nll
 from icmlora.base_models.modality import BaseModel, Score, retained_gain
 from icmlora.base_models.running.attach import adapted
 from icmlora.errors import DataError
@@ -87,14 +87,6 @@ def test_a_text_of_one_token_has_nothing_to_predict(base: BaseModel) -> None:
     assert nll(base.model, base.tokenizer, [Example("", "a"), TEXTS[0]]) == nll(base.model, base.tokenizer, TEXTS[:1])
     with pytest.raises(DataError, match="long enough"):
         nll(base.model, base.tokenizer, [Example("", "a")])
-
-
-@pytest.mark.parametrize(("size", "starts"), [(9, [0]), (14, [0]), (15, [0, 5]), (20, [0, 10]), (32, [0, 11, 22])])
-def test_a_long_text_is_cut_into_pieces_of_one_length_with_every_token_scored(size: int, starts: list[int]) -> None:
-    found = pieces(Scored(list(range(size)), 1), 10)
-    assert [item.ids[0] for item in found] == starts
-    assert {item.size for item in found} == {min(size, 10)}
-    assert all(item.count == item.size - 1 for item in found)
 
 
 def test_an_adapter_changes_the_loss_and_taking_it_off_restores_it_exactly(base: BaseModel, tmp_path: Path) -> None:

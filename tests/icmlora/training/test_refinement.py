@@ -144,14 +144,6 @@ def test_where_samples_are_few_the_adapted_model_writes_the_others(base: BaseMod
     assert all(item.ids[:8] in [one.ids[:8] for one in few] for item in items)
 
 
-def test_long_samples_are_read_in_pieces(base: BaseModel, adapter: Adapter) -> None:
-    whole = base.modality.prepare(base, plain(TEXTS), 48, whole=True)
-    items = items_for(base, adapter, plain(TEXTS), RefineConfig(samples=3, tokens=48, piece=12))
-    assert len(items) > len(TEXTS)
-    assert all(item.size <= 12 for item in items)
-    assert {token for item in whole for token in item.ids} == {token for item in items for token in item.ids}
-
-
 def test_without_samples_the_adapted_model_writes_all_of_them(base: BaseModel, adapter: Adapter) -> None:
     items = items_for(base, adapter, (), RefineConfig(samples=6, tokens=48))
     assert 0 < len(items) <= 6

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import pytest
 import torch
 
 from icmlora.adapter.model import Adapter
 from icmlora.base_models.examples.examples import plain
-from icmlora.base_models.kinds.causal_lm import CausalLM
-from icmlora.base_models.kinds.likelihood import Scored
 from icmlora.base_models.modality import BaseModel
 from icmlora.base_models.running.lora_hooks import Factors, added, factors_of
 from icmlora.fewshot.finetune import FinetuneConfig, finetune
@@ -70,25 +66,6 @@ def test_gradients_reach_the_other_factors(base: BaseModel, trained: Adapter) ->
     for part in (short.divergence, short.loss):
         gradients = torch.autograd.grad(part, [b for _, b in weak.values()], retain_graph=True)
         assert all(bool(gradient.any()) for gradient in gradients)
-
-
-def test_on_a_processor_texts_of_one_length_are_read_together_and_others_alone(
-    base: BaseModel, trained: Adapter, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    items = base.modality.prepare(base, plain(["one two", "two one", "third"]), 64, whole=True)
-    alone = Teacher(base, factors_of(trained), items)
-    wanted = [target.read.log_p for number in range(3) for target in alone.targets([number])]
-    logits, read = CausalLM.logits, []
-
-    def counted(modality: CausalLM, base: BaseModel, some: Sequence[Scored], **options: bool) -> list[torch.Tensor]:
-        read.append(len(some))
-        return logits(modality, base, some, **options)
-
-    monkeypatch.setattr(CausalLM, "logits", counted)
-    found = Teacher(base, factors_of(trained), items).targets(range(3))
-    assert read == [2, 1]
-    for target, log_p in zip(found, wanted, strict=True):
-        torch.testing.assert_close(target.read.log_p, log_p, atol=1e-5, rtol=1e-4)
 
 
 def losses(base: BaseModel, factors: Factors, items: list[object]) -> list[float]:
