@@ -86,7 +86,7 @@ lock: $(READY)  ## resolve requirements.lock again (torch stays out: see pyproje
 	@$(BIN)/python -c "from importlib.metadata import version; print('torch==' + version('torch'))" > $(VENV)/torch.txt
 	@$(BIN)/pip-compile --quiet --strip-extras --generate-hashes --unsafe-package torch --constraint $(VENV)/torch.txt \
 		--no-annotate --no-header --no-emit-index-url --no-emit-find-links --no-emit-options \
-		--extra dev --extra diffusion --extra parquet --extra plot --extra quantized --extra ray --extra serve --extra test --extra vision --output-file requirements.lock pyproject.toml
+		--extra dev --extra diffusion --extra parquet --extra plot --extra quantized --extra ray --extra serve --extra team --extra test --extra vision --output-file requirements.lock pyproject.toml
 
 example-fleet: $(READY)  ## train the adapters in docs/example-fleet again (about an hour on 2 cores)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.example_fleet

@@ -68,6 +68,10 @@ class StoreIOError(RegistryError):
     """The operating system failed a read or write of the store."""
 
 
+class StoreAway(RegistryError):
+    """The place of the blobs did not answer, or refused; unlike one bad file, this ends a command."""
+
+
 class DamagedStore(RegistryError):
     """The database or the folder is not as it was left."""
 

@@ -89,7 +89,7 @@ def passed(value: int | str | None) -> int | None:
 def add_functions(connection: sqlite3.Connection) -> None:
     """Give a connection the functions that make and compare checks."""
     connection.create_function("icm_check", -1, check_of, deterministic=True)
-    connection.create_function("icm_checked", -1, _checked, deterministic=True)
+    connection.create_function("icm_checked", -1, checked, deterministic=True)
 
 
 def check_of(table: str, *values: Value) -> int:
@@ -110,7 +110,7 @@ def _check_in(table: str, count: int) -> Callable[..., int]:
     return check
 
 
-def _checked(check: int | None, table: str, *values: Value) -> int | str | None:
+def checked(check: int | None, table: str, *values: Value) -> int | str | None:
     """Return the check value, or else which row it is wrong for."""
     if check == check_of(table, *values):
         return check
@@ -195,6 +195,11 @@ def find_wrong_rows(connection: Connection, tables: MetaData) -> Iterator[tuple[
     """Check every row, and every adapter's number of extras; yield what is wrong, and the task it is about if known."""
     for table in tables.sorted_tables:
         yield from ((fact, task) for fact, task in _wrong(connection, table, [owner_of(table)]))
+    yield from find_miscounted(connection)
+
+
+def find_miscounted(connection: Connection) -> Iterator[tuple[str, str]]:
+    """Yield which adapter does not have its number of extras, and its task."""
     for name, there, counted in connection.exec_driver_sql(_MISCOUNTED):
         yield f"an adapter of task {name} has {there} extras of {counted}", name
 
@@ -274,5 +279,6 @@ def owner_of(table: Table) -> str:
 
 
 _MISCOUNTED = """
-SELECT name, (SELECT count(*) FROM extras WHERE adapter_id = adapters.id) AS there, extra_count
-FROM adapters JOIN tasks ON tasks.id = task_id WHERE there != extra_count"""
+SELECT name, there, extra_count FROM (
+    SELECT task_id, extra_count, (SELECT count(*) FROM extras WHERE adapter_id = adapters.id) AS there FROM adapters
+) AS counted JOIN tasks ON tasks.id = task_id WHERE there != extra_count"""

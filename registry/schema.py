@@ -9,10 +9,10 @@
          └──n train_runs      documents: JSON values that many rows share, stored once
                  └──n run_codes
 
-A new store gets these tables. A change of them is a new schema: `registry.storage.database.MIGRATIONS` moves older
+A new store gets these tables. A change of them is a new schema: `registry.storage.migrations.MIGRATIONS` moves older
 stores forward to it. Each table ends with a check of the row: see `registry.row_checks`.
 
-Every task pays for its rows, so values are stored small:
+Every task pays for its rows, so values are stored small. PostgreSQL has the same columns with the same values:
 
     in Python                   in SQLite
     64 hexadecimal digits       DIGEST   32 bytes; also of a part of a digest
@@ -25,10 +25,14 @@ Every task pays for its rows, so values are stored small:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from string import ascii_uppercase
 from typing import Any, ClassVar
 
 from sqlalchemy import (
+    BigInteger,
+    ColumnClause,
     ColumnElement,
     Double,
     ForeignKey,
@@ -37,18 +41,25 @@ from sqlalchemy import (
     LargeBinary,
     String,
     UniqueConstraint,
+    and_,
     case,
+    column,
+    false,
     func,
     literal_column,
     text,
 )
+from sqlalchemy import cast as sql_cast
 from sqlalchemy.engine import Dialect
+from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import DeclarativeBase, Mapped, declared_attr, mapped_column, relationship
+from sqlalchemy.sql.compiler import SQLCompiler
+from sqlalchemy.sql.functions import FunctionElement, GenericFunction
 from sqlalchemy.types import TypeDecorator, TypeEngine
 
 from registry import values
 from registry.names import LOAD_IN
-from registry.row_checks import COLUMN, is_known_by_a_number, passed
+from registry.row_checks import COLUMN, Value, checked, is_known_by_a_number, passed
 from registry.values import Form
 
 
@@ -78,6 +89,58 @@ class Stored(TypeDecorator[Any]):
         return self.form.read(value)
 
 
+class NoCase(TypeDecorator[str]):
+    """A text that is compared without regard to the case of ASCII letters."""
+
+    impl: TypeEngine[Any] | type[TypeEngine[Any]] = String
+    cache_ok = True
+
+    def __init__(self, kind: TypeEngine[Any]) -> None:
+        super().__init__()
+        self.impl = self.kind = kind
+
+    class Comparator(TypeDecorator.Comparator[str]):
+        """Compares what `in_any_case` makes of the column (SQLAlchemy's hook)."""
+
+        def operate(self, op: Any, *other: Any, **options: Any) -> Any:
+            """Compare."""
+            return op(in_any_case(self.expr), *other, **options)
+
+    comparator_factory = Comparator
+
+
+class _Folded(TypeDecorator[str]):
+    """What a text without case is compared with."""
+
+    impl = String
+    cache_ok = True
+
+    def bind_processor(self, dialect: Dialect) -> Callable[[str | None], str | None] | None:
+        """Fold the case of ASCII letters, which SQLite does by itself (SQLAlchemy's hook)."""
+        return None if dialect.name == "sqlite" else lambda text_: text_ and text_.translate(_FOLDED)
+
+
+class in_any_case(FunctionElement[str]):  # noqa: N801  # as SQLAlchemy's functions are named
+    """A text as it is compared, and ordered by: in SQLite the column itself, whose collation does it."""
+
+    inherit_cache = True
+    type = _Folded()
+
+
+@compiles(in_any_case)
+def _itself(function: in_any_case, compiler: SQLCompiler, **options: Any) -> str:
+    return compiler.process(function.clauses, **options)
+
+
+@compiles(in_any_case, "postgresql")
+def _lower(function: in_any_case, compiler: SQLCompiler, **options: Any) -> str:
+    """Fold: the collation of the column knows ASCII letters only."""
+    return f"lower({compiler.process(function.clauses, **options)})"
+
+
+_FOLDED = {ord(letter): letter.lower() for letter in ascii_uppercase}
+
+
 class RowCheck(TypeDecorator[int]):
     """The column of the check value. Selecting it checks the row: one that fails raises `WrongRow`."""
 
@@ -93,15 +156,78 @@ class RowCheck(TypeDecorator[int]):
         """Select what the check says instead of the value (SQLAlchemy's hook)."""
         owner: Any = column.table
         others = [other for other in owner.c if other.name != COLUMN]
-        checked = func.icm_checked(column, literal_column(f"'{self.table}'"), *others, type_=self)
+        said = func.icm_checked(column, literal_column(f"'{self.table}'"), *others, type_=self)
         if not is_known_by_a_number(self.table):
-            return checked
+            return said
         # Most outer joins find no row. A number that is the key is the row's place: no flip makes it NULL.
-        return case((owner.c.id.is_(None), None), else_=checked)
+        return case((owner.c.id.is_(None), None), else_=said)
 
-    def result_processor(self, dialect: Dialect, coltype: object) -> Callable[[int | str | None], int | None]:
+    def result_processor(self, dialect: Dialect, coltype: object) -> Callable[[Any], int | None]:
         """Raise if the row failed (SQLAlchemy's hook that costs least: it is called for every row)."""
-        return passed
+        return passed if dialect.name == "sqlite" else _passed_as_texts
+
+
+class icm_checked(GenericFunction[Any]):  # noqa: N801  # SQLite's function has this name
+    """The check of a row: SQLite calls `registry.row_checks` for it, from others the row comes as texts."""
+
+    inherit_cache = True
+
+
+@compiles(icm_checked, "postgresql")
+def _as_texts(function: icm_checked, compiler: SQLCompiler, **options: Any) -> str:
+    """Select all values of a row, for `_passed_as_texts`; a row of this transaction may be without a check yet."""
+    from sqlalchemy.dialects.postgresql import array  # takes time, and SQLite needs none of it
+
+    check, table, *others = function.clauses
+    written_by: ColumnClause[Any] = column("xmin")
+    written_by.table = others[0].table
+    is_new = and_(check.is_(None), written_by == text("pg_current_xact_id_if_assigned()::xid"))
+    known = case((is_new, NEW_ROW), else_=sql_cast(check, String))
+    whole: Any = array([known, table, *map(as_text, others)])
+    return compiler.process(whole, **options)
+
+
+def as_text(value: ColumnElement[Any]) -> ColumnElement[str]:
+    """Return a value of PostgreSQL as text, from which `value_of` reads what SQLite would store."""
+    kind = stored_as(value.type)
+    if kind is bytes:
+        return func.encode(value, "hex", type_=String)
+    return sql_cast(sql_cast(value, Integer) if kind is bool else value, String)
+
+
+def value_of(text_: str | None, kind: type) -> Value:
+    """Return what SQLite stores for a value that `as_text` has made."""
+    if text_ is None:
+        return None
+    return bytes.fromhex(text_) if kind is bytes else (int if kind is bool else kind)(text_)
+
+
+def stored_as(kind: TypeEngine[Any]) -> type:
+    """Return the Python type of what a column stores."""
+    return (kind.kind if isinstance(kind, (Stored, NoCase)) else kind).python_type
+
+
+NEW_ROW = "new"
+"""Stands for the check of a row that was written in this transaction, and gets it before the commit."""
+
+
+@lru_cache
+def _kinds_of(table: str) -> tuple[type, ...]:
+    return tuple(stored_as(other.type) for other in Base.metadata.tables[table].c if other.name != COLUMN)
+
+
+def row_of(texts: Sequence[str | None]) -> tuple[str, list[Value]]:
+    """Return the table and the values of a row that comes as texts: its check, its table, and all other columns."""
+    table = str(texts[1])
+    return table, list(map(value_of, texts[2:], _kinds_of(table)))
+
+
+def _passed_as_texts(texts: Sequence[str | None] | None) -> int | None:
+    """Return the check of a row that comes as texts, or None if it has none yet; raise `WrongRow` if it fails."""
+    if texts is None or texts[0] == NEW_ROW:
+        return None
+    table, row = row_of(texts)
+    return passed(checked(None if texts[0] is None else int(texts[0]), table, *row))
 
 
 def choice(*words: str) -> Stored:
@@ -109,8 +235,16 @@ def choice(*words: str) -> Stored:
     return Stored(values.choice(*words), Integer())
 
 
+def _where(condition: str) -> dict[str, Any]:
+    """Return the options of an index that has only the rows for which a condition holds."""
+    return {"sqlite_where": text(condition), "postgresql_where": text(condition)}
+
+
+# SQLite's integers have as many bytes as they need.
+NUMBER = BigInteger().with_variant(Integer(), "sqlite")
+_NAME = NoCase(String(collation="NOCASE").with_variant(String(collation="C"), "postgresql"))
 DIGEST = Stored(values.DIGEST, LargeBinary())
-MOMENT = Stored(values.MOMENT, Integer())
+MOMENT = Stored(values.MOMENT, NUMBER)
 PACKED = Stored(values.PACKED, LargeBinary())
 WORDS = Stored(values.WORDS, String())
 SQUARED_ERROR = Stored(values.SQUARED_ERROR, Double())
@@ -121,7 +255,7 @@ _LAST = 1000  # among the columns of a table
 class Base(DeclarativeBase):
     """Declarative base of all tables."""
 
-    type_annotation_map: ClassVar[dict[Any, Any]] = {Any: PACKED}
+    type_annotation_map: ClassVar[dict[Any, Any]] = {Any: PACKED, int: NUMBER}
 
     @declared_attr
     def crc(cls) -> Mapped[int | None]:  # noqa: N805  # SQLAlchemy hands it the class
@@ -186,17 +320,20 @@ class Task(Base):
 
     id: Mapped[int] = mapped_column(primary_key=True)
     # Files of tasks must not collide where file systems ignore case.
-    name: Mapped[str] = mapped_column(String(collation="NOCASE"), unique=True)
+    name: Mapped[str] = mapped_column(_NAME, unique=True)
     base_model_id: Mapped[int] = mapped_column(ForeignKey("base_models.id"))
     samples_id: Mapped[int | None] = mapped_column(ForeignKey("blobs.id"))
     eval_id: Mapped[int | None] = mapped_column(ForeignKey("blobs.id"))
     created_at: Mapped[str] = mapped_column(MOMENT)
-    pinned: Mapped[bool] = mapped_column(server_default=text("0"))
+    pinned: Mapped[bool] = mapped_column(server_default=false())
     folder: Mapped[str]
     note: Mapped[str | None]
     tags: Mapped[tuple[str, ...]] = mapped_column(WORDS, nullable=True)
     # The label by which its adapters name the base model; NULL for the base model's own name.
     label_id: Mapped[int | None] = mapped_column(ForeignKey("base_labels.id"))
+
+    # SQLite compares the column without case.
+    __table_args__ = (Index("one_task_per_name", text("lower(name)"), unique=True).ddl_if(dialect="postgresql"),)
 
     base_model: Mapped[BaseModel] = relationship(lazy="joined", innerjoin=True)
     samples: Mapped[Blob | None] = relationship(lazy="joined", foreign_keys=[samples_id])
@@ -219,7 +356,7 @@ class Adapter(Base):
     source: Mapped[str | None]
     created_at: Mapped[str] = mapped_column(MOMENT)
     evicted_at: Mapped[str | None] = mapped_column(MOMENT)
-    is_generated: Mapped[bool] = mapped_column(server_default=text("0"))
+    is_generated: Mapped[bool] = mapped_column(server_default=false())
     initial_id: Mapped[int | None] = mapped_column(ForeignKey("blobs.id"))
     # A hash of its tensors, whatever else their file says; NULL for one that came in a bundle.
     tensors_key: Mapped[str | None] = mapped_column(DIGEST)
@@ -237,7 +374,7 @@ class Adapter(Base):
     __table_args__ = (
         # A plain unique constraint would let two rows without a step pass: NULLs are distinct.
         Index("one_row_per_adapter", "task_id", "weights_id", "config_id", text("coalesce(step, -1)"), unique=True),
-        Index("one_final_adapter", "task_id", unique=True, sqlite_where=text("is_final")),
+        Index("one_final_adapter", "task_id", unique=True, **_where("is_final")),
     )
 
 
@@ -301,7 +438,7 @@ class Generator(Base):
 
     __table_args__ = (
         UniqueConstraint("base_model_id", "version"),
-        Index("one_current_generator", "base_model_id", unique=True, sqlite_where=text("is_current")),
+        Index("one_current_generator", "base_model_id", unique=True, **_where("is_current")),
     )
 
 
@@ -324,9 +461,7 @@ class TrainRun(Base):
     weights: Mapped[Blob | None] = relationship(lazy="joined", foreign_keys=[weights_id])
     optimizer: Mapped[Blob | None] = relationship(lazy="joined", foreign_keys=[optimizer_id])
 
-    __table_args__ = (
-        Index("one_running_train_run", "base_model_id", unique=True, sqlite_where=text("state = 'running'")),
-    )
+    __table_args__ = (Index("one_running_train_run", "base_model_id", unique=True, **_where("state = 'running'")),)
 
 
 class RunCode(Base):

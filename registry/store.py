@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
@@ -17,22 +18,26 @@ from typing import TYPE_CHECKING, Self
 from registry import files as fs
 from registry.errors import StoreNotFound
 from registry.storage.blobs.content import Blobs
-from registry.storage.blobs.local import LocalBackend
-from registry.storage.database import Database, migrate
+from registry.storage.blobs.place import blobs_of
 from registry.storage.folder import (
     StorePaths,
     check_format,
     create_store,
     make_folders,
     prepare_folder,
-    restore_reserve,
     with_reserve,
 )
-from registry.storage.locks import FileLock, Patience
+from registry.storage.locks.flocks import FolderLock
+from registry.storage.locks.waiting import Patience
+from registry.storage.migrations import migrate
+from registry.storage.sqlite import SqliteDatabase
+from registry.storage.upkeep import FolderUpkeep
 
 if TYPE_CHECKING:
     from registry.errors import DamagedStore
     from registry.storage.blobs.backend import BlobBackend
+    from registry.storage.blobs.cache import BlobCache
+    from registry.storage.locks.waiting import StoreLock
     from registry.storage.prune import PruneReport
     from registry.storage.row_repair import RowRepair
     from registry.tables.base_models import BaseModels
@@ -53,8 +58,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Store"]
 
-GRACE_SECONDS = 3600.0
-
 
 class Store:
     """Rows and bytes of a fleet in one folder; see :meth:`open`.
@@ -66,20 +69,19 @@ class Store:
     def __init__(
         self,
         paths: StorePaths,
-        lock: FileLock,
-        database: Database,
+        lock: StoreLock,
+        database: SqliteDatabase,
         backend: BlobBackend,
         *,
-        patience: Patience,
-        command: str,
+        cache: BlobCache | None = None,
         on_damage: OnDamage | None = None,
     ) -> None:
-        self._patience, self._command = patience, command
         self.paths = paths
         self._lock = lock
         self._db = database
-        self.blobs = Blobs(backend, database.must_write)
-        self._parts = paths, lock, database, self.blobs, on_damage
+        self.blobs = Blobs(backend, database.must_write, cache)
+        self._upkeep = FolderUpkeep(database, paths)
+        self._parts = self._upkeep, lock, database, self.blobs, on_damage
 
     @classmethod
     def open(
@@ -92,6 +94,8 @@ class Store:
         patience: Patience | None = None,
         command: str = "icm",
         backend: BlobBackend | None = None,
+        address: str | None = None,
+        cache: Callable[[], Path] | None = None,
         on_damage: OnDamage | None = None,
     ) -> Self:
         """Open a store and hold it, shared with others, until :meth:`close`.
@@ -103,7 +107,9 @@ class Store:
             lock_timeout: seconds to wait for other processes, in all.
             patience: what is left of these seconds, where the same command has other stores open.
             command: what this process does, for the message that others see.
-            backend: where the bytes are, if not in the store folder.
+            backend: where the bytes are, if not where the store says.
+            address: where a new store has its bytes, such as `s3://BUCKET/PREFIX`, if not in its folder.
+            cache: returns the folder in which copies of what is read from a remote place are kept.
             on_damage: called with the name of a task with wrong rows and what is wrong, where many tasks are read: the
                 others are read without it. By default that is an error.
 
@@ -117,23 +123,24 @@ class Store:
             hint = "`icm ingest PATH` makes one; --store or ICM_STORE says where"
             raise StoreNotFound(f"there is no store at {path}", path=path, hint=hint)
         with fs.store_errors(paths.lock):
-            lock = FileLock(paths.lock, patience=patience, command=command, writable=not read_only)
+            lock = FolderLock(paths.lock, paths.job, patience=patience, command=command, writable=not read_only)
         try:
             lock.enter()
-            database = Database(paths.database, read_only=read_only, patience=patience, users=lock.users_of)
+            database = SqliteDatabase(paths.database, read_only=read_only, patience=patience, users=lock.users_of)
             if not paths.format.exists():
                 with lock.exclusive():
                     # Several processes may come here; the first one makes the store, the others find it.
-                    create_store(paths, database)
+                    create_store(paths, database, address)
             check_format(paths)
             if not read_only:
                 make_folders(paths)
             with_reserve(paths, lambda: migrate(database))  # a newer icm is often asked to empty a full disk
+            backend = backend or blobs_of(paths)
         except BaseException:
             lock.close()
             raise
-        where = paths, lock, database, backend or LocalBackend(paths)
-        return cls(*where, patience=patience, command=command, on_damage=on_damage)
+        copies = _copies_in(cache) if backend.is_remote and cache is not None else None
+        return cls(paths, lock, database, backend, cache=copies, on_damage=on_damage)
 
     @cached_property
     def listing(self) -> Summaries:
@@ -233,17 +240,8 @@ class Store:
         so nothing read before may be trusted inside the block.
         """
         self._db.must_write()
-        path = self.paths.job(base_model)
-        with fs.store_errors(path):
-            # The first job of a store makes the folder.
-            path.parent.mkdir(exist_ok=True)
-            lock = FileLock(path, patience=self._patience, command=self._command, subject=f"base model {base_model!r}")
-        try:
-            # Not reentrant: a job does not start another one.
-            lock.hold(shared=shared, without=self._lock)
+        with self._lock.job(base_model, shared=shared):
             yield
-        finally:
-            lock.close()
 
     def usage(self, listed: Mapping[str, int] | None = None, *, has_wrong_rows: bool = False) -> Usage:
         """Return the bytes on disk by what they are for; their total is what `du -b` says of the files.
@@ -253,39 +251,42 @@ class Store:
         """
         from registry.usage import measure
 
-        return measure(
+        found = measure(
             self._db, self.blobs.sizes() if listed is None else listed, self.paths, has_wrong_rows=has_wrong_rows
         )
+        aside = sum(file.size for file in self.blobs.leftovers(aside=True)) if self.blobs.is_remote else 0
+        return replace(found, unreferenced=found.unreferenced + aside)
 
     def prune(
         self,
         *,
-        grace: float = GRACE_SECONDS,
+        grace: float | None = None,
         is_precious: Callable[[bytes], bool] = lambda start: False,
         empty_quarantine: bool = False,
         dry_run: bool = False,
     ) -> PruneReport:
         """Delete blobs that no row refers to, and leftovers of killed commands, if older than `grace` seconds.
 
+        By default that is what the place of the blobs asks for: an hour, or a day if it is remote.
         Blobs that are precious, by their first bytes, go to quarantine, unless that is to be emptied as well.
         """
         from registry.storage.prune import prune
 
-        do = partial(prune, self._db, self.blobs, self.paths, grace=grace, is_precious=is_precious)
+        do = partial(prune, self._db, self.blobs, self._upkeep, grace=grace, is_precious=is_precious)
         do = partial(do, empty_quarantine=empty_quarantine, dry_run=dry_run)
         if dry_run:
             return do()
         self._db.must_write()
         with self._lock.exclusive():
-            report = with_reserve(self.paths, do)
-            restore_reserve(self.paths)
+            report = self._upkeep.run(do)
+            self._upkeep.after_deletion()
         return report
 
     def verify(self, *, read_data: bool = False, names: Sequence[str] = ()) -> Iterator[Finding]:
         """Yield what is wrong, as it is found; `read_data` also hashes every blob, `names` checks only these tasks."""
         from registry.verify import verify
 
-        return verify(self._db, self.blobs, self.paths, read_data=read_data, names=names)
+        return verify(self._db, self.blobs, self._upkeep, read_data=read_data, names=names)
 
     def repair(self) -> list[tuple[Finding, str]]:
         """Move damaged blobs to quarantine and return each with its new place."""
@@ -293,7 +294,7 @@ class Store:
 
         self._db.must_write()
         with self._lock.exclusive():
-            return repair(self._db, self.blobs, self.paths)
+            return repair(self._db, self.blobs, self._upkeep)
 
     def repair_rows(self) -> list[RowRepair]:
         """Correct rows of which one bit flipped, and return what became of each wrong row."""
@@ -302,3 +303,9 @@ class Store:
         self._db.must_write()
         with self._lock.exclusive():
             return repair_rows(self._db, self.paths)
+
+
+def _copies_in(folder: Callable[[], Path]) -> BlobCache:
+    from registry.storage.blobs.cache import BlobCache  # most stores have their blobs at hand
+
+    return BlobCache(folder)

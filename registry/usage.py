@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from registry.row_checks import is_right
-from registry.storage.database import Database
 from registry.storage.folder import StorePaths
+from registry.storage.sqlite import SqliteDatabase
 
 _OF_CURRENT = "generator_id IN (SELECT generators.id FROM generators WHERE is_current AND {right})"
 # Use -> a table, its columns that refer to blobs, and which rows; the first that refers to a blob has it.
@@ -55,7 +55,7 @@ class Usage:
         return sum(vars(self).values())
 
 
-def measure(database: Database, listed: Mapping[str, int], paths: StorePaths, *, has_wrong_rows: bool) -> Usage:
+def measure(database: SqliteDatabase, listed: Mapping[str, int], paths: StorePaths, *, has_wrong_rows: bool) -> Usage:
     """Add up the files of a store by use. What only a wrong row refers to counts as `unreferenced`.
 
     `listed` is digest -> bytes of every blob that is there.

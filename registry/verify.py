@@ -13,9 +13,9 @@ from registry.errors import DamagedStore, MissingBlob, StoreIOError
 from registry.schema import Adapter, Blob, Code, Extra, Generator, Task, TaskVector
 from registry.storage.blobs.content import Blobs
 from registry.storage.database import Damage, Database
-from registry.storage.folder import StorePaths
-from registry.storage.prune import BLOB_COLUMNS, BlobColumn, is_evictable, is_needed
+from registry.storage.prune import BLOB_COLUMNS, BlobColumn, is_evictable, is_needed, leftovers
 from registry.storage.row_writer import find_task
+from registry.storage.upkeep import Upkeep
 from registry.values import LEAST_GAIN, MOST_GAIN
 
 Kind = Literal["database", "dangling", "row", "missing", "length", "digest", "orphan", "leftover", "remark"]
@@ -64,7 +64,7 @@ class Finding:
 
 
 def verify(
-    database: Database, blobs: Blobs, paths: StorePaths, *, read_data: bool, names: Sequence[str] = ()
+    database: Database, blobs: Blobs, upkeep: Upkeep, *, read_data: bool, names: Sequence[str] = ()
 ) -> Iterator[Finding]:
     """Check the database, then each blob's presence and length, then (`read_data`) its bytes.
 
@@ -80,12 +80,12 @@ def verify(
         if finding is not None:
             yield finding
     if not names:
-        yield from _strays(blobs, paths, expected)
+        yield from _strays(blobs, upkeep, expected)
 
 
-def repair(database: Database, blobs: Blobs, paths: StorePaths) -> list[tuple[Finding, str]]:
+def repair(database: Database, blobs: Blobs, upkeep: Upkeep) -> list[tuple[Finding, str]]:
     """Move every blob whose bytes are wrong to quarantine; return each finding with the blob's new place."""
-    found = list(verify(database, blobs, paths, read_data=True))
+    found = list(verify(database, blobs, upkeep, read_data=True))
     named = [(finding, finding.digest) for finding in found if finding.digest is not None]
     # A blob of another length than a row says may be what it was, and the row wrong.
     damaged = [
@@ -111,9 +111,9 @@ def _check_database(database: Database) -> Iterator[Finding]:
         damage, named = [Damage("database", str(error))], []
     for found in damage:
         tasks = () if found.task is None else (found.task,)
-        yield Finding(found.kind, found.fact, str(database.path), tasks=tasks)
+        yield Finding(found.kind, found.fact, database.place, tasks=tasks)
     for kind, fact, name in named:
-        yield Finding(kind, fact, str(database.path), tasks=(name,))
+        yield Finding(kind, fact, database.place, tasks=(name,))
 
 
 def _expected(database: Database, names: Sequence[str]) -> dict[str, int]:
@@ -181,9 +181,10 @@ def _tasks_of(session: Session, digest: str) -> tuple[str, ...]:
     return tuple(sorted(names, key=str.lower))
 
 
-def _strays(blobs: Blobs, paths: StorePaths, expected: dict[str, int]) -> Iterator[Finding]:
+def _strays(blobs: Blobs, upkeep: Upkeep, expected: dict[str, int]) -> Iterator[Finding]:
     for blob in blobs.all():
         if blob.digest not in expected:
             yield Finding("orphan", f"no row needs blob {blob.digest}", blobs.place(blob.digest), blob.digest)
-    for path in sorted(paths.tmp.iterdir()):
-        yield Finding("leftover", f"{path.name} was left by a command that was killed", str(path))
+    for file in leftovers(blobs, upkeep):
+        name = file.place.rpartition("/")[2]
+        yield Finding("leftover", f"{name} was left by a command that was killed", file.place)

@@ -4,17 +4,22 @@ import gc
 import os
 import shutil
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
 from tests.rewriting import moved
+from tests.s3_server import CannotStart, S3Server, s3_server
 from tests.shared import built_once
 
 # Before anything imports torch: tiny tensors are slower on many threads, and parallel runs then share the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+# Promises that are shipped with the library are tests too.
+pytest.register_assert_rewrite("registry.testing")
 
 # Tests do not time things: an example is slow when the machine is busy, and that is no failure.
 # How many examples is said here alone. `--hypothesis-profile=thorough` tries new ones on every run (in CI the same).
@@ -151,3 +156,32 @@ def own_loras(trained: Path, mixed_template: Path, tmp_path: Path) -> Path:
 def started(started_template: Path, tmp_path: Path) -> Path:
     """The same store with a few-shot start."""
     return Path(shutil.copytree(started_template, tmp_path / "store"))
+
+
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """A real S3 server; what needs it says why it was skipped where there is none."""
+    pytest.importorskip("obstore", reason="obstore is not installed: pip install 'icm-lora[team]'")
+    try:
+        with s3_server(tmp_path_factory.mktemp("s3")) as server:
+            _make_bucket(server)
+            yield server
+    except CannotStart as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture
+def s3_environment(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the test find the server."""
+    for name, value in s3.environment.items():
+        monkeypatch.setenv(name, value)
+
+
+def _make_bucket(server: S3Server) -> None:
+    """Write the first object, which takes the server seconds."""
+    from registry.storage.blobs.objects import connect
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in server.environment.items():
+            patch.setenv(name, value)
+        connect("s3://icm/first", "tests").claim()

@@ -12,7 +12,9 @@ from icmlora.io.text import counted, human_size
 
 _UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
 
-OlderThanOpt = Annotated[str, option("--older-than AGE", "Delete only files older than this, such as 30m, 1h or 7d.")]
+OlderThanOpt = Annotated[
+    str | None, option("--older-than AGE", "Delete only files older than this, such as 30m or 7d; by default 1h.")
+]
 
 EmptyOpt = Annotated[
     bool, option("--empty-quarantine", "Delete what would be set aside too, and what was set aside before.")
@@ -22,7 +24,7 @@ EmptyOpt = Annotated[
 @command
 def prune(
     session: Session,
-    older_than: OlderThanOpt = "1h",
+    older_than: OlderThanOpt = None,
     empty_quarantine: EmptyOpt = False,
     dry_run: DryRunOpt = False,
     yes: YesOpt = False,
@@ -41,7 +43,8 @@ def prune(
     """
     from icmlora.fleet.tasks.verify import prune
 
-    out, context, grace = session.out, session.context, seconds(older_than)
+    out, context = session.out, session.context
+    grace = None if older_than is None else seconds(older_than)
     report = prune(context, grace=grace, empty_quarantine=empty_quarantine, dry_run=True)
     files = "file" if empty_quarantine else "temporary file"
     what = f"{counted(report.blobs, 'blob')} and {counted(report.temporary_files, files)}"

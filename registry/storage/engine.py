@@ -1,4 +1,4 @@
-"""SQLAlchemy on the connections of `registry.storage.database`: for whoever writes, and reads whole objects.
+"""SQLAlchemy on the connections of `registry.storage.sqlite`: for whoever writes, and reads whole objects.
 
 Importing it takes longer than most short commands, so the database imports this module when it is asked for the first
 time.
@@ -14,8 +14,8 @@ from sqlalchemy.pool import NullPool
 
 from registry.row_checks import guard
 from registry.schema import Base
-from registry.storage.database import WRITE, begin, connect, sqlite_of
-from registry.storage.locks import Patience
+from registry.storage.locks.waiting import Patience
+from registry.storage.sqlite import WRITE, begin, connect, sqlite_of
 
 
 def new_engine(path: Path, read_only: bool, patience: Patience, *, create: bool = False) -> Engine:

@@ -1,6 +1,7 @@
 """Where things are in a store folder.
 
-FORMAT            "icm store 2"; written last when a store is made, so it marks a whole one
+FORMAT            "icm store 2", or 3 with BLOBS; written last when a store is made, so it marks a whole one
+BLOBS             where the bytes are, if not in blobs/: see blobs/place.py
 registry.db       rows
 registry.db.kept  a copy of them, deflated, from before the last deletion: see `registry.storage.kept`
 registry.db.schema-8  the rows as an icm that has another format of codes left them, for that one to read
@@ -16,16 +17,23 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from registry import files as fs
 from registry.errors import DamagedStore, NotAStore, RegistryError, StoreFull, StoreTooNew
-from registry.storage.database import Database, migrate
+from registry.storage.blobs.place import settle
+from registry.storage.migrations import migrate
+from registry.storage.sqlite import SqliteDatabase
+
+if TYPE_CHECKING:
+    from registry.storage.blobs.backend import Leftover
 
 FORMAT_TEXT = "icm store 2\n"
+FAR_TEXT = "icm store 3\n"  # one whose blobs are elsewhere: an icm that does not know of that must not look for them
 
 _FORMAT = re.compile(rb"icm store [1-9][0-9]{0,5}\n")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -37,6 +45,7 @@ class StorePaths:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.format = root / "FORMAT"
+        self.place = root / "BLOBS"
         self.database = root / "registry.db"
         self.journal = root / "registry.db-journal"  # SQLite's own, of a commit that did not end
         self.kept = root / "registry.db.kept"
@@ -61,6 +70,21 @@ class StorePaths:
 def is_digest(text: str) -> bool:
     """Say whether `text` is a SHA-256 in the form the store uses."""
     return _DIGEST.fullmatch(text) is not None
+
+
+def files_in(folder: Path) -> Iterator[Leftover]:
+    """Yield the files of a folder in which there should be none."""
+    from registry.storage.blobs.backend import Leftover
+
+    for path in sorted(folder.iterdir()):
+        with suppress(FileNotFoundError):  # another process renamed or removed it
+            status = path.stat()
+            yield Leftover(str(path), status.st_size, status.st_mtime, partial(_remove, path))
+
+
+def _remove(path: Path) -> None:
+    with fs.store_errors(path):
+        fs.unlink(path)
 
 
 RESERVE_BYTES = 128 << 10
@@ -113,19 +137,24 @@ def check_place(root: Path) -> None:
         raise NotAStore(message, path=root, hint="name an empty or a new folder with --store")
 
 
-def create_store(paths: StorePaths, database: Database) -> None:
-    """Make the parts of a store, FORMAT last; a killed attempt is simply made again."""
+def create_store(paths: StorePaths, database: SqliteDatabase, address: str | None = None) -> None:
+    """Make the parts of a store, FORMAT last; a killed attempt is simply made again.
+
+    With an address, its blobs are there.
+    """
     if paths.format.exists():  # another process was faster
         return
     with fs.store_errors(paths.root):
         make_folders(paths)
         make_reserve(paths)
+        if address is not None:
+            settle(paths, address)
         migrate(database, create=True)
         fs.failpoint("store-before-format")
         # FORMAT last: a folder without it is an attempt that was killed, and is made again.
         temporary = paths.tmp / "FORMAT"
         fs.unlink(temporary)
-        fs.write_file(temporary, FORMAT_TEXT.encode(), 0o444)
+        fs.write_file(temporary, (FORMAT_TEXT if address is None else FAR_TEXT).encode(), 0o444)
         fs.replace(temporary, paths.format)
         fs.fsync_dir(paths.root)
         fs.fsync_dir(paths.root.parent)
@@ -145,7 +174,10 @@ def check_format(paths: StorePaths) -> None:
             text = file.read(64)
     except OSError as error:
         raise RegistryError(f"cannot read {paths.format}: {error.strerror}", path=paths.format) from error
-    if text == FORMAT_TEXT.encode():
+    if text in (FORMAT_TEXT.encode(), FAR_TEXT.encode()):
+        if (text == FAR_TEXT.encode()) != paths.place.exists():
+            hint = f"a store with the file BLOBS has the format {FAR_TEXT.strip()!r}, and no other"
+            raise DamagedStore(f"{paths.root} has lost its FORMAT or its BLOBS", path=paths.root, hint=hint)
         return
     known = FORMAT_TEXT.strip()
     if not _FORMAT.fullmatch(text):

@@ -17,14 +17,16 @@ from uuid import uuid4
 
 from registry import files as fs
 from registry.errors import DamagedStore, StoreFull, StoreIOError, StoreNotFound
-from registry.storage.database import Database, migrate, sqlite_of
 from registry.storage.folder import StorePaths, make_folders
-from registry.storage.locks import FileLock, Patience
+from registry.storage.locks.flocks import FileLock
+from registry.storage.locks.waiting import Patience
+from registry.storage.migrations import migrate
+from registry.storage.sqlite import SqliteDatabase, sqlite_of
 
 _MODE = 0o600
 
 
-def keep(database: Database, paths: StorePaths) -> None:
+def keep(database: SqliteDatabase, paths: StorePaths) -> None:
     """Keep a copy of all rows before some are deleted, once for each store that is opened; raise if any is wrong."""
     database.must_be_sound()
     if database.is_kept:
@@ -36,7 +38,7 @@ def keep(database: Database, paths: StorePaths) -> None:
     database.is_kept = True
 
 
-def set_aside(database: Database, paths: StorePaths) -> None:
+def set_aside(database: SqliteDatabase, paths: StorePaths) -> None:
     """Put a copy of a damaged database into quarantine, before it is repaired."""
     with fs.store_errors(paths.quarantine):
         with database.connection() as connection:
@@ -82,7 +84,7 @@ def _restore(paths: StorePaths, patience: Patience) -> str:
     with fs.store_errors(paths.database):
         make_folders(paths)
         _replace(temporary, content, paths)
-        copy = Database(temporary, read_only=False, patience=patience)
+        copy = SqliteDatabase(temporary, read_only=False, patience=patience)
         migrate(copy)
         copy.must_be_sound()
         aside = _place_aside(paths)

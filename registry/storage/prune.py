@@ -9,25 +9,21 @@ file stays. Evicted adapters, and the texts of evaluations, are referred to and 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 
 from sqlalchemy import ColumnElement, delete, exists, or_, select
 from sqlalchemy.orm import InstrumentedAttribute
 
-from registry import files as fs
 from registry.errors import MissingBlob
 from registry.files import failpoint
 from registry.schema import Adapter, Base, Blob, Document, Evaluation, TaskVector
+from registry.storage.blobs.backend import Leftover
 from registry.storage.blobs.content import Blobs
 from registry.storage.database import Database
-from registry.storage.folder import StorePaths
-from registry.storage.kept import keep
-from registry.storage.locks import FileLock
+from registry.storage.locks.waiting import StoreLock
 from registry.storage.row_writer import in_parts, table_of
+from registry.storage.upkeep import Upkeep
 
 BlobColumn = InstrumentedAttribute[int] | InstrumentedAttribute[int | None]
 # Every column that refers to a blob.
@@ -71,7 +67,7 @@ def evicted_files(database: Database, blobs: Blobs) -> list[str]:
     return [digest for digest in digests if blobs.exists(digest)]
 
 
-def drop_unreferenced(lock: FileLock, database: Database, blobs: Blobs, digests: Iterable[str]) -> None:
+def drop_unreferenced(lock: StoreLock, database: Database, blobs: Blobs, digests: Iterable[str]) -> None:
     """Delete the files of these blobs, and those of earlier calls that could not, unless a row refers to them."""
     blobs.unwanted.update(digests)
     if not blobs.unwanted:
@@ -92,9 +88,9 @@ def drop_unreferenced(lock: FileLock, database: Database, blobs: Blobs, digests:
 def prune(
     database: Database,
     blobs: Blobs,
-    paths: StorePaths,
+    upkeep: Upkeep,
     *,
-    grace: float,
+    grace: float | None = None,
     is_precious: Callable[[bytes], bool] = lambda start: False,
     empty_quarantine: bool = False,
     dry_run: bool = False,
@@ -104,29 +100,36 @@ def prune(
     A blob that `is_precious`, by its first bytes, is moved to quarantine instead, unless that is to be emptied as well.
     """
     database.must_be_sound()
-    newest = time.time() - grace  # young files may be another writer's, where file locks do not lock
+    # Young files may be another writer's, where locks do not lock.
+    newest = blobs.now() - (blobs.grace if grace is None else grace)
     with database.read() as session:
         needed = set(session.scalars(select(Blob.digest).where(is_needed())))
     doomed = {blob.digest: blob.size for blob in blobs.all() if blob.digest not in needed and blob.modified <= newest}
-    temporary, precious = _older(paths.tmp, newest), set[str]()
+    left, precious = leftovers(blobs, upkeep), set[str]()
     if empty_quarantine:
-        temporary |= _older(paths.quarantine, newest)
+        left += leftovers(blobs, upkeep, aside=True)
     else:
         precious = {digest for digest in doomed if is_precious(_start_of(blobs, digest))}
+    temporary = [file for file in left if file.modified <= newest]
     if not dry_run:
         if doomed:
-            keep(database, paths)
+            upkeep.before_deletion()
         _delete_rows(database)
         failpoint("garbage-rows-gone")
         for digest in sorted(precious):
             blobs.quarantine(digest)
-        blobs.delete(digest for digest in doomed if digest not in precious)
-        with fs.store_errors(paths.tmp):
-            for path in temporary:
-                fs.unlink(path)
+        blobs.delete((digest for digest in doomed if digest not in precious), newest=newest)
+        for file in temporary:
+            file.remove()
     aside = sum(doomed[digest] for digest in precious)
-    freed = sum(doomed.values()) + sum(temporary.values()) - aside
+    freed = sum(doomed.values()) + sum(file.size for file in temporary) - aside
     return PruneReport(len(doomed) - len(precious), len(temporary), freed, len(precious), aside)
+
+
+def leftovers(blobs: Blobs, upkeep: Upkeep, *, aside: bool = False) -> list[Leftover]:
+    """Return what killed commands left in a store and among its blobs; `aside`, what is in quarantine."""
+    found = (*upkeep.leftovers(aside=aside), *blobs.leftovers(aside=aside))  # mostly of the same folder
+    return list({file.place: file for file in found}.values())
 
 
 def _start_of(blobs: Blobs, digest: str) -> bytes:
@@ -185,14 +188,3 @@ def _delete_rows(database: Database) -> None:
                 is_read = or_(*(exists().where(column == Document.id) for column in columns))
                 session.execute(delete(Document).where(~is_read))
                 return
-
-
-def _older(folder: Path, newest: float) -> dict[Path, int]:
-    """Return path -> length of the files that were there before a time, in seconds since 1970."""
-    found: dict[Path, int] = {}
-    for path in sorted(folder.iterdir()):
-        with suppress(FileNotFoundError):  # during a dry run, another process renamed or removed it
-            state = path.stat()
-            if state.st_mtime <= newest:
-                found[path] = state.st_size
-    return found

@@ -20,9 +20,9 @@ from sqlalchemy.exc import IntegrityError
 from registry.errors import DamagedStore
 from registry.row_checks import COLUMN, Value, check_of, columns_of, name_of, owner_of
 from registry.schema import Base
-from registry.storage.database import Database, sqlite_of
 from registry.storage.folder import StorePaths
 from registry.storage.kept import set_aside
+from registry.storage.sqlite import SqliteDatabase, sqlite_of
 
 _COPY = "temp.being_repaired"
 _NONE = "no change of a single bit makes its check right"
@@ -51,7 +51,7 @@ class RowRepair:
     problem: str | None = None
 
 
-def repair_rows(database: Database, paths: StorePaths) -> list[RowRepair]:
+def repair_rows(database: SqliteDatabase, paths: StorePaths) -> list[RowRepair]:
     """Correct what can be corrected, and return what became of each wrong row; a copy goes to quarantine before."""
     if database.is_sound():
         return []

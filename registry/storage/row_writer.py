@@ -11,10 +11,9 @@ import hashlib
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from sqlalchemy import ColumnElement, Connection, Table, select
-from sqlalchemy.dialects.sqlite import insert
 from sqlalchemy.orm import Session
 
 from registry import records
@@ -23,6 +22,9 @@ from registry.errors import TaskNotFound
 from registry.schema import BaseModel, Blob, Document
 from registry.storage.blobs.content import Blobs
 from registry.values import compact_json
+
+if TYPE_CHECKING:
+    from sqlalchemy.dialects.sqlite import Insert
 
 T = TypeVar("T")
 
@@ -146,7 +148,7 @@ class RowNumbers:
 
     def blobs(self, digests: Iterable[str]) -> dict[str, int]:
         """Return digest -> number; raise `MissingBlob` if the store does not have the bytes."""
-        rows = {digest: {"size": self._files.size(digest)} for digest in sorted(set(digests))}
+        rows = {digest: {"size": size} for digest, size in self._files.sizes_of(digests).items()}
         # An imported bundle may have said something else of the size of bytes that were not here.
         return self._numbers(table_of(models.Blob), "digest", rows, corrected="size")
 
@@ -167,7 +169,7 @@ class RowNumbers:
         """Insert the rows that are not in the table, correct one column of the others, return the number of each."""
         if not rows:
             return {}
-        statement = insert(table)
+        statement = insert_into(self._connection, table)
         if corrected is None:
             statement = statement.on_conflict_do_nothing(index_elements=[key])
         else:
@@ -180,6 +182,17 @@ class RowNumbers:
             query = select(table.c[key], table.c.id).where(table.c[key].in_(names))
             found |= {row[0]: row[1] for row in self._connection.execute(query)}
         return found
+
+
+def insert_into(connection: Connection, table: Table) -> Insert:
+    """Return a statement that inserts rows, and may say what happens where one is there already."""
+    if connection.dialect.name == "sqlite":
+        from sqlalchemy.dialects import sqlite
+
+        return sqlite.insert(table)
+    from sqlalchemy.dialects import postgresql
+
+    return cast("Insert", postgresql.insert(table))
 
 
 def task_named(session: Session, name: str) -> models.Task | None:

@@ -21,7 +21,6 @@ from registry import records
 from registry import schema as models
 from registry.errors import BaseModelConflict, LastCopy
 from registry.names import UNKNOWN_BASE, LoadIn
-from registry.storage.folder import with_reserve
 from registry.storage.row_writer import RowWriter, in_parts, table_of
 from registry.tables.generators import find_current
 from registry.tables.runs import finish_run
@@ -92,7 +91,7 @@ class BaseModels(Table):
                 row = RowWriter(session, self._blobs).base_model(name)
                 row.fingerprint, row.shape = fingerprint, dict(shape)
 
-        with_reserve(self._paths, write)
+        self._upkeep.run(write)
 
     def join(
         self, name: str, labels: Sequence[str], *, reason: records.JoinReason = "told", keep: str | None = None
@@ -276,7 +275,7 @@ def _evicted(session: Session, generator: models.Generator) -> list[str]:
     query = select(models.Task.name).join(code, code.task_id == models.Task.id)
     query = query.join(adapter, adapter.task_id == models.Task.id).where(code.generator_id == generator.id)
     query = query.where(adapter.is_final, adapter.evicted_at.is_not(None))
-    return list(session.scalars(query.order_by(models.Task.name)))
+    return list(session.scalars(query.order_by(models.in_any_case(models.Task.name))))
 
 
 def _forget_derived(session: Session, tasks: Sequence[int]) -> tuple[list[str], int]:

@@ -50,7 +50,8 @@ class Codes(Table):
         """Return all codes of a generator, by task name."""
         code = models.Code
         with self._db.read() as session:
-            query = select(code).join(code.task).where(code.generator_id == generator_id).order_by(models.Task.name)
+            query = select(code).join(code.task).where(code.generator_id == generator_id)
+            query = query.order_by(models.in_any_case(models.Task.name))
             return [code_record(row) for row in session.scalars(query)]
 
     def add(self, generator_id: int, codes: Sequence[records.NewCode]) -> list[records.CodeRecord]:

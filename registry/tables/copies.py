@@ -15,13 +15,12 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, func, select
 from sqlalchemy import Table as SqlTable
-from sqlalchemy.dialects.sqlite import insert
 from sqlalchemy.orm import Session
 
 from registry import schema as models
 from registry.errors import BaseModelConflict, GeneratorConflict, TaskConflict
 from registry.row_checks import COLUMN
-from registry.storage.row_writer import RowWriter, document_row, find_task, table_of, task_named
+from registry.storage.row_writer import RowWriter, document_row, find_task, insert_into, table_of, task_named
 from registry.tables.generators import find_current
 from registry.tables.table import Table
 
@@ -270,7 +269,8 @@ class _Writer:
         stored = {name: value for name, value in stored.items() if name not in _OWN}
         if table is _OF_TASK[0]:  # the table has no rowids, so nobody else numbers its rows
             stored["id"] = 1 + (self._session.scalar(select(func.max(table.c.id))) or 0)
-        statement = insert(table).values(stored).on_conflict_do_nothing()
+        new = insert_into(self._session.connection(), table)
+        statement = new.values(stored).on_conflict_do_nothing()
         if "id" not in table.columns or table is _OF_TASK[0]:
             written = self._session.execute(statement.returning(*table.primary_key.columns)).first()
             self.count += written is not None

@@ -39,7 +39,8 @@ class Evaluations(Table):
         evaluation = models.Evaluation
         with self._db.read() as session:
             query = select(evaluation).join(evaluation.task).join(evaluation.data)
-            query = query.order_by(models.Task.name, models.Blob.digest, evaluation.rung, evaluation.id)
+            name = models.in_any_case(models.Task.name)
+            query = query.order_by(name, models.Blob.digest, evaluation.rung, evaluation.id)
             if task is not None:
                 query = query.where(evaluation.task_id == find_task(session, task).id)
             return [evaluation_record(row) for row in session.scalars(query)]

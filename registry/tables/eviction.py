@@ -16,8 +16,6 @@ from registry import schema as models
 from registry.errors import DamagedBlob, LastCopy, StoreIOError
 from registry.files import failpoint
 from registry.records import AdapterRecord, EvictedAdapter, Eviction
-from registry.storage.folder import restore_reserve, with_reserve
-from registry.storage.kept import keep
 from registry.storage.prune import drop_evicted, evicted_files
 from registry.storage.row_writer import find_final, find_task, in_parts, utc_now
 from registry.tables import ingest as known_tasks
@@ -76,9 +74,9 @@ class Originals(Table):
             return drop_evicted(self._db, self._blobs, digests)
 
         with self._lock.exclusive():
-            keep(self._db, self._paths)
-            freed = with_reserve(self._paths, delete)
-            restore_reserve(self._paths)
+            self._upkeep.before_deletion()
+            freed = self._upkeep.run(delete)
+            self._upkeep.after_deletion()
         return freed
 
     def _check(self, digest: str) -> None:

@@ -20,7 +20,7 @@ from registry.names import UNKNOWN_BASE, check_name, is_bundle_source
 from registry.records import Description, EvictedAdapter, description_of
 from registry.row_checks import COLUMN
 from registry.storage.blobs.content import Blobs
-from registry.storage.row_writer import RowNumbers, in_parts, same_names, table_of, utc_now
+from registry.storage.row_writer import RowNumbers, in_parts, insert_into, same_names, table_of, utc_now
 from registry.tables.base_models import find_labels, names_of
 from registry.to_records import task_folder, unusual_source, usual_source
 
@@ -71,7 +71,7 @@ def task_origins(connection: Connection) -> list[records.TaskOrigin]:
     query = _adapters(
         *(_TASKS.c.name, _TASKS.c.folder, _ADAPTERS.c.source, _ADAPTERS.c.step, _ADAPTERS.c.is_final),
         *(_WEIGHTS.c.digest, _WEIGHTS.c.size, _CONFIGS.c.digest, _ADAPTERS.c.tensors_key),
-    ).order_by(_TASKS.c.name, _ADAPTERS.c.is_final.desc(), _ADAPTERS.c.id)
+    ).order_by(models.in_any_case(_TASKS.c.name), _ADAPTERS.c.is_final.desc(), _ADAPTERS.c.id)
     origins: dict[str, records.TaskOrigin] = {}
     for name, folder, source, step, is_final, digest, size, config_digest, key, *_ in connection.execute(query):
         place = usual_source(folder, step, is_final=is_final) if source is None else source
@@ -87,7 +87,7 @@ def evicted_adapters(connection: Connection) -> list[EvictedAdapter]:
     query = _adapters(
         *(_TASKS.c.name, _WEIGHTS.c.digest, _CONFIGS.c.digest, _ADAPTERS.c.step, _ADAPTERS.c.is_final, _PLACE)
     )
-    query = query.where(_ADAPTERS.c.evicted_at.is_not(None)).order_by(_TASKS.c.name, _ADAPTERS.c.id)
+    query = query.where(_ADAPTERS.c.evicted_at.is_not(None)).order_by(models.in_any_case(_TASKS.c.name), _ADAPTERS.c.id)
     return [EvictedAdapter(*row[:5]) for row in connection.execute(query) if not is_bundle_source(row[5])]
 
 
@@ -374,7 +374,7 @@ def _write_extras(
         if any(extra.file is None for extra in new.extras):
             connection.execute(delete(_EXTRAS).where(_EXTRAS.c.adapter_id == adapter, _EXTRAS.c.file == ""))
     if values:
-        connection.execute(insert(_EXTRAS).prefix_with("OR IGNORE"), values)
+        connection.execute(insert_into(connection, _EXTRAS).on_conflict_do_nothing(), values)
 
 
 def _number(blobs: Mapping[str, int], digest: str | None) -> int | None:

@@ -8,14 +8,14 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from registry.files import failpoint
-from registry.storage.database import Database
+from registry.storage.sqlite import SqliteDatabase
 
 if TYPE_CHECKING:
     from registry.schema import Evaluation, TaskVector
     from registry.storage.blobs.content import Blobs
-    from registry.storage.folder import StorePaths
-    from registry.storage.locks import FileLock
+    from registry.storage.locks.waiting import StoreLock
     from registry.storage.row_writer import RowWriter
+    from registry.storage.upkeep import Upkeep
     from registry.store import OnDamage
 
 Record = TypeVar("Record")
@@ -25,9 +25,14 @@ class Table:
     """Operations on one kind of row; a `registry.store.Store` has one of each."""
 
     def __init__(
-        self, paths: StorePaths, lock: FileLock, database: Database, blobs: Blobs, on_damage: OnDamage | None = None
+        self,
+        upkeep: Upkeep,
+        lock: StoreLock,
+        database: SqliteDatabase,
+        blobs: Blobs,
+        on_damage: OnDamage | None = None,
     ) -> None:
-        self._paths, self._lock, self._db, self._blobs, self._on_damage = paths, lock, database, blobs, on_damage
+        self._upkeep, self._lock, self._db, self._blobs, self._on_damage = upkeep, lock, database, blobs, on_damage
 
     @contextmanager
     def _write(self) -> Iterator[RowWriter]:

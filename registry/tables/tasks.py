@@ -16,7 +16,6 @@ from registry.errors import DamagedStore, LastCopy, TaskConflict
 from registry.files import failpoint
 from registry.names import check_name, check_note, check_tag
 from registry.storage import row_writer as rows
-from registry.storage.folder import restore_reserve, with_reserve
 from registry.tables.summaries import Summaries
 from registry.to_records import adapter_record, task_record
 
@@ -74,7 +73,7 @@ class Tasks(Summaries):
         task, vector = models.Task, models.TaskVector
         with self._db.read() as session:
             has_vectors = exists().where(vector.task_id == task.id)
-            return list(session.scalars(select(task.name).where(~has_vectors).order_by(task.name)))
+            return list(session.scalars(select(task.name).where(~has_vectors).order_by(models.in_any_case(task.name))))
 
     def origins(self) -> list[records.TaskOrigin]:
         """Return what every task is recognised by when its folder is met again, in order of names."""
@@ -129,17 +128,15 @@ class Tasks(Summaries):
             with self._db.write() as session:
                 session.execute(delete(models.Task).where(models.Task.id == task_id))
 
-        from registry.storage.kept import keep  # not needed to read tasks
-
         self._db.must_write()
         with self._lock.exclusive():
             with self._db.read() as session:
                 # All are checked before the first one goes.
                 doomed = list(_doomed(session, names, last_copies))
-            keep(self._db, self._paths)
+            self._upkeep.before_deletion()
             for task in doomed:  # each in a commit of its own, so that the journal stays small on a full disk
-                with_reserve(self._paths, partial(forget, task.id))
-            restore_reserve(self._paths)
+                self._upkeep.run(partial(forget, task.id))
+            self._upkeep.after_deletion()
         return doomed
 
     def plan_ingest(self, tasks: Sequence[records.TaskIngest]) -> list[records.IngestOutcome]:

@@ -18,7 +18,7 @@ from icmlora.formats.discovery.folder import load_adapter
 from icmlora.generator.codec import Codec
 from registry.errors import StoreFull
 from registry.records import AdapterRecord, CodeRecord
-from registry.storage.database import Database
+from registry.storage.sqlite import SqliteDatabase
 from registry.store import Store
 from tests.cli.coded import damage
 from tests.cli.conftest import Ran
@@ -271,14 +271,14 @@ def test_a_second_run_has_nothing_to_do(icm: Icm, trained: Path) -> None:
 
 
 def test_a_full_disk_can_be_emptied(icm: Icm, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, reserve = Database.write, trained / "reserve"
+    real, reserve = SqliteDatabase.write, trained / "reserve"
 
-    def write(database: Database) -> object:
+    def write(database: SqliteDatabase) -> object:
         if reserve.exists():
             raise StoreFull("database or disk is full")
         return real(database)
 
-    monkeypatch.setattr(Database, "write", write)
+    monkeypatch.setattr(SqliteDatabase, "write", write)
     assert icm("evict", "rules", "--max-error", "0.7").code == 0
     assert reserve.exists()
 

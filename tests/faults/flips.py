@@ -23,8 +23,8 @@ from icmlora.fleet.write.materialize import Source
 from registry import row_checks
 from registry.errors import IcmError
 from registry.records import NewEvaluation
-from registry.storage.database import Database
-from registry.storage.locks import Patience
+from registry.storage.locks.waiting import Patience
+from registry.storage.sqlite import SqliteDatabase
 from registry.store import Store
 from tests.cli.tiny_fleet import build_ingested, icm_quietly, train_store, write_lora
 from tests.faults.pages import Place, places
@@ -188,7 +188,7 @@ def rows_of(path: Path) -> dict[str, list[Any]] | None:
 
 def _is_noticed(path: Path) -> bool:
     try:
-        return any(Database(path, read_only=True, patience=Patience(1)).damage())
+        return any(SqliteDatabase(path, read_only=True, patience=Patience(1)).damage())
     except IcmError:
         return True
 
@@ -196,17 +196,17 @@ def _is_noticed(path: Path) -> bool:
 @contextmanager
 def checks_off() -> Iterator[None]:
     """Believe every row, as icm did before rows had checks: the control, which has to be caught."""
-    checked, find = row_checks._checked, Database.damage
+    checked, find = row_checks._checked, SqliteDatabase.damage
 
-    def without_rows(self: Database) -> Iterator[Any]:
+    def without_rows(self: SqliteDatabase) -> Iterator[Any]:
         return (found for found in find(self) if found.kind != "row")
 
     row_checks._checked = lambda check, *row: check  # type: ignore[assignment]
-    Database.damage = without_rows  # type: ignore[method-assign]
+    SqliteDatabase.damage = without_rows  # type: ignore[method-assign]
     try:
         yield
     finally:
-        row_checks._checked, Database.damage = checked, find  # type: ignore[method-assign]
+        row_checks._checked, SqliteDatabase.damage = checked, find  # type: ignore[method-assign]
 
 
 def decides(place: Place) -> bool:

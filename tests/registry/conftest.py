@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from registry.store import Store
+from tests.pg_server import pg_server
 from tests.registry.examples import new_store
 
 
@@ -23,3 +24,11 @@ def twin(store: Store) -> Iterator[Store]:
     """The same store as another process has it open."""
     with new_store(store.paths.root) as opened:
         yield opened
+
+
+@pytest.fixture(scope="session")
+def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a real PostgreSQL; what needs it says why it was skipped where there is none."""
+    pytest.importorskip("psycopg", reason="psycopg is not installed: pip install 'icm-lora[team]'")
+    with pg_server(tmp_path_factory.mktemp("pg")) as url:
+        yield url

@@ -12,14 +12,14 @@ from sqlalchemy import Connection
 from sqlalchemy.exc import IntegrityError
 
 from registry.errors import DamagedStore, StoreFull, StoreLocked, StoreReadOnly
-from registry.storage.database import Database
-from registry.storage.locks import Patience
+from registry.storage.locks.waiting import Patience
+from registry.storage.sqlite import SqliteDatabase
 from registry.store import Store
 from tests.registry.children import start, wait
 
 
-def open_database(store: Store, *, read_only: bool = False, seconds: float = 0) -> Database:
-    return Database(store.paths.database, read_only=read_only, patience=Patience(seconds))
+def open_database(store: Store, *, read_only: bool = False, seconds: float = 0) -> SqliteDatabase:
+    return SqliteDatabase(store.paths.database, read_only=read_only, patience=Patience(seconds))
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,8 @@ import pytest
 
 from registry.errors import DamagedBlob, LastCopy, MissingBlob, StoreFull, StoreLocked, TaskNotFound
 from registry.records import EvictedAdapter, Extra
-from registry.storage.database import Database
 from registry.storage.folder import make_reserve
+from registry.storage.sqlite import SqliteDatabase
 from registry.store import Store
 from tests.registry.children import KILLED, run
 from tests.registry.examples import BASE, code, evaluation, eviction, generator, ingest, new_store, offer
@@ -181,14 +181,14 @@ def test_evict_does_not_run_beside_another_command(rust: Store) -> None:
 
 
 def test_a_full_disk_can_be_emptied_by_evicting(rust: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, order = Database.write, eviction(rust, "rust")
+    real, order = SqliteDatabase.write, eviction(rust, "rust")
 
-    def write(database: Database) -> object:
+    def write(database: SqliteDatabase) -> object:
         if rust.paths.reserve.exists():
             raise StoreFull("database or disk is full")
         return real(database)
 
-    monkeypatch.setattr(Database, "write", write)
+    monkeypatch.setattr(SqliteDatabase, "write", write)
     assert rust.originals.evict(order) > 0
     assert rust.paths.reserve.exists()
     make_reserve(rust.paths)

@@ -31,7 +31,7 @@ def test_every_error_is_one_that_icm_raises_on_purpose() -> None:
 
 
 def test_only_the_seam_writes_renames_and_removes() -> None:
-    allowed = {"files.py", "locks.py"}
+    allowed = {"files.py", "flocks.py"}
     forbidden = ("os.write(", "os.fsync(", "os.replace(", "os.rename(", "os.unlink(", ".write_bytes(", ".unlink(")
     for path in SOURCES:
         if path.name not in allowed:

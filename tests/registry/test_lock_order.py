@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from itertools import product
@@ -15,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from registry.storage import locks
-from registry.storage.locks import FileLock
+from registry.storage.locks import flocks
+from registry.storage.locks.flocks import FileLock
 from tests.registry.lock_scripts import SCRIPTS, Holder, encode, evict, train
 
 Script = Callable[[Holder], None]
@@ -67,16 +68,16 @@ class Actor(threading.Thread):
 @pytest.fixture(autouse=True)
 def in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let actors stop before each attempt, and wait without waiting."""
-    real = locks._try
+    real = flocks._try
 
     def attempt(fd: int, kind: int) -> bool:
         actor = threading.current_thread()
         return actor.attempt(lambda: real(fd, kind)) if isinstance(actor, Actor) else real(fd, kind)
 
-    monkeypatch.setattr(locks, "_try", attempt)
-    monkeypatch.setattr(locks, "_HEAD_START", math.inf)  # whoever comes to read waits for as long as it takes
-    monkeypatch.setattr(locks, "_lock_holders", lambda file: set())
-    monkeypatch.setattr(locks.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(flocks, "_try", attempt)
+    monkeypatch.setattr(flocks, "HEAD_START", math.inf)  # whoever comes to read waits for as long as it takes
+    monkeypatch.setattr(flocks, "_lock_holders", lambda file: set())
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
 
 
 def run(scripts: tuple[Script, ...], folder: Path, switches: tuple[int, ...]) -> int:

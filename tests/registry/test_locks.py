@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from registry.errors import StoreLocked, StoreReadOnly
-from registry.storage import locks as registry_locks
-from registry.storage.locks import FileLock, Patience
+from registry.storage.locks import waiting
+from registry.storage.locks.flocks import FileLock
+from registry.storage.locks.waiting import Patience
 from registry.store import Store
 from tests.registry.children import start, wait
 from tests.registry.examples import BASE, ingest
@@ -27,38 +28,6 @@ def locks(tmp_path: Path) -> Iterator[tuple[FileLock, FileLock]]:
     yield (pair[0], pair[1])
     for lock in pair:
         lock.close()
-
-
-def test_many_share(locks: tuple[FileLock, FileLock]) -> None:
-    locks[0].share()
-    locks[1].share()
-
-
-def test_nobody_else_gets_in_while_one_is_exclusive(locks: tuple[FileLock, FileLock]) -> None:
-    with locks[0].exclusive(), pytest.raises(StoreLocked):
-        locks[1].share()
-
-
-def test_exclusive_waits_for_those_that_share_and_gives_up(locks: tuple[FileLock, FileLock]) -> None:
-    locks[0].share()
-    locks[1].share()
-    with pytest.raises(StoreLocked), locks[1].exclusive():
-        pytest.fail("two held it")
-
-
-def test_after_exclusive_the_lock_is_shared_again(locks: tuple[FileLock, FileLock]) -> None:
-    with locks[0].exclusive():
-        pass
-    locks[1].share()
-    with pytest.raises(StoreLocked), locks[1].exclusive():
-        pytest.fail("the first one's shared lock was lost")
-
-
-def test_closing_lets_go(locks: tuple[FileLock, FileLock]) -> None:
-    locks[0].share()
-    locks[0].close()
-    with locks[1].exclusive():
-        pass
 
 
 def test_the_message_names_the_process_that_holds_it(tmp_path: Path) -> None:
@@ -92,24 +61,6 @@ def test_a_command_with_line_breaks_stays_one_line(tmp_path: Path) -> None:
     lock.close()
 
 
-def test_a_try_takes_the_lock_when_nobody_else_has_it(locks: tuple[FileLock, FileLock]) -> None:
-    locks[0].share()
-    with locks[0].try_exclusive() as is_alone:
-        assert is_alone
-        with pytest.raises(StoreLocked):
-            locks[1].share()
-
-
-def test_a_try_does_not_wait_and_keeps_the_shared_lock(locks: tuple[FileLock, FileLock]) -> None:
-    locks[0].share()
-    locks[1].share()
-    with locks[0].try_exclusive() as is_alone:
-        assert not is_alone
-    locks[1].close()
-    with pytest.raises(StoreLocked), second(locks[0]).exclusive():
-        pytest.fail("the shared lock was lost")
-
-
 def test_nobody_gets_in_to_delete_while_a_try_turns_one_lock_into_the_other(
     locks: tuple[FileLock, FileLock], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -129,11 +80,6 @@ def test_nobody_gets_in_to_delete_while_a_try_turns_one_lock_into_the_other(
     with locks[0].try_exclusive() as is_alone:
         assert is_alone
     assert tried
-
-
-def second(lock: FileLock) -> FileLock:
-    """Return another lock on the same file, as another process has it."""
-    return FileLock(lock._path, patience=Patience(0), command="icm prune")
 
 
 class TestJobs:
@@ -240,7 +186,7 @@ class TestPatience:
         lock.close()
 
     def test_a_wait_says_what_for_and_who_holds_it(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(registry_locks, "_TOLD_EVERY", 0)
+        monkeypatch.setattr(waiting, "TOLD_EVERY", 0)
         told: list[str] = []
         with job_elsewhere(tmp_path, "icm train --steps 300") as pid:
             patience = Patience(0.3, told.append)
@@ -251,7 +197,7 @@ class TestPatience:
     def test_what_is_told_may_end_the_wait_and_the_store_is_still_held(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(registry_locks, "_TOLD_EVERY", 0)
+        monkeypatch.setattr(waiting, "TOLD_EVERY", 0)
 
         def stop(text: str) -> None:
             raise KeyboardInterrupt

@@ -13,7 +13,7 @@ from sqlalchemy import Connection, create_engine
 
 from registry.errors import DamagedStore, NotAStore, StoreFull, StoreTooNew, StoreTooOld
 from registry.schema import Base
-from registry.storage import database as migrations
+from registry.storage import migrations
 from registry.store import Store
 from tests.registry.every_row import everything, fill
 from tests.registry.examples import ingest, new_store
@@ -121,7 +121,7 @@ def test_a_command_that_only_reads_moves_an_old_store_forward(tmp_path: Path, mo
 def test_an_old_store_on_read_only_media_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     new_store(tmp_path / "store").close()
     monkeypatch.setattr(migrations, "MIGRATIONS", (*migrations.MIGRATIONS, add_column))
-    monkeypatch.setattr(migrations, "_can_be_written", lambda path: False)
+    monkeypatch.setattr(migrations, "can_be_written", lambda path: False)
     with pytest.raises(DamagedStore, match="old schema") as refused:
         Store.open(tmp_path / "store", read_only=True)
     assert "copy the store" in str(refused.value.hint)

@@ -9,8 +9,8 @@ import pytest
 
 from registry import files as fs
 from registry.errors import StoreFull
-from registry.storage.database import Database
 from registry.storage.folder import RESERVE_BYTES, make_reserve, restore_reserve, with_reserve
+from registry.storage.sqlite import SqliteDatabase
 from registry.store import Store
 from tests.registry.examples import ingest
 
@@ -18,14 +18,14 @@ from tests.registry.examples import ingest
 @pytest.fixture
 def full_disk(store: Store, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Make commits fail as on a full disk for as long as the reserve is there."""
-    real = Database.write
+    real = SqliteDatabase.write
 
-    def write(database: Database) -> object:
+    def write(database: SqliteDatabase) -> object:
         if store.paths.reserve.exists():
             raise StoreFull("database or disk is full")
         return real(database)
 
-    monkeypatch.setattr(Database, "write", write)
+    monkeypatch.setattr(SqliteDatabase, "write", write)
     return store.paths.reserve
 
 

@@ -66,8 +66,8 @@ def test_an_unknown_format_is_refused(tmp_path: Path) -> None:
     new_store(tmp_path / "store").close()
     path = tmp_path / "store" / "FORMAT"
     path.unlink()
-    path.write_text("icm store 3\n")
-    with pytest.raises(StoreTooNew, match="icm store 3"):
+    path.write_text("icm store 4\n")
+    with pytest.raises(StoreTooNew, match="icm store 4"):
         Store.open(tmp_path / "store")
 
 

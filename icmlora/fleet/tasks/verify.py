@@ -200,7 +200,7 @@ def restore_database(context: Context) -> str:
 
 @use_case
 def prune(
-    context: Context, *, grace: float = 3600.0, empty_quarantine: bool = False, dry_run: bool = False
+    context: Context, *, grace: float | None = None, empty_quarantine: bool = False, dry_run: bool = False
 ) -> PruneReport:
     """Delete blobs that no task needs and files that interrupted commands left behind.
 
@@ -208,7 +208,7 @@ def prune(
 
     Args:
         context: The store.
-        grace: Seconds; younger files stay, so that a running ingest is safe.
+        grace: Seconds; younger files stay, so that a running ingest is safe. By default an hour.
         empty_quarantine: Delete these too, and what is in quarantine.
         dry_run: Only report what would be deleted.
     """

@@ -10,8 +10,10 @@ content.py names and verifies the bytes. `LocalBackend` in local.py keeps them i
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from typing import BinaryIO, NamedTuple, Protocol
 
 from registry.files import Bytes
@@ -29,6 +31,23 @@ class BlobInfo(NamedTuple):
     digest: str
     size: int
     modified: float
+
+
+@dataclass(frozen=True)
+class Leftover:
+    """What a writer that was killed left, or a blob in quarantine.
+
+    Attributes:
+        place: Where it is.
+        size: Its length in bytes.
+        modified: When it was written, in seconds since 1970.
+        remove: Deletes it; one that is gone already is no error.
+    """
+
+    place: str
+    size: int
+    modified: float
+    remove: Callable[[], None] = field(repr=False, compare=False)
 
 
 class BlobBatch(Protocol):
@@ -49,10 +68,26 @@ class BlobBatch(Protocol):
 
 
 class BlobBackend(Protocol):
-    """A place for immutable bytes. Errors of the place are raised as errors of `registry.errors`."""
+    """A place for immutable bytes. Errors of the place are raised as errors of `registry.errors`.
+
+    Attributes:
+        is_remote: Whether each call waits for a network. Then many are made at a time, and nothing that was written
+            within the `grace` is deleted: a lock may be lost on the way.
+        grace: For how many seconds `icm prune` spares what was written, unless it is told another age.
+    """
+
+    is_remote: bool
+    grace: float
+
+    def now(self) -> float:
+        """Return the time by the clock that `BlobInfo.modified` is from."""
+        ...
 
     def batch(self) -> AbstractContextManager[BlobBatch]:
-        """Begin a batch. When the block ends, its bytes are durable; if the block raises, nothing is stored."""
+        """Begin a batch. When the block ends, its bytes are durable, and rows may refer to them.
+
+        If the block raises, no row may: a place keeps nothing, or else some blobs that `icm prune` finds.
+        """
         ...
 
     def get(self, digest: str) -> BinaryIO:
@@ -68,11 +103,18 @@ class BlobBackend(Protocol):
         ...
 
     def all(self) -> Iterator[BlobInfo]:
-        """Yield every blob, by digest. A blob that is deleted in the meantime may be left out."""
+        """Yield every blob, by digest, or raise: what may be deleted follows from a listing that is complete.
+
+        A blob that is deleted in the meantime may be left out.
+        """
         ...
 
-    def delete(self, digest: str) -> int:
-        """Delete a blob and return the bytes that this frees: 0 if there is none."""
+    def delete(self, digest: str, *, newest: float = math.inf) -> int:
+        """Delete a blob and return the bytes that this frees; leave one that was written after `newest`."""
+        ...
+
+    def leftovers(self, *, aside: bool = False) -> Iterator[Leftover]:
+        """Yield what killed writers left here, or else, `aside`, what is in quarantine."""
         ...
 
     def quarantine(self, digest: str) -> str:

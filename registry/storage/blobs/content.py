@@ -8,10 +8,12 @@ A file from outside is read once, so what is checked, hashed and stored is the s
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Generic, TypeVar
@@ -20,7 +22,8 @@ from registry.errors import DamagedBlob, MissingBlob, SourceRefused, StoreIOErro
 from registry.files import Bytes, CheckFirst, read_plain, store_errors
 
 if TYPE_CHECKING:
-    from registry.storage.blobs.backend import BlobBackend, BlobBatch, BlobInfo
+    from registry.storage.blobs.backend import BlobBackend, BlobBatch, BlobInfo, Leftover
+    from registry.storage.blobs.cache import BlobCache
 
 T = TypeVar("T")
 Item = TypeVar("Item")
@@ -60,10 +63,13 @@ class PutRefusal:
 class Blobs:
     """Immutable bytes, named by their SHA-256."""
 
-    def __init__(self, backend: BlobBackend, must_write: Callable[[], None] = lambda: None) -> None:
-        """Work on a backend."""
-        self._backend, self._must_write = backend, must_write
+    def __init__(
+        self, backend: BlobBackend, must_write: Callable[[], None] = lambda: None, cache: BlobCache | None = None
+    ) -> None:
+        """Work on a backend; what is read goes through the cache, what is checked does not."""
+        self._backend, self._must_write, self._cache = backend, must_write, cache
         self.unwanted: set[str] = set()
+        self._looks = 2 if backend.is_remote else 1  # before a blob is called damaged: it may be the way to it
 
     def put(self, data: Bytes) -> str:
         """Store bytes durably and return their digest; a row may then refer to it."""
@@ -124,14 +130,23 @@ class Blobs:
 
     def read(self, digest: str) -> bytes:
         """Return a blob's bytes once they are known to be the right ones."""
-        with self._errors(digest), self._backend.get(digest) as file:
-            data = file.read()
-        if digest_of(data) != digest:
-            raise self._damaged(digest)
-        return data
+        known = None if self._cache is None else self._cache.get(digest)
+        if known is not None:
+            return known
+        for _ in range(self._looks):
+            with self._errors(digest), self._backend.get(digest) as file:
+                data = file.read()
+            if digest_of(data) == digest:
+                if self._cache is not None:
+                    self._cache.put(digest, data)
+                return data
+        raise self._damaged(digest)
 
     def start(self, digest: str, size: int) -> bytes:
         """Return the first bytes of a blob, which nobody has checked."""
+        known = None if self._cache is None else self._cache.start(digest, size)
+        if known is not None:
+            return known
         with self._errors(digest), self._backend.get(digest) as file:
             return file.read(size)
 
@@ -142,8 +157,11 @@ class Blobs:
 
     def is_intact(self, digest: str) -> bool:
         """Say whether a blob's bytes have its digest, without holding them all in memory."""
-        with self._errors(digest), self._backend.get(digest) as file:
-            return hashlib.file_digest(file, "sha256").hexdigest() == digest  # type: ignore[arg-type]
+        for _ in range(self._looks):
+            with self._errors(digest), self._backend.get(digest) as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() == digest:  # type: ignore[arg-type]
+                    return True
+        return False
 
     def exists(self, digest: str) -> bool:
         """Say whether the store has the bytes of a digest."""
@@ -154,17 +172,45 @@ class Blobs:
         with self._errors(digest):
             return self._backend.size(digest)
 
+    def sizes_of(self, digests: Iterable[str]) -> dict[str, int]:
+        """Return digest -> length in bytes of some blobs; raise `MissingBlob` if one is not there."""
+        asked = sorted(set(digests))
+        return dict(zip(asked, self._each(self.size, asked), strict=True))
+
     def all(self) -> Iterator[BlobInfo]:
-        """Yield all blobs, by digest, whether or not rows refer to them."""
+        """Yield all blobs, by digest, whether or not rows refer to them; raise if the listing is not complete."""
         return self._backend.all()
 
     def sizes(self) -> dict[str, int]:
         """Return digest -> length in bytes of all blobs."""
         return {blob.digest: blob.size for blob in self._backend.all()}
 
-    def delete(self, digests: Iterable[str]) -> int:
-        """Delete blobs and return the bytes that this frees; those that are gone already are passed over."""
-        return sum(map(self._backend.delete, digests))
+    @property
+    def is_remote(self) -> bool:
+        """Whether each call waits for a network."""
+        return self._backend.is_remote
+
+    @property
+    def grace(self) -> float:
+        """For how many seconds `icm prune` spares what was written, unless it is told another age."""
+        return self._backend.grace
+
+    def now(self) -> float:
+        """Return the time by the clock that the ages of blobs are from."""
+        return self._backend.now()
+
+    def delete(self, digests: Iterable[str], *, newest: float | None = None) -> int:
+        """Delete blobs and return the bytes that this frees; those that are gone already are passed over.
+
+        So are those that were written after `newest`; by default, those in a remote place that are within its grace.
+        """
+        if newest is None:
+            newest = self.now() - self.grace if self.is_remote else math.inf
+        return sum(self._each(partial(self._backend.delete, newest=newest), list(digests)))
+
+    def leftovers(self, *, aside: bool = False) -> Iterator[Leftover]:
+        """Yield what killed writers left among the blobs, or else, `aside`, what is in quarantine."""
+        return self._backend.leftovers(aside=aside)
 
     def quarantine(self, digest: str) -> str:
         """Move a damaged blob out of the way and return where it is now."""
@@ -173,6 +219,10 @@ class Blobs:
     def place(self, digest: str) -> str:
         """Return where the bytes of a blob are or would be, for messages to people."""
         return self._backend.place(digest)
+
+    def _each(self, call: Callable[[Item], T], items: Sequence[Item]) -> list[T]:
+        """Return what `call` returns for each item, in order; where each waits for a network, several at a time."""
+        return _on_threads(call, items) if self.is_remote else list(map(call, items))
 
     @contextmanager
     def _errors(self, digest: str) -> Iterator[None]:

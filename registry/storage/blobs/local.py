@@ -8,7 +8,9 @@ A crash at any point leaves at most a file in tmp/ or a blob without a row; prun
 
 from __future__ import annotations
 
+import math
 import os
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -18,10 +20,10 @@ from typing import TYPE_CHECKING, BinaryIO
 from uuid import uuid4
 
 from registry import files as fs
-from registry.storage.folder import StorePaths, is_digest
+from registry.storage.folder import StorePaths, files_in, is_digest
 
 if TYPE_CHECKING:
-    from registry.storage.blobs.backend import BlobInfo
+    from registry.storage.blobs.backend import BlobInfo, Leftover
 
 _CHUNK = 1 << 20
 _MODE = 0o444  # immutable, and it shows
@@ -31,8 +33,15 @@ _SYNCERS = 12  # a sync waits for the device, which does many at once as fast as
 class LocalBackend:
     """The blobs of a store folder."""
 
+    is_remote = False
+    grace = 3600.0
+
     def __init__(self, paths: StorePaths) -> None:
         self._paths = paths
+
+    def now(self) -> float:
+        """Return the time of this machine, in seconds since 1970."""
+        return time.time()
 
     @contextmanager
     def batch(self) -> Iterator[LocalBatch]:
@@ -64,17 +73,23 @@ class LocalBackend:
             if folder.is_dir():
                 yield from _blobs_in(folder)
 
-    def delete(self, digest: str) -> int:
+    def delete(self, digest: str, *, newest: float = math.inf) -> int:
         """Remove a file."""
         path = self._paths.blob(digest)
         with fs.store_errors(path):
             try:
-                size = path.stat().st_size
+                status = path.stat()
             except FileNotFoundError:
+                return 0
+            if status.st_mtime > newest:
                 return 0
             fs.unlink(path)
             fs.failpoint("blob-unlinked")
-        return size
+        return status.st_size
+
+    def leftovers(self, *, aside: bool = False) -> Iterator[Leftover]:
+        """Yield the files of the temporary folder, or of the quarantine folder."""
+        return files_in(self._paths.quarantine if aside else self._paths.tmp)
 
     def quarantine(self, digest: str) -> str:
         """Move a file to the quarantine folder."""

@@ -1,22 +1,11 @@
-"""Locks between processes: one for the store, and one for the jobs of each base model.
+"""Locks of a store folder: flocks, one on a file of the store, and one on a file for each base model.
 
-    store lock   shared while a process uses the store, exclusive while one deletes bytes
-    job lock     exclusive while a process trains, updates or evicts for one base model, shared while processes encode
-                 tasks of it
-
-**One order.** A process waits for a job lock only while it does not hold the store lock: it gives that up, waits, and
-takes it again. Whoever waits for the exclusive store lock has given up the shared one too. So those who wait hold job
-locks at most, and those who hold the store lock wait for nothing: no two processes ever wait for each other.
-
-**One deadline.** All waits of a command together take no longer than its `Patience`, those for the database included.
-
-Both are flocks. The kernel drops a lock when its process dies, so there are no stale locks and no command to break one.
-The names in a lock file are only for messages.
+The kernel drops a lock when its process dies, so there are no stale locks and no command to break one. The names in a
+lock file are only for messages.
 
 An flock gives up the shared lock while it turns into an exclusive one, and may lose it if the attempt fails. So whoever
 wants the exclusive lock first holds a second file, the gate: in between, no other process can get in to delete. While
-the gate has just been closed, those who come to read let the one who closed it go first, for two seconds at most: on a
-busy store there would never be a moment without a reader.
+the gate has just been closed, those who come to read let the one who closed it go first.
 """
 
 from __future__ import annotations
@@ -29,55 +18,13 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
-from registry.errors import StoreLocked
 from registry.files import store_errors
+from registry.storage.locks.waiting import HEAD_START, Patience, in_use
 
-_POLL_SECONDS = 0.05
-_TOLD_EVERY = 1.0  # seconds
-_HEAD_START = 2.0  # seconds in which those who come to read let one go first who waits to be alone
 _MAX_NAMES_BYTES = 4096
 _KEPT_NAMES = 16  # of others that are alive, when the file is cut
 _NAMED = 3  # holders that a message names
 _LOCK = re.compile(r"\d+: (?:FLOCK|POSIX) +\S+ +\S+ (\d+) [0-9a-f]+:[0-9a-f]+:(\d+) ")
-
-
-class Patience:
-    """How long a command may wait for other processes: the same seconds for all its waits together.
-
-    Args:
-        seconds: How long.
-        tell: Called once a second during a wait, with what it is for and who holds it; it may raise to end the wait.
-    """
-
-    def __init__(self, seconds: float, tell: Callable[[str], None] = lambda text: None) -> None:
-        self.seconds = self.left = seconds
-        self._tell = tell
-
-    def wait(self, attempt: Callable[[], bool], whom: Callable[[], str] | None = None) -> bool:
-        """Repeat an attempt until it succeeds, and return True; or False once no time is left."""
-        if attempt():
-            return True
-        began = told = time.monotonic()
-        left = self.left
-        with self.counted():
-            while (now := time.monotonic()) - began < left:
-                if whom is not None and now - told >= _TOLD_EVERY:
-                    self._tell(f"waiting for {whom()}")
-                    told = now
-                time.sleep(_POLL_SECONDS)
-                if attempt():
-                    return True
-            return False
-
-    @contextmanager
-    def counted(self) -> Iterator[None]:
-        """Count the seconds of a block that may wait by itself; a moment counts as no wait."""
-        began = time.monotonic()
-        try:
-            yield
-        finally:
-            spent = time.monotonic() - began
-            self.left = max(0.0, self.left - (spent if spent >= _POLL_SECONDS else 0.0))
 
 
 class FileLock:
@@ -186,9 +133,7 @@ class FileLock:
 
     def _wait(self, fd: int, kind: int) -> None:
         if not self._patience.wait(lambda: _try(fd, kind), lambda: f"{self._subject}{self._held(fd, ', held by ')}"):
-            message = f"{self._subject} is in use{self._held(fd, ' by ')}"
-            hint = f"waited {self._patience.seconds:g} s in all; let it finish, or wait longer with --lock-timeout"
-            raise StoreLocked(message, path=self._path, hint=hint)
+            raise in_use(f"{self._subject} is in use{self._held(fd, ' by ')}", self._patience, self._path)
 
     def _sign(self) -> None:
         """Add this process to the names in the file, which is cut now and then so that it cannot grow."""
@@ -220,6 +165,32 @@ class FileLock:
         return found
 
 
+class FolderLock(FileLock):
+    """The locks of a store folder: see `registry.storage.locks.waiting.StoreLock`."""
+
+    def __init__(
+        self, path: Path, jobs: Callable[[str], Path], *, patience: Patience, command: str, writable: bool = True
+    ) -> None:
+        """Open the lock file of the store; `jobs` says which file is locked for the jobs of a base model."""
+        super().__init__(path, patience=patience, command=command, writable=writable)
+        self._jobs = jobs
+
+    @contextmanager
+    def job(self, base_model: str, *, shared: bool = False) -> Iterator[None]:
+        """Hold the job lock of a base model for a block."""
+        path, subject = self._jobs(base_model), f"base model {base_model!r}"
+        with store_errors(path):
+            # The first job of a store makes the folder.
+            path.parent.mkdir(exist_ok=True)
+            lock = FileLock(path, patience=self._patience, command=self._command, subject=subject)
+        try:
+            # Not reentrant: a job does not start another one.
+            lock.hold(shared=shared, without=self)
+            yield
+        finally:
+            lock.close()
+
+
 def _named(holders: Mapping[int, str], before: str) -> str:
     """Name some processes after some words."""
     names = [f"process {pid}{command and ': '}{command}" for pid, command in holders.items()]
@@ -240,7 +211,7 @@ def _lock_holders(file: Path | int) -> set[int]:
 
 def _has_waited(gate: int) -> bool:
     """Say whether the one who closed a gate, if it is closed, has had its head start."""
-    return not 0 <= time.time() - os.fstat(gate).st_mtime < _HEAD_START
+    return not 0 <= time.time() - os.fstat(gate).st_mtime < HEAD_START
 
 
 def _is_alive(pid: int) -> bool:

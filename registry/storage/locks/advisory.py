@@ -1,0 +1,146 @@
+"""Locks of a store in PostgreSQL: advisory locks of a session, held by the connection that also writes.
+
+The server drops them when the connection ends, for whatever reason; then nothing that they protected can be committed.
+A session may hold a lock both shared and exclusive, so to turn one into the other needs no gate, as flocks do. The
+server lets those that ask later wait behind one that waits to be alone; after a moment that one only tries now and
+then, so that others can get in.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from itertools import chain, repeat
+
+from sqlalchemy import Engine, text
+from sqlalchemy.exc import OperationalError
+
+from registry.storage.locks.waiting import HEAD_START, Patience, in_use
+from registry.storage.postgres import connection_errors, masked
+
+_TURN = 0.5  # seconds that a session waits in the queue of a lock at a time
+_TIMED_OUT = "55P03"
+_NAMED = 3  # holders that a message names
+_HOLDERS = text("""
+SELECT coalesce(nullif(application_name, ''), 'another program') FROM pg_locks JOIN pg_stat_activity USING (pid)
+WHERE locktype = 'advisory' AND granted AND objsubid = 1 AND classid::bigint = :high AND objid::bigint = :low
+AND database = (SELECT oid FROM pg_database WHERE datname = current_database()) AND pid != pg_backend_pid()
+ORDER BY pid""")
+
+
+class AdvisoryLock:
+    """The locks of a store in a database: see `registry.storage.locks.waiting.StoreLock`.
+
+    Args:
+        engine: What has the one connection that writes; see `registry.storage.postgres.only_connection`.
+        store: The number of the store, which others in this database do not have.
+        url: The address of the database, for messages.
+        patience: How long a command waits in all.
+    """
+
+    def __init__(self, engine: Engine, store: str, *, url: str, patience: Patience) -> None:
+        self._engine, self._url, self._patience = engine, url, patience
+        self._store, self._subject = store, f"the store {masked(url)}"
+        self._key = _key_of(store, "store")
+
+    def enter(self) -> None:
+        """Take the shared lock for the first time."""
+        self._wait(self._key, self._subject, shared=True)
+
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """Wait for the exclusive lock, hold it for a block, then go back to the shared one."""
+        with self._given_up():  # two that wait for each other's shared lock would wait for ever
+            self._wait(self._key, self._subject, shared=False)
+        try:
+            yield
+        finally:
+            self._release(self._key, shared=False)
+
+    @contextmanager
+    def try_exclusive(self) -> Iterator[bool]:
+        """Hold the exclusive lock for a block if no other process uses the store, and yield whether it is held."""
+        if not self._take(self._key, shared=False):
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            self._release(self._key, shared=False)
+
+    @contextmanager
+    def job(self, base_model: str, *, shared: bool = False) -> Iterator[None]:
+        """Hold the job lock of a base model for a block."""
+        key = _key_of(self._store, f"job {base_model}")
+        with ExitStack() as held:
+            if self._take(key, shared=shared):
+                held.callback(self._release, key, shared=shared)
+            else:
+                with self._given_up():
+                    self._wait(key, f"base model {base_model!r}", shared=shared)
+                    held.callback(self._release, key, shared=shared)
+            yield
+
+    def close(self) -> None:
+        """Give up all locks, with the connection."""
+        self._engine.dispose()
+
+    @contextmanager
+    def _given_up(self) -> Iterator[None]:
+        """Give up the shared lock for a block, and take it again."""
+        self._release(self._key, shared=True)
+        try:
+            yield
+        except BaseException:
+            self._take(self._key, shared=True, seconds=_TURN)  # what went wrong is to be told, and no second wait
+            raise
+        self._wait(self._key, self._subject, shared=True)
+
+    def _wait(self, key: int, subject: str, *, shared: bool) -> None:
+        # One that waits to be alone does so in one go: whenever it leaves the queue, those that came later get in.
+        in_queue = chain([0.0], repeat(_TURN) if shared else chain([HEAD_START], repeat(0.0)))
+        until = time.monotonic() + self._patience.left
+
+        def attempt() -> bool:
+            return self._take(key, shared=shared, seconds=max(0.0, min(next(in_queue), until - time.monotonic())))
+
+        if not self._patience.wait(attempt, lambda: f"{subject}{self._held(key, ', held by ')}"):
+            raise in_use(f"{subject} is in use{self._held(key, ' by ')}", self._patience, masked(self._url))
+
+    def _take(self, key: int, *, shared: bool, seconds: float = 0.0) -> bool:
+        """Take a lock and return True, or False if that needs a longer wait."""
+        kind = "_shared" if shared else ""
+        with connection_errors(self._url):
+            try:
+                with self._engine.begin() as connection:
+                    if not seconds:
+                        return bool(connection.scalar(text(f"SELECT pg_try_advisory_lock{kind}(:key)"), {"key": key}))
+                    limit = {"limit": f"{math.ceil(1000 * seconds)}ms"}
+                    connection.execute(text("SELECT set_config('lock_timeout', :limit, true)"), limit)
+                    connection.execute(text(f"SELECT pg_advisory_lock{kind}(:key)"), {"key": key})
+            except OperationalError as error:
+                if getattr(error.orig, "sqlstate", None) != _TIMED_OUT:
+                    raise
+                return False
+            return True
+
+    def _release(self, key: int, *, shared: bool) -> None:
+        kind = "_shared" if shared else ""
+        with connection_errors(self._url), self._engine.begin() as connection:
+            connection.execute(text(f"SELECT pg_advisory_unlock{kind}(:key)"), {"key": key})
+
+    def _held(self, key: int, before: str) -> str:
+        """Say who holds a lock, after some words; say nothing where nobody is known."""
+        number = key % (1 << 64)
+        with connection_errors(self._url), self._engine.begin() as connection:
+            names = connection.scalars(_HOLDERS, {"high": number >> 32, "low": number % (1 << 32)}).all()
+        more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+        return before + "; ".join(names[:_NAMED]) + more if names else ""
+
+
+def _key_of(store: str, what: str) -> int:
+    """Return the number of a lock: 64 bits, with a sign."""
+    return int.from_bytes(hashlib.sha256(f"icm {store} {what}".encode()).digest()[:8], signed=True)

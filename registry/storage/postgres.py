@@ -1,0 +1,194 @@
+"""The rows of a store in PostgreSQL.
+
+A process has one connection that holds its locks and makes its writes: whoever has lost it has lost the locks, and
+cannot commit what they protected. So it is never opened a second time. What only reads has connections of its own.
+
+One process writes at a time, as in SQLite: a transaction that writes begins with a lock, and sees all that was
+committed before it got that. So what `registry.tables` decides by what it has read stays true until it commits.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property, partial
+from typing import Any
+
+import psycopg
+from sqlalchemy import Connection, Engine, create_engine, event, text
+from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
+from sqlalchemy.orm import Session
+from sqlalchemy.pool import QueuePool
+
+from registry.errors import DamagedStore, NotAStore, RegistryError, StoreAway, StoreFull, StoreLocked, StoreReadOnly
+from registry.row_checks import find_miscounted
+from registry.schema import Base
+from registry.storage.database import DAMAGE_HINT, Damage, Database
+from registry.storage.locks.waiting import Patience
+from registry.storage.postgres_checks import guard, install, seal, wrong_rows
+
+_CONNECTING = 10  # seconds
+# A peer that is gone is noticed within a minute, on this side as by the server, which then gives its locks away.
+_ALIVE = {"keepalives_idle": 20, "keepalives_interval": 10, "keepalives_count": 3, "tcp_user_timeout": 60_000}
+_OF_SESSION = "-c tcp_keepalives_idle=20 -c tcp_keepalives_interval=10 -c tcp_keepalives_count=3 -c timezone=UTC"
+_MOST_NAMED = 63  # bytes of a name that the server keeps
+_PASSWORD = re.compile(r"(?<=://)([^/?#@]*@)|(?<=[?&])(password|sslpassword)=[^&#]*")
+_WRITING = 0x69636D31  # the lock that a transaction holds while it writes
+_LEAST_WAIT = 1.0  # seconds: a commit of another process takes a moment
+_AWAY_HINT = "try again when it can be reached; nothing that was not acknowledged is kept"
+
+
+class PostgresDatabase(Database):
+    """The rows of one store in a database of a server.
+
+    Args:
+        url: A `postgresql://` address; what it leaves out comes from PGHOST and the like, and from ~/.pgpass.
+        command: What this process does, for others to see.
+        read_only: Refuse writes.
+        patience: How long to wait for commits of others.
+    """
+
+    def __init__(self, url: str, *, command: str, read_only: bool, patience: Patience) -> None:
+        super().__init__(masked(url), masked(url), read_only=read_only, patience=patience)
+        self._url, self._command = url, command
+
+    @cached_property
+    def only(self) -> Engine:
+        """What has the one connection that holds locks and writes."""
+        return only_connection(self._url, self._command)
+
+    @cached_property
+    def _writer(self) -> Engine:
+        event.listen(self.only, "begin", self._begin)
+        return self.only.execution_options(icm_writes=True)
+
+    @cached_property
+    def _reading(self) -> Engine:
+        connect = partial(new_connection, self._url, self._command)
+        return create_engine("postgresql+psycopg://", creator=connect, pool_size=1, max_overflow=-1)
+
+    @cached_property
+    def _reader(self) -> Engine:
+        return self._reading.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
+
+    @contextmanager
+    def connection(self, *, write: bool = False) -> Iterator[Connection]:
+        """Open a transaction without the ORM; a `write` block is committed."""
+        if write:
+            self.must_write()
+        with self._errors(), (self._writer if write else self._reader).begin() as connection:
+            yield connection
+            if write:
+                seal(connection)
+
+    def create(self) -> None:
+        """Make the tables, unless they are there."""
+        with self._errors(), self.only.begin() as connection:
+            connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _WRITING})
+            if connection.scalar(text("SELECT to_regclass('tasks') IS NULL")):
+                Base.metadata.create_all(connection)
+                install(connection)
+
+    def damage(self) -> Iterator[Damage]:
+        """Yield what is wrong with rows; pages, indexes and references are for the server to keep right."""
+        with self.connection() as connection:
+            for fact, task in (*wrong_rows(connection), *find_miscounted(connection)):
+                yield Damage("row", fact, task)
+
+    def close(self) -> None:
+        """Give up all connections, with their locks."""
+        self.only.dispose()
+        self._reading.dispose()
+
+    def _begin(self, connection: Connection) -> None:
+        """Wait for the lock to write; each commit of others that came before is seen from then on."""
+        if not connection.get_execution_options().get("icm_writes"):
+            return
+        wait = min(self.patience.seconds, max(self.patience.left, _LEAST_WAIT))
+        with self.patience.counted():
+            limit = {"limit": f"{math.ceil(1000 * wait) or 1}ms"}
+            connection.execute(text("SELECT set_config('lock_timeout', :limit, true)"), limit)
+            connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _WRITING})
+        guard(connection)
+
+    def _seal(self, session: Session) -> None:
+        session.flush()
+        seal(session.connection())
+
+    def _translated_cause(self, error: BaseException) -> RegistryError | None:
+        if not isinstance(error, psycopg.Error):
+            return None
+        state, fact = error.sqlstate or "", f"{self.place}: {' '.join(str(error).split())[:300]}"
+        if state == "55P03":
+            hint = "another icm is writing; try again or wait longer with --lock-timeout"
+            return StoreLocked(f"{self.place} is being written", path=self.place, hint=hint)
+        if state in ("53100", "53200"):
+            return StoreFull(fact, path=self.place, hint="the disk of the database server is full")
+        if state in ("42501", "25006"):
+            return StoreReadOnly(fact, path=self.place, hint="ask for the right to write to the tables of the store")
+        if state in ("XX001", "XX002"):
+            return DamagedStore(fact, path=self.place, hint=DAMAGE_HINT)
+        if state == "42P01":
+            return NotAStore(f"there is no store at {self.place}", path=self.place)
+        if isinstance(error, psycopg.OperationalError | psycopg.InterfaceError):
+            return _away(self._url, error)
+        return None
+
+
+def masked(url: str) -> str:
+    """Return the address of a database as it may be shown: without a user and a password."""
+    return _PASSWORD.sub("", url)
+
+
+def only_connection(url: str, command: str) -> Engine:
+    """Return an engine with one connection for its whole life, which holds locks and writes.
+
+    Args:
+        url: A `postgresql://` address; what it leaves out comes from PGHOST and the like, and from ~/.pgpass.
+        command: What this process does, for others to see.
+    """
+    opened: list[psycopg.Connection] = []
+
+    def connect() -> psycopg.Connection:
+        if opened:
+            fact = f"the connection to {masked(url)} was lost, and the locks with it"
+            raise StoreAway(fact, path=masked(url), hint="run the same command again; what was acknowledged is kept")
+        opened.append(new_connection(url, command))
+        return opened[0]
+
+    # A second transaction at the same time would share the first one's commit, so there is an error instead.
+    one: Any = {"poolclass": QueuePool, "pool_size": 1, "max_overflow": 0, "pool_timeout": 0}
+    return create_engine("postgresql+psycopg://", creator=connect, **one)
+
+
+def new_connection(url: str, command: str) -> psycopg.Connection:
+    """Connect to a database.
+
+    Raises:
+        StoreAway: It cannot be reached, or refuses.
+    """
+    name = f"{' '.join(command.split())[:40]} on {socket.gethostname()}"
+    known = name.encode("ascii", "replace")[:_MOST_NAMED].decode()
+    try:
+        return psycopg.connect(url, application_name=known, connect_timeout=_CONNECTING, options=_OF_SESSION, **_ALIVE)
+    except psycopg.Error as error:
+        raise _away(url, error) from None
+
+
+@contextmanager
+def connection_errors(url: str) -> Iterator[None]:
+    """Turn the error of a lost connection into one of the store."""
+    try:
+        yield
+    except DBAPIError as error:
+        if not (error.connection_invalidated or isinstance(error, InterfaceError | OperationalError)):
+            raise
+        raise _away(url, error.orig or error) from None
+
+
+def _away(url: str, error: BaseException) -> RegistryError:
+    fact = " ".join(str(error).split())[:300]
+    return StoreAway(f"{masked(url)}: {fact}", path=masked(url), hint=_AWAY_HINT)

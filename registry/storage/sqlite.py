@@ -1,0 +1,185 @@
+"""SQLite, set up so that nothing is lost, done by half, or waited for in silence.
+
+The rollback journal is used, not WAL: SQLite 3.7.0 to 3.51.2 can corrupt a WAL database in rare races, and icm makes
+few commits. Writers begin with BEGIN IMMEDIATE, because Python's default transactions lose updates: a transaction
+that reads first and writes later would work from values that another one has replaced.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import quote
+
+from registry.errors import (
+    DamagedRow,
+    DamagedStore,
+    RegistryError,
+    StoreFull,
+    StoreIOError,
+    StoreLocked,
+    StoreReadOnly,
+)
+from registry.row_checks import REFUSED, add_functions, find_wrong_rows
+from registry.storage.database import DAMAGE_HINT, Damage, Database
+
+if TYPE_CHECKING:
+    from sqlalchemy import Connection, Engine
+
+    from registry.storage.locks.waiting import Patience
+
+# SQLite's smallest: most of two dozen tables and indexes fill less than a page. The rows of 20 tasks with vectors,
+# codes and evaluations take 53 KB; with pages of 4096 bytes they take 115 KB.
+PAGE_SIZE = 512
+
+READ, WRITE = "BEGIN", "BEGIN IMMEDIATE"
+_LEAST_WAIT = 1.0  # seconds: a commit of another process takes a moment, and is not to end a command that waited before
+_PRAGMAS = (
+    # SQLite ignores foreign keys unless each connection asks for them.
+    "foreign_keys=ON",
+    # A commit that was acknowledged survives power loss.
+    "synchronous=FULL",
+    # A database file from elsewhere may hold hostile views and triggers.
+    "trusted_schema=OFF",
+    "cell_size_check=ON",
+    # A read error of a mapped file is a signal that kills the process, not an error.
+    "mmap_size=0",
+    # Triggers are temporary: they need neither a folder nor space for that.
+    "temp_store=MEMORY",
+)
+
+
+class SqliteDatabase(Database):
+    """The rows of one store in a file."""
+
+    def __init__(
+        self, path: Path, *, read_only: bool, patience: Patience, users: Callable[[Path], str] = lambda path: ""
+    ) -> None:
+        """Prepare to connect; nothing is opened yet.
+
+        Args:
+            path: the file.
+            read_only: refuse writes.
+            patience: how long to wait for commits of others; what is waited for the lock to write is taken from it.
+            users: says which processes have locked the file, for messages.
+        """
+        super().__init__(str(path), str(path.parent), read_only=read_only, patience=patience)
+        self.path = path
+        self._users = users
+
+    @cached_property
+    def _writer(self) -> Engine:
+        return self._new_engine()
+
+    @cached_property
+    def _reader(self) -> Engine:
+        return self._writer.execution_options(icm_begin=READ)
+
+    def _new_engine(self, *, create: bool = False) -> Engine:
+        from registry.storage.engine import new_engine  # imports SQLAlchemy
+
+        return new_engine(self.path, self.read_only, self.patience, create=create)
+
+    @contextmanager
+    def connection(self, *, write: bool = False, create: bool = False, guarded: bool = True) -> Iterator[Connection]:
+        """Open a transaction without the ORM; a `write` block is committed, `create` makes the file if it is absent.
+
+        One that is not `guarded` changes tables: it writes no checks of rows, and does not follow references.
+        """
+        engine = self._new_engine(create=True) if create else self._writer
+        if not write:
+            engine = engine.execution_options(icm_begin=READ)
+        with self._errors(), engine.execution_options(icm_guarded=guarded).begin() as connection:
+            yield connection
+
+    @contextmanager
+    def columns(self, *, create: bool = False) -> Iterator[sqlite3.Connection]:
+        """Open SQLite's own connection to read columns in one consistent state; it checks no row by itself."""
+        with self._errors(), closing(connect(self.path, self.read_only, self.patience.seconds, create)) as connection:
+            connection.execute("PRAGMA cache_size=-16000")  # KB: joins come back to the same pages again and again
+            begin(connection, self.patience, READ)
+            yield connection
+
+    def damage(self) -> Iterator[Damage]:
+        """Yield what is wrong with pages, indexes, references and rows."""
+        from registry.schema import Base
+
+        with self.connection() as connection:
+            for answer in connection.exec_driver_sql("PRAGMA integrity_check").scalars():
+                if answer != "ok":
+                    yield Damage("database", str(answer))
+            for table, rowid, parent, _ in connection.exec_driver_sql("PRAGMA foreign_key_check"):
+                place = "a row" if rowid is None else f"row {rowid}"  # not every table has rowids
+                yield Damage("dangling", f"{place} of {table} refers to a row of {parent} that is gone")
+            for fact, task in find_wrong_rows(connection, Base.metadata):
+                yield Damage("row", fact, task)
+
+    def _translated_cause(self, error: BaseException) -> RegistryError | None:
+        if not isinstance(error, sqlite3.Error):
+            return None
+        code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+        fact = f"{self.path}: {error}"
+        if fact.endswith(REFUSED):
+            return DamagedRow(fact, path=self.path, hint=DAMAGE_HINT)
+        if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+            hint = "another icm is writing; try again or wait longer with --lock-timeout"
+            return StoreLocked(fact + self._users(self.path), path=self.path, hint=hint)
+        if code == sqlite3.SQLITE_FULL:
+            return StoreFull(fact, path=self.path, hint="`icm prune` frees what no row refers to")
+        if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_ERROR):
+            return DamagedStore(fact, path=self.path, hint=DAMAGE_HINT)
+        if "Could not decode" in fact:  # text that is none, which Python finds, without a code
+            return DamagedStore(fact, path=self.path, hint=DAMAGE_HINT)
+        if code == sqlite3.SQLITE_READONLY:
+            return StoreReadOnly(fact, path=self.path, hint="check the permissions of the store folder")
+        if code == sqlite3.SQLITE_IOERR:
+            return StoreIOError(fact, path=self.path)
+        return None
+
+
+def connect(path: Path, read_only: bool, busy_timeout: float, create: bool) -> sqlite3.Connection:
+    """Open a database as every store needs it."""
+    # A reader may have to roll back the journal of a killed writer, so it opens read-only only where it must.
+    mode = "rwc" if create else ("rw" if not read_only or can_be_written(path) else "ro")
+    uri = f"file:{quote(str(path))}?mode={mode}"
+    connection = sqlite3.connect(uri, uri=True, isolation_level=None, timeout=busy_timeout)
+    try:
+        for pragma in _PRAGMAS:
+            connection.execute(f"PRAGMA {pragma}")
+        add_functions(connection)
+        if create:
+            connection.execute(f"PRAGMA page_size={PAGE_SIZE}")  # an existing file keeps its own
+        if read_only:
+            connection.execute("PRAGMA query_only=ON")
+        else:
+            # Faster than DELETE, which changes the folder as well.
+            connection.execute("PRAGMA journal_mode=TRUNCATE")
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def can_be_written(path: Path) -> bool:
+    """Say whether the file system lets this user write the database, or its folder where it is still to be made."""
+    return os.access(path.parent, os.W_OK) and (os.access(path, os.W_OK) or not path.exists())
+
+
+def begin(connection: sqlite3.Connection, patience: Patience, statement: str) -> None:
+    """Begin a transaction, waiting for others no longer than what is left of the patience."""
+    wait = min(patience.seconds, max(patience.left, _LEAST_WAIT))
+    connection.execute(f"PRAGMA busy_timeout={round(1000 * wait)}")
+    with patience.counted():
+        connection.execute(statement)
+
+
+def sqlite_of(connection: Connection) -> sqlite3.Connection:
+    """Return SQLite's own connection."""
+    found = connection.connection.driver_connection
+    assert isinstance(found, sqlite3.Connection)
+    return found

@@ -1,0 +1,6 @@
+"""What every backend must do, as tests to inherit from; they need pytest and hypothesis.
+
+class TestMyPlace(BlobPromises):
+    def new_place(self) -> BlobBackend: ...
+    def damage(self, place, digest, data) -> None: ...
+"""

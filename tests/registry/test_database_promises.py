@@ -1,0 +1,72 @@
+"""Every database of rows keeps the promises of `registry.testing.databases`."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing
+from typing import TYPE_CHECKING
+
+import pytest
+
+from registry.storage.database import Database
+from registry.storage.locks.waiting import Patience
+from registry.storage.migrations import migrate
+from registry.storage.sqlite import SqliteDatabase
+from registry.testing.databases import DatabasePromises
+from tests.pg_server import new_database
+
+if TYPE_CHECKING:
+    from registry.storage.postgres import PostgresDatabase
+
+
+class TestSqlite(DatabasePromises):
+    """Rows in a file."""
+
+    @pytest.fixture(autouse=True)
+    def factory(self, tmp_path_factory: pytest.TempPathFactory) -> None:
+        self.folders = tmp_path_factory
+
+    def new_database(
+        self, same_as: Database | None = None, *, read_only: bool = False, patience: float = 60.0
+    ) -> Database:
+        path = same_as.path if isinstance(same_as, SqliteDatabase) else self.folders.mktemp("rows") / "registry.db"
+        database = SqliteDatabase(path, read_only=read_only, patience=Patience(patience))
+        if same_as is None:
+            migrate(database, create=True)
+        return database
+
+    def damage(self, database: Database, statement: str) -> None:
+        with closing(sqlite3.connect(database.place)) as connection, connection:
+            connection.execute(statement)
+
+
+class TestPostgres(DatabasePromises):
+    """Rows on a server."""
+
+    @pytest.fixture(autouse=True)
+    def server(self, postgres: str) -> Iterator[None]:
+        self.postgres, self.url = postgres, ""
+        self.opened: list[PostgresDatabase] = []
+        yield
+        for database in self.opened:
+            database.close()
+
+    def new_database(
+        self, same_as: Database | None = None, *, read_only: bool = False, patience: float = 60.0
+    ) -> Database:
+        from registry.storage.postgres import PostgresDatabase
+
+        self.url = self.url if same_as is not None else new_database(self.postgres)
+        database = PostgresDatabase(self.url, command="icm", read_only=read_only, patience=Patience(patience))
+        self.opened.append(database)
+        if same_as is None:
+            database.create()
+        return database
+
+    def damage(self, database: Database, statement: str) -> None:
+        import psycopg
+
+        with psycopg.connect(self.url, autocommit=True) as connection:
+            connection.execute("SET session_replication_role = replica")
+            connection.execute(statement)

@@ -1,0 +1,37 @@
+"""Every kind of locks keeps the promises of `registry.testing.locks`."""
+
+from __future__ import annotations
+
+import pytest
+
+from registry.storage.folder import StorePaths
+from registry.storage.locks.flocks import FolderLock
+from registry.storage.locks.waiting import Patience, StoreLock
+from registry.testing.locks import LockPromises
+
+
+class TestFolder(LockPromises):
+    """Flocks of files in a folder."""
+
+    @pytest.fixture(autouse=True)
+    def folder(self, tmp_path_factory: pytest.TempPathFactory) -> None:
+        self.root = tmp_path_factory.mktemp("stores")
+
+    def new_lock(self, store: str, patience: Patience, command: str = "icm") -> StoreLock:
+        paths = StorePaths(self.root / store)
+        paths.root.mkdir(exist_ok=True)
+        return FolderLock(paths.lock, paths.job, patience=patience, command=command)
+
+
+class TestPostgres(LockPromises):
+    """Advisory locks of a database."""
+
+    @pytest.fixture(autouse=True)
+    def server(self, postgres: str) -> None:
+        self.url = postgres
+
+    def new_lock(self, store: str, patience: Patience, command: str = "icm") -> StoreLock:
+        from registry.storage.locks.advisory import AdvisoryLock
+        from registry.storage.postgres import only_connection
+
+        return AdvisoryLock(only_connection(self.url, command), store, url=self.url, patience=patience)
