@@ -32,7 +32,12 @@ from registry.storage.postgres_checks import guard, install, seal, wrong_rows
 
 _CONNECTING = 10  # seconds
 # A peer that is gone is noticed within a minute, on this side as by the server, which then gives its locks away.
-_ALIVE: dict[str, Any] = {"keepalives_idle": 20, "keepalives_interval": 10, "keepalives_count": 3, "tcp_user_timeout": 60_000}
+_ALIVE: dict[str, Any] = {
+    "keepalives_idle": 20,
+    "keepalives_interval": 10,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 60_000,
+}
 _OF_SESSION = "-c tcp_keepalives_idle=20 -c tcp_keepalives_interval=10 -c tcp_keepalives_count=3 -c timezone=UTC"
 _MOST_NAMED = 63  # bytes of a name that the server keeps
 _PASSWORD = re.compile(r"(?<=://)([^/?#@]*@)|(?<=[?&])(password|sslpassword)=[^&#]*")
