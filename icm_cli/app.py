@@ -16,9 +16,8 @@ from typer.core import TyperGroup
 
 from icm_cli.config import log_file, switched_on
 from icm_cli.errors import ConfigProblem, ExitCode, Failure, StdoutClosed, describe, is_help
-from icm_cli.options import JsonOpt, LockTimeoutOpt, NoProgressOpt, QuietOpt, StoreOpt, VerboseOpt
+from icm_cli.options import JsonOpt, LockTimeoutOpt, NoProgressOpt, QuietOpt, StoreOpt, VerboseOpt, spare_pydantic
 from icm_cli.output import Output
-from icm_cli.plain_values import spare_pydantic
 from icm_cli.session import GlobalOptions
 from icmlora.io.text import utc
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from icm_cli.output import Field
 from icm_cli.session import Session
 from icm_cli.text import errors_json, figure
-from icmlora.fleet.measure.precision import gain_text
+from icmlora.fleet.measure.metric_result import gain_text
 from icmlora.io.text import human_size, in_ranges
 
 if TYPE_CHECKING:

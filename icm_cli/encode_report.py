@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from icm_cli.output import Field
 from icm_cli.session import Session
 from icm_cli.text import as_fields, coded_size, figure, grouped
-from icmlora.fleet.measure.precision import gain_text
+from icmlora.fleet.measure.metric_result import gain_text
 from icmlora.io.text import counted, human_size, some
 
 if TYPE_CHECKING:

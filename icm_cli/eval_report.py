@@ -10,7 +10,7 @@ from icm_cli.failures import tell_failure, tell_left_out
 from icm_cli.output import Field
 from icm_cli.session import Session
 from icm_cli.text import SOURCES, errors_json, figure
-from icmlora.fleet.measure.precision import measured_in, source_name
+from icmlora.fleet.measure.metric_result import measured_in, source_name
 from icmlora.io.text import counted
 
 if TYPE_CHECKING:

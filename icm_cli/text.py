@@ -7,8 +7,7 @@ from dataclasses import asdict
 from math import isfinite
 from typing import TYPE_CHECKING
 
-from icmlora.fleet.measure.metric_result import relative_error
-from icmlora.fleet.measure.precision import gain_text
+from icmlora.fleet.measure.metric_result import gain_text, relative_error
 from icmlora.io.text import human_size
 
 if TYPE_CHECKING:

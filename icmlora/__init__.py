@@ -73,6 +73,7 @@ if TYPE_CHECKING:
     from icmlora.fleet.records import GeneratorRecord, Joined, Separated, TaskSummary
     from icmlora.fleet.report.report import ReportSummary
     from icmlora.fleet.stats.stats import Bill
+    from icmlora.fleet.tasks.copies import CopyReport
     from icmlora.fleet.tasks.doctor import Check
     from icmlora.fleet.tasks.duplicates import DuplicatesReport
     from icmlora.fleet.tasks.generators import Forgotten, GeneratorVersion, RolledBack
@@ -101,6 +102,7 @@ __all__ = [
     "Cancelled",
     "Check",
     "CodeError",
+    "CopyReport",
     "CustomModel",
     "DamagedStore",
     "DataError",
@@ -174,6 +176,7 @@ _HOMES = {
     "Bill": "icmlora.fleet.stats.stats",
     "Bundle": "icmlora.fleet.bundles.bundles",
     "Check": "icmlora.fleet.tasks.doctor",
+    "CopyReport": "icmlora.fleet.tasks.copies",
     "CustomModel": "icmlora.base_models.kinds.custom_model",
     "DuplicatesReport": "icmlora.fleet.tasks.duplicates",
     "EditReport": "icmlora.fleet.tasks.tasks",

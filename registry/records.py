@@ -6,7 +6,7 @@ Times are RFC 3339 in UTC, sizes are bytes, digests are the lower-case SHA-256 o
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -532,3 +532,15 @@ def read_description(stored: Sequence[object]) -> Description:
     common = Description(*stored)  # type: ignore[arg-type]  # as `description_of` made it
     layout = tuple((name, rank, inputs, outputs) for name, rank, inputs, outputs in common.layout)
     return common._replace(target_modules=tuple(common.target_modules), layout=layout)
+
+
+def latest_evaluation(
+    evaluations: Iterable[EvaluationRecord],
+    task: TaskRecord,
+    rung: Rung,
+    generator: GeneratorRecord,
+) -> EvaluationRecord | None:
+    """Return how a source does under a generator on the task's own held-out text, else the latest on any text."""
+    # The gain of an evicted original is known only in the precision that was measured before it went.
+    rows = [row for row in evaluations if row.rung == rung and row.generator_id == generator.id]
+    return max(rows, key=lambda row: (row.data == task.eval_data, row.retained_gain is not None, row.id), default=None)

@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Self
 from registry import files as fs
 from registry.errors import StoreNotFound
 from registry.storage.blobs.content import Blobs
-from registry.storage.blobs.place import blobs_of
+from registry.storage.blobs.local import LocalBackend
 from registry.storage.folder import (
+    FolderUpkeep,
     StorePaths,
     check_format,
     create_store,
@@ -27,17 +28,15 @@ from registry.storage.folder import (
     prepare_folder,
     with_reserve,
 )
+from registry.storage.locks import Patience
 from registry.storage.locks.flocks import FolderLock
-from registry.storage.locks.waiting import Patience
-from registry.storage.migrations import migrate
-from registry.storage.sqlite import SqliteDatabase
-from registry.storage.upkeep import FolderUpkeep
+from registry.storage.sqlite import SqliteDatabase, migrate
 
 if TYPE_CHECKING:
     from registry.errors import DamagedStore
     from registry.storage.blobs.backend import BlobBackend
     from registry.storage.blobs.cache import BlobCache
-    from registry.storage.locks.waiting import StoreLock
+    from registry.storage.locks import StoreLock
     from registry.storage.prune import PruneReport
     from registry.storage.row_repair import RowRepair
     from registry.tables.base_models import BaseModels
@@ -135,7 +134,7 @@ class Store:
             if not read_only:
                 make_folders(paths)
             with_reserve(paths, lambda: migrate(database))  # a newer icm is often asked to empty a full disk
-            backend = backend or blobs_of(paths)
+            backend = backend or _blobs_of(paths)
         except BaseException:
             lock.close()
             raise
@@ -303,6 +302,14 @@ class Store:
         self._db.must_write()
         with self._lock.exclusive():
             return repair_rows(self._db, self.paths)
+
+
+def _blobs_of(paths: StorePaths) -> BlobBackend:
+    if paths.place.exists():
+        from registry.storage.blobs.place import far_blobs
+
+        return far_blobs(paths)
+    return LocalBackend(paths)
 
 
 def _copies_in(folder: Callable[[], Path]) -> BlobCache:

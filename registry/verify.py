@@ -13,9 +13,9 @@ from registry.errors import DamagedStore, MissingBlob, StoreIOError
 from registry.schema import Adapter, Blob, Code, Extra, Generator, Task, TaskVector
 from registry.storage.blobs.content import Blobs
 from registry.storage.database import Damage, Database
+from registry.storage.folder import Upkeep
 from registry.storage.prune import BLOB_COLUMNS, BlobColumn, is_evictable, is_needed, leftovers
 from registry.storage.row_writer import find_task
-from registry.storage.upkeep import Upkeep
 from registry.values import LEAST_GAIN, MOST_GAIN
 
 Kind = Literal["database", "dangling", "row", "missing", "length", "digest", "orphan", "leftover", "remark"]

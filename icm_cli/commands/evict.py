@@ -9,7 +9,7 @@ from icm_cli.options import DeviceOpt, DryRunOpt, MinGainOpt, SomeTasksArg, Work
 from icm_cli.output import Field, Output
 from icm_cli.session import Session, command, end
 from icm_cli.text import as_fields, coded_size, figure
-from icmlora.fleet.measure.precision import gain_text
+from icmlora.fleet.measure.metric_result import gain_text
 from icmlora.io.text import counted, human_size
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from icm_cli.errors import Interrupted
 from icm_cli.options import BaseModelOpt, DeviceOpt, DtypeName, ForceOpt, OutputOpt, argument, option
 from icm_cli.session import Session, command
 from icmlora.errors import Cancelled
-from icmlora.fleet.measure.precision import measured_in
+from icmlora.fleet.measure.metric_result import measured_in
 from icmlora.io.text import counted, human_size
 
 if TYPE_CHECKING:

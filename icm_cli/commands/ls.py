@@ -11,7 +11,7 @@ from icm_cli.options import BaseModelOpt, FiltersOpt, FromOpt, LimitOpt, SortOpt
 from icm_cli.output import Column, Field
 from icm_cli.session import Session, command
 from icm_cli.text import claim_json, claim_text, coded_size, errors_json
-from icmlora.fleet.measure.precision import gain_text
+from icmlora.fleet.measure.metric_result import gain_text
 from icmlora.io.text import counted, human_size, in_ranges
 
 if TYPE_CHECKING:

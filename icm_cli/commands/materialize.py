@@ -11,7 +11,7 @@ from icm_cli.errors import UsageProblem
 from icm_cli.options import DtypeName, ForceOpt, FromOpt, SeedOpt, argument, option
 from icm_cli.session import Session, command
 from icm_cli.text import claim_json, claim_text
-from icmlora.fleet.measure.precision import measured_in
+from icmlora.fleet.measure.metric_result import measured_in
 
 if TYPE_CHECKING:
     from icmlora.fleet.write.materialize import MaterializeReport

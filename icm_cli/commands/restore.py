@@ -10,7 +10,7 @@ from icm_cli.options import DryRunOpt, FromOpt, argument
 from icm_cli.output import Field, Output
 from icm_cli.session import Session, command, end
 from icm_cli.text import as_fields, figure, path_shown
-from icmlora.fleet.measure.precision import gain_text
+from icmlora.fleet.measure.metric_result import gain_text
 from icmlora.io.text import counted, human_size
 
 if TYPE_CHECKING:

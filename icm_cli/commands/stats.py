@@ -10,7 +10,7 @@ from icm_cli.options import option
 from icm_cli.output import Field
 from icm_cli.session import Session, command
 from icm_cli.text import as_fields, coded_size, figure
-from icmlora.fleet.measure.precision import gain_text, measured_in
+from icmlora.fleet.measure.metric_result import gain_text, measured_in
 from icmlora.fleet.stats.bill_text import claims_text, disk_lines, saving_text, shortfalls
 from icmlora.io.text import counted, human_percent, human_size
 

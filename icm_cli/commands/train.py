@@ -26,7 +26,7 @@ from icm_cli.output import Output
 from icm_cli.session import Session, command
 from icm_cli.text import as_fields
 from icmlora.errors import OtherProcessFailed
-from icmlora.fleet.measure.precision import measured_in
+from icmlora.fleet.measure.metric_result import measured_in
 from icmlora.fleet.older import WAY_OUT
 from icmlora.io.text import counted, human_duration, human_size
 from icmlora.training import config

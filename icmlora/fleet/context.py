@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from icmlora.generator.versions import GeneratorFile
     from registry.errors import IcmError
     from registry.records import BaseModelRecord, CodeRecord, GeneratorRecord, TaskRecord
-    from registry.storage.locks.waiting import Patience
+    from registry.storage.locks import Patience
     from registry.store import Store
 
 
@@ -156,7 +156,7 @@ class Context:
 
     def with_patience(self) -> Context:
         """Return the same for one command: its waits take no longer than the timeout, all of them together."""
-        from registry.storage.locks.waiting import Patience
+        from registry.storage.locks import Patience
 
         patience = Patience(self.lock_timeout, lambda text: self.on_event(Waiting(text)))
         known = self.path, self.cache_folder, self.lock_timeout, self.command, self.on_event, self.generator

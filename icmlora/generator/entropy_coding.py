@@ -18,7 +18,7 @@ writer collects its symbols until it knows all of them.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import cache
+from functools import cache, cached_property, reduce
 from itertools import pairwise
 from typing import Any
 
@@ -27,7 +27,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from icmlora.errors import CodeError
-from icmlora.generator.alphabet import Alphabet, categorical
 from icmlora.generator.scales import (
     RARITIES,
     SMALLEST,
@@ -49,9 +48,61 @@ Sizes = Sequence[tuple[int, int]]  # scale indices, ascending, each with the num
 LIMIT = 1 << 20
 
 _SPARSE = 0.25  # share of nonzeros below which gaps take less time than zeros
-_MANY = 1024  # integers of one scale, of which so many are worth saying how many are not zero
+_MANY = 1024  # integers of one scale from which on gaps are worth saying how many are not zero, and several one symbol
+_LARGEST = 9**4  # symbols of a joint table at most; larger ones outgrow the processor's nearest cache
 _LENGTHS = 32  # longest excess, in bits after the leading one, plus one
 _EVEN = 12  # bits of an even number that are written at a time
+
+
+class Alphabet:
+    """K small integers with their probabilities; where there are many, several of them are one symbol.
+
+    A decoder finds a symbol in its table by bisection, so one among 2,400 takes less time than four among seven. The
+    joint table is the product of the integers' own ones, so the bits are the same.
+    """
+
+    def __init__(self, integers: NDArray[np.int64], chances: NDArray[np.float64]) -> None:
+        """Take the integers, ascending, and how likely each is, both of shape (K,)."""
+        self._integers, self._chances = integers.astype(np.int32), chances
+        self._together = next((count for count in (4, 2) if len(chances) ** count <= _LARGEST), 1)
+        self._single = _categorical(chances)
+
+    def symbols(self, values: NDArray[np.signedinteger[Any]]) -> list[tuple[NDArray[np.int32], object]]:
+        """Return the symbols of integers (n,), in the order of reading: parts, each with its model."""
+        low = self._integers[0]
+        symbols = np.zeros(self._integers[-1] - low + 1, dtype=np.int32)
+        symbols[self._integers - low] = np.arange(len(self._integers))
+        singles = symbols.take(values - low)
+        joint = self._joint_count(len(values))
+        end = joint * self._together
+        digits = singles[:end].reshape(joint, self._together)
+        weights = len(self._chances) ** np.arange(self._together - 1, -1, -1)
+        several = [((digits @ weights).astype(np.int32), self._joint[0])] if joint else []
+        return [*several, (singles[end:], self._single)]
+
+    def read(self, coder: constriction.stream.stack.AnsCoder, count: int) -> NDArray[np.signedinteger[Any]]:
+        """Read so many integers, shape (n,)."""
+        joint = self._joint_count(count)
+        if not joint:
+            few: NDArray[np.int32] = self._integers.take(coder.decode(self._single, count))
+            return few
+        model, digits = self._joint
+        found = np.empty(count, dtype=np.int8)
+        end = joint * self._together
+        digits.take(coder.decode(model, joint), out=found[:end].view(digits.dtype), mode="clip")
+        found[end:] = self._integers.take(coder.decode(self._single, count - end))
+        return found
+
+    def _joint_count(self, count: int) -> int:
+        """Return how many symbols stand for several of so many integers; the rest follow one at a time."""
+        return count // self._together if self._together > 1 and count >= _MANY else 0
+
+    @cached_property
+    def _joint(self) -> tuple[object, NDArray[np.unsignedinteger[Any]]]:
+        """Return the model of several integers, and the integers of each of its symbols, a byte each."""
+        chances = reduce(np.multiply.outer, [self._chances] * self._together).ravel()
+        digits = np.stack(np.meshgrid(*[self._integers] * self._together, indexing="ij"), axis=-1)
+        return _categorical(chances), digits.astype(np.int8).reshape(len(chances), -1).view(f"u{self._together}")[:, 0]
 
 
 def clip(values: NDArray[np.float64]) -> Integers:
@@ -282,7 +333,7 @@ def _nonzeros(scale: int) -> Alphabet:
 def _gap_model(rarity: int) -> tuple[int, int, object]:
     """Return by how many bits gaps are shifted, the symbol of long ones, and the model."""
     shift, table = gap_frequencies(rarity)
-    return shift, len(table) - 1, categorical(table / table.sum())
+    return shift, len(table) - 1, _categorical(table / table.sum())
 
 
 @cache
@@ -296,7 +347,11 @@ def _rarity_model(*, is_none_likely: bool) -> object:
     distance = np.abs(np.arange(2 * RARITIES + 1) - RARITIES)
     chances = 0.75**distance + 1e-6
     chances[-1] = chances.sum() * (2.0 if is_none_likely else 0.02)
-    return categorical(chances / chances.sum())
+    return _categorical(chances / chances.sum())
+
+
+def _categorical(chances: NDArray[np.float64]) -> object:
+    return constriction.stream.model.Categorical(chances, perfect=False, lazy=False)
 
 
 _EXCESS = constriction.stream.model.Categorical(2.0 ** -np.arange(1.0, _LENGTHS + 1), perfect=False)

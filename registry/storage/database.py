@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection, Engine
     from sqlalchemy.orm import Session
 
-    from registry.storage.locks.waiting import Patience
+    from registry.storage.locks import Patience
 
 DAMAGE_HINT = "`icm verify` says what is damaged, and what mends it"
 

@@ -14,7 +14,7 @@ from sqlalchemy.pool import NullPool
 
 from registry.row_checks import guard
 from registry.schema import Base
-from registry.storage.locks.waiting import Patience
+from registry.storage.locks import Patience
 from registry.storage.sqlite import WRITE, begin, connect, sqlite_of
 
 

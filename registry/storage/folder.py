@@ -21,16 +21,14 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from registry import files as fs
 from registry.errors import DamagedStore, NotAStore, RegistryError, StoreFull, StoreTooNew
-from registry.storage.blobs.place import settle
-from registry.storage.migrations import migrate
-from registry.storage.sqlite import SqliteDatabase
 
 if TYPE_CHECKING:
     from registry.storage.blobs.backend import Leftover
+    from registry.storage.sqlite import SqliteDatabase
 
 FORMAT_TEXT = "icm store 2\n"
 FAR_TEXT = "icm store 3\n"  # one whose blobs are elsewhere: an icm that does not know of that must not look for them
@@ -144,10 +142,14 @@ def create_store(paths: StorePaths, database: SqliteDatabase, address: str | Non
     """
     if paths.format.exists():  # another process was faster
         return
+    from registry.storage.sqlite import migrate
+
     with fs.store_errors(paths.root):
         make_folders(paths)
         make_reserve(paths)
         if address is not None:
+            from registry.storage.blobs.place import settle
+
             settle(paths, address)
         migrate(database, create=True)
         fs.failpoint("store-before-format")
@@ -186,3 +188,48 @@ def check_format(paths: StorePaths) -> None:
     hint = "use the icm that wrote it, or a newer one; if this one wrote it, FORMAT is damaged"
     message = f"{paths.root} has the format {text.decode().strip()!r}, this icm knows {known!r}"
     raise StoreTooNew(message, path=paths.format, hint=hint)
+
+
+class Upkeep(Protocol):
+    """What a kind of store does around changes."""
+
+    def before_deletion(self) -> None:
+        """Make sure that all rows are right, and can be brought back; raise `DamagedRow` if one is wrong."""
+        ...
+
+    def run(self, change: Callable[[], T]) -> T:
+        """Run a change of rows; if the disk is full, make room and run it once more."""
+        ...
+
+    def after_deletion(self) -> None:
+        """Get ready for the next full disk, as far as there is room by now."""
+        ...
+
+    def leftovers(self, *, aside: bool = False) -> Iterator[Leftover]:
+        """Yield what killed commands left that are no blobs, or else, `aside`, what is in quarantine."""
+        ...
+
+
+class FolderUpkeep:
+    """The upkeep of a store folder: a copy of the database, and a file whose bytes are freed on a full disk."""
+
+    def __init__(self, database: SqliteDatabase, paths: StorePaths) -> None:
+        self._database, self._paths = database, paths
+
+    def before_deletion(self) -> None:
+        """Check all rows, and keep a copy of them."""
+        from registry.storage.kept import keep  # readers delete nothing
+
+        keep(self._database, self._paths)
+
+    def run(self, change: Callable[[], T]) -> T:
+        """Run a change of rows; if the disk is full, delete the reserve and run it once more."""
+        return with_reserve(self._paths, change)
+
+    def after_deletion(self) -> None:
+        """Make the reserve again if there is room for it."""
+        restore_reserve(self._paths)
+
+    def leftovers(self, *, aside: bool = False) -> Iterator[Leftover]:
+        """Yield the files of the temporary folder, or of the quarantine folder."""
+        return files_in(self._paths.quarantine if aside else self._paths.tmp)

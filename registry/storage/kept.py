@@ -18,10 +18,9 @@ from uuid import uuid4
 from registry import files as fs
 from registry.errors import DamagedStore, StoreFull, StoreIOError, StoreNotFound
 from registry.storage.folder import StorePaths, make_folders
+from registry.storage.locks import Patience
 from registry.storage.locks.flocks import FileLock
-from registry.storage.locks.waiting import Patience
-from registry.storage.migrations import migrate
-from registry.storage.sqlite import SqliteDatabase, sqlite_of
+from registry.storage.sqlite import SqliteDatabase, migrate, sqlite_of
 
 _MODE = 0o600
 

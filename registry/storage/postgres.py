@@ -27,7 +27,7 @@ from registry.errors import DamagedStore, NotAStore, RegistryError, StoreAway, S
 from registry.row_checks import find_miscounted
 from registry.schema import Base
 from registry.storage.database import DAMAGE_HINT, Damage, Database
-from registry.storage.locks.waiting import Patience
+from registry.storage.locks import Patience
 from registry.storage.postgres_checks import guard, install, seal, wrong_rows
 
 _CONNECTING = 10  # seconds

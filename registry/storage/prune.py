@@ -21,9 +21,9 @@ from registry.schema import Adapter, Base, Blob, Document, Evaluation, TaskVecto
 from registry.storage.blobs.backend import Leftover
 from registry.storage.blobs.content import Blobs
 from registry.storage.database import Database
-from registry.storage.locks.waiting import StoreLock
+from registry.storage.folder import Upkeep
+from registry.storage.locks import StoreLock
 from registry.storage.row_writer import in_parts, table_of
-from registry.storage.upkeep import Upkeep
 
 BlobColumn = InstrumentedAttribute[int] | InstrumentedAttribute[int | None]
 # Every column that refers to a blob.

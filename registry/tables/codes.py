@@ -16,7 +16,6 @@ from registry import records
 from registry import schema as models
 from registry.errors import GeneratorConflict, LastCopy
 from registry.storage.row_writer import RowWriter, final_if_unchanged, final_under_any_name, find_task, in_parts
-from registry.tables.evaluations import record_evaluation
 from registry.tables.table import Table
 from registry.to_records import code_record
 
@@ -132,6 +131,8 @@ def _replace_evaluations(
 ) -> None:
     """Forget what was measured of the earlier files of a code, and record what was measured of the new ones."""
     session, evaluation = writer.session, models.Evaluation
+    from registry.tables.evaluations import record_evaluation  # most commands only read codes
+
     measured = (evaluation.task_id == row.task_id, evaluation.rung.in_(rungs))
     session.execute(delete(evaluation).where(*measured, evaluation.generator_id == row.generator_id))
     for one in new:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from sqlalchemy import delete, select
 from sqlalchemy.orm import Session
@@ -102,15 +102,3 @@ def _is_current(
     of_task = models.Code.task_id == final.task_id, models.Code.generator_id == new.generator_id
     row = session.scalar(select(models.Code).where(*of_task))
     return row is not None and code is not None and code_record(row).digests() == code.digests()
-
-
-def latest(
-    evaluations: Iterable[records.EvaluationRecord],
-    task: records.TaskRecord,
-    rung: records.Rung,
-    generator: records.GeneratorRecord,
-) -> records.EvaluationRecord | None:
-    """Return how a source does under a generator on the task's own held-out text, else the latest on any text."""
-    # The gain of an evicted original is known only in the precision that was measured before it went.
-    rows = [row for row in evaluations if row.rung == rung and row.generator_id == generator.id]
-    return max(rows, key=lambda row: (row.data == task.eval_data, row.retained_gain is not None, row.id), default=None)

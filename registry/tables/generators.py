@@ -23,7 +23,6 @@ from registry.names import some
 from registry.row_checks import COLUMN
 from registry.storage.row_writer import RowWriter, check_rows, table_of
 from registry.tables.codes import code_files, code_rows, current_row
-from registry.tables.runs import finish_run
 from registry.tables.table import Table
 from registry.to_records import code_record, generator_record
 
@@ -48,7 +47,7 @@ class Generators(Table):
             codes = list(code_rows(writer, row, generator.codes))
             _must_cover(relied_on, [*(code.task.name for code in codes), *generator.stay])
             writer.session.add_all(codes)
-            garbage = finish_run(writer, generator.train_run_id) if generator.train_run_id else []
+            garbage = _finished(writer, generator.train_run_id) if generator.train_run_id else []
             writer.session.flush()
             record = generator_record(row)
         self._drop(garbage)
@@ -147,6 +146,12 @@ class Generators(Table):
             writer.session.execute(delete(models.Generator).where(models.Generator.id == row.id))
         self._drop(garbage)
         return len(codes)
+
+
+def _finished(writer: RowWriter, run_id: int) -> list[str]:
+    from registry.tables.runs import finish_run  # most commands only read generators
+
+    return finish_run(writer, run_id)
 
 
 def find_current(session: Session, base_model: str) -> models.Generator | None:

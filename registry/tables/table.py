@@ -13,9 +13,9 @@ from registry.storage.sqlite import SqliteDatabase
 if TYPE_CHECKING:
     from registry.schema import Evaluation, TaskVector
     from registry.storage.blobs.content import Blobs
-    from registry.storage.locks.waiting import StoreLock
+    from registry.storage.folder import Upkeep
+    from registry.storage.locks import StoreLock
     from registry.storage.row_writer import RowWriter
-    from registry.storage.upkeep import Upkeep
     from registry.store import OnDamage
 
 Record = TypeVar("Record")

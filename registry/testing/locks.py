@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
 from registry.errors import StoreLocked
-from registry.storage.locks.waiting import Patience, StoreLock
+from registry.storage.locks import Patience, StoreLock
 
 _BASE, _OTHER = "base/model", "x" * 5000 + "\0é"
 _THREADS, _ROUNDS = 6, 6

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from registry.errors import DamagedStore, NotAStore, StoreAway
-from registry.storage.blobs.place import blobs_of
+from registry.storage.blobs.place import far_blobs
 from registry.storage.folder import StorePaths
 from registry.store import Store
 from tests.cli.conftest import Ran
@@ -160,7 +160,7 @@ def test_a_damaged_address_is_told(tmp_path: Path, text: str) -> None:
     place.chmod(0o644)
     place.write_text(text)
     with pytest.raises(DamagedStore, match="BLOBS is damaged"):
-        blobs_of(StorePaths(root))
+        far_blobs(StorePaths(root))
     place.unlink()
     with pytest.raises(DamagedStore, match="lost its FORMAT or its BLOBS"):
         Store.open(root)

@@ -10,7 +10,7 @@ import pytest
 import typer
 
 from icm_cli.app import app
-from icm_cli.plain_values import _PlainValues
+from icm_cli.options import _PlainValues
 from tests.cli.conftest import modules_of
 
 build_runtime_param = pytest.importorskip("typer._coercion").build_runtime_param

@@ -23,7 +23,7 @@ from icmlora.fleet.write.materialize import Source
 from registry import row_checks
 from registry.errors import IcmError
 from registry.records import NewEvaluation
-from registry.storage.locks.waiting import Patience
+from registry.storage.locks import Patience
 from registry.storage.sqlite import SqliteDatabase
 from registry.store import Store
 from tests.cli.tiny_fleet import build_ingested, icm_quietly, train_store, write_lora

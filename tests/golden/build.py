@@ -15,7 +15,7 @@ import sys
 import tarfile
 from pathlib import Path
 
-from registry.storage.migrations import newest
+from registry.storage.sqlite import newest
 from tests.cli.tiny_fleet import build_ingested, icm_quietly, train_store
 from tests.icmlora.tiny_base import LABEL
 

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 
 from icm_cli.errors import ExitCode
-from registry.storage.migrations import FIRST_SCHEMA, newest
+from registry.storage.sqlite import FIRST_SCHEMA, newest
 from tests.cli.conftest import Ran
 from tests.golden.build import HERE, TASKS
 

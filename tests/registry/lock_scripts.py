@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from registry.storage.locks import Patience
 from registry.storage.locks.flocks import FileLock
-from registry.storage.locks.waiting import Patience
 
 Call = tuple[str, str]
 """The kind of lock, "store" or "job", and what is done with it."""

@@ -12,7 +12,7 @@ from sqlalchemy import Connection
 from sqlalchemy.exc import IntegrityError
 
 from registry.errors import DamagedStore, StoreFull, StoreLocked, StoreReadOnly
-from registry.storage.locks.waiting import Patience
+from registry.storage.locks import Patience
 from registry.storage.sqlite import SqliteDatabase
 from registry.store import Store
 from tests.registry.children import start, wait

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from registry.storage.database import Database
-from registry.storage.locks.waiting import Patience
-from registry.storage.migrations import migrate
-from registry.storage.sqlite import SqliteDatabase
+from registry.storage.locks import Patience
+from registry.storage.sqlite import SqliteDatabase, migrate
 from registry.testing.databases import DatabasePromises
 from tests.pg_server import new_database
 

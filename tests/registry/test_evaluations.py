@@ -7,9 +7,8 @@ from dataclasses import dataclass, replace
 import pytest
 
 from registry.errors import TaskNotFound
-from registry.records import AdapterRecord, CodeLimits, CodeRecord, NewEvaluation, NewResidual
+from registry.records import AdapterRecord, CodeLimits, CodeRecord, NewEvaluation, NewResidual, latest_evaluation
 from registry.store import Store
-from registry.tables.evaluations import latest
 from tests.registry.examples import BASE, code, code_of, evaluation, generator, ingest
 
 
@@ -48,7 +47,7 @@ def test_a_gain_in_another_precision_counts_where_the_newest_figure_has_none(sto
     made = store.generators.add(generator(store, ["rust"]))
     rows = [in_precision("float32", 2.0, 0.95), in_precision("nf4", 2.2, None)]
     store.evaluations.add([replace(one, rung="code", generator_id=made.id) for one in rows])
-    found = latest(store.evaluations.all("rust"), store.tasks.get("rust"), "code", made)
+    found = latest_evaluation(store.evaluations.all("rust"), store.tasks.get("rust"), "code", made)
     assert found is not None
     listed = next(row for row in store.tasks.summaries() if row.task.name == "rust")
     assert (found.retained_gain, found.precision) == (listed.gain, listed.gain_precision) == (0.95, "float32")

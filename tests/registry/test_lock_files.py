@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from registry.errors import StoreLocked
+from registry.storage.locks import Patience
 from registry.storage.locks.flocks import FileLock
-from registry.storage.locks.waiting import Patience
 from registry.store import Store
 from tests.registry.examples import new_store
 

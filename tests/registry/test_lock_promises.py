@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from registry.storage.folder import StorePaths
+from registry.storage.locks import Patience, StoreLock
 from registry.storage.locks.flocks import FolderLock
-from registry.storage.locks.waiting import Patience, StoreLock
 from registry.testing.locks import LockPromises
 
 

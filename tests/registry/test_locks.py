@@ -13,9 +13,8 @@ from pathlib import Path
 import pytest
 
 from registry.errors import StoreLocked, StoreReadOnly
-from registry.storage.locks import waiting
+from registry.storage.locks import Patience, waiting
 from registry.storage.locks.flocks import FileLock
-from registry.storage.locks.waiting import Patience
 from registry.store import Store
 from tests.registry.children import start, wait
 from tests.registry.examples import BASE, ingest

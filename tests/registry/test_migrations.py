@@ -13,7 +13,7 @@ from sqlalchemy import Connection, create_engine
 
 from registry.errors import DamagedStore, NotAStore, StoreFull, StoreTooNew, StoreTooOld
 from registry.schema import Base
-from registry.storage import migrations
+from registry.storage import sqlite as migrations
 from registry.store import Store
 from tests.registry.every_row import everything, fill
 from tests.registry.examples import ingest, new_store

@@ -11,7 +11,7 @@ from sqlalchemy import text
 from sqlalchemy.exc import TimeoutError
 
 from registry.errors import StoreAway, StoreLocked
-from registry.storage.locks.waiting import Patience
+from registry.storage.locks import Patience
 from tests.pg_server import new_database
 
 if TYPE_CHECKING:

@@ -9,6 +9,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from registry.errors import MissingBlob, TaskNotFound
+from registry.records import latest_evaluation
 from registry.schema import Blob, Document
 from registry.storage import row_writer as rows
 from registry.storage.blobs.content import digest_of
@@ -22,7 +23,6 @@ from registry.storage.row_writer import (
     named_blob,
 )
 from registry.store import Store
-from registry.tables.evaluations import latest
 from tests.registry.examples import BASE, evaluation, generator, ingest, offer
 
 JSON = st.recursive(
@@ -156,7 +156,7 @@ class TestTheLatestMeasurement:
         assert task.eval_data is not None
         own = evaluation("rust", nats=2.0, generator_id=made.id)
         store.evaluations.add([type(own)(**{**vars(own), "data": task.eval_data}), other])
-        found = latest(store.evaluations.all("rust"), task, "code", made)
+        found = latest_evaluation(store.evaluations.all("rust"), task, "code", made)
         assert found is not None
         assert (found.data, found.value) == (task.eval_data, 2.0)
 
@@ -166,9 +166,9 @@ class TestTheLatestMeasurement:
         second = store.generators.add(generator(store, ["rust"], data=b"second"))
         store.evaluations.add([evaluation("rust", generator_id=first.id), evaluation("rust")])
         found, task = store.evaluations.all("rust"), store.tasks.get("rust")
-        assert latest(found, task, "code", first) is not None
-        assert latest(found, task, "code", second) is None
-        assert latest(found, task, "residual", first) is None
+        assert latest_evaluation(found, task, "code", first) is not None
+        assert latest_evaluation(found, task, "code", second) is None
+        assert latest_evaluation(found, task, "residual", first) is None
 
 
 def test_a_base_model_is_recorded_once_for_all_its_tasks(store: Store) -> None:

@@ -27,8 +27,7 @@ from icmlora.generator.code import generator_of
 from icmlora.generator.file import versions_of
 from icmlora.io.staging import check_absent
 from registry.errors import DamagedStore
-from registry.records import Claim
-from registry.tables.evaluations import latest
+from registry.records import Claim, latest_evaluation
 
 if TYPE_CHECKING:
     from registry.records import EvaluationRecord, GeneratorRecord, TaskSummary, VectorRecord
@@ -154,7 +153,7 @@ def _task(store: Store, row: TaskSummary, generator: GeneratorRecord, vectors: S
     assert code is not None  # `_choose` takes tasks with a code only
     claim = code.claim or Claim(None)  # a bundle passes on what nobody here has measured: its figures are claims anyway
     squared_error = claim.squared_error if code.squared_error is None else code.squared_error
-    measured = _measured(latest(store.evaluations.all(row.task.name), row.task, "code", generator))
+    measured = _measured(latest_evaluation(store.evaluations.all(row.task.name), row.task, "code", generator))
     if measured is None and claim.measured is not None:
         measured = BundledMeasurement(**claim.measured)  # type: ignore[arg-type]
     card = final.card if final.card is not None and store.blobs.size(final.card) <= MAX_CARD_BYTES else None

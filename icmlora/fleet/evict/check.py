@@ -25,8 +25,15 @@ from icmlora.fleet.resources.loading import Models, read_with_extras
 from icmlora.fleet.resources.workers import Tell
 from icmlora.io.second_process import in_two_processes
 from registry.errors import DamagedStore, StoreIOError, TaskNotFound
-from registry.records import AdapterRecord, CodeRecord, Eviction, GeneratorRecord, NewEvaluation, TaskRecord
-from registry.tables.evaluations import latest
+from registry.records import (
+    AdapterRecord,
+    CodeRecord,
+    Eviction,
+    GeneratorRecord,
+    NewEvaluation,
+    TaskRecord,
+    latest_evaluation,
+)
 
 if TYPE_CHECKING:
     from registry.store import Store
@@ -201,7 +208,7 @@ def recorded_gain(
     store: Store, task: TaskRecord, code: CodeRecord, generator: GeneratorRecord
 ) -> tuple[float | None, str | None]:
     """Return the retained gain that was measured of a code, if it was, and in which precision of the base model."""
-    found = latest(store.evaluations.all(task.name), task, code.rung, generator)
+    found = latest_evaluation(store.evaluations.all(task.name), task, code.rung, generator)
     return (None, None) if found is None else (found.retained_gain, found.precision)
 
 

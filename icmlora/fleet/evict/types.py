@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from icmlora.errors import DataError
 from icmlora.fleet.context import Event
-from icmlora.fleet.measure.precision import gain_text
+from icmlora.fleet.measure.metric_result import gain_text
 from registry.records import WithRelativeError
 
 if TYPE_CHECKING:

@@ -28,8 +28,7 @@ from icmlora.fleet.context import (
 )
 from icmlora.fleet.failures import FAILURES, BaseModelLeftOut, BaseUnavailable, Failed, FailureLog, as_error
 from icmlora.fleet.measure.measure import SOURCES, Measurement, SourceResult, TaskLosses, record_measurements
-from icmlora.fleet.measure.metric_result import MAX_TOKENS
-from icmlora.fleet.measure.precision import source_name
+from icmlora.fleet.measure.metric_result import MAX_TOKENS, source_name
 from icmlora.fleet.resources.loading import Models
 from icmlora.fleet.resources.texts import adapter_template, own_text
 from icmlora.fleet.resources.workers import Tell, check_place, worker_pool

@@ -20,8 +20,7 @@ from icmlora.adapter.model import Adapter
 from icmlora.base_models.examples.examples import EvaluationData
 from icmlora.base_models.modality import retained_gain
 from icmlora.errors import DataError, NotCovered
-from icmlora.fleet.measure.metric_result import MAX_TOKENS, MetricResult
-from icmlora.fleet.measure.precision import source_name
+from icmlora.fleet.measure.metric_result import MAX_TOKENS, MetricResult, source_name
 from icmlora.fleet.resources.decoding import OriginalForm, decode_code, predict_adapter, read_form
 from icmlora.fleet.resources.loading import Models, read_original, read_runnable
 from icmlora.fleet.resources.texts import own_text

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from icmlora.fleet.map.picture import STYLE as MAP_STYLE
-from icmlora.fleet.measure.precision import measured_in
+from icmlora.fleet.measure.metric_result import measured_in
 from icmlora.fleet.report.task_table import COLUMNS
 from icmlora.io.text import counted, escape, human_percent, human_size
 

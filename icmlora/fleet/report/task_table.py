@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from icmlora.fleet.measure.precision import measured_in
+from icmlora.fleet.measure.metric_result import measured_in
 from icmlora.fleet.stats.bill_text import limits_text
 from icmlora.fleet.stats.stats import Bill, TaskBill
 from icmlora.io.text import escape, escape_lines

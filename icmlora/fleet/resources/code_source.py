@@ -14,7 +14,7 @@ from icmlora.adapter.layout import ModuleShape
 from icmlora.fleet.context import Context, has_loaders, locate_base
 from icmlora.formats.format import Template
 from registry.errors import DamagedStore
-from registry.records import AdapterRecord, CodeRecord, EvaluationRecord, GeneratorRecord, TaskRecord
+from registry.records import AdapterRecord, CodeRecord, EvaluationRecord, GeneratorRecord, TaskRecord, latest_evaluation
 
 if TYPE_CHECKING:
     import torch
@@ -148,11 +148,9 @@ class StoreCodes:
         return has_older_code(self._store, task)
 
     def measured(self, task: TaskRecord, source: Decoded, generator: GeneratorRecord) -> EvaluationRecord | None:
-        from registry.tables.evaluations import latest
-
         rung = "generate" if source == "recalled" else source  # as the rows have it
         try:
-            return latest(self._store.evaluations.all(task.name), task, rung, generator)
+            return latest_evaluation(self._store.evaluations.all(task.name), task, rung, generator)
         except DamagedStore:  # `icm verify` reports it: it takes no figures to write an adapter
             return None
 

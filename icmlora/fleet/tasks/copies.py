@@ -8,7 +8,7 @@ on where it was, and nothing that the other store has is changed.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -41,7 +41,7 @@ class CopyReport:
 
 
 @use_case
-def copy_tasks(context: Context, target: str | Path, tasks: Iterable[str] = ()) -> CopyReport:
+def copy_tasks(context: Context, target: str | Path, tasks: Sequence[str] = ()) -> CopyReport:
     """Copy tasks to another store, which is created if there is none.
 
     A task goes with its originals, checkpoints, texts, vectors, codes and measurements, its base model with all names
@@ -60,7 +60,7 @@ def copy_tasks(context: Context, target: str | Path, tasks: Iterable[str] = ()) 
     if target.exists() and target.samefile(context.path):
         raise DataError(f"{target} is the store to copy from", hint="name the folder of another store")
     with context.open(read_only=True) as source, replace(context, path=target).open(create=True) as other:
-        chosen = select_tasks(source, list(tasks))
+        chosen = select_tasks(source, tasks)
         copying = _Copying(source, other, report)
         bases = {name: copying.base(name) for name in dict.fromkeys(task.base_model for task in chosen)}
         # What is there first: a generator is in use only once it has the codes of all of them.

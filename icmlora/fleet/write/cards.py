@@ -7,7 +7,7 @@ from typing import Literal
 
 import yaml
 
-from icmlora.fleet.measure.precision import measured_in
+from icmlora.fleet.measure.metric_result import measured_in
 from icmlora.io.text import counted, escape
 from registry.names import split_label
 from registry.records import Claim, GeneratorRecord, WithRelativeError

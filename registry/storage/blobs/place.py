@@ -1,4 +1,4 @@
-"""Where the blobs of a store folder are: in it, or at the address that its file BLOBS names."""
+"""Where the blobs of a store folder are that are not in it: at the address that its file BLOBS names."""
 
 from __future__ import annotations
 
@@ -10,18 +10,8 @@ from registry import files as fs
 from registry.errors import DamagedStore, RegistryError
 
 if TYPE_CHECKING:
-    from registry.storage.blobs.backend import BlobBackend
     from registry.storage.blobs.objects import ObjectBackend
     from registry.storage.folder import StorePaths
-
-
-def blobs_of(paths: StorePaths) -> BlobBackend:
-    """Return what keeps the blobs of a store."""
-    if paths.place.exists():
-        return _far(paths)
-    from registry.storage.blobs.local import LocalBackend
-
-    return LocalBackend(paths)
 
 
 def settle(paths: StorePaths, address: str) -> None:
@@ -37,10 +27,11 @@ def settle(paths: StorePaths, address: str) -> None:
         fs.write_file(temporary, json.dumps({"place": address, "owner": uuid4().hex}).encode(), 0o444)
         fs.replace(temporary, paths.place)
         fs.fsync_dir(paths.root)
-    _far(paths).claim()
+    far_blobs(paths).claim()
 
 
-def _far(paths: StorePaths) -> ObjectBackend:
+def far_blobs(paths: StorePaths) -> ObjectBackend:
+    """Return what keeps the blobs of a store that has the file BLOBS."""
     with fs.store_errors(paths.place):
         text = paths.place.read_bytes()
     try:

@@ -12,4 +12,98 @@ locks at most, and those who hold the store lock wait for nothing: no two proces
 
 While one has just begun to wait for the exclusive store lock, those who come to read let it go first, for two seconds
 at most: on a busy store there would never be a moment without a reader.
+
+A new kind of locks implements `StoreLock`.
 """
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Protocol
+
+from registry.errors import StoreLocked
+
+POLL_SECONDS = 0.05
+TOLD_EVERY = 1.0  # seconds
+HEAD_START = 2.0  # seconds in which those who come to read let one go first who waits to be alone
+
+
+class StoreLock(Protocol):
+    """The locks of one store, as one process has them.
+
+    Each method but `try_exclusive` waits, as long as the command's patience lasts, and then raises `StoreLocked`.
+    """
+
+    def enter(self) -> None:
+        """Take the shared lock for the first time; one who has just begun to wait for the exclusive one goes first."""
+        ...
+
+    def exclusive(self) -> AbstractContextManager[None]:
+        """Wait for the exclusive lock, hold it for a block, then go back to the shared one.
+
+        The shared lock is given up while this waits, so nothing read before the block may be trusted inside it.
+        """
+        ...
+
+    def try_exclusive(self) -> AbstractContextManager[bool]:
+        """Hold the exclusive lock for a block if no other process uses the store, and yield whether it is held."""
+        ...
+
+    def job(self, base_model: str, *, shared: bool = False) -> AbstractContextManager[None]:
+        """Hold the job lock of a base model for a block, alone or shared; a job does not start another one.
+
+        The shared lock of the store is given up while this waits, so nothing read before may be trusted in the block.
+        """
+        ...
+
+    def close(self) -> None:
+        """Give up what is held; twice is once."""
+        ...
+
+
+def in_use(fact: str, patience: Patience, path: Path | str) -> StoreLocked:
+    """Return the error for a wait that came to its end."""
+    hint = f"waited {patience.seconds:g} s in all; let it finish, or wait longer with --lock-timeout"
+    return StoreLocked(fact, path=path, hint=hint)
+
+
+class Patience:
+    """How long a command may wait for other processes: the same seconds for all its waits together.
+
+    Args:
+        seconds: How long.
+        tell: Called once a second during a wait, with what it is for and who holds it; it may raise to end the wait.
+    """
+
+    def __init__(self, seconds: float, tell: Callable[[str], None] = lambda text: None) -> None:
+        self.seconds = self.left = seconds
+        self._tell = tell
+
+    def wait(self, attempt: Callable[[], bool], whom: Callable[[], str] | None = None) -> bool:
+        """Repeat an attempt until it succeeds, and return True; or False once no time is left."""
+        if attempt():
+            return True
+        began = told = time.monotonic()
+        left = self.left
+        with self.counted():
+            while (now := time.monotonic()) - began < left:
+                if whom is not None and now - told >= TOLD_EVERY:
+                    self._tell(f"waiting for {whom()}")
+                    told = now
+                time.sleep(POLL_SECONDS)
+                if attempt():
+                    return True
+            return False
+
+    @contextmanager
+    def counted(self) -> Iterator[None]:
+        """Count the seconds of a block that may wait by itself; a moment counts as no wait."""
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            spent = time.monotonic() - began
+            self.left = max(0.0, self.left - (spent if spent >= POLL_SECONDS else 0.0))

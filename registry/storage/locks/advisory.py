@@ -18,7 +18,7 @@ from itertools import chain, repeat
 from sqlalchemy import Engine, text
 from sqlalchemy.exc import OperationalError
 
-from registry.storage.locks.waiting import HEAD_START, Patience, in_use
+from registry.storage.locks import HEAD_START, Patience, in_use
 from registry.storage.postgres import connection_errors, masked
 
 _TURN = 0.5  # seconds that a session waits in the queue of a lock at a time
@@ -32,7 +32,7 @@ ORDER BY pid""")
 
 
 class AdvisoryLock:
-    """The locks of a store in a database: see `registry.storage.locks.waiting.StoreLock`.
+    """The locks of a store in a database: see `registry.storage.locks.StoreLock`.
 
     Args:
         engine: What has the one connection that writes; see `registry.storage.postgres.only_connection`.

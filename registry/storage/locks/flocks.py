@@ -19,7 +19,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from registry.files import store_errors
-from registry.storage.locks.waiting import HEAD_START, Patience, in_use
+from registry.storage.locks import HEAD_START, Patience, in_use
 
 _MAX_NAMES_BYTES = 4096
 _KEPT_NAMES = 16  # of others that are alive, when the file is cut
@@ -166,7 +166,7 @@ class FileLock:
 
 
 class FolderLock(FileLock):
-    """The locks of a store folder: see `registry.storage.locks.waiting.StoreLock`."""
+    """The locks of a store folder: see `registry.storage.locks.StoreLock`."""
 
     def __init__(
         self, path: Path, jobs: Callable[[str], Path], *, patience: Patience, command: str, writable: bool = True
