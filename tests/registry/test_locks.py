@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from registry.errors import StoreLocked, StoreReadOnly
-from registry.storage.locks import Patience, waiting
+from registry.storage.locks import Patience
 from registry.storage.locks.flocks import FileLock
 from registry.store import Store
 from tests.registry.children import start, wait
@@ -185,7 +185,7 @@ class TestPatience:
         lock.close()
 
     def test_a_wait_says_what_for_and_who_holds_it(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(waiting, "TOLD_EVERY", 0)
+        monkeypatch.setattr("registry.storage.locks.TOLD_EVERY", 0)
         told: list[str] = []
         with job_elsewhere(tmp_path, "icm train --steps 300") as pid:
             patience = Patience(0.3, told.append)
@@ -196,7 +196,7 @@ class TestPatience:
     def test_what_is_told_may_end_the_wait_and_the_store_is_still_held(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(waiting, "TOLD_EVERY", 0)
+        monkeypatch.setattr("registry.storage.locks.TOLD_EVERY", 0)
 
         def stop(text: str) -> None:
             raise KeyboardInterrupt

@@ -12,12 +12,13 @@ import hashlib
 import math
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import chain, repeat
 
 from sqlalchemy import Engine, text
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import OperationalError, SQLAlchemyError
 
+from registry.errors import RegistryError
 from registry.storage.locks import HEAD_START, Patience, in_use
 from registry.storage.postgres import connection_errors, masked
 
@@ -45,6 +46,7 @@ class AdvisoryLock:
         self._engine, self._url, self._patience = engine, url, patience
         self._store, self._subject = store, f"the store {masked(url)}"
         self._key = _key_of(store, "store")
+        self._has_asked = False
 
     def enter(self) -> None:
         """Take the shared lock for the first time."""
@@ -85,7 +87,10 @@ class AdvisoryLock:
             yield
 
     def close(self) -> None:
-        """Give up all locks, with the connection."""
+        """Give up all locks, then the connection: a server takes a moment to notice that one is gone."""
+        if self._has_asked:
+            with suppress(RegistryError, SQLAlchemyError), self._engine.begin() as connection:
+                connection.execute(text("SELECT pg_advisory_unlock_all()"))
         self._engine.dispose()
 
     @contextmanager
@@ -112,7 +117,7 @@ class AdvisoryLock:
 
     def _take(self, key: int, *, shared: bool, seconds: float = 0.0) -> bool:
         """Take a lock and return True, or False if that needs a longer wait."""
-        kind = "_shared" if shared else ""
+        kind, self._has_asked = "_shared" if shared else "", True
         with connection_errors(self._url):
             try:
                 with self._engine.begin() as connection:
