@@ -196,17 +196,17 @@ def _is_noticed(path: Path) -> bool:
 @contextmanager
 def checks_off() -> Iterator[None]:
     """Believe every row, as icm did before rows had checks: the control, which has to be caught."""
-    checked, find = row_checks._checked, SqliteDatabase.damage
+    checked, find = row_checks.checked, SqliteDatabase.damage
 
     def without_rows(self: SqliteDatabase) -> Iterator[Any]:
         return (found for found in find(self) if found.kind != "row")
 
-    row_checks._checked = lambda check, *row: check  # type: ignore[assignment]
+    row_checks.checked = lambda check, *row: check  # type: ignore[assignment]
     SqliteDatabase.damage = without_rows  # type: ignore[method-assign]
     try:
         yield
     finally:
-        row_checks._checked, SqliteDatabase.damage = checked, find  # type: ignore[method-assign]
+        row_checks.checked, SqliteDatabase.damage = checked, find  # type: ignore[method-assign]
 
 
 def decides(place: Place) -> bool:

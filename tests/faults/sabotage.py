@@ -57,7 +57,7 @@ def files_first() -> None:
     evict = Originals.evict
 
     def unlink_then_evict(self: Originals, eviction: Any, *rest: Any) -> int:
-        adapters = Tasks(self._paths, self._lock, self._db, self._blobs).adapters(eviction.task)
+        adapters = Tasks(self._upkeep, self._lock, self._db, self._blobs).adapters(eviction.task)
         self._blobs.delete(row.weights for row in adapters)
         return evict(self, eviction, *rest)
 

@@ -138,7 +138,7 @@ def test_many_kills_at_random_times_lose_nothing(world: World, command: str) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", ["ingest", "import", "copy", "encode"])
+@pytest.mark.parametrize("command", ["ingest", "import", "encode"])
 def test_the_harness_sees_a_row_without_its_bytes(world: World, command: str) -> None:
     world.reset(command)
     ran = world.run(command, sabotage="rows_first", env={"ICM_FAILPOINT": "rows-committed"})
