@@ -20,7 +20,15 @@ from sqlalchemy.orm import Session
 from registry import schema as models
 from registry.errors import BaseModelConflict, GeneratorConflict, TaskConflict
 from registry.row_checks import COLUMN
-from registry.storage.row_writer import RowWriter, document_row, find_task, insert_into, table_of, task_named
+from registry.storage.row_writer import (
+    RowWriter,
+    document_row,
+    find_final,
+    find_task,
+    insert_into,
+    table_of,
+    task_named,
+)
 from registry.tables.generators import find_current
 from registry.tables.table import Table
 
@@ -323,21 +331,18 @@ def _parent_of(column: Any) -> str | None:
 
 def _is_same(session: Session, known: models.Task, new: TaskRows, base_model: str) -> bool:
     """Return True if a task has the adapter of another store's; raise `TaskConflict` if not."""
-    final = next(row for row in _rows_of(session, known.id) if row.is_final)
-    ours = known.base_model.name, final.weights.digest, final.config.digest
+    final = find_final(session, known.id)
+    ours = None if final is None else (known.base_model.name, final.weights.digest, final.config.digest)
     if ours != (base_model, new.final["weights_id"].digest, new.final["config_id"].digest):
         fact = f"the store to copy to has a task {known.name!r} with another adapter"
         raise TaskConflict(known.name, fact=fact, choices=None)
     return True
 
 
-def _rows_of(session: Session, task: int) -> Sequence[models.Adapter]:
-    return session.scalars(select(models.Adapter).where(models.Adapter.task_id == task)).all()
-
-
 def _keys_of(session: Session, task: int) -> dict[tuple[str, str, int | None], int]:
     """Return what tells the adapters of a task apart, with the number of each."""
-    return {(row.weights.digest, row.config.digest, row.step): row.id for row in _rows_of(session, task)}
+    rows = session.scalars(select(models.Adapter).where(models.Adapter.task_id == task))
+    return {(row.weights.digest, row.config.digest, row.step): row.id for row in rows}
 
 
 def _key_of(adapter: Values) -> tuple[str, str, int | None]:
