@@ -29,7 +29,8 @@ PANELS = {
     "From adapters to codes and back": ("ingest", "vectors", "train", "encode", "eval", "materialize", "base"),
     "List, show and edit tasks": ("ls", "show", "edit", "stats", "map", "duplicates", "report"),
     "New adapters and other formats": ("generate", "recognize", "convert"),
-    "Use codes elsewhere": ("export", "import", "copy", "serve"),
+    "Use codes elsewhere": ("export", "import", "serve"),
+    "A store for a team": ("init", "copy"),
     "Delete, restore and check": ("evict", "restore", "rm", "prune", "verify", "generators", "doctor"),
 }
 _PANEL_OF = {name: panel for panel, names in PANELS.items() for name in names}

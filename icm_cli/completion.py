@@ -94,6 +94,6 @@ def _values(field: str) -> Iterable[str]:
 
 def _context() -> Context:
     from icm_cli.config import cache_folder, load_settings
-    from icmlora.fleet.context import Context
+    from icmlora.fleet.context import Context, address_of
 
-    return Context(load_settings().store.value, cache_folder, lock_timeout=0.0, command="icm completion")
+    return Context(address_of(load_settings().store.value), cache_folder, lock_timeout=0.0, command="icm completion")

@@ -19,7 +19,7 @@ DEFAULT_LOCK_TIMEOUT = 30.0  # seconds
 
 # Every variable that icm reads, for docs/reference/cli.md; a test compares it with the code.
 VARIABLES = {
-    "ICM_STORE": "folder of the store",
+    "ICM_STORE": "folder of the store, or `postgresql://HOST/DATABASE`",
     "ICM_DEVICE": "device to compute on: auto, cpu, cuda, cuda:N or mps",
     "ICM_CONFIG": "configuration file; default `$XDG_CONFIG_HOME/icm/config.toml`",
     "ICM_LOCK_TIMEOUT": "seconds to wait for another icm process",
@@ -51,17 +51,17 @@ class Setting(Generic[T]):
 class Settings:
     """Everything that is configured, resolved once per command."""
 
-    named_store: Setting[object]  # the store folder as it was named
+    named_store: Setting[object]  # the store as it was named
     device: Setting[str]
     lock_timeout: Setting[float]  # seconds to wait for another icm
 
     @property
-    def store(self) -> Setting[Path]:
-        """The store folder, which need not exist. Commands that work without a store never read this."""
-        return Setting(_store_folder(self.named_store), self.named_store.source)
+    def store(self) -> Setting[str | Path]:
+        """Where the store is, which need not exist. Commands that work without a store never read this."""
+        return Setting(_store_address(self.named_store), self.named_store.source)
 
 
-def load_settings(*, store: Path | None = None, lock_timeout: float | None = None) -> Settings:
+def load_settings(*, store: str | Path | None = None, lock_timeout: float | None = None) -> Settings:
     """Resolve all settings; the arguments are the flags that were given.
 
     Raises:
@@ -111,11 +111,11 @@ def _home(variable: str, fallback: str, *others: str) -> Path:
         raise ConfigProblem("this user has no home folder, and HOME is not set", hint=hint) from error
 
 
-def _store_folder(setting: Setting[object]) -> Path:
+def _store_address(setting: Setting[object]) -> str | Path:
     if setting.value is None:
         return _home("XDG_DATA_HOME", ".local/share", "ICM_STORE") / "icm"
     try:
-        return Path(str(setting.value)).expanduser()
+        return str(setting.value) if "://" in str(setting.value) else Path(str(setting.value)).expanduser()
     except RuntimeError as error:
         fact = f"the store {setting.value} ({setting.source}) is in an unknown home folder"
         raise UsageProblem(fact, hint="use an absolute path") from error

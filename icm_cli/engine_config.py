@@ -20,7 +20,7 @@ def print_config(
     from icmlora.serving.tasks import open_tasks
 
     bundle = None if bundle is None else bundle.resolve()
-    store = None if bundle is not None else session.settings.store.value.resolve()
+    store = None if bundle is not None else session.settings.store.value
     tasks = open_tasks(store, bundle, command=session.command, lock_timeout=session.settings.lock_timeout.value)
     launch = plan_launch(tasks, engine, store, bundle, base_model=base_model, gateway=gateway)
     out = session.out

@@ -47,6 +47,7 @@ class ExitCode(IntEnum):
     NO_SPACE = 15, "no space left on the device; the store is intact"
     UNSAFE = 16, "unsafe input refused: a pickle, a link out of the folder, or a file over the limits"
     NOT_RECOGNIZED = 17, "the samples belong to none of the known tasks"
+    AWAY = 18, "the database or the bucket of the store cannot be reached, or refuses; what was acknowledged is kept"
     INTERRUPTED = 130, "interrupted"
     STDOUT_CLOSED = 141, "the reader of stdout closed it"
 
@@ -114,6 +115,7 @@ TABLE: dict[str, ExitCode] = {
     "registry.errors.StoreTooNew": ExitCode.OTHER_VERSION,
     "registry.errors.StoreTooOld": ExitCode.OTHER_VERSION,
     "registry.errors.StoreFull": ExitCode.NO_SPACE,
+    "registry.errors.StoreAway": ExitCode.AWAY,
     "registry.errors.DamagedStore": ExitCode.DAMAGED,
     "registry.errors.SourceRefused": ExitCode.UNSAFE,
     "registry.errors.SourceChanged": ExitCode.FAILED,

@@ -64,10 +64,11 @@ def _completing(what: Completed | None) -> Callable[[str], list[str]] | None:
 
 
 StoreOpt = Annotated[
-    Path | None,
+    str | None,
     option(
-        "--store FOLDER",
-        "Store folder. Default: $ICM_STORE, then config.toml, then $XDG_DATA_HOME/icm.",
+        "--store STORE",
+        "Store: a folder, or postgresql://HOST/DATABASE. Default: $ICM_STORE, then config.toml, then "
+        "$XDG_DATA_HOME/icm.",
         panel=GLOBAL_PANEL,
     ),
 ]

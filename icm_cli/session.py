@@ -70,10 +70,10 @@ class Session:
     @property
     def context(self) -> Context:
         """The store, for work that is too short for a progress display."""
-        from icmlora.fleet.context import Context
+        from icmlora.fleet.context import Context, address_of
 
-        settings = self.settings
-        return Context(settings.store.value, cache_folder, settings.lock_timeout.value, self.command, self._hear)
+        store, timeout = address_of(self.settings.store.value), self.settings.lock_timeout.value
+        return Context(store, cache_folder, timeout, self.command, self._hear)
 
     @contextmanager
     def working(self, label: str, on_event: Callable[[Event], None] | None = None) -> Iterator[Context]:

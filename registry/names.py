@@ -1,4 +1,4 @@
-"""Names from outside: which ones may name a task, how they are shown, how module names are sorted.
+"""Names from outside: which ones may name a task, how they are shown, how module names are sorted; where a store is.
 
 A name is data. It is never joined to a path inside the store, and it reaches a message only through `escape`.
 """
@@ -9,11 +9,12 @@ import os
 import re
 import unicodedata
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal, get_args
 
-from registry.errors import InvalidName
+from registry.errors import InvalidName, NotAStore
 
 MAX_NAME = 128
 NLL = "nats per token"
@@ -174,3 +175,50 @@ def _written_out(char: str) -> str:
     if code < 0x100:
         return f"\\x{code:02x}"
     return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+
+
+# As others write it: MLflow's users name SQLAlchemy's driver too, hosts of databases say `postgres`.
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+_POSTGRES = ("postgresql", "postgres", "postgresql+psycopg")
+_SECRETS = re.compile(r"(?<=://)[^/?#]*@|(?<=[?&])(password|sslpassword|user)=[^&#]*")
+
+
+@dataclass(frozen=True)
+class DatabaseUrl:
+    """The address of a store whose rows are in PostgreSQL, such as `postgresql://HOST/DATABASE`.
+
+    As text it has neither user nor password.
+
+    Attributes:
+        secret: All of it, for whoever connects.
+    """
+
+    secret: str = field(repr=False)
+
+    def __str__(self) -> str:
+        return _SECRETS.sub("", self.secret)
+
+
+Address = Path | DatabaseUrl
+"""Where a store is."""
+
+
+def absolute(address: Address) -> str:
+    """Return where a store is as text that means the same from every folder, and has no credentials."""
+    return source_label(address.resolve()) if isinstance(address, Path) else str(address)
+
+
+def address_of(text: str | Path | DatabaseUrl) -> Address:
+    """Read where a store is: a folder, or the address of a database.
+
+    Raises:
+        NotAStore: It is the address of something else.
+    """
+    match = _SCHEME.match(text) if isinstance(text, str) else None
+    if match is None:
+        return text if isinstance(text, DatabaseUrl) else Path(text)
+    assert isinstance(text, str)
+    if match[1].lower() in _POSTGRES:
+        return DatabaseUrl(f"postgresql://{text[match.end() :]}")
+    hint = "name a folder, or postgresql://HOST/DATABASE; `icm init` puts the bytes of a store into an object store"
+    raise NotAStore(f"{_SECRETS.sub('', text)} cannot be a store", hint=hint)

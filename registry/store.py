@@ -1,6 +1,6 @@
 """The only door to a store.
 
-with Store.open(path, create=True, command="icm ingest") as store:
+with Store.open("loras.icm", create=True, command="icm ingest") as store:
     results = store.blobs.put_files(files, inspect)   # bytes first, durable
     store.tasks.ingest([TaskIngest(...)])             # rows last: the commit point
     data = store.blobs.read(store.tasks.final("shakespeare").weights)
@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from registry import files as fs
-from registry.errors import StoreNotFound
+from registry.errors import RegistryError, StoreNotFound
+from registry.names import Address, DatabaseUrl, address_of
 from registry.storage.blobs.content import Blobs
 from registry.storage.blobs.local import LocalBackend
 from registry.storage.folder import (
     FolderUpkeep,
+    StoreParts,
     StorePaths,
     check_format,
     create_store,
@@ -36,7 +38,6 @@ if TYPE_CHECKING:
     from registry.errors import DamagedStore
     from registry.storage.blobs.backend import BlobBackend
     from registry.storage.blobs.cache import BlobCache
-    from registry.storage.locks import StoreLock
     from registry.storage.prune import PruneReport
     from registry.storage.row_repair import RowRepair
     from registry.tables.base_models import BaseModels
@@ -59,33 +60,24 @@ __all__ = ["Store"]
 
 
 class Store:
-    """Rows and bytes of a fleet in one folder; see :meth:`open`.
+    """Rows and bytes of a fleet; see :meth:`open`.
 
     A store is used by one thread at a time, and is opened anew after a fork. Any number of processes may have it
     open; those that delete wait for the others.
     """
 
     def __init__(
-        self,
-        paths: StorePaths,
-        lock: StoreLock,
-        database: SqliteDatabase,
-        backend: BlobBackend,
-        *,
-        cache: BlobCache | None = None,
-        on_damage: OnDamage | None = None,
+        self, address: Address, parts: StoreParts, *, cache: BlobCache | None = None, on_damage: OnDamage | None = None
     ) -> None:
-        self.paths = paths
-        self._lock = lock
-        self._db = database
-        self.blobs = Blobs(backend, database.must_write, cache)
-        self._upkeep = FolderUpkeep(database, paths)
-        self._parts = self._upkeep, lock, database, self.blobs, on_damage
+        self.address = address
+        self._lock, self._db, backend, self._upkeep = parts
+        self.blobs = Blobs(backend, self._db.must_write, cache)
+        self._parts = self._upkeep, self._lock, self._db, self.blobs, on_damage
 
     @classmethod
     def open(
         cls,
-        path: Path,
+        place: str | Path | DatabaseUrl,
         *,
         create: bool = False,
         read_only: bool = False,
@@ -93,53 +85,39 @@ class Store:
         patience: Patience | None = None,
         command: str = "icm",
         backend: BlobBackend | None = None,
-        address: str | None = None,
+        blobs: str | None = None,
         cache: Callable[[], Path] | None = None,
         on_damage: OnDamage | None = None,
     ) -> Self:
         """Open a store and hold it, shared with others, until :meth:`close`.
 
         Args:
-            path: the store folder.
-            create: make it if there is none.
+            place: the store folder, or the address of a database such as `postgresql://HOST/DATABASE`.
+            create: make it if there is none; in a database only where `blobs` says where the bytes are to be.
             read_only: refuse writes; works on read-only media.
             lock_timeout: seconds to wait for other processes, in all.
             patience: what is left of these seconds, where the same command has other stores open.
             command: what this process does, for the message that others see.
             backend: where the bytes are, if not where the store says.
-            address: where a new store has its bytes, such as `s3://BUCKET/PREFIX`, if not in its folder.
+            blobs: where a new store has its bytes, such as `s3://BUCKET/PREFIX`, if not in its folder.
             cache: returns the folder in which copies of what is read from a remote place are kept.
             on_damage: called with the name of a task with wrong rows and what is wrong, where many tasks are read: the
                 others are read without it. By default that is an error.
 
         Raises:
             StoreNotFound: There is none, and `create` is not set.
+            StoreAway: The database, or the place of the bytes, cannot be reached.
+            NotAStore: There is something else, or a store that has its bytes elsewhere than `blobs`.
         """
-        paths, patience = StorePaths(path), patience or Patience(lock_timeout)
-        if create and not read_only:
-            prepare_folder(paths)
-        elif not paths.format.exists():
-            hint = "`icm ingest PATH` makes one; --store or ICM_STORE says where"
-            raise StoreNotFound(f"there is no store at {path}", path=path, hint=hint)
-        with fs.store_errors(paths.lock):
-            lock = FolderLock(paths.lock, paths.job, patience=patience, command=command, writable=not read_only)
-        try:
-            lock.enter()
-            database = SqliteDatabase(paths.database, read_only=read_only, patience=patience, users=lock.users_of)
-            if not paths.format.exists():
-                with lock.exclusive():
-                    # Several processes may come here; the first one makes the store, the others find it.
-                    create_store(paths, database, address)
-            check_format(paths)
-            if not read_only:
-                make_folders(paths)
-            with_reserve(paths, lambda: migrate(database))  # a newer icm is often asked to empty a full disk
-            backend = backend or _blobs_of(paths)
-        except BaseException:
-            lock.close()
-            raise
-        copies = _copies_in(cache) if backend.is_remote and cache is not None else None
-        return cls(paths, lock, database, backend, cache=copies, on_damage=on_damage)
+        address, patience = address_of(place), patience or Patience(lock_timeout)
+        blobs = blobs if create and not read_only else None
+        if isinstance(address, DatabaseUrl):
+            parts = _server_parts(address, read_only, patience, command, blobs)
+        else:
+            parts = _folder_parts(address, create, read_only, patience, command, blobs)
+        parts = parts if backend is None else parts._replace(backend=backend)
+        copies = _copies_in(cache) if parts.backend.is_remote and cache is not None else None
+        return cls(address, parts, cache=copies, on_damage=on_damage)
 
     @cached_property
     def listing(self) -> Summaries:
@@ -223,6 +201,7 @@ class Store:
     def close(self) -> None:
         """Let go of the store."""
         self._lock.close()
+        self._db.close()
 
     def __enter__(self) -> Self:
         return self
@@ -250,8 +229,10 @@ class Store:
         """
         from registry.usage import measure
 
+        assert isinstance(self.address, Path)
+        paths = StorePaths(self.address)
         found = measure(
-            self._db, self.blobs.sizes() if listed is None else listed, self.paths, has_wrong_rows=has_wrong_rows
+            self._db, self.blobs.sizes() if listed is None else listed, paths, has_wrong_rows=has_wrong_rows
         )
         aside = sum(file.size for file in self.blobs.leftovers(aside=True)) if self.blobs.is_remote else 0
         return replace(found, unreferenced=found.unreferenced + aside)
@@ -297,18 +278,54 @@ class Store:
 
     def repair_rows(self) -> list[RowRepair]:
         """Correct rows of which one bit flipped, and return what became of each wrong row."""
-        from registry.storage.row_repair import repair_rows
-
         self._db.must_write()
         with self._lock.exclusive():
-            return repair_rows(self._db, self.paths)
+            return self._upkeep.repair_rows()
 
 
-def _blobs_of(paths: StorePaths) -> BlobBackend:
-    if paths.place.exists():
+def _folder_parts(
+    path: Path, create: bool, read_only: bool, patience: Patience, command: str, blobs: str | None
+) -> StoreParts:
+    paths = StorePaths(path)
+    if create and not read_only:
+        prepare_folder(paths)
+    elif not paths.format.exists():
+        hint = "`icm ingest PATH` makes one; --store or ICM_STORE says where"
+        raise StoreNotFound(f"there is no store at {path}", path=path, hint=hint)
+    with fs.store_errors(paths.lock):
+        lock = FolderLock(paths.lock, paths.job, patience=patience, command=command, writable=not read_only)
+    try:
+        lock.enter()
+        database = SqliteDatabase(paths.database, read_only=read_only, patience=patience, users=lock.users_of)
+        if not paths.format.exists():
+            with lock.exclusive():
+                # Several processes may come here; the first one makes the store, the others find it.
+                create_store(paths, database, blobs)
+        check_format(paths)
+        if not read_only:
+            make_folders(paths)
+        with_reserve(paths, lambda: migrate(database))  # a newer icm is often asked to empty a full disk
+        backend = _blobs_of(paths, blobs)
+    except BaseException:
+        lock.close()
+        raise
+    return StoreParts(lock, database, backend, FolderUpkeep(database, paths))
+
+
+def _server_parts(url: DatabaseUrl, read_only: bool, patience: Patience, command: str, blobs: str | None) -> StoreParts:
+    try:
+        from registry.storage.server import open_server  # most stores are folders
+    except ImportError as error:
+        hint = "install the extra: pip install 'icm-lora[team]'"
+        raise RegistryError(f"a store in PostgreSQL needs it: {error}", hint=hint) from error
+    return open_server(url, read_only=read_only, patience=patience, command=command, blobs=blobs)
+
+
+def _blobs_of(paths: StorePaths, asked: str | None) -> BlobBackend:
+    if paths.place.exists() or asked is not None:
         from registry.storage.blobs.place import far_blobs
 
-        return far_blobs(paths)
+        return far_blobs(paths, asked)
     return LocalBackend(paths)
 
 

@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from registry.storage.folder import StorePaths
+from registry.store import Store
+
 
 def built_once(factory: pytest.TempPathFactory, name: str, build: Callable[[Path], object]) -> Path:
     """Return the folder NAME of the session; `build` fills it, once for all workers. Nobody changes it afterwards.
@@ -28,3 +31,9 @@ def built_once(factory: pytest.TempPathFactory, name: str, build: Callable[[Path
             build(folder)
             done.touch()
     return folder
+
+
+def paths_of(store: Store) -> StorePaths:
+    """Return the paths of a store that is a folder."""
+    assert isinstance(store.address, Path)
+    return StorePaths(store.address)

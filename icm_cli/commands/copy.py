@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -13,8 +12,8 @@ from icm_cli.options import SomeTasksArg, argument
 from icm_cli.session import Session, command
 from icmlora.io.text import counted, human_size
 
-FromArg = Annotated[Path, argument("STORE1", "Folder of the store to copy from.")]
-ToArg = Annotated[Path, argument("STORE2", "Folder of the store to copy to. It is made if there is none.")]
+FromArg = Annotated[str, argument("STORE1", "Store to copy from: a folder, or postgresql://HOST/DATABASE.")]
+ToArg = Annotated[str, argument("STORE2", "Store to copy to. A folder is made if there is none.")]
 
 
 @command
@@ -30,10 +29,11 @@ def copy(session: Session, source: FromArg, target: ToArg, tasks: SomeTasksArg =
     Example:
       icm copy ~/.local/share/icm /mnt/backup/icm
     """
+    from icmlora.fleet.context import address_of
     from icmlora.fleet.tasks.copies import copy_tasks
 
     with session.working("copy") as context:
-        done = copy_tasks(replace(context, path=source), target, tasks or ())
+        done = copy_tasks(replace(context, address=address_of(source)), target, tasks or ())
     out = session.out
     out.document(
         {

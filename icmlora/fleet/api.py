@@ -48,6 +48,7 @@ from icmlora.fleet.train.update import update
 from icmlora.fleet.vectors.recognize import recognize
 from icmlora.fleet.vectors.vectors import extract_vectors
 from icmlora.fleet.write.materialize import load, load_many, materialize, read_files
+from registry.names import DatabaseUrl, address_of
 
 
 class Fleet(Context):
@@ -68,7 +69,7 @@ class Fleet(Context):
     part of its own, may work on one store at the same time.
 
     Args:
-        path: The store folder.
+        store: The store folder, or the address of a database such as `postgresql://HOST/DATABASE`.
         cache: Folder for files that can be created again (base models converted from GGUF), or a function that
             returns it; by default `icm` in the Hugging Face home.
         lock_timeout: Seconds to wait for other processes, in one call.
@@ -79,7 +80,7 @@ class Fleet(Context):
 
     def __init__(
         self,
-        path: str | Path,
+        store: str | Path | DatabaseUrl,
         *,
         cache: str | Path | Callable[[], Path] = default_cache,
         lock_timeout: float = 30.0,
@@ -87,7 +88,7 @@ class Fleet(Context):
         on_event: Callable[[Event], None] = ignore,
     ) -> None:
         cache = Path(cache) if isinstance(cache, str) else cache
-        super().__init__(Path(path), cache, lock_timeout, command, on_event)
+        super().__init__(address_of(store), cache, lock_timeout, command, on_event)
 
     # From adapters to codes and back.
     ingest = ingest

@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar
 
 from icmlora.errors import BaseModelNotFound, Cancelled, DataError, InvalidShare
+from registry.names import Address
+from registry.names import address_of as address_of
 
 if TYPE_CHECKING:
     from icmlora.base_models.finding.lookup import FoundBase
@@ -122,7 +124,7 @@ class OpenedGenerator:
 class Context:
     """The store to work on, how long to wait for it, and who listens."""
 
-    path: Path
+    address: Address
     # Folder for files that can be created again, such as base models converted from GGUF, or a function that
     # returns it. The function is called only when the folder is needed.
     cache_folder: Path | Callable[[], Path] = default_cache
@@ -138,17 +140,18 @@ class Context:
         """The folder for files that can be created again; it need not exist."""
         return self.cache_folder if isinstance(self.cache_folder, Path) else self.cache_folder()
 
-    def open(self, *, create: bool = False, read_only: bool = False) -> Store:
+    def open(self, *, create: bool = False, read_only: bool = False, blobs: str | None = None) -> Store:
         """Open the store, as a context manager; see `registry.store.Store.open` for what it raises."""
         # Importing SQLAlchemy takes most of the time of a short command.
         from registry.store import Store
 
         return Store.open(
-            self.path,
+            self.address,
             create=create,
             read_only=read_only,
             patience=self.patience or self.with_patience().patience,
             command=self.command,
+            blobs=blobs,
             cache=lambda: self.cache / "blobs",
             # Where nobody listens, a missing task would go unnoticed.
             on_damage=None if self.on_event is ignore else self._tell_damage,
@@ -159,7 +162,7 @@ class Context:
         from registry.storage.locks import Patience
 
         patience = Patience(self.lock_timeout, lambda text: self.on_event(Waiting(text)))
-        known = self.path, self.cache_folder, self.lock_timeout, self.command, self.on_event, self.generator
+        known = self.address, self.cache_folder, self.lock_timeout, self.command, self.on_event, self.generator
         return Context(*known, patience)  # not `replace`: a `Fleet` is made from other arguments
 
     def _tell_damage(self, task: str, error: IcmError) -> None:

@@ -164,7 +164,7 @@ def _exchange(layers: Layers, adapter: Adapter) -> None:
 
 def _warn_if_other(layers: Layers, fleet: Fleet | Bundle, task: str, adapter: Adapter) -> None:
     """Compare one layer of a model with the files of the task's base model, if they are on this machine."""
-    tasks = open_tasks(*((None, fleet.path) if isinstance(fleet, Bundle) else (fleet.path, None)), command="attach")
+    tasks = open_tasks(*((None, fleet.path) if isinstance(fleet, Bundle) else (fleet.address, None)), command="attach")
     if (found := tasks.find(task)) is None:
         return
     try:

@@ -10,6 +10,7 @@ from icmlora.errors import BaseModelNotFound, DataError
 from icmlora.io.strict_json import parse_object
 from icmlora.serving.requirements import VLLM_RANKS, EngineName, config_problem, largest_rank
 from icmlora.serving.tasks import ServedTasks
+from registry.names import absolute, address_of
 
 _AT_ONCE = 8
 """Adapters in one batch, unless there are fewer tasks: each takes memory next to the model, of the largest rank."""
@@ -46,7 +47,7 @@ class Launch:
 def plan_launch(
     tasks: ServedTasks,
     engine: EngineName,
-    store: Path | None,
+    store: str | Path | None,
     bundle: Path | None,
     *,
     base_model: str | None = None,
@@ -70,6 +71,7 @@ def plan_launch(
     if not served:
         raise DataError(f"{engine} can serve no task of {base_model!r}: {left_out[0][1]}")
     model, is_local = _model(tasks, base_model)
+    where = "" if store is None else absolute(address_of(store))
     uses_gateway = gateway or engine == "sglang"
     environment: dict[str, str] = {}
     if engine == "vllm":
@@ -77,14 +79,14 @@ def plan_launch(
         command = _vllm(model, base_model, rank, served)
         environment["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
         if not uses_gateway:
-            environment |= {"ICM_STORE": str(store)} if bundle is None else {"ICM_BUNDLE": str(bundle)}
+            environment |= {"ICM_STORE": where} if bundle is None else {"ICM_BUNDLE": str(bundle)}
             # The plug-in finds out for itself only where the engine gets the same name and icm finds the same files.
             environment |= {} if is_local and model == base_model else {"ICM_BASE_MODEL": base_model}
     else:
         command = _sglang(model, base_model, rank, served, targets)
     commands = [command]
     if uses_gateway:
-        source = ["--store", str(store)] if bundle is None else ["--from", str(bundle)]
+        source = ["--store", where] if bundle is None else ["--from", str(bundle)]
         at = ["--engine", engine, "--engine-url", f"http://127.0.0.1:{_PORTS[engine]}"]
         commands.append(["icm", "serve", *at, *source, "--base-model", base_model])
     return Launch(base_model, model, is_local, environment, commands, served, rank, left_out)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -22,7 +22,7 @@ from icmlora.fleet.write.materialize import Chosen, choose
 from icmlora.formats.format import write_adapter_files
 from registry.errors import DamagedStore
 from registry.files import identity
-from registry.names import task_name_problem
+from registry.names import Address, address_of, task_name_problem
 
 _ADMITTED = 1
 """Adapters that are decoded at once: more would only take each other's processor."""
@@ -68,6 +68,8 @@ class TaskForm:
 class Stamp:
     """What a file looks like from outside; it differs after a change, up to the steps of the file system's clock.
 
+    From outside: opening and closing a database would drop the locks of other threads.
+
     Attributes:
         changed: When it was changed last, in seconds since 1970.
         parts: What else tells one state from another.
@@ -90,19 +92,14 @@ class ServedTasks:
     """Where tasks come from. The methods may be called from several threads.
 
     Args:
-        path: The file that changes when any task may have changed.
+        stamp: Returns what changes when any task may have changed; it takes microseconds, for each request.
         open_codes: Opens the store or the bundle. It is opened for each call: holding a store open would make
             `icm evict` and `icm prune` wait for the server.
     """
 
-    def __init__(self, path: Path, open_codes: OpenCodes) -> None:
-        self._path, self._open = path, open_codes
+    def __init__(self, stamp: Callable[[], Stamp], open_codes: OpenCodes) -> None:
+        self.stamp, self._open = stamp, open_codes
         self._admitted = threading.Semaphore(_ADMITTED)
-
-    def stamp(self) -> Stamp:
-        """Return what changes when any task may have changed; microseconds, for each request."""
-        # From outside: opening and closing the database would drop the locks of other threads.
-        return Stamp.of(self._path)
 
     def find(self, name: str) -> ServedTask | None:
         """Return the task that has exactly this name, or None; any text may be asked for."""
@@ -197,20 +194,29 @@ class _ReopenedBundle:
 
 
 def open_tasks(
-    store: str | Path | None, bundle: str | Path | None, *, command: str, lock_timeout: float = 30.0
+    store: str | Address | None, bundle: str | Path | None, *, command: str, lock_timeout: float = 30.0
 ) -> ServedTasks:
     """Open a bundle if one is named, else a store; a store is read anew with each call.
 
     Args:
-        store: Folder of the store.
+        store: The store: a folder, or the address of a database.
         bundle: A bundle file.
         command: Who reads the store, for those who wait for it.
         lock_timeout: Seconds to wait for a command that has the store to itself.
     """
     if bundle is not None:
-        return ServedTasks(Path(bundle), _ReopenedBundle(Path(bundle)))
-    from registry.storage.folder import StorePaths  # imports SQLAlchemy
-
+        return ServedTasks(partial(Stamp.of, Path(bundle)), _ReopenedBundle(Path(bundle)))
     assert store is not None
-    context = Context(Path(store), command=command, lock_timeout=lock_timeout)
-    return ServedTasks(StorePaths(context.path).database, partial(open_store, context))
+    context = Context(address_of(store), command=command, lock_timeout=lock_timeout)
+    return ServedTasks(_watched(context), partial(open_store, context))
+
+
+def _watched(context: Context) -> Callable[[], Stamp]:
+    """Return what gives the stamp of a store."""
+    if isinstance(context.address, Path):
+        from registry.storage.folder import StorePaths  # a bundle needs none of it
+
+        return partial(Stamp.of, StorePaths(context.address).database)
+    from icmlora.serving.watched import WatchedDatabase
+
+    return WatchedDatabase(context.address).stamp

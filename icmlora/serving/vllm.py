@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from icmlora.errors import TaskChanged
+from registry.names import address_of
 
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
@@ -66,7 +67,9 @@ def _missing() -> str | None:
     if bundle := os.environ.get("ICM_BUNDLE"):
         return None if Path(bundle).is_file() else f"ICM_BUNDLE={bundle} is not a file"
     store = os.environ["ICM_STORE"]
-    return None if (Path(store) / "registry.db").is_file() else f"ICM_STORE={store} has no store"
+    address = address_of(store)
+    is_there = not isinstance(address, Path) or (address / "registry.db").is_file()
+    return None if is_there else f"ICM_STORE={store} has no store"
 
 
 class IcmResolver:

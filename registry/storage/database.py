@@ -77,6 +77,9 @@ class Database(ABC):
     def _translated_cause(self, error: BaseException) -> RegistryError | None:
         """Return what an error of the driver means to a store; None if it is a bug of ours."""
 
+    def close(self) -> None:  # noqa: B027  # SQLite's connections are closed after each transaction
+        """Give up all connections."""
+
     def _seal(self, session: Session) -> None:  # noqa: B027  # SQLite has triggers for it
         """Do what is left to do before a commit."""
 

@@ -21,13 +21,16 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
 
 from registry import files as fs
 from registry.errors import DamagedStore, NotAStore, RegistryError, StoreFull, StoreTooNew
 
 if TYPE_CHECKING:
-    from registry.storage.blobs.backend import Leftover
+    from registry.storage.blobs.backend import BlobBackend, Leftover
+    from registry.storage.database import Database
+    from registry.storage.locks import StoreLock
+    from registry.storage.row_repair import RowRepair
     from registry.storage.sqlite import SqliteDatabase
 
 FORMAT_TEXT = "icm store 2\n"
@@ -135,10 +138,10 @@ def check_place(root: Path) -> None:
         raise NotAStore(message, path=root, hint="name an empty or a new folder with --store")
 
 
-def create_store(paths: StorePaths, database: SqliteDatabase, address: str | None = None) -> None:
+def create_store(paths: StorePaths, database: SqliteDatabase, blobs: str | None = None) -> None:
     """Make the parts of a store, FORMAT last; a killed attempt is simply made again.
 
-    With an address, its blobs are there.
+    Its blobs are at the address `blobs`, if not in the folder.
     """
     if paths.format.exists():  # another process was faster
         return
@@ -147,16 +150,16 @@ def create_store(paths: StorePaths, database: SqliteDatabase, address: str | Non
     with fs.store_errors(paths.root):
         make_folders(paths)
         make_reserve(paths)
-        if address is not None:
+        if blobs is not None:
             from registry.storage.blobs.place import settle
 
-            settle(paths, address)
+            settle(paths, blobs)
         migrate(database, create=True)
         fs.failpoint("store-before-format")
         # FORMAT last: a folder without it is an attempt that was killed, and is made again.
         temporary = paths.tmp / "FORMAT"
         fs.unlink(temporary)
-        fs.write_file(temporary, (FORMAT_TEXT if address is None else FAR_TEXT).encode(), 0o444)
+        fs.write_file(temporary, (FORMAT_TEXT if blobs is None else FAR_TEXT).encode(), 0o444)
         fs.replace(temporary, paths.format)
         fs.fsync_dir(paths.root)
         fs.fsync_dir(paths.root.parent)
@@ -190,6 +193,15 @@ def check_format(paths: StorePaths) -> None:
     raise StoreTooNew(message, path=paths.format, hint=hint)
 
 
+class StoreParts(NamedTuple):
+    """What an open store consists of."""
+
+    lock: StoreLock
+    database: Database
+    backend: BlobBackend
+    upkeep: Upkeep
+
+
 class Upkeep(Protocol):
     """What a kind of store does around changes."""
 
@@ -207,6 +219,10 @@ class Upkeep(Protocol):
 
     def leftovers(self, *, aside: bool = False) -> Iterator[Leftover]:
         """Yield what killed commands left that are no blobs, or else, `aside`, what is in quarantine."""
+        ...
+
+    def repair_rows(self) -> list[RowRepair]:
+        """Correct rows of which one bit flipped, and return what became of each wrong row."""
         ...
 
 
@@ -233,3 +249,9 @@ class FolderUpkeep:
     def leftovers(self, *, aside: bool = False) -> Iterator[Leftover]:
         """Yield the files of the temporary folder, or of the quarantine folder."""
         return files_in(self._paths.quarantine if aside else self._paths.tmp)
+
+    def repair_rows(self) -> list[RowRepair]:
+        """Correct rows of which one bit flipped; a copy of the database goes to quarantine before."""
+        from registry.storage.row_repair import repair_rows
+
+        return repair_rows(self._database, self._paths)

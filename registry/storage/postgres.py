@@ -10,7 +10,6 @@ committed before it got that. So what `registry.tables` decides by what it has r
 from __future__ import annotations
 
 import math
-import re
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,8 +23,10 @@ from sqlalchemy.orm import Session
 from sqlalchemy.pool import QueuePool
 
 from registry.errors import DamagedStore, NotAStore, RegistryError, StoreAway, StoreFull, StoreLocked, StoreReadOnly
+from registry.names import DatabaseUrl
 from registry.row_checks import find_miscounted
 from registry.schema import Base
+from registry.storage import postgres_place
 from registry.storage.database import DAMAGE_HINT, Damage, Database
 from registry.storage.locks import Patience
 from registry.storage.postgres_checks import guard, install, seal, wrong_rows
@@ -40,7 +41,6 @@ _ALIVE: dict[str, Any] = {
 }
 _OF_SESSION = "-c tcp_keepalives_idle=20 -c tcp_keepalives_interval=10 -c tcp_keepalives_count=3 -c timezone=UTC"
 _MOST_NAMED = 63  # bytes of a name that the server keeps
-_PASSWORD = re.compile(r"(?<=://)([^/?#@]*@)|(?<=[?&])(password|sslpassword)=[^&#]*")
 _WRITING = 0x69636D31  # the lock that a transaction holds while it writes
 _LEAST_WAIT = 1.0  # seconds: a commit of another process takes a moment
 _AWAY_HINT = "try again when it can be reached; nothing that was not acknowledged is kept"
@@ -88,14 +88,28 @@ class PostgresDatabase(Database):
             yield connection
             if write:
                 seal(connection)
+                postgres_place.count_change(connection)
 
-    def create(self) -> None:
-        """Make the tables, unless they are there."""
+    @contextmanager
+    def creation(self) -> Iterator[Connection]:
+        """Make the tables, unless they are there, and yield the transaction of it."""
         with self._errors(), self.only.begin() as connection:
             connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _WRITING})
             if connection.scalar(text("SELECT to_regclass('tasks') IS NULL")):
                 Base.metadata.create_all(connection)
                 install(connection)
+                postgres_place.TABLE.create(connection)
+            yield connection
+
+    def find_place(self) -> postgres_place.Place | None:
+        """Return the number of the store and where its blobs are; None if there is no store."""
+        with self.connection() as connection:
+            return postgres_place.find(connection, self.place)
+
+    def changes(self) -> int:
+        """Return how many transactions have written to the store."""
+        with self.connection() as connection:
+            return postgres_place.changes(connection)
 
     def damage(self) -> Iterator[Damage]:
         """Yield what is wrong with rows; pages, indexes and references are for the server to keep right."""
@@ -122,6 +136,7 @@ class PostgresDatabase(Database):
     def _seal(self, session: Session) -> None:
         session.flush()
         seal(session.connection())
+        postgres_place.count_change(session.connection())
 
     def _translated_cause(self, error: BaseException) -> RegistryError | None:
         if not isinstance(error, psycopg.Error):
@@ -145,7 +160,7 @@ class PostgresDatabase(Database):
 
 def masked(url: str) -> str:
     """Return the address of a database as it may be shown: without a user and a password."""
-    return _PASSWORD.sub("", url)
+    return str(DatabaseUrl(url))
 
 
 def only_connection(url: str, command: str) -> Engine:

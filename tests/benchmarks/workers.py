@@ -35,6 +35,7 @@ from icmlora.fleet.resources.workers import Tell, _cluster
 from icmlora.generator.limits import Limits
 from registry.records import TaskRecord
 from tests.benchmarks.performance.machine import describe_machine
+from tests.shared import paths_of
 
 RESULT = Path(__file__).parent / "results" / "workers.json"
 CASES = {"one process": None, "one worker": "1", "two workers": "2", "two workers, one killed": "2"}
@@ -45,7 +46,7 @@ def killed_once(
     models: Models, tasks: Sequence[TaskRecord], tell: Tell, limits: Limits, **options: Any
 ) -> Iterator[tuple[TaskRecord, TaskEncoded | Made]]:
     """Encode as usual; the process is killed in the middle of the first task that is refined, once in each store."""
-    killed, half = models.store.paths.root.parent / "killed", (limits.refine or 40) // 2
+    killed, half = paths_of(models.store).root.parent / "killed", (limits.refine or 40) // 2
 
     def note(text: str) -> None:
         tell(text)

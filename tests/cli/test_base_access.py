@@ -12,6 +12,7 @@ from icmlora.base_models import load as base_loading
 from icmlora.fleet.resources.loading import open_base
 from registry.store import Store
 from tests.icmlora.base_models.test_gguf import write_tiny_gguf
+from tests.shared import paths_of
 
 LABEL = "example/tiny"
 
@@ -29,9 +30,9 @@ def converted(tmp_path: Path) -> list[Path]:
 
 
 def test_a_gguf_file_is_converted_once(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = open_base(store, LABEL, torch.device("cpu"), cache=store.paths.root.parent / "cache" / "icm")
+    first = open_base(store, LABEL, torch.device("cpu"), cache=paths_of(store).root.parent / "cache" / "icm")
     monkeypatch.setattr(base_loading, "load_gguf", lambda *_: pytest.fail("it is in the cache"))
-    second = open_base(store, LABEL, torch.device("cpu"), cache=store.paths.root.parent / "cache" / "icm")
+    second = open_base(store, LABEL, torch.device("cpu"), cache=paths_of(store).root.parent / "cache" / "icm")
     assert first.fingerprint == second.fingerprint
     assert len(converted(tmp_path)) == 1
 
@@ -44,9 +45,9 @@ def test_two_processes_that_convert_it_at_the_same_time_both_succeed(
     def load(*arguments: Any) -> Any:
         if not others:
             others.append(None)
-            open_base(store, LABEL, torch.device("cpu"), cache=store.paths.root.parent / "cache" / "icm")
+            open_base(store, LABEL, torch.device("cpu"), cache=paths_of(store).root.parent / "cache" / "icm")
         return real(*arguments)
 
     monkeypatch.setattr(base_loading, "load_gguf", load)
-    open_base(store, LABEL, torch.device("cpu"), cache=store.paths.root.parent / "cache" / "icm")
+    open_base(store, LABEL, torch.device("cpu"), cache=paths_of(store).root.parent / "cache" / "icm")
     assert len(converted(tmp_path)) == 1

@@ -12,6 +12,7 @@ from registry.store import Store
 from registry.tables.tasks import Tasks
 from tests.cli.conftest import Ran
 from tests.cli.tiny_fleet import icm_quietly, write_lora
+from tests.shared import paths_of
 
 Icm = Callable[..., Ran]
 ALL = ("evict", "--max-error", "0.7")
@@ -34,7 +35,7 @@ def files(store: Path) -> set[Path]:
 
 def weights_file(store: Path, task: str) -> Path:
     with Store.open(store) as opened:
-        return opened.paths.blob(opened.tasks.final(task).weights)
+        return paths_of(opened).blob(opened.tasks.final(task).weights)
 
 
 def test_materialize_falls_back_to_the_code_and_says_so(icm: Icm, trained: Path, tmp_path: Path) -> None:

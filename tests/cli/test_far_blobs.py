@@ -39,7 +39,7 @@ def store(mixed_template: Path, tmp_path: Path, icm: Icm) -> Path:
     """An empty store whose blobs are far away, and the fleet of the template beside it."""
     shutil.copytree(mixed_template / "loras", tmp_path / "loras")
     root = tmp_path / "store"
-    Store.open(root, create=True, address=f"s3://icm/{uuid4().hex}").close()
+    Store.open(root, create=True, blobs=f"s3://icm/{uuid4().hex}").close()
     assert icm("base", "add", LABEL, mixed_template / "base").code == 0
     return root
 
@@ -133,10 +133,10 @@ def test_what_two_processes_would_check_one_checks(
 
 def test_two_stores_do_not_share_a_prefix(tmp_path: Path) -> None:
     address = f"s3://icm/{uuid4().hex}"
-    Store.open(tmp_path / "one", create=True, address=address).close()
+    Store.open(tmp_path / "one", create=True, blobs=address).close()
     with pytest.raises(NotAStore, match="another store"):
-        Store.open(tmp_path / "two", create=True, address=address)
-    Store.open(tmp_path / "one", create=True, address=address).close()
+        Store.open(tmp_path / "two", create=True, blobs=address)
+    Store.open(tmp_path / "one", create=True, blobs=address).close()
 
 
 def test_a_store_that_was_half_made_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,15 +147,15 @@ def test_a_store_that_was_half_made_is_made_again(tmp_path: Path, monkeypatch: p
 
         patch.setattr(objects, "_DEADLINE", 0.2)
         with pytest.raises(StoreAway):
-            Store.open(tmp_path / "store", create=True, address=address)
-    with Store.open(tmp_path / "store", create=True, address=address) as store:
+            Store.open(tmp_path / "store", create=True, blobs=address)
+    with Store.open(tmp_path / "store", create=True, blobs=address) as store:
         assert store.blobs.read(store.blobs.put(b"bytes")) == b"bytes"
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[]", "null", "\xff", '{"place": "s3://icm/x"}'])
 def test_a_damaged_address_is_told(tmp_path: Path, text: str) -> None:
     root = tmp_path / "store"
-    Store.open(root, create=True, address=f"s3://icm/{uuid4().hex}").close()
+    Store.open(root, create=True, blobs=f"s3://icm/{uuid4().hex}").close()
     place = StorePaths(root).place
     place.chmod(0o644)
     place.write_text(text)

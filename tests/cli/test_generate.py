@@ -305,7 +305,7 @@ class TestRefusals:
     def test_a_damaged_start(self, generate: Generate, started: Path) -> None:
         with Store.open(started, read_only=True) as store:
             (made,) = store.generators.all()
-            path = store.paths.blob(str(made.start))
+            path = Path(store.blobs.place(str(made.start)))
         path.chmod(0o644)
         path.write_bytes(b"x" * made.start_size)
         assert generate("--json").code == ExitCode.DAMAGED

@@ -94,7 +94,7 @@ def test_forgetting_frees_the_file_of_an_earlier_generator_at_the_next_prune(icm
     assert icm("generators", "forget", first, "--yes", "--json").document["codes"] == 3
     icm("prune", "--older-than", "0", "--yes")
     with Store.open(updated) as store:
-        assert not store.paths.blob(first).exists()
+        assert not Path(store.blobs.place(first)).exists()
         assert list(store.verify(read_data=True)) == []
     assert all(row["code_size"] for row in icm("ls", "--json").document)
 
@@ -149,7 +149,7 @@ def test_a_name_that_is_none_is_an_error(icm: Icm, updated: Path, name: str, fac
 def test_a_damaged_file_is_listed_as_damaged(icm: Icm, updated: Path) -> None:
     first = versions(icm)[0]["generator"]
     with Store.open(updated) as store:
-        path = store.paths.blob(first)
+        path = Path(store.blobs.place(first))
     path.chmod(0o644)
     path.write_bytes(b"damaged")
     assert versions(icm)[0]["epochs"] is None

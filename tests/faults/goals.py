@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 from registry.records import TaskSummary
 from registry.store import Store
@@ -55,7 +56,7 @@ def _ingested(end: End) -> bool:
 
 def _evicted(end: End) -> bool:
     digests = {row.weights for row in end.store.originals.evicted()}
-    if any(end.store.paths.blob(digest).exists() for digest in digests):
+    if any(Path(end.store.blobs.place(digest)).exists() for digest in digests):
         return False
     return all(row.final.is_evicted and not row.checkpoints for row in end.rows.values())
 

@@ -10,6 +10,7 @@ import pytest
 from registry.store import Store
 from tests.pg_server import pg_server
 from tests.registry.examples import new_store
+from tests.shared import paths_of
 
 
 @pytest.fixture
@@ -22,7 +23,7 @@ def store(tmp_path: Path) -> Iterator[Store]:
 @pytest.fixture
 def twin(store: Store) -> Iterator[Store]:
     """The same store as another process has it open."""
-    with new_store(store.paths.root) as opened:
+    with new_store(paths_of(store).root) as opened:
         yield opened
 
 

@@ -16,10 +16,11 @@ from registry.storage.locks import Patience
 from registry.storage.sqlite import SqliteDatabase
 from registry.store import Store
 from tests.registry.children import start, wait
+from tests.shared import paths_of
 
 
 def open_database(store: Store, *, read_only: bool = False, seconds: float = 0) -> SqliteDatabase:
-    return SqliteDatabase(store.paths.database, read_only=read_only, patience=Patience(seconds))
+    return SqliteDatabase(paths_of(store).database, read_only=read_only, patience=Patience(seconds))
 
 
 @pytest.mark.parametrize(
@@ -65,7 +66,7 @@ def test_what_is_waited_for_the_database_is_taken_from_the_seconds_of_the_comman
 
 def test_the_message_names_the_process_that_writes(store: Store, tmp_path: Path) -> None:
     def write() -> None:
-        with Store.open(store.paths.root, command="icm ingest all") as other, other._db.connection(write=True):
+        with Store.open(paths_of(store).root, command="icm ingest all") as other, other._db.connection(write=True):
             (tmp_path / "began").touch()
             time.sleep(60)
 
@@ -74,7 +75,7 @@ def test_the_message_names_the_process_that_writes(store: Store, tmp_path: Path)
         while not (tmp_path / "began").exists():
             time.sleep(0.01)
         with (
-            Store.open(store.paths.root, lock_timeout=0) as late,
+            Store.open(paths_of(store).root, lock_timeout=0) as late,
             pytest.raises(StoreLocked, match=f"is locked by process {pid}: icm ingest all"),
         ):
             late.base_models.set_facts("x", fingerprint="", shape={})
@@ -99,10 +100,10 @@ def test_a_read_only_database_refuses_writes(store: Store) -> None:
 
 
 def test_a_database_that_is_gone_is_damage_and_is_not_made_again(store: Store) -> None:
-    store.paths.database.unlink()
+    paths_of(store).database.unlink()
     with pytest.raises(DamagedStore), open_database(store).connection():
         pytest.fail("it opened")
-    assert not store.paths.database.exists()
+    assert not paths_of(store).database.exists()
 
 
 def test_a_full_disk_is_called_that(store: Store) -> None:

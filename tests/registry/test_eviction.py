@@ -14,6 +14,7 @@ from registry.storage.sqlite import SqliteDatabase
 from registry.store import Store
 from tests.registry.children import KILLED, run
 from tests.registry.examples import BASE, code, evaluation, eviction, generator, ingest, new_store, offer
+from tests.shared import paths_of
 
 WEIGHTS = len(b"weights of rust")
 
@@ -27,7 +28,7 @@ def rust(store: Store) -> Store:
 
 
 def file_of(store: Store, task: str) -> Path:
-    return store.paths.blob(store.tasks.final(task).weights)
+    return Path(store.blobs.place(store.tasks.final(task).weights))
 
 
 def test_the_weights_go_and_all_else_stays(rust: Store) -> None:
@@ -115,7 +116,7 @@ def test_nothing_goes_while_what_stands_in_is_damaged(rust_with_extras: Store, n
     rust = rust_with_extras
     order = eviction(rust, "rust")
     assert len(order.digests()) == 5
-    path = rust.paths.blob(order.digests()[number])
+    path = Path(rust.blobs.place(order.digests()[number]))
     path.chmod(0o644)
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(DamagedBlob):
@@ -173,7 +174,7 @@ def test_a_code_that_was_not_checked_does_not_count(rust: Store) -> None:
 
 
 def test_evict_does_not_run_beside_another_command(rust: Store) -> None:
-    with new_store(rust.paths.root, lock_timeout=0) as other:
+    with new_store(paths_of(rust).root, lock_timeout=0) as other:
         with pytest.raises(StoreLocked):
             other.originals.evict(eviction(other, "rust"))
         with pytest.raises(StoreLocked):  # before anything is measured
@@ -184,18 +185,18 @@ def test_a_full_disk_can_be_emptied_by_evicting(rust: Store, monkeypatch: pytest
     real, order = SqliteDatabase.write, eviction(rust, "rust")
 
     def write(database: SqliteDatabase) -> object:
-        if rust.paths.reserve.exists():
+        if paths_of(rust).reserve.exists():
             raise StoreFull("database or disk is full")
         return real(database)
 
     monkeypatch.setattr(SqliteDatabase, "write", write)
     assert rust.originals.evict(order) > 0
-    assert rust.paths.reserve.exists()
-    make_reserve(rust.paths)
+    assert paths_of(rust).reserve.exists()
+    make_reserve(paths_of(rust))
 
 
 def test_a_kill_before_the_unlink_is_made_good_by_the_next_run(rust: Store) -> None:
-    root, file = rust.paths.root, file_of(rust, "rust")
+    root, file = paths_of(rust).root, file_of(rust, "rust")
     rust.close()
 
     def evict() -> None:
@@ -213,7 +214,7 @@ def test_a_kill_before_the_unlink_is_made_good_by_the_next_run(rust: Store) -> N
 
 
 def test_prune_removes_what_a_killed_evict_left(rust: Store) -> None:
-    root = rust.paths.root
+    root = paths_of(rust).root
     rust.close()
 
     def evict() -> None:
@@ -327,7 +328,11 @@ def test_withheld_bytes_are_inspected_and_not_stored(store: Store, tmp_path: Pat
     store.prune(grace=0)
     digest = getattr(first, "digest", "")
     (withheld,) = store.blobs.put_files([file], lambda path, data: seen.append(path), withheld={file: [digest]})
-    assert (getattr(withheld, "digest", None), seen, store.paths.blob(digest).exists()) == (digest, [file, file], False)
+    assert (getattr(withheld, "digest", None), seen, Path(store.blobs.place(digest)).exists()) == (
+        digest,
+        [file, file],
+        False,
+    )
     store.blobs.put_files([file, other], lambda path, data: None, withheld={file: [digest]})
     assert store.blobs.read(digest) == b"the same"
 
@@ -337,7 +342,7 @@ def test_a_generator_is_not_forgotten_while_the_one_in_use_is_damaged(rust: Stor
     assert first is not None
     second = rust.generators.add(generator(rust, ["rust"], data=b"another"))
     rust.originals.evict(eviction(rust, "rust"))
-    rust.paths.blob(second.blob).unlink()
+    Path(rust.blobs.place(second.blob)).unlink()
     with pytest.raises(MissingBlob):
         rust.generators.forget(first)
     rust.blobs.put(b"another")

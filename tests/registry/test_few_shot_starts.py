@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -45,7 +46,7 @@ def test_another_takes_its_place_and_its_bytes_go(store: Store, made: GeneratorR
     first = started(store, made)
     second = started(store, made, b"another start")
     assert current(store).start == second.start != first.start
-    assert not store.paths.blob(str(first.start)).exists()
+    assert not Path(store.blobs.place(str(first.start))).exists()
     assert list(store.verify(read_data=True)) == []
 
 
@@ -118,7 +119,7 @@ def test_it_goes_with_the_last_generator_that_has_it(store: Store, made: Generat
     store.generators.add(generator(store, ["rust"], data=b"newer"))
     store.generators.forget(made)
     store.prune(grace=0)
-    assert not store.paths.blob(str(first.start)).exists()
+    assert not Path(store.blobs.place(str(first.start))).exists()
 
 
 def test_prune_keeps_it(store: Store, made: GeneratorRecord) -> None:
@@ -139,7 +140,7 @@ def test_it_is_on_the_bill_of_generators(store: Store, made: GeneratorRecord) ->
 @pytest.mark.parametrize(("data", "kind"), [(b"stort", "digest"), (b"sta", "length"), (None, "missing")])
 def test_damage_to_it_is_found(store: Store, made: GeneratorRecord, data: bytes | None, kind: str) -> None:
     record = started(store, made)
-    path = store.paths.blob(str(record.start))
+    path = Path(store.blobs.place(str(record.start)))
     fs.unlink(path)
     if data is not None:
         path.write_bytes(data)
@@ -150,5 +151,5 @@ def test_damage_to_it_is_found(store: Store, made: GeneratorRecord, data: bytes 
 def test_a_task_does_not_need_it(store: Store, made: GeneratorRecord) -> None:
     """Its code is decoded by the generator alone."""
     record = started(store, made)
-    store.paths.blob(str(record.start)).unlink()
+    Path(store.blobs.place(str(record.start))).unlink()
     assert list(store.verify(names=["rust"], read_data=True)) == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -218,7 +219,7 @@ class TestForgetting:
         assert store.generators.forget(first) == 1
         assert store.generators.all() == [replace(made, parent_id=None)]
         store.prune(grace=0)
-        assert not store.paths.blob(first.blob).exists()
+        assert not Path(store.blobs.place(first.blob)).exists()
         assert store.blobs.read(code_of(store, "rust").blob)
         assert list(store.verify(read_data=True)) == []
 

@@ -20,6 +20,7 @@ from registry.records import OnConflict, TaskIngest
 from registry.store import Store
 from tests.registry.every_row import everything, fill
 from tests.registry.examples import ingest, new_store, offer
+from tests.shared import paths_of
 
 Offers = list[tuple[str, bytes, tuple[int, ...], bytes | None]]
 
@@ -122,7 +123,7 @@ def test_a_task_keeps_the_folder_it_first_came_from(store: Store) -> None:
 def test_a_store_with_everything_in_it_reads_the_same_when_it_is_copied(store: Store, tmp_path: Path) -> None:
     fill(store)
     before = everything(store)
-    copy = shutil.copytree(store.paths.root, tmp_path / "copy")
+    copy = shutil.copytree(paths_of(store).root, tmp_path / "copy")
     with Store.open(copy, read_only=True) as opened:
         assert everything(opened) == before
         assert [finding for finding in opened.verify(read_data=True) if finding.is_problem] == []

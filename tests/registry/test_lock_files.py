@@ -12,13 +12,14 @@ from registry.storage.locks import Patience
 from registry.storage.locks.flocks import FileLock
 from registry.store import Store
 from tests.registry.examples import new_store
+from tests.shared import paths_of
 
 
 @pytest.mark.parametrize("name", ["../../etc/passwd", "/absolute", "", "a/b", "nul\0", "x" * 5000, "é", "\x1b[31m"])
 def test_the_job_of_a_base_model_of_any_name_has_its_lock_in_the_store(store: Store, name: str) -> None:
     with store.job(name):
-        path = store.paths.job(name)
-        assert path.parent == store.paths.root / "jobs"
+        path = paths_of(store).job(name)
+        assert path.parent == paths_of(store).root / "jobs"
         assert path.is_file()
 
 

@@ -18,6 +18,7 @@ from registry.storage.locks.flocks import FileLock
 from registry.store import Store
 from tests.registry.children import start, wait
 from tests.registry.examples import BASE, ingest
+from tests.shared import paths_of
 
 
 @pytest.fixture
@@ -213,7 +214,7 @@ class TestPatience:
 
     def test_only_those_who_hold_a_lock_are_named(self, tmp_path: Path) -> None:
         with job_elsewhere(tmp_path, "icm train") as pid, open_store(tmp_path, timeout=0) as store:
-            path = store.paths.job(BASE)
+            path = paths_of(store).job(BASE)
             path.write_text(f"{os.getppid()} icm encode\n{path.read_text()}")  # which was done with it long ago
             with pytest.raises(StoreLocked) as caught:
                 store.job(BASE).__enter__()

@@ -17,6 +17,7 @@ from registry.storage import sqlite as migrations
 from registry.store import Store
 from tests.registry.every_row import everything, fill
 from tests.registry.examples import ingest, new_store
+from tests.shared import paths_of
 
 
 def tables_of(connection: sqlite3.Connection) -> dict[str, object]:
@@ -39,7 +40,7 @@ def indexes_of(connection: sqlite3.Connection, table: str) -> Iterator[tuple[obj
 
 
 def schema_of(store: Store) -> int:
-    with closing(sqlite3.connect(store.paths.database)) as connection:
+    with closing(sqlite3.connect(paths_of(store).database)) as connection:
         return int(connection.execute("PRAGMA user_version").fetchone()[0])
 
 
@@ -48,7 +49,7 @@ def test_a_new_store_has_the_tables_that_the_classes_describe(store: Store, tmp_
     engine = create_engine(f"sqlite:///{wanted}")
     Base.metadata.create_all(engine)
     engine.dispose()
-    with closing(sqlite3.connect(store.paths.database)) as made, closing(sqlite3.connect(wanted)) as described:
+    with closing(sqlite3.connect(paths_of(store).database)) as made, closing(sqlite3.connect(wanted)) as described:
         assert tables_of(made) == tables_of(described)
 
 
@@ -104,7 +105,7 @@ def test_a_migration_that_fails_half_way_leaves_the_old_schema(tmp_path: Path, m
         patched.setattr(migrations, "MIGRATIONS", (*migrations.MIGRATIONS, fail_half_way))
         with pytest.raises(ZeroDivisionError):
             new_store(tmp_path / "store")
-    with new_store(tmp_path / "store") as store, closing(sqlite3.connect(store.paths.database)) as connection:
+    with new_store(tmp_path / "store") as store, closing(sqlite3.connect(paths_of(store).database)) as connection:
         assert schema_of(store) == migrations.newest()
         assert "half" not in tables_of(connection)
 

@@ -16,6 +16,7 @@ from registry.schema import Base
 from registry.storage import prune as garbage
 from registry.store import Store
 from tests.registry.examples import BASE, evaluation, generator, ingest, new_store, vector
+from tests.shared import paths_of
 
 
 def fill(store: Store) -> None:
@@ -28,7 +29,7 @@ def fill(store: Store) -> None:
 
 
 def blob_files(store: Store) -> list[Path]:
-    return sorted(store.paths.blobs.glob("?/*"))
+    return sorted(paths_of(store).blobs.glob("?/*"))
 
 
 def test_every_column_that_refers_to_a_blob_is_known() -> None:
@@ -68,14 +69,14 @@ def test_bytes_that_another_task_shares_stay(store: Store) -> None:
 
 def test_orphans_and_leftovers_go(store: Store) -> None:
     store.blobs.put(b"orphan")
-    (store.paths.tmp / "leftover").write_bytes(b"123")
+    (paths_of(store).tmp / "leftover").write_bytes(b"123")
     assert store.prune(grace=0) == garbage.PruneReport(1, 1, 9)
     assert list(store.verify()) == []
 
 
 def test_young_files_stay(store: Store) -> None:
     store.blobs.put(b"orphan")
-    (store.paths.tmp / "leftover").touch()
+    (paths_of(store).tmp / "leftover").touch()
     assert store.prune(grace=3600) == garbage.PruneReport(0, 0, 0)
     assert len(blob_files(store)) == 1
 
@@ -91,7 +92,7 @@ def test_a_dry_run_says_the_same_and_removes_nothing(store: Store) -> None:
 def test_a_dry_run_passes_over_what_others_remove_once_it_is_listed(
     store: Store, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
-    leftover, orphan = store.paths.tmp / "leftover", store.paths.blob(store.blobs.put(b"orphan"))
+    leftover, orphan = paths_of(store).tmp / "leftover", Path(store.blobs.place(store.blobs.put(b"orphan")))
     leftover.write_bytes(b"123")
     doomed, listed, names = orphan if what == "orphan" else leftover, Path.iterdir, os.listdir
 
@@ -160,7 +161,7 @@ def test_a_text_that_was_measured_on_first_and_ingested_later_has_its_length(sto
 
 
 def test_prune_does_not_run_beside_another_command(store: Store) -> None:
-    with new_store(store.paths.root, lock_timeout=0) as other, pytest.raises(StoreLocked):
+    with new_store(paths_of(store).root, lock_timeout=0) as other, pytest.raises(StoreLocked):
         other.prune(grace=0)
 
 
@@ -215,7 +216,7 @@ class TestDropping:
 
     def test_the_lock_is_shared_again_afterwards(self, store: Store) -> None:
         replaced_start(store)
-        with new_store(store.paths.root, lock_timeout=0) as other, pytest.raises(StoreLocked):
+        with new_store(paths_of(store).root, lock_timeout=0) as other, pytest.raises(StoreLocked):
             other.prune(grace=0)
 
 

@@ -13,6 +13,7 @@ from registry.storage.folder import RESERVE_BYTES, make_reserve, restore_reserve
 from registry.storage.sqlite import SqliteDatabase
 from registry.store import Store
 from tests.registry.examples import ingest
+from tests.shared import paths_of
 
 
 @pytest.fixture
@@ -21,24 +22,24 @@ def full_disk(store: Store, monkeypatch: pytest.MonkeyPatch) -> Path:
     real = SqliteDatabase.write
 
     def write(database: SqliteDatabase) -> object:
-        if store.paths.reserve.exists():
+        if paths_of(store).reserve.exists():
             raise StoreFull("database or disk is full")
         return real(database)
 
     monkeypatch.setattr(SqliteDatabase, "write", write)
-    return store.paths.reserve
+    return paths_of(store).reserve
 
 
 def test_a_new_store_has_a_reserve_of_real_bytes(store: Store) -> None:
-    status = store.paths.reserve.stat()
+    status = paths_of(store).reserve.stat()
     assert status.st_size == RESERVE_BYTES
     assert status.st_blocks * 512 >= RESERVE_BYTES
 
 
 def test_a_task_can_be_removed_from_a_full_disk(store: Store, full_disk: Path) -> None:
-    store.paths.reserve.unlink()
+    paths_of(store).reserve.unlink()
     ingest(store, "rust")
-    make_reserve(store.paths)
+    make_reserve(paths_of(store))
     store.tasks.remove(["rust"], last_copies=["rust"])
     assert list(store.tasks.all()) == []
     assert full_disk.exists()
@@ -47,7 +48,7 @@ def test_a_task_can_be_removed_from_a_full_disk(store: Store, full_disk: Path) -
 def test_a_full_disk_can_be_pruned(store: Store, full_disk: Path) -> None:
     digest = store.blobs.put(b"orphan")
     assert store.prune(grace=0).blobs == 1
-    assert not store.paths.blob(digest).exists()
+    assert not Path(store.blobs.place(digest)).exists()
     assert full_disk.exists()
 
 
@@ -56,8 +57,8 @@ def test_the_reserve_is_given_up_only_for_a_full_disk(store: Store) -> None:
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        with_reserve(store.paths, fail)
-    assert store.paths.reserve.exists()
+        with_reserve(paths_of(store), fail)
+    assert paths_of(store).reserve.exists()
 
 
 def test_a_disk_that_stays_full_is_an_error(store: Store) -> None:
@@ -65,15 +66,15 @@ def test_a_disk_that_stays_full_is_an_error(store: Store) -> None:
         raise StoreFull("full")
 
     with pytest.raises(StoreFull):
-        with_reserve(store.paths, fail)
+        with_reserve(paths_of(store), fail)
 
 
 def test_a_reserve_that_cannot_be_made_again_stops_nothing(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(fd: int, data: fs.Bytes) -> None:
         raise OSError(errno.ENOSPC, "no space left on device")
 
-    store.paths.reserve.unlink()
+    paths_of(store).reserve.unlink()
     monkeypatch.setattr(fs, "write", fail)
-    restore_reserve(store.paths)
-    assert not store.paths.reserve.exists()
-    assert list(store.paths.tmp.iterdir()) == []
+    restore_reserve(paths_of(store))
+    assert not paths_of(store).reserve.exists()
+    assert list(paths_of(store).tmp.iterdir()) == []

@@ -18,13 +18,14 @@ from registry.row_checks import COLUMNS_OF, columns_of
 from registry.store import Store
 from tests.registry.every_row import fill
 from tests.registry.examples import code_of, evaluation, new_store, offer
+from tests.shared import paths_of
 
 TABLES = sorted(models.Base.metadata.tables)
 
 
 def damage(store: Store, statement: str) -> None:
     """Change rows behind icm's back."""
-    with closing(sqlite3.connect(store.paths.database, isolation_level=None)) as connection:
+    with closing(sqlite3.connect(paths_of(store).database, isolation_level=None)) as connection:
         connection.execute(statement)
 
 
@@ -54,7 +55,7 @@ def test_a_check_takes_the_columns_of_the_classes_in_their_order() -> None:
 
 @pytest.mark.parametrize("table", TABLES)
 def test_every_row_that_icm_writes_has_its_check(filled: Store, table: str) -> None:
-    with closing(sqlite3.connect(filled.paths.database)) as connection:
+    with closing(sqlite3.connect(paths_of(filled).database)) as connection:
         assert connection.execute(f"SELECT count(*) FROM {table} WHERE crc IS NULL").fetchone() == (0,)
     assert wrong(filled) == []
 
@@ -106,7 +107,7 @@ def test_nothing_is_deleted_while_a_row_is_wrong(filled: Store) -> None:
     orphan = filled.blobs.put(b"orphan")
     damage(filled, "UPDATE task_vectors SET dim = 65")
     filled.close()
-    with new_store(filled.paths.root) as store:
+    with new_store(paths_of(filled).root) as store:
         for delete in (lambda: store.prune(grace=0), lambda: store.tasks.remove(["sql"]), store.originals.interrupted):
             with pytest.raises(DamagedRow, match="deletes nothing"):
                 delete()
@@ -127,7 +128,7 @@ def test_an_extra_that_is_gone_or_another_ones_is_missed(store: Store) -> None:
 def test_the_others_are_listed_where_somebody_is_told(filled: Store) -> None:
     damage(filled, "UPDATE codes SET bits = bits + 8 WHERE task_id = (SELECT id FROM tasks WHERE name = 'rust')")
     told = dict[str, str]()
-    with Store.open(filled.paths.root, on_damage=lambda task, error: told.update({task: error.message})) as store:
+    with Store.open(paths_of(filled).root, on_damage=lambda task, error: told.update({task: error.message})) as store:
         assert [row.task.name for row in store.tasks.summaries()] == ["HTML", "sql"]
     assert list(told) == ["rust"]
 

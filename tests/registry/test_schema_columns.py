@@ -18,6 +18,7 @@ from registry.schema import DIGEST, MOMENT, PACKED, choice
 from registry.store import Store
 from registry.values import compact_json
 from tests.registry.examples import ingest
+from tests.shared import paths_of
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
@@ -94,7 +95,7 @@ def test_numbers_that_json_lacks_are_refused(value: float) -> None:
 )
 def test_a_value_that_icm_did_not_write_is_damage(store: Store, damage: str) -> None:
     ingest(store, "rust")
-    with closing(sqlite3.connect(store.paths.database, isolation_level=None)) as connection:
+    with closing(sqlite3.connect(paths_of(store).database, isolation_level=None)) as connection:
         connection.execute(f"{damage} WHERE id = 1")
     with pytest.raises(DamagedStore):
         list(store.tasks.summaries())

@@ -109,7 +109,7 @@ class StoreModel(RuleBasedStateMachine):
     @rule(data=st.data())
     def damage_and_ingest_again(self, data: st.DataObject) -> None:
         name = data.draw(st.sampled_from(sorted(self.model.keys() - self.evicted)))
-        path = self.store.paths.blob(self.store.tasks.final(name).weights)
+        path = Path(self.store.blobs.place(self.store.tasks.final(name).weights))
         path.chmod(0o644)
         path.write_bytes(b"damaged")
         assert any(finding.is_problem for finding in self.store.verify(read_data=True))

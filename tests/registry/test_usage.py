@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 
 from registry.storage.folder import RESERVE_BYTES
 from registry.store import Store
 from tests.registry.examples import BASE, generator, ingest, vector
+from tests.shared import paths_of
 
 
 def test_each_use_has_its_bytes(store: Store) -> None:
@@ -30,8 +32,8 @@ def test_each_use_has_its_bytes(store: Store) -> None:
     assert usage.old_generators == len(b"first one")
     assert usage.training == 3
     assert usage.unreferenced == len(b"orphan!")
-    assert usage.overhead == RESERVE_BYTES + len("icm store 2\n") + store.paths.lock.stat().st_size
-    assert usage.database == store.paths.database.stat().st_size
+    assert usage.overhead == RESERVE_BYTES + len("icm store 2\n") + paths_of(store).lock.stat().st_size
+    assert usage.database == paths_of(store).database.stat().st_size
 
 
 def test_bytes_with_two_uses_count_once(store: Store) -> None:
@@ -42,7 +44,7 @@ def test_bytes_with_two_uses_count_once(store: Store) -> None:
 
 def test_a_missing_blob_costs_nothing(store: Store) -> None:
     ingest(store, "rust")
-    store.paths.blob(store.tasks.final("rust").weights).unlink()
+    Path(store.blobs.place(store.tasks.final("rust").weights)).unlink()
     assert store.usage().originals == len(b'{"r": 8}')
 
 
@@ -50,8 +52,8 @@ def test_a_missing_blob_costs_nothing(store: Store) -> None:
 def test_the_total_is_what_du_says_of_the_files(store: Store) -> None:
     ingest(store, "rust", steps=[80, 90], samples=b"samples")
     store.generators.add(generator(store, ["rust"]))
-    (store.paths.quarantine / "damaged").write_bytes(b"12345")
-    files = [str(path) for path in store.paths.root.rglob("*") if path.is_file()]
+    (paths_of(store).quarantine / "damaged").write_bytes(b"12345")
+    files = [str(path) for path in paths_of(store).root.rglob("*") if path.is_file()]
     answer = subprocess.run(["du", "-bc", *files], capture_output=True, text=True, check=True)
     assert store.usage().total == int(answer.stdout.splitlines()[-1].split()[0])
 
@@ -60,7 +62,7 @@ def test_the_lock_file_of_a_job_is_overhead_that_prune_does_not_promise_to_free(
     before = store.usage()
     with store.job(BASE):
         pass
-    locks = sum(path.stat().st_size for path in store.paths.jobs.iterdir())
+    locks = sum(path.stat().st_size for path in paths_of(store).jobs.iterdir())
     after = store.usage()
     assert (after.unreferenced, after.overhead) == (before.unreferenced, before.overhead + locks)
     assert locks > 0

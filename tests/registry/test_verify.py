@@ -15,6 +15,7 @@ from registry.storage.blobs.content import Blobs
 from registry.store import Store
 from registry.verify import Finding
 from tests.registry.examples import BASE, code, code_of, generator, ingest, new_store, vector
+from tests.shared import paths_of
 
 
 @pytest.fixture
@@ -22,7 +23,7 @@ def weights(store: Store) -> Path:
     """The file with the weights of one of two tasks."""
     ingest(store, "rust", samples=b"samples of rust")
     ingest(store, "html")
-    return store.paths.blob(store.tasks.final("rust").weights)
+    return Path(store.blobs.place(store.tasks.final("rust").weights))
 
 
 def kinds(store: Store, **options: object) -> list[str]:
@@ -92,8 +93,8 @@ def test_wrong_bytes_are_found_by_reading(store: Store, weights: Path) -> None:
 
 
 def test_two_blobs_in_each_others_place_are_both_found(store: Store, weights: Path) -> None:
-    other = store.paths.blob(store.tasks.final("html").weights)
-    spare = store.paths.root / "spare"
+    other = Path(store.blobs.place(store.tasks.final("html").weights))
+    spare = paths_of(store).root / "spare"
     weights.rename(spare)
     other.rename(weights)
     spare.rename(other)
@@ -109,27 +110,27 @@ def test_a_folder_in_place_of_a_blob_is_found(store: Store, weights: Path) -> No
 
 def test_an_orphan_and_a_leftover_are_named_and_are_no_problem(store: Store, weights: Path) -> None:
     store.blobs.put(b"orphan")
-    (store.paths.tmp / "leftover").touch()
+    (paths_of(store).tmp / "leftover").touch()
     findings = list(store.verify())
     assert [finding.kind for finding in findings] == ["orphan", "leftover"]
     assert not any(finding.is_problem for finding in findings)
 
 
 def test_a_shared_blob_names_all_its_tasks(store: Store, weights: Path) -> None:
-    config = store.paths.blob(store.tasks.final("rust").config)
+    config = Path(store.blobs.place(store.tasks.final("rust").config))
     config.unlink()
     (finding,) = store.verify()
     assert finding.tasks == ("html", "rust")
 
 
 def test_a_row_that_refers_to_a_row_that_is_gone_is_found(store: Store, weights: Path) -> None:
-    with closing(sqlite3.connect(store.paths.database)) as connection, connection:
+    with closing(sqlite3.connect(paths_of(store).database)) as connection, connection:
         connection.execute("DELETE FROM blobs WHERE digest = ?", [bytes.fromhex(weights.name)])
     assert "dangling" in kinds(store)
 
 
 def test_a_task_that_lost_its_final_adapter_is_found(store: Store, weights: Path) -> None:
-    with closing(sqlite3.connect(store.paths.database)) as connection, connection:
+    with closing(sqlite3.connect(paths_of(store).database)) as connection, connection:
         connection.execute(
             "DELETE FROM adapters WHERE weights_id IN (SELECT id FROM blobs WHERE digest=?)",
             [bytes.fromhex(weights.name)],
@@ -152,7 +153,7 @@ def test_only_the_blobs_of_the_named_tasks_are_checked(store: Store, weights: Pa
 def test_all_that_a_task_needs_is_checked(store: Store, weights: Path, needed: str) -> None:
     store.vectors.add([vector(store, "rust")])
     store.generators.add(generator(store, ["rust"]))
-    store.paths.blob(store.blobs.put(needed.encode())).unlink()
+    paths_of(store).blob(store.blobs.put(needed.encode())).unlink()
     assert kinds(store, names=["rust"]) == ["missing"]
 
 
@@ -161,7 +162,7 @@ def test_a_missing_generator_is_called_one_and_named_with_the_tasks_that_it_deco
 ) -> None:
     assert weights.exists()
     made = store.generators.add(generator(store, ["rust"]))
-    store.paths.blob(made.blob).unlink()
+    Path(store.blobs.place(made.blob)).unlink()
     (finding,) = store.verify()
     assert (finding.message, finding.tasks) == (f"generator {made.blob} is missing", ("rust",))
     with pytest.raises(MissingBlob) as caught:
@@ -199,14 +200,14 @@ class TestDatabaseDamage:
     """A damaged database is an error or a finding; it is never a traceback of another library."""
 
     def test_a_garbled_page_is_found(self, store: Store, weights: Path) -> None:
-        overwrite(store.paths.database, lambda data: data[:8192] + bytes(4096) + data[12288:])
+        overwrite(paths_of(store).database, lambda data: data[:8192] + bytes(4096) + data[12288:])
         assert any(finding.kind == "database" for finding in store.verify())
 
     @pytest.mark.parametrize("seed", range(40))
     def test_a_random_change_ends_in_an_error_of_the_store_or_in_findings(self, tmp_path: Path, seed: int) -> None:
         with new_store(tmp_path / "store") as store:
             ingest(store, "rust", steps=[80])
-            database = store.paths.database
+            database = paths_of(store).database
         draw = random.Random(seed)
         overwrite(database, lambda data: spoil(data, draw))
         try:

@@ -38,7 +38,7 @@ from icmlora.io.safetensors import read_header
 from icmlora.io.staging import writing_file
 from registry.errors import RegistryError
 from registry.files import failpoint, fsync_dir, is_full, unlink
-from registry.names import is_file_name, source_label
+from registry.names import absolute, is_file_name
 from registry.records import AdapterRecord, CodeRecord, GeneratorRecord
 from registry.storage.blobs.content import digest_of
 
@@ -204,7 +204,7 @@ class Placeholders:
             raise NotReplaced(f"a placeholder cannot hold the file name {odd[0]!r}")
         placeholder = Placeholder(
             task=row.task,
-            store=source_label(self._store.paths.root.resolve()),
+            store=absolute(self._store.address),
             format=row.format,
             is_final=row.is_final,
             weights=row.weights,

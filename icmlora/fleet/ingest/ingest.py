@@ -386,7 +386,9 @@ def _open_target(
     except StoreNotFound:
         from registry.storage.folder import check_place
 
-        check_place(context.path)
+        if not isinstance(context.address, Path):
+            raise
+        check_place(context.address)
         yield make(None)
         return
     with store:

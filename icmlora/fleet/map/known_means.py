@@ -32,6 +32,7 @@ from icmlora.fleet.resources.stored_vectors import (
 )
 from icmlora.io.staging import writing_file
 from icmlora.task_vectors.distances import MeanVectors
+from registry.names import absolute
 from registry.records import TaskRecord, VectorRecord, View
 
 if TYPE_CHECKING:
@@ -108,7 +109,7 @@ def known_means(
 
 def _place(context: Context, base_model: str, view: View, extractor: str) -> Path:
     """Return the path of the file of one store, base model, view and extractor."""
-    what = json.dumps([_FORMAT, str(context.path.resolve()), base_model, view, extractor])
+    what = json.dumps([_FORMAT, absolute(context.address), base_model, view, extractor])
     return context.cache / "means" / f"{hashlib.sha256(what.encode()).hexdigest()[:32]}.npz"
 
 

@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 import torch
@@ -72,7 +73,8 @@ def worker_pool(context: Context, store: Store, *, device: str, workers: str | N
         return
     with _cluster(workers) as ray:
         share = _share(ray, workers, device)
-        here = replace(context, path=context.path.absolute(), on_event=ignore, patience=None)
+        address = context.address.absolute() if isinstance(context.address, Path) else context.address
+        here = replace(context, address=address, on_event=ignore, patience=None)
         actor = ray.remote(_Worker).options(num_cpus=share.cpus, num_gpus=share.gpus)
         pool = _Pool(ray, lambda: actor.remote(here, device, share.threads), share.workers, store)
         try:

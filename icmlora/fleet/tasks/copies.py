@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from icmlora.errors import DataError
 from icmlora.fleet.context import Context, select_tasks, use_case
 from registry.errors import BaseModelConflict, DamagedStore, GeneratorConflict, LastCopy, TaskConflict
+from registry.names import DatabaseUrl, absolute, address_of
 
 if TYPE_CHECKING:
     from registry.storage.blobs.content import Blobs
@@ -41,7 +42,7 @@ class CopyReport:
 
 
 @use_case
-def copy_tasks(context: Context, target: str | Path, tasks: Sequence[str] = ()) -> CopyReport:
+def copy_tasks(context: Context, target: str | Path | DatabaseUrl, tasks: Sequence[str] = ()) -> CopyReport:
     """Copy tasks to another store, which is created if there is none.
 
     A task goes with its originals, checkpoints, texts, vectors, codes and measurements, its base model with all names
@@ -50,28 +51,28 @@ def copy_tasks(context: Context, target: str | Path, tasks: Sequence[str] = ()) 
 
     Args:
         context: The store to copy from.
-        target: The folder of the store to copy to.
+        target: The store to copy to: a folder, or the address of a database.
         tasks: Names; all tasks by default.
 
     Raises:
         DataError: Both are the same store.
     """
-    target, report = Path(target), CopyReport()
-    if target.exists() and target.samefile(context.path):
-        raise DataError(f"{target} is the store to copy from", hint="name the folder of another store")
-    with context.open(read_only=True) as source, replace(context, path=target).open(create=True) as other:
+    there, report = replace(context, address=address_of(target)), CopyReport()
+    if absolute(there.address) == absolute(context.address):
+        raise DataError(f"{there.address} is the store to copy from", hint="name another store")
+    with context.open(read_only=True) as source, there.open(create=True) as other:
         chosen = select_tasks(source, tasks)
         copying = _Copying(source, other, report)
         bases = {name: copying.base(name) for name in dict.fromkeys(task.base_model for task in chosen)}
         # What is there first: a generator is in use only once it has the codes of all of them.
-        there = {task.name for task in chosen if other.tasks.find(task.name) is not None}
-        chosen.sort(key=lambda task: task.name not in there)
+        known = {task.name for task in chosen if other.tasks.find(task.name) is not None}
+        chosen.sort(key=lambda task: task.name not in known)
         for done, task in enumerate(chosen):
             context.progress(done, len(chosen), task.name)
-            if done == len(there):
+            if done == len(known):
                 copying.advance(bases.values())
             copying.task(task.name, bases[task.base_model])
-        if len(chosen) == len(there):
+        if len(chosen) == len(known):
             copying.advance(bases.values())
         context.progress(len(chosen), len(chosen))
     return report

@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING
 from icmlora.fleet.context import Context, use_case
 from icmlora.fleet.older import older_codes
 from registry.errors import RegistryError
+from registry.names import DatabaseUrl
 
 if TYPE_CHECKING:
     from icmlora.io.cards import Card
+    from registry.store import Store
 
 _DISTRIBUTIONS = ("icm-lora", "torch", "transformers", "peft", "safetensors", "sqlalchemy", "numpy", "typer")
 _LOW_SPACE = 1 << 30  # bytes: less than this does not hold a handful of adapters and a generator
@@ -82,7 +84,9 @@ def has_wal_reset_bug(release: tuple[int, ...]) -> bool:
 
 
 def _store(context: Context) -> list[Check]:
-    store = context.path
+    if isinstance(context.address, DatabaseUrl):
+        return _on_server(context, context.address)
+    store = context.address
     anchor = next(folder for folder in (store, *store.absolute().parents) if folder.exists())
     free = shutil.disk_usage(anchor).free
     checks = [Check("free_bytes", free, "less than 1 GiB is free" if free < _LOW_SPACE else None)]
@@ -90,22 +94,53 @@ def _store(context: Context) -> list[Check]:
         checks.append(Check("writable", "no", f"{anchor} cannot be written by this user"))
     if not (store / "FORMAT").exists():
         return [*checks, Check("store", "none yet; `icm ingest` creates it")]
-    return [*checks, _opened(context), _schema(store / "registry.db")]
+    try:
+        format_ = (store / "FORMAT").read_text(errors="replace").strip()[:80]
+    except OSError:
+        format_ = None
+    return [*checks, *_opened(context, format_), _schema(store / "registry.db")]
 
 
-def _opened(context: Context) -> Check:
+def _on_server(context: Context, url: DatabaseUrl) -> list[Check]:
+    try:
+        from registry.storage.server import examine_server
+    except ImportError as error:
+        return [Check("postgresql", None, f"{error}; install the extra: pip install 'icm-lora[team]'")]
+    try:
+        server = examine_server(url, context.command)
+    except RegistryError as error:
+        return [Check("postgresql", None, _told(error))]
+    pooled = "a pool gives each transaction another session, and locks of icm need one: name the server itself"
+    return [
+        Check("postgresql", server.version),
+        Check("data_checksums", "on" if server.has_checksums else "off"),
+        Check("session", "of a pool" if server.is_pooled else "its own", pooled if server.is_pooled else None),
+        *_opened(context, str(url)),
+    ]
+
+
+def _opened(context: Context, shown: str | None) -> list[Check]:
     """Open the store, and report the error that another command would raise, or which codes are not read any more."""
-    problem = None
     try:
         with context.open(read_only=True) as store:
             problem = "; ".join(found.told for found in older_codes(store, list(store.tasks.summaries()))) or None
+            return [Check("store", shown, problem), *_far_blobs(store)]
     except RegistryError as error:
-        problem = str(error) if error.hint is None else f"{error}; {error.hint}"
+        return [Check("store", shown, _told(error))]
+
+
+def _far_blobs(store: Store) -> list[Check]:
+    if not store.blobs.is_remote:
+        return []
     try:
-        format_ = (context.path / "FORMAT").read_text(errors="replace").strip()[:80]
-    except OSError:
-        format_ = None
-    return Check("store", format_, problem)
+        store.blobs.now()  # it writes and reads
+    except RegistryError as error:
+        return [Check("blobs", store.blobs.home, _told(error))]
+    return [Check("blobs", store.blobs.home)]
+
+
+def _told(error: RegistryError) -> str:
+    return str(error) if error.hint is None else f"{error}; {error.hint}"
 
 
 def _schema(database: Path) -> Check:

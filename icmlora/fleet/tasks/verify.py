@@ -6,12 +6,13 @@ import math
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from icmlora.errors import BaseModelMismatch, BaseModelNotFound, DataError
 from icmlora.fleet.context import Context, locate_base, use_case
 from icmlora.fleet.older import is_older, older_codes, open_generator
-from registry.errors import DamagedStore
+from registry.errors import DamagedStore, RegistryError
 from registry.verify import Finding as Finding
 
 if TYPE_CHECKING:
@@ -195,7 +196,10 @@ def restore_database(context: Context) -> str:
     """
     from registry.storage.kept import restore_database
 
-    return restore_database(context.path, lock_timeout=context.lock_timeout, command=context.command)
+    if not isinstance(context.address, Path):
+        hint = "the database server has backups of its own: see docs/guides/team.md"
+        raise RegistryError(f"icm keeps no copy of the rows at {context.address}", hint=hint)
+    return restore_database(context.address, lock_timeout=context.lock_timeout, command=context.command)
 
 
 @use_case

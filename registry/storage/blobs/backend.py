@@ -73,10 +73,12 @@ class BlobBackend(Protocol):
     Attributes:
         is_remote: Whether each call waits for a network. Then many are made at a time, and nothing that was written
             within the `grace` is deleted: a lock may be lost on the way.
+        home: Where all blobs are, for messages.
         grace: For how many seconds `icm prune` spares what was written, unless it is told another age.
     """
 
     is_remote: bool
+    home: str
     grace: float
 
     def now(self) -> float:

@@ -191,6 +191,11 @@ class Blobs:
         return self._backend.is_remote
 
     @property
+    def home(self) -> str:
+        """Where all blobs are, for messages."""
+        return self._backend.home
+
+    @property
     def grace(self) -> float:
         """For how many seconds `icm prune` spares what was written, unless it is told another age."""
         return self._backend.grace

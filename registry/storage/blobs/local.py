@@ -37,7 +37,7 @@ class LocalBackend:
     grace = 3600.0
 
     def __init__(self, paths: StorePaths) -> None:
-        self._paths = paths
+        self._paths, self.home = paths, str(paths.blobs)
 
     def now(self) -> float:
         """Return the time of this machine, in seconds since 1970."""
@@ -128,6 +128,10 @@ class LocalBatch:
         self._written[digest] = temporary
         fs.failpoint("blob-staged")
         return True
+
+    def known(self) -> list[str]:
+        """Return the digests of the bytes that were there."""
+        return [digest for digest, temporary in self._written.items() if temporary is None]
 
     def publish(self) -> None:
         """Give the files their names and make the names durable."""

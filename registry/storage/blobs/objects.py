@@ -91,7 +91,8 @@ class ObjectBackend:
     grace = 24 * 3600.0
 
     def __init__(self, store: Any, url: str, owner: str) -> None:
-        self._store, self._url, self._owner = store, url.rstrip("/"), owner
+        self._store, self._owner = store, owner
+        self._url = self.home = url.rstrip("/")
         self._is_confirmed = False  # that it is the owner's
         self._ahead: float | None = None  # the server's time less this machine's count of seconds
 

@@ -1,37 +1,67 @@
-"""Where the blobs of a store folder are that are not in it: at the address that its file BLOBS names."""
+"""Where the blobs of a store are that are not in its own folder: at an address that it keeps, with a number.
+
+    s3://BUCKET/PREFIX, gs://..., az://...     an object store
+    /a/folder                                  one that all machines have at the same path
+
+The place has the number too, so that no two stores share one: each would prune what the other refers to.
+"""
 
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, cast
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol, cast
 from uuid import uuid4
 
 from registry import files as fs
-from registry.errors import DamagedStore, RegistryError
+from registry.errors import DamagedStore, NotAStore, RegistryError
+from registry.storage.blobs.backend import BlobBackend
 
 if TYPE_CHECKING:
-    from registry.storage.blobs.objects import ObjectBackend
     from registry.storage.folder import StorePaths
+
+_OBJECTS = re.compile(r"[a-z0-9]+://")
+
+
+class FarBackend(BlobBackend, Protocol):
+    """A place of blobs that belongs to one store."""
+
+    def claim(self) -> None:
+        """Make this the place of the store's blobs; twice is once.
+
+        Raises:
+            NotAStore: It is another store's.
+            StoreAway: It cannot be reached.
+        """
+        ...
 
 
 def settle(paths: StorePaths, address: str) -> None:
-    """Let the blobs of a store that is being made be at an address; a killed attempt goes on with its number.
+    """Let the blobs of a store folder that is being made be at an address; a killed attempt goes on with its number.
 
     Raises:
         NotAStore: It is no address, or that of another store's blobs.
         StoreAway: It cannot be reached.
     """
     if not paths.place.exists():
+        backend_at(address, "")  # before anything is written
         temporary = paths.tmp / "BLOBS"
         fs.unlink(temporary)
         fs.write_file(temporary, json.dumps({"place": address, "owner": uuid4().hex}).encode(), 0o444)
         fs.replace(temporary, paths.place)
         fs.fsync_dir(paths.root)
-    far_blobs(paths).claim()
+    far_blobs(paths, address).claim()
 
 
-def far_blobs(paths: StorePaths) -> ObjectBackend:
-    """Return what keeps the blobs of a store that has the file BLOBS."""
+def far_blobs(paths: StorePaths, asked: str | None) -> FarBackend:
+    """Return what keeps the blobs of a store that has the file BLOBS, which may be `asked` to be at an address.
+
+    Raises:
+        NotAStore: They are elsewhere.
+    """
+    if not paths.place.exists():
+        raise elsewhere(str(paths.root), "in its own folder")
     with fs.store_errors(paths.place):
         text = paths.place.read_bytes()
     try:
@@ -40,6 +70,30 @@ def far_blobs(paths: StorePaths) -> ObjectBackend:
     except (ValueError, TypeError, KeyError) as error:
         hint = "its two values are `place`, the address, and `owner`, which the object `owner` there has too"
         raise DamagedStore(f"{paths.place} is damaged", path=paths.place, hint=hint) from error
+    if asked not in (None, address):
+        raise elsewhere(str(paths.root), f"at {address}")
+    return backend_at(address, owner)
+
+
+def elsewhere(store: str, where: str) -> NotAStore:
+    """Return the error for a store that was to have its blobs at another place."""
+    hint = "bytes stay where they are; `icm copy` takes tasks to a store that has them elsewhere"
+    return NotAStore(f"there is a store at {store}, with its bytes {where}", hint=hint)
+
+
+def backend_at(address: str, owner: str) -> FarBackend:
+    """Return what keeps the blobs of the store with a number at an address. Nothing is looked at yet.
+
+    Raises:
+        NotAStore: It is no address.
+    """
+    if not _OBJECTS.match(address):
+        from registry.storage.blobs.shared import SharedBackend
+
+        if not Path(address).is_absolute():
+            hint = "write s3://BUCKET/PREFIX, or a folder as /a/path that every machine has"
+            raise NotAStore(f"{address!r} is no place for the bytes of a store", hint=hint)
+        return SharedBackend(Path(address), owner)
     try:
         from registry.storage.blobs.objects import connect
     except ImportError as error:

@@ -11,13 +11,14 @@ from icmlora.fleet.encode.encode import Made, TaskEncoded, encode_tasks
 from icmlora.fleet.resources.loading import Models
 from icmlora.fleet.resources.workers import Tell
 from registry.records import TaskRecord
+from tests.shared import paths_of
 
 Results = Iterator[tuple[TaskRecord, TaskEncoded | Made]]
 
 
 def dies_once(models: Models, tasks: Sequence[TaskRecord], tell: Tell, *limits: Any, **options: Any) -> Results:
     """Its process dies with `poems` the first time, and leaves a file that says so."""
-    died = models.store.paths.root.parent / "died"
+    died = paths_of(models.store).root.parent / "died"
     if tasks[0].name == "poems" and not died.exists():
         died.touch()
         os.kill(os.getpid(), signal.SIGKILL)

@@ -34,6 +34,7 @@ class MemoryBackend:
     """Blobs in a dictionary."""
 
     is_remote = False
+    home = "memory"
     grace = 3600.0
 
     def __init__(self) -> None:

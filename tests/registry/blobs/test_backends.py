@@ -13,6 +13,7 @@ from registry.store import Store
 from registry.testing.blobs import ABSENT, BlobPromises
 from tests.registry.blobs.in_memory import MemoryBackend
 from tests.registry.examples import generator, ingest
+from tests.shared import paths_of
 
 
 class TestFolder(BlobPromises):
@@ -66,7 +67,7 @@ def test_a_store_works_on_another_backend(tmp_path: Path) -> None:
         store.generators.add(generator(store, ["rust"]))
         assert store.blobs.read(store.tasks.final("rust").weights) == b"weights of rust"
         assert list(store.verify(read_data=True)) == []
-        assert not list(store.paths.blobs.iterdir())
+        assert not list(paths_of(store).blobs.iterdir())
     with Store.open(root, backend=memory) as store:
         store.tasks.remove(["html"], last_copies=["html"])
         assert store.usage().unreferenced == len(b"weights of html")

@@ -15,6 +15,7 @@ from registry import files as fs
 from registry.errors import SourceRefused, StoreFull, StoreIOError
 from registry.storage.blobs.content import PutRefusal, PutResult, digest_of
 from registry.store import Store
+from tests.shared import paths_of
 
 
 def write(folder: Path, **contents: bytes) -> list[Path]:
@@ -29,7 +30,7 @@ def length(path: Path, data: bytes) -> int:
 
 
 def leftovers(store: Store) -> list[Path]:
-    return list(store.paths.tmp.iterdir())
+    return list(paths_of(store).tmp.iterdir())
 
 
 def test_files_are_stored_in_order_with_what_the_inspection_said(store: Store, tmp_path: Path) -> None:
@@ -145,7 +146,7 @@ def test_a_file_of_any_size_is_stored_as_it_was_inspected(store: Store, tmp_path
     for path, result in zip(files, results, strict=True):
         assert isinstance(result, PutResult)
         assert result.inspected == result.digest == digest_of(path.read_bytes())
-        assert store.paths.blob(result.digest).read_bytes() == path.read_bytes()
+        assert Path(store.blobs.place(result.digest)).read_bytes() == path.read_bytes()
     assert leftovers(store) == []
 
 
@@ -153,7 +154,7 @@ def test_a_file_whose_damaged_blob_is_there_heals_it(store: Store, tmp_path: Pat
     files = write(tmp_path / "in", a=bytes(3_000_001))
     (first,) = store.blobs.put_files(files, length)
     assert isinstance(first, PutResult)
-    blob = store.paths.blob(first.digest)
+    blob = Path(store.blobs.place(first.digest))
     blob.chmod(0o644)
     os.truncate(blob, 4096)
     (again,) = store.blobs.put_files(files, length)

@@ -1,0 +1,129 @@
+"""Blobs in a folder that machines share, for a store whose rows are elsewhere.
+
+    FOLDER/blobs/3/3f9a...    as in a store folder
+    FOLDER/owner              whose blobs these are; a folder without it is not mounted
+    FOLDER/clock              touched to learn the time of the server
+
+Locks live in the database, which may give one away while a slow process is still deleting. So what is deleted was
+written an hour ago, which is looked at again just before; and writing bytes that are there makes them young.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from registry import files as fs
+from registry.errors import NotAStore, StoreAway
+from registry.storage.blobs.backend import BlobInfo
+from registry.storage.blobs.local import LocalBackend, LocalBatch
+from registry.storage.folder import StorePaths, make_folders
+
+_MODE = 0o444
+
+
+class SharedBackend(LocalBackend):
+    """The blobs in a folder that belongs to one store.
+
+    Args:
+        folder: The folder, at the same path on every machine.
+        owner: The number of the store whose blobs these are.
+    """
+
+    is_remote = True
+
+    def __init__(self, folder: Path, owner: str) -> None:
+        super().__init__(StorePaths(folder))
+        self._folder, self._owner, self.home = folder, owner, str(folder)
+        self._ahead: float | None = None  # the server's time less this machine's count of seconds
+
+    def claim(self) -> None:
+        """Make this the place of the store's blobs: two stores that shared it would prune each other's.
+
+        Raises:
+            NotAStore: It is another store's, or holds other things.
+        """
+        with fs.store_errors(self._folder):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            if not (self._folder / "owner").exists():
+                ours = {"blobs", "tmp", "quarantine"}
+                if foreign := {entry.name for entry in self._folder.iterdir()} - ours:
+                    hint = "name an empty or a new folder"
+                    raise NotAStore(f"{self._folder} holds {min(foreign)!r}", path=self._folder, hint=hint)
+                make_folders(self._paths)
+                temporary = self._paths.tmp / f"owner.{self._owner}"
+                fs.unlink(temporary)
+                fs.write_file(temporary, self._owner.encode(), _MODE)
+                fs.replace(temporary, self._folder / "owner")
+                fs.fsync_dir(self._folder)
+        self._check_owner()
+
+    def now(self) -> float:
+        """Return the time of the machine that has the disk, in seconds since 1970."""
+        self._check_owner()
+        if self._ahead is None:
+            clock = self._folder / "clock"
+            with fs.store_errors(clock):
+                clock.touch()
+                self._ahead = clock.stat().st_mtime - time.monotonic()
+        return self._ahead + time.monotonic()
+
+    @contextmanager
+    def batch(self) -> Iterator[LocalBatch]:
+        """Begin a batch; bytes that are there are made young."""
+        self._check_owner()
+        with super().batch() as batch:
+            yield batch
+            for digest in batch.known():
+                with fs.store_errors(self.place(digest)):
+                    os.utime(self._paths.blob(digest))
+
+    def get(self, digest: str) -> BinaryIO:
+        """Open the file of a blob."""
+        try:
+            return super().get(digest)
+        except FileNotFoundError:
+            self._check_owner()
+            raise
+
+    def exists(self, digest: str) -> bool:
+        """Say whether there is a file of that name."""
+        if super().exists(digest):
+            return True
+        self._check_owner()
+        return False
+
+    def size(self, digest: str) -> int:
+        """Return the length of the file."""
+        try:
+            return super().size(digest)
+        except FileNotFoundError:
+            self._check_owner()
+            raise
+
+    def all(self) -> Iterator[BlobInfo]:
+        """Yield every file that is named by a digest."""
+        self._check_owner()
+        return super().all()
+
+    def delete(self, digest: str, *, newest: float = math.inf) -> int:
+        """Remove a file unless it has been written after `newest`."""
+        self._check_owner()
+        return super().delete(digest, newest=newest)
+
+    def _check_owner(self) -> None:
+        """Raise unless the folder is there, and is the store's."""
+        try:
+            found = (self._folder / "owner").read_text(errors="replace")
+        except OSError as error:
+            hint = "check that it is mounted at this path, and that this user may read it"
+            fact = f"{self._folder} has no blobs of icm: {error.strerror}"
+            raise StoreAway(fact, path=self._folder, hint=hint) from None
+        if found != self._owner:
+            fact = f"{self._folder} holds the blobs of another store"
+            raise NotAStore(fact, path=self._folder, hint="name another folder")

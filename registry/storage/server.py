@@ -1,0 +1,119 @@
+"""A store whose rows are in PostgreSQL: opening it, making it, and its upkeep."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
+
+from sqlalchemy import text
+
+from registry.errors import RegistryError, StoreNotFound
+from registry.names import DatabaseUrl
+from registry.storage import postgres_place
+from registry.storage.blobs.place import backend_at, elsewhere
+from registry.storage.folder import StoreParts
+from registry.storage.locks import Patience
+from registry.storage.locks.advisory import AdvisoryLock
+from registry.storage.postgres import PostgresDatabase, connection_errors, only_connection
+from registry.storage.postgres_place import Place
+
+if TYPE_CHECKING:
+    from registry.storage.blobs.backend import Leftover
+    from registry.storage.row_repair import RowRepair
+
+T = TypeVar("T")
+
+
+def open_server(
+    url: DatabaseUrl, *, read_only: bool, patience: Patience, command: str, blobs: str | None = None
+) -> StoreParts:
+    """Open the store in a database; make it there if `blobs` says where its bytes are to be, and there is none.
+
+    Raises:
+        StoreNotFound: There is none.
+        StoreAway: The database, or the place of the bytes, cannot be reached.
+        NotAStore: There is one, and its bytes are elsewhere; or the place is that of another store.
+    """
+    database = PostgresDatabase(url.secret, command=command, read_only=read_only, patience=patience)
+    try:
+        place = database.find_place() if blobs is None else _settle(database, blobs)
+        if place is None:
+            hint = f"`icm init {url} --blobs s3://BUCKET/PREFIX` makes one; --store or ICM_STORE says where"
+            raise StoreNotFound(f"there is no store at {url}", path=str(url), hint=hint)
+        backend = backend_at(place.blobs, place.number)
+        if blobs is not None:
+            backend.claim()
+        lock = AdvisoryLock(database.only, place.number, url=url.secret, patience=patience)
+        lock.enter()
+    except BaseException:
+        database.close()
+        raise
+    return StoreParts(lock, database, backend, ServerUpkeep(database))
+
+
+def _settle(database: PostgresDatabase, blobs: str) -> Place:
+    """Make the store unless it is there; a killed attempt goes on with its number."""
+    backend_at(blobs, "")  # before anything is written
+    with database.creation() as connection:
+        place = postgres_place.find(connection, database.place)
+        if place is None:
+            place = postgres_place.add(connection, blobs)
+    if place.blobs != blobs:
+        raise elsewhere(database.place, f"at {place.blobs}")
+    return place
+
+
+class ServerUpkeep:
+    """The upkeep of a store in a database: its server makes copies of rows, and room for more."""
+
+    def __init__(self, database: PostgresDatabase) -> None:
+        self._database = database
+
+    def before_deletion(self) -> None:
+        """Check all rows."""
+        self._database.must_be_sound()
+
+    def run(self, change: Callable[[], T]) -> T:
+        """Run a change of rows."""
+        return change()
+
+    def after_deletion(self) -> None:
+        """Do nothing: there is no reserve on the disk of a server."""
+
+    def leftovers(self, *, aside: bool = False) -> Iterator[Leftover]:
+        """Yield nothing: killed commands leave only blobs."""
+        return iter(())
+
+    def repair_rows(self) -> list[RowRepair]:
+        """Raise if a row is wrong: the server's own copies have the right one."""
+        if self._database.is_sound():
+            return []
+        hint = "restore them from a backup of the database; `icm verify` says which are wrong"
+        raise RegistryError(f"{self._database.place} has wrong rows, and icm repairs none in PostgreSQL", hint=hint)
+
+
+class Server(NamedTuple):
+    """A database server, as far as it matters to a store."""
+
+    version: str
+    has_checksums: bool  # of the pages of its files
+    is_pooled: bool  # whether two transactions of one connection may be in two sessions
+
+
+def examine_server(url: DatabaseUrl, command: str) -> Server:
+    """Look at the server of a store; raise `StoreAway` if it cannot be reached."""
+    first, second = only_connection(url.secret, command), only_connection(url.secret, command)
+    session = text("SELECT pg_backend_pid()")
+    try:
+        with connection_errors(url.secret), first.begin() as connection:
+            version = str(connection.scalar(text("SHOW server_version")))
+            has_checksums = connection.scalar(text("SHOW data_checksums")) == "on"
+            before = connection.scalar(session)
+        # While another transaction goes on, a pool that shares sessions has to take another one.
+        with connection_errors(url.secret), second.begin() as other:
+            other.execute(session)
+            with first.begin() as connection:
+                return Server(version, has_checksums, is_pooled=connection.scalar(session) != before)
+    finally:
+        first.dispose()
+        second.dispose()
