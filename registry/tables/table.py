@@ -8,11 +8,11 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from registry.files import failpoint
-from registry.storage.sqlite import SqliteDatabase
 
 if TYPE_CHECKING:
     from registry.schema import Evaluation, TaskVector
     from registry.storage.blobs.content import Blobs
+    from registry.storage.database import Database
     from registry.storage.folder import Upkeep
     from registry.storage.locks import StoreLock
     from registry.storage.row_writer import RowWriter
@@ -28,7 +28,7 @@ class Table:
         self,
         upkeep: Upkeep,
         lock: StoreLock,
-        database: SqliteDatabase,
+        database: Database,
         blobs: Blobs,
         on_damage: OnDamage | None = None,
     ) -> None:
