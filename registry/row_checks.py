@@ -165,13 +165,16 @@ def _call(table: Table, row: str = "", *, checked: bool = False) -> str:
 
 
 def is_right(table: str) -> str:
-    """Return the SQL of the condition that a row of a table has the values that it was written with."""
+    """Return SQLite's SQL of the condition that a row of a table has the values that it was written with."""
     return f"{table}.{COLUMN} IS icm_check('{table}', {_values_of(table)})"
 
 
-def what_fails(table: str) -> str:
-    """Return the SQL of what a message says of a row that fails; for another one it is no text."""
-    return f"icm_checked({table}.{COLUMN}, '{table}', {_values_of(table)})"
+def first_wrong(connection: sqlite3.Connection, table: str, condition: str) -> str | None:
+    """Check the rows of a table that a condition holds for; say what is wrong with the first that fails."""
+    said = f"icm_checked({table}.{COLUMN}, '{table}', {_values_of(table)})"  # no text for a row that passes
+    query = f"SELECT {said} FROM {table} WHERE ({condition}) AND typeof({said}) = 'text' LIMIT 1"  # noqa: S608
+    row = connection.execute(query).fetchone()
+    return None if row is None else str(row[0])
 
 
 def _values_of(table: str) -> str:
@@ -191,33 +194,36 @@ def are_right(connection: sqlite3.Connection) -> bool:
     return True
 
 
-def find_wrong_rows(connection: Connection, tables: MetaData) -> Iterator[tuple[str, str | None]]:
+WrongIn = Callable[["Connection", "Table", Sequence[str]], Iterator[tuple[Any, ...]]]
+"""Yields what is wrong with each wrong row of a table, and some fields of it: see `Database._wrong_in`."""
+
+
+def find_wrong_rows(connection: Connection, wrong_in: WrongIn) -> Iterator[tuple[str, str | None]]:
     """Check every row, and every adapter's number of extras; yield what is wrong, and the task it is about if known."""
-    for table in tables.sorted_tables:
-        yield from ((fact, task) for fact, task in _wrong(connection, table, [owner_of(table)]))
-    yield from find_miscounted(connection)
+    from registry.schema import Base  # imports SQLAlchemy
 
-
-def find_miscounted(connection: Connection) -> Iterator[tuple[str, str]]:
-    """Yield which adapter does not have its number of extras, and its task."""
+    for table in Base.metadata.sorted_tables:
+        yield from ((fact, task) for fact, task in wrong_in(connection, table, [_owner_of(table)]))
     for name, there, counted in connection.exec_driver_sql(_MISCOUNTED):
         yield f"an adapter of task {name} has {there} extras of {counted}", name
 
 
-def find_wrong_tasks(connection: Connection, tables: MetaData) -> dict[str, set[int]]:
+def find_wrong_tasks(connection: Connection, wrong_in: WrongIn) -> dict[str, set[int]]:
     """Check every row; return what is wrong with one -> the numbers of the tasks whose figures depend on it."""
-    found: dict[str, set[int]] = {}
+    from registry.schema import Base  # imports SQLAlchemy
+
+    tables, found = Base.metadata, dict[str, set[int]]()
     for table in tables.sorted_tables:
         numbers = _numbers_in(table)
-        for fact, *values in _wrong(connection, table, numbers):
+        for fact, *values in wrong_in(connection, table, numbers):
             row = dict(zip(numbers, values, strict=True))
             # The numbers of a row that cannot be read are not known: whoever reads it meets the damage.
             found[fact] = {number for number in _depending(connection, tables, table, row) if number is not None}
     return found
 
 
-def _wrong(connection: Connection, table: Table, fields: Sequence[str]) -> Iterator[tuple[Any, ...]]:
-    """Yield what is wrong with each wrong row of a table, and some fields of it, None if it cannot be read."""
+def wrong_in(connection: Connection, table: Table, fields: Sequence[str]) -> Iterator[tuple[Any, ...]]:
+    """Let SQLite check the rows of a table; yield what is wrong with one, and some fields, None if it cannot be read."""
     from sqlalchemy.exc import OperationalError
 
     fails = f"SELECT {_call(table, checked=True)}, {', '.join(fields)} FROM {table.name} AS own"  # noqa: S608
@@ -267,7 +273,7 @@ def _depending(connection: Connection, tables: MetaData, table: Table, row: Mapp
                 yield from _depending(connection, tables, other, dict(zip(numbers, values, strict=True)))
 
 
-def owner_of(table: Table) -> str:
+def _owner_of(table: Table) -> str:
     """Return the SQL of the name of the task that a row is about."""
     if table.name == "tasks":
         return "own.name"

@@ -2,6 +2,7 @@
 
     with database.read() as session:     one consistent state, and every row that is loaded is checked
     with database.write() as session:    one writer at a time, from the first statement to the commit
+    with database.columns() as columns:  one consistent state, read by plain statements, and no row is checked unasked
 
 A new kind of database derives from `Database`; `SqliteDatabase` in sqlite.py keeps the rows in a file.
 """
@@ -9,19 +10,19 @@ A new kind of database derives from `Database`; `SqliteDatabase` in sqlite.py ke
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from registry.errors import DamagedRow, DamagedStore, RegistryError, StoreReadOnly
-from registry.row_checks import WrongRow
+from registry.row_checks import Value, WrongRow, find_wrong_rows, find_wrong_tasks
 from registry.values import UnreadableValue
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
-    from sqlalchemy import Connection, Engine
+    from sqlalchemy import Connection, Engine, Table
     from sqlalchemy.orm import Session
 
     from registry.storage.locks import Patience
@@ -36,6 +37,54 @@ class Damage:
     kind: Literal["database", "dangling", "row"]
     fact: str
     task: str | None = None  # that it is about, as far as it tells
+
+
+class Columns(Protocol):
+    """Plain statements on the columns of a store, in one consistent state; no row is checked unless that is asked for.
+
+    A statement is one that every database understands, with `?` where a value belongs. It returns tuples of what is
+    stored; a yes or no comes as 1 and 0 or as True and False.
+    """
+
+    def execute(self, statement: str, values: Sequence[Value] = ()) -> Rows:
+        """Run a statement that returns few rows."""
+        ...
+
+    def stream(self, statement: str, values: Sequence[Value] = ()) -> Iterator[tuple[Any, ...]]:
+        """Run a statement that may return very many rows, and yield them; few are in memory at a time."""
+        ...
+
+    def in_any_case(self, column: str) -> str:
+        """Return the SQL that orders by a column that is compared without case."""
+        ...
+
+    def first_wrong(self, table: str, condition: str) -> str | None:
+        """Check the rows of a table that a condition holds for; say what is wrong with the first that fails."""
+        ...
+
+    def right_rows(self, table: str) -> str:
+        """Return the SQL of the condition that a row of a table has the values that it was written with."""
+        ...
+
+    def are_right(self) -> bool:
+        """Say whether all rows have the values that they were written with; stops at the first that has not."""
+        ...
+
+
+class Rows(Protocol):
+    """What a statement has returned."""
+
+    def __iter__(self) -> Iterator[tuple[Any, ...]]:
+        """Yield the rows that are left."""
+        ...
+
+    def fetchone(self) -> Any:
+        """Return the next row, or None."""
+        ...
+
+    def fetchall(self) -> list[Any]:
+        """Return the rows that are left."""
+        ...
 
 
 class Database(ABC):
@@ -70,6 +119,10 @@ class Database(ABC):
         """Open a transaction without the ORM; a `write` block is committed."""
 
     @abstractmethod
+    def columns(self) -> AbstractContextManager[Columns]:
+        """Read columns in one consistent state."""
+
+    @abstractmethod
     def damage(self) -> Iterator[Damage]:
         """Yield what is wrong with the database, references and rows."""
 
@@ -79,6 +132,13 @@ class Database(ABC):
 
     def close(self) -> None:  # noqa: B027  # SQLite's connections are closed after each transaction
         """Give up all connections."""
+
+    @abstractmethod
+    def _wrong_in(self, connection: Connection, table: Table, fields: Sequence[str]) -> Iterator[tuple[Any, ...]]:
+        """Yield what is wrong with each wrong row of a table, and some fields of it, SQL in which it is called `own`.
+
+        The fields of a row that cannot be read are None.
+        """
 
     def _seal(self, session: Session) -> None:  # noqa: B027  # SQLite has triggers for it
         """Do what is left to do before a commit."""
@@ -122,6 +182,16 @@ class Database(ABC):
         except DamagedStore:
             return False
         return True
+
+    def wrong_tasks(self) -> dict[str, set[int]]:
+        """Check every row; return what is wrong with one -> the numbers of the tasks whose figures depend on it."""
+        with self.connection() as connection:
+            return find_wrong_tasks(connection, self._wrong_in)
+
+    def _wrong_rows(self, connection: Connection) -> Iterator[Damage]:
+        """Check every row, and every adapter's number of extras."""
+        for fact, task in find_wrong_rows(connection, self._wrong_in):
+            yield Damage("row", fact, task)
 
     def damaged_row(self, fact: str) -> DamagedRow:
         """Return the error that says what is wrong with a row."""

@@ -11,25 +11,26 @@ from __future__ import annotations
 
 import math
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
+from itertools import count
 from typing import Any
 
 import psycopg
-from sqlalchemy import Connection, Engine, create_engine, event, text
+from sqlalchemy import Connection, Engine, Table, create_engine, event, text
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import QueuePool
 
 from registry.errors import DamagedStore, NotAStore, RegistryError, StoreAway, StoreFull, StoreLocked, StoreReadOnly
 from registry.names import DatabaseUrl
-from registry.row_checks import find_miscounted
+from registry.row_checks import COLUMNS_OF, Value
 from registry.schema import Base
 from registry.storage import postgres_place
 from registry.storage.database import DAMAGE_HINT, Damage, Database
 from registry.storage.locks import Patience
-from registry.storage.postgres_checks import guard, install, seal, wrong_rows
+from registry.storage.postgres_checks import guard, install, seal, what_is_wrong, with_check, wrong_in
 
 _CONNECTING = 10  # seconds
 # A peer that is gone is noticed within a minute, on this side as by the server, which then gives its locks away.
@@ -43,6 +44,8 @@ _OF_SESSION = "-c tcp_keepalives_idle=20 -c tcp_keepalives_interval=10 -c tcp_ke
 _MOST_NAMED = 63  # bytes of a name that the server keeps
 _WRITING = 0x69636D31  # the lock that a transaction holds while it writes
 _LEAST_WAIT = 1.0  # seconds: a commit of another process takes a moment
+_FEW = 1000  # rows that are fetched at a time
+_COUNTER = count()  # cursors of a connection have different names
 _AWAY_HINT = "try again when it can be reached; nothing that was not acknowledged is kept"
 
 
@@ -91,6 +94,13 @@ class PostgresDatabase(Database):
                 postgres_place.count_change(connection)
 
     @contextmanager
+    def columns(self) -> Iterator[PostgresColumns]:
+        """Read columns in one consistent state."""
+        with self.connection() as connection:
+            driver: Any = connection.connection.driver_connection
+            yield PostgresColumns(driver)
+
+    @contextmanager
     def creation(self) -> Iterator[Connection]:
         """Make the tables, unless they are there, and yield the transaction of it."""
         with self._errors(), self.only.begin() as connection:
@@ -114,8 +124,10 @@ class PostgresDatabase(Database):
     def damage(self) -> Iterator[Damage]:
         """Yield what is wrong with rows; pages, indexes and references are for the server to keep right."""
         with self.connection() as connection:
-            for fact, task in (*wrong_rows(connection), *find_miscounted(connection)):
-                yield Damage("row", fact, task)
+            yield from self._wrong_rows(connection)
+
+    def _wrong_in(self, connection: Connection, table: Table, fields: Sequence[str]) -> Iterator[tuple[Any, ...]]:
+        return wrong_in(connection, table, fields)
 
     def close(self) -> None:
         """Give up all connections, with their locks."""
@@ -156,6 +168,54 @@ class PostgresDatabase(Database):
         if isinstance(error, psycopg.OperationalError | psycopg.InterfaceError):
             return _away(self._url, error)
         return None
+
+
+class PostgresColumns:
+    """The columns of a store on a server, on a connection that only reads."""
+
+    def __init__(self, connection: psycopg.Connection) -> None:
+        self._connection = connection
+
+    def execute(self, statement: str, values: Sequence[Value] = ()) -> psycopg.Cursor[tuple[Any, ...]]:
+        """Run a statement and fetch all it returns."""
+        return self._connection.execute(_with_percents(statement), values)
+
+    def stream(self, statement: str, values: Sequence[Value] = ()) -> Iterator[tuple[Any, ...]]:
+        """Run a statement; its rows stay with the server, which sends a few at a time."""
+        with self._connection.cursor(f"icm_{next(_COUNTER)}") as cursor:
+            cursor.itersize = _FEW
+            yield from cursor.execute(_with_percents(statement), values)
+
+    def in_any_case(self, column: str) -> str:
+        """Return what the index of the names is of: `registry.schema.in_any_case` too."""
+        return f"lower({column})"
+
+    def first_wrong(self, table: str, condition: str) -> str | None:
+        """Fetch the rows of a table that a condition holds for, and check them here."""
+        return next((fact for fact, _ in self._wrong(table, condition)), None)
+
+    def right_rows(self, table: str) -> str:
+        """Check all rows of a table here, and return the condition that a row is none of the wrong ones."""
+        # In one consistent state, a row has its place.
+        wrong = ", ".join(f"'{place}'" for _, place in self._wrong(table, "TRUE"))
+        return f"{table}.ctid <> ALL (ARRAY[{wrong}]::tid[])" if wrong else "TRUE"
+
+    def are_right(self) -> bool:
+        """Fetch all rows, up to a wrong one."""
+        return all(self.first_wrong(table, "TRUE") is None for table in COLUMNS_OF)
+
+    def _wrong(self, table: str, condition: str) -> Iterator[tuple[str, str]]:
+        """Yield what is wrong with each wrong row of a table, and its place."""
+        query = f"SELECT {table}.ctid::text, {with_check(table, table)} FROM {table} WHERE {condition}"  # noqa: S608
+        for place, *row in self.stream(query):
+            fact = what_is_wrong(table, row)
+            if fact is not None:
+                yield fact, place
+
+
+def _with_percents(statement: str) -> bytes:
+    """Return a statement as psycopg reads it. It wants literals or bytes; ours are made of names of our own."""
+    return statement.replace("%", "%%").replace("?", "%s").encode()
 
 
 def masked(url: str) -> str:

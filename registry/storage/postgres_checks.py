@@ -11,13 +11,13 @@ each connection that writes makes for itself: other programs cannot write.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from sqlalchemy import BigInteger, Connection, Integer, String, Table, bindparam, update
 from sqlalchemy.dialects import postgresql
 
-from registry.row_checks import COLUMN, REFUSED, Value, WrongRow, check_of, checked, name_of, owner_of
+from registry.row_checks import COLUMN, COLUMNS_OF, REFUSED, Value, WrongRow, check_of, checked, name_of
 from registry.schema import Base, as_text, row_of, stored_as
 
 _NOTES = "icm_rows_before"
@@ -74,15 +74,26 @@ def seal(connection: Connection) -> None:
         _write_checks(connection, Base.metadata.tables[table], rows)
 
 
-def wrong_rows(connection: Connection) -> Iterator[tuple[str, str | None]]:
-    """Check every row; yield what is wrong with one, and the task it is about, if known."""
-    for table in Base.metadata.sorted_tables:
-        query = f"SELECT {_texts_of(table, 'own')}, {owner_of(table)} FROM {table.name} AS own"  # noqa: S608
-        for texts, task in connection.execution_options(yield_per=_FEW).exec_driver_sql(query):
-            name, row = row_of(texts)
-            said = checked(None if texts[0] is None else int(texts[0]), name, *row)
-            if not isinstance(said, int):
-                yield said or f"{name_of(name, row)} has no check", task
+def wrong_in(connection: Connection, table: Table, fields: Sequence[str]) -> Iterator[tuple[Any, ...]]:
+    """As `Database._wrong_in`: yield what is wrong with each wrong row of a table, and some fields of it."""
+    query = f"SELECT {', '.join(fields)}, {with_check(table.name, 'own')} FROM {table.name} AS own"  # noqa: S608
+    for values in connection.execution_options(yield_per=_FEW).exec_driver_sql(query):
+        fact = what_is_wrong(table.name, values[len(fields) :])
+        if fact is not None:
+            yield fact, *values[: len(fields)]
+
+
+def with_check(table: str, row: str) -> str:
+    """Return the SQL of the check of a row and of what it is of: a yes or no is stored as a number in SQLite."""
+    kinds = {column.name: stored_as(column.type) for column in Base.metadata.tables[table].columns}
+    values = (f"{row}.{name}::int" if kinds[name] is bool else f"{row}.{name}" for name in COLUMNS_OF[table])
+    return ", ".join((f"{row}.{COLUMN}", *values))
+
+
+def what_is_wrong(table: str, row: Sequence[Any]) -> str | None:
+    """Say what is wrong with a row that `with_check` selected, if anything is."""
+    said = checked(row[0], table, *row[1:])
+    return said if isinstance(said, str) else None
 
 
 def _new_rows(table: Table) -> str:

@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import os
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from registry import files as fs
@@ -31,11 +31,11 @@ from registry.errors import (
     StoreTooNew,
     StoreTooOld,
 )
-from registry.row_checks import REFUSED, add_functions, find_wrong_rows
+from registry.row_checks import REFUSED, Value, add_functions, are_right, first_wrong, is_right, wrong_in
 from registry.storage.database import DAMAGE_HINT, Damage, Database
 
 if TYPE_CHECKING:
-    from sqlalchemy import Connection, Engine
+    from sqlalchemy import Connection, Engine, Table
 
     from registry.storage.locks import Patience
 
@@ -104,17 +104,15 @@ class SqliteDatabase(Database):
             yield connection
 
     @contextmanager
-    def columns(self, *, create: bool = False) -> Iterator[sqlite3.Connection]:
-        """Open SQLite's own connection to read columns in one consistent state; it checks no row by itself."""
+    def columns(self, *, create: bool = False) -> Iterator[SqliteColumns]:
+        """Read columns in one consistent state; `create` makes the file if it is absent."""
         with self._errors(), closing(connect(self.path, self.read_only, self.patience.seconds, create)) as connection:
             connection.execute("PRAGMA cache_size=-16000")  # KB: joins come back to the same pages again and again
             begin(connection, self.patience, READ)
-            yield connection
+            yield SqliteColumns(connection)
 
     def damage(self) -> Iterator[Damage]:
         """Yield what is wrong with pages, indexes, references and rows."""
-        from registry.schema import Base
-
         with self.connection() as connection:
             for answer in connection.exec_driver_sql("PRAGMA integrity_check").scalars():
                 if answer != "ok":
@@ -122,8 +120,10 @@ class SqliteDatabase(Database):
             for table, rowid, parent, _ in connection.exec_driver_sql("PRAGMA foreign_key_check"):
                 place = "a row" if rowid is None else f"row {rowid}"  # not every table has rowids
                 yield Damage("dangling", f"{place} of {table} refers to a row of {parent} that is gone")
-            for fact, task in find_wrong_rows(connection, Base.metadata):
-                yield Damage("row", fact, task)
+            yield from self._wrong_rows(connection)
+
+    def _wrong_in(self, connection: Connection, table: Table, fields: Sequence[str]) -> Iterator[tuple[Any, ...]]:
+        return wrong_in(connection, table, fields)
 
     def _translated_cause(self, error: BaseException) -> RegistryError | None:
         if not isinstance(error, sqlite3.Error):
@@ -146,6 +146,35 @@ class SqliteDatabase(Database):
         if code == sqlite3.SQLITE_IOERR:
             return StoreIOError(fact, path=self.path)
         return None
+
+
+class SqliteColumns:
+    """The columns of a store in a file, on SQLite's own connection."""
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        self._connection = connection
+
+    def execute(self, statement: str, values: Sequence[Value] = ()) -> sqlite3.Cursor:
+        """Run a statement; its rows are read as they are asked for."""
+        return self._connection.execute(statement, values)
+
+    stream = execute
+
+    def in_any_case(self, column: str) -> str:
+        """Return the column: its collation does it, and its index has that order."""
+        return column
+
+    def first_wrong(self, table: str, condition: str) -> str | None:
+        """Let SQLite check the rows of a table that a condition holds for."""
+        return first_wrong(self._connection, table, condition)
+
+    def right_rows(self, table: str) -> str:
+        """Return the SQL that checks a row."""
+        return is_right(table)
+
+    def are_right(self) -> bool:
+        """Let SQLite check all rows, up to a wrong one."""
+        return are_right(self._connection)
 
 
 def connect(path: Path, read_only: bool, busy_timeout: float, create: bool) -> sqlite3.Connection:
@@ -235,8 +264,8 @@ def newest() -> int:
 
 def migrate(database: SqliteDatabase, *, create: bool = False) -> None:
     """Bring the database to the newest schema; raise `DamagedStore` if it is old and cannot be written."""
-    with database.columns(create=create) as connection:
-        version = _version(connection, database, create=create)
+    with database.columns(create=create) as columns:
+        version = _version(columns, database, create=create)
     if version == newest():
         return
     # A store that is only to be read is migrated too: no query fits an old schema.
@@ -250,7 +279,7 @@ def migrate(database: SqliteDatabase, *, create: bool = False) -> None:
         writer = SqliteDatabase(database.path, read_only=False, patience=database.patience)
     with writer.connection(write=True, create=create, guarded=False) as connection:
         # Read again under the write lock: if many processes open an old store at once, one of them migrates it.
-        version = _version(sqlite_of(connection), database, create=create)
+        version = _version(SqliteColumns(sqlite_of(connection)), database, create=create)
         if version == 0:
             Base.metadata.create_all(connection)
         else:
@@ -260,9 +289,9 @@ def migrate(database: SqliteDatabase, *, create: bool = False) -> None:
         connection.exec_driver_sql(f"PRAGMA user_version={newest()}")
 
 
-def _version(connection: sqlite3.Connection, database: SqliteDatabase, *, create: bool) -> int:
-    (version,) = connection.execute("PRAGMA user_version").fetchone()
-    (application,) = connection.execute("PRAGMA application_id").fetchone()
+def _version(columns: SqliteColumns, database: SqliteDatabase, *, create: bool) -> int:
+    (version,) = columns.execute("PRAGMA user_version").fetchone()
+    (application,) = columns.execute("PRAGMA application_id").fetchone()
     if version > newest():
         hint = "use the icm that wrote it, or a newer one"
         raise StoreTooNew(f"{database.path} has schema {version}, this icm knows {newest()}", hint=hint)

@@ -1,217 +1,259 @@
-"""Selections of tasks as SQL, so that a fleet of thousands is filtered and sorted without being loaded.
+"""Which tasks a selection lists, so that a fleet of a million is filtered and sorted without being loaded.
 
-Each field is one scalar subquery of a task: a statement computes only those that it filters or sorts by.
+    database ──▶ tasks by name, with the stored values of the fields asked for ──▶ what they mean ──▶ filters ──▶ order
+
+Databases differ in the case of letters, in roots and in JSON. So they join, and Python compares.
 """
 
 from __future__ import annotations
 
-import json
+import heapq
 import math
-import sqlite3
-import zlib
-from collections.abc import Callable, Collection, Sequence
-from functools import lru_cache
-from typing import Any, cast
+import operator
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
+from typing import Any
 
-from sqlalchemy import (
-    BindParameter,
-    ColumnElement,
-    Integer,
-    Select,
-    String,
-    and_,
-    bindparam,
-    case,
-    exists,
-    func,
-    literal,
-    or_,
-    select,
-)
-from sqlalchemy.orm import InstrumentedAttribute, Session, aliased
-
-from registry.filters import Filter, Selection
+from registry.filters import Filter, Selection, Sort
 from registry.names import UNKNOWN_BASE
-from registry.records import Description
-from registry.schema import Adapter, BaseLabel, BaseModel, Blob, Code, Document, Evaluation, Extra, Generator, Task
+from registry.records import Description, read_description
+from registry.storage.database import Columns
+from registry.values import PACKED, RUNGS
 
-Expression = ColumnElement[Any]
+_Row = tuple[Any, ...]
+_Test = Callable[[_Row], bool]
 
 
-def selected(session: Session, selection: Selection, without: Collection[int]) -> Sequence[int]:
+def selected(columns: Columns, selection: Selection, without: Collection[int]) -> Sequence[int]:
     """Return the numbers of the selected tasks in the order asked for, `without` some that no limit counts."""
-    if selection.filters or selection.sort is not None:
-        _add_functions(session)
-    found = select(Task.id)
-    if selection.base_model is not None:
-        number = select(BaseModel.id).where(BaseModel.name == selection.base_model).scalar_subquery()
-        found = found.where(Task.base_model_id == number)
-    found = found.where(*map(_condition, selection.filters))
-    if without:
-        numbers: BindParameter[int] = bindparam(None, list(without), expanding=True, literal_execute=True)
-        found = found.where(Task.id.not_in(numbers))
-    if (sort := selection.sort) is not None:
-        value = _FIELDS[sort.field.name]()
-        found = found.order_by(value.is_(None), value.desc() if sort.descending else value.asc())
-    return session.scalars(found.order_by(Task.name).limit(selection.limit)).all()
+    statement = _Statement(columns)
+    tests = [_test(one, statement) for one in selection.filters]
+    value = None if selection.sort is None else statement.field(selection.sort.field.name)
+    rows = (row for row in statement.rows(selection.base_model) if row[0] not in without)
+    passing = (row for row in rows if all(test(row) for test in tests))
+    if selection.sort is None or value is None:
+        return [row[0] for row in islice(passing, selection.limit)]
+    found = ((value(row), row[0]) for row in passing)
+    return [number for _, number in _in_order(found, selection.sort, selection.limit)]
 
 
-def _condition(one: Filter) -> ColumnElement[bool]:
-    if one.field.name == "base":
-        return _base_condition(one)
-    field, value = _FIELDS[one.field.name](), one.value
-    if one.field.kind == "words" and one.operator != "~":
-        # Words have a space on either side.
-        has_word = func.instr(field, f" {value} ") > 0
-        return has_word if one.operator == "=" else ~has_word
-    match one.operator:
-        case "~":
-            return func.instr(field, value) > 0
-        case "!=":
-            return field.is_distinct_from(value)
-        case "=":
-            return field == value
-        case _:
-            return cast(ColumnElement[bool], field.op(one.operator, is_comparison=True)(literal(value)))
+def _in_order(found: Iterable[tuple[Any, int]], sort: Sort, limit: int | None) -> list[tuple[Any, int]]:
+    """Return the first of some values with the numbers of their tasks. Equal ones keep their order, None is last."""
+
+    def key(one: tuple[Any, int]) -> tuple[bool, Any]:
+        return (one[0] is None) != sort.descending, one[0]
+
+    if limit is None:
+        return sorted(found, key=key, reverse=sort.descending)
+    return (heapq.nlargest if sort.descending else heapq.nsmallest)(limit, found, key)
 
 
-def _base_condition(one: Filter) -> ColumnElement[bool]:
-    """Compare all names of a task's base model: one of them has to pass, or for `!=` all."""
+# Filters, as tests of a row.
 
-    def passes(name: Expression) -> ColumnElement[bool]:
-        return func.instr(name, one.value) > 0 if one.operator == "~" else name == one.value
-
-    labels = select(BaseLabel.id).where(BaseLabel.base_model_id == Task.base_model_id).correlate(Task)
-    found = or_(passes(_base()), labels.where(passes(func.icm_casefold(BaseLabel.label))).exists())
-    return ~found if one.operator == "!=" else found
-
-
-# What each field is, for the task of the row.
-
-
-def _base() -> Expression:
-    name = select(BaseModel.name).where(BaseModel.id == Task.base_model_id).scalar_subquery()
-    return func.icm_casefold(name)
-
-
-def _size() -> Expression:
-    weights, config, card = aliased(Blob), aliased(Blob), aliased(Blob)
-    size = select(weights.size + config.size + func.coalesce(card.size, 0)).select_from(Adapter)
-    size = size.join(weights, weights.id == Adapter.weights_id).join(config, config.id == Adapter.config_id)
-    return _final(size.outerjoin(card, card.id == Adapter.card_id)).scalar_subquery()
-
-
-def _extras() -> Expression:
-    size = select(func.coalesce(func.sum(Blob.size), 0)).select_from(Adapter)
-    size = size.join(Extra, Extra.adapter_id == Adapter.id).join(Blob, Blob.id == Extra.blob_id)
-    return _final(size).scalar_subquery()
-
-
-def _code_size() -> Expression:
-    code, residual = aliased(Blob), aliased(Blob)
-    size = select(code.size + func.coalesce(residual.size, 0)).select_from(Code).join(code, code.id == Code.blob_id)
-    return _current(size.outerjoin(residual, residual.id == Code.residual_id)).scalar_subquery()
-
-
-def _error() -> Expression:
-    squared = case((Code.residual_id.is_(None), Code.squared_error), else_=Code.residual_squared_error)
-    return func.icm_root(_current(select(squared).select_from(Code)).scalar_subquery())
-
-
-def _measured(column: InstrumentedAttribute[Any]) -> Expression:
-    """Return a column of the measurement that has the retained gain."""
-    source = Evaluation.rung.type
-    better = case((Code.residual_id.is_(None), literal("code", source)), else_=literal("residual", source))
-    found = select(column).select_from(Code)
-    found = found.join(
-        Evaluation, and_(Evaluation.task_id == Code.task_id, Evaluation.generator_id == Code.generator_id)
-    )
-    # As `evaluations.latest`: on the task's own text, else the latest on any; one with a gain if there is one.
-    same = aliased(Task)  # SQLite cannot order by a column of the outer query
-    found = found.where(Evaluation.rung == better).join(same, same.id == Code.task_id)
-    own = func.coalesce(Evaluation.data_id == same.eval_id, 0)
-    order = own.desc(), Evaluation.retained_gain.is_not(None).desc(), Evaluation.id.desc()
-    return _current(found).order_by(*order).limit(1).scalar_subquery()
-
-
-def _status() -> Expression:
-    is_coded = _current(select(Code.id).select_from(Code)).exists()
-    states: dict[str, Expression] = {
-        "evicted": _of_final(Adapter.evicted_at).is_not(None),
-        "pinned": Task.pinned.is_(True),
-        "coded": is_coded,
-        "original-only": or_(_described("original_only").is_not(None), _base() == UNKNOWN_BASE),
-        "does-nothing": _described("does_nothing").is_(True),
-        "generated": _of_final(Adapter.is_generated).is_(True),
-    }
-    text: Expression = literal(" ")
-    for word, holds in states.items():
-        text = text.concat(case((holds, f"{word} "), else_=""))
-    return text
-
-
-_FIELDS: dict[str, Callable[[], Expression]] = {
-    "name": lambda: func.icm_casefold(Task.name),
-    "base": _base,
-    "rank": lambda: _described("rank_max"),
-    "size": _size,
-    "code": _code_size,
-    "extras": _extras,
-    # Of what the task decodes to: code and residual, or the code.
-    "gain": lambda: _measured(Evaluation.retained_gain),
-    "error": _error,
-    "tag": lambda: func.lower(literal(" ").concat(func.coalesce(Task.tags.cast(String), "")).concat(" ")),
-    "status": _status,
-    "source": lambda: func.icm_casefold(func.coalesce(_of_final(Adapter.source), Task.folder)),
-    "note": lambda: func.icm_casefold(func.coalesce(Task.note, "")),
+_COMPARED: dict[str, Callable[[Any, Any], bool]] = {
+    "=": operator.eq,
+    "<": operator.lt,
+    "<=": operator.le,
+    ">": operator.gt,
+    ">=": operator.ge,
+    "~": operator.contains,
 }
 
 
-def _final(statement: Select[Any]) -> Select[Any]:
-    """Restrict a statement about adapters to the final one of the row's task."""
-    return statement.where(Adapter.task_id == Task.id, Adapter.is_final).correlate(Task)
+def _test(one: Filter, statement: _Statement) -> _Test:
+    if one.operator == "!=":
+        test = _test(Filter(one.field, "=", one.value), statement)
+        return lambda row: not test(row)
+    compared, wanted = _COMPARED[one.operator], one.value
+    if one.field.name == "base":
+        names = statement.names_of_base()
+        return lambda row: any(compared(name, wanted) for name in names(row))
+    if one.field.kind == "words" and one.operator == "=":
+        compared, wanted = operator.contains, f" {one.value} "  # words have a space on either side
+    value = statement.field(one.field.name)
+
+    def test(row: _Row) -> bool:
+        found = value(row)
+        return found is not None and compared(found, wanted)
+
+    return test
 
 
-def _of_final(column: InstrumentedAttribute[Any]) -> Expression:
-    return _final(select(column)).scalar_subquery()
+# What is read of each task for a field, and what it means.
 
 
-def _described(name: str) -> Expression:
-    """Return a field of the final adapter's description, which is JSON that SQLite cannot read."""
-    body = _final(select(Document.body).select_from(Adapter).join(Document, Document.id == Adapter.description_id))
-    return func.icm_described(body.scalar_subquery(), Description._fields.index(name), type_=Integer)
+@dataclass(frozen=True)
+class _Field:
+    """One field: what is selected for it, which joins that takes, and the value, None for a task that lacks it."""
+
+    stored: tuple[str, ...]
+    joins: tuple[str, ...]
+    value: Callable[..., Any]  # of what many tasks share, and of what is stored
 
 
-def _current(statement: Select[Any]) -> Select[Any]:
-    """Restrict a statement about codes to the one of the row's task under the current generator."""
-    is_current = exists().where(Generator.id == Code.generator_id, Generator.is_current)
-    return statement.where(Code.task_id == Task.id, is_current).correlate(Task)
+_JOINS = {
+    "final": "adapters AS final ON final.task_id = tasks.id AND final.is_final",
+    "weights": "blobs AS weights ON weights.id = final.weights_id",
+    "config": "blobs AS config ON config.id = final.config_id",
+    "card": "blobs AS card ON card.id = final.card_id",
+    "codes": "codes ON codes.task_id = tasks.id AND codes.generator_id ="
+    " (SELECT id FROM generators WHERE generators.base_model_id = tasks.base_model_id AND is_current)",
+    "code": "blobs AS code ON code.id = codes.blob_id",
+    "residual": "blobs AS residual ON residual.id = codes.residual_id",
+}
+"""All that are needed, in this order."""
 
 
-# Functions that SQLite lacks: `lower` knows ASCII only, and roots are an option of its build.
+class _Statement:
+    """The statement that reads some fields of all tasks, as far as they have been asked for."""
+
+    def __init__(self, columns: Columns) -> None:
+        self._columns, self._shared = columns, _Shared(columns)
+        self._stored = ["tasks.id"]
+        self._joins = set[str]()
+
+    def field(self, name: str) -> Callable[[_Row], Any]:
+        """Ask for a field, and return what takes its value from a row."""
+        field, shared = _FIELDS[name], self._shared
+        place = self._place_of(field)
+        if len(field.stored) == 1:
+            (at,) = range(place.start, place.stop)
+            return lambda row: field.value(shared, row[at])
+        return lambda row: field.value(shared, *row[place])
+
+    def names_of_base(self) -> Callable[[_Row], Sequence[str]]:
+        """Ask for all names of the base model, and return what takes them from a row."""
+        names, at = self._shared.names_of, self._place_of(_FIELDS["base"]).start
+        return lambda row: names(row[at])
+
+    def rows(self, base_model: str | None) -> Iterator[_Row]:
+        """Yield the number of each task, or of those of one base model, and what was asked for, by name."""
+        joins = "".join(f" LEFT JOIN {join}" for name, join in _JOINS.items() if name in self._joins)
+        of = "" if base_model is None else " WHERE tasks.base_model_id = (SELECT id FROM base_models WHERE name = ?)"
+        order = self._columns.in_any_case("tasks.name")
+        statement = f"SELECT {', '.join(self._stored)} FROM tasks{joins}{of} ORDER BY {order}"  # noqa: S608
+        return self._columns.stream(statement, () if base_model is None else (base_model,))
+
+    def _place_of(self, field: _Field) -> slice:
+        start = len(self._stored)
+        self._stored += field.stored
+        self._joins.update(field.joins)
+        return slice(start, len(self._stored))
 
 
-def _add_functions(session: Session) -> None:
-    connection = session.connection().connection.driver_connection
-    assert isinstance(connection, sqlite3.Connection)
-    functions: dict[str, tuple[int, Callable[..., Any]]] = {
-        "icm_casefold": (1, lambda text: None if text is None else text.casefold()),
-        "icm_root": (1, lambda value: None if value is None else math.sqrt(max(value, 0.0))),
-        "icm_described": (2, _field_of),
+class _Shared:
+    """What many tasks have in common: each is read once."""
+
+    def __init__(self, columns: Columns) -> None:
+        self._columns = columns
+        self._descriptions: dict[int | None, Description | None] = {None: None}
+
+    def description(self, number: int | None) -> Description | None:
+        """Return a description, without its layout."""
+        if number not in self._descriptions:
+            row = self._columns.execute("SELECT body FROM documents WHERE id = ?", (number,)).fetchone()
+            found = None if row is None else read_description(PACKED.read(row[0]))
+            self._descriptions[number] = None if found is None else found._replace(layout=())
+        return self._descriptions[number]
+
+    def names_of(self, base_model: int) -> Sequence[str]:
+        """Return all names of a base model in lower case, its own first."""
+        return self._names.get(base_model, ())
+
+    @cached_property
+    def _names(self) -> dict[int, list[str]]:
+        found = defaultdict[int, list[str]](list)
+        for query in ("SELECT id, name FROM base_models", "SELECT base_model_id, label FROM base_labels"):
+            for number, name in self._columns.execute(query):
+                found[number].append(name.casefold())
+        return found
+
+
+def _text(shared: _Shared, text: str | None) -> str | None:
+    return text.casefold() if isinstance(text, str) else None
+
+
+def _text_or_empty(shared: _Shared, text: str | None) -> str | None:
+    return "" if text is None else _text(shared, text)
+
+
+def _number(shared: _Shared, number: float | None) -> float | None:
+    return number if isinstance(number, (int, float)) else None
+
+
+def _root(shared: _Shared, squared: float | None) -> float | None:
+    return math.sqrt(max(squared, 0.0)) if isinstance(squared, (int, float)) else None
+
+
+def _base(shared: _Shared, base_model: int) -> str | None:
+    return next(iter(shared.names_of(base_model)), None)
+
+
+def _rank(shared: _Shared, described: int | None) -> int | None:
+    common = shared.description(described)
+    return None if common is None else common.rank_max
+
+
+def _words(shared: _Shared, words: str | None) -> str:
+    return f" {words} ".lower() if words else "  "
+
+
+def _status(
+    shared: _Shared,
+    evicted_at: int | None,
+    pinned: bool,
+    code: int | None,
+    described: int | None,
+    base_model: int,
+    is_generated: bool | None,
+) -> str:
+    common = shared.description(described)
+    is_original_only = common is not None and common.original_only is not None
+    states = {
+        "evicted": evicted_at is not None,
+        "pinned": pinned,
+        "coded": code is not None,
+        "original-only": is_original_only or _base(shared, base_model) == UNKNOWN_BASE,
+        "does-nothing": common is not None and common.does_nothing,
+        "generated": is_generated,
     }
-    for name, (arguments, function) in functions.items():
-        connection.create_function(name, arguments, function, deterministic=True)
+    return f" {' '.join(word for word, holds in states.items() if holds)} "
 
 
-def _field_of(body: bytes | None, place: int) -> Any:
-    if body is None:
-        return None
-    values = _unpacked(body)
-    return values[place] if place < len(values) else None
-
-
-# Most tasks share their description with others.
-@lru_cache(maxsize=256)
-def _unpacked(body: bytes) -> list[Any]:
-    # Lists, such as the layout of a thousand modules, are no value of SQL.
-    return [None if isinstance(value, list) else value for value in json.loads(zlib.decompress(body))]
+# As `evaluations.latest`: on the task's own text, else the latest on any; one with a gain if there is one.
+_GAIN = f"""
+(SELECT retained_gain FROM evaluations AS own JOIN tasks AS same ON same.id = own.task_id
+WHERE own.task_id = codes.task_id AND own.generator_id = codes.generator_id
+    AND rung = CASE WHEN codes.residual_id IS NULL THEN {RUNGS.index("code")} ELSE {RUNGS.index("residual")} END
+ORDER BY coalesce(data_id = same.eval_id, FALSE) DESC, retained_gain IS NOT NULL DESC, own.id DESC LIMIT 1)"""  # noqa: S608
+_EXTRAS = """
+(SELECT CAST(coalesce(sum(blobs.size), 0) AS BIGINT) FROM extras JOIN blobs ON blobs.id = extras.blob_id
+WHERE extras.adapter_id = final.id)"""
+_ERROR = "CASE WHEN codes.residual_id IS NULL THEN codes.dw_error ELSE codes.residual_error END"
+_SIZES = ("final", "weights", "config", "card")
+_STATES = (
+    "final.evicted_at",
+    "pinned",
+    "codes.id",
+    "final.description_id",
+    "tasks.base_model_id",
+    "final.is_generated",
+)
+_FIELDS = {
+    "name": _Field(("tasks.name",), (), _text),
+    "base": _Field(("tasks.base_model_id",), (), _base),
+    "rank": _Field(("final.description_id",), ("final",), _rank),
+    "size": _Field(("weights.size + config.size + coalesce(card.size, 0)",), _SIZES, _number),
+    "code": _Field(("code.size + coalesce(residual.size, 0)",), ("codes", "code", "residual"), _number),
+    "extras": _Field((_EXTRAS,), ("final",), _number),
+    # Of what the task decodes to: code and residual, or the code.
+    "gain": _Field((_GAIN,), ("codes",), _number),
+    "error": _Field((_ERROR,), ("codes",), _root),
+    "tag": _Field(("tags",), (), _words),
+    "status": _Field(_STATES, ("final", "codes"), _status),
+    "source": _Field(("coalesce(final.source, tasks.folder)",), ("final",), _text),
+    "note": _Field(("note",), (), _text_or_empty),
+}

@@ -1,17 +1,16 @@
 """Which tasks a listing shows, and what of them: read as columns, and without those that have wrong rows.
 
-Only a filter, an order or a base model needs SQLAlchemy, which takes longer to import than thousands of tasks to read.
+Nothing here needs SQLAlchemy, which takes longer to import than thousands of tasks to read, unless a row is wrong.
 """
 
 from __future__ import annotations
 
-import sqlite3
 from collections.abc import Callable, Collection, Iterator, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, TypeVar
 
 from registry.errors import DamagedStore
-from registry.row_checks import are_right, find_wrong_tasks
+from registry.storage.database import Columns
 from registry.tables import summary_rows
 from registry.tables.table import Table
 
@@ -29,8 +28,8 @@ class Summaries(Table):
 
     def count(self) -> int:
         """Return how many tasks there are, also damaged ones."""
-        with self._db.columns() as connection:
-            (number,) = connection.execute("SELECT count(*) FROM tasks").fetchone()
+        with self._db.columns() as columns:
+            (number,) = columns.execute("SELECT count(*) FROM tasks").fetchone()
         return int(number)
 
     def all(self) -> Iterator[TaskRecord]:
@@ -68,13 +67,10 @@ class Summaries(Table):
 
         Return what is wrong with a row -> the numbers of the tasks whose figures depend on it.
         """
-        with self._db.columns() as connection:
-            if are_right(connection):
+        with self._db.columns() as columns:
+            if columns.are_right():
                 return {}
-        from registry.schema import Base  # imports SQLAlchemy
-
-        with self._db.connection() as opened:
-            found = find_wrong_tasks(opened, Base.metadata)
+        found = self._db.wrong_tasks()
         for fact, numbers in found.items():
             error = self._db.damaged_row(fact)
             if self._on_damage is None:
@@ -85,13 +81,13 @@ class Summaries(Table):
 
     def generator(self, base_model: str) -> GeneratorRecord | None:
         """Return the current generator of a base model, if it has one; its row is not checked."""
-        with self._db.columns() as connection:
-            return summary_rows.generator(connection, base_model)
+        with self._db.columns() as columns:
+            return summary_rows.generator(columns, base_model)
 
     def vector_files(self) -> dict[int, list[str]]:
         """Return number of a task -> the digests of the files of its vectors; rows are not checked."""
-        with self._db.columns() as connection:
-            return summary_rows.vector_files(connection)
+        with self._db.columns() as columns:
+            return summary_rows.vector_files(columns)
 
     def vectors_stamp(self) -> str:
         """Return a digest that changes with the vectors of any task, and with its name or its base model.
@@ -99,37 +95,29 @@ class Summaries(Table):
         It is of the checks that the rows were written with. So whatever was derived from rows that passed is right
         as long as the stamp is the same, also if one of them is damaged since.
         """
-        with self._db.columns() as connection:
-            return summary_rows.vectors_stamp(connection)
+        with self._db.columns() as columns:
+            return summary_rows.vectors_stamp(columns)
 
     def _selected(self, selection: Selection | None, without: Collection[int]) -> Sequence[int]:
         from registry.filters import Selection  # most commands read one task
+        from registry.tables.listing import selected
 
-        selection = selection or Selection()
-        if selection == Selection(limit=selection.limit):
-            with self._db.columns() as connection:
-                numbers = (number for (number,) in connection.execute("SELECT id FROM tasks ORDER BY name"))
-                return list(islice((one for one in numbers if one not in without), selection.limit))
-        from registry.tables.listing import selected  # imports SQLAlchemy
-
-        with self._db.read() as session:
-            return selected(session, selection, without)
+        with self._db.columns() as columns:
+            return selected(columns, selection or Selection(), without)
 
     def _pages(
-        self, load: Callable[[sqlite3.Connection, Sequence[int]], list[T]], numbers: Sequence[int], size: int = 0
+        self, load: Callable[[Columns, Sequence[int]], list[T]], numbers: Sequence[int], size: int = 0
     ) -> Iterator[T]:
         """Load some tasks, few at a time. Each page is one short read, so that a slow reader delays nobody."""
         size = min(size or _PAGE, _PAGE)
         for at in range(0, len(numbers), size):
             yield from self._undamaged(load, numbers[at : at + size])
 
-    def _undamaged(
-        self, load: Callable[[sqlite3.Connection, Sequence[int]], list[T]], numbers: Sequence[int]
-    ) -> list[T]:
+    def _undamaged(self, load: Callable[[Columns, Sequence[int]], list[T]], numbers: Sequence[int]) -> list[T]:
         """Load some tasks, without those that have wrong rows."""
         try:
-            with self._db.columns() as connection:
-                return load(connection, numbers)
+            with self._db.columns() as columns:
+                return load(columns, numbers)
         except DamagedStore as error:
             if self._on_damage is None:
                 raise
@@ -141,11 +129,11 @@ class Summaries(Table):
 
     def _name_of(self, number: int) -> str:
         """Return the name of a task that may be damaged."""
-        with self._db.columns() as connection:
-            row = connection.execute("SELECT name FROM tasks WHERE id = ?", (number,)).fetchone()
+        with self._db.columns() as columns:
+            row = columns.execute("SELECT name FROM tasks WHERE id = ?", (number,)).fetchone()
         return row[0] if row and row[0] else f"number {number}"
 
 
-def _checked_summaries(connection: sqlite3.Connection, numbers: Sequence[int]) -> list[TaskSummary]:
-    summary_rows.check(connection, numbers)
-    return summary_rows.summaries(connection, numbers)
+def _checked_summaries(columns: Columns, numbers: Sequence[int]) -> list[TaskSummary]:
+    summary_rows.check(columns, numbers)
+    return summary_rows.summaries(columns, numbers)

@@ -2,14 +2,13 @@
 
     numbers of tasks ──▶ tasks, final adapters, codes, gains ──▶ a `TaskSummary` each
 
-SQLite joins and counts, and only values come back. Nothing is checked while they are read: `check` looks at all rows
-that some tasks have and refer to, `registry.row_checks.are_right` at all there are.
+The database joins and counts, and only values come back. Nothing is checked while they are read: `check` looks at all
+rows that some tasks have and refer to, `Columns.are_right` at all there are.
 """
 
 from __future__ import annotations
 
 import hashlib
-import sqlite3
 from array import array
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,7 +20,8 @@ from registry import records, values
 from registry.errors import DamagedStore
 from registry.names import UNKNOWN_BASE
 from registry.records import WITHOUT_BASE, Description, TaskSummary, read_description
-from registry.row_checks import WrongRow, what_fails
+from registry.row_checks import WrongRow
+from registry.storage.database import Columns
 from registry.values import DIGEST, MOMENT, PACKED, RUNGS, WORDS
 
 # In each statement, {of} is a list of numbers of tasks.
@@ -71,14 +71,14 @@ FROM codes JOIN evaluations ON evaluations.id = (
     SELECT own.id FROM evaluations AS own JOIN tasks ON tasks.id = own.task_id
     WHERE own.task_id = codes.task_id AND own.generator_id = codes.generator_id
         AND rung = CASE WHEN residual_id IS NULL THEN {RUNGS.index("code")} ELSE {RUNGS.index("residual")} END
-    ORDER BY coalesce(data_id = eval_id, 0) DESC, retained_gain IS NOT NULL DESC, own.id DESC LIMIT 1)
+    ORDER BY coalesce(data_id = eval_id, FALSE) DESC, retained_gain IS NOT NULL DESC, own.id DESC LIMIT 1)
 WHERE codes.task_id IN ({{of}}) AND codes.generator_id IN (SELECT id FROM generators WHERE is_current)"""  # noqa: S608
 _VECTORS = """
 SELECT tasks.name, view, support_set, extractor_id, blobs.digest, dim, task_vectors.id
 FROM task_vectors JOIN tasks ON tasks.id = task_id JOIN blobs ON blobs.id = blob_id
-WHERE task_id = coalesce(?1, task_id) ORDER BY tasks.name, extractor_id, view, support_set"""
+WHERE {own} ORDER BY {name}, extractor_id, view, support_set"""
 _VECTOR_FILES = """
-SELECT task_id, digest FROM (SELECT DISTINCT task_id, blob_id FROM task_vectors) JOIN blobs ON blobs.id = blob_id"""
+SELECT task_id, digest FROM (SELECT DISTINCT task_id, blob_id FROM task_vectors) AS own JOIN blobs ON blobs.id = blob_id"""
 # A row without a check is damaged, so nothing that is derived from it has this stamp.
 _STAMPED = (
     "SELECT coalesce(crc, 0) FROM task_vectors ORDER BY task_id, view, support_set, extractor_id",
@@ -102,8 +102,8 @@ _BLOBS = {
 _OF_ADAPTERS = "adapter_id IN (SELECT id FROM adapters WHERE task_id IN ({of}))"
 _FILES = [
     f"SELECT {column} FROM {table} WHERE {task} IN ({{of}})"  # noqa: S608
-    for table, (task, *columns) in _BLOBS.items()
-    for column in columns
+    for table, (task, *others) in _BLOBS.items()
+    for column in others
 ]
 _FILES.append(f"SELECT blob_id FROM extras WHERE {_OF_ADAPTERS}")  # noqa: S608
 # Table -> the rows that some tasks have there or refer to.
@@ -125,36 +125,35 @@ _CHECKED_OF_TASKS = {
 }
 
 
-def check(connection: sqlite3.Connection, numbers: Sequence[int], tables: Mapping[str, str] = _CHECKED) -> None:
+def check(columns: Columns, numbers: Sequence[int], tables: Mapping[str, str] = _CHECKED) -> None:
     """Raise `WrongRow` if a row that tasks have, or that one of these refers to, is not as it was written."""
     of = _listed(numbers)
     for table, rows in tables.items():
-        check_rows(connection, table, rows.format(of=of))
+        check_rows(columns, table, rows.format(of=of))
 
 
-def check_rows(connection: sqlite3.Connection, table: str, condition: str) -> None:
+def check_rows(columns: Columns, table: str, condition: str) -> None:
     """Raise `WrongRow` if one of the rows of a table that a condition holds for is not as it was written."""
-    said = what_fails(table)
-    query = f"SELECT {said} FROM {table} WHERE ({condition}) AND typeof({said}) = 'text' LIMIT 1"  # noqa: S608
-    for (fact,) in connection.execute(query):
+    fact = columns.first_wrong(table, condition)
+    if fact is not None:
         raise WrongRow(fact)
 
 
-def names(connection: sqlite3.Connection, numbers: Sequence[int]) -> list[str]:
+def names(columns: Columns, numbers: Sequence[int]) -> list[str]:
     """Return the names of tasks, in their order; those that are gone are left out."""
     of = _listed(numbers)
-    check_rows(connection, "tasks", f"id IN ({of})")
-    name_of = dict(connection.execute(f"SELECT id, name FROM tasks WHERE id IN ({of})"))  # noqa: S608
+    check_rows(columns, "tasks", f"id IN ({of})")
+    name_of = dict(columns.execute(f"SELECT id, name FROM tasks WHERE id IN ({of})"))  # noqa: S608
     return [name_of[number] for number in numbers if number in name_of]
 
 
-def tasks(connection: sqlite3.Connection, numbers: Sequence[int]) -> list[records.TaskRecord]:
+def tasks(columns: Columns, numbers: Sequence[int]) -> list[records.TaskRecord]:
     """Return tasks, in their order, once their rows are known to be right; those that are gone are left out."""
-    check(connection, numbers, _CHECKED_OF_TASKS)
-    return list(_tasks(connection, numbers).values())
+    check(columns, numbers, _CHECKED_OF_TASKS)
+    return list(_tasks(columns, numbers).values())
 
 
-def summaries(connection: sqlite3.Connection, numbers: Sequence[int]) -> list[TaskSummary]:
+def summaries(columns: Columns, numbers: Sequence[int]) -> list[TaskSummary]:
     """Return tasks with what a listing shows of them, in their order; those that are gone are left out.
 
     Raises:
@@ -162,13 +161,13 @@ def summaries(connection: sqlite3.Connection, numbers: Sequence[int]) -> list[Ta
         WrongRow: An extra of one is missing.
         UnreadableValue: A value is none that icm wrote.
     """
-    of, found = _listed(numbers), _tasks(connection, numbers)
-    counts = {row[0]: row[1:] for row in connection.execute(_COUNTS.format(of=of))}
-    codes = {row[0]: _code(found[row[0]].name, *row[1:]) for row in connection.execute(_CODES.format(of=of))}
-    finals = {row[0]: row[1:] for row in connection.execute(_FINALS.format(of=of))}
-    gains = {row[0]: row[1:] for row in connection.execute(_GAINS.format(of=of))}
-    documents = _documents(connection, {row[2] for row in finals.values()} | {how for _, how in gains.values()})
-    extras = _extras(connection, of)
+    of, found = _listed(numbers), _tasks(columns, numbers)
+    counts = {row[0]: row[1:] for row in columns.execute(_COUNTS.format(of=of))}
+    codes = {row[0]: _code(found[row[0]].name, *row[1:]) for row in columns.execute(_CODES.format(of=of))}
+    finals = {row[0]: row[1:] for row in columns.execute(_FINALS.format(of=of))}
+    gains = {row[0]: row[1:] for row in columns.execute(_GAINS.format(of=of))}
+    documents = _documents(columns, {row[2] for row in finals.values()} | {how for _, how in gains.values()})
+    extras = _extras(columns, of)
     if lost := [task.name for number, task in found.items() if number not in finals]:
         raise _lost(lost[0])
     made = []
@@ -180,13 +179,13 @@ def summaries(connection: sqlite3.Connection, numbers: Sequence[int]) -> list[Ta
     return made
 
 
-def figures(connection: sqlite3.Connection, numbers: Sequence[int]) -> list[records.TaskFigures]:
+def figures(columns: Columns, numbers: Sequence[int]) -> list[records.TaskFigures]:
     """Return what a bill says of tasks, in their order; raises as `summaries`."""
     of = _listed(numbers)
-    found = {row[0]: row[1:] for row in connection.execute(_FIGURES.format(of=of))}
-    gains = {row[0]: row[1:] for row in connection.execute(_GAINS.format(of=of))}
-    documents = _documents(connection, {row[3] for row in found.values()} | {how for _, how in gains.values()})
-    extras = _extras(connection, of)
+    found = {row[0]: row[1:] for row in columns.execute(_FIGURES.format(of=of))}
+    gains = {row[0]: row[1:] for row in columns.execute(_GAINS.format(of=of))}
+    documents = _documents(columns, {row[3] for row in found.values()} | {how for _, how in gains.values()})
+    extras = _extras(columns, of)
     return [
         _figures(number, *_gain(documents, *gains.get(number, (None, None))), documents, extras, *found[number])
         for number in numbers
@@ -194,9 +193,9 @@ def figures(connection: sqlite3.Connection, numbers: Sequence[int]) -> list[reco
     ]
 
 
-def generator(connection: sqlite3.Connection, base_model: str) -> records.GeneratorRecord | None:
+def generator(columns: Columns, base_model: str) -> records.GeneratorRecord | None:
     """Return the current generator of a base model, if it has one."""
-    row = connection.execute(_GENERATOR, (base_model,)).fetchone()
+    row = columns.execute(_GENERATOR, (base_model,)).fetchone()
     if row is None:
         return None
     number, name, version, parent, file, size, config, metrics, created_at, start, start_size = row
@@ -216,50 +215,50 @@ def generator(connection: sqlite3.Connection, base_model: str) -> records.Genera
     )
 
 
-def vectors(connection: sqlite3.Connection, task: int | None) -> Iterator[records.VectorRecord]:
+def vectors(columns: Columns, task: int | None) -> Iterator[records.VectorRecord]:
     """Yield the vectors of all tasks, or of one, once their rows are known to be right."""
     own = "TRUE" if task is None else f"task_id = {task:d}"
-    check_rows(connection, "task_vectors", own)
+    check_rows(columns, "task_vectors", own)
     for table, column in {"tasks": "task_id", "blobs": "blob_id", "documents": "extractor_id"}.items():
-        check_rows(connection, table, f"id IN (SELECT {column} FROM task_vectors WHERE {own})")  # noqa: S608
-    rows = connection.execute(_VECTORS, (task,)).fetchall()
-    documents = _documents(connection, {row[3] for row in rows})
+        check_rows(columns, table, f"id IN (SELECT {column} FROM task_vectors WHERE {own})")  # noqa: S608
+    rows = list(columns.stream(_VECTORS.format(own=own, name=columns.in_any_case("tasks.name"))))
+    documents = _documents(columns, {row[3] for row in rows})
     for name, view, support_set, extractor, blob, dim, number in rows:
         made_by = PACKED.read(documents[extractor])
         yield records.VectorRecord(name, _VIEW.read(view), support_set, made_by, DIGEST.read(blob), dim, number)
 
 
-def vector_files(connection: sqlite3.Connection) -> dict[int, list[str]]:
+def vector_files(columns: Columns) -> dict[int, list[str]]:
     """Return number of a task -> the digests of the files of its vectors, for those that have some."""
     found = defaultdict[int, list[str]](list)
-    for number, digest in connection.execute(_VECTOR_FILES):
+    for number, digest in columns.stream(_VECTOR_FILES):
         found[number].append(DIGEST.read(digest))
     return found
 
 
-def vectors_stamp(connection: sqlite3.Connection) -> str:
+def vectors_stamp(columns: Columns) -> str:
     """Return a digest of the checks of all rows that vectors have and refer to, but for those of samples and texts."""
     digest = hashlib.sha256()
     for query in _STAMPED:
-        checks = array("q", chain.from_iterable(connection.execute(query)))
+        checks = array("q", chain.from_iterable(columns.stream(query)))
         digest.update(len(checks).to_bytes(8) + checks.tobytes())
     return digest.hexdigest()
 
 
 def _listed(numbers: Sequence[int]) -> str:
-    return ",".join(map(str, numbers))
+    return ",".join(map(str, numbers)) or "NULL"  # which is no row's number
 
 
-def _documents(connection: sqlite3.Connection, numbers: set[int]) -> dict[int, bytes]:
+def _documents(columns: Columns, numbers: set[int]) -> dict[int, bytes]:
     """Return the bodies of documents, each once: many rows share one."""
     of = _listed(sorted(numbers))
-    return dict(connection.execute(f"SELECT id, body FROM documents WHERE id IN ({of})"))  # noqa: S608
+    return dict(columns.execute(f"SELECT id, body FROM documents WHERE id IN ({of})"))  # noqa: S608
 
 
-def _extras(connection: sqlite3.Connection, of: str) -> Mapping[int, Sequence[records.Extra]]:
+def _extras(columns: Columns, of: str) -> Mapping[int, Sequence[records.Extra]]:
     """Return adapter -> its extras, for the final adapters of tasks."""
     found = defaultdict[int, list[records.Extra]](list)
-    for adapter, digest, file, size, packed in connection.execute(_EXTRAS.format(of=of)):
+    for adapter, digest, file, size, packed in columns.execute(_EXTRAS.format(of=of)):
         found[adapter].append(records.Extra(DIGEST.read(digest), file or None, size, packed))
     return found
 
@@ -285,8 +284,8 @@ def _description(body: bytes) -> Description:
     return read_description(PACKED.read(body))
 
 
-def _tasks(connection: sqlite3.Connection, numbers: Sequence[int]) -> dict[int, records.TaskRecord]:
-    rows = {row[0]: row for row in connection.execute(_TASKS.format(of=_listed(numbers)))}
+def _tasks(columns: Columns, numbers: Sequence[int]) -> dict[int, records.TaskRecord]:
+    rows = {row[0]: row for row in columns.execute(_TASKS.format(of=_listed(numbers)))}
     return {number: _task(*rows[number]) for number in numbers if number in rows}
 
 
@@ -297,7 +296,7 @@ def _task(
     samples: bytes | None,
     texts: bytes | None,
     created_at: int,
-    pinned: int,
+    pinned: bool,
     tags: str | None,
     note: str | None,
 ) -> records.TaskRecord:
@@ -331,7 +330,7 @@ def _final(
     source: str | None,
     created_at: int,
     evicted_at: int | None,
-    is_generated: int,
+    is_generated: bool,
     tensors_key: bytes | None,
     extra_count: int,
 ) -> records.AdapterRecord:
@@ -413,13 +412,13 @@ def _figures(
     described: int,
     weights_size: int,
     original_size: int,
-    is_evicted: int,
+    is_evicted: bool,
     extra_count: int,
     code_size: int | None,
     residual_size: int | None,
     squared_error: float | None,
     residual_error: float | None,
-    has_claim: int,
+    has_claim: bool,
     *limits: Any,
 ) -> records.TaskFigures:
     if final is None:
@@ -450,7 +449,7 @@ def _limits(
     min_gain: float | None,
     max_squared_error: float | None,
     tolerance: float | None,
-    is_kept: int | None,
+    is_kept: bool | None,
     refined: int | None,
     max_size: int | None,
 ) -> records.CodeLimits | None:

@@ -37,8 +37,8 @@ class Vectors(Table):
         if task is not None:
             with self._db.read() as session:
                 number = find_task(session, task).id
-        with self._db.columns() as connection:
-            return list(summary_rows.vectors(connection, number))
+        with self._db.columns() as columns:
+            return list(summary_rows.vectors(columns, number))
 
     def of(self, tasks: Sequence[str]) -> dict[str, list[records.VectorRecord]]:
         """Return task -> its vectors, for those that have some."""
