@@ -21,7 +21,7 @@ BlobsOpt = Annotated[
 
 
 @command
-def init(session: Session, store: StoreArg = None, blobs: BlobsOpt = None) -> None:
+def init(session: Session, place: StoreArg = None, blobs: BlobsOpt = None) -> None:
     """Make a store for a team: rows in PostgreSQL, bytes in an object store or a shared folder.
 
     A store in a folder needs no `icm init`: `icm ingest` makes it. The database has to exist. The store remembers where
@@ -39,8 +39,8 @@ def init(session: Session, store: StoreArg = None, blobs: BlobsOpt = None) -> No
     from icmlora.fleet.tasks.init import init as make
 
     context = session.context
-    if store is not None:
-        context = replace(context, address=address_of(store))
+    if place is not None:
+        context = replace(context, address=address_of(place))
     if blobs is not None and "://" not in blobs:
         blobs = os.path.abspath(blobs)  # a link in it stays one: machines may differ in what it is
     made = make(context, blobs)

@@ -38,7 +38,7 @@ def open_server(
     try:
         place = database.find_place() if blobs is None else _settle(database, blobs)
         if place is None:
-            hint = f"`icm init {url} --blobs s3://BUCKET/PREFIX` makes one; --store or ICM_STORE says where"
+            hint = "`icm init --blobs s3://BUCKET/PREFIX` makes one; --store or ICM_STORE says where"
             raise StoreNotFound(f"there is no store at {url}", path=str(url), hint=hint)
         backend = backend_at(place.blobs, place.number)
         if blobs is not None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from icmlora.fleet.context import Context, use_case
 from icmlora.fleet.older import older_codes
-from registry.errors import RegistryError
+from registry.errors import RegistryError, StoreNotFound
 from registry.names import DatabaseUrl
 
 if TYPE_CHECKING:
@@ -125,6 +125,8 @@ def _opened(context: Context, shown: str | None) -> list[Check]:
         with context.open(read_only=True) as store:
             problem = "; ".join(found.told for found in older_codes(store, list(store.tasks.summaries()))) or None
             return [Check("store", shown, problem), *_far_blobs(store)]
+    except StoreNotFound:
+        return [Check("store", "none yet; `icm init` makes it")]
     except RegistryError as error:
         return [Check("store", shown, _told(error))]
 
