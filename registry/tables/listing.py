@@ -234,7 +234,14 @@ _EXTRAS = """
 WHERE extras.adapter_id = final.id)"""
 _ERROR = "CASE WHEN codes.residual_id IS NULL THEN codes.dw_error ELSE codes.residual_error END"
 _SIZES = ("final", "weights", "config", "card")
-_STATES = ("final.evicted_at", "pinned", "codes.id", "final.description_id", "tasks.base_model_id", "final.is_generated")
+_STATES = (
+    "final.evicted_at",
+    "pinned",
+    "codes.id",
+    "final.description_id",
+    "tasks.base_model_id",
+    "final.is_generated",
+)
 _FIELDS = {
     "name": _Field(("tasks.name",), (), _text),
     "base": _Field(("tasks.base_model_id",), (), _base),

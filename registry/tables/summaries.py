@@ -113,9 +113,7 @@ class Summaries(Table):
         for at in range(0, len(numbers), size):
             yield from self._undamaged(load, numbers[at : at + size])
 
-    def _undamaged(
-        self, load: Callable[[Columns, Sequence[int]], list[T]], numbers: Sequence[int]
-    ) -> list[T]:
+    def _undamaged(self, load: Callable[[Columns, Sequence[int]], list[T]], numbers: Sequence[int]) -> list[T]:
         """Load some tasks, without those that have wrong rows."""
         try:
             with self._db.columns() as columns:
