@@ -203,7 +203,7 @@ def find_wrong_rows(connection: Connection, wrong_in: WrongIn) -> Iterator[tuple
     from registry.schema import Base  # imports SQLAlchemy
 
     for table in Base.metadata.sorted_tables:
-        yield from ((fact, task) for fact, task in wrong_in(connection, table, [_owner_of(table)]))
+        yield from ((fact, task) for fact, task in wrong_in(connection, table, [owner_of(table)]))
     for name, there, counted in connection.exec_driver_sql(_MISCOUNTED):
         yield f"an adapter of task {name} has {there} extras of {counted}", name
 
@@ -223,7 +223,7 @@ def find_wrong_tasks(connection: Connection, wrong_in: WrongIn) -> dict[str, set
 
 
 def wrong_in(connection: Connection, table: Table, fields: Sequence[str]) -> Iterator[tuple[Any, ...]]:
-    """Let SQLite check the rows of a table; yield what is wrong with one, and some fields, None if it cannot be read."""
+    """Let SQLite check a table; yield what is wrong with a row, and some fields of it, None if it cannot be read."""
     from sqlalchemy.exc import OperationalError
 
     fails = f"SELECT {_call(table, checked=True)}, {', '.join(fields)} FROM {table.name} AS own"  # noqa: S608
@@ -273,7 +273,7 @@ def _depending(connection: Connection, tables: MetaData, table: Table, row: Mapp
                 yield from _depending(connection, tables, other, dict(zip(numbers, values, strict=True)))
 
 
-def _owner_of(table: Table) -> str:
+def owner_of(table: Table) -> str:
     """Return the SQL of the name of the task that a row is about."""
     if table.name == "tasks":
         return "own.name"

@@ -229,10 +229,8 @@ class Store:
         """
         from registry.usage import measure
 
-        assert isinstance(self.address, Path)
-        paths = StorePaths(self.address)
         found = measure(
-            self._db, self.blobs.sizes() if listed is None else listed, paths, has_wrong_rows=has_wrong_rows
+            self._db, self.blobs.sizes() if listed is None else listed, self._upkeep, has_wrong_rows=has_wrong_rows
         )
         aside = sum(file.size for file in self.blobs.leftovers(aside=True)) if self.blobs.is_remote else 0
         return replace(found, unreferenced=found.unreferenced + aside)

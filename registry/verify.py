@@ -40,10 +40,10 @@ WHERE retained_gain NOT BETWEEN {LEAST_GAIN} AND {MOST_GAIN} OR dw_error < 0""",
 }
 _GAPS = {
     "task {} has no final adapter": """
-SELECT name FROM tasks WHERE id NOT IN (SELECT task_id FROM adapters WHERE is_final)""",
+SELECT name FROM tasks LEFT JOIN adapters ON adapters.task_id = tasks.id AND is_final WHERE adapters.id IS NULL""",
     "task {} was evicted and has no code": """
-SELECT name FROM tasks JOIN adapters ON adapters.task_id = tasks.id
-WHERE is_final AND evicted_at IS NOT NULL AND adapters.id NOT IN (SELECT adapter_id FROM codes)""",
+SELECT name FROM tasks JOIN adapters ON adapters.task_id = tasks.id LEFT JOIN codes ON codes.adapter_id = adapters.id
+WHERE is_final AND evicted_at IS NOT NULL AND codes.id IS NULL""",
 }
 
 

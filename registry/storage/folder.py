@@ -16,8 +16,10 @@ reserve           bytes that are freed on a full disk, so that SQLite has room f
 from __future__ import annotations
 
 import hashlib
+import os
 import re
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -202,6 +204,14 @@ class StoreParts(NamedTuple):
     upkeep: Upkeep
 
 
+class Footprint(NamedTuple):
+    """Bytes of a store besides its blobs."""
+
+    database: int
+    unreferenced: int  # what killed commands left
+    overhead: int
+
+
 class Upkeep(Protocol):
     """What a kind of store does around changes."""
 
@@ -215,6 +225,10 @@ class Upkeep(Protocol):
 
     def after_deletion(self) -> None:
         """Get ready for the next full disk, as far as there is room by now."""
+        ...
+
+    def footprint(self, listed: Collection[str]) -> Footprint:
+        """Return the bytes of all that is neither one of the blobs `listed` nor at their remote place."""
         ...
 
     def leftovers(self, *, aside: bool = False) -> Iterator[Leftover]:
@@ -245,6 +259,24 @@ class FolderUpkeep:
     def after_deletion(self) -> None:
         """Make the reserve again if there is room for it."""
         restore_reserve(self._paths)
+
+    def footprint(self, listed: Collection[str]) -> Footprint:
+        """Add up the files of the folder, but for the blobs `listed`."""
+        sums = Counter[str]()
+        for folder, _, names in os.walk(self._paths.root):
+            is_of_blobs = Path(folder).is_relative_to(self._paths.blobs)
+            for name in names:
+                if not (is_of_blobs and name in listed):
+                    path = Path(folder, name)
+                    with suppress(FileNotFoundError):  # another process has renamed or removed it since
+                        sums[self._use_of(path)] += path.lstat().st_size
+        return Footprint(sums["database"], sums["unreferenced"], sums["overhead"])
+
+    def _use_of(self, path: Path) -> str:
+        """Return what a file that is no blob is for."""
+        if path.name.startswith(self._paths.database.name):  # the journal has the name of the database and a suffix
+            return "database"
+        return "overhead" if path.parent in (self._paths.root, self._paths.jobs) else "unreferenced"
 
     def leftovers(self, *, aside: bool = False) -> Iterator[Leftover]:
         """Yield the files of the temporary folder, or of the quarantine folder."""

@@ -121,6 +121,15 @@ class PostgresDatabase(Database):
         with self.connection() as connection:
             return postgres_place.changes(connection)
 
+    def size(self) -> int:
+        """Return the bytes of all tables with their indexes."""
+        tables = [*COLUMNS_OF, postgres_place.TABLE.name]
+        query = text(
+            "SELECT sum(pg_total_relation_size(to_regclass(name))) FROM unnest(CAST(:tables AS text[])) AS name"
+        )
+        with self.connection() as connection:
+            return int(connection.execute(query, {"tables": tables}).scalar_one() or 0)
+
     def damage(self) -> Iterator[Damage]:
         """Yield what is wrong with rows; pages, indexes and references are for the server to keep right."""
         with self.connection() as connection:
