@@ -1,4 +1,4 @@
-"""The bill: bytes by what they are for. Every file of the store is counted once: of a folder, the total is `du -b`'s."""
+"""The bill: bytes by what they are for. Every file is counted once, so of a folder the total is `du -b`'s."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import socket
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cached_property, partial
 from itertools import count
 from typing import Any
@@ -96,9 +96,9 @@ class PostgresDatabase(Database):
     @contextmanager
     def columns(self) -> Iterator[PostgresColumns]:
         """Read columns in one consistent state."""
-        with self.connection() as connection:
+        with self.connection() as connection, ExitStack() as cursors:
             driver: Any = connection.connection.driver_connection
-            yield PostgresColumns(driver)
+            yield PostgresColumns(driver, cursors)
 
     @contextmanager
     def creation(self) -> Iterator[Connection]:
@@ -180,10 +180,15 @@ class PostgresDatabase(Database):
 
 
 class PostgresColumns:
-    """The columns of a store on a server, on a connection that only reads."""
+    """The columns of a store on a server.
 
-    def __init__(self, connection: psycopg.Connection) -> None:
-        self._connection = connection
+    Args:
+        connection: One that only reads.
+        cursors: Closes what the server keeps of statements whose rows were not all asked for.
+    """
+
+    def __init__(self, connection: psycopg.Connection, cursors: ExitStack) -> None:
+        self._connection, self._cursors = connection, cursors
 
     def execute(self, statement: str, values: Sequence[Value] = ()) -> psycopg.Cursor[tuple[Any, ...]]:
         """Run a statement and fetch all it returns."""
@@ -191,9 +196,9 @@ class PostgresColumns:
 
     def stream(self, statement: str, values: Sequence[Value] = ()) -> Iterator[tuple[Any, ...]]:
         """Run a statement; its rows stay with the server, which sends a few at a time."""
-        with self._connection.cursor(f"icm_{next(_COUNTER)}") as cursor:
-            cursor.itersize = _FEW
-            yield from cursor.execute(_with_percents(statement), values)
+        cursor = self._cursors.enter_context(self._connection.cursor(f"icm_{next(_COUNTER)}"))
+        cursor.itersize = _FEW
+        return iter(cursor.execute(_with_percents(statement), values))
 
     def in_any_case(self, column: str) -> str:
         """Return what the index of the names is of: `registry.schema.in_any_case` too."""

@@ -77,10 +77,11 @@ def seal(connection: Connection) -> None:
 def wrong_in(connection: Connection, table: Table, fields: Sequence[str]) -> Iterator[tuple[Any, ...]]:
     """As `Database._wrong_in`: yield what is wrong with each wrong row of a table, and some fields of it."""
     query = f"SELECT {', '.join(fields)}, {with_check(table.name, 'own')} FROM {table.name} AS own"  # noqa: S608
-    for values in connection.execution_options(yield_per=_FEW).exec_driver_sql(query):
-        fact = what_is_wrong(table.name, values[len(fields) :])
-        if fact is not None:
-            yield fact, *values[: len(fields)]
+    with connection.execution_options(yield_per=_FEW).exec_driver_sql(query) as found:
+        for values in found:
+            fact = what_is_wrong(table.name, values[len(fields) :])
+            if fact is not None:
+                yield fact, *values[: len(fields)]
 
 
 def with_check(table: str, row: str) -> str:

@@ -65,8 +65,8 @@ _COMPARED: dict[str, Callable[[Any, Any], bool]] = {
 
 def _test(one: Filter, statement: _Statement) -> _Test:
     if one.operator == "!=":
-        test = _test(Filter(one.field, "=", one.value), statement)
-        return lambda row: not test(row)
+        is_equal = _test(Filter(one.field, "=", one.value), statement)
+        return lambda row: not is_equal(row)
     compared, wanted = _COMPARED[one.operator], one.value
     if one.field.name == "base":
         names = statement.names_of_base()
@@ -234,14 +234,7 @@ _EXTRAS = """
 WHERE extras.adapter_id = final.id)"""
 _ERROR = "CASE WHEN codes.residual_id IS NULL THEN codes.dw_error ELSE codes.residual_error END"
 _SIZES = ("final", "weights", "config", "card")
-_STATES = (
-    "final.evicted_at",
-    "pinned",
-    "codes.id",
-    "final.description_id",
-    "tasks.base_model_id",
-    "final.is_generated",
-)
+_STATES = ("evicted_at", "pinned", "codes.id", "description_id", "tasks.base_model_id", "is_generated")
 _FIELDS = {
     "name": _Field(("tasks.name",), (), _text),
     "base": _Field(("tasks.base_model_id",), (), _base),

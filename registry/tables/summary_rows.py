@@ -78,7 +78,8 @@ SELECT tasks.name, view, support_set, extractor_id, blobs.digest, dim, task_vect
 FROM task_vectors JOIN tasks ON tasks.id = task_id JOIN blobs ON blobs.id = blob_id
 WHERE {own} ORDER BY {name}, extractor_id, view, support_set"""
 _VECTOR_FILES = """
-SELECT task_id, digest FROM (SELECT DISTINCT task_id, blob_id FROM task_vectors) AS own JOIN blobs ON blobs.id = blob_id"""
+SELECT task_id, digest
+FROM (SELECT DISTINCT task_id, blob_id FROM task_vectors) AS own JOIN blobs ON blobs.id = blob_id"""
 # A row without a check is damaged, so nothing that is derived from it has this stamp.
 _STAMPED = (
     "SELECT coalesce(crc, 0) FROM task_vectors ORDER BY task_id, view, support_set, extractor_id",
@@ -143,7 +144,7 @@ def names(columns: Columns, numbers: Sequence[int]) -> list[str]:
     """Return the names of tasks, in their order; those that are gone are left out."""
     of = _listed(numbers)
     check_rows(columns, "tasks", f"id IN ({of})")
-    name_of = dict(columns.execute(f"SELECT id, name FROM tasks WHERE id IN ({of})"))  # noqa: S608
+    name_of: dict[int, str] = dict(columns.execute(f"SELECT id, name FROM tasks WHERE id IN ({of})"))  # noqa: S608
     return [name_of[number] for number in numbers if number in name_of]
 
 
