@@ -12,8 +12,12 @@ from icmlora.io.text import counted, human_size
 
 _UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
 
-OlderThanOpt = Annotated[
-    str | None, option("--older-than AGE", "Delete only files older than this, such as 30m or 7d; by default 1h.")
+GraceOpt = Annotated[
+    str | None,
+    option(
+        "--grace --older-than AGE",
+        "Delete only files older than this, such as 30m or 7d. Default: 1h, and 24h in an object store.",
+    ),
 ]
 
 EmptyOpt = Annotated[
@@ -24,7 +28,7 @@ EmptyOpt = Annotated[
 @command
 def prune(
     session: Session,
-    older_than: OlderThanOpt = None,
+    grace: GraceOpt = None,
     empty_quarantine: EmptyOpt = False,
     dry_run: DryRunOpt = False,
     yes: YesOpt = False,
@@ -35,7 +39,7 @@ def prune(
     should they be missed after all, copy them back. --empty-quarantine deletes them for good. Nothing is deleted while
     `icm verify` finds the database damaged.
 
-    This changes nothing that `icm ls` shows. Files younger than --older-than stay, so a running `icm ingest` is safe
+    This changes nothing that `icm ls` shows. Files younger than --grace stay, so a running `icm ingest` is safe
     even on file systems without locks.
 
     Example:
@@ -44,8 +48,8 @@ def prune(
     from icmlora.fleet.tasks.verify import prune
 
     out, context = session.out, session.context
-    grace = None if older_than is None else seconds(older_than)
-    report = prune(context, grace=grace, empty_quarantine=empty_quarantine, dry_run=True)
+    least = None if grace is None else seconds(grace)
+    report = prune(context, grace=least, empty_quarantine=empty_quarantine, dry_run=True)
     files = "file" if empty_quarantine else "temporary file"
     what = f"{counted(report.blobs, 'blob')} and {counted(report.temporary_files, files)}"
     aside = counted(report.set_aside, "file of a code or of weights", "files of codes and weights")
@@ -54,7 +58,7 @@ def prune(
     question = f"Delete {what} ({human_size(report.freed_bytes)})"
     question += f" and set {aside} aside ({human_size(report.set_aside_bytes)})?" if report.set_aside else "?"
     if found and not dry_run and out.confirm(question, yes=yes):
-        report = prune(context, grace=grace, empty_quarantine=empty_quarantine)
+        report = prune(context, grace=least, empty_quarantine=empty_quarantine)
         deleted = True
     out.document(
         {

@@ -93,7 +93,7 @@ def test_while_the_bucket_is_away_nothing_is_written_and_one_error_says_so(
 ) -> None:
     server.faults = [Fault("", float("inf"), before=refuses(503))]
     ran = icm("ingest", tmp_path / "loras", "--no-vectors", "--json")
-    assert ran.code == 1
+    assert ran.code == 18
     assert "s3://icm/" in ran.error["message"]
     server.faults = []
     assert icm("ls", "-q").out.split() == []

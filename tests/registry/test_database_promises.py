@@ -60,7 +60,8 @@ class TestPostgres(DatabasePromises):
         database = PostgresDatabase(self.url, command="icm", read_only=read_only, patience=Patience(patience))
         self.opened.append(database)
         if same_as is None:
-            database.create()
+            with database.creation():
+                pass
         return database
 
     def damage(self, database: Database, statement: str) -> None:

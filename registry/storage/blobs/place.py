@@ -54,7 +54,7 @@ def settle(paths: StorePaths, address: str) -> None:
     far_blobs(paths, address).claim()
 
 
-def far_blobs(paths: StorePaths, asked: str | None) -> FarBackend:
+def far_blobs(paths: StorePaths, asked: str | None = None) -> FarBackend:
     """Return what keeps the blobs of a store that has the file BLOBS, which may be `asked` to be at an address.
 
     Raises:
