@@ -180,7 +180,8 @@ def _written_out(char: str) -> str:
 # As others write it: MLflow's users name SQLAlchemy's driver too, hosts of databases say `postgres`.
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 _POSTGRES = ("postgresql", "postgres", "postgresql+psycopg")
-_SECRETS = re.compile(r"(?<=://)[^/?#]*@|(?<=[?&])(password|sslpassword|user)=[^&#]*")
+_CREDENTIALS = re.compile(r"(?<=://)[^/]*@")
+_SECRET = ("user", "password", "sslpassword")
 
 
 @dataclass(frozen=True)
@@ -196,7 +197,7 @@ class DatabaseUrl:
     secret: str = field(repr=False)
 
     def __str__(self) -> str:
-        return _SECRETS.sub("", self.secret)
+        return _without_credentials(self.secret)
 
 
 Address = Path | DatabaseUrl
@@ -221,4 +222,10 @@ def address_of(text: str | Path | DatabaseUrl) -> Address:
     if match[1].lower() in _POSTGRES:
         return DatabaseUrl(f"postgresql://{text[match.end() :]}")
     hint = "name a folder, or postgresql://HOST/DATABASE; `icm init` puts the bytes of a store into an object store"
-    raise NotAStore(f"{_SECRETS.sub('', text)} cannot be a store", hint=hint)
+    raise NotAStore(f"{_without_credentials(text)} cannot be a store", hint=hint)
+
+
+def _without_credentials(address: str) -> str:
+    place, _, query = _CREDENTIALS.sub("", address).partition("?")
+    kept = [part for part in query.split("&") if part and part.partition("=")[0] not in _SECRET]
+    return f"{place}?{'&'.join(kept)}" if kept else place

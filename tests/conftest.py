@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from tests.pg_server import pg_server
 from tests.rewriting import moved
 from tests.s3_server import CannotStart, S3Server, s3_server
 from tests.shared import built_once
@@ -185,3 +186,11 @@ def _make_bucket(server: S3Server) -> None:
         for name, value in server.environment.items():
             patch.setenv(name, value)
         connect("s3://icm/first", "tests").claim()
+
+
+@pytest.fixture(scope="session")
+def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a real PostgreSQL; what needs it says why it was skipped where there is none."""
+    pytest.importorskip("psycopg", reason="psycopg is not installed: pip install 'icm-lora[team]'")
+    with pg_server(tmp_path_factory.mktemp("pg")) as url:
+        yield url

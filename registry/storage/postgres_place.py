@@ -41,14 +41,14 @@ def is_there(connection: Connection) -> bool:
 
 def find(connection: Connection, where: str) -> Place | None:
     """Return the place, None if there is no store; raise `DamagedStore` if the row is not as it was written."""
-    row = connection.execute(select(TABLE)).one_or_none() if is_there(connection) else None
-    if row is None:
+    rows = connection.execute(select(TABLE)).all() if is_there(connection) else []
+    if not rows:
         return None
-    place = Place(row.number, row.blobs)
-    if row.crc != check_of(TABLE.name, *place):
+    found = [Place(row.number, row.blobs) for row in rows if row.crc == check_of(TABLE.name, row.number, row.blobs)]
+    if len(found) != len(rows) or len(found) > 1:
         fact = f"{where}: the row of {TABLE.name} does not have the values that it was written with"
         raise DamagedStore(fact, path=where, hint=DAMAGE_HINT)
-    return place
+    return found[0]
 
 
 def add(connection: Connection, blobs: str) -> Place:

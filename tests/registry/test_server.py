@@ -1,0 +1,131 @@
+"""A store in PostgreSQL is made once, says where its bytes are, and is refused where that is not what it was."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from registry.errors import DamagedStore, NotAStore, StoreAway, StoreNotFound
+from registry.storage.blobs.shared import SharedBackend
+from registry.store import Store
+from tests.pg_server import new_database
+from tests.registry.examples import ingest
+
+
+@pytest.fixture
+def url(postgres: str) -> str:
+    return new_database(postgres)
+
+
+def made(url: str, blobs: Path) -> Store:
+    return Store.open(url, create=True, blobs=str(blobs))
+
+
+def execute(url: str, statement: str) -> None:
+    import psycopg
+
+    with psycopg.connect(url, autocommit=True) as connection:
+        connection.execute(statement)
+
+
+def test_everybody_else_needs_the_address_alone(url: str, tmp_path: Path) -> None:
+    with made(url, tmp_path / "blobs") as store:
+        ingest(store, "rust")
+    with Store.open(url) as store:
+        assert store.blobs.read(store.tasks.final("rust").weights) == b"weights of rust"
+        assert store.blobs.home == str(tmp_path / "blobs")
+        assert list(store.verify(read_data=True)) == []
+
+
+@pytest.mark.parametrize("create", [False, True])
+def test_an_empty_database_is_no_store_unless_it_is_said_where_the_bytes_are_to_be(url: str, create: bool) -> None:
+    with pytest.raises(StoreNotFound) as error:
+        Store.open(url, create=create)
+    assert "icm init" in (error.value.hint or "")
+
+
+def test_a_store_that_is_made_again_is_found(url: str, tmp_path: Path) -> None:
+    with made(url, tmp_path / "blobs") as store:
+        ingest(store, "rust")
+    with made(url, tmp_path / "blobs") as store:
+        assert store.listing.names() == ["rust"]
+
+
+def test_a_store_does_not_move_its_bytes(url: str, tmp_path: Path) -> None:
+    made(url, tmp_path / "blobs").close()
+    with pytest.raises(NotAStore, match="with its bytes at"):
+        made(url, tmp_path / "elsewhere")
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_what_is_no_place_for_bytes_leaves_the_database_as_it_was(url: str) -> None:
+    with pytest.raises(NotAStore):
+        Store.open(url, create=True, blobs="relative/folder")
+    with pytest.raises(StoreNotFound):
+        Store.open(url)
+
+
+def test_many_that_make_one_store_at_once_make_one(url: str, tmp_path: Path) -> None:
+    def one(number: int) -> None:
+        with made(url, tmp_path / "blobs") as store:
+            ingest(store, f"task-{number}")
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(one, range(4)))
+    with Store.open(url) as store:
+        assert store.listing.count() == 4
+
+
+def test_a_store_that_was_half_made_is_made_again(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(backend: SharedBackend) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SharedBackend, "claim", killed)
+        with pytest.raises(KeyboardInterrupt):
+            made(url, tmp_path / "blobs")
+    with pytest.raises(StoreAway), Store.open(url) as store:
+        store.blobs.put(b"bytes")
+    with made(url, tmp_path / "blobs") as store:
+        ingest(store, "rust")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "blobs = '/tmp/blobs'",
+        "blobs = blobs || 'x'",
+        "number = reverse(number)",
+        "crc = crc # 1",
+        "crc = crc # (1 << 30)",
+    ],
+)
+def test_an_address_that_has_changed_on_its_own_is_not_followed(url: str, tmp_path: Path, change: str) -> None:
+    made(url, tmp_path / "blobs").close()
+    execute(url, f"UPDATE place SET {change}")
+    with pytest.raises(DamagedStore, match="row of place"):
+        Store.open(url)
+
+
+def test_a_second_row_that_says_where_bytes_are_is_damage(url: str, tmp_path: Path) -> None:
+    made(url, tmp_path / "blobs").close()
+    execute(url, "INSERT INTO place SELECT number || 'x', blobs, changes, crc FROM place")
+    with pytest.raises(DamagedStore):
+        Store.open(url)
+
+
+def test_who_writes_is_seen_by_those_who_serve_once_it_is_committed(url: str, tmp_path: Path) -> None:
+    from registry.storage.locks import Patience
+    from registry.storage.postgres import PostgresDatabase
+
+    watching = PostgresDatabase(url, command="watch", read_only=True, patience=Patience(0.0))
+    with made(url, tmp_path / "blobs") as store:
+        before = watching.changes()
+        store.blobs.put(b"bytes")
+        store.listing.count()
+        assert watching.changes() == before
+        ingest(store, "rust")
+        assert watching.changes() > before
+    watching.close()
