@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from icm_cli.config import config_file, log_file
-from icm_cli.errors import ExitCode, UsageProblem
+from icm_cli.errors import ExitCode
 from icm_cli.options import option
 from icm_cli.session import Session, command
 from icmlora.io.text import human_size
@@ -76,10 +76,7 @@ def path_of(session: Session, what: What) -> Path:
         return config_file()
     if what == "log":
         return log_file()
-    store = session.context.address
-    if not isinstance(store, Path):
-        raise UsageProblem(f"the store {store} is no folder", hint="`icm doctor` says where its bytes are")
-    return store / {"store": "", "db": "registry.db", "blobs": "blobs"}[what]
+    return session.context.path / {"store": "", "db": "registry.db", "blobs": "blobs"}[what]
 
 
 def _shown(name: str, value: str | int | Card | None) -> str:

@@ -136,6 +136,13 @@ class Context:
     patience: Patience | None = field(default=None, compare=False)  # what is left of the timeout, within a command
 
     @property
+    def path(self) -> Path:
+        """The folder of the store; raises `DataError` if it is in a database."""
+        if not isinstance(self.address, Path):
+            raise DataError(f"the store {self.address} is no folder", hint="this works on a store in a folder only")
+        return self.address
+
+    @property
     def cache(self) -> Path:
         """The folder for files that can be created again; it need not exist."""
         return self.cache_folder if isinstance(self.cache_folder, Path) else self.cache_folder()

@@ -388,7 +388,7 @@ def _open_target(
 
         if not isinstance(context.address, Path):
             raise
-        check_place(context.address)
+        check_place(context.path)
         yield make(None)
         return
     with store:
