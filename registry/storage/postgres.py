@@ -6,6 +6,8 @@ cannot commit what they protected. So it is never opened a second time. What onl
 A copy of the process, made by a fork, has the same sockets: its first word, or its goodbye, would end the session of
 the other one. So its ends are cut as soon as it begins, and it opens the store anew, if at all.
 
+alembic's table says which schema the tables have; older ones are moved forward when the store is opened.
+
 One process writes at a time, as in SQLite: a transaction that writes begins with a lock, and sees all that was
 committed before it got that. So what `registry.tables` decides by what it has read stays true until it commits.
 """
@@ -28,14 +30,22 @@ from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import QueuePool
 
-from registry.errors import DamagedStore, NotAStore, RegistryError, StoreAway, StoreFull, StoreLocked, StoreReadOnly
+from registry.errors import (
+    DamagedStore,
+    NotAStore,
+    RegistryError,
+    StoreAway,
+    StoreFull,
+    StoreLocked,
+    StoreNotFound,
+    StoreReadOnly,
+)
 from registry.names import DatabaseUrl
 from registry.row_checks import COLUMNS_OF, Value
-from registry.schema import Base
 from registry.storage import postgres_place
 from registry.storage.database import DAMAGE_HINT, Damage, Database
 from registry.storage.locks import Patience
-from registry.storage.postgres_checks import guard, install, seal, what_is_wrong, with_check, wrong_in
+from registry.storage.postgres_checks import guard, install, remove, seal, what_is_wrong, with_check, wrong_in
 
 _CONNECTING = 10  # seconds
 # A peer that is gone is noticed within a minute, on this side as by the server, which then gives its locks away.
@@ -64,6 +74,8 @@ class PostgresDatabase(Database):
         read_only: Refuse writes.
         patience: How long to wait for commits of others.
     """
+
+    first_schema = 9  # that of icm 0.10
 
     def __init__(self, url: str, *, command: str, read_only: bool, patience: Patience) -> None:
         super().__init__(masked(url), masked(url), read_only=read_only, patience=patience)
@@ -100,20 +112,42 @@ class PostgresDatabase(Database):
             yield PostgresColumns(driver, cursors)
 
     @contextmanager
-    def creation(self) -> Iterator[Connection]:
-        """Make the tables, unless they are there, and yield the transaction of it."""
-        with self._errors(), self.only.begin() as connection:
-            connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _WRITING})
-            if connection.scalar(text("SELECT to_regclass('tasks') IS NULL")):
-                Base.metadata.create_all(connection)
-                install(connection)
-                postgres_place.TABLE.create(connection)
+    def changing_tables(self) -> Iterator[Connection]:
+        """Open a transaction that holds the lock to write, and writes no checks of rows; leaving the block commits."""
+        with self._errors(), self._writer.execution_options(icm_guarded=False).begin() as connection:
             yield connection
 
-    def find_place(self) -> postgres_place.Place | None:
-        """Return the number of the store and where its blobs are; None if there is no store."""
+    @contextmanager
+    def creation(self) -> Iterator[Connection]:
+        """Make the tables, unless they are there, and yield the transaction of it."""
+        from registry.storage.migrations import make_tables
+
+        with self.changing_tables() as connection:
+            if connection.scalar(text("SELECT to_regclass('alembic_version') IS NULL")):
+                make_tables(connection)
+                postgres_place.TABLE.create(connection)
+                install(connection)
+            else:
+                self.schema(connection)
+            yield connection
+
+    def schema(self, connection: Connection) -> int:
+        """Return the schema of the tables; raise if it is none that this program reads or moves forward."""
+        noted = connection.scalars(text("SELECT version_num FROM alembic_version")).all()
+        if len(noted) != 1 or not noted[0].isdecimal():
+            fact = f"alembic_version at {self.place} has {', '.join(noted) or 'nothing'}, which is no schema of icm"
+            hint = "give the store a database of its own: other programs that use alembic have this table too"
+            raise NotAStore(fact, path=self.place, hint=hint)
+        self.check_schema(int(noted[0]))
+        return int(noted[0])
+
+    def find_place(self) -> postgres_place.Place:
+        """Return the number of the store and where its blobs are."""
         with self.connection() as connection:
-            return postgres_place.find(connection, self.place)
+            place = postgres_place.find(connection, self.place)
+        if place is None:
+            raise DamagedStore(f"{self.place} has lost the row of place", path=self.place, hint=DAMAGE_HINT)
+        return place
 
     def changes(self) -> int:
         """Return how many transactions have written to the store."""
@@ -151,7 +185,9 @@ class PostgresDatabase(Database):
             limit = {"limit": f"{math.ceil(1000 * wait) or 1}ms"}
             connection.execute(text("SELECT set_config('lock_timeout', :limit, true)"), limit)
             connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _WRITING})
-        guard(connection)
+        if connection.get_execution_options().get("icm_guarded", True):
+            self.schema(connection)  # a newer icm may have moved it since it was opened: it has other checks of rows
+            guard(connection)
 
     def _seal(self, session: Session) -> None:
         session.flush()
@@ -172,7 +208,8 @@ class PostgresDatabase(Database):
         if state in ("XX001", "XX002"):
             return DamagedStore(fact, path=self.place, hint=DAMAGE_HINT)
         if state == "42P01":
-            return NotAStore(f"there is no store at {self.place}", path=self.place)
+            hint = "`icm init --blobs s3://BUCKET/PREFIX` makes one; --store or ICM_STORE says where"
+            return StoreNotFound(f"there is no store at {self.place}", path=self.place, hint=hint)
         if isinstance(error, psycopg.OperationalError | psycopg.InterfaceError):
             return _away(self._url, error)
         return None
@@ -320,3 +357,24 @@ def connection_errors(url: str) -> Iterator[None]:
 def _away(url: str, error: BaseException) -> RegistryError:
     fact = " ".join(str(error).split())[:300]
     return StoreAway(f"{masked(url)}: {fact}", path=masked(url), hint=_AWAY_HINT)
+
+
+def migrate(database: PostgresDatabase) -> None:
+    """Bring the tables to the newest schema.
+
+    Raises:
+        StoreNotFound: There are none.
+        NotAStore: They are another program's.
+    """
+    with database.connection() as connection:
+        if database.schema(connection) == database.newest_schema:
+            return
+    from registry.storage.migrations import move_tables
+
+    with database.changing_tables() as connection:
+        # Read again under the lock to write: if many processes open an old store at once, one of them migrates it.
+        schema = database.schema(connection)
+        if schema < database.newest_schema:
+            remove(connection)
+            move_tables(connection, schema, database.place)
+            install(connection)
