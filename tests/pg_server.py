@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from unittest import mock
 from uuid import uuid4
@@ -29,14 +29,24 @@ def pg_server(folder: Path) -> Iterator[str]:
         server.cleanup()
 
 
-def new_database(server: str) -> str:
-    """Make an empty database and return its address."""
+def new_database(server: str, name: str = "") -> str:
+    """Make an empty database and return its address; one that is known by its name may be there."""
+    import psycopg
+    from psycopg.errors import DuplicateDatabase, UniqueViolation
+
+    name = name or f"icm_{uuid4().hex}"
+    with psycopg.connect(server, autocommit=True) as connection, suppress(DuplicateDatabase, UniqueViolation):
+        connection.execute(f"CREATE DATABASE {name}".encode())
+    return server.replace("/postgres?", f"/{name}?")
+
+
+def drop_database(server: str, url: str) -> None:
+    """Remove a database that `new_database` made, whoever is connected to it."""
     import psycopg
 
-    name = f"icm_{uuid4().hex}"
+    name = url.rpartition("?")[0].rpartition("/")[2]
     with psycopg.connect(server, autocommit=True) as connection:
-        connection.execute(f"CREATE DATABASE {name}")
-    return server.replace("/postgres?", f"/{name}?")
+        connection.execute(f"DROP DATABASE {name} WITH (FORCE)".encode())
 
 
 def dump(url: str) -> str:
