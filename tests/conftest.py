@@ -6,6 +6,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 from hypothesis import settings
@@ -189,8 +190,9 @@ def _make_bucket(server: S3Server) -> None:
 
 
 @pytest.fixture(scope="session")
-def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def postgres() -> Iterator[str]:
     """The address of a real PostgreSQL; what needs it says why it was skipped where there is none."""
     pytest.importorskip("psycopg", reason="psycopg is not installed: pip install 'icm-lora[team]'")
-    with pg_server(tmp_path_factory.mktemp("pg")) as url:
+    # The server runs as another user, and each run of pytest closes the folder of all runs to others.
+    with TemporaryDirectory(prefix="icm-pg-") as folder, pg_server(Path(folder)) as url:
         yield url
