@@ -13,9 +13,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
-from registry.errors import DamagedRow, DamagedStore, RegistryError, StoreReadOnly
+from registry.errors import DamagedRow, DamagedStore, RegistryError, StoreReadOnly, StoreTooNew, StoreTooOld
 from registry.row_checks import Value, WrongRow, find_wrong_rows, find_wrong_tasks
 from registry.values import UnreadableValue
 
@@ -28,6 +28,10 @@ if TYPE_CHECKING:
     from registry.storage.locks import Patience
 
 DAMAGE_HINT = "`icm verify` says what is damaged, and what mends it"
+_TOO_OLD_HINT = (
+    "ingest the adapters again from their folders into a new store (--store). Of adapters that only this one has, the "
+    "icm that wrote it makes folders with `icm materialize`"
+)
 
 
 @dataclass(frozen=True)
@@ -95,7 +99,14 @@ class Database(ABC):
         root: Where the store is, for messages.
         read_only: Refuse writes.
         patience: How long to wait for others; what is waited for the lock to write is taken from it.
+
+    Attributes:
+        first_schema: The oldest that is moved forward.
     """
+
+    first_schema: ClassVar[int]
+    newest_schema: ClassVar = 9
+    """The schema that this program reads and writes: the newest revision in `registry.storage.migrations`."""
 
     def __init__(self, place: str, root: str, *, read_only: bool, patience: Patience) -> None:
         self.place, self._root = place, root
@@ -147,6 +158,15 @@ class Database(ABC):
         """Raise `StoreReadOnly` if the store was opened read-only."""
         if self.read_only:
             raise StoreReadOnly(f"the store {self._root} was opened read-only", path=self._root)
+
+    def check_schema(self, schema: int) -> None:
+        """Raise `StoreTooNew` or `StoreTooOld` unless a schema is this program's, or one to move forward."""
+        if schema > self.newest_schema:
+            fact = f"{self.place} has schema {schema}, this icm knows {self.newest_schema}"
+            raise StoreTooNew(fact, path=self.place, hint="use the icm that wrote it, or a newer one")
+        if schema < self.first_schema:
+            fact = f"{self.place} has schema {schema}; this icm begins with schema {self.first_schema}"
+            raise StoreTooOld(fact, path=self.place, hint=_TOO_OLD_HINT)
 
     @contextmanager
     def read(self) -> Iterator[Session]:

@@ -3,6 +3,8 @@
 A process has one connection that holds its locks and makes its writes: whoever has lost it has lost the locks, and
 cannot commit what they protected. So it is never opened a second time. What only reads has connections of its own.
 
+alembic's table says which schema the tables have; older ones are moved forward when the store is opened.
+
 One process writes at a time, as in SQLite: a transaction that writes begins with a lock, and sees all that was
 committed before it got that. So what `registry.tables` decides by what it has read stays true until it commits.
 """
@@ -26,11 +28,10 @@ from sqlalchemy.pool import QueuePool
 from registry.errors import DamagedStore, NotAStore, RegistryError, StoreAway, StoreFull, StoreLocked, StoreReadOnly
 from registry.names import DatabaseUrl
 from registry.row_checks import COLUMNS_OF, Value
-from registry.schema import Base
 from registry.storage import postgres_place
 from registry.storage.database import DAMAGE_HINT, Damage, Database
 from registry.storage.locks import Patience
-from registry.storage.postgres_checks import guard, install, seal, what_is_wrong, with_check, wrong_in
+from registry.storage.postgres_checks import guard, install, remove, seal, what_is_wrong, with_check, wrong_in
 
 _CONNECTING = 10  # seconds
 # A peer that is gone is noticed within a minute, on this side as by the server, which then gives its locks away.
@@ -58,6 +59,8 @@ class PostgresDatabase(Database):
         read_only: Refuse writes.
         patience: How long to wait for commits of others.
     """
+
+    first_schema = 9  # that of icm 0.10
 
     def __init__(self, url: str, *, command: str, read_only: bool, patience: Patience) -> None:
         super().__init__(masked(url), masked(url), read_only=read_only, patience=patience)
@@ -101,14 +104,9 @@ class PostgresDatabase(Database):
             yield PostgresColumns(driver, cursors)
 
     @contextmanager
-    def creation(self) -> Iterator[Connection]:
-        """Make the tables, unless they are there, and yield the transaction of it."""
-        with self._errors(), self.only.begin() as connection:
-            connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _WRITING})
-            if connection.scalar(text("SELECT to_regclass('tasks') IS NULL")):
-                Base.metadata.create_all(connection)
-                install(connection)
-                postgres_place.TABLE.create(connection)
+    def changing_tables(self) -> Iterator[Connection]:
+        """Open a transaction that holds the lock to write, and writes no checks of rows; leaving the block commits."""
+        with self._errors(), self._writer.begin() as connection:
             yield connection
 
     def find_place(self) -> postgres_place.Place | None:
@@ -286,3 +284,38 @@ def connection_errors(url: str) -> Iterator[None]:
 def _away(url: str, error: BaseException) -> RegistryError:
     fact = " ".join(str(error).split())[:300]
     return StoreAway(f"{masked(url)}: {fact}", path=masked(url), hint=_AWAY_HINT)
+
+
+def migrate(database: PostgresDatabase, *, create: bool = False) -> None:
+    """Bring the tables to the newest schema; `create` makes them where there are none.
+
+    Raises:
+        NotAStore: There are none, or they are another program's.
+    """
+    if not create:
+        with database.connection() as connection:
+            if _schema(connection, database) == database.newest_schema:
+                return
+    from registry.storage.migrations import make_tables, move_tables
+
+    with database.changing_tables() as connection:
+        if create and connection.scalar(text("SELECT to_regclass('alembic_version') IS NULL")):
+            make_tables(connection)
+        else:
+            # Read again under the lock to write: if many processes open an old store, one of them migrates it.
+            schema = _schema(connection, database)
+            if schema == database.newest_schema:
+                return
+            remove(connection)
+            move_tables(connection, schema, database.place)
+        install(connection)
+
+
+def _schema(connection: Connection, database: PostgresDatabase) -> int:
+    noted = connection.scalars(text("SELECT version_num FROM alembic_version")).all()
+    if len(noted) != 1 or not noted[0].isdecimal():
+        fact = f"alembic_version at {database.place} has {', '.join(noted) or 'nothing'}, which is no schema of icm"
+        hint = "give the store a database of its own: other programs that use alembic have this table too"
+        raise NotAStore(fact, path=database.place, hint=hint)
+    database.check_schema(int(noted[0]))
+    return int(noted[0])

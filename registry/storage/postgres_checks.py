@@ -38,7 +38,7 @@ END $$"""
 
 
 def install(connection: Connection) -> None:
-    """Make the triggers of all tables, once for a store."""
+    """Make the triggers of all tables, which have none."""
     for table in Base.metadata.sorted_tables:
         name = table.name
         names = {"table": name, "check": COLUMN, "notes": _NOTES, "old": _texts_of(table, "OLD")}
@@ -46,13 +46,23 @@ def install(connection: Connection) -> None:
             _WRITING.format(**names),
             f"CREATE TRIGGER icm_write BEFORE INSERT OR UPDATE OR DELETE ON {name} FOR EACH ROW "
             f"EXECUTE FUNCTION icm_write_{name}()",
-            f"CREATE INDEX icm_new_{name} ON {name} ({COLUMN}) WHERE {COLUMN} IS NULL",
+            f"CREATE INDEX IF NOT EXISTS icm_new_{name} ON {name} ({COLUMN}) WHERE {COLUMN} IS NULL",
         ):
             connection.exec_driver_sql(statement)
     connection.exec_driver_sql(_COUNTING)
     connection.exec_driver_sql(
         "CREATE TRIGGER icm_count AFTER INSERT OR DELETE ON extras FOR EACH ROW EXECUTE FUNCTION icm_count_extras()"
     )
+
+
+def remove(connection: Connection) -> None:
+    """Remove the triggers of all tables, whichever they are by now: they name columns."""
+    ours = (
+        "SELECT proname FROM pg_proc WHERE proname ~ '^icm_' AND prorettype = 'trigger'::regtype "
+        "AND pronamespace = current_schema()::regnamespace"
+    )
+    for function in connection.exec_driver_sql(ours).scalars().all():
+        connection.exec_driver_sql(f"DROP FUNCTION {function} CASCADE")
 
 
 def guard(connection: Connection) -> None:

@@ -4,7 +4,8 @@ The rollback journal is used, not WAL: SQLite 3.7.0 to 3.51.2 can corrupt a WAL 
 few commits. Writers begin with BEGIN IMMEDIATE, because Python's default transactions lose updates: a transaction
 that reads first and writes later would work from values that another one has replaced.
 
-A store of an older schema is moved forward when it is opened.
+A store of an older schema is moved forward when it is opened. Its number is in the head of the file, which is read
+before anything else: an icm that is older than that refuses the store by it.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from registry import files as fs
 from registry.errors import (
     DamagedRow,
     DamagedStore,
@@ -28,8 +28,6 @@ from registry.errors import (
     StoreIOError,
     StoreLocked,
     StoreReadOnly,
-    StoreTooNew,
-    StoreTooOld,
 )
 from registry.row_checks import REFUSED, Value, add_functions, are_right, first_wrong, is_right, wrong_in
 from registry.storage.database import DAMAGE_HINT, Damage, Database
@@ -62,6 +60,8 @@ _PRAGMAS = (
 
 class SqliteDatabase(Database):
     """The rows of one store in a file."""
+
+    first_schema = 8  # that of icm 0.9
 
     def __init__(
         self, path: Path, *, read_only: bool, patience: Patience, users: Callable[[Path], str] = lambda path: ""
@@ -117,6 +117,9 @@ class SqliteDatabase(Database):
             for answer in connection.exec_driver_sql("PRAGMA integrity_check").scalars():
                 if answer != "ok":
                     yield Damage("database", str(answer))
+            for noted in _noted_schemas(connection):
+                if noted != str(self.newest_schema):
+                    yield Damage("database", f"its schema is {self.newest_schema}, alembic_version says {noted}")
             for table, rowid, parent, _ in connection.exec_driver_sql("PRAGMA foreign_key_check"):
                 place = "a row" if rowid is None else f"row {rowid}"  # not every table has rowids
                 yield Damage("dangling", f"{place} of {table} refers to a row of {parent} that is gone")
@@ -222,83 +225,48 @@ def sqlite_of(connection: Connection) -> sqlite3.Connection:
 
 APPLICATION_ID = 0x69636D31  # "icm1": tells `file` and us what the database is
 
-_TOO_OLD_HINT = (
-    "ingest the adapters again from their folders into a new store (--store). Of adapters that only this one has, the "
-    "icm that wrote it makes folders with `icm materialize`"
-)
 
-
-def _with_new_formats(connection: Connection) -> None:
-    """Move to schema 9: generators, codes, residuals and task vectors are written in other formats from here on.
-
-    No table changes: the number keeps an earlier icm from a store whose codes it would call damaged. Generators and
-    codes stay, for that icm to read: see `icmlora.fleet.older`. Vectors are made again.
-    """
-    if connection.exec_driver_sql("SELECT 1 FROM codes LIMIT 1").first() is not None:
-        _keep_for_earlier_icm(connection)
-    connection.exec_driver_sql("DELETE FROM task_vectors")
-
-
-def _keep_for_earlier_icm(connection: Connection) -> None:
-    """Keep the database as it is, next to it. Nothing here reads that file, and nothing deletes it."""
-    version = connection.exec_driver_sql("PRAGMA user_version").scalar_one()
-    path = Path(connection.exec_driver_sql("PRAGMA database_list").all()[0][2])
-    kept = path.with_name(f"{path.name}.schema-{version}")
-    temporary = kept.with_name(f"{kept.name}.tmp")
-    with fs.store_errors(kept):
-        fs.discard(temporary)
-        fs.write_file(temporary, sqlite_of(connection).serialize(), 0o600)
-        fs.replace(temporary, kept)
-        fs.fsync_dir(kept.parent)
-
-
-FIRST_SCHEMA = 8
-MIGRATIONS: tuple[Callable[[Connection], None], ...] = (_with_new_formats,)
-"""One function for each schema after the first: it gets a connection with the write lock and changes the tables."""
-
-
-def newest() -> int:
-    """Return the schema that this program reads and writes."""
-    return FIRST_SCHEMA + len(MIGRATIONS)
+def _noted_schemas(connection: Connection) -> list[str]:
+    """Return what alembic's table says; no table is there in stores that were made before icm had alembic."""
+    there = "SELECT 1 FROM sqlite_schema WHERE name = 'alembic_version'"
+    if connection.exec_driver_sql(there).first() is None:
+        return []
+    return list(connection.exec_driver_sql("SELECT version_num FROM alembic_version").scalars())
 
 
 def migrate(database: SqliteDatabase, *, create: bool = False) -> None:
     """Bring the database to the newest schema; raise `DamagedStore` if it is old and cannot be written."""
     with database.columns(create=create) as columns:
-        version = _version(columns, database, create=create)
-    if version == newest():
+        schema = _schema(columns, database, create=create)
+    if schema == database.newest_schema:
         return
     # A store that is only to be read is migrated too: no query fits an old schema.
     if not can_be_written(database.path):
         hint = "copy the store to a place that can be written; the first icm command there migrates it"
-        raise DamagedStore(f"{database.path} has the old schema {version}", path=database.path, hint=hint)
-    from registry.schema import Base
+        raise DamagedStore(f"{database.path} has the old schema {schema}", path=database.path, hint=hint)
+    from registry.storage.migrations import make_tables, move_tables
 
     writer = database
     if database.read_only:
         writer = SqliteDatabase(database.path, read_only=False, patience=database.patience)
     with writer.connection(write=True, create=create, guarded=False) as connection:
         # Read again under the write lock: if many processes open an old store at once, one of them migrates it.
-        version = _version(SqliteColumns(sqlite_of(connection)), database, create=create)
-        if version == 0:
-            Base.metadata.create_all(connection)
+        schema = _schema(SqliteColumns(sqlite_of(connection)), database, create=create)
+        if schema == 0:
+            make_tables(connection)
         else:
-            for migration in MIGRATIONS[version - FIRST_SCHEMA :]:
-                migration(connection)
+            move_tables(connection, schema, database.place)
         connection.exec_driver_sql(f"PRAGMA application_id={APPLICATION_ID}")
-        connection.exec_driver_sql(f"PRAGMA user_version={newest()}")
+        connection.exec_driver_sql(f"PRAGMA user_version={database.newest_schema}")
 
 
-def _version(columns: SqliteColumns, database: SqliteDatabase, *, create: bool) -> int:
-    (version,) = columns.execute("PRAGMA user_version").fetchone()
+def _schema(columns: SqliteColumns, database: SqliteDatabase, *, create: bool) -> int:
+    """Return the schema of a database; 0 if it is to be made."""
+    (schema,) = columns.execute("PRAGMA user_version").fetchone()
     (application,) = columns.execute("PRAGMA application_id").fetchone()
-    if version > newest():
-        hint = "use the icm that wrote it, or a newer one"
-        raise StoreTooNew(f"{database.path} has schema {version}, this icm knows {newest()}", hint=hint)
-    is_new = create and version == 0 and application == 0
-    if application != APPLICATION_ID and not is_new:
+    if create and schema == application == 0:
+        return 0
+    if application != APPLICATION_ID:
         raise NotAStore(f"{database.path} is not an icm database", path=database.path)
-    if 0 < version < FIRST_SCHEMA:
-        fact = f"{database.path} has schema {version}; this icm begins with schema {FIRST_SCHEMA}"
-        raise StoreTooOld(fact, path=database.path, hint=_TOO_OLD_HINT)
-    return int(version)
+    database.check_schema(schema)
+    return int(schema)

@@ -1,0 +1,1 @@
+"""A revision for each schema; alembic finds them by their place."""
