@@ -22,6 +22,12 @@ def share_statements() -> None:
     engines._engine = lru_cache(maxsize=16)(_sharing)
 
 
+def forget_statements() -> None:
+    """Let engines that are made from now on compile anew."""
+    _first.clear()
+    engines._engine.cache_clear()
+
+
 def _sharing(*arguments: Any, **options: Any) -> Engine:
     engine: Engine = _made(*arguments, **options)
     if not _first:

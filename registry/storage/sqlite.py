@@ -117,9 +117,8 @@ class SqliteDatabase(Database):
             for answer in connection.exec_driver_sql("PRAGMA integrity_check").scalars():
                 if answer != "ok":
                     yield Damage("database", str(answer))
-            for noted in _noted_schemas(connection):
-                if noted != str(self.newest_schema):
-                    yield Damage("database", f"its schema is {self.newest_schema}, alembic_version says {noted}")
+            if (noted := _noted_schema(connection)) not in (None, str(self.newest_schema)):
+                yield Damage("database", f"its schema is {self.newest_schema}; its table alembic_version says {noted}")
             for table, rowid, parent, _ in connection.exec_driver_sql("PRAGMA foreign_key_check"):
                 place = "a row" if rowid is None else f"row {rowid}"  # not every table has rowids
                 yield Damage("dangling", f"{place} of {table} refers to a row of {parent} that is gone")
@@ -226,12 +225,13 @@ def sqlite_of(connection: Connection) -> sqlite3.Connection:
 APPLICATION_ID = 0x69636D31  # "icm1": tells `file` and us what the database is
 
 
-def _noted_schemas(connection: Connection) -> list[str]:
-    """Return what alembic's table says; no table is there in stores that were made before icm had alembic."""
+def _noted_schema(connection: Connection) -> str | None:
+    """Return what alembic's table says; None if it is not there: the store was made before icm had alembic."""
     there = "SELECT 1 FROM sqlite_schema WHERE name = 'alembic_version'"
     if connection.exec_driver_sql(there).first() is None:
-        return []
-    return list(connection.exec_driver_sql("SELECT version_num FROM alembic_version").scalars())
+        return None
+    noted = connection.exec_driver_sql("SELECT version_num FROM alembic_version").scalars()
+    return ", ".join(map(str, noted)) or "nothing"
 
 
 def migrate(database: SqliteDatabase, *, create: bool = False) -> None:

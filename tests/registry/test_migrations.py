@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import sqlite3
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 
 import pytest
-from sqlalchemy import Connection, create_engine
+from alembic.script import ScriptDirectory
+from sqlalchemy import create_engine
 
-from registry.errors import DamagedStore, NotAStore, StoreFull, StoreTooNew, StoreTooOld
+from registry.errors import DamagedStore, NotAStore, StoreTooNew, StoreTooOld
 from registry.schema import Base
-from registry.storage import sqlite as migrations
+from registry.storage import migrations, sqlite
+from registry.storage.database import Database
 from registry.store import Store
+from tests.registry import next_schema
+from tests.registry.children import run
 from tests.registry.every_row import everything, fill
 from tests.registry.examples import ingest, new_store
-from tests.shared import paths_of
 
 
 def tables_of(connection: sqlite3.Connection) -> dict[str, object]:
@@ -39,31 +43,61 @@ def indexes_of(connection: sqlite3.Connection, table: str) -> Iterator[tuple[obj
         yield (name if origin == "c" else "", unique, partial, str(columns))
 
 
-def schema_of(store: Store) -> int:
-    with closing(sqlite3.connect(paths_of(store).database)) as connection:
-        return int(connection.execute("PRAGMA user_version").fetchone()[0])
+def schema_of(root: Path) -> int:
+    """Return the schema of a store, of which both its places say the same."""
+    with closing(sqlite3.connect(root / "registry.db")) as connection:
+        (schema,) = connection.execute("PRAGMA user_version").fetchone()
+        assert connection.execute("SELECT version_num FROM alembic_version").fetchall() == [(str(schema),)]
+        return int(schema)
 
 
-def test_a_new_store_has_the_tables_that_the_classes_describe(store: Store, tmp_path: Path) -> None:
-    wanted = tmp_path / "wanted.db"
-    engine = create_engine(f"sqlite:///{wanted}")
+def test_a_new_store_has_the_tables_that_the_classes_describe(tmp_path: Path) -> None:
+    new_store(tmp_path / "store").close()
+    engine = create_engine(f"sqlite:///{tmp_path / 'wanted.db'}")
     Base.metadata.create_all(engine)
     engine.dispose()
-    with closing(sqlite3.connect(paths_of(store).database)) as made, closing(sqlite3.connect(wanted)) as described:
-        assert tables_of(made) == tables_of(described)
+    with (
+        closing(sqlite3.connect(tmp_path / "store" / "registry.db")) as made,
+        closing(sqlite3.connect(tmp_path / "wanted.db")) as described,
+    ):
+        tables = tables_of(made)
+        del tables["alembic_version"]
+        assert tables == tables_of(described)
 
 
-def test_a_new_store_has_the_newest_schema(store: Store) -> None:
-    assert schema_of(store) == migrations.newest()
+def test_a_new_store_has_the_newest_schema(tmp_path: Path) -> None:
+    new_store(tmp_path / "store").close()
+    assert schema_of(tmp_path / "store") == Database.newest_schema
 
 
-def add_column(connection: Connection) -> None:
-    connection.exec_driver_sql("ALTER TABLE tasks ADD COLUMN extra VARCHAR")
+def test_the_newest_schema_is_the_one_last_revision() -> None:
+    scripts = ScriptDirectory(str(migrations.HERE))
+    assert scripts.get_heads() == [str(Database.newest_schema)]
+    assert [script.revision for script in scripts.walk_revisions()][-1] == str(sqlite.SqliteDatabase.first_schema)
 
 
-def fail_half_way(connection: Connection) -> None:
-    connection.exec_driver_sql("CREATE TABLE half (id INTEGER)")
-    raise ZeroDivisionError
+def test_revisions_are_found_wherever_icm_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = tmp_path / "100% (a, b): c" / "migrations"
+    place.parent.mkdir()
+    place.symlink_to(migrations.HERE)
+    monkeypatch.setattr(migrations, "HERE", place)
+    monkeypatch.setattr(migrations, "VERSIONS", [place / "versions"])
+    new_store(tmp_path / "store").close()
+    assert schema_of(tmp_path / "store") == Database.newest_schema
+
+
+def test_opening_a_store_of_the_newest_schema_does_without_alembic(tmp_path: Path) -> None:
+    new_store(tmp_path / "store").close()
+
+    def opened() -> None:
+        for name in [name for name in sys.modules if name.partition(".")[0] in ("alembic", "registry")]:
+            del sys.modules[name]
+        from registry.store import Store
+
+        Store.open(tmp_path / "store").close()
+        assert "alembic" not in sys.modules
+
+    assert run(opened) == 0
 
 
 @pytest.fixture
@@ -72,57 +106,98 @@ def old_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, di
     with new_store(tmp_path / "store") as store:
         fill(store)
         known = everything(store)
-    monkeypatch.setattr(migrations, "MIGRATIONS", (*migrations.MIGRATIONS, add_column))
+    next_schema.have_it(monkeypatch, tmp_path / "versions")
     return tmp_path / "store", known
 
 
 @pytest.mark.parametrize("read_only", [True, False])
-def test_an_old_store_keeps_everything(old_store: tuple[Path, dict[str, object]], read_only: bool) -> None:
+def test_an_old_store_keeps_everything(
+    old_store: tuple[Path, dict[str, object]], read_only: bool, tmp_path: Path
+) -> None:
     root, known = old_store
-    with Store.open(root, read_only=read_only) as store:
-        assert schema_of(store) == migrations.newest()
-        assert everything(store) == known
-        assert list(store.verify(read_data=True)) == []
+
+    def check() -> None:
+        next_schema.describe_it()
+        with Store.open(root, read_only=read_only) as store:
+            assert everything(store) == known
+            assert list(store.verify(read_data=True)) == []
+
+    assert run(check) == 0
+    assert schema_of(root) == next_schema.NUMBER
+
+
+def test_a_row_that_was_wrong_before_is_wrong_after(old_store: tuple[Path, dict[str, object]], tmp_path: Path) -> None:
+    root, _ = old_store
+    with closing(sqlite3.connect(root / "registry.db")) as connection, connection:
+        connection.execute("UPDATE tasks SET pinned = 1 - pinned WHERE name = 'rust'")
+
+    def check() -> None:
+        next_schema.describe_it()
+        with Store.open(root) as store:
+            (found,) = store.verify()
+            assert "rust" in found.message or found.tasks == ("rust",)
+
+    assert run(check) == 0
+    assert schema_of(root) == next_schema.NUMBER
+
+
+def test_what_is_written_after_a_column_came_has_right_checks(
+    old_store: tuple[Path, dict[str, object]], tmp_path: Path
+) -> None:
+    root, _ = old_store
+
+    def check() -> None:
+        next_schema.describe_it()
+        with new_store(root) as store:
+            store.tasks.edit(["rust"], note="changed")
+            ingest(store, "new")
+            assert list(store.verify(read_data=True)) == []
+
+    assert run(check) == 0
 
 
 def test_many_commands_move_an_old_store_at_once(old_store: tuple[Path, dict[str, object]]) -> None:
-    root, known = old_store
+    root, _ = old_store
+
+    def opened(_: int) -> None:
+        Store.open(root, read_only=True).close()
+
     with ThreadPoolExecutor(4) as pool:
-        versions = list(pool.map(lambda _: schema_read_from(root), range(4)))
-    assert versions == [migrations.newest()] * 4
-    with Store.open(root, read_only=True) as store:
-        assert everything(store) == known
+        list(pool.map(opened, range(4)))
+    assert schema_of(root) == next_schema.NUMBER
 
 
-def schema_read_from(root: Path) -> int:
-    with Store.open(root, read_only=True) as store:
-        return schema_of(store)
+def test_threads_move_stores_of_their_own_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    roots = [tmp_path / f"store{number}" for number in range(8)]
+    for root in roots:
+        with new_store(root) as store:
+            ingest(store, "rust")
+    next_schema.have_it(monkeypatch, tmp_path / "versions")
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda root: Store.open(root).close(), roots))
+    for root in roots:
+        assert schema_of(root) == next_schema.NUMBER
+        with closing(sqlite3.connect(root / "registry.db")) as connection:
+            assert connection.execute("SELECT extra FROM tasks").fetchall() == [("rust",)]
 
 
-def test_a_migration_that_fails_half_way_leaves_the_old_schema(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    new_store(tmp_path / "store").close()
-    with monkeypatch.context() as patched:
-        patched.setattr(migrations, "MIGRATIONS", (*migrations.MIGRATIONS, fail_half_way))
+def test_a_migration_that_fails_half_way_leaves_the_old_schema(tmp_path: Path) -> None:
+    root = tmp_path / "store"
+    new_store(root).close()
+    with pytest.MonkeyPatch.context() as patch:
+        next_schema.have_it(patch, tmp_path / "versions", next_schema.fail_half_way)
         with pytest.raises(ZeroDivisionError):
-            new_store(tmp_path / "store")
-    with new_store(tmp_path / "store") as store, closing(sqlite3.connect(paths_of(store).database)) as connection:
-        assert schema_of(store) == migrations.newest()
+            new_store(root)
+    new_store(root).close()
+    assert schema_of(root) == Database.newest_schema
+    with closing(sqlite3.connect(root / "registry.db")) as connection:
         assert "half" not in tables_of(connection)
-
-
-def test_a_command_that_only_reads_moves_an_old_store_forward(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with new_store(tmp_path / "store") as store:
-        ingest(store, "shakespeare")
-    monkeypatch.setattr(migrations, "MIGRATIONS", (*migrations.MIGRATIONS, add_column))
-    with Store.open(tmp_path / "store", read_only=True) as store:
-        assert [task.name for task in store.tasks.all()] == ["shakespeare"]
-        assert schema_of(store) == migrations.newest()
 
 
 def test_an_old_store_on_read_only_media_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     new_store(tmp_path / "store").close()
-    monkeypatch.setattr(migrations, "MIGRATIONS", (*migrations.MIGRATIONS, add_column))
-    monkeypatch.setattr(migrations, "can_be_written", lambda path: False)
+    next_schema.have_it(monkeypatch, tmp_path / "versions")
+    monkeypatch.setattr(sqlite, "can_be_written", lambda path: False)
     with pytest.raises(DamagedStore, match="old schema") as refused:
         Store.open(tmp_path / "store", read_only=True)
     assert "copy the store" in str(refused.value.hint)
@@ -130,17 +205,48 @@ def test_an_old_store_on_read_only_media_says_what_to_do(tmp_path: Path, monkeyp
 
 def test_a_full_disk_gives_up_the_reserve_for_the_new_schema(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     new_store(tmp_path / "store").close()
-    reserve = tmp_path / "store" / "reserve"
+    next_schema.have_it(monkeypatch, tmp_path / "versions", next_schema.need_the_reserve)
+    new_store(tmp_path / "store").close()
+    assert schema_of(tmp_path / "store") == next_schema.NUMBER
+    assert not (tmp_path / "store" / "reserve").exists()
 
-    def full(connection: Connection) -> None:
-        add_column(connection)
-        if reserve.exists():
-            raise StoreFull("database or disk is full")
 
-    monkeypatch.setattr(migrations, "MIGRATIONS", (*migrations.MIGRATIONS, full))
+def run_sql(root: Path, *statements: str) -> None:
+    with closing(sqlite3.connect(root / "registry.db")) as connection, connection:
+        for statement in statements:
+            connection.execute(statement)
+
+
+def test_a_store_from_before_alembic_is_opened_and_moved_as_its_file_says(
+    old_store: tuple[Path, dict[str, object]], tmp_path: Path
+) -> None:
+    root, _ = old_store
+    run_sql(root, "DROP TABLE alembic_version")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Database, "newest_schema", next_schema.NUMBER - 1)
+        with new_store(root) as store:
+            assert list(store.verify()) == []
+    new_store(root).close()
+    assert schema_of(root) == next_schema.NUMBER
+
+
+def test_a_schema_that_two_places_do_not_agree_on_is_neither_believed_nor_moved(tmp_path: Path) -> None:
+    root = tmp_path / "store"
+    with new_store(root) as store:
+        fill(store)
+    before = set_pragma(root, "user_version=8")
+    with pytest.raises(DamagedStore, match="has schema 8 in one place and 9 in another"):
+        new_store(root)
+    assert (root / "registry.db").read_bytes() == before
+
+
+@pytest.mark.parametrize("wrong", ["UPDATE alembic_version SET version_num = '8'", "DELETE FROM alembic_version"])
+def test_verify_finds_what_is_wrong_with_the_noted_schema(tmp_path: Path, wrong: str) -> None:
+    new_store(tmp_path / "store").close()
+    run_sql(tmp_path / "store", wrong)
     with new_store(tmp_path / "store") as store:
-        assert schema_of(store) == migrations.newest()
-    assert not reserve.exists()
+        (found,) = store.verify()
+        assert "alembic_version" in found.message
 
 
 def set_pragma(root: Path, pragma: str) -> bytes:
