@@ -1,11 +1,11 @@
 """Write a store and a bundle with this icm, for every later one to open: `python -m tests.golden.build /srv/fleet`.
 
-    tests/golden/schema-8/store.tar.gz     a store with an original, a pinned one with a residual, and an evicted one
-    tests/golden/schema-8/fleet.icm        a bundle of the same tasks
-    tests/golden/schema-8/adapters/        what its tasks materialize to
+    tests/golden/icm-0.9.0/store.tar.gz     a store with an original, a pinned one with a residual, and an evicted one
+    tests/golden/icm-0.9.0/fleet.icm        a bundle of the same tasks
+    tests/golden/icm-0.9.0/adapters/        what its tasks materialize to
 
 The folder of the adapters is named on the command line, and made for the moment: a store notes where they came from.
-What is there is never written again: a new schema or version of bundles gets a folder of its own.
+What a release wrote is never written again: each version gets a folder of its own.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ from __future__ import annotations
 import shutil
 import sys
 import tarfile
+from importlib.metadata import version
 from pathlib import Path
 
-from registry.storage.sqlite import newest
 from tests.cli.tiny_fleet import build_ingested, icm_quietly, train_store
 from tests.icmlora.tiny_base import LABEL
 
 HERE = Path(__file__).parent
+WRITTEN = HERE / f"icm-{version('icm-lora')}"
 TASKS = {"poems": "code", "rules": "original", "silent": "residual"}
 """The tasks, each with the source that its adapter is kept from."""
 
@@ -55,7 +56,7 @@ def _plain(member: tarfile.TarInfo) -> tarfile.TarInfo | None:
 
 
 if __name__ == "__main__":
-    target, work = HERE / f"schema-{newest()}", Path(sys.argv[1])
+    target, work = WRITTEN, Path(sys.argv[1])
     if target.exists() or work.exists():
         sys.exit(f"{target} or {work} is there already, and stays as it is")
     try:

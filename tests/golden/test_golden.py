@@ -1,7 +1,7 @@
 """Stores and bundles that earlier versions wrote are opened, moved forward, and give the same adapters.
 
-Schema 8 has generators and codes of a format that is not read any more: its originals are used as before, its codes are
-left to the icm that wrote them.
+icm 0.9 has generators and codes of a format that is not read any more: originals are used as before, codes are left to
+the icm that wrote them.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ import torch
 from safetensors.torch import load_file
 
 from icm_cli.errors import ExitCode
-from registry.storage.sqlite import FIRST_SCHEMA, newest
+from registry.storage.sqlite import SqliteDatabase
 from tests.cli.conftest import Ran
-from tests.golden.build import HERE, TASKS
+from tests.golden.build import HERE, TASKS, WRITTEN
 
 Icm = Callable[..., Ran]
-VERSIONS = sorted((folder.name for folder in HERE.glob("schema-*")), key=lambda name: int(name.split("-")[1]))
-OLDER = "schema-8"
-"""The schema whose codes have an older format."""
+VERSIONS = sorted(folder.name for folder in HERE.glob("icm-*"))
+OLDER = "icm-0.9.0"
+"""The version whose codes have an older format."""
 WEIGHTS = "adapter_model.safetensors"
 
 
@@ -86,15 +86,15 @@ def test_its_bundle_gives_the_same_adapters(icm: Icm, golden: Path, tmp_path: Pa
     check(tmp_path / "poems", golden / "adapters" / "poems", exact=False)
 
 
-def test_there_is_one_of_the_schema_in_use() -> None:
-    """`python -m tests.golden.build` writes it, once a schema is settled."""
-    assert f"schema-{newest()}" in VERSIONS
+def test_there_is_one_of_this_version() -> None:
+    """`python -m tests.golden.build` writes it when a version is released."""
+    assert WRITTEN.name in VERSIONS
 
 
 def test_a_schema_from_before_the_first_release_is_refused_with_the_way_out(icm: Icm, tmp_path: Path) -> None:
     unpacked(OLDER, tmp_path)
     with closing(sqlite3.connect(tmp_path / "store" / "registry.db")) as connection:
-        connection.execute(f"PRAGMA user_version={FIRST_SCHEMA - 1}")
+        connection.execute(f"PRAGMA user_version={SqliteDatabase.first_schema - 1}")
     for command in ("ls", "verify", "train"):
         ran = icm(command)
         assert ran.code == ExitCode.OTHER_VERSION
@@ -107,7 +107,7 @@ def test_a_schema_from_before_the_first_release_is_refused_with_the_way_out(icm:
 
 @pytest.fixture
 def older(tmp_path: Path) -> Path:
-    """A copy of the store of schema 8 at the default place, with a pinned task and an evicted one."""
+    """A copy of the store of icm 0.9 at the default place, with a pinned task and an evicted one."""
     unpacked(OLDER, tmp_path)
     return tmp_path / "store"
 

@@ -47,6 +47,14 @@ def fail_half_way() -> None:
     raise ZeroDivisionError
 
 
+def commit_half_way() -> None:
+    """Do what no revision may."""
+    connection = op.get_bind()
+    op.add_column("tasks", Column("extra", String))
+    connection.exec_driver_sql("COMMIT")
+    connection.exec_driver_sql("BEGIN")
+
+
 def need_the_reserve() -> None:
     """Add a column where there is room for it, once the reserve is gone."""
     path = Path(op.get_bind().exec_driver_sql("PRAGMA database_list").all()[0][2])

@@ -12,17 +12,21 @@ from registry import errors
 SOURCES = sorted(Path(registry.__file__).parent.rglob("*.py"))
 
 
-def test_opening_a_store_imports_no_tensor_library(tmp_path: Path) -> None:
-    script = f"""
+SCRIPT = """
 import sys
 from pathlib import Path
 from registry.store import Store
-with Store.open(Path({str(tmp_path / "store")!r}), create=True) as store:
+with Store.open(Path({root!r}), create=True) as store:
     list(store.tasks.summaries())
 print(sorted({{"torch", "numpy", "safetensors", "alembic", "rich"}} & sys.modules.keys()))
 """
-    answer = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert answer.stdout.strip() == "[]"
+
+
+def test_opening_a_store_imports_no_tensor_library_and_only_making_one_imports_alembic(tmp_path: Path) -> None:
+    for imported in (["alembic"], []):
+        command = [sys.executable, "-c", SCRIPT.format(root=str(tmp_path / "store"))]
+        answer = subprocess.run(command, capture_output=True, text=True, check=True)
+        assert answer.stdout.strip() == str(imported)
 
 
 def test_every_error_is_one_that_icm_raises_on_purpose() -> None:

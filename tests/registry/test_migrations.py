@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sqlite3
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -84,20 +83,6 @@ def test_revisions_are_found_wherever_icm_is_installed(tmp_path: Path, monkeypat
     monkeypatch.setattr(migrations, "VERSIONS", [place / "versions"])
     new_store(tmp_path / "store").close()
     assert schema_of(tmp_path / "store") == Database.newest_schema
-
-
-def test_opening_a_store_of_the_newest_schema_does_without_alembic(tmp_path: Path) -> None:
-    new_store(tmp_path / "store").close()
-
-    def opened() -> None:
-        for name in [name for name in sys.modules if name.partition(".")[0] in ("alembic", "registry")]:
-            del sys.modules[name]
-        from registry.store import Store
-
-        Store.open(tmp_path / "store").close()
-        assert "alembic" not in sys.modules
-
-    assert run(opened) == 0
 
 
 @pytest.fixture
