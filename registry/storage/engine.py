@@ -45,4 +45,5 @@ def _begin(connection: Connection) -> None:
         connection.exec_driver_sql("PRAGMA foreign_keys=OFF")  # a transaction cannot change that
     begin(sqlite_of(connection), options["icm_patience"], statement)
     if statement == WRITE and is_guarded:
+        options["icm_schema"](sqlite_of(connection))  # a newer icm may have moved it: it has other checks of rows
         guard(sqlite_of(connection), Base.metadata)

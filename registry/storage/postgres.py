@@ -25,7 +25,16 @@ from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import QueuePool
 
-from registry.errors import DamagedStore, NotAStore, RegistryError, StoreAway, StoreFull, StoreLocked, StoreReadOnly
+from registry.errors import (
+    DamagedStore,
+    NotAStore,
+    RegistryError,
+    StoreAway,
+    StoreFull,
+    StoreLocked,
+    StoreNotFound,
+    StoreReadOnly,
+)
 from registry.names import DatabaseUrl
 from registry.row_checks import COLUMNS_OF, Value
 from registry.storage import postgres_place
@@ -106,13 +115,40 @@ class PostgresDatabase(Database):
     @contextmanager
     def changing_tables(self) -> Iterator[Connection]:
         """Open a transaction that holds the lock to write, and writes no checks of rows; leaving the block commits."""
-        with self._errors(), self._writer.begin() as connection:
+        with self._errors(), self._writer.execution_options(icm_guarded=False).begin() as connection:
             yield connection
 
-    def find_place(self) -> postgres_place.Place | None:
-        """Return the number of the store and where its blobs are; None if there is no store."""
+    @contextmanager
+    def creation(self) -> Iterator[Connection]:
+        """Make the tables, unless they are there, and yield the transaction of it."""
+        from registry.storage.migrations import make_tables
+
+        with self.changing_tables() as connection:
+            if connection.scalar(text("SELECT to_regclass('alembic_version') IS NULL")):
+                make_tables(connection)
+                postgres_place.TABLE.create(connection)
+                install(connection)
+            else:
+                self.schema(connection)
+            yield connection
+
+    def schema(self, connection: Connection) -> int:
+        """Return the schema of the tables; raise if it is none that this program reads or moves forward."""
+        noted = connection.scalars(text("SELECT version_num FROM alembic_version")).all()
+        if len(noted) != 1 or not noted[0].isdecimal():
+            fact = f"alembic_version at {self.place} has {', '.join(noted) or 'nothing'}, which is no schema of icm"
+            hint = "give the store a database of its own: other programs that use alembic have this table too"
+            raise NotAStore(fact, path=self.place, hint=hint)
+        self.check_schema(int(noted[0]))
+        return int(noted[0])
+
+    def find_place(self) -> postgres_place.Place:
+        """Return the number of the store and where its blobs are."""
         with self.connection() as connection:
-            return postgres_place.find(connection, self.place)
+            place = postgres_place.find(connection, self.place)
+        if place is None:
+            raise DamagedStore(f"{self.place} has lost the row of place", path=self.place, hint=DAMAGE_HINT)
+        return place
 
     def changes(self) -> int:
         """Return how many transactions have written to the store."""
@@ -150,7 +186,9 @@ class PostgresDatabase(Database):
             limit = {"limit": f"{math.ceil(1000 * wait) or 1}ms"}
             connection.execute(text("SELECT set_config('lock_timeout', :limit, true)"), limit)
             connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _WRITING})
-        guard(connection)
+        if connection.get_execution_options().get("icm_guarded", True):
+            self.schema(connection)  # a newer icm may have moved it since it was opened: it has other checks of rows
+            guard(connection)
 
     def _seal(self, session: Session) -> None:
         session.flush()
@@ -171,7 +209,8 @@ class PostgresDatabase(Database):
         if state in ("XX001", "XX002"):
             return DamagedStore(fact, path=self.place, hint=DAMAGE_HINT)
         if state == "42P01":
-            return NotAStore(f"there is no store at {self.place}", path=self.place)
+            hint = "`icm init --blobs s3://BUCKET/PREFIX` makes one; --store or ICM_STORE says where"
+            return StoreNotFound(f"there is no store at {self.place}", path=self.place, hint=hint)
         if isinstance(error, psycopg.OperationalError | psycopg.InterfaceError):
             return _away(self._url, error)
         return None
@@ -286,36 +325,22 @@ def _away(url: str, error: BaseException) -> RegistryError:
     return StoreAway(f"{masked(url)}: {fact}", path=masked(url), hint=_AWAY_HINT)
 
 
-def migrate(database: PostgresDatabase, *, create: bool = False) -> None:
-    """Bring the tables to the newest schema; `create` makes them where there are none.
+def migrate(database: PostgresDatabase) -> None:
+    """Bring the tables to the newest schema.
 
     Raises:
-        NotAStore: There are none, or they are another program's.
+        StoreNotFound: There are none.
+        NotAStore: They are another program's.
     """
-    if not create:
-        with database.connection() as connection:
-            if _schema(connection, database) == database.newest_schema:
-                return
-    from registry.storage.migrations import make_tables, move_tables
+    with database.connection() as connection:
+        if database.schema(connection) == database.newest_schema:
+            return
+    from registry.storage.migrations import move_tables
 
     with database.changing_tables() as connection:
-        if create and connection.scalar(text("SELECT to_regclass('alembic_version') IS NULL")):
-            make_tables(connection)
-        else:
-            # Read again under the lock to write: if many processes open an old store, one of them migrates it.
-            schema = _schema(connection, database)
-            if schema == database.newest_schema:
-                return
+        # Read again under the lock to write: if many processes open an old store at once, one of them migrates it.
+        schema = database.schema(connection)
+        if schema < database.newest_schema:
             remove(connection)
             move_tables(connection, schema, database.place)
-        install(connection)
-
-
-def _schema(connection: Connection, database: PostgresDatabase) -> int:
-    noted = connection.scalars(text("SELECT version_num FROM alembic_version")).all()
-    if len(noted) != 1 or not noted[0].isdecimal():
-        fact = f"alembic_version at {database.place} has {', '.join(noted) or 'nothing'}, which is no schema of icm"
-        hint = "give the store a database of its own: other programs that use alembic have this table too"
-        raise NotAStore(fact, path=database.place, hint=hint)
-    database.check_schema(int(noted[0]))
-    return int(noted[0])
+            install(connection)

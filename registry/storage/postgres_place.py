@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import NamedTuple
 from uuid import uuid4
 
-from sqlalchemy import BigInteger, Column, Connection, Integer, MetaData, String, Table, insert, select, text
+from sqlalchemy import BigInteger, Column, Connection, Integer, MetaData, String, Table, insert, select
 
 from registry.errors import DamagedStore
 from registry.row_checks import COLUMN, check_of
@@ -34,14 +34,9 @@ class Place(NamedTuple):
     blobs: str
 
 
-def is_there(connection: Connection) -> bool:
-    """Say whether a database has the tables of a store."""
-    return bool(connection.scalar(text("SELECT to_regclass('place') IS NOT NULL")))
-
-
 def find(connection: Connection, where: str) -> Place | None:
-    """Return the place, None if there is no store; raise `DamagedStore` if the row is not as it was written."""
-    rows = connection.execute(select(TABLE)).all() if is_there(connection) else []
+    """Return the place, None if it is still to be added; raise `DamagedStore` if the row is not as it was written."""
+    rows = connection.execute(select(TABLE)).all()
     if not rows:
         return None
     found = [Place(row.number, row.blobs) for row in rows if row.crc == check_of(TABLE.name, row.number, row.blobs)]

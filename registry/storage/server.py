@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from sqlalchemy import text
 
-from registry.errors import RegistryError, StoreNotFound
+from registry.errors import RegistryError
 from registry.names import DatabaseUrl
 from registry.storage import postgres_place
 from registry.storage.blobs.place import backend_at, elsewhere
 from registry.storage.folder import Footprint, StoreParts
 from registry.storage.locks import Patience
 from registry.storage.locks.advisory import AdvisoryLock
-from registry.storage.postgres import PostgresDatabase, connection_errors, only_connection
+from registry.storage.postgres import PostgresDatabase, connection_errors, migrate, only_connection
 from registry.storage.postgres_place import Place
 
 if TYPE_CHECKING:
@@ -36,10 +36,9 @@ def open_server(
     """
     database = PostgresDatabase(url.secret, command=command, read_only=read_only, patience=patience)
     try:
-        place = database.find_place() if blobs is None else _settle(database, blobs)
-        if place is None:
-            hint = "`icm init --blobs s3://BUCKET/PREFIX` makes one; --store or ICM_STORE says where"
-            raise StoreNotFound(f"there is no store at {url}", path=str(url), hint=hint)
+        settled = None if blobs is None else _settle(database, blobs)
+        migrate(database)
+        place = settled or database.find_place()
         backend = backend_at(place.blobs, place.number)
         if blobs is not None:
             backend.claim()
@@ -55,9 +54,7 @@ def _settle(database: PostgresDatabase, blobs: str) -> Place:
     """Make the store unless it is there; a killed attempt goes on with its number."""
     backend_at(blobs, "")  # before anything is written
     with database.creation() as connection:
-        place = postgres_place.find(connection, database.place)
-        if place is None:
-            place = postgres_place.add(connection, blobs)
+        place = postgres_place.find(connection, database.place) or postgres_place.add(connection, blobs)
     if place.blobs != blobs:
         raise elsewhere(database.place, f"at {place.blobs}")
     return place

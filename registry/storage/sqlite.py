@@ -89,7 +89,19 @@ class SqliteDatabase(Database):
     def _new_engine(self, *, create: bool = False) -> Engine:
         from registry.storage.engine import new_engine  # imports SQLAlchemy
 
-        return new_engine(self.path, self.read_only, self.patience, create=create)
+        engine = new_engine(self.path, self.read_only, self.patience, create=create)
+        return engine.execution_options(icm_schema=self.schema)
+
+    def schema(self, connection: sqlite3.Connection | SqliteColumns, *, create: bool = False) -> int:
+        """Return the schema of the tables, 0 if they are to be made; raise if it is none of this program."""
+        (schema,) = connection.execute("PRAGMA user_version").fetchone()
+        (application,) = connection.execute("PRAGMA application_id").fetchone()
+        if create and schema == application == 0:
+            return 0
+        if application != APPLICATION_ID:
+            raise NotAStore(f"{self.path} is not an icm database", path=self.path)
+        self.check_schema(schema)
+        return int(schema)
 
     @contextmanager
     def connection(self, *, write: bool = False, create: bool = False, guarded: bool = True) -> Iterator[Connection]:
@@ -237,7 +249,7 @@ def _noted_schema(connection: Connection) -> str | None:
 def migrate(database: SqliteDatabase, *, create: bool = False) -> None:
     """Bring the database to the newest schema; raise `DamagedStore` if it is old and cannot be written."""
     with database.columns(create=create) as columns:
-        schema = _schema(columns, database, create=create)
+        schema = database.schema(columns, create=create)
     if schema == database.newest_schema:
         return
     # A store that is only to be read is migrated too: no query fits an old schema.
@@ -251,22 +263,10 @@ def migrate(database: SqliteDatabase, *, create: bool = False) -> None:
         writer = SqliteDatabase(database.path, read_only=False, patience=database.patience)
     with writer.connection(write=True, create=create, guarded=False) as connection:
         # Read again under the write lock: if many processes open an old store at once, one of them migrates it.
-        schema = _schema(SqliteColumns(sqlite_of(connection)), database, create=create)
+        schema = database.schema(sqlite_of(connection), create=create)
         if schema == 0:
             make_tables(connection)
         else:
             move_tables(connection, schema, database.place)
         connection.exec_driver_sql(f"PRAGMA application_id={APPLICATION_ID}")
         connection.exec_driver_sql(f"PRAGMA user_version={database.newest_schema}")
-
-
-def _schema(columns: SqliteColumns, database: SqliteDatabase, *, create: bool) -> int:
-    """Return the schema of a database; 0 if it is to be made."""
-    (schema,) = columns.execute("PRAGMA user_version").fetchone()
-    (application,) = columns.execute("PRAGMA application_id").fetchone()
-    if create and schema == application == 0:
-        return 0
-    if application != APPLICATION_ID:
-        raise NotAStore(f"{database.path} is not an icm database", path=database.path)
-    database.check_schema(schema)
-    return int(schema)

@@ -20,12 +20,15 @@ NOW = "2026-01-02T03:04:05Z"
 def opened_server(
     url: str, *, create: bool = False, read_only: bool = False, patience: float = 60.0
 ) -> Iterator[PostgresDatabase]:
-    """Open the rows of a store on a server, and move them forward."""
+    """Open the rows of a store on a server, made if they are absent, and move them forward."""
     from registry.storage.postgres import PostgresDatabase, migrate
 
     database = PostgresDatabase(url, command="test", read_only=read_only, patience=Patience(patience))
     with closing(database):
-        migrate(database, create=create)
+        if create:
+            with database.creation():
+                pass
+        migrate(database)
         yield database
 
 

@@ -166,6 +166,19 @@ def test_threads_move_stores_of_their_own_at_once(tmp_path: Path, monkeypatch: p
             assert connection.execute("SELECT extra FROM tasks").fetchall() == [("rust",)]
 
 
+def test_who_has_a_store_open_writes_nothing_once_a_newer_icm_has_moved_it(tmp_path: Path) -> None:
+    root = tmp_path / "store"
+    with new_store(root) as store:
+        ingest(store, "rust")
+        with pytest.MonkeyPatch.context() as patch:
+            next_schema.have_it(patch, tmp_path / "versions")
+            Store.open(root).close()
+        before = (root / "registry.db").read_bytes()
+        with pytest.raises(StoreTooNew):
+            ingest(store, "html")
+        assert (root / "registry.db").read_bytes() == before
+
+
 def test_a_migration_that_fails_half_way_leaves_the_old_schema(tmp_path: Path) -> None:
     root = tmp_path / "store"
     new_store(root).close()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy import Engine, event, select
 
-from registry.errors import DamagedRow, NotAStore, StoreLocked, StoreReadOnly, StoreTooNew, StoreTooOld
+from registry.errors import DamagedRow, NotAStore, StoreLocked, StoreNotFound, StoreReadOnly, StoreTooNew, StoreTooOld
 from registry.schema import Task
 from registry.storage.database import Database
 from tests.pg_server import new_database
@@ -75,7 +75,7 @@ def test_opening_a_store_asks_the_server_one_thing(url: str) -> None:
 
 
 def test_a_database_without_tables_is_no_store(empty: str) -> None:
-    with pytest.raises(NotAStore, match="there is no store"):
+    with pytest.raises(StoreNotFound, match="there is no store"):
         open_and_close(empty)
     assert everything_in(empty)["columns"] == []
 
@@ -102,6 +102,17 @@ def test_a_schema_that_is_not_known_is_refused_and_not_touched(
     before = everything_in(url)
     with pytest.raises(error, match=f"has schema {noted}"), opened_server(url, create=create):
         pytest.fail("it has another schema")
+    assert everything_in(url) == before
+
+
+def test_who_has_a_store_open_writes_nothing_once_a_newer_icm_has_moved_it(url: str, tmp_path: Path) -> None:
+    with opened_server(url) as database:
+        with pytest.MonkeyPatch.context() as patch:
+            next_schema.have_it(patch, tmp_path / "versions")
+            open_and_close(url)
+        before = everything_in(url)
+        with pytest.raises(StoreTooNew):
+            add_rows(database)
     assert everything_in(url) == before
 
 
