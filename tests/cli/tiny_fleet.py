@@ -86,7 +86,7 @@ def write_subject(folder: Path, *, seed: int = 0) -> Path:
     return folder
 
 
-def icm_quietly(store: Path, *arguments: object) -> None:
+def icm_quietly(store: Path | str, *arguments: object) -> None:
     """Run one command on a store and insist that it succeeds."""
     code = run(["--store", str(store), "-q", *map(str, arguments)])
     assert code == 0, arguments

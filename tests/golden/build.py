@@ -1,8 +1,10 @@
 """Write a store and a bundle with this icm, for every later one to open: `python -m tests.golden.build /srv/fleet`.
 
-    tests/golden/icm-0.9.0/store.tar.gz     a store with an original, a pinned one with a residual, and an evicted one
-    tests/golden/icm-0.9.0/fleet.icm        a bundle of the same tasks
-    tests/golden/icm-0.9.0/adapters/        what its tasks materialize to
+    tests/golden/icm-0.10.0/store.tar.gz    a store with an original, a pinned one with a residual, and an evicted one
+    tests/golden/icm-0.10.0/server.sql      the same tasks in PostgreSQL
+    tests/golden/icm-0.10.0/blobs.tar.gz    the folder of that one's bytes
+    tests/golden/icm-0.10.0/fleet.icm       a bundle of the same tasks
+    tests/golden/icm-0.10.0/adapters/       what the tasks materialize to
 
 The folder of the adapters is named on the command line, and made for the moment: a store notes where they came from.
 What a release wrote is never written again: each version gets a folder of its own.
@@ -18,6 +20,7 @@ from pathlib import Path
 
 from tests.cli.tiny_fleet import build_ingested, icm_quietly, train_store
 from tests.icmlora.tiny_base import LABEL
+from tests.pg_server import dump, new_database, pg_server
 
 HERE = Path(__file__).parent
 WRITTEN = HERE / f"icm-{version('icm-lora')}"
@@ -40,8 +43,20 @@ def build(folder: Path, work: Path) -> None:
     icm_quietly(store, "export", folder / "fleet.icm")
     for task, source in TASKS.items():
         icm_quietly(store, "materialize", task, "--source", source, "-o", folder / "adapters" / task)
-    with tarfile.open(folder / "store.tar.gz", "w:gz") as archive:
-        archive.add(store, "store", filter=_plain)
+    _pack(store, folder / "store.tar.gz", "store")
+    blobs, running = work / "blobs", work / "server"
+    running.mkdir()
+    with pg_server(running) as server:
+        url = new_database(server)
+        icm_quietly(url, "init", "--blobs", blobs)
+        icm_quietly(url, "copy", store, url)
+        (folder / "server.sql").write_text(dump(url))
+    _pack(blobs, folder / "blobs.tar.gz", "blobs")
+
+
+def _pack(source: Path, archive: Path, name: str) -> None:
+    with tarfile.open(archive, "w:gz") as packed:
+        packed.add(source, name, filter=_plain)
 
 
 def _plain(member: tarfile.TarInfo) -> tarfile.TarInfo | None:

@@ -1,6 +1,7 @@
-"""The command line, for the tests of the documentation."""
+"""The command line and a server, for stores of earlier versions."""
 
 from tests.cli.conftest import icm
 from tests.quick import quick_codes
+from tests.registry.conftest import postgres
 
-__all__ = ["icm", "quick_codes"]
+__all__ = ["icm", "postgres", "quick_codes"]

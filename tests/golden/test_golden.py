@@ -22,6 +22,7 @@ from icm_cli.errors import ExitCode
 from registry.storage.sqlite import SqliteDatabase
 from tests.cli.conftest import Ran
 from tests.golden.build import HERE, TASKS, WRITTEN
+from tests.pg_server import new_database, restore
 
 Icm = Callable[..., Ran]
 VERSIONS = sorted(folder.name for folder in HERE.glob("icm-*"))
@@ -30,17 +31,42 @@ OLDER = "icm-0.9.0"
 WEIGHTS = "adapter_model.safetensors"
 
 
-@pytest.fixture(params=[name for name in VERSIONS if name != OLDER])
-def golden(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """What a version wrote; its store is a copy at the default place."""
-    return unpacked(str(request.param), tmp_path)
+NEWER = [name for name in VERSIONS if name != OLDER]
+SERVERS = [name for name in VERSIONS if (HERE / name / "server.sql").exists()]
 
 
-def unpacked(version: str, tmp_path: Path) -> Path:
+@pytest.fixture(params=[*NEWER, *(f"{name} on a server" for name in SERVERS)])
+def golden(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What a version wrote; a copy of its store is the one that commands use."""
+    version, _, on_server = str(request.param).partition(" ")
+    if on_server:
+        url = restored(version, request.getfixturevalue("postgres"), tmp_path)
+        monkeypatch.setenv("ICM_STORE", url)
+        return HERE / version
+    return unpacked(version, tmp_path)
+
+
+def unpacked(version: str, tmp_path: Path, archive: str = "store.tar.gz") -> Path:
     folder = HERE / version
-    with tarfile.open(folder / "store.tar.gz") as archive:
-        archive.extractall(tmp_path, filter="data")
+    with tarfile.open(folder / archive) as packed:
+        packed.extractall(tmp_path, filter="data")
     return folder
+
+
+def restored(version: str, server: str, tmp_path: Path) -> str:
+    """Restore the dump of a database and the folder of its bytes, which is at another place now."""
+    import psycopg
+
+    from registry.row_checks import check_of
+
+    unpacked(version, tmp_path, "blobs.tar.gz")
+    url, blobs = new_database(server), str(tmp_path / "blobs")
+    restore(url, HERE / version / "server.sql")
+    with psycopg.connect(url) as connection:
+        (number,) = connection.execute("SELECT number FROM place").fetchone() or ("",)
+        check = check_of("place", number, blobs)
+        connection.execute("UPDATE place SET blobs = %s, crc = %s", (blobs, check))
+    return url
 
 
 def check(found: Path, expected: Path, *, exact: bool) -> None:
@@ -89,6 +115,7 @@ def test_its_bundle_gives_the_same_adapters(icm: Icm, golden: Path, tmp_path: Pa
 def test_there_is_one_of_this_version() -> None:
     """`python -m tests.golden.build` writes it when a version is released."""
     assert WRITTEN.name in VERSIONS
+    assert WRITTEN.name in SERVERS
 
 
 def test_a_schema_from_before_the_first_release_is_refused_with_the_way_out(icm: Icm, tmp_path: Path) -> None:
