@@ -9,8 +9,8 @@
          └──n train_runs      documents: JSON values that many rows share, stored once
                  └──n run_codes
 
-A new store gets these tables. A change of them is a new schema: `registry.storage.sqlite.MIGRATIONS` moves older
-stores forward to it. Each table ends with a check of the row: see `registry.row_checks`.
+A new store gets these tables. A change of them is a new schema: `registry.storage.migrations` moves older stores
+forward to it. Each table ends with a check of the row: see `registry.row_checks`.
 
 Every task pays for its rows, so values are stored small. PostgreSQL has the same columns with the same values:
 

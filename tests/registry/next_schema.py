@@ -47,6 +47,12 @@ def fail_half_way() -> None:
     raise ZeroDivisionError
 
 
+def change_large_rows() -> None:
+    """Write more than fits into the memory of a connection that has little, then go on."""
+    op.get_bind().exec_driver_sql("UPDATE documents SET body = zeroblob(length(body))")
+    add_column()
+
+
 def commit_half_way() -> None:
     """Do what no revision may."""
     connection = op.get_bind()

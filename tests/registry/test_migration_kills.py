@@ -1,7 +1,6 @@
 """A migration that is killed anywhere leaves the store as before or as after, and the next command moves it.
 
-Killed before each statement, before the commit, and before each call of the seam to files. What is killed while
-SQLite's own commit runs is in tests/faults.
+Killed before each statement, before the commit, and before each call of the seam to files.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ import pytest
 from sqlalchemy import Engine, event
 
 from registry import files as fs
+from registry.storage import sqlite
 from registry.store import Store
 from tests.pg_server import new_database
 from tests.registry import next_schema
@@ -28,6 +28,7 @@ from tests.registry.every_row import fill
 from tests.registry.examples import new_store
 from tests.registry.servers import add_rows, everything_in, opened_server
 
+JOURNAL = bytes.fromhex("d9d505f920a163d7")  # how one begins that SQLite has to roll back
 GOLDEN = Path(__file__).parents[1] / "golden"
 
 
@@ -115,6 +116,26 @@ def test_a_store_that_is_killed_as_it_moves_to_the_next_schema(
     kills = killed_everywhere(lambda: open_and_close(full), lambda: rows_of(full))
     assert kills.number > 15
     assert (kills.moved, kills.half) == (True, [])
+
+
+def test_a_store_that_is_killed_while_the_file_has_a_part_of_the_next_schema(
+    full: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in the middle of SQLite's own commit: without room in memory, pages are written as they change."""
+    with closing(sqlite3.connect(full / "registry.db")) as connection, connection:
+        connection.execute("UPDATE documents SET body = randomblob(100000)")
+    next_schema.have_it(monkeypatch, tmp_path / "versions", next_schema.change_large_rows)
+    monkeypatch.setattr(sqlite, "_PRAGMAS", (*sqlite._PRAGMAS, "cache_size=1"))
+    journals = []
+
+    def state() -> object:
+        journal = full / "registry.db-journal"
+        journals.append(journal.exists() and journal.read_bytes()[:8] == JOURNAL)
+        return rows_of(full)
+
+    kills = killed_everywhere(lambda: open_and_close(full), state)
+    assert (kills.moved, kills.half) == (True, [])
+    assert any(journals)
 
 
 def test_these_kills_find_a_migration_that_commits_a_part(
