@@ -1,7 +1,6 @@
-"""The command line and a server, for stores of earlier versions."""
+"""The command line, for stores of earlier versions."""
 
 from tests.cli.conftest import icm
 from tests.quick import quick_codes
-from tests.registry.conftest import postgres
 
-__all__ = ["icm", "postgres", "quick_codes"]
+__all__ = ["icm", "quick_codes"]
