@@ -1,4 +1,4 @@
-"""The command line and a server, for stores of earlier versions."""
+"""The command line, for stores of earlier versions."""
 
 from tests.cli.conftest import icm
 from tests.quick import quick_codes
