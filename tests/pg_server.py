@@ -36,3 +36,12 @@ def new_database(server: str) -> str:
     with psycopg.connect(server, autocommit=True) as connection:
         connection.execute(f"CREATE DATABASE {name}")
     return server.replace("/postgres?", f"/{name}?")
+
+
+def drop_database(server: str, url: str) -> None:
+    """Remove a database that `new_database` made, whoever is connected to it."""
+    import psycopg
+
+    name = url.rpartition("?")[0].rpartition("/")[2]
+    with psycopg.connect(server, autocommit=True) as connection:
+        connection.execute(f"DROP DATABASE {name} WITH (FORCE)".encode())

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from registry.names import DatabaseUrl
 from registry.records import (
     CodeRecord,
     Eviction,
@@ -20,15 +21,17 @@ from registry.records import (
     TaskIngest,
 )
 from registry.store import Store
+from tests.registry.pairs import pair
 
 BASE = "example/base-model"
 LAYOUT = [("layers.0.q_proj", 8, 64, 64), ("layers.0.v_proj", 8, 64, 32)]
 EXTRACTOR: Json = {"name": "last-layer", "version": 1, "base": "f00d"}
 
 
-def new_store(root: Path, *, lock_timeout: float = 5.0) -> Store:
-    """Open a store at `root`, made if it is absent."""
-    return Store.open(root, create=True, lock_timeout=lock_timeout, command="test")
+def new_store(place: Path | DatabaseUrl, *, lock_timeout: float = 5.0) -> Store:
+    """Open a store, made if it is absent: at a folder, or what stands for that in this run of pytest."""
+    address, blobs = pair.place_of(place) if isinstance(place, Path) else (place, None)
+    return Store.open(address, create=True, lock_timeout=lock_timeout, command="test", blobs=blobs)
 
 
 def offer(

@@ -66,7 +66,7 @@ def test_what_is_waited_for_the_database_is_taken_from_the_seconds_of_the_comman
 
 def test_the_message_names_the_process_that_writes(store: Store, tmp_path: Path) -> None:
     def write() -> None:
-        with Store.open(paths_of(store).root, command="icm ingest all") as other, other._db.connection(write=True):
+        with Store.open(store.address, command="icm ingest all") as other, other._db.connection(write=True):
             (tmp_path / "began").touch()
             time.sleep(60)
 
@@ -75,7 +75,7 @@ def test_the_message_names_the_process_that_writes(store: Store, tmp_path: Path)
         while not (tmp_path / "began").exists():
             time.sleep(0.01)
         with (
-            Store.open(paths_of(store).root, lock_timeout=0) as late,
+            Store.open(store.address, lock_timeout=0) as late,
             pytest.raises(StoreLocked, match=f"is locked by process {pid}: icm ingest all"),
         ):
             late.base_models.set_facts("x", fingerprint="", shape={})

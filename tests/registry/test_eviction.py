@@ -174,7 +174,7 @@ def test_a_code_that_was_not_checked_does_not_count(rust: Store) -> None:
 
 
 def test_evict_does_not_run_beside_another_command(rust: Store) -> None:
-    with new_store(paths_of(rust).root, lock_timeout=0) as other:
+    with new_store(rust.address, lock_timeout=0) as other:
         with pytest.raises(StoreLocked):
             other.originals.evict(eviction(other, "rust"))
         with pytest.raises(StoreLocked):  # before anything is measured

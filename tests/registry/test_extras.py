@@ -14,7 +14,6 @@ from registry.storage.blobs.content import digest_of
 from registry.store import Store
 from registry.tables.bundles import BundleImport, ImportedTask
 from tests.registry.examples import BASE, adapter, eviction, generator, new_store, offer
-from tests.shared import paths_of
 
 HEAD, BIAS, TOKENIZER = b"packed head", b"packed bias", b"packed tokenizer"
 
@@ -178,5 +177,5 @@ def test_an_import_without_the_bytes_of_an_extra_records_nothing(store: Store) -
 def test_extras_are_there_after_the_store_was_closed(store: Store) -> None:
     ingest(store, "rust")
     known = store.tasks.final("rust")
-    with new_store(paths_of(store).root) as again:
+    with new_store(store.address) as again:
         assert again.tasks.final("rust") == known

@@ -12,7 +12,6 @@ from registry.records import OnConflict, TaskIngest
 from registry.store import Store
 from registry.tables.ingest import plan_tasks
 from tests.registry.examples import BASE, adapter, eviction, generator, ingest, new_store, offer
-from tests.shared import paths_of
 
 
 def names(store: Store) -> list[str]:
@@ -74,7 +73,7 @@ def test_no_byte_need_be_in_the_store(store: Store) -> None:
 def test_a_store_that_is_only_read_can_be_asked(store: Store) -> None:
     ingest(store, "rust")
     offered = offer(store, "rust")
-    with Store.open(paths_of(store).root, read_only=True) as reader:
+    with Store.open(store.address, read_only=True) as reader:
         assert reader.tasks.plan_ingest([offered])[0].status == "known"
 
 
@@ -82,7 +81,7 @@ def test_where_there_is_no_store_yet_everything_is_new(store: Store) -> None:
     offers = [offer(store, "rust", steps=[80]), offer(store, "html")]
     planned = plan_tasks(None, offers)
     assert [(outcome.status, outcome.new) for outcome in planned] == [("added", 2), ("added", 1)]
-    with new_store(paths_of(store).root) as same:
+    with new_store(store.address) as same:
         assert same.tasks.ingest(offers) == planned
 
 

@@ -161,7 +161,7 @@ def test_a_text_that_was_measured_on_first_and_ingested_later_has_its_length(sto
 
 
 def test_prune_does_not_run_beside_another_command(store: Store) -> None:
-    with new_store(paths_of(store).root, lock_timeout=0) as other, pytest.raises(StoreLocked):
+    with new_store(store.address, lock_timeout=0) as other, pytest.raises(StoreLocked):
         other.prune(grace=0)
 
 
@@ -216,7 +216,7 @@ class TestDropping:
 
     def test_the_lock_is_shared_again_afterwards(self, store: Store) -> None:
         replaced_start(store)
-        with new_store(paths_of(store).root, lock_timeout=0) as other, pytest.raises(StoreLocked):
+        with new_store(store.address, lock_timeout=0) as other, pytest.raises(StoreLocked):
             other.prune(grace=0)
 
 

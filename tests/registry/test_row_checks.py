@@ -107,7 +107,7 @@ def test_nothing_is_deleted_while_a_row_is_wrong(filled: Store) -> None:
     orphan = filled.blobs.put(b"orphan")
     damage(filled, "UPDATE task_vectors SET dim = 65")
     filled.close()
-    with new_store(paths_of(filled).root) as store:
+    with new_store(filled.address) as store:
         for delete in (lambda: store.prune(grace=0), lambda: store.tasks.remove(["sql"]), store.originals.interrupted):
             with pytest.raises(DamagedRow, match="deletes nothing"):
                 delete()
@@ -128,7 +128,7 @@ def test_an_extra_that_is_gone_or_another_ones_is_missed(store: Store) -> None:
 def test_the_others_are_listed_where_somebody_is_told(filled: Store) -> None:
     damage(filled, "UPDATE codes SET bits = bits + 8 WHERE task_id = (SELECT id FROM tasks WHERE name = 'rust')")
     told = dict[str, str]()
-    with Store.open(paths_of(filled).root, on_damage=lambda task, error: told.update({task: error.message})) as store:
+    with Store.open(filled.address, on_damage=lambda task, error: told.update({task: error.message})) as store:
         assert [row.task.name for row in store.tasks.summaries()] == ["HTML", "sql"]
     assert list(told) == ["rust"]
 

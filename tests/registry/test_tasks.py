@@ -22,7 +22,6 @@ from tests.registry.examples import (
     offer,
     vector,
 )
-from tests.shared import paths_of
 
 
 def names(store: Store) -> list[str]:
@@ -183,7 +182,7 @@ class TestQueries:
         store.tasks.ingest([offer(store, name) for name in ("a", "b")])
         reading = store.tasks.all()
         next(reading)
-        with new_store(paths_of(store).root, lock_timeout=0) as writer:
+        with new_store(store.address, lock_timeout=0) as writer:
             ingest(writer, "c")
         assert [task.name for task in reading] == ["b"]
 
@@ -254,7 +253,7 @@ class TestRemoval:
 
     def test_removal_waits_for_others_that_use_the_store(self, store: Store) -> None:
         ingest(store, "rust")
-        with new_store(paths_of(store).root):
+        with new_store(store.address):
             pass
         store.tasks.remove(["rust"], last_copies=["rust"])
 
