@@ -8,13 +8,15 @@ folder of blobs, has a mark: `kept_in("sqlite", reason=...)`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import sqlite3
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from uuid import uuid4
 
 from registry.names import DatabaseUrl
+from registry.store import Store
 from tests.pg_server import drop_database, new_database
 
 DEFAULT = "sqlite+folder"
@@ -45,7 +47,8 @@ class Pair:
             database, blobs = self.parts
             address = root if database == "sqlite" else DatabaseUrl(new_database(self.server))
             far = f"s3://icm/{uuid4().hex}" if blobs == "s3" else str(root)
-            self._places[root] = address, None if self.name == DEFAULT else far
+            is_there = database == "sqlite" and (root / "FORMAT").exists()  # a copy of another store
+            self._places[root] = address, None if self.name == DEFAULT or is_there else far
         return self._places[root]
 
     @contextmanager
@@ -61,3 +64,37 @@ class Pair:
 
 pair = Pair()
 """The one of this run."""
+
+
+def damage(store: Store, statement: str) -> None:
+    """Change rows behind icm's back, without what keeps their checks right, as a broken disk does."""
+    if isinstance(store.address, Path):
+        with closing(sqlite3.connect(store.address / "registry.db", isolation_level=None)) as connection:
+            connection.execute(statement)
+        return
+    import psycopg
+
+    with psycopg.connect(store.address.secret, autocommit=True) as server:
+        server.execute("SET session_replication_role = replica")
+        server.execute(statement.encode())
+
+
+def rewrite(store: Store, statement: str) -> None:
+    """Change rows as icm does, with their checks."""
+    with store._db.connection(write=True) as connection:
+        connection.exec_driver_sql(statement)
+
+
+def lose(store: Store, digest: str) -> None:
+    """Remove the bytes of a blob, as somebody else would."""
+    store.blobs._backend.delete(digest)
+
+
+def overwrite(store: Store, digest: str, change: Callable[[bytes], bytes]) -> None:
+    """Put other bytes in the place of a blob."""
+    backend = store.blobs._backend
+    with backend.get(digest) as file:
+        data = change(file.read())
+    backend.delete(digest)
+    with backend.batch() as batch:
+        batch.put(digest, data)

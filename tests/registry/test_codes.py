@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -37,7 +36,7 @@ def test_the_new_code_takes_the_place_of_the_present_one(store: Store) -> None:
 def test_the_replaced_code_leaves_no_file(store: Store) -> None:
     made, old = coded(store)
     store.codes.replace(made.id, new_code(store, b"second"))
-    assert not Path(store.blobs.place(old.blob)).exists()
+    assert not store.blobs.exists(old.blob)
     assert list(store.verify(read_data=True)) == []
 
 

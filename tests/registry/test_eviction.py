@@ -14,6 +14,7 @@ from registry.storage.sqlite import SqliteDatabase
 from registry.store import Store
 from tests.registry.children import KILLED, run
 from tests.registry.examples import BASE, code, evaluation, eviction, generator, ingest, new_store, offer
+from tests.registry.pairs import lose, overwrite
 from tests.shared import paths_of
 
 WEIGHTS = len(b"weights of rust")
@@ -116,12 +117,11 @@ def test_nothing_goes_while_what_stands_in_is_damaged(rust_with_extras: Store, n
     rust = rust_with_extras
     order = eviction(rust, "rust")
     assert len(order.digests()) == 5
-    path = Path(rust.blobs.place(order.digests()[number]))
-    path.chmod(0o644)
-    path.write_bytes(path.read_bytes()[:-1])
+    digest = order.digests()[number]
+    overwrite(rust, digest, lambda data: data[:-1])
     with pytest.raises(DamagedBlob):
         rust.originals.evict(order)
-    path.unlink()
+    lose(rust, digest)
     with pytest.raises(MissingBlob):
         rust.originals.evict(order)
     assert not rust.tasks.final("rust").is_evicted
@@ -130,7 +130,7 @@ def test_nothing_goes_while_what_stands_in_is_damaged(rust_with_extras: Store, n
 
 def test_checkpoints_stay_while_the_final_original_is_damaged(rust: Store) -> None:
     order = eviction(rust, "rust", adapters=[rust.tasks.adapters("rust")[0].id])
-    file_of(rust, "rust").unlink()
+    lose(rust, rust.tasks.final("rust").weights)
     with pytest.raises(MissingBlob):
         rust.originals.evict(order)
     assert not rust.tasks.adapters("rust")[0].is_evicted
@@ -256,7 +256,7 @@ def test_a_generator_with_a_last_copy_is_not_forgotten(rust: Store) -> None:
     assert first is not None
     rust.originals.evict(eviction(rust, "rust"))
     with rust._db.connection(write=True) as connection:  # which the store itself would refuse
-        connection.exec_driver_sql("UPDATE generators SET is_current = 0")
+        connection.exec_driver_sql("UPDATE generators SET is_current = FALSE")
     ingest(rust, "html", base_model="other/base")
     with pytest.raises(LastCopy, match="'rust'"):
         rust.generators.forget(first)
@@ -328,7 +328,7 @@ def test_withheld_bytes_are_inspected_and_not_stored(store: Store, tmp_path: Pat
     store.prune(grace=0)
     digest = getattr(first, "digest", "")
     (withheld,) = store.blobs.put_files([file], lambda path, data: seen.append(path), withheld={file: [digest]})
-    assert (getattr(withheld, "digest", None), seen, Path(store.blobs.place(digest)).exists()) == (
+    assert (getattr(withheld, "digest", None), seen, store.blobs.exists(digest)) == (
         digest,
         [file, file],
         False,
@@ -342,7 +342,7 @@ def test_a_generator_is_not_forgotten_while_the_one_in_use_is_damaged(rust: Stor
     assert first is not None
     second = rust.generators.add(generator(rust, ["rust"], data=b"another"))
     rust.originals.evict(eviction(rust, "rust"))
-    Path(rust.blobs.place(second.blob)).unlink()
+    lose(rust, second.blob)
     with pytest.raises(MissingBlob):
         rust.generators.forget(first)
     rust.blobs.put(b"another")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -14,6 +13,7 @@ from registry.storage.blobs.content import digest_of
 from registry.store import Store
 from registry.tables.bundles import BundleImport, ImportedTask
 from tests.registry.examples import BASE, adapter, eviction, generator, new_store, offer
+from tests.registry.pairs import lose
 
 HEAD, BIAS, TOKENIZER = b"packed head", b"packed bias", b"packed tokenizer"
 
@@ -116,7 +116,7 @@ def test_prune_keeps_extras_and_removes_those_of_tasks_that_are_gone(store: Stor
 def test_a_damaged_extra_names_its_tasks(store: Store) -> None:
     ingest(store, "rust")
     ingest(store, "sql", [extra(store, HEAD)])
-    Path(store.blobs.place(digest_of(HEAD))).unlink()
+    lose(store, digest_of(HEAD))
     (finding,) = store.verify()
     assert (finding.kind, finding.tasks) == ("missing", ("rust", "sql"))
 

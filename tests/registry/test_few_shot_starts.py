@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
-from registry import files as fs
 from registry.errors import GeneratorConflict, MissingBlob
 from registry.records import GeneratorRecord
 from registry.store import Store
 from tests.registry.examples import BASE, code, generator, ingest
+from tests.registry.pairs import lose, overwrite
 
 
 @pytest.fixture
@@ -46,7 +45,7 @@ def test_another_takes_its_place_and_its_bytes_go(store: Store, made: GeneratorR
     first = started(store, made)
     second = started(store, made, b"another start")
     assert current(store).start == second.start != first.start
-    assert not Path(store.blobs.place(str(first.start))).exists()
+    assert not store.blobs.exists(str(first.start))
     assert list(store.verify(read_data=True)) == []
 
 
@@ -119,7 +118,7 @@ def test_it_goes_with_the_last_generator_that_has_it(store: Store, made: Generat
     store.generators.add(generator(store, ["rust"], data=b"newer"))
     store.generators.forget(made)
     store.prune(grace=0)
-    assert not Path(store.blobs.place(str(first.start))).exists()
+    assert not store.blobs.exists(str(first.start))
 
 
 def test_prune_keeps_it(store: Store, made: GeneratorRecord) -> None:
@@ -140,10 +139,10 @@ def test_it_is_on_the_bill_of_generators(store: Store, made: GeneratorRecord) ->
 @pytest.mark.parametrize(("data", "kind"), [(b"stort", "digest"), (b"sta", "length"), (None, "missing")])
 def test_damage_to_it_is_found(store: Store, made: GeneratorRecord, data: bytes | None, kind: str) -> None:
     record = started(store, made)
-    path = Path(store.blobs.place(str(record.start)))
-    fs.unlink(path)
-    if data is not None:
-        path.write_bytes(data)
+    if data is None:
+        lose(store, str(record.start))
+    else:
+        overwrite(store, str(record.start), lambda _: data)
     (finding,) = store.verify(read_data=True)
     assert (finding.kind, finding.digest) == (kind, record.start)
 
@@ -151,5 +150,5 @@ def test_damage_to_it_is_found(store: Store, made: GeneratorRecord, data: bytes 
 def test_a_task_does_not_need_it(store: Store, made: GeneratorRecord) -> None:
     """Its code is decoded by the generator alone."""
     record = started(store, made)
-    Path(store.blobs.place(str(record.start))).unlink()
+    lose(store, str(record.start))
     assert list(store.verify(names=["rust"], read_data=True)) == []

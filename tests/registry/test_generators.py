@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -219,7 +218,7 @@ class TestForgetting:
         assert store.generators.forget(first) == 1
         assert store.generators.all() == [replace(made, parent_id=None)]
         store.prune(grace=0)
-        assert not Path(store.blobs.place(first.blob)).exists()
+        assert not store.blobs.exists(first.blob)
         assert store.blobs.read(code_of(store, "rust").blob)
         assert list(store.verify(read_data=True)) == []
 

@@ -24,8 +24,7 @@ from registry.records import (
 from registry.store import Store
 from registry.tables import summaries
 from tests.registry.examples import BASE, adapter, code_of, evaluation, eviction, generator, ingest, new_store
-from tests.rewriting import rewriting
-from tests.shared import paths_of
+from tests.registry.pairs import rewrite
 
 # rust    rank 8, code and residual, measured on its own text and on another
 # HTML    rank 16, code, evicted, measured on another text
@@ -67,10 +66,9 @@ def fill(store: Store) -> None:
     store.tasks.edit(["rust", "sql"], add_tags=["prod", "Team/Search"])
     store.tasks.edit(["HTML"], add_tags=["trial"])
     store.tasks.edit(["Verse"], note="Straße nach\nSüden")
-    with rewriting(paths_of(store).database) as connection:
-        connection.execute(
-            "UPDATE adapters SET is_generated = 1 WHERE task_id = (SELECT id FROM tasks WHERE name = 'Verse')"
-        )
+    rewrite(
+        store, "UPDATE adapters SET is_generated = TRUE WHERE task_id = (SELECT id FROM tasks WHERE name = 'Verse')"
+    )
 
 
 def made(store: Store, name: str, **fields: object) -> NewAdapter:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import sqlite3
-from contextlib import closing
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -13,8 +10,7 @@ from registry.errors import DamagedBlob, LastCopy, MissingBlob
 from registry.records import CodeLimits, CodeRecord, NewCode, NewResidual
 from registry.store import Store
 from tests.registry.examples import code_of, evaluation, eviction, generator, ingest
-from tests.rewriting import rewriting
-from tests.shared import paths_of
+from tests.registry.pairs import lose, overwrite, rewrite
 
 DATA = b"a residual"
 ASKED = CodeLimits(max_error=0.1)
@@ -36,7 +32,7 @@ def residual_rows(store: Store) -> int:
 
 
 def files(store: Store) -> list[bytes]:
-    return [path.read_bytes() for path in paths_of(store).blobs.glob("?/*")]
+    return [store.blobs.read(digest) for digest in store.blobs.sizes()]
 
 
 def test_a_code_has_its_residual_and_the_limits_that_it_was_made_for(store: Store, coded: CodeRecord) -> None:
@@ -54,14 +50,13 @@ def test_the_limit_is_kept_as_its_square_and_comes_back_as_it_was_given(
     store: Store, coded: CodeRecord, limit: float
 ) -> None:
     store.codes.replace_residual(coded, None, CodeLimits(max_error=limit))
-    with closing(sqlite3.connect(paths_of(store).database)) as connection:
-        ((stored,),) = connection.execute("SELECT max_error FROM codes").fetchall()
+    with store._db.columns() as columns:
+        ((stored,),) = columns.execute("SELECT max_error FROM codes").fetchall()
     assert (stored, code_of(store, "rust").asked) == (limit * limit, CodeLimits(max_error=limit))
 
 
 def test_a_squared_limit_of_an_older_store_is_read_as_its_root(store: Store, coded: CodeRecord) -> None:
-    with rewriting(paths_of(store).database) as connection:
-        connection.execute("UPDATE codes SET max_error = 0.09")
+    rewrite(store, "UPDATE codes SET max_error = 0.09")
     assert code_of(store, "rust").asked == CodeLimits(max_error=0.3)
 
 
@@ -130,9 +125,7 @@ def test_a_residual_that_came_or_went_while_it_was_measured_keeps_the_original(s
 def test_a_damaged_residual_keeps_the_original(store: Store, coded: CodeRecord) -> None:
     order = eviction(store, "rust")
     assert order.code.residual is not None
-    path = Path(store.blobs.place(order.code.residual.blob))
-    path.chmod(0o644)
-    path.write_bytes(DATA.upper())
+    overwrite(store, order.code.residual.blob, bytes.upper)
     with pytest.raises(DamagedBlob):
         store.originals.evict(order)
     assert not store.tasks.final("rust").is_evicted
@@ -142,7 +135,7 @@ def test_a_damaged_residual_keeps_the_original(store: Store, coded: CodeRecord) 
 def test_verify_knows_whose_a_missing_residual_is(store: Store, coded: CodeRecord, names: list[str]) -> None:
     order = eviction(store, "rust")
     assert order.code.residual is not None
-    Path(store.blobs.place(order.code.residual.blob)).unlink()
+    lose(store, order.code.residual.blob)
     (finding,) = store.verify(names=names)
     assert (finding.kind, finding.tasks) == ("missing", ("rust",))
 

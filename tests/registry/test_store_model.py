@@ -17,6 +17,7 @@ from registry.records import OnConflict
 from registry.storage.blobs.content import digest_of
 from tests.registry.children import KILLED, run
 from tests.registry.examples import eviction, generator, new_store, offer
+from tests.registry.pairs import overwrite
 
 NAMES = st.sampled_from(["rust", "Rust", "html", "sql"])
 WEIGHTS = st.sampled_from([b"one", b"two", b"three"])
@@ -109,9 +110,7 @@ class StoreModel(RuleBasedStateMachine):
     @rule(data=st.data())
     def damage_and_ingest_again(self, data: st.DataObject) -> None:
         name = data.draw(st.sampled_from(sorted(self.model.keys() - self.evicted)))
-        path = Path(self.store.blobs.place(self.store.tasks.final(name).weights))
-        path.chmod(0o644)
-        path.write_bytes(b"damaged")
+        overwrite(self.store, self.store.tasks.final(name).weights, lambda data: b"damaged")
         assert any(finding.is_problem for finding in self.store.verify(read_data=True))
         self.store.blobs.put(self.model[name][0])
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-from pathlib import Path
 
 import pytest
 
 from registry.storage.folder import RESERVE_BYTES
 from registry.store import Store
 from tests.registry.examples import BASE, generator, ingest, vector
+from tests.registry.pairs import lose
 from tests.shared import paths_of
 
 
@@ -44,7 +44,7 @@ def test_bytes_with_two_uses_count_once(store: Store) -> None:
 
 def test_a_missing_blob_costs_nothing(store: Store) -> None:
     ingest(store, "rust")
-    Path(store.blobs.place(store.tasks.final("rust").weights)).unlink()
+    lose(store, store.tasks.final("rust").weights)
     assert store.usage().originals == len(b'{"r": 8}')
 
 
