@@ -64,6 +64,7 @@ def test_a_label_is_known_before_there_are_adapters_of_it(store: Store) -> None:
     assert (store.base_models.name_of(MIRROR), store.base_models.name_of("other")) == (BASE, "other")
 
 
+@pytest.mark.kept_in("sqlite", "folder", reason="elsewhere bytes are deleted once they are old")
 def test_the_only_generator_becomes_that_of_all_and_keeps_its_codes(store: Store) -> None:
     made = trained(store, MIRROR, "html")
     store.originals.evict(eviction_of(store, "html", made))
@@ -98,6 +99,7 @@ def test_the_chosen_generator_stays_and_the_other_is_an_earlier_one(store: Store
     assert store.generators.make_current(lost.id) == [({"rust", "html"} - {without}).pop()]
 
 
+@pytest.mark.kept_in("sqlite", "folder", reason="elsewhere bytes are deleted once they are old")
 def test_a_generator_that_evicted_tasks_need_must_stay(store: Store) -> None:
     trained(store, BASE, "rust")
     made = trained(store, MIRROR, "html")

@@ -18,6 +18,8 @@ from registry.store import Store
 from tests.registry.children import start, wait
 from tests.shared import paths_of
 
+pytestmark = pytest.mark.kept_in("sqlite", reason="how SQLite is set up")
+
 
 def open_database(store: Store, *, read_only: bool = False, seconds: float = 0) -> SqliteDatabase:
     return SqliteDatabase(paths_of(store).database, read_only=read_only, patience=Patience(seconds))

@@ -32,6 +32,7 @@ def file_of(store: Store, task: str) -> Path:
     return Path(store.blobs.place(store.tasks.final(task).weights))
 
 
+@pytest.mark.kept_in("sqlite", "folder", reason="elsewhere bytes are deleted once they are old")
 def test_the_weights_go_and_all_else_stays(rust: Store) -> None:
     assert rust.originals.evict(eviction(rust, "rust")) == WEIGHTS + len(b"weights of rust at 80")
     final = rust.tasks.final("rust")
@@ -65,6 +66,7 @@ def test_checkpoints_alone_can_go(rust: Store) -> None:
     assert rust.blobs.read(summary.final.weights) == b"weights of rust"
 
 
+@pytest.mark.kept_in("sqlite", "folder", reason="elsewhere bytes are deleted once they are old")
 def test_bytes_that_another_task_has_stay_until_it_lets_go_too(store: Store) -> None:
     for name in ("rust", "html"):
         ingest(store, name, weights=b"shared")
@@ -76,6 +78,7 @@ def test_bytes_that_another_task_has_stay_until_it_lets_go_too(store: Store) -> 
     assert store.originals.in_use() == {}
 
 
+@pytest.mark.kept_in("sqlite", "folder", reason="elsewhere bytes are deleted once they are old")
 def test_the_bill_counts_what_is_on_disk(rust: Store) -> None:
     rust.originals.evict(eviction(rust, "rust"))
     usage = rust.usage()
@@ -181,6 +184,7 @@ def test_evict_does_not_run_beside_another_command(rust: Store) -> None:
             other.originals.check_alone()
 
 
+@pytest.mark.kept_in("sqlite", "folder", reason="the reserve file of a store folder")
 def test_a_full_disk_can_be_emptied_by_evicting(rust: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     real, order = SqliteDatabase.write, eviction(rust, "rust")
 

@@ -13,6 +13,8 @@ from registry.storage.kept import restore_database
 from registry.store import Store
 from tests.registry.examples import ingest, new_store
 
+pytestmark = pytest.mark.kept_in("sqlite", "folder", reason="the copy of the file that a store folder keeps")
+
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:

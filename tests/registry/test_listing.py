@@ -66,9 +66,8 @@ def fill(store: Store) -> None:
     store.tasks.edit(["rust", "sql"], add_tags=["prod", "Team/Search"])
     store.tasks.edit(["HTML"], add_tags=["trial"])
     store.tasks.edit(["Verse"], note="Straße nach\nSüden")
-    rewrite(
-        store, "UPDATE adapters SET is_generated = TRUE WHERE task_id = (SELECT id FROM tasks WHERE name = 'Verse')"
-    )
+    verse = store.tasks.final("Verse").id
+    rewrite(store, f"UPDATE adapters SET is_generated = TRUE WHERE id = {verse}")
 
 
 def made(store: Store, name: str, **fields: object) -> NewAdapter:

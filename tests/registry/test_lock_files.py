@@ -14,6 +14,8 @@ from registry.store import Store
 from tests.registry.examples import new_store
 from tests.shared import paths_of
 
+pytestmark = pytest.mark.kept_in("sqlite", reason="the lock files of a store folder")
+
 
 @pytest.mark.parametrize("name", ["../../etc/passwd", "/absolute", "", "a/b", "nul\0", "x" * 5000, "é", "\x1b[31m"])
 def test_the_job_of_a_base_model_of_any_name_has_its_lock_in_the_store(store: Store, name: str) -> None:

@@ -19,6 +19,8 @@ from tests.registry.every_row import everything, fill
 from tests.registry.examples import ingest, new_store
 from tests.shared import paths_of
 
+pytestmark = pytest.mark.kept_in("sqlite", "folder", reason="files that older versions left")
+
 
 def tables_of(connection: sqlite3.Connection) -> dict[str, object]:
     """Return what matters of a schema, free of how its SQL is written."""

@@ -67,6 +67,7 @@ def test_bytes_that_another_task_shares_stay(store: Store) -> None:
     assert store.blobs.read(store.tasks.final("html").weights) == b"shared"
 
 
+@pytest.mark.kept_in("sqlite", "folder", reason="the temporary files of a store folder")
 def test_orphans_and_leftovers_go(store: Store) -> None:
     store.blobs.put(b"orphan")
     (paths_of(store).tmp / "leftover").write_bytes(b"123")
@@ -74,6 +75,7 @@ def test_orphans_and_leftovers_go(store: Store) -> None:
     assert list(store.verify()) == []
 
 
+@pytest.mark.kept_in("sqlite", "folder", reason="the temporary files of a store folder")
 def test_young_files_stay(store: Store) -> None:
     store.blobs.put(b"orphan")
     (paths_of(store).tmp / "leftover").touch()
@@ -89,6 +91,7 @@ def test_a_dry_run_says_the_same_and_removes_nothing(store: Store) -> None:
 
 
 @pytest.mark.parametrize("what", ["orphan", "leftover"])
+@pytest.mark.kept_in("sqlite", "folder", reason="the temporary files of a store folder")
 def test_a_dry_run_passes_over_what_others_remove_once_it_is_listed(
     store: Store, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
@@ -176,6 +179,7 @@ def test_a_pruned_blob_can_be_stored_again(store: Store) -> None:
 class TestDropping:
     """Deleting files that rows no longer name, right after a commit."""
 
+    @pytest.mark.kept_in("sqlite", "folder", reason="elsewhere bytes are deleted once they are old")
     def test_a_file_goes_at_once_if_nobody_else_uses_the_store(self, store: Store) -> None:
         digest = replaced_start(store)
         assert not store.blobs.exists(digest)
@@ -186,6 +190,7 @@ class TestDropping:
         assert twin.blobs.read(digest) == b"first"
         assert [(finding.kind, finding.digest) for finding in store.verify()] == [("orphan", digest)]
 
+    @pytest.mark.kept_in("sqlite", "folder", reason="elsewhere bytes are deleted once they are old")
     def test_what_stayed_goes_with_the_next_file_that_is_dropped(self, store: Store, twin: Store) -> None:
         first = replaced_start(store)
         twin.close()

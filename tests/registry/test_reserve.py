@@ -15,6 +15,8 @@ from registry.store import Store
 from tests.registry.examples import ingest
 from tests.shared import paths_of
 
+pytestmark = pytest.mark.kept_in("sqlite", "folder", reason="the reserve file of a store folder")
+
 
 @pytest.fixture
 def full_disk(store: Store, monkeypatch: pytest.MonkeyPatch) -> Path:

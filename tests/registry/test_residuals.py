@@ -60,6 +60,7 @@ def test_a_squared_limit_of_an_older_store_is_read_as_its_root(store: Store, cod
     assert code_of(store, "rust").asked == CodeLimits(max_error=0.3)
 
 
+@pytest.mark.kept_in("sqlite", "folder", reason="elsewhere bytes are deleted once they are old")
 def test_another_residual_takes_its_place_and_leaves_no_file(store: Store, coded: CodeRecord) -> None:
     store.codes.replace_residual(coded, NewResidual(store.blobs.put(b"more"), 0.001), replace(ASKED, is_kept=False))
     code = code_of(store, "rust")
@@ -73,6 +74,7 @@ def test_a_residual_goes_where_the_code_alone_is_enough(store: Store, coded: Cod
     assert (code_of(store, "rust").residual, DATA in files(store), residual_rows(store)) == (None, False, 0)
 
 
+@pytest.mark.kept_in("sqlite", "folder", reason="elsewhere bytes are deleted once they are old")
 def test_the_residual_of_a_replaced_code_goes_with_it(store: Store, coded: CodeRecord) -> None:
     new = NewCode(store.tasks.final("rust"), store.blobs.put(b"second"), 48.0, 0.1, CodeLimits(tolerance=0.1))
     record = store.codes.replace(coded.generator_id, new)

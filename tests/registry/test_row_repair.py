@@ -23,6 +23,8 @@ from tests.faults.pages import places
 from tests.registry.every_row import fill
 from tests.registry.examples import new_store, offer
 
+pytestmark = pytest.mark.kept_in("sqlite", reason="rows of SQLite's file")
+
 TABLES = {
     name: table for name, table in models.Base.metadata.tables.items() if name not in ("base_labels", "run_codes")
 }

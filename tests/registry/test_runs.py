@@ -37,6 +37,7 @@ def test_a_run_is_resumed_from_its_latest_checkpoint(store: Store) -> None:
     assert store.blobs.read(found.weights) == b"weights 20"
 
 
+@pytest.mark.kept_in("sqlite", "folder", reason="elsewhere bytes are deleted once they are old")
 def test_the_bytes_of_a_superseded_checkpoint_go_at_once(store: Store) -> None:
     run = store.runs.start(BASE, {})
     save(store, run.id, 10)
@@ -45,6 +46,7 @@ def test_the_bytes_of_a_superseded_checkpoint_go_at_once(store: Store) -> None:
     assert list(store.verify(read_data=True)) == []
 
 
+@pytest.mark.kept_in("sqlite", "folder", reason="elsewhere bytes are deleted once they are old")
 def test_bytes_that_did_not_change_stay(store: Store) -> None:
     run = store.runs.start(BASE, {})
     save(store, run.id, 10, weights=b"same")
@@ -52,6 +54,7 @@ def test_bytes_that_did_not_change_stay(store: Store) -> None:
     assert stored(store) == {b"same", b"optimizer 20"}
 
 
+@pytest.mark.kept_in("sqlite", "folder", reason="elsewhere bytes are deleted once they are old")
 def test_bytes_that_something_else_refers_to_stay(store: Store) -> None:
     run = store.runs.start(BASE, {})
     save(store, run.id, 10, weights=b"generator")
@@ -60,6 +63,7 @@ def test_bytes_that_something_else_refers_to_stay(store: Store) -> None:
     assert b"generator" in stored(store)
 
 
+@pytest.mark.kept_in("sqlite", "folder", reason="elsewhere bytes are deleted once they are old")
 def test_a_generator_ends_the_run_it_came_from(store: Store) -> None:
     run = store.runs.start(BASE, {})
     save(store, run.id, 10)
@@ -83,6 +87,7 @@ def test_a_new_run_gives_up_the_one_before(store: Store) -> None:
     assert stored(store) == set()
 
 
+@pytest.mark.kept_in("sqlite", "folder", reason="elsewhere bytes are deleted once they are old")
 def test_a_checkpoint_is_stored_while_another_run_drops_the_very_same_bytes(
     store: Store, twin: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -134,6 +139,7 @@ def test_a_code_of_another_network_takes_the_place_of_an_earlier_one(store: Stor
     assert (store.runs.codes(run.id, NETWORK), store.runs.codes(run.id, OTHER)) == ([], [new])
 
 
+@pytest.mark.kept_in("sqlite", "folder", reason="elsewhere bytes are deleted once they are old")
 def test_codes_of_a_run_are_not_garbage(store: Store) -> None:
     ingest(store, "rust")
     run = store.runs.start(BASE, {})

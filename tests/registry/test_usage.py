@@ -14,6 +14,7 @@ from tests.registry.pairs import lose
 from tests.shared import paths_of
 
 
+@pytest.mark.kept_in("sqlite", "folder", reason="the files of a store folder")
 def test_each_use_has_its_bytes(store: Store) -> None:
     ingest(store, "rust", steps=[80], samples=b"samples", eval_data=b"eval", card=b"card")
     store.vectors.add([vector(store, "rust")])
@@ -49,6 +50,7 @@ def test_a_missing_blob_costs_nothing(store: Store) -> None:
 
 
 @pytest.mark.skipif(shutil.which("du") is None, reason="there is no du")
+@pytest.mark.kept_in("sqlite", "folder", reason="the files of a store folder")
 def test_the_total_is_what_du_says_of_the_files(store: Store) -> None:
     ingest(store, "rust", steps=[80, 90], samples=b"samples")
     store.generators.add(generator(store, ["rust"]))
@@ -58,6 +60,7 @@ def test_the_total_is_what_du_says_of_the_files(store: Store) -> None:
     assert store.usage().total == int(answer.stdout.splitlines()[-1].split()[0])
 
 
+@pytest.mark.kept_in("sqlite", "folder", reason="the files of a store folder")
 def test_the_lock_file_of_a_job_is_overhead_that_prune_does_not_promise_to_free(store: Store) -> None:
     before = store.usage()
     with store.job(BASE):

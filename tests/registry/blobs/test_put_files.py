@@ -17,6 +17,8 @@ from registry.storage.blobs.content import PutRefusal, PutResult, digest_of
 from registry.store import Store
 from tests.shared import paths_of
 
+pytestmark = pytest.mark.kept_in("sqlite", "folder", reason="the temporary files of a store folder")
+
 
 def write(folder: Path, **contents: bytes) -> list[Path]:
     folder.mkdir(exist_ok=True)
