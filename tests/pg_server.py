@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from unittest import mock
 from uuid import uuid4
@@ -28,13 +28,14 @@ def pg_server(folder: Path) -> Iterator[str]:
         server.cleanup()
 
 
-def new_database(server: str) -> str:
-    """Make an empty database and return its address."""
+def new_database(server: str, name: str = "") -> str:
+    """Make an empty database and return its address; one that is known by its name may be there."""
     import psycopg
+    from psycopg.errors import DuplicateDatabase, UniqueViolation
 
-    name = f"icm_{uuid4().hex}"
-    with psycopg.connect(server, autocommit=True) as connection:
-        connection.execute(f"CREATE DATABASE {name}")
+    name = name or f"icm_{uuid4().hex}"
+    with psycopg.connect(server, autocommit=True) as connection, suppress(DuplicateDatabase, UniqueViolation):
+        connection.execute(f"CREATE DATABASE {name}".encode())
     return server.replace("/postgres?", f"/{name}?")
 
 

@@ -18,7 +18,8 @@ from registry.errors import DamagedRow, StoreLocked, StoreReadOnly
 from registry.schema import BaseModel, Blob, Task
 from registry.storage.database import Database
 
-_NOW = "2026-01-02T03:04:05Z"
+_NOW, _SECONDS = "2026-01-02T03:04:05Z", 1_767_323_045
+_MANY = 2_500  # more than are fetched at a time
 _THREADS, _ROUNDS = 6, 8
 
 
@@ -50,7 +51,8 @@ class DatabasePromises:
 
     def _add_task(self, database: Database, name: str = "rust") -> None:
         with database.write() as session:
-            session.add(Task(name=name, base_model=BaseModel(name="base"), folder="", created_at=_NOW))
+            base = BaseModel(name=f"base of {name}")
+            session.add(Task(name=name, base_model=base, folder="", created_at=_NOW))
 
     def test_what_a_block_wrote_is_there_for_others(self, database: Database) -> None:
         self._add(database)
@@ -97,6 +99,65 @@ class DatabasePromises:
                 return
             assert session.scalar(count) == before
         assert self._names(database) == ["first", "second"]
+
+    def test_columns_come_as_they_are_stored(self, database: Database) -> None:
+        with database.connection(write=True) as connection:
+            connection.execute(insert(Blob).values([{"digest": digit * 64, "size": ord(digit)} for digit in "abc"]))
+        self._add_task(database)
+        with database.columns() as columns:
+            found = columns.execute("SELECT digest, size FROM blobs WHERE size > ? ORDER BY size", (ord("a"),))
+            assert found.fetchone() == (b"\xbb" * 32, ord("b"))
+            assert [(bytes(digest), size) for digest, size in found] == [(b"\xcc" * 32, ord("c"))]
+            query = "SELECT name, created_at, pinned, note, name LIKE '%u%' FROM tasks"
+            assert columns.execute(query).fetchall() == [("rust", _SECONDS, False, None, True)]
+
+    def test_many_rows_are_streamed_while_others_are_read(self, database: Database) -> None:
+        with database.connection(write=True) as connection:
+            connection.execute(insert(Blob), [{"digest": f"{size:064x}", "size": size} for size in range(_MANY)])
+        with database.columns() as columns:
+            rows = columns.stream("SELECT id, size FROM blobs ORDER BY size")
+            for size, (number, found) in zip(range(_MANY), rows, strict=False):
+                assert found == size
+                if size % 500 == 0:
+                    query = "SELECT size FROM blobs WHERE id = ?"
+                    assert columns.execute(query, (number,)).fetchall() == list(columns.stream(query, (number,)))
+            next(columns.stream("SELECT id FROM blobs"))  # and no more of them
+        with database.columns() as columns:
+            assert columns.execute("SELECT count(*) FROM blobs").fetchone() == (_MANY,)
+
+    def test_columns_are_of_one_state(self, database: Database) -> None:
+        self._add(database, "first")
+        with database.columns() as columns:
+            before = columns.execute("SELECT count(*) FROM base_models").fetchone()
+            try:
+                self._add(self.new_database(database, patience=0.2), "second")
+            except StoreLocked:
+                return
+            assert columns.execute("SELECT count(*) FROM base_models").fetchone() == before
+
+    def test_names_of_tasks_are_ordered_in_any_case(self, database: Database) -> None:
+        for name in ("sql", "Rust", "bash"):
+            self._add_task(database, name)
+        with database.columns() as columns:
+            query = f"SELECT name FROM tasks ORDER BY {columns.in_any_case('tasks.name')}"  # noqa: S608
+            assert [name for (name,) in columns.stream(query)] == ["bash", "Rust", "sql"]
+
+    def test_columns_are_checked_when_that_is_asked_for(self, database: Database) -> None:
+        for name in ("rust", "sql"):
+            self._add_task(database, name)
+        with database.columns() as columns:
+            assert columns.are_right()
+            assert columns.first_wrong("tasks", "TRUE") is None
+        self.damage(database, "UPDATE tasks SET pinned = NOT pinned WHERE name = 'sql'")
+        with database.columns() as columns:
+            assert not columns.are_right()
+            assert columns.first_wrong("tasks", "name = 'rust'") is None
+            assert "row 2 of tasks" in str(columns.first_wrong("tasks", "TRUE"))
+            right = f"SELECT name FROM tasks WHERE {columns.right_rows('tasks')}"  # noqa: S608
+            assert columns.execute(right).fetchall() == [("rust",)]
+            right = f"SELECT name FROM base_models WHERE {columns.right_rows('base_models')}"  # noqa: S608
+            assert len(columns.execute(right).fetchall()) == 2
+        assert list(database.wrong_tasks().values()) == [{2}]
 
     def test_one_writes_at_a_time(self, database: Database) -> None:
         other = self.new_database(database, patience=0.2)

@@ -8,12 +8,12 @@ folder of blobs, has a mark: `kept_in("sqlite", reason=...)`.
 
 from __future__ import annotations
 
+import hashlib
 import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from uuid import uuid4
 
 from registry.names import DatabaseUrl
 from registry.store import Store
@@ -45,8 +45,9 @@ class Pair:
         """Return the address of the store that stands for the one at a folder, and where it has its bytes."""
         if root not in self._places:
             database, blobs = self.parts
-            address = root if database == "sqlite" else DatabaseUrl(new_database(self.server))
-            far = f"s3://icm/{uuid4().hex}" if blobs == "s3" else str(root)
+            name = hashlib.sha256(bytes(root)).hexdigest()[:32]  # every process comes to the same place
+            address = root if database == "sqlite" else DatabaseUrl(new_database(self.server, f"icm_{name}"))
+            far = f"s3://icm/{name}" if blobs == "s3" else str(root)
             is_there = database == "sqlite" and (root / "FORMAT").exists()  # a copy of another store
             self._places[root] = address, None if self.name == DEFAULT or is_there else far
         return self._places[root]

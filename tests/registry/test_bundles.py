@@ -223,9 +223,9 @@ def test_two_tasks_of_one_name_are_refused(store: Store) -> None:
         store.bundles.add(bundle(store, imported(store, "rust"), imported(store, "RUST")))
 
 
-def test_a_store_opened_read_only_takes_nothing(store: Store, tmp_path: Path) -> None:
+def test_a_store_opened_read_only_takes_nothing(store: Store) -> None:
     new = bundle(store, imported(store, "rust"))
-    with Store.open(tmp_path / "store", read_only=True) as opened, pytest.raises(StoreReadOnly):
+    with Store.open(store.address, read_only=True) as opened, pytest.raises(StoreReadOnly):
         opened.bundles.add(new)
 
 

@@ -85,6 +85,7 @@ def test_a_code_of_a_task_that_was_removed_meanwhile_is_left_out(store: Store) -
     assert store.codes.replace(made.id, late) is None
 
 
+@pytest.mark.kept_in("sqlite", reason="PostgreSQL gives no number twice")
 def test_a_code_of_an_adapter_that_was_replaced_meanwhile_is_left_out(store: Store) -> None:
     made, _ = coded(store)
     late = new_code(store, b"code of the earlier adapter")
