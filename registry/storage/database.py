@@ -50,8 +50,11 @@ class Columns(Protocol):
         """Run a statement that returns few rows."""
         ...
 
-    def stream(self, statement: str, values: Sequence[Value] = ()) -> Iterator[tuple[Any, ...]]:
-        """Run a statement that may return very many rows, and yield them; few are in memory at a time."""
+    def stream(self, statement: str, values: Sequence[Value] = (), *, first: bool = False) -> Iterator[tuple[Any, ...]]:
+        """Run a statement that may return very many rows, and yield them; few are in memory at a time.
+
+        Most often the `first` ones are enough: they are to come soon, even if all together then take longer.
+        """
         ...
 
     def in_any_case(self, column: str) -> str:

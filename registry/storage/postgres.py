@@ -40,11 +40,15 @@ _ALIVE: dict[str, Any] = {
     "keepalives_count": 3,
     "tcp_user_timeout": 60_000,
 }
-_OF_SESSION = "-c tcp_keepalives_idle=20 -c tcp_keepalives_interval=10 -c tcp_keepalives_count=3 -c timezone=UTC"
+_OF_SESSION = (
+    "-c tcp_keepalives_idle=20 -c tcp_keepalives_interval=10 -c tcp_keepalives_count=3 -c timezone=UTC"
+    " -c cursor_tuple_fraction=1"  # for the planner: who streams rows asks for all of them
+)
 _MOST_NAMED = 63  # bytes of a name that the server keeps
 _WRITING = 0x69636D31  # the lock that a transaction holds while it writes
 _LEAST_WAIT = 1.0  # seconds: a commit of another process takes a moment
 _FEW = 1000  # rows that are fetched at a time
+_FIRST_SOON = b"SET LOCAL cursor_tuple_fraction = 0.01"  # that of its rows which somebody will ask for, for the planner
 _COUNTER = count()  # cursors of a connection have different names
 _AWAY_HINT = "try again when it can be reached; nothing that was not acknowledged is kept"
 
@@ -194,8 +198,10 @@ class PostgresColumns:
         """Run a statement and fetch all it returns."""
         return self._connection.execute(_with_percents(statement), values)
 
-    def stream(self, statement: str, values: Sequence[Value] = ()) -> Iterator[tuple[Any, ...]]:
+    def stream(self, statement: str, values: Sequence[Value] = (), *, first: bool = False) -> Iterator[tuple[Any, ...]]:
         """Run a statement; its rows stay with the server, which sends a few at a time."""
+        if first:
+            self._connection.execute(_FIRST_SOON)
         cursor = self._cursors.enter_context(self._connection.cursor(f"icm_{next(_COUNTER)}"))
         cursor.itersize = _FEW
         return iter(cursor.execute(_with_percents(statement), values))

@@ -155,10 +155,12 @@ class SqliteColumns:
         self._connection = connection
 
     def execute(self, statement: str, values: Sequence[Value] = ()) -> sqlite3.Cursor:
-        """Run a statement; its rows are read as they are asked for."""
+        """Run a statement."""
         return self._connection.execute(statement, values)
 
-    stream = execute
+    def stream(self, statement: str, values: Sequence[Value] = (), *, first: bool = False) -> sqlite3.Cursor:
+        """Run a statement; its rows are read as they are asked for."""
+        return self._connection.execute(statement, values)
 
     def in_any_case(self, column: str) -> str:
         """Return the column: its collation does it, and its index has that order."""

@@ -121,7 +121,7 @@ class DatabasePromises:
                 if size % 500 == 0:
                     query = "SELECT size FROM blobs WHERE id = ?"
                     assert columns.execute(query, (number,)).fetchall() == list(columns.stream(query, (number,)))
-            next(columns.stream("SELECT id FROM blobs"))  # and no more of them
+            next(columns.stream("SELECT id FROM blobs", first=True))  # and no more of them
         with database.columns() as columns:
             assert columns.execute("SELECT count(*) FROM blobs").fetchone() == (_MANY,)
 

@@ -9,6 +9,7 @@ import pytest
 from registry.store import Store
 from tests.registry.children import run_together
 from tests.registry.examples import BASE, generator, ingest, new_store, offer
+from tests.registry.pairs import pair
 
 TIMEOUT = 60.0  # far above what is needed; the tests show that nobody fails, not how fast it is
 
@@ -81,7 +82,7 @@ def test_pruning_and_removing_beside_ingests_and_readers_breaks_nothing(tmp_path
 
     def read() -> None:
         for _ in range(30):
-            with Store.open(root, read_only=True, lock_timeout=TIMEOUT) as store:
+            with Store.open(pair.place_of(root)[0], read_only=True, lock_timeout=TIMEOUT) as store:
                 for summary in store.tasks.summaries():
                     store.blobs.read(summary.final.weights)
 

@@ -218,6 +218,7 @@ def test_a_kill_at_a_random_time_loses_nothing_that_was_acknowledged(tmp_path: P
         assert list(store.verify(read_data=True)) == []
 
 
+@pytest.mark.kept_in("sqlite", reason="the journal of SQLite")
 def test_a_reader_rolls_back_what_a_killed_writer_left(tmp_path: Path) -> None:
     root = tmp_path / "store"
     with new_store(root) as store:

@@ -20,6 +20,8 @@ from tests.registry.children import start, wait
 from tests.registry.examples import BASE, ingest
 from tests.shared import paths_of
 
+pytestmark = pytest.mark.kept_in("sqlite", reason="the locks of a store folder")
+
 
 @pytest.fixture
 def locks(tmp_path: Path) -> Iterator[tuple[FileLock, FileLock]]:

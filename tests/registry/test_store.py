@@ -19,8 +19,10 @@ from registry.errors import (
 )
 from registry.store import Store
 from tests.registry.examples import ingest, new_store
+from tests.registry.pairs import pair
 
 
+@pytest.mark.kept_in("sqlite", reason="the files of a store folder")
 def test_a_store_that_is_not_there_is_not_made_unasked(tmp_path: Path) -> None:
     with pytest.raises(StoreNotFound) as caught:
         Store.open(tmp_path / "store")
@@ -28,6 +30,7 @@ def test_a_store_that_is_not_there_is_not_made_unasked(tmp_path: Path) -> None:
     assert not (tmp_path / "store").exists()
 
 
+@pytest.mark.kept_in("sqlite", "folder", reason="the files of a store folder")
 def test_a_store_is_made_with_its_parents(tmp_path: Path) -> None:
     new_store(tmp_path / "a" / "b" / "store").close()
     assert (tmp_path / "a" / "b" / "store" / "FORMAT").read_text() == "icm store 2\n"
@@ -36,10 +39,11 @@ def test_a_store_is_made_with_its_parents(tmp_path: Path) -> None:
 def test_what_was_stored_is_there_when_it_is_opened_again(tmp_path: Path) -> None:
     with new_store(tmp_path / "store") as store:
         ingest(store, "shakespeare")
-    with Store.open(tmp_path / "store") as store:
+    with Store.open(pair.place_of(tmp_path / "store")[0]) as store:
         assert store.tasks.get("shakespeare").base_model == "example/base-model"
 
 
+@pytest.mark.kept_in("sqlite", reason="the files of a store folder")
 def test_a_folder_with_other_things_is_not_made_a_store(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").touch()
     with pytest.raises(NotAStore, match=r"notes\.txt"):
@@ -47,6 +51,7 @@ def test_a_folder_with_other_things_is_not_made_a_store(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
+@pytest.mark.kept_in("sqlite", reason="the files of a store folder")
 def test_a_store_that_another_process_makes_meanwhile_is_no_other_thing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -62,6 +67,7 @@ def test_a_store_that_another_process_makes_meanwhile_is_no_other_thing(
         ingest(store, "rust")
 
 
+@pytest.mark.kept_in("sqlite", reason="the files of a store folder")
 def test_an_unknown_format_is_refused(tmp_path: Path) -> None:
     new_store(tmp_path / "store").close()
     path = tmp_path / "store" / "FORMAT"
@@ -72,6 +78,7 @@ def test_an_unknown_format_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", [b"", b"icm stpre 2\n", b"icm store 2", b"icm store 2\n\n", bytes(12), b"\xff" * 12])
+@pytest.mark.kept_in("sqlite", reason="the files of a store folder")
 def test_a_damaged_format_is_called_damaged_and_not_newer(tmp_path: Path, text: bytes) -> None:
     new_store(tmp_path / "store").close()
     path = tmp_path / "store" / "FORMAT"
@@ -83,6 +90,7 @@ def test_a_damaged_format_is_called_damaged_and_not_newer(tmp_path: Path, text: 
 
 
 @pytest.mark.parametrize("name", ["FORMAT", "registry.db", "lock"])
+@pytest.mark.kept_in("sqlite", reason="the files of a store folder")
 def test_a_folder_in_place_of_a_file_of_the_store_is_an_error_of_the_store(tmp_path: Path, name: str) -> None:
     new_store(tmp_path / "store").close()
     path = tmp_path / "store" / name
@@ -93,6 +101,7 @@ def test_a_folder_in_place_of_a_file_of_the_store_is_an_error_of_the_store(tmp_p
 
 
 @pytest.mark.parametrize("junk", [b"", b"\0" * 8192, b"this is a text file\n" * 500])
+@pytest.mark.kept_in("sqlite", reason="the files of a store folder")
 def test_a_database_that_is_none_is_damage(tmp_path: Path, junk: bytes) -> None:
     new_store(tmp_path / "store").close()
     (tmp_path / "store" / "registry.db").write_bytes(junk)
@@ -100,6 +109,7 @@ def test_a_database_that_is_none_is_damage(tmp_path: Path, junk: bytes) -> None:
         Store.open(tmp_path / "store")
 
 
+@pytest.mark.kept_in("sqlite", reason="the files of a store folder")
 def test_folders_that_a_copy_left_out_are_made_again(tmp_path: Path) -> None:
     new_store(tmp_path / "store").close()
     for name in ("tmp", "quarantine", "blobs"):
@@ -108,6 +118,7 @@ def test_folders_that_a_copy_left_out_are_made_again(tmp_path: Path) -> None:
         assert store.blobs.read(store.blobs.put(b"bytes")) == b"bytes"
 
 
+@pytest.mark.kept_in("sqlite", reason="the files of a store folder")
 def test_a_disk_that_is_full_while_a_store_is_made_is_called_that(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -128,17 +139,17 @@ class TestReadOnly:
     def test_it_reads(self, tmp_path: Path) -> None:
         with new_store(tmp_path / "store") as store:
             ingest(store, "shakespeare")
-        with Store.open(tmp_path / "store", read_only=True) as store:
+        with Store.open(pair.place_of(tmp_path / "store")[0], read_only=True) as store:
             assert [task.name for task in store.tasks.all()] == ["shakespeare"]
             assert store.blobs.read(store.tasks.final("shakespeare").weights) == b"weights of shakespeare"
 
     def test_it_is_not_made(self, tmp_path: Path) -> None:
         with pytest.raises(StoreNotFound):
-            Store.open(tmp_path / "store", read_only=True, create=True)
+            Store.open(pair.place_of(tmp_path / "store")[0], read_only=True, create=True)
 
     def test_it_refuses_every_write(self, tmp_path: Path) -> None:
         new_store(tmp_path / "store").close()
-        with Store.open(tmp_path / "store", read_only=True) as store:
+        with Store.open(pair.place_of(tmp_path / "store")[0], read_only=True) as store:
             for write in (
                 lambda: store.blobs.put(b"x"),
                 lambda: store.blobs.put_files([], lambda path, data: None),
@@ -153,6 +164,6 @@ class TestReadOnly:
     def test_it_holds_off_those_that_delete(self, tmp_path: Path) -> None:
         with new_store(tmp_path / "store", lock_timeout=0) as store:
             ingest(store, "shakespeare")
-            with Store.open(tmp_path / "store", read_only=True), pytest.raises(StoreLocked):
+            with Store.open(pair.place_of(tmp_path / "store")[0], read_only=True), pytest.raises(StoreLocked):
                 store.tasks.remove(["shakespeare"], last_copies=["shakespeare"])
             store.tasks.remove(["shakespeare"], last_copies=["shakespeare"])
