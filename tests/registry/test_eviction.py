@@ -91,7 +91,8 @@ def test_a_pinned_task_is_kept(rust: Store) -> None:
         rust.originals.evict(eviction(rust, "rust"))
     assert rust.blobs.read(rust.tasks.final("rust").weights) == b"weights of rust"
     rust.tasks.edit(["rust"], pinned=False)
-    assert rust.originals.evict(eviction(rust, "rust")) > 0
+    rust.originals.evict(eviction(rust, "rust"))
+    assert rust.tasks.final("rust").is_evicted
 
 
 def test_pinning_an_unknown_task_pins_nothing(rust: Store) -> None:
@@ -199,6 +200,7 @@ def test_a_full_disk_can_be_emptied_by_evicting(rust: Store, monkeypatch: pytest
     make_reserve(paths_of(rust))
 
 
+@pytest.mark.kept_in("sqlite", "folder", reason="elsewhere bytes are deleted once they are old")
 def test_a_kill_before_the_unlink_is_made_good_by_the_next_run(rust: Store) -> None:
     root, file = paths_of(rust).root, file_of(rust, "rust")
     rust.close()
@@ -218,7 +220,7 @@ def test_a_kill_before_the_unlink_is_made_good_by_the_next_run(rust: Store) -> N
 
 
 def test_prune_removes_what_a_killed_evict_left(rust: Store) -> None:
-    root = paths_of(rust).root
+    root = rust.address
     rust.close()
 
     def evict() -> None:
@@ -299,6 +301,7 @@ def test_an_evicted_original_can_be_restored(rust: Store) -> None:
 def test_restoring_without_the_bytes_is_refused(rust: Store) -> None:
     again = offer(rust, "rust", steps=[80], card=b"card")
     rust.originals.evict(eviction(rust, "rust"))
+    rust.prune(grace=0)
     with pytest.raises(MissingBlob):
         rust.tasks.ingest([replace(again, restore=True)])
     assert rust.tasks.final("rust").is_evicted
@@ -306,6 +309,7 @@ def test_restoring_without_the_bytes_is_refused(rust: Store) -> None:
 
 def test_another_task_may_bring_the_bytes_of_an_evicted_one(rust: Store) -> None:
     rust.originals.evict(eviction(rust, "rust"))
+    rust.prune(grace=0)
     ingest(rust, "html", weights=b"weights of rust")
     assert rust.blobs.read(rust.tasks.final("html").weights) == b"weights of rust"
     assert rust.tasks.final("rust").is_evicted
