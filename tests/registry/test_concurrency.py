@@ -11,6 +11,8 @@ from tests.registry.children import run_together
 from tests.registry.examples import BASE, generator, ingest, new_store, offer
 from tests.registry.pairs import pair
 
+pytestmark = pytest.mark.kept_in("folder", reason="a fork of a process that has used an object store uses none")
+
 TIMEOUT = 60.0  # far above what is needed; the tests show that nobody fails, not how fast it is
 
 

@@ -68,6 +68,7 @@ def test_another_residual_takes_its_place_and_leaves_no_file(store: Store, coded
     assert (DATA in files(store), b"more" in files(store), residual_rows(store)) == (False, True, 0)
 
 
+@pytest.mark.kept_in("sqlite", "folder", reason="elsewhere bytes are deleted once they are old")
 def test_a_residual_goes_where_the_code_alone_is_enough(store: Store, coded: CodeRecord) -> None:
     assert residual_rows(store) == 1
     store.codes.replace_residual(coded, None, ASKED)
