@@ -198,21 +198,17 @@ WrongIn = Callable[["Connection", "Table", Sequence[str]], Iterator[tuple[Any, .
 """Yields what is wrong with each wrong row of a table, and some fields of it: see `Database._wrong_in`."""
 
 
-def find_wrong_rows(connection: Connection, wrong_in: WrongIn) -> Iterator[tuple[str, str | None]]:
+def find_wrong_rows(connection: Connection, tables: MetaData, wrong_in: WrongIn) -> Iterator[tuple[str, str | None]]:
     """Check every row, and every adapter's number of extras; yield what is wrong, and the task it is about if known."""
-    from registry.schema import Base  # imports SQLAlchemy
-
-    for table in Base.metadata.sorted_tables:
+    for table in tables.sorted_tables:
         yield from ((fact, task) for fact, task in wrong_in(connection, table, [owner_of(table)]))
     for name, there, counted in connection.exec_driver_sql(_MISCOUNTED):
         yield f"an adapter of task {name} has {there} extras of {counted}", name
 
 
-def find_wrong_tasks(connection: Connection, wrong_in: WrongIn) -> dict[str, set[int]]:
+def find_wrong_tasks(connection: Connection, tables: MetaData, wrong_in: WrongIn) -> dict[str, set[int]]:
     """Check every row; return what is wrong with one -> the numbers of the tasks whose figures depend on it."""
-    from registry.schema import Base  # imports SQLAlchemy
-
-    tables, found = Base.metadata, dict[str, set[int]]()
+    found: dict[str, set[int]] = {}
     for table in tables.sorted_tables:
         numbers = _numbers_in(table)
         for fact, *values in wrong_in(connection, table, numbers):

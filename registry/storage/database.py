@@ -208,12 +208,16 @@ class Database(ABC):
 
     def wrong_tasks(self) -> dict[str, set[int]]:
         """Check every row; return what is wrong with one -> the numbers of the tasks whose figures depend on it."""
+        from registry.schema import Base  # imports SQLAlchemy
+
         with self.connection() as connection:
-            return find_wrong_tasks(connection, self._wrong_in)
+            return find_wrong_tasks(connection, Base.metadata, self._wrong_in)
 
     def _wrong_rows(self, connection: Connection) -> Iterator[Damage]:
         """Check every row, and every adapter's number of extras."""
-        for fact, task in find_wrong_rows(connection, self._wrong_in):
+        from registry.schema import Base  # imports SQLAlchemy
+
+        for fact, task in find_wrong_rows(connection, Base.metadata, self._wrong_in):
             yield Damage("row", fact, task)
 
     def damaged_row(self, fact: str) -> DamagedRow:

@@ -2,6 +2,5 @@
 
 from tests.cli.conftest import icm
 from tests.quick import quick_codes
-from tests.registry.conftest import postgres
 
-__all__ = ["icm", "postgres", "quick_codes"]
+__all__ = ["icm", "quick_codes"]

@@ -24,6 +24,8 @@ from tests.registry.examples import ingest, new_store
 
 pytestmark = pytest.mark.kept_in("sqlite", "folder", reason="files that older versions left")
 
+pytestmark = pytest.mark.kept_in("sqlite", "folder", reason="files that older versions left")
+
 
 def tables_of(connection: sqlite3.Connection) -> dict[str, object]:
     """Return what matters of a schema, free of how its SQL is written."""
