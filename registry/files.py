@@ -5,6 +5,9 @@ one fail, or kill the process between two of them.
 
     writing   new file ──fsync──▶ rename ──▶ fsync of the folder       after a crash: there in full, or not at all
     reading   no symbolic link, regular files only, a size limit, unchanged from the first to the last byte
+    locking   shared, or alone; the system drops a lock when its process dies
+
+What only POSIX has is asked for here and left out where it is missing, as on Windows.
 """
 
 from __future__ import annotations
@@ -13,10 +16,12 @@ import errno
 import os
 import signal
 import stat
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from io import BytesIO
 from pathlib import Path
+from typing import Literal
 
 from registry.errors import SourceChanged, SourceRefused, StoreFull, StoreIOError, StoreReadOnly
 
@@ -25,14 +30,18 @@ Bytes = bytes | bytearray | memoryview
 # An adapter is megabytes; 8 GiB is far above the largest one and still below what would hurt a machine that can use it.
 MAX_SOURCE_BYTES = 8 << 30
 
+LockKind = Literal["shared", "alone"]
+
 CheckFirst = Callable[[int, int], None]
 """Looks at an open file, given its descriptor and size, and raises to refuse it before all of it is in memory."""
 
 _CANNOT_EXCHANGE = {errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP}
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _READ_ONLY = {errno.EROFS, errno.EACCES, errno.EPERM}
-# O_NONBLOCK: without it, opening a pipe that nobody writes to would wait for ever.
-_READ_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+# O_BINARY: without it, Windows would change line ends.
+_AS_IT_IS = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+# Without it, opening a pipe that nobody writes to would wait for ever.
+_AT_ONCE = getattr(os, "O_NONBLOCK", 0)
 
 
 def failpoint(name: str) -> None:
@@ -41,9 +50,57 @@ def failpoint(name: str) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+def open_file(path: Path, flags: int, mode: int = 0o666) -> int:
+    """Open a file that is no symbolic link and return its descriptor, which processes started later do not get."""
+    return os.open(path, flags | _AS_IT_IS, mode)
+
+
 def create(path: Path, mode: int) -> int:
     """Create a file that must not exist and return its descriptor, open for writing; the umask applies to `mode`."""
-    return os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW, mode)
+    return open_file(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, mode)
+
+
+def lock(fd: int, kind: LockKind, *, wait: bool = False) -> bool:
+    """Lock an open file, or turn its lock into another one, and return whether that went; if not, it has none."""
+    try:
+        import fcntl
+    except ModuleNotFoundError:
+        return _lock_on_windows(fd, kind, wait=wait)
+    # portalocker would call this too, but importing it takes as long as a seventh of a short command.
+    flags = fcntl.LOCK_SH if kind == "shared" else fcntl.LOCK_EX
+    try:
+        fcntl.flock(fd, flags if wait else flags | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _lock_on_windows(fd: int, kind: LockKind, *, wait: bool) -> bool:
+    import portalocker
+
+    unlock(fd)  # a lock does not turn into another one
+    flags = portalocker.LOCK_SH if kind == "shared" else portalocker.LOCK_EX
+    while True:
+        try:
+            portalocker.lock(fd, flags if wait else flags | portalocker.LOCK_NB)
+            return True
+        except portalocker.AlreadyLocked:
+            if not wait:  # it waits for ten seconds at a time
+                return False
+        except portalocker.LockException as error:
+            raise OSError(errno.ENOLCK, str(error)) from error
+
+
+def unlock(fd: int) -> None:
+    """Give up the lock of an open file."""
+    try:
+        import fcntl
+    except ModuleNotFoundError:
+        import portalocker
+
+        portalocker.unlock(fd)
+    else:
+        fcntl.flock(fd, fcntl.LOCK_UN)
 
 
 def write(fd: int, data: Bytes) -> None:
@@ -79,10 +136,12 @@ def exchange(first: Path, second: Path, aside: Path) -> None:
 
 
 def _exchanged(first: Path, second: Path) -> bool:
+    if sys.platform != "linux":
+        return False
     import ctypes  # needed to replace a folder only
 
     rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    if rename is None:  # of Linux alone
+    if rename is None:  # of new C libraries
         return False
     here, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
     if rename(here, os.fsencode(first), here, os.fsencode(second), swap) == 0:
@@ -110,12 +169,27 @@ def make_dir(path: Path) -> None:
 
 
 def fsync_dir(path: Path) -> None:
-    """Wait until the folder's entries (renames, new files) are on the device."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    """Wait until the folder's entries (renames, new files) are on the device; Windows does not let one wait."""
+    if not hasattr(os, "O_DIRECTORY"):
+        return
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         fsync(fd)
     finally:
         os.close(fd)
+
+
+def listed(folder: Path) -> Iterator[tuple[str, os.stat_result]]:
+    """Yield the name of each file in a folder, in order, and its status, unless it is removed meanwhile."""
+    # From an open folder where that can be: to follow the whole path for each takes longer.
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY) if os.stat in os.supports_dir_fd else None
+    try:
+        for name in sorted(os.listdir(folder if fd is None else fd)):
+            with suppress(FileNotFoundError):
+                yield name, os.stat(folder / name if fd is None else name, dir_fd=fd)
+    finally:
+        if fd is not None:
+            os.close(fd)
 
 
 def write_file(path: Path, data: Bytes, mode: int = 0o666) -> None:
@@ -159,7 +233,7 @@ def open_plain(path: Path, *, max_bytes: int = MAX_SOURCE_BYTES) -> Iterator[tup
     Read it with :func:`read_exactly`, never through a mapping: a mapped file that shrinks kills the process.
     """
     try:
-        fd = os.open(path, _READ_FLAGS)
+        fd = open_file(path, os.O_RDONLY | _AT_ONCE)
     except OSError as error:
         raise _not_opened(path, error) from error
     try:
@@ -190,11 +264,19 @@ def read_exactly(fd: int, size: int, offset: int) -> bytes:
     whole, done = BytesIO(bytes(size)), 0
     with whole.getbuffer() as view:
         while done < size:  # Linux reads at most 2 GiB in one call
-            count = os.preadv(fd, [view[done:]], offset + done)
+            count = _read_into(view[done:], fd, offset + done)
             if count == 0:
                 raise SourceChanged("was cut while it was read", reason="changed")
             done += count
     return whole.getvalue()  # the same memory: nobody else has the bytes
+
+
+def _read_into(view: memoryview, fd: int, offset: int) -> int:
+    if hasattr(os, "preadv"):
+        return os.preadv(fd, [view], offset)
+    with open(fd, "rb", buffering=0, closefd=False) as file:
+        file.seek(offset)
+        return file.readinto(view)
 
 
 def read_plain(path: Path, *, max_bytes: int = MAX_SOURCE_BYTES, first: CheckFirst | None = None) -> bytes:

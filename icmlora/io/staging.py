@@ -13,7 +13,6 @@ next run for the same target removes it.
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import re
 import secrets
@@ -49,7 +48,7 @@ def _locked_next_to(target: Path, create: Callable[[Path], int]) -> tuple[Path, 
                 raise
             continue
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            fs.lock(descriptor, "alone", wait=True)
             if _is_at(entry, descriptor):
                 return entry, descriptor
         except BaseException:
@@ -65,7 +64,7 @@ def _new_file(entry: Path) -> int:
 def _new_folder(entry: Path) -> int:
     entry.mkdir()
     try:
-        return os.open(entry, os.O_DIRECTORY | os.O_CLOEXEC)
+        return os.open(entry, os.O_DIRECTORY)
     except OSError:
         with suppress(OSError):
             entry.rmdir()
@@ -90,16 +89,15 @@ def remove_all_abandoned(folder: Path) -> None:
 
 def _remove_abandoned(entry: Path, flags: int, remove: Callable[[Path], object]) -> None:
     try:
-        descriptor = os.open(entry, os.O_RDONLY | os.O_NOFOLLOW | flags)
+        descriptor = fs.open_file(entry, os.O_RDONLY | flags)
     except OSError:
         return
     try:
         # Whoever builds the entry holds its lock, which dies with the process: no pid file can go stale.
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if fs.lock(descriptor, "alone"):
+            remove(entry)
     except OSError:
         return
-    else:
-        remove(entry)
     finally:
         os.close(descriptor)
 
@@ -297,7 +295,7 @@ def _publish(staged: Sequence[tuple[Path, Path]]) -> None:
 def _synced(folder: Path) -> Iterator[list[Callable[[], object]]]:
     """Sync the names in a folder after the block; if that or the block fails, undo what the block appended."""
     # Opened first: without a free descriptor nothing may have changed.
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     undo: list[Callable[[], object]] = []
     try:
         yield undo

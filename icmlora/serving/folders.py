@@ -10,7 +10,6 @@ memory.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
 import shutil
@@ -25,6 +24,7 @@ from pathlib import Path
 from icmlora.errors import FoldersInUse, FoldersUnusable, OutputExists
 from icmlora.io.staging import remove_all_abandoned
 from icmlora.io.text import human_size
+from registry import files as fs
 
 _NAME = re.compile(r"sha256-[0-9a-f]{64}")
 _MEMORY = Path("/dev/shm")  # noqa: S108  # a file system in memory; the folder below it is private
@@ -68,9 +68,9 @@ class AdapterFolders:
         self._locks: dict[str, threading.Lock] = {}
         self._guard = threading.Lock()
         _make_private(root)
-        self._lock = os.open(root / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        self._lock = fs.open_file(root / ".lock", os.O_RDWR | os.O_CREAT, 0o600)
         try:
-            is_alone = _flock(self._lock, fcntl.LOCK_EX)
+            is_alone = fs.lock(self._lock, "alone")
             if alone and not is_alone:
                 raise _in_use(root)
             remove_all_abandoned(root)
@@ -172,18 +172,10 @@ def _make_private(root: Path) -> None:
         place.chmod(0o700)
 
 
-def _flock(descriptor: int, kind: int) -> bool:
-    try:
-        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
 def _share(descriptor: int, root: Path) -> None:
     """Take the lock together with others; one that begins at the same moment has it alone for an instant."""
     until = time.monotonic() + _PATIENCE
-    while not _flock(descriptor, fcntl.LOCK_SH):
+    while not fs.lock(descriptor, "shared"):
         if time.monotonic() > until:
             raise _in_use(root)
         time.sleep(0.05)

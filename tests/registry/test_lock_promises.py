@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 
 from registry.storage.folder import StorePaths
@@ -21,6 +23,15 @@ class TestFolder(LockPromises):
         paths = StorePaths(self.root / store)
         paths.root.mkdir(exist_ok=True)
         return FolderLock(paths.lock, paths.job, patience=patience, command=command)
+
+
+class TestFolderAsOnWindows(TestFolder):
+    """Locks through portalocker, which Windows needs; what it calls is this system's."""
+
+    @pytest.fixture(autouse=True)
+    def without_fcntl(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        pytest.importorskip("portalocker")
+        monkeypatch.setitem(sys.modules, "fcntl", None)
 
 
 class TestPostgres(LockPromises):

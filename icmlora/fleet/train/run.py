@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import resource
 import sys
 import time
 from collections.abc import Callable, Collection, Sequence
@@ -218,12 +217,20 @@ def base_models_with_tasks(store: Store, base_model: str | None) -> list[str]:
 
 def run_metrics(device: torch.device) -> dict[str, object]:
     """Return where a run took place, and its peak memory in bytes: of the process and, on CUDA, of the device."""
-    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
-    peak = {"peak_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+    peak = _peak_memory()
     if device.type == "cuda":
         peak["peak_device_memory"] = torch.cuda.max_memory_allocated(device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
     return {"device": name, **peak, "torch": torch.__version__}
+
+
+def _peak_memory() -> dict[str, int]:
+    if sys.platform == "win32":  # which does not tell this way
+        return {}
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
+    return {"peak_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
 
 
 def measured_sensitivity(

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import resource
 import socket
 import sys
 from pathlib import Path
@@ -79,6 +78,8 @@ def _convert(source: BinaryIO, target: BinaryIO, metadata: dict[str, str], memor
 
 def limit(memory: int, seconds: int) -> None:
     """Limit what this process may use from now on, in addition to what it has used so far."""
+    import resource  # other systems than Linux may not have it, and the module is imported there all the same
+
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     used = resource.getrusage(resource.RUSAGE_SELF)
     until = math.ceil(used.ru_utime + used.ru_stime) + seconds

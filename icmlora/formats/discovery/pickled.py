@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -67,6 +68,8 @@ class PickleReader:
             UnsafeInput: It holds something else, or takes more than the limits.
             AdapterRefused: It is no pickle.
         """
+        if sys.platform != "linux":  # the limits, and how the process is sent files, are those of Linux
+            raise UnsafeInput("a pickle, which icm reads on Linux only", kind="pickle", path=source, hint=_RESAVE)
         with located(source), open_regular(source, max_bytes=MAX_FILE_BYTES) as (descriptor, size):
             if read_exactly(descriptor, min(size, 8), 0) == b"version ":
                 raise AdapterRefused("a Git LFS pointer, not the file itself", kind="lfs", hint="run 'git lfs pull'")

@@ -10,7 +10,7 @@ import asyncio
 import errno
 import logging
 import math
-import resource
+import sys
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
@@ -66,6 +66,10 @@ def allowed(connections: int) -> tuple[int, int]:
     Returns:
         How many connections an address may have where so many are asked for, and how many to take at once.
     """
+    if sys.platform == "win32":  # there is no limit on sockets
+        return connections, connections
+    import resource
+
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     descriptors = min(most, _DESCRIPTORS) if most != resource.RLIM_INFINITY else _DESCRIPTORS
     resource.setrlimit(resource.RLIMIT_NOFILE, (descriptors, most))

@@ -13,7 +13,6 @@ this folder is one of the store. Blobs that were read longest ago make room.
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import os
 import shutil
@@ -114,13 +113,14 @@ class BlobCache:
         descriptor = fs.create(path, 0o600)
         try:
             with self._locked() as lock:
-                text = os.pread(lock, 32, 0)
+                text = os.read(lock, 32)
                 taken = int(text) if text.isdigit() else self.limit
                 if taken + size > self.limit:
                     taken = self._trim(int(self.limit * _ROOM) - size)
                 # Too much at most, never too little: what is replaced, or removed elsewhere, is seen by the next trim.
                 os.ftruncate(lock, 0)
-                os.pwrite(lock, str(taken + size).encode(), 0)
+                os.lseek(lock, 0, os.SEEK_SET)
+                fs.write(lock, str(taken + size).encode())
                 os.ftruncate(descriptor, size)  # others count it while it is written
             yield descriptor
         finally:
@@ -128,9 +128,9 @@ class BlobCache:
 
     @contextmanager
     def _locked(self) -> Iterator[int]:
-        descriptor = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        descriptor = fs.open_file(self.folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)  # for as long as it takes to list the folder, at most
+            fs.lock(descriptor, "alone", wait=True)  # for as long as it takes to list the folder, at most
             yield descriptor
         finally:
             os.close(descriptor)

@@ -171,16 +171,8 @@ def _blobs_in(folder: Path) -> list[BlobInfo]:
     """Return the blobs of a folder, by digest."""
     from registry.storage.blobs.backend import BlobInfo
 
-    found = []
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        for name in sorted(os.listdir(descriptor)):
-            if name[0] == folder.name and is_digest(name):
-                try:  # from here: to follow the whole path for each takes longer
-                    status = os.stat(name, dir_fd=descriptor)
-                except FileNotFoundError:
-                    continue  # another process deleted it since the folder was listed
-                found.append(BlobInfo(name, status.st_size, status.st_mtime))
-    finally:
-        os.close(descriptor)
-    return found
+    return [
+        BlobInfo(name, status.st_size, status.st_mtime)
+        for name, status in fs.listed(folder)
+        if name[0] == folder.name and is_digest(name)
+    ]

@@ -65,7 +65,8 @@ _AWAY_HINT = "try again when it can be reached; nothing that was not acknowledge
 
 _forked: list[int] = []
 # The client's threads are not in the copy: whatever it is asked there would wait for ever.
-os.register_at_fork(after_in_child=lambda: _forked.append(os.getpid()))
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=lambda: _forked.append(os.getpid()))
 
 
 class _Missing(FileNotFoundError):

@@ -1,16 +1,15 @@
-"""Locks of a store folder: flocks, one on a file of the store, and one on a file for each base model.
+"""Locks of a store folder: one on a file of the store, and one on a file for each base model.
 
 The kernel drops a lock when its process dies, so there are no stale locks and no command to break one. The names in a
 lock file are only for messages.
 
-An flock gives up the shared lock while it turns into an exclusive one, and may lose it if the attempt fails. So whoever
-wants the exclusive lock first holds a second file, the gate: in between, no other process can get in to delete. While
-the gate has just been closed, those who come to read let the one who closed it go first.
+A shared lock is given up while it turns into an exclusive one, and is lost if the attempt fails. So whoever wants the
+exclusive lock first holds a second file, the gate: in between, no other process can get in to delete. While the gate
+has just been closed, those who come to read let the one who closed it go first.
 """
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
 import time
@@ -18,7 +17,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
-from registry.files import store_errors
+from registry import files as fs
+from registry.files import LockKind, store_errors
 from registry.storage.locks import HEAD_START, Patience, in_use
 
 _MAX_NAMES_BYTES = 4096
@@ -28,7 +28,7 @@ _LOCK = re.compile(r"\d+: (?:FLOCK|POSIX) +\S+ +\S+ (\d+) [0-9a-f]+:[0-9a-f]+:(\
 
 
 class FileLock:
-    """An flock on one file, held until :meth:`close`."""
+    """A lock on one file, held until :meth:`close`."""
 
     def __init__(
         self, path: Path, *, patience: Patience, command: str, writable: bool = True, subject: str | None = None
@@ -44,16 +44,16 @@ class FileLock:
     def enter(self) -> None:
         """Take the shared lock for the first time; one who has just begun to wait for the exclusive one goes first."""
         with suppress(OSError):  # nobody ever closed the gate, or it cannot be read
-            gate = os.open(self._gate_path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+            gate = fs.open_file(self._gate_path, os.O_RDONLY)
             try:
-                self._patience.wait(lambda: _has_waited(gate) or _try(gate, fcntl.LOCK_SH))
+                self._patience.wait(lambda: _has_waited(gate) or _try(gate, "shared"))
             finally:
                 os.close(gate)
         self.share()
 
     def share(self) -> None:
         """Take, or go back to, the shared lock."""
-        self._wait(self._fd, fcntl.LOCK_SH)
+        self._wait(self._fd, "shared")
         self._sign()
 
     def hold(self, *, shared: bool = False, without: FileLock | None = None) -> None:
@@ -61,7 +61,7 @@ class FileLock:
 
         The lock `without` is given up while this waits, so nothing read before may be trusted afterwards.
         """
-        kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+        kind: LockKind = "shared" if shared else "alone"
         if not _try(self._fd, kind):
             with nullcontext() if without is None else without._given_up():
                 self._wait(self._fd, kind)
@@ -74,38 +74,38 @@ class FileLock:
         The shared lock is given up while this waits, so nothing read before the block may be trusted inside it.
         """
         with self._given_up(), self._gate() as gate:
-            self._wait(gate, fcntl.LOCK_EX)
+            self._wait(gate, "alone")
             with suppress(OSError):
                 os.utime(gate)
             try:
                 self.hold()
                 yield
             finally:
-                _try(self._fd, fcntl.LOCK_SH)  # before the gate opens; nobody can have got in
+                _try(self._fd, "shared")  # before the gate opens; nobody can have got in
 
     @contextmanager
     def _given_up(self) -> Iterator[None]:
         """Give up the shared lock for a block, and take it again."""
-        fcntl.flock(self._fd, fcntl.LOCK_UN)  # two that wait for each other's shared lock would wait for ever
+        fs.unlock(self._fd)  # two that wait for each other's shared lock would wait for ever
         try:
             yield
         except BaseException:
-            _try(self._fd, fcntl.LOCK_SH)  # what went wrong is to be told, and not that this takes time too
+            _try(self._fd, "shared")  # what went wrong is to be told, and not that this takes time too
             raise
-        self._wait(self._fd, fcntl.LOCK_SH)
+        self._wait(self._fd, "shared")
 
     @contextmanager
     def try_exclusive(self) -> Iterator[bool]:
         """Hold the exclusive lock for a block if no other process uses the store, and yield whether it is held."""
         # The gate stays closed while the lock changes, so what was read before the block is still so inside it.
         with self._gate() as gate:
-            if not _try(gate, fcntl.LOCK_EX):
+            if not _try(gate, "alone"):
                 yield False
                 return
             try:
-                yield _try(self._fd, fcntl.LOCK_EX)
+                yield _try(self._fd, "alone")
             finally:
-                self._wait(self._fd, fcntl.LOCK_SH)  # a failed attempt loses the shared lock too
+                self._wait(self._fd, "shared")  # a failed attempt loses the shared lock too
 
     def users_of(self, path: Path) -> str:
         """Say which processes have locked another file of the store, as ` by process 12: icm ls`, or say nothing."""
@@ -131,7 +131,7 @@ class FileLock:
         finally:
             os.close(fd)
 
-    def _wait(self, fd: int, kind: int) -> None:
+    def _wait(self, fd: int, kind: LockKind) -> None:
         if not self._patience.wait(lambda: _try(fd, kind), lambda: f"{self._subject}{self._held(fd, ', held by ')}"):
             raise in_use(f"{self._subject} is in use{self._held(fd, ' by ')}", self._patience, self._path)
 
@@ -215,6 +215,8 @@ def _has_waited(gate: int) -> bool:
 
 
 def _is_alive(pid: int) -> bool:
+    if os.name == "nt":
+        return False  # nobody knows: to ask, as below, would be Ctrl+C there
     try:
         os.kill(pid, 0)
     except PermissionError:
@@ -227,13 +229,9 @@ def _is_alive(pid: int) -> bool:
 def _open(path: Path, *, writable: bool) -> int:
     # O_APPEND: several processes may sign at the same time.
     flags = (os.O_RDWR | os.O_CREAT | os.O_APPEND) if writable else os.O_RDONLY
-    return os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+    return fs.open_file(path, flags)
 
 
-def _try(fd: int, kind: int) -> bool:
+def _try(fd: int, kind: LockKind) -> bool:
     """Take a lock unless another open file has it."""
-    try:
-        fcntl.flock(fd, kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+    return fs.lock(fd, kind)
