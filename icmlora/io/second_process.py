@@ -30,8 +30,9 @@ def in_two_processes(function: Callable[[_In], Iterable[_Out]], parts: Sequence[
     """Yield what a function yields for each part, in order; every other part is left to a copy of this process.
 
     Args:
-        function: Computes, reads files and opens what it needs. It has no open transaction when this begins, and what
-            it yields can be pickled. It may be called twice for a part, and yields the same again.
+        function: Computes, reads files and opens what it needs. It has no open transaction when this begins, and asks
+            no server: connections do not survive a fork. What it yields can be pickled. It may be called twice for a
+            part, and yields the same again.
         parts: What to call it with.
     """
     # Elsewhere than on Linux, libraries do not survive a fork.

@@ -3,6 +3,9 @@
 A process has one connection that holds its locks and makes its writes: whoever has lost it has lost the locks, and
 cannot commit what they protected. So it is never opened a second time. What only reads has connections of its own.
 
+A copy of the process, made by a fork, has the same sockets: its first word, or its goodbye, would end the session of
+the other one. So its ends are cut as soon as it begins, and it opens the store anew, if at all.
+
 One process writes at a time, as in SQLite: a transaction that writes begins with a lock, and sees all that was
 committed before it got that. So what `registry.tables` decides by what it has read stays true until it commits.
 """
@@ -10,12 +13,14 @@ committed before it got that. So what `registry.tables` decides by what it has r
 from __future__ import annotations
 
 import math
+import os
 import socket
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cached_property, partial
 from itertools import count
 from typing import Any
+from weakref import WeakSet
 
 import psycopg
 from sqlalchemy import Connection, Engine, Table, create_engine, event, text
@@ -45,6 +50,7 @@ _MOST_NAMED = 63  # bytes of a name that the server keeps
 _WRITING = 0x69636D31  # the lock that a transaction holds while it writes
 _LEAST_WAIT = 1.0  # seconds: a commit of another process takes a moment
 _FEW = 1000  # rows that are fetched at a time
+_connections = WeakSet[psycopg.Connection]()  # all of this process
 _COUNTER = count()  # cursors of a connection have different names
 _AWAY_HINT = "try again when it can be reached; nothing that was not acknowledged is kept"
 
@@ -61,22 +67,15 @@ class PostgresDatabase(Database):
 
     def __init__(self, url: str, *, command: str, read_only: bool, patience: Patience) -> None:
         super().__init__(masked(url), masked(url), read_only=read_only, patience=patience)
-        self._url, self._command = url, command
-
-    @cached_property
-    def only(self) -> Engine:
+        self._url = url
+        self.only = only_connection(url, command)
         """What has the one connection that holds locks and writes."""
-        return only_connection(self._url, self._command)
+        self._reading = _engine(url, partial(new_connection, url, command), pool_size=1, max_overflow=-1)
 
     @cached_property
     def _writer(self) -> Engine:
         event.listen(self.only, "begin", self._begin)
         return self.only.execution_options(icm_writes=True)
-
-    @cached_property
-    def _reading(self) -> Engine:
-        connect = partial(new_connection, self._url, self._command)
-        return create_engine("postgresql+psycopg://", creator=connect, pool_size=1, max_overflow=-1)
 
     @cached_property
     def _reader(self) -> Engine:
@@ -255,7 +254,39 @@ def only_connection(url: str, command: str) -> Engine:
 
     # A second transaction at the same time would share the first one's commit, so there is an error instead.
     one: Any = {"poolclass": QueuePool, "pool_size": 1, "max_overflow": 0, "pool_timeout": 0}
-    return create_engine("postgresql+psycopg://", creator=connect, **one)
+    return _engine(url, connect, **one)
+
+
+def _engine(url: str, connect: Callable[[], psycopg.Connection], **pool: Any) -> Engine:
+    """Return an engine that refuses to work in a copy of this process."""
+    owner = os.getpid()
+
+    def check(*_: object) -> None:
+        if os.getpid() != owner:
+            fact = f"{masked(url)} was opened by another process, of which this one is a copy"
+            raise StoreAway(fact, path=masked(url), hint="open the store anew in each process")
+
+    def checked() -> psycopg.Connection:
+        check()
+        return connect()
+
+    engine = create_engine("postgresql+psycopg://", creator=checked, **pool)
+    event.listen(engine, "checkout", check)
+    return engine
+
+
+def _cut_all() -> None:
+    """Leave this copy of a process sockets without another end, in place of those that the process goes on using."""
+    for connection in list(_connections):
+        with suppress(psycopg.Error):  # it is closed
+            place = connection.fileno()
+            ours, other = socket.socketpair()
+            with ours, other:
+                os.dup2(ours.fileno(), place, inheritable=False)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_cut_all)
 
 
 def new_connection(url: str, command: str) -> psycopg.Connection:
@@ -266,10 +297,13 @@ def new_connection(url: str, command: str) -> psycopg.Connection:
     """
     name = f"{' '.join(command.split())[:40]} on {socket.gethostname()}"
     known = name.encode("ascii", "replace")[:_MOST_NAMED].decode()
+    options: Any = {"application_name": known, "connect_timeout": _CONNECTING, "options": _OF_SESSION, **_ALIVE}
     try:
-        return psycopg.connect(url, application_name=known, connect_timeout=_CONNECTING, options=_OF_SESSION, **_ALIVE)
+        connection = psycopg.connect(url, **options)
     except psycopg.Error as error:
         raise _away(url, error) from None
+    _connections.add(connection)
+    return connection
 
 
 @contextmanager

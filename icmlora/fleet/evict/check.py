@@ -90,7 +90,7 @@ class _Checker:
         size = _READ_TOGETHER if self._dry_run else 1
         parts = [tasks[at : at + size] for at in range(1, len(tasks), size)]
         yield from self._together(tasks[:1])  # it opens the generator for all
-        if self._dry_run and self._limits.min_gain is None:
+        if self._dry_run and self._limits.min_gain is None and not self._store.blobs.is_remote:
             yield from in_two_processes(self._together, parts)
         else:  # a base model that measures gains is in memory once
             yield from chain.from_iterable(map(self._together, parts))

@@ -210,7 +210,8 @@ class _Comparison:
 
     def _each(self, places: Sequence[int]) -> Iterator[_Read]:
         """Read adapters; as many are in memory as there are processor cores."""
-        if sum(self._rows[place].final.weights_bytes for place in places) < _SMALL * len(places):
+        are_small = sum(self._rows[place].final.weights_bytes for place in places) < _SMALL * len(places)
+        if are_small and not self._store.blobs.is_remote:
             parts = [places[at : at + _TOGETHER] for at in range(0, len(places), _TOGETHER)]
             yield from in_two_processes(lambda part: map(self._read, part), parts)
         else:
