@@ -14,7 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Literal, get_args
 
-from registry.errors import InvalidName, NotAStore
+from registry.errors import InvalidName, NotAStore, RegistryError
 
 MAX_NAME = 128
 NLL = "nats per token"
@@ -182,6 +182,7 @@ _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 _POSTGRES = ("postgresql", "postgres", "postgresql+psycopg")
 _CREDENTIALS = re.compile(r"(?<=://)[^/]*@")
 _SECRET = ("user", "password", "sslpassword")
+_PASSWORD = re.compile(r"://[^/@:]*:[^/]+@|[?&](ssl)?password=.")
 
 
 @dataclass(frozen=True)
@@ -198,6 +199,17 @@ class DatabaseUrl:
 
     def __str__(self) -> str:
         return _without_credentials(self.secret)
+
+    def check_shareable(self) -> None:
+        """Raise `RegistryError` if it has a password: what goes to another process is seen by whoever is in between."""
+        if _PASSWORD.search(self.secret):
+            hint = "leave it out of the address: PGPASSWORD or ~/.pgpass has it on each machine"
+            raise RegistryError(f"the address {self} has a password, which is not sent to other processes", hint=hint)
+
+    def __reduce__(self) -> tuple[type[DatabaseUrl], tuple[str]]:
+        """Pickle it, unless it has a password."""
+        self.check_shareable()
+        return DatabaseUrl, (self.secret,)
 
 
 Address = Path | DatabaseUrl

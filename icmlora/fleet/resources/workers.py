@@ -6,8 +6,11 @@
                        compute ─┘
 
 The caller is the only writer, and holds the job lock if there is one. So a worker may die at any time: nothing of its
-task is in the store yet, and another worker computes it again. The path of the store, the base models and icm itself
-have to be the same on every machine.
+task is in the store yet, and another worker computes it again.
+
+A worker opens the store by itself. A folder has to be at the same path on every machine. A team's store is opened by
+its address, with the credentials that the worker's own environment has, and read through the cache of its own home. The
+base models and icm itself have to be on every machine.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import logging
 import math
 import os
 import signal
+import socket
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -33,6 +37,7 @@ from icmlora.fleet.context import Context, ignore
 from icmlora.fleet.failures import Failed
 from icmlora.fleet.resources.loading import BaseFacts, Models
 from icmlora.io.devices import resolve_device
+from registry.errors import StoreAway
 
 if TYPE_CHECKING:
     from registry.records import TaskRecord
@@ -66,14 +71,19 @@ def worker_pool(context: Context, store: Store, *, device: str, workers: str | N
     `workers` is as in `check_place`, and `device` that of each worker.
 
     Raises:
+        RegistryError: The address of the store has a password, which is not sent to workers.
         WorkersUnavailable: Ray is not installed, or there is no cluster.
     """
     if workers is None:
         yield _ThisProcess(Models(store, resolve_device(device), context.cache))
         return
+    address = context.address
+    if isinstance(address, Path):
+        address = address.absolute()
+    else:
+        address.check_shareable()
     with _cluster(workers) as ray:
         share = _share(ray, workers, device)
-        address = context.address.absolute() if isinstance(context.address, Path) else context.address
         here = replace(context, address=address, on_event=ignore, patience=None)
         actor = ray.remote(_Worker).options(num_cpus=share.cpus, num_gpus=share.gpus)
         pool = _Pool(ray, lambda: actor.remote(here, device, share.threads), share.workers, store)
@@ -140,8 +150,12 @@ class _Worker:
         """Compute the result of a task, and return what was learnt of its base model on the way."""
         work, args, kwargs = call
         self._facts.clear()
-        # Nobody is shown the notes: the bar counts the tasks of all workers.
-        ((_, result),) = work(self._models, [task], lambda note: None, *args, **kwargs)
+        try:
+            # Nobody is shown the notes: the bar counts the tasks of all workers.
+            ((_, result),) = work(self._models, [task], lambda note: None, *args, **kwargs)
+        except StoreAway as error:
+            hint = "each worker needs credentials for the database and the bucket in its own environment"
+            raise StoreAway(f"a worker on {socket.gethostname()}: {error}", path=error.path, hint=hint) from None
         return result, list(self._facts)
 
 

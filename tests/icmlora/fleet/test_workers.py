@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import pickle
 import signal
+import socket
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -12,9 +14,12 @@ import pytest
 
 from icmlora import Fleet
 from icmlora.errors import InvalidShare, WorkersUnavailable
+from icmlora.fleet.context import Context
 from icmlora.fleet.failures import Failed
 from icmlora.fleet.resources.loading import Models
-from icmlora.fleet.resources.workers import ATTEMPTS, Tell, _Pool
+from icmlora.fleet.resources.workers import ATTEMPTS, Tell, _Pool, _Worker, worker_pool
+from registry.errors import RegistryError, StoreAway
+from registry.names import DatabaseUrl
 from registry.records import TaskRecord
 from registry.store import Store
 from tests.icmlora.fleet.stores import TASKS
@@ -150,3 +155,46 @@ def test_without_ray_the_error_says_how_to_install_it(fleet: Fleet, monkeypatch:
 def test_without_workers_ray_is_not_imported(fleet: Fleet, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     assert len(fleet.encode(max_error=0.5).tasks) == len(TASKS)
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "postgresql://ann:secret@host/fleet",
+        "postgresql://:secret@host/fleet",
+        "postgresql://host/fleet?user=ann&password=secret",
+        "postgresql://host/fleet?sslpassword=secret",
+    ],
+)
+def test_a_password_is_sent_to_no_other_process(store: Store, address: str) -> None:
+    context = Context(DatabaseUrl(address))
+    with (
+        pytest.raises(RegistryError, match="not sent to other processes") as caught,
+        worker_pool(context, store, device="cpu", workers="2"),
+    ):
+        pytest.fail("it started workers")
+    with pytest.raises(RegistryError, match="not sent to other processes"):
+        pickle.dumps(context)
+    assert "secret" not in f"{caught.value} {caught.value.hint}"
+    assert "PGPASSWORD" in (caught.value.hint or "")
+
+
+@pytest.mark.parametrize("address", ["postgresql://ann@host/fleet", "postgresql:///fleet?host=/run/a:b@c"])
+def test_an_address_without_a_password_goes_to_workers_as_it_is(address: str) -> None:
+    context = Context(DatabaseUrl(address))
+    assert pickle.loads(pickle.dumps(context)) == context
+
+
+def test_a_worker_that_does_not_reach_the_database_says_which_machine_it_is_on() -> None:
+    pytest.importorskip("psycopg")
+    worker = _Worker(Context(DatabaseUrl("postgresql://127.0.0.1:1/fleet")), "cpu", 1)
+    with pytest.raises(
+        StoreAway, match=f"a worker on {socket.gethostname()}: postgresql://127.0.0.1:1/fleet"
+    ) as caught:
+        worker.run(None, (read_tasks, (), {}))  # type: ignore[arg-type]
+    assert "in its own environment" in (caught.value.hint or "")
+
+
+def read_tasks(models: Models, tasks: Sequence[TaskRecord], tell: Tell) -> Iterator[tuple[TaskRecord, str]]:
+    """Read tasks of the store."""
+    yield from ((task, task.name) for task in models.store.tasks.all())
