@@ -25,8 +25,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out the tests of what this pair has not: each says what that is, and why."""
-    ours = {item: [mark.args[0] for mark in item.iter_markers("kept_in")] for item in items}
-    left = [item for item, parts in ours.items() if not set(parts) <= set(pair.parts)]
+    needs = {item: {part for mark in item.iter_markers("kept_in") for part in mark.args} for item in items}
+    left = [item for item, parts in needs.items() if not parts <= set(pair.parts)]
     if left:
         config.hook.pytest_deselected(items=left)
         items[:] = [item for item in items if item not in set(left)]
