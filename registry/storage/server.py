@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Collection, Iterator
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from sqlalchemy import text
 
-from registry.errors import RegistryError
+from registry.errors import RegistryError, StoreAway
 from registry.names import DatabaseUrl
 from registry.storage import postgres_place
 from registry.storage.blobs.place import backend_at, elsewhere
@@ -23,6 +24,11 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+_PAUSES = (0.2, 0.4, 0.8, 1.6)
+"""Seconds between the attempts to reach a server, which may be restarting."""
+_FINAL, _PASSING = "FATAL", ("starting up", "shutting down", "too many clients", "not yet accepting connections")
+"""How a server begins what it refuses for good, and what it says, mostly in English, of what is over in a moment."""
+
 
 def open_server(
     url: DatabaseUrl, *, read_only: bool, patience: Patience, command: str, blobs: str | None = None
@@ -36,6 +42,7 @@ def open_server(
     """
     database = PostgresDatabase(url.secret, command=command, read_only=read_only, patience=patience)
     try:
+        _reach(database)
         settled = None if blobs is None else _settle(database, blobs)
         migrate(database)
         place = settled or database.find_place()
@@ -48,6 +55,20 @@ def open_server(
         database.close()
         raise
     return StoreParts(lock, database, backend, ServerUpkeep(database))
+
+
+def _reach(database: PostgresDatabase) -> None:
+    """Connect; where that may succeed in a moment, try again as long as somebody who waits for locks would wait."""
+    for pause in _PAUSES:
+        try:
+            return database.only.connect().close()
+        except StoreAway as error:
+            is_final = _FINAL in error.message and not any(word in error.message for word in _PASSING)
+            if is_final or database.patience.left < pause:
+                raise
+        with database.patience.counted():
+            time.sleep(pause)
+    database.only.connect().close()
 
 
 def _settle(database: PostgresDatabase, blobs: str) -> Place:

@@ -9,6 +9,7 @@ import pytest
 
 from registry.errors import DamagedStore, NotAStore, StoreAway, StoreNotFound
 from registry.storage.blobs.shared import SharedBackend
+from registry.storage.locks import Patience
 from registry.store import Store
 from tests.pg_server import new_database
 from tests.registry.examples import ingest
@@ -129,3 +130,10 @@ def test_who_writes_is_seen_by_those_who_serve_once_it_is_committed(url: str, tm
         ingest(store, "rust")
         assert watching.changes() > before
     watching.close()
+
+
+def test_what_a_server_refuses_for_good_is_told_at_once(url: str) -> None:
+    patience = Patience(30.0)
+    with pytest.raises(StoreAway, match="does not exist"):
+        Store.open(url.replace("/icm_", "/no_"), patience=patience)
+    assert patience.left == 30.0
