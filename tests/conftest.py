@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from tests.pg_server import pg_server
 from tests.rewriting import moved
 from tests.s3_server import CannotStart, S3Server, s3_server
 from tests.shared import built_once
@@ -156,6 +157,14 @@ def own_loras(trained: Path, mixed_template: Path, tmp_path: Path) -> Path:
 def started(started_template: Path, tmp_path: Path) -> Path:
     """The same store with a few-shot start."""
     return Path(shutil.copytree(started_template, tmp_path / "store"))
+
+
+@pytest.fixture(scope="session")
+def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a real PostgreSQL; what needs it says why it was skipped where there is none."""
+    pytest.importorskip("psycopg", reason="psycopg is not installed: pip install 'icm-lora[team]'")
+    with pg_server(tmp_path_factory.mktemp("pg")) as url:
+        yield url
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from registry.store import Store
-from tests.pg_server import pg_server
 from tests.registry.examples import new_store
 from tests.shared import paths_of
 
@@ -25,11 +24,3 @@ def twin(store: Store) -> Iterator[Store]:
     """The same store as another process has it open."""
     with new_store(paths_of(store).root) as opened:
         yield opened
-
-
-@pytest.fixture(scope="session")
-def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of a real PostgreSQL; what needs it says why it was skipped where there is none."""
-    pytest.importorskip("psycopg", reason="psycopg is not installed: pip install 'icm-lora[team]'")
-    with pg_server(tmp_path_factory.mktemp("pg")) as url:
-        yield url
