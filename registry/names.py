@@ -180,7 +180,7 @@ def _written_out(char: str) -> str:
 # As others write it: MLflow's users name SQLAlchemy's driver too, hosts of databases say `postgres`.
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 _POSTGRES = ("postgresql", "postgres", "postgresql+psycopg")
-_SECRETS = re.compile(r"(?<=://)[^/?#]*@|(?<=[?&])(password|sslpassword|user)=[^&#]*")
+_SECRETS = re.compile(r"(?<=://)[^?]*@|(?<=[?&])(password|sslpassword|user)=[^&#]*")
 
 
 @dataclass(frozen=True)
