@@ -180,8 +180,8 @@ def _written_out(char: str) -> str:
 # As others write it: MLflow's users name SQLAlchemy's driver too, hosts of databases say `postgres`.
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 _POSTGRES = ("postgresql", "postgres", "postgresql+psycopg")
-_CREDENTIALS = re.compile(r"(?<=://)[^/]*@")
-_SECRET = ("user", "password", "sslpassword")
+_SECRETS = re.compile(r"[?&](user|password|sslpassword)=[^&]*")
+_CREDENTIALS = re.compile(r"(?<=://).*@", re.DOTALL)
 _PASSWORD = re.compile(r"://[^/@:]*:[^/]+@|[?&](ssl)?password=.")
 
 
@@ -238,6 +238,6 @@ def address_of(text: str | Path | DatabaseUrl) -> Address:
 
 
 def _without_credentials(address: str) -> str:
-    place, _, query = _CREDENTIALS.sub("", address).partition("?")
-    kept = [part for part in query.split("&") if part and part.partition("=")[0] not in _SECRET]
-    return f"{place}?{'&'.join(kept)}" if kept else place
+    """Leave out all that may be a user or a password, also where it should have been quoted."""
+    shown = _CREDENTIALS.sub("", _SECRETS.sub("", address))
+    return shown if "?" in shown else shown.replace("&", "?", 1)

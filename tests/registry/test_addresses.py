@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from registry.errors import NotAStore
 from registry.names import DatabaseUrl, absolute, address_of
 
-words = st.text("abcxyz0189?#!$&'()*+,;=-._~@:", min_size=1, max_size=12)
+words = st.text("abcxyz0189/?#!$&'()*+,;=-._~@:", min_size=1, max_size=12)
 
 
 @pytest.mark.parametrize(
