@@ -141,7 +141,7 @@ class Pair:
 
     @property
     def _name(self) -> str:
-        return self._database.rpartition("/")[2].partition("?")[0]
+        return self._database.partition("?")[0].rpartition("/")[2]
 
     def _make_database(self, template: str | None) -> None:
         self._execute(f"DROP DATABASE IF EXISTS {self._name} WITH (FORCE)")

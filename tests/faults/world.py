@@ -75,6 +75,7 @@ class World:
         """Run one command line on the store that is worked on."""
         self._log += 1
         env = {"ICM_STORE": self.pair.address, "ICM_LOCK_TIMEOUT": "10", "XDG_CACHE_HOME": str(self._cache)}
+        env["XDG_STATE_HOME"] = str(self.root / "state")
         env |= options.pop("env", {})
         blobs = f"--blobs {self.pair.blobs}" if self.pair.blobs else ""
         argv = words(line, root=self.root, output=self.output, store=self.pair.address, blobs=blobs)
