@@ -25,7 +25,7 @@ import torch
 from tests.faults.campaign import controls, kill_at_random
 from tests.faults.commands import COMMANDS
 from tests.faults.pairs import PAIRS, Pair, servers
-from tests.faults.sweeps import Sweeps
+from tests.faults.sweeps import SMALL_CONTROLS, Sweeps
 from tests.faults.world import World
 from tests.faults.zygote import Zygote
 
@@ -38,6 +38,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--pair", choices=PAIRS, default=PAIRS[0])
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=[*PARTS])
     parser.add_argument("--kills", type=int, default=20, help="kills of each command")
+    parser.add_argument("--small-kills", type=int, default=40, help="kills of each small command of the registry")
     parser.add_argument("--control-kills", type=int, default=60, help="kills of each command that writes wrongly")
     parser.add_argument("--stride", type=int, default=1, help="of calls, statements and requests, each n-th goes wrong")
     parser.add_argument("--restarts", type=int, default=40, help="restarts of the database server")
@@ -70,6 +71,14 @@ class Campaign:
             for sabotage, tally in controls(world, self.chosen.control_kills, self.draw).items():
                 yield f"control {sabotage}", tally
 
+    def small_kills(self) -> Iterator[tuple[str, Any]]:
+        """Kill small commands of the registry, then those that write wrongly."""
+        with closing(Zygote()) as zygote:
+            sweeps = Sweeps(self._pair("small"), self._folder("small"))
+            yield "small kills", sweeps.kills(zygote, self.chosen.small_kills, self.draw)
+            for sabotage in SMALL_CONTROLS:
+                yield f"control {sabotage}", sweeps.kills(zygote, self.chosen.control_kills, self.draw, sabotage)
+
     def sweeps(self) -> Iterator[tuple[str, Any]]:
         """Let calls, statements and requests go wrong."""
         sweeps = Sweeps(self._pair("sweeps"), self._folder("sweeps"))
@@ -90,6 +99,7 @@ class Campaign:
 
 PARTS: dict[str, Callable[[Campaign], Iterator[tuple[str, Any]]]] = {
     "kills": Campaign.kills,
+    "small-kills": Campaign.small_kills,
     "sweeps": Campaign.sweeps,
 }
 

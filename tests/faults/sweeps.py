@@ -1,5 +1,6 @@
 """Small commands of the registry, in which each call, each statement and each request goes wrong once.
 
+    kills        SIGKILL at a random time
     calls        the n-th call of the file system fails, once or from then on; or every write takes a few bytes only
     statements   the connection to the database ends before the server gets the n-th statement, or after it has done it
     restarts     the database server ends at once, at a random time, and starts again
@@ -12,13 +13,15 @@ is sound, and the same command again gets where an undisturbed one does.
 from __future__ import annotations
 
 import errno
+import math
 import os
 import random
 import shutil
+import signal
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -29,16 +32,21 @@ from unittest import mock
 from registry import files as fs
 from registry.errors import RegistryError
 from tests.faults.pairs import Pair
+from tests.faults.zygote import KILLED, SMALL, Run, Zygote
 from tests.pg_faults import Cut, CuttingServer
 from tests.pg_server import restart
-from tests.registry.writing import COMMANDS, Place, contents, problems
+from tests.registry.writing import COMMANDS, FACTS, Place, contents
 from tests.s3_faults import Answer, Fault, FaultyServer, flipped, refuses, sleeps
 
 _EMPTY = "empty"
 _CALLS = ("create", "write", "fsync", "replace", "unlink", "make_dir")
+_IN_A_ROW = 3
 _ONCE, _ALWAYS = 1, float("inf")
 _FAILING = ((errno.EIO, _ONCE), (errno.EMFILE, _ONCE), (errno.ENOSPC, _ALWAYS), (errno.EACCES, _ALWAYS))
 _LATE = 1.5  # seconds
+
+SMALL_CONTROLS = ("rows_first",)
+"""What is done wrongly, and has to be caught."""
 
 IsReached = Callable[[], bool]
 Injected = AbstractContextManager[IsReached]
@@ -87,6 +95,7 @@ class Sweeps:
         self.pair.clear()
         self.pair.make()
         self.pair.save(_EMPTY)
+        self._runs = 0
         self._ends = {name: self._end_of(name) for name in COMMANDS}
 
     def calls(self, *, stride: int = 1) -> Tally:
@@ -150,7 +159,8 @@ class Sweeps:
     def _try(self, tally: Tally, name: str, what: str, injected: Injected, address: str = "") -> bool:
         """Run a command in which something goes wrong, look what became of it, and say whether it came to that."""
         self.pair.put_back(_EMPTY)
-        place, what = Place(partial(self.pair.open, address), self.folder), f"{name}: {what}"
+        told: list[str] = []
+        place, what = Place(partial(self.pair.open, address), self.folder, told.append), f"{name}: {what}"
         is_refused = False
         with injected as is_reached:
             try:
@@ -163,23 +173,67 @@ class Sweeps:
             return False
         tally.faults += 1
         tally.refused += is_refused
-        tally.acknowledged += len(place.acknowledged)
-        place.open = self.pair.open
-        with place.open() as store:
-            tally.count("lost", place.forgotten(store), f"{what}: lost")
-        self._look(tally, place, what)
+        self._look(tally, what, told)
+        self._end(tally, name, what)
+        return True
+
+    def kills(self, zygote: Zygote, count: int, draw: random.Random, sabotage: str | None = None) -> Tally:
+        """Kill each command so many times, at random times; let it end after one to three kills."""
+        tally = Tally()
+        for name in COMMANDS:
+            longest, killed = self._seconds(zygote, name), 0
+            while killed < count:
+                self.pair.put_back(_EMPTY)
+                for _ in range(draw.randint(1, _IN_A_ROW)):
+                    ran = self._run(zygote, name, draw.uniform(0.0, longest), sabotage)
+                    if ran.status != KILLED:
+                        break
+                    killed += 1
+                    tally.faults += 1
+                    self._look(tally, f"{name}: killed", [line for line in ran.lines if line in FACTS])
+                if sabotage is None:
+                    self._end(tally, name, f"{name}: killed")
+        return tally
+
+    def _seconds(self, zygote: Zygote, name: str) -> float:
+        self.pair.put_back(_EMPTY)
+        began = time.monotonic()
+        ran = self._run(zygote, name)
+        assert ran.status == 0, ran.lines
+        return time.monotonic() - began
+
+    def _run(self, zygote: Zygote, name: str, after: float = math.inf, sabotage: str | None = None) -> Run:
+        self._runs += 1
+        then = None if after == math.inf else partial(kill, after=after)
+        env = {"ICM_STORE": self.pair.address}
+        out = self.folder / f"log-{self._runs}"
+        return zygote.run([SMALL, name, self.folder], env=env, out=out, sabotage=sabotage, then=then)
+
+    def _look(self, tally: Tally, what: str, told: Sequence[str]) -> None:
+        """Look whether the store is sound, and has what it has told."""
+        tally.acknowledged += len(told)
+        with self.pair.open() as store:
+            lost = [fact for fact in told if not FACTS[fact](store) and "no " + fact not in told]
+            found = [finding for finding in store.verify(read_data=True) if finding.is_problem]
+        tally.count("lost", len(lost), f"{what}: lost {lost}")
+        tally.count("problems", len(found), f"{what}: {found[:1]}")
+
+    def _end(self, tally: Tally, name: str, what: str) -> None:
+        """Let the same command run to its end."""
+        place, what = Place(self.pair.open, self.folder), f"{what}, again"
         try:
             COMMANDS[name](place)
         except Exception as error:
-            tally.count("unexpected", 1, f"{what}, again: {error!r}")
-            return True
-        self._look(tally, place, f"{what}, again")
+            tally.count("unexpected", 1, f"{what}: {error!r}")
+            return
+        self._look(tally, what, [])
         tally.count("other_ends", contents(place) != self._ends[name], f"{what}: another end")
-        return True
 
-    def _look(self, tally: Tally, place: Place, what: str) -> None:
-        found = problems(place)
-        tally.count("problems", len(found), f"{what}: {found[:1]}")
+
+def kill(pid: int, *, after: float) -> None:
+    """Kill a process after some seconds."""
+    time.sleep(after)
+    os.kill(pid, signal.SIGKILL)
 
 
 @contextmanager

@@ -55,8 +55,7 @@ class World:
 
     @cached_property
     def version_one(self) -> str:
-        """The digest of the generator that the first training leaves."""
-        self._need_template("train")
+        """The digest of the generator that the first training leaves; `reset` has made it."""
         with Store.open(self.root / "laptop") as store:
             return store.generators.all()[0].blob
 
@@ -83,7 +82,8 @@ class World:
 
     def reset(self, command: str) -> None:
         """Put the starting state of a command in place."""
-        self._need_template(command)
+        for needed in ("train", command):
+            self._need_template(needed)
         shutil.rmtree(self.root / "now", ignore_errors=True)
         shutil.copytree(self.root / "before" / command, self.root / "now")
         self.pair.put_back(f"before {command}")

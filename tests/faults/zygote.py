@@ -17,10 +17,13 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 KILLED = -signal.SIGKILL
+SMALL = "small"
+"""In place of a command of icm: one of `tests.registry.writing`, which tells what the store has acknowledged."""
 _EVENT = re.compile(r"^\{(?:[^\n]*|\n.*?\n)\}$", re.DOTALL | re.MULTILINE)
 """An object on a line of its own, or a document, whose inner lines are indented."""
 
@@ -93,11 +96,22 @@ def _child(order: dict[str, Any]) -> None:
         from tests.faults import sabotage
 
         getattr(sabotage, order["sabotage"])()
+    if order["argv"][0] == SMALL:
+        _run_small(*order["argv"][1:])
+        os._exit(0)
     from icm_cli.app import run
 
     status = run(order["argv"])
     sys.stdout.flush()
     os._exit(int(status))
+
+
+def _run_small(name: str, folder: str) -> None:
+    from registry.store import Store
+    from tests.registry.writing import COMMANDS, Place
+
+    address = os.environ["ICM_STORE"]
+    COMMANDS[name](Place(lambda: Store.open(address), Path(folder), partial(print, flush=True)))
 
 
 def _serve() -> None:

@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from registry.store import Store
 from tests.registry.examples import BASE, code, evaluation, eviction, generator, ingest, new_store, offer, vector
+
+FACTS: dict[str, Callable[[Store], bool]] = {
+    **{name: lambda store, name=name: name in names_in(store) for name in ("rust", "html", "sql")},  # type: ignore[misc]
+    "no html": lambda store: "html" not in names_in(store),
+    "vectors": lambda store: len(store.vectors.all("rust")) == 2,
+    "code of rust": lambda store: _has_code(store, "rust"),
+    "code of html": lambda store: _has_code(store, "html"),
+    "code of sql": lambda store: _has_code(store, "sql"),
+    "evicted": lambda store: store.tasks.final("rust").is_evicted,
+}
+"""What a command may have been told to be done."""
 
 
 @dataclass
@@ -17,20 +28,12 @@ class Place:
     Attributes:
         open: Opens the store, which is made if it is absent.
         folder: For files beside it.
-        acknowledged: What the store has said to be done, each as a question whether it still is.
+        tell: Is told each fact once the store has acknowledged it.
     """
 
     open: Callable[[], Store]
     folder: Path
-    acknowledged: list[Callable[[Store], bool]] = field(default_factory=list)
-
-    def has(self, *names: str) -> None:
-        """Take down that tasks were ingested."""
-        self.acknowledged.append(lambda store: set(names) <= names_in(store))
-
-    def forgotten(self, store: Store) -> int:
-        """Count what was acknowledged and is not there."""
-        return sum(not is_kept(store) for is_kept in self.acknowledged)
+    tell: Callable[[str], object] = lambda fact: None
 
 
 Command = Callable[[Place], None]
@@ -39,6 +42,11 @@ Command = Callable[[Place], None]
 def place_at(root: Path) -> Place:
     """Return a store folder as a place."""
     return Place(lambda: new_store(root), root.parent)
+
+
+def _has_code(store: Store, task: str) -> bool:
+    made = store.generators.current(BASE)
+    return made is not None and store.codes.get(task, made.id) is not None
 
 
 def names_in(store: Store) -> set[str]:
@@ -54,26 +62,25 @@ def ingest_all(place: Place) -> None:
             file.write_bytes(file.name.encode())
         store.blobs.put_files(files, lambda path, data: None)
         store.tasks.ingest([offer(store, name, steps=[80, 90], samples=b"samples") for name in ("rust", "html")])
-        place.has("rust", "html")
+        place.tell("rust")
+        place.tell("html")
 
 
 def learn(place: Place) -> None:
     """Train: vectors, a run with checkpoints, a generator with a code, a measurement."""
     with place.open() as store:
         ingest(store, "rust")
-        place.has("rust")
+        place.tell("rust")
         if not store.vectors.all("rust"):
             store.vectors.add([vector(store, "rust", number) for number in range(2)])
-        place.acknowledged.append(lambda store: len(store.vectors.all("rust")) == 2)
+        place.tell("vectors")
         if store.generators.current(BASE) is None:
             run = store.runs.running(BASE) or store.runs.start(BASE, {"seed": 1})
             for step in range(run.step + 1, 3):
                 data = f"step {step}".encode()
                 run = store.runs.save_checkpoint(run.id, step=step, weights=data, optimizer=data * 2)
             store.generators.add(generator(store, ["rust"], train_run_id=run.id))
-        made = store.generators.current(BASE)
-        assert made is not None
-        place.acknowledged.append(lambda store: store.codes.get("rust", made.id) is not None)
+        place.tell("code of rust")
         store.evaluations.add([evaluation("rust")])
 
 
@@ -87,11 +94,11 @@ def extend(place: Place) -> None:
             store.generators.extend(generator(store, ["html"], data=b"longer", parent_id=first.id))
         current = store.generators.current(BASE)
         assert current is not None
-        place.acknowledged.append(lambda store: current.blob in {made.blob for made in store.generators.all()})
+        place.tell("code of html")
         ingest(store, "sql")
-        place.has("rust", "html", "sql")
+        place.tell("sql")
         store.codes.add(current.id, [code(store, "sql")])
-        place.acknowledged.append(lambda store: store.codes.get("sql", current.id) is not None)
+        place.tell("code of sql")
         for other in store.generators.all():
             if other.id != current.id:
                 store.generators.forget(other)
@@ -102,11 +109,11 @@ def remove_and_prune(place: Place) -> None:
     """Remove a task, then its bytes."""
     with place.open() as store:
         ingest(store, "rust")
-        place.has("rust")
+        place.tell("rust")
         if "html" not in names_in(store):
             ingest(store, "html", steps=[80])
         store.tasks.remove(["html"], last_copies=["html"])
-        place.acknowledged.append(lambda store: "html" not in names_in(store))
+        place.tell("no html")
         store.prune(grace=0)
 
 
@@ -115,11 +122,11 @@ def evict_and_prune(place: Place) -> None:
     with place.open() as store:
         if "rust" not in names_in(store):
             ingest(store, "rust", steps=[80, 90])
-        place.has("rust")
+        place.tell("rust")
         if store.generators.current(BASE) is None:
             store.generators.add(generator(store, ["rust"]))
         store.originals.evict(eviction(store, "rust", evaluations=[evaluation("rust")]))
-        place.acknowledged.append(lambda store: store.tasks.final("rust").is_evicted)
+        place.tell("evicted")
         store.prune(grace=0)
 
 
