@@ -40,6 +40,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--kills", type=int, default=20, help="kills of each command")
     parser.add_argument("--small-kills", type=int, default=40, help="kills of each small command of the registry")
     parser.add_argument("--control-kills", type=int, default=60, help="kills of each command that writes wrongly")
+    parser.add_argument("--power-losses", type=int, default=200, help="power losses during each small command")
     parser.add_argument("--stride", type=int, default=1, help="of calls, statements and requests, each n-th goes wrong")
     parser.add_argument("--restarts", type=int, default=40, help="restarts of the database server")
     parser.add_argument("--seed", type=int, default=20)
@@ -89,6 +90,14 @@ class Campaign:
             yield "requests", sweeps.requests(stride=self.chosen.stride)
         yield "calls", sweeps.calls(stride=self.chosen.stride)
 
+    def power_losses(self) -> Iterator[tuple[str, Any]]:
+        """Lose the power of this machine."""
+        sweeps = Sweeps(self._pair("power"), self._folder("power"))
+        if self.chosen.pair != "postgres+s3":
+            yield "power losses", sweeps.power_losses(self.chosen.power_losses, self.draw)
+        if self.chosen.pair.endswith("folder"):
+            yield "control without_sync", sweeps.power_losses(self.chosen.control_kills, self.draw, "without_sync")
+
     def _pair(self, part: str) -> Pair:
         return Pair(self.chosen.pair, self._folder(part), self.running)
 
@@ -101,6 +110,7 @@ PARTS: dict[str, Callable[[Campaign], Iterator[tuple[str, Any]]]] = {
     "kills": Campaign.kills,
     "small-kills": Campaign.small_kills,
     "sweeps": Campaign.sweeps,
+    "power": Campaign.power_losses,
 }
 
 

@@ -55,7 +55,7 @@ class Command:
 
 _TRAIN = f"train --device cpu --steps {STEPS} --no-eval --refine 0"
 _LEARN = f"train --device cpu --objective functional --episodes {EPISODES}"
-_PRUNE = "prune --yes --older-than 0s --empty-quarantine"
+PRUNE = "prune --yes --older-than 0s --empty-quarantine"
 _GENERATE = f"generate {GENERATED} --samples {{root}}/later/{GENERATED}.jsonl -o {{output}} --register --device cpu"
 
 COMMANDS = {
@@ -73,7 +73,7 @@ COMMANDS = {
     "copy": Command("copy {root}/laptop {store}", "init", outputs_of=("train",)),
     "edit": Command(f"edit {GONE} --tag {TAG} --note seen", "train"),
     "rm": Command(f"rm {GONE} --yes", "train", is_done="task_not_found"),
-    "prune": Command(_PRUNE, "rm"),
+    "prune": Command(PRUNE, "rm"),
     "generate": Command(_GENERATE, "train", (_LEARN,), is_done="task_conflict"),
 }
 """In an order in which each comes after what it needs."""

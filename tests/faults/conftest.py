@@ -1,11 +1,12 @@
 """One zygote, and for each pair one set of templates, for all tests of faults."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
+from functools import cache
 
 import pytest
 
-from tests.faults.pairs import PAIRS, Pair, Servers, servers
+from tests.faults.pairs import PAIRS, PLAIN, Pair, Servers, servers
 from tests.faults.world import World
 from tests.faults.zygote import Zygote
 from tests.s3_server import CannotStart
@@ -31,16 +32,26 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
 
 
 @pytest.fixture(scope="session")
-def world(tmp_path_factory: pytest.TempPathFactory, zygote: Zygote) -> World:
+def worlds(
+    tmp_path_factory: pytest.TempPathFactory, zygote: Zygote, request: pytest.FixtureRequest
+) -> Callable[[str], World]:
+    """Return the small fleet on a pair, with the starting state of every command."""
+
+    @cache
+    def world_on(name: str) -> World:
+        root = tmp_path_factory.mktemp("faults")
+        return World(root, zygote, Pair(name, root, Servers() if name == PLAIN else request.getfixturevalue("running")))
+
+    return world_on
+
+
+@pytest.fixture
+def world(worlds: Callable[[str], World]) -> World:
     """A small fleet with the starting state of every command, in a folder."""
-    root = tmp_path_factory.mktemp("faults")
-    return World(root, zygote, Pair(PAIRS[0], root, Servers()))
+    return worlds(PLAIN)
 
 
-@pytest.fixture(scope="session", params=PAIRS[1:])
-def far(
-    tmp_path_factory: pytest.TempPathFactory, zygote: Zygote, running: Servers, request: pytest.FixtureRequest
-) -> World:
-    """The same for each other pair."""
-    root = tmp_path_factory.mktemp("faults")
-    return World(root, zygote, Pair(request.param, root, running))
+@pytest.fixture(params=PAIRS)
+def each(worlds: Callable[[str], World], request: pytest.FixtureRequest) -> World:
+    """The same on each pair."""
+    return worlds(request.param)

@@ -27,6 +27,7 @@ from tests.s3_server import s3_server
 
 PAIRS = ("sqlite+folder", "sqlite+s3", "postgres+folder", "postgres+s3")
 """Names of databases and places, joined."""
+PLAIN = PAIRS[0]
 
 
 @dataclass(frozen=True)

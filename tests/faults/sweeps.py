@@ -1,6 +1,7 @@
 """Small commands of the registry, in which each call, each statement and each request goes wrong once.
 
     kills        SIGKILL at a random time
+    power        what was not synced is lost, or not, or in part
     calls        the n-th call of the file system fails, once or from then on; or every write takes a few bytes only
     statements   the connection to the database ends before the server gets the n-th statement, or after it has done it
     restarts     the database server ends at once, at a random time, and starts again
@@ -32,6 +33,7 @@ from unittest import mock
 from registry import files as fs
 from registry.errors import RegistryError
 from tests.faults.pairs import Pair
+from tests.faults.power import Disk, python, trace
 from tests.faults.zygote import KILLED, SMALL, Run, Zygote
 from tests.pg_faults import Cut, CuttingServer
 from tests.pg_server import restart
@@ -193,6 +195,29 @@ class Sweeps:
                     self._look(tally, f"{name}: killed", [line for line in ran.lines if line in FACTS])
                 if sabotage is None:
                     self._end(tally, name, f"{name}: killed")
+        return tally
+
+    def power_losses(self, count: int, draw: random.Random, sabotage: str = "") -> Tally:
+        """Lose the power of this machine so many times for each command, and go on with what the disk may have.
+
+        Where the rows are on another machine, it is lost in the end: their server is as it was.
+        """
+        tally, before, log = Tally(), self.folder / "before", self.folder / "strace"
+        store = self.pair.folder.resolve()
+        for name in COMMANDS:
+            self.pair.put_back(_EMPTY)
+            shutil.rmtree(before, ignore_errors=True)
+            shutil.copytree(store, before)
+            command = python("tests.faults.small", name, str(self.folder), *([sabotage] if sabotage else []))
+            disk = Disk(store, before, trace(command, {"ICM_STORE": self.pair.address}, log))
+            for _ in range(count):
+                when = disk.length if self.pair.postgres else draw.randrange(disk.length + 1)
+                disk.crash(when, draw, store)
+                tally.faults += 1
+                what = f"{name}: power lost at call {when} of {disk.length}"
+                self._look(tally, what, [fact for at, fact in disk.told if at < when])
+                if not sabotage and not self.pair.postgres:
+                    self._end(tally, name, what)
         return tally
 
     def _seconds(self, zygote: Zygote, name: str) -> float:
