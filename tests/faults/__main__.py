@@ -24,10 +24,13 @@ import torch
 
 from tests.faults.campaign import controls, kill_at_random
 from tests.faults.commands import COMMANDS
+from tests.faults.flips import summed
 from tests.faults.pairs import PAIRS, Pair, servers
 from tests.faults.sweeps import SMALL_CONTROLS, Sweeps
+from tests.faults.value_flips import postgres_flips, sqlite_flips
 from tests.faults.world import World
 from tests.faults.zygote import Zygote
+from tests.pg_server import new_database
 
 _RESULTS = Path("tests/benchmarks/results")
 _TASKS = 6
@@ -41,6 +44,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--small-kills", type=int, default=40, help="kills of each small command of the registry")
     parser.add_argument("--control-kills", type=int, default=60, help="kills of each command that writes wrongly")
     parser.add_argument("--power-losses", type=int, default=200, help="power losses during each small command")
+    parser.add_argument("--values", type=int, default=100, help="flips of bits in each column")
     parser.add_argument("--stride", type=int, default=1, help="of calls, statements and requests, each n-th goes wrong")
     parser.add_argument("--restarts", type=int, default=40, help="restarts of the database server")
     parser.add_argument("--seed", type=int, default=20)
@@ -98,6 +102,18 @@ class Campaign:
         if self.chosen.pair.endswith("folder"):
             yield "control without_sync", sweeps.power_losses(self.chosen.control_kills, self.draw, "without_sync")
 
+    def values(self) -> Iterator[tuple[str, Any]]:
+        """Flip bits of the values of every column."""
+        if self.running.postgres is None:
+            flips = sqlite_flips(self._folder("values"), self.draw)
+        else:
+            flips = postgres_flips(new_database(self.running.postgres), self.draw)
+        with closing(flips):
+            found = flips.study(each=self.chosen.values)
+        yield "values", summed(found)
+        for column, tally in found.items():
+            yield f"values {column}", tally
+
     def _pair(self, part: str) -> Pair:
         return Pair(self.chosen.pair, self._folder(part), self.running)
 
@@ -111,6 +127,7 @@ PARTS: dict[str, Callable[[Campaign], Iterator[tuple[str, Any]]]] = {
     "small-kills": Campaign.small_kills,
     "sweeps": Campaign.sweeps,
     "power": Campaign.power_losses,
+    "values": Campaign.values,
 }
 
 
