@@ -27,7 +27,7 @@ from tests.s3_server import S3Server
 pytest.importorskip("ray")
 pytestmark = pytest.mark.slow  # every process imports torch
 
-_PATIENCE = 60.0  # seconds
+_PATIENCE = 300.0  # seconds
 _FOREIGN = ("AWS_", "HF_", "ICM_", "PG", "XDG_")
 _COMMIT = "1" * 40
 
@@ -91,7 +91,9 @@ def cluster(environment: Mapping[str, str]) -> Iterator[str]:
         command += [f"--port={ports[0]}", f"--ray-client-server-port={ports[1]}", "--include-dashboard=false"]
         command += ["--object-store-memory=100000000", "--disable-usage-stats", f"--temp-dir={folder}"]
         with (Path(environment["HOME"]) / "log").open("wb") as log:
-            process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=folder)
+            # By itself, it refuses a client whose own server takes longer than half a minute to start.
+            patient = {**environment, "RAY_CLIENT_SERVER_CHECK_CHANNEL_TIMEOUT_S": "300"}
+            process = subprocess.Popen(command, env=patient, stdout=log, stderr=log, cwd=folder)
         try:
             wait_for(ports[1], process)
             yield f"ray://127.0.0.1:{ports[1]}"

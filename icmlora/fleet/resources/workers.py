@@ -267,8 +267,9 @@ def _cluster(workers: str) -> Iterator[Any]:
         try:
             _start(ray, workers)
         except Exception as error:  # Ray raises errors of many kinds, plain `Exception` among them
-            first = next(iter(str(error).splitlines()), type(error).__name__)
-            raise WorkersUnavailable(f"no Ray cluster for --workers {workers}: {first}") from error
+            first, *more = str(error).strip().splitlines() or [type(error).__name__]
+            fact = f"{first} {more[-1]}" if first.endswith(":") and more else first  # what a server raised is below
+            raise WorkersUnavailable(f"no Ray cluster for --workers {workers}: {fact}") from error
     try:
         yield ray
     finally:
