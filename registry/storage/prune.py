@@ -13,11 +13,12 @@ before. In a folder an eviction deletes them itself; what a killed one leaves is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import dataclass
 from functools import cache, partial
 
-from sqlalchemy import ColumnElement, delete, exists, or_, select
+from sqlalchemy import ColumnElement, Select, and_, delete, exists, or_, select
 from sqlalchemy.orm import InstrumentedAttribute
 
 from registry.errors import MissingBlob
@@ -115,7 +116,7 @@ def prune(
     if empty_quarantine:
         left += leftovers(blobs, upkeep, aside=True)
     else:
-        replaced = _replaced(database, blobs, doomed) if blobs.is_remote else set()
+        replaced = _replaced(database, blobs, doomed.keys()) if blobs.is_remote else set()
         precious = {digest for digest in doomed if digest not in replaced and is_precious(_start_of(blobs, digest))}
     temporary = [file for file in left if file.modified <= newest]
     if not dry_run:
@@ -133,27 +134,32 @@ def prune(
     return PruneReport(len(doomed) - len(precious), len(temporary), freed, len(precious), aside)
 
 
-def _replaced(database: Database, blobs: Blobs, doomed: Collection[str]) -> set[str]:
+def _replaced(database: Database, blobs: Blobs, doomed: Set[str]) -> set[str]:
     """Return which of these weights only evicted adapters refer to, with codes that are measured and intact."""
-    parts = dict[str, set[str]]()  # of weights: what replaces them
+    parts = defaultdict[str, set[str]](set)  # of weights: what replaces them
     refused = set[str]()
     with database.read() as session:
-        query = select(Adapter).where(Adapter.evicted_at.is_not(None))
-        for adapter in session.scalars(query):
-            weights = {blob.digest for blob in (adapter.weights, adapter.initial) if blob is not None}
-            if not weights & set(doomed):
-                continue
-            found = select(Code, Generator).join(Generator, Code.generator_id == Generator.id)
-            row = session.execute(found.where(Code.task_id == adapter.task_id, Generator.is_current)).one_or_none()
-            code, generator = (None, None) if row is None else row
-            if code is None or (code.squared_error is None and code.residual_squared_error is None):
-                refused |= weights  # a bundle may have brought it: nobody has checked it
-                continue
-            kept = [adapter.config, code.blob, code.residual, generator.blob, *(extra.blob for extra in adapter.extras)]
-            for digest in weights & set(doomed):
-                parts.setdefault(digest, set()).update(blob.digest for blob in kept if blob is not None)
+        for some in in_parts(sorted(doomed)):
+            for adapter, code, generator in session.execute(_evicted(some)):
+                weights = {blob.digest for blob in (adapter.weights, adapter.initial) if blob is not None} & doomed
+                if code is None or (code.squared_error is None and code.residual_squared_error is None):
+                    refused |= weights  # a bundle may have brought it: nobody has checked it
+                    continue
+                kept = [adapter.config, code.blob, code.residual, generator.blob]
+                kept += [extra.blob for extra in adapter.extras]
+                for digest in weights:
+                    parts[digest].update(blob.digest for blob in kept if blob is not None)
     is_intact = cache(partial(_is_intact, blobs))
     return {weights for weights, needed in parts.items() if weights not in refused and all(map(is_intact, needed))}
+
+
+def _evicted(weights: Sequence[str]) -> Select[Adapter, Code | None, Generator]:
+    """Select the evicted adapters of some weights, with the codes of their tasks, or with None."""
+    ids, current = select(Blob.id).where(Blob.digest.in_(weights)), select(Generator.id).where(Generator.is_current)
+    found = select(Adapter, Code, Generator).select_from(Adapter)
+    found = found.outerjoin(Code, and_(Code.task_id == Adapter.task_id, Code.generator_id.in_(current)))
+    found = found.outerjoin(Generator, Code.generator_id == Generator.id).where(Adapter.evicted_at.is_not(None))
+    return found.where(or_(Adapter.weights_id.in_(ids), Adapter.initial_id.in_(ids)))
 
 
 def _is_intact(blobs: Blobs, digest: str) -> bool:
