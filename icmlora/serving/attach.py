@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import warnings
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import lru_cache
 from typing import TYPE_CHECKING, cast
 from weakref import WeakKeyDictionary
 
@@ -26,17 +27,20 @@ from torch import nn
 from icmlora.base_models.finding.tensors import BaseTensors
 from icmlora.errors import BaseModelMismatch, BaseModelNotFound, DataError
 from icmlora.fleet.bundles.bundles import Bundle
-from icmlora.fleet.resources.code_source import CodeSource, open_store
+from icmlora.fleet.resources.code_source import open_store
 from icmlora.fleet.write.materialize import Chosen, choose
 from icmlora.formats.peft.initial import converted_form
 from icmlora.formats.peft.tensors import rounded_like
 from icmlora.io.safetensors import encode
 from icmlora.io.tensors import decode_torch
-from icmlora.serving.tasks import key_of, open_tasks
+from icmlora.serving.tasks import key_of, open_tasks, watched_store
+from registry.errors import StoreAway
+from registry.names import DatabaseUrl
 
 if TYPE_CHECKING:
     from icmlora.adapter.model import Adapter
     from icmlora.fleet.api import Fleet
+    from icmlora.serving.watched import WatchedStore
 
 Layers = Mapping[str, nn.Linear | LoraLayer]
 """The linear layers of a model, with or without PEFT's parts, by their names without those."""
@@ -47,6 +51,8 @@ _KEPT = 256 << 20
 """Bytes of the adapters that were put into a model last and stay decoded; one is kept whatever it takes."""
 decoded_last: WeakKeyDictionary[nn.Module, OrderedDict[str, Adapter]] = WeakKeyDictionary()
 """Those of each model, by `key_of`, the oldest first."""
+_FLEETS = 8
+"""Stores in databases whose tasks are kept."""
 SLOT = "icm"
 """PEFT's name of the adapter in a model."""
 
@@ -93,8 +99,8 @@ def attach(model: nn.Module, fleet: Fleet | Bundle, task: str) -> PeftModel:
 
 def _plain_adapter(model: nn.Module, fleet: Fleet | Bundle, task: str) -> Adapter:
     """Read the very adapter that `materialize` would write: a code is rounded to the number format of its original."""
-    with _opened(fleet) as codes:
-        chosen = choose(codes, codes.get(task))
+    with _chosen(fleet, task) as chosen:
+        codes = chosen.codes
         if (problem := _problem(chosen)) is not None:
             hint = "write it with `materialize`, and load the folder"
             raise DataError(f"task {chosen.task.name!r} {problem}", hint=hint)
@@ -110,12 +116,23 @@ def _plain_adapter(model: nn.Module, fleet: Fleet | Bundle, task: str) -> Adapte
     return adapter
 
 
+@lru_cache(maxsize=_FLEETS)
+def _watched(fleet: Fleet) -> WatchedStore:
+    return watched_store(fleet)
+
+
 def _bytes(adapter: Adapter) -> int:
     return sum(module.a.nbytes + module.b.nbytes for module in adapter.modules)
 
 
-def _opened(fleet: Fleet | Bundle) -> AbstractContextManager[CodeSource]:
-    return fleet.open() if isinstance(fleet, Bundle) else open_store(fleet)
+@contextmanager
+def _chosen(fleet: Fleet | Bundle, task: str) -> Iterator[Chosen]:
+    """Yield what the adapter of a task is made from; of a store in a database that is kept, as the engines do."""
+    if not isinstance(fleet, Bundle) and isinstance(fleet.address, DatabaseUrl):
+        yield _watched(fleet).get(task)
+        return
+    with fleet.open() if isinstance(fleet, Bundle) else open_store(fleet) as codes:
+        yield choose(codes, codes.get(task))
 
 
 def _problem(chosen: Chosen) -> str | None:
@@ -165,11 +182,12 @@ def _exchange(layers: Layers, adapter: Adapter) -> None:
 def _warn_if_other(layers: Layers, fleet: Fleet | Bundle, task: str, adapter: Adapter) -> None:
     """Compare one layer of a model with the files of the task's base model, if they are on this machine."""
     tasks = open_tasks(*((None, fleet.path) if isinstance(fleet, Bundle) else (fleet.address, None)), command="attach")
-    if (found := tasks.find(task)) is None:
-        return
     try:
+        found = tasks.find(task)
+        if found is None:
+            return
         files = BaseTensors(tasks.locate(found.base_model))
-    except BaseModelNotFound:
+    except (BaseModelNotFound, StoreAway):
         return
     name = adapter.modules[0].name
     weight = _inner(layers[name]).weight.detach()

@@ -1,8 +1,8 @@
 """Find tasks for requests without reading the store for each of them.
 
 A look into the store takes milliseconds. What it found holds as long as the store's stamp (size and time of its
-database file) stays the same. The clock of a file system has steps, so what was found within a step of a change holds
-for a second only.
+database file, or how many changes its database counts) stays the same. The clock of a file system has steps, so what
+was found within a step of a change holds for a second only.
 """
 
 from __future__ import annotations
@@ -13,13 +13,16 @@ from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from icmlora.serving.tasks import ServedTask, ServedTasks, Stamp
+from icmlora.serving.stamp import Stamp
+from icmlora.serving.tasks import ServedTask, ServedTasks
+from registry.errors import StoreAway
 from registry.names import task_name_problem
 
 _REMEMBERED = 50_000
 """Names, of tasks or not; clients choose them."""
 _STEP = 0.1  # seconds, more than a step of any file system's clock but FAT's
 _UNSETTLED = 1.0  # seconds for which a look holds that may have missed a change in its own step
+_ROUND = 1.0  # seconds after which a look that takes long is given up if the store is away
 _PATIENCE = 0.25
 """Seconds that a request for a task that is known already waits for a store that another command has to itself."""
 
@@ -48,8 +51,8 @@ class Catalogue:
     async def find(self, name: str) -> ServedTask | None:
         """Return the task of a name as it is now, or None.
 
-        While another command has the store to itself, a task is returned as it was seen last. Of a task that was not
-        seen yet, this raises what reading the store does.
+        While another command has the store to itself, or its database is away, a task is returned as it was seen last.
+        Of a task that was not seen yet, this raises what reading the store does.
         """
         if task_name_problem(name) is not None:
             return None
@@ -58,10 +61,18 @@ class Catalogue:
             self._looks.move_to_end(name)
             return look.task
         if (pending := self._pending.get(name)) is None:
+            try:
+                self._tasks.check()
+            except StoreAway:
+                if look is None or look.task is None:
+                    raise
+                return look.task
             pending = self._pending[name] = asyncio.create_task(self._look(name))
             pending.add_done_callback(lambda done: self._forget(name, done))
         if look is None or look.task is None:
-            return await asyncio.shield(pending)
+            while not (await asyncio.wait({pending}, timeout=_ROUND))[0]:
+                self._tasks.check()
+            return pending.result()
         try:
             return await asyncio.wait_for(asyncio.shield(pending), _PATIENCE)
         except Exception:  # what is wrong with the store is told to requests that need it

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
@@ -11,6 +12,7 @@ from dataclasses import dataclass, replace
 from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from icmlora.adapter.layout import ModuleShape
 from icmlora.base_models.finding.lookup import FoundBase
@@ -20,9 +22,12 @@ from icmlora.fleet.context import Context
 from icmlora.fleet.resources.code_source import CodeSource, OpenCodes, open_store, template_of
 from icmlora.fleet.write.materialize import Chosen, choose
 from icmlora.formats.format import write_adapter_files
-from registry.errors import DamagedStore
-from registry.files import identity
+from icmlora.serving.stamp import Stamp
+from registry.errors import DamagedStore, RegistryError
 from registry.names import Address, address_of, task_name_problem
+
+if TYPE_CHECKING:
+    from icmlora.serving.watched import WatchedStore
 
 _ADMITTED = 1
 """Adapters that are decoded at once: more would only take each other's processor."""
@@ -64,30 +69,6 @@ class TaskForm:
     damage: str | None = None
 
 
-@dataclass(frozen=True)
-class Stamp:
-    """What a file looks like from outside; it differs after a change, up to the steps of the file system's clock.
-
-    From outside: opening and closing a database would drop the locks of other threads.
-
-    Attributes:
-        changed: When it was changed last, in seconds since 1970.
-        parts: What else tells one state from another.
-    """
-
-    changed: float
-    parts: tuple[int, ...]
-
-    @classmethod
-    def of(cls, path: Path) -> Stamp:
-        """Look at a file; one that is absent has a stamp too."""
-        try:
-            found = path.stat()
-        except OSError:
-            return cls(0, ())
-        return cls(found.st_mtime, (*identity(found), found.st_ctime_ns))
-
-
 class ServedTasks:
     """Where tasks come from. The methods may be called from several threads.
 
@@ -95,23 +76,36 @@ class ServedTasks:
         stamp: Returns what changes when any task may have changed; it takes microseconds, for each request.
         open_codes: Opens the store or the bundle. It is opened for each call: holding a store open would make
             `icm evict` and `icm prune` wait for the server.
+        watched: What keeps the tasks of a store that may be away.
     """
 
-    def __init__(self, stamp: Callable[[], Stamp], open_codes: OpenCodes) -> None:
-        self.stamp, self._open = stamp, open_codes
+    def __init__(self, stamp: Callable[[], Stamp], open_codes: OpenCodes, watched: WatchedStore | None = None) -> None:
+        self.stamp, self._open, self._watched = stamp, open_codes, watched
         self._admitted = threading.Semaphore(_ADMITTED)
 
     def find(self, name: str) -> ServedTask | None:
         """Return the task that has exactly this name, or None; any text may be asked for."""
         if task_name_problem(name) is not None:
             return None
-        with self._open() as codes:
-            task = codes.find(name)
-            if task is None or task.name != name:
-                return None
-            chosen = choose(codes, task)
+        chosen = self._chosen(name)
+        if chosen is None or chosen.task.name != name:
+            return None
         layout = tuple(ModuleShape(*entry) for entry in chosen.final.layout)
-        return ServedTask(name, task.base_model, key_of(chosen), layout)
+        return ServedTask(name, chosen.task.base_model, key_of(chosen), layout)
+
+    def check(self) -> None:
+        """Raise `StoreAway` if it is known that the store is away: finding that out anew may take many seconds."""
+        if self._watched is not None:
+            self._watched.check()
+
+    def is_at_hand(self, task: ServedTask) -> bool:
+        """Say whether `write` waits for no network, as far as is known."""
+        return self._watched is None or not self._watched.missing(task.name, task.key)
+
+    def fetch(self, task: ServedTask) -> None:
+        """Bring the bytes of a task to this machine."""
+        if self._watched is not None:
+            self._watched.fetch(self._watched.missing(task.name, task.key))
 
     def names(self, base_model: str | None = None) -> list[str]:
         """Return the names of all tasks, or of those of one base model, sorted."""
@@ -151,13 +145,24 @@ class ServedTasks:
         Raises:
             TaskChanged: It is not as it was found any more. So what is written is what its key says.
         """
+        self.fetch(task)  # whoever waits for a network is not in the way of others
         with self._admitted:
-            with self._open() as codes:
-                chosen = choose(codes, codes.get(task.name))
-                if key_of(chosen) != task.key:
-                    raise TaskChanged(f"the task {task.name!r} is being changed")
-                made = chosen.files()
+            made = None if self._watched is None else self._watched.files(task.name, task.key)
+            if made is None:
+                self.check()
+                with self._open() as codes:
+                    chosen = choose(codes, codes.get(task.name))
+                    if key_of(chosen) != task.key:
+                        raise TaskChanged(f"the task {task.name!r} is being changed")
+                    made = chosen.files()
             write_adapter_files(directory, made.format, made.content, task.name)
+
+    def _chosen(self, name: str) -> Chosen | None:
+        if self._watched is not None:
+            return self._watched.find(name)
+        with self._open() as codes:
+            task = codes.find(name)
+            return None if task is None else choose(codes, task)
 
 
 def key_of(chosen: Chosen) -> str:
@@ -194,7 +199,12 @@ class _ReopenedBundle:
 
 
 def open_tasks(
-    store: str | Address | None, bundle: str | Path | None, *, command: str, lock_timeout: float = 30.0
+    store: str | Address | None,
+    bundle: str | Path | None,
+    *,
+    command: str,
+    lock_timeout: float = 30.0,
+    log: logging.Logger | None = None,
 ) -> ServedTasks:
     """Open a bundle if one is named, else a store; a store is read anew with each call.
 
@@ -203,20 +213,29 @@ def open_tasks(
         bundle: A bundle file.
         command: Who reads the store, for those who wait for it.
         lock_timeout: Seconds to wait for a command that has the store to itself.
+        log: Where to say that the database is away, if not where modules of icm do.
     """
     if bundle is not None:
         return ServedTasks(partial(Stamp.of, Path(bundle)), _ReopenedBundle(Path(bundle)))
     assert store is not None
     context = Context(address_of(store), command=command, lock_timeout=lock_timeout)
-    return ServedTasks(_watched(context), partial(open_store, context))
-
-
-def _watched(context: Context) -> Callable[[], Stamp]:
-    """Return what gives the stamp of a store."""
     if isinstance(context.address, Path):
         from registry.storage.folder import StorePaths  # a bundle needs none of it
 
-        return partial(Stamp.of, StorePaths(context.address).database)
-    from icmlora.serving.watched import WatchedDatabase
+        return ServedTasks(partial(Stamp.of, StorePaths(context.address).database), partial(open_store, context))
+    watched = watched_store(context, log)
+    return ServedTasks(watched.stamp, partial(open_store, context), watched)
 
-    return WatchedDatabase(context.address).stamp
+
+def watched_store(context: Context, log: logging.Logger | None = None) -> WatchedStore:
+    """Return what keeps the tasks of a store in a database.
+
+    Raises:
+        RegistryError: The extra for such stores is not installed.
+    """
+    try:
+        from icmlora.serving.watched import WatchedStore
+    except ImportError as error:
+        hint = "install the extra: pip install 'icm-lora[team]'"
+        raise RegistryError(f"a store in PostgreSQL needs it: {error}", hint=hint) from error
+    return WatchedStore(context, key_of, log or logging.getLogger(__name__))

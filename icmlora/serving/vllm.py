@@ -22,11 +22,14 @@ import os
 import sys
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
 from functools import wraps
+from http import HTTPStatus
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from icmlora.errors import TaskChanged
+from registry.errors import StoreAway
 from registry.names import address_of
 
 if TYPE_CHECKING:
@@ -45,7 +48,11 @@ _CHECKING = (
 """The classes of vLLM 0.32 whose method `_check_model` looks whether there is the model that a request names."""
 _THREADS = 4
 """Names that are looked up at once; the rest waits, whatever clients send."""
+_WRITING = 16
+"""Tasks that are written at once: one is decoded at a time, but others may wait for their bytes from a network."""
 
+_away: ContextVar[StoreAway | None] = ContextVar("icm_away", default=None)
+"""Why the task that a request names could not be looked for."""
 _log = logging.getLogger("vllm.icm")  # vLLM shows what is logged below its own name
 
 
@@ -77,6 +84,7 @@ class IcmResolver:
 
     def __init__(self) -> None:
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="icm")
+        self._writing = ThreadPoolExecutor(_WRITING, thread_name_prefix="icm-write")
         self._source: _Source | None = None
         self._opening = asyncio.Lock()
 
@@ -89,6 +97,9 @@ class IcmResolver:
                     self._source = _Source(*await opened, self._threads)
                     _follow_tasks(self)
             return await self._resolve(self._source, lora_name)
+        except StoreAway as error:
+            _away.set(error)  # the log has it once, as soon as it is noticed
+            return None
         except Exception as error:
             _log.error("icm: %.128r: %s", lora_name, error or type(error).__name__)
             return None
@@ -102,7 +113,7 @@ class IcmResolver:
             return None
         loop = asyncio.get_running_loop()
         try:
-            folder = await loop.run_in_executor(self._threads, source.folder, task)
+            folder = await loop.run_in_executor(self._writing, source.folder, task)
         except TaskChanged:
             return await self._resolve(source, lora_name)
         # vLLM puts its own number in place of this one.
@@ -143,6 +154,8 @@ class IcmResolver:
             return True
         try:
             task = await source.catalogue.find(served.lora_name)
+        except StoreAway:
+            return True
         except Exception as error:  # a request need not fail for it
             _log.error("icm: cannot see whether %.128r has changed: %s", served.lora_name, error)
             return True
@@ -182,8 +195,15 @@ def _follow_tasks(resolver: IcmResolver) -> None:
 def _renewing(check: Check, resolver: IcmResolver) -> Check:
     @wraps(check)
     async def renew_and_check(serving: Any, request: Any) -> Any:
+        _away.set(None)
         await resolver.renew(serving.models, request.model)
-        return await check(serving, request)
+        refusal, away = await check(serving, request), _away.get()
+        if refusal is None or away is None:
+            return refusal
+        # vLLM would say that there is no such model.
+        fact = f"The store is away: {away.message}."
+        unavailable = HTTPStatus.SERVICE_UNAVAILABLE
+        return serving.create_error_response(message=fact, err_type="ServiceUnavailableError", status_code=unavailable)
 
     return renew_and_check
 
@@ -199,6 +219,6 @@ def open_source(model: str) -> tuple[ServedTasks, AdapterFolders, EngineBase]:
     store, bundle, label, root, size = (
         os.environ.get(f"ICM_{name}") or None for name in ("STORE", "BUNDLE", "BASE_MODEL", "ADAPTERS", "ADAPTERS_SIZE")
     )
-    tasks = open_tasks(store, bundle, command="vllm")
+    tasks = open_tasks(store, bundle, command="vllm", log=_log)
     folders = AdapterFolders(Path(root) if root else default_root("vllm"), parse_bytes(size) if size else None)
     return tasks, folders, EngineBase(model, tasks, label, log=_log)

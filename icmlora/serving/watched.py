@@ -1,50 +1,253 @@
-"""Whether any task may have changed in a store whose rows are in a database: asked now and then, never waited for long.
+"""A team's store as a server sees it: what was resolved is kept, and the database is asked now and then.
 
-a request ──▶ asked less than a second ago, or away ──▶ the stamp of then: what is known still serves
-          `──▶ asked, over a connection that stays open
+    a request ──▶ asked less than a second ago, or away ──▶ the stamp of then: what is known still serves
+              `──▶ asked, on a thread of its own, over a connection that holds no lock ──▶ a new stamp after a change
+
+    a task, found once ──▶ its rows are kept ──▶ its adapter is made from them and from bytes of the cache
+
+A database that was stopped answers nothing for as long as that lasts, so nobody waits for it.
 """
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-from icmlora.serving.tasks import Stamp
-from registry.errors import RegistryError
+from icmlora.fleet.context import Context
+from icmlora.fleet.resources.code_source import Decoded, StoreCodes, open_store
+from icmlora.fleet.write.materialize import Chosen, MadeFiles, choose
+from icmlora.serving.stamp import Stamp
+from registry.errors import DamagedStore, RegistryError, StoreAway
 from registry.names import DatabaseUrl
+from registry.records import AdapterRecord, EvaluationRecord, GeneratorRecord, TaskRecord
 from registry.storage.locks import Patience
 from registry.storage.postgres import PostgresDatabase
 
+if TYPE_CHECKING:
+    from icmlora.base_models.finding.tensors import BaseTensors
+    from icmlora.fleet.resources.decoding import OriginalForm
+    from registry.store import Store
+
 _PAUSE = 1.0
 """Seconds for which an answer counts."""
+_PATIENCE = 0.25  # seconds that whoever asks waits for the answer
+_SLOWEST = 3.0  # seconds without an answer after which the database counts as away
+_KEPT = 10_000
+"""Tasks whose rows are kept."""
+
+_log = logging.getLogger(__name__)
 
 
-class WatchedDatabase:
-    """Counts the changes of a store. It may be asked from several threads.
+@dataclass(frozen=True)
+class _Kept:
+    chosen: Chosen
+    key: str
+    stamp: Stamp
+
+
+class WatchedStore:
+    """A store in a database. The methods may be called from several threads.
 
     Args:
-        url: The address of the database.
+        context: The store.
+        key_of: Returns the key of what an adapter is made from.
+        log: Where to say that it is away, and that it is back: an engine may show nothing that is not below its own
+            name.
     """
 
-    def __init__(self, url: DatabaseUrl) -> None:
-        self._database = PostgresDatabase(url.secret, command="icm watch", read_only=True, patience=Patience(0.0))
-        self._lock, self._asked, self._stamp = threading.Lock(), -_PAUSE, Stamp(0, ())
+    def __init__(self, context: Context, key_of: Callable[[Chosen], str], log: logging.Logger = _log) -> None:
+        assert isinstance(context.address, DatabaseUrl)
+        self._context, self._key_of, self._log = context, key_of, log
+        self._watch = _Watch(context.address, context.command, log)
+        self.stamp, self.check = self._watch.stamp, self._watch.check
+        self._kept: OrderedDict[str, _Kept] = OrderedDict()
+        self._closed: Store | None = None  # the way to the bytes, for all that is kept
+        self._is_told = False  # that the place of the bytes is away
+        self._guard = threading.Lock()
+
+    def find(self, name: str) -> Chosen | None:
+        """Return what the adapter of a task is made from, now; None if there is no such task."""
+        self.check()
+        stamp = self.stamp()
+        with open_store(self._context) as codes:
+            task = codes.find(name)
+            if task is None:
+                return None
+            chosen = choose(codes, task)
+            measured = None if chosen.generator is None else _measured(codes, chosen)
+        kept = replace(chosen, codes=_KeptCodes(self._way(codes.store), self._context, measured))
+        with self._guard:
+            self._kept[task.name] = _Kept(kept, self._key_of(kept), stamp)
+            self._kept.move_to_end(task.name)
+            while len(self._kept) > _KEPT:
+                self._kept.popitem(last=False)
+        return kept
+
+    def get(self, name: str) -> Chosen:
+        """Return what the adapter of a task is made from; the same while the store is unchanged, or away.
+
+        Raises:
+            TaskNotFound: There is no such task.
+        """
+        known = self._kept.get(name)
+        if known is not None and known.stamp == self.stamp():
+            return known.chosen
+        try:
+            found = self.find(name)
+        except StoreAway:
+            if known is None:
+                raise
+            return known.chosen
+        if found is None:
+            with open_store(self._context) as codes:  # raises, with names that are like it
+                found = choose(codes, codes.get(name))
+        return found
+
+    def files(self, name: str, key: str) -> MadeFiles | None:
+        """Make the files of a task as it is kept, None if it is not, or not under this key; no row is read.
+
+        Raises:
+            StoreAway: Some of its bytes are not in the cache, and the place of the bytes is away.
+        """
+        known = self._kept.get(name)
+        if known is None or known.key != key:
+            return None
+        try:
+            return known.chosen.files()
+        except DamagedStore:  # bytes may be gone that no row needs any more
+            return None
+
+    def missing(self, name: str, key: str) -> list[str]:
+        """Return the digests of what the files of a task are made from and that is not in the cache."""
+        known, way = self._kept.get(name), self._closed
+        if known is None or known.key != key or way is None:
+            return []
+        return [digest for digest in _digests(known.chosen) if not way.blobs.is_at_hand(digest)]
+
+    def fetch(self, digests: Sequence[str]) -> None:
+        """Have the cache hold some bytes.
+
+        Raises:
+            StoreAway: Their place is away.
+        """
+        try:
+            for digest in digests:
+                assert self._closed is not None
+                self._closed.blobs.read(digest)
+        except StoreAway as error:
+            if not self._is_told:
+                self._is_told = True
+                self._log.warning("icm: %s; tasks whose bytes are here are still served", error.message)
+            raise
+        if digests and self._is_told:
+            self._is_told = False
+            self._log.info("icm: the place of the bytes answers again")
+
+    def _way(self, store: Store) -> Store:
+        """Return the first store that was opened; it is closed, and still reads bytes."""
+        with self._guard:
+            self._closed = self._closed or store
+            return self._closed
+
+
+class _KeptCodes(StoreCodes):
+    """The codes of a store that is closed: one task as it was, and bytes, from the cache or from their place."""
+
+    def __init__(self, store: Store, context: Context, measured: EvaluationRecord | None) -> None:
+        super().__init__(store, context)
+        self._was_measured = measured
+
+    def measured(self, task: TaskRecord, source: Decoded, generator: GeneratorRecord) -> EvaluationRecord | None:
+        return self._was_measured
+
+    def form(self, adapter: AdapterRecord) -> OriginalForm:
+        from icmlora.fleet.resources.decoding import base_tensors, form_of
+
+        def of_base() -> BaseTensors:
+            with self._context.open(read_only=True) as store:
+                return base_tensors(store, adapter)
+
+        return form_of(adapter, self.read, of_base)
+
+
+class _Watch:
+    """Asks a database how many changes there were, at most once a second."""
+
+    def __init__(self, url: DatabaseUrl, command: str, log: logging.Logger) -> None:
+        self._url, self._log = url, log
+        self._database = PostgresDatabase(url.secret, command=command, read_only=True, patience=Patience(0.0))
+        self._guard, self._answered = threading.Lock(), threading.Event()
+        self._answered.set()
+        self._asked, self._stamp = float("-inf"), Stamp(0, ())
+        self._away: RegistryError | None = None
+        self._is_told = False  # that it is away
 
     def stamp(self) -> Stamp:
         """Return what changes when any task may have changed."""
-        if time.monotonic() - self._asked > _PAUSE and self._lock.acquire(blocking=False):
-            try:
-                self._look()
-            finally:
-                self._lock.release()
+        self._ask()
         return self._stamp
 
-    def _look(self) -> None:
-        try:
-            changes = self._database.changes()
-        except RegistryError:  # whoever needs the database hears of it
-            return
-        finally:
+    def check(self) -> None:
+        """Raise `StoreAway` if the database is away as far as is known: opening the store may take long then."""
+        self._ask()
+        with self._guard:
+            if not self._answered.is_set() and time.monotonic() - self._asked > _SLOWEST:
+                self._tell(StoreAway(f"{self._url} does not answer", path=str(self._url)))
+            if self._away is not None:
+                raise StoreAway(self._away.message, path=str(self._url), hint=self._away.hint)
+
+    def _ask(self) -> None:
+        with self._guard:
+            if not self._answered.is_set() or time.monotonic() - self._asked < _PAUSE:
+                return
             self._asked = time.monotonic()
-        if self._stamp.parts != (changes,):
-            self._stamp = Stamp(time.time(), (changes,))
+            self._answered.clear()
+        threading.Thread(target=self._look, daemon=True, name="icm-watch").start()
+        self._answered.wait(_PATIENCE)
+
+    def _look(self) -> None:
+        changes = 0
+        away: RegistryError | None = None
+        for _ in range(2):  # a connection that nobody used for long may be closed by now
+            try:
+                changes, away = self._database.changes(), None
+                break
+            except Exception as error:  # else nobody would ever ask again
+                fact = f"{self._url}: {type(error).__name__}"
+                away = error if isinstance(error, RegistryError) else StoreAway(fact, path=str(self._url))
+        with self._guard:
+            if away is not None:
+                self._tell(away)
+            else:
+                if self._is_told:
+                    self._log.info("icm: %s answers again", self._url)
+                self._away, self._is_told = None, False
+                self._stamp = Stamp(0, (changes,))  # a count has no steps, as a clock has
+            self._answered.set()
+
+    def _tell(self, away: RegistryError) -> None:
+        """Take note that the database is away, and say so once."""
+        self._away = away
+        if not self._is_told:
+            self._is_told = True
+            self._log.warning("icm: %s; tasks that are known are still served", away.message)
+
+
+def _measured(codes: StoreCodes, chosen: Chosen) -> EvaluationRecord | None:
+    assert chosen.source != "original"
+    assert chosen.generator is not None
+    return codes.measured(chosen.task, chosen.source, chosen.generator)
+
+
+def _digests(chosen: Chosen) -> list[str]:
+    """Return what blobs the files of an adapter are made from."""
+    final, code = chosen.final, chosen.code
+    found = [final.config, *(extra.blob for extra in final.extras)]
+    if chosen.generator is None:
+        return [*found, final.weights, *(blob for blob in (final.initial, final.card) if blob is not None)]
+    return [*found, chosen.generator.blob, *([] if code is None else code.digests())]

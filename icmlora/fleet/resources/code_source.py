@@ -124,33 +124,33 @@ class StoreCodes:
     takes_claims = False
 
     def __init__(self, store: Store, context: Context) -> None:
-        self._store, self._context = store, context
+        self.store, self._context = store, context
         tasks = store.tasks
         self.find, self.get, self.final, self.having = tasks.find, tasks.get, tasks.final, tasks.having
         self.read, self.generator = store.blobs.read, store.generators.current
 
     @property
     def any_row(self) -> bool:
-        return has_loaders(self._store)
+        return has_loaders(self.store)
 
     def names(self, base_model: str | None = None) -> list[str]:
-        return self._store.tasks.names(_selection(base_model))
+        return self.store.tasks.names(_selection(base_model))
 
     def finals(self, base_model: str) -> Iterator[AdapterRecord]:
-        return (row.final for row in self._store.tasks.summaries(_selection(base_model)))
+        return (row.final for row in self.store.tasks.summaries(_selection(base_model)))
 
     def code(self, task: str, generator: GeneratorRecord) -> CodeRecord | None:
-        return self._store.codes.get(task, generator.id)
+        return self.store.codes.get(task, generator.id)
 
     def has_older_code(self, task: TaskRecord) -> bool:
         from icmlora.fleet.older import has_older_code
 
-        return has_older_code(self._store, task)
+        return has_older_code(self.store, task)
 
     def measured(self, task: TaskRecord, source: Decoded, generator: GeneratorRecord) -> EvaluationRecord | None:
         rung = "generate" if source == "recalled" else source  # as the rows have it
         try:
-            return latest_evaluation(self._store.evaluations.all(task.name), task, rung, generator)
+            return latest_evaluation(self.store.evaluations.all(task.name), task, rung, generator)
         except DamagedStore:  # `icm verify` reports it: it takes no figures to write an adapter
             return None
 
@@ -160,35 +160,35 @@ class StoreCodes:
     def form(self, adapter: AdapterRecord) -> OriginalForm:
         from icmlora.fleet.resources.decoding import read_form
 
-        return read_form(self._store, adapter)
+        return read_form(self.store, adapter)
 
     def recalled(self, final: AdapterRecord, generator: GeneratorRecord) -> CodeRecord | None:
         from icmlora.fleet.resources.recalled_code import Exemplars
 
-        return Exemplars(self._store, generator).code_for(final)
+        return Exemplars(self.store, generator).code_for(final)
 
     def predict(self, final: AdapterRecord, generator: GeneratorRecord, seed: int | None) -> Adapter:
         from icmlora.fleet.resources.decoding import predict_adapter
 
         code = self.code(final.task, generator)
-        return predict_adapter(self._store, self.generator_file(generator), final, code, seed=seed)
+        return predict_adapter(self.store, self.generator_file(generator), final, code, seed=seed)
 
     def base_models(self) -> Mapping[str, tuple[str, ...]]:
-        return {record.name: record.names for record in self._store.base_models.all()}
+        return {record.name: record.names for record in self.store.base_models.all()}
 
     def locate(self, base_model: str) -> FoundBase:
-        return locate_base(self._store, base_model)
+        return locate_base(self.store, base_model)
 
     def context_vectors(self, base_model: str | None) -> tuple[str, ComparableVectors]:
         from icmlora.fleet.resources.stored_vectors import comparable_vectors, tasks_of_one_base
 
-        label, tasks = tasks_of_one_base(self._store, base_model)
-        return label, comparable_vectors(self._store, tasks, "context")
+        label, tasks = tasks_of_one_base(self.store, base_model)
+        return label, comparable_vectors(self.store, tasks, "context")
 
     def open_base(self, label: str, device: torch.device, dtype: torch.dtype, extractor: str | None) -> BaseModel:
         from icmlora.fleet.resources.loading import open_base
 
-        return open_base(self._store, label, device, dtype, cache=self._context.cache)
+        return open_base(self.store, label, device, dtype, cache=self._context.cache)
 
 
 def _selection(base_model: str | None) -> Selection:

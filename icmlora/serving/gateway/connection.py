@@ -13,7 +13,8 @@ import httpx
 from icmlora.serving.base import EngineBase
 from icmlora.serving.gateway.engines import Engine, Listing, connect
 from icmlora.serving.requirements import EngineName
-from icmlora.serving.tasks import ServedTask, ServedTasks, Stamp
+from icmlora.serving.stamp import Stamp
+from icmlora.serving.tasks import ServedTask, ServedTasks
 
 R = TypeVar("R")
 

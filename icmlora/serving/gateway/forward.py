@@ -24,7 +24,7 @@ from icmlora.serving.gateway.problems import HttpProblem
 from icmlora.serving.gateway.residency import Residency
 from icmlora.serving.gateway.settings import GatewaySettings
 from icmlora.serving.tasks import ServedTask
-from registry.errors import IcmError
+from registry.errors import IcmError, StoreAway
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -181,7 +181,8 @@ class Forwarder:
             return await self._catalogue.find(name)
         except (IcmError, OSError) as error:
             fact = error.message if isinstance(error, IcmError) else error.strerror
-            _log.warning("cannot look for a task: %s", fact)
+            if not isinstance(error, StoreAway):  # which is said once, when it is noticed
+                _log.warning("cannot look for a task: %s", fact)
             raise HttpProblem(503, f"The tasks cannot be read: {fact}", "store_unavailable", retry_after=5) from error
 
     @asynccontextmanager

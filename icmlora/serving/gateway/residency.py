@@ -35,14 +35,18 @@ from icmlora.serving.gateway.problems import HttpProblem
 from icmlora.serving.gateway.settings import GatewaySettings
 from icmlora.serving.requirements import config_problem
 from icmlora.serving.tasks import ServedTask, ServedTasks
-from registry.errors import IcmError, StoreLocked
+from registry.errors import IcmError, StoreAway, StoreLocked
 from registry.files import is_full
 
 _LINGER = 5.0
 """Seconds that an adapter counts as in use after a request that was cut short: the engine may still run it."""
 _REMEMBERED = 5.0
 """Seconds for which a failure of a task is not tried again."""
-_LASTING = frozenset({"adapter_unavailable", "adapter_unsuited", "engine_refused_adapter", "engine_lied"})
+_LASTING = frozenset({"adapter_unavailable", "store_away", "adapter_unsuited", "engine_refused_adapter", "engine_lied"})
+_FETCHING = 16
+"""Tasks whose bytes are fetched over a network at once: those that hang are not in the way of others."""
+_FETCH_TIMEOUT = 15.0
+"""Seconds that a task waits for its bytes; they may still come after that, for the next request."""
 _PATIENCE = 10.0
 """Seconds that a task waits for room while all adapters are in use."""
 _AHEAD = 4
@@ -110,6 +114,7 @@ class Residency:
     ) -> None:
         self._connection, self._tasks, self._catalogue, self._folders = connection, tasks, catalogue, folders
         self._threads, self._metrics = threads, metrics
+        self._fetching = ThreadPoolExecutor(_FETCHING, thread_name_prefix="icm-fetch")
         self._max_adapters, self._max_waiting = settings.max_adapters, settings.max_waiting
         self._loaded: OrderedDict[str, Resident] = OrderedDict()  # by task, least recently used first
         self._retired: set[Resident] = set()
@@ -178,6 +183,7 @@ class Residency:
         for job in self._jobs:
             job.cancel()
         await asyncio.gather(*self._jobs, return_exceptions=True)
+        self._fetching.shutdown(wait=False, cancel_futures=True)
 
     @property
     def _all(self) -> list[Resident]:
@@ -235,6 +241,7 @@ class Residency:
     async def _fly(self, task: ServedTask) -> Resident | None:
         name, key = task.name, task.key
         try:
+            await self._fetch(task)
             await self._write_ahead(task)
             async with self._turn:
                 resident = await self._bring_in(name)
@@ -247,10 +254,22 @@ class Residency:
             problem = _as_problem(name, error)
             if problem.code in _LASTING:
                 self._remember((name, key), problem)
-            _log.warning("cannot serve %s: %s", name, problem.message)
+            if problem.code != "store_away":  # which is said once, when it is noticed
+                _log.warning("cannot serve %s: %s", name, problem.message)
             raise problem from None
         finally:
             del self._flights[name]
+
+    async def _fetch(self, task: ServedTask) -> None:
+        """Wait for the bytes of a task without keeping others from their turn."""
+        if self._tasks.is_at_hand(task):
+            return
+        try:
+            async with asyncio.timeout(_FETCH_TIMEOUT):
+                await asyncio.get_running_loop().run_in_executor(self._fetching, self._tasks.fetch, task)
+        except TimeoutError:
+            message = f"The bytes of {task.name!r} have not arrived in {_FETCH_TIMEOUT:g} seconds; try again soon."
+            raise HttpProblem(503, message, "store_away", retry_after=5) from None
 
     async def _write_ahead(self, task: ServedTask) -> None:
         """Write a task that has to wait for its turn, while the engine loads another one, if there is much room."""
@@ -475,6 +494,8 @@ def _as_problem(name: str, error: Exception) -> HttpProblem:
         return HttpProblem(503, f"There is no room for one more adapter: {error.message}.", "no_room", retry_after=5)
     if isinstance(error, StoreLocked):
         return HttpProblem(503, f"The store is busy: {error.message}.", "store_busy", retry_after=5)
+    if isinstance(error, StoreAway):
+        return HttpProblem(503, f"The store is away: {error.message}.", "store_away", retry_after=5)
     if isinstance(error, IcmError | OSError):
         reason = error.message if isinstance(error, IcmError) else error.strerror or str(error)
     else:

@@ -29,7 +29,7 @@ from icmlora.serving.tasks import ServedTasks
 
 _QUEUE = 2048
 """Connections that the system keeps until they are taken."""
-_THREADS = 4  # for looking into the store
+_THREADS = 4  # for looking into the store, and as many for writing adapters
 _KEPT_ALIVE = 3.0
 """Seconds for which an idle connection to the engine is used again: both engines close theirs after 5."""
 _CONNECT_TIMEOUT = 5.0  # seconds for a connection to the engine
@@ -77,11 +77,12 @@ async def opened(tasks: ServedTasks, folders: AdapterFolders, settings: GatewayS
     control = _client(settings, httpx.Timeout(_LIST_TIMEOUT, connect=_CONNECT_TIMEOUT), authorization)
     timeout = httpx.Timeout(None, connect=_CONNECT_TIMEOUT, write=settings.idle_timeout)
     passing = _client(settings, timeout, None)
-    threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="icm")
+    # A look may hang while a database is stopped; what is known is written meanwhile.
+    threads, looking = (ThreadPoolExecutor(_THREADS, thread_name_prefix=name) for name in ("icm", "icm-look"))
     async with control, passing:
         metrics = Metrics()
         connection = Connection(control, tasks, threads, settings.engine, settings.base_model)
-        catalogue = Catalogue(tasks, threads)
+        catalogue = Catalogue(tasks, looking)
         residency = Residency(connection, tasks, catalogue, folders, threads, metrics, settings)
         if settings.token is not None:
             authorization = authorization or b""  # the client's token is not the engine's business
@@ -93,6 +94,7 @@ async def opened(tasks: ServedTasks, folders: AdapterFolders, settings: GatewayS
             preparing.cancel()
             await residency.close()
             threads.shutdown(cancel_futures=True)
+            looking.shutdown(wait=False, cancel_futures=True)
 
 
 def _client(settings: GatewaySettings, timeout: httpx.Timeout, authorization: bytes | None) -> httpx.AsyncClient:

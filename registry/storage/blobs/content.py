@@ -142,6 +142,10 @@ class Blobs:
                 return data
         raise self._damaged(digest)
 
+    def is_at_hand(self, digest: str) -> bool:
+        """Say whether a blob is read without a network."""
+        return not self.is_remote or (self._cache is not None and self._cache.start(digest, 1) is not None)
+
     def start(self, digest: str, size: int) -> bytes:
         """Return the first bytes of a blob, which nobody has checked."""
         known = None if self._cache is None else self._cache.start(digest, size)

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from uuid import uuid4
 
 import pytest
 
+from icm_cli.app import run
 from tests.cli.tiny_fleet import icm_quietly
 from tests.icmlora.tiny_base import LABEL
+from tests.pg_away import MovingServer
+from tests.pg_server import new_database
 from tests.quick import quick_codes
+from tests.s3_faults import FaultyServer
+from tests.s3_server import S3Server
 from tests.shared import built_once
 
 __all__ = ["quick_codes"]
@@ -40,6 +48,48 @@ def served_template(trained_template: Path, mixed_template: Path, tmp_path_facto
 
     folder = built_once(tmp_path_factory, "served", build)
     return Served(folder / "store", folder / "fleet.icm", mixed_template / "base")
+
+
+@dataclass(frozen=True)
+class Team:
+    """The served store once more, in a database and a bucket.
+
+    Attributes:
+        url: Its address.
+        database: What stands between clients and the database server.
+        bucket: What stands between clients and the bucket.
+    """
+
+    url: str
+    database: MovingServer
+    bucket: FaultyServer
+
+
+@pytest.fixture(scope="session")
+def team_template(served_template: Served, postgres: str, s3: S3Server) -> str:
+    """The address of a store that tests only read."""
+    url = new_database(postgres)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in s3.environment.items():
+            patch.setenv(name, value)
+        assert run(["init", url, "--blobs", f"s3://icm/{uuid4().hex}"]) == 0
+        assert run(["-q", "copy", str(served_template.store), url]) == 0
+    return url
+
+
+@pytest.fixture
+def team(team_template: str, postgres: str, s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Team]:
+    """The store by way of servers that may be away."""
+    from registry.storage.blobs import objects
+
+    monkeypatch.setattr(objects, "_DEADLINE", 1.5)
+    for name, value in s3.environment.items():
+        monkeypatch.setenv(name, value)
+    with TemporaryDirectory() as folder:
+        database, bucket = MovingServer(postgres, Path(folder)), FaultyServer(s3.endpoint)
+        with database.running(), bucket.running():
+            monkeypatch.setenv("AWS_ENDPOINT_URL", bucket.endpoint)
+            yield Team(database.address(team_template), database, bucket)
 
 
 @pytest.fixture
