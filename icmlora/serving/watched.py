@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -181,6 +182,7 @@ class _Watch:
     def __init__(self, url: DatabaseUrl, command: str, log: logging.Logger) -> None:
         self._url, self._log = url, log
         self._database = PostgresDatabase(url.secret, command=command, read_only=True, patience=Patience(0.0))
+        weakref.finalize(self, self._database.close)
         self._guard, self._answered = threading.Lock(), threading.Event()
         self._answered.set()
         self._asked, self._stamp = float("-inf"), Stamp(0, ())

@@ -10,6 +10,7 @@ from tempfile import TemporaryDirectory
 from uuid import uuid4
 
 import pytest
+from huggingface_hub import constants
 
 from icm_cli.app import run
 from tests.cli.tiny_fleet import icm_quietly
@@ -78,11 +79,14 @@ def team_template(served_template: Served, postgres: str, s3: S3Server) -> str:
 
 
 @pytest.fixture
-def team(team_template: str, postgres: str, s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Team]:
+def team(
+    team_template: str, postgres: str, s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Team]:
     """The store by way of servers that may be away."""
     from registry.storage.blobs import objects
 
     monkeypatch.setattr(objects, "_DEADLINE", 1.5)
+    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "hf"))  # an empty cache
     for name, value in s3.environment.items():
         monkeypatch.setenv(name, value)
     with TemporaryDirectory() as folder:
