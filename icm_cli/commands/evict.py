@@ -125,6 +125,7 @@ def _sum_up(session: Session, report: EvictReport, *, dry_run: bool, placeholder
         evicted=len(report.gone),
         kept=len(report.kept),
         freed=report.freed,
+        pending=report.pending,
         placeholders=len(report.placeholders),
         freed_in_folders=report.freed_in_folders,
     )
@@ -139,6 +140,9 @@ def _sum_up(session: Session, report: EvictReport, *, dry_run: bool, placeholder
         evicted, freeing = ("would evict", "would free") if dry_run else ("evicted", "freed")
         of_tasks = counted(len(report.tasks), "task")
         out.line(f"{evicted} {len(report.gone)} of {of_tasks}, {freeing} {human_size(report.freed)}")
+        if report.pending:
+            fact = f"{human_size(report.pending)} were written not long ago, and go with a later `icm prune`"
+            out.note(f"{fact}: a place that is shared keeps what is young, an object store for 24 hours")
     if placeholder:
         _tell_folders(out, report, dry_run=dry_run, keep_originals=keep_originals)
     elif report.gone and not dry_run:

@@ -35,9 +35,12 @@ def prune(
 ) -> None:
     """Delete blobs that no task needs and files that interrupted commands left behind.
 
-    Codes, generators, residuals and weights are not deleted but set aside, in the folder quarantine of the store:
+    Codes, generators, residuals and weights are not deleted but set aside, in the folder quarantine beside the blobs:
     should they be missed after all, copy them back. --empty-quarantine deletes them for good. Nothing is deleted while
     `icm verify` finds the database damaged.
+
+    Where the bytes are in a place that is shared, it also deletes the originals that `icm evict` could not: they were
+    too young. The codes that replace them are read and compared with their digests just before.
 
     This changes nothing that `icm ls` shows. Files younger than --grace stay, so a running `icm ingest` is safe
     even on file systems without locks.

@@ -44,6 +44,8 @@ def rm(session: Session, tasks: TasksArg, dry_run: DryRunOpt = False, yes: YesOp
     )
     if removed:
         out.line(f"removed {counted(len(names), 'task')}")
-        out.hint("`icm prune` sets the weights aside; `icm prune --empty-quarantine` frees the bytes")
+        out.hint(
+            "`icm prune` sets the weights aside, once they are older than its --grace; --empty-quarantine frees the bytes"
+        )
     else:
         out.note("nothing was removed")

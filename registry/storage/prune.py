@@ -5,19 +5,24 @@ row that refers to them, and none is about to read the file of a row that it has
 
 There are two questions. Does any row *refer* to a blob? Then its row stays. Does any row *need* its bytes? Then its
 file stays. Evicted adapters, and the texts of evaluations, are referred to and not needed.
+
+In a remote place an eviction deletes nothing that is young, so it is prune that does, once the grace is over: weights
+that only evicted adapters refer to go if all bytes that replace them are there and right, which is looked at just
+before. In a folder an eviction deletes them itself; what a killed one leaves is set aside.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 
 from sqlalchemy import ColumnElement, delete, exists, or_, select
 from sqlalchemy.orm import InstrumentedAttribute
 
 from registry.errors import MissingBlob
 from registry.files import failpoint
-from registry.schema import Adapter, Base, Blob, Document, Evaluation, TaskVector
+from registry.schema import Adapter, Base, Blob, Code, Document, Evaluation, Generator, TaskVector
 from registry.storage.blobs.backend import Leftover
 from registry.storage.blobs.content import Blobs
 from registry.storage.database import Database
@@ -97,7 +102,8 @@ def prune(
 ) -> PruneReport:
     """Remove what no row refers to, or only say what would go; files younger than `grace` seconds stay.
 
-    A blob that `is_precious`, by its first bytes, is moved to quarantine instead, unless that is to be emptied as well.
+    A blob that `is_precious`, by its first bytes, is moved to quarantine instead, unless that is to be emptied as well,
+    or it is the original of an evicted adapter in a remote place.
     """
     database.must_be_sound()
     # Young files may be another writer's, where locks do not lock.
@@ -109,7 +115,8 @@ def prune(
     if empty_quarantine:
         left += leftovers(blobs, upkeep, aside=True)
     else:
-        precious = {digest for digest in doomed if is_precious(_start_of(blobs, digest))}
+        replaced = _replaced(database, blobs, doomed) if blobs.is_remote else set()
+        precious = {digest for digest in doomed if digest not in replaced and is_precious(_start_of(blobs, digest))}
     temporary = [file for file in left if file.modified <= newest]
     if not dry_run:
         if doomed:
@@ -124,6 +131,36 @@ def prune(
     aside = sum(doomed[digest] for digest in precious)
     freed = sum(doomed.values()) + sum(file.size for file in temporary) - aside
     return PruneReport(len(doomed) - len(precious), len(temporary), freed, len(precious), aside)
+
+
+def _replaced(database: Database, blobs: Blobs, doomed: Collection[str]) -> set[str]:
+    """Return which of these weights only evicted adapters refer to, with codes that are measured and intact."""
+    parts = dict[str, set[str]]()  # of weights: what replaces them
+    refused = set[str]()
+    with database.read() as session:
+        query = select(Adapter).where(Adapter.evicted_at.is_not(None))
+        for adapter in session.scalars(query):
+            weights = {blob.digest for blob in (adapter.weights, adapter.initial) if blob is not None}
+            if not weights & set(doomed):
+                continue
+            found = select(Code, Generator).join(Generator, Code.generator_id == Generator.id)
+            row = session.execute(found.where(Code.task_id == adapter.task_id, Generator.is_current)).one_or_none()
+            code, generator = (None, None) if row is None else row
+            if code is None or (code.squared_error is None and code.residual_squared_error is None):
+                refused |= weights  # a bundle may have brought it: nobody has checked it
+                continue
+            kept = [adapter.config, code.blob, code.residual, generator.blob, *(extra.blob for extra in adapter.extras)]
+            for digest in weights & set(doomed):
+                parts.setdefault(digest, set()).update(blob.digest for blob in kept if blob is not None)
+    is_intact = cache(partial(_is_intact, blobs))
+    return {weights for weights, needed in parts.items() if weights not in refused and all(map(is_intact, needed))}
+
+
+def _is_intact(blobs: Blobs, digest: str) -> bool:
+    try:
+        return blobs.is_intact(digest)
+    except MissingBlob:
+        return False
 
 
 def leftovers(blobs: Blobs, upkeep: Upkeep, *, aside: bool = False) -> list[Leftover]:

@@ -43,7 +43,12 @@ class Originals(Table):
         return found
 
     def interrupted(self) -> set[str]:
-        """Return the digests of weights that rows call deleted and that are still there: a killed `evict` left them."""
+        """Return the digests of weights that rows call deleted and that are still there: a killed `evict` left them.
+
+        In a remote place any eviction leaves what is young, and `prune` deletes it.
+        """
+        if self._blobs.is_remote:
+            return set()
         return set(evicted_files(self._db, self._blobs))
 
     def check_alone(self) -> None:

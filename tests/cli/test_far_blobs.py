@@ -164,3 +164,77 @@ def test_a_damaged_address_is_told(tmp_path: Path, text: str) -> None:
     place.unlink()
     with pytest.raises(DamagedStore, match="lost its FORMAT or its BLOBS"):
         Store.open(root)
+
+
+@pytest.fixture
+def coded(store: Path, tmp_path: Path, icm: Icm, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A store with codes; what its training has left is set aside."""
+    assert icm("ingest", tmp_path / "loras", "--no-vectors").code == 0
+    train_store(store)
+    with monkeypatch.context() as patch:
+        ages(patch)
+        assert icm("prune", "--yes").code == 0
+    return store
+
+
+def ages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let everything that was written be older than the grace of an object store."""
+    from registry.storage.blobs import objects
+
+    monkeypatch.setattr(objects.ObjectBackend, "grace", -60.0)
+
+
+def test_evict_says_what_goes_later_and_prune_deletes_it(
+    coded: Path, tmp_path: Path, icm: Icm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Store.open(coded) as opened:
+        weights = opened.tasks.final("rules").weights
+        size = opened.blobs.size(weights)
+    task, summary = icm("evict", "rules", "--max-error", "10", "--json").events
+    assert (task["freed"], task["pending"]) == (0, size)
+    assert (summary["freed"], summary["pending"]) == (0, size)
+    assert icm("evict", "rules", "--max-error", "10", "--json").events[0]["status"] == "known"
+    assert icm("prune", "--yes", "--json").document["size"] == 0
+    ages(monkeypatch)
+    pruned = icm("prune", "--yes", "--json").document
+    assert (pruned["blobs"], pruned["size"], pruned["set_aside"]) == (1, size, 0)
+    with Store.open(coded) as opened:
+        assert not opened.blobs.exists(weights)
+    assert icm("materialize", "rules", "-o", tmp_path / "out").code == 0
+    assert icm("verify", "--read-data").code == 0
+
+
+@pytest.mark.parametrize("part", ["code", "generator", "config"])
+def test_an_evicted_original_is_set_aside_where_what_replaces_it_is_damaged(
+    coded: Path, icm: Icm, monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    import obstore
+
+    assert icm("evict", "rules", "--max-error", "10").code == 0
+    with Store.open(coded) as opened:
+        final, generator = opened.tasks.final("rules"), opened.generators.current(LABEL)
+        assert generator is not None
+        code = opened.codes.get("rules", generator.id)
+        assert code is not None
+        digest = {"code": code.blob, "generator": generator.blob, "config": final.config}[part]
+        backend = far_blobs(StorePaths(coded))
+        damaged = b"X" + opened.blobs.read(digest)[1:]
+        obstore.put(backend._store, f"blobs/{digest[0]}/{digest}", damaged)  # type: ignore[attr-defined]
+    ages(monkeypatch)
+    pruned = icm("prune", "--yes", "--json").document
+    assert (pruned["blobs"], pruned["set_aside"]) == (0, 1)
+
+
+def test_an_original_whose_code_came_in_a_bundle_is_set_aside(
+    coded: Path, tmp_path: Path, icm: Icm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert icm("export", tmp_path / "fleet.icm").code == 0
+    with Store.open(coded) as opened:
+        weights = opened.tasks.final("rules").weights
+    assert icm("rm", "rules", "--yes").code == 0
+    assert icm("import", tmp_path / "fleet.icm", "--on-conflict", "skip").code == 0
+    ages(monkeypatch)
+    assert icm("prune", "--yes", "--json").document["set_aside"] > 0
+    with Store.open(coded) as opened:
+        assert opened.tasks.final("rules").weights == weights
+        assert not opened.blobs.exists(weights)

@@ -183,14 +183,16 @@ class Evictor:
             return TaskEvicted(name, "kept", 0, 0, *figures, held_back, precision=made.precision)
         # First the folder: until its row says otherwise, the original can bring back what goes there.
         folders = self._folder_of(made.final, made.code, made.generator, is_checked=made.final in rows)
-        freed, left = self._freed(rows)
+        expected, left = self._freed(rows)
+        freed = expected
         try:
             if not self._dry_run:
                 freed = self._store.originals.evict(made.order(rows))
         except (DamagedStore, LastCopy) as error:
             return TaskEvicted(name, "kept", 0, 0, *sizes, reason=str(error), folders=folders)
         status: EvictStatus = "would_evict" if self._dry_run else "evicted"
-        return TaskEvicted(name, status, len(rows), freed, *figures, held_back, folders, made.precision, left)
+        pending = expected - freed if self._store.blobs.is_remote else 0
+        return TaskEvicted(name, status, len(rows), freed, *figures, held_back, folders, made.precision, left, pending)
 
     def _may_go(self, rows: Sequence[AdapterRecord]) -> tuple[list[AdapterRecord], str | None]:
         """Return the adapters that may go, and why others may not: nothing else brings a checkpoint back."""

@@ -85,6 +85,7 @@ class TaskEvicted(WithRelativeError, Event):
     folders: Sequence[FolderReplaced] = ()  # with `placeholder`: what became of the folders of its adapters
     precision: str | None = None  # of the base model that the gain was measured on
     left: int = 0  # those of the bytes freed that an interrupted eviction had left
+    pending: int = 0  # further bytes: in a remote place they go with the first `prune` after its grace
 
     @property
     def freed_in_folders(self) -> int:
@@ -141,6 +142,11 @@ class EvictReport:
     def freed(self) -> int:
         """All bytes that were freed in the store, or would be."""
         return sum(task.freed for task in self.tasks)
+
+    @property
+    def pending(self) -> int:
+        """All further bytes that the first `prune` after the grace of a remote place frees."""
+        return sum(task.pending for task in self.tasks)
 
     @property
     def left(self) -> int:

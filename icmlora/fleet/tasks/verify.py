@@ -208,11 +208,12 @@ def prune(
 ) -> PruneReport:
     """Delete blobs that no task needs and files that interrupted commands left behind.
 
-    Codes, generators, residuals and weights are moved to the folder `quarantine` of the store instead.
+    Codes, generators, residuals and weights are moved to the folder `quarantine` beside the blobs instead. In a remote
+    place, the originals that `evict` left because they were young are deleted, if what replaces them is intact.
 
     Args:
         context: The store.
-        grace: Seconds; younger files stay, so that a running ingest is safe. By default an hour.
+        grace: Seconds; younger files stay, so that a running ingest is safe. By default an hour, in an object store 24.
         empty_quarantine: Delete these too, and what is in quarantine.
         dry_run: Only report what would be deleted.
     """

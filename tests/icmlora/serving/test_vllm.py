@@ -22,9 +22,10 @@ from typing import Any
 import pytest
 
 from icmlora import Fleet
+from icmlora.serving import watched
 from icmlora.serving.vllm import IcmResolver, register
 from tests.cli.tiny_fleet import icm_quietly, write_lora
-from tests.icmlora.serving.conftest import Served, folder_bytes
+from tests.icmlora.serving.conftest import Served, Team, folder_bytes
 from tests.icmlora.tiny_base import HIDDEN, LABEL, write_tiny_base
 
 SERVING = "vllm.entrypoints.serve.engine.serving"
@@ -68,6 +69,9 @@ class BaseServing:
         self.loaded: list[LoRARequest] = []
         self.refuses = False
         self._numbers = count(1)
+
+    def create_error_response(self, message: str, err_type: str, status_code: int) -> str:
+        return f"{int(status_code)} {err_type}: {message}"
 
     async def add_lora(self, request: LoRARequest) -> None:
         if self.refuses:
@@ -367,3 +371,24 @@ def test_registering_twice_is_registering_once(registry: Registry, served: Serve
 def test_registering_imports_neither_torch_nor_the_database() -> None:
     script = "import sys; import icmlora.serving.vllm; assert not {'torch', 'sqlalchemy', 'numpy'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_while_the_database_is_away_vllm_serves_what_is_known_and_says_503_of_the_rest(
+    registry: Registry, team: Team, served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watched, "_PAUSE", 0.0)
+    monkeypatch.setenv("ICM_STORE", team.url)
+    monkeypatch.setenv("ICM_ADAPTERS", str(tmp_path / "adapters"))
+    register()
+    (resolver,) = registry.resolvers.values()
+    assert isinstance(resolver, IcmResolver)
+    vllm: BaseServing = vars(sys.modules[SERVING])["BaseServing"](str(served.base), resolver)
+    (first,) = vllm.ask("rules")
+    assert first is not None
+    team.database.leave()
+    assert vllm.ask("rules") == [first]
+    answer = asyncio.run(vllm._check_model(SimpleNamespace(model="poems")))
+    assert answer is not None
+    assert answer.startswith("503 ServiceUnavailableError: The store is away: postgresql://")
+    team.database.come_back()
+    assert vllm.ask("poems") != [None]
