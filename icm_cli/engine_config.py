@@ -33,6 +33,7 @@ def print_config(
             "commands": [list(command) for command in launch.commands],
             "tasks_count": launch.tasks,
             "max_lora_rank": launch.max_lora_rank,
+            "secrets": list(launch.secrets),
             "left_out": [{"task": task, "reason": reason} for task, reason in launch.left_out],
         }
     )
@@ -40,6 +41,8 @@ def print_config(
         out.answer(f"export {name}={shlex.quote(value)}")
     for number, words in enumerate(launch.commands, 1):
         out.answer(shlex.join(words) + (" &" if number < len(launch.commands) else ""))
+    if launch.secrets:
+        out.note(f"the address has no credentials: set {'; for the bucket '.join(launch.secrets)}")
     out.note(f"{counted(launch.tasks, 'task')} of {launch.base_model}; largest rank {launch.max_lora_rank}")
     if not launch.is_local:
         out.warn("the base model is not on this machine, so icm cannot compare adapters with it before they are loaded")

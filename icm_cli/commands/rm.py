@@ -44,8 +44,6 @@ def rm(session: Session, tasks: TasksArg, dry_run: DryRunOpt = False, yes: YesOp
     )
     if removed:
         out.line(f"removed {counted(len(names), 'task')}")
-        out.hint(
-            "`icm prune` sets the weights aside, once they are older than its --grace; --empty-quarantine frees the bytes"
-        )
+        out.hint("`icm prune` sets the weights aside after its --grace; `icm prune --empty-quarantine` frees the bytes")
     else:
         out.note("nothing was removed")
