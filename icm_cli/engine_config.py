@@ -33,7 +33,7 @@ def print_config(
             "commands": [list(command) for command in launch.commands],
             "tasks_count": launch.tasks,
             "max_lora_rank": launch.max_lora_rank,
-            "secrets": list(launch.secrets),
+            "credentials": list(launch.credentials),
             "left_out": [{"task": task, "reason": reason} for task, reason in launch.left_out],
         }
     )
@@ -41,8 +41,9 @@ def print_config(
         out.answer(f"export {name}={shlex.quote(value)}")
     for number, words in enumerate(launch.commands, 1):
         out.answer(shlex.join(words) + (" &" if number < len(launch.commands) else ""))
-    if launch.secrets:
-        out.note(f"the address has no credentials: set {'; for the bucket '.join(launch.secrets)}")
+    if launch.credentials:
+        out.note("the address has no user and no password: set PGUSER and PGPASSWORD, or have them in ~/.pgpass")
+        out.note("for a bucket set AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_REGION, or AWS_PROFILE")
     out.note(f"{counted(launch.tasks, 'task')} of {launch.base_model}; largest rank {launch.max_lora_rank}")
     if not launch.is_local:
         out.warn("the base model is not on this machine, so icm cannot compare adapters with it before they are loaded")

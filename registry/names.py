@@ -180,7 +180,8 @@ def _written_out(char: str) -> str:
 # As others write it: MLflow's users name SQLAlchemy's driver too, hosts of databases say `postgres`.
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 _POSTGRES = ("postgresql", "postgres", "postgresql+psycopg")
-_CREDENTIALS = re.compile(r"(?<=://)[^/]*@")
+# Passwords that should have been quoted: with a slash, or else with a question mark.
+_CREDENTIALS = re.compile(r"(?<=://)(?:[^?]*@|[^/]*@)")
 _SECRET = ("user", "password", "sslpassword")
 _PASSWORD = re.compile(r"://[^/@:]*:[^/]+@|[?&](ssl)?password=.")
 

@@ -16,11 +16,8 @@ _AT_ONCE = 8
 """Adapters in one batch, unless there are fewer tasks: each takes memory next to the model, of the largest rank."""
 _IN_MEMORY = 64
 """Adapters that vLLM keeps in the machine's memory."""
-_SECRETS = (
-    "PGUSER and PGPASSWORD, or ~/.pgpass",
-    "AWS_ACCESS_KEY_ID and the like, AWS_PROFILE, or a role of the machine",
-)
-"""What a store in a database needs besides its address, where it is not open to all."""
+_CREDENTIALS = ("PGUSER", "PGPASSWORD", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_REGION", "AWS_ENDPOINT_URL")
+"""What a store in a database may need besides its address; libpq and clients of S3 have files for it too."""
 _PORTS: Mapping[EngineName, int] = {"vllm": 8000, "sglang": 30000}
 
 
@@ -37,7 +34,7 @@ class Launch:
         tasks: How many tasks it will serve.
         max_lora_rank: The largest rank that it is told.
         left_out: Tasks that it cannot serve, and why.
-        secrets: Where the engine, or the gateway, finds what lets it in; never what that is.
+        credentials: Variables that let the engine, or the gateway, in; never what they hold.
     """
 
     base_model: str
@@ -48,7 +45,7 @@ class Launch:
     tasks: int
     max_lora_rank: int
     left_out: Sequence[tuple[str, str]]
-    secrets: Sequence[str] = ()
+    credentials: Sequence[str] = ()
 
 
 def plan_launch(
@@ -79,7 +76,7 @@ def plan_launch(
         raise DataError(f"{engine} can serve no task of {base_model!r}: {left_out[0][1]}")
     model, is_local = _model(tasks, base_model)
     where = "" if store is None else absolute(address_of(store))
-    secrets = () if bundle is not None or isinstance(address_of(store or ""), Path) else _SECRETS
+    credentials = () if bundle is not None or isinstance(address_of(store or ""), Path) else _CREDENTIALS
     uses_gateway = gateway or engine == "sglang"
     environment: dict[str, str] = {}
     if engine == "vllm":
@@ -97,7 +94,7 @@ def plan_launch(
         source = ["--store", where] if bundle is None else ["--from", str(bundle)]
         at = ["--engine", engine, "--engine-url", f"http://127.0.0.1:{_PORTS[engine]}"]
         commands.append(["icm", "serve", *at, *source, "--base-model", base_model])
-    return Launch(base_model, model, is_local, environment, commands, served, rank, left_out, secrets)
+    return Launch(base_model, model, is_local, environment, commands, served, rank, left_out, credentials)
 
 
 def _base_model(tasks: ServedTasks, label: str | None) -> str:

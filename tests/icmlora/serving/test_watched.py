@@ -139,13 +139,14 @@ def test_nobody_waits_for_a_database_that_was_stopped(
 ) -> None:
     task, stamp = found(tasks, "poems"), tasks.stamp()
     tasks.write(task, tmp_path / "before")
-    monkeypatch.setattr(watched, "_PATIENCE", 0.0)
-    monkeypatch.setattr(watched, "_SLOWEST", 0.0)
-    team.database.stop()
-    assert tasks.stamp() == stamp
-    tasks.write(task, tmp_path / "meanwhile")
-    with pytest.raises(StoreAway, match="does not answer"):
-        wait_for(lambda: tasks.check())
+    with monkeypatch.context() as patch:
+        patch.setattr(watched, "_PATIENCE", 0.0)
+        patch.setattr(watched, "_SLOWEST", 0.0)
+        team.database.stop()
+        assert tasks.stamp() == stamp
+        tasks.write(task, tmp_path / "meanwhile")
+        with pytest.raises(StoreAway, match="does not answer"):
+            wait_for(lambda: tasks.check())
     team.database.come_back()
     wait_for(lambda: _is_back(tasks))
 
