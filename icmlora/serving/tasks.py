@@ -149,7 +149,6 @@ class ServedTasks:
         with self._admitted:
             made = None if self._watched is None else self._watched.files(task.name, task.key)
             if made is None:
-                self.check()
                 with self._open() as codes:
                     chosen = choose(codes, codes.get(task.name))
                     if key_of(chosen) != task.key:
@@ -224,7 +223,7 @@ def open_tasks(
 
         return ServedTasks(partial(Stamp.of, StorePaths(context.address).database), partial(open_store, context))
     watched = watched_store(context, log)
-    return ServedTasks(watched.stamp, partial(open_store, context), watched)
+    return ServedTasks(watched.stamp, watched.open, watched)
 
 
 def watched_store(context: Context, log: logging.Logger | None = None) -> WatchedStore:

@@ -15,7 +15,8 @@ import threading
 import time
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -71,11 +72,17 @@ class WatchedStore:
         self._is_told = False  # that the place of the bytes is away
         self._guard = threading.Lock()
 
+    @contextmanager
+    def open(self) -> Iterator[StoreCodes]:
+        """Open the store for one piece of work, unless it is known that it is away."""
+        self.check()
+        with open_store(self._context) as codes:
+            yield codes
+
     def find(self, name: str) -> Chosen | None:
         """Return what the adapter of a task is made from, now; None if there is no such task."""
-        self.check()
         stamp = self.stamp()
-        with open_store(self._context) as codes:
+        with self.open() as codes:
             task = codes.find(name)
             if task is None:
                 return None
@@ -105,7 +112,7 @@ class WatchedStore:
                 raise
             return known.chosen
         if found is None:
-            with open_store(self._context) as codes:  # raises, with names that are like it
+            with self.open() as codes:  # raises, with names that are like it
                 found = choose(codes, codes.get(name))
         return found
 

@@ -13,7 +13,7 @@ import pytest
 from icm_cli.app import run
 from icm_cli.reference import commands
 from tests.cli.conftest import Ran
-from tests.cli.tiny_fleet import EPISODES, LABEL, STEPS, write_lora
+from tests.cli.tiny_fleet import EPISODES, LABEL, STEPS, write_lora, write_subject
 from tests.pg_server import new_database
 from tests.s3_server import S3Server
 
@@ -54,7 +54,7 @@ COMMANDS = [
     "recognize --samples FOLDER/loras/rules/samples.jsonl --device cpu",
     "generate more --samples FOLDER/loras/rules/samples.jsonl -o FOLDER/more --device cpu",
     "export FOLDER/fleet.icm",
-    "convert FOLDER/loras/poems FOLDER/mlx --to mlx",
+    "convert FOLDER/loras/poems FOLDER/mlx --format mlx",
     "copy HERE LAPTOP",
     "--store LAPTOP verify --read-data --decode",
     "init OTHER --blobs BUCKET",
@@ -89,6 +89,8 @@ def places(
     folder = tmp_path_factory.mktemp("team")
     for name in ("base", "loras"):
         shutil.copytree(mixed_template / name, folder / name)
+    for name in ("apples", "pears"):
+        write_subject(folder / "loras" / name)
     write_lora(folder / "new", seed=5)
     with_password = [new_database(postgres).replace("postgres:@", f"postgres:{_SECRET}@") for _ in range(2)]
     return {
@@ -162,14 +164,15 @@ def test_no_error_tells_a_password(
     assert not [path for path in written(places) if _SECRET.encode() in path.read_bytes()]
 
 
-def test_the_server_is_not_told_a_password_as_a_name(places: dict[str, str], icm: Icm) -> None:
+def test_the_server_is_not_told_a_password_as_a_name(postgres: str, tmp_path: Path) -> None:
     import psycopg
 
     from registry.names import address_of
     from registry.store import Store
 
-    assert run(["init", "--blobs", f"s3://icm/{uuid4().hex}"]) in (0, 2)  # whether or not it was made before
-    with Store.open(address_of(places["HERE"]), command="icm ls"), psycopg.connect(places["HERE"]) as other:
+    url = new_database(postgres).replace("postgres:@", f"postgres:{_SECRET}@")
+    assert run(["init", url, "--blobs", str(tmp_path / "blobs")]) == 0
+    with Store.open(address_of(url), command="icm ls"), psycopg.connect(url) as other:
         names = other.execute("SELECT application_name FROM pg_stat_activity").fetchall()
     assert any("icm ls" in name for (name,) in names)
     assert _SECRET not in str(names)

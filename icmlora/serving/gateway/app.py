@@ -28,7 +28,7 @@ from icmlora.serving.gateway.metrics import CONTENT_TYPE, Metrics
 from icmlora.serving.gateway.problems import HttpProblem
 from icmlora.serving.gateway.residency import Residency
 from icmlora.serving.gateway.settings import GatewaySettings
-from registry.errors import IcmError
+from registry.errors import IcmError, StoreAway
 
 PASSED_ON = frozenset(
     {
@@ -152,6 +152,7 @@ class _OwnRoutes:
 
     def __init__(self, connection: Connection, residency: Residency, metrics: Metrics) -> None:
         self._connection, self._residency, self._metrics = connection, residency, metrics
+        self._names: list[str] | None = None  # of tasks, as they were seen last
         self._models: tuple[float, Mapping[str, Card], bytes] | None = None
         self._making = asyncio.Lock()
         self._started = int(time.time())
@@ -199,9 +200,11 @@ class _OwnRoutes:
     async def _make_cards(self) -> Mapping[str, Card]:
         listing = await self._connection.listing(_MODELS_AGE)
         try:
-            names = await self._connection.names()
+            self._names = await self._connection.names()
         except IcmError as error:
-            raise HttpProblem(503, f"The tasks cannot be read: {error.message}", "store_unavailable") from error
+            if self._names is None or not isinstance(error, StoreAway):
+                raise HttpProblem(503, f"The tasks cannot be read: {error.message}", "store_unavailable") from error
+        names = self._names
         fields = {"object": "model", "created": self._started, "owned_by": "icm", "parent": listing.base}
         tasks = {name: {"id": name, **fields, "root": name} for name in names}
         own = (card for card in listing.cards if not card.get("parent") or self._residency.is_own(listing, card["id"]))
