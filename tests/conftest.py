@@ -161,14 +161,6 @@ def started(started_template: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of a real PostgreSQL; what needs it says why it was skipped where there is none."""
-    pytest.importorskip("psycopg", reason="psycopg is not installed: pip install 'icm-lora[team]'")
-    with pg_server(tmp_path_factory.mktemp("pg")) as url:
-        yield url
-
-
-@pytest.fixture(scope="session")
 def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     """A real S3 server; what needs it says why it was skipped where there is none."""
     pytest.importorskip("obstore", reason="obstore is not installed: pip install 'icm-lora[team]'")
