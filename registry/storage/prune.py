@@ -145,10 +145,10 @@ def _replaced(database: Database, blobs: Blobs, doomed: Collection[str]) -> set[
                 continue
             found = select(Code, Generator).join(Generator, Code.generator_id == Generator.id)
             row = session.execute(found.where(Code.task_id == adapter.task_id, Generator.is_current)).one_or_none()
-            code, generator = (None, None) if row is None else row
-            if code is None or (code.squared_error is None and code.residual_squared_error is None):
+            if row is None or (row.Code.squared_error is None and row.Code.residual_squared_error is None):
                 refused |= weights  # a bundle may have brought it: nobody has checked it
                 continue
+            code, generator = row
             kept = [adapter.config, code.blob, code.residual, generator.blob, *(extra.blob for extra in adapter.extras)]
             for digest in weights & set(doomed):
                 parts.setdefault(digest, set()).update(blob.digest for blob in kept if blob is not None)

@@ -116,9 +116,8 @@ def arguments(words: str, places: dict[str, str]) -> list[str]:
     for name, place in {**places, "BUCKET": f"s3://icm/{uuid4().hex}"}.items():
         words = words.replace(name, place)
     if "GENERATOR" in words:
-        words = words.replace(
-            "GENERATOR", next(g.record.blob for g in Fleet(places["HERE"]).generators() if not g.record.is_current)
-        )
+        known = [found.record for found in Fleet(places["HERE"]).generators()]
+        words = words.replace("GENERATOR", next(record.blob for record in known if not record.is_current))
     return words.split()
 
 
