@@ -12,6 +12,7 @@ import pytest
 
 from icm_cli.app import run
 from icm_cli.reference import commands
+from icmlora import Fleet
 from tests.cli.conftest import Ran
 from tests.cli.tiny_fleet import EPISODES, LABEL, STEPS, write_lora, write_subject
 from tests.pg_server import new_database
@@ -20,7 +21,8 @@ from tests.s3_server import S3Server
 Icm = Callable[..., Ran]
 _SECRET = "pa55-w0rd"
 
-# In this order, on one store. FOLDER is a folder beside it, LAPTOP a store in it, OTHER one more database.
+# In this order, on one store. FOLDER is a folder beside it, LAPTOP a store in it, OTHER one more database,
+# GENERATOR the first that is not the current one.
 COMMANDS = [
     "init --blobs BUCKET",
     "doctor",
@@ -63,6 +65,9 @@ COMMANDS = [
     "--store OTHER verify --read-data --decode",
     "--store OTHER import FOLDER/fleet.icm --on-conflict skip",
     "generators",
+    f"train --fresh --no-eval --refine 0 --device cpu --steps {STEPS}",
+    "generators rollback GENERATOR",
+    "generators forget GENERATOR --yes",
     "evict rules --max-error 10 --placeholder --device cpu",
     "evict hounds --max-error 10 --json --device cpu",
     "materialize rules -o FOLDER/rules",
@@ -110,6 +115,9 @@ def environment(places: dict[str, str], s3_environment: None, monkeypatch: pytes
 def arguments(words: str, places: dict[str, str]) -> list[str]:
     for name, place in {**places, "BUCKET": f"s3://icm/{uuid4().hex}"}.items():
         words = words.replace(name, place)
+    if "GENERATOR" in words:
+        known = [found.record for found in Fleet(places["HERE"]).generators()]
+        words = words.replace("GENERATOR", next(record.blob for record in known if not record.is_current))
     return words.split()
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM
 
 from icm_cli.app import run
@@ -181,3 +182,18 @@ def _missing(error: Exception) -> Callable[[str], bytes]:
         raise error
 
     return read
+
+
+def test_a_fleet_of_a_team_reads_what_one_in_a_folder_reads(team: Team, served: Served) -> None:
+    here, there = Fleet(served.store), Fleet(team.url)
+    names = here.task_names()
+    assert there.task_names() == names
+    assert there.tags() == here.tags()
+    assert [task.task.name for task in there.tasks(sort="size")] == [task.task.name for task in here.tasks(sort="size")]
+    for name in names:
+        assert there.read_files(name) == here.read_files(name)
+    for (_, one), (_, other) in zip(here.load_many(names), there.load_many(names), strict=True):
+        assert all(torch.equal(mine.b, yours.b) for mine, yours in zip(one.modules, other.modules, strict=True))
+    assert there.module_errors("rules") == here.module_errors("rules")
+    assert [known.record.name for known in there.base_models()] == [known.record.name for known in here.base_models()]
+    assert [found.record.blob for found in there.generators()] == [found.record.blob for found in here.generators()]
