@@ -77,6 +77,7 @@ if TYPE_CHECKING:
     from icmlora.fleet.tasks.doctor import Check
     from icmlora.fleet.tasks.duplicates import DuplicatesReport
     from icmlora.fleet.tasks.generators import Forgotten, GeneratorVersion, RolledBack
+    from icmlora.fleet.tasks.init import InitReport
     from icmlora.fleet.tasks.tasks import EditReport, Removal, TaskDetails
     from icmlora.fleet.train.train import TrainReport
     from icmlora.fleet.train.update import UpdateReport
@@ -85,6 +86,7 @@ if TYPE_CHECKING:
     from icmlora.fleet.write.materialize import MaterializeReport, TooLossy
     from icmlora.formats.discovery.folder import load_adapter, save_adapter
     from icmlora.serving.attach import attach
+    from registry.names import DatabaseUrl
     from registry.storage.prune import PruneReport
     from registry.storage.row_repair import RowRepair
     from registry.verify import Finding
@@ -106,6 +108,7 @@ __all__ = [
     "CustomModel",
     "DamagedStore",
     "DataError",
+    "DatabaseUrl",
     "DeviceUnavailable",
     "DuplicatesReport",
     "EditReport",
@@ -128,6 +131,7 @@ __all__ = [
     "IcmLoraError",
     "ImportReport",
     "IngestReport",
+    "InitReport",
     "InvalidFilter",
     "InvalidName",
     "Joined",
@@ -178,6 +182,7 @@ _HOMES = {
     "Check": "icmlora.fleet.tasks.doctor",
     "CopyReport": "icmlora.fleet.tasks.copies",
     "CustomModel": "icmlora.base_models.kinds.custom_model",
+    "DatabaseUrl": "registry.names",
     "DuplicatesReport": "icmlora.fleet.tasks.duplicates",
     "EditReport": "icmlora.fleet.tasks.tasks",
     "EncodeReport": "icmlora.fleet.encode.encode",
@@ -195,6 +200,7 @@ _HOMES = {
     "GroupError": "icmlora.adapter.metrics",
     "ImportReport": "icmlora.fleet.bundles.import_",
     "IngestReport": "icmlora.fleet.ingest.ingest",
+    "InitReport": "icmlora.fleet.tasks.init",
     "Joined": "icmlora.fleet.records",
     "KnownBase": "icmlora.fleet.bases.base_models",
     "LoraModule": "icmlora.adapter.model",

@@ -33,6 +33,7 @@ from icmlora.fleet.tasks.copies import copy_tasks
 from icmlora.fleet.tasks.doctor import examine
 from icmlora.fleet.tasks.duplicates import find_duplicates
 from icmlora.fleet.tasks.generators import forget_generator, list_generators, rollback
+from icmlora.fleet.tasks.init import init
 from icmlora.fleet.tasks.tasks import (
     edit_tasks,
     list_names,
@@ -91,6 +92,7 @@ class Fleet(Context):
         super().__init__(address_of(store), cache, lock_timeout, command, on_event)
 
     # From adapters to codes and back.
+    init = init
     ingest = ingest
     extract_vectors = extract_vectors
     train = train

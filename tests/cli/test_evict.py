@@ -86,7 +86,7 @@ def test_originals_and_checkpoints_go_and_their_bytes_are_free(icm: Icm, trained
     summary = ran.events[-1]
     assert summary == {
         "type": "summary", "dry_run": False, "tasks": 3, "evicted": 3, "kept": 0, "freed": before - blob_bytes(trained),
-        "placeholders": 0, "freed_in_folders": 0,
+        "pending": 0, "placeholders": 0, "freed_in_folders": 0,
     }  # fmt: skip
     assert icm("verify", "--read-data").code == 0
 
