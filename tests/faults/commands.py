@@ -1,6 +1,8 @@
 """The commands that are killed: where each one starts, what is typed, and what it is to reach.
 
-ingest       absent store          -> every task with its checkpoints
+init         nothing               -> an empty store
+ingest       absent store, or an empty one where the first command does not make it -> every task with its checkpoints
+base         ingested store        -> the base model's folder
 vectors      ingested store        -> every task with its vectors
 train        store with vectors    -> a generator and a code per task
 materialize  trained store         -> a folder with the very bytes of an undisturbed run
@@ -9,28 +11,32 @@ update       evicted store, one task more with modules of its own -> the generat
 encode       trained store         -> every task comes back within an error, from its code and what lies beside it
 export       trained store         -> a file with the very bytes of an undisturbed run
 import       absent store, that file -> its generator and its tasks, each with a code that can be decoded
+copy         absent or empty store, one in a folder -> its tasks with all that is known of them
+edit         trained store         -> a task with a tag and a note
+rm           trained store         -> one task less
+prune        trained store, from which a task was removed -> nothing that nobody refers to
 generate     trained store with a start -> a folder with those bytes, and after it a task with code and vectors
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from tests.cli.tiny_fleet import EPISODES, STEPS
 from tests.icmlora.tiny_base import LABEL
 
-GENERATED = "geese"
+GENERATED, GONE, TAG = "geese", "rules", "kept"
 MAX_ERROR = 0.14
 
 
 @dataclass(frozen=True)
 class Command:
-    """One command line, the same every time; `{root}` and `{output}` stand for paths.
+    """One command line, the same every time; `{root}` and `{output}` stand for paths, `{store}` for an address.
 
     Attributes:
         line: What is typed.
         after: The command whose undisturbed run leaves the store that this one starts from; None for an absent store.
+        is_done: The kind of error by which the same command says later that it was done before.
         first: What is typed in between.
         outputs_of: Commands whose output the line names.
     """
@@ -39,6 +45,7 @@ class Command:
     after: str | None = None
     first: tuple[str, ...] = ()
     outputs_of: tuple[str, ...] = ()
+    is_done: str = ""
 
     @property
     def has_output(self) -> bool:
@@ -48,10 +55,13 @@ class Command:
 
 _TRAIN = f"train --device cpu --steps {STEPS} --no-eval --refine 0"
 _LEARN = f"train --device cpu --objective functional --episodes {EPISODES}"
+PRUNE = "prune --yes --older-than 0s --empty-quarantine"
 _GENERATE = f"generate {GENERATED} --samples {{root}}/later/{GENERATED}.jsonl -o {{output}} --register --device cpu"
 
 COMMANDS = {
-    "ingest": Command("ingest {root}/loras --no-vectors"),
+    "init": Command("init {store} {blobs}"),
+    "ingest": Command("ingest {root}/loras --no-vectors", "init"),
+    "base": Command(f"base add {LABEL} {{root}}/base", "ingest"),
     "vectors": Command("vectors --device cpu", "ingest", (f"base add {LABEL} {{root}}/base",)),
     "train": Command(_TRAIN, "vectors"),
     "materialize": Command("materialize rules --source code -o {output}", "train"),
@@ -59,13 +69,16 @@ COMMANDS = {
     "update": Command(f"{_TRAIN} --update", "evict", ("ingest {root}/later/extra --no-vectors",)),
     "encode": Command(f"encode --residual --max-error {MAX_ERROR}", "train"),
     "export": Command("export {output}", "train"),
-    "import": Command("import {root}/after/export/out", outputs_of=("export",)),
-    "copy": Command("copy {root}/after/train/store {root}/now/store", outputs_of=("train",)),
-    "generate": Command(_GENERATE, "train", (_LEARN,)),
+    "import": Command("import {root}/after/export/out", "init", outputs_of=("export",)),
+    "copy": Command("copy {root}/laptop {store}", "init", outputs_of=("train",)),
+    "edit": Command(f"edit {GONE} --tag {TAG} --note seen", "train"),
+    "rm": Command(f"rm {GONE} --yes", "train", is_done="task_not_found"),
+    "prune": Command(PRUNE, "rm"),
+    "generate": Command(_GENERATE, "train", (_LEARN,), is_done="task_conflict"),
 }
 """In an order in which each comes after what it needs."""
 
 
-def words(line: str, root: Path, output: Path) -> list[str]:
+def words(line: str, **places: object) -> list[str]:
     """Return a command line as a shell would hand it over."""
-    return [word.format(root=root, output=output) for word in line.split()]
+    return line.format(**places).split()

@@ -1,16 +1,57 @@
-"""One zygote and one set of templates for all tests of faults."""
+"""One zygote, and for each pair one set of templates, for all tests of faults."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
+from functools import cache
 
 import pytest
 
+from tests.faults.pairs import PAIRS, PLAIN, Pair, Servers, servers
 from tests.faults.world import World
 from tests.faults.zygote import Zygote
+from tests.s3_server import CannotStart
 
 
 @pytest.fixture(scope="session")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    """A small fleet with the starting state of every command."""
-    with closing(Zygote()) as zygote:
-        yield World(tmp_path_factory.mktemp("faults"), zygote)
+def zygote() -> Iterator[Zygote]:
+    """A process that runs commands."""
+    with closing(Zygote()) as found:
+        yield found
+
+
+@pytest.fixture(scope="session")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
+    """A database server and an object store; what needs them says why it was skipped where there are none."""
+    pytest.importorskip("obstore", reason="obstore is not installed: pip install 'icm-lora[team]'")
+    pytest.importorskip("psycopg", reason="psycopg is not installed: pip install 'icm-lora[team]'")
+    try:
+        with servers(tmp_path_factory.mktemp("servers")) as found:
+            yield found
+    except CannotStart as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def worlds(
+    tmp_path_factory: pytest.TempPathFactory, zygote: Zygote, request: pytest.FixtureRequest
+) -> Callable[[str], World]:
+    """Return the small fleet on a pair, with the starting state of every command."""
+
+    @cache
+    def world_on(name: str) -> World:
+        root = tmp_path_factory.mktemp("faults")
+        return World(root, zygote, Pair(name, root, Servers() if name == PLAIN else request.getfixturevalue("running")))
+
+    return world_on
+
+
+@pytest.fixture
+def world(worlds: Callable[[str], World]) -> World:
+    """A small fleet with the starting state of every command, in a folder."""
+    return worlds(PLAIN)
+
+
+@pytest.fixture(params=PAIRS)
+def each(worlds: Callable[[str], World], request: pytest.FixtureRequest) -> World:
+    """The same on each pair."""
+    return worlds(request.param)

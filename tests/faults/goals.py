@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 from registry.records import TaskSummary
 from registry.store import Store
-from tests.faults.commands import GENERATED, MAX_ERROR
+from tests.faults.commands import GENERATED, GONE, MAX_ERROR, TAG
 from tests.faults.promises import comes_back_within, has_a_copy
 from tests.icmlora.tiny_base import LABEL
 
@@ -56,7 +55,8 @@ def _ingested(end: End) -> bool:
 
 def _evicted(end: End) -> bool:
     digests = {row.weights for row in end.store.originals.evicted()}
-    if any(Path(end.store.blobs.place(digest)).exists() for digest in digests):
+    # Where a lock may be lost on the way, what is young stays until it is pruned.
+    if not end.store.blobs.is_remote and any(map(end.store.blobs.exists, digests)):
         return False
     return all(row.final.is_evicted and not row.checkpoints for row in end.rows.values())
 
@@ -70,13 +70,28 @@ def _copied(end: End) -> bool:
     return _ingested(end) and end.is_coded and all(row.vectors for row in end.rows.values())
 
 
+def _edited(end: End) -> bool:
+    task = end.rows[GONE].task
+    return (task.tags, task.note) == ((TAG,), "seen")
+
+
+def _pruned(end: End) -> bool:
+    return not any(end.store.verify(read_data=True)) and _removed(end)
+
+
+def _removed(end: End) -> bool:
+    return end.rows.keys() == set(end.names) - {GONE}
+
+
 def _generated(end: End) -> bool:
     made = end.rows.get(GENERATED)
     return end.is_written and made is not None and made.code is not None and made.vectors > 0
 
 
 GOALS: dict[str, Callable[[End], bool]] = {
+    "init": lambda end: not end.rows,
     "ingest": _ingested,
+    "base": lambda end: [base.path is not None for base in end.store.base_models.all()] == [True],
     "vectors": lambda end: all(row.vectors for row in end.rows.values()),
     "train": lambda end: end.version is not None and end.is_coded,
     "materialize": lambda end: end.is_written,
@@ -86,5 +101,8 @@ GOALS: dict[str, Callable[[End], bool]] = {
     "export": lambda end: end.is_written,
     "import": _imported,
     "copy": _copied,
+    "edit": _edited,
+    "rm": _removed,
+    "prune": _pruned,
     "generate": _generated,
 }

@@ -14,7 +14,7 @@ from icmlora.generator.versions import GeneratorFile
 from registry.errors import DamagedStore, TaskNotFound
 from registry.records import CodeRecord
 from registry.store import Store
-from tests.faults.commands import MAX_ERROR
+from tests.faults.commands import GONE, MAX_ERROR, TAG
 from tests.icmlora.tiny_base import LABEL
 
 Event = dict[str, Any]
@@ -92,6 +92,8 @@ _PROMISES: dict[str, Callable[[Store, Event], bool]] = {
     "import": _are_imported,
     "copy": lambda store, event: all(_is_known(store, name) for name in event["copied"]),
     "generate": _is_registered,
+    "edit": lambda store, event: TAG in store.tasks.get(GONE).tags,
+    "rm": lambda store, event: not set(event["removed"]) & {task.name for task in store.tasks.all()},
 }
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,36 +19,80 @@ from registry import files as fs
 
 def rows_first() -> None:
     """Record rows before their bytes are in place, which the store never does."""
-    from registry.storage.blobs.local import LocalBackend, LocalBatch
-    from registry.tables.bundles import Bundles
-    from registry.tables.codes import Codes
-    from registry.tables.tasks import Tasks
+    from registry.storage.blobs.local import LocalBatch
+    from registry.storage.blobs.objects import ObjectBackend, ObjectBatch
+    from registry.storage.database import Database
 
-    publish, size = LocalBatch.publish, LocalBackend.size
-    waiting: list[LocalBatch] = []
+    write, publish, send = Database.write, LocalBatch.publish, ObjectBackend.put
+    waiting: list[Callable[[], object]] = []
 
-    def later(self: LocalBatch) -> None:
-        waiting.append(self)
+    @contextmanager
+    def rows_then_bytes(self: Database) -> Iterator[Any]:
+        with write(self) as session:
+            yield session
+        fs.failpoint("rows-committed")
+        time.sleep(0.05)  # a kill at a random time would hardly ever fall in between
+        while waiting:
+            waiting.pop(0)()
 
-    def size_of(self: LocalBackend, digest: str) -> int:
-        for batch in waiting:
-            if (temporary := batch._written.get(digest)) is not None:
-                return temporary.stat().st_size
-        return size(self, digest)
+    def put_later(self: ObjectBatch, digest: str, data: fs.Bytes) -> bool:
+        waiting.append(lambda: send(self._backend, digest, data))
+        return True
 
-    def before_bytes(record: Callable[..., Any]) -> Callable[..., Any]:
-        def rows_then_bytes(self: Any, *arguments: Any) -> Any:
-            outcomes = record(self, *arguments)
-            for batch in waiting:
-                publish(batch)
-            waiting.clear()
-            return outcomes
+    Database.write = rows_then_bytes  # type: ignore[method-assign]
+    LocalBatch.publish = lambda self: waiting.append(partial(publish, self))  # type: ignore[method-assign]
+    ObjectBatch.put = put_later  # type: ignore[method-assign]
+    _believe_sizes()
 
-        return rows_then_bytes
 
-    LocalBatch.publish, LocalBackend.size = later, size_of  # type: ignore[method-assign]
-    for part, name in ((Tasks, "ingest"), (Bundles, "add"), (Codes, "replace_residual")):
-        setattr(part, name, before_bytes(getattr(part, name)))
+def errors_ignored() -> None:
+    """Take no notice of the error of every other put, which the store never does."""
+    from registry.errors import RegistryError
+    from registry.storage.blobs.local import LocalBatch
+    from registry.storage.blobs.objects import ObjectBatch
+
+    def ignoring(put: Callable[..., bool]) -> Callable[..., bool]:
+        def put_or_not(self: Any, digest: str, data: fs.Bytes) -> bool:
+            with suppress(RegistryError):
+                if int(digest[0], 16) % 2:
+                    raise RegistryError("there is no space, or no bucket")
+                return put(self, digest, data)
+            return True
+
+        return put_or_not
+
+    for batch in (LocalBatch, ObjectBatch):
+        batch.put = ignoring(batch.put)  # type: ignore[method-assign]
+    _believe_sizes()
+
+
+def _believe_sizes() -> None:
+    """Let the store believe that what it was given to put is there: it asks for the size before it records a row."""
+    from registry.storage.blobs.content import Blobs
+    from registry.storage.blobs.local import LocalBatch
+    from registry.storage.blobs.objects import ObjectBatch
+
+    size, known = Blobs.size, dict[str, int]()
+
+    def noting(put: Callable[..., bool]) -> Callable[..., bool]:
+        def put_known(self: Any, digest: str, data: fs.Bytes) -> bool:
+            known[digest] = len(data)
+            return put(self, digest, data)
+
+        return put_known
+
+    Blobs.size = lambda self, digest: known[digest] if digest in known else size(self, digest)  # type: ignore[method-assign]
+    for batch in (LocalBatch, ObjectBatch):
+        batch.put = noting(batch.put)  # type: ignore[method-assign]
+
+
+def without_lock() -> None:
+    """Delete without the exclusive lock, which the store never does."""
+    from registry.storage.locks.advisory import AdvisoryLock
+    from registry.storage.locks.flocks import FileLock
+
+    for lock in (AdvisoryLock, FileLock):
+        lock.exclusive = lambda self: nullcontext()  # type: ignore[assignment,misc,return-value]
 
 
 def files_first() -> None:
@@ -58,10 +104,27 @@ def files_first() -> None:
 
     def unlink_then_evict(self: Originals, eviction: Any, *rest: Any) -> int:
         adapters = Tasks(self._upkeep, self._lock, self._db, self._blobs).adapters(eviction.task)
-        self._blobs.delete(row.weights for row in adapters)
+        self._blobs.delete((row.weights for row in adapters), newest=math.inf)
         return evict(self, eviction, *rest)
 
     Originals.evict = unlink_then_evict  # type: ignore[method-assign]
+
+
+def without_sync() -> None:
+    """Never wait until bytes or names are on the device, which the store always does before it records a row."""
+    fs.fsync = lambda descriptor: None  # type: ignore[assignment]
+
+
+def stops() -> None:
+    """Stop at a failpoint, the first time, in place of dying there."""
+
+    class Stop:
+        @property
+        def SIGKILL(self) -> int:  # noqa: N802  # as the module has it
+            del os.environ["ICM_FAILPOINT"]
+            return signal.SIGSTOP
+
+    fs.signal = Stop()  # type: ignore[assignment]
 
 
 def in_place() -> None:

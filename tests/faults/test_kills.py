@@ -138,23 +138,6 @@ def test_many_kills_at_random_times_lose_nothing(world: World, command: str) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", ["ingest", "import", "encode"])
-def test_the_harness_sees_a_row_without_its_bytes(world: World, command: str) -> None:
-    world.reset(command)
-    ran = world.run(command, sabotage="rows_first", env={"ICM_FAILPOINT": "rows-committed"})
-    assert ran.status == KILLED
-    assert any("missing" in violation for violation in world.violations(command, ran.events))
-
-
-@pytest.mark.slow
-def test_the_harness_sees_an_original_that_goes_before_its_row_says_so(world: World) -> None:
-    world.reset("evict")
-    ran = world.run("evict", sabotage="files_first", env={"ICM_FAILPOINT": "blob-unlinked"})
-    assert ran.status == KILLED
-    assert any("missing" in violation for violation in world.violations("evict", ran.events))
-
-
-@pytest.mark.slow
 def test_the_harness_sees_a_half_written_folder(world: World) -> None:
     seen = []
     draw = random.Random(2)

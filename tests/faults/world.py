@@ -8,11 +8,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from registry.storage.prune import leftovers
 from registry.store import Store
 from tests.cli.fleet import write_texts
 from tests.cli.tiny_fleet import write_lora, write_mixed_fleet
 from tests.faults.commands import COMMANDS, GENERATED, words
 from tests.faults.goals import GOALS, End
+from tests.faults.pairs import Pair
 from tests.faults.promises import acknowledges, has_a_copy, is_kept
 from tests.faults.zygote import Run, Zygote
 from tests.icmlora.tiny_base import write_tiny_base
@@ -29,16 +31,20 @@ class Leftovers:
 
 
 class World:
-    """The folders of one campaign.
+    """The folders of one campaign, and its store.
 
-    now/              the store that is worked on, and the output beside it
+    now/              the output of what is run
     before/COMMAND/   what `reset` puts there: where the command starts
     after/COMMAND/    what an undisturbed run of the command left there
+    laptop/           a trained store in a folder
+    cache/            copies of what was read from a remote place; emptied after each kill
+
+    The pair keeps the states of the store under the same names.
     """
 
-    def __init__(self, root: Path, zygote: Zygote, *, tasks: int = 5) -> None:
-        self.root, self.zygote = root, zygote
-        self.store, self.output = root / "now" / "store", root / "now" / "out"
+    def __init__(self, root: Path, zygote: Zygote, pair: Pair, *, tasks: int = 5) -> None:
+        self.root, self.zygote, self.pair = root, zygote, pair
+        self.output = root / "now" / "out"
         self._log = 0
         write_mixed_fleet(root / "loras")
         for number in range(tasks - 3):
@@ -49,9 +55,8 @@ class World:
 
     @cached_property
     def version_one(self) -> str:
-        """The digest of the generator that the first training leaves."""
-        self._need_template("train")
-        with Store.open(self.root / "after" / "train" / "store") as store:
+        """The digest of the generator that the first training leaves; `reset` has made it."""
+        with Store.open(self.root / "laptop") as store:
             return store.generators.all()[0].blob
 
     def run(self, command: str, *, force: bool = False, **options: Any) -> Run:
@@ -68,31 +73,40 @@ class World:
     def icm(self, line: str, **options: Any) -> Run:
         """Run one command line on the store that is worked on."""
         self._log += 1
-        env = {"ICM_STORE": str(self.store), "ICM_LOCK_TIMEOUT": "10", **options.pop("env", {})}
-        argv = [*words(line, self.root, self.output), "--json"]
-        return self.zygote.run(argv, env=env, out=self.root / f"log-{self._log}", **options)
+        env = {"ICM_STORE": self.pair.address, "ICM_LOCK_TIMEOUT": "10", "XDG_CACHE_HOME": str(self._cache)}
+        env["XDG_STATE_HOME"] = str(self.root / "state")
+        env |= self.pair.environment | options.pop("env", {})
+        blobs = f"--blobs {self.pair.blobs}" if self.pair.blobs else ""
+        argv = words(line, root=self.root, output=self.output, store=self.pair.address, blobs=blobs)
+        return self.zygote.run([*argv, "--json"], env=env, out=self.root / f"log-{self._log}", **options)
 
     def reset(self, command: str) -> None:
         """Put the starting state of a command in place."""
-        self._need_template(command)
+        for needed in ("train", command):
+            self._need_template(needed)
         shutil.rmtree(self.root / "now", ignore_errors=True)
         shutil.copytree(self.root / "before" / command, self.root / "now")
+        self.pair.put_back(f"before {command}")
 
     def reference(self, command: str) -> Contents:
         """Return what an undisturbed run of a command wrote beside the store; the command was reset once."""
         return contents(self.root / "after" / command / "out")
 
     def violations(self, command: str, events: list[dict[str, Any]]) -> list[str]:
-        """Return every promise that is broken after a kill; `events` is what the command had printed."""
+        """Return every promise that is broken after a kill; `events` is what the command had printed.
+
+        Everything is read from where the store has it.
+        """
+        shutil.rmtree(self._cache, ignore_errors=True)
         found = []
         acknowledged = [event for event in events if acknowledges(command, event)]
         if self.output.exists() and contents(self.output) != self.reference(command):
             found.append("the output is neither absent nor complete")
         if not self.output.exists():
             found += [f"{command}: written, and lost: {event}" for event in acknowledged if "output" in event]
-        if not self._has_store():
+        if not self.pair.exists():
             return [*found, *(f"{event} was acknowledged without a store" for event in acknowledged)]
-        with Store.open(self.store) as store:
+        with self.pair.open() as store:
             problems = [finding for finding in store.verify(read_data=True) if finding.is_problem]
             found += [f"{finding.kind}: {finding.message}" for finding in problems]
             known = {task.name for task in store.tasks.all()}
@@ -104,15 +118,16 @@ class World:
 
     def ended_badly(self, command: str, ran: Run) -> list[str]:
         """Return what is wrong with how a command that was not killed ended."""
-        # A task that was registered before the kill is not made again: its name is taken. `missed` says if it is whole.
-        is_there = command == "generate" and any(event.get("kind") == "task_conflict" for event in ran.events)
+        # What was done before the kill is not done again; `missed` says if it is whole.
+        done = COMMANDS[command].is_done
+        is_there = bool(done) and any(event.get("kind") == done for event in ran.events)
         return [] if ran.status == 0 or is_there else [f"the rerun ended with {ran.status}: {ran.lines[-1:]}"]
 
     def missed(self, command: str) -> list[str]:
         """Return what the command has not reached, after it ran to its end."""
-        if self._has_store():
+        if self.pair.exists():
             names = {folder.name for folder in (self.root / "loras").iterdir()}
-            with Store.open(self.store) as store:
+            with self.pair.open() as store:
                 if GOALS[command](End(store, names, self.version_one, self._is_written(command))):
                     return []
         return [f"{command} did not reach its goal"]
@@ -120,30 +135,31 @@ class World:
     def leftovers(self) -> Leftovers:
         """Count what nobody refers to."""
         beside = len(list(self.output.parent.glob("out.icm-*")))
-        if not self._has_store():
+        if not self.pair.exists():
             return Leftovers(0, beside)
-        with Store.open(self.store) as store:
+        with self.pair.open() as store:
             orphans = sum(finding.kind == "orphan" for finding in store.verify())
-        temporary = [path for path in (self.store / "tmp").iterdir() if path.is_file()]
+            temporary = leftovers(store.blobs, store._upkeep)
         return Leftovers(orphans, len(temporary) + beside)
 
     def prune(self) -> None:
         """Remove what nobody refers to, without the hour of grace."""
-        with Store.open(self.store) as store:
+        with self.pair.open() as store:
             store.prune(grace=0)
+
+    @property
+    def _cache(self) -> Path:
+        return self.root / "cache"
 
     def _is_written(self, command: str) -> bool:
         return self.output.exists() and contents(self.output) == self.reference(command)
-
-    def _has_store(self) -> bool:
-        return (self.store / "FORMAT").exists()
 
     def _need_template(self, command: str) -> None:
         """Make the folders of a command, and first those of the commands that it starts from."""
         if (self.root / "after" / command).exists():
             return
         start = COMMANDS[command]
-        for earlier in (start.after, *start.outputs_of):
+        for earlier in (self._start_of(command), *start.outputs_of):
             if earlier is not None:
                 self._need_template(earlier)
         self._make_template(command)
@@ -152,13 +168,23 @@ class World:
         now, start = self.root / "now", COMMANDS[command]
         shutil.rmtree(now, ignore_errors=True)
         now.mkdir()
-        if start.after is not None:
-            shutil.copytree(self.root / "after" / start.after / "store", self.store)
+        self.pair.clear()
+        if (earlier := self._start_of(command)) is not None:
+            self.pair.put_back(f"after {earlier}")
         for line in start.first:
             self._complete(self.icm(line))
         shutil.copytree(now, self.root / "before" / command)
+        self.pair.save(f"before {command}")
         self._complete(self.run(command))
         shutil.copytree(now, self.root / "after" / command)
+        self.pair.save(f"after {command}")
+        if command == "train":
+            self._complete(self.icm("copy {store} {root}/laptop"))
+
+    def _start_of(self, command: str) -> str | None:
+        """Return the command that comes before, if one does."""
+        after = COMMANDS[command].after
+        return None if after == "init" and self.pair.is_plain else after
 
     def _complete(self, ran: Run) -> None:
         assert ran.status == 0, ran.lines

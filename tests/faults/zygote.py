@@ -1,7 +1,7 @@
 """A process that has imported everything and forks a child per command line, so that a run to be killed starts at once.
 
     stdin   {"argv": [...], "env": {...}, "out": FILE, "sabotage": NAME or null}     one JSON line per run
-            an empty line: wait for it
+            an empty line: wait for the one that began last
     stdout  the child's pid; once it is waited for, its exit status, negative for a signal
 
 It is a process of its own because torch refuses to train in the fork of a process that has trained.
@@ -15,12 +15,15 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 KILLED = -signal.SIGKILL
+SMALL = "small"
+"""In place of a command of icm: one of `tests.registry.writing`, which tells what the store has acknowledged."""
 _EVENT = re.compile(r"^\{(?:[^\n]*|\n.*?\n)\}$", re.DOTALL | re.MULTILINE)
 """An object on a line of its own, or a document, whose inner lines are indented."""
 
@@ -58,7 +61,7 @@ class Zygote:
         sabotage: str | None = None,
         then: Callable[[int], object] | None = None,
     ) -> Run:
-        """Run one command line; `then` gets the pid and may wait and kill it."""
+        """Run one command line; `then` gets the pid and may wait and kill it, or run others meanwhile."""
         out.touch()  # the child may be killed before it opens it
         order = {"argv": [str(word) for word in argv], "env": env, "out": str(out), "sabotage": sabotage}
         assert self._process.stdin is not None
@@ -85,6 +88,14 @@ class Zygote:
         return int(self._process.stdout.readline())
 
 
+def wait_until_stopped(pid: int) -> None:
+    """Wait until a process has stopped itself."""
+    deadline = time.monotonic() + 120
+    while Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] != "T":
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 def _child(order: dict[str, Any]) -> None:
     for number in (1, 2):
         os.dup2(os.open(order["out"], os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o644), number)
@@ -93,6 +104,11 @@ def _child(order: dict[str, Any]) -> None:
         from tests.faults import sabotage
 
         getattr(sabotage, order["sabotage"])()
+    if order["argv"][0] == SMALL:
+        from tests.faults import small
+
+        small.run(*order["argv"][1:])
+        os._exit(0)
     from icm_cli.app import run
 
     status = run(order["argv"])
@@ -113,16 +129,19 @@ def _serve() -> None:
     importing._BATCH_BYTES = 4096
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     answers.write("0\n")
-    for line in sys.stdin:
+    running: list[int] = []
+    while line := sys.stdin.readline():
+        if not line.strip():
+            answers.write(f"{os.waitstatus_to_exitcode(os.waitpid(running.pop(), 0)[1])}\n")
+            continue
         pid = os.fork()
         if pid == 0:
             try:
                 _child(json.loads(line))
             finally:
                 os._exit(99)
+        running.append(pid)
         answers.write(f"{pid}\n")
-        sys.stdin.readline()
-        answers.write(f"{os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])}\n")
 
 
 if __name__ == "__main__":

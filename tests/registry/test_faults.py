@@ -22,70 +22,11 @@ from registry.storage.blobs.content import Blobs
 from registry.storage.folder import StorePaths
 from registry.store import Store
 from tests.registry.children import KILLED, run, start, wait
-from tests.registry.examples import BASE, code, evaluation, eviction, generator, ingest, new_store, offer, vector
+from tests.registry.examples import ingest, new_store
+from tests.registry.writing import COMMANDS, contents, place_at, problems
 
 pytestmark = pytest.mark.kept_in("folder", reason="a fork of a process that has used an object store uses none")
 
-Command = Callable[[Path], None]
-
-
-def ingest_all(root: Path) -> None:
-    with new_store(root) as store:
-        files = [root.parent / f"file{n}" for n in range(3)]
-        for file in files:
-            file.write_bytes(file.name.encode())
-        store.blobs.put_files(files, lambda path, data: None)
-        store.tasks.ingest([offer(store, name, steps=[80, 90], samples=b"samples") for name in ("rust", "html")])
-
-
-def learn(root: Path) -> None:
-    with new_store(root) as store:
-        ingest(store, "rust")
-        store.vectors.add([vector(store, "rust", number) for number in range(2)])
-        run = store.runs.running(BASE) or store.runs.start(BASE, {"seed": 1})
-        for step in range(run.step + 1, 3):
-            data = f"step {step}".encode()
-            run = store.runs.save_checkpoint(run.id, step=step, weights=data, optimizer=data * 2)
-        store.generators.add(generator(store, ["rust"], train_run_id=run.id))
-        store.evaluations.add([evaluation("rust")])
-
-
-def extend(root: Path) -> None:
-    with new_store(root) as store:
-        ingest(store, "rust")
-        first = store.generators.current(BASE) or store.generators.add(generator(store, ["rust"]))
-        if first.version == 1:
-            ingest(store, "html")
-            store.generators.extend(generator(store, ["html"], data=b"longer", parent_id=first.id))
-        current = store.generators.current(BASE)
-        assert current is not None
-        ingest(store, "sql")
-        store.codes.add(current.id, [code(store, "sql")])
-        for other in store.generators.all():
-            if other.id != current.id:
-                store.generators.forget(other)
-        store.prune(grace=0)
-
-
-def remove_and_prune(root: Path) -> None:
-    with new_store(root) as store:
-        if not any(task.name == "html" for task in store.tasks.all()):
-            ingest(store, "html", steps=[80])
-        store.tasks.remove(["html"], last_copies=["html"])
-        store.prune(grace=0)
-
-
-def evict_and_prune(root: Path) -> None:
-    with new_store(root) as store:
-        if not any(task.name == "rust" for task in store.tasks.all()):
-            ingest(store, "rust", steps=[80, 90])
-        if store.generators.current(BASE) is None:
-            store.generators.add(generator(store, ["rust"]))
-        store.originals.evict(eviction(store, "rust", evaluations=[evaluation("rust")]))
-        store.prune(grace=0)
-
-
-COMMANDS = {command.__name__: command for command in (ingest_all, learn, extend, remove_and_prune, evict_and_prune)}
 FAILPOINTS = {
     "ingest_all": ["store-before-format", "blob-staged", "blob-renamed", "blobs-durable",
                    "rows-before-commit", "rows-committed"],
@@ -104,36 +45,17 @@ POINTS = [
 ]
 
 
-def problems(root: Path) -> list[object]:
-    with new_store(root) as store:
-        return [finding for finding in store.verify(read_data=True) if finding.is_problem]
-
-
-def contents(root: Path) -> object:
-    """Return what a user sees of a store, free of times and numbers."""
-    with new_store(root) as store:
-        return [
-            (
-                task.name,
-                sorted(f"{a.step} {a.is_evicted}" for a in store.tasks.adapters(task.name)),
-                len(store.vectors.all(task.name)),
-                [made.blob for made in store.generators.all() if store.codes.get(task.name, made.id)],
-            )
-            for task in store.tasks.all()
-        ]
-
-
 @pytest.mark.one_case
 @pytest.mark.parametrize(("name", "failpoint"), POINTS)
 def test_a_kill_at_each_point_loses_nothing(tmp_path: Path, name: str, failpoint: str) -> None:
     root, undisturbed = tmp_path / "store", tmp_path / "undisturbed" / "store"
     undisturbed.parent.mkdir()
-    COMMANDS[name](undisturbed)
-    assert run(lambda: COMMANDS[name](root), failpoint=failpoint) == KILLED
-    assert problems(root) == []
-    COMMANDS[name](root)
-    assert problems(root) == []
-    assert contents(root) == contents(undisturbed)
+    COMMANDS[name](place_at(undisturbed))
+    assert run(lambda: COMMANDS[name](place_at(root)), failpoint=failpoint) == KILLED
+    assert problems(place_at(root)) == []
+    COMMANDS[name](place_at(root))
+    assert problems(place_at(root)) == []
+    assert contents(place_at(root)) == contents(place_at(undisturbed))
 
 
 @pytest.mark.one_case
@@ -141,7 +63,7 @@ def test_a_kill_at_each_point_loses_nothing(tmp_path: Path, name: str, failpoint
 def test_what_a_kill_leaves_is_removed_by_prune(tmp_path: Path, failpoint: str) -> None:
     root = tmp_path / "store"
     for command in COMMANDS.values():
-        run(lambda command=command: command(root), failpoint=failpoint)  # type: ignore[misc]
+        run(lambda command=command: command(place_at(root)), failpoint=failpoint)  # type: ignore[misc]
     with new_store(root) as store:
         store.prune(grace=0)
         assert list(store.verify(read_data=True)) == []
@@ -156,7 +78,7 @@ def test_the_check_would_catch_a_row_that_is_written_before_its_bytes(tmp_path: 
             ingest(store, "rust", weights=b"weights")
 
     assert run(rows_first, failpoint="rows-committed") == KILLED
-    assert len(problems(tmp_path / "store")) == 2
+    assert len(problems(place_at(tmp_path / "store"))) == 2
 
 
 class FailingCalls:
@@ -195,10 +117,10 @@ def test_each_failing_call_is_an_error_that_leaves_a_sound_store(
         with pytest.MonkeyPatch.context() as patch:
             calls = FailingCalls(patch, number, code=code, transient=transient)
             with suppress(RegistryError):
-                COMMANDS[name](root)
+                COMMANDS[name](place_at(root))
             reached = calls.count >= number
-        COMMANDS[name](root)
-        assert problems(root) == []
+        COMMANDS[name](place_at(root))
+        assert problems(place_at(root)) == []
     assert number > 10
 
 
@@ -220,7 +142,7 @@ def test_a_kill_at_a_random_time_loses_nothing_that_was_acknowledged(tmp_path: P
         time.sleep(draw.uniform(0.0, 0.2))
         os.kill(pid, signal.SIGKILL)
         assert wait(pid) == KILLED
-        assert problems(root) == []
+        assert problems(place_at(root)) == []
     with new_store(root) as store:
         assert {task.name for task in store.tasks.all()} >= set(log.read_text().split())
         store.prune(grace=0)

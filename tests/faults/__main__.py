@@ -1,0 +1,163 @@
+"""The campaign on one pair of database and blob place: `python -m tests.faults --pair postgres+s3 --kills 20`.
+
+It may take hours. What it came to is written after each part, so that it can be ended at any time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import random
+import sqlite3
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.faults.campaign import controls, kill_at_random
+from tests.faults.commands import COMMANDS
+from tests.faults.flips import summed
+from tests.faults.pairs import PAIRS, Pair, servers
+from tests.faults.sweeps import SMALL_CONTROLS, Sweeps
+from tests.faults.value_flips import postgres_flips, sqlite_flips
+from tests.faults.world import World
+from tests.faults.zygote import Zygote
+from tests.pg_server import new_database
+
+_RESULTS = Path("tests/benchmarks/results")
+_TASKS = 6
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--pair", choices=PAIRS, default=PAIRS[0])
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=[*PARTS])
+    parser.add_argument("--kills", type=int, default=20, help="kills of each command")
+    parser.add_argument("--small-kills", type=int, default=40, help="kills of each small command of the registry")
+    parser.add_argument("--control-kills", type=int, default=60, help="kills of each command that writes wrongly")
+    parser.add_argument("--power-losses", type=int, default=200, help="power losses during each small command")
+    parser.add_argument("--values", type=int, default=100, help="flips of bits in each column")
+    parser.add_argument("--stride", type=int, default=1, help="of calls, statements and requests, each n-th goes wrong")
+    parser.add_argument("--restarts", type=int, default=40, help="restarts of the database server")
+    parser.add_argument("--seed", type=int, default=20)
+    parser.add_argument("--output", type=Path, help="by default faults-PAIR.json among the results")
+    return parser.parse_args()
+
+
+class Campaign:
+    """What is done on one pair, part by part."""
+
+    def __init__(self, chosen: argparse.Namespace, root: Path) -> None:
+        self.chosen, self.root = chosen, root
+        self.draw = random.Random(chosen.seed)
+        (root / "servers").mkdir()
+
+    def run(self, write: Callable[[str, Any], None]) -> None:
+        """Run the parts that were asked for, and write what each came to."""
+        with servers(self.root / "servers", (self.chosen.pair,)) as self.running:
+            for part in self.chosen.parts:
+                for name, found in PARTS[part](self):
+                    write(name, asdict(found))
+
+    def kills(self) -> Iterator[tuple[str, Any]]:
+        """Kill every command, then those that write wrongly."""
+        with closing(Zygote()) as zygote:
+            world = World(self._folder("kills"), zygote, self._pair("kills"), tasks=_TASKS)
+            for command in COMMANDS:
+                yield f"kills {command}", kill_at_random(world, command, self.chosen.kills, self.draw)
+            for sabotage, tally in controls(world, self.chosen.control_kills, self.draw).items():
+                yield f"control {sabotage}", tally
+
+    def small_kills(self) -> Iterator[tuple[str, Any]]:
+        """Kill small commands of the registry, then those that write wrongly."""
+        with closing(Zygote()) as zygote:
+            sweeps = Sweeps(self._pair("small"), self._folder("small"))
+            yield "small kills", sweeps.kills(zygote, self.chosen.small_kills, self.draw)
+            for sabotage in SMALL_CONTROLS:
+                yield f"control {sabotage}", sweeps.kills(zygote, self.chosen.control_kills, self.draw, sabotage)
+
+    def sweeps(self) -> Iterator[tuple[str, Any]]:
+        """Let calls, statements and requests go wrong."""
+        sweeps = Sweeps(self._pair("sweeps"), self._folder("sweeps"))
+        if self.chosen.pair.startswith("postgres"):
+            yield "restarts", sweeps.restarts(self.chosen.restarts, self.draw)
+            yield "statements", sweeps.statements(stride=self.chosen.stride)
+        if self.chosen.pair.endswith("s3"):
+            yield "requests", sweeps.requests(stride=self.chosen.stride)
+        yield "calls", sweeps.calls(stride=self.chosen.stride)
+
+    def power_losses(self) -> Iterator[tuple[str, Any]]:
+        """Lose the power of this machine."""
+        sweeps = Sweeps(self._pair("power"), self._folder("power"))
+        if self.chosen.pair != "postgres+s3":
+            yield "power losses", sweeps.power_losses(self.chosen.power_losses, self.draw)
+        if self.chosen.pair.endswith("folder"):
+            yield "control without_sync", sweeps.power_losses(self.chosen.control_kills, self.draw, "without_sync")
+
+    def values(self) -> Iterator[tuple[str, Any]]:
+        """Flip bits of the values of every column."""
+        if self.running.postgres is None:
+            flips = sqlite_flips(self._folder("values"), self.draw)
+        else:
+            flips = postgres_flips(new_database(self.running.postgres), self.draw)
+        with closing(flips):
+            found = flips.study(each=self.chosen.values)
+        yield "values", summed(found)
+        for column, tally in found.items():
+            yield f"values {column}", tally
+
+    def _pair(self, part: str) -> Pair:
+        return Pair(self.chosen.pair, self._folder(part), self.running)
+
+    def _folder(self, part: str) -> Path:
+        (self.root / part).mkdir(exist_ok=True)
+        return self.root / part
+
+
+PARTS: dict[str, Callable[[Campaign], Iterator[tuple[str, Any]]]] = {
+    "kills": Campaign.kills,
+    "small-kills": Campaign.small_kills,
+    "sweeps": Campaign.sweeps,
+    "power": Campaign.power_losses,
+    "values": Campaign.values,
+}
+
+
+def _main() -> None:
+    chosen = _arguments()
+    output = chosen.output or _RESULTS / f"faults-{chosen.pair}.json"
+    document = json.loads(output.read_text()) if output.exists() else {}
+    document |= {
+        "what": f"faults on {chosen.pair}, tests/faults",
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "seed": chosen.seed,
+        "machine": f"{os.cpu_count()} cores, {platform.system()} {platform.machine()}",
+        "versions": {
+            "python": platform.python_version(),
+            "sqlite": sqlite3.sqlite_version,
+            "torch": torch.__version__,
+        },
+        "tasks": _TASKS,
+        "parts": document.get("parts", {}),
+    }
+
+    def write(name: str, found: Any) -> None:
+        sys.stderr.write(f"{name} {json.dumps(found)}\n")
+        document["parts"][name] = found
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(json.dumps(document, indent=2) + "\n")
+
+    with tempfile.TemporaryDirectory() as folder:
+        Campaign(chosen, Path(folder)).run(write)
+
+
+if __name__ == "__main__":
+    _main()

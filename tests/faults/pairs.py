@@ -1,0 +1,192 @@
+"""The four pairs of database and blob place, on real servers, and a store on one of them that goes back to a state.
+
+sqlite+folder      ROOT/store                         all of it
+sqlite+s3          ROOT/store, s3://icm/NUMBER        rows, bytes
+postgres+folder    a database, ROOT/store             rows, bytes
+postgres+s3        a database, s3://icm/NUMBER
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+from unittest import mock
+from uuid import uuid4
+
+from registry.errors import NotAStore, StoreNotFound
+from registry.store import Store
+from tests.pg_server import new_database, pg_server
+from tests.s3_server import s3_server
+
+PAIRS = ("sqlite+folder", "sqlite+s3", "postgres+folder", "postgres+s3")
+"""Names of databases and places, joined."""
+PLAIN = PAIRS[0]
+
+
+@dataclass(frozen=True)
+class Servers:
+    """What runs.
+
+    Attributes:
+        postgres: The address of a database server, if one was asked for.
+        s3: The variables by which clients find an object store, if one was asked for.
+    """
+
+    postgres: str | None = None
+    s3: dict[str, str] | None = None
+
+
+@contextmanager
+def servers(root: Path, pairs: tuple[str, ...] = PAIRS) -> Iterator[Servers]:
+    """Run what some pairs need, in a folder, for a block.
+
+    Raises:
+        CannotStart: The object store does not.
+    """
+    names = "+".join(pairs)
+    with ExitStack() as stack:
+        postgres = s3 = None
+        if "postgres" in names:
+            (root / "pg").mkdir()
+            postgres = stack.enter_context(pg_server(root / "pg"))
+        if "s3" in names:
+            (root / "s3").mkdir()
+            s3 = stack.enter_context(s3_server(root / "s3")).environment
+            stack.enter_context(mock.patch.dict(os.environ, s3))
+            from registry.storage.blobs.objects import connect
+
+            connect("s3://icm/first", "tests").claim()  # it takes the server seconds
+        yield Servers(postgres, s3)
+
+
+class Pair:
+    """One store, which is made, goes back to a state that it had, and is opened."""
+
+    def __init__(self, name: str, root: Path, running: Servers) -> None:
+        database, blobs = name.split("+")
+        self.name, self.folder = name, root / "store"
+        self.environment = (running.s3 or {}) if blobs == "s3" else {}
+        """The variables that a process needs to reach it."""
+        self.prefix = uuid4().hex if blobs == "s3" else None
+        self.postgres = running.postgres if database == "postgres" else None
+        self._database = "" if self.postgres is None else new_database(self.postgres)
+        self._databases: dict[str, str] = {}
+        self._objects: dict[str, dict[str, bytes]] = {}
+
+    @property
+    def address(self) -> str:
+        """What people give as `--store`."""
+        return self._database or str(self.folder)
+
+    @property
+    def blobs(self) -> str | None:
+        """What people give as `icm init --blobs`; None where that is not needed."""
+        if self.prefix is not None:
+            return f"s3://icm/{self.prefix}"
+        return str(self.folder) if self._database else None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is one folder, which the first command makes."""
+        return self.blobs is None
+
+    def open(self, address: str = "", **options: Any) -> Store:
+        """Open the store, maybe by another address of its database."""
+        return Store.open(address or self.address, **options)
+
+    def make(self) -> None:
+        """Make an empty store where none is."""
+        self.open(create=True, blobs=self.blobs).close()
+
+    def exists(self) -> bool:
+        """Say whether there is a store by now."""
+        try:
+            self.open(lock_timeout=30).close()
+        except (StoreNotFound, NotAStore):
+            return False
+        return True
+
+    def clear(self) -> None:
+        """Remove the store."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        if self._database:
+            self._make_database(None)
+        self._write_objects({})
+
+    def save(self, state: str) -> None:
+        """Remember how it is now."""
+        shutil.rmtree(self._saved(state), ignore_errors=True)
+        if self.folder.exists():
+            shutil.copytree(self.folder, self._saved(state))
+        if self._database:
+            self._databases[state] = f"{self._name}_{len(self._databases)}"
+            self._execute(f"CREATE DATABASE {self._databases[state]} TEMPLATE {self._name}")
+        self._objects[state] = self._read_objects()
+
+    def put_back(self, state: str) -> None:
+        """Make it as it was."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        if self._saved(state).exists():
+            shutil.copytree(self._saved(state), self.folder)
+        if self._database:
+            self._make_database(self._databases[state])
+        self._write_objects(self._objects[state])
+
+    def _saved(self, state: str) -> Path:
+        return self.folder.parent / "states" / state
+
+    @property
+    def _name(self) -> str:
+        return self._database.partition("?")[0].rpartition("/")[2]
+
+    def _make_database(self, template: str | None) -> None:
+        self._execute(f"DROP DATABASE IF EXISTS {self._name} WITH (FORCE)")
+        self._execute(f"CREATE DATABASE {self._name}" + (f" TEMPLATE {template}" if template else ""))
+
+    def _execute(self, statement: str) -> None:
+        import psycopg
+
+        assert self.postgres is not None
+        with psycopg.connect(self.postgres, autocommit=True) as connection:
+            connection.execute(statement.encode())
+
+    @cached_property
+    def objects(self) -> Any:
+        """The client of the prefix, for harnesses that look behind the store."""
+        from obstore.store import from_url
+
+        return from_url(f"s3://icm/{self.prefix}", client_options={"allow_http": True})
+
+    def _read_objects(self) -> dict[str, bytes]:
+        import obstore
+
+        return {name: bytes(obstore.get(self.objects, name).bytes()) for name in self._names()}
+
+    def _write_objects(self, wanted: dict[str, bytes]) -> None:
+        """Put those back that are missing or other ones, and remove what is too much."""
+        if self.prefix is None:
+            return
+        import obstore
+
+        there = self._names()
+        if extra := there.keys() - wanted.keys():
+            obstore.delete(self.objects, sorted(extra))
+        for name, data in wanted.items():
+            if there.get(name) != hashlib.md5(data, usedforsecurity=False).hexdigest():
+                obstore.put(self.objects, name, data, use_multipart=False)
+
+    def _names(self) -> dict[str, str]:
+        """Return what is there, with what the server calls its content."""
+        if self.prefix is None:
+            return {}
+        import obstore
+
+        pages = obstore.list(self.objects)
+        return {str(entry["path"]): str(entry["e_tag"]).strip('"') for page in pages for entry in page}

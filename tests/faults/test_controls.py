@@ -1,0 +1,86 @@
+"""What the store never does is caught by the harness, on each pair: wrong orders, errors ignored, locks not taken."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+
+from tests.faults.commands import PRUNE
+from tests.faults.world import World
+from tests.faults.zygote import KILLED, wait_until_stopped
+
+LOCKED = 11
+
+
+def check_row_without_bytes(world: World, command: str) -> None:
+    """Kill a command between its rows and its bytes."""
+    world.reset(command)
+    ran = world.run(command, sabotage="rows_first", env={"ICM_FAILPOINT": "rows-committed"})
+    assert ran.status == KILLED
+    assert any("missing" in violation for violation in world.violations(command, ran.events))
+
+
+def check_ignored_errors(world: World) -> None:
+    """Let a command go on after a put that failed."""
+    world.reset("ingest")
+    ran = world.run("ingest", sabotage="errors_ignored")
+    assert ran.status == 0, ran.lines
+    assert any("missing" in violation for violation in world.violations("ingest", ran.events))
+
+
+def check_deletion_before_commit(world: World) -> None:
+    """Kill an eviction that deletes first."""
+    world.reset("evict")
+    ran = world.run("evict", sabotage="files_first", env={"ICM_FAILPOINT": "blob-unlinked"})
+    assert ran.status == KILLED
+    assert any("missing" in violation for violation in world.violations("evict", ran.events))
+
+
+def prune_while_another_is_stopped(world: World, sabotage: str | None) -> tuple[int, list[str]]:
+    """Stop an ingest between its bytes and its rows, prune, and let it go on; say how prune ended, and what broke."""
+    world.reset("ingest")
+    statuses = []
+
+    def prune(pid: int) -> None:
+        wait_until_stopped(pid)
+        statuses.append(world.icm(PRUNE, sabotage=sabotage, env={"ICM_LOCK_TIMEOUT": "1"}).status)
+        os.kill(pid, signal.SIGCONT)
+
+    ran = world.run("ingest", sabotage="stops", env={"ICM_FAILPOINT": "blobs-durable"}, then=prune)
+    assert ran.status == 0, ran.lines
+    return statuses[0], world.violations("ingest", ran.events)
+
+
+@pytest.mark.slow
+def test_a_row_without_its_bytes_is_caught(each: World) -> None:
+    check_row_without_bytes(each, "ingest")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["import", "encode"])
+def test_a_row_of_a_code_without_its_bytes_is_caught(world: World, command: str) -> None:
+    check_row_without_bytes(world, command)
+
+
+@pytest.mark.slow
+def test_an_error_that_is_ignored_is_caught(each: World) -> None:
+    check_ignored_errors(each)
+
+
+@pytest.mark.slow
+def test_an_original_that_goes_before_its_row_says_so_is_caught(each: World) -> None:
+    check_deletion_before_commit(each)
+
+
+@pytest.mark.slow
+def test_a_lock_that_is_not_taken_is_caught(each: World) -> None:
+    status, broken = prune_while_another_is_stopped(each, "without_lock")
+    assert status == 0
+    assert any("missing" in violation for violation in broken)
+
+
+@pytest.mark.slow
+def test_nobody_deletes_what_a_stopped_process_is_about_to_record(each: World) -> None:
+    assert prune_while_another_is_stopped(each, None) == (LOCKED, [])
