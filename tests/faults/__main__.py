@@ -1,6 +1,7 @@
 """The campaign on one pair of database and blob place: `python -m tests.faults --pair postgres+s3 --kills 20`.
 
-It may take hours. What it came to is written after each part, so that it can be ended at any time.
+It may take hours. What it came to is written after each step, and added to what is there, so that it can be ended at
+any time and go on with another --seed.
 """
 
 from __future__ import annotations
@@ -131,6 +132,11 @@ PARTS: dict[str, Callable[[Campaign], Iterator[tuple[str, Any]]]] = {
 }
 
 
+def _added(before: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
+    """Add counts to those of an earlier run, and keep the first few examples."""
+    return {name: (before.get(name, [] if isinstance(value, list) else 0) + value) for name, value in found.items()}
+
+
 def _main() -> None:
     chosen = _arguments()
     output = chosen.output or _RESULTS / f"faults-{chosen.pair}.json"
@@ -138,7 +144,7 @@ def _main() -> None:
     document |= {
         "what": f"faults on {chosen.pair}, tests/faults",
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "seed": chosen.seed,
+        "seeds": [*document.get("seeds", []), chosen.seed],
         "machine": f"{os.cpu_count()} cores, {platform.system()} {platform.machine()}",
         "versions": {
             "python": platform.python_version(),
@@ -151,7 +157,7 @@ def _main() -> None:
 
     def write(name: str, found: Any) -> None:
         sys.stderr.write(f"{name} {json.dumps(found)}\n")
-        document["parts"][name] = found
+        document["parts"][name] = _added(document["parts"].get(name, {}), found)
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(json.dumps(document, indent=2) + "\n")
 

@@ -120,7 +120,7 @@ def stops() -> None:
 
     class Stop:
         @property
-        def SIGKILL(self) -> int:  # noqa: N802  # as the module has it
+        def SIGKILL(self) -> int:  # as the module has it
             del os.environ["ICM_FAILPOINT"]
             return signal.SIGSTOP
 
