@@ -32,6 +32,7 @@ from tests.faults.value_flips import postgres_flips, sqlite_flips
 from tests.faults.world import World
 from tests.faults.zygote import Zygote
 from tests.pg_server import new_database
+from tests.registry.writing import COMMANDS as SMALL
 
 _RESULTS = Path("tests/benchmarks/results")
 _TASKS = 6
@@ -47,7 +48,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--power-losses", type=int, default=200, help="power losses during each small command")
     parser.add_argument("--values", type=int, default=100, help="flips of bits in each column")
     parser.add_argument("--stride", type=int, default=1, help="of calls, statements and requests, each n-th goes wrong")
-    parser.add_argument("--restarts", type=int, default=40, help="restarts of the database server")
+    parser.add_argument(
+        "--restarts", type=int, default=10, help="restarts of the database server during each small command"
+    )
     parser.add_argument("--seed", type=int, default=20)
     parser.add_argument("--output", type=Path, help="by default faults-PAIR.json among the results")
     return parser.parse_args()
@@ -81,27 +84,34 @@ class Campaign:
         """Kill small commands of the registry, then those that write wrongly."""
         with closing(Zygote()) as zygote:
             sweeps = Sweeps(self._pair("small"), self._folder("small"))
-            yield "small kills", sweeps.kills(zygote, self.chosen.small_kills, self.draw)
+            for name in SMALL:
+                yield "small kills", sweeps.kills(zygote, [name], self.chosen.small_kills, self.draw)
             for sabotage in SMALL_CONTROLS:
-                yield f"control {sabotage}", sweeps.kills(zygote, self.chosen.control_kills, self.draw, sabotage)
+                found = sweeps.kills(zygote, SMALL, self.chosen.control_kills, self.draw, sabotage)
+                yield f"control {sabotage} of small commands", found
 
     def sweeps(self) -> Iterator[tuple[str, Any]]:
         """Let calls, statements and requests go wrong."""
-        sweeps = Sweeps(self._pair("sweeps"), self._folder("sweeps"))
-        if self.chosen.pair.startswith("postgres"):
-            yield "restarts", sweeps.restarts(self.chosen.restarts, self.draw)
-            yield "statements", sweeps.statements(stride=self.chosen.stride)
-        if self.chosen.pair.endswith("s3"):
-            yield "requests", sweeps.requests(stride=self.chosen.stride)
-        yield "calls", sweeps.calls(stride=self.chosen.stride)
+        sweeps, stride = Sweeps(self._pair("sweeps"), self._folder("sweeps")), self.chosen.stride
+        for name in SMALL:
+            if self.chosen.pair.startswith("postgres"):
+                yield "restarts", sweeps.restarts([name], self.chosen.restarts, self.draw)
+                yield "statements", sweeps.statements([name], stride=stride)
+            if self.chosen.pair.endswith("s3"):
+                yield "requests", sweeps.requests([name], stride=stride)
+            yield "calls", sweeps.calls([name], stride=stride)
 
     def power_losses(self) -> Iterator[tuple[str, Any]]:
         """Lose the power of this machine."""
-        sweeps = Sweeps(self._pair("power"), self._folder("power"))
-        if self.chosen.pair != "postgres+s3":
-            yield "power losses", sweeps.power_losses(self.chosen.power_losses, self.draw)
-        if self.chosen.pair.endswith("folder"):
-            yield "control without_sync", sweeps.power_losses(self.chosen.control_kills, self.draw, "without_sync")
+        sweeps, draw = Sweeps(self._pair("power"), self._folder("power")), self.draw
+        for name in SMALL:
+            if self.chosen.pair.endswith("folder") or self.chosen.pair.startswith("sqlite"):
+                yield "power losses", sweeps.power_losses([name], self.chosen.power_losses, draw)
+            if self.chosen.pair.endswith("folder"):
+                yield (
+                    "control without_sync",
+                    sweeps.power_losses([name], self.chosen.control_kills, draw, "without_sync"),
+                )
 
     def values(self) -> Iterator[tuple[str, Any]]:
         """Flip bits of the values of every column."""
