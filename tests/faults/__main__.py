@@ -14,6 +14,7 @@ import random
 import sqlite3
 import sys
 import tempfile
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import asdict
@@ -64,12 +65,15 @@ class Campaign:
         self.draw = random.Random(chosen.seed)
         (root / "servers").mkdir()
 
-    def run(self, write: Callable[[str, Any], None]) -> None:
-        """Run the parts that were asked for, and write what each came to."""
+    def run(self, write: Callable[[str, Any], None]) -> list[str]:
+        """Run the parts that were asked for, and write what each came to; return what is wrong, or was not caught."""
+        is_clean = defaultdict[str, bool](lambda: True)
         with servers(self.root / "servers", (self.chosen.pair,)) as self.running:
             for part in self.chosen.parts:
                 for name, found in PARTS[part](self):
                     write(name, asdict(found))
+                    is_clean[name] &= found.is_clean
+        return [name for name, clean in is_clean.items() if clean == name.startswith("control")]
 
     def kills(self) -> Iterator[tuple[str, Any]]:
         """Kill every command, then those that write wrongly."""
@@ -147,7 +151,7 @@ def _added(before: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
     return {name: (before.get(name, [] if isinstance(value, list) else 0) + value) for name, value in found.items()}
 
 
-def _main() -> None:
+def _main() -> int:
     chosen = _arguments()
     output = chosen.output or _RESULTS / f"faults-{chosen.pair}.json"
     document = json.loads(output.read_text()) if output.exists() else {}
@@ -172,8 +176,11 @@ def _main() -> None:
         output.write_text(json.dumps(document, indent=2) + "\n")
 
     with tempfile.TemporaryDirectory() as folder:
-        Campaign(chosen, Path(folder)).run(write)
+        wrong = Campaign(chosen, Path(folder)).run(write)
+    for name in wrong:
+        sys.stderr.write(f"WRONG: {name}\n")
+    return bool(wrong)
 
 
 if __name__ == "__main__":
-    _main()
+    sys.exit(_main())
