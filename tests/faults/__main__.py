@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 
+from tests.faults.blob_flips import BlobFlips, believing
 from tests.faults.campaign import controls, kill_at_random
 from tests.faults.commands import COMMANDS
 from tests.faults.flips import summed
@@ -48,6 +49,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--control-kills", type=int, default=60, help="kills of each command that writes wrongly")
     parser.add_argument("--power-losses", type=int, default=200, help="power losses during each small command")
     parser.add_argument("--values", type=int, default=100, help="flips of bits in each column")
+    parser.add_argument("--blobs", type=int, default=10_000, help="flips of bits in blobs of each kind")
     parser.add_argument("--stride", type=int, default=1, help="of calls, statements and requests, each n-th goes wrong")
     parser.add_argument(
         "--restarts", type=int, default=10, help="restarts of the database server during each small command"
@@ -129,6 +131,14 @@ class Campaign:
         for column, tally in found.items():
             yield f"values {column}", tally
 
+    def blobs(self) -> Iterator[tuple[str, Any]]:
+        """Flip bits of blobs."""
+        flips = BlobFlips(self._pair("blobs"), self._folder("blobs"))
+        for kind, tally in flips.study(each=self.chosen.blobs, draw=self.draw).items():
+            yield f"blobs {kind}", tally
+        with believing():
+            yield "control believing", summed(flips.study(each=1, draw=self.draw))
+
     def _pair(self, part: str) -> Pair:
         return Pair(self.chosen.pair, self._folder(part), self.running)
 
@@ -143,6 +153,7 @@ PARTS: dict[str, Callable[[Campaign], Iterator[tuple[str, Any]]]] = {
     "sweeps": Campaign.sweeps,
     "power": Campaign.power_losses,
     "values": Campaign.values,
+    "blobs": Campaign.blobs,
 }
 
 

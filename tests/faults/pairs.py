@@ -139,6 +139,26 @@ class Pair:
             self._make_database(self._databases[state])
         self._write_objects(self._objects[state])
 
+    def bytes_of(self, digest: str) -> bytes:
+        """Return what is under the name of a blob, whatever it is."""
+        name = f"blobs/{digest[0]}/{digest}"
+        if self.prefix is None:
+            return (self.folder / name).read_bytes()
+        import obstore
+
+        return bytes(obstore.get(self.objects, name).bytes())
+
+    def set_bytes(self, digest: str, data: bytes) -> None:
+        """Put other bytes under the name of a blob, behind the back of the store."""
+        name = f"blobs/{digest[0]}/{digest}"
+        if self.prefix is None:
+            (self.folder / name).unlink()
+            (self.folder / name).write_bytes(data)
+            return
+        import obstore
+
+        obstore.put(self.objects, name, data, use_multipart=False)
+
     def _saved(self, state: str) -> Path:
         return self.folder.parent / "states" / state
 
