@@ -12,12 +12,13 @@ import os
 import platform
 import random
 import sqlite3
+import subprocess
 import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,8 @@ from tests.registry.writing import COMMANDS as SMALL
 
 _RESULTS = Path("tests/benchmarks/results")
 _TASKS = 6
+CROWDS = (1, 2, 4, 8, 16)
+"""How many processes use a store."""
 
 
 def _arguments() -> argparse.Namespace:
@@ -50,6 +53,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--power-losses", type=int, default=200, help="power losses during each small command")
     parser.add_argument("--values", type=int, default=100, help="flips of bits in each column")
     parser.add_argument("--blobs", type=int, default=10_000, help="flips of bits in blobs of each kind")
+    parser.add_argument("--crowd-seconds", type=float, default=60.0, help="for each number of processes")
     parser.add_argument("--stride", type=int, default=1, help="of calls, statements and requests, each n-th goes wrong")
     parser.add_argument(
         "--restarts", type=int, default=10, help="restarts of the database server during each small command"
@@ -57,6 +61,21 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=20)
     parser.add_argument("--output", type=Path, help="by default faults-PAIR.json among the results")
     return parser.parse_args()
+
+
+@dataclass
+class Crowd:
+    """What became of the commands of many processes."""
+
+    run: int
+    unexpected: int
+    longest_seconds: float
+    examples: list[str]
+
+    @property
+    def is_clean(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.unexpected
 
 
 class Campaign:
@@ -139,6 +158,22 @@ class Campaign:
         with believing():
             yield "control believing", summed(flips.study(each=1, draw=self.draw))
 
+    def crowds(self) -> Iterator[tuple[str, Any]]:
+        """Let more and more processes use one store."""
+        pair, output = self._pair("crowd"), self._folder("crowd") / "figures.json"
+        for workers in CROWDS:
+            pair.clear()
+            options = ["--seconds", str(self.chosen.crowd_seconds), "--workers", str(workers), "--output", str(output)]
+            if not pair.is_plain:
+                pair.make()
+                options += ["--store", pair.address]
+            subprocess.run([sys.executable, "-m", "tests.faults.crowd", *options], check=True)
+            figures = json.loads(output.read_text())
+            unexpected = sum(figures["unexpected"].values()) + (not figures["sound_in_the_end"])
+            waits = [of["longest_seconds"] or 0.0 for of in figures["commands"].values()]
+            examples = [*figures["unexpected"]][:5]
+            yield f"crowd of {workers}", Crowd(figures["run"], unexpected, max(waits), examples)
+
     def _pair(self, part: str) -> Pair:
         return Pair(self.chosen.pair, self._folder(part), self.running)
 
@@ -154,6 +189,7 @@ PARTS: dict[str, Callable[[Campaign], Iterator[tuple[str, Any]]]] = {
     "power": Campaign.power_losses,
     "values": Campaign.values,
     "blobs": Campaign.blobs,
+    "crowd": Campaign.crowds,
 }
 
 
