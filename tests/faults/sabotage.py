@@ -87,10 +87,11 @@ def _believe_sizes() -> None:
 
 
 def without_lock() -> None:
-    """Delete without the exclusive lock, which the store never does."""
+    """Delete without the exclusive lock, which the store never does; stop at a failpoint."""
     from registry.storage.locks.advisory import AdvisoryLock
     from registry.storage.locks.flocks import FileLock
 
+    stops()
     for lock in (AdvisoryLock, FileLock):
         lock.exclusive = lambda self: nullcontext()  # type: ignore[assignment,misc,return-value]
 
@@ -121,8 +122,7 @@ def stops() -> None:
     class Stop:
         @property
         def SIGKILL(self) -> int:  # as the module has it
-            del os.environ["ICM_FAILPOINT"]
-            return signal.SIGSTOP
+            return signal.SIGSTOP if os.environ.pop("ICM_FAILPOINT", None) else 0  # which is no signal
 
     fs.signal = Stop()  # type: ignore[assignment]
 
