@@ -159,6 +159,10 @@ class Pair:
 
         obstore.put(self.objects, name, data, use_multipart=False)
 
+    def cut_connections(self) -> None:
+        """Let the database server end all connections to the store, as it does with those it takes for dead."""
+        self._execute(f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{self._name}'")
+
     def _saved(self, state: str) -> Path:
         return self.folder.parent / "states" / state
 
