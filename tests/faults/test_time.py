@@ -11,9 +11,7 @@ import pytest
 from tests.faults.commands import PRUNE
 from tests.faults.pairs import PAIRS
 from tests.faults.world import World
-from tests.faults.zygote import wait_until
-
-AWAY = 18
+from tests.faults.zygote import KILLED, wait_until
 
 
 @pytest.mark.slow
@@ -42,7 +40,8 @@ def test_a_process_that_lost_its_locks_while_it_was_stopped_records_nothing(
         os.kill(ingesting, signal.SIGCONT)
 
     ran = world.run("ingest", sabotage="stops", env={"ICM_FAILPOINT": "blob-renamed"}, then=cut_and_prune)
-    assert (statuses, ran.status) == ([0], AWAY), ran.lines
+    assert statuses == [0]
+    assert ran.status not in (0, KILLED)  # its connection is gone, or its temporary files are
     assert not any("Traceback" in line for line in ran.lines)
     assert world.violations("ingest", ran.events) == []
     assert world.run("ingest").status == 0
