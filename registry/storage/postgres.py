@@ -14,6 +14,7 @@ committed before it got that. So what `registry.tables` decides by what it has r
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import socket
@@ -46,6 +47,11 @@ from registry.storage import postgres_place
 from registry.storage.database import DAMAGE_HINT, Damage, Database
 from registry.storage.locks import Patience
 from registry.storage.postgres_checks import guard, install, remove, seal, what_is_wrong, with_check, wrong_in
+
+# What they log of a connection that is lost is in the error of the store; it is for whoever asked for logs, and not
+# for the terminal, to which Python writes it where nobody did.
+for _talker in ("psycopg", "sqlalchemy"):
+    logging.getLogger(_talker).addHandler(logging.NullHandler())
 
 _CONNECTING = 10  # seconds
 # A peer that is gone is noticed within a minute, on this side as by the server, which then gives its locks away.

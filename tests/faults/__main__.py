@@ -1,6 +1,7 @@
 """The campaign on one pair of database and blob place: `python -m tests.faults --pair postgres+s3 --kills 20`.
 
-It may take hours. What it came to is written after each part, so that it can be ended at any time.
+It may take hours. What it came to is written after each step, and added to what is there, so that it can be ended at
+any time and go on with another --seed.
 """
 
 from __future__ import annotations
@@ -11,17 +12,20 @@ import os
 import platform
 import random
 import sqlite3
+import subprocess
 import sys
 import tempfile
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from tests.faults.blob_flips import BlobFlips, believing
 from tests.faults.campaign import controls, kill_at_random
 from tests.faults.commands import COMMANDS
 from tests.faults.flips import summed
@@ -31,9 +35,12 @@ from tests.faults.value_flips import postgres_flips, sqlite_flips
 from tests.faults.world import World
 from tests.faults.zygote import Zygote
 from tests.pg_server import new_database
+from tests.registry.writing import COMMANDS as SMALL
 
 _RESULTS = Path("tests/benchmarks/results")
 _TASKS = 6
+CROWDS = (1, 2, 4, 8, 16)
+"""How many processes use a store."""
 
 
 def _arguments() -> argparse.Namespace:
@@ -45,11 +52,30 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--control-kills", type=int, default=60, help="kills of each command that writes wrongly")
     parser.add_argument("--power-losses", type=int, default=200, help="power losses during each small command")
     parser.add_argument("--values", type=int, default=100, help="flips of bits in each column")
+    parser.add_argument("--blobs", type=int, default=10_000, help="flips of bits in blobs of each kind")
+    parser.add_argument("--crowd-seconds", type=float, default=60.0, help="for each number of processes")
     parser.add_argument("--stride", type=int, default=1, help="of calls, statements and requests, each n-th goes wrong")
-    parser.add_argument("--restarts", type=int, default=40, help="restarts of the database server")
+    parser.add_argument(
+        "--restarts", type=int, default=10, help="restarts of the database server during each small command"
+    )
     parser.add_argument("--seed", type=int, default=20)
     parser.add_argument("--output", type=Path, help="by default faults-PAIR.json among the results")
     return parser.parse_args()
+
+
+@dataclass
+class Crowd:
+    """What became of the commands of many processes."""
+
+    run: int
+    unexpected: int
+    longest_seconds: float
+    examples: list[str]
+
+    @property
+    def is_clean(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.unexpected
 
 
 class Campaign:
@@ -60,12 +86,15 @@ class Campaign:
         self.draw = random.Random(chosen.seed)
         (root / "servers").mkdir()
 
-    def run(self, write: Callable[[str, Any], None]) -> None:
-        """Run the parts that were asked for, and write what each came to."""
+    def run(self, write: Callable[[str, Any], None]) -> list[str]:
+        """Run the parts that were asked for, and write what each came to; return what is wrong, or was not caught."""
+        is_clean = defaultdict[str, bool](lambda: True)
         with servers(self.root / "servers", (self.chosen.pair,)) as self.running:
             for part in self.chosen.parts:
                 for name, found in PARTS[part](self):
                     write(name, asdict(found))
+                    is_clean[name] &= found.is_clean
+        return [name for name, clean in is_clean.items() if clean == name.startswith("control")]
 
     def kills(self) -> Iterator[tuple[str, Any]]:
         """Kill every command, then those that write wrongly."""
@@ -80,27 +109,34 @@ class Campaign:
         """Kill small commands of the registry, then those that write wrongly."""
         with closing(Zygote()) as zygote:
             sweeps = Sweeps(self._pair("small"), self._folder("small"))
-            yield "small kills", sweeps.kills(zygote, self.chosen.small_kills, self.draw)
+            for name in SMALL:
+                yield "small kills", sweeps.kills(zygote, [name], self.chosen.small_kills, self.draw)
             for sabotage in SMALL_CONTROLS:
-                yield f"control {sabotage}", sweeps.kills(zygote, self.chosen.control_kills, self.draw, sabotage)
+                found = sweeps.kills(zygote, SMALL, self.chosen.control_kills, self.draw, sabotage)
+                yield f"control {sabotage} of small commands", found
 
     def sweeps(self) -> Iterator[tuple[str, Any]]:
         """Let calls, statements and requests go wrong."""
-        sweeps = Sweeps(self._pair("sweeps"), self._folder("sweeps"))
-        if self.chosen.pair.startswith("postgres"):
-            yield "restarts", sweeps.restarts(self.chosen.restarts, self.draw)
-            yield "statements", sweeps.statements(stride=self.chosen.stride)
-        if self.chosen.pair.endswith("s3"):
-            yield "requests", sweeps.requests(stride=self.chosen.stride)
-        yield "calls", sweeps.calls(stride=self.chosen.stride)
+        sweeps, stride = Sweeps(self._pair("sweeps"), self._folder("sweeps")), self.chosen.stride
+        for name in SMALL:
+            if self.chosen.pair.startswith("postgres"):
+                yield "restarts", sweeps.restarts([name], self.chosen.restarts, self.draw)
+                yield "statements", sweeps.statements([name], stride=stride)
+            if self.chosen.pair.endswith("s3"):
+                yield "requests", sweeps.requests([name], stride=stride)
+            yield "calls", sweeps.calls([name], stride=stride)
 
     def power_losses(self) -> Iterator[tuple[str, Any]]:
         """Lose the power of this machine."""
-        sweeps = Sweeps(self._pair("power"), self._folder("power"))
-        if self.chosen.pair != "postgres+s3":
-            yield "power losses", sweeps.power_losses(self.chosen.power_losses, self.draw)
-        if self.chosen.pair.endswith("folder"):
-            yield "control without_sync", sweeps.power_losses(self.chosen.control_kills, self.draw, "without_sync")
+        sweeps, draw = Sweeps(self._pair("power"), self._folder("power")), self.draw
+        for name in SMALL:
+            if self.chosen.pair.endswith("folder") or self.chosen.pair.startswith("sqlite"):
+                yield "power losses", sweeps.power_losses([name], self.chosen.power_losses, draw)
+            if self.chosen.pair.endswith("folder"):
+                yield (
+                    "control without_sync",
+                    sweeps.power_losses([name], self.chosen.control_kills, draw, "without_sync"),
+                )
 
     def values(self) -> Iterator[tuple[str, Any]]:
         """Flip bits of the values of every column."""
@@ -113,6 +149,30 @@ class Campaign:
         yield "values", summed(found)
         for column, tally in found.items():
             yield f"values {column}", tally
+
+    def blobs(self) -> Iterator[tuple[str, Any]]:
+        """Flip bits of blobs."""
+        flips = BlobFlips(self._pair("blobs"), self._folder("blobs"))
+        for kind, tally in flips.study(each=self.chosen.blobs, draw=self.draw).items():
+            yield f"blobs {kind}", tally
+        with believing():
+            yield "control believing", summed(flips.study(each=1, draw=self.draw))
+
+    def crowds(self) -> Iterator[tuple[str, Any]]:
+        """Let more and more processes use one store."""
+        pair, output = self._pair("crowd"), self._folder("crowd") / "figures.json"
+        for workers in CROWDS:
+            pair.clear()
+            options = ["--seconds", str(self.chosen.crowd_seconds), "--workers", str(workers), "--output", str(output)]
+            if not pair.is_plain:
+                pair.make()
+                options += ["--store", pair.address]
+            subprocess.run([sys.executable, "-m", "tests.faults.crowd", *options], check=True)
+            figures = json.loads(output.read_text())
+            unexpected = sum(figures["unexpected"].values()) + (not figures["sound_in_the_end"])
+            waits = [of["longest_seconds"] or 0.0 for of in figures["commands"].values()]
+            examples = [*figures["unexpected"]][:5]
+            yield f"crowd of {workers}", Crowd(figures["run"], unexpected, max(waits), examples)
 
     def _pair(self, part: str) -> Pair:
         return Pair(self.chosen.pair, self._folder(part), self.running)
@@ -128,17 +188,24 @@ PARTS: dict[str, Callable[[Campaign], Iterator[tuple[str, Any]]]] = {
     "sweeps": Campaign.sweeps,
     "power": Campaign.power_losses,
     "values": Campaign.values,
+    "blobs": Campaign.blobs,
+    "crowd": Campaign.crowds,
 }
 
 
-def _main() -> None:
+def _added(before: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
+    """Add counts to those of an earlier run, and keep the first few examples."""
+    return {name: (before.get(name, [] if isinstance(value, list) else 0) + value) for name, value in found.items()}
+
+
+def _main() -> int:
     chosen = _arguments()
     output = chosen.output or _RESULTS / f"faults-{chosen.pair}.json"
     document = json.loads(output.read_text()) if output.exists() else {}
     document |= {
         "what": f"faults on {chosen.pair}, tests/faults",
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "seed": chosen.seed,
+        "seeds": [*document.get("seeds", []), chosen.seed],
         "machine": f"{os.cpu_count()} cores, {platform.system()} {platform.machine()}",
         "versions": {
             "python": platform.python_version(),
@@ -151,13 +218,16 @@ def _main() -> None:
 
     def write(name: str, found: Any) -> None:
         sys.stderr.write(f"{name} {json.dumps(found)}\n")
-        document["parts"][name] = found
+        document["parts"][name] = _added(document["parts"].get(name, {}), found)
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(json.dumps(document, indent=2) + "\n")
 
     with tempfile.TemporaryDirectory() as folder:
-        Campaign(chosen, Path(folder)).run(write)
+        wrong = Campaign(chosen, Path(folder)).run(write)
+    for name in wrong:
+        sys.stderr.write(f"WRONG: {name}\n")
+    return bool(wrong)
 
 
 if __name__ == "__main__":
-    _main()
+    sys.exit(_main())

@@ -42,6 +42,11 @@ class Tally:
     left_after_prune: int = 0
     examples: list[str] = field(default_factory=list)
 
+    @property
+    def is_clean(self) -> bool:
+        """Whether nothing is wrong."""
+        return not (self.violations or self.goals_missed or self.left_after_prune)
+
 
 def kill_at_random(world: World, command: str, kills: int, draw: random.Random, sabotage: str | None = None) -> Tally:
     """Kill one command `kills` times and check every promise after each.

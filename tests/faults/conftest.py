@@ -3,6 +3,8 @@
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
@@ -20,12 +22,13 @@ def zygote() -> Iterator[Zygote]:
 
 
 @pytest.fixture(scope="session")
-def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
+def running() -> Iterator[Servers]:
     """A database server and an object store; what needs them says why it was skipped where there are none."""
     pytest.importorskip("obstore", reason="obstore is not installed: pip install 'icm-lora[team]'")
     pytest.importorskip("psycopg", reason="psycopg is not installed: pip install 'icm-lora[team]'")
     try:
-        with servers(tmp_path_factory.mktemp("servers")) as found:
+        # Not among pytest's folders: another run of it takes the rights of the server's user away there.
+        with TemporaryDirectory(prefix="icm-") as folder, servers(Path(folder)) as found:
             yield found
     except CannotStart as error:
         pytest.skip(str(error))

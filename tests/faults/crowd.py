@@ -1,4 +1,4 @@
-"""Eight processes that use one store at the same time, each with one command after the other.
+"""Processes that use one store at the same time, each with one command after the other.
 
 Every command succeeds, or says whom it waited for in vain, or that another one changed its task. What is written is
 right, and in the end the store is sound. `python -m tests.faults.crowd` runs it for three minutes and writes figures.
@@ -62,7 +62,8 @@ class Done:
     @property
     def is_locked(self) -> bool:
         """Whether it gave up waiting, and said for whom."""
-        return self.code == 11 and ("by process" in self.error["message"] or "database" in self.error["message"])
+        message = self.error["message"]
+        return self.code == 11 and any(words in message for words in ("in use by ", "database", "is being written"))
 
     @property
     def is_expected(self) -> bool:
@@ -78,8 +79,8 @@ def _is_gone(error: dict[str, Any]) -> bool:
     return error.get("kind") in _CHANGED or any(word in error.get("message", "") for word in words)
 
 
-def build(folder: Path) -> None:
-    """Make `folder` with loras/ and a trained store of them."""
+def build(folder: Path, address: str) -> None:
+    """Make `folder` with loras/ and a trained store of them; copy it to the address, if that is of another one."""
     from tests.cli.tiny_fleet import build_ingested, icm_quietly, train_store, write_lora
 
     store = build_ingested(folder, vectors=False)
@@ -87,10 +88,12 @@ def build(folder: Path) -> None:
         write_lora(folder / "loras" / f"more-{number}", seed=100 + number)
     icm_quietly(store, "ingest", folder / "loras", "--no-vectors")
     train_store(store)
+    if address != str(store):
+        icm_quietly(store, "copy", store, address)
 
 
-def crowd(folder: Path, seconds: float, *, workers: int = WORKERS, seed: int = 1) -> list[Done]:
-    """Let workers use the store of a folder that `build` made, and return what became of each command.
+def crowd(folder: Path, address: str, seconds: float, *, workers: int = WORKERS, seed: int = 1) -> list[Done]:
+    """Let workers use the store at an address that `build` filled, and return what became of each command.
 
     Call it in a process that has neither trained nor started threads: it is forked for each command.
     """
@@ -105,7 +108,7 @@ def crowd(folder: Path, seconds: float, *, workers: int = WORKERS, seed: int = 1
     answers = [fork.Pipe(duplex=False) for _ in range(workers)]
     end = time.monotonic() + seconds
     running = [
-        fork.Process(target=_work, args=(folder, end, random.Random(seed * 100 + number), number, answer[1]))
+        fork.Process(target=_work, args=(folder, address, end, random.Random(seed * 100 + number), number, answer[1]))
         for number, answer in enumerate(answers)
     ]
     for process in running:
@@ -116,7 +119,7 @@ def crowd(folder: Path, seconds: float, *, workers: int = WORKERS, seed: int = 1
     return done
 
 
-def _work(folder: Path, end: float, draw: random.Random, number: int, answer: Any) -> None:
+def _work(folder: Path, address: str, end: float, draw: random.Random, number: int, answer: Any) -> None:
     own, done = folder / f"worker-{number}", list[Done]()
     own.mkdir(exist_ok=True)
     while time.monotonic() < end:
@@ -124,7 +127,7 @@ def _work(folder: Path, end: float, draw: random.Random, number: int, answer: An
         name = draw.choice(_NAMES)
         words = [word.format(loras=folder / "loras", own=own, name=name) for word in _COMMANDS[command][1]]
         began = time.monotonic()
-        code = _icm(folder / "store", words, own)
+        code = _icm(address, words, own)
         seconds = time.monotonic() - began
         lines = (own / "err").read_text(errors="replace").splitlines()
         error = next((json.loads(line) for line in reversed(lines) if line.startswith('{"type": "error"')), {})
@@ -135,12 +138,17 @@ def _work(folder: Path, end: float, draw: random.Random, number: int, answer: An
     answer.send(done)
 
 
-def _icm(store: Path, words: Sequence[str], own: Path) -> int:
+def _icm(store: str, words: Sequence[str], own: Path) -> int:
     pid = os.fork()
     if pid == 0:
         for number, name in ((1, "out.json"), (2, "err")):
             os.dup2(os.open(own / name, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o644), number)
-        os.environ |= {"ICM_STORE": str(store), "ICM_LOCK_TIMEOUT": str(LOCK_TIMEOUT), "ICM_NO_PROGRESS": "1"}
+        os.environ |= {
+            "ICM_STORE": store,
+            "XDG_CACHE_HOME": str(own / "cache"),
+            "ICM_LOCK_TIMEOUT": str(LOCK_TIMEOUT),
+            "ICM_NO_PROGRESS": "1",
+        }
         status = 99
         try:
             from icm_cli.app import run
@@ -184,26 +192,29 @@ def figures(done: Sequence[Done]) -> dict[str, Any]:
 def _main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=SECONDS)
+    parser.add_argument("--workers", type=int, default=WORKERS)
+    parser.add_argument("--store", help="the address of an empty store that `icm init` made; by default a folder")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--output", type=Path, default=Path("tests/benchmarks/results/crowd.json"))
     chosen = parser.parse_args()
     folder = Path(tempfile.mkdtemp())
+    address = chosen.store or str(folder / "store")
     try:
-        builder = multiprocessing.get_context("spawn").Process(target=build, args=(folder,))
+        builder = multiprocessing.get_context("spawn").Process(target=build, args=(folder, address))
         builder.start()
         builder.join()
-        done = crowd(folder, chosen.seconds, seed=chosen.seed)
+        done = crowd(folder, address, chosen.seconds, workers=chosen.workers, seed=chosen.seed)
         (folder / "end").mkdir()
-        sound = _icm(folder / "store", ["verify", "--read-data"], folder / "end") == 0
+        sound = _icm(address, ["verify", "--read-data"], folder / "end") == 0
     finally:
         shutil.rmtree(folder)
     odd = Counter(f"{one.command}: {one.wrong or one.error.get('message')}" for one in done if not one.is_expected)
     document = {
-        "what": "eight processes on one store, each with one command after the other, tests/faults/crowd.py",
+        "what": "processes on one store, each with one command after the other, tests/faults/crowd.py",
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "machine": f"{os.cpu_count()} cores, {platform.system()} {platform.machine()}",
         "seconds": chosen.seconds,
-        "processes": WORKERS,
+        "processes": chosen.workers,
         "lock_timeout": LOCK_TIMEOUT,
         "run": len(done),
         "exit_codes": dict(sorted(Counter(str(one.code) for one in done).items())),

@@ -46,7 +46,7 @@ class FileFlips:
     """
 
     def __init__(self, root: Path) -> None:
-        self.root, self.source, self.store = root, _build(root), root / "flipped"
+        self.root, self.source, self.store = root, build(root), root / "flipped"
         self.names = [row.task.name for row in Fleet(self.source).tasks()]
         self.adapters = {name: self._written(self.source, name) for name in self.names}
         self.bundle = root / "fleet.icm"
@@ -183,7 +183,8 @@ class FileFlips:
         return rows_of(database)
 
 
-def _build(root: Path) -> Path:
+def build(root: Path) -> Path:
+    """Make the store that is described above."""
     write_lora(root / "loras" / "headed", seed=5, bias="lora_only")
     write_lora(root / "loras" / "essays", seed=11)
     for name in ("headed", "essays"):

@@ -59,6 +59,11 @@ class Tally:
     """Commands after which the store lacked a blob, or the user's folder its weights."""
     examples: list[str] = field(default_factory=list)
 
+    @property
+    def is_clean(self) -> bool:
+        """Whether nothing is wrong."""
+        return not (self.unnoticed or self.wrong_adapters or self.deleted)
+
     def note(self, what: str) -> None:
         """Keep the first few bad ones."""
         if len(self.examples) < 3:

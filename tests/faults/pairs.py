@@ -72,6 +72,8 @@ class Pair:
     def __init__(self, name: str, root: Path, running: Servers) -> None:
         database, blobs = name.split("+")
         self.name, self.folder = name, root / "store"
+        self.environment = (running.s3 or {}) if blobs == "s3" else {}
+        """The variables that a process needs to reach it."""
         self.prefix = uuid4().hex if blobs == "s3" else None
         self.postgres = running.postgres if database == "postgres" else None
         self._database = "" if self.postgres is None else new_database(self.postgres)
@@ -136,6 +138,30 @@ class Pair:
         if self._database:
             self._make_database(self._databases[state])
         self._write_objects(self._objects[state])
+
+    def bytes_of(self, digest: str) -> bytes:
+        """Return what is under the name of a blob, whatever it is."""
+        name = f"blobs/{digest[0]}/{digest}"
+        if self.prefix is None:
+            return (self.folder / name).read_bytes()
+        import obstore
+
+        return bytes(obstore.get(self.objects, name).bytes())
+
+    def set_bytes(self, digest: str, data: bytes) -> None:
+        """Put other bytes under the name of a blob, behind the back of the store."""
+        name = f"blobs/{digest[0]}/{digest}"
+        if self.prefix is None:
+            (self.folder / name).unlink()
+            (self.folder / name).write_bytes(data)
+            return
+        import obstore
+
+        obstore.put(self.objects, name, data, use_multipart=False)
+
+    def cut_connections(self) -> None:
+        """Let the database server end all connections to the store, as it does with those it takes for dead."""
+        self._execute(f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{self._name}'")
 
     def _saved(self, state: str) -> Path:
         return self.folder.parent / "states" / state

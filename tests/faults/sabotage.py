@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import os
+import random
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -31,6 +32,7 @@ def rows_first() -> None:
         with write(self) as session:
             yield session
         fs.failpoint("rows-committed")
+        time.sleep(0.05)  # a kill at a random time would hardly ever fall in between
         while waiting:
             waiting.pop(0)()
 
@@ -86,10 +88,11 @@ def _believe_sizes() -> None:
 
 
 def without_lock() -> None:
-    """Delete without the exclusive lock, which the store never does."""
+    """Delete without the exclusive lock, which the store never does; stop at a failpoint."""
     from registry.storage.locks.advisory import AdvisoryLock
     from registry.storage.locks.flocks import FileLock
 
+    stops()
     for lock in (AdvisoryLock, FileLock):
         lock.exclusive = lambda self: nullcontext()  # type: ignore[assignment,misc,return-value]
 
@@ -115,8 +118,20 @@ def without_sync() -> None:
 
 
 def stops() -> None:
-    """Stop at a failpoint in place of dying there."""
-    fs.signal = SimpleNamespace(SIGKILL=signal.SIGSTOP)  # type: ignore[assignment]
+    """Stop at a failpoint, the first time, in place of dying there."""
+
+    class Stop:
+        @property
+        def SIGKILL(self) -> int:  # as the module has it
+            return signal.SIGSTOP if os.environ.pop("ICM_FAILPOINT", None) else 0  # which is no signal
+
+    fs.signal = Stop()  # type: ignore[assignment]
+
+
+def clock_jumps() -> None:
+    """Let the clock say another day each time it is asked."""
+    real, draw = time.time, random.Random(1)
+    time.time = lambda: real() + draw.uniform(-1e6, 1e6)
 
 
 def in_place() -> None:

@@ -22,7 +22,7 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -36,7 +36,7 @@ from tests.faults.pairs import Pair
 from tests.faults.power import Disk, python, trace
 from tests.faults.zygote import KILLED, SMALL, Run, Zygote
 from tests.pg_faults import Cut, CuttingServer
-from tests.pg_server import restart
+from tests.pg_server import restart_server
 from tests.registry.writing import COMMANDS, FACTS, Place, contents
 from tests.s3_faults import Answer, Fault, FaultyServer, flipped, refuses, sleeps
 
@@ -100,10 +100,10 @@ class Sweeps:
         self._runs = 0
         self._ends = {name: self._end_of(name) for name in COMMANDS}
 
-    def calls(self, *, stride: int = 1) -> Tally:
+    def calls(self, names: Iterable[str] = COMMANDS, *, stride: int = 1) -> Tally:
         """Let each call of the file system fail."""
         tally = Tally()
-        for name in COMMANDS:
+        for name in names:
             for code, times in _FAILING:
                 number = 1
                 while self._try(tally, name, f"{errno.errorcode[code]} at call {number}", _calls(number, code, times)):
@@ -111,13 +111,13 @@ class Sweeps:
             self._try(tally, name, "short writes", _short_writes())
         return tally
 
-    def statements(self, *, stride: int = 1) -> Tally:
+    def statements(self, names: Iterable[str] = COMMANDS, *, stride: int = 1) -> Tally:
         """Cut the connection at each statement, alone, or with everything else from then on."""
         assert self.pair.postgres is not None
         tally = Tally()
         with _folder_of_socket() as folder, CuttingServer(self.pair.postgres, folder).running() as server:
             address = server.address(self.pair.address)
-            for name in COMMANDS:
+            for name in names:
                 self.pair.put_back(_EMPTY)
                 server.begin(None)
                 COMMANDS[name](Place(partial(self.pair.open, address), self.folder))
@@ -126,21 +126,21 @@ class Sweeps:
                         self._try(tally, name, str(cut), _cut(server, cut), address)
         return tally
 
-    def restarts(self, count: int, draw: random.Random) -> Tally:
-        """Let the database server restart at random times."""
+    def restarts(self, names: Iterable[str], count: int, draw: random.Random) -> Tally:
+        """Let the database server restart at random times, so many during each command."""
         assert self.pair.postgres is not None
         tally = Tally()
-        for number in range(count):
-            after = draw.uniform(0.0, 0.5)
-            what = f"a restart after {after:.3f} s"
-            self._try(tally, [*COMMANDS][number % len(COMMANDS)], what, _restart(self.pair.postgres, after))
+        for name in names:
+            for _ in range(count):
+                after = draw.uniform(0.0, 0.5)
+                self._try(tally, name, f"a restart after {after:.3f} s", _restart(self.pair.postgres, after))
         return tally
 
-    def requests(self, *, stride: int = 1) -> Tally:
+    def requests(self, names: Iterable[str] = COMMANDS, *, stride: int = 1) -> Tally:
         """Let each request to the object store go wrong, in one way after the other."""
         tally, kinds = Tally(), _request_faults()
         with FaultyServer(os.environ["AWS_ENDPOINT_URL"]).running() as server, _impatient():
-            for name in COMMANDS:
+            for name in names:
                 self.pair.put_back(_EMPTY)
                 server.requests.clear()
                 with _requests(server, Fault(times=0)):
@@ -179,10 +179,12 @@ class Sweeps:
         self._end(tally, name, what)
         return True
 
-    def kills(self, zygote: Zygote, count: int, draw: random.Random, sabotage: str | None = None) -> Tally:
+    def kills(
+        self, zygote: Zygote, names: Iterable[str], count: int, draw: random.Random, sabotage: str | None = None
+    ) -> Tally:
         """Kill each command so many times, at random times; let it end after one to three kills."""
         tally = Tally()
-        for name in COMMANDS:
+        for name in names:
             longest, killed = self._seconds(zygote, name), 0
             while killed < count:
                 self.pair.put_back(_EMPTY)
@@ -197,26 +199,26 @@ class Sweeps:
                     self._end(tally, name, f"{name}: killed")
         return tally
 
-    def power_losses(self, count: int, draw: random.Random, sabotage: str = "") -> Tally:
+    def power_losses(self, names: Iterable[str], count: int, draw: random.Random, sabotage: str = "") -> Tally:
         """Lose the power of this machine so many times for each command, and go on with what the disk may have.
 
-        Where the rows are on another machine, it is lost in the end: their server is as it was.
+        Where rows or bytes are on another machine, it is lost in the end: what is there is as it was then.
         """
         tally, before, log = Tally(), self.folder / "before", self.folder / "strace"
         store = self.pair.folder.resolve()
-        for name in COMMANDS:
+        for name in names:
             self.pair.put_back(_EMPTY)
             shutil.rmtree(before, ignore_errors=True)
             shutil.copytree(store, before)
             command = python("tests.faults.small", name, str(self.folder), *([sabotage] if sabotage else []))
             disk = Disk(store, before, trace(command, {"ICM_STORE": self.pair.address}, log))
             for _ in range(count):
-                when = disk.length if self.pair.postgres else draw.randrange(disk.length + 1)
+                when = draw.randrange(disk.length + 1) if self.pair.is_plain else disk.length
                 disk.crash(when, draw, store)
                 tally.faults += 1
                 what = f"{name}: power lost at call {when} of {disk.length}"
                 self._look(tally, what, [fact for at, fact in disk.told if at < when])
-                if not sabotage and not self.pair.postgres:
+                if not sabotage and self.pair.is_plain:
                     self._end(tally, name, what)
         return tally
 
@@ -230,7 +232,7 @@ class Sweeps:
     def _run(self, zygote: Zygote, name: str, after: float = math.inf, sabotage: str | None = None) -> Run:
         self._runs += 1
         then = None if after == math.inf else partial(kill, after=after)
-        env = {"ICM_STORE": self.pair.address}
+        env = {"ICM_STORE": self.pair.address, **self.pair.environment}
         out = self.folder / f"log-{self._runs}"
         return zygote.run([SMALL, name, self.folder], env=env, out=out, sabotage=sabotage, then=then)
 
@@ -306,7 +308,7 @@ def _cut(server: CuttingServer, cut: Cut) -> Iterator[IsReached]:
 def _restart(server: str, after: float) -> Iterator[IsReached]:
     def run() -> None:
         time.sleep(after)
-        restart(server)
+        restart_server(server)
 
     thread = threading.Thread(target=run)
     thread.start()

@@ -9,7 +9,7 @@ import pytest
 
 from tests.faults.commands import PRUNE
 from tests.faults.world import World
-from tests.faults.zygote import KILLED, wait_until_stopped
+from tests.faults.zygote import KILLED, wait_until
 
 LOCKED = 11
 
@@ -39,16 +39,27 @@ def check_deletion_before_commit(world: World) -> None:
 
 
 def prune_while_another_is_stopped(world: World, sabotage: str | None) -> tuple[int, list[str]]:
-    """Stop an ingest between its bytes and its rows, prune, and let it go on; say how prune ended, and what broke."""
+    """Stop an ingest between its bytes and its rows, and begin to prune; say how that ended, and what broke.
+
+    A prune that gets so far knows what it deletes, then stops until the ingest is done.
+    """
     world.reset("ingest")
     statuses = []
 
-    def prune(pid: int) -> None:
-        wait_until_stopped(pid)
-        statuses.append(world.icm(PRUNE, sabotage=sabotage, env={"ICM_LOCK_TIMEOUT": "1"}).status)
-        os.kill(pid, signal.SIGCONT)
+    def prune(ingesting: int) -> None:
+        def let_both_go_on(pruning: int) -> None:
+            wait_until(pruning, "T")
+            os.kill(ingesting, signal.SIGCONT)
+            wait_until(ingesting, "Z")
+            os.kill(pruning, signal.SIGCONT)
 
-    ran = world.run("ingest", sabotage="stops", env={"ICM_FAILPOINT": "blobs-durable"}, then=prune)
+        wait_until(ingesting, "T")
+        point = {"ICM_FAILPOINT": "garbage-rows-gone"} if sabotage else {}
+        then = let_both_go_on if sabotage else None
+        statuses.append(world.icm(PRUNE, sabotage=sabotage, env={"ICM_LOCK_TIMEOUT": "1", **point}, then=then).status)
+        os.kill(ingesting, signal.SIGCONT)  # the other way it is done by now
+
+    ran = world.run("ingest", sabotage="stops", env={"ICM_FAILPOINT": "blob-renamed"}, then=prune)
     assert ran.status == 0, ran.lines
     return statuses[0], world.violations("ingest", ran.events)
 

@@ -77,7 +77,7 @@ class ValueFlips:
                     if some:
                         values = {f"key{number}": part for number, part in enumerate(key)}
                         taken += _is_taken(connection, update, {"value": some.pop(), **values})
-                wrong = [fact for fact, _ in find_wrong_rows(connection, self._database._wrong_in)]
+                wrong = [fact for fact, _ in find_wrong_rows(connection, Base.metadata, self._database._wrong_in)]
                 noticed = sum(f" of {table.name} " in fact for fact in wrong)
                 connection.rollback()
             tally.flips += taken

@@ -75,7 +75,7 @@ class World:
         self._log += 1
         env = {"ICM_STORE": self.pair.address, "ICM_LOCK_TIMEOUT": "10", "XDG_CACHE_HOME": str(self._cache)}
         env["XDG_STATE_HOME"] = str(self.root / "state")
-        env |= options.pop("env", {})
+        env |= self.pair.environment | options.pop("env", {})
         blobs = f"--blobs {self.pair.blobs}" if self.pair.blobs else ""
         argv = words(line, root=self.root, output=self.output, store=self.pair.address, blobs=blobs)
         return self.zygote.run([*argv, "--json"], env=env, out=self.root / f"log-{self._log}", **options)

@@ -88,10 +88,10 @@ class Zygote:
         return int(self._process.stdout.readline())
 
 
-def wait_until_stopped(pid: int) -> None:
-    """Wait until a process has stopped itself."""
+def wait_until(pid: int, state: str) -> None:
+    """Wait until a process is stopped, "T", or is done and nobody has asked for it, "Z"."""
     deadline = time.monotonic() + 120
-    while Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] != "T":
+    while Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] != state:
         assert time.monotonic() < deadline
         time.sleep(0.01)
 

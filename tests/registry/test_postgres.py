@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from contextlib import closing
 from typing import TYPE_CHECKING
 from uuid import uuid4
@@ -119,3 +121,14 @@ def test_a_database_that_cannot_be_reached_is_told_without_its_password(postgres
     told = f"{caught.value} {caught.value.path} {caught.value.hint}"
     assert "secret" not in told
     assert "fleet" in told
+
+
+def test_what_the_drivers_log_of_a_lost_connection_is_not_written_to_the_terminal() -> None:
+    pytest.importorskip("psycopg", reason="psycopg is not installed: pip install 'icm-lora[team]'")
+    script = """
+import logging, registry.storage.postgres
+logging.getLogger("psycopg").warning("error ignored terminating a pipeline")
+logging.getLogger("sqlalchemy.pool.impl.QueuePool").error("Exception during reset or similar")
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stderr == ""
