@@ -2,11 +2,11 @@
 
     python -m tests.benchmarks.team.transfers --fleet DIR [--runs 3] [--parts ingest materialize] [--out FILE.json]
 
-DIR is the fleet of 20. The pairs take turns and the least of the runs counts; ratios are to SQLite + folder. "1 ms away"
-has a link with so much delay for each round trip before both servers. The adapter has random factors in the shapes of
-Llama 3 8B, rank 16. Fetching is `obstore.get` to a file that is synced; `materialize` is the library's call, cold with an
-empty cache folder, in a process that has decoded another adapter before. The slow link waits 20 ms for each request and
-sends 50 MB/s.
+DIR is the fleet of 20. The pairs take turns and the least of the runs counts; ratios are to SQLite + folder. "1 ms
+away" has a link with so much delay for each round trip before both servers. The adapter has random factors in the
+shapes of Llama 3 8B, rank 16. Fetching is `obstore.get` to a file that is synced; `materialize` is the library's call,
+cold with an empty cache folder, in a process that has decoded another adapter before. The slow link waits 20 ms for
+each request and sends 50 MB/s.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
     python -m tests.benchmarks.team.two_machines [--seconds 300] [--writers 8] [--readers 8] [--out FILE.json]
 
 A machine is a group of processes with a home and a cache of its own; the store is PostgreSQL + S3. First, machine A
-takes in 20 tasks and trains, and machine B asks for every task that it sees, as a folder and as an engine would, until A
-is done; then both write all tasks and must write the same bytes. After that, 8 processes of A write (ingest, edit,
+takes in 20 tasks and trains, and machine B asks for every task that it sees, as a folder and as an engine would, until
+A is done; then both write all tasks and must write the same bytes. After that, 8 processes of A write (ingest, edit,
 encode, evict, remove, prune) and 8 of B read (list, show, materialize, serve, stats, verify) for five minutes. An error
 is anything but an answer; a wait is what one call took.
 """
@@ -16,10 +16,12 @@ import json
 import os
 import random
 import shutil
+import statistics
 import tempfile
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
+from itertools import count
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -113,32 +115,26 @@ def work(machine: Path, store: str, kind: str, number: int, until: float, told: 
 
 def _writes(fleet: Any, own: Path, number: int, draw: random.Random) -> dict[str, Callable[[], object]]:
     """Return what a writer does: with tasks of its own, and with those of all."""
-    from icmlora.errors import TaskNotFound
     from tests.benchmarks.many_tasks import build
 
     mine: list[str] = []
+    numbers = count(100_000 * (number + 1))
 
     def ingest() -> None:
-        place = 100_000 * (number + 1) + len(mine)
-        build(own, place, 1)
-        fleet.ingest([own / f"task-{place:06d}"], vectors=False)
-        mine.append(f"task-{place:06d}")
+        name = f"task-{next(numbers):06d}"
+        build(own, int(name[5:]), 1)
+        fleet.ingest([own / name], vectors=False)
+        mine.append(name)
 
     def remove() -> None:
-        name = mine[-1] if mine else None
-        if name in fleet.task_names():
-            fleet.remove([name])
-
-    def encode() -> None:
-        try:
-            fleet.encode(mine[-1:] or ["task-000000"], max_error=0.9)
-        except TaskNotFound:
-            assert mine  # it has removed its last one
+        if mine:
+            fleet.remove([mine[0]])
+            del mine[0]
 
     return {
         "ingest": ingest,
         "edit": lambda: fleet.edit([f"task-{draw.randrange(_TASKS):06d}"], add_tags=[f"w{number}"]),
-        "encode": encode,
+        "encode": lambda: fleet.encode(mine[-1:] or None, max_error=0.9),
         "evict": lambda: fleet.evict([f"task-{draw.randrange(_TASKS):06d}"], max_error=10.0),
         "remove": remove,
         "prune": fleet.prune,
@@ -238,7 +234,7 @@ def _crowd(folder: Path, store: str, seconds: float, writers: int, readers: int)
     took: dict[str, list[float]] = {}
     errors: list[str] = []
     for _ in crowd:
-        more, wrong = told.get()
+        more, wrong = told.get(timeout=seconds + 600)
         errors += wrong
         for name, some in more.items():
             took.setdefault(name, []).extend(some)
@@ -247,11 +243,7 @@ def _crowd(folder: Path, store: str, seconds: float, writers: int, readers: int)
     with Store.open(store, read_only=True) as opened:
         findings = [str(finding) for finding in opened.verify(read_data=True)]
     calls = {
-        name: {
-            "calls": len(some),
-            "median_seconds": round(sorted(some)[len(some) // 2], 2),
-            "longest": round(max(some), 2),
-        }
+        name: {"calls": len(some), "median": round(statistics.median(some), 2), "longest": round(max(some), 2)}
         for name, some in took.items()
         if some
     }
