@@ -94,15 +94,17 @@ def write_all(machine: Path, store: str, told: Any) -> None:
     told.put(found)
 
 
-def work(machine: Path, store: str, kind: str, number: int, until: float, told: Any) -> None:
-    """Make one call after the other, and tell what each took."""
+def work(machine: Path, store: str, kind: str, number: int, seconds: float, ready: Any, told: Any) -> None:
+    """Make one call after the other once all are ready, and tell what each took."""
     fleet, draw = _fleet(machine, store), random.Random(f"{kind} {number}")
     own = machine / f"{kind}-{number}"
     own.mkdir(exist_ok=True)
     calls = _writes(fleet, own, number, draw) if kind == "writer" else _reads(fleet, store, own, draw)
     took: dict[str, list[float]] = {name: [] for name in calls}
     errors: list[str] = []
-    while time.time() < until:
+    ready.wait()
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
         name = draw.choice([*calls])
         began = time.monotonic()
         try:
@@ -223,9 +225,9 @@ def _crowd(folder: Path, store: str, seconds: float, writers: int, readers: int)
     from registry.store import Store
 
     spawn = get_context("spawn")
-    until, told = time.time() + seconds, spawn.Queue()
+    ready, told = spawn.Barrier(writers + readers), spawn.Queue()
     crowd = [
-        spawn.Process(target=work, args=(folder / machine, store, kind, number, until, told))
+        spawn.Process(target=work, args=(folder / machine, store, kind, number, seconds, ready, told))
         for machine, kind, count in (("a", "writer", writers), ("b", "reader", readers))
         for number in range(count)
     ]
