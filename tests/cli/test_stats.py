@@ -34,7 +34,7 @@ def test_a_file_that_disappears_in_the_meantime_does_not_count(
     icm: Icm, trained: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     walk = os.walk
-    monkeypatch.setattr("registry.usage.os.walk", lambda root: [*walk(root), (root / "tmp", [], ["gone"])])
+    monkeypatch.setattr("registry.storage.folder.os.walk", lambda root: [*walk(root), (root / "tmp", [], ["gone"])])
     assert icm("stats", "--json").document["on_disk"]["total"] == size_of_files(trained)
 
 

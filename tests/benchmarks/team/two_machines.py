@@ -31,7 +31,7 @@ from tests.benchmarks.team.stores import PAIRS, new_store, servers
 
 RESULT = Path(__file__).parents[1] / "results" / "two-machines.json"
 _TASKS = 20
-_PATIENCE = 120.0  # seconds, for `--lock-timeout`
+_PATIENCE = 300.0  # seconds, for `--lock-timeout`
 _STEPS = 20
 
 
@@ -243,7 +243,8 @@ def _crowd(folder: Path, store: str, seconds: float, writers: int, readers: int)
     for process in crowd:
         process.join()
     with Store.open(store, read_only=True) as opened:
-        findings = [str(finding) for finding in opened.verify(read_data=True)]
+        # Bytes that no row needs any more stay in a bucket for a day.
+        findings = [str(finding) for finding in opened.verify(read_data=True) if finding.kind != "orphan"]
     calls = {
         name: {"calls": len(some), "median": round(statistics.median(some), 2), "longest": round(max(some), 2)}
         for name, some in took.items()
