@@ -109,7 +109,7 @@ def main() -> None:
                 document[f"{options.tasks} tasks"] = measure(made, work, options.runs, environment)
             if rows:
                 name = f"{options.rows} rows in postgresql"
-                document[name] = measure({"postgresql + s3": rows}, work, 1, environment, without="ls")
+                document[name] = measure({"postgresql + s3": rows}, work / "million", 1, environment, without="ls")
             serving.communicate()
     machine = json.loads(subprocess.run([sys.executable, "-c", _MACHINE], capture_output=True, check=True).stdout)
     document |= {"date": datetime.now(UTC).date().isoformat(), "machine": machine, "runs": options.runs}
