@@ -29,6 +29,8 @@ LayoutEntry = tuple[str, int, int, int]
 class WithRelativeError:
     """Anything that holds the square of a relative error, as the store does."""
 
+    __slots__ = ()  # of some there are very many
+
     squared_error: float | None
 
     @property
@@ -462,7 +464,7 @@ class EvaluationRecord(NewEvaluation):
     created_at: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TaskOrigin:
     """What a task of the store is recognised by when its folder is met again."""
 

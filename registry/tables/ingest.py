@@ -30,6 +30,7 @@ AdapterKey = tuple[str, str, int | None]
 _TASKS, _ADAPTERS, _VECTORS = map(table_of, (models.Task, models.Adapter, models.TaskVector))
 _BLOBS, _BASES, _EXTRAS = map(table_of, (models.Blob, models.BaseModel, models.Extra))
 _WEIGHTS, _CONFIGS = _BLOBS.alias(), _BLOBS.alias()
+_FEW = 1000  # rows that are fetched at a time
 _PLACE = func.coalesce(_ADAPTERS.c.source, _TASKS.c.folder)
 """Where an adapter came from, but for the folder of a checkpoint."""
 
@@ -72,6 +73,7 @@ def task_origins(connection: Connection) -> list[records.TaskOrigin]:
         *(_TASKS.c.name, _TASKS.c.folder, _ADAPTERS.c.source, _ADAPTERS.c.step, _ADAPTERS.c.is_final),
         *(_WEIGHTS.c.digest, _WEIGHTS.c.size, _CONFIGS.c.digest, _ADAPTERS.c.tensors_key),
     ).order_by(models.in_any_case(_TASKS.c.name), _ADAPTERS.c.is_final.desc(), _ADAPTERS.c.id)
+    query = query.execution_options(yield_per=_FEW)  # of a million tasks, what comes with a row is a gigabyte
     origins: dict[str, records.TaskOrigin] = {}
     for name, folder, source, step, is_final, digest, size, config_digest, key, *_ in connection.execute(query):
         place = usual_source(folder, step, is_final=is_final) if source is None else source
@@ -88,6 +90,7 @@ def evicted_adapters(connection: Connection) -> list[EvictedAdapter]:
         *(_TASKS.c.name, _WEIGHTS.c.digest, _CONFIGS.c.digest, _ADAPTERS.c.step, _ADAPTERS.c.is_final, _PLACE)
     )
     query = query.where(_ADAPTERS.c.evicted_at.is_not(None)).order_by(models.in_any_case(_TASKS.c.name), _ADAPTERS.c.id)
+    query = query.execution_options(yield_per=_FEW)
     return [EvictedAdapter(*row[:5]) for row in connection.execute(query) if not is_bundle_source(row[5])]
 
 

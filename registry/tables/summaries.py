@@ -60,7 +60,16 @@ class Summaries(Table):
 
     def first(self, count: int) -> list[TaskSummary]:
         """Return the first tasks by name, and look at no rows of others."""
-        return list(islice(self._pages(_checked_summaries, self._selected(None, ()), count), count))
+        from registry.filters import Selection
+
+        found: list[TaskSummary] = []
+        seen = 0
+        while True:  # once, unless some have wrong rows
+            numbers = self._selected(Selection(limit=seen + count), ())[seen:]
+            found += islice(self._pages(_checked_summaries, numbers, count), count - len(found))
+            seen += count
+            if len(found) == count or len(numbers) < count:
+                return found
 
     def wrong_rows(self) -> dict[str, set[int]]:
         """Check all rows, also those that a listing counts, compares or passes over, and tell of the wrong ones.

@@ -122,6 +122,7 @@ def _updated(
         kept = None  # the part that a task had in the sums cannot be taken out again
     known = set[str]() if kept is None else set(kept.rows)
     new = {name: rows for name, rows in chosen.items() if digests[name] not in known}
+    store.blobs.fetch(row.blob for own in new.values() for row in own)
     vectors, _ = read_comparable(store.blobs.read, new)
     parts = [*([] if kept is None else [kept.vectors]), *([MeanVectors.of(vectors)] if vectors else [])]
     if not parts:

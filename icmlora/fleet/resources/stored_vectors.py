@@ -67,7 +67,9 @@ def comparable_vectors(
 ) -> ComparableVectors:
     """Read the vectors of some tasks that were all made by one extractor."""
     of_task = vectors_by_task(store)
-    return comparable({task.name: of_task[task.name] for task in tasks}, store.blobs.read, view, like)
+    rows = {task.name: of_task[task.name] for task in tasks}
+    store.blobs.fetch(row.blob for own in rows.values() for row in own if row.view == view)
+    return comparable(rows, store.blobs.read, view, like)
 
 
 def comparable(

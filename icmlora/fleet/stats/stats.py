@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 _BF16 = 2  # bytes per parameter: what a user would otherwise keep
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TaskBill(WithRelativeError):
     """The bytes and the quality of one task; None where it has no code, or was not measured."""
 
@@ -257,19 +257,19 @@ def bill_of(store: Store, rows: Iterable[TaskFigures], *, has_wrong_rows: bool) 
 
     Reads rows and file sizes, but no file's content.
     """
-    of_base, vectors = defaultdict[str, list[TaskFigures]](list), store.listing.vector_files()
-    for row in rows:
-        of_base[row.base_model].append(row)
-    listed = store.blobs.sizes()
+    vectors, listed = store.listing.vector_files(), store.blobs.sizes()
 
     def size(digest: str) -> int:
         return listed[digest] if digest in listed else store.blobs.size(digest)  # which says what is missing
 
-    fleets = []
-    for label, own in sorted(of_base.items()):
-        tasks = tuple(_task_bill(row, sum(map(size, vectors.get(row.id, ())))) for row in own)
-        extras = {extra.blob: extra.packed_size for row in own for extra in row.extras}
-        fleets.append(BaseModelBill(label, store.listing.generator(label), tasks, sum(extras.values())))
+    tasks, extras = defaultdict[str, list[TaskBill]](list), defaultdict[str, dict[str, int]](dict)
+    for row in rows:
+        tasks[row.base_model].append(_task_bill(row, sum(map(size, vectors.get(row.id, ())))))
+        extras[row.base_model].update((extra.blob, extra.packed_size) for extra in row.extras)
+    fleets = [
+        BaseModelBill(label, store.listing.generator(label), tuple(own), sum(extras[label].values()))
+        for label, own in sorted(tasks.items())
+    ]
     return Bill(store.usage(listed, has_wrong_rows=has_wrong_rows), tuple(fleets))
 
 

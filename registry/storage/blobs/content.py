@@ -11,14 +11,14 @@ import hashlib
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Generic, TypeVar
 
-from registry.errors import DamagedBlob, MissingBlob, SourceRefused, StoreIOError
+from registry.errors import DamagedBlob, DamagedStore, MissingBlob, SourceRefused, StoreIOError
 from registry.files import Bytes, CheckFirst, read_plain, store_errors
 
 if TYPE_CHECKING:
@@ -145,6 +145,19 @@ class Blobs:
     def is_at_hand(self, digest: str) -> bool:
         """Say whether a blob is read without a network."""
         return not self.is_remote or (self._cache is not None and self._cache.start(digest, 1) is not None)
+
+    def fetch(self, digests: Iterable[str]) -> None:
+        """Read blobs of a remote place ahead, several at a time, so that each `read` finds a copy here.
+
+        What is wrong with one is left for `read` to say.
+        """
+        if self.is_remote and self._cache is not None:
+            cache = self._cache
+            _on_threads(self._read_ahead, [digest for digest in sorted(set(digests)) if cache.start(digest, 1) is None])
+
+    def _read_ahead(self, digest: str) -> None:
+        with suppress(DamagedStore):
+            self.read(digest)
 
     def start(self, digest: str, size: int) -> bytes:
         """Return the first bytes of a blob, which nobody has checked."""

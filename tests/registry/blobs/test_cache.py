@@ -52,6 +52,16 @@ def test_what_was_read_once_is_read_here(place: MemoryBackend, blobs: Blobs) -> 
     assert blobs.start(digest, 2) == b"by"
 
 
+def test_what_was_fetched_ahead_is_read_here(place: MemoryBackend, blobs: Blobs) -> None:
+    digests = blobs.put_all([b"one", b"two", b"three"])
+    place.kept[digests[1]] = b"damaged"
+    blobs.fetch(digests)
+    place.kept.clear()
+    assert [blobs.read(digest) for digest in digests[::2]] == [b"one", b"three"]
+    with pytest.raises(MissingBlob):
+        blobs.read(digests[1])
+
+
 def test_writing_keeps_no_copy(blobs: Blobs, folder: Path) -> None:
     blobs.put(b"bytes")
     assert files(folder) == []
