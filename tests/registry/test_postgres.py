@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from typing import TYPE_CHECKING
 from uuid import uuid4
@@ -132,3 +135,31 @@ logging.getLogger("sqlalchemy.pool.impl.QueuePool").error("Exception during rese
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stderr == ""
+
+
+def test_one_that_waits_to_be_alone_has_its_turn_among_many_who_hold_a_lock_for_longer_than_it_queues_at_first(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from registry.storage.locks import advisory
+
+    monkeypatch.setattr(advisory, "HEAD_START", 0.1)
+    done = threading.Event()
+
+    def use(delay: float) -> None:
+        time.sleep(delay)
+        while not done.is_set():
+            with closing(opened(url, "store", patience=60.0)) as lock:
+                lock.enter()
+                time.sleep(0.4)
+
+    with ThreadPoolExecutor(3) as pool:
+        for number in range(3):
+            pool.submit(use, 0.15 * number)
+        try:
+            with closing(opened(url, "store", patience=60.0)) as lock:
+                lock.enter()
+                time.sleep(1)
+                with lock.exclusive():
+                    done.set()
+        finally:
+            done.set()

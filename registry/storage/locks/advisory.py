@@ -2,8 +2,9 @@
 
 The server drops them when the connection ends, for whatever reason; then nothing that they protected can be committed.
 A session may hold a lock both shared and exclusive, so to turn one into the other needs no gate, as flocks do. The
-server lets those that ask later wait behind one that waits to be alone; after a moment that one only tries now and
-then, so that others can get in.
+server lets those that ask later wait behind one that waits to be alone. That one leaves the queue now and then, so that
+others get in while somebody holds the lock for hours, and comes back for twice as long, so that it has its turn among
+many who hold it for seconds.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from registry.storage.locks import HEAD_START, Patience, in_use
 from registry.storage.postgres import connection_errors, masked
 
 _TURN = 0.5  # seconds that a session waits in the queue of a lock at a time
+_LONGEST_TURN = 16.0  # seconds for which those that come later may have to wait behind one that waits to be alone
 _TIMED_OUT = "55P03"
 _NAMED = 3  # holders that a message names
 _HOLDERS = text("""
@@ -105,8 +107,7 @@ class AdvisoryLock:
         self._wait(self._key, self._subject, shared=True)
 
     def _wait(self, key: int, subject: str, *, shared: bool) -> None:
-        # One that waits to be alone does so in one go: whenever it leaves the queue, those that came later get in.
-        in_queue = chain([0.0], repeat(_TURN) if shared else chain([HEAD_START], repeat(0.0)))
+        in_queue = chain([0.0], repeat(_TURN) if shared else _turns())
         until = time.monotonic() + self._patience.left
 
         def attempt() -> bool:
@@ -144,6 +145,17 @@ class AdvisoryLock:
             names = connection.scalars(_HOLDERS, {"high": number >> 32, "low": number % (1 << 32)}).all()
         more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
         return before + "; ".join(names[:_NAMED]) + more if names else ""
+
+
+def _turns() -> Iterator[float]:
+    """Yield how many seconds one that waits to be alone is in the queue, again and again; 0 while others get in."""
+    turn = HEAD_START
+    while True:
+        yield turn
+        until = time.monotonic() + turn
+        while time.monotonic() < until:
+            yield 0.0
+        turn = min(2 * turn, _LONGEST_TURN)
 
 
 def _key_of(store: str, what: str) -> int:
