@@ -12,7 +12,7 @@ PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -q 
 THOROUGH := $(PYTEST) --hypothesis-profile=thorough
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-rest test-all faults test-studies test-device test-as-cuda test-as-mps lint types gpu-check format docs lock dist example-fleet domain-fleet detection-fleet classification ci clean
+.PHONY: help setup demo test test-rest test-pairs test-all faults test-studies test-device test-as-cuda test-as-mps lint types gpu-check format docs lock dist example-fleet domain-fleet detection-fleet classification ci clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^## / {printf "\n%s\n", substr($$0, 4)} /^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' \
@@ -35,6 +35,13 @@ test: test-device  ## run a test of each promise, command, format and kind of ba
 test-rest: $(READY)  ## run what `make test` leaves out: further cases, and properties with more examples
 	@$(MAKE) --no-print-directory test-as-cuda WHICH=slow
 	@$(THOROUGH) -m "(slow or property) and not fault"
+	@$(MAKE) --no-print-directory test-pairs
+
+# All of it on the pair that shares nothing with a folder; on the others what they might do otherwise.
+MODELS := $(addprefix tests/registry/,test_store_model.py test_ingest_model.py test_eviction.py test_concurrency.py)
+test-pairs: $(READY)  ## run the tests of the registry on each pair of a database and a place of bytes (part of `make test-rest`)
+	@$(PYTEST) tests/registry --pair postgres+s3 -m "not slow and not fault"
+	@for pair in sqlite+s3 postgres+folder; do $(PYTEST) $(MODELS) --pair $$pair -m "not fault" || exit 1; done
 
 test-all: $(READY)  ## run `make test` and `make test-rest`
 	@$(MAKE) --no-print-directory test

@@ -75,12 +75,13 @@ def task_origins(connection: Connection) -> list[records.TaskOrigin]:
     ).order_by(models.in_any_case(_TASKS.c.name), _ADAPTERS.c.is_final.desc(), _ADAPTERS.c.id)
     query = query.execution_options(yield_per=_FEW)  # of a million tasks, what comes with a row is a gigabyte
     origins: dict[str, records.TaskOrigin] = {}
-    for name, folder, source, step, is_final, digest, size, config_digest, key, *_ in connection.execute(query):
-        place = usual_source(folder, step, is_final=is_final) if source is None else source
-        if (known := origins.get(name)) is not None:
-            origins[name] = replace(known, sources=(*known.sources, place))
-        elif is_final:
-            origins[name] = records.TaskOrigin(name, digest, size, config_digest, (place,), key)
+    with connection.execute(query) as found:
+        for name, folder, source, step, is_final, digest, size, config_digest, key, *_ in found:
+            place = usual_source(folder, step, is_final=is_final) if source is None else source
+            if (known := origins.get(name)) is not None:
+                origins[name] = replace(known, sources=(*known.sources, place))
+            elif is_final:
+                origins[name] = records.TaskOrigin(name, digest, size, config_digest, (place,), key)
     return list(origins.values())
 
 
@@ -91,7 +92,8 @@ def evicted_adapters(connection: Connection) -> list[EvictedAdapter]:
     )
     query = query.where(_ADAPTERS.c.evicted_at.is_not(None)).order_by(models.in_any_case(_TASKS.c.name), _ADAPTERS.c.id)
     query = query.execution_options(yield_per=_FEW)
-    return [EvictedAdapter(*row[:5]) for row in connection.execute(query) if not is_bundle_source(row[5])]
+    with connection.execute(query) as found:
+        return [EvictedAdapter(*row[:5]) for row in found if not is_bundle_source(row[5])]
 
 
 def _adapters(*columns: Any) -> Select[Any]:

@@ -28,6 +28,8 @@ from tests.registry.every_row import fill
 from tests.registry.examples import new_store
 from tests.registry.servers import add_rows, everything_in, opened_server
 
+pytestmark = pytest.mark.kept_in("sqlite", "folder", reason="it makes a store in each database by itself")
+
 JOURNAL = bytes.fromhex("d9d505f920a163d7")  # how one begins that SQLite has to roll back
 GOLDEN = Path(__file__).parents[1] / "golden"
 
