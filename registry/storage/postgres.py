@@ -61,10 +61,12 @@ _ALIVE: dict[str, Any] = {
     "keepalives_count": 3,
     "tcp_user_timeout": 60_000,
 }
+# Set after connecting: PgBouncer refuses a connection that begins with settings which it does not know.
 _OF_SESSION = (
-    "-c tcp_keepalives_idle=20 -c tcp_keepalives_interval=10 -c tcp_keepalives_count=3 -c timezone=UTC"
-    " -c cursor_tuple_fraction=1"  # for the planner: who streams rows asks for all of them
+    "SET tcp_keepalives_idle = 20; SET tcp_keepalives_interval = 10; SET tcp_keepalives_count = 3; "
+    "SET timezone = 'UTC'; SET cursor_tuple_fraction = 1"  # for the planner: who streams rows asks for all of them
 )
+_SESSION = text("SELECT pg_backend_pid()")
 _MOST_NAMED = 63  # bytes of a name that the server keeps
 _WRITING = 0x69636D31  # the lock that a transaction holds while it writes
 _LEAST_WAIT = 1.0  # seconds: a commit of another process takes a moment
@@ -180,6 +182,19 @@ class PostgresDatabase(Database):
 
     def _wrong_in(self, connection: Connection, table: Table, fields: Sequence[str]) -> Iterator[tuple[Any, ...]]:
         return wrong_in(connection, table, fields)
+
+    def shares_sessions(self) -> bool:
+        """Say whether two transactions of one connection may be in two sessions, as behind PgBouncer in most modes."""
+        with self._errors(), self.only.begin() as connection:
+            before, driver = connection.scalar(_SESSION), connection.connection.driver_connection
+            assert isinstance(driver, psycopg.Connection)
+            if before == driver.info.backend_pid:
+                return False  # the server itself answers
+        # While another transaction goes on, a pool that shares sessions has to take another one.
+        with self.connection() as other, self._errors():
+            other.execute(_SESSION)
+            with self.only.begin() as connection:
+                return bool(connection.scalar(_SESSION) != before)
 
     def close(self) -> None:
         """Give up all connections, with their locks."""
@@ -346,9 +361,11 @@ def new_connection(url: str, command: str) -> psycopg.Connection:
     """
     name = f"{' '.join(command.split())[:40]} on {socket.gethostname()}"
     known = name.encode("ascii", "replace")[:_MOST_NAMED].decode()
-    options: Any = {"application_name": known, "connect_timeout": _CONNECTING, "options": _OF_SESSION, **_ALIVE}
+    options: Any = {"application_name": known, "connect_timeout": _CONNECTING, **_ALIVE}
     try:
         connection = psycopg.connect(url, **options)
+        connection.execute(_OF_SESSION)
+        connection.commit()
     except psycopg.Error as error:
         raise _away(url, error) from None
     _connections.add(connection)

@@ -15,7 +15,7 @@ from registry.storage.blobs.place import backend_at, elsewhere
 from registry.storage.folder import Footprint, StoreParts
 from registry.storage.locks import Patience
 from registry.storage.locks.advisory import AdvisoryLock
-from registry.storage.postgres import PostgresDatabase, connection_errors, migrate, only_connection
+from registry.storage.postgres import PostgresDatabase, migrate
 from registry.storage.postgres_place import Place
 
 if TYPE_CHECKING:
@@ -39,10 +39,14 @@ def open_server(
         StoreNotFound: There is none.
         StoreAway: The database, or the place of the bytes, cannot be reached.
         NotAStore: There is one, and its bytes are elsewhere; or the place is that of another store.
+        RegistryError: A pool is in between that breaks locks.
     """
     database = PostgresDatabase(url.secret, command=command, read_only=read_only, patience=patience)
     try:
         _reach(database)
+        if database.shares_sessions():
+            hint = "name the server itself, or a pool that gives each connection a session of its own"
+            raise RegistryError(f"{url} gives each transaction another session, and locks of icm need one", hint=hint)
         settled = None if blobs is None else _settle(database, blobs)
         migrate(database)
         place = settled or database.find_place()
@@ -124,18 +128,11 @@ class Server(NamedTuple):
 
 def examine_server(url: DatabaseUrl, command: str) -> Server:
     """Look at the server of a store; raise `StoreAway` if it cannot be reached."""
-    first, second = only_connection(url.secret, command), only_connection(url.secret, command)
-    session = text("SELECT pg_backend_pid()")
+    database = PostgresDatabase(url.secret, command=command, read_only=True, patience=Patience(0.0))
     try:
-        with connection_errors(url.secret), first.begin() as connection:
+        with database.connection() as connection:
             version = str(connection.scalar(text("SHOW server_version")))
             has_checksums = connection.scalar(text("SHOW data_checksums")) == "on"
-            before = connection.scalar(session)
-        # While another transaction goes on, a pool that shares sessions has to take another one.
-        with connection_errors(url.secret), second.begin() as other:
-            other.execute(session)
-            with first.begin() as connection:
-                return Server(version, has_checksums, is_pooled=connection.scalar(session) != before)
+        return Server(version, has_checksums, database.shares_sessions())
     finally:
-        first.dispose()
-        second.dispose()
+        database.close()
