@@ -168,7 +168,7 @@ class PostgresDatabase(Database):
 
     def size(self) -> int:
         """Return the bytes of all tables with their indexes."""
-        tables = [*COLUMNS_OF, postgres_place.TABLE.name]
+        tables = [*COLUMNS_OF, postgres_place.TABLE.name, "alembic_version"]
         query = text(
             "SELECT sum(pg_total_relation_size(to_regclass(name))) FROM unnest(CAST(:tables AS text[])) AS name"
         )

@@ -292,7 +292,8 @@ class ObjectBackend:
         except (BaseError, OSError, ValueError) as error:
             text = str(error).partition("\n\nDebug source")[0]
             told = ": ".join(match[1] for match in (_STATUS.search(text), _CODE.search(text)) if match)
-            is_refused = isinstance(error, (PermissionDeniedError, UnauthenticatedError))
+            # Without credentials, the answer is of no kind that the client knows.
+            is_refused = isinstance(error, (PermissionDeniedError, UnauthenticatedError)) or told[:3] in ("401", "403")
             fact = told or text.partition("<")[0].rpartition(" - ")[2].strip()[:200]
             hint = _RIGHTS_HINT if is_refused else _AWAY_HINT
             raise StoreAway(f"{place}: {fact}", path=place, hint=hint) from None
