@@ -27,7 +27,8 @@ import importlib, pkgutil
 for name in ("registry", "icmlora", "icm_cli"):
     package = importlib.import_module(name)
     for found in pkgutil.walk_packages(package.__path__, f"{name}."):
-        importlib.import_module(found.name)
+        if found.name != "registry.storage.migrations.env":  # alembic runs it, within a migration
+            importlib.import_module(found.name)
 """
 _STORE = """
 from pathlib import Path

@@ -183,6 +183,11 @@ class PostgresDatabase(Database):
     def _wrong_in(self, connection: Connection, table: Table, fields: Sequence[str]) -> Iterator[tuple[Any, ...]]:
         return wrong_in(connection, table, fields)
 
+    def connect(self) -> None:
+        """Open the one connection that holds locks and writes; raise `StoreAway` if that cannot be."""
+        with self._errors():
+            self.only.connect().close()
+
     def shares_sessions(self) -> bool:
         """Say whether two transactions of one connection may be in two sessions, as behind PgBouncer in most modes."""
         with self._errors(), self.only.begin() as connection:

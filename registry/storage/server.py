@@ -65,14 +65,14 @@ def _reach(database: PostgresDatabase) -> None:
     """Connect; where that may succeed in a moment, try again as long as somebody who waits for locks would wait."""
     for pause in _PAUSES:
         try:
-            return database.only.connect().close()
+            return database.connect()
         except StoreAway as error:
             is_final = _FINAL in error.message and not any(word in error.message for word in _PASSING)
             if is_final or database.patience.left < pause:
                 raise
         with database.patience.counted():
             time.sleep(pause)
-    database.only.connect().close()
+    database.connect()
 
 
 def _settle(database: PostgresDatabase, blobs: str) -> Place:

@@ -185,8 +185,10 @@ def rows_of(path: Path) -> dict[str, list[Any]] | None:
     """Return everything that can be read of a database; None if some of it cannot."""
     try:
         with closing(sqlite3.connect(path)) as database:
-            names = [name for (name,) in database.execute("SELECT name FROM sqlite_schema WHERE type = 'table'")]
-            return {name: database.execute(f"SELECT *, typeof(crc) FROM {name}").fetchall() for name in names}
+            return {
+                name: database.execute(f"SELECT *, typeof(crc) FROM {name}").fetchall()
+                for name in row_checks.COLUMNS_OF
+            }
     except (sqlite3.Error, UnicodeDecodeError):
         return None
 

@@ -59,7 +59,7 @@ def prune_while_another_is_stopped(world: World, sabotage: str | None) -> tuple[
         statuses.append(world.icm(PRUNE, sabotage=sabotage, env={"ICM_LOCK_TIMEOUT": "1", **point}, then=then).status)
         os.kill(ingesting, signal.SIGCONT)  # the other way it is done by now
 
-    ran = world.run("ingest", sabotage="stops", env={"ICM_FAILPOINT": "blob-renamed"}, then=prune)
+    ran = world.run("ingest", sabotage="stops", env={"ICM_FAILPOINT": "blobs-durable"}, then=prune)
     assert ran.status == 0, ran.lines
     return statuses[0], world.violations("ingest", ran.events)
 
@@ -89,7 +89,7 @@ def test_an_original_that_goes_before_its_row_says_so_is_caught(each: World) -> 
 def test_a_lock_that_is_not_taken_is_caught(each: World) -> None:
     status, broken = prune_while_another_is_stopped(each, "without_lock")
     assert status == 0
-    assert any("missing" in violation for violation in broken)
+    assert any("missing" in violation for violation in broken), broken
 
 
 @pytest.mark.slow

@@ -14,7 +14,11 @@ from tests.faults.zygote import Zygote
 
 COMMANDS = ("learn", "evict_and_prune")
 
-pytestmark = pytest.mark.slow
+pytestmark = [
+    pytest.mark.slow,
+    # A cursor of the server whose connection was cut cannot be closed any more.
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
 
 
 @pytest.fixture(scope="module")
