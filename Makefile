@@ -37,11 +37,10 @@ test-rest: $(READY)  ## run what `make test` leaves out: further cases, and prop
 	@$(THOROUGH) -m "(slow or property) and not fault"
 	@$(MAKE) --no-print-directory test-pairs
 
-# All of it on the pair that shares nothing with a folder; on the others what they might do otherwise.
-MODELS := $(addprefix tests/registry/,test_store_model.py test_ingest_model.py test_eviction.py test_concurrency.py)
-test-pairs: $(READY)  ## run the tests of the registry on each pair of a database and a place of bytes (part of `make test-rest`)
-	@$(PYTEST) tests/registry --pair postgres+s3 -m "not slow and not fault"
-	@for pair in sqlite+s3 postgres+folder; do $(PYTEST) $(MODELS) --pair $$pair -m "not fault" || exit 1; done
+# What may differ from pair to pair: the model of a store, and what many processes do. For all of it: PAIRED=tests/registry
+PAIRED ?= $(addprefix tests/registry/,test_store_model.py test_ingest_model.py test_eviction.py test_concurrency.py)
+test-pairs: $(READY)  ## run tests of the registry on other pairs of a database and a place of bytes (part of `make test-rest`)
+	@for pair in sqlite+s3 postgres+folder postgres+s3; do $(PYTEST) $(PAIRED) --pair $$pair -m "not fault" || exit 1; done
 
 test-all: $(READY)  ## run `make test` and `make test-rest`
 	@$(MAKE) --no-print-directory test

@@ -120,6 +120,7 @@ def test_a_task_keeps_the_folder_it_first_came_from(store: Store) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.kept_in("sqlite", "folder", reason="it copies the folder of a store")
 def test_a_store_with_everything_in_it_reads_the_same_when_it_is_copied(store: Store, tmp_path: Path) -> None:
     fill(store)
     before = everything(store)
