@@ -69,7 +69,7 @@ class StoreIOError(RegistryError):
 
 
 class StoreAway(RegistryError):
-    """The place of the blobs did not answer, or refused; unlike one bad file, this ends a command."""
+    """The database, or the place of the blobs, did not answer, or refused; unlike one bad file, this ends a command."""
 
 
 class DamagedStore(RegistryError):

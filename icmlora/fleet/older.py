@@ -2,7 +2,7 @@
 
 They stay in the store, and nothing is deleted for them. A task whose original is here gets a new code from `icm train`.
 Of a task that was evicted they are all there is: the icm that wrote them has to write its adapter. It reads the copy of
-the database that was kept when the store moved to a new schema (`registry.storage.sqlite`).
+the database that was kept when the store moved to a new schema (`registry.storage.migrations`).
 """
 
 from __future__ import annotations

@@ -85,11 +85,8 @@ class SharedBackend(LocalBackend):
 
     def get(self, digest: str) -> BinaryIO:
         """Open the file of a blob."""
-        try:
+        with self._mounted():
             return super().get(digest)
-        except FileNotFoundError:
-            self._check_owner()
-            raise
 
     def exists(self, digest: str) -> bool:
         """Say whether there is a file of that name."""
@@ -100,11 +97,8 @@ class SharedBackend(LocalBackend):
 
     def size(self, digest: str) -> int:
         """Return the length of the file."""
-        try:
+        with self._mounted():
             return super().size(digest)
-        except FileNotFoundError:
-            self._check_owner()
-            raise
 
     def all(self) -> Iterator[BlobInfo]:
         """Yield every file that is named by a digest."""
@@ -115,6 +109,15 @@ class SharedBackend(LocalBackend):
         """Remove a file unless it has been written after `newest`."""
         self._check_owner()
         return super().delete(digest, newest=newest)
+
+    @contextmanager
+    def _mounted(self) -> Iterator[None]:
+        """Raise `StoreAway` where a file is missing because the whole folder is."""
+        try:
+            yield
+        except FileNotFoundError:
+            self._check_owner()
+            raise
 
     def _check_owner(self) -> None:
         """Raise unless the folder is there, and is the store's."""
