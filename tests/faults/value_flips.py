@@ -70,6 +70,8 @@ class ValueFlips:
         update = text(f"UPDATE {table.name} SET {column.name} = :value WHERE {is_row}")
         while tally.flips < each and any(flips.values()):
             with self._engine.connect() as connection:
+                if self._engine.name == "sqlite":  # otherwise the first savepoint begins the transaction, and ends it
+                    connection.exec_driver_sql("BEGIN")
                 if self._engine.name == "postgresql":
                     connection.execute(text("SET LOCAL session_replication_role = replica"))
                 taken = 0
@@ -83,6 +85,7 @@ class ValueFlips:
             tally.flips += taken
             tally.noticed += noticed
             tally.unnoticed += taken - noticed
+        assert list(self._database.damage()) == []
         return tally
 
 
