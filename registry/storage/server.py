@@ -41,7 +41,7 @@ def open_server(
         NotAStore: There is one, and its bytes are elsewhere; or the place is that of another store.
         RegistryError: A pool is in between that breaks locks.
     """
-    database = PostgresDatabase(url.secret, command=command, read_only=read_only, patience=patience)
+    database = PostgresDatabase(url, command=command, read_only=read_only, patience=patience)
     try:
         _reach(database)
         if database.shares_sessions():
@@ -53,7 +53,7 @@ def open_server(
         backend = backend_at(place.blobs, place.number)
         if blobs is not None:
             backend.claim()
-        lock = AdvisoryLock(database.only, place.number, url=url.secret, patience=patience)
+        lock = AdvisoryLock(database.only, place.number, url=url, patience=patience)
         lock.enter()
     except BaseException:
         database.close()
@@ -128,7 +128,7 @@ class Server(NamedTuple):
 
 def examine_server(url: DatabaseUrl, command: str) -> Server:
     """Look at the server of a store; raise `StoreAway` if it cannot be reached."""
-    database = PostgresDatabase(url.secret, command=command, read_only=True, patience=Patience(0.0))
+    database = PostgresDatabase(url, command=command, read_only=True, patience=Patience(0.0))
     try:
         with database.connection() as connection:
             version = str(connection.scalar(text("SHOW server_version")))

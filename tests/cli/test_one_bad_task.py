@@ -71,7 +71,7 @@ DAMAGED = tuple(f"damaged {what}" for what in ("weights", "config", "code", "vec
 OTHERS = ("diverged", "not finite", "of other modules", "without texts", "without its base", "not run", "broken base")
 FEW = ("damaged weights", "not finite")
 ALL = pytest.param((*DAMAGED, *OTHERS), id="all", marks=pytest.mark.slow)
-EACH = [pytest.param((kind,), id=kind, marks=pytest.mark.slow) for kind in (*DAMAGED, *OTHERS)]
+EACH = [pytest.param((kind,), id=kind, marks=pytest.mark.fault) for kind in (*DAMAGED, *OTHERS)]
 
 
 def break_store(store: Path, folder: Path, kinds: Sequence[str]) -> None:

@@ -21,7 +21,7 @@ from icm_cli.app import run
 from registry.store import Store
 from tests.icmlora.fleet.stores import TASKS
 from tests.icmlora.tiny_base import LABEL
-from tests.pg_server import new_database, pg_server
+from tests.pg_server import new_database
 from tests.s3_server import S3Server
 
 pytest.importorskip("ray")
@@ -67,11 +67,10 @@ class Team:
 
 
 @pytest.fixture(scope="module")
-def team(mixed_template: Path, s3: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Team]:
-    pytest.importorskip("psycopg", reason="psycopg is not installed: pip install 'icm-lora[team]'")
+def team(mixed_template: Path, s3: S3Server, postgres: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Team]:
     folder = tmp_path_factory.mktemp("team")
-    with pg_server(tmp_path_factory.mktemp("pg")) as server, pytest.MonkeyPatch.context() as patch:
-        url = new_database(server)
+    with pytest.MonkeyPatch.context() as patch:
+        url = new_database(postgres)
         for name, value in {**s3.environment, "HOME": str(folder), "ICM_STORE": url}.items():
             patch.setenv(name, value)
         loras = shutil.copytree(mixed_template / "loras", folder / "loras")
@@ -83,7 +82,7 @@ def team(mixed_template: Path, s3: S3Server, tmp_path_factory: pytest.TempPathFa
 
 
 @contextmanager
-def cluster(environment: Mapping[str, str]) -> Iterator[str]:
+def cluster(environment: dict[str, str]) -> Iterator[str]:
     """Run a Ray cluster whose workers have an environment, and yield its address."""
     with tempfile.TemporaryDirectory(prefix="ray") as folder:  # the names of its sockets have 107 bytes at most
         ports = free_ports(2)
@@ -91,13 +90,16 @@ def cluster(environment: Mapping[str, str]) -> Iterator[str]:
         command += [f"--port={ports[0]}", f"--ray-client-server-port={ports[1]}", "--include-dashboard=false"]
         command += ["--object-store-memory=100000000", "--disable-usage-stats", f"--temp-dir={folder}"]
         with (Path(environment["HOME"]) / "log").open("wb") as log:
-            # By itself, it refuses a client whose own server takes longer than half a minute to start.
-            patient = {**environment, "RAY_CLIENT_SERVER_CHECK_CHANNEL_TIMEOUT_S": "300"}
-            process = subprocess.Popen(command, env=patient, stdout=log, stderr=log, cwd=folder)
+            # By itself, it refuses a client whose own server takes longer than half a minute to start; and what gRPC
+            # does when its process forks sometimes ends that server before it began.
+            settings = {"RAY_CLIENT_SERVER_CHECK_CHANNEL_TIMEOUT_S": "300", "GRPC_ENABLE_FORK_SUPPORT": "0"}
+            process = subprocess.Popen(command, env=environment | settings, stdout=log, stderr=log, cwd=folder)
         try:
             wait_for(ports[1], process)
             yield f"ray://127.0.0.1:{ports[1]}"
         finally:
+            for told in Path(folder).glob("session_latest/logs/ray_client_server*"):  # is shown where a test fails
+                sys.stdout.write(f"{told.name}\n{told.read_text()}\n")
             process.terminate()  # it ends all that it started
             process.wait()
 

@@ -17,6 +17,7 @@ from typing import Any
 from sqlalchemy import Column, Connection, Engine, Table, create_engine, event, text
 from sqlalchemy.exc import DBAPIError
 
+from registry.names import DatabaseUrl
 from registry.row_checks import COLUMN, add_functions, find_wrong_rows, is_known_by_a_number
 from registry.schema import Base, stored_as
 from registry.storage.database import Database
@@ -103,7 +104,7 @@ def postgres_flips(url: str, draw: random.Random) -> ValueFlips:
     """Return a full database on a server."""
     from registry.storage.postgres import PostgresDatabase
 
-    database = PostgresDatabase(url, command="flips", read_only=False, patience=Patience(10))
+    database = PostgresDatabase(DatabaseUrl(url), command="flips", read_only=False, patience=Patience(10))
     with database.creation():
         pass
     return ValueFlips(database, create_engine(url.replace("postgresql://", "postgresql+psycopg://")), draw)

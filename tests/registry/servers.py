@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING, Any
 
+from registry.names import DatabaseUrl
 from registry.schema import BaseModel, Blob, Task
 from registry.storage.database import Database
 from registry.storage.locks import Patience
@@ -23,7 +24,7 @@ def opened_server(
     """Open the rows of a store on a server, made if they are absent, and move them forward."""
     from registry.storage.postgres import PostgresDatabase, migrate
 
-    database = PostgresDatabase(url, command="test", read_only=read_only, patience=Patience(patience))
+    database = PostgresDatabase(DatabaseUrl(url), command="test", read_only=read_only, patience=Patience(patience))
     with closing(database):
         if create:
             with database.creation():

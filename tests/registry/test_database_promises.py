@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from registry.names import DatabaseUrl
 from registry.storage.database import Database
 from registry.storage.locks import Patience
 from registry.storage.sqlite import SqliteDatabase, migrate
@@ -57,7 +58,9 @@ class TestPostgres(DatabasePromises):
         from registry.storage.postgres import PostgresDatabase
 
         self.url = self.url if same_as is not None else new_database(self.postgres)
-        database = PostgresDatabase(self.url, command="icm", read_only=read_only, patience=Patience(patience))
+        database = PostgresDatabase(
+            DatabaseUrl(self.url), command="icm", read_only=read_only, patience=Patience(patience)
+        )
         self.opened.append(database)
         if same_as is None:
             with database.creation():

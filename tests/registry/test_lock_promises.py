@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from registry.names import DatabaseUrl
 from registry.storage.folder import StorePaths
 from registry.storage.locks import Patience, StoreLock
 from registry.storage.locks.flocks import FolderLock
@@ -39,7 +40,7 @@ class TestPostgres(LockPromises):
 
     @pytest.fixture(autouse=True)
     def server(self, postgres: str) -> None:
-        self.url = postgres
+        self.url = DatabaseUrl(postgres)
 
     def new_lock(self, store: str, patience: Patience, command: str = "icm") -> StoreLock:
         from registry.storage.locks.advisory import AdvisoryLock

@@ -16,6 +16,7 @@ from sqlalchemy import text
 from sqlalchemy.exc import TimeoutError
 
 from registry.errors import StoreAway, StoreLocked
+from registry.names import DatabaseUrl
 from registry.storage.locks import Patience
 from tests.pg_server import new_database
 
@@ -32,7 +33,9 @@ def opened(url: str, store: str, command: str = "icm", patience: float = 0.0) ->
     from registry.storage.locks.advisory import AdvisoryLock
     from registry.storage.postgres import only_connection
 
-    return AdvisoryLock(only_connection(url, command), store, url=url, patience=Patience(patience))
+    return AdvisoryLock(
+        only_connection(DatabaseUrl(url), command), store, url=DatabaseUrl(url), patience=Patience(patience)
+    )
 
 
 def cut_all(url: str) -> None:
@@ -80,7 +83,7 @@ def test_what_is_written_without_the_lock_is_not_committed(url: str) -> None:
             connection.execute(text("INSERT INTO kept VALUES (1)"))
             cut_all(url)
 
-    engine, other = only_connection(url, "icm ingest"), only_connection(url, "icm ls")
+    engine, other = only_connection(DatabaseUrl(url), "icm ingest"), only_connection(DatabaseUrl(url), "icm ls")
     with engine.begin() as connection:
         connection.execute(text("CREATE TABLE kept (number int)"))
     with pytest.raises(StoreAway):
@@ -93,7 +96,7 @@ def test_what_is_written_without_the_lock_is_not_committed(url: str) -> None:
 def test_two_transactions_at_a_time_are_refused(url: str) -> None:
     from registry.storage.postgres import only_connection
 
-    engine = only_connection(url, "icm")
+    engine = only_connection(DatabaseUrl(url), "icm")
     with engine.begin(), pytest.raises(TimeoutError), engine.begin():
         pytest.fail("a lock and a row share a transaction")
     engine.dispose()

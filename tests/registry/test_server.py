@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from registry.errors import DamagedStore, NotAStore, StoreAway, StoreNotFound
+from registry.names import DatabaseUrl
 from registry.storage.blobs.shared import SharedBackend
 from registry.storage.locks import Patience
 from registry.store import Store
@@ -121,7 +122,7 @@ def test_who_writes_is_seen_by_those_who_serve_once_it_is_committed(url: str, tm
     from registry.storage.locks import Patience
     from registry.storage.postgres import PostgresDatabase
 
-    watching = PostgresDatabase(url, command="watch", read_only=True, patience=Patience(0.0))
+    watching = PostgresDatabase(DatabaseUrl(url), command="watch", read_only=True, patience=Patience(0.0))
     with made(url, tmp_path / "blobs") as store:
         before = watching.changes()
         store.blobs.put(b"bytes")

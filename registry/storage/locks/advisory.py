@@ -20,8 +20,9 @@ from sqlalchemy import Engine, text
 from sqlalchemy.exc import OperationalError, SQLAlchemyError
 
 from registry.errors import RegistryError
+from registry.names import DatabaseUrl
 from registry.storage.locks import HEAD_START, Patience, in_use
-from registry.storage.postgres import connection_errors, masked
+from registry.storage.postgres import connection_errors
 
 _TURN = 0.5  # seconds that a session waits in the queue of a lock at a time
 _LONGEST_TURN = 16.0  # seconds for which those that come later may have to wait behind one that waits to be alone
@@ -44,9 +45,9 @@ class AdvisoryLock:
         patience: How long a command waits in all.
     """
 
-    def __init__(self, engine: Engine, store: str, *, url: str, patience: Patience) -> None:
+    def __init__(self, engine: Engine, store: str, *, url: DatabaseUrl, patience: Patience) -> None:
         self._engine, self._url, self._patience = engine, url, patience
-        self._store, self._subject = store, f"the store {masked(url)}"
+        self._store, self._subject = store, f"the store {url}"
         self._key = _key_of(store, "store")
         self._has_asked = False
 
@@ -114,7 +115,7 @@ class AdvisoryLock:
             return self._take(key, shared=shared, seconds=max(0.0, min(next(in_queue), until - time.monotonic())))
 
         if not self._patience.wait(attempt, lambda: f"{subject}{self._held(key, ', held by ')}"):
-            raise in_use(f"{subject} is in use{self._held(key, ' by ')}", self._patience, masked(self._url))
+            raise in_use(f"{subject} is in use{self._held(key, ' by ')}", self._patience, str(self._url))
 
     def _take(self, key: int, *, shared: bool, seconds: float = 0.0) -> bool:
         """Take a lock and return True, or False if that needs a longer wait."""

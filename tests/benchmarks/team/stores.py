@@ -48,7 +48,7 @@ def servers(folder: Path) -> Iterator[Servers]:
     for name in ("pg", "s3"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     with (
-        pg_server(folder / "pg") as database,
+        pg_server(folder / "pg", is_durable=True) as database,
         s3_server(folder / "s3") as objects,
         mock.patch.dict("os.environ", objects.environment),
     ):
