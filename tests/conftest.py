@@ -5,6 +5,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -193,6 +194,15 @@ def _make_bucket(server: S3Server) -> None:
 def postgres() -> Iterator[str]:
     """The address of a real PostgreSQL; what needs it says why it was skipped where there is none."""
     pytest.importorskip("psycopg", reason="psycopg is not installed: pip install 'icm-lora[team]'")
-    # The server runs as another user, and each run of pytest closes the folder of all runs to others.
-    with TemporaryDirectory(prefix="icm-pg-") as folder, pg_server(Path(folder)) as url:
+    with folder_of_a_server() as folder, pg_server(folder) as url:
         yield url
+
+
+@contextmanager
+def folder_of_a_server() -> Iterator[Path]:
+    """Yield a folder in memory, if there is room, for a server that runs as another user.
+
+    It is not among those of pytest, each run of which closes the folder of all runs to others.
+    """
+    with TemporaryDirectory(prefix="icm-", dir=os.environ.get("PYTEST_DEBUG_TEMPROOT")) as folder:
+        yield Path(folder)

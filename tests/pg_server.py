@@ -17,7 +17,7 @@ import pytest
 def pg_server(folder: Path, *, is_durable: bool = False) -> Iterator[str]:
     """Run a server whose files are in a folder, and yield the address of its first database; skip where it cannot.
 
-    One that is not durable keeps everything when it is killed, and not when this machine is.
+    One that is not durable loses what it said is there when this machine loses its power, but not when it is killed.
     """
     # It looks for a folder of its own as soon as it is imported.
     with mock.patch.dict(os.environ, {"XDG_RUNTIME_DIR": str(folder)}):
@@ -38,7 +38,7 @@ def _forget_the_disk(server: str) -> None:
     import psycopg
 
     with psycopg.connect(server, autocommit=True) as connection:
-        for setting in ("fsync", "synchronous_commit", "full_page_writes"):
+        for setting in ("fsync", "full_page_writes"):
             connection.execute(f"ALTER SYSTEM SET {setting} = off".encode())
         connection.execute("SELECT pg_reload_conf()")
 

@@ -3,11 +3,10 @@
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from functools import cache
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import pytest
 
+from tests.conftest import folder_of_a_server
 from tests.faults.pairs import PAIRS, PLAIN, Pair, Servers, servers
 from tests.faults.world import World
 from tests.faults.zygote import Zygote
@@ -27,8 +26,7 @@ def running() -> Iterator[Servers]:
     pytest.importorskip("obstore", reason="obstore is not installed: pip install 'icm-lora[team]'")
     pytest.importorskip("psycopg", reason="psycopg is not installed: pip install 'icm-lora[team]'")
     try:
-        # Not among pytest's folders: another run of it takes the rights of the server's user away there.
-        with TemporaryDirectory(prefix="icm-") as folder, servers(Path(folder)) as found:
+        with folder_of_a_server() as folder, servers(folder) as found:
             yield found
     except CannotStart as error:
         pytest.skip(str(error))
