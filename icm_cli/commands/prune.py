@@ -71,6 +71,8 @@ def prune(
             "size": report.freed_bytes,
             "set_aside": report.set_aside,
             "set_aside_size": report.set_aside_bytes,
+            "young": report.young,
+            "young_size": report.young_bytes,
         }
     )
     verb = "deleted" if deleted else "would delete" if found else "nothing to delete:"
@@ -79,6 +81,9 @@ def prune(
         verb = "set" if deleted else "would set"
         out.line(f"{verb} {aside} aside in quarantine; {human_size(report.set_aside_bytes)}")
         out.hint("`icm prune --empty-quarantine` deletes them for good")
+    if report.young:
+        what = f"{counted(report.young, 'blob')} that no task needs, {human_size(report.young_bytes)}"
+        out.note(f"too young to go: {what}; --grace says how old they have to be")
 
 
 def seconds(age: str) -> float:

@@ -52,6 +52,8 @@ class PruneReport:
     freed_bytes: int
     set_aside: int = 0  # further blobs, moved to quarantine: nobody could make them again
     set_aside_bytes: int = 0
+    young: int = 0  # blobs that stay for now: a running command may be about to refer to them
+    young_bytes: int = 0
 
 
 def drop_evicted(database: Database, blobs: Blobs, digests: Sequence[str]) -> int:
@@ -111,7 +113,9 @@ def prune(
     newest = blobs.now() - (blobs.grace if grace is None else grace)
     with database.read() as session:
         needed = set(session.scalars(select(Blob.digest).where(is_needed())))
-    doomed = {blob.digest: blob.size for blob in blobs.all() if blob.digest not in needed and blob.modified <= newest}
+    unneeded = [blob for blob in blobs.all() if blob.digest not in needed]
+    doomed = {blob.digest: blob.size for blob in unneeded if blob.modified <= newest}
+    young = [blob.size for blob in unneeded if blob.modified > newest]
     left, precious = leftovers(blobs, upkeep), set[str]()
     if empty_quarantine:
         left += leftovers(blobs, upkeep, aside=True)
@@ -131,7 +135,7 @@ def prune(
             file.remove()
     aside = sum(doomed[digest] for digest in precious)
     freed = sum(doomed.values()) + sum(file.size for file in temporary) - aside
-    return PruneReport(len(doomed) - len(precious), len(temporary), freed, len(precious), aside)
+    return PruneReport(len(doomed) - len(precious), len(temporary), freed, len(precious), aside, len(young), sum(young))
 
 
 def _replaced(database: Database, blobs: Blobs, doomed: Set[str]) -> set[str]:

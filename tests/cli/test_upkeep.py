@@ -97,10 +97,12 @@ def test_prune_sets_weights_aside_until_it_is_asked_to_delete_them(icm: Icm, sto
     assert not list((tmp_path / "store" / "quarantine").iterdir())
 
 
-def test_prune_keeps_young_files(icm: Icm, stored: Path, tmp_path: Path) -> None:
+def test_prune_keeps_young_files_and_says_so(icm: Icm, stored: Path, tmp_path: Path) -> None:
     icm("rm", "rust", "-y")
     before = blobs(tmp_path / "store")
-    assert "nothing to delete" in icm("prune", "-y").out
+    ran = icm("prune", "-y")
+    assert "nothing to delete" in ran.out
+    assert "too young to go: " in ran.err
     assert blobs(tmp_path / "store") == before
 
 
