@@ -143,16 +143,19 @@ class WatchedStore:
         Raises:
             StoreAway: Their place is away.
         """
+        if not digests:
+            return
+        assert self._closed is not None  # `missing` has named them
         try:
-            for digest in digests:
-                assert self._closed is not None
+            self._closed.blobs.fetch(digests)
+            for digest in digests:  # says what is wrong with it
                 self._closed.blobs.read(digest)
         except StoreAway as error:
             if not self._is_told:
                 self._is_told = True
                 self._log.warning("icm: %s; tasks whose bytes are here are still served", error.message)
             raise
-        if digests and self._is_told:
+        if self._is_told:
             self._is_told = False
             self._log.info("icm: the place of the bytes answers again")
 
