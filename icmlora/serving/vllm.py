@@ -190,6 +190,8 @@ def _follow_tasks(resolver: IcmResolver) -> None:
         _log.warning("icm: this vLLM goes on with the adapter of a task that has changed until it is restarted")
     for found in checking:
         found._check_model = _renewing(found._check_model, resolver)
+        if hasattr(found, "create_error_response"):  # also that of the first request, whose check is under way by now
+            found.create_error_response = staticmethod(_telling(found.create_error_response))
 
 
 def _renewing(check: Check, resolver: IcmResolver) -> Check:
@@ -197,15 +199,24 @@ def _renewing(check: Check, resolver: IcmResolver) -> Check:
     async def renew_and_check(serving: Any, request: Any) -> Any:
         _away.set(None)
         await resolver.renew(serving.models, request.model)
-        refusal, away = await check(serving, request), _away.get()
-        if refusal is None or away is None:
-            return refusal
-        # vLLM would say that there is no such model.
-        fact = f"The store is away: {away.message}."
-        unavailable = HTTPStatus.SERVICE_UNAVAILABLE
-        return serving.create_error_response(message=fact, err_type="ServiceUnavailableError", status_code=unavailable)
+        return await check(serving, request)
 
     return renew_and_check
+
+
+def _telling(respond: Callable[..., Any]) -> Callable[..., Any]:
+    """Say that the store is away where vLLM would say that there is no such model."""
+
+    @wraps(respond)
+    def tell(*args: Any, **options: Any) -> Any:
+        away = _away.get()
+        if away is None or options.get("status_code") != HTTPStatus.NOT_FOUND:
+            return respond(*args, **options)
+        fact = f"The store is away: {away.message}."
+        unavailable = HTTPStatus.SERVICE_UNAVAILABLE
+        return respond(message=fact, err_type="ServiceUnavailableError", status_code=unavailable)
+
+    return tell
 
 
 def open_source(model: str) -> tuple[ServedTasks, AdapterFolders, EngineBase]:

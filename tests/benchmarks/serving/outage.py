@@ -30,7 +30,6 @@ from typing import Any
 from unittest import mock
 
 from icmlora import Fleet
-from registry.names import DatabaseUrl
 from tests.benchmarks.performance.machine import describe_machine
 from tests.benchmarks.serving.vllm import Server, engine, gateway, parser_of, prompts_of, started, version
 from tests.benchmarks.team.stores import PAIRS, new_store, servers
@@ -46,7 +45,7 @@ _PATIENCE = 60.0  # seconds
 class Team:
     """A store whose servers can be away."""
 
-    url: DatabaseUrl
+    url: str
     database: MovingServer
     bucket: FaultyServer
 
@@ -67,7 +66,7 @@ def main() -> None:
         work = Path(folder) / "work"
         work.mkdir()
         options.store = store.url
-        prompts = prompts_of(Fleet(store.url.secret), options.fleet)
+        prompts = prompts_of(Fleet(store.url), options.fleet)
         with engine(options, work) as server:
             plug_in = measure(store, server, prompts)
         with (
@@ -102,7 +101,7 @@ def team(options: argparse.Namespace, folder: Path) -> Iterator[Team]:
             bucket.running(),
             mock.patch.dict(os.environ, {"AWS_ENDPOINT_URL": bucket.endpoint, **home}),
         ):
-            yield Team(DatabaseUrl(database.address(url)), database, bucket)
+            yield Team(database.address(url), database, bucket)
 
 
 def measure(store: Team, server: Server, prompts: dict[str, str]) -> dict[str, Any]:

@@ -39,7 +39,7 @@ from pathlib import Path
 from typing import Any
 
 from icmlora import Fleet
-from registry.names import absolute, address_of
+from registry.names import address_of
 from tests.benchmarks.performance.machine import describe_machine
 
 RESULT = Path(__file__).parents[1] / "results" / "vllm.json"
@@ -174,7 +174,7 @@ def started(options: argparse.Namespace, work: Path, *, plug_in: bool = True) ->
     port = free_port()
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
     environment |= {
-        "ICM_STORE": absolute(options.store),
+        "ICM_STORE": options.store,
         "ICM_ADAPTERS": str(work / "adapters"),
         "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
         "VLLM_LORA_RESOLVER_CACHE_DIR": str(work / "folders"),
@@ -312,7 +312,7 @@ def gateway(options: argparse.Namespace, work: Path, alone: Server, *more: str) 
     """Start `icm serve` in front of an engine without the plug-in."""
     port = free_port()
     script = "from icm_cli.app import main; main()"
-    command = [sys.executable, "-c", script, "--store", absolute(options.store), "serve", "--port", str(port)]
+    command = [sys.executable, "-c", script, "--store", options.store, "serve", "--port", str(port)]
     command += ["--adapters", str(work / "gateway"), "--engine-url", f"http://127.0.0.1:{alone.port}", *more]
     with (work / "vllm.log").open("ab") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
@@ -381,12 +381,18 @@ def version(python: Path) -> str:
 def parser_of(description: str | None, out: Path) -> argparse.ArgumentParser:
     """Return the options of a study of engines."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("store", type=address_of, help="folder or address of a store of evicted tasks")
+    parser.add_argument("store", type=_whole, help="folder or address of a store of evicted tasks")
     parser.add_argument("base", type=Path, help="folder of their base model")
     parser.add_argument("--fleet", type=Path, required=True, help="folder with TASK/eval.jsonl, for prompts")
     parser.add_argument("--vllm", type=Path, required=True, help="Python of the environment with vLLM")
     parser.add_argument("--out", type=Path, default=out, help="JSON file to write")
     return parser
+
+
+def _whole(text: str) -> str:
+    """Return an address that means the same in another folder."""
+    address = address_of(text)
+    return str(address.resolve()) if isinstance(address, Path) else address.secret
 
 
 def _options() -> argparse.Namespace:

@@ -13,6 +13,7 @@ import sys
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from dataclasses import dataclass, field
+from http import HTTPStatus
 from importlib.metadata import entry_points
 from itertools import count
 from pathlib import Path
@@ -70,7 +71,8 @@ class BaseServing:
         self.refuses = False
         self._numbers = count(1)
 
-    def create_error_response(self, message: str, err_type: str, status_code: int) -> str:
+    @staticmethod
+    def create_error_response(message: str, err_type: str, status_code: int) -> str:
         return f"{int(status_code)} {err_type}: {message}"
 
     async def add_lora(self, request: LoRARequest) -> None:
@@ -82,7 +84,8 @@ class BaseServing:
         if request.model not in self.lora_requests:
             found = await self.resolver.resolve_lora(self.model_config.model, request.model)
             if found is None:
-                return "does not exist"
+                status = HTTPStatus.NOT_FOUND
+                return self.create_error_response(message="unknown", err_type="NotFoundError", status_code=status)
             found.lora_int_id = self.lora_id_counter.inc(1)
             await self.add_lora(found)
             self.lora_requests[request.model] = found
@@ -383,12 +386,14 @@ def test_while_the_database_is_away_vllm_serves_what_is_known_and_says_503_of_th
     (resolver,) = registry.resolvers.values()
     assert isinstance(resolver, IcmResolver)
     vllm: BaseServing = vars(sys.modules[SERVING])["BaseServing"](str(served.base), resolver)
+    refusal = "503 ServiceUnavailableError: The store is away: postgresql://"
+    team.database.leave()
+    assert str(asyncio.run(vllm._check_model(SimpleNamespace(model="rules")))).startswith(refusal)
+    team.database.come_back()
     (first,) = vllm.ask("rules")
     assert first is not None
     team.database.leave()
     assert vllm.ask("rules") == [first]
-    answer = asyncio.run(vllm._check_model(SimpleNamespace(model="poems")))
-    assert answer is not None
-    assert answer.startswith("503 ServiceUnavailableError: The store is away: postgresql://")
+    assert str(asyncio.run(vllm._check_model(SimpleNamespace(model="poems")))).startswith(refusal)
     team.database.come_back()
     assert vllm.ask("poems") != [None]
