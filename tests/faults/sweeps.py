@@ -35,7 +35,7 @@ from registry.errors import RegistryError
 from tests.faults.pairs import Pair
 from tests.faults.power import Disk, python, trace
 from tests.faults.zygote import KILLED, SMALL, Run, Zygote
-from tests.pg_faults import Cut, CuttingServer
+from tests.pg_proxy import Cut, CuttingServer
 from tests.pg_server import restart_server
 from tests.registry.writing import COMMANDS, FACTS, Place, contents
 from tests.s3_faults import Answer, Fault, FaultyServer, flipped, refuses, sleeps

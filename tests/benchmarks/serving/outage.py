@@ -33,7 +33,7 @@ from icmlora import Fleet
 from tests.benchmarks.performance.machine import describe_machine
 from tests.benchmarks.serving.vllm import Server, engine, gateway, parser_of, prompts_of, started, version
 from tests.benchmarks.team.stores import PAIRS, new_store, servers
-from tests.pg_away import MovingServer
+from tests.pg_proxy import MovingServer
 from tests.s3_faults import Fault, FaultyServer, refuses
 
 RESULT = Path(__file__).parents[1] / "results" / "outage.json"

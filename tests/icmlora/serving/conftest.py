@@ -15,7 +15,7 @@ from huggingface_hub import constants
 from icm_cli.app import run
 from tests.cli.tiny_fleet import icm_quietly
 from tests.icmlora.tiny_base import LABEL
-from tests.pg_away import MovingServer
+from tests.pg_proxy import MovingServer
 from tests.pg_server import new_database
 from tests.quick import quick_codes
 from tests.s3_faults import FaultyServer
