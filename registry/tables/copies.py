@@ -10,7 +10,7 @@ What a store has is never changed: a task that it has, with the same adapter, ge
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from sqlalchemy import ColumnElement, func, select
@@ -38,7 +38,8 @@ _TASKS, _ADAPTERS, _GENERATORS = map(table_of, (models.Task, models.Adapter, mod
 _BASES, _LABELS = map(table_of, (models.BaseModel, models.BaseLabel))
 _OF_TASK = tuple(map(table_of, (models.TaskVector, models.Code, models.Evaluation)))  # after its adapters
 _OWN = {"id", COLUMN, "extra_count"}  # what each store says by itself
-_NEED_NO_BYTES = {("adapters", "weights_id"), ("adapters", "initial_id"), ("evaluations", "data_id")}
+_WEIGHTS = ("weights_id", "initial_id")
+_NEED_NO_BYTES = {*(("adapters", name) for name in _WEIGHTS), ("evaluations", "data_id")}
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class File:
     digest: str
     size: int
     is_needed: bool  # whether the row is worth nothing without its bytes
+    is_let_go: bool = False  # whether it is of an evicted adapter: where its bytes still are, they go soon
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,8 @@ def files_of(rows: Sequence[Values]) -> dict[str, File]:
     """Return the files that rows refer to by digest; one that any of them needs is needed."""
     found: dict[str, File] = {}
     for file in (value for row in rows for value in row.values() if isinstance(value, File)):
-        if file.digest not in found or file.is_needed:
+        known = found.get(file.digest)
+        if known is None or known.is_let_go or file.is_needed:
             found[file.digest] = file
     return found
 
@@ -141,7 +144,7 @@ class Copies(Table):
             return TaskRows(
                 found.base_model.name,
                 read.row(_TASKS, row),
-                [read.row(_ADAPTERS, adapter) for adapter in adapters],
+                [read.adapter(adapter) for adapter in adapters],
                 [list(read.rows(extra, extra.c.adapter_id == adapter["id"], extra.c.file)) for adapter in adapters],
                 [list(read.rows(table, table.c.task_id == found.id, table.c.id)) for table in _OF_TASK],
             )
@@ -238,6 +241,14 @@ class _Reader:
             for column in table.columns
             if column.name not in _OWN
         }
+
+    def adapter(self, row: Mapping[Any, Any]) -> Values:
+        """Return the row of an adapter."""
+        values = self.row(_ADAPTERS, row)
+        if row["evicted_at"] is None:
+            return values
+        let_go = {name: replace(values[name], is_let_go=True) for name in _WEIGHTS if values[name] is not None}
+        return {**values, **let_go}
 
     def _value(self, table: SqlTable, column: Any, value: Any) -> Any:
         parent = _parent_of(column)

@@ -80,6 +80,21 @@ def test_an_adapter_comes_out_of_both_alike(icm: Icm, trained: Path, other: Path
         assert content(tmp_path / "after" / task) == content(tmp_path / "before" / task)
 
 
+def test_an_evicted_original_is_not_copied_where_its_bytes_are_still_there(
+    icm: Icm, trained: Path, other: Path
+) -> None:
+    with Store.open(trained) as store:
+        weights = store.tasks.final("poems").weights
+        data = store.blobs.read(weights)
+    icm_quietly(trained, "evict", "poems", "--max-error", "0.9")
+    with Store.open(trained) as store:
+        assert store.blobs.put(data) == weights  # as in an object store, until it is no longer young
+    icm("copy", trained, other)
+    with Store.open(other) as store:
+        assert not store.blobs.exists(weights)
+    assert is_whole(icm, other)
+
+
 def test_the_same_copy_again_changes_nothing(icm: Icm, trained: Path, other: Path) -> None:
     icm("copy", trained, other)
     before = (other / "registry.db").read_bytes()

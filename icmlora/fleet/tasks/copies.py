@@ -135,7 +135,7 @@ class _Copying:
         source, other, batch = self._source.blobs, self._other.blobs, list[bytes]()
         for file in files:
             had = other.exists(file.digest)
-            if (had and is_there) or not (file.is_needed or source.exists(file.digest)):
+            if (had and is_there) or file.is_let_go or not (file.is_needed or source.exists(file.digest)):
                 continue
             batch.append(source.read(file.digest))
             self._report.size += 0 if had else len(batch[-1])

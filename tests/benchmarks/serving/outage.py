@@ -2,7 +2,7 @@
 
     python -m tests.benchmarks.serving.outage STORE BASE --fleet DIR --vllm PYTHON [--out FILE.json]
 
-The tasks of STORE, a folder or an address, are copied to a store in PostgreSQL and a bucket, which are reached by way
+The tasks of STORE, a folder, are copied to a store in PostgreSQL and a bucket, which are reached by way
 of servers that can be away. Once vLLM has the plug-in, and once it is behind `icm serve` with room for four adapters,
 each time with an empty cache:
 
@@ -64,7 +64,7 @@ def main() -> None:
     options = parser_of(__doc__, RESULT).parse_args()
     with tempfile.TemporaryDirectory(prefix="outage-") as folder, team(options, Path(folder)) as store:
         work = Path(folder) / "work"
-        work.mkdir()
+        (work / "folders").mkdir(parents=True)  # vLLM's own resolver insists on it
         options.store = store.url
         prompts = prompts_of(Fleet(store.url), options.fleet)
         with engine(options, work) as server:
