@@ -212,7 +212,7 @@ def _telling(respond: Callable[..., Any]) -> Callable[..., Any]:
         away = _away.get()
         if away is None or options.get("status_code") != HTTPStatus.NOT_FOUND:
             return respond(*args, **options)
-        fact = f"The store is away: {away.message}."
+        fact = f"The store is away: {away.message.rstrip('.')}."
         unavailable = HTTPStatus.SERVICE_UNAVAILABLE
         return respond(message=fact, err_type="ServiceUnavailableError", status_code=unavailable)
 

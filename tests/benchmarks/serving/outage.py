@@ -119,7 +119,7 @@ def measure(store: Team, server: Server, prompts: dict[str, str]) -> dict[str, A
         "longest_while_away": max(found["seconds"] for found in again),
         "others": len(others),
         "statuses_while_away": sorted({found["status"] for found in refused}),
-        "messages_while_away": sorted({found["message"] for found in refused})[:2],
+        "messages_while_away": sorted({found["message"] for found in refused}),
         "longest_refusal": max(found["seconds"] for found in refused),
         "answered_after": sum(bool(text) for text in back.values()),
         "seconds_until_all_answered": round(time.monotonic() - begun, 2),
@@ -133,8 +133,8 @@ def answer(server: Server, task: str, prompt: str) -> dict[str, Any]:
     try:
         found: dict[str, Any] = {"status": 200, "text": server.complete(task, prompt), "message": ""}
     except urllib.error.HTTPError as error:
-        body = json.loads(error.read())
-        found = {"status": error.code, "text": None, "message": str(body.get("error", body))}
+        message = json.loads(error.read())["error"]["message"]
+        found = {"status": error.code, "text": None, "message": message.partition(": ")[0]}  # the rest has addresses
     return found | {"seconds": round(time.monotonic() - started, 2)}
 
 
