@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import json
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from sqlalchemy import ColumnElement, Connection, Table, select
+from sqlalchemy import ColumnElement, Connection, LargeBinary, Select, String, Table, func, literal, select
+from sqlalchemy import cast as cast_to
 from sqlalchemy.orm import Session
 
 from registry import records
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 MAX_VARIABLES = 500  # older SQLite takes at most 999 values in one `IN (...)`
+_FEW = 1000  # rows that are fetched at a time
 
 
 class RowWriter:
@@ -132,6 +135,15 @@ def in_parts(values: Sequence[T], most: int = MAX_VARIABLES) -> Iterator[Sequenc
         yield values[at : at + most]
 
 
+def listed(connection: Connection, texts: Iterable[str]) -> Select[str]:
+    """Return a statement that selects these texts: one variable, however many they are."""
+    if connection.dialect.name == "sqlite":
+        return select(func.json_each(json.dumps(list(texts))).table_valued("value").c.value)
+    from sqlalchemy.dialects.postgresql import ARRAY
+
+    return select(func.unnest(literal(list(texts), ARRAY(String))))
+
+
 def existing_adapters(session: Session, numbers: Sequence[int]) -> set[int]:
     """Return which rows of adapters there are."""
     adapter = models.Adapter
@@ -210,8 +222,17 @@ def same_names(connection: Connection, names: Sequence[str]) -> list[str]:
     if all(map(str.isascii, names)):  # the column compares ASCII letters in any case, and no others
         return list(names)
     wanted = {name.lower() for name in names}
-    stored = connection.execute(select(table_of(models.Task).c.name)).scalars()
-    return [*names, *(name for name in stored if name.lower() in wanted)]
+    return [*names, *(name for name in names_beyond_ascii(connection) if name.lower() in wanted)]
+
+
+def names_beyond_ascii(connection: Connection) -> Iterator[str]:
+    """Yield the names of tasks with other letters than ASCII's, which no database lowers as Python does."""
+    name = table_of(models.Task).c.name
+    is_sqlite = connection.dialect.name == "sqlite"
+    size = func.length(cast_to(name, LargeBinary)) if is_sqlite else func.octet_length(name)
+    query = select(name).where(size > func.length(name)).execution_options(yield_per=_FEW)
+    with connection.execute(query) as found:
+        yield from found.scalars()
 
 
 def find_task(session: Session, name: str) -> models.Task:
