@@ -179,19 +179,22 @@ class RowNumbers:
         self, table: Table, key: str, rows: Mapping[str, Mapping[str, Any]], *, corrected: str | None = None
     ) -> dict[str, int]:
         """Insert the rows that are not in the table, correct one column of the others, return the number of each."""
-        if not rows:
-            return {}
+        found = {} if corrected is not None else self._found(table, key, list(rows))
+        made = [{key: name, **values} for name, values in rows.items() if name not in found]
+        if not made:
+            return found
         statement = insert_into(self._connection, table)
-        if corrected is None:
-            statement = statement.on_conflict_do_nothing(index_elements=[key])
-        else:
+        if corrected is not None:
             new = statement.excluded[corrected]
             changes = table.c[corrected] != new
             statement = statement.on_conflict_do_update(index_elements=[key], set_={corrected: new}, where=changes)
-        self._connection.execute(statement, [{key: name, **values} for name, values in rows.items()])
+        self._connection.execute(statement, made)
+        return found | self._found(table, key, [row[key] for row in made])
+
+    def _found(self, table: Table, key: str, names: Sequence[str]) -> dict[str, int]:
         found: dict[str, int] = {}
-        for names in in_parts(list(rows)):
-            query = select(table.c[key], table.c.id).where(table.c[key].in_(names))
+        for some in in_parts(names):
+            query = select(table.c[key], table.c.id).where(table.c[key].in_(some))
             found |= {row[0]: row[1] for row in self._connection.execute(query)}
         return found
 

@@ -25,6 +25,7 @@ _TASKS, _ADAPTERS, _BLOBS = map(table_of, (models.Task, models.Adapter, models.B
 WEIGHTS, CONFIGS = _BLOBS.alias(), _BLOBS.alias()
 """The files of an adapter, in a statement of `adapter_rows`."""
 _FEW = 1000  # rows that are fetched at a time
+_MANY = 10_000  # names or places that are looked up at a time: what comes with a row for its check is a kilobyte
 
 
 class Origins:
@@ -40,23 +41,23 @@ class Origins:
         if unknown := sorted(wanted - self._known.keys()):
             self._known |= dict.fromkeys(unknown)
             with self._db.connection() as connection:
-                same = map(folded, same_names(connection, unknown))
-                self._find(connection, _TASKS.c.name.in_(listed(connection, same)))
+                for some in in_parts(list(map(folded, same_names(connection, unknown))), _MANY):
+                    self._find(connection, _TASKS.c.name.in_(listed(connection, some)))
         return {name: origin for name in wanted if (origin := self._known[name]) is not None}
 
     def from_places(self, places: Iterable[str]) -> dict[str, list[TaskOrigin]]:
         """Return the tasks that have an adapter from one of these places, by place, in order of names."""
-        wanted = set(places)
-        with self._db.connection() as connection:
-            # A row has the place of its adapter only if it is not the usual one below the folder of its task.
-            unusual = select(_ADAPTERS.c.task_id).where(_ADAPTERS.c.source.in_(listed(connection, wanted)))
-            folders = wanted.union(map(task_folder, wanted))
-            usual = select(_TASKS.c.id).where(_TASKS.c.folder.in_(listed(connection, folders)))
-            origins = self._find(connection, _TASKS.c.id.in_(union(unusual, usual)))
         found = defaultdict[str, list[TaskOrigin]](list)
-        for origin in origins:
-            for place in wanted.intersection(origin.sources):
-                found[place].append(origin)
+        with self._db.connection() as connection:
+            for some in in_parts(sorted(set(places)), _MANY):
+                asked = set(some)
+                # A row has the place of its adapter only if it is not the usual one below the folder of its task.
+                unusual = select(_ADAPTERS.c.task_id).where(_ADAPTERS.c.source.in_(listed(connection, some)))
+                folders = asked.union(map(task_folder, some))
+                usual = select(_TASKS.c.id).where(_TASKS.c.folder.in_(listed(connection, folders)))
+                for origin in self._find(connection, _TASKS.c.id.in_(union(unusual, usual))):
+                    for place in asked.intersection(origin.sources):
+                        found[place].append(origin)
         return found
 
     def with_tensors(self, finals: Iterable[tuple[str, str | None]]) -> list[TaskOrigin]:
@@ -110,18 +111,16 @@ def _origins(connection: Connection, condition: ColumnElement[bool]) -> list[Tas
     ).where(condition)
     query = query.order_by(models.in_any_case(_TASKS.c.name), _ADAPTERS.c.is_final.desc(), _ADAPTERS.c.id)
     found: dict[str, TaskOrigin] = {}
-    # What comes with a row for its checks is a kilobyte.
-    with connection.execute(query.execution_options(yield_per=_FEW)) as rows:
-        for name, folder, source, step, is_final, digest, size, config, key, evicted_at, *_ in rows:
-            place = _place(folder, source, step, is_final)
-            if is_final:
-                found[name] = TaskOrigin(name, digest, size, config, (), key)
-            if (origin := found.get(name)) is None:  # it has no final adapter: the store is damaged
-                continue
-            evicted = origin.evicted
-            if evicted_at is not None and not is_bundle_source(place):
-                evicted = (*evicted, EvictedAdapter(name, digest, config, step, is_final))
-            found[name] = replace(origin, sources=(*origin.sources, place), evicted=evicted)
+    for name, folder, source, step, is_final, digest, size, config, key, evicted_at, *_ in connection.execute(query):
+        place = _place(folder, source, step, is_final)
+        if is_final:
+            found[name] = TaskOrigin(name, digest, size, config, (), key)
+        if (origin := found.get(name)) is None:  # it has no final adapter: the store is damaged
+            continue
+        evicted = origin.evicted
+        if evicted_at is not None and not is_bundle_source(place):
+            evicted = (*evicted, EvictedAdapter(name, digest, config, step, is_final))
+        found[name] = replace(origin, sources=(*origin.sources, place), evicted=evicted)
     return list(found.values())
 
 

@@ -453,13 +453,12 @@ def _prepared(
     tasks: Sequence[FoundTask], target: _Target, evicted: Sequence[EvictedAdapter], refused: Mapping[Path, IcmLoraError]
 ) -> list[PreparedTask | Refusal]:
     """Store the files of some tasks, find their base models, then keep their extras, which may refer to these."""
-    found, told, bases = prepare(tasks, target.store, evicted, refused), target.told, target.bases
+    told, bases = target.told, target.bases
+    found = prepare(tasks, target.store, evicted, refused, any_row=bases.have_loaders)
     labels = [told, *(task.base_model for task in _good(found))]
     bases.settle(label for label in labels if label is not None)
     prepared = [_with_base(item, told, bases) if isinstance(item, PreparedTask) else item for item in found]
-    kept = [target.extras.keep(item) if isinstance(item, PreparedTask) else item for item in prepared]
-    target.extras.flush()
-    return kept
+    return target.extras.keep(prepared)
 
 
 def _with_base(task: PreparedTask, told: str | None, bases: KnownBases) -> PreparedTask | Refusal:
