@@ -7,11 +7,24 @@ many at a time, and where there is no index the database looks through its rows 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, FromClause, Select, String, and_, false, func, or_, select, union
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Executable,
+    FromClause,
+    Select,
+    String,
+    and_,
+    false,
+    func,
+    or_,
+    select,
+    union,
+)
 
 from registry import schema as models
 from registry.names import folded, is_bundle_source
@@ -25,7 +38,6 @@ _TASKS, _ADAPTERS, _BLOBS = map(table_of, (models.Task, models.Adapter, models.B
 WEIGHTS, CONFIGS = _BLOBS.alias(), _BLOBS.alias()
 """The files of an adapter, in a statement of `adapter_rows`."""
 _FEW = 1000  # rows that are fetched at a time
-_MANY = 10_000  # names or places that are looked up at a time: what comes with a row for its check is a kilobyte
 
 
 class Origins:
@@ -39,25 +51,25 @@ class Origins:
         """Return the tasks with these names, in any case, by name in lower case."""
         wanted = {name.lower() for name in names}
         if unknown := sorted(wanted - self._known.keys()):
-            self._known |= dict.fromkeys(unknown)
             with self._db.connection() as connection:
-                for some in in_parts(list(map(folded, same_names(connection, unknown))), _MANY):
-                    self._find(connection, _TASKS.c.name.in_(listed(connection, some)))
+                same = listed(connection, map(folded, same_names(connection, unknown)))
+                self._find(connection, select(_TASKS.c.id).where(_TASKS.c.name.in_(same)))
+            self._known = dict.fromkeys(unknown) | self._known
         return {name: origin for name in wanted if (origin := self._known[name]) is not None}
 
     def from_places(self, places: Iterable[str]) -> dict[str, list[TaskOrigin]]:
         """Return the tasks that have an adapter from one of these places, by place, in order of names."""
-        found = defaultdict[str, list[TaskOrigin]](list)
+        wanted = set(places)
         with self._db.connection() as connection:
-            for some in in_parts(sorted(set(places)), _MANY):
-                asked = set(some)
-                # A row has the place of its adapter only if it is not the usual one below the folder of its task.
-                unusual = select(_ADAPTERS.c.task_id).where(_ADAPTERS.c.source.in_(listed(connection, some)))
-                folders = asked.union(map(task_folder, some))
-                usual = select(_TASKS.c.id).where(_TASKS.c.folder.in_(listed(connection, folders)))
-                for origin in self._find(connection, _TASKS.c.id.in_(union(unusual, usual))):
-                    for place in asked.intersection(origin.sources):
-                        found[place].append(origin)
+            # A row has the place of its adapter only if it is not the usual one below the folder of its task.
+            unusual = select(_ADAPTERS.c.task_id).where(_ADAPTERS.c.source.in_(listed(connection, wanted)))
+            folders = wanted.union(map(task_folder, wanted))
+            usual = select(_TASKS.c.id).where(_TASKS.c.folder.in_(listed(connection, folders)))
+            origins = self._find(connection, union(unusual, usual))
+        found = defaultdict[str, list[TaskOrigin]](list)
+        for origin in origins:
+            for place in wanted.intersection(origin.sources):
+                found[place].append(origin)
         return found
 
     def with_tensors(self, finals: Iterable[tuple[str, str | None]]) -> list[TaskOrigin]:
@@ -68,8 +80,7 @@ class Origins:
                 blobs = select(_BLOBS.c.id).where(_BLOBS.c.digest.in_([weights for weights, _ in some]))
                 keys = [key for _, key in some if key is not None]
                 is_same = or_(_ADAPTERS.c.weights_id.in_(blobs), _ADAPTERS.c.tensors_key.in_(keys))
-                same = select(_ADAPTERS.c.task_id).where(_ADAPTERS.c.is_final, is_same)
-                found += self._find(connection, _TASKS.c.id.in_(same))
+                found += self._find(connection, select(_ADAPTERS.c.task_id).where(_ADAPTERS.c.is_final, is_same))
         return found
 
     def ending_with(self, ends: Iterable[str]) -> Iterator[tuple[str, str]]:
@@ -85,9 +96,12 @@ class Origins:
                 for name, *row in found:
                     yield name, _place(*row[:4])
 
-    def _find(self, connection: Connection, condition: ColumnElement[bool]) -> list[TaskOrigin]:
-        """Return the tasks for which a condition holds, in order of names, and remember them."""
-        found = _origins(connection, condition)
+    def _find(self, connection: Connection, numbers: Executable) -> list[TaskOrigin]:
+        """Return the tasks whose numbers a statement selects, in order of names, and remember them."""
+        # Two statements: PostgreSQL does not foresee that the first one finds few, and would read all adapters.
+        ids = connection.execute(numbers).scalars().all()
+        found = [origin for some in in_parts(ids) for origin in _origins(connection, some)]
+        found.sort(key=lambda origin: folded(origin.name))
         self._known |= {origin.name.lower(): origin for origin in found}
         return found
 
@@ -104,12 +118,12 @@ def checks_of(*tables: FromClause) -> list[ColumnElement[int]]:
     return [table.c[COLUMN] for table in tables]
 
 
-def _origins(connection: Connection, condition: ColumnElement[bool]) -> list[TaskOrigin]:
+def _origins(connection: Connection, ids: Sequence[int]) -> Collection[TaskOrigin]:
     query = adapter_rows(
         *(_TASKS.c.name, _TASKS.c.folder, _ADAPTERS.c.source, _ADAPTERS.c.step, _ADAPTERS.c.is_final),
         *(WEIGHTS.c.digest, WEIGHTS.c.size, CONFIGS.c.digest, _ADAPTERS.c.tensors_key, _ADAPTERS.c.evicted_at),
-    ).where(condition)
-    query = query.order_by(models.in_any_case(_TASKS.c.name), _ADAPTERS.c.is_final.desc(), _ADAPTERS.c.id)
+    ).where(_ADAPTERS.c.task_id.in_(ids))
+    query = query.order_by(_ADAPTERS.c.is_final.desc(), _ADAPTERS.c.id)
     found: dict[str, TaskOrigin] = {}
     for name, folder, source, step, is_final, digest, size, config, key, evicted_at, *_ in connection.execute(query):
         place = _place(folder, source, step, is_final)
@@ -121,7 +135,7 @@ def _origins(connection: Connection, condition: ColumnElement[bool]) -> list[Tas
         if evicted_at is not None and not is_bundle_source(place):
             evicted = (*evicted, EvictedAdapter(name, digest, config, step, is_final))
         found[name] = replace(origin, sources=(*origin.sources, place), evicted=evicted)
-    return list(found.values())
+    return found.values()
 
 
 def _place(folder: str, source: str | None, step: int | None, is_final: bool) -> str:

@@ -54,8 +54,9 @@ def choose_names(
         pattern: Makes the names instead of the rule; tasks that the store has keep theirs.
         same_name_is_same_task: A task of the store that has the same name is the same task, wherever it came from.
     """
-    chains = [name_chain(task.folder, task.part) if pattern is None else pattern.chain(task) for task in tasks]
-    names = {} if known is None else _Recognised(tasks, chains, known).names()
+    own = [name_chain(task.folder, task.part) for task in tasks]
+    chains = [*own] if pattern is None else list(map(pattern.chain, tasks))
+    names = {} if known is None else _Recognised(tasks, chains, own, known).names()
     if pattern is None:
         _number(tasks, chains, names, known)
     crowded = _crowded(chains, names, known)
@@ -169,12 +170,22 @@ def _is_newer_snapshot(folder: Path, other: Path) -> bool:
 class _Recognised:
     """Finds the tasks that the store has already."""
 
-    def __init__(self, tasks: Sequence[FoundTask], chains: Sequence[Sequence[str]], known: Origins) -> None:
+    def __init__(
+        self,
+        tasks: Sequence[FoundTask],
+        chains: Sequence[Sequence[str]],
+        own: Sequence[Sequence[str]],
+        known: Origins,
+    ) -> None:
         self._tasks, self._known = tasks, known
         # The names under which the store may have the task, the most likely first.
         self._possible = [
-            [name.lower() for name in (*chain, *name_chain(task.folder, task.part), *name_chain(task.folder))]
-            for task, chain in zip(tasks, chains, strict=True)
+            list(
+                dict.fromkeys(
+                    map(str.lower, (*chain, *names, *(name_chain(task.folder) if task.part is not None else ())))
+                )
+            )
+            for task, chain, names in zip(tasks, chains, own, strict=True)
         ]
         self._names: dict[int, str] = {}
 
@@ -209,7 +220,7 @@ class _Recognised:
 
     def _of_its_name(self, index: int, by_name: Mapping[str, TaskOrigin]) -> Iterator[TaskOrigin]:
         """Yield the tasks that came from a place of another path, which is the same folder after a move."""
-        for name in dict.fromkeys(self._possible[index]):
+        for name in self._possible[index]:
             origin = by_name.get(name)
             if origin is not None and _has_bytes_of(self._tasks[index], origin):
                 yield origin
