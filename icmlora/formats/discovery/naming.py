@@ -179,14 +179,10 @@ class _Recognised:
     ) -> None:
         self._tasks, self._known = tasks, known
         # The names under which the store may have the task, the most likely first.
-        self._possible = [
-            list(
-                dict.fromkeys(
-                    map(str.lower, (*chain, *names, *(name_chain(task.folder) if task.part is not None else ())))
-                )
-            )
-            for task, chain, names in zip(tasks, chains, own, strict=True)
-        ]
+        self._possible: list[list[str]] = []
+        for task, chain, names in zip(tasks, chains, own, strict=True):
+            without_part = [] if task.part is None else name_chain(task.folder)
+            self._possible.append(list(dict.fromkeys(map(str.lower, (*chain, *names, *without_part)))))
         self._names: dict[int, str] = {}
 
     def names(self) -> dict[int, str]:
