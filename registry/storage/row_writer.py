@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 MAX_VARIABLES = 500  # older SQLite takes at most 999 values in one `IN (...)`
-_FEW = 1000  # rows that are fetched at a time
 
 
 class RowWriter:
@@ -228,14 +227,12 @@ def same_names(connection: Connection, names: Sequence[str]) -> list[str]:
     return [*names, *(name for name in names_beyond_ascii(connection) if name.lower() in wanted)]
 
 
-def names_beyond_ascii(connection: Connection) -> Iterator[str]:
-    """Yield the names of tasks with other letters than ASCII's, which no database lowers as Python does."""
+def names_beyond_ascii(connection: Connection) -> Sequence[str]:
+    """Return the names of tasks with other letters than ASCII's, which no database lowers as Python does."""
     name = table_of(models.Task).c.name
     is_sqlite = connection.dialect.name == "sqlite"
     size = func.length(cast_to(name, LargeBinary)) if is_sqlite else func.octet_length(name)
-    query = select(name).where(size > func.length(name)).execution_options(yield_per=_FEW)
-    with connection.execute(query) as found:
-        yield from found.scalars()
+    return connection.execute(select(name).where(size > func.length(name))).scalars().all()
 
 
 def find_task(session: Session, name: str) -> models.Task:

@@ -37,7 +37,6 @@ from registry.to_records import task_folder, usual_source
 _TASKS, _ADAPTERS, _BLOBS = map(table_of, (models.Task, models.Adapter, models.Blob))
 WEIGHTS, CONFIGS = _BLOBS.alias(), _BLOBS.alias()
 """The files of an adapter, in a statement of `adapter_rows`."""
-_FEW = 1000  # rows that are fetched at a time
 
 
 class Origins:
@@ -89,11 +88,11 @@ class Origins:
         There may be very many of them, so nothing is remembered, and a few are in memory at a time.
         """
         columns = (_TASKS.c.name, _TASKS.c.folder, _ADAPTERS.c.source, _ADAPTERS.c.step, _ADAPTERS.c.is_final)
-        query = adapter_rows(*columns).where(_ADAPTERS.c.is_final).execution_options(yield_per=_FEW)
+        query = adapter_rows(*columns).where(_ADAPTERS.c.is_final)
         with self._db.connection() as connection:
-            query = query.where(_ends_with(connection, {f"-{end.lower()}" for end in ends}))
-            with connection.execute(query) as found:
-                for name, *row in found:
+            has_end = _ends_with(connection, {f"-{end.lower()}" for end in ends})
+            for some in in_parts(connection.execute(select(_TASKS.c.id).where(has_end)).scalars().all()):
+                for name, *row in connection.execute(query.where(_TASKS.c.id.in_(some))):
                     yield name, _place(*row[:4])
 
     def _find(self, connection: Connection, numbers: Executable) -> list[TaskOrigin]:
