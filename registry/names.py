@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
+from string import ascii_uppercase
 from typing import Literal, get_args
 
 from registry.errors import InvalidName, NotAStore, RegistryError
@@ -32,6 +33,7 @@ MAX_NAME_BYTES = 192
 _ASCII_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 # Letters and marks that show nothing, so that two names could look alike: joiners, fillers, variation selectors.
 _UNSEEN = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]")
+_FOLDED = {ord(letter): letter.lower() for letter in ascii_uppercase}
 _MODULE_NAME = re.compile(r"\w[\w-]*(?:\.\w[\w-]*)*", re.ASCII)
 _TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@=+-]{0,63}")
 MAX_NOTE = 4000
@@ -105,6 +107,11 @@ def is_text(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return "\0" not in text
+
+
+def folded(text: str) -> str:
+    """Return a text with small ASCII letters: that of two names which every database takes for the same."""
+    return text.translate(_FOLDED)
 
 
 def is_module_name(name: str) -> bool:

@@ -464,6 +464,17 @@ class EvaluationRecord(NewEvaluation):
     created_at: str
 
 
+@dataclass(frozen=True)
+class EvictedAdapter:
+    """What an evicted adapter is recognised by."""
+
+    task: str
+    weights: str
+    config: str
+    step: int | None
+    is_final: bool
+
+
 @dataclass(frozen=True, slots=True)
 class TaskOrigin:
     """What a task of the store is recognised by when its folder is met again."""
@@ -474,17 +485,8 @@ class TaskOrigin:
     config: str
     sources: tuple[str, ...]  # labels of the places of its adapters; the final one's first
     tensors_key: str | None = None  # of its final adapter
-
-
-@dataclass(frozen=True)
-class EvictedAdapter:
-    """What an evicted adapter is recognised by."""
-
-    task: str
-    weights: str
-    config: str
-    step: int | None
-    is_final: bool
+    # Its adapters whose weights were deleted; not those that never were here, but in a bundle.
+    evicted: tuple[EvictedAdapter, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from string import ascii_uppercase
 from typing import Any, ClassVar
 
 from sqlalchemy import (
@@ -58,7 +57,7 @@ from sqlalchemy.sql.functions import FunctionElement, GenericFunction
 from sqlalchemy.types import TypeDecorator, TypeEngine
 
 from registry import values
-from registry.names import LOAD_IN
+from registry.names import LOAD_IN, folded
 from registry.row_checks import COLUMN, Value, checked, is_known_by_a_number, passed
 from registry.values import Form
 
@@ -117,7 +116,7 @@ class _Folded(TypeDecorator[str]):
 
     def bind_processor(self, dialect: Dialect) -> Callable[[str | None], str | None] | None:
         """Fold the case of ASCII letters, which SQLite does by itself (SQLAlchemy's hook)."""
-        return None if dialect.name == "sqlite" else lambda text_: text_ and text_.translate(_FOLDED)
+        return None if dialect.name == "sqlite" else lambda text_: text_ and folded(text_)
 
 
 class in_any_case(FunctionElement[str]):  # noqa: N801  # as SQLAlchemy's functions are named
@@ -136,9 +135,6 @@ def _itself(function: in_any_case, compiler: SQLCompiler, **options: Any) -> str
 def _lower(function: in_any_case, compiler: SQLCompiler, **options: Any) -> str:
     """Fold: the collation of the column knows ASCII letters only."""
     return f"lower({compiler.process(function.clauses, **options)})"
-
-
-_FOLDED = {ord(letter): letter.lower() for letter in ascii_uppercase}
 
 
 class RowCheck(TypeDecorator[int]):

@@ -334,7 +334,8 @@ def _engine(url: DatabaseUrl, connect: Callable[[], psycopg.Connection], **pool:
         check()
         return connect()
 
-    engine = create_engine("postgresql+psycopg://", creator=checked, **pool)
+    # No column has the type for which it would ask the server three times.
+    engine = create_engine("postgresql+psycopg://", creator=checked, use_native_hstore=False, **pool)
     event.listen(engine, "checkout", check)
     return engine
 
@@ -363,9 +364,9 @@ def new_connection(url: DatabaseUrl, command: str) -> psycopg.Connection:
     known = name.encode("ascii", "replace")[:_MOST_NAMED].decode()
     options: Any = {"application_name": known, "connect_timeout": _CONNECTING, **_ALIVE}
     try:
-        connection = psycopg.connect(url.secret, **options)
+        connection = psycopg.connect(url.secret, autocommit=True, **options)
         connection.execute(_OF_SESSION)
-        connection.commit()
+        connection.autocommit = False
     except psycopg.Error as error:
         raise _away(url, error) from None
     _connections.add(connection)

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import json
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from sqlalchemy import ColumnElement, Connection, Table, select
+from sqlalchemy import ColumnElement, Connection, LargeBinary, Select, String, Table, func, literal, select
+from sqlalchemy import cast as cast_to
 from sqlalchemy.orm import Session
 
 from registry import records
@@ -132,6 +134,15 @@ def in_parts(values: Sequence[T], most: int = MAX_VARIABLES) -> Iterator[Sequenc
         yield values[at : at + most]
 
 
+def listed(connection: Connection, texts: Iterable[str]) -> Select[str]:
+    """Return a statement that selects these texts: one variable, however many they are."""
+    if connection.dialect.name == "sqlite":
+        return select(func.json_each(json.dumps(list(texts))).table_valued("value").c.value)
+    from sqlalchemy.dialects.postgresql import ARRAY
+
+    return select(func.unnest(literal(list(texts), ARRAY(String))))
+
+
 def existing_adapters(session: Session, numbers: Sequence[int]) -> set[int]:
     """Return which rows of adapters there are."""
     adapter = models.Adapter
@@ -167,19 +178,22 @@ class RowNumbers:
         self, table: Table, key: str, rows: Mapping[str, Mapping[str, Any]], *, corrected: str | None = None
     ) -> dict[str, int]:
         """Insert the rows that are not in the table, correct one column of the others, return the number of each."""
-        if not rows:
-            return {}
+        found = {} if corrected is not None else self._found(table, key, list(rows))
+        made = [{key: name, **values} for name, values in rows.items() if name not in found]
+        if not made:
+            return found
         statement = insert_into(self._connection, table)
-        if corrected is None:
-            statement = statement.on_conflict_do_nothing(index_elements=[key])
-        else:
+        if corrected is not None:
             new = statement.excluded[corrected]
             changes = table.c[corrected] != new
             statement = statement.on_conflict_do_update(index_elements=[key], set_={corrected: new}, where=changes)
-        self._connection.execute(statement, [{key: name, **values} for name, values in rows.items()])
+        self._connection.execute(statement, made)
+        return found | self._found(table, key, [row[key] for row in made])
+
+    def _found(self, table: Table, key: str, names: Sequence[str]) -> dict[str, int]:
         found: dict[str, int] = {}
-        for names in in_parts(list(rows)):
-            query = select(table.c[key], table.c.id).where(table.c[key].in_(names))
+        for some in in_parts(names):
+            query = select(table.c[key], table.c.id).where(table.c[key].in_(some))
             found |= {row[0]: row[1] for row in self._connection.execute(query)}
         return found
 
@@ -210,8 +224,15 @@ def same_names(connection: Connection, names: Sequence[str]) -> list[str]:
     if all(map(str.isascii, names)):  # the column compares ASCII letters in any case, and no others
         return list(names)
     wanted = {name.lower() for name in names}
-    stored = connection.execute(select(table_of(models.Task).c.name)).scalars()
-    return [*names, *(name for name in stored if name.lower() in wanted)]
+    return [*names, *(name for name in names_beyond_ascii(connection) if name.lower() in wanted)]
+
+
+def names_beyond_ascii(connection: Connection) -> Sequence[str]:
+    """Return the names of tasks with other letters than ASCII's, which no database lowers as Python does."""
+    name = table_of(models.Task).c.name
+    is_sqlite = connection.dialect.name == "sqlite"
+    size = func.length(cast_to(name, LargeBinary)) if is_sqlite else func.octet_length(name)
+    return connection.execute(select(name).where(size > func.length(name))).scalars().all()
 
 
 def find_task(session: Session, name: str) -> models.Task:

@@ -15,10 +15,9 @@ from sqlalchemy.orm import Session
 from registry import schema as models
 from registry.errors import DamagedBlob, LastCopy, StoreIOError
 from registry.files import failpoint
-from registry.records import AdapterRecord, EvictedAdapter, Eviction
+from registry.records import AdapterRecord, Eviction
 from registry.storage.prune import drop_evicted, evicted_files
 from registry.storage.row_writer import find_final, find_task, in_parts, utc_now
-from registry.tables import ingest as known_tasks
 from registry.tables.evaluations import record_evaluation
 from registry.tables.table import Table
 from registry.to_records import adapter_record
@@ -26,11 +25,6 @@ from registry.to_records import adapter_record
 
 class Originals(Table):
     """The weights as they were ingested."""
-
-    def evicted(self) -> list[EvictedAdapter]:
-        """Return all adapters whose weights were deleted, by task."""
-        with self._db.connection() as connection:
-            return known_tasks.evicted_adapters(connection)
 
     def in_use(self) -> dict[str, int]:
         """Return digest -> number of adapters that need these weights; a file is deleted with the last of them."""

@@ -11,26 +11,24 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
-from sqlalchemy import ColumnElement, Connection, FromClause, Select, delete, func, insert, select, update
+from sqlalchemy import Connection, delete, func, insert, select, update
 
 from registry import records
 from registry import schema as models
 from registry.errors import TaskConflict
 from registry.names import UNKNOWN_BASE, check_name, is_bundle_source
-from registry.records import Description, EvictedAdapter, description_of
-from registry.row_checks import COLUMN
+from registry.records import Description, description_of
 from registry.storage.blobs.content import Blobs
 from registry.storage.row_writer import RowNumbers, in_parts, insert_into, same_names, table_of, utc_now
 from registry.tables.base_models import find_labels, names_of
-from registry.to_records import task_folder, unusual_source, usual_source
+from registry.tables.origins import CONFIGS, WEIGHTS, adapter_rows, checks_of
+from registry.to_records import task_folder, unusual_source
 
 AdapterKey = tuple[str, str, int | None]
 """What tells adapters of a task apart: weights, configuration, step."""
 
 _TASKS, _ADAPTERS, _VECTORS = map(table_of, (models.Task, models.Adapter, models.TaskVector))
 _BLOBS, _BASES, _EXTRAS = map(table_of, (models.Blob, models.BaseModel, models.Extra))
-_WEIGHTS, _CONFIGS = _BLOBS.alias(), _BLOBS.alias()
-_FEW = 1000  # rows that are fetched at a time
 _PLACE = func.coalesce(_ADAPTERS.c.source, _TASKS.c.folder)
 """Where an adapter came from, but for the folder of a checkpoint."""
 
@@ -67,54 +65,13 @@ def known_tasks(connection: Connection, names: Sequence[str]) -> dict[str, Known
     return {task.name.lower(): task for task in tasks.values()}
 
 
-def task_origins(connection: Connection) -> list[records.TaskOrigin]:
-    """Return what every task is recognised by, in order of names."""
-    query = _adapters(
-        *(_TASKS.c.name, _TASKS.c.folder, _ADAPTERS.c.source, _ADAPTERS.c.step, _ADAPTERS.c.is_final),
-        *(_WEIGHTS.c.digest, _WEIGHTS.c.size, _CONFIGS.c.digest, _ADAPTERS.c.tensors_key),
-    ).order_by(models.in_any_case(_TASKS.c.name), _ADAPTERS.c.is_final.desc(), _ADAPTERS.c.id)
-    query = query.execution_options(yield_per=_FEW)  # of a million tasks, what comes with a row is a gigabyte
-    origins: dict[str, records.TaskOrigin] = {}
-    with connection.execute(query) as found:
-        for name, folder, source, step, is_final, digest, size, config_digest, key, *_ in found:
-            place = usual_source(folder, step, is_final=is_final) if source is None else source
-            if (known := origins.get(name)) is not None:
-                origins[name] = replace(known, sources=(*known.sources, place))
-            elif is_final:
-                origins[name] = records.TaskOrigin(name, digest, size, config_digest, (place,), key)
-    return list(origins.values())
-
-
-def evicted_adapters(connection: Connection) -> list[EvictedAdapter]:
-    """Return all adapters whose weights were deleted, by task; not those that never were here, but in a bundle."""
-    query = _adapters(
-        *(_TASKS.c.name, _WEIGHTS.c.digest, _CONFIGS.c.digest, _ADAPTERS.c.step, _ADAPTERS.c.is_final, _PLACE)
-    )
-    query = query.where(_ADAPTERS.c.evicted_at.is_not(None)).order_by(models.in_any_case(_TASKS.c.name), _ADAPTERS.c.id)
-    query = query.execution_options(yield_per=_FEW)
-    with connection.execute(query) as found:
-        return [EvictedAdapter(*row[:5]) for row in found if not is_bundle_source(row[5])]
-
-
-def _adapters(*columns: Any) -> Select[Any]:
-    """Return a statement that selects columns of adapters, with their tasks and their files, and checks the rows."""
-    query = select(*columns, *_checks(_TASKS, _ADAPTERS, _WEIGHTS, _CONFIGS)).join_from(_ADAPTERS, _TASKS)
-    query = query.join(_WEIGHTS, _ADAPTERS.c.weights_id == _WEIGHTS.c.id)
-    return query.join(_CONFIGS, _ADAPTERS.c.config_id == _CONFIGS.c.id)
-
-
-def _checks(*tables: FromClause) -> list[ColumnElement[int]]:
-    """Return the columns that a statement asks for to have the rows of these tables checked."""
-    return [table.c[COLUMN] for table in tables]
-
-
 def _tasks(connection: Connection, names: Sequence[str]) -> list[KnownTask]:
     samples, eval_data = _BLOBS.alias(), _BLOBS.alias()
     query = (
         select(
             *(_TASKS.c.id, _TASKS.c.name, _BASES.c.name, samples.c.digest, eval_data.c.digest),
             *(_TASKS.c.pinned, _TASKS.c.folder, _TASKS.c.note, _TASKS.c.tags),
-            *_checks(_TASKS, _BASES, samples, eval_data),
+            *checks_of(_TASKS, _BASES, samples, eval_data),
         )
         .join_from(_TASKS, _BASES)
         .outerjoin(samples, _TASKS.c.samples_id == samples.c.id)
@@ -125,8 +82,8 @@ def _tasks(connection: Connection, names: Sequence[str]) -> list[KnownTask]:
 
 
 def _add_adapters(connection: Connection, ids: Sequence[int], tasks: dict[int, KnownTask]) -> None:
-    query = _adapters(
-        *(_ADAPTERS.c.task_id, _WEIGHTS.c.digest, _CONFIGS.c.digest, _ADAPTERS.c.step),
+    query = adapter_rows(
+        *(_ADAPTERS.c.task_id, WEIGHTS.c.digest, CONFIGS.c.digest, _ADAPTERS.c.step),
         *(_ADAPTERS.c.is_final, _ADAPTERS.c.evicted_at, _ADAPTERS.c.id, _ADAPTERS.c.initial_id, _PLACE),
     ).where(_ADAPTERS.c.task_id.in_(ids))
     for task_id, weight, setting, step, is_final, evicted_at, number, initial, place, *_ in connection.execute(query):

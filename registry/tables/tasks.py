@@ -5,7 +5,7 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Collection, Iterator, Sequence
 from functools import partial
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from sqlalchemy import delete, exists, select
 from sqlalchemy.orm import Session, aliased
@@ -14,10 +14,13 @@ from registry import records
 from registry import schema as models
 from registry.errors import DamagedStore, LastCopy, TaskConflict
 from registry.files import failpoint
-from registry.names import check_name, check_note, check_tag
+from registry.names import check_name, check_note, check_tag, folded
 from registry.storage import row_writer as rows
 from registry.tables.summaries import Summaries
 from registry.to_records import adapter_record, task_record
+
+if TYPE_CHECKING:
+    from registry.tables.origins import Origins
 
 
 class Tasks(Summaries):
@@ -68,19 +71,20 @@ class Tasks(Summaries):
             row = session.execute(query).first()
         return None if row is None else row.digest
 
-    def without_vectors(self) -> list[str]:
-        """Return the names of the tasks that have no task vector yet, in order."""
-        task, vector = models.Task, models.TaskVector
+    def without_vectors(self, names: Sequence[str]) -> dict[str, str]:
+        """Return which of some tasks have no task vector yet, in order of names, each with its base model."""
+        task, base, vector = models.Task, models.BaseModel, models.TaskVector
+        query = select(task.name, base.name, task.crc, base.crc).join(base, task.base_model_id == base.id)
+        query = query.where(~exists().where(vector.task_id == task.id)).order_by(models.in_any_case(task.name))
         with self._db.read() as session:
-            has_vectors = exists().where(vector.task_id == task.id)
-            return list(session.scalars(select(task.name).where(~has_vectors).order_by(models.in_any_case(task.name))))
+            some = rows.listed(session.connection(), map(folded, names))
+            return {row[0]: row[1] for row in session.execute(query.where(task.name.in_(some)))}
 
-    def origins(self) -> list[records.TaskOrigin]:
-        """Return what every task is recognised by when its folder is met again, in order of names."""
-        from registry.tables import ingest
+    def origins(self) -> Origins:
+        """Return what looks up tasks by what they are recognised by when their folders are met again."""
+        from registry.tables.origins import Origins
 
-        with self._db.connection() as connection:
-            return ingest.task_origins(connection)
+        return Origins(self._db)
 
     def adapters(self, task: str) -> list[records.AdapterRecord]:
         """Return the adapters of a task: checkpoints by step, the final one last."""

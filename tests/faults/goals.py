@@ -54,7 +54,8 @@ def _ingested(end: End) -> bool:
 
 
 def _evicted(end: End) -> bool:
-    digests = {row.weights for row in end.store.originals.evicted()}
+    adapters = (row for name in end.rows for row in end.store.tasks.adapters(name))
+    digests = {row.weights for row in adapters if row.is_evicted}
     # Where a lock may be lost on the way, what is young stays until it is pruned.
     if not end.store.blobs.is_remote and any(map(end.store.blobs.exists, digests)):
         return False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from registry.records import EvictedAdapter, NewAdapter, TaskIngest
+from registry.records import NewAdapter, TaskIngest
 from registry.store import Store
 from tests.registry.examples import BASE, EXTRACTOR, adapter, evaluation, eviction, generator, ingest, vector
 
@@ -51,7 +51,6 @@ def everything(store: Store) -> dict[str, object]:
     """Return all that a store says of its rows."""
     names = [task.name for task in store.tasks.all()]
     generators = store.generators.all()
-    evicted: list[EvictedAdapter] = store.originals.evicted()
     return {
         "bases": store.base_models.all(),
         "tasks": list(store.tasks.all()),
@@ -61,6 +60,6 @@ def everything(store: Store) -> dict[str, object]:
         "generators": generators,
         "codes": [store.codes.all(made.id) for made in generators],
         "evaluations": store.evaluations.all(),
-        "evicted": evicted,
+        "origins": store.tasks.origins().named(names),
         "runs": [store.runs.running(base) for base in (BASE, ALONE)],
     }

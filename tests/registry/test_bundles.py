@@ -94,7 +94,7 @@ def test_what_is_said_of_a_code_from_elsewhere_stays_a_claim(store: Store) -> No
 def test_the_true_original_of_a_bundle_is_stored_although_nobody_asks_to_restore_it(store: Store) -> None:
     task = imported(store, "rust")
     store.bundles.add(bundle(store, replace(task, original=replace(task.original, source=bundle_source("ab")))))
-    assert store.originals.evicted() == []
+    assert store.tasks.origins().named(["rust"])["rust"].evicted == ()
     assert store.tasks.ingest([offer(store, "rust")])[0].restored == 1
     assert store.tasks.final("rust").source == offer(store, "rust").adapters[0].source
 

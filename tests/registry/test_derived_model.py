@@ -215,7 +215,7 @@ class DerivedModel(RuleBasedStateMachine):
 
     @invariant()
     def no_evicted_task_is_without_its_code(self) -> None:
-        assert {row.task for row in self.store.originals.evicted()} == self.evicted
+        assert {row.final.task for row in self.store.tasks.summaries() if row.final.is_evicted} == self.evicted
         assert self.relied_on().keys() == self.evicted
 
     @invariant()

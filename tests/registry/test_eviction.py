@@ -317,14 +317,18 @@ def test_another_task_may_bring_the_bytes_of_an_evicted_one(rust: Store) -> None
     assert rust.prune(grace=0).blobs == 0
 
 
+def evicted(store: Store) -> tuple[EvictedAdapter, ...]:
+    return store.tasks.origins().named(["rust"])["rust"].evicted
+
+
 def test_evicted_adapters_are_listed_with_what_tells_them(rust: Store) -> None:
-    assert rust.originals.evicted() == []
+    assert evicted(rust) == ()
     rust.originals.evict(eviction(rust, "rust"))
     rows = {row.step: row for row in rust.tasks.adapters("rust")}
-    assert rust.originals.evicted() == [
+    assert evicted(rust) == tuple(
         EvictedAdapter("rust", rows[step].weights, rows[step].config, step, is_final=step is None)
         for step in (None, 80)
-    ]
+    )
 
 
 def test_withheld_bytes_are_inspected_and_not_stored(store: Store, tmp_path: Path) -> None:

@@ -102,4 +102,5 @@ def test_the_key_of_the_tensors_is_recorded_and_names_a_task_again(store: Store)
     store.tasks.ingest([replace(made, adapters=[replace(final, tensors_key="00ff" * 4)])])
     ingest(store, "older")
     assert store.tasks.final("rust").tensors_key == "00ff" * 4
-    assert {origin.name: origin.tensors_key for origin in store.tasks.origins()} == {"older": None, "rust": "00ff" * 4}
+    known = store.tasks.origins().named(["older", "rust"])
+    assert {name: origin.tensors_key for name, origin in known.items()} == {"older": None, "rust": "00ff" * 4}

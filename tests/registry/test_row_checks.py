@@ -61,7 +61,7 @@ def test_every_row_that_icm_writes_has_its_check(filled: Store, table: str) -> N
     [
         ("UPDATE tasks SET pinned = FALSE", lambda store: store.tasks.get("rust")),
         ("UPDATE adapters SET step = step + 1", lambda store: store.tasks.adapters("rust")),
-        ("UPDATE adapters SET evicted_at = 0", lambda store: store.originals.evicted()),
+        ("UPDATE adapters SET evicted_at = 0", lambda store: store.tasks.origins().named(["rust"])),
         ("UPDATE blobs SET size = size + 1", lambda store: store.tasks.final("rust")),
         ("UPDATE codes SET dw_error = dw_error / 2", lambda store: code_of(store, "rust")),
         ("UPDATE evaluations SET retained_gain = 0.98", lambda store: store.evaluations.all()),

@@ -214,7 +214,9 @@ class TestQueries:
         for name in ("rust", "html", "css"):
             ingest(store, name)
         store.vectors.add([vector(store, "html", 0)])
-        assert store.tasks.without_vectors() == ["css", "rust"]
+        found = store.tasks.without_vectors(["rust", "html", "css"])
+        assert list(found.items()) == [("css", BASE), ("rust", BASE)]
+        assert store.tasks.without_vectors(["html", "RUST"]) == {"rust": BASE}
 
 
 class TestRemoval:

@@ -53,6 +53,11 @@ class KnownBases:
         """Return the name of the base model that has a label."""
         return self._names.get(label, label)
 
+    @property
+    def have_loaders(self) -> bool:
+        """Whether one of them has a loader, which may read samples of any form."""
+        return any(record.loader is not None for record in self._records.values())
+
     def settle(self, labels: Iterable[str]) -> None:
         """Join the labels that the store does not know yet, where they mean a model that it knows, and report it."""
         for label in sorted(set(labels) - self._names.keys() - {UNKNOWN_BASE}):

@@ -6,13 +6,18 @@ An adapter is still taken as asked: two tasks may share an adapter on purpose, a
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 from icmlora.formats.tensor_hash import plain_config, tensors_digest
 from registry.errors import DamagedStore
-from registry.records import NewAdapter, TaskOrigin
+from registry.names import folded
+from registry.records import NewAdapter
+
+if TYPE_CHECKING:
+    from registry.tables.origins import Origins
 
 _REMEMBERED = 64
 
@@ -32,32 +37,45 @@ class _Final:
 
 
 class KnownTensors:
-    """The final adapters of all tasks, found by their tensors.
+    """The final adapters of tasks, found by their tensors.
 
     Files are read only where two keys are equal. What cannot be read, such as an evicted original or in a dry run the
     new adapter itself, is recognised only if its whole file is the same.
     """
 
-    def __init__(self, origins: Iterable[TaskOrigin], read: Callable[[str], bytes] | None) -> None:
-        """Begin with the tasks of the store; `read` returns its blobs, None if there is no store yet."""
+    def __init__(self, origins: Origins | None, read: Callable[[str], bytes] | None) -> None:
+        """Begin with the tasks of the store; `read` returns its blobs. Both are None if there is no store yet."""
+        self._origins = origins
         self._finals: dict[str, _Final] = {}
         self._names: defaultdict[str, set[str]] = defaultdict(set)
-        self._order: dict[str, int] = {}
+        self._order: dict[str, tuple[int, str]] = {}
         self._digest = lru_cache(_REMEMBERED)(lambda blob: None if read is None else tensors_digest(read(blob)))
         self._config = lru_cache(_REMEMBERED)(lambda blob: None if read is None else plain_config(read(blob)))
-        for origin in origins:
-            self._add(origin.name, _Final(origin.weights, origin.config, origin.tensors_key))
+
+    def look_up(self, finals: Mapping[str, NewAdapter]) -> None:
+        """Look for the tasks of the store that may have one of these adapters, before any of them is recorded.
+
+        Args:
+            finals: Task -> its final adapter.
+        """
+        if self._origins is None:
+            return
+        alike = self._origins.with_tensors((row.weights, row.tensors_key) for row in finals.values())
+        for origin in (*alike, *self._origins.named(finals).values()):
+            if origin.name.lower() not in self._finals:  # else this ingest has recorded it
+                self._order[origin.name] = (0, folded(origin.name))
+                self._add(origin.name, _Final(origin.weights, origin.config, origin.tensors_key))
 
     def add(self, task: str, adapter: NewAdapter) -> str | None:
         """Note the final adapter of a task; return the first task known before whose adapter is the same, if any."""
         final = _Final(adapter.weights, adapter.config, adapter.tensors_key)
         near = sorted({name for key in final.keys for name in self._names[key]}, key=self._order.__getitem__)
         found = next((name for name in near if name.lower() != task.lower() and self._is_same(name, final)), None)
+        self._order.setdefault(task, (1 + len(self._order), ""))
         self._add(task, final)
         return found
 
     def _add(self, task: str, final: _Final) -> None:
-        self._order.setdefault(task, len(self._order))
         self._finals[task.lower()] = final
         for key in final.keys:
             self._names[key].add(task)

@@ -21,7 +21,7 @@ def note_missing_vectors(store: Store | None, report: IngestReport) -> dict[str,
         return {}
     could = [task for task in report.ingested if task.original_only is None]
     names = {task.task for task in could if not format_named(task.format).is_for_images}
-    base_models = {name: store.tasks.get(name).base_model for name in store.tasks.without_vectors() if name in names}
+    base_models = store.tasks.without_vectors(sorted(names))
     can_run = {label: _can_run(store, label) for label in set(base_models.values())}
     report.without_vectors = [name for name, label in base_models.items() if can_run[label] is not False]
     # Those of a base model that cannot be run are tried too: that says why. Who wants an original back waits for no

@@ -7,9 +7,8 @@ record of a few bytes refers to them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
 from typing import TYPE_CHECKING
 
 from icmlora.errors import IcmLoraError
@@ -32,6 +31,9 @@ _REFERRED = 1024  # bytes from which a tensor may be referred to; its entry in t
 # Of packed extras in memory. Storing many at once takes hardly longer than one: each batch waits for the disk.
 _WAITING_BYTES = 64 << 20
 
+_Recorded = Mapping[tuple[str, str, str], tuple[Extra, ...]]
+"""Task in lower case, configuration and weights of its final adapter -> the extras of that."""
+
 
 class ExtrasKeeper:
     """Keeps the extras of final adapters during one ingest.
@@ -47,32 +49,35 @@ class ExtrasKeeper:
         self._packed: dict[tuple[str, int], tuple[str, int]] = {}  # what was packed, as bytes of which width -> blob
         self._waiting: list[bytes] = []
 
-    def keep(self, task: PreparedTask) -> PreparedTask | Refusal:
-        """Return a task with its extras, or why they cannot be read; `flush` makes them durable."""
+    def keep(self, tasks: Sequence[PreparedTask | Refusal]) -> list[PreparedTask | Refusal]:
+        """Return tasks with their extras, which are durable then, or why these cannot be read."""
+        names = [task.found.name for task in tasks if isinstance(task, PreparedTask) and _has_extras(task)]
+        recorded = self._recorded(names)
+        kept = [self._kept(task, recorded) if isinstance(task, PreparedTask) else task for task in tasks]
+        self._flush()
+        return kept
+
+    def _kept(self, task: PreparedTask, recorded: _Recorded) -> PreparedTask | Refusal:
         final = task.final
         try:
-            extras = self._extras(task, final)
+            extras = self._extras(task, final, recorded) if _has_extras(task) else ()
         except (IcmLoraError, SourceRefused) as error:
             return Refusal(error, task.found.final.place)
         rows = tuple(replace(row, extras=extras) if row is final else row for row in task.adapters)
         size = task.size + sum(extra.size for extra in extras if extra.file is not None)
         return replace(task, adapters=rows, size=size)
 
-    def flush(self) -> None:
-        """Make all extras durable that were returned so far."""
+    def _flush(self) -> None:
         if self._store is not None and self._waiting:
             self._store.blobs.put_all(self._waiting)
         self._waiting.clear()
 
-    def _extras(self, task: PreparedTask, final: NewAdapter) -> tuple[Extra, ...]:
+    def _extras(self, task: PreparedTask, final: NewAdapter, recorded: _Recorded) -> tuple[Extra, ...]:
         companions = task.found.final.companions
-        if not companions and not task.kept:
-            return ()
-        recorded = self._recorded.get((task.found.name.lower(), final.config, final.weights))
+        own = recorded.get((task.found.name.lower(), final.config, final.weights))
         # If the store lost one of them, the same ingest gives it back.
-        are_there = self._store is None or all(self._store.blobs.exists(extra.blob) for extra in recorded or ())
-        if recorded is not None and are_there:
-            return recorded
+        if own is not None and (self._store is None or all(self._store.blobs.exists(extra.blob) for extra in own)):
+            return own
         extras = [
             self._extra(name, read_regular(path, max_bytes=_COMPANION_LIMIT))
             for name, path in sorted(companions.items())
@@ -108,11 +113,11 @@ class ExtrasKeeper:
         except (IcmLoraError, OSError):  # a base model that cannot be read costs bytes, not the adapter
             return {}
 
-    @cached_property
-    def _recorded(self) -> dict[tuple[str, str, str], tuple[Extra, ...]]:
-        """The extras of all final adapters in the store, by task, configuration and weights."""
-        rows = [] if self._known is None else self._known.tasks.summaries()
-        return {(row.task.name.lower(), row.final.config, row.final.weights): tuple(row.final.extras) for row in rows}
+    def _recorded(self, names: Sequence[str]) -> _Recorded:
+        """Return the extras of the final adapters that the store has of some tasks."""
+        known = {} if self._known is None or not names else self._known.tasks.wholes(names)
+        finals = (adapters[-1] for _, adapters in known.values())
+        return {(row.task.lower(), row.config, row.weights): tuple(row.extras) for row in finals}
 
     def _extra(self, file: str | None, data: bytes, width: int = 1) -> Extra:
         key = digest_of(data), width
@@ -121,6 +126,10 @@ class ExtrasKeeper:
             self._packed[key] = digest_of(packed), len(packed)
             self._waiting.append(packed)
             if sum(map(len, self._waiting)) > _WAITING_BYTES:
-                self.flush()
+                self._flush()
         blob, packed_size = self._packed[key]
         return Extra(blob, file, len(data), packed_size)
+
+
+def _has_extras(task: PreparedTask) -> bool:
+    return bool(task.found.final.companions or task.kept)

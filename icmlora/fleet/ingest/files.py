@@ -22,7 +22,6 @@ from icmlora.base_models.examples.examples import MAX_BYTES
 from icmlora.base_models.examples.media_archive import has_media, read_examples
 from icmlora.base_models.finding.labels import full_label
 from icmlora.errors import DataError, IcmLoraError, located
-from icmlora.fleet.context import has_loaders
 from icmlora.formats.discovery.discovery import FoundAdapter, FoundTask
 from icmlora.formats.format import AdapterFormat, AdapterSummary
 from icmlora.formats.tensor_hash import tensors_key
@@ -147,8 +146,18 @@ def prepare(
     store: Store | None,
     evicted: Sequence[EvictedAdapter] = (),
     refused: Mapping[Path, IcmLoraError] = MappingProxyType({}),
+    *,
+    any_row: bool = False,
 ) -> list[PreparedTask | Refusal]:
-    """Check the files of some tasks and store them as blobs; weights that are `refused` already are not opened."""
+    """Check the files of some tasks and store them as blobs.
+
+    Args:
+        tasks: What was found.
+        store: Where blobs are stored; None in a dry run.
+        evicted: Adapters whose weights are not to be stored.
+        refused: Weights that are refused already; they are not opened.
+        any_row: Whether samples may have any form, as the loader of a base model may read.
+    """
     adapters = [adapter for task in tasks for adapter in task.adapters]
     initial: dict[Path, bytes] = {}
     small = {adapter.place: _read_small(adapter, initial) for adapter in adapters}
@@ -165,7 +174,7 @@ def prepare(
         if path not in refused
     }
     texts = {path for task in tasks for path in (task.samples, task.eval_data) if path is not None}
-    check = partial(_check_text, any_row=store is not None and has_loaders(store))
+    check = partial(_check_text, any_row=any_row)
     packed = {
         path: _packed(path, store, check) for path in sorted(texts) if _size(path) <= MAX_BYTES and has_media(path)
     }

@@ -36,13 +36,14 @@ from icmlora.io.files import read_regular
 from icmlora.io.safetensors import ITEM_BYTES, MAX_FILE_BYTES
 from registry.errors import MissingBlob, SourceRefused, StoreNotFound, TaskConflict
 from registry.names import UNKNOWN_BASE, source_label
-from registry.records import WITHOUT_BASE, IngestOutcome, NewAdapter, TaskIngest, TaskOrigin
+from registry.records import WITHOUT_BASE, IngestOutcome, NewAdapter, TaskIngest
 from registry.storage.blobs.content import digest_of
 
 if TYPE_CHECKING:
     from icmlora.fleet.vectors.vectors import VectorReport
-    from registry.records import EvictedAdapter
+    from registry.records import EvictedAdapter, TaskOrigin
     from registry.store import Store
+    from registry.tables.origins import Origins
 
 Conflict = Literal["skip", "replace", "fail"]
 
@@ -193,7 +194,7 @@ def ingest(
     pattern = None if name_from is None else NameTemplate(name_from)  # refused before a store is made
     told = None if base_model is None else typed_label(base_model)
 
-    def named(origins: Sequence[TaskOrigin]) -> Sequence[FoundTask]:
+    def named(origins: Origins | None) -> Sequence[FoundTask]:
         # `--on-conflict` is for a task that was trained again elsewhere; without it, another folder is another task.
         is_same = on_conflict != "fail"
         return name_tasks(found.tasks, known=origins, pattern=pattern, same_name_is_same_task=is_same)
@@ -215,7 +216,7 @@ def ingest(
     return report
 
 
-_Naming = Callable[[Sequence[TaskOrigin]], Sequence[FoundTask]]
+_Naming = Callable[["Origins | None"], Sequence[FoundTask]]
 
 
 def _take(
@@ -335,8 +336,7 @@ class _Target:
         self.store = None if dry_run else known  # where blobs are stored
         self.bases = KnownBases(context, known, dry_run=dry_run)
         self.extras = ExtrasKeeper(self.bases, known, self.store)
-        self.origins = () if known is None else known.tasks.origins()
-        self.evicted = () if restore or self.store is None else self.store.originals.evicted()
+        self.origins = None if known is None else known.tasks.origins()
 
     def record(self, rows: Sequence[TaskIngest]) -> list[IngestOutcome]:
         """Record tasks in one transaction, or in a dry run say what would become of them."""
@@ -348,17 +348,29 @@ class _Target:
 
         return plan_tasks(None, rows)
 
+    def namesakes(self, tasks: Iterable[FoundTask]) -> Mapping[str, TaskOrigin]:
+        """Return the tasks of the store that have the names of some that were found, by name in lower case."""
+        return {} if self.origins is None else self.origins.named(task.name for task in tasks)
+
+    def evicted(self, tasks: Iterable[FoundTask]) -> list[EvictedAdapter]:
+        """Return the adapters of some tasks whose weights are not to be stored."""
+        if self.restore or self.store is None:
+            return []
+        return [row for origin in self.namesakes(tasks).values() for row in origin.evicted]
+
+    def others(self, tasks: Sequence[PreparedTask]) -> list[PreparedTask]:
+        """Return the tasks whose final adapter is not the one that the store has under their name."""
+        known = self.namesakes(task.found for task in tasks)
+        same = {name: (origin.weights, origin.config) for name, origin in known.items()}
+        return [item for item in tasks if same.get(item.found.name.lower()) != (item.final.weights, item.final.config)]
+
     def decoded(self, tasks: Iterable[PreparedTask]) -> set[str]:
         """Return which tasks have a folder that holds what their code decodes to, as `icm restore` writes it.
 
         That is no other adapter: taking it would put the code's losses in place of the original.
         """
-        known = {origin.name.lower(): (origin.weights, origin.config) for origin in self.origins}
-        others = [
-            task
-            for task in tasks
-            if known.get(task.found.name.lower()) not in (None, (task.final.weights, task.final.config))
-        ]
+        known = self.namesakes(task.found for task in tasks)
+        others = [task for task in tasks if task.found.name.lower() in known]
         return {task.found.name for task in others if self._is_decoded(task.found.name, task.final)}
 
     def _is_decoded(self, name: str, found: NewAdapter) -> bool:
@@ -412,8 +424,10 @@ def _ingest_batches(
     context.progress(done, total)
     for batch in batches(tasks):
         with converted(batch, reader) as (readable, refused):
-            prepared = _prepared(readable, target, target.evicted, refused)
-            decoded = target.decoded(_good(prepared))
+            prepared = _prepared(readable, target, target.evicted(readable), refused)
+            others = target.others(_good(prepared))
+            decoded = target.decoded(others)
+            tensors.look_up({task.found.name: task.final for task in others})
             try:
                 outcomes = _record(prepared, target, decoded)
             except MissingBlob:
@@ -439,13 +453,12 @@ def _prepared(
     tasks: Sequence[FoundTask], target: _Target, evicted: Sequence[EvictedAdapter], refused: Mapping[Path, IcmLoraError]
 ) -> list[PreparedTask | Refusal]:
     """Store the files of some tasks, find their base models, then keep their extras, which may refer to these."""
-    found, told, bases = prepare(tasks, target.store, evicted, refused), target.told, target.bases
+    told, bases = target.told, target.bases
+    found = prepare(tasks, target.store, evicted, refused, any_row=bases.have_loaders)
     labels = [told, *(task.base_model for task in _good(found))]
     bases.settle(label for label in labels if label is not None)
     prepared = [_with_base(item, told, bases) if isinstance(item, PreparedTask) else item for item in found]
-    kept = [target.extras.keep(item) if isinstance(item, PreparedTask) else item for item in prepared]
-    target.extras.flush()
-    return kept
+    return target.extras.keep(prepared)
 
 
 def _with_base(task: PreparedTask, told: str | None, bases: KnownBases) -> PreparedTask | Refusal:

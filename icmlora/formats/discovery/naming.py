@@ -11,9 +11,8 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,13 +34,14 @@ from registry.names import escape, source_label
 if TYPE_CHECKING:
     from icmlora.formats.discovery.discovery import FoundTask
     from registry.records import TaskOrigin
+    from registry.tables.origins import Origins
 
 _NUMBER = re.compile(r"-\d{1,9}$", re.ASCII)
 
 
 def choose_names(
     tasks: Sequence[FoundTask],
-    known: Sequence[TaskOrigin] = (),
+    known: Origins | None = None,
     *,
     pattern: NameTemplate | None = None,
     same_name_is_same_task: bool = False,
@@ -50,28 +50,31 @@ def choose_names(
 
     Args:
         tasks: The tasks that were found.
-        known: The tasks of the store.
+        known: The tasks of the store; None if there is no store.
         pattern: Makes the names instead of the rule; tasks that the store has keep theirs.
         same_name_is_same_task: A task of the store that has the same name is the same task, wherever it came from.
     """
-    chains = [name_chain(task.folder, task.part) if pattern is None else pattern.chain(task) for task in tasks]
-    names = _Recognised(tasks, chains, known).names()
+    own = [name_chain(task.folder, task.part) for task in tasks]
+    chains = [*own] if pattern is None else list(map(pattern.chain, tasks))
+    names = {} if known is None else _Recognised(tasks, chains, own, known).names()
     if pattern is None:
         _number(tasks, chains, names, known)
-    by_name = {origin.name.lower(): origin for origin in known}
-    taken = by_name.keys() | {name.lower() for name in names.values()}
     crowded = _crowded(chains, names, known)
+    by_name = _named(known, (chains[index][0] for index in range(len(tasks)) if index not in names))
     for index in range(len(tasks)):
         first = chains[index][0].lower()
         if index in names or first in crowded or first not in by_name:
             continue
+        home = _home_of(by_name[first].sources[0])
         if same_name_is_same_task and first not in {name.lower() for name in names.values()}:
             names[index] = chains[index][0]
-        elif _home_of(by_name[first]) == tasks[index].folder:
+        elif home == tasks[index].folder:
             # Another adapter of the same folder has the name, such as `last` before there was a `best`.
             chains[index] = name_chain(tasks[index].folder, tasks[index].part or tasks[index].places[0].name)
-        elif _is_newer_snapshot(tasks[index].folder, _home_of(by_name[first])):
+        elif _is_newer_snapshot(tasks[index].folder, home):
             chains[index] = name_chain(tasks[index].folder, tasks[index].folder.name[:7])
+    possible = (name for index, chain in enumerate(chains) if index not in names for name in chain)
+    taken = _named(known, possible).keys() | {name.lower() for name in names.values()}
     level = 0
     while len(names) < len(tasks):
         proposed = {
@@ -89,25 +92,43 @@ def choose_names(
     return [names[index] for index in range(len(tasks))]
 
 
-def _number(
-    tasks: Sequence[FoundTask], chains: list[list[str]], names: dict[int, str], known: Sequence[TaskOrigin]
-) -> None:
+def _named(known: Origins | None, names: Iterable[str]) -> Mapping[str, TaskOrigin]:
+    return {} if known is None else known.named(names)
+
+
+def _number(tasks: Sequence[FoundTask], chains: list[list[str]], names: dict[int, str], known: Origins | None) -> None:
     """Number new tasks of one folder whose names differ in nothing but case, or in characters that no name has."""
-    used = {origin.name.lower() for origin in known}
-    homes = {origin.name.lower(): _home_of(origin) for origin in known}
     alike: defaultdict[tuple[Path, str, str], list[int]] = defaultdict(list)
     for index, chain in enumerate(chains):
         if index not in names:
             alike[*_place(tasks[index].folder), chain[0].lower()].append(index)
+    by_name = _named(known, (first for *_, first in alike))
+    counts: defaultdict[str, int] = defaultdict(int)
     for (*place, first), some in alike.items():
         # The one that is called so keeps the name.
         some.sort(key=lambda index: (tasks[index].folder.name != chains[index][0], tasks[index].folder))
-        home = homes.get(first)
-        is_taken = home is not None and [*_place(home)] == place and home != tasks[some[0]].folder
-        free = (f"-{number}" for number in count(2) if f"{first}-{number}" not in used)
-        for index in some if is_taken else some[1:]:
+        home = _home_of(by_name[first].sources[0]) if first in by_name else None
+        if home is None or [*_place(home)] != place or home == tasks[some[0]].folder:
+            del some[0]
+        counts[first] = max(counts[first], len(some))
+    free = _free_ends(counts, known)
+    for (*_, first), some in alike.items():
+        for index, end in zip(some, free[first], strict=False):
             folder = tasks[index].folder
-            chains[index] = chain_of(chains[index][0] + next(free), names_above(folder)[1:], folder)
+            chains[index] = chain_of(chains[index][0] + end, names_above(folder)[1:], folder)
+
+
+def _free_ends(counts: Mapping[str, int], known: Origins | None) -> dict[str, list[str]]:
+    """Return for each name at least so many of the ends `-2`, `-3` ... with which no task of the store has it."""
+    free: dict[str, list[str]] = {name: [] for name in counts}
+    start = 2
+    while short := [name for name, count in counts.items() if len(free[name]) < count]:
+        ends = [f"-{number}" for number in range(start, 2 * start)]
+        used = _named(known, (name + end for name in short for end in ends))
+        for name in short:
+            free[name] += [end for end in ends if name + end not in used]
+        start *= 2
+    return free
 
 
 def _place(folder: Path) -> tuple[Path, str]:
@@ -115,7 +136,7 @@ def _place(folder: Path) -> tuple[Path, str]:
     return folder.parent, plain_name(folder.name).lower()
 
 
-def _crowded(chains: Sequence[Sequence[str]], names: dict[int, str], known: Sequence[TaskOrigin]) -> set[str]:
+def _crowded(chains: Sequence[Sequence[str]], names: dict[int, str], known: Origins | None) -> set[str]:
     """Return the short names that several folders have: they are given to none of them."""
     # A task that the user named does not count.
     counted = [
@@ -124,21 +145,21 @@ def _crowded(chains: Sequence[Sequence[str]], names: dict[int, str], known: Sequ
         if index not in names or names[index].lower() in map(str.lower, chain)
     ]
     crowded = {name for name, times in Counter(counted).items() if times > 1}
-    free = {chains[index][0].lower() for index in range(len(chains)) if index not in names}
+    free = {chains[index][0].lower() for index in range(len(chains)) if index not in names} - crowded
+    if known is None or not free:
+        return crowded
     present = {name.lower() for name in names.values()}
-    for origin in known:
-        name = origin.name.lower()
-        if name in present:
-            continue
-        ends = {name[place + 1 :] for place, letter in enumerate(name) if letter == "-"} & free
-        if ends - crowded:
-            chain = [item.lower() for item in name_chain(_home_of(origin))]
-            crowded |= ends & set(chain[:1]) if name in chain else set()
+    # A task of the store counts too, if its folder has the short name, and only the task a longer one.
+    for name, place in known.ending_with(free):
+        if name.lower() not in present:
+            first, *others = (item.lower() for item in name_chain(_home_of(place)))
+            if first in free and name.lower() in others and name.lower().endswith(f"-{first}"):
+                crowded.add(first)
     return crowded
 
 
-def _home_of(origin: TaskOrigin) -> Path:
-    return naming_folder(run_folder(Path(origin.sources[0]))[0])
+def _home_of(place: str) -> Path:
+    return naming_folder(run_folder(Path(place))[0])
 
 
 def _is_newer_snapshot(folder: Path, other: Path) -> bool:
@@ -150,51 +171,53 @@ class _Recognised:
     """Finds the tasks that the store has already."""
 
     def __init__(
-        self, tasks: Sequence[FoundTask], chains: Sequence[Sequence[str]], known: Sequence[TaskOrigin]
+        self,
+        tasks: Sequence[FoundTask],
+        chains: Sequence[Sequence[str]],
+        own: Sequence[Sequence[str]],
+        known: Origins,
     ) -> None:
-        self._tasks = tasks
-        self._known = {origin.name.lower(): origin for origin in known}
-        self._by_source: defaultdict[str, list[TaskOrigin]] = defaultdict(list)
-        for origin in known:
-            for source in origin.sources:
-                self._by_source[source].append(origin)
+        self._tasks, self._known = tasks, known
         # The names under which the store may have the task, the most likely first.
-        self._possible = [
-            [name.lower() for name in (*chain, *name_chain(task.folder, task.part), *name_chain(task.folder))]
-            for task, chain in zip(tasks, chains, strict=True)
-            if known
-        ]
+        self._possible: list[list[str]] = []
+        for task, chain, names in zip(tasks, chains, own, strict=True):
+            without_part = [] if task.part is None else name_chain(task.folder)
+            self._possible.append(list(dict.fromkeys(map(str.lower, (*chain, *names, *without_part)))))
+        self._names: dict[int, str] = {}
 
     def names(self) -> dict[int, str]:
         """Return the names of those that were recognised, by their number."""
-        names: dict[int, str] = {}
-        claimed: set[str] = set()
-        if not self._known:
-            return names
-        for candidates in (self._of_its_place, self._of_its_name):
-            for index in range(len(self._tasks)):
-                if index in names:
-                    continue
+        from_places = self._known.from_places(source_label(place) for task in self._tasks for place in task.places)
+        self._claim(lambda index: self._of_its_place(index, from_places))
+        left = (name for index, names in enumerate(self._possible) if index not in self._names for name in names)
+        by_name = self._known.named(left)
+        self._claim(lambda index: self._of_its_name(index, by_name))
+        return self._names
+
+    def _claim(self, candidates: Callable[[int], Iterator[TaskOrigin]]) -> None:
+        """Let each that has no name yet have that of the first of its candidates that no other one has."""
+        claimed = set(self._names.values())
+        for index in range(len(self._tasks)):
+            if index not in self._names:
                 origin = next((item for item in candidates(index) if item.name not in claimed), None)
                 if origin is not None:
-                    names[index] = origin.name
+                    self._names[index] = origin.name
                     claimed.add(origin.name)
-        return names
 
-    def _of_its_place(self, index: int) -> Iterator[TaskOrigin]:
+    def _of_its_place(self, index: int, from_places: Mapping[str, Sequence[TaskOrigin]]) -> Iterator[TaskOrigin]:
         """Yield the tasks that came from the same place: under a name of the folder, or with the same bytes."""
         final, *others = map(source_label, self._tasks[index].places)
-        met = {origin.name: origin for source in (final, *others) for origin in self._by_source.get(source, ())}
+        met = {origin.name: origin for source in (final, *others) for origin in from_places.get(source, ())}
         for origin in sorted(met.values(), key=lambda item: item.sources[0] != final):
             name = origin.name.lower()
             is_possible = name in self._possible[index] or _NUMBER.sub("", name) in self._possible[index]
             if is_possible or _has_bytes_of(self._tasks[index], origin):
                 yield origin
 
-    def _of_its_name(self, index: int) -> Iterator[TaskOrigin]:
+    def _of_its_name(self, index: int, by_name: Mapping[str, TaskOrigin]) -> Iterator[TaskOrigin]:
         """Yield the tasks that came from a place of another path, which is the same folder after a move."""
-        for name in dict.fromkeys(self._possible[index]):
-            origin = self._known.get(name)
+        for name in self._possible[index]:
+            origin = by_name.get(name)
             if origin is not None and _has_bytes_of(self._tasks[index], origin):
                 yield origin
 

@@ -102,7 +102,9 @@ def chain_of(first: str, above: list[str], folder: Path) -> list[str]:
 def plain_name(name: str) -> str:
     """Return a name as a task can have it: composed (NFC), and what is no letter, digit, `.`, `_` or `-` replaced."""
     # Characters that only steer how others are shown are left out, so that a word does not become two.
-    seen = "".join(char for char in name[:_LONGEST] if unicodedata.category(char) != "Cf")
+    seen = name[:_LONGEST]
+    if not seen.isascii():
+        seen = "".join(char for char in seen if unicodedata.category(char) != "Cf")
     composed = unicodedata.normalize("NFC", seen)
     if task_name_problem(composed) is None:
         return composed

@@ -106,14 +106,21 @@ def main() -> None:
             made, environment = said["made"], said["environment"]
             rows = made.pop("rows", None)
             if made:
-                document[f"{options.tasks} tasks"] = measure(made, work, options.runs, environment)
+                _note(document, f"{options.tasks} tasks", measure(made, work, options.runs, environment), options.runs)
             if rows:
                 name = f"{options.rows} rows in postgresql"
-                document[name] = measure({"postgresql + s3": rows}, work / "million", 1, environment, without="ls")
+                found = measure({"postgresql + s3": rows}, work / "million", 1, environment, without="ls")
+                _note(document, name, found, 1)
             serving.communicate()
     machine = json.loads(subprocess.run([sys.executable, "-c", _MACHINE], capture_output=True, check=True).stdout)
-    document |= {"date": datetime.now(UTC).date().isoformat(), "machine": machine, "runs": options.runs}
+    document["machine"] = machine
     options.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+
+
+def _note(document: dict[str, Any], part: str, found: dict[str, Any], runs: int) -> None:
+    """Put figures into the document, each command with its date; those of other commands stay."""
+    of = {"date": datetime.now(UTC).date().isoformat(), "runs": runs}
+    document[part] = document.get(part, {}) | {command: figures | of for command, figures in found.items()}
 
 
 def _listed(folder: Path, count: int) -> Path:
