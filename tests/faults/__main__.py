@@ -28,8 +28,9 @@ import torch
 from tests.faults.blob_flips import BlobFlips, believing
 from tests.faults.campaign import controls, kill_at_random
 from tests.faults.commands import COMMANDS
-from tests.faults.flips import summed
+from tests.faults.flips import checks_off, summed
 from tests.faults.pairs import PAIRS, Pair, servers
+from tests.faults.row_flips import KNOWN, RowFlips
 from tests.faults.sweeps import SMALL_CONTROLS, Sweeps
 from tests.faults.value_flips import postgres_flips, sqlite_flips
 from tests.faults.world import World
@@ -52,6 +53,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--control-kills", type=int, default=60, help="kills of each command that writes wrongly")
     parser.add_argument("--power-losses", type=int, default=200, help="power losses during each small command")
     parser.add_argument("--values", type=int, default=100, help="flips of bits in each column")
+    parser.add_argument("--rows", type=int, default=20, help="flips of bits in each column that decides what is done")
     parser.add_argument("--blobs", type=int, default=10_000, help="flips of bits in blobs of each kind")
     parser.add_argument("--crowd-seconds", type=float, default=60.0, help="for each number of processes")
     parser.add_argument("--stride", type=int, default=1, help="of calls, statements and requests, each n-th goes wrong")
@@ -150,6 +152,14 @@ class Campaign:
         for column, tally in found.items():
             yield f"values {column}", tally
 
+    def rows(self) -> Iterator[tuple[str, Any]]:
+        """Flip bits of values that decide, and run commands."""
+        flips = RowFlips(self._pair("rows"), self._folder("rows"), self.draw)
+        for column, tally in flips.study(each=self.chosen.rows):
+            yield f"rows {column}", tally
+        with checks_off():
+            yield "control rows believed", summed(dict(flips.study(KNOWN, each=2)))
+
     def blobs(self) -> Iterator[tuple[str, Any]]:
         """Flip bits of blobs."""
         flips = BlobFlips(self._pair("blobs"), self._folder("blobs"))
@@ -188,6 +198,7 @@ PARTS: dict[str, Callable[[Campaign], Iterator[tuple[str, Any]]]] = {
     "sweeps": Campaign.sweeps,
     "power": Campaign.power_losses,
     "values": Campaign.values,
+    "rows": Campaign.rows,
     "blobs": Campaign.blobs,
     "crowd": Campaign.crowds,
 }
