@@ -154,7 +154,7 @@ class Campaign:
 
     def rows(self) -> Iterator[tuple[str, Any]]:
         """Flip bits of values that decide, and run commands."""
-        flips = RowFlips(self._pair("rows"), self._folder("rows"), self.draw)
+        flips = RowFlips(self._pair("rows"), self._folder("rows") / "built", self.draw)
         for column, tally in flips.study(each=self.chosen.rows):
             yield f"rows {column}", tally
         with checks_off():
