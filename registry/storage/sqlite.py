@@ -151,6 +151,9 @@ class SqliteDatabase(Database):
             return StoreLocked(fact + self._users(self.path), path=self.path, hint=hint)
         if code == sqlite3.SQLITE_FULL:
             return StoreFull(fact, path=self.path, hint="`icm prune` frees what no row refers to")
+        if code == sqlite3.SQLITE_CANTOPEN and self.path.exists():  # or its journal beside it cannot be opened
+            hint = "look at the permissions of its folder, at the disk, and at how many files may be open at once"
+            return StoreIOError(fact, path=self.path, hint=hint)
         if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_ERROR):
             return DamagedStore(fact, path=self.path, hint=DAMAGE_HINT)
         if "Could not decode" in fact:  # text that is none, which Python finds, without a code

@@ -31,6 +31,7 @@ from tests.faults.commands import COMMANDS
 from tests.faults.flips import checks_off, summed
 from tests.faults.pairs import PAIRS, Pair, servers
 from tests.faults.row_flips import KNOWN, RowFlips
+from tests.faults.sqlite_calls import ignoring_errors, is_reachable
 from tests.faults.sweeps import SMALL_CONTROLS, Sweeps
 from tests.faults.value_flips import postgres_flips, sqlite_flips
 from tests.faults.world import World
@@ -128,6 +129,16 @@ class Campaign:
                 yield "requests", sweeps.requests([name], stride=stride)
             yield "calls", sweeps.calls([name], stride=stride)
 
+    def sqlite(self) -> Iterator[tuple[str, Any]]:
+        """Let calls of SQLite go wrong, as far as they can be reached."""
+        if self.chosen.pair.startswith("postgres") or not is_reachable():
+            return
+        sweeps, stride = Sweeps(self._pair("sqlite"), self._folder("sqlite")), self.chosen.stride
+        for name in SMALL:
+            yield "calls of SQLite", sweeps.sqlite([name], stride=stride)
+        with ignoring_errors():
+            yield "control ignoring errors of SQLite", sweeps.sqlite(stride=61 * stride)
+
     def power_losses(self) -> Iterator[tuple[str, Any]]:
         """Lose the power of this machine."""
         sweeps, draw = Sweeps(self._pair("power"), self._folder("power")), self.draw
@@ -196,6 +207,7 @@ PARTS: dict[str, Callable[[Campaign], Iterator[tuple[str, Any]]]] = {
     "kills": Campaign.kills,
     "small-kills": Campaign.small_kills,
     "sweeps": Campaign.sweeps,
+    "sqlite": Campaign.sqlite,
     "power": Campaign.power_losses,
     "values": Campaign.values,
     "rows": Campaign.rows,
