@@ -8,11 +8,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import pytest
 
 from registry.errors import RegistryError, StoreAway, StoreFull
+from tests.conftest import folder_of_a_server
 from tests.faults.pairs import PAIRS, PLAIN, Pair, Servers
 from tests.pg_server import pg_server
 from tests.registry.writing import COMMANDS, FACTS, Place, contents, problems
@@ -44,11 +44,10 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 @pytest.fixture(scope="module")
 def server() -> Iterator[tuple[str, Path]]:
     """A database server, and the file system that has all its files."""
-    # Not among pytest's folders: see `running`.
     with (
-        TemporaryDirectory(prefix="icm-") as folder,
-        mounted(Path(folder) / "disk", LARGEST_OF_SERVER) as disk,
-        pg_server(disk) as address,
+        folder_of_a_server() as folder,
+        mounted(folder / "disk", LARGEST_OF_SERVER) as disk,
+        pg_server(disk, is_durable=True) as address,
     ):
         yield address, disk
 
