@@ -134,6 +134,7 @@ class Commands:
         self._store, self._loras, self._output, self._blobs = store, root / "loras", root / "out", blobs
         self._untouched = Path(shutil.copytree(self._loras, root / "untouched"))
         self._adapters = {row.task.name: written(store, row.task.name, self._output) for row in Fleet(store).tasks()}
+        assert None not in self._adapters.values()
 
     def run(self, tally: Tally, what: str) -> None:
         """Run them one after the other, up to one that deletes what has to stay."""
@@ -162,10 +163,9 @@ class Commands:
             if before - self._kept():
                 tally.deleted += 1
                 tally.note(f"{command} deleted: {what}")
+                shutil.rmtree(self._loras)
+                shutil.copytree(self._untouched, self._loras)
                 break
-        if before - self._kept():
-            shutil.rmtree(self._loras)
-            shutil.copytree(self._untouched, self._loras)
 
     def _kept(self) -> set[str]:
         return self._blobs() | {str(path) for path in self._loras.rglob("*.safetensors")}

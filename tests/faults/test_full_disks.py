@@ -61,6 +61,16 @@ def used(disk: Path) -> int:
     return (status.f_blocks - status.f_bfree) * status.f_frsize // 1024
 
 
+@contextmanager
+def full(disk: Path, spare: int = 0) -> Iterator[None]:
+    """Leave the file system of a server some KB for a while."""
+    resize(disk, used(disk) + spare)
+    try:
+        yield
+    finally:
+        resize(disk, LARGEST_OF_SERVER)
+
+
 def lost(pair: Pair, told: list[str]) -> list[str]:
     """Return what the store has acknowledged and does not have."""
     with pair.open() as store:
@@ -120,15 +130,14 @@ def test_a_full_disk_of_the_database_server_loses_nothing(
         pair.clear()
         pair.make()
         told: list[str] = []
-        resize(disk, used(disk) + spare)
-        try:
-            COMMANDS[name](Place(pair.open, tmp_path, told.append))
-        except RegistryError as error:
-            errors.append(error)
-        with suppress(StoreAway):  # a full server writes a file for a new connection now and then, or refuses it
-            assert lost(pair, told) == []
-            assert problems(place) == []
-        resize(disk, LARGEST_OF_SERVER)
+        with full(disk, spare):
+            try:
+                COMMANDS[name](Place(pair.open, tmp_path, told.append))
+            except RegistryError as error:
+                errors.append(error)
+            with suppress(StoreAway):  # a full server writes a file for a new connection now and then, or refuses it
+                assert lost(pair, told) == []
+                assert problems(place) == []
         COMMANDS[name](place)
         assert lost(pair, told) == []
         assert problems(place) == []
@@ -148,16 +157,14 @@ def test_a_server_that_stops_for_want_of_space_loses_nothing(server: tuple[str, 
     pair.make()
     place, told = Place(pair.open, tmp_path), list[str]()
     COMMANDS["learn"](Place(pair.open, tmp_path, told.append))
-    resize(disk, used(disk))
-    # It needs another file for its log now, without which it does not go on.
-    much = (
-        f"SELECT pg_logical_emit_message(false, 'icm', repeat('x', 1024)) FROM generate_series(1, {LARGEST_OF_SERVER})"
-    )
-    with psycopg.connect(address) as connection, pytest.raises(psycopg.OperationalError):
-        connection.execute(much.encode())
-    with pytest.raises((StoreFull, StoreAway)):
-        COMMANDS["extend"](Place(pair.open, tmp_path, told.append))
-    resize(disk, LARGEST_OF_SERVER)
+    # It needs another file for its log then, without which it does not go on.
+    rows = f"generate_series(1, {LARGEST_OF_SERVER})"
+    much = f"SELECT pg_logical_emit_message(false, 'icm', repeat('x', 1024)) FROM {rows}"
+    with full(disk):
+        with psycopg.connect(address) as connection, pytest.raises(psycopg.OperationalError):
+            connection.execute(much.encode())
+        with pytest.raises((StoreFull, StoreAway)):
+            COMMANDS["extend"](Place(pair.open, tmp_path, told.append))
     for _ in range(300):
         with suppress(StoreAway):
             pair.open().close()
