@@ -160,7 +160,7 @@ class SqliteDatabase(Database):
             return DamagedStore(fact, path=self.path, hint=DAMAGE_HINT)
         if code == sqlite3.SQLITE_READONLY:
             return StoreReadOnly(fact, path=self.path, hint="check the permissions of the store folder")
-        if code == sqlite3.SQLITE_IOERR:
+        if code == sqlite3.SQLITE_IOERR or "unable to serialize" in fact:  # the latter without a code
             return StoreIOError(fact, path=self.path)
         return None
 
@@ -237,6 +237,16 @@ def sqlite_of(connection: Connection) -> sqlite3.Connection:
     found = connection.connection.driver_connection
     assert isinstance(found, sqlite3.Connection)
     return found
+
+
+def copy_of(connection: sqlite3.Connection) -> bytes:
+    """Return the bytes of a database; raise `sqlite3.Error` if some of them cannot be read.
+
+    `serialize` alone puts zeros in place of a page that it cannot read, and says nothing.
+    """
+    with closing(sqlite3.connect(":memory:")) as copy:
+        connection.backup(copy)
+        return copy.serialize()
 
 
 APPLICATION_ID = 0x69636D31  # "icm1": tells `file` and us what the database is
