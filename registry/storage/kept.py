@@ -20,7 +20,7 @@ from registry.errors import DamagedStore, StoreFull, StoreIOError, StoreNotFound
 from registry.storage.folder import StorePaths, make_folders
 from registry.storage.locks import Patience
 from registry.storage.locks.flocks import FileLock
-from registry.storage.sqlite import SqliteDatabase, migrate, sqlite_of
+from registry.storage.sqlite import SqliteDatabase, copy_of, migrate, sqlite_of
 
 _MODE = 0o600
 
@@ -32,7 +32,7 @@ def keep(database: SqliteDatabase, paths: StorePaths) -> None:
         return
     with suppress(StoreFull), fs.store_errors(paths.kept):  # on a full disk the earlier copy stays
         with database.connection() as connection:
-            content = sqlite_of(connection).serialize()
+            content = copy_of(sqlite_of(connection))
         _replace(paths.kept, zlib.compress(content), paths)
     database.is_kept = True
 
@@ -41,7 +41,7 @@ def set_aside(database: SqliteDatabase, paths: StorePaths) -> None:
     """Put a copy of a damaged database into quarantine, before it is repaired."""
     with fs.store_errors(paths.quarantine):
         with database.connection() as connection:
-            content = sqlite_of(connection).serialize()
+            content = sqlite_of(connection).serialize()  # byte for byte, and zeros where it cannot be read
         _replace(_place_aside(paths), content, paths)
 
 

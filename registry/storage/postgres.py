@@ -74,6 +74,7 @@ _FEW = 1000  # rows that are fetched at a time
 _connections = WeakSet[psycopg.Connection]()  # all of this process
 _FIRST_SOON = b"SET LOCAL cursor_tuple_fraction = 0.01"  # that of its rows which somebody will ask for, for the planner
 _COUNTER = count()  # cursors of a connection have different names
+_FULL_HINT = "whoever runs the database server has to make room on its disk; what was acknowledged is kept"
 _AWAY_HINT = "try again when it can be reached; nothing that was not acknowledged is kept"
 
 
@@ -227,12 +228,13 @@ class PostgresDatabase(Database):
     def _translated_cause(self, error: BaseException) -> RegistryError | None:
         if not isinstance(error, psycopg.Error):
             return None
-        state, fact = error.sqlstate or "", f"{self.place}: {' '.join(str(error).split())[:300]}"
+        said = error.diag.message_primary or str(error)  # without its hints, which are for whoever runs the server
+        state, fact = error.sqlstate or "", f"{self.place}: {' '.join(said.split())[:300]}"
         if state == "55P03":
             hint = "another icm is writing; try again or wait longer with --lock-timeout"
             return StoreLocked(f"{self.place} is being written", path=self.place, hint=hint)
-        if state in ("53100", "53200"):
-            return StoreFull(fact, path=self.place, hint="the disk of the database server is full")
+        if state == "53100":
+            return StoreFull(fact, path=self.place, hint=_FULL_HINT)
         if state in ("42501", "25006"):
             return StoreReadOnly(fact, path=self.place, hint="ask for the right to write to the tables of the store")
         if state in ("XX001", "XX002"):

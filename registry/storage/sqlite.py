@@ -151,13 +151,16 @@ class SqliteDatabase(Database):
             return StoreLocked(fact + self._users(self.path), path=self.path, hint=hint)
         if code == sqlite3.SQLITE_FULL:
             return StoreFull(fact, path=self.path, hint="`icm prune` frees what no row refers to")
+        if code == sqlite3.SQLITE_CANTOPEN and self.path.exists():  # or its journal beside it cannot be opened
+            hint = "look at the permissions of its folder, at the disk, and at how many files may be open at once"
+            return StoreIOError(fact, path=self.path, hint=hint)
         if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_ERROR):
             return DamagedStore(fact, path=self.path, hint=DAMAGE_HINT)
         if "Could not decode" in fact:  # text that is none, which Python finds, without a code
             return DamagedStore(fact, path=self.path, hint=DAMAGE_HINT)
         if code == sqlite3.SQLITE_READONLY:
             return StoreReadOnly(fact, path=self.path, hint="check the permissions of the store folder")
-        if code == sqlite3.SQLITE_IOERR:
+        if code == sqlite3.SQLITE_IOERR or "unable to serialize" in fact:  # the latter without a code
             return StoreIOError(fact, path=self.path)
         return None
 
@@ -234,6 +237,16 @@ def sqlite_of(connection: Connection) -> sqlite3.Connection:
     found = connection.connection.driver_connection
     assert isinstance(found, sqlite3.Connection)
     return found
+
+
+def copy_of(connection: sqlite3.Connection) -> bytes:
+    """Return the bytes of a database; raise `sqlite3.Error` if some of them cannot be read.
+
+    `serialize` alone puts zeros in place of a page that it cannot read, and says nothing.
+    """
+    with closing(sqlite3.connect(":memory:")) as copy:
+        connection.backup(copy)
+        return copy.serialize()
 
 
 APPLICATION_ID = 0x69636D31  # "icm1": tells `file` and us what the database is

@@ -28,8 +28,10 @@ import torch
 from tests.faults.blob_flips import BlobFlips, believing
 from tests.faults.campaign import controls, kill_at_random
 from tests.faults.commands import COMMANDS
-from tests.faults.flips import summed
+from tests.faults.flips import checks_off, summed
 from tests.faults.pairs import PAIRS, Pair, servers
+from tests.faults.row_flips import KNOWN, RowFlips
+from tests.faults.sqlite_calls import ignoring_errors, is_reachable
 from tests.faults.sweeps import SMALL_CONTROLS, Sweeps
 from tests.faults.value_flips import postgres_flips, sqlite_flips
 from tests.faults.world import World
@@ -52,6 +54,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--control-kills", type=int, default=60, help="kills of each command that writes wrongly")
     parser.add_argument("--power-losses", type=int, default=200, help="power losses during each small command")
     parser.add_argument("--values", type=int, default=100, help="flips of bits in each column")
+    parser.add_argument("--rows", type=int, default=20, help="flips of bits in each column that decides what is done")
     parser.add_argument("--blobs", type=int, default=10_000, help="flips of bits in blobs of each kind")
     parser.add_argument("--crowd-seconds", type=float, default=60.0, help="for each number of processes")
     parser.add_argument("--stride", type=int, default=1, help="of calls, statements and requests, each n-th goes wrong")
@@ -126,6 +129,16 @@ class Campaign:
                 yield "requests", sweeps.requests([name], stride=stride)
             yield "calls", sweeps.calls([name], stride=stride)
 
+    def sqlite(self) -> Iterator[tuple[str, Any]]:
+        """Let calls of SQLite go wrong, as far as they can be reached."""
+        if self.chosen.pair.startswith("postgres") or not is_reachable():
+            return
+        sweeps, stride = Sweeps(self._pair("sqlite"), self._folder("sqlite")), self.chosen.stride
+        for name in SMALL:
+            yield "calls of SQLite", sweeps.sqlite([name], stride=stride)
+        with ignoring_errors():
+            yield "control ignoring errors of SQLite", sweeps.sqlite(stride=61 * stride)
+
     def power_losses(self) -> Iterator[tuple[str, Any]]:
         """Lose the power of this machine."""
         sweeps, draw = Sweeps(self._pair("power"), self._folder("power")), self.draw
@@ -149,6 +162,14 @@ class Campaign:
         yield "values", summed(found)
         for column, tally in found.items():
             yield f"values {column}", tally
+
+    def rows(self) -> Iterator[tuple[str, Any]]:
+        """Flip bits of values that decide, and run commands."""
+        flips = RowFlips(self._pair("rows"), self._folder("rows") / "built", self.draw)
+        for column, tally in flips.study(each=self.chosen.rows):
+            yield f"rows {column}", tally
+        with checks_off():
+            yield "control rows believed", summed(dict(flips.study(KNOWN, each=2)))
 
     def blobs(self) -> Iterator[tuple[str, Any]]:
         """Flip bits of blobs."""
@@ -186,8 +207,10 @@ PARTS: dict[str, Callable[[Campaign], Iterator[tuple[str, Any]]]] = {
     "kills": Campaign.kills,
     "small-kills": Campaign.small_kills,
     "sweeps": Campaign.sweeps,
+    "sqlite": Campaign.sqlite,
     "power": Campaign.power_losses,
     "values": Campaign.values,
+    "rows": Campaign.rows,
     "blobs": Campaign.blobs,
     "crowd": Campaign.crowds,
 }

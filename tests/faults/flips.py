@@ -12,22 +12,26 @@ import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from icmlora import Fleet
 from icmlora.fleet.write.materialize import Source
-from registry import row_checks
+from registry import row_checks, schema
 from registry.errors import IcmError
 from registry.records import NewEvaluation
+from registry.storage import postgres_checks
+from registry.storage.database import Database
 from registry.storage.locks import Patience
 from registry.storage.sqlite import SqliteDatabase
 from registry.store import Store
 from tests.cli.tiny_fleet import build_ingested, icm_quietly, train_store, write_lora
 from tests.faults.pages import Place, places
+from tests.faults.pairs import blobs_in
 
 # What decides which bytes are written, deleted or let go of.
 DECIDING = {
@@ -74,13 +78,13 @@ class Flips:
     """A small store with a row in nearly every table, and copies of it with one bit changed."""
 
     def __init__(self, root: Path) -> None:
-        self.root, self.loras = root, root / "loras"
+        self.root = root
         self.source, self.store = build(root), root / "flipped"
         self.path = self.source / "registry.db"
         self.data = self.path.read_bytes()
         self.rows = rows_of(self.path)
-        self.names = [row.task.name for row in Fleet(self.source).tasks()]
-        self.adapters = {name: written(self.source, name, root / "out") for name in self.names}
+        self._copy(self.data)
+        self._commands = Commands(self.store, root, lambda: blobs_in(self.store))
 
     def bits(self, wanted: Callable[[Place], bool]) -> Iterator[tuple[Place, int]]:
         """Yield the bits of chosen columns."""
@@ -105,15 +109,44 @@ class Flips:
             if not found:
                 tally.note(f"unnoticed: {place}, bit {bit}")
             if commands:
-                self._run_commands(bytes(flipped), tally, f"{place}, bit {bit}")
+                self._copy(bytes(flipped))
+                self._commands.run(tally, f"{place}, bit {bit}")
         return dict(tallies)
 
-    def _run_commands(self, database: bytes, tally: Tally, what: str) -> None:
+    def _copy(self, database: bytes) -> None:
+        """Copy the store, but for its database."""
         shutil.rmtree(self.store, ignore_errors=True)
         shutil.copytree(self.source, self.store, copy_function=os.link)
         (self.store / "registry.db").unlink()
         (self.store / "registry.db").write_bytes(database)
-        before, fleet = self._files(), Fleet(self.store)
+
+
+class Commands:
+    """Commands that write or delete, on a store in which something may be wrong.
+
+    Args:
+        store: The address of one that `build` made, or of a copy; nothing is wrong with it yet.
+        root: The folder in which it was built.
+        blobs: Returns the names of all blobs that it has.
+    """
+
+    def __init__(self, store: str | Path, root: Path, blobs: Callable[[], set[str]]) -> None:
+        self._store, self._loras, self._output, self._blobs = store, root / "loras", root / "out", blobs
+        self._untouched = Path(shutil.copytree(self._loras, root / "untouched"))
+        self._adapters = {row.task.name: written(store, row.task.name, self._output) for row in Fleet(store).tasks()}
+        assert None not in self._adapters.values()
+
+    def run(self, tally: Tally, what: str) -> None:
+        """Run them one after the other, up to one that deletes what has to stay."""
+        for name, adapter in self._adapters.items():
+            tally.commands += 1
+            made = written(self._store, name, self._output)
+            if made is None:
+                tally.refused += 1
+            elif made != adapter:
+                tally.wrong_adapters += 1
+                tally.note(f"materialize {name} is wrong: {what}")
+        before, fleet = self._kept(), Fleet(self._store)
         changing: dict[str, Callable[[], object]] = {
             "evict": lambda: fleet.evict(max_error=_LIMIT, device="cpu"),
             "evict a pinned one": lambda: fleet.evict(["silent"], max_error=_KEPT_BY_NOBODY, device="cpu"),
@@ -121,30 +154,24 @@ class Flips:
             "evict --min-gain": lambda: fleet.evict(["rules"], min_gain=0.95, placeholder=True, device="cpu"),
             "prune": lambda: fleet.prune(grace=0, empty_quarantine=True),
         }
-        for name in self.names:
-            tally.commands += 1
-            made = written(self.store, name, self.root / "out")
-            if made is None:
-                tally.refused += 1
-            elif made != self.adapters[name]:
-                tally.wrong_adapters += 1
-                tally.note(f"materialize {name} is wrong: {what}")
         for command, run in changing.items():
             tally.commands += 1
             try:
                 run()
             except IcmError:
                 tally.refused += 1
-            if before - self._files():
+            if before - self._kept():
                 tally.deleted += 1
                 tally.note(f"{command} deleted: {what}")
+                shutil.rmtree(self._loras)
+                shutil.copytree(self._untouched, self._loras)
                 break
 
-    def _files(self) -> set[Path]:
-        return set((self.store / "blobs").rglob("*")) | set(self.loras.rglob("*.safetensors"))
+    def _kept(self) -> set[str]:
+        return self._blobs() | {str(path) for path in self._loras.rglob("*.safetensors")}
 
 
-def written(store: Path, task: str, output: Path, source: Source = "auto") -> str | None:
+def written(store: str | Path, task: str, output: Path, source: Source = "auto") -> str | None:
     """Return a digest of what is written of a task, without its card; None if it is refused."""
     shutil.rmtree(output, ignore_errors=True)
     try:
@@ -203,17 +230,11 @@ def _is_noticed(path: Path) -> bool:
 @contextmanager
 def checks_off() -> Iterator[None]:
     """Believe every row, as icm did before rows had checks: the control, which has to be caught."""
-    checked, find = row_checks.checked, SqliteDatabase.damage
-
-    def without_rows(self: SqliteDatabase) -> Iterator[Any]:
-        return (found for found in find(self) if found.kind != "row")
-
-    row_checks.checked = lambda check, *row: check  # type: ignore[assignment]
-    SqliteDatabase.damage = without_rows  # type: ignore[method-assign]
-    try:
+    with ExitStack() as patches:
+        for module in (row_checks, schema, postgres_checks):
+            patches.enter_context(mock.patch.object(module, "checked", lambda check, *row: check))
+        patches.enter_context(mock.patch.object(Database, "_wrong_rows", return_value=()))
         yield
-    finally:
-        row_checks.checked, SqliteDatabase.damage = checked, find  # type: ignore[method-assign]
 
 
 def decides(place: Place) -> bool:

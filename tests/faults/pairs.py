@@ -139,6 +139,12 @@ class Pair:
             self._make_database(self._databases[state])
         self._write_objects(self._objects[state])
 
+    def digests(self) -> set[str]:
+        """Return the names of all blobs that are there."""
+        if self.prefix is None:
+            return blobs_in(self.folder)
+        return {name.rpartition("/")[2] for name in self._names() if name.startswith("blobs/")}
+
     def bytes_of(self, digest: str) -> bytes:
         """Return what is under the name of a blob, whatever it is."""
         name = f"blobs/{digest[0]}/{digest}"
@@ -214,3 +220,8 @@ class Pair:
 
         pages = obstore.list(self.objects)
         return {str(entry["path"]): str(entry["e_tag"]).strip('"') for page in pages for entry in page}
+
+
+def blobs_in(store: Path) -> set[str]:
+    """Return the names of the blobs of a store in a folder."""
+    return {path.name for path in (store / "blobs").glob("*/*")}

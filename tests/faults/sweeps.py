@@ -3,6 +3,7 @@
     kills        SIGKILL at a random time
     power        what was not synced is lost, or not, or in part
     calls        the n-th call of the file system fails, once or from then on; or every write takes a few bytes only
+    sqlite       the n-th call of SQLite fails, once or from then on; or half of the bytes are written, and no more
     statements   the connection to the database ends before the server gets the n-th statement, or after it has done it
     restarts     the database server ends at once, at a random time, and starts again
     requests     the object store answers the n-th request with an error, half a body, another bit, late, or never
@@ -34,24 +35,30 @@ from registry import files as fs
 from registry.errors import RegistryError
 from tests.faults.pairs import Pair
 from tests.faults.power import Disk, python, trace
+from tests.faults.sqlite_calls import EIO, ENOSPC, failing
 from tests.faults.zygote import KILLED, SMALL, Run, Zygote
 from tests.pg_proxy import Cut, CuttingServer
 from tests.pg_server import restart_server
 from tests.registry.writing import COMMANDS, FACTS, Place, contents
 from tests.s3_faults import Answer, Fault, FaultyServer, flipped, refuses, sleeps
 
+IsReached = Callable[[], bool]
+Injected = AbstractContextManager[IsReached]
+
 _EMPTY = "empty"
 _CALLS = ("create", "write", "fsync", "replace", "unlink", "make_dir")
 _IN_A_ROW = 3
 _ONCE, _ALWAYS = 1, float("inf")
 _FAILING = ((errno.EIO, _ONCE), (errno.EMFILE, _ONCE), (errno.ENOSPC, _ALWAYS), (errno.EACCES, _ALWAYS))
+_FAILING_SQLITE: dict[str, Callable[[int], Injected]] = {
+    "EIO": partial(failing, codes=EIO, times=_ONCE),
+    "EIO from then on": partial(failing, codes=EIO, times=_ALWAYS),
+    "ENOSPC from then on": partial(failing, codes=ENOSPC, times=_ALWAYS, is_torn=True),
+}
 _LATE = 1.5  # seconds
 
 SMALL_CONTROLS = ("rows_first",)
 """What is done wrongly, and has to be caught."""
-
-IsReached = Callable[[], bool]
-Injected = AbstractContextManager[IsReached]
 
 
 @dataclass
@@ -105,11 +112,24 @@ class Sweeps:
         tally = Tally()
         for name in names:
             for code, times in _FAILING:
-                number = 1
-                while self._try(tally, name, f"{errno.errorcode[code]} at call {number}", _calls(number, code, times)):
-                    number += stride
+                fault = partial(_calls, code=code, times=times)
+                self._try_each(tally, name, f"{errno.errorcode[code]} at call", fault, stride)
             self._try(tally, name, "short writes", _short_writes())
         return tally
+
+    def sqlite(self, names: Iterable[str] = COMMANDS, *, stride: int = 1) -> Tally:
+        """Let each call that SQLite makes fail."""
+        tally = Tally()
+        for name in names:
+            for what, fault in _FAILING_SQLITE.items():
+                self._try_each(tally, name, f"{what} at call of SQLite", fault, stride)
+        return tally
+
+    def _try_each(self, tally: Tally, name: str, what: str, fault: Callable[[int], Injected], stride: int) -> None:
+        """Let something go wrong at the first call, then at a later one, until the command makes no more."""
+        number = 1
+        while self._try(tally, name, f"{what} {number}", fault(number)):
+            number += stride
 
     def statements(self, names: Iterable[str] = COMMANDS, *, stride: int = 1) -> Tally:
         """Cut the connection at each statement, alone, or with everything else from then on."""

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import pytest
 
 from tests.faults.pairs import PAIRS, PLAIN, Pair, Servers
+from tests.faults.sqlite_calls import ignoring_errors, is_reachable
 from tests.faults.sweeps import Sweeps, Tally
 from tests.faults.zygote import Zygote
 
@@ -50,6 +51,17 @@ def test_kills_lose_nothing(each: Sweeps, zygote: Zygote) -> None:
 
 def test_failing_calls_lose_nothing(each: Sweeps) -> None:
     check(each.calls(["evict_and_prune"], stride=37), 1)
+
+
+def test_failing_calls_of_sqlite_lose_nothing_and_one_that_is_ignored_is_caught(
+    sweeps_on: Callable[[str], Sweeps],
+) -> None:
+    if not is_reachable():
+        pytest.skip("the SQLite of this Python hides its functions")
+    sweeps = sweeps_on(PLAIN)
+    check(sweeps.sqlite(["evict_and_prune"], stride=199), 5)
+    with ignoring_errors():
+        assert sweeps.sqlite(["evict_and_prune"], stride=123).lost > 0
 
 
 def test_power_losses_lose_nothing(each: Sweeps) -> None:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import random
+from pathlib import Path
+
 import pytest
 
 from tests.faults.flips import Flips, Tally, checks_off, decides, summed
 from tests.faults.pages import Place
+from tests.faults.pairs import Pair, Servers
+from tests.faults.row_flips import KNOWN, RowFlips
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +48,18 @@ def test_the_harness_sees_what_happens_without_the_checks(flips: Flips) -> None:
         return (place.table, place.column) in {("codes", "blob_id"), ("tasks", "pinned")}
 
     with checks_off():
-        tally = summed(flips.study(flips.bits(known), commands=True))
+        tally = summed(flips.study(list(flips.bits(known))[::3], commands=True))
+    assert tally.unnoticed > 0
+    assert tally.wrong_adapters > 0
+    assert tally.deleted > 0
+
+
+@pytest.mark.slow
+def test_false_values_on_a_server_delete_nothing_and_write_nothing_wrong(running: Servers, tmp_path: Path) -> None:
+    flips = RowFlips(Pair("postgres+s3", tmp_path, running), tmp_path / "built", random.Random(1))
+    check(summed(dict(flips.study(KNOWN, each=1))))
+    with checks_off():
+        tally = summed(dict(flips.study(KNOWN, each=1)))
     assert tally.unnoticed > 0
     assert tally.wrong_adapters > 0
     assert tally.deleted > 0

@@ -16,6 +16,7 @@ from typing import Any
 
 from sqlalchemy import Column, Connection, Engine, Table, create_engine, event, text
 from sqlalchemy.exc import DBAPIError
+from sqlalchemy.pool import NullPool
 
 from registry.names import DatabaseUrl
 from registry.row_checks import COLUMN, add_functions, find_wrong_rows, is_known_by_a_number
@@ -48,7 +49,6 @@ class ValueFlips:
     def close(self) -> None:
         """Give up the connections."""
         self._database.close()
-        self._engine.dispose()
 
     def study(self, *, each: int) -> dict[str, Tally]:
         """Flip at least `each` bits of each column, or all that there are."""
@@ -59,27 +59,14 @@ class ValueFlips:
         }
 
     def _column(self, table: Table, column: Column[Any], each: int) -> Tally:
-        tally = Tally()
-        keys = [key.name for key in table.primary_key]
+        tally, cells = Tally(), Cells(column)
         with self._engine.connect() as connection:
-            query = text(f"SELECT {', '.join(keys)}, {column.name} FROM {table.name}")
-            rows = connection.execute(query).all()
-        flips = {tuple(row[:-1]): list(_flipped(row[-1], column)) for row in rows}
+            flips = {key: list(cells.flips(value)) for key, value in cells.rows(connection).items()}
         for some in flips.values():
             self._draw.shuffle(some)
-        is_row = " AND ".join(f"{name} = :key{number}" for number, name in enumerate(keys))
-        update = text(f"UPDATE {table.name} SET {column.name} = :value WHERE {is_row}")
         while tally.flips < each and any(flips.values()):
             with self._engine.connect() as connection:
-                if self._engine.name == "sqlite":  # otherwise the first savepoint begins the transaction, and ends it
-                    connection.exec_driver_sql("BEGIN")
-                if self._engine.name == "postgresql":
-                    connection.execute(text("SET LOCAL session_replication_role = replica"))
-                taken = 0
-                for key, some in flips.items():
-                    if some:
-                        values = {f"key{number}": part for number, part in enumerate(key)}
-                        taken += _is_taken(connection, update, {"value": some.pop(), **values})
+                taken = sum(cells.change(connection, key, some.pop()) for key, some in flips.items() if some)
                 wrong = [fact for fact, _ in find_wrong_rows(connection, Base.metadata, self._database._wrong_in)]
                 noticed = sum(f" of {table.name} " in fact for fact in wrong)
                 connection.rollback()
@@ -90,14 +77,39 @@ class ValueFlips:
         return tally
 
 
+class Cells:
+    """The values of one column, and changes of them."""
+
+    def __init__(self, column: Column[Any]) -> None:
+        table = column.table
+        keys = [key.name for key in table.primary_key]
+        is_row = " AND ".join(f"{name} = :key{number}" for number, name in enumerate(keys))
+        self._column = column
+        self._query = text(f"SELECT {', '.join(keys)}, {column.name} FROM {table.name} ORDER BY {', '.join(keys)}")
+        self._update = text(f"UPDATE {table.name} SET {column.name} = :value WHERE {is_row}")
+
+    def rows(self, connection: Connection) -> dict[tuple[Any, ...], Any]:
+        """Return the key of each row -> its value."""
+        return {tuple(row[:-1]): row[-1] for row in connection.execute(self._query)}
+
+    def flips(self, value: Any) -> Iterator[Any]:
+        """Yield all values that differ from one in a bit, and what takes the place of none, or none in its place."""
+        return _flipped(value, self._column)
+
+    def change(self, connection: Connection, key: tuple[Any, ...], value: Any) -> bool:
+        """Change the value of a row, unless the database refuses, and say whether it did it."""
+        values = {f"key{number}": part for number, part in enumerate(key)}
+        with suppress(DBAPIError, ValueError, OverflowError), connection.begin_nested():
+            return connection.execute(self._update, {"value": value, **values}).rowcount == 1
+        return False
+
+
 def sqlite_flips(folder: Path, draw: random.Random) -> ValueFlips:
     """Return a full database in a folder."""
     path = folder / "registry.db"
     database = SqliteDatabase(path, read_only=False, patience=Patience(10))
     migrate(database, create=True)
-    engine = create_engine(f"sqlite:///{path}")
-    event.listen(engine, "connect", lambda connection, _: add_functions(connection))
-    return ValueFlips(database, engine, draw)
+    return ValueFlips(database, engine_behind(path), draw)
 
 
 def postgres_flips(url: str, draw: random.Random) -> ValueFlips:
@@ -107,14 +119,21 @@ def postgres_flips(url: str, draw: random.Random) -> ValueFlips:
     database = PostgresDatabase(DatabaseUrl(url), command="flips", read_only=False, patience=Patience(10))
     with database.creation():
         pass
-    return ValueFlips(database, create_engine(url.replace("postgresql://", "postgresql+psycopg://")), draw)
+    return ValueFlips(database, engine_behind(url), draw)
 
 
-def _is_taken(connection: Connection, update: Any, values: dict[str, Any]) -> bool:
-    """Change a row, unless the database refuses."""
-    with suppress(DBAPIError, ValueError, OverflowError), connection.begin_nested():
-        return connection.execute(update, values).rowcount == 1
-    return False
+def engine_behind(place: str | Path) -> Engine:
+    """Return another way to a database, given its file or its address: one without what keeps rows right."""
+    if isinstance(place, Path):
+        engine = create_engine(f"sqlite:///{place}", poolclass=NullPool)
+        event.listen(engine, "connect", lambda connection, _: add_functions(connection))
+        # Otherwise the first savepoint begins the transaction, and ends it.
+        event.listen(engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN"))
+    else:
+        engine = create_engine(place.replace("postgresql://", "postgresql+psycopg://"), poolclass=NullPool)
+        replica = "SET LOCAL session_replication_role = replica"
+        event.listen(engine, "begin", lambda connection: connection.exec_driver_sql(replica))
+    return engine
 
 
 def _fill(connection: Connection, table: Table) -> None:

@@ -11,7 +11,7 @@ import pytest
 from sqlalchemy import Connection
 from sqlalchemy.exc import IntegrityError
 
-from registry.errors import DamagedStore, StoreFull, StoreLocked, StoreReadOnly
+from registry.errors import DamagedStore, StoreFull, StoreIOError, StoreLocked, StoreReadOnly
 from registry.storage.locks import Patience
 from registry.storage.sqlite import SqliteDatabase
 from registry.store import Store
@@ -106,6 +106,14 @@ def test_a_database_that_is_gone_is_damage_and_is_not_made_again(store: Store) -
     with pytest.raises(DamagedStore), open_database(store).connection():
         pytest.fail("it opened")
     assert not paths_of(store).database.exists()
+
+
+def test_a_database_that_is_there_and_cannot_be_opened_is_no_damage(store: Store) -> None:
+    journal = Path(f"{paths_of(store).database}-journal")
+    journal.unlink()
+    journal.mkdir()
+    with pytest.raises(StoreIOError), open_database(store).connection(write=True):
+        pass
 
 
 def test_a_full_disk_is_called_that(store: Store) -> None:

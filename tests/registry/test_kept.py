@@ -10,7 +10,9 @@ import pytest
 
 from registry.errors import DamagedStore, StoreLocked
 from registry.storage.kept import restore_database
+from registry.storage.sqlite import copy_of
 from registry.store import Store
+from tests.faults.sqlite_calls import failing, is_reachable
 from tests.registry.examples import ingest, new_store
 
 pytestmark = pytest.mark.kept_in("sqlite", "folder", reason="the copy of the file that a store folder keeps")
@@ -40,6 +42,22 @@ def test_what_was_there_before_the_last_deletion_comes_back(root: Path) -> None:
     assert names(root) == ["html", "rust"]
     assert restore(root).endswith("Z")
     assert names(root) == ["html", "rust", "sql"]
+
+
+@pytest.mark.skipif(not is_reachable(), reason="the SQLite of this Python hides its functions")
+def test_a_read_that_fails_is_an_error_and_no_hole_in_the_copy(root: Path) -> None:
+    def copied() -> bytes:
+        with closing(sqlite3.connect(root / "registry.db")) as connection:
+            return copy_of(connection)
+
+    whole, failed = copied(), 0
+    for number in range(1, 60, 4):
+        with failing(number, {"xRead": sqlite3.SQLITE_IOERR_READ}, 1):
+            try:
+                assert copied() == whole
+            except sqlite3.OperationalError:
+                failed += 1
+    assert failed > 10
 
 
 def test_a_database_that_is_none_any_more_is_replaced_and_kept_aside(root: Path) -> None:

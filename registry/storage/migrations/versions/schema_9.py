@@ -11,7 +11,7 @@ from alembic import op
 from sqlalchemy import Connection
 
 from registry import files as fs
-from registry.storage.sqlite import connect
+from registry.storage.sqlite import connect, copy_of
 
 revision = "9"
 down_revision = "8"
@@ -30,7 +30,7 @@ def _keep_for_earlier_icm(connection: Connection) -> None:
     path = Path(connection.exec_driver_sql("PRAGMA database_list").all()[0][2])
     # Another connection: it sees nothing of this transaction.
     with closing(connect(path, read_only=True, busy_timeout=0, create=False)) as before:
-        content = before.serialize()
+        content = copy_of(before)
     kept = path.with_name(f"{path.name}.schema-{down_revision}")
     temporary = kept.with_name(f"{kept.name}.tmp")
     with fs.store_errors(kept):
