@@ -246,7 +246,14 @@ def copy_of(connection: sqlite3.Connection) -> bytes:
     """
     with closing(sqlite3.connect(":memory:")) as copy:
         connection.backup(copy)
-        return copy.serialize()
+        copied = bytearray(copy.serialize())
+    (version,) = connection.execute("PRAGMA schema_version").fetchone()
+    copied[_SCHEMA_VERSION] = version.to_bytes(4)  # a backup counts anew
+    return bytes(copied)
+
+
+_SCHEMA_VERSION = slice(40, 44)
+"""Where a database has it: https://sqlite.org/fileformat2.html."""
 
 
 APPLICATION_ID = 0x69636D31  # "icm1": tells `file` and us what the database is
