@@ -12,6 +12,7 @@ from registry.store import Store
 from registry.tables.tasks import Tasks
 from tests.cli.conftest import Ran
 from tests.cli.tiny_fleet import icm_quietly, write_lora
+from tests.icmlora.tiny_base import LABEL
 from tests.shared import paths_of
 
 Icm = Callable[..., Ran]
@@ -84,7 +85,7 @@ def test_restore_waits_for_no_vectors_of_a_task_that_had_none(
     icm: Icm, gone: Path, mixed_template: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Fleet, "extract_vectors", lambda *_, **__: pytest.fail("nobody asked for vectors"))
-    monkeypatch.setattr(Tasks, "without_vectors", lambda _: ["rules"])
+    monkeypatch.setattr(Tasks, "without_vectors", lambda *_: {"rules": LABEL})
     ran = icm("ingest", mixed_template / "loras" / "rules", "--restore", "--json")
     assert (ran.events[-1]["restored"], ran.events[-1]["without_vectors"]) == (1, ["rules"])
 
