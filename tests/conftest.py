@@ -26,7 +26,7 @@ pytest.register_assert_rewrite("registry.testing")
 
 # Tests do not time things: an example is slow when the machine is busy, and that is no failure.
 # How many examples is said here alone. `--hypothesis-profile=thorough` tries new ones on every run (in CI the same).
-settings.register_profile("thorough", deadline=None, max_examples=50)
+settings.register_profile("thorough", deadline=None, max_examples=30)
 settings.register_profile("quick", deadline=None, derandomize=True, max_examples=12)
 settings.load_profile("quick")
 

@@ -1,9 +1,11 @@
-"""What the store never does is caught by the harness, on each pair: wrong orders, errors ignored, locks not taken."""
+"""Commands on each pair: clocks that jump, and processes that are stopped, change nothing; what the store never does,
+wrong orders, errors ignored and locks not taken, is caught by the harness."""
 
 from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Callable
 
 import pytest
 
@@ -95,3 +97,37 @@ def test_a_lock_that_is_not_taken_is_caught(each: World) -> None:
 @pytest.mark.slow
 def test_nobody_deletes_what_a_stopped_process_is_about_to_record(each: World) -> None:
     assert prune_while_another_is_stopped(each, None) == (LOCKED, [])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["ingest", "evict", pytest.param("prune", marks=pytest.mark.fault)])
+def test_a_clock_that_jumps_changes_nothing(each: World, command: str) -> None:
+    each.reset(command)
+    ran = each.run(command, sabotage="clock_jumps")
+    assert each.ended_badly(command, ran) == []
+    assert each.violations(command, ran.events) == []
+    assert each.missed(command) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pair", [pytest.param("postgres+folder", marks=pytest.mark.fault), "postgres+s3"])
+def test_a_process_that_lost_its_locks_while_it_was_stopped_records_nothing(
+    worlds: Callable[[str], World], pair: str
+) -> None:
+    world = worlds(pair)
+    world.reset("ingest")
+    statuses = []
+
+    def cut_and_prune(ingesting: int) -> None:
+        wait_until(ingesting, "T")
+        world.pair.cut_connections()
+        statuses.append(world.icm(PRUNE).status)
+        os.kill(ingesting, signal.SIGCONT)
+
+    ran = world.run("ingest", sabotage="stops", env={"ICM_FAILPOINT": "blob-renamed"}, then=cut_and_prune)
+    assert statuses == [0]
+    assert ran.status not in (0, KILLED)  # its connection is gone, or its temporary files are
+    assert not any("Traceback" in line for line in ran.lines)
+    assert world.violations("ingest", ran.events) == []
+    assert world.run("ingest").status == 0
+    assert world.missed("ingest") == []
