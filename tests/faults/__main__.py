@@ -239,13 +239,15 @@ def _main() -> int:
         "parts": document.get("parts", {}),
     }
 
-    def write(name: str, found: Any) -> None:
-        sys.stderr.write(f"{name} {json.dumps(found)}\n")
-        document["parts"][name] = _added(document["parts"].get(name, {}), found)
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(document, indent=2) + "\n")
-
     with tempfile.TemporaryDirectory() as folder:
+
+        def write(name: str, found: Any) -> None:
+            told = json.dumps(found).replace(folder, "ROOT")  # results name no folder of a machine
+            sys.stderr.write(f"{name} {told}\n")
+            document["parts"][name] = _added(document["parts"].get(name, {}), json.loads(told))
+            output.parent.mkdir(parents=True, exist_ok=True)
+            output.write_text(json.dumps(document, indent=2) + "\n")
+
         wrong = Campaign(chosen, Path(folder)).run(write)
     for name in wrong:
         sys.stderr.write(f"WRONG: {name}\n")
