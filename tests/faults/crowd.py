@@ -62,7 +62,7 @@ class Done:
     @property
     def is_locked(self) -> bool:
         """Whether it gave up waiting, and said for whom."""
-        message = self.error["message"]
+        message = self.error.get("message", "")  # of one that succeeded, nothing
         return self.code == 11 and any(words in message for words in ("in use by ", "database", "is being written"))
 
     @property
