@@ -36,6 +36,7 @@ CheckFirst = Callable[[int, int], None]
 """Looks at an open file, given its descriptor and size, and raises to refuse it before all of it is in memory."""
 
 _CANNOT_EXCHANGE = {errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP}
+_CANNOT_LINK = {errno.ENOSYS, errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP}
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _READ_ONLY = {errno.EROFS, errno.EACCES, errno.EPERM}
 # O_BINARY: without it, Windows would change line ends.
@@ -118,6 +119,26 @@ def fsync(fd: int) -> None:
 def replace(source: Path, target: Path) -> None:
     """Rename a file over whatever `target` was; atomic, and durable once the folder is synced."""
     os.replace(source, target)
+
+
+def rename_new(source: Path, target: Path) -> None:
+    """Rename a file to a name that nothing has; atomic, and durable once the folder is synced.
+
+    Where the file system has no hard links, such as FAT, the name is looked at and then taken.
+
+    Raises:
+        FileExistsError: Something has the name.
+    """
+    try:
+        os.link(source, target)
+    except OSError as error:
+        if error.errno not in _CANNOT_LINK:
+            raise
+        if target.exists():
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target)) from None
+        os.replace(source, target)
+    else:
+        unlink(source)
 
 
 def exchange(first: Path, second: Path, aside: Path) -> None:

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
+from uuid import uuid4
 
 from registry import files as fs
 from registry.errors import NotAStore, StoreAway
@@ -51,16 +52,13 @@ class SharedBackend(LocalBackend):
         with fs.store_errors(self._folder):
             self._folder.mkdir(parents=True, exist_ok=True)
             if not (self._folder / "owner").exists():
-                ours = {"blobs", "tmp", "quarantine"}
+                # Another process may be claiming it too, and be done before this one has looked.
+                ours = {"blobs", "tmp", "quarantine", "owner", "clock"}
                 if foreign := {entry.name for entry in self._folder.iterdir()} - ours:
                     hint = "name an empty or a new folder"
                     raise NotAStore(f"{self._folder} holds {min(foreign)!r}", path=self._folder, hint=hint)
                 make_folders(self._paths)
-                temporary = self._paths.tmp / f"owner.{self._owner}"
-                fs.unlink(temporary)
-                fs.write_file(temporary, self._owner.encode(), _MODE)
-                fs.replace(temporary, self._folder / "owner")
-                fs.fsync_dir(self._folder)
+                self._write_owner()
         self._check_owner()
 
     def now(self) -> float:
@@ -118,6 +116,16 @@ class SharedBackend(LocalBackend):
         except FileNotFoundError:
             self._check_owner()
             raise
+
+    def _write_owner(self) -> None:
+        """Write whose folder this is, unless another process has."""
+        temporary = self._paths.tmp / uuid4().hex
+        fs.write_file(temporary, self._owner.encode(), _MODE)
+        try:
+            fs.rename_new(temporary, self._folder / "owner")
+        except FileExistsError:
+            fs.unlink(temporary)
+        fs.fsync_dir(self._folder)
 
     def _check_owner(self) -> None:
         """Raise unless the folder is there, and is the store's."""

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 
 import pytest
 
+from registry import files as fs
 from registry.errors import NotAStore, StoreAway
 from registry.storage.blobs.backend import BlobBackend
 from registry.storage.blobs.content import Blobs, digest_of
@@ -44,6 +48,37 @@ def test_two_stores_do_not_share_a_folder(tmp_path: Path) -> None:
     claimed(tmp_path / "blobs")
     with pytest.raises(NotAStore, match="another store"):
         claimed(tmp_path / "blobs", "2" * 32)
+
+
+@pytest.mark.parametrize("has_links", [True, False])
+def test_of_two_stores_that_claim_a_folder_at_once_one_gets_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_links: bool
+) -> None:
+    def no_links(*names: Path) -> None:
+        raise PermissionError(errno.EPERM, "no hard links here")
+
+    def claimed_meanwhile(path: Path, data: fs.Bytes, mode: int) -> None:
+        monkeypatch.setattr(fs, "write_file", write)
+        claimed(tmp_path / "blobs", "2" * 32)
+        write(path, data, mode)
+
+    write = fs.write_file
+    monkeypatch.setattr(fs, "write_file", claimed_meanwhile)
+    if not has_links:
+        monkeypatch.setattr(os, "link", no_links)
+    with pytest.raises(NotAStore, match="another store"):
+        claimed(tmp_path / "blobs")
+    claimed(tmp_path / "blobs", "2" * 32)
+
+
+def test_many_that_claim_a_folder_for_one_store_all_may(tmp_path: Path) -> None:
+    def claim(folder: Path, together: Barrier) -> None:
+        together.wait()
+        claimed(folder)
+
+    with ThreadPoolExecutor(4) as pool:
+        for turn in range(50):
+            list(pool.map(claim, [tmp_path / str(turn)] * 4, [Barrier(4)] * 4))
 
 
 def test_a_folder_that_holds_other_things_is_refused(tmp_path: Path) -> None:
