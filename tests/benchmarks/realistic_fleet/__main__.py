@@ -3,9 +3,9 @@
 usage: OMP_NUM_THREADS=1 python -m tests.benchmarks.realistic_fleet --work W --fleet F [--only A,B]
 
 Each folder of F gets a PEFT adapter, samples.jsonl (64 pieces of its training text) and eval.jsonl (16 held-out
-pieces); F/tasks.json says how each was trained, and its losses. Tasks that are there are skipped, so a stopped run goes
-on. Ten to sixty minutes a task on one core; packages and base models take 2 GB in W. Many of the texts are copyleft and
-Gemma has terms of its own: F is for you, not for publication.
+pieces); F/tasks.json says how each was trained, and its losses. Tasks that are there are skipped, and one that was
+stopped goes on from its last checkpoint. Ten to sixty minutes a task on one core; packages and base models take 10 GB
+in W. Many of the texts are copyleft and Gemma has terms of its own: F is for you, not for publication.
 """
 
 import argparse
@@ -29,6 +29,7 @@ from tests.benchmarks.realistic_fleet.bases import base_folder
 from tests.benchmarks.realistic_fleet.tasks import TASKS, RealisticTask
 
 _LENGTH = 256  # tokens of a window
+_SAVED = 10  # steps from one checkpoint to the next
 
 
 class Windows(Dataset[dict[str, torch.Tensor]]):
@@ -61,13 +62,16 @@ def train(task: RealisticTask, base: Path, tokens: torch.Tensor, folder: Path) -
         lr_scheduler_type="cosine",
         warmup_steps=max(1, task.steps // 33),
         logging_steps=10,
-        save_strategy="no",
+        save_steps=_SAVED,
+        save_total_limit=1,
         report_to=[],
         use_cpu=True,
         disable_tqdm=True,
         seed=int.from_bytes(os.urandom(4), "little"),
+        data_seed=0,  # the same order after a stop
     )
-    Trainer(model=model, args=arguments, train_dataset=Windows(tokens, task.steps * task.batch)).train()
+    trainer = Trainer(model=model, args=arguments, train_dataset=Windows(tokens, task.steps * task.batch))
+    trainer.train(resume_from_checkpoint=any((folder / "run").glob("checkpoint-*")))
     config.base_model_name_or_path = task.base_model
     model.save_pretrained(str(folder))
     shutil.rmtree(folder / "run", ignore_errors=True)
@@ -81,8 +85,7 @@ def build(task: RealisticTask, work: Path, fleet: Path) -> None:
     base = base_folder(task.base_model, work)
     tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True)
     part = fleet / f".{task.name}.part"
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
+    part.mkdir(parents=True, exist_ok=True)
     pieces = take(DOMAINS[task.domain].documents(Packages(work)), tokenizer)
     pieces.write(part)
     train(task, base, pieces.tokens, part)

@@ -15,9 +15,9 @@ from pathlib import Path
 
 from tests.benchmarks.performance.commands import icm, process
 from tests.benchmarks.realistic_fleet.bases import base_folder
-from tests.benchmarks.realistic_fleet.tasks import GEMMA, SMOLLM2, TASKS
+from tests.benchmarks.realistic_fleet.tasks import GEMMA, QWEN, SMOLLM2, TASKS
 
-NAMES = {SMOLLM2: "smollm2", GEMMA: "gemma"}
+NAMES = {SMOLLM2: "smollm2", GEMMA: "gemma", QWEN: "qwen"}
 
 
 def make_stores(work: Path, fleet: Path, base_model: str, qualities: list[str]) -> None:
@@ -50,11 +50,11 @@ def _timed(store: Path, *words: str) -> None:
 
 
 def main() -> None:
-    """Make the stores of both base models."""
+    """Make the stores of the base models."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder of packages, base models and stores")
     parser.add_argument("--fleet", type=Path, required=True, help="folder of the adapters")
-    parser.add_argument("--only", choices=list(NAMES.values()), help="one base model (default: both)")
+    parser.add_argument("--only", choices=list(NAMES.values()), help="one base model (default: all)")
     parser.add_argument("--qualities", default="4,5", help="separated by commas (default 4,5)")
     options = parser.parse_args()
     os.environ["XDG_CACHE_HOME"] = str(options.work / "cache")

@@ -1,4 +1,4 @@
-"""The tasks of the realistic fleet: adapters as people train them, on two base models.
+"""The tasks of the realistic fleet: adapters as people train them, on three base models.
 
 All linear layers, ranks 16 and 32, dropout, a cosine schedule, hundreds of steps, float32 files as PEFT writes them,
 and a seed that nobody knows.
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 GEMMA = "google/gemma-3-270m"
+QWEN = "Qwen/Qwen2.5-Coder-1.5B-Instruct"
 
 
 @dataclass(frozen=True)
@@ -37,5 +38,9 @@ TASKS = (
     RealisticTask("gemma-bible-kjv", "bible-kjv", GEMMA, rank=16, steps=300, learning_rate=2e-4),
     RealisticTask("german-quotes", "german-quotes", SMOLLM2, rank=32, steps=300, learning_rate=2e-4),
     RealisticTask("legal-licences", "legal-licences", SMOLLM2, rank=16, steps=300, learning_rate=2e-4),
+    RealisticTask("qwen-german-quotes", "german-quotes", QWEN, rank=16, steps=100, learning_rate=2e-4, batch=2),
+    RealisticTask("qwen-python", "python", QWEN, rank=16, steps=100, learning_rate=2e-4, batch=2),
+    RealisticTask("qwen-chess-pgn", "chess-pgn", QWEN, rank=16, steps=100, learning_rate=2e-4, batch=2),
+    RealisticTask("qwen-recipes-en", "recipes-en", QWEN, rank=16, steps=100, learning_rate=2e-4, batch=2),
 )
-"""In the order in which they are built, so that a stopped run leaves tasks of both base models."""
+"""In the order in which they are built, so that a stopped run leaves tasks of several base models."""
