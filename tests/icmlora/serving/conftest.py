@@ -25,6 +25,12 @@ from tests.shared import built_once
 __all__ = ["quick_codes"]
 
 
+@pytest.fixture(autouse=True)
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have requests wait for a store that answers slowly: on a busy machine a look may take a quarter of a second."""
+    monkeypatch.setattr("icmlora.serving.catalogue._PATIENCE", 10.0)
+
+
 @dataclass(frozen=True)
 class Served:
     """What a server is started with."""
