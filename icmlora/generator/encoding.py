@@ -103,6 +103,30 @@ def _search(
     return coarsest(math.floor(expected), limits, at, min(enough, 1.0))
 
 
+class Steps:
+    """The codes of one adapter at any quantiser step, log2 in eighths; vectors (size,)."""
+
+    @torch.no_grad()
+    def __init__(
+        self, codec: Codec, adapter: Adapter, vectors: Mapping[str, torch.Tensor], initial: InitialA | None
+    ) -> None:
+        tokens, state, head = _prepared(codec, adapter, vectors, initial)
+        is_small = sum(shape.parameters for shape in adapter.layout) <= _SMALL
+        self._codec = codec
+        self._at = Rounding(codec, tokens, state, head, keeps_means=is_small, is_plain_wanted=False, is_exact=False).at
+        self._theory = WaterFilling(tokens, codec.sensitivity, state.subspace)
+
+    def expected(self, tolerance: float) -> int:
+        """Return the step at which theory expects a weighted squared error."""
+        return math.floor(Limits(tolerance=tolerance).expected_step(self._theory))
+
+    @torch.no_grad()
+    def code(self, step: int) -> tuple[bytes, float]:
+        """Return the code at a step, and its weighted squared error."""
+        found = self._at(step)
+        return self._codec.close(found.head, found.groups), found.weighted_error
+
+
 def encode_within(
     codec: Codec,
     adapter: Adapter,
@@ -111,29 +135,24 @@ def encode_within(
     size: int,
 ) -> Encoded:
     """Encode one adapter in at most `size` bytes, with the finest step found; vectors (size,); see `Codec.encode`."""
-    tokens, state, head = _prepared(codec, adapter, vectors, initial)
-    is_small = sum(shape.parameters for shape in adapter.layout) <= _SMALL
-    at = Rounding(codec, tokens, state, head, keeps_means=is_small, is_plain_wanted=False, is_exact=False).at
-    theory = WaterFilling(tokens, codec.sensitivity, state.subspace)
-    low, high = (math.floor(Limits(tolerance=squared).expected_step(theory)) for squared in (_FINEST, _COARSEST))
+    steps = Steps(codec, adapter, vectors, initial)
+    low, high = map(steps.expected, (_FINEST, _COARSEST))
     high += _ABOVE
-    best: tuple[bytes, Rounded] | None = None
+    best: tuple[bytes, float] | None = None
     while low <= high:
         step = (low + high) // 2
-        trial = at(step)
-        data = codec.close(trial.head, trial.groups)
+        data, error = steps.code(step)
         if len(data) <= size:
             high = step - 1
             # A finer step loses less, nearly always.
-            if best is None or len(best[0]) > size or trial.weighted_error <= best[1].weighted_error:
-                best = data, trial
+            if best is None or len(best[0]) > size or error <= best[1]:
+                best = data, error
         else:
             low = step + 1
             if best is None or size < len(data) < len(best[0]):
-                best = data, trial
+                best = data, error
     assert best is not None
-    data, found = best
-    return _checked(codec, adapter, data, found.weighted_error)
+    return _checked(codec, adapter, *best)
 
 
 def _prepared(
