@@ -17,7 +17,7 @@ from html import escape
 from itertools import pairwise
 from typing import Any
 
-from icmlora.fleet.map.label_placement import Box, Label, place_labels
+from icmlora.fleet.map.label_placement import GAPS, Box, Label, place_labels
 from tests.benchmarks.rate_distortion.bd_rate import Curve, envelope, frontier
 from tests.benchmarks.rate_distortion.summary import OURS, STRENGTHENED
 
@@ -29,6 +29,11 @@ BEST_KNOWN = {
     "int8": "fewer bits",
     "fewer ranks and bits": "fewer ranks and bits",
     "LoRAQuant": "LoRAQuant",
+    "LoRDBA": "LoRDBA",
+    "LoRDBA, scales of rank channels": "LoRDBA",
+    "E8 lattice": "E8 lattice",
+    "E8 lattice by energy": "E8 lattice",
+    "E8 lattice by energy, refined": "E8 lattice, refined",
     "joint diagonalisation": "joint diagonalisation",
     "fleet mean and residual": "fleet mean and residual",
 }
@@ -53,6 +58,7 @@ _LETTER, _LINE, _MARGIN = 7.2, 16.0, 4.0
 """Width of a letter, height of a line and room beside it: a little more than common fonts of 13 pixels need."""
 _OWN, _FOREIGN, _STEP = 4.0, (20.0, 12.0, 7.0, 2.0), 5.0
 """Pixels that a name keeps from its own curve, and from those of others where there is room for so many."""
+_GAPS = (*GAPS, 60.0, 90.0, 130.0)  # below the curves there is room, if far from them
 
 
 def small_figure(document: dict[str, Any]) -> str:
@@ -117,8 +123,13 @@ class Name:
         """What leads from the line to the name, if they are not side by side."""
         return [self.spot, self.label.end(self.spot[1])] if self.label.is_away else []
 
+    @property
+    def distance(self) -> float:
+        """How long that is, in pixels."""
+        return math.dist(*self.connector) if self.connector else 0.0
+
     def crosses(self, boxes: Iterable[Box]) -> bool:
-        """Whether that runs through one of the boxes."""
+        """Whether it runs through one of the boxes."""
         parts = _around([self.connector], 1.0)
         return any(box.overlaps(part) for box in boxes for part in parts)
 
@@ -140,12 +151,12 @@ def place_names(lines: Mapping[str, Line], frame: Box) -> dict[str, Name]:
             for clearance in _FOREIGN
             for taken in [own + _around(others, clearance)]
             for spot in [*line, *_along(line, 4 * _STEP)]
-            for label in place_labels([spot], [size], frame, taken)
+            for label in place_labels([spot], [size], frame, taken, gaps=_GAPS)
             if label is not None and spot[1] < frame.bottom
         ]
         if not tries:
             raise ValueError(f"no room for the name of {name}")
-        placed[name] = min(tries, key=lambda found: (found.crosses(boxes), found.label.is_away))
+        placed[name] = min(tries, key=lambda found: (found.crosses(boxes), found.distance))
     return placed
 
 
