@@ -56,7 +56,7 @@ svg { font: 13px system-ui, -apple-system, "Segoe UI", "DejaVu Sans", sans-serif
 _WIDTH, _HEIGHT, _FRAME = 830.0, 430.0, Box(46, 34, 770, 344)
 _LETTER, _LINE, _MARGIN = 7.2, 16.0, 4.0
 """Width of a letter, height of a line and room beside it: a little more than common fonts of 13 pixels need."""
-_OWN, _FOREIGN, _STEP = 4.0, (20.0, 12.0, 7.0, 2.0), 5.0
+_OWN, _FOREIGN, _STEP = 4.0, (20.0, 12.0, 7.0), 5.0
 """Pixels that a name keeps from its own curve, and from those of others where there is room for so many."""
 _GAPS = (*GAPS, 60.0, 90.0, 130.0)  # below the curves there is room, if far from them
 
@@ -82,9 +82,9 @@ def small_figure(document: dict[str, Any]) -> str:
         *space.grid(),
         _text(8, 20, "soft", f"retained gain, mean of {document['tasks']} adapters"),
         _text(_FRAME.right, _HEIGHT - 10, "soft", "bytes, everything counted, of bf16", "end"),
+        *(part for text, name in names.items() for part in _named(text, name)),
         *(part for name in reversed(lines) for part in _drawn(name, lines[name])),  # icm last, so in front
         *(_dot("icm-dot", spot, 6.5) for spot in default),
-        *(part for text, name in names.items() for part in _named(text, name)),
         "</svg>",
     ]
     return "\n".join(parts) + "\n"
@@ -147,7 +147,7 @@ def place_names(lines: Mapping[str, Line], frame: Box) -> dict[str, Name]:
         own = boxes + _around([line, *(known.connector for known in placed.values())], _OWN)
         others = [other for key, other in lines.items() if key != name]
         tries = [
-            Name(label, spot)
+            (Name(label, spot), clearance)
             for clearance in _FOREIGN
             for taken in [own + _around(others, clearance)]
             for spot in [*line, *_along(line, 4 * _STEP)]
@@ -156,7 +156,8 @@ def place_names(lines: Mapping[str, Line], frame: Box) -> dict[str, Name]:
         ]
         if not tries:
             raise ValueError(f"no room for the name of {name}")
-        placed[name] = min(tries, key=lambda found: (found.crosses(boxes), found.distance))
+        # Near to another curve, a name seems to be that one's: then rather one that is connected from farther away.
+        placed[name], _ = min(tries, key=lambda found: (found[0].crosses(boxes), found[0].distance - 2 * found[1]))
     return placed
 
 
