@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 _AROUND = ((1, 0), (-1, 0), (0, -1), (0, 1), (1, -1), (-1, -1), (1, 1), (-1, 1))
-_GAPS = (9.0, 22.0, 38.0)
+GAPS = (9.0, 22.0, 38.0)
 """Pixels from a point to its label. Beyond the first gap a line connects the two."""
 
 
@@ -84,12 +84,13 @@ def place_labels(
     frame: Box,
     obstacles: Sequence[Box],
     soft: Sequence[Box] = (),
+    gaps: Sequence[float] = GAPS,
 ) -> list[Label | None]:
     """Place each label at its first free candidate, in the order of the points."""
     taken = list(obstacles)
     labels: list[Label | None] = []
     for point, size in zip(points, sizes, strict=True):
-        label = _first_free(point, size, frame, taken, soft)
+        label = _first_free(point, size, frame, taken, soft, gaps)
         labels.append(label)
         if label is not None:
             taken.append(label.box)
@@ -97,10 +98,15 @@ def place_labels(
 
 
 def _first_free(
-    point: tuple[float, float], size: tuple[float, float], frame: Box, taken: Sequence[Box], soft: Sequence[Box]
+    point: tuple[float, float],
+    size: tuple[float, float],
+    frame: Box,
+    taken: Sequence[Box],
+    soft: Sequence[Box],
+    gaps: Sequence[float],
 ) -> Label | None:
-    for gap in _GAPS:
-        places = [Label(_next_to(point, size, gap, way), way[0], gap > _GAPS[0]) for way in _AROUND]
+    for gap in gaps:
+        places = [Label(_next_to(point, size, gap, way), way[0], gap > gaps[0]) for way in _AROUND]
         free = [place for place in places if frame.holds(place.box) and not any(map(place.box.overlaps, taken))]
         if free:
             return min(free, key=lambda place: sum(map(place.box.overlaps, soft)))

@@ -1,11 +1,12 @@
 """Every method a curve of retained gain against bytes, measured after a save and a load by PEFT.
 
     python -m tests.benchmarks.rate_distortion --fleet DIR --base DIR [--store DIR]... [--methods NAME,...]
-        [--texts N] [--dtype float32|bfloat16] [--tasks NAME,...] [--out FILE.json] [--figure FILE.svg]
+        [--texts N] [--dtype float32|bfloat16] [--tasks NAME,...] [--out FILE.json] [--figures FOLDER]
 
 A killed run goes on where it was: bytes, errors and losses are kept in --cache as they come. --store adds icm's own
-curve, a point for each trained store. The packages that are compared with (vlora-dev, lorashare, lmzip) are left out
-with a word if they are not installed.
+curve, a point for each trained store; --default names the one that `icm train` leaves when nothing is asked of it, and
+the figure marks it. The packages that are compared with (vlora-dev, lorashare, lmzip) are left out with a word if they
+are not installed.
 """
 
 from __future__ import annotations
@@ -27,14 +28,14 @@ from tests.benchmarks.rate_distortion.judging import Judge, Settings
 from tests.benchmarks.rate_distortion.peers import PackageMissing
 from tests.benchmarks.rate_distortion.points import all_points, chosen
 from tests.benchmarks.rate_distortion.study import PointResult, Study
-from tests.benchmarks.rate_distortion.summary import report, summarise, table
+from tests.benchmarks.rate_distortion.summary import OURS, report, summarise, table
 
 ROOT = Path(__file__).parents[3]
 WORK = ROOT / "build" / "rate_distortion"
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Measure, print the table, write JSON and figure."""
+    """Measure, print the table, write JSON and figures."""
     options = _options(arguments)
     torch.set_num_threads(options.threads)
     settings = Settings(options.texts, options.max_tokens, options.dtype)
@@ -42,7 +43,10 @@ def main(arguments: list[str] | None = None) -> None:
     cache = Cache(options.cache)
     study = Study(fleet, Judge(options.base, fleet, settings, cache), cache, options.work)
     results: list[PointResult] = []
-    for point in chosen(all_points(options.store, options.cvae_steps), options.methods):
+    points = chosen(all_points(options.store, options.cvae_steps), options.methods)
+    if options.default not in {None, *(point.name for point in points if point.family == OURS)}:
+        raise SystemExit(f"--default {options.default}: no such store is measured")
+    for point in points:
         try:
             results += study.run([point])
         except PackageMissing as error:
@@ -51,18 +55,18 @@ def main(arguments: list[str] | None = None) -> None:
         print(table([summarise(results[-1])]).splitlines()[-1], file=sys.stderr, flush=True)
     if not results:
         raise SystemExit("nothing was measured")
-    document = _document(results, settings)
+    document = _document(results, settings, options.default)
     print(table([summarise(result) for result in results]))
     if options.out is not None:
         options.out.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    if options.figure is not None:
-        draw(document, options.figure)
+    if options.figures is not None:
+        draw(document, options.figures)
 
 
-def _document(results: list[PointResult], settings: Settings) -> dict[str, Any]:
+def _document(results: list[PointResult], settings: Settings, default: str | None) -> dict[str, Any]:
     now = datetime.now(UTC).date().isoformat()
     how = {"texts": settings.texts, "max_tokens": settings.max_tokens, "dtype": settings.dtype}
-    return {"date": now, "machine": describe_machine(), "settings": how, **report(results)}
+    return {"date": now, "machine": describe_machine(), "settings": how, "default": default, **report(results)}
 
 
 def _options(arguments: list[str] | None) -> argparse.Namespace:
@@ -72,6 +76,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--fleet", type=Path, required=True, help="folder of adapters with eval.jsonl")
     parser.add_argument("--base", type=Path, required=True, help="folder of their base model")
     parser.add_argument("--store", type=Path, action="append", default=[], help="a trained store of the fleet")
+    parser.add_argument("--default", metavar="NAME", help="which of the stores has what `icm train` makes by default")
     parser.add_argument("--methods", type=_names, default=[], help="names or families, with * and ?")
     parser.add_argument("--tasks", type=_names, default=[], help="only these")
     parser.add_argument("--texts", type=int, help="held-out texts of each task (default all)")
@@ -82,7 +87,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--cache", type=Path, default=WORK / "cache.jsonl", help="where results are kept as they come")
     parser.add_argument("--work", type=Path, default=WORK / "work", help="what methods keep between runs")
     parser.add_argument("--out", type=Path, help="JSON file to write")
-    parser.add_argument("--figure", type=Path, help="SVG file to write")
+    parser.add_argument("--figures", type=Path, help="folder to write the figures to")
     return parser.parse_args(arguments)
 
 

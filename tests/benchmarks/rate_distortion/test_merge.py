@@ -42,6 +42,12 @@ def test_a_later_point_of_the_same_name_takes_the_place_of_the_earlier_one() -> 
     assert [point["by_task"][0]["size"] for point in both["points"]] == [600]
 
 
+def test_the_default_is_that_of_the_last_study_that_names_one() -> None:
+    old, new = study({"icm-1": 100}) | {"default": "icm-1"}, study({"icm-2": 90}) | {"default": "icm-2"}
+    assert merged([old, new, study({"nf4": 500})])["default"] == "icm-2"
+    assert merged([study({"nf4": 500})])["default"] is None
+
+
 def test_a_point_that_was_measured_otherwise_says_so() -> None:
     both = merged([study({"nf4": 500}), study({"icm-1": 100}, texts=4)])
     assert [point["notes"].get("settings", {}).get("texts") for point in both["points"]] == [None, 4]

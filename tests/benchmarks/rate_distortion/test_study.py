@@ -185,11 +185,11 @@ def test_half_a_line_of_a_killed_run_is_skipped(tmp_path: Path) -> None:
     )
 
 
-def test_the_command_prints_a_table_and_writes_json_and_figure(
+def test_the_command_prints_a_table_and_writes_json_and_figures(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("matplotlib")
-    out, svg = tmp_path / "study.json", tmp_path / "study.svg"
+    out, figures = tmp_path / "study.json", tmp_path / "figures"
     arguments = [
         "--fleet",
         place / "loras",
@@ -200,8 +200,8 @@ def test_the_command_prints_a_table_and_writes_json_and_figure(
         "--work",
         tmp_path,
     ]
-    wanted = ["--methods", "int8,svd[12],fleet mean", "--texts", "1", "--threads", "1", "--out", out, "--figure", svg]
-    main([str(argument) for argument in (*arguments, *wanted)])
+    wanted = ["--methods", "int8,svd[12],fleet mean", "--texts", "1", "--threads", "1", "--out", out]
+    main(["--figures", str(figures), *(str(argument) for argument in (*arguments, *wanted))])
     document = json.loads(out.read_text())
     assert {point["name"] for point in document["points"]} == {
         "int8", "svd2", "svd1", "mean16", "mean4-3bit", "mean1-3bit",
@@ -209,7 +209,12 @@ def test_the_command_prints_a_table_and_writes_json_and_figure(
     assert document["settings"] == {"texts": 1, "max_tokens": 256, "dtype": "float32"}
     assert set(document["points"][0]["by_task"][0]) >= {"task", "size", "dw_error", "retained_gain"}
     assert "| int8 | int8 |" in capsys.readouterr().out
-    assert svg.read_text().count("<svg") == 1
+    assert [(figures / name).read_text().count("<svg") for name in ("rates.svg", "rate-distortion.svg")] == [1, 1]
+
+
+def test_a_default_that_is_not_measured_is_an_error(place: Path) -> None:
+    with pytest.raises(SystemExit, match="trained"):
+        main(["--fleet", str(place / "loras"), "--base", str(place / "base"), "--default", "trained"])
 
 
 def test_a_method_that_does_not_exist_is_an_error(place: Path) -> None:
