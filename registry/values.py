@@ -15,7 +15,7 @@ from functools import lru_cache
 from typing import Any
 
 _START = datetime(1970, 1, 1, tzinfo=UTC)
-LEAST_SHARE, MOST_SHARE = -1000.0, 1000.0  # beyond that an original is no better than its base model, or no other
+LEAST_SHARE, MOST_SHARE = -1000.0, 1000.0  # beyond that an original does what its base model does
 VIEWS = ("adapted", "context")
 RUNGS = ("base", "code", "network", "original", "residual", "generate")
 
