@@ -212,7 +212,7 @@ class Made:
             new = None if blob is None else NewResidual(blob, self.squared_error)
             return store.codes.replace_residual(self.of, new, self.asked, self.evaluations) is not None
         assert blob is not None
-        code = NewCode(self.of, blob, 8.0 * len(self.data), self.squared_error, self.asked)
+        code = NewCode(self.of, blob, 8.0 * len(self.data), self.squared_error, self.asked, self.outcome.effect)
         return store.codes.replace(self.generator, code, self.evaluations) is not None
 
 
@@ -363,7 +363,7 @@ def _limits_under(generator: GeneratorRecord, asked: Limits, *, refined: bool) -
 def _asked(limits: Limits, *, is_kept: bool) -> CodeLimits:
     """Return what the store records of the limits of a code."""
     steps = limits.refine or 0
-    return CodeLimits(limits.min_gain, limits.max_error, limits.tolerance, is_kept, steps, limits.size)
+    return CodeLimits(limits.min_gain, limits.max_error, limits.tolerance, is_kept, steps, limits.size, limits.keep)
 
 
 def _known(state: _TaskState, limits: Limits, *, residual: bool) -> TaskEncoded | None:
