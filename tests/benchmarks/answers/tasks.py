@@ -45,7 +45,7 @@ class AnswerTask(Recipe):
     rows: Callable[[Path], Rows]
     """Makes the rows, with a work folder for packages."""
     rank: int = 16
-    steps: int = 200
+    steps: int = 150
     learning_rate: float = 5e-4
     batch: int = 4
 

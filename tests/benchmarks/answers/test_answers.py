@@ -23,7 +23,7 @@ from tests.benchmarks.answers.rows import (
 )
 from tests.benchmarks.answers.study import Result, compared, right, table, table_of_tasks
 from tests.benchmarks.answers.tasks import TASKS
-from tests.benchmarks.answers.train import IGNORED, Chats, tokens
+from tests.benchmarks.answers.train import IGNORED, Chats, batch, tokens
 from tests.benchmarks.example_fleet.train import load_base
 from tests.benchmarks.realistic_fleet.stores import NAMES
 from tests.icmlora.base_models.chat_templates import QWEN
@@ -125,6 +125,19 @@ def test_the_loss_is_taken_on_the_answer_alone(base: Path) -> None:
     scored = [label for label in item["labels"] if label != IGNORED]
     assert tokenizer.decode(scored) == "sat<|im_end|>\n"
     assert item["input_ids"][-len(scored) :] == scored
+
+
+def test_the_loss_of_a_batch_is_that_of_its_chats(base: Path) -> None:
+    """As the model takes it of each whole chat, weighted by the tokens of the answers."""
+    model = load_base(base, torch.float64).eval()
+    chats = Chats(QUESTIONS, AutoTokenizer.from_pretrained(base))
+    items = [chats[number] for number in range(len(QUESTIONS))]
+    total, count = 0.0, 0
+    for item in items:
+        scored = sum(label != IGNORED for label in item["labels"])
+        ids, labels = torch.tensor([item["input_ids"]]), torch.tensor([item["labels"]])
+        total, count = total + model(input_ids=ids, labels=labels).loss.item() * scored, count + scored
+    assert model(**batch(items, padding=0)).loss.item() == pytest.approx(total / count)
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # between PEFT and transformers

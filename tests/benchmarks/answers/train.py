@@ -10,12 +10,13 @@ import argparse
 import os
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.data import Dataset
-from transformers import AutoTokenizer, DataCollatorForSeq2Seq, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from tests.benchmarks.answers.rows import Row
 from tests.benchmarks.answers.tasks import TASKS, AnswerTask
@@ -47,6 +48,22 @@ def tokens(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], *
     return list(tokenizer(text, add_special_tokens=False).input_ids)
 
 
+def batch(items: list[dict[str, list[int]]], padding: int) -> dict[str, Any]:
+    """Pad chats on the left, so that all answers are at the end, where alone the model has to compute logits."""
+    length = max(len(item["input_ids"]) for item in items)
+    answered = 1 + max(sum(label != IGNORED for label in item["labels"]) for item in items)
+    holes = [length - len(item["input_ids"]) for item in items]
+    labels = torch.tensor([[IGNORED] * hole + item["labels"] for hole, item in zip(holes, items, strict=True)])
+    return {
+        "input_ids": torch.tensor(
+            [[padding] * hole + item["input_ids"] for hole, item in zip(holes, items, strict=True)]
+        ),
+        "attention_mask": torch.tensor([[0] * hole + [1] * (length - hole) for hole in holes]),
+        "labels": labels[:, -answered:],
+        "logits_to_keep": answered,
+    }
+
+
 def build(task: AnswerTask, work: Path, fleet: Path) -> None:
     """Build one task; its folder gets its name when it is complete."""
     if (fleet / task.name).exists():
@@ -58,7 +75,7 @@ def build(task: AnswerTask, work: Path, fleet: Path) -> None:
     part.mkdir(parents=True, exist_ok=True)
     rows = task.rows(work)
     rows.write(part)
-    train(task, base, Chats(rows.train, tokenizer), part, DataCollatorForSeq2Seq(tokenizer))
+    train(task, base, Chats(rows.train, tokenizer), part, partial(batch, padding=tokenizer.pad_token_id))
     part.rename(fleet / task.name)
     seconds = time.monotonic() - started
     print(f"{task.name}: {len(rows.train)} rows, {len(rows.held_out)} held out, {seconds:.0f} s", flush=True)
