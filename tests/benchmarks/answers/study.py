@@ -40,9 +40,14 @@ class Method:
     """Bytes stored once for all of them."""
 
     @property
+    def own(self) -> float:
+        """Mean bytes of a task."""
+        return sum(self.sizes.values()) / len(self.sizes)
+
+    @property
     def total(self) -> float:
         """Mean bytes of a task and its share of what is stored once."""
-        return (sum(self.sizes.values()) + self.shared) / len(self.sizes)
+        return self.own + self.shared / len(self.sizes)
 
 
 @dataclass(frozen=True)
@@ -64,9 +69,10 @@ class Result:
     """One row of the table: the means over all tasks."""
 
     name: str
-    bytes: float | None
-    """Of a task with its share of what is stored once; None where no adapter is."""
-    shared: int
+    own: float | None
+    """Mean bytes of a task; None where no adapter is."""
+    total: float | None
+    """The same with a task's share of what is stored once."""
     accuracy: Estimate
     loss: Estimate
     same: float
@@ -201,8 +207,8 @@ class Study:
         }
         return Result(
             name,
-            None if method is None else round(method.total, 1),
-            0 if method is None else method.shared,
+            None if method is None else method.own,
+            None if method is None else method.total,
             mean([task.accuracy for task in tasks.values()]),
             mean([task.loss for task in tasks.values()]),
             sum(task.same for task in tasks.values()) / len(tasks),
@@ -226,11 +232,14 @@ def compared(
 
 def table(results: Sequence[Result]) -> str:
     """Return a Markdown table: a row a method, means over the tasks with their 95 % intervals."""
-    lines = ["| | bytes a task | accuracy | lost against the originals | same answers |", "|---|--:|--:|--:|--:|"]
+    lines = [
+        "| | bytes a task | with its share of the rest | accuracy | lost against the originals | same answers |",
+        "|---|--:|--:|--:|--:|--:|",
+    ]
     for result in results:
-        size = "" if result.bytes is None else f"{result.bytes:,.0f}"
+        sizes = " | ".join("" if size is None else f"{size:,.0f}" for size in (result.own, result.total))
         accuracy, loss = (_shown(value) for value in (result.accuracy, result.loss))
-        lines.append(f"| {result.name} | {size} | {accuracy} | {loss} | {result.same:.3f} |")
+        lines.append(f"| {result.name} | {sizes} | {accuracy} | {loss} | {result.same:.3f} |")
     return "\n".join(lines)
 
 

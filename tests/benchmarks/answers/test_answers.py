@@ -105,8 +105,8 @@ def test_a_mean_of_tasks_has_a_narrower_interval_than_each() -> None:
 def test_a_loss_is_that_of_the_original_minus_one_s_own() -> None:
     found = compared(["1", "3", "3", "4"], ["1", "2", "3", "5"], ROWS[:4], 7, {})
     assert (found.right, found.accuracy.value, found.loss.value, found.same) == (3, 0.75, 0.0, 0.5)
-    result = Result("code", 7.0, 0, found.accuracy, found.loss, found.same, {"sums": found})
-    assert "| code | 7 | 0.750 (" in table([result])
+    result = Result("code", 7.0, 9.0, found.accuracy, found.loss, found.same, {"sums": found})
+    assert "| code | 7 | 9 | 0.750 (" in table([result])
     assert table_of_tasks([result]).splitlines()[-1] == "| sums | 0.750 |"
 
 
