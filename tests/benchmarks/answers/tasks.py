@@ -45,8 +45,6 @@ class AnswerTask(Recipe):
     rows: Callable[[Path], Rows]
     """Makes the rows, with a work folder for packages."""
     rank: int = 16
-    steps: int = 150
-    learning_rate: float = 5e-4
     batch: int = 4
 
 
@@ -92,24 +90,28 @@ def _reasoning_gym(work: Path) -> Path:
 
 _DISEASE = _class_of("which-disease", "With which letter does the ICD-10 code begin?")
 _PART_OF_SPEECH = _class_of("part-of-speech", "Which part of speech is defined here: noun, verb, adj or adv?")
-_SMALL: dict[str, Callable[[Path], Rows]] = {
-    "part-of-speech": _PART_OF_SPEECH,
-    "which-language": _class_of("which-language", "Which language is this text in?", 80),
-    "syllogism": _drawn("syllogism"),
-    "country-facts": _countries,
-    "spam-or-ham": _class_of("spam-or-ham", "Is this mail spam or ham?", 240),
-    "family-relationships": _drawn("family_relationships"),
-    "which-disease": _DISEASE,
-    "which-program": _class_of("which-program", "Which language is this code in?"),
-    "number-filtering": _drawn("number_filtering"),
-    "letter-counting": _drawn("letter_counting"),
-    "gcd": _drawn("gcd"),
-    "which-author": _class_of("which-author", "Which author wrote this?"),
+_SMALL: dict[str, tuple[Callable[[Path], Rows], int]] = {
+    "part-of-speech": (_PART_OF_SPEECH, 200),
+    "which-language": (_class_of("which-language", "Which language is this text in?", 80), 150),
+    "syllogism": (_drawn("syllogism"), 150),
+    "country-facts": (_countries, 150),
+    "spam-or-ham": (_class_of("spam-or-ham", "Is this mail spam or ham?", 240), 150),
+    "family-relationships": (_drawn("family_relationships"), 150),
+    "which-disease": (_DISEASE, 150),
+    "which-program": (_class_of("which-program", "Which language is this code in?"), 150),
+    "number-filtering": (_drawn("number_filtering"), 150),
+    "letter-counting": (_drawn("letter_counting"), 150),
+    "gcd": (_drawn("gcd"), 150),
+    "which-author": (_class_of("which-author", "Which author wrote this?"), 150),
 }
+"""Rows and steps of each."""
 _LARGE = {"qwen-which-disease": _DISEASE, "qwen-part-of-speech": _PART_OF_SPEECH}
 
 TASKS = (
-    *(AnswerTask(name=name, base_model=SMOLLM2, rows=rows) for name, rows in _SMALL.items()),
+    *(
+        AnswerTask(name=name, base_model=SMOLLM2, rows=rows, steps=steps, learning_rate=5e-4)
+        for name, (rows, steps) in _SMALL.items()
+    ),
     *(
         AnswerTask(name=name, base_model=QWEN, rows=rows, steps=100, learning_rate=2e-4)
         for name, rows in _LARGE.items()
