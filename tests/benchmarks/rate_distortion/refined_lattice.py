@@ -92,8 +92,10 @@ class RelaxedRows:
 
 def _costs(shells: np.ndarray[Any, Any]) -> torch.Tensor:
     """Return the bits of a point of each shell, up to one that no point is in."""
-    counts = np.bincount(shells, minlength=2).astype(np.float64)
-    return torch.from_numpy(point_bits(np.maximum(np.append(counts, 0.0), _UNSEEN))).float()
+    counts = np.append(np.bincount(shells, minlength=1), 0)
+    seen = np.maximum(counts, _UNSEEN)
+    surplus = np.log2(seen.sum() / max(len(shells), 1))  # what the shells are counted as that no point is in
+    return torch.from_numpy(point_bits(seen) - surplus).float()
 
 
 @dataclass(frozen=True)
