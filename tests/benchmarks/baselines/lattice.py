@@ -172,7 +172,7 @@ def from_bytes(code: bytes) -> Adapter:
     reader = ByteReader(code)
     head = Head.read(reader)
     side = ByteReader(inflate(reader.take(reader.number(4)), 4, _SIDE_LIMIT))
-    counts = list(side.take(len(head.layout)))
+    counts = np.frombuffer(side.take(2 * len(head.layout)), dtype="<u2").tolist()
     scales, classes, tables = _read_side(side, 2 * sum(counts))
     rows = Rows(head, counts, torch.zeros(0, e8.DIMENSION), scales)
     of_block = classes[rows.row_of.numpy()]
@@ -269,7 +269,11 @@ def _tables(shells: Whole, classes: Whole) -> dict[int, Whole]:
 
 def _side(rows: Rows, classes: Whole, tables: dict[int, Whole]) -> bytes:
     scales = rows.scales.to(torch.bfloat16).view(torch.int16).numpy().astype("<i2").view(np.uint8)
-    parts = [bytes(rows.counts), classes.astype(np.uint8).tobytes(), scales.reshape(-1, 2).T.tobytes()]
+    parts = [
+        np.array(rows.counts, dtype="<u2").tobytes(),
+        classes.astype(np.uint8).tobytes(),
+        scales.reshape(-1, 2).T.tobytes(),
+    ]
     for table in tables.values():
         parts += [len(table).to_bytes(2, "little"), table.astype("<u2").tobytes()]
     return b"".join(parts)
