@@ -5,6 +5,8 @@ svdK[-QUANTISER]       the K strongest directions, bf16 by default; svd alone is
 meanK[-QUANTISER]      the fleet's mean dW in K directions for every task; mean alone is mean16
 meanK[-Q]+svdK[-Q]     the mean, plus each task's difference to it
 loraquantB[-SHARE][f]  B bits for the directions with SHARE % of the energy (90), 1 bit for the others
+lordbaK[r][f]          signs and scales of the K strongest directions; r: scales of rank channels alone
+[svdK-]e8-B[w][f]      the lattice E8 at B bits a value, entropy coded; w: by the energy of directions
 jdR[xC][diag][-Q]      joint diagonalisation: R columns, C clusters, full or diagonal cores
 """
 
@@ -13,8 +15,10 @@ from __future__ import annotations
 import re
 
 from tests.benchmarks.baselines.baseline import Baseline
+from tests.benchmarks.baselines.double_binary import DoubleBinary
 from tests.benchmarks.baselines.factors import FleetMean, Plain, Truncation
 from tests.benchmarks.baselines.joint import Joint
+from tests.benchmarks.baselines.lattice import Lattice
 from tests.benchmarks.baselines.mixed_precision import MixedPrecision
 from tests.benchmarks.baselines.quantizers import Bf16, Int8, Nf4, Uniform, ValueQuantizer
 
@@ -24,6 +28,8 @@ _QUANTISER = r"(bf16|int8|nf4|[1-4]bit(?:g[1-9]\d{0,4})?f?)"
 _TRUNCATION = re.compile(rf"svd([1-9]\d{{0,3}})(?:-{_QUANTISER})?")
 _MEAN = re.compile(rf"mean([1-9]\d{{0,3}})(?:-{_QUANTISER})?(?:\+(svd.+))?")
 _MIXED = re.compile(r"loraquant([2-4])(?:-([1-9]\d?|100))?(f)?")
+_BINARY = re.compile(r"lordba([1-9]\d{0,3})(r)?(f)?")
+_LATTICE = re.compile(r"(?:svd([1-9]\d{0,3})-)?e8-(\d{1,2}(?:\.\d{1,4})?)(w)?(f)?")
 _JOINT = re.compile(rf"jd([1-9]\d{{0,3}})(?:x([1-9]\d?))?(diag)?(?:-{_QUANTISER})?")
 
 
@@ -36,6 +42,11 @@ def baseline_named(name: str) -> Baseline:
         return Truncation(int(match[1]), _quantizer(match[2]))
     if match := _MIXED.fullmatch(full):
         return MixedPrecision(int(match[1]), int(match[2] or 90) / 100, full=match[3] is not None)
+    if match := _BINARY.fullmatch(full):
+        return DoubleBinary(int(match[1]), channels=match[2] is None, full=match[3] is not None)
+    if match := _LATTICE.fullmatch(full):
+        rank = None if match[1] is None else int(match[1])
+        return Lattice(float(match[2]), rank, full=match[4] is not None, by_energy=match[3] is not None)
     if match := _MEAN.fullmatch(full):
         residual = None if match[3] is None else baseline_named(match[3])
         return FleetMean(int(match[1]), _quantizer(match[2]), residual)

@@ -40,6 +40,10 @@ class ByteReader:
         """Return the next `size` bytes as one integer, lowest byte first."""
         return int.from_bytes(self.take(size), "little")
 
+    def rest(self) -> bytes:
+        """Return all bytes that are left."""
+        return self.take(len(self._data) - self._at)
+
     def finish(self) -> None:
         """Check that all bytes were read."""
         if self._at != len(self._data):

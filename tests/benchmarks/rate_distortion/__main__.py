@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> None:
     cache = Cache(options.cache)
     study = Study(fleet, Judge(options.base, fleet, settings, cache), cache, options.work)
     results: list[PointResult] = []
-    points = chosen(all_points(options.store, options.cvae_steps), options.methods)
+    points = chosen(all_points(options.store, options.cvae_steps, options.base), options.methods)
     if options.default not in {None, *(point.name for point in points if point.family == OURS)}:
         raise SystemExit(f"--default {options.default}: no such store is measured")
     for point in points:

@@ -13,6 +13,7 @@ from tests.benchmarks.rate_distortion.peer_lmzip import Lmzip
 from tests.benchmarks.rate_distortion.peer_lorashare import Lorashare
 from tests.benchmarks.rate_distortion.peer_vlora import Vlora
 from tests.benchmarks.rate_distortion.peers import PeerMethod
+from tests.benchmarks.rate_distortion.refined_lattice import RefinedLattice
 from tests.benchmarks.rate_distortion.summary import OURS
 
 SEEDS = (0, 1, 2)
@@ -33,15 +34,28 @@ NAIVE: dict[str, str] = {
     "mean1-3bit+svd1-2bitf",
     "LoRAQuant": "loraquant3-95 loraquant3-90 loraquant3-70 loraquant2-90 loraquant2-70 loraquant2-30",
     "LoRAQuant, full strength": "loraquant3-90f loraquant3-70f loraquant2-90f loraquant2-30f",
+    "LoRDBA": "lordba8 lordba4 lordba1",
+    "LoRDBA, full strength": "lordba8f lordba4f lordba1f",
+    "LoRDBA, scales of rank channels": "lordba8r lordba4r lordba2r lordba1r",
+    "LoRDBA, scales of rank channels, full strength": "lordba8rf lordba4rf lordba2rf lordba1rf",
+    "E8 lattice": "e8-1 svd4-e8-1 svd2-e8-2 svd2-e8-1 svd1-e8-2 svd1-e8-1 svd1-e8-0.5",
+    "E8 lattice, full strength": "e8-1f svd4-e8-1f svd2-e8-2f svd2-e8-1f svd1-e8-2f svd1-e8-1f svd1-e8-0.5f",
+    "E8 lattice by energy, full strength": "e8-1wf e8-0.5wf e8-0.25wf e8-0.15wf e8-0.08wf",
     "joint diagonalisation": "jd16 jd8 jd16-int8 jd16x2-int8 jd32-3bit jd16-3bit jd8-3bit jd16x2-3bit jd8-2bit "
     "jd16diag jd64diag-3bit jd32diag-3bit jd16diag-3bit",
 }
 
+# Refined as icm's codes are. No publication has any of it, so the family counts among those at full strength.
+REFINED_LATTICES = "e8-0.5wf e8-0.25wf e8-0.15wf"
 
-def all_points(stores: Sequence[Path] = (), cvae_steps: int = 400) -> list[Point]:
-    """Return every point, those of the stores first."""
+
+def all_points(stores: Sequence[Path] = (), cvae_steps: int = 400, base: Path | None = None) -> list[Point]:
+    """Return every point, those of the stores first; without a base model none is refined here."""
     points = [Point(OURS, store.name, IcmStore(store)) for store in stores]
     points += [Point(family, name, Naive(name)) for family, names in NAIVE.items() for name in names.split()]
+    if base is not None:
+        family = "E8 lattice by energy, refined, full strength"
+        points += [Point(family, f"{name}-refined", RefinedLattice(name, base)) for name in REFINED_LATTICES.split()]
     points += [Point("lmzip", "lmzip", Lmzip())]
     points += [Point("vlora-dev", f"vlora-k{k}", PeerMethod(Vlora(k))) for k in (1, 2, 4)]
     points += [Point("vlora-dev", f"vlora-k{k}-nf4", PeerMethod(Vlora(k, nf4=True))) for k in (4, 8, 12)]

@@ -13,8 +13,10 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -26,7 +28,7 @@ from tests.benchmarks.domain_fleet.pieces import PIECE, take
 from tests.benchmarks.example_fleet.packages import Packages
 from tests.benchmarks.example_fleet.train import load_base, nats_per_token
 from tests.benchmarks.realistic_fleet.bases import base_folder
-from tests.benchmarks.realistic_fleet.tasks import TASKS, RealisticTask
+from tests.benchmarks.realistic_fleet.tasks import TASKS, RealisticTask, Recipe
 
 _LENGTH = 256  # tokens of a window
 _SAVED = 10  # steps from one checkpoint to the next
@@ -47,20 +49,30 @@ class Windows(Dataset[dict[str, torch.Tensor]]):
         return {"input_ids": window, "labels": window}
 
 
-def train(task: RealisticTask, base: Path, tokens: torch.Tensor, folder: Path) -> None:
-    """Train and save one adapter; the seed is the clock's, so nobody can draw its initial A again."""
+def train(
+    recipe: Recipe, base: Path, data: Dataset[Any], folder: Path, collate: Callable[[list[Any]], Any] | None = None
+) -> None:
+    """Train and save one adapter; the seed is the clock's, so nobody can draw its initial A again.
+
+    Args:
+        recipe: How.
+        base: Folder of the base model.
+        data: The examples, with labels.
+        folder: Where the adapter goes. Checkpoints are there too, and a training that was stopped goes on from them.
+        collate: Makes a batch of examples; by default they have to be of one length.
+    """
     torch.seed()
     config = LoraConfig(
-        r=task.rank, lora_alpha=task.alpha, lora_dropout=0.05, target_modules="all-linear", task_type="CAUSAL_LM"
+        r=recipe.rank, lora_alpha=recipe.alpha, lora_dropout=0.05, target_modules="all-linear", task_type="CAUSAL_LM"
     )
     model = get_peft_model(load_base(base, torch.bfloat16), config)
     arguments = TrainingArguments(
         output_dir=str(folder / "run"),
-        max_steps=task.steps,
-        per_device_train_batch_size=task.batch,
-        learning_rate=task.learning_rate,
+        max_steps=recipe.steps,
+        per_device_train_batch_size=recipe.batch,
+        learning_rate=recipe.learning_rate,
         lr_scheduler_type="cosine",
-        warmup_steps=max(1, task.steps // 33),
+        warmup_steps=max(1, recipe.steps // 33),
         logging_steps=10,
         save_steps=_SAVED,
         save_total_limit=1,
@@ -70,9 +82,9 @@ def train(task: RealisticTask, base: Path, tokens: torch.Tensor, folder: Path) -
         seed=int.from_bytes(os.urandom(4), "little"),
         data_seed=0,  # the same order after a stop
     )
-    trainer = Trainer(model=model, args=arguments, train_dataset=Windows(tokens, task.steps * task.batch))
+    trainer = Trainer(model=model, args=arguments, train_dataset=data, data_collator=collate)
     trainer.train(resume_from_checkpoint=any((folder / "run").glob("checkpoint-*")))
-    config.base_model_name_or_path = task.base_model
+    config.base_model_name_or_path = recipe.base_model
     model.save_pretrained(str(folder))
     shutil.rmtree(folder / "run", ignore_errors=True)
 
@@ -88,7 +100,7 @@ def build(task: RealisticTask, work: Path, fleet: Path) -> None:
     part.mkdir(parents=True, exist_ok=True)
     pieces = take(DOMAINS[task.domain].documents(Packages(work)), tokenizer)
     pieces.write(part)
-    train(task, base, pieces.tokens, part)
+    train(task, base, Windows(pieces.tokens, task.steps * task.batch), part)
     bare = load_base(base, torch.bfloat16)
     before = nats_per_token(bare, tokenizer, part / "eval.jsonl", PIECE)
     after = nats_per_token(PeftModel.from_pretrained(bare, str(part)), tokenizer, part / "eval.jsonl", PIECE)

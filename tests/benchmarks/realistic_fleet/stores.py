@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from tests.benchmarks.performance.commands import icm, process
@@ -20,16 +21,22 @@ from tests.benchmarks.realistic_fleet.tasks import GEMMA, QWEN, SMOLLM2, TASKS
 NAMES = {SMOLLM2: "smollm2", GEMMA: "gemma", QWEN: "qwen"}
 
 
-def make_stores(work: Path, fleet: Path, base_model: str, qualities: list[str]) -> None:
-    """Train a generator on all adapters of a base model, and encode them at each quality."""
-    root = work / "stores" / NAMES[base_model]
+def make_stores(root: Path, base_model: str, base: Path, folders: Sequence[Path], qualities: Sequence[str]) -> None:
+    """Train a generator on all adapters of a base model, and encode them at each quality.
+
+    Args:
+        root: Folder of the stores.
+        base_model: The name that the adapters give it.
+        base: Its folder.
+        folders: The adapters.
+        qualities: As `icm encode` takes them.
+    """
     plain = root / "plain-4"
     if not plain.exists():
         part = root / ".part"
         shutil.rmtree(part, ignore_errors=True)
-        folders = [fleet / task.name for task in TASKS if task.base_model == base_model]
-        _timed(part, "base", "add", base_model, str(base_folder(base_model, work)))
-        _timed(part, "ingest", *(str(folder) for folder in folders if folder.exists()))
+        _timed(part, "base", "add", base_model, str(base))
+        _timed(part, "ingest", *map(str, folders))
         _timed(part, "train", "--no-eval", "--refine", "0")
         part.rename(plain)
     for quality in qualities:
@@ -60,7 +67,10 @@ def main() -> None:
     os.environ["XDG_CACHE_HOME"] = str(options.work / "cache")
     for base_model, name in NAMES.items():
         if options.only in (None, name):
-            make_stores(options.work, options.fleet, base_model, options.qualities.split(","))
+            trained = (options.fleet / task.name for task in TASKS if task.base_model == base_model)
+            folders = [folder for folder in trained if folder.exists()]
+            base = base_folder(base_model, options.work)
+            make_stores(options.work / "stores" / name, base_model, base, folders, options.qualities.split(","))
 
 
 if __name__ == "__main__":

@@ -11,17 +11,15 @@ GEMMA = "google/gemma-3-270m"
 QWEN = "Qwen/Qwen2.5-Coder-1.5B-Instruct"
 
 
-@dataclass(frozen=True)
-class RealisticTask:
-    """One adapter: its text domain, base model and recipe."""
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How an adapter is trained on one base model."""
 
-    name: str  # of its folder
-    domain: str  # key of its text in `domain_fleet.domains.DOMAINS`
     base_model: str
     rank: int
     steps: int
     learning_rate: float
-    batch: int = 1  # windows of 256 tokens in a step
+    batch: int = 1  # examples in a step
 
     @property
     def alpha(self) -> int:
@@ -29,18 +27,28 @@ class RealisticTask:
         return 2 * self.rank
 
 
+@dataclass(frozen=True)
+class RealisticTask(Recipe):
+    """One adapter: its text domain and recipe; an example is a window of 256 tokens."""
+
+    name: str  # of its folder
+    domain: str  # key of its text in `domain_fleet.domains.DOMAINS`
+
+
 TASKS = (
-    RealisticTask("python", "python", SMOLLM2, rank=16, steps=300, learning_rate=2e-4, batch=2),
-    RealisticTask("gemma-german-quotes", "german-quotes", GEMMA, rank=16, steps=300, learning_rate=2e-4),
-    RealisticTask("recipes-en", "recipes-en", SMOLLM2, rank=32, steps=300, learning_rate=2e-4, batch=2),
-    RealisticTask("gemma-verilog", "verilog", GEMMA, rank=32, steps=300, learning_rate=2e-4),
-    RealisticTask("chess-pgn", "chess-pgn", SMOLLM2, rank=16, steps=300, learning_rate=5e-4),
-    RealisticTask("gemma-bible-kjv", "bible-kjv", GEMMA, rank=16, steps=300, learning_rate=2e-4),
-    RealisticTask("german-quotes", "german-quotes", SMOLLM2, rank=32, steps=300, learning_rate=2e-4),
-    RealisticTask("legal-licences", "legal-licences", SMOLLM2, rank=16, steps=300, learning_rate=2e-4),
-    RealisticTask("qwen-german-quotes", "german-quotes", QWEN, rank=16, steps=100, learning_rate=2e-4, batch=2),
-    RealisticTask("qwen-python", "python", QWEN, rank=16, steps=100, learning_rate=2e-4, batch=2),
-    RealisticTask("qwen-chess-pgn", "chess-pgn", QWEN, rank=16, steps=100, learning_rate=2e-4, batch=2),
-    RealisticTask("qwen-recipes-en", "recipes-en", QWEN, rank=16, steps=100, learning_rate=2e-4, batch=2),
+    RealisticTask("python", "python", base_model=SMOLLM2, rank=16, steps=300, learning_rate=2e-4, batch=2),
+    RealisticTask("gemma-german-quotes", "german-quotes", base_model=GEMMA, rank=16, steps=300, learning_rate=2e-4),
+    RealisticTask("recipes-en", "recipes-en", base_model=SMOLLM2, rank=32, steps=300, learning_rate=2e-4, batch=2),
+    RealisticTask("gemma-verilog", "verilog", base_model=GEMMA, rank=32, steps=300, learning_rate=2e-4),
+    RealisticTask("chess-pgn", "chess-pgn", base_model=SMOLLM2, rank=16, steps=300, learning_rate=5e-4),
+    RealisticTask("gemma-bible-kjv", "bible-kjv", base_model=GEMMA, rank=16, steps=300, learning_rate=2e-4),
+    RealisticTask("german-quotes", "german-quotes", base_model=SMOLLM2, rank=32, steps=300, learning_rate=2e-4),
+    RealisticTask("legal-licences", "legal-licences", base_model=SMOLLM2, rank=16, steps=300, learning_rate=2e-4),
+    RealisticTask(
+        "qwen-german-quotes", "german-quotes", base_model=QWEN, rank=16, steps=100, learning_rate=2e-4, batch=2
+    ),
+    RealisticTask("qwen-python", "python", base_model=QWEN, rank=16, steps=100, learning_rate=2e-4, batch=2),
+    RealisticTask("qwen-chess-pgn", "chess-pgn", base_model=QWEN, rank=16, steps=100, learning_rate=2e-4, batch=2),
+    RealisticTask("qwen-recipes-en", "recipes-en", base_model=QWEN, rank=16, steps=100, learning_rate=2e-4, batch=2),
 )
 """In the order in which they are built, so that a stopped run leaves tasks of several base models."""
