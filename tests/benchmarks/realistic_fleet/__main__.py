@@ -13,10 +13,10 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -32,6 +32,18 @@ from tests.benchmarks.realistic_fleet.tasks import TASKS, RealisticTask, Recipe
 
 _LENGTH = 256  # tokens of a window
 _SAVED = 10  # steps from one checkpoint to the next
+
+
+class Named(Protocol):
+    """What has a name."""
+
+    @property
+    def name(self) -> str:
+        """Of its folder."""
+        ...
+
+
+_Task = TypeVar("_Task", bound=Named)
 
 
 class Windows(Dataset[dict[str, torch.Tensor]]):
@@ -119,19 +131,19 @@ def record(fleet: Path, task: RealisticTask, before: float, after: float) -> Non
     part.replace(path)
 
 
-def main() -> None:
-    """Build what the command line asks for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def build_all(tasks: Sequence[_Task], build: Callable[[_Task, Path, Path], None], description: str | None) -> None:
+    """Build the tasks that the command line asks for, in their order."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder of packages and base models")
     parser.add_argument("--fleet", type=Path, required=True, help="folder of the adapters")
-    parser.add_argument("--only", default=",".join(task.name for task in TASKS), help="names, separated by commas")
+    parser.add_argument("--only", default=",".join(task.name for task in tasks), help="names, separated by commas")
     arguments = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     wanted = set(arguments.only.split(","))
-    for task in TASKS:
+    for task in tasks:
         if task.name in wanted:
             build(task, arguments.work.resolve(), arguments.fleet.resolve())
 
 
 if __name__ == "__main__":
-    main()
+    build_all(TASKS, build, __doc__)
