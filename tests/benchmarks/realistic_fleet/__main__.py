@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -33,17 +33,7 @@ from tests.benchmarks.realistic_fleet.tasks import TASKS, RealisticTask, Recipe
 _LENGTH = 256  # tokens of a window
 _SAVED = 10  # steps from one checkpoint to the next
 
-
-class Named(Protocol):
-    """What has a name."""
-
-    @property
-    def name(self) -> str:
-        """Of its folder."""
-        ...
-
-
-_Task = TypeVar("_Task", bound=Named)
+_Task = TypeVar("_Task", bound=Recipe)
 
 
 class Windows(Dataset[dict[str, torch.Tensor]]):
