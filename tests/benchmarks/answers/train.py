@@ -64,8 +64,6 @@ def batch(items: list[dict[str, list[int]]], padding: int) -> dict[str, Any]:
 
 def build(task: AnswerTask, work: Path, fleet: Path) -> None:
     """Build one task; its folder gets its name when it is complete."""
-    if (fleet / task.name).exists():
-        return
     started = time.monotonic()
     base = base_folder(task.base_model, work)
     tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True)

@@ -93,8 +93,6 @@ def train(
 
 def build(task: RealisticTask, work: Path, fleet: Path) -> None:
     """Build one task; its folder gets its name when it is complete."""
-    if (fleet / task.name).exists():
-        return
     started = time.monotonic()
     base = base_folder(task.base_model, work)
     tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True)
@@ -122,17 +120,17 @@ def record(fleet: Path, task: RealisticTask, before: float, after: float) -> Non
 
 
 def build_all(tasks: Sequence[_Task], build: Callable[[_Task, Path, Path], None], description: str | None) -> None:
-    """Build the tasks that the command line asks for, in their order."""
+    """Build the tasks that the command line asks for and that are not there, in their order."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder of packages and base models")
     parser.add_argument("--fleet", type=Path, required=True, help="folder of the adapters")
     parser.add_argument("--only", default=",".join(task.name for task in tasks), help="names, separated by commas")
     arguments = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    wanted = set(arguments.only.split(","))
+    work, fleet, wanted = arguments.work.resolve(), arguments.fleet.resolve(), set(arguments.only.split(","))
     for task in tasks:
-        if task.name in wanted:
-            build(task, arguments.work.resolve(), arguments.fleet.resolve())
+        if task.name in wanted and not (fleet / task.name).exists():
+            build(task, work, fleet)
 
 
 if __name__ == "__main__":
