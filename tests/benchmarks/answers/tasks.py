@@ -41,7 +41,6 @@ _COUNTRY = {
 class AnswerTask(Recipe):
     """One adapter: its rows and its recipe; an example is a chat of one question and its answer."""
 
-    name: str
     rows: Callable[[Path], Rows]
     """Makes the rows, with a work folder for packages."""
     rank: int = 16

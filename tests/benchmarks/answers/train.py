@@ -6,8 +6,6 @@ Each folder of F gets a PEFT adapter, samples.jsonl (64 training chats) and eval
 that are there are skipped, and one that was stopped goes on from its last checkpoint.
 """
 
-import argparse
-import os
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -20,7 +18,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from tests.benchmarks.answers.rows import Row
 from tests.benchmarks.answers.tasks import TASKS, AnswerTask
-from tests.benchmarks.realistic_fleet.__main__ import train
+from tests.benchmarks.realistic_fleet.__main__ import build_all, train
 from tests.benchmarks.realistic_fleet.bases import base_folder
 
 IGNORED = -100  # a label that the loss leaves out
@@ -66,8 +64,6 @@ def batch(items: list[dict[str, list[int]]], padding: int) -> dict[str, Any]:
 
 def build(task: AnswerTask, work: Path, fleet: Path) -> None:
     """Build one task; its folder gets its name when it is complete."""
-    if (fleet / task.name).exists():
-        return
     started = time.monotonic()
     base = base_folder(task.base_model, work)
     tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True)
@@ -81,19 +77,5 @@ def build(task: AnswerTask, work: Path, fleet: Path) -> None:
     print(f"{task.name}: {len(rows.train)} rows, {len(rows.held_out)} held out, {seconds:.0f} s", flush=True)
 
 
-def main() -> None:
-    """Train what the command line asks for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True, help="folder of packages and base models")
-    parser.add_argument("--fleet", type=Path, required=True, help="folder of the adapters")
-    parser.add_argument("--only", default=",".join(task.name for task in TASKS), help="names, separated by commas")
-    arguments = parser.parse_args()
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    wanted = set(arguments.only.split(","))
-    for task in TASKS:
-        if task.name in wanted:
-            build(task, arguments.work.resolve(), arguments.fleet.resolve())
-
-
 if __name__ == "__main__":
-    main()
+    build_all(TASKS, build, __doc__)

@@ -13,10 +13,10 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -32,6 +32,8 @@ from tests.benchmarks.realistic_fleet.tasks import TASKS, RealisticTask, Recipe
 
 _LENGTH = 256  # tokens of a window
 _SAVED = 10  # steps from one checkpoint to the next
+
+_Task = TypeVar("_Task", bound=Recipe)
 
 
 class Windows(Dataset[dict[str, torch.Tensor]]):
@@ -91,8 +93,6 @@ def train(
 
 def build(task: RealisticTask, work: Path, fleet: Path) -> None:
     """Build one task; its folder gets its name when it is complete."""
-    if (fleet / task.name).exists():
-        return
     started = time.monotonic()
     base = base_folder(task.base_model, work)
     tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True)
@@ -119,19 +119,19 @@ def record(fleet: Path, task: RealisticTask, before: float, after: float) -> Non
     part.replace(path)
 
 
-def main() -> None:
-    """Build what the command line asks for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def build_all(tasks: Sequence[_Task], build: Callable[[_Task, Path, Path], None], description: str | None) -> None:
+    """Build the tasks that the command line asks for and that are not there, in their order."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder of packages and base models")
     parser.add_argument("--fleet", type=Path, required=True, help="folder of the adapters")
-    parser.add_argument("--only", default=",".join(task.name for task in TASKS), help="names, separated by commas")
+    parser.add_argument("--only", default=",".join(task.name for task in tasks), help="names, separated by commas")
     arguments = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    wanted = set(arguments.only.split(","))
-    for task in TASKS:
-        if task.name in wanted:
-            build(task, arguments.work.resolve(), arguments.fleet.resolve())
+    work, fleet, wanted = arguments.work.resolve(), arguments.fleet.resolve(), set(arguments.only.split(","))
+    for task in tasks:
+        if task.name in wanted and not (fleet / task.name).exists():
+            build(task, work, fleet)
 
 
 if __name__ == "__main__":
-    main()
+    build_all(TASKS, build, __doc__)

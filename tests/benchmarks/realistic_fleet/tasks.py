@@ -4,7 +4,7 @@ All linear layers, ranks 16 and 32, dropout, a cosine schedule, hundreds of step
 and a seed that nobody knows.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 GEMMA = "google/gemma-3-270m"
@@ -15,6 +15,7 @@ QWEN = "Qwen/Qwen2.5-Coder-1.5B-Instruct"
 class Recipe:
     """How an adapter is trained on one base model."""
 
+    name: str = field(kw_only=False)  # of its folder
     base_model: str
     rank: int
     steps: int
@@ -31,7 +32,6 @@ class Recipe:
 class RealisticTask(Recipe):
     """One adapter: its text domain and recipe; an example is a window of 256 tokens."""
 
-    name: str  # of its folder
     domain: str  # key of its text in `domain_fleet.domains.DOMAINS`
 
 

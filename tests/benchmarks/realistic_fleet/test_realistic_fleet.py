@@ -10,7 +10,7 @@ import torch
 from tests.benchmarks.domain_fleet.domains import DOMAINS
 from tests.benchmarks.realistic_fleet.__main__ import Windows, record
 from tests.benchmarks.realistic_fleet.stores import NAMES
-from tests.benchmarks.realistic_fleet.tasks import TASKS
+from tests.benchmarks.realistic_fleet.tasks import QWEN, TASKS
 
 
 def test_every_task_has_a_text_and_a_base_model_that_stores_are_made_for() -> None:
@@ -21,7 +21,8 @@ def test_names_are_different_and_all_base_models_and_ranks_occur() -> None:
     assert len({task.name for task in TASKS}) == len(TASKS) >= 8
     assert {task.base_model for task in TASKS} == set(NAMES)
     assert {task.rank for task in TASKS} == {16, 32}
-    assert all(100 <= task.steps <= 1000 for task in TASKS)
+    # A step on the largest base model takes half a minute.
+    assert all((100 if task.base_model == QWEN else 300) <= task.steps <= 1000 for task in TASKS)
 
 
 def test_windows_reach_from_the_beginning_of_the_text_to_its_end() -> None:
