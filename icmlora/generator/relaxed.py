@@ -93,7 +93,10 @@ class RelaxedCode:
 
     @torch.no_grad()
     def go_on_from(self, other: RelaxedCode) -> None:
-        """Take the values of the same adapter's code at another step, in the slots that both have."""
+        """Take values and strengths of the same adapter's code at another step, in the slots that both have.
+
+        The steps should be less than an octave apart: strengths make up for what a coarse step rounds to zero.
+        """
         ratio = other._step / self._step
         theirs = {part.integers.slots.kind: part for part in other._parts}
         for part in self._parts:

@@ -19,8 +19,10 @@ gets less function for each further bit. The refined code decodes like any other
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -37,8 +39,10 @@ from icmlora.training.teacher import Teacher, shortfalls
 
 WITHOUT_REFINE = "encode it without --refine"  # hint where a code cannot be refined
 _READ = 3  # samples at least that are learned from, for each that is not
-_LOOKS = 8  # steps after which prices are set again
-_STEEPEST = 2.0  # factor by which a price rises or falls at most then
+_LOOKED_AT = 8  # the last steps, whose losses set a price
+_STEEPNESS = 3  # power with which a price follows the ratio of what may be lost and what is
+_CHEAPEST, _DEAREST = 16, 8  # factors by which it falls and rises at most
+_NOTHING = 1e-4  # lost shares below this are not told apart
 
 
 @dataclass(frozen=True)
@@ -46,14 +50,14 @@ class RefineConfig:
     """How a code is refined."""
 
     steps: int = REFINE_STEPS  # optimiser steps
-    learning_rate: float = 0.03  # Adam's, in quantiser steps
-    strength_rate: float = 0.03  # Adam's, in octaves
-    # What the bits of the whole code are worth, as a share of the adapter's whole effect: this times the code's error,
-    # or at first this times what may be lost of the effect.
+    learning_rate: float = 0.02  # Adam's, in quantiser steps
+    strength_rate: float = 0.02  # Adam's, in octaves
+    # What the bits of the whole code are worth, as a share of the adapter's whole effect: the first times the code's
+    # error, or for a code that is to keep a share of the effect the second times what may be lost.
     price: float = 0.6
-    first_price: float = 5.0
+    price_of_keeping: float = 3.0
     # Weight of what the samples' own tokens lose, beside the divergence of all predictions.
-    answers: float = 0.25
+    answers: float = 0.5
     texts: int = 2  # samples per step
     tokens: int = 192  # tokens read from a sample
     # Samples to learn from: what is missing of them the adapted model writes itself, so a code needs no data.
@@ -68,76 +72,76 @@ class Refinable:
 
     relaxed: RelaxedCode
     error: float  # the code's squared error, weighted by sensitivity
-    adapter: Adapter
-    items: Sequence[Any]  # what it is refined on
+    teacher: Teacher  # of what it is refined on
     effect: Effect  # of the adapter, on other examples
     keep: float | None  # share of the effect that the code is for, None if it is for another limit
 
 
-def refine(codes: Sequence[Refinable], base: BaseModel, config: RefineConfig) -> Iterator[int]:
+def refine(codes: Sequence[Refinable], base: BaseModel, config: RefineConfig, steps: range) -> Iterator[int]:
     """Refine the codes of some adapters, which share each pass through the base model; yields the steps done.
 
-    The caller may stop after any step and take the codes as they are then. Where the model does not let several
-    adapters share a pass, the codes are refined one after the other, and the steps of each are counted from 1.
+    `steps` are those of `config.steps` that are to be done now. The caller may stop after any step and take the codes
+    as they are then. Where the model does not let several adapters share a pass, the codes are refined one after the
+    other, and the steps of each are counted anew.
     """
     codes = [code for code in codes if code.relaxed.values]  # an adapter of zeros has a code without integers
     if not codes:
         return
     try:
-        yield from _refined(codes, base, config)
+        yield from _refined(codes, base, config, steps)
     except BaseModelUnsuited:  # comes of the first pass, before any code has changed
         if len(codes) == 1:
             raise
         for code in codes:
-            yield from _refined([code], base, config)
+            yield from _refined([code], base, config, steps)
 
 
-def _refined(codes: Sequence[Refinable], base: BaseModel, config: RefineConfig) -> Iterator[int]:
+def _refined(codes: Sequence[Refinable], base: BaseModel, config: RefineConfig, steps: range) -> Iterator[int]:
     groups = [
         {"params": [values for code in codes for values in code.relaxed.values], "lr": config.learning_rate},
         {"params": [factor for code in codes for factor in code.relaxed.strengths], "lr": config.strength_rate},
     ]
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95), fused=base.device.type != "cpu")
-    decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: (1 - done / config.steps) ** 0.5)
-    teachers = [Teacher(base, factors_of(code.adapter), code.items) for code in codes]
-    batches = [_batches(len(code.items), config) for code in codes]
+    decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: (1 - (steps.start + done) / config.steps) ** 0.5)
+    batches = [islice(_batches(len(code.teacher), config), steps.start, None) for code in codes]
     prices = [_Price(code, config) for code in codes]
-    for step in range(config.steps):
+    for step in steps:
         optimizer.zero_grad()
         factors = (code.relaxed.factors(base.input_dtype) for code in codes)
-        asked = zip(teachers, factors, map(next, batches), strict=True)
+        asked = zip((code.teacher for code in codes), factors, map(next, batches), strict=True)
         short = shortfalls(base, list(asked))
         parts = [
-            (one.divergence + config.answers * one.loss) / code.effect.whole + price.per_bit * code.relaxed.bits()
+            (one.divergence + config.answers * one.loss) / code.effect.whole + price.of_a_bit * code.relaxed.bits()
             for one, price, code in zip(short, prices, codes, strict=True)
         ]
         torch.stack(parts).sum().backward()  # type: ignore[no-untyped-call]
         for one, price in zip(short, prices, strict=True):
-            price.follow(float(one.divergence.detach()))
+            price.follow(one.divergence.detach())
         optimizer.step()
         decay.step()
         yield step + 1
 
 
 class _Price:
-    """What one bit of a code costs."""
+    """What one bit of a code costs, as a share of its adapter's effect."""
 
     @torch.no_grad()
     def __init__(self, code: Refinable, config: RefineConfig) -> None:
-        self._keep, self._whole = code.keep, code.effect.whole
-        self._lost: list[float] = []
-        of_all = config.price * code.error if code.keep is None else config.first_price * (1 - code.keep)
-        self.per_bit = of_all / max(float(code.relaxed.bits()), 1.0)
+        self._keep, self._effect = code.keep, code.effect
+        self._lost: deque[torch.Tensor] = deque(maxlen=_LOOKED_AT)  # shares, which stay on the device
+        self._first = config.price * code.error if code.keep is None else config.price_of_keeping * (1 - code.keep)
+        self._bits = code.relaxed.bits().detach().clamp_min(1)
+        self.of_a_bit = self._first / self._bits
 
-    def follow(self, divergence: float) -> None:
-        """Take note of what was lost in a step, in nats; now and then, set the price by it."""
+    def follow(self, divergence: torch.Tensor) -> None:
+        """Set the price by what was lost in the last steps, the last of them in nats."""
         if self._keep is None:
             return
-        self._lost.append(divergence / self._whole)
-        if len(self._lost) == _LOOKS:
-            ratio = (1 - self._keep) * _LOOKS / max(sum(self._lost), 1e-9)
-            self.per_bit *= min(max(ratio, 1 / _STEEPEST), _STEEPEST)
-            self._lost.clear()
+        self._lost.append((divergence - self._effect.noise) / self._effect.whole)
+        if len(self._lost) >= _LOOKED_AT // 2:
+            lost = torch.stack(tuple(self._lost)).mean().clamp_min(_NOTHING)
+            factor = ((1 - self._keep) / lost) ** _STEEPNESS
+            self.of_a_bit = self._first * factor.clamp(1 / _CHEAPEST, _DEAREST) / self._bits
 
 
 def items_for(

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Literal
 from icmlora.adapter.model import Adapter
 from icmlora.errors import BaseModelNotFound, BaseModelUnsuited, Cancelled, DataError, OptionsConflict, OutOfMemory
 from icmlora.fleet.context import Context, Event, Shard, base_record, reporting, select_tasks, use_case
-from icmlora.fleet.encode.search import CodeSearch, Refiner, ResidualSearch, Trial, refine_all, stoppable
+from icmlora.fleet.encode.refiner import Refiner, refine_all, stoppable
+from icmlora.fleet.encode.search import CodeSearch, ResidualSearch, Trial
 from icmlora.fleet.failures import FAILURES, Failed, as_error
 from icmlora.fleet.measure.measure import Measurement, TaskLosses, losses_on_own_text, record_measurements
 from icmlora.fleet.resources.adapter_source import mean_vectors

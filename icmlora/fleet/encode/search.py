@@ -12,31 +12,23 @@ The tolerance is chosen by the gain on the task's held-out text, which makes tha
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import torch
 
 from icmlora.adapter.model import Adapter
-from icmlora.base_models.modality import BaseModel
-from icmlora.base_models.running.lora_hooks import factors_of
 from icmlora.errors import DataError
+from icmlora.fleet.encode.refiner import Coarse, Refiner, coarse_for, refine_all
 from icmlora.fleet.measure.measure import SourceResult, TaskLosses
 from icmlora.fleet.resources.workers import Tell
 from icmlora.generator.codec import Codec
 from icmlora.generator.encoding import Encoded, Steps
 from icmlora.generator.initial_a.draw import InitialA
 from icmlora.generator.limits import Limits
-from icmlora.generator.relaxed import RelaxedCode
 from icmlora.generator.residual_codec import ResidualCodec
-from icmlora.generator.scales import OCTAVE
 from icmlora.io.text import human_size
-from icmlora.training.effect import Effect
-from icmlora.training.refinement import Refinable, RefineConfig, items_for, refine
 
 LADDER = (0.95, *(2 ** (-half / 2) for half in range(1, 17)))
 """Tolerances from 0.95 to 0.004, half an octave apart; each takes a tenth to a fifth more bytes than the one before.
@@ -46,13 +38,6 @@ At the coarsest, the code of a task that the generator predicts well holds no in
 
 _LOSS_RATIO = 1.5
 """Refinement divides the lost gain of a code by about this, which says at which tolerance to begin with it."""
-_COARSER = 2.0
-"""Refinement divides what a code loses of an adapter's effect by about this, if its bits may stay as they are."""
-_FIRST = 0.5  # squared error of the first code that is looked at
-_MOST_LOOKS = 4
-_STRIDE = 3 * OCTAVE  # eighths of an octave between two looks, at most
-_OCTAVES = 0.4 * OCTAVE  # by which a step is finer if a code is to lose half
-_NOTHING = 1e-4  # lost shares below this are not told apart
 _SHORT = 0.005  # by which a code may miss the share that it is for: what other texts would say differs by more
 
 
@@ -108,18 +93,6 @@ def bisect(length: int, min_gain: float, attempt: Attempt) -> LadderResult:
     return best
 
 
-def near(keep: float, kept: Callable[[int], float], first: int) -> int:
-    """Return the step, log2 in eighths, of the looks at which what is kept was nearest to a share.
-
-    What is lost grows about as the square of the step: two looks or three are enough, from a good first guess.
-    """
-    wanted, step, lost = math.log2(1 - keep), first, dict[int, float]()
-    while step not in lost and len(lost) < _MOST_LOOKS:
-        lost[step] = math.log2(max(1 - kept(step), _NOTHING)) - wanted
-        step -= round(min(max(_OCTAVES * lost[step], -_STRIDE), _STRIDE))
-    return min(lost, key=lambda step: abs(lost[step]))
-
-
 def walk(first: int, length: int, min_gain: float, attempt: Attempt) -> LadderResult:
     """Go from one entry of a ladder to coarser ones while they keep a gain, or to finer ones until one does."""
     # A good first guess takes two attempts, where bisection takes four.
@@ -138,67 +111,6 @@ def ladder_within(tolerance: float | None) -> tuple[float, ...]:
     if tolerance is None:
         return LADDER
     return tolerance, *(finer for finer in LADDER if finer < tolerance)
-
-
-@dataclass(frozen=True)
-class Refiner:
-    """What it takes to see and to change what codes of an adapter do."""
-
-    base: BaseModel  # in a precision for gradients
-    items: Sequence[Any]  # what refinement reads of the task
-    effect: Effect  # of the adapter on what it does not read
-    config: RefineConfig
-
-    @classmethod
-    def of(cls, base: BaseModel, adapter: Adapter, samples: Sequence[Any], config: RefineConfig) -> Refiner:
-        """Prepare to refine the codes of one adapter; raises as `items_for` does."""
-        read, held = items_for(base, adapter, samples, config)
-        return cls(base, read, Effect(base, factors_of(adapter), held), config)
-
-    def kept(self, codec: Codec, data: bytes) -> float:
-        """Return the share of the adapter's effect that the bytes of a code keep."""
-        return self.effect.kept(factors_of(codec.decode(data)))
-
-    def refine(self, codec: Codec, adapter: Adapter, encoded: Encoded, tell: Tell) -> Encoded:
-        """Return a code whose adapter acts more like the original on the samples."""
-        return refine_all([Coarse(self, codec, adapter, encoded)], tell)[0]
-
-
-@dataclass(frozen=True)
-class Coarse:
-    """A code that is to be refined."""
-
-    refiner: Refiner
-    codec: Codec
-    original: Adapter
-    encoded: Encoded
-    keep: float | None = None  # share of the adapter's effect that it is to keep
-
-
-@contextmanager
-def stoppable(base: BaseModel, look: Callable[[], None]) -> Iterator[None]:
-    """Look whether to stop before each pass through a base model: texts are written in hundreds of passes."""
-    passes = base.model.register_forward_pre_hook(lambda *_: look())
-    try:
-        yield
-    finally:
-        passes.remove()
-
-
-def refine_all(codes: Sequence[Coarse], tell: Tell) -> list[Encoded]:
-    """Refine codes side by side: all on the same base model, and for the same number of steps."""
-    base, config = codes[0].refiner.base, codes[0].refiner.config
-    relaxed = [RelaxedCode(code.codec, code.original, code.encoded.data, base.device) for code in codes]
-    work = [
-        Refinable(one, code.encoded.weighted_error, code.original, code.refiner.items, code.refiner.effect, code.keep)
-        for one, code in zip(relaxed, codes, strict=True)
-    ]
-    note = "refining"
-    with stoppable(base, lambda: tell(note)):
-        for step in refine(work, base, config):
-            note = f"refining, step {step} of {config.steps}"
-            tell(note)
-    return [code.codec.measure(code.original, one.to_code()) for one, code in zip(relaxed, codes, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -250,9 +162,12 @@ class CodeSearch:
     def coarse(self) -> Coarse:
         """Return the code that refinement begins with."""
         assert self.refiner is not None
-        keep = self.limits.keep
-        encoded = self._plain(self.limits) if keep is None else self._near(keep)
-        return Coarse(self.refiner, self.codec, self.original, encoded, keep)
+        if self.limits.keep is None:
+            return Coarse(self.refiner, self.codec, self.original, self._plain(self.limits))
+        self.tell(f"encoding, to keep {self.limits.keep:g}")
+        steps = Steps(self.codec, self.original, self.vectors, self.initial)
+        refined = bool(self.limits.refine)
+        return coarse_for(self.refiner, self.codec, self.original, steps, self.limits.keep, is_refined=refined)
 
     def done(self, encoded: Encoded) -> tuple[Trial, bool]:
         """Return a code that was made once, with the share that it keeps if one is asked for, and if that is enough."""
@@ -261,16 +176,6 @@ class CodeSearch:
         assert self.refiner is not None
         effect = self.refiner.kept(self.codec, encoded.data)
         return Trial(encoded, effect=effect), effect >= self.limits.keep - _SHORT
-
-    def _near(self, keep: float) -> Encoded:
-        """Return a code that keeps about what refinement begins with, or all that is asked if there is none."""
-        assert self.refiner is not None
-        self.tell(f"encoding, to keep {keep:g}")
-        steps = Steps(self.codec, self.original, self.vectors, self.initial)
-        wanted = 1 - _COARSER * (1 - keep) if self.limits.refine else keep
-        look = partial(self.refiner.kept, self.codec)
-        step = near(wanted, lambda step: look(steps.code(step)[0]), steps.expected(_FIRST))
-        return self.codec.measure(self.original, steps.code(step)[0])
 
     def _most_accurate(self, size: int) -> tuple[Trial, bool]:
         min_gain, encoded = self.limits.min_gain, self._plain(self.limits)
