@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal
 from icmlora.adapter.model import Adapter
 from icmlora.errors import BaseModelNotFound, BaseModelUnsuited, Cancelled, DataError, OptionsConflict, OutOfMemory
 from icmlora.fleet.context import Context, Event, Shard, base_record, reporting, select_tasks, use_case
-from icmlora.fleet.encode.refiner import Refiner, refine_all, stoppable
+from icmlora.fleet.encode.refiner import Coarse, Refiner, refine_all, stoppable
 from icmlora.fleet.encode.search import CodeSearch, ResidualSearch, Trial
 from icmlora.fleet.failures import FAILURES, Failed, as_error
 from icmlora.fleet.measure.measure import Measurement, TaskLosses, losses_on_own_text, record_measurements
@@ -421,7 +421,7 @@ def _refiner(state: _TaskState, original: Adapter, steps: int) -> Refiner:
         return Refiner.of(base, original, () if samples is None else samples.items, RefineConfig(steps=steps))
 
 
-def _refined_together(prepared: Sequence[_Prepared], tell: Tell) -> dict[str, Encoded]:
+def _refined_together(prepared: Sequence[_Prepared], tell: Tell) -> dict[str, tuple[Coarse, Encoded]]:
     """Refine the codes of several tasks together; nothing is returned where that fails, so each is made alone."""
     prepared = [one for one in prepared if one.search.is_refined_once]
     if len(prepared) < 2:
@@ -434,14 +434,14 @@ def _refined_together(prepared: Sequence[_Prepared], tell: Tell) -> dict[str, En
     except FAILURES as error:
         as_error(error)  # frees the memory, if that is what ran out: one alone may fit
         return {}
-    return {one.state.task.name: encoded for one, encoded in zip(prepared, refined, strict=True)}
+    return {one.state.task.name: pair for one, pair in zip(prepared, zip(codes, refined, strict=True), strict=True)}
 
 
-def _code(prepared: _Prepared, refined: Encoded | None) -> TaskEncoded | Made:
+def _code(prepared: _Prepared, refined: tuple[Coarse, Encoded] | None) -> TaskEncoded | Made:
     """Make the smallest code of a task that meets the limits, or the most accurate one of a size."""
     state, search, reason, size = prepared.state, prepared.search, prepared.reason, prepared.search.limits.size
     try:
-        best, is_kept = search.best() if refined is None else search.done(refined)
+        best, is_kept = search.best() if refined is None else search.done(*refined)
     except Cancelled:
         raise
     except FAILURES as error:

@@ -26,7 +26,7 @@ from icmlora.training.effect import Effect
 from icmlora.training.refinement import Refinable, RefineConfig, items_for, refine
 from icmlora.training.teacher import Teacher
 
-_COARSER = 3.5  # refinement begins with a code that loses so many times what may be lost
+COARSER = 3.5  # refinement begins with a code that loses so many times what may be lost
 _FIRST = 0.5  # squared error of the first code that is looked at
 _MOST_LOOKS = 4
 _NEAR = 0.3  # octaves by which a look may miss the share that is looked for
@@ -86,29 +86,23 @@ class Coarse:
     share: ForShare | None = None  # None for a code that is for another limit
 
 
-def coarse_for(
-    refiner: Refiner, codec: Codec, original: Adapter, steps: Steps, keep: float, *, is_refined: bool
-) -> Coarse:
-    """Return a code that loses as much as refinement brings back, or only what may be lost if there is none."""
-    wanted = 1 - (_COARSER if is_refined else 1) * (1 - keep)
-    step, lost = near(wanted, lambda step: refiner.kept(codec, steps.code(step)[0]), steps.expected(_FIRST))
+def coarse_for(keep: float, lost: float, refiner: Refiner, codec: Codec, original: Adapter, steps: Steps) -> Coarse:
+    """Return the plain code that loses about a share of its adapter's effect, to be refined until it keeps another."""
+    step, found = near(lost, lambda step: 1 - refiner.kept(codec, steps.code(step)[0]), steps.expected(_FIRST))
     encoded = codec.measure(original, steps.code(step)[0])
-    return Coarse(refiner, codec, original, encoded, ForShare(keep, steps, step, lost))
+    return Coarse(refiner, codec, original, encoded, ForShare(keep, steps, step, found))
 
 
-def near(keep: float, kept: Callable[[int], float], first: int) -> tuple[int, float]:
-    """Return the step, log2 in eighths, of the look that was nearest to a share, and the share that it lost.
-
-    Two looks or three are enough, from a good first guess.
-    """
-    wanted, step, lost = math.log2(max(1 - keep, _NOTHING)), first, dict[int, float]()
-    while step not in lost and len(lost) < _MOST_LOOKS:
-        lost[step] = math.log2(max(1 - kept(step), _NOTHING))
-        if abs(lost[step] - wanted) <= _NEAR:
+def near(share: float, lost: Callable[[int], float], first: int) -> tuple[int, float]:
+    """Return the step, log2 in eighths, whose code loses nearly a share, and what it loses, in a few looks."""
+    wanted, step, found = math.log2(max(share, _NOTHING)), first, dict[int, float]()
+    while step not in found and len(found) < _MOST_LOOKS:
+        found[step] = math.log2(max(lost(step), _NOTHING))
+        if abs(found[step] - wanted) <= _NEAR:
             break
-        step += _eighths(wanted - lost[step], _PLAIN_POWER, _STRIDE)
-    best = min(lost, key=lambda step: abs(lost[step] - wanted))
-    return best, 2 ** lost[best]
+        step += _eighths(wanted - found[step], _PLAIN_POWER, _STRIDE)
+    best = min(found, key=lambda step: abs(found[step] - wanted))
+    return best, 2 ** found[best]
 
 
 def refine_all(codes: Sequence[Coarse], tell: Tell) -> list[Encoded]:

@@ -20,7 +20,7 @@ import torch
 
 from icmlora.adapter.model import Adapter
 from icmlora.errors import DataError
-from icmlora.fleet.encode.refiner import Coarse, Refiner, coarse_for, refine_all
+from icmlora.fleet.encode.refiner import COARSER, Coarse, Refiner, coarse_for, refine_all
 from icmlora.fleet.measure.measure import SourceResult, TaskLosses
 from icmlora.fleet.resources.workers import Tell
 from icmlora.generator.codec import Codec
@@ -38,6 +38,7 @@ At the coarsest, the code of a task that the generator predicts well holds no in
 
 _LOSS_RATIO = 1.5
 """Refinement divides the lost gain of a code by about this, which says at which tolerance to begin with it."""
+_FINER = 0.7  # a second start loses so much less than the first one's end calls for
 _SHORT = 0.005  # by which a code may miss the share that it is for: what other texts would say differs by more
 
 
@@ -142,7 +143,7 @@ class CodeSearch:
         limits, min_gain = self.limits, self.limits.min_gain
         if limits.keep is not None:
             coarse = self.coarse()
-            return self.done(refine_all([coarse], self.tell)[0] if limits.refine else coarse.encoded)
+            return self.done(coarse, refine_all([coarse], self.tell)[0] if limits.refine else coarse.encoded)
         if limits.size is not None:
             return self._most_accurate(limits.size)
         if min_gain is None:
@@ -162,20 +163,30 @@ class CodeSearch:
     def coarse(self) -> Coarse:
         """Return the code that refinement begins with."""
         assert self.refiner is not None
-        if self.limits.keep is None:
+        keep = self.limits.keep
+        if keep is None:
             return Coarse(self.refiner, self.codec, self.original, self._plain(self.limits))
-        self.tell(f"encoding, to keep {self.limits.keep:g}")
+        self.tell(f"encoding, to keep {keep:g}")
         steps = Steps(self.codec, self.original, self.vectors, self.initial)
-        refined = bool(self.limits.refine)
-        return coarse_for(self.refiner, self.codec, self.original, steps, self.limits.keep, is_refined=refined)
+        lost = (COARSER if self.limits.refine else 1) * (1 - keep)
+        return coarse_for(keep, lost, self.refiner, self.codec, self.original, steps)
 
-    def done(self, encoded: Encoded) -> tuple[Trial, bool]:
-        """Return a code that was made once, with the share that it keeps if one is asked for, and if that is enough."""
-        if self.limits.keep is None:
+    def done(self, coarse: Coarse, encoded: Encoded) -> tuple[Trial, bool]:
+        """Return the code that was made of a coarse one, and whether it keeps what it is for.
+
+        One that falls short is refined once more, from a finer start.
+        """
+        share = coarse.share
+        if share is None:
             return Trial(encoded), True
-        assert self.refiner is not None
-        effect = self.refiner.kept(self.codec, encoded.data)
-        return Trial(encoded, effect=effect), effect >= self.limits.keep - _SHORT
+        effect, enough = coarse.refiner.kept(self.codec, encoded.data), share.keep - _SHORT
+        if effect < enough and self.limits.refine:
+            lost = _FINER * share.lost * (1 - share.keep) / (1 - effect)
+            finer = coarse_for(share.keep, lost, coarse.refiner, self.codec, self.original, share.steps)
+            again = refine_all([finer], self.tell)[0]
+            if (found := coarse.refiner.kept(self.codec, again.data)) > effect:
+                encoded, effect = again, found
+        return Trial(encoded, effect=effect), effect >= enough
 
     def _most_accurate(self, size: int) -> tuple[Trial, bool]:
         min_gain, encoded = self.limits.min_gain, self._plain(self.limits)
