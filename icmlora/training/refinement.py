@@ -50,8 +50,8 @@ class RefineConfig:
     """How a code is refined."""
 
     steps: int = REFINE_STEPS  # optimiser steps
-    learning_rate: float = 0.02  # Adam's, in quantiser steps
-    strength_rate: float = 0.02  # Adam's, in octaves
+    learning_rate: float = 0.03  # Adam's, in quantiser steps
+    strength_rate: float = 0.03  # Adam's, in octaves
     # What the bits of the whole code are worth, as a share of the adapter's whole effect: the first times the code's
     # error, or for a code that is to keep a share of the effect the second times what may be lost.
     price: float = 0.6
@@ -62,8 +62,13 @@ class RefineConfig:
     tokens: int = 192  # tokens read from a sample
     # Samples to learn from: what is missing of them the adapted model writes itself, so a code needs no data.
     samples: int = 32
-    held: int = 16  # at most so many of all samples are not learned from, but tell what a code keeps
+    # At most so many of all samples are not learned from, but tell what a code keeps. 0: all do both.
+    held: int = 0
     seed: int = 0
+
+
+FOR_SHARE = RefineConfig(learning_rate=0.02, strength_rate=0.02, held=16)
+"""How a code is refined that is to keep a share of its adapter's effect."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,6 +168,8 @@ def items_for(
             items += base.modality.written(base, items, config.samples - len(items), config.tokens, seed=config.seed)
     if not items:
         raise DataError("there is nothing to refine on", hint=f"give the task a samples.jsonl, or {WITHOUT_REFINE}")
+    if not config.held:
+        return items, items
     each = max(_READ + 1, math.ceil(len(items) / config.held))
     read = [item for number, item in enumerate(items) if number % each]
     return read or items, items[::each]

@@ -30,7 +30,7 @@ from icmlora.generator.encoding import Encoded
 from icmlora.generator.limits import Limits
 from icmlora.io.devices import gradient_dtype
 from icmlora.training.config import REFINE_STEPS
-from icmlora.training.refinement import WITHOUT_REFINE, RefineConfig
+from icmlora.training.refinement import FOR_SHARE, WITHOUT_REFINE, RefineConfig
 from registry.errors import TaskNotFound
 from registry.records import (
     AdapterRecord,
@@ -284,6 +284,7 @@ class _Prepared:
 
     state: _TaskState
     search: CodeSearch
+    is_by_quality: bool  # which is what its code is made for, but no limit that it may miss
     reason: str | None  # why its code is not refined although a quality asks for it
 
 
@@ -395,7 +396,7 @@ def _searched(state: _TaskState, asked: Limits, limits: Limits, *, again: bool) 
     original, refiner, reason = read_original(state.store, state.final), None, None
     if limits.refine or limits.keep is not None:
         try:
-            refiner = _refiner(state, original, limits.refine or 0)
+            refiner = _refiner(state, original, limits)
         except (BaseModelNotFound, BaseModelUnsuited, DataError) as error:
             if not asked.is_by_quality:
                 raise
@@ -406,10 +407,11 @@ def _searched(state: _TaskState, asked: Limits, limits: Limits, *, again: bool) 
     codec = codec_of_task(state.store, generator_file, state.code, original.layout)
     vectors = mean_vectors(state.store, state.store.vectors.all(state.task.name))
     initial, losses = state.models.seeds.find(original), state.losses(limits)
-    return _Prepared(state, CodeSearch(codec, original, vectors, initial, limits, losses, refiner, state.tell), reason)
+    search = CodeSearch(codec, original, vectors, initial, limits, losses, refiner, state.tell)
+    return _Prepared(state, search, asked.is_by_quality, reason)
 
 
-def _refiner(state: _TaskState, original: Adapter, steps: int) -> Refiner:
+def _refiner(state: _TaskState, original: Adapter, limits: Limits) -> Refiner:
     """Prepare to refine the code of a task; raise an error where that is not possible."""
     if format_named(state.final.format).is_for_images:
         raise DataError("icm does not run the models that image adapters are for", hint=WITHOUT_REFINE)
@@ -418,7 +420,8 @@ def _refiner(state: _TaskState, original: Adapter, steps: int) -> Refiner:
     base = state.models.base(state.task.base_model, gradient_dtype(state.models.device))
     samples = read_samples(state.store, state.task, base)
     with stoppable(base, lambda: state.tell("preparing to refine")):
-        return Refiner.of(base, original, () if samples is None else samples.items, RefineConfig(steps=steps))
+        config = replace(RefineConfig() if limits.keep is None else FOR_SHARE, steps=limits.refine or 0)
+        return Refiner.of(base, original, () if samples is None else samples.items, config)
 
 
 def _refined_together(prepared: Sequence[_Prepared], tell: Tell) -> dict[str, tuple[Coarse, Encoded]]:
@@ -446,7 +449,7 @@ def _code(prepared: _Prepared, refined: tuple[Coarse, Encoded] | None) -> TaskEn
         raise
     except FAILURES as error:
         return state.unmeasured(error)
-    taken = len(best.encoded.data)
+    is_kept, taken = is_kept or prepared.is_by_quality, len(best.encoded.data)
     if size is not None and taken > size:
         reason = f"its smallest code takes {taken:,} bytes"
     outcome = TaskEncoded(state.task.name, "encoded" if is_kept else "below", taken, reason=reason)

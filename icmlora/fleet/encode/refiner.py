@@ -109,14 +109,15 @@ def refine_all(codes: Sequence[Coarse], tell: Tell) -> list[Encoded]:
     """Refine codes side by side: all on the same base model, and for the same number of steps."""
     base, config = codes[0].refiner.base, codes[0].refiner.config
     relaxed = [RelaxedCode(code.codec, code.original, code.encoded.data, base.device) for code in codes]
-    pilot, note = config.steps // _PILOT, "refining"
+    pilot = config.steps // _PILOT if any(code.share is not None for code in codes) else 0
+    note = "refining"
     with stoppable(base, lambda: tell(note)):
-        for steps in (range(pilot), range(pilot, config.steps)):
+        for steps in filter(None, (range(pilot), range(pilot, config.steps))):
+            if steps.start > 0:
+                relaxed = list(map(_moved, codes, relaxed))
             for step in refine(list(map(_refinable, codes, relaxed)), base, config, steps):
                 note = f"refining, step {step} of {config.steps}"
                 tell(note)
-            if steps.start == 0 < pilot:
-                relaxed = list(map(_moved, codes, relaxed))
     return [code.codec.measure(code.original, one.to_code()) for one, code in zip(relaxed, codes, strict=True)]
 
 

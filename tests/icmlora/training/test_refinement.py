@@ -25,7 +25,7 @@ from icmlora.generator.network_file import generator_from_bytes, generator_to_by
 from icmlora.generator.relaxed import RelaxedCode
 from icmlora.training import refinement, teacher
 from icmlora.training.effect import Effect
-from icmlora.training.refinement import Refinable, RefineConfig, items_for, refine
+from icmlora.training.refinement import FOR_SHARE, Refinable, RefineConfig, items_for, refine
 from icmlora.training.teacher import Teacher, shortfalls
 from tests.icmlora.tiny_base import LABEL, load_tiny_base, write_tiny_adapter
 
@@ -174,28 +174,27 @@ def test_the_base_model_is_left_as_it_was(base: BaseModel, adapter: Adapter, cod
 
 def test_where_samples_are_few_the_adapted_model_writes_the_others(base: BaseModel, adapter: Adapter) -> None:
     few = base.modality.prepare(base, plain(TEXTS), CONFIG.tokens, whole=True)
-    read, held = items_for(base, adapter, plain(TEXTS), RefineConfig(samples=10, tokens=48))
-    items = read + held
+    items, _ = items_for(base, adapter, plain(TEXTS), RefineConfig(samples=10, tokens=48))
     assert all(one in items for one in few)
     assert len(few) < len(items) <= 10
     assert all(item.ids[:8] in [one.ids[:8] for one in few] for item in items)
 
 
 def test_without_samples_the_adapted_model_writes_all_of_them(base: BaseModel, adapter: Adapter) -> None:
-    read, held = items_for(base, adapter, (), RefineConfig(samples=6, tokens=48))
-    assert 0 < len(read + held) <= 6
-    assert all(item.size <= 48 for item in read + held)
+    items, _ = items_for(base, adapter, (), RefineConfig(samples=6, tokens=48))
+    assert 0 < len(items) <= 6
+    assert all(item.size <= 48 for item in items)
 
 
 def test_what_refinement_reads_does_not_tell_what_a_code_keeps(base: BaseModel, adapter: Adapter) -> None:
     texts = [f"text {number} of the task" for number in range(20)]
-    read, held = items_for(base, adapter, plain(texts), RefineConfig(samples=8))
+    read, held = items_for(base, adapter, plain(texts), replace(FOR_SHARE, samples=8))
     assert len(read) == 3 * len(held)
     assert not [item for item in held if item in read]
 
 
 def test_of_a_single_text_refinement_reads_what_tells(base: BaseModel, adapter: Adapter) -> None:
-    read, held = items_for(base, adapter, plain(TEXTS[:1]), RefineConfig(samples=1))
+    read, held = items_for(base, adapter, plain(TEXTS[:1]), replace(FOR_SHARE, samples=1))
     assert read == held
     assert len(read) == 1
 
