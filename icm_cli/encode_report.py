@@ -29,6 +29,7 @@ _FIELDS: tuple[Field[TaskEncoded], ...] = (
     Field("code", lambda task: coded_size(task.size, task.residual_size), right=True),
     Field("before", lambda task: "-" if task.before is None else human_size(task.before), right=True),
     Field("relative error", lambda task: figure(task.relative_error), right=True),
+    Field("effect kept", lambda task: figure(task.effect, digits=3), right=True),
     Field("retained gain", lambda task: gain_text(task.retained_gain, task.precision, digits=4), right=True),
 )
 

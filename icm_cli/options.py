@@ -170,6 +170,11 @@ def quality_option(text: str) -> Any:
     return option("--quality 1..8", f"1 (smallest) to 8 (most accurate). {text}", min=1, max=8)
 
 
+def keep_option(text: str) -> Any:
+    """Return an option for the share of an adapter's effect that codes keep."""
+    return option("--keep SHARE", text, min=0.5, max=0.9999)
+
+
 def refine_option(text: str) -> Any:
     """Return an option for the number of steps that refine codes."""
     return option("--refine STEPS", text, min=0)

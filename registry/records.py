@@ -226,6 +226,7 @@ class TaskFigures(NamedTuple):
     code_size: int | None  # under the current generator
     residual_size: int | None
     squared_error: float | None  # of the code with its residual
+    effect: float | None  # of the code without its residual, as in `NewCode`
     asked: CodeLimits | None
     is_claimed: bool  # by the bundle that the code came in; nothing here has measured it
     gain: float | None  # as in `TaskSummary`
@@ -247,6 +248,7 @@ class TaskFigures(NamedTuple):
             None if code is None else code.size,
             None if code is None or code.residual is None else code.residual.size,
             None if code is None else code.best_squared_error,
+            None if code is None else code.effect,
             None if code is None else code.asked,
             code is not None and code.claim is not None,
             row.gain,
@@ -283,6 +285,7 @@ class CodeLimits:
     is_kept: bool = True  # whether the limits are met
     refined: int = 0  # steps of refinement
     max_size: int | None = None  # bytes of the code
+    keep: float | None = None  # least effect
 
 
 @dataclass(frozen=True)
@@ -309,6 +312,9 @@ class NewCode:
     bits: float  # as the training loss counts them
     squared_error: float | None  # of what it decodes to, if it was measured
     asked: CodeLimits | None = None
+    # The share of what its original does to the base model's predictions that it does too, on texts that nothing was
+    # fitted to: 1 - KL(original || code) / KL(original || base). None if it was not measured.
+    effect: float | None = None
 
 
 @dataclass(frozen=True)
@@ -347,6 +353,7 @@ class CodeRecord(WithRelativeError):
     asked: CodeLimits | None
     residual: ResidualRecord | None
     claim: Claim | None = None  # of the bundle that it came in, until it is measured
+    effect: float | None = None  # of the code without its residual, as in `NewCode`
 
     @property
     def rung(self) -> Literal["residual", "code"]:

@@ -42,7 +42,7 @@ COLUMNS_OF = {
         "blobs": "id digest size",
         "codes": (
             "id task_id generator_id adapter_id blob_id bits dw_error residual_id residual_error "
-            "min_gain max_error tolerance is_kept refined max_size claim"
+            "min_gain max_error tolerance is_kept refined max_size claim keep effect"
         ),
         "documents": "id digest body",
         "evaluations": (

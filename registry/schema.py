@@ -1,4 +1,4 @@
-"""The tables, as SQLAlchemy classes. These are those of schemas 8, the first, and 9.
+"""The tables, as SQLAlchemy classes. These are those of schema 10.
 
     base_models 1─n tasks 1─n adapters 1─n extras
          ├──n base_labels
@@ -244,6 +244,7 @@ MOMENT = Stored(values.MOMENT, NUMBER)
 PACKED = Stored(values.PACKED, LargeBinary())
 WORDS = Stored(values.WORDS, String())
 SQUARED_ERROR = Stored(values.SQUARED_ERROR, Double())
+SHARE = Stored(values.SHARE, Double())
 _GONE_WITH_PARENT = "CASCADE"
 _LAST = 1000  # among the columns of a table
 
@@ -497,6 +498,9 @@ class Code(Base):
     max_size: Mapped[int | None]
     # What the bundle that it came in says of it; NULL for a code that was made here.
     claim: Mapped[Any] = mapped_column(PACKED, nullable=True)
+    keep: Mapped[float | None]
+    # Measured when the code was made, without its residual.
+    effect: Mapped[float | None] = mapped_column(SHARE)
 
     task: Mapped[Task] = relationship(lazy="joined", innerjoin=True)
     blob: Mapped[Blob] = relationship(lazy="joined", innerjoin=True, foreign_keys=[blob_id])
@@ -520,7 +524,7 @@ class Evaluation(Base):
     value: Mapped[float] = mapped_column("nats_per_token")
     count: Mapped[int] = mapped_column("tokens")
     utf8_bytes: Mapped[int]
-    retained_gain: Mapped[float | None] = mapped_column(Stored(values.GAIN, Double()))
+    retained_gain: Mapped[float | None] = mapped_column(SHARE)
     squared_error: Mapped[float | None] = mapped_column("dw_error", SQUARED_ERROR)
     settings_id: Mapped[int] = mapped_column(ForeignKey("documents.id"))
     created_at: Mapped[str] = mapped_column(MOMENT)

@@ -113,7 +113,8 @@ def _limits(row: models.Code) -> records.CodeLimits | None:
     if row.is_kept is None:
         return None
     max_error = records.relative_error(row.max_squared_error)
-    return records.CodeLimits(row.min_gain, max_error, row.tolerance, row.is_kept, row.refined or 0, row.max_size)
+    steps, size, keep = row.refined or 0, row.max_size, row.keep
+    return records.CodeLimits(row.min_gain, max_error, row.tolerance, row.is_kept, steps, size, keep)
 
 
 def task_folder(source: str) -> str:

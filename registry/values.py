@@ -15,7 +15,7 @@ from functools import lru_cache
 from typing import Any
 
 _START = datetime(1970, 1, 1, tzinfo=UTC)
-LEAST_GAIN, MOST_GAIN = -1000.0, 1000.0  # beyond that an original is no better than its base model
+LEAST_SHARE, MOST_SHARE = -1000.0, 1000.0  # beyond that an original does what its base model does
 VIEWS = ("adapted", "context")
 RUNGS = ("base", "code", "network", "original", "residual", "generate")
 
@@ -89,4 +89,5 @@ MOMENT = Form("moment", _seconds, _moment)
 PACKED = Form("packed", _packed, _unpacked)
 WORDS = Form("words", lambda words: " ".join(words) or None, lambda text: tuple(text.split(" ")), absent=())
 SQUARED_ERROR = figure(0.0, sys.float_info.max)
-GAIN = figure(LEAST_GAIN, MOST_GAIN)
+SHARE = figure(LEAST_SHARE, MOST_SHARE)
+"""What a code keeps of what its original does: a retained gain, an effect."""

@@ -16,7 +16,7 @@ from registry.storage.database import Damage, Database
 from registry.storage.folder import Upkeep
 from registry.storage.prune import BLOB_COLUMNS, BlobColumn, is_evictable, is_needed, leftovers
 from registry.storage.row_writer import find_task
-from registry.values import LEAST_GAIN, MOST_GAIN
+from registry.values import LEAST_SHARE, MOST_SHARE
 
 Kind = Literal["database", "dangling", "row", "missing", "length", "digest", "orphan", "leftover", "remark"]
 
@@ -31,12 +31,13 @@ WHERE tasks.base_model_id != generators.base_model_id""",
     "the code of task {} was made of an adapter of another task": """
 SELECT name FROM codes JOIN tasks ON tasks.id = codes.task_id JOIN adapters ON adapters.id = adapter_id
 WHERE adapters.task_id != codes.task_id""",
-    "a code of task {} has an error below zero, or a residual without an error": """
+    "a code of task {} has an error below zero, an effect that no code has, or a residual without an error": f"""
 SELECT name FROM codes JOIN tasks ON tasks.id = task_id
-WHERE dw_error < 0 OR residual_error < 0 OR (residual_id IS NULL) != (residual_error IS NULL)""",
+WHERE dw_error < 0 OR residual_error < 0 OR effect NOT BETWEEN {LEAST_SHARE} AND {MOST_SHARE}
+    OR (residual_id IS NULL) != (residual_error IS NULL)""",  # noqa: S608
     "a measurement of task {} has a gain that no adapter has": f"""
 SELECT name FROM evaluations JOIN tasks ON tasks.id = task_id
-WHERE retained_gain NOT BETWEEN {LEAST_GAIN} AND {MOST_GAIN} OR dw_error < 0""",  # noqa: S608
+WHERE retained_gain NOT BETWEEN {LEAST_SHARE} AND {MOST_SHARE} OR dw_error < 0""",  # noqa: S608
 }
 _GAPS = {
     "task {} has no final adapter": """

@@ -5,6 +5,7 @@
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -13,7 +14,7 @@ from icmlora.fleet.encode import encode
 from icmlora.fleet.few_shot import generate
 from icmlora.fleet.resources import adapter_source, loading
 from icmlora.generator.initial_a.search import SeedSearch
-from icmlora.training.refinement import RefineConfig
+from icmlora.training.refinement import FOR_SHARE, RefineConfig
 
 _SEEDS = SeedSearch()
 
@@ -23,6 +24,7 @@ def quick_codes() -> Iterator[None]:
     """Refine codes on few and short texts, generated ones in few steps, and draw what a seed gives once."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(encode, "RefineConfig", partial(RefineConfig, samples=8, tokens=24))
+        patch.setattr(encode, "FOR_SHARE", replace(FOR_SHARE, samples=8, tokens=24))
         patch.setattr(generate, "RefineConfig", partial(RefineConfig, steps=4, samples=8, tokens=24))
         for searching in (adapter_source, loading):
             patch.setattr(searching, "SeedSearch", lambda: _SEEDS)

@@ -13,6 +13,7 @@ from icm_cli.options import (
     ShardOpt,
     SomeTasksArg,
     WorkersOpt,
+    keep_option,
     loss_option,
     option,
     quality_option,
@@ -49,11 +50,19 @@ QualityOpt = Annotated[
     int | None,
     quality_option("Default: that of the current generator, if no other limit is given."),
 ]
+KeepOpt = Annotated[
+    float | None,
+    keep_option(
+        "Share of its adapter's effect that each code keeps, such as 0.98, in as few bytes as we find. Needs the base "
+        "model."
+    ),
+]
 RefineOpt = Annotated[
     int | None,
     refine_option(
         "Steps that fit each code to what its adapter does, on the task's samples or on texts that the adapted "
-        f"model writes itself. Needs the base model. 0: none. Default: {REFINE_STEPS} with a quality, else none."
+        f"model writes itself. Needs the base model. 0: none. Default: {REFINE_STEPS} with --quality or --keep, else "
+        "none."
     ),
 ]
 ResidualOpt = Annotated[
@@ -67,6 +76,7 @@ def encode(
     session: Session,
     tasks: SomeTasksArg = None,
     quality: QualityOpt = None,
+    keep: KeepOpt = None,
     max_error: ErrorOpt = None,
     min_gain: MinGainOpt = None,
     tolerance: ToleranceOpt = None,
@@ -106,6 +116,7 @@ def encode(
             context,
             tasks or (),
             quality=quality,
+            keep=keep,
             min_gain=min_gain,
             max_error=max_error,
             tolerance=tolerance,

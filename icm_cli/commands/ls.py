@@ -167,6 +167,8 @@ def _as_json(row: TaskSummary) -> dict[str, object]:
         "retained_gain": row.gain,
         "precision": row.gain_precision,
         **errors_json(None if row.code is None else row.code.best_squared_error),
+        "effect": None if row.code is None else row.code.effect,
+        "keep": None if row.code is None or row.code.asked is None else row.code.asked.keep,
         "claimed": None if row.code is None else claim_json(row.code.claim),
         "created_at": row.task.created_at,
     }

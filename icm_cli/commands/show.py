@@ -124,7 +124,8 @@ def _coded(details: TaskDetails) -> list[tuple[str, str]]:
         # An evicted task has a code: where none is found, it was passed over by a training.
         return [("code", "in an older format, which this icm does not read" if details.final.is_evicted else "-")]
     error = "" if code.relative_error is None else f", relative error {code.relative_error:.3f}"
-    lines = [("code", f"{human_size(code.size)} under generator {generator.version}{error}")]
+    effect = "" if code.effect is None else f", keeps {code.effect:.3f} of its effect"
+    lines = [("code", f"{human_size(code.size)} under generator {generator.version}{error}{effect}")]
     if code.claim is not None:
         lines.append(("claimed by the bundle", f"{claim_text(code.claim)}; not measured here"))
     lines.append(("initialisation", _initial(details)))

@@ -17,6 +17,7 @@ from icm_cli.options import (
     DeviceOpt,
     WorkersOpt,
     gain_option,
+    keep_option,
     loss_option,
     option,
     quality_option,
@@ -66,6 +67,10 @@ ErrorOpt = Annotated[
     loss_option(
         "--max-error", "Then re-encode to keep this relative error, ||dW' - dW|| / ||dW||, as `icm encode` does."
     ),
+]
+KeepOpt = Annotated[
+    float | None,
+    keep_option("Then re-encode to keep this share of each adapter's effect, as `icm encode` does."),
 ]
 GainOpt = Annotated[
     float | None,
@@ -144,6 +149,7 @@ def train(
     update: UpdateOpt = False,
     objective: ObjectiveOpt = "bits",
     refine: RefineOpt = None,
+    keep: KeepOpt = None,
     evaluate: EvalOpt = True,
     max_error: ErrorOpt = None,
     min_gain: GainOpt = None,
@@ -175,7 +181,7 @@ def train(
     from icmlora.fleet.train.train import train
     from icmlora.fleet.train.update import update as add_tasks
 
-    others = (quality, tolerance, width, steps, lr, max_error, min_gain)
+    others = (quality, tolerance, width, steps, lr, keep, max_error, min_gain)
     _check_options(objective, update=update, anew=fresh or width is not None, others=others)
     where, few_shot = session.device(device), objective != "bits"
     if few_shot:  # fail now, not after hours of training the generator
@@ -183,7 +189,7 @@ def train(
 
     options: dict[str, Any] = {"device": where, "base_model": base_model, "quality": quality, "tolerance": tolerance}
     options |= {"steps": steps, "learning_rate": lr, "seed": seed, "refine": refine, "workers": workers}
-    options |= {"max_error": max_error, "min_gain": min_gain, "evaluate": evaluate}
+    options |= {"keep": keep, "max_error": max_error, "min_gain": min_gain, "evaluate": evaluate}
 
     def work(context: Context) -> TrainReport:
         return train(context, width=width, resume=resume, fresh=fresh, **options)
@@ -192,7 +198,7 @@ def train(
         raise typer.Exit(_help(session, None if update or objective == "functional" else work))
     partly = False
     if objective != "functional":
-        printed = _Printed(session, max_error, min_gain, few_shot=few_shot)
+        printed = _Printed(session, max_error, min_gain, keep, few_shot=few_shot)
         report: TrainReport | UpdateReport
         if update:
             report, stopped = session.run("update", lambda context: add_tasks(context, **options), printed.tell)
@@ -226,6 +232,7 @@ class _Printed:
     session: Session
     max_error: float | None
     min_gain: float | None
+    keep: float | None
     few_shot: bool  # whether a few-shot start is trained next
     is_summed_up: bool = False  # whether the generators are printed
     encoded: int = 0  # how many encodings are
@@ -234,7 +241,7 @@ class _Printed:
     @property
     def is_refining(self) -> bool:
         """Whether codes are refined, without limits."""
-        return self.max_error is None and self.min_gain is None
+        return self.keep is self.max_error is self.min_gain is None
 
     def tell(self, event: Event) -> None:
         """Print what an event says."""

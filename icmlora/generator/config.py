@@ -23,8 +23,8 @@ _INNER_NUMBER = re.compile(r"(?<=[._]transformer_blocks\.)(?:0|[1-9]\d{0,3})(?=\
 # quality -> share of |dW|^2 that a code may lose.
 # 1 - retained gain is a quarter to a tenth of it (docs/results/LOG.md).
 _TOLERANCES = (0.35, 0.25, 0.17, 0.11, 0.07, 0.045, 0.025, 0.012)
-# The same of codes that are refined: coarser ones do as well then. Below 1, or the empty code would do.
-_REFINED = (0.85, 0.7, 0.55, 0.37, 0.25, 0.15, 0.08, 0.04)
+# quality -> share of an adapter's effect that a code keeps, where its base model is at hand.
+_KEEPS = (0.9, 0.94, 0.97, 0.985, 0.99, 0.993, 0.996, 0.998)
 # Tasks of a fleet -> sizes of its network. A larger network makes each code smaller and is paid for once
 # (docs/results/LOG.md).
 _SIZES = (
@@ -145,11 +145,20 @@ class GeneratorConfig:
             raise GeneratorError(f"the generator's configuration cannot be read ({error})") from error
 
 
-def tolerance_of(quality: int, *, refined: bool = False) -> float:
+def tolerance_of(quality: int) -> float:
     """Return the weighted squared error of a quality, 1 (smallest) to 8; raise `GeneratorError` for any other."""
-    if not 1 <= quality <= len(_TOLERANCES):
-        raise GeneratorError(f"invalid quality {quality}; use 1 to {len(_TOLERANCES)}")
-    return (_REFINED if refined else _TOLERANCES)[quality - 1]
+    return _of_quality(_TOLERANCES, quality)
+
+
+def keep_of(quality: int) -> float:
+    """Return the share of an adapter's effect of a quality, 1 (smallest) to 8; raise `GeneratorError` for any other."""
+    return _of_quality(_KEEPS, quality)
+
+
+def _of_quality(values: Sequence[float], quality: int) -> float:
+    if not 1 <= quality <= len(values):
+        raise GeneratorError(f"invalid quality {quality}; use 1 to {len(values)}")
+    return values[quality - 1]
 
 
 def quality_of(tolerance: float) -> int | None:

@@ -31,12 +31,15 @@ class Limits:
     """What was asked of a code. It keeps all that is given; without any limit, the quality counts.
 
     Attributes:
-        quality: 1 (smallest codes) to 8 (most accurate); it stands for a tolerance.
+        quality: 1 (smallest codes) to 8 (most accurate); it stands for a share to keep, or without the base model
+            for a tolerance.
         min_gain: Least retained gain on the task's held-out text.
         max_error: Largest relative error of dW.
         tolerance: Largest squared error of dW weighted by the sensitivity of its channels.
         size: Most bytes of the code, which is as accurate as they allow.
-        refine: Steps of refinement; None for as many as suit the quality, or for none under limits.
+        refine: Steps of refinement; None for as many as suit a quality or a share to keep, or for none under other
+            limits.
+        keep: Least share of the adapter's effect; see `icmlora.training.effect`.
     """
 
     quality: int | None = None
@@ -45,11 +48,12 @@ class Limits:
     tolerance: float | None = None
     size: int | None = None
     refine: int | None = None
+    keep: float | None = None
 
     @property
     def is_by_quality(self) -> bool:
         """Whether a quality takes the place of limits."""
-        return all(limit is None for limit in (self.min_gain, self.max_error, self.tolerance, self.size))
+        return all(limit is None for limit in (self.min_gain, self.max_error, self.tolerance, self.size, self.keep))
 
     @property
     def max_squared_error(self) -> float | None:

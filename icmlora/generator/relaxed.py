@@ -58,6 +58,12 @@ class _Part:
     boost: nn.Parameter  # log2 of the factor for each rank slot's inputs across the initial subspace, shape (S,)
     fixed: _Fixed
 
+    @property
+    def places(self) -> list[tuple[int, int]]:
+        """Layer and rank slot of each of the n slots."""
+        slots = self.integers.slots
+        return list(zip(slots.layer.tolist(), slots.slot.tolist(), strict=True))
+
 
 class RelaxedCode:
     """The code of one adapter, while an optimiser changes it on a device."""
@@ -84,6 +90,26 @@ class RelaxedCode:
     def strengths(self) -> list[nn.Parameter]:
         """The parameters that scale modules, and their inputs across the initial subspace; in octaves."""
         return [factor for part in self._parts for factor in (part.strength, part.boost)]
+
+    @torch.no_grad()
+    def go_on_from(self, other: RelaxedCode) -> None:
+        """Take values and strengths of the same adapter's code at another step, in the slots that both have.
+
+        The steps should be less than an octave apart: strengths make up for what a coarse step rounds to zero.
+        """
+        ratio = other._step / self._step
+        theirs = {part.integers.slots.kind: part for part in other._parts}
+        for part in self._parts:
+            before = theirs.get(part.integers.slots.kind)
+            if before is None:
+                continue
+            rows = {place: row for row, place in enumerate(before.places)}
+            pairs = [(row, rows[place]) for row, place in enumerate(part.places) if place in rows]
+            here, there = torch.tensor(pairs, device=self._device).view(-1, 2).T
+            for values, earlier in zip(part.values, before.values, strict=True):
+                values[here] = earlier[there] * ratio
+            part.strength.copy_(before.strength)
+            part.boost.copy_(before.boost)
 
     def factors(self, dtype: torch.dtype = torch.float32) -> Factors:
         """Return the factors that the rounded code decodes to, A (r, in) and B (out, r), with gradients."""

@@ -3,22 +3,26 @@
     samples ──base + adapter──▶ p(next token) ─┐
       └──────base + code──────▶ q(next token) ─┴─ KL(p || q) and bits ──gradient──▶ values and strengths of the code
 
-    minimise   (KL(p || q) + answers * max(0, loss(q) - loss(p))) / KL(p || base)  +  price * error * bits / bits before
+    minimise   (KL(p || q) + answers * max(0, loss(q) - loss(p))) / KL(p || base)  +  price * bits / bits before
 
 The loss is that of the samples' own tokens. An adapter is seldom trained to the end, so a code that is a little nearer
 to the base model loses in proportion to that there, while KL grows with its square: without this term a code keeps the
 adapter's predictions and loses some of its gain. A code that is better than the adapter gets nothing for it.
 
 The base model is frozen. Refinement brings back what coarse rounding lost of an adapter's function, at fewer bits: the
-second term lets values round to zero where that does no harm. Both terms are free of scale, so one price serves weak
-and strong adapters of any size. The price falls with the error of the code at the start, because an accurate code gets
-less function for each further bit. The refined code decodes like any other and needs no base model for that.
+second term lets values round to zero where that does no harm. Both terms are free of scale. What a code loses of the
+adapter's effect sets the price: it rises while that is less than what may be lost, and falls while it is more. For a
+code whose limit is another, the price stays, and is lower for a smaller error at the start, because an accurate code
+gets less function for each further bit. The refined code decodes like any other and needs no base model for that.
 """
 
 from __future__ import annotations
 
+import math
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -30,11 +34,15 @@ from icmlora.base_models.running.modules import not_matrix
 from icmlora.errors import BaseModelUnsuited, DataError
 from icmlora.generator.relaxed import RelaxedCode
 from icmlora.training.config import REFINE_STEPS
+from icmlora.training.effect import Effect
 from icmlora.training.teacher import Teacher, shortfalls
 
-_EFFECT_TEXTS = 8  # samples from which an adapter's whole effect, KL(p || base), is measured
 WITHOUT_REFINE = "encode it without --refine"  # hint where a code cannot be refined
-_LEAST_EFFECT = 1e-6  # nats per token; an adapter with a smaller effect has none
+_READ = 3  # samples at least that are learned from, for each that is not
+_LOOKED_AT = 8  # the last steps, whose losses set a price
+_STEEPNESS = 3  # power with which a price follows the ratio of what may be lost and what is
+_CHEAPEST, _DEAREST = 16, 8  # factors by which it falls and rises at most
+_NOTHING = 1e-4  # lost shares below this are not told apart
 
 
 @dataclass(frozen=True)
@@ -44,15 +52,23 @@ class RefineConfig:
     steps: int = REFINE_STEPS  # optimiser steps
     learning_rate: float = 0.03  # Adam's, in quantiser steps
     strength_rate: float = 0.03  # Adam's, in octaves
-    # What the bits of the whole code are worth: this times its error, as a share of the adapter's whole effect.
+    # What the bits of the whole code are worth, as a share of the adapter's whole effect: the first times the code's
+    # error, or for a code that is to keep a share of the effect the second times what may be lost.
     price: float = 0.6
+    price_of_keeping: float = 3.0
     # Weight of what the samples' own tokens lose, beside the divergence of all predictions.
-    answers: float = 0.25
+    answers: float = 0.5
     texts: int = 2  # samples per step
     tokens: int = 192  # tokens read from a sample
     # Samples to learn from: what is missing of them the adapted model writes itself, so a code needs no data.
     samples: int = 32
+    # At most so many of all samples are not learned from, but tell what a code keeps. 0: all do both.
+    held: int = 0
     seed: int = 0
+
+
+FOR_SHARE = RefineConfig(learning_rate=0.02, strength_rate=0.02, held=16)
+"""How a code is refined that is to keep a share of its adapter's effect."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,58 +77,84 @@ class Refinable:
 
     relaxed: RelaxedCode
     error: float  # the code's squared error, weighted by sensitivity
-    adapter: Adapter
-    items: Sequence[Any]  # what `items_for` returns
+    teacher: Teacher  # of what it is refined on
+    effect: Effect  # of the adapter, on other examples
+    keep: float | None  # share of the effect that the code is for, None if it is for another limit
 
 
-def refine(codes: Sequence[Refinable], base: BaseModel, config: RefineConfig) -> Iterator[int]:
+def refine(codes: Sequence[Refinable], base: BaseModel, config: RefineConfig, steps: range) -> Iterator[int]:
     """Refine the codes of some adapters, which share each pass through the base model; yields the steps done.
 
-    The caller may stop after any step and take the codes as they are then. Where the model does not let several
-    adapters share a pass, the codes are refined one after the other, and the steps of each are counted from 1.
+    `steps` are those of `config.steps` that are to be done now. The caller may stop after any step and take the codes
+    as they are then. Where the model does not let several adapters share a pass, the codes are refined one after the
+    other, and the steps of each are counted anew.
     """
     codes = [code for code in codes if code.relaxed.values]  # an adapter of zeros has a code without integers
     if not codes:
         return
     try:
-        yield from _refined(codes, base, config)
+        yield from _refined(codes, base, config, steps)
     except BaseModelUnsuited:  # comes of the first pass, before any code has changed
         if len(codes) == 1:
             raise
         for code in codes:
-            yield from _refined([code], base, config)
+            yield from _refined([code], base, config, steps)
 
 
-def _refined(codes: Sequence[Refinable], base: BaseModel, config: RefineConfig) -> Iterator[int]:
+def _refined(codes: Sequence[Refinable], base: BaseModel, config: RefineConfig, steps: range) -> Iterator[int]:
     groups = [
         {"params": [values for code in codes for values in code.relaxed.values], "lr": config.learning_rate},
         {"params": [factor for code in codes for factor in code.relaxed.strengths], "lr": config.strength_rate},
     ]
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95), fused=base.device.type != "cpu")
-    decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: (1 - done / config.steps) ** 0.5)
-    teachers = [Teacher(base, factors_of(code.adapter), code.items) for code in codes]
-    batches = [_batches(len(code.items), config) for code in codes]
-    effects = [max(teacher.effect(_EFFECT_TEXTS), _LEAST_EFFECT) for teacher in teachers]
-    with torch.no_grad():
-        # The price per bit is set once: the bits of a code at the start cost `price * error` together.
-        prices = [config.price * code.error / max(float(code.relaxed.bits()), 1.0) for code in codes]
-    for step in range(config.steps):
+    decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: (1 - (steps.start + done) / config.steps) ** 0.5)
+    batches = [islice(_batches(len(code.teacher), config), steps.start, None) for code in codes]
+    prices = [_Price(code, config) for code in codes]
+    for step in steps:
         optimizer.zero_grad()
         factors = (code.relaxed.factors(base.input_dtype) for code in codes)
-        asked = zip(teachers, factors, map(next, batches), strict=True)
+        asked = zip((code.teacher for code in codes), factors, map(next, batches), strict=True)
         short = shortfalls(base, list(asked))
         parts = [
-            (one.divergence + config.answers * one.loss) / effect + price * code.relaxed.bits()
-            for one, effect, price, code in zip(short, effects, prices, codes, strict=True)
+            (one.divergence + config.answers * one.loss) / code.effect.whole + price.of_a_bit * code.relaxed.bits()
+            for one, price, code in zip(short, prices, codes, strict=True)
         ]
         torch.stack(parts).sum().backward()  # type: ignore[no-untyped-call]
+        for one, price in zip(short, prices, strict=True):
+            price.follow(one.divergence.detach())
         optimizer.step()
         decay.step()
         yield step + 1
 
 
-def items_for(base: BaseModel, adapter: Adapter, samples: Sequence[Any], config: RefineConfig) -> list[Any]:
-    """Return what the code of an adapter is refined on: samples, and where there are few what the adapted model writes.
+class _Price:
+    """What one bit of a code costs, as a share of its adapter's effect."""
+
+    @torch.no_grad()
+    def __init__(self, code: Refinable, config: RefineConfig) -> None:
+        self._keep, self._effect = code.keep, code.effect
+        self._lost: deque[torch.Tensor] = deque(maxlen=_LOOKED_AT)  # shares, which stay on the device
+        self._first = config.price * code.error if code.keep is None else config.price_of_keeping * (1 - code.keep)
+        self._bits = code.relaxed.bits().detach().clamp_min(1)
+        self.of_a_bit = self._first / self._bits
+
+    def follow(self, divergence: torch.Tensor) -> None:
+        """Set the price by what was lost in the last steps, the last of them in nats."""
+        if self._keep is None:
+            return
+        self._lost.append((divergence - self._effect.noise) / self._effect.whole)
+        if len(self._lost) >= _LOOKED_AT // 2:
+            lost = torch.stack(tuple(self._lost)).mean().clamp_min(_NOTHING)
+            factor = ((1 - self._keep) / lost) ** _STEEPNESS
+            self.of_a_bit = self._first * factor.clamp(1 / _CHEAPEST, _DEAREST) / self._bits
+
+
+def items_for(
+    base: BaseModel, adapter: Adapter, samples: Sequence[Any], config: RefineConfig
+) -> tuple[list[Any], list[Any]]:
+    """Return what the code of an adapter is refined on, and what tells how much of its effect the code keeps.
+
+    These are samples, and where there are few what the adapted model writes. Of a single one both are the same.
 
     Raises:
         DataError: There is nothing, or the adapter has modules that cannot be refined.
@@ -126,7 +168,11 @@ def items_for(base: BaseModel, adapter: Adapter, samples: Sequence[Any], config:
             items += base.modality.written(base, items, config.samples - len(items), config.tokens, seed=config.seed)
     if not items:
         raise DataError("there is nothing to refine on", hint=f"give the task a samples.jsonl, or {WITHOUT_REFINE}")
-    return items
+    if not config.held:
+        return items, items
+    each = max(_READ + 1, math.ceil(len(items) / config.held))
+    read = [item for number, item in enumerate(items) if number % each]
+    return read or items, items[::each]
 
 
 def _batches(count: int, config: RefineConfig) -> Iterator[list[int]]:

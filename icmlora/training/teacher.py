@@ -76,17 +76,6 @@ class Teacher:
                 self._targets[number] = Target(item, tokens, wanted, _read(logits, tokens, wanted))
         return [self._targets[number] for number in numbers]
 
-    @torch.no_grad()
-    def effect(self, most: int) -> float:
-        """Return KL(adapter || base) in nats: the mean over the predictions of an example, over `most` examples."""
-        found = []
-        for some in _batches(range(min(most, len(self))), texts_at_once(self._base.device)):
-            targets = self.targets(some)
-            rows = self._base.modality.logits(self._base, [target.item for target in targets])
-            reads = (_read(row, target.tokens, None) for target, row in zip(targets, rows, strict=True))
-            found += [_nats(target, read) / len(read.log_p) for target, read in zip(targets, reads, strict=True)]
-        return float(torch.stack(found).mean())
-
 
 def shortfalls(base: BaseModel, asked: Sequence[tuple[Teacher, Factors, Sequence[int]]]) -> list[Shortfall]:
     """Compare factors of several tasks with their originals, in one pass through the base model.

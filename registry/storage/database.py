@@ -108,7 +108,7 @@ class Database(ABC):
     """
 
     first_schema: ClassVar[int]
-    newest_schema: ClassVar = 9
+    newest_schema: ClassVar = 10
     """The schema that this program reads and writes: the newest revision in `registry.storage.migrations`."""
 
     def __init__(self, place: str, root: str, *, read_only: bool, patience: Patience) -> None:

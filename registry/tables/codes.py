@@ -82,7 +82,7 @@ class Codes(Table):
                 row = code(task=adapter.task, generator_id=generator.id)
                 session.add(row)
             row.adapter_id, row.blob = adapter.id, writer.blob(new.blob)
-            row.bits, row.squared_error, row.claim = new.bits, new.squared_error, None
+            row.bits, row.squared_error, row.effect, row.claim = new.bits, new.squared_error, new.effect, None
             # A residual corrects the code that it was made for, and no other.
             row.residual, row.residual_squared_error = None, None
             _set_limits(writer, row, new.asked)
@@ -167,6 +167,7 @@ def code_rows(
                 blob=writer.blob(new.blob),
                 bits=new.bits,
                 squared_error=new.squared_error,
+                effect=new.effect,
                 **limit_columns(new.asked),
             )
     # A session forgets rows that nobody holds, and then asks for them one by one.

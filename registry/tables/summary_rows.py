@@ -46,8 +46,8 @@ WHERE task_id IN ({of}) AND is_final"""
 _FIGURES = """
 SELECT tasks.id, tasks.name, base_models.name, adapters.id, description_id, weights.size,
     weights.size + config.size + coalesce(card.size, 0), evicted_at IS NOT NULL, extra_count, code.size,
-    residual.size, dw_error, residual_error, claim IS NOT NULL, min_gain, max_error, tolerance, is_kept, refined,
-    max_size
+    residual.size, dw_error, residual_error, effect, claim IS NOT NULL, min_gain, max_error, tolerance, is_kept,
+    refined, max_size, keep
 FROM tasks JOIN base_models ON base_models.id = base_model_id
 LEFT JOIN adapters ON adapters.task_id = tasks.id AND is_final
 LEFT JOIN blobs AS weights ON weights.id = weights_id LEFT JOIN blobs AS config ON config.id = config_id
@@ -61,7 +61,7 @@ FROM extras JOIN blobs ON blobs.id = blob_id JOIN adapters ON adapters.id = adap
 WHERE task_id IN ({of}) AND is_final"""
 _CODES = """
 SELECT task_id, codes.id, adapter_id, generator_id, code.digest, code.size, bits, dw_error, residual.digest,
-    residual.size, residual_error, min_gain, max_error, tolerance, is_kept, refined, max_size, claim
+    residual.size, residual_error, min_gain, max_error, tolerance, is_kept, refined, max_size, keep, claim, effect
 FROM codes JOIN blobs AS code ON code.id = blob_id LEFT JOIN blobs AS residual ON residual.id = residual_id
 WHERE task_id IN ({of}) AND generator_id IN (SELECT id FROM generators WHERE is_current)"""
 # As `evaluations.latest`: on the task's own text, else the latest on any; one with a gain if there is one.
@@ -309,7 +309,7 @@ def _task(
 
 def _gain(documents: Mapping[int, bytes], gain: float | None, settings: int | None) -> tuple[float | None, str | None]:
     """Return a retained gain, and the precision of the base model in that."""
-    return values.GAIN.read(gain), None if settings is None else PACKED.read(documents[settings]).get("dtype")
+    return values.SHARE.read(gain), None if settings is None else PACKED.read(documents[settings]).get("dtype")
 
 
 def _final(
@@ -380,7 +380,7 @@ def _code(
     residual_error: float | None,
     *more: Any,
 ) -> records.CodeRecord:
-    *limits, claim = more
+    *limits, claim, effect = more
     of_residual = values.SQUARED_ERROR.read(residual_error)
     squared = values.SQUARED_ERROR.read(squared_error)
     claimed = None if claim is None or squared is not None else records.Claim(**PACKED.read(claim))
@@ -398,6 +398,7 @@ def _code(
         if residual is None or of_residual is None
         else records.ResidualRecord(DIGEST.read(residual), of_residual, residual_size),
         claimed,
+        values.SHARE.read(effect),
     )
 
 
@@ -419,6 +420,7 @@ def _figures(
     residual_size: int | None,
     squared_error: float | None,
     residual_error: float | None,
+    effect: float | None,
     has_claim: bool,
     *limits: Any,
 ) -> records.TaskFigures:
@@ -439,6 +441,7 @@ def _figures(
         code_size,
         None if of_residual is None else residual_size,
         squared if of_residual is None else of_residual,
+        values.SHARE.read(effect),
         _limits(*limits),
         bool(has_claim) and squared is None,
         gain,
@@ -453,8 +456,9 @@ def _limits(
     is_kept: bool | None,
     refined: int | None,
     max_size: int | None,
+    keep: float | None,
 ) -> records.CodeLimits | None:
     if is_kept is None:
         return None
     max_error = records.relative_error(max_squared_error)
-    return records.CodeLimits(min_gain, max_error, tolerance, bool(is_kept), refined or 0, max_size)
+    return records.CodeLimits(min_gain, max_error, tolerance, bool(is_kept), refined or 0, max_size, keep)

@@ -14,12 +14,12 @@ import pytest
 
 from icm_cli.errors import ExitCode
 from icmlora.adapter.metrics import squared_error
-from icmlora.fleet.encode import encode
-from icmlora.fleet.encode import search as code_search
+from icmlora.fleet.encode import encode, refiner
 from icmlora.fleet.encode.search import CodeSearch, Trial
 from icmlora.fleet.measure.measure import TaskLosses
 from icmlora.formats.discovery.folder import load_adapter
 from icmlora.generator.codec import Codec
+from icmlora.generator.config import keep_of
 from icmlora.training.refinement import Refinable, RefineConfig
 from registry.store import Store
 from registry.tables.evaluations import Evaluations
@@ -44,12 +44,13 @@ def stop_after_one(patch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 def test_without_a_limit_every_code_is_refined_at_the_generators_quality(icm: Icm, trained: Path) -> None:
-    before = codes(trained)
     ran = icm("encode", "--refine", "2", "--device", "cpu", "--json")
     assert ran.code == 0
-    assert {event["status"] for event in tasks_of(ran).values()} == {"encoded"}
-    after = codes(trained)
-    assert all(after[name].size < before[name].size for name in before)
+    tasks = tasks_of(ran)
+    assert {event["status"] for event in tasks.values()} == {"encoded"}
+    asked = {name: code.asked for name, code in codes(trained).items()}
+    assert all(limits is not None and (limits.keep, limits.refined) == (keep_of(4), 2) for limits in asked.values())
+    assert all(event["effect"] > 0.9 for event in tasks.values())
 
 
 @pytest.mark.slow
@@ -285,13 +286,13 @@ def test_a_refined_code_is_another_code_of_the_same_task(icm: Icm, trained: Path
 @pytest.mark.usefixtures("plain_gains")
 def test_a_gain_is_looked_for_without_refining_first(icm: Icm, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     refined: list[float] = []
-    real = code_search.refine
+    real = refiner.refine
 
     def counted(codes: Sequence[Refinable], *others: Any) -> Iterator[int]:
         refined.extend(code.error for code in codes)
         return real(codes, *others)
 
-    monkeypatch.setattr(code_search, "refine", counted)
+    monkeypatch.setattr(refiner, "refine", counted)
     monkeypatch.setattr(encode, "RefineConfig", RefineConfig)  # as many and as long texts as users have
     ran = icm("encode", "rules", "--min-gain", "0.5", "--refine", "2", "--device", "cpu", "--json")
     assert (ran.code, tasks_of(ran)["rules"]["status"]) == (0, "encoded")
@@ -327,7 +328,7 @@ def test_each_code_of_a_gain_search_is_decoded_once_and_the_references_are_read_
 
 def test_a_quality_is_a_limit_of_its_own(icm: Icm, trained: Path) -> None:
     ran = icm("encode", "--quality", "3", "--max-error", "0.3", "--json")
-    assert (ran.code, "leave out --max-error" in ran.err) == (ExitCode.USAGE, True)
+    assert (ran.code, "leave out --keep, --max-error" in ran.err) == (ExitCode.USAGE, True)
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ import pytest
 
 from icm_cli.completion import complete_base, complete_task
 from icm_cli.errors import ExitCode
-from registry.records import NewCode, NewEvaluation, NewGenerator
+from registry.records import CodeLimits, NewCode, NewEvaluation, NewGenerator
 from registry.store import Store
 from tests.cli.conftest import Ran, modules_of
 from tests.cli.fleet import BASE
@@ -21,7 +21,8 @@ def trained(stored: Path, tmp_path: Path) -> Path:
     with Store.open(tmp_path / "store") as store:
         blob, code = store.blobs.put_all([b"generator", b"code"])
         adapter = store.tasks.final("rust")
-        codes = [NewCode(adapter, blob=code, bits=32.0, squared_error=0.02)]
+        asked = CodeLimits(keep=0.98)
+        codes = [NewCode(adapter, blob=code, bits=32.0, squared_error=0.02, asked=asked, effect=0.981)]
         generator = store.generators.add(NewGenerator(BASE, blob, {}, {}, codes=codes))
         measured = [("base", None, 3.0, None), ("code", generator.id, 2.5, 0.97)]
         store.evaluations.add(
@@ -76,6 +77,8 @@ def test_ls_json_has_bytes_and_counts(icm: Icm, stored: Path) -> None:
         "residual_size": None,
         "retained_gain": None,
         "precision": None,
+        "effect": None,
+        "keep": None,
         "claimed": None,
         "relative_error": None,
         "squared_error": None,
@@ -110,7 +113,8 @@ def test_ls_does_not_import_torch(stored: Path) -> None:
 
 def test_show_prints_everything_about_a_task(icm: Icm, trained: Path) -> None:
     out = icm("show", "rust").out
-    assert "4 B under generator 1, relative error 0.141" in out
+    assert "4 B under generator 1, relative error 0.141, keeps 0.981 of its effect" in out
+    assert "at least 0.98 of its effect: met" in out
     assert "RETAINED GAIN" in out
     assert "0.970" in out
 
@@ -129,6 +133,13 @@ def test_show_json_has_every_adapter_with_its_digests(icm: Icm, stored: Path) ->
 def test_show_json_has_the_measurements(icm: Icm, trained: Path) -> None:
     rungs = {entry["rung"]: entry["retained_gain"] for entry in icm("show", "rust", "--json").document["evaluations"]}
     assert rungs == {"base": None, "code": 0.97}
+
+
+def test_json_has_the_effect_of_a_code_and_what_was_asked_of_it(icm: Icm, trained: Path) -> None:
+    shown, (listed, *_) = icm("show", "rust", "--json").document["code"], icm("ls", "--json").document
+    ((counted, *_),) = (fleet["tasks"] for fleet in icm("stats", "--json").document["fleets"])
+    assert (shown["effect"], listed["effect"], counted["effect"]) == (0.981, 0.981, 0.981)
+    assert (shown["asked"]["keep"], listed["keep"], counted["asked"]["keep"]) == (0.98, 0.98, 0.98)
 
 
 def test_show_verbose_lists_the_modules(icm: Icm, stored: Path) -> None:

@@ -76,7 +76,7 @@ def test_json_keeps_its_names(icm: Icm, trained: Path) -> None:
     assert set(document["fleets"][0]["tasks"][0]) == {
         "task", "bf16_size", "original_size", "vectors_size", "code_size", "residual_size", "rung",
         "relative_error", "squared_error", "retained_gain", "precision", "evicted", "asked", "original_only",
-        "extras_bytes", "is_claimed",
+        "extras_bytes", "is_claimed", "effect",
     }  # fmt: skip
 
 

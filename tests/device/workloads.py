@@ -15,14 +15,17 @@ import torch
 from icmlora import Fleet
 from icmlora.adapter.model import Adapter
 from icmlora.base_models.modality import BaseModel
+from icmlora.base_models.running.lora_hooks import factors_of
 from icmlora.generator.codec import Codec
 from icmlora.generator.relaxed import RelaxedCode
 from icmlora.task_vectors.extraction import extract_adapted, extract_context
 from icmlora.training.config import TrainConfig
+from icmlora.training.effect import Effect
 from icmlora.training.loop import TrainStep, draws_of, fit
 from icmlora.training.refinement import Refinable, RefineConfig, refine
 from icmlora.training.source import AdapterSource
 from icmlora.training.state import new_state
+from icmlora.training.teacher import Teacher
 from tests.device.counts import Counts, counting
 
 CARD = torch.device("cuda", 0)
@@ -42,11 +45,21 @@ def training(net: Any, source: AdapterSource) -> tuple[Counts, int]:
 def refinement(base: BaseModel, codec: Codec, adapters: Sequence[Adapter], items: Sequence[Any]) -> Counts:
     """Count some steps of refining the codes of adapters side by side, and return the counts of one."""
     codes = [
-        Refinable(RelaxedCode(codec, adapter, codec.encode(adapter, {}).data, CARD), 0.3, adapter, items)
+        Refinable(
+            RelaxedCode(codec, adapter, codec.encode(adapter, {}).data, CARD),
+            error=0.3,
+            teacher=Teacher(base, factors_of(adapter), items),
+            effect=Effect(base, factors_of(adapter), items),
+            keep=0.9,
+        )
         for adapter in adapters
     ]
-    steps = refine(codes, base, RefineConfig(steps=_WARM_STEPS + _STEPS))
+    steps = refine(codes, base, RefineConfig(steps=_WARM_STEPS + _STEPS), range(_WARM_STEPS + _STEPS))
     list(islice(steps, _WARM_STEPS))
+    for code in codes:
+        code.teacher.targets(
+            range(len(items))
+        )  # goes through the adapted model once, in whichever step
     with counting() as counts:
         list(islice(steps, _STEPS))
     return share(counts, _STEPS)

@@ -13,7 +13,7 @@ from icmlora.formats.discovery import placeholder
 from icmlora.generator import file as versions
 from icmlora.generator import residual
 from icmlora.generator.code import ABSENT, MAGIC, CodeHead
-from icmlora.generator.config import GeneratorConfig, config_for, tolerance_of
+from icmlora.generator.config import GeneratorConfig, config_for, keep_of, tolerance_of
 from icmlora.generator.scales import OCTAVE
 from registry.storage.folder import FORMAT_TEXT, RESERVE_BYTES, StorePaths
 from tests.docs.pages import ROOT, cells_of, codes_in, section_of
@@ -65,6 +65,7 @@ def test_every_part_of_a_store_is_in_the_design() -> None:
 
 def test_the_table_of_qualities_is_that_of_the_code() -> None:
     rows = {row[0]: row[1:] for row in cells_of(section_of(GENERATOR, "Encoding"))}
+    assert rows["kept effect"] == [f"{keep_of(quality):g}" for quality in range(1, 9)]
     assert rows["largest weighted error"] == [f"{tolerance_of(quality):g}" for quality in range(1, 9)]
 
 

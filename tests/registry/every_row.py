@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from registry.records import NewAdapter, TaskIngest
+from registry.records import CodeLimits, NewAdapter, TaskIngest
 from registry.store import Store
-from tests.registry.examples import BASE, EXTRACTOR, adapter, evaluation, eviction, generator, ingest, vector
+from tests.registry.examples import BASE, EXTRACTOR, adapter, code, evaluation, eviction, generator, ingest, vector
 
 ALONE = "other/base-model"
 
@@ -23,6 +23,7 @@ def fill(store: Store) -> None:
     store.vectors.add([one, vector(store, "rust", 1), replace(one, view="adapted"), replace(one, extractor=newer)])
     first = store.generators.add(generator(store, ["rust"]))
     second = store.generators.add(generator(store, ["rust", "html"], data=b"newer", parent_id=first.id))
+    store.codes.replace(second.id, replace(code(store, "html"), asked=CodeLimits(keep=0.97)))
     store.evaluations.add(
         [evaluation("rust"), evaluation("html", generator_id=first.id), evaluation("html", generator_id=second.id)]
     )

@@ -95,7 +95,8 @@ def vector(store: Store, task: str, support_set: int = 0, *, data: bytes = b"vec
 def code(store: Store, task: str, *, data: bytes | None = None) -> NewCode:
     """Store a code's bytes and return what is to be recorded."""
     content = data or f"code of {task}".encode()
-    return NewCode(store.tasks.final(task), store.blobs.put(content), bits=8.0 * len(content), squared_error=0.01)
+    blob, bits = store.blobs.put(content), 8.0 * len(content)
+    return NewCode(store.tasks.final(task), blob, bits, squared_error=0.01, effect=0.98)
 
 
 def code_of(store: Store, task: str) -> CodeRecord:

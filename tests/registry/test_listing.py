@@ -50,7 +50,7 @@ def fill(store: Store) -> None:
     old = store.generators.add(generator(store, ["rust"], data=b"old"))
     now = store.generators.add(generator(store, ["rust", "HTML"], data=b"now", parent_id=old.id))
     residual = NewResidual(store.blobs.put(b"residual of rust"), 0.0025)
-    store.codes.replace_residual(code_of(store, "rust"), residual, CodeLimits(max_error=0.1))
+    store.codes.replace_residual(code_of(store, "rust"), residual, CodeLimits(max_error=0.1, keep=0.97))
     own = store.tasks.get("rust").eval_data
     assert own is not None
     store.evaluations.add(

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import signal
 import sqlite3
-import tarfile
 from collections.abc import Callable
 from contextlib import closing
 from itertools import count
@@ -21,6 +20,7 @@ from sqlalchemy import Engine, event
 from registry import files as fs
 from registry.storage import sqlite
 from registry.store import Store
+from tests.golden.test_golden import restored, unpacked
 from tests.pg_server import new_database
 from tests.registry import next_schema
 from tests.registry.children import KILLED, run
@@ -31,7 +31,6 @@ from tests.registry.servers import add_rows, everything_in, opened_server
 pytestmark = pytest.mark.kept_in("sqlite", "folder", reason="it makes a store in each database by itself")
 
 JOURNAL = bytes.fromhex("d9d505f920a163d7")  # how one begins that SQLite has to roll back
-GOLDEN = Path(__file__).parents[1] / "golden"
 
 
 class Kills(NamedTuple):
@@ -81,8 +80,8 @@ def killed_everywhere(command: Callable[[], object], state: Callable[[], object]
     raise AssertionError
 
 
-def rows_of(root: Path) -> object:
-    with closing(sqlite3.connect(root / "registry.db")) as connection:
+def rows_of(root: Path, name: str = "registry.db") -> object:
+    with closing(sqlite3.connect(root / name)) as connection:
         return connection.execute("PRAGMA user_version").fetchall(), list(connection.iterdump())
 
 
@@ -90,18 +89,19 @@ def open_and_close(root: Path) -> None:
     Store.open(root).close()
 
 
-def test_a_store_of_icm_0_9_that_is_killed_as_it_moves(tmp_path: Path) -> None:
-    with tarfile.open(GOLDEN / "icm-0.9.0" / "store.tar.gz") as archive:
-        archive.extractall(tmp_path, filter="data")
+@pytest.mark.parametrize("version", ["icm-0.9.0", "icm-0.10.0"])
+def test_a_store_of_an_earlier_icm_that_is_killed_as_it_moves(version: str, tmp_path: Path) -> None:
+    unpacked(version, tmp_path)
     root = tmp_path / "store"
     before = rows_of(root)
     kills = killed_everywhere(lambda: open_and_close(root), lambda: rows_of(root))
-    assert kills.number > 15
+    assert kills.number > 10
     assert (kills.moved, kills.half) == (True, [])
     with Store.open(root) as store:
         assert [found for found in store.verify(read_data=True) if found.is_problem] == []
-    with closing(sqlite3.connect(root / "registry.db.schema-8")) as connection:
-        assert (connection.execute("PRAGMA user_version").fetchall(), list(connection.iterdump())) == before
+    kept = list(root.glob("registry.db.schema-*"))
+    assert [path.name for path in kept] == (["registry.db.schema-8"] if version == "icm-0.9.0" else [])
+    assert [rows_of(root, path.name) for path in kept] == [before] * len(kept)
 
 
 @pytest.fixture
@@ -177,6 +177,19 @@ def test_a_store_on_a_server_that_is_killed_as_it_is_made_and_as_it_moves(
             assert list(database.damage()) == []
 
     assert run(check) == 0
+
+
+def test_a_store_of_an_earlier_icm_on_a_server_that_is_killed_as_it_moves(postgres: str, tmp_path: Path) -> None:
+    url = restored("icm-0.10.0", postgres, tmp_path)
+
+    def move() -> None:
+        with opened_server(url):
+            pass
+
+    kills = killed_everywhere(move, lambda: everything_in(url), 5)
+    assert (kills.moved, kills.half) == (True, [])
+    with opened_server(url) as database:
+        assert list(database.damage()) == []
 
 
 def test_these_kills_find_a_migration_on_a_server_that_commits_a_part(

@@ -13,7 +13,7 @@ from tests.registry.examples import code_of, evaluation, eviction, generator, in
 from tests.registry.pairs import lose, overwrite, rewrite
 
 DATA = b"a residual"
-ASKED = CodeLimits(max_error=0.1)
+ASKED = CodeLimits(max_error=0.1, keep=0.97)
 
 
 @pytest.fixture
@@ -42,6 +42,7 @@ def test_a_code_has_its_residual_and_the_limits_that_it_was_made_for(store: Stor
     assert (code.residual.size, code.residual.squared_error, code.asked) == (len(DATA), 0.002, ASKED)
     assert (code.rung, code.best_squared_error, code.squared_error) == ("residual", 0.002, coded.squared_error)
     assert (coded.rung, coded.best_squared_error, coded.asked) == ("code", coded.squared_error, None)
+    assert code.effect == coded.effect == 0.98
     assert next(store.tasks.summaries()).code == code
 
 
@@ -57,7 +58,7 @@ def test_the_limit_is_kept_as_its_square_and_comes_back_as_it_was_given(
 
 def test_a_squared_limit_of_an_older_store_is_read_as_its_root(store: Store, coded: CodeRecord) -> None:
     rewrite(store, "UPDATE codes SET max_error = 0.09")
-    assert code_of(store, "rust").asked == CodeLimits(max_error=0.3)
+    assert code_of(store, "rust").asked == replace(ASKED, max_error=0.3)
 
 
 @pytest.mark.kept_in("sqlite", "folder", reason="elsewhere bytes are deleted once they are old")

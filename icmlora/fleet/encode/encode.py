@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Literal
 from icmlora.adapter.model import Adapter
 from icmlora.errors import BaseModelNotFound, BaseModelUnsuited, Cancelled, DataError, OptionsConflict, OutOfMemory
 from icmlora.fleet.context import Context, Event, Shard, base_record, reporting, select_tasks, use_case
-from icmlora.fleet.encode.search import CodeSearch, Refiner, ResidualSearch, Trial, refine_all, stoppable
+from icmlora.fleet.encode.refiner import Coarse, Refiner, refine_all, stoppable
+from icmlora.fleet.encode.search import CodeSearch, ResidualSearch, Trial
 from icmlora.fleet.failures import FAILURES, Failed, as_error
 from icmlora.fleet.measure.measure import Measurement, TaskLosses, losses_on_own_text, record_measurements
 from icmlora.fleet.resources.adapter_source import mean_vectors
@@ -24,12 +25,12 @@ from icmlora.fleet.resources.loading import Models, read_original
 from icmlora.fleet.resources.texts import read_samples
 from icmlora.fleet.resources.workers import Tell, check_place, naming, worker_pool
 from icmlora.formats.catalogue import format_named
-from icmlora.generator.config import quality_of, tolerance_of
+from icmlora.generator.config import keep_of, quality_of, tolerance_of
 from icmlora.generator.encoding import Encoded
 from icmlora.generator.limits import Limits
 from icmlora.io.devices import gradient_dtype
 from icmlora.training.config import REFINE_STEPS
-from icmlora.training.refinement import WITHOUT_REFINE, RefineConfig
+from icmlora.training.refinement import FOR_SHARE, WITHOUT_REFINE, RefineConfig
 from registry.errors import TaskNotFound
 from registry.records import (
     AdapterRecord,
@@ -67,6 +68,7 @@ class TaskEncoded(WithRelativeError, Event):
     residual_size: int | None = None  # bytes of its residual, if it has one
     before: int | None = None  # bytes of the code and residual that it had before, if any
     squared_error: float | None = None
+    effect: float | None = None  # share of its adapter's effect that its code keeps
     retained_gain: float | None = None
     reason: str | None = None
     precision: str | None = None  # of the base model that the gain was measured on
@@ -97,6 +99,7 @@ def encode(
     tasks: Sequence[str] = (),
     *,
     quality: int | None = None,
+    keep: float | None = None,
     min_gain: float | None = None,
     max_error: float | None = None,
     tolerance: float | None = None,
@@ -112,20 +115,23 @@ def encode(
     """Re-encode tasks with the current generator, as small as the limits allow; nothing is trained.
 
     A task whose code was made with the same limits is skipped, so the same call continues after an interruption.
-    A code meets all of `min_gain`, `max_error`, `tolerance` and `size` that are given. Without any, the quality
-    counts.
+    A code meets all of `min_gain`, `max_error`, `tolerance` and `size` that are given, or keeps what `keep` says.
+    Without any, the quality counts.
 
     Args:
         context: The store, and who listens.
         tasks: Names of tasks; all by default.
-        quality: 1 (smallest codes) to 8 (most accurate); by default that of the generator. Codes are refined where
-            the base model is at hand.
+        quality: 1 (smallest codes) to 8 (most accurate); by default that of the generator. Where the base model is at
+            hand it stands for a share to keep, else for a tolerance.
+        keep: Share of the adapter's effect that a code keeps, as seen on samples that refinement does not read. Needs
+            the base model.
         min_gain: Smallest retained gain on the task's held-out text. Needs the base model.
         max_error: Largest relative error, ||dW' - dW|| / ||dW||: 0.3 for 30 %.
         tolerance: Largest squared error, weighted by how sensitive each channel is: what `quality` sets.
         size: Bytes that the file of each code may have. The codes are as accurate as that allows.
         refine: Steps that fit a code to what its adapter does, on the task's samples or on texts that the adapted
-            model writes itself. Needs the base model. By default 40 with a quality, and none with other limits.
+            model writes itself. Needs the base model. By default 40 with a quality or a share to keep, and none with
+            other limits.
         residual: Keep the codes, and store a residual for each task whose code misses the limits.
         base_model: Only tasks of this base model.
         device: Where to measure and refine.
@@ -140,7 +146,7 @@ def encode(
         OptionsConflict: Limits that do not go together.
         DataError: There is no generator, or the base model has no tasks.
     """
-    limits = Limits(quality, min_gain, max_error, tolerance, size, refine)
+    limits = Limits(quality, min_gain, max_error, tolerance, size, refine, keep)
     _check(limits, residual=residual)
     check_place(device, workers)
     report = EncodeReport(is_named=bool(tasks))
@@ -168,8 +174,14 @@ def encode(
 def _check(limits: Limits, *, residual: bool) -> None:
     """Raise `OptionsConflict` for limits that do not go together."""
     if limits.quality is not None and not limits.is_by_quality:
-        fact = "--quality sets the limit itself: leave out --max-error, --min-gain, --tolerance and --size"
+        fact = "--quality sets the limit itself: leave out --keep, --max-error, --min-gain, --tolerance and --size"
         raise OptionsConflict(fact)
+    others = (limits.min_gain, limits.max_error, limits.tolerance, limits.size)
+    if limits.keep is not None and any(limit is not None for limit in others):
+        raise OptionsConflict("--keep is the only limit: leave out --max-error, --min-gain, --tolerance and --size")
+    if limits.keep is not None and residual:
+        fact = "--residual keeps errors of weights, so it cannot be used with --keep"
+        raise OptionsConflict(fact, hint="leave out one of the two")
     if limits.size is not None and (limits.refine or residual):
         other = "--refine changes how many bytes a code takes" if limits.refine else "--residual is for an error"
         raise OptionsConflict(f"{other}, so it cannot be used with --size", hint="leave out one of the two")
@@ -201,7 +213,7 @@ class Made:
             new = None if blob is None else NewResidual(blob, self.squared_error)
             return store.codes.replace_residual(self.of, new, self.asked, self.evaluations) is not None
         assert blob is not None
-        code = NewCode(self.of, blob, 8.0 * len(self.data), self.squared_error, self.asked)
+        code = NewCode(self.of, blob, 8.0 * len(self.data), self.squared_error, self.asked, self.outcome.effect)
         return store.codes.replace(self.generator, code, self.evaluations) is not None
 
 
@@ -272,6 +284,7 @@ class _Prepared:
 
     state: _TaskState
     search: CodeSearch
+    is_by_quality: bool  # which is what its code is made for, but no limit that it may miss
     reason: str | None  # why its code is not refined although a quality asks for it
 
 
@@ -336,20 +349,23 @@ def _prepare(
 
 def _limits_under(generator: GeneratorRecord, asked: Limits, *, refined: bool) -> Limits:
     """Return the limits of one code, refined or plain: a quality stands for a tolerance, and for steps."""
+    if asked.keep is not None:
+        return replace(asked, refine=REFINE_STEPS if asked.refine is None else asked.refine)
     if not asked.is_by_quality:
         return replace(asked, refine=asked.refine or 0)
     quality = asked.quality or quality_of(float(generator.config["tolerance"]))  # type: ignore[arg-type]
     if quality is None:
         fact = "the generator was trained with a tolerance of its own, so its codes have no quality"
         raise DataError(fact, hint="give --quality or another limit")
-    steps = REFINE_STEPS if asked.refine is None else asked.refine
-    return Limits(tolerance=tolerance_of(quality, refined=refined), refine=steps if refined else 0)
+    if not refined:
+        return Limits(tolerance=tolerance_of(quality), refine=0)
+    return Limits(keep=keep_of(quality), refine=REFINE_STEPS if asked.refine is None else asked.refine)
 
 
 def _asked(limits: Limits, *, is_kept: bool) -> CodeLimits:
     """Return what the store records of the limits of a code."""
     steps = limits.refine or 0
-    return CodeLimits(limits.min_gain, limits.max_error, limits.tolerance, is_kept, steps, limits.size)
+    return CodeLimits(limits.min_gain, limits.max_error, limits.tolerance, is_kept, steps, limits.size, limits.keep)
 
 
 def _known(state: _TaskState, limits: Limits, *, residual: bool) -> TaskEncoded | None:
@@ -378,9 +394,9 @@ def _known(state: _TaskState, limits: Limits, *, residual: bool) -> TaskEncoded 
 def _searched(state: _TaskState, asked: Limits, limits: Limits, *, again: bool) -> TaskEncoded | _Prepared:
     """Prepare to search for the code of a task."""
     original, refiner, reason = read_original(state.store, state.final), None, None
-    if limits.refine:
+    if limits.refine or limits.keep is not None:
         try:
-            refiner = _refiner(state, original, limits.refine)
+            refiner = _refiner(state, original, limits)
         except (BaseModelNotFound, BaseModelUnsuited, DataError) as error:
             if not asked.is_by_quality:
                 raise
@@ -391,10 +407,11 @@ def _searched(state: _TaskState, asked: Limits, limits: Limits, *, again: bool) 
     codec = codec_of_task(state.store, generator_file, state.code, original.layout)
     vectors = mean_vectors(state.store, state.store.vectors.all(state.task.name))
     initial, losses = state.models.seeds.find(original), state.losses(limits)
-    return _Prepared(state, CodeSearch(codec, original, vectors, initial, limits, losses, refiner, state.tell), reason)
+    search = CodeSearch(codec, original, vectors, initial, limits, losses, refiner, state.tell)
+    return _Prepared(state, search, asked.is_by_quality, reason)
 
 
-def _refiner(state: _TaskState, original: Adapter, steps: int) -> Refiner:
+def _refiner(state: _TaskState, original: Adapter, limits: Limits) -> Refiner:
     """Prepare to refine the code of a task; raise an error where that is not possible."""
     if format_named(state.final.format).is_for_images:
         raise DataError("icm does not run the models that image adapters are for", hint=WITHOUT_REFINE)
@@ -403,10 +420,11 @@ def _refiner(state: _TaskState, original: Adapter, steps: int) -> Refiner:
     base = state.models.base(state.task.base_model, gradient_dtype(state.models.device))
     samples = read_samples(state.store, state.task, base)
     with stoppable(base, lambda: state.tell("preparing to refine")):
-        return Refiner.of(base, original, () if samples is None else samples.items, RefineConfig(steps=steps))
+        config = replace(RefineConfig() if limits.keep is None else FOR_SHARE, steps=limits.refine or 0)
+        return Refiner.of(base, original, () if samples is None else samples.items, config)
 
 
-def _refined_together(prepared: Sequence[_Prepared], tell: Tell) -> dict[str, Encoded]:
+def _refined_together(prepared: Sequence[_Prepared], tell: Tell) -> dict[str, tuple[Coarse, Encoded]]:
     """Refine the codes of several tasks together; nothing is returned where that fails, so each is made alone."""
     prepared = [one for one in prepared if one.search.is_refined_once]
     if len(prepared) < 2:
@@ -419,19 +437,19 @@ def _refined_together(prepared: Sequence[_Prepared], tell: Tell) -> dict[str, En
     except FAILURES as error:
         as_error(error)  # frees the memory, if that is what ran out: one alone may fit
         return {}
-    return {one.state.task.name: encoded for one, encoded in zip(prepared, refined, strict=True)}
+    return {one.state.task.name: pair for one, pair in zip(prepared, zip(codes, refined, strict=True), strict=True)}
 
 
-def _code(prepared: _Prepared, refined: Encoded | None) -> TaskEncoded | Made:
+def _code(prepared: _Prepared, refined: tuple[Coarse, Encoded] | None) -> TaskEncoded | Made:
     """Make the smallest code of a task that meets the limits, or the most accurate one of a size."""
     state, search, reason, size = prepared.state, prepared.search, prepared.reason, prepared.search.limits.size
     try:
-        best, is_kept = search.best() if refined is None else (Trial(refined), True)
+        best, is_kept = search.best() if refined is None else search.done(*refined)
     except Cancelled:
         raise
     except FAILURES as error:
         return state.unmeasured(error)
-    taken = len(best.encoded.data)
+    is_kept, taken = is_kept or prepared.is_by_quality, len(best.encoded.data)
     if size is not None and taken > size:
         reason = f"its smallest code takes {taken:,} bytes"
     outcome = TaskEncoded(state.task.name, "encoded" if is_kept else "below", taken, reason=reason)
@@ -473,6 +491,7 @@ def _made(
         outcome,
         before=state.size_before,
         squared_error=best.encoded.squared_error,
+        effect=best.effect,
         retained_gain=best.gain,
         precision=None if losses is None else losses.precision,
     )

@@ -1,8 +1,10 @@
 """Search for the smallest code, or residual, of one adapter that meets the limits, or the best one of a size.
 
-    tolerance  0.95   0.71   0.5   0.35   ...   0.004
-               few bytes                   many bytes
-                 └─ bisection: encode, load with PEFT, measure ──▶ the coarsest that keeps the retained gain
+    keep       step ──a few passes through the base model──▶ step that keeps less than is asked ──refine──▶ code
+
+    gain       tolerance  0.95   0.71   0.5   0.35   ...   0.004
+                          few bytes                   many bytes
+                            └─ bisection: encode, load with PEFT, measure ──▶ the coarsest that keeps it
 
 The tolerance is chosen by the gain on the task's held-out text, which makes that gain slightly optimistic. `icm eval
 --data` with other text is the stricter test.
@@ -10,27 +12,23 @@ The tolerance is chosen by the gain on the task's held-out text, which makes tha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import torch
 
 from icmlora.adapter.model import Adapter
-from icmlora.base_models.modality import BaseModel
 from icmlora.errors import DataError
+from icmlora.fleet.encode.refiner import COARSER, Coarse, Refiner, coarse_for, refine_all
 from icmlora.fleet.measure.measure import SourceResult, TaskLosses
 from icmlora.fleet.resources.workers import Tell
 from icmlora.generator.codec import Codec
-from icmlora.generator.encoding import Encoded
+from icmlora.generator.encoding import Encoded, Steps
 from icmlora.generator.initial_a.draw import InitialA
 from icmlora.generator.limits import Limits
-from icmlora.generator.relaxed import RelaxedCode
 from icmlora.generator.residual_codec import ResidualCodec
 from icmlora.io.text import human_size
-from icmlora.training.refinement import Refinable, RefineConfig, items_for, refine
 
 LADDER = (0.95, *(2 ** (-half / 2) for half in range(1, 17)))
 """Tolerances from 0.95 to 0.004, half an octave apart; each takes a tenth to a fifth more bytes than the one before.
@@ -40,6 +38,8 @@ At the coarsest, the code of a task that the generator predicts well holds no in
 
 _LOSS_RATIO = 1.5
 """Refinement divides the lost gain of a code by about this, which says at which tolerance to begin with it."""
+_FINER = 0.7  # a second start loses so much less than the first one's end calls for
+_SHORT = 0.005  # by which a code may miss the share that it is for: what other texts would say differs by more
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,7 @@ class Trial:
 
     encoded: Encoded
     result: SourceResult | None = None  # its loss and gain; None where no gain is asked for
+    effect: float | None = None  # share of the adapter's effect that it keeps; None where that was not looked at
 
     @property
     def gain(self) -> float | None:
@@ -114,60 +115,6 @@ def ladder_within(tolerance: float | None) -> tuple[float, ...]:
 
 
 @dataclass(frozen=True)
-class Refiner:
-    """What refinement needs: the base model, in a precision for gradients, and what it reads of the task."""
-
-    base: BaseModel
-    items: Sequence[Any]
-    config: RefineConfig
-
-    @classmethod
-    def of(cls, base: BaseModel, adapter: Adapter, samples: Sequence[Any], config: RefineConfig) -> Refiner:
-        """Prepare to refine the codes of one adapter; raises as `items_for` does."""
-        return cls(base, items_for(base, adapter, samples, config), config)
-
-    def refine(self, codec: Codec, adapter: Adapter, encoded: Encoded, tell: Tell) -> Encoded:
-        """Return a code whose adapter acts more like the original on the samples."""
-        return refine_all([Coarse(self, codec, adapter, encoded)], tell)[0]
-
-
-@dataclass(frozen=True)
-class Coarse:
-    """A code that is to be refined."""
-
-    refiner: Refiner
-    codec: Codec
-    original: Adapter
-    encoded: Encoded
-
-
-@contextmanager
-def stoppable(base: BaseModel, look: Callable[[], None]) -> Iterator[None]:
-    """Look whether to stop before each pass through a base model: texts are written in hundreds of passes."""
-    passes = base.model.register_forward_pre_hook(lambda *_: look())
-    try:
-        yield
-    finally:
-        passes.remove()
-
-
-def refine_all(codes: Sequence[Coarse], tell: Tell) -> list[Encoded]:
-    """Refine codes side by side: all on the same base model, and for the same number of steps."""
-    base, config = codes[0].refiner.base, codes[0].refiner.config
-    relaxed = [RelaxedCode(code.codec, code.original, code.encoded.data, base.device) for code in codes]
-    work = [
-        Refinable(one, code.encoded.weighted_error, code.original, code.refiner.items)
-        for one, code in zip(relaxed, codes, strict=True)
-    ]
-    note = "refining"
-    with stoppable(base, lambda: tell(note)):
-        for step in refine(work, base, config):
-            note = f"refining, step {step} of {config.steps}"
-            tell(note)
-    return [code.codec.measure(code.original, one.to_code()) for one, code in zip(relaxed, codes, strict=True)]
-
-
-@dataclass(frozen=True)
 class CodeSearch:
     """Encodes one adapter in several ways."""
 
@@ -183,7 +130,8 @@ class CodeSearch:
     @property
     def is_refined_once(self) -> bool:
         """Whether the code is made once and refined, so that other codes can be refined with it."""
-        return self.refiner is not None and self.limits.min_gain is None and self.limits.size is None
+        limits = self.limits
+        return self.refiner is not None and bool(limits.refine) and limits.min_gain is None and limits.size is None
 
     def best(self) -> tuple[Trial, bool]:
         """Return the smallest code found that meets the limits, or the most accurate one of a size.
@@ -193,6 +141,9 @@ class CodeSearch:
             as the size, the smallest.
         """
         limits, min_gain = self.limits, self.limits.min_gain
+        if limits.keep is not None:
+            coarse = self.coarse()
+            return self.done(coarse, refine_all([coarse], self.tell)[0] if limits.refine else coarse.encoded)
         if limits.size is not None:
             return self._most_accurate(limits.size)
         if min_gain is None:
@@ -212,7 +163,30 @@ class CodeSearch:
     def coarse(self) -> Coarse:
         """Return the code that refinement begins with."""
         assert self.refiner is not None
-        return Coarse(self.refiner, self.codec, self.original, self._plain(self.limits))
+        keep = self.limits.keep
+        if keep is None:
+            return Coarse(self.refiner, self.codec, self.original, self._plain(self.limits))
+        self.tell(f"encoding, to keep {keep:g}")
+        steps = Steps(self.codec, self.original, self.vectors, self.initial)
+        lost = (COARSER if self.limits.refine else 1) * (1 - keep)
+        return coarse_for(keep, lost, self.refiner, self.codec, self.original, steps)
+
+    def done(self, coarse: Coarse, encoded: Encoded) -> tuple[Trial, bool]:
+        """Return the code that was made of a coarse one, and whether it keeps what it is for.
+
+        One that falls short is refined once more, from a finer start.
+        """
+        share = coarse.share
+        if share is None:
+            return Trial(encoded), True
+        effect, enough = coarse.refiner.kept(self.codec, encoded.data), share.keep - _SHORT
+        if effect < enough and self.limits.refine:
+            lost = _FINER * share.lost * (1 - share.keep) / (1 - effect)
+            finer = coarse_for(share.keep, lost, coarse.refiner, self.codec, self.original, share.steps)
+            again = refine_all([finer], self.tell)[0]
+            if (found := coarse.refiner.kept(self.codec, again.data)) > effect:
+                encoded, effect = again, found
+        return Trial(encoded, effect=effect), effect >= enough
 
     def _most_accurate(self, size: int) -> tuple[Trial, bool]:
         min_gain, encoded = self.limits.min_gain, self._plain(self.limits)

@@ -31,7 +31,7 @@ from icmlora.fewshot.adapt import adapt, supports
 from icmlora.fewshot.finetune import FinetuneConfig, finetune
 from icmlora.fewshot.start import FewShotStart
 from icmlora.fleet.context import Context, base_name, has_loaders, use_case
-from icmlora.fleet.encode.search import Refiner
+from icmlora.fleet.encode.refiner import Refiner
 from icmlora.fleet.few_shot.train import SAMPLE_TOKENS, read_few_shot_start
 from icmlora.fleet.older import open_generator
 from icmlora.fleet.resources.loading import open_base

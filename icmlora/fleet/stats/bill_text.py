@@ -61,6 +61,8 @@ def limits_text(asked: CodeLimits) -> str:
         ("weighted error at most", asked.tolerance),
     )
     known = [f"{name} {limit:g}" for name, limit in limits if limit is not None]
+    if asked.keep is not None:
+        known.append(f"at least {asked.keep:g} of its effect")
     return " and ".join(known if asked.max_size is None else [*known, f"at most {human_size(asked.max_size)}"])
 
 

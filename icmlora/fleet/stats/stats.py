@@ -41,6 +41,7 @@ class TaskBill(WithRelativeError):
     original_only: str | None  # why there can be no code
     extras_bytes: int
     precision: str | None = None  # of the base model that the gain was measured on
+    effect: float | None = None  # of the code without its residual, as in `NewCode`
     is_claimed: bool = False  # its figures are those that a bundle claims, so they are left out here
 
     @property
@@ -290,4 +291,5 @@ def _task_bill(row: TaskFigures, vectors_size: int) -> TaskBill:
         original_only=row.original_only,
         extras_bytes=sum(extra.packed_size for extra in row.extras),
         is_claimed=row.is_claimed,
+        effect=row.effect,
     )

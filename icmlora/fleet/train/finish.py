@@ -54,12 +54,13 @@ def finish(
     """Encode again for limits or refine, then measure, and note in the report what was done.
 
     `base_models` are those with new codes, `tasks` the tasks that have one, if not all, and `only` the only base model
-    that is meant. Without a gain or an error to keep, codes are refined, except those of a tolerance of their own.
+    that is meant. Without anything else to keep, codes are refined, except those of a tolerance of their own.
     """
     labels: Sequence[str | None] = base_models if limits.tolerance is None and limits.refine != 0 else []
     quality, refine = limits.quality, limits.refine
-    if limits.max_error is not None or limits.min_gain is not None:
-        labels, quality, refine = [only] if base_models else [], None, None
+    if not (limits.keep is limits.max_error is limits.min_gain is None):
+        labels, quality = [only] if base_models else [], None
+        refine = None if limits.keep is None else refine
     for label in labels:
         try:
             context.on_event(StageBegun("encode", report))
@@ -67,6 +68,7 @@ def finish(
                 context,
                 tasks,
                 quality=quality,
+                keep=limits.keep,
                 min_gain=limits.min_gain,
                 max_error=limits.max_error,
                 refine=refine,

@@ -140,6 +140,7 @@ def train(
     resume: bool = True,
     fresh: bool = False,
     refine: int | None = None,
+    keep: float | None = None,
     min_gain: float | None = None,
     max_error: float | None = None,
     evaluate: bool = True,
@@ -170,6 +171,7 @@ def train(
         resume: Resume a training that was stopped.
         fresh: Start from scratch instead of from the current generator.
         refine: Steps that fit each code to what its adapter does; 0 for none, by default as in `encode`.
+        keep: Encode again to keep this share of each adapter's effect, as `encode` does.
         min_gain: Encode again to keep this retained gain, as `encode` does.
         max_error: Encode again to keep this relative error, as `encode` does.
         evaluate: Measure the codes, as `evaluate` does.
@@ -205,7 +207,7 @@ def train(
                         report.trained.append(trained)
                         context.on_event(trained)
                 ranks.share()  # nothing: the others may leave
-        limits = Limits(quality, min_gain, max_error, tolerance, refine=refine)
+        limits = Limits(quality, min_gain, max_error, tolerance, refine=refine, keep=keep)
         labels = [trained.base_model for trained in report.trained]
         finish(context, report, labels, (), limits, only=base_model, measure=evaluate, device=device, workers=workers)
     return report

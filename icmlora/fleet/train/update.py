@@ -84,6 +84,7 @@ def update(
     learning_rate: float | None = None,
     seed: int = 0,
     refine: int | None = None,
+    keep: float | None = None,
     min_gain: float | None = None,
     max_error: float | None = None,
     evaluate: bool = True,
@@ -95,9 +96,9 @@ def update(
     evicted. It takes as long as the new tasks take. Then the new codes are encoded again or refined, and measured, as
     `train` does.
 
-    `device`, `base_model`, `learning_rate`, `seed`, `refine`, `min_gain`, `max_error`, `evaluate` and `workers` are as
-    in `train`. So are `quality` and `tolerance`, by default those of the first training, and `steps`, by default chosen
-    for the number of new tasks.
+    `device`, `base_model`, `learning_rate`, `seed`, `refine`, `keep`, `min_gain`, `max_error`, `evaluate` and `workers`
+    are as in `train`. So are `quality` and `tolerance`, by default those of the first training, and `steps`, by default
+    chosen for the number of new tasks.
 
     Raises:
         DataError: The store has no tasks, or a base model has no generator yet.
@@ -121,7 +122,7 @@ def update(
                     for code in codes:
                         context.on_event(code)
                     context.on_event(updated)
-        limits = Limits(quality, min_gain, max_error, tolerance, refine=refine)
+        limits = Limits(quality, min_gain, max_error, tolerance, refine=refine, keep=keep)
         tasks, done = report.tasks, [updated.base_model for updated in report.updated if updated.tasks]
         finish(context, report, done, tasks, limits, only=base_model, measure=evaluate, device=device, workers=workers)
     return report

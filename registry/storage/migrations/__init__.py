@@ -1,6 +1,8 @@
 """How tables come from one schema to the next: by alembic, with a revision for each, which has the schema's number.
 
-    8 ──versions/schema_9.py──▶ 9        the transaction that moves a store also writes its new number
+    8 ──versions/schema_9.py──▶ 9 ──versions/schema_10.py──▶ 10
+
+The transaction that moves a store also writes its new number.
 
 A new store gets the tables that `registry.schema` describes. Nothing of this is imported to open a store that has the
 newest schema already.

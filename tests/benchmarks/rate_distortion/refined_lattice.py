@@ -23,11 +23,13 @@ from icmlora.base_models.examples.examples import examples_for
 from icmlora.base_models.finding.lookup import inspect_base
 from icmlora.base_models.kinds.causal_lm import CausalLM
 from icmlora.base_models.modality import BaseModel
-from icmlora.base_models.running.lora_hooks import Factors
+from icmlora.base_models.running.lora_hooks import Factors, factors_of
 from icmlora.generator.relaxed import RelaxedCode
 from icmlora.io.devices import gradient_dtype
 from icmlora.io.staging import writing_file
+from icmlora.training.effect import Effect
 from icmlora.training.refinement import Refinable, RefineConfig, items_for, refine
+from icmlora.training.teacher import Teacher
 from tests.benchmarks import baselines
 from tests.benchmarks.baselines import e8
 from tests.benchmarks.baselines.catalogue import baseline_named
@@ -138,8 +140,11 @@ def refined(lattice: Lattice, adapter: Adapter, base: BaseModel, samples: Any, c
     rows = lattice.rows(adapter)
     relaxed = RelaxedRows(rows)
     error = squared_error(adapter, rows.adapter())
-    work = Refinable(cast(RelaxedCode, relaxed), error, adapter, items_for(base, adapter, samples, config))
-    for _ in refine([work], base, config):
+    read, held = items_for(base, adapter, samples, config)
+    original = factors_of(adapter)
+    teacher, effect = Teacher(base, original, read), Effect(base, original, held)
+    work = Refinable(cast(RelaxedCode, relaxed), error, teacher, effect, keep=None)
+    for _ in refine([work], base, config, range(config.steps)):
         pass
     return relaxed.to_bytes()
 

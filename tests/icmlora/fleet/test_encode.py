@@ -120,12 +120,32 @@ def test_refinement_can_be_stopped_while_the_model_still_writes_its_texts(fleet:
 
 @pytest.mark.slow
 def test_a_quality_refines_codes_that_are_coarser_than_plain_ones(fleet: Fleet) -> None:
-    (plain,) = fleet.encode(["poems"], quality=5, refine=0).tasks
-    (refined,) = fleet.encode(["poems"], quality=5, refine=2, device="cpu").tasks
+    (plain,) = fleet.encode(["poems"], quality=4, refine=0, again=True).tasks
+    (refined,) = fleet.encode(["poems"], quality=4, refine=20, device="cpu").tasks
     assert (plain.status, refined.status) == ("encoded", "encoded")
     assert plain.size is not None
     assert refined.size is not None
     assert refined.size < plain.size
+
+
+@pytest.mark.slow
+def test_a_share_of_the_effect_is_kept_with_and_without_refining(fleet: Fleet) -> None:
+    sizes = dict[int, int | None]()
+    for steps in (0, 20):
+        (task,) = fleet.encode(["poems"], keep=0.9, refine=steps, device="cpu").tasks
+        assert (task.status, fleet.encode(["poems"], keep=0.9, refine=steps).tasks[0].status) == ("encoded", "known")
+        assert task.effect is not None
+        assert task.effect >= 0.895
+        sizes[steps] = task.size
+    assert sizes[20] < sizes[0]  # type: ignore[operator]
+
+
+@pytest.mark.slow
+def test_a_share_takes_forward_passes_and_so_the_base_model(fleet: Fleet) -> None:
+    fleet.forget_base_model(LABEL)
+    (task,) = fleet.encode(["poems"], keep=0.9, refine=0).tasks
+    assert task.status == "unmeasured"
+    assert LABEL in str(task.reason)
 
 
 def test_without_a_limit_the_quality_of_the_generator_counts(fleet: Fleet) -> None:

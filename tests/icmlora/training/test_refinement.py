@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from icmlora.adapter.model import Adapter
 from icmlora.base_models.examples.examples import plain
 from icmlora.base_models.kinds.causal_lm import CausalLM
 from icmlora.base_models.modality import BaseModel
-from icmlora.base_models.running.lora_hooks import added
+from icmlora.base_models.running.lora_hooks import added, factors_of
 from icmlora.errors import BaseModelUnsuited, DataError
 from icmlora.formats.discovery.folder import load_adapter
 from icmlora.generator.codec import Codec
@@ -23,8 +23,10 @@ from icmlora.generator.cvae import CVAE
 from icmlora.generator.limits import Limits
 from icmlora.generator.network_file import generator_from_bytes, generator_to_bytes
 from icmlora.generator.relaxed import RelaxedCode
-from icmlora.training import teacher
-from icmlora.training.refinement import Refinable, RefineConfig, items_for, refine
+from icmlora.training import refinement, teacher
+from icmlora.training.effect import Effect
+from icmlora.training.refinement import FOR_SHARE, Refinable, RefineConfig, items_for, refine
+from icmlora.training.teacher import Teacher, shortfalls
 from tests.icmlora.tiny_base import LABEL, load_tiny_base, write_tiny_adapter
 
 TEXTS = ["a first text of the task", "another one, of another length", "the third"]
@@ -62,12 +64,25 @@ def divergence(base: BaseModel, original: Adapter, other: Adapter) -> float:
     return total
 
 
-def refined(base: BaseModel, adapter: Adapter, coded: tuple[Codec, bytes], config: RefineConfig = CONFIG) -> bytes:
+def teacher_of(base: BaseModel, adapter: Adapter) -> Teacher:
+    return Teacher(base, factors_of(adapter), base.modality.prepare(base, plain(TEXTS), CONFIG.tokens, whole=True))
+
+
+def effect_of(base: BaseModel, adapter: Adapter) -> Effect:
+    return Effect(base, factors_of(adapter), base.modality.prepare(base, plain(TEXTS), CONFIG.tokens, whole=True))
+
+
+def refined(
+    base: BaseModel,
+    adapter: Adapter,
+    coded: tuple[Codec, bytes],
+    config: RefineConfig = CONFIG,
+    keep: float | None = None,
+) -> bytes:
     codec, data = coded
     relaxed = RelaxedCode(codec, adapter, data)
-    items = base.modality.prepare(base, plain(TEXTS), config.tokens, whole=True)
-    work = [Refinable(relaxed, 0.4, adapter, items)]
-    assert list(refine(work, base, config)) == list(range(1, config.steps + 1))
+    work = [Refinable(relaxed, 0.4, teacher_of(base, adapter), effect_of(base, adapter), keep)]
+    assert list(refine(work, base, config, range(config.steps))) == list(range(1, config.steps + 1))
     return relaxed.to_code()
 
 
@@ -89,6 +104,28 @@ def test_a_higher_price_gives_a_smaller_code(base: BaseModel, adapter: Adapter, 
 
 
 @pytest.mark.slow
+def test_a_code_that_is_to_keep_less_of_the_effect_ends_smaller(
+    base: BaseModel, adapter: Adapter, coded: tuple[Codec, bytes]
+) -> None:
+    config = RefineConfig(steps=40, learning_rate=0.05)
+    sizes = [len(refined(base, adapter, coded, config, keep)) for keep in (0.999, 0.6)]
+    assert sizes[1] < 0.95 * sizes[0]
+
+
+def test_steps_that_are_done_in_two_parts_read_what_they_read_in_one(
+    base: BaseModel, adapter: Adapter, coded: tuple[Codec, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, read = RefineConfig(steps=6), list[Sequence[int]]()
+    monkeypatch.setattr(refinement, "shortfalls", lambda _, asked: (read.append(asked[0][2]), shortfalls(_, asked))[1])
+    work = Refinable(
+        RelaxedCode(coded[0], adapter, coded[1]), 0.4, teacher_of(base, adapter), effect_of(base, adapter), None
+    )
+    for steps in (range(6), range(4), range(4, 6)):
+        list(refine([work], base, config, steps))
+    assert read[:6] == read[6:]
+
+
+@pytest.mark.slow
 def test_the_same_refinement_gives_the_same_code(base: BaseModel, adapter: Adapter, coded: tuple[Codec, bytes]) -> None:
     assert refined(base, adapter, coded) == refined(base, adapter, coded)
 
@@ -103,20 +140,19 @@ def test_codes_that_are_refined_together_are_those_that_are_refined_alone(
     torch.manual_seed(0)
     net = CVAE(config_for(LABEL, [adapter.layout for adapter in adapters], tasks=64, condition_size=0, quality=4))
     codec = Codec(generator_from_bytes(generator_to_bytes(net)))
-    items = base.modality.prepare(base, plain(TEXTS), CONFIG.tokens, whole=True)
 
     def opened() -> list[Refinable]:
         codes = [codec.encode(adapter, {}, limits=Limits(tolerance=0.4)).data for adapter in adapters]
         return [
-            Refinable(RelaxedCode(codec, adapter, code), 0.4, adapter, items)
+            Refinable(RelaxedCode(codec, adapter, code), 0.4, teacher_of(base, adapter), effect_of(base, adapter), None)
             for adapter, code in zip(adapters, codes, strict=True)
         ]
 
     together, alone = opened(), opened()
     config = replace(CONFIG, steps=4)
-    assert len(list(refine(together, base, config))) == (4 if by_rows else 8)
+    assert len(list(refine(together, base, config, range(4)))) == (4 if by_rows else 8)
     for one in alone:
-        assert len(list(refine([one], base, config))) == 4
+        assert len(list(refine([one], base, config, range(4)))) == 4
     for first, second in zip(together, alone, strict=True):
         for one, other in zip(first.relaxed.values, second.relaxed.values, strict=True):
             torch.testing.assert_close(one, other, atol=1e-3, rtol=1e-3)
@@ -138,16 +174,29 @@ def test_the_base_model_is_left_as_it_was(base: BaseModel, adapter: Adapter, cod
 
 def test_where_samples_are_few_the_adapted_model_writes_the_others(base: BaseModel, adapter: Adapter) -> None:
     few = base.modality.prepare(base, plain(TEXTS), CONFIG.tokens, whole=True)
-    items = items_for(base, adapter, plain(TEXTS), RefineConfig(samples=10, tokens=48))
-    assert [item.ids for item in items[:3]] == [item.ids for item in few]
+    items, _ = items_for(base, adapter, plain(TEXTS), RefineConfig(samples=10, tokens=48))
+    assert all(one in items for one in few)
     assert len(few) < len(items) <= 10
     assert all(item.ids[:8] in [one.ids[:8] for one in few] for item in items)
 
 
 def test_without_samples_the_adapted_model_writes_all_of_them(base: BaseModel, adapter: Adapter) -> None:
-    items = items_for(base, adapter, (), RefineConfig(samples=6, tokens=48))
+    items, _ = items_for(base, adapter, (), RefineConfig(samples=6, tokens=48))
     assert 0 < len(items) <= 6
     assert all(item.size <= 48 for item in items)
+
+
+def test_what_refinement_reads_does_not_tell_what_a_code_keeps(base: BaseModel, adapter: Adapter) -> None:
+    texts = [f"text {number} of the task" for number in range(20)]
+    read, held = items_for(base, adapter, plain(texts), replace(FOR_SHARE, samples=8))
+    assert len(read) == 3 * len(held)
+    assert not [item for item in held if item in read]
+
+
+def test_of_a_single_text_refinement_reads_what_tells(base: BaseModel, adapter: Adapter) -> None:
+    read, held = items_for(base, adapter, plain(TEXTS[:1]), replace(FOR_SHARE, samples=1))
+    assert read == held
+    assert len(read) == 1
 
 
 def test_the_same_seed_writes_the_same_texts_and_leaves_the_global_generator_alone(

@@ -1,0 +1,59 @@
+"""The effect of an adapter on its base model, and how much of it other factors keep.
+
+    noise  = KL(original || the same dW, rounded otherwise)     in nats a token, over some texts
+    effect = KL(original || base) - noise
+    kept   = 1 - (KL(original || other) - noise) / effect
+
+It is 1 for the original and 0 for the bare base model, whatever the adapter's size or strength. Unlike the gain on
+held-out text it needs no answers, takes few texts, and is not above 1 by luck.
+
+A base model in bfloat16 rounds after each layer, so factors of the same dW give slightly other predictions. Of a weak
+adapter that is a hundredth of its whole effect, as much as a code may lose (docs/results/LOG.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from icmlora.base_models.modality import BaseModel
+from icmlora.base_models.running.lora_hooks import Factors
+from icmlora.training.teacher import Teacher, shortfalls
+
+_LEAST = 1e-6  # nats; an adapter with a smaller effect has none
+
+
+class Effect:
+    """The effect of an adapter, A (r, in) and B (out, r) by module, on some examples of its base model."""
+
+    def __init__(self, base: BaseModel, original: Factors, items: Sequence[Any]) -> None:
+        self._base, self._original = base, original
+        self._teacher = Teacher(base, original, items)
+
+    @cached_property
+    def noise(self) -> float:
+        """What the rounding of the base model's arithmetic alone makes of it, in nats."""
+        return self._divergence({name: _rescaled(*pair) for name, pair in self._original.items()})
+
+    @cached_property
+    def whole(self) -> float:
+        """All of it, in nats."""
+        return max(self._divergence({}) - self.noise, _LEAST)
+
+    def kept(self, factors: Factors) -> float:
+        """Return the share that other factors keep: about 1 at most, negative if they are further off than nothing."""
+        return 1 - (self._divergence(factors) - self.noise) / self.whole
+
+    @torch.no_grad()
+    def _divergence(self, factors: Factors) -> float:
+        (short,) = shortfalls(self._base, [(self._teacher, factors, range(len(self._teacher)))])
+        return float(short.divergence)
+
+
+def _rescaled(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return other factors of the same dW, (r, in) and (out, r), all of whose values round otherwise."""
+    scales = torch.linspace(1.1, 1.9, len(a), device=a.device)  # none is a power of two, which would round alike
+    return a.float() * scales[:, None], b.float() / scales

@@ -1,0 +1,105 @@
+"""Codes for a share of the effect: where their refinement begins, and where it goes on."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from icmlora.adapter.model import Adapter
+from icmlora.base_models.examples.examples import plain
+from icmlora.base_models.modality import BaseModel
+from icmlora.fleet.encode import refiner
+from icmlora.fleet.encode.refiner import Coarse, Refiner, coarse_for, near, refine_all
+from icmlora.formats.discovery.folder import load_adapter
+from icmlora.generator.codec import Codec
+from icmlora.generator.config import config_for
+from icmlora.generator.cvae import CVAE
+from icmlora.generator.encoding import Steps
+from icmlora.generator.network_file import generator_from_bytes, generator_to_bytes
+from icmlora.training.refinement import FOR_SHARE
+from tests.icmlora.tiny_base import LABEL, load_tiny_base, write_tiny_adapter
+
+TEXTS = plain([f"text {number} of a task with some words in it" for number in range(12)])
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> BaseModel:
+    return load_tiny_base(tmp_path / "base")
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> Adapter:
+    return load_adapter(write_tiny_adapter(tmp_path / "adapter", strength=2.0))
+
+
+@pytest.fixture
+def codec(adapter: Adapter) -> Codec:
+    torch.manual_seed(0)
+    net = CVAE(config_for(LABEL, [adapter.layout], tasks=64, condition_size=0, quality=4))
+    return Codec(generator_from_bytes(generator_to_bytes(net)))
+
+
+def coarse(base: BaseModel, adapter: Adapter, codec: Codec, keep: float, lost: float) -> Coarse:
+    found = Refiner.of(base, adapter, TEXTS, FOR_SHARE)
+    return coarse_for(keep, lost, found, codec, adapter, Steps(codec, adapter, {}, None))
+
+
+@given(share=st.floats(0.001, 0.5), power=st.floats(1.2, 3.0), at=st.integers(-60, 0), first=st.integers(-60, 0))
+def test_a_few_looks_find_the_step_that_loses_a_share(share: float, power: float, at: int, first: int) -> None:
+    looks = []
+
+    def lost(step: int) -> float:
+        looks.append(step)
+        return min(share * 2.0 ** (power * (step - at) / 8), 1.0)
+
+    step, found = near(share, lost, first)
+    assert len(looks) <= 4
+    assert step in looks
+    assert found == pytest.approx(max(lost(step), 1e-4))
+    if abs(first - at) <= 16:
+        assert abs(math.log2(found / share)) < 1
+
+
+def test_refinement_begins_with_a_code_that_loses_about_the_share(
+    base: BaseModel, adapter: Adapter, codec: Codec
+) -> None:
+    begun = coarse(base, adapter, codec, keep=0.9, lost=0.3)
+    assert begun.share is not None
+    assert begun.share.lost == pytest.approx(1 - begun.refiner.kept(codec, begun.encoded.data))
+    assert 0.15 < begun.share.lost < 0.6
+
+
+@pytest.mark.parametrize(("keep", "is_finer"), [(0.999, True), (0.3, False)])
+def test_a_code_that_would_miss_its_share_goes_on_with_another_step(
+    base: BaseModel, adapter: Adapter, codec: Codec, keep: float, is_finer: bool
+) -> None:
+    begun = coarse(base, adapter, codec, keep, lost=0.2)
+    (made,) = refine_all([begun], lambda _: None)
+    assert begun.share is not None
+    before, after = begun.share.step, codec.open(made.data).head.step
+    assert (after < before, after > before) == (is_finer, not is_finer)
+
+
+def test_a_code_that_is_for_no_share_keeps_its_step(base: BaseModel, adapter: Adapter, codec: Codec) -> None:
+    begun = coarse(base, adapter, codec, keep=0.9, lost=0.2)
+    (made,) = refine_all([Coarse(begun.refiner, codec, adapter, begun.encoded)], lambda _: None)
+    assert codec.open(made.data).head.step == codec.open(begun.encoded.data).head.step
+
+
+def test_the_steps_of_a_code_are_as_many_as_were_asked_for(
+    base: BaseModel, adapter: Adapter, codec: Codec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = list[int]()
+    real = refiner.refine
+    monkeypatch.setattr(
+        refiner,
+        "refine",
+        lambda *asked: (step for step in real(*asked) if not done.append(step)),  # type: ignore[func-returns-value]
+    )
+    refine_all([coarse(base, adapter, codec, keep=0.9, lost=0.2)], lambda _: None)
+    assert done == list(range(1, FOR_SHARE.steps + 1))

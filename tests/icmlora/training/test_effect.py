@@ -1,0 +1,71 @@
+"""The effect of an adapter on a tiny model, and what other factors keep of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from icmlora.base_models.examples.examples import plain
+from icmlora.base_models.modality import BaseModel
+from icmlora.base_models.running.lora_hooks import Factors, factors_of
+from icmlora.formats.discovery.folder import load_adapter
+from icmlora.training.effect import Effect
+from tests.icmlora.tiny_base import load_tiny_base, write_tiny_adapter
+
+TEXTS = ["a first text of the task", "another one, of another length"]
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> BaseModel:
+    return load_tiny_base(tmp_path / "base")
+
+
+@pytest.fixture
+def original(tmp_path: Path) -> Factors:
+    return factors_of(load_adapter(write_tiny_adapter(tmp_path / "adapter", strength=2.0)))
+
+
+@pytest.fixture
+def effect(base: BaseModel, original: Factors) -> Effect:
+    return effect_on(base, original)
+
+
+def effect_on(base: BaseModel, factors: Factors) -> Effect:
+    return Effect(base, factors, base.modality.prepare(base, plain(TEXTS), 64, whole=True))
+
+
+def scaled(factors: Factors, factor: float) -> Factors:
+    return {name: (a, factor * b) for name, (a, b) in factors.items()}
+
+
+def test_the_original_keeps_all_of_its_effect(effect: Effect, original: Factors) -> None:
+    assert effect.kept(original) == pytest.approx(1, abs=1e-3)
+
+
+def test_the_bare_base_model_keeps_none_of_it(effect: Effect) -> None:
+    assert effect.kept({}) == pytest.approx(0, abs=1e-3)
+
+
+def test_a_weaker_adapter_keeps_a_part_of_it(effect: Effect, original: Factors) -> None:
+    assert 0.2 < effect.kept(scaled(original, 0.6)) < effect.kept(scaled(original, 0.9)) < 1
+
+
+def test_the_opposite_keeps_little_of_it(effect: Effect, original: Factors) -> None:
+    assert effect.kept(scaled(original, -1)) < 0.3
+
+
+def test_other_factors_of_the_same_weights_keep_all_of_it_in_bfloat16_too(base: BaseModel, original: Factors) -> None:
+    base.model.to(torch.bfloat16)
+    weak = scaled(original, 3e-4)  # a hundredth of its effect is noise
+    effect = effect_on(base, weak)
+    turned = {name: (a.flip(0) * 1.3, b.flip(1) / 1.3) for name, (a, b) in weak.items()}
+    lost = 1 - effect.kept(turned)
+    assert effect.noise > 0.005 * effect.whole
+    assert abs(lost) < 0.1 * effect.noise / effect.whole
+
+
+def test_an_adapter_that_does_nothing_keeps_all_of_it(base: BaseModel, original: Factors) -> None:
+    nothing = scaled(original, 0)
+    assert effect_on(base, nothing).kept(nothing) == 1
