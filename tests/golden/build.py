@@ -1,10 +1,10 @@
 """Write a store and a bundle with this icm, for every later one to open: `python -m tests.golden.build /srv/fleet`.
 
-    tests/golden/icm-0.10.0/store.tar.gz    a store with an original, a pinned one with a residual, and an evicted one
-    tests/golden/icm-0.10.0/server.sql      the same tasks in PostgreSQL
-    tests/golden/icm-0.10.0/blobs.tar.gz    the folder of that one's bytes
-    tests/golden/icm-0.10.0/fleet.icm       a bundle of the same tasks
-    tests/golden/icm-0.10.0/adapters/       what the tasks materialize to
+    tests/golden/icm-0.11.0/store.tar.gz    a store with an original, a pinned one with a residual, and an evicted one
+    tests/golden/icm-0.11.0/server.sql      the same tasks in PostgreSQL
+    tests/golden/icm-0.11.0/blobs.tar.gz    the folder of that one's bytes
+    tests/golden/icm-0.11.0/fleet.icm       a bundle of the same tasks
+    tests/golden/icm-0.11.0/adapters/       what the tasks materialize to
 
 The folder of the adapters is named on the command line, and made for the moment: a store notes where they came from.
 What a release wrote is never written again: each version gets a folder of its own.
@@ -33,6 +33,7 @@ def build(folder: Path, work: Path) -> None:
     store = build_ingested(work, vectors=True)
     train_store(store)
     icm_quietly(store, "encode", "silent", "--residual", "--max-error", "0.1")
+    icm_quietly(store, "encode", "poems", "--keep", "0.8", "--refine", "2", "--device", "cpu")
     icm_quietly(store, "eval", "rules", "--device", "cpu")
     icm_quietly(store, "edit", "rules", "--tag", "golden")
     icm_quietly(store, "edit", "rules", "--note", "kept for later versions")
