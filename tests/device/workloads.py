@@ -57,9 +57,7 @@ def refinement(base: BaseModel, codec: Codec, adapters: Sequence[Adapter], items
     steps = refine(codes, base, RefineConfig(steps=_WARM_STEPS + _STEPS), range(_WARM_STEPS + _STEPS))
     list(islice(steps, _WARM_STEPS))
     for code in codes:
-        code.teacher.targets(
-            range(len(items))
-        )  # goes through the adapted model once, in whichever step
+        code.teacher.targets(range(len(items)))  # goes through the adapted model once, in whichever step
     with counting() as counts:
         list(islice(steps, _STEPS))
     return share(counts, _STEPS)
