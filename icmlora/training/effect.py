@@ -40,8 +40,8 @@ class Effect:
 
     @cached_property
     def whole(self) -> float:
-        """All of it, in nats."""
-        return max(self._divergence({}) - self.noise, _LEAST)
+        """All of it, in nats; of an adapter that does less than the noise, as much as that."""
+        return max(self._divergence({}) - self.noise, self.noise, _LEAST)
 
     def kept(self, factors: Factors) -> float:
         """Return the share that other factors keep: about 1 at most, negative if they are further off than nothing."""

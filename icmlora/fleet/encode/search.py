@@ -39,7 +39,8 @@ At the coarsest, the code of a task that the generator predicts well holds no in
 _LOSS_RATIO = 1.5
 """Refinement divides the lost gain of a code by about this, which says at which tolerance to begin with it."""
 _FINER = 0.7  # a second start loses so much less than the first one's end calls for
-_SHORT = 0.005  # by which a code may miss the share that it is for: what other texts would say differs by more
+# A code may lose a third more than it is asked to, and at most so much: what other texts would say differs by more.
+_SHORT, _MOST_SHORT = 1 / 3, 0.01
 
 
 @dataclass(frozen=True)
@@ -179,7 +180,8 @@ class CodeSearch:
         share = coarse.share
         if share is None:
             return Trial(encoded), True
-        effect, enough = coarse.refiner.kept(self.codec, encoded.data), share.keep - _SHORT
+        enough = share.keep - min(_SHORT * (1 - share.keep), _MOST_SHORT)
+        effect = coarse.refiner.kept(self.codec, encoded.data)
         if effect < enough and self.limits.refine:
             lost = _FINER * share.lost * (1 - share.keep) / (1 - effect)
             finer = coarse_for(share.keep, lost, coarse.refiner, self.codec, self.original, share.steps)
