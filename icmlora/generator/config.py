@@ -24,7 +24,7 @@ _INNER_NUMBER = re.compile(r"(?<=[._]transformer_blocks\.)(?:0|[1-9]\d{0,3})(?=\
 # 1 - retained gain is a quarter to a tenth of it (docs/results/LOG.md).
 _TOLERANCES = (0.35, 0.25, 0.17, 0.11, 0.07, 0.045, 0.025, 0.012)
 # quality -> share of an adapter's effect that a code keeps, where its base model is at hand.
-_KEEPS = (0.9, 0.94, 0.97, 0.985, 0.99, 0.993, 0.996, 0.998)
+_KEEPS = (0.9, 0.94, 0.965, 0.98, 0.987, 0.992, 0.996, 0.998)
 # Tasks of a fleet -> sizes of its network. A larger network makes each code smaller and is paid for once
 # (docs/results/LOG.md).
 _SIZES = (
