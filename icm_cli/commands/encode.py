@@ -92,8 +92,11 @@ def encode(
     """Re-encode tasks with the current generator, as small as the quality you ask for allows.
 
     Nothing is trained. Without limits, the quality of the generator counts, and codes are refined: each is fitted to
-    what its adapter does, which makes it several times smaller. That takes the base model, and a minute or two a task
-    on a CPU. A task for which no code is good enough gets its most accurate code and should keep its
+    what its adapter does, which makes it several times smaller. That takes the base model, and two or three minutes a
+    task on a CPU. A quality is a share of the adapter's effect, or of its weights if the base model is missing. A code
+    that keeps a little less says so and is no failure; with --keep it is one.
+
+    A task for which no code is good enough gets its most accurate code and should keep its
     original: `icm evict` with the same --min-gain or --max-error does not delete it. Exit code 3 means that there are
     such tasks; `icm stats` counts them too. Original-only tasks affect the exit code only when named.
 
@@ -107,6 +110,7 @@ def encode(
     codes without residuals.
 
     Example:
+      icm encode --keep 0.98
       icm encode --min-gain 0.98
     """
     from icmlora.fleet.encode.encode import encode

@@ -335,7 +335,7 @@ def _prepare(
             return state.unchanged("original_only", final.original_only)
         models.generator_file(generator)  # before minutes are spent: it may have a format that is not read any more
         limits = _limits_under(generator, asked, refined=asked.refine != 0 and not residual)
-        if not again and (known := _known(state, limits, residual=residual)) is not None:
+        if not again and (known := _known(state, asked, limits, residual=residual)) is not None:
             return known
         try:
             return _residual(state, limits) if residual else _searched(state, asked, limits, again=again)
@@ -368,7 +368,7 @@ def _asked(limits: Limits, *, is_kept: bool) -> CodeLimits:
     return CodeLimits(limits.min_gain, limits.max_error, limits.tolerance, is_kept, steps, limits.size, limits.keep)
 
 
-def _known(state: _TaskState, limits: Limits, *, residual: bool) -> TaskEncoded | None:
+def _known(state: _TaskState, asked: Limits, limits: Limits, *, residual: bool) -> TaskEncoded | None:
     """Return the outcome if the code was made with the same limits already, so that a stopped run can continue."""
     code = state.code
     if code is None or code.asked is None:
@@ -385,7 +385,7 @@ def _known(state: _TaskState, limits: Limits, *, residual: bool) -> TaskEncoded 
     ]
     if limits.min_gain is not None and not rows:
         return None  # its held-out text has changed, or how its base model is loaded
-    outcome = state.unchanged("known" if code.asked.is_kept else "below")
+    outcome = state.unchanged("known" if code.asked.is_kept or asked.is_by_quality else "below")
     if not rows:
         return outcome
     return replace(outcome, retained_gain=rows[0].retained_gain, precision=rows[0].precision)
@@ -401,7 +401,7 @@ def _searched(state: _TaskState, asked: Limits, limits: Limits, *, again: bool) 
             if not asked.is_by_quality:
                 raise
             limits, reason = _limits_under(state.generator, asked, refined=False), f"not refined: {error.message}"
-            if not again and (known := _known(state, limits, residual=False)) is not None:
+            if not again and (known := _known(state, asked, limits, residual=False)) is not None:
                 return replace(known, reason=reason)
     generator_file = state.models.generator_file(state.generator)
     codec = codec_of_task(state.store, generator_file, state.code, original.layout)
@@ -449,10 +449,11 @@ def _code(prepared: _Prepared, refined: tuple[Coarse, Encoded] | None) -> TaskEn
         raise
     except FAILURES as error:
         return state.unmeasured(error)
-    is_kept, taken = is_kept or prepared.is_by_quality, len(best.encoded.data)
+    taken = len(best.encoded.data)
     if size is not None and taken > size:
         reason = f"its smallest code takes {taken:,} bytes"
-    outcome = TaskEncoded(state.task.name, "encoded" if is_kept else "below", taken, reason=reason)
+    status: EncodeStatus = "encoded" if is_kept or prepared.is_by_quality else "below"
+    outcome = TaskEncoded(state.task.name, status, taken, reason=reason)
     return _made(state, state.final, search.limits, outcome, search.losses, best, best, is_kept=is_kept)
 
 

@@ -11,6 +11,7 @@ from icmlora import Cancelled, DataError, Fleet, Progress, StoreLocked, TaskNotF
 from icmlora.errors import OptionsConflict
 from icmlora.fleet.context import Event
 from icmlora.fleet.encode.encode import EncodeReport, TaskEncoded
+from icmlora.training.effect import Effect
 from tests.icmlora.fleet.stores import TASKS, blob_of, code_blobs, files_of, is_sound, stop_after
 from tests.icmlora.tiny_base import LABEL
 
@@ -138,6 +139,21 @@ def test_a_share_of_the_effect_is_kept_with_and_without_refining(fleet: Fleet) -
         assert task.effect >= 0.895
         sizes[steps] = task.size
     assert sizes[20] < sizes[0]  # type: ignore[operator]
+
+
+def test_what_a_code_misses_of_a_quality_is_recorded_and_no_failure(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Effect, "kept", lambda *_: 0.5)
+    statuses = []
+    for options in ({"quality": 4}, {"quality": 4}, {"keep": 0.98}):
+        (task,) = fleet.encode(["poems"], refine=1, device="cpu", **options).tasks
+        code = fleet.show("poems").code
+        assert code is not None
+        assert code.asked is not None
+        assert (code.effect, code.asked.is_kept) == (0.5, False)
+        statuses.append(task.status)
+    assert statuses == ["encoded", "known", "below"]
 
 
 @pytest.mark.slow
