@@ -38,7 +38,6 @@ At the coarsest, the code of a task that the generator predicts well holds no in
 
 _LOSS_RATIO = 1.5
 """Refinement divides the lost gain of a code by about this, which says at which tolerance to begin with it."""
-_FINER = 0.7  # a second start loses so much less than the first one's end calls for
 # A code may lose a third more than it is asked to, and at most so much: what other texts would say differs by more.
 _SHORT, _MOST_SHORT = 1 / 3, 0.01
 
@@ -175,7 +174,7 @@ class CodeSearch:
     def done(self, coarse: Coarse, encoded: Encoded) -> tuple[Trial, bool]:
         """Return the code that was made of a coarse one, and whether it keeps what it is for.
 
-        One that falls short is refined once more, from a finer start.
+        One that falls short is refined once more, for a larger share.
         """
         share = coarse.share
         if share is None:
@@ -183,8 +182,8 @@ class CodeSearch:
         enough = share.keep - min(_SHORT * (1 - share.keep), _MOST_SHORT)
         effect = coarse.refiner.kept(self.codec, encoded.data)
         if effect < enough and self.limits.refine:
-            lost = _FINER * share.lost * (1 - share.keep) / (1 - effect)
-            finer = coarse_for(share.keep, lost, coarse.refiner, self.codec, self.original, share.steps)
+            aim = (1 - share.keep) ** 2 / (1 - effect)  # it was missed by this factor, so aim as much beyond it
+            finer = coarse_for(1 - aim, COARSER * aim, coarse.refiner, self.codec, self.original, share.steps)
             again = refine_all([finer], self.tell)[0]
             if (found := coarse.refiner.kept(self.codec, again.data)) > effect:
                 encoded, effect = again, found
