@@ -37,7 +37,7 @@ _PLAIN_POWER, _REFINED_POWER = 2.0, 1.4
 _PILOT = 5  # of the steps of refinement, one in so many comes before the second look
 _MOST_MOVED = 6  # eighths of an octave by which the step changes then
 # By how many octaves the steps that remain divide what is lost: so much, and so much more for each octave of the first.
-_LATER, _LATER_PER_OCTAVE = 0.8, 0.25
+_LATER, _LATER_PER_OCTAVE = 0.6, 0.25
 
 
 @dataclass(frozen=True)
