@@ -13,13 +13,10 @@ adapter that is a hundredth of its whole effect, as much as a code may lose (doc
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cached_property
-from typing import Any
 
 import torch
 
-from icmlora.base_models.modality import BaseModel
 from icmlora.base_models.running.lora_hooks import Factors
 from icmlora.training.teacher import Teacher, shortfalls
 
@@ -27,16 +24,15 @@ _LEAST = 1e-6  # nats; an adapter with a smaller effect has none
 
 
 class Effect:
-    """The effect of an adapter, A (r, in) and B (out, r) by module, on some examples of its base model."""
+    """The effect of an adapter on the examples of its teacher."""
 
-    def __init__(self, base: BaseModel, original: Factors, items: Sequence[Any]) -> None:
-        self._base, self._original = base, original
-        self._teacher = Teacher(base, original, items)
+    def __init__(self, teacher: Teacher) -> None:
+        self._teacher = teacher
 
     @cached_property
     def noise(self) -> float:
         """What the rounding of the base model's arithmetic alone makes of it, in nats."""
-        return self._divergence({name: _rescaled(*pair) for name, pair in self._original.items()})
+        return self._divergence({name: _rescaled(*pair) for name, pair in self._teacher.original.items()})
 
     @cached_property
     def whole(self) -> float:
@@ -49,7 +45,7 @@ class Effect:
 
     @torch.no_grad()
     def _divergence(self, factors: Factors) -> float:
-        (short,) = shortfalls(self._base, [(self._teacher, factors, range(len(self._teacher)))])
+        (short,) = shortfalls(self._teacher.base, [(self._teacher, factors, range(len(self._teacher)))])
         return float(short.divergence)
 
 

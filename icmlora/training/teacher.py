@@ -56,7 +56,7 @@ class Teacher:
     """The original adapter's predictions, made when examples are first asked for, in batches."""
 
     def __init__(self, base: BaseModel, original: Factors, items: Sequence[Any]) -> None:
-        self._base, self._original, self._items = base, original, items
+        self.base, self.original, self._items = base, original, items
         self._targets: dict[int, Target] = {}
 
     def __len__(self) -> int:
@@ -66,13 +66,13 @@ class Teacher:
     def targets(self, numbers: Sequence[int]) -> list[Target]:
         """Return what the adapter predicts for some examples."""
         missing = [number for number in dict.fromkeys(numbers) if number not in self._targets]
-        for some in _batches(missing, texts_at_once(self._base.device)):
+        for some in _batches(missing, texts_at_once(self.base.device)):
             items = [self._items[number] for number in some]
-            with added(self._base.model, self._original):
-                rows = self._base.modality.logits(self._base, items)  # (T, V) each
+            with added(self.base.model, self.original):
+                rows = self.base.modality.logits(self.base, items)  # (T, V) each
             for number, item, logits in zip(some, items, rows, strict=True):
                 tokens = logits.topk(min(KEPT, logits.shape[-1] - 1), dim=-1).indices
-                wanted = _wanted(self._base, item, logits)
+                wanted = _wanted(self.base, item, logits)
                 self._targets[number] = Target(item, tokens, wanted, _read(logits, tokens, wanted))
         return [self._targets[number] for number in numbers]
 

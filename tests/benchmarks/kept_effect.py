@@ -25,6 +25,7 @@ from icmlora.fleet.resources.decoding import codec_of_task
 from icmlora.fleet.resources.loading import Models, read_original
 from icmlora.fleet.resources.texts import own_text
 from icmlora.training.effect import Effect
+from icmlora.training.teacher import Teacher
 from tests.benchmarks.performance.machine import describe_machine
 
 TOKENS = 256
@@ -58,7 +59,7 @@ def measured(folder: Path, texts: int) -> Iterator[Kept]:
             original, data = read_original(store, final), store.blobs.read(code.blob)
             codec = codec_of_task(store, models.generator_file(generator), code, original.layout)
             items = base.modality.prepare(base, own_text(store, task, base).examples, TOKENS, whole=True)[:texts]
-            effect = Effect(base, factors_of(original), items)
+            effect = Effect(Teacher(base, factors_of(original), items))
             blobs = {vector.blob for vector in store.vectors.all(name)}
             yield Kept(
                 task=name,

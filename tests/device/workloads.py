@@ -49,7 +49,7 @@ def refinement(base: BaseModel, codec: Codec, adapters: Sequence[Adapter], items
             RelaxedCode(codec, adapter, codec.encode(adapter, {}).data, CARD),
             error=0.3,
             teacher=Teacher(base, factors_of(adapter), items),
-            effect=Effect(base, factors_of(adapter), items),
+            effect=Effect(Teacher(base, factors_of(adapter), items)),
             keep=0.9,
         )
         for adapter in adapters

@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from icmlora.adapter.model import Adapter
@@ -54,7 +55,8 @@ class Refiner:
         """Prepare to refine the codes of one adapter; raises as `items_for` does."""
         read, held = items_for(base, adapter, samples, config)
         original = factors_of(adapter)
-        return cls(base, Teacher(base, original, read), Effect(base, original, held), config)
+        teacher = Teacher(base, original, read)
+        return cls(base, teacher, Effect(teacher if held is read else Teacher(base, original, held)), config)
 
     def kept(self, codec: Codec, data: bytes) -> float:
         """Return the share of the adapter's effect that the bytes of a code keep."""
@@ -88,8 +90,9 @@ class Coarse:
 
 def coarse_for(keep: float, lost: float, refiner: Refiner, codec: Codec, original: Adapter, steps: Steps) -> Coarse:
     """Return the plain code that loses about a share of its adapter's effect, to be refined until it keeps another."""
-    step, found = near(lost, lambda step: 1 - refiner.kept(codec, steps.code(step)[0]), steps.expected(_FIRST))
-    encoded = codec.measure(original, steps.code(step)[0])
+    code = cache(lambda step: steps.code(step)[0])
+    step, found = near(lost, lambda step: 1 - refiner.kept(codec, code(step)), steps.expected(_FIRST))
+    encoded = codec.measure(original, code(step))
     return Coarse(refiner, codec, original, encoded, ForShare(keep, steps, step, found))
 
 

@@ -142,7 +142,7 @@ def refined(lattice: Lattice, adapter: Adapter, base: BaseModel, samples: Any, c
     error = squared_error(adapter, rows.adapter())
     read, held = items_for(base, adapter, samples, config)
     original = factors_of(adapter)
-    teacher, effect = Teacher(base, original, read), Effect(base, original, held)
+    teacher, effect = Teacher(base, original, read), Effect(Teacher(base, original, held))
     work = Refinable(cast(RelaxedCode, relaxed), error, teacher, effect, keep=None)
     for _ in refine([work], base, config, range(config.steps)):
         pass

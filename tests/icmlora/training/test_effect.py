@@ -12,6 +12,7 @@ from icmlora.base_models.modality import BaseModel
 from icmlora.base_models.running.lora_hooks import Factors, factors_of
 from icmlora.formats.discovery.folder import load_adapter
 from icmlora.training.effect import Effect
+from icmlora.training.teacher import Teacher
 from tests.icmlora.tiny_base import load_tiny_base, write_tiny_adapter
 
 TEXTS = ["a first text of the task", "another one, of another length"]
@@ -33,7 +34,7 @@ def effect(base: BaseModel, original: Factors) -> Effect:
 
 
 def effect_on(base: BaseModel, factors: Factors) -> Effect:
-    return Effect(base, factors, base.modality.prepare(base, plain(TEXTS), 64, whole=True))
+    return Effect(Teacher(base, factors, base.modality.prepare(base, plain(TEXTS), 64, whole=True)))
 
 
 def scaled(factors: Factors, factor: float) -> Factors:

@@ -69,7 +69,7 @@ def teacher_of(base: BaseModel, adapter: Adapter) -> Teacher:
 
 
 def effect_of(base: BaseModel, adapter: Adapter) -> Effect:
-    return Effect(base, factors_of(adapter), base.modality.prepare(base, plain(TEXTS), CONFIG.tokens, whole=True))
+    return Effect(teacher_of(base, adapter))
 
 
 def refined(
