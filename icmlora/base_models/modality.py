@@ -192,7 +192,8 @@ class Modality(Protocol[Example, Item]):
     def prepare(self, base: BaseModel, examples: Sequence[Example], limit: int, *, whole: bool = False) -> list[Item]:
         """Turn examples into what the model reads, without those that have nothing to score.
 
-        At most `limit` tokens of each are read; `whole` scores its prompt too. Raises `DataError` if none is left.
+        At most `limit` tokens of each are read, those next to its answer if it has one; `whole` scores its prompt too.
+        Raises `DataError` if none is left.
         """
         ...
 

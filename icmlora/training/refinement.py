@@ -50,24 +50,27 @@ class RefineConfig:
     """How a code is refined."""
 
     steps: int = REFINE_STEPS  # optimiser steps
-    learning_rate: float = 0.03  # Adam's, in quantiser steps
-    strength_rate: float = 0.03  # Adam's, in octaves
+    learning_rate: float = 0.011  # Adam's, in quantiser steps
+    strength_rate: float = 0.011  # Adam's, in octaves
     # What the bits of the whole code are worth, as a share of the adapter's whole effect: the first times the code's
     # error, or for a code that is to keep a share of the effect the second times what may be lost.
     price: float = 0.6
     price_of_keeping: float = 3.0
     # Weight of what the samples' own tokens lose, beside the divergence of all predictions.
     answers: float = 0.5
-    texts: int = 2  # samples per step
-    tokens: int = 192  # tokens read from a sample
+    # Many steps with little text each: twice the text in a quarter of the steps took half as many bytes again
+    # (docs/results/LOG.md, 2026-11-29).
+    texts: int = 1  # samples per step
+    tokens: int = 96  # tokens read from a sample
     # Samples to learn from: what is missing of them the adapted model writes itself, so a code needs no data.
     samples: int = 32
     # At most so many of all samples are not learned from, but tell what a code keeps. 0: all do both.
     held: int = 0
+    held_tokens: int = 192  # tokens read from one of these
     seed: int = 0
 
 
-FOR_SHARE = RefineConfig(learning_rate=0.02, strength_rate=0.02, held=16)
+FOR_SHARE = RefineConfig(held=16)
 """How a code is refined that is to keep a share of its adapter's effect."""
 
 
@@ -162,17 +165,24 @@ def items_for(
     if (odd := not_matrix(base, adapter.layout)) is not None:
         fact = f"its code cannot be refined: {odd} is neither a linear layer nor a plain convolution of its base model"
         raise DataError(fact, hint=WITHOUT_REFINE)
-    items = list(base.modality.prepare(base, samples, config.tokens, whole=True)) if samples else []
+    items = _prepared(base, samples, config.tokens)
+    written = []
     if len(items) < config.samples:
         with added(base.model, factors_of(adapter)):
-            items += base.modality.written(base, items, config.samples - len(items), config.tokens, seed=config.seed)
+            written = base.modality.written(base, items, config.samples - len(items), config.tokens, seed=config.seed)
+    items += written
     if not items:
         raise DataError("there is nothing to refine on", hint=f"give the task a samples.jsonl, or {WITHOUT_REFINE}")
     if not config.held:
         return items, items
     each = max(_READ + 1, math.ceil(len(items) / config.held))
     read = [item for number, item in enumerate(items) if number % each]
-    return read or items, items[::each]
+    longer = [*_prepared(base, samples, config.held_tokens), *written]
+    return (read, longer[::each]) if read else (longer, longer)
+
+
+def _prepared(base: BaseModel, samples: Sequence[Any], tokens: int) -> list[Any]:
+    return list(base.modality.prepare(base, samples, tokens, whole=True)) if samples else []
 
 
 def _batches(count: int, config: RefineConfig) -> Iterator[list[int]]:

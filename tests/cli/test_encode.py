@@ -294,7 +294,7 @@ def test_a_gain_is_looked_for_without_refining_first(icm: Icm, trained: Path, mo
 
     monkeypatch.setattr(refiner, "refine", counted)
     monkeypatch.setattr(encode, "RefineConfig", RefineConfig)  # as many and as long texts as users have
-    ran = icm("encode", "rules", "--min-gain", "0.5", "--refine", "2", "--device", "cpu", "--json")
+    ran = icm("encode", "rules", "--min-gain", "0.5", "--refine", "8", "--device", "cpu", "--json")
     assert (ran.code, tasks_of(ran)["rules"]["status"]) == (0, "encoded")
     assert tasks_of(ran)["rules"]["retained_gain"] >= 0.5
     assert 1 <= len(refined) <= 3

@@ -99,7 +99,7 @@ def tokenized(
     found = (
         _chat_tokens(tokenizer, example, limit, whole=whole)
         if isinstance(example, Rendered)
-        else _tokenize(tokenizer, Example("", example.text) if whole else example, limit)
+        else _tokenize(tokenizer, example, limit, whole=whole)
         for example in examples
     )
     scored = [item for item in found if item is not None]
@@ -108,10 +108,16 @@ def tokenized(
     return scored
 
 
-def _tokenize(tokenizer: PreTrainedTokenizerBase, example: Example, limit: int) -> Scored | None:
+def _tokenize(
+    tokenizer: PreTrainedTokenizerBase, example: Example, limit: int, *, whole: bool = False
+) -> Scored | None:
     if not example.prompt:
         ids = list(tokenizer(example.completion, truncation=True, max_length=limit)["input_ids"])
         first = 1
+    elif whole:
+        prompt, ids = (list(tokenizer(text)["input_ids"]) for text in (example.prompt, example.text))
+        start, end = _around(len(prompt), len(ids), limit)
+        ids, first = ids[start:end], 1
     else:
         prompt = list(tokenizer(example.prompt)["input_ids"])
         # Without special tokens, or the tokenizer would start a second text between prompt and completion.
@@ -127,9 +133,10 @@ def _chat_tokens(
     tokenizer: PreTrainedTokenizerBase, chat: Rendered, limit: int, *, whole: bool = False
 ) -> Scored | None:
     ids, marks = _marked_tokens(tokenizer, chat)
-    if whole:
-        return Scored(ids[:limit], 1) if min(len(ids), limit) > 1 else None
     places = [place for place, is_scored in enumerate(marks) if is_scored and place > 0]
+    if whole:
+        start, end = _around(places[0] if places else 0, len(ids), limit)
+        return Scored(ids[start:end], 1) if end - start > 1 else None
     if not places:
         return None
     # As for a prompt: what is far from the first answer is cut, at most to the token before it.
@@ -139,6 +146,15 @@ def _chat_tokens(
     first = places[0] - start
     unscored = frozenset(place for place in range(first, len(kept)) if not kept[place])
     return Scored(ids[start:end], first, unscored)
+
+
+def _around(answer: int, end: int, limit: int) -> tuple[int, int]:
+    """Return which tokens are read of a whole example: all, or some on either side of where its answer begins.
+
+    Half of them at most are the prompt's, unless the answer is short.
+    """
+    before = min(answer, max(limit - (end - answer), limit // 2))
+    return answer - before, min(end, answer - before + limit)
 
 
 def _marked_tokens(tokenizer: PreTrainedTokenizerBase, chat: Rendered) -> tuple[list[int], list[bool]]:

@@ -188,6 +188,14 @@ class TestTokens:
         (item,) = tokenized(tokenizer, [rendered], 40)
         assert tokenizer.decode(item.ids) == rendered.text[-40:]
 
+    def test_of_a_long_chat_that_is_read_as_a_whole_the_text_around_its_answer_is_read(self) -> None:
+        rendered = render(QWEN, {"role": "user", "content": "x" * 200}, {"role": "assistant", "content": "y" * 200})
+        tokenizer = chat_tokenizer(QWEN)
+        (item,) = tokenized(tokenizer, [rendered], 80, whole=True)
+        text, answer = tokenizer.decode(item.ids), rendered.scored[0][0]
+        assert text == rendered.text[answer - 40 : answer + 40]
+        assert item.count == 79
+
     def test_a_tokenizer_without_offsets_scores_the_same(self, monkeypatch: pytest.MonkeyPatch) -> None:
         tokenizer, rendered = chat_tokenizer(QWEN), render(QWEN, *QUESTIONS)
         fast = tokenized(tokenizer, [rendered], 1000)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from icmlora.base_models.examples.examples import Example
-from icmlora.base_models.kinds.likelihood import nll
+from icmlora.base_models.kinds.likelihood import nll, tokenized
 from icmlora.base_models.modality import BaseModel, Score, retained_gain
 from icmlora.base_models.running.attach import adapted
 from icmlora.errors import DataError
@@ -73,6 +73,23 @@ def test_a_long_prompt_loses_its_beginning_and_not_its_end(base: BaseModel) -> N
 def test_a_long_completion_leaves_room_for_one_token_of_the_prompt(base: BaseModel) -> None:
     result = nll(base.model, base.tokenizer, [Example("ab", "cdefgh")], max_tokens=4)
     assert total(result) == pytest.approx(plain(base, "bcde", scored_from=1), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "answer", "read"),
+    [
+        ("short: ", "yes", "short: yes"),
+        ("this is dropped, kept", "end", "d, keptend"),
+        ("half of it", "as long as an answer", "of itas lo"),
+        ("q: ", "a long answer", "q: a long "),
+    ],
+)
+def test_of_a_long_example_that_is_read_as_a_whole_the_text_around_its_answer_is_read(
+    base: BaseModel, prompt: str, answer: str, read: str
+) -> None:
+    (item,) = tokenized(base.tokenizer, [Example(prompt, answer)], 10, whole=True)
+    assert base.tokenizer.decode(item.ids) == read
+    assert item.count == len(read) - 1
 
 
 @pytest.mark.parametrize("batch_size", [2, 3, 10])

@@ -30,7 +30,7 @@ from icmlora.training.teacher import Teacher, shortfalls
 from tests.icmlora.tiny_base import LABEL, load_tiny_base, write_tiny_adapter
 
 TEXTS = ["a first text of the task", "another one, of another length", "the third"]
-CONFIG = RefineConfig(steps=25, price=0.0, learning_rate=0.05)
+CONFIG = RefineConfig(steps=25, price=0.0, learning_rate=0.05, strength_rate=0.03, texts=2)  # few, long steps
 
 
 @pytest.fixture
@@ -96,10 +96,7 @@ def test_a_refined_code_does_more_of_what_the_adapter_does(
 
 @pytest.mark.slow
 def test_a_higher_price_gives_a_smaller_code(base: BaseModel, adapter: Adapter, coded: tuple[Codec, bytes]) -> None:
-    sizes = [
-        len(refined(base, adapter, coded, RefineConfig(steps=25, price=price, learning_rate=0.05)))
-        for price in (0.0, 3.0)
-    ]
+    sizes = [len(refined(base, adapter, coded, replace(CONFIG, price=price))) for price in (0.0, 3.0)]
     assert sizes[1] < sizes[0]
 
 
@@ -191,6 +188,12 @@ def test_what_refinement_reads_does_not_tell_what_a_code_keeps(base: BaseModel, 
     read, held = items_for(base, adapter, plain(texts), replace(FOR_SHARE, samples=8))
     assert len(read) == 3 * len(held)
     assert not [item for item in held if item in read]
+
+
+def test_more_is_read_of_texts_that_tell_what_a_code_keeps(base: BaseModel, adapter: Adapter) -> None:
+    texts = [f"{number} {'text of the task, which is long' * 10}" for number in range(8)]
+    read, held = items_for(base, adapter, plain(texts), replace(FOR_SHARE, samples=8, tokens=32, held_tokens=64))
+    assert ({item.size for item in read}, {item.size for item in held}) == ({32}, {64})
 
 
 def test_of_a_single_text_refinement_reads_what_tells(base: BaseModel, adapter: Adapter) -> None:
