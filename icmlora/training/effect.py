@@ -20,6 +20,9 @@ import torch
 from icmlora.base_models.running.lora_hooks import Factors
 from icmlora.training.teacher import Teacher, shortfalls
 
+LEAST_LOST = 1e-4
+"""Shares of an effect below this are not told apart."""
+
 _LEAST = 1e-6  # nats; an adapter with a smaller effect has none
 
 

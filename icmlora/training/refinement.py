@@ -34,7 +34,7 @@ from icmlora.base_models.running.modules import not_matrix
 from icmlora.errors import BaseModelUnsuited, DataError
 from icmlora.generator.relaxed import RelaxedCode
 from icmlora.training.config import REFINE_STEPS
-from icmlora.training.effect import Effect
+from icmlora.training.effect import LEAST_LOST, Effect
 from icmlora.training.teacher import Teacher, shortfalls
 
 WITHOUT_REFINE = "encode it without --refine"  # hint where a code cannot be refined
@@ -42,7 +42,6 @@ _READ = 3  # samples at least that are learned from, for each that is not
 _LOOKED_AT = 8  # the last steps, whose losses set a price
 _STEEPNESS = 3  # power with which a price follows the ratio of what may be lost and what is
 _CHEAPEST, _DEAREST = 16, 8  # factors by which it falls and rises at most
-_NOTHING = 1e-4  # lost shares below this are not told apart
 
 
 @dataclass(frozen=True)
@@ -147,7 +146,7 @@ class _Price:
             return
         self._lost.append((divergence - self._effect.noise) / self._effect.whole)
         if len(self._lost) >= _LOOKED_AT // 2:
-            lost = torch.stack(tuple(self._lost)).mean().clamp_min(_NOTHING)
+            lost = torch.stack(tuple(self._lost)).mean().clamp_min(LEAST_LOST)
             factor = ((1 - self._keep) / lost) ** _STEEPNESS
             self.of_a_bit = self._first * factor.clamp(1 / _CHEAPEST, _DEAREST) / self._bits
 

@@ -23,7 +23,7 @@ from icmlora.generator.codec import Codec
 from icmlora.generator.encoding import Encoded, Steps
 from icmlora.generator.relaxed import RelaxedCode
 from icmlora.generator.scales import OCTAVE
-from icmlora.training.effect import Effect
+from icmlora.training.effect import LEAST_LOST, Effect
 from icmlora.training.refinement import Refinable, RefineConfig, items_for, refine
 from icmlora.training.teacher import Teacher
 
@@ -32,7 +32,6 @@ _FIRST = 0.5  # squared error of the first code that is looked at
 _MOST_LOOKS = 4
 _NEAR = 0.3  # octaves by which a look may miss the share that is looked for
 _STRIDE = 3 * OCTAVE  # eighths of an octave between two looks, at most
-_NOTHING = 1e-4  # lost shares below this are not told apart
 # What is lost grows as a power of the step: of plain codes, and of refined ones.
 _PLAIN_POWER, _REFINED_POWER = 2.0, 1.4
 _PILOT = 5  # of the steps of refinement, one in so many comes before the second look
@@ -98,9 +97,9 @@ def coarse_for(keep: float, lost: float, refiner: Refiner, codec: Codec, origina
 
 def near(share: float, lost: Callable[[int], float], first: int) -> tuple[int, float]:
     """Return the step, log2 in eighths, whose code loses nearly a share, and what it loses, in a few looks."""
-    wanted, step, found = math.log2(max(share, _NOTHING)), first, dict[int, float]()
+    wanted, step, found = math.log2(max(share, LEAST_LOST)), first, dict[int, float]()
     while step not in found and len(found) < _MOST_LOOKS:
-        found[step] = math.log2(max(lost(step), _NOTHING))
+        found[step] = math.log2(max(lost(step), LEAST_LOST))
         if abs(found[step] - wanted) <= _NEAR:
             break
         step += _eighths(wanted - found[step], _PLAIN_POWER, _STRIDE)
@@ -134,9 +133,9 @@ def _moved(code: Coarse, relaxed: RelaxedCode) -> RelaxedCode:
     share = code.share
     if share is None:
         return relaxed
-    lost = math.log2(max(1 - code.refiner.kept(code.codec, relaxed.to_code()), _NOTHING))
+    lost = math.log2(max(1 - code.refiner.kept(code.codec, relaxed.to_code()), LEAST_LOST))
     end = lost - _LATER - _LATER_PER_OCTAVE * (math.log2(share.lost) - lost)
-    move = _eighths(math.log2(max(1 - share.keep, _NOTHING)) - end, _REFINED_POWER, _MOST_MOVED)
+    move = _eighths(math.log2(max(1 - share.keep, LEAST_LOST)) - end, _REFINED_POWER, _MOST_MOVED)
     if abs(move) < 2:
         return relaxed
     data = share.steps.code(share.step + move)[0]

@@ -19,15 +19,13 @@ from icmlora.base_models.kinds.causal_lm import CausalLM
 from icmlora.base_models.modality import BaseModel
 from icmlora.formats.discovery.folder import load_adapter
 from icmlora.generator.codec import Codec
-from icmlora.generator.config import config_for
-from icmlora.generator.cvae import CVAE
-from icmlora.generator.network_file import generator_from_bytes, generator_to_bytes
 from icmlora.training.loop import draws_of
 from icmlora.training.refinement import RefineConfig, items_for
 from tests.device import workloads
 from tests.device.counts import counting
 from tests.icmlora.small_fleet import begin, mixed_fleet
 from tests.icmlora.tiny_base import LABEL, write_tiny_adapter, write_tiny_base
+from tests.icmlora.untrained import untrained_codec
 
 TEXTS = plain([f"text number {number} of eight, of about the same length" for number in range(8)])
 
@@ -46,9 +44,7 @@ def adapters(tmp_path_factory: pytest.TempPathFactory) -> list[Adapter]:
 
 @pytest.fixture(scope="module")
 def codec(adapters: list[Adapter]) -> Codec:
-    torch.manual_seed(0)
-    net = CVAE(config_for(LABEL, [one.layout for one in adapters], tasks=64, condition_size=0, quality=4))
-    return Codec(generator_from_bytes(generator_to_bytes(net)))
+    return untrained_codec(*adapters)
 
 
 def test_a_training_step_of_eight_adapters_waits_for_nothing_and_copies_only_what_is_read_ahead() -> None:

@@ -6,7 +6,6 @@ import math
 from pathlib import Path
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -17,12 +16,10 @@ from icmlora.fleet.encode import refiner
 from icmlora.fleet.encode.refiner import Coarse, Refiner, coarse_for, near, refine_all
 from icmlora.formats.discovery.folder import load_adapter
 from icmlora.generator.codec import Codec
-from icmlora.generator.config import config_for
-from icmlora.generator.cvae import CVAE
 from icmlora.generator.encoding import Steps
-from icmlora.generator.network_file import generator_from_bytes, generator_to_bytes
 from icmlora.training.refinement import FOR_SHARE
-from tests.icmlora.tiny_base import LABEL, load_tiny_base, write_tiny_adapter
+from tests.icmlora.tiny_base import load_tiny_base, write_tiny_adapter
+from tests.icmlora.untrained import untrained_codec
 
 TEXTS = plain([f"text {number} of a task with some words in it" for number in range(12)])
 
@@ -39,9 +36,7 @@ def adapter(tmp_path: Path) -> Adapter:
 
 @pytest.fixture
 def codec(adapter: Adapter) -> Codec:
-    torch.manual_seed(0)
-    net = CVAE(config_for(LABEL, [adapter.layout], tasks=64, condition_size=0, quality=4))
-    return Codec(generator_from_bytes(generator_to_bytes(net)))
+    return untrained_codec(adapter)
 
 
 def coarse(base: BaseModel, adapter: Adapter, codec: Codec, keep: float, lost: float) -> Coarse:

@@ -12,13 +12,10 @@ from hypothesis import strategies as st
 from icmlora.adapter.model import Adapter, LoraModule
 from icmlora.errors import GeneratorError
 from icmlora.generator import encoding
-from icmlora.generator.codec import Codec
-from icmlora.generator.config import config_for
-from icmlora.generator.cvae import CVAE
 from icmlora.generator.encoding import coarsest
 from icmlora.generator.limits import Limits
-from icmlora.generator.network_file import generator_from_bytes, generator_to_bytes
 from tests.icmlora.small_fleet import BASE
+from tests.icmlora.untrained import untrained_codec
 
 
 @dataclass(frozen=True)
@@ -86,17 +83,11 @@ def large() -> Adapter:
     return Adapter(BASE, "CAUSAL_LM", ("q_proj", "v_proj"), tuple(modules))
 
 
-def codec_of(adapter: Adapter) -> Codec:
-    torch.manual_seed(0)
-    net = CVAE(config_for(BASE, [adapter.layout], tasks=64, condition_size=0, quality=4))
-    return Codec(generator_from_bytes(generator_to_bytes(net)))
-
-
 @pytest.mark.parametrize("tolerance", [0.05, 0.3, 0.8])
 def test_a_part_of_the_layers_leads_to_nearly_the_same_code(
     large: Adapter, tolerance: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    codec = codec_of(large)
+    codec = untrained_codec(large)
     whole = codec.encode(large, {}, limits=Limits(tolerance=tolerance))
     monkeypatch.setattr(encoding, "_SMALL", 1000)
     part = codec.encode(large, {}, limits=Limits(tolerance=tolerance))
@@ -105,7 +96,7 @@ def test_a_part_of_the_layers_leads_to_nearly_the_same_code(
 
 
 def test_the_errors_of_a_code_are_those_of_what_its_bytes_decode_to(large: Adapter) -> None:
-    codec = codec_of(large)
+    codec = untrained_codec(large)
     encoded = codec.encode(large, {}, limits=Limits(tolerance=0.2))
     again = codec.measure(large, encoded.data)
     assert encoded.squared_error == again.squared_error

@@ -18,16 +18,14 @@ from icmlora.base_models.running.lora_hooks import added, factors_of
 from icmlora.errors import BaseModelUnsuited, DataError
 from icmlora.formats.discovery.folder import load_adapter
 from icmlora.generator.codec import Codec
-from icmlora.generator.config import config_for
-from icmlora.generator.cvae import CVAE
 from icmlora.generator.limits import Limits
-from icmlora.generator.network_file import generator_from_bytes, generator_to_bytes
 from icmlora.generator.relaxed import RelaxedCode
 from icmlora.training import refinement, teacher
 from icmlora.training.effect import Effect
 from icmlora.training.refinement import FOR_SHARE, Refinable, RefineConfig, items_for, refine
 from icmlora.training.teacher import Teacher, shortfalls
-from tests.icmlora.tiny_base import LABEL, load_tiny_base, write_tiny_adapter
+from tests.icmlora.tiny_base import load_tiny_base, write_tiny_adapter
+from tests.icmlora.untrained import untrained_codec
 
 TEXTS = ["a first text of the task", "another one, of another length", "the third"]
 CONFIG = RefineConfig(steps=25, price=0.0, learning_rate=0.05, strength_rate=0.03, texts=2)  # few, long steps
@@ -45,9 +43,7 @@ def adapter(tmp_path: Path) -> Adapter:
 
 @pytest.fixture
 def coded(adapter: Adapter) -> tuple[Codec, bytes]:
-    torch.manual_seed(0)
-    net = CVAE(config_for(LABEL, [adapter.layout], tasks=64, condition_size=0, quality=4))
-    codec = Codec(generator_from_bytes(generator_to_bytes(net)))
+    codec = untrained_codec(adapter)
     return codec, codec.encode(adapter, {}, limits=Limits(tolerance=0.4)).data
 
 
@@ -134,9 +130,7 @@ def test_codes_that_are_refined_together_are_those_that_are_refined_alone(
     if not by_rows:  # as the experts of a mixture, whose modules see the tokens that are sent to them
         monkeypatch.setattr(teacher, "added_by_rows", raising(BaseModelUnsuited("not by rows")))
     adapters = [load_adapter(write_tiny_adapter(tmp_path / str(n), seed=n, strength=2.0)) for n in (1, 2)]
-    torch.manual_seed(0)
-    net = CVAE(config_for(LABEL, [adapter.layout for adapter in adapters], tasks=64, condition_size=0, quality=4))
-    codec = Codec(generator_from_bytes(generator_to_bytes(net)))
+    codec = untrained_codec(*adapters)
 
     def opened() -> list[Refinable]:
         codes = [codec.encode(adapter, {}, limits=Limits(tolerance=0.4)).data for adapter in adapters]
