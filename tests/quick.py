@@ -26,7 +26,7 @@ def quick_codes() -> Iterator[None]:
         patch.setattr(encode, "REFINE_STEPS", 40)
         patch.setattr(encode, "RefineConfig", partial(RefineConfig, samples=8, tokens=24))
         patch.setattr(encode, "FOR_SHARE", replace(FOR_SHARE, samples=8, tokens=24))
-        patch.setattr(generate, "RefineConfig", partial(RefineConfig, steps=4, samples=8, tokens=24))
+        patch.setattr(generate, "RefineConfig", partial(RefineConfig, steps=12, samples=8, tokens=24))
         for searching in (adapter_source, loading):
             patch.setattr(searching, "SeedSearch", lambda: _SEEDS)
         yield
