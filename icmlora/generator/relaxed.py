@@ -105,7 +105,7 @@ class RelaxedCode:
                 continue
             rows = {place: row for row, place in enumerate(before.places)}
             pairs = [(row, rows[place]) for row, place in enumerate(part.places) if place in rows]
-            here, there = torch.tensor(pairs, device=self._device).view(-1, 2).T
+            here, there = torch.tensor(pairs, dtype=torch.long, device=self._device).view(-1, 2).T
             for values, earlier in zip(part.values, before.values, strict=True):
                 values[here] = earlier[there] * ratio
             part.strength.copy_(before.strength)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from icmlora.adapter.model import Adapter
+from icmlora.adapter.model import Adapter, LoraModule
 from icmlora.generator.codec import Codec, OpenCode
 from icmlora.generator.entropy_coding import Integers
 from icmlora.generator.limits import Limits
@@ -148,3 +149,20 @@ def test_a_code_without_integers_can_be_opened_and_closed() -> None:
     opened.factors()
     assert float(opened.bits().detach()) >= 0
     assert opened.to_code() == data
+
+
+def test_a_code_takes_no_values_of_a_code_with_other_slots() -> None:
+    under, adapter = codec(), mixed_fleet().load(0, None)
+
+    def of_layer(layer: int) -> RelaxedCode:
+        modules = [module if f".{layer}." in module.name else bare(module) for module in adapter.modules]
+        only = replace(adapter, modules=tuple(modules))
+        return RelaxedCode(under, only, under.encode(only, make_vectors(0), limits=Limits(tolerance=0.1)).data)
+
+    def bare(module: LoraModule) -> LoraModule:
+        return replace(module, b=torch.zeros_like(module.b))
+
+    code = of_layer(0)
+    before = [values.clone() for values in code.values]
+    code.go_on_from(of_layer(1))
+    assert all(map(torch.equal, before, code.values))
