@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from icmlora.errors import GeneratorError
 
 DEFAULT_QUALITY = 4  # of the codes of a first generator
-REFINE_STEPS = 128  # that fit a code to what its adapter does
+REFINE_STEPS = 160  # that fit a code to what its adapter does
 STEP_PARAMETERS = 1 << 20  # parameters of an adapter that a step sees at most
 STACKED = 8  # adapters that a step sees on a card
 _LONGEST_TURN = 8

@@ -7,6 +7,11 @@
 It is 1 for the original and 0 for the bare base model, whatever the adapter's size or strength. Unlike the gain on
 held-out text it needs no answers, takes few texts, and is not above 1 by luck.
 
+Of one text in some dozens a code may lose all there is, because all later tokens attend to its first one, and the
+smallest change may make them attend to another. A mean over few texts says little then of how precise a code is, so
+where one is looked for, no text counts more than four times as much as the median. Short answers differ by more than
+that anyway.
+
 A base model in bfloat16 rounds after each layer, so factors of the same dW give slightly other predictions. Of a weak
 adapter that is a hundredth of its whole effect, as much as a code may lose (docs/results/LOG.md).
 """
@@ -18,12 +23,19 @@ from functools import cached_property
 import torch
 
 from icmlora.base_models.running.lora_hooks import Factors
-from icmlora.training.teacher import Teacher, shortfalls
+from icmlora.training.teacher import Shortfall, Teacher, shortfalls
 
 LEAST_LOST = 1e-4
 """Shares of an effect below this are not told apart."""
 
+_OUTLIER = 4  # times the median
+_LONG = 32  # predictions of a text at least that may be an outlier
 _LEAST = 1e-6  # nats; an adapter with a smaller effect has none
+
+
+def bounded(lost: torch.Tensor, fewest: int) -> torch.Tensor:
+    """Return the shares that are lost of some texts (T,), none an outlier, if each has enough predictions for that."""
+    return lost if fewest < _LONG else lost.clamp_max(_OUTLIER * lost.median().clamp_min(LEAST_LOST))
 
 
 class Effect:
@@ -46,10 +58,18 @@ class Effect:
         """Return the share that other factors keep: about 1 at most, negative if they are further off than nothing."""
         return 1 - (self._divergence(factors) - self.noise) / self.whole
 
-    @torch.no_grad()
+    def kept_of_most(self, factors: Factors) -> float:
+        """Return the share that other factors keep, but for outliers among the texts."""
+        short = self._shortfall(factors)
+        return 1 - float(bounded((short.of_each - self.noise) / self.whole, short.fewest).mean())
+
     def _divergence(self, factors: Factors) -> float:
+        return float(self._shortfall(factors).divergence)
+
+    @torch.no_grad()
+    def _shortfall(self, factors: Factors) -> Shortfall:
         (short,) = shortfalls(self._teacher.base, [(self._teacher, factors, range(len(self._teacher)))])
-        return float(short.divergence)
+        return short
 
 
 def _rescaled(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -3,11 +3,13 @@
     samples ──base + adapter──▶ p(next token) ─┐
       └──────base + code──────▶ q(next token) ─┴─ KL(p || q) and bits ──gradient──▶ values and strengths of the code
 
-    minimise   (KL(p || q) + answers * max(0, loss(q) - loss(p))) / KL(p || base)  +  price * bits / bits before
+    minimise   (KL(p || q) + answers * max(0, loss(q) - loss(p) + margin * whole)) / whole
+             +  price * bits / bits before
 
-The loss is that of the samples' own tokens. An adapter is seldom trained to the end, so a code that is a little nearer
-to the base model loses in proportion to that there, while KL grows with its square: without this term a code keeps the
-adapter's predictions and loses some of its gain. A code that is better than the adapter gets nothing for it.
+The whole effect is KL(p || base), and the loss that of the samples' own tokens. An adapter is seldom trained to the
+end, so a code that is a little nearer to the base model loses in proportion to that there, while KL grows with its
+square: without this term a code keeps the adapter's predictions and loses some of its gain. On the samples a code is
+soon as good as its adapter, and on other text not yet, hence the margin (docs/results/LOG.md, 2026-11-29).
 
 The base model is frozen. Refinement brings back what coarse rounding lost of an adapter's function, at fewer bits: the
 second term lets values round to zero where that does no harm. Both terms are free of scale. What a code loses of the
@@ -34,8 +36,8 @@ from icmlora.base_models.running.modules import not_matrix
 from icmlora.errors import BaseModelUnsuited, DataError
 from icmlora.generator.relaxed import RelaxedCode
 from icmlora.training.config import REFINE_STEPS
-from icmlora.training.effect import LEAST_LOST, Effect
-from icmlora.training.teacher import Teacher, shortfalls
+from icmlora.training.effect import LEAST_LOST, Effect, bounded
+from icmlora.training.teacher import Shortfall, Teacher, shortfalls
 
 WITHOUT_REFINE = "encode it without --refine"  # hint where a code cannot be refined
 _READ = 3  # samples at least that are learned from, for each that is not
@@ -49,14 +51,16 @@ class RefineConfig:
     """How a code is refined."""
 
     steps: int = REFINE_STEPS  # optimiser steps
-    learning_rate: float = 0.011  # Adam's, in quantiser steps
-    strength_rate: float = 0.011  # Adam's, in octaves
+    learning_rate: float = 0.01  # Adam's, in quantiser steps
+    strength_rate: float = 0.01  # Adam's, in octaves
     # What the bits of the whole code are worth, as a share of the adapter's whole effect: the first times the code's
     # error, or for a code that is to keep a share of the effect the second times what may be lost.
     price: float = 0.6
     price_of_keeping: float = 3.0
-    # Weight of what the samples' own tokens lose, beside the divergence of all predictions.
-    answers: float = 0.5
+    # Weight of the loss of the samples' own tokens, beside the divergence of all predictions; and how much less of it
+    # than the adapter's counts as enough, as a share of the adapter's effect.
+    answers: float = 0.25
+    margin: float = 0.2
     # Many steps with little text each: twice the text in a quarter of the steps took half as many bytes again
     # (docs/results/LOG.md, 2026-11-29).
     texts: int = 1  # samples per step
@@ -117,20 +121,20 @@ def _refined(codes: Sequence[Refinable], base: BaseModel, config: RefineConfig, 
         factors = (code.relaxed.factors(base.input_dtype) for code in codes)
         asked = zip((code.teacher for code in codes), factors, map(next, batches), strict=True)
         short = shortfalls(base, list(asked))
+        weights = [price.follow(one) for one, price in zip(short, prices, strict=True)]
         parts = [
-            (one.divergence + config.answers * one.loss) / code.effect.whole + price.of_a_bit * code.relaxed.bits()
-            for one, price, code in zip(short, prices, codes, strict=True)
+            weight * (one.divergence + config.answers * (one.loss + config.margin * code.effect.whole).clamp_min(0))
+            + price.of_a_bit * code.relaxed.bits()
+            for one, weight, price, code in zip(short, weights, prices, codes, strict=True)
         ]
         torch.stack(parts).sum().backward()  # type: ignore[no-untyped-call]
-        for one, price in zip(short, prices, strict=True):
-            price.follow(one.divergence.detach())
         optimizer.step()
         decay.step()
         yield step + 1
 
 
 class _Price:
-    """What one bit of a code costs, as a share of its adapter's effect."""
+    """What one bit of a code costs, and what a nat does, as shares of its adapter's effect."""
 
     @torch.no_grad()
     def __init__(self, code: Refinable, config: RefineConfig) -> None:
@@ -140,15 +144,18 @@ class _Price:
         self._bits = code.relaxed.bits().detach().clamp_min(1)
         self.of_a_bit = self._first / self._bits
 
-    def follow(self, divergence: torch.Tensor) -> None:
-        """Set the price by what was lost in the last steps, the last of them in nats."""
-        if self._keep is None:
-            return
-        self._lost.append((divergence - self._effect.noise) / self._effect.whole)
-        if len(self._lost) >= _LOOKED_AT // 2:
-            lost = torch.stack(tuple(self._lost)).mean().clamp_min(LEAST_LOST)
-            factor = ((1 - self._keep) / lost) ** _STEEPNESS
+    @torch.no_grad()
+    def follow(self, short: Shortfall) -> torch.Tensor:
+        """Set the price of a bit by what was lost in the last steps; return what a nat of the last one costs."""
+        share = (short.divergence - self._effect.noise) / self._effect.whole
+        self._lost.append(share)
+        if len(self._lost) < _LOOKED_AT // 2:
+            return torch.ones_like(share) / self._effect.whole
+        shares = bounded(torch.stack(tuple(self._lost)), short.fewest)
+        if self._keep is not None:
+            factor = ((1 - self._keep) / shares.mean().clamp_min(LEAST_LOST)) ** _STEEPNESS
             self.of_a_bit = self._first * factor.clamp(1 / _CHEAPEST, _DEAREST) / self._bits
+        return torch.where(shares[-1] < share, shares[-1] / share, 1.0) / self._effect.whole
 
 
 def items_for(

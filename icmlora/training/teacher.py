@@ -46,10 +46,12 @@ class _Read(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Shortfall:
-    """How far other factors are from doing what an adapter does on some examples; scalars with gradients."""
+    """How far other factors are from doing what an adapter does on some examples; with gradients."""
 
     divergence: torch.Tensor  # KL(original || other) in nats, averaged over the predictions
-    loss: torch.Tensor  # by how much the examples' loss is larger, averaged over the predictions; 0 if it is smaller
+    of_each: torch.Tensor  # the same of each example, shape (examples,)
+    fewest: int  # predictions of an example
+    loss: torch.Tensor  # by how much the examples' loss is larger, averaged over the predictions; negative if smaller
 
 
 class Teacher:
@@ -102,10 +104,10 @@ def shortfalls(base: BaseModel, asked: Sequence[tuple[Teacher, Factors, Sequence
 
 
 def _shortfall(pairs: Sequence[tuple[Target, _Read]]) -> Shortfall:
-    count = sum(len(read.log_p) for _, read in pairs)
-    nats = torch.stack([_nats(target, read) for target, read in pairs]).sum()
-    more = torch.stack([read.loss - target.read.loss for target, read in pairs]).sum().clamp_min(0)
-    return Shortfall(nats / count, more / count)
+    counts = [len(read.log_p) for _, read in pairs]
+    nats = torch.stack([_nats(target, read) for target, read in pairs])
+    more = torch.stack([read.loss - target.read.loss for target, read in pairs])
+    return Shortfall(nats.sum() / sum(counts), nats / nats.new_tensor(counts), min(counts), more.sum() / sum(counts))
 
 
 def _batches(numbers: Sequence[int], size: int) -> Iterator[Sequence[int]]:

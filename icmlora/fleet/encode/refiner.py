@@ -61,6 +61,10 @@ class Refiner:
         """Return the share of the adapter's effect that the bytes of a code keep."""
         return self.effect.kept(factors_of(codec.decode(data)))
 
+    def kept_of_most(self, codec: Codec, data: bytes) -> float:
+        """Return the share that the bytes of a code keep, but for outliers among the texts."""
+        return self.effect.kept_of_most(factors_of(codec.decode(data)))
+
     def refine(self, codec: Codec, adapter: Adapter, encoded: Encoded, tell: Tell) -> Encoded:
         """Return a code whose adapter acts more like the original on the samples."""
         return refine_all([Coarse(self, codec, adapter, encoded)], tell)[0]
@@ -90,7 +94,7 @@ class Coarse:
 def coarse_for(keep: float, lost: float, refiner: Refiner, codec: Codec, original: Adapter, steps: Steps) -> Coarse:
     """Return the plain code that loses about a share of its adapter's effect, to be refined until it keeps another."""
     code = cache(lambda step: steps.code(step)[0])
-    step, found = near(lost, lambda step: 1 - refiner.kept(codec, code(step)), steps.expected(_FIRST))
+    step, found = near(lost, lambda step: 1 - refiner.kept_of_most(codec, code(step)), steps.expected(_FIRST))
     encoded = codec.measure(original, code(step))
     return Coarse(refiner, codec, original, encoded, ForShare(keep, steps, step, found))
 
@@ -133,7 +137,7 @@ def _moved(code: Coarse, relaxed: RelaxedCode) -> RelaxedCode:
     share = code.share
     if share is None:
         return relaxed
-    lost = math.log2(max(1 - code.refiner.kept(code.codec, relaxed.to_code()), LEAST_LOST))
+    lost = math.log2(max(1 - code.refiner.kept_of_most(code.codec, relaxed.to_code()), LEAST_LOST))
     end = lost - _LATER - _LATER_PER_OCTAVE * (math.log2(share.lost) - lost)
     move = _eighths(math.log2(max(1 - share.keep, LEAST_LOST)) - end, _REFINED_POWER, _MOST_MOVED)
     if abs(move) < 2:

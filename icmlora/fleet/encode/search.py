@@ -38,8 +38,8 @@ At the coarsest, the code of a task that the generator predicts well holds no in
 
 _LOSS_RATIO = 1.5
 """Refinement divides the lost gain of a code by about this, which says at which tolerance to begin with it."""
-# A code may lose a third more than it is asked to, and at most so much: what other texts would say differs by more.
-_SHORT, _MOST_SHORT = 1 / 3, 0.01
+# A code may lose half more than it is asked to, and at most so much: what other texts would say differs by more.
+_SHORT, _MOST_SHORT = 1 / 2, 0.01
 
 
 @dataclass(frozen=True)
@@ -182,7 +182,9 @@ class CodeSearch:
         enough = share.keep - min(_SHORT * (1 - share.keep), _MOST_SHORT)
         effect = coarse.refiner.kept(self.codec, encoded.data)
         if effect < enough and self.limits.refine:
-            aim = (1 - share.keep) ** 2 / (1 - effect)  # it was missed by this factor, so aim as much beyond it
+            # Most texts miss it by a factor, so aim as much beyond it. One lost as a whole says nothing of that.
+            lost = 1 - coarse.refiner.kept_of_most(self.codec, encoded.data)
+            aim = (1 - share.keep) ** 2 / max(lost, 1 - enough)
             finer = coarse_for(1 - aim, COARSER * aim, coarse.refiner, self.codec, self.original, share.steps)
             again = refine_all([finer], self.tell)[0]
             if (found := coarse.refiner.kept(self.codec, again.data)) > effect:

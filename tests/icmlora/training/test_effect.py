@@ -11,7 +11,7 @@ from icmlora.base_models.examples.examples import plain
 from icmlora.base_models.modality import BaseModel
 from icmlora.base_models.running.lora_hooks import Factors, factors_of
 from icmlora.formats.discovery.folder import load_adapter
-from icmlora.training.effect import Effect
+from icmlora.training.effect import Effect, bounded
 from icmlora.training.teacher import Teacher
 from tests.icmlora.tiny_base import load_tiny_base, write_tiny_adapter
 
@@ -70,3 +70,18 @@ def test_other_factors_of_the_same_weights_keep_all_of_it_in_bfloat16_too(base: 
 def test_an_adapter_that_does_nothing_keeps_all_of_it(base: BaseModel, original: Factors) -> None:
     nothing = scaled(original, 0)
     assert effect_on(base, nothing).kept(nothing) == 1
+
+
+def test_a_text_that_is_lost_as_a_whole_counts_four_times_the_median() -> None:
+    lost = torch.tensor([0.01, 0.02, 1.5, 0.03, 0.02])
+    assert bounded(lost, 40).tolist() == pytest.approx([0.01, 0.02, 0.08, 0.03, 0.02])
+
+
+def test_a_short_answer_may_lose_any_number_of_times_the_median() -> None:
+    lost = torch.tensor([0.01, 0.02, 1.5, 0.03, 0.02])
+    assert bounded(lost, 2).equal(lost)
+
+
+def test_most_texts_keep_about_what_all_keep(effect: Effect, original: Factors) -> None:
+    weak = scaled(original, 0.8)
+    assert effect.kept_of_most(weak) == pytest.approx(effect.kept(weak), abs=0.02)

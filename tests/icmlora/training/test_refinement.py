@@ -23,7 +23,7 @@ from icmlora.generator.relaxed import RelaxedCode
 from icmlora.training import refinement, teacher
 from icmlora.training.effect import Effect
 from icmlora.training.refinement import FOR_SHARE, Refinable, RefineConfig, items_for, refine
-from icmlora.training.teacher import Teacher, shortfalls
+from icmlora.training.teacher import Shortfall, Teacher, shortfalls
 from tests.icmlora.tiny_base import load_tiny_base, write_tiny_adapter
 from tests.icmlora.untrained import untrained_codec
 
@@ -116,6 +116,24 @@ def test_steps_that_are_done_in_two_parts_read_what_they_read_in_one(
     for steps in (range(6), range(4), range(4, 6)):
         list(refine([work], base, config, steps))
     assert read[:6] == read[6:]
+
+
+def test_one_text_in_eight_that_is_lost_as_a_whole_changes_little_of_a_code(
+    base: BaseModel, adapter: Adapter, coded: tuple[Codec, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, read = RefineConfig(steps=40, learning_rate=0.05), list[int]()
+
+    def shortfalls_with_one_lost(base: BaseModel, asked: list[Any]) -> list[Shortfall]:
+        read.append(1)
+        factor = 1000.0 if len(read) % 8 == 0 else 1.0
+        return [
+            Shortfall(factor * short.divergence, short.of_each, 40, factor * short.loss)
+            for short in shortfalls(base, asked)
+        ]
+
+    usual = len(refined(base, adapter, coded, config, keep=0.6))
+    monkeypatch.setattr(refinement, "shortfalls", shortfalls_with_one_lost)
+    assert len(refined(base, adapter, coded, config, keep=0.6)) == pytest.approx(usual, rel=0.08)
 
 
 @pytest.mark.slow
