@@ -105,9 +105,10 @@ def shortfalls(base: BaseModel, asked: Sequence[tuple[Teacher, Factors, Sequence
 
 def _shortfall(pairs: Sequence[tuple[Target, _Read]]) -> Shortfall:
     counts = [len(read.log_p) for _, read in pairs]
-    nats = torch.stack([_nats(target, read) for target, read in pairs])
-    more = torch.stack([read.loss - target.read.loss for target, read in pairs])
-    return Shortfall(nats.sum() / sum(counts), nats / nats.new_tensor(counts), min(counts), more.sum() / sum(counts))
+    nats = [_nats(target, read) for target, read in pairs]
+    more = torch.stack([read.loss - target.read.loss for target, read in pairs]).sum() / sum(counts)
+    of_each = torch.stack([each / count for each, count in zip(nats, counts, strict=True)])
+    return Shortfall(torch.stack(nats).sum() / sum(counts), of_each, min(counts), more)
 
 
 def _batches(numbers: Sequence[int], size: int) -> Iterator[Sequence[int]]:
