@@ -197,6 +197,13 @@ class Modality(Protocol[Example, Item]):
         """
         ...
 
+    def pieces(self, base: BaseModel, item: Item, limit: int) -> list[Item]:
+        """Return an item that is scored as a whole in pieces of at most `limit` tokens, where this kind reads tokens.
+
+        Of one with an answer only the piece around its beginning is returned.
+        """
+        return [item]
+
     def states(self, base: BaseModel, examples: Sequence[Example], limit: int) -> torch.Tensor:
         """Return one hidden state for each example, float32 of shape (examples, d)."""
         ...

@@ -28,6 +28,7 @@ from icmlora.training.teacher import Shortfall, Teacher, shortfalls
 LEAST_LOST = 1e-4
 """Shares of an effect below this are not told apart."""
 
+_FEW = 3  # one text in so many
 _OUTLIER = 4  # times the median
 _LONG = 32  # predictions of a text at least that may be an outlier
 _LEAST = 1e-6  # nats; an adapter with a smaller effect has none
@@ -47,28 +48,32 @@ class Effect:
     @cached_property
     def noise(self) -> float:
         """What the rounding of the base model's arithmetic alone makes of it, in nats."""
-        return self._divergence({name: _rescaled(*pair) for name, pair in self._teacher.original.items()})
+        rounded = {name: _rescaled(*pair) for name, pair in self._teacher.original.items()}
+        return float(self._shortfall(rounded, _FEW).divergence)
 
     @cached_property
     def whole(self) -> float:
         """All of it, in nats; of an adapter that does less than the noise, as much as that."""
-        return max(self._divergence({}) - self.noise, self.noise, _LEAST)
+        return max(float(self._of_the_base.divergence) - self.noise, self.noise, _LEAST)
 
     def kept(self, factors: Factors) -> float:
         """Return the share that other factors keep: about 1 at most, negative if they are further off than nothing."""
-        return 1 - (self._divergence(factors) - self.noise) / self.whole
+        return 1 - (float(self._shortfall(factors).divergence) - self.noise) / self.whole
 
-    def kept_of_most(self, factors: Factors) -> float:
-        """Return the share that other factors keep, but for outliers among the texts."""
-        short = self._shortfall(factors)
-        return 1 - float(bounded((short.of_each - self.noise) / self.whole, short.fewest).mean())
+    def kept_of_most(self, factors: Factors, *, of_few: bool = False) -> float:
+        """Return the share that other factors keep, but for outliers among the texts; of few of them in less time."""
+        every = _FEW if of_few else 1
+        short, of_the_base = self._shortfall(factors, every), self._of_the_base.of_each
+        whole = self.whole * float(of_the_base[::every].mean() / of_the_base.mean())
+        return 1 - float(bounded((short.of_each - self.noise) / whole, short.fewest).mean())
 
-    def _divergence(self, factors: Factors) -> float:
-        return float(self._shortfall(factors).divergence)
+    @cached_property
+    def _of_the_base(self) -> Shortfall:
+        return self._shortfall({})
 
     @torch.no_grad()
-    def _shortfall(self, factors: Factors) -> Shortfall:
-        (short,) = shortfalls(self._teacher.base, [(self._teacher, factors, range(len(self._teacher)))])
+    def _shortfall(self, factors: Factors, every: int = 1) -> Shortfall:
+        (short,) = shortfalls(self._teacher.base, [(self._teacher, factors, range(0, len(self._teacher), every))])
         return short
 
 

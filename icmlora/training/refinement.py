@@ -63,13 +63,13 @@ class RefineConfig:
     margin: float = 0.2
     # Many steps with little text each: twice the text in a quarter of the steps took half as many bytes again
     # (docs/results/LOG.md, 2026-11-29).
-    texts: int = 1  # samples per step
-    tokens: int = 96  # tokens read from a sample
+    texts: int = 1  # pieces of samples that a step reads
+    tokens: int = 96  # of a piece
     # Samples to learn from: what is missing of them the adapted model writes itself, so a code needs no data.
     samples: int = 32
     # At most so many of all samples are not learned from, but tell what a code keeps. 0: all do both.
     held: int = 0
-    held_tokens: int = 192  # tokens read from one of these
+    sample_tokens: int = 192  # read of a sample, in pieces, or at once where it is held
     seed: int = 0
 
 
@@ -171,24 +171,17 @@ def items_for(
     if (odd := not_matrix(base, adapter.layout)) is not None:
         fact = f"its code cannot be refined: {odd} is neither a linear layer nor a plain convolution of its base model"
         raise DataError(fact, hint=WITHOUT_REFINE)
-    items = _prepared(base, samples, config.tokens)
-    written = []
+    limit = max(config.tokens, config.sample_tokens)
+    items = list(base.modality.prepare(base, samples, limit, whole=True)) if samples else []
     if len(items) < config.samples:
         with added(base.model, factors_of(adapter)):
-            written = base.modality.written(base, items, config.samples - len(items), config.tokens, seed=config.seed)
-    items += written
+            items += base.modality.written(base, items, config.samples - len(items), config.tokens, seed=config.seed)
     if not items:
         raise DataError("there is nothing to refine on", hint=f"give the task a samples.jsonl, or {WITHOUT_REFINE}")
-    if not config.held:
-        return items, items
-    each = max(_READ + 1, math.ceil(len(items) / config.held))
-    read = [item for number, item in enumerate(items) if number % each]
-    longer = [*_prepared(base, samples, config.held_tokens), *written]
-    return (read, longer[::each]) if read else (longer, longer)
-
-
-def _prepared(base: BaseModel, samples: Sequence[Any], tokens: int) -> list[Any]:
-    return list(base.modality.prepare(base, samples, tokens, whole=True)) if samples else []
+    each = max(_READ + 1, math.ceil(len(items) / config.held)) if config.held else 1
+    read = [item for number, item in enumerate(items) if number % each] or items
+    pieces = [piece for item in read for piece in base.modality.pieces(base, item, config.tokens)]
+    return pieces, items[::each] if config.held else pieces
 
 
 def _batches(count: int, config: RefineConfig) -> Iterator[list[int]]:

@@ -115,6 +115,12 @@ class CausalLM(Modality[Any, "Scored"]):
 
         return tokenized(base.tokenizer, examples, base.within(limit), whole=whole)
 
+    def pieces(self, base: BaseModel, item: Scored, limit: int) -> list[Scored]:
+        """Return the pieces of a text, each of which begins as all texts do."""
+        from icmlora.base_models.kinds.likelihood import pieces
+
+        return pieces(base.tokenizer, item, base.within(limit))
+
     def states(self, base: BaseModel, examples: Sequence[Example | Rendered], limit: int) -> torch.Tensor:
         """Return the last layer at the last token of each text, (texts, d) in float32."""
         from icmlora.base_models.kinds.hidden_states import last_positions

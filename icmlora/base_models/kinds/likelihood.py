@@ -34,11 +34,13 @@ class Scored:
         ids: The tokens.
         first: Index of the first that is scored, at least 1.
         unscored: Indices after it of tokens that are not: the user's turns of a longer chat.
+        answer: Index where the answer begins, of an example that is scored as a whole; 0 if it has none.
     """
 
     ids: list[int]
     first: int
     unscored: frozenset[int] = frozenset()
+    answer: int = 0
 
     @property
     def count(self) -> int:
@@ -116,8 +118,7 @@ def _tokenize(
         first = 1
     elif whole:
         prompt, ids = (list(tokenizer(text)["input_ids"]) for text in (example.prompt, example.text))
-        start, end = _around(len(prompt), len(ids), limit)
-        ids, first = ids[start:end], 1
+        return _whole(tokenizer, ids, len(prompt), limit)
     else:
         prompt = list(tokenizer(example.prompt)["input_ids"])
         # Without special tokens, or the tokenizer would start a second text between prompt and completion.
@@ -135,8 +136,7 @@ def _chat_tokens(
     ids, marks = _marked_tokens(tokenizer, chat)
     places = [place for place, is_scored in enumerate(marks) if is_scored and place > 0]
     if whole:
-        start, end = _around(places[0] if places else 0, len(ids), limit)
-        return Scored(ids[start:end], 1) if end - start > 1 else None
+        return _whole(tokenizer, ids, places[0] if places else 0, limit)
     if not places:
         return None
     # As for a prompt: what is far from the first answer is cut, at most to the token before it.
@@ -148,13 +148,39 @@ def _chat_tokens(
     return Scored(ids[start:end], first, unscored)
 
 
-def _around(answer: int, end: int, limit: int) -> tuple[int, int]:
-    """Return which tokens are read of a whole example: all, or some on either side of where its answer begins.
+def pieces(tokenizer: PreTrainedTokenizerBase, item: Scored, limit: int) -> list[Scored]:
+    """Return an example that is scored as a whole in pieces of at most `limit` tokens, all about as long.
 
-    Half of them at most are the prompt's, unless the answer is short.
+    Of one with an answer only the piece around its beginning is returned.
     """
-    before = min(answer, max(limit - (end - answer), limit // 2))
-    return answer - before, min(end, answer - before + limit)
+    if item.answer:
+        around = _whole(tokenizer, item.ids, item.answer, limit)
+        return [] if around is None else [around]
+    start = _start(tokenizer, item.ids)
+    rest = item.ids[len(start) :]
+    count = math.ceil(len(rest) / max(1, limit - len(start)))
+    bounds = (number * len(rest) // count for number in range(count + 1))
+    found = ([*start, *rest[first:end]] for first, end in itertools.pairwise(bounds))
+    return [Scored(ids, 1) for ids in found if len(ids) > 1]
+
+
+def _whole(tokenizer: PreTrainedTokenizerBase, ids: list[int], answer: int, limit: int) -> Scored | None:
+    """Return an example that is scored as a whole; of a longer one, what is on either side of where its answer begins.
+
+    Half of that at most are the prompt's, unless the answer is short.
+    """
+    start = _start(tokenizer, ids) if len(ids) > limit else []
+    limit -= len(start)
+    before = min(answer, max(limit - (len(ids) - answer), limit // 2))
+    read = ids[answer - before : answer - before + limit]
+    if before < answer:
+        read, before = [*start, *read], before + len(start)
+    return Scored(read, 1, answer=before) if len(read) > 1 else None
+
+
+def _start(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
+    """Return the token that begins every text, if there is one: all later ones attend to it."""
+    return ids[:1] if ids and ids[0] == tokenizer.bos_token_id else []
 
 
 def _marked_tokens(tokenizer: PreTrainedTokenizerBase, chat: Rendered) -> tuple[list[int], list[bool]]:

@@ -61,9 +61,9 @@ class Refiner:
         """Return the share of the adapter's effect that the bytes of a code keep."""
         return self.effect.kept(factors_of(codec.decode(data)))
 
-    def kept_of_most(self, codec: Codec, data: bytes) -> float:
-        """Return the share that the bytes of a code keep, but for outliers among the texts."""
-        return self.effect.kept_of_most(factors_of(codec.decode(data)))
+    def kept_of_most(self, codec: Codec, data: bytes, *, of_few: bool = False) -> float:
+        """Return the share that the bytes of a code keep, as `Effect.kept_of_most`."""
+        return self.effect.kept_of_most(factors_of(codec.decode(data)), of_few=of_few)
 
     def refine(self, codec: Codec, adapter: Adapter, encoded: Encoded, tell: Tell) -> Encoded:
         """Return a code whose adapter acts more like the original on the samples."""
@@ -94,7 +94,11 @@ class Coarse:
 def coarse_for(keep: float, lost: float, refiner: Refiner, codec: Codec, original: Adapter, steps: Steps) -> Coarse:
     """Return the plain code that loses about a share of its adapter's effect, to be refined until it keeps another."""
     code = cache(lambda step: steps.code(step)[0])
-    step, found = near(lost, lambda step: 1 - refiner.kept_of_most(codec, code(step)), steps.expected(_FIRST))
+
+    def lost_by(step: int) -> float:
+        return 1 - refiner.kept_of_most(codec, code(step), of_few=True)
+
+    step, found = near(lost, lost_by, steps.expected(_FIRST))
     encoded = codec.measure(original, code(step))
     return Coarse(refiner, codec, original, encoded, ForShare(keep, steps, step, found))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from icmlora.base_models.examples.examples import Example
-from icmlora.base_models.kinds.likelihood import nll, tokenized
+from icmlora.base_models.kinds.likelihood import Scored, nll, pieces, tokenized
 from icmlora.base_models.modality import BaseModel, Score, retained_gain
 from icmlora.base_models.running.attach import adapted
 from icmlora.errors import DataError
@@ -90,6 +91,30 @@ def test_of_a_long_example_that_is_read_as_a_whole_the_text_around_its_answer_is
     (item,) = tokenized(base.tokenizer, [Example(prompt, answer)], 10, whole=True)
     assert base.tokenizer.decode(item.ids) == read
     assert item.count == len(read) - 1
+
+
+@given(length=st.integers(2, 60), limit=st.integers(3, 20), has_start=st.booleans())
+def test_the_pieces_of_a_text_are_the_text_and_each_begins_as_texts_do(
+    length: int, limit: int, has_start: bool
+) -> None:
+    tokenizer = SimpleNamespace(bos_token_id=0 if has_start else None)
+    found = pieces(tokenizer, Scored(list(range(length)), 1), limit)
+    assert all(1 < item.size <= limit for item in found)
+    assert [item.ids[0] == 0 for item in found[1:]] == [has_start] * (len(found) - 1)
+    rest = [token for item in found for token in item.ids[1 if has_start else 0 :]]
+    assert rest == list(range(length))[1 if has_start else 0 :]
+
+
+def test_of_an_example_with_an_answer_the_piece_around_it_is_read(base: BaseModel) -> None:
+    (item,) = tokenized(base.tokenizer, [Example("half of it", "as long as an answer")], 20, whole=True)
+    (piece,) = pieces(base.tokenizer, item, 10)
+    assert base.tokenizer.decode(piece.ids) == "of itas lo"
+
+
+def test_a_window_of_a_long_example_begins_as_texts_do(base: BaseModel) -> None:
+    base.tokenizer.add_special_tokens({"bos_token": "t"})
+    (item,) = tokenized(base.tokenizer, [Example("this is dropped, kept", "end")], 10, whole=True)
+    assert base.tokenizer.decode(item.ids) == "t, keptend"
 
 
 @pytest.mark.parametrize("batch_size", [2, 3, 10])

@@ -204,7 +204,7 @@ def test_what_refinement_reads_does_not_tell_what_a_code_keeps(base: BaseModel, 
 
 def test_more_is_read_of_texts_that_tell_what_a_code_keeps(base: BaseModel, adapter: Adapter) -> None:
     texts = [f"{number} {'text of the task, which is long' * 10}" for number in range(8)]
-    read, held = items_for(base, adapter, plain(texts), replace(FOR_SHARE, samples=8, tokens=32, held_tokens=64))
+    read, held = items_for(base, adapter, plain(texts), replace(FOR_SHARE, samples=8, tokens=32, sample_tokens=64))
     assert ({item.size for item in read}, {item.size for item in held}) == ({32}, {64})
 
 
