@@ -19,6 +19,7 @@ adapter that is a hundredth of its whole effect, as much as a code may lose (doc
 from __future__ import annotations
 
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 
@@ -39,6 +40,13 @@ def bounded(lost: torch.Tensor, fewest: int) -> torch.Tensor:
     return lost if fewest < _LONG else lost.clamp_max(_OUTLIER * lost.median().clamp_min(LEAST_LOST))
 
 
+class Lost(NamedTuple):
+    """The share of an adapter's effect that other factors lose: 0 for the adapter itself, 1 for none."""
+
+    of_all: float  # texts
+    of_most: float  # but for outliers among them
+
+
 class Effect:
     """The effect of an adapter on the examples of its teacher."""
 
@@ -56,16 +64,13 @@ class Effect:
         """All of it, in nats; of an adapter that does less than the noise, as much as that."""
         return max(float(self._of_the_base.divergence) - self.noise, self.noise, _LEAST)
 
-    def kept(self, factors: Factors) -> float:
-        """Return the share that other factors keep: about 1 at most, negative if they are further off than nothing."""
-        return 1 - (float(self._shortfall(factors).divergence) - self.noise) / self.whole
-
-    def kept_of_most(self, factors: Factors, *, of_few: bool = False) -> float:
-        """Return the share that other factors keep, but for outliers among the texts; of few of them in less time."""
+    def lost(self, factors: Factors, *, of_few: bool = False) -> Lost:
+        """Return the share that other factors lose; of few of the texts in less time."""
         every = _FEW if of_few else 1
-        short, of_the_base = self._shortfall(factors, every), self._of_the_base.of_each
+        short, of_the_base = self._shortfall(factors, every), self._of_the_base.of_each.clamp_min(_LEAST)
         whole = self.whole * float(of_the_base[::every].mean() / of_the_base.mean())
-        return 1 - float(bounded((short.of_each - self.noise) / whole, short.fewest).mean())
+        of_most = bounded((short.of_each - self.noise) / whole, short.fewest).mean()
+        return Lost(of_all=(float(short.divergence) - self.noise) / whole, of_most=float(of_most))
 
     @cached_property
     def _of_the_base(self) -> Shortfall:

@@ -23,7 +23,7 @@ from icmlora.generator.codec import Codec
 from icmlora.generator.encoding import Encoded, Steps
 from icmlora.generator.relaxed import RelaxedCode
 from icmlora.generator.scales import OCTAVE
-from icmlora.training.effect import LEAST_LOST, Effect
+from icmlora.training.effect import LEAST_LOST, Effect, Lost
 from icmlora.training.refinement import Refinable, RefineConfig, items_for, refine
 from icmlora.training.teacher import Teacher
 
@@ -57,13 +57,9 @@ class Refiner:
         teacher = Teacher(base, original, read)
         return cls(base, teacher, Effect(teacher if held is read else Teacher(base, original, held)), config)
 
-    def kept(self, codec: Codec, data: bytes) -> float:
-        """Return the share of the adapter's effect that the bytes of a code keep."""
-        return self.effect.kept(factors_of(codec.decode(data)))
-
-    def kept_of_most(self, codec: Codec, data: bytes, *, of_few: bool = False) -> float:
-        """Return the share that the bytes of a code keep, as `Effect.kept_of_most`."""
-        return self.effect.kept_of_most(factors_of(codec.decode(data)), of_few=of_few)
+    def lost(self, codec: Codec, data: bytes, *, of_few: bool = False) -> Lost:
+        """Return the share of the adapter's effect that the bytes of a code lose, as `Effect.lost`."""
+        return self.effect.lost(factors_of(codec.decode(data)), of_few=of_few)
 
     def refine(self, codec: Codec, adapter: Adapter, encoded: Encoded, tell: Tell) -> Encoded:
         """Return a code whose adapter acts more like the original on the samples."""
@@ -96,7 +92,7 @@ def coarse_for(keep: float, lost: float, refiner: Refiner, codec: Codec, origina
     code = cache(lambda step: steps.code(step)[0])
 
     def lost_by(step: int) -> float:
-        return 1 - refiner.kept_of_most(codec, code(step), of_few=True)
+        return refiner.lost(codec, code(step), of_few=True).of_most
 
     step, found = near(lost, lost_by, steps.expected(_FIRST))
     encoded = codec.measure(original, code(step))
@@ -141,7 +137,7 @@ def _moved(code: Coarse, relaxed: RelaxedCode) -> RelaxedCode:
     share = code.share
     if share is None:
         return relaxed
-    lost = math.log2(max(1 - code.refiner.kept_of_most(code.codec, relaxed.to_code()), LEAST_LOST))
+    lost = math.log2(max(code.refiner.lost(code.codec, relaxed.to_code()).of_most, LEAST_LOST))
     end = lost - _LATER - _LATER_PER_OCTAVE * (math.log2(share.lost) - lost)
     move = _eighths(math.log2(max(1 - share.keep, LEAST_LOST)) - end, _REFINED_POWER, _MOST_MOVED)
     if abs(move) < 2:

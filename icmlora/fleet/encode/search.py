@@ -179,17 +179,16 @@ class CodeSearch:
         share = coarse.share
         if share is None:
             return Trial(encoded), True
-        enough = share.keep - min(_SHORT * (1 - share.keep), _MOST_SHORT)
-        effect = coarse.refiner.kept(self.codec, encoded.data)
-        if effect < enough and self.limits.refine:
+        most = 1 - share.keep + min(_SHORT * (1 - share.keep), _MOST_SHORT)
+        lost = coarse.refiner.lost(self.codec, encoded.data)
+        if lost.of_all > most and self.limits.refine:
             # Most texts miss it by a factor, so aim as much beyond it. One lost as a whole says nothing of that.
-            lost = 1 - coarse.refiner.kept_of_most(self.codec, encoded.data)
-            aim = (1 - share.keep) ** 2 / max(lost, 1 - enough)
+            aim = (1 - share.keep) ** 2 / max(lost.of_most, most)
             finer = coarse_for(1 - aim, COARSER * aim, coarse.refiner, self.codec, self.original, share.steps)
             again = refine_all([finer], self.tell)[0]
-            if (found := coarse.refiner.kept(self.codec, again.data)) > effect:
-                encoded, effect = again, found
-        return Trial(encoded, effect=effect), effect >= enough
+            if (found := coarse.refiner.lost(self.codec, again.data)).of_all < lost.of_all:
+                encoded, lost = again, found
+        return Trial(encoded, effect=1 - lost.of_all), lost.of_all <= most
 
     def _most_accurate(self, size: int) -> tuple[Trial, bool]:
         min_gain, encoded = self.limits.min_gain, self._plain(self.limits)

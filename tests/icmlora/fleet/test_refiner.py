@@ -65,7 +65,8 @@ def test_refinement_begins_with_a_code_that_loses_about_the_share(
 ) -> None:
     begun = coarse(base, adapter, codec, keep=0.9, lost=0.3)
     assert begun.share is not None
-    assert begun.share.lost == pytest.approx(1 - begun.refiner.kept_of_most(codec, begun.encoded.data, of_few=True))
+    lost = begun.refiner.lost(codec, begun.encoded.data, of_few=True)
+    assert begun.share.lost == pytest.approx(lost.of_most)
     assert 0.15 < begun.share.lost < 0.6
 
 

@@ -42,19 +42,19 @@ def scaled(factors: Factors, factor: float) -> Factors:
 
 
 def test_the_original_keeps_all_of_its_effect(effect: Effect, original: Factors) -> None:
-    assert effect.kept(original) == pytest.approx(1, abs=1e-3)
+    assert effect.lost(original).of_all == pytest.approx(0, abs=1e-3)
 
 
 def test_the_bare_base_model_keeps_none_of_it(effect: Effect) -> None:
-    assert effect.kept({}) == pytest.approx(0, abs=1e-3)
+    assert effect.lost({}).of_all == pytest.approx(1, abs=1e-3)
 
 
 def test_a_weaker_adapter_keeps_a_part_of_it(effect: Effect, original: Factors) -> None:
-    assert 0.2 < effect.kept(scaled(original, 0.6)) < effect.kept(scaled(original, 0.9)) < 1
+    assert 0 < effect.lost(scaled(original, 0.9)).of_all < effect.lost(scaled(original, 0.6)).of_all < 0.8
 
 
 def test_the_opposite_keeps_little_of_it(effect: Effect, original: Factors) -> None:
-    assert effect.kept(scaled(original, -1)) < 0.3
+    assert effect.lost(scaled(original, -1)).of_all > 0.7
 
 
 def test_other_factors_of_the_same_weights_keep_all_of_it_in_bfloat16_too(base: BaseModel, original: Factors) -> None:
@@ -62,14 +62,14 @@ def test_other_factors_of_the_same_weights_keep_all_of_it_in_bfloat16_too(base: 
     weak = scaled(original, 3e-4)  # a hundredth of its effect is noise
     effect = effect_on(base, weak)
     turned = {name: (a.flip(0) * 1.3, b.flip(1) / 1.3) for name, (a, b) in weak.items()}
-    lost = 1 - effect.kept(turned)
+    lost = effect.lost(turned).of_all
     assert effect.noise > 0.005 * effect.whole
     assert abs(lost) < 0.1 * effect.noise / effect.whole
 
 
 def test_an_adapter_that_does_nothing_keeps_all_of_it(base: BaseModel, original: Factors) -> None:
     nothing = scaled(original, 0)
-    assert effect_on(base, nothing).kept(nothing) == 1
+    assert effect_on(base, nothing).lost(nothing).of_all == 0
 
 
 def test_a_text_that_is_lost_as_a_whole_counts_four_times_the_median() -> None:
@@ -82,6 +82,6 @@ def test_a_short_answer_may_lose_any_number_of_times_the_median() -> None:
     assert bounded(lost, 2).equal(lost)
 
 
-def test_most_texts_keep_about_what_all_keep(effect: Effect, original: Factors) -> None:
-    weak = scaled(original, 0.8)
-    assert effect.kept_of_most(weak) == pytest.approx(effect.kept(weak), abs=0.02)
+def test_most_texts_lose_about_what_all_lose(effect: Effect, original: Factors) -> None:
+    lost = effect.lost(scaled(original, 0.8))
+    assert lost.of_most == pytest.approx(lost.of_all, abs=0.02)
