@@ -29,6 +29,7 @@ from icmlora.fleet.resources.loading import open_base
 from icmlora.fleet.resources.texts import read_samples
 from icmlora.generator.config import GeneratorConfig, config_for
 from icmlora.generator.sensitivity import Sensitivity, sensitivity_of
+from icmlora.io.devices import gradient_dtype
 from icmlora.training.config import DEFAULT_QUALITY, TrainConfig
 from icmlora.training.initialisation import fresh_network, grown_network
 from icmlora.training.loop import TrainStep, draws_of, fit
@@ -241,7 +242,7 @@ def measured_sensitivity(
     Why it cannot is for `icm eval` to say, which runs each task.
     """
     try:
-        base = open_base(store, source.base_model, device, cache=context.cache)
+        base = open_base(store, source.base_model, device, gradient_dtype(device), cache=context.cache)
         # Kinds of different widths share names, and a name without a layer number is that of every layer.
         modules = dict.fromkeys(kind.module(layer) for kind in config.kinds for layer in range(config.layers))
         statistics = channel_statistics(
