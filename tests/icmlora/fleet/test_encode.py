@@ -11,7 +11,7 @@ from icmlora import Cancelled, DataError, Fleet, Progress, StoreLocked, TaskNotF
 from icmlora.errors import OptionsConflict
 from icmlora.fleet.context import Event
 from icmlora.fleet.encode.encode import EncodeReport, TaskEncoded
-from icmlora.training.effect import Effect
+from icmlora.training.effect import Effect, Lost
 from tests.icmlora.fleet.stores import TASKS, blob_of, code_blobs, files_of, is_sound, stop_after
 from tests.icmlora.tiny_base import LABEL
 
@@ -144,7 +144,7 @@ def test_a_share_of_the_effect_is_kept_with_and_without_refining(fleet: Fleet) -
 def test_what_a_code_misses_of_a_quality_is_recorded_and_no_failure(
     fleet: Fleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Effect, "kept", lambda *_: 0.5)
+    monkeypatch.setattr(Effect, "lost", lambda *_, **__: Lost(of_all=0.5, of_most=0.5))
     statuses = []
     for options in ({"quality": 4}, {"quality": 4}, {"keep": 0.98}):
         (task,) = fleet.encode(["poems"], refine=1, device="cpu", **options).tasks
