@@ -45,6 +45,7 @@ _FINEST, _COARSEST = 1e-8, 0.95  # squared errors between which the steps for a 
 _PART = 8  # of a larger adapter, every eighth module tells about which step is the coarsest
 _USUAL = 2.0  # eighths of an octave by which the step is above that of theory, usually: 1 to 3 of real adapters
 _TRIES = 4  # at most, to find the first step; one or two are usual
+_FAINT = 0.25  # root mean square, in steps, of the values of a slot below which it is faint (docs/results/LOG.md)
 _SMALL_ERROR = 1e-3  # squared errors below which the rounding of float32 would be seen in them
 _ALIKE = 1e-3  # errors of the same code, as a share: float32 rounds in another order where integers are tried
 
@@ -110,11 +111,12 @@ class Steps:
     def __init__(
         self, codec: Codec, adapter: Adapter, vectors: Mapping[str, torch.Tensor], initial: InitialA | None
     ) -> None:
-        tokens, state, head = _prepared(codec, adapter, vectors, initial)
+        self._tokens, state, head = _prepared(codec, adapter, vectors, initial)
         is_small = sum(shape.parameters for shape in adapter.layout) <= _SMALL
         self._codec = codec
-        self._at = Rounding(codec, tokens, state, head, keeps_means=is_small, is_plain_wanted=False, is_exact=False).at
-        self._theory = WaterFilling(tokens, codec.sensitivity, state.subspace)
+        self._rounding = partial(Rounding, codec, state=state, head=head, is_plain_wanted=False, is_exact=False)
+        self._at = self._rounding(self._tokens, keeps_means=is_small).at
+        self._theory = WaterFilling(self._tokens, codec.sensitivity, state.subspace)
 
     def expected(self, tolerance: float) -> int:
         """Return the step at which theory expects a weighted squared error."""
@@ -125,6 +127,17 @@ class Steps:
         """Return the code at a step, and its weighted squared error."""
         found = self._at(step)
         return self._codec.close(found.head, found.groups), found.weighted_error
+
+    @torch.no_grad()
+    def without_faint(self, step: int) -> bytes:
+        """Return the code at a step without the slots whose values are small beside it.
+
+        Most of their integers are 0. The others bring |dW| nearer, but hardly what the adapter does.
+        """
+        least = _FAINT * 2.0 ** (step / OCTAVE)
+        groups = [group[group.root_mean_square() >= least] for group in self._tokens]
+        found = self._rounding([group for group in groups if len(group.norm)], keeps_means=False).at(step)
+        return self._codec.close(found.head, found.groups)
 
 
 def encode_within(

@@ -63,6 +63,10 @@ class KindTokens:
         parts = (self.layer, self.slot, self.norm, self.inputs, self.outputs)
         return KindTokens(self.kind, *(part[chosen] for part in parts))
 
+    def root_mean_square(self) -> torch.Tensor:
+        """Return the root mean square of the values of each token pair, both vectors together, shape (n,)."""
+        return self.norm * math.sqrt(2 / (self.inputs.shape[1] + self.outputs.shape[1]))
+
     def by_layers(self, most: int) -> Iterator[KindTokens]:
         """Split after whole layers, into parts of at most so many values, or of one layer."""
         values = self.inputs.shape[1] + self.outputs.shape[1]

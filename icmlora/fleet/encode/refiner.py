@@ -89,7 +89,7 @@ class Coarse:
 
 def coarse_for(keep: float, lost: float, refiner: Refiner, codec: Codec, original: Adapter, steps: Steps) -> Coarse:
     """Return the plain code that loses about a share of its adapter's effect, to be refined until it keeps another."""
-    code = cache(lambda step: steps.code(step)[0])
+    code = cache(steps.without_faint)
 
     def lost_by(step: int) -> float:
         return refiner.lost(codec, code(step), of_few=True).of_most
@@ -142,7 +142,7 @@ def _moved(code: Coarse, relaxed: RelaxedCode) -> RelaxedCode:
     move = _eighths(math.log2(max(1 - share.keep, LEAST_LOST)) - end, _REFINED_POWER, _MOST_MOVED)
     if abs(move) < 2:
         return relaxed
-    data = share.steps.code(share.step + move)[0]
+    data = share.steps.without_faint(share.step + move)
     moved = RelaxedCode(code.codec, code.original, data, code.refiner.base.device)
     moved.go_on_from(relaxed)
     return moved
