@@ -82,6 +82,7 @@ class Rounding:
             step=step,
             gains=np.zeros_like(self._head.gains),
             strengths=np.zeros_like(self._head.strengths),
+            shifts=self._head.shifts.copy(),
             kept=np.where(self._head.kept == ABSENT, ABSENT, 0).astype(self._head.kept.dtype),
         )
         for parts, strength, _, _ in found:
@@ -90,6 +91,8 @@ class Rounding:
                 head.gains[kind] = part.gain
                 head.strengths[kind, np.unique(layers)] = strength
                 np.add.at(head.kept[kind], layers, 1)
+        most = np.where(head.kept == ABSENT, 0, head.kept).max(axis=1)  # of any layer, (K,)
+        head.shifts[np.arange(head.shifts.shape[1]) >= most[:, None]] = 0  # no slot is coded under them
         plain = relative(part for one in found for part in one[2])
         heavy = relative(part for one in found for part in one[3])
         return Rounded(head, [part for one in found for part in one[0]], plain, heavy)

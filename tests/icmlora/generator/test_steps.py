@@ -7,6 +7,7 @@ import torch
 from icmlora.adapter.model import Adapter, LoraModule
 from icmlora.generator.codec import Codec
 from icmlora.generator.encoding import Steps
+from tests.icmlora.peft_made import peft_codec, peft_fleet
 from tests.icmlora.untrained import untrained_codec
 
 WIDTH = 256
@@ -45,3 +46,10 @@ def test_a_step_beside_which_all_are_small_leaves_a_code_without_slots() -> None
     adapter = two_slots(1.0, 0.24)
     codec = untrained_codec(adapter)
     assert ranks(codec, Steps(codec, adapter, {}, None).without_faint(24)) == [0, 0, 0]
+
+
+def test_a_code_without_slots_says_nothing_about_the_initial_a_of_slots() -> None:
+    codec, fleet = peft_codec(), peft_fleet()
+    steps = Steps(codec, fleet.load(0, None), {}, fleet.initial(0))
+    shifts = [codec.open(steps.without_faint(step)).head.shifts for step in (-40, 40)]
+    assert [bool(found.any()) for found in shifts] == [True, False]
