@@ -129,14 +129,16 @@ class Steps:
         return self._codec.close(found.head, found.groups), found.weighted_error
 
     @torch.no_grad()
-    def without_faint(self, step: int) -> bytes:
+    def without_faint(self, step: int, *, for_strong: bool) -> bytes:
         """Return the code at a step without the slots whose values are small beside it.
 
-        Most of their integers are 0. The others bring |dW| nearer, but hardly what the adapter does.
+        Most of their integers are 0. The others bring |dW| nearer, but hardly what the adapter does. `for_strong`: as
+        `strength_of` has it.
         """
         least = _FAINT * 2.0 ** (step / OCTAVE)
         groups = [group[group.root_mean_square() >= least] for group in self._tokens]
-        found = self._rounding([group for group in groups if len(group.norm)], keeps_means=False).at(step)
+        kept = [group for group in groups if len(group.norm)]
+        found = self._rounding(kept, keeps_means=False, for_strong=for_strong).at(step)
         return self._codec.close(found.head, found.groups)
 
 

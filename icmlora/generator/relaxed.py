@@ -93,9 +93,9 @@ class RelaxedCode:
 
     @torch.no_grad()
     def go_on_from(self, other: RelaxedCode) -> None:
-        """Take values and strengths of the same adapter's code at another step, in the slots that both have.
+        """Take the values of the same adapter's code at another step, in the slots that both have.
 
-        The steps should be less than an octave apart: strengths make up for what a coarse step rounds to zero.
+        Of the strengths, take what has changed since that code was opened: what they make up for depends on the step.
         """
         ratio = other._step / self._step
         theirs = {part.integers.slots.kind: part for part in other._parts}
@@ -108,7 +108,8 @@ class RelaxedCode:
             here, there = torch.tensor(pairs, dtype=torch.long, device=self._device).view(-1, 2).T
             for values, earlier in zip(part.values, before.values, strict=True):
                 values[here] = earlier[there] * ratio
-            part.strength.copy_(before.strength)
+            began = _octaves(other._opened.head.strengths[part.integers.slots.kind]).to(self._device)
+            part.strength.add_(before.strength - began)
             part.boost.copy_(before.boost)
 
     def factors(self, dtype: torch.dtype = torch.float32) -> Factors:
@@ -216,7 +217,11 @@ class RelaxedCode:
         return torch.where(is_listed, table[torch.where(is_listed, entries, 0)].copysign(whole), whole)
 
     def _factors(self, stored: NDArray[np.int8]) -> nn.Parameter:
-        return nn.Parameter(torch.from_numpy(stored.astype(np.float32) / STRENGTHS).to(self._device))
+        return nn.Parameter(_octaves(stored).to(self._device))
+
+
+def _octaves(stored: NDArray[np.int8]) -> torch.Tensor:
+    return torch.from_numpy(stored.astype(np.float32) / STRENGTHS)
 
 
 def _stored(factors: torch.Tensor) -> NDArray[np.int8]:

@@ -61,15 +61,18 @@ class Rounding:
         keeps_means: bool,
         is_plain_wanted: bool,
         is_exact: bool,
+        for_strong: bool = False,
     ) -> None:
         """Take tokens, what their code's head says at every step, and whether errors of plain dW are wanted.
 
         Predictions are the same at every step. They may be kept, which takes as much memory as the tokens. Errors are
-        known to 1e-6, in half of the time of those that are exact.
+        known to 1e-6, in half of the time of those that are exact. The decoded dW is as long as the original; or as
+        long along its strong slots, of which rounding takes less.
         """
         self._codec, self.tokens, self._state, self._head = codec, tokens, state, head
         self._keeps_means, self._is_plain_wanted = keeps_means, is_plain_wanted
         self._dtype = torch.float64 if is_exact else torch.float32
+        self._for_strong = for_strong
         self._means: defaultdict[int, list[Means]] = defaultdict(list)  # of each kind, some layers at a time
 
     def at(self, step: int) -> Rounded:
@@ -109,12 +112,12 @@ class Rounding:
             integers, keep, rebuilt = quantised(self._codec, tokens, self._state, step, gain, means)
             parts.append(integers)
             rebuilt.outputs[~keep] = 0
-            overlap, products = _products(tokens, rebuilt, self._dtype)
-            overlaps.append(overlap)
+            along, products = _products(tokens, rebuilt, self._dtype)
+            overlaps.append(along)
             heavy.append(products)
             if self._is_plain_wanted:
                 plain.append(_plain_products(tokens, rebuilt, self._dtype, sensitivity))
-        strength = strength_of(group, torch.tensor(overlaps, dtype=torch.float64))
+        strength = strength_of(group, torch.cat(overlaps), for_strong=self._for_strong)
         errors = [_errors(products, 2.0 ** (strength / STRENGTHS)) for products in (plain or heavy, heavy)]
         return parts, strength, errors[0], errors[1]
 
@@ -164,26 +167,33 @@ def quantised(
     return KindIntegers(slots, gain, residuals, found), torch.from_numpy(keep), rebuilt
 
 
-def strength_of(original: KindTokens, overlaps: torch.Tensor) -> int:
+def strength_of(original: KindTokens, overlaps: torch.Tensor, *, for_strong: bool = False) -> int:
     """Return log2, in 64ths, of the factor that makes the decoded dW of a kind as long, along it, as the original.
 
-    `overlaps` are the inner products of original and decoded dW in the kept slots, (n,).
+    Args:
+        original: The tokens of the kind.
+        overlaps: Inner products of original and decoded slots; without those that are left out, or 0 for these.
+        for_strong: Whether a slot counts by the square of its energy, not by its energy; `overlaps` has all slots.
     """
     # Values that round to zero make the decoded dW shorter. An adapter at nine tenths of its strength loses more of its
-    # gain than the larger error of a full-strength one costs (docs/results/LOG.md).
-    along, length = float(overlaps.sum()), squared_norm([original])
-    if not 0 < along < math.inf:  # products of very large values overflow float32
+    # gain than the larger error of a full-strength one costs. But where much of dW is in weak slots, which lose most,
+    # making up for them makes strong ones too strong (docs/results/LOG.md).
+    energy, along = original.norm.double().square(), overlaps.double()
+    if for_strong:
+        energy, along = energy.square(), along * energy
+    ratio = float(energy.sum() / along.sum())
+    if not 0 < ratio < math.inf:  # products of very large values overflow float32
         return 0
-    return min(max(round(STRENGTHS * math.log2(length / along)), 0), _STRONGEST)
+    return min(max(round(STRENGTHS * math.log2(ratio)), 0), _STRONGEST)
 
 
-def _products(original: KindTokens, rebuilt: KindTokens, dtype: torch.dtype) -> tuple[float, _Products]:
-    """Return the inner products of the slots, added up, and those of the modules."""
-    right = _by_module(rebuilt, dtype)
-    both = _pairs(_by_module(original, dtype), right)
-    overlap = float(both.diagonal(dim1=1, dim2=2).sum())
+def _products(original: KindTokens, rebuilt: KindTokens, dtype: torch.dtype) -> tuple[torch.Tensor, _Products]:
+    """Return the inner products of the slots, (n,), and those of all modules."""
+    left, right = _by_module(original, dtype), _by_module(rebuilt, dtype)
+    both = _pairs(left, right)
+    overlaps = both.diagonal(dim1=1, dim2=2)[left[2] > 0]
     # Slots of the original are orthogonal.
-    return overlap, (squared_norm([original]), float(both.sum()), float(_pairs(right, right).sum()))
+    return overlaps, (squared_norm([original]), float(both.sum()), float(_pairs(right, right).sum()))
 
 
 def _plain_products(

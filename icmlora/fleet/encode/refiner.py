@@ -27,11 +27,12 @@ from icmlora.training.effect import LEAST_LOST, Effect, Lost
 from icmlora.training.refinement import Refinable, RefineConfig, items_for, refine
 from icmlora.training.teacher import Teacher
 
-COARSER = 3.5  # refinement begins with a code that loses so many times what may be lost
+_COARSER = 3.5  # refinement begins with a code that loses so many times what may be lost, where that is little
 _FIRST = 0.5  # squared error of the first code that is looked at
 _MOST_LOOKS = 4
 _NEAR = 0.3  # octaves by which a look may miss the share that is looked for
 _STRIDE = 3 * OCTAVE  # eighths of an octave between two looks, at most
+_CLEARLY = 0.9  # strengths for strong slots have to lose so much less than those for all
 # What is lost grows as a power of the step: of plain codes, and of refined ones.
 _PLAIN_POWER, _REFINED_POWER = 2.0, 1.4
 _PILOT = 5  # of the steps of refinement, one in so many comes before the second look
@@ -73,6 +74,7 @@ class ForShare:
     keep: float
     steps: Steps
     step: int  # log2 in eighths
+    for_strong: bool  # what its strengths make up for: see `strength_of`
     lost: float  # of the effect, by the plain code of this step
 
 
@@ -87,16 +89,24 @@ class Coarse:
     share: ForShare | None = None  # None for a code that is for another limit
 
 
+def lost_before(keep: float) -> float:
+    """Return what share of the effect a code should lose before it is refined to keep one."""
+    return 1 - math.pow(keep, _COARSER)
+
+
 def coarse_for(keep: float, lost: float, refiner: Refiner, codec: Codec, original: Adapter, steps: Steps) -> Coarse:
     """Return the plain code that loses about a share of its adapter's effect, to be refined until it keeps another."""
-    code = cache(steps.without_faint)
+    code = cache(lambda step, for_strong: steps.without_faint(step, for_strong=for_strong))
 
-    def lost_by(step: int) -> float:
-        return refiner.lost(codec, code(step), of_few=True).of_most
+    @cache
+    def lost_by(step: int, for_strong: bool) -> float:
+        return refiner.lost(codec, code(step, for_strong), of_few=True).of_most
 
-    step, found = near(lost, lost_by, steps.expected(_FIRST))
-    encoded = codec.measure(original, code(step))
-    return Coarse(refiner, codec, original, encoded, ForShare(keep, steps, step, found))
+    step, found = near(lost, lambda step: lost_by(step, False), steps.expected(_FIRST))
+    if for_strong := lost_by(step, True) < _CLEARLY * found:
+        step, found = near(lost, lambda step: lost_by(step, True), step)
+    encoded = codec.measure(original, code(step, for_strong))
+    return Coarse(refiner, codec, original, encoded, ForShare(keep, steps, step, for_strong, found))
 
 
 def near(share: float, lost: Callable[[int], float], first: int) -> tuple[int, float]:
@@ -142,7 +152,7 @@ def _moved(code: Coarse, relaxed: RelaxedCode) -> RelaxedCode:
     move = _eighths(math.log2(max(1 - share.keep, LEAST_LOST)) - end, _REFINED_POWER, _MOST_MOVED)
     if abs(move) < 2:
         return relaxed
-    data = share.steps.without_faint(share.step + move)
+    data = share.steps.without_faint(share.step + move, for_strong=share.for_strong)
     moved = RelaxedCode(code.codec, code.original, data, code.refiner.base.device)
     moved.go_on_from(relaxed)
     return moved

@@ -20,7 +20,7 @@ import torch
 
 from icmlora.adapter.model import Adapter
 from icmlora.errors import DataError
-from icmlora.fleet.encode.refiner import COARSER, Coarse, Refiner, coarse_for, refine_all
+from icmlora.fleet.encode.refiner import Coarse, Refiner, coarse_for, lost_before, refine_all
 from icmlora.fleet.measure.measure import SourceResult, TaskLosses
 from icmlora.fleet.resources.workers import Tell
 from icmlora.generator.codec import Codec
@@ -168,7 +168,7 @@ class CodeSearch:
             return Coarse(self.refiner, self.codec, self.original, self._plain(self.limits))
         self.tell(f"encoding, to keep {keep:g}")
         steps = Steps(self.codec, self.original, self.vectors, self.initial)
-        lost = (COARSER if self.limits.refine else 1) * (1 - keep)
+        lost = lost_before(keep) if self.limits.refine else 1 - keep
         return coarse_for(keep, lost, self.refiner, self.codec, self.original, steps)
 
     def done(self, coarse: Coarse, encoded: Encoded) -> tuple[Trial, bool]:
@@ -184,7 +184,7 @@ class CodeSearch:
         if lost.of_all > most and self.limits.refine:
             # Most texts miss it by a factor, so aim as much beyond it. One lost as a whole says nothing of that.
             aim = (1 - share.keep) ** 2 / max(lost.of_most, most)
-            finer = coarse_for(1 - aim, COARSER * aim, coarse.refiner, self.codec, self.original, share.steps)
+            finer = coarse_for(1 - aim, lost_before(1 - aim), coarse.refiner, self.codec, self.original, share.steps)
             again = refine_all([finer], self.tell)[0]
             if (found := coarse.refiner.lost(self.codec, again.data)).of_all < lost.of_all:
                 encoded, lost = again, found

@@ -70,6 +70,14 @@ def test_refinement_begins_with_a_code_that_loses_about_the_share(
     assert 0.15 < begun.share.lost < 0.6
 
 
+def test_refinement_begins_with_the_strengths_that_lose_less(base: BaseModel, adapter: Adapter, codec: Codec) -> None:
+    begun = coarse(base, adapter, codec, keep=0.9, lost=0.3)
+    share = begun.share
+    assert share is not None
+    other = share.steps.without_faint(share.step, for_strong=not share.for_strong)
+    assert 0.9 * share.lost <= begun.refiner.lost(codec, other, of_few=True).of_most
+
+
 @pytest.mark.parametrize(("keep", "is_finer"), [(0.999, True), (0.3, False)])
 def test_a_code_that_would_miss_its_share_goes_on_with_another_step(
     base: BaseModel, adapter: Adapter, codec: Codec, keep: float, is_finer: bool
