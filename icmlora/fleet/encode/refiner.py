@@ -27,7 +27,7 @@ from icmlora.training.effect import LEAST_LOST, Effect, Lost
 from icmlora.training.refinement import Refinable, RefineConfig, items_for, refine
 from icmlora.training.teacher import Teacher
 
-_COARSER = 3.5  # refinement begins with a code that loses so many times what may be lost, where that is little
+_COARSER = 3.5  # refinement begins with a code that loses so many times what may be lost
 _FIRST = 0.5  # squared error of the first code that is looked at
 _MOST_LOOKS = 4
 _NEAR = 0.3  # octaves by which a look may miss the share that is looked for
@@ -91,7 +91,7 @@ class Coarse:
 
 def lost_before(keep: float) -> float:
     """Return what share of the effect a code should lose before it is refined to keep one."""
-    return 1 - math.pow(keep, _COARSER)
+    return min(_COARSER * (1 - keep), 1 - keep / 2)  # halfway to a code that keeps nothing, at most
 
 
 def coarse_for(keep: float, lost: float, refiner: Refiner, codec: Codec, original: Adapter, steps: Steps) -> Coarse:
