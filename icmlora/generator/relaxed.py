@@ -82,6 +82,11 @@ class RelaxedCode:
             self._widths = torch.exp2(torch.cat(scales).float() / OCTAVE) if scales else torch.zeros(0)
 
     @property
+    def step(self) -> int:
+        """The quantiser step, log2 in eighths."""
+        return self._opened.head.step
+
+    @property
     def values(self) -> list[nn.Parameter]:
         """The parameters that are rounded to integers."""
         return [values for part in self._parts for values in part.values]

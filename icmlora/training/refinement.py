@@ -13,9 +13,10 @@ soon as good as its adapter, and on other text not yet, hence the margin (docs/r
 
 The base model is frozen. Refinement brings back what coarse rounding lost of an adapter's function, at fewer bits: the
 second term lets values round to zero where that does no harm. Both terms are free of scale. What a code loses of the
-adapter's effect sets the price: it rises while that is less than what may be lost, and falls while it is more. For a
-code whose limit is another, the price stays, and is lower for a smaller error at the start, because an accurate code
-gets less function for each further bit. The refined code decodes like any other and needs no base model for that.
+adapter's effect sets the price: it rises while that is less than what may be lost, and falls while it is more. Where a
+code was found to lose more of other examples, less may be lost of those that it reads. For a code whose limit is
+another, the price stays, and is lower for a smaller error at the start, because an accurate code gets less function for
+each further bit. The refined code decodes like any other and needs no base model for that.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
@@ -42,6 +43,8 @@ from icmlora.training.teacher import Shortfall, Teacher, shortfalls
 WITHOUT_REFINE = "encode it without --refine"  # hint where a code cannot be refined
 _READ = 3  # samples at least that are learned from, for each that is not
 _LOOKED_AT = 8  # the last steps, whose losses set a price
+_REMEMBERED = 16  # the last steps, whose losses are compared with those of other examples
+_MOST_OPTIMISM = 4.0  # by what factor they may seem to differ: few texts were read
 _STEEPNESS = 3  # power with which a price follows the ratio of what may be lost and what is
 _CHEAPEST, _DEAREST = 16, 8  # factors by which it falls and rises at most
 
@@ -77,7 +80,7 @@ FOR_SHARE = RefineConfig(held=16)
 """How a code is refined that is to keep a share of its adapter's effect."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Refinable:
     """A code that is to be refined, and what that takes."""
 
@@ -86,6 +89,15 @@ class Refinable:
     teacher: Teacher  # of what it is refined on
     effect: Effect  # of the adapter, on other examples
     keep: float | None  # share of the effect that the code is for, None if it is for another limit
+    lost: deque[torch.Tensor] = field(default_factory=lambda: deque(maxlen=_REMEMBERED))  # shares, of the last steps
+    optimism: float = 1.0  # how much more is lost of other examples than of those that are read
+
+    def compare(self, elsewhere: float) -> None:
+        """Take note of the share that is lost of other examples, which is what a code is to keep."""
+        if self.lost:
+            here = max(float(torch.stack(tuple(self.lost)).mean()), LEAST_LOST)
+            self.optimism = min(max(elsewhere / here, 1.0), _MOST_OPTIMISM)
+            self.lost.clear()
 
 
 def refine(codes: Sequence[Refinable], base: BaseModel, config: RefineConfig, steps: range) -> Iterator[int]:
@@ -138,8 +150,7 @@ class _Price:
 
     @torch.no_grad()
     def __init__(self, code: Refinable, config: RefineConfig) -> None:
-        self._keep, self._effect = code.keep, code.effect
-        self._lost: deque[torch.Tensor] = deque(maxlen=_LOOKED_AT)  # shares, which stay on the device
+        self._code, self._allowed = code, None if code.keep is None else (1 - code.keep) / code.optimism
         self._first = config.price * code.error if code.keep is None else config.price_of_keeping * (1 - code.keep)
         self._bits = code.relaxed.bits().detach().clamp_min(1)
         self.of_a_bit = self._first / self._bits
@@ -147,15 +158,17 @@ class _Price:
     @torch.no_grad()
     def follow(self, short: Shortfall) -> torch.Tensor:
         """Set the price of a bit by what was lost in the last steps; return what a nat of the last one costs."""
-        share = (short.divergence - self._effect.noise) / self._effect.whole
-        self._lost.append(share)
-        if len(self._lost) < _LOOKED_AT // 2:
-            return torch.ones_like(share) / self._effect.whole
-        shares = bounded(torch.stack(tuple(self._lost)), short.fewest)
-        if self._keep is not None:
-            factor = ((1 - self._keep) / shares.mean().clamp_min(LEAST_LOST)) ** _STEEPNESS
+        effect, lost = self._code.effect, self._code.lost
+        share = (short.divergence - effect.noise) / effect.whole
+        lost.append(share)
+        if len(lost) < _LOOKED_AT // 2:
+            return torch.ones_like(share) / effect.whole
+        shares = bounded(torch.stack(tuple(lost)[-_LOOKED_AT:]), short.fewest)
+        lost[-1] = shares[-1]
+        if self._allowed is not None:
+            factor = (self._allowed / shares.mean().clamp_min(LEAST_LOST)) ** _STEEPNESS
             self.of_a_bit = self._first * factor.clamp(1 / _CHEAPEST, _DEAREST) / self._bits
-        return torch.where(shares[-1] < share, shares[-1] / share, 1.0) / self._effect.whole
+        return torch.where(shares[-1] < share, shares[-1] / share, 1.0) / effect.whole
 
 
 def items_for(

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal
 from icmlora.adapter.model import Adapter
 from icmlora.errors import BaseModelNotFound, BaseModelUnsuited, Cancelled, DataError, OptionsConflict, OutOfMemory
 from icmlora.fleet.context import Context, Event, Shard, base_record, reporting, select_tasks, use_case
-from icmlora.fleet.encode.refiner import Coarse, Refiner, refine_all, stoppable
+from icmlora.fleet.encode.refiner import Finished, Refiner, refine_all, stoppable
 from icmlora.fleet.encode.search import CodeSearch, ResidualSearch, Trial
 from icmlora.fleet.failures import FAILURES, Failed, as_error
 from icmlora.fleet.measure.measure import Measurement, TaskLosses, losses_on_own_text, record_measurements
@@ -26,7 +26,6 @@ from icmlora.fleet.resources.texts import read_samples
 from icmlora.fleet.resources.workers import Tell, check_place, naming, worker_pool
 from icmlora.formats.catalogue import format_named
 from icmlora.generator.config import keep_of, quality_of, tolerance_of
-from icmlora.generator.encoding import Encoded
 from icmlora.generator.limits import Limits
 from icmlora.io.devices import gradient_dtype
 from icmlora.training.config import REFINE_STEPS
@@ -424,27 +423,27 @@ def _refiner(state: _TaskState, original: Adapter, limits: Limits) -> Refiner:
         return Refiner.of(base, original, () if samples is None else samples.items, config)
 
 
-def _refined_together(prepared: Sequence[_Prepared], tell: Tell) -> dict[str, tuple[Coarse, Encoded]]:
+def _refined_together(prepared: Sequence[_Prepared], tell: Tell) -> dict[str, Finished]:
     """Refine the codes of several tasks together; nothing is returned where that fails, so each is made alone."""
     prepared = [one for one in prepared if one.search.is_refined_once]
     if len(prepared) < 2:
         return {}
     try:
         codes = [one.search.coarse() for one in prepared]
-        refined = refine_all(codes, lambda note: tell(f"{len(prepared)} tasks: {note}"))
+        made = refine_all(codes, lambda note: tell(f"{len(prepared)} tasks: {note}"))
     except Cancelled:
         raise
     except FAILURES as error:
         as_error(error)  # frees the memory, if that is what ran out: one alone may fit
         return {}
-    return {one.state.task.name: pair for one, pair in zip(prepared, zip(codes, refined, strict=True), strict=True)}
+    return {one.state.task.name: code for one, code in zip(prepared, made, strict=True)}
 
 
-def _code(prepared: _Prepared, refined: tuple[Coarse, Encoded] | None) -> TaskEncoded | Made:
+def _code(prepared: _Prepared, refined: Finished | None) -> TaskEncoded | Made:
     """Make the smallest code of a task that meets the limits, or the most accurate one of a size."""
     state, search, reason, size = prepared.state, prepared.search, prepared.reason, prepared.search.limits.size
     try:
-        best, is_kept = search.best() if refined is None else search.done(*refined)
+        best, is_kept = search.best() if refined is None else search.done(refined)
     except Cancelled:
         raise
     except FAILURES as error:

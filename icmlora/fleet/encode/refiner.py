@@ -1,9 +1,12 @@
 """Codes that keep a share of what their adapters do, found by looking: where refinement begins, and where it goes on.
 
     step ──a few looks──▶ code that keeps less than asked ──a fifth of the steps──▶ look ──another step──▶ the others
+                                                                                                             │
+                                       done ◀──the last steps again──finer step──◀── keeps too little ──◀── look
 
 How much refinement brings back differs from adapter to adapter, by a factor of four. The first steps foretell it
-(docs/results/LOG.md), so a code that would end too good or too bad goes on from there with coarser or finer values.
+(docs/results/LOG.md), so a code that would end too good or too bad goes on from there with coarser or finer values. One
+that falls short in the end does so too.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 from icmlora.adapter.model import Adapter
@@ -35,10 +39,16 @@ _STRIDE = 3 * OCTAVE  # eighths of an octave between two looks, at most
 _CLEARLY = 0.9  # strengths for strong slots have to lose so much less than those for all
 # What is lost grows as a power of the step: of plain codes, and of refined ones.
 _PLAIN_POWER, _REFINED_POWER = 2.0, 1.4
-_PILOT = 5  # of the steps of refinement, one in so many comes before the second look
-_MOST_MOVED = 6  # eighths of an octave by which the step changes then
-# By how many octaves the steps that remain divide what is lost: so much, and so much more for each octave of the first.
-_LATER, _LATER_PER_OCTAVE = 0.6, 0.25
+_LOOKS = 0.2, 0.6  # shares of the steps of refinement after which it looks again
+# Eighths of an octave by which the step changes then, or for a code that falls short: at most, and at least where it
+# gets finer or coarser. A coarser one takes back what refinement did, and the price of bits makes codes smaller too.
+_MOST_MOVED, _LEAST_FINER, _LEAST_COARSER = 6, 2, 4
+# By how many octaves the steps that remain divide what is lost: so many after each look, and more after the first one
+# if the steps before it have brought more than is usual.
+_LATER, _USUAL = (0.3, 0.1), 1.2
+# A code may lose half more than it is asked to, and at most so much: what other texts would say differs by more.
+_SHORT, _MOST_SHORT = 1 / 2, 0.01
+_MENDING = 0.4  # of the steps are done again for a code that loses more than that
 
 
 @dataclass(frozen=True)
@@ -64,18 +74,27 @@ class Refiner:
 
     def refine(self, codec: Codec, adapter: Adapter, encoded: Encoded, tell: Tell) -> Encoded:
         """Return a code whose adapter acts more like the original on the samples."""
-        return refine_all([Coarse(self, codec, adapter, encoded)], tell)[0]
+        return refine_all([Coarse(self, codec, adapter, encoded)], tell)[0].encoded
 
 
 @dataclass(frozen=True)
 class ForShare:
-    """What a code is for that is to keep a share of its adapter's effect, and where its refinement begins."""
+    """What a code is for that is to keep a share of its adapter's effect, and what other codes it may become."""
 
     keep: float
     steps: Steps
-    step: int  # log2 in eighths
+    lost: float  # by the code that its refinement begins with
     for_strong: bool  # what its strengths make up for: see `strength_of`
-    lost: float  # of the effect, by the plain code of this step
+
+    @property
+    def most(self) -> float:
+        """What a code for it may lose of the effect."""
+        return 1 - self.keep + min(_SHORT * (1 - self.keep), _MOST_SHORT)
+
+    @property
+    def aim(self) -> float:
+        """What it should lose: halfway between what is asked for and what is too much."""
+        return max((1 - self.keep + self.most) / 2, LEAST_LOST)
 
 
 @dataclass(frozen=True)
@@ -87,6 +106,33 @@ class Coarse:
     original: Adapter
     encoded: Encoded
     share: ForShare | None = None  # None for a code that is for another limit
+
+    def relaxed(self, data: bytes) -> RelaxedCode:
+        """Return its adapter's code of these bytes, to be changed."""
+        return RelaxedCode(self.codec, self.original, data, self.refiner.base.device)
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A code that was made of a coarse one, refined or as it was, and what it loses of its adapter's effect."""
+
+    encoded: Encoded
+    lost: Lost | None  # None for a code that is not for a share
+    falls_short: bool  # of its share
+
+    @classmethod
+    def of(cls, code: Coarse, encoded: Encoded) -> Finished:
+        """Look at what was made of a code."""
+        if code.share is None:
+            return cls(encoded, None, falls_short=False)
+        lost = code.refiner.lost(code.codec, encoded.data)
+        return cls(encoded, lost, falls_short=lost.of_all > code.share.most)
+
+    def better(self, other: Finished) -> Finished:
+        """Return the one of two that loses less."""
+        assert self.lost is not None
+        assert other.lost is not None
+        return other if other.lost.of_all < self.lost.of_all else self
 
 
 def lost_before(keep: float) -> float:
@@ -106,7 +152,7 @@ def coarse_for(keep: float, lost: float, refiner: Refiner, codec: Codec, origina
     if for_strong := lost_by(step, True) < _CLEARLY * found:
         step, found = near(lost, lambda step: lost_by(step, True), step)
     encoded = codec.measure(original, code(step, for_strong))
-    return Coarse(refiner, codec, original, encoded, ForShare(keep, steps, step, for_strong, found))
+    return Coarse(refiner, codec, original, encoded, ForShare(keep, steps, found, for_strong))
 
 
 def near(share: float, lost: Callable[[int], float], first: int) -> tuple[int, float]:
@@ -121,41 +167,87 @@ def near(share: float, lost: Callable[[int], float], first: int) -> tuple[int, f
     return best, 2 ** found[best]
 
 
-def refine_all(codes: Sequence[Coarse], tell: Tell) -> list[Encoded]:
-    """Refine codes side by side: all on the same base model, and for the same number of steps."""
+def refine_all(codes: Sequence[Coarse], tell: Tell) -> list[Finished]:
+    """Refine codes side by side: all on the same base model, and for the same number of steps.
+
+    One that falls short of its share goes on at a finer step, where it began to be slow, and is replaced if that helps.
+    """
     base, config = codes[0].refiner.base, codes[0].refiner.config
-    relaxed = [RelaxedCode(code.codec, code.original, code.encoded.data, base.device) for code in codes]
-    pilot = config.steps // _PILOT if any(code.share is not None for code in codes) else 0
+    running = list(map(_Running.of, codes))
+    looks = _LOOKS if any(code.share is not None for code in codes) else ()
     note = "refining"
+
+    def go(which: Sequence[_Running], first: float, last: float) -> None:
+        nonlocal note
+        steps = range(round(first * config.steps), round(last * config.steps))
+        for step in refine([one.work for one in which], base, config, steps):
+            note = f"refining, step {step} of {config.steps}"
+            tell(note)
+
     with stoppable(base, lambda: tell(note)):
-        for steps in filter(None, (range(pilot), range(pilot, config.steps))):
-            if steps.start > 0:
-                relaxed = list(map(_moved, codes, relaxed))
-            for step in refine(list(map(_refinable, codes, relaxed)), base, config, steps):
-                note = f"refining, step {step} of {config.steps}"
-                tell(note)
-    return [code.codec.measure(code.original, one.to_code()) for one, code in zip(relaxed, codes, strict=True)]
+        for number, (first, last) in enumerate(pairwise([0.0, *looks, 1.0])):
+            go(running, first, last)
+            if last < 1:
+                for one in running:
+                    one.foresee(number)
+        finished = [one.finished() for one in running]
+        short = [number for number, made in enumerate(finished) if made.falls_short]
+        for number in short:
+            running[number].mend(finished[number])
+        go([running[number] for number in short], 1 - _MENDING, 1.0)
+        for number in short:
+            finished[number] = finished[number].better(running[number].finished())
+    return finished
 
 
-def _refinable(code: Coarse, relaxed: RelaxedCode) -> Refinable:
-    keep = None if code.share is None else code.share.keep
-    return Refinable(relaxed, code.encoded.weighted_error, code.refiner.teacher, code.refiner.effect, keep)
+@dataclass(frozen=True)
+class _Running:
+    """A code that is being refined."""
 
+    code: Coarse
+    work: Refinable
 
-def _moved(code: Coarse, relaxed: RelaxedCode) -> RelaxedCode:
-    """Return the code with the step at which the steps that remain will end at its share, as far as can be told."""
-    share = code.share
-    if share is None:
-        return relaxed
-    lost = math.log2(max(code.refiner.lost(code.codec, relaxed.to_code()).of_most, LEAST_LOST))
-    end = lost - _LATER - _LATER_PER_OCTAVE * (math.log2(share.lost) - lost)
-    move = _eighths(math.log2(max(1 - share.keep, LEAST_LOST)) - end, _REFINED_POWER, _MOST_MOVED)
-    if abs(move) < 2:
-        return relaxed
-    data = share.steps.without_faint(share.step + move, for_strong=share.for_strong)
-    moved = RelaxedCode(code.codec, code.original, data, code.refiner.base.device)
-    moved.go_on_from(relaxed)
-    return moved
+    @classmethod
+    def of(cls, code: Coarse) -> _Running:
+        """Begin with a code as it is."""
+        keep = None if code.share is None else code.share.keep
+        relaxed, refiner = code.relaxed(code.encoded.data), code.refiner
+        return cls(code, Refinable(relaxed, code.encoded.weighted_error, refiner.teacher, refiner.effect, keep))
+
+    def finished(self) -> Finished:
+        """Return the code as it is now."""
+        return Finished.of(self.code, self.code.codec.measure(self.code.original, self.work.relaxed.to_code()))
+
+    def foresee(self, number: int) -> None:
+        """Go on at the step at which the steps that remain will end at its share, as far as can be told."""
+        share = self.code.share
+        if share is None:
+            return
+        lost = self._compared(self.code.refiner.lost(self.code.codec, self.work.relaxed.to_code()))
+        is_first = number == 0
+        later = _LATER[number] + (max(math.log2(share.lost) - lost - _USUAL, 0.0) if is_first else 0.0)
+        self._move(share, lost - later, coarser=is_first)
+
+    def mend(self, made: Finished) -> None:
+        """Go on at the step at which a code that falls short would not."""
+        assert self.code.share is not None
+        assert made.lost is not None
+        self._move(self.code.share, self._compared(made.lost), coarser=False)
+
+    def _compared(self, lost: Lost) -> float:
+        """Compare what it loses with what it loses of what it is refined on; return its logarithm, base 2."""
+        self.work.compare(lost.of_most)
+        return math.log2(max(lost.of_most, LEAST_LOST))
+
+    def _move(self, share: ForShare, end: float, *, coarser: bool) -> None:
+        """Go on at the step where it loses what it should, if it loses 2^end at this one."""
+        move = _eighths(math.log2(share.aim) - end, _REFINED_POWER, _MOST_MOVED)
+        if -_LEAST_FINER < move < (_LEAST_COARSER if coarser else math.inf):
+            return
+        data = share.steps.without_faint(self.work.relaxed.step + move, for_strong=share.for_strong)
+        moved = self.code.relaxed(data)
+        moved.go_on_from(self.work.relaxed)
+        self.work.relaxed = moved
 
 
 def _eighths(octaves: float, power: float, most: int) -> int:

@@ -20,7 +20,7 @@ import torch
 
 from icmlora.adapter.model import Adapter
 from icmlora.errors import DataError
-from icmlora.fleet.encode.refiner import Coarse, Refiner, coarse_for, lost_before, refine_all
+from icmlora.fleet.encode.refiner import Coarse, Finished, Refiner, coarse_for, lost_before, refine_all
 from icmlora.fleet.measure.measure import SourceResult, TaskLosses
 from icmlora.fleet.resources.workers import Tell
 from icmlora.generator.codec import Codec
@@ -38,8 +38,6 @@ At the coarsest, the code of a task that the generator predicts well holds no in
 
 _LOSS_RATIO = 1.5
 """Refinement divides the lost gain of a code by about this, which says at which tolerance to begin with it."""
-# A code may lose half more than it is asked to, and at most so much: what other texts would say differs by more.
-_SHORT, _MOST_SHORT = 1 / 2, 0.01
 
 
 @dataclass(frozen=True)
@@ -143,7 +141,8 @@ class CodeSearch:
         limits, min_gain = self.limits, self.limits.min_gain
         if limits.keep is not None:
             coarse = self.coarse()
-            return self.done(coarse, refine_all([coarse], self.tell)[0] if limits.refine else coarse.encoded)
+            (made,) = refine_all([coarse], self.tell) if limits.refine else [Finished.of(coarse, coarse.encoded)]
+            return self.done(made)
         if limits.size is not None:
             return self._most_accurate(limits.size)
         if min_gain is None:
@@ -171,24 +170,9 @@ class CodeSearch:
         lost = lost_before(keep) if self.limits.refine else 1 - keep
         return coarse_for(keep, lost, self.refiner, self.codec, self.original, steps)
 
-    def done(self, coarse: Coarse, encoded: Encoded) -> tuple[Trial, bool]:
-        """Return the code that was made of a coarse one, and whether it keeps what it is for.
-
-        One that falls short is refined once more, for a larger share.
-        """
-        share = coarse.share
-        if share is None:
-            return Trial(encoded), True
-        most = 1 - share.keep + min(_SHORT * (1 - share.keep), _MOST_SHORT)
-        lost = coarse.refiner.lost(self.codec, encoded.data)
-        if lost.of_all > most and self.limits.refine:
-            # Most texts miss it by a factor, so aim as much beyond it. One lost as a whole says nothing of that.
-            aim = (1 - share.keep) ** 2 / max(lost.of_most, most)
-            finer = coarse_for(1 - aim, lost_before(1 - aim), coarse.refiner, self.codec, self.original, share.steps)
-            again = refine_all([finer], self.tell)[0]
-            if (found := coarse.refiner.lost(self.codec, again.data)).of_all < lost.of_all:
-                encoded, lost = again, found
-        return Trial(encoded, effect=1 - lost.of_all), lost.of_all <= most
+    def done(self, made: Finished) -> tuple[Trial, bool]:
+        """Return what was made of a coarse code, and whether it keeps what it is for."""
+        return Trial(made.encoded, effect=None if made.lost is None else 1 - made.lost.of_all), not made.falls_short
 
     def _most_accurate(self, size: int) -> tuple[Trial, bool]:
         min_gain, encoded = self.limits.min_gain, self._plain(self.limits)

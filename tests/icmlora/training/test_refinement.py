@@ -105,6 +105,21 @@ def test_a_code_that_is_to_keep_less_of_the_effect_ends_smaller(
     assert sizes[1] < 0.95 * sizes[0]
 
 
+@pytest.mark.slow
+def test_a_code_that_loses_more_of_other_examples_ends_larger(
+    base: BaseModel, adapter: Adapter, coded: tuple[Codec, bytes]
+) -> None:
+    config, sizes = RefineConfig(steps=40, learning_rate=0.05), list[int]()
+    for elsewhere in (0.0, 1.0):
+        relaxed = RelaxedCode(coded[0], adapter, coded[1])
+        work = Refinable(relaxed, 0.4, teacher_of(base, adapter), effect_of(base, adapter), 0.6)
+        list(refine([work], base, config, range(20)))
+        work.compare(elsewhere)
+        list(refine([work], base, config, range(20, 40)))
+        sizes.append(len(relaxed.to_code()))
+    assert sizes[1] > 1.05 * sizes[0]
+
+
 def test_steps_that_are_done_in_two_parts_read_what_they_read_in_one(
     base: BaseModel, adapter: Adapter, coded: tuple[Codec, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
