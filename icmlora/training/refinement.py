@@ -57,7 +57,7 @@ class RefineConfig:
     learning_rate: float = 0.01  # Adam's, in quantiser steps
     strength_rate: float = 0.01  # Adam's, in octaves
     # What the bits of the whole code are worth, as a share of the adapter's whole effect: the first times the code's
-    # error, or for a code that is to keep a share of the effect the second times what may be lost.
+    # error, or for a code that is to keep a share of the effect the second times what it should lose.
     price: float = 0.6
     price_of_keeping: float = 3.0
     # Weight of the loss of the samples' own tokens, beside the divergence of all predictions; and how much less of it
@@ -88,12 +88,12 @@ class Refinable:
     error: float  # the code's squared error, weighted by sensitivity
     teacher: Teacher  # of what it is refined on
     effect: Effect  # of the adapter, on other examples
-    keep: float | None  # share of the effect that the code is for, None if it is for another limit
+    aim: float | None  # share of the effect that the code should lose, None if it is for another limit
     lost: deque[torch.Tensor] = field(default_factory=lambda: deque(maxlen=_REMEMBERED))  # shares, of the last steps
     optimism: float = 1.0  # how much more is lost of other examples than of those that are read
 
     def compare(self, elsewhere: float) -> None:
-        """Take note of the share that is lost of other examples, which is what a code is to keep."""
+        """Take note of the share that is lost of other examples, which is what counts."""
         if self.lost:
             here = max(float(torch.stack(tuple(self.lost)).mean()), LEAST_LOST)
             self.optimism = min(max(elsewhere / here, 1.0), _MOST_OPTIMISM)
@@ -150,8 +150,8 @@ class _Price:
 
     @torch.no_grad()
     def __init__(self, code: Refinable, config: RefineConfig) -> None:
-        self._code, self._allowed = code, None if code.keep is None else (1 - code.keep) / code.optimism
-        self._first = config.price * code.error if code.keep is None else config.price_of_keeping * (1 - code.keep)
+        self._code, self._allowed = code, None if code.aim is None else code.aim / code.optimism
+        self._first = config.price * code.error if code.aim is None else config.price_of_keeping * code.aim
         self._bits = code.relaxed.bits().detach().clamp_min(1)
         self.of_a_bit = self._first / self._bits
 

@@ -50,7 +50,7 @@ def refinement(base: BaseModel, codec: Codec, adapters: Sequence[Adapter], items
             error=0.3,
             teacher=Teacher(base, factors_of(adapter), items),
             effect=Effect(Teacher(base, factors_of(adapter), items)),
-            keep=0.9,
+            aim=0.1,
         )
         for adapter in adapters
     ]

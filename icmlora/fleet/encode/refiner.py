@@ -93,8 +93,8 @@ class ForShare:
 
     @property
     def aim(self) -> float:
-        """What it should lose: halfway between what is asked for and what is too much."""
-        return max((1 - self.keep + self.most) / 2, LEAST_LOST)
+        """What it should lose: a quarter of the way from what is asked for to what is too much."""
+        return max((3 * (1 - self.keep) + self.most) / 4, LEAST_LOST)
 
 
 @dataclass(frozen=True)
@@ -210,9 +210,9 @@ class _Running:
     @classmethod
     def of(cls, code: Coarse) -> _Running:
         """Begin with a code as it is."""
-        keep = None if code.share is None else code.share.keep
+        aim = None if code.share is None else code.share.aim
         relaxed, refiner = code.relaxed(code.encoded.data), code.refiner
-        return cls(code, Refinable(relaxed, code.encoded.weighted_error, refiner.teacher, refiner.effect, keep))
+        return cls(code, Refinable(relaxed, code.encoded.weighted_error, refiner.teacher, refiner.effect, aim))
 
     def finished(self) -> Finished:
         """Return the code as it is now."""

@@ -143,7 +143,7 @@ def refined(lattice: Lattice, adapter: Adapter, base: BaseModel, samples: Any, c
     read, held = items_for(base, adapter, samples, config)
     original = factors_of(adapter)
     teacher, effect = Teacher(base, original, read), Effect(Teacher(base, original, held))
-    work = Refinable(cast(RelaxedCode, relaxed), error, teacher, effect, keep=None)
+    work = Refinable(cast(RelaxedCode, relaxed), error, teacher, effect, aim=None)
     for _ in refine([work], base, config, range(config.steps)):
         pass
     return relaxed.to_bytes()

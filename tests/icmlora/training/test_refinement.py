@@ -73,11 +73,11 @@ def refined(
     adapter: Adapter,
     coded: tuple[Codec, bytes],
     config: RefineConfig = CONFIG,
-    keep: float | None = None,
+    aim: float | None = None,
 ) -> bytes:
     codec, data = coded
     relaxed = RelaxedCode(codec, adapter, data)
-    work = [Refinable(relaxed, 0.4, teacher_of(base, adapter), effect_of(base, adapter), keep)]
+    work = [Refinable(relaxed, 0.4, teacher_of(base, adapter), effect_of(base, adapter), aim)]
     assert list(refine(work, base, config, range(config.steps))) == list(range(1, config.steps + 1))
     return relaxed.to_code()
 
@@ -101,7 +101,7 @@ def test_a_code_that_is_to_keep_less_of_the_effect_ends_smaller(
     base: BaseModel, adapter: Adapter, coded: tuple[Codec, bytes]
 ) -> None:
     config = RefineConfig(steps=40, learning_rate=0.05)
-    sizes = [len(refined(base, adapter, coded, config, keep)) for keep in (0.999, 0.6)]
+    sizes = [len(refined(base, adapter, coded, config, aim)) for aim in (0.001, 0.4)]
     assert sizes[1] < 0.95 * sizes[0]
 
 
@@ -112,7 +112,7 @@ def test_a_code_that_loses_more_of_other_examples_ends_larger(
     config, sizes = RefineConfig(steps=40, learning_rate=0.05), list[int]()
     for elsewhere in (0.0, 1.0):
         relaxed = RelaxedCode(coded[0], adapter, coded[1])
-        work = Refinable(relaxed, 0.4, teacher_of(base, adapter), effect_of(base, adapter), 0.6)
+        work = Refinable(relaxed, 0.4, teacher_of(base, adapter), effect_of(base, adapter), 0.4)
         list(refine([work], base, config, range(20)))
         work.compare(elsewhere)
         list(refine([work], base, config, range(20, 40)))
@@ -146,9 +146,9 @@ def test_one_text_in_eight_that_is_lost_as_a_whole_changes_little_of_a_code(
             for short in shortfalls(base, asked)
         ]
 
-    usual = len(refined(base, adapter, coded, config, keep=0.6))
+    usual = len(refined(base, adapter, coded, config, aim=0.4))
     monkeypatch.setattr(refinement, "shortfalls", shortfalls_with_one_lost)
-    assert len(refined(base, adapter, coded, config, keep=0.6)) == pytest.approx(usual, rel=0.08)
+    assert len(refined(base, adapter, coded, config, aim=0.4)) == pytest.approx(usual, rel=0.08)
 
 
 @pytest.mark.slow
