@@ -48,6 +48,7 @@ _MOST_MOVED, _LEAST_FINER, _LEAST_COARSER = 6, 2, 4
 _LATER, _USUAL = (0.3, 0.1), 1.2
 # A code may lose half more than it is asked to, and at most so much: what other texts would say differs by more.
 _SHORT, _MOST_SHORT = 1 / 2, 0.01
+_AIM = 0.6  # of the way from what is asked for to that
 _MENDING = 0.4  # of the steps are done again for a code that loses more than that
 
 
@@ -93,8 +94,8 @@ class ForShare:
 
     @property
     def aim(self) -> float:
-        """What it should lose: a quarter of the way from what is asked for to what is too much."""
-        return max((3 * (1 - self.keep) + self.most) / 4, LEAST_LOST)
+        """What it should lose, so that nearly all lose less than is too much."""
+        return max(self.most - (1 - _AIM) * (self.most - (1 - self.keep)), LEAST_LOST)
 
 
 @dataclass(frozen=True)
