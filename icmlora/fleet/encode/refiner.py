@@ -95,7 +95,8 @@ class ForShare:
     @property
     def aim(self) -> float:
         """What it should lose, so that nearly all lose less than is too much."""
-        return max(self.most - (1 - _AIM) * (self.most - (1 - self.keep)), LEAST_LOST)
+        asked = 1 - self.keep
+        return max(asked + _AIM * (self.most - asked), LEAST_LOST)
 
 
 @dataclass(frozen=True)
