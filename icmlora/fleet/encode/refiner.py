@@ -172,7 +172,7 @@ def near(share: float, lost: Callable[[int], float], first: int) -> tuple[int, f
 def refine_all(codes: Sequence[Coarse], tell: Tell) -> list[Finished]:
     """Refine codes side by side: all on the same base model, and for the same number of steps.
 
-    One that falls short of its share does its last steps again, at a finer quantiser step; the better of the two counts.
+    One that falls short of its share does its last steps again, at a finer quantiser step; the better one is taken.
     """
     base, config = codes[0].refiner.base, codes[0].refiner.config
     running = list(map(_Running.of, codes))
