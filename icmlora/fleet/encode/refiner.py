@@ -6,7 +6,7 @@
 
 How much refinement brings back differs from adapter to adapter, by a factor of four. The first steps foretell it
 (docs/results/LOG.md), so a code that would end too good or too bad goes on from there with coarser or finer values. One
-that falls short in the end does so too.
+that falls short in the end goes on with finer ones.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ _STRIDE = 3 * OCTAVE  # eighths of an octave between two looks, at most
 _CLEARLY = 0.9  # strengths for strong slots have to lose so much less than those for all
 # What is lost grows as a power of the step: of plain codes, and of refined ones.
 _PLAIN_POWER, _REFINED_POWER = 2.0, 1.4
-_LOOKS = 0.2, 0.6  # shares of the steps of refinement after which it looks again
+# Shares of the steps of refinement after which it looks again; a code that falls short does those after the last again.
+_LOOKS = 0.2, 0.6
 # Eighths of an octave by which the step changes then, or for a code that falls short: at most, and at least where it
 # gets finer or coarser. A coarser one takes back what refinement did, and the price of bits makes codes smaller too.
 _MOST_MOVED, _LEAST_FINER, _LEAST_COARSER = 6, 2, 4
@@ -49,7 +50,6 @@ _LATER, _USUAL = (0.3, 0.1), 1.2
 # A code may lose half more than it is asked to, and at most so much: what other texts would say differs by more.
 _SHORT, _MOST_SHORT = 1 / 2, 0.01
 _AIM = 0.6  # of the way from what is asked for to that
-_MENDING = 0.4  # of the steps are done again for a code that loses more than that
 
 
 @dataclass(frozen=True)
@@ -196,7 +196,7 @@ def refine_all(codes: Sequence[Coarse], tell: Tell) -> list[Finished]:
         short = [number for number, made in enumerate(finished) if made.falls_short]
         for number in short:
             running[number].mend(finished[number])
-        go([running[number] for number in short], 1 - _MENDING, 1.0)
+        go([running[number] for number in short], _LOOKS[-1], 1.0)
         for number in short:
             finished[number] = finished[number].better(running[number].finished())
     return finished
