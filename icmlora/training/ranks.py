@@ -216,6 +216,7 @@ def joined() -> Iterator[Ranks]:
         return
     import torch
     import torch.distributed as dist
+    import torch.distributed.nn  # imported in the block, as optimizers do, it would keep the group for good
     from torch._C._distributed_c10d import PrefixStore
     from torch.distributed.rendezvous import rendezvous
 

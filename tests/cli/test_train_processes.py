@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,10 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
 ICM = "from icm_cli.app import main; main()"
+THREADS_AT_END = """import atexit, sys
+from pathlib import Path
+names = lambda: [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+atexit.register(lambda: print("threads:", *names(), file=sys.stderr))"""
 STEPS = 200
 TRAIN = ("train", "--no-eval", "--refine", "0", "--device", "cpu", "--steps", str(STEPS))
 LIMIT = 300.0  # seconds: far more than a run takes, far less than the ten minutes after which a rank gives up
@@ -58,6 +63,19 @@ def torchrun(store: Path, script: Path) -> list[str]:
     script.write_text(ICM)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", str(script)]
     return [*launcher, "--store", str(store), *TRAIN, "--json"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have no names elsewhere")
+def test_no_thread_of_the_connection_is_left_when_a_process_ends(start: Start, mixed: Path, tmp_path: Path) -> None:
+    """One that still lets go of a tensor while Python shuts down aborts the process."""
+    command = torchrun(mixed, tmp_path / "icm")
+    (tmp_path / "icm").write_text(f"{THREADS_AT_END}\n{ICM}")
+    process = start(command)
+    _, err = process.communicate(timeout=LIMIT)
+    assert process.returncode == 0, err
+    found = [line.split()[1:] for line in err.splitlines() if line.startswith("threads: ")]
+    assert len(found) == 2
+    assert not [name for name in chain(*found) if "gloo" in name]
 
 
 def start_ranks(start: Start, stores: tuple[Path, Path]) -> list[subprocess.Popen[str]]:
