@@ -104,6 +104,16 @@ def _search(
     return coarsest(math.floor(expected), limits, at, min(enough, 1.0))
 
 
+@dataclass(frozen=True)
+class SlotChoice:
+    """What slots a code has, and what its strengths make up for."""
+
+    # Those whose values are small beside the step. Most of their integers are 0: they bring |dW| nearer, and what the
+    # adapter does a little.
+    has_faint: bool
+    for_strong: bool  # as `strength_of` has it
+
+
 class Steps:
     """The codes of one adapter at any quantiser step, log2 in eighths; vectors (size,)."""
 
@@ -129,16 +139,14 @@ class Steps:
         return self._codec.close(found.head, found.groups), found.weighted_error
 
     @torch.no_grad()
-    def without_faint(self, step: int, *, for_strong: bool) -> bytes:
-        """Return the code at a step without the slots whose values are small beside it.
-
-        Most of their integers are 0. The others bring |dW| nearer, but hardly what the adapter does. `for_strong`: as
-        `strength_of` has it.
-        """
-        least = _FAINT * 2.0 ** (step / OCTAVE)
-        groups = [group[group.root_mean_square() >= least] for group in self._tokens]
-        kept = [group for group in groups if len(group.norm)]
-        found = self._rounding(kept, keeps_means=False, for_strong=for_strong).at(step)
+    def with_slots(self, step: int, slots: SlotChoice) -> bytes:
+        """Return the code at a step with the slots that are chosen."""
+        groups = self._tokens
+        if not slots.has_faint:
+            least = _FAINT * 2.0 ** (step / OCTAVE)
+            stronger = (group[group.root_mean_square() >= least] for group in groups)
+            groups = [group for group in stronger if len(group.norm)]
+        found = self._rounding(groups, keeps_means=False, for_strong=slots.for_strong).at(step)
         return self._codec.close(found.head, found.groups)
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import pairwise
 from typing import Any
@@ -24,7 +24,7 @@ from icmlora.base_models.modality import BaseModel
 from icmlora.base_models.running.lora_hooks import factors_of
 from icmlora.fleet.resources.workers import Tell
 from icmlora.generator.codec import Codec
-from icmlora.generator.encoding import Encoded, Steps
+from icmlora.generator.encoding import Encoded, SlotChoice, Steps
 from icmlora.generator.relaxed import RelaxedCode
 from icmlora.generator.scales import OCTAVE
 from icmlora.training.effect import LEAST_LOST, Effect, Lost
@@ -36,6 +36,7 @@ _FIRST = 0.5  # squared error of the first code that is looked at
 _MOST_LOOKS = 4
 _NEAR = 0.3  # octaves by which a look may miss the share that is looked for
 _STRIDE = 3 * OCTAVE  # eighths of an octave between two looks, at most
+_SEVERAL = 3  # a code goes without faint slots if those take so many times the bytes of the others
 _CLEARLY = 0.9  # strengths for strong slots have to lose so much less than those for all
 # What is lost grows as a power of the step: of plain codes, and of refined ones.
 _PLAIN_POWER, _REFINED_POWER = 2.0, 1.4
@@ -85,7 +86,7 @@ class ForShare:
     keep: float
     steps: Steps
     lost: float  # by the code that its refinement begins with
-    for_strong: bool  # what its strengths make up for: see `strength_of`
+    slots: SlotChoice
 
     @property
     def most(self) -> float:
@@ -144,17 +145,24 @@ def lost_before(keep: float) -> float:
 
 def coarse_for(keep: float, lost: float, refiner: Refiner, codec: Codec, original: Adapter, steps: Steps) -> Coarse:
     """Return the plain code that loses about a share of its adapter's effect, to be refined until it keeps another."""
-    code = cache(lambda step, for_strong: steps.without_faint(step, for_strong=for_strong))
+    code = cache(steps.with_slots)
 
     @cache
-    def lost_by(step: int, for_strong: bool) -> float:
-        return refiner.lost(codec, code(step, for_strong), of_few=True).of_most
+    def lost_by(step: int, slots: SlotChoice) -> float:
+        return refiner.lost(codec, code(step, slots), of_few=True).of_most
 
-    step, found = near(lost, lambda step: lost_by(step, False), steps.expected(_FIRST))
-    if for_strong := lost_by(step, True) < _CLEARLY * found:
-        step, found = near(lost, lambda step: lost_by(step, True), step)
-    encoded = codec.measure(original, code(step, for_strong))
-    return Coarse(refiner, codec, original, encoded, ForShare(keep, steps, found, for_strong))
+    slots = SlotChoice(has_faint=False, for_strong=False)
+    step, found = near(lost, lambda step: lost_by(step, slots), steps.expected(_FIRST))
+    every = replace(slots, has_faint=True)
+    if len(code(step, every)) < _SEVERAL * len(code(step, slots)):
+        slots = every
+        step, found = near(lost, lambda step: lost_by(step, slots), step)
+    strong = replace(slots, for_strong=True)
+    if lost_by(step, strong) < _CLEARLY * found:
+        slots = strong
+        step, found = near(lost, lambda step: lost_by(step, slots), step)
+    encoded = codec.measure(original, code(step, slots))
+    return Coarse(refiner, codec, original, encoded, ForShare(keep, steps, found, slots))
 
 
 def near(share: float, lost: Callable[[int], float], first: int) -> tuple[int, float]:
@@ -246,7 +254,7 @@ class _Running:
         move = _eighths(math.log2(share.aim) - end, _REFINED_POWER, _MOST_MOVED)
         if -_LEAST_FINER < move < (_LEAST_COARSER if coarser else math.inf):
             return
-        data = share.steps.without_faint(self.work.relaxed.step + move, for_strong=share.for_strong)
+        data = share.steps.with_slots(self.work.relaxed.step + move, share.slots)
         moved = self.code.relaxed(data)
         moved.go_on_from(self.work.relaxed)
         self.work.relaxed = moved

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,9 +18,10 @@ from icmlora.fleet.encode.refiner import Coarse, Refiner, coarse_for, near, refi
 from icmlora.formats.discovery.folder import load_adapter
 from icmlora.generator.codec import Codec
 from icmlora.generator.encoding import Steps
+from icmlora.training.effect import Lost
 from icmlora.training.refinement import FOR_SHARE
 from tests.icmlora.tiny_base import load_tiny_base, write_tiny_adapter
-from tests.icmlora.untrained import untrained_codec
+from tests.icmlora.untrained import untrained_codec, with_directions
 
 TEXTS = plain([f"text {number} of a task with some words in it" for number in range(12)])
 
@@ -71,9 +73,28 @@ def test_refinement_begins_with_the_strengths_that_lose_less(base: BaseModel, ad
     begun = coarse(base, adapter, codec, keep=0.9, lost=0.3)
     share, step = begun.share, codec.open(begun.encoded.data).head.step
     assert share is not None
-    other = share.steps.without_faint(step, for_strong=not share.for_strong)
+    other = share.steps.with_slots(step, replace(share.slots, for_strong=not share.slots.for_strong))
     taken, left = (begun.refiner.lost(codec, data, of_few=True).of_most for data in (begun.encoded.data, other))
     assert 0.9 * taken <= left
+
+
+class AtStep(Refiner):
+    """Sees more lost by coarser steps, and what is looked for at 2^-1."""
+
+    def lost(self, codec: Codec, data: bytes, *, of_few: bool = False) -> Lost:
+        share = 0.1 * 2.0 ** ((codec.open(data).head.step + 8) / 4)
+        return Lost(share, share)
+
+
+@pytest.mark.parametrize(("weak", "is_kept"), [((0.12,) * 63, False), ((0.12,), True)])
+def test_faint_slots_are_left_out_of_a_code_that_they_would_make_several_times_larger(
+    base: BaseModel, weak: tuple[float, ...], *, is_kept: bool
+) -> None:
+    adapter = with_directions(1.0, *weak)  # at 2^-1 the weak ones are faint
+    codec, looking = untrained_codec(adapter), AtStep(base, *[None] * 3)  # type: ignore[arg-type]
+    share = coarse_for(0.9, 0.1, looking, codec, adapter, Steps(codec, adapter, {}, None)).share
+    assert share is not None
+    assert share.slots.has_faint == is_kept
 
 
 @pytest.mark.parametrize(("keep", "is_finer"), [(0.999, True), (0.3, False)])
