@@ -150,7 +150,8 @@ class _Price:
 
     @torch.no_grad()
     def __init__(self, code: Refinable, config: RefineConfig) -> None:
-        self._code, self._allowed = code, None if code.aim is None else code.aim / code.optimism
+        # Where other examples lose more than those that are read, others again may lose more than these: so twice.
+        self._code, self._allowed = code, None if code.aim is None else code.aim / code.optimism**2
         self._first = config.price * code.error if code.aim is None else config.price_of_keeping * code.aim
         self._bits = code.relaxed.bits().detach().clamp_min(1)
         self.of_a_bit = self._first / self._bits

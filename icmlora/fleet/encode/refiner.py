@@ -14,9 +14,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import cache
-from itertools import pairwise
+from dataclasses import dataclass
+from functools import cache, partial
+from itertools import pairwise, product
 from typing import Any
 
 from icmlora.adapter.model import Adapter
@@ -36,8 +36,7 @@ _FIRST = 0.5  # squared error of the first code that is looked at
 _MOST_LOOKS = 4
 _NEAR = 0.3  # octaves by which a look may miss the share that is looked for
 _STRIDE = 3 * OCTAVE  # eighths of an octave between two looks, at most
-_SEVERAL = 3  # a code goes without faint slots if those take so many times the bytes of the others
-_CLEARLY = 0.9  # strengths for strong slots have to lose so much less than those for all
+_SIZE_POWER = 0.9  # codes grow as this power of 1 / what is lost, about (docs/results/LOG.md)
 # What is lost grows as a power of the step: of plain codes, and of refined ones.
 _PLAIN_POWER, _REFINED_POWER = 2.0, 1.4
 # Shares of the steps of refinement after which it looks again; a code that falls short does those after the last again.
@@ -144,23 +143,24 @@ def lost_before(keep: float) -> float:
 
 
 def coarse_for(keep: float, lost: float, refiner: Refiner, codec: Codec, original: Adapter, steps: Steps) -> Coarse:
-    """Return the plain code that loses about a share of its adapter's effect, to be refined until it keeps another."""
+    """Return the plain code that loses about a share of its adapter's effect, to be refined until it keeps another.
+
+    Of codes with and without faint slots, of either strengths, it is the one that would be the smallest if all lost
+    the same.
+    """
     code = cache(steps.with_slots)
 
     @cache
-    def lost_by(step: int, slots: SlotChoice) -> float:
+    def lost_by(step: int, *, slots: SlotChoice) -> float:
         return refiner.lost(codec, code(step, slots), of_few=True).of_most
 
-    slots = SlotChoice(has_faint=False, for_strong=False)
-    step, found = near(lost, lambda step: lost_by(step, slots), steps.expected(_FIRST))
-    every = replace(slots, has_faint=True)
-    if len(code(step, every)) < _SEVERAL * len(code(step, slots)):
-        slots = every
-        step, found = near(lost, lambda step: lost_by(step, slots), step)
-    strong = replace(slots, for_strong=True)
-    if lost_by(step, strong) < _CLEARLY * found:
-        slots = strong
-        step, found = near(lost, lambda step: lost_by(step, slots), step)
+    def cost(slots: SlotChoice) -> float:
+        return len(code(step, slots)) * math.pow(max(lost_by(step, slots=slots), LEAST_LOST), _SIZE_POWER)
+
+    choices = [SlotChoice(has_faint, for_strong) for has_faint, for_strong in product((False, True), repeat=2)]
+    step, _ = near(lost, partial(lost_by, slots=choices[0]), steps.expected(_FIRST))
+    slots = min(choices, key=cost)
+    step, found = near(lost, partial(lost_by, slots=slots), step)
     encoded = codec.measure(original, code(step, slots))
     return Coarse(refiner, codec, original, encoded, ForShare(keep, steps, found, slots))
 
@@ -251,7 +251,7 @@ class _Running:
 
     def _move(self, share: ForShare, end: float, *, coarser: bool) -> None:
         """Go on at the step where it loses what it should, if it loses 2^end at this one."""
-        move = _eighths(math.log2(share.aim) - end, _REFINED_POWER, _MOST_MOVED)
+        move = _eighths(math.log2(share.aim / self.work.optimism) - end, _REFINED_POWER, _MOST_MOVED)
         if -_LEAST_FINER < move < (_LEAST_COARSER if coarser else math.inf):
             return
         data = share.steps.with_slots(self.work.relaxed.step + move, share.slots)

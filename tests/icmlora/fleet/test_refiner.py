@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -78,23 +78,27 @@ def test_refinement_begins_with_the_strengths_that_lose_less(base: BaseModel, ad
     assert 0.9 * taken <= left
 
 
-class AtStep(Refiner):
-    """Sees more lost by coarser steps, and what is looked for at 2^-1."""
+@dataclass(frozen=True)
+class Looking(Refiner):
+    """Sees what is looked for at the step 2^-1, and so many times as much lost by codes without their weak slots."""
+
+    without: float
 
     def lost(self, codec: Codec, data: bytes, *, of_few: bool = False) -> Lost:
+        modules = codec.decode(data).modules
         share = 0.1 * 2.0 ** ((codec.open(data).head.step + 8) / 4)
-        return Lost(share, share)
+        return Lost(*[share * (self.without if all(len(module.a) == 1 for module in modules) else 1.0)] * 2)
 
 
-@pytest.mark.parametrize(("weak", "is_kept"), [((0.12,) * 63, False), ((0.12,), True)])
-def test_faint_slots_are_left_out_of_a_code_that_they_would_make_several_times_larger(
-    base: BaseModel, weak: tuple[float, ...], *, is_kept: bool
+@pytest.mark.parametrize(("without", "has_faint"), [(1.1, False), (10.0, True)])
+def test_a_code_has_its_faint_slots_if_what_they_do_is_worth_their_bytes(
+    base: BaseModel, without: float, *, has_faint: bool
 ) -> None:
-    adapter = with_directions(1.0, *weak)  # at 2^-1 the weak ones are faint
-    codec, looking = untrained_codec(adapter), AtStep(base, *[None] * 3)  # type: ignore[arg-type]
-    share = coarse_for(0.9, 0.1, looking, codec, adapter, Steps(codec, adapter, {}, None)).share
+    adapter = with_directions(1.0, *[0.12] * 63)  # at 2^-1 the weak ones are faint, and take four fifths of the bytes
+    codec, looking = untrained_codec(adapter), Looking(base, *[None] * 3, without)  # type: ignore[arg-type]
+    share = coarse_for(0.9, 0.1 * without, looking, codec, adapter, Steps(codec, adapter, {}, None)).share
     assert share is not None
-    assert share.slots.has_faint == is_kept
+    assert share.slots.has_faint == has_faint
 
 
 @pytest.mark.parametrize(("keep", "is_finer"), [(0.999, True), (0.3, False)])
