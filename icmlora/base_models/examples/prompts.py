@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,10 +67,11 @@ def read_prompts(data: bytes, path: str | Path) -> list[Prompt | Mapping[str, An
             found = [_asked(row, f"{rows.unit} {number}") for number, row in rows.values]
         else:
             try:
-                lines = data.decode("utf-8-sig").splitlines()
+                # Not `str.splitlines`, for which form feeds and Unicode's line separators end a line too.
+                lines = list(StringIO(data.decode("utf-8-sig"), newline=None))
             except UnicodeDecodeError as error:
                 raise DataError(f"is not UTF-8: {error.reason}") from None
-            found = [Prompt(line) for line in lines if line.strip()]
+            found = [Prompt(line.removesuffix("\n")) for line in lines if line.strip()]
         if not found:
             raise DataError("holds no prompt", hint='write one a line, or {"prompt": "..."}')
         if len(found) > MAX_PROMPTS:

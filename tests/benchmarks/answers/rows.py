@@ -53,7 +53,7 @@ def turns(rows: Iterable[Row], asked: str | None = None) -> list[dict[str, str]]
 
 def read(path: Path) -> list[Row]:
     """Read rows that `Rows.write` wrote."""
-    chats = [json.loads(line)["messages"] for line in path.read_text("utf-8").splitlines()]
+    chats = [json.loads(line)["messages"] for line in path.read_text("utf-8").split("\n") if line]
     return [Row(asked["content"], answered["content"]) for asked, answered in chats]
 
 

@@ -18,7 +18,7 @@ class Cache:
         self._path = path
         self._records: dict[tuple[str, ...], dict[str, Any]] = {}
         if path.exists():
-            for line in path.read_text(encoding="utf-8").splitlines():
+            for line in path.read_text(encoding="utf-8").split("\n"):
                 self._read(line)
 
     def __len__(self) -> int:

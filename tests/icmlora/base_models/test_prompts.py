@@ -66,6 +66,11 @@ def test_a_file_of_lines_is_a_prompt_a_line() -> None:
     assert read_prompts(b"\xef\xbb\xbfOnce upon\n\n  a time\r\n", "p.txt") == [Prompt("Once upon"), Prompt("  a time")]
 
 
+@pytest.mark.parametrize("inside", ["\u2028", "\x85", "\f"])
+def test_only_newlines_end_a_line(inside: str) -> None:
+    assert read_prompts(f"one{inside}prompt\rtwo".encode(), "p.txt") == [Prompt(f"one{inside}prompt"), Prompt("two")]
+
+
 def test_a_file_of_rows_takes_prompts_texts_and_completions() -> None:
     assert read({"prompt": "a"}, {"text": "b"}, {"prompt": "c", "completion": "d"}) == [
         Prompt("a"),
