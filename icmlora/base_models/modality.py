@@ -239,6 +239,10 @@ class Modality(Protocol[Example, Item]):
         """
         ...
 
+    def answers(self, item: Item) -> Sequence[bool] | None:
+        """Return which of its predictions answer a prompt, of an item that is scored as a whole; None if all count."""
+        return None
+
     def written(self, base: BaseModel, items: Sequence[Item], count: int, limit: int, *, seed: int) -> list[Item]:
         """Let the model write items itself, such as texts, with the adapter that is on it.
 

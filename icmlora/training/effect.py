@@ -5,7 +5,8 @@
     kept   = 1 - (KL(original || other) - noise) / effect
 
 It is 1 for the original and 0 for the bare base model, whatever the adapter's size or strength. Unlike the gain on
-held-out text it needs no answers, takes few texts, and is not above 1 by luck.
+held-out text it needs no answers, takes few texts, and is not above 1 by luck. Where texts are prompts with answers,
+the answers count, and an effect of more than half a nat counts as that: then it is below 0 for the bare base model.
 
 Of one text in some dozens a code may lose all there is, because all later tokens attend to its first one, and the
 smallest change may make them attend to another. A mean over few texts says little then of how precise a code is, so
@@ -18,6 +19,7 @@ adapter that is a hundredth of its whole effect, as much as a code may lose (doc
 
 from __future__ import annotations
 
+import math
 from functools import cached_property
 from typing import NamedTuple
 
@@ -33,6 +35,9 @@ _FEW = 3  # one text in so many
 _OUTLIER = 4  # times the median
 _LONG = 32  # predictions of a text at least that may be an outlier
 _LEAST = 1e-6  # nats; an adapter with a smaller effect has none
+# Nats of an effect on answers that count, at most: what goes beyond is how they look, and 2 % of it would be much of
+# what they say (docs/results/LOG.md).
+_MOST_OF_ANSWERS = 0.5
 
 
 def bounded(lost: torch.Tensor, fewest: int) -> torch.Tensor:
@@ -61,8 +66,9 @@ class Effect:
 
     @cached_property
     def whole(self) -> float:
-        """All of it, in nats; of an adapter that does less than the noise, as much as that."""
-        return max(float(self._of_the_base.divergence) - self.noise, self.noise, _LEAST)
+        """All of it that counts, in nats; of an adapter that does less than the noise, as much as that."""
+        most = _MOST_OF_ANSWERS if self._teacher.has_prompts else math.inf
+        return max(min(float(self._of_the_base.divergence) - self.noise, most), self.noise, _LEAST)
 
     def lost(self, factors: Factors, *, of_few: bool = False) -> Lost:
         """Return the share that other factors lose; of few of the texts in less time."""

@@ -64,6 +64,8 @@ class RefineConfig:
     # than the adapter's counts as enough, as a share of the adapter's effect.
     answers: float = 0.25
     margin: float = 0.2
+    # Weight of the divergence within prompts beside that of their answers: there are few of these to learn from.
+    prompts: float = 0.25
     # Many steps with little text each: twice the text in a quarter of the steps took half as many bytes again
     # (docs/results/LOG.md, 2026-11-29).
     texts: int = 1  # pieces of samples that a step reads
@@ -135,7 +137,12 @@ def _refined(codes: Sequence[Refinable], base: BaseModel, config: RefineConfig, 
         short = shortfalls(base, list(asked))
         weights = [price.follow(one) for one, price in zip(short, prices, strict=True)]
         parts = [
-            weight * (one.divergence + config.answers * (one.loss + config.margin * code.effect.whole).clamp_min(0))
+            weight
+            * (
+                one.divergence
+                + config.prompts * one.of_prompts
+                + config.answers * (one.loss + config.margin * code.effect.whole).clamp_min(0)
+            )
             + price.of_a_bit * code.relaxed.bits()
             for one, weight, price, code in zip(short, weights, prices, codes, strict=True)
         ]

@@ -34,6 +34,8 @@ class Target:
     item: Any  # as the base model reads it
     tokens: torch.Tensor  # int64, shape (T, K): the likeliest next tokens
     wanted: torch.Tensor | None  # int64, shape (T,): the example's own; None where its loss takes more than predictions
+    counts: torch.Tensor | None  # bool, shape (T,): whether it answers a prompt; None where there is no prompt
+    count: int  # of the predictions that count
     read: _Read  # what the adapter makes of the example
 
 
@@ -48,10 +50,12 @@ class _Read(NamedTuple):
 class Shortfall:
     """How far other factors are from doing what an adapter does on some examples; with gradients."""
 
+    # Where an example has a prompt, only what answers it counts among its predictions.
     divergence: torch.Tensor  # KL(original || other) in nats, averaged over the predictions
     of_each: torch.Tensor  # the same of each example, shape (examples,)
     fewest: int  # predictions of an example
     loss: torch.Tensor  # by how much the examples' loss is larger, averaged over the predictions; negative if smaller
+    of_prompts: torch.Tensor  # the divergence averaged over the predictions within prompts, 0 if there are none
 
 
 class Teacher:
@@ -64,6 +68,11 @@ class Teacher:
     def __len__(self) -> int:
         return len(self._items)
 
+    @property
+    def has_prompts(self) -> bool:
+        """Whether some of the examples are prompts with answers."""
+        return any(self.base.modality.answers(item) is not None for item in self._items)
+
     @torch.no_grad()
     def targets(self, numbers: Sequence[int]) -> list[Target]:
         """Return what the adapter predicts for some examples."""
@@ -74,8 +83,11 @@ class Teacher:
                 rows = self.base.modality.logits(self.base, items)  # (T, V) each
             for number, item, logits in zip(some, items, rows, strict=True):
                 tokens = logits.topk(min(KEPT, logits.shape[-1] - 1), dim=-1).indices
-                wanted = _wanted(self.base, item, logits)
-                self._targets[number] = Target(item, tokens, wanted, _read(logits, tokens, wanted))
+                answers = self.base.modality.answers(item)
+                counts = None if answers is None else uploaded(answers, logits.device).bool()
+                wanted = _wanted(self.base, item, logits, counts)
+                count = len(logits) if answers is None else sum(answers)
+                self._targets[number] = Target(item, tokens, wanted, counts, count, _read(logits, tokens, wanted))
         return [self._targets[number] for number in numbers]
 
 
@@ -104,21 +116,30 @@ def shortfalls(base: BaseModel, asked: Sequence[tuple[Teacher, Factors, Sequence
 
 
 def _shortfall(pairs: Sequence[tuple[Target, _Read]]) -> Shortfall:
-    counts = [len(read.log_p) for _, read in pairs]
-    nats = [_nats(target, read) for target, read in pairs]
-    more = torch.stack([read.loss - target.read.loss for target, read in pairs]).sum() / sum(counts)
-    of_each = torch.stack([each / count for each, count in zip(nats, counts, strict=True)])
-    return Shortfall(torch.stack(nats).sum() / sum(counts), of_each, min(counts), more)
+    each = [_nats(target, read) for target, read in pairs]
+    nats = torch.stack([one for one, _ in each])
+    counts = [target.count for target, _ in pairs]
+    within = sum(len(read.log_p) for _, read in pairs) - sum(counts)
+    return Shortfall(
+        divergence=nats.sum() / sum(counts),
+        of_each=torch.stack([one / count for one, count in zip(nats, counts, strict=True)]),
+        fewest=min(counts),
+        loss=torch.stack([read.loss - target.read.loss for target, read in pairs]).sum() / sum(counts),
+        of_prompts=torch.stack([prompt for _, prompt in each]).sum() / max(within, 1),
+    )
 
 
 def _batches(numbers: Sequence[int], size: int) -> Iterator[Sequence[int]]:
     return (numbers[start : start + size] for start in range(0, len(numbers), size))
 
 
-def _wanted(base: BaseModel, item: Any, logits: torch.Tensor) -> torch.Tensor | None:
+def _wanted(base: BaseModel, item: Any, logits: torch.Tensor, counts: torch.Tensor | None) -> torch.Tensor | None:
     """Return the class that each prediction of an item should be, or `IGNORED`, (T,); None as `Modality.wanted`."""
     wanted = base.modality.wanted(item)
-    return None if wanted is None else uploaded([*[IGNORED] * (len(logits) - len(wanted)), *wanted], logits.device)
+    if wanted is None:
+        return None
+    found = uploaded([*[IGNORED] * (len(logits) - len(wanted)), *wanted], logits.device)
+    return found if counts is None else found.masked_fill(~counts, IGNORED)
 
 
 def _read(logits: torch.Tensor, tokens: torch.Tensor, wanted: torch.Tensor | None) -> _Read:
@@ -131,7 +152,10 @@ def _read(logits: torch.Tensor, tokens: torch.Tensor, wanted: torch.Tensor | Non
     return _Read(torch.cat([listed, rest.log()], dim=-1), loss)
 
 
-def _nats(target: Target, read: _Read) -> torch.Tensor:
-    """Return KL(target || read) in nats, summed over one example."""
+def _nats(target: Target, read: _Read) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return KL(target || read) in nats, summed over the predictions of one example that count, and over the others."""
     log_p = target.read.log_p
-    return (log_p.exp() * (log_p - read.log_p)).sum()
+    nats = (log_p.exp() * (log_p - read.log_p)).sum(dim=-1)
+    if target.counts is None:
+        return nats.sum(), nats.new_zeros(())
+    return torch.where(target.counts, nats, 0.0).sum(), torch.where(target.counts, 0.0, nats).sum()

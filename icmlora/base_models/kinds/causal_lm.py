@@ -143,6 +143,10 @@ class CausalLM(Modality[Any, "Scored"]):
         """Return the scored tokens; what is predicted after the last one is not scored."""
         return [*item.targets, IGNORED]
 
+    def answers(self, item: Scored) -> list[bool] | None:
+        """Return which predictions are of an answer's tokens; None of a text without a prompt."""
+        return [place + 1 in item.answers for place in range(item.size)] if item.answers else None
+
     def written(self, base: BaseModel, items: Sequence[Scored], count: int, limit: int, *, seed: int) -> list[Scored]:
         """Return texts that the model continues token by token from the first ones of each item."""
         from icmlora.base_models.kinds.continuations import continuations

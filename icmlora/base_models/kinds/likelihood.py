@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,13 +34,13 @@ class Scored:
         ids: The tokens.
         first: Index of the first that is scored, at least 1.
         unscored: Indices after it of tokens that are not: the user's turns of a longer chat.
-        answer: Index where the answer begins, of an example that is scored as a whole; 0 if it has none.
+        answers: Indices of the tokens that answer a prompt, of an example that is scored as a whole.
     """
 
     ids: list[int]
     first: int
     unscored: frozenset[int] = frozenset()
-    answer: int = 0
+    answers: frozenset[int] = frozenset()
 
     @property
     def count(self) -> int:
@@ -118,7 +118,7 @@ def _tokenize(
         first = 1
     elif whole:
         prompt, ids = (list(tokenizer(text)["input_ids"]) for text in (example.prompt, example.text))
-        return _whole(tokenizer, ids, len(prompt), limit)
+        return _whole(tokenizer, ids, range(len(prompt), len(ids)), limit)
     else:
         prompt = list(tokenizer(example.prompt)["input_ids"])
         # Without special tokens, or the tokenizer would start a second text between prompt and completion.
@@ -136,7 +136,7 @@ def _chat_tokens(
     ids, marks = _marked_tokens(tokenizer, chat)
     places = [place for place, is_scored in enumerate(marks) if is_scored and place > 0]
     if whole:
-        return _whole(tokenizer, ids, places[0] if places else 0, limit)
+        return _whole(tokenizer, ids, places, limit)
     if not places:
         return None
     # As for a prompt: what is far from the first answer is cut, at most to the token before it.
@@ -153,8 +153,8 @@ def pieces(tokenizer: PreTrainedTokenizerBase, item: Scored, limit: int) -> list
 
     Of one with an answer only the piece around its beginning is returned.
     """
-    if item.answer:
-        around = _whole(tokenizer, item.ids, item.answer, limit)
+    if item.answers:
+        around = _whole(tokenizer, item.ids, item.answers, limit)
         return [] if around is None else [around]
     start = _start(tokenizer, item.ids)
     rest = item.ids[len(start) :]
@@ -164,18 +164,21 @@ def pieces(tokenizer: PreTrainedTokenizerBase, item: Scored, limit: int) -> list
     return [Scored(ids, 1) for ids in found if len(ids) > 1]
 
 
-def _whole(tokenizer: PreTrainedTokenizerBase, ids: list[int], answer: int, limit: int) -> Scored | None:
+def _whole(tokenizer: PreTrainedTokenizerBase, ids: list[int], answers: Collection[int], limit: int) -> Scored | None:
     """Return an example that is scored as a whole; of a longer one, what is on either side of where its answer begins.
 
     Half of that at most are the prompt's, unless the answer is short.
     """
+    begin = min(answers, default=0)
     start = _start(tokenizer, ids) if len(ids) > limit else []
     limit -= len(start)
-    before = min(answer, max(limit - (len(ids) - answer), limit // 2))
-    read = ids[answer - before : answer - before + limit]
-    if before < answer:
-        read, before = [*start, *read], before + len(start)
-    return Scored(read, 1, answer=before) if len(read) > 1 else None
+    before = min(begin, max(limit - (len(ids) - begin), limit // 2))
+    first = begin - before
+    read = ids[first : first + limit]
+    if first:
+        read, first = [*start, *read], first - len(start)
+    places = frozenset(place - first for place in answers if place - first < len(read))
+    return Scored(read, 1, answers=places) if len(read) > 1 else None
 
 
 def _start(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:

@@ -176,6 +176,12 @@ class TestTokens:
         (item,) = tokenized(chat_tokenizer(QWEN), [render(QWEN, *QUESTIONS)], 50, whole=True)
         assert (item.size, item.count) == (50, 49)
 
+    def test_read_as_a_whole_it_says_which_tokens_answer(self) -> None:
+        tokenizer, rendered = chat_tokenizer(QWEN), render(QWEN, *QUESTIONS)
+        (item,) = tokenized(tokenizer, [rendered], 1000, whole=True)
+        answered = [item.ids[place] for place in sorted(item.answers)]
+        assert tokenizer.decode(answered) == "".join(scored_texts(rendered))
+
     @pytest.mark.parametrize("limit", [2, 3, 8, 30])
     def test_a_limit_cuts_what_is_far_from_the_first_answer(self, limit: int) -> None:
         rendered = render(QWEN, {"role": "user", "content": "x" * 200}, {"role": "assistant", "content": "y" * 200})

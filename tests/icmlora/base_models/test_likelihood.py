@@ -91,6 +91,9 @@ def test_of_a_long_example_that_is_read_as_a_whole_the_text_around_its_answer_is
     (item,) = tokenized(base.tokenizer, [Example(prompt, answer)], 10, whole=True)
     assert base.tokenizer.decode(item.ids) == read
     assert item.count == len(read) - 1
+    answered = base.tokenizer.decode([item.ids[place] for place in sorted(item.answers)])
+    assert prompt.endswith(read.removesuffix(answered))
+    assert answer.startswith(answered)
 
 
 @given(length=st.integers(2, 60), limit=st.integers(3, 20), has_start=st.booleans())
@@ -109,6 +112,7 @@ def test_of_an_example_with_an_answer_the_piece_around_it_is_read(base: BaseMode
     (item,) = tokenized(base.tokenizer, [Example("half of it", "as long as an answer")], 20, whole=True)
     (piece,) = pieces(base.tokenizer, item, 10)
     assert base.tokenizer.decode(piece.ids) == "of itas lo"
+    assert base.tokenizer.decode([piece.ids[place] for place in sorted(piece.answers)]) == "as lo"
 
 
 def test_a_window_of_a_long_example_begins_as_texts_do(base: BaseModel) -> None:

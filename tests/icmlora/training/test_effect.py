@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from icmlora.base_models.examples.examples import plain
+from icmlora.base_models.examples.examples import Example, plain
 from icmlora.base_models.modality import BaseModel
 from icmlora.base_models.running.lora_hooks import Factors, factors_of
 from icmlora.formats.discovery.folder import load_adapter
 from icmlora.training.effect import Effect, bounded
-from icmlora.training.teacher import Teacher
+from icmlora.training.teacher import Teacher, shortfalls
 from tests.icmlora.tiny_base import load_tiny_base, write_tiny_adapter
 
 TEXTS = ["a first text of the task", "another one, of another length"]
@@ -47,6 +47,16 @@ def test_the_original_keeps_all_of_its_effect(effect: Effect, original: Factors)
 
 def test_the_bare_base_model_keeps_none_of_it(effect: Effect) -> None:
     assert effect.lost({}).of_all == pytest.approx(1, abs=1e-3)
+
+
+def test_of_an_effect_on_answers_half_a_nat_counts(base: BaseModel, original: Factors) -> None:
+    base.model.lm_head.weight.data.mul_(50)  # makes it sure of what it says
+    asked = [Example(f"question {number}? ", "yes") for number in range(4)]
+    teacher = Teacher(base, original, base.modality.prepare(base, asked, 64, whole=True))
+    (short,) = shortfalls(base, [(teacher, {}, range(4))])
+    effect = Effect(teacher)
+    assert float(short.divergence) > 0.6
+    assert effect.lost({}).of_all == pytest.approx((float(short.divergence) - effect.noise) / 0.5, rel=1e-4)
 
 
 def test_a_weaker_adapter_keeps_a_part_of_it(effect: Effect, original: Factors) -> None:

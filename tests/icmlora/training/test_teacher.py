@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from icmlora.adapter.model import Adapter
-from icmlora.base_models.examples.examples import plain
+from icmlora.base_models.examples.examples import Example, plain
 from icmlora.base_models.modality import BaseModel
 from icmlora.base_models.running.lora_hooks import Factors, added, factors_of
 from icmlora.fewshot.finetune import FinetuneConfig, finetune
@@ -58,6 +58,19 @@ def test_what_is_better_than_the_adapter_falls_short_by_less_than_nothing(base: 
     short, other = compared(base, {}, factors_of(trained)), compared(base, factors_of(trained), {})
     assert float(short.loss) == pytest.approx(-float(other.loss), rel=1e-3)
     assert float(short.divergence) > 0
+
+
+def test_of_a_prompt_and_its_answer_the_answer_counts(base: BaseModel, trained: Adapter) -> None:
+    def short(example: Example) -> Shortfall:
+        items = base.modality.prepare(base, [example], 64, whole=True)
+        return shortfalls(base, [(Teacher(base, factors_of(trained), items), {}, range(1))])[0]
+
+    asked, whole = short(Example("a question? ", "an answer")), short(Example("", "a question? an answer"))
+    read, answered = len("a question? an answer"), len("an answer")
+    parts = answered * asked.divergence + (read - answered) * asked.of_prompts
+    assert float(parts) == pytest.approx(read * float(whole.divergence), rel=1e-4)
+    assert (asked.fewest, whole.fewest, float(whole.of_prompts)) == (answered, read, 0.0)
+    assert float(asked.of_prompts) > 0
 
 
 def test_gradients_reach_the_other_factors(base: BaseModel, trained: Adapter) -> None:
