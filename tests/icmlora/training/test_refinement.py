@@ -142,7 +142,7 @@ def test_one_text_in_eight_that_is_lost_as_a_whole_changes_little_of_a_code(
         read.append(1)
         factor = 1000.0 if len(read) % 8 == 0 else 1.0
         return [
-            Shortfall(factor * short.divergence, short.of_each, 40, factor * short.loss)
+            Shortfall(factor * short.divergence, short.of_each, 40, factor * short.loss, short.of_prompts)
             for short in shortfalls(base, asked)
         ]
 
