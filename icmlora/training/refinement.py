@@ -45,6 +45,7 @@ _READ = 3  # samples at least that are learned from, for each that is not
 _LOOKED_AT = 8  # the last steps, whose losses set a price
 _REMEMBERED = 16  # the last steps, whose losses are compared with those of other examples
 _MOST_OPTIMISM = 4.0  # by what factor they may seem to differ: few texts were read
+_MOST_DOUBT = 1.5  # by what factor others again may seem to lose more
 _STEEPNESS = 3  # power with which a price follows the ratio of what may be lost and what is
 _CHEAPEST, _DEAREST = 16, 8  # factors by which it falls and rises at most
 
@@ -100,6 +101,11 @@ class Refinable:
             here = max(float(torch.stack(tuple(self.lost)).mean()), LEAST_LOST)
             self.optimism = min(max(elsewhere / here, 1.0), _MOST_OPTIMISM)
             self.lost.clear()
+
+    @property
+    def share(self) -> float | None:
+        """What it should lose of other examples: less than its aim where these lose more than what is read."""
+        return None if self.aim is None else self.aim / min(self.optimism, _MOST_DOUBT)
 
 
 def refine(codes: Sequence[Refinable], base: BaseModel, config: RefineConfig, steps: range) -> Iterator[int]:
@@ -157,8 +163,7 @@ class _Price:
 
     @torch.no_grad()
     def __init__(self, code: Refinable, config: RefineConfig) -> None:
-        # Where other examples lose more than those that are read, others again may lose more than these: so twice.
-        self._code, self._allowed = code, None if code.aim is None else code.aim / code.optimism**2
+        self._code, self._allowed = code, None if code.share is None else code.share / code.optimism
         self._first = config.price * code.error if code.aim is None else config.price_of_keeping * code.aim
         self._bits = code.relaxed.bits().detach().clamp_min(1)
         self.of_a_bit = self._first / self._bits

@@ -251,7 +251,8 @@ class _Running:
 
     def _move(self, share: ForShare, end: float, *, coarser: bool) -> None:
         """Go on at the step where it loses what it should, if it loses 2^end at this one."""
-        move = _eighths(math.log2(share.aim / self.work.optimism) - end, _REFINED_POWER, _MOST_MOVED)
+        assert self.work.share is not None
+        move = _eighths(math.log2(self.work.share) - end, _REFINED_POWER, _MOST_MOVED)
         if -_LEAST_FINER < move < (_LEAST_COARSER if coarser else math.inf):
             return
         data = share.steps.with_slots(self.work.relaxed.step + move, share.slots)
