@@ -19,7 +19,6 @@ adapter that is a hundredth of its whole effect, as much as a code may lose (doc
 
 from __future__ import annotations
 
-import math
 from functools import cached_property
 from typing import NamedTuple
 
@@ -66,9 +65,13 @@ class Effect:
 
     @cached_property
     def whole(self) -> float:
-        """All of it that counts, in nats; of an adapter that does less than the noise, as much as that."""
-        most = _MOST_OF_ANSWERS if self._teacher.has_prompts else math.inf
-        return max(min(float(self._of_the_base.divergence) - self.noise, most), self.noise, _LEAST)
+        """What counts of it, in nats; of an adapter that does less than the noise, as much as that."""
+        return min(self._all, _MOST_OF_ANSWERS) if self._teacher.has_prompts else self._all
+
+    @property
+    def beyond(self) -> float:
+        """How many times what counts of it the whole effect is."""
+        return self._all / self.whole
 
     def lost(self, factors: Factors, *, of_few: bool = False) -> Lost:
         """Return the share that other factors lose; of few of the texts in less time."""
@@ -77,6 +80,10 @@ class Effect:
         whole = self.whole * float(of_the_base[::every].mean() / of_the_base.mean())
         of_most = bounded((short.of_each - self.noise) / whole, short.fewest).mean()
         return Lost(of_all=(float(short.divergence) - self.noise) / whole, of_most=float(of_most))
+
+    @cached_property
+    def _all(self) -> float:
+        return max(float(self._of_the_base.divergence) - self.noise, self.noise, _LEAST)
 
     @cached_property
     def _of_the_base(self) -> Shortfall:
