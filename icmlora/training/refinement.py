@@ -103,7 +103,7 @@ class Refinable:
             self.lost.clear()
 
     @property
-    def share(self) -> float | None:
+    def wanted(self) -> float | None:
         """What it should lose of other examples: less than its aim where these lose more than what is read."""
         return None if self.aim is None else self.aim / min(self.optimism, _MOST_DOUBT)
 
@@ -163,7 +163,7 @@ class _Price:
 
     @torch.no_grad()
     def __init__(self, code: Refinable, config: RefineConfig) -> None:
-        self._code, self._allowed = code, None if code.share is None else code.share / code.optimism
+        self._code, self._allowed = code, None if code.wanted is None else code.wanted / code.optimism
         self._first = config.price * code.error if code.aim is None else config.price_of_keeping * code.aim
         self._bits = code.relaxed.bits().detach().clamp_min(1)
         self.of_a_bit = self._first / self._bits

@@ -137,9 +137,10 @@ class Finished:
         return other if other.lost.of_all < self.lost.of_all else self
 
 
-def lost_before(keep: float) -> float:
-    """Return what share of the effect a code should lose before it is refined to keep one."""
-    return min(_COARSER * (1 - keep), 1 - keep / 2)  # halfway to a code that keeps nothing, at most
+def lost_before(keep: float, beyond: float) -> float:
+    """Return what share of the effect a code should lose before it is refined to keep one; `beyond` is the effect's."""
+    share = min(_COARSER * (1 - keep), 1 - keep / 2)  # halfway to a code that keeps nothing, at most
+    return share * math.sqrt(beyond)  # how answers look, of which little counts, comes back with few steps
 
 
 def coarse_for(keep: float, lost: float, refiner: Refiner, codec: Codec, original: Adapter, steps: Steps) -> Coarse:
@@ -251,8 +252,8 @@ class _Running:
 
     def _move(self, share: ForShare, end: float, *, coarser: bool) -> None:
         """Go on at the step where it loses what it should, if it loses 2^end at this one."""
-        assert self.work.share is not None
-        move = _eighths(math.log2(self.work.share) - end, _REFINED_POWER, _MOST_MOVED)
+        assert self.work.wanted is not None
+        move = _eighths(math.log2(self.work.wanted) - end, _REFINED_POWER, _MOST_MOVED)
         if -_LEAST_FINER < move < (_LEAST_COARSER if coarser else math.inf):
             return
         data = share.steps.with_slots(self.work.relaxed.step + move, share.slots)

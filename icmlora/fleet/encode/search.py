@@ -12,7 +12,6 @@ The tolerance is chosen by the gain on the task's held-out text, which makes tha
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -168,8 +167,7 @@ class CodeSearch:
             return Coarse(self.refiner, self.codec, self.original, self._plain(self.limits))
         self.tell(f"encoding, to keep {keep:g}")
         steps = Steps(self.codec, self.original, self.vectors, self.initial)
-        # How answers look, which is what little of an effect counts for, comes back with few steps.
-        lost = lost_before(keep) * math.sqrt(self.refiner.effect.beyond) if self.limits.refine else 1 - keep
+        lost = lost_before(keep, self.refiner.effect.beyond) if self.limits.refine else 1 - keep
         return coarse_for(keep, lost, self.refiner, self.codec, self.original, steps)
 
     def done(self, made: Finished) -> tuple[Trial, bool]:
