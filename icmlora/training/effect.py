@@ -10,8 +10,8 @@ the answers count, and an effect of more than half a nat counts as that: then it
 
 Of one text in some dozens a code may lose all there is, because all later tokens attend to its first one, and the
 smallest change may make them attend to another. A mean over few texts says little then of how precise a code is, so
-where one is looked for, no text counts more than four times as much as the median. Short answers differ by more than
-that anyway.
+where one is looked for, no text counts more than four times as much as the median. Most short answers lose nothing,
+and a few of which the adapter is not sure lose much: none counts more than four times as much as the others' mean.
 
 A base model in bfloat16 rounds after each layer, so factors of the same dW give slightly other predictions. Of a weak
 adapter that is a hundredth of its whole effect, as much as a code may lose (docs/results/LOG.md).
@@ -42,6 +42,14 @@ _MOST_OF_ANSWERS = 0.5
 def bounded(lost: torch.Tensor, fewest: int) -> torch.Tensor:
     """Return the shares that are lost of some texts (T,), none an outlier, if each has enough predictions for that."""
     return lost if fewest < _LONG else lost.clamp_max(_OUTLIER * lost.median().clamp_min(LEAST_LOST))
+
+
+def bounded_answers(lost: torch.Tensor) -> torch.Tensor:
+    """Return the shares that are lost of some short answers (T,), none an outlier among several."""
+    if len(lost) == 1:
+        return lost
+    of_others = (lost.sum() - lost) / (len(lost) - 1)
+    return lost.clamp_max(_OUTLIER * of_others.clamp_min(LEAST_LOST))
 
 
 class Lost(NamedTuple):
@@ -78,7 +86,11 @@ class Effect:
         every = _FEW if of_few else 1
         short, of_the_base = self._shortfall(factors, every), self._of_the_base.of_each.clamp_min(_LEAST)
         whole = self.whole * float(of_the_base[::every].mean() / of_the_base.mean())
-        of_most = bounded((short.of_each - self.noise) / whole, short.fewest).mean()
+        of_each = (short.of_each - self.noise) / whole
+        if self._teacher.has_prompts and short.fewest < _LONG:
+            of_answers = float(bounded_answers(of_each).mean())
+            return Lost(of_all=of_answers, of_most=of_answers)
+        of_most = bounded(of_each, short.fewest).mean()
         return Lost(of_all=(float(short.divergence) - self.noise) / whole, of_most=float(of_most))
 
     @cached_property

@@ -42,8 +42,9 @@ _PLAIN_POWER, _REFINED_POWER = 2.0, 1.4
 # Shares of the steps of refinement after which it looks again; a code that falls short does those after the last again.
 _LOOKS = 0.2, 0.6
 # Eighths of an octave by which the step changes then, or for a code that falls short: at most, and at least where it
-# gets finer or coarser. A coarser one takes back what refinement did, and the price of bits makes codes smaller too.
-_MOST_MOVED, _LEAST_FINER, _LEAST_COARSER = 6, 2, 4
+# gets finer or coarser. A coarser one takes back what refinement did, and the price of bits makes codes smaller too. It
+# may lose so many times what refinement began with, or what it should lose: at some step all slots of a code are faint.
+_MOST_MOVED, _LEAST_FINER, _LEAST_COARSER, _MOST_WORSE = 6, 2, 4, 1.5
 # By how many octaves the steps that remain divide what is lost: so many after each look, and more after the first one
 # if the steps before it have brought more than is usual.
 _LATER, _USUAL = (0.3, 0.1), 1.2
@@ -167,13 +168,22 @@ def coarse_for(keep: float, lost: float, refiner: Refiner, codec: Codec, origina
 
 
 def near(share: float, lost: Callable[[int], float], first: int) -> tuple[int, float]:
-    """Return the step, log2 in eighths, whose code loses nearly a share, and what it loses, in a few looks."""
+    """Return the step, log2 in eighths, whose code loses nearly a share, and what it loses, in a few looks.
+
+    Between two steps it grows as a power of the step; beyond those, as it usually does.
+    """
     wanted, step, found = math.log2(max(share, LEAST_LOST)), first, dict[int, float]()
     while step not in found and len(found) < _MOST_LOOKS:
         found[step] = math.log2(max(lost(step), LEAST_LOST))
         if abs(found[step] - wanted) <= _NEAR:
             break
-        step += _eighths(wanted - found[step], _PLAIN_POWER, _STRIDE)
+        finer = max((step for step in found if found[step] < wanted), default=None)
+        coarser = min((step for step in found if found[step] > wanted), default=None)
+        if finer is None or coarser is None:
+            step += _eighths(wanted - found[step], _PLAIN_POWER, _STRIDE)
+        else:
+            part = (wanted - found[finer]) / (found[coarser] - found[finer])
+            step = finer + round(part * (coarser - finer))
     best = min(found, key=lambda step: abs(found[step] - wanted))
     return best, 2 ** found[best]
 
@@ -254,12 +264,20 @@ class _Running:
         """Go on at the step where it loses what it should, if it loses 2^end at this one."""
         assert self.work.wanted is not None
         move = _eighths(math.log2(self.work.wanted) - end, _REFINED_POWER, _MOST_MOVED)
-        if -_LEAST_FINER < move < (_LEAST_COARSER if coarser else math.inf):
-            return
-        data = share.steps.with_slots(self.work.relaxed.step + move, share.slots)
-        moved = self.code.relaxed(data)
+        while move <= -_LEAST_FINER or (coarser and move >= _LEAST_COARSER):
+            moved = self._moved(share, move)
+            if move < 0 or self._lost_of_few(moved) <= _MOST_WORSE * max(share.lost, self.work.wanted):
+                self.work.relaxed = moved
+                return
+            move -= 1
+
+    def _moved(self, share: ForShare, move: int) -> RelaxedCode:
+        moved = self.code.relaxed(share.steps.with_slots(self.work.relaxed.step + move, share.slots))
         moved.go_on_from(self.work.relaxed)
-        self.work.relaxed = moved
+        return moved
+
+    def _lost_of_few(self, relaxed: RelaxedCode) -> float:
+        return self.code.refiner.lost(self.code.codec, relaxed.to_code(), of_few=True).of_most
 
 
 def _eighths(octaves: float, power: float, most: int) -> int:

@@ -11,7 +11,7 @@ from icmlora.base_models.examples.examples import Example, plain
 from icmlora.base_models.modality import BaseModel
 from icmlora.base_models.running.lora_hooks import Factors, factors_of
 from icmlora.formats.discovery.folder import load_adapter
-from icmlora.training.effect import Effect, bounded
+from icmlora.training.effect import Effect, bounded, bounded_answers
 from icmlora.training.teacher import Teacher, shortfalls
 from tests.icmlora.tiny_base import load_tiny_base, write_tiny_adapter
 
@@ -91,6 +91,15 @@ def test_a_text_that_is_lost_as_a_whole_counts_four_times_the_median() -> None:
 def test_a_short_answer_may_lose_any_number_of_times_the_median() -> None:
     lost = torch.tensor([0.01, 0.02, 1.5, 0.03, 0.02])
     assert bounded(lost, 2).equal(lost)
+
+
+def test_an_answer_of_which_the_adapter_is_not_sure_counts_four_times_the_mean_of_the_others() -> None:
+    lost = torch.tensor([0.0, 0.02, 1.5, 0.01, 0.01])
+    assert bounded_answers(lost).tolist() == pytest.approx([0, 0.02, 0.04, 0.01, 0.01])
+
+
+def test_an_answer_alone_counts_as_it_is() -> None:
+    assert bounded_answers(torch.tensor([0.3])).tolist() == pytest.approx([0.3])
 
 
 def test_most_texts_lose_about_what_all_lose(effect: Effect, original: Factors) -> None:
