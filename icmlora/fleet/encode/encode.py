@@ -129,7 +129,7 @@ def encode(
         tolerance: Largest squared error, weighted by how sensitive each channel is: what `quality` sets.
         size: Bytes that the file of each code may have. The codes are as accurate as that allows.
         refine: Steps that fit a code to what its adapter does, on the task's samples or on texts that the adapted
-            model writes itself. Needs the base model. By default 40 with a quality or a share to keep, and none with
+            model writes itself. Needs the base model. By default 160 with a quality or a share to keep, and none with
             other limits.
         residual: Keep the codes, and store a residual for each task whose code misses the limits.
         base_model: Only tasks of this base model.
