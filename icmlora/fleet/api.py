@@ -49,6 +49,7 @@ from icmlora.fleet.train.update import update
 from icmlora.fleet.vectors.recognize import recognize
 from icmlora.fleet.vectors.vectors import extract_vectors
 from icmlora.fleet.write.materialize import load, load_many, materialize, read_files
+from icmlora.fleet.write.merge import merge
 from registry.names import DatabaseUrl, address_of
 
 
@@ -129,6 +130,7 @@ class Fleet(Context):
     check_few_shot = check_few_shot
     train_few_shot = train_few_shot
     generate = generate
+    merge = merge
 
     # Use codes elsewhere.
     export_bundle = export_bundle

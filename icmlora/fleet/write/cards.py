@@ -187,3 +187,59 @@ class GeneratedCard:
     def metadata(self) -> dict[str, str]:
         """Return the fields for the header of the tensor file."""
         return {"icm_task": self.task, "icm_rung": "generated", "icm_generator": self.generator.blob}
+
+
+_MERGED_CARD = """\
+---
+{front}---
+
+# {task}
+
+A LoRA adapter for `{base}`, merged by icm from {counted} with PEFT's `add_weighted_adapter` ({how}). Nobody trained it,
+so its quality is not known: measure it before you rely on it.
+
+| task | weight | made from | original, sha256 |
+|---|--:|---|---|
+{parts}
+"""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One adapter that takes part in a merge."""
+
+    task: str
+    weight: float  # what it is multiplied with
+    source: Literal["original", "residual", "code", "recalled", "network"]  # what it was made from
+    original: str  # digest of the original's weights
+
+
+@dataclass(frozen=True)
+class MergedCard:
+    """The card of an adapter that was made of several others."""
+
+    task: str
+    base_model: str
+    how: str  # the method, and what it takes
+    parts: tuple[Part, ...]
+
+    @property
+    def source(self) -> str:
+        """Say in a few words where it comes from."""
+        return f"merged {', '.join(f'{part.weight:g} {part.task}' for part in self.parts)} ({self.how})"
+
+    def text(self) -> str:
+        """Return the text of the card."""
+        rows = (f"| {part.task} | {part.weight:g} | {part.source} | `{part.original}` |" for part in self.parts)
+        return _MERGED_CARD.format(
+            front=front_matter(self.base_model),
+            task=self.task,
+            base=quoted(self.base_model),
+            counted=counted(len(self.parts), "adapter"),
+            how=self.how,
+            parts="\n".join(rows),
+        )
+
+    def metadata(self) -> dict[str, str]:
+        """Return the fields for the header of the tensor file."""
+        return {"icm_task": self.task, "icm_rung": "merged", "icm_source": self.source}

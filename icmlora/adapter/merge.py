@@ -1,0 +1,125 @@
+"""Merge adapters of one base model by PEFT's `LoraModel.add_weighted_adapter`, without the base model.
+
+    module of each adapter, A (r, in) and B (out, r)  ──▶  one linear layer without weights  ──PEFT──▶  merged A and B
+
+PEFT merges layer by layer and reads nothing of the base model but the widths of its layers, so one layer at a time is
+enough. A module that an adapter does not have takes no part there.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
+
+import torch
+from peft import LoraConfig
+from peft.tuners.lora import LoraModel
+from torch import nn
+
+from icmlora.adapter.arithmetic import truncated, with_modules
+from icmlora.adapter.model import Adapter, LoraModule
+from icmlora.errors import DataError
+
+Method = Literal[
+    "svd",
+    "cat",
+    "linear",
+    "ties",
+    "ties_svd",
+    "dare_linear",
+    "dare_linear_svd",
+    "dare_ties",
+    "dare_ties_svd",
+    "magnitude_prune",
+    "magnitude_prune_svd",
+]
+"""PEFT's names of its methods."""
+METHODS: tuple[Method, ...] = get_args(Method)
+OF_ONE_RANK = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")
+"""Those that merge A with A and B with B, so that all have to be of one rank."""
+WITH_DENSITY = tuple(name for name in METHODS if name not in ("svd", "cat", "linear"))
+"""Those that keep a share of the values."""
+
+
+def merged(
+    adapters: Sequence[Adapter],
+    weights: Sequence[float],
+    method: Method,
+    *,
+    rank: int | None = None,
+    density: float = 0.5,
+    seed: int = 0,
+) -> Adapter:
+    """Return one adapter for several. The same arguments give the same adapter.
+
+    Args:
+        adapters: At least one; the merged one has the label and the task type of the first.
+        weights: What each is multiplied with.
+        method: One of `METHODS`. `svd` is the best adapter of a rank for the weighted sum of all dW: PEFT's `cat`, cut
+            by singular values of the factors, which is what PEFT's `svd` finds from the whole dW.
+        rank: Of methods that end in `svd`; by default the largest rank of a module in any adapter.
+        density: Share of values that a method of `WITH_DENSITY` keeps.
+        seed: Of the values that `dare` drops.
+
+    Raises:
+        DataError: Modules of one name have different widths, or different ranks where the method needs one.
+    """
+    parts: defaultdict[str, list[tuple[LoraModule, float]]] = defaultdict(list)
+    for adapter, weight in zip(adapters, weights, strict=True):
+        for module in adapter.modules:
+            parts[module.name].append((module, weight))
+    how: Method = "cat" if method == "svd" else method
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        whole = with_modules(adapters[0], [_merged(some, how, rank, density) for some in parts.values()])
+    if method != "svd":
+        return whole
+    return truncated(whole, rank or max(shape.rank for adapter in adapters for shape in adapter.layout))
+
+
+@torch.no_grad()
+def _merged(parts: Sequence[tuple[LoraModule, float]], method: Method, rank: int | None, density: float) -> LoraModule:
+    modules, weights = zip(*parts, strict=True)
+    _check(modules, method)
+    first = modules[0].shape
+    layer = nn.Linear(first.inputs, first.outputs, bias=False, device="meta")
+    layer.weight = nn.Parameter(torch.zeros(1, 1).expand(first.outputs, first.inputs), requires_grad=False)
+    network = nn.ModuleDict({"merged": layer})
+    names = [str(number) for number in range(len(modules))]
+    model = LoraModel(network, {names[0]: _config(modules[0])}, names[0])
+    for name, module in zip(names[1:], modules[1:], strict=True):
+        model.peft_config[name] = _config(module)
+        model.inject_adapter(network, name)
+    factors: Any = network["merged"]
+    for name, module in zip(names, modules, strict=True):
+        factors.lora_A[name].weight.copy_(module.a)
+        factors.lora_B[name].weight.copy_(module.b)
+    model.add_weighted_adapter(
+        names,
+        list(weights),
+        "all",
+        combination_type=method,
+        svd_rank=rank,
+        svd_full_matrices=False,
+        density=density if method in WITH_DENSITY else None,
+    )
+    a, b = factors.lora_A["all"].weight, factors.lora_B["all"].weight
+    return LoraModule(first.module, a.detach().clone(), b.detach().clone())
+
+
+def _config(module: LoraModule) -> LoraConfig:
+    rank = len(module.a)
+    return LoraConfig(r=rank, lora_alpha=rank, target_modules=["merged"])  # the scale is in B
+
+
+def _check(modules: Sequence[LoraModule], method: Method) -> None:
+    first = modules[0].shape
+    for shape in (module.shape for module in modules):
+        if (shape.inputs, shape.outputs) != (first.inputs, first.outputs):
+            widths = f"{first.inputs} to {first.outputs} and {shape.inputs} to {shape.outputs}"
+            raise DataError(f"{first.module} has different widths in these adapters: {widths}")
+        if method in OF_ONE_RANK and shape.rank != first.rank:
+            fact = f"{method} merges factors of one rank, and {first.module} has {first.rank} and {shape.rank}"
+            other = "svd" if method == "linear" else f"{method}_svd"
+            raise DataError(fact, hint=f"use --method {other}")
