@@ -226,11 +226,11 @@ class MergedCard:
     @property
     def source(self) -> str:
         """Say in a few words where it comes from."""
-        return f"merged {', '.join(f'{part.weight:g} {part.task}' for part in self.parts)} ({self.how})"
+        return f"merged {', '.join(f'{part.weight:.3g} {part.task}' for part in self.parts)} ({self.how})"
 
     def text(self) -> str:
         """Return the text of the card."""
-        rows = (f"| {part.task} | {part.weight:g} | {part.source} | `{part.original}` |" for part in self.parts)
+        rows = (f"| {part.task} | {part.weight:.3g} | {part.source} | `{part.original}` |" for part in self.parts)
         return _MERGED_CARD.format(
             front=front_matter(self.base_model),
             task=self.task,
