@@ -85,7 +85,9 @@ if TYPE_CHECKING:
     from icmlora.fleet.train.update import UpdateReport
     from icmlora.fleet.vectors.recognize import RecognizeReport
     from icmlora.fleet.vectors.vectors import VectorReport
+    from icmlora.fleet.write.cards import MergedPart
     from icmlora.fleet.write.materialize import MaterializeReport, TooLossy
+    from icmlora.fleet.write.merge import Merged
     from icmlora.formats.discovery.folder import load_adapter, save_adapter
     from icmlora.serving.attach import attach
     from registry.names import DatabaseUrl
@@ -143,6 +145,8 @@ __all__ = [
     "MapReport",
     "MaterializeReport",
     "Measurable",
+    "Merged",
+    "MergedPart",
     "Metric",
     "NotAStore",
     "NotCovered",
@@ -210,6 +214,8 @@ _HOMES = {
     "LoraModule": "icmlora.adapter.model",
     "MapReport": "icmlora.fleet.map.map",
     "MaterializeReport": "icmlora.fleet.write.materialize",
+    "Merged": "icmlora.fleet.write.merge",
+    "MergedPart": "icmlora.fleet.write.cards",
     "Measurable": "icmlora.fleet.measure.evaluate",
     "Metric": "icmlora.base_models.modality",
     "Progress": "icmlora.fleet.context",

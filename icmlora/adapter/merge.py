@@ -21,7 +21,7 @@ from icmlora.adapter.arithmetic import truncated, with_modules
 from icmlora.adapter.model import Adapter, LoraModule
 from icmlora.errors import DataError
 
-Method = Literal[
+MergeMethod = Literal[
     "svd",
     "cat",
     "linear",
@@ -35,7 +35,7 @@ Method = Literal[
     "magnitude_prune_svd",
 ]
 """PEFT's names of its methods."""
-METHODS: tuple[Method, ...] = get_args(Method)
+METHODS: tuple[MergeMethod, ...] = get_args(MergeMethod)
 OF_ONE_RANK = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")
 """Those that merge A with A and B with B, so that all have to be of one rank."""
 WITH_DENSITY = tuple(name for name in METHODS if name not in ("svd", "cat", "linear"))
@@ -45,7 +45,7 @@ WITH_DENSITY = tuple(name for name in METHODS if name not in ("svd", "cat", "lin
 def merged(
     adapters: Sequence[Adapter],
     weights: Sequence[float],
-    method: Method,
+    method: MergeMethod,
     *,
     rank: int | None = None,
     density: float = 0.5,
@@ -69,7 +69,7 @@ def merged(
     for adapter, weight in zip(adapters, weights, strict=True):
         for module in adapter.modules:
             parts[module.name].append((module, weight))
-    how: Method = "cat" if method == "svd" else method
+    how: MergeMethod = "cat" if method == "svd" else method
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         whole = with_modules(adapters[0], [_merged(some, how, rank, density) for some in parts.values()])
@@ -79,7 +79,9 @@ def merged(
 
 
 @torch.no_grad()
-def _merged(parts: Sequence[tuple[LoraModule, float]], method: Method, rank: int | None, density: float) -> LoraModule:
+def _merged(
+    parts: Sequence[tuple[LoraModule, float]], method: MergeMethod, rank: int | None, density: float
+) -> LoraModule:
     modules, weights = zip(*parts, strict=True)
     _check(modules, method)
     first = modules[0].shape
@@ -113,7 +115,7 @@ def _config(module: LoraModule) -> LoraConfig:
     return LoraConfig(r=rank, lora_alpha=rank, target_modules=["merged"])  # the scale is in B
 
 
-def _check(modules: Sequence[LoraModule], method: Method) -> None:
+def _check(modules: Sequence[LoraModule], method: MergeMethod) -> None:
     first = modules[0].shape
     for shape in (module.shape for module in modules):
         if (shape.inputs, shape.outputs) != (first.inputs, first.outputs):

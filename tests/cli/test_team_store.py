@@ -53,6 +53,7 @@ COMMANDS = [
     "materialize poems -o FOLDER/original --source original",
     "materialize poems -o FOLDER/residual --source residual",
     "materialize rules -o FOLDER/rules.gguf --format gguf",
+    "merge poems hounds -o FOLDER/merged --as blend",
     "recognize --samples FOLDER/loras/rules/samples.jsonl --device cpu",
     "generate more --samples FOLDER/loras/rules/samples.jsonl -o FOLDER/more --device cpu",
     "export FOLDER/fleet.icm",

@@ -31,7 +31,14 @@ GENERAL = {
     "Sequence",
     "Store",
 }
-ALIASES = {"Conflict", "LoadIn", "Rung", "Source", "View"}  # words that an argument can have, listed with it
+ALIASES = {
+    "Conflict",
+    "LoadIn",
+    "MergeMethod",
+    "Rung",
+    "Source",
+    "View",
+}  # words that an argument can have, listed with it
 
 
 def signature_types(method: object) -> set[str]:

@@ -205,7 +205,7 @@ so its quality is not known: measure it before you rely on it.
 
 
 @dataclass(frozen=True)
-class Part:
+class MergedPart:
     """One adapter that takes part in a merge."""
 
     task: str
@@ -221,7 +221,7 @@ class MergedCard:
     task: str
     base_model: str
     how: str  # the method, and what it takes
-    parts: tuple[Part, ...]
+    parts: tuple[MergedPart, ...]
 
     @property
     def source(self) -> str:

@@ -11,12 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from icmlora.adapter.merge import METHODS, WITH_DENSITY, Method, merged
+from icmlora.adapter.merge import METHODS, WITH_DENSITY, MergeMethod, merged
 from icmlora.adapter.model import Adapter
 from icmlora.errors import AdapterRefused, DataError, OptionsConflict
 from icmlora.fleet.context import Context, use_case
 from icmlora.fleet.resources.code_source import StoreCodes
-from icmlora.fleet.write.cards import MergedCard, Part
+from icmlora.fleet.write.cards import MergedCard, MergedPart
 from icmlora.fleet.write.materialize import Source, choose
 from icmlora.formats.format import AdapterBytes, write_adapter_files
 from icmlora.formats.peft.peft import PEFT
@@ -36,8 +36,8 @@ class Merged:
     directory: Path | None  # where it was written
     task: str | None  # as which it was stored
     base_model: str
-    method: Method
-    parts: tuple[Part, ...]
+    method: MergeMethod
+    parts: tuple[MergedPart, ...]
     rank: int  # the largest of a module
     density: float | None  # None where the method has none
     size: int  # bytes of its weights
@@ -51,7 +51,7 @@ def merge(
     directory: str | Path | None = None,
     *,
     name: str | None = None,
-    method: Method = "svd",
+    method: MergeMethod = "svd",
     weights: Sequence[float] | None = None,
     rank: int | None = None,
     density: float = 0.5,
@@ -97,7 +97,7 @@ def merge(
         codes = StoreCodes(store, context)
         found = [store.tasks.get(task) for task in tasks]
         base_model = _one_base(found)
-        adapters, parts = list[Adapter](), list[Part]()
+        adapters, parts = list[Adapter](), list[MergedPart]()
         for done, (task, share) in enumerate(zip(found, shares, strict=True)):
             context.progress(done, len(found), task.name)
             adapter, part = _read(codes, task, source, share)
@@ -128,7 +128,7 @@ def merge(
 
 
 def _shares(
-    tasks: Sequence[str], method: Method, weights: Sequence[float] | None, *, has_rank: bool
+    tasks: Sequence[str], method: MergeMethod, weights: Sequence[float] | None, *, has_rank: bool
 ) -> Sequence[float]:
     """Return what each adapter is multiplied with."""
     if method not in METHODS:
@@ -154,7 +154,7 @@ def _one_base(tasks: Sequence[TaskRecord]) -> str:
     return first.base_model
 
 
-def _read(codes: StoreCodes, task: TaskRecord, source: Source, weight: float) -> tuple[Adapter, Part]:
+def _read(codes: StoreCodes, task: TaskRecord, source: Source, weight: float) -> tuple[Adapter, MergedPart]:
     """Read the adapter of a task, which must be a plain LoRA."""
     chosen = choose(codes, task, source)
     if chosen.final.original_only is not None:
@@ -162,7 +162,7 @@ def _read(codes: StoreCodes, task: TaskRecord, source: Source, weight: float) ->
     if any(extra.file is None for extra in chosen.final.extras):
         fact = f"{task.name} cannot be merged: it has tensors besides the factors of LoRA, such as a head or magnitudes"
         raise AdapterRefused(fact, kind="extras", hint="`icm show --json` lists them; merge tasks without such tensors")
-    return chosen.reader()(), Part(task.name, weight, chosen.source, chosen.final.weights)
+    return chosen.reader()(), MergedPart(task.name, weight, chosen.source, chosen.final.weights)
 
 
 def _record(store: Store, name: str, base_model: str, content: AdapterBytes, source: str) -> None:

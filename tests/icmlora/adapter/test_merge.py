@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import PeftModel
 
-from icmlora.adapter.merge import OF_ONE_RANK, WITH_DENSITY, Method, merged
+from icmlora.adapter.merge import OF_ONE_RANK, WITH_DENSITY, MergeMethod, merged
 from icmlora.adapter.model import Adapter, LoraModule
 from icmlora.errors import DataError
 from icmlora.formats.discovery.folder import load_adapter
@@ -34,7 +34,7 @@ def deltas(adapter: Adapter) -> dict[str, torch.Tensor]:
     return {module.name: module.b @ module.a for module in adapter.modules}
 
 
-def by_peft(folders: list[Path], method: Method, rank: int | None) -> dict[str, torch.Tensor]:
+def by_peft(folders: list[Path], method: MergeMethod, rank: int | None) -> dict[str, torch.Tensor]:
     """Return dW of each module as PEFT merges it with the whole model at hand."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning)
@@ -47,9 +47,9 @@ def by_peft(folders: list[Path], method: Method, rank: int | None) -> dict[str, 
     return {name: layer.get_delta_weight("all") for name, layer in layers.items()}
 
 
-@pytest.mark.parametrize("method", [name for name in get_args(Method) if not name.startswith("dare")])
+@pytest.mark.parametrize("method", [name for name in get_args(MergeMethod) if not name.startswith("dare")])
 def test_a_merge_is_what_peft_makes_on_the_base_model(
-    folders: list[Path], adapters: list[Adapter], method: Method
+    folders: list[Path], adapters: list[Adapter], method: MergeMethod
 ) -> None:
     rank = 3 if method.endswith("svd") else None
     expected, found = by_peft(folders, method, rank), deltas(merged(adapters, WEIGHTS, method, rank=rank))
@@ -59,7 +59,7 @@ def test_a_merge_is_what_peft_makes_on_the_base_model(
 
 
 @pytest.mark.parametrize("method", ["dare_linear", "dare_ties_svd"])
-def test_what_dare_drops_follows_from_the_seed(adapters: list[Adapter], method: Method) -> None:
+def test_what_dare_drops_follows_from_the_seed(adapters: list[Adapter], method: MergeMethod) -> None:
     one, same, other = (deltas(merged(adapters, WEIGHTS, method, seed=seed)) for seed in (5, 5, 6))
     assert all(torch.equal(one[name], same[name]) for name in one)
     assert not all(torch.equal(one[name], other[name]) for name in one)
@@ -81,7 +81,7 @@ def test_a_module_that_only_one_adapter_has_is_weighted_alone(adapters: list[Ada
 
 
 @pytest.mark.parametrize("method", OF_ONE_RANK)
-def test_what_merges_factors_refuses_different_ranks(tmp_path: Path, folders: list[Path], method: Method) -> None:
+def test_what_merges_factors_refuses_different_ranks(tmp_path: Path, folders: list[Path], method: MergeMethod) -> None:
     pair = [load_adapter(folders[0]), load_adapter(write_lora(tmp_path / "wide", rank=5))]
     with pytest.raises(DataError, match="merges factors of one rank") as refused:
         merged(pair, WEIGHTS, method)
