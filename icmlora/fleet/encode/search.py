@@ -38,6 +38,8 @@ At the coarsest, the code of a task that the generator predicts well holds no in
 
 _LOSS_RATIO = 1.5
 """Refinement divides the lost gain of a code by about this, which says at which tolerance to begin with it."""
+_SURELY = 0.8
+"""Of what a code that is not refined may lose, it is made to lose about so much: the search comes so near."""
 
 
 @dataclass(frozen=True)
@@ -167,7 +169,7 @@ class CodeSearch:
             return Coarse(self.refiner, self.codec, self.original, self._plain(self.limits))
         self.tell(f"encoding, to keep {keep:g}")
         steps = Steps(self.codec, self.original, self.vectors, self.initial)
-        lost = lost_before(keep, self.refiner.effect.beyond) if self.limits.refine else 1 - keep
+        lost = lost_before(keep, self.refiner.effect.beyond) if self.limits.refine else _SURELY * (1 - keep)
         return coarse_for(keep, lost, self.refiner, self.codec, self.original, steps)
 
     def done(self, made: Finished) -> tuple[Trial, bool]:
