@@ -84,8 +84,6 @@ def merge(
     """
     from icmlora.fleet.write.merge import merge
 
-    if output is None and name is None:
-        raise UsageProblem("say where the merged adapter goes", hint="-o DIR writes a folder, --as NAME stores a task")
     try:
         with session.working("merge") as context:
             done = merge(

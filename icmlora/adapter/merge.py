@@ -106,8 +106,7 @@ def _merged(
         svd_full_matrices=False,
         density=density if method in WITH_DENSITY else None,
     )
-    a, b = factors.lora_A["all"].weight, factors.lora_B["all"].weight
-    return LoraModule(first.module, a.detach().clone(), b.detach().clone())
+    return LoraModule(first.module, factors.lora_A["all"].weight.detach(), factors.lora_B["all"].weight.detach())
 
 
 def _config(module: LoraModule) -> LoraConfig:

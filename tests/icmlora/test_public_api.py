@@ -31,14 +31,8 @@ GENERAL = {
     "Sequence",
     "Store",
 }
-ALIASES = {
-    "Conflict",
-    "LoadIn",
-    "MergeMethod",
-    "Rung",
-    "Source",
-    "View",
-}  # words that an argument can have, listed with it
+# Words that an argument can have, listed with it.
+ALIASES = {"Conflict", "LoadIn", "MergeMethod", "Rung", "Source", "View"}
 
 
 def signature_types(method: object) -> set[str]:

@@ -264,12 +264,12 @@ class _Running:
         """Go on at the step where it loses what it should, if it loses 2^end at this one."""
         assert self.work.wanted is not None
         move = _eighths(math.log2(self.work.wanted) - end, _REFINED_POWER, _MOST_MOVED)
-        while move <= -_LEAST_FINER or (coarser and move >= _LEAST_COARSER):
-            moved = self._moved(share, move)
-            if move < 0 or self._lost_of_few(moved) <= _MOST_WORSE * max(share.lost, self.work.wanted):
-                self.work.relaxed = moved
-                return
-            move -= 1
+        if move <= -_LEAST_FINER:
+            self.work.relaxed = self._moved(share, move)
+        elif coarser:
+            most = _MOST_WORSE * max(share.lost, self.work.wanted)
+            tried = (self._moved(share, by) for by in range(move, _LEAST_COARSER - 1, -1))
+            self.work.relaxed = next((one for one in tried if self._lost_of_few(one) <= most), self.work.relaxed)
 
     def _moved(self, share: ForShare, move: int) -> RelaxedCode:
         moved = self.code.relaxed(share.steps.with_slots(self.work.relaxed.step + move, share.slots))

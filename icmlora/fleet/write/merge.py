@@ -79,14 +79,16 @@ def merge(
         force: Replace the adapter in a folder that is not empty.
 
     Raises:
-        OptionsConflict: Neither a folder nor a name is given, or the method has no rank or density.
+        OptionsConflict: Neither a folder nor a name is given, the method sets the rank itself, or not every task has a
+            weight.
         DataError: The tasks are of several base models, have more than LoRA factors, or do not fit each other.
         OutputExists: The folder is not empty, and `force` is not given.
         TaskConflict: The name is taken.
     """
     shares = _shares(tasks, method, weights, has_rank=rank is not None)
     if directory is None and name is None:
-        raise OptionsConflict("nothing says where the adapter goes", hint="give a folder, a name, or both")
+        hint = "-o DIR writes a folder, --as NAME stores a task"
+        raise OptionsConflict("say where the merged adapter goes", hint=hint)
     if directory is not None:
         check_free(Path(directory), force=force)
     if name is not None:
