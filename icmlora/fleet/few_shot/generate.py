@@ -34,6 +34,7 @@ from icmlora.fleet.context import Context, base_name, has_loaders, use_case
 from icmlora.fleet.encode.refiner import Refiner
 from icmlora.fleet.few_shot.train import SAMPLE_TOKENS, read_few_shot_start
 from icmlora.fleet.older import open_generator
+from icmlora.fleet.resources.adapter_row import new_adapter
 from icmlora.fleet.resources.loading import open_base
 from icmlora.fleet.resources.stored_vectors import comparable_vectors, comparison_key
 from icmlora.fleet.vectors.vectors import VECTOR_DTYPE, put_vectors
@@ -51,7 +52,7 @@ from icmlora.task_vectors.vector import TaskVector
 from icmlora.training.refinement import RefineConfig
 from registry.errors import TaskConflict
 from registry.names import check_name, split_label
-from registry.records import GeneratorRecord, NewAdapter, NewGenerator, relative_error
+from registry.records import GeneratorRecord, NewGenerator, relative_error
 from registry.tables.bundles import BundleImport, ImportedTask
 
 if TYPE_CHECKING:
@@ -276,20 +277,14 @@ def _register(
     """Record the task of a written folder as if it had been ingested, encoded and evicted."""
     config, weights, card = ((folder / file).read_bytes() for file in (CONFIG_NAME, WEIGHTS_NAME, CARD_NAME))
     summary = PEFT.inspect(config, weights, path=folder)
-    original = NewAdapter(
+    original = new_adapter(
+        summary,
         weights=hashlib.sha256(weights).hexdigest(),
         config=store.blobs.put(config),
         card=store.blobs.put(card),
-        step=None,
-        is_final=True,
-        dtype=summary.dtype,
-        rank_max=summary.rank_max,
-        parameters=summary.parameters,
-        target_modules=summary.target_modules,
-        layout=summary.layout,
         source=f"generated {name}",
-        is_generated=True,
     )
+    original = replace(original, is_generated=True)
     rows, blob = put_vectors(store, name, vectors), store.blobs.put(code.data)
     task = ImportedTask(name, original, len(weights), blob, code.squared_error, vectors=rows)
     current = NewGenerator(generator.base_model, generator.blob, generator.config, generator.metrics)

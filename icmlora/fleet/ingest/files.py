@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -22,6 +22,7 @@ from icmlora.base_models.examples.examples import MAX_BYTES
 from icmlora.base_models.examples.media_archive import has_media, read_examples
 from icmlora.base_models.finding.labels import full_label
 from icmlora.errors import DataError, IcmLoraError, located
+from icmlora.fleet.resources.adapter_row import new_adapter
 from icmlora.formats.discovery.discovery import FoundAdapter, FoundTask
 from icmlora.formats.format import AdapterFormat, AdapterSummary
 from icmlora.formats.tensor_hash import tensors_key
@@ -374,22 +375,18 @@ def _text(path: Path | None, outcomes: _Outcomes, problems: list[Refusal]) -> tu
 
 
 def _row(found: FoundAdapter, files: _Small, weights: str, summary: AdapterSummary, tensors_key: str) -> NewAdapter:
-    return NewAdapter(
+    row = new_adapter(
+        summary,
         weights=weights,
         config=digest_of(files.config),
         card=None if files.card is None else digest_of(files.card),
+        source=source_label(found.place),
+    )
+    return replace(
+        row,
         step=found.step,
         is_final=found.is_final,
-        dtype=summary.dtype,
-        rank_max=summary.rank_max,
-        parameters=summary.parameters,
-        target_modules=summary.target_modules,
-        layout=summary.layout,
-        source=source_label(found.place),
         format=found.format.name,
-        original_only=summary.original_only,
-        does_nothing=summary.does_nothing,
-        template=summary.template,
         initial=None if files.initial is None else digest_of(files.initial),
         tensors_key=tensors_key,
     )

@@ -15,6 +15,7 @@ from icmlora.adapter.merge import METHODS, WITH_DENSITY, MergeMethod, merged
 from icmlora.adapter.model import Adapter
 from icmlora.errors import AdapterRefused, DataError, OptionsConflict
 from icmlora.fleet.context import Context, use_case
+from icmlora.fleet.resources.adapter_row import new_adapter
 from icmlora.fleet.resources.code_source import StoreCodes
 from icmlora.fleet.write.cards import MergedCard, MergedPart
 from icmlora.fleet.write.materialize import Source, choose
@@ -25,7 +26,7 @@ from icmlora.io.staging import check_free
 from icmlora.io.text import counted
 from registry.errors import TaskConflict
 from registry.names import check_name, split_label
-from registry.records import NewAdapter, TaskIngest, TaskRecord
+from registry.records import TaskIngest, TaskRecord
 from registry.store import Store
 
 
@@ -170,20 +171,12 @@ def _read(codes: StoreCodes, task: TaskRecord, source: Source, weight: float) ->
 def _record(store: Store, name: str, base_model: str, content: AdapterBytes, source: str) -> None:
     """Record a merged adapter as if it had been ingested."""
     summary = PEFT.inspect(content.config, content.weights)
-    row = NewAdapter(
+    row = new_adapter(
+        summary,
         weights=store.blobs.put(content.weights),
         config=store.blobs.put(content.config),
         card=None if content.card is None else store.blobs.put(content.card),
-        step=None,
-        is_final=True,
-        dtype=summary.dtype,
-        rank_max=summary.rank_max,
-        parameters=summary.parameters,
-        target_modules=summary.target_modules,
-        layout=summary.layout,
         source=source,
-        does_nothing=summary.does_nothing,
-        template=summary.template,
-        tensors_key=tensors_key(content.weights),
     )
+    row = replace(row, tensors_key=tensors_key(content.weights))
     store.tasks.ingest([TaskIngest(name, base_model, [row])])
