@@ -46,6 +46,10 @@ _LOOKED_AT = 8  # the last steps, whose losses set a price
 _REMEMBERED = 16  # the last steps, whose losses are compared with those of other examples
 _MOST_OPTIMISM = 4.0  # by what factor they may seem to differ: few texts were read
 _MOST_DOUBT = 1.5  # by what factor others again may seem to lose more
+# Adam's steps are as long whatever the slope, so all values of a large code with a small effect go too far. If a step
+# of the usual length would take away more than so many times a text's loss, were that linear, steps are shorter. The
+# first ones tell (docs/results/LOG.md, 2026-11-30).
+_MOST_REACH, _FIRST_STEPS, _LEAST_LOSS = 1.0, 8, 1e-6
 _STEEPNESS = 3  # power with which a price follows the ratio of what may be lost and what is
 _CHEAPEST, _DEAREST = 16, 8  # factors by which it falls and rises at most
 
@@ -94,6 +98,13 @@ class Refinable:
     aim: float | None  # share of the effect that the code should lose, None if it is for another limit
     lost: deque[torch.Tensor] = field(default_factory=lambda: deque(maxlen=_REMEMBERED))  # shares, of the last steps
     optimism: float = 1.0  # how much more is lost of other examples than of those that are read
+    # By how many times a text's whole loss a step of all values would lower it, of the first steps of usual length.
+    reaches: list[float] = field(default_factory=list)
+
+    @property
+    def pace(self) -> float:
+        """How long its steps are, as a share of the usual length."""
+        return min(1.0, _MOST_REACH * len(self.reaches) / sum(self.reaches)) if any(self.reaches) else 1.0
 
     def compare(self, elsewhere: float) -> None:
         """Take note of the share that is lost of other examples, which is what counts."""
@@ -101,6 +112,13 @@ class Refinable:
             here = max(float(torch.stack(tuple(self.lost)).mean()), LEAST_LOST)
             self.optimism = min(max(elsewhere / here, 1.0), _MOST_OPTIMISM)
             self.lost.clear()
+
+    @torch.no_grad()
+    def look_ahead(self, loss: torch.Tensor, rate: float) -> None:
+        """Take note of how far one of the first steps reaches, by the loss that its gradients are of."""
+        if len(self.reaches) < _FIRST_STEPS:
+            slopes = torch.stack([values.grad.abs().sum() for values in self.relaxed.values if values.grad is not None])
+            self.reaches.append(float(rate * slopes.sum() / loss.clamp_min(_LEAST_LOSS)))
 
     @property
     def wanted(self) -> float | None:
@@ -129,11 +147,10 @@ def refine(codes: Sequence[Refinable], base: BaseModel, config: RefineConfig, st
 
 def _refined(codes: Sequence[Refinable], base: BaseModel, config: RefineConfig, steps: range) -> Iterator[int]:
     groups = [
-        {"params": [values for code in codes for values in code.relaxed.values], "lr": config.learning_rate},
-        {"params": [factor for code in codes for factor in code.relaxed.strengths], "lr": config.strength_rate},
+        *({"params": code.relaxed.values} for code in codes),
+        {"params": [factor for code in codes for factor in code.relaxed.strengths]},
     ]
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95), fused=base.device.type != "cpu")
-    decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: (1 - (steps.start + done) / config.steps) ** 0.5)
     batches = [islice(_batches(len(code.teacher), config), steps.start, None) for code in codes]
     prices = [_Price(code, config) for code in codes]
     for step in steps:
@@ -142,19 +159,23 @@ def _refined(codes: Sequence[Refinable], base: BaseModel, config: RefineConfig, 
         asked = zip((code.teacher for code in codes), factors, map(next, batches), strict=True)
         short = shortfalls(base, list(asked))
         weights = [price.follow(one) for one, price in zip(short, prices, strict=True)]
-        parts = [
+        lost = [
             weight
             * (
                 one.divergence
                 + config.prompts * one.of_prompts
                 + config.answers * (one.loss + config.margin * code.effect.whole).clamp_min(0)
             )
-            + price.of_a_bit * code.relaxed.bits()
-            for one, weight, price, code in zip(short, weights, prices, codes, strict=True)
+            for one, weight, code in zip(short, weights, codes, strict=True)
         ]
-        torch.stack(parts).sum().backward()  # type: ignore[no-untyped-call]
+        paid = [price.of_a_bit * code.relaxed.bits() for price, code in zip(prices, codes, strict=True)]
+        torch.stack([*lost, *paid]).sum().backward()  # type: ignore[no-untyped-call]
+        length = math.sqrt(1 - step / config.steps)
+        for code, loss, group in zip(codes, lost, optimizer.param_groups, strict=False):
+            code.look_ahead(loss, config.learning_rate)
+            group["lr"] = config.learning_rate * code.pace * length
+        optimizer.param_groups[-1]["lr"] = config.strength_rate * length
         optimizer.step()
-        decay.step()
         yield step + 1
 
 

@@ -90,6 +90,13 @@ def test_a_refined_code_does_more_of_what_the_adapter_does(
     assert divergence(base, adapter, codec.decode(refined(base, adapter, coded))) < 0.7 * before
 
 
+def test_steps_that_would_go_too_far_are_shorter(base: BaseModel, adapter: Adapter, coded: tuple[Codec, bytes]) -> None:
+    codec, data = coded
+    before = divergence(base, adapter, codec.decode(data))
+    code = refined(base, adapter, coded, replace(CONFIG, learning_rate=50 * CONFIG.learning_rate))
+    assert divergence(base, adapter, codec.decode(code)) < 0.8 * before
+
+
 @pytest.mark.slow
 def test_a_higher_price_gives_a_smaller_code(base: BaseModel, adapter: Adapter, coded: tuple[Codec, bytes]) -> None:
     sizes = [len(refined(base, adapter, coded, replace(CONFIG, price=price))) for price in (0.0, 3.0)]
@@ -109,13 +116,13 @@ def test_a_code_that_is_to_keep_less_of_the_effect_ends_smaller(
 def test_a_code_that_loses_more_of_other_examples_ends_larger(
     base: BaseModel, adapter: Adapter, coded: tuple[Codec, bytes]
 ) -> None:
-    config, sizes = RefineConfig(steps=40, learning_rate=0.05), list[int]()
+    config, sizes = RefineConfig(steps=160, learning_rate=0.05), list[int]()
     for elsewhere in (0.0, 1.0):
         relaxed = RelaxedCode(coded[0], adapter, coded[1])
         work = Refinable(relaxed, 0.4, teacher_of(base, adapter), effect_of(base, adapter), 0.4)
-        list(refine([work], base, config, range(20)))
+        list(refine([work], base, config, range(80)))
         work.compare(elsewhere)
-        list(refine([work], base, config, range(20, 40)))
+        list(refine([work], base, config, range(80, 160)))
         sizes.append(len(relaxed.to_code()))
     assert sizes[1] > 1.05 * sizes[0]
 
