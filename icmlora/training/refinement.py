@@ -46,10 +46,10 @@ _LOOKED_AT = 8  # the last steps, whose losses set a price
 _REMEMBERED = 16  # the last steps, whose losses are compared with those of other examples
 _MOST_OPTIMISM = 4.0  # by what factor they may seem to differ: few texts were read
 _MOST_DOUBT = 1.5  # by what factor others again may seem to lose more
-# Adam's steps are as long whatever the slope, so all values of a large code with a small effect go too far. If a step
-# of the usual length would take away more than so many times a text's loss, were that linear, steps are shorter. The
-# first ones tell (docs/results/LOG.md, 2026-11-30).
-_MOST_REACH, _FIRST_STEPS, _LEAST_LOSS = 1.0, 8, 1e-6
+# Adam's steps are as long whatever the slope, so all values of a large code with a small effect go too far. If the
+# first ones would take away more than so many times what is lost, were that linear, steps are shorter
+# (docs/results/LOG.md, 2026-11-30).
+_MOST_REACH, _FIRST_STEPS = 1.2, 8
 _STEEPNESS = 3  # power with which a price follows the ratio of what may be lost and what is
 _CHEAPEST, _DEAREST = 16, 8  # factors by which it falls and rises at most
 
@@ -98,13 +98,14 @@ class Refinable:
     aim: float | None  # share of the effect that the code should lose, None if it is for another limit
     lost: deque[torch.Tensor] = field(default_factory=lambda: deque(maxlen=_REMEMBERED))  # shares, of the last steps
     optimism: float = 1.0  # how much more is lost of other examples than of those that are read
-    # By how many times a text's whole loss a step of all values would lower it, of the first steps of usual length.
-    reaches: list[float] = field(default_factory=list)
+    # What is lost at each of the first steps, and by how much a step of usual length would lower it, were it linear.
+    first: list[tuple[float, float]] = field(default_factory=list)
 
     @property
     def pace(self) -> float:
         """How long its steps are, as a share of the usual length."""
-        return min(1.0, _MOST_REACH * len(self.reaches) / sum(self.reaches)) if any(self.reaches) else 1.0
+        lost, lowered = map(sum, zip(*self.first, strict=True))
+        return min(1.0, _MOST_REACH * lost / lowered) if lowered else 1.0
 
     def compare(self, elsewhere: float) -> None:
         """Take note of the share that is lost of other examples, which is what counts."""
@@ -114,11 +115,11 @@ class Refinable:
             self.lost.clear()
 
     @torch.no_grad()
-    def look_ahead(self, loss: torch.Tensor, rate: float) -> None:
-        """Take note of how far one of the first steps reaches, by the loss that its gradients are of."""
-        if len(self.reaches) < _FIRST_STEPS:
-            slopes = torch.stack([values.grad.abs().sum() for values in self.relaxed.values if values.grad is not None])
-            self.reaches.append(float(rate * slopes.sum() / loss.clamp_min(_LEAST_LOSS)))
+    def look_ahead(self, lost: torch.Tensor, rate: float) -> None:
+        """Take note of how far one of the first steps reaches, by the gradients of what is lost."""
+        if len(self.first) < _FIRST_STEPS:
+            slopes = sum(float(values.grad.abs().sum()) for values in self.relaxed.values if values.grad is not None)
+            self.first.append((float(lost), rate * slopes))
 
     @property
     def wanted(self) -> float | None:
