@@ -104,7 +104,7 @@ class Refinable:
     @property
     def pace(self) -> float:
         """How long its steps are, as a share of the usual length."""
-        lost, lowered = map(sum, zip(*self.first, strict=True))
+        lost, lowered = sum(lost for lost, _ in self.first), sum(lowered for _, lowered in self.first)
         return min(1.0, _MOST_REACH * lost / lowered) if lowered else 1.0
 
     def compare(self, elsewhere: float) -> None:
@@ -117,7 +117,8 @@ class Refinable:
     @torch.no_grad()
     def look_ahead(self, lost: torch.Tensor, rate: float) -> None:
         """Take note of how far one of the first steps reaches, by the gradients of what is lost."""
-        if len(self.first) < _FIRST_STEPS:
+        # Of answers, most of which are right or wrong as a whole, slopes say less: shorter steps did not help them.
+        if len(self.first) < _FIRST_STEPS and not self.teacher.has_prompts:
             slopes = sum(float(values.grad.abs().sum()) for values in self.relaxed.values if values.grad is not None)
             self.first.append((float(lost), rate * slopes))
 

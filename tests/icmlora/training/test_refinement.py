@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from icmlora.adapter.model import Adapter
-from icmlora.base_models.examples.examples import plain
+from icmlora.base_models.examples.examples import Example, plain
 from icmlora.base_models.kinds.causal_lm import CausalLM
 from icmlora.base_models.modality import BaseModel
 from icmlora.base_models.running.lora_hooks import added, factors_of
@@ -95,6 +95,18 @@ def test_steps_that_would_go_too_far_are_shorter(base: BaseModel, adapter: Adapt
     before = divergence(base, adapter, codec.decode(data))
     code = refined(base, adapter, coded, replace(CONFIG, learning_rate=50 * CONFIG.learning_rate))
     assert divergence(base, adapter, codec.decode(code)) < 0.8 * before
+
+
+def test_steps_towards_answers_keep_their_length(base: BaseModel, adapter: Adapter, coded: tuple[Codec, bytes]) -> None:
+    config = replace(CONFIG, learning_rate=50 * CONFIG.learning_rate)
+    paces = []
+    for examples in (plain(TEXTS), [Example("a question", text) for text in TEXTS]):
+        items = base.modality.prepare(base, examples, CONFIG.tokens, whole=True)
+        asked = Teacher(base, factors_of(adapter), items)
+        work = Refinable(RelaxedCode(coded[0], adapter, coded[1]), 0.4, asked, Effect(asked), None)
+        list(refine([work], base, config, range(2)))
+        paces.append(work.pace)
+    assert paces[0] < 1 == paces[1]
 
 
 @pytest.mark.slow
