@@ -49,7 +49,7 @@ _MOST_DOUBT = 1.5  # by what factor others again may seem to lose more
 # Adam's steps are as long whatever the slope, so all values of a large code with a small effect go too far. If the
 # first ones would take away more than so many times what is lost, were that linear, steps are shorter
 # (docs/results/LOG.md, 2026-11-30).
-_MOST_REACH, _FIRST_STEPS = 1.2, 8
+_MOST_REACH, _FIRST_STEPS, _NOTHING = 1.2, 8, 1e-9
 _STEEPNESS = 3  # power with which a price follows the ratio of what may be lost and what is
 _CHEAPEST, _DEAREST = 16, 8  # factors by which it falls and rises at most
 
@@ -99,13 +99,15 @@ class Refinable:
     lost: deque[torch.Tensor] = field(default_factory=lambda: deque(maxlen=_REMEMBERED))  # shares, of the last steps
     optimism: float = 1.0  # how much more is lost of other examples than of those that are read
     # What is lost at each of the first steps, and by how much a step of usual length would lower it, were it linear.
-    first: list[tuple[float, float]] = field(default_factory=list)
+    first: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
 
     @property
-    def pace(self) -> float:
+    def pace(self) -> torch.Tensor | float:
         """How long its steps are, as a share of the usual length."""
-        lost, lowered = sum(lost for lost, _ in self.first), sum(lowered for _, lowered in self.first)
-        return min(1.0, _MOST_REACH * lost / lowered) if lowered else 1.0
+        if not self.first:
+            return 1.0
+        lost, lowered = (torch.stack(each).sum() for each in zip(*self.first, strict=True))
+        return (_MOST_REACH * lost.clamp_min(_NOTHING) / lowered.clamp_min(_NOTHING)).clamp_max(1.0)
 
     def compare(self, elsewhere: float) -> None:
         """Take note of the share that is lost of other examples, which is what counts."""
@@ -119,8 +121,8 @@ class Refinable:
         """Take note of how far one of the first steps reaches, by the gradients of what is lost."""
         # Of answers, most of which are right or wrong as a whole, slopes say less: shorter steps did not help them.
         if len(self.first) < _FIRST_STEPS and not self.teacher.has_prompts:
-            slopes = sum(float(values.grad.abs().sum()) for values in self.relaxed.values if values.grad is not None)
-            self.first.append((float(lost), rate * slopes))
+            slopes = [values.grad.abs().sum() for values in self.relaxed.values if values.grad is not None]
+            self.first.append((lost.detach(), rate * torch.stack(slopes).sum()))
 
     @property
     def wanted(self) -> float | None:
@@ -152,7 +154,8 @@ def _refined(codes: Sequence[Refinable], base: BaseModel, config: RefineConfig, 
         *({"params": code.relaxed.values} for code in codes),
         {"params": [factor for code in codes for factor in code.relaxed.strengths]},
     ]
-    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95), fused=base.device.type != "cpu")
+    on_card = base.device.type != "cpu"
+    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95), fused=on_card)
     batches = [islice(_batches(len(code.teacher), config), steps.start, None) for code in codes]
     prices = [_Price(code, config) for code in codes]
     for step in steps:
@@ -175,7 +178,8 @@ def _refined(codes: Sequence[Refinable], base: BaseModel, config: RefineConfig, 
         length = math.sqrt(1 - step / config.steps)
         for code, loss, group in zip(codes, lost, optimizer.param_groups, strict=False):
             code.look_ahead(loss, config.learning_rate)
-            group["lr"] = config.learning_rate * code.pace * length
+            rate = config.learning_rate * length * code.pace
+            group["lr"] = rate if on_card else float(rate)  # a card would have to be waited for
         optimizer.param_groups[-1]["lr"] = config.strength_rate * length
         optimizer.step()
         yield step + 1
