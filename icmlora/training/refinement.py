@@ -118,7 +118,7 @@ class Refinable:
 
     @torch.no_grad()
     def look_ahead(self, lost: torch.Tensor, rate: float) -> None:
-        """Take note of how far one of the first steps reaches, by the gradients of what is lost."""
+        """Take note of how far one of the first steps reaches, by its gradients; those of the bits are a small part."""
         # Of answers, most of which are right or wrong as a whole, slopes say less: shorter steps did not help them.
         if len(self.first) < _FIRST_STEPS and not self.teacher.has_prompts:
             slopes = [values.grad.abs().sum() for values in self.relaxed.values if values.grad is not None]
