@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 PANELS = {
     "From adapters to codes and back": ("ingest", "vectors", "train", "encode", "eval", "materialize", "base"),
     "List, show and edit tasks": ("ls", "show", "edit", "stats", "map", "duplicates", "report"),
-    "New adapters and other formats": ("generate", "recognize", "merge", "convert"),
+    "New adapters and other formats": ("generate", "context", "recognize", "merge", "convert"),
     "Use codes elsewhere": ("export", "import", "serve"),
     "A store for a team": ("init", "copy"),
     "Delete, restore and check": ("evict", "restore", "rm", "prune", "verify", "generators", "doctor"),

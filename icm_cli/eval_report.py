@@ -14,7 +14,7 @@ from icmlora.fleet.measure.metric_result import measured_in, source_name
 from icmlora.io.text import counted
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from icmlora.fleet.context import Event
     from icmlora.fleet.measure.evaluate import EvaluateReport, TaskEvaluated
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 MEASURE_REST = "`icm eval` measures the rest"
 """The way on after an interruption."""
+_Row = tuple[str, "Mapping[Rung, SourceResult]"]
+"""Name and results of a task, without or with its context."""
 _SHORT = {"perplexity": "ppl", "bits per byte": "bpb"}
 
 
@@ -68,27 +70,31 @@ def sum_up(session: Session, report: EvaluateReport) -> None:
 def _print_table(session: Session, tasks: list[TaskEvaluated], shown: list[Rung], with_gain: list[Rung]) -> None:
     names = dict.fromkeys(name for task in tasks for name in task.sources["base"].score.figures) or _SHORT
     figures = [name for name in names if name != "nats per token"]  # perplexity says the same
-    fields: list[Field[TaskEvaluated]] = [Field("task", lambda task: task.task, shrink=True)]
+    fields: list[Field[_Row]] = [Field("task", lambda row: row[0], shrink=True)]
     for name in figures:
         short, digits = _SHORT.get(name, name), 2 if name == "perplexity" else 3
         fields += [_field(source, short, partial(_metric, name), digits) for source in shown]
-    for source in with_gain:
+    gaining = shown if any(task.with_context for task in tasks) else with_gain
+    for source in gaining:
         fields.append(_field(source, "gain", lambda found: found.retained_gain))
+    for source in with_gain:
         fields.append(_field(source, "error", lambda found: found.relative_error))
-    session.out.listing(fields, sorted(tasks, key=lambda task: task.task))
+    rows: list[_Row] = []
+    for task in sorted(tasks, key=lambda task: task.task):
+        rows.append((task.task, task.sources))
+        rows += [(f"{task.task} + context", task.with_context)] if task.with_context else []
+    session.out.listing(fields, rows)
 
 
 def _metric(name: str, found: SourceResult) -> float | None:
     return found.score.figures.get(name)
 
 
-def _field(
-    source: Rung, title: str, value: Callable[[SourceResult], float | None], digits: int = 3
-) -> Field[TaskEvaluated]:
+def _field(source: Rung, title: str, value: Callable[[SourceResult], float | None], digits: int = 3) -> Field[_Row]:
     """Return the column of a figure of one source."""
 
-    def cell(task: TaskEvaluated) -> str:
-        return figure(value(task.sources[source]) if source in task.sources else None, digits)
+    def cell(row: _Row) -> str:
+        return figure(value(row[1][source]) if source in row[1] else None, digits)
 
     return Field(f"{source_name(source)} {title}", cell, right=True)
 
@@ -99,8 +105,12 @@ def tell_measured(session: Session, event: Event) -> None:
 
     tell_failure(session, event)
     if isinstance(event, TaskEvaluated):
-        rungs = {source: _as_json(result) for source, result in event.sources.items()}
-        session.out.event("task", task=event.task, precision=event.precision, rungs=rungs)
+        rungs, behind = (
+            {source: _as_json(result) for source, result in results.items()}
+            for results in (event.sources, event.with_context)
+        )
+        fields = {"task": event.task, "precision": event.precision, "rungs": rungs, "with_context": behind}
+        session.out.event("task", **fields)
         if event.skipped is not None:
             session.out.detail(f"{event.task}: {event.skipped}")
 

@@ -55,8 +55,10 @@ from registry.errors import (
 if TYPE_CHECKING:
     from icmlora.adapter.metrics import GroupError
     from icmlora.adapter.model import Adapter, LoraModule
+    from icmlora.base_models.examples.context import TaskContext
     from icmlora.base_models.kinds.custom_model import CustomModel, base_model_loader
     from icmlora.base_models.modality import Metric
+    from icmlora.fewshot.guard import Guard
     from icmlora.fleet.api import Fleet
     from icmlora.fleet.bases.base_models import KnownBase
     from icmlora.fleet.bundles.bundles import Bundle
@@ -68,6 +70,7 @@ if TYPE_CHECKING:
     from icmlora.fleet.evict.restore import RestoreReport
     from icmlora.fleet.evict.types import EvictReport
     from icmlora.fleet.few_shot.generate import Generated
+    from icmlora.fleet.few_shot.task_context import ContextReport
     from icmlora.fleet.few_shot.train import FewShotReport
     from icmlora.fleet.ingest.ingest import IngestReport
     from icmlora.fleet.map.map import MapReport
@@ -108,6 +111,7 @@ __all__ = [
     "Cancelled",
     "Check",
     "CodeError",
+    "ContextReport",
     "CopyReport",
     "CustomModel",
     "DamagedStore",
@@ -131,6 +135,7 @@ __all__ = [
     "GeneratorRecord",
     "GeneratorVersion",
     "GroupError",
+    "Guard",
     "IcmError",
     "IcmLoraError",
     "ImportReport",
@@ -168,6 +173,7 @@ __all__ = [
     "StoreLocked",
     "StoreNotFound",
     "TaskConflict",
+    "TaskContext",
     "TaskDetails",
     "TaskNotFound",
     "TaskSummary",
@@ -188,6 +194,7 @@ _HOMES = {
     "Bill": "icmlora.fleet.stats.stats",
     "Bundle": "icmlora.fleet.bundles.bundles",
     "Check": "icmlora.fleet.tasks.doctor",
+    "ContextReport": "icmlora.fleet.few_shot.task_context",
     "CopyReport": "icmlora.fleet.tasks.copies",
     "CustomModel": "icmlora.base_models.kinds.custom_model",
     "DatabaseUrl": "registry.names",
@@ -206,6 +213,7 @@ _HOMES = {
     "GeneratorRecord": "icmlora.fleet.records",
     "GeneratorVersion": "icmlora.fleet.tasks.generators",
     "GroupError": "icmlora.adapter.metrics",
+    "Guard": "icmlora.fewshot.guard",
     "ImportReport": "icmlora.fleet.bundles.import_",
     "IngestReport": "icmlora.fleet.ingest.ingest",
     "InitReport": "icmlora.fleet.tasks.init",
@@ -227,6 +235,7 @@ _HOMES = {
     "RolledBack": "icmlora.fleet.tasks.generators",
     "RowRepair": "registry.storage.row_repair",
     "Separated": "icmlora.fleet.records",
+    "TaskContext": "icmlora.base_models.examples.context",
     "TaskDetails": "icmlora.fleet.tasks.tasks",
     "TaskSummary": "icmlora.fleet.records",
     "TooLossy": "icmlora.fleet.write.materialize",

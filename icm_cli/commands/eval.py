@@ -34,6 +34,7 @@ SourceOpt = Annotated[
 ]
 OldSourceOpt = Annotated[list[SourceName] | None, option("--rung", "As --source.", hidden=True)]
 TokensOpt = Annotated[int, option("--max-tokens N", "Tokens to score in each text.", min=2)]
+ContextOpt = Annotated[bool, option("--context", "Measure also behind the tasks' contexts; see `icm context`.")]
 AgainOpt = Annotated[bool, option("--again", "Measure again what was measured on the same text before.")]
 
 
@@ -45,6 +46,7 @@ def evaluate(
     source: SourceOpt = None,
     device: DeviceOpt = None,
     max_tokens: TokensOpt = MAX_TOKENS,
+    context: ContextOpt = False,
     again: AgainOpt = False,
     workers: WorkersOpt = None,
     shard: ShardOpt = None,
@@ -54,7 +56,8 @@ def evaluate(
 
     GAIN is the retained gain: (loss of base - loss of source) / (loss of base - loss of original). Each adapter is
     written to disk and loaded with PEFT before it is measured. Needs the base model. For an evicted original, icm uses
-    what it measured before on the same text.
+    what it measured before on the same text. With --context, a second row of each task that has one: there, GAIN is a
+    share of what the original gains without it, also for the base model.
 
     Example:
       icm eval shakespeare
@@ -64,13 +67,14 @@ def evaluate(
     if rung:
         session.out.note("`--rung` goes with the next version: use --source")
 
-    def work(context: Context) -> EvaluateReport:
+    def work(of: Context) -> EvaluateReport:
         return evaluate(
-            context,
+            of,
             tasks or (),
             sources=[name.value for name in (*(source or ()), *(rung or ()))] or ("residual", "code", "recalled"),
             data=data,
             max_tokens=max_tokens,
+            with_context=context,
             device=session.device(device),
             again=again,
             workers=workers,

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from icm_cli.errors import Interrupted
+from icm_cli.guard_report import guard_json, guard_text
 from icm_cli.options import BaseModelOpt, DeviceOpt, DtypeName, ForceOpt, OutputOpt, argument, option
 from icm_cli.session import Session, command
 from icmlora.errors import Cancelled
@@ -41,6 +42,14 @@ RefineOpt = Annotated[int, option("--refine STEPS", "Then take this many gradien
 RankOpt = Annotated[
     int | None, option("--rank R", "Rank of the adapter. Default: the largest in the fleet.", min=1, max=256)
 ]
+ContextOpt = Annotated[
+    int,
+    option(
+        "--context N",
+        "Tokens of the samples that are kept to stand before requests. 0: none, and no measurement.",
+        min=0,
+    ),
+]
 
 
 @command
@@ -54,6 +63,7 @@ def generate(
     refine: RefineOpt = 0,
     rank: RankOpt = None,
     register: RegisterOpt = False,
+    context_tokens: ContextOpt = 1536,
     base_model: BaseModelOpt = None,
     device: DeviceOpt = None,
     dtype: Annotated[DtypeName, option("--dtype", "Number format of the weights.")] = "bfloat16",
@@ -64,8 +74,9 @@ def generate(
     It starts from what the adapters of the fleet have in common, and takes a few steps whose lengths were learned by
     `icm train --objective functional`. It needs the base model on this machine.
 
-    Measure the adapter on other text of the task before you rely on it. icm warns if the task is unlike all known
-    tasks.
+    The samples are kept too, as the task's context: before a request they tell the base model as much again. icm leaves
+    4 of 8 or more samples out, and measures the adapter and the context on them, alone and together. It warns if the
+    task is unlike all known tasks.
 
     Example:
       icm generate cat-detection --samples cats.jsonl -o adapter/
@@ -87,6 +98,7 @@ def generate(
                 device=session.device(device),
                 dtype=dtype,
                 register=register,
+                context_tokens=context_tokens,
                 force=force,
             )
     except Cancelled as stop:
@@ -116,6 +128,9 @@ def _tell(session: Session, done: Generated, rank: int | None) -> None:
             "code_size": done.code_size,
             "code_relative_error": done.code_relative_error,
             "code_squared_error": done.code_squared_error,
+            "context_samples": done.context_samples,
+            "context_tokens": done.context_tokens,
+            "measured": guard_json(done.guard),
             "weights": done.weights,
         }
     )
@@ -129,10 +144,14 @@ def _tell(session: Session, done: Generated, rank: int | None) -> None:
     losses = f"{done.base_nats:.3f} without the adapter, {done.nats:.3f} with it"
     out.note(f"nats per token on these samples: {losses}{measured_in([done.precision])}")
     _tell_familiarity(session, known)
+    if done.context_samples:
+        made = f"{counted(done.context_samples, 'sample')}, {counted(done.context_tokens, 'token')}"
+        out.note(f"context: {made}, in context.txt of the same folder")
+        out.note(guard_text(done.guard))
     if done.code_size is not None:
         size = human_size(done.code_size)
         out.note(f"registered with a code of {size}, relative error {done.code_relative_error:.4f}")
-    else:
+    elif done.guard is None:
         out.hint("the adapter has seen these samples; measure it on other text of the task before you rely on it")
 
 

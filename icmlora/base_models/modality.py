@@ -131,14 +131,16 @@ class BaseModel:
 class Modality(Protocol[Example, Item]):
     """One kind of base model. Importing it should not import torch: `icm ingest` reads examples without.
 
-    A class that derives from it gets `reads`, `probes`, `context_state`, `loss`, `written`, `answer` and `counted` of a
-    model that reads examples one at a time and without files, writes nothing and pads nothing.
+    A class that derives from it gets `reads`, `takes_context`, `probes`, `context_state`, `loss`, `written`, `answer`
+    and `counted` of a model that reads examples one at a time and without files, writes nothing and pads nothing.
     """
 
     name: str
     """What messages call it."""
     reads: Collection[str] = ()
     """Which of a row's files it reads, of `MEDIA_KEYS`; a row with another one is left out."""
+    takes_context: bool = False
+    """Whether samples can stand before an example, as in-context learning has it."""
     probes: Sequence[Example] = ()
     """Neutral examples, for task vectors of tasks that bring no samples; none where there is nothing neutral."""
 

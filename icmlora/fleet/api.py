@@ -22,6 +22,7 @@ from icmlora.fleet.encode.encode import encode
 from icmlora.fleet.evict.evict import evict
 from icmlora.fleet.evict.restore import restore
 from icmlora.fleet.few_shot.generate import generate
+from icmlora.fleet.few_shot.task_context import remove_context, set_context, task_context
 from icmlora.fleet.few_shot.train import check_few_shot, train_few_shot
 from icmlora.fleet.ingest.ingest import ingest
 from icmlora.fleet.map.map import map_fleet
@@ -130,6 +131,9 @@ class Fleet(Context):
     check_few_shot = check_few_shot
     train_few_shot = train_few_shot
     generate = generate
+    set_context = set_context
+    task_context = task_context
+    remove_context = remove_context
     merge = merge
 
     # Use codes elsewhere.

@@ -28,6 +28,7 @@ from icmlora.base_models.finding.tensors import BaseTensors
 from icmlora.errors import BaseModelMismatch, BaseModelNotFound, DataError
 from icmlora.fleet.bundles.bundles import Bundle
 from icmlora.fleet.resources.code_source import open_store
+from icmlora.fleet.resources.decoding import read_context
 from icmlora.fleet.write.materialize import Chosen, choose
 from icmlora.formats.peft.initial import converted_form
 from icmlora.formats.peft.tensors import rounded_like
@@ -39,6 +40,7 @@ from registry.names import DatabaseUrl
 
 if TYPE_CHECKING:
     from icmlora.adapter.model import Adapter
+    from icmlora.base_models.examples.context import TaskContext
     from icmlora.fleet.api import Fleet
     from icmlora.serving.watched import WatchedStore
 
@@ -74,7 +76,8 @@ def attach(model: nn.Module, fleet: Fleet | Bundle, task: str) -> PeftModel:
         task: Its name.
 
     Returns:
-        The model with PEFT's layers, in evaluation mode; the same object again and again.
+        The model with PEFT's layers, in evaluation mode; the same object again and again. Its `task_context` is what
+        stands before the requests of the task (`TaskContext`), or None.
 
     Raises:
         DataError: The adapter has more than factors of linear layers, such as a head or a bias: load its folder. Or the
@@ -82,7 +85,7 @@ def attach(model: nn.Module, fleet: Fleet | Bundle, task: str) -> PeftModel:
         BaseModelMismatch: The model does not have a module of the adapter. Nothing was changed.
     """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    adapter = _plain_adapter(base, fleet, task)
+    adapter, context = _plain_adapter(base, fleet, task)
     layers = dict(_linear_layers(base))
     _check_modules(layers, adapter)
     if any(SLOT in layer.merged_adapters for layer in _slot(layers).values()):
@@ -94,26 +97,39 @@ def attach(model: nn.Module, fleet: Fleet | Bundle, task: str) -> PeftModel:
         slotted = _with_slot(model, adapter)
         layers = dict(_linear_layers(slotted.get_base_model()))
     _exchange(layers, adapter)
+    vars(slotted)["task_context"] = context  # torch's types know modules and tensors only
     return slotted.eval() if slotted.training else slotted
 
 
-def _plain_adapter(model: nn.Module, fleet: Fleet | Bundle, task: str) -> Adapter:
-    """Read the very adapter that `materialize` would write: a code is rounded to the number format of its original."""
+def _plain_adapter(model: nn.Module, fleet: Fleet | Bundle, task: str) -> tuple[Adapter, TaskContext | None]:
+    """Read the very adapter that `materialize` would write, and the context of the task.
+
+    A code is rounded to the number format of its original.
+    """
     with _chosen(fleet, task) as chosen:
         codes = chosen.codes
         if (problem := _problem(chosen)) is not None:
             hint = "write it with `materialize`, and load the folder"
             raise DataError(f"task {chosen.task.name!r} {problem}", hint=hint)
+        context = _context_of(chosen)
         recent, key = decoded_last.setdefault(model, OrderedDict()), key_of(chosen)
         if key in recent:
             recent.move_to_end(key)
-            return recent[key]
+            return recent[key], context
         read, form = chosen.reader(), codes.form(chosen.final).template
     adapter = read() if chosen.source == "original" else rounded_like(read(), converted_form(form))
     recent[key] = adapter
     while len(recent) > 1 and sum(map(_bytes, recent.values())) > _KEPT:
         recent.popitem(last=False)
-    return adapter
+    return adapter, context
+
+
+def _context_of(chosen: Chosen) -> TaskContext | None:
+    try:
+        return read_context(chosen.codes.read, chosen.final)
+    except DataError as error:  # a file of the user's own that has this name
+        warnings.warn(f"the context of {chosen.task.name!r} cannot be read: {error}", stacklevel=4)
+        return None
 
 
 @lru_cache(maxsize=_FLEETS)

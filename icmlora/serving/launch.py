@@ -82,6 +82,8 @@ def plan_launch(
     if engine == "vllm":
         rank = next(taken for taken in VLLM_RANKS if taken >= rank)
         command = _vllm(model, base_model, rank, served)
+        if uses_gateway:
+            command.append("--enable-prefix-caching")  # so that the context of a task is read once
         environment["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
         if not uses_gateway:
             environment |= {"ICM_STORE": where} if bundle is None else {"ICM_BUNDLE": str(bundle)}

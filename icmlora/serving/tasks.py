@@ -42,12 +42,14 @@ class ServedTask:
         base_model: The name of its base model.
         key: SHA-256 of everything that its adapter's files follow from.
         layout: Its modules; empty where there can be no code.
+        is_generated: Whether its adapter was made from samples, so that its context stands before its requests.
     """
 
     name: str
     base_model: str
     key: str
     layout: tuple[ModuleShape, ...]
+    is_generated: bool = False
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ class ServedTasks:
         if chosen is None or chosen.task.name != name:
             return None
         layout = tuple(ModuleShape(*entry) for entry in chosen.final.layout)
-        return ServedTask(name, chosen.task.base_model, key_of(chosen), layout)
+        return ServedTask(name, chosen.task.base_model, key_of(chosen), layout, chosen.final.is_generated)
 
     def check(self) -> None:
         """Raise `StoreAway` if it is known that the store is away: finding that out anew may take many seconds."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Literal
 
@@ -192,6 +192,22 @@ class Tasks(Summaries):
                 task.note = task.note if note is None else text
                 task.pinned = task.pinned if pinned is None else pinned
             return [task_record(task) for task in tasks]
+
+    def set_files(self, task: str, files: Mapping[str, records.Extra | None]) -> None:
+        """Keep files next to the final adapter of a task, each in place of one of its name; None takes that away.
+
+        Their blobs are in the store already.
+        """
+        adapter, extra = models.Adapter, models.Extra
+        with self._write() as writer:
+            session = writer.session
+            query = select(adapter).where(adapter.task_id == rows.find_task(session, task).id, adapter.is_final)
+            final = session.scalars(query).one()
+            session.execute(delete(extra).where(extra.adapter_id == final.id, extra.file.in_(list(files))))
+            for name, file in files.items():
+                if file is not None:
+                    row = extra(adapter_id=final.id, file=name, blob=writer.blob(file.blob), size=file.size)
+                    session.add(row)
 
     def tags(self) -> dict[str, int]:
         """Return how many tasks have each tag, by tag."""

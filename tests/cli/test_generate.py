@@ -93,7 +93,7 @@ def test_json_keeps_its_names(generate: Generate) -> None:
     assert set(document) == {
         "task", "output", "base_model", "generator", "samples_count", "rank", "base_nats_per_token", "nats_per_token",
         "nearest", "farther_than", "outside", "code_size", "code_relative_error", "code_squared_error",
-        "weights", "samples_at_limit", "precision",
+        "weights", "samples_at_limit", "precision", "context_samples", "context_tokens", "measured",
     }  # fmt: skip
     assert (document["task"], document["samples_count"], document["code_size"]) == ("geese", 20, None)
 
@@ -105,11 +105,24 @@ def test_the_same_samples_give_the_same_bytes(generate: Generate, tmp_path: Path
 
 
 def test_text_tells_the_losses_and_that_it_is_to_be_measured(generate: Generate, out: Path) -> None:
-    ran = generate()
+    ran = generate("--context", "0")
     assert ran.out == f"{out}\n"
     assert "geese from 20 samples, rank 4" in ran.err
     assert "nats per token on these samples" in ran.err
     assert "measure it on other text" in ran.err
+    assert not (out / "context.txt").exists()
+
+
+def test_the_samples_are_kept_as_context_and_the_two_are_measured_on_others(generate: Generate, out: Path) -> None:
+    ran = generate("--context", "100", "--json")
+    document, text = ran.document, (out / "context.txt").read_text()
+    assert text.count("grey geese number") == document["context_samples"] > 0
+    assert document["context_tokens"] <= 100
+    assert document["measured"]["samples_count"] == 4
+    card = (out / "README.md").read_text()
+    assert "context.txt" in card
+    assert f"to be served | {document['measured']['recommended']}" in card
+    assert "nats per token on 4 samples left out: neither " in generate("--force").err
 
 
 def test_quiet_prints_the_folder_alone(generate: Generate, out: Path) -> None:

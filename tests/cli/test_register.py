@@ -68,6 +68,12 @@ def test_the_task_is_listed_with_its_code_and_without_an_original(icm: Icm, regi
     assert row["vectors_count"] == 2
 
 
+def test_its_context_is_kept_with_it(icm: Icm, register: Register, folder: Path, tmp_path: Path) -> None:
+    register()
+    icm("materialize", "geese", "-o", tmp_path / "again")
+    assert (tmp_path / "again" / "context.txt").read_bytes() == (folder / "context.txt").read_bytes()
+
+
 @pytest.mark.slow
 def test_text_says_what_the_code_takes(register: Register) -> None:
     assert "registered with a code of " in register().err

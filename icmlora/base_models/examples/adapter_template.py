@@ -12,6 +12,7 @@ import signal
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from icmlora.base_models.examples import template_child
 from icmlora.base_models.examples.chat_template import ChatTemplate, Rendered, Templates
@@ -82,10 +83,10 @@ def render_in_child(
         return [_result(entry) for entry in json.load(target)]
 
 
-def _result(entry: dict[str, object]) -> Rendered | DataError:
+def _result(entry: dict[str, Any]) -> Rendered | DataError:
     match entry:
-        case {"text": str(text), "scored": list(spans), "start": int(start), "stop": int(stop)}:
-            return Rendered(text, tuple((first, end) for first, end in spans), start, stop)
+        case {"text": str(), "scored": list(spans)}:
+            return Rendered(**entry | {"scored": tuple((first, end) for first, end in spans)})
     return DataError(str(entry["refused"]))
 
 

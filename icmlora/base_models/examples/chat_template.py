@@ -42,12 +42,14 @@ class Rendered:
         scored: Where in the text the loss is taken: first character, and the one after the last.
         start: Where the content of the first message begins.
         stop: Where the content of the last scored turn ends.
+        context: How many characters at the beginning stand before the chat itself.
     """
 
     text: str
     scored: tuple[tuple[int, int], ...]
     start: int
     stop: int
+    context: int = 0
 
 
 class ChatTemplate:
@@ -97,7 +99,9 @@ class ChatTemplate:
         start = max(0, text.find(chat.messages[0]["content"].strip()))
         content = chat.messages[chat.scored[-1]]["content"].strip()
         found = text.rfind(content, *scored[-1]) if content else -1
-        return Rendered(text, tuple(scored), start, scored[-1][1] if found < 0 else found + len(content))
+        stop = scored[-1][1] if found < 0 else found + len(content)
+        context = _shared(self._text(template, chat, chat.context), text) if chat.context else 0
+        return Rendered(text, tuple(scored), start, stop, context)
 
     def _template_for(self, chat: Chat) -> str:
         template = str(self.templates["tool_use" if chat.tools and "tool_use" in self.templates else "default"])

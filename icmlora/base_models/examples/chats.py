@@ -45,13 +45,16 @@ class Chat:
         messages: Role and content of each; content is always text.
         scored: Which messages the loss is taken of, by their index: those that the adapter was trained to write.
         tools: JSON schemas of the tools on offer.
-        plain: Prompt and completion for a base model without a chat template, where the format has a plain form.
+        plain: Prompt and completion for a base model without a chat template, where the format has a plain form, and
+            what stands before them.
+        context: How many messages at the beginning stand before the chat itself; see `context.py`.
     """
 
     messages: tuple[Message, ...]
     scored: tuple[int, ...]
     tools: tuple[dict[str, Any], ...] = ()
-    plain: tuple[str, str] | None = None
+    plain: tuple[str, ...] | None = None
+    context: int = 0
 
 
 def chat_of(row: Mapping[str, Any]) -> Chat | None:
@@ -78,7 +81,7 @@ def _turns(value: list[Any] | str, role: str) -> list[Any]:
 def _chat(row: Mapping[str, Any], prompt: Sequence[Any], answer: Sequence[Any]) -> Chat:
     """Make a chat of which the assistant's turns in `answer` are scored."""
     turns = [*prompt, *answer]
-    messages = [_message(turn) for turn in turns]
+    messages = [message_of(turn) for turn in turns]
     if messages and isinstance(system := row.get("system"), str) and system.strip() and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": system})
     first = len(messages) - len(answer)
@@ -93,7 +96,8 @@ def _chat(row: Mapping[str, Any], prompt: Sequence[Any], answer: Sequence[Any]) 
     return Chat(tuple(messages), tuple(scored), _tools(row.get("tools")))
 
 
-def _message(turn: Any) -> Message:
+def message_of(turn: Any) -> Message:
+    """Return a message in OpenAI's form; raise `DataError` if it is none."""
     if not isinstance(turn, dict):
         raise DataError("has a message that is not an object")
     role = turn.get("role") or turn.get("from")

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -27,6 +27,7 @@ from icmlora.io.text import with_article
 
 if TYPE_CHECKING:
     from icmlora.base_models.examples.chat_template import Templates
+    from icmlora.base_models.examples.context import TaskContext
     from icmlora.base_models.modality import BaseModel
 
 Item = TypeVar("Item")
@@ -41,10 +42,17 @@ _HINT = (
 
 @dataclass(frozen=True)
 class Example:
-    """One piece of text of a task; `prompt` is empty for plain text."""
+    """One piece of text of a task.
+
+    Attributes:
+        prompt: What is read and not scored; empty for plain text.
+        completion: What is scored.
+        context: What stands before both, beside the limit of what is read; see `context.py`.
+    """
 
     prompt: str
     completion: str
+    context: str = ""
 
     @property
     def text(self) -> str:
@@ -110,13 +118,14 @@ class EvaluationData:
         base: BaseModel | None = None,
         path: str | Path | None = None,
         template: Templates | None = None,
+        context: TaskContext | None = None,
     ) -> EvaluationData:
         """Parse the bytes of an `eval.jsonl`; without the base model, chats are not rendered."""
         if base is None:
             found = parse_examples(data, path=path)
         else:
-            found = examples_for(base, data, path=path, template=template)
-        digest = hashlib.sha256(data).hexdigest()
+            found = examples_for(base, data, path=path, template=template, context=context)
+        digest = hashlib.sha256(data if context is None else data + context.digest.encode()).hexdigest()
         return cls(found.items, digest, found.template, found.summary, found.note)
 
 
@@ -161,17 +170,20 @@ def examples_for(
     path: str | Path | None = None,
     most: int | None = None,
     template: Templates | None = None,
+    context: TaskContext | None = None,
 ) -> Examples:
     """Read a file for a base model: its usable rows, as that model reads them.
 
     At most `most` are returned, spread evenly over the file. `template` is the chat template that came with the
-    adapter, and `path` is for the messages.
+    adapter, `context` stands before each example, and `path` is for the messages.
 
     Raises:
         DataError: No row can be used, or the file breaks a limit.
     """
-    found = parse_examples(data, partial(_example_for, base), path=path)
+    found = unread_examples(base, data, path=path)
     with located(path):
+        if context is not None:
+            found = replace(found, items=tuple(map(context.before, found.items)))
         # Rendering a chat takes longer than parsing it, and most callers need a few.
         chosen = found.items if most is None else spread(found.items, most)
         readable = base.modality.readable(base, chosen, template)
@@ -188,6 +200,11 @@ def examples_for(
         readable.note,
         rows=len(found) + found.skipped,
     )
+
+
+def unread_examples(base: BaseModel, data: bytes, *, path: str | Path | None = None) -> Examples:
+    """Return the usable rows of a file as examples of a base model's kind: chats are not rendered yet."""
+    return parse_examples(data, partial(_example_for, base), path=path)
 
 
 def text_example(row: Mapping[str, Any]) -> Example | Chat:

@@ -40,7 +40,7 @@ def _entry(found: Any) -> dict[str, Any]:
     message = getattr(found, "message", None)
     if message is not None:
         return {"refused": message}
-    return {"text": found.text, "scored": found.scored, "start": found.start, "stop": found.stop}
+    return dict(vars(found))
 
 
 if __name__ == "__main__":

@@ -54,6 +54,7 @@ class CausalLM(Modality[Any, "Scored"]):
 
     name = "causal language model"
     metric = Metric(NLL, higher_is_better=False)
+    takes_context = True
     probes: Sequence[Example] = plain(PROBES)
 
     def suits(self, found: FoundBase) -> bool:
@@ -113,7 +114,7 @@ class CausalLM(Modality[Any, "Scored"]):
         """Return token ids; of an example with a prompt only the completion is scored, unless it is read as a whole."""
         from icmlora.base_models.kinds.likelihood import tokenized
 
-        return tokenized(base.tokenizer, examples, base.within(limit), whole=whole)
+        return tokenized(base.tokenizer, examples, base.within(limit), whole=whole, positions=base.positions)
 
     def pieces(self, base: BaseModel, item: Scored, limit: int) -> list[Scored]:
         """Return the pieces of a text, each of which begins as all texts do."""
@@ -170,9 +171,15 @@ class CausalLM(Modality[Any, "Scored"]):
         from icmlora.base_models.kinds.likelihood import nll
         from icmlora.io.devices import texts_at_once
 
-        device, limit = base.device, base.within(limit)
-        batch = texts_at_once(device)
-        return nll(base.model, base.tokenizer, examples, max_tokens=limit, batch_size=batch, device=device)
+        return nll(
+            base.model,
+            base.tokenizer,
+            examples,
+            max_tokens=base.within(limit),
+            batch_size=texts_at_once(base.device),
+            device=base.device,
+            positions=base.positions,
+        )
 
 
 def _is_causal(config: Mapping[str, object]) -> bool:

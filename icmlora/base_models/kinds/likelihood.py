@@ -7,10 +7,13 @@ Losses are sums over predicted tokens, so that texts of different length count b
 
 from __future__ import annotations
 
+import copy
+import inspect
 import itertools
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -24,6 +27,8 @@ from icmlora.errors import DataError
 from icmlora.io.devices import uploaded
 
 _SPECIAL = {"add_special_tokens": False}
+_FEWEST = 2  # tokens of a text: one is predicted from the other
+_CACHES = ("cache", "past_key_values")  # what a model calls what it keeps of earlier tokens; transformers renamed it
 
 
 @dataclass(frozen=True)
@@ -35,12 +40,14 @@ class Scored:
         first: Index of the first that is scored, at least 1.
         unscored: Indices after it of tokens that are not: the user's turns of a longer chat.
         answers: Indices of the tokens that answer a prompt, of an example that is scored as a whole.
+        context: How many tokens at the beginning are of the context that stands before the example.
     """
 
     ids: list[int]
     first: int
     unscored: frozenset[int] = frozenset()
     answers: frozenset[int] = frozenset()
+    context: int = 0
 
     @property
     def count(self) -> int:
@@ -67,16 +74,17 @@ def nll(
     max_tokens: int = 256,
     batch_size: int = 1,
     device: torch.device | None = None,
+    positions: int | None = None,
 ) -> Score:
     """Score examples by teacher forcing; only completions and the assistant's turns, where there are such."""
     # Of a prompt the last tokens that fit are read. A batch size above 1 pays on accelerators only. `device` is where
-    # inputs go, if weights are elsewhere too.
-    scored = tokenized(tokenizer, examples, max_tokens)
+    # inputs go, if weights are elsewhere too; `positions` is how much the model can read.
+    scored = tokenized(tokenizer, examples, max_tokens, positions=positions)
     # Summed in input order, whatever the batches were.
     starts = range(0, len(scored), batch_size)
-    place = device or model.device
+    reader = _Reader(model, device or model.device)
     batches = (scored[start : start + batch_size] for start in starts)
-    nats = math.fsum(value for batch in batches for value in _batch_nats(model, batch, place))
+    nats = math.fsum(value for batch in batches for value in reader.nats(batch))
     spelled = (tokenizer.decode(run, clean_up_tokenization_spaces=False) for item in scored for run in _runs(item))
     # A character that a limit cuts counts as three bytes.
     count, utf8_bytes = sum(item.count for item in scored), sum(len(str(text).encode()) for text in spelled)
@@ -95,19 +103,49 @@ def _runs(item: Scored) -> list[list[int]]:
 
 
 def tokenized(
-    tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example | Rendered], limit: int, *, whole: bool = False
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example | Rendered],
+    limit: int,
+    *,
+    whole: bool = False,
+    positions: int | None = None,
 ) -> list[Scored]:
-    """Turn examples into at most `limit` token ids each, without empty ones; raise `DataError` if none is left."""
-    found = (
-        _chat_tokens(tokenizer, example, limit, whole=whole)
-        if isinstance(example, Rendered)
-        else _tokenize(tokenizer, example, limit, whole=whole)
-        for example in examples
-    )
-    scored = [item for item in found if item is not None]
+    """Turn examples into at most `limit` token ids each, without empty ones; raise `DataError` if none is left.
+
+    A context that stands before an example is read in addition to them, if all that fits into so many positions.
+    """
+    contexts = cache(lambda text: list(tokenizer(text)["input_ids"]) if text else [])  # most are the same
+    scored: list[Scored] = []
+    for example in examples:
+        if isinstance(example, Rendered):
+            chat = _marked_tokens(tokenizer, example)
+            context = chat.ids[: chat.context]
+            item = _chat_tokens(tokenizer, chat, _room(limit, context, positions), whole=whole)
+        else:
+            context = contexts(example.context)
+            item = _tokenize(tokenizer, example, _room(limit, context, positions), whole=whole)
+        if item is not None:
+            scored.append(_after(tokenizer, context, item) if context else item)
     if not scored:
         raise DataError("no example is long enough to predict a token of it", hint="give longer texts")
     return scored
+
+
+def _room(limit: int, context: list[int], positions: int | None) -> int:
+    """Return how many tokens may be read beside a context."""
+    room = limit if positions is None else min(limit, positions - len(context))
+    if context and room < _FEWEST:
+        fact = f"the context has {len(context)} tokens, and the base model reads {positions}"
+        raise DataError(fact, hint="make a shorter one with `icm context`")
+    return room
+
+
+def _after(tokenizer: PreTrainedTokenizerBase, context: list[int], item: Scored) -> Scored:
+    """Put a context before an item, which begins no text of its own then."""
+    own = item.ids[len(_start(tokenizer, item.ids)) :]
+    shift = len(context) + len(own) - len(item.ids)
+    unscored, answers = (frozenset(place + shift for place in some) for some in (item.unscored, item.answers))
+    return Scored(context + own, item.first + shift, unscored, answers, len(context))
 
 
 def _tokenize(
@@ -131,9 +169,9 @@ def _tokenize(
 
 
 def _chat_tokens(
-    tokenizer: PreTrainedTokenizerBase, chat: Rendered, limit: int, *, whole: bool = False
+    tokenizer: PreTrainedTokenizerBase, chat: _Marked, limit: int, *, whole: bool = False
 ) -> Scored | None:
-    ids, marks = _marked_tokens(tokenizer, chat)
+    ids, marks = chat.ids[chat.context :], chat.marks[chat.context :]
     places = [place for place, is_scored in enumerate(marks) if is_scored and place > 0]
     if whole:
         return _whole(tokenizer, ids, places, limit)
@@ -186,35 +224,83 @@ def _start(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
     return ids[:1] if ids and ids[0] == tokenizer.bos_token_id else []
 
 
-def _marked_tokens(tokenizer: PreTrainedTokenizerBase, chat: Rendered) -> tuple[list[int], list[bool]]:
-    """Return the tokens of a chat and which are scored; its special tokens are spelled in its text already."""
+@dataclass(frozen=True)
+class _Marked:
+    """The tokens of a chat, which of them are scored, and how many at the beginning are of the context."""
+
+    ids: list[int]
+    marks: list[bool]
+    context: int
+
+
+def _marked_tokens(tokenizer: PreTrainedTokenizerBase, chat: Rendered) -> _Marked:
+    """Return the tokens of a chat; its special tokens are spelled in its text already."""
     if tokenizer.is_fast:
         tokens = tokenizer(chat.text, return_offsets_mapping=True, **_SPECIAL)
-        return list(tokens["input_ids"]), scored_tokens(chat, tokens["offset_mapping"])
-    ids: list[int] = []
-    marks: list[bool] = []
-    edges = [0, *(edge for span in chat.scored for edge in span), len(chat.text)]
+        offsets = tokens["offset_mapping"]
+        context = sum(end <= chat.context for _, end in offsets) if chat.context else 0
+        return _Marked(list(tokens["input_ids"]), scored_tokens(chat, offsets), context)
+    ids = list(tokenizer(chat.text[: chat.context], **_SPECIAL)["input_ids"]) if chat.context else []
+    context = len(ids)
+    marks = [False] * context
+    edges = [chat.context, *(edge for span in chat.scored for edge in span), len(chat.text)]
     for number, (start, end) in enumerate(itertools.pairwise(edges)):
         piece = list(tokenizer(chat.text[start:end], **_SPECIAL)["input_ids"]) if start < end else []
         ids += piece
         marks += [number % 2 == 1] * len(piece)
-    return ids, marks
+    return _Marked(ids, marks, context)
 
 
-def _batch_nats(model: Any, batch: Sequence[Scored], device: torch.device) -> list[float]:
-    ids, mask = padded([item.ids for item in batch], device)  # padding is never a target
-    with torch.inference_mode():
-        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits  # (batch, length, vocabulary)
-        losses = [_row_losses(row, item) for row, item in zip(logits, batch, strict=True)]
+class _Reader:
+    """Reads batches of texts with a model; a context that all of them have is read once."""
+
+    def __init__(self, model: Any, device: torch.device) -> None:
+        self._model, self._device = model, device
+        self._takes = inspect.signature(model.forward).parameters
+        self._context: list[int] = []
+        self._cache: Any = None  # keys and values of all its tokens but the last
+
+    @torch.inference_mode()
+    def nats(self, batch: Sequence[Scored]) -> list[float]:
+        """Return the loss of each text, summed over its scored tokens."""
+        logits, start = self._logits(batch)
+        losses = [_row_losses(row, item, start) for row, item in zip(logits, batch, strict=True)]
         # float64: a sum over thousands of tokens would lose digits that a retained gain needs. On the CPU, as Apple's
         # devices have none; and in one copy, as a card has to be waited for.
         parts = torch.split(torch.cat(losses).cpu().double(), [len(part) for part in losses])
         return [float(part.sum()) for part in parts]
 
+    def _logits(self, batch: Sequence[Scored]) -> tuple[torch.Tensor, int]:
+        """Return next-token logits (texts, T, vocabulary) from one token of each text on, and which that is."""
+        context = batch[0].ids[: batch[0].context]
+        is_shared = len(context) > 1 and all(item.ids[: item.context] == context for item in batch)
+        known = self._read(context) if is_shared else None
+        start = 0 if known is None else len(context) - 1
+        ids, mask = padded([item.ids[start:] for item in batch], self._device)  # padding is never a target
+        if known is None:
+            return self._model(input_ids=ids, attention_mask=mask, use_cache=False).logits, 0
+        known.batch_repeat_interleave(len(batch))
+        mask = torch.cat([mask.new_ones(len(batch), start), mask], dim=1)
+        name = next(name for name in _CACHES if name in self._takes)
+        return self._model(input_ids=ids, attention_mask=mask, use_cache=True, **{name: known}).logits, start
 
-def _row_losses(logits: torch.Tensor, item: Scored) -> torch.Tensor:
+    def _read(self, context: list[int]) -> Any:
+        """Return a copy of what a model keeps of a context, which reading on changes; None if it keeps nothing."""
+        from transformers.cache_utils import DynamicCache
+
+        if context != self._context and not self._takes.keys().isdisjoint(_CACHES):
+            # Its logits, a row of the vocabulary's size for each token, are not needed.
+            fewer = {"logits_to_keep": 1} if "logits_to_keep" in self._takes else {}
+            answer = self._model(input_ids=uploaded([context[:-1]], self._device), use_cache=True, **fewer)
+            self._context = context
+            self._cache = next((part for part in answer.values() if isinstance(part, DynamicCache)), None)
+        return copy.deepcopy(self._cache)
+
+
+def _row_losses(logits: torch.Tensor, item: Scored, start: int) -> torch.Tensor:
+    """Return the loss of each scored token; `logits` (T, vocabulary) are those from the token `start` on."""
     # One row at a time in float32: a whole batch of vocabulary-wide rows would double the peak memory.
-    predicted = logits[item.first - 1 : len(item.ids) - 1].float()
+    predicted = logits[item.first - 1 - start : len(item.ids) - 1 - start].float()
     return functional.cross_entropy(predicted, uploaded(item.targets, logits.device), reduction="none")
 
 

@@ -1,7 +1,8 @@
 """Generate an adapter for a task that has none, from some of its samples.
 
 samples ──base model──▶ context vectors ──▶ how far the task is from known ones
-   └──base model + few-shot start──▶ steps ──▶ adapter ──(gradient steps)──▶ PEFT folder
+   ├──base model + few-shot start──▶ steps ──▶ adapter ──(gradient steps)──▶ PEFT folder
+   └──left out──▶ losses without and with the adapter, and behind the others: the context, in the same folder
 
 register:  adapter ──encode, refine──▶ code ──┐
            written folder ──▶ configuration, card ──┼──▶ an evicted task: one transaction, no weights
@@ -12,8 +13,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,14 +26,17 @@ from icmlora.adapter.model import Adapter
 from icmlora.base_models.catalogue import check_examples
 from icmlora.base_models.examples.examples import Examples, examples_for
 from icmlora.base_models.examples.media_archive import read_examples
-from icmlora.base_models.modality import BaseModel, Prepared
+from icmlora.base_models.modality import BaseModel
 from icmlora.base_models.running.lora_hooks import added, factors_of
 from icmlora.errors import DataError, NotCovered
 from icmlora.fewshot.adapt import adapt, supports
+from icmlora.fewshot.context_choice import MOST_TOKENS, ChosenContext, Prompted, choose_context
 from icmlora.fewshot.finetune import FinetuneConfig, finetune
+from icmlora.fewshot.guard import Guard, left_out
 from icmlora.fewshot.start import FewShotStart
 from icmlora.fleet.context import Context, base_name, has_loaders, use_case
 from icmlora.fleet.encode.refiner import Refiner
+from icmlora.fleet.few_shot.task_context import both_ways, guard_of, kept_files, usable_samples
 from icmlora.fleet.few_shot.train import SAMPLE_TOKENS, read_few_shot_start
 from icmlora.fleet.older import open_generator
 from icmlora.fleet.resources.adapter_row import new_adapter
@@ -60,6 +65,7 @@ if TYPE_CHECKING:
 
 # A generated adapter has few directions that matter: finer rounding without refinement is larger and worse.
 _CODE_TOLERANCE = 0.7
+_ENOUGH = 32  # samples of which four hardly matter to an adapter
 
 
 @dataclass(frozen=True)
@@ -78,6 +84,9 @@ class Generated:
     rank: int
     precision: str  # of the base model that read the samples, such as "float32" or "nf4"
     weights: str  # SHA-256 of the written weights
+    context_samples: int  # that the context is made of; 0 if there is none
+    context_tokens: int
+    guard: Guard | None  # what adapter and context are worth; None if that was not measured
     code_size: int | None  # bytes of the code that was registered; None without `register`
     code_squared_error: float | None
 
@@ -102,12 +111,14 @@ def generate(
     device: str = "auto",
     dtype: str = "bfloat16",
     register: bool = False,
+    context_tokens: int = MOST_TOKENS,
     force: bool = False,
 ) -> Generated:
-    """Generate an adapter for a new task from a few samples of it, and write it as a PEFT folder.
+    """Generate an adapter for a new task from a few samples of it, and write it as a PEFT folder with its context.
 
-    The quality of the adapter is not known: measure it on other text of the task. Needs the base model, and a
-    generator with a few-shot start (`train_few_shot`).
+    Of 8 samples or more, 4 are left out and tell what the adapter and the context are worth, alone and together. Then
+    they take part too; of 32 or more, the adapter is not made again for them. Needs the base model, and a generator
+    with a few-shot start (`train_few_shot`).
 
     Args:
         context: The store.
@@ -122,6 +133,7 @@ def generate(
         device: Where to compute.
         dtype: Number format of the weights: `bfloat16`, `float16` or `float32`.
         register: Also keep the task in the store, by a code and its task vectors; weights are not stored.
+        context_tokens: Tokens of the context at most; 0 for none, and then nothing is measured.
         force: Replace the folder if it is not empty.
 
     Returns:
@@ -133,7 +145,7 @@ def generate(
         TaskConflict: The task is to be registered, and its name is taken.
         NotCovered: The task is to be registered, and no code can have the rank.
     """
-    chosen = resolve_device(device)
+    place = resolve_device(device)
     path, folder = Path(samples), Path(directory)
     check_name(name)
     check_free(folder, force=force)
@@ -150,30 +162,39 @@ def generate(
             fact = f"codes of this generator have at most rank {most}, and rank {rank} was requested"
             raise NotCovered(fact, hint=f"use --rank {most}, or leave out --register to write the folder only")
         context.progress(0, None, f"loading {generator.base_model}")
-        base, found, vectors = _load_base(context, store, generator.base_model, chosen, data, path, count)
-        prepared = base.modality.prepare(base, found.items, SAMPLE_TOKENS)
-        adapter = _adapted(context, base, start, prepared, rank or most, refine)
+        base, found, vectors = _load_base(context, store, generator.base_model, place, data, path, count)
+        make = partial(_adapted, context, base, start, rank or most, refine)
+        adapter, chosen, guard = _with_context(context, Prompted(base), data, path, count, context_tokens, make)
+        adapter = adapter or make(found.items)
         base_nats, nats = (_nats(base, one, found.items) for one in (None, adapter))
         known = _familiarity(store, generator, vectors)
         code = _encode(context, file, adapter, vectors, base, found.items) if register else None
         context.progress(0, None, "writing the adapter")  # the last moment to stop: then the folder, then the task
-        card = GeneratedCard(name, generator.base_model, generator, len(found.items), refine, description)
-        weights = _write(adapter, card, folder, dtype, force=force)
+        files = {} if chosen is None else chosen.context.files
+        card = GeneratedCard(
+            name, generator.base_model, generator, len(found.items), refine, description, guard, has_context=bool(files)
+        )
+        weights = _write(adapter, card, folder, dtype, files, force=force)
         if code is not None:
-            _register(store, generator, name, folder, vectors, code)
+            _register(store, generator, name, folder, vectors, code, files)
     return Generated(
         task=name,
         directory=folder,
         base_model=generator.base_model,
         generator=generator.blob,
         samples=len(found.items),
-        reaching=sum(sample.size == SAMPLE_TOKENS for sample in prepared),
+        reaching=sum(
+            sample.size == SAMPLE_TOKENS for sample in base.modality.prepare(base, found.items, SAMPLE_TOKENS)
+        ),
         base_nats=base_nats,
         nats=nats,
         known=known,
         rank=max(shape.rank for shape in adapter.layout),
         precision=base.dtype,
         weights=weights,
+        context_samples=0 if chosen is None else len(chosen.samples),
+        context_tokens=0 if chosen is None else chosen.tokens,
+        guard=guard,
         code_size=None if code is None else len(code.data),
         code_squared_error=None if code is None else code.squared_error,
     )
@@ -211,10 +232,39 @@ def _load_base(
     return base, examples, vectors
 
 
+def _with_context(
+    context: Context,
+    prompted: Prompted,
+    data: bytes,
+    path: Path,
+    count: int,
+    tokens: int,
+    make: Callable[[Sequence[Any]], Adapter],
+) -> tuple[Adapter | None, ChosenContext | None, Guard | None]:
+    """Make an adapter and a context without some of the samples, measure both on these, and take them in.
+
+    The adapter is None where it has to be made again, from all samples.
+    """
+    base = prompted.base
+    if not tokens or not base.modality.takes_context:
+        return None, None, None
+    samples = usable_samples(prompted, data, path, count)
+    held, others = left_out(samples)
+    adapter = make(base.modality.readable(base, others).items)
+    with added(base.model, factors_of(adapter)):
+        tell = partial(context.progress, note="choosing the context")
+        chosen = choose_context(prompted, others, tokens, tell)
+        with_adapter = both_ways(prompted, chosen.context, held)
+    guard = guard_of(both_ways(prompted, chosen.context, held), with_adapter, len(held))
+    is_enough = not held or len(samples) >= _ENOUGH
+    return adapter if is_enough else None, prompted.filled(chosen, held, tokens), guard
+
+
 def _adapted(
-    context: Context, base: BaseModel, start: FewShotStart, samples: Sequence[Prepared], rank: int, refine: int
+    context: Context, base: BaseModel, start: FewShotStart, rank: int, refine: int, examples: Sequence[Any]
 ) -> Adapter:
     """Take the few-shot steps, cut the adapter to the rank that is written, and refine it by gradient steps."""
+    samples = base.modality.prepare(base, examples, SAMPLE_TOKENS)
     adapter, steps = start.adapter, len(supports(samples, len(start.rates)))
     for done, adapted in enumerate(adapt(base, start, samples, batch_size=texts_at_once(base.device)), start=1):
         adapter = adapted.adapter
@@ -248,11 +298,14 @@ def _mean(vectors: Sequence[TaskVector]) -> torch.Tensor:
     return torch.stack([vector.values for vector in vectors]).mean(dim=0)
 
 
-def _write(adapter: Adapter, card: GeneratedCard, folder: Path, dtype: str, *, force: bool) -> str:
+def _write(
+    adapter: Adapter, card: GeneratedCard, folder: Path, dtype: str, files: Mapping[str, bytes], *, force: bool
+) -> str:
     """Write the folder and return the digest of its weights."""
     name, revision = split_label(card.base_model)
     adapter = replace(adapter, base_model=name, revision=revision)
-    save_adapter(adapter, folder, dtype=dtype, card=card.text(), metadata=card.metadata(), force=force)
+    text, facts = card.text(), card.metadata()
+    save_adapter(adapter, folder, dtype=dtype, card=text, metadata=facts, companions=files, force=force)
     return hashlib.sha256((folder / WEIGHTS_NAME).read_bytes()).hexdigest()
 
 
@@ -272,7 +325,13 @@ def _encode(
 
 
 def _register(
-    store: Store, generator: GeneratorRecord, name: str, folder: Path, vectors: Sequence[TaskVector], code: Encoded
+    store: Store,
+    generator: GeneratorRecord,
+    name: str,
+    folder: Path,
+    vectors: Sequence[TaskVector],
+    code: Encoded,
+    files: Mapping[str, bytes],
 ) -> None:
     """Record the task of a written folder as if it had been ingested, encoded and evicted."""
     config, weights, card = ((folder / file).read_bytes() for file in (CONFIG_NAME, WEIGHTS_NAME, CARD_NAME))
@@ -284,7 +343,7 @@ def _register(
         card=store.blobs.put(card),
         source=f"generated {name}",
     )
-    original = replace(original, is_generated=True)
+    original = replace(original, is_generated=True, extras=tuple(kept_files(store.blobs, files).values()))
     rows, blob = put_vectors(store, name, vectors), store.blobs.put(code.data)
     task = ImportedTask(name, original, len(weights), blob, code.squared_error, vectors=rows)
     current = NewGenerator(generator.base_model, generator.blob, generator.config, generator.metrics)

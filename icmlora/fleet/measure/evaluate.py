@@ -29,6 +29,7 @@ from icmlora.fleet.context import (
 from icmlora.fleet.failures import FAILURES, BaseModelLeftOut, BaseUnavailable, Failed, FailureLog, as_error
 from icmlora.fleet.measure.measure import SOURCES, Measurement, SourceResult, TaskLosses, record_measurements
 from icmlora.fleet.measure.metric_result import MAX_TOKENS, source_name
+from icmlora.fleet.resources.decoding import read_context
 from icmlora.fleet.resources.loading import Models
 from icmlora.fleet.resources.texts import adapter_template, own_text
 from icmlora.fleet.resources.workers import Tell, check_place, worker_pool
@@ -38,6 +39,7 @@ from registry.errors import TaskNotFound
 from registry.records import Rung, TaskRecord
 
 if TYPE_CHECKING:
+    from icmlora.base_models.examples.context import TaskContext
     from registry.store import Store
 
 
@@ -47,6 +49,8 @@ class TaskEvaluated(Event):
 
     task: str
     sources: Mapping[Rung, SourceResult]
+    # Behind the task's context, where that was asked for and it has one; gains are shares of the original's alone.
+    with_context: Mapping[Rung, SourceResult] = field(default_factory=dict)
     skipped: str | None = None
     precision: str | None = None  # of the base model, such as "float32" or "nf4"
 
@@ -86,6 +90,7 @@ def evaluate(
     sources: Sequence[Rung | Literal["recalled"]] = ("residual", "code", "recalled"),
     data: str | Path | None = None,
     max_tokens: int = MAX_TOKENS,
+    with_context: bool = False,
     device: str = "auto",
     again: bool = False,
     workers: str | None = None,
@@ -99,6 +104,7 @@ def evaluate(
         sources: What to measure in addition to base model and original, where a task has it; `materialize` names them.
         data: File of held-out text as JSON lines; each task's own by default.
         max_tokens: Tokens scored in each text.
+        with_context: Measure also behind the contexts of tasks; these results are not recorded.
         device: Where to compute.
         again: Measure again what was measured on the same text before.
         workers: Where to compute, as described for `Fleet`.
@@ -127,7 +133,8 @@ def evaluate(
         with worker_pool(context, store, device=device, workers=workers) as pool:
             for base_model, of_base in by_base.items():
                 tell(f"loading {base_model}")
-                results = pool.each(evaluate_tasks, of_base, tell, rungs, path, given, max_tokens, again=again)
+                asked = rungs, path, given, max_tokens
+                results = pool.each(evaluate_tasks, of_base, tell, *asked, with_context=with_context, again=again)
                 for task, made in failures.results(base_model, results):
                     _record(context, store, task.name, made, report)
                     tell(task.name)
@@ -153,6 +160,7 @@ def evaluate_tasks(
     data: bytes | None,
     max_tokens: int,
     *,
+    with_context: bool,
     again: bool,
 ) -> Iterator[tuple[TaskRecord, _TaskResults | Failed | BaseUnavailable | None]]:
     """Measure each task of one base model, on the bytes of the given file or on its own text; None if it was removed.
@@ -160,12 +168,18 @@ def evaluate_tasks(
     `path` and `data` are the given file and its bytes; `evaluate` explains the other arguments.
     """
     texts = _Texts(models, path, data)
+
+    def context_of(task: TaskRecord) -> TaskContext | None:
+        return read_context(models.store.blobs.read, models.store.tasks.final(task.name)) if with_context else None
+
     for task in tasks:
         result: _TaskResults | Failed | BaseUnavailable | None = None
         try:
             text, base = texts.of(task), models.base(task.base_model)
             losses = TaskLosses(models.store, models, task, text, max_tokens)
-            done = TaskEvaluated(task.name, losses.measure(sources, again=again), text.skipped, base.dtype)
+            found = losses.measure(sources, again=again)
+            behind = losses.behind(texts.of(task, context), sources) if (context := context_of(task)) else {}
+            done = TaskEvaluated(task.name, found, behind, text.skipped, base.dtype)
             result = _TaskResults(done, losses.made, text.note)
         except (BaseModelNotFound, BaseModelUnsuited) as error:
             result = BaseUnavailable(error)
@@ -201,14 +215,14 @@ class _Texts:
         self._models, self._path, self._data = models, path, data
         self._shared: EvaluationData | None = None  # the given file, as most tasks read it
 
-    def of(self, task: TaskRecord) -> EvaluationData:
-        """Return the text of a task as its base model reads it."""
+    def of(self, task: TaskRecord, context: TaskContext | None = None) -> EvaluationData:
+        """Return the text of a task as its base model reads it, behind a context if there is one."""
         store, base = self._models.store, self._models.base(task.base_model)
         if self._data is None:
-            return own_text(store, task, base)
+            return own_text(store, task, base, context)
         template = adapter_template(store, task.name)
-        if template is not None:
-            return EvaluationData.parse(self._data, base=base, path=self._path, template=template)
+        if template is not None or context is not None:
+            return EvaluationData.parse(self._data, base=base, path=self._path, template=template, context=context)
         if self._shared is None:
             self._shared = EvaluationData.parse(self._data, base=base, path=self._path, template=None)
         return self._shared

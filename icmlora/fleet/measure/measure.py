@@ -107,6 +107,17 @@ class TaskLosses:
         """The precision of the base model."""
         return self._base.dtype
 
+    def behind(self, context: EvaluationData, sources: Sequence[Rung]) -> dict[Rung, SourceResult]:
+        """Measure the same on the same texts behind a context; gains are shares of that of the original alone."""
+        results = TaskLosses(self._store, self._models, self._task, context, self._max_tokens, self._generator).measure(
+            sources
+        )
+        references = self._references
+        return {
+            name: replace(result, retained_gain=self._gain(result.score, references))
+            for name, result in results.items()
+        }
+
     def measure(self, sources: Sequence[Rung], *, again: bool = False) -> dict[Rung, SourceResult]:
         """Measure base model and original, and some other sources where they exist."""
         # What was measured before in the same way is kept. For an evicted original there is nothing else.
@@ -150,12 +161,14 @@ class TaskLosses:
         self, source: Rung, score: MetricResult, squared_error: float | None, references: Mapping[Rung, SourceResult]
     ) -> SourceResult:
         """Return the result of a source, with its retained gain where base model and original are in `references`."""
-        gain = None
-        if source not in ("base", "original") and "original" in references:
-            base, original = references["base"], references["original"]
-            values = base.score.value, original.score.value, score.value
-            gain = retained_gain(*values, higher_is_better=self._base.modality.metric.higher_is_better)
+        gain = None if source in ("base", "original") else self._gain(score, references)
         return SourceResult(source, score, gain, squared_error)
+
+    def _gain(self, score: MetricResult, references: Mapping[Rung, SourceResult]) -> float | None:
+        if "original" not in references:
+            return None
+        values = references["base"].score.value, references["original"].score.value, score.value
+        return retained_gain(*values, higher_is_better=self._base.modality.metric.higher_is_better)
 
     def record_of(self, result: SourceResult) -> NewEvaluation:
         """Return what the store records of a result."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from icmlora.adapter.layout import ModuleShape
 from icmlora.adapter.model import Adapter
+from icmlora.base_models.examples.context import CONTEXT_FILES, TaskContext
 from icmlora.errors import CodeError, DataError
 from icmlora.fleet.resources.code_source import template_of
 from icmlora.formats.catalogue import format_named
@@ -86,11 +87,23 @@ def files_of_code(store: Store, generator_file: GeneratorFile, final: AdapterRec
     return files_like_original(decode_code(store, generator_file, code, code.rung), read_form(store, final))
 
 
-def read_companions(read: Callable[[str], bytes], final: AdapterRecord) -> dict[str, bytes]:
-    """Read the files that came with an adapter."""
+def read_companions(
+    read: Callable[[str], bytes], final: AdapterRecord, names: Collection[str] | None = None
+) -> dict[str, bytes]:
+    """Read the files that came with an adapter: those of some names, or all."""
     from icmlora.formats.extras import unpack
 
-    return {extra.file: unpack(read(extra.blob)) for extra in final.extras if extra.file is not None}
+    files = ((extra.file, extra.blob) for extra in final.extras)
+    return {name: unpack(read(blob)) for name, blob in files if name is not None and (names is None or name in names)}
+
+
+def read_context(read: Callable[[str], bytes], final: AdapterRecord) -> TaskContext | None:
+    """Read the context that stands before a task's requests; None if it has none.
+
+    Raises:
+        DataError: The files cannot be read as one.
+    """
+    return TaskContext.read(read_companions(read, final, CONTEXT_FILES))
 
 
 def check_references(store: Store, final: AdapterRecord) -> None:

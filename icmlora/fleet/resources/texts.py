@@ -13,6 +13,7 @@ from icmlora.base_models.examples.examples import EvaluationData, Examples, exam
 from icmlora.fleet.resources.decoding import read_companions
 
 if TYPE_CHECKING:
+    from icmlora.base_models.examples.context import TaskContext
     from icmlora.base_models.modality import BaseModel
     from registry.records import TaskRecord
     from registry.store import Store
@@ -25,10 +26,10 @@ def read_samples(store: Store, task: TaskRecord, base: BaseModel, most: int | No
     return examples_for(base, store.blobs.read(task.samples), most=most, template=adapter_template(store, task.name))
 
 
-def own_text(store: Store, task: TaskRecord, base: BaseModel) -> EvaluationData:
-    """Return the held-out text of a task that has some."""
-    template = adapter_template(store, task.name)
-    return EvaluationData.parse(store.blobs.read(str(task.eval_data)), base=base, path=task.name, template=template)
+def own_text(store: Store, task: TaskRecord, base: BaseModel, context: TaskContext | None = None) -> EvaluationData:
+    """Return the held-out text of a task that has some, behind a context if there is one."""
+    template, data = adapter_template(store, task.name), store.blobs.read(str(task.eval_data))
+    return EvaluationData.parse(data, base=base, path=task.name, template=template, context=context)
 
 
 def adapter_template(store: Store, task: str) -> Templates | None:

@@ -311,7 +311,7 @@ class Chosen:
         provenance, form = self._provenance(max_error), self.codes.form(self.final)
         files = form.format.encode(
             self._decoder()(),
-            card=card_text(provenance),
+            card=card_text(provenance, form.files),
             metadata=provenance.metadata(),
             like=form.template,
             dtype=dtype,

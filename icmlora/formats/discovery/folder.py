@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -66,6 +67,7 @@ def save_adapter(
     dtype: str = "bfloat16",
     card: str = "",
     metadata: Mapping[str, str] | None = None,
+    companions: Mapping[str, bytes] | None = None,
     force: bool = False,
 ) -> None:
     """Write an adapter, complete and durable, or not at all. The same arguments give the same bytes.
@@ -77,6 +79,7 @@ def save_adapter(
         dtype: Number format of the weights: "bfloat16", "float16" or "float32".
         card: Text of the model card.
         metadata: Short facts for the header of the weights file.
+        companions: Name to content of files that are written next to it.
         force: Replace the adapter in a folder that holds something.
 
     Raises:
@@ -86,7 +89,7 @@ def save_adapter(
     known, place = format_named(adapter_format), Path(folder)
     with located(place):
         files = known.encode(adapter, dtype=dtype, card=card, metadata=metadata or {})
-    write_adapter_files(place, known, files, place.name, force=force)
+    write_adapter_files(place, known, replace(files, companions=companions or {}), place.name, force=force)
 
 
 def _config(paths: AdapterPaths) -> bytes:

@@ -41,6 +41,7 @@ COMPANIONS = frozenset(
         *("vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
         *("chat_template.jinja", "chat_template.json", "preprocessor_config.json", "processor_config.json"),
         *("generation_config.json", "value_head.safetensors"),
+        *("context.txt", "context.json"),  # what stands before its requests: `icm context`
     }
 )
 

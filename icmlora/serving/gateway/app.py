@@ -12,6 +12,7 @@ import logging
 import re
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from hashlib import sha256
 from hmac import compare_digest
 from ipaddress import ip_address
@@ -46,6 +47,7 @@ _OPEN = frozenset({"/healthz", "/readyz"})
 """Routes without a token: those who watch a server have none, and learn nothing but whether it works."""
 _MODELS_AGE = 5.0  # seconds for which the list of models is not made again
 _READY_AGE = 1.0  # seconds
+_COUNTS_TIMEOUT = 1.0  # seconds that the figures wait for those of the engine
 
 _log = logging.getLogger(__name__)
 
@@ -176,6 +178,12 @@ class _OwnRoutes:
         return JSONResponse({"status": "ready"})
 
     async def _show_metrics(self) -> Response:
+        with suppress(HttpProblem, TimeoutError):  # an engine that is away says nothing
+            async with asyncio.timeout(_COUNTS_TIMEOUT):
+                counts = await (await self._connection.engine()).prefix_tokens()
+            if counts is not None:
+                self._metrics.prefix_asked.set(counts.asked)
+                self._metrics.prefix_found.set(counts.found)
         return Response(self._metrics.text(), media_type=CONTENT_TYPE)
 
     async def _list_models(self) -> Response:

@@ -7,13 +7,15 @@ SGLang    POST /load_lora_adapter, /unload_lora_adapter; a request names BASE:AD
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import httpx
+from prometheus_client.parser import text_string_to_metric_families
 
 from icmlora.serving.gateway.problems import HttpProblem
 from icmlora.serving.requirements import EngineName
@@ -47,6 +49,13 @@ class Listing:
         return frozenset(str(card["id"]) for card in self.cards if not card.get("parent"))
 
 
+class PrefixTokens(NamedTuple):
+    """Tokens of prompts that an engine has looked up in its prefix cache, and those that it found there."""
+
+    asked: float
+    found: float
+
+
 class Engine:
     """An engine that is asked over HTTP. Whatever it is asked raises `HttpProblem` if it refuses or does not answer.
 
@@ -61,6 +70,7 @@ class Engine:
     """What that answer has in it, in lower case."""
     unloads_at_once: ClassVar[bool]
     """Whether it unloads an adapter while requests run on it, and lets them end."""
+    _prefix_counts: ClassVar[tuple[str, ...]] = ()
     _load_route: ClassVar[str]
     _unload_route: ClassVar[str]
     _hint: ClassVar[str]
@@ -122,6 +132,22 @@ class Engine:
             reason = _reason(answer, f"status {answer.status_code}")
             raise HttpProblem(502, f"The engine refused to unload an adapter: {reason}", "engine_refused_unload")
 
+    async def prefix_tokens(self) -> PrefixTokens | None:
+        """Return what it counts of its prefix cache; None if it does not say."""
+        answer = await ask(self._client, "GET", "/metrics")
+        if answer.status_code != 200:
+            return None
+        counts: defaultdict[str, float] = defaultdict(float)  # of all its parts
+        try:
+            for family in text_string_to_metric_families(answer.text):
+                for sample in family.samples:
+                    counts[sample.name] += sample.value
+        except ValueError:
+            return None
+        if not self._prefix_counts or any(name not in counts for name in self._prefix_counts):
+            return None
+        return PrefixTokens(*(counts[name] for name in self._prefix_counts))
+
     async def _model(self, card: Card) -> str:
         return str(card.get("root") or card["id"])
 
@@ -139,6 +165,7 @@ class VllmEngine(Engine):
     name = "vllm"
     forgot_status, forgot_word = 404, b""
     unloads_at_once = True
+    _prefix_counts = ("vllm:prefix_cache_queries_total", "vllm:prefix_cache_hits_total")
     _load_route, _unload_route = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
     _hint = "start vLLM with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"
 

@@ -12,16 +12,18 @@ import json
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
 from contextlib import asynccontextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 import httpx
 
 from icmlora.serving.catalogue import Catalogue
 from icmlora.serving.gateway.connection import Connection
+from icmlora.serving.gateway.contexts import HEADER, ON, TOO_LONG, UNFIT, is_wanted, put_before
 from icmlora.serving.gateway.engines import Body, Engine, unreachable
+from icmlora.serving.gateway.metrics import Metrics
 from icmlora.serving.gateway.problems import HttpProblem
-from icmlora.serving.gateway.residency import Residency
+from icmlora.serving.gateway.residency import Residency, Resident
 from icmlora.serving.gateway.settings import GatewaySettings
 from icmlora.serving.tasks import ServedTask
 from registry.errors import IcmError, StoreAway
@@ -40,7 +42,8 @@ _OF_ONE_HOP = frozenset(
 )
 TOKEN_HEADERS = (b"authorization", b"x-api-key")
 """Where clients send their token; the second is how clients of Anthropic's API (/v1/messages) do."""
-_SET_ANEW = frozenset({b"host", b"content-length", b"expect"})
+_SET_ANEW = frozenset({b"host", b"content-length", b"expect", HEADER})
+_REFUSED, _OF_LENGTH = 400, b"length"  # what engines answer to a request that is too long for the model
 _RECENT = 1.0  # seconds
 _LARGEST_ERROR = 1 << 20  # bytes of an engine's refusal that are looked at
 
@@ -94,6 +97,27 @@ class _Target:
     task: ServedTask | None = None
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """A request that is to be passed on, perhaps several times.
+
+    Attributes:
+        request: As the client sent it.
+        route: The engine's route.
+        fields: Its body.
+        wish: Its header about the context, empty if it has none.
+        may_forget: Whether it is sent again if the engine has forgotten the adapter.
+        is_too_long: Whether the engine found it too long behind its task's context.
+    """
+
+    request: httpx.Request
+    route: str
+    fields: Body
+    wish: bytes = b""
+    may_forget: bool = True
+    is_too_long: bool = False
+
+
 class Forwarder:
     """Passes requests on.
 
@@ -103,6 +127,7 @@ class Forwarder:
         catalogue: The tasks.
         residency: Their adapters in the engine.
         settings: What a request may take.
+        metrics: What is counted.
         own_authorization: The `authorization` header for the engine, in place of the client's. Empty: the engine gets
             none; None: it gets the client's.
     """
@@ -114,11 +139,12 @@ class Forwarder:
         catalogue: Catalogue,
         residency: Residency,
         settings: GatewaySettings,
+        metrics: Metrics,
         own_authorization: bytes | None,
     ) -> None:
         self._client, self._connection = client, connection
         self._catalogue, self._residency = catalogue, residency
-        self._settings, self._own_authorization = settings, own_authorization
+        self._settings, self._metrics, self._own_authorization = settings, metrics, own_authorization
 
     async def answer(self, scope: Scope, receive: Receive, answer: Answer, path: str) -> None:
         """Answer a request with the engine's answer to `path`.
@@ -131,33 +157,54 @@ class Forwarder:
         body = await self._body(receive)
         url = self._url(path, scope["query_string"])
         request = httpx.Request(scope["method"], url, headers=self._headers(scope["headers"]), content=body)
-        await _while_connected(receive, answer, self._respond(request, body, answer))
+        wish = next((value for name, value in scope["headers"] if name.lower() == HEADER), b"")
+        await _while_connected(receive, answer, self._respond(request, path, body, wish, answer))
 
-    async def _respond(self, request: httpx.Request, body: bytes, send: Send) -> None:
-        if request.method == "GET" or request.url.path.endswith("/cancel"):  # of the Responses API: no model is named
+    async def _respond(self, request: httpx.Request, route: str, body: bytes, wish: bytes, send: Send) -> None:
+        if request.method == "GET" or route.endswith("/cancel"):  # of the Responses API: no model is named
             async with self._sent(request) as response:
                 return await self._relay(response, send)
-        fields = parse_body(body)
-        if await self._attempt(request, fields, send, is_last=False):
-            await self._attempt(request, fields, send, is_last=True)
+        asked: _Asked | None = _Asked(request, route, parse_body(body), wish)
+        while asked is not None:
+            asked = await self._attempt(asked, send)
 
-    async def _attempt(self, request: httpx.Request, fields: Body, send: Send, *, is_last: bool) -> bool:
-        """Send the request for its task; return whether to do so again, because the engine forgot the adapter."""
+    async def _attempt(self, asked: _Asked, send: Send) -> _Asked | None:
+        """Send a request for its task; return how it is to be sent again, if the engine cannot answer it like this."""
         engine = await self._connection.engine()
-        target = await self._target(engine, fields)
+        target = await self._target(engine, asked.fields)
         using = nullcontext() if target.task is None else self._residency.using(target.task)
         async with using as resident:
             adapter = target.name if resident is None else resident.adapter
-            asked = _addressed(request, engine.addressed(fields, adapter, target.base) if adapter else None)
-            async with self._sent(asked) as response:
-                if is_last or resident is None or response.status_code != engine.forgot_status:
-                    await self._relay(response, send)
-                    return False
+            fields, context = self._behind_context(asked, target.task, resident)
+            body = engine.addressed(fields, adapter, target.base) if adapter else None
+            if body is None and fields is not asked.fields:
+                body = json.dumps(fields).encode()
+            async with self._sent(_addressed(asked.request, body)) as response:
+                may_be_long = context == ON and response.status_code == _REFUSED
+                may_forget = asked.may_forget and response.status_code == engine.forgot_status
+                if resident is None or not (may_be_long or may_forget):
+                    await self._relay(response, send, context=context)
+                    return None
                 refusal = await self._read(response)
-                if engine.forgot_word not in refusal.lower() or not await self._residency.forgot(resident):
-                    await self._relay(response, send, refusal)
-                    return False
-        return True
+                if may_be_long and _OF_LENGTH in refusal.lower():
+                    return replace(asked, is_too_long=True)
+                if may_forget and engine.forgot_word in refusal.lower() and await self._residency.forgot(resident):
+                    return replace(asked, may_forget=False)
+                await self._relay(response, send, refusal, context)
+                return None
+
+    def _behind_context(
+        self, asked: _Asked, task: ServedTask | None, resident: Resident | None
+    ) -> tuple[Body, str | None]:
+        """Put its task's context before a request that wants it; also return what the client is told of that."""
+        if task is None or resident is None or not is_wanted(asked.wish, default=task.is_generated):
+            return asked.fields, None
+        if (context := resident.context) is None:
+            return asked.fields, None
+        behind = None if asked.is_too_long else put_before(asked.route, asked.fields, context)
+        said = TOO_LONG if asked.is_too_long else UNFIT if behind is None else ON
+        self._metrics.contexts.labels(said).inc()
+        return behind or asked.fields, said
 
     async def _target(self, engine: Engine, fields: Body) -> _Target:
         """Find out whom the model of a request names."""
@@ -204,11 +251,15 @@ class Forwarder:
         finally:
             await response.aclose()
 
-    async def _relay(self, response: httpx.Response, send: Send, begin: bytes = b"") -> None:
-        """Send an answer to the client, piece by piece."""
+    async def _relay(
+        self, response: httpx.Response, send: Send, begin: bytes = b"", context: str | None = None
+    ) -> None:
+        """Send an answer to the client, piece by piece, and what was done with its task's context."""
         is_stream = response.headers.get("content-type", "").startswith("text/event-stream")
         dropped = _OF_ONE_HOP | _named_by_connection(response.headers.raw)
         headers = [(name, value) for name, value in response.headers.raw if name.lower() not in dropped]
+        if context is not None:
+            headers.append((HEADER, context.encode()))
         await self._to_client(send, {"type": "http.response.start", "status": response.status_code, "headers": headers})
         if begin:
             await self._to_client(send, {"type": "http.response.body", "body": begin, "more_body": True})

@@ -28,6 +28,23 @@ class Metrics:
         self.load_seconds = Histogram(
             "icm_load_seconds", "Time that the engine takes to load an adapter.", buckets=_SECONDS, registry=registry
         )
+        self.contexts = Counter(
+            "icm_contexts",
+            "Requests that wanted their task's context: it stood before them (on), the engine found that too long, or "
+            "the request is of a kind before which none can stand (unfit).",
+            ["result"],
+            registry=registry,
+        )
+        self.prefix_asked = Gauge(
+            "icm_engine_prefix_tokens",
+            "Tokens of prompts that the engine looked up in its prefix cache.",
+            registry=registry,
+        )
+        self.prefix_found = Gauge(
+            "icm_engine_prefix_tokens_found",
+            "Tokens of prompts that it found there, and did not read.",
+            registry=registry,
+        )
         self.unloads = Counter("icm_adapter_unloads", "Adapters that the engine unloaded.", registry=registry)
         self.loaded = Gauge("icm_loaded_adapters", "Adapters that the engine has loaded.", registry=registry)
         self.bytes = Gauge("icm_adapter_bytes", "Bytes of the folders of adapters.", registry=registry)

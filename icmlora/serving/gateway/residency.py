@@ -19,11 +19,12 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from icmlora.errors import FoldersUnusable, TaskChanged
+from icmlora.base_models.examples.context import CONTEXT_FILES, TaskContext
+from icmlora.errors import DataError, FoldersUnusable, TaskChanged
 from icmlora.io.strict_json import parse_object
 from icmlora.io.text import counted, human_size
 from icmlora.serving.catalogue import Catalogue
@@ -77,6 +78,16 @@ class Resident:
     folder: Path
     uses: int = 0
     known: bool = True
+
+    @cached_property
+    def context(self) -> TaskContext | None:
+        """What stands before its requests, read once from its folder; None if there is nothing that can be read."""
+        paths = [self.folder / name for name in CONTEXT_FILES]
+        try:
+            return TaskContext.read({path.name: path.read_bytes() for path in paths if path.is_file()})
+        except (DataError, OSError) as error:
+            _log.warning("the context of %s cannot be read: %s", self.task, error)
+            return None
 
 
 @dataclass(eq=False)

@@ -86,7 +86,7 @@ async def opened(tasks: ServedTasks, folders: AdapterFolders, settings: GatewayS
         residency = Residency(connection, tasks, catalogue, folders, threads, metrics, settings)
         if settings.token is not None:
             authorization = authorization or b""  # the client's token is not the engine's business
-        forwarder = Forwarder(passing, connection, catalogue, residency, settings, authorization)
+        forwarder = Forwarder(passing, connection, catalogue, residency, settings, metrics, authorization)
         preparing = asyncio.create_task(_prepare(residency, settings.engine_url))
         try:
             yield GatewayApp(forwarder, connection, residency, metrics, settings)

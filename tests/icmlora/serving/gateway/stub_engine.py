@@ -45,6 +45,8 @@ class StubEngine:
         token: What it wants to be told.
         is_prepared: Whether it loads adapters while it runs.
         listed: An answer to the list of models in place of the right one.
+        longest: Bytes of the longest request that it answers.
+        counts: What it answers to a request for its metrics.
     """
 
     kind: Literal["vllm", "sglang"] = "vllm"
@@ -65,6 +67,8 @@ class StubEngine:
     token: str | None = None
     is_prepared: bool = True
     listed: Any = None
+    longest: int | None = None
+    counts: str = ""
 
     def bodies(self, path: str) -> list[Any]:
         """Return the bodies of the requests to a route."""
@@ -105,7 +109,12 @@ class StubEngine:
             return await self._load(send, json.loads(body))
         if path == self._route("unload_lora_adapter"):
             return await self._unload(send, json.loads(body))
+        if (method, path) == ("GET", "/metrics"):
+            return await _answer(send, 200, self.counts.encode())
         self.headers = headers
+        if self.longest is not None and len(body) > self.longest:
+            text = f"This model's maximum context length is {self.longest} tokens."
+            return await _answer(send, 400, {"error": {"message": text, "code": 400}})
         await self._complete(receive, send, method, path, body)
 
     def _list(self) -> Any:

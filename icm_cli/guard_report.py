@@ -1,0 +1,49 @@
+"""Print what a context and an adapter are worth: by `icm context` and `icm generate`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from icm_cli.output import Field
+from icmlora.io.text import counted
+
+if TYPE_CHECKING:
+    from icm_cli.session import Session
+    from icmlora.fewshot.guard import Guard
+
+_FIELDS: tuple[Field[tuple[str, float, bool]], ...] = (
+    Field("served", lambda row: row[0]),
+    Field("nats per token", lambda row: f"{row[1]:.3f}", right=True),
+    Field("", lambda row: "recommended" if row[2] else ""),
+)
+_TOO_FEW = "not measured: with 8 or more samples, icm leaves 4 out and measures on them"
+_SERVE = {"neither": "neither", "context": "the context alone", "adapter": "the adapter alone", "both": "both"}
+
+
+def tell_guard(session: Session, guard: Guard | None) -> None:
+    """Print a table of four losses, or why there is none."""
+    if guard is None:
+        session.out.note(_TOO_FEW)
+        return
+    session.out.note(f"measured on {counted(guard.samples, 'sample')} that neither context nor adapter saw:")
+    session.out.listing(_FIELDS, [(name, nats, name == guard.recommended) for name, nats in _losses(guard).items()])
+
+
+def guard_text(guard: Guard | None) -> str:
+    """Say the same in one line."""
+    if guard is None:
+        return _TOO_FEW
+    losses = ", ".join(f"{name} {nats:.3f}" for name, nats in _losses(guard).items())
+    where = f"nats per token on {counted(guard.samples, 'sample')} left out"
+    return f"{where}: {losses}; serve {_SERVE[guard.recommended]}"
+
+
+def guard_json(guard: Guard | None) -> dict[str, object] | None:
+    """Return the losses under their names, and what to serve."""
+    if guard is None:
+        return None
+    return {**_losses(guard), "samples_count": guard.samples, "recommended": guard.recommended}
+
+
+def _losses(guard: Guard) -> dict[str, float]:
+    return {"neither": guard.neither, "context": guard.context, "adapter": guard.adapter, "both": guard.both}

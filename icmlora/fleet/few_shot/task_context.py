@@ -1,0 +1,175 @@
+"""The context of a task: samples that stand before its requests, kept next to its adapter.
+
+samples ──left out──▶ four that tell what context and adapter are worth
+   └──the others──▶ context ──▶ context.txt, context.json ──▶ extras of the adapter
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from icmlora.base_models.catalogue import check_examples
+from icmlora.base_models.examples.context import CONTEXT_FILES, TaskContext
+from icmlora.base_models.examples.examples import spread, unread_examples
+from icmlora.base_models.examples.media_archive import read_examples
+from icmlora.errors import BaseModelUnsuited, DataError
+from icmlora.fewshot.context_choice import MOST_TOKENS, Prompted, choose_context
+from icmlora.fewshot.guard import Guard, left_out
+from icmlora.fleet.context import Context, has_loaders, use_case
+from icmlora.fleet.resources.code_source import StoreCodes, open_store
+from icmlora.fleet.resources.decoding import read_context
+from icmlora.fleet.resources.loading import open_base, read_runnable
+from icmlora.fleet.resources.texts import adapter_template
+from icmlora.fleet.write.materialize import Chosen, choose
+from icmlora.formats.catalogue import format_named
+from icmlora.formats.extras import pack
+from icmlora.io.devices import resolve_device
+from registry.records import Extra
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from icmlora.base_models.modality import BaseModel
+    from registry.storage.blobs.content import Blobs
+    from registry.store import Store
+
+COUNT = 64
+"""Samples that a context is chosen from, unless the user says otherwise."""
+
+
+@dataclass(frozen=True)
+class ContextReport:
+    """A context that was chosen and is kept now."""
+
+    task: str
+    samples: int  # that it is made of
+    tokens: int
+    size: int  # bytes that it takes in the store
+    guard: Guard | None  # what it is worth; None if there were too few samples to leave some out
+    precision: str  # of the base model
+
+
+@use_case
+def set_context(
+    context: Context,
+    task: str,
+    *,
+    samples: str | Path | None = None,
+    count: int = COUNT,
+    tokens: int = MOST_TOKENS,
+    device: str = "auto",
+) -> ContextReport:
+    """Choose the context of a task, measure what it is worth, and keep it next to the task's adapter.
+
+    It takes the place of an earlier one. `materialize` writes it, and bundles have it; the gateway puts it before
+    requests.
+
+    Args:
+        context: The store.
+        task: Name of the task.
+        samples: File of samples; by default the task's own.
+        count: Choose from at most so many, spread over the file.
+        tokens: Take at most so many tokens.
+        device: Where to compute.
+
+    Raises:
+        DataError: There are no samples, they are not text, or none is short enough.
+        BaseModelUnsuited: The base model is no causal language model.
+        BaseModelNotFound: It is not on this machine.
+    """
+    place, path = resolve_device(device), None if samples is None else Path(samples)
+    with open_store(context, read_only=False) as codes:
+        store, chosen = codes.store, choose(codes, codes.get(task))
+        data = _samples(store, chosen, path)
+        check_examples(data, path=path, any_row=has_loaders(store))
+        check_place(chosen.final.format)
+        context.progress(0, None, f"loading {chosen.task.base_model}")
+        base = open_base(store, chosen.task.base_model, place, cache=context.cache)
+        prompted = Prompted(base, adapter_template(store, chosen.task.name))
+        found = usable_samples(prompted, data, path, count)
+        held, others = left_out(found)
+        with _on(base, codes, chosen):
+            made = choose_context(prompted, others, tokens, partial(context.progress, note="choosing the context"))
+            with_adapter = both_ways(prompted, made.context, held)
+        guard = guard_of(both_ways(prompted, made.context, held), with_adapter, len(held))
+        made = prompted.filled(made, held, tokens)
+        files = dict.fromkeys(CONTEXT_FILES) | kept_files(store.blobs, made.context.files)
+        store.tasks.set_files(chosen.task.name, files)
+    size = sum(file.packed_size for file in files.values() if file is not None)
+    return ContextReport(chosen.task.name, len(made.samples), made.tokens, size, guard, base.dtype)
+
+
+@use_case
+def remove_context(context: Context, task: str) -> bool:
+    """Forget the context of a task; return whether it had one."""
+    with context.open() as store:
+        final = store.tasks.final(task)
+        if not any(extra.file in CONTEXT_FILES for extra in final.extras):
+            return False
+        store.tasks.set_files(task, dict.fromkeys(CONTEXT_FILES))
+        return True
+
+
+@use_case
+def task_context(context: Context, task: str) -> TaskContext | None:
+    """Return the context of a task, or None; raise `DataError` if its files cannot be read as one."""
+    with context.open(read_only=True) as store:
+        return read_context(store.blobs.read, store.tasks.final(task))
+
+
+def check_place(adapter_format: str) -> None:
+    """Raise `DataError` if the adapters of a format have no place for a context."""
+    if not format_named(adapter_format).companions >= CONTEXT_FILES:
+        raise DataError(f"an adapter in the format {adapter_format!r} has no place for a context")
+
+
+def usable_samples(prompted: Prompted, data: bytes, path: Path | None, count: int) -> list[Any]:
+    """Return the samples of a file that can stand before a request, at most so many."""
+    base = prompted.base
+    if not base.modality.takes_context:
+        fact = f"{base.label} is a {base.modality.name}; a context stands before the text of a causal language model"
+        raise BaseModelUnsuited(fact)
+    return prompted.usable(spread(unread_examples(base, data, path=path).items, count))
+
+
+def both_ways(prompted: Prompted, context: TaskContext, held: Sequence[Any]) -> tuple[float, float] | None:
+    """Return the loss of samples without and with a context before them; None if there are none."""
+    return (prompted.nats(None, held), prompted.nats(context, held)) if held else None
+
+
+def guard_of(
+    of_base: tuple[float, float] | None, with_adapter: tuple[float, float] | None, samples: int
+) -> Guard | None:
+    """Put four losses together, each pair without and with the context."""
+    return None if of_base is None or with_adapter is None else Guard(*of_base, *with_adapter, samples)
+
+
+def kept_files(blobs: Blobs, files: Mapping[str, bytes]) -> dict[str, Extra]:
+    """Store files; name -> what the row of an adapter next to them has of each."""
+    found = {}
+    for name, data in files.items():
+        packed = pack(data)
+        found[name] = Extra(blobs.put(packed), name, len(data), len(packed))
+    return found
+
+
+def _samples(store: Store, chosen: Chosen, path: Path | None) -> bytes:
+    if path is not None:
+        return read_examples(path)
+    if chosen.task.samples is None:
+        raise DataError(f"task {chosen.task.name!r} has no samples", hint="give some with --samples FILE")
+    return store.blobs.read(chosen.task.samples)
+
+
+def _on(base: BaseModel, codes: StoreCodes, chosen: Chosen) -> AbstractContextManager[Any]:
+    """Put the adapter that `materialize` would write on the base model."""
+    from icmlora.base_models.running.attach import adapted
+
+    if chosen.source == "original":
+        return adapted(base, read_runnable(codes.store, chosen.final))
+    made = chosen.files()
+    return adapted(base, made.format.runnable(made.content.config, made.content.weights))

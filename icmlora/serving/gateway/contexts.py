@@ -1,0 +1,111 @@
+"""Put the context of a task before a request, on the routes whose requests are text or chats.
+
+/v1/completions               prompt                 the context's text and the prompt as one
+/v1/chat/completions          messages               the context's messages, behind a system message
+/v1/messages, .../count_tokens  system, messages     the same, for clients of Anthropic's API
+/v1/responses                 instructions, input    the same, unless it goes on from an earlier response
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from icmlora.base_models.examples.chats import Message
+from icmlora.base_models.examples.context import SEPARATOR, TaskContext
+from icmlora.serving.gateway.engines import Body
+from icmlora.serving.gateway.problems import HttpProblem
+
+HEADER = b"icm-context"
+"""Of a request: whether its task's context stands before it. Of an answer: whether it did."""
+ON, OFF, TOO_LONG, UNFIT = "on", "off", "too-long", "unfit"
+_SPOKEN = frozenset({"system", "user", "assistant"})  # roles that every API has
+
+
+def is_wanted(header: bytes, *, default: bool) -> bool:
+    """Say whether a request wants the context, by its header; raise `HttpProblem` for a word that means neither."""
+    word = header.decode("latin-1").strip().lower()
+    if word in ("", ON, OFF):
+        return default if not word else word == ON
+    raise HttpProblem(400, f"The header icm-context is {ON!r} or {OFF!r}.", "invalid_header")
+
+
+def put_before(route: str, fields: Body, context: TaskContext) -> Body | None:
+    """Return the request behind a context; None if it is of a kind before which none can stand."""
+    change = _ROUTES.get(route)
+    return None if change is None else change(fields, context)
+
+
+def _completion(fields: Body, context: TaskContext) -> Body | None:
+    match fields.get("prompt"):
+        case str(prompt) if context.text:
+            return fields | {"prompt": context.text + prompt}
+        case [*prompts] if context.text and prompts and all(isinstance(prompt, str) for prompt in prompts):
+            return fields | {"prompt": [context.text + prompt for prompt in prompts]}
+    return None  # token ids
+
+
+def _chat(fields: Body, context: TaskContext) -> Body | None:
+    messages = _messages(fields)
+    if messages is None:
+        return None
+    return fields | {"messages": [_sent(message) for message in context.before_messages(messages)]}
+
+
+def _anthropic(fields: Body, context: TaskContext) -> Body | None:
+    """Keep the system prompt apart from the messages, where this API has it."""
+    messages, system = _messages(fields), fields.get("system")
+    if messages is None:
+        return None
+    led = [{"role": "system", "content": system}] if system else []
+    first, *rest = context.before_messages([*led, *messages])
+    turns = rest if first["role"] == "system" else [first, *rest]
+    if any(turn.get("role") not in _SPOKEN for turn in turns):
+        return None
+    return fields | {"messages": turns} | ({"system": first["content"]} if first["role"] == "system" else {})
+
+
+def _response(fields: Body, context: TaskContext) -> Body | None:
+    asked, instructions = fields.get("input"), fields.get("instructions")
+    if fields.get("previous_response_id") or not isinstance(asked, str | list):
+        return None
+    items = [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
+    if not context.messages and isinstance(instructions, str) and instructions:
+        return fields | {"instructions": f"{context.text.rstrip()}{SEPARATOR}{instructions}"}
+    own = context.messages
+    if instructions and own and own[0]["role"] == "system":
+        own = own[1:]
+    if any(turn["role"] not in _SPOKEN or "tool_calls" in turn for turn in own):
+        return None
+    return fields | {"input": TaskContext(context.text, own).before_messages(items)}
+
+
+_ROUTES: Mapping[str, Callable[[Body, TaskContext], Body | None]] = {
+    "/v1/completions": _completion,
+    "/v1/chat/completions": _chat,
+    "/v1/messages": _anthropic,
+    "/v1/messages/count_tokens": _anthropic,
+    "/v1/responses": _response,
+}
+
+
+def _messages(fields: Body) -> list[Message] | None:
+    value = fields.get("messages")
+    is_chat = isinstance(value, list) and bool(value) and all(isinstance(message, dict) for message in value)
+    return value if is_chat else None
+
+
+def _sent(message: Message) -> Message:
+    """Return a message as this API has it: the arguments of calls are JSON text there."""
+    calls = message.get("tool_calls")
+    if not isinstance(calls, list):
+        return message
+    return {**message, "tool_calls": [_call(call) for call in calls]}
+
+
+def _call(call: Any) -> Any:
+    match call:
+        case {"function": {"arguments": dict(arguments)} as function}:
+            return {**call, "function": {**function, "arguments": json.dumps(arguments, ensure_ascii=False)}}
+    return call
