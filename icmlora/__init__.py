@@ -79,6 +79,7 @@ if TYPE_CHECKING:
     from icmlora.fleet.report.report import ReportSummary
     from icmlora.fleet.stats.stats import Bill
     from icmlora.fleet.tasks.copies import CopyReport
+    from icmlora.fleet.tasks.described import DescribedTask
     from icmlora.fleet.tasks.doctor import Check
     from icmlora.fleet.tasks.duplicates import DuplicatesReport
     from icmlora.fleet.tasks.generators import Forgotten, GeneratorVersion, RolledBack
@@ -117,6 +118,7 @@ __all__ = [
     "DamagedStore",
     "DataError",
     "DatabaseUrl",
+    "DescribedTask",
     "DeviceUnavailable",
     "DuplicatesReport",
     "EditReport",
@@ -198,6 +200,7 @@ _HOMES = {
     "CopyReport": "icmlora.fleet.tasks.copies",
     "CustomModel": "icmlora.base_models.kinds.custom_model",
     "DatabaseUrl": "registry.names",
+    "DescribedTask": "icmlora.fleet.tasks.described",
     "DuplicatesReport": "icmlora.fleet.tasks.duplicates",
     "EditReport": "icmlora.fleet.tasks.tasks",
     "EncodeReport": "icmlora.fleet.encode.encode",

@@ -24,18 +24,19 @@ _MOST_SAMPLES = 64
 
 NameArg = Annotated[str, argument("NAME", "Name of the new task.")]
 SamplesOpt = Annotated[
-    Path,
+    Path | None,
     option(
         "--samples FILE",
         'Samples of the task as JSON lines: {"text": ...}, or {"prompt": ..., "completion": ...}, where only '
-        "completions count. icm reads 128 tokens of each.",
+        "completions count. icm reads 128 tokens of each. Without it the base model writes samples from --description.",
     ),
 ]
 CountOpt = Annotated[
     int, option("--count K", "Read at most K samples, spread over the file.", min=1, max=_MOST_SAMPLES)
 ]
 DescriptionOpt = Annotated[
-    str | None, option("--description TEXT", "A sentence for the model card. It does not change the adapter.")
+    str | None,
+    option("--description TEXT", "What the task is, in a sentence: for the model card, or in place of samples."),
 ]
 RegisterOpt = Annotated[bool, option("--register", "Also store the task as code and vector.")]
 RefineOpt = Annotated[int, option("--refine STEPS", "Then take this many gradient steps on the samples.", min=0)]
@@ -56,8 +57,8 @@ ContextOpt = Annotated[
 def generate(
     session: Session,
     name: NameArg,
-    samples: SamplesOpt,
     output: OutputOpt,
+    samples: SamplesOpt = None,
     count: CountOpt = _MOST_SAMPLES,
     description: DescriptionOpt = None,
     refine: RefineOpt = 0,
@@ -80,6 +81,7 @@ def generate(
 
     Example:
       icm generate cat-detection --samples cats.jsonl -o adapter/
+      icm generate haiku --description "Haiku about the sea, in three lines" -o adapter/
     """
     from icmlora.fleet.few_shot.generate import generate
 
@@ -116,6 +118,7 @@ def _tell(session: Session, done: Generated, rank: int | None) -> None:
             "output": str(done.directory),
             "base_model": done.base_model,
             "generator": done.generator,
+            "described": done.is_described,
             "samples_count": done.samples,
             "samples_at_limit": done.reaching,
             "rank": done.rank,
@@ -135,7 +138,8 @@ def _tell(session: Session, done: Generated, rank: int | None) -> None:
         }
     )
     out.answer(str(done.directory))
-    out.note(f"{done.task} from {counted(done.samples, 'sample')}, rank {done.rank}")
+    written = " that the base model wrote" if done.is_described else ""
+    out.note(f"{done.task} from {counted(done.samples, 'sample')}{written}, rank {done.rank}")
     if done.reaching:
         have = "sample has" if done.reaching == 1 else "samples have"
         out.note(f"{done.reaching} {have} {SAMPLE_TOKENS} tokens or more; icm reads {SAMPLE_TOKENS} tokens of each")
@@ -144,6 +148,8 @@ def _tell(session: Session, done: Generated, rank: int | None) -> None:
     losses = f"{done.base_nats:.3f} without the adapter, {done.nats:.3f} with it"
     out.note(f"nats per token on these samples: {losses}{measured_in([done.precision])}")
     _tell_familiarity(session, known)
+    if done.is_described:
+        out.hint("nobody has seen a text of this task: measure the adapter, and the description alone, on some")
     if done.context_samples:
         made = f"{counted(done.context_samples, 'sample')}, {counted(done.context_tokens, 'token')}"
         out.note(f"context: {made}, in context.txt of the same folder")
@@ -151,7 +157,7 @@ def _tell(session: Session, done: Generated, rank: int | None) -> None:
     if done.code_size is not None:
         size = human_size(done.code_size)
         out.note(f"registered with a code of {size}, relative error {done.code_relative_error:.4f}")
-    elif done.guard is None:
+    elif done.guard is None and not done.is_described:
         out.hint("the adapter has seen these samples; measure it on other text of the task before you rely on it")
 
 

@@ -5,16 +5,21 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
+from icm_cli.errors import UsageProblem
 from icm_cli.options import BaseModelOpt, DeviceOpt, LoaderOpt, option
 from icm_cli.output import Column
 from icm_cli.session import Session, command
 from icmlora.io.text import counted
 
 SamplesOpt = Annotated[
-    Path,
+    Path | None,
     option(
         "--samples FILE", "Samples as JSON lines, as for `icm generate`. icm reads 32 of them, spread over the file."
     ),
+]
+DescriptionOpt = Annotated[
+    str | None,
+    option("--description TEXT", "In place of samples: rank tasks by the words of their names, notes, tags and cards."),
 ]
 BundleOpt = Annotated[
     Path | None,
@@ -27,13 +32,15 @@ BundleOpt = Annotated[
 LimitOpt = Annotated[int, option("--limit N", "Show at most N tasks.", min=1)]
 
 _COLUMNS = (Column("task", shrink=True), Column("probability", right=True), Column("distance", right=True))
+_DESCRIBED = (Column("task", shrink=True), Column("score", right=True))
 _NONE = "none of them"
 
 
 @command
 def recognize(
     session: Session,
-    samples: SamplesOpt,
+    samples: SamplesOpt = None,
+    description: DescriptionOpt = None,
     limit: LimitOpt = 5,
     base_model: BaseModelOpt = None,
     bundle: BundleOpt = None,
@@ -46,11 +53,21 @@ def recognize(
     `none of them` means that the task is new. What counts as near follows from the stored support sets. With --quiet,
     only the name of the task is printed, and nothing if the task is new.
 
+    With --description, the base model is not needed, and nothing says whether the task is new.
+
     Example:
       icm recognize --samples queries.jsonl
+      icm recognize --description "verses of the bible"
     """
     from icm_cli.recognized import recognized
 
+    if (samples is None) == (description is None):
+        raise UsageProblem("a task is recognized by samples or by a description", hint="give one of the two")
+    if samples is None:
+        if bundle is not None:
+            raise UsageProblem("--description looks into the store", hint="leave out --from, or give samples")
+        _tell_described(session, str(description), base_model, limit)
+        return
     found = recognized(session, samples, base_model, bundle, loader, device)
     out = session.out
     out.document(
@@ -83,3 +100,14 @@ def recognize(
             out.warn(f"{entry.task}: {entry.reason}", task=entry.task)
     if found.task is None:
         out.hint("`icm generate NAME` makes an adapter for a new task")
+
+
+def _tell_described(session: Session, description: str, base_model: str | None, limit: int) -> None:
+    from icmlora.fleet.tasks.described import find_described
+
+    found, out = find_described(session.context, description, base_model=base_model, limit=limit), session.out
+    out.document({"candidates": [{"task": one.task, "score": one.score} for one in found]})
+    out.names(one.task for one in found[:1])
+    out.table(_DESCRIBED, [[one.task, f"{one.score:.2f}"] for one in found])
+    if not found:
+        out.note("no task has any of these words in its name, note, tags or card")

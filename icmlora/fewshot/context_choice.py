@@ -78,7 +78,10 @@ class Prompted:
 
     def context_of(self, samples: Sequence[Example | Chat], length: int) -> ChosenContext:
         """Make the context of some samples, in their order."""
-        context = self.written(TaskContext.of(samples))
+        return self.chosen(self.written(TaskContext.of(samples)), samples, length)
+
+    def chosen(self, context: TaskContext, samples: Sequence[Example | Chat] = (), length: int = 0) -> ChosenContext:
+        """Count the tokens of a context."""
         return ChosenContext(context, samples, self._count(context.text), length)
 
     def filled(self, chosen: ChosenContext, more: Sequence[Example | Chat], most: int) -> ChosenContext:

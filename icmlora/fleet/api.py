@@ -31,6 +31,7 @@ from icmlora.fleet.measure.module_errors import module_errors
 from icmlora.fleet.report.report import write_report
 from icmlora.fleet.stats.stats import stats
 from icmlora.fleet.tasks.copies import copy_tasks
+from icmlora.fleet.tasks.described import find_described
 from icmlora.fleet.tasks.doctor import examine
 from icmlora.fleet.tasks.duplicates import find_duplicates
 from icmlora.fleet.tasks.generators import forget_generator, list_generators, rollback
@@ -128,6 +129,7 @@ class Fleet(Context):
 
     # New adapters.
     recognize = recognize
+    find_described = find_described
     check_few_shot = check_few_shot
     train_few_shot = train_few_shot
     generate = generate

@@ -50,7 +50,7 @@ def test_every_rung_stands_side_by_side(icm: Icm, trained: Path) -> None:
 
 def test_json_lines_keep_their_names(icm: Icm, trained: Path) -> None:
     events = icm(*EVAL, "poems", "--json").events
-    assert set(events[0]) == {"type", "task", "precision", "rungs"}
+    assert set(events[0]) == {"type", "task", "precision", "rungs", "with_context"}
     assert set(events[0]["rungs"]) == {"base", "original", "code", "generate"}
     assert set(events[0]["rungs"]["code"]) == {
         "metric", "value", "count", "nats_per_token", "perplexity", "bits_per_byte", "tokens",

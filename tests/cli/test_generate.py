@@ -93,7 +93,7 @@ def test_json_keeps_its_names(generate: Generate) -> None:
     assert set(document) == {
         "task", "output", "base_model", "generator", "samples_count", "rank", "base_nats_per_token", "nats_per_token",
         "nearest", "farther_than", "outside", "code_size", "code_relative_error", "code_squared_error",
-        "weights", "samples_at_limit", "precision", "context_samples", "context_tokens", "measured",
+        "weights", "samples_at_limit", "precision", "context_samples", "context_tokens", "measured", "described",
     }  # fmt: skip
     assert (document["task"], document["samples_count"], document["code_size"]) == ("geese", 20, None)
 

@@ -54,6 +54,7 @@ COMMANDS = [
     "materialize poems -o FOLDER/residual --source residual",
     "materialize rules -o FOLDER/rules.gguf --format gguf",
     "merge poems hounds -o FOLDER/merged --as blend",
+    "recognize --description poems",
     "recognize --samples FOLDER/loras/rules/samples.jsonl --device cpu",
     "generate more --samples FOLDER/loras/rules/samples.jsonl -o FOLDER/more --device cpu",
     "context poems --samples FOLDER/loras/rules/samples.jsonl --device cpu",

@@ -1,6 +1,7 @@
 """Texts that a language model writes by itself, with the adapter that is on it.
 
     first tokens of a sample, or of nothing ──sample token by token──▶ text like that which the adapter was trained on
+    a prompt ──sample token by token──▶ several answers to it
     a prompt ──most probable token, again and again──▶ the same answer each time, to be read by people
 
 A code can be fitted to what an adapter does on sampled texts where data is short or gone (as LLM-QAT quantises models
@@ -37,6 +38,23 @@ def continuations(base: BaseModel, items: Sequence[Scored], count: int, limit: i
         for first in range(0, count, _BATCH):
             found += [Scored(ids, 1) for ids in _sampled(base, rows[first : first + _BATCH], base.within(limit))]
     return [item for item in found if item.size >= _SHORTEST]
+
+
+def variants(base: BaseModel, prompt: Prompt, count: int, most: int, *, seed: int = 0) -> list[str]:
+    """Let the model continue a prompt `count` times, each time with at most so many tokens that it samples.
+
+    `seed` is that of all random numbers; torch's global generators are left as they were.
+    """
+    tokenizer = base.tokenizer
+    ids = list(tokenizer(prompt.text, add_special_tokens=not prompt.is_rendered)["input_ids"])
+    found: list[str] = []
+    with torch.random.fork_rng(), torch.inference_mode():
+        torch.manual_seed(seed)
+        for first in range(0, count, _BATCH):
+            starts = [ids] * min(_BATCH, count - first)
+            rows = _sampled(base, starts, base.within(len(ids) + most))
+            found += [_spelled(tokenizer, row[len(ids) :]) for row in rows]
+    return found
 
 
 def answer(base: BaseModel, prompt: Prompt, most: int) -> str:

@@ -24,13 +24,14 @@ import torch
 from icmlora.adapter.arithmetic import truncated
 from icmlora.adapter.model import Adapter
 from icmlora.base_models.catalogue import check_examples
-from icmlora.base_models.examples.examples import Examples, examples_for
+from icmlora.base_models.examples.examples import Examples, examples_for, plain
 from icmlora.base_models.examples.media_archive import read_examples
 from icmlora.base_models.modality import BaseModel
 from icmlora.base_models.running.lora_hooks import added, factors_of
 from icmlora.errors import DataError, NotCovered
 from icmlora.fewshot.adapt import adapt, supports
 from icmlora.fewshot.context_choice import MOST_TOKENS, ChosenContext, Prompted, choose_context
+from icmlora.fewshot.described import described_context, described_samples
 from icmlora.fewshot.finetune import FinetuneConfig, finetune
 from icmlora.fewshot.guard import Guard, left_out
 from icmlora.fewshot.start import FewShotStart
@@ -56,7 +57,7 @@ from icmlora.task_vectors.extraction import extract_context
 from icmlora.task_vectors.vector import TaskVector
 from icmlora.training.refinement import RefineConfig
 from registry.errors import TaskConflict
-from registry.names import check_name, split_label
+from registry.names import check_name, check_note, split_label
 from registry.records import GeneratorRecord, NewGenerator, relative_error
 from registry.tables.bundles import BundleImport, ImportedTask
 
@@ -84,7 +85,8 @@ class Generated:
     rank: int
     precision: str  # of the base model that read the samples, such as "float32" or "nf4"
     weights: str  # SHA-256 of the written weights
-    context_samples: int  # that the context is made of; 0 if there is none
+    is_described: bool  # whether the base model wrote the samples itself, from a description
+    context_samples: int  # that the context is made of; 0 if there is none, or it is the description
     context_tokens: int
     guard: Guard | None  # what adapter and context are worth; None if that was not measured
     code_size: int | None  # bytes of the code that was registered; None without `register`
@@ -100,7 +102,7 @@ class Generated:
 def generate(
     context: Context,
     name: str,
-    samples: str | Path,
+    samples: str | Path | None,
     directory: str | Path,
     *,
     count: int = 64,
@@ -123,10 +125,11 @@ def generate(
     Args:
         context: The store.
         name: Name of the new task.
-        samples: File of JSON lines with "text", or with "prompt" and "completion".
+        samples: File of JSON lines with "text", or with "prompt" and "completion". None: the base model writes
+            samples itself, from the description, which then is the context.
         directory: The folder to write.
-        count: Number of samples to read, spread over the file.
-        description: A sentence for the model card.
+        count: Number of samples to read, spread over the file, or to be written.
+        description: What the task is, in a sentence; also for the model card, and the note of a registered task.
         refine: Gradient steps on the samples after generating.
         rank: Rank to write; by default the largest that a code can have.
         base_model: Which base model; needed only if several have a few-shot start.
@@ -140,18 +143,23 @@ def generate(
         What was written, its loss on the samples, and the nearest known tasks.
 
     Raises:
-        DataError: The samples cannot be used, or no generator has a few-shot start.
+        DataError: There are neither samples nor a description, the samples cannot be used, or no generator has a
+            few-shot start.
         OutputExists: The folder is not empty and `force` is not given.
         TaskConflict: The task is to be registered, and its name is taken.
         NotCovered: The task is to be registered, and no code can have the rank.
     """
     place = resolve_device(device)
-    path, folder = Path(samples), Path(directory)
+    path, folder = None if samples is None else Path(samples), Path(directory)
     check_name(name)
     check_free(folder, force=force)
+    note = check_note(description) if description is not None and (register or path is None) else None
+    if path is None and note is None:
+        raise DataError("there is nothing to make an adapter from", hint="give samples, or a description of the task")
     with context.open() as store:
-        data = read_examples(path)
-        check_examples(data, path=path, any_row=has_loaders(store))  # before a model is loaded
+        data = None if path is None else read_examples(path)
+        if data is not None:  # before a model is loaded
+            check_examples(data, path=path, any_row=has_loaders(store))
         if register and (taken := store.tasks.find(name)) is not None:
             raise TaskConflict(taken.name, choices=None)
         generator = _generator_with_start(store, base_model)
@@ -162,9 +170,10 @@ def generate(
             fact = f"codes of this generator have at most rank {most}, and rank {rank} was requested"
             raise NotCovered(fact, hint=f"use --rank {most}, or leave out --register to write the folder only")
         context.progress(0, None, f"loading {generator.base_model}")
-        base, found, vectors = _load_base(context, store, generator.base_model, place, data, path, count)
+        source = _Source(path, data, count, description)
+        base, found, vectors = _load_base(context, store, generator.base_model, place, source)
         make = partial(_adapted, context, base, start, rank or most, refine)
-        adapter, chosen, guard = _with_context(context, Prompted(base), data, path, count, context_tokens, make)
+        adapter, chosen, guard = _with_context(context, Prompted(base), source, context_tokens, make)
         adapter = adapter or make(found.items)
         base_nats, nats = (_nats(base, one, found.items) for one in (None, adapter))
         known = _familiarity(store, generator, vectors)
@@ -177,6 +186,7 @@ def generate(
         weights = _write(adapter, card, folder, dtype, files, force=force)
         if code is not None:
             _register(store, generator, name, folder, vectors, code, files)
+            store.tasks.edit([name], note=note)
     return Generated(
         task=name,
         directory=folder,
@@ -192,6 +202,7 @@ def generate(
         rank=max(shape.rank for shape in adapter.layout),
         precision=base.dtype,
         weights=weights,
+        is_described=path is None,
         context_samples=0 if chosen is None else len(chosen.samples),
         context_tokens=0 if chosen is None else chosen.tokens,
         guard=guard,
@@ -219,12 +230,32 @@ def _generator_with_start(store: Store, base_model: str | None) -> GeneratorReco
     raise DataError(fact, hint="`icm train --objective functional` trains one; codes do not change")
 
 
+@dataclass(frozen=True)
+class _Source:
+    """What an adapter is made from: samples, or a description from which the base model writes some."""
+
+    path: Path | None
+    data: bytes | None
+    count: int
+    description: str | None
+
+    def examples(self, base: BaseModel) -> Examples:
+        """Return the samples as the base model reads them; it may have to write them first."""
+        if self.data is not None:
+            return examples_for(base, self.data, path=self.path, most=self.count)
+        if not base.modality.takes_context:
+            raise DataError(f"{base.label} is a {base.modality.name}, and writes no samples", hint="give some")
+        return Examples(plain(described_samples(base, str(self.description), self.count, SAMPLE_TOKENS)))
+
+
 def _load_base(
-    context: Context, store: Store, label: str, device: torch.device, data: bytes, path: Path, most: int
+    context: Context, store: Store, label: str, device: torch.device, source: _Source
 ) -> tuple[BaseModel, Examples, tuple[TaskVector, ...]]:
     """Load the base model, and extract context vectors in the precision in which those of all tasks are extracted."""
     base = open_base(store, label, device, VECTOR_DTYPE, cache=context.cache)
-    examples = examples_for(base, data, path=path, most=most)
+    if source.data is None:
+        context.progress(0, None, "the base model writes samples")
+    examples = source.examples(base)
     vectors = extract_context(base, examples.items, template=examples.template)
     if base.load_in is None and gradient_dtype(device) is not VECTOR_DTYPE:
         del base  # a device may have no room for two copies
@@ -235,9 +266,7 @@ def _load_base(
 def _with_context(
     context: Context,
     prompted: Prompted,
-    data: bytes,
-    path: Path,
-    count: int,
+    source: _Source,
     tokens: int,
     make: Callable[[Sequence[Any]], Adapter],
 ) -> tuple[Adapter | None, ChosenContext | None, Guard | None]:
@@ -248,7 +277,10 @@ def _with_context(
     base = prompted.base
     if not tokens or not base.modality.takes_context:
         return None, None, None
-    samples = usable_samples(prompted, data, path, count)
+    if source.data is None:
+        about = described_context(str(source.description))
+        return None, prompted.chosen(about), None
+    samples = usable_samples(prompted, source.data, source.path, source.count)
     held, others = left_out(samples)
     adapter = make(base.modality.readable(base, others).items)
     with added(base.model, factors_of(adapter)):

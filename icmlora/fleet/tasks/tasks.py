@@ -102,7 +102,7 @@ def list_tasks(
         if limit is not None and selection == Selection(limit=limit):
             return store.listing.first(limit)  # nothing is compared, so no other task has a part in what is shown
         without = _depending_on_wrong_rows(store)
-        return list(store.listing.summaries(_of_base_model(store, selection), without=without))
+        return list(store.listing.summaries(of_base_model(store, selection), without=without))
 
 
 @use_case
@@ -122,7 +122,7 @@ def list_names(
     with context.open(read_only=True) as store:
         # Without a selection no other rows are read than those of the names.
         without = set() if selection == Selection() else _depending_on_wrong_rows(store)
-        return store.listing.names(_of_base_model(store, selection), without=without)
+        return store.listing.names(of_base_model(store, selection), without=without)
 
 
 @use_case
@@ -147,7 +147,7 @@ def _selection(base_model: str | None, filters: Sequence[str], sort: str | None,
     return Selection(base_model, tuple(map(parse_filter, filters)), order, limit)
 
 
-def _of_base_model(store: Store, selection: Selection) -> Selection:
+def of_base_model(store: Store, selection: Selection) -> Selection:
     """Name the base model of a selection by its own name, and check that it has tasks."""
     base_model = base_name(store, selection.base_model)
     if base_model is not None:

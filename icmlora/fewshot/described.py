@@ -1,0 +1,47 @@
+"""Samples of a task that the base model writes itself, from a sentence about it (Self-Instruct, arXiv 2212.10560).
+
+sentence ──chat template, or a plain prompt──▶ base model ──▶ texts, sampled one token after the other
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from icmlora.base_models.examples.context import SEPARATOR, TaskContext
+from icmlora.base_models.examples.prompts import Prompt, given_prompts
+from icmlora.errors import DataError
+
+if TYPE_CHECKING:
+    from icmlora.base_models.modality import BaseModel
+
+_ASKED = "Write one example of the following. Write only the example itself, without a title or any comment.\n\n{about}"
+_PLAIN = "{about}\n\nExample:\n"
+_SHORTEST = 24  # characters of a text that says something
+
+
+def described_samples(base: BaseModel, about: str, count: int, tokens: int, *, seed: int = 0) -> list[str]:
+    """Let the base model write at most `count` different texts, of at most so many tokens each.
+
+    Raises:
+        DataError: It writes nothing.
+    """
+    from icmlora.base_models.kinds.continuations import variants
+
+    written = variants(base, _prompt(base, about), count, tokens, seed=seed)
+    texts = [text for text in dict.fromkeys(text.strip() for text in written) if len(text) >= _SHORTEST]
+    if not texts:
+        raise DataError(f"{base.label} writes nothing for this description", hint="give samples with --samples FILE")
+    return texts
+
+
+def described_context(about: str) -> TaskContext:
+    """Return the sentence itself as a context: what the base model writes from it says no more."""
+    return TaskContext(f"{about.strip()}{SEPARATOR}", ({"role": "system", "content": about.strip()},))
+
+
+def _prompt(base: BaseModel, about: str) -> Prompt:
+    if not getattr(base.tokenizer, "chat_template", None):
+        return Prompt(_PLAIN.format(about=about.strip()))
+    asked = {"role": "user", "content": _ASKED.format(about=about.strip())}
+    answered = {"role": "assistant", "content": "..."}  # shows where the answer begins
+    return given_prompts(base, [{"messages": [asked, answered]}])[0]

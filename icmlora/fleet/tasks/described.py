@@ -1,0 +1,89 @@
+"""Find tasks by a sentence: by the words of their names, notes, tags and cards. Imports neither torch nor numpy.
+
+A task is a document for SQLite's full-text index, which is made for the search, in memory, and ranks documents by BM25.
+"""
+
+from __future__ import annotations
+
+import re
+import sqlite3
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from icmlora.errors import DataError
+from icmlora.fleet.context import Context, use_case
+from icmlora.fleet.tasks.tasks import of_base_model
+from registry.errors import DamagedStore
+from registry.filters import Selection
+
+if TYPE_CHECKING:
+    from registry.records import TaskSummary
+    from registry.store import Store
+
+_LEAST = 0.01  # of the best score: words such as "the" are in every card, and say nothing
+_MOST_CARD = 16_384  # characters of a card that are read
+# What a word in each column is worth. Cards say much that all tasks share.
+_WEIGHTS = {"name": 8.0, "note": 6.0, "tags": 6.0, "card": 1.0}
+# Words with the same stem are the same; without accents.
+_TOKENS = "porter unicode61 remove_diacritics 2"
+_FRONT = re.compile(r"\A---\n.*?\n---\n", re.DOTALL)
+_COMMENT = re.compile(r"<!--.*?-->", re.DOTALL)
+_WORD = re.compile(r"\w+")
+
+
+@dataclass(frozen=True)
+class DescribedTask:
+    """A task that a description fits, and how well: BM25, more is better."""
+
+    task: str
+    score: float
+
+
+@use_case
+def find_described(
+    context: Context, description: str, *, base_model: str | None = None, limit: int = 20
+) -> list[DescribedTask]:
+    """Rank tasks by a description: by the words that it shares with their names, notes, tags and cards.
+
+    Args:
+        context: The store.
+        description: A sentence, or a few words. Rare words count more than frequent ones.
+        base_model: Only tasks of this base model.
+        limit: Return at most so many.
+
+    Raises:
+        DataError: The description has no word, or no task belongs to the base model.
+    """
+    words = list(dict.fromkeys(word.lower() for word in _WORD.findall(description)))
+    if not words:
+        raise DataError("the description has no word", hint="say in a few words what the task is")
+    with context.open(read_only=True) as store:
+        selection = of_base_model(store, Selection(base_model))
+        found = sqlite3.connect(":memory:")
+        try:
+            found.execute(f"CREATE VIRTUAL TABLE tasks USING fts5({', '.join(_WEIGHTS)}, tokenize='{_TOKENS}')")
+            found.executemany("INSERT INTO tasks VALUES (?, ?, ?, ?)", _documents(store, selection))
+            rank = f"bm25(tasks, {', '.join(map(str, _WEIGHTS.values()))})"
+            query = f"SELECT name, {rank} FROM tasks WHERE tasks MATCH ? ORDER BY 2, 1 LIMIT ?"  # noqa: S608
+            rows = found.execute(query, (" OR ".join(f'"{word}"' for word in words), limit)).fetchall()
+        finally:
+            found.close()
+    least = _LEAST * max((-score for _, score in rows), default=0.0)
+    return [DescribedTask(name, -score) for name, score in rows if -score > least]
+
+
+def _documents(store: Store, selection: Selection) -> Iterator[tuple[str, str, str, str]]:
+    for row in store.tasks.summaries(selection):
+        yield row.task.name, row.task.note or "", " ".join(row.task.tags), _card(store, row)
+
+
+def _card(store: Store, row: TaskSummary) -> str:
+    """Return what people wrote into a card: not its front matter, and not the comments of a template."""
+    if row.final.card is None:
+        return ""
+    try:
+        text = store.blobs.read(row.final.card)[:_MOST_CARD].decode("utf-8", "replace")
+    except DamagedStore:  # the other columns tell
+        return ""
+    return _COMMENT.sub("", _FRONT.sub("", text))
