@@ -44,6 +44,7 @@ class ChosenContext:
     samples: Sequence[Example | Chat]  # as they stand in it
     tokens: int
     length: int  # tokens that were taken of each text
+    is_enough: bool = False  # whether more samples would do nothing
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,11 +63,12 @@ class Prompted:
         return self.base.modality.measure(self.base, read.items, tokens).value
 
     def usable(self, examples: Sequence[Any]) -> list[Any]:
-        """Return the examples that the base model's chat template takes, where they are chats."""
-        if not self.base.modality.readable(self.base, examples, self.template).skipped:
-            return list(examples)
-        readable = self.base.modality.readable
-        return [example for example in examples if readable(self.base, [example], self.template).items]
+        """Return the chats that the base model's template takes; where it has none, those with a plain form as that."""
+        read = self.base.modality.readable(self.base, examples, self.template)
+        if read.skipped:
+            parts = (self.usable([example]) for example in examples) if len(examples) > 1 else ()
+            return [example for part in parts for example in part]
+        return [item if isinstance(item, Example) else one for one, item in zip(examples, read.items, strict=True)]
 
     def written(self, context: TaskContext) -> TaskContext:
         """Give a context of chats the text that stands before plain text, as the chat template writes it."""
@@ -86,6 +88,8 @@ class Prompted:
 
     def filled(self, chosen: ChosenContext, more: Sequence[Example | Chat], most: int) -> ChosenContext:
         """Put further samples before those of a context, as many as fit: there they matter least."""
+        if chosen.is_enough:
+            return chosen
         fit = self.fitting(more, chosen.length, self.limit(most) - chosen.tokens)
         return self.context_of([*fit, *chosen.samples], chosen.length) if fit else chosen
 
@@ -152,8 +156,8 @@ def choose_context(
     length = min(by_length, key=lambda length: search.nats(by_length[length]))
     best = min([by_length[length], *(prompted.fitting(order, length, most) for order in drawn[1:])], key=search.nats)
     fewer = search.fewer(best)
-    chosen = prompted.context_of(fewer, length)
-    return chosen if len(fewer) < len(best) else prompted.filled(chosen, others, most)
+    chosen = replace(prompted.context_of(fewer, length), is_enough=len(fewer) < len(best))
+    return prompted.filled(chosen, others, most)
 
 
 class _Search:

@@ -136,6 +136,18 @@ class TestTrain:
         assert "start" in {event["type"] for event in ran.events}
 
 
+class TestContext:
+    def test_it_is_worth_what_it_is_on_the_cpu(self, card: Icm, icm: Icm, trained: Path, tmp_path: Path) -> None:
+        words = ("context", "poems", "--samples", write_samples(tmp_path / "geese.jsonl", "grey geese"), "--json")
+        on_card, on_cpu = card(*words).document["measured"], icm(*words, *CPU).document["measured"]
+        for name in ("neither", "context", "adapter", "both"):
+            assert on_card[name] == pytest.approx(on_cpu[name], rel=0.01)
+
+    def test_an_adapter_is_made_from_a_sentence(self, card: Icm, on_card: Path, tmp_path: Path) -> None:
+        words = ("--description", "songs of geese", "--count", "4", "-o", tmp_path / "out", "--json")
+        assert card("generate", "geese", *words).document["described"] is True
+
+
 class TestEval:
     def test_the_figures_are_those_of_the_cpu(self, card: Icm, icm: Icm, learned: Fleet) -> None:
         store = ("--store", learned.path)

@@ -1,0 +1,105 @@
+"""The choice of a context among samples, and what it and an adapter are worth."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from icmlora.base_models.examples.chats import Chat
+from icmlora.base_models.examples.examples import Example, plain
+from icmlora.base_models.modality import BaseModel
+from icmlora.errors import DataError
+from icmlora.fewshot.context_choice import Prompted, choose_context
+from icmlora.fewshot.guard import Guard, left_out
+from tests.icmlora.tiny_base import load_tiny_base
+
+TEXTS = plain(f"text {number:02d}, some more words" for number in range(24))
+
+
+@pytest.fixture
+def prompted(tmp_path: Path) -> Prompted:
+    return Prompted(load_tiny_base(tmp_path / "base"))
+
+
+def told(prompted: Prompted, monkeypatch: pytest.MonkeyPatch, worth: dict[str, float]) -> list[str]:
+    """Have contexts be as good as the best piece of text in them says; return those that are looked at."""
+    seen: list[str] = []
+
+    def nats(self: Prompted, context: object, examples: object, tokens: int = 0) -> float:
+        text = getattr(context, "text", "")
+        seen.append(text)
+        return 1.0 - max((gain for piece, gain in worth.items() if piece in text), default=0.0)
+
+    monkeypatch.setattr(Prompted, "nats", nats)
+    return seen
+
+
+def test_no_context_is_longer_than_was_asked(prompted: Prompted) -> None:
+    for most in (30, 60, 200):
+        chosen = choose_context(prompted, TEXTS, most)
+        assert 0 < chosen.tokens <= most
+        assert all(sample.completion in chosen.context.text for sample in chosen.samples)  # type: ignore[union-attr]
+
+
+def test_no_context_fills_what_the_base_model_reads(prompted: Prompted) -> None:
+    base = prompted.base
+    short = Prompted(BaseModel(**{**vars(base), "positions": 100}))
+    assert choose_context(short, TEXTS, 10_000).tokens <= 75
+
+
+def test_samples_that_bring_nothing_are_left_out(prompted: Prompted, monkeypatch: pytest.MonkeyPatch) -> None:
+    told(prompted, monkeypatch, {"text": 0.5})
+    assert len(choose_context(prompted, TEXTS, 500).samples) == 1
+
+
+def test_all_stay_where_each_brings_something(prompted: Prompted, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Prompted, "nats", lambda self, context, examples, tokens=0: 1 / (1 + len(context.text)))
+    assert len(choose_context(prompted, TEXTS, 5_000).samples) == len(TEXTS)
+
+
+def test_the_texts_that_tell_are_not_among_those_that_are_tried(
+    prompted: Prompted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = told(prompted, monkeypatch, {})
+    choose_context(prompted, TEXTS, 5_000)
+    assert all("text 00" not in text for text in seen)
+
+
+def test_questions_are_never_cut(prompted: Prompted) -> None:
+    pairs = [Example(f"{number} " * 100, "yes") for number in range(12)]
+    chosen = choose_context(prompted, pairs, 1_000)
+    assert all(sample in pairs for sample in chosen.samples)
+
+
+def test_where_none_is_short_enough_that_is_said(prompted: Prompted) -> None:
+    with pytest.raises(DataError, match="no sample is short enough for a context of 20 tokens"):
+        choose_context(prompted, [Example("x" * 50, "y")], 20)
+
+
+def test_chats_have_their_plain_form_where_there_is_no_template(prompted: Prompted) -> None:
+    turns = ({"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "four"})
+    assert prompted.usable([Chat(turns, (1,), plain=("2 + 2?", "four"))]) == [Example("2 + 2?", "four")]
+
+
+@pytest.mark.one_case
+@pytest.mark.parametrize(
+    ("losses", "recommended"),
+    [
+        ((3.0, 2.5, 2.5, 2.0), "both"),
+        ((3.0, 2.0, 2.5, 2.0), "context"),
+        ((3.0, 2.5, 2.0, 1.99), "adapter"),
+        ((3.0, 3.1, 3.2, 3.3), "neither"),
+    ],
+)
+def test_the_cheapest_of_what_is_about_as_good_is_recommended(
+    losses: tuple[float, float, float, float], recommended: str
+) -> None:
+    assert Guard(*losses, samples=4).recommended == recommended
+
+
+def test_what_is_left_out_comes_from_all_over(prompted: Prompted) -> None:
+    held, others = left_out(TEXTS)
+    assert [TEXTS.index(sample) for sample in held] == [0, 6, 12, 18]
+    assert sorted(held + others, key=TEXTS.index) == list(TEXTS)
+    assert left_out(TEXTS[:7]) == ([], list(TEXTS[:7]))
