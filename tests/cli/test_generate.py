@@ -37,10 +37,10 @@ def out(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def generate(icm: Icm, started: Path, samples: Path, out: Path) -> Callable[..., Ran]:
-    """Return a function that generates `geese` with some more options."""
+    """Return a function that generates `geese` with some more options; without a context, unless one asks for it."""
 
     def call(*options: object, name: str = "geese", file: Path = samples, folder: Path = out) -> Ran:
-        return icm("generate", name, "--samples", file, "-o", folder, "--device", "cpu", *options)
+        return icm("generate", name, "--samples", file, "-o", folder, "--device", "cpu", "--context", "0", *options)
 
     return call
 
@@ -105,7 +105,7 @@ def test_the_same_samples_give_the_same_bytes(generate: Generate, tmp_path: Path
 
 
 def test_text_tells_the_losses_and_that_it_is_to_be_measured(generate: Generate, out: Path) -> None:
-    ran = generate("--context", "0")
+    ran = generate()
     assert ran.out == f"{out}\n"
     assert "geese from 20 samples, rank 4" in ran.err
     assert "nats per token on these samples" in ran.err
@@ -122,7 +122,7 @@ def test_the_samples_are_kept_as_context_and_the_two_are_measured_on_others(gene
     card = (out / "README.md").read_text()
     assert "context.txt" in card
     assert f"to be served | {document['measured']['recommended']}" in card
-    assert "nats per token on 4 samples left out: neither " in generate("--force").err
+    assert "nats per token on 4 samples left out: neither " in generate("--context", "100", "--force").err
 
 
 def test_quiet_prints_the_folder_alone(generate: Generate, out: Path) -> None:

@@ -40,7 +40,8 @@ def register(icm: Icm, started: Path, tmp_path: Path, folder: Path) -> Callable[
 
     def call(*options: object) -> Ran:
         samples = write_lines(tmp_path / "geese.jsonl", LINES)
-        return icm("generate", "geese", "--samples", samples, "-o", folder, "--device", "cpu", "--register", *options)
+        given = "--samples", samples, "-o", folder, "--device", "cpu", "--register", "--context", "0"
+        return icm("generate", "geese", *given, *options)
 
     return call
 
@@ -69,7 +70,7 @@ def test_the_task_is_listed_with_its_code_and_without_an_original(icm: Icm, regi
 
 
 def test_its_context_is_kept_with_it(icm: Icm, register: Register, folder: Path, tmp_path: Path) -> None:
-    register()
+    register("--context", "100")
     icm("materialize", "geese", "-o", tmp_path / "again")
     assert (tmp_path / "again" / "context.txt").read_bytes() == (folder / "context.txt").read_bytes()
 
