@@ -1,10 +1,11 @@
 """What codes keep of the effect of their adapters on texts that nothing was fitted to, beside what they were made for.
 
-    python -m tests.benchmarks.kept_effect --store STORE [--store STORE]... [--texts N] [--out FILE.json]
+    python -m tests.benchmarks.kept_effect --store STORE [--store STORE]... [--texts N] [--dtype D] [--out FILE.json]
 
 A store is a trained one with its originals and base model; it is only read. For each task whose code was made for a
 share of the effect: that share, the share on the samples that were held back, and the share on the task's own held-out
-text, in float32. Bytes are those of the code and of the task's vectors.
+text, with the base model in float32 unless --dtype says otherwise. Bytes are those of the code and of the task's
+vectors.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class Kept:
     bf16_bytes: int
 
 
-def measured(folder: Path, texts: int) -> Iterator[Kept]:
+def measured(folder: Path, texts: int, dtype: torch.dtype) -> Iterator[Kept]:
     """Measure the codes of a store."""
     context = Context(folder)
     with context.open(read_only=True) as store:
@@ -55,7 +56,7 @@ def measured(folder: Path, texts: int) -> Iterator[Kept]:
             code = None if generator is None else store.codes.get(name, generator.id)
             if generator is None or code is None or code.effect is None or code.asked is None or not code.asked.keep:
                 continue
-            base = models.base(task.base_model, torch.float32)
+            base = models.base(task.base_model, dtype)
             original, data = read_original(store, final), store.blobs.read(code.blob)
             codec = codec_of_task(store, models.generator_file(generator), code, original.layout)
             items = base.modality.prepare(base, own_text(store, task, base).examples, TOKENS, whole=True)[:texts]
@@ -77,17 +78,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--store", type=Path, action="append", required=True)
     parser.add_argument("--texts", type=int, default=16, help="held-out texts of a task at most (default 16)")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the base model")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "kept-effect.json")
     options = parser.parse_args()
     rows: list[Kept] = []
     for store in options.store:
-        for kept in measured(store, options.texts):
+        for kept in measured(store, options.texts, getattr(torch, options.dtype)):
             rows.append(kept)
             print(json.dumps(asdict(kept)), flush=True)
     document = {
         "date": datetime.now(UTC).date().isoformat(),
         "machine": describe_machine(),
         "texts": options.texts,
+        "dtype": options.dtype,
         "mean_on_other_text": round(mean(row.on_other_text for row in rows), 4),
         "furthest_from_asked": round(max(abs(row.on_other_text - row.asked) for row in rows), 4),
         "share_of_bf16": round(sum(row.bytes for row in rows) / sum(row.bf16_bytes for row in rows), 5),
