@@ -23,7 +23,7 @@ def samples(tmp_path: Path) -> Path:
 
 
 def choose(icm: Icm, samples: Path, *options: object) -> Ran:
-    return icm("context", "poems", "--samples", samples, "--device", "cpu", *options)
+    return icm("context", "poems", "--samples", samples, "--tokens", "200", "--device", "cpu", *options)
 
 
 def test_a_context_is_kept_and_written_with_the_adapter(icm: Icm, trained: Path, samples: Path, tmp_path: Path) -> None:
