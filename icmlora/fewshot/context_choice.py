@@ -33,6 +33,9 @@ _OTHERS, _LEAST_SHARE = 6, 3  # samples that tell which candidate is best: at mo
 _LENGTHS = (128, 64, 256)  # tokens of a text that are taken
 _DRAWS = 3
 _SHARE_OF_POSITIONS = 0.75  # of what a base model reads: the request has to fit too
+_BLOCK = 32  # tokens; vLLM's blocks have 16 on a card, and a multiple of this on a CPU
+_LONG = 16 * _BLOCK  # tokens of a context from which on a part of a block is little of it
+_ATTEMPTS = 4  # at cutting a text to a length: what is left of it may have other tokens
 _OF_A_TURN = 8  # tokens that a chat template writes around a message, about
 
 
@@ -79,8 +82,8 @@ class Prompted:
         return replace(context, text=read.items[0].text) if read.items else context
 
     def context_of(self, samples: Sequence[Example | Chat], length: int) -> ChosenContext:
-        """Make the context of some samples, in their order."""
-        return self.chosen(self.written(TaskContext.of(samples)), samples, length)
+        """Make the context of some samples, in their order; a long one of texts has whole blocks of tokens."""
+        return self.chosen(self.written(TaskContext.of(self._in_blocks(samples))), samples, length)
 
     def chosen(self, context: TaskContext, samples: Sequence[Example | Chat] = (), length: int = 0) -> ChosenContext:
         """Count the tokens of a context."""
@@ -108,6 +111,24 @@ class Prompted:
                 taken.append(one)
                 most -= used
         return taken
+
+    def _in_blocks(self, samples: Sequence[Example | Chat]) -> Sequence[Example | Chat]:
+        """Cut the beginning of the first of some texts, so that an engine's prefix cache holds all of the context.
+
+        It keeps whole blocks of tokens only, and reads the rest of a context again for each request.
+        """
+        first, tokenizer = samples[0], self.base.tokenizer
+        if not all(isinstance(sample, Example) and not sample.prompt for sample in samples):
+            return samples
+        assert isinstance(first, Example)
+        for _ in range(_ATTEMPTS):
+            total = len(tokenizer(TaskContext.of([first, *samples[1:]]).text)["input_ids"])
+            ids, over = tokenizer(first.completion, add_special_tokens=False)["input_ids"], total % _BLOCK
+            if not over or len(ids) <= over or total < _LONG:
+                break
+            text = str(tokenizer.decode(ids[over:], clean_up_tokenization_spaces=False))
+            first = replace(first, completion=text.lstrip("\N{REPLACEMENT CHARACTER}"))
+        return [first, *samples[1:]]
 
     def _cut(self, sample: Example | Chat, length: int) -> Example | Chat:
         """Cut a plain text; a question without its answer, or a chat without its end, would be no sample."""

@@ -1,6 +1,6 @@
 """Serve tasks with contexts through the gateway from a real vLLM: are answers right, and what does a context cost?
 
-    python -m tests.benchmarks.serving.context STORE BASE --fleet F --vllm PYTHON [--tokens 1500] [--out FILE.json]
+    python -m tests.benchmarks.serving.context STORE BASE --fleet F --vllm PYTHON [--tokens 1536] [--out FILE.json]
 
 STORE, BASE, F and PYTHON are as for `tests.benchmarks.serving.vllm`. Each task gets a context of its samples, F's
 samples.jsonl, in a copy of the store. Everything runs in float32, so that greedy decoding has one right answer.
@@ -21,13 +21,15 @@ import tempfile
 import urllib.request
 from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from transformers import AutoTokenizer
 
 from icmlora import Fleet
-from icmlora.base_models.examples.context import SEPARATOR, TaskContext
-from icmlora.base_models.examples.examples import Example
+from icmlora.base_models.examples.context import TaskContext
+from icmlora.base_models.examples.examples import plain
+from icmlora.fewshot.context_choice import Prompted
 from icmlora.fleet.few_shot.task_context import kept_files
 from registry.store import Store
 from tests.benchmarks.performance.machine import describe_machine
@@ -35,6 +37,8 @@ from tests.benchmarks.serving.vllm import Server, gateway, parser_of, prompts_of
 
 RESULT = Path(__file__).parents[1] / "results" / "vllm-context.json"
 LENGTH = 2048  # tokens of the longest request
+BLOCK = "32"  # tokens of a block of vLLM's cache: the smallest on a CPU, where it takes 128 by itself; 16 on a card
+PIECE = 128  # tokens of a sample in a context
 WARM = 3  # requests of each task that find its context read
 SHORT = 100  # characters of a prompt
 
@@ -42,15 +46,16 @@ SHORT = 100  # characters of a prompt
 def main() -> None:
     """Measure, print, write JSON."""
     parser = parser_of(__doc__, RESULT)
-    parser.add_argument("--tokens", type=int, default=1500, help="of each context")
+    parser.add_argument("--tokens", type=int, default=1536, help="of each context, at most")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="vllm-") as folder:
         work = Path(folder)
         shutil.copytree(options.store, work / "store")
         options.store = str(work / "store")
-        contexts = give_contexts(options)
+        (work / "folders").mkdir()  # vLLM's own resolver of folders insists on it
+        contexts, caching = give_contexts(options), ("--enable-prefix-caching", "--block-size", BLOCK)
         with (
-            started(options, work, "--enable-prefix-caching", plug_in=False, length=LENGTH) as alone,
+            started(options, work, *caching, plug_in=False, length=LENGTH) as alone,
             gateway(options, work, alone, "--max-adapters", "64") as server,
         ):
             found = measured(options, server, contexts)
@@ -58,6 +63,7 @@ def main() -> None:
         "date": datetime.now(UTC).date().isoformat(),
         "machine": describe_machine(),
         "vllm": version(options.vllm),
+        "block": int(BLOCK),
         "tasks": len(contexts),
         "tokens": [min(map(_tokens, contexts.values())), max(map(_tokens, contexts.values()))],
         **found,
@@ -69,12 +75,12 @@ def main() -> None:
 def give_contexts(options: argparse.Namespace) -> dict[str, tuple[TaskContext, int]]:
     """Give each task with samples a context of them, as long as is asked for; return these, with their lengths."""
     tokenizer, found = AutoTokenizer.from_pretrained(options.base), {}
+    prompted = Prompted(SimpleNamespace(tokenizer=tokenizer, positions=None))  # type: ignore[arg-type]
     with Store.open(options.store) as store:
         for task in Fleet(options.store).task_names():
             lines = (options.fleet / task / "samples.jsonl").read_text(encoding="utf-8").split("\n")
-            texts = [json.loads(line)["text"] for line in lines if line]
-            ids = tokenizer(SEPARATOR.join(texts))["input_ids"][: options.tokens]
-            context = TaskContext.of([Example("", tokenizer.decode(ids))])
+            samples = plain(json.loads(line)["text"] for line in lines if line)
+            context = prompted.context_of(prompted.fitting(samples, PIECE, options.tokens), PIECE).context
             store.tasks.set_files(task, kept_files(store.blobs, context.files))
             found[task] = context, len(tokenizer(context.text)["input_ids"])
     return found

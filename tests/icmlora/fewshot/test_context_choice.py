@@ -39,7 +39,14 @@ def test_no_context_is_longer_than_was_asked(prompted: Prompted) -> None:
     for most in (30, 60, 200):
         chosen = choose_context(prompted, TEXTS, most)
         assert 0 < chosen.tokens <= most
-        assert all(sample.completion in chosen.context.text for sample in chosen.samples)  # type: ignore[union-attr]
+        assert all(sample.completion in chosen.context.text for sample in chosen.samples[1:])  # type: ignore[union-attr]
+
+
+def test_a_long_context_of_texts_has_whole_blocks_of_tokens(prompted: Prompted) -> None:
+    texts = plain(f"text {number:02d}, " + "some more words " * 4 for number in range(24))
+    for most in (600, 700, 800):
+        text = choose_context(prompted, texts, most).context.text
+        assert len(prompted.base.tokenizer(text)["input_ids"]) % 32 == 0
 
 
 def test_no_context_fills_what_the_base_model_reads(prompted: Prompted) -> None:
