@@ -64,12 +64,14 @@ class Score:
         count: How many predictions were scored.
         utf8_bytes: Length in UTF-8 of the scored text, at least 1; 1 where there is no text.
         others: Further figures to print beside the metric, by name.
+        of_each: The metric of each example that was scored, where it is a mean over them.
     """
 
     value: float
     count: int
     utf8_bytes: int = 1
     others: Mapping[str, float] = field(default_factory=dict)
+    of_each: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)

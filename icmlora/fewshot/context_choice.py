@@ -1,11 +1,11 @@
 """Choose the context of a task among its samples: how much of each, which, in what order, and how many.
 
-    samples ──most──▶ candidates, before each of the others ──▶ loss of these ──▶ the candidate with the least
-       └──a third, at most 6: the others
+    samples ──most──▶ candidates, before each of the others ──▶ losses of these ──▶ a better candidate
+       └──a third, at most 12: the others
 
-A candidate is the samples in a drawn order, as many as fit. First comes how much of each text is taken, then the draw,
-then how many are needed: half of them are left out as long as that costs nothing, because they cost time at every
-request. What is left of the limit goes to the samples that told which is best.
+The first candidate has as many samples as fit, in their order, and of each text as much as lets all fit: at least 80
+tokens. What differs from it has to be better beyond the noise of a few texts: measured, the candidate with the least
+loss was often worse than the first (docs/results/LOG.md, 2026-11-30). In the end the others take part too.
 """
 
 from __future__ import annotations
@@ -23,19 +23,22 @@ from icmlora.errors import DataError
 
 if TYPE_CHECKING:
     from icmlora.base_models.examples.chat_template import Templates
-    from icmlora.base_models.modality import BaseModel
+    from icmlora.base_models.modality import BaseModel, Score
 
 MOST_TOKENS = 1536
 """Of a context, unless the user says otherwise."""
 SCORED_TOKENS = 128
 """Of each text, that are scored behind a context."""
-_OTHERS, _LEAST_SHARE = 6, 3  # samples that tell which candidate is best: at most six, and one of three
-_LENGTHS = (128, 64, 256)  # tokens of a text that are taken
-_DRAWS = 3
+_OTHERS, _LEAST_SHARE = 12, 3  # samples that tell which candidate is best: at most twelve, and one of three
+_SHORTEST, _LONGEST, _BETWEEN = 80, 256, 2  # tokens of a text that are taken, and between two
+_DRAWS = 2  # other orders that are tried, where not all samples fit
+_SURE = 2.0  # standard errors by which a candidate has to be better
+_HARDLY = 0.02  # share of what a context brings that fewer samples may cost
 _SHARE_OF_POSITIONS = 0.75  # of what a base model reads: the request has to fit too
 _BLOCK = 32  # tokens; vLLM's blocks have 16 on a card, and a multiple of this on a CPU
 _LONG = 16 * _BLOCK  # tokens of a context from which on a part of a block is little of it
 _ATTEMPTS = 4  # at cutting a text to a length: what is left of it may have other tokens
+_USUAL = 5  # candidates that are read
 _OF_A_TURN = 8  # tokens that a chat template writes around a message, about
 
 
@@ -57,13 +60,13 @@ class Prompted:
     base: BaseModel
     template: Templates | None = None  # that came with the adapter
 
-    def nats(self, context: TaskContext | None, examples: Sequence[Any], tokens: int = SCORED_TOKENS) -> float:
+    def score(self, context: TaskContext | None, examples: Sequence[Any], tokens: int = SCORED_TOKENS) -> Score:
         """Return the loss in nats per token; of the examples, not of what stands before them."""
         shown = examples if context is None else [context.before(example) for example in examples]
         read = self.base.modality.readable(self.base, shown, self.template)
         if not read.items:
             raise DataError(f"no sample can be read behind others: {read.reason}")
-        return self.base.modality.measure(self.base, read.items, tokens).value
+        return self.base.modality.measure(self.base, read.items, tokens)
 
     def usable(self, examples: Sequence[Any]) -> list[Any]:
         """Return the chats that the base model's template takes; where it has none, those with a plain form as that."""
@@ -154,58 +157,102 @@ def choose_context(
     prompted: Prompted,
     samples: Sequence[Example | Chat],
     most_tokens: int = MOST_TOKENS,
+    *,
+    total: int | None = None,
     tell: Callable[[int, int], None] = lambda done, of: None,
 ) -> ChosenContext:
-    """Choose a context with the adapter that is on the base model; `tell` gets the candidates done, and of how many.
+    """Choose a context with the adapter that is on the base model.
+
+    Args:
+        prompted: What reads them.
+        samples: The samples.
+        most_tokens: Of the context.
+        total: How many samples there will be in the end, if others are to be filled in.
+        tell: Gets how many candidates were read, and of about how many.
 
     Raises:
         DataError: No sample fits.
     """
-    most = prompted.limit(most_tokens)
+    most, total = prompted.limit(most_tokens), total or len(samples)
     every = max(_LEAST_SHARE, -(-len(samples) // _OTHERS))
     others = samples[::every] if len(samples) >= 2 * _LEAST_SHARE else []
     pool = [sample for place, sample in enumerate(samples) if not others or place % every]
-    first, length = prompted.fitting(pool, _LENGTHS[0], most), _LENGTHS[0]
+    length = min(_LONGEST, max(_SHORTEST, most // total - _BETWEEN))
+    # As much of the limit as the pool is of all samples, or a candidate would be longer than what it stands for.
+    room = max(most * len(pool) // total, min(most, _LONGEST))
+    first = prompted.fitting(pool, length, room) or prompted.fitting(pool, length, most)
     if not first:
         raise DataError(f"no sample is short enough for a context of {most} tokens", hint="allow more tokens")
     if not others:
         return prompted.context_of(first, length)
-    lengths = _LENGTHS if all(isinstance(one, Example) and not one.prompt for one in pool) else _LENGTHS[:1]
-    search = _Search(prompted, others, tell, len(lengths) + _DRAWS)
-    drawn = [_shuffled(pool, seed) for seed in range(_DRAWS)]
-    by_length = {length: prompted.fitting(drawn[0], length, most) for length in lengths}
-    length = min(by_length, key=lambda length: search.nats(by_length[length]))
-    best = min([by_length[length], *(prompted.fitting(order, length, most) for order in drawn[1:])], key=search.nats)
-    fewer = search.fewer(best)
-    chosen = replace(prompted.context_of(fewer, length), is_enough=len(fewer) < len(best))
+    search = _Search(prompted, others, tell)
+    best = search.best(first, length, pool, room)
+    fewer = search.fewer(best.samples)
+    is_enough = len(fewer) < len(best.samples)
+    chosen = replace(prompted.context_of(fewer, best.length), is_enough=is_enough)
     return prompted.filled(chosen, others, most)
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    samples: Sequence[Example | Chat]
+    length: int
 
 
 class _Search:
     """Looks at candidates; each is read once."""
 
-    def __init__(
-        self, prompted: Prompted, others: Sequence[Example | Chat], tell: Callable[[int, int], None], count: int
-    ) -> None:
-        self._prompted, self._others, self._tell, self._count = prompted, others, tell, count
-        self._known: dict[tuple[int, ...], tuple[Sequence[Any], float]] = {}
+    def __init__(self, prompted: Prompted, others: Sequence[Example | Chat], tell: Callable[[int, int], None]) -> None:
+        self._prompted, self._others, self._tell = prompted, others, tell
+        self._known: dict[tuple[int, ...], tuple[Sequence[Any], torch.Tensor]] = {}
 
-    def nats(self, candidate: Sequence[Example | Chat]) -> float:
-        """Return the loss of the others behind a candidate; infinite where no sample fits."""
-        if not candidate:
-            return float("inf")
-        key = tuple(map(id, candidate))
+    def best(
+        self, first: Sequence[Example | Chat], length: int, pool: Sequence[Example | Chat], room: int
+    ) -> _Candidate:
+        """Return the first candidate, or one that is better for sure: with longer or shorter texts, or other ones."""
+        found = _Candidate(first, length)
+        fit = self._prompted.fitting
+        if all(isinstance(one, Example) and not one.prompt for one in pool):
+            for other in (2 * length, length // 2):
+                found = self._better(found, _Candidate(fit(pool, other, room), other))
+        if len(found.samples) < len(pool):
+            for seed in range(_DRAWS):
+                found = self._better(found, _Candidate(fit(_shuffled(pool, seed), found.length, room), found.length))
+        return found
+
+    def fewer(self, samples: Sequence[Example | Chat]) -> Sequence[Example | Chat]:
+        """Leave out the first half, and again, as long as that costs hardly anything for sure."""
+        allowed = _HARDLY * max(0.0, float((self._nats(()) - self._nats(samples)).mean()))
+        all_of_them = samples
+        while len(samples) > 1:
+            half = samples[len(samples) // 2 :]
+            mean, error = _estimate(self._nats(half) - self._nats(all_of_them))
+            if mean + _SURE * error > allowed:
+                break
+            samples = half
+        return samples
+
+    def _better(self, one: _Candidate, other: _Candidate) -> _Candidate:
+        if not other.samples:
+            return one
+        mean, error = _estimate(self._nats(one.samples) - self._nats(other.samples))
+        return other if mean > _SURE * error else one
+
+    def _nats(self, samples: Sequence[Example | Chat]) -> torch.Tensor:
+        """Return the loss of each of the others behind some samples, in nats per token."""
+        key = tuple(map(id, samples))
         if key not in self._known:
-            context = self._prompted.context_of(candidate, 0).context
-            self._known[key] = candidate, self._prompted.nats(context, self._others)
-            self._tell(len(self._known), max(self._count, len(self._known)))
+            context = self._prompted.context_of(samples, 0).context if samples else None
+            of_each = self._prompted.score(context, self._others).of_each
+            self._known[key] = samples, torch.tensor(of_each, dtype=torch.float64)
+            self._tell(len(self._known), max(_USUAL, len(self._known)))
         return self._known[key][1]
 
-    def fewer(self, candidate: Sequence[Example | Chat]) -> Sequence[Example | Chat]:
-        """Leave out the first half, and again, as long as that costs nothing."""
-        while len(candidate) > 1 and self.nats(half := candidate[len(candidate) // 2 :]) <= self.nats(candidate):
-            candidate = half
-        return candidate
+
+def _estimate(differences: torch.Tensor) -> tuple[float, float]:
+    """Return the mean of some differences, and its standard error; of a single one that is not known."""
+    error = float(differences.std() / len(differences) ** 0.5) if len(differences) > 1 else float("inf")
+    return float(differences.mean()), error
 
 
 def _shuffled(samples: Sequence[Example | Chat], seed: int) -> list[Example | Chat]:

@@ -84,11 +84,12 @@ def nll(
     starts = range(0, len(scored), batch_size)
     reader = _Reader(model, device or model.device)
     batches = (scored[start : start + batch_size] for start in starts)
-    nats = math.fsum(value for batch in batches for value in reader.nats(batch))
+    nats = [value for batch in batches for value in reader.nats(batch)]
     spelled = (tokenizer.decode(run, clean_up_tokenization_spaces=False) for item in scored for run in _runs(item))
     # A character that a limit cuts counts as three bytes.
     count, utf8_bytes = sum(item.count for item in scored), sum(len(str(text).encode()) for text in spelled)
-    return Score(nats / count, count, max(1, utf8_bytes))
+    of_each = tuple(value / item.count for value, item in zip(nats, scored, strict=True))
+    return Score(math.fsum(nats) / count, count, max(1, utf8_bytes), of_each=of_each)
 
 
 def _runs(item: Scored) -> list[list[int]]:

@@ -285,7 +285,7 @@ def _with_context(
     adapter = make(base.modality.readable(base, others).items)
     with added(base.model, factors_of(adapter)):
         tell = partial(context.progress, note="choosing the context")
-        chosen = choose_context(prompted, others, tokens, tell)
+        chosen = choose_context(prompted, others, tokens, total=len(samples), tell=tell)
         with_adapter = both_ways(prompted, chosen.context, held)
     guard = guard_of(both_ways(prompted, chosen.context, held), with_adapter, len(held))
     is_enough = not held or len(samples) >= _ENOUGH

@@ -93,7 +93,8 @@ def set_context(
         found = usable_samples(prompted, data, path, count)
         held, others = left_out(found)
         with _on(base, codes, chosen):
-            made = choose_context(prompted, others, tokens, partial(context.progress, note="choosing the context"))
+            tell = partial(context.progress, note="choosing the context")
+            made = choose_context(prompted, others, tokens, total=len(found), tell=tell)
             with_adapter = both_ways(prompted, made.context, held)
         guard = guard_of(both_ways(prompted, made.context, held), with_adapter, len(held))
         made = prompted.filled(made, held, tokens)
@@ -138,7 +139,7 @@ def usable_samples(prompted: Prompted, data: bytes, path: Path | None, count: in
 
 def both_ways(prompted: Prompted, context: TaskContext, held: Sequence[Any]) -> tuple[float, float] | None:
     """Return the loss of samples without and with a context before them; None if there are none."""
-    return (prompted.nats(None, held), prompted.nats(context, held)) if held else None
+    return (prompted.score(None, held).value, prompted.score(context, held).value) if held else None
 
 
 def guard_of(

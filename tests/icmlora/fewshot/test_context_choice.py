@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 
 from icmlora.base_models.examples.chats import Chat
+from icmlora.base_models.examples.context import TaskContext
 from icmlora.base_models.examples.examples import Example, plain
-from icmlora.base_models.modality import BaseModel
+from icmlora.base_models.modality import BaseModel, Score
 from icmlora.errors import DataError
 from icmlora.fewshot.context_choice import Prompted, choose_context
 from icmlora.fewshot.guard import Guard, left_out
@@ -22,16 +24,16 @@ def prompted(tmp_path: Path) -> Prompted:
     return Prompted(load_tiny_base(tmp_path / "base"))
 
 
-def told(prompted: Prompted, monkeypatch: pytest.MonkeyPatch, worth: dict[str, float]) -> list[str]:
-    """Have contexts be as good as the best piece of text in them says; return those that are looked at."""
+def told(monkeypatch: pytest.MonkeyPatch, nats: Callable[[str, int], float]) -> list[str]:
+    """Have the losses behind a context follow from its text and the number of the example; return what is read."""
     seen: list[str] = []
 
-    def nats(self: Prompted, context: object, examples: object, tokens: int = 0) -> float:
-        text = getattr(context, "text", "")
-        seen.append(text)
-        return 1.0 - max((gain for piece, gain in worth.items() if piece in text), default=0.0)
+    def score(self: Prompted, context: TaskContext | None, examples: Sequence[object], tokens: int = 0) -> Score:
+        seen.append("" if context is None else context.text)
+        each = tuple(nats(seen[-1], number) for number in range(len(examples)))
+        return Score(sum(each) / len(each), len(each), of_each=each)
 
-    monkeypatch.setattr(Prompted, "nats", nats)
+    monkeypatch.setattr(Prompted, "score", score)
     return seen
 
 
@@ -56,19 +58,34 @@ def test_no_context_fills_what_the_base_model_reads(prompted: Prompted) -> None:
 
 
 def test_samples_that_bring_nothing_are_left_out(prompted: Prompted, monkeypatch: pytest.MonkeyPatch) -> None:
-    told(prompted, monkeypatch, {"text": 0.5})
+    told(monkeypatch, lambda text, number: 0.5 if text else 1.0)
     assert len(choose_context(prompted, TEXTS, 500).samples) == 1
 
 
 def test_all_stay_where_each_brings_something(prompted: Prompted, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Prompted, "nats", lambda self, context, examples, tokens=0: 1 / (1 + len(context.text)))
+    told(monkeypatch, lambda text, number: 1 - len(text) / 5_000)
     assert len(choose_context(prompted, TEXTS, 5_000).samples) == len(TEXTS)
+
+
+def test_what_only_some_texts_find_better_is_not_chosen(prompted: Prompted, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = told(monkeypatch, lambda text, number: 1.0)
+    choose_context(prompted, TEXTS, 300)
+    seen = told(monkeypatch, lambda text, number: 0.0 if (text != first[0]) == (number % 2 == 0) else 0.9)
+    chosen = choose_context(prompted, TEXTS, 300)
+    assert len(set(seen)) > 2
+    assert chosen.context.text.endswith(first[0][-60:])
+
+
+def test_what_all_texts_find_better_is(prompted: Prompted, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = plain(f"{number:02d} " + "some more words " * 30 for number in range(12))
+    told(monkeypatch, lambda text, number: 1 - max(map(len, text.split("\n\n"))) / 1_000)
+    assert choose_context(prompted, texts, 1_500).length == 160
 
 
 def test_the_texts_that_tell_are_not_among_those_that_are_tried(
     prompted: Prompted, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen = told(prompted, monkeypatch, {})
+    seen = told(monkeypatch, lambda text, number: 1.0)
     choose_context(prompted, TEXTS, 5_000)
     assert all("text 00" not in text for text in seen)
 
