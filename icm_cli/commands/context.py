@@ -37,10 +37,10 @@ def context(
 ) -> None:
     """Choose samples that stand before the requests for a task, and measure what they are worth.
 
-    A base model that reads a few samples before a request does better, also with an adapter. icm tries how much of each
-    sample, which, in what order and how many, by the loss on other samples, and keeps the best with the adapter:
-    `icm materialize` writes context.txt and, for chats, context.json, and `icm serve` puts it before requests that ask
-    for it. It needs the base model.
+    A base model that reads a few samples before a request often does better, with an adapter too. icm takes as many as
+    fit, or longer, shorter or fewer ones where other samples show that these are better. The context is kept with the
+    adapter: `icm materialize` writes context.txt and, for chats, context.json, and `icm serve` puts it before requests
+    that ask for it. It needs the base model.
 
     Example:
       icm context shakespeare --samples plays.jsonl
