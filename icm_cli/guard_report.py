@@ -26,14 +26,14 @@ def tell_guard(session: Session, guard: Guard | None) -> None:
         session.out.note(_TOO_FEW)
         return
     session.out.note(f"measured on {counted(guard.samples, 'sample')} that neither context nor adapter saw:")
-    session.out.listing(_FIELDS, [(name, nats, name == guard.recommended) for name, nats in _losses(guard).items()])
+    session.out.listing(_FIELDS, [(name, nats, name == guard.recommended) for name, nats in guard.losses.items()])
 
 
 def guard_text(guard: Guard | None) -> str:
     """Say the same in one line."""
     if guard is None:
         return _TOO_FEW
-    losses = ", ".join(f"{name} {nats:.3f}" for name, nats in _losses(guard).items())
+    losses = ", ".join(f"{name} {nats:.3f}" for name, nats in guard.losses.items())
     where = f"nats per token on {counted(guard.samples, 'sample')} left out"
     return f"{where}: {losses}; serve {_SERVE[guard.recommended]}"
 
@@ -42,8 +42,4 @@ def guard_json(guard: Guard | None) -> dict[str, object] | None:
     """Return the losses under their names, and what to serve."""
     if guard is None:
         return None
-    return {**_losses(guard), "samples_count": guard.samples, "recommended": guard.recommended}
-
-
-def _losses(guard: Guard) -> dict[str, float]:
-    return {"neither": guard.neither, "context": guard.context, "adapter": guard.adapter, "both": guard.both}
+    return {**guard.losses, "samples_count": guard.samples, "recommended": guard.recommended}

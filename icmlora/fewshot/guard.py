@@ -6,11 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
+from icmlora.base_models.examples.examples import spread
+
 Served = Literal["neither", "context", "adapter", "both"]
 Sample = TypeVar("Sample")
 
 LEFT_OUT = 4
 """Samples that tell; of fewer than twice as many none are left out."""
+_BY_COST: tuple[Served, ...] = ("neither", "adapter", "context", "both")
 _HARDLY = 0.02  # share of what the best brings, that a cheaper one may bring less
 
 
@@ -25,24 +28,24 @@ class Guard:
     samples: int  # that were left out
 
     @property
+    def losses(self) -> dict[str, float]:
+        """All of them by what is served."""
+        return {"neither": self.neither, "context": self.context, "adapter": self.adapter, "both": self.both}
+
+    @property
     def recommended(self) -> Served:
         """What to serve: the best, or what is hardly worse and costs less at every request."""
-        by_cost: tuple[tuple[Served, float], ...] = (
-            ("neither", self.neither),
-            ("adapter", self.adapter),
-            ("context", self.context),
-            ("both", self.both),
-        )
-        best = min(nats for _, nats in by_cost)
+        losses = self.losses
+        best = min(losses.values())
         allowed = best + _HARDLY * (self.neither - best)
-        return next(name for name, nats in by_cost if nats <= allowed)
+        return next(name for name in _BY_COST if losses[name] <= allowed)
 
 
 def left_out(samples: Sequence[Sample]) -> tuple[list[Sample], list[Sample]]:
     """Split samples into those that are left out, from all over them, and the others."""
     if len(samples) < 2 * LEFT_OUT:
         return [], list(samples)
-    places = {len(samples) * number // LEFT_OUT for number in range(LEFT_OUT)}
+    places = set(spread(range(len(samples)), LEFT_OUT))
     parts: tuple[list[Sample], list[Sample]] = ([], [])
     for place, sample in enumerate(samples):
         parts[place not in places].append(sample)

@@ -12,7 +12,6 @@ import signal
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from icmlora.base_models.examples import template_child
 from icmlora.base_models.examples.chat_template import ChatTemplate, Rendered, Templates
@@ -83,10 +82,16 @@ def render_in_child(
         return [_result(entry) for entry in json.load(target)]
 
 
-def _result(entry: dict[str, Any]) -> Rendered | DataError:
+def _result(entry: dict[str, object]) -> Rendered | DataError:
     match entry:
-        case {"text": str(), "scored": list(spans)}:
-            return Rendered(**entry | {"scored": tuple((first, end) for first, end in spans)})
+        case {
+            "text": str(text),
+            "scored": list(spans),
+            "start": int(start),
+            "stop": int(stop),
+            "context": int(context),
+        }:
+            return Rendered(text, tuple((first, end) for first, end in spans), start, stop, context)
     return DataError(str(entry["refused"]))
 
 

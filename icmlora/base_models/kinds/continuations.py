@@ -45,15 +45,13 @@ def variants(base: BaseModel, prompt: Prompt, count: int, most: int, *, seed: in
 
     `seed` is that of all random numbers; torch's global generators are left as they were.
     """
-    tokenizer = base.tokenizer
-    ids = list(tokenizer(prompt.text, add_special_tokens=not prompt.is_rendered)["input_ids"])
-    found: list[str] = []
+    ids, found = _ids_of(base, prompt), list[str]()
     with torch.random.fork_rng(), torch.inference_mode():
         torch.manual_seed(seed)
         for first in range(0, count, _BATCH):
             starts = [ids] * min(_BATCH, count - first)
             rows = _sampled(base, starts, base.within(len(ids) + most))
-            found += [_spelled(tokenizer, row[len(ids) :]) for row in rows]
+            found += [_spelled(base.tokenizer, row[len(ids) :]) for row in rows]
     return found
 
 
@@ -63,8 +61,7 @@ def answer(base: BaseModel, prompt: Prompt, most: int) -> str:
     At most `most` are written. Of a prompt that is too long, the end is read.
     """
     tokenizer, room = base.tokenizer, None if base.positions is None else max(1, base.positions - most)
-    ids = list(tokenizer(prompt.text, add_special_tokens=not prompt.is_rendered)["input_ids"])
-    ids = (ids or [_nothing(base)])[-room if room else 0 :]
+    ids = (_ids_of(base, prompt) or [_nothing(base)])[-room if room else 0 :]
     with torch.inference_mode():
         rows = _generated(base, [ids], most, do_sample=False, num_beams=1, temperature=None, top_k=None, top_p=None)
     if base.model.config.is_encoder_decoder:
@@ -72,6 +69,10 @@ def answer(base: BaseModel, prompt: Prompt, most: int) -> str:
     # Alone, the first new token would lose the space before it.
     before, whole = _spelled(tokenizer, ids), _spelled(tokenizer, rows[0])
     return whole[len(before) :] if whole.startswith(before) else _spelled(tokenizer, rows[0][len(ids) :])
+
+
+def _ids_of(base: BaseModel, prompt: Prompt) -> list[int]:
+    return list(base.tokenizer(prompt.text, add_special_tokens=not prompt.is_rendered)["input_ids"])
 
 
 def _spelled(tokenizer: Any, ids: Sequence[int]) -> str:

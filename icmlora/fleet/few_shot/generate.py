@@ -26,7 +26,7 @@ from icmlora.adapter.model import Adapter
 from icmlora.base_models.catalogue import check_examples
 from icmlora.base_models.examples.examples import Examples, examples_for, plain
 from icmlora.base_models.examples.media_archive import read_examples
-from icmlora.base_models.modality import BaseModel
+from icmlora.base_models.modality import BaseModel, Prepared
 from icmlora.base_models.running.lora_hooks import added, factors_of
 from icmlora.errors import DataError, NotCovered
 from icmlora.fewshot.adapt import adapt, supports
@@ -172,9 +172,10 @@ def generate(
         context.progress(0, None, f"loading {generator.base_model}")
         source = _Source(path, data, count, description)
         base, found, vectors = _load_base(context, store, generator.base_model, place, source)
+        prepared = base.modality.prepare(base, found.items, SAMPLE_TOKENS)
         make = partial(_adapted, context, base, start, rank or most, refine)
         adapter, chosen, guard = _with_context(context, Prompted(base), source, context_tokens, make)
-        adapter = adapter or make(found.items)
+        adapter = adapter or make(prepared)
         base_nats, nats = (_nats(base, one, found.items) for one in (None, adapter))
         known = _familiarity(store, generator, vectors)
         code = _encode(context, file, adapter, vectors, base, found.items) if register else None
@@ -186,16 +187,15 @@ def generate(
         weights = _write(adapter, card, folder, dtype, files, force=force)
         if code is not None:
             _register(store, generator, name, folder, vectors, code, files)
-            store.tasks.edit([name], note=note)
+            if note is not None:
+                store.tasks.edit([name], note=note)
     return Generated(
         task=name,
         directory=folder,
         base_model=generator.base_model,
         generator=generator.blob,
         samples=len(found.items),
-        reaching=sum(
-            sample.size == SAMPLE_TOKENS for sample in base.modality.prepare(base, found.items, SAMPLE_TOKENS)
-        ),
+        reaching=sum(sample.size == SAMPLE_TOKENS for sample in prepared),
         base_nats=base_nats,
         nats=nats,
         known=known,
@@ -268,7 +268,7 @@ def _with_context(
     prompted: Prompted,
     source: _Source,
     tokens: int,
-    make: Callable[[Sequence[Any]], Adapter],
+    make: Callable[[Sequence[Prepared]], Adapter],
 ) -> tuple[Adapter | None, ChosenContext | None, Guard | None]:
     """Make an adapter and a context without some of the samples, measure both on these, and take them in.
 
@@ -282,7 +282,7 @@ def _with_context(
         return None, prompted.chosen(about), None
     samples = usable_samples(prompted, source.data, source.path, source.count)
     held, others = left_out(samples)
-    adapter = make(base.modality.readable(base, others).items)
+    adapter = make(base.modality.prepare(base, base.modality.readable(base, others).items, SAMPLE_TOKENS))
     with added(base.model, factors_of(adapter)):
         tell = partial(context.progress, note="choosing the context")
         chosen = choose_context(prompted, others, tokens, total=len(samples), tell=tell)
@@ -293,10 +293,9 @@ def _with_context(
 
 
 def _adapted(
-    context: Context, base: BaseModel, start: FewShotStart, rank: int, refine: int, examples: Sequence[Any]
+    context: Context, base: BaseModel, start: FewShotStart, rank: int, refine: int, samples: Sequence[Prepared]
 ) -> Adapter:
     """Take the few-shot steps, cut the adapter to the rank that is written, and refine it by gradient steps."""
-    samples = base.modality.prepare(base, examples, SAMPLE_TOKENS)
     adapter, steps = start.adapter, len(supports(samples, len(start.rates)))
     for done, adapted in enumerate(adapt(base, start, samples, batch_size=texts_at_once(base.device)), start=1):
         adapter = adapted.adapter

@@ -178,7 +178,7 @@ def evaluate_tasks(
             text, base = texts.of(task), models.base(task.base_model)
             losses = TaskLosses(models.store, models, task, text, max_tokens)
             found = losses.measure(sources, again=again)
-            behind = losses.behind(texts.of(task, context), sources) if (context := context_of(task)) else {}
+            behind = losses.behind(texts.of(task, context), sources, found) if (context := context_of(task)) else {}
             done = TaskEvaluated(task.name, found, behind, text.skipped, base.dtype)
             result = _TaskResults(done, losses.made, text.note)
         except (BaseModelNotFound, BaseModelUnsuited) as error:

@@ -107,16 +107,16 @@ class TaskLosses:
         """The precision of the base model."""
         return self._base.dtype
 
-    def behind(self, context: EvaluationData, sources: Sequence[Rung]) -> dict[Rung, SourceResult]:
-        """Measure the same on the same texts behind a context; gains are shares of that of the original alone."""
-        results = TaskLosses(self._store, self._models, self._task, context, self._max_tokens, self._generator).measure(
-            sources
-        )
-        references = self._references
-        return {
-            name: replace(result, retained_gain=self._gain(result.score, references))
-            for name, result in results.items()
-        }
+    def behind(
+        self, context: EvaluationData, sources: Sequence[Rung], references: Mapping[Rung, SourceResult]
+    ) -> dict[Rung, SourceResult]:
+        """Measure the same on the same texts behind a context; gains are shares of that of the original alone.
+
+        `references` has what was measured of base model and original without it.
+        """
+        behind = TaskLosses(self._store, self._models, self._task, context, self._max_tokens, self._generator)
+        results = behind.measure(sources)
+        return {name: replace(one, retained_gain=self._gain(one.score, references)) for name, one in results.items()}
 
     def measure(self, sources: Sequence[Rung], *, again: bool = False) -> dict[Rung, SourceResult]:
         """Measure base model and original, and some other sources where they exist."""
