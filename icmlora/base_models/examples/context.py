@@ -16,10 +16,8 @@ from dataclasses import dataclass, replace
 from icmlora.base_models.examples.chats import Chat, Message, message_of
 from icmlora.base_models.examples.examples import Example
 from icmlora.errors import DataError, located
+from icmlora.formats.peft.peft import CONTEXT_MESSAGES_NAME, CONTEXT_TEXT_NAME
 
-TEXT_FILE = "context.txt"
-MESSAGES_FILE = "context.json"
-CONTEXT_FILES = frozenset({TEXT_FILE, MESSAGES_FILE})
 MAX_BYTES = 4 * 2**20
 SEPARATOR = "\n\n"
 _SYSTEM = ("system", "developer")
@@ -56,23 +54,23 @@ class TaskContext:
         Raises:
             DataError: The files cannot be read as a context.
         """
-        data, chat = files.get(TEXT_FILE), files.get(MESSAGES_FILE)
+        data, chat = files.get(CONTEXT_TEXT_NAME), files.get(CONTEXT_MESSAGES_NAME)
         text, messages = "", tuple[Message, ...]()
         if data is not None:
-            with located(TEXT_FILE):
+            with located(CONTEXT_TEXT_NAME):
                 text = _decoded(data)
         if chat is not None:
-            with located(MESSAGES_FILE):
+            with located(CONTEXT_MESSAGES_NAME):
                 messages = _messages(_decoded(chat))
         return cls(text, messages) if text or messages else None
 
     @property
     def files(self) -> dict[str, bytes]:
         """The files that `read` reads, name -> content."""
-        found = {TEXT_FILE: self.text.encode()} if self.text else {}
+        found = {CONTEXT_TEXT_NAME: self.text.encode()} if self.text else {}
         if self.messages:
             body = json.dumps({"messages": list(self.messages)}, ensure_ascii=False, indent=1)
-            found[MESSAGES_FILE] = body.encode() + b"\n"
+            found[CONTEXT_MESSAGES_NAME] = body.encode() + b"\n"
         return found
 
     @property

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from icmlora.base_models.catalogue import check_examples
-from icmlora.base_models.examples.context import CONTEXT_FILES, TaskContext
+from icmlora.base_models.examples.context import TaskContext
 from icmlora.base_models.examples.examples import spread, unread_examples
 from icmlora.base_models.examples.media_archive import read_examples
 from icmlora.errors import BaseModelUnsuited, DataError
@@ -27,6 +27,7 @@ from icmlora.fleet.resources.texts import adapter_template
 from icmlora.fleet.write.materialize import Chosen, choose
 from icmlora.formats.catalogue import format_named
 from icmlora.formats.extras import pack
+from icmlora.formats.peft.peft import CONTEXT_NAMES
 from icmlora.io.devices import resolve_device
 from registry.records import Extra
 
@@ -98,7 +99,7 @@ def set_context(
             with_adapter = both_ways(prompted, made.context, held)
         guard = guard_of(both_ways(prompted, made.context, held), with_adapter, len(held))
         made = prompted.filled(made, held, tokens)
-        files = dict.fromkeys(CONTEXT_FILES) | kept_files(store.blobs, made.context.files)
+        files = dict.fromkeys(CONTEXT_NAMES) | kept_files(store.blobs, made.context.files)
         store.tasks.set_files(chosen.task.name, files)
     size = sum(file.packed_size for file in files.values() if file is not None)
     return ContextReport(chosen.task.name, len(made.samples), made.tokens, size, guard, base.dtype)
@@ -109,9 +110,9 @@ def remove_context(context: Context, task: str) -> bool:
     """Forget the context of a task; return whether it had one."""
     with context.open() as store:
         final = store.tasks.final(task)
-        if not any(extra.file in CONTEXT_FILES for extra in final.extras):
+        if not any(extra.file in CONTEXT_NAMES for extra in final.extras):
             return False
-        store.tasks.set_files(task, dict.fromkeys(CONTEXT_FILES))
+        store.tasks.set_files(task, dict.fromkeys(CONTEXT_NAMES))
         return True
 
 
@@ -124,7 +125,7 @@ def task_context(context: Context, task: str) -> TaskContext | None:
 
 def check_place(adapter_format: str) -> None:
     """Raise `DataError` if the adapters of a format have no place for a context."""
-    if not format_named(adapter_format).companions >= CONTEXT_FILES:
+    if not format_named(adapter_format).companions >= CONTEXT_NAMES:
         raise DataError(f"an adapter in the format {adapter_format!r} has no place for a context")
 
 

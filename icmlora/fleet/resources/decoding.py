@@ -9,15 +9,16 @@ from typing import TYPE_CHECKING, Literal
 
 from icmlora.adapter.layout import ModuleShape
 from icmlora.adapter.model import Adapter
-from icmlora.base_models.examples.context import CONTEXT_FILES, TaskContext
 from icmlora.errors import CodeError, DataError
 from icmlora.fleet.resources.code_source import template_of
 from icmlora.formats.catalogue import format_named
 from icmlora.formats.format import AdapterBytes, AdapterFormat, RunnableAdapter, Template
+from icmlora.formats.peft.peft import CONTEXT_NAMES
 from icmlora.generator.versions import GeneratorFile
 from registry.errors import DamagedStore
 
 if TYPE_CHECKING:
+    from icmlora.base_models.examples.context import TaskContext
     from icmlora.base_models.finding.tensors import BaseTensors
     from icmlora.generator.codec import Codec
     from icmlora.io.safetensors import RawTensor
@@ -103,7 +104,9 @@ def read_context(read: Callable[[str], bytes], final: AdapterRecord) -> TaskCont
     Raises:
         DataError: The files cannot be read as one.
     """
-    return TaskContext.read(read_companions(read, final, CONTEXT_FILES))
+    from icmlora.base_models.examples.context import TaskContext  # parsers, which a folder does not need
+
+    return TaskContext.read(read_companions(read, final, CONTEXT_NAMES))
 
 
 def check_references(store: Store, final: AdapterRecord) -> None:

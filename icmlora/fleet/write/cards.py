@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Literal
 
 import yaml
 
-from icmlora.base_models.examples.context import CONTEXT_FILES, MESSAGES_FILE, TEXT_FILE
 from icmlora.fleet.measure.metric_result import measured_in
+from icmlora.formats.peft.peft import CONTEXT_MESSAGES_NAME, CONTEXT_NAMES, CONTEXT_TEXT_NAME
 from icmlora.io.text import counted, escape
 from registry.names import split_label
 from registry.records import Claim, GeneratorRecord, WithRelativeError
@@ -57,9 +57,10 @@ compares this adapter with a generated one, not with a trained one: measure it o
 """
 
 CONTEXT_USE = f"""
-It comes with a context: samples of the task that stand before a request. Put `{TEXT_FILE}` before your prompt. For a
-chat, put the messages of `{MESSAGES_FILE}` before yours; where there is no such file, `{TEXT_FILE}` is the system
-message. An engine that caches prefixes reads a context once.
+It comes with a context: samples of the task that stand before a request.
+Put `{CONTEXT_TEXT_NAME}` before your prompt. For a chat, put the messages of `{CONTEXT_MESSAGES_NAME}` before yours;
+where there is no such file, `{CONTEXT_TEXT_NAME}` is the system message.
+An engine that caches prefixes reads a context once.
 """
 
 _HOW = {
@@ -115,7 +116,7 @@ def card_text(provenance: Provenance, files: Collection[str] = ()) -> str:
         base=quoted(provenance.base_model),
         how=provenance.how + sampled,
         untrained=_UNTRAINED if provenance.is_generated else "",
-        context="" if CONTEXT_FILES.isdisjoint(files) else CONTEXT_USE,
+        context="" if CONTEXT_NAMES.isdisjoint(files) else CONTEXT_USE,
         rung=provenance.source,
         version=provenance.generator.version,
         generator=provenance.generator.blob,

@@ -34,6 +34,10 @@ if TYPE_CHECKING:
 CONFIG_NAME = FolderFormat.config_name
 CARD_NAME = FolderFormat.card_name
 WEIGHTS_NAME = "adapter_model.safetensors"
+CONTEXT_TEXT_NAME = "context.txt"
+CONTEXT_MESSAGES_NAME = "context.json"
+CONTEXT_NAMES = frozenset({CONTEXT_TEXT_NAME, CONTEXT_MESSAGES_NAME})
+"""What stands before its requests: `icm context`."""
 # What trainers save next to an adapter and serving needs. A trainer's own state is not part of an adapter.
 COMPANIONS = frozenset(
     {
@@ -41,7 +45,7 @@ COMPANIONS = frozenset(
         *("vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
         *("chat_template.jinja", "chat_template.json", "preprocessor_config.json", "processor_config.json"),
         *("generation_config.json", "value_head.safetensors"),
-        *("context.txt", "context.json"),  # what stands before its requests: `icm context`
+        *CONTEXT_NAMES,
     }
 )
 

@@ -23,8 +23,9 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from icmlora.base_models.examples.context import CONTEXT_FILES, TaskContext
+from icmlora.base_models.examples.context import TaskContext
 from icmlora.errors import DataError, FoldersUnusable, TaskChanged
+from icmlora.formats.peft.peft import CONTEXT_NAMES
 from icmlora.io.strict_json import parse_object
 from icmlora.io.text import counted, human_size
 from icmlora.serving.catalogue import Catalogue
@@ -82,7 +83,7 @@ class Resident:
     @cached_property
     def context(self) -> TaskContext | None:
         """What stands before its requests, read once from its folder; None if there is nothing that can be read."""
-        paths = [self.folder / name for name in CONTEXT_FILES]
+        paths = [self.folder / name for name in CONTEXT_NAMES]
         try:
             return TaskContext.read({path.name: path.read_bytes() for path in paths if path.is_file()})
         except (DataError, OSError) as error:
