@@ -40,6 +40,15 @@ DescriptionOpt = Annotated[
 ]
 RegisterOpt = Annotated[bool, option("--register", "Also store the task as code and vector.")]
 RefineOpt = Annotated[int, option("--refine STEPS", "Then take this many gradient steps on the samples.", min=0)]
+DistilOpt = Annotated[
+    int,
+    option(
+        "--distil STEPS",
+        "Then take this many gradient steps towards what the base model predicts behind the samples. The adapter is "
+        "served without them: no context is kept.",
+        min=0,
+    ),
+]
 RankOpt = Annotated[
     int | None, option("--rank R", "Rank of the adapter. Default: the largest in the fleet.", min=1, max=256)
 ]
@@ -62,6 +71,7 @@ def generate(
     count: CountOpt = _MOST_SAMPLES,
     description: DescriptionOpt = None,
     refine: RefineOpt = 0,
+    distil: DistilOpt = 0,
     rank: RankOpt = None,
     register: RegisterOpt = False,
     context_tokens: ContextOpt = 1536,
@@ -75,9 +85,10 @@ def generate(
     It starts from what the adapters of the fleet have in common, and takes a few steps whose lengths were learned by
     `icm train --objective functional`. It needs the base model on this machine.
 
-    The samples are kept too, as the task's context: before a request they tell the base model as much again. icm leaves
-    4 of 8 or more samples out, and measures the adapter and the context on them, alone and together. It warns if the
-    task is unlike all known tasks.
+    The samples are kept too, as the task's context: before a request they tell the base model as much again. The
+    adapter is made to be served with them; --context 0 makes one that stands alone. icm leaves 4 of 8 or more samples
+    out, and measures the adapter and the context on them, alone and together. It warns if the task is unlike all known
+    tasks.
 
     Example:
       icm generate cat-detection --samples cats.jsonl -o adapter/
@@ -95,6 +106,7 @@ def generate(
                 count=count,
                 description=description,
                 refine=refine,
+                distil=distil,
                 rank=rank,
                 base_model=base_model,
                 device=session.device(device),
@@ -152,8 +164,11 @@ def _tell(session: Session, done: Generated, rank: int | None) -> None:
         out.hint("nobody has seen a text of this task: measure the adapter, and the description alone, on some")
     if done.context_samples:
         made = f"{counted(done.context_samples, 'sample')}, {counted(done.context_tokens, 'token')}"
-        out.note(f"context: {made}, in context.txt of the same folder")
+        out.note(f"context: {made}, in context.txt of the same folder; the adapter is made to be served with it")
+    if done.context_samples or done.guard is not None:
         out.note(guard_text(done.guard))
+    if done.guard is not None and not done.context_samples and done.guard.recommended in ("context", "both"):
+        out.hint("the samples in the prompt do better: without --distil, icm keeps them as context")
     if done.code_size is not None:
         size = human_size(done.code_size)
         out.note(f"registered with a code of {size}, relative error {done.code_relative_error:.4f}")

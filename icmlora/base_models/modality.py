@@ -133,8 +133,8 @@ class BaseModel:
 class Modality(Protocol[Example, Item]):
     """One kind of base model. Importing it should not import torch: `icm ingest` reads examples without.
 
-    A class that derives from it gets `reads`, `takes_context`, `probes`, `context_state`, `loss`, `written`, `answer`
-    and `counted` of a model that reads examples one at a time and without files, writes nothing and pads nothing.
+    A class that derives from it gets `reads`, `takes_context`, `probes`, `joined`, `context_state`, `loss`, `written`,
+    `answer` and `counted` of a model that reads examples one at a time and without files, writes and pads nothing.
     """
 
     name: str
@@ -207,6 +207,13 @@ class Modality(Protocol[Example, Item]):
         Of one with an answer only the piece around its beginning is returned.
         """
         return [item]
+
+    def joined(self, base: BaseModel, items: Sequence[Item], limit: int) -> list[Item]:
+        """Put items one after the other, as samples stand in a context, into items of at most `limit` tokens.
+
+        Of each the same is scored as before. They stay as they are where nothing can stand before them.
+        """
+        return list(items)
 
     def states(self, base: BaseModel, examples: Sequence[Example], limit: int) -> torch.Tensor:
         """Return one hidden state for each example, float32 of shape (examples, d)."""

@@ -4,11 +4,15 @@
 
 Up to 16 samples are read again for each of the learned steps. With more samples every step reads 16 others, and there
 are as many steps as that takes: one step from 64 samples is hardly better than one from 16, but four steps are.
+
+An adapter that is to be served behind the samples is made for that: each sample is read behind others, in another order
+for each step (MetaICL, arXiv 2110.15943). What the samples tell in a prompt is then not what it learns.
 """
 
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -20,6 +24,9 @@ from icmlora.fewshot.evidence import gather_evidence
 from icmlora.fewshot.start import USUAL_SAMPLES, FewShotStart
 from icmlora.fewshot.step import lengthened, unit_steps
 
+JOINED = 1280
+"""Tokens that are read together: about as many as a context has."""
+
 
 @dataclass(frozen=True, eq=False)
 class Adapted:
@@ -30,16 +37,28 @@ class Adapted:
 
 
 def adapt(
-    base: BaseModel, start: FewShotStart, samples: Sequence[Prepared], *, batch_size: int = 1
+    base: BaseModel,
+    start: FewShotStart,
+    samples: Sequence[Prepared],
+    *,
+    in_context: bool = False,
+    batch_size: int = 1,
 ) -> Iterator[Adapted]:
-    """Adapt the start to a task; yields the adapter after each step."""
+    """Adapt the start to a task, alone or for its context; yields the adapter after each step."""
     current = start.adapter
     names = [module.name for module in current.modules]
     for step, support in enumerate(supports(samples, len(start.rates))):
-        evidence = gather_evidence(base, factors_of(current), names, support, batch_size=batch_size)
-        lengths = [start.length(step, number, len(support)) for number in range(len(names))]
+        read = behind_each_other(base, support, step) if in_context else support
+        evidence = gather_evidence(base, factors_of(current), names, read, batch_size=1 if in_context else batch_size)
+        lengths = [start.length(step, number, len(support), in_context=in_context) for number in range(len(names))]
         current = plus(current, lengthened(unit_steps(evidence), lengths))
         yield Adapted(current, evidence.nats)
+
+
+def behind_each_other(base: BaseModel, samples: Sequence[Prepared], seed: int) -> list[Prepared]:
+    """Return samples in a few texts, one behind the other, in a random order."""
+    shuffled = random.Random(seed).sample(list(samples), len(samples))  # noqa: S311 - an order, not secrets
+    return base.modality.joined(base, shuffled, JOINED)
 
 
 def supports(samples: Sequence[Prepared], learned: int) -> list[Sequence[Prepared]]:

@@ -1,4 +1,4 @@
-"""Continue from an adapter with ordinary gradient steps on a few samples.
+"""Continue from an adapter with ordinary gradient steps.
 
 minimise   loss of some of the samples, drawn again for each step        by Adam, over the factors A and B
 """
@@ -6,13 +6,15 @@ minimise   loss of some of the samples, drawn again for each step        by Adam
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
 import torch
 
 from icmlora.adapter.model import Adapter, LoraModule
 from icmlora.base_models.modality import BaseModel, Prepared
+from icmlora.base_models.running.lora_hooks import Factors
 from icmlora.fewshot.evidence import mean_loss
 
 _GRADIENT_LIMIT = 1.0
@@ -36,22 +38,36 @@ class FinetuneConfig:
 def finetune(
     base: BaseModel, adapter: Adapter, samples: Sequence[Prepared], config: FinetuneConfig
 ) -> Iterator[tuple[float, Adapter]]:
-    """Fine-tune an adapter's factors; yields each step's loss (nats per token) and the adapter as it is then."""
+    """Fine-tune an adapter's factors on samples; yields each step's loss (nats per token) and the adapter then."""
+
+    def loss(factors: Factors, batch: Sequence[int]) -> AbstractContextManager[torch.Tensor]:
+        return mean_loss(base, factors, [samples[number] for number in batch])
+
+    return descend(base.device, adapter, loss, len(samples), config)
+
+
+def descend(
+    device: torch.device,
+    adapter: Adapter,
+    loss_of: Callable[[Factors, Sequence[int]], AbstractContextManager[torch.Tensor]],
+    samples: int,
+    config: FinetuneConfig,
+) -> Iterator[tuple[float, Adapter]]:
+    """Take gradient steps on what factors lose on some of the samples; yields each step's loss and the adapter then."""
     # Every sample is drawn once before any is drawn again.
-    device = base.device
     pairs = {m.name: (_leaf(m.a, device), _leaf(m.b, device)) for m in adapter.modules}
     weights = [factor for pair in pairs.values() for factor in pair]
     optimizer = torch.optim.Adam(weights, lr=config.learning_rate)
     draw = random.Random(config.seed)  # noqa: S311 - the order of samples, not secrets
-    waiting: list[Prepared] = []
+    waiting: list[int] = []
     for step in range(config.steps):
         while len(waiting) < config.batch:  # the next pass over the samples, in another order
-            waiting += draw.sample(list(samples), len(samples))
+            waiting += draw.sample(range(samples), samples)
         batch, waiting = waiting[: config.batch], waiting[config.batch :]
         for group in optimizer.param_groups:
             group["lr"] = config.rate_at(step)
         optimizer.zero_grad()
-        with mean_loss(base, pairs, batch) as loss:
+        with loss_of(pairs, batch) as loss:
             loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(weights, _GRADIENT_LIMIT)
         optimizer.step()

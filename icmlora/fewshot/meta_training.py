@@ -9,6 +9,9 @@ One episode: one task of the fleet is treated as unseen, and the start is the me
 
 so that every task counts the same: 0 is as good as its own adapter, 1 as good as no adapter. Directions are treated as
 constants (first-order MAML, arXiv 1803.02999). The base model is frozen; only a few numbers per module are learned.
+
+Where samples can stand before others, every other episode makes the adapter for its context: samples are read behind
+each other, query samples too, and so are they by the base model and with the task's own adapter.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ from icmlora.adapter.model import Adapter, LoraModule
 from icmlora.base_models.modality import BaseModel, Prepared
 from icmlora.base_models.running.lora_hooks import Factors, factors_of
 from icmlora.errors import GeneratorError
+from icmlora.fewshot.adapt import JOINED, behind_each_other
 from icmlora.fewshot.evidence import gather_evidence, mean_loss
 from icmlora.fewshot.start import FewShotStart, octaves
 from icmlora.fewshot.step import lengthened, unit_steps
@@ -42,6 +46,7 @@ class MetaConfig:
     episodes: int = 48
     updates: int = 4  # optimiser steps per episode, each on other query samples
     query: int = 2  # query samples per update
+    query_in_context: int = 4  # of an adapter that is made for its context: in one text
     support: tuple[int, ...] = (1, 4, 16)  # numbers of support samples, drawn evenly
     learning_rate: float = 0.5  # Adam's, in eighths of an octave
     seed: int = 0
@@ -55,6 +60,7 @@ class Episode:
     episodes: int
     task: int
     support: int
+    in_context: bool  # whether the adapter was made for its context
     # Mean over the updates, on query samples: 0 is as good as the task's own adapter, 1 as good as no adapter.
     loss: float
 
@@ -74,36 +80,45 @@ class EpisodeSource(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class _Rates:
-    """What is learned, in eighths: rates (steps, modules) and slopes (steps,)."""
+    """What is learned, in eighths: rates (steps, modules), slopes and what is added in context (steps,)."""
 
     rates: torch.Tensor
     slopes: torch.Tensor
+    in_context: torch.Tensor
 
-    def lengths(self, start: FewShotStart, step: int, samples: int) -> torch.Tensor:
+    @classmethod
+    def of(cls, start: FewShotStart) -> _Rates:
+        """Begin with those of a start."""
+        rows = (start.rates, start.slopes, start.in_context)
+        return cls(*(torch.tensor(row, dtype=torch.float32, requires_grad=True) for row in rows))
+
+    @property
+    def every(self) -> list[torch.Tensor]:
+        """All of them."""
+        return [self.rates, self.slopes, self.in_context]
+
+    def lengths(self, start: FewShotStart, step: int, samples: int, *, in_context: bool) -> torch.Tensor:
         """Return the lengths of a step, shape (modules,)."""
         sizes = torch.tensor(start.sizes, dtype=torch.float32)
-        return torch.exp2(octaves(sizes, self.rates[step], self.slopes[step], samples))
+        rates = self.rates[step] + self.in_context[step] if in_context else self.rates[step]
+        return torch.exp2(octaves(sizes, rates, self.slopes[step], samples))
 
     def is_finite(self) -> bool:
         """Say whether all of them can be rounded to integers."""
-        return bool(torch.isfinite(self.rates).all() and torch.isfinite(self.slopes).all())
+        return all(bool(torch.isfinite(one).all()) for one in self.every)
 
     def into(self, start: FewShotStart) -> FewShotStart:
-        """Return the start with these rates and slopes, rounded as they are stored."""
-        rates = self.rates.detach().round().clamp(-_LIMIT, _LIMIT).int().tolist()
-        slopes = self.slopes.detach().round().clamp(-_LIMIT, _LIMIT).int().tolist()
-        return replace(start, rates=tuple(map(tuple, rates)), slopes=tuple(slopes))
+        """Return the start with these, rounded as they are stored."""
+        whole = [one.detach().round().clamp(-_LIMIT, _LIMIT).int().tolist() for one in self.every]
+        return replace(start, rates=tuple(map(tuple, whole[0])), slopes=tuple(whole[1]), in_context=tuple(whole[2]))
 
 
 def meta_train(
     base: BaseModel, start: FewShotStart, fleet: EpisodeSource, config: MetaConfig
 ) -> Iterator[tuple[Episode, FewShotStart]]:
     """Learn the lengths of a start's steps, and yield it after each episode; raise `GeneratorError` if one diverges."""
-    learned = _Rates(
-        torch.tensor(start.rates, dtype=torch.float32, requires_grad=True),
-        torch.tensor(start.slopes, dtype=torch.float32, requires_grad=True),
-    )
-    optimizer = torch.optim.Adam([learned.rates, learned.slopes], lr=config.learning_rate, betas=(0.9, 0.95))
+    learned = _Rates.of(start)
+    optimizer = torch.optim.Adam(learned.every, lr=config.learning_rate, betas=(0.9, 0.95))
     draw = random.Random(config.seed)  # noqa: S311 - training noise, not secrets
     order: list[int] = []
     for number in range(config.episodes):
@@ -112,22 +127,29 @@ def meta_train(
         order = order or draw.sample(range(fleet.tasks()), fleet.tasks())  # every task once before any comes again
         task = order.pop()
         size = draw.choice(config.support)
-        support, queries = _split(fleet.samples(task), size, config, draw)
-        loss = _episode(base, start, fleet.load(task), support, queries, learned, optimizer)
+        turn, place = divmod(number, fleet.tasks())
+        in_context = base.modality.takes_context and (turn + place) % 2 == 1  # other tasks at the next turn
+        support, queries = _split(fleet.samples(task), size, config, draw, in_context=in_context)
+        if in_context:
+            queries = [base.modality.joined(base, query, JOINED) for query in queries]
+        loss = _episode(base, start, fleet.load(task), support, queries, learned, optimizer, in_context=in_context)
         if not (math.isfinite(loss) and learned.is_finite()):
             hint = "run again with another --seed; the stored few-shot start is unchanged"
             raise GeneratorError(f"episode {number + 1}, of {len(support)} samples, diverged", hint=hint)
-        yield Episode(number + 1, config.episodes, task, len(support), loss), learned.into(start)
+        yield Episode(number + 1, config.episodes, task, len(support), in_context, loss), learned.into(start)
 
 
 def _split(
-    samples: Sequence[Prepared], size: int, config: MetaConfig, draw: random.Random
+    samples: Sequence[Prepared], size: int, config: MetaConfig, draw: random.Random, *, in_context: bool
 ) -> tuple[list[Prepared], list[list[Prepared]]]:
     """Draw support samples, and the query samples of each update from the others."""
     shuffled = draw.sample(list(samples), len(samples))
     # At most half of the samples are support, so that there are others to query.
     size = min(size, max(1, len(shuffled) // 2))
     support, rest = shuffled[:size], shuffled[size:] or shuffled
+    if in_context:  # no sample stands behind itself
+        count = min(config.query_in_context, len(rest))
+        return support, [draw.sample(rest, count) for _ in range(config.updates)]
     return support, [[draw.choice(rest) for _ in range(config.query)] for _ in range(config.updates)]
 
 
@@ -139,6 +161,8 @@ def _episode(
     queries: Sequence[Sequence[Prepared]],
     learned: _Rates,
     optimizer: torch.optim.Optimizer,
+    *,
+    in_context: bool,
 ) -> float:
     """Step through one task and update the rates on each query; return the mean loss."""
     others = _without(start, own)
@@ -146,15 +170,16 @@ def _episode(
     current, units = others, list[tuple[LoraModule, ...]]()
     names = [module.name for module in others.modules]
     for step in range(len(start.rates)):
-        units.append(unit_steps(gather_evidence(base, factors_of(current), names, support)))
-        lengths = learned.lengths(start, step, len(support)).tolist()
+        read = behind_each_other(base, support, step) if in_context else support
+        units.append(unit_steps(gather_evidence(base, factors_of(current), names, read)))
+        lengths = learned.lengths(start, step, len(support), in_context=in_context).tolist()
         current = plus(current, lengthened(units[-1], lengths))
     losses = []  # on each query, relative to the task's own adapter
     for query in queries:
         with torch.no_grad():
             # Nats per token of the bare base model and of the task's own adapter: 1 and 0 on the scale of the loss.
             nothing, best = (_nats(base, factors, query) for factors in ({}, factors_of(own)))
-        every = [learned.lengths(start, step, len(support)) for step in range(len(units))]
+        every = [learned.lengths(start, step, len(support), in_context=in_context) for step in range(len(units))]
         optimizer.zero_grad()
         with mean_loss(base, _stepped(others, units, every), query) as nats:
             loss = (nats - best) / max(nothing - best, _LEAST_GAIN)

@@ -2,6 +2,7 @@
 
 start: the fleet's mean dW, of a small rank         size: usual |dW| of a module over the fleet
 step s of a module, on K samples, has the length    size * 2^((rate[s] + slope[s] * log2(K / 16)) / 8)
+of an adapter that is made for its context          2^(in_context[s] / 8) times that
 a step after the last learned one                   half an octave shorter than the step before it
 """
 
@@ -41,12 +42,15 @@ class FewShotStart:
     # By step and module: log2 of a step's length relative to the module's size, in eighths.
     rates: tuple[tuple[int, ...], ...]
     slopes: tuple[int, ...]  # by step: what twice as many samples add to the rates, in eighths
+    in_context: tuple[int, ...]  # by step: what is added where the adapter is made for its context, in eighths
     tasks: int  # how many tasks it was made from
 
-    def length(self, step: int, module: int, samples: int) -> float:
+    def length(self, step: int, module: int, samples: int, *, in_context: bool = False) -> float:
         """Return |dW| of a module's step, counted from 0, with so many samples."""
         learned = min(step, len(self.rates) - 1)
         rate = self.rates[learned][module] - _SHORTER * (step - learned)
+        if in_context:
+            rate += self.in_context[learned]
         return float(2.0 ** octaves(self.sizes[module], rate, self.slopes[learned], samples))
 
 
@@ -74,13 +78,13 @@ def untrained_fewshot_start(adapters: Iterable[Adapter], rank: int = RANK) -> Fe
     usual = {name: sum(group) / len(group) for name, group in logs.items()}
     middle = sum(known) / len(known)  # for a module that is zero in every adapter
     sizes = tuple(round(OCTAVE * usual.get(module.name, middle)) for module in mean.modules)
-    return with_first_lengths(FewShotStart(mean, sizes, (), (), count))
+    return with_first_lengths(FewShotStart(mean, sizes, (), (), (), count))
 
 
 def with_first_lengths(start: FewShotStart) -> FewShotStart:
     """Return a start with the step lengths that it has before the first episode."""
     rates = tuple((rate,) * len(start.sizes) for rate in FIRST_RATES)
-    return replace(start, rates=rates, slopes=(FIRST_SLOPE,) * len(rates))
+    return replace(start, rates=rates, slopes=(FIRST_SLOPE,) * len(rates), in_context=(0,) * len(rates))
 
 
 def encodable_part(start: FewShotStart, config: GeneratorConfig) -> FewShotStart:

@@ -34,7 +34,13 @@ def mean_code(start: FewShotStart, codec: Codec) -> bytes:
 
 def fewshot_start_to_bytes(start: FewShotStart, code: bytes) -> bytes:
     """Write a start whose mean is what the code decodes to; the same start gives the same bytes."""
-    head = {"sizes": start.sizes, "rates": start.rates, "slopes": start.slopes, "tasks": start.tasks}
+    head = {
+        "sizes": start.sizes,
+        "rates": start.rates,
+        "slopes": start.slopes,
+        "in_context": start.in_context,
+        "tasks": start.tasks,
+    }
     return write_container(MAGIC, json.dumps(head, sort_keys=True).encode(), code)
 
 
@@ -52,6 +58,7 @@ def fewshot_start_from_bytes(data: bytes, decode: Callable[[bytes], Adapter]) ->
             sizes=_whole(head["sizes"]),
             rates=tuple(_whole(row) for row in head["rates"]),
             slopes=_whole(head["slopes"]),
+            in_context=_whole(head.get("in_context", [0] * len(head["slopes"]))),  # icm 0.10 learned none
             tasks=_whole([head["tasks"]], _TASKS_LIMIT)[0],
         )
     except (CodeError, ValueError, TypeError, KeyError, RecursionError) as error:
@@ -63,9 +70,9 @@ def fewshot_start_from_bytes(data: bytes, decode: Callable[[bytes], Adapter]) ->
 
 def _fits(start: FewShotStart) -> bool:
     """Say whether a start has one size and one rate for each module, and one slope for each step."""
-    rows = {len(start.sizes), *map(len, start.rates)}
-    steps = len(start.rates)
-    return start.tasks >= 1 and rows == {len(start.adapter.modules)} and 1 <= steps == len(start.slopes) <= _STEPS_LIMIT
+    rows, steps = {len(start.sizes), *map(len, start.rates)}, {len(start.slopes), len(start.in_context)}
+    is_right = rows == {len(start.adapter.modules)} and steps == {len(start.rates)}
+    return is_right and start.tasks >= 1 and 1 <= len(start.rates) <= _STEPS_LIMIT
 
 
 def _whole(values: object, limit: int = _EXPONENT_LIMIT) -> tuple[int, ...]:

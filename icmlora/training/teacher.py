@@ -82,13 +82,18 @@ class Teacher:
             with added(self.base.model, self.original):
                 rows = self.base.modality.logits(self.base, items)  # (T, V) each
             for number, item, logits in zip(some, items, rows, strict=True):
-                tokens = logits.topk(min(KEPT, logits.shape[-1] - 1), dim=-1).indices
                 answers = self.base.modality.answers(item)
                 counts = None if answers is None else uploaded(answers, logits.device).bool()
-                wanted = _wanted(self.base, item, logits, counts)
-                count = len(logits) if answers is None else sum(answers)
-                self._targets[number] = Target(item, tokens, wanted, counts, count, _read(logits, tokens, wanted))
+                self._targets[number] = target(self.base, item, logits, counts)
         return [self._targets[number] for number in numbers]
+
+
+def target(base: BaseModel, item: Any, logits: torch.Tensor, counts: torch.Tensor | None) -> Target:
+    """Keep of logits (T, V) for an item what is needed; counts is (T,), or None where all predictions count."""
+    tokens = logits.topk(min(KEPT, logits.shape[-1] - 1), dim=-1).indices
+    wanted = _wanted(base, item, logits, counts)
+    count = len(logits) if counts is None else int(counts.sum())
+    return Target(item, tokens, wanted, counts, count, _read(logits, tokens, wanted))
 
 
 def shortfalls(base: BaseModel, asked: Sequence[tuple[Teacher, Factors, Sequence[int]]]) -> list[Shortfall]:

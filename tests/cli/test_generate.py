@@ -15,6 +15,7 @@ from icm_cli.errors import ExitCode
 from icmlora.base_models.examples.examples import parse_examples
 from icmlora.base_models.kinds.likelihood import nll
 from icmlora.base_models.running.attach import adapted
+from icmlora.fleet.few_shot import from_samples
 from icmlora.fleet.few_shot import generate as generating
 from registry.store import Store
 from tests.cli.conftest import Ran
@@ -59,8 +60,9 @@ def press_ctrl_c(monkeypatch: pytest.MonkeyPatch, at: str) -> None:
         pids.clear()
         return real(*arguments, **options)
 
-    real, pids = getattr(generating, at), [os.getpid()]
-    monkeypatch.setattr(generating, at, work)
+    module = generating if hasattr(generating, at) else from_samples
+    real, pids = getattr(module, at), [os.getpid()]
+    monkeypatch.setattr(module, at, work)
 
 
 def never(*_: Any, **__: Any) -> Any:
@@ -349,7 +351,14 @@ def test_texts_without_a_token_to_predict_are_refused_and_nothing_is_written(
 @pytest.mark.one_case
 @pytest.mark.parametrize(
     ("part", "options"),
-    [("open_base", ()), ("extract_context", ()), ("adapt", ()), ("finetune", ("--refine", 5)), ("_nats", ())],
+    [
+        ("open_base", ()),
+        ("extract_context", ()),
+        ("adapt", ()),
+        ("finetune", ("--refine", 5)),
+        ("distil", ("--distil", 5)),
+        ("_nats", ()),
+    ],
 )
 def test_ctrl_c_writes_nothing(
     icm: Icm,

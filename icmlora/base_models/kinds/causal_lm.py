@@ -122,6 +122,12 @@ class CausalLM(Modality[Any, "Scored"]):
 
         return pieces(base.tokenizer, item, base.within(limit))
 
+    def joined(self, base: BaseModel, items: Sequence[Scored], limit: int) -> list[Scored]:
+        """Put texts one after the other, chats as their template wrote them."""
+        from icmlora.base_models.kinds.likelihood import joined
+
+        return joined(base.tokenizer, items, base.within(limit))
+
     def states(self, base: BaseModel, examples: Sequence[Example | Rendered], limit: int) -> torch.Tensor:
         """Return the last layer at the last token of each text, (texts, d) in float32."""
         from icmlora.base_models.kinds.hidden_states import last_positions

@@ -21,6 +21,7 @@ from torch.nn import functional
 from transformers import PreTrainedTokenizerBase
 
 from icmlora.base_models.examples.chat_template import Rendered, scored_tokens
+from icmlora.base_models.examples.context import SEPARATOR
 from icmlora.base_models.examples.examples import Example
 from icmlora.base_models.modality import IGNORED, BaseModel, Score
 from icmlora.errors import DataError
@@ -41,6 +42,7 @@ class Scored:
         unscored: Indices after it of tokens that are not: the user's turns of a longer chat.
         answers: Indices of the tokens that answer a prompt, of an example that is scored as a whole.
         context: How many tokens at the beginning are of the context that stands before the example.
+        is_chat: Whether a chat template wrote it.
     """
 
     ids: list[int]
@@ -48,6 +50,7 @@ class Scored:
     unscored: frozenset[int] = frozenset()
     answers: frozenset[int] = frozenset()
     context: int = 0
+    is_chat: bool = False
 
     @property
     def count(self) -> int:
@@ -184,7 +187,31 @@ def _chat_tokens(
     kept = marks[start:end]
     first = places[0] - start
     unscored = frozenset(place for place in range(first, len(kept)) if not kept[place])
-    return Scored(ids[start:end], first, unscored)
+    return Scored(ids[start:end], first, unscored, is_chat=True)
+
+
+def joined(tokenizer: PreTrainedTokenizerBase, items: Sequence[Scored], limit: int) -> list[Scored]:
+    """Put items one after the other, as samples stand in a context; of each the same tokens are scored as before.
+
+    They come back as a few texts of at most `limit` tokens, about as many items in each, if none is longer itself.
+    """
+    between = list(tokenizer(SEPARATOR, **_SPECIAL)["input_ids"])
+    longest = max(item.size for item in items) + len(between)
+    count = math.ceil(len(items) / max(1, limit // longest))
+    bounds = (number * len(items) // count for number in range(count + 1))
+    return [_one_text(tokenizer, items[first:end], between) for first, end in itertools.pairwise(bounds)]
+
+
+def _one_text(tokenizer: PreTrainedTokenizerBase, items: Sequence[Scored], between: list[int]) -> Scored:
+    ids, scored = list[int](), list[int]()
+    for item in items:
+        if ids and not item.is_chat:
+            ids += between
+        start = len(_start(tokenizer, item.ids)) if ids else 0
+        shift = len(ids) - start
+        scored += [place + shift for place in range(item.first, item.size) if place not in item.unscored]
+        ids += item.ids[start:]
+    return Scored(ids, scored[0], frozenset(range(scored[0], len(ids))) - frozenset(scored))
 
 
 def pieces(tokenizer: PreTrainedTokenizerBase, item: Scored, limit: int) -> list[Scored]:

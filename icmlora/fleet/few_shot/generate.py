@@ -13,31 +13,25 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from icmlora.adapter.arithmetic import truncated
 from icmlora.adapter.model import Adapter
-from icmlora.base_models.catalogue import check_examples
-from icmlora.base_models.examples.examples import Examples, examples_for, plain
-from icmlora.base_models.examples.media_archive import read_examples
-from icmlora.base_models.modality import BaseModel, Prepared
+from icmlora.base_models.examples.examples import Examples
+from icmlora.base_models.modality import BaseModel
 from icmlora.base_models.running.lora_hooks import added, factors_of
 from icmlora.errors import DataError, NotCovered
-from icmlora.fewshot.adapt import adapt, supports
-from icmlora.fewshot.context_choice import MOST_TOKENS, ChosenContext, Prompted, choose_context
-from icmlora.fewshot.described import described_context, described_samples
-from icmlora.fewshot.finetune import FinetuneConfig, finetune
-from icmlora.fewshot.guard import Guard, left_out
+from icmlora.fewshot.context_choice import MOST_TOKENS
+from icmlora.fewshot.guard import Guard
 from icmlora.fewshot.start import FewShotStart
 from icmlora.fleet.context import Context, base_name, has_loaders, use_case
 from icmlora.fleet.encode.refiner import Refiner
-from icmlora.fleet.few_shot.task_context import both_ways, guard_of, kept_files, usable_samples
+from icmlora.fleet.few_shot.from_samples import Recipe, Source, make_from
+from icmlora.fleet.few_shot.task_context import kept_files
 from icmlora.fleet.few_shot.train import SAMPLE_TOKENS, read_few_shot_start
 from icmlora.fleet.older import open_generator
 from icmlora.fleet.resources.adapter_row import new_adapter
@@ -50,7 +44,7 @@ from icmlora.formats.peft.peft import CARD_NAME, CONFIG_NAME, PEFT, WEIGHTS_NAME
 from icmlora.generator.encoding import Encoded
 from icmlora.generator.limits import Limits
 from icmlora.generator.versions import GeneratorFile
-from icmlora.io.devices import gradient_dtype, resolve_device, texts_at_once
+from icmlora.io.devices import gradient_dtype, resolve_device
 from icmlora.io.staging import check_free
 from icmlora.task_vectors.distances import FEWEST, Familiarity, familiarity
 from icmlora.task_vectors.extraction import extract_context
@@ -66,7 +60,6 @@ if TYPE_CHECKING:
 
 # A generated adapter has few directions that matter: finer rounding without refinement is larger and worse.
 _CODE_TOLERANCE = 0.7
-_ENOUGH = 32  # samples of which four hardly matter to an adapter
 
 
 @dataclass(frozen=True)
@@ -108,6 +101,7 @@ def generate(
     count: int = 64,
     description: str | None = None,
     refine: int = 0,
+    distil: int = 0,
     rank: int | None = None,
     base_model: str | None = None,
     device: str = "auto",
@@ -119,8 +113,9 @@ def generate(
     """Generate an adapter for a new task from a few samples of it, and write it as a PEFT folder with its context.
 
     Of 8 samples or more, 4 are left out and tell what the adapter and the context are worth, alone and together. Then
-    they take part too; of 32 or more, the adapter is not made again for them. Needs the base model, and a generator
-    with a few-shot start (`train_few_shot`).
+    they take part too; of 32 or more, the adapter is not made again for them. The adapter is made for its context, and
+    is worth less without it; with `context_tokens=0` it stands alone. Needs the base model, and a generator with a
+    few-shot start (`train_few_shot`).
 
     Args:
         context: The store.
@@ -131,6 +126,8 @@ def generate(
         count: Number of samples to read, spread over the file, or to be written.
         description: What the task is, in a sentence; also for the model card, and the note of a registered task.
         refine: Gradient steps on the samples after generating.
+        distil: Then gradient steps towards what the base model and the adapter predict with the samples in the prompt,
+            which is not needed then: no context is kept.
         rank: Rank to write; by default the largest that a code can have.
         base_model: Which base model; needed only if several have a few-shot start.
         device: Where to compute.
@@ -154,35 +151,35 @@ def generate(
     check_name(name)
     check_free(folder, force=force)
     note = check_note(description) if description is not None and (register or path is None) else None
-    if path is None and note is None:
-        raise DataError("there is nothing to make an adapter from", hint="give samples, or a description of the task")
     with context.open() as store:
-        data = None if path is None else read_examples(path)
-        if data is not None:  # before a model is loaded
-            check_examples(data, path=path, any_row=has_loaders(store))
+        source = Source.read(path, count, description, any_row=has_loaders(store))
         if register and (taken := store.tasks.find(name)) is not None:
             raise TaskConflict(taken.name, choices=None)
         generator = _generator_with_start(store, base_model)
         file = open_generator(generator.blob, store.blobs.read)
         start = read_few_shot_start(store, generator, file)
-        most = max(file.configs[number].slots for number in file.covering(start.adapter.layout))
-        if register and rank is not None and rank > most:
-            fact = f"codes of this generator have at most rank {most}, and rank {rank} was requested"
-            raise NotCovered(fact, hint=f"use --rank {most}, or leave out --register to write the folder only")
+        most = _largest_rank(file, start, rank if register else None)
         context.progress(0, None, f"loading {generator.base_model}")
-        source = _Source(path, data, count, description)
         base, found, vectors = _load_base(context, store, generator.base_model, place, source)
         prepared = base.modality.prepare(base, found.items, SAMPLE_TOKENS)
-        make = partial(_adapted, context, base, start, rank or most, refine)
-        adapter, chosen, guard = _with_context(context, Prompted(base), source, context_tokens, make)
-        adapter = adapter or make(prepared)
+        made = make_from(context, base, start, source, prepared, Recipe(rank or most, refine, distil, context_tokens))
+        adapter, chosen = made.adapter, made.context
         base_nats, nats = (_nats(base, one, found.items) for one in (None, adapter))
         known = _familiarity(store, generator, vectors)
         code = _encode(context, file, adapter, vectors, base, found.items) if register else None
         context.progress(0, None, "writing the adapter")  # the last moment to stop: then the folder, then the task
         files = {} if chosen is None else chosen.context.files
         card = GeneratedCard(
-            name, generator.base_model, generator, len(found.items), refine, description, guard, has_context=bool(files)
+            task=name,
+            base_model=generator.base_model,
+            generator=generator,
+            samples=len(found.items),
+            refined=refine,
+            distilled=distil,
+            description=description,
+            guard=made.guard,
+            has_context=bool(files),
+            is_made_for_it=bool(files) and path is not None,
         )
         weights = _write(adapter, card, folder, dtype, files, force=force)
         if code is not None:
@@ -205,7 +202,7 @@ def generate(
         is_described=path is None,
         context_samples=0 if chosen is None else len(chosen.samples),
         context_tokens=0 if chosen is None else chosen.tokens,
-        guard=guard,
+        guard=made.guard,
         code_size=None if code is None else len(code.data),
         code_squared_error=None if code is None else code.squared_error,
     )
@@ -230,26 +227,17 @@ def _generator_with_start(store: Store, base_model: str | None) -> GeneratorReco
     raise DataError(fact, hint="`icm train --objective functional` trains one; codes do not change")
 
 
-@dataclass(frozen=True)
-class _Source:
-    """What an adapter is made from: samples, or a description from which the base model writes some."""
-
-    path: Path | None
-    data: bytes | None
-    count: int
-    description: str | None
-
-    def examples(self, base: BaseModel) -> Examples:
-        """Return the samples as the base model reads them; it may have to write them first."""
-        if self.data is not None:
-            return examples_for(base, self.data, path=self.path, most=self.count)
-        if not base.modality.takes_context:
-            raise DataError(f"{base.label} is a {base.modality.name}, and writes no samples", hint="give some")
-        return Examples(plain(described_samples(base, str(self.description), self.count, SAMPLE_TOKENS)))
+def _largest_rank(file: GeneratorFile, start: FewShotStart, wanted: int | None) -> int:
+    """Return the largest rank that a code can have; raise `NotCovered` if a wanted one is larger."""
+    most = max(file.configs[number].slots for number in file.covering(start.adapter.layout))
+    if wanted is not None and wanted > most:
+        fact = f"codes of this generator have at most rank {most}, and rank {wanted} was requested"
+        raise NotCovered(fact, hint=f"use --rank {most}, or leave out --register to write the folder only")
+    return most
 
 
 def _load_base(
-    context: Context, store: Store, label: str, device: torch.device, source: _Source
+    context: Context, store: Store, label: str, device: torch.device, source: Source
 ) -> tuple[BaseModel, Examples, tuple[TaskVector, ...]]:
     """Load the base model, and extract context vectors in the precision in which those of all tasks are extracted."""
     base = open_base(store, label, device, VECTOR_DTYPE, cache=context.cache)
@@ -261,51 +249,6 @@ def _load_base(
         del base  # a device may have no room for two copies
         base = open_base(store, label, device, gradient_dtype(device), cache=context.cache)
     return base, examples, vectors
-
-
-def _with_context(
-    context: Context,
-    prompted: Prompted,
-    source: _Source,
-    tokens: int,
-    make: Callable[[Sequence[Prepared]], Adapter],
-) -> tuple[Adapter | None, ChosenContext | None, Guard | None]:
-    """Make an adapter and a context without some of the samples, measure both on these, and take them in.
-
-    The adapter is None where it has to be made again, from all samples.
-    """
-    base = prompted.base
-    if not tokens or not base.modality.takes_context:
-        return None, None, None
-    if source.data is None:
-        about = described_context(str(source.description))
-        return None, prompted.chosen(about), None
-    samples = usable_samples(prompted, source.data, source.path, source.count)
-    held, others = left_out(samples)
-    adapter = make(base.modality.prepare(base, base.modality.readable(base, others).items, SAMPLE_TOKENS))
-    with added(base.model, factors_of(adapter)):
-        tell = partial(context.progress, note="choosing the context")
-        chosen = choose_context(prompted, others, tokens, total=len(samples), tell=tell)
-        with_adapter = both_ways(prompted, chosen.context, held)
-    guard = guard_of(both_ways(prompted, chosen.context, held), with_adapter, len(held))
-    is_enough = not held or len(samples) >= _ENOUGH
-    return adapter if is_enough else None, prompted.filled(chosen, held, tokens), guard
-
-
-def _adapted(
-    context: Context, base: BaseModel, start: FewShotStart, rank: int, refine: int, samples: Sequence[Prepared]
-) -> Adapter:
-    """Take the few-shot steps, cut the adapter to the rank that is written, and refine it by gradient steps."""
-    adapter, steps = start.adapter, len(supports(samples, len(start.rates)))
-    for done, adapted in enumerate(adapt(base, start, samples, batch_size=texts_at_once(base.device)), start=1):
-        adapter = adapted.adapter
-        context.progress(done, steps, "adapting")
-    adapter = truncated(adapter, rank)
-    if refine:
-        for done, (nats, refined) in enumerate(finetune(base, adapter, samples, FinetuneConfig(refine)), start=1):
-            adapter = refined
-            context.progress(done, refine, f"refining, {nats:.3f} nats per token")
-    return adapter
 
 
 def _nats(base: BaseModel, adapter: Adapter | None, examples: Sequence[Any]) -> float:

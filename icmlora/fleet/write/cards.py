@@ -63,6 +63,8 @@ where there is no such file, `{CONTEXT_TEXT_NAME}` is the system message.
 An engine that caches prefixes reads a context once.
 """
 
+_MADE_FOR_IT = "The adapter was made to be served behind it, and is worth less alone.\n"
+
 _HOW = {
     "residual": "from the task's stored code and its residual",
     "code": "from the task's stored code",
@@ -167,7 +169,7 @@ so its quality is not known: measure it on text of your own before you rely on i
 |---|---|
 | samples read | {samples} |
 | gradient steps after generating | {refined} |
-{measured}| generator | version {version}, sha256 `{generator}` |
+{distilled}{measured}| generator | version {version}, sha256 `{generator}` |
 """
 
 
@@ -180,9 +182,11 @@ class GeneratedCard:
     generator: GeneratorRecord
     samples: int
     refined: int
+    distilled: int
     description: str | None  # what the user said about the task
     guard: Guard | None = None  # what it and its context are worth
     has_context: bool = False
+    is_made_for_it: bool = False
 
     def text(self) -> str:
         """Return the text of the card."""
@@ -194,9 +198,10 @@ class GeneratedCard:
             samples=self.samples,
             counted=counted(self.samples, "sample"),
             description=described,
-            context=CONTEXT_USE if self.has_context else "",
+            context=(CONTEXT_USE if self.has_context else "") + (_MADE_FOR_IT if self.is_made_for_it else ""),
             measured="" if self.guard is None else _measured(self.guard),
             refined=self.refined,
+            distilled=f"| steps of distillation | {self.distilled} |\n" if self.distilled else "",
             version=self.generator.version,
             generator=self.generator.blob,
         )

@@ -30,7 +30,7 @@ from tests.icmlora.small_fleet import dense, same
 def start(lengths: tuple[int, ...] = (-24, -20, -16, -12)) -> FewShotStart:
     """Return a start whose first step has lengths of so many eighths of an octave; the second one is half as long."""
     second = tuple(length - OCTAVE for length in lengths)
-    return FewShotStart(random_adapter(1, strength=0.05), (0,) * len(NAMES), (lengths, second), (0, 0), 3)
+    return FewShotStart(random_adapter(1, strength=0.05), (0,) * len(NAMES), (lengths, second), (0, 0), (0, 0), 3)
 
 
 def test_every_module_steps_as_far_as_was_learned_for_it(base: BaseModel, samples: list[Scored]) -> None:

@@ -50,7 +50,7 @@ def run(
 
 
 def numbers(start: FewShotStart) -> tuple[object, ...]:
-    return start.rates, start.slopes, start.sizes
+    return start.rates, start.slopes, start.in_context, start.sizes
 
 
 def test_steps_that_are_too_short_become_longer_and_better(
@@ -60,6 +60,15 @@ def test_steps_that_are_too_short_become_longer_and_better(
     assert all(sum(row) > -64 * len(NAMES) for row in states[-1].rates)
     before, after = ([at.loss for at in run(base, start, fleet, MEASURE)[0]] for start in (short, states[-1]))
     assert sum(after) < sum(before)
+
+
+def test_half_of_the_episodes_are_in_context_and_learn_what_that_adds(
+    base: BaseModel, fleet: TrainedTasks, short: FewShotStart
+) -> None:
+    episodes, states = run(base, short, fleet, replace(CONFIG, episodes=6))
+    assert [at.in_context for at in episodes] == [False, True, False, True, False, True]
+    assert states[0].in_context == (0, 0)
+    assert all(added > 0 for added in states[-1].in_context)
 
 
 def test_a_seed_decides_everything(base: BaseModel, fleet: TrainedTasks, short: FewShotStart) -> None:
@@ -81,7 +90,7 @@ def test_what_is_learned_is_whole_and_is_stored_as_it_is(
     base: BaseModel, fleet: TrainedTasks, short: FewShotStart
 ) -> None:
     learned = run(base, short, fleet)[1][-1]
-    assert all(type(value) is int for row in (*learned.rates, learned.slopes) for value in row)
+    assert all(type(value) is int for row in (*learned.rates, learned.slopes, learned.in_context) for value in row)
     stored = fewshot_start_from_bytes(fewshot_start_to_bytes(learned, b"code"), lambda _: learned.adapter)
     assert numbers(stored) == numbers(learned)
     assert learned.adapter is short.adapter

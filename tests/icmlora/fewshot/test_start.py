@@ -30,7 +30,7 @@ def of_length(seed: int, length: float) -> Adapter:
 
 def start(sizes: tuple[int, ...] = (0, 8, -16, 4)) -> FewShotStart:
     rates = ((1, 2, 3, 4), (-8, -7, -6, -5))
-    return FewShotStart(BOTH, sizes, rates, (2, -1), 3)
+    return FewShotStart(BOTH, sizes, rates, (2, -1), (8, -8), 3)
 
 
 @pytest.mark.parametrize("samples", [1, 4, 16, 64])
@@ -41,6 +41,12 @@ def test_a_step_is_a_size_times_its_rate_and_what_samples_are_worth(samples: int
             rate = known.rates[step][module] + slope * math.log2(samples / 16)
             wanted = 2 ** (known.sizes[module] / 8) * 2 ** (rate / 8)
             assert known.length(step, module, samples) == pytest.approx(wanted)
+
+
+def test_a_step_in_context_is_longer_or_shorter_by_what_was_learned() -> None:
+    known = start()
+    for step, times in enumerate((2, 0.5)):
+        assert known.length(step, 0, 4, in_context=True) == pytest.approx(times * known.length(step, 0, 4))
 
 
 def test_it_is_the_mean_over_the_modules_that_most_adapters_have() -> None:

@@ -37,6 +37,7 @@ def starts(draw: st.DrawFn) -> FewShotStart:
         draw(rows(MODULES)),
         tuple(draw(rows(MODULES)) for _ in range(steps)),
         draw(rows(steps)),
+        draw(rows(steps)),
         draw(st.integers(1, 100_000)),
     )
 
@@ -47,12 +48,12 @@ def decode(code: bytes) -> Adapter:
 
 
 def start() -> FewShotStart:
-    return FewShotStart(MEAN, (1,) * MODULES, ((2,) * MODULES, (3,) * MODULES), (4, 5), 6)
+    return FewShotStart(MEAN, (1,) * MODULES, ((2,) * MODULES, (3,) * MODULES), (4, 5), (-1, 1), 6)
 
 
 def written(**changes: object) -> bytes:
     """Return a sealed file whose head says something else."""
-    head = {"sizes": [1] * MODULES, "rates": [[2] * MODULES], "slopes": [4], "tasks": 6} | changes
+    head = {"sizes": [1] * MODULES, "rates": [[2] * MODULES], "slopes": [4], "in_context": [1], "tasks": 6} | changes
     packed = zlib.compress(json.dumps(head).encode())
     return add_checksum(MAGIC + struct.pack("<I", len(packed)) + packed + b"the mean's code")
 
@@ -61,8 +62,15 @@ def written(**changes: object) -> bytes:
 def test_what_is_written_is_read_back(start: FewShotStart) -> None:
     read = fewshot_start_from_bytes(fewshot_start_to_bytes(start, b"the mean's code"), decode)
     assert read.adapter is MEAN
-    for name in ("sizes", "rates", "slopes", "tasks"):
+    for name in ("sizes", "rates", "slopes", "in_context", "tasks"):
         assert getattr(read, name) == getattr(start, name)
+
+
+def test_a_file_of_icm_0_10_adds_nothing_in_context() -> None:
+    head = {"sizes": [1] * MODULES, "rates": [[2] * MODULES] * 2, "slopes": [4, 5], "tasks": 6}
+    packed = zlib.compress(json.dumps(head).encode())
+    data = add_checksum(MAGIC + struct.pack("<I", len(packed)) + packed + b"the mean's code")
+    assert fewshot_start_from_bytes(data, decode).in_context == (0, 0)
 
 
 def test_the_same_start_gives_the_same_bytes() -> None:
@@ -91,8 +99,9 @@ def test_a_file_that_is_cut_short_is_refused() -> None:
         {"sizes": [1] * (MODULES - 1)},
         {"rates": [[2] * (MODULES + 1)]},
         {"rates": []},
-        {"rates": [[2] * MODULES] * 65, "slopes": [4] * 65},
+        {"rates": [[2] * MODULES] * 65, "slopes": [4] * 65, "in_context": [1] * 65},
         {"slopes": [4, 4]},
+        {"in_context": [1, 1]},
         {"sizes": [1.5] * MODULES},
         {"sizes": [True] * MODULES},
         {"sizes": [1025] * MODULES},

@@ -68,6 +68,30 @@ def test_only_some_samples_are_read(able: Fleet, samples: Path, out: Path) -> No
     assert able.generate("geese", samples, out, count=2, device="cpu").samples == 2
 
 
+def test_a_distilled_adapter_is_measured_beside_the_samples_and_written_without_them(
+    able: Fleet, samples: Path, out: Path
+) -> None:
+    rows = "".join(json.dumps({"text": f"grey geese {number}"}) + "\n" for number in range(8))
+    samples.write_text(rows)
+    made = able.generate("geese", samples, out, distil=3, device="cpu")
+    assert made.guard is not None
+    assert (made.context_samples, made.context_tokens) == (0, 0)
+    assert not (out / "context.txt").exists()
+    plain = able.generate("geese", samples, out.parent / "plain", context_tokens=0, device="cpu")
+    assert made.weights != plain.weights
+
+
+def test_an_adapter_that_is_to_stand_alone_is_another_one(able: Fleet, samples: Path, tmp_path: Path) -> None:
+    made = [able.generate("geese", samples, tmp_path / str(n), context_tokens=n, device="cpu") for n in (0, 64)]
+    assert made[0].weights != made[1].weights
+
+
+def test_one_sample_is_too_few_to_distil(able: Fleet, samples: Path, out: Path) -> None:
+    with pytest.raises(DataError, match="there is one sample"):
+        able.generate("geese", samples, out, count=1, distil=1, device="cpu")
+    assert not out.exists()
+
+
 def test_a_smaller_rank_can_be_written(able: Fleet, samples: Path, out: Path) -> None:
     assert able.generate("geese", samples, out, rank=1, device="cpu").rank == 1
     assert rank_of(load_adapter(out)) == 1

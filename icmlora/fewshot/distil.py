@@ -1,0 +1,111 @@
+"""Move what samples in a prompt tell into an adapter that is served without them (context distillation).
+
+    teacher   base + adapter:  half of the samples, then the others ──▶ predictions of these, and the same the other way
+    student   base + adapter:  each sample alone                    ──▶ the same predictions, by gradient steps
+
+minimise   KL(teacher || student)          Askell et al., arXiv 2112.00861; Snell et al., arXiv 2209.15189
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+
+from icmlora.adapter.model import Adapter
+from icmlora.base_models.modality import IGNORED, BaseModel, Prepared
+from icmlora.base_models.running.lora_hooks import Factors, added, factors_of
+from icmlora.fewshot.finetune import FinetuneConfig, descend
+from icmlora.io.devices import uploaded
+from icmlora.training.teacher import Teacher, shortfalls, target
+
+_GROUP = 16  # samples that are read together
+_TOGETHER = 2560  # tokens of them
+_BETWEEN = 8  # tokens between two samples, at most
+
+
+@dataclass(frozen=True)
+class DistilConfig:
+    """How much is distilled, and from what."""
+
+    steps: int
+    batch: int = 4  # texts a step
+    learning_rate: float = 2e-3
+    seed: int = 0
+
+
+def distil(
+    base: BaseModel, adapter: Adapter, samples: Sequence[Prepared], config: DistilConfig
+) -> Iterator[tuple[float, Adapter]]:
+    """Teach an adapter what it predicts behind samples; yields each step's divergence (nats per token) and it then.
+
+    Only for base models whose samples can stand before others (`Modality.takes_context`).
+    """
+    teacher = PromptedTeacher(base, factors_of(adapter), samples, config)
+
+    def divergence(factors: Factors, batch: Sequence[int]) -> AbstractContextManager[torch.Tensor]:
+        (short,) = shortfalls(base, [(teacher, factors, batch)])
+        return nullcontext(short.divergence)
+
+    schedule = FinetuneConfig(config.steps, config.learning_rate, config.batch, config.seed)
+    return descend(base.device, adapter, divergence, len(teacher), schedule)
+
+
+class PromptedTeacher(Teacher):
+    """Predicts samples behind others: those of one half of a group behind the other half, and the other way.
+
+    Args:
+        base: The base model.
+        original: Factors that are on it meanwhile.
+        samples: Two or more.
+        config: Whose seed draws the halves.
+    """
+
+    def __init__(self, base: BaseModel, original: Factors, samples: Sequence[Prepared], config: DistilConfig) -> None:
+        super().__init__(base, original, list(samples))
+        order = list(range(len(samples)))
+        random.Random(config.seed).shuffle(order)  # noqa: S311 - an order, not secrets
+        with torch.no_grad(), added(base.model, original):
+            for group in _groups(order, _size_of_group(base, samples)):
+                half = len(group) // 2
+                self._read(group[:half], group[half:])
+                self._read(group[half:], group[:half])
+
+    def _read(self, before: Sequence[int], behind: Sequence[int]) -> None:
+        """Keep what is predicted of samples behind others."""
+        modality, items = self.base.modality, [self._items[number] for number in (*before, *behind)]
+        (text,) = modality.joined(self.base, items, _TOGETHER)
+        (logits,) = modality.logits(self.base, [text])
+        rows = logits[self._scored(text, len(logits))]
+        counts = [self._items[number].count for number in behind]
+        for number, predicted in zip(behind, torch.split(rows[-sum(counts) :], counts), strict=True):
+            item = self._items[number]
+            scored = self._scored(item, item.size)
+            spread = predicted.new_zeros(item.size, predicted.shape[-1])
+            spread[scored] = predicted
+            self._targets[number] = target(self.base, item, spread, scored)
+
+    def _scored(self, item: Prepared, predictions: int) -> torch.Tensor:
+        """Say which predictions of an item are scored, bool of shape (predictions,)."""
+        wanted = self.base.modality.wanted(item) or ()
+        first = predictions - len(wanted)
+        marks = [place >= first and wanted[place - first] != IGNORED for place in range(predictions)]
+        return uploaded(marks, self.base.device).bool()
+
+
+def _groups(order: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+    """Split an order into groups of about equal size, each of two at least."""
+    count = max(1, min(len(order) // 2, math.ceil(len(order) / size)))
+    bounds = (len(order) * number // count for number in range(count + 1))
+    return (order[first:end] for first, end in itertools.pairwise(bounds))
+
+
+def _size_of_group(base: BaseModel, samples: Sequence[Prepared]) -> int:
+    """Return how many samples are read together: their text has to fit."""
+    longest = max(item.size for item in samples) + _BETWEEN
+    return max(2, min(_GROUP, base.within(_TOGETHER) // longest))

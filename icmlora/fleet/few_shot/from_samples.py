@@ -1,0 +1,161 @@
+"""Make an adapter and its context from the samples of a task, and say what each of them is worth.
+
+samples ──left out──▶ four that tell: base model, adapter, context, both
+   └──the others──▶ few-shot steps ──▶ gradient steps ──▶ distillation ──▶ adapter
+          └───────▶ context, chosen with that adapter
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+from icmlora.adapter.arithmetic import truncated
+from icmlora.adapter.model import Adapter
+from icmlora.base_models.catalogue import check_examples
+from icmlora.base_models.examples.examples import Examples, examples_for, plain
+from icmlora.base_models.examples.media_archive import read_examples
+from icmlora.base_models.modality import BaseModel, Prepared
+from icmlora.base_models.running.lora_hooks import added, factors_of
+from icmlora.errors import DataError
+from icmlora.fewshot.adapt import adapt, behind_each_other, supports
+from icmlora.fewshot.context_choice import ChosenContext, Prompted, choose_context
+from icmlora.fewshot.described import described_context, described_samples
+from icmlora.fewshot.distil import DistilConfig, distil
+from icmlora.fewshot.finetune import FinetuneConfig, finetune
+from icmlora.fewshot.guard import Guard, left_out
+from icmlora.fewshot.start import FewShotStart
+from icmlora.fleet.context import Context
+from icmlora.fleet.few_shot.task_context import both_ways, guard_of, usable_samples
+from icmlora.fleet.few_shot.train import SAMPLE_TOKENS
+from icmlora.io.devices import texts_at_once
+
+_ORDERS = 4  # in which samples stand behind each other when an adapter is refined for its context
+_FEWEST_DISTILLED = 2
+_ENOUGH = 32  # samples of which four hardly matter to an adapter
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How an adapter is made.
+
+    Attributes:
+        rank: Of what is written.
+        refine: Gradient steps on the samples.
+        distil: Gradient steps towards what is predicted behind samples; no context is kept then.
+        context_tokens: Tokens of the context at most; 0 for none, and then nothing is measured.
+    """
+
+    rank: int
+    refine: int
+    distil: int
+    context_tokens: int
+
+
+@dataclass(frozen=True)
+class Made:
+    """What was made."""
+
+    adapter: Adapter
+    context: ChosenContext | None  # that is kept
+    guard: Guard | None  # what both are worth; None if that was not measured
+
+
+@dataclass(frozen=True)
+class Source:
+    """What an adapter is made from: samples, or a description from which the base model writes some."""
+
+    path: Path | None
+    data: bytes | None
+    count: int
+    description: str | None
+
+    @classmethod
+    def read(cls, path: Path | None, count: int, description: str | None, *, any_row: bool) -> Source:
+        """Read the file of samples if there is one, before a model is loaded; raise `DataError` if it is of no use."""
+        if path is None and description is None:
+            hint = "give samples, or a description of the task"
+            raise DataError("there is nothing to make an adapter from", hint=hint)
+        data = None if path is None else read_examples(path)
+        if data is not None:
+            check_examples(data, path=path, any_row=any_row)
+        return cls(path, data, count, description)
+
+    def examples(self, base: BaseModel) -> Examples:
+        """Return the samples as the base model reads them; it may have to write them first."""
+        if self.data is not None:
+            return examples_for(base, self.data, path=self.path, most=self.count)
+        if not base.modality.takes_context:
+            raise DataError(f"{base.label} is a {base.modality.name}, and writes no samples", hint="give some")
+        return Examples(plain(described_samples(base, str(self.description), self.count, SAMPLE_TOKENS)))
+
+
+def make_from(
+    context: Context, base: BaseModel, start: FewShotStart, source: Source, samples: Sequence[Prepared], recipe: Recipe
+) -> Made:
+    """Make an adapter from samples that are prepared, for the context that goes with it if one does.
+
+    Raises:
+        DataError: It is to be distilled, and no sample can stand before another.
+    """
+    _check_distil(base, recipe.distil, len(samples))
+    has_context = recipe.context_tokens > 0 and base.modality.takes_context
+    in_context = has_context and source.data is not None and not recipe.distil
+    make = partial(_adapted, context, base, start, recipe, in_context)
+    if not has_context:
+        return Made(make(samples), None, None)
+    prompted = Prompted(base)
+    if source.data is None:
+        return Made(make(samples), prompted.chosen(described_context(str(source.description))), None)
+    usable = usable_samples(prompted, source.data, source.path, source.count)
+    held, others = left_out(usable)
+    adapter = make(base.modality.prepare(base, base.modality.readable(base, others).items, SAMPLE_TOKENS))
+    with added(base.model, factors_of(adapter)):
+        tell = partial(context.progress, note="choosing the context")
+        chosen = choose_context(prompted, others, recipe.context_tokens, total=len(usable), tell=tell)
+        with_adapter = both_ways(prompted, chosen.context, held)
+    guard = guard_of(both_ways(prompted, chosen.context, held), with_adapter, len(held))
+    is_enough = not held or len(usable) >= _ENOUGH
+    kept = None if recipe.distil else prompted.filled(chosen, held, recipe.context_tokens)
+    return Made(adapter if is_enough else make(samples), kept, guard)
+
+
+def _check_distil(base: BaseModel, steps: int, samples: int) -> None:
+    if steps and not base.modality.takes_context:
+        fact = f"{base.label} is a {base.modality.name}, where no sample can stand before another"
+        raise DataError(fact, hint="leave out --distil")
+    if steps and samples < _FEWEST_DISTILLED:
+        raise DataError("there is one sample, and none to put before it", hint="give more, or leave out --distil")
+
+
+def _adapted(
+    context: Context,
+    base: BaseModel,
+    start: FewShotStart,
+    recipe: Recipe,
+    in_context: bool,
+    samples: Sequence[Prepared],
+) -> Adapter:
+    """Take the few-shot steps, cut the adapter to the rank that is written, and go on from there by gradient steps."""
+    adapter, steps = start.adapter, len(supports(samples, len(start.rates)))
+    taken = adapt(base, start, samples, in_context=in_context, batch_size=texts_at_once(base.device))
+    for done, adapted in enumerate(taken, start=1):
+        adapter = adapted.adapter
+        context.progress(done, steps, "adapting")
+    adapter = truncated(adapter, recipe.rank)
+    if recipe.refine:
+        read, config = samples, FinetuneConfig(recipe.refine)
+        if in_context:
+            read = [text for order in range(_ORDERS) for text in behind_each_other(base, samples, order)]
+            config = replace(config, batch=1)  # such a text has several samples
+        for done, (nats, refined) in enumerate(finetune(base, adapter, read, config), start=1):
+            adapter = refined
+            context.progress(done, recipe.refine, f"refining, {nats:.3f} nats per token")
+    if recipe.distil:
+        context.progress(0, recipe.distil, "reading the samples behind each other")
+        for done, (nats, taught) in enumerate(distil(base, adapter, samples, DistilConfig(recipe.distil)), start=1):
+            adapter = taught
+            context.progress(done, recipe.distil, f"distilling, {nats:.3f} nats per token to go")
+    return adapter
