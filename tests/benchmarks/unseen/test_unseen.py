@@ -59,7 +59,7 @@ def test_a_task_is_shuffled_with_one_of_another_family() -> None:
 
 def test_random_steps_are_as_long_as_learned_ones() -> None:
     zero = LoraModule("m.0.q", torch.zeros(1, 40), torch.zeros(30, 1))
-    start = FewShotStart(Adapter("base", None, ("q",), (zero,)), (8,), ((-8,),), (0,), 3)
+    start = FewShotStart(Adapter("base", None, ("q",), (zero,)), (8,), ((-8,),), (0,), (0,), 3)
     assert module_norms(random_steps(start, 16, 0))["m.0.q"] == pytest.approx(start.length(0, 0, 16), rel=1e-4)
 
 
@@ -87,7 +87,7 @@ def test_a_gain_is_relative_to_the_base_model_and_the_tasks_own_adapter() -> Non
 
 def test_a_start_without_its_episodes_has_the_first_lengths() -> None:
     zero = LoraModule("m.0.q", torch.zeros(1, 40), torch.zeros(30, 1))
-    learned = FewShotStart(Adapter("base", None, ("q",), (zero,)), (8,), ((-8,), (-9,)), (3, 4), 3)
+    learned = FewShotStart(Adapter("base", None, ("q",), (zero,)), (8,), ((-8,), (-9,)), (3, 4), (0, 0), 3)
     assert with_first_lengths(learned).rates == ((FIRST_RATES[0],), (FIRST_RATES[1],))
     assert with_first_lengths(learned).slopes == (FIRST_SLOPE, FIRST_SLOPE)
     assert with_first_lengths(learned).sizes == learned.sizes
