@@ -213,8 +213,10 @@ class Copies(Table):
             for adapter, extras in zip(new.adapters, new.extras, strict=True):
                 number = have.get(_key_of(adapter))
                 write.adapters.append(write.row(_ADAPTERS, adapter) if number is None else number)
-                if number is None:
-                    for extra in extras:
+                there = set() if number is None else _files_next_to(session, number)
+                for extra in extras:
+                    # A file that came later, such as a context. The tensors of an adapter that is there are there.
+                    if number is None or (extra["file"] and extra["file"] not in there):
                         write.row(table_of(models.Extra), {**extra, "adapter_id": len(write.adapters) - 1})
             for table, rows in zip(_OF_TASK, new.others, strict=True):
                 for row in rows:
@@ -354,6 +356,11 @@ def _keys_of(session: Session, task: int) -> dict[tuple[str, str, int | None], i
     """Return what tells the adapters of a task apart, with the number of each."""
     rows = session.scalars(select(models.Adapter).where(models.Adapter.task_id == task))
     return {(row.weights.digest, row.config.digest, row.step): row.id for row in rows}
+
+
+def _files_next_to(session: Session, adapter: int) -> set[str]:
+    """Return the names of the files that are kept next to an adapter."""
+    return set(session.scalars(select(models.Extra.file).where(models.Extra.adapter_id == adapter)))
 
 
 def _key_of(adapter: Values) -> tuple[str, str, int | None]:

@@ -184,3 +184,24 @@ def test_a_store_is_not_copied_to_itself(icm: Icm, trained: Path) -> None:
     ran = icm("copy", trained, trained)
     assert ran.code != 0
     assert "is the store to copy from" in ran.err
+
+
+def test_a_context_that_came_later_goes_too_and_one_that_is_there_stays(
+    icm: Icm, trained: Path, other: Path, tmp_path: Path
+) -> None:
+    icm("copy", trained, other)
+    icm_quietly(trained, "context", "poems", "--samples", lines_of(tmp_path, "geese"), "--device", "cpu")
+    assert icm("copy", trained, other, "--json").document["completed"] == ["poems"]
+    kept = Fleet(other).task_context("poems")
+    assert kept is not None
+    assert kept == Fleet(trained).task_context("poems")
+    icm_quietly(trained, "context", "poems", "--samples", lines_of(tmp_path, "swans"), "--device", "cpu")
+    assert "poems" in icm("copy", trained, other, "--json").document["known"]
+    assert Fleet(other).task_context("poems") == kept
+    assert is_whole(icm, other)
+
+
+def lines_of(folder: Path, subject: str) -> Path:
+    path = folder / f"{subject}.jsonl"
+    path.write_text("".join(f'{{"text": "grey {subject} number {number}"}}\n' for number in range(9)))
+    return path
