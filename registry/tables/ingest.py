@@ -47,6 +47,8 @@ class KnownTask:
     note: str | None = None
     tags: tuple[str, ...] = ()
     final: tuple[str, str] | None = None  # weights and configuration; None only where the store is damaged
+    final_row: int = 0  # of that adapter
+    files: frozenset[str] = frozenset()  # names of those next to the final adapter
     adapters: frozenset[AdapterKey] = frozenset()
     evicted: Mapping[AdapterKey, int] = field(default_factory=dict)  # adapter -> row, without the final adapter
     evicted_final: int | None = None  # row of the final adapter, if its weights were deleted
@@ -62,6 +64,7 @@ def known_tasks(connection: Connection, names: Sequence[str]) -> dict[str, Known
         tasks |= {task.id: task for task in _tasks(connection, some)}
     for ids in in_parts(list(tasks)):
         _add_adapters(connection, ids, tasks)
+        _add_files(connection, tasks)
     return {task.name.lower(): task for task in tasks.values()}
 
 
@@ -95,10 +98,19 @@ def _add_adapters(connection: Connection, ids: Sequence[int], tasks: dict[int, K
         if evicted_at is not None and is_bundle_source(place):
             task = replace(task, never_here=task.never_here | {number})
         if is_final:
-            task = replace(task, final=key[:2], evicted_final=None if evicted_at is None else number)
+            evicted = None if evicted_at is None else number
+            task = replace(task, final=key[:2], final_row=number, evicted_final=evicted)
         elif evicted_at is not None:
             task = replace(task, evicted={**task.evicted, key: number})
         tasks[task_id] = task
+
+
+def _add_files(connection: Connection, tasks: dict[int, KnownTask]) -> None:
+    of_row = {task.final_row: task.id for task in tasks.values()}
+    query = select(_EXTRAS.c.adapter_id, _EXTRAS.c.file).where(_EXTRAS.c.adapter_id.in_(of_row))
+    for row, file in connection.execute(query):
+        task = tasks[of_row[row]]
+        tasks[task.id] = replace(task, files=task.files | {file})
 
 
 @dataclass(frozen=True)
@@ -147,6 +159,14 @@ class _Decision:
             yield from filter(None, (adapter.config, adapter.card, *(extra.blob for extra in adapter.extras)))
             if _key(adapter) not in self.evicted or self.comes_back(_key(adapter)):
                 yield from filter(None, (adapter.weights, adapter.initial))
+
+    @property
+    def new_files(self) -> list[records.Extra]:
+        """Files next to the final adapter of a known task that came after it."""
+        if self.known is None or self.status == "skipped":
+            return []
+        final = next(adapter for adapter in self.ingest.adapters if adapter.is_final)
+        return [extra for extra in final.extras if extra.file is not None and extra.file not in self.known.files]
 
     def revised(self) -> Iterator[tuple[int, records.NewAdapter]]:
         """Yield the rows that take over what is known of their adapter now: it is back, or has its initial weights."""
@@ -222,7 +242,7 @@ def _updated(known: KnownTask, ingest: records.TaskIngest) -> _Decision:
     new_eval_data = ingest.eval_data not in (None, known.eval_data)
     evicted = dict(_evicted(known, ingest.adapters))
     decision = _Decision(ingest, "known", known, new, new_samples, new_eval_data, evicted)
-    is_revised = any(True for _ in decision.revised())
+    is_revised = bool(decision.new_files) or any(True for _ in decision.revised())
     return replace(decision, status="updated") if new or new_samples or new_eval_data or is_revised else decision
 
 
@@ -268,7 +288,7 @@ def _write(connection: Connection, files: Blobs, decisions: Sequence[_Decision])
     if rows:
         new = [new for item in decisions for new in item.new]
         made = connection.execute(insert(_ADAPTERS).returning(_ADAPTERS.c.id, sort_by_parameter_order=True), rows)
-        _write_extras(connection, made.scalars().all(), new, blobs)
+        _write_extras(connection, made.scalars().all(), [one.extras for one in new], blobs)
     # Only now: the weights of restored adapters must be there, which `blobs` above has checked.
     for row, adapter in revised:
         values = {
@@ -282,7 +302,9 @@ def _write(connection: Connection, files: Blobs, decisions: Sequence[_Decision])
             values["card_id"] = _number(blobs, adapter.card)
             connection.execute(delete(_EXTRAS).where(_EXTRAS.c.adapter_id == row))
         connection.execute(update(_ADAPTERS).where(_ADAPTERS.c.id == row).values(values))
-    _write_extras(connection, [row for row, _ in revised], [new for _, new in revised], blobs)
+    _write_extras(connection, [row for row, _ in revised], [new.extras for _, new in revised], blobs)
+    more = [(item.known, item.new_files) for item in decisions if item.known is not None and item.new_files]
+    _write_extras(connection, [known.final_row for known, _ in more], [files for _, files in more], blobs)
 
 
 def _task_number(
@@ -324,16 +346,19 @@ def _adapter_values(
 
 
 def _write_extras(
-    connection: Connection, adapters: Sequence[int], news: Sequence[records.NewAdapter], blobs: Mapping[str, int]
+    connection: Connection,
+    adapters: Sequence[int],
+    extras: Sequence[Sequence[records.Extra]],
+    blobs: Mapping[str, int],
 ) -> None:
     values = [
         {"adapter_id": adapter, "file": extra.file or "", "blob_id": blobs[extra.blob], "size": extra.size}
-        for adapter, new in zip(adapters, news, strict=True)
-        for extra in new.extras
+        for adapter, new in zip(adapters, extras, strict=True)
+        for extra in new
     ]
     # An adapter that was known may have some. Its tensors may be packed in another way now.
-    for adapter, new in zip(adapters, news, strict=True):
-        if any(extra.file is None for extra in new.extras):
+    for adapter, new in zip(adapters, extras, strict=True):
+        if any(extra.file is None for extra in new):
             connection.execute(delete(_EXTRAS).where(_EXTRAS.c.adapter_id == adapter, _EXTRAS.c.file == ""))
     if values:
         connection.execute(insert_into(connection, _EXTRAS).on_conflict_do_nothing(), values)

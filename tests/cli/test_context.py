@@ -10,6 +10,7 @@ import pytest
 
 from icm_cli.errors import ExitCode
 from tests.cli.conftest import Ran
+from tests.cli.tiny_fleet import write_lora
 
 Icm = Callable[..., Ran]
 
@@ -97,3 +98,19 @@ def test_samples_that_are_all_too_long_are_refused(icm: Icm, trained: Path, tmp_
     ran = choose(icm, path, "--tokens", "100")
     assert ran.code == ExitCode.FAILED
     assert "no sample is short enough for a context of" in ran.err
+
+
+def test_a_context_that_is_put_next_to_a_known_adapter_is_taken_and_never_replaces_one(
+    icm: Icm, tmp_path: Path
+) -> None:
+    folder = write_lora(tmp_path / "loras" / "poems")
+    icm("ingest", folder)
+    (folder / "context.txt").write_text("grey geese\n\n")
+    assert icm("ingest", folder, "--json").events[0]["status"] == "updated"
+    assert icm("context", "poems", "--show").out == "grey geese\n"
+    (folder / "context.txt").write_text("white swans\n\n")
+    (folder / "context.json").write_text('{"messages": [{"role": "user", "content": "swans?"}]}')
+    assert icm("ingest", folder, "--json").events[0]["status"] == "known"
+    assert icm("context", "poems", "--show", "--json").document["messages"] == []
+    assert icm("context", "poems", "--show").out == "grey geese\n"
+    assert icm("verify", "--read-data", "--json").document["ok"]

@@ -1,20 +1,22 @@
 """Pack and store what codes cannot represent: heads and other tensors, tokenizers and other files next to adapters.
 
 Packing takes many times longer than reading. So equal bytes are packed once, however many adapters have them, and
-an adapter that the store knows keeps the extras of its row. Tensors that the base model has too are not packed: a
-record of a few bytes refers to them.
+an adapter that the store knows keeps the extras of its row, and gets the files that came later. Tensors that the base
+model has too are not packed: a record of a few bytes refers to them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from icmlora.errors import IcmLoraError
 from icmlora.fleet.bases.joins import KnownBases
 from icmlora.fleet.ingest.files import PreparedTask, Refusal
 from icmlora.formats.extras import pack, tensor_files
+from icmlora.formats.peft.peft import CONTEXT_NAMES
 from icmlora.io.files import read_regular
 from icmlora.io.safetensors import RawTensor, raw_tensors
 from registry.errors import SourceRefused
@@ -77,11 +79,8 @@ class ExtrasKeeper:
         own = recorded.get((task.found.name.lower(), final.config, final.weights))
         # If the store lost one of them, the same ingest gives it back.
         if own is not None and (self._store is None or all(self._store.blobs.exists(extra.blob) for extra in own)):
-            return own
-        extras = [
-            self._extra(name, read_regular(path, max_bytes=_COMPANION_LIMIT))
-            for name, path in sorted(companions.items())
-        ]
+            return (*own, *self._files(_came_later(companions, {extra.file for extra in own})))
+        extras = self._files(companions)
         # Evicted weights that stay evicted are not in the store; the row of their adapter has its extras already.
         if self._store is not None and task.kept and self._store.blobs.exists(final.weights):
             tensors = raw_tensors(self._store.blobs.read(final.weights), task.kept)
@@ -93,6 +92,10 @@ class ExtrasKeeper:
                 extras.append(Extra(digest_of(record), None, size, len(record)))
             extras += [self._extra(None, data, width) for data, width in tensor_files(tensors)]
         return tuple(extras)
+
+    def _files(self, companions: Mapping[str, Path]) -> list[Extra]:
+        found = sorted(companions.items())
+        return [self._extra(name, read_regular(path, max_bytes=_COMPANION_LIMIT)) for name, path in found]
 
     def _equal(self, tensors: Mapping[str, RawTensor], base_model: str | None) -> dict[str, Reference]:
         """Find the tensors that the base model has too, if it is on this machine."""
@@ -129,6 +132,12 @@ class ExtrasKeeper:
                 self._flush()
         blob, packed_size = self._packed[key]
         return Extra(blob, file, len(data), packed_size)
+
+
+def _came_later(companions: Mapping[str, Path], known: Collection[str | None]) -> dict[str, Path]:
+    """Return the files that are not known. A context is one thing: what is known of it may be newer than the folder."""
+    known = {*known} if CONTEXT_NAMES.isdisjoint(known) else CONTEXT_NAMES.union(known)
+    return {name: path for name, path in companions.items() if name not in known}
 
 
 def _has_extras(task: PreparedTask) -> bool:
