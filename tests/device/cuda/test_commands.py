@@ -124,15 +124,18 @@ class TestTrain:
         }
         assert after.keys() - before.keys() == {"extra"}
 
-    def test_with_a_few_shot_start_an_adapter_is_generated(self, card: Icm, on_card: Path, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("steps", ["--refine", "--distil"])
+    def test_with_a_few_shot_start_an_adapter_is_generated(
+        self, card: Icm, on_card: Path, tmp_path: Path, steps: str
+    ) -> None:
         samples = write_samples(tmp_path / "geese.jsonl", "grey geese")
-        options = ("--samples", samples, "-o", tmp_path / "out", "--refine", 2, "--json")
+        options = ("--samples", samples, "-o", tmp_path / "out", steps, 2, "--json")
         document = card("generate", "geese", *options).document
         assert document["nats_per_token"] < document["base_nats_per_token"]
         assert load_adapter(tmp_path / "out").modules
 
     def test_a_start_is_trained_for_a_generator_that_is_there(self, card: Icm, trained: Path) -> None:
-        ran = card("train", "--objective", "functional", "--episodes", 1, "--json")
+        ran = card("train", "--objective", "functional", "--episodes", 2, "--json")
         assert "start" in {event["type"] for event in ran.events}
 
 
