@@ -1,7 +1,7 @@
 """Answers of a model, greedily, in batches that read what all their questions begin with only once."""
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,21 +29,26 @@ class Answerer:
         self._tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True)
         self._model = load_base(base, dtype).eval()
 
-    def with_adapter(self, folder: Path, rows: Sequence[Row]) -> list[str]:
-        """Answer the questions of rows with an adapter, as PEFT loads it."""
-        with _adapted(self._model, folder) as model:
-            return self._answers(model, self._asked(rows, []), self._longest(rows))
+    def answers(
+        self, rows: Sequence[Row], *, adapter: Path | None = None, before: Sequence[Mapping[str, Any]] = ()
+    ) -> list[str]:
+        """Answer the questions of rows, with an adapter as PEFT loads it and behind the messages of a chat."""
+        asked = self._asked(rows, before)
+        if adapter is None:
+            return self._answers(self._model, asked, self._longest(rows))
+        with _adapted(self._model, adapter) as model:
+            return self._answers(model, asked, self._longest(rows))
 
     def with_examples(self, examples: Sequence[Row], rows: Sequence[Row]) -> tuple[list[str], int]:
         """Answer them with examples in the prompt, as many as the context holds; returns how many that were too."""
-        longest = self._longest(rows)
         alone = max(len(ids) for ids in self._asked(rows, []))
         sizes = [len(tokens(self._tokenizer, turns([row]))) for row in examples]
-        kept = examples_that_fit(examples, sizes, self._model.config.max_position_embeddings - alone - longest)
-        return self._answers(self._model, self._asked(rows, kept), longest), len(kept)
+        room = self._model.config.max_position_embeddings - alone - self._longest(rows)
+        kept = examples_that_fit(examples, sizes, room)
+        return self.answers(rows, before=turns(kept)), len(kept)
 
-    def _asked(self, rows: Sequence[Row], examples: Sequence[Row]) -> list[list[int]]:
-        chats = (turns(examples, row.prompt) for row in rows)
+    def _asked(self, rows: Sequence[Row], before: Sequence[Mapping[str, Any]]) -> list[list[int]]:
+        chats = ([*before, *turns([], row.prompt)] for row in rows)
         return [tokens(self._tokenizer, chat, add_generation_prompt=True) for chat in chats]
 
     def _longest(self, rows: Sequence[Row]) -> int:

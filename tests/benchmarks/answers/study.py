@@ -160,7 +160,7 @@ class Study:
             weights = weights_digest(folder)
             answers = self._kept(task, weights)
             if answers is None:
-                answers = self._keep(task, weights, self._model.with_adapter(folder, rows))["answers"]
+                answers = self._keep(task, weights, self._model.answers(rows, adapter=folder))["answers"]
                 print(f"{method.name}, {task}: {sum(right(answers, rows))} of {len(rows)}", flush=True)
         return answers
 

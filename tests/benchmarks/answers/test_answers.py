@@ -153,7 +153,7 @@ def test_answers_in_batches_are_those_that_the_model_gives_alone(base: Path, tmp
         alone.append(tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True).strip())
     before, answers, after = (
         answerer.with_examples([], QUESTIONS),
-        answerer.with_adapter(adapter, QUESTIONS),
+        answerer.answers(QUESTIONS, adapter=adapter),
         answerer.with_examples([], QUESTIONS),
     )
     assert answers == alone

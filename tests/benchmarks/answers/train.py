@@ -7,7 +7,7 @@ that are there are skipped, and one that was stopped goes on from its last check
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ class Chats(Dataset[dict[str, list[int]]]):
         return {"input_ids": whole, "labels": [IGNORED] * asked + whole[asked:]}
 
 
-def tokens(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], **options: Any) -> list[int]:
+def tokens(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, Any]], **options: Any) -> list[int]:
     """Return a chat as the base model reads it."""
     text = tokenizer.apply_chat_template(messages, tokenize=False, **options)
     return list(tokenizer(text, add_special_tokens=False).input_ids)

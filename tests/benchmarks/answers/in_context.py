@@ -1,0 +1,197 @@
+"""Right answers on tasks that were never ingested: by a generated adapter, by samples in the prompt, by both.
+
+usage: OMP_NUM_THREADS=1 python -m tests.benchmarks.answers.in_context --work W --fleet F [--rows 100] [--only A,B]
+
+F is what `tests.benchmarks.answers.train` trained for the small base model. Each half of its tasks is left out once:
+the few-shot start is learned on the other half. An adapter and its context come from 16 chats, by the code of
+`icm generate`; the questions are held out. Answers are kept in W, so that a stopped study goes on.
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from icmlora.adapter.model import Adapter
+from icmlora.base_models.examples.examples import examples_for
+from icmlora.base_models.finding.lookup import inspect_base
+from icmlora.base_models.kinds.causal_lm import CausalLM
+from icmlora.base_models.kinds.likelihood import Scored
+from icmlora.base_models.modality import BaseModel
+from icmlora.fewshot.start import FewShotStart
+from icmlora.fleet.context import Context
+from icmlora.fleet.few_shot.from_samples import Made, Recipe, Source, make_from
+from icmlora.formats.discovery.folder import save_adapter
+from tests.benchmarks.answers.generate import Answerer
+from tests.benchmarks.answers.intervals import mean, share
+from tests.benchmarks.answers.rows import Row, read
+from tests.benchmarks.answers.study import right
+from tests.benchmarks.answers.tasks import TASKS
+from tests.benchmarks.example_fleet.tasks import BASE_MODEL
+from tests.benchmarks.realistic_fleet.bases import base_folder
+from tests.benchmarks.unseen import rows as made_of
+from tests.benchmarks.unseen.fitted import fit_start
+from tests.benchmarks.unseen.fleet import SAMPLE_TOKENS, StudyTask
+
+COUNT = 16
+"""Samples of each task."""
+STEPS = 150
+"""Of distillation."""
+RESULTS = Path(__file__).parents[1] / "results" / "answers-in-context.json"
+
+
+@dataclass(frozen=True)
+class ChatTask(StudyTask):
+    """A task whose samples are chats."""
+
+    def samples(self, base: BaseModel) -> list[Scored]:
+        """Return its samples as token ids; only answers are scored."""
+        found = examples_for(base, (self.folder / "samples.jsonl").read_bytes())
+        return base.modality.prepare(base, found.items, SAMPLE_TOKENS)
+
+
+class Making:
+    """What `icm generate` makes for one task.
+
+    Args:
+        base: The base model.
+        start: A few-shot start that knows nothing of the task.
+        task: The task.
+    """
+
+    def __init__(self, base: BaseModel, start: FewShotStart, task: ChatTask) -> None:
+        self._base, self._start, self._task = base, start, task
+        self.seconds: dict[str, float] = {}
+
+    @cached_property
+    def both(self) -> Made:
+        """Its adapter and its context."""
+        return self._made("both", 0)
+
+    @cached_property
+    def distilled(self) -> Adapter:
+        """An adapter that was distilled from the samples."""
+        return self._made("distilled", STEPS).adapter
+
+    @cached_property
+    def alone(self) -> Adapter:
+        """An adapter that was made to stand alone."""
+        return made_of.generated(self._base, self._start, self._task.samples(self._base)[:COUNT])
+
+    def _made(self, row: str, distil: int) -> Made:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "samples.jsonl"
+            lines = (self._task.folder / "samples.jsonl").read_text("utf-8").split("\n")[:COUNT]
+            path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+            source, began = Source.read(path, COUNT, None, any_row=False), time.monotonic()
+            samples = self._task.samples(self._base)[:COUNT]
+            recipe = Recipe(made_of.RANK, 0, distil, 1536)
+            made = make_from(Context(Path(folder)), self._base, self._start, source, samples, recipe)
+        self.seconds[row] = round(time.monotonic() - began, 1)
+        return made
+
+
+class Asking:
+    """Asks the questions of a task and keeps what was right."""
+
+    def __init__(self, answerer: Answerer, task: ChatTask, count: int, kept: Path) -> None:
+        self._answerer, self._task, self._kept = answerer, task, kept
+        self._rows: list[Row] = read(task.folder / "eval.jsonl")[:count]
+
+    def ask(self, row: str, make: Callable[[], tuple[Adapter | Path | None, Any]], note: Callable[[], Any]) -> None:
+        """Ask with an adapter and a context, unless that was done."""
+        if any(line["task"] == self._task.name and line["row"] == row for line in lines_of(self._kept)):
+            return
+        adapter, context = make()
+        before = [] if context is None else context.before_messages([])
+        with tempfile.TemporaryDirectory() as folder:
+            if isinstance(adapter, Adapter):
+                save_adapter(adapter, Path(folder) / "adapter", dtype="bfloat16")
+                adapter = Path(folder) / "adapter"
+            answers = self._answerer.answers(self._rows, adapter=adapter, before=before)
+        found = right(answers, self._rows)
+        line = {"task": self._task.name, "row": row, "right": sum(found), "rows": len(found), **note()}
+        with self._kept.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        print(f"{self._task.name} {row}: {sum(found)} of {len(found)}", flush=True)
+
+
+def lines_of(path: Path) -> list[dict[str, Any]]:
+    """Read what was kept."""
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
+
+
+def measure(asking: Asking, making: Making, task: ChatTask) -> None:
+    """Ask with everything that the study compares."""
+    nothing: Callable[[], dict[str, Any]] = dict
+
+    def costs(row: str) -> dict[str, Any]:
+        made = making.both
+        tokens = 0 if made.context is None else made.context.tokens
+        guard = None if made.guard is None else asdict(made.guard) | {"recommended": made.guard.recommended}
+        return {"seconds": making.seconds[row], "tokens": tokens, "guard": guard}
+
+    def context() -> Any:
+        assert making.both.context is not None
+        return making.both.context.context
+
+    asking.ask("base model", lambda: (None, None), nothing)
+    asking.ask("own", lambda: (task.folder, None), nothing)
+    asking.ask("prompt", lambda: (None, context()), partial(costs, "both"))
+    asking.ask("icm", lambda: (making.alone, None), nothing)
+    asking.ask("icm and prompt", lambda: (making.alone, context()), nothing)
+    asking.ask("both", lambda: (making.both.adapter, context()), partial(costs, "both"))
+    asking.ask("own and prompt", lambda: (task.folder, context()), nothing)
+    asking.ask("distilled", lambda: (making.distilled, None), lambda: {"seconds": making.seconds["distilled"]})
+
+
+def document(lines: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return accuracies by row: the mean over tasks with its 95 % interval, and each task."""
+    rows: dict[str, dict[str, Mapping[str, Any]]] = {}
+    for line in lines:
+        rows.setdefault(line["row"], {})[line["task"]] = {
+            name: value for name, value in line.items() if name not in ("row", "task")
+        }
+    return {
+        row: {"accuracy": asdict(mean([share(one["right"], one["rows"]) for one in tasks.values()])), "tasks": tasks}
+        for row, tasks in rows.items()
+    }
+
+
+def main() -> None:
+    """Learn two starts, make, ask, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True, help="folder of downloaded packages and what is kept")
+    parser.add_argument("--fleet", type=Path, required=True, help="folder of the adapters")
+    parser.add_argument("--rows", type=int, default=100, help="questions of each task (default 100)")
+    parser.add_argument("--episodes", type=int, default=10, help="of meta-training (default 10)")
+    parser.add_argument("--only", type=lambda text: text.split(","), help="names, separated by commas")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    kept = options.work / "answers-in-context.jsonl"
+    folders = [options.fleet / task.name for task in TASKS if task.base_model == BASE_MODEL]
+    tasks = [ChatTask(folder, "", "") for folder in folders if folder.is_dir()]
+    folder = base_folder(BASE_MODEL, options.work)
+    base = CausalLM().load(inspect_base(BASE_MODEL, folder), dtype=torch.bfloat16, fingerprint="study")
+    answerer = Answerer(folder, torch.float32)
+    for half in range(2):
+        members, held_out = tasks[1 - half :: 2], tasks[half::2]
+        start = fit_start(base, members, options.episodes, half, options.work / f"answers-start-{half}.icms")
+        for task in held_out:
+            if options.only is None or task.name in options.only:
+                measure(Asking(answerer, task, options.rows, kept), Making(base, start, task), task)
+    result = {"base_model": BASE_MODEL, "samples": COUNT, "distil": STEPS, "rows": document(lines_of(kept))}
+    RESULTS.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    for row, one in result["rows"].items():
+        print(f"{row}: {one['accuracy']['value']:.3f} ({one['accuracy']['low']:.3f} to {one['accuracy']['high']:.3f})")
+
+
+if __name__ == "__main__":
+    main()
