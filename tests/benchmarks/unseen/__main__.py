@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 
 import torch
 
@@ -18,7 +17,8 @@ from icmlora.base_models.finding.lookup import inspect_base
 from icmlora.base_models.kinds.causal_lm import CausalLM
 from tests.benchmarks.example_fleet.tasks import BASE_MODEL
 from tests.benchmarks.unseen.fleet import built_tasks
-from tests.benchmarks.unseen.folds import FOLDS, folds_of
+from tests.benchmarks.unseen.folds import folds_of
+from tests.benchmarks.unseen.options import study_parser
 from tests.benchmarks.unseen.study import Fold, Options, Results
 from tests.benchmarks.unseen.summary import summarise, table
 
@@ -49,24 +49,11 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _options(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="unseen", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--fleet", type=Path, required=True, help="folder of the domain fleet")
-    parser.add_argument("--base", type=Path, required=True, help="folder of the base model")
-    parser.add_argument("--work", type=Path, required=True, help="what is kept between runs")
-    parser.add_argument("--most", type=int, help="only the first tasks of the list")
-    parser.add_argument("--folds", type=_numbers, default=list(range(FOLDS)), help="which folds (default all)")
+    parser = study_parser("unseen", __doc__, most=None, episodes=48)
     parser.add_argument("--seeds", type=int, default=3, help="draws of the samples (default 3)")
-    parser.add_argument("--episodes", type=int, default=48, help="of meta-training (default 48)")
     parser.add_argument("--many", type=int, default=99, help="tasks of a fold with 64 samples too (default all)")
     parser.add_argument("--refined", type=int, default=99, help="tasks of a fold that are refined too (default all)")
-    parser.add_argument("--out", type=Path, help="JSON file to write")
     return parser.parse_args(arguments)
-
-
-def _numbers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",") if part]
 
 
 if __name__ == "__main__":

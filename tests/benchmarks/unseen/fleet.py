@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,7 +12,8 @@ from icmlora.adapter.model import Adapter
 from icmlora.base_models.examples.examples import Example, parse_examples
 from icmlora.base_models.kinds.likelihood import Scored, tokenized
 from icmlora.base_models.modality import BaseModel
-from icmlora.formats.discovery.folder import load_adapter
+from icmlora.base_models.running.lora_hooks import Factors, factors_of
+from icmlora.formats.discovery.folder import load_adapter, save_adapter
 
 SAMPLE_TOKENS = 128
 """Tokens of a sample or held-out text that are read."""
@@ -50,6 +52,15 @@ class StudyTask:
         examples = parse_examples((self.folder / "eval.jsonl").read_bytes())[:TEXTS]
         ids = [base.tokenizer(example.text)["input_ids"][:SAMPLE_TOKENS] for example in examples]
         return [Example("", base.tokenizer.decode(row)) for row in ids]
+
+
+def reloaded(adapter: Adapter | None) -> Factors:
+    """Return an adapter's factors as they are in bfloat16 after it was written and read back; none of no adapter."""
+    if adapter is None:
+        return {}
+    with tempfile.TemporaryDirectory() as folder:
+        save_adapter(adapter, Path(folder) / "adapter", dtype="bfloat16")
+        return factors_of(load_adapter(Path(folder) / "adapter"))
 
 
 def built_tasks(fleet: Path, most: int | None = None) -> list[StudyTask]:

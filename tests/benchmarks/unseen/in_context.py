@@ -33,17 +33,17 @@ from icmlora.base_models.examples.examples import Example
 from icmlora.base_models.finding.lookup import inspect_base
 from icmlora.base_models.kinds.causal_lm import CausalLM
 from icmlora.base_models.modality import BaseModel
-from icmlora.base_models.running.lora_hooks import added, factors_of
+from icmlora.base_models.running.lora_hooks import added
 from icmlora.fewshot.context_choice import Prompted
 from icmlora.fewshot.described import described_context, described_samples
 from icmlora.fewshot.start import FewShotStart
 from icmlora.fleet.context import Context
 from icmlora.fleet.few_shot.from_samples import Made, Recipe, Source, make_from
-from icmlora.formats.discovery.folder import load_adapter, save_adapter
 from tests.benchmarks.example_fleet.tasks import BASE_MODEL
 from tests.benchmarks.unseen import fitted, rows
-from tests.benchmarks.unseen.fleet import SAMPLE_TOKENS, StudyTask, built_tasks
-from tests.benchmarks.unseen.folds import FOLDS, folds_of
+from tests.benchmarks.unseen.fleet import SAMPLE_TOKENS, StudyTask, built_tasks, reloaded
+from tests.benchmarks.unseen.folds import folds_of
+from tests.benchmarks.unseen.options import numbers, study_parser
 from tests.benchmarks.unseen.sentences import SENTENCES
 from tests.benchmarks.unseen.study import Results
 from tests.benchmarks.unseen.summary import summarise, table
@@ -141,12 +141,7 @@ class ContextFold:
 
     def _nats(self, adapter: Adapter | None, context: TaskContext | None, texts: list[Example]) -> float:
         """Measure an adapter after it was written and read back."""
-        factors = {}
-        if adapter is not None:
-            with tempfile.TemporaryDirectory() as folder:
-                save_adapter(adapter, Path(folder) / "adapter", dtype="bfloat16")
-                factors = factors_of(load_adapter(Path(folder) / "adapter"))
-        with added(self._base.model, factors):
+        with added(self._base.model, reloaded(adapter)):
             return self._prompted.score(context, texts).value
 
 
@@ -186,23 +181,10 @@ def _document(work: Path, tasks: list[StudyTask], folds: list[list[StudyTask]]) 
 
 
 def _options(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="in_context", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--fleet", type=Path, required=True, help="folder of the domain fleet")
-    parser.add_argument("--base", type=Path, required=True, help="folder of the base model")
-    parser.add_argument("--work", type=Path, required=True, help="what is kept between runs")
-    parser.add_argument("--most", type=int, default=40, help="only the first tasks of the list (default 40)")
-    parser.add_argument("--folds", type=_numbers, default=list(range(FOLDS)), help="which folds (default all)")
-    parser.add_argument("--counts", type=_numbers, default=list(COUNTS), help="numbers of samples (default 16,4,64)")
-    parser.add_argument("--episodes", type=int, default=10, help="of meta-training (default 10)")
+    parser = study_parser("in_context", __doc__, most=40, episodes=10)
+    parser.add_argument("--counts", type=numbers, default=list(COUNTS), help="numbers of samples (default 16,4,64)")
     parser.add_argument("--distil", type=int, default=150, help="steps of distillation (default 150)")
-    parser.add_argument("--out", type=Path, help="JSON file to write")
     return parser.parse_args(arguments)
-
-
-def _numbers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",") if part]
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,11 +14,11 @@ from icmlora.adapter.model import Adapter
 from icmlora.base_models.examples.examples import Example
 from icmlora.base_models.kinds.likelihood import nll
 from icmlora.base_models.modality import BaseModel
-from icmlora.base_models.running.lora_hooks import added, factors_of
+from icmlora.base_models.running.lora_hooks import added
 from icmlora.fewshot.start import with_first_lengths
 from icmlora.formats.discovery.folder import load_adapter, save_adapter
 from tests.benchmarks.unseen import fitted, rows
-from tests.benchmarks.unseen.fleet import StudyTask
+from tests.benchmarks.unseen.fleet import StudyTask, reloaded
 
 _PROMPT_TOKENS = 96
 """Of each sample in a prompt: sixteen and the text fit into the base model's 2,048."""
@@ -152,7 +151,7 @@ class Fold:
         """Return what is generated from the first draw of samples; made once, several rows start from it."""
         folder = self._options.work / "generated" / str(count) / task.name
         if not folder.exists():
-            _write(self._made(task, count, 0), folder)
+            save_adapter(self._made(task, count, 0), folder, dtype="float32", force=True)
         return load_adapter(folder)
 
     def _random(self, task: StudyTask, seed: int) -> None:
@@ -196,14 +195,5 @@ class Fold:
 
     def _nats(self, adapter: Adapter | None, examples: Sequence[Example]) -> float:
         """Measure an adapter after it was written and read back."""
-        factors = {}
-        if adapter is not None:
-            with tempfile.TemporaryDirectory() as folder:
-                _write(adapter, Path(folder) / "adapter", dtype="bfloat16")
-                factors = factors_of(load_adapter(Path(folder) / "adapter"))
-        with added(self._base.model, factors):
+        with added(self._base.model, reloaded(adapter)):
             return nll(self._base.model, self._base.tokenizer, examples, max_tokens=2048).value
-
-
-def _write(adapter: Adapter, folder: Path, dtype: str = "float32") -> None:
-    save_adapter(adapter, folder, dtype=dtype, force=True)
