@@ -20,6 +20,7 @@ import torch
 from icmlora.adapter.model import Adapter
 from icmlora.base_models.modality import IGNORED, BaseModel, Prepared
 from icmlora.base_models.running.lora_hooks import Factors, added, factors_of
+from icmlora.errors import DataError
 from icmlora.fewshot.finetune import FinetuneConfig, descend
 from icmlora.io.devices import uploaded
 from icmlora.training.teacher import Teacher, shortfalls, target
@@ -45,6 +46,9 @@ def distil(
     """Teach an adapter what it predicts behind samples; yields each step's divergence (nats per token) and it then.
 
     Only for base models whose samples can stand before others (`Modality.takes_context`).
+
+    Raises:
+        DataError: No two samples fit into what the base model reads.
     """
     teacher = PromptedTeacher(base, factors_of(adapter), samples, config)
 
@@ -106,6 +110,9 @@ def _groups(order: Sequence[int], size: int) -> Iterator[Sequence[int]]:
 
 
 def _size_of_group(base: BaseModel, samples: Sequence[Prepared]) -> int:
-    """Return how many samples are read together: their text has to fit."""
-    longest = max(item.size for item in samples) + _BETWEEN
-    return max(2, min(_GROUP, base.within(_TOGETHER) // longest))
+    """Return how many samples are read together; raise `DataError` if no two fit into what the base model reads."""
+    longest, room = max(item.size for item in samples) + _BETWEEN, base.within(_TOGETHER)
+    if room < 2 * longest:
+        fact = f"two samples of {longest} tokens do not fit into the {room} that the base model reads"
+        raise DataError(fact, hint="leave out --distil")
+    return min(_GROUP, room // longest)

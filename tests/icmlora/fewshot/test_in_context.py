@@ -13,6 +13,7 @@ from icmlora.base_models.examples.context import SEPARATOR
 from icmlora.base_models.kinds.likelihood import Scored
 from icmlora.base_models.modality import IGNORED, BaseModel
 from icmlora.base_models.running.lora_hooks import added, factors_of
+from icmlora.errors import DataError
 from icmlora.fewshot.adapt import adapt, behind_each_other
 from icmlora.fewshot.distil import DistilConfig, PromptedTeacher, distil
 from icmlora.fewshot.start import FewShotStart
@@ -108,6 +109,12 @@ def test_distilling_brings_an_adapter_nearer_to_what_it_predicts_behind_samples(
     )
     assert after < 0.5 * before
     assert taught.layout == adapter.layout
+
+
+def test_samples_of_which_no_two_fit_are_refused(base: BaseModel) -> None:
+    long = [Scored(list(range(1, 251)) * 3, 1)] * 2
+    with pytest.raises(DataError, match="do not fit"):
+        distil(base, random_adapter(1), long, CONFIG)
 
 
 def test_distilling_leaves_the_base_model_as_it_was(base: BaseModel, samples: list[Scored]) -> None:
