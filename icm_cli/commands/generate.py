@@ -167,7 +167,10 @@ def _tell(session: Session, done: Generated, rank: int | None) -> None:
         out.note(f"context: {made}, in context.txt of the same folder; the adapter is made to be served with it")
     if done.context_samples or done.guard is not None:
         out.note(guard_text(done.guard))
-    if done.guard is not None and not done.context_samples and done.guard.recommended in ("context", "both"):
+    best = None if done.guard is None else done.guard.recommended
+    if best == "adapter" and done.context_samples:
+        out.hint("the context is no help here: --context 0 makes an adapter that stands alone")
+    if best in ("context", "both") and not done.context_samples:
         out.hint("the samples in the prompt do better: without --distil, icm keeps them as context")
     if done.code_size is not None:
         size = human_size(done.code_size)

@@ -127,6 +127,14 @@ def test_the_samples_are_kept_as_context_and_the_two_are_measured_on_others(gene
     assert "nats per token on 4 samples left out: neither " in generate("--context", "100", "--force").err
 
 
+def test_distilled_samples_are_no_context_and_are_measured_beside_the_adapter(generate: Generate, out: Path) -> None:
+    ran = generate("--context", "100", "--distil", 2)
+    assert "nats per token on 4 samples left out: neither " in ran.err
+    assert "context: " not in ran.err
+    assert not (out / "context.txt").exists()
+    assert "steps of distillation | 2" in (out / "README.md").read_text()
+
+
 def test_quiet_prints_the_folder_alone(generate: Generate, out: Path) -> None:
     ran = generate("-q")
     assert (ran.out, ran.err) == (f"{out}\n", "")
