@@ -79,7 +79,7 @@ def test_json_lines_keep_their_names(icm: Icm, trained: Path) -> None:
     ran = icm(*FUNCTIONAL, "--json")
     episodes, (learned,) = of_type(ran, "episode"), of_type(ran, "start")
     assert len(episodes) == EPISODES
-    assert set(episodes[0]) == {"type", "base_model", "task", "number", "episodes", "support", "loss"}
+    assert set(episodes[0]) == {"type", "base_model", "task", "number", "episodes", "support", "in_context", "loss"}
     assert set(learned) == {
         "type", "base_model", "generator", "start", "size", "tasks", "left_out", "episodes", "loss", "precision",
         "seconds",
