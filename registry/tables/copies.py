@@ -213,7 +213,7 @@ class Copies(Table):
             for adapter, extras in zip(new.adapters, new.extras, strict=True):
                 number = have.get(_key_of(adapter))
                 write.adapters.append(write.row(_ADAPTERS, adapter) if number is None else number)
-                there = set() if number is None else _files_next_to(session, number)
+                there = _files_next_to(session, number) if extras and number is not None else set[str]()
                 for extra in extras:
                     # A file that came later, such as a context. The tensors of an adapter that is there are there.
                     if number is None or (extra["file"] and extra["file"] not in there):

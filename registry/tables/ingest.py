@@ -64,7 +64,7 @@ def known_tasks(connection: Connection, names: Sequence[str]) -> dict[str, Known
         tasks |= {task.id: task for task in _tasks(connection, some)}
     for ids in in_parts(list(tasks)):
         _add_adapters(connection, ids, tasks)
-        _add_files(connection, tasks)
+        _add_files(connection, ids, tasks)
     return {task.name.lower(): task for task in tasks.values()}
 
 
@@ -105,12 +105,12 @@ def _add_adapters(connection: Connection, ids: Sequence[int], tasks: dict[int, K
         tasks[task_id] = task
 
 
-def _add_files(connection: Connection, tasks: dict[int, KnownTask]) -> None:
-    of_row = {task.final_row: task.id for task in tasks.values()}
+def _add_files(connection: Connection, ids: Sequence[int], tasks: dict[int, KnownTask]) -> None:
+    of_row = {tasks[number].final_row: number for number in ids}
     query = select(_EXTRAS.c.adapter_id, _EXTRAS.c.file).where(_EXTRAS.c.adapter_id.in_(of_row))
     for row, file in connection.execute(query):
         task = tasks[of_row[row]]
-        tasks[task.id] = replace(task, files=task.files | {file})
+        tasks[of_row[row]] = replace(task, files=task.files | {file})
 
 
 @dataclass(frozen=True)
