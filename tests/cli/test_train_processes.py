@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -65,15 +66,33 @@ def torchrun(store: Path, script: Path) -> list[str]:
     return [*launcher, "--store", str(store), *TRAIN, "--json"]
 
 
+@dataclass(frozen=True)
+class Finished:
+    """What a training in two processes left and wrote."""
+
+    store: Path
+    events: list[dict[str, Any]]
+    err: str
+
+
+@pytest.fixture(scope="module")
+def of_two(mixed_template: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """The store of the mixed fleet, trained by two processes that name their threads when they end."""
+    root = tmp_path_factory.mktemp("two")
+    store = Path(shutil.copytree(mixed_template / "store", root / "store"))
+    command = torchrun(store, root / "train.py")
+    (root / "train.py").write_text(f"{THREADS_AT_END}\n{ICM}")
+    places = dict.fromkeys(("HOME", "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME"), str(root))
+    env = os.environ | {"PYTHONPATH": str(ROOT)} | places
+    ended = subprocess.run(command, capture_output=True, text=True, env=env, timeout=LIMIT, check=False)
+    assert ended.returncode == 0, ended.stderr
+    return Finished(store, events(ended.stdout), ended.stderr)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="threads have no names elsewhere")
-def test_no_thread_of_the_connection_is_left_when_a_process_ends(start: Start, mixed: Path, tmp_path: Path) -> None:
+def test_no_thread_of_the_connection_is_left_when_a_process_ends(of_two: Finished) -> None:
     """One that still lets go of a tensor while Python shuts down aborts the process."""
-    command = torchrun(mixed, tmp_path / "icm")
-    (tmp_path / "icm").write_text(f"{THREADS_AT_END}\n{ICM}")
-    process = start(command)
-    _, err = process.communicate(timeout=LIMIT)
-    assert process.returncode == 0, err
-    found = [line.split()[1:] for line in err.splitlines() if line.startswith("threads: ")]
+    found = [line.split()[1:] for line in of_two.err.splitlines() if line.startswith("threads: ")]
     assert len(found) == 2
     assert not [name for name in chain(*found) if "gloo" in name]
 
@@ -118,16 +137,12 @@ def events(text: str) -> list[dict[str, Any]]:
 
 
 def test_two_processes_make_codes_as_small_as_one_does_and_only_the_first_one_prints(
-    start: Start, mixed: Path, tmp_path: Path
+    of_two: Finished, mixed: Path
 ) -> None:
-    alone = Path(shutil.copytree(mixed, tmp_path / "alone"))
-    process = start(torchrun(mixed, tmp_path / "icm"))
-    out, err = process.communicate(timeout=LIMIT)
-    assert process.returncode == 0, err
-    (trained,) = [event for event in events(out) if event["type"] == "trained"]
+    (trained,) = [event for event in of_two.events if event["type"] == "trained"]
     assert (trained["metrics"]["processes"], trained["metrics"]["steps"]) == (2, STEPS)
-    icm_quietly(alone, *TRAIN)
-    assert total_size(mixed) == pytest.approx(total_size(alone), rel=0.05)
+    icm_quietly(mixed, *TRAIN)
+    assert total_size(of_two.store) == pytest.approx(total_size(mixed), rel=0.05)
 
 
 DECODED = """import hashlib, sys
@@ -148,14 +163,11 @@ print(digest.hexdigest())
 
 
 def test_codes_of_two_processes_decode_to_the_same_integers_whatever_the_number_of_threads(
-    start: Start, mixed: Path, tmp_path: Path
+    start: Start, of_two: Finished
 ) -> None:
-    process = start(torchrun(mixed, tmp_path / "icm"))
-    _, err = process.communicate(timeout=LIMIT)
-    assert process.returncode == 0, err
     digests = set()
     for threads in ("1", "2", "4"):
-        reader = start([sys.executable, "-c", DECODED, str(mixed)], OMP_NUM_THREADS=threads)
+        reader = start([sys.executable, "-c", DECODED, str(of_two.store)], OMP_NUM_THREADS=threads)
         out, err = reader.communicate(timeout=LIMIT)
         assert len(out.strip()) == 64, err
         digests.add(out)

@@ -10,10 +10,9 @@ the few-shot start is learned on the other half. An adapter and its context come
 import argparse
 import json
 import tempfile
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +20,9 @@ import torch
 
 from icmlora.adapter.model import Adapter
 from icmlora.base_models.examples.examples import examples_for
-from icmlora.base_models.finding.lookup import inspect_base
-from icmlora.base_models.kinds.causal_lm import CausalLM
 from icmlora.base_models.kinds.likelihood import Scored
 from icmlora.base_models.modality import BaseModel
 from icmlora.fewshot.start import FewShotStart
-from icmlora.fleet.context import Context
-from icmlora.fleet.few_shot.from_samples import Made, Recipe, Source, make_from
 from icmlora.formats.discovery.folder import save_adapter
 from tests.benchmarks.answers.generate import Answerer
 from tests.benchmarks.answers.intervals import mean, share
@@ -36,9 +31,10 @@ from tests.benchmarks.answers.study import right
 from tests.benchmarks.answers.tasks import TASKS
 from tests.benchmarks.example_fleet.tasks import BASE_MODEL
 from tests.benchmarks.realistic_fleet.bases import base_folder
-from tests.benchmarks.unseen import rows as made_of
 from tests.benchmarks.unseen.fitted import fit_start
-from tests.benchmarks.unseen.fleet import SAMPLE_TOKENS, StudyTask
+from tests.benchmarks.unseen.fleet import SAMPLE_TOKENS, StudyTask, load_study_base
+from tests.benchmarks.unseen.making import Timed, made_of
+from tests.benchmarks.unseen.rows import generated
 
 COUNT = 16
 """Samples of each task."""
@@ -67,35 +63,27 @@ class Making:
     """
 
     def __init__(self, base: BaseModel, start: FewShotStart, task: ChatTask) -> None:
-        self._base, self._start, self._task = base, start, task
-        self.seconds: dict[str, float] = {}
+        self._base, self._start = base, start
+        self._lines = (task.folder / "samples.jsonl").read_text("utf-8").split("\n")[:COUNT]
+        self._samples = task.samples(base)[:COUNT]
 
     @cached_property
-    def both(self) -> Made:
+    def both(self) -> Timed:
         """Its adapter and its context."""
-        return self._made("both", 0)
+        return self._made(0)
 
     @cached_property
-    def distilled(self) -> Adapter:
+    def distilled(self) -> Timed:
         """An adapter that was distilled from the samples."""
-        return self._made("distilled", STEPS).adapter
+        return self._made(STEPS)
 
     @cached_property
     def alone(self) -> Adapter:
         """An adapter that was made to stand alone."""
-        return made_of.generated(self._base, self._start, self._task.samples(self._base)[:COUNT])
+        return generated(self._base, self._start, self._samples)
 
-    def _made(self, row: str, distil: int) -> Made:
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "samples.jsonl"
-            lines = (self._task.folder / "samples.jsonl").read_text("utf-8").split("\n")[:COUNT]
-            path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-            source, began = Source.read(path, COUNT, None, any_row=False), time.monotonic()
-            samples = self._task.samples(self._base)[:COUNT]
-            recipe = Recipe(made_of.RANK, 0, distil, 1536)
-            made = make_from(Context(Path(folder)), self._base, self._start, source, samples, recipe)
-        self.seconds[row] = round(time.monotonic() - began, 1)
-        return made
+    def _made(self, distil: int) -> Timed:
+        return made_of(self._lines, self._samples, self._base, self._start, distil, 1536)
 
 
 class Asking:
@@ -132,24 +120,18 @@ def measure(asking: Asking, making: Making, task: ChatTask) -> None:
     """Ask with everything that the study compares."""
     nothing: Callable[[], dict[str, Any]] = dict
 
-    def costs(row: str) -> dict[str, Any]:
-        made = making.both
-        tokens = 0 if made.context is None else made.context.tokens
-        guard = None if made.guard is None else asdict(made.guard) | {"recommended": made.guard.recommended}
-        return {"seconds": making.seconds[row], "tokens": tokens, "guard": guard}
-
     def context() -> Any:
-        assert making.both.context is not None
-        return making.both.context.context
+        assert making.both.made.context is not None
+        return making.both.made.context.context
 
     asking.ask("base model", lambda: (None, None), nothing)
     asking.ask("own", lambda: (task.folder, None), nothing)
-    asking.ask("prompt", lambda: (None, context()), partial(costs, "both"))
+    asking.ask("prompt", lambda: (None, context()), lambda: making.both.note())
     asking.ask("icm", lambda: (making.alone, None), nothing)
     asking.ask("icm and prompt", lambda: (making.alone, context()), nothing)
-    asking.ask("both", lambda: (making.both.adapter, context()), partial(costs, "both"))
+    asking.ask("both", lambda: (making.both.made.adapter, context()), lambda: making.both.note())
     asking.ask("own and prompt", lambda: (task.folder, context()), nothing)
-    asking.ask("distilled", lambda: (making.distilled, None), lambda: {"seconds": making.seconds["distilled"]})
+    asking.ask("distilled", lambda: (making.distilled.made.adapter, None), lambda: making.distilled.note())
 
 
 def document(lines: list[dict[str, Any]]) -> dict[str, Any]:
@@ -179,7 +161,7 @@ def main() -> None:
     folders = [options.fleet / task.name for task in TASKS if task.base_model == BASE_MODEL]
     tasks = [ChatTask(folder, "", "") for folder in folders if folder.is_dir()]
     folder = base_folder(BASE_MODEL, options.work)
-    base = CausalLM().load(inspect_base(BASE_MODEL, folder), dtype=torch.bfloat16, fingerprint="study")
+    base = load_study_base(folder)
     answerer = Answerer(folder, torch.float32)
     for half in range(2):
         members, held_out = tasks[1 - half :: 2], tasks[half::2]

@@ -13,10 +13,7 @@ import json
 
 import torch
 
-from icmlora.base_models.finding.lookup import inspect_base
-from icmlora.base_models.kinds.causal_lm import CausalLM
-from tests.benchmarks.example_fleet.tasks import BASE_MODEL
-from tests.benchmarks.unseen.fleet import built_tasks
+from tests.benchmarks.unseen.fleet import built_tasks, load_study_base
 from tests.benchmarks.unseen.folds import folds_of
 from tests.benchmarks.unseen.options import study_parser
 from tests.benchmarks.unseen.study import Fold, Options, Results
@@ -32,9 +29,7 @@ def main(arguments: list[str] | None = None) -> None:
     options.work.mkdir(parents=True, exist_ok=True)
     base = None
     for number in options.folds:
-        base = base or CausalLM().load(
-            inspect_base(BASE_MODEL, options.base), dtype=torch.bfloat16, fingerprint="study"
-        )
+        base = base or load_study_base(options.base)
         members = [task for task in tasks if task not in folds[number]]
         settings = Options(options.base, options.work, options.seeds, options.episodes, options.many, options.refined)
         results = Results(options.work / f"results-{number}.jsonl")

@@ -8,12 +8,17 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import torch
+
 from icmlora.adapter.model import Adapter
 from icmlora.base_models.examples.examples import Example, parse_examples
+from icmlora.base_models.finding.lookup import inspect_base
+from icmlora.base_models.kinds.causal_lm import CausalLM
 from icmlora.base_models.kinds.likelihood import Scored, tokenized
 from icmlora.base_models.modality import BaseModel
 from icmlora.base_models.running.lora_hooks import Factors, factors_of
 from icmlora.formats.discovery.folder import load_adapter, save_adapter
+from tests.benchmarks.example_fleet.tasks import BASE_MODEL
 
 SAMPLE_TOKENS = 128
 """Tokens of a sample or held-out text that are read."""
@@ -52,6 +57,11 @@ class StudyTask:
         examples = parse_examples((self.folder / "eval.jsonl").read_bytes())[:TEXTS]
         ids = [base.tokenizer(example.text)["input_ids"][:SAMPLE_TOKENS] for example in examples]
         return [Example("", base.tokenizer.decode(row)) for row in ids]
+
+
+def load_study_base(folder: Path) -> BaseModel:
+    """Load the base model of the fleet in bfloat16."""
+    return CausalLM().load(inspect_base(BASE_MODEL, folder), dtype=torch.bfloat16, fingerprint="study")
 
 
 def reloaded(adapter: Adapter | None) -> Factors:

@@ -9,6 +9,8 @@ prompt-K    the context alone            icm-K           an adapter that was mad
 both-K      adapter and context          icm-prompt-K    that adapter and the context
 alone-K     the adapter of both-K alone  own-prompt-K    the task's own LoRA and the context
 distil-16   --distil, without a prompt   sentence        made from a sentence; sentence-prompt: the sentence itself
+prompt-16-of-96              16 samples in the prompt as `tests.benchmarks.unseen` puts them there
+prompt-16-of-96-first-token  as it scores them, with the first token, which has no loss without a prompt
 
 A stopped run goes on where it was; several may run side by side on different folds.
 """
@@ -17,11 +19,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import tempfile
-import time
-from collections.abc import Callable
-from dataclasses import asdict
-from functools import partial
+from collections import Counter
+from collections.abc import Callable, Mapping
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -30,27 +30,32 @@ import torch
 from icmlora.adapter.model import Adapter
 from icmlora.base_models.examples.context import TaskContext
 from icmlora.base_models.examples.examples import Example
-from icmlora.base_models.finding.lookup import inspect_base
-from icmlora.base_models.kinds.causal_lm import CausalLM
+from icmlora.base_models.kinds.likelihood import nll
 from icmlora.base_models.modality import BaseModel
 from icmlora.base_models.running.lora_hooks import added
 from icmlora.fewshot.context_choice import Prompted
 from icmlora.fewshot.described import described_context, described_samples
 from icmlora.fewshot.start import FewShotStart
-from icmlora.fleet.context import Context
-from icmlora.fleet.few_shot.from_samples import Made, Recipe, Source, make_from
-from tests.benchmarks.example_fleet.tasks import BASE_MODEL
+from icmlora.fleet.few_shot.from_samples import Made
 from tests.benchmarks.unseen import fitted, rows
-from tests.benchmarks.unseen.fleet import SAMPLE_TOKENS, StudyTask, built_tasks, reloaded
+from tests.benchmarks.unseen.fleet import SAMPLE_TOKENS, StudyTask, built_tasks, load_study_base, reloaded
 from tests.benchmarks.unseen.folds import folds_of
+from tests.benchmarks.unseen.making import made_of
 from tests.benchmarks.unseen.options import numbers, study_parser
 from tests.benchmarks.unseen.sentences import SENTENCES
-from tests.benchmarks.unseen.study import Results
+from tests.benchmarks.unseen.study import PROMPT_TOKENS, Results
 from tests.benchmarks.unseen.summary import summarise, table
 
 COUNTS = {16: 1536, 4: 1536, 64: 2048}
 """Samples -> tokens of the context at most."""
+WORSE = 0.05
+"""Of the gain, by which both have to be worse than the better one for that to matter."""
+DISTILLED = 16
+"""Samples of the row that is distilled."""
 _WRITTEN = 16  # samples that the base model writes from a sentence
+
+Making = Callable[[], tuple[Adapter | None, TaskContext | None]]
+"""Makes the adapter and the context of a row."""
 
 
 class ContextFold:
@@ -60,7 +65,7 @@ class ContextFold:
         base: The base model.
         start: The few-shot start of the tasks that are not held out.
         work: Folder of what is kept.
-        steps: Of distillation.
+        steps: Of distillation; 0 leaves it out.
         results: Losses so far.
     """
 
@@ -75,52 +80,48 @@ class ContextFold:
         measure("base", lambda: (None, None))
         measure("own", lambda: (task.adapter(), None))
         for count in counts:
-            made = self._once(partial(self._made, task, count, 0))
-            plain = self._once(partial(self._plain, task, count))
-            measure(f"prompt-{count}", lambda made=made: (None, made().context.context))
-            measure(f"icm-{count}", lambda plain=plain: (plain(), None))
-            measure(f"both-{count}", lambda made=made: (made().adapter, made().context.context))
-            measure(f"icm-prompt-{count}", lambda made=made, plain=plain: (plain(), made().context.context))
-            measure(f"alone-{count}", lambda made=made: (made().adapter, None))
-            measure(f"own-prompt-{count}", lambda made=made: (task.adapter(), made().context.context))
-        if 16 in counts:
-            measure("distil-16", lambda: (self._made(task, 16, self._steps).adapter, None))
+            self._of_samples(task, count, measure)
+        if DISTILLED in counts:
+            self._as_in_unseen(task, texts)
         about = SENTENCES[task.name]
         measure("sentence-prompt", lambda: (None, described_context(about)))
         measure("sentence", lambda: (self._from_sentence(about), None))
 
-    def _once(self, make: Callable[[], Any]) -> Callable[[], Any]:
-        """Return a function that makes something when it is first asked for."""
-        found: list[Any] = []
+    def _of_samples(self, task: StudyTask, count: int, measure: Callable[[str, Making], None]) -> None:
+        made, plain = cache(partial(self._made, task, count, 0)), cache(partial(self._plain, task, count))
 
-        def get() -> Any:
-            if not found:
-                found.append(make())
-            return found[0]
+        def context() -> TaskContext:
+            chosen = made().context
+            assert chosen is not None
+            return chosen.context
 
-        return get
+        measure(f"prompt-{count}", lambda: (None, context()))
+        measure(f"icm-{count}", lambda: (plain(), None))
+        measure(f"both-{count}", lambda: (made().adapter, context()))
+        measure(f"icm-prompt-{count}", lambda: (plain(), context()))
+        measure(f"alone-{count}", lambda: (made().adapter, None))
+        measure(f"own-prompt-{count}", lambda: (task.adapter(), context()))
+        if self._steps and count == DISTILLED:
+            measure(f"distil-{count}", lambda: (self._made(task, count, self._steps).adapter, None))
+
+    def _as_in_unseen(self, task: StudyTask, texts: list[Example]) -> None:
+        """Measure the prompt of `tests.benchmarks.unseen`, which scored a token that has no loss without a prompt."""
+        prompt = rows.prompts(task.texts, rows.support(range(len(task.texts)), 16, 0), self._base, PROMPT_TOKENS)
+        examples = [Example(prompt, text.completion) for text in texts]
+        model, tokenizer = self._base.model, self._base.tokenizer
+        self._measure(task, texts, "prompt-16-of-96", lambda: (None, TaskContext(prompt)))
+        measure = partial(nll, model, tokenizer, examples, max_tokens=2048)
+        self._results.measure(task, "prompt-16-of-96-first-token", 0, lambda: measure().value)
 
     def _made(self, task: StudyTask, count: int, distil: int) -> Made:
         """Return what `icm generate` makes, and note what that cost and what the guard said."""
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "samples.jsonl"
-            numbers = torch.randperm(len(task.texts), generator=torch.Generator().manual_seed(0)).tolist()[:count]
-            path.write_text("".join(json.dumps({"text": task.texts[number]}) + "\n" for number in numbers))
-            source = Source.read(path, count, None, any_row=False)
-            began = time.monotonic()
-            samples = rows.support(task.samples(self._base), count, 0)
-            recipe = Recipe(rows.RANK, 0, distil, COUNTS[count])
-            made = make_from(Context(Path(folder)), self._base, self._start, source, samples, recipe)
-        note = {
-            "task": task.name,
-            "row": f"distil-{count}" if distil else f"both-{count}",
-            "seconds": round(time.monotonic() - began, 1),
-            "tokens": 0 if made.context is None else made.context.tokens,
-            "guard": None if made.guard is None else asdict(made.guard) | {"recommended": made.guard.recommended},
-        }
+        lines = [json.dumps({"text": text}) for text in rows.support(task.texts, count, 0)]
+        samples = rows.support(task.samples(self._base), count, 0)
+        timed = made_of(lines, samples, self._base, self._start, distil, COUNTS[count])
+        row = f"distil-{count}" if distil else f"both-{count}"
         with (self._work / "notes.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(note) + "\n")
-        return made
+            file.write(json.dumps({"task": task.name, "row": row, **timed.note()}) + "\n")
+        return timed.made
 
     def _plain(self, task: StudyTask, count: int) -> Adapter:
         return rows.generated(self._base, self._start, rows.support(task.samples(self._base), count, 0))
@@ -130,13 +131,7 @@ class ContextFold:
         prepared = self._base.modality.prepare(self._base, [Example("", text) for text in texts], SAMPLE_TOKENS)
         return rows.generated(self._base, self._start, prepared)
 
-    def _measure(
-        self,
-        task: StudyTask,
-        texts: list[Example],
-        row: str,
-        make: Callable[[], tuple[Adapter | None, TaskContext | None]],
-    ) -> None:
+    def _measure(self, task: StudyTask, texts: list[Example], row: str, make: Making) -> None:
         self._results.measure(task, row, 0, lambda: self._nats(*make(), texts))
 
     def _nats(self, adapter: Adapter | None, context: TaskContext | None, texts: list[Example]) -> float:
@@ -152,8 +147,7 @@ def main(arguments: list[str] | None = None) -> None:
     tasks = built_tasks(options.fleet, options.most)
     folds = folds_of(tasks)
     options.work.mkdir(parents=True, exist_ok=True)
-    found = inspect_base(BASE_MODEL, options.base)
-    base = CausalLM().load(found, dtype=torch.bfloat16, fingerprint="study") if options.folds else None
+    base = load_study_base(options.base) if options.folds else None
     for number in options.folds:
         assert base is not None
         members = [task for task in tasks if task not in folds[number]]
@@ -171,19 +165,37 @@ def _document(work: Path, tasks: list[StudyTask], folds: list[list[StudyTask]]) 
     measured: dict[tuple[str, str, int], float] = {}
     for path in sorted(work.glob("results-*.jsonl")):
         measured |= Results(path).values
-    noted = {}
+    noted: dict[tuple[str, str], dict[str, Any]] = {}
     if (work / "notes.jsonl").exists():
         for line in (work / "notes.jsonl").read_text("utf-8").splitlines():
             note = json.loads(line)
-            noted[note.pop("task"), note.pop("row")] = note
-    notes = [{"task": task, "row": row, **note} for (task, row), note in sorted(noted.items())]
-    return {**summarise(measured, tasks, folds), "notes": notes}
+            noted[note.pop("row"), note.pop("task")] = note
+    found = summarise(measured, tasks, folds)
+    costs: dict[str, dict[str, dict[str, Any]]] = {}
+    for (row, task), note in sorted(noted.items()):
+        costs.setdefault(row, {})[task] = note
+    return {**found, "costs": costs, "guards": {row: _guarded(found["gains"], row, costs[row]) for row in costs}}
+
+
+def _guarded(gains: Mapping[str, Mapping[str, float]], row: str, notes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return how often the guard recommended what, and where it let both be served that do worse than one."""
+    count = row.rpartition("-")[2]
+    said = {task: note["guard"]["recommended"] for task, note in notes.items() if note["guard"] is not None}
+    better = {
+        task: max(gains[f"prompt-{count}"][task], gains[f"icm-{count}"][task]) - gains[row][task]
+        for task in said
+        if task in gains.get(row, {}) and task in gains.get(f"icm-{count}", {})
+    }
+    return {
+        "recommended": dict(Counter(said.values())),
+        "worse_than_one": {task: {"by": by, "said": said[task]} for task, by in better.items() if by > WORSE},
+    }
 
 
 def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser = study_parser("in_context", __doc__, most=40, episodes=10)
     parser.add_argument("--counts", type=numbers, default=list(COUNTS), help="numbers of samples (default 16,4,64)")
-    parser.add_argument("--distil", type=int, default=150, help="steps of distillation (default 150)")
+    parser.add_argument("--distil", type=int, default=150, help="steps of distillation (default 150, 0: none)")
     return parser.parse_args(arguments)
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -27,6 +28,8 @@ from icmlora.fewshot.start import FewShotStart
 from icmlora.task_vectors.distances import nearest
 from tests.benchmarks.unseen.fleet import StudyTask
 
+Sample = TypeVar("Sample")
+
 RANK = 16
 """Of what icm writes: the fleet's largest."""
 MIXED = 3
@@ -35,7 +38,7 @@ _SHARPNESS = 0.1
 """Cosine distance by which a mixture's weight falls to a third."""
 
 
-def support(samples: Sequence[Scored], count: int, seed: int) -> list[Scored]:
+def support(samples: Sequence[Sample], count: int, seed: int) -> list[Sample]:
     """Draw samples; those of a smaller count are among those of a larger one with the same seed."""
     order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(seed)).tolist()
     return [samples[number] for number in order[:count]]

@@ -20,7 +20,7 @@ from icmlora.formats.discovery.folder import load_adapter, save_adapter
 from tests.benchmarks.unseen import fitted, rows
 from tests.benchmarks.unseen.fleet import StudyTask, reloaded
 
-_PROMPT_TOKENS = 96
+PROMPT_TOKENS = 96
 """Of each sample in a prompt: sixteen and the text fit into the base model's 2,048."""
 
 _REFINED = (16, 64)
@@ -167,15 +167,15 @@ class Fold:
             return made[0]
 
         for task, other in rows.shuffled_pairs(self._held_out):
-            self._measure(task, "shuffled", 0, lambda other=other: self._kept(other))
+            self._measure(task, "shuffled", 0, partial(self._kept, other))
             self._measure(task, "mean-vector", 0, mean_vector)
 
     def _prompted(self, task: StudyTask) -> None:
         for count in (4, 16):
             numbers = torch.randperm(len(task.texts), generator=torch.Generator().manual_seed(0)).tolist()[:count]
-            prompt = rows.prompts(task.texts, numbers, self._base, _PROMPT_TOKENS)
+            prompt = rows.prompts(task.texts, numbers, self._base, PROMPT_TOKENS)
             examples = [Example(prompt, example.completion) for example in self._texts[task.name]]
-            self._results.measure(task, f"prompt-{count}", 0, lambda e=examples: self._nats(None, e))
+            self._results.measure(task, f"prompt-{count}", 0, partial(self._nats, None, examples))
 
     def _refined(self, task: StudyTask, count: int, steps: int) -> None:
         samples = rows.support(task.samples(self._base), count, 0)

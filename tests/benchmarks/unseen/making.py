@@ -1,0 +1,46 @@
+"""What `icm generate` makes of a task's samples in the studies of contexts, and what that took."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from icmlora.base_models.kinds.likelihood import Scored
+from icmlora.base_models.modality import BaseModel
+from icmlora.fewshot.start import FewShotStart
+from icmlora.fleet.context import Context
+from icmlora.fleet.few_shot.from_samples import Made, Recipe, Source, make_from
+from tests.benchmarks.unseen.rows import RANK
+
+
+@dataclass(frozen=True)
+class Timed:
+    """What was made, and in how many seconds."""
+
+    made: Made
+    seconds: float
+
+    def note(self) -> dict[str, Any]:
+        """Return time, length of the context, and what the guard measured and recommends."""
+        context, guard = self.made.context, self.made.guard
+        return {
+            "seconds": self.seconds,
+            "tokens": 0 if context is None else context.tokens,
+            "guard": None if guard is None else asdict(guard) | {"recommended": guard.recommended},
+        }
+
+
+def made_of(
+    lines: Sequence[str], samples: Sequence[Scored], base: BaseModel, start: FewShotStart, distil: int, tokens: int
+) -> Timed:
+    """Make an adapter and its context from lines of JSON, of which `samples` are the token ids."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "samples.jsonl"
+        path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        source, began = Source.read(path, len(lines), None, any_row=False), time.monotonic()
+        made = make_from(Context(Path(folder)), base, start, source, samples, Recipe(RANK, 0, distil, tokens))
+    return Timed(made, round(time.monotonic() - began, 1))
