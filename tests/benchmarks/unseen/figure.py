@@ -32,7 +32,17 @@ _NAMES = {
     "random": "control: a random direction",
     "shuffled": "control: another task's samples",
     "mean-vector": "control: samples of all known tasks",
+    "prompt-64": "64 samples, as many as fit into 2,048 tokens of the prompt",
+    "both-64": "icm, adapter and context, 64 samples",
+    "both-16": "icm, adapter and context, 16 samples",
+    "both-4": "icm, adapter and context, 4 samples",
+    "own-prompt-16": "the LoRA of the task, and 16 samples in the prompt",
+    "distil-16": "icm, 16 samples, distilled, without a context",
+    "sentence": "icm, from a sentence",
+    "sentence-prompt": "the sentence in the prompt",
 }
+_GENERATED = ("icm", "both", "distil")
+"""What names of rows begin with that `icm generate` makes from samples."""
 
 
 def draw(document: dict[str, Any], path: Path) -> None:
@@ -46,7 +56,7 @@ def draw(document: dict[str, Any], path: Path) -> None:
     rows = sorted((row for row in document["rows"] if row in _NAMES), key=lambda row: document["rows"][row]["mean"])
     figure, axes = pyplot.subplots(figsize=(9, 0.36 * len(rows) + 1.2), layout="constrained")
     for height, row in enumerate(rows):
-        found, colour = document["rows"][row], "black" if row.startswith("icm") else "C0"
+        found, colour = document["rows"][row], "black" if row.startswith(_GENERATED) else "C0"
         gains = [max(gain, _LOWEST_GAIN) for gain in document["gains"][row].values()]
         axes.plot(gains, [height] * len(gains), "|", color="C7", markersize=9, alpha=0.6)
         spread = [[found["mean"] - found["low"]], [found["high"] - found["mean"]]]

@@ -23,6 +23,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from functools import cache, partial
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
@@ -44,7 +45,7 @@ from tests.benchmarks.unseen.making import made_of
 from tests.benchmarks.unseen.options import numbers, study_parser
 from tests.benchmarks.unseen.sentences import SENTENCES
 from tests.benchmarks.unseen.study import PROMPT_TOKENS, Results
-from tests.benchmarks.unseen.summary import summarise, table
+from tests.benchmarks.unseen.summary import summarise
 
 COUNTS = {16: 1536, 4: 1536, 64: 2048}
 """Samples -> tokens of the context at most."""
@@ -158,7 +159,7 @@ def main(arguments: list[str] | None = None) -> None:
             fold.run(task, options.counts)
     if options.out is not None:
         options.out.write_text(json.dumps(_document(options.work, tasks, folds), indent=1) + "\n", encoding="utf-8")
-        print(table(json.loads(options.out.read_text("utf-8"))))
+        print(by_count(json.loads(options.out.read_text("utf-8"))))
 
 
 def _document(work: Path, tasks: list[StudyTask], folds: list[list[StudyTask]]) -> dict[str, Any]:
@@ -175,6 +176,25 @@ def _document(work: Path, tasks: list[StudyTask], folds: list[list[StudyTask]]) 
     for (row, task), note in sorted(noted.items()):
         costs.setdefault(row, {})[task] = note
     return {**found, "costs": costs, "guards": {row: _guarded(found["gains"], row, costs[row]) for row in costs}}
+
+
+def by_count(document: Mapping[str, Any]) -> str:
+    """Return a Markdown table with a column for each number of samples: mean with its interval, and worst task."""
+    counts = sorted(COUNTS)
+    lines = ["| row |" + "".join(f" {count} samples | worst |" for count in counts), "|---|" + "--:|--:|" * len(counts)]
+    for name in ("prompt", "icm", "alone", "icm-prompt", "both", "distil", "own-prompt"):
+        cells = [document["rows"].get(f"{name}-{count}") for count in counts]
+        shown = ("| |" if one is None else _shown(one) for one in cells)
+        lines.append(f"| {name} |" + "".join(shown))
+    lines += [f"| {name} |" + _shown(document["rows"][name]) for name in ("sentence-prompt", "sentence")]
+    for row, notes in document["costs"].items():
+        tokens, seconds = (mean(note[key] for note in notes.values()) for key in ("tokens", "seconds"))
+        lines.append(f"{row}: {tokens:.0f} tokens, {seconds:.0f} seconds, {len(notes)} tasks")
+    return "\n".join(lines)
+
+
+def _shown(row: Mapping[str, Any]) -> str:
+    return f" {row['mean']:.3f} ({row['low']:.3f} to {row['high']:.3f}) | {row['worst']:.3f} |"
 
 
 def _guarded(gains: Mapping[str, Mapping[str, float]], row: str, notes: Mapping[str, Any]) -> dict[str, Any]:
