@@ -101,6 +101,13 @@ def test_one_task_is_no_merge(icm: Icm, pair: list[Path], tmp_path: Path) -> Non
     assert "at least two tasks" in ran.err
 
 
+def test_a_task_that_is_named_twice_is_not_counted_twice(icm: Icm, pair: list[Path], tmp_path: Path) -> None:
+    ran = icm("merge", "cats", "dogs", "cats", "-o", tmp_path / "out")
+    assert ran.code == ExitCode.FAILED
+    assert "cats is named twice" in ran.err
+    assert not (tmp_path / "out").exists()
+
+
 def test_adapters_of_two_base_models_are_not_merged(icm: Icm, pair: list[Path], tmp_path: Path) -> None:
     other = write_lora(tmp_path / "birds", base_model_name_or_path="another/model")
     assert icm("ingest", other).code == 0

@@ -140,6 +140,9 @@ def _shares(
         raise OptionsConflict(f"{method} sets the rank itself", hint="leave out --rank, or choose a method with svd")
     if len(set(tasks)) < 2:
         raise DataError("a merge takes at least two tasks", hint="name two tasks or more, each once")
+    if len(set(tasks)) < len(tasks):
+        twice = next(task for task in tasks if list(tasks).count(task) > 1)
+        raise DataError(f"{twice} is named twice", hint="name it once; --weights says how much each task counts")
     if weights is None:
         return [1 / len(tasks)] * len(tasks)
     if len(weights) != len(tasks):
