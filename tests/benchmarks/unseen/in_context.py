@@ -198,7 +198,7 @@ def _shown(row: Mapping[str, Any]) -> str:
 
 
 def _guarded(gains: Mapping[str, Mapping[str, float]], row: str, notes: Mapping[str, Any]) -> dict[str, Any]:
-    """Return how often the guard recommended what, and where it let both be served that do worse than one."""
+    """Return how often the guard recommended what, what that gains, and where both do worse than one of them."""
     count = row.rpartition("-")[2]
     said = {task: note["guard"]["recommended"] for task, note in notes.items() if note["guard"] is not None}
     better = {
@@ -206,8 +206,11 @@ def _guarded(gains: Mapping[str, Mapping[str, float]], row: str, notes: Mapping[
         for task in said
         if task in gains.get(row, {}) and task in gains.get(f"icm-{count}", {})
     }
+    of_advice = {"neither": "base", "context": f"prompt-{count}", "adapter": f"alone-{count}", "both": f"both-{count}"}
+    taken = [gains[of_advice[advice]][task] for task, advice in said.items() if task in gains[of_advice[advice]]]
     return {
         "recommended": dict(Counter(said.values())),
+        "gain_as_recommended": mean(taken) if taken else None,
         "worse_than_one": {task: {"by": by, "said": said[task]} for task, by in better.items() if by > WORSE},
     }
 
