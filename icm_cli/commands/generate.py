@@ -117,10 +117,10 @@ def generate(
             )
     except Cancelled as stop:
         raise Interrupted("interrupted; nothing was written", hint="run the same command again") from stop
-    _tell(session, done, rank)
+    _tell(session, done, rank, is_distilled=distil > 0)
 
 
-def _tell(session: Session, done: Generated, rank: int | None) -> None:
+def _tell(session: Session, done: Generated, rank: int | None, *, is_distilled: bool) -> None:
     from icmlora.fleet.few_shot.train import SAMPLE_TOKENS
 
     out, known = session.out, done.known
@@ -165,12 +165,14 @@ def _tell(session: Session, done: Generated, rank: int | None) -> None:
     if done.context_samples:
         made = f"{counted(done.context_samples, 'sample')}, {counted(done.context_tokens, 'token')}"
         out.note(f"context: {made}, in context.txt of the same folder; the adapter is made to be served with it")
+    elif done.guard is not None and not is_distilled:
+        out.note("context: none is kept, for the samples in the prompt are no help here; the adapter stands alone")
     if done.context_samples or done.guard is not None:
         out.note(guard_text(done.guard))
     best = None if done.guard is None else done.guard.recommended
     if best == "adapter" and done.context_samples:
         out.hint("the context is no help here: --context 0 makes an adapter that stands alone")
-    if best in ("context", "both") and not done.context_samples:
+    if is_distilled and best in ("context", "both"):
         out.hint("the samples in the prompt do better: without --distil, icm keeps them as context")
     if done.code_size is not None:
         size = human_size(done.code_size)

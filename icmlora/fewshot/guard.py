@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar
@@ -34,11 +35,16 @@ class Guard:
 
     @property
     def recommended(self) -> Served:
-        """What to serve: the best, or what is hardly worse and costs less at every request."""
-        losses = self.losses
+        """What to serve: the best, or what is hardly worse and costs less at every request.
+
+        A context that is no help by itself is not among them: what it adds to an adapter is chance, on a few samples.
+        """
+        costs_nothing = ("neither", "adapter")
+        helps = self.context < self.neither
+        losses = {name: nats for name, nats in self.losses.items() if helps or name in costs_nothing}
         best = min(losses.values())
         allowed = best + _HARDLY * (self.neither - best)
-        return next(name for name in _BY_COST if losses[name] <= allowed)
+        return next(name for name in _BY_COST if losses.get(name, math.inf) <= allowed)
 
 
 def left_out(samples: Sequence[Sample]) -> tuple[list[Sample], list[Sample]]:

@@ -101,25 +101,78 @@ def make_from(
         DataError: It is to be distilled, and no sample can stand before another.
     """
     _check_distil(base, recipe.distil, len(samples))
-    has_context = recipe.context_tokens > 0 and base.modality.takes_context
-    in_context = has_context and source.data is not None and not recipe.distil
-    make = partial(_adapted, context, base, start, recipe, in_context)
-    if not has_context:
-        return Made(make(samples), None, None)
-    prompted = Prompted(base)
+    if recipe.context_tokens == 0 or not base.modality.takes_context:
+        return Made(_adapted(context, base, start, recipe, False, samples), None, None)
     if source.data is None:
-        return Made(make(samples), prompted.chosen(described_context(str(source.description))), None)
-    usable = usable_samples(prompted, source.data, source.path, source.count)
-    held, others = left_out(usable)
-    adapter = make(base.modality.prepare(base, base.modality.readable(base, others).items, SAMPLE_TOKENS))
-    with added(base.model, factors_of(adapter)):
-        tell = partial(context.progress, note="choosing the context")
-        chosen = choose_context(prompted, others, recipe.context_tokens, total=len(usable), tell=tell)
-        with_adapter = both_ways(prompted, chosen.context, held)
-    guard = guard_of(both_ways(prompted, chosen.context, held), with_adapter, len(held))
-    is_enough = not held or len(usable) >= _ENOUGH
-    kept = None if recipe.distil else prompted.filled(chosen, held, recipe.context_tokens)
-    return Made(adapter if is_enough else make(samples), kept, guard)
+        described = Prompted(base).chosen(described_context(str(source.description)))
+        return Made(_adapted(context, base, start, recipe, False, samples), described, None)
+    trials = _Trials(context, base, start, recipe, source, samples)
+    if recipe.distil:
+        return trials.made(trials.tried(in_context=False), keeps_context=False)
+    tried = trials.tried(in_context=True)
+    if not tried.is_context_of_use:
+        alone = trials.tried(in_context=False)
+        if not alone.is_context_of_use:
+            return trials.made(alone, keeps_context=False)
+    return trials.made(tried, keeps_context=True)
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """An adapter of which some samples know nothing, and what these say."""
+
+    in_context: bool  # whether it was made for its context
+    adapter: Adapter
+    chosen: ChosenContext
+    guard: Guard | None
+
+    @property
+    def is_context_of_use(self) -> bool:
+        """Whether the context is to be served, as far as that was measured."""
+        return self.guard is None or self.guard.recommended in ("context", "both")
+
+
+class _Trials:
+    """Makes adapters and contexts from most samples of a file, measures them on the others, then takes all samples."""
+
+    def __init__(
+        self,
+        context: Context,
+        base: BaseModel,
+        start: FewShotStart,
+        recipe: Recipe,
+        source: Source,
+        samples: Sequence[Prepared],
+    ) -> None:
+        assert source.data is not None
+        self._context, self._base, self._start, self._recipe, self._samples = context, base, start, recipe, samples
+        self._prompted = Prompted(base)
+        usable = usable_samples(self._prompted, source.data, source.path, source.count)
+        self._held, self._others = left_out(usable)
+
+    def tried(self, *, in_context: bool) -> _Trial:
+        """Make an adapter for its context or to stand alone, and choose the context with it."""
+        base, held, others = self._base, self._held, self._others
+        read = base.modality.prepare(base, base.modality.readable(base, others).items, SAMPLE_TOKENS)
+        adapter = self._adapted(read, in_context=in_context)
+        with added(base.model, factors_of(adapter)):
+            tell = partial(self._context.progress, note="choosing the context")
+            most, total = self._recipe.context_tokens, len(held) + len(others)
+            chosen = choose_context(self._prompted, others, most, total=total, tell=tell)
+            with_adapter = both_ways(self._prompted, chosen.context, held)
+        guard = guard_of(both_ways(self._prompted, chosen.context, held), with_adapter, len(held))
+        return _Trial(in_context, adapter, chosen, guard)
+
+    def made(self, trial: _Trial, *, keeps_context: bool) -> Made:
+        """Let the samples that were left out take part."""
+        is_enough = not self._held or len(self._held) + len(self._others) >= _ENOUGH
+        adapter = trial.adapter if is_enough else self._adapted(self._samples, in_context=trial.in_context)
+        most = self._recipe.context_tokens
+        kept = self._prompted.filled(trial.chosen, self._held, most) if keeps_context else None
+        return Made(adapter, kept, trial.guard)
+
+    def _adapted(self, samples: Sequence[Prepared], *, in_context: bool) -> Adapter:
+        return _adapted(self._context, self._base, self._start, self._recipe, in_context, samples)
 
 
 def _check_distil(base: BaseModel, steps: int, samples: int) -> None:

@@ -6,7 +6,7 @@ Fleet, folds and losses are those of `tests.benchmarks.unseen`. What `icm genera
 its own choice of the context and its own guard. Rows, for K samples:
 
 prompt-K    the context alone            icm-K           an adapter that was made to stand alone
-both-K      adapter and context          icm-prompt-K    that adapter and the context
+both-K      adapter and kept context     icm-prompt-K    that adapter and the context
 alone-K     the adapter of both-K alone  own-prompt-K    the task's own LoRA and the context
 distil-16   --distil, without a prompt   sentence        made from a sentence; sentence-prompt: the sentence itself
 prompt-16-of-96              16 samples in the prompt as `tests.benchmarks.unseen` puts them there
@@ -34,10 +34,12 @@ from icmlora.base_models.examples.examples import Example
 from icmlora.base_models.kinds.likelihood import nll
 from icmlora.base_models.modality import BaseModel
 from icmlora.base_models.running.lora_hooks import added
-from icmlora.fewshot.context_choice import Prompted
+from icmlora.fewshot.context_choice import Prompted, choose_context
 from icmlora.fewshot.described import described_context, described_samples
+from icmlora.fewshot.guard import Guard
 from icmlora.fewshot.start import FewShotStart
 from icmlora.fleet.few_shot.from_samples import Made
+from icmlora.fleet.few_shot.task_context import usable_samples
 from tests.benchmarks.unseen import fitted, rows
 from tests.benchmarks.unseen.fleet import SAMPLE_TOKENS, StudyTask, built_tasks, load_study_base, reloaded
 from tests.benchmarks.unseen.folds import folds_of
@@ -91,14 +93,17 @@ class ContextFold:
     def _of_samples(self, task: StudyTask, count: int, measure: Callable[[str, Making], None]) -> None:
         made, plain = cache(partial(self._made, task, count, 0)), cache(partial(self._plain, task, count))
 
-        def context() -> TaskContext:
+        def kept() -> TaskContext | None:
             chosen = made().context
-            assert chosen is not None
-            return chosen.context
+            return None if chosen is None else chosen.context
+
+        @cache
+        def context() -> TaskContext:
+            return kept() or self._chosen(task, count)
 
         measure(f"prompt-{count}", lambda: (None, context()))
         measure(f"icm-{count}", lambda: (plain(), None))
-        measure(f"both-{count}", lambda: (made().adapter, context()))
+        measure(f"both-{count}", lambda: (made().adapter, kept()))
         measure(f"icm-prompt-{count}", lambda: (plain(), context()))
         measure(f"alone-{count}", lambda: (made().adapter, None))
         measure(f"own-prompt-{count}", lambda: (task.adapter(), context()))
@@ -116,13 +121,21 @@ class ContextFold:
 
     def _made(self, task: StudyTask, count: int, distil: int) -> Made:
         """Return what `icm generate` makes, and note what that cost and what the guard said."""
-        lines = [json.dumps({"text": text}) for text in rows.support(task.texts, count, 0)]
         samples = rows.support(task.samples(self._base), count, 0)
-        timed = made_of(lines, samples, self._base, self._start, distil, COUNTS[count])
+        timed = made_of(self._lines(task, count), samples, self._base, self._start, distil, COUNTS[count])
         row = f"distil-{count}" if distil else f"both-{count}"
         with (self._work / "notes.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps({"task": task.name, "row": row, **timed.note()}) + "\n")
         return timed.made
+
+    def _chosen(self, task: StudyTask, count: int) -> TaskContext:
+        """Return a context for the base model, where `icm generate` keeps none."""
+        data = "".join(f"{line}\n" for line in self._lines(task, count)).encode()
+        usable = usable_samples(self._prompted, data, None, count)
+        return choose_context(self._prompted, usable, COUNTS[count], total=len(usable)).context
+
+    def _lines(self, task: StudyTask, count: int) -> list[str]:
+        return [json.dumps({"text": text}) for text in rows.support(task.texts, count, 0)]
 
     def _plain(self, task: StudyTask, count: int) -> Adapter:
         return rows.generated(self._base, self._start, rows.support(task.samples(self._base), count, 0))
@@ -200,7 +213,11 @@ def _shown(row: Mapping[str, Any]) -> str:
 def _guarded(gains: Mapping[str, Mapping[str, float]], row: str, notes: Mapping[str, Any]) -> dict[str, Any]:
     """Return how often the guard recommended what, what that gains, and where both do worse than one of them."""
     count = row.rpartition("-")[2]
-    said = {task: note["guard"]["recommended"] for task, note in notes.items() if note["guard"] is not None}
+    guards = {task: dict(note["guard"]) for task, note in notes.items() if note["guard"] is not None}
+    said: dict[str, str] = {}
+    for task, losses in guards.items():  # as it is today, of losses that were measured earlier
+        losses.pop("recommended")
+        said[task] = Guard(**losses).recommended
     better = {
         task: max(gains[f"prompt-{count}"][task], gains[f"icm-{count}"][task]) - gains[row][task]
         for task in said

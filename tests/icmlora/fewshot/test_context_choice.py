@@ -122,6 +122,10 @@ def test_the_cheapest_of_what_is_about_as_good_is_recommended(
     assert Guard(*losses, samples=4).recommended == recommended
 
 
+def test_a_context_that_is_no_help_by_itself_is_not_recommended() -> None:
+    assert Guard(3.0, 3.01, 2.9, 2.85, samples=4).recommended == "adapter"
+
+
 def test_what_is_left_out_comes_from_all_over(prompted: Prompted) -> None:
     held, others = left_out(TEXTS)
     assert [TEXTS.index(sample) for sample in held] == [0, 6, 12, 18]

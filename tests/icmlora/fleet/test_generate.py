@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,20 @@ def test_a_distilled_adapter_is_measured_beside_the_samples_and_written_without_
 def test_an_adapter_that_is_to_stand_alone_is_another_one(able: Fleet, samples: Path, tmp_path: Path) -> None:
     made = [able.generate("geese", samples, tmp_path / str(n), context_tokens=n, device="cpu") for n in (0, 64)]
     assert made[0].weights != made[1].weights
+
+
+def test_samples_that_are_no_help_in_a_prompt_are_no_context_and_the_adapter_stands_alone(
+    able: Fleet, samples: Path, tmp_path: Path
+) -> None:
+    draw = random.Random(2)
+    rows = ["".join(draw.choice("abcdefghijklmnopqrstuvwxyz 0123456789") for _ in range(40)) for _ in range(8)]
+    samples.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    made = able.generate("noise", samples, tmp_path / "made", device="cpu")
+    alone = able.generate("noise", samples, tmp_path / "alone", context_tokens=0, device="cpu")
+    assert made.guard is not None
+    assert made.guard.context > made.guard.neither
+    assert (made.context_samples, (tmp_path / "made" / "context.txt").exists()) == (0, False)
+    assert made.weights == alone.weights
 
 
 def test_one_sample_is_too_few_to_distil(able: Fleet, samples: Path, out: Path) -> None:
