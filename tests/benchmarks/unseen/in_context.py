@@ -188,7 +188,11 @@ def _document(work: Path, tasks: list[StudyTask], folds: list[list[StudyTask]]) 
     costs: dict[str, dict[str, dict[str, Any]]] = {}
     for (row, task), note in sorted(noted.items()):
         costs.setdefault(row, {})[task] = note
-    return {**found, "costs": costs, "guards": {row: _guarded(found["gains"], row, costs[row]) for row in costs}}
+    return {
+        **found,
+        "costs": costs,
+        "guards": {row: _guarded(found["gains"], row, costs[row]) for row in costs if row in found["gains"]},
+    }
 
 
 def by_count(document: Mapping[str, Any]) -> str:
@@ -224,7 +228,8 @@ def _guarded(gains: Mapping[str, Mapping[str, float]], row: str, notes: Mapping[
         if task in gains.get(row, {}) and task in gains.get(f"icm-{count}", {})
     }
     of_advice = {"neither": "base", "context": f"prompt-{count}", "adapter": f"alone-{count}", "both": f"both-{count}"}
-    taken = [gains[of_advice[advice]][task] for task, advice in said.items() if task in gains[of_advice[advice]]]
+    served = {task: gains[of_advice[advice]] for task, advice in said.items()}
+    taken = [of[task] for task, of in served.items() if task in of]
     return {
         "recommended": dict(Counter(said.values())),
         "gain_as_recommended": mean(taken) if taken else None,
