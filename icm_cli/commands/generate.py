@@ -169,10 +169,9 @@ def _tell(session: Session, done: Generated, rank: int | None, *, is_distilled: 
         out.note("context: none is kept, for the samples in the prompt are no help here; the adapter stands alone")
     if done.context_samples or done.guard is not None:
         out.note(guard_text(done.guard))
-    best = None if done.guard is None else done.guard.recommended
-    if best == "adapter" and done.context_samples:
+    if done.guard is not None and done.guard.recommended == "adapter" and done.context_samples:
         out.hint("the context is no help here: --context 0 makes an adapter that stands alone")
-    if is_distilled and best in ("context", "both"):
+    if is_distilled and done.guard is not None and done.guard.recommends_context:
         out.hint("the samples in the prompt do better: without --distil, icm keeps them as context")
     if done.code_size is not None:
         size = human_size(done.code_size)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar
@@ -14,7 +13,8 @@ Sample = TypeVar("Sample")
 
 LEFT_OUT = 4
 """Samples that tell; of fewer than twice as many none are left out."""
-_BY_COST: tuple[Served, ...] = ("neither", "adapter", "context", "both")
+_WITHOUT_CONTEXT: tuple[Served, ...] = ("neither", "adapter")
+_BY_COST: tuple[Served, ...] = (*_WITHOUT_CONTEXT, "context", "both")
 _HARDLY = 0.02  # share of what the best brings, that a cheaper one may bring less
 
 
@@ -39,12 +39,16 @@ class Guard:
 
         A context that is no help by itself is not among them: what it adds to an adapter is chance, on a few samples.
         """
-        costs_nothing = ("neither", "adapter")
-        helps = self.context < self.neither
-        losses = {name: nats for name, nats in self.losses.items() if helps or name in costs_nothing}
+        candidates = _BY_COST if self.context < self.neither else _WITHOUT_CONTEXT
+        losses = {name: self.losses[name] for name in candidates}
         best = min(losses.values())
         allowed = best + _HARDLY * (self.neither - best)
-        return next(name for name in _BY_COST if losses.get(name, math.inf) <= allowed)
+        return next(name for name, nats in losses.items() if nats <= allowed)
+
+    @property
+    def recommends_context(self) -> bool:
+        """Whether the context is to be served, alone or with the adapter."""
+        return self.recommended not in _WITHOUT_CONTEXT
 
 
 def left_out(samples: Sequence[Sample]) -> tuple[list[Sample], list[Sample]]:

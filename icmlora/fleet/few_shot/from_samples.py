@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from icmlora.adapter.arithmetic import truncated
 from icmlora.adapter.model import Adapter
@@ -101,20 +102,24 @@ def make_from(
         DataError: It is to be distilled, and no sample can stand before another.
     """
     _check_distil(base, recipe.distil, len(samples))
+    maker = _Maker(context, base, start, recipe)
     if recipe.context_tokens == 0 or not base.modality.takes_context:
-        return Made(_adapted(context, base, start, recipe, False, samples), None, None)
+        return Made(maker.adapted(samples), None, None)
+    prompted = Prompted(base)
     if source.data is None:
-        described = Prompted(base).chosen(described_context(str(source.description)))
-        return Made(_adapted(context, base, start, recipe, False, samples), described, None)
-    trials = _Trials(context, base, start, recipe, source, samples)
-    if recipe.distil:
-        return trials.made(trials.tried(in_context=False), keeps_context=False)
-    tried = trials.tried(in_context=True)
-    if not tried.is_context_of_use:
-        alone = trials.tried(in_context=False)
+        return Made(maker.adapted(samples), prompted.chosen(described_context(str(source.description))), None)
+    usable = usable_samples(prompted, source.data, source.path, source.count)
+    held, others = left_out(usable)
+    trial = maker.tried(prompted, held, others, in_context=not recipe.distil)
+    keeps_context = not recipe.distil
+    if keeps_context and not trial.is_context_of_use:
+        alone = maker.tried(prompted, held, others, in_context=False)
         if not alone.is_context_of_use:
-            return trials.made(alone, keeps_context=False)
-    return trials.made(tried, keeps_context=True)
+            trial, keeps_context = alone, False
+    is_enough = not held or len(usable) >= _ENOUGH
+    adapter = trial.adapter if is_enough else maker.adapted(samples, in_context=trial.in_context)
+    kept = prompted.filled(trial.chosen, held, recipe.context_tokens) if keeps_context else None
+    return Made(adapter, kept, trial.guard)
 
 
 @dataclass(frozen=True)
@@ -129,50 +134,54 @@ class _Trial:
     @property
     def is_context_of_use(self) -> bool:
         """Whether the context is to be served, as far as that was measured."""
-        return self.guard is None or self.guard.recommended in ("context", "both")
+        return self.guard is None or self.guard.recommends_context
 
 
-class _Trials:
-    """Makes adapters and contexts from most samples of a file, measures them on the others, then takes all samples."""
+@dataclass(frozen=True, eq=False)
+class _Maker:
+    """Makes adapters from a few-shot start, as a recipe says."""
 
-    def __init__(
-        self,
-        context: Context,
-        base: BaseModel,
-        start: FewShotStart,
-        recipe: Recipe,
-        source: Source,
-        samples: Sequence[Prepared],
-    ) -> None:
-        assert source.data is not None
-        self._context, self._base, self._start, self._recipe, self._samples = context, base, start, recipe, samples
-        self._prompted = Prompted(base)
-        usable = usable_samples(self._prompted, source.data, source.path, source.count)
-        self._held, self._others = left_out(usable)
+    context: Context
+    base: BaseModel
+    start: FewShotStart
+    recipe: Recipe
 
-    def tried(self, *, in_context: bool) -> _Trial:
-        """Make an adapter for its context or to stand alone, and choose the context with it."""
-        base, held, others = self._base, self._held, self._others
+    def tried(self, prompted: Prompted, held: Sequence[Any], others: Sequence[Any], *, in_context: bool) -> _Trial:
+        """Make an adapter from samples, for its context or to stand alone, choose the context, and ask the others."""
+        base = self.base
         read = base.modality.prepare(base, base.modality.readable(base, others).items, SAMPLE_TOKENS)
-        adapter = self._adapted(read, in_context=in_context)
+        adapter = self.adapted(read, in_context=in_context)
         with added(base.model, factors_of(adapter)):
-            tell = partial(self._context.progress, note="choosing the context")
-            most, total = self._recipe.context_tokens, len(held) + len(others)
-            chosen = choose_context(self._prompted, others, most, total=total, tell=tell)
-            with_adapter = both_ways(self._prompted, chosen.context, held)
-        guard = guard_of(both_ways(self._prompted, chosen.context, held), with_adapter, len(held))
+            tell = partial(self.context.progress, note="choosing the context")
+            most, total = self.recipe.context_tokens, len(held) + len(others)
+            chosen = choose_context(prompted, others, most, total=total, tell=tell)
+            with_adapter = both_ways(prompted, chosen.context, held)
+        guard = guard_of(both_ways(prompted, chosen.context, held), with_adapter, len(held))
         return _Trial(in_context, adapter, chosen, guard)
 
-    def made(self, trial: _Trial, *, keeps_context: bool) -> Made:
-        """Let the samples that were left out take part."""
-        is_enough = not self._held or len(self._held) + len(self._others) >= _ENOUGH
-        adapter = trial.adapter if is_enough else self._adapted(self._samples, in_context=trial.in_context)
-        most = self._recipe.context_tokens
-        kept = self._prompted.filled(trial.chosen, self._held, most) if keeps_context else None
-        return Made(adapter, kept, trial.guard)
-
-    def _adapted(self, samples: Sequence[Prepared], *, in_context: bool) -> Adapter:
-        return _adapted(self._context, self._base, self._start, self._recipe, in_context, samples)
+    def adapted(self, samples: Sequence[Prepared], *, in_context: bool = False) -> Adapter:
+        """Take the few-shot steps, cut the adapter to the rank that is written, and go on by gradient steps."""
+        base, recipe, context = self.base, self.recipe, self.context
+        adapter, steps = self.start.adapter, len(supports(samples, len(self.start.rates)))
+        taken = adapt(base, self.start, samples, in_context=in_context, batch_size=texts_at_once(base.device))
+        for done, adapted in enumerate(taken, start=1):
+            adapter = adapted.adapter
+            context.progress(done, steps, "adapting")
+        adapter = truncated(adapter, recipe.rank)
+        if recipe.refine:
+            read, config = samples, FinetuneConfig(recipe.refine)
+            if in_context:
+                read = [text for order in range(_ORDERS) for text in behind_each_other(base, samples, order)]
+                config = replace(config, batch=1)  # such a text has several samples
+            for done, (nats, refined) in enumerate(finetune(base, adapter, read, config), start=1):
+                adapter = refined
+                context.progress(done, recipe.refine, f"refining, {nats:.3f} nats per token")
+        if recipe.distil:
+            context.progress(0, recipe.distil, "reading the samples behind each other")
+            for done, (nats, taught) in enumerate(distil(base, adapter, samples, DistilConfig(recipe.distil)), start=1):
+                adapter = taught
+                context.progress(done, recipe.distil, f"distilling, {nats:.3f} nats per token to go")
+        return adapter
 
 
 def _check_distil(base: BaseModel, steps: int, samples: int) -> None:
@@ -181,34 +190,3 @@ def _check_distil(base: BaseModel, steps: int, samples: int) -> None:
         raise DataError(fact, hint="leave out --distil")
     if steps and samples < _FEWEST_DISTILLED:
         raise DataError("there is one sample, and none to put before it", hint="give more, or leave out --distil")
-
-
-def _adapted(
-    context: Context,
-    base: BaseModel,
-    start: FewShotStart,
-    recipe: Recipe,
-    in_context: bool,
-    samples: Sequence[Prepared],
-) -> Adapter:
-    """Take the few-shot steps, cut the adapter to the rank that is written, and go on from there by gradient steps."""
-    adapter, steps = start.adapter, len(supports(samples, len(start.rates)))
-    taken = adapt(base, start, samples, in_context=in_context, batch_size=texts_at_once(base.device))
-    for done, adapted in enumerate(taken, start=1):
-        adapter = adapted.adapter
-        context.progress(done, steps, "adapting")
-    adapter = truncated(adapter, recipe.rank)
-    if recipe.refine:
-        read, config = samples, FinetuneConfig(recipe.refine)
-        if in_context:
-            read = [text for order in range(_ORDERS) for text in behind_each_other(base, samples, order)]
-            config = replace(config, batch=1)  # such a text has several samples
-        for done, (nats, refined) in enumerate(finetune(base, adapter, read, config), start=1):
-            adapter = refined
-            context.progress(done, recipe.refine, f"refining, {nats:.3f} nats per token")
-    if recipe.distil:
-        context.progress(0, recipe.distil, "reading the samples behind each other")
-        for done, (nats, taught) in enumerate(distil(base, adapter, samples, DistilConfig(recipe.distil)), start=1):
-            adapter = taught
-            context.progress(done, recipe.distil, f"distilling, {nats:.3f} nats per token to go")
-    return adapter

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import torch
-
 from icmlora.adapter.model import Adapter
 from icmlora.base_models.examples.examples import Example
 from icmlora.base_models.kinds.likelihood import nll
@@ -172,8 +170,7 @@ class Fold:
 
     def _prompted(self, task: StudyTask) -> None:
         for count in (4, 16):
-            numbers = torch.randperm(len(task.texts), generator=torch.Generator().manual_seed(0)).tolist()[:count]
-            prompt = rows.prompts(task.texts, numbers, self._base, PROMPT_TOKENS)
+            prompt = rows.prompts(task.texts, rows.support(range(len(task.texts)), count, 0), self._base, PROMPT_TOKENS)
             examples = [Example(prompt, example.completion) for example in self._texts[task.name]]
             self._results.measure(task, f"prompt-{count}", 0, partial(self._nats, None, examples))
 
