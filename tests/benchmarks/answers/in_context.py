@@ -19,9 +19,11 @@ from typing import Any
 import torch
 
 from icmlora.adapter.model import Adapter
+from icmlora.base_models.examples.context import TaskContext
 from icmlora.base_models.examples.examples import examples_for
 from icmlora.base_models.kinds.likelihood import Scored
 from icmlora.base_models.modality import BaseModel
+from icmlora.fewshot.context_choice import Prompted
 from icmlora.fewshot.start import FewShotStart
 from icmlora.formats.discovery.folder import save_adapter
 from tests.benchmarks.answers.generate import Answerer
@@ -33,13 +35,17 @@ from tests.benchmarks.example_fleet.tasks import BASE_MODEL
 from tests.benchmarks.realistic_fleet.bases import base_folder
 from tests.benchmarks.unseen.fitted import fit_start
 from tests.benchmarks.unseen.fleet import SAMPLE_TOKENS, StudyTask, load_study_base
-from tests.benchmarks.unseen.making import Timed, made_of
+from tests.benchmarks.unseen.making import Timed, context_of, made_of
 from tests.benchmarks.unseen.rows import generated
 
 COUNT = 16
 """Samples of each task."""
+TOKENS = 1536
+"""Of a context at most."""
 STEPS = 150
 """Of distillation."""
+Served = tuple[Adapter | Path | None, TaskContext | None]
+"""What is served: an adapter or its folder, and a context."""
 RESULTS = Path(__file__).parents[1] / "results" / "answers-in-context.json"
 
 
@@ -73,6 +79,12 @@ class Making:
         return self._made(0)
 
     @cached_property
+    def context(self) -> TaskContext:
+        """The context it keeps, or would keep if that were of use."""
+        chosen = self.both.made.context
+        return context_of(self._lines, Prompted(self._base), TOKENS) if chosen is None else chosen.context
+
+    @cached_property
     def distilled(self) -> Timed:
         """An adapter that was distilled from the samples."""
         return self._made(STEPS)
@@ -83,7 +95,8 @@ class Making:
         return generated(self._base, self._start, self._samples)
 
     def _made(self, distil: int) -> Timed:
-        return made_of(self._lines, self._samples, self._base, self._start, distil, 1536)
+        # What is distilled keeps no context, and the guard would distil twice.
+        return made_of(self._lines, self._samples, self._base, self._start, distil, 0 if distil else TOKENS)
 
 
 class Asking:
@@ -93,7 +106,7 @@ class Asking:
         self._answerer, self._task, self._kept = answerer, task, kept
         self._rows: list[Row] = read(task.folder / "eval.jsonl")[:count]
 
-    def ask(self, row: str, make: Callable[[], tuple[Adapter | Path | None, Any]], note: Callable[[], Any]) -> None:
+    def ask(self, row: str, make: Callable[[], Served], note: Callable[[], Any]) -> None:
         """Ask with an adapter and a context, unless that was done."""
         if any(line["task"] == self._task.name and line["row"] == row for line in lines_of(self._kept)):
             return
@@ -120,17 +133,16 @@ def measure(asking: Asking, making: Making, task: ChatTask) -> None:
     """Ask with everything that the study compares."""
     nothing: Callable[[], dict[str, Any]] = dict
 
-    def context() -> Any:
-        assert making.both.made.context is not None
-        return making.both.made.context.context
+    def kept() -> TaskContext | None:
+        return None if making.both.made.context is None else making.context
 
     asking.ask("base model", lambda: (None, None), nothing)
     asking.ask("own", lambda: (task.folder, None), nothing)
-    asking.ask("prompt", lambda: (None, context()), lambda: making.both.note())
+    asking.ask("prompt", lambda: (None, making.context), lambda: making.both.note())
     asking.ask("icm", lambda: (making.alone, None), nothing)
-    asking.ask("icm and prompt", lambda: (making.alone, context()), nothing)
-    asking.ask("both", lambda: (making.both.made.adapter, context()), lambda: making.both.note())
-    asking.ask("own and prompt", lambda: (task.folder, context()), nothing)
+    asking.ask("icm and prompt", lambda: (making.alone, making.context), nothing)
+    asking.ask("both", lambda: (making.both.made.adapter, kept()), lambda: making.both.note())
+    asking.ask("own and prompt", lambda: (task.folder, making.context), nothing)
     asking.ask("distilled", lambda: (making.distilled.made.adapter, None), lambda: making.distilled.note())
 
 
@@ -169,9 +181,10 @@ def main() -> None:
         for task in held_out:
             if options.only is None or task.name in options.only:
                 measure(Asking(answerer, task, options.rows, kept), Making(base, start, task), task)
-    result = {"base_model": BASE_MODEL, "samples": COUNT, "distil": STEPS, "rows": document(lines_of(kept))}
+    rows = document(lines_of(kept))
+    result = {"base_model": BASE_MODEL, "samples": COUNT, "distil": STEPS, "rows": rows}
     RESULTS.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    for row, one in result["rows"].items():
+    for row, one in rows.items():
         print(f"{row}: {one['accuracy']['value']:.3f} ({one['accuracy']['low']:.3f} to {one['accuracy']['high']:.3f})")
 
 

@@ -34,16 +34,15 @@ from icmlora.base_models.examples.examples import Example
 from icmlora.base_models.kinds.likelihood import nll
 from icmlora.base_models.modality import BaseModel
 from icmlora.base_models.running.lora_hooks import added
-from icmlora.fewshot.context_choice import Prompted, choose_context
+from icmlora.fewshot.context_choice import Prompted
 from icmlora.fewshot.described import described_context, described_samples
 from icmlora.fewshot.guard import Guard
 from icmlora.fewshot.start import FewShotStart
 from icmlora.fleet.few_shot.from_samples import Made
-from icmlora.fleet.few_shot.task_context import usable_samples
 from tests.benchmarks.unseen import fitted, rows
 from tests.benchmarks.unseen.fleet import SAMPLE_TOKENS, StudyTask, built_tasks, load_study_base, reloaded
 from tests.benchmarks.unseen.folds import folds_of
-from tests.benchmarks.unseen.making import made_of
+from tests.benchmarks.unseen.making import context_of, made_of
 from tests.benchmarks.unseen.options import numbers, study_parser
 from tests.benchmarks.unseen.sentences import SENTENCES
 from tests.benchmarks.unseen.study import PROMPT_TOKENS, Results
@@ -99,7 +98,7 @@ class ContextFold:
 
         @cache
         def context() -> TaskContext:
-            return kept() or self._chosen(task, count)
+            return kept() or context_of(self._lines(task, count), self._prompted, COUNTS[count])
 
         measure(f"prompt-{count}", lambda: (None, context()))
         measure(f"icm-{count}", lambda: (plain(), None))
@@ -122,17 +121,12 @@ class ContextFold:
     def _made(self, task: StudyTask, count: int, distil: int) -> Made:
         """Return what `icm generate` makes, and note what that cost and what the guard said."""
         samples = rows.support(task.samples(self._base), count, 0)
-        timed = made_of(self._lines(task, count), samples, self._base, self._start, distil, COUNTS[count])
+        tokens = 0 if distil else COUNTS[count]  # what is distilled keeps no context, and the guard would distil twice
+        timed = made_of(self._lines(task, count), samples, self._base, self._start, distil, tokens)
         row = f"distil-{count}" if distil else f"both-{count}"
         with (self._work / "notes.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps({"task": task.name, "row": row, **timed.note()}) + "\n")
         return timed.made
-
-    def _chosen(self, task: StudyTask, count: int) -> TaskContext:
-        """Return a context for the base model, where `icm generate` keeps none."""
-        data = "".join(f"{line}\n" for line in self._lines(task, count)).encode()
-        usable = usable_samples(self._prompted, data, None, count)
-        return choose_context(self._prompted, usable, COUNTS[count], total=len(usable)).context
 
     def _lines(self, task: StudyTask, count: int) -> list[str]:
         return [json.dumps({"text": text}) for text in rows.support(task.texts, count, 0)]

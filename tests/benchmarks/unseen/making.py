@@ -9,11 +9,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from icmlora.base_models.examples.context import TaskContext
 from icmlora.base_models.kinds.likelihood import Scored
 from icmlora.base_models.modality import BaseModel
+from icmlora.fewshot.context_choice import Prompted, choose_context
 from icmlora.fewshot.start import FewShotStart
 from icmlora.fleet.context import Context
 from icmlora.fleet.few_shot.from_samples import Made, Recipe, Source, make_from
+from icmlora.fleet.few_shot.task_context import usable_samples
 from tests.benchmarks.unseen.rows import RANK
 
 
@@ -44,3 +47,10 @@ def made_of(
         source, began = Source.read(path, len(lines), None, any_row=False), time.monotonic()
         made = make_from(Context(Path(folder)), base, start, source, samples, Recipe(RANK, 0, distil, tokens))
     return Timed(made, round(time.monotonic() - began, 1))
+
+
+def context_of(lines: Sequence[str], prompted: Prompted, tokens: int) -> TaskContext:
+    """Choose a context from lines of JSON for the base model alone, such as where `icm generate` keeps none."""
+    data = "".join(f"{line}\n" for line in lines).encode()
+    usable = usable_samples(prompted, data, None, len(lines))
+    return choose_context(prompted, usable, tokens, total=len(usable)).context
