@@ -25,7 +25,9 @@ def tell_guard(session: Session, guard: Guard | None) -> None:
     if guard is None:
         session.out.note(_TOO_FEW)
         return
-    session.out.note(f"measured on {counted(guard.samples, 'sample')} that neither context nor adapter saw:")
+    which = f"{counted(guard.samples, 'sample')}"
+    where = f"{which}, each behind the others" if guard.in_turn else f"{which} that neither context nor adapter saw"
+    session.out.note(f"measured on {where}:")
     session.out.listing(_FIELDS, [(name, nats, name == guard.recommended) for name, nats in guard.losses.items()])
 
 
@@ -34,12 +36,21 @@ def guard_text(guard: Guard | None) -> str:
     if guard is None:
         return _TOO_FEW
     losses = ", ".join(f"{name} {nats:.3f}" for name, nats in guard.losses.items())
-    where = f"nats per token on {counted(guard.samples, 'sample')} left out"
-    return f"{where}: {losses}; serve {_SERVE[guard.recommended]}"
+    which = f"{counted(guard.samples, 'sample')}" + (", each behind the others" if guard.in_turn else " left out")
+    also = " (the adapter is measured from 8 samples on)" if guard.adapter is None else ""
+    return f"nats per token on {which}: {losses}; serve {_SERVE[guard.recommended]}{also}"
 
 
 def guard_json(guard: Guard | None) -> dict[str, object] | None:
     """Return the losses under their names, and what to serve."""
     if guard is None:
         return None
-    return {**guard.losses, "samples_count": guard.samples, "recommended": guard.recommended}
+    return {
+        "neither": guard.neither,
+        "context": guard.context,
+        "adapter": guard.adapter,
+        "both": guard.both,
+        "samples_count": guard.samples,
+        "in_turn": guard.in_turn,
+        "recommended": guard.recommended,
+    }

@@ -87,8 +87,8 @@ def generate(
 
     The samples are kept too, as the task's context: before a request they tell the base model as much again. The
     adapter is made to be served with them; --context 0 makes one that stands alone. icm leaves 4 of 8 or more samples
-    out, and measures the adapter and the context on them, alone and together. It warns if the task is unlike all known
-    tasks.
+    out, and measures the adapter and the context on them, alone and together. Where samples are no help in a prompt, it
+    keeps none. It warns if the task is unlike all known tasks.
 
     Example:
       icm generate cat-detection --samples cats.jsonl -o adapter/
@@ -176,7 +176,7 @@ def _tell(session: Session, done: Generated, rank: int | None, *, is_distilled: 
     if done.code_size is not None:
         size = human_size(done.code_size)
         out.note(f"registered with a code of {size}, relative error {done.code_relative_error:.4f}")
-    elif done.guard is None and not done.is_described:
+    elif (done.guard is None or done.guard.adapter is None) and not done.is_described:
         out.hint("the adapter has seen these samples; measure it on other text of the task before you rely on it")
 
 

@@ -226,7 +226,7 @@ class _Search:
         all_of_them = samples
         while len(samples) > 1:
             half = samples[len(samples) // 2 :]
-            mean, error = _estimate(self._nats(half) - self._nats(all_of_them))
+            mean, error = estimate(self._nats(half) - self._nats(all_of_them))
             if mean + _SURE * error > allowed:
                 break
             samples = half
@@ -235,7 +235,7 @@ class _Search:
     def _better(self, one: _Candidate, other: _Candidate) -> _Candidate:
         if not other.samples:
             return one
-        mean, error = _estimate(self._nats(one.samples) - self._nats(other.samples))
+        mean, error = estimate(self._nats(one.samples) - self._nats(other.samples))
         return other if mean > _SURE * error else one
 
     def _nats(self, samples: Sequence[Example | Chat]) -> torch.Tensor:
@@ -249,8 +249,8 @@ class _Search:
         return self._known[key][1]
 
 
-def _estimate(differences: torch.Tensor) -> tuple[float, float]:
-    """Return the mean of some differences, and its standard error; of a single one that is not known."""
+def estimate(differences: torch.Tensor) -> tuple[float, float]:
+    """Return the mean of some differences, and its standard error: of a single one, infinite."""
     error = float(differences.std() / len(differences) ** 0.5) if len(differences) > 1 else float("inf")
     return float(differences.mean()), error
 

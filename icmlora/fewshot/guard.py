@@ -1,12 +1,23 @@
-"""What a context and an adapter are worth for a task: losses of samples that neither of them has seen."""
+"""What a context and an adapter are worth for a task: losses of samples that neither of them has seen.
+
+8 samples or more    four are left out of both, and tell
+2 to 7               each is read behind the others, by the base model or with an adapter that is there anyway
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+import torch
 
 from icmlora.base_models.examples.examples import spread
+from icmlora.fewshot.context_choice import estimate
+
+if TYPE_CHECKING:
+    from icmlora.base_models.modality import Score
+    from icmlora.fewshot.context_choice import ChosenContext, Prompted
 
 Served = Literal["neither", "context", "adapter", "both"]
 Sample = TypeVar("Sample")
@@ -20,27 +31,53 @@ _HARDLY = 0.02  # share of what the best brings, that a cheaper one may bring le
 
 @dataclass(frozen=True)
 class Guard:
-    """Losses in nats per token."""
+    """Losses in nats per token, and what they say."""
 
     neither: float
     context: float
-    adapter: float
-    both: float
-    samples: int  # that were left out
+    adapter: float | None  # None where no adapter was made without the samples that tell
+    both: float | None
+    samples: int  # that tell
+    in_turn: bool = False  # whether each was read behind the others, and none was left out
+    least: float = 0.0  # that the context has to bring by itself, in nats per token
+
+    @classmethod
+    def of(cls, bare: BothWays | None, adapted: BothWays | None, *, in_turn: bool) -> Guard | None:
+        """Put the losses of the base model and those with an adapter together; None if there are none.
+
+        Where the base model alone was asked, the context has to be worth more than the standard error of what it is.
+        """
+        if bare is None:
+            return None
+        if adapted is None:
+            return cls(bare.without, bare.behind, None, None, bare.samples, in_turn, bare.error)
+        return cls(bare.without, bare.behind, adapted.without, adapted.behind, bare.samples, in_turn)
 
     @property
-    def losses(self) -> dict[str, float]:
-        """All of them by what is served."""
-        return {"neither": self.neither, "context": self.context, "adapter": self.adapter, "both": self.both}
+    def losses(self) -> dict[Served, float]:
+        """Those that were measured, by what is served."""
+        every: dict[Served, float | None] = {
+            "neither": self.neither,
+            "context": self.context,
+            "adapter": self.adapter,
+            "both": self.both,
+        }
+        return {name: nats for name, nats in every.items() if nats is not None}
+
+    @property
+    def helps(self) -> bool:
+        """Whether the context is of help by itself; if not, what it adds to an adapter is chance, on a few samples."""
+        return self.neither - self.context > self.least
 
     @property
     def recommended(self) -> Served:
         """What to serve: the best, or what is hardly worse and costs less at every request.
 
-        A context that is no help by itself is not among them: what it adds to an adapter is chance, on a few samples.
+        A context that is no help by itself is not among them. One that is goes with an adapter that was not measured.
         """
-        candidates = _BY_COST if self.context < self.neither else _WITHOUT_CONTEXT
-        losses = {name: self.losses[name] for name in candidates}
+        if self.adapter is None:
+            return "both" if self.helps else "adapter"
+        losses = {name: self.losses[name] for name in (_BY_COST if self.helps else _WITHOUT_CONTEXT)}
         best = min(losses.values())
         allowed = best + _HARDLY * (self.neither - best)
         return next(name for name, nats in losses.items() if nats <= allowed)
@@ -49,6 +86,38 @@ class Guard:
     def recommends_context(self) -> bool:
         """Whether the context is to be served, alone or with the adapter."""
         return self.recommended not in _WITHOUT_CONTEXT
+
+
+@dataclass(frozen=True)
+class BothWays:
+    """What samples lose without and behind a context, in nats per token, with whatever is on the base model."""
+
+    without: float
+    behind: float
+    samples: int
+    error: float  # standard error of the mean difference
+
+    @classmethod
+    def of(cls, prompted: Prompted, chosen: ChosenContext, held: Sequence[Any]) -> BothWays | None:
+        """Read samples that the context was not made from; None if there are none."""
+        return cls._of([prompted.score(None, held)], [prompted.score(chosen.context, held)]) if held else None
+
+    @classmethod
+    def in_turn(cls, prompted: Prompted, chosen: ChosenContext, samples: Sequence[Any]) -> BothWays | None:
+        """Read each sample of a context behind the others of it; None if there are no others."""
+        without, behind = [], []
+        for place, sample in enumerate(samples):
+            others = prompted.fitting([*samples[:place], *samples[place + 1 :]], chosen.length, chosen.tokens)
+            if others:
+                without.append(prompted.score(None, [sample]))
+                behind.append(prompted.score(prompted.context_of(others, chosen.length).context, [sample]))
+        return cls._of(without, behind) if behind else None
+
+    @classmethod
+    def _of(cls, without: Sequence[Score], behind: Sequence[Score]) -> BothWays:
+        alone, read = _of_each(without), _of_each(behind)
+        _, error = estimate(alone - read)
+        return cls(_pooled(without), _pooled(behind), len(read), error)
 
 
 def left_out(samples: Sequence[Sample]) -> tuple[list[Sample], list[Sample]]:
@@ -60,3 +129,11 @@ def left_out(samples: Sequence[Sample]) -> tuple[list[Sample], list[Sample]]:
     for place, sample in enumerate(samples):
         parts[place not in places].append(sample)
     return parts
+
+
+def _of_each(scores: Sequence[Score]) -> torch.Tensor:
+    return torch.tensor([nats for score in scores for nats in score.of_each], dtype=torch.float64)
+
+
+def _pooled(scores: Sequence[Score]) -> float:
+    return sum(score.value * score.count for score in scores) / sum(score.count for score in scores)

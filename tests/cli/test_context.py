@@ -41,7 +41,15 @@ def test_a_context_is_kept_and_written_with_the_adapter(icm: Icm, trained: Path,
 def test_json_keeps_its_names(icm: Icm, trained: Path, samples: Path) -> None:
     document = choose(icm, samples, "--json").document
     assert set(document) == {"task", "samples_count", "tokens", "size", "measured", "precision"}
-    assert set(document["measured"]) == {"neither", "context", "adapter", "both", "samples_count", "recommended"}
+    assert set(document["measured"]) == {
+        "neither",
+        "context",
+        "adapter",
+        "both",
+        "samples_count",
+        "in_turn",
+        "recommended",
+    }
     assert document["measured"]["samples_count"] == 4
 
 
@@ -85,10 +93,12 @@ def test_eval_measures_behind_it_too(icm: Icm, trained: Path, samples: Path) -> 
     assert task["with_context"]["base"]["value"] != task["rungs"]["base"]["value"]
 
 
-def test_few_samples_are_all_taken_and_nothing_is_measured(icm: Icm, trained: Path, samples: Path) -> None:
+def test_few_samples_are_all_taken_and_each_is_measured_behind_the_others(
+    icm: Icm, trained: Path, samples: Path
+) -> None:
     ran = choose(icm, samples, "--count", "4")
     assert ran.code == ExitCode.DONE
-    assert "with 8 or more samples" in ran.err
+    assert "measured on 4 samples, each behind the others:" in ran.err
     assert icm("context", "poems", "--show").out.count("grey geese number") == 4
 
 

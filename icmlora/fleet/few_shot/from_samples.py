@@ -26,10 +26,10 @@ from icmlora.fewshot.context_choice import ChosenContext, Prompted, choose_conte
 from icmlora.fewshot.described import described_context, described_samples
 from icmlora.fewshot.distil import DistilConfig, distil
 from icmlora.fewshot.finetune import FinetuneConfig, finetune
-from icmlora.fewshot.guard import Guard, left_out
+from icmlora.fewshot.guard import BothWays, Guard, left_out
 from icmlora.fewshot.start import FewShotStart
 from icmlora.fleet.context import Context
-from icmlora.fleet.few_shot.task_context import both_ways, guard_of, usable_samples
+from icmlora.fleet.few_shot.task_context import usable_samples
 from icmlora.fleet.few_shot.train import SAMPLE_TOKENS
 from icmlora.io.devices import texts_at_once
 
@@ -155,9 +155,11 @@ class _Maker:
             tell = partial(self.context.progress, note="choosing the context")
             most, total = self.recipe.context_tokens, len(held) + len(others)
             chosen = choose_context(prompted, others, most, total=total, tell=tell)
-            with_adapter = both_ways(prompted, chosen.context, held)
-        guard = guard_of(both_ways(prompted, chosen.context, held), with_adapter, len(held))
-        return _Trial(in_context, adapter, chosen, guard)
+            adapted = BothWays.of(prompted, chosen, held)
+        bare = BothWays.of(prompted, chosen, held)
+        if not held and not self.recipe.distil:  # the adapter has seen all of them, the base model none
+            bare = BothWays.in_turn(prompted, chosen, others)
+        return _Trial(in_context, adapter, chosen, Guard.of(bare, adapted, in_turn=not held))
 
     def adapted(self, samples: Sequence[Prepared], *, in_context: bool = False) -> Adapter:
         """Take the few-shot steps, cut the adapter to the rank that is written, and go on by gradient steps."""

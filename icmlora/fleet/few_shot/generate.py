@@ -113,9 +113,10 @@ def generate(
     """Generate an adapter for a new task from a few samples of it, and write it as a PEFT folder with its context.
 
     Of 8 samples or more, 4 are left out and tell what the adapter and the context are worth, alone and together. Then
-    they take part too; of 32 or more, the adapter is not made again for them. The adapter is made for its context, and
-    is worth less without it; with `context_tokens=0` it stands alone. Needs the base model, and a generator with a
-    few-shot start (`train_few_shot`).
+    they take part too; of 32 or more, the adapter is not made again for them. Of fewer than 8, each is read behind the
+    others by the base model. A context that is no help by itself is not kept. The adapter is made for its context, and
+    is worth less without it; without one, and with `context_tokens=0`, it stands alone. Needs the base model, and a
+    generator with a few-shot start (`train_few_shot`).
 
     Args:
         context: The store.

@@ -18,7 +18,7 @@ from icmlora.base_models.examples.examples import spread, unread_examples
 from icmlora.base_models.examples.media_archive import read_examples
 from icmlora.errors import BaseModelUnsuited, DataError
 from icmlora.fewshot.context_choice import MOST_TOKENS, Prompted, choose_context
-from icmlora.fewshot.guard import Guard, left_out
+from icmlora.fewshot.guard import BothWays, Guard, left_out
 from icmlora.fleet.context import Context, has_loaders, use_case
 from icmlora.fleet.resources.code_source import StoreCodes, open_store
 from icmlora.fleet.resources.decoding import read_context
@@ -32,7 +32,7 @@ from icmlora.io.devices import resolve_device
 from registry.records import Extra
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
 
     from icmlora.base_models.modality import BaseModel
     from registry.storage.blobs.content import Blobs
@@ -50,7 +50,7 @@ class ContextReport:
     samples: int  # that it is made of
     tokens: int
     size: int  # bytes that it takes in the store
-    guard: Guard | None  # what it is worth; None if there were too few samples to leave some out
+    guard: Guard | None  # what it is worth; None if there is only one sample
     precision: str  # of the base model
 
 
@@ -96,8 +96,9 @@ def set_context(
         with _on(base, codes, chosen):
             tell = partial(context.progress, note="choosing the context")
             made = choose_context(prompted, others, tokens, total=len(found), tell=tell)
-            with_adapter = both_ways(prompted, made.context, held)
-        guard = guard_of(both_ways(prompted, made.context, held), with_adapter, len(held))
+            ask = BothWays.of if held else BothWays.in_turn
+            adapted = ask(prompted, made, held or found)
+        guard = Guard.of(ask(prompted, made, held or found), adapted, in_turn=not held)
         made = prompted.filled(made, held, tokens)
         files = dict.fromkeys(CONTEXT_NAMES) | kept_files(store.blobs, made.context.files)
         store.tasks.set_files(chosen.task.name, files)
@@ -136,18 +137,6 @@ def usable_samples(prompted: Prompted, data: bytes, path: Path | None, count: in
         fact = f"{base.label} is a {base.modality.name}; a context stands before the text of a causal language model"
         raise BaseModelUnsuited(fact)
     return prompted.usable(spread(unread_examples(base, data, path=path).items, count))
-
-
-def both_ways(prompted: Prompted, context: TaskContext, held: Sequence[Any]) -> tuple[float, float] | None:
-    """Return the loss of samples without and with a context before them; None if there are none."""
-    return (prompted.score(None, held).value, prompted.score(context, held).value) if held else None
-
-
-def guard_of(
-    of_base: tuple[float, float] | None, with_adapter: tuple[float, float] | None, samples: int
-) -> Guard | None:
-    """Put four losses together, each pair without and with the context."""
-    return None if of_base is None or with_adapter is None else Guard(*of_base, *with_adapter, samples)
 
 
 def kept_files(blobs: Blobs, files: Mapping[str, bytes]) -> dict[str, Extra]:

@@ -213,9 +213,9 @@ class GeneratedCard:
 
 def _measured(guard: Guard) -> str:
     """Return the rows of a card that say what adapter and context are worth."""
-    losses = f"{guard.neither:.3f}, context {guard.context:.3f}, adapter {guard.adapter:.3f}, both {guard.both:.3f}"
-    where = f"nats per token on {counted(guard.samples, 'sample')} that were left out"
-    return f"| {where} | neither {losses} |\n| to be served | {guard.recommended} |\n"
+    losses = ", ".join(f"{name} {nats:.3f}" for name, nats in guard.losses.items())
+    which = f"{counted(guard.samples, 'sample')}" + (", each behind the others" if guard.in_turn else " left out")
+    return f"| nats per token on {which} | {losses} |\n| to be served | {guard.recommended} |\n"
 
 
 _MERGED_CARD = """\

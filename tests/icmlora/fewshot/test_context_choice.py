@@ -13,7 +13,7 @@ from icmlora.base_models.examples.examples import Example, plain
 from icmlora.base_models.modality import BaseModel, Score
 from icmlora.errors import DataError
 from icmlora.fewshot.context_choice import Prompted, choose_context
-from icmlora.fewshot.guard import Guard, left_out
+from icmlora.fewshot.guard import BothWays, Guard, left_out
 from tests.icmlora.tiny_base import load_tiny_base
 
 TEXTS = plain(f"text {number:02d}, some more words" for number in range(24))
@@ -124,6 +124,29 @@ def test_the_cheapest_of_what_is_about_as_good_is_recommended(
 
 def test_a_context_that_is_no_help_by_itself_is_not_recommended() -> None:
     assert Guard(3.0, 3.01, 2.9, 2.85, samples=4).recommended == "adapter"
+
+
+@pytest.mark.parametrize(("least", "recommended"), [(0.1, "both"), (0.3, "adapter")])
+def test_where_no_adapter_was_measured_the_context_has_to_be_of_help_beyond_chance(
+    least: float, recommended: str
+) -> None:
+    assert Guard(3.0, 2.8, None, None, samples=3, in_turn=True, least=least).recommended == recommended
+
+
+def test_each_of_a_few_samples_is_read_behind_the_others(prompted: Prompted) -> None:
+    few = [Example("", text) for text in ("grey geese fly south", "grey geese fly west", "grey geese fly east")]
+    chosen = choose_context(prompted, few)
+    asked = BothWays.in_turn(prompted, chosen, few)
+    assert asked is not None
+    behind = [
+        prompted.score(prompted.context_of([few[one], few[two]], chosen.length).context, [few[held]])
+        for one, two, held in ((1, 2, 0), (0, 2, 1), (0, 1, 2))
+    ]
+    assert asked.behind == pytest.approx(
+        sum(one.value * one.count for one in behind) / sum(one.count for one in behind)
+    )
+    assert asked.without == pytest.approx(prompted.score(None, few).value)
+    assert BothWays.in_turn(prompted, chosen, few[:1]) is None
 
 
 def test_what_is_left_out_comes_from_all_over(prompted: Prompted) -> None:
