@@ -42,8 +42,6 @@ COUNT = 16
 """Samples of each task."""
 TOKENS = 1536
 """Of a context at most."""
-STEPS = 150
-"""Of distillation."""
 Served = tuple[Adapter | Path | None, TaskContext | None]
 """What is served: an adapter or its folder, and a context."""
 RESULTS = Path(__file__).parents[1] / "results" / "answers-in-context.json"
@@ -66,10 +64,11 @@ class Making:
         base: The base model.
         start: A few-shot start that knows nothing of the task.
         task: The task.
+        steps: Of distillation; 0 leaves it out.
     """
 
-    def __init__(self, base: BaseModel, start: FewShotStart, task: ChatTask) -> None:
-        self._base, self._start = base, start
+    def __init__(self, base: BaseModel, start: FewShotStart, task: ChatTask, steps: int) -> None:
+        self._base, self._start, self.steps = base, start, steps
         self._lines = (task.folder / "samples.jsonl").read_text("utf-8").split("\n")[:COUNT]
         self._samples = task.samples(base)[:COUNT]
 
@@ -87,7 +86,7 @@ class Making:
     @cached_property
     def distilled(self) -> Timed:
         """An adapter that was distilled from the samples."""
-        return self._made(STEPS)
+        return self._made(self.steps)
 
     @cached_property
     def alone(self) -> Adapter:
@@ -143,7 +142,9 @@ def measure(asking: Asking, making: Making, task: ChatTask) -> None:
     asking.ask("icm and prompt", lambda: (making.alone, making.context), nothing)
     asking.ask("both", lambda: (making.both.made.adapter, kept()), lambda: making.both.note())
     asking.ask("own and prompt", lambda: (task.folder, making.context), nothing)
-    asking.ask("distilled", lambda: (making.distilled.made.adapter, None), lambda: making.distilled.note())
+    if making.steps:
+        noted = {"steps": making.steps}
+        asking.ask("distilled", lambda: (making.distilled.made.adapter, None), lambda: making.distilled.note() | noted)
 
 
 def document(lines: list[dict[str, Any]]) -> dict[str, Any]:
@@ -166,6 +167,7 @@ def main() -> None:
     parser.add_argument("--fleet", type=Path, required=True, help="folder of the adapters")
     parser.add_argument("--rows", type=int, default=100, help="questions of each task (default 100)")
     parser.add_argument("--episodes", type=int, default=10, help="of meta-training (default 10)")
+    parser.add_argument("--distil", type=int, default=150, help="steps of distillation (default 150, 0: none)")
     parser.add_argument("--only", type=lambda text: text.split(","), help="names, separated by commas")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -180,9 +182,9 @@ def main() -> None:
         start = fit_start(base, members, options.episodes, half, options.work / f"answers-start-{half}.icms")
         for task in held_out:
             if options.only is None or task.name in options.only:
-                measure(Asking(answerer, task, options.rows, kept), Making(base, start, task), task)
+                measure(Asking(answerer, task, options.rows, kept), Making(base, start, task, options.distil), task)
     rows = document(lines_of(kept))
-    result = {"base_model": BASE_MODEL, "samples": COUNT, "distil": STEPS, "rows": rows}
+    result = {"base_model": BASE_MODEL, "samples": COUNT, "rows": rows}
     RESULTS.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     for row, one in rows.items():
         print(f"{row}: {one['accuracy']['value']:.3f} ({one['accuracy']['low']:.3f} to {one['accuracy']['high']:.3f})")
