@@ -5,10 +5,11 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.icm-ready
 # Each process of the tests computes on one core. Tests of a file share fixtures that take seconds, so they stay together.
 # The files keep their order: the long ones of tests/cli begin, the many short ones of tests/registry fill the end.
-JOBS   ?= 2
+JOBS    ?= 2
+WORKERS ?= $(JOBS)
 # What is compiled is kept, whatever the environment says: otherwise each worker, and each `python` that a test starts,
 # compiles again all that it imports.
-PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder
+PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 THOROUGH := $(PYTEST) --hypothesis-profile=thorough
 
 .DEFAULT_GOAL := help
@@ -33,14 +34,21 @@ test: test-device  ## run a test of each promise, command, format and kind of ba
 	@$(PYTEST) -m "not slow and not fault"
 
 test-rest: $(READY)  ## run what `make test` leaves out: further cases, and properties with more examples
-	@$(MAKE) --no-print-directory test-as-cuda WHICH=slow
 	@$(THOROUGH) -m "(slow or property) and not fault"
-	@$(MAKE) --no-print-directory test-pairs
+	@$(MAKE) $(SIDE_BY_SIDE) test-as-cuda WHICH=slow $(PAIRS_LEFT)
+
+# Few tests in processes of their own are done sooner side by side than with two workers each.
+SIDE_BY_SIDE := --no-print-directory -j $(JOBS) --output-sync=target WORKERS=0
 
 # What may differ from pair to pair: the model of a store, and what many processes do. For all of it: PAIRED=tests/registry
 PAIRED ?= $(addprefix tests/registry/,test_store_model.py test_ingest_model.py test_eviction.py test_concurrency.py)
+PAIRS_LEFT := $(addprefix pair-,sqlite+s3 postgres+folder postgres+s3)
 test-pairs: $(READY)  ## run tests of the registry on other pairs of a database and a place of bytes (part of `make test-rest`)
-	@for pair in sqlite+s3 postgres+folder postgres+s3; do $(PYTEST) $(PAIRED) --pair $$pair -m "not fault" || exit 1; done
+	@$(MAKE) $(SIDE_BY_SIDE) $(PAIRS_LEFT)
+
+.PHONY: $(PAIRS_LEFT)
+$(PAIRS_LEFT): pair-%: $(READY)
+	@$(PYTEST) $(PAIRED) --pair $* -m "not fault"
 
 test-all: $(READY)  ## run `make test` and `make test-rest`
 	@$(MAKE) --no-print-directory test

@@ -26,7 +26,7 @@ LEFT_OUT = 4
 """Samples that tell; of fewer than twice as many none are left out."""
 _WITHOUT_CONTEXT: tuple[Served, ...] = ("neither", "adapter")
 _BY_COST: tuple[Served, ...] = (*_WITHOUT_CONTEXT, "context", "both")
-_HARDLY = 0.02  # share of what the best brings, that a cheaper one may bring less
+_HARDLY = 0.02  # share of what the best brings, or loses itself, that a cheaper one may lose more
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,8 @@ class Guard:
             return "both" if self.helps else "adapter"
         losses = {name: self.losses[name] for name in (_BY_COST if self.helps else _WITHOUT_CONTEXT)}
         best = min(losses.values())
-        allowed = best + _HARDLY * (self.neither - best)
+        # A base model that does not know the form of answers loses much, next to which all differences are small.
+        allowed = best + _HARDLY * min(self.neither - best, best)
         return next(name for name, nats in losses.items() if nats <= allowed)
 
     @property

@@ -185,7 +185,11 @@ def _document(work: Path, tasks: list[StudyTask], folds: list[list[StudyTask]]) 
     return {
         **found,
         "costs": costs,
-        "guards": {row: _guarded(found["gains"], row, costs[row]) for row in costs if row in found["gains"]},
+        "guards": {
+            row: _guarded(found["gains"], row, notes)
+            for row, notes in costs.items()
+            if row in found["gains"] and any(note["guard"] for note in notes.values())
+        },
     }
 
 

@@ -114,6 +114,7 @@ def test_chats_have_their_plain_form_where_there_is_no_template(prompted: Prompt
         ((3.0, 2.0, 2.5, 2.0), "context"),
         ((3.0, 2.5, 2.0, 1.99), "adapter"),
         ((3.0, 3.1, 3.2, 3.3), "neither"),
+        ((8.72, 1.22, 1.07, 0.96), "both"),
     ],
 )
 def test_the_cheapest_of_what_is_about_as_good_is_recommended(
