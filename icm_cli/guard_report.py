@@ -25,9 +25,8 @@ def tell_guard(session: Session, guard: Guard | None) -> None:
     if guard is None:
         session.out.note(_TOO_FEW)
         return
-    which = f"{counted(guard.samples, 'sample')}"
-    where = f"{which}, each behind the others" if guard.in_turn else f"{which} that neither context nor adapter saw"
-    session.out.note(f"measured on {where}:")
+    unseen = f"{counted(guard.samples, 'sample')} that neither context nor adapter saw"
+    session.out.note(f"measured on {guard.told_by if guard.in_turn else unseen}:")
     session.out.listing(_FIELDS, [(name, nats, name == guard.recommended) for name, nats in guard.losses.items()])
 
 
@@ -35,10 +34,8 @@ def guard_text(guard: Guard | None) -> str:
     """Say the same in one line."""
     if guard is None:
         return _TOO_FEW
-    losses = ", ".join(f"{name} {nats:.3f}" for name, nats in guard.losses.items())
-    which = f"{counted(guard.samples, 'sample')}" + (", each behind the others" if guard.in_turn else " left out")
     also = " (the adapter is measured from 8 samples on)" if guard.adapter is None else ""
-    return f"nats per token on {which}: {losses}; serve {_SERVE[guard.recommended]}{also}"
+    return f"nats per token on {guard.told_by}: {guard.figures}; serve {_SERVE[guard.recommended]}{also}"
 
 
 def guard_json(guard: Guard | None) -> dict[str, object] | None:

@@ -7,13 +7,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 
 from icmlora.base_models.examples.examples import spread
+from icmlora.errors import DataError
 from icmlora.fewshot.context_choice import estimate
+from icmlora.io.text import counted
 
 if TYPE_CHECKING:
     from icmlora.base_models.modality import Score
@@ -65,6 +68,16 @@ class Guard:
         return {name: nats for name, nats in every.items() if nats is not None}
 
     @property
+    def told_by(self) -> str:
+        """The samples that tell, in words."""
+        return counted(self.samples, "sample") + (", each behind the others" if self.in_turn else " left out")
+
+    @property
+    def figures(self) -> str:
+        """The losses, in words."""
+        return ", ".join(f"{name} {nats:.3f}" for name, nats in self.losses.items())
+
+    @property
     def helps(self) -> bool:
         """Whether the context is of help by itself; if not, what it adds to an adapter is chance, on a few samples."""
         return self.neither - self.context > self.least
@@ -96,29 +109,30 @@ class BothWays:
     without: float
     behind: float
     samples: int
-    error: float  # standard error of the mean difference
+    error: float = 0.0  # standard error of the mean difference, where each was read in turn
 
     @classmethod
     def of(cls, prompted: Prompted, chosen: ChosenContext, held: Sequence[Any]) -> BothWays | None:
         """Read samples that the context was not made from; None if there are none."""
-        return cls._of([prompted.score(None, held)], [prompted.score(chosen.context, held)]) if held else None
+        if not held:
+            return None
+        return cls(prompted.score(None, held).value, prompted.score(chosen.context, held).value, len(held))
 
     @classmethod
     def in_turn(cls, prompted: Prompted, chosen: ChosenContext, samples: Sequence[Any]) -> BothWays | None:
-        """Read each sample of a context behind the others of it; None if there are no others."""
-        without, behind = [], []
+        """Read each sample of a context behind the others of it; None if none can be read so."""
+        pairs: list[tuple[Score, Score]] = []
         for place, sample in enumerate(samples):
             others = prompted.fitting([*samples[:place], *samples[place + 1 :]], chosen.length, chosen.tokens)
             if others:
-                without.append(prompted.score(None, [sample]))
-                behind.append(prompted.score(prompted.context_of(others, chosen.length).context, [sample]))
-        return cls._of(without, behind) if behind else None
-
-    @classmethod
-    def _of(cls, without: Sequence[Score], behind: Sequence[Score]) -> BothWays:
-        alone, read = _of_each(without), _of_each(behind)
-        _, error = estimate(alone - read)
-        return cls(_pooled(without), _pooled(behind), len(read), error)
+                context = prompted.context_of(others, chosen.length).context
+                with suppress(DataError):  # one of a single token has no loss, and the others still tell
+                    pairs.append((prompted.score(None, [sample]), prompted.score(context, [sample])))
+        if not pairs:
+            return None
+        without, behind = zip(*pairs, strict=True)
+        _, error = estimate(torch.tensor([alone.value - read.value for alone, read in pairs], dtype=torch.float64))
+        return cls(_pooled(without), _pooled(behind), len(pairs), error)
 
 
 def left_out(samples: Sequence[Sample]) -> tuple[list[Sample], list[Sample]]:
@@ -130,10 +144,6 @@ def left_out(samples: Sequence[Sample]) -> tuple[list[Sample], list[Sample]]:
     for place, sample in enumerate(samples):
         parts[place not in places].append(sample)
     return parts
-
-
-def _of_each(scores: Sequence[Score]) -> torch.Tensor:
-    return torch.tensor([nats for score in scores for nats in score.of_each], dtype=torch.float64)
 
 
 def _pooled(scores: Sequence[Score]) -> float:

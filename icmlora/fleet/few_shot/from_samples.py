@@ -156,9 +156,9 @@ class _Maker:
             most, total = self.recipe.context_tokens, len(held) + len(others)
             chosen = choose_context(prompted, others, most, total=total, tell=tell)
             adapted = BothWays.of(prompted, chosen, held)
-        bare = BothWays.of(prompted, chosen, held)
-        if not held and not self.recipe.distil:  # the adapter has seen all of them, the base model none
-            bare = BothWays.in_turn(prompted, chosen, others)
+        # Where none is left out, the adapter has seen all of them, and the base model can still be asked.
+        in_turn = not held and not self.recipe.distil
+        bare = BothWays.in_turn(prompted, chosen, others) if in_turn else BothWays.of(prompted, chosen, held)
         return _Trial(in_context, adapter, chosen, Guard.of(bare, adapted, in_turn=not held))
 
     def adapted(self, samples: Sequence[Prepared], *, in_context: bool = False) -> Adapter:

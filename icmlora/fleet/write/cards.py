@@ -213,9 +213,7 @@ class GeneratedCard:
 
 def _measured(guard: Guard) -> str:
     """Return the rows of a card that say what adapter and context are worth."""
-    losses = ", ".join(f"{name} {nats:.3f}" for name, nats in guard.losses.items())
-    which = f"{counted(guard.samples, 'sample')}" + (", each behind the others" if guard.in_turn else " left out")
-    return f"| nats per token on {which} | {losses} |\n| to be served | {guard.recommended} |\n"
+    return f"| nats per token on {guard.told_by} | {guard.figures} |\n| to be served | {guard.recommended} |\n"
 
 
 _MERGED_CARD = """\

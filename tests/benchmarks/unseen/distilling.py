@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -75,13 +75,12 @@ class Distilling:
     """
 
     def __init__(self, base: BaseModel, start: FewShotStart, task: StudyTask) -> None:
-        self._base, self._start, self._prompted = base, start, Prompted(base)
+        self._base, self._start, self._task, self._prompted = base, start, task, Prompted(base)
         self._texts = task.held_out(base)
         self._samples: list[Scored] = rows.support(task.samples(base), DISTILLED, 0)
         lines = [json.dumps({"text": text}) for text in rows.support(task.texts, DISTILLED, 0)]
         with added(base.model, factors_of(truncated(self._full, rows.RANK))):
             self._context = context_of(lines, self._prompted, COUNTS[DISTILLED])
-        self._own = self._nats(task.adapter())
 
     @cached_property
     def _full(self) -> Adapter:
@@ -89,17 +88,20 @@ class Distilling:
         *_, last = adapt(self._base, self._start, self._samples)
         return last.adapter
 
-    @cached_property
     def scale(self) -> dict[str, float]:
         """Losses of the base model, the task's own adapter, and the generated one without and with the context."""
         adapter = truncated(self._full, rows.RANK)
-        in_context = self._nats(adapter, in_context=True)
-        return {"base": self._nats(None), "own": self._own, "adapter": self._nats(adapter), "both": in_context}
+        return {
+            "base": self._nats(None),
+            "own": self._nats(self._task.adapter()),
+            "adapter": self._nats(adapter),
+            "both": self._nats(adapter, in_context=True),
+        }
 
     def measure(self, variant: Variant) -> dict[str, float]:
         """Distil, and return losses without and with the context, in nats per token."""
         began = time.monotonic()
-        *_, distilled = self._distilled(variant)
+        distilled = self._distilled(variant)
         seconds = round(time.monotonic() - began, 1)
         return {
             "nats": self._nats(distilled),
@@ -107,7 +109,7 @@ class Distilling:
             "seconds": seconds,
         }
 
-    def _distilled(self, variant: Variant) -> Iterator[Adapter]:
+    def _distilled(self, variant: Variant) -> Adapter:
         config, original = DistilConfig(variant.steps), truncated(self._full, variant.rank)
         taught = factors_of(original) if variant.teacher else {}
         teacher = PromptedTeacher(self._base, taught, self._samples, config)
@@ -116,9 +118,11 @@ class Distilling:
             (short,) = shortfalls(self._base, [(teacher, factors, batch)])
             return nullcontext(short.divergence + variant.own * short.loss)
 
-        begin = self._widened(original) if variant.wide else original
+        adapter = self._widened(original) if variant.wide else original
         schedule = FinetuneConfig(config.steps, variant.learning_rate, config.batch, config.seed)
-        return (one for _, one in descend(self._base.device, begin, loss, len(teacher), schedule))
+        for _, later in descend(self._base.device, adapter, loss, len(teacher), schedule):
+            adapter = later  # one at a time: those of all steps would take gigabytes
+        return adapter
 
     def _widened(self, adapter: Adapter) -> Adapter:
         """Add the other linear layers of the adapter's blocks, as a fresh LoRA has them."""
@@ -147,14 +151,17 @@ def main(arguments: list[str] | None = None) -> None:
     kept = options.work / "distilling.json"
     found: dict[str, Any] = json.loads(kept.read_text("utf-8")) if kept.exists() else {}
     tasks, base = built_tasks(options.fleet, options.most), load_study_base(options.base)
-    for number, fold in enumerate(folds_of(tasks)):
-        for task in fold:
+    folds = folds_of(tasks)
+    for number in options.folds:
+        for task in folds[number]:
             if task.name not in options.tasks:
                 continue
-            members = [other for other in tasks if other not in fold]
+            members = [other for other in tasks if other not in folds[number]]
             start = fitted.fit_start(base, members, options.episodes, number, options.work / f"start-{number}.icms")
             distilling = Distilling(base, start, task)
-            of_task = found.setdefault(task.name, {"scale": distilling.scale, "variants": {}})
+            if task.name not in found:
+                found[task.name] = {"scale": distilling.scale(), "variants": {}}
+            of_task = found[task.name]
             for name in options.only:
                 if name not in of_task["variants"]:
                     of_task["variants"][name] = asdict(VARIANTS[name]) | distilling.measure(VARIANTS[name])
@@ -167,12 +174,11 @@ def main(arguments: list[str] | None = None) -> None:
 def line(task: str, name: str, of_task: dict[str, Any]) -> str:
     """Say what a variant keeps."""
     scale, variant = of_task["scale"], of_task["variants"][name]
-    gain = {row: (scale["base"] - nats) / (scale["base"] - scale["own"]) for row, nats in (scale | variant).items()}
-    share = (gain["nats"] - gain["adapter"]) / (gain["both"] - gain["adapter"])
-    return (
-        f"| {task} | {name} | {gain['nats']:.3f} | {share:.2f} | {gain['in_context']:.3f} | {variant['seconds']:.0f} |"
-        f" adapter {gain['adapter']:.3f}, both {gain['both']:.3f}"
-    )
+    losses = (variant["nats"], variant["in_context"], scale["adapter"], scale["both"])
+    alone, behind, adapter, both = ((scale["base"] - nats) / (scale["base"] - scale["own"]) for nats in losses)
+    share = (alone - adapter) / (both - adapter)
+    cells = f"| {task} | {name} | {alone:.3f} | {share:.2f} | {behind:.3f} | {variant['seconds']:.0f} |"
+    return f"{cells} adapter {adapter:.3f}, both {both:.3f}"
 
 
 if __name__ == "__main__":

@@ -150,6 +150,13 @@ def test_each_of_a_few_samples_is_read_behind_the_others(prompted: Prompted) -> 
     assert BothWays.in_turn(prompted, chosen, few[:1]) is None
 
 
+def test_a_sample_that_is_too_short_for_a_loss_does_not_stop_the_others(prompted: Prompted) -> None:
+    few = [Example("", text) for text in ("grey geese fly south", "x", "grey geese fly east")]
+    asked = BothWays.in_turn(prompted, choose_context(prompted, few), few)
+    assert asked is not None
+    assert asked.samples == 2
+
+
 def test_what_is_left_out_comes_from_all_over(prompted: Prompted) -> None:
     held, others = left_out(TEXTS)
     assert [TEXTS.index(sample) for sample in held] == [0, 6, 12, 18]
