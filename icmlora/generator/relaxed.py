@@ -40,7 +40,7 @@ class _Fixed(NamedTuple):
     slot: torch.Tensor  # int64, shape (n,)
     root: torch.Tensor  # square roots of the norms, shape (n, 1)
     means: tuple[torch.Tensor, torch.Tensor]  # the generator's prediction, shapes (n, in) and (n, out)
-    weights: tuple[torch.Tensor, torch.Tensor]  # log2 weights of the channels, shapes (n, in) and (n, out)
+    undone: tuple[torch.Tensor, torch.Tensor]  # what undoes the channels' weights, shapes (n, in) and (n, out)
     bases: Bases | None  # of the initial subspace, None where nothing is known
     scales: tuple[torch.Tensor, ...]  # indices of the scales that the values are coded under, of the values' shapes
     boosted: torch.Tensor  # 1 where a slot's module has an initial subspace, else 0; shape (n,)
@@ -77,9 +77,6 @@ class RelaxedCode:
         tokens = {group.kind: group for group in tokenize(adapter, codec.config, codec.sensitivity)}
         with torch.no_grad():
             self._parts = [self._part(group, tokens[group.slots.kind]) for group in self._opened.groups]
-            scales = [indices.flatten() for part in self._parts for indices in part.fixed.scales]
-            # The scales themselves, of all values in turn.
-            self._widths = torch.exp2(torch.cat(scales).float() / OCTAVE) if scales else torch.zeros(0)
 
     @property
     def step(self) -> int:
@@ -123,8 +120,12 @@ class RelaxedCode:
 
     def bits(self) -> torch.Tensor:
         """Return the bits of the values under the coder's tables, a scalar; they need not be whole numbers."""
-        values = [values.flatten() for values in self.values]
-        return bin_bits(torch.cat(values), self._widths).sum() if values else torch.zeros((), device=self._device)
+        if not self._parts:
+            return torch.zeros((), device=self._device)
+        scales = torch.cat([indices.flatten() for part in self._parts for indices in part.fixed.scales])
+        # The scales themselves take as much memory as the values, so they are made anew.
+        widths = torch.exp2(scales.float() / OCTAVE)
+        return bin_bits(torch.cat([values.flatten() for values in self.values]), widths).sum()
 
     def to_code(self) -> bytes:
         """Round all parameters and write the code."""
@@ -152,15 +153,15 @@ class RelaxedCode:
         norms = quantizer.norms(slots, integers.gain, integers.residuals)
         values = quantizer.in_steps(kept, norms, state, head.step)
         layer, slot = torch.from_numpy(slots.layer), torch.from_numpy(slots.slot)
-        weights = codec.sensitivity.inputs[kind][layer], codec.sensitivity.outputs[kind][layer]
-        bases = bases_of([(state.subspace, kind, layer, slot)], weights[0].shape[1]) if len(layer) else None
+        inputs_undone, outputs_undone = (rows[layer] for rows in codec.sensitivity.inverse(kind, layer.device))
+        bases = bases_of([(state.subspace, kind, layer, slot)], inputs_undone.shape[1]) if len(layer) else None
         layers, counts = np.unique(slots.layer, return_counts=True)  # layers are ascending
         fixed = _Fixed(
             layer=layer,
             slot=slot,
             root=norm_of(norms).sqrt()[:, None],
             means=quantizer.means(slots, norms, state),
-            weights=weights,
+            undone=(inputs_undone, outputs_undone),
             bases=bases,
             scales=tuple(
                 torch.from_numpy(indices) for indices in quantizer.scales(slots, norms, state.subspace, head.step)
@@ -193,9 +194,9 @@ class RelaxedCode:
         inputs, outputs = (
             (values + mean) / fixed.root for values, mean in zip((inputs, outputs), fixed.means, strict=True)
         )
-        left, right = fixed.weights
-        inputs = (inputs * torch.exp2(-left)).to(dtype)
-        outputs = (outputs * torch.exp2(part.strength[fixed.layer][:, None] - right)).to(dtype)
+        inputs_undone, outputs_undone = fixed.undone
+        inputs = (inputs * inputs_undone).to(dtype)
+        outputs = (outputs * torch.exp2(part.strength[fixed.layer])[:, None] * outputs_undone).to(dtype)
         counts = [count for _, count in part.modules]
         for (name, _), a, b in zip(
             part.modules, torch.split(inputs, counts), torch.split(outputs, counts), strict=True

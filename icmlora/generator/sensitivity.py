@@ -70,14 +70,14 @@ class Sensitivity:
         """Undo `weigh`, in place, for n rank slots of one kind: layer (n,), inputs (n, in), outputs (n, out)."""
         if self.is_even:
             return
-        for values, weights in zip((inputs, outputs), self._inverse(kind, inputs.device), strict=True):
+        for values, weights in zip((inputs, outputs), self.inverse(kind, inputs.device), strict=True):
             rows = max(1, _AT_A_TIME // values.shape[1])
             for part, of_part in zip(
                 torch.split(values, rows), torch.split(layer.to(values.device), rows), strict=True
             ):
                 part.mul_(weights.index_select(0, of_part))
 
-    def _inverse(self, kind: int, device: torch.device) -> _Sides:
+    def inverse(self, kind: int, device: torch.device) -> _Sides:
         """Return what undoes the weights, shapes (L, in) and (L, out); it is kept for the next call."""
         if (kind, device) not in self._inverses:
             left, right = (torch.exp2(-weights[kind]).to(device) for weights in (self.inputs, self.outputs))

@@ -173,8 +173,9 @@ def _refined(codes: Sequence[Refinable], base: BaseModel, config: RefineConfig, 
             )
             for one, weight, code in zip(short, weights, codes, strict=True)
         ]
-        paid = [price.of_a_bit * code.relaxed.bits() for price, code in zip(prices, codes, strict=True)]
-        torch.stack([*lost, *paid]).sum().backward()  # type: ignore[no-untyped-call]
+        torch.stack(lost).sum().backward()  # type: ignore[no-untyped-call]
+        for price, code in zip(prices, codes, strict=True):  # when what the loss took of the memory is free again
+            (price.of_a_bit * code.relaxed.bits()).backward()  # type: ignore[no-untyped-call]
         length = math.sqrt(1 - step / config.steps)
         for code, loss, group in zip(codes, lost, optimizer.param_groups, strict=False):
             code.look_ahead(loss, config.learning_rate)

@@ -36,7 +36,7 @@ def continuations(base: BaseModel, items: Sequence[Scored], count: int, limit: i
     with torch.random.fork_rng(), torch.inference_mode():
         torch.manual_seed(seed)
         for first in range(0, count, _BATCH):
-            found += [Scored(ids, 1) for ids in _sampled(base, rows[first : first + _BATCH], base.within(limit))]
+            found += [Scored(ids, 1) for ids in sampled(base, rows[first : first + _BATCH], base.within(limit))]
     return [item for item in found if item.size >= _SHORTEST]
 
 
@@ -50,7 +50,7 @@ def variants(base: BaseModel, prompt: Prompt, count: int, most: int, *, seed: in
         torch.manual_seed(seed)
         for first in range(0, count, _BATCH):
             starts = [ids] * min(_BATCH, count - first)
-            rows = _sampled(base, starts, base.within(len(ids) + most))
+            rows = sampled(base, starts, base.within(len(ids) + most))
             found += [_spelled(base.tokenizer, row[len(ids) :]) for row in rows]
     return found
 
@@ -79,7 +79,7 @@ def _spelled(tokenizer: Any, ids: Sequence[int]) -> str:
     return str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
-def _sampled(base: BaseModel, starts: Sequence[Sequence[int]], limit: int) -> list[list[int]]:
+def sampled(base: BaseModel, starts: Sequence[Sequence[int]], limit: int) -> list[list[int]]:
     """Sample from the model's own distribution, unchanged by temperature or cut-offs, up to the end of each text."""
     length = len(starts[0])
     rows = _generated(base, starts, limit - length, do_sample=True, temperature=1.0, top_k=0, top_p=1.0)

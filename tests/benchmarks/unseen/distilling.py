@@ -12,11 +12,12 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import Any
+from itertools import cycle
+from typing import Any, Literal
 
 import torch
 
@@ -30,13 +31,16 @@ from icmlora.fewshot.context_choice import Prompted
 from icmlora.fewshot.distil import DistilConfig, PromptedTeacher
 from icmlora.fewshot.finetune import FinetuneConfig, descend
 from icmlora.fewshot.start import FewShotStart
-from icmlora.training.teacher import shortfalls
+from icmlora.training.teacher import Teacher, shortfalls
 from tests.benchmarks.unseen import fitted, rows
 from tests.benchmarks.unseen.fleet import StudyTask, built_tasks, load_study_base, reloaded
 from tests.benchmarks.unseen.folds import folds_of
 from tests.benchmarks.unseen.in_context import COUNTS, DISTILLED
 from tests.benchmarks.unseen.making import context_of
 from tests.benchmarks.unseen.options import study_parser
+from tests.benchmarks.unseen.told import answered, written
+
+Texts = Literal["samples", "written", "answers"]
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,7 @@ class Variant:
     wide: bool = False  # whether all linear layers learn, and not those of the fleet alone
     teacher: bool = True  # whether the teacher has the adapter on it
     own: float = 0.0  # weight of the samples' own loss
+    texts: tuple[Texts, ...] = ("samples",)  # what is distilled, one kind of it a step in turn
     learning_rate: float = DistilConfig.learning_rate
 
 
@@ -62,6 +67,9 @@ VARIANTS = {
     "teacher without the adapter": Variant(teacher=False),
     "own loss 0.1": Variant(own=0.1),
     "own loss 0.5": Variant(own=0.5),
+    "written texts": Variant(texts=("written",)),
+    "answers to questions": Variant(texts=("answers",)),
+    "samples, written texts and answers": Variant(texts=("samples", "written", "answers")),
 }
 
 
@@ -99,30 +107,39 @@ class Distilling:
         }
 
     def measure(self, variant: Variant) -> dict[str, float]:
-        """Distil, and return losses without and with the context, in nats per token."""
+        """Distil, and return losses without and with the context, and halfway to there; in nats per token."""
         began = time.monotonic()
-        distilled = self._distilled(variant)
+        before, distilled = self._distilled(variant)
         seconds = round(time.monotonic() - began, 1)
         return {
             "nats": self._nats(distilled),
             "in_context": self._nats(distilled, in_context=True),
+            "halfway": self._nats(_between(before, distilled)),
             "seconds": seconds,
         }
 
-    def _distilled(self, variant: Variant) -> Adapter:
+    def _distilled(self, variant: Variant) -> tuple[Adapter, Adapter]:
+        """Return the adapter before and after distillation, of the same shapes."""
         config, original = DistilConfig(variant.steps), truncated(self._full, variant.rank)
         taught = factors_of(original) if variant.teacher else {}
-        teacher = PromptedTeacher(self._base, taught, self._samples, config)
+        made: dict[Texts, Callable[[], Teacher]] = {
+            "samples": lambda: PromptedTeacher(self._base, taught, self._samples, config),
+            "written": lambda: written(self._base, taught, self._samples),
+            "answers": lambda: answered(self._base, taught, self._samples),
+        }
+        teachers = [made[texts]() for texts in variant.texts]
+        turns = cycle(teachers)
 
         def loss(factors: Factors, batch: Sequence[int]) -> AbstractContextManager[torch.Tensor]:
-            (short,) = shortfalls(self._base, [(teacher, factors, batch)])
+            teacher = next(turns)
+            (short,) = shortfalls(self._base, [(teacher, factors, [number % len(teacher) for number in batch])])
             return nullcontext(short.divergence + variant.own * short.loss)
 
-        adapter = self._widened(original) if variant.wide else original
+        before = adapter = self._widened(original) if variant.wide else original
         schedule = FinetuneConfig(config.steps, variant.learning_rate, config.batch, config.seed)
-        for _, later in descend(self._base.device, adapter, loss, len(teacher), schedule):
+        for _, later in descend(self._base.device, adapter, loss, max(map(len, teachers)), schedule):
             adapter = later  # one at a time: those of all steps would take gigabytes
-        return adapter
+        return before, adapter
 
     def _widened(self, adapter: Adapter) -> Adapter:
         """Add the other linear layers of the adapter's blocks, as a fresh LoRA has them."""
@@ -139,6 +156,13 @@ class Distilling:
     def _nats(self, adapter: Adapter | None, *, in_context: bool = False) -> float:
         with added(self._base.model, reloaded(adapter)):
             return self._prompted.score(self._context if in_context else None, self._texts).value
+
+
+def _between(before: Adapter, after: Adapter) -> Adapter:
+    """Return the factors halfway between two adapters (Wortsman et al., arXiv 2109.01903)."""
+    pairs = zip(before.modules, after.modules, strict=True)
+    modules = (LoraModule(one.name, (one.a + two.a) / 2, (one.b + two.b) / 2) for one, two in pairs)
+    return with_modules(before, modules)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -174,10 +198,10 @@ def main(arguments: list[str] | None = None) -> None:
 def line(task: str, name: str, of_task: dict[str, Any]) -> str:
     """Say what a variant keeps."""
     scale, variant = of_task["scale"], of_task["variants"][name]
-    losses = (variant["nats"], variant["in_context"], scale["adapter"], scale["both"])
-    alone, behind, adapter, both = ((scale["base"] - nats) / (scale["base"] - scale["own"]) for nats in losses)
+    losses = (variant["nats"], variant["in_context"], variant["halfway"], scale["adapter"], scale["both"])
+    alone, behind, halfway, adapter, both = ((scale["base"] - nats) / (scale["base"] - scale["own"]) for nats in losses)
     share = (alone - adapter) / (both - adapter)
-    cells = f"| {task} | {name} | {alone:.3f} | {share:.2f} | {behind:.3f} | {variant['seconds']:.0f} |"
+    cells = f"| {task} | {name} | {alone:.3f} | {share:.2f} | {halfway:.3f} | {behind:.3f} | {variant['seconds']:.0f} |"
     return f"{cells} adapter {adapter:.3f}, both {both:.3f}"
 
 
