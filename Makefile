@@ -30,7 +30,7 @@ demo: $(READY)  ## ingest, train, materialize, compare and measure on the CPU: f
 	@VENV="$(VENV)" bash docs/demo.sh
 
 ## Check it
-test: test-device  ## run a test of each promise, command, format and kind of base model (about 5 minutes on 2 cores)
+test: test-device  ## run a test of each promise, command, format and kind of base model (about 8 minutes on 2 cores)
 	@$(PYTEST) -m "not slow and not fault"
 
 test-rest: $(READY)  ## run what `make test` leaves out: further cases, and properties with more examples

@@ -40,6 +40,13 @@ def with_modules(adapter: Adapter, modules: Iterable[LoraModule]) -> Adapter:
     return replace(adapter, modules=chosen, target_modules=target_modules(module.name for module in chosen))
 
 
+def between(first: Adapter, second: Adapter, part: float) -> Adapter:
+    """Go a part of the way from the factors of one adapter to those of another that was trained from it."""
+    pairs = zip(first.modules, second.modules, strict=True)
+    modules = (LoraModule(one.name, one.a.lerp(two.a, part), one.b.lerp(two.b, part)) for one, two in pairs)
+    return replace(first, modules=tuple(modules))
+
+
 def truncated(adapter: Adapter, rank: int) -> Adapter:
     """Return the best adapter of a smaller rank, in the Frobenius norm of dW."""
     # Canonical slots are sorted by singular value, so the first ones are the best (Eckart and Young).

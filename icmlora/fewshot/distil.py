@@ -1,9 +1,14 @@
 """Move what samples in a prompt tell into an adapter that is served without them (context distillation).
 
-    teacher   base + adapter:  half of the samples, then the others ──▶ predictions of these, and the same the other way
-    student   base + adapter:  each sample alone                    ──▶ the same predictions, by gradient steps
+    teacher   base + adapter for a context:  half of the samples, then the others ──▶ predictions of these, and the
+                                                                                      same the other way
+    student   base + adapter:                each sample alone ──▶ the same predictions, by gradient steps
 
 minimise   KL(teacher || student)          Askell et al., arXiv 2112.00861; Snell et al., arXiv 2209.15189
+
+The steps learn what the samples say about each other, too, which other text of the task may contradict. So the adapter
+goes half of the way: there it keeps most of what helps, and little of what harms (Wortsman et al., arXiv 2109.01903;
+docs/results/LOG.md, 2026-11-30).
 """
 
 from __future__ import annotations
@@ -17,6 +22,7 @@ from dataclasses import dataclass
 
 import torch
 
+from icmlora.adapter.arithmetic import between
 from icmlora.adapter.model import Adapter
 from icmlora.base_models.modality import IGNORED, BaseModel, Prepared
 from icmlora.base_models.running.lora_hooks import Factors, added, factors_of
@@ -37,27 +43,30 @@ class DistilConfig:
     steps: int
     batch: int = 4  # texts a step
     learning_rate: float = 2e-3
+    part: float = 0.5  # of the way from the adapter to where the steps lead
     seed: int = 0
 
 
 def distil(
-    base: BaseModel, adapter: Adapter, samples: Sequence[Prepared], config: DistilConfig
+    base: BaseModel, adapter: Adapter, teacher: Adapter, samples: Sequence[Prepared], config: DistilConfig
 ) -> Iterator[tuple[float, Adapter]]:
-    """Teach an adapter what it predicts behind samples; yields each step's divergence (nats per token) and it then.
+    """Teach an adapter what another predicts behind samples; yields each step's divergence, and the adapter then.
 
-    Only for base models whose samples can stand before others (`Modality.takes_context`).
+    Only for base models whose samples can stand before others (`Modality.takes_context`). The divergence is that where
+    the steps are, in nats per token.
 
     Raises:
         DataError: No two samples fit into what the base model reads.
     """
-    teacher = PromptedTeacher(base, factors_of(adapter), samples, config)
+    prompted = PromptedTeacher(base, factors_of(teacher), samples, config)
 
     def divergence(factors: Factors, batch: Sequence[int]) -> AbstractContextManager[torch.Tensor]:
-        (short,) = shortfalls(base, [(teacher, factors, batch)])
+        (short,) = shortfalls(base, [(prompted, factors, batch)])
         return nullcontext(short.divergence)
 
     schedule = FinetuneConfig(config.steps, config.learning_rate, config.batch, config.seed)
-    return descend(base.device, adapter, divergence, len(teacher), schedule)
+    steps = descend(base.device, adapter, divergence, len(prompted), schedule)
+    return ((nats, between(adapter, there, config.part)) for nats, there in steps)
 
 
 class PromptedTeacher(Teacher):

@@ -162,14 +162,9 @@ class _Maker:
         return _Trial(in_context, adapter, chosen, Guard.of(bare, adapted, in_turn=not held))
 
     def adapted(self, samples: Sequence[Prepared], *, in_context: bool = False) -> Adapter:
-        """Take the few-shot steps, cut the adapter to the rank that is written, and go on by gradient steps."""
+        """Take the few-shot steps, and go on from there by gradient steps."""
         base, recipe, context = self.base, self.recipe, self.context
-        adapter, steps = self.start.adapter, len(supports(samples, len(self.start.rates)))
-        taken = adapt(base, self.start, samples, in_context=in_context, batch_size=texts_at_once(base.device))
-        for done, adapted in enumerate(taken, start=1):
-            adapter = adapted.adapter
-            context.progress(done, steps, "adapting")
-        adapter = truncated(adapter, recipe.rank)
+        adapter = self._stepped(samples, in_context=in_context)
         if recipe.refine:
             read, config = samples, FinetuneConfig(recipe.refine)
             if in_context:
@@ -179,11 +174,22 @@ class _Maker:
                 adapter = refined
                 context.progress(done, recipe.refine, f"refining, {nats:.3f} nats per token")
         if recipe.distil:
+            teacher, distilling = self._stepped(samples, in_context=True), DistilConfig(recipe.distil)
             context.progress(0, recipe.distil, "reading the samples behind each other")
-            for done, (nats, taught) in enumerate(distil(base, adapter, samples, DistilConfig(recipe.distil)), start=1):
+            for done, (nats, taught) in enumerate(distil(base, adapter, teacher, samples, distilling), start=1):
                 adapter = taught
                 context.progress(done, recipe.distil, f"distilling, {nats:.3f} nats per token to go")
         return adapter
+
+    def _stepped(self, samples: Sequence[Prepared], *, in_context: bool) -> Adapter:
+        """Take the few-shot steps, and cut the adapter to the rank that is written."""
+        base, context = self.base, self.context
+        adapter, steps = self.start.adapter, len(supports(samples, len(self.start.rates)))
+        taken = adapt(base, self.start, samples, in_context=in_context, batch_size=texts_at_once(base.device))
+        for done, adapted in enumerate(taken, start=1):
+            adapter = adapted.adapter
+            context.progress(done, steps, "adapting")
+        return truncated(adapter, self.recipe.rank)
 
 
 def _check_distil(base: BaseModel, steps: int, samples: int) -> None:

@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 import torch
 
-from icmlora.adapter.arithmetic import truncated, with_modules
+from icmlora.adapter.arithmetic import between, truncated, with_modules
 from icmlora.adapter.model import Adapter, LoraModule
 from icmlora.base_models.kinds.likelihood import Scored
 from icmlora.base_models.modality import BaseModel
@@ -40,17 +40,19 @@ from tests.benchmarks.unseen.making import context_of
 from tests.benchmarks.unseen.options import study_parser
 from tests.benchmarks.unseen.told import answered, written
 
+_PARTS = (0.25, DistilConfig.part, 0.75)  # of the way
 Texts = Literal["samples", "written", "answers"]
+Teaching = Literal["for a context", "to stand alone", "none"]
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A way to distil; as it stands, that of `icm generate --distil 150`."""
+    """A way to distil; as it stands, that of `icm generate --distil 150`, which then goes half of the way."""
 
     steps: int = 150
     rank: int = rows.RANK
     wide: bool = False  # whether all linear layers learn, and not those of the fleet alone
-    teacher: bool = True  # whether the teacher has the adapter on it
+    teacher: Teaching = "for a context"  # the adapter that the teacher has on it
     own: float = 0.0  # weight of the samples' own loss
     texts: tuple[Texts, ...] = ("samples",)  # what is distilled, one kind of it a step in turn
     learning_rate: float = DistilConfig.learning_rate
@@ -64,7 +66,8 @@ VARIANTS = {
     "rank 32": Variant(rank=32),
     "all linear layers": Variant(wide=True),
     "all linear layers, half the rate": Variant(wide=True, learning_rate=DistilConfig.learning_rate / 2),
-    "teacher without the adapter": Variant(teacher=False),
+    "teacher with the adapter itself": Variant(teacher="to stand alone"),
+    "teacher without an adapter": Variant(teacher="none"),
     "own loss 0.1": Variant(own=0.1),
     "own loss 0.5": Variant(own=0.5),
     "written texts": Variant(texts=("written",)),
@@ -93,7 +96,10 @@ class Distilling:
     @cached_property
     def _full(self) -> Adapter:
         """What the few-shot steps make, of the rank of all of them."""
-        *_, last = adapt(self._base, self._start, self._samples)
+        return self._made(in_context=False)
+
+    def _made(self, *, in_context: bool) -> Adapter:
+        *_, last = adapt(self._base, self._start, self._samples, in_context=in_context)
         return last.adapter
 
     def scale(self) -> dict[str, float]:
@@ -106,22 +112,24 @@ class Distilling:
             "both": self._nats(adapter, in_context=True),
         }
 
-    def measure(self, variant: Variant) -> dict[str, float]:
-        """Distil, and return losses without and with the context, and halfway to there; in nats per token."""
+    def measure(self, variant: Variant) -> dict[str, Any]:
+        """Distil, and return losses without and with the context, and on the way there, in nats per token."""
         began = time.monotonic()
         before, distilled = self._distilled(variant)
         seconds = round(time.monotonic() - began, 1)
         return {
             "nats": self._nats(distilled),
             "in_context": self._nats(distilled, in_context=True),
-            "halfway": self._nats(_between(before, distilled)),
+            "on_the_way": {str(part): self._nats(between(before, distilled, part)) for part in _PARTS},
             "seconds": seconds,
         }
 
     def _distilled(self, variant: Variant) -> tuple[Adapter, Adapter]:
         """Return the adapter before and after distillation, of the same shapes."""
         config, original = DistilConfig(variant.steps), truncated(self._full, variant.rank)
-        taught = factors_of(original) if variant.teacher else {}
+        taught = {} if variant.teacher == "none" else factors_of(original)
+        if variant.teacher == "for a context":
+            taught = factors_of(truncated(self._made(in_context=True), variant.rank))
         made: dict[Texts, Callable[[], Teacher]] = {
             "samples": lambda: PromptedTeacher(self._base, taught, self._samples, config),
             "written": lambda: written(self._base, taught, self._samples),
@@ -158,13 +166,6 @@ class Distilling:
             return self._prompted.score(self._context if in_context else None, self._texts).value
 
 
-def _between(before: Adapter, after: Adapter) -> Adapter:
-    """Return the factors halfway between two adapters (Wortsman et al., arXiv 2109.01903)."""
-    pairs = zip(before.modules, after.modules, strict=True)
-    modules = (LoraModule(one.name, (one.a + two.a) / 2, (one.b + two.b) / 2) for one, two in pairs)
-    return with_modules(before, modules)
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Measure what was not measured yet, and print a table."""
     parser = study_parser("distilling", __doc__, most=40, episodes=10)
@@ -198,11 +199,13 @@ def main(arguments: list[str] | None = None) -> None:
 def line(task: str, name: str, of_task: dict[str, Any]) -> str:
     """Say what a variant keeps."""
     scale, variant = of_task["scale"], of_task["variants"][name]
-    losses = (variant["nats"], variant["in_context"], variant["halfway"], scale["adapter"], scale["both"])
-    alone, behind, halfway, adapter, both = ((scale["base"] - nats) / (scale["base"] - scale["own"]) for nats in losses)
+    on_the_way = variant["on_the_way"].values()
+    losses = (scale["adapter"], scale["both"], variant["nats"], variant["in_context"], *on_the_way)
+    adapter, both, alone, behind, *parts = ((scale["base"] - nats) / (scale["base"] - scale["own"]) for nats in losses)
     share = (alone - adapter) / (both - adapter)
-    cells = f"| {task} | {name} | {alone:.3f} | {share:.2f} | {halfway:.3f} | {behind:.3f} | {variant['seconds']:.0f} |"
-    return f"{cells} adapter {adapter:.3f}, both {both:.3f}"
+    cells = [alone, share, *parts, behind]
+    shown = " | ".join(f"{cell:.3f}" for cell in cells)
+    return f"| {task} | {name} | {shown} | {variant['seconds']:.0f} | adapter {adapter:.3f}, both {both:.3f}"
 
 
 if __name__ == "__main__":

@@ -101,7 +101,7 @@ def test_every_sample_is_taught(base: BaseModel, count: int) -> None:
 
 def test_distilling_brings_an_adapter_nearer_to_what_it_predicts_behind_samples(base: BaseModel) -> None:
     adapter, samples = trained_tasks(base).adapters[0], scored(base, texts_of("grey geese", count=8))
-    *_, (_, taught) = distil(base, adapter, samples, CONFIG)
+    *_, (_, taught) = distil(base, adapter, adapter, samples, replace(CONFIG, part=1))
     teacher = PromptedTeacher(base, factors_of(adapter), samples, CONFIG)
     before, after = (
         float(shortfalls(base, [(teacher, factors_of(one), range(8))])[0].divergence.detach())
@@ -111,13 +111,24 @@ def test_distilling_brings_an_adapter_nearer_to_what_it_predicts_behind_samples(
     assert taught.layout == adapter.layout
 
 
+def test_a_distilled_adapter_goes_half_of_the_way(base: BaseModel, samples: list[Scored]) -> None:
+    adapter, teacher, short = random_adapter(1), random_adapter(2), replace(CONFIG, steps=3)
+    (*_, (_, half)), (*_, (_, there)) = (
+        distil(base, adapter, teacher, samples, replace(short, part=part)) for part in (DistilConfig.part, 1)
+    )
+    assert any(not torch.equal(one.b, two.b) for one, two in zip(adapter.modules, there.modules, strict=True))
+    for first, middle, last in zip(adapter.modules, half.modules, there.modules, strict=True):
+        assert torch.allclose(middle.a, (first.a + last.a) / 2, atol=1e-6)
+        assert torch.allclose(middle.b, (first.b + last.b) / 2, atol=1e-6)
+
+
 def test_samples_of_which_no_two_fit_are_refused(base: BaseModel) -> None:
     long = [Scored(list(range(1, 251)) * 3, 1)] * 2
     with pytest.raises(DataError, match="do not fit"):
-        distil(base, random_adapter(1), long, CONFIG)
+        distil(base, random_adapter(1), random_adapter(1), long, CONFIG)
 
 
 def test_distilling_leaves_the_base_model_as_it_was(base: BaseModel, samples: list[Scored]) -> None:
     before = weights_of(base)
-    list(distil(base, random_adapter(1), samples, replace(CONFIG, steps=2)))
+    list(distil(base, random_adapter(1), random_adapter(2), samples, replace(CONFIG, steps=2)))
     assert is_untouched(base, before)
