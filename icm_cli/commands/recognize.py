@@ -110,4 +110,4 @@ def _tell_described(session: Session, description: str, base_model: str | None, 
     out.names(one.task for one in found[:1])
     out.table(_DESCRIBED, [[one.task, f"{one.score:.2f}"] for one in found])
     if not found:
-        out.note("no task has any of these words in its name, note, tags or card")
+        out.note("no task has any of these words in its name, note, tags or card, or all tasks have them")

@@ -41,6 +41,13 @@ def test_words_that_no_task_has_find_none(icm: Icm, described: Path) -> None:
     assert "no task has any of these words" in ran.err
 
 
+def test_a_word_that_all_tasks_have_tells_none_from_the_others(icm: Icm, described: Path) -> None:
+    for task in icm("ls", "--json").document:
+        icm("edit", task["name"], "--note", "a language model of the sea")
+    assert ranked(icm, "models") == []
+    assert ranked(icm, "a model with rules") == ["rules"]
+
+
 def test_quiet_prints_the_best_task_alone(icm: Icm, described: Path) -> None:
     assert icm("-q", "recognize", "--description", "verses of the sea").out == "poems\n"
 

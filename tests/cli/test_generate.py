@@ -132,7 +132,9 @@ def test_distilled_samples_are_no_context_and_are_measured_beside_the_adapter(ge
     assert "nats per token on 4 samples left out: neither " in ran.err
     assert "context: " not in ran.err
     assert not (out / "context.txt").exists()
-    assert "steps of distillation | 2" in (out / "README.md").read_text()
+    card = (out / "README.md").read_text()
+    assert "steps of distillation | 2" in card
+    assert "to be served" not in card  # there is one way
 
 
 def test_quiet_prints_the_folder_alone(generate: Generate, out: Path) -> None:

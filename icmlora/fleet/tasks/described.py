@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from registry.records import TaskSummary
     from registry.store import Store
 
-_LEAST = 0.01  # of the best score: words such as "the" are in every card, and say nothing
+_LEAST = 0.01  # of the best score: words such as "the" are in most cards, and say little
 _MOST_CARD = 16_384  # characters of a card that are read
 # What a word in each column is worth. Cards say much that all tasks share.
 _WEIGHTS = {"name": 8.0, "note": 6.0, "tags": 6.0, "card": 1.0}
@@ -64,13 +64,22 @@ def find_described(
         try:
             found.execute(f"CREATE VIRTUAL TABLE tasks USING fts5({', '.join(_WEIGHTS)}, tokenize='{_TOKENS}')")
             found.executemany("INSERT INTO tasks VALUES (?, ?, ?, ?)", _documents(store, selection))
+            telling = [word for word in words if _tells(found, word)]
             rank = f"bm25(tasks, {', '.join(map(str, _WEIGHTS.values()))})"
             query = f"SELECT name, {rank} FROM tasks WHERE tasks MATCH ? ORDER BY 2, 1 LIMIT ?"  # noqa: S608
-            rows = found.execute(query, (" OR ".join(f'"{word}"' for word in words), limit)).fetchall()
+            asked = " OR ".join(f'"{word}"' for word in telling)
+            rows = found.execute(query, (asked, limit)).fetchall() if telling else []
         finally:
             found.close()
     least = _LEAST * max((-score for _, score in rows), default=0.0)
     return [DescribedTask(name, -score) for name, score in rows if -score > least]
+
+
+def _tells(found: sqlite3.Connection, word: str) -> bool:
+    """Say whether some tasks have a word and others have not, or the only task has it."""
+    count = "SELECT count(*) FROM tasks"
+    (every,), (having,) = found.execute(count), found.execute(f"{count} WHERE tasks MATCH ?", (f'"{word}"',))
+    return bool(0 < having[0] < every[0] or having[0] == every[0] == 1)
 
 
 def _documents(store: Store, selection: Selection) -> Iterator[tuple[str, str, str, str]]:

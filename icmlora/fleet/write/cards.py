@@ -199,7 +199,7 @@ class GeneratedCard:
             counted=counted(self.samples, "sample"),
             description=described,
             context=(CONTEXT_USE if self.has_context else "") + (_MADE_FOR_IT if self.is_made_for_it else ""),
-            measured="" if self.guard is None else _measured(self.guard),
+            measured="" if self.guard is None else _measured(self.guard, is_chosen=not self.distilled),
             refined=self.refined,
             distilled=f"| steps of distillation | {self.distilled} |\n" if self.distilled else "",
             version=self.generator.version,
@@ -211,9 +211,10 @@ class GeneratedCard:
         return {"icm_task": self.task, "icm_rung": "generated", "icm_generator": self.generator.blob}
 
 
-def _measured(guard: Guard) -> str:
-    """Return the rows of a card that say what adapter and context are worth."""
-    return f"| nats per token on {guard.told_by} | {guard.figures} |\n| to be served | {guard.recommended} |\n"
+def _measured(guard: Guard, *, is_chosen: bool) -> str:
+    """Return the rows of a card that say what adapter and context are worth, and which the user has to serve."""
+    served = f"| to be served | {guard.recommended} |\n" if is_chosen else ""
+    return f"| nats per token on {guard.told_by} | {guard.figures} |\n{served}"
 
 
 _MERGED_CARD = """\
