@@ -77,9 +77,9 @@ def find_described(
 
 def _tells(found: sqlite3.Connection, word: str) -> bool:
     """Say whether some tasks have a word and others have not, or the only task has it."""
-    count = "SELECT count(*) FROM tasks"
-    (every,), (having,) = found.execute(count), found.execute(f"{count} WHERE tasks MATCH ?", (f'"{word}"',))
-    return bool(0 < having[0] < every[0] or having[0] == every[0] == 1)
+    (every,) = found.execute("SELECT count(*) FROM tasks").fetchone()
+    (having,) = found.execute("SELECT count(*) FROM tasks WHERE tasks MATCH ?", (f'"{word}"',)).fetchone()
+    return bool(0 < having < every or having == every == 1)
 
 
 def _documents(store: Store, selection: Selection) -> Iterator[tuple[str, str, str, str]]:
