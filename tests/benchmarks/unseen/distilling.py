@@ -127,9 +127,10 @@ class Distilling:
     def _distilled(self, variant: Variant) -> tuple[Adapter, Adapter]:
         """Return the adapter before and after distillation, of the same shapes."""
         config, original = DistilConfig(variant.steps), truncated(self._full, variant.rank)
-        taught = {} if variant.teacher == "none" else factors_of(original)
+        teaching = original
         if variant.teacher == "for a context":
-            taught = factors_of(truncated(self._made(in_context=True), variant.rank))
+            teaching = truncated(self._made(in_context=True), variant.rank)
+        taught = {} if variant.teacher == "none" else factors_of(teaching)
         made: dict[Texts, Callable[[], Teacher]] = {
             "samples": lambda: PromptedTeacher(self._base, taught, self._samples, config),
             "written": lambda: written(self._base, taught, self._samples),

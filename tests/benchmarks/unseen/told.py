@@ -13,10 +13,12 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from icmlora.base_models.examples.context import SEPARATOR
 from icmlora.base_models.kinds.continuations import sampled
 from icmlora.base_models.kinds.likelihood import Scored
 from icmlora.base_models.modality import BaseModel
 from icmlora.base_models.running.lora_hooks import Factors, added
+from icmlora.fewshot.adapt import JOINED
 from icmlora.io.devices import uploaded
 from icmlora.training.teacher import Teacher, target
 
@@ -27,11 +29,9 @@ QUESTIONS = (
     "What would the next one say?",
 )
 _HALVES = 4  # of the samples, drawn anew
-_JOINED = 1280  # tokens of a half at most
 _TEXTS, _ANSWERS = 8, 2  # written behind each half, and to each question
 _TOKENS = 96  # of a text or an answer at most
 _FEWEST = 8  # tokens of one at least
-_SEPARATOR = "\n\n"
 
 
 class Told(Teacher):
@@ -72,8 +72,8 @@ def _texts(
         torch.manual_seed(0)
         for number in range(_HALVES):
             half = random.Random(number).sample(list(samples), len(samples) // 2)
-            (text,) = base.modality.joined(base, half, _JOINED)
-            before = [*text.ids, *tokenizer(_SEPARATOR, add_special_tokens=False)["input_ids"]]
+            (text,) = base.modality.joined(base, half, JOINED)
+            before = [*text.ids, *tokenizer(SEPARATOR, add_special_tokens=False)["input_ids"]]
             for prompt in prompts:
                 asked = tokenizer(prompt, add_special_tokens=False)["input_ids"]
                 start = [*before, *asked]
