@@ -38,7 +38,7 @@ from icmlora.errors import BaseModelUnsuited, DataError
 from icmlora.generator.relaxed import RelaxedCode
 from icmlora.training.config import REFINE_STEPS
 from icmlora.training.effect import LEAST_LOST, Effect, bounded
-from icmlora.training.teacher import Shortfall, Teacher, shortfalls
+from icmlora.training.teacher import READ_TOGETHER, Shortfall, Teacher, shortfalls
 
 WITHOUT_REFINE = "encode it without --refine"  # hint where a code cannot be refined
 _READ = 3  # samples at least that are learned from, for each that is not
@@ -156,7 +156,7 @@ def _refined(codes: Sequence[Refinable], base: BaseModel, config: RefineConfig, 
     ]
     on_card = base.device.type != "cpu"
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95), fused=on_card)
-    batches = [islice(_batches(len(code.teacher), config), steps.start, None) for code in codes]
+    batches = [_batches(code.teacher, config, steps.start) for code in codes]
     prices = [_Price(code, config) for code in codes]
     for step in steps:
         optimizer.zero_grad()
@@ -238,7 +238,16 @@ def items_for(
     return pieces, items[::each] if config.held else pieces
 
 
-def _batches(count: int, config: RefineConfig) -> Iterator[list[int]]:
+def _batches(teacher: Teacher, config: RefineConfig, start: int) -> Iterator[list[int]]:
+    """Yield the numbers of each step's samples from a step on; the teacher reads those of some steps together."""
+    batches = islice(_drawn(len(teacher), config), start, None)
+    while True:
+        some = list(islice(batches, READ_TOGETHER))
+        teacher.targets([number for batch in some for number in batch])
+        yield from some
+
+
+def _drawn(count: int, config: RefineConfig) -> Iterator[list[int]]:
     """Yield the numbers of each step's samples; every sample is drawn once before any is drawn again."""
     draw = torch.Generator().manual_seed(config.seed)
     waiting: list[int] = []

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -23,7 +23,10 @@ from icmlora.base_models.modality import IGNORED, BaseModel
 from icmlora.base_models.running.lora_hooks import Factors, added, added_by_rows
 from icmlora.io.devices import texts_at_once, uploaded
 
+_T = TypeVar("_T")
 KEPT = 128  # tokens stored of each distribution
+# Texts that a processor reads in one pass, if no gradients take memory: short ones take half of the time then.
+READ_TOGETHER = 4
 _LEAST = 1e-6  # smallest probability of the rest, so that its logarithm is finite
 
 
@@ -77,15 +80,21 @@ class Teacher:
     def targets(self, numbers: Sequence[int]) -> list[Target]:
         """Return what the adapter predicts for some examples."""
         missing = [number for number in dict.fromkeys(numbers) if number not in self._targets]
-        for some in _batches(missing, texts_at_once(self.base.device)):
-            items = [self._items[number] for number in some]
-            with added(self.base.model, self.original):
-                rows = self.base.modality.logits(self.base, items)  # (T, V) each
-            for number, item, logits in zip(some, items, rows, strict=True):
-                answers = self.base.modality.answers(item)
-                counts = None if answers is None else uploaded(answers, logits.device).bool()
-                self._targets[number] = target(self.base, item, logits, counts)
+        for some in _batches(missing, _at_once(self.base)):
+            self._targets |= zip(some, self._predicted(some), strict=True)
         return [self._targets[number] for number in numbers]
+
+    def _predicted(self, numbers: Sequence[int]) -> list[Target]:
+        """Read some examples in one pass."""
+        items = [self._items[number] for number in numbers]
+        with added(self.base.model, self.original):
+            rows = self.base.modality.logits(self.base, items)  # (T, V) each
+        return [self._target(item, logits) for item, logits in zip(items, rows, strict=True)]
+
+    def _target(self, item: Any, logits: torch.Tensor) -> Target:
+        answers = self.base.modality.answers(item)
+        counts = None if answers is None else uploaded(answers, logits.device).bool()
+        return target(self.base, item, logits, counts)
 
 
 def target(base: BaseModel, item: Any, logits: torch.Tensor, counts: torch.Tensor | None) -> Target:
@@ -106,18 +115,14 @@ def shortfalls(base: BaseModel, asked: Sequence[tuple[Teacher, Factors, Sequence
         BaseModelUnsuited: The factors are for modules that do not compute row by row; for one task never.
     """
     targets = [teacher.targets(numbers) for teacher, _, numbers in asked]
-    items = [target.item for of_task in targets for target in of_task]
+    every = [target for of_task in targets for target in of_task]
     several = [factors for _, factors, _ in asked]
     single = len(several) == 1
-    with added(base.model, several[0]) if single else added_by_rows(base.model, several, len(items)):
+    with added(base.model, several[0]) if single else added_by_rows(base.model, several, len(every)):
         # One task's texts need not go together: what suits the device takes no time over padding.
-        size = texts_at_once(base.device) if single else len(items)
-        batches = (base.modality.logits(base, some) for some in _batches(items, size))
-        rows = iter([row for batch in batches for row in batch])  # (T, V) each
-    return [
-        _shortfall([(target, _read(next(rows), target.tokens, target.wanted)) for target in of_task])
-        for of_task in targets
-    ]
+        size = _at_once(base) if single else len(every)
+        reads = iter([read for some in _batches(every, size) for read in _reads(base, some)])
+    return [_shortfall([(target, next(reads)) for target in of_task]) for of_task in targets]
 
 
 def _shortfall(pairs: Sequence[tuple[Target, _Read]]) -> Shortfall:
@@ -134,8 +139,19 @@ def _shortfall(pairs: Sequence[tuple[Target, _Read]]) -> Shortfall:
     )
 
 
-def _batches(numbers: Sequence[int], size: int) -> Iterator[Sequence[int]]:
-    return (numbers[start : start + size] for start in range(0, len(numbers), size))
+def _at_once(base: BaseModel) -> int:
+    """Return how many texts go through a base model together."""
+    return texts_at_once(base.device) if torch.is_grad_enabled() else max(READ_TOGETHER, texts_at_once(base.device))
+
+
+def _batches(items: Sequence[_T], size: int) -> Iterator[Sequence[_T]]:
+    return (items[start : start + size] for start in range(0, len(items), size))
+
+
+def _reads(base: BaseModel, targets: Sequence[Target]) -> list[_Read]:
+    """Read the examples of targets with the model as it is, in one pass; what that takes of memory is free again."""
+    rows = base.modality.logits(base, [target.item for target in targets])  # (T, V) each
+    return [_read(row, target.tokens, target.wanted) for row, target in zip(rows, targets, strict=True)]
 
 
 def _wanted(base: BaseModel, item: Any, logits: torch.Tensor, counts: torch.Tensor | None) -> torch.Tensor | None:

@@ -29,10 +29,13 @@ def icm(*arguments: str, store: Path) -> list[str]:
     return [str(Path(sys.executable).with_name("icm")), "--store", str(store), *arguments]
 
 
-def process(command: list[str]) -> str:
-    """Run a command to its end and return what it printed; its messages are shown where it fails."""
+def process(command: list[str], also: int = 0) -> str:
+    """Run a command to its end and return what it printed; its messages are shown where it fails.
+
+    Another exit code than 0 may be no failure.
+    """
     done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
+    if done.returncode not in (0, also):
         sys.exit(f"{' '.join(command[:4])} ...: exit {done.returncode}\n{done.stderr}")
     return done.stdout
 

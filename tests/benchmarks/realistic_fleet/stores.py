@@ -1,9 +1,10 @@
 """Make stores of the realistic fleet, for `python -m tests.benchmarks.rate_distortion` to measure.
 
-usage: python -m tests.benchmarks.realistic_fleet.stores --work W --fleet F [--only NAME] [--qualities 4,5]
+usage: python -m tests.benchmarks.realistic_fleet.stores --work W --fleet F [--only NAME] [--qualities 4,0.99]
 
 For each base model, W/stores/NAME/plain-4 has a generator and the plain codes of the default quality, and refined-Q the
-codes that `icm encode --quality Q` makes of it. Prints how long each command took. A store that is there is kept.
+codes that `icm encode --quality Q` makes of it, or `--keep Q` where Q is a share such as 0.99. Prints how long each
+command took. A store that is there is kept.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from tests.benchmarks.performance.commands import icm, process
 from tests.benchmarks.realistic_fleet.bases import base_folder
 from tests.benchmarks.realistic_fleet.tasks import GEMMA, QWEN, SMOLLM2, TASKS
 
+_FELL_SHORT = 3  # exit code: some code keeps less than it was asked for
 NAMES = {SMOLLM2: "smollm2", GEMMA: "gemma", QWEN: "qwen"}
 
 
@@ -29,7 +31,7 @@ def make_stores(root: Path, base_model: str, base: Path, folders: Sequence[Path]
         base_model: The name that the adapters give it.
         base: Its folder.
         folders: The adapters.
-        qualities: As `icm encode` takes them.
+        qualities: Of the codes, as `icm encode` takes them, or shares of the effect to keep.
     """
     plain = root / "plain-4"
     if not plain.exists():
@@ -45,13 +47,13 @@ def make_stores(root: Path, base_model: str, base: Path, folders: Sequence[Path]
             part = root / f".refined-{quality}.part"
             shutil.rmtree(part, ignore_errors=True)
             shutil.copytree(plain, part)
-            _timed(part, "encode", "--quality", quality, "--json")
+            _timed(part, "encode", "--keep" if "." in quality else "--quality", quality, "--json")
             part.rename(place)
 
 
 def _timed(store: Path, *words: str) -> None:
     began = time.monotonic()
-    process(icm(*words, store=store))
+    process(icm(*words, store=store), also=_FELL_SHORT)
     seconds = round(time.monotonic() - began, 1)
     print(json.dumps({"store": store.parent.name, "command": words[:3], "seconds": seconds}), flush=True)
 
@@ -62,7 +64,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder of packages, base models and stores")
     parser.add_argument("--fleet", type=Path, required=True, help="folder of the adapters")
     parser.add_argument("--only", choices=list(NAMES.values()), help="one base model (default: all)")
-    parser.add_argument("--qualities", default="4,5", help="separated by commas (default 4,5)")
+    parser.add_argument("--qualities", default="4,5", help="qualities or shares to keep (default 4,5)")
     options = parser.parse_args()
     os.environ["XDG_CACHE_HOME"] = str(options.work / "cache")
     for base_model, name in NAMES.items():

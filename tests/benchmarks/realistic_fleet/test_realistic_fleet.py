@@ -8,7 +8,9 @@ from pathlib import Path
 import torch
 
 from tests.benchmarks.domain_fleet.domains import DOMAINS
+from tests.benchmarks.rate_distortion.summary import OURS
 from tests.benchmarks.realistic_fleet.__main__ import Windows, record
+from tests.benchmarks.realistic_fleet.figure import Spot, curves
 from tests.benchmarks.realistic_fleet.stores import NAMES
 from tests.benchmarks.realistic_fleet.tasks import QWEN, TASKS
 
@@ -38,3 +40,22 @@ def test_each_task_is_added_to_the_record(tmp_path: Path) -> None:
     rows = json.loads((tmp_path / "tasks.json").read_text())
     assert [row["name"] for row in rows] == [task.name for task in TASKS[:2]]
     assert rows[0]["alpha"] == 2 * TASKS[0].rank
+
+
+def test_a_curve_has_what_each_quality_keeps_of_the_tasks_of_a_base_model() -> None:
+    def point(name: str, share: float, gain: float) -> dict[str, object]:
+        tasks = [{"task": "gemma-verilog"}, {"task": "gemma-bible-kjv"}]
+        return {"family": OURS, "name": name, "marginal_share": share, "gain": gain, "worst": 0.9, "by_task": tasks}
+
+    study = {"points": [point("refined-4", 0.03, 1.0), point("refined-0.8", 0.004, 0.95), point("plain-4", 0.09, 0.9)]}
+    kept = [
+        {"task": task, "asked": asked, "on_other_text": found}
+        for task, asked, found in [
+            ("gemma-verilog", 0.98, 0.97),
+            ("gemma-bible-kjv", 0.98, 0.98),
+            ("gemma-verilog", 0.8, 0.82),
+            ("gemma-bible-kjv", 0.8, 0.78),
+            ("python", 0.98, 0.5),
+        ]
+    ]
+    assert curves(kept, [study]) == {"Gemma 3 270M": [Spot(0.004, 0.8, 0.95, 0.9), Spot(0.03, 0.975, 1.0, 0.9)]}

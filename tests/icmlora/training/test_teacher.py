@@ -60,6 +60,17 @@ def test_what_is_better_than_the_adapter_falls_short_by_less_than_nothing(base: 
     assert float(short.divergence) > 0
 
 
+def test_a_few_texts_are_read_in_one_pass_and_as_if_alone(base: BaseModel, trained: Adapter) -> None:
+    passes = []
+    counting = base.model.register_forward_hook(lambda *_: passes.append(1))
+    together = teacher(base, factors_of(trained)).targets(ALL)
+    counting.remove()
+    assert len(passes) == 1
+    for number, target in enumerate(together):
+        (alone,) = teacher(base, factors_of(trained)).targets([number])
+        torch.testing.assert_close(target.read.log_p, alone.read.log_p, rtol=1e-4, atol=1e-4)
+
+
 def test_of_a_prompt_and_its_answer_the_answer_counts(base: BaseModel, trained: Adapter) -> None:
     def short(example: Example) -> Shortfall:
         items = base.modality.prepare(base, [example], 64, whole=True)

@@ -1,0 +1,96 @@
+"""What the codes of adapters as people train them keep, against their bytes, on each base model.
+
+python -m tests.benchmarks.realistic_fleet.figure FIGURE.svg KEPT.json STUDY.json...
+
+KEPT.json is what `tests.benchmarks.kept_effect` made of the stores at several qualities, and each STUDY.json what
+`tests.benchmarks.rate_distortion` made of those of one base model.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from icmlora.generator.config import keep_of
+from tests.benchmarks.rate_distortion.summary import OURS
+
+_REFINED = "refined-"
+_COLOURS = {"SmolLM2 135M": "#0072b2", "Gemma 3 270M": "#b3530f", "Qwen2.5-Coder 1.5B": "#00795c"}
+_NAMES = dict(zip(("", "gemma-", "qwen-"), _COLOURS, strict=True))
+"""Of base models, by what the names of their tasks begin with."""
+
+
+@dataclass(frozen=True)
+class Spot:
+    """All tasks of a base model at one quality."""
+
+    share: float  # bytes of one more task, of bf16
+    kept: float  # of the effect on other text, mean
+    gain: float  # mean
+    worst: float  # the lowest gain
+
+
+def curves(kept: Sequence[Mapping[str, Any]], studies: Iterable[Mapping[str, Any]]) -> dict[str, list[Spot]]:
+    """Return what is kept at each quality on each base model, from the smallest codes on."""
+    found = {}
+    for study in studies:
+        points = [point for point in study["points"] if point["family"] == OURS and point["name"].startswith(_REFINED)]
+        spots = []
+        for point in sorted(points, key=lambda point: float(point["marginal_share"])):
+            tasks, asked = {row["task"] for row in point["by_task"]}, _share(point["name"].removeprefix(_REFINED))
+            shares = [row["on_other_text"] for row in kept if row["task"] in tasks and row["asked"] == asked]
+            spots.append(Spot(point["marginal_share"], mean(shares), point["gain"], point["worst"]))
+        found[_base_model(study["points"][0]["by_task"][0]["task"])] = spots
+    return found
+
+
+def _share(quality: str) -> float:
+    return float(quality) if "." in quality else keep_of(int(quality))
+
+
+def _base_model(task: str) -> str:
+    return _NAMES[max((start for start in _NAMES if task.startswith(start)), key=len)]
+
+
+def draw(found: Mapping[str, Sequence[Spot]], path: Path) -> None:
+    """Write the figure; the same studies give the same bytes."""
+    import matplotlib as mpl
+
+    mpl.use("agg")
+    mpl.rcParams["svg.hashsalt"] = "icm"
+    from matplotlib import pyplot
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    figure, (effect, gain) = pyplot.subplots(1, 2, figsize=(9.8, 4.2), layout="constrained", sharex=True)
+    for name, spots in found.items():
+        shares, style = [100 * spot.share for spot in spots], {"color": _COLOURS[name], "marker": "o", "markersize": 5}
+        effect.plot(shares, [spot.kept for spot in spots], label=name, **style)
+        gain.plot(shares, [spot.gain for spot in spots], label=name, **style)
+        gain.plot(shares, [spot.worst for spot in spots], color=_COLOURS[name], linestyle=":")
+    effect.set_title("share of the effect on other text, mean", fontsize="medium")
+    gain.set_title("retained gain: mean, and worst task (dotted)", fontsize="medium")
+    effect.legend(frameon=False)
+    for axes in (effect, gain):
+        axes.set_xscale("log")
+        axes.set_xlabel("bytes of one more task, in % of bf16")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g} %")
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.grid(visible=True, which="both", alpha=0.2)
+    figure.savefig(path, metadata={"Date": None})
+    pyplot.close(figure)
+
+
+def main(figure: str, kept: str, *studies: str) -> None:
+    """Draw what the files say."""
+    rows = json.loads(Path(kept).read_text(encoding="utf-8"))["tasks"]
+    draw(curves(rows, [json.loads(Path(path).read_text(encoding="utf-8")) for path in studies]), Path(figure))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
