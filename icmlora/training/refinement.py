@@ -137,7 +137,8 @@ def refine(codes: Sequence[Refinable], base: BaseModel, config: RefineConfig, st
     as they are then. Where the model does not let several adapters share a pass, the codes are refined one after the
     other, and the steps of each are counted anew.
     """
-    codes = [code for code in codes if code.relaxed.values]  # an adapter of zeros has a code without integers
+    # The code of an adapter that does next to nothing may have no integers.
+    codes = [code for code in codes if any(map(len, code.relaxed.values))]
     if not codes:
         return
     try:

@@ -18,6 +18,7 @@ from icmlora.base_models.running.lora_hooks import added, factors_of
 from icmlora.errors import BaseModelUnsuited, DataError
 from icmlora.formats.discovery.folder import load_adapter
 from icmlora.generator.codec import Codec
+from icmlora.generator.encoding import SlotChoice, Steps
 from icmlora.generator.limits import Limits
 from icmlora.generator.relaxed import RelaxedCode
 from icmlora.training import refinement, teacher
@@ -88,6 +89,15 @@ def test_a_refined_code_does_more_of_what_the_adapter_does(
     codec, data = coded
     before = divergence(base, adapter, codec.decode(data))
     assert divergence(base, adapter, codec.decode(refined(base, adapter, coded))) < 0.7 * before
+
+
+def test_a_code_without_slots_stays_as_it_is(base: BaseModel, adapter: Adapter, coded: tuple[Codec, bytes]) -> None:
+    codec, _ = coded
+    empty = Steps(codec, adapter, {}, None).with_slots(100, SlotChoice(has_faint=False, for_strong=False))
+    relaxed = RelaxedCode(codec, adapter, empty)
+    work = [Refinable(relaxed, 1.0, teacher_of(base, adapter), effect_of(base, adapter), 0.02)]
+    assert list(refine(work, base, CONFIG, range(CONFIG.steps))) == []
+    assert relaxed.to_code() == empty
 
 
 def test_steps_that_would_go_too_far_are_shorter(base: BaseModel, adapter: Adapter, coded: tuple[Codec, bytes]) -> None:
