@@ -20,9 +20,7 @@ from icmlora.generator.config import keep_of
 from tests.benchmarks.rate_distortion.summary import OURS
 
 _REFINED = "refined-"
-_COLOURS = {"SmolLM2 135M": "#0072b2", "Gemma 3 270M": "#b3530f", "Qwen2.5-Coder 1.5B": "#00795c"}
-_NAMES = dict(zip(("", "gemma-", "qwen-"), _COLOURS, strict=True))
-"""Of base models, by what the names of their tasks begin with."""
+_COLOURS = {"SmolLM2 135M": "#0072b2", "Gemma 3 270M": "#b3530f"}
 
 
 @dataclass(frozen=True)
@@ -45,16 +43,13 @@ def curves(kept: Sequence[Mapping[str, Any]], studies: Iterable[Mapping[str, Any
             tasks, asked = {row["task"] for row in point["by_task"]}, _share(point["name"].removeprefix(_REFINED))
             shares = [row["on_other_text"] for row in kept if row["task"] in tasks and row["asked"] == asked]
             spots.append(Spot(point["marginal_share"], mean(shares), point["gain"], point["worst"]))
-        found[_base_model(study["points"][0]["by_task"][0]["task"])] = spots
+        of_gemma = study["points"][0]["by_task"][0]["task"].startswith("gemma-")
+        found["Gemma 3 270M" if of_gemma else "SmolLM2 135M"] = spots
     return found
 
 
 def _share(quality: str) -> float:
     return float(quality) if "." in quality else keep_of(int(quality))
-
-
-def _base_model(task: str) -> str:
-    return _NAMES[max((start for start in _NAMES if task.startswith(start)), key=len)]
 
 
 def draw(found: Mapping[str, Sequence[Spot]], path: Path) -> None:
