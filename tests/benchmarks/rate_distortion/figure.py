@@ -51,7 +51,6 @@ def _draw_all(document: dict[str, Any], path: Path) -> None:
     mpl.use("agg")
     mpl.rcParams["svg.hashsalt"] = "icm"
     from matplotlib import pyplot
-    from matplotlib.ticker import LogLocator, NullFormatter
 
     families = _families(document["points"])
     ours = families.pop(OURS, [])
@@ -66,18 +65,25 @@ def _draw_all(document: dict[str, Any], path: Path) -> None:
         label = family if max(gains, default=0.0) >= _LOWEST_GAIN else f"{family} (below {_LOWEST_GAIN})"
         axes.plot(shares, gains, markersize=5, linewidth=1.2, label=label, **style)
     axes.plot(*_curve(others, "worst"), linestyle=":", color="#6e7781", linewidth=1.8, label="best other, worst task")
-    axes.set_xscale("log")
+    has_shares(axes)
     axes.set_xlabel("bytes per adapter, all counted, in % of bf16")
     axes.set_ylabel("retained gain")
     axes.set_ylim(_LOWEST_GAIN, 1.03)
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g} %")
-    axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.grid(visible=True, which="both", alpha=0.2)
     axes.set_title(f"{document['tasks']} adapters", fontsize="medium")
     figure.legend(fontsize="small", loc="outside right upper", frameon=False)
     figure.savefig(path, metadata={"Date": None})
     pyplot.close(figure)
+
+
+def has_shares(axes: Any) -> None:
+    """Let the axis from left to right be the logarithm of shares in per cent."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g} %")
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.grid(visible=True, which="both", alpha=0.2)
 
 
 def _families(points: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:

@@ -17,10 +17,13 @@ from statistics import mean
 from typing import Any
 
 from icmlora.generator.config import keep_of
+from tests.benchmarks.rate_distortion.figure import COLOURS, has_shares
 from tests.benchmarks.rate_distortion.summary import OURS
+from tests.benchmarks.realistic_fleet.stores import REFINED, is_share
+from tests.benchmarks.realistic_fleet.tasks import GEMMA, SMOLLM2, TASKS
 
-_REFINED = "refined-"
-_COLOURS = {"SmolLM2 135M": "#0072b2", "Gemma 3 270M": "#b3530f"}
+_NAMES = {SMOLLM2: "SmolLM2 135M", GEMMA: "Gemma 3 270M"}
+_COLOURS = dict(zip(_NAMES.values(), COLOURS, strict=False))
 
 
 @dataclass(frozen=True)
@@ -37,19 +40,19 @@ def curves(kept: Sequence[Mapping[str, Any]], studies: Iterable[Mapping[str, Any
     """Return what is kept at each quality on each base model, from the smallest codes on."""
     found = {}
     for study in studies:
-        points = [point for point in study["points"] if point["family"] == OURS and point["name"].startswith(_REFINED)]
-        spots = []
+        points = [point for point in study["points"] if point["family"] == OURS and point["name"].startswith(REFINED)]
+        tasks, spots = {row["task"] for row in points[0]["by_task"]}, []
         for point in sorted(points, key=lambda point: float(point["marginal_share"])):
-            tasks, asked = {row["task"] for row in point["by_task"]}, _share(point["name"].removeprefix(_REFINED))
+            asked = _share(point["name"].removeprefix(REFINED))
             shares = [row["on_other_text"] for row in kept if row["task"] in tasks and row["asked"] == asked]
             spots.append(Spot(point["marginal_share"], mean(shares), point["gain"], point["worst"]))
-        of_gemma = study["points"][0]["by_task"][0]["task"].startswith("gemma-")
-        found["Gemma 3 270M" if of_gemma else "SmolLM2 135M"] = spots
+        (base_model,) = {task.base_model for task in TASKS if task.name in tasks}
+        found[_NAMES[base_model]] = spots
     return found
 
 
 def _share(quality: str) -> float:
-    return float(quality) if "." in quality else keep_of(int(quality))
+    return float(quality) if is_share(quality) else keep_of(int(quality))
 
 
 def draw(found: Mapping[str, Sequence[Spot]], path: Path) -> None:
@@ -59,7 +62,6 @@ def draw(found: Mapping[str, Sequence[Spot]], path: Path) -> None:
     mpl.use("agg")
     mpl.rcParams["svg.hashsalt"] = "icm"
     from matplotlib import pyplot
-    from matplotlib.ticker import LogLocator, NullFormatter
 
     figure, (effect, gain) = pyplot.subplots(1, 2, figsize=(9.8, 4.2), layout="constrained", sharex=True)
     for name, spots in found.items():
@@ -71,12 +73,8 @@ def draw(found: Mapping[str, Sequence[Spot]], path: Path) -> None:
     gain.set_title("retained gain: mean, and worst task (dotted)", fontsize="medium")
     effect.legend(frameon=False)
     for axes in (effect, gain):
-        axes.set_xscale("log")
+        has_shares(axes)
         axes.set_xlabel("bytes of one more task, in % of bf16")
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g} %")
-        axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.grid(visible=True, which="both", alpha=0.2)
     figure.savefig(path, metadata={"Date": None})
     pyplot.close(figure)
 
