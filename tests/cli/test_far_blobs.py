@@ -8,7 +8,6 @@ from pathlib import Path
 from uuid import uuid4
 
 import pytest
-import torch
 
 from registry.errors import DamagedStore, NotAStore, StoreAway
 from registry.storage.blobs.place import far_blobs
@@ -118,12 +117,10 @@ def test_an_evicted_original_stays_for_a_day(store: Path, tmp_path: Path, icm: I
         assert not opened.blobs.exists(weights)
 
 
-def test_what_two_processes_would_check_one_checks(
-    store: Path, tmp_path: Path, icm: Icm, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("two_threads")  # a copy of this process could not reach the bucket
+def test_what_two_processes_would_check_one_checks(store: Path, tmp_path: Path, icm: Icm) -> None:
     assert icm("ingest", tmp_path / "loras", "--no-vectors").code == 0
     train_store(store)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)  # a copy of this process could not reach the bucket
     ran = icm("evict", "--max-error", "10", "--json")
     assert ran.code == 0, ran.err
     with Store.open(store) as opened:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 
 from icmlora import Cancelled, DataError, Event, Fleet, TaskNotFound
 from icmlora.fleet.encode.encode import TaskEncoded
@@ -73,13 +72,13 @@ def test_a_dry_run_reports_the_same_and_changes_no_byte(fleet: Fleet) -> None:
     assert (done.freed, [task.task for task in done.gone]) == (planned.freed, [task.task for task in planned.gone])
 
 
+@pytest.mark.usefixtures("two_threads")
 def test_a_dry_run_on_two_processes_reports_what_one_process_reports(
     fleet: Fleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     damage(blob_of(fleet, code_blobs(fleet)[TASKS[1]]))
     alone = fleet.evict(max_error=0.45, dry_run=True)
     monkeypatch.setattr("icmlora.fleet.evict.check._READ_TOGETHER", 1)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     assert fleet.evict(max_error=0.45, dry_run=True) == alone
 
 

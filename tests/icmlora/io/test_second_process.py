@@ -8,18 +8,10 @@ import sys
 from collections.abc import Iterator
 
 import pytest
-import torch
 
 from icmlora.io.second_process import in_two_processes
 
-
-@pytest.fixture(autouse=True)
-def two_threads() -> Iterator[None]:
-    """Let torch have two threads, as on a machine of two cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("two_threads")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere there is one process")
