@@ -25,7 +25,7 @@ from icmlora.base_models.examples.context import SEPARATOR
 from icmlora.base_models.examples.examples import Example
 from icmlora.base_models.modality import IGNORED, BaseModel, Score
 from icmlora.errors import DataError
-from icmlora.io.devices import uploaded
+from icmlora.io.devices import round_length, uploaded
 
 _SPECIAL = {"add_special_tokens": False}
 _FEWEST = 2  # tokens of a text: one is predicted from the other
@@ -332,24 +332,29 @@ def _row_losses(logits: torch.Tensor, item: Scored, start: int) -> torch.Tensor:
     return functional.cross_entropy(predicted, uploaded(item.targets, logits.device), reduction="none")
 
 
-def padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return token ids and attention mask, both int64 of shape (rows, T)."""
+def padded(
+    rows: Sequence[Sequence[int]], device: torch.device, length: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return token ids and attention mask, both int64 of shape (rows, T); T is that of the longest row, or `length`."""
     # Padding is on the right and masked: in a causal model no real token sees it.
-    length = max(map(len, rows))
+    length = length or max(map(len, rows))
     ids = uploaded([[*row, *[0] * (length - len(row))] for row in rows], device)
     return ids, uploaded([[1] * len(row) + [0] * (length - len(row)) for row in rows], device)
 
 
 def next_token_logits(base: BaseModel, items: Sequence[Scored], *, from_leaf: bool = False) -> list[torch.Tensor]:
     """Return the next-token logits of each text, (T, vocabulary) without its padding."""
-    ids, mask = padded([item.ids for item in items], base.device)
+    rows, length = [item.ids for item in items], max(item.size for item in items)
+    if not from_leaf:  # then hooks may count what they see, which must not be padding
+        length = base.within(round_length(length, base.device, base.input_dtype))
+    ids, mask = padded(rows, base.device, length)
     inputs = {"input_ids": ids}
     if from_leaf:
         # Autograd only runs from a leaf that takes gradients, and every parameter of the base model is frozen.
         embedded: torch.Tensor = base.model.get_input_embeddings()(ids)  # (texts, T, d)
         inputs = {"inputs_embeds": embedded.detach().requires_grad_()}
     # Without padding and without a mask, attention may use its fastest kernel.
-    if len({item.size for item in items}) > 1:
+    if any(item.size < length for item in items):
         inputs["attention_mask"] = mask
     logits = base.model(**inputs, use_cache=False).logits  # (texts, T, vocabulary)
     return [row[: len(item.ids)] for row, item in zip(logits, items, strict=True)]

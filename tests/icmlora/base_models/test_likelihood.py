@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from icmlora.base_models.examples.examples import Example
-from icmlora.base_models.kinds.likelihood import Scored, nll, pieces, tokenized
+from icmlora.base_models.kinds.likelihood import Scored, next_token_logits, nll, pieces, tokenized
 from icmlora.base_models.modality import BaseModel, Score, retained_gain
 from icmlora.base_models.running.attach import adapted
 from icmlora.errors import DataError
@@ -127,6 +128,20 @@ def test_batches_and_their_padding_do_not_change_the_loss(base: BaseModel, batch
     many = nll(base.model, base.tokenizer, TEXTS, batch_size=batch_size)
     assert total(many) == pytest.approx(total(one), rel=1e-6)
     assert (many.count, many.utf8_bytes) == (one.count, one.utf8_bytes)
+
+
+@pytest.mark.parametrize(("positions", "longest"), [(None, 48), (40, 40)])
+def test_texts_of_many_lengths_are_read_at_few_in_bfloat16_and_predictions_stay(
+    base: BaseModel, positions: int | None, longest: int
+) -> None:
+    base = replace(base, model=base.model.to(torch.bfloat16), positions=positions)
+    items, lengths = tokenized(base.tokenizer, TEXTS, 40), []
+    with torch.no_grad():
+        expected = [base.model(torch.tensor([item.ids])).logits[0] for item in items]
+        base.model.get_input_embeddings().register_forward_pre_hook(lambda _, read: lengths.append(read[0].shape[1]))
+        found = [next_token_logits(base, [item])[0] for item in items]
+    assert lengths == [16, longest, 16]
+    torch.testing.assert_close(found, expected, rtol=0.02, atol=0.02)
 
 
 def test_a_text_of_one_token_has_nothing_to_predict(base: BaseModel) -> None:
