@@ -227,7 +227,7 @@ class RelaxedCode:
 def _bits(parts: Sequence[_Part]) -> torch.Tensor:
     scales = torch.cat([indices.flatten() for part in parts for indices in part.fixed.scales])
     # The scales themselves take as much memory as the values, so they are made anew.
-    widths = torch.exp2(scales.float() / OCTAVE)
+    widths = scales.float().div_(OCTAVE).exp2_()
     return bin_bits(torch.cat([values.flatten() for part in parts for values in part.values]), widths).sum()
 
 
