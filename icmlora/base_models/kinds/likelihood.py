@@ -346,7 +346,7 @@ def next_token_logits(base: BaseModel, items: Sequence[Scored], *, from_leaf: bo
     """Return the next-token logits of each text, (T, vocabulary) without its padding."""
     rows, length = [item.ids for item in items], max(item.size for item in items)
     if not from_leaf:  # then hooks may count what they see, which must not be padding
-        length = base.within(round_length(length, base.device, base.input_dtype))
+        length = max(length, base.within(round_length(length, base.device, base.input_dtype)))
     ids, mask = padded(rows, base.device, length)
     inputs = {"input_ids": ids}
     if from_leaf:
