@@ -31,6 +31,7 @@ from tests.benchmarks.answers.tasks import TASKS
 from tests.benchmarks.performance.machine import describe_machine
 from tests.benchmarks.rate_distortion.cache import Cache
 from tests.benchmarks.rate_distortion.fleet import FleetFolder
+from tests.benchmarks.rate_distortion.summary import REFINED
 from tests.benchmarks.realistic_fleet.bases import base_folder
 from tests.benchmarks.realistic_fleet.stores import NAMES, make_stores
 
@@ -49,7 +50,7 @@ def main() -> None:
     base, qualities = base_folder(label, work), options.quality.split(",")
     root = work / "stores" / f"answers-{options.base}"
     make_stores(root, label, base, [fleet.folder(task) for task in fleet], qualities)
-    kept = [codes(fleet, root / f"refined-{quality}", f"code, quality {quality}") for quality in qualities]
+    kept = [codes(fleet, root / f"{REFINED}{quality}", f"code, quality {quality}") for quality in qualities]
     methods = [originals(fleet, root / "plain-4"), *kept]
     methods += [baseline(fleet, name) for name in options.alternatives or alternatives(fleet, kept[0].total)]
     cache = Cache(work / f"answers-{options.base}.jsonl")

@@ -15,7 +15,7 @@ from tests.benchmarks.rate_distortion.study import PointResult
 
 OURS = "icm"
 REFINED = "refined-"
-"""How the names of icm's points begin whose codes were refined on the tasks' samples."""
+"""How the names of icm's points, and of their stores, begin whose codes were refined on the tasks' samples."""
 HIGH = (0.95, 0.9)
 """Mean and worst gain from which on an adapter still does nearly all of its job."""
 STRENGTHENED = ", full strength"

@@ -214,9 +214,9 @@ def test_the_command_prints_a_table_and_writes_json_and_figures(
 
 def test_a_default_that_is_not_measured_is_an_error(place: Path) -> None:
     with pytest.raises(SystemExit, match="trained"):
-        main(["--fleet", str(place / "loras"), "--base", str(place / "base"), "--default", "trained"])
+        main(["--fleet", str(place / "loras"), "--base", str(place / "base"), "--threads", "1", "--default", "trained"])
 
 
 def test_a_method_that_does_not_exist_is_an_error(place: Path) -> None:
     with pytest.raises(SystemExit, match="zstd"):
-        main(["--fleet", str(place / "loras"), "--base", str(place / "base"), "--methods", "zstd"])
+        main(["--fleet", str(place / "loras"), "--base", str(place / "base"), "--threads", "1", "--methods", "zstd"])

@@ -18,8 +18,8 @@ from typing import Any
 
 from icmlora.generator.config import keep_of
 from tests.benchmarks.rate_distortion.figure import COLOURS, has_shares
-from tests.benchmarks.rate_distortion.summary import OURS
-from tests.benchmarks.realistic_fleet.stores import REFINED, is_share
+from tests.benchmarks.rate_distortion.summary import OURS, REFINED
+from tests.benchmarks.realistic_fleet.stores import is_share
 from tests.benchmarks.realistic_fleet.tasks import GEMMA, SMOLLM2, TASKS
 
 _NAMES = {SMOLLM2: "SmolLM2 135M", GEMMA: "Gemma 3 270M"}

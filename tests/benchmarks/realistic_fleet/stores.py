@@ -17,11 +17,11 @@ from pathlib import Path
 
 from icm_cli.errors import ExitCode
 from tests.benchmarks.performance.commands import icm, process
+from tests.benchmarks.rate_distortion.summary import REFINED
 from tests.benchmarks.realistic_fleet.bases import base_folder
 from tests.benchmarks.realistic_fleet.tasks import GEMMA, QWEN, SMOLLM2, TASKS
 
 NAMES = {SMOLLM2: "smollm2", GEMMA: "gemma", QWEN: "qwen"}
-REFINED = "refined-"  # before the quality, in the name of a store
 
 
 def make_stores(root: Path, base_model: str, base: Path, folders: Sequence[Path], qualities: Sequence[str]) -> None:
