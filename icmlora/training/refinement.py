@@ -75,6 +75,10 @@ class RefineConfig:
     # (docs/results/LOG.md, 2026-11-29).
     texts: int = 1  # pieces of samples that a step reads
     tokens: int = 96  # of a piece
+    # Of prompts with short answers it reads as many as have so many tokens of answers together, if with the prompts
+    # they have about so many: what two or three tokens say goes anywhere (docs/results/LOG.md, 2026-12-01).
+    answer_tokens: int = 12
+    answered_tokens: int = 384
     # Samples to learn from: what is missing of them the adapted model writes itself, so a code needs no data.
     samples: int = 32
     # At most so many of all samples are not learned from, but tell what a code keeps. 0: all do both.
@@ -134,30 +138,34 @@ def refine(codes: Sequence[Refinable], base: BaseModel, config: RefineConfig, st
     """Refine the codes of some adapters, which share each pass through the base model; yields the steps done.
 
     `steps` are those of `config.steps` that are to be done now. The caller may stop after any step and take the codes
-    as they are then. Where the model does not let several adapters share a pass, the codes are refined one after the
-    other, and the steps of each are counted anew.
+    as they are then. Where the model does not let several adapters share a pass, or steps read more texts of some, the
+    codes are refined one after the other, and the steps of each are counted anew.
     """
     # The code of an adapter that does next to nothing may have no integers.
     codes = [code for code in codes if any(map(len, code.relaxed.values))]
-    if not codes:
-        return
-    try:
-        yield from _refined(codes, base, config, steps)
-    except BaseModelUnsuited:  # comes of the first pass, before any code has changed
-        if len(codes) == 1:
-            raise
-        for code in codes:
-            yield from _refined([code], base, config, steps)
+    by_texts: dict[int, list[Refinable]] = {}
+    for code in codes:
+        by_texts.setdefault(_texts(code.teacher, config), []).append(code)
+    for texts, some in by_texts.items():
+        try:
+            yield from _refined(some, base, config, steps, texts)
+        except BaseModelUnsuited:  # comes of the first pass, before any code has changed
+            if len(some) == 1:
+                raise
+            for code in some:
+                yield from _refined([code], base, config, steps, texts)
 
 
-def _refined(codes: Sequence[Refinable], base: BaseModel, config: RefineConfig, steps: range) -> Iterator[int]:
+def _refined(
+    codes: Sequence[Refinable], base: BaseModel, config: RefineConfig, steps: range, texts: int
+) -> Iterator[int]:
     groups = [
         *({"params": code.relaxed.values} for code in codes),
         {"params": [factor for code in codes for factor in code.relaxed.strengths]},
     ]
     on_card = base.device.type != "cpu"
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95), fused=on_card)
-    batches = [_batches(code.teacher, config, steps.start) for code in codes]
+    batches = [_batches(code.teacher, texts, config.seed, steps.start) for code in codes]
     prices = [_Price(code, config) for code in codes]
     for step in steps:
         optimizer.zero_grad()
@@ -239,21 +247,29 @@ def items_for(
     return pieces, items[::each] if config.held else pieces
 
 
-def _batches(teacher: Teacher, config: RefineConfig, start: int) -> Iterator[list[int]]:
+def _texts(teacher: Teacher, config: RefineConfig) -> int:
+    """Return how many pieces of samples a step reads."""
+    if not teacher.answer_size:
+        return config.texts
+    enough = math.ceil(config.answer_tokens / teacher.answer_size)
+    return max(config.texts, min(enough, round(config.answered_tokens / teacher.size)))
+
+
+def _batches(teacher: Teacher, texts: int, seed: int, start: int) -> Iterator[list[int]]:
     """Yield the numbers of each step's samples from a step on; the teacher reads those of some steps together."""
-    batches = islice(_drawn(len(teacher), config), start, None)
+    batches = islice(_drawn(len(teacher), texts, seed), start, None)
     while True:
         some = list(islice(batches, READ_TOGETHER))
         teacher.targets([number for batch in some for number in batch])
         yield from some
 
 
-def _drawn(count: int, config: RefineConfig) -> Iterator[list[int]]:
+def _drawn(count: int, texts: int, seed: int) -> Iterator[list[int]]:
     """Yield the numbers of each step's samples; every sample is drawn once before any is drawn again."""
-    draw = torch.Generator().manual_seed(config.seed)
+    draw = torch.Generator().manual_seed(seed)
     waiting: list[int] = []
     while True:
-        while len(waiting) < config.texts:
+        while len(waiting) < texts:
             waiting += torch.randperm(count, generator=draw).tolist()
-        batch, waiting = waiting[: config.texts], waiting[config.texts :]
+        batch, waiting = waiting[:texts], waiting[texts:]
         yield batch

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -25,7 +26,7 @@ from icmlora.io.devices import texts_at_once, uploaded
 
 _T = TypeVar("_T")
 KEPT = 128  # tokens stored of each distribution
-# Texts that a processor reads in one pass, if no gradients take memory: short ones take half of the time then.
+# Texts that a processor reads in one pass: short ones take half of the time then.
 READ_TOGETHER = 4
 _LEAST = 1e-6  # smallest probability of the rest, so that its logarithm is finite
 
@@ -74,7 +75,19 @@ class Teacher:
     @property
     def has_prompts(self) -> bool:
         """Whether some of the examples are prompts with answers."""
-        return any(self.base.modality.answers(item) is not None for item in self._items)
+        return self.answer_size > 0
+
+    @cached_property
+    def answer_size(self) -> float:
+        """How many predictions are of an answer's tokens, on average over the examples that have one; else 0."""
+        answers = (self.base.modality.answers(item) for item in self._items)
+        sizes = [sum(answer) for answer in answers if answer is not None]
+        return sum(sizes) / max(len(sizes), 1)
+
+    @property
+    def size(self) -> float:
+        """How much is read of an example on average, in the unit of limits."""
+        return sum(int(item.size) for item in self._items) / len(self)
 
     @torch.no_grad()
     def targets(self, numbers: Sequence[int]) -> list[Target]:
@@ -141,7 +154,7 @@ def _shortfall(pairs: Sequence[tuple[Target, _Read]]) -> Shortfall:
 
 def _at_once(base: BaseModel) -> int:
     """Return how many texts go through a base model together."""
-    return texts_at_once(base.device) if torch.is_grad_enabled() else max(READ_TOGETHER, texts_at_once(base.device))
+    return max(READ_TOGETHER, texts_at_once(base.device))
 
 
 def _batches(items: Sequence[_T], size: int) -> Iterator[Sequence[_T]]:

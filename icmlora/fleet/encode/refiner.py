@@ -48,6 +48,7 @@ _MOST_MOVED, _LEAST_FINER, _LEAST_COARSER, _MOST_WORSE = 6, 2, 4, 1.5
 # By how many octaves the steps that remain divide what is lost: so many after each look, and more after the first one
 # if the steps before it have brought more than is usual.
 _LATER, _USUAL = (0.3, 0.1), 1.2
+_LATER_OF_ANSWERS = 1.2  # after the first look, if answers are short
 # A code may lose half more than it is asked to, and at most so much: what other texts would say differs by more.
 _SHORT, _MOST_SHORT = 1 / 2, 0.01
 _AIM = 0.6  # of the way from what is asked for to that
@@ -245,8 +246,13 @@ class _Running:
         if share is None:
             return
         lost = self._compared(self.code.refiner.lost(self.code.codec, self.work.relaxed.to_code()))
-        is_first = number == 0
-        later = _LATER[number] + (max(math.log2(share.lost) - lost - _USUAL, 0.0) if is_first else 0.0)
+        is_first, later = number == 0, _LATER[number]
+        if 0 < self.work.teacher.answer_size < self.code.refiner.config.answer_tokens:
+            if not is_first:  # few predictions tell what it loses, and the last steps bring it far more than text
+                return
+            later = _LATER_OF_ANSWERS
+        if is_first:
+            later += max(math.log2(share.lost) - lost - _USUAL, 0.0)
         self._move(share, lost - later, coarser=is_first)
 
     def mend(self, made: Finished) -> None:

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from icmlora.adapter.model import Adapter
-from icmlora.base_models.examples.examples import plain
+from icmlora.base_models.examples.examples import Example, plain
 from icmlora.base_models.modality import BaseModel
 from icmlora.fleet.encode import refiner
 from icmlora.fleet.encode.refiner import Coarse, Refiner, coarse_for, near, refine_all
@@ -109,6 +109,31 @@ def test_a_code_that_would_miss_its_share_goes_on_with_another_step(
     (made,) = refine_all([begun], lambda _: None)
     before, after = (codec.open(code.encoded.data).head.step for code in (begun, made))
     assert (after < before, after > before) == (is_finer, not is_finer)
+
+
+@dataclass(frozen=True)
+class Doubting(Refiner):
+    """Sees a code on its way at the first look, a bad one at the second, and then one that keeps enough."""
+
+    looks: list[Lost]
+
+    def lost(self, codec: Codec, data: bytes, *, of_few: bool = False) -> Lost:
+        return Lost(1.0, 1.0) if of_few else self.looks.pop(0)
+
+
+@pytest.mark.parametrize(
+    ("examples", "is_finer"), [(TEXTS, True), ([Example(text.completion, "yes") for text in TEXTS], False)]
+)
+def test_a_second_look_does_not_make_codes_of_short_answers_finer(
+    base: BaseModel, adapter: Adapter, codec: Codec, examples: list[Example], *, is_finer: bool
+) -> None:
+    begun = coarse(base, adapter, codec, keep=0.9, lost=0.3)
+    read = Refiner.of(base, adapter, examples, FOR_SHARE)
+    looks = [Lost(lost, lost) for lost in (0.15, 0.4, 0.1)]
+    doubting = Doubting(base, read.teacher, read.effect, FOR_SHARE, looks)
+    (made,) = refine_all([replace(begun, refiner=doubting)], lambda _: None)
+    before, after = (codec.open(code.encoded.data).head.step for code in (begun, made))
+    assert (after < before) == is_finer
 
 
 def test_a_code_that_is_for_no_share_keeps_its_step(base: BaseModel, adapter: Adapter, codec: Codec) -> None:

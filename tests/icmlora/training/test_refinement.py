@@ -162,6 +162,35 @@ def test_steps_that_are_done_in_two_parts_read_what_they_read_in_one(
     assert read[:6] == read[6:]
 
 
+def asked(base: BaseModel, adapter: Adapter, prompt: str, answer: str) -> Teacher:
+    """Return the teacher of eight prompts of the same length."""
+    examples = [Example(f"{number} {prompt}", answer) for number in range(8)]
+    return Teacher(base, factors_of(adapter), base.modality.prepare(base, examples, 256, whole=True))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "answer", "texts"),
+    [("a question?", "yes", 4), ("a question?", "yes, so it is", 1), ("a question " * 17, "yes", 2)],
+)
+def test_a_step_reads_some_prompts_if_their_answers_are_short_and_they_are_not_long(
+    base: BaseModel,
+    adapter: Adapter,
+    coded: tuple[Codec, bytes],
+    monkeypatch: pytest.MonkeyPatch,
+    prompt: str,
+    answer: str,
+    texts: int,
+) -> None:
+    read = list[int]()
+    monkeypatch.setattr(
+        refinement, "shortfalls", lambda _, asked: (read.append(len(asked[0][2])), shortfalls(_, asked))[1]
+    )
+    prompts = asked(base, adapter, prompt, answer)
+    work = Refinable(RelaxedCode(coded[0], adapter, coded[1]), 0.4, prompts, effect_of(base, adapter), None)
+    list(refine([work], base, RefineConfig(steps=3), range(3)))
+    assert read == [texts] * 3
+
+
 def test_one_text_in_eight_that_is_lost_as_a_whole_changes_little_of_a_code(
     base: BaseModel, adapter: Adapter, coded: tuple[Codec, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -183,6 +212,22 @@ def test_one_text_in_eight_that_is_lost_as_a_whole_changes_little_of_a_code(
 @pytest.mark.slow
 def test_the_same_refinement_gives_the_same_code(base: BaseModel, adapter: Adapter, coded: tuple[Codec, bytes]) -> None:
     assert refined(base, adapter, coded) == refined(base, adapter, coded)
+
+
+def test_codes_whose_steps_read_more_texts_are_those_that_are_refined_alone(
+    base: BaseModel, adapter: Adapter, coded: tuple[Codec, bytes]
+) -> None:
+    teachers = teacher_of(base, adapter), asked(base, adapter, "a question?", "yes")
+
+    def opened() -> list[Refinable]:
+        relaxed = (RelaxedCode(coded[0], adapter, coded[1]) for _ in teachers)
+        return [Refinable(one, 0.4, read, Effect(read), None) for one, read in zip(relaxed, teachers, strict=True)]
+
+    together, alone = opened(), opened()
+    list(refine(together, base, CONFIG, range(5)))
+    for one in alone:
+        list(refine([one], base, CONFIG, range(5)))
+    assert [one.relaxed.to_code() for one in together] == [one.relaxed.to_code() for one in alone]
 
 
 @pytest.mark.parametrize("by_rows", [True, False])
