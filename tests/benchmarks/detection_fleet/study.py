@@ -39,6 +39,7 @@ from tests.benchmarks.detection_fleet.nanodet import NAME, PACKAGE
 from tests.benchmarks.performance.machine import describe_machine
 
 LOADER = "tests.benchmarks.detection_fleet.loader:load"
+ROOT = Path(__file__).parents[3]  # where the program finds the loader
 RESULT = Path(__file__).parents[1] / "results" / "detection.json"
 UNSEEN = ("letter-detection", "vehicle-detection", "flower-detection")  # every third of the classes
 PAPER = {
@@ -54,7 +55,7 @@ class Icm:
 
     def __init__(self, store: Path) -> None:
         self.store = store
-        self._environment = os.environ | {"ICM_STORE": str(store.resolve())}
+        self._environment = os.environ | {"ICM_STORE": str(store.resolve()), "PYTHONPATH": str(ROOT)}
         self.seconds: dict[str, float] = {}
 
     def __call__(self, *words: object) -> str:
@@ -219,7 +220,6 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, default=RESULT)
     options = parser.parse_args()
-    os.environ.setdefault("PYTHONPATH", str(Path.cwd()))
     study = Study(options.work, options)
     study.prepare()
     tasks = {name: study.of_class(name) for name in options.only or study.names}

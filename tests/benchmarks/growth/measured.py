@@ -16,7 +16,7 @@ from dataclasses import dataclass, fields
 
 import torch
 
-from icmlora.adapter.canonical import balance
+from icmlora.adapter.canonical import singular_rows
 from icmlora.adapter.model import Adapter
 from icmlora.generator.config import ModuleKind, kind_of
 
@@ -103,6 +103,12 @@ def from_tensors(tensors: Mapping[str, torch.Tensor]) -> dict[ModuleKind, KindSt
         parts = KindStatistics(*(tensors[f"{pattern}/{name}"] for name in names))
         found[ModuleKind(pattern, parts.inputs_basis.shape[1], parts.outputs_basis.shape[1])] = parts
     return found
+
+
+def balance(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Balance factor pairs of one shape, a (n, r, in) and b (n, out, r), in float32; r is at most a width then."""
+    _, rows_a, rows_b = singular_rows(a.double(), b.mT.double(), power=0.5)
+    return rows_a.float(), rows_b.mT.float()
 
 
 def _factors(adapter: Adapter, kind: ModuleKind, layers: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from icmlora.adapter.canonical import balance, canonicalize
+from icmlora.adapter.canonical import canonicalize
 from icmlora.adapter.metrics import dw_norm, squared_error
 from icmlora.adapter.model import Adapter
 from icmlora.generator.config import ModuleKind
 from tests.benchmarks.growth.bill import break_even, per_task, table
-from tests.benchmarks.growth.measured import KindStatistics, from_tensors, measure, same_start, to_tensors
+from tests.benchmarks.growth.measured import KindStatistics, balance, from_tensors, measure, same_start, to_tensors
 from tests.benchmarks.growth.study import Setting, measure_alternatives, measure_setting
 from tests.benchmarks.growth.synthetic import UNSEEN, SyntheticAdapterSource
 from tests.icmlora.small_fleet import make_adapter, same
