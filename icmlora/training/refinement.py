@@ -26,19 +26,19 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from icmlora.adapter.model import Adapter
 from icmlora.base_models.modality import BaseModel
-from icmlora.base_models.running.lora_hooks import added, factors_of
+from icmlora.base_models.running.lora_hooks import Factors, added, factors_of
 from icmlora.base_models.running.modules import not_matrix
 from icmlora.errors import BaseModelUnsuited, DataError
 from icmlora.generator.relaxed import RelaxedCode
 from icmlora.training.config import REFINE_STEPS
 from icmlora.training.effect import LEAST_LOST, Effect, bounded
-from icmlora.training.teacher import READ_TOGETHER, Shortfall, Teacher, shortfalls
+from icmlora.training.teacher import READ_TOGETHER, Shortfall, Teacher, shortfalls, texts_with_gradients
 
 WITHOUT_REFINE = "encode it without --refine"  # hint where a code cannot be refined
 _READ = 3  # samples at least that are learned from, for each that is not
@@ -167,32 +167,87 @@ def _refined(
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95), fused=on_card)
     batches = [_batches(code.teacher, texts, config.seed, steps.start) for code in codes]
     prices = [_Price(code, config) for code in codes]
+    # Several codes share one pass. Of one, no more samples are in memory with what their gradients take than save time.
+    size = texts_with_gradients(base) if len(codes) == 1 else texts
     for step in steps:
         optimizer.zero_grad()
-        factors = (code.relaxed.factors(base.input_dtype) for code in codes)
-        asked = zip((code.teacher for code in codes), factors, map(next, batches), strict=True)
-        short = shortfalls(base, list(asked))
-        weights = [price.follow(one) for one, price in zip(short, prices, strict=True)]
-        lost = [
-            weight
-            * (
-                one.divergence
-                + config.prompts * one.of_prompts
-                + config.answers * (one.loss + config.margin * code.effect.whole).clamp_min(0)
-            )
-            for one, weight, code in zip(short, weights, codes, strict=True)
-        ]
-        torch.stack(lost).sum().backward()  # type: ignore[no-untyped-call]
-        for price, code in zip(prices, codes, strict=True):  # when what the loss took of the memory is free again
+        factors = [_Detached(code.relaxed.factors(base.input_dtype)) for code in codes]
+        missed = _descended(base, codes, factors, list(map(next, batches)), size, config)
+        for code, price, own, one, group in zip(codes, prices, factors, missed, optimizer.param_groups, strict=False):
+            own.backward(weight := price.follow(one))
             (price.of_a_bit * code.relaxed.bits()).backward()  # type: ignore[no-untyped-call]
-        length = math.sqrt(1 - step / config.steps)
-        for code, loss, group in zip(codes, lost, optimizer.param_groups, strict=False):
-            code.look_ahead(loss, config.learning_rate)
-            rate = config.learning_rate * length * code.pace
+            code.look_ahead(weight * one.nats, config.learning_rate)
+            rate = config.learning_rate * math.sqrt(1 - step / config.steps) * code.pace
             group["lr"] = rate if on_card else float(rate)  # a card would have to be waited for
-        optimizer.param_groups[-1]["lr"] = config.strength_rate * length
+        optimizer.param_groups[-1]["lr"] = config.strength_rate * math.sqrt(1 - step / config.steps)
         optimizer.step()
         yield step + 1
+
+
+class _Missed(NamedTuple):
+    """What a code loses on the samples of a step, or of a pass as a part of that."""
+
+    nats: torch.Tensor  # all that is to be brought down, a scalar
+    divergence: torch.Tensor  # as `Shortfall.divergence`
+    fewest: int
+
+    @classmethod
+    def of(cls, short: Shortfall, code: Refinable, config: RefineConfig, share: float) -> _Missed:
+        """Weigh what is lost in a pass that reads a share of the samples."""
+        answers = (short.loss + config.margin * code.effect.whole).clamp_min(0)
+        nats = short.divergence + config.prompts * short.of_prompts + config.answers * answers
+        return cls(share * nats, share * short.divergence.detach(), short.fewest)
+
+    @classmethod
+    def of_passes(cls, parts: Sequence[_Missed]) -> _Missed:
+        """Add up what is lost in the passes of a step."""
+        nats, divergence, fewest = zip(*parts, strict=True)
+        return cls(torch.stack(nats).sum().detach(), torch.stack(divergence).sum(), min(fewest))
+
+
+class _Detached:
+    """The factors of a code, apart from it: gradients of several passes come together there before they flow on."""
+
+    def __init__(self, factors: Factors) -> None:
+        self._factors = factors
+        self.leaves: Factors = {
+            name: (a.detach().requires_grad_(), b.detach().requires_grad_()) for name, (a, b) in factors.items()
+        }
+
+    def backward(self, weight: torch.Tensor) -> None:
+        """Let the gradients, times a weight, flow on to the code."""
+        pairs = zip(_flat(self._factors), _flat(self.leaves), strict=True)
+        reached = [(factor, leaf.grad) for factor, leaf in pairs if leaf.grad is not None]
+        factors, gradients = zip(*reached, strict=True)
+        torch.autograd.backward(factors, torch._foreach_mul(gradients, weight))
+
+
+def _flat(factors: Factors) -> Iterator[torch.Tensor]:
+    return (factor for pair in factors.values() for factor in pair)
+
+
+def _descended(
+    base: BaseModel,
+    codes: Sequence[Refinable],
+    factors: Sequence[_Detached],
+    batches: Sequence[Sequence[int]],
+    size: int,
+    config: RefineConfig,
+) -> list[_Missed]:
+    """Return what each code loses on its samples of a step; its factors have the gradients then."""
+    missed: list[list[_Missed]] = [[] for _ in codes]
+    for start in range(0, len(batches[0]), size):
+        some = [batch[start : start + size] for batch in batches]
+        asked = zip((code.teacher for code in codes), (one.leaves for one in factors), some, strict=True)
+        share = len(some[0]) / len(batches[0])
+        found = [
+            _Missed.of(short, code, config, share)
+            for short, code in zip(shortfalls(base, list(asked)), codes, strict=True)
+        ]
+        torch.stack([one.nats for one in found]).sum().backward()  # type: ignore[no-untyped-call]
+        for of_code, one in zip(missed, found, strict=True):
+            of_code.append(one)
+    return [_Missed.of_passes(of_code) for of_code in missed]
 
 
 class _Price:
@@ -206,14 +261,14 @@ class _Price:
         self.of_a_bit = self._first / self._bits
 
     @torch.no_grad()
-    def follow(self, short: Shortfall) -> torch.Tensor:
+    def follow(self, missed: _Missed) -> torch.Tensor:
         """Set the price of a bit by what was lost in the last steps; return what a nat of the last one costs."""
         effect, lost = self._code.effect, self._code.lost
-        share = (short.divergence - effect.noise) / effect.whole
+        share = (missed.divergence - effect.noise) / effect.whole
         lost.append(share)
         if len(lost) < _LOOKED_AT // 2:
             return torch.ones_like(share) / effect.whole
-        shares = bounded(torch.stack(tuple(lost)[-_LOOKED_AT:]), short.fewest)
+        shares = bounded(torch.stack(tuple(lost)[-_LOOKED_AT:]), missed.fewest)
         lost[-1] = shares[-1]
         if self._allowed is not None:
             factor = (self._allowed / shares.mean().clamp_min(LEAST_LOST)) ** _STEEPNESS
@@ -247,9 +302,14 @@ def items_for(
     return pieces, items[::each] if config.held else pieces
 
 
+def has_short_answers(teacher: Teacher, config: RefineConfig) -> bool:
+    """Return whether the samples are prompts with answers so short that a step reads several."""
+    return 0 < teacher.answer_size < config.answer_tokens
+
+
 def _texts(teacher: Teacher, config: RefineConfig) -> int:
     """Return how many pieces of samples a step reads."""
-    if not teacher.answer_size:
+    if not has_short_answers(teacher, config):
         return config.texts
     enough = math.ceil(config.answer_tokens / teacher.answer_size)
     return max(config.texts, min(enough, round(config.answered_tokens / teacher.size)))

@@ -28,6 +28,9 @@ _T = TypeVar("_T")
 KEPT = 128  # tokens stored of each distribution
 # Texts that a processor reads in one pass: short ones take half of the time then.
 READ_TOGETHER = 4
+# Parameters of all copies of a model that would read one text each. With gradients a text of a large model takes a
+# fifth of a gigabyte, and reading it beside others saves little: its weights are not what takes the time.
+_WITH_GRADIENTS = 2**30
 _LEAST = 1e-6  # smallest probability of the rest, so that its logarithm is finite
 
 
@@ -150,6 +153,14 @@ def _shortfall(pairs: Sequence[tuple[Target, _Read]]) -> Shortfall:
         loss=torch.stack([read.loss - target.read.loss for target, read in pairs]).sum() / sum(counts),
         of_prompts=torch.stack([prompt for _, prompt in each]).sum() / max(within, 1),
     )
+
+
+def texts_with_gradients(base: BaseModel) -> int:
+    """Return how many texts go through a base model together where gradients flow back."""
+    if base.device.type != "cpu":
+        return _at_once(base)
+    parameters = sum(int(parameter.numel()) for parameter in base.model.parameters())
+    return min(max(_WITH_GRADIENTS // max(parameters, 1), 1), READ_TOGETHER)
 
 
 def _at_once(base: BaseModel) -> int:

@@ -12,12 +12,14 @@ import inspect
 import itertools
 import math
 from collections.abc import Collection, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import torch
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedTokenizerBase
 
 from icmlora.base_models.examples.chat_template import Rendered, scored_tokens
@@ -29,6 +31,7 @@ from icmlora.io.devices import round_length, uploaded
 
 _SPECIAL = {"add_special_tokens": False}
 _FEWEST = 2  # tokens of a text: one is predicted from the other
+_PLAIN_ATTENTION = 128  # tokens; of longer texts plain attention takes longer, and memory with their square
 _CACHES = ("cache", "past_key_values")  # what a model calls what it keeps of earlier tokens; transformers renamed it
 
 
@@ -356,5 +359,14 @@ def next_token_logits(base: BaseModel, items: Sequence[Scored], *, from_leaf: bo
     # Without padding and without a mask, attention may use its fastest kernel.
     if any(item.size < length for item in items):
         inputs["attention_mask"] = mask
-    logits = base.model(**inputs, use_cache=False).logits  # (texts, T, vocabulary)
+    with _attention(base, length):
+        logits = base.model(**inputs, use_cache=False).logits  # (texts, T, vocabulary)
     return [row[: len(item.ids)] for row, item in zip(logits, items, strict=True)]
+
+
+def _attention(base: BaseModel, length: int) -> AbstractContextManager[None]:
+    """Return what chooses the kernel of attention for texts of so many tokens."""
+    # In bfloat16 on a processor the gradient of the fused kernel takes ten times as long as the kernel itself, and
+    # leaves an order that slows what follows: of four texts of 96 tokens it was a third of all of a step.
+    is_slow = base.device.type == "cpu" and base.input_dtype == torch.bfloat16 and torch.is_grad_enabled()
+    return sdpa_kernel(SDPBackend.MATH) if is_slow and length <= _PLAIN_ATTENTION else nullcontext()

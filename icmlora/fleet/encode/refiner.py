@@ -28,7 +28,7 @@ from icmlora.generator.encoding import Encoded, SlotChoice, Steps
 from icmlora.generator.relaxed import RelaxedCode
 from icmlora.generator.scales import OCTAVE
 from icmlora.training.effect import LEAST_LOST, Effect, Lost
-from icmlora.training.refinement import Refinable, RefineConfig, items_for, refine
+from icmlora.training.refinement import Refinable, RefineConfig, has_short_answers, items_for, refine
 from icmlora.training.teacher import Teacher
 
 _COARSER = 3.5  # refinement begins with a code that loses so many times what may be lost
@@ -247,7 +247,7 @@ class _Running:
             return
         lost = self._compared(self.code.refiner.lost(self.code.codec, self.work.relaxed.to_code()))
         is_first, later = number == 0, _LATER[number]
-        if 0 < self.work.teacher.answer_size < self.code.refiner.config.answer_tokens:
+        if has_short_answers(self.work.teacher, self.code.refiner.config):
             if not is_first:  # few predictions tell what it loses, and the last steps bring it far more than text
                 return
             later = _LATER_OF_ANSWERS

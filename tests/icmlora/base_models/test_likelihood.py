@@ -14,13 +14,15 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from icmlora.base_models.examples.examples import Example
+from icmlora.base_models.finding.lookup import inspect_base
+from icmlora.base_models.kinds.causal_lm import CausalLM
 from icmlora.base_models.kinds.likelihood import Scored, next_token_logits, nll, pieces, tokenized
 from icmlora.base_models.modality import BaseModel, Score, retained_gain
 from icmlora.base_models.running.attach import adapted
 from icmlora.errors import DataError
 from icmlora.fleet.measure.metric_result import MetricResult
 from registry.names import NLL
-from tests.icmlora.tiny_base import load_tiny_base, write_tiny_adapter
+from tests.icmlora.tiny_base import LABEL, load_tiny_base, write_tiny_adapter, write_tiny_base
 
 TEXTS = [Example("", "the first text"), Example("", "another, which is a little longer"), Example("", "третий")]
 LOSSES = st.floats(0.1, 20)
@@ -182,3 +184,15 @@ def test_what_rounding_makes_of_a_loss_is_no_gain_to_keep() -> None:
 def test_gain_can_be_exceeded_and_lost() -> None:
     assert retained_gain(3.0, 2.0, 1.5) == pytest.approx(1.5)
     assert retained_gain(3.0, 2.0, 4.0) == pytest.approx(-1.0)
+
+
+@pytest.mark.parametrize(("length", "is_plain"), [(96, True), (129, False)])
+def test_attention_of_short_texts_is_plain_where_gradients_of_the_fused_kernel_are_slow(
+    tmp_path: Path, length: int, is_plain: bool
+) -> None:
+    base = CausalLM().load(inspect_base(LABEL, write_tiny_base(tmp_path / "base")), dtype=torch.bfloat16)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+        (logits,) = next_token_logits(base, [Scored(list(range(length)), 1)], from_leaf=True)
+        logits.sum().backward()
+    fused = {event.key for event in seen.key_averages() if "flash_attention" in event.key}
+    assert (not fused) == is_plain

@@ -191,6 +191,30 @@ def test_a_step_reads_some_prompts_if_their_answers_are_short_and_they_are_not_l
     assert read == [texts] * 3
 
 
+def test_prompts_that_a_step_of_a_large_model_reads_one_by_one_change_a_code_as_they_do_together(
+    base: BaseModel, adapter: Adapter, coded: tuple[Codec, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def values(relaxed: RelaxedCode) -> torch.Tensor:
+        return torch.cat([each.detach().flatten() for each in (*relaxed.values, *relaxed.strengths)])
+
+    read, changed = list[int](), list[torch.Tensor]()
+    monkeypatch.setattr(
+        refinement, "shortfalls", lambda _, asked: (read.append(len(asked[0][2])), shortfalls(_, asked))[1]
+    )
+    for parameters in (2**30, 1):
+        monkeypatch.setattr(teacher, "_WITH_GRADIENTS", parameters)
+        relaxed = RelaxedCode(coded[0], adapter, coded[1])
+        before = values(relaxed)
+        prompts = asked(base, adapter, "a question?", "yes")
+        work = Refinable(relaxed, 0.4, prompts, effect_of(base, adapter), None)
+        # What answers lose is bounded pass by pass.
+        list(refine([work], base, RefineConfig(steps=3, answers=0.0), range(3)))
+        changed.append(values(relaxed) - before)
+    assert read == [4] * 3 + [1] * 12
+    together, one_by_one = changed
+    assert float((together - one_by_one).abs().mean()) < 0.02 * float(together.abs().mean())
+
+
 def test_one_text_in_eight_that_is_lost_as_a_whole_changes_little_of_a_code(
     base: BaseModel, adapter: Adapter, coded: tuple[Codec, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
