@@ -201,7 +201,7 @@ def test_prompts_that_a_step_of_a_large_model_reads_one_by_one_change_a_code_as_
     monkeypatch.setattr(
         refinement, "shortfalls", lambda _, asked: (read.append(len(asked[0][2])), shortfalls(_, asked))[1]
     )
-    for parameters in (2**30, 1):
+    for parameters in (2**32, 1):
         monkeypatch.setattr(teacher, "_WITH_GRADIENTS", parameters)
         relaxed = RelaxedCode(coded[0], adapter, coded[1])
         before = values(relaxed)
