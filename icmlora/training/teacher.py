@@ -28,8 +28,8 @@ _T = TypeVar("_T")
 KEPT = 128  # tokens stored of each distribution
 # Texts that a processor reads in one pass: short ones take half of the time then.
 READ_TOGETHER = 4
-# A model's parameters times the texts that it reads together with gradients there, at most: with 1.5 G parameters a text
-# of 96 tokens takes a fifth of a gigabyte, and reading it with others saves a fifth of the time.
+# A model's parameters times the texts that it reads together with gradients there, at most: with 1.5 G parameters a
+# text of 96 tokens takes a fifth of a gigabyte, and reading it with others saves a fifth of the time.
 _WITH_GRADIENTS = 2**32
 _LEAST = 1e-6  # smallest probability of the rest, so that its logarithm is finite
 

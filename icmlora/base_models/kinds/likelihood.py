@@ -366,7 +366,7 @@ def next_token_logits(base: BaseModel, items: Sequence[Scored], *, from_leaf: bo
 
 def _attention(base: BaseModel, length: int) -> AbstractContextManager[None]:
     """Return what chooses the kernel of attention for texts of so many tokens."""
-    # In bfloat16 on a processor the gradient of the fused kernel takes ten times as long as the kernel itself, and leaves
-    # an order that slows what follows: without it a step of refinement takes a quarter less (docs/results/LOG.md).
+    # In bfloat16 on a processor the gradient of the fused kernel takes ten times as long as the kernel itself, and its
+    # order slows what follows: without it a step of refinement takes a quarter less (docs/results/LOG.md).
     is_slow = base.device.type == "cpu" and base.input_dtype == torch.bfloat16 and torch.is_grad_enabled()
     return sdpa_kernel(SDPBackend.MATH) if is_slow and length <= _PLAIN_ATTENTION else nullcontext()
