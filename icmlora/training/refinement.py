@@ -173,13 +173,14 @@ def _refined(
         optimizer.zero_grad()
         factors = [_Detached(code.relaxed.factors(base.input_dtype)) for code in codes]
         missed = _descended(base, codes, factors, list(map(next, batches)), size, config)
+        length = math.sqrt(1 - step / config.steps)
         for code, price, own, one, group in zip(codes, prices, factors, missed, optimizer.param_groups, strict=False):
             own.backward(weight := price.follow(one))
             (price.of_a_bit * code.relaxed.bits()).backward()  # type: ignore[no-untyped-call]
             code.look_ahead(weight * one.nats, config.learning_rate)
-            rate = config.learning_rate * math.sqrt(1 - step / config.steps) * code.pace
+            rate = config.learning_rate * length * code.pace
             group["lr"] = rate if on_card else float(rate)  # a card would have to be waited for
-        optimizer.param_groups[-1]["lr"] = config.strength_rate * math.sqrt(1 - step / config.steps)
+        optimizer.param_groups[-1]["lr"] = config.strength_rate * length
         optimizer.step()
         yield step + 1
 
@@ -235,19 +236,16 @@ def _descended(
     config: RefineConfig,
 ) -> list[_Missed]:
     """Return what each code loses on its samples of a step; its factors have the gradients then."""
-    missed: list[list[_Missed]] = [[] for _ in codes]
+    passes = []
     for start in range(0, len(batches[0]), size):
         some = [batch[start : start + size] for batch in batches]
         asked = zip((code.teacher for code in codes), (one.leaves for one in factors), some, strict=True)
         share = len(some[0]) / len(batches[0])
-        found = [
-            _Missed.of(short, code, config, share)
-            for short, code in zip(shortfalls(base, list(asked)), codes, strict=True)
-        ]
-        torch.stack([one.nats for one in found]).sum().backward()  # type: ignore[no-untyped-call]
-        for of_code, one in zip(missed, found, strict=True):
-            of_code.append(one)
-    return [_Missed.of_passes(of_code) for of_code in missed]
+        pairs = zip(shortfalls(base, list(asked)), codes, strict=True)
+        missed = [_Missed.of(short, code, config, share) for short, code in pairs]
+        torch.stack([one.nats for one in missed]).sum().backward()  # type: ignore[no-untyped-call]
+        passes.append(missed)
+    return [_Missed.of_passes(of_code) for of_code in zip(*passes, strict=True)]
 
 
 class _Price:
