@@ -50,6 +50,9 @@ _MOST_DOUBT = 1.5  # by what factor others again may seem to lose more
 # first ones would take away more than so many times what is lost, were that linear, steps are shorter
 # (docs/results/LOG.md, 2026-11-30).
 _MOST_REACH, _FIRST_STEPS, _NOTHING = 1.2, 8, 1e-9
+# A step reads half as many of several samples after this share of the steps: shorter ones let less noise into a code,
+# and both together take half of the time (docs/results/LOG.md, 2026-12-01).
+_MANY = 0.2
 _STEEPNESS = 3  # power with which a price follows the ratio of what may be lost and what is
 _CHEAPEST, _DEAREST = 16, 8  # factors by which it falls and rises at most
 
@@ -165,7 +168,9 @@ def _refined(
     ]
     on_card = base.device.type != "cpu"
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95), fused=on_card)
-    batches = [_batches(code.teacher, texts, config.seed, steps.start) for code in codes]
+    later = max(config.texts, math.ceil(texts / 2))
+    sizes = [texts if step < _MANY * config.steps else later for step in range(steps.stop)]
+    batches = [_batches(code.teacher, sizes, config.seed, steps.start) for code in codes]
     prices = [_Price(code, config) for code in codes]
     # Several codes share one pass. Of one, no more samples are in memory with what their gradients take than save time.
     size = texts_with_gradients(base) if len(codes) == 1 else texts
@@ -313,20 +318,19 @@ def _texts(teacher: Teacher, config: RefineConfig) -> int:
     return max(config.texts, min(enough, round(config.answered_tokens / teacher.size)))
 
 
-def _batches(teacher: Teacher, texts: int, seed: int, start: int) -> Iterator[list[int]]:
+def _batches(teacher: Teacher, sizes: Sequence[int], seed: int, start: int) -> Iterator[list[int]]:
     """Yield the numbers of each step's samples from a step on; the teacher reads those of some steps together."""
-    batches = islice(_drawn(len(teacher), texts, seed), start, None)
-    while True:
-        some = list(islice(batches, READ_TOGETHER))
+    batches = islice(_drawn(len(teacher), sizes, seed), start, None)
+    while some := list(islice(batches, READ_TOGETHER)):
         teacher.targets([number for batch in some for number in batch])
         yield from some
 
 
-def _drawn(count: int, texts: int, seed: int) -> Iterator[list[int]]:
-    """Yield the numbers of each step's samples; every sample is drawn once before any is drawn again."""
+def _drawn(count: int, sizes: Sequence[int], seed: int) -> Iterator[list[int]]:
+    """Yield the numbers of each step's samples, so many; every sample is drawn once before any is drawn again."""
     draw = torch.Generator().manual_seed(seed)
     waiting: list[int] = []
-    while True:
+    for texts in sizes:
         while len(waiting) < texts:
             waiting += torch.randperm(count, generator=draw).tolist()
         batch, waiting = waiting[:texts], waiting[texts:]
