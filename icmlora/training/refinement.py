@@ -50,9 +50,9 @@ _MOST_DOUBT = 1.5  # by what factor others again may seem to lose more
 # first ones would take away more than so many times what is lost, were that linear, steps are shorter
 # (docs/results/LOG.md, 2026-11-30).
 _MOST_REACH, _FIRST_STEPS, _NOTHING = 1.2, 8, 1e-9
-# A step reads half as many of several samples after this share of the steps: shorter ones let less noise into a code,
-# and both together take half of the time (docs/results/LOG.md, 2026-12-01).
-_MANY = 0.2
+# Where a step reads several samples, those after this share of the steps read half as many: they are shorter, so noise
+# gets less far, and a task takes a quarter less time (docs/results/LOG.md, 2026-12-01).
+_FULL = 0.2
 _STEEPNESS = 3  # power with which a price follows the ratio of what may be lost and what is
 _CHEAPEST, _DEAREST = 16, 8  # factors by which it falls and rises at most
 
@@ -169,7 +169,7 @@ def _refined(
     on_card = base.device.type != "cpu"
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95), fused=on_card)
     later = max(config.texts, math.ceil(texts / 2))
-    sizes = [texts if step < _MANY * config.steps else later for step in range(steps.stop)]
+    sizes = [texts if step < _FULL * config.steps else later for step in range(steps.stop)]
     batches = [_batches(code.teacher, sizes, config.seed, steps.start) for code in codes]
     prices = [_Price(code, config) for code in codes]
     # Several codes share one pass. Of one, no more samples are in memory with what their gradients take than save time.
