@@ -311,7 +311,7 @@ def has_short_answers(teacher: Teacher, config: RefineConfig) -> bool:
 
 
 def _texts(teacher: Teacher, config: RefineConfig) -> int:
-    """Return how many pieces of samples a step reads."""
+    """Return how many pieces of samples each of the first steps reads."""
     if not has_short_answers(teacher, config):
         return config.texts
     enough = math.ceil(config.answer_tokens / teacher.answer_size)
