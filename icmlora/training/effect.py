@@ -7,6 +7,8 @@
 It is 1 for the original and 0 for the bare base model, whatever the adapter's size or strength. Unlike the gain on
 held-out text it needs no answers, takes few texts, and is not above 1 by luck. Where texts are prompts with answers,
 the answers count, and an effect of more than half a nat counts as that: then it is below 0 for the bare base model.
+An adapter that is hardly sure of its answers loses many with few nats, so of short ones a code also loses what it makes
+the samples' own less likely, beyond what chance may bring, as a share of half of all: at 0.98 a hundredth of them.
 
 Of one text in some dozens a code may lose all there is, because all later tokens attend to its first one, and the
 smallest change may make them attend to another. A mean over few texts says little then of how precise a code is, so
@@ -19,6 +21,7 @@ adapter that is a hundredth of its whole effect, as much as a code may lose (doc
 
 from __future__ import annotations
 
+import math
 from functools import cached_property
 from typing import NamedTuple
 
@@ -35,7 +38,7 @@ _OUTLIER = 4  # times the median
 _LONG = 32  # predictions of a text at least that may be an outlier
 _LEAST = 1e-6  # nats; an adapter with a smaller effect has none
 # Nats of an effect on answers that count, at most: what goes beyond is how they look, and 2 % of it would be much of
-# what they say (docs/results/LOG.md).
+# what they say. And the share of right answers that counts as all of them (docs/results/LOG.md).
 _MOST_OF_ANSWERS = 0.5
 
 
@@ -52,11 +55,28 @@ def bounded_answers(lost: torch.Tensor) -> torch.Tensor:
     return lost.clamp_max(_OUTLIER * of_others.clamp_min(LEAST_LOST))
 
 
+def share_of_right(less_right: torch.Tensor) -> torch.Tensor:
+    """Return what share of what right answers count is lost where they are so much less likely, on average."""
+    return less_right.mean() / _MOST_OF_ANSWERS
+
+
+def lost_of_right(less_right: torch.Tensor) -> float:
+    """Return that share for some answers (T,), less the standard error of the average; at least 0."""
+    error = less_right.std() / math.sqrt(len(less_right)) if len(less_right) > 1 else 0.0
+    return max(float(share_of_right(less_right - error)), 0.0)
+
+
 class Lost(NamedTuple):
     """The share of an adapter's effect that other factors lose: 0 for the adapter itself, 1 for none."""
 
     of_all: float  # texts
     of_most: float  # but for outliers among them
+    of_right: float = 0.0  # answers, if they are short
+
+    @property
+    def counted(self) -> float:
+        """What tells whether a code keeps its share."""
+        return max(self.of_all, self.of_right)
 
 
 class Effect:
@@ -89,7 +109,7 @@ class Effect:
         of_each = (short.of_each - self.noise) / whole
         if self._teacher.has_prompts and short.fewest < _LONG:
             of_answers = float(bounded_answers(of_each).mean())
-            return Lost(of_all=of_answers, of_most=of_answers)
+            return Lost(of_all=of_answers, of_most=of_answers, of_right=lost_of_right(short.less_right))
         of_most = bounded(of_each, short.fewest).mean()
         return Lost(of_all=(float(short.divergence) - self.noise) / whole, of_most=float(of_most))
 

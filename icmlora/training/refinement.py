@@ -37,7 +37,7 @@ from icmlora.base_models.running.modules import not_matrix
 from icmlora.errors import BaseModelUnsuited, DataError
 from icmlora.generator.relaxed import RelaxedCode
 from icmlora.training.config import REFINE_STEPS
-from icmlora.training.effect import LEAST_LOST, Effect, bounded
+from icmlora.training.effect import LEAST_LOST, Effect, bounded, share_of_right
 from icmlora.training.teacher import READ_TOGETHER, Shortfall, Teacher, shortfalls, texts_with_gradients
 
 WITHOUT_REFINE = "encode it without --refine"  # hint where a code cannot be refined
@@ -103,7 +103,8 @@ class Refinable:
     teacher: Teacher  # of what it is refined on
     effect: Effect  # of the adapter, on other examples
     aim: float | None  # share of the effect that the code should lose, None if it is for another limit
-    lost: deque[torch.Tensor] = field(default_factory=lambda: deque(maxlen=_REMEMBERED))  # shares, of the last steps
+    # What the last steps lost, (2,) each: shares of the effect, and of right answers.
+    lost: deque[torch.Tensor] = field(default_factory=lambda: deque(maxlen=_REMEMBERED))
     optimism: float = 1.0  # how much more is lost of other examples than of those that are read
     # What is lost at each of the first steps, and by how much a step of usual length would lower it, were it linear.
     first: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
@@ -119,7 +120,7 @@ class Refinable:
     def compare(self, elsewhere: float) -> None:
         """Take note of the share that is lost of other examples, which is what counts."""
         if self.lost:
-            here = max(float(torch.stack(tuple(self.lost)).mean()), LEAST_LOST)
+            here = max(float(_worst(torch.stack(tuple(self.lost)))), LEAST_LOST)
             self.optimism = min(max(elsewhere / here, 1.0), _MOST_OPTIMISM)
             self.lost.clear()
 
@@ -195,6 +196,7 @@ class _Missed(NamedTuple):
 
     nats: torch.Tensor  # all that is to be brought down, a scalar
     divergence: torch.Tensor  # as `Shortfall.divergence`
+    less_right: torch.Tensor  # as `Shortfall.less_right`, averaged
     fewest: int
 
     @classmethod
@@ -202,13 +204,15 @@ class _Missed(NamedTuple):
         """Weigh what is lost in a pass that reads a share of the samples."""
         answers = (short.loss + config.margin * code.effect.whole).clamp_min(0)
         nats = short.divergence + config.prompts * short.of_prompts + config.answers * answers
-        return cls(share * nats, share * short.divergence.detach(), short.fewest)
+        divergence, less_right = short.divergence.detach(), short.less_right.detach().mean()
+        return cls(share * nats, share * divergence, share * less_right, short.fewest)
 
     @classmethod
     def of_passes(cls, parts: Sequence[_Missed]) -> _Missed:
         """Add up what is lost in the passes of a step."""
-        nats, divergence, fewest = zip(*parts, strict=True)
-        return cls(torch.stack(nats).sum().detach(), torch.stack(divergence).sum(), min(fewest))
+        nats, divergence, less_right, fewest = zip(*parts, strict=True)
+        total = torch.stack(nats).sum().detach()
+        return cls(total, torch.stack(divergence).sum(), torch.stack(less_right).sum(), min(fewest))
 
 
 class _Detached:
@@ -268,15 +272,21 @@ class _Price:
         """Set the price of a bit by what was lost in the last steps; return what a nat of the last one costs."""
         effect, lost = self._code.effect, self._code.lost
         share = (missed.divergence - effect.noise) / effect.whole
-        lost.append(share)
+        lost.append(torch.stack([share, share_of_right(missed.less_right)]))
         if len(lost) < _LOOKED_AT // 2:
             return torch.ones_like(share) / effect.whole
-        shares = bounded(torch.stack(tuple(lost)[-_LOOKED_AT:]), missed.fewest)
-        lost[-1] = shares[-1]
+        last = torch.stack(tuple(lost)[-_LOOKED_AT:])
+        last[:, 0] = bounded(last[:, 0], missed.fewest)
+        lost[-1] = last[-1]
         if self._allowed is not None:
-            factor = (self._allowed / shares.mean().clamp_min(LEAST_LOST)) ** _STEEPNESS
+            factor = (self._allowed / _worst(last).clamp_min(LEAST_LOST)) ** _STEEPNESS
             self.of_a_bit = self._first * factor.clamp(1 / _CHEAPEST, _DEAREST) / self._bits
-        return torch.where(shares[-1] < share, shares[-1] / share, 1.0) / effect.whole
+        return torch.where(last[-1, 0] < share, last[-1, 0] / share, 1.0) / effect.whole
+
+
+def _worst(lost: torch.Tensor) -> torch.Tensor:
+    """Return what some steps (steps, 2) lost of the effect or of right answers, whichever is more: a scalar."""
+    return lost.mean(dim=0).max()
 
 
 def items_for(

@@ -63,6 +63,7 @@ class Shortfall:
     fewest: int  # predictions of an example
     loss: torch.Tensor  # by how much the examples' loss is larger, averaged over the predictions; negative if smaller
     of_prompts: torch.Tensor  # the divergence averaged over the predictions within prompts, 0 if there are none
+    less_right: torch.Tensor  # by how much less likely each example's own answer is, (examples,); 0 of one without
 
 
 class Teacher:
@@ -152,6 +153,7 @@ def _shortfall(pairs: Sequence[tuple[Target, _Read]]) -> Shortfall:
         fewest=min(counts),
         loss=torch.stack([read.loss - target.read.loss for target, read in pairs]).sum() / sum(counts),
         of_prompts=torch.stack([prompt for _, prompt in each]).sum() / max(within, 1),
+        less_right=torch.stack([_less_right(target, read) for target, read in pairs]),
     )
 
 
@@ -204,3 +206,9 @@ def _nats(target: Target, read: _Read) -> tuple[torch.Tensor, torch.Tensor]:
     if target.counts is None:
         return nats.sum(), nats.new_zeros(())
     return torch.where(target.counts, nats, 0.0).sum(), torch.where(target.counts, 0.0, nats).sum()
+
+
+def _less_right(target: Target, read: _Read) -> torch.Tensor:
+    """Return by how much less likely an example's own answer is as a whole, a scalar; 0 if it answers no prompt."""
+    loss = target.read.loss
+    return loss.new_zeros(()) if target.counts is None else (-loss).exp() - (-read.loss).exp()

@@ -66,7 +66,7 @@ def measured(folder: Path, texts: int, dtype: torch.dtype) -> Iterator[Kept]:
                 task=name,
                 asked=code.asked.keep,
                 on_held_samples=round(code.effect, 4),
-                on_other_text=round(1 - effect.lost(factors_of(codec.decode(data))).of_all, 4),
+                on_other_text=round(1 - effect.lost(factors_of(codec.decode(data))).counted, 4),
                 nats=round(effect.whole, 4),
                 bytes=code.size + sum(store.blobs.size(blob) for blob in blobs),
                 bf16_bytes=2 * sum(shape.parameters for shape in original.layout),

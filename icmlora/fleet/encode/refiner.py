@@ -130,13 +130,13 @@ class Finished:
         if code.share is None:
             return cls(encoded, None, falls_short=False)
         lost = code.refiner.lost(code.codec, encoded.data)
-        return cls(encoded, lost, falls_short=lost.of_all > code.share.most)
+        return cls(encoded, lost, falls_short=lost.counted > code.share.most)
 
     def better(self, other: Finished) -> Finished:
         """Return the one of two that loses less."""
         assert self.lost is not None
         assert other.lost is not None
-        return other if other.lost.of_all < self.lost.of_all else self
+        return other if other.lost.counted < self.lost.counted else self
 
 
 def lost_before(keep: float, beyond: float) -> float:
@@ -263,8 +263,9 @@ class _Running:
 
     def _compared(self, lost: Lost) -> float:
         """Compare what it loses with what it loses of what it is refined on; return its logarithm, base 2."""
-        self.work.compare(lost.of_most)
-        return math.log2(max(lost.of_most, LEAST_LOST))
+        worst = max(lost.of_most, lost.of_right)
+        self.work.compare(worst)
+        return math.log2(max(worst, LEAST_LOST))
 
     def _move(self, share: ForShare, end: float, *, coarser: bool) -> None:
         """Go on at the step where it loses what it should, if it loses 2^end at this one."""

@@ -174,7 +174,7 @@ class CodeSearch:
 
     def done(self, made: Finished) -> tuple[Trial, bool]:
         """Return what was made of a coarse code, and whether it keeps what it is for."""
-        return Trial(made.encoded, effect=None if made.lost is None else 1 - made.lost.of_all), not made.falls_short
+        return Trial(made.encoded, effect=None if made.lost is None else 1 - made.lost.counted), not made.falls_short
 
     def _most_accurate(self, size: int) -> tuple[Trial, bool]:
         min_gain, encoded = self.limits.min_gain, self._plain(self.limits)

@@ -141,10 +141,11 @@ def test_a_share_of_the_effect_is_kept_with_and_without_refining(fleet: Fleet) -
     assert sizes[128] < sizes[0]  # type: ignore[operator]
 
 
+@pytest.mark.parametrize("lost", [Lost(0.5, 0.5), Lost(0.0, 0.0, 0.5)], ids=["effect", "right-answers"])
 def test_what_a_code_misses_of_a_quality_is_recorded_and_no_failure(
-    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch, lost: Lost
 ) -> None:
-    monkeypatch.setattr(Effect, "lost", lambda *_, **__: Lost(of_all=0.5, of_most=0.5))
+    monkeypatch.setattr(Effect, "lost", lambda *_, **__: lost)
     statuses = []
     for options in ({"quality": 4}, {"quality": 4}, {"keep": 0.98}):
         (task,) = fleet.encode(["poems"], refine=1, device="cpu", **options).tasks

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from icmlora.base_models.examples.examples import Example, plain
+from icmlora.base_models.kinds.likelihood import Scored
 from icmlora.base_models.modality import BaseModel
-from icmlora.base_models.running.lora_hooks import Factors, factors_of
+from icmlora.base_models.running.lora_hooks import Factors, added, factors_of
 from icmlora.formats.discovery.folder import load_adapter
-from icmlora.training.effect import Effect, bounded, bounded_answers
+from icmlora.training.effect import Effect, bounded, bounded_answers, lost_of_right
 from icmlora.training.teacher import Teacher, shortfalls
 from tests.icmlora.tiny_base import load_tiny_base, write_tiny_adapter
 
@@ -58,6 +60,38 @@ def test_of_an_effect_on_answers_half_a_nat_counts(base: BaseModel, original: Fa
     assert float(short.divergence) > 0.6
     counted = (float(short.divergence) - effect.noise) / 0.5
     assert (effect.lost({}).of_all, effect.beyond) == pytest.approx((counted, counted), rel=1e-4)
+
+
+def test_what_an_adapter_makes_likely_of_the_right_answers_is_lost_without_it(
+    base: BaseModel, original: Factors
+) -> None:
+    base.model.lm_head.weight.data.mul_(50)  # makes it sure of what it says
+    asked = base.modality.prepare(base, [Example(f"question {number}? ", "yes") for number in range(4)], 64, whole=True)
+
+    def said(items: list[Any]) -> torch.Tensor:  # (items, vocabulary): how likely each last token is
+        return torch.stack([row[-2] for row in base.modality.logits(base, items)]).softmax(dim=-1)
+
+    with added(base.model, original):
+        likeliest = said(asked).max(dim=-1)
+    answered = [
+        Scored([*item.ids[:-1], int(token)], 1, answers=frozenset({item.size - 1}))
+        for item, token in zip(asked, likeliest.indices, strict=True)
+    ]
+    less = likeliest.values - said(asked).gather(1, likeliest.indices[:, None])[:, 0]
+    effect = Effect(Teacher(base, original, answered))
+    assert effect.lost(original).counted == pytest.approx(0, abs=1e-3)
+    assert effect.lost({}).of_right == pytest.approx(lost_of_right(less), abs=1e-4)
+    assert float(less.mean()) > 0.3
+
+
+def test_right_answers_are_lost_beyond_the_error_of_their_mean() -> None:
+    assert lost_of_right(torch.tensor([0.02, 0.04, 0.02, 0.04])) == pytest.approx((0.03 - 0.01155 / 2) / 0.5, abs=1e-4)
+    assert lost_of_right(torch.tensor([0.05, -0.03, 0.05, -0.05])) == 0
+    assert lost_of_right(torch.tensor([0.01])) == pytest.approx(0.02)
+
+
+def test_a_text_without_a_prompt_has_no_right_answer(effect: Effect) -> None:
+    assert effect.lost({}).of_right == 0
 
 
 def test_a_weaker_adapter_keeps_a_part_of_it(effect: Effect, original: Factors) -> None:

@@ -228,13 +228,26 @@ def test_one_text_in_eight_that_is_lost_as_a_whole_changes_little_of_a_code(
         read.append(1)
         factor = 1000.0 if len(read) % 8 == 0 else 1.0
         return [
-            Shortfall(factor * short.divergence, short.of_each, 40, factor * short.loss, short.of_prompts)
+            replace(short, divergence=factor * short.divergence, loss=factor * short.loss, fewest=40)
             for short in shortfalls(base, asked)
         ]
 
     usual = len(refined(base, adapter, coded, config, aim=0.4))
     monkeypatch.setattr(refinement, "shortfalls", shortfalls_with_one_lost)
     assert len(refined(base, adapter, coded, config, aim=0.4)) == pytest.approx(usual, rel=0.08)
+
+
+def test_a_code_whose_right_answers_get_less_likely_takes_more_bytes(
+    base: BaseModel, adapter: Adapter, coded: tuple[Codec, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = RefineConfig(steps=40, learning_rate=0.05)
+
+    def shortfalls_of_right_answers(base: BaseModel, asked: list[Any]) -> list[Shortfall]:
+        return [replace(short, less_right=short.less_right + 0.9) for short in shortfalls(base, asked)]
+
+    usual = len(refined(base, adapter, coded, config, aim=0.9))
+    monkeypatch.setattr(refinement, "shortfalls", shortfalls_of_right_answers)
+    assert len(refined(base, adapter, coded, config, aim=0.9)) > 1.1 * usual
 
 
 @pytest.mark.slow
