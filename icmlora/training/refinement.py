@@ -13,10 +13,10 @@ soon as good as its adapter, and on other text not yet, hence the margin (docs/r
 
 The base model is frozen. Refinement brings back what coarse rounding lost of an adapter's function, at fewer bits: the
 second term lets values round to zero where that does no harm. Both terms are free of scale. What a code loses of the
-adapter's effect sets the price: it rises while that is less than what may be lost, and falls while it is more. Where a
-code was found to lose more of other examples, less may be lost of those that it reads. For a code whose limit is
-another, the price stays, and is lower for a smaller error at the start, because an accurate code gets less function for
-each further bit. The refined code decodes like any other and needs no base model for that.
+adapter's effect, or of its right answers, sets the price: it rises while that is less than what may be lost, and falls
+while it is more. Where a code was found to lose more of other examples, less may be lost of those that it reads. For a
+code whose limit is another, the price stays, and is lower for a smaller error at the start, because an accurate code
+gets less function for each further bit. The refined code decodes like any other and needs no base model for that.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A process that has imported everything and forks a child per command line, so that a run to be killed starts at once.
+"""A process that has imported what takes long and forks a child per command line: a run to be killed starts at once.
 
     stdin   {"argv": [...], "env": {...}, "out": FILE, "sabotage": NAME or null}     one JSON line per run
             an empty line: wait for the one that began last
@@ -117,7 +117,10 @@ def _child(order: dict[str, Any]) -> None:
 
 
 def _serve() -> None:
-    import transformers  # noqa: F401
+    # What takes seconds: PEFT, a model, and torch's compiler, which every optimizer imports.
+    import peft.tuners.lora  # noqa: F401
+    import torch._dynamo  # noqa: F401
+    import transformers.models.llama.modeling_llama  # noqa: F401
 
     from icmlora.fleet.bundles import import_ as importing
     from icmlora.fleet.ingest import files as ingest_files

@@ -259,13 +259,13 @@ class _Running:
         """Go on at the step at which a code that falls short would not."""
         assert self.code.share is not None
         assert made.lost is not None
-        self._move(self.code.share, self._compared(made.lost), coarser=False)
+        lost = max(self._compared(made.lost), math.log2(max(made.lost.of_right, LEAST_LOST)))
+        self._move(self.code.share, lost, coarser=False)
 
     def _compared(self, lost: Lost) -> float:
         """Compare what it loses with what it loses of what it is refined on; return its logarithm, base 2."""
-        worst = max(lost.of_most, lost.of_right)
-        self.work.compare(worst)
-        return math.log2(max(worst, LEAST_LOST))
+        self.work.compare(max(lost.of_most, lost.of_right))
+        return math.log2(max(lost.of_most, LEAST_LOST))
 
     def _move(self, share: ForShare, end: float, *, coarser: bool) -> None:
         """Go on at the step where it loses what it should, if it loses 2^end at this one."""
