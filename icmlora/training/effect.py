@@ -78,6 +78,11 @@ class Lost(NamedTuple):
         """What tells whether a code keeps its share."""
         return max(self.of_all, self.of_right)
 
+    @property
+    def worst(self) -> float:
+        """The same but for outliers among texts: what tells how much finer a code has to be."""
+        return max(self.of_most, self.of_right)
+
 
 class Effect:
     """The effect of an adapter on the examples of its teacher."""

@@ -173,9 +173,9 @@ def near(share: float, lost: Callable[[int], float], first: int) -> tuple[int, f
 
     Between two steps it grows as a power of the step; beyond those, as it usually does.
     """
-    wanted, step, found = math.log2(max(share, LEAST_LOST)), first, dict[int, float]()
+    wanted, step, found = _octaves(share), first, dict[int, float]()
     while step not in found and len(found) < _MOST_LOOKS:
-        found[step] = math.log2(max(lost(step), LEAST_LOST))
+        found[step] = _octaves(lost(step))
         if abs(found[step] - wanted) <= _NEAR:
             break
         finer = max((step for step in found if found[step] < wanted), default=None)
@@ -245,7 +245,9 @@ class _Running:
         share = self.code.share
         if share is None:
             return
-        lost = self._compared(self.code.refiner.lost(self.code.codec, self.work.relaxed.to_code()))
+        found = self.code.refiner.lost(self.code.codec, self.work.relaxed.to_code())
+        self.work.compare(found.worst)
+        lost = _octaves(found.of_most)
         is_first, later = number == 0, _LATER[number]
         if has_short_answers(self.work.teacher, self.code.refiner.config):
             if not is_first:  # few predictions tell what it loses, and the last steps bring it far more than text
@@ -259,13 +261,8 @@ class _Running:
         """Go on at the step at which a code that falls short would not."""
         assert self.code.share is not None
         assert made.lost is not None
-        lost = max(self._compared(made.lost), math.log2(max(made.lost.of_right, LEAST_LOST)))
-        self._move(self.code.share, lost, coarser=False)
-
-    def _compared(self, lost: Lost) -> float:
-        """Compare what it loses with what it loses of what it is refined on; return its logarithm, base 2."""
-        self.work.compare(max(lost.of_most, lost.of_right))
-        return math.log2(max(lost.of_most, LEAST_LOST))
+        self.work.compare(made.lost.worst)
+        self._move(self.code.share, _octaves(made.lost.worst), coarser=False)
 
     def _move(self, share: ForShare, end: float, *, coarser: bool) -> None:
         """Go on at the step where it loses what it should, if it loses 2^end at this one."""
@@ -285,6 +282,11 @@ class _Running:
 
     def _lost_of_few(self, relaxed: RelaxedCode) -> float:
         return self.code.refiner.lost(self.code.codec, relaxed.to_code(), of_few=True).of_most
+
+
+def _octaves(share: float) -> float:
+    """Return the logarithm, base 2, of a share that is lost."""
+    return math.log2(max(share, LEAST_LOST))
 
 
 def _eighths(octaves: float, power: float, most: int) -> int:
