@@ -52,11 +52,13 @@ def main() -> None:
     make_stores(root, label, base, [fleet.folder(task) for task in fleet], qualities)
     kept = [codes(fleet, root / f"{REFINED}{quality}", f"code, quality {quality}") for quality in qualities]
     methods = [originals(fleet, root / "plain-4"), *kept]
-    methods += [baseline(fleet, name) for name in options.alternatives or alternatives(fleet, kept[0].total)]
+    if not options.only_codes:
+        methods += [baseline(fleet, name) for name in options.alternatives or alternatives(fleet, kept[0].total)]
     cache = Cache(work / f"answers-{options.base}.jsonl")
     study = Study(fleet, base, getattr(torch, options.dtype), options.rows, cache)
-    adapted = list(study.run(methods))
-    results = [*study.without_adapters(), *adapted]
+    results = list(study.run(methods))
+    if not options.only_codes:
+        results = [*study.without_adapters(), *results]
     print(table(results), table_of_tasks(results), sep="\n\n")
     written = {
         "date": datetime.now(UTC).date().isoformat(),
@@ -77,6 +79,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--base", choices=("smollm2", "qwen"), default="smollm2", help="whose adapters are measured")
     parser.add_argument("--quality", default="4,2,6", help="of the codes, the default of icm first (default 4,2,6)")
     parser.add_argument("--alternatives", type=lambda names: names.split(","), help="baselines instead of the matched")
+    parser.add_argument("--only-codes", action="store_true", help="compare codes with originals, and nothing else")
     parser.add_argument("--rows", type=int, default=200, help="held-out rows of a task at most (default 200)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the base model")
     parser.add_argument("--out", type=Path, help="JSON file to write (default: results/answers-BASE.json)")
