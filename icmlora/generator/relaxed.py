@@ -97,7 +97,9 @@ class RelaxedCode:
     def go_on_from(self, other: RelaxedCode) -> None:
         """Take the values of the same adapter's code at another step, in the slots that both have.
 
-        Of the strengths, take what has changed since that code was opened: what they make up for depends on the step.
+        At a finer step those that it rounds to zero stay as they are: what an optimiser made of them has done nothing
+        there, and would here (docs/results/LOG.md, 2026-12-02). Of the strengths, take what has changed since that code
+        was opened: what they make up for depends on the step.
         """
         ratio = other._step / self._step
         theirs = {part.integers.slots.kind: part for part in other._parts}
@@ -109,7 +111,10 @@ class RelaxedCode:
             pairs = [(row, rows[place]) for row, place in enumerate(part.places) if place in rows]
             here, there = torch.tensor(pairs, dtype=torch.long, device=self._device).view(-1, 2).T
             for values, earlier in zip(part.values, before.values, strict=True):
-                values[here] = earlier[there] * ratio
+                fitted = earlier[there]
+                if ratio > 1:
+                    fitted = torch.where(fitted.round() == 0, values[here] / ratio, fitted)
+                values[here] = fitted * ratio
             began = _octaves(other._opened.head.strengths[part.integers.slots.kind]).to(self._device)
             part.strength.add_(before.strength - began)
             part.boost.copy_(before.boost)

@@ -120,6 +120,25 @@ def test_steps_towards_answers_keep_their_length(base: BaseModel, adapter: Adapt
 
 
 @pytest.mark.slow
+def test_a_code_ends_near_the_average_of_its_last_steps_unless_more_follow(
+    base: BaseModel, adapter: Adapter, coded: tuple[Codec, bytes]
+) -> None:
+    relaxed = RelaxedCode(coded[0], adapter, coded[1])
+    work = [Refinable(relaxed, 0.4, teacher_of(base, adapter), effect_of(base, adapter), None)]
+
+    def now() -> torch.Tensor:
+        return torch.cat([values.detach().flatten() for values in relaxed.values])
+
+    def steps(which: range) -> list[torch.Tensor]:
+        return [now() for _ in refine(work, base, CONFIG, which)]
+
+    first = steps(range(10))
+    assert torch.equal(now(), first[-1])
+    last = steps(range(10, CONFIG.steps))
+    average = torch.stack(last[-5:]).mean(dim=0)
+    assert (now() - average).norm() < (last[-1] - average).norm() / 2
+
+
 def test_a_higher_price_gives_a_smaller_code(base: BaseModel, adapter: Adapter, coded: tuple[Codec, bytes]) -> None:
     sizes = [len(refined(base, adapter, coded, replace(CONFIG, price=price))) for price in (0.0, 3.0)]
     assert sizes[1] < sizes[0]
@@ -142,9 +161,9 @@ def test_a_code_that_loses_more_of_other_examples_ends_larger(
     for elsewhere in (0.0, 1.0):
         relaxed = RelaxedCode(coded[0], adapter, coded[1])
         work = Refinable(relaxed, 0.4, teacher_of(base, adapter), effect_of(base, adapter), 0.4)
-        list(refine([work], base, config, range(80)))
+        list(refine([work], base, config, range(40)))
         work.compare(elsewhere)
-        list(refine([work], base, config, range(80, 160)))
+        list(refine([work], base, config, range(40, 160)))
         sizes.append(len(relaxed.to_code()))
     assert sizes[1] > 1.05 * sizes[0]
 
@@ -240,7 +259,7 @@ def test_one_text_in_eight_that_is_lost_as_a_whole_changes_little_of_a_code(
 def test_a_code_whose_right_answers_get_less_likely_takes_more_bytes(
     base: BaseModel, adapter: Adapter, coded: tuple[Codec, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = RefineConfig(steps=40, learning_rate=0.05)
+    config = RefineConfig(steps=80, learning_rate=0.05)
 
     def shortfalls_of_right_answers(base: BaseModel, asked: list[Any]) -> list[Shortfall]:
         return [replace(short, less_right=short.less_right + 0.9) for short in shortfalls(base, asked)]
