@@ -94,12 +94,12 @@ class RelaxedCode:
         return [factor for part in self._parts for factor in (part.strength, part.boost)]
 
     @torch.no_grad()
-    def go_on_from(self, other: RelaxedCode) -> None:
+    def go_on_from(self, other: RelaxedCode, *, anew: bool) -> None:
         """Take the values of the same adapter's code at another step, in the slots that both have.
 
-        At a finer step those that it rounds to zero stay as they are: what an optimiser made of them has done nothing
-        there, and would here (docs/results/LOG.md, 2026-12-02). Of the strengths, take what has changed since that code
-        was opened: what they make up for depends on the step.
+        If `anew`, those that it rounds to zero stay as they are: what an optimiser made of them has done nothing there,
+        and would at a finer step. Of the strengths, take what has changed since that code was opened: what they make up
+        for depends on the step.
         """
         ratio = other._step / self._step
         theirs = {part.integers.slots.kind: part for part in other._parts}
@@ -112,7 +112,7 @@ class RelaxedCode:
             here, there = torch.tensor(pairs, dtype=torch.long, device=self._device).view(-1, 2).T
             for values, earlier in zip(part.values, before.values, strict=True):
                 fitted = earlier[there]
-                if ratio > 1:
+                if anew:
                     fitted = torch.where(fitted.round() == 0, values[here] / ratio, fitted)
                 values[here] = fitted * ratio
             began = _octaves(other._opened.head.strengths[part.integers.slots.kind]).to(self._device)

@@ -53,8 +53,9 @@ _MOST_REACH, _FIRST_STEPS, _NOTHING = 1.2, 8, 1e-9
 # Where a step reads several samples, those after this share of the steps read half as many: they are shorter, so noise
 # gets less far, and a task takes a quarter less time (docs/results/LOG.md, 2026-12-01).
 _FULL = 0.2
-# A code ends as the average of its values over about the last steps, so many of all: what the samples of the very last
-# ones ask for differs, most of all where their answers are short (docs/results/LOG.md, 2026-12-02).
+# Where answers are short, a code ends as the average of its values over about the last steps, so many of all: what the
+# samples of the very last ones ask for differs. Codes of text would lose some of their gain by it
+# (docs/results/LOG.md, 2026-12-02).
 _AVERAGED = 1 / 8
 _STEEPNESS = 3  # power with which a price follows the ratio of what may be lost and what is
 _CHEAPEST, _DEAREST = 16, 8  # factors by which it falls and rises at most
@@ -172,7 +173,7 @@ def _refined(
     ]
     on_card = base.device.type != "cpu"
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95), fused=on_card)
-    average = _Average([parameter for group in groups for parameter in group["params"]], config.steps)
+    averages = [_Average(code.relaxed, config.steps) for code in codes if has_short_answers(code.teacher, config)]
     later = max(config.texts, math.ceil(texts / 2))
     sizes = [texts if step < _FULL * config.steps else later for step in range(steps.stop)]
     batches = [_batches(code.teacher, sizes, config.seed, steps.start) for code in codes]
@@ -192,18 +193,21 @@ def _refined(
             group["lr"] = rate if on_card else float(rate)  # a card would have to be waited for
         optimizer.param_groups[-1]["lr"] = config.strength_rate * length
         optimizer.step()
-        average.follow()
+        for average in averages:
+            average.follow()
         yield step + 1
     if steps.stop == config.steps:
-        average.take()
+        for average in averages:
+            average.take()
 
 
 class _Average:
-    """The average of parameters over about the last steps."""
+    """The average of a code's parameters over about the last steps."""
 
-    def __init__(self, parameters: list[torch.Tensor], steps: int) -> None:
-        self._parameters, self._weight = parameters, min(1 / (_AVERAGED * steps), 1.0)
-        self._means = [parameter.detach().clone() for parameter in parameters]
+    def __init__(self, code: RelaxedCode, steps: int) -> None:
+        self._parameters: list[torch.Tensor] = [*code.values, *code.strengths]
+        self._weight = min(1 / (_AVERAGED * steps), 1.0)
+        self._means = [parameter.detach().clone() for parameter in self._parameters]
 
     @torch.no_grad()
     def follow(self) -> None:

@@ -249,7 +249,7 @@ class _Running:
         self.work.compare(found.worst)
         lost = _octaves(found.of_most)
         is_first, later = number == 0, _LATER[number]
-        if has_short_answers(self.work.teacher, self.code.refiner.config):
+        if self._has_short_answers:
             if not is_first:  # few predictions tell what it loses, and the last steps bring it far more than text
                 return
             later = _LATER_OF_ANSWERS
@@ -277,8 +277,13 @@ class _Running:
 
     def _moved(self, share: ForShare, move: int) -> RelaxedCode:
         moved = self.code.relaxed(share.steps.with_slots(self.work.relaxed.step + move, share.slots))
-        moved.go_on_from(self.work.relaxed)
+        # Codes of text keep no more of the gain so (docs/results/LOG.md, 2026-12-02).
+        moved.go_on_from(self.work.relaxed, anew=move < 0 and self._has_short_answers)
         return moved
+
+    @property
+    def _has_short_answers(self) -> bool:
+        return has_short_answers(self.work.teacher, self.code.refiner.config)
 
     def _lost_of_few(self, relaxed: RelaxedCode) -> float:
         return self.code.refiner.lost(self.code.codec, relaxed.to_code(), of_few=True).of_most

@@ -164,30 +164,26 @@ def test_a_code_takes_no_values_of_a_code_with_other_slots() -> None:
 
     code = of_layer(0)
     before = [values.clone() for values in code.values]
-    code.go_on_from(of_layer(1))
+    code.go_on_from(of_layer(1), anew=False)
     assert all(map(torch.equal, before, code.values))
 
 
-@pytest.mark.parametrize("is_finer", [True, False], ids=["a finer step", "a coarser step"])
-def test_a_code_takes_what_another_step_has_fitted_but_at_a_finer_one_not_what_that_rounds_to_zero(
-    *, is_finer: bool
-) -> None:
+@pytest.mark.parametrize("anew", [True, False])
+def test_a_code_takes_what_another_step_has_fitted_but_if_anew_not_what_that_rounds_to_zero(*, anew: bool) -> None:
     under, adapter = codec(), mixed_fleet().load(0, None)
-    first, second = (0.3, 0.1) if is_finer else (0.1, 0.3)
-    fitted, code, untouched = (
+    coarse, fine, untouched = (
         RelaxedCode(under, adapter, under.encode(adapter, make_vectors(0), limits=Limits(tolerance=tolerance)).data)
-        for tolerance in (first, second, second)
+        for tolerance in (0.3, 0.1, 0.1)
     )
     with torch.no_grad():
-        for values in fitted.values:
+        for values in coarse.values:
             values.copy_(torch.where(values.round() == 0, 0.4, values))
-    code.go_on_from(fitted)
-    ratio = 2.0 ** ((fitted.step - code.step) / 8)
-    assert (ratio > 1) == is_finer
-    compared = 0
-    for values, before, earlier in zip(code.values, untouched.values, fitted.values, strict=True):
+    fine.go_on_from(coarse, anew=anew)
+    ratio, compared = 2.0 ** ((coarse.step - fine.step) / 8), 0
+    assert ratio > 1
+    for values, before, earlier in zip(fine.values, untouched.values, coarse.values, strict=True):
         if values.shape == earlier.shape:
-            stays = (earlier.round() == 0) & is_finer
+            stays = (earlier.round() == 0) & anew
             assert torch.allclose(values, torch.where(stays, before, earlier * ratio))
             compared += values.numel()
     assert compared > 0
