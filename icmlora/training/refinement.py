@@ -173,7 +173,8 @@ def _refined(
     ]
     on_card = base.device.type != "cpu"
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95), fused=on_card)
-    averages = [_Average(code.relaxed, config.steps) for code in codes if has_short_answers(code.teacher, config)]
+    ending = [code for code in codes if steps.stop == config.steps and has_short_answers(code.teacher, config)]
+    averages = [_Average(code.relaxed, config.steps) for code in ending]
     later = max(config.texts, math.ceil(texts / 2))
     sizes = [texts if step < _FULL * config.steps else later for step in range(steps.stop)]
     batches = [_batches(code.teacher, sizes, config.seed, steps.start) for code in codes]
@@ -196,9 +197,8 @@ def _refined(
         for average in averages:
             average.follow()
         yield step + 1
-    if steps.stop == config.steps:
-        for average in averages:
-            average.take()
+    for average in averages:
+        average.take()
 
 
 class _Average:
