@@ -233,7 +233,7 @@ class _Missed(NamedTuple):
         """Weigh what is lost in a pass that reads a share of the samples."""
         answers = (short.loss + config.margin * code.effect.whole).clamp_min(0)
         nats = short.divergence + config.prompts * short.of_prompts + config.answers * answers
-        divergence, less_right = short.divergence.detach(), short.less_right.detach().mean()
+        divergence, less_right = short.divergence.detach(), short.less_right.mean()
         return cls(share * nats, share * divergence, share * less_right, short.fewest)
 
     @classmethod

@@ -63,7 +63,8 @@ class Shortfall:
     fewest: int  # predictions of an example
     loss: torch.Tensor  # by how much the examples' loss is larger, averaged over the predictions; negative if smaller
     of_prompts: torch.Tensor  # the divergence averaged over the predictions within prompts, 0 if there are none
-    less_right: torch.Tensor  # by how much less likely each example's own answer is, (examples,); 0 of one without
+    # By how much less likely each example's own answer is, (examples,), without gradients; 0 of one without an answer.
+    less_right: torch.Tensor
 
 
 class Teacher:
@@ -211,4 +212,4 @@ def _nats(target: Target, read: _Read) -> tuple[torch.Tensor, torch.Tensor]:
 def _less_right(target: Target, read: _Read) -> torch.Tensor:
     """Return by how much less likely an example's own answer is as a whole, a scalar; 0 if it answers no prompt."""
     loss = target.read.loss
-    return loss.new_zeros(()) if target.counts is None else (-loss).exp() - (-read.loss).exp()
+    return loss.new_zeros(()) if target.counts is None else (-loss).exp() - (-read.loss.detach()).exp()
