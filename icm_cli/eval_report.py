@@ -6,7 +6,7 @@ import math
 from functools import partial
 from typing import TYPE_CHECKING
 
-from icm_cli.failures import tell_failure, tell_left_out
+from icm_cli.failures import print_failure, print_skipped
 from icm_cli.output import Field
 from icm_cli.session import Session
 from icm_cli.text import SOURCES, errors_json, figure
@@ -64,7 +64,7 @@ def sum_up(session: Session, report: EvaluateReport) -> None:
         session.out.note(note)
     if said := measured_in(task.precision for task in report.tasks):
         session.out.note(f"measured on the base model in{said}")
-    tell_left_out(session.out, report.left_out, "not measured")
+    print_skipped(session.out, report.left_out, "no measurements")
 
 
 def _print_table(session: Session, tasks: list[TaskEvaluated], shown: list[Rung], with_gain: list[Rung]) -> None:
@@ -103,7 +103,7 @@ def tell_measured(session: Session, event: Event) -> None:
     """Report one task that is measured, or that failed."""
     from icmlora.fleet.measure.evaluate import TaskEvaluated
 
-    tell_failure(session, event)
+    print_failure(session, event)
     if isinstance(event, TaskEvaluated):
         rungs, behind = (
             {source: _as_json(result) for source, result in results.items()}

@@ -1,4 +1,4 @@
-"""Tell which tasks and base models something was wrong with, while a command went on with the others."""
+"""Print failed and skipped tasks and base models while a command continues."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ if TYPE_CHECKING:
     from icmlora.fleet.failures import BaseModelLeftOut
 
 
-def tell_failure(session: Session, event: Event) -> None:
-    """Report one task, or one base model, that something is wrong with, while the others go on."""
+def print_failure(session: Session, event: Event) -> None:
+    """Print a warning for a failed task or base model."""
     from icmlora.fleet.context import TaskFailed
     from icmlora.fleet.failures import BaseModelFailed
 
     if not isinstance(event, TaskFailed | BaseModelFailed):
         return
     name = event.task if isinstance(event, TaskFailed) else event.base_model
-    place = {"task": name} if isinstance(event, TaskFailed) else {"base_model": name}
-    session.out.warn(f"{name}: {event.message}", kind=event.kind, **place, hint=event.hint)
+    subject = {"task": name} if isinstance(event, TaskFailed) else {"base_model": name}
+    session.out.warn(f"{name}: {event.message}", kind=event.kind, **subject, hint=event.hint)
     if event.hint is not None:
         session.out.hint(event.hint)
 
 
-def tell_vectors(session: Session, event: Event) -> None:
-    """Report one task whose vectors are stored, or one that failed."""
+def print_vectors_event(session: Session, event: Event) -> None:
+    """Print the result of vector extraction for a task."""
     from icmlora.fleet.vectors.vectors import VectorsExtracted
 
-    tell_failure(session, event)
+    print_failure(session, event)
     if isinstance(event, VectorsExtracted):
         session.out.event("vectors", **asdict(event))
         source = "its samples" if event.source == "samples" else "probe texts"
@@ -42,16 +42,16 @@ def tell_vectors(session: Session, event: Event) -> None:
             session.out.detail(f"{event.task}: {event.skipped}")
 
 
-def tell_left_out(out: Output, left_out: Sequence[BaseModelLeftOut], what: str) -> bool:
-    """Print what was left out, and return whether some of it ought to work.
+def print_skipped(out: Output, skipped: Sequence[BaseModelLeftOut], missing: str) -> bool:
+    """Print base models and their tasks that a command skipped. Return whether any of them should have worked.
 
     Args:
         out: Where to print.
-        left_out: Base models with their tasks.
-        what: What was not done with the tasks, as "not measured".
+        skipped: Base models with their tasks.
+        missing: The missing result, such as "no measurements".
     """
-    for base in left_out:
-        text = left_out_text(base, what)
+    for base in skipped:
+        text = skipped_text(base, missing)
         if base.is_unsuited:
             out.event("left_out", **asdict(base))
             out.note(text)
@@ -60,9 +60,9 @@ def tell_left_out(out: Output, left_out: Sequence[BaseModelLeftOut], what: str) 
         out.warn(text, kind="base_model_left_out", **fields)
         if base.hint is not None:
             out.hint(base.hint)
-    return any(not base.is_unsuited for base in left_out)
+    return any(not base.is_unsuited for base in skipped)
 
 
-def left_out_text(base: BaseModelLeftOut, what: str) -> str:
-    """Say which tasks of a base model were left out, and why."""
-    return f"{what}: {counted(len(base.tasks), 'task')} ({some(base.tasks)}), because {base.reason}"
+def skipped_text(base: BaseModelLeftOut, missing: str) -> str:
+    """Return a line with the skipped tasks of a base model and the reason."""
+    return f"{missing} for {counted(len(base.tasks), 'task')} ({some(base.tasks)}): {base.reason}"

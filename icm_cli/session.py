@@ -1,4 +1,4 @@
-"""Give a command its `Session` (output, settings, the store), and add the global options to it.
+"""Add the global options to a command and pass it a `Session` (output, settings, store).
 
 @command
 def ls(session: Session, limit: ...) -> None:      ->  icm ls [--limit N] [--store ...] [--json] [-q] ...
@@ -23,12 +23,13 @@ from icm_cli.errors import INTERRUPTED, ExitCode, Interrupted, StdoutClosed
 from icm_cli.options import JsonOpt, LockTimeoutOpt, NoProgressOpt, QuietOpt, StoreOpt, VerboseOpt
 from icm_cli.output import Output
 from icmlora.errors import Cancelled
+from icmlora.io.text import counted, some
 
 if TYPE_CHECKING:  # commands without a store, such as --help, do not import the library
     from icmlora.fleet.context import Context, Event
 
 _STOPPING = (signal.SIGINT, signal.SIGTERM)
-"""Ctrl-C, and the signal that batch systems and containers send before they kill."""
+"""Ctrl-C, and the signal that batch systems and containers send before SIGKILL."""
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -36,7 +37,7 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class GlobalOptions:
-    """The global options as given; the field names are the parameter names."""
+    """The global options of one call. Field names are parameter names."""
 
     store: StoreOpt = None
     json: JsonOpt = False
@@ -46,7 +47,7 @@ class GlobalOptions:
     lock_timeout: LockTimeoutOpt = None
 
     def over(self, outer: GlobalOptions) -> GlobalOptions:
-        """Return these options, completed by those given before the command's name."""
+        """Return these options; unset ones come from the options before the command name."""
         return GlobalOptions(
             store=self.store if self.store is not None else outer.store,
             json=self.json or outer.json,
@@ -59,17 +60,17 @@ class GlobalOptions:
 
 @dataclass(frozen=True)
 class Session:
-    """One run of one command."""
+    """A single run of a command."""
 
     out: Output
     settings: Settings
     command: str
-    damaged: set[str] = field(default_factory=set)  # tasks that were left out because their rows are damaged
-    _told: set[str] = field(default_factory=set, init=False)  # what was said while this waited
+    damaged: dict[str, str] = field(default_factory=dict)  # skipped tasks with damaged rows -> reason
+    _shown: set[str] = field(default_factory=set, init=False)  # messages about locks that were already printed
 
     @property
     def context(self) -> Context:
-        """The store, for work that is too short for a progress display."""
+        """The store, for work without a progress display."""
         from icmlora.fleet.context import Context, address_of
 
         store, timeout = address_of(self.settings.store.value), self.settings.lock_timeout.value
@@ -77,7 +78,7 @@ class Session:
 
     @contextmanager
     def working(self, label: str, on_event: Callable[[Event], None] | None = None) -> Iterator[Context]:
-        """Yield the store and display the progress of the work; Ctrl-C stops it after the current step."""
+        """Yield the store and show progress. Ctrl-C stops the work after the current step."""
         with self.listening(label, on_event) as listen:
             yield replace(self.context, on_event=listen)
 
@@ -85,7 +86,7 @@ class Session:
     def listening(
         self, label: str, on_event: Callable[[Event], None] | None = None
     ) -> Iterator[Callable[[Event], None]]:
-        """Yield what a use case calls with its events, and display its progress; Ctrl-C stops it at the next event."""
+        """Yield an event handler for a use case and show progress. Ctrl-C stops the work at the next event."""
         from icmlora.fleet.context import Progress, StageBegun, TaskDamaged, Waiting
 
         with ExitStack() as shown, self._catching_signals() as received:
@@ -96,7 +97,7 @@ class Session:
                 if isinstance(event, Progress):
                     display.update(event.done, event.total, event.note)
                 elif isinstance(event, StageBegun):
-                    shown.close()  # what is printed of the last stage stays above the next display
+                    shown.close()  # lines of the last stage stay above the next display
                     if on_event is not None:
                         on_event(event)
                     display = shown.enter_context(self.out.progress(event.label))
@@ -112,7 +113,7 @@ class Session:
     def run(
         self, label: str, work: Callable[[Context], R], on_event: Callable[[Event], None] | None = None
     ) -> tuple[R, bool]:
-        """Call a use case as in `working`, and return its report and whether the user stopped it."""
+        """Run a use case as in `working`. Return its report and whether the user stopped it."""
         try:
             with self.working(label, on_event) as context:
                 return work(context), False
@@ -122,32 +123,40 @@ class Session:
             return cast(R, stop.report), True
 
     def _hear(self, event: Event) -> None:
-        """Tell what every command tells, once: which tasks are left out as damaged, and who holds a lock."""
+        """Handle the events of all commands: a task with damaged rows, or another process that holds a lock."""
         from icmlora.fleet.context import TaskDamaged, Waiting
 
         if isinstance(event, TaskDamaged) and event.task not in self.damaged:
-            self.damaged.add(event.task)
-            self.out.warn(f"{event.task} is left out: {event.message}", kind="task_damaged", task=event.task)
-        elif isinstance(event, Waiting) and event.text not in self._told:  # it comes once a second
-            self._told.add(event.text)
+            self.damaged[event.task] = event.message
+            if self.out.is_json:
+                self.out.warn(f"skipped {event.task}: {event.message}", kind="task_damaged", task=event.task)
+        elif isinstance(event, Waiting) and event.text not in self._shown:  # the event repeats every second
+            self._shown.add(event.text)
             self.out.note(event.text)
 
+    def warn_damaged(self) -> None:
+        """Print one warning for all skipped tasks with damaged rows. JSON mode has printed a line for each."""
+        if self.damaged and not self.out.is_json:
+            names, reason = list(self.damaged), next(iter(self.damaged.values()))
+            count = "" if len(names) == 1 else f"{counted(len(names), 'damaged task')}: "
+            self.out.warn(f"skipped {count}{some(names, most=3)}: {reason}")
+
     def device(self, flag: str | None) -> str:
-        """Return the device name from the flag, the environment or the configuration."""
+        """Return the device from the flag, the environment or the configuration."""
         return flag if flag is not None else self.settings.device.value
 
     @contextmanager
     def _catching_signals(self) -> Iterator[list[int]]:
         """Yield a list that receives the first Ctrl-C or SIGTERM; the second one raises `KeyboardInterrupt`."""
         received: list[int] = []
-        stderr = sys.stderr  # it is redirected while a model is loaded
+        stderr = sys.stderr  # redirected while a model loads
 
         def receive(number: int, frame: FrameType | None) -> None:
             if received:
                 raise KeyboardInterrupt
             received.append(number)
             with redirect_stderr(stderr):
-                self.out.note("stopping after the current step; press Ctrl-C again to stop at once")
+                self.out.note("stopping after the current step; press Ctrl-C again to stop immediately")
 
         before = {number: signal.signal(number, receive) for number in _STOPPING}
         try:
@@ -165,7 +174,7 @@ def end(
     hint: str = "run the same command to continue",
     code: ExitCode = ExitCode.PARTLY,
 ) -> None:
-    """Exit with another code than 0 if the user stopped a job after some of it, or a part of it could not be done."""
+    """Exit with a non-zero code if the user stopped the command or part of the work failed."""
     if stopped:
         raise Interrupted(f"interrupted; {done}", hint=hint)
     if partly:
@@ -173,7 +182,7 @@ def end(
 
 
 def command(function: Callable[Concatenate[Session, P], None]) -> Callable[..., None]:
-    """Add the global options to a command and give it its `Session`."""
+    """Add the global options to a command and pass it a `Session`."""
     signature = inspect.signature(function, eval_str=True)
     own = list(signature.parameters.values())[1:]
 
@@ -182,15 +191,18 @@ def command(function: Callable[Concatenate[Session, P], None]) -> Callable[..., 
         given = {field.name: values.pop(field.name) for field in fields(GlobalOptions)}
         options = GlobalOptions(**given)  # type: ignore[arg-type]  # Typer has converted them
         options = options.over(ctx.obj)
-        if ctx.invoked_subcommand is not None:  # a group that also works as a command, with a subcommand
+        if ctx.invoked_subcommand is not None:  # a group that is also a command, called with a subcommand
             ctx.obj = options
             return
         session = _start(options, ctx.command_path)
         try:
-            cast(Callable[..., None], function)(session, **values)
-            sys.stdout.flush()
+            try:
+                cast(Callable[..., None], function)(session, **values)
+                sys.stdout.flush()
+            finally:
+                session.warn_damaged()  # also if the command fails
             if session.damaged:
-                session.out.hint("`icm verify` says what is damaged, and what mends it")
+                session.out.hint("run `icm verify` to see what is damaged and how to repair it")
                 raise typer.Exit(ExitCode.DAMAGED)
         except (KeyboardInterrupt, Cancelled) as error:
             raise Interrupted(INTERRUPTED) from error
@@ -207,13 +219,13 @@ def command(function: Callable[Concatenate[Session, P], None]) -> Callable[..., 
 
 
 def _reflowed(text: str) -> str:
-    """Join the lines of each paragraph without indented lines, so that the help fits any terminal."""
+    """Join the lines of each paragraph without indented lines, so that the help fits any width."""
     paragraphs = text.split("\n\n")
     return "\n\n".join(part if "\n " in part else part.replace("\n", " ") for part in paragraphs)
 
 
 def global_parameters() -> list[inspect.Parameter]:
-    """Return the global options as parameters that Typer understands."""
+    """Return the global options as parameters for Typer."""
     own = inspect.signature(GlobalOptions, eval_str=True).parameters.values()
     return [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from textwrap import wrap
 from typing import TYPE_CHECKING, Annotated, Literal, cast
 
-from icm_cli.failures import tell_left_out, tell_vectors
+from icm_cli.failures import print_skipped, print_vectors_event
 from icm_cli.options import DeviceOpt, DryRunOpt, argument, option
 from icm_cli.output import Column, Mode, Output
 from icm_cli.session import Session, command, end
@@ -156,7 +156,7 @@ def _tell_extracted(out: Output, extracted: VectorReport | None) -> bool:
         out.line(f"extracted the vectors of {counted(len(extracted.tasks), 'task')}")
     for note in extracted.notes:
         out.note(note)
-    return tell_left_out(out, extracted.left_out, "no vectors") or bool(extracted.failed)
+    return print_skipped(out, extracted.left_out, "no vectors") or bool(extracted.failed)
 
 
 def _tell(session: Session, problems: list[InputProblem], taken: list[IngestReport], event: Event) -> None:
@@ -183,7 +183,7 @@ def _tell(session: Session, problems: list[InputProblem], taken: list[IngestRepo
         taken.append(cast("IngestReport", event.report))
         _tell_sum(session, taken[0], dry_run=False)
     else:
-        tell_vectors(session, event)
+        print_vectors_event(session, event)
 
 
 def _tell_sum(session: Session, report: IngestReport, *, dry_run: bool) -> None:

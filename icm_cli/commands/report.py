@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from icm_cli.errors import ExitCode
-from icm_cli.failures import left_out_text, tell_failure
+from icm_cli.failures import print_failure, skipped_text
 from icm_cli.options import DeviceOpt, option
 from icm_cli.session import Session, command
 from icm_cli.text import groups_json
@@ -73,7 +73,7 @@ def report(
     """
     from icmlora.fleet.report.report import write_report
 
-    with session.working("report", lambda event: tell_failure(session, event)) as context:
+    with session.working("report", lambda event: print_failure(session, event)) as context:
         done = write_report(
             context,
             output,
@@ -111,7 +111,7 @@ def _tell(session: Session, done: ReportSummary) -> bool:
         if found.distances is not None:
             out.line(f"{found.task}: {_distances_text(found.distances)}")
     for base in done.left_out:
-        text = left_out_text(base, "without outputs")
+        text = skipped_text(base, "no outputs")
         out.warn(text, kind="base_model_left_out", base_model=base.base_model, tasks=list(base.tasks), hint=base.hint)
         if base.hint is not None:
             out.hint(base.hint)

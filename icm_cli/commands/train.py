@@ -1,4 +1,4 @@
-"""`icm train`: train the generator, encode the tasks and measure the codes."""
+"""`icm train`: train the generator, encode the tasks and evaluate the codes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import typer
 
 from icm_cli import encode_report, eval_report
 from icm_cli.errors import ExitCode, Interrupted, UsageProblem
-from icm_cli.failures import tell_failure
+from icm_cli.failures import print_failure
 from icm_cli.options import (
     BaseModelOpt,
     DeviceOpt,
@@ -44,43 +44,41 @@ _MODEL = "Model"
 QualityOpt = Annotated[
     int | None,
     quality_option(
-        f"Default: {config.DEFAULT_QUALITY}, or whatever the current generator uses. In our "
-        "measurements 4 keeps 97 % of the gain, and 6 keeps 98 % with four times the bytes."
+        f"Default: the current generator's, or {config.DEFAULT_QUALITY}. In our measurements 4 keeps 97 % of the "
+        "gain, and 6 keeps 98 % with four times the bytes."
     ),
 ]
 SeedOpt = Annotated[int, option("--seed N", "Seed for all random numbers.")]
 ResumeOpt = Annotated[bool, option("--resume/--no-resume", "Resume an interrupted training.")]
-FreshOpt = Annotated[bool, option("--fresh", "Start from scratch instead of from the current generator.")]
-UpdateOpt = Annotated[bool, option("--update", "Only encode tasks that have no code yet. Other tasks do not change.")]
+FreshOpt = Annotated[bool, option("--fresh", "Train a new generator from scratch.")]
+UpdateOpt = Annotated[bool, option("--update", "Only encode tasks without a code. Existing codes do not change.")]
 RefineOpt = Annotated[
     int | None,
     refine_option(
-        "Then fit each code to what its adapter does, in this many steps, if the base model is on this machine: "
-        f"codes become several times smaller. 0: do not refine. Default: {config.REFINE_STEPS}."
+        "Refine each code for this many steps, so that it does the same as its adapter in a fraction of the bytes. "
+        f"Needs the base model. 0 disables refinement. Default: {config.REFINE_STEPS}."
     ),
 ]
 EvalOpt = Annotated[
-    bool, option("--eval/--no-eval", "Afterwards, measure the codes if the base model is on this machine.")
+    bool, option("--eval/--no-eval", "Evaluate the codes afterwards, if the base model is on this machine.")
 ]
 ErrorOpt = Annotated[
     float | None,
-    loss_option(
-        "--max-error", "Then re-encode to keep this relative error, ||dW' - dW|| / ||dW||, as `icm encode` does."
-    ),
+    loss_option("--max-error", "Encode to at most this relative error, ||dW' - dW|| / ||dW||, without refinement."),
 ]
 KeepOpt = Annotated[
     float | None,
-    keep_option("Then re-encode to keep this share of each adapter's effect, as `icm encode` does."),
+    keep_option("Encode to keep this share of each adapter's effect."),
 ]
 GainOpt = Annotated[
     float | None,
-    gain_option("Then re-encode to keep this retained gain, as `icm encode` does. Needs the base model."),
+    gain_option("Encode to keep this retained gain. Needs the base model and held-out text."),
 ]
 ToleranceOpt = Annotated[
     float | None,
     loss_option(
         "--tolerance",
-        "Largest squared error, weighted by how sensitive each channel is. Default: set by --quality. Most people want "
+        "Largest squared error, weighted by the sensitivity of each channel. Default: set by --quality. Prefer "
         "--max-error.",
         _MODEL,
     ),
@@ -89,7 +87,7 @@ WidthOpt = Annotated[
     int | None,
     option(
         "--width N",
-        "Hidden width of a new generator's decoder. Default: depends on the number of tasks.",
+        "Hidden width of a new decoder. Default: chosen by the number of tasks.",
         panel=_MODEL,
         min=4,
         max=4096,
@@ -99,11 +97,9 @@ StepsOpt = Annotated[
     int | None,
     option(
         "--steps N",
-        f"Adapters to draw; a step sees one, on a card {config.STACKED}. "
-        f"Default: {config.SMALL_STEPS_PER_TASK} per task, at least {config.LEAST_SMALL_STEPS}; "
-        f"from {config.SMALL_FLEET} tasks on {config.STEPS_PER_ADAPTER} per adapter, "
-        f"{config.LEAST_STEPS:,} to {config.MOST_STEPS:,}, but beyond {config.FREE_STEPS} at most "
-        f"one per {config.PARAMETERS_PER_STEP:,} parameters. A card makes at least {config.LEAST_STACKED_STEPS}.",
+        f"Training steps. Default: {config.SMALL_STEPS_PER_TASK} per task, at least {config.LEAST_SMALL_STEPS}; "
+        f"with {config.SMALL_FLEET} tasks or more, {config.STEPS_PER_ADAPTER} per adapter, "
+        f"{config.LEAST_STEPS:,} to {config.MOST_STEPS:,}, and fewer for very small adapters.",
         panel=_MODEL,
         min=1,
     ),
@@ -126,13 +122,11 @@ ObjectiveOpt = Annotated[
     ObjectiveName,
     option(
         "--objective",
-        "bits: train the generator and encode the tasks. functional: train the few-shot start that `icm generate` "
-        "needs; codes do not change. both: one after the other.",
+        "bits trains the generator and encodes the tasks. functional trains the few-shot start for `icm generate` "
+        "and leaves codes unchanged. both does both.",
     ),
 ]
-EpisodesOpt = Annotated[
-    int, option("--episodes N", "Episodes of training for the few-shot start.", panel=_MODEL, min=1)
-]
+EpisodesOpt = Annotated[int, option("--episodes N", "Training episodes of the few-shot start.", panel=_MODEL, min=1)]
 
 _EVENT_EVERY = 10  # steps between two JSON lines
 
@@ -160,18 +154,17 @@ def train(
     episodes: EpisodesOpt = 48,
     workers: WorkersOpt = None,
 ) -> None:
-    """Train one generator per base model on all its tasks, store a code for every task, and measure the codes.
+    """Train a generator per base model, encode every task and evaluate the codes.
 
-    Run the same command again to resume an interrupted training. If there is already a generator, training starts from
-    it and encodes every task again, which needs all originals.
+    Run the same command again to resume an interrupted training. If a generator exists, training continues from it and
+    encodes every task again, which needs all originals.
 
-    After adding tasks, --update encodes only the new ones. It needs no other originals, leaves existing codes as they
-    are, and takes as long as the new tasks take.
+    After adding tasks, use --update. It encodes only the new tasks, needs no other originals and leaves existing codes
+    unchanged.
 
-    Several GPUs or machines train together when torchrun starts icm in one process for each of them. Only training
-    runs on several processes.
+    To train on several GPUs or machines, start icm with torchrun.
 
-    To use `icm generate`, train with --objective both, or with --objective functional later.
+    `icm generate` needs a few-shot start: train it with --objective both, or later with --objective functional.
 
     Example:
       icm train --device cuda
@@ -210,19 +203,17 @@ def train(
         partly = report.is_partial
     if few_shot:
         partly = _train_few_shot(session, where, base_model, episodes, seed) or partly
-    if partly:  # only now: a task that misses a limit must not stop what comes after
+    if partly:  # only now: a task that misses a limit must not stop the later stages
         raise typer.Exit(ExitCode.PARTLY)
 
 
 def _check_options(objective: ObjectiveName, *, update: bool, anew: bool, others: Sequence[float | None]) -> None:
     if update and anew:
-        hint = "`icm train --fresh` trains a new one on all tasks"
-        raise UsageProblem(
-            "--update keeps the current generator, so it cannot be used with --fresh or --width", hint=hint
-        )
+        hint = "run `icm train --fresh` to train a new generator on all tasks"
+        raise UsageProblem("--update keeps the current generator and excludes --fresh and --width", hint=hint)
     if objective == "functional" and (update or anew or any(value is not None for value in others)):
-        fact = "--objective functional does not train the generator, so it cannot be used with options for that"
-        raise UsageProblem(fact, hint="`icm train --objective both` trains both, one after the other")
+        fact = "--objective functional trains no generator and excludes the options for it"
+        raise UsageProblem(fact, hint="run `icm train --objective both` to train both")
 
 
 @dataclass
@@ -235,29 +226,28 @@ class _Printed:
     keep: float | None
     few_shot: bool  # whether a few-shot start is trained next
     is_summed_up: bool = False  # whether the generators are printed
-    encoded: int = 0  # how many encodings are
-    is_explained: bool = False  # whether it is printed what is not measured
+    encoded: int = 0  # number of encodings printed
+    is_explained: bool = False  # whether the reasons for skipped evaluations are printed
 
     @property
     def is_refining(self) -> bool:
-        """Whether codes are refined, without limits."""
+        """Whether codes are refined to the default quality."""
         return self.keep is self.max_error is self.min_gain is None
 
     def tell(self, event: Event) -> None:
-        """Print what an event says."""
+        """Print an event."""
         from icmlora.fleet.context import StageBegun
 
         if isinstance(event, StageBegun):
             self.catch_up(cast("TrainReport | UpdateReport", event.report))
             if event.label == "encode" and self.is_refining and not self.encoded:
-                note = "refining codes where the base model is at hand; Ctrl-C stops that, and the store is complete"
-                self.session.out.note(f"{note} without it")
+                self.session.out.note("refining codes; the store is already complete, so Ctrl-C is safe")
         _tell(self.session, event)
         encode_report.tell_encoded(self.session, event, "refined" if self.is_refining else "task")
         eval_report.tell_measured(self.session, event)
 
     def catch_up(self, report: TrainReport | UpdateReport, *, is_stopped: bool = False) -> None:
-        """Print what was done and is not printed yet."""
+        """Print the finished stages that are not printed yet."""
         from icmlora.fleet.train.train import TrainReport
 
         out = self.session.out
@@ -277,16 +267,16 @@ class _Printed:
         if report.measurable is not None and not self.is_explained:
             self.is_explained = True
             for reason in report.measurable.reasons:
-                out.note(f"not measured: {reason}")
+                out.note(f"not evaluated: {reason}")
             if not report.measurable.tasks and report.measurable.elsewhere:
-                out.hint("`icm eval` measures the codes, with the base model and held-out text")
+                out.hint("run `icm eval` to evaluate the codes; it needs the base model and held-out text")
         if report.evaluated is not None:  # the last stage
             eval_report.sum_up(self.session, report.evaluated)
         if report.measurable is not None and report.evaluate_error is not None:
-            out.warn(f"not measured: {', '.join(report.measurable.tasks)}: {report.evaluate_error}")
+            out.warn(f"not evaluated: {', '.join(report.measurable.tasks)}: {report.evaluate_error}")
 
     def interrupted(self, report: TrainReport | UpdateReport) -> NoReturn:
-        """Say what the stage that the user stopped has left, and how to go on."""
+        """Print the state that an interrupted stage leaves, and how to continue."""
         from icmlora.fleet.train.train import TrainReport
 
         if report.evaluated is not None:
@@ -294,19 +284,19 @@ class _Printed:
             raise Interrupted(f"interrupted; {done}", hint=eval_report.MEASURE_REST)
         if report.encoded:
             done = counted(len(report.encoded[-1].tasks), "task")
-            go_on = "the store is complete without it; `icm encode` refines the rest"
+            hint = "every task has a code; run `icm encode` to refine the rest"
             if not self.is_refining:
-                go_on = "the generator is kept; `icm encode` with the same limits encodes the rest"
-            raise Interrupted(f"interrupted; {done} encoded", hint=go_on)
+                hint = "the generator is stored; run `icm encode` with the same limits to encode the rest"
+            raise Interrupted(f"interrupted; {done} encoded", hint=hint)
         if not isinstance(report, TrainReport):
-            unchanged = "interrupted; base models that are not listed did not change"
+            unchanged = "interrupted; base models not listed above did not change"
             raise Interrupted(unchanged, hint="run the same command again")
         saved = f"saved a training checkpoint at step {report.stopped_at}" if report.stopped_at else "nothing was lost"
-        raise Interrupted(f"interrupted; {saved}", hint="run the same command to continue")
+        raise Interrupted(f"interrupted; {saved}", hint="run the same command again to continue")
 
 
 def _help(session: Session, work: Callable[[Context], TrainReport] | None) -> ExitCode:
-    """Take part in the training of the first process, which prints and does all the rest; None: there is none."""
+    """Run as a non-zero rank: join the training and print nothing. `work=None` does nothing."""
     if work is None:
         return ExitCode.DONE
     quiet = replace(session, out=Output(quiet=True, progress=False))
@@ -318,7 +308,7 @@ def _help(session: Session, work: Callable[[Context], TrainReport] | None) -> Ex
 
 
 def _train_few_shot(session: Session, device: str, base_model: str | None, episodes: int, seed: int) -> bool:
-    """Train the few-shot starts, and return whether a base model failed or a task was left out."""
+    """Train the few-shot starts; return whether a base model failed or a task was skipped."""
     from icmlora.fleet.few_shot.train import train_few_shot
 
     report, stopped = session.run(
@@ -329,7 +319,7 @@ def _train_few_shot(session: Session, device: str, base_model: str | None, episo
     for trained in report.trained:
         _sum_up_few_shot(session, trained)
     if stopped:
-        hint = "`icm train --objective functional` starts the episodes again; generators and codes do not change"
+        hint = "run `icm train --objective functional` to start again; generators and codes did not change"
         raise Interrupted("interrupted; no few-shot start was stored", hint=hint)
     return bool(report.failed) or any(trained.left_out for trained in report.trained)
 
@@ -342,19 +332,20 @@ def _tell(session: Session, event: Event) -> None:
     out = session.out
     if isinstance(event, StepDone):
         if event.at.step % _EVENT_EVERY == 0 or event.at.step == event.at.steps:
-            out.event("step", **{**asdict(event.at), "base_model": event.base_model, "task": event.task})
+            names = {"base_model": event.base_model, "task": event.task, "mean_bits": event.mean_bits}
+            out.event("step", **{**asdict(event.at), **names})
     elif isinstance(event, Resumed):
         out.event("resumed", **asdict(event))
         out.note(f"resuming from step {event.step}")
     elif isinstance(event, Continued):
         out.event("continued", **asdict(event))
-        new = f"{counted(event.new_tasks, 'task')} without a code" if event.new_tasks else "no new tasks"
-        out.note(f"training from generator {event.version} of {event.base_model}: {new}; all tasks are encoded again")
+        new = f"{counted(event.new_tasks, 'new task')}" if event.new_tasks else "no new tasks"
+        out.note(f"continuing from generator {event.version} of {event.base_model}: {new}; encoding every task again")
     elif isinstance(event, StartedOver):
         out.event("started_over", **asdict(event))
-        out.note(f"generator {event.version} of {event.base_model} has an older format: training from scratch")
+        out.note(f"generator {event.version} of {event.base_model} has an older format; training from scratch")
         if event.without_vectors:
-            out.hint("task vectors have a new format too: `icm vectors` makes them again, best before the training")
+            out.hint("task vectors have a new format too; run `icm vectors` before training")
     elif isinstance(event, CodeMade):
         out.event("code", **as_fields(event))
         out.detail(f"{event.task}: code of {human_size(event.size)}, relative error {event.relative_error:.4f}")
@@ -367,7 +358,7 @@ def _tell(session: Session, event: Event) -> None:
 def _tell_few_shot(session: Session, event: Event) -> None:
     from icmlora.fleet.few_shot.train import EpisodeDone, FewShotTrained
 
-    tell_failure(session, event)
+    print_failure(session, event)
     if isinstance(event, EpisodeDone):
         session.out.event("episode", **{**asdict(event.at), "base_model": event.base_model, "task": event.task})
     elif isinstance(event, FewShotTrained):
@@ -377,31 +368,35 @@ def _tell_few_shot(session: Session, event: Event) -> None:
 def _sum_up(session: Session, trained: Trained, *, few_shot: bool) -> None:
     out, metrics = session.out, trained.metrics
     bits = metrics["bits_per_parameter"]
-    loss = "" if bits is None else f"{bits:.3f} bits per parameter after "
+    before = metrics["bits_per_parameter_before"]
+    measured = counted(int(str(metrics["measured_adapters"])), "adapter")
+    fall = "" if bits is None else f"; {before:.3f} to {bits:.3f} bits per parameter over {measured}"
     out.line(
         f"generator {trained.version} of {trained.base_model}: {human_size(trained.generator_size)}; "
         f"{counted(trained.tasks, 'code')}, {human_size(trained.codes_size)} in total"
     )
     out.note(
-        f"{loss}{metrics['steps']} steps; "
-        f"trained in {human_duration(float(str(metrics['fit_seconds'])))} on {metrics['device']}, "
-        f"peak memory {human_size(int(str(metrics['peak_memory'])))}"
+        f"trained {counted(int(str(metrics['steps'])), 'step')} in "
+        f"{human_duration(float(str(metrics['fit_seconds'])))} on {metrics['device']}, "
+        f"peak memory {human_size(int(str(metrics['peak_memory'])))}{fall}"
     )
-    seeds = f"{metrics['initial_a_known']} of {counted(trained.tasks, 'adapter')}"
-    out.note(f"initialisation seed recovered for {seeds} (smaller codes)")
+    if known := int(str(metrics["initial_a_known"])):
+        out.note(f"recovered the initialisation seed of {known} of {counted(trained.tasks, 'adapter')}: smaller codes")
+    else:
+        out.note("recovered no initialisation seeds: codes also store the initial A, and are larger")
     _warn_of(session, trained.left_out)
     if trained.in_older_codes:
         names = ", ".join(trained.in_older_codes)
-        out.warn(f"evicted, so their codes, which have an older format, stay as they are: {names}")
+        out.warn(f"kept codes in an older format, because their originals are evicted: {names}")
         out.hint(WAY_OUT)
     if trained.start_dropped and not few_shot:
-        out.note("the new generator has no few-shot start; the earlier one had one")
-        out.hint("`icm train --objective functional` trains one; codes do not change")
+        out.note("the new generator has no few-shot start; the previous generator had one")
+        out.hint("run `icm train --objective functional` to train one; codes do not change")
 
 
 def _warn_of(session: Session, left_out: Mapping[str, str]) -> None:
     for name, reason in left_out.items():
-        session.out.warn(f"{name} has no code and keeps its original: {reason}")
+        session.out.warn(f"{name} has no code, its original is kept: {reason}")
 
 
 def _sum_up_update(session: Session, updated: Updated) -> None:
@@ -409,27 +404,27 @@ def _sum_up_update(session: Session, updated: Updated) -> None:
     _warn_of(session, updated.left_out)
     if not updated.tasks:
         if not updated.left_out:
-            out.line(f"every task of {updated.base_model} that can have a code has one: nothing to add")
+            out.line(f"nothing to do: every task of {updated.base_model} that can have a code has one")
         return
-    networks = f", {counted(updated.epochs, 'network')}" if updated.epochs > 1 else ""
+    networks = f" with {counted(updated.epochs, 'network')}" if updated.epochs > 1 else ""
     out.line(
         f"generator {updated.version} of {updated.base_model}: {human_size(updated.generator_size)}{networks}; "
         f"{counted(len(updated.tasks), 'new code')}, {human_size(updated.codes_size)} in total"
     )
     if updated.kept_size is not None and updated.tuned_size is not None:
         kept, tuned = human_size(updated.kept_size), human_size(updated.tuned_size)
-        done = "added a tuned network" if "tuned" in updated.added else "kept the network as it is"
-        out.note(f"{done}: new codes take {kept} without tuning, {tuned} with it (tuned network included)")
+        done = "added a tuned network" if "tuned" in updated.added else "kept the network unchanged"
+        out.note(f"{done}: new codes take {kept} without tuning, {tuned} with it, tuned network included")
     if "fresh" in updated.added:
-        out.note("added a network for tasks with modules or ranks that the generator did not cover")
-    out.note(f"took {human_duration(float(str(updated.metrics['update_seconds'])))}; earlier codes did not change")
+        out.note("added a network for modules or ranks that the generator did not cover")
+    out.note(f"took {human_duration(float(str(updated.metrics['update_seconds'])))}; existing codes did not change")
 
 
 def _sum_up_few_shot(session: Session, trained: FewShotTrained) -> None:
     size, tasks = human_size(trained.size), counted(trained.tasks, "task")
     session.out.line(f"few-shot start for {trained.base_model}: {size}, from {tasks}")
-    gain = f"{1 - trained.loss:.2f} of the gain of their own adapters, on samples that were held out"
+    gain = f"{1 - trained.loss:.2f} of the gain of the trained adapters on held-out samples"
     took = f"{counted(trained.episodes, 'episode')} in {human_duration(trained.seconds)}"
-    session.out.note(f"{took}; known tasks reach {gain}{measured_in([trained.precision])}")
+    session.out.note(f"{took}; generated adapters reach {gain}{measured_in([trained.precision])}")
     for name, reason in trained.left_out.items():
-        session.out.warn(f"{name} took no part: {reason}")
+        session.out.warn(f"skipped {name}: {reason}")

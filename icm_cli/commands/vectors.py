@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
-from icm_cli.failures import tell_left_out, tell_vectors
+from icm_cli.failures import print_skipped, print_vectors_event
 from icm_cli.options import DeviceOpt, ShardOpt, SomeTasksArg, WorkersOpt, option
 from icm_cli.session import Session, command, end
 from icmlora.io.text import counted
@@ -40,10 +40,10 @@ def vectors(
         lambda context: extract_vectors(
             context, tasks or (), device=session.device(device), again=again, workers=workers, shard=shard
         ),
-        partial(tell_vectors, session),
+        partial(print_vectors_event, session),
     )
     _tell_end(session, report)
-    partly = tell_left_out(session.out, report.left_out, "no vectors")
+    partly = print_skipped(session.out, report.left_out, "no vectors")
     done = f"{counted(len(report.tasks), 'task')} extracted"
     end(done, stopped=stopped, partly=partly or bool(report.failed), hint="run `icm vectors` to continue")
 

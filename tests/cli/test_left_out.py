@@ -100,7 +100,7 @@ class TestTwoBaseModels:
         ran = icm("vectors", *GOOD, "far", *CPU)
         assert ran.code == ExitCode.PARTLY
         assert "extracted the vectors of 3 tasks" in ran.out
-        assert "no vectors: 1 task (far), because base model 'somewhere/else'" in ran.err
+        assert "no vectors for 1 task (far): base model 'somewhere/else'" in ran.err
         assert "icm base add somewhere/else PATH" in ran.err
 
     def test_without_any_the_command_fails(self, icm: Icm, tmp_path: Path) -> None:
@@ -129,13 +129,13 @@ class TestNotRun:
     @pytest.mark.slow
     def test_it_goes_the_whole_way_and_is_not_measured(self, icm: Icm, bert: Path) -> None:
         ran = icm("ingest", bert, *CPU)
-        reason = "because base model 'tiny/bert' is of a kind that icm does not run"
-        assert (ran.code, f"no vectors: 3 tasks ({some(GOOD)}), {reason}" in ran.err) == (0, True)
+        reason = "base model 'tiny/bert' is of a kind that icm does not run"
+        assert (ran.code, f"no vectors for 3 tasks ({some(GOOD)}): {reason}" in ran.err) == (0, True)
         assert icm("vectors", *CPU).code == 0
         trained = icm("train", *CPU, "--steps", STEPS)
         assert (trained.code, "is of a kind that icm does not run" in trained.err) == (0, True)
         measured = icm("eval", *CPU)
-        assert (measured.code, f"not measured: 3 tasks ({some(GOOD)}), {reason}" in measured.err) == (0, True)
+        assert (measured.code, f"no measurements for 3 tasks ({some(GOOD)}): {reason}" in measured.err) == (0, True)
         kept = icm("evict", "apples", "--min-gain", "0.1", *CPU)
         assert (kept.code, "is of a kind that icm does not run" in kept.out) == (ExitCode.PARTLY, True)
         assert icm("encode", "apples", "--tolerance", "0.5", *CPU).code == 0

@@ -73,7 +73,7 @@ def test_a_task_without_outputs_is_named_and_the_exit_code_says_partly(icm: Icm,
     assert "no held-out text" in reasons["silent"]
     told = icm("report", "-o", page, *chosen, "--max-new-tokens", 2, "--device", "cpu", "--force")
     assert (told.code, "silent: it has no held-out text" in told.err) == (ExitCode.PARTLY, True)
-    assert "without outputs: 1 task (other), because" in told.err
+    assert "no outputs for 1 task (other): " in told.err
 
 
 @pytest.mark.parametrize("options", [("--outputs", "nobody"), ("--max-new-tokens", "0"), ("--prompts", "none.txt")])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sqlite3
 from collections.abc import Callable
 from contextlib import closing
@@ -9,11 +10,15 @@ from pathlib import Path
 
 import pytest
 
+from icm_cli.config import load_settings
 from icm_cli.errors import ExitCode
+from icm_cli.output import Output
+from icm_cli.session import Session
 from tests.cli.conftest import Ran
 
 Icm = Callable[..., Ran]
 ALL = {"poems", "rules", "silent"}
+VERIFY = "hint: run `icm verify` to see what is damaged and how to repair it"
 RULES = "task_id = (SELECT id FROM tasks WHERE name = 'rules')"
 WRONG = {
     "a checkpoint counts as evicted": ("UPDATE adapters SET evicted_at = 0 WHERE step = 10", {"poems"}),
@@ -42,7 +47,7 @@ def test_a_wrong_row_costs_its_task_and_changes_no_other_figure(
         assert connection.execute(statement).rowcount > 0
     ran = icm(*command.split(), "--json")
     assert ran.code == ExitCode.DAMAGED
-    assert {name for name in (*ALL, "a row of no task") if f"{name} is left out: " in ran.err} == tasks
+    assert {name for name in (*ALL, "a row of no task") if f"skipped {name}: " in ran.err} == tasks
     assert listed(ran) == {name: row for name, row in before.items() if name not in tasks}
 
 
@@ -52,7 +57,7 @@ def test_text_that_is_none_costs_its_task_and_no_other(icm: Icm, trained: Path, 
     damage(trained, "UPDATE tasks SET note = CAST(x'ff61' AS TEXT) WHERE name = 'rules'")
     ran = icm(*command.split(), "--json")
     assert ran.code == ExitCode.DAMAGED
-    assert "rules is left out: " in ran.err
+    assert "skipped rules: " in ran.err
     assert listed(ran) == {name: row for name, row in before.items() if name != "rules"}
 
 
@@ -64,6 +69,48 @@ def test_a_limit_looks_at_no_rows_of_others(icm: Icm, trained: Path) -> None:
     damage(trained, "UPDATE tasks SET pinned = 1 WHERE name = 'poems'")
     ran = icm("ls", "--limit", "1", "--json")
     assert (ran.code, list(listed(ran))) == (ExitCode.DAMAGED, ["silent"])
+
+
+@pytest.mark.parametrize(("flags", "hints"), [((), [VERIFY]), (("-q",), [])])
+def test_one_warning_for_all_damaged_tasks(icm: Icm, trained: Path, flags: tuple[str, ...], hints: list[str]) -> None:
+    damage(trained, "UPDATE tasks SET pinned = 1 WHERE name != 'silent'")
+    ran = icm("ls", *flags)
+    warning, *others = ran.err.splitlines()
+    assert ran.code == ExitCode.DAMAGED
+    assert warning.startswith(f"warning: skipped 2 damaged tasks: poems, rules: {trained / 'registry.db'}: row 1 ")
+    assert others == hints
+
+
+def test_the_warning_about_a_single_damaged_task(icm: Icm, trained: Path) -> None:
+    damage(trained, f"UPDATE codes SET dw_error = dw_error / 4 WHERE {RULES}")
+    warning, *others = icm("stats").err.splitlines()
+    assert warning.startswith(f"warning: skipped rules: {trained / 'registry.db'}: row ")
+    assert others == [VERIFY]
+
+
+def test_the_warning_names_three_tasks_and_counts_the_others(capsys: pytest.CaptureFixture[str]) -> None:
+    names = [f"task-{number}" for number in range(12)]
+    session = Session(Output(), load_settings(), "icm ls", damaged=dict.fromkeys(names, "row 7 of tasks is wrong"))
+    session.warn_damaged()
+    warning = "warning: skipped 12 damaged tasks: task-0, task-1, task-2, and 9 more: row 7 of tasks is wrong"
+    assert capsys.readouterr().err.splitlines() == [warning]
+
+
+def test_json_has_a_warning_for_each_damaged_task(icm: Icm, trained: Path) -> None:
+    damage(trained, "UPDATE tasks SET pinned = 1")
+    warnings = [json.loads(line) for line in icm("ls", "--json").err.splitlines()]
+    assert [(line["type"], line["kind"], line["task"]) for line in warnings] == [
+        ("warning", "task_damaged", task) for task in sorted(ALL)
+    ]
+
+
+def test_a_command_that_fails_prints_the_warning_too(icm: Icm, trained: Path) -> None:
+    damage(trained, "UPDATE tasks SET pinned = 1 WHERE name != 'silent'")
+    ran = icm("map")
+    assert ran.code == ExitCode.DAMAGED
+    warning, error = ran.err.splitlines()[:2]
+    assert warning.startswith(f"warning: skipped 2 damaged tasks: poems, rules: {trained / 'registry.db'}: row 1 ")
+    assert error.startswith("error: ")
 
 
 def test_bytes_that_a_wrong_row_refers_to_count_for_no_task(icm: Icm, trained: Path) -> None:
