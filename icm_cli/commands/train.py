@@ -194,9 +194,9 @@ def train(
         printed = _Printed(session, max_error, min_gain, keep, few_shot=few_shot)
         report: TrainReport | UpdateReport
         if update:
-            report, stopped = session.run("update", lambda context: add_tasks(context, **options), printed.tell)
+            report, stopped = session.run("update", lambda context: add_tasks(context, **options), printed.show)
         else:
-            report, stopped = session.run("train", work, printed.tell)
+            report, stopped = session.run("train", work, printed.show)
         printed.catch_up(report, is_stopped=stopped)
         if stopped:
             printed.interrupted(report)
@@ -234,7 +234,7 @@ class _Printed:
         """Whether codes are refined to the default quality."""
         return self.keep is self.max_error is self.min_gain is None
 
-    def tell(self, event: Event) -> None:
+    def show(self, event: Event) -> None:
         """Print an event."""
         from icmlora.fleet.context import StageBegun
 
@@ -242,7 +242,7 @@ class _Printed:
             self.catch_up(cast("TrainReport | UpdateReport", event.report))
             if event.label == "encode" and self.is_refining and not self.encoded:
                 self.session.out.note("refining codes; the store is already complete, so Ctrl-C is safe")
-        _tell(self.session, event)
+        _print_event(self.session, event)
         encode_report.tell_encoded(self.session, event, "refined" if self.is_refining else "task")
         eval_report.tell_measured(self.session, event)
 
@@ -314,7 +314,7 @@ def _train_few_shot(session: Session, device: str, base_model: str | None, episo
     report, stopped = session.run(
         "episodes",
         lambda context: train_few_shot(context, device=device, base_model=base_model, episodes=episodes, seed=seed),
-        partial(_tell_few_shot, session),
+        partial(_print_few_shot, session),
     )
     for trained in report.trained:
         _sum_up_few_shot(session, trained)
@@ -324,7 +324,7 @@ def _train_few_shot(session: Session, device: str, base_model: str | None, episo
     return bool(report.failed) or any(trained.left_out for trained in report.trained)
 
 
-def _tell(session: Session, event: Event) -> None:
+def _print_event(session: Session, event: Event) -> None:
     from icmlora.fleet.train.run import StepDone
     from icmlora.fleet.train.train import CodeMade, Continued, Resumed, StartedOver, Trained
     from icmlora.fleet.train.update import Updated
@@ -355,7 +355,7 @@ def _tell(session: Session, event: Event) -> None:
         out.event("updated", **asdict(event))
 
 
-def _tell_few_shot(session: Session, event: Event) -> None:
+def _print_few_shot(session: Session, event: Event) -> None:
     from icmlora.fleet.few_shot.train import EpisodeDone, FewShotTrained
 
     print_failure(session, event)
@@ -383,7 +383,7 @@ def _sum_up(session: Session, trained: Trained, *, few_shot: bool) -> None:
     if known := int(str(metrics["initial_a_known"])):
         out.note(f"recovered the initialisation seed of {known} of {counted(trained.tasks, 'adapter')}: smaller codes")
     else:
-        out.note("recovered no initialisation seeds: codes also store the initial A, and are larger")
+        out.note("recovered no initialisation seeds; codes are larger without them")
     _warn_of(session, trained.left_out)
     if trained.in_older_codes:
         names = ", ".join(trained.in_older_codes)

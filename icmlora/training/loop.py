@@ -44,6 +44,7 @@ _CACHE_BYTES = 512 << 20
 _WHOLE = 1 << 17  # parameters of an adapter that a step sees whole: fewer of them would not make it faster
 _KEPT = 8  # bytes for each parameter: its token, and as much again for an initial A
 _READ_EVERY = 10  # steps on a card after which the loss is read, for which the card has to be waited for
+_PROBED = 8  # tasks whose adapters a probe measures
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,32 @@ def fit(state: TrainState, fleet: AdapterSource, ranks: Ranks = ALONE) -> Iterat
                 bits, latent, norms, tokens = torch.stack(measured).mean(0).tolist()
                 measured.clear()
                 yield TrainStep(state.step, state.config.steps, now.task, bits, latent, norms, tokens, rate)
+
+
+class Probe:
+    """Measure the code length of the same adapters at any step, so that the figures of a run compare.
+
+    The loss of a step does not: adapters differ by half in bits per parameter, and each step draws another one.
+    """
+
+    def __init__(self, state: TrainState, fleet: AdapterSource) -> None:
+        device = next(state.net.parameters()).device
+        adapters, tasks = _Adapters(fleet, state.net), fleet.tasks()
+        self.count = min(tasks, _PROBED)
+        self._objective = Objective(state.net)
+        self._batches = list[Batch]()
+        for task in (number * tasks // self.count for number in range(self.count)):
+            vectors = fleet.vectors(task, 0) if fleet.support_sets(task) else {}
+            adapter = adapters(task, None, random.Random(task))  # noqa: S311 - which modules, not secrets
+            noise = torch.Generator().manual_seed(task)
+            self._batches.append(moved(batched(state.net.config, [adapter], [vectors], [noise]), device))
+
+    def bits(self) -> float:
+        """Return the mean code length under the present network, in bits per parameter."""
+        with one_thread(), torch.no_grad():
+            each = [(self._objective.bits(batch), batch.parameters) for batch in self._batches]
+            means = [((bits.latent + bits.norms + bits.tokens) / parameters).sum() for bits, parameters in each]
+            return float(torch.stack(means).mean())
 
 
 def draws_of(device: torch.device) -> int:

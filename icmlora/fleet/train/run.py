@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import zip_longest
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -32,7 +32,7 @@ from icmlora.generator.sensitivity import Sensitivity, sensitivity_of
 from icmlora.io.devices import gradient_dtype
 from icmlora.training.config import DEFAULT_QUALITY, TrainConfig
 from icmlora.training.initialisation import fresh_network, grown_network
-from icmlora.training.loop import TrainStep, draws_of, fit
+from icmlora.training.loop import Probe, TrainStep, draws_of, fit
 from icmlora.training.ranks import ALONE, Ranks
 from icmlora.training.state import TrainState, new_state, state_from_bytes
 from registry.records import AdapterRecord, RunCode, TrainRunRecord
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from registry.store import Store
 
 _CHECKPOINT_SECONDS = 20.0
+_MEASUREMENTS = 5  # of the mean code length during a training
 # Four times as many take four times as long and give no smaller codes (docs/results/LOG.md).
 _STATISTICS_TOKENS = 2048
 _STATISTICS_TASKS = 64
@@ -51,10 +52,11 @@ _STATISTICS_SAMPLES = 8  # of each task
 
 @dataclass(frozen=True)
 class StepDone(Event):
-    """One optimiser step is done; `at` has the loss in bits per parameter of the adapter of this step."""
+    """One optimiser step is done; `at` has the loss in bits per parameter of the adapter that this step drew."""
 
     base_model: str
     task: str
+    mean_bits: float  # per parameter: the latest measurement of a few adapters, which are the same at every step
     at: TrainStep
 
 
@@ -170,26 +172,39 @@ def options_of(
     )
 
 
+class Fitted(NamedTuple):
+    """Mean code length of the same adapters before and after a training, in bits per parameter."""
+
+    before: float
+    after: float
+    adapters: int
+
+
 def train_network(
     context: Context,
     source: StoreAdapterSource,
     state: TrainState,
     save: Callable[[], None] | None = None,
     ranks: Ranks = ALONE,
-) -> float | None:
-    """Train to the last step and return the mean loss in bits per parameter; None if no step was left.
+) -> Fitted | None:
+    """Train to the last step; return None if no step was left.
 
     Raises:
         GeneratorError: The training diverged.
     """
-    saved, recent = time.monotonic(), None
+    if state.step == state.config.steps:
+        return None
+    probe = Probe(state, source)
+    saved, before = time.monotonic(), probe.bits()
+    after, measured = before, state.step
     try:
         for at in fit(state, source, ranks):
             if not math.isfinite(at.bits):
                 raise GeneratorError(f"training diverged at step {at.step}", hint="train again with a lower --lr")
-            recent = at.bits if recent is None else 0.98 * recent + 0.02 * at.bits
-            context.on_event(StepDone(source.base_model, source.final(at.task).task, at))
-            context.progress(at.step, at.steps, f"{recent:.3f} bits per parameter")
+            if at.step == at.steps or at.step - measured >= at.steps / _MEASUREMENTS:
+                after, measured = probe.bits(), at.step
+            context.on_event(StepDone(source.base_model, source.final(at.task).task, after, at))
+            context.progress(at.step, at.steps, f"{after:.3f} bits per parameter")
             if save is not None and time.monotonic() - saved > _CHECKPOINT_SECONDS:
                 save()
                 saved = time.monotonic()
@@ -197,9 +212,9 @@ def train_network(
         if save is not None:
             save()
         raise
-    if save is not None and recent is not None:
+    if save is not None:
         save()
-    return recent
+    return Fitted(before, after, probe.count)
 
 
 def base_models_with_tasks(store: Store, base_model: str | None) -> list[str]:

@@ -251,9 +251,11 @@ def _train_base(
             new = [row for row in store.tasks.summaries() if row.task.base_model == label and row.code is None]
             context.on_event(Continued(label, previous.version, len(new)))
         share_run(run, source, ranks)
-        loss = train_network(context, source, run.state, run.save, ranks)
+        fitted = train_network(context, source, run.state, run.save, ranks)
         metrics: dict[str, object] = {
-            "bits_per_parameter": loss,
+            "bits_per_parameter": None if fitted is None else fitted.after,
+            "bits_per_parameter_before": None if fitted is None else fitted.before,
+            "measured_adapters": 0 if fitted is None else fitted.adapters,
             "steps": run.state.step,
             "resumed_from": first,
             "processes": ranks.count,
