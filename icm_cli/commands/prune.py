@@ -1,4 +1,4 @@
-"""`icm prune`: delete bytes that no task needs."""
+"""`icm prune`: delete files that no task needs."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ GraceOpt = Annotated[
     str | None,
     option(
         "--grace --older-than AGE",
-        "Delete only files older than this, such as 30m or 7d. Default: 1h, and 24h in an object store.",
+        "Delete only files older than AGE, such as 30m or 7d. Default: 1h, or 24h in an object store.",
     ),
 ]
 
 EmptyOpt = Annotated[
-    bool, option("--empty-quarantine", "Delete what would be set aside too, and what was set aside before.")
+    bool, option("--empty-quarantine", "Delete codes, weights and everything already in quarantine for good.")
 ]
 
 
@@ -33,17 +33,14 @@ def prune(
     dry_run: DryRunOpt = False,
     yes: YesOpt = False,
 ) -> None:
-    """Delete blobs that no task needs and files that interrupted commands left behind.
+    """Delete blobs that no task needs and leftovers of interrupted commands.
 
-    Codes, generators, residuals and weights are not deleted but set aside, in the folder quarantine beside the blobs:
-    should they be missed after all, copy them back. --empty-quarantine deletes them for good. Nothing is deleted while
-    `icm verify` finds the database damaged.
+    Unneeded codes, generators, residuals and weights are moved to the store's quarantine folder, and you can copy them
+    back. --empty-quarantine deletes them for good. Nothing is deleted while the database is damaged.
 
-    Where the bytes are in a place that is shared, it also deletes the originals that `icm evict` could not: they were
-    too young. The codes that replace them are read and compared with their digests just before.
+    In shared storage, it also deletes evicted originals older than --grace, after checking the codes that replace them.
 
-    This changes nothing that `icm ls` shows. Files younger than --grace stay, so a running `icm ingest` is safe
-    even on file systems without locks.
+    Files newer than --grace are kept, so a running `icm ingest` is safe.
 
     Example:
       icm prune --dry-run
@@ -55,12 +52,13 @@ def prune(
     report = prune(context, grace=least, empty_quarantine=empty_quarantine, dry_run=True)
     files = "file" if empty_quarantine else "temporary file"
     what = f"{counted(report.blobs, 'blob')} and {counted(report.temporary_files, files)}"
-    aside = counted(report.set_aside, "file of a code or of weights", "files of codes and weights")
+    moved = counted(report.set_aside, "code or weights file")
     found = bool(report.blobs or report.temporary_files or report.set_aside)
     deleted = False
     question = f"Delete {what} ({human_size(report.freed_bytes)})"
-    question += f" and set {aside} aside ({human_size(report.set_aside_bytes)})?" if report.set_aside else "?"
-    if found and not dry_run and out.confirm(question, yes=yes):
+    if report.set_aside:
+        question += f" and move {moved} ({human_size(report.set_aside_bytes)}) to quarantine"
+    if found and not dry_run and out.confirm(f"{question}?", yes=yes):
         report = prune(context, grace=least, empty_quarantine=empty_quarantine)
         deleted = True
     out.document(
@@ -75,19 +73,20 @@ def prune(
             "young_size": report.young_bytes,
         }
     )
-    verb = "deleted" if deleted else "would delete" if found else "nothing to delete:"
-    out.line(f"{verb} {what}; {human_size(report.freed_bytes)}")
+    if found:
+        out.line(f"{'deleted' if deleted else 'would delete'} {what} ({human_size(report.freed_bytes)})")
+    else:
+        out.line("deleted nothing")
     if report.set_aside:
-        verb = "set" if deleted else "would set"
-        out.line(f"{verb} {aside} aside in quarantine; {human_size(report.set_aside_bytes)}")
-        out.hint("`icm prune --empty-quarantine` deletes them for good")
+        verb = "moved" if deleted else "would move"
+        out.line(f"{verb} {moved} to quarantine ({human_size(report.set_aside_bytes)})")
+        out.hint("run `icm prune --empty-quarantine` to delete them for good")
     if report.young:
-        what = f"{counted(report.young, 'blob')} that no task needs, {human_size(report.young_bytes)}"
-        out.note(f"too young to go: {what}; --grace says how old they have to be")
+        out.note(f"kept {counted(report.young, 'blob')} newer than --grace ({human_size(report.young_bytes)})")
 
 
 def seconds(age: str) -> float:
-    """Return an age such as `90`, `90s`, `30m`, `1h` or `7d` in seconds; raises `UsageProblem` of any other text."""
+    """Return an age such as `90`, `90s`, `30m`, `1h` or `7d` in seconds. Raise `UsageProblem` if it is invalid."""
     match = re.fullmatch(r"(\d{1,9})([smhd]?)", age)
     if match is None:
         raise UsageProblem(f"invalid age {age!r}", hint="use a number and a unit, such as 90s, 30m, 1h or 7d")

@@ -1,4 +1,4 @@
-"""`icm recognize`: say which known task some samples belong to."""
+"""`icm recognize`: find the stored task that matches some samples."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from icmlora.io.text import counted
 SamplesOpt = Annotated[
     Path | None,
     option(
-        "--samples FILE", "Samples as JSON lines, as for `icm generate`. icm reads 32 of them, spread over the file."
+        "--samples FILE", "Samples as JSON lines, as for `icm generate`. Uses 32 of them, spread over the file."
     ),
 ]
 DescriptionOpt = Annotated[
     str | None,
-    option("--description TEXT", "In place of samples: rank tasks by the words of their names, notes, tags and cards."),
+    option("--description TEXT", "Instead of samples: rank tasks by words in their names, notes, tags and cards."),
 ]
 BundleOpt = Annotated[
     Path | None,
     option(
         "--bundle --from FILE",
-        "Compare with the tasks of this bundle instead of the store; --base-model then says where the base "
-        "model is, and --loader what loads it.",
+        "Compare with the tasks of this bundle instead of the store. --base-model is then the path of the base model, "
+        "and --loader the function that loads it.",
     ),
 ]
 LimitOpt = Annotated[int, option("--limit N", "Show at most N tasks.", min=1)]
@@ -47,13 +47,13 @@ def recognize(
     loader: LoaderOpt = None,
     device: DeviceOpt = None,
 ) -> None:
-    """Say which known task some samples belong to, and how probable that is.
+    """Find the stored task that matches some samples.
 
-    icm reads the samples with the base model alone and compares their task vector with those of all known tasks.
-    `none of them` means that the task is new. What counts as near follows from the stored support sets. With --quiet,
-    only the name of the task is printed, and nothing if the task is new.
+    Computes the task vector of the samples with the base model, compares it with the vectors of all stored tasks and
+    prints the probability of each. `none of them` means that the task is new. With --quiet, prints only the name of
+    the task, or nothing if it is new.
 
-    With --description, the base model is not needed, and nothing says whether the task is new.
+    --description needs no base model, but cannot detect a new task.
 
     Example:
       icm recognize --samples queries.jsonl
@@ -62,11 +62,11 @@ def recognize(
     from icm_cli.recognized import recognized
 
     if (samples is None) == (description is None):
-        raise UsageProblem("a task is recognized by samples or by a description", hint="give one of the two")
+        raise UsageProblem("recognition needs samples or a description", hint="use either --samples or --description")
     if samples is None:
         if bundle is not None:
-            raise UsageProblem("--description looks into the store", hint="leave out --from, or give samples")
-        _tell_described(session, str(description), base_model, limit)
+            raise UsageProblem("--description works only with a store", hint="remove --from, or use --samples")
+        _print_described(session, str(description), base_model, limit)
         return
     found = recognized(session, samples, base_model, bundle, loader, device)
     out = session.out
@@ -94,15 +94,15 @@ def recognize(
     rows = sorted([*rows, (found.new, _NONE, "-")], key=lambda row: -row[0])
     out.table(_COLUMNS, [[name, f"{probability:.2f}", distance] for probability, name, distance in rows])
     if found.left_out:
-        out.note(f"{counted(len(found.left_out), 'task')} cannot be compared; --json says why")
+        out.note(f"skipped {counted(len(found.left_out), 'task')}; --json lists the reasons")
     for entry in found.left_out:
         if entry.is_damaged:
             out.warn(f"{entry.task}: {entry.reason}", task=entry.task)
     if found.task is None:
-        out.hint("`icm generate NAME` makes an adapter for a new task")
+        out.hint("run `icm generate NAME` to create an adapter for a new task")
 
 
-def _tell_described(session: Session, description: str, base_model: str | None, limit: int) -> None:
+def _print_described(session: Session, description: str, base_model: str | None, limit: int) -> None:
     from icmlora.fleet.tasks.described import find_described
 
     found, out = find_described(session.context, description, base_model=base_model, limit=limit), session.out
@@ -110,4 +110,4 @@ def _tell_described(session: Session, description: str, base_model: str | None, 
     out.names(one.task for one in found[:1])
     out.table(_DESCRIBED, [[one.task, f"{one.score:.2f}"] for one in found])
     if not found:
-        out.note("no task has any of these words in its name, note, tags or card, or all tasks have them")
+        out.note("found none of these words in a task's name, note, tags or card, or found them in all tasks")

@@ -1,4 +1,4 @@
-"""`icm report`: write the store as one HTML page."""
+"""`icm report`: write an HTML report about the store."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
     from icmlora.fleet.report.pictures import Distances, TaskPictures
     from icmlora.fleet.report.report import ReportSummary
 
-FileOpt = Annotated[Path, option("--output -o FILE", "The page to write.")]
+FileOpt = Annotated[Path, option("--output -o FILE", "HTML file to write.")]
 OutputsOpt = Annotated[
     list[str] | None,
     option(
         "--outputs TASK",
-        "Also show what base model, original and code of this task write or draw. Repeat it for more tasks.",
+        "Also show outputs of the base model, original and code for this task. Repeatable.",
         completes="task",
     ),
 ]
@@ -31,16 +31,16 @@ PromptsOpt = Annotated[
     Path | None,
     option(
         "--prompts FILE",
-        "Prompts for --outputs: one a line, or JSON lines with prompt, text or messages. Default: the beginnings "
-        "of three of the task's own held-out texts; for an image task, the trigger words and tags that its file notes.",
+        "Prompts for --outputs: one per line, or JSON lines with prompt, text or messages. Default: the beginnings of "
+        "three held-out texts of the task or, for an image task, the trigger words and tags in its file.",
     ),
 ]
-TokensOpt = Annotated[int, option("--max-new-tokens N", "Tokens to write for each prompt, at most.", min=1)]
-StepsOpt = Annotated[int, option("--steps N", "Steps of denoising for each picture.", min=1)]
-SeedsOpt = Annotated[int, option("--seeds N", "Pictures of each prompt.", min=1)]
+TokensOpt = Annotated[int, option("--max-new-tokens N", "Maximum number of tokens to generate for each prompt.", min=1)]
+StepsOpt = Annotated[int, option("--steps N", "Denoising steps for each picture.", min=1)]
+SeedsOpt = Annotated[int, option("--seeds N", "Pictures for each prompt.", min=1)]
 SizeOpt = Annotated[
     int | None,
-    option("--image-size N", "Width and height of pictures in pixels. Default: what the pipeline draws.", min=1),
+    option("--image-size N", "Width and height of pictures in pixels. Default: the pipeline's own size.", min=1),
 ]
 ReplaceOpt = Annotated[bool, option("--force -f", "Replace FILE if it exists.")]
 
@@ -58,14 +58,14 @@ def report(
     device: DeviceOpt = None,
     force: ReplaceOpt = False,
 ) -> None:
-    """Write the store as one HTML page to look at, to print or to send: it needs no network and no server.
+    """Write an HTML report about the store.
 
-    The page has the bill of `icm stats`, a table of all tasks to sort and search, the map of `icm map` where tasks have
-    vectors, and a picture of bytes against quality. With --outputs it also shows what the base model writes alone, with
-    the original and with the code of a task, always the most probable next token, and marks where the last two differ.
-    An image task draws instead, with the diffusers pipeline that `icm base add` names; the page says how far the
-    pictures of code and original are apart, and those of two seeds. Only outputs need the base model; a task without
-    outputs is named, and the exit code is then 3. The same store and options give the same bytes.
+    The report is a single file that works offline: the figures of `icm stats`, a searchable table of all tasks, the map
+    of `icm map` and a chart of size against quality.
+
+    --outputs compares text generated with greedy decoding by the base model alone, with the original and with the code,
+    and marks the differences. For an image task it compares pictures from the diffusers pipeline set with
+    `icm base add`. Only --outputs needs the base model. If some outputs are missing, the exit code is 3.
 
     Example:
       icm report -o fleet.html
@@ -86,12 +86,12 @@ def report(
             device=session.device(device),
             force=force,
         )
-    if not _tell(session, done):
+    if not _print_result(session, done):
         raise typer.Exit(ExitCode.PARTLY)
 
 
-def _tell(session: Session, done: ReportSummary) -> bool:
-    """Print what was written, and return whether nothing is missing."""
+def _print_result(session: Session, done: ReportSummary) -> bool:
+    """Print the result. Return whether the report is complete."""
     out = session.out
     out.document(
         {
@@ -106,10 +106,10 @@ def _tell(session: Session, done: ReportSummary) -> bool:
         }
     )
     out.names([str(done.file)])
-    out.line(f"{done.file}: {counted(done.tasks, 'task')}; {human_size(done.size)}")
+    out.line(f"wrote {done.file}: {counted(done.tasks, 'task')}, {human_size(done.size)}")
     for found in done.pictures:
         if found.distances is not None:
-            out.line(f"{found.task}: {_distances_text(found.distances)}")
+            out.line(f"{found.task}, image distance: {_distances_text(found.distances)}")
     for base in done.left_out:
         text = skipped_text(base, "no outputs")
         out.warn(text, kind="base_model_left_out", base_model=base.base_model, tasks=list(base.tasks), hint=base.hint)
@@ -120,7 +120,7 @@ def _tell(session: Session, done: ReportSummary) -> bool:
 
 def _distances_text(distances: Distances) -> str:
     parts = [f"{source} to original {distance:.3f}" for source, distance in distances.to_original.items()]
-    return ", ".join(parts if distances.seeds is None else [*parts, f"two seeds {distances.seeds:.3f}"])
+    return ", ".join(parts if distances.seeds is None else [*parts, f"between seeds {distances.seeds:.3f}"])
 
 
 def _pictures_json(found: TaskPictures) -> dict[str, object]:

@@ -1,4 +1,4 @@
-"""`icm restore`: bring adapters back to the folders in which `icm evict --placeholder` left placeholders."""
+"""`icm restore`: replace placeholders with their adapters."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from icmlora.fleet.context import Event
     from icmlora.fleet.evict.restore import AdapterRestored, RestoreReport
 
-FoldersArg = Annotated[list[Path], argument("FOLDER...", "Folders with placeholders, at any depth.")]
+FoldersArg = Annotated[list[Path], argument("FOLDER...", "Folders that contain placeholders at any depth.")]
 
 _FIELDS: tuple[Field[AdapterRestored], ...] = (
     Field("folder", lambda adapter: path_shown(adapter.path), shrink=True),
@@ -36,14 +36,15 @@ _FROM = {"original": "original", "residual": "code and residual", "code": "code"
 
 @command
 def restore(session: Session, folders: FoldersArg, bundle: FromOpt = None, dry_run: DryRunOpt = False) -> None:
-    """Bring adapters back to the folders in which `icm evict --placeholder` left placeholders.
+    """Replace placeholders of `icm evict --placeholder` with their adapters.
 
-    An adapter comes back byte for byte if the store kept its original. Otherwise it is decoded from its code, in the
-    form of its original, and the table says what was lost. With --from, codes are read from a bundle and no store is
-    needed. Files that are in a folder are never overwritten, and a placeholder goes only when its adapter is complete.
-    What cannot be restored is listed and never stops the rest; the exit code is then 3, or 15 if the disk is full.
+    If the store still has the original, the adapter is restored byte for byte. Otherwise it is decoded from its code,
+    in the original's format, and the table shows the loss. With --from, codes are read from a bundle and no store is
+    needed. Existing files are never overwritten. A placeholder is deleted only once its adapter is complete.
 
-    icm opens only the store you pass with --store, not the one that a placeholder names.
+    If some adapters cannot be restored, they are listed and the exit code is 3, or 15 if the disk is full.
+
+    icm uses the store given by --store, and ignores the store recorded in a placeholder.
 
     Example:
       icm restore ./loras
@@ -56,18 +57,18 @@ def restore(session: Session, folders: FoldersArg, bundle: FromOpt = None, dry_r
         report, stopped = session.run(
             "restore",
             lambda context: restore(context, folders, bundle=bundle, dry_run=dry_run),
-            lambda event: _tell(session, refused, event),
+            lambda event: _collect(session, refused, event),
         )
     except Exception:
-        if len(refused) > 1:  # one alone is what the error says
-            _tell_refused(session.out, refused)
+        if len(refused) > 1:  # the error message covers a single refusal
+            _print_refused(session.out, refused)
         raise
     _sum_up(session.out, report, dry_run=dry_run)
     code = ExitCode.NO_SPACE if report.is_full else ExitCode.PARTLY
-    end(f"{counted(len(report.restored), 'adapter')} restored", stopped=stopped, partly=bool(report.refused), code=code)
+    end(f"restored {counted(len(report.restored), 'adapter')}", stopped=stopped, partly=bool(report.refused), code=code)
 
 
-def _tell(session: Session, refused: list[AdapterRestored], event: Event) -> None:
+def _collect(session: Session, refused: list[AdapterRestored], event: Event) -> None:
     from icmlora.fleet.evict.restore import AdapterRestored
 
     if isinstance(event, AdapterRestored):
@@ -89,14 +90,14 @@ def _sum_up(out: Output, report: RestoreReport, *, dry_run: bool) -> None:
     )
     out.names(adapter.path for adapter in done)
     if not report.adapters:
-        out.line("no placeholder was found")
+        out.line("found no placeholders")
         return
     out.listing(_FIELDS, done)
-    _tell_refused(out, report.refused)
+    _print_refused(out, report.refused)
     for adapter in done:
         if adapter.converted_from is not None:
             out.note(
-                f"{adapter.task}: safetensors were written; {adapter.converted_from} had the same values as a pickle"
+                f"{adapter.task}: wrote safetensors with the values of {adapter.converted_from}, which was a pickle"
             )
     verb = "would restore" if dry_run else "restored"
     total = counted(len(report.adapters), "adapter")
@@ -104,20 +105,20 @@ def _sum_up(out: Output, report: RestoreReport, *, dry_run: bool) -> None:
     out.line(f"{verb} {len(done)} of {total}: {sources}; {human_size(report.size)}")
 
 
-def _tell_refused(out: Output, refused: list[AdapterRestored]) -> None:
+def _print_refused(out: Output, refused: list[AdapterRestored]) -> None:
     for adapter in refused:
         where = path_shown(adapter.path)
         if out.is_quiet:
             out.warn(f"{where}: {adapter.reason}")
-        out.line(f"not restored, {where}: {adapter.reason}")
+        out.line(f"skipped {where}: {adapter.reason}")
     for hint in dict.fromkeys(adapter.hint for adapter in refused if adapter.hint is not None):
         out.hint(hint)
 
 
 def _source(adapter: AdapterRestored) -> str:
-    return "was still there" if adapter.status == "complete" else _FROM[adapter.source or "original"]
+    return "already present" if adapter.status == "complete" else _FROM[adapter.source or "original"]
 
 
 def _lost(adapter: AdapterRestored, figure: float | None) -> float | None:
-    """Return a figure of what was lost; the original loses nothing."""
+    """Return a loss figure, or None for an original, which loses nothing."""
     return None if adapter.source == "original" else figure

@@ -11,8 +11,8 @@ from icmlora.io.text import counted, human_size
 def rm(session: Session, tasks: TasksArg, dry_run: DryRunOpt = False, yes: YesOpt = False) -> None:
     """Remove tasks with their adapters, vectors, codes and measurements.
 
-    If one name is unknown, nothing is removed. The bytes stay until you run `icm prune`. An evicted task has only its
-    code left; removing the task removes that last copy. So does removing a task for which there are placeholders.
+    If any name is unknown, nothing is removed. `icm prune` frees the space. Removing an evicted task removes the last
+    copy of its adapter, and its placeholders can no longer be restored.
 
     Example:
       icm rm shakespeare --dry-run
@@ -22,13 +22,13 @@ def rm(session: Session, tasks: TasksArg, dry_run: DryRunOpt = False, yes: YesOp
     out, context = session.out, session.context
     planned = plan_removal(context, tasks)
     for task in planned:
-        last = "; the original was evicted, so the code is the only copy" if task.is_last_copy else ""
-        away = f"; {counted(task.placeholders, 'placeholder')} would stand for nothing" if task.placeholders else ""
-        out.note(f"{task.name}: {counted(task.adapters, 'adapter')}, {human_size(task.size)}{last}{away}")
+        last = "; the code is the only copy, because the original was evicted" if task.is_last_copy else ""
+        lost = f"; {counted(task.placeholders, 'placeholder')} could not be restored" if task.placeholders else ""
+        out.note(f"{task.name}: {counted(task.adapters, 'adapter')}, {human_size(task.size)}{last}{lost}")
     names = [task.name for task in planned]
     last_copies = [task.name for task in planned if task.is_last_copy]
     lost = f", including the only copies of {len(last_copies)}" if last_copies else ""
-    lost += ", for which there are placeholders in your folders" if any(task.placeholders for task in planned) else ""
+    lost += "; placeholders in your folders could not be restored" if any(task.placeholders for task in planned) else ""
     question = f"Remove {counted(len(names), 'task')}{lost}?"
     removed = False
     if not dry_run and out.confirm(question, yes=yes):
@@ -44,6 +44,6 @@ def rm(session: Session, tasks: TasksArg, dry_run: DryRunOpt = False, yes: YesOp
     )
     if removed:
         out.line(f"removed {counted(len(names), 'task')}")
-        out.hint("`icm prune` sets the weights aside after its --grace; `icm prune --empty-quarantine` frees the bytes")
+        out.hint("run `icm prune --empty-quarantine` to free the space")
     else:
-        out.note("nothing was removed")
+        out.note("removed nothing")

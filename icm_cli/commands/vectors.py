@@ -1,4 +1,4 @@
-"""`icm vectors`: extract the task vectors that are missing."""
+"""`icm vectors`: extract missing task vectors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from icmlora.io.text import counted
 if TYPE_CHECKING:
     from icmlora.fleet.vectors.vectors import VectorReport
 
-AgainOpt = Annotated[bool, option("--again", "Also extract the vectors of tasks that already have some.")]
+AgainOpt = Annotated[bool, option("--again", "Extract vectors again for tasks that already have them.")]
 
 
 @command
@@ -25,10 +25,11 @@ def vectors(
     workers: WorkersOpt = None,
     shard: ShardOpt = None,
 ) -> None:
-    """Extract task vectors: the base model's hidden states on samples of each task, with and without its adapter.
+    """Extract missing task vectors.
 
-    `icm ingest` does this already if the base model is on this machine. For a task without samples, bundled probe
-    texts are used. A task that fails is named, and the others go on; the exit code is then 3.
+    A task vector holds the base model's hidden states on the task's samples, with and without its adapter. Tasks
+    without samples use bundled probe texts. `icm ingest` already does this if the base model is on this machine. If
+    any task fails, the exit code is 3.
 
     Example:
       icm vectors
@@ -42,13 +43,13 @@ def vectors(
         ),
         partial(print_vectors_event, session),
     )
-    _tell_end(session, report)
+    _print_end(session, report)
     partly = print_skipped(session.out, report.left_out, "no vectors")
-    done = f"{counted(len(report.tasks), 'task')} extracted"
+    done = f"extracted the vectors of {counted(len(report.tasks), 'task')}"
     end(done, stopped=stopped, partly=partly or bool(report.failed), hint="run `icm vectors` to continue")
 
 
-def _tell_end(session: Session, report: VectorReport) -> None:
+def _print_end(session: Session, report: VectorReport) -> None:
     out = session.out
     failed = [failure.task for failure in report.failed]
     out.event("summary", extracted=len(report.tasks), present=report.present, failed=failed)
@@ -56,10 +57,10 @@ def _tell_end(session: Session, report: VectorReport) -> None:
     for note in report.notes:
         out.note(note)
     if failed:
-        out.note(f"without vectors, see the warnings above: {', '.join(failed)}")
+        out.note(f"failed (see the warnings above): {', '.join(failed)}")
     if report.evicted:
-        out.note(f"skipped, because the original was evicted: {', '.join(report.evicted)}")
+        out.note(f"skipped because the original was evicted: {', '.join(report.evicted)}")
     if report.original_only:
-        out.note(f"skipped, because only the original is kept: {', '.join(report.original_only)}")
+        out.note(f"skipped because the adapter cannot have a code: {', '.join(report.original_only)}")
     if report.changed:
-        out.note(f"not stored, because the task changed in the meantime: {', '.join(report.changed)}")
+        out.note(f"not stored because the task changed during extraction: {', '.join(report.changed)}")

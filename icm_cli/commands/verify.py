@@ -16,17 +16,17 @@ from icmlora.io.text import counted
 if TYPE_CHECKING:
     from icmlora.fleet.tasks.verify import Finding, RowRepair
 
-ReadDataOpt = Annotated[bool, option("--read-data", "Read and hash every blob instead of only checking its length.")]
-DecodeOpt = Annotated[bool, option("--decode", "Decode every code whose original is there, and compare its error.")]
+ReadDataOpt = Annotated[bool, option("--read-data", "Hash every blob instead of only checking its length.")]
+DecodeOpt = Annotated[bool, option("--decode", "Decode codes that still have an original, and compare their errors.")]
 RepairOpt = Annotated[
     bool,
     option(
         "--repair",
-        "Correct rows of which one bit flipped; read all data and move damaged blobs aside. Deletes nothing.",
+        "Correct database rows with one flipped bit, and move damaged blobs to quarantine. Implies --read-data.",
     ),
 ]
 RestoreOpt = Annotated[
-    bool, option("--restore-database", "Put back the copy of the database from before the last deletion.")
+    bool, option("--restore-database", "Restore the database backup made before the last deletion.")
 ]
 
 _OF_DATABASE = ("row", "database", "dangling")
@@ -43,16 +43,17 @@ def verify(
     dry_run: DryRunOpt = False,
     yes: YesOpt = False,
 ) -> None:
-    """Check the store for damage: the database with every row, the length of every blob, with --read-data its bytes.
+    """Check the store for damage.
 
-    Exit code 1 means that something is wrong. Files that interrupted commands left behind are harmless and are listed
-    with --verbose only. Remarks name adapters that do nothing; with --read-data also those that do not fit their base
-    model, if it is on this machine.
+    Checks every database row and the length of every blob. --read-data also checks the contents. The exit code is 1 if
+    there are problems. Remarks are not problems: they name adapters that have no effect and, with --read-data,
+    adapters that do not fit their base model, if it is on this machine. -v also lists harmless leftovers of
+    interrupted commands.
 
-    While a row of the database is damaged, its task is left out by other commands, and nothing is deleted. --repair
-    corrects each row of which a single bit flipped, and puts a copy of the database into quarantine before. Before icm
-    deletes something, it keeps a copy of the database. --restore-database puts that back, and the damaged one into
-    quarantine; what was recorded after the copy has to be ingested or trained again.
+    Other commands skip tasks with damaged rows, and delete nothing until the rows are repaired.
+
+    --repair first copies the database to quarantine. --restore-database moves the damaged database to quarantine. Any
+    later changes are lost, so ingest or train those tasks again.
 
     Example:
       icm verify --read-data
@@ -60,17 +61,17 @@ def verify(
     from icmlora.fleet.tasks.verify import repair_blobs
 
     if repair and tasks:
-        raise UsageProblem("--repair works on the whole store", hint="leave out the task names")
+        raise UsageProblem("--repair always repairs the whole store", hint="remove the task names")
     if restore_database:
         if tasks or repair or dry_run:
-            raise UsageProblem("--restore-database stands alone", hint="leave out the task names and other options")
+            raise UsageProblem("--restore-database cannot be combined", hint="remove the task names and other options")
         _restore(session, yes=yes)
         return
     read_data |= repair
-    findings = _look(session, tasks or (), read_data=read_data, decode=decode)
+    findings = _find(session, tasks or (), read_data=read_data, decode=decode)
     rows = _repair_rows(session, findings, yes=yes) if repair and not dry_run else []
     if any(row.problem is None for row in rows):
-        findings = _look(session, (), read_data=read_data, decode=decode)  # what was found before believed wrong rows
+        findings = _find(session, (), read_data=read_data, decode=decode)  # the first findings relied on damaged rows
     problems = [finding for finding in findings if finding.is_problem]
     moved = []
     movable = [finding for finding in problems if finding.kind in ("length", "digest")]
@@ -91,33 +92,33 @@ def verify(
         raise typer.Exit(ExitCode.FAILED)
 
 
-def _look(session: Session, tasks: Sequence[str], *, read_data: bool, decode: bool) -> list[Finding]:
-    """Find what is wrong, and tell each finding at once."""
+def _find(session: Session, tasks: Sequence[str], *, read_data: bool, decode: bool) -> list[Finding]:
+    """Return all findings, and print each immediately."""
     from icmlora.fleet.tasks.verify import verify
 
     findings = []
     for finding in verify(session.context, tasks, read_data=read_data, decode=decode):
         findings.append(finding)
-        _tell(session, finding)
+        _print_finding(session, finding)
     return findings
 
 
 def _repair_rows(session: Session, findings: list[Finding], *, yes: bool) -> list[RowRepair]:
-    """Correct rows of the database if something is wrong with it, and tell what became of each."""
+    """Correct damaged rows of the database, and print the result for each."""
     from icmlora.fleet.tasks.verify import repair_rows
 
     if not any(finding.kind in _OF_DATABASE for finding in findings):
         return []
-    if not session.out.confirm("Correct the rows of which one bit flipped?", yes=yes):
+    if not session.out.confirm("Correct rows with one flipped bit?", yes=yes):
         return []
     rows = repair_rows(session.context)
     for row in rows:
-        about = f" (task {row.task})" if row.task else ""
+        task = f" (task {row.task})" if row.task else ""
         if row.problem:
-            session.out.line(f"left alone: {row.row}{about}: {row.problem}")
+            session.out.line(f"skipped {row.row}{task}: {row.problem}")
         else:
             change = f": {row.column} from {row.before} to {row.after}" if row.column else ""
-            session.out.line(f"corrected: {row.row}{about}{change}")
+            session.out.line(f"corrected {row.row}{task}{change}")
     return rows
 
 
@@ -125,12 +126,12 @@ def _restore(session: Session, *, yes: bool) -> None:
     from icmlora.fleet.tasks.verify import restore_database
 
     out = session.out
-    if not out.confirm("Replace the database by the copy from before the last deletion?", yes=yes):
+    if not out.confirm("Replace the database with the backup made before the last deletion?", yes=yes):
         return
     made = restore_database(session.context)
     out.document({"restored_from": made})
-    out.line(f"the database is the one of {made} again; the damaged one is in quarantine")
-    out.hint("`icm verify --read-data` says what is missing; ingest again what came after the copy")
+    out.line(f"restored the database backup from {made}; the damaged database is in quarantine")
+    out.hint("run `icm verify --read-data` to see what is missing, then ingest newer adapters again")
 
 
 def _sum_up(
@@ -138,24 +139,24 @@ def _sum_up(
 ) -> None:
     out = session.out
     if problems:
-        out.line(f"{counted(len(problems), 'problem')} found")
+        out.line(f"found {counted(len(problems), 'problem')}")
     else:
-        out.line("the store is intact" if read_data else "the store is intact (contents not read: use --read-data)")
+        out.line("the store is intact" if read_data else "the store is intact (contents not checked; use --read-data)")
     if any(finding.kind in _OF_DATABASE for finding in problems):
-        copied = "`icm verify --restore-database` puts the copy back that was made before the last deletion"
-        out.hint(f"`icm verify --repair` corrects rows of which one bit flipped; {copied}")
+        out.hint("run `icm verify --repair` to correct rows with one flipped bit")
+        out.hint("or run `icm verify --restore-database` to restore the backup made before the last deletion")
     affected = sorted({task for finding in problems for task in finding.tasks})
     if moved:
         out.line(f"moved {counted(len(moved), 'damaged blob')} to quarantine")
-        out.hint(f"run `icm ingest` on the original adapters to restore: {', '.join(affected)}")
+        out.hint(f"run `icm ingest` on the original adapters of {', '.join(affected)} to restore them")
     elif any(finding.kind in ("length", "digest") for finding in problems):
         out.hint("run `icm verify --repair` to move damaged blobs to quarantine, then ingest their adapters again")
     leftovers = sum(finding.kind in ("orphan", "leftover") for finding in findings)
     if leftovers:
-        out.detail(f"{counted(leftovers, 'harmless leftover')}; run `icm prune` to delete them")
+        out.detail(f"found {counted(leftovers, 'harmless leftover')}; run `icm prune` to delete them")
 
 
-def _tell(session: Session, finding: Finding) -> None:
+def _print_finding(session: Session, finding: Finding) -> None:
     if finding.kind == "remark":
         session.out.note(f"remark: {finding.message}")
         return

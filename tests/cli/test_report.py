@@ -124,5 +124,5 @@ def test_a_report_of_image_tasks_says_how_far_their_pictures_are_apart(icm: Icm,
     assert (pictures["task"], pictures["sources"]) == ("pear", ["base model", "original", "code"])
     assert 0 < pictures["to_original"]["code"] < pictures["between_seeds"]
     ran = icm("report", "-o", tmp_path / "b.html", "--outputs", "pear", "--outputs", "loha", *how)
-    assert (ran.code, "pear: base model to original " in ran.out) == (ExitCode.PARTLY, True)
+    assert (ran.code, "pear, image distance: base model to original " in ran.out) == (ExitCode.PARTLY, True)
     assert "loha: its file notes no trigger words" in ran.err

@@ -130,7 +130,7 @@ def test_a_dry_run_of_restore_writes_nothing(icm: Icm, here: Path) -> None:
 
 def test_restore_without_placeholders_says_so(icm: Icm, here: Path) -> None:
     ran = icm("restore", here)
-    assert (ran.code, ran.out) == (0, "no placeholder was found\n")
+    assert (ran.code, ran.out) == (0, "found no placeholders\n")
 
 
 def test_restore_quietly_prints_the_folders(icm: Icm, here: Path) -> None:
@@ -143,7 +143,7 @@ def test_what_cannot_be_restored_is_listed_with_exit_code_3(icm: Icm, here: Path
     (here / "rules" / "adapter_config.json").write_text("{}")
     ran = icm("restore", here)
     assert ran.code == ExitCode.PARTLY
-    assert "not restored, loras/rules: adapter_config.json is there" in ran.out
+    assert "skipped loras/rules: adapter_config.json is there" in ran.out
     assert "hint: move it elsewhere" in ran.err
     assert "restored 1 of 2 adapters" in ran.out
 
@@ -153,7 +153,7 @@ def test_if_nothing_can_be_restored_every_reason_is_listed(icm: Icm, here: Path)
     for name in ("rules", "silent"):
         (here / name / "adapter_config.json").write_text("{}")
     ran = icm("restore", here)
-    assert (ran.code, ran.out.count("not restored, ")) == (ExitCode.FAILED, 2)
+    assert (ran.code, ran.out.count("skipped loras/")) == (ExitCode.FAILED, 2)
     assert "all 2 placeholders were refused" in ran.err
 
 
@@ -200,7 +200,7 @@ def test_originals_are_restored_without_torch(icm: Icm, here: Path) -> None:
 def test_rm_warns_of_placeholders(icm: Icm, here: Path) -> None:
     icm(*KEEP, "poems")
     ran = icm("rm", "poems", "--dry-run")
-    assert "3 placeholders would stand for nothing" in ran.err
+    assert "3 placeholders could not be restored" in ran.err
     assert icm("rm", "poems", "rules", "--dry-run", "--json").document["placeholders"] == ["poems"]
 
 
