@@ -174,7 +174,7 @@ def train(
     from icmlora.fleet.train.train import train
     from icmlora.fleet.train.update import update as add_tasks
 
-    others = (quality, tolerance, width, steps, lr, keep, max_error, min_gain)
+    others = (quality, tolerance, width, steps, lr, refine, keep, max_error, min_gain)
     _check_options(objective, update=update, anew=fresh or width is not None, others=others)
     where, few_shot = session.device(device), objective != "bits"
     if few_shot:  # fail now, not after hours of training the generator

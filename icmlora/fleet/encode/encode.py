@@ -146,7 +146,7 @@ def encode(
         DataError: There is no generator, or the base model has no tasks.
     """
     limits = Limits(quality, min_gain, max_error, tolerance, size, refine, keep)
-    _check(limits, residual=residual)
+    check_limits(limits, residual=residual)
     check_place(device, workers)
     report = EncodeReport(is_named=bool(tasks))
     with context.open() as store, reporting(report):
@@ -170,7 +170,7 @@ def encode(
     return report
 
 
-def _check(limits: Limits, *, residual: bool) -> None:
+def check_limits(limits: Limits, *, residual: bool = False) -> None:
     """Raise `OptionsConflict` for limits that do not go together."""
     if limits.quality is not None and not limits.is_by_quality:
         fact = "--quality sets the limit itself: leave out --keep, --max-error, --min-gain, --tolerance and --size"

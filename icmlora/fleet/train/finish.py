@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
-from icmlora.errors import Cancelled
+from icmlora.errors import Cancelled, OptionsConflict
 from icmlora.fleet.context import Context, StageBegun
-from icmlora.fleet.encode.encode import EncodeReport, encode
+from icmlora.fleet.encode.encode import EncodeReport, check_limits, encode
 from icmlora.fleet.failures import BaseModelFailed
 from icmlora.fleet.measure.evaluate import EvaluateReport, Measurable, evaluate, measurable
 from icmlora.generator.limits import Limits
@@ -39,6 +39,14 @@ class FinishReport:
         return bool(self.failed) or short or unmeasured or self.evaluate_error is not None
 
 
+def check_finish(limits: Limits) -> None:
+    """Raise `OptionsConflict` for limits that do not go together. Call it before the training."""
+    check_limits(limits)
+    if limits.refine and limits.tolerance is not None:
+        fact = "codes for --tolerance are not refined, so it cannot be used with --refine"
+        raise OptionsConflict(fact, hint="leave out one of the two")
+
+
 def finish(
     context: Context,
     report: FinishReport,
@@ -57,21 +65,20 @@ def finish(
     that is meant. Without anything else to keep, codes are refined, except those of a tolerance of their own.
     """
     labels: Sequence[str | None] = base_models if limits.tolerance is None and limits.refine != 0 else []
-    quality, refine = limits.quality, limits.refine
     if not (limits.keep is limits.max_error is limits.min_gain is None):
-        labels, quality = [only] if base_models else [], None
-        refine = None if limits.keep is None else refine
+        labels = [only] if base_models else []
     for label in labels:
         try:
             context.on_event(StageBegun("encode", report))
             encoded = encode(
                 context,
                 tasks,
-                quality=quality,
+                quality=limits.quality,
                 keep=limits.keep,
                 min_gain=limits.min_gain,
                 max_error=limits.max_error,
-                refine=refine,
+                tolerance=limits.tolerance,
+                refine=limits.refine,
                 base_model=label,
                 device=device,
                 workers=workers,

@@ -23,7 +23,7 @@ from icmlora.fleet.failures import FAILURES, as_error, one_of_several
 from icmlora.fleet.older import is_older, older_codes, only_in_older_code, open_generator
 from icmlora.fleet.resources.adapter_source import StoreAdapterSource
 from icmlora.fleet.resources.workers import check_place
-from icmlora.fleet.train.finish import FinishReport, finish
+from icmlora.fleet.train.finish import FinishReport, check_finish, finish
 from icmlora.fleet.train.run import (
     TrainingRun,
     base_models_with_tasks,
@@ -183,7 +183,10 @@ def train(
     Raises:
         DataError: There is nothing to train on, or a task is evicted.
         GeneratorError: The training diverged, or no task could be encoded.
+        OptionsConflict: Limits that do not go together.
     """
+    limits = Limits(quality, min_gain, max_error, tolerance, refine=refine, keep=keep)
+    check_finish(limits)
     if workers is not None:  # a typing error is told now, not after hours
         check_place(device, workers)
     report = TrainReport()
@@ -207,7 +210,6 @@ def train(
                         report.trained.append(trained)
                         context.on_event(trained)
                 ranks.share()  # nothing: the others may leave
-        limits = Limits(quality, min_gain, max_error, tolerance, refine=refine, keep=keep)
         labels = [trained.base_model for trained in report.trained]
         finish(context, report, labels, (), limits, only=base_model, measure=evaluate, device=device, workers=workers)
     return report

@@ -24,7 +24,7 @@ from icmlora.fleet.older import open_generator
 from icmlora.fleet.resources.adapter_source import StoreAdapterSource
 from icmlora.fleet.resources.workers import check_place
 from icmlora.fleet.train.candidates import Candidate, UpdateCandidates
-from icmlora.fleet.train.finish import FinishReport, finish
+from icmlora.fleet.train.finish import FinishReport, check_finish, finish
 from icmlora.fleet.train.run import base_models_with_tasks, run_metrics, usable_source
 from icmlora.fleet.train.train import REPLACED, CodeMade
 from icmlora.generator.config import tolerance_of
@@ -104,7 +104,10 @@ def update(
         DataError: The store has no tasks, or a base model has no generator yet.
         GeneratorError: The training diverged; nothing changed.
         GeneratorConflict: Another generator became current in the meantime; nothing changed.
+        OptionsConflict: Limits that do not go together.
     """
+    limits = Limits(quality, min_gain, max_error, tolerance, refine=refine, keep=keep)
+    check_finish(limits)
     check_place(device, workers)
     report, place = UpdateReport(), resolve_device(device)
     candidates_of = partial(
@@ -122,7 +125,6 @@ def update(
                     for code in codes:
                         context.on_event(code)
                     context.on_event(updated)
-        limits = Limits(quality, min_gain, max_error, tolerance, refine=refine, keep=keep)
         tasks, done = report.tasks, [updated.base_model for updated in report.updated if updated.tasks]
         finish(context, report, done, tasks, limits, only=base_model, measure=evaluate, device=device, workers=workers)
     return report

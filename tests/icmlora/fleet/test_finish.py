@@ -9,7 +9,7 @@ import pytest
 
 from icm_cli.app import run
 from icmlora import Cancelled, Fleet
-from icmlora.errors import InvalidShare
+from icmlora.errors import InvalidShare, OptionsConflict
 from icmlora.fleet.context import Event, StageBegun
 from icmlora.fleet.encode.encode import EncodeReport, TaskEncoded
 from icmlora.fleet.measure.evaluate import EvaluateReport, TaskEvaluated
@@ -115,6 +115,31 @@ def test_workers_that_mean_nothing_are_refused_before_the_training(ingested: Fle
     with pytest.raises(InvalidShare):
         ingested.train(workers="many", **FEW)
     assert code_blobs(ingested) == {}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"keep": 0.98, "max_error": 0.3},
+        {"quality": 3, "min_gain": 0.9},
+        {"refine": 2, "max_error": 0.3},
+        {"refine": 2, "tolerance": 0.3},
+    ],
+    ids=" ".join,
+)
+def test_options_that_contradict_each_other_are_refused_before_the_training(
+    ingested: Fleet, options: dict[str, Any]
+) -> None:
+    for work in (ingested.train, ingested.update):
+        with pytest.raises(OptionsConflict):
+            work(device="cpu", steps=STEPS, evaluate=False, **options)
+    assert code_blobs(ingested) == {}
+
+
+def test_codes_for_a_gain_are_refined_if_asked(learned: Fleet) -> None:
+    learned.train(device="cpu", steps=STEPS, min_gain=0.5, refine=1, evaluate=False)
+    asked = [row.code.asked for row in learned.tasks() if row.code is not None]
+    assert [(limits.min_gain, limits.refined) for limits in asked if limits is not None] == [(0.5, 1)] * 3
 
 
 def test_an_update_without_new_tasks_does_nothing_more(fleet: Fleet) -> None:
