@@ -161,7 +161,9 @@ def test_without_a_generator_it_names_the_command_that_makes_one(icm: Icm, mixed
     assert "icm train" in ran.error["hint"]
 
 
-@pytest.mark.parametrize("option", ["--update", "--fresh", "--quality=3", "--refine=100", "--steps=5", "--max-error=0.1"])
+@pytest.mark.parametrize(
+    "option", ["--update", "--fresh", "--quality=3", "--refine=100", "--steps=5", "--max-error=0.1"]
+)
 def test_options_of_generator_and_codes_do_not_go_with_functional(icm: Icm, trained: Path, option: str) -> None:
     ran = icm(*FUNCTIONAL, option, "--json")
     assert (ran.code, "both" in ran.error["hint"]) == (ExitCode.USAGE, True)
