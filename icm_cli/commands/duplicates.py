@@ -1,4 +1,4 @@
-"""`icm duplicates`: find tasks whose adapters are the same, or nearly."""
+"""`icm duplicates`: find tasks with equal or similar adapters."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from icmlora.fleet.tasks.duplicates import DuplicatePair, DuplicatesReport
 
 MaxDistanceOpt = Annotated[
-    float, option("--max-distance X", "Largest distance of near copies; 0 finds only exact ones.", min=0.0, max=0.5)
+    float, option("--max-distance X", "Largest distance of a near copy. 0 finds only equal adapters.", min=0.0, max=0.5)
 ]
 
 _FIELDS: tuple[Field[DuplicatePair], ...] = (
@@ -32,13 +32,12 @@ def duplicates(
     max_distance: MaxDistanceOpt = 0.1,
     base_model: BaseModelOpt = None,
 ) -> None:
-    """Find tasks whose adapters are the same, or nearly; nothing is changed or removed.
+    """Find tasks with equal or similar adapters.
 
-    `=` marks equal tensors and scale, whatever else the files say. `~` marks near copies; DISTANCE is that of dW,
-    ||dW - dW'|| / max(||dW||, ||dW'||). Rank, type and format do not matter. Near copies are looked for among tasks
-    of one base model. Each task is listed with the oldest one of its group or, if that is too far, with the nearest
-    task linking it to the group. With TASKS, only near copies of these are shown. --quiet prints one group per line,
-    the oldest task first.
+    `=` marks equal tensors and scale. `~` marks near copies within DISTANCE, ||dW - dW'|| / max(||dW||, ||dW'||),
+    among tasks of one base model, whatever their rank, type and format. Each task is compared with the oldest of its
+    group, or with the nearest if the oldest is too far. With TASKS, only groups with these tasks are shown. Nothing is
+    changed. --quiet prints one group per line.
 
     Example:
       icm duplicates
@@ -63,14 +62,18 @@ def _print(session: Session, found: DuplicatesReport) -> None:
     if pairs:
         out.line()
         groups = f" in {counted(len(found.groups), 'group')}" if found.groups else ""
-        out.line(f"compared {compared}: {counted(len(pairs), 'copy', 'copies')}{groups}")
-        out.hint("`icm rm NAME` removes a task")
+        same = sum(pair.same_tensors for pair in pairs)
+        counts = [(same, "equal adapter", "equal adapters"), (len(pairs) - same, "near copy", "near copies")]
+        listed = ", ".join(counted(number, one, several) for number, one, several in counts if number)
+        out.line(f"compared {compared}: {listed}{groups}")
+        if any(pair.same_tensors and not pair.extras_differ for pair in pairs):
+            out.hint("run `icm rm NAME` to remove a task with an equal adapter")
     else:
         out.line(f"compared {compared}: no duplicates")
     if found.from_codes:
-        out.note(f"evicted, so compared as what the code decodes to: {some(found.from_codes)}")
+        out.note(f"compared evicted tasks by their codes: {some(found.from_codes)}")
     if found.tensors_only:
-        out.note(f"only equal tensors were looked for, because there can be no code: {some(found.tensors_only)}")
+        out.note(f"compared only for equal tensors, because they cannot have a code: {some(found.tensors_only)}")
     for entry in found.left_out:
         out.warn(f"{entry.task} was not compared: {entry.reason}", kind="not_compared", task=entry.task)
 

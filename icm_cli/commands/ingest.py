@@ -1,7 +1,8 @@
-"""`icm ingest`: take adapters into the store."""
+"""`icm ingest`: add adapters to the store."""
 
 from __future__ import annotations
 
+import shlex
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -23,56 +24,50 @@ if TYPE_CHECKING:
     from icmlora.fleet.ingest.ingest import IngestReport, InputProblem
     from icmlora.fleet.vectors.vectors import VectorReport
 
-PathsArg = Annotated[list[Path], argument("PATH...", "Folders with adapters, at any depth.")]
+PathsArg = Annotated[list[Path], argument("PATH...", "Folders to search for adapters, at any depth.")]
 NameOpt = Annotated[
-    str | None, option("--name NAME", "Name of the task, if there is only one. Default: the name of its folder.")
+    str | None, option("--name NAME", "Name of the task, for a single adapter. Default: the name of its folder.")
 ]
 NameFromOpt = Annotated[
     str | None,
     option(
-        "--name-from PATTERN", "Make names of {name}, {parent}, {grandparent} and {path}, such as '{parent}-{name}'."
+        "--name-from PATTERN", "Name tasks by {name}, {parent}, {grandparent} and {path}, such as '{parent}-{name}'."
     ),
 ]
 SamplesOpt = Annotated[
     Path | None,
-    option("--samples FILE", "Samples of the task, if there is only one. Default: samples.jsonl next to its adapter."),
+    option("--samples FILE", "Samples of the task, for a single adapter. Default: samples.jsonl next to it."),
 ]
 BaseOfOpt = Annotated[
     str | None,
     option(
         "--base-model NAME",
-        "Base model of image adapters, whatever they name, and of other adapters that name none.",
+        "Base model of image adapters, and of adapters that name none.",
         completes="base",
     ),
 ]
-TextsOpt = Annotated[
-    bool, option("--texts/--no-texts", "Also ingest the samples.jsonl and eval.jsonl found next to adapters.")
-]
-StrictOpt = Annotated[
-    bool, option("--strict", "Check everything first, and store nothing if anything cannot be taken.")
-]
+TextsOpt = Annotated[bool, option("--texts/--no-texts", "Also ingest samples.jsonl and eval.jsonl next to adapters.")]
+StrictOpt = Annotated[bool, option("--strict", "Check everything first; store nothing if any input is refused.")]
 OnConflictOpt = Annotated[
     Literal["skip", "replace", "fail"],
-    option("--on-conflict", "What to do if the store has a task of that name with another adapter."),
+    option("--on-conflict", "What to do if the store has another adapter under the same name."),
 ]
-RestoreOpt = Annotated[bool, option("--restore", "Bring evicted originals back. By default they stay evicted.")]
+RestoreOpt = Annotated[bool, option("--restore", "Store evicted originals again. Default: they stay evicted.")]
 ReadBinOpt = Annotated[
     bool,
     option(
         "--read-bin",
-        "Also read adapter_model.bin, a pickle, in a process of its own with limits, and store it as safetensors.",
+        "Also read adapter_model.bin, a pickle, in a sandboxed process, and store it as safetensors.",
     ),
 ]
 InitialOpt = Annotated[
     Path | None,
     option(
         "--initial FOLDER",
-        "Initial weights of a PiSSA, OLoRA or CorDA adapter. Default: pissa_init (olora_init ...) next to it.",
+        "Initial weights of a PiSSA, OLoRA or CorDA adapter. Default: pissa_init, olora_init or corda_init next to it.",
     ),
 ]
-VectorsOpt = Annotated[
-    bool, option("--vectors/--no-vectors", "Extract task vectors if the base model is on this machine.")
-]
+VectorsOpt = Annotated[bool, option("--vectors/--no-vectors", "Extract task vectors if the base model is available.")]
 
 
 @command
@@ -93,18 +88,15 @@ def ingest(
     device: DeviceOpt = None,
     dry_run: DryRunOpt = False,
 ) -> None:
-    """Take adapters into the store: PEFT folders, training runs, or adapters of other programs.
+    """Add adapters to the store: PEFT folders, training runs and other formats.
 
-    Files are checked and copied; nothing in PATH is changed. Running the same command again changes nothing. An
-    adapter that cannot have a code, such as a LoHa, is kept as its original only. What cannot be taken is listed at the
-    end and never stops the rest; the exit code is then 3. If the base model is on this machine, task vectors are
-    extracted too; otherwise run `icm vectors` later. `icm base alias` is for base models with several names,
-    and `icm convert --list-formats` lists the formats.
+    Files are checked and copied; PATH is not changed, and ingesting it again is safe. Refused inputs are listed at the
+    end and do not stop the rest; the exit code is then 3. If the base model is available, task vectors are extracted
+    too. `icm convert --list-formats` lists the formats.
 
-    A task is named after its folder. If the folder is called adapter, best, final, lora, model, output or similar, the
-    task is named after the folder above it. Where folders have the same name, the name of the folder above is put in
-    front. A task that the store has keeps its name. --name-from passes over folders with such names too; {path} has
-    all folders below PATH, {name#run-} cuts "run-" at the start and {name%-lora} "-lora" at the end.
+    A task is named after its folder, or after the parent if the folder has a generic name such as adapter or final. If
+    two names clash, the parent's name is added. In --name-from, {path} joins all folders below PATH, {name#run-} cuts
+    "run-" from the start and {name%-lora} cuts "-lora" from the end.
 
     Example:
       icm ingest ./loras
@@ -113,7 +105,7 @@ def ingest(
     from icmlora.fleet.ingest.ingest import ingest as take_in
 
     problems: list[InputProblem] = []
-    taken: list[IngestReport] = []  # what was taken, once that is told
+    printed: list[IngestReport] = []  # the report, once its totals are printed
     try:
         report, stopped = session.run(
             "ingest",
@@ -134,22 +126,22 @@ def ingest(
                 device=session.device(device),
                 dry_run=dry_run,
             ),
-            partial(_tell, session, problems, taken),
+            partial(_print_event, session, problems, printed),
         )
     except Exception:
-        if not taken and len(problems) > 1:  # nothing was taken; one reason alone is what the error says
-            tell_problems(session.out, problems)
+        if not printed and len(problems) > 1:  # a single reason is in the error itself
+            print_problems(session.out, problems)
         raise
-    if not taken:
-        _tell_sum(session, report, dry_run=dry_run)
-    partly = _tell_extracted(session.out, report.vectors)
-    _tell_end(session, report, dry_run=dry_run, is_named=name is not None or name_from is not None)
+    if not printed:
+        _print_totals(session, report, dry_run=dry_run)
+    partly = _print_extracted(session.out, report.vectors)
+    _print_notes(session, report, dry_run=dry_run, is_named=name is not None or name_from is not None)
     done = f"{len(report.ingested)} of {counted(report.found, 'task')} ingested"
     end(done, stopped=stopped, partly=partly or bool(report.problems))
 
 
-def _tell_extracted(out: Output, extracted: VectorReport | None) -> bool:
-    """Say what came of the task vectors, and return whether some failed."""
+def _print_extracted(out: Output, extracted: VectorReport | None) -> bool:
+    """Print the results for task vectors; return whether any failed."""
     if extracted is None:
         return False
     if extracted.tasks or not extracted.failed:
@@ -159,19 +151,19 @@ def _tell_extracted(out: Output, extracted: VectorReport | None) -> bool:
     return print_skipped(out, extracted.left_out, "no vectors") or bool(extracted.failed)
 
 
-def _tell(session: Session, problems: list[InputProblem], taken: list[IngestReport], event: Event) -> None:
-    """Report one task; collect what was not taken, which is listed at the end."""
+def _print_event(session: Session, problems: list[InputProblem], printed: list[IngestReport], event: Event) -> None:
+    """Print one task; collect the problems, which are listed at the end."""
     from icmlora.fleet.bases.joins import BaseJoined
     from icmlora.fleet.context import StageBegun
     from icmlora.fleet.ingest.ingest import InputProblem, PlaceholderMet, TaskIngested
 
     if isinstance(event, TaskIngested):
         session.out.event("task", **asdict(event))
-        session.out.detail(f"{event.task}: {event.status}, {event.new} new, {event.known} known")
+        session.out.detail(f"{event.task}: {event.status}, {event.new} new, {event.known} unchanged")
         for name, read in (("samples", event.samples), ("held-out text", event.eval_data)):
             if read is not None and read.skipped:
-                rows = f"kept {counted(read.kept, 'row')}, skipped {read.skipped:,}"
-                session.out.note(f"{event.task}: {name}: {rows}; the first: {read.reason}")
+                rows = f"kept {counted(read.kept, 'row')} of the {name}, skipped {read.skipped:,}"
+                session.out.note(f"{event.task}: {rows}; first problem: {read.reason}")
     elif isinstance(event, PlaceholderMet):
         session.out.event("placeholder", **asdict(event))
     elif isinstance(event, BaseJoined):
@@ -180,29 +172,29 @@ def _tell(session: Session, problems: list[InputProblem], taken: list[IngestRepo
         session.out.event("problem", **asdict(event))
         problems.append(event)
     elif isinstance(event, StageBegun):
-        taken.append(cast("IngestReport", event.report))
-        _tell_sum(session, taken[0], dry_run=False)
+        printed.append(cast("IngestReport", event.report))
+        _print_totals(session, printed[0], dry_run=False)
     else:
         print_vectors_event(session, event)
 
 
-def _tell_sum(session: Session, report: IngestReport, *, dry_run: bool) -> None:
+def _print_totals(session: Session, report: IngestReport, *, dry_run: bool) -> None:
     verb = "would ingest" if dry_run else "ingested"
     parts = sum(problem.task is not None for problem in report.problems)
     some = [
         *((report.evicted, "evicted"), (report.restored, "restored")),
-        *((len(report.problems) - parts, "not taken"), (parts, "taken in part")),
+        *((len(report.problems) - parts, "refused"), (parts, "ingested in part")),
     ]
     more = "".join(f", {count} {what}" for count, what in some if count)
     session.out.line(
         f"{verb} {counted(len(report.ingested), 'task')}: {counted(report.new, 'new adapter')}, "
-        f"{report.known} known{more}; {human_size(report.size)}"
+        f"{report.known} unchanged{more}; {human_size(report.size)}"
     )
     if report.evicted:
-        session.out.hint("evicted originals stay evicted; `--restore` brings them back")
+        session.out.hint("run `icm ingest --restore PATH` to store evicted originals again")
 
 
-def _tell_end(session: Session, report: IngestReport, *, dry_run: bool, is_named: bool) -> None:
+def _print_notes(session: Session, report: IngestReport, *, dry_run: bool, is_named: bool) -> None:
     session.out.event(
         "summary",
         dry_run=dry_run,
@@ -222,74 +214,92 @@ def _tell_end(session: Session, report: IngestReport, *, dry_run: bool, is_named
     for joined in report.joined:
         session.out.note(joined_text(joined))
     if not is_named:
-        _tell_names(session.out, report)
-    _tell_guesses(session.out, report)
-    _tell_originals(session.out, report)
-    _tell_converted(session.out, report)
-    _tell_wrapped(session.out, report)
-    _tell_extras(session.out, report)
-    _tell_decoded(session.out, report)
-    _tell_duplicates(session.out, report)
-    _tell_placeholders(session.out, report)
+        _print_names(session.out, report)
+    _print_bases(session.out, report)
+    _print_originals(session.out, report)
+    _print_converted(session.out, report)
+    _print_wrapped(session.out, report)
+    _print_extras(session.out, report)
+    _print_decoded(session.out, report)
+    _print_duplicates(session.out, report)
+    _print_placeholders(session.out, report)
     if report.not_kept:
         files = [name if count == 1 else f"{name} ({count} times)" for name, count in report.not_kept.items()]
         total = counted(sum(report.not_kept.values()), "file")
-        session.out.note(f"not kept: {total} next to adapters: {some(files)}")
-    if report.without_vectors:
-        session.out.note(f"{counted(len(report.without_vectors), 'task')} without task vectors")
-        session.out.hint("run `icm vectors` to extract them; `icm base ls` shows whether the base model is found")
-    tell_problems(session.out, report.problems)
+        session.out.note(f"did not store {total} next to adapters: {some(files)}")
+    _print_missing_vectors(session.out, report)
+    print_problems(session.out, report.problems)
 
 
-def _tell_tasks(out: Output, tasks: Sequence[str], one: str, several: str | None = None, what: str = "task") -> None:
-    """Say what is so with some tasks, if there are any."""
+def _print_missing_vectors(out: Output, report: IngestReport) -> None:
+    """Print why tasks have no task vectors, and the command that helps."""
+    if not report.without_vectors:
+        return
+    tasks = f"{counted(len(report.without_vectors), 'task')} without task vectors"
+    missing = report.bases_not_found
+    if not missing:
+        out.note(tasks)
+        out.hint("run `icm vectors` to extract them")
+        return
+    bases = f"base model{'s' if len(missing) > 1 else ''} {some(missing)} not found on this machine"
+    out.note(f"{tasks}: {bases}")
+    more = " for each of them" if len(missing) > 1 else ""
+    out.hint(f"run `icm base add {shlex.quote(missing[0])} FOLDER`{more}, then `icm vectors`")
+
+
+def _print_tasks(out: Output, tasks: Sequence[str], one: str, several: str | None = None, what: str = "task") -> None:
+    """Print a fact about some tasks, if there are any."""
     if tasks:
-        is_so = one if len(tasks) == 1 or several is None else several
-        out.note(f"{counted(len(tasks), what)} {is_so}: {some(tasks)}")
+        fact = one if len(tasks) == 1 or several is None else several
+        out.note(f"{counted(len(tasks), what)} {fact}: {some(tasks)}")
 
 
-def _tell_names(out: Output, report: IngestReport) -> None:
-    """Say which new tasks are not called like their folder."""
+def _print_names(out: Output, report: IngestReport) -> None:
+    """Print the new tasks that are not named after their folder."""
     added = [task for task in report.ingested if task.status == "added"]
     named = [f"{task.task} ({path_shown(task.folder)})" for task in added if task.is_renamed]
-    _tell_tasks(out, named, "is not called like the folder", "are not called like the folder")
+    _print_tasks(out, named, "has another name than its folder", "have other names than their folders")
     if foreign := [task.task for task in added if not task.task.isascii()]:
-        out.hint(f"Tab completes names that are hard to type; `icm edit {foreign[0]} --name NAME` renames a task")
+        out.hint(f"use Tab to complete names, or `icm edit {shlex.quote(foreign[0])} --name NAME` to rename a task")
 
 
-def _tell_guesses(out: Output, report: IngestReport) -> None:
-    """Say which base models are no more than likely."""
+def _print_bases(out: Output, report: IngestReport) -> None:
+    """Print base models that are guessed, and names that look like one base model."""
+    for names in report.lookalikes:
+        first, *others = map(shlex.quote, sorted(names, key=lambda name: (name.count("/") != 1, name)))
+        alias = f"`icm base alias {first} {' '.join(others)}`"
+        out.note(f"{some(names)} look like one base model; if they are, run {alias}")
     if guessed := grouped((task.base_model, task.task) for task in report.ingested if task.base_is_guess):
         groups = [f"{base} for {some(tasks)}" for base, tasks in guessed.items()]
-        out.note(f"the base model is a guess from the sizes of the tensors: {'; '.join(groups)}")
-        out.hint("if it is wrong: `icm ingest --base-model NAME --on-conflict replace`")
+        out.note(f"guessed the base model from the tensor shapes: {'; '.join(groups)}")
+        out.hint("if that is wrong, run `icm ingest PATH --base-model NAME --on-conflict replace`")
 
 
-def _tell_originals(out: Output, report: IngestReport) -> None:
+def _print_originals(out: Output, report: IngestReport) -> None:
     reasons = grouped((task.original_only, task.task) for task in report.ingested if task.original_only is not None)
     if reasons:
         count = sum(map(len, reasons.values()))
-        verb = "is kept as its original only" if count == 1 else "are kept as originals only"
+        verb = "cannot have a code and stays an original" if count == 1 else "cannot have a code and stay originals"
         groups = [f"{some(tasks)} ({reason})" for reason, tasks in reasons.items()]
         out.note(f"{counted(count, 'task')} {verb}: {some(groups, '; ')}")
 
 
-def _tell_converted(out: Output, report: IngestReport) -> None:
+def _print_converted(out: Output, report: IngestReport) -> None:
     tasks = [f"{task.task} (from {task.converted_from})" for task in report.ingested if task.converted_from is not None]
-    _tell_tasks(out, tasks, "converted from a pickle, kept as safetensors")
+    _print_tasks(out, tasks, "converted from a pickle and stored as safetensors")
     tasks = [f"{task.task} ({path_shown(task.initial)})" for task in report.ingested if task.initial is not None]
-    _tell_tasks(out, tasks, "has initial weights, and can have a code", "have initial weights, and can have a code")
+    _print_tasks(out, tasks, "has initial weights and can have a code", "have initial weights and can have a code")
 
 
-def _tell_wrapped(out: Output, report: IngestReport) -> None:
+def _print_wrapped(out: Output, report: IngestReport) -> None:
     tasks = [f"{task.task} ({task.wrapper})" for task in report.ingested if task.wrapper is not None]
-    fact = "tensors with names of a wrapper, which PEFT loads only into a model that is wrapped alike"
-    _tell_tasks(out, tasks, f"has {fact}", f"have {fact}")
+    fact = "tensor names with a wrapper's prefix, so PEFT loads nothing into an unwrapped model"
+    _print_tasks(out, tasks, f"has {fact}", f"have {fact}")
     if any(task.wrapper not in (None, "module") for task in report.ingested):
-        out.hint("the original stays as it is; `icm materialize TASK --source code` writes names that PEFT finds")
+        out.hint("run `icm materialize TASK --source code` to write the names that PEFT expects")
 
 
-def _tell_extras(out: Output, report: IngestReport) -> None:
+def _print_extras(out: Output, report: IngestReport) -> None:
     large = [
         f"{task.task} ({human_size(task.extras_size)}, LoRA {human_size(task.lora_size)})"
         for task in report.ingested
@@ -298,19 +308,25 @@ def _tell_extras(out: Output, report: IngestReport) -> None:
     if large:
         verb = "has" if len(large) == 1 else "have"
         out.note(
-            f"{counted(len(large), 'task')} {verb} more bytes in heads, tokenizers and other extras than in the LoRA: "
-            f"{some(large)}; equal extras are stored once"
+            f"{counted(len(large), 'task')} {verb} extras (heads, tokenizers, other files) larger than the LoRA: "
+            f"{some(large)}; identical extras are stored once"
         )
 
 
-def _tell_decoded(out: Output, report: IngestReport) -> None:
+def _print_decoded(out: Output, report: IngestReport) -> None:
     tasks = [task.task for task in report.ingested if task.status == "decoded"]
-    fact = "written from the code of an evicted task, and not taken"
-    _tell_tasks(out, tasks, f"was {fact}", f"were {fact}", what="adapter")
+    fact = "skipped, because icm wrote it from the code of an evicted task"
+    _print_tasks(out, tasks, fact, fact.replace("it from", "them from"), what="adapter")
 
 
-def _tell_duplicates(out: Output, report: IngestReport) -> None:
-    """Say which new adapters have the tensors of another task."""
+def _print_duplicates(out: Output, report: IngestReport) -> None:
+    """Print checkpoints that equal the final adapter, and new adapters that equal another task's."""
+    equal = [task for task in report.ingested if task.same_as_final]
+    same = [f"{task.task} (step {', '.join(map(str, task.same_as_final))})" for task in equal]
+    if same:
+        steps = sum(len(task.same_as_final) for task in equal)
+        verb = "is identical to its final adapter" if steps == 1 else "are identical to their final adapters"
+        out.note(f"{counted(steps, 'checkpoint')} {verb}: {some(same)}")
     pairs = [(task.task, task.same_as) for task in report.ingested if task.same_as is not None]
     if len(pairs) == 1:
         out.note("{} has the same tensors as {}".format(*pairs[0]))
@@ -318,24 +334,23 @@ def _tell_duplicates(out: Output, report: IngestReport) -> None:
         shown = some([f"{task} ({other})" for task, other in pairs])
         out.note(f"{len(pairs):,} tasks have the same tensors as another: {shown}")
     if pairs:
-        out.hint("`icm rm NAME` removes a task; `icm duplicates` also finds near copies")
+        out.hint("run `icm rm NAME` to remove a task, or `icm duplicates` to find near copies too")
 
 
-def _tell_placeholders(out: Output, report: IngestReport) -> None:
-    """Say which placeholders were passed over, and with how many adapters next to them."""
+def _print_placeholders(out: Output, report: IngestReport) -> None:
+    """Print the placeholders that were skipped, and the number of adapters next to them."""
     met = report.placeholders
     if not met:
         return
     tasks = list(dict.fromkeys(item.task for item in met))
-    out.note(f"{counted(len(met), 'placeholder')} passed over, for {some(tasks)}")
+    out.note(f"skipped {counted(len(met), 'placeholder')} of {some(tasks)}")
     if left := sum(item.passed_over for item in met):
-        verb = "was" if left == 1 else "were"
-        out.note(f"{counted(left, 'checkpoint')} next to them {verb} passed over too: the final adapter is not there")
-    out.hint("`icm restore FOLDER` brings adapters back where placeholders are")
+        out.note(f"skipped {counted(left, 'checkpoint')} next to them, without a final adapter")
+    out.hint("run `icm restore FOLDER` to write adapters back to their placeholders")
 
 
-def tell_problems(out: Output, problems: Sequence[InputProblem]) -> None:
-    """List what was not taken, or taken in part: where, why, and what to do."""
+def print_problems(out: Output, problems: Sequence[InputProblem]) -> None:
+    """List refused inputs: the path, the reason and the next step."""
     if not problems or out.is_json:
         return
     if out.is_quiet:
@@ -345,12 +360,12 @@ def tell_problems(out: Output, problems: Sequence[InputProblem]) -> None:
     rows = [
         (
             path_shown(problem.path),
-            problem.message if problem.task is None else f"{problem.message} ({problem.task} is taken without it)",
+            problem.message if problem.task is None else f"{problem.message} ({problem.task} was ingested without it)",
             problem.hint or "",
         )
         for problem in problems
     ]
-    columns = [Column("not taken"), Column("reason"), Column("way out")]
+    columns = [Column("refused"), Column("reason"), Column("next step")]
     out.line()
     out.table(columns, rows if out.mode is Mode.PLAIN else _wrapped(rows))
 
@@ -359,7 +374,7 @@ _PATH_SHARE, _GAPS = 0.34, 4
 
 
 def _wrapped(rows: Sequence[tuple[str, str, str]]) -> list[tuple[str, str, str]]:
-    """Break cells into lines, so that the table fits the terminal and every path can be read as a whole."""
+    """Break cells into lines, so that the table fits the terminal and every path is shown in full."""
     # Escaped first: a written-out character is wider than it was.
     rows = [(escape(path), escape(reason), escape(hint)) for path, reason, hint in rows]
     room = max(40, shutil.get_terminal_size().columns - _GAPS)

@@ -17,7 +17,7 @@ from icmlora.io.text import counted, human_size, in_ranges
 if TYPE_CHECKING:
     from icmlora.fleet.records import TaskSummary
 
-TagsOpt = Annotated[bool, option("--tags", "List the tags of all tasks instead, each with the number of its tasks.")]
+TagsOpt = Annotated[bool, option("--tags", "List all tags with their number of tasks instead.")]
 OldFiltersOpt = Annotated[list[str] | None, option("-f", "As --filter.", hidden=True)]
 
 
@@ -34,16 +34,14 @@ def ls(
 ) -> None:
     """List the tasks in the store, or in a bundle with --from.
 
-    ORIGINAL is the size of the original, "evicted" if its weights were deleted, "never here" if a bundle brought only
-    its code, or "pinned" if it is never evicted.
-    CODE is the size of the code under the current generator, plus its residual if it has one; "-" means no code yet
-    (run `icm train`), "original only" that there can be none (`icm show` says why). GAIN and RELATIVE ERROR are
-    those of the code, where they were measured here; what a bundle says of its codes is shown as claimed. A narrow
-    terminal shows fewer columns. --quiet prints only names.
+    ORIGINAL: size of the original; "evicted" if it was deleted, "none" if a bundle brought only the code.
+    CODE: size of the code; "-" if there is none yet (run `icm train`), "original only" if there cannot be one
+    (`icm show` gives the reason). GAIN and RELATIVE ERROR: measured quality of the code. A narrow terminal shows fewer
+    columns. --quiet prints only names.
 
-    A filter is a field, one of = != > >= < <= ~ (contains), and a value; upper and lower case are the same. The fields
-    are name, base, rank, size, code, extras, gain, error, tag, status (evicted, pinned, coded, original-only,
-    does-nothing, generated), source and note. Sizes take units: 10MB, 512KiB.
+    A filter is FIELD, an operator (= != > >= < <= or ~ for contains) and a value; case does not matter. Fields: name,
+    base, rank, size, code, extras, gain, error, tag, source, note, and status (evicted, pinned, coded, original-only,
+    does-nothing, generated). Sizes take units: 10MB, 512KiB.
 
     Example:
       icm ls -F 'rank>=8' -F tag=prod -F 'base~llama' --sort size:desc --limit 20
@@ -54,13 +52,15 @@ def ls(
         list_tags(session)
         return
     if old_filters:
-        session.out.note("`-f` goes with the next version, where it is --force everywhere: use -F or --filter")
+        session.out.note("`icm ls -f` is deprecated and will be removed: use -F or --filter")
         filters = [*(filters or ()), *old_filters]
     if bundle is not None:
         from icm_cli.bundle_list import list_bundle
 
         if filters or sort is not None or limit is not None:
-            raise UsageProblem("a bundle is listed whole", hint="leave out --filter, --sort and --limit")
+            raise UsageProblem(
+                "--from excludes --filter, --sort and --limit", hint="list the whole bundle, or import it first"
+            )
         list_bundle(session, bundle, base_model)
         return
     out, context, chosen = session.out, session.context, tuple(filters or ())
@@ -72,16 +72,16 @@ def ls(
         out.document([_as_json(row) for row in rows])
     out.listing(_FIELDS, rows)
     if len(rows) == limit and (more := count_tasks(context, base_model, filters=chosen) - len(rows)) > 0:
-        out.note(f"{counted(more, 'more task')} {'is' if more == 1 else 'are'} not shown")
+        out.note(f"{counted(more, 'more task')} not shown")
     if not rows and filters:
-        out.note("no task passes the filters")
+        out.note("no task matches the filters")
     elif not rows:
-        out.note("no tasks")
+        out.note("the store has no tasks")
         out.hint("run `icm ingest PATH` to add adapters")
 
 
 def list_tags(session: Session) -> None:
-    """Print all tags, each with the number of its tasks."""
+    """Print all tags with their number of tasks."""
     from icmlora.fleet.tasks import tasks
 
     out, tags = session.out, tasks.list_tags(session.context)
@@ -92,7 +92,7 @@ def list_tags(session: Session) -> None:
         out.note("no task has a tag")
 
 
-@lru_cache(maxsize=256)  # most tasks have those of others
+@lru_cache(maxsize=256)  # most tasks share their targets
 def _targets(modules: tuple[str, ...]) -> str:
     return ",".join(in_ranges(modules))
 
@@ -107,7 +107,7 @@ def _coded(row: TaskSummary) -> str:
 
 def _original(row: TaskSummary) -> str:
     if row.final.was_never_here:
-        return "never here"
+        return "none"
     if row.final.is_evicted:
         return "evicted"
     size = human_size(row.final.original_bytes)

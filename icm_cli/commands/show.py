@@ -6,6 +6,7 @@ from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
+from icm_cli.eval_report import no_gain
 from icm_cli.options import TaskArg, option
 from icm_cli.output import Field
 from icm_cli.session import Session, command
@@ -26,8 +27,7 @@ ErrorsOpt = Annotated[
     bool,
     option(
         "--errors",
-        "Also show the relative error of the code for each kind of module, or for each block of an image model. "
-        "It decodes the code, which takes a while for a large adapter.",
+        "Also decode the code and show its relative error by kind of module, or by block of an image model.",
     ),
 ]
 
@@ -43,9 +43,9 @@ _ADAPTER_FIELDS: tuple[Field[AdapterRecord], ...] = (
 
 @command
 def show(session: Session, task: TaskArg, errors: ErrorsOpt = False) -> None:
-    """Show one task: its adapters, vectors, code and residual, and their measured quality.
+    """Show one task: its adapters, vectors, code and measured quality.
 
-    NEAREST TASKS have the smallest cosine distance between task vectors; `icm map` compares all tasks.
+    The nearest tasks have the smallest cosine distance between task vectors. `icm map` compares all tasks.
 
     Example:
       icm show shakespeare
@@ -62,7 +62,9 @@ def show(session: Session, task: TaskArg, errors: ErrorsOpt = False) -> None:
     session.out.document({**_as_json(details), "errors": groups_json(groups) if errors else None})
     session.out.record(_summary(details))
     session.out.line()
-    session.out.listing(_ADAPTER_FIELDS, details.adapters)
+    is_same = details.same_as_final
+    copies: Field[AdapterRecord] = Field("same as", lambda row: "final" if row.id in is_same else "", is_rare=True)
+    session.out.listing([*_ADAPTER_FIELDS, copies], details.adapters)
     session.out.line()
     _print_evaluations(session, details)
     if groups:
@@ -121,10 +123,10 @@ def _coded(details: TaskDetails) -> list[tuple[str, str]]:
     if details.final.original_only is not None:
         return []
     if code is None or generator is None:
-        # An evicted task has a code: where none is found, it was passed over by a training.
-        return [("code", "in an older format, which this icm does not read" if details.final.is_evicted else "-")]
+        # An evicted task always has a code. If none is found, its format is too old.
+        return [("code", "in an older format that this version cannot read" if details.final.is_evicted else "-")]
     error = "" if code.relative_error is None else f", relative error {code.relative_error:.3f}"
-    effect = "" if code.effect is None else f", keeps {code.effect:.3f} of its effect"
+    effect = "" if code.effect is None else f", keeps {code.effect:.3f} of the adapter's effect"
     lines = [("code", f"{human_size(code.size)} under generator {generator.version}{error}{effect}")]
     if code.claim is not None:
         lines.append(("claimed by the bundle", f"{claim_text(code.claim)}; not measured here"))
@@ -140,7 +142,7 @@ def _coded(details: TaskDetails) -> list[tuple[str, str]]:
 
 def _initial(details: TaskDetails) -> str:
     if details.initial is None:
-        return "seed unknown"
+        return "seed not recovered"
     found, modules = len(details.initial.modules), len(details.final.layout)
     return f"seed {details.initial.seed}, recovered for {found} of {counted(modules, 'module')}"
 
@@ -151,27 +153,27 @@ def _original(details: TaskDetails) -> str:
     if final.is_generated:
         state = "none: generated, not trained" if final.evicted_at else "generated, then ingested"
     elif final.was_never_here:
-        state = f"never here: imported at {final.created_at} from a bundle, which holds codes only"
+        state = f"none: imported at {final.created_at} from a bundle, which holds only codes"
     return f"{state}, pinned" if details.task.pinned else state
 
 
 def _kept(final: AdapterRecord) -> list[tuple[str, str]]:
-    """Say what of an adapter is kept exactly because no code can represent it."""
+    """Return the parts of an adapter that are stored exactly because no code can represent them."""
     lines = [] if final.original_only is None else [("original only", final.original_only)]
     if final.extras:
         files = ", ".join(extra.file for extra in final.extras if extra.file is not None)
-        lines.append(("extras", f"{human_size(final.extras_bytes)}, kept exactly{files and f': {files}'}"))
+        lines.append(("extras", f"{human_size(final.extras_bytes)}, stored exactly{files and f': {files}'}"))
     return lines
 
 
 def _size(adapter: AdapterRecord) -> str:
     if adapter.was_never_here:
-        return "never here"
+        return "none"
     return "evicted" if adapter.is_evicted else human_size(adapter.original_bytes)
 
 
 def _present(details: TaskDetails) -> list[EvaluationRecord]:
-    """Return the measurements that do not depend on an earlier generator, those on the task's own text first."""
+    """Return the measurements that do not depend on an earlier generator, the task's own text first."""
     current = {None, None if details.generator is None else details.generator.id}
     rows = [row for row in details.evaluations if row.generator_id in current]
     return sorted(rows, key=lambda row: (row.data != details.task.eval_data, row.data, SOURCES.index(row.rung)))
@@ -188,6 +190,12 @@ def _print_evaluations(session: Session, details: TaskDetails) -> None:
         Field("relative error", lambda row: figure(row.relative_error, 3), right=True),
     ]
     session.out.listing(fields, rows)
+    for data in dict.fromkeys(row.data for row in rows):
+        of_data = [row for row in rows if row.data == data]
+        scores = {row.rung: MetricResult.of(row) for row in of_data}
+        gains = [row.retained_gain for row in of_data if row.rung not in ("base", "original")]
+        if sentence := no_gain(details.task.name, scores, gains):
+            session.out.line(sentence)
 
 
 def _metric(name: str, row: EvaluationRecord) -> str:
@@ -200,7 +208,7 @@ def _print_errors(session: Session, groups: Sequence[GroupError]) -> None:
     fields: list[Field[GroupError]] = [
         Field("modules", lambda group: group.group),
         Field("count", lambda group: str(group.modules), right=True),
-        Field("of the parameters", lambda group: human_percent(group.parameters / total), right=True),
+        Field("share of parameters", lambda group: human_percent(group.parameters / total), right=True),
         *(Field(f"error of {source}", partial(_error, source), right=True) for source in groups[0].errors),
     ]
     session.out.listing(fields, groups)
@@ -223,7 +231,10 @@ def _as_json(details: TaskDetails) -> dict[str, object]:
         "eval_data": details.task.eval_data,
         "original_only": details.final.original_only,
         "extras_bytes": details.final.extras_bytes,
-        "adapters": [_adapter_json(adapter) for adapter in details.adapters],
+        "adapters": [
+            {**_adapter_json(adapter), "same_as_final": adapter.id in details.same_as_final}
+            for adapter in details.adapters
+        ],
         "layout": [
             {"module": module, "rank": rank, "in": inputs, "out": outputs}
             for module, rank, inputs, outputs in details.final.layout
@@ -259,6 +270,6 @@ def _evaluation_json(details: TaskDetails, entry: EvaluationRecord) -> dict[str,
 
 
 def _without_ids(fields: dict[str, object], *others: str) -> dict[str, object]:
-    """Drop the database's own numbers, and the task's name, which the document has already."""
+    """Drop database ids, and the task's name, which the document already has."""
     dropped = {"id", "task", "adapter_id", "generator_id", *others}
     return {name: value for name, value in fields.items() if name not in dropped}

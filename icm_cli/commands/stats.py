@@ -1,4 +1,4 @@
-"""`icm stats`: show what the fleet takes on disk, what the codes save, and what they cost."""
+"""`icm stats`: show the bytes on disk, the saving, and the quality lost."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 R = TypeVar("R")
 
-PlotOpt = Annotated[Path | None, option("--plot FILE.svg|png|pdf", "Also draw bytes against the number of tasks.")]
+PlotOpt = Annotated[Path | None, option("--plot FILE.svg|png|pdf", "Also plot bytes against the number of tasks.")]
 ReplaceOpt = Annotated[bool, option("--force -f", "Replace the --plot FILE if it exists.")]
 
 _FLEET_FIELDS: tuple[Field[BaseModelBill], ...] = (
@@ -50,15 +50,14 @@ _TASK_FIELDS: tuple[Field[TaskBill], ...] = (
 
 @command
 def stats(session: Session, plot: PlotOpt = None, force: ReplaceOpt = False) -> None:
-    """Show the bytes on disk, what the codes save, and what they cost in quality.
+    """Show the bytes on disk, the saving and the quality lost.
 
-    BF16 is the size of all final adapters in bf16. OF BF16 is the share that generator, codes, residuals, vectors and
-    extras take; from BREAK-EVEN tasks on they are smaller. EXTRAS are heads, tokenizers and whatever else no code can
-    represent; original-only tasks count as extras. GENERATOR includes the few-shot start, if there is
-    one. RELATIVE ERROR and RETAINED GAIN are mean / worst over the tasks, measured on the codes with their residuals.
-    -v adds a row per task.
+    BF16: size of all final adapters in bf16. OF BF16: share of it that generator, codes, vectors and extras take.
+    BREAK-EVEN: number of tasks from which that is smaller. EXTRAS: heads, tokenizers and originals that no code can
+    represent. RELATIVE ERROR and RETAINED GAIN: mean / worst over the tasks. -v adds a row per task.
 
     Example:
+      icm stats
       icm stats --json
     """
     from icmlora.fleet.stats.stats import stats
@@ -85,7 +84,7 @@ def stats(session: Session, plot: PlotOpt = None, force: ReplaceOpt = False) -> 
 
 
 def _fields(fields: Sequence[Field[R]], found: Bill) -> list[Field[R]]:
-    """Return the columns of a table; few fleets have extras, so their column is left out where there are none."""
+    """Return the columns of a table, without the one for extras if there are none."""
     return [field for field in fields if field.title != "extras" or found.usage.extras]
 
 
@@ -103,13 +102,14 @@ def _verdict(found: Bill) -> str:
         return "the store has no tasks"
     now = found.usage.total / found.bf16_size
     disk = (
-        f"The store takes {human_percent(now)} of what all final adapters take in bf16 ({human_size(found.bf16_size)})"
+        f"The store takes {human_percent(now)} of the size of all final adapters in bf16 "
+        f"({human_size(found.bf16_size)})"
     )
     return f"{disk}{_originals(found)}. {saving_text(found)}"
 
 
 def _originals(found: Bill) -> str:
-    """Say how many originals are still in the store."""
+    """Return how many originals are still in the store."""
     left = found.tasks - found.evicted
     if not found.evicted:
         return " because it still holds the originals"

@@ -11,7 +11,8 @@ A hub name has no `@`, so the two parts can be told apart again. Never imports t
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 _MAIN = (None, "", "main")
@@ -50,6 +51,20 @@ def named_by(label: str, known: Sequence[str]) -> list[str]:
         return []
     end = Path(os.path.normpath(label)).parts
     return [name for name in known if os.path.isabs(name) and Path(name).parts[-len(end) :] == end]
+
+
+def lookalikes(labels: Iterable[str]) -> list[list[str]]:
+    """Group labels that may mean one model: the same last part, apart from case, punctuation and revision.
+
+    `google/gemma-3-270m-it`, `gemma3-270m-it`, `/models/gemma-3-270m-it` and `C:\\models\\gemma-3-270m-it` are alike.
+    """
+    groups: defaultdict[str, list[str]] = defaultdict(list)
+    for label in sorted(labels):
+        parts = [part for part in label.partition("@")[0].replace("\\", "/").split("/") if part]
+        cached = [part.rpartition("--")[2] for part in parts if part.startswith("models--")]  # the hub's cache
+        last = (cached or parts or [label])[-1].lower().removesuffix(".gguf")
+        groups["".join(filter(str.isalnum, last))].append(label)
+    return [group for group in groups.values() if len(group) > 1]
 
 
 def _resolved(label: str, place: Path, task_folder: Path) -> str | None:

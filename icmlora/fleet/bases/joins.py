@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from icmlora.base_models.finding.fingerprint import fingerprint_base, is_same_model
+from icmlora.base_models.finding.labels import lookalikes
 from icmlora.base_models.finding.lookup import FoundBase, find_base_model, read_config
 from icmlora.base_models.finding.mirrors import original_of
 from icmlora.errors import AdapterRefused, BaseModelNotFound, BaseModelUnsuited
@@ -48,10 +49,16 @@ class KnownBases:
             if record.shape is not None and record.fingerprint is not None
         }
         self.joined: list[BaseJoined] = []
+        self._before = set(self._names)
 
     def name_of(self, label: str) -> str:
         """Return the name of the base model that has a label."""
         return self._names.get(label, label)
+
+    def lookalikes(self) -> list[list[str]]:
+        """Return groups of base models whose names look like one model, where a label is new. They are never joined."""
+        new = {self._names[label] for label in self._names.keys() - self._before}
+        return [group for group in lookalikes(set(self._names.values()) - {UNKNOWN_BASE}) if not new.isdisjoint(group)]
 
     @property
     def have_loaders(self) -> bool:

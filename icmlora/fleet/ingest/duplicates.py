@@ -6,7 +6,7 @@ An adapter is still taken as asked: two tasks may share an adapter on purpose, a
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -75,6 +75,22 @@ class KnownTensors:
         self._add(task, final)
         return found
 
+    def same_as_final(self, adapters: Sequence[NewAdapter]) -> tuple[int, ...]:
+        """Return the steps of a task's checkpoints whose tensors equal the final adapter's."""
+        final = next(row for row in adapters if row.is_final)
+        earlier = [row for row in adapters if row.step is not None and not row.is_final]
+        try:
+            return tuple(row.step for row in earlier if row.step is not None and self._alike(row, final))
+        except DamagedStore:
+            return ()
+
+    def _alike(self, one: NewAdapter | _Final, other: NewAdapter | _Final) -> bool:
+        return one.weights == other.weights or (
+            one.tensors_key is not None
+            and one.tensors_key == other.tensors_key
+            and _equal(self._digest, one.weights, other.weights)
+        )
+
     def _add(self, task: str, final: _Final) -> None:
         self._finals[task.lower()] = final
         for key in final.keys:
@@ -83,10 +99,7 @@ class KnownTensors:
     def _is_same(self, task: str, final: _Final) -> bool:
         other = self._finals[task.lower()]  # another one than when it was noted, if the task was replaced since
         try:
-            has_same_tensors = other.weights == final.weights or (
-                other.tensors_key == final.tensors_key and _equal(self._digest, other.weights, final.weights)
-            )
-            return has_same_tensors and (
+            return self._alike(other, final) and (
                 other.config == final.config or _equal(self._config, other.config, final.config)
             )
         except DamagedStore:

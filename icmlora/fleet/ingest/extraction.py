@@ -24,6 +24,7 @@ def note_missing_vectors(store: Store | None, report: IngestReport) -> dict[str,
     base_models = store.tasks.without_vectors(sorted(names))
     can_run = {label: _can_run(store, label) for label in set(base_models.values())}
     report.without_vectors = [name for name, label in base_models.items() if can_run[label] is not False]
+    report.bases_not_found = sorted(label for label, found in can_run.items() if found is None)
     # Those of a base model that cannot be run are tried too: that says why. Who wants an original back waits for no
     # vectors: those that the task has are kept, and one that had none before has none now.
     names -= {task.task for task in could if task.restored and not task.new}

@@ -73,6 +73,7 @@ class TaskIngested(Event):
     format: str = "peft"
     wrapper: str | None = None  # what a wrapper put into the names of its tensors, as `_orig_mod`; PEFT finds none then
     same_as: str | None = None  # another task whose final adapter has the same tensors, for a new adapter
+    same_as_final: tuple[int, ...] = ()  # steps of the checkpoints whose tensors equal the final adapter's
 
 
 @dataclass(frozen=True)
@@ -102,12 +103,15 @@ class IngestReport:
     found: int = 0
     # Labels of base models that were new to the store and are taken for another one.
     joined: list[BaseJoined] = field(default_factory=list)
+    # Groups of base models whose names look alike, one of them new. They stay separate.
+    lookalikes: list[list[str]] = field(default_factory=list)
     ingested: list[TaskIngested] = field(default_factory=list)
     problems: list[InputProblem] = field(default_factory=list)
     placeholders: list[PlaceholderMet] = field(default_factory=list)
     # Files next to adapters that belong to neither an adapter nor its trainer: name -> how many there are.
     not_kept: Mapping[str, int] = field(default_factory=dict)
     without_vectors: list[str] = field(default_factory=list)
+    bases_not_found: list[str] = field(default_factory=list)  # base models of those tasks that are not on this machine
     vectors: VectorReport | None = None  # whose task vectors were extracted, and whose could not be
 
     @property
@@ -248,6 +252,7 @@ def _take(
         except Cancelled:
             note_missing_vectors(target.store, report)
             raise
+        report.lookalikes = target.bases.lookalikes()
         return note_missing_vectors(target.store, report)
 
 
@@ -436,7 +441,8 @@ def _ingest_batches(
                 outcomes = _record(prepared, target, decoded)
         for task, outcome in zip(_good(prepared), outcomes, strict=True):
             if isinstance(outcome, IngestOutcome):
-                ingested = _ingested(task, outcome, target.bases)
+                same = tensors.same_as_final(task.adapters)
+                ingested = replace(_ingested(task, outcome, target.bases), same_as_final=same)
                 if task.found.name in decoded:
                     ingested = replace(ingested, status="decoded")
                 elif outcome.status in ("added", "replaced"):

@@ -1,4 +1,4 @@
-"""What a bill says in words: what codes save, where the bytes are, and which tasks miss their limits."""
+"""Sentences about a bill: savings, disk use, and tasks that miss their limits."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 
 
 def saving_text(found: Bill) -> str:
-    """Say what takes the place of the adapters and what that saves, relative to all final adapters in bf16."""
+    """Return the bytes that replace the adapters, the saving relative to bf16, and the quality next to it."""
     if not any(fleet.encoded for fleet in found.fleets):
         return "No task has a code yet, so nothing is saved."
     share = found.compact_share
     if share is None:
         if any(task.evicted and task.code_size is None for task in found.each):
-            return "Some codes have an older format, so the saving is unknown: `icm verify` names the tasks."
-        return "Not every task has a code yet, so the saving is unknown: run `icm train --update`."
+            return "Some codes have an older format, so the saving is unknown. Run `icm verify` to list the tasks."
+        return "Some tasks have no code yet, so the saving is unknown. Run `icm train --update`."
     usage = found.usage
     some = [
         (usage.residuals, "residuals, "),
@@ -31,8 +31,23 @@ def saving_text(found: Bill) -> str:
     ]
     parts = f"Generators, codes, {''.join(name for size, name in some if size)}vectors and database"
     if share >= 1:
-        return f"{parts} take {human_percent(share)}, so they cost {human_percent(share - 1)} more."
-    return f"{parts} alone take {human_percent(share)}, so they save {human_percent(1 - share)}."
+        return (
+            f"{parts} take {human_percent(share)}, which costs {human_percent(share - 1)} more. {_quality_text(found)}"
+        )
+    return f"{parts} alone take {human_percent(share)}, which saves {human_percent(1 - share)}. {_quality_text(found)}"
+
+
+def _quality_text(found: Bill) -> str:
+    """Return the measured quality of the codes, or that it was not measured."""
+    coded = sum(len(fleet.encoded) for fleet in found.fleets)
+    if (gains := found.retained_gains) is not None:
+        of = "" if gains.tasks == coded else f", measured for {gains.tasks} of {counted(coded, 'code')}"
+        return f"The codes retain {gains.mean:.3f} of the gain on average, {gains.worst:.3f} at worst{of}."
+    effects = [task.effect for task in found.each if task.effect is not None]
+    if effects:
+        kept = f"The codes keep {sum(effects) / len(effects):.3f} of their adapters' effect on samples"
+        return f"{kept}; retained gain was not measured: run `icm eval`."
+    return "Their quality was not measured: run `icm eval`."
 
 
 def disk_lines(usage: Usage) -> list[tuple[str, int]]:
@@ -62,21 +77,21 @@ def limits_text(asked: CodeLimits) -> str:
     )
     known = [f"{name} {limit:g}" for name, limit in limits if limit is not None]
     if asked.keep is not None:
-        known.append(f"at least {asked.keep:g} of its effect")
+        known.append(f"at least {asked.keep:g} of the effect")
     return " and ".join(known if asked.max_size is None else [*known, f"at most {human_size(asked.max_size)}"])
 
 
 def claims_text(found: Bill) -> str | None:
-    """Say how many codes nobody here has measured, although their bundle gives figures; None if there are none."""
+    """Return how many codes have only the figures that their bundle claims; None if there are none."""
     number = sum(task.is_claimed for fleet in found.fleets for task in fleet.tasks)
     if not number:
         return None
-    have = "has figures" if number == 1 else "have figures"
-    return f"{counted(number, 'code')} {have} claimed by the bundle only, which were not measured here."
+    have = "has" if number == 1 else "have"
+    return f"{counted(number, 'code')} {have} only the quality that the bundle claims; run `icm eval` to measure it."
 
 
 def shortfalls(short: Iterable[CodeLimits]) -> list[str]:
-    """Say how many tasks keep their original because no code meets their limit, one line per limit."""
+    """Return how many tasks keep their original because no code meets their limit, one line per limit."""
     return [
         f"{counted(number, 'task')} {'keeps its' if number == 1 else 'keep their'} original: no code meets {text}"
         for text, number in sorted(Counter(map(limits_text, short)).items())

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from icmlora.errors import DataError, IcmLoraError
 from icmlora.fleet.context import Context, base_name, check_base_model, current_code, use_case
+from icmlora.formats.tensor_hash import tensors_digest
 from registry.errors import DamagedStore
 from registry.filters import FIELDS, Field, Selection, parse_filter, parse_sort
 from registry.records import (
@@ -44,6 +45,7 @@ class TaskDetails:
     template: str | None
     has_own_template: bool
     header: Mapping[str, str]  # what the trainer noted in the file of an image adapter
+    same_as_final: frozenset[int]  # ids of the checkpoints whose tensors equal the final adapter's
 
     @property
     def final(self) -> AdapterRecord:
@@ -218,9 +220,11 @@ def show_task(context: Context, task: str) -> TaskDetails:
         vectors = tuple(store.vectors.all(known.name))
         evaluations = tuple(store.evaluations.all(known.name))
         template = _template(vectors, evaluations)
+        adapters = tuple(store.tasks.adapters(known.name))
         return TaskDetails(
             task=known,
-            adapters=tuple(store.tasks.adapters(known.name)),
+            adapters=adapters,
+            same_as_final=_same_as_final(store, adapters),
             vectors=vectors,
             nearest=nearest_tasks(context, store, known, vectors),
             generator=generator,
@@ -231,6 +235,24 @@ def show_task(context: Context, task: str) -> TaskDetails:
             has_own_template=template is not None and template == _own_template(store, known.name),
             header=header_of(store, store.tasks.final(known.name)),
         )
+
+
+def _same_as_final(store: Store, adapters: Sequence[AdapterRecord]) -> frozenset[int]:
+    """Return the ids of the checkpoints whose tensors equal the final adapter's; files are read only if keys match."""
+    final = next(row for row in adapters if row.is_final)
+
+    def is_same(row: AdapterRecord) -> bool:
+        if row.weights == final.weights:
+            return True
+        if row.tensors_key is None or row.tensors_key != final.tensors_key or row.is_evicted or final.is_evicted:
+            return False
+        one, other = (tensors_digest(store.blobs.read(adapter.weights)) for adapter in (row, final))
+        return one == other
+
+    try:
+        return frozenset(row.id for row in adapters if not row.is_final and is_same(row))
+    except DamagedStore:  # `icm verify` reports it
+        return frozenset()
 
 
 def header_of(store: Store, final: AdapterRecord) -> Mapping[str, str]:

@@ -2,7 +2,8 @@
 
 loras/rust/                                        the task "rust"
 runs/rust/adapter/   runs/rust/final_adapter/      rust: such names say what the folder holds, not what it is for
-runs/rust/unet/                                    rust-unet: it is a part of rust
+runs/rust/unet/                                    rust-unet: a part of rust
+runs/rust/adapter_seed123/                         rust-adapter_seed123: one of several trainings of rust
 models--acme--rust/snapshots/0a1b.../              rust: a repository in the Hugging Face cache
 runs/rust/checkpoint-80/   runs/rust/epoch_2/      steps 80 and 2 of rust
 """
@@ -33,9 +34,11 @@ GENERIC_WORDS = frozenset(
     {"adapter", "adapters", "lora", "peft", "model", "weights", "out", "output", "outputs"}
     | {"best", "checkpoint", "default", "final", "last", "latest"}
 )
-# Such a folder holds a part of a run, so its task is always named after the run too.
+# Such a folder holds a part of a run, or one of several runs, so its task is always named after the folder above too.
 _PARTS = re.compile(
-    r"unet|transformer|vae|text_encoder(_\d)?|prior|controlnet|pissa_(init|backup|converted)", re.IGNORECASE
+    r"unet|transformer|vae|text_encoder(_\d)?|prior|controlnet|pissa_(init|backup|converted)"
+    rf"|({'|'.join(sorted(GENERIC_WORDS))})[-_](.+[-_])?(seed|stage|fold|run|phase|round|trial|rank)[-_]?\d+",
+    re.IGNORECASE,
 )
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
