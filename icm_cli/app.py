@@ -1,4 +1,4 @@
-"""The `icm` program: its commands, and `main`, which turns exceptions into exit codes."""
+"""The `icm` program: its commands and the mapping from exceptions to exit codes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typer.core import TyperGroup
 
 from icm_cli.config import log_file, switched_on
 from icm_cli.errors import ConfigProblem, ExitCode, Failure, StdoutClosed, describe, is_help
-from icm_cli.options import JsonOpt, LockTimeoutOpt, NoProgressOpt, QuietOpt, StoreOpt, VerboseOpt, spare_pydantic
+from icm_cli.options import JsonOpt, LockTimeoutOpt, NoProgressOpt, QuietOpt, StoreOpt, VerboseOpt, bypass_pydantic
 from icm_cli.output import Output
 from icm_cli.session import GlobalOptions
 from icmlora.io.text import utc
@@ -24,31 +24,32 @@ from icmlora.io.text import utc
 if TYPE_CHECKING:
     from typer import _click as click  # Typer brings its own copy of click
 
-# The panels of the help, and the commands in each, in this order.
+# Help panels and their commands, in display order.
 PANELS = {
-    "From adapters to codes and back": ("ingest", "vectors", "train", "encode", "eval", "materialize", "base"),
+    "Ingest, encode and materialize": ("ingest", "vectors", "train", "encode", "eval", "materialize", "base"),
     "List, show and edit tasks": ("ls", "show", "edit", "stats", "map", "duplicates", "report"),
-    "New adapters and other formats": ("generate", "context", "recognize", "merge", "convert"),
-    "Use codes elsewhere": ("export", "import", "serve"),
-    "A store for a team": ("init", "copy"),
+    "Create and convert adapters": ("generate", "context", "recognize", "merge", "convert"),
+    "Export and serve": ("export", "import", "serve"),
+    "Shared stores": ("init", "copy"),
     "Delete, restore and check": ("evict", "restore", "rm", "prune", "verify", "generators", "doctor"),
 }
 _PANEL_OF = {name: panel for panel, names in PANELS.items() for name in names}
-# A command is the function (or group) of its name in the module of its name, but for names that Python has already.
+# By default a command is the function (or group) of that name in the module of that name. These are Python keywords or
+# built-ins.
 _SPELLED = {"eval": ("eval", "evaluate"), "map": ("map", "map_"), "import": ("import_", "import_")}
-_OLD = ("mv", "tag", "note", "pin", "unpin", "path", "formats", "serve-config")  # hidden, and gone in the next version
+_OLD = ("mv", "tag", "note", "pin", "unpin", "path", "formats", "serve-config")  # hidden; to be removed
 
 
 class CommandGroup(TyperGroup):
-    """The `icm` command. It imports a subcommand when that is run or listed, which keeps short commands fast."""
+    """The `icm` command. Imports a subcommand only when it is run or listed, so that short commands stay fast."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """Return the names of all subcommands, in the order of the help."""
+        """Return the names of all subcommands, in display order."""
         return list(_PANEL_OF)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Import and return a subcommand; None if there is no such command."""
-        # Typer suggests similar names from `commands`, so a typo imports them all.
+        """Import and return a subcommand, or None if it does not exist."""
+        # Typer takes its suggestions from `commands`, so a mistyped name imports all of them.
         for name in [cmd_name] if cmd_name in _PANEL_OF or cmd_name in _OLD else _PANEL_OF:
             if name not in self.commands:
                 self.commands[name] = _load_command(name)
@@ -72,7 +73,7 @@ app = typer.Typer(
 )
 
 
-spare_pydantic()
+bypass_pydantic()
 
 
 def _print_version(wanted: bool) -> None:
@@ -99,12 +100,12 @@ def icm(
     no_progress: NoProgressOpt = False,
     lock_timeout: LockTimeoutOpt = None,
 ) -> None:
-    """Store one generator plus a few kilobytes per task instead of a folder of LoRA adapters.
+    """Compress a fleet of LoRA adapters to a few kilobytes per task.
 
-    icm ingest ./loras                 take adapters into the store
+    icm ingest ./loras                 add adapters to the store
     icm train                          train the generator and encode every task
-    icm materialize TASK -o adapter/   write an adapter back as it was
-    icm stats                          show what that saves and what it costs
+    icm materialize TASK -o adapter/   write an adapter from the store
+    icm stats                          show the space saved and the accuracy lost
     """
     ctx.obj = GlobalOptions(store, json, quiet, verbose, no_progress, lock_timeout)
     if ctx.invoked_subcommand is None:
@@ -113,13 +114,13 @@ def icm(
 
 
 def main() -> None:
-    """Run the program and exit with its code."""
+    """Run the program and exit with its exit code."""
     _fill_closed_streams()
     sys.exit(run(sys.argv[1:]))
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run one command line and return its exit code; any failure is on stderr by then."""
+    """Run a command line and return its exit code. Failures have been printed on stderr."""
     try:
         code = typer.main.get_command(app).main(args=list(arguments), prog_name="icm", standalone_mode=False)
         sys.stdout.flush()
@@ -127,29 +128,29 @@ def run(arguments: Sequence[str]) -> int:
         _silence_stdout()
         return ExitCode.STDOUT_CLOSED
     except (Exception, KeyboardInterrupt) as error:
-        return _tell(error, as_json="--json" in arguments)
+        return _print_failure(error, as_json="--json" in arguments)
     return code if isinstance(code, int) else ExitCode.DONE
 
 
-def _tell(error: BaseException, *, as_json: bool) -> ExitCode:
+def _print_failure(error: BaseException, *, as_json: bool) -> ExitCode:
     failure = describe(error)
     if is_help(error) and not as_json:
-        sys.stdout.write(f"{error}\n" if str(error) else "")  # Rich has printed the help already
+        sys.stdout.write(f"{error}\n" if str(error) else "")  # Rich has already printed the help
         return failure.code
     if switched_on("ICM_DEBUG"):
         traceback.print_exception(error)
     elif not failure.expected:
         failure = _logged(failure, error)
-    # Typer's usage errors know their command.
+    # Usage errors raised by Typer hold a reference to their command.
     command_path = getattr(getattr(error, "ctx", None), "command_path", None)
     if failure.hint is None and command_path is not None:
-        failure = Failure(failure.code, "usage", failure.message, f"`{command_path} --help` shows the usage")
+        failure = Failure(failure.code, "usage", failure.message, f"run `{command_path} --help` for usage")
     Output(as_json=as_json).failure(failure)
     return failure.code
 
 
 def _logged(failure: Failure, error: BaseException) -> Failure:
-    """Append the traceback of an unexpected error to the log and say where it is."""
+    """Append the traceback of an unexpected error to the log and name the file in the hint."""
     try:
         log = log_file()
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -158,17 +159,17 @@ def _logged(failure: Failure, error: BaseException) -> Failure:
     except (OSError, ConfigProblem):
         hint = "set ICM_DEBUG=1 to see the traceback"
     else:
-        hint = f"this is a bug in icm: please report it with the end of {log} and the output of `icm doctor`"
+        hint = f"this is a bug in icm; please report it with the end of {log} and the output of `icm doctor`"
     return Failure(failure.code, failure.kind, failure.message, hint)
 
 
 def _fill_closed_streams() -> None:
-    """Open /dev/null in place of a closed standard stream, as git does, so that no other file gets its number."""
+    """Open /dev/null for each closed standard stream, as git does, so that no other file gets its descriptor."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115  # stays open
 
 
 def _silence_stdout() -> None:
-    """Keep Python from reporting the closed pipe again while it shuts down."""
+    """Keep Python from reporting the closed pipe again at shutdown."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def list_bundle(session: Session, file: Path, base_model: str | None) -> None:
-    """Print what a bundle holds; only its index is read."""
+    """Print the tasks of a bundle. Reads only its index."""
     from icmlora.fleet.bundles.bundles import Bundle
     from icmlora.fleet.context import check_base_model
 

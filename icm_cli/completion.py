@@ -1,6 +1,6 @@
-"""What a shell may complete: names of tasks, base models, tags and formats, and the filters of `icm ls`.
+"""Shell completion of task names, base models, tags, formats, and the filters and sort fields of `icm ls`.
 
-A shell waits for an answer and nobody would read an error, so a function that fails offers nothing.
+Completion must never print an error, so a function that fails offers nothing.
 """
 
 from __future__ import annotations
@@ -26,28 +26,28 @@ def _quietly(complete: Callable[[str], Iterable[str]]) -> Callable[[str], list[s
 
 @_quietly
 def complete_task(incomplete: str) -> Iterable[str]:
-    """Return the names of tasks that start as typed."""
+    """Return task names that start with the typed text."""
     from icmlora.fleet.tasks.tasks import list_names
 
-    # A filter keeps the names of a large fleet out of this process.
+    # The filter runs in the database, so a large fleet is not read into this process.
     return list_names(_context(), filters=[f"name~{incomplete}"] if incomplete else [])
 
 
 @_quietly
 def complete_base(incomplete: str) -> Iterable[str]:
-    """Return the names of base models that start as typed."""
+    """Return base model names that start with the typed text."""
     return _values("base")
 
 
 @_quietly
 def complete_tag(incomplete: str) -> Iterable[str]:
-    """Return the tags that start as typed."""
+    """Return tags that start with the typed text."""
     return _values("tag")
 
 
 @_quietly
 def complete_filter(incomplete: str) -> Iterable[str]:
-    """Return fields with an operator, and after the operator the values that the store has."""
+    """Return fields with their operators, and after an operator the values in the store."""
     from icmlora.fleet.tasks.tasks import filter_fields
 
     for field in filter_fields():
@@ -61,7 +61,7 @@ def complete_filter(incomplete: str) -> Iterable[str]:
 
 @_quietly
 def complete_sort(incomplete: str) -> Iterable[str]:
-    """Return the fields to sort by, upwards and downwards."""
+    """Return the sort fields, ascending and descending."""
     from icmlora.fleet.tasks.tasks import filter_fields
 
     for field in filter_fields():
@@ -71,14 +71,14 @@ def complete_sort(incomplete: str) -> Iterable[str]:
 
 @_quietly
 def complete_format(incomplete: str) -> Iterable[str]:
-    """Return the names of the formats of adapters."""
+    """Return the names of the adapter formats."""
     from icmlora.formats import catalogue
 
     return [known.name for known in catalogue.FORMATS]
 
 
 def _values(field: str) -> Iterable[str]:
-    """Return the values of a field in the store; none of a field that has too many to list."""
+    """Return the values of a field in the store, or none for fields with too many values."""
     from icmlora.fleet.bases.base_models import list_base_models
     from icmlora.fleet.tasks.tasks import list_names, list_tags
 

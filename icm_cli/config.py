@@ -1,7 +1,7 @@
-"""Resolve settings: first the flag, then `ICM_*`, then config.toml, then the default.
+"""Resolve settings: the flag wins, then `ICM_*`, then config.toml, then the default.
 
-config.toml is read only from the user's configuration folder, never from the current one: a downloaded folder must not
-be able to redirect the store.
+config.toml is read only from the user's configuration folder, never from the current folder. Otherwise a downloaded
+folder could redirect the store.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from icm_cli.errors import ConfigProblem, UsageProblem
 
 DEFAULT_LOCK_TIMEOUT = 30.0  # seconds
 
-# Every variable that icm reads, for docs/reference/cli.md; a test compares it with the code.
+# Every environment variable that icm reads, for docs/reference/cli.md. A test compares the table with the code.
 VARIABLES = {
-    "ICM_STORE": "folder of the store, or `postgresql://HOST/DATABASE`",
-    "ICM_DEVICE": "device to compute on: auto, cpu, cuda, cuda:N or mps",
+    "ICM_STORE": "store: a folder or `postgresql://HOST/DATABASE`",
+    "ICM_DEVICE": "compute device: auto, cpu, cuda, cuda:N or mps",
     "ICM_CONFIG": "configuration file; default `$XDG_CONFIG_HOME/icm/config.toml`",
-    "ICM_LOCK_TIMEOUT": "seconds to wait for another icm process",
-    "ICM_NO_PROGRESS": "1: show no progress",
+    "ICM_LOCK_TIMEOUT": "seconds to wait for other icm processes",
+    "ICM_NO_PROGRESS": "1: hide the progress display",
     "ICM_PROGRESS_INTERVAL": "seconds between progress lines if stderr is not a terminal; default 10",
     "ICM_DEBUG": "1: print tracebacks on stderr",
     "ICM_SERVE_TOKEN": "token that clients of `icm serve` must send",
-    "ICM_ENGINE_TOKEN": "token that the engine behind `icm serve` wants",
-    "ICM_BUNDLE": "for vLLM (`icm serve --print-config vllm`): the bundle with the tasks, instead of a store",
-    "ICM_BASE_MODEL": "for vLLM: the base model of the tasks that it runs",
-    "ICM_LOG": "file for the tracebacks of unexpected errors",
-    "NO_COLOR": "any value: print without colour",
+    "ICM_ENGINE_TOKEN": "token that `icm serve` sends to the engine",
+    "ICM_BUNDLE": "for vLLM (`icm serve --print-config vllm`): bundle with the tasks, instead of a store",
+    "ICM_BASE_MODEL": "for vLLM: base model of the served tasks",
+    "ICM_LOG": "log file for tracebacks of unexpected errors",
+    "NO_COLOR": "any value: disable colour",
 }
 
 _KEYS = {"store": str, "device": str, "lock_timeout": (int, float)}
@@ -41,7 +41,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Setting(Generic[T]):
-    """A value and where it came from (`flag`, `ICM_STORE`, a file, `default`)."""
+    """A value and its source (`flag`, `ICM_STORE`, a file, `default`)."""
 
     value: T
     source: str
@@ -49,24 +49,24 @@ class Setting(Generic[T]):
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that is configured, resolved once per command."""
+    """All settings, resolved once per command."""
 
-    named_store: Setting[object]  # the store as it was named
+    named_store: Setting[object]  # as the user wrote it; None for the default
     device: Setting[str]
-    lock_timeout: Setting[float]  # seconds to wait for another icm
+    lock_timeout: Setting[float]  # seconds to wait for other icm processes
 
     @property
     def store(self) -> Setting[str | Path]:
-        """Where the store is, which need not exist. Commands that work without a store never read this."""
+        """Address of the store, which may not exist. Commands that need no store never read this."""
         return Setting(_store_address(self.named_store), self.named_store.source)
 
 
 def load_settings(*, store: str | Path | None = None, lock_timeout: float | None = None) -> Settings:
-    """Resolve all settings; the arguments are the flags that were given.
+    """Resolve all settings. The arguments are the flags from the command line.
 
     Raises:
         ConfigProblem: The configuration file cannot be used.
-        UsageProblem: The lock timeout is no number of seconds.
+        UsageProblem: The lock timeout is not a number of seconds.
     """
     config = _read_config()
     timeout = _pick(lock_timeout, "ICM_LOCK_TIMEOUT", config, "lock_timeout", DEFAULT_LOCK_TIMEOUT)
@@ -79,24 +79,24 @@ def load_settings(*, store: str | Path | None = None, lock_timeout: float | None
 
 
 def config_file() -> Path:
-    """Return the configuration file, which need not exist."""
+    """Return the path of the configuration file, which may not exist."""
     named = os.environ.get("ICM_CONFIG")
     return Path(named) if named else _home("XDG_CONFIG_HOME", ".config", "ICM_CONFIG") / "icm" / "config.toml"
 
 
 def log_file() -> Path:
-    """Return the file that receives the tracebacks of unexpected errors."""
+    """Return the path of the log file for unexpected errors."""
     named = os.environ.get("ICM_LOG")
     return Path(named) if named else _home("XDG_STATE_HOME", ".local/state", "ICM_LOG") / "icm" / "errors.log"
 
 
 def cache_folder() -> Path:
-    """Return the folder for files that can be created again, such as dequantised base models."""
+    """Return the folder for files that can be regenerated, such as dequantised base models."""
     return _home("XDG_CACHE_HOME", ".cache") / "icm"
 
 
 def switched_on(variable: str) -> bool:
-    """Return whether an environment variable is set, and not to `0`."""
+    """Return whether an environment variable is set to a value other than `0`."""
     return os.environ.get(variable, "") not in ("", "0")
 
 
@@ -106,7 +106,7 @@ def _home(variable: str, fallback: str, *others: str) -> Path:
         return Path(folder)
     try:
         return Path.home() / fallback
-    except RuntimeError as error:  # containers often run as a user without an entry in /etc/passwd
+    except RuntimeError as error:  # common in containers whose user is not in /etc/passwd
         hint = f"set {' or '.join(('HOME', variable, *others))}"
         raise ConfigProblem("this user has no home folder, and HOME is not set", hint=hint) from error
 
@@ -117,7 +117,8 @@ def _store_address(setting: Setting[object]) -> str | Path:
     try:
         return str(setting.value) if "://" in str(setting.value) else Path(str(setting.value)).expanduser()
     except RuntimeError as error:
-        fact = f"the store {setting.value} ({setting.source}) is in an unknown home folder"
+        fact = f"the store {setting.value} ({setting.source}) refers to an unknown home folder"
+
         raise UsageProblem(fact, hint="use an absolute path") from error
 
 

@@ -1,4 +1,4 @@
-"""Print what became of codes that were encoded again: by `icm encode`, or at the end of `icm train`."""
+"""Print the results of `icm encode`, also at the end of `icm train`."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
 _STATUS = {
     "known": "up to date",
-    "enough": "code is enough",
+    "enough": "code suffices",
     "below": "misses the limit",
     "evicted": "original evicted",
     "unmeasured": "not measured",
     "original_only": "original only",
-    "changed": "changed meanwhile",
+    "changed": "changed during encoding",
 }
 _FIELDS: tuple[Field[TaskEncoded], ...] = (
     Field("task", lambda task: task.task, shrink=True),
@@ -35,7 +35,7 @@ _FIELDS: tuple[Field[TaskEncoded], ...] = (
 
 
 def tell_encoded(session: Session, event: Event, kind: str = "task") -> None:
-    """Report one task that is done, as a JSON line of a kind."""
+    """Print an encoded task as a JSON line of the given type."""
     from icmlora.fleet.encode.encode import TaskEncoded
 
     if isinstance(event, TaskEncoded):
@@ -43,18 +43,18 @@ def tell_encoded(session: Session, event: Event, kind: str = "task") -> None:
 
 
 def tell_next(session: Session, report: EncodeReport, max_error: float | None, min_gain: float | None) -> None:
-    """Say which command deletes originals under the same limits, if every task meets them."""
+    """Print the `icm evict` command with the same limits if every task meets them."""
     if report.short or all(task.status == "evicted" for task in report.tasks):
         return
     limits = (("--max-error", max_error), ("--min-gain", min_gain))
     same = " ".join(f"{option} {limit:g}" for option, limit in limits if limit is not None)
     session.out.hint(
-        f"`icm evict {same or '--min-gain GAIN'}` deletes the originals of tasks whose codes meet the limit"
+        f"run `icm evict {same or '--min-gain GAIN'}` to delete the originals of tasks whose codes meet the limit"
     )
 
 
 def sum_up(session: Session, report: EncodeReport, *, brief: bool = False) -> None:
-    """Print what was done with each task, or in all."""
+    """Print a table of tasks and a summary line, or with `brief` only the summary."""
     out = session.out
     now = sum((task.size or 0) + (task.residual_size or 0) for task in report.tasks)
     before = sum(task.before or 0 for task in report.tasks)
@@ -65,6 +65,6 @@ def sum_up(session: Session, report: EncodeReport, *, brief: bool = False) -> No
         out.line(f"{some(names)}: {reason}")
     done = sum(task.status == "encoded" for task in report.tasks) if brief else len(report.tasks)
     if done or not brief:
-        what = f"refined {counted(done, 'code')}" if brief else counted(done, "task")
-        missed = "" if brief else f"; {len(report.short)} without a code that meets the limit"
-        out.line(f"{what}, {human_size(now)} in total, {human_size(before)} before{missed}")
+        summary = f"refined {counted(done, 'code')}" if brief else counted(done, "task")
+        missed = "" if brief else f"; {len(report.short)} missed the limit"
+        out.line(f"{summary}, {human_size(now)} in total, {human_size(before)} before{missed}")

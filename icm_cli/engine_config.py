@@ -1,4 +1,4 @@
-"""`icm serve --print-config`: how to start an engine that serves the tasks."""
+"""`icm serve --print-config`: print the commands that start an inference engine."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Engine = Literal["vllm", "sglang"]
 def print_config(
     session: Session, engine: Engine, bundle: Path | None, base_model: str | None, *, gateway: bool
 ) -> None:
-    """Print the environment and the command line that start an engine with the tasks of a store or a bundle."""
+    """Print the environment and the commands that start an engine with the tasks of a store or a bundle."""
     from icmlora.serving.launch import plan_launch
     from icmlora.serving.tasks import open_tasks
 
@@ -42,16 +42,17 @@ def print_config(
     for number, words in enumerate(launch.commands, 1):
         out.answer(shlex.join(words) + (" &" if number < len(launch.commands) else ""))
     if launch.credentials:
-        out.note("the address has no user and no password: set PGUSER and PGPASSWORD, or have them in ~/.pgpass")
-        out.note("for a bucket set AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_REGION, or AWS_PROFILE")
+        out.note("the printed address has no user or password: set PGUSER and PGPASSWORD, or use ~/.pgpass")
+        out.note("for a bucket, set AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_REGION, or AWS_PROFILE")
     out.note(f"{counted(launch.tasks, 'task')} of {launch.base_model}; largest rank {launch.max_lora_rank}")
     if not launch.is_local:
-        out.warn("the base model is not on this machine, so icm cannot compare adapters with it before they are loaded")
+        out.warn("the base model is not on this machine, so adapters cannot be checked against it before loading")
         name = shlex.quote(launch.base_model)
         if bundle is not None:
             option = "--model" if engine == "vllm" else "--model-path"
-            out.hint(f"`hf download {name}` gets it; or give the engine its folder: {option} FOLDER")
+            out.hint(f"download it with `hf download {name}`, or pass its folder to the engine: {option} FOLDER")
         else:
-            out.hint(f"`icm base add {name} PATH` says where it is")
+            out.hint(f"run `icm base add {name} PATH` to set its location")
+
     for task, reason in launch.left_out:
         out.warn(f"{task}: {reason}", kind="left_out", task=task)

@@ -1,12 +1,12 @@
 """Map exceptions to exit codes and messages.
 
-    CliError                what this package itself refuses
-    |-- UsageProblem        options that contradict each other, or an invalid value (2)
+    CliError                errors of this package
+    |-- UsageProblem        conflicting options or an invalid value (2)
     |-- ConfigProblem       an unusable config.toml (2)
-    |-- Interrupted         Ctrl-C or SIGTERM, with one line on what was kept (130)
-    `-- StdoutClosed        the reader of stdout closed it (141, silently)
+    |-- Interrupted         Ctrl-C or SIGTERM; the message lists the finished work (130)
+    `-- StdoutClosed        stdout was closed by its reader (141, silent)
 
-The table names the exceptions of other packages by their full name, so that `icm --help` imports none of them.
+`TABLE` lists exceptions of other packages by full name, so that `icm --help` imports none of them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ INTERRUPTED = "interrupted; finished work is kept"
 
 
 class ExitCode(IntEnum):
-    """The exit codes of every command. Codes are only ever added; docs/reference/exit-codes.md is made from this."""
+    """Exit codes of all commands, listed in docs/reference/exit-codes.md. Existing codes never change."""
 
     meaning: str
 
@@ -38,22 +38,22 @@ class ExitCode(IntEnum):
     DONE = 0, "done"
     FAILED = 1, "failed, or `icm verify` found problems"
     USAGE = 2, "wrong usage"
-    PARTLY = 3, "partly done: some inputs or tasks could not be used, or some originals were not evicted"
-    NO_STORE = 10, "no store was found at the path"
-    LOCKED = 11, "another icm process still holds the lock after `--lock-timeout`"
-    OTHER_VERSION = 12, "another version of icm wrote the store, or the code, and this one does not read it"
-    DAMAGED = 13, "damaged data: a digest does not match, or a blob is missing"
-    TOO_LOSSY = 14, "the error is above the limit you set"
+    PARTLY = 3, "partly done: some inputs or tasks were skipped, or some originals were not evicted"
+    NO_STORE = 10, "no store found at this location"
+    LOCKED = 11, "another icm process held the lock longer than `--lock-timeout`"
+    OTHER_VERSION = 12, "the store or a code was written by an incompatible version of icm"
+    DAMAGED = 13, "damaged data: a digest mismatch or a missing blob"
+    TOO_LOSSY = 14, "the error exceeds the given limit"
     NO_SPACE = 15, "no space left on the device; the store is intact"
     UNSAFE = 16, "unsafe input refused: a pickle, a link out of the folder, or a file over the limits"
-    NOT_RECOGNIZED = 17, "the samples belong to none of the known tasks"
-    AWAY = 18, "the database or the bucket of the store cannot be reached, or refuses; what was acknowledged is kept"
+    NOT_RECOGNIZED = 17, "the samples match no stored task"
+    AWAY = 18, "the store's database or bucket is unreachable or refused the request; committed data is safe"
     INTERRUPTED = 130, "interrupted"
-    STDOUT_CLOSED = 141, "the reader of stdout closed it"
+    STDOUT_CLOSED = 141, "stdout was closed by its reader"
 
 
 class CliError(Exception):
-    """Base class of errors of the command line itself."""
+    """Base class of command-line errors."""
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
         super().__init__(message)
@@ -61,30 +61,31 @@ class CliError(Exception):
 
 
 class UsageProblem(CliError):
-    """Options that contradict each other, or an invalid value."""
+    """Conflicting options or an invalid value."""
 
 
 class ConfigProblem(CliError):
-    """A configuration file that cannot be used."""
+    """An unusable configuration file."""
 
 
 class Interrupted(CliError):
-    """The user stopped the command; the message says what was kept."""
+    """The user stopped the command. The message lists the finished work."""
+
 
 
 class StdoutClosed(CliError):
-    """The reader of stdout closed it."""
+    """Stdout was closed by its reader."""
 
 
 @dataclass(frozen=True)
 class Failure:
-    """What the user is told about an exception."""
+    """The printed form of an exception."""
 
     code: ExitCode
     kind: str
     message: str
     hint: str | None
-    # Whether the exception is in the table; any other is a bug, and its traceback goes to the log.
+    # False for a bug: an exception outside the table. Its traceback is written to the log.
     expected: bool = True
 
     def as_text(self) -> str:
@@ -93,12 +94,12 @@ class Failure:
         return text if self.hint is None else f"{text}\n\nhint: {escape_lines(self.hint)}"
 
     def as_json(self) -> str:
-        """Return the one line that `--json` puts on stderr."""
+        """Return the JSON line for stderr."""
         fields = {"type": "error", "code": int(self.code), "kind": self.kind, "message": self.message}
         return json.dumps({**fields, "hint": self.hint})
 
 
-# Full name of an exception class -> exit code. A class that is not listed takes the code of its nearest base class.
+# Full name of an exception class -> exit code. Other classes use the code of their nearest listed base class.
 TABLE: dict[str, ExitCode] = {
     "icm_cli.errors.CliError": ExitCode.FAILED,
     "icm_cli.errors.UsageProblem": ExitCode.USAGE,
@@ -130,7 +131,7 @@ TABLE: dict[str, ExitCode] = {
 
 
 def describe(error: BaseException) -> Failure:
-    """Describe an exception: one of the table, one of the operating system, or a bug."""
+    """Return the failure for an exception: a listed exception, an operating system error, or a bug."""
     if isinstance(error, KeyboardInterrupt):
         return Failure(ExitCode.INTERRUPTED, "interrupted", INTERRUPTED, "run the same command again to continue")
     code = next((TABLE[name] for name in map(full_name, type(error).__mro__) if name in TABLE), None)
@@ -146,19 +147,19 @@ def describe(error: BaseException) -> Failure:
 
 
 def is_help(error: BaseException) -> bool:
-    """Return whether an exception means that a command group was called without a subcommand and printed its help."""
+    """Return whether a command group was called without a subcommand and printed its help."""
     return type(error).__name__ == "NoArgsIsHelpError"
 
 
 def full_name(kind: type) -> str:
-    """Return a class's module and name, as the table spells it."""
+    """Return the module and name of a class, as in `TABLE`."""
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def _fact(error: BaseException) -> str:
-    """Return the message of an exception. For Typer's usage errors only `format_message` names the option."""
+    """Return the message of an exception. For Typer's usage errors, only `format_message` names the option."""
     if is_help(error):
-        return "no command was given"
+        return "no command given"
     formatted = getattr(error, "format_message", None)
     if formatted is None:
         return str(error)
@@ -180,10 +181,10 @@ def _from_system(error: OSError) -> Failure:
         message = f"{error.filename}: {message}"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return Failure(ExitCode.NO_SPACE, "no_space", message, "free some space; `icm prune` also works on a full disk")
-    return Failure(ExitCode.FAILED, _snake(type(error).__name__), message, _WAYS_OUT.get(error.errno or 0))
+    return Failure(ExitCode.FAILED, _snake(type(error).__name__), message, _ERRNO_HINTS.get(error.errno or 0))
 
 
-_WAYS_OUT = {
-    errno.EROFS: "this file system is read-only: choose another place, or mount it for writing",
-    **dict.fromkeys((errno.EACCES, errno.EPERM), "choose another place, or check the owner and the permissions there"),
+_ERRNO_HINTS = {
+    errno.EROFS: "use a writable file system, or remount this one read-write",
+    **dict.fromkeys((errno.EACCES, errno.EPERM), "check the owner and permissions of this path, or use another path"),
 }

@@ -1,4 +1,4 @@
-"""Print what sources were measured: by `icm eval`, or at the end of `icm train`."""
+"""Print the measurements of `icm eval`, also at the end of `icm train`."""
 
 from __future__ import annotations
 
@@ -10,35 +10,35 @@ from icm_cli.failures import print_failure, print_skipped
 from icm_cli.output import Field
 from icm_cli.session import Session
 from icm_cli.text import SOURCES, errors_json, figure
-from icmlora.fleet.measure.metric_result import measured_in, source_name
+from icmlora.fleet.measure.metric_result import MetricResult, measured_in, source_name
 from icmlora.io.text import counted
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Collection, Mapping
 
     from icmlora.fleet.context import Event
     from icmlora.fleet.measure.evaluate import EvaluateReport, TaskEvaluated
     from icmlora.fleet.measure.measure import SourceResult
     from icmlora.fleet.records import Rung
 
-MEASURE_REST = "`icm eval` measures the rest"
-"""The way on after an interruption."""
+MEASURE_REST = "run `icm eval` to measure the rest"
+"""Hint after an interruption."""
 _Row = tuple[str, "Mapping[Rung, SourceResult]"]
-"""Name and results of a task, without or with its context."""
+"""Name and results of a task, with or without its context."""
 _SHORT = {"perplexity": "ppl", "bits per byte": "bpb"}
 
 
 def measured(report: EvaluateReport) -> str:
-    """Say how many tasks were measured."""
-    return f"{counted(len(report.tasks), 'task')} measured"
+    """Return the number of measured tasks as text."""
+    return f"measured {counted(len(report.tasks), 'task')}"
 
 
 def sum_up(session: Session, report: EvaluateReport) -> None:
-    """Print a table of the results, and what was not measured and why."""
+    """Print tables of the results, and the skipped tasks with reasons."""
     shown = [source for source in SOURCES if any(source in task.sources for task in report.tasks)]
     with_gain = [source for source in shown if source not in ("base", "original")]
     metrics = dict.fromkeys(task.sources["base"].score.metric for task in report.tasks) or {"": None}
-    for metric in metrics:  # a table for each kind of base model
+    for metric in metrics:  # one table per kind of base model
         tasks = [task for task in report.tasks if task.sources["base"].score.metric == metric]
         _print_table(session, tasks, shown, with_gain)
     for source in with_gain:
@@ -51,10 +51,14 @@ def sum_up(session: Session, report: EvaluateReport) -> None:
             f"retained gain of `{source_name(source)}`: mean {gain.mean:.3f}, worst {gain.worst:.3f} "
             f"({gain.worst_task}){measured_in(gain.precisions)}"
         )
+    for task in report.tasks:
+        scores = {source: result.score for source, result in task.sources.items()}
+        if sentence := no_gain(task.task, scores, [task.sources[s].retained_gain for s in with_gain if s in scores]):
+            session.out.line(sentence)
     notes = {
-        "no held-out text, so not measured": report.without_data,
-        "evicted before it was measured like this, so the retained gain is unknown": report.without_original,
-        "changed by another icm meanwhile, so not everything was recorded": report.outdated,
+        "not measured, no held-out text": report.without_data,
+        "retained gain unknown, original evicted before this measurement": report.without_original,
+        "not fully recorded, changed by another icm process": report.outdated,
         "not measured, see the warnings above": [failure.task for failure in report.failed],
     }
     for text, names in notes.items():
@@ -62,14 +66,14 @@ def sum_up(session: Session, report: EvaluateReport) -> None:
             session.out.note(f"{text}: {', '.join(names)}")
     for note in report.notes:
         session.out.note(note)
-    if said := measured_in(task.precision for task in report.tasks):
-        session.out.note(f"measured on the base model in{said}")
+    if precision := measured_in(task.precision for task in report.tasks):
+        session.out.note(f"measured with the base model in{precision}")
     print_skipped(session.out, report.left_out, "no measurements")
 
 
 def _print_table(session: Session, tasks: list[TaskEvaluated], shown: list[Rung], with_gain: list[Rung]) -> None:
     names = dict.fromkeys(name for task in tasks for name in task.sources["base"].score.figures) or _SHORT
-    figures = [name for name in names if name != "nats per token"]  # perplexity says the same
+    figures = [name for name in names if name != "nats per token"]  # redundant with perplexity
     fields: list[Field[_Row]] = [Field("task", lambda row: row[0], shrink=True)]
     for name in figures:
         short, digits = _SHORT.get(name, name), 2 if name == "perplexity" else 3
@@ -91,7 +95,7 @@ def _metric(name: str, found: SourceResult) -> float | None:
 
 
 def _field(source: Rung, title: str, value: Callable[[SourceResult], float | None], digits: int = 3) -> Field[_Row]:
-    """Return the column of a figure of one source."""
+    """Return the column for a figure of one source."""
 
     def cell(row: _Row) -> str:
         return figure(value(row[1][source]) if source in row[1] else None, digits)
@@ -99,24 +103,35 @@ def _field(source: Rung, title: str, value: Callable[[SourceResult], float | Non
     return Field(f"{source_name(source)} {title}", cell, right=True)
 
 
+def no_gain(task: str, scores: Mapping[Rung, MetricResult], gains: Collection[float | None]) -> str | None:
+    """Return a sentence for a task whose original is no better than its base model, else None."""
+    if not {"base", "original"} <= scores.keys() or not gains or any(gain is not None for gain in gains):
+        return None
+    base, original = scores["base"], scores["original"]
+    figures = f"{original.metric} {original.value:.3f} against {base.value:.3f}"
+    return (
+        f"{task}: the original is no better than the base model on this text ({figures}), so there is no retained gain"
+    )
+
+
 def tell_measured(session: Session, event: Event) -> None:
-    """Report one task that is measured, or that failed."""
+    """Print a measured or failed task, as JSON lines or warnings."""
     from icmlora.fleet.measure.evaluate import TaskEvaluated
 
     print_failure(session, event)
     if isinstance(event, TaskEvaluated):
-        rungs, behind = (
+        rungs, with_context = (
             {source: _as_json(result) for source, result in results.items()}
             for results in (event.sources, event.with_context)
         )
-        fields = {"task": event.task, "precision": event.precision, "rungs": rungs, "with_context": behind}
+        fields = {"task": event.task, "precision": event.precision, "rungs": rungs, "with_context": with_context}
         session.out.event("task", **fields)
         if event.skipped is not None:
             session.out.detail(f"{event.task}: {event.skipped}")
 
 
 def _as_json(result: SourceResult) -> dict[str, object]:
-    """Return the metric under its own name, for language models what follows from it, and what was lost."""
+    """Return the metric, the figures derived from it, the retained gain and the error for JSON."""
     score = result.score
     figures = {name: value if math.isfinite(value) else None for name, value in score.figures.items()}
     keys: dict[str, object] = {"metric": score.metric, "value": score.value, "count": score.count}

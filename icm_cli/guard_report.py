@@ -1,4 +1,4 @@
-"""Print what a context and an adapter are worth: by `icm context` and `icm generate`."""
+"""Print the losses with and without a context and an adapter, for `icm context` and `icm generate`."""
 
 from __future__ import annotations
 
@@ -16,30 +16,36 @@ _FIELDS: tuple[Field[tuple[str, float, bool]], ...] = (
     Field("nats per token", lambda row: f"{row[1]:.3f}", right=True),
     Field("", lambda row: "recommended" if row[2] else ""),
 )
-_TOO_FEW = "not measured: with 8 or more samples, icm leaves 4 out and measures on them"
+_TOO_FEW = "not measured: too few samples (with 8 or more, icm holds out 4 to measure on)"
 _SERVE = {"neither": "neither", "context": "the context alone", "adapter": "the adapter alone", "both": "both"}
 
 
-def tell_guard(session: Session, guard: Guard | None) -> None:
-    """Print a table of four losses, or why there is none."""
+def print_guard(session: Session, guard: Guard | None) -> None:
+    """Print a table of up to four losses, or the reason why nothing was measured."""
     if guard is None:
         session.out.note(_TOO_FEW)
         return
-    unseen = f"{counted(guard.samples, 'sample')} that neither context nor adapter saw"
-    session.out.note(f"measured on {guard.told_by if guard.in_turn else unseen}:")
+    session.out.note(f"measured on {_samples(guard)}:")
     session.out.listing(_FIELDS, [(name, nats, name == guard.recommended) for name, nats in guard.losses.items()])
 
 
 def guard_text(guard: Guard | None) -> str:
-    """Say the same in one line."""
+    """Return the losses and the recommendation as one line."""
     if guard is None:
         return _TOO_FEW
-    also = " (the adapter is measured from 8 samples on)" if guard.adapter is None else ""
-    return f"nats per token on {guard.told_by}: {guard.figures}; serve {_SERVE[guard.recommended]}{also}"
+    also = " (measuring the adapter needs 8 samples)" if guard.adapter is None else ""
+    figures = f"nats per token on {_samples(guard)}: {guard.figures}"
+    return f"{figures}; recommended: serve {_SERVE[guard.recommended]}{also}"
+
+
+def _samples(guard: Guard) -> str:
+    if guard.in_turn:  # leave-one-out
+        return f"{counted(guard.samples, 'sample')}, each with the others as context"
+    return counted(guard.samples, "held-out sample")
 
 
 def guard_json(guard: Guard | None) -> dict[str, object] | None:
-    """Return the losses under their names, and what to serve."""
+    """Return the losses and the recommendation for JSON."""
     if guard is None:
         return None
     return {

@@ -1,8 +1,8 @@
-"""Options that several commands share, each written once.
+"""Options shared by several commands.
 
-`icm_cli.session.command` adds the global ones to every command, so they work before and after its name. Typer lets
-pydantic convert each value; importing that takes as long as all else that a short command imports, so words that need
-no conversion are taken as they are.
+`icm_cli.session.command` adds the global options to every command, so they work before and after its name. Typer
+converts values with pydantic, and importing pydantic doubles the start time of a short command. Strings, paths and
+whole numbers are therefore converted here.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ def option(
     """Return an option.
 
     Args:
-        spelling: Its names and what stands for its value, as the help has them: "--output -o FILE".
-        text: What it is for.
-        panel: The heading below which the help lists it.
-        completes: With what a shell completes its value.
-        rules: What else Typer takes, such as `min`.
+        spelling: The names and the placeholder for the value, as printed in the help: "--output -o FILE".
+        text: The help text.
+        panel: The help panel.
+        completes: The kind of value that shell completion offers.
+        rules: Further arguments for Typer, such as `min`.
     """
     names = [word for word in spelling.split() if word.startswith("-")]
     metavar = " ".join(word for word in spelling.split() if not word.startswith("-")) or None
@@ -53,10 +53,10 @@ def argument(metavar: str, text: str | None = None, *, completes: Completed | No
 
 
 def _completing(what: Completed | None) -> Callable[[str], list[str]] | None:
-    """Return a function by which a shell completes a value."""
+    """Return the shell completion function for a kind of value."""
 
     def answer(incomplete: str) -> list[str]:
-        from icm_cli import completion  # a shell asks, a command does not
+        from icm_cli import completion  # only needed for shell completion
 
         return cast(list[str], getattr(completion, f"complete_{what}")(incomplete))
 
@@ -67,49 +67,49 @@ StoreOpt = Annotated[
     str | None,
     option(
         "--store STORE",
-        "Store: a folder, or postgresql://HOST/DATABASE. Default: $ICM_STORE, then config.toml, then "
+        "Store: a folder or postgresql://HOST/DATABASE. Default: $ICM_STORE, then config.toml, then "
         "$XDG_DATA_HOME/icm.",
         panel=GLOBAL_PANEL,
     ),
 ]
-JsonOpt = Annotated[bool, option("--json", "Print JSON, without progress or questions.", panel=GLOBAL_PANEL)]
-QuietOpt = Annotated[bool, option("--quiet -q", "Print only the bare answer and errors.", panel=GLOBAL_PANEL)]
+JsonOpt = Annotated[bool, option("--json", "Print JSON. No progress display, no questions.", panel=GLOBAL_PANEL)]
+QuietOpt = Annotated[bool, option("--quiet -q", "Print only the result and errors.", panel=GLOBAL_PANEL)]
 VerboseOpt = Annotated[
-    int, option("--verbose -v", "Print more details.", panel=GLOBAL_PANEL, count=True, metavar="", show_default=False)
+    int, option("--verbose -v", "Print more detail.", panel=GLOBAL_PANEL, count=True, metavar="", show_default=False)
 ]
-NoProgressOpt = Annotated[bool, option("--no-progress", "Show no progress. (env: ICM_NO_PROGRESS)", panel=GLOBAL_PANEL)]
+NoProgressOpt = Annotated[
+    bool, option("--no-progress", "Hide the progress display. (env: ICM_NO_PROGRESS)", panel=GLOBAL_PANEL)
+]
 LockTimeoutOpt = Annotated[
     float | None,
     option(
         "--lock-timeout SECONDS",
-        f"How long to wait for other icm processes, in all. Default: {DEFAULT_LOCK_TIMEOUT:g}. (env: ICM_LOCK_TIMEOUT)",
+        f"Total time to wait for other icm processes. Default: {DEFAULT_LOCK_TIMEOUT:g}. (env: ICM_LOCK_TIMEOUT)",
         panel=GLOBAL_PANEL,
     ),
 ]
 
-TaskArg = Annotated[str, argument("TASK", "Name of a task (see `icm ls`).", completes="task")]
-TasksArg = Annotated[list[str], argument("TASK...", "Names of tasks (see `icm ls`).", completes="task")]
-SomeTasksArg = Annotated[
-    list[str] | None, argument("[TASK]...", "Names of tasks. Default: all tasks.", completes="task")
-]
+TaskArg = Annotated[str, argument("TASK", "Task name (see `icm ls`).", completes="task")]
+TasksArg = Annotated[list[str], argument("TASK...", "Task names (see `icm ls`).", completes="task")]
+SomeTasksArg = Annotated[list[str] | None, argument("[TASK]...", "Task names. Default: all tasks.", completes="task")]
 BaseModelOpt = Annotated[str | None, option("--base-model NAME", "Only tasks of this base model.", completes="base")]
 LoaderOpt = Annotated[
     str | None,
     option(
         "--loader MODULE:FUNCTION",
-        "Your function that loads the base model; the path need then not be a transformers model.",
+        "Custom function that loads the base model, for models outside transformers.",
     ),
 ]
 FiltersOpt = Annotated[
     list[str] | None,
     option(
         "--filter -F FIELD=VALUE",
-        "Only tasks that pass, as 'rank>=8', 'tag=prod', 'base~llama'. Repeat it: all must hold.",
+        "Only tasks that match, such as 'rank>=8', 'tag=prod', 'base~llama'. Repeat to combine with AND.",
         completes="filter",
     ),
 ]
 SortOpt = Annotated[
-    str | None, option("--sort FIELD[:desc]", "Sort by a field, as 'size:desc'. Default: name.", completes="sort")
+    str | None, option("--sort FIELD[:desc]", "Sort by a field, such as 'size:desc'. Default: name.", completes="sort")
 ]
 LimitOpt = Annotated[int | None, option("--limit N", "Show at most N tasks.", min=1)]
 FromOpt = Annotated[Path | None, option("--from FILE", "Read this bundle instead of the store.")]
@@ -117,34 +117,34 @@ ServedBaseOpt = Annotated[
     str | None,
     option(
         "--base-model NAME",
-        "The base model that the engine runs, if icm does not find out or there are several.",
+        "Base model that the engine runs. Needed if there are several or it cannot be detected.",
         completes="base",
     ),
 ]
 GatewayOpt = Annotated[
-    bool, option("--gateway", "With --print-config vllm: put `icm serve` in front instead of using the plug-in.")
+    bool, option("--gateway", "With --print-config vllm: run `icm serve` as a gateway instead of the plug-in.")
 ]
 BundleArg = Annotated[Path, argument("FILE", "A bundle written by `icm export`.")]
-DryRunOpt = Annotated[bool, option("--dry-run -n", "Print what would be done, but do nothing.")]
-YesOpt = Annotated[bool, option("--yes -y", "Do not ask.")]
-ForceOpt = Annotated[bool, option("--force -f", "Replace an output folder that is not empty.")]
+DryRunOpt = Annotated[bool, option("--dry-run -n", "Print the planned changes without making them.")]
+YesOpt = Annotated[bool, option("--yes -y", "Skip the confirmation question.")]
+ForceOpt = Annotated[bool, option("--force -f", "Overwrite a non-empty output folder.")]
 SeedOpt = Annotated[int | None, option("--seed N", "Random seed.")]
 DeviceOpt = Annotated[
-    str | None, option("--device auto|cpu|cuda|cuda:N|mps", "Device to compute on. Default: auto. (env: ICM_DEVICE)")
+    str | None, option("--device auto|cpu|cuda|cuda:N|mps", "Compute device. Default: auto. (env: ICM_DEVICE)")
 ]
 
 WorkersOpt = Annotated[
     str | None,
     option(
         "--workers N|ray://HOST:PORT",
-        "Compute in N processes on this machine, or on a Ray cluster. Needs Ray. Default: in this process.",
+        "Run N local processes, or use a Ray cluster. Needs Ray. Default: one process.",
     ),
 ]
 ShardOpt = Annotated[
     str | None,
     option(
         "--shard I/N",
-        "Only part I of N of the tasks, as 1/8. Several parts may run at the same time, on many machines.",
+        "Process only part I of N of the tasks, such as 1/8. Parts can run in parallel on several machines.",
     ),
 ]
 
@@ -161,7 +161,7 @@ def gain_option(text: str) -> Any:
 
 MinGainOpt = Annotated[
     float | None,
-    gain_option("Smallest retained gain that a code may have, on the task's held-out text. Needs the base model."),
+    gain_option("Minimum retained gain of a code on the task's held-out text. Needs the base model."),
 ]
 
 
@@ -171,36 +171,36 @@ def quality_option(text: str) -> Any:
 
 
 def keep_option(text: str) -> Any:
-    """Return an option for the share of an adapter's effect that codes keep."""
+    """Return an option for the share of an adapter's effect that codes preserve."""
     return option("--keep SHARE", text, min=0.5, max=0.9999)
 
 
 def refine_option(text: str) -> Any:
-    """Return an option for the number of steps that refine codes."""
+    """Return an option for the number of refinement steps."""
     return option("--refine STEPS", text, min=0)
 
 
 DtypeName = Literal["bfloat16", "float16", "float32"]
-OutputOpt = Annotated[Path, option("--output -o DIR", "Folder to write. Must be absent or empty.")]
+OutputOpt = Annotated[Path, option("--output -o DIR", "Output folder. Must not exist or be empty.")]
 
-_KNOWN = "0.29."
-"""Beginning of the versions of Typer that convert in the method that is replaced here. Another one does it all."""
+_PATCHED_TYPER = "0.29."
+"""Version prefix of Typer with the replaced method. Other versions convert all values themselves."""
 
 _NUMBER = re.compile("[0-9]{1,9}")
 
 
-def spare_pydantic() -> None:
-    """Let all parameters convert without pydantic what is a text, a path or a whole number."""
-    if typer.__version__.startswith(_KNOWN):
-        asked: Any = typer.core._TyperParameter
-        asked.get_runtime_param = lambda parameter: _PlainValues()
+def bypass_pydantic() -> None:
+    """Convert strings, paths and whole numbers without importing pydantic."""
+    if typer.__version__.startswith(_PATCHED_TYPER):
+        parameter_class: Any = typer.core._TyperParameter
+        parameter_class.get_runtime_param = lambda parameter: _FastCoercion()
 
 
-class _PlainValues:
-    """What Typer asks for the value of a parameter."""
+class _FastCoercion:
+    """Replacement for Typer's value conversion."""
 
     def coerce(self, value: Any, param: Any, ctx: click.Context) -> Any:
-        """Return the value of a parameter from its word, its words or its default."""
+        """Return the converted value of a parameter."""
         if value is None:
             return () if param.multiple or param.nargs == -1 else None
         kind, rules = param.type_descriptor.annotation, param.type_descriptor.parameter_info
@@ -214,6 +214,6 @@ class _PlainValues:
             number = int(value)
             if (rules.min is None or number >= rules.min) and (rules.max is None or number <= rules.max):
                 return number
-        from typer._coercion import build_runtime_param  # imports pydantic, which also says what is wrong with a value
+        from typer._coercion import build_runtime_param  # imports pydantic, which also reports invalid values
 
         return build_runtime_param(param.type_descriptor).coerce(value, param=param, ctx=ctx)

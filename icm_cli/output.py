@@ -1,10 +1,10 @@
-"""Print everything: the answer on stdout; notes, warnings, errors and progress on stderr.
+"""Print results on stdout; print notes, warnings, errors and progress on stderr.
 
 Modes:
-    human   stdout is a terminal: aligned, long values cut in the middle to fit its width, headings in bold
-    plain   stdout is a pipe: aligned, nothing cut, no colour
+    human   stdout is a terminal: aligned columns, long values shortened to fit, bold headings
+    plain   stdout is a pipe: aligned columns, full values, no colour
     json    --json: documents or JSON lines on stdout, JSON lines on stderr, no progress, no questions
-    quiet   -q: only the bare answer (names, paths) and errors
+    quiet   -q: only the result (names, paths) and errors
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ R = TypeVar("R")
 
 
 class Mode(Enum):
-    """How the answer is printed."""
+    """Output mode."""
 
     HUMAN = "human"
     PLAIN = "plain"
@@ -42,21 +42,21 @@ class Mode(Enum):
 
 @dataclass(frozen=True)
 class Field(Column, Generic[R]):
-    """A column of a table of records, and what it shows of one."""
+    """A column of a table of records, with a function that returns the text of a cell."""
 
     cell: Callable[[R], str]
     _: KW_ONLY
-    is_rare: bool = False  # whether the column is left out where all its cells are empty
+    is_rare: bool = False  # omit the column if all its cells are empty
 
 
 class Output:
-    """Prints whatever a command has to say."""
+    """Prints the output of a command in one of the modes."""
 
     def __init__(
         self, *, as_json: bool = False, quiet: bool = False, verbosity: int = 0, progress: bool = True
     ) -> None:
         self.verbosity = verbosity
-        self._hints = set[str]()  # those that were printed
+        self._hints = set[str]()  # already printed
         self._progress = progress and not switched_on("ICM_NO_PROGRESS")
         if as_json:
             self.mode = Mode.JSON
@@ -67,18 +67,18 @@ class Output:
 
     @property
     def is_json(self) -> bool:
-        """Whether the answer is JSON."""
+        """Whether the output is JSON."""
         return self.mode is Mode.JSON
 
     @property
     def is_quiet(self) -> bool:
-        """Whether only the bare answer is wanted."""
+        """Whether to print only the bare result."""
         return self.mode is Mode.QUIET
 
-    # The answer, on stdout.
+    # Results, on stdout.
 
     def document(self, value: object) -> None:
-        """Print the one JSON document of a command; JSON mode only."""
+        """Print the JSON document of a command; JSON mode only."""
         if self.is_json:
             _write(sys.stdout, _json(value, sys.stdout, indent=2))
 
@@ -89,34 +89,34 @@ class Output:
             sys.stdout.flush()
 
     def answer(self, text: str) -> None:
-        """Print a line of the bare answer (a name, a path); all modes but JSON."""
+        """Print a line of the bare result (a name, a path); all modes except JSON."""
         if not self.is_json:
             _write(sys.stdout, escape_lines(text))
 
     def line(self, text: str = "") -> None:
-        """Print a line for people; human and plain mode only."""
+        """Print a line of text; human and plain mode only."""
         if self.mode in (Mode.HUMAN, Mode.PLAIN):
             _write(sys.stdout, escape_lines(text))
 
     def names(self, names: Iterable[str]) -> None:
-        """Print the bare answer, a line each, where nothing else is wanted: with --quiet only."""
+        """Print one name per line; quiet mode only."""
         if self.is_quiet:
             for name in names:
                 self.answer(name)
 
     def listing(self, fields: Sequence[Field[R]], records: Sequence[R]) -> None:
-        """Print a table for people, with a row for each record."""
+        """Print a table with a row for each record; human and plain mode only."""
         if self.mode in (Mode.HUMAN, Mode.PLAIN):
             cells = [(field, [field.cell(record) for record in records]) for field in fields]
             self._table([(field, texts) for field, texts in cells if any(texts) or not field.is_rare])
 
     def table(self, columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> None:
-        """Print a table for people."""
+        """Print a table; human and plain mode only."""
         if rows:
             self._table(list(zip(columns, zip(*rows, strict=True), strict=True)))
 
     def _table(self, cells: Sequence[tuple[Column, Sequence[str]]]) -> None:
-        """Print columns, each with the texts of its rows."""
+        """Print columns with the texts of their cells."""
         if self.mode not in (Mode.HUMAN, Mode.PLAIN) or not cells or not cells[0][1]:
             return
         limit = shutil.get_terminal_size().columns if self.mode is Mode.HUMAN else None
@@ -124,7 +124,7 @@ class Output:
         _write(sys.stdout, "\n".join([self._bold(head), *rows]))
 
     def record(self, pairs: Sequence[tuple[str, str]]) -> None:
-        """Print name-value pairs for people, one per line."""
+        """Print name-value pairs, one per line; human and plain mode only."""
         if self.mode not in (Mode.HUMAN, Mode.PLAIN) or not pairs:
             return
         widest = max(width(name) for name, _ in pairs)
@@ -144,7 +144,7 @@ class Output:
             self.note(text)
 
     def hint(self, text: str) -> None:
-        """Print what to do next, once; silent with --quiet and --json."""
+        """Print a next step. Repeated hints are printed once; silent with --quiet and --json."""
         if text not in self._hints:
             self._hints.add(text)
             self.note(f"hint: {text}")
@@ -171,11 +171,11 @@ class Output:
         return PlainProgress(label)
 
     def confirm(self, question: str, *, yes: bool) -> bool:
-        """Ask before something that cannot be undone; raises `UsageProblem` where nobody can answer."""
+        """Ask before an irreversible action. Raises `UsageProblem` without a terminal."""
         if yes:
             return True
         if self.is_json or not sys.stdin.isatty():
-            fact = f"{question} There is no terminal to answer on."
+            fact = f"{question} Cannot ask without a terminal."
             raise UsageProblem(fact, hint="add --yes to skip the question")
         sys.stderr.write(f"{escape_lines(question)} [y/N] ")
         sys.stderr.flush()
@@ -187,12 +187,13 @@ class Output:
 
 
 def _json(value: object, stream: TextIO, indent: int | None = None) -> str:
-    # Escape characters that the encoding lacks the JSON way, before `_write` would do it the Python way.
+    # Use JSON escapes for characters outside the stream's encoding; `_write` would use Python escapes.
     is_utf8 = codecs.lookup(stream.encoding or "utf-8").name == "utf-8"
     return json.dumps(value, ensure_ascii=not is_utf8, indent=indent, allow_nan=False)
 
 
 def _write(stream: TextIO, text: str) -> None:
-    # Characters that the terminal's encoding lacks are escaped instead of raising an error.
+    # Escape characters outside the stream's encoding instead of raising an error.
+
     encoding = stream.encoding or "utf-8"
     stream.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")

@@ -1,4 +1,4 @@
-"""Show progress on stderr: a bar on a terminal, otherwise a line every few seconds, or nothing."""
+"""Progress displays on stderr: a bar on a terminal, otherwise a line every few seconds, or nothing."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _DEFAULT_INTERVAL = 10.0  # seconds between plain lines
 
 
 class Progress:
-    """A display of how far a command is; this one shows nothing."""
+    """Base class of progress displays. Shows nothing."""
 
     def __enter__(self) -> Self:
         """Show the display."""
@@ -30,7 +30,7 @@ class Progress:
         """Remove the display."""
 
     def update(self, done: float, total: float | None, note: str = "") -> None:
-        """Show that `done` of `total` is finished; a total of None is unknown."""
+        """Show that `done` of `total` steps are finished. A total of None is unknown."""
 
 
 class PlainProgress(Progress):
@@ -44,9 +44,9 @@ class PlainProgress(Progress):
         self._total: float | None = None
 
     def update(self, done: float, total: float | None, note: str = "") -> None:
-        """Write a line if the last one is old enough."""
+        """Write a line, at most once per interval."""
         now = time.monotonic()
-        if total != self._total:  # a new phase: the pace of the last one no longer counts
+        if total != self._total:  # new phase: measure its pace from here
             self._started, self._from, self._total = now, done, total
         if now - self._last < self._interval:
             return
@@ -60,7 +60,7 @@ class PlainProgress(Progress):
 
 
 class RichProgress(Progress):
-    """Draws a bar with Rich, which is imported only if there is a terminal."""
+    """Draws a bar with Rich, which is imported only on a terminal."""
 
     def __init__(self, label: str) -> None:
         self._label = label
@@ -73,7 +73,8 @@ class RichProgress(Progress):
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as RichBar
 
-        # Notes contain names from outside, so no column may interpret markup.
+        # Notes contain untrusted names, so no column may interpret markup.
+
         columns = (
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),

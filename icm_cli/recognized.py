@@ -1,4 +1,4 @@
-"""Recognise the task of some samples, for `icm recognize` and an old spelling of `icm materialize`."""
+"""Match samples to a task, for `icm recognize` and deprecated options of `icm materialize`."""
 
 from __future__ import annotations
 
@@ -21,12 +21,13 @@ def recognized(
     loader: str | None,
     device: str | None,
 ) -> RecognizeReport:
-    """Recognise the task of some samples among those of the store, or of a bundle; raises as `Fleet.recognize` does."""
+    """Match samples to a task in the store or in a bundle. Raises the errors of `Fleet.recognize`."""
     from icmlora.fleet.vectors.recognize import recognize
 
     if loader is not None and (bundle is None or base_model is None):
-        hint = "in a store, `icm base add NAME PATH --loader` says what loads a base model"
-        raise UsageProblem("--loader goes with a bundle and --base-model PATH", hint=hint)
+        hint = "for a store, set the loader with `icm base add NAME PATH --loader MODULE:FUNCTION`"
+        raise UsageProblem("--loader needs a bundle and --base-model PATH", hint=hint)
+
     if bundle is not None:
         from icmlora.fleet.bundles.bundles import Bundle
 

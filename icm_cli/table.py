@@ -1,6 +1,6 @@
-"""How a table is laid out: aligned, and cut or with fewer columns where a terminal is narrow.
+"""Lay out a table: align the columns, and on a narrow terminal shorten or drop some of them.
 
-Column by column, not cell by cell: a fleet of ten thousand tasks is a table too.
+Works on whole columns instead of single cells, so that ten thousand rows stay fast.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import KW_ONLY, dataclass
 from icmlora.io.text import escape, shortened_inside, width
 
 GAP = "  "
-_NARROWEST = 12  # terminal cells that a shrinking column keeps
+_MIN_WIDTH = 12  # of a shrinking column, in terminal cells
 
 
 @dataclass(frozen=True)
@@ -20,16 +20,18 @@ class Column:
 
     title: str
     _: KW_ONLY
-    right: bool = False  # whether values are aligned to the right, as numbers are
-    shrink: bool = False  # whether values may be cut in the middle when the terminal is narrow
-    # Whether the column may be left out there, and in which order: the highest number goes first, 0 never.
-    spare: int = 0
+    right: bool = False  # align to the right, for numbers
+    shrink: bool = False  # shorten long values in the middle on a narrow terminal
+    spare: int = 0  # narrow terminals drop columns with the highest value first, 0 never
 
 
 def laid_out(columns: Sequence[Column], cells: Sequence[Sequence[str]], limit: int | None) -> list[str]:
-    """Return the lines of a table, its head first, at most `limit` terminal cells wide as far as that can be.
+    """Return the lines of a table, starting with the heading.
 
-    `cells` has the texts of each column, as many in each.
+    Args:
+        columns: The columns.
+        cells: The texts of each column. All columns have the same length.
+        limit: Width in terminal cells. Exceeded if the columns cannot be shortened further.
     """
     texts = [[column.title.upper(), *_escaped(shown)] for column, shown in zip(columns, cells, strict=True)]
     sizes = [_sizes(shown) for shown in texts]
@@ -49,12 +51,12 @@ def _escaped(texts: Sequence[str]) -> Sequence[str]:
 
 
 def _sizes(texts: Sequence[str]) -> list[int]:
-    """Return how many terminal cells each text takes."""
+    """Return the width of each text in terminal cells."""
     return list(map(len if "".join(texts).isascii() else width, texts))
 
 
 def _kept(columns: Sequence[Column], full: Sequence[int], limit: int | None) -> list[int]:
-    """Return the places of the columns that stay: some go until the others fit, cut as far as they may be."""
+    """Return the indices of the columns to print, after dropping columns until the rest can fit."""
     least = [_least(column, size) if column.shrink else size for column, size in zip(columns, full, strict=True)]
     kept = list(range(len(columns)))
     while limit is not None and sum(least[index] + len(GAP) for index in kept) - len(GAP) > limit:
@@ -66,7 +68,7 @@ def _kept(columns: Sequence[Column], full: Sequence[int], limit: int | None) -> 
 
 
 def _least(column: Column, full: int) -> int:
-    return min(full, max(_NARROWEST, width(column.title)))
+    return min(full, max(_MIN_WIDTH, width(column.title)))
 
 
 def _widths(columns: Sequence[Column], full: Sequence[int], limit: int | None) -> list[int]:
@@ -74,7 +76,7 @@ def _widths(columns: Sequence[Column], full: Sequence[int], limit: int | None) -
     excess = 0 if limit is None else sum(widths) + len(GAP) * (len(widths) - 1) - limit
     shrinking = [index for index, column in enumerate(columns) if column.shrink]
     while excess > 0 and shrinking:
-        # A long list of modules gives way before a name does.
+        # Always shorten the widest column, so a long module list shrinks before a name.
         widest = max(shrinking, key=widths.__getitem__)
         if widths[widest] <= _least(columns[widest], widths[widest]):
             shrinking.remove(widest)
@@ -85,7 +87,7 @@ def _widths(columns: Sequence[Column], full: Sequence[int], limit: int | None) -
 
 
 def _aligned(column: Column, texts: Sequence[str], sizes: Sequence[int], cells_wide: int) -> list[str]:
-    """Return texts, each as wide as their column, cut in the middle where they are wider."""
+    """Return texts padded to the width of their column, or shortened in the middle."""
     if max(sizes) > cells_wide:
         texts = [shortened_inside(text, cells_wide) for text in texts]
         sizes = _sizes(texts)

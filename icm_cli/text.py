@@ -1,4 +1,4 @@
-"""How codes, residuals, errors and base models are shown."""
+"""Format codes, residuals, errors and base models for display."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ if TYPE_CHECKING:
 
 
 SOURCES: tuple[Rung, ...] = ("base", "original", "residual", "code", "generate", "network")
-"""Sources of a task's adapter, as tables list them."""
+"""Sources of a task's adapter, in table order."""
 
 
 def figure(value: float | None, digits: int = 4) -> str:
-    """Return a number with so many digits after the point, or "-"."""
+    """Return a number with a fixed number of decimals, or "-" for None."""
     return "-" if value is None else f"{value:.{digits}f}"
 
 
 def path_shown(path: str) -> str:
-    """Return a path as the user would write it: from the current folder where it is inside."""
+    """Return a path relative to the current folder if it is inside, else unchanged."""
     return path.removeprefix(f"{os.getcwd()}{os.sep}")
 
 
 def grouped(pairs: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
-    """Return the tasks of each reason, from pairs of a reason and a task."""
+    """Group (reason, task) pairs by reason."""
     groups: dict[str, list[str]] = {}
     for reason, task in pairs:
         groups.setdefault(reason, []).append(task)
@@ -44,26 +44,26 @@ def grouped(pairs: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
 
 
 def coded_size(code: int | None, residual: int | None) -> str:
-    """Return the size of a code, plus that of its residual if it has one."""
+    """Return the size of a code and of its residual, if any."""
     if code is None:
         return "-"
     return human_size(code) if residual is None else f"{human_size(code)} + {human_size(residual)}"
 
 
 def errors_json(squared: float | None) -> dict[str, float | None]:
-    """Return an error as JSON gives it: the relative error, and its square."""
+    """Return the JSON fields of an error: the relative error and its square."""
     return {"relative_error": relative_error(squared), "squared_error": squared}
 
 
 def claim_text(claim: Claim) -> str:
-    """Return what a bundle says of a code, such as "relative error 0.120, retained gain 0.951"."""
+    """Return the figures that a bundle claims for a code, such as "relative error 0.120, retained gain 0.951"."""
     error, gain = claim.relative_error, claim.retained_gain
     texts = [] if error is None else [f"relative error {error:.3f}"]
     return ", ".join(texts if gain is None else [*texts, f"retained gain {gain_text(gain, claim.precision)}"])
 
 
 def claim_json(claim: Claim | None) -> dict[str, object] | None:
-    """Return the same as JSON gives it."""
+    """Return the JSON object of a claim."""
     if claim is None:
         return None
     return {
@@ -74,15 +74,15 @@ def claim_json(claim: Claim | None) -> dict[str, object] | None:
 
 
 def joined_text(event: BaseJoined) -> str:
-    """Say that a label was taken for a base model, and how to undo it."""
-    how = "their files are equal" if event.reason == "fingerprint" else "a known mirror"
-    how += ", quantised" if event.is_quantised else ""
+    """Return a line that names an automatic alias, its reason and the command to undo it."""
+    reason = "identical files" if event.reason == "fingerprint" else "a known mirror"
+    reason += ", quantised" if event.is_quantised else ""
     undo = f"icm base alias {event.base_model} {event.label} --remove"
-    return f"{event.label} is taken for {event.base_model} ({how}), which `{undo}` undoes"
+    return f"treating {event.label} as {event.base_model} ({reason}); run `{undo}` to undo this"
 
 
 def groups_json(groups: Sequence[GroupError]) -> list[dict[str, object]]:
-    """Return the relative errors of groups of modules as JSON gives them; one that is not finite is null."""
+    """Return the relative errors of module groups for JSON. A non-finite error becomes null."""
     return [
         {**asdict(group), "errors": {name: error if isfinite(error) else None for name, error in group.errors.items()}}
         for group in groups
@@ -90,7 +90,7 @@ def groups_json(groups: Sequence[GroupError]) -> list[dict[str, object]]:
 
 
 def as_fields(record: DataclassInstance) -> dict[str, Any]:
-    """Return the fields of a record for JSON, each squared error with its root."""
+    """Return the fields of a record for JSON, with the relative error next to each squared error."""
     return asdict(record, dict_factory=_with_relative_error)
 
 

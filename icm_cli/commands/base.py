@@ -1,4 +1,4 @@
-"""`icm base`: the base models of the store, where they are on this machine, and what else they are called."""
+"""`icm base`: list the base models of the store, and set their locations and aliases."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ if TYPE_CHECKING:
     from icmlora.fleet.bases.base_models import KnownBase
     from icmlora.fleet.context import Event
 
-NameArg = Annotated[str, argument("NAME", "Name of the base model, as adapters give it.", completes="base")]
+NameArg = Annotated[str, argument("NAME", "Base model name, as given in the adapters.", completes="base")]
 PathArg = Annotated[Path, argument("PATH", "A Hugging Face model or diffusers pipeline as a folder, or a .gguf file.")]
 LabelsArg = Annotated[
-    list[str], argument("LABEL...", "What else it is called: a hub name, NAME@REVISION or a path.", completes="base")
+    list[str], argument("LABEL...", "Other names of the model: a hub name, NAME@REVISION or a path.", completes="base")
 ]
 KeepOpt = Annotated[
-    str | None, option("--keep NAME", "Where several have a generator: whose stays in use.", completes="base")
+    str | None, option("--keep NAME", "If several have a generator, use the generator of NAME.", completes="base")
 ]
-RemoveOpt = Annotated[bool, option("--remove", "Make the labels base models of their own again.")]
+RemoveOpt = Annotated[bool, option("--remove", "Turn the labels back into separate base models.")]
 LoadInOpt = Annotated[
     Literal["nf4", "int8"] | None,
     option(
         "--load-in nf4|int8",
-        "Load its linear layers in 4 or 8 bits, with bitsandbytes. Default: what the device suits.",
+        "Load linear layers in 4 or 8 bits with bitsandbytes. Default: full precision suited to the device.",
     ),
 ]
 
@@ -41,48 +41,49 @@ _COLUMNS = (Column("base model"), Column("tasks", right=True), Column("path", sh
 
 @command
 def add(session: Session, name: NameArg, path: PathArg, loader: LoaderOpt = None, load_in: LoadInOpt = None) -> None:
-    """Tell icm where the base model NAME is. This path is preferred to the Hugging Face cache.
+    """Set the location of a base model on this machine.
 
-    If the store has a base model with the same files, the two are joined, as `icm base alias` does. A NAME such as
-    ./model is the base model that adapters of the store call so, or that path from the current directory.
+    PATH takes precedence over the Hugging Face cache. If the store has a base model with identical files, the two are
+    joined as by `icm base alias`. A relative path as NAME matches adapters that use this path, or the path from the
+    current folder.
 
-    With --load-in a base model takes a fraction of the memory, and is another one: task vectors, losses and retained
-    gains are measured on it as it is then, and say so. Without --load-in, the same command sets it back.
+    --load-in needs a fraction of the memory but changes the model: task vectors, losses and retained gains are measured
+    on the quantised model and marked with its precision. Run the command without --load-in to undo this.
 
     Example:
-      icm base add HuggingFaceTB/SmolLM2-135M-Instruct ./smollm2
       icm base add meta-llama/Llama-3.1-8B ./llama-8b --load-in nf4
       icm base add nanodet-g ./nanodet --loader my_models:nanodet
     """
     from icmlora.fleet.bases.base_models import NameTaken, add_base_model
     from icmlora.fleet.bases.joins import BaseJoined
 
-    heard: list[Event] = []
-    with session.working("base add", heard.append) as context:
+    events: list[Event] = []
+    with session.working("base add", events.append) as context:
         recorded = add_base_model(context, name, path, loader=loader, load_in=load_in)
-    for event in heard:
+    for event in events:
         if isinstance(event, NameTaken):
-            session.out.note(f"{name} is taken for {event.base_model}")
+            session.out.note(f"treating {name} as {event.base_model}")
             name = event.base_model
-    joined = [event for event in heard if isinstance(event, BaseJoined)]
+    joined = [event for event in events if isinstance(event, BaseJoined)]
     document = {"name": name, "path": str(recorded), "loader": loader, "load_in": load_in}
     session.out.document(document | {"joined": [asdict(join) for join in joined]})
     how = f", loaded by {loader}" if loader else f", loaded in {load_in}" if load_in else ""
-    session.out.line(f"{name} is at {recorded}{how}")
+    session.out.line(f"set location of {name} to {recorded}{how}")
     for join in joined:
         session.out.note(joined_text(join))
 
 
 @command
 def alias(session: Session, name: NameArg, labels: LabelsArg, keep: KeepOpt = None, remove: RemoveOpt = False) -> None:
-    """Say that LABEL is the base model NAME too: a mirror, a local copy, a revision. Their tasks share one generator.
+    """Treat other names as the same base model.
 
-    Codes stay valid. If only one of them has a generator, it becomes the generator of all; run `icm train --update` to
-    make codes for the other tasks. If both have one, --keep NAME says whose stays in use; the other one becomes an
-    earlier version.
+    A label may be a mirror, a local copy or a revision. Tasks of all labels share one generator, and existing codes
+    stay valid. If only one of the models has a generator, all tasks use it; run `icm train --update` to encode the
+    other tasks. If several have one, select it with --keep. The others become earlier versions.
 
-    With --remove, tasks whose adapters name LABEL leave NAME. They lose their codes, vectors and measurements, unless
-    no task stays: then the generator goes with them.
+    With --remove, tasks whose adapters name LABEL are separated from NAME and lose their codes, vectors and
+    measurements. If no task remains under NAME, they keep everything, and the generator moves with them.
+
 
     Example:
       icm base alias meta-llama/Llama-3.1-8B ./llama-8b
@@ -98,14 +99,14 @@ def alias(session: Session, name: NameArg, labels: LabelsArg, keep: KeepOpt = No
     joined = alias_base_model(session.context, name, labels, keep=keep)
     session.out.document(asdict(joined))
     if not joined.labels:
-        session.out.line(f"{joined.name} has these labels already")
+        session.out.line(f"{joined.name} already has these labels")
         return
-    moved = f"; {counted(joined.tasks, 'task')} came with them" if joined.tasks else ""
-    session.out.line(f"{', '.join(joined.labels)}: joined to {joined.name}{moved}")
+    moved = f" with {counted(joined.tasks, 'task')}" if joined.tasks else ""
+    session.out.line(f"joined {', '.join(joined.labels)} to {joined.name}{moved}")
     if joined.without_code:
-        session.out.note(f"{counted(len(joined.without_code), 'task')} without a code under the generator that stays")
+        session.out.note(f"{counted(len(joined.without_code), 'task')} without a code under the current generator")
     if joined.tasks:
-        session.out.hint("run `icm train --update` to make codes for tasks that have none")
+        session.out.hint("run `icm train --update` to encode tasks without a code")
 
 
 def _separate(session: Session, name: str, labels: list[str]) -> None:
@@ -114,13 +115,13 @@ def _separate(session: Session, name: str, labels: list[str]) -> None:
     separated = separate_labels(session.context, name, labels)
     session.out.document([asdict(entry) for entry in separated])
     for entry in separated:
-        lost = f"; {counted(entry.codes, 'code')} deleted" if entry.codes else ""
-        session.out.line(f"{entry.label}: a base model of its own, with {counted(entry.tasks, 'task')}{lost}")
+        lost = f"; deleted {counted(entry.codes, 'code')}" if entry.codes else ""
+        session.out.line(f"separated {entry.label} with {counted(entry.tasks, 'task')}{lost}")
 
 
 @command
 def ls(session: Session) -> None:
-    """List the base models of the store, what else they are called, and where each one is on this machine.
+    """List base models with their aliases and locations.
 
     Example:
       icm base ls
@@ -140,13 +141,13 @@ def ls(session: Session) -> None:
         rows.extend([f"  {label.label}", "", _REASONS[label.reason]] for label in base.record.labels)
     session.out.table(_COLUMNS, rows)
     if any(base.path is None for base in bases):
-        session.out.hint("run `icm base add NAME PATH` to tell icm where a base model is")
+        session.out.hint("run `icm base add NAME PATH` to set the location of a base model")
 
 
 _REASONS = {
-    "told": "the same model, as you said",
-    "fingerprint": "the same model: equal files",
-    "mirror": "the same model: a known mirror",
+    "told": "alias",
+    "fingerprint": "alias (identical files)",
+    "mirror": "alias (known mirror)",
 }
 
 
@@ -171,7 +172,7 @@ def _document(base: KnownBase) -> dict[str, object]:
 
 @command
 def rm(session: Session, name: NameArg) -> None:
-    """Forget where the base model NAME is. Its adapters and files stay.
+    """Forget the location of a base model. Its adapters and files are kept.
 
     Example:
       icm base rm HuggingFaceTB/SmolLM2-135M-Instruct
@@ -180,12 +181,10 @@ def rm(session: Session, name: NameArg) -> None:
 
     forget_base_model(session.context, name)
     session.out.document({"name": name, "path": None})
-    session.out.line(f"forgot where {name} is")
+    session.out.line(f"forgot the location of {name}")
 
 
-base = typer.Typer(
-    name="base", help="List base models, tell icm where they are, and what else they are called.", no_args_is_help=True
-)
+base = typer.Typer(name="base", help="List base models and set their locations and aliases.", no_args_is_help=True)
 base.command()(add)
 base.command()(alias)
 base.command()(ls)

@@ -1,4 +1,4 @@
-"""`icm context`: samples that stand before the requests for a task."""
+"""`icm context`: choose samples to place at the start of every prompt of a task."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from icm_cli.errors import Interrupted, UsageProblem
-from icm_cli.guard_report import guard_json, tell_guard
+from icm_cli.guard_report import guard_json, print_guard
 from icm_cli.options import DeviceOpt, TaskArg, option
 from icm_cli.session import Session, command
 from icmlora.errors import Cancelled
@@ -16,12 +16,13 @@ if TYPE_CHECKING:
     from icmlora.fleet.few_shot.task_context import ContextReport
 
 SamplesOpt = Annotated[
-    Path | None, option("--samples FILE", "Samples of the task, as for `icm generate`. Default: the task's own.")
+    Path | None,
+    option("--samples FILE", "Samples in the format of `icm generate`. Default: the samples stored with the task."),
 ]
-CountOpt = Annotated[int, option("--count K", "Choose from at most K samples, spread over the file.", min=1)]
-TokensOpt = Annotated[int, option("--tokens N", "Take at most N tokens.", min=16)]
-ShowOpt = Annotated[bool, option("--show", "Print the context that the task has.")]
-RemoveOpt = Annotated[bool, option("--remove", "Forget the context of the task.")]
+CountOpt = Annotated[int, option("--count K", "Choose from at most K samples, evenly spaced in the file.", min=1)]
+TokensOpt = Annotated[int, option("--tokens N", "Maximum length of the context in tokens.", min=16)]
+ShowOpt = Annotated[bool, option("--show", "Print the current context of the task.")]
+RemoveOpt = Annotated[bool, option("--remove", "Remove the context of the task.")]
 
 
 @command
@@ -35,19 +36,20 @@ def context(
     remove: RemoveOpt = False,
     device: DeviceOpt = None,
 ) -> None:
-    """Choose samples that stand before the requests for a task, and measure what they are worth.
+    """Choose example samples to place at the start of every prompt.
 
-    A base model that reads a few samples before a request often does better, with an adapter too. icm takes as many as
-    fit, or longer, shorter or fewer ones where other samples show that these are better. The context is kept with the
-    adapter: `icm materialize` writes context.txt and, for chats, context.json, and `icm serve` puts it before requests
-    that ask for it. It needs the base model.
+    A few samples in the prompt often improve results, with or without an adapter. By default, as many samples as fit
+    are used. Longer, shorter or fewer samples are chosen if they score better on the other samples. The context is
+    stored with the adapter. `icm materialize` writes it to context.txt and, for chats, context.json. `icm serve` adds
+    it to requests that ask for it. Needs the base model.
+
 
     Example:
       icm context shakespeare --samples plays.jsonl
       icm context shakespeare --show
     """
     if show and remove:
-        raise UsageProblem("a context is either shown or removed", hint="leave out --show or --remove")
+        raise UsageProblem("--show and --remove cannot be used together", hint="omit one of them")
     if show:
         _show(session, task)
     elif remove:
@@ -65,11 +67,11 @@ def _choose(session: Session, task: str, samples: Path | None, count: int, token
                 context, task, samples=samples, count=count, tokens=tokens, device=session.device(device)
             )
     except Cancelled as stop:
-        raise Interrupted("interrupted; nothing has changed", hint="run the same command again") from stop
-    _tell(session, done)
+        raise Interrupted("interrupted; nothing was changed", hint="run the same command again") from stop
+    _print_report(session, done)
 
 
-def _tell(session: Session, done: ContextReport) -> None:
+def _print_report(session: Session, done: ContextReport) -> None:
     out = session.out
     out.document(
         {
@@ -82,10 +84,10 @@ def _tell(session: Session, done: ContextReport) -> None:
         }
     )
     out.note(
-        f"{done.task}: a context of {counted(done.samples, 'sample')}, {counted(done.tokens, 'token')}, "
-        f"{human_size(done.size)} in the store"
+        f"stored a context for {done.task}: {counted(done.samples, 'sample')}, {counted(done.tokens, 'token')}, "
+        f"{human_size(done.size)}"
     )
-    tell_guard(session, done.guard)
+    print_guard(session, done.guard)
 
 
 def _show(session: Session, task: str) -> None:
@@ -96,7 +98,8 @@ def _show(session: Session, task: str) -> None:
         {"task": task, "text": None if found is None else found.text, "messages": found and list(found.messages)}
     )
     if found is None:
-        session.out.note(f"{task} has no context: `icm context {task}` chooses one")
+        session.out.note(f"{task} has no context")
+        session.out.hint(f"run `icm context {task}` to choose one")
     elif found.text:
         session.out.answer(found.text.rstrip("\n"))
     else:
@@ -109,4 +112,4 @@ def _remove(session: Session, task: str) -> None:
 
     removed = remove_context(session.context, task)
     session.out.document({"task": task, "removed": removed})
-    session.out.note(f"{task}: the context is removed" if removed else f"{task} has no context")
+    session.out.note(f"removed the context of {task}" if removed else f"{task} has no context")

@@ -1,4 +1,4 @@
-"""`icm convert`: adapters in another format, or smaller, without a store."""
+"""`icm convert`: convert adapters to another format, or shrink them, without a store."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ if TYPE_CHECKING:
     from icmlora.fleet.context import Event
     from icmlora.fleet.convert.convert import AdapterConverted, ConvertReport
 
-SourceArg = Annotated[Path | None, argument("SRC", "A folder or file of one adapter, or a folder of many.")]
+SourceArg = Annotated[Path | None, argument("SRC", "Folder or file of an adapter, or a folder of several adapters.")]
 DestinationArg = Annotated[
     Path | None,
-    argument("DST", "Folder or file to write, as the format has it. For many adapters: the folder for them."),
+    argument("DST", "Output folder or file, depending on the format. For several adapters: their parent folder."),
 ]
 FormatOpt = Annotated[
     str | None,
     option(
         "--format NAME",
-        "Format to write: peft, mlx (for MLX-LM), gguf (one file for llama.cpp), diffusers, kohya, comfyui, xlabs "
-        "or lycoris; --list-formats lists which becomes which. Default: that of the source.",
+        "Output format: peft, mlx (for MLX-LM), gguf (one file for llama.cpp), diffusers, kohya, comfyui, xlabs "
+        "or lycoris. See --list-formats for valid conversions. Default: the format of SRC.",
         completes="format",
     ),
 ]
@@ -35,39 +35,37 @@ RankOpt = Annotated[
     int | None,
     option(
         "--rank N",
-        "Cut every module to rank N at most. LoHa, LoKr and whole differences of LyCORIS become LoRA of rank N.",
+        "Reduce every module to at most rank N. LoHa, LoKr and full LyCORIS differences become LoRA of rank N.",
         min=1,
     ),
 ]
 SizeOpt = Annotated[
     str | None,
     option(
-        "--size SIZE", "Most bytes of the file of weights, as 4MB. Modules keep the ranks that make the error smallest."
+        "--size SIZE", "Maximum size of the weights file, such as 4MB. Module ranks are chosen to minimise the error."
     ),
 ]
 DtypeOpt = Annotated[
     DtypeName | None,
-    option(
-        "--dtype", "Number format of the weights. Default: that of the source, or float32 with --format gguf or mlx."
-    ),
+    option("--dtype", "Number format of the weights. Default: as in SRC, or float32 for gguf and mlx."),
 ]
 BaseOpt = Annotated[
     Path | None,
     option(
         "--base-model PATH",
-        "Folder or GGUF file of the base model, whose configuration is needed from and to gguf. Default: the "
-        "model that the adapter names, if it is on this machine.",
+        "Folder or GGUF file of the base model. Its configuration is needed to read and write gguf. Default: the "
+        "model named in the adapter, if it is on this machine.",
     ),
 ]
 ListOpt = Annotated[
     bool,
     option(
         "--list-formats",
-        "Convert nothing: list the formats, and from which ones each is written. Image adapters need the extra "
-        "`diffusion` for it, gguf the configuration of the base model.",
+        "List the formats and their valid sources, and exit. Converting image adapters needs the extra "
+        "`diffusion`; gguf needs the configuration of the base model.",
     ),
 ]
-ForceOpt = Annotated[bool, option("--force -f", "Replace what is at DST, unless that is SRC itself.")]
+ForceOpt = Annotated[bool, option("--force -f", "Overwrite DST, unless it is SRC.")]
 
 _FIELDS: tuple[Field[AdapterConverted], ...] = (
     Field("adapter", lambda done: done.name, shrink=True),
@@ -92,30 +90,28 @@ def convert(
     force: ForceOpt = False,
     list_formats: ListOpt = False,
 ) -> None:
-    """Write an adapter in another format, or make it smaller. No store is needed.
+    """Convert adapters to another format or a smaller size.
 
-    Ranks are cut by singular values, with the smallest error that the rank or the size allows. The relative error,
-    ||dW' - dW|| / ||dW||, is measured on what was written. An adapter that keeps its format keeps its header, and heads
-    and other tensors exactly; another format refuses, by name, what it has no place for. Image adapters get other names
-    by diffusers' own converters (extra `diffusion`).
+    No store is needed. Ranks are reduced by singular value decomposition, with the smallest error for the given rank or
+    size. The relative error ||dW' - dW|| / ||dW|| is measured on the written file. Within a format, the header and
+    additional tensors such as heads are copied unchanged. Tensors that another format cannot represent are an error.
 
-    Of a folder of many adapters, each goes into DST under its name. Exit code 3 means that some could not be converted.
+    For a folder of adapters, each is written to DST under its own name. Exit code 3 means that some conversions failed.
 
     Example:
       icm convert dog-detection smaller/ --size 4MB
       icm convert loras/ loras-mlx/ --format mlx
-      icm convert dog.safetensors dog-diffusers.safetensors --format diffusers
     """
     if list_formats:
         show_formats(session)
         return
     if source is None or destination is None:
-        raise UsageProblem("SRC and DST are needed", hint="icm convert SRC DST --format NAME")
+        raise UsageProblem("SRC and DST are required", hint="run `icm convert SRC DST --format NAME`")
     from icmlora.fleet.convert import convert as use_case
 
     stopped = False
     try:
-        with session.listening("convert", lambda event: _tell(session.out, event)) as listen:
+        with session.listening("convert", lambda event: _print_event(session.out, event)) as listen:
             report = use_case.convert(
                 source,
                 destination,
@@ -132,12 +128,13 @@ def convert(
             raise
         report, stopped = stop.report, True
     _sum_up(session.out, report)
-    done, rest = counted(len(report.adapters), "adapter"), "convert the rest, or run it again with --force"
-    end(f"{done} converted", stopped=stopped, partly=bool(report.failed), hint=rest)
+    hint = "convert the remaining adapters, or run the same command with --force"
+    done = f"converted {counted(len(report.adapters), 'adapter')}"
+    end(done, stopped=stopped, partly=bool(report.failed), hint=hint)
 
 
 def show_formats(session: Session) -> None:
-    """Print which formats `icm ingest` reads, which `icm materialize` and `icm convert` write, and from which."""
+    """Print the adapter formats and the valid source formats of each."""
     from icmlora.fleet.write.format_pairs import written_from
     from icmlora.formats import catalogue
 
@@ -149,12 +146,12 @@ def show_formats(session: Session) -> None:
         ]
     )
     session.out.names(name for name, _, _ in found)
-    columns = [Column("format"), Column("what it is", shrink=True), Column("read")]
+    columns = [Column("format"), Column("description", shrink=True), Column("read")]
     columns += [Column("written from", shrink=True), Column("code")]
     session.out.table(columns, [(name, about, "yes", ", ".join(sources), "yes") for name, about, sources in found])
 
 
-def _tell(out: Output, event: Event) -> None:
+def _print_event(out: Output, event: Event) -> None:
     from icmlora.fleet.context import TaskFailed
     from icmlora.fleet.convert.convert import AdapterConverted
 
@@ -173,8 +170,8 @@ def _sum_up(out: Output, report: ConvertReport) -> None:
         out.warn(f"{failed.task}: {failed.message}", kind=failed.kind, hint=failed.hint)
     left_out = sorted({file for adapter in report.adapters for file in adapter.left_out})
     if left_out:
-        out.note(f"without files that have no place in the format: {', '.join(left_out)}")
-    some = f"; {len(report.failed)} not converted" if report.failed else ""
-    where = f", in {report.adapters[0].output}" if len(report.adapters) == 1 else ""
-    what = counted(len(report.adapters), "adapter")
-    out.line(f"wrote {what}{where}: {human_size(after)}, {human_size(before)} before{some}")
+        out.note(f"skipped files that the format cannot contain: {', '.join(left_out)}")
+    failed_text = f"; {len(report.failed)} failed" if report.failed else ""
+    where = f" to {report.adapters[0].output}" if len(report.adapters) == 1 else ""
+    adapters = counted(len(report.adapters), "adapter")
+    out.line(f"wrote {adapters}{where}: {human_size(after)}, {human_size(before)} before{failed_text}")

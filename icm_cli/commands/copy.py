@@ -13,18 +13,18 @@ from icm_cli.session import Session, command
 from icmlora.io.text import counted, human_size
 
 FromArg = Annotated[str, argument("STORE1", "Store to copy from: a folder, or postgresql://HOST/DATABASE.")]
-ToArg = Annotated[str, argument("STORE2", "Store to copy to. A folder is made if there is none.")]
+ToArg = Annotated[str, argument("STORE2", "Store to copy to. A missing folder is created.")]
 
 
 @command
 def copy(session: Session, source: FromArg, target: ToArg, tasks: SomeTasksArg = None) -> None:
-    """Copy tasks from one store to another, with everything that belongs to them.
+    """Copy tasks from one store to another.
 
-    A task goes with its originals, texts, vectors, codes, residuals and measurements, and with the generators of its
-    base model. Nothing in the second store is changed or deleted. A task that it has with another adapter is not
-    copied; the exit code is then 3. One that it has with the same adapter gets what it lacks. Every file is read back.
+    Copies originals, texts, vectors, codes, residuals and measurements, and the generators of the base models. Every
+    file is read back to verify it. Existing data in STORE2 is never changed or deleted. If STORE2 has the same adapter,
+    only missing data is added. If it has another adapter under this name, the task is skipped and the exit code is 3.
 
-    Run the same command again to go on after a stop, or to bring a backup up to date.
+    Run the same command again to resume an interrupted copy or to update a backup.
 
     Example:
       icm copy ~/.local/share/icm /mnt/backup/icm
@@ -47,9 +47,10 @@ def copy(session: Session, source: FromArg, target: ToArg, tasks: SomeTasksArg =
     out.names([*done.copied, *done.completed])
     parts = [f"copied {counted(len(done.copied), 'task')}, {human_size(done.size)}"]
     parts += [f"{len(done.completed)} completed"] if done.completed else []
-    parts += [f"{len(done.known)} known"] if done.known else []
+    parts += [f"{len(done.known)} unchanged"] if done.known else []
     out.line("; ".join(parts))
     for name, reason in done.refused.items():
-        out.warn(f"left out {name}: {reason}", task=name)
+        out.warn(f"skipped {name}: {reason}", task=name)
+
     if done.refused:
         raise typer.Exit(ExitCode.PARTLY)

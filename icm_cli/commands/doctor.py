@@ -1,4 +1,4 @@
-"""`icm doctor`: check the installation and the store, and print where things are."""
+"""`icm doctor`: check the installation and the store, and print paths."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ PathOpt = Annotated[
     What | None,
     option(
         "--path",
-        "Only print a path, for scripts: of the store, its database, its blobs, the configuration file or the "
-        "log. It need not exist.",
+        "Print only the path of the store, its database, its blobs, the configuration file or the log. For "
+        "scripts. The path may not exist.",
     ),
 ]
 
 
 @command
 def doctor(session: Session, path: PathOpt = None) -> None:
-    """Check versions, devices, settings and the store. Exit with code 1 if something is wrong.
+    """Check versions, devices, settings and the store.
 
-    Include the output in every problem report. The store is only read. The configuration file may set store, device
-    and lock_timeout, for example `store = "/data/icm"`.
+    The exit code is 1 if a check fails. Include the output in bug reports. The store is not modified. The configuration
+    file can set store, device and lock_timeout, for example `store = "/data/icm"`.
 
     Example:
       icm doctor --json
@@ -71,7 +71,7 @@ def doctor(session: Session, path: PathOpt = None) -> None:
 
 
 def path_of(session: Session, what: What) -> Path:
-    """Return where icm keeps something."""
+    """Return the path of the store, its database, its blobs, the configuration file or the log."""
     if what == "config":
         return config_file()
     if what == "log":

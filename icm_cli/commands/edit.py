@@ -1,4 +1,4 @@
-"""`icm edit`: change the name, the tags and the note of tasks, and pin their originals."""
+"""`icm edit`: change the name, tags, note or pin of tasks."""
 
 from __future__ import annotations
 
@@ -13,14 +13,12 @@ if TYPE_CHECKING:
     from icmlora.fleet.records import TaskRecord
     from icmlora.fleet.tasks.tasks import EditReport
 
-NewNameOpt = Annotated[str | None, option("--name NEW", "Another name, for one task.")]
-TagOpt = Annotated[list[str] | None, option("--tag TAG", "A tag to add. Repeat it for several.", completes="tag")]
-UntagOpt = Annotated[
-    list[str] | None, option("--untag TAG", "A tag to remove. Repeat it for several.", completes="tag")
-]
-NoteOpt = Annotated[str | None, option("--note TEXT", "A note, in place of an earlier one.")]
+NewNameOpt = Annotated[str | None, option("--name NEW", "New name. For a single task.")]
+TagOpt = Annotated[list[str] | None, option("--tag TAG", "Tag to add. Can be repeated.", completes="tag")]
+UntagOpt = Annotated[list[str] | None, option("--untag TAG", "Tag to remove. Can be repeated.", completes="tag")]
+NoteOpt = Annotated[str | None, option("--note TEXT", "New note. Replaces the old one.")]
 NoNoteOpt = Annotated[bool, option("--no-note", "Remove the note.")]
-PinOpt = Annotated[bool | None, option("--pin/--no-pin", "Whether `icm evict` keeps their originals.")]
+PinOpt = Annotated[bool | None, option("--pin/--no-pin", "Protect the originals from `icm evict`.")]
 
 _FIELDS: tuple[Field[TaskRecord], ...] = (
     Field("task", lambda task: task.name, shrink=True),
@@ -41,21 +39,20 @@ def edit(
     no_note: NoNoteOpt = False,
     pin: PinOpt = None,
 ) -> None:
-    """Rename a task, tag tasks, keep a note with them, or pin their originals. Without an option, show what is set.
+    """Change the name, tags, note or pin of tasks.
 
-    Adapters, vectors, codes and measurements stay with a task. A name has letters and digits of any script, ".", "_"
-    and "-"; bundles and folders from before keep the old one. `icm evict` never deletes a pinned original. `icm ls
-    --tags` lists all tags. All changes are made, or none.
+    Without options, the current values are printed. A name may contain letters and digits of any script, ".", "_" and
+    "-". Existing bundles and folders keep the old name. `icm evict` never deletes a pinned original. Either all changes
+    are made or none.
 
     Example:
       icm edit lora-final-v2 --name poems
       icm edit poems rules --tag prod --untag trial --pin
-      icm edit poems --note "for the spring demo; rank 8 was enough"
     """
     from icmlora.fleet.tasks.tasks import edit_tasks
 
     if note is not None and no_note:
-        raise UsageProblem("a note is either given or removed", hint="leave out --note or --no-note")
+        raise UsageProblem("--note and --no-note cannot be used together", hint="omit one of them")
     done = edit_tasks(
         session.context,
         tasks,
@@ -65,10 +62,10 @@ def edit(
         note=False if no_note else note,
         pinned=pin,
     )
-    _tell(session, done, is_pinned=pin is True)
+    _print_report(session, done, is_pinned=pin is True)
 
 
-def _tell(session: Session, done: EditReport, *, is_pinned: bool) -> None:
+def _print_report(session: Session, done: EditReport, *, is_pinned: bool) -> None:
     out = session.out
     out.document(
         [{"task": task.name, "tags": list(task.tags), "note": task.note, "pinned": task.pinned} for task in done.tasks]
@@ -76,4 +73,4 @@ def _tell(session: Session, done: EditReport, *, is_pinned: bool) -> None:
     out.names(task.name for task in done.tasks)
     out.listing(_FIELDS, done.tasks)
     if is_pinned and done.evicted:
-        out.note(f"already evicted, so there is no original to keep: {', '.join(done.evicted)}")
+        out.note(f"already evicted, no original to pin: {', '.join(done.evicted)}")

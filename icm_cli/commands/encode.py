@@ -1,4 +1,4 @@
-"""`icm encode`: make smaller, or more accurate, codes without training."""
+"""`icm encode`: re-encode tasks without training."""
 
 from __future__ import annotations
 
@@ -29,46 +29,44 @@ if TYPE_CHECKING:
 
 ErrorOpt = Annotated[
     float | None,
-    loss_option("--max-error", "Largest relative error that a code may have: ||dW' - dW|| / ||dW||, 0.3 for 30 %."),
+    loss_option("--max-error", "Maximum relative error of a code, ||dW' - dW|| / ||dW||. 0.3 means 30 %."),
 ]
 ToleranceOpt = Annotated[
     float | None,
     loss_option(
         "--tolerance",
-        "Largest squared error, weighted by how sensitive each channel is: the limit that `icm train --quality` sets. "
-        "Most people want --max-error.",
+        "Maximum squared error weighted by channel sensitivity, as set by `icm train --quality`. Prefer --max-error.",
     ),
 ]
 SizeOpt = Annotated[
     str | None,
     option(
         "--size SIZE",
-        "Most bytes that the code of a task may take, as 12KiB or 4MB: each code is as accurate as that allows.",
+        "Maximum size of a code, such as 12KiB or 4MB. Each code is as accurate as this allows.",
     ),
 ]
 QualityOpt = Annotated[
     int | None,
-    quality_option("Default: that of the current generator, if no other limit is given."),
+    quality_option("Default: the quality of the current generator, unless another limit is given."),
 ]
 KeepOpt = Annotated[
     float | None,
     keep_option(
-        "Share of its adapter's effect that each code keeps, such as 0.98, in as few bytes as we find. Needs the base "
-        "model."
+        "Share of the adapter's effect that each code preserves, such as 0.98. Searches for the smallest such code. "
+        "Needs the base model."
     ),
 ]
 RefineOpt = Annotated[
     int | None,
     refine_option(
-        "Steps that fit each code to what its adapter does, on the task's samples or on texts that the adapted "
-        f"model writes itself. Needs the base model. 0: none. Default: {REFINE_STEPS} with --quality or --keep, else "
-        "none."
+        "Steps that fit each code to the effect of its adapter, on the task's samples or on texts generated with the "
+        f"adapter. Needs the base model. 0: none. Default: {REFINE_STEPS} with --quality or --keep, else none."
     ),
 ]
 ResidualOpt = Annotated[
-    bool, option("--residual", "Keep the codes, and also store a residual for tasks whose code misses the limit.")
+    bool, option("--residual", "Keep the codes and store a residual for each code that misses the limit.")
 ]
-AgainOpt = Annotated[bool, option("--again", "Re-encode even if the current code already meets these limits.")]
+AgainOpt = Annotated[bool, option("--again", "Re-encode tasks already encoded with these limits.")]
 
 
 @command
@@ -89,25 +87,23 @@ def encode(
     workers: WorkersOpt = None,
     shard: ShardOpt = None,
 ) -> None:
-    """Re-encode tasks with the current generator, as small as the quality you ask for allows.
+    """Re-encode tasks with the current generator, without training.
 
-    Nothing is trained. Without limits, the quality of the generator counts, and codes are refined: each is fitted to
-    what its adapter does, which makes it several times smaller. That takes the base model, and two or three minutes a
-    task on a CPU. A quality is a share of the adapter's effect, or of its weights if the base model is missing. A code
-    that keeps a little less says so and is no failure; with --keep it is one.
+    By default, codes have the quality of the generator and are refined: each is fitted to the effect of its adapter,
+    which makes it several times smaller. Refinement needs the base model and takes two or three minutes per task on a
+    CPU. A quality level sets the share of the adapter's effect to preserve, or a limit on the weight error if the base
+    model is missing. A code slightly below the level is reported but is not a failure. With --keep it is.
 
-    A task for which no code is good enough gets its most accurate code and should keep its
-    original: `icm evict` with the same --min-gain or --max-error does not delete it. Exit code 3 means that there are
-    such tasks; `icm stats` counts them too. Original-only tasks affect the exit code only when named.
+    If no code of a task meets the limits, the most accurate one is stored and the exit code is 3. `icm evict` with the
+    same --min-gain or --max-error keeps the original of such a task. Original-only tasks affect the exit code only when
+    named.
 
-    A task whose current code was made with the same limits is skipped, so the same command continues after an
-    interruption. --again re-encodes every task.
+    Tasks already encoded with the same limits are skipped, so run the same command again to continue after an
+    interruption.
 
-    --size makes the most accurate code that fits. With --max-error or --min-gain too, a task whose code then misses
-    that limit is reported.
+    With --size, add --max-error or --min-gain to report codes that miss that limit. With --residual, existing codes
+    stay unchanged, and code and residual together meet the limit. Bundles contain no residuals.
 
-    With --residual the codes stay as they are, and a code together with its residual meets the limit. Bundles contain
-    codes without residuals.
 
     Example:
       icm encode --keep 0.98
@@ -138,4 +134,4 @@ def encode(
     sum_up(session, report)
     if not stopped:
         tell_next(session, report, max_error, min_gain)
-    end(f"{counted(len(report.tasks), 'task')} encoded", stopped=stopped, partly=bool(report.short))
+    end(f"encoded {counted(len(report.tasks), 'task')}", stopped=stopped, partly=bool(report.short))

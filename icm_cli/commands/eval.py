@@ -18,24 +18,26 @@ if TYPE_CHECKING:
 
 
 class SourceName(StrEnum):
-    """A source that can be measured; base model and original always are. Typer repeats no `Literal`."""
+    """A source to measure, besides base model and original. Typer cannot repeat a `Literal` option."""
 
     RESIDUAL = "residual"
     CODE = "code"
     RECALLED = "recalled"
-    GENERATE = "generate"  # what RECALLED was called before
+    GENERATE = "generate"  # old name of RECALLED
     NETWORK = "network"
 
 
-DataOpt = Annotated[Path | None, option("--data FILE", "File with held-out text. Default: the task's own.")]
+DataOpt = Annotated[
+    Path | None, option("--data FILE", "File with held-out text. Default: the text stored with the task.")
+]
 SourceOpt = Annotated[
     list[SourceName] | None,
-    option("--source", "Measure only this source, with base model and original. Can be repeated."),
+    option("--source", "Measure only this source, base model and original. Can be repeated."),
 ]
-OldSourceOpt = Annotated[list[SourceName] | None, option("--rung", "As --source.", hidden=True)]
-TokensOpt = Annotated[int, option("--max-tokens N", "Tokens to score in each text.", min=2)]
-ContextOpt = Annotated[bool, option("--context", "Measure also behind the tasks' contexts; see `icm context`.")]
-AgainOpt = Annotated[bool, option("--again", "Measure again what was measured on the same text before.")]
+OldSourceOpt = Annotated[list[SourceName] | None, option("--rung", "Old name of --source.", hidden=True)]
+TokensOpt = Annotated[int, option("--max-tokens N", "Number of tokens to score in each text.", min=2)]
+ContextOpt = Annotated[bool, option("--context", "Also measure with the context of each task (see `icm context`).")]
+AgainOpt = Annotated[bool, option("--again", "Repeat measurements already made on the same text.")]
 
 
 @command
@@ -52,12 +54,13 @@ def evaluate(
     shard: ShardOpt = None,
     rung: OldSourceOpt = None,
 ) -> None:
-    """Measure how good the base model, original, residual, code and generated adapter are on held-out examples.
+    """Measure base model, original, code and other sources on held-out text.
 
     GAIN is the retained gain: (loss of base - loss of source) / (loss of base - loss of original). Each adapter is
-    written to disk and loaded with PEFT before it is measured. Needs the base model. For an evicted original, icm uses
-    what it measured before on the same text. With --context, a second row of each task that has one: there, GAIN is a
-    share of what the original gains without it, also for the base model.
+    written to disk and loaded with PEFT before it is measured. Needs the base model. For an evicted original, an
+    earlier measurement on the same text is used. With --context, each task with a context has a second row. Its GAIN is
+    relative to the gain of the original without the context, and is also shown for the base model.
+
 
     Example:
       icm eval shakespeare
@@ -65,11 +68,11 @@ def evaluate(
     from icmlora.fleet.measure.evaluate import evaluate
 
     if rung:
-        session.out.note("`--rung` goes with the next version: use --source")
+        session.out.note("`--rung` is deprecated and will be removed in the next version; use `--source`")
 
-    def work(of: Context) -> EvaluateReport:
+    def work(store: Context) -> EvaluateReport:
         return evaluate(
-            of,
+            store,
             tasks or (),
             sources=[name.value for name in (*(source or ()), *(rung or ()))] or ("residual", "code", "recalled"),
             data=data,
@@ -84,6 +87,7 @@ def evaluate(
     report, stopped = session.run("eval", work, partial(tell_measured, session))
     sum_up(session, report)
     if report.tasks and max_tokens != MAX_TOKENS:
-        usual = f"`icm eval` without --max-tokens measures {MAX_TOKENS} tokens of each text"
-        session.out.note(f"`icm stats` shows these figures until {usual}")
+        fact = f"`icm stats` shows these figures until the next `icm eval` with the default of {MAX_TOKENS} tokens"
+        session.out.note(fact)
+
     end(measured(report), stopped=stopped, partly=report.is_partial, hint=MEASURE_REST)

@@ -1,4 +1,4 @@
-"""`icm evict`: delete originals whose codes were checked."""
+"""`icm evict`: delete originals after checking their codes."""
 
 from __future__ import annotations
 
@@ -18,25 +18,23 @@ if TYPE_CHECKING:
 
 ErrorOpt = Annotated[
     float | None,
-    option(
-        "--max-error X", "Largest relative error that a code may have: ||dW' - dW|| / ||dW||, 0.3 for 30 %.", min=0.0
-    ),
+    option("--max-error X", "Maximum relative error of a code, ||dW' - dW|| / ||dW||. 0.3 means 30 %.", min=0.0),
 ]
-CheckpointsOpt = Annotated[bool, option("--checkpoints-only", "Delete only checkpoints; keep the final adapters.")]
+CheckpointsOpt = Annotated[bool, option("--checkpoints-only", "Delete only checkpoints. Keep the final adapters.")]
 
 PlaceholderOpt = Annotated[
     bool,
     option(
         "--placeholder",
-        "Also replace the adapter in the folder it was ingested from by a small file; `icm restore` undoes that. "
-        "Only files that have not changed are deleted there.",
+        "Also replace the adapter in its source folder with a small file. `icm restore` undoes this. "
+        "Modified files are not deleted.",
     ),
 ]
 KeepOpt = Annotated[
     bool,
     option(
         "--keep-originals",
-        "With --placeholder: free only these folders. The store keeps the originals, so no limit is needed.",
+        "With --placeholder: free only the source folders. The store keeps the originals, so no limit is needed.",
     ),
 ]
 _FIELDS: tuple[Field[TaskEvicted], ...] = (
@@ -52,7 +50,7 @@ _IN_FOLDER: Field[TaskEvicted] = Field(
 )
 _STATUS = {
     "would_evict": "would evict",
-    "known": "nothing to do",
+    "known": "already evicted",
     "original_only": "original only",
     "replaced": "placeholder",
     "would_replace": "would replace",
@@ -72,15 +70,16 @@ def evict(
     dry_run: DryRunOpt = False,
     workers: WorkersOpt = None,
 ) -> None:
-    """Delete originals (final adapters and checkpoints), each after a check that its code can replace it.
+    """Delete originals after checking that their codes can replace them.
 
-    For the check, each code is read back from disk, with its residual if it has one, decoded, and measured against the
-    original. A task whose code misses a limit keeps its original; so does a pinned task. Exit code 3 means that some
-    originals were kept. Original-only tasks affect the exit code only when named. Works on a full disk, but
-    for placeholders: each takes some bytes, and where they do not fit the folder stays and the exit code is 15.
+    An original is the final adapter and its checkpoints. Each code is read from disk with its residual, decoded, and
+    compared with the original. Pinned tasks and tasks whose code misses a limit keep their original, and the exit code
+    is 3. Original-only tasks affect the exit code only when named.
 
-    With --placeholder, the folder that an adapter was ingested from is freed too: `icm restore FOLDER` brings it back,
-    from the original if the store kept it, else from the code.
+    With --placeholder, the source folder of the adapter is freed too. `icm restore FOLDER` restores it from the
+    original if the store kept it, else from the code. Eviction works on a full disk, but a placeholder needs a few
+    bytes. Without space for it, the folder is kept and the exit code is 15.
+
 
     Example:
       icm evict --max-error 0.22 --dry-run
@@ -102,14 +101,14 @@ def evict(
             device=session.device(device),
             workers=workers,
         ),
-        lambda event: _tell(session, event),
+        lambda event: _print_event(session, event),
     )
     _sum_up(session, report, dry_run=dry_run, placeholder=placeholder, keep_originals=keep_originals)
     code = ExitCode.NO_SPACE if report.is_full else ExitCode.PARTLY
-    end(f"{counted(len(report.tasks), 'task')} checked", stopped=stopped, partly=report.partly, code=code)
+    end(f"checked {counted(len(report.tasks), 'task')}", stopped=stopped, partly=report.partly, code=code)
 
 
-def _tell(session: Session, event: Event) -> None:
+def _print_event(session: Session, event: Event) -> None:
     from icmlora.fleet.evict.types import TaskEvicted
 
     if isinstance(event, TaskEvicted):
@@ -133,55 +132,59 @@ def _sum_up(session: Session, report: EvictReport, *, dry_run: bool, placeholder
     out.names(task.task for task in freed)
     shown = [*_FIELDS[:2], _IN_FOLDER] if keep_originals else [*_FIELDS, *([_IN_FOLDER] if placeholder else [])]
     out.listing(shown, sorted(report.tasks, key=lambda task: task.task))
-    _tell_exceptions(out, report, dry_run=dry_run, keep_originals=keep_originals)
+    _print_exceptions(out, report, dry_run=dry_run, keep_originals=keep_originals)
     if report.left:
-        out.note(f"{human_size(report.left)} of this had been left by an interrupted `icm evict`")
+        out.note(f"{human_size(report.left)} of this remained from an interrupted `icm evict`")
     if not keep_originals:
         evicted, freeing = ("would evict", "would free") if dry_run else ("evicted", "freed")
         of_tasks = counted(len(report.tasks), "task")
         out.line(f"{evicted} {len(report.gone)} of {of_tasks}, {freeing} {human_size(report.freed)}")
         if report.pending:
-            fact = f"{human_size(report.pending)} were written not long ago, and go with a later `icm prune`"
-            out.note(f"{fact}: a place that is shared keeps what is young, an object store for 24 hours")
+            fact = f"{human_size(report.pending)} will be freed by a later `icm prune`"
+            out.note(f"{fact}; shared storage keeps recent files, object stores for 24 hours")
     if placeholder:
-        _tell_folders(out, report, dry_run=dry_run, keep_originals=keep_originals)
+        _print_folders(out, report, dry_run=dry_run, keep_originals=keep_originals)
     elif report.gone and not dry_run:
-        out.hint("`icm materialize TASK -o DIR` decodes a code; `icm ingest --restore PATH` brings an original back")
+        out.hint(
+            "run `icm materialize TASK -o DIR` to decode a code, `icm ingest --restore PATH` to restore an original"
+        )
 
 
-def _tell_exceptions(out: Output, report: EvictReport, *, dry_run: bool, keep_originals: bool) -> None:
-    """Name the tasks that keep something, and the folders that change."""
-    for task in [] if keep_originals else report.kept:  # else their folders are listed
+def _print_exceptions(out: Output, report: EvictReport, *, dry_run: bool, keep_originals: bool) -> None:
+    """Print the tasks that keep data and the changed folders."""
+    for task in [] if keep_originals else report.kept:  # with keep_originals, folders are listed instead
         out.line(f"kept {task.task}: {task.reason}")
     for task in report.gone:
         if task.reason is not None:
             out.line(f"{task.task}: {task.reason}")
     for task in report.original_only:
-        out.line(f"original only, {task.task}: {task.reason}")
-    for folder in report.placeholders:  # they are outside of the store, so each is named
-        out.line(f"{'would leave' if dry_run else 'left'} a placeholder in {folder.path}")
+        out.line(f"kept {task.task}, original only: {task.reason}")
+    for folder in report.placeholders:  # outside the store, so name each
+        out.line(f"{'would write' if dry_run else 'wrote'} a placeholder to {folder.path}")
 
 
-def _tell_folders(out: Output, report: EvictReport, *, dry_run: bool, keep_originals: bool) -> None:
+def _print_folders(out: Output, report: EvictReport, *, dry_run: bool, keep_originals: bool) -> None:
     left = [folder for folder in report.folders if folder.status == "left"]
     for folder in left:
-        out.line(f"not replaced, {folder.path}: {folder.reason}")
+        out.line(f"kept {folder.path}: {folder.reason}")
     if report.is_full:
         out.hint("free some space, then run the same command again; `icm prune` also works on a full disk")
     if missing := sum(folder.status == "missing" for folder in report.folders):
-        where = "is not in its folder" if missing == 1 else "are not in their folders"
-        out.note(f"{counted(missing, 'adapter')} {where} any more, so there is nothing to replace")
+        out.note(
+            f"skipped {counted(missing, 'adapter')} no longer in {'its' if missing == 1 else 'their'} source folder"
+        )
     if not keep_originals and any(task.adapters > 1 for task in report.gone):
-        out.note("checkpoints stay in their folders: they have no code, so nothing would bring them back")
-    verb, freed = ("would leave", "would free") if dry_run else ("left", "freed")
+        out.note("kept checkpoints in their folders: they have no code, so they could not be restored")
+    verb, freed = ("would write", "would free") if dry_run else ("wrote", "freed")
     size = human_size(report.freed_in_folders)
-    out.line(f"{verb} {counted(len(report.placeholders), 'placeholder')} in folders, {freed} {size} there")
+    out.line(f"{verb} {counted(len(report.placeholders), 'placeholder')}, {freed} {size} in source folders")
     if report.placeholders and not dry_run:
         source = "byte for byte" if keep_originals else "from codes"
-        out.hint(f"`icm restore FOLDER` brings adapters back, {source}")
+        out.hint(f"run `icm restore FOLDER` to restore adapters {source}")
 
 
 def _result(task: TaskEvicted) -> str:
-    # Its original was evicted before, and its folder has been freed now.
+    # The original was evicted earlier; this run freed the folder.
+
     replaced = task.status == "known" and any(folder.status == "replaced" for folder in task.folders)
     return "placeholder" if replaced else _STATUS.get(task.status, task.status)

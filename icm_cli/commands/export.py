@@ -1,4 +1,4 @@
-"""`icm export`: write a generator with codes into one file."""
+"""`icm export`: write a generator and codes to a bundle."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from icmlora.io.text import counted, human_size
 if TYPE_CHECKING:
     from icmlora.fleet.bundles.export import ExportReport
 
-FileArg = Annotated[Path, argument("FILE", "The bundle to write.")]
-ReplaceOpt = Annotated[bool, option("--force -f", "Replace FILE if it exists.")]
+FileArg = Annotated[Path, argument("FILE", "Bundle to write.")]
+ReplaceOpt = Annotated[bool, option("--force -f", "Overwrite FILE if it exists.")]
 
 
 @command
@@ -28,10 +28,10 @@ def export(
     base_model: BaseModelOpt = None,
     force: ReplaceOpt = False,
 ) -> None:
-    """Write the generator and the codes of some tasks into one file, a bundle.
+    """Write a generator and the codes of tasks to a bundle file.
 
-    On another machine, `icm materialize --from FILE` writes adapters from it without a store, and `icm import FILE`
-    takes it into a store. A bundle has no originals, no residuals and no texts. The same store gives the same bytes.
+    On another machine, `icm materialize --from FILE` writes adapters without a store, and `icm import FILE` adds the
+    bundle to a store. A bundle contains no originals, residuals or texts. Exports of an unchanged store are identical.
 
     Example:
       icm export fleet.icm
@@ -40,12 +40,12 @@ def export(
 
     with session.working("export") as context:
         done = export_bundle(context, file, tasks or (), base_model=base_model, force=force)
-    _tell(session, done)
+    _print_report(session, done)
     if done.damaged:
         raise typer.Exit(ExitCode.PARTLY)
 
 
-def _tell(session: Session, done: ExportReport) -> None:
+def _print_report(session: Session, done: ExportReport) -> None:
     out, index = session.out, done.index
     out.document(
         {
@@ -63,19 +63,21 @@ def _tell(session: Session, done: ExportReport) -> None:
     )
     out.names([str(done.file)])
     out.line(
-        f"{done.file}: generator {index.generator.version} of {index.base_model} with "
-        f"{counted(len(index.tasks), 'code')}; {human_size(done.size)}"
+        f"wrote {done.file}: generator {index.generator.version} of {index.base_model}, "
+        f"{counted(len(index.tasks), 'code')}, {human_size(done.size)}"
     )
     if done.left_out:
-        out.warn(f"left out {counted(len(done.left_out), 'task')} without a code")
+        out.warn(f"skipped {counted(len(done.left_out), 'task')} without a code")
         out.detail(", ".join(done.left_out))
         if set(done.left_out) - set(done.in_older_codes):
-            out.hint("run `icm train --update` to make the missing codes")
+            out.hint("run `icm train --update` to encode them")
     if done.in_older_codes:
-        out.warn(f"codes of an older format, which this icm does not read: {', '.join(done.in_older_codes)}")
+        out.warn(f"skipped codes in an older, unsupported format: {', '.join(done.in_older_codes)}")
         out.hint(WAY_OUT)
     for name, reason in done.damaged.items():
-        out.warn(f"left out {name}: {reason}", task=name)
+        out.warn(f"skipped {name}: {reason}", task=name)
+
     if done.without_residual:
-        out.note(f"left out the residual of {counted(len(done.without_residual), 'task')}: a bundle holds codes only")
+        out.note(f"skipped the residual of {counted(len(done.without_residual), 'task')}: bundles contain only codes")
+
         out.detail(", ".join(done.without_residual))

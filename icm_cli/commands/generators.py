@@ -1,4 +1,4 @@
-"""`icm generators`: list generators, roll back to an earlier one, forget one."""
+"""`icm generators`: list, roll back or delete generators."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from icmlora.io.text import counted, human_size
 if TYPE_CHECKING:
     from icmlora.fleet.tasks.generators import GeneratorVersion
 
-DigestArg = Annotated[str, argument("DIGEST", "The first digits of a generator, as `icm generators` lists it.")]
+DigestArg = Annotated[str, argument("DIGEST", "First digits of a generator's digest, as listed by `icm generators`.")]
 
 _SHORT = 12
 _FIELDS: tuple[Field[GeneratorVersion], ...] = (
@@ -36,11 +36,12 @@ generators = typer.Typer(name="generators", invoke_without_command=True)
 @generators.callback()
 @command
 def ls(session: Session) -> None:
-    """List all generators, what depends on each, and which one is in use.
+    """List generators and the tasks that depend on them.
 
-    NETWORKS counts the versions of the network in a file: `icm train --update` may add one; this icm does not read one
-    of an older format. FEW-SHOT START is what `icm generate` needs. TASKS counts the tasks with a code. ONLY COPIES
-    counts evicted tasks that no other generator can restore.
+    NETWORKS counts the versions of the network in the file, because `icm train --update` may add one. FEW-SHOT START is
+    the size of the data for `icm generate`. TASKS counts the tasks with a code. ONLY COPIES counts evicted tasks that
+    no other generator can restore.
+
 
     Example:
       icm generators
@@ -52,16 +53,16 @@ def ls(session: Session) -> None:
     session.out.names(version.record.blob for version in found)
     session.out.listing(_FIELDS, found)
     if not found:
-        session.out.hint("`icm train` trains the first generator")
+        session.out.hint("run `icm train` to train the first generator")
 
 
 @generators.command()
 @command
 def rollback(session: Session, digest: DigestArg) -> None:
-    """Use an earlier generator again, or return to a later one. Nothing is deleted.
+    """Switch to an earlier or later generator.
 
-    Tasks that got their code later have none under it. icm refuses if that would change what an evicted task decodes
-    to.
+    Nothing is deleted. Tasks encoded only with a newer generator have no code under the earlier one. The command fails
+    if the switch would change the decoded adapter of an evicted task.
 
     Example:
       icm generators rollback 3f9a12c4
@@ -81,16 +82,16 @@ def rollback(session: Session, digest: DigestArg) -> None:
     out.line(f"generator {made.version} of {made.base_model} is now in use")
     if done.without_code:
         out.note(f"tasks without a code under it: {', '.join(done.without_code)}")
-        out.hint("`icm train --update` encodes them; to go back instead, see `icm generators`")
+        out.hint("run `icm train --update` to encode them, or `icm generators` to choose another generator")
 
 
 @generators.command()
 @command
 def forget(session: Session, digest: DigestArg, dry_run: DryRunOpt = False, yes: YesOpt = False) -> None:
-    """Forget a generator that is not in use, with its codes and their measurements.
+    """Delete an unused generator with its codes and measurements.
 
-    If another icm is running, the space is only freed by the next `icm prune`. icm refuses if an evicted task has its
-    only code there.
+    The command fails if it would delete the only code of an evicted task. If another icm process is running, the space
+    is freed by the next `icm prune`.
 
     Example:
       icm generators forget 3f9a12c4 --dry-run
@@ -99,8 +100,8 @@ def forget(session: Session, digest: DigestArg, dry_run: DryRunOpt = False, yes:
 
     out, plan = session.out, forget_generator(session.context, digest, dry_run=True)
     made = plan.generator
-    what = f"generator {made.version} of {made.base_model} and {counted(plan.codes, 'code')}"
-    forgotten = not dry_run and out.confirm(f"Forget {what}?", yes=yes)
+    subject = f"generator {made.version} of {made.base_model} and {counted(plan.codes, 'code')}"
+    forgotten = not dry_run and out.confirm(f"Delete {subject}?", yes=yes)
     if forgotten:
         forget_generator(session.context, made)
     out.document(
@@ -113,9 +114,9 @@ def forget(session: Session, digest: DigestArg, dry_run: DryRunOpt = False, yes:
         }
     )
     if forgotten:
-        out.line(f"forgot {what}")
+        out.line(f"deleted {subject}")
     else:
-        out.note(f"nothing was forgotten; without --dry-run it would be {what}" if dry_run else "nothing was forgotten")
+        out.note(f"would delete {subject}" if dry_run else "deleted nothing")
 
 
 def _networks(version: GeneratorVersion) -> str:

@@ -1,4 +1,4 @@
-"""`icm import`: take the codes of a bundle into the store."""
+"""`icm import`: add the codes of a bundle to the store."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
 
 NamesArg = Annotated[
-    list[str] | None, argument("[TASK]...", "Tasks of the bundle, as `icm ls --from FILE` lists them. Default: all.")
+    list[str] | None, argument("[TASK]...", "Tasks of the bundle, as listed by `icm ls --from FILE`. Default: all.")
 ]
 OnConflictOpt = Annotated[
     Literal["skip", "fail"],
-    option("--on-conflict", "What to do if the store has a task of that name with another adapter or another code."),
+    option("--on-conflict", "What to do if a stored task of this name has a different adapter or code."),
 ]
 
 
@@ -32,12 +32,11 @@ def import_(
     on_conflict: OnConflictOpt = "fail",
     dry_run: DryRunOpt = False,
 ) -> None:
-    """Take the generator, codes and tasks of a bundle into the store.
+    """Add the generator, codes and tasks of a bundle to the store.
 
-    A bundle has no originals: in this store the adapters come from the codes. A task that the store already has with
-    the same original gets its code. If the store uses another generator for the base model, nothing is imported.
-    A task whose adapter could not be written is left out; the exit code is then 3.
-    Running the same command again changes nothing.
+    A bundle contains no originals, so adapters of new tasks are decoded from their codes. A stored task with the same
+    original gets the code. Nothing is imported if the store uses another generator for the base model. Tasks whose
+    adapter cannot be written are skipped, and the exit code is 3. Repeated imports change nothing.
 
     Example:
       icm import fleet.icm
@@ -46,12 +45,12 @@ def import_(
 
     with session.working("import") as context:
         done = import_bundle(context, file, tasks or (), on_conflict=on_conflict, dry_run=dry_run)
-    _tell(session, done, dry_run=dry_run)
+    _print_report(session, done, dry_run=dry_run)
     if done.refused:
         raise typer.Exit(ExitCode.PARTLY)
 
 
-def _tell(session: Session, done: ImportReport, *, dry_run: bool) -> None:
+def _print_report(session: Session, done: ImportReport, *, dry_run: bool) -> None:
     out, generator = session.out, done.index.generator
     out.document(
         {
@@ -64,14 +63,14 @@ def _tell(session: Session, done: ImportReport, *, dry_run: bool) -> None:
         }
     )
     statuses = [task.status for task in done.tasks]
-    new, known = statuses.count("added") + statuses.count("encoded"), statuses.count("known")
+    new, unchanged = statuses.count("added") + statuses.count("encoded"), statuses.count("known")
     out.names(task.name for task in done.tasks if task.status in ("added", "encoded"))
     verb = "would import" if dry_run else "imported"
-    out.line(f"{verb} {counted(new, 'code')} of {done.index.base_model}, {known} known")
+    out.line(f"{verb} {counted(new, 'code')} of {done.index.base_model}; {unchanged} unchanged")
     for task in done.tasks:
         out.detail(f"{task.name}: {task.status}")
     skipped = [task.name for task in done.tasks if task.status == "skipped"]
     if skipped:
-        out.warn(f"skipped, because the store has another adapter or code of that name: {', '.join(skipped)}")
+        out.warn(f"skipped tasks with a different adapter or code in the store: {', '.join(skipped)}")
     for name, reason in done.refused.items():
-        out.warn(f"left out {name}: {reason}", task=name)
+        out.warn(f"skipped {name}: {reason}", task=name)

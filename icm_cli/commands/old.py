@@ -1,4 +1,4 @@
-"""Old spellings of commands, hidden, for one version. Each does what it did, and says which command does it now."""
+"""Deprecated commands, hidden from the help. Each still works and prints its replacement."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from icm_cli.session import Session, command
 from icmlora.io.text import counted
 
 
-def _tell_new(session: Session, new: str) -> None:
-    session.out.note(f"`{session.command}` goes with the next version: use `icm {new}`")
+def _print_deprecation(session: Session, new: str) -> None:
+    fact = f"`{session.command}` is deprecated and will be removed in the next version"
+    session.out.note(f"{fact}; use `icm {new}`")
 
 
 @command
@@ -27,8 +28,8 @@ def mv(session: Session, task: TaskArg, new: Annotated[str, argument("NEW")]) ->
 
     (done,) = edit_tasks(session.context, [task], name=new).tasks
     session.out.document({"old": task, "new": done.name})
-    session.out.line(f"{task} is now {done.name}")
-    _tell_new(session, "edit TASK --name NEW")
+    session.out.line(f"renamed {task} to {done.name}")
+    _print_deprecation(session, "edit TASK --name NEW")
 
 
 @command
@@ -38,20 +39,20 @@ def tag(
     add: Annotated[list[str] | None, option("--add -a TAG", completes="tag")] = None,
     remove: Annotated[list[str] | None, option("--remove -r TAG", completes="tag")] = None,
 ) -> None:
-    """Add tags and remove others, as `icm edit --tag` and `--untag` do; without TASK, list tags as `icm ls --tags`."""
+    """Add or remove tags, as `icm edit --tag` and `--untag` do. Without TASK, list tags as `icm ls --tags` does."""
     from icmlora.fleet.tasks.tasks import edit_tasks
 
     if not tasks:
         if add or remove:
-            raise UsageProblem("no task is named", hint="icm edit TASK... --tag TAG; `icm ls` lists the tasks")
+            raise UsageProblem("no task given", hint="run `icm edit TASK... --tag TAG`; `icm ls` lists the tasks")
         list_tags(session)
-        _tell_new(session, "ls --tags")
+        _print_deprecation(session, "ls --tags")
         return
     done = edit_tasks(session.context, tasks, add_tags=add or (), remove_tags=remove or ()).tasks
     session.out.document([{"task": task.name, "tags": list(task.tags)} for task in done])
     for task in done:
         session.out.answer(f"{task.name}: {', '.join(task.tags) or 'no tags'}")
-    _tell_new(session, "edit TASK --tag TAG --untag TAG")
+    _print_deprecation(session, "edit TASK --tag TAG --untag TAG")
 
 
 @command
@@ -61,11 +62,11 @@ def note(
     text: Annotated[str | None, argument("[TEXT]")] = None,
     clear: Annotated[bool, option("--clear", "Remove the note.")] = False,
 ) -> None:
-    """Keep a note with a task, as `icm edit --note` does; without TEXT, print it."""
+    """Set the note of a task, as `icm edit --note` does. Without TEXT, print it."""
     from icmlora.fleet.tasks.tasks import edit_tasks
 
     if text is not None and clear:
-        raise UsageProblem("a note is either given or cleared", hint="leave out TEXT or --clear")
+        raise UsageProblem("TEXT and --clear cannot be used together", hint="omit one of them")
     (done,) = edit_tasks(session.context, [task], note=False if clear else text).tasks
     session.out.document({"task": done.name, "note": done.note})
     if done.note is None:
@@ -73,21 +74,21 @@ def note(
     elif text is None:
         session.out.answer(done.note)
     else:
-        session.out.note(f"{done.name} has this note now")
-    _tell_new(session, "edit TASK --note TEXT" if clear or text is not None else "show TASK")
+        session.out.note(f"set the note of {done.name}")
+    _print_deprecation(session, "edit TASK --note TEXT" if clear or text is not None else "show TASK")
 
 
 @command
 def pin(session: Session, tasks: TasksArg) -> None:
-    """Keep the originals of tasks, as `icm edit --pin` does."""
+    """Protect originals from `icm evict`, as `icm edit --pin` does."""
     from icmlora.fleet.tasks.tasks import edit_tasks
 
     done = edit_tasks(session.context, tasks, pinned=True)
     session.out.document({"pinned": [task.name for task in done.tasks]})
     session.out.line(f"pinned {counted(len(done.tasks), 'task')}")
     if done.evicted:
-        session.out.note(f"already evicted, so there is no original to keep: {', '.join(done.evicted)}")
-    _tell_new(session, "edit TASK --pin")
+        session.out.note(f"already evicted, no original to pin: {', '.join(done.evicted)}")
+    _print_deprecation(session, "edit TASK --pin")
 
 
 @command
@@ -98,7 +99,7 @@ def unpin(session: Session, tasks: TasksArg) -> None:
     done = edit_tasks(session.context, tasks, pinned=False)
     session.out.document({"unpinned": [task.name for task in done.tasks]})
     session.out.line(f"unpinned {counted(len(done.tasks), 'task')}")
-    _tell_new(session, "edit TASK --no-pin")
+    _print_deprecation(session, "edit TASK --no-pin")
 
 
 @command
@@ -107,14 +108,14 @@ def path(session: Session, what: Annotated[What, typer.Argument()] = "store") ->
     found = path_of(session, what)
     session.out.document({"name": what, "path": str(found)})
     session.out.answer(str(found))
-    _tell_new(session, f"doctor --path {what}")
+    _print_deprecation(session, f"doctor --path {what}")
 
 
 @command
 def formats(session: Session) -> None:
-    """List the formats of adapters, as `icm convert --list-formats` does."""
+    """List the adapter formats, as `icm convert --list-formats` does."""
     show_formats(session)
-    _tell_new(session, "convert --list-formats")
+    _print_deprecation(session, "convert --list-formats")
 
 
 @command
@@ -125,6 +126,6 @@ def serve_config(
     base_model: ServedBaseOpt = None,
     gateway: GatewayOpt = False,
 ) -> None:
-    """Print how to start an engine, as `icm serve --print-config` does."""
+    """Print the commands that start an engine, as `icm serve --print-config` does."""
     print_config(session, engine, bundle, base_model, gateway=gateway)
-    _tell_new(session, f"serve --print-config {engine}")
+    _print_deprecation(session, f"serve --print-config {engine}")
