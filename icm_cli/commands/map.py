@@ -11,7 +11,8 @@ from icm_cli.errors import ExitCode, UsageProblem
 from icm_cli.options import BaseModelOpt, option
 from icm_cli.output import Field
 from icm_cli.session import Session, command
-from icmlora.io.text import counted, human_percent
+from icm_cli.text import grouped
+from icmlora.io.text import counted, human_percent, some
 
 if TYPE_CHECKING:
     from icmlora.fleet.map.map import MapReport
@@ -20,10 +21,10 @@ if TYPE_CHECKING:
 
 ViewOpt = Annotated[
     Literal["adapted", "context"],
-    option("--view", "Vectors to compare: with the adapter (adapted) or of the base model alone (context)."),
+    option("--view", "Vectors to compare: with the adapter (adapted) or from the base model alone (context)."),
 ]
-ClustersOpt = Annotated[str, option("--clusters N|auto", "Number of clusters; auto picks the best mean silhouette.")]
-PlotOpt = Annotated[Path | None, option("--plot FILE.svg", "Also draw the map to this file.")]
+ClustersOpt = Annotated[str, option("--clusters N|auto", "Number of clusters. auto maximises the mean silhouette.")]
+PlotOpt = Annotated[Path | None, option("--plot FILE.svg", "Also draw the map as an SVG file.")]
 ReplaceOpt = Annotated[bool, option("--force -f", "Replace the --plot FILE if it exists.")]
 
 _CLUSTERS: tuple[Field[tuple[MappedTask, ...]], ...] = (
@@ -44,7 +45,7 @@ _TASKS: tuple[Field[MappedTask], ...] = (
     Field("nearest", lambda task: task.nearest.task, shrink=True),
     Field("distance", lambda task: f"{task.nearest.distance:.3f}", right=True),
 )
-# What a mean silhouette is called (Kaufman and Rousseeuw 1990).
+# Names for ranges of the mean silhouette (Kaufman and Rousseeuw 1990).
 _WORDS = ((0.7, "strong"), (0.5, "reasonable"), (0.25, "weak"))
 
 
@@ -57,12 +58,12 @@ def map_(
     plot: PlotOpt = None,
     force: ReplaceOpt = False,
 ) -> None:
-    """Show which tasks are alike, by their task vectors, and which clusters they form.
+    """Compare tasks by their vectors and group them into clusters.
 
-    DISTANCE is the cosine distance from the mean of the fleet: 0 is the same direction, 1 unrelated, 2 opposite.
-    SILHOUETTE is 1 well inside a group, 0 on its border, and below 0 if another group is nearer. By task it says
-    whether the support sets of different tasks can be told apart; by cluster, whether the clusters can. -v adds a row
-    per task; --quiet prints one cluster per line.
+    DISTANCE is the cosine distance between vectors centred on the fleet's mean: 0 means the same direction, 1
+    unrelated, 2 opposite. SILHOUETTE is 1 well inside a group, 0 on its border, and negative if another group is
+    nearer. By task, it shows how well the support sets of different tasks are separated; by cluster, how well the
+    clusters are. -v adds a row per task, and --quiet prints one cluster per line.
 
     Example:
       icm map --plot map.svg
@@ -85,7 +86,7 @@ def _number(clusters: str) -> int | None:
     if clusters == "auto":
         return None
     if not clusters.isascii() or not clusters.isdigit() or int(clusters) < 1:
-        raise UsageProblem(f"--clusters {clusters!r} is not a number", hint="use a number from 1, or auto")
+        raise UsageProblem(f"--clusters {clusters!r} is not a positive number", hint="use a positive number, or auto")
     return int(clusters)
 
 
@@ -102,16 +103,16 @@ def _print(session: Session, found: MapReport) -> None:
     alike = sum(pair.is_alike for pair in found.map.pairs)
     if alike:
         out.line()
-        why = "their vectors differ little more than those of support sets of the same task"
-        out.line(f"{counted(alike, 'pair')} of tasks cannot be told apart: {why}")
+        why = "their vectors differ little more than two support sets of the same task"
+        out.line(f"cannot distinguish {counted(alike, 'pair')} of tasks: {why}")
     outliers = [f"{task.name} ({task.nearest.task}, {task.nearest.distance:.3f})" for task in tasks if task.is_outlier]
     if outliers:
         out.line()
         out.line(f"far from every other task (nearest task, distance): {', '.join(outliers)}")
-    for reason in found.reasons:
-        out.note(f"not on the map, {reason}")
+    for reason, names in grouped((entry.reason, entry.task) for entry in found.left_out).items():
+        out.note(f"skipped {some(names)}: {reason}")
     if any(entry.is_damaged for entry in found.left_out):
-        out.hint("`icm vectors --again TASK` makes the vectors of a task again")
+        out.hint("run `icm vectors --again TASK` to extract the vectors of a task again")
     if any(entry.reason == "no vectors" for entry in found.left_out):
         out.hint("run `icm vectors` to extract the missing vectors")
 
@@ -125,14 +126,14 @@ def _summary(found: MapReport) -> list[tuple[str, str]]:
         ("silhouette by task", _judged(shown.silhouette_by_task)),
         ("silhouette by cluster", _judged(shown.silhouette_by_cluster)),
         ("median distance", f"{shown.typical:.3f}"),
-        ("shown in the picture", f"{human_percent(across + up)} of the variation"),
+        ("shown on the map", f"{human_percent(across + up)} of the variation"),
     ]
 
 
 def _judged(silhouette: float | None) -> str:
     if silhouette is None:
         return "-"
-    word = next((word for least, word in _WORDS if silhouette > least), "hardly any")
+    word = next((word for least, word in _WORDS if silhouette > least), "no substantial")
     return f"{silhouette:.3f} ({word} structure)"
 
 

@@ -1,4 +1,4 @@
-"""`icm materialize`: write a task's adapter as it was, or in another format."""
+"""`icm materialize`: write a task's adapter in its own format or another."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ if TYPE_CHECKING:
     from icmlora.fleet.write.materialize import MaterializeReport
 
 
-# "generate" is what "recalled" was called before.
+# "generate" is the former name of "recalled".
 SourceName = Literal["auto", "original", "residual", "code", "recalled", "generate", "network"]
 
 WrittenOpt = Annotated[
     Path,
     option(
         "--output -o PATH",
-        "Folder to write, absent or empty, or a file: NAME.gguf, or NAME.safetensors for an image adapter.",
+        "New or empty folder to write, or a file: NAME.gguf, or NAME.safetensors for image adapters.",
     ),
 ]
 FormatOpt = Annotated[
     str | None,
     option(
         "--format NAME",
-        "peft: a PEFT folder. mlx: a folder for MLX-LM. gguf: one file for llama.cpp; from and to it, the "
-        "configuration of the base model is read. For image adapters diffusers, kohya, comfyui, xlabs, lycoris: one "
-        "file each; `icm convert --list-formats` lists which becomes which. Default: the adapter's own format.",
+        "peft: a PEFT folder. mlx: a folder for MLX-LM. gguf: a file for llama.cpp. For image adapters: diffusers, "
+        "kohya, comfyui, xlabs or lycoris, one file each. `icm convert --list-formats` lists possible conversions. "
+        "Default: the adapter's own format.",
         completes="format",
     ),
 ]
@@ -41,25 +41,23 @@ SourceOpt = Annotated[
     SourceName,
     option(
         "--source",
-        "original: the ingested files. residual: the code, corrected by its residual. code: the code alone. "
-        "recalled: the code of the task recognized from its vectors. network: what the network alone predicts from "
-        "them. auto: the first of original, residual and code that is there.",
+        "original: the ingested files. residual: the code with its residual. code: the code alone. recalled: the code "
+        "of the task recognized from the vectors. network: the network's prediction from the vectors. auto: the first "
+        "available of original, residual and code.",
     ),
 ]
 DtypeOpt = Annotated[
     DtypeName | None,
     option(
         "--dtype",
-        "Number format of decoded or converted weights. Default: that of the original, or float32 if they are "
-        "converted.",
+        "Number format of decoded or converted weights. Default: as in the original, or float32 for converted ones.",
     ),
 ]
 PadOpt = Annotated[
     int | None,
     option(
         "--pad-rank N",
-        "Write decoded weights with rank N for all modules, filled with zeros, for engines that need one rank. "
-        "Default: the ranks of the original.",
+        "Pad all modules with zeros to rank N, for engines that need a uniform rank. Default: the original ranks.",
         min=1,
     ),
 ]
@@ -67,13 +65,13 @@ ErrorOpt = Annotated[
     float | None,
     option(
         "--max-error X",
-        "Exit with code 14 and write nothing if the relative error, ||dW' - dW|| / ||dW||, is above X.",
+        "Write nothing and exit with code 14 if the relative error ||dW' - dW|| / ||dW|| exceeds X.",
         min=0.0,
     ),
 ]
 
 
-# `icm recognize -q` names the task that samples belong to; these three are what was there before.
+# Deprecated: `icm recognize -q` finds the task of some samples.
 SamplesOpt = Annotated[Path | None, option("--samples FILE", hidden=True)]
 LoaderOpt = Annotated[str | None, option("--loader", hidden=True)]
 DeviceOpt = Annotated[str | None, option("--device", hidden=True)]
@@ -82,7 +80,7 @@ BaseOpt = Annotated[
     str | None,
     option(
         "--base-model PATH",
-        "With --from and --format gguf: folder or GGUF file of the base model, whose configuration is needed.",
+        "Folder or GGUF file of the base model, for its configuration; with --from and --format gguf.",
     ),
 ]
 
@@ -105,26 +103,23 @@ def materialize(
     device: DeviceOpt = None,
     force: ForceOpt = False,
 ) -> None:
-    """Write the adapter of TASK as a folder.
+    """Write the adapter of TASK to a folder or file.
 
-    A decoded adapter has the form of its original: configuration, names, ranks and number formats. Neither the base
-    model nor a GPU is needed. The same command writes the same bytes. With --seed, the adapter is
-    generated from a sampled latent instead of the mean. With --from, the adapter is decoded from a bundle and no store
-    is needed; every byte of the bundle is checked first.
+    A decoded adapter has the configuration, tensor names, ranks and number formats of its original. It needs neither
+    the base model nor a GPU, and output is reproducible byte for byte. --seed samples the latent instead of using its
+    mean. --from decodes the adapter from a bundle, after checking every byte, and needs no store.
 
-    With --format the adapter is converted if its own format is another one, also where it is the original. Only the
-    configuration of the base model is read for gguf, from its folder or its own GGUF file.
+    Converting to or from gguf reads the base model's configuration from its folder or GGUF file.
 
     Example:
       icm materialize dog-detection -o adapter/
-      icm materialize dog-detection --format gguf -o dog-detection.gguf
       icm materialize "$(icm recognize -q --samples queries.jsonl)" -o adapter/
     """
     from icmlora.fleet.write.materialize import materialize
 
     _check_options(task, samples, bundle, source, adapter_format, seed, base_model)
     if samples is None and (loader, device) != (None, None):
-        raise UsageProblem("nothing runs the base model", hint="leave out --loader and --device")
+        raise UsageProblem("--loader and --device need --samples", hint="remove --loader and --device")
     if samples is not None:
         from icm_cli.recognized import recognized
 
@@ -145,8 +140,8 @@ def materialize(
         force=force,
     )
     if bundle is None and source == "auto" and done.source in ("residual", "code"):
-        session.out.note(f"the original of {done.task} was evicted; decoding {_FROM[done.source]} instead")
-    _tell(session, done)
+        session.out.note(f"the original of {done.task} was evicted; used {_FROM[done.source]} instead")
+    _print_result(session, done)
 
 
 def _check_options(
@@ -158,8 +153,8 @@ def _check_options(
     seed: int | None,
     base_model: str | None,
 ) -> None:
-    if bool(task) == (samples is not None):  # the name is empty where `icm recognize -q` found no task
-        raise UsageProblem("give the name of a task", hint="`icm ls` lists the tasks")
+    if bool(task) == (samples is not None):  # the name is empty if `icm recognize -q` found no task
+        raise UsageProblem("no task was given", hint="pass a task name from `icm ls`")
     if adapter_format is not None:
         from icmlora.formats import catalogue
 
@@ -167,21 +162,21 @@ def _check_options(
         if adapter_format not in names:
             raise UsageProblem(f"unknown format {adapter_format!r}", hint=f"choose one of {', '.join(names)}")
     if bundle is not None and (seed is not None or source not in ("auto", "code")):
-        hint = "use --from without --seed, and with --source auto or code"
-        raise UsageProblem("a bundle holds codes only", hint=hint)
+        hint = "use --from without --seed and with --source auto or code"
+        raise UsageProblem("a bundle contains only codes", hint=hint)
     if samples is None and base_model is not None and (bundle is None or adapter_format not in _WITH_BASE):
-        hint = "`icm base add NAME PATH` says where the base model of tasks in a store is"
-        raise UsageProblem("--base-model is for --from with --format gguf or peft", hint=hint)
+        hint = "for tasks in a store, set the path of the base model with `icm base add NAME PATH`"
+        raise UsageProblem("--base-model needs --from and --format gguf or peft", hint=hint)
 
 
-def _tell(session: Session, done: MaterializeReport) -> None:
+def _print_result(session: Session, done: MaterializeReport) -> None:
     out = session.out
     out.document(
         {
             "task": done.task,
             "output": str(done.directory),
             "format": done.adapter_format,
-            "source": "generate" if done.source == "recalled" else done.source,  # the key is older than the word
+            "source": "generate" if done.source == "recalled" else done.source,  # JSON keeps the former name
             "generator": done.generator,
             "relative_error": done.relative_error,
             "squared_error": done.squared_error,
@@ -196,11 +191,11 @@ def _tell(session: Session, done: MaterializeReport) -> None:
     out.answer(str(done.directory))
     known = [("relative error", done.relative_error), ("retained gain", done.retained_gain)]
     if done.source == "original":
-        known = []  # nothing was lost
+        known = []  # an original loses nothing
     figures = "".join(f", {name} {value:.4f}" for name, value in known if value is not None)
     figures += measured_in([done.precision]) if known and done.retained_gain is not None else ""
     if done.claim is not None:
-        figures += f", {claim_text(done.claim)}: claimed by the bundle"
+        figures += f", {claim_text(done.claim)} (claimed by the bundle)"
     origin = _FROM["network" if done.source == "recalled" else done.source]
     if done.recognized is not None:
         origin = f"the code of {done.recognized}, the task recognized from its vectors"
@@ -209,17 +204,17 @@ def _tell(session: Session, done: MaterializeReport) -> None:
         origin = f"{origin.removesuffix(_EXACTLY)}, converted for {_PROGRAMS.get(name, name)}"
     out.note(f"wrote {done.task} from {origin}{figures}")
     if done.left_out:
-        out.note(f"without the files that came with it, which only --format peft writes: {', '.join(done.left_out)}")
+        out.note(f"skipped extra files, which only --format peft writes: {', '.join(done.left_out)}")
     if done.source == "recalled" and done.recognized is None:
-        out.note("No known task recognized; used the network's prediction.")
+        out.note("recognized no stored task; used the network's prediction")
 
 
-_WITH_BASE = ("gguf", "peft")  # the latter for an adapter that is a GGUF file
+_WITH_BASE = ("gguf", "peft")  # peft for adapters in GGUF files
 _EXACTLY = ", byte for byte"
 _PROGRAMS = {"gguf": "llama.cpp", "mlx": "MLX-LM", "peft": "PEFT", "comfyui": "ComfyUI", "xlabs": "XLabs"}
 _FROM = {
     "original": f"its original{_EXACTLY}",
     "residual": "its code and residual",
     "code": "its code",
-    "network": "its task vectors, as the network predicts it",
+    "network": "the network's prediction from its task vectors",
 }

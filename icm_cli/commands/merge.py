@@ -1,4 +1,4 @@
-"""`icm merge`: one adapter of several."""
+"""`icm merge`: combine several adapters into one."""
 
 from __future__ import annotations
 
@@ -30,31 +30,31 @@ MethodName = Literal[
 ]
 MaybeOutputOpt = Annotated[Path | None, option("--output -o DIR", "Folder to write. Must be absent or empty.")]
 NameOpt = Annotated[
-    str | None, option("--as NAME", "Store the merged adapter as the new task NAME; with --output, do both.")
+    str | None, option("--as NAME", "Store the merged adapter as a new task. Can be combined with --output.")
 ]
 MethodOpt = Annotated[
     MethodName,
     option(
         "--method",
-        "How to merge, under PEFT's names. cat: the weighted sum, exactly; the ranks add up. svd: the sum, cut to "
-        "--rank. linear, ties, dare_linear, dare_ties, magnitude_prune: A with A and B with B, for adapters of one "
-        "rank. ties_svd and the others: of the whole dW, cut to --rank, which takes long.",
+        "PEFT merge method. cat: the exact weighted sum; ranks add up. svd: the sum, reduced to --rank. linear, ties, "
+        "dare_linear, dare_ties, magnitude_prune: merge A and B separately; all adapters need the same rank. Other "
+        "methods ending in _svd: merge the full dW and reduce it to --rank; slow.",
     ),
 ]
 WeightsOpt = Annotated[
     str | None,
-    option("--weights W,W,...", "What each adapter is multiplied with, as 0.7,0.3. Default: equal parts of 1."),
+    option("--weights W,W,...", "Weight of each adapter, as 0.7,0.3. Default: equal weights that sum to 1."),
 ]
 RankOpt = Annotated[
-    int | None, option("--rank R", "Rank of svd methods. Default: the largest of these adapters.", min=1)
+    int | None, option("--rank R", "Rank for svd methods. Default: the largest rank of the adapters.", min=1)
 ]
 DensityOpt = Annotated[
-    float, option("--density X", "Share of the values that ties, dare and magnitude_prune keep.", min=0.0, max=1.0)
+    float, option("--density X", "Fraction of values that ties, dare and magnitude_prune keep.", min=0.0, max=1.0)
 ]
-SeedOpt = Annotated[int, option("--seed N", "Seed of the values that dare drops.")]
+SeedOpt = Annotated[int, option("--seed N", "Random seed for dare methods.")]
 SourceOpt = Annotated[
     Literal["auto", "original", "residual", "code"],
-    option("--source", "What to merge: originals, or what codes decode to. auto: the original where there is one."),
+    option("--source", "Merge originals or decoded codes. auto: the original if the store has it."),
 ]
 
 
@@ -73,10 +73,10 @@ def merge(
     dtype: Annotated[DtypeName, option("--dtype", "Number format of the weights.")] = "bfloat16",
     force: ForceOpt = False,
 ) -> None:
-    """Merge the adapters of several tasks into one, with PEFT's own methods.
+    """Merge the adapters of several tasks into one.
 
-    The base model is not needed, and all adapters of the merge are in memory at once. Nobody trained what comes out, so
-    measure it: `icm eval NAME --data FILE` on a merged adapter that was stored with --as.
+    Uses PEFT's merge methods. The base model is not needed, but all adapters must fit in memory together. Store the
+    result with --as, then check its quality with `icm eval NAME --data FILE`.
 
     Example:
       icm merge cats dogs -o pets/
@@ -101,18 +101,18 @@ def merge(
                 force=force,
             )
     except Cancelled as stop:
-        raise Interrupted("interrupted; nothing was written", hint="run the same command again") from stop
-    _tell(session, done)
+        raise Interrupted("interrupted; wrote nothing", hint="run the same command again") from stop
+    _print_result(session, done)
 
 
 def _numbers(text: str) -> list[float]:
     try:
         return [float(part) for part in text.split(",")]
     except ValueError:
-        raise UsageProblem(f"--weights takes numbers, not {text!r}", hint="as 0.7,0.3") from None
+        raise UsageProblem(f"--weights {text!r} is not a list of numbers", hint="write it as 0.7,0.3") from None
 
 
-def _tell(session: Session, done: Merged) -> None:
+def _print_result(session: Session, done: Merged) -> None:
     out, where = session.out, None if done.directory is None else str(done.directory)
     out.document(
         {
@@ -129,8 +129,8 @@ def _tell(session: Session, done: Merged) -> None:
     )
     out.answer(where or str(done.task))
     some = ", ".join(f"{part.weight:.3g} of {part.task}" for part in done.parts)
-    out.note(f"merged {some} by {done.method}: rank {done.rank}, {human_size(done.size)}")
+    out.note(f"merged {some} with {done.method}: rank {done.rank}, {human_size(done.size)}")
     if done.task is not None:
         out.hint(
-            f"`icm train --update` makes a code of {done.task}; measure it with `icm eval {done.task} --data FILE`"
+            f"run `icm train --update` to encode {done.task}, and `icm eval {done.task} --data FILE` to measure it"
         )

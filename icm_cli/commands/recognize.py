@@ -13,9 +13,7 @@ from icmlora.io.text import counted
 
 SamplesOpt = Annotated[
     Path | None,
-    option(
-        "--samples FILE", "Samples as JSON lines, as for `icm generate`. Uses 32 of them, spread over the file."
-    ),
+    option("--samples FILE", "Samples as JSON lines, as for `icm generate`. Uses 32 of them, spread over the file."),
 ]
 DescriptionOpt = Annotated[
     str | None,

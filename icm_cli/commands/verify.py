@@ -25,9 +25,7 @@ RepairOpt = Annotated[
         "Correct database rows with one flipped bit, and move damaged blobs to quarantine. Implies --read-data.",
     ),
 ]
-RestoreOpt = Annotated[
-    bool, option("--restore-database", "Restore the database backup made before the last deletion.")
-]
+RestoreOpt = Annotated[bool, option("--restore-database", "Restore the database backup made before the last deletion.")]
 
 _OF_DATABASE = ("row", "database", "dangling")
 

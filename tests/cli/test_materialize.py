@@ -320,7 +320,7 @@ def test_files_that_are_left_out_are_told(icm: Icm, trained: Path, tmp_path: Pat
     (folder / "tokenizer.json").write_text("{}")
     assert icm("ingest", folder, "--no-vectors").code == 0
     ran = icm("materialize", "spoken", "--format", "mlx", "-o", tmp_path / "out")
-    assert "without the files that came with it, which only --format peft writes: tokenizer.json" in ran.err
+    assert "skipped extra files, which only --format peft writes: tokenizer.json" in ran.err
     done = icm("materialize", "spoken", "--format", "mlx", "-o", tmp_path / "again", "--json").document
     assert done["left_out"] == ["tokenizer.json"]
 

@@ -33,7 +33,7 @@ def test_a_merged_folder_adds_what_its_adapters_add(icm: Icm, pair: list[Path], 
     options = ("--method", "cat", "--weights", "0.7,-0.2", "--dtype", "float32")
     ran = icm("merge", "cats", "dogs", "-o", tmp_path / "out", *options)
     assert (ran.code, ran.out) == (0, f"{tmp_path / 'out'}\n")
-    assert "merged 0.7 of cats, -0.2 of dogs by cat: rank 4" in ran.err
+    assert "merged 0.7 of cats, -0.2 of dogs with cat: rank 4" in ran.err
     expected = [0.7 * cats - 0.2 * dogs for cats, dogs in zip(*map(deltas, pair), strict=True)]
     for found, delta in zip(deltas(tmp_path / "out"), expected, strict=True):
         torch.testing.assert_close(found, delta)
@@ -81,7 +81,7 @@ def test_codes_can_be_merged(icm: Icm, trained: Path, tmp_path: Path) -> None:
     [
         ((), "say where the merged adapter goes"),
         (("-o", "out", "--weights", "1"), "1 weight for 2 tasks"),
-        (("-o", "out", "--weights", "half,half"), "--weights takes numbers"),
+        (("-o", "out", "--weights", "half,half"), "--weights 'half,half' is not a list of numbers"),
         (("-o", "out", "--method", "cat", "--rank", "4"), "cat sets the rank itself"),
     ],
 )

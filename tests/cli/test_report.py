@@ -16,7 +16,7 @@ def test_it_says_what_was_written_and_how_large_it_is(icm: Icm, trained: Path, t
     page = tmp_path / "fleet.html"
     ran = icm("report", "-o", page)
     assert (ran.code, ran.err) == (0, "")
-    assert ran.out.startswith(f"{page}: 3 tasks; ")
+    assert ran.out.startswith(f"wrote {page}: 3 tasks, ")
     assert page.read_bytes().startswith(b"<!doctype html>")
 
 

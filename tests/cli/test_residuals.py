@@ -107,7 +107,7 @@ def test_an_eviction_stands_on_code_and_residual(icm: Icm, layered: Path, tmp_pa
     assert (ran.code, {task["status"] for task in tasks_of(ran).values()}) == (0, {"evicted"})
     assert tasks_of(ran)["rules"]["residual_size"] == icm("ls", "--json").document[1]["residual_size"]
     written = icm("materialize", "rules", "-o", tmp_path / "out")
-    assert (written.code, "decoding its code and residual instead" in written.err) == (0, True)
+    assert (written.code, "used its code and residual instead" in written.err) == (0, True)
     assert icm("prune", "--older-than", "0s", "--yes").code == 0
     assert icm("verify", "--read-data").code == 0
 
@@ -218,7 +218,7 @@ def test_show_and_ls_tell_what_lies_beside_a_code(icm: Icm, layered: Path) -> No
 def test_a_bundle_leaves_residuals_behind_and_says_so(icm: Icm, layered: Path, tmp_path: Path) -> None:
     ran = icm("export", tmp_path / "fleet.icm", "--json")
     assert set(ran.document["without_residual"]) == NAMES
-    assert "left out the residual of 3 tasks" in icm("export", tmp_path / "again.icm").err
+    assert "skipped the residual of 3 tasks" in icm("export", tmp_path / "again.icm").err
     listed = icm("ls", "--from", tmp_path / "fleet.icm", "--json").document
     assert {row["squared_error"] for row in listed} == {code.squared_error for code in codes(layered).values()}
     icm("materialize", "rules", "--from", tmp_path / "fleet.icm", "-o", tmp_path / "bundled")
