@@ -1,4 +1,4 @@
-"""`icm serve`: an OpenAI-compatible server in front of an engine, with every task as a model."""
+"""`icm serve`: serve every task as a model of an OpenAI-compatible API."""
 
 from __future__ import annotations
 
@@ -27,39 +27,38 @@ if TYPE_CHECKING:
     from icmlora.serving.folders import AdapterFolders
     from icmlora.serving.tasks import ServedTasks
 
-EngineUrlOpt = Annotated[str | None, option("--engine-url URL", "Where the engine is, as http://127.0.0.1:8000.")]
+EngineUrlOpt = Annotated[
+    str | None, option("--engine-url URL", "Address of the engine, such as http://127.0.0.1:8000.")
+]
 PrintConfigOpt = Annotated[
     Engine | None,
     option(
         "--print-config vllm|sglang",
-        "Serve nothing: print the environment and the command line that start this engine with the tasks.",
+        "Print the environment and command line that start this engine, then exit.",
     ),
 ]
 EngineOpt = Annotated[
-    Literal["auto", "vllm", "sglang"], option("--engine auto|vllm|sglang", "Which engine it is; auto asks it.")
+    Literal["auto", "vllm", "sglang"], option("--engine auto|vllm|sglang", "Type of the engine. auto detects it.")
 ]
 HostOpt = Annotated[str, option("--host ADDRESS", "Address to listen on.")]
-PortOpt = Annotated[int, option("--port N", "Port to listen on; 0 for any free one.", min=0, max=65535)]
+PortOpt = Annotated[int, option("--port N", "Port to listen on. 0 picks a free port.", min=0, max=65535)]
 
 _ACCESS = "Access"
 TokenOpt = Annotated[
     str | None,
     option(
         "--token TOKEN",
-        "Token that clients must send. Other users of this machine can read it in the list of processes: "
-        "--token-file and $ICM_SERVE_TOKEN are better.",
+        "Token that clients must send. Visible in the process list, so prefer --token-file or $ICM_SERVE_TOKEN.",
         panel=_ACCESS,
     ),
 ]
-TokenFileOpt = Annotated[
-    Path | None, option("--token-file FILE", "File with the token that clients must send.", panel=_ACCESS)
-]
-NoTokenOpt = Annotated[bool, option("--no-token", "Let anyone who reaches the address use it.", panel=_ACCESS)]
+TokenFileOpt = Annotated[Path | None, option("--token-file FILE", "File that contains the token.", panel=_ACCESS)]
+NoTokenOpt = Annotated[bool, option("--no-token", "Allow access without a token.", panel=_ACCESS)]
 EngineTokenOpt = Annotated[
     str | None,
     option(
         "--engine-token TOKEN",
-        "Token that the engine wants (`--api-key` of vLLM and SGLang). (env: ICM_ENGINE_TOKEN)",
+        "Token for the engine (its --api-key). (env: ICM_ENGINE_TOKEN)",
         panel=_ACCESS,
     ),
 ]
@@ -69,7 +68,7 @@ AdaptersOpt = Annotated[
     Path | None,
     option(
         "--adapters FOLDER",
-        "Folder for written adapters, which the engine sees under the same path. Default: one in memory.",
+        "Folder for written adapters. The engine must see it under the same path. Default: in memory.",
         panel=_ROOM,
     ),
 ]
@@ -77,19 +76,19 @@ AdaptersSizeOpt = Annotated[
     str | None,
     option(
         "--adapters-size SIZE",
-        "What written adapters may take, as 4GiB. Default: half of the space that is free.",
+        "Space limit for written adapters, such as 4GiB. Default: half of the free space.",
         panel=_ROOM,
     ),
 ]
 MaxAdaptersOpt = Annotated[
     int | None,
-    option("--max-adapters N", "How many adapters may be loaded. Default: as many as fit.", panel=_ROOM, min=1),
+    option("--max-adapters N", "Maximum number of loaded adapters. Default: as many as fit.", panel=_ROOM, min=1),
 ]
 MaxWaitingOpt = Annotated[
     int,
     option(
         "--max-waiting N",
-        "How many tasks may wait to be loaded; requests for others get status 503.",
+        "Maximum number of tasks waiting to load. Requests beyond it get status 503.",
         panel=_ROOM,
         min=1,
     ),
@@ -97,18 +96,24 @@ MaxWaitingOpt = Annotated[
 
 _LIMITS = "Limits"
 MaxRequestsOpt = Annotated[
-    int, option("--max-requests N", "How many requests may be in work; others get status 503.", panel=_LIMITS, min=1)
+    int,
+    option(
+        "--max-requests N",
+        "Maximum number of concurrent requests. Further requests get status 503.",
+        panel=_LIMITS,
+        min=1,
+    ),
 ]
 MaxConnectionsOpt = Annotated[
     int,
     option(
         "--max-connections N",
-        "How many connections one address may have open; at most a third of the file descriptors.",
+        "Maximum number of connections per client address, at most a third of the file descriptors.",
         panel=_LIMITS,
         min=1,
     ),
 ]
-MaxBodyOpt = Annotated[str, option("--max-body SIZE", "Largest body of a request.", panel=_LIMITS)]
+MaxBodyOpt = Annotated[str, option("--max-body SIZE", "Maximum size of a request body.", panel=_LIMITS)]
 
 
 def _seconds(name: str, text: str) -> Any:
@@ -118,16 +123,16 @@ def _seconds(name: str, text: str) -> Any:
 _HEADER_SECONDS = 30.0
 BodyTimeoutOpt = Annotated[
     float,
-    _seconds("--body-timeout", f"How long a request may take to arrive. Its headers have {_HEADER_SECONDS:g} at most."),
+    _seconds("--body-timeout", f"Timeout for receiving a request; at most {_HEADER_SECONDS:g} for its headers."),
 ]
 FirstByteTimeoutOpt = Annotated[
-    float, _seconds("--first-byte-timeout", "How long to wait for the beginning of the engine's answer.")
+    float, _seconds("--first-byte-timeout", "Timeout for the first byte of the engine's response.")
 ]
 IdleTimeoutOpt = Annotated[
-    float, _seconds("--idle-timeout", "How long to wait for the next piece of a body, from either side.")
+    float, _seconds("--idle-timeout", "Timeout for the next part of a body, in either direction.")
 ]
 DrainOpt = Annotated[
-    float, _seconds("--drain-seconds", "How long requests in flight may take after SIGTERM or Ctrl-C.")
+    float, _seconds("--drain-seconds", "Time for requests in flight to finish after SIGTERM or Ctrl-C.")
 ]
 AccessLogOpt = Annotated[bool, option("--access-log", "Log every request.")]
 
@@ -160,15 +165,14 @@ def serve(
     idle_timeout: IdleTimeoutOpt = 120.0,
     drain_seconds: DrainOpt = 30.0,
 ) -> None:
-    """Serve every task of the store, or of a bundle with --from, through an engine, as OpenAI's API does.
+    """Serve every task as a model of an OpenAI-compatible API.
 
-    A request for the name of a task gets its adapter: icm writes it at the first request, and the engine loads it.
-    Other requests go to the engine as they are. The engine is vLLM or SGLang.
-    The address is printed when the server is ready. SIGTERM or Ctrl-C stop it once requests in flight have ended.
+    `icm serve` is a gateway to vLLM or SGLang. When a request names a task as its model, icm writes the adapter and the
+    engine loads it. Other requests are forwarded unchanged. The server prints its address when it is ready. After
+    SIGTERM or Ctrl-C it finishes the requests in flight.
 
-    --print-config says how to start the engine. vLLM asks the plug-in of icm for a task when a request names it, and
-    needs no `icm serve`. SGLang cannot, so `icm serve` goes in front of it. Stdout is shell, ready to be pasted. Notes
-    are on stderr: where the base model is missing, and which tasks this engine cannot serve.
+    --print-config prints shell commands that start the engine. vLLM loads tasks through icm's plug-in and needs no
+    gateway, but SGLang does. Notes on stderr report a missing base model and tasks that the engine cannot serve.
 
     Example:
       icm serve --print-config vllm
@@ -178,8 +182,8 @@ def serve(
         engine_config.print_config(session, print_config, bundle, base_model, gateway=gateway)
         return
     if engine_url is None:
-        hint = "start one as `icm serve --print-config vllm` says, and give its address"
-        raise UsageProblem("--engine-url is missing: where the engine is", hint=hint)
+        hint = "start an engine (see `icm serve --print-config vllm`) and pass its address"
+        raise UsageProblem("--engine-url is missing", hint=hint)
     from icmlora.serving.gateway.settings import GatewaySettings
 
     server, known_token = _server(), _token(token, token_file, no_token)
@@ -205,15 +209,15 @@ def serve(
     tasks = _tasks(session, bundle, base_model)
     with closing(_folders(adapters, adapters_size)) as folders, server.listen(host, port) as listening:
         _check_local(host, listening, everyone=no_token or known_token is not None)
-        _tell(session, listening, len(tasks.names()), settings.engine_url)
+        _print_address(session, listening, len(tasks.names()), settings.engine_url)
         with _logging(session, access_log=access_log):
             server.serve(listening, tasks, folders, settings)
 
 
 def _check_local(host: str, listening: socket, *, everyone: bool) -> None:
     if not everyone and not ip_address(listening.getsockname()[0]).is_loopback:
-        hint = "give clients a token with --token-file FILE, or say --no-token"
-        raise UsageProblem(f"anyone who reaches {host} could use the server", hint=hint)
+        hint = "set a token with --token-file FILE, or allow open access with --no-token"
+        raise UsageProblem(f"serving on {host} without a token gives everyone access", hint=hint)
 
 
 _EXTRA = ("fastapi", "httpx", "prometheus_client", "starlette", "uvicorn")
@@ -232,7 +236,7 @@ def _server() -> ModuleType:
 
 
 def _tasks(session: Session, bundle: Path | None, base_model: str | None) -> ServedTasks:
-    """Open the source of tasks, and check that it can be read."""
+    """Open the tasks of the store or bundle, and check the base model."""
     from icmlora.fleet.context import check_base_model
     from icmlora.serving.tasks import open_tasks
 
@@ -244,8 +248,8 @@ def _tasks(session: Session, bundle: Path | None, base_model: str | None) -> Ser
 
 def _address(url: str) -> str:
     if not url.startswith(("http://", "https://")):
-        raise UsageProblem(f"{url!r} is not an address", hint="write it as http://127.0.0.1:8000")
-    return url.rstrip("/").removesuffix("/v1")  # clients of OpenAI's API write it with /v1
+        raise UsageProblem(f"{url!r} is not an HTTP address", hint="write it as http://127.0.0.1:8000")
+    return url.rstrip("/").removesuffix("/v1")  # OpenAI clients add /v1
 
 
 def _folders(root: Path | None, size: str | None) -> AdapterFolders:
@@ -256,9 +260,9 @@ def _folders(root: Path | None, size: str | None) -> AdapterFolders:
 
 
 def _token(given: str | None, file: Path | None, none: bool) -> str | None:
-    """Return the token of clients, from where the user says it is."""
+    """Return the token for clients from the option, the file or the environment. None: no token is required."""
     if sum((given is not None, file is not None, none)) > 1:
-        raise UsageProblem("--token, --token-file and --no-token exclude each other")
+        raise UsageProblem("--token, --token-file and --no-token are mutually exclusive")
     if none:
         return None
     if file is not None:
@@ -266,26 +270,26 @@ def _token(given: str | None, file: Path | None, none: bool) -> str | None:
     elif given is None:
         given = os.environ.get("ICM_SERVE_TOKEN") or None
     if given is not None and not (given.isascii() and given.isprintable() and given and " " not in given):
-        raise UsageProblem("the token is not usable", hint="it has letters, digits and signs, and no spaces")
+        raise UsageProblem("the token is invalid", hint="use printable ASCII characters without spaces")
     return given
 
 
-def _tell(session: Session, listening: socket, tasks: int, engine_url: str) -> None:
+def _print_address(session: Session, listening: socket, tasks: int, engine_url: str) -> None:
     host, port = listening.getsockname()[:2]
     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     session.out.event("listening", url=url, engine_url=engine_url, tasks_count=tasks)
-    # Which of them the engine's base model is for is in the log, once the engine answers.
-    session.out.note(f"{counted(tasks, 'task')} for the engine at {engine_url}")
+    # The server logs the tasks for the engine's base model once the engine responds.
+    session.out.note(f"serving {counted(tasks, 'task')} through the engine at {engine_url}")
     if not tasks:
-        session.out.warn("there is no task to serve yet")
-        session.out.hint("`icm ingest` takes adapters into the store")
+        session.out.warn("there are no tasks to serve yet")
+        session.out.hint("run `icm ingest` to add adapters to the store")
     session.out.answer(url)
     sys.stdout.flush()
 
 
 @contextmanager
 def _logging(session: Session, *, access_log: bool) -> Iterator[None]:
-    """Write what the server logs to stderr, one line an event."""
+    """Write the server's log to stderr, one line per event."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Lines(as_json=session.out.is_json))
     level = logging.WARNING if session.out.is_quiet else logging.INFO
@@ -305,14 +309,14 @@ def _logging(session: Session, *, access_log: bool) -> Iterator[None]:
 
 
 class _Lines(logging.Formatter):
-    """Time and message of a record; engines and clients have a part in messages, so they are escaped."""
+    """Format a log record. Messages can contain text from engines and clients, so they are escaped."""
 
     def __init__(self, *, as_json: bool) -> None:
         super().__init__()
         self._as_json = as_json
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return a line, followed by the traceback of an unexpected error."""
+        """Return a line, and the traceback of an unexpected error."""
         when, message = utc(datetime.fromtimestamp(record.created, UTC)), record.getMessage()
         trace = "" if record.exc_info is None else self.formatException(record.exc_info)
         if self._as_json:

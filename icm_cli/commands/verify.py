@@ -129,7 +129,7 @@ def _restore(session: Session, *, yes: bool) -> None:
     made = restore_database(session.context)
     out.document({"restored_from": made})
     out.line(f"restored the database backup from {made}; the damaged database is in quarantine")
-    out.hint("run `icm verify --read-data` to see what is missing, then ingest newer adapters again")
+    out.hint("run `icm verify --read-data` to list missing data, then ingest newer adapters again")
 
 
 def _sum_up(

@@ -105,7 +105,7 @@ def test_the_address_is_the_answer(serve: Icm, settings: list[GatewaySettings]) 
     ran = serve()
     assert ran.code == 0
     assert ran.out.startswith("http://127.0.0.1:")
-    assert ran.err == "3 tasks for the engine at http://127.0.0.1:9\n"
+    assert ran.err == "serving 3 tasks through the engine at http://127.0.0.1:9\n"
     assert settings[0].engine_url == "http://127.0.0.1:9"
     assert settings[0].token is None
 
@@ -148,7 +148,7 @@ def test_without_a_token_requests_have_to_be_for_this_machine(
 def test_an_empty_store_is_served_with_a_warning(icm: Icm, settings: list[GatewaySettings], tmp_path: Path) -> None:
     Store.open(tmp_path / "empty", create=True).close()
     ran = icm("--store", tmp_path / "empty", "serve", *ENGINE, "--adapters", tmp_path / "adapters", "--port", "0")
-    assert "there is no task to serve yet" in ran.err
+    assert "there are no tasks to serve yet" in ran.err
 
 
 def test_the_address_of_the_engine_may_be_that_of_its_api(serve: Icm, settings: list[GatewaySettings]) -> None:
@@ -181,7 +181,7 @@ def test_a_token_that_makes_no_sense_is_wrong_usage(
 def test_an_address_that_others_reach_needs_a_token_or_a_word(serve: Icm, settings: list[GatewaySettings]) -> None:
     ran = serve("--host", "0.0.0.0")
     assert (ran.code, settings) == (ExitCode.USAGE, [])
-    assert "anyone who reaches 0.0.0.0 could use the server" in ran.err
+    assert "serving on 0.0.0.0 without a token gives everyone access" in ran.err
     assert serve("--host", "0.0.0.0", "--no-token").code == 0
     assert serve("--host", "0.0.0.0", "--token", "secret").code == 0
 
@@ -189,7 +189,7 @@ def test_an_address_that_others_reach_needs_a_token_or_a_word(serve: Icm, settin
 @pytest.mark.parametrize(
     ("options", "fact"),
     [
-        (("--engine-url", "localhost:8000"), "is not an address"),
+        (("--engine-url", "localhost:8000"), "is not an HTTP address"),
         (("--max-body", "much"), "'much' is not a size"),
         (("--adapters-size", "0"), "'0' is not a size"),
         (("--base-model", "acme/none"), "no task belongs to base model 'acme/none'"),
