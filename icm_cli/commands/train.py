@@ -181,11 +181,11 @@ def train(
         check_few_shot(session.context, base_model=base_model)
 
     options: dict[str, Any] = {"device": where, "base_model": base_model, "quality": quality, "tolerance": tolerance}
-    options |= {"steps": steps, "learning_rate": lr, "seed": seed, "refine": refine, "workers": workers}
-    options |= {"keep": keep, "max_error": max_error, "min_gain": min_gain, "evaluate": evaluate}
+    options |= {"steps": steps, "learning_rate": lr, "seed": seed, "refine": refine, "resume": resume}
+    options |= {"keep": keep, "max_error": max_error, "min_gain": min_gain, "evaluate": evaluate, "workers": workers}
 
     def work(context: Context) -> TrainReport:
-        return train(context, width=width, resume=resume, fresh=fresh, **options)
+        return train(context, width=width, fresh=fresh, **options)
 
     if launched()[0]:
         raise typer.Exit(_help(session, None if update or objective == "functional" else work))
@@ -290,7 +290,7 @@ class _Printed:
             raise Interrupted(f"interrupted; {done} encoded", hint=hint)
         if not isinstance(report, TrainReport):
             unchanged = "interrupted; base models not listed above did not change"
-            raise Interrupted(unchanged, hint="run the same command again")
+            raise Interrupted(unchanged, hint="run the same command again to continue")
         saved = f"saved a training checkpoint at step {report.stopped_at}" if report.stopped_at else "nothing was lost"
         raise Interrupted(f"interrupted; {saved}", hint="run the same command again to continue")
 

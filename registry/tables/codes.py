@@ -53,8 +53,13 @@ class Codes(Table):
             query = query.order_by(models.in_any_case(models.Task.name))
             return [code_record(row) for row in session.scalars(query)]
 
-    def add(self, generator_id: int, codes: Sequence[records.NewCode]) -> list[records.CodeRecord]:
-        """Record codes under the current generator, for tasks that have none and the same adapter still."""
+    def add(
+        self, generator_id: int, codes: Sequence[records.NewCode], run_id: int | None = None
+    ) -> list[records.CodeRecord]:
+        """Record codes under the current generator, for tasks that have none and the same adapter still.
+
+        `run_id` is the run that ends with them.
+        """
         with self._write() as writer:
             generator = current_row(writer.session, generator_id)
             # Another process may have encoded some of them since they were chosen.
@@ -62,7 +67,13 @@ class Codes(Table):
             new = list(code_rows(writer, generator, [code for code in codes if code.adapter.task not in known]))
             writer.session.add_all(new)
             writer.session.flush()
-            return [code_record(row) for row in new]
+            made, garbage = [code_record(row) for row in new], list[str]()
+            if run_id is not None:
+                from registry.tables.runs import finish_run  # only an update needs it
+
+                garbage = finish_run(writer, run_id)
+        self._drop(garbage)
+        return made
 
     def replace(
         self, generator_id: int, new: records.NewCode, evaluations: Sequence[records.NewEvaluation] = ()

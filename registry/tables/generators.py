@@ -84,7 +84,11 @@ class Generators(Table):
             row.start_id = parent.start_id  # its mean is a code as others are
             _link(session, parent.id, row.id, [code.task_id for code in fresh])
             _must_keep_codes(session, parent, row)
-            return generator_record(row)
+            garbage = _finished(writer, new.train_run_id) if new.train_run_id else []
+            session.flush()
+            record = generator_record(row)
+        self._drop(garbage)
+        return record
 
     def uses(self) -> list[GeneratorUse]:
         """Return every generator with what depends on it, by base model and version."""

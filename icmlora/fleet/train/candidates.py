@@ -10,6 +10,8 @@ Versions are only appended to the file, so every earlier code decodes to the sam
 
 from __future__ import annotations
 
+import math
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +23,14 @@ import torch
 from icmlora.fleet.context import Context
 from icmlora.fleet.failures import FAILURES, as_error
 from icmlora.fleet.resources.adapter_source import StoreAdapterSource, layout_of
-from icmlora.fleet.train.run import measured_sensitivity, options_of, train_network
+from icmlora.fleet.train.run import (
+    SAVED_AFTER,
+    RunCodes,
+    TrainingRun,
+    measured_sensitivity,
+    options_of,
+    train_network,
+)
 from icmlora.generator.code import generator_of
 from icmlora.generator.codec import Codec
 from icmlora.generator.config import config_for
@@ -31,10 +40,12 @@ from icmlora.generator.limits import Limits
 from icmlora.generator.network_file import generator_to_bytes
 from icmlora.generator.version_delta import differences_to_words
 from icmlora.generator.versions import GeneratorFile
-from icmlora.training.config import TrainConfig, stretched
+from icmlora.training.config import TrainConfig, steps_for, stretched
 from icmlora.training.initialisation import fresh_network, tunable_network
 from icmlora.training.loop import draws_of
-from icmlora.training.state import TrainState, new_state
+from icmlora.training.state import TrainState, new_state, state_from_bytes
+from registry.records import AdapterRecord, RunCode, TrainRunRecord
+from registry.storage.blobs.content import digest_of
 
 if TYPE_CHECKING:
     from registry.store import Store
@@ -66,12 +77,13 @@ class UpdateCandidates:
         source: StoreAdapterSource,
         device: torch.device,
         *,
+        run: TrainRunRecord | None,
         tolerance: float,
         steps: int | None,
         learning_rate: float | None,
         seed: int,
     ) -> None:
-        self._context, self._store, self._source = context, store, source
+        self._context, self._store, self._source, self._run = context, store, source, run
         self._tolerance, self._device = tolerance, device
         self._steps, self._learning_rate, self._seed = steps, learning_rate, seed
         self.steps = 0
@@ -96,7 +108,9 @@ class UpdateCandidates:
 
     def unchanged(self, data: bytes) -> Candidate:
         """Keep the file, and give each task the smallest code that one of the networks covering it makes."""
-        return self._encoded(data, self._source, lambda file, task: file.covering(layout_of(self._source.final(task))))
+        return self._encoded(
+            data, self._source, lambda file, task: file.covering(layout_of(self._source.final(task))), is_kept=True
+        )
 
     def tuned(self, unchanged: Candidate) -> Candidate:
         """Tune the decoder that most codes of a candidate name, append it as differences, and encode its tasks."""
@@ -106,8 +120,10 @@ class UpdateCandidates:
         base = file.digests.index(digest)
         network = file.codec(base).generator.net
         source = self._only([name for name in named if named[name] == digest])
+        # Never more steps than a first training on these tasks has: a trained decoder starts nearer to its end.
+        steps = min(_TUNING_STEPS * source.tasks(), steps_for(source.adapters(), source.parameters()))
         options = TrainConfig(
-            steps=self._steps or stretched(_TUNING_STEPS * source.tasks(), draws_of(self._device)),
+            steps=self._steps or stretched(steps, draws_of(self._device)),
             learning_rate=self._learning_rate or _TUNING_RATE,
             weight_decay=0.0,
             seed=self._seed,
@@ -115,7 +131,8 @@ class UpdateCandidates:
         # Only the decoder is tuned: the parts that read adapters and task vectors stay as they are.
         state = self._train(source, new_state(tunable_network(network).to(self._device), options))
         words = differences_to_words(network.state_dict(), state.net.state_dict(), _COARSENESS)
-        found = self._with_last_version(append_version(unchanged.data, words, base), source)
+        # A run keeps one code of each adapter, which is the unchanged one.
+        found = self._with_last_version(append_version(unchanged.data, words, base), source, is_kept=False)
         smaller = {name: _smaller(unchanged.codes[name], code) for name, code in found.codes.items()}
         return Candidate(found.data, {**unchanged.codes, **smaller})
 
@@ -137,31 +154,81 @@ class UpdateCandidates:
         sensitivity = measured_sensitivity(self._context, self._store, source, config, self._device)
         network = fresh_network(config, source, self._seed, sensitivity)
         state = self._train(source, new_state(network.to(self._device), options))
-        return self._with_last_version(append_version(data, generator_to_bytes(state.net), None), source)
+        return self._with_last_version(append_version(data, generator_to_bytes(state.net), None), source, is_kept=True)
 
     def _only(self, names: Sequence[str]) -> StoreAdapterSource:
         return StoreAdapterSource(self._store, self._source.base_model, names)
 
     def _train(self, source: StoreAdapterSource, state: TrainState) -> TrainState:
-        train_network(self._context, source, state)
-        self.steps += state.step
-        return state
+        assert self._run is not None
+        run = TrainingRun(self._store, self._resumed(state), self._run)
+        train_network(self._context, source, run.state, run.save)
+        self.steps += run.state.step
+        return run.state
 
-    def _with_last_version(self, data: bytes, source: StoreAdapterSource) -> Candidate:
-        return self._encoded(data, source, lambda file, task: [len(file.digests) - 1])
+    def _resumed(self, begun: TrainState) -> TrainState:
+        """Return the checkpoint of a training that was stopped, if it was this one."""
+        row = self._store.runs.running(self._source.base_model)
+        if row is None or row.weights is None or row.optimizer is None:
+            return begun
+        try:
+            weights, optimizer = self._store.blobs.read(row.weights), self._store.blobs.read(row.optimizer)
+            saved = state_from_bytes(weights, optimizer, self._device)
+        except FAILURES:  # it is damaged
+            return begun
+        if (saved.config, saved.net.config) != (begun.config, begun.net.config):
+            return begun
+        for parameter, first in zip(saved.net.parameters(), begun.net.parameters(), strict=True):
+            parameter.requires_grad_(first.requires_grad)
+        return saved
+
+    def _with_last_version(self, data: bytes, source: StoreAdapterSource, *, is_kept: bool) -> Candidate:
+        return self._encoded(data, source, lambda file, task: [len(file.digests) - 1], is_kept=is_kept)
 
     def _encoded(
-        self, data: bytes, source: StoreAdapterSource, versions: Callable[[GeneratorFile, int], Iterable[int]]
+        self,
+        data: bytes,
+        source: StoreAdapterSource,
+        versions: Callable[[GeneratorFile, int], Iterable[int]],
+        *,
+        is_kept: bool,
     ) -> Candidate:
-        """Give each task the smallest code that one of some versions of a file makes."""
-        file, codes = GeneratorFile(data), dict[str, Encoded]()
-        for task, name in enumerate(source.names):
-            made = [self._encode(file.codec(number), source, task) for number in versions(file, task)]
-            found = [code for code in made if code is not None]
-            if found:
-                codes[name] = reduce(_smaller, found)
-            self._context.progress(task + 1, source.tasks(), f"encoding {name}")
+        """Give each task the smallest code that one of some versions of a file makes.
+
+        If `is_kept`, an update that was stopped finds its codes again.
+        """
+        file, codes, generator = GeneratorFile(data), dict[str, Encoded](), digest_of(data)
+        run = RunCodes(self._store, self._run) if is_kept and self._run is not None else None
+        kept = {} if run is None else run.codes(generator)
+        waiting, last = list[tuple[AdapterRecord, Encoded, bool]](), time.monotonic()
+        try:
+            for task, name in enumerate(source.names):
+                final = source.final(task)
+                code = self._read(kept[final.id]) if final.id in kept else None
+                if code is None:
+                    made = [self._encode(file.codec(number), source, task) for number in versions(file, task)]
+                    found = [code for code in made if code is not None]
+                    if found:
+                        code = reduce(_smaller, found)
+                        waiting.append((final, code, False))
+                if code is not None:
+                    codes[name] = code
+                self._context.progress(task + 1, source.tasks(), f"encoding {name}")
+                if run is not None and time.monotonic() > last + SAVED_AFTER:
+                    run.save_codes(generator, waiting)
+                    waiting, last = [], time.monotonic()
+        finally:
+            if run is not None:
+                run.save_codes(generator, waiting)
         return Candidate(data, codes)
+
+    def _read(self, kept: RunCode) -> Encoded | None:
+        """Return a code that was made before the update was stopped, or None if it is damaged."""
+        try:
+            # Nothing here asks for its weighted error, which is not recorded.
+            return Encoded(self._store.blobs.read(kept.blob), kept.squared_error, math.nan)
+        except FAILURES:
+            return None
 
     def _encode(self, codec: Codec, source: StoreAdapterSource, task: int) -> Encoded | None:
         """Return the code of a task; note the reason and return None if it cannot be encoded."""

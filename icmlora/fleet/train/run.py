@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from icmlora.generator.encoding import Encoded
     from registry.store import Store
 
+SAVED_AFTER = 5.0  # seconds: codes made since then wait in memory, because storing each alone would wait for the disk
 _CHECKPOINT_SECONDS = 20.0
 _MEASUREMENTS = 5  # of the mean code length during a training
 # Four times as many take four times as long and give no smaller codes (docs/results/LOG.md).
@@ -60,23 +61,18 @@ class StepDone(Event):
     at: TrainStep
 
 
-class TrainingRun:
-    """A network in training, with the row of the store that its checkpoint belongs to."""
+class RunCodes:
+    """The codes that a run has made and not published yet: a stop does not lose them."""
 
-    def __init__(self, store: Store, state: TrainState, row: TrainRunRecord) -> None:
-        self._store, self.state, self.id = store, state, row.id
-
-    def save(self) -> None:
-        """Replace the run's checkpoint by one of the present step."""
-        network, optimizer = self.state.network_bytes(), self.state.optimizer_bytes()
-        self._store.runs.save_checkpoint(self.id, step=self.state.step, weights=network, optimizer=optimizer)
+    def __init__(self, store: Store, row: TrainRunRecord) -> None:
+        self._store, self.id = store, row.id
 
     def codes(self, generator: str) -> dict[int, RunCode]:
         """Return the codes that an earlier try has made under this generator file, by the row of the adapter."""
         return {code.adapter: code for code in self._store.runs.codes(self.id, generator)}
 
     def save_codes(self, generator: str, codes: Sequence[tuple[AdapterRecord, Encoded, bool]]) -> dict[int, RunCode]:
-        """Store codes, so that a stop does not lose them; each comes with its adapter and whether its seed is known."""
+        """Store codes; each comes with its adapter and whether its seed is known."""
         if not codes:
             return {}
         blobs = self._store.blobs.put_all([code.data for _, code, _ in codes])
@@ -86,6 +82,19 @@ class TrainingRun:
         ]
         self._store.runs.save_codes(self.id, made)
         return {code.adapter: code for code in made}
+
+
+class TrainingRun(RunCodes):
+    """A network in training, with the row of the store that its checkpoint belongs to."""
+
+    def __init__(self, store: Store, state: TrainState, row: TrainRunRecord) -> None:
+        super().__init__(store, row)
+        self.state = state
+
+    def save(self) -> None:
+        """Replace the run's checkpoint by one of the present step."""
+        network, optimizer = self.state.network_bytes(), self.state.optimizer_bytes()
+        self._store.runs.save_checkpoint(self.id, step=self.state.step, weights=network, optimizer=optimizer)
 
 
 def open_run(

@@ -25,6 +25,7 @@ from icmlora.fleet.resources.adapter_source import StoreAdapterSource
 from icmlora.fleet.resources.workers import check_place
 from icmlora.fleet.train.finish import FinishReport, check_finish, finish
 from icmlora.fleet.train.run import (
+    SAVED_AFTER,
     TrainingRun,
     base_models_with_tasks,
     help_train,
@@ -52,8 +53,6 @@ if TYPE_CHECKING:
 
 REPLACED = "its adapter was replaced in the meantime"
 """Why a task has no code although its adapter was encoded: an ingest replaced the adapter during the training."""
-
-_SAVED_AFTER = 5.0  # seconds: codes made since then wait in memory, because storing each alone would wait for the disk
 
 
 @dataclass(frozen=True)
@@ -369,7 +368,7 @@ def _encode_all(
                 waiting.append((final, code, initial is not None))
                 context.on_event(CodeMade(name, len(code.data), code.squared_error))
             context.progress(task + 1, source.tasks(), f"encoding {name}")
-            if time.monotonic() > last + _SAVED_AFTER:
+            if time.monotonic() > last + SAVED_AFTER:
                 made |= run.save_codes(generator, waiting)
                 waiting, last = [], time.monotonic()
     finally:

@@ -3,7 +3,8 @@
     new tasks ──candidates──▶ the smallest ─┬─ same file: codes of the new tasks
                                             └─ longer file: a new generator with the codes of all tasks, current
 
-Either way it is one transaction; until it commits, nothing has changed.
+Either way it is one transaction; until it commits, nothing has changed. The codes that are made until then are kept in
+a training run, from which the same update continues if it is stopped.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from icmlora.generator.config import tolerance_of
 from icmlora.generator.limits import Limits
 from icmlora.generator.versions import GeneratorFile
 from icmlora.io.devices import resolve_device
-from registry.records import CodeLimits, NewCode, NewGenerator
+from registry.records import CodeLimits, GeneratorRecord, NewCode, NewGenerator, TrainRunRecord
 
 if TYPE_CHECKING:
     from registry.store import Store
@@ -83,6 +84,7 @@ def update(
     steps: int | None = None,
     learning_rate: float | None = None,
     seed: int = 0,
+    resume: bool = True,
     refine: int | None = None,
     keep: float | None = None,
     min_gain: float | None = None,
@@ -96,9 +98,9 @@ def update(
     evicted. It takes as long as the new tasks take. Then the new codes are encoded again or refined, and measured, as
     `train` does.
 
-    `device`, `base_model`, `learning_rate`, `seed`, `refine`, `keep`, `min_gain`, `max_error`, `evaluate` and `workers`
-    are as in `train`. So are `quality` and `tolerance`, by default those of the first training, and `steps`, by default
-    chosen for the number of new tasks.
+    `device`, `base_model`, `learning_rate`, `seed`, `resume`, `refine`, `keep`, `min_gain`, `max_error`, `evaluate` and
+    `workers` are as in `train`. So are `quality` and `tolerance`, by default those of the first training, and `steps`,
+    by default chosen for the number of new tasks.
 
     Raises:
         DataError: The store has no tasks, or a base model has no generator yet.
@@ -120,7 +122,9 @@ def update(
             for label in sorted(labels, key=lambda label: store.generators.current(label) is not None):
                 with one_of_several(context, report, label, labels):
                     with store.job(label):
-                        updated, codes = _update_base(context, store, label, place, quality, tolerance, candidates_of)
+                        updated, codes = _update_base(
+                            context, store, label, place, quality, tolerance, candidates_of, resume=resume
+                        )
                     report.updated.append(updated)
                     for code in codes:
                         context.on_event(code)
@@ -138,6 +142,8 @@ def _update_base(
     quality: int | None,
     tolerance: float | None,
     candidates_of: Callable[..., UpdateCandidates],
+    *,
+    resume: bool,
 ) -> tuple[Updated, Sequence[CodeMade]]:
     """Encode the new tasks of one base model, and make their codes current."""
     started = time.monotonic()
@@ -150,7 +156,9 @@ def _update_base(
     source = usable_source(context, store, label, new)
     if tolerance is None:  # that of the generator's first training
         tolerance = present.configs[0].tolerance if quality is None else tolerance_of(quality)
-    candidates = candidates_of(store, source, tolerance=tolerance)
+    run = _open_run(store, source, generator, tolerance, resume=resume)
+    run_id = None if run is None else run.id
+    candidates = candidates_of(store, source, run=run, tolerance=tolerance)
     best = candidates.best(data)
     metrics: dict[str, object] = {
         "steps": candidates.steps,
@@ -160,10 +168,10 @@ def _update_base(
     codes = _new_codes(store, source, best, tolerance)
     file = GeneratorFile(best.data)
     if best.data == data:
-        recorded = store.codes.add(generator.id, codes)
+        recorded = store.codes.add(generator.id, codes, run_id)
     else:
         config, blob = json.loads(file.configs[-1].to_json()), store.blobs.put(best.data)
-        grown = NewGenerator(label, blob, config, metrics, parent_id=generator.id, codes=codes)
+        grown = NewGenerator(label, blob, config, metrics, generator.id, codes, run_id)
         generator = store.generators.extend(grown)
         recorded = [code for code in store.codes.all(generator.id) if code.task in best.codes]
     left_out = {name: reason for name, reason in candidates.left_out.items() if name not in best.codes}
@@ -184,6 +192,19 @@ def _update_base(
     )
     encoded = [(code.task, best.codes[code.task]) for code in recorded]
     return updated, [CodeMade(name, len(code.data), code.squared_error) for name, code in encoded]
+
+
+def _open_run(
+    store: Store, source: StoreAdapterSource, generator: GeneratorRecord, tolerance: float, *, resume: bool
+) -> TrainRunRecord | None:
+    """Resume the update that was stopped if it is the same one, else start a new one; return None without tasks."""
+    if not source.names:
+        return None
+    identity: dict[str, object] = {"update": generator.blob, "tolerance": tolerance, "fleet": source.digest()}
+    stopped = store.runs.running(source.base_model) if resume else None
+    if stopped is not None and stopped.config == identity:
+        return stopped
+    return store.runs.start(source.base_model, identity)
 
 
 def _new_codes(store: Store, source: StoreAdapterSource, best: Candidate, tolerance: float) -> list[NewCode]:

@@ -7,10 +7,14 @@ from pathlib import Path
 import pytest
 
 from icmlora import Cancelled, DataError, Event, Fleet, Progress
+from icmlora.fleet.train.run import StepDone
 from icmlora.fleet.train.train import CodeMade
 from icmlora.fleet.train.update import Updated, UpdateReport
+from icmlora.training.config import LEAST_STEPS
+from registry.records import RunCode
+from registry.store import Store
 from tests.cli.tiny_fleet import write_lora
-from tests.icmlora.fleet.stores import TASKS, blob_of, code_blobs, equal, files_of, is_sound, stop_after
+from tests.icmlora.fleet.stores import TASKS, blob_of, code_blobs, copy_of, equal, files_of, is_sound, stop_after
 from tests.icmlora.tiny_base import LABEL
 
 
@@ -124,3 +128,42 @@ def test_a_stopped_update_changes_nothing_and_the_next_one_finishes(wider: Fleet
     assert stopped.value.report == UpdateReport()
     assert (code_blobs(wider), wider.generators(), is_sound(wider)) == (before, versions, True)
     assert wider.update(device="cpu", steps=4, refine=0, evaluate=False).tasks == ["epics"]
+
+
+def kept_codes(fleet: Fleet) -> list[RunCode]:
+    """Return the codes of new tasks that are not published yet."""
+    with Store.open(fleet.path, read_only=True) as store:
+        run, generator = store.runs.running(LABEL), store.generators.current(LABEL)
+        assert generator is not None
+        return [] if run is None else store.runs.codes(run.id, generator.blob)
+
+
+def test_a_stopped_update_keeps_codes_and_steps_and_ends_with_the_same_bytes(larger: Fleet, tmp_path: Path) -> None:
+    larger.ingest([write_lora(tmp_path / "new" / "plays", seed=8)])
+    whole = copy_of(larger.path, tmp_path / "whole")
+    whole.update(device="cpu", steps=6, refine=0, evaluate=False)
+    with pytest.raises(Cancelled):
+        Fleet(larger.path, on_event=stop_after(3, StepDone)).update(device="cpu", steps=6, refine=0, evaluate=False)
+    assert len(kept_codes(larger)) == 2
+    heard = list[Event]()
+    Fleet(larger.path, on_event=heard.append).update(device="cpu", steps=6, refine=0, evaluate=False)
+    assert [event.at.step for event in heard if isinstance(event, StepDone)] == [4, 5, 6]
+    assert code_blobs(larger) == code_blobs(whole)
+    assert (kept_codes(larger), is_sound(larger)) == ([], True)
+
+
+def test_many_new_tasks_take_no_more_steps_than_a_first_training(fleet: Fleet, tmp_path: Path) -> None:
+    for seed in range(24):
+        write_lora(tmp_path / "new" / f"task-{seed}", seed=seed)
+    fleet.ingest([tmp_path / "new"])
+    heard = list[Event]()
+
+    def listen(event: Event) -> None:
+        heard.append(event)
+        if isinstance(event, StepDone):
+            raise Cancelled
+
+    with pytest.raises(Cancelled):
+        Fleet(fleet.path, on_event=listen).update(device="cpu", refine=0, evaluate=False)
+    (step,) = [event for event in heard if isinstance(event, StepDone)]
+    assert step.at.steps <= LEAST_STEPS
