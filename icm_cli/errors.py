@@ -72,7 +72,6 @@ class Interrupted(CliError):
     """The user stopped the command. The message lists the finished work."""
 
 
-
 class StdoutClosed(CliError):
     """Stdout was closed by its reader."""
 
@@ -185,6 +184,7 @@ def _from_system(error: OSError) -> Failure:
 
 
 _ERRNO_HINTS = {
-    errno.EROFS: "use a writable file system, or remount this one read-write",
+    errno.EROFS: "use another path, or remount the read-only file system for writing",
+
     **dict.fromkeys((errno.EACCES, errno.EPERM), "check the owner and permissions of this path, or use another path"),
 }

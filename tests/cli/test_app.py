@@ -52,7 +52,7 @@ def test_an_unknown_command_is_a_usage_error_with_a_suggestion(icm: Icm) -> None
     ran = icm("matrialize")
     assert ran.code == ExitCode.USAGE
     assert "Did you mean 'materialize'?" in ran.err
-    assert "hint: `icm --help` shows the usage" in ran.err
+    assert "hint: run `icm --help` for usage" in ran.err
 
 
 def test_an_unknown_option_names_the_help_of_its_command(icm: Icm) -> None:
@@ -85,7 +85,7 @@ def test_a_group_without_a_command_shows_its_help_and_no_error(icm: Icm) -> None
 
 def test_with_json_a_group_without_a_command_has_an_error_with_a_message(icm: Icm) -> None:
     error = icm("--json", "base").error
-    assert (error["message"], error["hint"]) == ("no command was given", "`icm base --help` shows the usage")
+    assert (error["message"], error["hint"]) == ("no command given", "run `icm base --help` for usage")
 
 
 def test_with_json_a_usage_error_is_json(icm: Icm) -> None:

@@ -22,7 +22,7 @@ def names_of(icm: Icm, store: Path) -> dict[str, list[str]]:
 def test_ingest_says_what_a_mirror_is_taken_for_and_how_to_undo_it(icm: Icm, tmp_path: Path) -> None:
     folder = write_adapter(tmp_path / "poems", base_model_name_or_path=MIRROR)
     ran = icm("ingest", folder, "--store", tmp_path / "store", "--no-vectors")
-    assert f"{MIRROR} is taken for {LLAMA} (a known mirror, quantised)" in ran.err
+    assert f"treating {MIRROR} as {LLAMA} (a known mirror, quantised)" in ran.err
     undo = f"icm base alias {LLAMA} {MIRROR} --remove"
     assert undo in ran.err
     assert icm(*undo.split()[1:], "--store", tmp_path / "store").code == 0
@@ -52,10 +52,10 @@ def test_alias_says_what_came_along_and_what_to_do(icm: Icm, tmp_path: Path) -> 
         folder = write_adapter(tmp_path / f"task{seed}", seed=seed, base_model_name_or_path=label)
         icm("ingest", folder, "--store", tmp_path / "store")
     ran = icm("base", "alias", BASE, "acme/copy", "--store", tmp_path / "store")
-    assert (ran.code, ran.out) == (0, f"acme/copy: joined to {BASE}; 1 task came with them\n")
+    assert (ran.code, ran.out) == (0, f"joined acme/copy to {BASE} with 1 task\n")
     assert "icm train --update" in ran.err
     again = icm("base", "alias", BASE, "acme/copy", "--store", tmp_path / "store")
-    assert again.out == f"{BASE} has these labels already\n"
+    assert again.out == f"{BASE} already has these labels\n"
 
 
 def test_remove_and_keep_exclude_each_other(icm: Icm, tmp_path: Path) -> None:
@@ -72,7 +72,7 @@ def test_a_label_that_is_not_joined_cannot_be_removed(icm: Icm, tmp_path: Path) 
 def test_an_adapter_without_a_label_says_what_to_do_and_is_then_moved(icm: Icm, tmp_path: Path) -> None:
     folder = write_adapter(tmp_path / "poems", base_model_name_or_path=None)
     ran = icm("ingest", folder, "--store", tmp_path / "store")
-    assert "it names no base model; `icm ingest --base-model NAME` says which" in ran.err
+    assert "it names no base model; specify one with `icm ingest --base-model NAME`" in ran.err
     assert icm("ls", "-f", "status=original-only", "--store", tmp_path / "store", "-q").out == "poems\n"
     assert icm("ingest", folder, "--base-model", BASE, "--store", tmp_path / "store").code == 0
     (task,) = icm("ls", "--store", tmp_path / "store", "--json").document
@@ -93,7 +93,7 @@ def test_a_base_model_of_equal_files_is_joined_when_it_is_added(icm: Icm, tmp_pa
     (folder / "model.safetensors").write_bytes(b"weights")
     icm("base", "add", BASE, folder, "--store", tmp_path / "store")
     ran = icm("base", "add", "acme/copy", folder, "--store", tmp_path / "store")
-    assert "their files are equal" in ran.err
+    assert "identical files" in ran.err
     assert sum(map(len, names_of(icm, tmp_path / "store").values())) == 1
 
 
@@ -103,7 +103,7 @@ def test_a_relative_name_is_the_base_model_that_adapters_called_so(icm: Icm, tmp
     base = write_tiny_base(tmp_path / "elsewhere")
     ran = icm("base", "add", "./gemma3-270m", base, "--store", tmp_path / "store")
     name = str(tmp_path / "loras" / "gemma3-270m")
-    assert (ran.code, f"./gemma3-270m is taken for {name}" in ran.err) == (0, True)
+    assert (ran.code, f"treating ./gemma3-270m as {name}" in ran.err) == (0, True)
     (known,) = icm("base", "ls", "--store", tmp_path / "store", "--json").document
     assert (known["name"], known["tasks_count"], known["path"]) == (name, 1, str(base))
 
@@ -112,7 +112,7 @@ def test_a_relative_name_that_no_adapter_has_is_a_path_from_here_and_icm_says_so
     base = write_tiny_base(tmp_path / "base")
     ran = icm("base", "add", "./some/model", base, "--store", tmp_path / "store", "--json")
     assert ran.document["name"] == str(Path("some/model").absolute())
-    assert "./some/model is taken for" in icm("base", "add", "./some/model", base, "--store", tmp_path / "store").err
+    assert "treating ./some/model as" in icm("base", "add", "./some/model", base, "--store", tmp_path / "store").err
 
 
 def test_a_relative_name_that_several_base_models_end_with_is_refused(icm: Icm, tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ def choose(icm: Icm, samples: Path, *options: object) -> Ran:
 def test_a_context_is_kept_and_written_with_the_adapter(icm: Icm, trained: Path, samples: Path, tmp_path: Path) -> None:
     ran = choose(icm, samples)
     assert "recommended" in ran.out
-    assert "poems: a context of" in ran.err
+    assert "stored a context for poems: " in ran.err
     icm("materialize", "poems", "--source", "code", "-o", tmp_path / "out")
     text = (tmp_path / "out" / "context.txt").read_text()
     assert text.startswith("grey geese number")
@@ -98,7 +98,7 @@ def test_few_samples_are_all_taken_and_each_is_measured_behind_the_others(
 ) -> None:
     ran = choose(icm, samples, "--count", "4")
     assert ran.code == ExitCode.DONE
-    assert "measured on 4 samples, each behind the others:" in ran.err
+    assert "measured on 4 samples, each with the others as context:" in ran.err
     assert icm("context", "poems", "--show").out.count("grey geese number") == 4
 
 

@@ -56,7 +56,7 @@ def test_one_bad_adapter_is_named_and_the_others_are_written(icm: Icm, loras: Pa
     assert ran.code == ExitCode.PARTLY
     assert "warning: bees: " in ran.err
     assert "wrote 2 adapters" in ran.out
-    assert "1 not converted" in ran.out
+    assert "; 1 failed" in ran.out
 
 
 def test_a_single_bad_adapter_is_an_error(icm: Icm, loras: Path, tmp_path: Path) -> None:

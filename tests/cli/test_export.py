@@ -85,7 +85,7 @@ def test_tasks_without_a_code_are_left_out_and_told(icm: Icm, trained: Path, tmp
     icm("ingest", write_lora(tmp_path / "extra", seed=9), "--no-vectors")
     ran = icm("export", tmp_path / "fleet.icm")
     assert ran.code == 0
-    assert "warning: left out 1 task without a code" in ran.err
+    assert "warning: skipped 1 task without a code" in ran.err
     assert icm("export", tmp_path / "fleet.icm", "--force", "--json").document["left_out"] == ["extra"]
 
 

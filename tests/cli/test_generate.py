@@ -111,7 +111,7 @@ def test_text_tells_the_losses_and_that_it_is_to_be_measured(generate: Generate,
     assert ran.out == f"{out}\n"
     assert "geese from 20 samples, rank 4" in ran.err
     assert "nats per token on these samples" in ran.err
-    assert "measure it on other text" in ran.err
+    assert "evaluate it on held-out text" in ran.err
     assert not (out / "context.txt").exists()
 
 
@@ -124,12 +124,12 @@ def test_the_samples_are_kept_as_context_and_the_two_are_measured_on_others(gene
     card = (out / "README.md").read_text()
     assert "context.txt" in card
     assert f"to be served | {document['measured']['recommended']}" in card
-    assert "nats per token on 4 samples left out: neither " in generate("--context", "100", "--force").err
+    assert "nats per token on 4 held-out samples: neither " in generate("--context", "100", "--force").err
 
 
 def test_distilled_samples_are_no_context_and_are_measured_beside_the_adapter(generate: Generate, out: Path) -> None:
     ran = generate("--context", "100", "--distil", 2)
-    assert "nats per token on 4 samples left out: neither " in ran.err
+    assert "nats per token on 4 held-out samples: neither " in ran.err
     assert "context: " not in ran.err
     assert not (out / "context.txt").exists()
     card = (out / "README.md").read_text()
@@ -202,16 +202,16 @@ def test_a_rank_is_that_of_what_is_written(generate: Generate, tmp_path: Path) -
 def test_a_rank_beyond_all_that_there_is_is_said(generate: Generate) -> None:
     ran = generate("--rank", 256)
     assert ran.code == 0
-    assert "less than the requested 256" in ran.err
+    assert "requested rank 256, but the samples support only rank " in ran.err
 
 
 @pytest.mark.slow
 def test_samples_of_which_only_the_beginning_is_read_are_counted(generate: Generate, tmp_path: Path) -> None:
     file = write_lines(tmp_path / "long.jsonl", [*LINES[:3], {"text": "grey geese " * 200}])
     ran = generate(file=file, folder=tmp_path / "text")
-    assert "1 sample has 128 tokens or more; icm reads 128 tokens of each" in ran.err
+    assert "used only the first 128 tokens of each sample; 1 sample reached this limit" in ran.err
     assert generate("--json", file=file, folder=tmp_path / "json").document["samples_at_limit"] == 1
-    assert "tokens or more" not in generate(folder=tmp_path / "short").err
+    assert "reached this limit" not in generate(folder=tmp_path / "short").err
 
 
 def test_another_base_model_than_those_of_the_store_is_refused_with_where_to_look(generate: Generate) -> None:
@@ -231,7 +231,7 @@ def test_the_nearest_tasks_are_named_where_enough_can_be_compared(icm: Icm, gene
     assert document["outside"] == (document["farther_than"] >= 0.95)
     ran = generate(folder=tmp_path / "two")
     assert "nearest tasks: " in ran.err
-    assert ("unlike the known tasks" in ran.err) == document["outside"]
+    assert ("unlike the stored tasks" in ran.err) == document["outside"]
 
 
 @pytest.mark.slow
@@ -246,7 +246,7 @@ def test_the_samples_of_a_known_task_lie_near_it_and_not_outside(icm: Icm, gener
 def test_where_too_few_can_be_compared_it_says_that_it_does_not_know(generate: Generate, tmp_path: Path) -> None:
     document = generate("--json", folder=tmp_path / "one").document
     assert (document["nearest"], document["farther_than"], document["outside"]) == ([], None, None)
-    assert "distance to known tasks unknown" in generate(folder=tmp_path / "two").err
+    assert "distance to stored tasks unknown" in generate(folder=tmp_path / "two").err
 
 
 class TestRefusals:

@@ -93,7 +93,7 @@ def test_a_bundle_never_says_what_loads_its_base_model(icm: Icm, store: Path, fl
     assert ran.code == ExitCode.FAILED
     for arguments in (("--bundle", bundle), ("--base-model", fleet / "base")):
         ran = icm("recognize", "--samples", samples, *arguments, "--loader", LOADER, *CPU)
-        assert (ran.code, "--loader goes with a bundle" in ran.err) == (ExitCode.USAGE, True)
+        assert (ran.code, "--loader needs a bundle" in ran.err) == (ExitCode.USAGE, True)
 
 
 def test_the_list_of_base_models_shows_the_loader(icm: Icm, store: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 import typer
 
 from icm_cli.app import app
-from icm_cli.options import _PlainValues
+from icm_cli.options import _FastCoercion
 from tests.cli.conftest import modules_of
 
 build_runtime_param = pytest.importorskip("typer._coercion").build_runtime_param
@@ -68,7 +68,7 @@ def test_a_value_is_what_typer_makes_of_it(kinds: dict[str, Any], word: str | No
     for kind, parameter in kinds.items():
         several = parameter.multiple or parameter.nargs == -1
         value = [word, "b"] if several and word is not None else word
-        own = taken(_PlainValues(), value, parameter)
+        own = taken(_FastCoercion(), value, parameter)
         its = taken(build_runtime_param(parameter.type_descriptor), value, parameter)
         assert (kind, type(own), own) == (kind, type(its), its)
 

@@ -41,7 +41,7 @@ def test_it_is_told_listed_and_taken_back(icm: Icm, trained: Path, base: Path) -
 
 def test_every_figure_says_it(icm: Icm, in_nf4: None, tmp_path: Path) -> None:
     ran = icm("eval", "poems", *CPU)
-    assert "measured on the base model in nf4" in ran.err
+    assert "measured with the base model in nf4" in ran.err
     assert [line.endswith(" nf4") for line in ran.out.splitlines() if line.startswith("retained gain")] == [True] * 2
     events = icm("eval", "poems", *CPU, "--json").events
     assert (events[0]["precision"], events[1]["precisions"]) == ("nf4", ["nf4"])

@@ -52,15 +52,15 @@ def helps(name: str) -> str:
 @pytest.mark.parametrize(
     ("name", "text"),
     [
-        ("icm generate", f"icm reads {SAMPLE_TOKENS} tokens of each"),
-        ("icm generate", f"icm reads {VectorSettings().sample_tokens} tokens of each"),
+        ("icm generate", f"The first {SAMPLE_TOKENS} tokens are used"),
+        ("icm generate", f"The first {VectorSettings().sample_tokens} tokens are used"),
         ("icm recognize", f"icm reads {SAMPLES_READ} of them"),
         ("icm train", f"1 (smallest) to {len(_TOLERANCES)} (most accurate)"),
         ("icm encode", f"1 (smallest) to {len(_TOLERANCES)} (most accurate)"),
         ("icm ingest", f"the exit code is then {int(ExitCode.PARTLY)}"),
         ("icm vectors", f"the exit code is then {int(ExitCode.PARTLY)}"),
         ("icm convert", f"Exit code {int(ExitCode.PARTLY)} means"),
-        ("icm doctor", f"Exit with code {int(ExitCode.FAILED)}"),
+        ("icm doctor", f"The exit code is {int(ExitCode.FAILED)} if"),
     ],
 )
 def test_numbers_in_the_help_are_those_of_the_code(name: str, text: str) -> None:

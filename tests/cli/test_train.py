@@ -129,7 +129,7 @@ def test_ctrl_c_while_it_encodes_publishes_nothing(icm: Icm, mixed: Path, monkey
     [
         (TaskEncoded, ("--refine", 1), "1 task encoded", "`icm encode` refines the rest"),
         (TaskEncoded, ("--max-error", 0.5), "1 task encoded", "`icm encode` with the same limits"),
-        (TaskEvaluated, ("--refine", 0), "1 task measured", "`icm eval` measures the rest"),
+        (TaskEvaluated, ("--refine", 0), "measured 1 task", "run `icm eval` to measure the rest"),
     ],
     ids=["refining", "limits", "measuring"],
 )

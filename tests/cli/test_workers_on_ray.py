@@ -119,7 +119,7 @@ def test_ctrl_c_ends_the_workers_and_keeps_what_is_recorded(
     real, before = command.tell_encoded, code_blobs(fleet)
     monkeypatch.setattr(command, "tell_encoded", tell)
     ran = icm("encode", "--max-error", "0.22", "--workers", "2", "--json")
-    assert (ran.code, ran.error["message"]) == (ExitCode.INTERRUPTED, "interrupted; 1 task encoded")
+    assert (ran.code, ran.error["message"]) == (ExitCode.INTERRUPTED, "interrupted; encoded 1 task")
     after = code_blobs(fleet)
     assert [name for name in TASKS if after[name] != before[name]] == list(tasks_of(ran))
     assert is_sound(fleet)
