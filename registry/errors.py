@@ -117,7 +117,7 @@ class TaskNotFound(RegistryError):
     """No task has that name; `matches` are the closest names that exist, best first."""
 
     def __init__(self, name: str, matches: tuple[str, ...] = ()) -> None:
-        hint = f"did you mean {matches[0]!r}?" if matches else "`icm ls` lists the tasks"
+        hint = f"did you mean {matches[0]!r}?" if matches else "run `icm ls` to list the tasks"
         super().__init__(f"no task is named {name!r}", hint=hint)
         self.name = name
         self.matches = matches
@@ -127,9 +127,9 @@ class TaskConflict(RegistryError):
     """A task of that name exists with another final adapter or base model."""
 
     def __init__(self, name: str, *, choices: str | None = "skip|replace", fact: str | None = None) -> None:
-        options = "" if choices is None else f", or say what to do with --on-conflict {choices}"
-        hint = f"give the new one another name{options}" if fact is None else "choose another name"
-        super().__init__(fact or f"task {name!r} is in the store with another adapter", hint=hint)
+        options = "" if choices is None else f", or use --on-conflict {choices}"
+        hint = f"choose another name{options}" if fact is None else "choose another name"
+        super().__init__(fact or f"task {name!r} already exists with a different adapter", hint=hint)
         self.name = name
 
 

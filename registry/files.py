@@ -239,10 +239,10 @@ def store_errors(path: Path | str) -> Iterator[None]:
         yield
     except OSError as error:
         if is_full(error):
-            hint = "`icm prune` frees what no row refers to; it works on a full disk"
+            hint = "run `icm prune` to free unused blobs; it also works on a full disk"
             raise StoreFull(f"no space left while writing {path}", path=path, hint=hint) from error
         if error.errno in _READ_ONLY:
-            hint = "check the owner and the permissions of the store folder"
+            hint = "check the owner and permissions of the store folder"
             raise StoreReadOnly(f"cannot write {path}: {error.strerror}", path=path, hint=hint) from error
         raise StoreIOError(f"{path}: {error.strerror or error}", path=path) from error
 
@@ -262,7 +262,7 @@ def open_plain(path: Path, *, max_bytes: int = MAX_SOURCE_BYTES) -> Iterator[tup
         if not stat.S_ISREG(before.st_mode):
             raise _special(path)
         if before.st_size > max_bytes:
-            fact = f"has {before.st_size:,} bytes, more than {max_bytes:,}"
+            fact = f"is {before.st_size:,} bytes; the limit is {max_bytes:,}"
             raise SourceRefused(fact, reason="limits", path=path)
         yield fd, before.st_size
         try:
@@ -272,8 +272,8 @@ def open_plain(path: Path, *, max_bytes: int = MAX_SOURCE_BYTES) -> Iterator[tup
     finally:
         os.close(fd)
     if identity(before) != identity(after):
-        hint = "try again when nothing writes it"
-        raise SourceChanged("changed while it was read", reason="changed", path=path, hint=hint)
+        hint = "run the command again when no program is writing to it"
+        raise SourceChanged("changed while being read", reason="changed", path=path, hint=hint)
 
 
 def read_exactly(fd: int, size: int, offset: int) -> bytes:
@@ -287,7 +287,7 @@ def read_exactly(fd: int, size: int, offset: int) -> bytes:
         while done < size:  # Linux reads at most 2 GiB in one call
             count = _read_into(view[done:], fd, offset + done)
             if count == 0:
-                raise SourceChanged("was cut while it was read", reason="changed")
+                raise SourceChanged("was truncated while being read", reason="changed")
             done += count
     return whole.getvalue()  # the same memory: nobody else has the bytes
 
@@ -314,14 +314,14 @@ def read_plain(path: Path, *, max_bytes: int = MAX_SOURCE_BYTES, first: CheckFir
 
 def _not_opened(path: Path, error: OSError) -> SourceRefused:
     if error.errno == errno.ELOOP:
-        return SourceRefused("a symbolic link is not followed", reason="symlink", path=path)
+        return SourceRefused("is a symbolic link, and icm follows none", reason="symlink", path=path)
     if error.errno in (errno.ENXIO, errno.ENODEV):
         return _special(path)
     return SourceRefused(f"cannot be read: {error.strerror}", reason="unreadable", path=path)
 
 
 def _special(path: Path) -> SourceRefused:
-    hint = "give the file itself, not a link or a device"
+    hint = "specify the file itself, not a link or a device"
     return SourceRefused("not a regular file", reason="special-file", path=path, hint=hint)
 
 

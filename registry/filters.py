@@ -45,16 +45,16 @@ FIELDS = {
     field.name: field
     for field in (
         Field("name", "text", "the task"),
-        Field("base", "text", "its base model, under any of its names"),
+        Field("base", "text", "its base model, by any of its names"),
         Field("rank", "number", "the largest rank"),
-        Field("size", "size", "the original as ingested, as in 10MB or 512KiB"),
-        Field("code", "size", "the code under the current generator, with its residual"),
-        Field("extras", "size", "what is kept exactly in addition to the code"),
+        Field("size", "size", "the size of the original, such as 10MB or 512KiB"),
+        Field("code", "size", "the size of the current code and its residual"),
+        Field("extras", "size", "the size of the tensors and files stored beside the code"),
         Field("gain", "number", "the retained gain of the code"),
         Field("error", "number", "the relative error, ||dW' - dW|| / ||dW||"),
         Field("tag", "words", "its tags"),
         Field("status", "words", ", ".join(STATUSES), STATUSES),
-        Field("source", "text", "where it was ingested from"),
+        Field("source", "text", "the folder it was ingested from"),
         Field("note", "text", "its note"),
     )
 }
@@ -98,7 +98,7 @@ def parse_filter(text: str) -> Filter:
     """Read `rank>=8`; raise `InvalidFilter` with what would have been right."""
     found = _FILTER.fullmatch(text)
     if found is None or not found[1]:
-        hint = f"write FIELD OPERATOR VALUE, as in 'rank>=8' or 'tag=prod'; {_known()}"
+        hint = f"write FIELD OPERATOR VALUE, such as 'rank>=8' or 'tag=prod'; {_known()}"
         raise InvalidFilter(f"{escape(text, 80)!r} is not a filter", hint=hint)
     field, value = field_of(found[1]), found[3].strip()
     operator = cast(Operator, "=" if found[2] == "==" else found[2])
@@ -112,11 +112,11 @@ def parse_sort(text: str) -> Sort:
     """Read `size:desc`; raise `InvalidFilter` if it is no order of a field."""
     name, colon, way = text.partition(":")
     if colon and way.strip().lower() not in ("asc", "desc"):
-        raise InvalidFilter(f"{escape(way, 40)!r} is not an order", hint="write FIELD:asc or FIELD:desc")
+        raise InvalidFilter(f"{escape(way, 40)!r} is not a sort order", hint="write FIELD:asc or FIELD:desc")
     field = field_of(name.strip())
     if not field.can_be_sorted:
         fields = ", ".join(field.name for field in FIELDS.values() if field.can_be_sorted)
-        raise InvalidFilter(f"tasks cannot be sorted by {field.name}", hint=f"these can be sorted by: {fields}")
+        raise InvalidFilter(f"tasks cannot be sorted by {field.name}", hint=f"sort by one of: {fields}")
     return Sort(field, way.strip().lower() == "desc")
 
 
@@ -161,9 +161,11 @@ def _value(field: Field, operator: Operator, value: str) -> str | float:
 def _check_word(field: Field, operator: Operator, value: str) -> None:
     if not value or not value.isascii() or not value.isprintable() or " " in value:
         example = field.choices[0] if field.choices else "prod"
-        raise InvalidFilter(f"no {field.name} is {escape(value, 40)!r}", hint=f"as in '{field.name}={example}'")
+        raise InvalidFilter(
+            f"no {field.name} is {escape(value, 40)!r}", hint=f"write a single word, such as '{field.name}={example}'"
+        )
     if field.choices and operator != "~" and value.lower() not in field.choices:
-        raise InvalidFilter(f"no {field.name} is {escape(value, 40)!r}", hint=f"one of {', '.join(field.choices)}")
+        raise InvalidFilter(f"no {field.name} is {escape(value, 40)!r}", hint=f"use one of {', '.join(field.choices)}")
 
 
 def _known() -> str:

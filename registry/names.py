@@ -54,7 +54,7 @@ def task_name_problem(name: str) -> str | None:
     if len(name) > MAX_NAME:
         return f"the name has {len(name)} characters, more than {MAX_NAME}"
     if not (_ASCII_NAME.fullmatch(name) if name.isascii() else _is_one_word(name)):
-        return "a name has letters and digits of any script, '.', '_' and '-', and starts with a letter or a digit"
+        return "a name has letters, digits (of any script), '.', '_' and '-', and starts with a letter or digit"
     if not unicodedata.is_normalized("NFC", name):
         return "the name is not in Unicode's composed form (NFC)"
     if (size := len(name.encode())) > MAX_NAME_BYTES:
@@ -76,15 +76,15 @@ def is_name_character(char: str) -> bool:
 def check_name(name: str) -> str:
     """Return `name` unchanged if it can name a task, else raise `InvalidName`."""
     if (problem := task_name_problem(name)) is not None:
-        raise InvalidName(f"{escape(name, 120)!r} cannot name a task: {problem}", hint="choose another name")
+        raise InvalidName(f"{escape(name, 120)!r} is not a valid task name: {problem}", hint="choose another name")
     return name
 
 
 def check_tag(tag: str) -> str:
     """Return `tag` unchanged if it can be a tag, else raise `InvalidName`."""
     if not _TAG.fullmatch(tag):
-        rule = "it has at most 64 letters, digits and . _ : / @ = + -, and starts with a letter or a digit"
-        raise InvalidName(f"{escape(tag, 80)!r} cannot be a tag: {rule}", hint="choose another tag")
+        rule = "a tag has at most 64 letters, digits and . _ : / @ = + -, and starts with a letter or digit"
+        raise InvalidName(f"{escape(tag, 80)!r} is not a valid tag: {rule}", hint="choose another tag")
     return tag
 
 
@@ -97,7 +97,7 @@ def check_note(text: str) -> str:
         fact = "it is not text"
     else:
         return note
-    raise InvalidName(f"this cannot be a note: {fact}", hint="`icm edit TASK --no-note` removes a note")
+    raise InvalidName(f"the note is not valid: {fact}", hint="run `icm edit TASK --no-note` to remove a note")
 
 
 def is_text(text: str) -> bool:
@@ -210,8 +210,10 @@ class DatabaseUrl:
     def check_shareable(self) -> None:
         """Raise `RegistryError` if it has a password: what goes to another process is seen by whoever is in between."""
         if _PASSWORD.search(self.secret):
-            hint = "leave it out of the address: PGPASSWORD or ~/.pgpass has it on each machine"
-            raise RegistryError(f"the address {self} has a password, which is not sent to other processes", hint=hint)
+            hint = "remove it from the address, and set PGPASSWORD or write ~/.pgpass on each machine"
+            raise RegistryError(
+                f"the address {self} contains a password, which icm sends to no other process", hint=hint
+            )
 
     def __reduce__(self) -> tuple[type[DatabaseUrl], tuple[str]]:
         """Pickle it, unless it has a password."""
@@ -240,8 +242,8 @@ def address_of(text: str | Path | DatabaseUrl) -> Address:
     assert isinstance(text, str)
     if match[1].lower() in _POSTGRES:
         return DatabaseUrl(f"postgresql://{text[match.end() :]}")
-    hint = "name a folder, or postgresql://HOST/DATABASE; `icm init` puts the bytes of a store into an object store"
-    raise NotAStore(f"{_without_credentials(text)} cannot be a store", hint=hint)
+    hint = "use a folder or postgresql://HOST/DATABASE; run `icm init --blobs URL` to keep the files in an object store"
+    raise NotAStore(f"{_without_credentials(text)} is not a valid store address", hint=hint)
 
 
 def _without_credentials(address: str) -> str:

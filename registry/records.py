@@ -19,7 +19,7 @@ OnConflict = Literal["skip", "replace", "fail"]
 JoinReason = Literal["told", "fingerprint", "mirror"]
 IngestStatus = Literal["added", "updated", "known", "replaced", "skipped"]
 
-WITHOUT_BASE = "it names no base model; `icm ingest --base-model NAME` says which"
+WITHOUT_BASE = "it names no base model; specify one with `icm ingest --base-model NAME`"
 """Why there can be no code of an adapter until its base model is known."""
 
 LayoutEntry = tuple[str, int, int, int]

@@ -24,7 +24,7 @@ Value = int | float | str | bytes | None
 """What SQLite stores."""
 
 COLUMN = "crc"
-REFUSED = "fails its check, so it is neither changed nor deleted"
+REFUSED = "has a checksum mismatch and was neither changed nor deleted"
 """How SQLite's message ends where a wrong row was to be changed."""
 
 
@@ -116,7 +116,7 @@ def checked(check: int | None, table: str, *values: Value) -> int | str | None:
         return check
     if check is None and not any(value is not None for value in values):
         return None  # an outer join that found no row
-    return f"{name_of(table, values)} does not have the values that it was written with"
+    return f"checksum mismatch in {name_of(table, values)}"
 
 
 def is_known_by_a_number(table: str) -> bool:
@@ -203,7 +203,7 @@ def find_wrong_rows(connection: Connection, tables: MetaData, wrong_in: WrongIn)
     for table in tables.sorted_tables:
         yield from ((fact, task) for fact, task in wrong_in(connection, table, [owner_of(table)]))
     for name, there, counted in connection.exec_driver_sql(_MISCOUNTED):
-        yield f"an adapter of task {name} has {there} extras of {counted}", name
+        yield f"an adapter of task {name} has {there} extras, but {counted} were recorded", name
 
 
 def find_wrong_tasks(connection: Connection, tables: MetaData, wrong_in: WrongIn) -> dict[str, set[int]]:

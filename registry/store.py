@@ -288,7 +288,7 @@ def _folder_parts(
     if create and not read_only:
         prepare_folder(paths)
     elif not paths.format.exists():
-        hint = "`icm ingest PATH` makes one; --store or ICM_STORE says where"
+        hint = "run `icm ingest PATH` to create one, or set another path with --store or ICM_STORE"
         raise StoreNotFound(f"there is no store at {path}", path=path, hint=hint)
     with fs.store_errors(paths.lock):
         lock = FolderLock(paths.lock, paths.job, patience=patience, command=command, writable=not read_only)
@@ -315,7 +315,7 @@ def _server_parts(url: DatabaseUrl, read_only: bool, patience: Patience, command
         from registry.storage.server import open_server  # most stores are folders
     except ImportError as error:
         hint = "install the extra: pip install 'icm-lora[team]'"
-        raise RegistryError(f"a store in PostgreSQL needs it: {error}", hint=hint) from error
+        raise RegistryError(f"PostgreSQL support is not installed: {error}", hint=hint) from error
     return open_server(url, read_only=read_only, patience=patience, command=command, blobs=blobs)
 
 

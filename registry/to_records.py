@@ -33,7 +33,7 @@ def task_record(row: models.Task) -> records.TaskRecord:
 def adapter_record(row: models.Adapter) -> records.AdapterRecord:
     """Return the record of an adapter; raise `WrongRow` if an extra of it is missing."""
     if len(row.extras) != row.extra_count:
-        raise WrongRow(f"task {row.task.name!r} has {len(row.extras)} extras of {row.extra_count}")
+        raise WrongRow(f"task {row.task.name!r} has {len(row.extras)} extras, but {row.extra_count} were recorded")
     common = _description(row.description)
     if common.original_only is None and row.task.base_model.name == UNKNOWN_BASE:
         common = common._replace(original_only=WITHOUT_BASE)

@@ -78,7 +78,7 @@ def figure(least: float, most: float) -> Form:
 
     def believed(stored: float) -> float:
         if not least <= stored <= most:
-            raise ValueError(f"{stored} is not from {least:g} to {most:g}")
+            raise ValueError(f"{stored} is outside the range {least:g} to {most:g}")
         return stored
 
     return Form("figure", lambda value: value if least <= value <= most else None, believed)

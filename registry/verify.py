@@ -23,19 +23,19 @@ Kind = Literal["database", "dangling", "row", "missing", "length", "digest", "or
 _HARMLESS = {"orphan", "leftover", "remark"}
 # What is known twice: what is wrong with it -> the tasks of which it is.
 _CONTRADICTIONS = {
-    "the code of task {} is recorded with another length than its file has": """
+    "the recorded length of the code of task {} differs from its file": """
 SELECT name FROM codes JOIN tasks ON tasks.id = task_id JOIN blobs ON blobs.id = blob_id WHERE bits != 8.0 * size""",
     "the code of task {} belongs to a generator of another base model": """
 SELECT name FROM codes JOIN tasks ON tasks.id = task_id JOIN generators ON generators.id = generator_id
 WHERE tasks.base_model_id != generators.base_model_id""",
-    "the code of task {} was made of an adapter of another task": """
+    "the code of task {} was made from an adapter of another task": """
 SELECT name FROM codes JOIN tasks ON tasks.id = codes.task_id JOIN adapters ON adapters.id = adapter_id
 WHERE adapters.task_id != codes.task_id""",
-    "a code of task {} has an error below zero, an effect that no code has, or a residual without an error": f"""
+    "a code of task {} has a negative error, an impossible effect, or a residual without an error": f"""
 SELECT name FROM codes JOIN tasks ON tasks.id = task_id
 WHERE dw_error < 0 OR residual_error < 0 OR effect NOT BETWEEN {LEAST_SHARE} AND {MOST_SHARE}
     OR (residual_id IS NULL) != (residual_error IS NULL)""",  # noqa: S608
-    "a measurement of task {} has a gain that no adapter has": f"""
+    "a measurement of task {} has an impossible gain": f"""
 SELECT name FROM evaluations JOIN tasks ON tasks.id = task_id
 WHERE retained_gain NOT BETWEEN {LEAST_SHARE} AND {MOST_SHARE} OR dw_error < 0""",  # noqa: S608
 }
@@ -164,7 +164,7 @@ def _fault(blobs: Blobs, digest: str, size: int, *, read_data: bool) -> tuple[Ki
         if found != size:
             return "length", f"has {found} bytes instead of {size}"
         if read_data and not blobs.is_intact(digest):
-            return "digest", "has other bytes than when it was stored"
+            return "digest", "does not match its digest"
     except MissingBlob:
         return "missing", "is missing"
     except StoreIOError as error:
@@ -185,7 +185,7 @@ def _tasks_of(session: Session, digest: str) -> tuple[str, ...]:
 def _strays(blobs: Blobs, upkeep: Upkeep, expected: dict[str, int]) -> Iterator[Finding]:
     for blob in blobs.all():
         if blob.digest not in expected:
-            yield Finding("orphan", f"no row needs blob {blob.digest}", blobs.place(blob.digest), blob.digest)
+            yield Finding("orphan", f"no row refers to blob {blob.digest}", blobs.place(blob.digest), blob.digest)
     for file in leftovers(blobs, upkeep):
         name = file.place.rpartition("/")[2]
         yield Finding("leftover", f"{name} was left by a command that was killed", file.place)

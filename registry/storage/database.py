@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 
     from registry.storage.locks import Patience
 
-DAMAGE_HINT = "`icm verify` says what is damaged, and what mends it"
+DAMAGE_HINT = "run `icm verify` to see what is damaged and how to repair it"
 _TOO_OLD_HINT = (
-    "ingest the adapters again from their folders into a new store (--store). Of adapters that only this one has, the "
-    "icm that wrote it makes folders with `icm materialize`"
+    "ingest the adapters again from their folders into a new store (--store); export adapters that exist only in this "
+    "store with `icm materialize`, using the icm version that wrote it"
 )
 
 
@@ -165,10 +165,10 @@ class Database(ABC):
     def check_schema(self, schema: int) -> None:
         """Raise `StoreTooNew` or `StoreTooOld` unless a schema is this program's, or one to move forward."""
         if schema > self.newest_schema:
-            fact = f"{self.place} has schema {schema}, this icm knows {self.newest_schema}"
-            raise StoreTooNew(fact, path=self.place, hint="use the icm that wrote it, or a newer one")
+            fact = f"{self.place} has schema {schema}, and this icm supports schemas up to {self.newest_schema}"
+            raise StoreTooNew(fact, path=self.place, hint="use the icm version that wrote it, or a newer one")
         if schema < self.first_schema:
-            fact = f"{self.place} has schema {schema}; this icm begins with schema {self.first_schema}"
+            fact = f"{self.place} has schema {schema}; this icm supports schema {self.first_schema} and later"
             raise StoreTooOld(fact, path=self.place, hint=_TOO_OLD_HINT)
 
     @contextmanager
@@ -194,7 +194,7 @@ class Database(ABC):
         """Raise if anything is wrong with any row: what may be deleted follows from all of them. Looks once."""
         if not self._is_sound:
             for found in self.damage():
-                fact = f"{self.place}: {found.fact}; while that is so, icm deletes nothing"
+                fact = f"{self.place}: {found.fact}; icm deletes nothing until this is repaired"
                 raise DamagedRow(fact, path=self.place, hint=DAMAGE_HINT)
             self._is_sound = True
 

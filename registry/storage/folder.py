@@ -137,7 +137,7 @@ def check_place(root: Path) -> None:
     ours = {path.name for path in vars(paths).values() if path != root} | {"lock.gate"}
     if foreign := {entry.name for entry in root.iterdir()} - ours:
         message = f"{root} is not a store: it holds {min(foreign)!r}"
-        raise NotAStore(message, path=root, hint="name an empty or a new folder with --store")
+        raise NotAStore(message, path=root, hint="use --store with an empty or new folder")
 
 
 def create_store(paths: StorePaths, database: SqliteDatabase, blobs: str | None = None) -> None:
@@ -183,15 +183,15 @@ def check_format(paths: StorePaths) -> None:
         raise RegistryError(f"cannot read {paths.format}: {error.strerror}", path=paths.format) from error
     if text in (FORMAT_TEXT.encode(), FAR_TEXT.encode()):
         if (text == FAR_TEXT.encode()) != paths.place.exists():
-            hint = f"a store with the file BLOBS has the format {FAR_TEXT.strip()!r}, and no other"
-            raise DamagedStore(f"{paths.root} has lost its FORMAT or its BLOBS", path=paths.root, hint=hint)
+            hint = f"restore the missing file; a store with a BLOBS file has the format {FAR_TEXT.strip()!r}"
+            raise DamagedStore(f"FORMAT and BLOBS in {paths.root} do not match", path=paths.root, hint=hint)
         return
     known = FORMAT_TEXT.strip()
     if not _FORMAT.fullmatch(text):
-        hint = f"if this is a store of icm, write the line `{known}` into it, then run `icm verify --read-data`"
+        hint = f"if this is an icm store, write the line `{known}` to this file, then run `icm verify --read-data`"
         raise DamagedStore(f"{paths.format} is damaged: it does not hold a line such as {known!r}", hint=hint)
-    hint = "use the icm that wrote it, or a newer one; if this one wrote it, FORMAT is damaged"
-    message = f"{paths.root} has the format {text.decode().strip()!r}, this icm knows {known!r}"
+    hint = "use the icm version that wrote it, or a newer one; if this version wrote it, FORMAT is damaged"
+    message = f"{paths.root} has the format {text.decode().strip()!r}, this icm supports {known!r}"
     raise StoreTooNew(message, path=paths.format, hint=hint)
 
 

@@ -59,7 +59,7 @@ def restore_database(root: Path, *, lock_timeout: float, command: str) -> str:
     """
     paths = StorePaths(root)
     if not paths.format.exists():
-        raise StoreNotFound(f"there is no store at {root}", path=root, hint="--store or ICM_STORE says where it is")
+        raise StoreNotFound(f"there is no store at {root}", path=root, hint="set its path with --store or ICM_STORE")
     patience = Patience(lock_timeout)
     with fs.store_errors(paths.lock):
         lock = FileLock(paths.lock, patience=patience, command=command)
@@ -77,8 +77,8 @@ def _restore(paths: StorePaths, patience: Patience) -> str:
             packed, changed = paths.kept.read_bytes(), paths.kept.stat().st_mtime
         content = zlib.decompress(packed)
     except (StoreIOError, zlib.error) as error:
-        hint = "icm keeps one before it deletes something; a copy of the whole store folder has all that it needs"
-        raise DamagedStore(f"there is no copy of the database: {error}", path=paths.kept, hint=hint) from error
+        hint = "icm backs up the database before it deletes anything; a copy of the whole store folder is a full backup"
+        raise DamagedStore(f"no backup of the database: {error}", path=paths.kept, hint=hint) from error
     temporary = paths.tmp / "registry.db"
     with fs.store_errors(paths.database):
         make_folders(paths)

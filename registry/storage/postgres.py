@@ -74,8 +74,8 @@ _FEW = 1000  # rows that are fetched at a time
 _connections = WeakSet[psycopg.Connection]()  # all of this process
 _FIRST_SOON = b"SET LOCAL cursor_tuple_fraction = 0.01"  # that of its rows which somebody will ask for, for the planner
 _COUNTER = count()  # cursors of a connection have different names
-_FULL_HINT = "whoever runs the database server has to make room on its disk; what was acknowledged is kept"
-_AWAY_HINT = "try again when it can be reached; nothing that was not acknowledged is kept"
+_FULL_HINT = "ask the database administrator to free disk space; completed work is kept"
+_AWAY_HINT = "run the command again once it can be reached; only completed work is kept"
 
 
 class PostgresDatabase(Database):
@@ -148,8 +148,8 @@ class PostgresDatabase(Database):
         """Return the schema of the tables; raise if it is none that this program reads or moves forward."""
         noted = connection.scalars(text("SELECT version_num FROM alembic_version")).all()
         if len(noted) != 1 or not noted[0].isdecimal():
-            fact = f"alembic_version at {self.place} has {', '.join(noted) or 'nothing'}, which is no schema of icm"
-            hint = "give the store a database of its own: other programs that use alembic have this table too"
+            fact = f"alembic_version at {self.place} has {', '.join(noted) or 'nothing'}, which is not an icm schema"
+            hint = "use a separate database for the store; other programs that use alembic have a table of this name"
             raise NotAStore(fact, path=self.place, hint=hint)
         self.check_schema(int(noted[0]))
         return int(noted[0])
@@ -159,7 +159,7 @@ class PostgresDatabase(Database):
         with self.connection() as connection:
             place = postgres_place.find(connection, self.place)
         if place is None:
-            raise DamagedStore(f"{self.place} has lost the row of place", path=self.place, hint=DAMAGE_HINT)
+            raise DamagedStore(f"{self.place} has no row in table place", path=self.place, hint=DAMAGE_HINT)
         return place
 
     def changes(self) -> int:
@@ -231,16 +231,18 @@ class PostgresDatabase(Database):
         said = error.diag.message_primary or str(error)  # without its hints, which are for whoever runs the server
         state, fact = error.sqlstate or "", f"{self.place}: {' '.join(said.split())[:300]}"
         if state == "55P03":
-            hint = "another icm is writing; try again or wait longer with --lock-timeout"
+            hint = "another icm process is writing; run the command again, or raise --lock-timeout"
             return StoreLocked(f"{self.place} is being written", path=self.place, hint=hint)
         if state == "53100":
             return StoreFull(fact, path=self.place, hint=_FULL_HINT)
         if state in ("42501", "25006"):
-            return StoreReadOnly(fact, path=self.place, hint="ask for the right to write to the tables of the store")
+            return StoreReadOnly(
+                fact, path=self.place, hint="ask the database administrator for write access to the store's tables"
+            )
         if state in ("XX001", "XX002"):
             return DamagedStore(fact, path=self.place, hint=DAMAGE_HINT)
         if state == "42P01":
-            hint = "`icm init --blobs s3://BUCKET/PREFIX` makes one; --store or ICM_STORE says where"
+            hint = "run `icm init --blobs s3://BUCKET/PREFIX` to create one, or set another with --store or ICM_STORE"
             return StoreNotFound(f"there is no store at {self.place}", path=self.place, hint=hint)
         if isinstance(error, psycopg.OperationalError | psycopg.InterfaceError):
             return _away(self._url, error)
@@ -313,8 +315,8 @@ def only_connection(url: DatabaseUrl, command: str) -> Engine:
 
     def connect() -> psycopg.Connection:
         if opened:
-            fact = f"the connection to {url} was lost, and the locks with it"
-            raise StoreAway(fact, path=str(url), hint="run the same command again; what was acknowledged is kept")
+            fact = f"lost the connection to {url} and its locks"
+            raise StoreAway(fact, path=str(url), hint="run the same command again; completed work is kept")
         opened.append(new_connection(url, command))
         return opened[0]
 
@@ -329,8 +331,8 @@ def _engine(url: DatabaseUrl, connect: Callable[[], psycopg.Connection], **pool:
 
     def check(*_: object) -> None:
         if os.getpid() != owner:
-            fact = f"{url} was opened by another process, of which this one is a copy"
-            raise StoreAway(fact, path=str(url), hint="open the store anew in each process")
+            fact = f"{url} was opened before this process was forked"
+            raise StoreAway(fact, path=str(url), hint="open the store in each process after the fork")
 
     def checked() -> psycopg.Connection:
         check()

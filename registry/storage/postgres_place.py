@@ -41,7 +41,7 @@ def find(connection: Connection, where: str) -> Place | None:
         return None
     found = [Place(row.number, row.blobs) for row in rows if row.crc == check_of(TABLE.name, row.number, row.blobs)]
     if len(found) != len(rows) or len(found) > 1:
-        fact = f"{where}: the row of {TABLE.name} does not have the values that it was written with"
+        fact = f"{where}: checksum mismatch in the row of {TABLE.name}"
         raise DamagedStore(fact, path=where, hint=DAMAGE_HINT)
     return found[0]
 

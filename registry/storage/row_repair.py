@@ -25,7 +25,7 @@ from registry.storage.kept import set_aside
 from registry.storage.sqlite import SqliteDatabase, sqlite_of
 
 _COPY = "temp.being_repaired"
-_NONE = "no change of a single bit makes its check right"
+_NONE = "no single-bit change restores its checksum"
 _WIDTHS = (1, 2, 3, 4, 6, 8)  # bytes that SQLite stores integers in
 _WITHOUT_BYTES: tuple[Value, ...] = (None, 0, 1, 0.0, 1.0, "", b"")
 """Values that are nothing but a type, so that a bit of the type turns one into another."""
@@ -88,7 +88,7 @@ def _repair_row(connection: Connection, table: Table, place: int, row: list[Valu
     name = name_of(table.name, row)
     fits = {ascii(found): found for found in _corrections(table.name, row)}
     if len(fits) != 1:
-        problem = f"{len(fits)} changes of a single bit make its check right" if fits else _NONE
+        problem = f"{len(fits)} different single-bit changes restore its checksum" if fits else _NONE
         return RowRepair(name, _owner(connection, table, place), problem=problem)
     ((index, value),) = fits.values()
     column, before, after = [*columns_of(table), COLUMN][index], ascii(row[index])[:40], ascii(value)[:40]
@@ -109,8 +109,8 @@ def _write_anew(connection: Connection, table: Table) -> str | None:
         connection.exec_driver_sql(f"DELETE FROM main.{table.name}")  # noqa: S608
         connection.exec_driver_sql(f"INSERT INTO main.{table.name} SELECT * FROM {_COPY}")  # noqa: S608
     except IntegrityError as error:
-        return f"the correction breaks a rule: {error.orig}"
-    return "the correction leaves a reference to nothing" if _dangling(connection) > dangling else None
+        return f"the correction violates a constraint: {error.orig}"
+    return "the correction leaves a dangling reference" if _dangling(connection) > dangling else None
 
 
 def _dangling(connection: Connection) -> int:

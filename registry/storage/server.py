@@ -45,8 +45,8 @@ def open_server(
     try:
         _reach(database)
         if database.shares_sessions():
-            hint = "name the server itself, or a pool that gives each connection a session of its own"
-            raise RegistryError(f"{url} gives each transaction another session, and locks of icm need one", hint=hint)
+            hint = "use the address of the server itself, or a pool in session mode"
+            raise RegistryError(f"{url} uses a new session for each transaction, which breaks icm's locks", hint=hint)
         settled = None if blobs is None else _settle(database, blobs)
         migrate(database)
         place = settled or database.find_place()
@@ -114,8 +114,10 @@ class ServerUpkeep:
         """Raise if a row is wrong: the server's own copies have the right one."""
         if self._database.is_sound():
             return []
-        hint = "restore them from a backup of the database; `icm verify` says which are wrong"
-        raise RegistryError(f"{self._database.place} has wrong rows, and icm repairs none in PostgreSQL", hint=hint)
+        hint = "run `icm verify` to list the damaged rows, then restore them from a backup of the database"
+        raise RegistryError(
+            f"{self._database.place} has damaged rows, and icm cannot repair rows in PostgreSQL", hint=hint
+        )
 
 
 class Server(NamedTuple):

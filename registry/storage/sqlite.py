@@ -130,10 +130,12 @@ class SqliteDatabase(Database):
                 if answer != "ok":
                     yield Damage("database", str(answer))
             if (noted := _noted_schema(connection)) not in (None, str(self.newest_schema)):
-                yield Damage("database", f"its schema is {self.newest_schema}; its table alembic_version says {noted}")
+                yield Damage(
+                    "database", f"its schema is {self.newest_schema}, but its table alembic_version records {noted}"
+                )
             for table, rowid, parent, _ in connection.exec_driver_sql("PRAGMA foreign_key_check"):
                 place = "a row" if rowid is None else f"row {rowid}"  # not every table has rowids
-                yield Damage("dangling", f"{place} of {table} refers to a row of {parent} that is gone")
+                yield Damage("dangling", f"{place} of {table} refers to a missing row of {parent}")
             yield from self._wrong_rows(connection)
 
     def _wrong_in(self, connection: Connection, table: Table, fields: Sequence[str]) -> Iterator[tuple[Any, ...]]:
@@ -147,12 +149,12 @@ class SqliteDatabase(Database):
         if fact.endswith(REFUSED):
             return DamagedRow(fact, path=self.path, hint=DAMAGE_HINT)
         if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
-            hint = "another icm is writing; try again or wait longer with --lock-timeout"
+            hint = "another icm process is writing; run the command again, or raise --lock-timeout"
             return StoreLocked(fact + self._users(self.path), path=self.path, hint=hint)
         if code == sqlite3.SQLITE_FULL:
-            return StoreFull(fact, path=self.path, hint="`icm prune` frees what no row refers to")
+            return StoreFull(fact, path=self.path, hint="run `icm prune` to free unused blobs")
         if code == sqlite3.SQLITE_CANTOPEN and self.path.exists():  # or its journal beside it cannot be opened
-            hint = "look at the permissions of its folder, at the disk, and at how many files may be open at once"
+            hint = "check the permissions of its folder, the disk, and the limit on open files"
             return StoreIOError(fact, path=self.path, hint=hint)
         if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_ERROR):
             return DamagedStore(fact, path=self.path, hint=DAMAGE_HINT)
@@ -276,7 +278,7 @@ def migrate(database: SqliteDatabase, *, create: bool = False) -> None:
         return
     # A store that is only to be read is migrated too: no query fits an old schema.
     if not can_be_written(database.path):
-        hint = "copy the store to a place that can be written; the first icm command there migrates it"
+        hint = "copy the store to a writable folder and run any icm command on the copy to migrate it"
         raise DamagedStore(f"{database.path} has the old schema {schema}", path=database.path, hint=hint)
     from registry.storage.migrations import make_tables, move_tables
 

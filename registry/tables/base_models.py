@@ -23,6 +23,7 @@ from registry.errors import BaseModelConflict, LastCopy
 from registry.names import UNKNOWN_BASE, LoadIn
 from registry.storage.row_writer import RowWriter, in_parts, table_of
 from registry.tables.generators import find_current
+from registry.tables.last_copies import restore_hint_of
 from registry.tables.runs import finish_run
 from registry.tables.table import Table
 from registry.to_records import code_record, record
@@ -129,8 +130,8 @@ class BaseModels(Table):
             session = writer.session
             row = session.scalar(select(models.BaseLabel).where(models.BaseLabel.label == label))
             if row is None:
-                fact = f"{label!r} is not joined to a base model"
-                raise BaseModelConflict(fact, hint="`icm base ls` lists the labels of every base model")
+                fact = f"{label!r} is not a label of any base model"
+                raise BaseModelConflict(fact, hint="run `icm base ls` to list all labels")
             old, new = row.base_model, models.BaseModel(name=label, path=row.path)
             if row.path == old.path:
                 new.loader, new.load_in = old.loader, old.load_in
@@ -183,16 +184,14 @@ class _Joining:
         """Give the base model a label, and all that a base model of this name has."""
         session, base = self.writer.session, self.base
         if UNKNOWN_BASE in (label, base.name):
-            fact = f"{UNKNOWN_BASE!r} holds the adapters that name no base model, and is not one itself"
-            raise BaseModelConflict(fact, hint="`icm ingest --base-model NAME` says which base model they have")
+            fact = f"{UNKNOWN_BASE!r} groups the adapters without a base model, so it cannot be joined"
+            raise BaseModelConflict(fact, hint="specify their base model with `icm ingest --base-model NAME`")
         other = self.writer.find_base_model(label)
         if other is base:
             return
         if other is not None and other.name != label:
             fact = f"{label!r} is a label of {other.name!r}"
-            hint = (
-                f"join {other.name} itself, or separate the label first: icm base alias {other.name} {label} --remove"
-            )
+            hint = f"join {other.name} instead, or run `icm base alias {other.name} {label} --remove` first"
             raise BaseModelConflict(fact, hint=hint)
         path = None if other is None else other.path
         row = models.BaseLabel(label=label, base_model=base, reason=self.reason, path=path)
@@ -238,17 +237,17 @@ def _settle_generators(
         return ()
     if keep is None:
         fact = f"{base.name!r} and {other.name!r} both have a generator"
-        hint = "--keep NAME says whose stays in use; `icm train --update` then makes codes for the tasks of the other"
+        hint = "choose the one to use with --keep NAME, then run `icm train --update` to encode the tasks of the other"
         raise BaseModelConflict(fact, hint=hint)
     names = session.scalars(select(models.BaseLabel.label).where(models.BaseLabel.base_model_id == base.id))
     if keep not in (base.name, other.name, *names):
         fact = f"{keep!r} is neither {base.name!r} nor {other.name!r}"
-        raise BaseModelConflict(fact, hint="--keep takes the name of one of the base models that are joined")
+        raise BaseModelConflict(fact, hint="use --keep with the name of one of the two")
     out, stays = (mine, theirs) if keep == other.name else (theirs, mine)
     lost = _coded(session, out.base_model)
     if evicted := _evicted(session, out):
-        fact = f"{stays.base_model.name!r} has no code of {', '.join(map(repr, evicted[:3]))}, which was evicted"
-        raise LastCopy(fact, hint="`icm ingest --restore PATH` of their originals, or keep the other generator")
+        fact = f"the generator of {stays.base_model.name!r} has no code for evicted {', '.join(map(repr, evicted[:3]))}"
+        raise LastCopy(fact, hint=f"keep the other generator, or {restore_hint_of(session, evicted)}")
     out.is_current = False
     session.flush()
     # Versions of one base model have different numbers; those that move come after those that are there.
@@ -287,8 +286,8 @@ def _forget_derived(session: Session, tasks: Sequence[int]) -> tuple[list[str], 
         query = select(task.name).join(adapter, adapter.task_id == task.id)
         query = query.where(task.id.in_(some), adapter.is_final, adapter.evicted_at.is_not(None))
         if evicted := session.scalar(query):
-            fact = f"task {evicted!r} was evicted: only its code is left, and the generator belongs to the other tasks"
-            raise LastCopy(fact, hint="`icm ingest --restore PATH` of its original brings it back")
+            fact = f"task {evicted!r} was evicted, and its code needs the generator of the other tasks"
+            raise LastCopy(fact, hint=restore_hint_of(session, [evicted]))
         for row in session.scalars(select(code).where(code.task_id.in_(some))):
             garbage.extend(code_record(row).digests())
             count += 1

@@ -108,7 +108,7 @@ def _decide(session: Session, bundle: BundleImport) -> list[_Decision]:
     names = [check_name(task.name) for task in bundle.tasks]
     bundle = replace(bundle, generator=replace(bundle.generator, base_model=_base_name(session, bundle)))
     if len({name.lower() for name in names}) != len(names):
-        raise ValueError("two tasks of one bundle have the same name")
+        raise ValueError("two tasks in the bundle have the same name")
     generator = _generator_in_use(session, bundle)
     known = known_tasks(session.connection(), names)
     codes = {} if generator is None else _codes(session, generator, list(known.values()))
@@ -135,7 +135,7 @@ def _generator_in_use(session: Session, bundle: BundleImport) -> models.Generato
         fact = (
             f"the store uses generator {row.version} ({row.blob.digest[:12]}) of {new.base_model}, not {new.blob[:12]}"
         )
-        hint = "import into a store of its own (--store), or use the file with `icm materialize --from`"
+        hint = "import into another store (--store), or use the bundle directly with `icm materialize --from`"
         raise GeneratorConflict(fact, hint=hint)
     return row
 

@@ -16,6 +16,7 @@ from registry import records
 from registry import schema as models
 from registry.errors import GeneratorConflict, LastCopy
 from registry.storage.row_writer import RowWriter, final_if_unchanged, final_under_any_name, find_task, in_parts
+from registry.tables.last_copies import restore_hint
 from registry.tables.table import Table
 from registry.to_records import code_record
 
@@ -127,8 +128,8 @@ class Codes(Table):
 
 def _must_have_original(adapter: models.Adapter) -> None:
     if adapter.evicted_at is not None:
-        fact = f"the original of task {adapter.task.name!r} was evicted, so its code is the only copy and stays"
-        raise LastCopy(fact, hint="`icm ingest --restore PATH` of its original brings it back")
+        fact = f"the code of task {adapter.task.name!r} is the only copy of its adapter and cannot be replaced"
+        raise LastCopy(fact, hint=restore_hint({adapter.task.name: adapter.is_generated}))
 
 
 def _set_limits(writer: RowWriter, row: models.Code, asked: records.CodeLimits | None) -> None:
@@ -155,7 +156,7 @@ def current_row(session: Session, generator_id: int | None) -> models.Generator:
     """Return the row of a generator; raise if it is not the current one of its base model (any more)."""
     row = None if generator_id is None else session.get(models.Generator, generator_id)
     if row is None or not row.is_current:
-        fact = "another icm made another generator current in the meantime"
+        fact = "another process replaced the current generator"
         raise GeneratorConflict(fact, hint="run the same command again")
     return row
 

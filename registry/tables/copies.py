@@ -165,8 +165,10 @@ class Copies(Table):
             elif (
                 None not in (base.fingerprint, new.base["fingerprint"]) and base.fingerprint != new.base["fingerprint"]
             ):
-                fact = f"the store to copy to knows another model as {base.name!r}"
-                raise BaseModelConflict(fact, hint="`icm base ls` shows both; rename one with `icm base alias`")
+                fact = f"the target store uses the name {base.name!r} for another model"
+                raise BaseModelConflict(
+                    fact, hint="run `icm base ls` in both stores, then rename one with `icm base alias`"
+                )
             writer.session.flush()
             write = _Writer(writer, base.id)
             for label in new.labels:
@@ -192,8 +194,8 @@ class Copies(Table):
             current = find_current(session, base_model)
             in_use = None if current is None else current.blob.digest
             if new.final["evicted_at"] is not None and new.code_of(in_use) is None:
-                fact = f"the code of {new.name!r} is the only copy, and of a generator that is not in use there"
-                raise GeneratorConflict(fact, hint="copy it to a store of its own")
+                fact = f"the code of {new.name!r} is the only copy, and the target store uses another generator"
+                raise GeneratorConflict(fact, hint="copy it to a separate store")
         return False
 
     def add_task(self, new: TaskRows, base_model: str) -> bool:
@@ -347,7 +349,7 @@ def _is_same(session: Session, known: models.Task, new: TaskRows, base_model: st
     final = find_final(session, known.id)
     ours = None if final is None else (known.base_model.name, final.weights.digest, final.config.digest)
     if ours != (base_model, new.final["weights_id"].digest, new.final["config_id"].digest):
-        fact = f"the store to copy to has a task {known.name!r} with another adapter"
+        fact = f"the target store already has a task {known.name!r} with a different adapter"
         raise TaskConflict(known.name, fact=fact, choices=None)
     return True
 

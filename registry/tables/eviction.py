@@ -89,7 +89,7 @@ def _code_to_rely_on(session: Session, eviction: Eviction) -> models.Code:
     """Return the row of the code that was checked; raise if the task has another one by now."""
     task, code = find_task(session, eviction.task), eviction.code
     if task.pinned:
-        hint = "`icm edit TASK --no-pin` allows its original to be deleted"
+        hint = "run `icm edit TASK --no-pin` to unpin it"
         raise LastCopy(f"task {task.name!r} is pinned", hint=hint)
     row, generator = session.get(models.Code, code.id), session.get(models.Generator, eviction.generator.id)
     final = find_final(session, task.id)
@@ -103,7 +103,9 @@ def _code_to_rely_on(session: Session, eviction: Eviction) -> models.Code:
         or (row.blob.digest, row.residual and row.residual.digest) != (code.blob, code.residual and code.residual.blob)
         or not _is_same(adapter_record(final), eviction.final)
     ):
-        raise LastCopy(f"task {task.name!r} changed while its code was checked", hint="run the same command again")
+        raise LastCopy(
+            f"task {task.name!r} changed while its code was being checked", hint="run the same command again"
+        )
     return row
 
 

@@ -23,6 +23,7 @@ from registry.names import some
 from registry.row_checks import COLUMN
 from registry.storage.row_writer import RowWriter, check_rows, table_of
 from registry.tables.codes import code_files, code_rows, current_row
+from registry.tables.last_copies import restore_hint_of
 from registry.tables.table import Table
 from registry.to_records import code_record, generator_record
 
@@ -45,7 +46,7 @@ class Generators(Table):
             relied_on = _evicted_under_current(writer.session, writer.base_model(generator.base_model).name)
             row = generator_row(writer, generator)
             codes = list(code_rows(writer, row, generator.codes))
-            _must_cover(relied_on, [*(code.task.name for code in codes), *generator.stay])
+            _must_cover(writer.session, relied_on, [*(code.task.name for code in codes), *generator.stay])
             writer.session.add_all(codes)
             garbage = _finished(writer, generator.train_run_id) if generator.train_run_id else []
             writer.session.flush()
@@ -168,22 +169,24 @@ def find_current(session: Session, base_model: str) -> models.Generator | None:
 def _find(session: Session, generator_id: int) -> models.Generator:
     row = session.get(models.Generator, generator_id)
     if row is None:
-        raise GeneratorNotFound(f"there is no generator of number {generator_id}", hint="`icm generators` lists them")
+        raise GeneratorNotFound(
+            f"there is no generator number {generator_id}", hint="run `icm generators` to list them"
+        )
     return row
 
 
 def _forgettable(session: Session, generator: records.GeneratorRecord) -> models.Generator:
     row = _find(session, generator.id)
     if _identity(generator_record(row)) != _identity(generator):
-        fact = f"generator {generator.blob[:12]} was forgotten in the meantime; another one has its number"
-        raise GeneratorNotFound(fact, hint="`icm generators` lists them")
+        fact = f"generator {generator.blob[:12]} was removed by another process, and its number was reused"
+        raise GeneratorNotFound(fact, hint="run `icm generators` to list them")
     if row.is_current:
-        hint = "`icm generators rollback DIGEST` makes another one current first"
+        hint = "run `icm generators rollback DIGEST` first to switch to another one"
         raise GeneratorConflict(f"generator {row.blob.digest[:12]} is in use", hint=hint)
     last = _last_copies(session, row)
     if last:
         fact = f"generator {row.blob.digest[:12]} holds the only code of {some([repr(name) for name in last])}"
-        hint = "`icm ingest --restore PATH` of their originals, or `icm rm` if nobody needs them"
+        hint = f"{restore_hint_of(session, last)}; if they are no longer needed, remove them with `icm rm`"
         raise LastCopy(fact, hint=hint)
     return row
 
@@ -213,8 +216,8 @@ def _must_keep_codes(session: Session, present: models.Generator, new: models.Ge
     lost = sorted(name for name, copy in needed.items() if found.get(name) != copy)
     if lost:
         names = some([repr(name) for name in lost])
-        fact = f"generator {new.blob.digest[:12]} does not have the codes that replace the originals of {names}"
-        hint = "`icm ingest --restore PATH` of their originals; until then the present generator must stay"
+        fact = f"generator {new.blob.digest[:12]} lacks the codes that replaced the originals of {names}"
+        hint = f"keep the current generator, or {restore_hint_of(session, lost)}"
         raise LastCopy(fact, hint=hint)
 
 
@@ -238,12 +241,12 @@ def _evicted_under_current(session: Session, base_model: str) -> set[str]:
     return set() if present is None else set(code_files(session, present.id, evicted=True))
 
 
-def _must_cover(relied_on: Collection[str], tasks: Iterable[str]) -> None:
+def _must_cover(session: Session, relied_on: Collection[str], tasks: Iterable[str]) -> None:
     """Raise unless a generator that is to be current has a code of all tasks of which there is nothing else."""
     bare = sorted(set(relied_on) - set(tasks))
     if bare:
-        fact = f"task {bare[0]!r} was evicted, and would have no code"
-        raise LastCopy(fact, hint="`icm ingest --restore PATH` of its original brings it back")
+        fact = f"the new generator would leave evicted task {bare[0]!r} without a code"
+        raise LastCopy(fact, hint=restore_hint_of(session, bare[:1]))
 
 
 def generator_row(writer: RowWriter, new: records.NewGenerator, *, least_version: int = 1) -> models.Generator:

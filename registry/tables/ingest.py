@@ -204,7 +204,7 @@ def _decide_all(connection: Connection | None, ingests: Sequence[records.TaskIng
             raise ValueError(f"task {ingest.name!r} needs exactly one final adapter")
     names = [ingest.name for ingest in ingests]
     if len({name.lower() for name in names}) != len(names):
-        raise ValueError("two tasks of one batch have the same name")
+        raise ValueError("two tasks in the batch have the same name")
     # Case-insensitive, as the column is.
     known = {} if connection is None else known_tasks(connection, names)
     labels = {ingest.base_model for ingest in ingests}

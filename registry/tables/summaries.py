@@ -84,7 +84,7 @@ class Summaries(Table):
             error = self._db.damaged_row(fact)
             if self._on_damage is None:
                 raise error
-            for name in sorted(map(self._name_of, numbers)) or ["a row of no task"]:
+            for name in sorted(map(self._name_of, numbers)) or ["a row without a task"]:
                 self._on_damage(name, error)
         return found
 

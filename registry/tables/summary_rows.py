@@ -266,13 +266,13 @@ def _extras(columns: Columns, of: str) -> Mapping[int, Sequence[records.Extra]]:
 
 def _extras_of(task: str, own: Sequence[records.Extra], count: int) -> tuple[records.Extra, ...]:
     if len(own) != count:
-        raise WrongRow(f"task {task!r} has {len(own)} extras of {count}")
+        raise WrongRow(f"task {task!r} has {len(own)} extras, but {count} were recorded")
     # By content: the numbers of blobs depend on what else was stored, and when.
     return tuple(sorted(own, key=lambda extra: (extra.file or "", extra.blob))) if own else ()
 
 
 def _lost(task: str) -> DamagedStore:
-    return DamagedStore(f"task {task!r} has no final adapter", hint="remove it and ingest it again")
+    return DamagedStore(f"task {task!r} has no final adapter", hint="remove the task with `icm rm` and ingest it again")
 
 
 def _why_original_only(common: Description, base_model: str) -> str | None:

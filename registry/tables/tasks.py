@@ -95,7 +95,9 @@ class Tasks(Summaries):
         # The name may be spelled otherwise, or there is no such task.
         found = self.wholes([task]) or self.wholes([self.get(task).name])
         if not found:
-            raise DamagedStore(f"task {task!r} has no final adapter", hint="remove it and ingest it again")
+            raise DamagedStore(
+                f"task {task!r} has no final adapter", hint="remove the task with `icm rm` and ingest it again"
+            )
         return next(iter(found.values()))
 
     def wholes(self, tasks: Sequence[str]) -> dict[str, tuple[records.TaskRecord, list[records.AdapterRecord]]]:
@@ -183,7 +185,9 @@ class Tasks(Summaries):
                 if name is not None and task.name != name:
                     other = rows.task_named(session, name)
                     if other is not None and other is not task:
-                        raise TaskConflict(other.name, fact=f"a task is named {other.name!r} already", choices=None)
+                        raise TaskConflict(
+                            other.name, fact=f"there is already a task named {other.name!r}", choices=None
+                        )
                     task.name = name
                 if wanted or unwanted:
                     present = {tag.lower(): tag for tag in task.tags}
@@ -227,5 +231,5 @@ def _doomed(session: Session, names: Sequence[str], last_copies: Collection[str]
         final = rows.find_final(session, row.id)
         if final is not None and final.evicted_at is not None and row.name.lower() not in allowed:
             fact = f"task {row.name!r} was evicted: its code is the only copy"
-            raise LastCopy(fact, hint="run the same command again to remove it nevertheless")
+            raise LastCopy(fact, hint="run the same command again to remove it anyway")
         yield task_record(row)

@@ -115,7 +115,7 @@ def test_a_task_with_another_adapter_stays_and_the_others_go(
     before = icm("show", "poems", "--json", "--store", other).document
     ran = icm("copy", trained, other, "--json")
     assert (ran.code, ran.document["copied"]) == (ExitCode.PARTLY, ["rules", "silent"])
-    assert ran.document["refused"]["poems"] == "the store to copy to has a task 'poems' with another adapter"
+    assert ran.document["refused"]["poems"] == "the target store already has a task 'poems' with a different adapter"
     assert icm("show", "poems", "--json", "--store", other).document["adapters"] == before["adapters"]
 
 
@@ -157,7 +157,7 @@ def test_a_last_copy_is_refused_where_another_generator_is_in_use(icm: Icm, trai
     icm_quietly(trained, "evict", "poems", "--max-error", "0.9")
     ran = icm("copy", trained, other, "--json")
     assert ran.code == ExitCode.PARTLY
-    assert "of a generator that is not in use there" in ran.document["refused"]["poems"]
+    assert "is the only copy, and the target store uses another generator" in ran.document["refused"]["poems"]
     assert ran.document["copied"] == ["rules"]
     assert codes(other).keys() == {"silent"}
 
@@ -177,7 +177,7 @@ def test_another_model_of_the_same_name_is_noticed(icm: Icm, trained: Path, othe
         store.base_models.set_facts(LABEL, fingerprint="another", shape={})
     ran = icm("copy", trained, other, "--json")
     assert ran.code == ExitCode.PARTLY
-    assert set(ran.document["refused"].values()) == {f"the store to copy to knows another model as {LABEL!r}"}
+    assert set(ran.document["refused"].values()) == {f"the target store uses the name {LABEL!r} for another model"}
 
 
 def test_a_store_is_not_copied_to_itself(icm: Icm, trained: Path) -> None:

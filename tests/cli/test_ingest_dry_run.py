@@ -98,7 +98,7 @@ def test_a_conflict_ends_it_as_it_ends_the_ingest(icm: Icm, stored: Path) -> Non
     another_adapter(stored)
     ran = icm("ingest", stored, "-n")
     assert ran.code == ExitCode.PARTLY
-    assert "task 'rust' is in the store with another adapter" in ran.out
+    assert "task 'rust' already exists with a different adapter" in ran.out
     assert "--on-conflict" in ran.out
 
 

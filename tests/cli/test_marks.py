@@ -29,7 +29,7 @@ def test_one_name_is_not_for_several_tasks(icm: Icm, stored: Path) -> None:
 def test_a_name_that_is_taken_changes_nothing(icm: Icm, stored: Path) -> None:
     ran = icm("edit", "rust", "--name", "sql", "--note", "the good one", "--json")
     assert (ran.code, ran.error["kind"]) == (ExitCode.FAILED, "task_conflict")
-    assert ran.error["message"] == "a task is named 'sql' already"
+    assert ran.error["message"] == "there is already a task named 'sql'"
     assert icm("ls", "-q").out == "rust\nshakespeare\nsql\n"
     assert icm("show", "rust", "--json").document["note"] is None
 
@@ -37,7 +37,7 @@ def test_a_name_that_is_taken_changes_nothing(icm: Icm, stored: Path) -> None:
 def test_what_is_not_a_name_says_the_rule(icm: Icm, stored: Path) -> None:
     ran = icm("edit", "rust", "--name", "a/b", "--json")
     assert (ran.code, ran.error["kind"]) == (ExitCode.FAILED, "invalid_name")
-    assert "letters and digits" in ran.error["message"]
+    assert "a name has letters, digits" in ran.error["message"]
 
 
 def test_a_renamed_task_still_materializes(icm: Icm, stored: Path, tmp_path: Path) -> None:

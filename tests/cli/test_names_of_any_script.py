@@ -78,7 +78,7 @@ def test_a_name_in_another_case_is_the_same_task(icm: Icm, store: Path) -> None:
     assert icm("show", "über-Σ", "--json").document["name"] == "Über-σ"
     ran = icm("edit", "水墨画", "--name", "ÜBER-σ")
     assert ran.code != 0
-    assert "a task is named 'Über-σ' already" in ran.err
+    assert "there is already a task named 'Über-σ'" in ran.err
     assert icm("edit", "水墨画", "--name", unicodedata.normalize("NFD", "café")).code == 0
     assert "café" in icm("ls", "-q").out
 

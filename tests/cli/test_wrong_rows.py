@@ -32,7 +32,7 @@ WRONG = {
     ),
     "no generator": ("UPDATE generators SET is_current = 0", ALL),
     "another base model": ("UPDATE base_models SET name = 'other'", ALL),
-    "a run": ("UPDATE train_runs SET step = step + 1", {"a row of no task"}),
+    "a run": ("UPDATE train_runs SET step = step + 1", {"a row without a task"}),
 }
 
 
@@ -47,7 +47,7 @@ def test_a_wrong_row_costs_its_task_and_changes_no_other_figure(
         assert connection.execute(statement).rowcount > 0
     ran = icm(*command.split(), "--json")
     assert ran.code == ExitCode.DAMAGED
-    assert {name for name in (*ALL, "a row of no task") if f"skipped {name}: " in ran.err} == tasks
+    assert {name for name in (*ALL, "a row without a task") if f"skipped {name}: " in ran.err} == tasks
     assert listed(ran) == {name: row for name, row in before.items() if name not in tasks}
 
 

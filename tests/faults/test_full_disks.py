@@ -143,7 +143,7 @@ def test_a_full_disk_of_the_database_server_loses_nothing(
         assert problems(place) == []
         ends.append(contents(place))
     said = {type(error): str(error.hint) for error in errors}
-    assert "make room on its disk" in said[StoreFull]
+    assert "free disk space" in said[StoreFull]
     assert said.keys() <= {StoreFull, StoreAway}
     assert ends[1:] == ends[:-1]
 

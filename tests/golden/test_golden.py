@@ -125,7 +125,7 @@ def test_a_schema_from_before_the_first_release_is_refused_with_the_way_out(icm:
     for command in ("ls", "verify", "train"):
         ran = icm(command)
         assert ran.code == ExitCode.OTHER_VERSION
-        assert "has schema 7; this icm begins with schema 8" in ran.err
+        assert "has schema 7; this icm supports schema 8 and later" in ran.err
         assert "ingest the adapters again" in ran.err
 
 

@@ -151,7 +151,7 @@ def test_a_label_has_one_base_model(store: Store) -> None:
     store.base_models.join(BASE, [MIRROR])
     with pytest.raises(BaseModelConflict, match="is a label of"):
         store.base_models.join("other/model", [MIRROR])
-    with pytest.raises(BaseModelConflict, match="is not joined"):
+    with pytest.raises(BaseModelConflict, match="is not a label of any base model"):
         store.base_models.separate(BASE)
 
 
@@ -164,7 +164,7 @@ def test_labels_of_a_joined_base_model_come_along(store: Store) -> None:
 
 
 def test_adapters_without_a_base_model_are_not_joined(store: Store) -> None:
-    with pytest.raises(BaseModelConflict, match="name no base model"):
+    with pytest.raises(BaseModelConflict, match="adapters without a base model"):
         store.base_models.join(BASE, [UNKNOWN_BASE])
 
 

@@ -99,7 +99,7 @@ def test_a_wrong_filter_says_what_would_be_right(text: str, fact: str, hint: str
 @pytest.mark.parametrize(
     ("text", "fact"),
     [
-        ("size:up", "'up' is not an order"),
+        ("size:up", "'up' is not a sort order"),
         ("weight", "there is no field 'weight'"),
         ("tag", "tasks cannot be sorted by tag"),
         ("status:desc", "tasks cannot be sorted by status"),

@@ -92,7 +92,7 @@ except StoreAway as error:
 os._exit(0)
 """
     told = forked(new_database(postgres), tmp_path / "blobs", child).stdout
-    assert "was opened by another process, of which this one is a copy; open the store anew in each process" in told
+    assert "was opened before this process was forked; open the store in each process after the fork" in told
 
 
 def test_a_copy_that_opens_the_store_anew_can_use_it(postgres: str, tmp_path: Path) -> None:

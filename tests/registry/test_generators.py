@@ -243,7 +243,7 @@ class TestForgetting:
         other = store.generators.add(generator(store, ["rust"], data=b"trained meanwhile"))
         store.generators.make_current(first.id)
         assert (other.id, other.version) == (confirmed.id, confirmed.version)
-        with pytest.raises(GeneratorNotFound, match=f"{confirmed.blob[:12]} was forgotten in the meantime"):
+        with pytest.raises(GeneratorNotFound, match=f"{confirmed.blob[:12]} was removed by another process"):
             store.generators.forget(confirmed)
         assert [made.blob for made in store.generators.all()] == [first.blob, other.blob]
 

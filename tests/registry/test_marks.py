@@ -34,7 +34,7 @@ class TestRename:
     def test_a_name_that_another_task_has_is_refused_in_any_case(self, store: Store) -> None:
         ingest(store, "rust")
         ingest(store, "html")
-        with pytest.raises(TaskConflict, match="a task is named 'html' already"):
+        with pytest.raises(TaskConflict, match="there is already a task named 'html'"):
             store.tasks.edit(["rust"], name="HTML")
         assert store.tasks.names() == ["html", "rust"]
 
@@ -105,7 +105,7 @@ class TestTags:
     @pytest.mark.parametrize("tag", ["", "a b", "-x", "ü", "a,b", "x" * 65, "a\nb"])
     def test_a_tag_follows_the_rule(self, store: Store, tag: str) -> None:
         ingest(store, "rust")
-        with pytest.raises(InvalidName, match="cannot be a tag"):
+        with pytest.raises(InvalidName, match="is not a valid tag"):
             store.tasks.edit(["rust"], add_tags=["prod", tag])
         assert store.tasks.get("rust").tags == ()
 
@@ -126,7 +126,7 @@ class TestNotes:
 
     @pytest.mark.parametrize("text", ["", "  ", "x" * (MAX_NOTE + 1), "\udc80", "a\0b"])
     def test_what_is_not_a_note_is_refused(self, text: str) -> None:
-        with pytest.raises(InvalidName, match="cannot be a note"):
+        with pytest.raises(InvalidName, match="the note is not valid"):
             check_note(text)
 
 

@@ -237,7 +237,7 @@ def test_a_schema_that_two_places_do_not_agree_on_is_neither_believed_nor_moved(
     with new_store(root) as store:
         fill(store)
     before = set_pragma(root, "user_version=8")
-    with pytest.raises(DamagedStore, match=f"has schema 8 in one place and {Database.newest_schema} in another"):
+    with pytest.raises(DamagedStore, match=f"records two schemas: 8 and {Database.newest_schema}"):
         new_store(root)
     assert (root / "registry.db").read_bytes() == before
 
@@ -269,7 +269,7 @@ def test_a_newer_schema_is_refused_and_not_touched(tmp_path: Path) -> None:
 def test_a_schema_from_before_the_first_release_is_refused_and_not_touched(tmp_path: Path) -> None:
     new_store(tmp_path / "store").close()
     before = set_pragma(tmp_path / "store", "user_version=7")
-    with pytest.raises(StoreTooOld, match="has schema 7; this icm begins with schema 8") as refused:
+    with pytest.raises(StoreTooOld, match="has schema 7; this icm supports schema 8 and later") as refused:
         new_store(tmp_path / "store")
     assert "ingest the adapters again" in str(refused.value.hint)
     assert (tmp_path / "store" / "registry.db").read_bytes() == before

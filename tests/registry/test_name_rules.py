@@ -57,7 +57,7 @@ def test_a_refusal_shows_the_name_without_its_control_characters(name: str) -> N
         ("", "the name is empty"),
         ("x" * 129, "the name has 129 characters, more than 128"),
         ("e\u0301", "the name is not in Unicode's composed form (NFC)"),
-        ("-x", "a name has letters and digits of any script, '.', '_' and '-', and starts with a letter or a digit"),
+        ("-x", "a name has letters, digits (of any script), '.', '_' and '-', and starts with a letter or digit"),
         ("\u732b" * 65, "the name takes 195 bytes, more than 192"),
     ],
 )

@@ -82,6 +82,6 @@ def test_a_pool_of_transactions_is_told(url: str) -> None:
 
     with pool(url, "transaction") as address:
         assert examine_server(DatabaseUrl(address), "icm").is_pooled
-        with pytest.raises(RegistryError, match="another session"):
+        with pytest.raises(RegistryError, match="a new session for each transaction"):
             Store.open(address)
     assert not examine_server(DatabaseUrl(url), "icm").is_pooled

@@ -64,7 +64,7 @@ def test_a_connection_that_is_lost_gives_its_locks_to_others_and_is_never_opened
         for _ in range(2):
             with pytest.raises(StoreAway):
                 is_alone(first)
-        with pytest.raises(StoreAway, match="and the locks with it"), first.job("base"):
+        with pytest.raises(StoreAway, match="lost the connection to "), first.job("base"):
             pytest.fail("it has no store lock any more")
 
 

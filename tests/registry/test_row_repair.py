@@ -137,7 +137,7 @@ def test_a_row_with_two_flipped_bits_is_left_alone_and_named(root: Path) -> None
     (made,) = repair(root)
     assert made.row.startswith("row ")
     assert made.task == "extra"
-    assert made.problem == "no change of a single bit makes its check right"
+    assert made.problem == "no single-bit change restores its checksum"
     assert rows_of(root) == damaged
 
 
@@ -154,7 +154,7 @@ def test_a_correction_that_breaks_a_rule_is_taken_back(root: Path) -> None:
         connection.execute("UPDATE tasks SET name = ? WHERE id = 2", (name,))
     damaged = rows_of(root)
     problems = [made.problem for made in repair(root)]
-    assert "the correction breaks a rule: UNIQUE constraint failed: tasks.name" in problems
+    assert "the correction violates a constraint: UNIQUE constraint failed: tasks.name" in problems
     assert rows_of(root) == damaged
 
 

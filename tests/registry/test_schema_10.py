@@ -73,7 +73,7 @@ def test_codes_stay_and_say_nothing_of_what_they_keep(golden: Golden) -> None:
 def test_a_row_that_was_wrong_before_is_wrong_after_and_no_other(golden: Golden) -> None:
     golden.run("UPDATE codes SET dw_error = 0.25 WHERE id = 2")
     (found,) = golden.problems()
-    assert "row 2 of codes does not have the values that it was written with" in found
+    assert "checksum mismatch in row 2 of codes" in found
 
 
 @pytest.fixture
@@ -96,7 +96,7 @@ def test_a_store_in_which_sqlite_does_not_find_a_row_is_left_to_the_icm_that_wro
     _, second, _ = (place.offset for place in places(database) if (place.table, place.column) == ("codes", "rowid"))
     damaged[second] ^= 64  # the rows are numbered 1, 66, 3
     database.write_bytes(damaged)
-    with pytest.raises(DamagedStore, match="1 of 2 right rows of table codes cannot be found") as refused:
+    with pytest.raises(DamagedStore, match="1 of 2 intact rows of table codes cannot be found") as refused:
         Store.open(file.address)
     assert "with icm 0.10" in str(refused.value.hint)
     assert database.read_bytes() == damaged

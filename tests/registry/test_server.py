@@ -57,7 +57,7 @@ def test_a_store_that_is_made_again_is_found(url: str, tmp_path: Path) -> None:
 
 def test_a_store_does_not_move_its_bytes(url: str, tmp_path: Path) -> None:
     made(url, tmp_path / "blobs").close()
-    with pytest.raises(NotAStore, match="with its bytes at"):
+    with pytest.raises(NotAStore, match="with its files at"):
         made(url, tmp_path / "elsewhere")
     assert not (tmp_path / "elsewhere").exists()
 
@@ -107,7 +107,7 @@ def test_a_store_that_was_half_made_is_made_again(url: str, tmp_path: Path, monk
 def test_an_address_that_has_changed_on_its_own_is_not_followed(url: str, tmp_path: Path, change: str) -> None:
     made(url, tmp_path / "blobs").close()
     execute(url, f"UPDATE place SET {change}")
-    with pytest.raises(DamagedStore, match="row of place"):
+    with pytest.raises(DamagedStore, match="checksum mismatch in the row of place"):
         Store.open(url)
 
 

@@ -87,9 +87,9 @@ def test_a_database_that_alembic_keeps_for_another_program_is_refused_and_not_to
 ) -> None:
     run_sql(empty, "CREATE TABLE alembic_version (version_num text)", f"INSERT INTO alembic_version VALUES {rows}")
     before = everything_in(empty)
-    with pytest.raises(NotAStore, match="no schema of icm") as refused, opened_server(empty, create=create):
+    with pytest.raises(NotAStore, match="not an icm schema") as refused, opened_server(empty, create=create):
         pytest.fail("it is another program's")
-    assert "a database of its own" in str(refused.value.hint)
+    assert "a separate database" in str(refused.value.hint)
     assert everything_in(empty) == before
 
 

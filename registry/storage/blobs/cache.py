@@ -109,7 +109,7 @@ class BlobCache:
             OSError: It never fits, or something else.
         """
         if size > self.limit * _ROOM:
-            raise OSError(errno.EFBIG, "larger than all copies may be")
+            raise OSError(errno.EFBIG, "larger than the whole cache")
         descriptor = fs.create(path, 0o600)
         try:
             with self._locked() as lock:

@@ -31,8 +31,8 @@ Item = TypeVar("Item")
 # More threads than cores: while some wait for the disk to sync, others read and hash.
 _WORKERS = 12
 _RESTORING = (
-    "ingesting an original again restores its files; for a generator there is `icm import` of a bundle, or "
-    "`icm train --fresh` if the originals are there"
+    "ingest the original again to restore its files; to restore a generator, run `icm import` with its bundle, or "
+    "`icm train --fresh` if the originals are available"
 )
 
 
@@ -256,11 +256,11 @@ class Blobs:
         except StoreIOError as error:
             if not isinstance(error.__cause__, FileNotFoundError):
                 raise
-            hint = f"`icm verify` says what needs it; {_RESTORING}"
+            hint = f"run `icm verify` to see what needs it; {_RESTORING}"
             raise MissingBlob(f"blob {digest} is missing", path=place, hint=hint) from None
 
     def _damaged(self, digest: str) -> DamagedBlob:
-        hint = f"`icm verify --repair` moves it aside; {_RESTORING}"
+        hint = f"run `icm verify --repair` to move it aside; {_RESTORING}"
         return DamagedBlob(f"blob {digest} is damaged", path=self._backend.place(digest), hint=hint)
 
 

@@ -59,8 +59,8 @@ _DIGITS = "0123456789abcdef"
 _OWNER, _CLOCK = "owner", "clock"
 # Of a server's answer: the request that it repeats may hold the number of a key.
 _STATUS, _CODE = re.compile(r"status code: (\d{3}[ A-Za-z]*)"), re.compile(r"<Code>(\w+)</Code>")
-_RIGHTS_HINT = "check the credentials, and that they may read, write, list and delete there"
-_AWAY_HINT = "try again when it can be reached; nothing that was not acknowledged is referred to"
+_RIGHTS_HINT = "check that the credentials allow reading, writing, listing and deleting"
+_AWAY_HINT = "run the command again once it can be reached; the store refers to no incomplete file"
 
 
 _forked: list[int] = []
@@ -137,7 +137,7 @@ class ObjectBackend:
                     break
             else:
                 place = self.place(digest)
-                raise StoreAway(f"{place} was not written as it was sent", path=place, hint=_AWAY_HINT)
+                raise StoreAway(f"{place} does not contain the bytes that were sent", path=place, hint=_AWAY_HINT)
         failpoint("blob-renamed")
         return not is_there
 
@@ -191,7 +191,7 @@ class ObjectBackend:
             size = self._known(name).size
             obstore.copy(self._store, name, aside)
             if self._known(aside).size != size:
-                raise OSError("it was not copied whole")
+                raise OSError("the copy is incomplete")
             obstore.delete(self._store, name)
         return f"{self._url}/{aside}"
 
@@ -257,9 +257,9 @@ class ObjectBackend:
                 found = bytes(obstore.get(self._store, _OWNER).bytes()).decode(errors="replace")
             except FileNotFoundError:
                 hint = "check the address, and that the bucket was not emptied"
-                raise StoreAway(f"there are no blobs of icm at {self._url}", path=self._url, hint=hint) from None
+                raise StoreAway(f"no icm blobs at {self._url}", path=self._url, hint=hint) from None
         if found != self._owner:
-            raise NotAStore(f"{self._url} holds the blobs of another store", hint="name another bucket or prefix")
+            raise NotAStore(f"{self._url} holds the blobs of another store", hint="choose another bucket or prefix")
 
     def _listed(self, digit: str) -> list[BlobInfo]:
         found = (
@@ -283,8 +283,8 @@ class ObjectBackend:
         """Turn what obstore raises into errors of the store, but for a missing object."""
         place = f"{self._url}/{name}"
         if _forked:
-            fact = f"{place} cannot be reached from a copy of a process that has used an object store"
-            raise StoreAway(fact, path=place, hint="begin the other process anew, not by a fork")
+            fact = f"{place} cannot be used in a forked process after its parent used an object store"
+            raise StoreAway(fact, path=place, hint='start the other process with "spawn" instead of "fork"')
         try:
             yield
         except _Missing:
@@ -309,8 +309,8 @@ def connect(url: str, owner: str) -> ObjectBackend:
     """
     match = _ADDRESS.fullmatch(url)
     if match is None:
-        hint = "write s3://BUCKET/PREFIX, gs://BUCKET/PREFIX or az://CONTAINER/PREFIX, and leave credentials out"
-        raise NotAStore("this is no address of an object store", hint=hint)
+        hint = "use s3://BUCKET/PREFIX, gs://BUCKET/PREFIX or az://CONTAINER/PREFIX, without credentials"
+        raise NotAStore("this is not the address of an object store", hint=hint)
     config = _profile() if match["scheme"] == "s3" else {}
     endpoint = next(filter(None, map(os.environ.get, _ENDPOINTS)), config.get("aws_endpoint_url", ""))
     options: Any = {
@@ -385,7 +385,7 @@ class _Body(RawIOBase):
             chunk = bytes(next(self._chunks, b""))
             self._left -= len(chunk)
             if not chunk and self._left:
-                raise OSError("the answer ended too early")
+                raise OSError("the response ended early")
         return chunk
 
 

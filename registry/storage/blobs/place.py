@@ -68,7 +68,7 @@ def far_blobs(paths: StorePaths, asked: str | None = None) -> FarBackend:
         found = json.loads(text)
         address, owner = cast(str, found["place"]), cast(str, found["owner"])
     except (ValueError, TypeError, KeyError) as error:
-        hint = "its two values are `place`, the address, and `owner`, which the object `owner` there has too"
+        hint = "it must hold `place`, the address, and `owner`, the content of the object `owner` at that address"
         raise DamagedStore(f"{paths.place} is damaged", path=paths.place, hint=hint) from error
     if asked not in (None, address):
         raise elsewhere(str(paths.root), f"at {address}")
@@ -77,8 +77,8 @@ def far_blobs(paths: StorePaths, asked: str | None = None) -> FarBackend:
 
 def elsewhere(store: str, where: str) -> NotAStore:
     """Return the error for a store that was to have its blobs at another place."""
-    hint = "bytes stay where they are; `icm copy` takes tasks to a store that has them elsewhere"
-    return NotAStore(f"there is a store at {store}, with its bytes {where}", hint=hint)
+    hint = "a store cannot move its files; run `icm copy` to copy its tasks to a store with other storage"
+    return NotAStore(f"{store} is already a store, with its files {where}", hint=hint)
 
 
 def backend_at(address: str, owner: str) -> FarBackend:
@@ -91,8 +91,8 @@ def backend_at(address: str, owner: str) -> FarBackend:
         from registry.storage.blobs.shared import SharedBackend
 
         if not Path(address).is_absolute():
-            hint = "write s3://BUCKET/PREFIX, or a folder as /a/path that every machine has"
-            raise NotAStore(f"{address!r} is no place for the bytes of a store", hint=hint)
+            hint = "use s3://BUCKET/PREFIX, or the absolute path of a folder that every machine can reach"
+            raise NotAStore(f"{address!r} cannot hold the files of a store", hint=hint)
         return SharedBackend(Path(address), owner)
     try:
         from registry.storage.blobs.objects import connect

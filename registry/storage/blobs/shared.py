@@ -55,7 +55,7 @@ class SharedBackend(LocalBackend):
                 # Another process may be claiming it too, and be done before this one has looked.
                 ours = {"blobs", "tmp", "quarantine", "owner", "clock"}
                 if foreign := {entry.name for entry in self._folder.iterdir()} - ours:
-                    hint = "name an empty or a new folder"
+                    hint = "use an empty or new folder"
                     raise NotAStore(f"{self._folder} holds {min(foreign)!r}", path=self._folder, hint=hint)
                 make_folders(self._paths)
                 self._write_owner()
@@ -133,8 +133,8 @@ class SharedBackend(LocalBackend):
             found = (self._folder / "owner").read_text(errors="replace")
         except OSError as error:
             hint = "check that it is mounted at this path, and that this user may read it"
-            fact = f"{self._folder} has no blobs of icm: {error.strerror}"
+            fact = f"no icm blobs in {self._folder}: {error.strerror}"
             raise StoreAway(fact, path=self._folder, hint=hint) from None
         if found != self._owner:
             fact = f"{self._folder} holds the blobs of another store"
-            raise NotAStore(fact, path=self._folder, hint="name another folder")
+            raise NotAStore(fact, path=self._folder, hint="choose another folder")

@@ -66,7 +66,7 @@ class StoreLock(Protocol):
 
 def in_use(fact: str, patience: Patience, path: Path | str) -> StoreLocked:
     """Return the error for a wait that came to its end."""
-    hint = f"waited {patience.seconds:g} s in all; let it finish, or wait longer with --lock-timeout"
+    hint = f"waited {patience.seconds:g} s in total; run the command again later, or raise --lock-timeout"
     return StoreLocked(fact, path=path, hint=hint)
 
 

@@ -52,7 +52,7 @@ def move_tables(connection: Connection, schema: int, place: str) -> None:
     """
     noted = MigrationContext.configure(connection).get_current_heads()
     if noted not in ((), (str(schema),)):
-        fact = f"{place} has schema {schema} in one place and {', '.join(noted)} in another"
+        fact = f"{place} records two schemas: {schema} and {', '.join(noted)}"
         raise DamagedStore(fact, path=place, hint=DAMAGE_HINT)
     with _alembic(connection) as config:
         if not noted:  # made before icm had alembic

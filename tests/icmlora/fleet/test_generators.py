@@ -89,7 +89,7 @@ def test_digits_of_no_generator_are_refused(fleet: Fleet) -> None:
     for work in (fleet.rollback, fleet.forget_generator):
         with pytest.raises(DataError, match="no generator begins with 'zzzz'") as error:
             work("zzzz")
-        assert error.value.hint == "`icm generators` lists them"
+        assert error.value.hint == "run `icm generators` to list them"
 
 
 def test_the_generator_in_use_is_not_forgotten(fleet: Fleet) -> None:

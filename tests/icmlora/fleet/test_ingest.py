@@ -143,7 +143,7 @@ def test_what_is_for_one_task_is_refused_for_several(
 
 @pytest.mark.parametrize("name", ["../poems", "", "a b", "-x", "a" * 300])
 def test_a_name_that_no_task_can_have_is_refused(new: Fleet, loras: Path, name: str) -> None:
-    with pytest.raises(AdapterRefused, match="cannot name a task"):
+    with pytest.raises(AdapterRefused, match="is not a valid task name"):
         new.ingest([loras / "poems"], name=name)
 
 
@@ -199,7 +199,7 @@ def test_another_adapter_in_the_same_folder_is_a_conflict(fleet: Fleet, tmp_path
     before = files_of(fleet.path)["registry.db"]
     with pytest.raises(TaskConflict) as conflict:
         fleet.ingest([write_lora(tmp_path / "odes", seed=99)])
-    assert "give the new one another name" in str(conflict.value.hint)
+    assert "choose another name" in str(conflict.value.hint)
     assert files_of(fleet.path)["registry.db"] == before
 
 

@@ -170,7 +170,9 @@ def test_a_task_that_came_after_the_training_needs_an_update(fleet: Fleet, loras
     assert error.value.hint == "run `icm train --update` to make one"
 
 
-@pytest.mark.parametrize(("name", "hint"), [("poem", "did you mean 'poems'?"), ("zzz", "`icm ls` lists the tasks")])
+@pytest.mark.parametrize(
+    ("name", "hint"), [("poem", "did you mean 'poems'?"), ("zzz", "run `icm ls` to list the tasks")]
+)
 def test_an_unknown_task_gets_a_hint(fleet: Fleet, out: Path, name: str, hint: str) -> None:
     for work in (lambda: fleet.load(name), lambda: fleet.materialize(name, out)):
         with pytest.raises(TaskNotFound) as error:

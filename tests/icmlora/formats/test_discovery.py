@@ -322,7 +322,7 @@ def test_a_given_name_needs_exactly_one_task(tmp_path: Path) -> None:
 
 
 def test_a_given_name_must_be_a_task_name(tmp_path: Path) -> None:
-    with pytest.raises(AdapterRefused, match="cannot name a task"):
+    with pytest.raises(AdapterRefused, match="is not a valid task name"):
         find_adapters([write_adapter(tmp_path / "a")], name="../x")
 
 

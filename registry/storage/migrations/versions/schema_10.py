@@ -35,8 +35,8 @@ def upgrade() -> None:
         some = [{"number": number, "check": check} for number, check in right[start : start + _FEW]]
         found += connection.execute(of_row, some).rowcount
     if found != len(right):  # SQLite does not find all rows where the number of another is wrong
-        fact = f"{len(right) - found} of {len(right)} right rows of table codes cannot be found by their numbers"
-        raise DamagedStore(fact, hint="`icm verify --repair` with icm 0.10 may mend the table")
+        fact = f"{len(right) - found} of {len(right)} intact rows of table codes cannot be found by their ids"
+        raise DamagedStore(fact, hint="run `icm verify --repair` with icm 0.10, which may repair the table")
 
 
 def _new_checks(connection: Connection) -> Iterator[tuple[int, int]]:
