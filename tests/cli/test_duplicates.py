@@ -65,7 +65,7 @@ def test_an_adapter_that_was_saved_again_has_the_same_tensors(icm: Icm, dog: Pat
     assert pairs_of(icm("duplicates", "--json")) == {"dog-v2": ("dog", True)}
     ran = icm("duplicates")
     assert ran.out.splitlines()[1].split() == ["dog-v2", "=", "dog", "same", "tensors"]
-    assert "compared 3 tasks: 1 copy in 1 group" in ran.out
+    assert "compared 3 tasks: 1 equal adapter in 1 group" in ran.out
     assert "icm rm NAME" in ran.err
 
 
@@ -159,7 +159,7 @@ def test_a_kind_that_has_no_code_is_compared_by_its_tensors(icm: Icm, dog: Path,
     ran = icm("duplicates", "--json")
     assert pairs_of(ran) == {"odd-v2": ("odd", True)}
     assert ran.document["tensors_only"] == ["odd", "odd-v2", "odd-v3"]
-    assert "there can be no code: odd, odd-v2, odd-v3" in icm("duplicates").err
+    assert "they cannot have a code: odd, odd-v2, odd-v3" in icm("duplicates").err
 
 
 def test_a_damaged_adapter_is_named_and_stops_no_other(icm: Icm, dog: Path, tmp_path: Path) -> None:
@@ -188,7 +188,7 @@ def test_an_evicted_adapter_is_compared_as_its_code(icm: Icm, trained: Path, own
     ran = icm("duplicates", "--json")
     assert pairs_of(ran) == {"verse": ("poems", False)}
     assert ran.document["from_codes"] == ["poems"]
-    assert "compared as what the code decodes to: poems" in icm("duplicates").err
+    assert "compared evicted tasks by their codes: poems" in icm("duplicates").err
 
 
 def test_the_file_of_an_evicted_adapter_is_recognised(icm: Icm, trained: Path, own_loras: Path, tmp_path: Path) -> None:
@@ -247,3 +247,22 @@ def test_equal_tensors_are_found_under_another_base_model(icm: Icm, dog: Path, t
     (pair,) = ran.document["other_bases"]
     assert (pair["task"], pair["like"], pair["same_tensors"], ran.document["groups"]) == ("puppy", "dog", True, [])
     assert "another base model" in icm("duplicates").out
+
+
+def test_near_copies_are_not_called_equal_and_no_removal_is_suggested(icm: Icm, dog: Path, tmp_path: Path) -> None:
+    alpha = json.loads((dog / CONFIG).read_text())["lora_alpha"]
+    saved_again(dog, tmp_path / "loras" / "dog-again", lora_alpha=1.05 * alpha)
+    ingest(icm, tmp_path / "loras" / "dog-again")
+    ran = icm("duplicates")
+    assert "compared 3 tasks: 1 near copy in 1 group" in ran.out
+    assert "icm rm" not in ran.err
+
+
+def test_checkpoints_with_the_tensors_of_the_final_adapter_are_reported(icm: Icm, tmp_path: Path) -> None:
+    run = write_lora(tmp_path / "loras" / "dog", seed=1)
+    saved_again(run, run / "checkpoint-10")
+    write_lora(run / "checkpoint-20", seed=2)
+    ran = ingest(icm, run)
+    assert "1 checkpoint is identical to its final adapter: dog (step 10)\n" in ran.err
+    same = {row["step"]: row["same_as_final"] for row in icm("show", "dog", "--json").document["adapters"]}
+    assert same == {10: True, 20: False, None: False}

@@ -221,3 +221,13 @@ def test_a_missing_base_model_is_an_error_with_a_hint(icm: Icm, trained: Path) -
     icm("base", "rm", LABEL)
     ran = icm(*EVAL, "--json")
     assert (ran.code, ran.error["kind"]) == (ExitCode.FAILED, "base_model_not_found")
+
+
+def test_an_original_that_is_no_better_than_the_base_model_gets_a_sentence(icm: Icm, trained: Path) -> None:
+    icm("eval", "--device", "cpu")
+    names = [task["name"] for task in icm("ls", "--json").document]
+    for name in names:
+        shown = icm("show", name)
+        losses = {row["rung"]: row["nats_per_token"] for row in icm("show", name, "--json").document["evaluations"]}
+        is_no_better = "original" in losses and losses["original"] >= losses["base"]
+        assert ("the original is no better than the base model on this text" in shown.out) == is_no_better

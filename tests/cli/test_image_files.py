@@ -75,10 +75,10 @@ def test_each_file_is_a_task_of_the_base_model_that_its_tensors_tell(icm: Icm, f
 def test_a_base_model_that_only_sizes_tell_is_said_to_be_a_guess(icm: Icm, folder: Path) -> None:
     ran = icm("ingest", folder)
     assert (
-        "the base model is a guess from the sizes of the tensors: stable-diffusion-v1 for My-Cat-v2, dog, house"
+        "guessed the base model from the tensor shapes: stable-diffusion-v1 for My-Cat-v2, dog, house"
         in ran.err
     )
-    assert "if it is wrong: `icm ingest --base-model NAME" in ran.err
+    assert "if that is wrong, run `icm ingest PATH --base-model NAME" in ran.err
     assert "guess" not in icm("ingest", folder).err  # the tasks have it already
 
 

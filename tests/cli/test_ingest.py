@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from icm_cli.commands.ingest import tell_problems
+from icm_cli.commands.ingest import print_problems
 from icm_cli.errors import ExitCode
 from icm_cli.output import Mode, Output
 from icmlora import Cancelled, Fleet
@@ -30,7 +30,7 @@ def names(icm: Icm) -> list[str]:
 def test_a_fleet_becomes_tasks_with_their_checkpoints(icm: Icm, fleet: Path) -> None:
     ran = icm("ingest", fleet)
     assert ran.code == 0
-    assert "ingested 3 tasks: 9 new adapters, 0 known" in ran.out
+    assert "ingested 3 tasks: 9 new adapters, 0 unchanged" in ran.out
     assert names(icm) == ["rust", "shakespeare", "sql"]
 
 
@@ -42,7 +42,7 @@ def test_a_single_folder_is_a_task(icm: Icm, tmp_path: Path) -> None:
 def test_the_same_again_changes_nothing(icm: Icm, stored: Path, tmp_path: Path) -> None:
     before = sorted(path for path in (tmp_path / "store" / "blobs").rglob("*") if path.is_file())
     ran = icm("ingest", stored)
-    assert "0 new adapters, 9 known" in ran.out
+    assert "0 new adapters, 9 unchanged" in ran.out
     assert sorted(path for path in (tmp_path / "store" / "blobs").rglob("*") if path.is_file()) == before
 
 
@@ -66,7 +66,7 @@ def test_nothing_in_the_given_folder_is_changed(icm: Icm, fleet: Path) -> None:
 
 def test_a_new_checkpoint_is_added_to_its_task(icm: Icm, stored: Path) -> None:
     write_adapter(stored / "rust" / "checkpoint-120", seed=7)
-    assert "1 new adapter, 9 known" in icm("ingest", stored).out
+    assert "1 new adapter, 9 unchanged" in icm("ingest", stored).out
     assert len(icm("show", "rust", "--json").document["adapters"]) == 4
 
 
@@ -96,6 +96,7 @@ def test_json_says_one_line_per_task_and_a_summary(icm: Icm, fleet: Path) -> Non
         "format": "peft",
         "wrapper": None,
         "same_as": None,
+        "same_as_final": [],
     }
     assert ran.events[-1]["without_vectors"] == ["rust", "shakespeare", "sql"]
 
@@ -115,9 +116,9 @@ def test_what_cannot_be_taken_is_listed_and_the_rest_is_taken(icm: Icm, fleet: P
     write_broken(fleet / "bad")
     ran = icm("ingest", fleet)
     assert ran.code == ExitCode.PARTLY
-    assert "ingested 3 tasks: 9 new adapters, 0 known, 1 not taken" in ran.out
+    assert "ingested 3 tasks: 9 new adapters, 0 unchanged, 1 refused" in ran.out
     title, row = ran.out.splitlines()[-2:]
-    assert title.split("  ")[0] == "NOT TAKEN"
+    assert title.split("  ")[0] == "REFUSED"
     assert row.startswith(str(fleet / "bad" / "adapter_model.safetensors"))
     assert names(icm) == ["rust", "shakespeare", "sql"]
 
@@ -153,8 +154,8 @@ def test_strict_finds_conflicts_with_the_store_too(icm: Icm, stored: Path) -> No
 def test_a_bad_checkpoint_costs_only_itself(icm: Icm, fleet: Path) -> None:
     write_broken(fleet / "rust" / "checkpoint-80")
     ran = icm("ingest", fleet)
-    assert (ran.code, "1 taken in part" in ran.out) == (ExitCode.PARTLY, True)
-    assert "(rust is taken without it)" in ran.out
+    assert (ran.code, "1 ingested in part" in ran.out) == (ExitCode.PARTLY, True)
+    assert "(rust was ingested without it)" in ran.out
     assert [entry["step"] for entry in icm("show", "rust", "--json").document["adapters"]] == [100, None]
 
 
@@ -170,7 +171,7 @@ def test_what_can_have_no_code_is_taken_and_named_in_one_line(icm: Icm, fleet: P
         write_adapter(fleet / name, peft_type="LOHA")
     ran = icm("ingest", fleet)
     assert ran.code == 0
-    (line,) = [line for line in ran.err.splitlines() if line.startswith("3 tasks are kept as originals only: ")]
+    (line,) = [line for line in ran.err.splitlines() if line.startswith("3 tasks cannot have a code and stay originals: ")]
     assert "hada, hadb (peft_type is 'LOHA', not LORA)" in line
     events = {event["task"]: event for event in icm("ingest", fleet, "--json").events if event["type"] == "task"}
     assert [name for name, event in events.items() if event["original_only"]] == ["dead", "hada", "hadb"]
@@ -181,14 +182,14 @@ def test_files_that_are_not_kept_are_counted(icm: Icm, fleet: Path) -> None:
         (fleet / place / "value_head.bin").write_bytes(b"x")
         (fleet / place / "optimizer.pt").write_bytes(b"x")
     ran = icm("ingest", fleet)
-    assert (ran.code, "not kept: 3 files next to adapters: value_head.bin (3 times)" in ran.err) == (0, True)
+    assert (ran.code, "did not store 3 files next to adapters: value_head.bin (3 times)" in ran.err) == (0, True)
     assert icm("ingest", fleet, "--json").events[-1]["not_kept"] == {"value_head.bin": 3}
 
 
 def test_extras_that_are_larger_than_the_lora_are_said(icm: Icm, fleet: Path) -> None:
     (fleet / "rust" / "tokenizer.json").write_bytes(os.urandom(4096))
     ran = icm("ingest", fleet)
-    assert "1 task has more bytes in heads, tokenizers and other extras than in the LoRA: rust (4.0 KiB" in ran.err
+    assert "1 task has extras (heads, tokenizers, other files) larger than the LoRA: rust (4.0 KiB" in ran.err
 
 
 def test_a_git_lfs_pointer_is_named_as_such(icm: Icm, fleet: Path) -> None:
@@ -212,7 +213,7 @@ def test_the_table_of_problems_fits_a_terminal(
     out = Output()
     out.mode = Mode.HUMAN
     path = "/" + "/".join(f"folder-{number}" for number in range(20)) + "/adapter_model.safetensors"
-    tell_problems(out, [InputProblem(path, "damaged", "has 2 bytes, too few for a file " * 3, "do it again " * 9)])
+    print_problems(out, [InputProblem(path, "damaged", "has 2 bytes, too few for a file " * 3, "do it again " * 9)])
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 80 + len("\x1b[1m\x1b[0m")
     assert "".join(line.split("  ")[0] for line in lines[2:] if not line.startswith(" ")) == path
@@ -255,7 +256,7 @@ def test_read_bin_takes_pickles_and_says_so(icm: Icm, tmp_path: Path) -> None:
     torch.save({"a": [1]}, tmp_path / "loras" / "evil" / "adapter_model.bin")
     ran = icm("ingest", tmp_path / "loras", "--read-bin")
     assert (ran.code, names(icm)) == (ExitCode.PARTLY, ["one"])
-    assert "1 task converted from a pickle, kept as safetensors: one (from adapter_model.bin)" in ran.err
+    assert "1 task converted from a pickle and stored as safetensors: one (from adapter_model.bin)" in ran.err
     assert "evil" in ran.out
 
 
@@ -319,7 +320,7 @@ def test_a_folder_above_whose_name_is_no_unicode_is_no_obstacle(icm: Icm, tmp_pa
         assert [row.source for row in store.tasks.adapters("rust")] == [
             f"{tmp_path}/fl\\xff/rust/{place}".rstrip("/") for place in ("checkpoint-80", "checkpoint-100", "")
         ]
-    assert "3 known" in icm("ingest", odd).out
+    assert "3 unchanged" in icm("ingest", odd).out
     assert icm("show", "rust").code == 0
 
 
@@ -329,7 +330,7 @@ def test_a_name_that_is_no_unicode_becomes_a_plain_one(icm: Icm, fleet: Path, fo
     write_adapter(Path(os.fsdecode(os.fsencode(fleet) + b"/" + folder)))
     ran = icm("ingest", fleet)
     assert ran.code == 0
-    assert "1 task is not called like the folder: task-" in ran.err
+    assert "1 task has another name than its folder: task-" in ran.err
     assert len(names(icm)) == 4
     assert "0 new adapters" in icm("ingest", fleet).out
 
@@ -339,7 +340,7 @@ def test_runs_with_their_adapters_in_a_folder_of_one_name_are_tasks(icm: Icm, tm
         write_adapter(tmp_path / "runs" / name / "adapter")
     assert icm("ingest", tmp_path / "runs").code == 0
     assert names(icm) == ["t1", "t2"]
-    assert "0 new adapters, 1 known" in icm("ingest", tmp_path / "runs" / "t1" / "adapter").out
+    assert "0 new adapters, 1 unchanged" in icm("ingest", tmp_path / "runs" / "t1" / "adapter").out
 
 
 def test_folders_that_link_to_the_same_weights_keep_their_own_configurations(icm: Icm, tmp_path: Path) -> None:

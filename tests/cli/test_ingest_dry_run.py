@@ -91,7 +91,7 @@ def test_a_folder_that_could_not_become_a_store_ends_it_as_it_ends_the_ingest(
 
 def test_what_is_known_is_not_called_new(icm: Icm, stored: Path) -> None:
     ran = icm("ingest", stored, "-n")
-    assert (ran.code, ran.out.partition(";")[0]) == (0, "would ingest 3 tasks: 0 new adapters, 9 known")
+    assert (ran.code, ran.out.partition(";")[0]) == (0, "would ingest 3 tasks: 0 new adapters, 9 unchanged")
 
 
 def test_a_conflict_ends_it_as_it_ends_the_ingest(icm: Icm, stored: Path) -> None:
@@ -135,4 +135,4 @@ def test_a_store_on_read_only_media_can_be_asked(icm: Icm, stored: Path, tmp_pat
     finally:
         for folder in folders:
             folder.chmod(0o755)
-    assert (ran.code, "9 known" in ran.out) == (0, True)
+    assert (ran.code, "9 unchanged" in ran.out) == (0, True)

@@ -37,7 +37,7 @@ def test_folders_of_one_name_are_tasks_with_their_parents_names(icm: Icm, twins:
 def test_one_of_them_alone_is_found_again_later(icm: Icm, twins: Path) -> None:
     icm("ingest", twins)
     for place in ("a/rust", "a", "b"):
-        assert "0 new adapters, 1 known" in icm("ingest", twins / place).out
+        assert "0 new adapters, 1 unchanged" in icm("ingest", twins / place).out
     assert names(icm) == ["a-rust", "b-rust"]
 
 
@@ -46,15 +46,15 @@ def test_a_third_gets_a_long_name_alone_or_with_the_others(icm: Icm, twins: Path
     third = write_adapter(twins / "c" / "rust", seed=3)
     assert icm("ingest", third).code == 0
     assert names(icm) == ["a-rust", "b-rust", "c-rust"]
-    assert "0 new adapters, 3 known" in icm("ingest", twins).out
+    assert "0 new adapters, 3 unchanged" in icm("ingest", twins).out
 
 
 def test_the_first_of_them_keeps_its_short_name(icm: Icm, twins: Path) -> None:
     icm("ingest", twins / "a")
     ran = icm("ingest", twins)
     assert (ran.code, names(icm)) == (0, ["b-rust", "rust"])
-    assert "1 task is not called like the folder: b-rust (" in ran.err
-    assert "0 new adapters, 2 known" in icm("ingest", twins).out
+    assert "1 task has another name than its folder: b-rust (" in ran.err
+    assert "0 new adapters, 2 unchanged" in icm("ingest", twins).out
 
 
 def test_another_folder_of_a_known_name_is_another_task_or_the_same_if_asked(icm: Icm, twins: Path) -> None:
@@ -68,14 +68,14 @@ def test_folders_that_were_moved_are_recognised_by_their_bytes(icm: Icm, twins: 
     icm("ingest", twins)
     moved = tmp_path / "elsewhere" / "deep"
     shutil.move(twins, moved)
-    assert "0 new adapters, 2 known" in icm("ingest", moved).out
-    assert "0 new adapters, 1 known" in icm("ingest", moved / "b").out
+    assert "0 new adapters, 2 unchanged" in icm("ingest", moved).out
+    assert "0 new adapters, 1 unchanged" in icm("ingest", moved / "b").out
     assert names(icm) == ["a-rust", "b-rust"]
 
 
 def test_a_task_that_was_given_a_name_keeps_it(icm: Icm, twins: Path) -> None:
     icm("ingest", twins / "a", "--name", "poems")
-    assert "0 new adapters, 1 known" in icm("ingest", twins / "a").out
+    assert "0 new adapters, 1 unchanged" in icm("ingest", twins / "a").out
     icm("ingest", twins)
     assert names(icm) == ["poems", "rust"]
 
@@ -94,7 +94,7 @@ def test_a_second_one_in_the_same_folder_gets_a_number_and_keeps_it(icm: Icm, tm
     second = write_adapter(tmp_path / "runs" / "Dog", seed=2)
     assert icm("ingest", tmp_path / "runs").code == 0
     assert names(icm) == ["dog", "Dog-2"]
-    assert "0 new adapters, 2 known" in icm("ingest", tmp_path / "runs").out
+    assert "0 new adapters, 2 unchanged" in icm("ingest", tmp_path / "runs").out
     write_adapter(second, seed=3)
     assert icm("ingest", tmp_path / "runs", "--on-conflict", "replace").code == 0
     assert names(icm) == ["dog", "Dog-2"]
@@ -114,7 +114,7 @@ def test_best_takes_a_name_of_its_own_if_last_was_there_first(icm: Icm, tmp_path
     write_adapter(tmp_path / "sql" / "best", seed=2)
     assert icm("ingest", tmp_path / "sql").code == 0
     assert names(icm) == ["sql", "sql-best"]
-    assert "0 new adapters, 2 known" in icm("ingest", tmp_path / "sql").out
+    assert "0 new adapters, 2 unchanged" in icm("ingest", tmp_path / "sql").out
 
 
 def test_a_run_that_has_trained_on_is_still_a_conflict(icm: Icm, tmp_path: Path) -> None:
@@ -134,7 +134,7 @@ def test_a_new_snapshot_of_a_cached_repository_has_its_hash_in_the_name(icm: Icm
         (repository / "refs" / "main").write_text(commit)
         icm("ingest", tmp_path / "hub")
     assert names(icm) == ["rust", "rust-bbbbbbb"]
-    assert "0 new adapters, 2 known" in icm("ingest", tmp_path / "hub").out
+    assert "0 new adapters, 2 unchanged" in icm("ingest", tmp_path / "hub").out
 
 
 def found(pattern: str, root: Path) -> list[str]:

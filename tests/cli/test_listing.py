@@ -37,7 +37,7 @@ def trained(stored: Path, tmp_path: Path) -> Path:
 def test_ls_without_a_store_says_so(icm: Icm) -> None:
     ran = icm("ls")
     assert ran.code == ExitCode.NO_STORE
-    assert "hint: `icm ingest" in ran.err
+    assert "hint: run `icm ingest" in ran.err
 
 
 def test_ls_shows_a_row_per_task(icm: Icm, stored: Path) -> None:
@@ -113,8 +113,8 @@ def test_ls_does_not_import_torch(stored: Path) -> None:
 
 def test_show_prints_everything_about_a_task(icm: Icm, trained: Path) -> None:
     out = icm("show", "rust").out
-    assert "4 B under generator 1, relative error 0.141, keeps 0.981 of its effect" in out
-    assert "at least 0.98 of its effect: met" in out
+    assert "4 B under generator 1, relative error 0.141, keeps 0.981 of the adapter's effect" in out
+    assert "at least 0.98 of the effect: met" in out
     assert "RETAINED GAIN" in out
     assert "0.970" in out
 

@@ -33,9 +33,9 @@ def test_freeing_the_folders_says_what_that_frees_and_how_to_undo_it(icm: Icm, h
     lines = ran.out.splitlines()
     assert (ran.code, lines[0].split()) == (0, ["TASK", "RESULT", "FREED", "IN", "FOLDER"])
     assert lines[1].split()[:2] == ["poems", "placeholder"]
-    assert f"left a placeholder in {here / 'poems'}" in lines
-    assert lines[-1].startswith("left 5 placeholders in folders, freed ")
-    assert "`icm restore FOLDER` brings adapters back, byte for byte" in ran.err
+    assert f"wrote a placeholder to {here / 'poems'}" in lines
+    assert lines[-1].startswith("wrote 5 placeholders, freed ")
+    assert "run `icm restore FOLDER` to restore adapters byte for byte" in ran.err
 
 
 def test_an_eviction_with_placeholders_counts_store_and_folders_apart(icm: Icm, here: Path) -> None:
@@ -44,9 +44,9 @@ def test_an_eviction_with_placeholders_counts_store_and_folders_apart(icm: Icm, 
     assert ran.out.splitlines()[0].split()[-3:] == ["FREED", "IN", "FOLDER"]
     assert [line.partition(",")[0] for line in ran.out.splitlines()[-2:]] == [
         "evicted 3 of 3 tasks",
-        "left 3 placeholders in folders",
+        "wrote 3 placeholders",
     ]
-    assert "checkpoints stay in their folders" in ran.err
+    assert "kept checkpoints in their folders" in ran.err
 
 
 @pytest.mark.slow
@@ -54,13 +54,13 @@ def test_a_changed_file_is_named_and_sets_exit_code_3(icm: Icm, here: Path) -> N
     (here / "rules" / "adapter_config.json").write_text("{}")
     ran = icm(*LOSE)
     assert ran.code == ExitCode.PARTLY
-    assert f"not replaced, {here / 'rules'}: adapter_config.json has changed since it was ingested" in ran.out
+    assert f"kept {here / 'rules'}: adapter_config.json has changed since it was ingested" in ran.out
 
 
 def test_a_folder_that_is_gone_is_mentioned_and_no_failure(icm: Icm, here: Path) -> None:
     shutil.rmtree(here / "rules")
     ran = icm(*LOSE)
-    assert (ran.code, "1 adapter is not in its folder any more" in ran.err) == (0, True)
+    assert (ran.code, "skipped 1 adapter no longer in its source folder" in ran.err) == (0, True)
 
 
 def test_quiet_prints_the_tasks_whose_folders_were_freed(icm: Icm, here: Path) -> None:
@@ -84,9 +84,9 @@ def test_options_that_contradict_each_other_are_wrong_usage(icm: Icm, options: t
 def test_ingest_passes_over_placeholders_and_says_so(icm: Icm, here: Path) -> None:
     icm(*LOSE, "poems")
     ran = icm("ingest", here, "--no-vectors")
-    assert (ran.code, "ingested 2 tasks: 0 new adapters, 2 known" in ran.out) == (0, True)
-    assert "1 placeholder passed over, for poems" in ran.err
-    assert "2 checkpoints next to them were passed over too" in ran.err
+    assert (ran.code, "ingested 2 tasks: 0 new adapters, 2 unchanged" in ran.out) == (0, True)
+    assert "skipped 1 placeholder of poems" in ran.err
+    assert "skipped 2 checkpoints next to them" in ran.err
     assert "`icm restore" in ran.err
     assert [row["name"] for row in icm("ls", "--json").document] == ["poems", "rules", "silent"]
 
@@ -187,7 +187,7 @@ def test_what_came_from_codes_is_ingested_again_without_a_word_of_conflict(icm: 
     icm("restore", here)
     ran = icm("ingest", here, "--no-vectors")
     assert (ran.code, "0 new adapters" in ran.out) == (0, True)
-    assert "3 adapters were written from the code of an evicted task, and not taken" in ran.err
+    assert "3 adapters skipped, because icm wrote them from the code of an evicted task" in ran.err
 
 
 @pytest.mark.slow
@@ -214,7 +214,7 @@ def test_placeholders_that_a_full_disk_has_no_room_for_have_its_exit_code_and_th
         patch.setattr(staging.fs, "fsync", fsync)
         ran = icm(*KEEP)
     assert (ran.code, "free some space" in ran.err) == (ExitCode.NO_SPACE, True)
-    assert f"not replaced, {here / 'rules'}: it cannot be changed: No space left on device" in ran.out
+    assert f"kept {here / 'rules'}: it cannot be changed: No space left on device" in ran.out
     assert not list(here.rglob(f"*{PLACEHOLDER_NAME}*"))
     assert icm(*KEEP).code == 0
 

@@ -32,8 +32,8 @@ def test_ingesting_the_example_fleet_prints_what_the_guide_shows(icm: Icm) -> No
 def test_ingesting_it_again_says_what_the_guide_says(icm: Icm) -> None:
     icm("-q", "ingest", "docs/example-fleet")
     again = icm("ingest", "docs/example-fleet").out
-    assert "0 new adapters, 13 known" in again
-    assert "0 new adapters, 13 known" in GUIDE.read_text(encoding="utf-8")
+    assert "0 new adapters, 13 unchanged" in again
+    assert "0 new adapters, 13 unchanged" in GUIDE.read_text(encoding="utf-8")
 
 
 @pytest.mark.slow

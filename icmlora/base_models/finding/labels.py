@@ -54,9 +54,9 @@ def named_by(label: str, known: Sequence[str]) -> list[str]:
 
 
 def lookalikes(labels: Iterable[str]) -> list[list[str]]:
-    """Group labels that may mean one model: the same last part, apart from case, punctuation and revision.
+    r"""Group labels that may mean one model: the same last part, apart from case, punctuation and revision.
 
-    `google/gemma-3-270m-it`, `gemma3-270m-it`, `/models/gemma-3-270m-it` and `C:\\models\\gemma-3-270m-it` are alike.
+    `google/gemma-3-270m-it`, `gemma3-270m-it`, `/models/gemma-3-270m-it` and `C:\models\gemma-3-270m-it` are alike.
     """
     groups: defaultdict[str, list[str]] = defaultdict(list)
     for label in sorted(labels):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from icmlora.base_models.finding.labels import full_label, typed_label
+from icmlora.base_models.finding.labels import full_label, lookalikes, typed_label
 from registry.names import split_label
 
 
@@ -85,3 +85,15 @@ def test_a_typed_path_is_one_from_the_current_directory(tmp_path: Path, monkeypa
     monkeypatch.chdir(tmp_path)
     assert typed_label("./model") == str(tmp_path / "model")
     assert typed_label("maker/model") == "maker/model"
+
+
+def test_labels_that_look_like_one_model_are_grouped() -> None:
+    alike = [
+        "/models/gemma-3-270m-it/",
+        "C:\\models\\gemma-3-270m-it",
+        "/hub/models--google--gemma-3-270m-it/snapshots/0123456",
+        "gemma3-270m-it",
+        "google/gemma-3-270m-it",
+        "google/gemma-3-270m-it@c5ebcd4",
+    ]
+    assert lookalikes([*alike, "google/gemma-3-270m", "acme/tiny"]) == [sorted(alike)]
