@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from io import BytesIO
 from pathlib import Path
-from typing import Literal
+from typing import BinaryIO, Literal
 
 from registry.errors import SourceChanged, SourceRefused, StoreFull, StoreIOError, StoreReadOnly
 
@@ -38,6 +38,7 @@ CheckFirst = Callable[[int, int], None]
 _CANNOT_EXCHANGE = {errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP}
 _CANNOT_LINK = {errno.ENOSYS, errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP}
 _FULL = {errno.ENOSPC, errno.EDQUOT}
+_SPECIAL = {errno.ENXIO, errno.ENODEV}  # such as a socket
 _READ_ONLY = {errno.EROFS, errno.EACCES, errno.EPERM}
 # O_BINARY: without it, Windows would change line ends.
 _AS_IT_IS = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
@@ -247,6 +248,20 @@ def store_errors(path: Path | str) -> Iterator[None]:
         raise StoreIOError(f"{path}: {error.strerror or error}", path=path) from error
 
 
+def open_own(path: Path) -> BinaryIO:
+    """Open a file of the store to read it. Anything else in its place, such as a pipe, reads as an empty file."""
+    try:
+        fd = os.open(path, os.O_RDONLY | _AT_ONCE | getattr(os, "O_BINARY", 0))
+    except OSError as error:
+        if error.errno in _SPECIAL:
+            return BytesIO()
+        raise
+    if stat.S_ISREG(os.fstat(fd).st_mode):
+        return os.fdopen(fd, "rb")
+    os.close(fd)
+    return BytesIO()
+
+
 @contextmanager
 def open_plain(path: Path, *, max_bytes: int = MAX_SOURCE_BYTES) -> Iterator[tuple[int, int]]:
     """Open a regular file of bounded size and yield its descriptor and its size in bytes.
@@ -315,7 +330,7 @@ def read_plain(path: Path, *, max_bytes: int = MAX_SOURCE_BYTES, first: CheckFir
 def _not_opened(path: Path, error: OSError) -> SourceRefused:
     if error.errno == errno.ELOOP:
         return SourceRefused("is a symbolic link, and icm follows none", reason="symlink", path=path)
-    if error.errno in (errno.ENXIO, errno.ENODEV):
+    if error.errno in _SPECIAL:
         return _special(path)
     return SourceRefused(f"cannot be read: {error.strerror}", reason="unreadable", path=path)
 

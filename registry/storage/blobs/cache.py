@@ -49,7 +49,8 @@ class BlobCache:
         """Return the bytes of a blob if they are here, and are the right ones."""
         path = self._path(digest)
         try:
-            data = path.read_bytes()
+            with fs.open_own(path) as file:
+                data = file.read()
         except OSError:
             return None
         if hashlib.sha256(data).hexdigest() != digest:
@@ -62,8 +63,8 @@ class BlobCache:
     def start(self, digest: str, size: int) -> bytes | None:
         """Return the first bytes of a blob if it is here; nobody has checked them since it came."""
         try:
-            with self._path(digest).open("rb") as file:
-                return file.read(size)
+            with fs.open_own(self._path(digest)) as file:
+                return file.read(size) or None
         except OSError:
             return None
 

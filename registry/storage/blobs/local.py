@@ -9,7 +9,6 @@ A crash at any point leaves at most a file in tmp/ or a blob without a row; prun
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -57,7 +56,7 @@ class LocalBackend:
 
     def get(self, digest: str) -> BinaryIO:
         """Open the file of a blob."""
-        return self._paths.blob(digest).open("rb")
+        return fs.open_own(self._paths.blob(digest))
 
     def exists(self, digest: str) -> bool:
         """Say whether there is a file of that name."""
@@ -157,8 +156,8 @@ class LocalBatch:
 def _holds(path: Path, data: fs.Bytes) -> bool:
     """Say whether a file has exactly these bytes."""
     try:
-        with path.open("rb") as file:
-            if os.fstat(file.fileno()).st_size != len(data):
+        with fs.open_own(path) as file:
+            if path.stat().st_size != len(data):
                 return False
             view = memoryview(data)
             # bytes compare with memcmp, memoryviews item by item

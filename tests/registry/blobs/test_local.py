@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from registry import files as fs
+from registry.errors import DamagedBlob
 from registry.storage.blobs.content import Blobs
 from registry.storage.blobs.local import LocalBackend
 from registry.storage.folder import StorePaths, make_folders
@@ -33,6 +34,18 @@ def test_equal_bytes_are_written_once(blobs: Blobs, monkeypatch: pytest.MonkeyPa
     blobs.put(b"bytes")
     monkeypatch.setattr(fs, "write_file", lambda *_: pytest.fail("it was written again"))
     blobs.put(b"bytes")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_a_pipe_in_place_of_a_blob_is_damage_that_storing_it_again_repairs(blobs: Blobs, tmp_path: Path) -> None:
+    path = path_of(tmp_path, blobs.put(b"bytes"))
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(DamagedBlob):
+        blobs.read(path.name)
+    assert not blobs.is_intact(path.name)
+    assert blobs.put(b"bytes") == path.name
+    assert blobs.read(path.name) == b"bytes"
 
 
 @pytest.mark.parametrize("mask", [0o022, 0o077])
