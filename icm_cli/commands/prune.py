@@ -81,6 +81,8 @@ def prune(
         verb = "moved" if deleted else "would move"
         out.line(f"{verb} {moved} to quarantine ({human_size(report.set_aside_bytes)})")
         out.hint("run `icm prune --empty-quarantine` to delete them for good")
+    for folder in report.folders:
+        out.warn(f"skipped {folder}: icm creates no folders there")
     if report.young:
         out.note(f"kept {counted(report.young, 'blob')} newer than --grace ({human_size(report.young_bytes)})")
 

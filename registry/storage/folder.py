@@ -18,6 +18,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import stat
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
@@ -76,13 +77,15 @@ def is_digest(text: str) -> bool:
 
 
 def files_in(folder: Path) -> Iterator[Leftover]:
-    """Yield the files of a folder in which there should be none."""
+    """Yield the files and folders in a folder that should be empty."""
     from registry.storage.blobs.backend import Leftover
 
     for path in sorted(folder.iterdir()):
         with suppress(FileNotFoundError):  # another process renamed or removed it
             status = path.stat()
-            yield Leftover(str(path), status.st_size, status.st_mtime, partial(_remove, path))
+            yield Leftover(
+                str(path), status.st_size, status.st_mtime, partial(_remove, path), stat.S_ISDIR(status.st_mode)
+            )
 
 
 def _remove(path: Path) -> None:

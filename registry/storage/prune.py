@@ -54,6 +54,7 @@ class PruneReport:
     set_aside_bytes: int = 0
     young: int = 0  # blobs that stay for now: a running command may be about to refer to them
     young_bytes: int = 0
+    folders: tuple[str, ...] = ()  # found among the temporary files or in quarantine; they stay
 
 
 def drop_evicted(database: Database, blobs: Blobs, digests: Sequence[str]) -> int:
@@ -122,7 +123,7 @@ def prune(
     else:
         replaced = _replaced(database, blobs, doomed.keys()) if blobs.is_remote else set()
         precious = {digest for digest in doomed if digest not in replaced and is_precious(_start_of(blobs, digest))}
-    temporary = [file for file in left if file.modified <= newest]
+    temporary = [file for file in left if file.modified <= newest and not file.is_folder]
     if not dry_run:
         if doomed:
             upkeep.before_deletion()
@@ -135,7 +136,10 @@ def prune(
             file.remove()
     aside = sum(doomed[digest] for digest in precious)
     freed = sum(doomed.values()) + sum(file.size for file in temporary) - aside
-    return PruneReport(len(doomed) - len(precious), len(temporary), freed, len(precious), aside, len(young), sum(young))
+    folders = tuple(file.place for file in left if file.is_folder)
+    return PruneReport(
+        len(doomed) - len(precious), len(temporary), freed, len(precious), aside, len(young), sum(young), folders
+    )
 
 
 def _replaced(database: Database, blobs: Blobs, doomed: Set[str]) -> set[str]:

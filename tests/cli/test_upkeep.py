@@ -106,6 +106,14 @@ def test_prune_keeps_young_files_and_says_so(icm: Icm, stored: Path, tmp_path: P
     assert blobs(tmp_path / "store") == before
 
 
+def test_prune_skips_a_folder_among_the_temporary_files(icm: Icm, stored: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "store" / "tmp" / "notes"
+    folder.mkdir()
+    ran = icm("prune", "--older-than", "0s", "-y")
+    assert (ran.code, folder.is_dir()) == (ExitCode.DONE, True)
+    assert f"skipped {folder}: " in ran.err
+
+
 def test_prune_dry_run_deletes_nothing(icm: Icm, stored: Path, tmp_path: Path) -> None:
     icm("rm", "rust", "-y")
     before = blobs(tmp_path / "store")

@@ -42,12 +42,14 @@ class Leftover:
         size: Its length in bytes.
         modified: When it was written, in seconds since 1970.
         remove: Deletes it; one that is gone already is no error.
+        is_folder: Whether it is a folder, which no command of icm makes there.
     """
 
     place: str
     size: int
     modified: float
     remove: Callable[[], None] = field(repr=False, compare=False)
+    is_folder: bool = False
 
 
 class BlobBatch(Protocol):
