@@ -50,7 +50,7 @@ _IN_FOLDER: Field[TaskEvicted] = Field(
 )
 _STATUS = {
     "would_evict": "would evict",
-    "known": "already evicted",
+    "known": "unchanged",
     "original_only": "original only",
     "replaced": "placeholder",
     "would_replace": "would replace",

@@ -123,7 +123,7 @@ def test_a_task_named_twice_is_measured_once(icm: Icm, trained: Path) -> None:
 
 
 def test_tasks_without_held_out_text_are_named(icm: Icm, trained: Path) -> None:
-    assert "not measured: silent" in icm(*EVAL, "--source", "code").err
+    assert "not measured, no held-out text: silent" in icm(*EVAL, "--source", "code").err
 
 
 def test_no_held_out_text_at_all_is_an_error_with_a_hint(icm: Icm, trained: Path) -> None:

@@ -32,7 +32,10 @@ def in_nf4(icm: Icm, trained: Path, base: Path, plain_gains: None) -> None:
 
 def test_it_is_told_listed_and_taken_back(icm: Icm, trained: Path, base: Path) -> None:
     pytest.importorskip("bitsandbytes")
-    assert icm("base", "add", LABEL, base, "--load-in", "int8").out == f"{LABEL} is at {base}, loaded in int8\n"
+    assert (
+        icm("base", "add", LABEL, base, "--load-in", "int8").out
+        == f"set location of {LABEL} to {base}, loaded in int8\n"
+    )
     assert "loaded in int8" in icm("base", "ls").out
     assert icm("base", "ls", "--json").document[0]["load_in"] == "int8"
     assert icm("base", "add", LABEL, base, "--json").document["load_in"] is None
