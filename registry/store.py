@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from registry import files as fs
-from registry.errors import RegistryError, StoreNotFound
+from registry.errors import NotAStore, RegistryError, StoreNotFound
 from registry.names import Address, DatabaseUrl, address_of
 from registry.storage.blobs.content import Blobs
 from registry.storage.blobs.local import LocalBackend
@@ -286,6 +286,8 @@ def _folder_parts(
 ) -> StoreParts:
     paths = StorePaths(path)
     if create and not read_only:
+        if blobs is not None and not paths.place.exists() and not paths.format.exists():
+            _check_free(paths, blobs)
         prepare_folder(paths)
     elif not paths.format.exists():
         hint = "run `icm ingest PATH` to create one, or set another path with --store or ICM_STORE"
@@ -317,6 +319,17 @@ def _server_parts(url: DatabaseUrl, read_only: bool, patience: Patience, command
         hint = "install the extra: pip install 'icm-lora[team]'"
         raise RegistryError(f"PostgreSQL support is not installed: {error}", hint=hint) from error
     return open_server(url, read_only=read_only, patience=patience, command=command, blobs=blobs)
+
+
+def _check_free(paths: StorePaths, blobs: str) -> None:
+    """Raise unless a new store can have its blobs at an address. Call it before anything is written."""
+    from registry.storage.blobs.place import backend_at
+
+    try:
+        backend_at(blobs, "").check_free()
+    except NotAStore:
+        if not paths.place.exists():  # else another process is making this store
+            raise
 
 
 def _blobs_of(paths: StorePaths, asked: str | None) -> BlobBackend:

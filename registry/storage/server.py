@@ -77,9 +77,12 @@ def _reach(database: PostgresDatabase) -> None:
 
 def _settle(database: PostgresDatabase, blobs: str) -> Place:
     """Make the store unless it is there; a killed attempt goes on with its number."""
-    backend_at(blobs, "")  # before anything is written
+    backend = backend_at(blobs, "")  # before anything is written
     with database.creation() as connection:
-        place = postgres_place.find(connection, database.place) or postgres_place.add(connection, blobs)
+        place = postgres_place.find(connection, database.place)
+        if place is None:
+            backend.check_free()  # otherwise nothing is committed
+            place = postgres_place.add(connection, blobs)
     if place.blobs != blobs:
         raise elsewhere(database.place, f"at {place.blobs}")
     return place

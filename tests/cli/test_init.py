@@ -32,6 +32,22 @@ def test_a_store_in_a_database_has_to_be_told_where_its_bytes_are(url: str, icm:
     assert icm("ls", "--store", url).code == 10
 
 
+def test_while_the_bucket_is_away_nothing_is_created(
+    url: str, tmp_path: Path, icm: Icm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    objects = pytest.importorskip("registry.storage.blobs.objects")
+    monkeypatch.setattr(objects, "_DEADLINE", 0.5)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "tests")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "not-a-secret")
+    for store in (tmp_path / "new", url):
+        assert icm("init", store, "--blobs", "s3://icm/fleet").code == 18
+        assert icm("ls", "--store", store).code == 10
+    assert not (tmp_path / "new").exists()
+    for number, store in enumerate([tmp_path / "new", url]):
+        assert icm("init", store, "--blobs", tmp_path / f"blobs-{number}").code == 0
+
+
 def test_a_team_uses_the_four_commands_by_the_address_alone(
     mixed_template: Path, url: str, tmp_path: Path, icm: Icm, monkeypatch: pytest.MonkeyPatch
 ) -> None:

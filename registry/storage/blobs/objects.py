@@ -97,6 +97,18 @@ class ObjectBackend:
         self._is_confirmed = False  # that it is the owner's
         self._ahead: float | None = None  # the server's time less this machine's count of seconds
 
+    def check_free(self) -> None:
+        """Raise unless a new store can have its blobs here; this writes the object that `now` writes.
+
+        Raises:
+            NotAStore: It is another store's.
+        """
+        with self._errors(_OWNER):
+            is_owned = self._status(_OWNER) is not None
+        if is_owned:
+            raise self._not_mine()
+        self._send(_CLOCK, b"")
+
     def claim(self) -> None:
         """Make this the place of the store's blobs: two stores that shared it would prune each other's.
 
@@ -259,7 +271,10 @@ class ObjectBackend:
                 hint = "check the address, and that the bucket was not emptied"
                 raise StoreAway(f"no icm blobs at {self._url}", path=self._url, hint=hint) from None
         if found != self._owner:
-            raise NotAStore(f"{self._url} holds the blobs of another store", hint="choose another bucket or prefix")
+            raise self._not_mine()
+
+    def _not_mine(self) -> NotAStore:
+        return NotAStore(f"{self._url} holds the blobs of another store", hint="choose another bucket or prefix")
 
     def _listed(self, digit: str) -> list[BlobInfo]:
         found = (

@@ -27,6 +27,15 @@ _OBJECTS = re.compile(r"[a-z0-9]+://")
 class FarBackend(BlobBackend, Protocol):
     """A place of blobs that belongs to one store."""
 
+    def check_free(self) -> None:
+        """Raise what `claim` would raise, but before anything of a new store is written.
+
+        Raises:
+            NotAStore: It is a store's.
+            StoreAway: It cannot be reached.
+        """
+        ...
+
     def claim(self) -> None:
         """Make this the place of the store's blobs; twice is once.
 

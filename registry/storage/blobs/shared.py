@@ -43,6 +43,18 @@ class SharedBackend(LocalBackend):
         self._folder, self._owner, self.home = folder, owner, str(folder)
         self._ahead: float | None = None  # the server's time less this machine's count of seconds
 
+    def check_free(self) -> None:
+        """Raise unless a new store can have its blobs here; this makes the folder.
+
+        Raises:
+            NotAStore: It is another store's, or holds other things.
+        """
+        with fs.store_errors(self._folder):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            if (self._folder / "owner").exists():
+                raise self._not_mine()
+            self._refuse_foreign()
+
     def claim(self) -> None:
         """Make this the place of the store's blobs: two stores that shared it would prune each other's.
 
@@ -52,11 +64,7 @@ class SharedBackend(LocalBackend):
         with fs.store_errors(self._folder):
             self._folder.mkdir(parents=True, exist_ok=True)
             if not (self._folder / "owner").exists():
-                # Another process may be claiming it too, and be done before this one has looked.
-                ours = {"blobs", "tmp", "quarantine", "owner", "clock"}
-                if foreign := {entry.name for entry in self._folder.iterdir()} - ours:
-                    hint = "use an empty or new folder"
-                    raise NotAStore(f"{self._folder} holds {min(foreign)!r}", path=self._folder, hint=hint)
+                self._refuse_foreign()
                 make_folders(self._paths)
                 self._write_owner()
         self._check_owner()
@@ -117,6 +125,13 @@ class SharedBackend(LocalBackend):
             self._check_owner()
             raise
 
+    def _refuse_foreign(self) -> None:
+        # Another process may be claiming it too, and be done before this one has looked.
+        ours = {"blobs", "tmp", "quarantine", "owner", "clock"}
+        if foreign := {entry.name for entry in self._folder.iterdir()} - ours:
+            hint = "use an empty or new folder"
+            raise NotAStore(f"{self._folder} holds {min(foreign)!r}", path=self._folder, hint=hint)
+
     def _write_owner(self) -> None:
         """Write whose folder this is, unless another process has."""
         temporary = self._paths.tmp / uuid4().hex
@@ -136,5 +151,8 @@ class SharedBackend(LocalBackend):
             fact = f"no icm blobs in {self._folder}: {error.strerror}"
             raise StoreAway(fact, path=self._folder, hint=hint) from None
         if found != self._owner:
-            fact = f"{self._folder} holds the blobs of another store"
-            raise NotAStore(fact, path=self._folder, hint="choose another folder")
+            raise self._not_mine()
+
+    def _not_mine(self) -> NotAStore:
+        fact = f"{self._folder} holds the blobs of another store"
+        return NotAStore(fact, path=self._folder, hint="choose another folder")
