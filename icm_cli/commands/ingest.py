@@ -244,7 +244,7 @@ def _print_missing_vectors(out: Output, report: IngestReport) -> None:
     bases = f"base model{'s' if len(missing) > 1 else ''} {some(missing)} not found on this machine"
     out.note(f"{tasks}: {bases}")
     more = " for each of them" if len(missing) > 1 else ""
-    out.hint(f"run `icm base add {shlex.quote(missing[0])} FOLDER`{more}, then `icm vectors`")
+    out.hint(f"run `icm base add {shlex.quote(missing[0])} PATH`{more}, then `icm vectors`")
 
 
 def _print_tasks(out: Output, tasks: Sequence[str], one: str, several: str | None = None, what: str = "task") -> None:

@@ -120,7 +120,7 @@ def test_a_relative_name_that_several_base_models_end_with_is_refused(icm: Icm, 
         folder = write_adapter(tmp_path / place / f"poems-{seed}", base_model_name_or_path="./model", seed=seed)
         icm("ingest", folder, "--store", tmp_path / "store", "--no-vectors")
     ran = icm("base", "add", "./model", write_tiny_base(tmp_path / "base"), "--store", tmp_path / "store")
-    assert (ran.code, "./model may be any of 2 base models" in ran.err) == (1, True)
+    assert (ran.code, "./model matches 2 base models" in ran.err) == (1, True)
 
 
 def test_ingest_suggests_an_alias_for_names_that_look_like_one_base_model(icm: Icm, tmp_path: Path) -> None:
@@ -136,4 +136,4 @@ def test_ingest_suggests_an_alias_for_names_that_look_like_one_base_model(icm: I
 def test_ingest_names_the_base_model_that_is_missing_and_the_command_that_adds_it(icm: Icm, tmp_path: Path) -> None:
     ran = icm("ingest", write_adapter(tmp_path / "poems"), "--store", tmp_path / "store")
     assert f"1 task without task vectors: base model {BASE} not found on this machine" in ran.err
-    assert f"hint: run `icm base add {BASE} FOLDER`, then `icm vectors`" in ran.err
+    assert f"hint: run `icm base add {BASE} PATH`, then `icm vectors`" in ran.err
