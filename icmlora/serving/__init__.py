@@ -1,16 +1,16 @@
-"""Adapters for the engines that answer requests: a task is written the first time that somebody asks for it.
+"""Serve adapters to inference engines. A task's adapter is written at the first request for it.
 
     request for "dog-detection"
         |
         v
-    ServedTasks.find      one look into an index: unknown names cost nothing more
+    ServedTasks.find      one index lookup, so unknown names are cheap
         v
-    EngineBase.problem    is it of the engine's base model, with modules that this has?
+    EngineBase.problem    checks the base model and the modules
         v
-    AdapterFolders.get    written once, under the digest of everything it follows from, and never changed
+    AdapterFolders.get    writes the adapter once, under the digest of its inputs
         v
     the engine loads the folder
 
-Each engine is one file: `vllm` is a plug-in that runs inside the engine, `gateway` a server in front of one. `attach`
-puts adapters into a model of this process, without any folder. Nothing here knows `icm_cli`.
+`vllm` is a plug-in that runs inside the engine; `gateway` is a server in front of it. `attach` puts adapters into a
+model in this process without writing files. Nothing here imports `icm_cli`.
 """

@@ -1,11 +1,11 @@
-"""Put the adapters of a fleet into a model of this process, one after the other in one slot, without any folder.
+"""Attach a fleet's adapters to a model in this process, one at a time, without writing files.
 
-    model = attach(model, fleet, "dog-detection")     the first time, PEFT's layers are put in
-    model = attach(model, fleet, "cat-detection")     from then on their values are exchanged
+    model = attach(model, fleet, "dog-detection")     the first call inserts PEFT's layers
+    model = attach(model, fleet, "cat-detection")     later calls only replace their values
 
-Adapters that pile up in a model make each of its steps slower (peft#981), so there is one slot. It has the modules of
-all adapters that were in it; those that an adapter does not have are zero meanwhile. The scale is folded into B, so
-adapters of different ranks and scalings take turns, which PEFT refuses of folders.
+Loading many adapters slows down every step of a model (peft#981), so there is a single slot. It has the modules of all
+adapters attached so far; modules missing from the current adapter are zero. The scale is folded into B, so adapters can
+differ in rank and scaling, which PEFT does not support when it swaps adapters from files.
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ Layers = Mapping[str, nn.Linear | LoraLayer]
 """The linear layers of a model, with or without PEFT's parts, by their names without those."""
 
 _OTHER = 0.01
-"""From which relative difference on weights are others: more than rounding makes, less than a training does."""
+"""Relative difference that means different weights: larger than rounding, smaller than the effect of training."""
 _KEPT = 256 << 20
-"""Bytes of the adapters that were put into a model last and stay decoded; one is kept whatever it takes."""
+"""Bytes of recently attached adapters that stay decoded. The latest one is always kept."""
 decoded_last: WeakKeyDictionary[nn.Module, OrderedDict[str, Adapter]] = WeakKeyDictionary()
-"""Those of each model, by `key_of`, the oldest first."""
+"""The decoded adapters of each model, by `key_of`, oldest first."""
 _FLEETS = 8
 """Stores in databases whose tasks are kept."""
 SLOT = "icm"
@@ -60,14 +60,14 @@ SLOT = "icm"
 
 
 def attach(model: nn.Module, fleet: Fleet | Bundle, task: str) -> PeftModel:
-    """Put the adapter of a task into a model, in place of the one that this function put there before.
+    """Attach a task's adapter to a model, replacing the adapter from an earlier call.
 
-    It warns if the model's weights are not those of the task's base model, where that is on this machine: the widths
-    alone may fit. `model.unload()` takes PEFT's layers out again and returns the model as it was.
+    Warns if the model's weights differ from the task's base model, which must be on this machine for this check.
+    `model.unload()` removes PEFT's layers and returns the original model.
 
-    The outputs are those of the model with the folder that `materialize` writes, up to the order of sums: an adapter of
-    a smaller rank than the slot's is filled with zeros. For `torch.compile`, attach the largest adapter, call PEFT's
-    `prepare_model_for_compiled_hotswap`, compile, and go on.
+    Outputs equal those with the adapter written by `materialize`, up to the order of sums: an adapter with a smaller
+    rank than the slot is padded with zeros. For `torch.compile`, attach the largest adapter, call PEFT's
+    `prepare_model_for_compiled_hotswap` and compile. Then attach the others.
 
     Args:
         model: A transformers model, or what this function returned for it, on any device. It is changed in place.
@@ -89,7 +89,7 @@ def attach(model: nn.Module, fleet: Fleet | Bundle, task: str) -> PeftModel:
     layers = dict(_linear_layers(base))
     _check_modules(layers, adapter)
     if any(SLOT in layer.merged_adapters for layer in _slot(layers).values()):
-        raise DataError("the adapter in the slot is merged into the model", hint="call `model.unmerge_adapter()` first")
+        raise DataError("the attached adapter is merged into the model", hint="call `model.unmerge_adapter()` first")
     slotted = model if isinstance(model, PeftModel) else None
     if slotted is None:
         _warn_if_other(layers, fleet, task, adapter)
@@ -109,7 +109,7 @@ def _plain_adapter(model: nn.Module, fleet: Fleet | Bundle, task: str) -> tuple[
     with _chosen(fleet, task) as chosen:
         codes = chosen.codes
         if (problem := _problem(chosen)) is not None:
-            hint = "write it with `materialize`, and load the folder"
+            hint = "write it with `materialize` and load the folder"
             raise DataError(f"task {chosen.task.name!r} {problem}", hint=hint)
         context = _context_of(chosen)
         recent, key = decoded_last.setdefault(model, OrderedDict()), key_of(chosen)
@@ -128,7 +128,7 @@ def _context_of(chosen: Chosen) -> TaskContext | None:
     try:
         return read_context(chosen.codes.read, chosen.final)
     except DataError as error:  # a file of the user's own that has this name
-        warnings.warn(f"the context of {chosen.task.name!r} cannot be read: {error}", stacklevel=4)
+        warnings.warn(f"cannot read the context of {chosen.task.name!r}: {error}", stacklevel=4)
         return None
 
 
@@ -155,12 +155,12 @@ def _problem(chosen: Chosen) -> str | None:
     """Say why an adapter has no place in a slot; None if it has."""
     final = chosen.final
     if final.format != "peft":
-        return "cannot be attached: it is not in PEFT's format"
+        return "cannot be attached: it is not in PEFT format"
     if final.original_only is not None:
         return f"cannot be attached: {final.original_only}"
     if all(extra.file is not None for extra in final.extras):
         return None
-    return f"has more than factors of LoRA ({', '.join(sorted(chosen.codes.form(final).tensors)[:3])})"
+    return f"has tensors besides its LoRA factors ({', '.join(sorted(chosen.codes.form(final).tensors)[:3])})"
 
 
 def _check_modules(layers: Layers, adapter: Adapter) -> None:
@@ -170,7 +170,7 @@ def _check_modules(layers: Layers, adapter: Adapter) -> None:
             raise BaseModelMismatch(f"the model has no linear layer {module.name!r}")
         linear, widths = _inner(found), (module.a.shape[1], module.b.shape[0])
         if (here := (linear.in_features, linear.out_features)) != widths:
-            raise BaseModelMismatch(f"{module.name!r} has widths {widths} in the adapter, {here} here")
+            raise BaseModelMismatch(f"{module.name!r} has widths {widths} in the adapter but {here} in the model")
 
 
 @torch.no_grad()
@@ -213,8 +213,8 @@ def _warn_if_other(layers: Layers, fleet: Fleet | Bundle, task: str, adapter: Ad
         return
     expected = decode_torch(encode({"weight": stored}, {}))[1]["weight"]
     if (weight.float().cpu() - expected).norm() > _OTHER * expected.norm():
-        fact = f"the weights of the model are not those of {found.base_model!r}, which {task!r} is for"
-        warnings.warn(f"{fact}: its answers may make no sense", stacklevel=3)
+        fact = f"the model's weights differ from {found.base_model!r}, the base model of {task!r}"
+        warnings.warn(f"{fact}, so its output may be meaningless", stacklevel=3)
 
 
 def _linear_layers(base: nn.Module) -> Iterable[tuple[str, nn.Linear | LoraLayer]]:

@@ -1,7 +1,7 @@
-"""Which tasks an engine can serve: those of its own base model, with modules that this model has.
+"""Check which tasks an engine can serve: they need its base model and modules that the model has.
 
-An engine that finds none of an adapter's modules in its model answers as the base model does, without an error
-(vllm#34186, #48019). So names and widths are compared before an adapter is handed to it.
+If an engine finds none of an adapter's modules in its model, it answers like the base model without an error
+(vllm#34186, #48019). So names and widths are compared before an adapter is loaded.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class EngineBase:
     Args:
         model: What the engine was started with: a name on a hub, or a folder.
         tasks: The tasks that it may be asked for.
-        label: One of their base models, if the user says that this is it.
-        log: Where to warn: an engine may show nothing that is not below its own name.
+        label: The base model of the tasks, if the user named it.
+        log: Logger for warnings. Some engines show only messages below their own logger name.
     """
 
     def __init__(self, model: str, tasks: ServedTasks, label: str | None = None, *, log: logging.Logger = _log) -> None:
@@ -41,24 +41,24 @@ class EngineBase:
         self._lock = threading.RLock()  # several threads ask, and the models are compared once
 
     def problem(self, task: ServedTask) -> str | None:
-        """Say why the engine cannot serve a task, or return None if it can. The first call may read the base model."""
+        """Return why the engine cannot serve a task, or None if it can. The first call may read the base model."""
         with self._lock:
             if not self.is_of(task.base_model):
-                fact = f"task {task.name!r} is of base model {task.base_model!r}, and the engine runs {self.model!r}"
-                hint = "say so with ICM_BASE_MODEL (in `icm serve`: --base-model) and the former name"
-                return f"{fact}; if they are the same, {hint}"
+                fact = f"task {task.name!r} needs base model {task.base_model!r}, but the engine runs {self.model!r}"
+                hint = f"set ICM_BASE_MODEL={task.base_model} (`icm serve`: --base-model)"
+                return f"{fact}; if they are the same model, {hint}"
             misfit = None if self._modules is None else _misfit(self._modules, task.layout)
             return None if misfit is None else f"task {task.name!r}: {misfit}"
 
     def is_of(self, base_model: str) -> bool:
-        """Say whether the tasks of a base model are for the engine's model. The first call may read both."""
+        """Return whether the engine's model is this base model. The first call may read both."""
         with self._lock:
             if base_model not in self._same:
                 self._same[base_model] = self._compare(base_model)
             return self._same[base_model]
 
     def prepare(self) -> None:
-        """Do now what else the first task would wait for: read the engine's model, and what modules it has."""
+        """Read the engine's model and its modules now, so that the first task does not wait for it."""
         with self._lock:
             for base_model in self._tasks.base_models():
                 self.is_of(base_model)
@@ -86,7 +86,7 @@ class EngineBase:
                 return
         except BaseModelNotFound:
             return
-        fact = "icm: the engine runs %r, whose weights are not those of %r: with its adapters the answers make no sense"
+        fact = "icm: the engine runs %r, whose weights differ from %r, so adapters may produce meaningless output"
         self._warn(fact, self.model, base_model)
 
     @cached_property
@@ -96,7 +96,7 @@ class EngineBase:
                 return find_base_model(self.model)
             return self._tasks.locate(self._label)
         except BaseModelNotFound as error:
-            self._warn("icm: %s; so the modules of adapters are not compared with it", error.message)
+            self._warn("icm: %s, so adapters are not checked against the model", error.message)
             return None
 
     @cached_property
@@ -109,7 +109,7 @@ class EngineBase:
         try:
             return dict(load_skeleton(self._found).model.named_modules())
         except BaseModelNotFound as error:
-            self._warn("icm: %s; so the modules of adapters are not compared with it", error.message)
+            self._warn("icm: %s, so adapters are not checked against the model", error.message)
             return None
 
 
@@ -126,5 +126,5 @@ def _misfit(modules: dict[str, nn.Module], layout: tuple[ModuleShape, ...]) -> s
             continue
         widths = sorted((shape.inputs, shape.outputs))  # some layers keep their weight transposed
         if sorted(weight.shape) != widths:
-            return f"{shape.module!r} has the shape {list(weight.shape)} in the engine's model, not {widths}"
+            return f"{shape.module!r} has shape {list(weight.shape)} in the engine's model, not {widths}"
     return None

@@ -1,8 +1,8 @@
 """Find tasks for requests without reading the store for each of them.
 
-A look into the store takes milliseconds. What it found holds as long as the store's stamp (size and time of its
-database file, or how many changes its database counts) stays the same. The clock of a file system has steps, so what
-was found within a step of a change holds for a second only.
+A lookup in the store takes milliseconds. Its result stays valid while the store's stamp (size and time of the database
+file, or the database's change counter) stays the same. File system clocks are coarse, so a result read close to a
+change is valid for only a second.
 """
 
 from __future__ import annotations

@@ -1,11 +1,10 @@
-"""Folders of written adapters, each under the digest of everything that it follows from.
+"""Folders of written adapters, each named by the digest of its inputs.
 
     ROOT/sha256-<64 hex>/     complete and never changed, or absent
     ROOT/.lock                held shared while the folders are in use, alone to delete some
 
-An engine opens a folder again whenever it has dropped the adapter from its own memory, so nothing is deleted that a
-running process may have handed out. What can be written again need not survive a crash: by default the folders are in
-memory.
+An engine reopens a folder after it has dropped the adapter from memory, so folders that a running process may have
+passed to an engine are not deleted. Folders can be written again, so they are in memory by default.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ def _own_parent() -> Path:
 
 
 def is_adapter_folder(path: Path) -> bool:
-    """Say whether a folder is named as those that icm writes for engines."""
+    """Return whether a folder has a name that icm gives to adapters for engines."""
     return _NAME.fullmatch(path.name) is not None
 
 
@@ -109,7 +108,7 @@ class AdapterFolders:
         return self.root / f"sha256-{key}"
 
     def discard(self, key: str) -> None:
-        """Delete a folder that nobody uses any more; only for a process that has the folders alone."""
+        """Delete an unused folder. Only for a process with exclusive access."""
         assert self.alone
         with self._one(key):
             shutil.rmtree(self.path(key), ignore_errors=True)
@@ -129,13 +128,15 @@ class AdapterFolders:
         return sum(list(self._sizes.values()))
 
     def close(self) -> None:
-        """Let go of the folders; they stay, and the next process finds them."""
+        """Release the folders and keep them for the next process."""
         os.close(self._lock)
 
     def _check_room(self) -> None:
         if self.size >= self.limit:
-            fact = f"the written adapters take {human_size(self.size)}, and the limit is {human_size(self.limit)}"
-            raise FoldersUnusable(fact, path=self.root, hint="raise the limit, or restart the server to begin anew")
+            fact = f"the written adapters take {human_size(self.size)}, but the limit is {human_size(self.limit)}"
+            raise FoldersUnusable(
+                fact, path=self.root, hint="raise the limit, or restart the server to clear the folder"
+            )
 
     def _trim(self) -> None:
         """Delete the folders that were used longest ago, until half of the limit is free again."""
@@ -167,7 +168,7 @@ def _make_private(root: Path) -> None:
         found = place.lstat()
         if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
             raise FoldersUnusable(
-                "is not a folder of this user", path=place, hint="name another folder for the adapters"
+                "is not a folder owned by this user", path=place, hint="choose another folder for the adapters"
             )
         place.chmod(0o700)
 
@@ -182,7 +183,7 @@ def _share(descriptor: int, root: Path) -> None:
 
 
 def _in_use(root: Path) -> FoldersInUse:
-    return FoldersInUse("another server uses these folders", path=root, hint="stop it, or name another folder")
+    return FoldersInUse("another server uses this folder", path=root, hint="stop that server, or choose another folder")
 
 
 def _size(folder: Path) -> int:

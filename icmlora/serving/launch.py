@@ -30,11 +30,11 @@ class Launch:
         model: What the engine is started with: a folder, or a name on a hub.
         is_local: Whether the base model is on this machine.
         environment: Variables for the engine.
-        commands: The engine's command line, and that of the gateway if there is one.
+        commands: The command lines of the engine and of the gateway, if there is one.
         tasks: How many tasks it will serve.
-        max_lora_rank: The largest rank that it is told.
+        max_lora_rank: The largest rank that the engine is started with.
         left_out: Tasks that it cannot serve, and why.
-        credentials: Variables that let the engine, or the gateway, in; never what they hold.
+        credentials: Names of variables for credentials, without their values.
     """
 
     base_model: str
@@ -57,7 +57,7 @@ def plan_launch(
     base_model: str | None = None,
     gateway: bool = False,
 ) -> Launch:
-    """Say how to start an engine for the tasks of one base model.
+    """Return the commands that start an engine for the tasks of one base model.
 
     Args:
         tasks: The tasks.
@@ -73,7 +73,7 @@ def plan_launch(
     base_model = _base_model(tasks, base_model)
     served, left_out, rank, targets = _sorted(engine, tasks, base_model)
     if not served:
-        raise DataError(f"{engine} can serve no task of {base_model!r}: {left_out[0][1]}")
+        raise DataError(f"{engine} cannot serve any task of {base_model!r}: {left_out[0][1]}")
     model, is_local = _model(tasks, base_model)
     where = "" if store is None else absolute(address_of(store))
     credentials = () if bundle is not None or isinstance(address_of(store or ""), Path) else _CREDENTIALS
@@ -108,9 +108,9 @@ def _base_model(tasks: ServedTasks, label: str | None) -> str:
         return found
     used = [name for name in bases if tasks.names(name)]
     if not used:
-        raise DataError("there is no task to serve", hint="`icm ingest` takes adapters into the store")
+        raise DataError("there are no tasks to serve", hint="run `icm ingest` to add adapters to the store")
     if len(used) > 1:
-        fact = f"an engine has one base model, but the tasks have {len(used)}: {', '.join(used)}"
+        fact = f"an engine serves one base model, but the tasks have {len(used)}: {', '.join(used)}"
         raise DataError(fact, hint="choose one with --base-model NAME")
     return used[0]
 
@@ -126,7 +126,7 @@ def _sorted(
             left_out.append((form.name, form.damage))
             continue
         if form.format != "peft":
-            left_out.append((form.name, f"it is in the format {form.format}, and {engine} reads PEFT folders"))
+            left_out.append((form.name, f"its format is {form.format}, but {engine} reads only PEFT folders"))
             continue
         config = parse_object(form.config, what=f"the configuration of {form.name!r}", max_bytes=len(form.config))
         if (problem := config_problem(engine, config)) is not None:

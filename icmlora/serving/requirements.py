@@ -1,6 +1,6 @@
-"""What each engine asks of an adapter's configuration, as their sources check it: vLLM 0.33, SGLang 0.5.
+"""Requirements of each engine on an adapter's configuration, from their sources: vLLM 0.33, SGLang 0.5.
 
-Some of it an engine refuses by itself. The rest is worse: it loads the adapter and answers with something else.
+Engines reject some violations themselves. For others they load the adapter but give wrong answers.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Literal
 EngineName = Literal["vllm", "sglang"]
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""What `--max-lora-rank` of vLLM takes."""
+"""Values that vLLM accepts for `--max-lora-rank`."""
 
 Config = Mapping[str, object]
 
@@ -23,7 +23,7 @@ _SGLANG_IGNORES = ("use_rslora", "rank_pattern", "alpha_pattern", "lora_bias", "
 
 
 def config_problem(engine: EngineName, config: Config) -> str | None:
-    """Say why an engine cannot serve an adapter with this `adapter_config.json`, or return None if it can."""
+    """Return why an engine cannot serve an adapter with this `adapter_config.json`, or None if it can."""
     found = _vllm(config) if engine == "vllm" else _sglang(config)
     return next(iter(found), None)
 
@@ -47,7 +47,7 @@ def _vllm(config: Config) -> Iterable[str]:
     if config.get("trainable_token_indices"):
         yield "vLLM does not support trainable_token_indices"
     if largest_rank(config) > VLLM_RANKS[-1]:
-        yield f"rank {largest_rank(config)} is above {VLLM_RANKS[-1]}, the largest that vLLM takes"
+        yield f"rank {largest_rank(config)} is above {VLLM_RANKS[-1]}, the largest rank that vLLM supports"
 
 
 def _sglang(config: Config) -> Iterable[str]:
@@ -59,7 +59,7 @@ def _sglang(config: Config) -> Iterable[str]:
         yield "SGLang does not support trainable_token_indices"
     targets = config.get("target_modules")
     if isinstance(targets, str) and targets not in ("all", "all-linear"):
-        yield "SGLang takes no pattern as target_modules"
+        yield "SGLang does not support a pattern in target_modules"
     if isinstance(targets, list) and ("q_proj" in targets) != ("v_proj" in targets):
         yield "SGLang needs q_proj and v_proj together"
 

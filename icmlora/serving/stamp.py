@@ -1,4 +1,4 @@
-"""What tells that tasks may have changed, without looking at them."""
+"""Detect that tasks may have changed without reading them."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from registry.files import identity
 
 @dataclass(frozen=True)
 class Stamp:
-    """What a file looks like from outside; it differs after a change, up to the steps of the file system's clock.
+    """The state of a file. It differs after a change, within the precision of the file system's clock.
 
-    From outside: opening and closing a database would drop the locks of other threads.
+    It does not open the file, because closing a database would drop the locks of other threads.
 
     Attributes:
         changed: When it was changed last, in seconds since 1970.
-        parts: What else tells one state from another.
+        parts: Other values that distinguish two states.
     """
 
     changed: float
@@ -24,7 +24,7 @@ class Stamp:
 
     @classmethod
     def of(cls, path: Path) -> Stamp:
-        """Look at a file; one that is absent has a stamp too."""
+        """Return the stamp of a file. A missing file has a stamp too."""
         try:
             found = path.stat()
         except OSError:

@@ -54,14 +54,14 @@ class ServedTask:
 
 @dataclass(frozen=True)
 class TaskForm:
-    """What an engine is told of a task's adapter.
+    """A task's adapter as an engine sees it.
 
     Attributes:
         name: The name of the task.
         format: The format of its adapter; engines read `peft`.
         config: Its `adapter_config.json`, as it is written.
         targets: The names of its modules, as a configuration gives them.
-        damage: What is wrong with its configuration in the store, which is then empty here.
+        damage: Why the configuration could not be read; `config` is then empty.
     """
 
     name: str
@@ -96,12 +96,12 @@ class ServedTasks:
         return ServedTask(name, chosen.task.base_model, key_of(chosen), layout, chosen.final.is_generated)
 
     def check(self) -> None:
-        """Raise `StoreAway` if it is known that the store is away: finding that out anew may take many seconds."""
+        """Raise `StoreAway` if the store is known to be unavailable. Checking again could take many seconds."""
         if self._watched is not None:
             self._watched.check()
 
     def is_at_hand(self, task: ServedTask) -> bool:
-        """Say whether `write` waits for no network, as far as is known."""
+        """Return whether `write` needs no network, according to the cache."""
         return self._watched is None or not self._watched.missing(task.name, task.key)
 
     def fetch(self, task: ServedTask) -> None:
@@ -110,12 +110,12 @@ class ServedTasks:
             self._watched.fetch(self._watched.missing(task.name, task.key))
 
     def names(self, base_model: str | None = None) -> list[str]:
-        """Return the names of all tasks, or of those of one base model, sorted."""
+        """Return the sorted names of all tasks, or of the tasks of one base model."""
         with self._open() as codes:
             return codes.names(base_model)
 
     def forms(self, base_model: str) -> Iterator[TaskForm]:
-        """Yield what an engine is told of the tasks of a base model; a row or two is read for each."""
+        """Yield the form of each task of a base model. Reads one or two rows per task."""
         from icmlora.formats.peft.initial import converted_form
 
         with self._open() as codes:
@@ -154,7 +154,7 @@ class ServedTasks:
                 with self._open() as codes:
                     chosen = choose(codes, codes.get(task.name))
                     if key_of(chosen) != task.key:
-                        raise TaskChanged(f"the task {task.name!r} is being changed")
+                        raise TaskChanged(f"task {task.name!r} is being changed")
                     made = chosen.files()
             write_adapter_files(directory, made.format, made.content, task.name)
 
@@ -207,14 +207,14 @@ def open_tasks(
     lock_timeout: float = 30.0,
     log: logging.Logger | None = None,
 ) -> ServedTasks:
-    """Open a bundle if one is named, else a store; a store is read anew with each call.
+    """Open a bundle if given, else a store. A store is read again at each call.
 
     Args:
         store: The store: a folder, or the address of a database.
         bundle: A bundle file.
         command: Who reads the store, for those who wait for it.
         lock_timeout: Seconds to wait for a command that has the store to itself.
-        log: Where to say that the database is away, if not where modules of icm do.
+        log: Logger for outages of the database, instead of the module's own.
     """
     if bundle is not None:
         return ServedTasks(partial(Stamp.of, Path(bundle)), _ReopenedBundle(Path(bundle)))
@@ -238,5 +238,5 @@ def watched_store(context: Context, log: logging.Logger | None = None) -> Watche
         from icmlora.serving.watched import WatchedStore
     except ImportError as error:
         hint = "install the extra: pip install 'icm-lora[team]'"
-        raise RegistryError(f"a store in PostgreSQL needs it: {error}", hint=hint) from error
+        raise RegistryError(f"a store in PostgreSQL needs an optional package: {error}", hint=hint) from error
     return WatchedStore(context, key_of, log or logging.getLogger(__name__))

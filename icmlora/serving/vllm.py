@@ -1,17 +1,17 @@
 """The plug-in for vLLM: a request for the model `dog-detection` gets the task of that name.
 
-    icm serve --print-config vllm        prints the environment and the command line that turn it on
+    icm serve --print-config vllm        prints the environment and the command line that enable it
 
 vLLM imports it in each of its processes through the entry point `vllm.general_plugins`, so nothing heavy is imported
 here. It asks the resolver on the event loop of its API server, for any name that any client sends, and treats an
-exception as a failure of its own: whatever goes wrong is one line in the log, and None.
+exception as its own failure, so any error becomes one log line and the result None.
 
-vLLM asks for a name once, and remembers the answer until it is restarted. `_Follower` looks at each request whether the
-task is still the one that vLLM has, and puts the new adapter in its place: under another path, so that vLLM uses no
-prefix cache of the old one, and another number, so that requests in flight keep the old one.
+vLLM resolves a name once and remembers the result until it is restarted. `_follow_tasks` makes it check at each request
+whether the task has changed, and replaces the adapter. The new adapter has another path, so that vLLM does not use the
+old prefix cache, and another number, so that requests in flight keep the old adapter.
 
 Read from the environment: ICM_STORE or ICM_BUNDLE, and ICM_BASE_MODEL, ICM_ADAPTERS (folder for the written adapters)
-and ICM_ADAPTERS_SIZE (what they may take, as 4GiB).
+and ICM_ADAPTERS_SIZE (their size limit, such as 4GiB).
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _CHECKING = (
 )
 """The classes of vLLM 0.32 whose method `_check_model` looks whether there is the model that a request names."""
 _THREADS = 4
-"""Names that are looked up at once; the rest waits, whatever clients send."""
+"""Maximum number of concurrent lookups."""
 _WRITING = 16
 """Tasks that are written at once: one is decoded at a time, but others may wait for their bytes from a network."""
 
@@ -61,7 +61,7 @@ def register() -> None:
     if not (os.environ.get("ICM_STORE") or os.environ.get("ICM_BUNDLE")):
         return
     if (missing := _missing()) is not None:
-        _log.error("icm: %s: until it is there, no task is found", missing)
+        _log.error("icm: %s; no tasks will be found until it exists", missing)
     from vllm.lora.resolver import LoRAResolver, LoRAResolverRegistry
 
     if NAME not in LoRAResolverRegistry.get_supported_resolvers():
@@ -76,7 +76,7 @@ def _missing() -> str | None:
     store = os.environ["ICM_STORE"]
     address = address_of(store)
     is_there = not isinstance(address, Path) or (address / "registry.db").is_file()
-    return None if is_there else f"ICM_STORE={store} has no store"
+    return None if is_there else f"ICM_STORE={store} is not a store"
 
 
 class IcmResolver:
@@ -109,7 +109,7 @@ class IcmResolver:
 
         task = await source.catalogue.find(lora_name)
         if task is None:
-            _log.info("icm: no task has the name %.128r", lora_name)
+            _log.info("icm: there is no task named %.128r", lora_name)
             return None
         loop = asyncio.get_running_loop()
         try:
@@ -120,10 +120,10 @@ class IcmResolver:
         return None if folder is None else LoRARequest(lora_name=lora_name, lora_int_id=1, lora_path=str(folder))
 
     async def renew(self, models: Any, name: object) -> None:
-        """Have vLLM serve a task as it is now, if that is not the one that it has.
+        """Replace a task's adapter in vLLM if the task has changed.
 
         Args:
-            models: vLLM's `OpenAIServingModels`, or what stands for it where there are no adapters.
+            models: vLLM's `OpenAIServingModels`, or its substitute if there are no adapters.
             name: The model that a request names.
         """
         served, source = models.lora_requests.get(name), self._source
@@ -145,7 +145,7 @@ class IcmResolver:
                 del models.lora_requests[name]
                 return
             models.lora_requests[name] = request
-            _log.info("icm: %r has changed, and is served anew", name)
+            _log.info("icm: loaded the new adapter of %r", name)
 
     async def _is_current(self, source: _Source, served: LoRARequest) -> bool:
         """Say whether the adapter that vLLM has of a task is the one of now; also if it has it from elsewhere."""
@@ -157,7 +157,7 @@ class IcmResolver:
         except StoreAway:
             return True
         except Exception as error:  # a request need not fail for it
-            _log.error("icm: cannot see whether %.128r has changed: %s", served.lora_name, error)
+            _log.error("icm: cannot check whether %.128r has changed: %s", served.lora_name, error)
             return True
         return task is not None and source.folders.path(task.key) == folder
 
@@ -187,7 +187,7 @@ def _follow_tasks(resolver: IcmResolver) -> None:
     classes = [vars(sys.modules[module]).get(name) for module, name in _CHECKING if module in sys.modules]
     checking = [found for found in classes if found is not None and hasattr(found, "_check_model")]
     if not checking:
-        _log.warning("icm: this vLLM goes on with the adapter of a task that has changed until it is restarted")
+        _log.warning("icm: this version of vLLM serves outdated adapters of changed tasks until it is restarted")
     for found in checking:
         found._check_model = _renewing(found._check_model, resolver)
         if hasattr(found, "create_error_response"):  # also that of the first request, whose check is under way by now
@@ -212,7 +212,7 @@ def _telling(respond: Callable[..., Any]) -> Callable[..., Any]:
         away = _away.get()
         if away is None or options.get("status_code") != HTTPStatus.NOT_FOUND:
             return respond(*args, **options)
-        fact = f"The store is away: {away.message.rstrip('.')}."
+        fact = f"The store is unavailable: {away.message.rstrip('.')}."
         unavailable = HTTPStatus.SERVICE_UNAVAILABLE
         return respond(message=fact, err_type="ServiceUnavailableError", status_code=unavailable)
 

@@ -1,11 +1,11 @@
-"""A team's store as a server sees it: what was resolved is kept, and the database is asked now and then.
+"""Cache a team's store for a server, and poll the database for changes.
 
-    a request ──▶ asked less than a second ago, or away ──▶ the stamp of then: what is known still serves
-              `──▶ asked, on a thread of its own, over a connection that holds no lock ──▶ a new stamp after a change
+    a request ──▶ polled less than a second ago, or unavailable ──▶ the old stamp: cached tasks are served
+              `──▶ polled on a separate thread, over a connection without locks ──▶ a new stamp after a change
 
-    a task, found once ──▶ its rows are kept ──▶ its adapter is made from them and from bytes of the cache
+    a task, found once ──▶ its rows are cached ──▶ its adapter is written from the rows and the blob cache
 
-A database that was stopped answers nothing for as long as that lasts, so nobody waits for it.
+A stopped database does not respond at all, so requests never wait for it.
 """
 
 from __future__ import annotations
@@ -58,8 +58,7 @@ class WatchedStore:
     Args:
         context: The store.
         key_of: Returns the key of what an adapter is made from.
-        log: Where to say that it is away, and that it is back: an engine may show nothing that is not below its own
-            name.
+        log: Logger for outages. Some engines show only messages below their own logger name.
     """
 
     def __init__(self, context: Context, key_of: Callable[[Chosen], str], log: logging.Logger = _log) -> None:
@@ -138,10 +137,10 @@ class WatchedStore:
         return [digest for digest in _digests(known.chosen) if not way.blobs.is_at_hand(digest)]
 
     def fetch(self, digests: Sequence[str]) -> None:
-        """Have the cache hold some bytes.
+        """Download blobs into the cache.
 
         Raises:
-            StoreAway: Their place is away.
+            StoreAway: The object store is unavailable.
         """
         if not digests:
             return
@@ -153,11 +152,11 @@ class WatchedStore:
         except StoreAway as error:
             if not self._is_told:
                 self._is_told = True
-                self._log.warning("icm: %s; tasks whose bytes are here are still served", error.message)
+                self._log.warning("icm: %s; still serving tasks whose files are cached here", error.message)
             raise
         if self._is_told:
             self._is_told = False
-            self._log.info("icm: the place of the bytes answers again")
+            self._log.info("icm: the object store is available again")
 
     def _way(self, store: Store) -> Store:
         """Return the first store that was opened; it is closed, and still reads bytes."""
@@ -209,7 +208,7 @@ class _Watch:
         self._ask()
         with self._guard:
             if not self._answered.is_set() and time.monotonic() - self._asked > _SLOWEST:
-                self._tell(StoreAway(f"{self._url} does not answer", path=str(self._url)))
+                self._tell(StoreAway(f"{self._url} does not respond", path=str(self._url)))
             if self._away is not None:
                 raise StoreAway(self._away.message, path=str(self._url), hint=self._away.hint)
 
@@ -237,7 +236,7 @@ class _Watch:
                 self._tell(away)
             else:
                 if self._is_told:
-                    self._log.info("icm: %s answers again", self._url)
+                    self._log.info("icm: %s is available again", self._url)
                 self._away, self._is_told = None, False
                 self._stamp = Stamp(0, (changes,))  # a count has no steps, as a clock has
             self._answered.set()
@@ -247,7 +246,7 @@ class _Watch:
         self._away = away
         if not self._is_told:
             self._is_told = True
-            self._log.warning("icm: %s; tasks that are known are still served", away.message)
+            self._log.warning("icm: %s; still serving tasks that were already read", away.message)
 
 
 def _measured(codes: StoreCodes, chosen: Chosen) -> EvaluationRecord | None:

@@ -146,13 +146,13 @@ def test_several_base_models_want_a_choice(icm: Icm, trained: Path, tmp_path: Pa
 def test_an_empty_store_serves_nothing(icm: Icm, trained: Path) -> None:
     icm("rm", "poems", "rules", "silent", "--yes")
     ran = icm("serve", "--print-config", "vllm")
-    assert (ran.code, "there is no task to serve" in ran.err) == (1, True)
+    assert (ran.code, "there are no tasks to serve" in ran.err) == (1, True)
 
 
 def test_an_engine_that_can_serve_no_task_is_said_so(icm: Icm, trained: Path) -> None:
     icm("rm", "poems", "--yes")
     ran = icm("serve", "--print-config", "sglang")
-    assert (ran.code, "sglang can serve no task" in ran.err) == (1, True)
+    assert (ran.code, "sglang cannot serve any task" in ran.err) == (1, True)
 
 
 @pytest.mark.parametrize(
@@ -164,7 +164,11 @@ def test_an_engine_that_can_serve_no_task_is_said_so(icm: Icm, trained: Path) ->
         ("vllm", {"init_lora_weights": "pissa_niter_4"}, "vLLM does not support init_lora_weights 'pissa_niter_4'"),
         ("vllm", {"modules_to_save": ["score", "lm_head"]}, "vLLM does not support modules_to_save lm_head"),
         ("vllm", {"trainable_token_indices": [1]}, "vLLM does not support trainable_token_indices"),
-        ("vllm", {"r": 8, "rank_pattern": {"q_proj": 513}}, "rank 513 is above 512, the largest that vLLM takes"),
+        (
+            "vllm",
+            {"r": 8, "rank_pattern": {"q_proj": 513}},
+            "rank 513 is above 512, the largest rank that vLLM supports",
+        ),
         ("vllm", {"use_rslora": True, "alpha_pattern": {"q": 1}, "modules_to_save": ["score"]}, None),
         ("vllm", {"init_lora_weights": "Gaussian", "bias": "none", "modules_to_save": None}, None),
         ("sglang", {"use_dora": True}, "SGLang does not support use_dora"),
@@ -172,7 +176,7 @@ def test_an_engine_that_can_serve_no_task_is_said_so(icm: Icm, trained: Path) ->
         ("sglang", {"rank_pattern": {"q_proj": 4}}, "SGLang ignores rank_pattern"),
         ("sglang", {"alpha_pattern": {"q_proj": 4}}, "SGLang ignores alpha_pattern"),
         ("sglang", {"bias": "all"}, "SGLang does not support bias 'all'"),
-        ("sglang", {"target_modules": ".*q_proj"}, "SGLang takes no pattern as target_modules"),
+        ("sglang", {"target_modules": ".*q_proj"}, "SGLang does not support a pattern in target_modules"),
         ("sglang", {"target_modules": ["q_proj"]}, "SGLang needs q_proj and v_proj together"),
         ("sglang", {"target_modules": ["down_proj"], "rank_pattern": {}}, None),
         ("sglang", {"target_modules": "all-linear"}, None),

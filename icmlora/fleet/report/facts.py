@@ -1,4 +1,4 @@
-"""The headline of a report: what the fleet is, what it saves and what that costs, in figures and sentences."""
+"""The summary at the top of a report: the size of the fleet, the saving and the loss."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from registry.records import TaskSummary
 
 @dataclass(frozen=True)
 class Figure:
-    """A number that stands out, and what it is."""
+    """A headline number with its label."""
 
     value: str
     label: str
@@ -23,18 +23,18 @@ class Figure:
 
 @dataclass(frozen=True)
 class Facts:
-    """What stands above the table."""
+    """The summary above the table."""
 
-    title: str  # what the fleet is
-    figures: Sequence[Figure]  # a few numbers
-    sentences: Sequence[str]  # the same, and what else there is to say, in words
+    title: str  # such as "12 tasks of acme/llama"
+    figures: Sequence[Figure]  # headline numbers
+    sentences: Sequence[str]  # the summary in words
     newest: str | None  # the day of the newest task or generator; None in an empty store
-    # Bytes by what they are for, without locks and the reserve, which differ from one reading to the next.
+    # Bytes by purpose, without locks and the reserve, which change between reports.
     disk: Sequence[tuple[str, int]]
 
 
 def facts_of(rows: Sequence[TaskSummary], bill: Bill) -> Facts:
-    """Return the headline of a store."""
+    """Return the summary of a store."""
     made = [fleet.generator.created_at for fleet in bill.fleets if fleet.generator is not None]
     dates = [*(row.task.created_at for row in rows), *made]
     return Facts(
@@ -48,7 +48,7 @@ def facts_of(rows: Sequence[TaskSummary], bill: Bill) -> Facts:
 
 def _title(bill: Bill) -> str:
     if not bill.fleets:
-        return "An empty store"
+        return "Empty store"
     of = escape(bill.fleets[0].base_model) if len(bill.fleets) == 1 else counted(len(bill.fleets), "base model")
     return f"{counted(bill.tasks, 'task')} of {of}"
 
@@ -58,7 +58,7 @@ def _figures(bill: Bill) -> Iterator[Figure]:
     yield Figure(human_size(bill.bf16_size), "all adapters in bf16")
     if share is not None:
         yield Figure(human_size(bill.compact_size), "as generator and codes")
-        verb = "saved" if share < 1 else "more, not less"
+        verb = "saved" if share < 1 else "larger"
         yield Figure(human_percent(abs(1 - share)), verb)
     gains, errors = bill.retained_gains, bill.relative_errors
     if gains is not None:
@@ -74,7 +74,7 @@ def _sentences(rows: Sequence[TaskSummary], bill: Bill) -> Iterator[str]:
     if not rows:
         yield "The store has no tasks yet: `icm ingest PATH` adds adapters."
         return
-    yield f"{_what(rows)} In bf16, all final adapters take {human_size(bill.bf16_size)}."
+    yield f"{_contents(rows)} In bf16, all final adapters take {human_size(bill.bf16_size)}."
     yield saving_text(bill)
     yield from _quality(rows, bill)
     yield _originals(bill)
@@ -82,38 +82,39 @@ def _sentences(rows: Sequence[TaskSummary], bill: Bill) -> Iterator[str]:
         yield claims
     yield from (f"{line}." for line in shortfalls(task.asked for f in bill.fleets for task in f.short if task.asked))
     if bill.original_only:
-        have = "has" if bill.original_only == 1 else "have"
-        yield f"{counted(bill.original_only, 'task')} {have} the original only: there can be no code."
+        has = "has" if bill.original_only == 1 else "have"
+        yield f"{counted(bill.original_only, 'task')} {has} only the original, because the adapter cannot be encoded."
 
 
-def _what(rows: Sequence[TaskSummary]) -> str:
+def _contents(rows: Sequence[TaskSummary]) -> str:
     ranks = sorted(row.final.rank_max for row in rows)
     shown = str(ranks[0]) if ranks[0] == ranks[-1] else f"{ranks[0]} to {ranks[-1]}"
     noun = "a LoRA adapter" if len(rows) == 1 else f"{len(rows):,} LoRA adapters"
-    return f"The store keeps {noun} of rank {shown}."
+    return f"The store has {noun} of rank {shown}."
 
 
 def _quality(rows: Sequence[TaskSummary], bill: Bill) -> Iterator[str]:
     gains, errors = bill.retained_gains, bill.relative_errors
     if gains is not None:
-        over, worst = counted(gains.tasks, "task"), f"{gains.worst:.3f} at worst ({escape(gains.worst_task)})"
         yield (
-            f"On held-out text, codes keep {gains.mean:.3f} of what the originals gain over the base model, on average "
-            f"over {over}, and {worst}."
+            f"On held-out text, the codes of {counted(gains.tasks, 'task')} keep on average {gains.mean:.3f} of the "
+            f"originals' gain over the base model. The worst keeps {gains.worst:.3f} ({escape(gains.worst_task)})."
         )
         if few := measured_in(gains.precisions):
-            yield f"The gains were measured with the base model in{few}."
+            yield f"Gains were measured with the base model in{few}."
     elif errors is not None:
-        over, worst = counted(errors.tasks, "task"), f"{errors.worst:.3f} at worst ({escape(errors.worst_task)})"
-        yield f"The relative error of the codes is {errors.mean:.3f} on average over {over}, and {worst}."
+        yield (
+            f"The codes of {counted(errors.tasks, 'task')} have a mean relative error of {errors.mean:.3f}. "
+            f"The worst is {errors.worst:.3f} ({escape(errors.worst_task)})."
+        )
         if not all(format_named(row.final.format).is_for_images for row in rows):
-            yield "What they keep of the gain of the originals was not measured: `icm eval` does it."
+            yield "Run `icm eval` to measure their retained gain."
 
 
 def _originals(bill: Bill) -> str:
     left, size = bill.tasks - bill.evicted, human_size(bill.usage.originals)
     if not left:
-        return "Every original was evicted: the codes are the only copies."
+        return "All originals were evicted, so the codes are the only copies."
     if bill.evicted:
-        return f"{bill.evicted:,} of {bill.tasks:,} originals were evicted; the others take {size}."
-    return f"The store still holds all originals, which take {size}."
+        return f"{bill.evicted:,} of {bill.tasks:,} originals were evicted. The others take {size}."
+    return f"The store still has all originals, which take {size}."

@@ -1,9 +1,9 @@
-"""What base model, original and code of an image task draw for the same prompts and seeds, and how far they differ.
+"""Compare pictures by the base model, original and code of an image task for the same prompts and seeds.
 
     prompt, seed ──pipeline────────────▶ picture
                  ──pipeline + original─▶ picture ──┐
                  ──pipeline + code─────▶ picture ──┴── root mean square of pixels
-                 ──pipeline + original─▶ picture of another seed: what a difference that nobody minds looks like
+                 ──pipeline + original─▶ picture of another seed: the scale of an irrelevant difference
 
 Adapters go through their files, as `icm materialize` writes them, and the loader of diffusers.
 """
@@ -37,7 +37,7 @@ MOST_EDGE = 512
 """Width and height of a picture on the page, at most."""
 _MAX_PROMPT = 300  # characters of what a header says
 _ROUNDING = 1e-3
-"""How much the norm of what was loaded may differ from that of the adapter: rounding to bfloat16 changes it by less."""
+"""Tolerance between the norms of the loaded adapter and the stored one. Rounding to bfloat16 changes it by less."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Drawn:
 class Distances:
     """How far pictures are apart, on average: root mean square over pixels with values in 0 to 1."""
 
-    # Source -> distance of its pictures to those of the original with the same prompt and seed.
+    # Source -> distance of its pictures from the original's with the same prompt and seed.
     to_original: Mapping[str, float]
     # Distance of two pictures of the original with one prompt and different seeds; None with one seed.
     seeds: float | None
@@ -71,12 +71,12 @@ class TaskPictures:
     """The pictures of a task."""
 
     task: str  # its name
-    # What was drawn: "base model", and as far as the store has them "original", "code", "code + residual".
+    # "base model" and, if available, "original", "code", "code + residual".
     sources: Sequence[str]
     prompts: Sequence[Drawn]  # the pictures
     distances: Distances | None  # None where the original is not in the store
     errors: Sequence[GroupError]  # relative errors of its code by block; empty where original or code are missing
-    notes: Sequence[str]  # what diffusers passed over, in words
+    notes: Sequence[str]  # parts of adapters that diffusers ignored
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class Studio:
         self._of_base: dict[tuple[str, int], Pixels] = {}  # the base model draws the same for every task
 
     def draw(self, task: TaskRecord) -> TaskPictures | Failed | BaseUnavailable:
-        """Draw the pictures of a task; what is wrong with it is returned, so that others go on."""
+        """Draw the pictures of a task. Return errors instead of raising them."""
         try:
             pipeline = self._opened(task.base_model)
             if not isinstance(pipeline, Pipeline):
@@ -145,16 +145,16 @@ class Studio:
         if self._given is not None:
             texts = [asked.text for asked in self._given if isinstance(asked, Prompt)]
             if len(texts) < len(self._given):
-                raise DataError("a chat is no prompt for a picture", hint="write one prompt a line")
+                raise DataError("a chat is not a prompt for a picture", hint="write one prompt per line")
             return list(dict.fromkeys(texts))
         header = header_of(self._models.store, final)
         found = [text[:_MAX_PROMPT] for text in (trigger_words(header), ", ".join(frequent_tags(header))) if text]
         if not found:
-            raise DataError("its file notes no trigger words or tags to draw", hint="name a file with --prompts")
+            raise DataError("its file has no trigger words or tags for prompts", hint="pass a file with --prompts")
         return list(dict.fromkeys(found))
 
     def _sources(self, task: TaskRecord, final: AdapterRecord) -> tuple[dict[str, _Source], Sequence[GroupError]]:
-        """Return original and codes of a task as files, as far as the store has them, and the errors of its codes."""
+        """Return the available original and codes of a task as files, and the errors of its codes."""
         store, found = self._models.store, dict[str, _Source]()
         original = None
         if not final.is_evicted:
@@ -172,7 +172,7 @@ class Studio:
     def _draw(
         self, pipeline: Pipeline, source: _Source | None, prompts: Sequence[str]
     ) -> tuple[dict[tuple[str, int], Pixels], str | None]:
-        """Draw all pictures of one source, and say what diffusers passed over."""
+        """Draw all pictures of a source. Also return a note if diffusers ignored part of it."""
         wanted, note = [(text, seed) for text in prompts for seed in self._seeds], None
         if source is None:
             for key in wanted:
@@ -184,7 +184,7 @@ class Studio:
             file.write_bytes(source.weights)
             loaded = stack.enter_context(pipeline.adapted(file))
             if source.norm and abs(loaded / source.norm - 1) > _ROUNDING:
-                note = f"what diffusers loads of it has {loaded / source.norm:.1%} of its norm"
+                note = f"diffusers loads only part of it: {loaded / source.norm:.1%} of its norm"
             return {key: pipeline.draw(*key, self._how) for key in wanted}, note
 
 
@@ -193,7 +193,7 @@ def _row(drawn: Mapping[str, Mapping[tuple[str, int], Pixels]], prompt: str, see
 
 
 def distances(drawn: Mapping[str, Mapping[tuple[str, int], Pixels]]) -> Distances | None:
-    """Compare the pictures of all sources with those of the original, and those of its seeds with each other.
+    """Compare all pictures with the original's, and the original's seeds with each other.
 
     Args:
         drawn: Source -> prompt and seed -> picture.

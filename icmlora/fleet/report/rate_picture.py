@@ -25,7 +25,7 @@ _MANY = 500
 _NAMED = 3
 _LETTER, _LINE, _DOT, _LONGEST = 6.8, 15.0, 9.0, 32
 _LOWEST_GAIN, _HIGHEST_GAIN, _HIGHEST_ERROR = 0.0, 1.25, 1.5
-"""What is beyond is drawn at the edge: one adapter that diverged must not flatten all others."""
+"""Values outside are drawn at the edge, so that a diverged adapter does not flatten the others."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def rate_picture(bill: Bill, numbers: Mapping[str, int]) -> RatePicture | None:
     originals = [space.original(task, numbers[task.task]) for task in shown]
     are_many = len(shown) > _MANY
     return RatePicture(
-        title=f"{quality} against bytes of {counted(len(shown), 'task')}",
+        title=f"{quality} against size for {counted(len(shown), 'task')}",
         quality=quality,
         across=space.across(),
         up=space.up(),
@@ -133,7 +133,7 @@ class _Space:
         return cls(quality, (low - margin, high + margin), (bottom, least + 1.12 * span), step)
 
     def x(self, size: int) -> float:
-        """Return where so many bytes are."""
+        """Return the x coordinate of a size."""
         low, high = self.sizes
         return _FRAME.left + _FRAME.width * (math.log10(max(1, size)) - low) / (high - low)
 
@@ -155,7 +155,7 @@ class _Space:
 
     def original(self, task: TaskBill, row: int) -> Dot:
         best = 1.0 if self.quality == "retained gain" else 0.0
-        told = f"{escape(task.task)}: {human_size(task.bf16_size)} as an adapter in bf16"
+        told = f"{escape(task.task)}: original, {human_size(task.bf16_size)} in bf16"
         return Dot(self.x(task.bf16_size), self.y(best), row, told)
 
     def across(self) -> list[Tick]:
@@ -196,7 +196,7 @@ def _notes(tasks: Sequence[TaskBill], codes: Sequence[Dot], originals: Sequence[
     order = sorted(range(len(tasks)), key=lambda place: sign * space.value(tasks[place]))
     worst = order[:_NAMED] if len(tasks) > _NAMED else []
     kinds: list[tuple[tuple[float, float], str, Literal["code", "original", "name"]]] = [
-        (_top(originals), "original adapters, in bf16", "original"),
+        (_top(originals), "originals in bf16", "original"),
         (_top(codes), "codes", "code"),
         *(((codes[at].x, codes[at].y), escape(tasks[at].task, _LONGEST), "name") for at in worst),
     ]
@@ -226,16 +226,16 @@ def _caption(tasks: Sequence[TaskBill], space: _Space, coded: int) -> str:
     values = [space.value(task) for task in tasks]
     mean_size = round(sum(task.size for task in tasks) / len(tasks))
     parts = [
-        f"{counted(len(tasks), 'task')} with a code: on average {human_size(mean_size)} each, and a {space.quality} of "
+        f"Mean over {counted(len(tasks), 'task')} with a code: {human_size(mean_size)}, {space.quality} "
         f"{sum(values) / len(values):.3f}."
     ]
     if unknown := coded - len(tasks):
         parts.append(f"{counted(unknown, 'code')} {'was' if unknown == 1 else 'were'} not measured.")
     beyond = sum(_kept_inside(value, space.quality) != value for value in values)
     if beyond:
-        parts.append(f"{counted(beyond, 'dot')} at the edge {'is' if beyond == 1 else 'are'} beyond it.")
+        parts.append(f"{counted(beyond, 'dot')} at the edge {'lies' if beyond == 1 else 'lie'} outside the chart.")
     if space.quality == "relative error":
-        parts.append("0 is equal to the original.")
+        parts.append("A relative error of 0 means equal to the original.")
     else:
-        parts.append("1 is as good as the original, 0 as the base model alone.")
+        parts.append("A retained gain of 1 is as good as the original, and 0 as the base model alone.")
     return " ".join(parts)

@@ -1,4 +1,4 @@
-"""Write a store as one HTML page: its bill, its tasks, its map, its rates, and what chosen tasks write or draw.
+"""Write an HTML report about a store: savings, tasks, map, size against quality, and outputs of chosen tasks.
 
 Reads rows, task vectors and file sizes. The base model and weights are read only for the outputs of chosen tasks, one
 adapter at a time; torch is imported only then.
@@ -41,7 +41,7 @@ MOST_MAPPED = 1000
 
 @dataclass
 class ReportSummary:
-    """What was written."""
+    """The result of `write_report`."""
 
     file: Path  # the page
     size: int = 0  # its bytes
@@ -49,7 +49,7 @@ class ReportSummary:
     maps: list[str] = field(default_factory=list)  # the base models whose task maps are on it
     quality: Quality | None = None  # what the rate picture shows against bytes; None where no code was measured
     outputs: list[str] = field(default_factory=list)  # the tasks whose outputs it shows
-    pictures: list[TaskPictures] = field(default_factory=list)  # those of image tasks
+    pictures: list[TaskPictures] = field(default_factory=list)  # pictures of image tasks
     # Chosen tasks without outputs, because something is wrong with them.
     failed: list[TaskFailed] = field(default_factory=list)
     left_out: list[BaseModelLeftOut] = field(default_factory=list)  # base models of chosen tasks that could not be run
@@ -80,8 +80,8 @@ def write_report(
     Args:
         context: The store.
         file: The page to write.
-        outputs: Tasks of which to show what base model, original and code write, or draw with a diffusers
-            pipeline. Needs the base model.
+        outputs: Tasks whose outputs to show: texts or pictures from the base model, the original and the code.
+            Needs the base model.
         prompts: File of prompts for them, one a line or as JSON lines; by default the beginnings of each task's own
             held-out text, or the trigger words and tags in the header of an image adapter.
         max_new_tokens: Most tokens that are written for a prompt.
@@ -92,8 +92,8 @@ def write_report(
         force: Replace a file that exists.
 
     Returns:
-        What is on the page; its `pictures` have the distances of image tasks, and its `failed` and `left_out` name
-        chosen tasks without outputs, and why.
+        A summary of the page. Its `pictures` have the distances of image tasks; its `failed` and `left_out` list
+        chosen tasks without outputs, with reasons.
 
     Raises:
         OutputExists: The file exists and `force` is not given.
@@ -103,7 +103,7 @@ def write_report(
     page_file, prompts_file = Path(file), None if prompts is None else Path(prompts)
     check_absent(page_file, force=force)
     if prompts_file is not None and not outputs:
-        raise DataError("prompts are for the outputs of tasks, and none was chosen", hint="name tasks with --outputs")
+        raise DataError("--prompts needs --outputs", hint="choose tasks with --outputs")
     numbers = {"--max-new-tokens": max_new_tokens, "--steps": steps, "--seeds": seeds, "--image-size": image_size}
     for option, number in numbers.items():
         if number is not None and number < 1:
@@ -140,7 +140,7 @@ def assembled(
     outputs: Sequence[TaskOutputs | TaskPictures],
     failures: Mapping[str, str],
 ) -> Page:
-    """Put what was read of a store together.
+    """Return the page for data that was read from a store.
 
     `maps` has for each base model its map, or why there is none, or None where no task has vectors; `failures` says why
     chosen tasks have no outputs.
@@ -165,7 +165,7 @@ def _map(store: Store, base_model: str, rows: Sequence[TaskSummary]) -> MapRepor
     if not any(row.vectors for row in rows):
         return None
     if len(rows) > MOST_MAPPED:
-        return f"a report maps at most {MOST_MAPPED:,} tasks of a base model, and there are {len(rows):,}"
+        return f"a report maps at most {MOST_MAPPED:,} tasks per base model, but there are {len(rows):,}"
     try:
         return map_of(store, base_model, [row.task for row in rows], "adapted")
     # Damage is for `icm verify` to report; the rest of the page is still true.
@@ -189,7 +189,7 @@ def _outputs(
     drawing: tuple[int, int, int | None],
     device: str,
 ) -> list[TaskOutputs | TaskPictures]:
-    """Let the sources of the chosen tasks answer or draw; what is wrong with one of them is noted in the report."""
+    """Generate outputs for the chosen tasks. Failures are recorded in the report."""
     from icmlora.base_models.examples.prompts import read_prompts
     from icmlora.base_models.running.pipeline import Drawing
     from icmlora.fleet.report.outputs import task_outputs
@@ -198,7 +198,7 @@ def _outputs(
     from icmlora.io.devices import resolve_device
 
     given = None if prompts is None else read_prompts(prompts.read_bytes(), prompts)
-    # The store is only read, so what is learned of a base model is forgotten again.
+    # The store is read-only, so new facts about base models are discarded.
     models = Models(store, resolve_device(device), context.cache, on_facts=lambda facts: None)
     studio = Studio(models, given, Drawing(*drawing))
     failures, found = FailureLog(context, report, len(tasks)), dict[str, "TaskOutputs | TaskPictures"]()

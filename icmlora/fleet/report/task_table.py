@@ -32,7 +32,7 @@ COLUMNS = (
     *("parameters", "dtype", "targets", "code", "residual", "vectors", "extras", "created"),
     *("marks", "note", "why", "limits", "cluster", "nearest"),
 )
-"""What is in a row, in this order; sizes in bytes."""
+"""Columns of a row, in order; sizes in bytes."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class TaskTable:
     """The rows of all tasks, by name, and the lists that they refer to."""
 
     rows: Sequence[Sequence[object]]
-    lists: Mapping[str, Sequence[str]]  # column -> the texts that its numbers stand for, sorted
+    lists: Mapping[str, Sequence[str]]  # column -> the texts that its numbers refer to, sorted
     numbers: Mapping[str, int]  # task -> its row
 
 
@@ -80,7 +80,7 @@ def _row(
         "share": _rounded(size / bill.bf16_size if size is not None and bill.bf16_size else None),
         "error": _rounded(bill.relative_error),
         "gain": _rounded(bill.retained_gain),
-        "precision": measured_in([bill.precision]) or None,  # shown behind the gain
+        "precision": measured_in([bill.precision]) or None,  # shown after the gain
         "tags": [places["tags"][tag] for tag in task.tags],
         "parameters": final.parameters,
         "dtype": places["dtype"][final.dtype.lower()],
@@ -114,7 +114,7 @@ def _targets(row: TaskSummary) -> str:
 
 
 def _rounded(value: float | None) -> float | None:
-    """Round to what is shown, so that the page sorts by what is read and rounds nothing again."""
+    """Round to the displayed precision, so that the page sorts by displayed values."""
     return None if value is None else float(f"{value:.3f}")
 
 

@@ -1,7 +1,7 @@
-"""The routes of the gateway: which there are, who may use them, and what an answer that is not the engine's looks like.
+"""The gateway's routes, access control and own responses.
 
-A route that is not listed here does not exist, whatever the engine has: its routes for loading adapters, replacing
-weights, sleeping and profiling are for those who run it.
+Only the routes listed here exist. The engine's routes for loading adapters, replacing weights, sleeping and profiling
+are reserved for its operator.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ PASSED_ON = frozenset(
         *("/classify", "/v1/classify", "/pooling", "/tokenize", "/v1/tokenize", "/detokenize", "/v1/detokenize"),
     }
 )
-"""Routes for POST that are passed on to the engine: whoever may ask a model may use them."""
+"""POST routes that are forwarded to the engine for every authorised client."""
 _OWN = frozenset({"/healthz", "/readyz", "/metrics", "/v1/models"})
-"""Routes that the gateway answers itself, for counting."""
+"""Routes that the gateway handles itself, for metrics."""
 _RESPONSE = re.compile(r"/v1/responses/[A-Za-z0-9_-]{1,128}(/cancel)?")
 _OPEN = frozenset({"/healthz", "/readyz"})
-"""Routes without a token: those who watch a server have none, and learn nothing but whether it works."""
+"""Routes without a token, for health checks. They reveal only whether the server works."""
 _MODELS_AGE = 5.0  # seconds for which the list of models is not made again
 _READY_AGE = 1.0  # seconds
 _COUNTS_TIMEOUT = 1.0  # seconds that the figures wait for those of the engine
@@ -56,11 +56,11 @@ class GatewayApp:
     """The gateway as an ASGI application.
 
     Args:
-        forwarder: What passes requests on.
+        forwarder: Forwards requests.
         connection: The engine.
         residency: The adapters in it.
-        metrics: What is counted.
-        settings: Who may ask, and how many requests may be in work.
+        metrics: The metrics.
+        settings: Access control and limits.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class GatewayApp:
             await answer.tell(HttpProblem(503, "The gateway is stopping.", "stopping"))
         except Exception:
             _log.exception("unexpected error")
-            await answer.tell(HttpProblem(500, "The gateway failed; its log has more.", "gateway_failed"))
+            await answer.tell(HttpProblem(500, "The gateway failed; see its log for details.", "gateway_failed"))
         finally:
             path = scope["path"]
             route = path if path in PASSED_ON or path in _OWN else "other"
@@ -111,7 +111,7 @@ class GatewayApp:
             await self._own.app(scope, receive, answer)
             return
         if self._requests >= self._max_requests:
-            message = f"The gateway has {self._max_requests} requests in work; try again soon."
+            message = f"The gateway is already handling {self._max_requests} requests; try again soon."
             raise HttpProblem(503, message, "too_many_requests", retry_after=1)
         self._requests += 1
         self._metrics.in_flight.set(self._requests)
@@ -125,14 +125,14 @@ class GatewayApp:
         if self._local_names is None:
             return
         host, origin = headers.get(b"host"), headers.get(b"origin")
-        way_out = "icm serve --token-file FILE lets others ask"
+        way_out = "start it with --token-file FILE to allow other clients"
         if host is not None and not self._is_local(b"//" + host):
-            raise HttpProblem(421, f"Without a token this gateway is for localhost only: {way_out}.", "foreign_host")
+            raise HttpProblem(421, f"Without a token, this gateway accepts only localhost: {way_out}.", "foreign_host")
         if origin is not None and not self._is_local(origin):
-            raise HttpProblem(403, f"Pages of other sites may not use this gateway: {way_out}.", "foreign_origin")
+            raise HttpProblem(403, f"This gateway refuses requests from other sites: {way_out}.", "foreign_origin")
 
     def _is_local(self, url: bytes) -> bool:
-        """Say whether a URL is of this machine."""
+        """Return whether a URL refers to this machine."""
         try:
             name = urlsplit(url.decode("latin-1")).hostname or ""
             return name == "localhost" or name in (self._local_names or ()) or ip_address(name).is_loopback
@@ -211,7 +211,7 @@ class _OwnRoutes:
             self._names = await self._connection.names()
         except IcmError as error:
             if self._names is None or not isinstance(error, StoreAway):
-                raise HttpProblem(503, f"The tasks cannot be read: {error.message}", "store_unavailable") from error
+                raise HttpProblem(503, f"Cannot read the tasks: {error.message}", "store_unavailable") from error
         names = self._names
         fields = {"object": "model", "created": self._started, "owned_by": "icm", "parent": listing.base}
         tasks = {name: {"id": name, **fields, "root": name} for name in names}

@@ -1,4 +1,4 @@
-"""The engine as it was seen last: which one it is, what it serves, and which tasks are of its base model."""
+"""The last known state of the engine: its type, its models and the tasks of its base model."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ R = TypeVar("R")
 
 
 class Connection:
-    """The engine behind the gateway. It may be away at the start, and come back as another one.
+    """The gateway's connection to the engine, which may be down at the start or be replaced by another one.
 
-    Methods that ask it raise `HttpProblem`, as `Engine` does.
+    Methods that call the engine raise `HttpProblem`, as `Engine` does.
 
     Args:
-        client: What the gateway's own requests go through.
-        tasks: The tasks that it may be asked for.
-        threads: Where base models are compared.
-        name: Which engine it is; None to ask it.
-        label: The base model of the tasks, if the user says that it is the engine's.
+        client: HTTP client for the gateway's own requests.
+        tasks: The tasks to serve.
+        threads: Threads for comparing base models.
+        name: Type of the engine; None to detect it.
+        label: The base model of the engine, if the user named it.
     """
 
     def __init__(
@@ -47,13 +47,13 @@ class Connection:
         self._base: tuple[str, Stamp, EngineBase] | None = None
 
     async def engine(self) -> Engine:
-        """Return the engine; the first time it is asked which one it is."""
+        """Return the engine. The first call detects its type."""
         if self._engine is None:
             self._engine = await connect(self._client, self._name)
         return self._engine
 
     async def listing(self, max_age: float = 0.0) -> Listing:
-        """Return what the engine serves, as it said at most `max_age` seconds ago."""
+        """Return the engine's models, at most `max_age` seconds old."""
         if self._seen is None or time.monotonic() - self._seen[0] > max_age:
             begun = time.monotonic()
             listing = await (await self.engine()).listing()
@@ -61,16 +61,16 @@ class Connection:
         return self._seen[1]
 
     def lost(self) -> None:
-        """Take note that the engine did not answer: whatever comes back is asked anew what it is."""
+        """Record that the engine did not respond. Its type and models are requested again."""
         self._engine = self._seen = None
 
     async def problem(self, task: ServedTask) -> str | None:
-        """Say why the engine's base model is not that of a task, or return None if it is."""
+        """Return why the engine cannot serve a task, or None if it can."""
         stamp = self._tasks.stamp()
         model = (await self.listing(max_age=float("inf"))).model
         found = await self._in_thread(lambda: self._base_of(model).problem(task))
         if found is not None and self._base is not None and self._base[1] != stamp:
-            self._base = None  # the user may have told icm since then that the two are the same
+            self._base = None  # the user may since have recorded that both are the same model
             found = await self._in_thread(lambda: self._base_of(model).problem(task))
         return found
 

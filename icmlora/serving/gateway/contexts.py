@@ -1,9 +1,9 @@
-"""Put the context of a task before a request, on the routes whose requests are text or chats.
+"""Insert a task's context into requests, on routes for text and chats.
 
 /v1/completions               prompt                 the context's text and the prompt as one
-/v1/chat/completions          messages               the context's messages, behind a system message
+/v1/chat/completions          messages               the context's messages, after a system message
 /v1/messages, .../count_tokens  system, messages     the same, for clients of Anthropic's API
-/v1/responses                 instructions, input    the same, unless it goes on from an earlier response
+/v1/responses                 instructions, input    the same, unless it continues an earlier response
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ _SPOKEN = frozenset({"system", "user", "assistant"})  # roles that every API has
 
 
 def is_wanted(header: bytes, *, default: bool) -> bool:
-    """Say whether a request wants the context, by its header; raise `HttpProblem` for a word that means neither."""
+    """Return whether a request's header asks for the context. Raise `HttpProblem` for an invalid value."""
     word = header.decode("latin-1").strip().lower()
     if word in ("", ON, OFF):
         return default if not word else word == ON
-    raise HttpProblem(400, f"The header icm-context is {ON!r} or {OFF!r}.", "invalid_header")
+    raise HttpProblem(400, f"The header icm-context must be {ON!r} or {OFF!r}.", "invalid_header")
 
 
 def put_before(route: str, fields: Body, context: TaskContext) -> Body | None:
-    """Return the request behind a context; None if it is of a kind before which none can stand."""
+    """Return the request with the context inserted, or None if this kind of request does not support one."""
     change = _ROUTES.get(route)
     return None if change is None else change(fields, context)
 

@@ -1,4 +1,4 @@
-"""The two dialects in which an engine is asked to list, load and unload adapters.
+"""The HTTP APIs of both engines for listing, loading and unloading adapters.
 
 vLLM      POST /v1/load_lora_adapter, /v1/unload_lora_adapter; a request names the adapter as its model
 SGLang    POST /load_lora_adapter, /unload_lora_adapter; a request names BASE:ADAPTER
@@ -29,13 +29,13 @@ _LOAD_TIMEOUT = 120.0  # seconds for an engine to load or unload an adapter
 
 @dataclass(frozen=True)
 class Listing:
-    """What an engine says that it serves.
+    """The models that an engine lists.
 
     Attributes:
-        base: The name under which clients ask for its base model.
-        model: What it was started with: a name on a hub, or a folder.
-        cards: Everything it lists, as it does.
-        adapters: Where each loaded adapter came from, by name.
+        base: The base model's name for clients.
+        model: The model that the engine was started with: a name on a hub, or a folder.
+        cards: All entries of the list, unchanged.
+        adapters: Name of each loaded adapter -> its folder.
     """
 
     base: str
@@ -50,24 +50,24 @@ class Listing:
 
 
 class PrefixTokens(NamedTuple):
-    """Tokens of prompts that an engine has looked up in its prefix cache, and those that it found there."""
+    """Prompt tokens that an engine looked up in its prefix cache, and tokens found there."""
 
     asked: float
     found: float
 
 
 class Engine:
-    """An engine that is asked over HTTP. Whatever it is asked raises `HttpProblem` if it refuses or does not answer.
+    """An engine that is called over HTTP. Methods raise `HttpProblem` if it refuses or does not respond.
 
     Args:
-        client: A client whose base URL is the engine's, and which has its token and time limits.
+        client: A client with the engine's base URL and token, and with timeouts.
     """
 
     name: ClassVar[EngineName]
     forgot_status: ClassVar[int]
-    """What the engine answers with when it has no adapter of the name that was asked for."""
+    """The engine's status for an unknown adapter."""
     forgot_word: ClassVar[bytes]
-    """What that answer has in it, in lower case."""
+    """A word in that response, in lower case."""
     unloads_at_once: ClassVar[bool]
     """Whether it unloads an adapter while requests run on it, and lets them end."""
     _prefix_counts: ClassVar[tuple[str, ...]] = ()
@@ -92,7 +92,7 @@ class Engine:
         return None
 
     def takes_unknown(self, model: str) -> bool:
-        """Say whether the engine is to answer a request for a model that is neither listed nor a task, with a 404."""
+        """Return whether to forward a request for an unknown model, which the engine answers with 404."""
         return True
 
     async def listing(self) -> Listing:
@@ -124,7 +124,7 @@ class Engine:
             raise HttpProblem(502, f"The engine refused to load the adapter: {reason}", "engine_refused_adapter")
 
     async def unload(self, adapter: str) -> None:
-        """Have the engine forget an adapter; that it has none of this name is as good."""
+        """Unload an adapter. It is no error if the engine does not have it."""
         answer = await self._tell(self._unload_route, {"lora_name": adapter})
         if answer.status_code == 200:
             return
@@ -133,7 +133,7 @@ class Engine:
             raise HttpProblem(502, f"The engine refused to unload an adapter: {reason}", "engine_refused_unload")
 
     async def prefix_tokens(self) -> PrefixTokens | None:
-        """Return what it counts of its prefix cache; None if it does not say."""
+        """Return the counters of the engine's prefix cache, or None if it has none."""
         answer = await ask(self._client, "GET", "/metrics")
         if answer.status_code != 200:
             return None
@@ -206,16 +206,16 @@ _ENGINES: Mapping[EngineName, type[Engine]] = {"vllm": VllmEngine, "sglang": Sgl
 
 
 async def connect(client: httpx.AsyncClient, name: EngineName | None) -> Engine:
-    """Return the engine at the client's URL; without a name, the engine itself says which one it is.
+    """Return the engine at the client's URL. Without a name, detect its type.
 
     Raises:
-        HttpProblem: It does not answer, or is none that icm knows.
+        HttpProblem: It does not respond, or is not a supported engine.
     """
     if name is None:
         owners = {card.get("owned_by") for card in await list_models(client) if not card.get("parent")}
         name = next((known for known in _ENGINES if known in owners), None)
     if name is None:
-        raise HttpProblem(502, "The engine says neither that it is vLLM nor that it is SGLang.", "engine_unknown")
+        raise HttpProblem(502, "The engine is neither vLLM nor SGLang.", "engine_unknown")
     return _ENGINES[name](client)
 
 
@@ -227,7 +227,7 @@ async def list_models(client: httpx.AsyncClient) -> list[Card]:
     found = _json(answer) if answer.status_code == 200 else None
     cards = found.get("data") if isinstance(found, dict) else None
     if not isinstance(cards, list) or not all(isinstance(card, dict) and "id" in card for card in cards):
-        message = f"The engine does not list its models (status {answer.status_code})."
+        message = f"The engine returned no list of models (status {answer.status_code})."
         raise HttpProblem(502, message, "engine_invalid")
     return cards
 
@@ -243,10 +243,10 @@ async def ask(client: httpx.AsyncClient, method: str, path: str, **options: Any)
 def unreachable(error: Exception) -> HttpProblem:
     """Describe why a request got no answer from the engine."""
     if isinstance(error, TimeoutError | httpx.TimeoutException):
-        return HttpProblem(504, "The engine did not answer in time.", "engine_timeout")
+        return HttpProblem(504, "The engine did not respond in time.", "engine_timeout")
     if isinstance(error, httpx.ConnectError):
         return HttpProblem(502, "The engine cannot be reached.", "engine_unreachable", retry_after=5)
-    return HttpProblem(502, "The engine closed the connection without an answer.", "engine_died", retry_after=5)
+    return HttpProblem(502, "The engine closed the connection without a response.", "engine_died", retry_after=5)
 
 
 def _json(answer: httpx.Response) -> Any:

@@ -126,8 +126,8 @@ class Forwarder:
         connection: The engine.
         catalogue: The tasks.
         residency: Their adapters in the engine.
-        settings: What a request may take.
-        metrics: What is counted.
+        settings: Limits for a request.
+        metrics: The metrics.
         own_authorization: The `authorization` header for the engine, in place of the client's. Empty: the engine gets
             none; None: it gets the client's.
     """
@@ -229,8 +229,8 @@ class Forwarder:
         except (IcmError, OSError) as error:
             fact = error.message if isinstance(error, IcmError) else error.strerror
             if not isinstance(error, StoreAway):  # which is said once, when it is noticed
-                _log.warning("cannot look for a task: %s", fact)
-            raise HttpProblem(503, f"The tasks cannot be read: {fact}", "store_unavailable", retry_after=5) from error
+                _log.warning("cannot look up a task: %s", fact)
+            raise HttpProblem(503, f"Cannot read the tasks: {fact}", "store_unavailable", retry_after=5) from error
 
     @asynccontextmanager
     async def _sent(self, request: httpx.Request) -> AsyncIterator[httpx.Response]:
@@ -246,7 +246,7 @@ class Forwarder:
             raise problem from error
         try:
             if not 200 <= response.status_code < 600:
-                raise HttpProblem(502, f"The engine answered with status {response.status_code}.", "engine_invalid")
+                raise HttpProblem(502, f"The engine responded with status {response.status_code}.", "engine_invalid")
             yield response
         finally:
             await response.aclose()
@@ -280,10 +280,14 @@ class Forwarder:
     async def _break_off(self, send: Send, error: Exception, *, is_stream: bool, last: bytes) -> NoReturn:
         """End an answer that the engine did not complete: nobody must take what is there for all of it."""
         if isinstance(error, TimeoutError):
-            problem = HttpProblem(504, "The engine stopped in the middle of its answer.", "engine_timeout")
+            problem = HttpProblem(
+                504, "The engine stopped responding before its response was complete.", "engine_timeout"
+            )
         else:
             self._connection.lost()
-            problem = HttpProblem(502, "The engine closed the connection in the middle of its answer.", "engine_died")
+            problem = HttpProblem(
+                502, "The engine closed the connection before its response was complete.", "engine_died"
+            )
         _log.warning("%s", problem.message)
         if is_stream:
             event = problem.event() if last == b"\n\n" else b"\n\n" + problem.event()
@@ -295,7 +299,7 @@ class Forwarder:
             async with asyncio.timeout(self._settings.idle_timeout):
                 await send(message)
         except TimeoutError as error:
-            raise ClientGone("the client does not read the answer") from error
+            raise ClientGone("the client does not read the response") from error
 
     async def _read(self, response: httpx.Response) -> bytes:
         """Read a refusal to its end."""
@@ -305,7 +309,7 @@ class Forwarder:
                 async for piece in response.aiter_raw():
                     data += piece
                     if len(data) > _LARGEST_ERROR:
-                        raise HttpProblem(502, "The engine's refusal has no end.", "engine_invalid")
+                        raise HttpProblem(502, "The engine's error response is too long.", "engine_invalid")
         except (httpx.HTTPError, TimeoutError) as error:
             raise unreachable(error) from error
         return data
@@ -336,7 +340,7 @@ class Forwarder:
                 raise ClientGone("the client closed the connection")
             data += message.get("body", b"")
             if len(data) > self._settings.max_body:
-                raise HttpProblem(413, f"The body has more than {self._settings.max_body:,} bytes.", "body_too_large")
+                raise HttpProblem(413, f"The body is larger than {self._settings.max_body:,} bytes.", "body_too_large")
             if not message.get("more_body", False):
                 return bytes(data)
 
@@ -354,7 +358,7 @@ def parse_body(body: bytes) -> Body:
     try:
         fields = json.loads(body)
     except (ValueError, RecursionError) as error:
-        reason = error if isinstance(error, json.JSONDecodeError) else "it cannot be read"
+        reason = error if isinstance(error, json.JSONDecodeError) else "it cannot be parsed"
         raise HttpProblem(400, f"The body is not JSON: {reason}", "invalid_json") from error
     if not isinstance(fields, dict):
         raise HttpProblem(400, "The body is not a JSON object.", "invalid_json")

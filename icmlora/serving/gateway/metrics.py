@@ -16,40 +16,40 @@ class Metrics:
         self.requests = Counter(
             "icm_requests", "Answered requests, by route and status.", ["route", "status"], registry=registry
         )
-        self.in_flight = Gauge("icm_requests_in_flight", "Requests that are being answered.", registry=registry)
-        self.hits = Counter("icm_adapter_hits", "Requests for a task whose adapter was loaded.", registry=registry)
-        self.misses = Counter("icm_adapter_misses", "Requests for a task whose adapter was not.", registry=registry)
+        self.in_flight = Gauge("icm_requests_in_flight", "Requests in progress.", registry=registry)
+        self.hits = Counter("icm_adapter_hits", "Requests for tasks with a loaded adapter.", registry=registry)
+        self.misses = Counter("icm_adapter_misses", "Requests for tasks without a loaded adapter.", registry=registry)
         self.materialize_seconds = Histogram(
             "icm_materialize_seconds",
-            "Time to write the folder of an adapter.",
+            "Time to write an adapter.",
             buckets=_SECONDS,
             registry=registry,
         )
         self.load_seconds = Histogram(
-            "icm_load_seconds", "Time that the engine takes to load an adapter.", buckets=_SECONDS, registry=registry
+            "icm_load_seconds", "Time for the engine to load an adapter.", buckets=_SECONDS, registry=registry
         )
         self.contexts = Counter(
             "icm_contexts",
-            "Requests that wanted their task's context: it stood before them (on), the engine found that too long, or "
-            "the request is of a kind before which none can stand (unfit).",
+            "Requests for a task's context: added (on), too long for the engine (too-long), or not supported for this "
+            "kind of request (unfit).",
             ["result"],
             registry=registry,
         )
         self.prefix_asked = Gauge(
             "icm_engine_prefix_tokens",
-            "Tokens of prompts that the engine looked up in its prefix cache.",
+            "Prompt tokens that the engine looked up in its prefix cache.",
             registry=registry,
         )
         self.prefix_found = Gauge(
             "icm_engine_prefix_tokens_found",
-            "Tokens of prompts that it found there, and did not read.",
+            "Prompt tokens that the engine found in its prefix cache.",
             registry=registry,
         )
         self.unloads = Counter("icm_adapter_unloads", "Adapters that the engine unloaded.", registry=registry)
-        self.loaded = Gauge("icm_loaded_adapters", "Adapters that the engine has loaded.", registry=registry)
-        self.bytes = Gauge("icm_adapter_bytes", "Bytes of the folders of adapters.", registry=registry)
+        self.loaded = Gauge("icm_loaded_adapters", "Adapters loaded in the engine.", registry=registry)
+        self.bytes = Gauge("icm_adapter_bytes", "Size of the written adapters in bytes.", registry=registry)
         self.problems = Counter(
-            "icm_problems", "Requests that the gateway could not pass on, by reason.", ["reason"], registry=registry
+            "icm_problems", "Requests that the gateway could not forward, by reason.", ["reason"], registry=registry
         )
 
     def text(self) -> bytes:

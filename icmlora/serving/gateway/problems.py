@@ -1,4 +1,4 @@
-"""What the gateway itself answers when a request cannot be passed on, in the shape of OpenAI's errors."""
+"""The gateway's own error responses, in OpenAI's format."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import json
 
 
 class HttpProblem(Exception):
-    """An answer other than the engine's.
+    """An error response of the gateway.
 
     Args:
         status: HTTP status.
         message: One sentence, for the client.
         code: A short stable word for the reason.
-        retry_after: Seconds after which it may work.
-        closes: Whether the connection is closed: what else comes on it cannot be told apart, or never comes.
+        retry_after: Seconds until a retry.
+        closes: Whether to close the connection, because the rest of the request is ambiguous or missing.
     """
 
     def __init__(

@@ -37,7 +37,7 @@ _Part = Literal["header", "body", "rest"]
 
 
 class Gate:
-    """What the connections of a server have in common.
+    """State shared by all connections of a server.
 
     Args:
         settings: How long requests may take to arrive.
@@ -49,7 +49,7 @@ class Gate:
         self._open = Counter[str]()
 
     def enter(self, address: str) -> bool:
-        """Count a connection, and say whether its address may have one more."""
+        """Count a connection. Return whether its address is within the limit."""
         self._open[address] += 1
         return self._open[address] <= self._connections
 
@@ -61,10 +61,10 @@ class Gate:
 
 
 def allowed(connections: int) -> tuple[int, int]:
-    """Have this process allowed many file descriptors.
+    """Raise this process's limit on file descriptors.
 
     Returns:
-        How many connections an address may have where so many are asked for, and how many to take at once.
+        The possible number of connections per address, at most `connections`, and the number to accept at once.
     """
     if sys.platform == "win32":  # there is no limit on sockets
         return connections, connections
@@ -77,9 +77,9 @@ def allowed(connections: int) -> tuple[int, int]:
 
 
 class NoDescriptors:
-    """What asyncio's loop does with an error that nobody awaits: a lack of file descriptors is one line, not a trace.
+    """Exception handler for the event loop that logs a lack of file descriptors in one line.
 
-    asyncio itself waits a second and goes on taking connections, and would log a traceback each time.
+    asyncio itself waits a second, continues to accept connections and logs a traceback each time.
     """
 
     def __init__(self) -> None:
@@ -92,11 +92,11 @@ class NoDescriptors:
             loop.default_exception_handler(context)
         elif loop.time() - self._said >= _SAID_AGAIN:
             self._said = loop.time()
-            _log.warning("no file descriptor is left for another connection; `ulimit -n` of the gateway allows more")
+            _log.warning("out of file descriptors for new connections; raise `ulimit -n` of the gateway")
 
 
 def guarded(settings: GatewaySettings, connections: int) -> Callable[..., asyncio.Protocol]:
-    """Return what makes the connections of one server; its arguments are those of `Gate`."""
+    """Return a factory for the connections of one server. It has the arguments of `Gate`."""
     return partial(_Guarded, Gate(settings, connections))
 
 
@@ -110,12 +110,12 @@ class _Guarded(H11Protocol):
         self._deadline: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Take a connection, unless its address has too many."""
+        """Accept a connection unless its address has too many."""
         super().connection_made(transport)
         if self._gate.enter(self._address):
             self._watch()
         else:
-            message = "Your address has too many connections to the gateway."
+            message = "Too many connections from your address to the gateway."
             self._refuse(HttpProblem(503, message, "too_many_connections", retry_after=1))
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -130,7 +130,7 @@ class _Guarded(H11Protocol):
         self._watch()
 
     def on_response_complete(self) -> None:
-        """Go on to the next request; what is left of this one's body has less time, for nobody waits for it."""
+        """Continue with the next request. The rest of this request's body gets a shorter timeout."""
         super().on_response_complete()
         self._watch()
 

@@ -1,12 +1,11 @@
-"""The adapters that the engine has loaded: which ones, who uses them, and who goes when there is no room.
+"""Manage the adapters loaded in the engine: their use, and eviction if space runs out.
 
     absent --written, loaded--> resident --least recently used, idle--> unloaded, then deleted
                                    |
-                                   `--its task was replaced--> retired: serves what is in flight, then deleted
+                                   `--its task was replaced--> retired: serves requests in flight, then deleted
 
-Only one adapter at a time is brought in or out, under a lock: the engine's list and this one cannot drift apart
-meanwhile. Those that wait for it are written in the meantime, as long as there is much room: here it is known what is
-asked for next.
+Only one adapter at a time is loaded or unloaded, under a lock, so that the engine's list and this one stay the same.
+While a task waits for the lock, its adapter is already written if there is plenty of space.
 """
 
 from __future__ import annotations
@@ -82,12 +81,12 @@ class Resident:
 
     @cached_property
     def context(self) -> TaskContext | None:
-        """What stands before its requests, read once from its folder; None if there is nothing that can be read."""
+        """The context for its requests, read once from its folder; None if missing or unreadable."""
         paths = [self.folder / name for name in CONTEXT_NAMES]
         try:
             return TaskContext.read({path.name: path.read_bytes() for path in paths if path.is_file()})
         except (DataError, OSError) as error:
-            _log.warning("the context of %s cannot be read: %s", self.task, error)
+            _log.warning("cannot read the context of %s: %s", self.task, error)
             return None
 
 
@@ -106,12 +105,12 @@ class Residency:
 
     Args:
         connection: The engine.
-        tasks: Where adapters come from.
-        catalogue: Finds them.
-        folders: Where they are written.
-        threads: Where that is done.
-        metrics: What is counted.
-        settings: How many may be loaded, and how many tasks may wait for that.
+        tasks: Source of the adapters.
+        catalogue: Finds tasks.
+        folders: Folders for written adapters.
+        threads: Threads for writing.
+        metrics: The metrics.
+        settings: Limits on loaded adapters and waiting tasks.
     """
 
     def __init__(
@@ -153,14 +152,14 @@ class Residency:
         self._release(resident)
 
     def is_own(self, listing: Listing, adapter: str) -> bool:
-        """Say whether the engine has an adapter of this name from somebody else."""
+        """Return whether the engine has an adapter of this name that the gateway did not load."""
         root = listing.adapters.get(adapter)
         is_own = root is not None and Path(root).parent != self._folders.root
         if is_own and root is not None and is_adapter_folder(Path(root)) and adapter not in self._warned:
             self._warned.add(adapter)
             _log.warning(
-                "the engine has %s from icm's plug-in, or a gateway with another --adapters folder, so this one does "
-                "not load it anew when the task changes: start the engine anew, without ICM_STORE and ICM_BUNDLE",
+                "%s was loaded by icm's vLLM plug-in or by a gateway with another --adapters folder, so this gateway "
+                "does not update it; restart the engine without ICM_STORE and ICM_BUNDLE",
                 adapter,
             )
         return is_own
@@ -172,7 +171,7 @@ class Residency:
         return not resident.known or self._loaded.get(resident.task) is not resident
 
     async def remove(self, task: str) -> None:
-        """Unload the adapter of a task that is no more, if there is one."""
+        """Unload the adapter of a removed task, if it is loaded."""
         if task not in self._loaded:  # without a turn: any name may be asked for
             return
         async with self._turn:
@@ -180,18 +179,24 @@ class Residency:
                 await self._retire(await self._connection.engine(), resident, "the task was removed")
 
     async def prepare(self) -> None:
-        """Find out what the engine has loaded from before, and what it is."""
+        """Detect the engine, and find adapters that it has already loaded."""
         async with self._turn:
             await self._reconcile()
         model, served, others = await self._connection.prepare()
         if served:
-            _log.info("the engine runs %s: %s of it, %d of other base models", model, counted(served, "task"), others)
+            _log.info(
+                "the engine runs %s: serving %s; %d for other base models", model, counted(served, "task"), others
+            )
         elif others:
-            hint = "if it is their base model under another name, --base-model says so"
-            _log.warning("the engine runs %s, and no task is of it, so they get status 404; %s", model, hint)
+            hint = "if this is their base model under another name, set --base-model"
+            _log.warning(
+                "the engine runs %s, but no task uses this base model, so requests for tasks get status 404; %s",
+                model,
+                hint,
+            )
 
     async def close(self) -> None:
-        """Stop bringing adapters in; what is loaded stays, for the next gateway."""
+        """Stop loading adapters. Loaded adapters stay for the next gateway."""
         for job in self._jobs:
             job.cancel()
         await asyncio.gather(*self._jobs, return_exceptions=True)
@@ -244,7 +249,7 @@ class Residency:
         if problem is not None and time.monotonic() < until:
             raise problem.with_traceback(None)  # else each raise would add to it
         if len(self._flights) >= self._max_waiting:
-            message = f"{self._max_waiting} other tasks wait to be loaded; try again soon."
+            message = f"{self._max_waiting} other tasks are waiting to load; try again soon."
             raise HttpProblem(503, message, "too_many_waiting", retry_after=2)
         flight = _Flight(task.key, self._start(self._fly(task)))
         self._flights[task.name] = flight
@@ -280,7 +285,9 @@ class Residency:
             async with asyncio.timeout(_FETCH_TIMEOUT):
                 await asyncio.get_running_loop().run_in_executor(self._fetching, self._tasks.fetch, task)
         except TimeoutError:
-            message = f"The bytes of {task.name!r} have not arrived in {_FETCH_TIMEOUT:g} seconds; try again soon."
+            message = (
+                f"The adapter of {task.name!r} did not download within {_FETCH_TIMEOUT:g} seconds; try again soon."
+            )
             raise HttpProblem(503, message, "store_away", retry_after=5) from None
 
     async def _write_ahead(self, task: ServedTask) -> None:
@@ -327,7 +334,9 @@ class Residency:
         begun = time.monotonic()
         await engine.load(resident.adapter, resident.folder)
         if resident.adapter not in (await self._connection.listing()).adapters:
-            raise HttpProblem(502, "The engine says that it loaded the adapter, but does not list it.", "engine_lied")
+            raise HttpProblem(
+                502, "The engine reported that it loaded the adapter, but does not list it.", "engine_lied"
+            )
         resident.known = True
         took = time.monotonic() - begun
         self._metrics.load_seconds.observe(took)
@@ -353,7 +362,7 @@ class Residency:
         while (folder := await self._in_thread(partial(_got, folders, task.key, write))) is None:
             # Below the limit, but others fill the disk too.
             if not await self._dropped_one(task):
-                message = f"There is no space left on the disk for the adapter of {task.name!r}."
+                message = f"There is no disk space left for the adapter of {task.name!r}."
                 raise HttpProblem(503, message, "no_room", retry_after=5)
         try:
             await self._make_room(task, lambda: folders.size > folders.limit)
@@ -379,20 +388,20 @@ class Residency:
                 continue
             if not any(one.uses for one in self._all):
                 limit = human_size(self._folders.limit)
-                raise HttpProblem(503, f"The adapter of {task.name!r} takes more than the limit of {limit}.", "no_room")
+                raise HttpProblem(503, f"The adapter of {task.name!r} exceeds the limit of {limit}.", "no_room")
             self._freed.clear()
             try:
                 async with asyncio.timeout_at(until):
                     await self._freed.wait()
             except TimeoutError:
-                message = "There is no room for one more adapter: those that are loaded are in use."
+                message = "There is no room for another adapter: all loaded adapters are in use."
                 raise HttpProblem(503, message, "no_room", retry_after=1) from None
 
     async def _dropped_one(self, task: ServedTask) -> bool:
         """Unload the idle adapter that was used longest ago, and say whether there was one."""
         others = (one for one in self._loaded.values() if one.task != task.name)
         if (victim := next((one for one in (*self._retired, *others) if one.uses == 0), None)) is not None:
-            await self._drop(victim, "used longest ago")
+            await self._drop(victim, "least recently used")
         return victim is not None
 
     def _is_full(self, task: ServedTask) -> bool:
@@ -447,7 +456,7 @@ class Residency:
         for resident in residents:
             if resident.known and listing.adapters.get(resident.adapter) != str(resident.folder):
                 resident.known = False
-                _log.info("the engine no longer has %s", resident.task)
+                _log.info("the engine has unloaded %s", resident.task)
         ours = {one.adapter for one in residents if one.known}
         for adapter, root in listing.adapters.items():
             if adapter not in ours and Path(root).parent == self._folders.root:
@@ -467,7 +476,7 @@ class Residency:
             return
         self._loaded[name] = Resident(name, key, adapter, folder)
         self._loaded.move_to_end(name, last=False)
-        _log.info("the engine has %s from before", name)
+        _log.info("the engine already has %s", name)
 
     def _measure(self) -> None:
         self._metrics.loaded.set(sum(one.known for one in self._all))
@@ -503,14 +512,14 @@ def _as_problem(name: str, error: Exception) -> HttpProblem:
     if isinstance(error, HttpProblem):
         return error
     if isinstance(error, FoldersUnusable):
-        return HttpProblem(503, f"There is no room for one more adapter: {error.message}.", "no_room", retry_after=5)
+        return HttpProblem(503, f"There is no room for another adapter: {error.message}.", "no_room", retry_after=5)
     if isinstance(error, StoreLocked):
         return HttpProblem(503, f"The store is busy: {error.message}.", "store_busy", retry_after=5)
     if isinstance(error, StoreAway):
-        return HttpProblem(503, f"The store is away: {error.message}.", "store_away", retry_after=5)
+        return HttpProblem(503, f"The store is unavailable: {error.message}.", "store_away", retry_after=5)
     if isinstance(error, IcmError | OSError):
         reason = error.message if isinstance(error, IcmError) else error.strerror or str(error)
     else:
-        _log.exception("unexpected error while %s was brought in", name, exc_info=error)
-        reason = f"unexpected {type(error).__name__}; the gateway's log has more"
-    return HttpProblem(503, f"The adapter of {name!r} cannot be made: {reason}", "adapter_unavailable")
+        _log.exception("unexpected error while loading %s", name, exc_info=error)
+        reason = f"unexpected {type(error).__name__}; see the gateway's log for details"
+    return HttpProblem(503, f"The adapter of {name!r} could not be written: {reason}", "adapter_unavailable")

@@ -1,4 +1,4 @@
-"""Run the gateway: open what it needs, listen, and stop without dropping what is in flight."""
+"""Run the gateway: listen, serve and finish the requests in flight before stopping."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ from icmlora.serving.gateway.settings import GatewaySettings
 from icmlora.serving.tasks import ServedTasks
 
 _QUEUE = 2048
-"""Connections that the system keeps until they are taken."""
+"""Connections that the system queues until they are accepted."""
 _THREADS = 4  # for looking into the store, and as many for writing adapters
 _KEPT_ALIVE = 3.0
 """Seconds for which an idle connection to the engine is used again: both engines close theirs after 5."""
 _CONNECT_TIMEOUT = 5.0  # seconds for a connection to the engine
-_LIST_TIMEOUT = 10.0  # seconds for an engine to say what it serves
+_LIST_TIMEOUT = 10.0  # seconds for an engine to list its models
 _CLIENT_KEPT_ALIVE = 75  # seconds, more than load balancers keep theirs
 
 _log = logging.getLogger(__name__)
 
 
 def serve(listening: socket.socket, tasks: ServedTasks, folders: AdapterFolders, settings: GatewaySettings) -> None:
-    """Serve on a socket until SIGTERM or SIGINT; a second one cuts off what is in flight."""
+    """Serve on a socket until SIGTERM or SIGINT. A second signal cancels requests in flight."""
     logging.getLogger("uvicorn.error").addFilter(_is_news)
 
     async def run() -> None:
@@ -56,7 +56,7 @@ def serve(listening: socket.socket, tasks: ServedTasks, folders: AdapterFolders,
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Return a socket that listens, so that nobody who reads its address is refused. Raises `OSError` with it."""
+    """Return a listening socket, so that its address accepts connections at once. Raises `OSError` naming it."""
     family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     found = socket.socket(family, kind, protocol)
     try:
@@ -114,9 +114,9 @@ async def _prepare(residency: Residency, url: str) -> None:
     try:
         await residency.prepare()
     except HttpProblem as problem:
-        _log.warning("%s: %s Until that changes, requests get status %d.", url, problem.message, problem.status)
+        _log.warning("%s: %s Until this is fixed, requests get status %d.", url, problem.message, problem.status)
     except Exception as error:
-        _log.warning("cannot prepare: %s", error)
+        _log.warning("cannot prepare the engine: %s", error)
 
 
 def uvicorn_config(app: GatewayApp, settings: GatewaySettings) -> uvicorn.Config:
@@ -144,7 +144,7 @@ def _is_news(record: logging.LogRecord) -> bool:
     """Leave out what uvicorn says about answers broken off on purpose, and say in our words that some were cut off."""
     if record.getMessage().startswith("Cancel ") and isinstance(record.args, tuple):
         count = counted(int(str(record.args[0])), "request")
-        record.msg, record.args = f"{count} in flight did not end within --drain-seconds and was cut off", ()
+        record.msg, record.args = f"cancelled {count} that did not finish within --drain-seconds", ()
     return not record.getMessage().startswith("ASGI callable returned without")
 
 
@@ -167,5 +167,5 @@ class _Server(uvicorn.Server):
         if self.should_exit:
             self.force_exit = True
         else:
-            _log.info("stopping: requests in flight may end")
+            _log.info("stopping after the requests in flight")
         self.should_exit = True

@@ -1,4 +1,4 @@
-"""How the gateway works. Nothing heavy is imported here: the options of `icm serve` have their defaults from it."""
+"""Settings of the gateway. This module imports nothing heavy, because the command line imports it."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from icmlora.serving.requirements import EngineName
 
 @dataclass(frozen=True, kw_only=True)
 class GatewaySettings:
-    """Where the engine is, who may ask, and what requests may take.
+    """Address of the engine, access control and limits.
 
     Attributes:
-        engine_url: Where the engine is.
-        engine: Which one it is; None to ask it.
-        engine_token: What the engine wants to be told.
-        base_model: The base model of the tasks, if the user says that it is the engine's.
-        token: What clients must know; None for nothing.
-        local_names: Names of this machine, if only who is on it may ask: a request has to be addressed to one of them,
-            or to localhost. A web page elsewhere could have it sent by a browser here. None: any name.
-        max_adapters: How many adapters may be loaded; None for as many as the folders hold.
-        max_waiting: How many tasks may wait to be loaded.
-        max_requests: How many requests may be in work.
-        max_connections: How many connections one address may have open.
-        max_body: Bytes of a request's body.
+        engine_url: Address of the engine.
+        engine: Type of the engine; None to detect it.
+        engine_token: Token for the engine.
+        base_model: The base model of the engine, if the user named it.
+        token: Token that clients must send; None for open access.
+        local_names: Names of this machine, if only local clients have access: the Host header must be one of them or
+            localhost, which stops web pages elsewhere from using a local browser. None: any name.
+        max_adapters: Maximum number of loaded adapters; None for as many as fit into the folders.
+        max_waiting: Maximum number of tasks waiting to load.
+        max_requests: Maximum number of concurrent requests.
+        max_connections: Maximum number of connections per address.
+        max_body: Maximum size of a request body in bytes.
         header_timeout: Seconds until a request's headers have arrived.
         body_timeout: Seconds until its body has.
-        first_byte_timeout: Seconds until the engine's answer begins.
+        first_byte_timeout: Seconds until the engine's response begins.
         idle_timeout: Seconds between two pieces of a body, in either direction.
         drain: Seconds for requests in flight to end when the gateway is stopped.
         access_log: Whether to log each request.

@@ -126,7 +126,7 @@ def test_an_adapter_with_a_bias_is_refused(served: Served, model: Any, tmp_path:
     biases = {"base_model.model.model.layers.0.self_attn.q_proj.base_layer.bias": torch.ones(16)}
     save_file(load_file(weights) | biases, weights, metadata={"format": "pt"})
     icm_quietly(served.store, "ingest", folder, "--no-vectors")
-    with pytest.raises(DataError, match="more than factors of LoRA"):
+    with pytest.raises(DataError, match="has tensors besides its LoRA factors"):
         attach(model, Fleet(served.store), "biased")
 
 
@@ -143,7 +143,7 @@ def test_a_model_of_the_same_shape_with_other_weights_is_warned_about(
 ) -> None:
     other = AutoModelForCausalLM.from_pretrained(write_tiny_base(tmp_path / "other", seed=7)).eval()
     fleet = Fleet(served_template.store)
-    with pytest.warns(UserWarning, match=f"not those of '{LABEL}'"):
+    with pytest.warns(UserWarning, match=f"weights differ from '{LABEL}'"):
         attached = attach(other, fleet, "rules")
     attach(attached, fleet, "poems")  # once is enough: warnings are errors here
     attach(model.bfloat16(), fleet, "rules")

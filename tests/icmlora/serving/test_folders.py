@@ -129,7 +129,7 @@ def test_the_folders_are_readable_by_their_owner_alone(tmp_path: Path) -> None:
 def test_a_link_in_place_of_the_root_is_refused(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "root").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(FoldersUnusable, match="not a folder of this user"):
+    with pytest.raises(FoldersUnusable, match="not a folder owned by this user"):
         AdapterFolders(tmp_path / "root")
 
 
@@ -137,7 +137,7 @@ def test_a_link_above_the_default_root_is_refused(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr("icmlora.serving.folders._MEMORY", tmp_path)
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / f"icm-{os.getuid()}").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(FoldersUnusable, match="not a folder of this user"):
+    with pytest.raises(FoldersUnusable, match="not a folder owned by this user"):
         AdapterFolders(default_root("vllm"))
 
 

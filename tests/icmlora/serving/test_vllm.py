@@ -273,7 +273,7 @@ def test_a_model_with_other_weights_than_the_user_says_is_warned_about(
     monkeypatch.setenv("ICM_BASE_MODEL", LABEL)
     write_tiny_base(tmp_path / "other", seed=7)
     assert ask(resolver, tmp_path / "other", "poems") is not None
-    (told,) = (record for record in caplog.records if f"whose weights are not those of {LABEL!r}" in record.message)
+    (told,) = (record for record in caplog.records if f"whose weights differ from {LABEL!r}" in record.message)
     assert told.name.startswith("vllm.")  # it shows no others
 
 
@@ -386,7 +386,7 @@ def test_while_the_database_is_away_vllm_serves_what_is_known_and_says_503_of_th
     (resolver,) = registry.resolvers.values()
     assert isinstance(resolver, IcmResolver)
     vllm: BaseServing = vars(sys.modules[SERVING])["BaseServing"](str(served.base), resolver)
-    refusal = "503 ServiceUnavailableError: The store is away: postgresql://"
+    refusal = "503 ServiceUnavailableError: The store is unavailable: postgresql://"
     team.database.leave()
     assert str(asyncio.run(vllm._check_model(SimpleNamespace(model="rules")))).startswith(refusal)
     team.database.come_back()

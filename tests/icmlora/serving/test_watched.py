@@ -146,7 +146,7 @@ def test_nobody_waits_for_a_database_that_was_stopped(
         team.database.stop()
         assert tasks.stamp() == stamp
         tasks.write(task, tmp_path / "meanwhile")
-        with pytest.raises(StoreAway, match="does not answer"):
+        with pytest.raises(StoreAway, match="does not respond"):
             wait_for(lambda: tasks.check())
     team.database.come_back()
     wait_for(lambda: _is_back(tasks))

@@ -1,7 +1,7 @@
 
 "use strict";
 (() => {
-  // What came from the store reaches the page as text only: `textContent`, never HTML.
+  // Data from the store is inserted as text only: `textContent`, never HTML.
   const { columns, lists, outputs, rows } = JSON.parse(document.getElementById("fleet").textContent);
   const at = Object.fromEntries(columns.map((name, place) => [name, place]));
   const ON_A_PAGE = 50;
@@ -39,11 +39,11 @@
     { name: "share", title: "Of bf16", number: true, text: (row) => percent(row[at.share]), hidden: !has("share") },
     { name: "error", title: "Relative error", number: true, text: (row) => thousandths(row[at.error]), hidden: !has("error") },
     { name: "gain", title: "Retained gain", number: true, text: gain, hidden: !has("gain") },
-    { name: "kept", title: "Kept as", text: (row) => listed("kept", row) },
+    { name: "kept", title: "Stored as", text: (row) => listed("kept", row) },
     { name: "tags", title: "Tags", hidden: !has("tags") },
   ].filter((column) => !column.hidden);
 
-  // What is shown: kept in the address, so that a link or a reload brings it back.
+  // The view is kept in the address, so that a link or a reload restores it.
   const FIRST = { q: "", base: "", tag: "", kept: "", sort: "name", page: "1", task: "" };
   let state = { ...FIRST };
   let found = [];  // places of the rows that pass, in order
@@ -103,7 +103,7 @@
     found.sort((one, other) => {
       const [a, b] = [keys.get(one), keys.get(other)];
       if (a === b) return one - other;
-      if (a === null) return 1;  // what was not measured comes last in either direction
+      if (a === null) return 1;  // unmeasured tasks come last in either direction
       if (b === null) return -1;
       return sign * (a - b);
     });
@@ -145,10 +145,10 @@
       ["Extras", row[at.extras] ? size(row[at.extras]) : ""],
       ["Cluster on the map", row[at.cluster] === null ? "" : String(row[at.cluster])],
       ["Nearest task", row[at.nearest] === null ? "" : `${row[at.nearest][0]}, distance ${thousandths(row[at.nearest][1])}`],
-      ["Marks", row[at.marks].join(", ")],
+      ["Status", row[at.marks].join(", ")],
       ["Ingested", row[at.created]],
       ["Limits that no code meets", row[at.limits] ?? "", true],
-      ["Why there is no code", listed("why", row), true],
+      ["Reason for no code", listed("why", row), true],
       ["Note", row[at.note] ?? "", true],
     ];
     const list = element("dl");
@@ -158,7 +158,7 @@
     }
     const cellOfAll = element("td", { colSpan: COLUMNS.length }, list);
     if (outputs[place] !== undefined) {
-      cellOfAll.append(element("p", {}, element("a", { href: `#outputs-${outputs[place]}`, textContent: "What it writes" })));
+      cellOfAll.append(element("p", {}, element("a", { href: `#outputs-${outputs[place]}`, textContent: "Outputs" })));
     }
     return element("tr", { className: "more" }, cellOfAll);
   }
@@ -171,12 +171,12 @@
     body.replaceChildren(...found.slice(first, all ? undefined : first + ON_A_PAGE).flatMap(line));
     const sum = (name) => found.reduce((total, place) => total + (rows[place][at[name]] ?? 0), 0);
     const coded = found.filter((place) => rows[place][at.size] !== null).length;
-    const which = coded === found.length ? "their codes" : `the codes of ${coded.toLocaleString("en")}`;
-    const replaced = coded ? `; ${which} with vectors and extras take ${size(sum("size"))}` : "";
+    const which = coded === found.length ? "Their codes" : `The codes of ${coded.toLocaleString("en")}`;
+    const replaced = coded ? ` ${which} with vectors and extras take ${size(sum("size"))}.` : "";
     const of = found.length === rows.length ? "" : ` of ${rows.length.toLocaleString("en")}`;
     count.textContent = found.length
-      ? `${found.length.toLocaleString("en")}${of || (found.length === 1 ? " task" : " tasks")}${of && " tasks"}. The originals take ${size(sum("original"))}${replaced}.`
-      : "No task passes the filters.";
+      ? `${found.length.toLocaleString("en")}${of || (found.length === 1 ? " task" : " tasks")}${of && " tasks"}. The originals take ${size(sum("original"))}.${replaced}`
+      : "No task matches the filters.";
     pager.hidden = pages() === 1;
     pager.querySelector("span").textContent = `Page ${page()} of ${pages()}`;
     pager.querySelector('[data-step="-1"]').disabled = page() === 1;
@@ -232,7 +232,7 @@
 
   function read() {
     const told = location.hash.slice(1);
-    if (told !== "" && !told.includes("=")) return false;  // a place on the page
+    if (told !== "" && !told.includes("=")) return false;  // an anchor on the page
     const given = new URLSearchParams(told);
     state = Object.fromEntries(Object.entries(FIRST).map(([name, value]) => [name, given.get(name) ?? value]));
     if (!COLUMNS.some((column) => column.name === state.sort.split(":")[0])) state.sort = FIRST.sort;
@@ -255,7 +255,7 @@
   form.hidden = false;
 
   form.addEventListener("submit", (event) => event.preventDefault());
-  for (const kind of ["input", "change"]) {  // not everything that chooses an option causes both
+  for (const kind of ["input", "change"]) {  // some ways to choose an option cause only one of them
     form.addEventListener(kind, (event) => {
       if (state[event.target.name] !== event.target.value) show({ [event.target.name]: event.target.value, page: "1" });
     });
@@ -266,7 +266,7 @@
     if (heading === null) return;
     const { name } = heading.dataset;
     const isFirst = state.sort.split(":")[0] !== name;
-    // Of numbers, the largest are wanted first.
+    // Numbers sort in descending order first.
     const isNumber = COLUMNS.find((column) => column.name === name).number;
     const isDescending = isFirst ? isNumber : !state.sort.endsWith(":desc");
     show({ sort: isDescending ? `${name}:desc` : name, page: "1" });
@@ -281,7 +281,7 @@
       return;
     }
     const row = event.target.closest("tr.row");
-    if (row === null || String(getSelection()) !== "") return;  // text that is being marked is not a click
+    if (row === null || String(getSelection()) !== "") return;  // selecting text is not a click
     const name = rows[Number(row.dataset.row)][at.name];
     show({ task: state.task === name ? "" : name });
     body.querySelector(`[data-row="${row.dataset.row}"] button`).focus({ preventScroll: true });
@@ -298,7 +298,7 @@
       point(Number(marker.dataset.row));
       told.textContent = tell(Number(marker.dataset.row));
     };
-    // One dot takes part in the tab order; the arrow keys go on from there.
+    // One dot is in the tab order; the arrow keys move to the others.
     dots.forEach((dot, number) => {
       dot.setAttribute("tabindex", number === 0 ? "0" : "-1");
       dot.setAttribute("role", "button");

@@ -101,7 +101,7 @@ def test_a_search_looks_into_names_tags_notes_and_base_models(visit: Visit, word
     search(browser, words)
     assert names(browser) == found
     said = texts(browser, ".count")[0]
-    assert said.startswith(f"{len(found)} of 6 tasks" if found else "No task passes")
+    assert said.startswith(f"{len(found)} of 6 tasks" if found else "No task matches")
 
 
 def test_what_is_searched_and_sorted_is_in_the_address(visit: Visit, tmp_path: Path) -> None:
@@ -237,7 +237,7 @@ def test_ten_thousand_tasks_are_shown_a_page_at_a_time(visit: Visit) -> None:
 
 def test_a_store_without_tasks_has_a_page(visit: Visit) -> None:
     browser = visit(page_of([]))
-    assert "An empty store" in texts(browser, "h1")
+    assert "Empty store" in texts(browser, "h1")
 
 
 @pytest.mark.one_case

@@ -181,8 +181,8 @@ def test_the_distance_of_a_code_stands_next_to_that_of_two_seeds() -> None:
 
 def test_a_page_of_texts_says_nothing_of_pictures_and_the_other_way_round() -> None:
     written, drawn = (html_of(page_of(FLEET, **kind)) for kind in ({"texts": ("p", "a", "b")}, {"drawing": True}))
-    assert ("writes for the same prompts" in written, "draws for the same prompts" in written) == (True, False)
-    assert ("writes for the same prompts" in drawn, "draws for the same prompts" in drawn) == (False, True)
+    assert ("greedy decoding" in written, "the same prompts and seeds" in written) == (True, False)
+    assert ("greedy decoding" in drawn, "the same prompts and seeds" in drawn) == (False, True)
 
 
 def test_errors_of_kinds_of_modules_are_a_table() -> None:

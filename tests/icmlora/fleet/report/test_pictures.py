@@ -144,7 +144,7 @@ def test_a_file_without_trigger_words_asks_for_prompts(drawn: Callable[..., tupl
 
 def test_chats_are_no_prompts_for_pictures(drawn: Callable[..., tuple[ReportSummary, str]], tmp_path: Path) -> None:
     (tmp_path / "prompts.jsonl").write_text('{"messages": [{"role": "user", "content": "hi"}]}\n')
-    with pytest.raises(DataError, match="a chat is no prompt for a picture"):
+    with pytest.raises(DataError, match="a chat is not a prompt for a picture"):
         drawn("pear", prompts=tmp_path / "prompts.jsonl")
 
 

@@ -75,13 +75,13 @@ def test_one_adapter_that_diverged_does_not_flatten_the_others() -> None:
     picture = drawn(tasks(-400.0, 0.9, 0.95))
     spread = {round(dot.y) for dot in picture.codes}
     assert len(spread) == 3
-    assert "1 dot at the edge is beyond it." in picture.caption
+    assert "1 dot at the edge lies outside the chart." in picture.caption
 
 
 def test_the_three_worst_tasks_are_named() -> None:
     picture = drawn(tasks(0.99, 0.7, 0.95, 0.8, 0.6))
     assert {note.text for note in picture.notes if note.kind == "name"} == {"task-4", "task-1", "task-3"}
-    assert {note.text for note in picture.notes if note.kind != "name"} == {"codes", "original adapters, in bf16"}
+    assert {note.text for note in picture.notes if note.kind != "name"} == {"codes", "originals in bf16"}
 
 
 def test_labels_do_not_cover_each_other() -> None:

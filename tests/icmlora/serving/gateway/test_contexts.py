@@ -147,7 +147,7 @@ def test_files_that_are_no_context_are_told_and_left(
     with Store.open(served.store) as store:
         store.tasks.set_files("rules", kept_files(store.blobs, {"context.json": b"[]"}))
     assert ask(gateway, "/v1/completions", prompt="two").json()["asked"]["prompt"] == "two"
-    assert "the context of rules cannot be read" in caplog.text
+    assert "cannot read the context of rules" in caplog.text
 
 
 def test_sglang_gets_its_name_of_the_adapter_too(start: StartGateway, served: Served, engine: StubEngine) -> None:

@@ -454,7 +454,9 @@ def test_a_task_of_another_base_model_is_refused_and_said_why(start: StartGatewa
     assert engine.loads == []
 
 
-@pytest.mark.parametrize(("model", "said"), [(None, "3 tasks of it"), ("acme/another", "no task is of it")])
+@pytest.mark.parametrize(
+    ("model", "said"), [(None, "serving 3 tasks"), ("acme/another", "no task uses this base model")]
+)
 def test_the_log_says_at_the_start_which_tasks_are_for_the_engine(
     start: StartGateway, engine: StubEngine, log: pytest.LogCaptureFixture, model: str | None, said: str
 ) -> None:
@@ -469,7 +471,7 @@ def test_adapters_of_the_plug_in_are_warned_about_once(
     engine.adapters["rules"] = f"/dev/shm/icm-0/vllm/sha256-{'a' * 64}"
     for _ in range(3):
         assert gateway.ask("rules").status_code == 200
-    assert (engine.loads, log.text.count("from icm's plug-in")) == ([], 1)
+    assert (engine.loads, log.text.count("was loaded by icm's vLLM plug-in")) == ([], 1)
 
 
 def test_the_user_may_say_which_base_model_the_engine_runs(
@@ -511,7 +513,7 @@ def test_a_task_that_cannot_be_written_says_why(
 ) -> None:
     answers = [gateway.ask("rules") for _ in range(3)]
     assert [answer.status_code for answer in answers] == [503] * 3, "a failure is not tried again at once"
-    assert answers[0].json()["error"]["message"] == "The adapter of 'rules' cannot be made: the code is damaged"
+    assert answers[0].json()["error"]["message"] == "The adapter of 'rules' could not be written: the code is damaged"
     assert "cannot serve rules: The adapter" in log.text
     assert gateway.ask("poems").status_code == 503
     assert gateway.folders.keys() == []
