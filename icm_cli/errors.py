@@ -185,6 +185,5 @@ def _from_system(error: OSError) -> Failure:
 
 _ERRNO_HINTS = {
     errno.EROFS: "use another path, or remount the read-only file system for writing",
-
     **dict.fromkeys((errno.EACCES, errno.EPERM), "check the owner and permissions of this path, or use another path"),
 }
