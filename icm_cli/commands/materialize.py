@@ -105,7 +105,7 @@ def materialize(
 ) -> None:
     """Write the adapter of TASK to a folder or file.
 
-    A decoded adapter has the configuration, tensor names, ranks and number formats of its original. It needs neither
+    A decoded adapter has the configuration, tensor names, ranks and number formats of its original. Decoding needs neither
     the base model nor a GPU, and output is reproducible byte for byte. --seed samples the latent instead of using its
     mean. --from decodes the adapter from a bundle, after checking every byte, and needs no store.
 
