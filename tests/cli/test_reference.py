@@ -54,11 +54,11 @@ def helps(name: str) -> str:
     [
         ("icm generate", f"The first {SAMPLE_TOKENS} tokens are used"),
         ("icm generate", f"The first {VectorSettings().sample_tokens} tokens are used"),
-        ("icm recognize", f"icm reads {SAMPLES_READ} of them"),
+        ("icm recognize", f"Uses {SAMPLES_READ} of them"),
         ("icm train", f"1 (smallest) to {len(_TOLERANCES)} (most accurate)"),
         ("icm encode", f"1 (smallest) to {len(_TOLERANCES)} (most accurate)"),
         ("icm ingest", f"the exit code is then {int(ExitCode.PARTLY)}"),
-        ("icm vectors", f"the exit code is then {int(ExitCode.PARTLY)}"),
+        ("icm vectors", f"the exit code is {int(ExitCode.PARTLY)}"),
         ("icm convert", f"Exit code {int(ExitCode.PARTLY)} means"),
         ("icm doctor", f"The exit code is {int(ExitCode.FAILED)} if"),
     ],

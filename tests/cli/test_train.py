@@ -127,7 +127,7 @@ def test_ctrl_c_while_it_encodes_publishes_nothing(icm: Icm, mixed: Path, monkey
 @pytest.mark.parametrize(
     ("event_type", "options", "told", "go_on"),
     [
-        (TaskEncoded, ("--refine", 1), "1 task encoded", "`icm encode` refines the rest"),
+        (TaskEncoded, ("--refine", 1), "1 task encoded", "run `icm encode` to refine the rest"),
         (TaskEncoded, ("--max-error", 0.5), "1 task encoded", "`icm encode` with the same limits"),
         (TaskEvaluated, ("--refine", 0), "measured 1 task", "run `icm eval` to measure the rest"),
     ],
@@ -147,8 +147,8 @@ def test_a_stop_after_the_training_keeps_the_generator_and_says_how_to_go_on(
             os.kill(os.getpid(), signal.SIGINT)
         real(session, event)
 
-    real = command._tell
-    monkeypatch.setattr(command, "_tell", tell)
+    real = command._print_event
+    monkeypatch.setattr(command, "_print_event", tell)
     ran = icm("train", "--device", "cpu", "--steps", STEPS, *options)
     assert (ran.code, f"generator 1 of {LABEL}" in ran.out) == (ExitCode.INTERRUPTED, True)
     assert f"interrupted; {told}" in ran.err
