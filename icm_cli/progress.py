@@ -39,8 +39,8 @@ class PlainProgress(Progress):
     def __init__(self, label: str) -> None:
         self._label = label
         self._interval = _interval()
-        self._started = self._last = time.monotonic()
-        self._from = 0.0
+        self._started = self._last = self._moved = time.monotonic()
+        self._from = self._done = 0.0
         self._total: float | None = None
 
     def update(self, done: float, total: float | None, note: str = "") -> None:
@@ -48,13 +48,16 @@ class PlainProgress(Progress):
         now = time.monotonic()
         if total != self._total:  # new phase: measure its pace from here
             self._started, self._from, self._total = now, done, total
+        if done != self._done:
+            self._moved, self._done = now, done
         if now - self._last < self._interval:
             return
         self._last = now
         parts = [self._label, f"{done:g}" if total is None else f"{done:g}/{total:g}", escape(note)]
         if total and self._from < done < total:
-            seconds = (now - self._started) * (total - done) / (done - self._from)
-            parts.append(f"eta {human_duration(seconds)}")
+            left = (self._moved - self._started) * (total - done) / (done - self._from)
+            # A long step counts down: its own time is part of the estimate.
+            parts.append(f"eta {human_duration(max(0.0, left - (now - self._moved)))}")
         sys.stderr.write(" ".join(part for part in parts if part) + "\n")
         sys.stderr.flush()
 

@@ -237,3 +237,15 @@ def test_json_is_json_in_every_encoding(monkeypatch: pytest.MonkeyPatch, encodin
     document, event = stream.buffer.getvalue().decode(encoding).rsplit("\n", 2)[:2]  # type: ignore[attr-defined]
     assert json.loads(document) == value
     assert json.loads(event) == {"type": "x", **value}
+
+
+def test_the_remaining_time_falls_during_a_long_step(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = iter([0.0, 0.0, 100.0, 130.0, 160.0])
+    monkeypatch.setattr("icm_cli.progress.time.monotonic", lambda: next(clock))
+    progress = PlainProgress("encode")
+    for done in (0, 1, 1, 1):
+        progress.update(done, 2)
+    shown = [line.rpartition("eta ")[2] for line in capsys.readouterr().err.splitlines()]
+    assert shown == ["1:40", "1:10", "40s"]
