@@ -164,7 +164,7 @@ class Cancelled(IcmLoraError):
         report: What was done until then, where the use case reports that.
     """
 
-    def __init__(self, message: str = "stopped; what was finished is kept") -> None:
+    def __init__(self, message: str = "stopped; completed work is kept") -> None:
         super().__init__(message)
         self.report: object = None
 

@@ -40,8 +40,8 @@ def modality_of(found: FoundBase) -> Modality[Any, Any]:
     for known in MODALITIES:
         if known.suits(found):
             return known
-    hint = "its tasks are kept, coded and materialized all the same; `icm base add --loader` lets icm measure them"
-    raise BaseModelUnsuited(f"base model {found.label!r} is of a kind that icm does not run", hint=hint)
+    hint = "its tasks can be stored, encoded and materialized; run `icm base add --loader` to measure them too"
+    raise BaseModelUnsuited(f"base model {found.label!r} is of a kind that icm cannot run", hint=hint)
 
 
 def check_examples(data: bytes, *, path: str | Path | None = None, any_row: bool = False) -> Examples:

@@ -32,7 +32,7 @@ from icmlora.io.staging import building_folder
 from icmlora.io.text import with_article
 
 _CAUSAL = "causal language model"
-_LIBRARY_HINT = "install the library that it names; models that also read videos need: pip install 'icm-lora[video]'"
+_LIBRARY_HINT = "install the library in the message; for models that read video, run: pip install 'icm-lora[video]'"
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,7 @@ def quiet_loading(found: FoundBase, kind: str = _CAUSAL, library: str = "transfo
         # Deliberately broad: for a damaged file the loaders raise whatever their parsing runs into.
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         fact = f"base model {found.label!r} cannot be loaded as {with_article(kind)}: {first}"
-        hint = f"the folder must be a complete model that {library} knows, with its tokenizer or processor"
+        hint = f"use a complete model folder that {library} supports, with its tokenizer or processor"
         hint = _LIBRARY_HINT if isinstance(error, ImportError) else hint
         raise BaseModelNotFound(fact, path=found.path, hint=hint) from error
     finally:

@@ -51,7 +51,7 @@ def placement(found: FoundBase, auto_class: str, device: torch.device, dtype: to
     outline = _outline(found, auto_class)
     if found.load_in is not None:
         if not packed(outline):
-            raise BaseModelUnsuited(f"base model {found.label!r} has no layer that {found.load_in} is for")
+            raise BaseModelUnsuited(f"base model {found.label!r} has no layer that {found.load_in} can quantise")
         options["quantization_config"] = quantization_config(found.load_in, outline)
         options["device_map"] = {"": device}
     if is_free:
@@ -88,15 +88,15 @@ def _spread(found: FoundBase, needed: int) -> dict[str, Any]:
         memory.pop("cpu", None)
     free = sum(memory.values())
     if needed > _SHARE * free:
-        fact = f"base model {found.label!r} takes {human_size(needed)}, and {human_size(free)} are free"
+        fact = f"base model {found.label!r} needs {human_size(needed)}, but only {human_size(free)} are free"
         raise BaseModelNotFound(fact, path=found.path, hint=smaller(found))
     return {"device_map": "auto", "max_memory": {place: round(_SHARE * size) for place, size in memory.items()}}
 
 
 def smaller(found: FoundBase) -> str:
     """Return which options make a base model take less memory of a card."""
-    load_in = f"`icm base add {found.label} PATH --load-in nf4` loads it in 4 bits"
-    return load_in if found.load_in is None else "--device cpu has the memory of this machine"
+    load_in = f"run `icm base add {found.label} PATH --load-in nf4` to load it in 4 bits"
+    return load_in if found.load_in is None else "use --device cpu"
 
 
 def _outline(found: FoundBase, auto_class: str) -> nn.Module:

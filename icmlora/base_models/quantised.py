@@ -39,12 +39,12 @@ def check_load_in(found: FoundBase) -> None:
     if found.load_in is None:
         return
     if found.load_in not in LOAD_IN:
-        raise DataError(f"{found.load_in!r} is not what a base model can be loaded in", hint="use nf4 or int8")
+        raise DataError(f"a base model cannot be loaded in {found.load_in!r}", hint="use nf4 or int8")
     if (odd := _oddity(found)) is not None:
         fact = f"base model {found.label!r} cannot be loaded in {found.load_in}: {odd}"
-        raise BaseModelUnsuited(fact, hint="leave --load-in out, or name a safetensors folder in full precision")
+        raise BaseModelUnsuited(fact, hint="leave out --load-in, or use a safetensors folder in full precision")
     if missing := [name for name in ("bitsandbytes", "accelerate") if find_spec(name) is None]:
-        fact = f"to load {found.label!r} in {found.load_in} takes {missing[0]}, which is not installed"
+        fact = f"loading {found.label!r} in {found.load_in} needs {missing[0]}, which is not installed"
         raise BaseModelNotFound(fact, hint="install the extra: pip install 'icm-lora[quantized]'")
 
 
@@ -55,9 +55,9 @@ def _oddity(found: FoundBase) -> str | None:
     if found.is_pipeline:
         return "it is a diffusers pipeline"
     if found.is_gguf:
-        return "the weights in a GGUF file are rounded already, and rounding them again would change them"
+        return "the weights in a GGUF file are already quantised, and quantising them again would change them"
     if "quantization_config" in read_config(found.path):
-        return "its files are quantised already"
+        return "its files are already quantised"
     return None
 
 

@@ -18,7 +18,7 @@ from icmlora.errors import BaseModelNotFound
 def load_skeleton(found: FoundBase) -> BaseModel:
     """Build the network of a Hugging Face folder without its weights; raise `BaseModelNotFound` if it cannot be."""
     if not found.has_config:
-        raise BaseModelNotFound("its modules are known only when it is loaded", path=found.path)
+        raise BaseModelNotFound("its modules are available only after loading it", path=found.path)
     with quiet_loading(found), torch.device("meta"):
         config = AutoConfig.from_pretrained(found.path, local_files_only=True, trust_remote_code=False)
         model = _network_class(config)(config)

@@ -108,4 +108,4 @@ def as_number(value: object, what: str) -> float:
 
 def wrong(value: object, what: str) -> BundleError:
     """Return the error that names a value of the wrong kind."""
-    return BundleError(f"{what} is {escape(repr(value), 60)}, which this format does not have")
+    return BundleError(f"{what} is {escape(repr(value), 60)}, which this format does not allow")

@@ -29,7 +29,7 @@ MAX_BUNDLE_BYTES = 64 * 1024**3
 
 _HEAD = struct.Struct("<5sI32s")
 _CHUNK = 8 * 1024 * 1024
-_HINT = "fetch or copy the file again"
+_HINT = "download or copy the file again"
 
 
 class BundleFile:
@@ -132,18 +132,20 @@ def bundle_size(index: BundleIndex) -> int:
 def _head(data: bytes, size: int) -> tuple[int, str]:
     """Return length and digest of the index."""
     if data[:4] != MAGIC[:4]:
-        raise BundleError("not an icm bundle", hint="`icm export FILE` writes one")
+        raise BundleError("not an icm bundle", hint="run `icm export FILE` to write one")
     if len(data) < _HEAD.size:
-        raise BundleError(f"the bundle has {size:,} bytes, too few for its head", hint=_HINT)
+        raise BundleError(f"the bundle has only {size:,} bytes, less than its header", hint=_HINT)
     magic, length, digest = _HEAD.unpack(data)
     if magic != MAGIC:
         if 0 < magic[4] < MAGIC[4]:  # those of before
-            fact = f"the bundle has format {magic[4]}, and this icm reads format {MAGIC[4]}"
-            raise OtherFormat(fact, is_older=True, hint="the icm that wrote it writes its adapters")
-        message = f"the bundle is damaged, or has the format {magic[4]}; this icm knows {MAGIC[4]}"
-        raise BundleError(message, hint="use the icm that wrote it, or a newer one")
+            fact = f"the bundle has format {magic[4]}, but this icm reads format {MAGIC[4]}"
+            raise OtherFormat(fact, is_older=True, hint="run `icm materialize` of the icm version that wrote it")
+        message = f"the bundle is damaged or has format {magic[4]}; this icm reads format {MAGIC[4]}"
+        raise BundleError(message, hint="use the icm version that wrote it, or a newer one")
     if length > min(MAX_INDEX_BYTES, size - _HEAD.size):
-        raise BundleError(f"the bundle claims an index of {length:,} bytes and has {size:,} in all", hint=_HINT)
+        raise BundleError(
+            f"the bundle declares an index of {length:,} bytes but has only {size:,} in total", hint=_HINT
+        )
     return length, digest.hex()
 
 

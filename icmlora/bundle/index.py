@@ -155,9 +155,9 @@ class BundleIndex:
         """Check that names and parts fit together."""
         names = [task.name.lower() for task in self.tasks]
         if not names or names != sorted(set(names)):
-            raise BundleError("the bundle's tasks are not in order, or one is there twice, or there is none")
+            raise BundleError("the bundle's tasks are missing, out of order or duplicated")
         if len(self.sizes) != len(self.parts) or self.sizes.keys() != {digest for digest, _ in self._uses()}:
-            raise BundleError("the bundle's parts are not those that its tasks need")
+            raise BundleError("the bundle's parts do not match its tasks")
         for digest, limit in self._uses():
             if self.sizes[digest] > limit:
                 message = f"a part of the bundle has {self.sizes[digest]:,} bytes, more than {limit:,}"

@@ -65,7 +65,7 @@ class Prompted:
         shown = examples if context is None else [context.before(example) for example in examples]
         read = self.base.modality.readable(self.base, shown, self.template)
         if not read.items:
-            raise DataError(f"no sample can be read behind others: {read.reason}")
+            raise DataError(f"no sample can be read after others: {read.reason}")
         return self.base.modality.measure(self.base, read.items, tokens)
 
     def usable(self, examples: Sequence[Any]) -> list[Any]:

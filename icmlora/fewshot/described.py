@@ -30,7 +30,7 @@ def described_samples(base: BaseModel, about: str, count: int, tokens: int, *, s
     written = variants(base, _prompt(base, about), count, tokens, seed=seed)
     texts = [text for text in dict.fromkeys(text.strip() for text in written) if len(text) >= _SHORTEST]
     if not texts:
-        raise DataError(f"{base.label} writes nothing for this description", hint="give samples with --samples FILE")
+        raise DataError(f"{base.label} wrote no text for this description", hint="add samples with --samples FILE")
     return texts
 
 

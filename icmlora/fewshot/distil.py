@@ -122,6 +122,6 @@ def _size_of_group(base: BaseModel, samples: Sequence[Prepared]) -> int:
     """Return how many samples are read together; raise `DataError` if no two fit into what the base model reads."""
     longest, room = max(item.size for item in samples) + _BETWEEN, base.within(_TOGETHER)
     if room < 2 * longest:
-        fact = f"two samples of {longest} tokens do not fit into the {room} that the base model reads"
+        fact = f"two samples of {longest} tokens exceed the {room} tokens that the base model reads"
         raise DataError(fact, hint="leave out --distil")
     return min(_GROUP, room // longest)

@@ -70,7 +70,7 @@ class Guard:
     @property
     def told_by(self) -> str:
         """The samples that tell, in words."""
-        return counted(self.samples, "sample") + (", each behind the others" if self.in_turn else " left out")
+        return counted(self.samples, "sample") + (", each after the others" if self.in_turn else " held out")
 
     @property
     def figures(self) -> str:

@@ -92,7 +92,7 @@ def encodable_part(start: FewShotStart, config: GeneratorConfig) -> FewShotStart
     shapes = start.adapter.layout
     kept = [number for number, shape in enumerate(shapes) if config.covers([shape._replace(rank=1)])]
     if not kept:
-        raise ValueError("the generator has no module of the few-shot start")
+        raise ValueError("the few-shot start has no module of the generator")
     modules = [start.adapter.modules[number] for number in kept]
     return replace(
         start,

@@ -48,8 +48,8 @@ def fewshot_start_from_bytes(data: bytes, decode: Callable[[bytes], Adapter]) ->
     """Read a few-shot start; raise `GeneratorError` if it is damaged, or of another generator."""
     opened = open_container(data, len(MAGIC)) if data.startswith(MAGIC) else None
     if opened is None:
-        message = "not a few-shot start, or damaged or of another format"
-        raise GeneratorError(message, hint="run `icm train --objective both` to make it again")
+        message = "not a few-shot start, or one that is damaged or in another format"
+        raise GeneratorError(message, hint="run `icm train --objective both` to train it again")
     packed, code = opened
     try:
         head = json.loads(inflate(packed, 2, _HEAD_LIMIT))
@@ -62,9 +62,9 @@ def fewshot_start_from_bytes(data: bytes, decode: Callable[[bytes], Adapter]) ->
             tasks=_whole([head["tasks"]], _TASKS_LIMIT)[0],
         )
     except (CodeError, ValueError, TypeError, KeyError, RecursionError) as error:
-        raise GeneratorError(f"the few-shot start is damaged or of another generator ({error})") from error
+        raise GeneratorError(f"the few-shot start is damaged or belongs to another generator ({error})") from error
     if not _fits(start):
-        raise GeneratorError("the head of the few-shot start is not that of its mean")
+        raise GeneratorError("the header of the few-shot start does not match its mean")
     return start
 
 
@@ -77,5 +77,5 @@ def _fits(start: FewShotStart) -> bool:
 
 def _whole(values: object, limit: int = _EXPONENT_LIMIT) -> tuple[int, ...]:
     if not isinstance(values, list) or not all(type(value) is int and abs(value) <= limit for value in values):
-        raise ValueError("a row of the head is out of range")
+        raise ValueError("a row of the header is out of range")
     return tuple(values)

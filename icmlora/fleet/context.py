@@ -139,7 +139,7 @@ class Context:
     def path(self) -> Path:
         """The folder of the store; raises `DataError` if it is in a database."""
         if not isinstance(self.address, Path):
-            raise DataError(f"the store {self.address} is no folder", hint="this works on a store in a folder only")
+            raise DataError(f"the store {self.address} is not a folder", hint="use a store in a folder")
         return self.address
 
     @property
@@ -223,7 +223,9 @@ class Shard:
         match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
         number, count = (int(match[1]), int(match[2])) if match else (0, 0)
         if not 1 <= number <= count:
-            raise InvalidShare(f"{text!r} is not a shard", hint="write 1/8 for the first of eight; they count from 1")
+            raise InvalidShare(
+                f"{text!r} is not a shard", hint="write 1/8 for the first of eight shards; numbers start at 1"
+            )
         return cls(number, count)
 
     def has(self, name: str) -> bool:

@@ -38,15 +38,15 @@ def as_error(error: Exception, base: BaseModel | None = None, *, less: str | Non
     if ran_out(error):
         return out_of_memory(error, _helps(base, less, on_card=is_on_card(error)))
     first = next(iter(str(error).strip().splitlines()), "")
-    return BaseModelMismatch(f"its base model fails on it: {type(error).__name__}: {first}")
+    return BaseModelMismatch(f"its base model failed on it: {type(error).__name__}: {first}")
 
 
 def _helps(base: BaseModel | None, less: str | None, *, on_card: bool) -> str:
     """Say which options take less memory, those first that cost least."""
     found = [] if less is None else [less]
     if base is not None and base.load_in is None and not isinstance(base.modality, CustomModality):
-        found.append(f"`icm base add {base.label} PATH --load-in nf4` loads the base model in 4 bits")
-    found.append("--device cpu has the memory of this machine" if on_card else "a machine with more memory")
+        found.append(f"run `icm base add {base.label} PATH --load-in nf4` to load the base model in 4 bits")
+    found.append("use --device cpu" if on_card else "use a machine with more memory")
     return ", or ".join(found)
 
 

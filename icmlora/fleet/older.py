@@ -24,8 +24,8 @@ READER = "icm 0.9"
 """What reads the format from before this one."""
 
 WAY_OUT = (
-    f"of a task without its original, `icm materialize` of {READER} writes the adapter, for `icm ingest` here: in a "
-    "copy of the store's folder whose file registry.db.schema-8 is renamed to registry.db"
+    "to recover a task without its original, copy the store folder, rename registry.db.schema-8 in the copy to "
+    f"registry.db, run `icm materialize` of {READER} there, and ingest the result here"
 )
 
 
@@ -39,13 +39,13 @@ def open_generator(digest: str, read: Callable[[str], bytes]) -> GeneratorFile:
 
 def told_of(generator: str) -> AbstractContextManager[None]:
     """Say in errors of the block which generator of the store has an older format, and the ways out."""
-    way = "`icm train` makes a new one, and new codes of the tasks whose originals are here"
-    return _told(f"generator {generator[:12]} has an older format, which this icm does not read: {way}", WAY_OUT)
+    hint = f"run `icm train` to make a new generator and new codes of the stored originals; {WAY_OUT}"
+    return _told(f"generator {generator[:12]} has an older format, which this icm does not read", hint)
 
 
 def told_of_bundle() -> AbstractContextManager[None]:
     """Say in errors of the block what can be done with a bundle whose codes have an older format."""
-    hint = f"{READER} writes their adapters: `icm materialize TASK --from FILE`; `icm ingest` takes them here"
+    hint = f"run `icm materialize TASK --from FILE` of {READER}, then ingest the adapters here"
     return _told("the codes of this bundle have an older format, which this icm does not read", hint)
 
 
@@ -96,7 +96,7 @@ class OlderCodes:
         """What this means and what to do, in a sentence."""
         text = f"codes of {self.base_model} have an older format, which this icm does not read"
         if self.tasks:
-            text += f"; `icm train` makes new ones of {counted(len(self.tasks), 'task')}"
+            text += f"; run `icm train` to encode {counted(len(self.tasks), 'task')} again"
         return f"{text}; {some(self.evicted)}: {WAY_OUT}" if self.evicted else text
 
 

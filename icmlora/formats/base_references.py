@@ -109,9 +109,9 @@ def _resolved(reference: Reference, base: BaseSource) -> RawTensor:
     found = None if found is None or found.shape != reference.shape else widened(found, reference.dtype)
     if found is None or hashlib.sha256(found.data).hexdigest() != reference.digest:
         raise BaseModelMismatch(
-            f"the adapter needs tensor {reference.tensor} of base model {base.label!r} as it was at ingest, "
-            "and the copy on this machine has another",
-            hint="name the copy that the adapter was trained with: icm base add NAME PATH",
+            f"the adapter needs tensor {reference.tensor} of base model {base.label!r} as ingested, "
+            "but the copy on this machine has different values",
+            hint="run `icm base add NAME PATH` with the copy that the adapter was trained on",
         )
     return found
 
@@ -126,5 +126,5 @@ def _reference(name: str, value: object) -> Reference:
         raise ValueError("the name of a tensor is not plain")
     sizes = tuple(size for size in shape if type(size) is int and 0 <= size <= MAX_DIMENSION)
     if dtype not in ITEM_BYTES or len(sizes) != len(shape) or len(shape) > MAX_RANK or not _DIGEST.fullmatch(digest):
-        raise ValueError("an entry has an unknown type, or a shape or digest that is none")
+        raise ValueError("an entry has an unknown type, or an invalid shape or digest")
     return Reference(tensor, dtype, sizes, digest)

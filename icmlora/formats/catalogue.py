@@ -26,5 +26,5 @@ def format_named(name: str) -> AdapterFormat:
     for known in FORMATS:
         if known.name == name:
             return known
-    hint = "use the icm that ingested the adapter, or a newer one"
-    raise AdapterRefused(f"this icm does not know the adapter format {name!r}", kind="format", hint=hint)
+    hint = "use the icm version that ingested the adapter, or a newer one"
+    raise AdapterRefused(f"this icm does not support the adapter format {name!r}", kind="format", hint=hint)

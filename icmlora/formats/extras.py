@@ -76,7 +76,7 @@ def unpack(packed: bytes) -> bytes:
         frame = packed[_HEAD.size :]
         # The decompressor believes the length that a frame states, whatever it is.
         if zstandard.frame_content_size(frame) != length:
-            raise ValueError("it has another length than it says")
+            raise ValueError("its length differs from the declared one")
         planes = zstandard.ZstdDecompressor().decompress(frame)
         if len(planes) != length:
             raise ValueError("cut short")
@@ -101,7 +101,7 @@ def _stated(packed: bytes) -> tuple[int, int]:
 
 
 def _unreadable(error: Exception) -> DataError:
-    return DataError(f"what is kept of an adapter in addition to its LoRA cannot be read: {error}")
+    return DataError(f"an extra of the adapter cannot be read: {error}")
 
 
 def _planes(data: bytes, width: int) -> bytes:

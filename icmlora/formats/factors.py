@@ -56,7 +56,7 @@ def scaled(module: str, b: torch.Tensor, scale: float) -> torch.Tensor:
     """
     b = b * scale
     if not is_finite(b):
-        hint = "the training run diverged: take an earlier checkpoint"
+        hint = "the training run diverged: use an earlier checkpoint"
         raise AdapterRefused(f"{module}: B times the scale exceeds float32", kind="overflow", hint=hint)
     return b
 

@@ -293,7 +293,7 @@ class AdapterFormat(ABC):
     def _without_initial(self, config: bytes, weights: bytes, initial: bytes | None) -> tuple[bytes, bytes]:
         """Return configuration and weights with the initial weights taken off, where there are any."""
         if initial is not None:
-            raise AdapterRefused("only PEFT adapters have initial weights that can be taken off", kind="initial")
+            raise AdapterRefused("initial weights can be subtracted only from PEFT adapters", kind="initial")
         return config, weights
 
     @abstractmethod
@@ -421,7 +421,7 @@ def _check_suffix(output: Path, adapter_format: AdapterFormat) -> None:
     if adapter_format.suffix != output.suffix:
         ending = "a folder" if adapter_format.suffix is None else f"a file NAME{adapter_format.suffix}"
         fact = f"a {adapter_format.name} adapter is {ending}"
-        raise DataError(fact, path=output, hint="name that, or another --format")
+        raise DataError(fact, path=output, hint="use that name, or another --format")
 
 
 def check_companions(known: AdapterFormat, names: Iterable[str]) -> None:
@@ -432,6 +432,6 @@ def check_companions(known: AdapterFormat, names: Iterable[str]) -> None:
     """
     for name in names:
         if name.lower() not in known.companions:
-            hint = "get the file from somebody you trust, or use the newer icm that wrote it"
-            fact = f"{name!r} is no file that comes with an adapter of the format {known.name}"
+            hint = "use a file from a trusted source, or the newer icm version that wrote it"
+            fact = f"{name!r} is not a file of an adapter in the format {known.name}"
             raise UnsafeInput(fact, kind="name", hint=hint)

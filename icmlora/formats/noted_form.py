@@ -52,13 +52,13 @@ def types_of(noted: dict[str, Any], like: Template) -> Callable[[str], str]:
     """Take the types out of a note, and return what says the type of a factor by its name; a block of `reading`."""
     usual, others = noted.pop("dtype", like.dtype), dict(noted.pop("dtypes", {}))
     if not {usual, *others.values()} <= FLOAT_TYPES:
-        raise ValueError("not a type of factors")
+        raise ValueError("not a valid type for factors")
     return lambda tensor: others.get(tensor, usual)
 
 
 def bad_note() -> AdapterRefused:
     """Return the refusal of what was noted of an original's form."""
-    return AdapterRefused("what is noted of the original's form does not fit it", kind="template")
+    return AdapterRefused("the recorded form of the original does not fit it", kind="template")
 
 
 def commonest(values: Iterable[_T]) -> _T:

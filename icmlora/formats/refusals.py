@@ -13,7 +13,7 @@ from icmlora.errors import AdapterRefused
 from registry.names import escape
 
 _MERGE = "merge it into the base model, extract a plain LoRA with mergekit-extract-lora, and ingest that"
-_INITIAL = "`icm ingest --initial FOLDER` takes its initial weights off, if they were saved"
+_INITIAL = "use `icm ingest --initial FOLDER` to subtract its initial weights, if they were saved"
 _LOFTQ = "keep it with its quantised base model"
 
 
@@ -27,7 +27,9 @@ class _Refusal:
 _FIELDS: dict[str, _Refusal] = {
     "use_bdlora": _Refusal("bdlora", "a block-diagonal LoRA (BD-LoRA)", _MERGE),
     "use_qalora": _Refusal("qalora", "a quantisation-aware LoRA (QALoRA)", _MERGE),
-    "arrow_config": _Refusal("arrow", "routing over several adapters (Arrow)", "ingest the adapters it routes over"),
+    "arrow_config": _Refusal(
+        "arrow", "routing between several adapters (Arrow)", "ingest the adapters that it routes between"
+    ),
     "kasa_config": _Refusal("kasa", "a KaSA adapter, made for a truncated base model", "keep it with its base model"),
     "monteclora_config": _Refusal("monteclora", "a MonteCLoRA adapter", _MERGE),
 }
@@ -49,7 +51,7 @@ _TENSORS: tuple[tuple[re.Pattern[str], _Refusal], ...] = (
     (re.compile(r"\blora_[ab]\b"), _Refusal("mlx", "MLX or torchtune names", "convert it to a PEFT folder")),
     (
         re.compile(r"lora_(?!magnitude_vector|B\.bias|[AB]\.(default\.)?bias)"),
-        _Refusal("unknown-tensor", "a LoRA tensor that this icm does not know", _MERGE),
+        _Refusal("unknown-tensor", "a LoRA tensor that this icm does not support", _MERGE),
     ),
 )
 
@@ -94,16 +96,16 @@ def _check_init(init: object) -> None:
         return
     if _CHANGED_BASE.fullmatch(name):
         way_out = _LOFTQ if name == "loftq" else _INITIAL
-        message = f"init_lora_weights is {name}: its weights fit a changed base model and not the one it names"
+        message = f"init_lora_weights is {name}: its weights fit a modified base model, not the named one"
         raise AdapterRefused(f"{message}; {way_out}", kind="init")
-    raise AdapterRefused(f"init_lora_weights is {escape(repr(init), 48)}, which this icm does not know", kind="init")
+    raise AdapterRefused(f"init_lora_weights is {escape(repr(init), 48)}, which this icm does not support", kind="init")
 
 
 def _check_unknown(fields: dict[str, Any]) -> None:
     """Refuse switches that this version does not know: what they change cannot be given back."""
     for key, value in fields.items():
         if key not in _KNOWN and value not in _UNUSED and _SWITCH.fullmatch(key):
-            message = f"{escape(key, 120)!r} is set, a variant of LoRA that this icm does not know"
+            message = f"{escape(key, 120)!r} is set, a LoRA variant that this icm does not support"
             raise AdapterRefused(message, kind="unknown-variant", hint=_MERGE)
 
 

@@ -95,7 +95,7 @@ class Code:
         generator = generator_of(data)
         opened = open_container(data, _PREFIX)
         if opened is None:
-            raise CodeError("the code is damaged or cut short")
+            raise CodeError("the code is damaged or truncated")
         packed, words = opened
         head = _parse_head(packed, config)
         _check(head, config)
@@ -106,7 +106,7 @@ def generator_of(data: bytes) -> str:
     """Return the digest of the generator that a code belongs to, without decoding the code."""
     check_magic(data, MAGIC, "code", CodeError)
     if len(data) < _PREFIX + 4:
-        raise CodeError("the code is cut short")
+        raise CodeError("the code is truncated")
     return data[len(MAGIC) : _PREFIX].hex()
 
 
@@ -133,15 +133,15 @@ def _parse_head(packed: bytes, config: GeneratorConfig) -> CodeHead:
 def _check(head: CodeHead, config: GeneratorConfig) -> None:
     is_present = head.kept != ABSENT
     if not config.are_modules(np.argwhere(is_present).tolist()):
-        raise CodeError("the code's head names a module twice, or one that cannot exist", hint=MADE_ELSEWHERE)
+        raise CodeError("the code's header names a module twice, or an impossible module", hint=MADE_ELSEWHERE)
     # A module has no more singular values than its smaller width.
     most = np.array([min(config.slots, kind.inputs, kind.outputs) for kind in config.kinds])[:, None]
     if not is_present.any() or (is_present & (head.kept > most)).any() or abs(head.step) > EXTREME:
-        raise CodeError("the code's head is out of its generator's range")
+        raise CodeError("the code's header is out of its generator's range")
 
 
 def _text(data: bytes) -> str | None:
     try:
         return data.decode() or None
     except UnicodeDecodeError as error:
-        raise CodeError("the code's head is damaged") from error
+        raise CodeError("the code's header is damaged") from error

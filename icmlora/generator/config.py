@@ -99,7 +99,7 @@ class GeneratorConfig:
         number = self._index.get(kind)
         if number is None or layer >= self.layers or shape.rank > self.slots:
             message = f"the generator does not cover {shape.module} with rank {shape.rank}"
-            raise NotCovered(message, hint="run `icm train --update` to add a version that does")
+            raise NotCovered(message, hint="run `icm train --update` to add a version that covers it")
         return number, layer
 
     def covers(self, layout: Iterable[ModuleShape]) -> bool:

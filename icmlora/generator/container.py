@@ -42,9 +42,9 @@ def check_magic(data: bytes, magic: bytes, name: str, error: type[IcmLoraError])
     if data.startswith(magic):
         return
     if data.startswith(magic[:4]) and checked(data) is not None:  # else its version may be what is damaged
-        fact = f"the {name} has format {data[4]}, and this icm reads format {magic[4]}"
-        raise OtherFormat(fact, is_older=data[4] < magic[4], hint="use the icm that wrote it")
-    raise error(f"not a {name} of icm, or damaged")
+        fact = f"the {name} has format {data[4]}, but this icm reads format {magic[4]}"
+        raise OtherFormat(fact, is_older=data[4] < magic[4], hint="use the icm version that wrote it")
+    raise error(f"not an icm {name}, or damaged")
 
 
 def add_checksum(content: bytes) -> bytes:
@@ -84,9 +84,9 @@ def inflate(packed: bytes, least: int, most: int) -> bytes:
     try:
         plain = stream.decompress(packed, most + 1)
     except zlib.error as error:
-        raise CodeError("the code's head is damaged") from error
+        raise CodeError("the code's header is damaged") from error
     if not stream.eof or stream.unused_data or not least <= len(plain) <= most:
-        raise CodeError("the code's head has the wrong length")
+        raise CodeError("the code's header has the wrong length")
     return plain
 
 

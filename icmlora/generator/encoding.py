@@ -220,7 +220,7 @@ def _checked(codec: Codec, adapter: Adapter, data: bytes, expected: float) -> En
     """Decode a code and measure it; raise `GeneratorError` if the weighted error is not the expected one."""
     found = measured(codec, adapter, data)
     if not math.isclose(found.weighted_error, expected, rel_tol=_ALIKE, abs_tol=_ALIKE**2):
-        raise GeneratorError("the code does not decode to what was encoded")
+        raise GeneratorError("the code does not decode to the encoded values")
     return found
 
 
@@ -267,7 +267,7 @@ def coarsest(expected: int, limits: Limits, encode: Callable[[int], _Tried], eno
     while not limits.keeps(best):
         low, high, stride = low - stride, low, 2 * stride
         if low < lowest:
-            fact = f"no code keeps the squared error at or below {limits.least:g}"
+            fact = f"no code has a squared error of {limits.least:g} or less"
             raise GeneratorError(fact, hint="allow a larger error")
         best = encode(low)
     while high - low > 1 and limits.used(best) < enough:

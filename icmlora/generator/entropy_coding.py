@@ -196,7 +196,7 @@ class IntegerReader:
 
     def __init__(self, data: bytes) -> None:
         if len(data) % 4:
-            raise CodeError("the code's integers end in the middle of a word")
+            raise CodeError("the code's integers end within a word")
         try:
             self._coder = constriction.stream.stack.AnsCoder(np.frombuffer(data, dtype="<u4").astype(np.uint32))
         except ValueError as error:

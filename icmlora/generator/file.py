@@ -31,7 +31,7 @@ _HEADER_LIMIT = 1 << 20  # largest header, in bytes
 _FRAME = struct.Struct("<BHI")  # kind, base and length of content in front of each version
 _NETWORK, _DIFFERENCES = 0, 1  # kinds of versions
 _MOST = 1 << 16  # versions that `base` can tell apart
-_DAMAGED = "the generator file is damaged or cut short"
+_DAMAGED = "the generator file is damaged or truncated"
 
 
 @dataclass(frozen=True)
@@ -58,9 +58,9 @@ def versions_of(data: bytes) -> tuple[StoredVersion, ...]:
         elif base < len(versions):
             config = versions[base].config
         else:
-            raise GeneratorError("a version of the generator is stored as differences to a later one")
+            raise GeneratorError("a version of the generator is stored as a delta to a later one")
         if versions and config.base_model != versions[0].config.base_model:
-            raise GeneratorError("the versions of the generator are of different base models")
+            raise GeneratorError("the versions of the generator have different base models")
         versions.append(StoredVersion(digest, config, base, content))
     if len(versions) < 2:
         raise GeneratorError(_DAMAGED)
@@ -71,7 +71,9 @@ def append_version(data: bytes, content: bytes, base: int | None) -> bytes:
     """Return a generator file with one more version; raise `GeneratorError` if it has too many."""
     # content: a file of one version, or with `base` the words of the differences to that version.
     if len(versions_of(data)) >= _MOST:
-        raise GeneratorError("the generator has too many versions", hint="run `icm train` to make one version of them")
+        raise GeneratorError(
+            "the generator has too many versions", hint="run `icm train` to merge them into one version"
+        )
     before = data if data.startswith(MAGIC_OF_VERSIONS) else _framed(MAGIC_OF_VERSIONS, data, None)
     return _framed(before, content, base)
 
@@ -113,7 +115,7 @@ def _frames(data: bytes) -> Iterator[tuple[str, int | None, bytes]]:
         if end > len(data) or data[end - CHECKSUM_SIZE : end] != sha.digest()[:CHECKSUM_SIZE]:
             raise GeneratorError(_DAMAGED)
         if kind not in (_NETWORK, _DIFFERENCES) or (kind == _NETWORK and base):
-            raise GeneratorError("a version of the generator is of a newer kind")
+            raise GeneratorError("a version of the generator has a newer kind")
         sha.update(data[end - CHECKSUM_SIZE : end])
         yield sha.hexdigest(), base if kind == _DIFFERENCES else None, content
         begin = end

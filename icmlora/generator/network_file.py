@@ -62,7 +62,7 @@ def generator_from_bytes(data: bytes) -> TrainedGenerator:
     """Read a generator file of one version; raise `GeneratorError` if it is damaged, or of other tables."""
     header, words = split_network(data)
     if header.get("tables") != tables_digest():
-        message = "the coding tables computed here differ from those of the machine that trained this generator"
+        message = "the coding tables on this machine differ from the tables of the machine that trained this generator"
         raise GeneratorError(message, hint="decode on a machine with the same C library, or train again here")
     net = _network(config_in(header), str(header.get("shapes")), words)
     return TrainedGenerator(net.eval(), hashlib.sha256(data).hexdigest())

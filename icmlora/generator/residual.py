@@ -73,7 +73,7 @@ class Residual:
         check_magic(data, MAGIC, "residual", CodeError)
         opened = open_container(data, _PREFIX)
         if opened is None:
-            raise CodeError("the residual is damaged or cut short")
+            raise CodeError("the residual is damaged or truncated")
         packed, words = opened
         digest = data[len(MAGIC) : _PREFIX].hex()
         if digest != digest_of(code):

@@ -170,7 +170,7 @@ def _missing(original: KindTokens | None, part: _Decoded, opened: OpenCode) -> _
     kept = np.where(opened.head.kept == ABSENT, 0, opened.head.kept)[part.slots.kind]  # (L,)
     in_code = None if original is None else original.slot < torch.from_numpy(kept.astype(np.int64))[original.layer]
     if original is None or in_code is None or int(in_code.sum()) != len(part.slots.layer):
-        raise CodeError("the code is not that of this adapter")
+        raise CodeError("the code belongs to another adapter")
     shared, given = original[in_code], part.tokens
     # Pairs are defined up to their sign and carry their norm; the code has its own of both.
     agreement = (shared.inputs * given.inputs).sum(1) + (shared.outputs * given.outputs).sum(1)

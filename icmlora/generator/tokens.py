@@ -84,8 +84,8 @@ def refuse_overflow(tokens: Sequence[KindTokens], config: GeneratorConfig) -> No
         if (group.norm > _LARGEST).any():
             slot = int(group.norm.argmax())
             name = config.kinds[group.kind].module(int(group.layer[slot]))
-            message = f"dW of {name} has the size {float(group.norm[slot]):.0e}, too large to encode"
-            hint = "scaled by mistake, or training diverged: ingest it with usual values, or `icm rm` it"
+            message = f"dW of {name} has the norm {float(group.norm[slot]):.0e}, too large to encode"
+            hint = "its scale is wrong or training diverged; ingest a corrected adapter, or remove it with `icm rm`"
             raise AdapterRefused(message, kind="overflow", hint=hint)
 
 
@@ -93,8 +93,8 @@ def refuse_underflow(tokens: Sequence[KindTokens]) -> None:
     """Raise `GeneratorError` if no norm (n,) of an adapter reaches 2^-50; training goes by its shape alone."""
     largest = max((float(group.norm.max()) for group in tokens), default=1.0)
     if largest < _SMALLEST:
-        hint = "it changes nothing that its base model computes: it keeps its original, or `icm rm` it"
-        raise GeneratorError(f"its dW has the size {largest:.0e}, too small to encode", hint=hint)
+        hint = "it has no effect on its base model; its original is kept, or remove it with `icm rm`"
+        raise GeneratorError(f"its dW has the norm {largest:.0e}, too small to encode", hint=hint)
 
 
 def detokenize(

@@ -45,7 +45,7 @@ class GeneratorFile:
         covering = self.covering(layout)
         if not covering:
             fact = "the generator does not cover every module and rank of this adapter"
-            raise NotCovered(fact, hint="run `icm train --update` to add a version that does")
+            raise NotCovered(fact, hint="run `icm train --update` to add a version that covers it")
         return self.codec(covering[-1])
 
     def covering(self, layout: Sequence[ModuleShape]) -> list[int]:
@@ -70,5 +70,5 @@ def _changed(net: CVAE, words: bytes) -> CVAE:
     try:
         net.load_state_dict(words_to_changed(words, net.state_dict()))
     except CodeError as error:
-        raise GeneratorError("the differences of a version do not fit its network") from error
+        raise GeneratorError("the delta of a version does not fit its network") from error
     return net

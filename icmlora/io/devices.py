@@ -37,7 +37,7 @@ def resolve_device(name: str = "auto") -> torch.device:
     if name.startswith("cuda"):
         return _cuda(name, None if match[2] is None else int(match[2]))
     if name == "mps" and not torch.backends.mps.is_available():
-        raise DeviceUnavailable("device 'mps' was asked for, but this machine has none", hint="use --device cpu")
+        raise DeviceUnavailable("device 'mps' was requested, but this machine has none", hint="use --device cpu")
     return torch.device(name)
 
 
@@ -112,10 +112,10 @@ def _cuda(name: str, index: int | None) -> torch.device:
     if not torch.cuda.is_available():
         built = torch.version.cuda is not None or torch.version.hip is not None
         fact = "this machine has no usable GPU" if built else "this build of torch has no CUDA support"
-        raise DeviceUnavailable(f"device {name!r} was asked for, but {fact}", hint="use --device cpu or --device auto")
+        raise DeviceUnavailable(f"device {name!r} was requested, but {fact}", hint="use --device cpu or --device auto")
     count = torch.cuda.device_count()
     if index is not None and index >= count:
         raise DeviceUnavailable(
-            f"device {name!r} was asked for, but there are {count} GPUs", hint=f"use cuda:0 to cuda:{count - 1}"
+            f"device {name!r} was requested, but there are {count} GPUs", hint=f"use cuda:0 to cuda:{count - 1}"
         )
     return torch.device(name)

@@ -12,7 +12,7 @@ from icmlora.errors import OutOfMemory
 # What torch's allocators say in a plain RuntimeError: those of the CPU, of cuBLAS and of Apple's GPUs.
 _SIGNS = ("can't allocate memory", "not enough memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 _ASKED = re.compile(r"tried to allocate (\d[\d.]*) (\w+)", re.IGNORECASE)
-_MORE = "free some of it, or use a machine with more"
+_MORE = "free some memory, or use a machine with more"
 
 
 def ran_out(error: BaseException) -> bool:
@@ -30,9 +30,9 @@ def out_of_memory(error: BaseException, helps: str = _MORE) -> OutOfMemory:
     """
     asked = _ASKED.search(str(error))
     where = "the card" if is_on_card(error) else "this machine"
-    more = "" if asked is None else f": {asked[1]} {asked[2]} more were asked for"
+    more = "" if asked is None else f": {asked[1]} {asked[2]} more were requested"
     free(error)
-    return OutOfMemory(f"the memory of {where} ran out{more}", hint=helps)
+    return OutOfMemory(f"{where} ran out of memory{more}", hint=helps)
 
 
 def is_on_card(error: BaseException) -> bool:

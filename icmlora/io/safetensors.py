@@ -227,13 +227,13 @@ def _header_length(start: bytes, size: int) -> int:
     if size <= _PREFIX_BYTES:
         raise AdapterRefused(f"has {size} bytes, too few for a safetensors file", kind="damaged")
     if start[_PREFIX_BYTES:] != b"{":
-        fact = "is no safetensors file: its header does not start with '{'"
-        raise AdapterRefused(fact, kind="damaged", hint="fetch the file again, if it was one")
+        fact = "is not a safetensors file: its header does not start with '{'"
+        raise AdapterRefused(fact, kind="damaged", hint="download the file again if it should be one")
     if length > MAX_HEADER_BYTES:
         message = f"claims a header of {length:,} bytes, more than {MAX_HEADER_BYTES:,}"
         raise UnsafeInput(message, kind="limits")
     message = f"claims a header of {length:,} bytes but has {size:,} in all"
-    raise AdapterRefused(message, kind="damaged", hint="fetch the file again: it seems cut short")
+    raise AdapterRefused(message, kind="damaged", hint="download the file again; it seems truncated")
 
 
 def _refuse_other_format(start: bytes) -> None:
@@ -241,22 +241,22 @@ def _refuse_other_format(start: bytes) -> None:
         raise UnsafeInput(
             "a pickle (a PyTorch file) can run code, so it was not opened",
             kind="pickle",
-            hint="re-save the adapter as safetensors where it was trained",
+            hint="save the adapter as safetensors where it was trained",
         )
     if start[:6].lower() in (b"<!doct", b"<html>", b"<?xml "):
-        hint = "download it again; the site may want you to log in"
+        hint = "download it again; the site may require a login"
         raise AdapterRefused("a web page, not the file itself", kind="damaged", hint=hint)
     if start.startswith(b"version "):
         raise AdapterRefused("a Git LFS pointer, not the file itself", kind="lfs", hint="run 'git lfs pull'")
     if start.startswith(b"GGUF"):
-        raise AdapterRefused("a GGUF file, not safetensors", kind="gguf", hint="name it NAME.gguf")
+        raise AdapterRefused("a GGUF file, not safetensors", kind="gguf", hint="rename it to NAME.gguf")
 
 
 def _check_contiguous(tensors: list[TensorInfo], start: int, size: int) -> None:
     expected = start
     for tensor in tensors:
         if tensor.begin != expected:
-            word = "overlaps the tensor before it" if tensor.begin < expected else "leaves a hole before it"
+            word = "overlaps the previous tensor" if tensor.begin < expected else "leaves a gap before it"
             raise AdapterRefused(f"{tensor.name} {word}", kind="damaged")
         expected = tensor.end
     if expected != size:

@@ -221,7 +221,7 @@ def building_folder(directory: Path) -> Iterator[Path]:
                 fs.replace(folder, target)
             except OSError as error:
                 if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
-                    raise OutputExists("someone else filled the folder in the meantime", path=directory) from None
+                    raise OutputExists("another process wrote to the folder", path=directory) from None
                 raise
             undo.append(lambda: fs.replace(target, folder))
 

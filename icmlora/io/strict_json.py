@@ -59,7 +59,7 @@ def parse_object(data: bytes, *, what: str, max_bytes: int) -> dict[str, Any]:
         try:
             json.dumps(parsed, ensure_ascii=False).encode()
         except UnicodeEncodeError:
-            raise UnsafeInput(f"{what} holds text that is not Unicode (a lone surrogate)", kind="text") from None
+            raise UnsafeInput(f"{what} contains a lone surrogate, which is not valid Unicode", kind="text") from None
     return parsed
 
 
@@ -73,7 +73,7 @@ def _finite(text: str) -> float:
 def _check_punctuation(data: bytes, what: str) -> None:
     for mark in _PUNCTUATION:
         if data.count(mark) > MAX_PUNCTUATION:
-            message = f"{what} holds more than {MAX_PUNCTUATION:,} of the mark {mark.decode()}"
+            message = f"{what} contains more than {MAX_PUNCTUATION:,} of the character {mark.decode()}"
             raise UnsafeInput(message, kind="limits")
 
 

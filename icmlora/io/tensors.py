@@ -90,7 +90,7 @@ def rounded(key: str, tensor: torch.Tensor, dtype: str) -> torch.Tensor:
     """
     narrow = tensor.to(_TORCH[dtype])
     if not is_finite(narrow):
-        message = f"{key} holds a value that {dtype} cannot hold"
+        message = f"{key} contains a value that {dtype} cannot represent"
         raise AdapterRefused(message, kind="overflow", hint="write float32")
     return narrow
 

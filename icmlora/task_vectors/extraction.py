@@ -56,5 +56,5 @@ def extract_context(
 def _vectors(base: BaseModel, extractor: Extractor, values: Sequence[torch.Tensor]) -> tuple[TaskVector, ...]:
     view, together = extractor.view, torch.stack(list(values)).cpu()
     if not bool(torch.isfinite(together).all()):
-        raise DataError(f"the hidden states of the {view} view are not finite", hint="try a wider precision")
+        raise DataError(f"the hidden states of the {view} view are not finite", hint="use a higher precision")
     return tuple(TaskVector(view, number, value.clone(), extractor) for number, value in enumerate(together))

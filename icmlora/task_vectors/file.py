@@ -108,14 +108,14 @@ def arrays_from_bytes(data: bytes, views: Collection[View] = _VIEWS) -> dict[Vie
     """
     content, start = checked(data), len(_MAGIC) + _HEAD.size
     if content is None or len(content) < start:
-        raise DataError("not task vectors, or damaged", hint="run `icm vectors --again` to make them again")
+        raise DataError("not task vectors, or damaged", hint="run `icm vectors --again` to extract them again")
     check_magic(data, _MAGIC, "file of task vectors", DataError)
     count, length = _HEAD.unpack_from(content, len(_MAGIC))
     end = start + count * _VIEW.size
     heads = [_ViewHead(*fields) for fields in _VIEW.iter_unpack(content[start:end])] if end <= len(content) else []
     is_sound = bool(heads) and all(head.is_sound() for head in heads)
     if not is_sound or not 1 <= length * sum(head.sets for head in heads) <= _LARGEST:
-        raise DataError("not task vectors: the head is out of range")
+        raise DataError("not task vectors: the header is out of range")
     try:
         wanted = [place for place, head in enumerate(heads, 1) if _VIEWS[head.which] in views]
         return _read(IntegerReader(content[end:]), heads[: max(wanted, default=0)], length)

@@ -87,8 +87,8 @@ def split_samples(samples: Sequence[Sample], settings: VectorSettings | None = N
     # similar sets. Fewer samples give fewer sets; less than one full set gives one set of all samples.
     settings = settings or VectorSettings()
     if not samples:
-        hint = "`icm ingest PATH --samples FILE` gives a task samples"
-        raise DataError("a task vector needs samples of the task for a base model of this kind", hint=hint)
+        hint = "run `icm ingest PATH --samples FILE` to add samples to a task"
+        raise DataError("a base model of this kind needs samples of the task to extract a task vector", hint=hint)
     sets = max(1, min(settings.support_sets, len(samples) // settings.set_size))
     picked = spread(samples, sets * settings.set_size)
     return tuple(tuple(picked[number::sets]) for number in range(sets))

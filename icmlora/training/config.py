@@ -48,7 +48,7 @@ class TrainConfig:
         """Refuse options that describe no run."""
         shares = (self.warmup, self.view_dropout, self.final_share)
         if self.steps < 1 or self.turn < 1:
-            raise GeneratorError(f"a training needs at least 1 step, not {self.steps}")
+            raise GeneratorError(f"training needs at least 1 step, not {self.steps}")
         if self.learning_rate <= 0 or any(not 0 <= share <= 1 for share in shares):
             raise GeneratorError("the training options are out of range")
 

@@ -71,7 +71,7 @@ class Ranks:
         if self.count == 1 or device.type != "cuda":
             return device
         if device.index is not None:
-            fact = f"device {name!r} is one card, and each of {self.count} processes needs its own"
+            fact = f"device {name!r} is a single GPU, but each of the {self.count} processes needs its own"
             raise DeviceUnavailable(fact, hint="use --device cuda")
         device = resolve_device(f"cuda:{os.environ.get('LOCAL_RANK', self.rank)}")
         torch.cuda.set_device(device)
@@ -201,7 +201,7 @@ class Ranks:
             yield
         except RuntimeError as error:  # all that torch.distributed raises
             self._is_over = True
-            raise OtherProcessFailed("another process of this training was killed or hangs", hint=_AGAIN) from error
+            raise OtherProcessFailed("another process of this training run was killed or hangs", hint=_AGAIN) from error
 
 
 ALONE = Ranks()
@@ -227,7 +227,7 @@ def joined() -> Iterator[Ranks]:
             backend, store=PrefixStore("gradients", store), rank=rank, world_size=count, timeout=_TIMEOUT
         )
     except RuntimeError as error:
-        raise OtherProcessFailed(f"the other processes of {count} did not start: {error}") from error
+        raise OtherProcessFailed(f"some of the {count} processes did not start: {error}") from error
     ranks = Ranks(rank, count, PrefixStore("icm", store))
     try:
         yield ranks

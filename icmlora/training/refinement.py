@@ -337,7 +337,7 @@ def items_for(
         with added(base.model, factors_of(adapter)):
             items += base.modality.written(base, items, config.samples - len(items), config.tokens, seed=config.seed)
     if not items:
-        raise DataError("there is nothing to refine on", hint=f"give the task a samples.jsonl, or {WITHOUT_REFINE}")
+        raise DataError("there is no text to refine on", hint=f"add a samples.jsonl to the task, or {WITHOUT_REFINE}")
     each = max(_READ + 1, math.ceil(len(items) / config.held)) if config.held else 1
     read = [item for number, item in enumerate(items) if number % each] or items
     pieces = [piece for item in read for piece in base.modality.pieces(base, item, config.tokens)]

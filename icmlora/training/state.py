@@ -61,7 +61,7 @@ def state_from_bytes(network: bytes, optimizer: bytes, device: torch.device) -> 
     progress, moments = _parse(optimizer, OPTIMIZER_FORMAT)
     try:
         if header["step"] != progress["step"]:
-            raise GeneratorError("the network and the optimiser come from different steps of training")
+            raise GeneratorError("the network and the optimiser come from different training steps")
         config = TrainConfig.from_json(progress["train"])
         net = CVAE(GeneratorConfig.from_json(header["config"]))
         net.load_state_dict(parameters)
@@ -90,7 +90,7 @@ def _parse(data: bytes, expected: str) -> tuple[dict[str, str], dict[str, torch.
     try:
         header, tensors = decode_torch(data)
     except AdapterRefused as error:
-        raise GeneratorError(f"not a whole file of a training state ({error.message})") from error
+        raise GeneratorError(f"not a complete training state file ({error.message})") from error
     if header.get("format") != expected:
         raise GeneratorError(f"not a file of format {expected!r}")
     return header, tensors

@@ -15,8 +15,8 @@ from sqlalchemy.orm import Session
 from registry import records
 from registry import schema as models
 from registry.errors import GeneratorConflict, LastCopy
+from registry.hints import restore_hint
 from registry.storage.row_writer import RowWriter, final_if_unchanged, final_under_any_name, find_task, in_parts
-from registry.tables.last_copies import restore_hint
 from registry.tables.table import Table
 from registry.to_records import code_record
 

@@ -1,38 +1,18 @@
-"""Hints for evicted tasks, which have a code and no original."""
+"""Hints for evicted tasks of a store, which have a code and no original."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from sqlalchemy import select
 
 from registry import schema as models
-from registry.names import some
+from registry.hints import restore_hint
 from registry.storage.row_writer import in_parts
 
 if TYPE_CHECKING:
     from sqlalchemy.orm import Session
-
-
-def restore_hint(generated: Mapping[str, bool]) -> str:
-    """Return how to restore evicted tasks, given as name -> whether a generator made the adapter.
-
-    A generated task has no original, but the folder that `icm generate` wrote takes its place.
-    """
-    made = sorted(name for name, is_generated in generated.items() if is_generated)
-    is_one = len(generated) == 1
-    if not made:
-        return f"run `icm ingest --restore PATH` with the {'folder of its original' if is_one else 'original folders'}"
-    if is_one:
-        return (
-            "run `icm ingest --restore PATH` with the folder that `icm generate` wrote, "
-            f"or `icm rm {made[0]}` and generate it again later"
-        )
-    again = "the folders that `icm generate` wrote, or remove them with `icm rm` and generate them again later"
-    if len(made) == len(generated):
-        return f"run `icm ingest --restore PATH` with {again}"
-    return f"run `icm ingest --restore PATH` with the original folders; for the generated {some(made)}, use {again}"
 
 
 def restore_hint_of(session: Session, names: Collection[str]) -> str:

@@ -183,7 +183,7 @@ def test_another_model_of_the_same_name_is_noticed(icm: Icm, trained: Path, othe
 def test_a_store_is_not_copied_to_itself(icm: Icm, trained: Path) -> None:
     ran = icm("copy", trained, trained)
     assert ran.code != 0
-    assert "is the store to copy from" in ran.err
+    assert "is both source and target" in ran.err
 
 
 def test_a_context_that_came_later_goes_too_and_one_that_is_there_stays(

@@ -59,7 +59,7 @@ def test_a_task_is_recognized_by_one_of_the_two(icm: Icm, trained: Path, options
 
 
 def test_a_description_of_no_word_is_refused(icm: Icm, trained: Path) -> None:
-    assert "has no word" in icm("recognize", "--description", "?!").err
+    assert "contains no word" in icm("recognize", "--description", "?!").err
 
 
 def test_an_adapter_is_made_from_a_sentence(icm: Icm, started: Path, tmp_path: Path) -> None:
@@ -79,4 +79,4 @@ def test_an_adapter_is_made_from_a_sentence(icm: Icm, started: Path, tmp_path: P
 def test_without_samples_or_a_description_nothing_is_made(icm: Icm, started: Path, tmp_path: Path) -> None:
     ran = icm("generate", "geese", "-o", tmp_path / "adapter")
     assert ran.code == ExitCode.FAILED
-    assert "there is nothing to make an adapter from" in ran.err
+    assert "neither samples nor a description were given" in ran.err

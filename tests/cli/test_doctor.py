@@ -163,7 +163,7 @@ def test_doctor_names_the_command_that_gives_torch_a_cuda_build_for_the_card(
     assert (ran.code, ran.document["checks"]["cuda"]["value"]) == (ExitCode.FAILED, "none")
     assert ran.document["checks"]["cuda"]["problem"] == (
         "this machine has NVIDIA L4, but this build of torch has no CUDA; "
-        f"`pip install --upgrade torch --index-url https://download.pytorch.org/whl/{build}` installs one that has"
+        f"run `pip install --upgrade torch --index-url https://download.pytorch.org/whl/{build}` to install one with CUDA"
     )
     assert len([line for line in icm("doctor").err.splitlines() if "cuda:" in line]) == 1
 
@@ -176,7 +176,7 @@ def test_a_card_whose_driver_is_out_of_reach_is_mentioned_but_is_no_problem(icm:
     (device / "class").write_text("0x030200\n")
     ran = icm("doctor", "--json")
     assert ran.code == 0
-    assert ran.document["checks"]["nvidia_driver"]["value"] == "none, although there is an NVIDIA card"
+    assert ran.document["checks"]["nvidia_driver"]["value"] == "none, although this machine has an NVIDIA card"
 
 
 def test_doctor_says_why_torch_reaches_no_card(icm: Icm, carded: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -123,7 +123,7 @@ def test_the_samples_are_kept_as_context_and_the_two_are_measured_on_others(gene
     assert document["measured"]["samples_count"] == 4
     card = (out / "README.md").read_text()
     assert "context.txt" in card
-    assert f"to be served | {document['measured']['recommended']}" in card
+    assert f"recommended | {document['measured']['recommended']}" in card
     assert "nats per token on 4 held-out samples: neither " in generate("--context", "100", "--force").err
 
 
@@ -134,7 +134,7 @@ def test_distilled_samples_are_no_context_and_are_measured_beside_the_adapter(ge
     assert not (out / "context.txt").exists()
     card = (out / "README.md").read_text()
     assert "steps of distillation | 2" in card
-    assert "to be served" not in card  # there is one way
+    assert "recommended" not in card  # there is one way
 
 
 def test_quiet_prints_the_folder_alone(generate: Generate, out: Path) -> None:
@@ -217,7 +217,7 @@ def test_samples_of_which_only_the_beginning_is_read_are_counted(generate: Gener
 def test_another_base_model_than_those_of_the_store_is_refused_with_where_to_look(generate: Generate) -> None:
     ran = generate("--base-model", "mistyped")
     assert "there is no generator for mistyped" in ran.err
-    assert "`icm generators` lists those of other base models" in ran.err
+    assert "run `icm generators` to list those of other base models" in ran.err
 
 
 @pytest.mark.slow

@@ -74,10 +74,7 @@ def test_each_file_is_a_task_of_the_base_model_that_its_tensors_tell(icm: Icm, f
 
 def test_a_base_model_that_only_sizes_tell_is_said_to_be_a_guess(icm: Icm, folder: Path) -> None:
     ran = icm("ingest", folder)
-    assert (
-        "guessed the base model from the tensor shapes: stable-diffusion-v1 for My-Cat-v2, dog, house"
-        in ran.err
-    )
+    assert "guessed the base model from the tensor shapes: stable-diffusion-v1 for My-Cat-v2, dog, house" in ran.err
     assert "if that is wrong, run `icm ingest PATH --base-model NAME" in ran.err
     assert "guess" not in icm("ingest", folder).err  # the tasks have it already
 
@@ -197,5 +194,5 @@ def test_training_says_that_image_models_are_looked_at_and_not_measured(icm: Icm
     assert icm("ingest", folder).code == 0
     ran = icm("train", "--device", "cpu", "--steps", STEPS)
     assert ran.code == 0
-    assert "stable-diffusion-v1 makes images: `icm report --outputs TASK`" in ran.err
+    assert "stable-diffusion-v1 generates images; run `icm report --outputs TASK`" in ran.err
     assert "icm eval" not in ran.err

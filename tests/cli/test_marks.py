@@ -22,7 +22,7 @@ def test_a_task_is_renamed(icm: Icm, stored: Path) -> None:
 
 def test_one_name_is_not_for_several_tasks(icm: Icm, stored: Path) -> None:
     ran = icm("edit", "rust", "sql", "--name", "oxide", "--tag", "prod")
-    assert (ran.code, "2 tasks cannot all be called 'oxide'" in ran.err) == (ExitCode.FAILED, True)
+    assert (ran.code, "2 tasks cannot all be named 'oxide'" in ran.err) == (ExitCode.FAILED, True)
     assert icm("ls", "-q", "-F", "tag=prod").out == ""
 
 

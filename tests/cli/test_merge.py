@@ -79,7 +79,7 @@ def test_codes_can_be_merged(icm: Icm, trained: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ((), "say where the merged adapter goes"),
+        ((), "no destination for the merged adapter was specified"),
         (("-o", "out", "--weights", "1"), "1 weight for 2 tasks"),
         (("-o", "out", "--weights", "half,half"), "--weights 'half,half' is not a list of numbers"),
         (("-o", "out", "--method", "cat", "--rank", "4"), "cat sets the rank itself"),

@@ -74,7 +74,7 @@ def test_full_precision_goes_unsaid(icm: Icm, trained: Path, plain_gains: None) 
 def test_a_gguf_file_is_refused(icm: Icm, trained: Path, tmp_path: Path) -> None:
     before = icm("base", "ls").out
     ran = icm("base", "add", LABEL, write_tiny_gguf(tmp_path / "tiny.gguf"), "--load-in", "nf4")
-    assert (ran.code, "the weights in a GGUF file are rounded already" in ran.err) == (ExitCode.FAILED, True)
+    assert (ran.code, "the weights in a GGUF file are already quantised" in ran.err) == (ExitCode.FAILED, True)
     assert icm("base", "ls").out == before
 
 

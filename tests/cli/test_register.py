@@ -16,7 +16,7 @@ from icmlora.base_models.running.attach import adapted
 from icmlora.fleet.encode.refiner import Refiner
 from icmlora.fleet.few_shot import generate as generating
 from icmlora.formats.discovery.folder import load_adapter
-from registry.errors import TaskConflict
+from registry.errors import GeneratorConflict, TaskConflict
 from registry.store import Store
 from registry.tables.bundles import Bundles
 from tests.cli.conftest import Ran
@@ -284,3 +284,34 @@ class TestFailures:
         assert register().code != 0
         assert "geese" not in names(icm)
         assert icm("verify", "-v", "--json").document["findings"] == []
+
+
+class TestHints:
+    """Hints about a generated task, which never had an original, and about a generator that changed meanwhile."""
+
+    def test_its_original_cannot_be_written(self, icm: Icm, register: Register, tmp_path: Path) -> None:
+        register()
+        ran = icm("materialize", "geese", "--source", "original", "-o", tmp_path / "out", "--json")
+        assert ran.error["message"] == "task 'geese' was generated, so the store has a code but no original"
+        assert "--source code" in ran.error["hint"]
+        assert "the folder that `icm generate` wrote" in ran.error["hint"]
+
+    def test_a_full_training_names_the_folder_or_the_removal(self, icm: Icm, register: Register) -> None:
+        register()
+        hint = icm(*TRAIN, "--json").error["hint"]
+        assert "with the folder that `icm generate` wrote" in hint
+        assert "`icm rm geese`" in hint
+
+    def test_a_generator_that_changed_is_no_reason_to_speak_of_bundles(
+        self, icm: Icm, register: Register, folder: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(Bundles, "add", raising(GeneratorConflict("the store uses another generator", hint="import")))
+            error = register("--json").error
+        assert error["kind"] == "generator_conflict"
+        assert (
+            error["hint"]
+            == f"the adapter was written to {folder}; run the same command again with --force to register it"
+        )
+        assert register("--force").code == 0
+        assert "geese" in names(icm)

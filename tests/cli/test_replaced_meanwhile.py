@@ -189,7 +189,7 @@ class TestEncode:
         ran = icm("encode", "poems", "rules", "--residual", "--max-error", "0.1", "--json")
         told = tasks_of(ran)
         assert (ran.code, told["poems"]["status"], told["rules"]["status"]) == (ExitCode.PARTLY, "changed", "encoded")
-        assert "another adapter or code" in told["poems"]["reason"]
+        assert "its adapter or code changed" in told["poems"]["reason"]
         assert codes(trained)["poems"].residual is None
 
     @pytest.mark.slow

@@ -153,9 +153,9 @@ def test_every_command_is_tried() -> None:
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        ("verify --restore-database --yes", "keeps no copy of the rows"),
+        ("verify --restore-database --yes", "keeps no backup of the database"),
         ("verify --repair --yes --json", None),
-        ("doctor --path db", "is no folder"),
+        ("doctor --path db", "is not a folder"),
         ("--store postgresql://postgres:pa55-w0rd@/none?host=/nowhere ls", "postgresql:///none"),
         ("--store postgresql://postgres:pa55-w0rd/@localhost:x/none ls", "postgresql://"),
         ("--store mysql://me:pa55-w0rd@host/db ls", "is not a valid store address"),

@@ -201,7 +201,7 @@ class TestVectors:
             write_chats(tmp_path / "loras" / name, as_messages)
         ran = icm("ingest", tmp_path / "loras", *CPU)
         assert ran.code == 0
-        assert ran.err.count("tiny/llama has no chat template: its chats are read as ChatML") == 1
+        assert ran.err.count("tiny/llama has no chat template; chats are read as ChatML") == 1
 
     def test_instructions_have_a_plain_form_for_a_base_model_without_a_template(
         self, icm: Icm, base: Path, tmp_path: Path

@@ -189,7 +189,7 @@ def test_verify_calls_older_codes_by_their_name_and_not_damaged(icm: Icm, older:
     assert (ran.code, ran.document["ok"]) == (0, True)
     (remark,) = [finding for finding in ran.document["findings"] if finding["kind"] == "remark"]
     assert set(remark["tasks"]) == set(TASKS)
-    assert "`icm train` makes new ones of 2 tasks; poems: " in remark["message"]
+    assert "run `icm train` to encode 2 tasks again; poems: " in remark["message"]
     assert remark["message"] in icm("doctor").err
 
 

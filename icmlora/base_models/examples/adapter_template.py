@@ -20,7 +20,7 @@ from icmlora.errors import DataError
 from icmlora.io.child import run_child
 
 JINJA_NAME, CONFIG_NAME = "chat_template.jinja", "tokenizer_config.json"
-_HINT = "remove the chat template from the adapter's folder and ingest it again: the base model's is used then"
+_HINT = "remove the chat template from the adapter's folder and ingest it again to use the base model's template"
 
 
 @dataclass(frozen=True)

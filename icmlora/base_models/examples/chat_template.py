@@ -95,7 +95,7 @@ class ChatTemplate:
         scored = self._marked(template, chat) if _GENERATION.search(template) else None
         scored = scored or self._by_difference(template, chat, text)
         if not scored:
-            raise DataError("has no assistant turn that the chat template shows")
+            raise DataError("has no assistant turn that the chat template renders")
         start = max(0, text.find(chat.messages[0]["content"].strip()))
         content = chat.messages[chat.scored[-1]]["content"].strip()
         found = text.rfind(content, *scored[-1]) if content else -1
@@ -128,7 +128,7 @@ class ChatTemplate:
         except MemoryError:
             raise DataError("needs too much memory for its chat template") from None
         except Exception as error:  # a template is a program, and raises what it likes
-            raise DataError(f"is refused by the chat template: {str(error)[:200]}") from error
+            raise DataError(f"was rejected by the chat template: {str(error)[:200]}") from error
         (text,), marks = rendered
         if len(text) > _MAX_TEXT:
             raise DataError(f"is more than {_MAX_TEXT >> 20} MiB of text after the chat template")

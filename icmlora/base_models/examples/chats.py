@@ -119,7 +119,7 @@ def _content(content: Any) -> str:
             return ""
         case list():
             return "".join(_part(part) for part in content)
-    raise DataError("has a message whose content is not text")
+    raise DataError("has a message with content that is not text")
 
 
 def _part(part: Any) -> str:
@@ -130,7 +130,7 @@ def _part(part: Any) -> str:
             return text
         case {"type": str(kind)}:
             raise DataError(f"has a message with a part that is not text: {kind[:40]!r}")
-    raise DataError("has a message whose content is not text")
+    raise DataError("has a message with content that is not text")
 
 
 def _tool_call(call: Any) -> Any:
@@ -181,6 +181,6 @@ def _check_text(messages: Sequence[Message]) -> None:
     try:
         json.dumps(messages, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError:
-        raise DataError("holds half a surrogate pair, which is not text") from None
+        raise DataError("contains a lone surrogate, which is not valid text") from None
     except (TypeError, ValueError, RecursionError) as error:  # dates in Parquet
         raise DataError(f"has a message that is not JSON: {error}") from None

@@ -90,7 +90,7 @@ class TaskContext:
                 plain = None if example.plain is None else (*example.plain[:2], self.text)
                 place = added + is_led
                 return replace(example, messages=tuple(messages), scored=scored, plain=plain, context=place)
-        raise DataError("a context stands before text, and this is none")
+        raise DataError("a context must be text")
 
     def before_messages(self, messages: Sequence[Message]) -> list[Message]:
         """Put it before the messages of a chat, behind a system message that they begin with.

@@ -226,7 +226,7 @@ def text_example(row: Mapping[str, Any]) -> Example | Chat:
     try:
         example.text.encode("utf-8")  # as fast as a copy; a loop over the letters was half of an ingest's time
     except UnicodeEncodeError:
-        raise DataError("holds half a surrogate pair, which is not text") from None
+        raise DataError("contains a lone surrogate, which is not valid text") from None
     return example
 
 
@@ -247,11 +247,11 @@ def _example_for(base: BaseModel, row: Mapping[str, Any]) -> Any:
     for key in set(MEDIA_KEYS).difference(base.modality.reads):
         if isinstance(row.get(key), Media | Mapping):
             what = "an image" if key == "image" else "a recording"
-            raise DataError(f"has {what}, and icm runs this base model, {with_article(base.modality.name)}, without it")
+            raise DataError(f"has {what}, which icm does not support for {with_article(base.modality.name)}")
     return base.modality.example(row)
 
 
 def _nothing(skipped: int, reason: str | None) -> str:
     if reason is None:
         return "the file holds no example"
-    return reason if skipped == 1 else f"none of its {skipped} rows can be used; the first: {reason}"
+    return reason if skipped == 1 else f"none of its {skipped} rows is usable; the first: {reason}"

@@ -49,7 +49,7 @@ def with_media(row: Mapping[str, Any], resolver: Resolver | None) -> Mapping[str
     if not named:
         return row
     if resolver is None:
-        raise DataError("names a file, but files can only be read beside the rows")
+        raise DataError("names a file, but files are read only from the folder of the rows")
     return {**row, **{key: resolver(name) for key, name in named.items()}}
 
 
@@ -59,7 +59,7 @@ def media_of(row: Mapping[str, Any], key: str) -> Media:
     if isinstance(found, Mapping) and isinstance(reason := found.get("missing"), str):  # told when the row was packed
         raise DataError(reason)
     if not isinstance(found, Media):
-        raise DataError(f"has no {key}" if found is None else f"has an {key} that is not the name of a file")
+        raise DataError(f"has no {key}" if found is None else f"has an {key} that is not a file name")
     return found
 
 
@@ -129,10 +129,10 @@ def read_sound(media: Media, rate: int) -> NDArray[np.float32]:
     except (wave.Error, EOFError, ValueError) as error:
         raise DataError(f"has a recording that is not a WAV file: {error}") from error
     if width != 2 or found != rate:
-        fact = f"has a recording of {8 * width} bits at {found} Hz; the base model takes 16 bits at {rate} Hz"
+        fact = f"has a recording of {8 * width} bits at {found} Hz; the base model needs 16 bits at {rate} Hz"
         raise DataError(fact)
     whole = len(samples) - len(samples) % (2 * channels)
     sound = np.frombuffer(samples[:whole], dtype="<i2").reshape(-1, channels).mean(axis=1) / 2**15
     if not len(sound):
-        raise DataError("has a recording without a sound")
+        raise DataError("has an empty recording")
     return np.asarray(sound, dtype=np.float32)

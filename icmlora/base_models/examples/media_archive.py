@@ -137,7 +137,7 @@ def open_archive(data: bytes) -> tuple[bytes, Resolver]:
     def find(name: str) -> Media:
         entry = entries.get(name)
         if entry is None or not name.startswith(_FOLDER):
-            raise DataError(f"names the file {name!r}, which is not there")
+            raise DataError(f"names the file {name!r}, which does not exist")
         return Media(name, lambda: _read(archive, entry))
 
     return rows, find
@@ -160,9 +160,9 @@ def beside(folder: Path) -> Callable[[str], bytes]:
             raise DataError(f"names the file {name!r}, which is outside its folder")
         path = root / place
         if not path.resolve().is_relative_to(root):
-            raise DataError(f"names the file {name!r}, which is a link out of its folder")
+            raise DataError(f"names the file {name!r}, which links outside its folder")
         if not path.is_file():
-            raise DataError(f"names the file {name!r}, which is not there")
+            raise DataError(f"names the file {name!r}, which does not exist")
         return read_regular(path, max_bytes=MAX_FILE)
 
     return read

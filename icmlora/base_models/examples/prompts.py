@@ -73,9 +73,9 @@ def read_prompts(data: bytes, path: str | Path) -> list[Prompt | Mapping[str, An
                 raise DataError(f"is not UTF-8: {error.reason}") from None
             found = [Prompt(line.removesuffix("\n")) for line in lines if line.strip()]
         if not found:
-            raise DataError("holds no prompt", hint='write one a line, or {"prompt": "..."}')
+            raise DataError("contains no prompt", hint='write one prompt per line, as text or {"prompt": "..."}')
         if len(found) > MAX_PROMPTS:
-            raise DataError(f"holds {len(found)} prompts, more than {MAX_PROMPTS}", hint="choose some of them")
+            raise DataError(f"holds {len(found)} prompts, more than {MAX_PROMPTS}", hint="choose fewer prompts")
     return found
 
 

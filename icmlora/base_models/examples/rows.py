@@ -107,7 +107,7 @@ def _array_rows(text: str) -> Iterator[tuple[int, Any]]:
         try:
             value, place = _element(text, place)
         except (ValueError, RecursionError) as error:
-            yield number, BadRow(f"is not JSON, and ends the reading: {error}")
+            yield number, BadRow(f"is not JSON, so reading stopped: {error}")
             break
         yield number, value
 
@@ -143,4 +143,4 @@ def _parquet_rows(data: bytes) -> Iterator[tuple[int, Any]]:
                 yield number, value
     # pyarrow raises its own errors, and OSError, ValueError or UnicodeDecodeError for what damaged bytes make of it.
     except (pyarrow.ArrowException, OSError, ValueError, NotImplementedError, OverflowError) as error:
-        raise DataError(f"the file is not Parquet that can be read: {error}", hint=_INSTALL) from error
+        raise DataError(f"the Parquet file cannot be read: {error}", hint=_INSTALL) from error

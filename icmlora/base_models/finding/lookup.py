@@ -51,8 +51,8 @@ class FoundBase:
     def refuse_pipeline(self) -> None:
         """Raise `BaseModelUnsuited` if it is a diffusers pipeline, for everything that runs one network on examples."""
         if self.is_pipeline:
-            fact = f"base model {self.label!r} is a diffusers pipeline, which icm runs only to draw pictures"
-            raise BaseModelUnsuited(fact, hint="`icm report -o FILE --outputs TASK` draws them")
+            fact = f"base model {self.label!r} is a diffusers pipeline, which icm uses only to generate images"
+            raise BaseModelUnsuited(fact, hint="run `icm report -o FILE --outputs TASK` to generate them")
 
     def stamp(self) -> str:
         """Identify the files cheaply (path, size, mtime), as the key under which a caller may cache the fingerprint."""
@@ -109,7 +109,7 @@ def inspect_base(label: str, path: Path, loader: str | None = None) -> FoundBase
 def read_config(path: Path) -> dict[str, object]:
     """Read the `config.json` of a base model's folder."""
     file = path / "config.json"
-    return _json_object(file, hint="the folder must be a complete Hugging Face model folder")
+    return _json_object(file, hint="specify a complete Hugging Face model folder")
 
 
 def _all_files(label: str, path: Path) -> tuple[Path, ...]:
@@ -208,4 +208,4 @@ def _cached(label: str, cache_dir: Path | None, revision: str | None) -> Path | 
 
 def _add_hint(label: str) -> str:
     name = label if label.isascii() and label.isprintable() and " " not in label and label else "NAME"
-    return f"name a local copy once: icm base add {name} PATH"
+    return f"run `icm base add {name} PATH` to specify a local copy"

@@ -18,8 +18,10 @@ class BaseTensors:
 
     def __init__(self, found: FoundBase) -> None:
         if found.is_gguf:
-            fact = f"base model {found.label!r}: a GGUF file does not have them bit for bit"
-            raise BaseModelNotFound(fact, path=found.path, hint="name its safetensors folder: icm base add NAME PATH")
+            fact = f"base model {found.label!r}: a GGUF file does not hold them bit for bit"
+            raise BaseModelNotFound(
+                fact, path=found.path, hint="run `icm base add NAME PATH` with its safetensors folder"
+            )
         self.label = found.label
         # A loader may read other files too. The parts of a pipeline call different tensors the same.
         files = () if found.is_pipeline else found.weights
@@ -54,5 +56,5 @@ def needed_tensors(find: Callable[[], FoundBase]) -> BaseTensors:
     try:
         return BaseTensors(find())
     except BaseModelNotFound as error:
-        error.message = f"the adapter has tensors that only its base model holds: {error.message}"
+        error.message = f"the adapter needs tensors from its base model: {error.message}"
         raise

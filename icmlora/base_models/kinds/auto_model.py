@@ -112,7 +112,7 @@ class AutoModality(Modality[Any, Inputs]):
         found = [self.inputs(base, example, base.within(limit)) for example in examples]
         scored = [item for item in found if item.count]
         if not scored:
-            raise DataError("no example has anything to predict", hint="give longer examples")
+            raise DataError("no example contains anything to predict", hint="use longer examples")
         return scored
 
     def states(self, base: BaseModel, examples: Sequence[Any], limit: int) -> torch.Tensor:
@@ -189,8 +189,8 @@ def seen(base: BaseModel, made: Mapping[str, Any], what: str) -> dict[str, torch
     if not any(value.is_floating_point() for value in tensors.values()):
         kind = type(base.processor).__name__
         made_of = ", ".join(sorted(made)) or "nothing"
-        fact = f"what {kind} makes of {what} ({made_of}) is not what base model {base.label!r} reads"
-        raise BaseModelUnsuited(fact, hint="the folder has to hold the processor that belongs to the model")
+        fact = f"{kind} turns {what} into {made_of}, which base model {base.label!r} does not read"
+        raise BaseModelUnsuited(fact, hint="use a model folder that contains the matching processor")
     return tensors
 
 

@@ -105,7 +105,7 @@ class CausalLM(Modality[Any, "Scored"]):
         reason = f"a chat {refused[0].message}" if refused else None
         if not any(isinstance(example, Rendered) for example in usable):
             return Examples(usable, len(refused), reason)
-        note = None if chosen.is_own else f"{base.label} has no chat template: its chats are read as ChatML"
+        note = None if chosen.is_own else f"{base.label} has no chat template; chats are read as ChatML"
         return Examples(usable, len(refused), reason, chosen.digest, note)
 
     def prepare(

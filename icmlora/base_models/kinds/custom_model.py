@@ -96,10 +96,10 @@ def find_loader(label: str, name: str) -> Callable[[Path, torch.device, torch.dt
         found = getattr(import_module(module), function)
     except Exception as error:
         fact = f"the loader {name} of base model {label!r} cannot be imported: {_reason(error)}"
-        raise BaseModelNotFound(fact, hint="install its module, or put its folder into PYTHONPATH") from error
+        raise BaseModelNotFound(fact, hint="install its module, or add its folder to PYTHONPATH") from error
     if getattr(found, _MARK, None) is not True:
         fact = f"{name} is not marked as a loader of base models"
-        raise BaseModelNotFound(fact, hint="write @icmlora.base_model_loader above the function, if it is yours")
+        raise BaseModelNotFound(fact, hint="add @icmlora.base_model_loader above the function if it is yours")
     return found  # type: ignore[no-any-return]
 
 
@@ -156,7 +156,9 @@ class CustomModality(Modality[Any, CustomItem]):
         missing = [name for name in ("model", "metric", "hidden_size") if not hasattr(custom, name)]
         if not isinstance(custom, CustomModel) or missing:
             wrong = f"has no {missing[0]}" if isinstance(custom, CustomModel) else "is not an icmlora.CustomModel"
-            raise BaseModelNotFound(f"what the loader {self._loader} of base model {found.label!r} returns {wrong}")
+            raise BaseModelNotFound(
+                f"the object that the loader {self._loader} of base model {found.label!r} returned {wrong}"
+            )
         custom.model.requires_grad_(False).train(False)
         return BaseModel(
             label=found.label,

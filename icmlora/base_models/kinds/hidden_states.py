@@ -54,7 +54,7 @@ def _demonstrations(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], li
 def _tokens(tokenizer: PreTrainedTokenizerBase, text: str, limit: int, *, special: bool = True) -> list[int]:
     ids = list(tokenizer(text, truncation=True, max_length=limit, add_special_tokens=special)["input_ids"])
     if not ids:
-        raise DataError("a sample has no token", hint="remove empty samples")
+        raise DataError("a sample has no tokens", hint="remove empty samples")
     return ids
 
 
@@ -73,4 +73,4 @@ def _trunk(base: BaseModel) -> Any:
     for found in (model.base_model, model.get_decoder(), getattr(model, "model", None)):
         if found is not None and found is not model:
             return found
-    raise BaseModelUnsuited(f"the hidden states of base model {base.label!r} are not where icm looks for them")
+    raise BaseModelUnsuited(f"icm cannot find the hidden states of base model {base.label!r}")

@@ -60,7 +60,7 @@ class ImageTextToText(AutoModality):
         """Read an image, a prompt and a completion; raise `DataError` if it has none."""
         prompt, completion = row.get("prompt", ""), row.get("completion")
         if not isinstance(prompt, str) or not isinstance(completion, str) or not completion.strip():
-            raise DataError("has no prompt and completion to its image")
+            raise DataError("has no prompt and completion for its image")
         return ImagePrompt(image_of(row), prompt, completion)
 
     def inputs(self, base: BaseModel, example: ImagePrompt, limit: int) -> Inputs:
@@ -72,7 +72,7 @@ class ImageTextToText(AutoModality):
         made = base.processor(text=_prompt(base, example.prompt), images=image, return_tensors="pt")
         prompt = seen(base, made, "an image and a prompt")
         if "input_ids" not in prompt:
-            raise BaseModelUnsuited(f"the processor of base model {base.label!r} makes no tokens of a prompt")
+            raise BaseModelUnsuited(f"the processor of base model {base.label!r} does not tokenise prompts")
         return (_translated if base.model.config.is_encoder_decoder else _continued)(base, example, prompt, limit)
 
     def pooled(self, outputs: Any) -> torch.Tensor:

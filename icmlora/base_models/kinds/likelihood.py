@@ -134,7 +134,7 @@ def tokenized(
         if item is not None:
             scored.append(_after(tokenizer, context, item) if context else item)
     if not scored:
-        raise DataError("no example is long enough to predict a token of it", hint="give longer texts")
+        raise DataError("no example is long enough to predict a token", hint="use longer texts")
     return scored
 
 
@@ -142,8 +142,8 @@ def _room(limit: int, context: list[int], positions: int | None) -> int:
     """Return how many tokens may be read beside a context."""
     room = limit if positions is None else min(limit, positions - len(context))
     if context and room < _FEWEST:
-        fact = f"the context has {len(context)} tokens, and the base model reads {positions}"
-        raise DataError(fact, hint="make a shorter one with `icm context`")
+        fact = f"the context has {len(context)} tokens, but the base model reads only {positions}"
+        raise DataError(fact, hint="run `icm context` to make a shorter one")
     return room
 
 

@@ -54,6 +54,6 @@ def as_text(example: Example | Chat) -> Example:
     """Return an example that is not a chat; raise `DataError` if it is one."""
     if not isinstance(example, Example):
         if example.plain is None:
-            raise DataError("is a chat, which models of this kind do not read")
+            raise DataError("is a chat, which masked language models do not read")
         return Example(*example.plain)
     return example

@@ -63,4 +63,4 @@ def decoder_start(base: BaseModel) -> int:
         start = getattr(place, "decoder_start_token_id", None)
         if isinstance(start, int):
             return start
-    raise BaseModelUnsuited(f"base model {base.label!r} does not say which token its decoder begins with")
+    raise BaseModelUnsuited(f"base model {base.label!r} does not define the decoder's start token")

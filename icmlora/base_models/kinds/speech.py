@@ -42,8 +42,8 @@ class Speech(AutoModality):
     def inputs(self, base: BaseModel, example: Utterance, limit: int) -> Inputs:
         """Turn the recording into features and the text into tokens; raise `BaseModelUnsuited` for a language model."""
         if not base.model.config.is_encoder_decoder:
-            fact = f"base model {base.label!r} is a language model that hears, which icm does not run"
-            raise BaseModelUnsuited(fact, hint="icm runs speech recognisers of an encoder and a decoder, as Whisper is")
+            fact = f"base model {base.label!r} is an audio language model, which icm cannot run"
+            raise BaseModelUnsuited(fact, hint="use an encoder-decoder speech recogniser such as Whisper")
         rate = base.processor.feature_extractor.sampling_rate
         sound = read_sound(example.audio, rate)
         features = seen(base, base.processor(audio=sound, sampling_rate=rate, return_tensors="pt"), "a recording")

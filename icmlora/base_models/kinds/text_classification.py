@@ -99,7 +99,7 @@ def label_number(base: BaseModel, label: Label) -> int:
         # `label2id` may be missing where `id2label` is there.
         named = next((number for number, name in (config.id2label or {}).items() if name == label), None)
         if named is None:
-            raise DataError(f"has the label {label!r}, which is none of the base model's classes")
+            raise DataError(f"has the label {label!r}, which is not a class of the base model")
         return int(named)
     # An adapter may bring a head with more classes than the one that was made up for its base model.
     if label < 0 or (not base.made_up and label >= config.num_labels):

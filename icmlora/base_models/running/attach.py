@@ -72,7 +72,7 @@ def _attach(base: BaseModel, folder: Path) -> PeftModel:
         # The library may have put its layers in before it failed.
         _take_out(base)
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise BaseModelMismatch(f"the adapter cannot be put on base model {base.label!r}: {reason}") from error
+        raise BaseModelMismatch(f"the adapter cannot be applied to base model {base.label!r}: {reason}") from error
 
 
 def _take_out(base: BaseModel) -> None:
@@ -129,13 +129,15 @@ def _replaced(base: BaseModel, adapter: RunnableAdapter) -> Iterator[None]:
         for name, value in adapter.values.items():
             owner, child, old = _tensor(base, name)
             if value.is_floating_point() and not old.is_floating_point():
-                fact = f"{name}, which the adapter replaces, is loaded in {base.load_in} in base model {base.label!r}"
-                hint = "`icm base add NAME PATH` without --load-in loads it in full precision"
+                fact = f"the adapter replaces {name}, which base model {base.label!r} loads in {base.load_in}"
+                hint = "run `icm base add NAME PATH` without --load-in to load it in full precision"
                 raise BaseModelMismatch(fact, hint=hint)
             is_larger = any(end is owner for end in _ends(base)) and old.shape[1:] == value.shape[1:]
             if not (old.shape == value.shape or is_larger or name in base.made_up):
                 fact = f"{name} has the shape {list(value.shape)}, in base model {base.label!r} it is {list(old.shape)}"
-                raise BaseModelMismatch(fact, hint="an adapter for another head or vocabulary cannot be run there")
+                raise BaseModelMismatch(
+                    fact, hint="use the base model with the head and vocabulary that the adapter was trained for"
+                )
             new = value.to(old)
             if child in owner._buffers:
                 before.append((owner._buffers, child, old))
@@ -146,7 +148,7 @@ def _replaced(base: BaseModel, adapter: RunnableAdapter) -> Iterator[None]:
         for module, (numbers, rows) in adapter.rows.items():
             _, _, old = _tensor(base, f"{module}.weight")
             if max(numbers, default=0) >= len(old) or rows.shape[1:] != old.shape[1:]:
-                fact = f"the rows that the adapter has for {module} do not fit base model {base.label!r}"
+                fact = f"the adapter's rows for {module} do not fit base model {base.label!r}"
                 raise BaseModelMismatch(fact)
             new = old.detach().clone()
             new[list(numbers)] = rows.to(old)
@@ -171,7 +173,7 @@ def _tensor(base: BaseModel, name: str) -> tuple[nn.Module, str, torch.Tensor]:
         owner = None
     tensors = {} if owner is None else owner._parameters | owner._buffers
     if owner is None or tensors.get(child) is None:
-        raise BaseModelMismatch(f"base model {base.label!r} has no {name}, which the adapter brings along")
+        raise BaseModelMismatch(f"base model {base.label!r} has no {name}, which the adapter replaces")
     return owner, child, tensors[child]
 
 

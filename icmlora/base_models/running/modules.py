@@ -21,7 +21,7 @@ def check_fits(base: BaseModel, layout: Sequence[tuple[str, int, int, int]]) -> 
     # layout: name, rank, input size and output size of each module.
     modules = dict(base.model.named_modules())
     places = places_of(base, [entry[0] for entry in layout])
-    hint = "name the right base model: icm base add NAME PATH"
+    hint = "run `icm base add NAME PATH` with the right base model"
     if layout and not places:
         fact = f"none of the adapter's {len(layout)} modules exists in base model {base.label!r}: "
         raise BaseModelMismatch(f"{fact}{escape(layout[0][0], 200)}, ...", hint=hint)
@@ -38,7 +38,7 @@ def check_fits(base: BaseModel, layout: Sequence[tuple[str, int, int, int]]) -> 
         if shape is None and is_fused(modules[place]):
             continue  # PEFT fuses the factors of single experts when it loads them
         if shape is None:
-            fact = f"module {name!r} of the adapter is not a layer that a LoRA fits in base model {base.label!r}"
+            fact = f"module {name!r} of the adapter is not a layer of base model {base.label!r} that supports LoRA"
             raise BaseModelMismatch(fact, hint=hint)
         if shape != (outputs, inputs):
             raise BaseModelMismatch(

@@ -66,8 +66,10 @@ class Pipeline:
 
     def __init__(self, found: FoundBase, device: torch.device) -> None:
         if not found.is_pipeline:
-            fact = f"base model {found.label!r} is not a diffusers pipeline, which pictures are drawn with"
-            raise BaseModelUnsuited(fact, hint=f"name a folder with a {PIPELINE}: icm base add {found.label} PATH")
+            fact = f"base model {found.label!r} is not a diffusers pipeline, so it cannot generate images"
+            raise BaseModelUnsuited(
+                fact, hint=f"run `icm base add {found.label} PATH` with a folder that contains {PIPELINE}"
+            )
         diffusers = _diffusers()
         self.label = found.label
         with quiet_loading(found, "diffusers pipeline", library="diffusers"), _quiet():
@@ -94,10 +96,10 @@ class Pipeline:
             done = self._pipe(prompt, num_inference_steps=how.steps, generator=noise, output_type="np", **size)
         if any(getattr(done, "nsfw_content_detected", None) or ()):
             hint = "use other --prompts"
-            raise DataError(f"the safety checker of {self.label!r} took the picture away", hint=hint)
+            raise DataError(f"the safety checker of {self.label!r} removed the image", hint=hint)
         values = np.asarray(getattr(done, "images", np.nan))
         if values.ndim != 4 or values.shape[-1] != 3 or not np.isfinite(values).all():
-            raise DataError(f"the pipeline {self.label!r} makes no pictures, or none of finite numbers")
+            raise DataError(f"the pipeline {self.label!r} generated no image with finite values")
         pixels: Pixels = np.clip(np.rint(values[0] * 255), 0, 255).astype(np.uint8)
         return pixels
 
@@ -127,7 +129,7 @@ class Pipeline:
                 raise DataError(f"diffusers cannot load it: {first}") from error
             norm = self._loaded_norm()
             if norm == 0.0:
-                raise DataError("diffusers finds nothing in it that it can load")
+                raise DataError("diffusers found nothing to load in it")
             yield norm
         finally:
             self._pipe.unload_lora_weights()
@@ -162,7 +164,7 @@ def _diffusers() -> Any:
         import PIL  # noqa: F401
     except ImportError as error:
         hint = "install the extra: pip install 'icm-lora[diffusion]'"
-        raise DataError("drawing pictures needs diffusers, which is not installed", hint=hint) from error
+        raise DataError("generating images needs diffusers, which is not installed", hint=hint) from error
     return diffusers
 
 
@@ -180,7 +182,7 @@ def _check_classes(found: FoundBase, diffusers: Any) -> None:
         is_own = isinstance(library, str) and hasattr(diffusers.pipelines, library)
         if not is_own or (found.path / part / f"{library}.py").exists():
             raise ValueError(
-                f"its part {part!r} is of {library!r}, and icm runs only code of {' and '.join(_LIBRARIES)}"
+                f"its part {part!r} comes from {library!r}, but icm runs only code from {' and '.join(_LIBRARIES)}"
             )
 
 

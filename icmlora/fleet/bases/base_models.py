@@ -100,8 +100,8 @@ def _meant(store: Store, name: str) -> str:
     if name in known or len(found) == 1:
         return name if name in known else found[0]
     if found:
-        fact = f"{name} may be any of {len(found)} base models: {some(found)}"
-        raise BaseModelConflict(fact, hint="write one of them out; `icm base ls` lists them")
+        fact = f"{name} matches {len(found)} base models: {some(found)}"
+        raise BaseModelConflict(fact, hint="use the full name; run `icm base ls` to list them")
     return typed_label(name)
 
 
@@ -128,7 +128,7 @@ def forget_base_model(context: Context, name: str) -> None:
     """Forget where the base model `name` is; `BaseModelNotFound` if it is unknown. Adapters and files stay."""
     with context.open() as store:
         if not any(name in record.names for record in store.base_models.all()):
-            raise BaseModelNotFound(f"no base model is called {name!r}", hint="`icm base ls` lists them")
+            raise BaseModelNotFound(f"no base model is named {name!r}", hint="run `icm base ls` to list them")
         store.base_models.set_path(name, None)
 
 
@@ -188,7 +188,7 @@ def separate_labels(context: Context, name: str, labels: Sequence[str]) -> list[
             if label == base or store.base_models.name_of(label) != base:
                 is_main = f"{label!r} is its main name and cannot be removed"
                 fact = is_main if label == base else f"{label!r} is not a label of {base!r}"
-                raise BaseModelConflict(fact, hint="`icm base ls` lists the labels of every base model")
+                raise BaseModelConflict(fact, hint="run `icm base ls` to list all labels")
         with store.job(base):
             return [store.base_models.separate(label) for label in labels]
 

@@ -121,7 +121,7 @@ class KnownBases:
             return
         if base.architecture != architecture:
             fact = f"it is for the architecture {escape(architecture, 40)!r}, and {label!r} is {base.architecture!r}"
-            raise AdapterRefused(fact, kind="base-model", hint="name its base model with --base-model")
+            raise AdapterRefused(fact, kind="base-model", hint="specify its base model with --base-model")
 
     def copy_of(self, label: str) -> FoundBase | None:
         """Return the copy of a base model on this machine, if there is one."""

@@ -184,6 +184,6 @@ class Bundle:
         """
         with open_bundle(self.path, self._known) as file:
             if file.digest != self.digest:
-                raise BundleError("the bundle was replaced by another one", path=self.path)
+                raise BundleError("the bundle file was replaced", path=self.path)
             self._known = file  # it remembers whether its bytes were checked
             yield BundleCodes(file, self._generator, base_model, loader, cache)

@@ -75,7 +75,7 @@ def export_bundle(
         entries, damaged = _readable(store, rows, generator)
         if damaged and (tasks or not entries):
             name, reason = next(iter(damaged.items()))
-            hint = "`icm verify --repair` moves damaged files aside; name the other tasks to export those only"
+            hint = "run `icm verify --repair` to move damaged files aside, or export only the other tasks"
             raise CodeError(f"task {name!r} cannot be exported: {reason}", hint=hint)
         parts = dict.fromkeys([generator.blob, *(digest for task in entries for digest in task.parts)])
         index = BundleIndex(
@@ -118,7 +118,7 @@ def _choose(
     if named and older:
         raise only_in_older_code(older[0])
     if named and without:
-        hint = "run `icm train --update` to make them, or export the other tasks only"
+        hint = "run `icm train --update` to encode them, or export only the other tasks"
         raise DataError(f"no code under the current generator: {', '.join(without)}", hint=hint)
     bases = sorted({row.task.base_model for row in coded})
     if len(bases) > 1:
@@ -128,7 +128,7 @@ def _choose(
     if generator is None:
         raise DataError("no task has a code to export", hint="run `icm train` to make codes")
     if any(row.code is None or row.code.generator_id != generator.id for row in coded):
-        raise DataError("another icm has just replaced the generator", hint="run the same command again")
+        raise DataError("another process replaced the generator", hint="run the same command again")
     return generator, coded, without, older
 
 
@@ -213,5 +213,5 @@ def _read_part(store: Store, digest: str, codes: Mapping[str, str], made_by: Col
     data = store.blobs.read(digest)
     if digest in codes and generator_of(data) not in made_by:
         fact = f"the code of {codes[digest]!r} belongs to another generator"
-        raise CodeError(fact, hint="run `icm train` to make it again")
+        raise CodeError(fact, hint="run `icm train` to encode it again")
     return data

@@ -157,13 +157,13 @@ def _try_form(bundle: BundleFile, task: BundledTask) -> None:
         return
     try:
         if any(unpacked_size(data) != extra.size for extra, data in packed):
-            raise DataError("what is kept of the original has another size than the bundle says")
+            raise DataError("the size of an extra differs from the size in the bundle's index")
         extras = unpack_tensors([data for _, data in packed], _no_base)
         known.encode(adapter, card="", metadata={}, like=template, extras=extras)
     except DataError as error:
         raise AdapterRefused(error.message, kind="extras") from error
     except (ArithmeticError, LookupError, TypeError, ValueError) as error:
-        fact = "what is noted of the original's form does not fit it"
+        fact = "the recorded form of the original does not fit it"
         raise AdapterRefused(fact, kind="template") from error
 
 

@@ -86,7 +86,7 @@ class _OnDisk:
             try:
                 return find_base_model(label) if base_model is None else inspect_base(label, base_model)
             except BaseModelNotFound as error:
-                error.hint = "name its folder or GGUF file: --base-model PATH"
+                error.hint = "specify its folder or GGUF file with --base-model PATH"
                 raise
 
         return SourceAdapter(self.name, self.format, content, find_base, path=self.place)
@@ -175,11 +175,15 @@ def _wanted(adapter_format: str | None, rank: int | None, size: int | None, dtyp
     if dtype is not None and dtype not in DTYPE_NAMES:
         raise DataError(f"unknown number format {dtype!r}", hint=f"choose one of {', '.join(DTYPE_NAMES)}")
     if rank is not None and size is not None:
-        raise OptionsConflict("--size sets the ranks itself, so it cannot be used with --rank", hint="give one of them")
+        raise OptionsConflict(
+            "--size sets the ranks itself, so it cannot be used with --rank", hint="use one of the two"
+        )
     if (rank is not None and rank < 1) or (size is not None and size < 1):
-        raise DataError("a rank or a size is a positive whole number", hint="as rank 8, or size 4000000")
+        raise DataError(
+            "a rank or a size must be a positive whole number", hint="use a value such as rank 8 or size 4000000"
+        )
     if adapter_format is None and rank is None and size is None and dtype is None:
-        raise OptionsConflict("nothing would change", hint="give --format, --rank, --size or --dtype")
+        raise OptionsConflict("nothing would change", hint="add --format, --rank, --size or --dtype")
     return Wanted(target, rank, size, dtype)
 
 
@@ -195,7 +199,7 @@ def _single(path: Path) -> _OnDisk | None:
     own = {name: entry for name, entry in entries.items() if name.startswith(f"{path.stem}.")}
     found = [one for one in _at(Folder(place, own)) if one.paths.weights == path]
     if not found:
-        hint = "name a file or a folder of a format that icm reads"
+        hint = "run `icm convert --list-formats` to list the supported formats"
         raise AdapterRefused("is not an adapter", kind="empty", path=path, hint=hint)
     return found[0]
 
@@ -216,7 +220,7 @@ def _many(path: Path) -> tuple[list[_OnDisk], Sequence[tuple[str, IcmError]]]:
     if not found:
         for refusal in discovery.refused:
             raise refusal
-        hint = "name a folder or a file of an adapter, or a folder that holds many"
+        hint = "specify the folder or file of an adapter, or a folder of adapters"
         raise AdapterRefused("there is no adapter in this folder", kind="empty", path=path, hint=hint)
     return found, [(error.path or str(path), error) for error in discovery.refused]
 
@@ -235,8 +239,8 @@ def _convert_one(
     source = found.read(None if base_model is None else Path(base_model))
     made = convert_files(source, wanted)
     if force and (own := replaces(output, made.format, made.content, found.name, found.files)):
-        hint = "write it elsewhere; then move it there, if the original may go"
-        raise DataError("the source would be replaced by what is made of it", path=own, hint=hint)
+        hint = "write to another path, then replace the source if you no longer need it"
+        raise DataError("the output would overwrite the source", path=own, hint=hint)
     write_adapter_files(output, made.format, made.content, found.name, force=force)
     return _outcome(found, source.content, made, output)
 

@@ -109,7 +109,7 @@ def _as_lora(
 
     if wanted.rank is None:
         fact = f"its modules have no rank: {summary.original_only}"
-        raise AdapterRefused(fact, kind="original-only", path=source.path, hint="give the rank to make, as --rank 16")
+        raise AdapterRefused(fact, kind="original-only", path=source.path, hint="specify a rank, such as --rank 16")
     with located(source.path):
         made = low_rank(source.content.weights, wanted.rank)
     content = replace(source.content, weights=made.weights)
@@ -226,8 +226,10 @@ def _largest(form: _Form, size: int) -> tuple[Adapter, AdapterBytes]:
         else:
             high, smallest = count, len(content.weights)
     if best is None:
-        fact = f"with one rank a module it takes {smallest:,} bytes, more than {size:,}"
+        fact = f"at rank 1 it takes {smallest:,} bytes, more than {size:,}"
         raise AdapterRefused(
-            fact, kind="size", hint="allow more bytes; codes in a store are smaller: `icm encode --size`"
+            fact,
+            kind="size",
+            hint="allow more bytes, or store the adapter and run `icm encode --size`, which makes smaller codes",
         )
     return best

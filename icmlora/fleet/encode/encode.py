@@ -31,6 +31,7 @@ from icmlora.io.devices import gradient_dtype
 from icmlora.training.config import REFINE_STEPS
 from icmlora.training.refinement import FOR_SHARE, WITHOUT_REFINE, RefineConfig
 from registry.errors import TaskNotFound
+from registry.hints import restore_hint
 from registry.records import (
     AdapterRecord,
     CodeLimits,
@@ -152,7 +153,7 @@ def encode(
     with context.open() as store, reporting(report):
         chosen = select_tasks(store, tasks, base_model, Shard.of(shard))
         if chosen and not any(store.generators.current(label) for label in {task.base_model for task in chosen}):
-            raise DataError(f"there is no generator for task {chosen[0].name!r}", hint="`icm train` makes one")
+            raise DataError(f"there is no generator for task {chosen[0].name!r}", hint="run `icm train` to train one")
         tell = context.counting(report.tasks, len(chosen))
         for label, of_base in groupby(chosen, key=lambda task: task.base_model):
             with (
@@ -173,23 +174,25 @@ def encode(
 def check_limits(limits: Limits, *, residual: bool = False) -> None:
     """Raise `OptionsConflict` for limits that do not go together."""
     if limits.quality is not None and not limits.is_by_quality:
-        fact = "--quality sets the limit itself: leave out --keep, --max-error, --min-gain, --tolerance and --size"
+        fact = "--quality cannot be used with --keep, --max-error, --min-gain, --tolerance or --size"
         raise OptionsConflict(fact)
     others = (limits.min_gain, limits.max_error, limits.tolerance, limits.size)
     if limits.keep is not None and any(limit is not None for limit in others):
-        raise OptionsConflict("--keep is the only limit: leave out --max-error, --min-gain, --tolerance and --size")
+        raise OptionsConflict("--keep cannot be used with --max-error, --min-gain, --tolerance or --size")
     if limits.keep is not None and residual:
-        fact = "--residual keeps errors of weights, so it cannot be used with --keep"
+        fact = "--residual limits the error of the weights, so it cannot be used with --keep"
         raise OptionsConflict(fact, hint="leave out one of the two")
     if limits.size is not None and (limits.refine or residual):
-        other = "--refine changes how many bytes a code takes" if limits.refine else "--residual is for an error"
+        other = "--refine changes the size of a code" if limits.refine else "--residual limits an error"
         raise OptionsConflict(f"{other}, so it cannot be used with --size", hint="leave out one of the two")
     if limits.refine and limits.max_error is not None:
-        hint = "use --min-gain, which measures what refined codes do"
-        raise OptionsConflict("--refine moves codes away from the weights, so it cannot keep --max-error", hint=hint)
+        hint = "use --min-gain, which measures refined codes"
+        raise OptionsConflict(
+            "--refine moves codes away from the weights, so it cannot be used with --max-error", hint=hint
+        )
     if limits.refine and residual:
         hint = "refine the codes first, then add residuals"
-        raise OptionsConflict("--residual keeps the codes as they are, so it cannot be used with --refine", hint=hint)
+        raise OptionsConflict("--residual leaves the codes unchanged, so it cannot be used with --refine", hint=hint)
 
 
 @dataclass(frozen=True)
@@ -224,9 +227,9 @@ def _recorded(store: Store, name: str, made: TaskEncoded | Made | Failed) -> Tas
         return TaskEncoded(name, "unmeasured", reason=made.error.message)
     try:
         record_measurements(store, made.measured)
-        return made.outcome if made.record(store) else _changed(name, "it got another adapter or code in the meantime")
+        return made.outcome if made.record(store) else _changed(name, "its adapter or code changed during encoding")
     except TaskNotFound:  # `icm rm` does not wait for this job
-        return _changed(name, "it was removed in the meantime")
+        return _changed(name, "it was removed during encoding")
 
 
 def _changed(name: str, reason: str) -> TaskEncoded:
@@ -322,13 +325,14 @@ def _prepare(
     try:
         task, final = store.tasks.get(name), store.tasks.final(name)
         if generator is None:
-            reason = final.original_only or "there is no generator for it; `icm train` makes one"
+            reason = final.original_only or "there is no generator for it; run `icm train` to train one"
             return TaskEncoded(name, "original_only" if final.original_only else "unmeasured", reason=reason)
         if task.base_model != base_model:
-            return _changed(name, f"it belongs to base model {task.base_model!r} now")
+            return _changed(name, f"it now belongs to base model {task.base_model!r}")
         state = _TaskState(models, task, generator, final, store.codes.get(name, generator.id), tell)
         if final.is_evicted:
-            reason = "its original was evicted, so its code stays (`icm ingest --restore PATH` brings it back)"
+            way = restore_hint({name: final.is_generated})
+            reason = f"its original is not in the store, so its code cannot be replaced; {way}"
             return state.unchanged("evicted", reason if is_named else None)
         if final.original_only is not None:
             return state.unchanged("original_only", final.original_only)
@@ -343,7 +347,7 @@ def _prepare(
         except FAILURES as error:
             return state.unmeasured(error)
     except TaskNotFound:  # `icm rm` does not wait for this job
-        return _changed(name, "it was removed in the meantime")
+        return _changed(name, "it was removed during encoding")
 
 
 def _limits_under(generator: GeneratorRecord, asked: Limits, *, refined: bool) -> Limits:
@@ -354,8 +358,8 @@ def _limits_under(generator: GeneratorRecord, asked: Limits, *, refined: bool) -
         return replace(asked, refine=asked.refine or 0)
     quality = asked.quality or quality_of(float(generator.config["tolerance"]))  # type: ignore[arg-type]
     if quality is None:
-        fact = "the generator was trained with a tolerance of its own, so its codes have no quality"
-        raise DataError(fact, hint="give --quality or another limit")
+        fact = "the generator was trained with its own tolerance, so its codes have no quality level"
+        raise DataError(fact, hint="specify --quality or another limit")
     if not refined:
         return Limits(tolerance=tolerance_of(quality), refine=0)
     return Limits(keep=keep_of(quality), refine=REFINE_STEPS if asked.refine is None else asked.refine)
@@ -413,9 +417,9 @@ def _searched(state: _TaskState, asked: Limits, limits: Limits, *, again: bool) 
 def _refiner(state: _TaskState, original: Adapter, limits: Limits) -> Refiner:
     """Prepare to refine the code of a task; raise an error where that is not possible."""
     if format_named(state.final.format).is_for_images:
-        raise DataError("icm does not run the models that image adapters are for", hint=WITHOUT_REFINE)
+        raise DataError("icm cannot run the base models of image adapters", hint=WITHOUT_REFINE)
     if any(extra.file is None for extra in state.final.extras):
-        raise DataError("its adapter is more than a LoRA, so its code cannot be refined", hint=WITHOUT_REFINE)
+        raise DataError("its adapter has more than LoRA factors, so its code cannot be refined", hint=WITHOUT_REFINE)
     base = state.models.base(state.task.base_model, gradient_dtype(state.models.device))
     samples = read_samples(state.store, state.task, base)
     with stoppable(base, lambda: state.tell("preparing to refine")):
@@ -460,11 +464,11 @@ def _residual(state: _TaskState, limits: Limits) -> TaskEncoded | Made:
     """Make the smallest residual that lets the current code meet the limits, if it needs one."""
     original, present = read_original(state.store, state.final), state.code
     if present is None:
-        raise DataError("it has no code that a residual could be added to; `icm train --update` makes one")
+        raise DataError("it has no code to add a residual to; run `icm train --update` to make one")
     losses, data = state.losses(limits), state.store.blobs.read(present.blob)
     result = None if losses is None else losses.measure(("code",)).get("code")
     if losses is not None and result is None:
-        return _changed(state.task.name, "it got another adapter in the meantime")
+        return _changed(state.task.name, "its adapter changed during encoding")
     codec = state.models.generator_file(state.generator).codec_of(data)
     code = Trial(codec.measure(original, data), result)
     found, is_kept = ResidualSearch(codec, original, code, limits, losses, state.tell).best()

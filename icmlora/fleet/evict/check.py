@@ -124,7 +124,7 @@ class _Checker:
         if not chosen:
             return TaskEvicted(task.name, "original_only", reason=wanted[0].original_only)
         if code is None or generator is None:
-            return TaskEvicted(task.name, "kept", reason="it has no code; `icm train --update` makes one")
+            return TaskEvicted(task.name, "kept", reason="it has no code; run `icm train --update` to make one")
         final = adapters[-1]
         try:
             # A row may say "evicted" for another reason than an interrupted run: what is there decides.
@@ -137,7 +137,7 @@ class _Checker:
             figures = (*sizes_of(code), known.squared_error, known.retained_gain)
             reason = str(known)
             if any(row.is_evicted for row in chosen):  # although their weights are there
-                reason = f"an interrupted eviction left its weights, and they stay: {reason}"
+                reason = f"an interrupted eviction left its weights, which are kept: {reason}"
             return TaskEvicted(task.name, "kept", 0, 0, *figures, reason, precision=known.precision)
 
     def _untouched(self, task: TaskRecord, code: CodeRecord | None, generator: GeneratorRecord | None) -> TaskEvicted:
@@ -182,7 +182,7 @@ class _Checker:
         original = None if final.is_evicted else read_with_extras(self._store, final)
         extras = {} if original is None else original.extras
         if original is not None and (final.extras or extras) and read_form(self._store, final).tensors != extras:
-            raise CheckFailed("the tensors kept in addition to its code are not those of its original")
+            raise CheckFailed("the tensors stored beside its code differ from those of its original")
         try:
             decoded = decode_code(self._store, generator_file, code, code.rung)
             # If only later checkpoints are left, what was measured when the final original went still holds.
@@ -243,9 +243,9 @@ def check_bytes(store: Store, row: AdapterRecord, source: Sequence[str] = ()) ->
     for digest in source:
         store.blobs.check(digest)
     parts = [("its configuration", row.config)]
-    parts += [(extra.file or "a tensor kept in addition to its code", extra.blob) for extra in row.extras]
+    parts += [(extra.file or "a tensor stored beside its code", extra.blob) for extra in row.extras]
     for what, digest in parts:
         try:
             store.blobs.check(digest)
         except (DamagedStore, StoreIOError) as error:
-            raise CheckFailed(f"{what} could not be brought back: {error}") from error
+            raise CheckFailed(f"{what} could not be restored: {error}") from error

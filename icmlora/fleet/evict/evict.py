@@ -106,14 +106,14 @@ def _check_options(limits: EvictLimits, checkpoints_only: bool, placeholder: boo
     """Refuse what would delete originals whatever their codes lose, or contradicts itself."""
     given = [limit for limit in (limits.max_error, limits.min_gain) if limit is not None]
     if keep_originals and not placeholder:
-        raise OptionsConflict("--keep-originals goes with --placeholder: it would delete nothing")
+        raise OptionsConflict("--keep-originals needs --placeholder, because it deletes nothing")
     if keep_originals and given:
-        raise OptionsConflict("a limit is for originals that are deleted: leave it out with --keep-originals")
+        raise OptionsConflict("--keep-originals deletes no originals, so it cannot be used with a limit")
     if placeholder and checkpoints_only and not keep_originals:
         hint = "add --keep-originals, or leave out --checkpoints-only"
-        raise OptionsConflict("a checkpoint has no code, so without its original nothing brings it back", hint=hint)
+        raise OptionsConflict("a checkpoint has no code, so it cannot be restored without its original", hint=hint)
     if not given and not keep_originals:
-        hint = "`--max-error 0.22` limits the relative error, `--min-gain 0.97` the retained gain"
+        hint = "use `--max-error 0.22` to limit the relative error, or `--min-gain 0.97` to limit the retained gain"
         raise OptionsConflict("no limit was given: use --max-error, --min-gain or both", hint=hint)
     if not all(map(math.isfinite, given)):
         raise OptionsConflict("a limit must be a finite number")
@@ -199,7 +199,7 @@ class Evictor:
         held_back = [row for row in rows if not row.is_final and self._folders.has_left(row)]
         if not held_back:
             return list(rows), None
-        reason = f"a placeholder stands for it at {held_back[-1].source}, and a checkpoint has no code"
+        reason = f"a placeholder replaces it at {held_back[-1].source}, and a checkpoint has no code"
         return [row for row in rows if row not in held_back], f"{counted(len(held_back), 'checkpoint')} kept: {reason}"
 
     def _folder_of(
@@ -216,7 +216,7 @@ class Evictor:
             now = self._store.tasks.get(final.task)
             row, (code_now, _) = self._store.tasks.final(now.name), current_code(self._store, now)
             if (row.weights, row.config, code_now) != (final.weights, final.config, code):
-                raise CheckFailed("the task changed while its code was checked; run the same command again")
+                raise CheckFailed("the task changed while its code was being checked; run the same command again")
             if is_checked:
                 check_bytes(self._store, final, [generator.blob, *code.digests()])
                 return
@@ -255,7 +255,7 @@ class Evictor:
     ) -> FolderReplaced | None:
         def check() -> None:
             if row.is_evicted:
-                raise CheckFailed("the store does not keep its original any more")
+                raise CheckFailed("its original is no longer in the store")
             check_bytes(self._store, row, [row.weights])
 
         return self._folders.replace_files(row, RestoreSource(check, code, generator))

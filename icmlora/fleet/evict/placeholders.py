@@ -233,7 +233,7 @@ class _AdapterFolder:
             return None
         # The path had no links when the adapter was ingested.
         if Path(os.path.realpath(home)) != home:
-            raise NotReplaced("a symbolic link is in its place, or in that of a folder above it")
+            raise NotReplaced("its path contains a symbolic link")
         return cls(place, home, placeholder_path(place, is_folder=is_folder))
 
     def has(self, name: str) -> bool:
@@ -296,4 +296,4 @@ def _unlink(home: Path, files: Sequence[HashedFile]) -> None:
 def _check_unchanged(files: Sequence[HashedFile]) -> None:
     for file in files:
         if not file.is_unchanged():
-            raise NotReplaced(f"{file.path.name} changed while it was checked; run the same command again")
+            raise NotReplaced(f"{file.path.name} changed while being checked; run the same command again")

@@ -165,7 +165,7 @@ def _opened(context: Context, bundle: str | Path | None, found: Sequence[FoundPl
         store = context.open(read_only=True)
     except StoreNotFound as error:
         named = sorted({_content(item).store for item in found})
-        error.hint = f"the placeholders name the store at {named[0]}: if it is yours, name it with --store"
+        error.hint = f"the placeholders name the store at {named[0]}; specify it with --store if it is yours"
         raise
     with store:
         yield StoreCodes(store, context)
@@ -182,7 +182,7 @@ def _find(folders: Sequence[Path]) -> tuple[list[FoundPlaceholder], list[Adapter
             trees = iter([Folder(root.parent, {root.name: root})])
         else:
             fact = "is not a folder" if root.exists() else "does not exist"
-            hint = "give a folder with placeholders, at any depth"
+            hint = "specify a folder that contains placeholders, at any depth"
             refused.append(AdapterRefused(fact, kind="not-a-folder", path=path, hint=hint))
             continue
         found |= {item.path: item for folder in trees for item in find_placeholders(folder)}
@@ -223,9 +223,9 @@ def _made(
     # Several tasks may have it; the one that the placeholder names comes first.
     rows.sort(key=lambda row: row.task.lower() != wanted.task.lower())
     if not rows:
-        hint = f"the placeholder names the store at {wanted.store}: if it is yours, name it with --store"
+        hint = f"the placeholder names the store at {wanted.store}; specify it with --store if it is yours"
         if codes.name == "bundle":
-            hint = "`icm ls --from FILE` lists the tasks of a bundle"
+            hint = "run `icm ls --from FILE` to list the tasks of a bundle"
         raise DataError(f"the {codes.name} has no adapter with the digests of task {wanted.task!r}", hint=hint)
     original = next((row for row in rows if weights is not None or not row.is_evicted), None)
     if original is not None:
@@ -305,7 +305,7 @@ class _Restorer:
                 missing[name] = data
             elif path.is_symlink() or not path.is_file() or hash_regular(path).digest != digest_of(data):
                 hint = "move it elsewhere, then run the same command again"
-                raise OutputExists(f"{name} is there, and is not what would be written", path=path, hint=hint)
+                raise OutputExists(f"{name} already exists with different content", path=path, hint=hint)
         return missing
 
     def _files(self, made: AdapterBytes) -> dict[str, bytes]:
@@ -316,11 +316,11 @@ class _Restorer:
         stem = f"{self._found.place.name}."
         is_single = self._found.path.name != PLACEHOLDER_NAME  # an adapter in a single file
         if is_single and (others := [file.name for file in self._wanted.files if not file.name.startswith(stem)]):
-            raise DataError(f"the placeholder stands for another file, {others[0]!r}", path=self._found.path)
+            raise DataError(f"the placeholder is for another file, {others[0]!r}", path=self._found.path)
         listed = {file.name for file in self._wanted.files if file.part == "companion"}
         kept = {f"{stem}{key}" if is_single else key: data for key, data in made.companions.items()}
         if lost := listed - kept.keys():
-            raise DataError(f"{min(lost)} was not kept, so the adapter would not be complete")
+            raise DataError(f"{min(lost)} is not in the store, so the adapter would be incomplete")
         companions = {name: data for name, data in kept.items() if name in listed}
         if is_single:
             return {**companions, self._weights.name: made.weights}

@@ -77,8 +77,8 @@ class Source:
     def read(cls, path: Path | None, count: int, description: str | None, *, any_row: bool) -> Source:
         """Read the file of samples if there is one, before a model is loaded; raise `DataError` if it is of no use."""
         if path is None and description is None:
-            hint = "give samples, or a description of the task"
-            raise DataError("there is nothing to make an adapter from", hint=hint)
+            hint = "specify samples or a description of the task"
+            raise DataError("neither samples nor a description were given", hint=hint)
         data = None if path is None else read_examples(path)
         if data is not None:
             check_examples(data, path=path, any_row=any_row)
@@ -89,7 +89,9 @@ class Source:
         if self.data is not None:
             return examples_for(base, self.data, path=self.path, most=self.count)
         if not base.modality.takes_context:
-            raise DataError(f"{base.label} is a {base.modality.name}, and writes no samples", hint="give some")
+            raise DataError(
+                f"{base.label} is a {base.modality.name}, which cannot write samples", hint="specify --samples"
+            )
         return Examples(plain(described_samples(base, str(self.description), self.count, SAMPLE_TOKENS)))
 
 
@@ -175,7 +177,7 @@ class _Maker:
                 context.progress(done, recipe.refine, f"refining, {nats:.3f} nats per token")
         if recipe.distil:
             teacher, distilling = self._stepped(samples, in_context=True), DistilConfig(recipe.distil)
-            context.progress(0, recipe.distil, "reading the samples behind each other")
+            context.progress(0, recipe.distil, "reading each sample after the others")
             for done, (nats, taught) in enumerate(distil(base, adapter, teacher, samples, distilling), start=1):
                 adapter = taught
                 context.progress(done, recipe.distil, f"distilling, {nats:.3f} nats per token to go")
@@ -194,7 +196,7 @@ class _Maker:
 
 def _check_distil(base: BaseModel, steps: int, samples: int) -> None:
     if steps and not base.modality.takes_context:
-        fact = f"{base.label} is a {base.modality.name}, where no sample can stand before another"
+        fact = f"{base.label} is a {base.modality.name}, which cannot read one sample after another"
         raise DataError(fact, hint="leave out --distil")
     if steps and samples < _FEWEST_DISTILLED:
-        raise DataError("there is one sample, and none to put before it", hint="give more, or leave out --distil")
+        raise DataError("there is only one sample, and --distil needs two", hint="add samples, or leave out --distil")

@@ -50,7 +50,7 @@ from icmlora.task_vectors.distances import FEWEST, Familiarity, familiarity
 from icmlora.task_vectors.extraction import extract_context
 from icmlora.task_vectors.vector import TaskVector
 from icmlora.training.refinement import RefineConfig
-from registry.errors import TaskConflict
+from registry.errors import GeneratorConflict, TaskConflict
 from registry.names import check_name, check_note, split_label
 from registry.records import GeneratorRecord, NewGenerator, relative_error
 from registry.tables.bundles import BundleImport, ImportedTask
@@ -214,9 +214,9 @@ def _generator_with_start(store: Store, base_model: str | None) -> GeneratorReco
     current = [row for row in store.generators.all(base_name(store, base_model)) if row.is_current]
     if not current:
         of_it = "" if base_model is None else f" for {base_model}"
-        hint = "`icm train --objective both` trains one"
+        hint = "run `icm train --objective both` to train one"
         if store.generators.all():
-            hint = f"`icm generators` lists those of other base models; {hint}"
+            hint = f"run `icm generators` to list those of other base models; {hint}"
         raise DataError(f"there is no generator{of_it}", hint=hint)
     found = [row for row in current if row.start is not None]
     if len(found) == 1:
@@ -225,7 +225,7 @@ def _generator_with_start(store: Store, base_model: str | None) -> GeneratorReco
         names = ", ".join(row.base_model for row in found)
         raise DataError(f"there are generators for several base models: {names}", hint="choose one with --base-model")
     fact = f"the generator of {current[0].base_model} has no few-shot start"
-    raise DataError(fact, hint="`icm train --objective functional` trains one; codes do not change")
+    raise DataError(fact, hint="run `icm train --objective functional` to train one; codes do not change")
 
 
 def _largest_rank(file: GeneratorFile, start: FewShotStart, wanted: int | None) -> int:
@@ -243,7 +243,7 @@ def _load_base(
     """Load the base model, and extract context vectors in the precision in which those of all tasks are extracted."""
     base = open_base(store, label, device, VECTOR_DTYPE, cache=context.cache)
     if source.data is None:
-        context.progress(0, None, "the base model writes samples")
+        context.progress(0, None, "writing samples with the base model")
     examples = source.examples(base)
     vectors = extract_context(base, examples.items, template=examples.template)
     if base.load_in is None and gradient_dtype(device) is not VECTOR_DTYPE:
@@ -322,4 +322,8 @@ def _register(
     rows, blob = put_vectors(store, name, vectors), store.blobs.put(code.data)
     task = ImportedTask(name, original, len(weights), blob, code.squared_error, vectors=rows)
     current = NewGenerator(generator.base_model, generator.blob, generator.config, generator.metrics)
-    store.bundles.add(BundleImport(current, generator.version, [task]))
+    try:
+        store.bundles.add(BundleImport(current, generator.version, [task]))
+    except GeneratorConflict as error:
+        error.hint = f"the adapter was written to {folder}; run the same command again with --force to register it"
+        raise

@@ -127,14 +127,14 @@ def task_context(context: Context, task: str) -> TaskContext | None:
 def check_place(adapter_format: str) -> None:
     """Raise `DataError` if the adapters of a format have no place for a context."""
     if not format_named(adapter_format).companions >= CONTEXT_NAMES:
-        raise DataError(f"an adapter in the format {adapter_format!r} has no place for a context")
+        raise DataError(f"an adapter in the format {adapter_format!r} cannot include a context")
 
 
 def usable_samples(prompted: Prompted, data: bytes, path: Path | None, count: int) -> list[Any]:
     """Return the samples of a file that can stand before a request, at most so many."""
     base = prompted.base
     if not base.modality.takes_context:
-        fact = f"{base.label} is a {base.modality.name}; a context stands before the text of a causal language model"
+        fact = f"{base.label} is a {base.modality.name}, and only a causal language model reads a context"
         raise BaseModelUnsuited(fact)
     return prompted.usable(spread(unread_examples(base, data, path=path).items, count))
 
@@ -152,7 +152,7 @@ def _samples(store: Store, chosen: Chosen, path: Path | None) -> bytes:
     if path is not None:
         return read_examples(path)
     if chosen.task.samples is None:
-        raise DataError(f"task {chosen.task.name!r} has no samples", hint="give some with --samples FILE")
+        raise DataError(f"task {chosen.task.name!r} has no samples", hint="add some with --samples FILE")
     return store.blobs.read(chosen.task.samples)
 
 

@@ -135,7 +135,7 @@ class StoreEpisodeSource:
             if has_older_code(self._store, row.task):
                 raise only_in_older_code(row.task.name)
             fact = f"task {row.task.name!r} has neither an original nor a code"
-            raise DataError(fact, hint="`icm verify` checks the store for damage")
+            raise DataError(fact, hint="run `icm verify` to check the store for damage")
         return decode_code(self._store, self._file, code, code.rung)
 
     def _read_samples(self, row: TaskSummary, most: int) -> Sequence[Prepared]:
@@ -205,7 +205,7 @@ def train_few_shot(
 def _train_base(context: Context, store: Store, label: str, config: MetaConfig, device: torch.device) -> FewShotTrained:
     generator = store.generators.current(label)
     if generator is None:
-        raise DataError(f"{label} has no generator", hint="`icm train` trains one")
+        raise DataError(f"{label} has no generator", hint="run `icm train` to train one")
     base = open_base(store, label, device, gradient_dtype(device), cache=context.cache)
     began = time.monotonic()
     file = open_generator(generator.blob, store.blobs.read)
@@ -242,7 +242,7 @@ def _train_base(context: Context, store: Store, label: str, config: MetaConfig, 
 def _refuse_few(base_model: str, tasks: int) -> None:
     if tasks < _FEWEST_TASKS:
         needed = f"a few-shot start needs {_FEWEST_TASKS} tasks with {_FEWEST_SAMPLES} or more samples each"
-        hint = "`icm ingest PATH --samples FILE` adds samples to a task"
+        hint = "run `icm ingest PATH --samples FILE` to add samples to a task"
         raise DataError(f"{needed}; {base_model} has {counted(tasks, 'such task')}", hint=hint)
 
 

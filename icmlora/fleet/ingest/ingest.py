@@ -319,7 +319,7 @@ def _find(
         return found
     if len(found.tasks) != 1:
         fact = f"--samples is for one task, but {len(found.tasks)} were found"
-        raise AdapterRefused(fact, kind="samples", path=samples, hint="give the folder of a single task")
+        raise AdapterRefused(fact, kind="samples", path=samples, hint="specify the folder of a single task")
     return replace(found, tasks=(replace(found.tasks[0], samples=Path(samples)),))
 
 
@@ -475,7 +475,7 @@ def _with_base(task: PreparedTask, told: str | None, bases: KnownBases) -> Prepa
         return _of_architecture(changed, bases)
     if told is None or bases.name_of(told) == bases.name_of(label):
         return _of_architecture(task, bases)
-    hint = f"`icm base alias {told} {label}` if they are the same model; else ingest it without --base-model"
+    hint = f"run `icm base alias {told} {label}` if they are the same model; otherwise ingest it without --base-model"
     error = AdapterRefused(f"it was trained for {label!r}, not for {told!r}", kind="base-model", hint=hint)
     return Refusal(error, task.found.folder)
 

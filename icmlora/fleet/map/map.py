@@ -70,7 +70,7 @@ def map_fleet(
     picture = None if plot is None else Path(plot)
     if picture is not None:
         if picture.suffix.lower() != ".svg":
-            raise DataError("a map is drawn as an .svg file", path=picture, hint="use the ending .svg")
+            raise DataError("a map must be an .svg file", path=picture, hint="use a file name that ends in .svg")
         check_absent(picture, force=force)
     with context.open(read_only=True) as store:
         base_model, tasks = tasks_of_one_base(store, base_model)

@@ -219,7 +219,7 @@ def _support_sets_are_drawn(found: TaskMap) -> bool:
 def _axes(found: TaskMap) -> str:
     across, up = found.variation
     shown = f"The picture shows {across + up:.0%} of the variation ({across:.0%} across, {up:.0%} up)"
-    return f"{shown}. Clusters use all of it, so tasks that look near may be far apart."
+    return f"{shown}. Clusters use all of it, so tasks that look close may be far apart."
 
 
 def _text(x: float, y: float, style: str, text: str, *, anchor: str = "start") -> str:

@@ -186,7 +186,7 @@ def evaluate_tasks(
         except TaskNotFound:  # `icm rm` does not wait for this
             pass
         except FAILURES as error:
-            result = Failed(as_error(error, models.loaded(task.base_model), less="fewer --max-tokens"))
+            result = Failed(as_error(error, models.loaded(task.base_model), less="use a lower --max-tokens"))
         yield task, result
 
 
@@ -238,7 +238,7 @@ def _tasks_with_text(
     report.without_data = sorted(task.name for task in tasks if task.eval_data is None)
     found = [task for task in tasks if task.eval_data is not None]
     if not found and shard is None:  # a shard may be empty
-        hint = "put eval.jsonl into the adapter's folder and ingest it again, or use --data"
+        hint = "add eval.jsonl to the adapter's folder and ingest it again, or use --data"
         raise DataError("no task has held-out text", hint=hint)
     return found
 
@@ -262,7 +262,9 @@ def measurable(context: Context, base_models: Sequence[str], tasks: Sequence[str
                 task for task in store.tasks.all() if task.base_model == label and (not tasks or task.name in tasks)
             ]
             if known and format_named(store.tasks.final(known[0].name).format).is_for_images:
-                found.reasons.append(f"{label} makes images: `icm report --outputs TASK` shows what codes change")
+                found.reasons.append(
+                    f"{label} generates images; run `icm report --outputs TASK` to see the effect of codes"
+                )
                 continue
             found.elsewhere.append(label)
             try:

@@ -41,10 +41,10 @@ def module_errors(context: Context, task: str) -> Sequence[GroupError]:
         known = store.tasks.get(task)
         final, (code, generator) = store.tasks.final(known.name), current_code(store, known)
         if final.is_evicted:
-            hint = "only `icm verify` and what was measured before tell about its code now"
-            raise DataError("its original was evicted: there is nothing to compare the code with", hint=hint)
+            hint = "run `icm show TASK` for earlier measurements, or `icm verify` to check the code"
+            raise DataError("its original is not in the store, so its code cannot be compared with it", hint=hint)
         if code is None or generator is None:
-            raise DataError("it has no code", hint="`icm train` makes codes")
+            raise DataError("it has no code", hint="run `icm train` to make codes")
         codes = decoded(store, open_generator(generator.blob, store.blobs.read), code)
         return errors_of(final, read_original(store, final), codes)
 

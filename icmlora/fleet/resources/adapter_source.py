@@ -36,7 +36,7 @@ _CACHED_VECTOR_FILES = 256  # each has up to some hundred kB
 _FLOAT32 = 4  # bytes
 _MODULE_BYTES = 2048  # of two tensors and their module besides the values: more than the values of a tiny adapter
 _LARGEST = 2.0**26  # norm of a dW: 2^50 is the most that the network takes, and weights of channels are up to 2^24
-_TOO_WIDE = f"its rank is above {MAX_SLOTS}, the largest that a code can hold"
+_TOO_WIDE = f"its rank exceeds {MAX_SLOTS}, the maximum for a code"
 
 
 @dataclass(frozen=True)
@@ -225,7 +225,7 @@ def refuse_large(adapter: Adapter) -> float:
     norms = module_norms(adapter)
     for name, norm in norms.items():
         if not norm <= _LARGEST:  # nor NaN
-            fact = f"its training diverged: dW of {escape(name, 200)} has the size {norm:.0e}"
+            fact = f"its training diverged: dW of {escape(name, 200)} has the norm {norm:.0e}"
             raise AdapterRefused(fact, kind="overflow")
     return total_norm(norms)
 

@@ -59,7 +59,7 @@ class BundleCodes:
     """
 
     name = "bundle"
-    better = "`icm train` with a higher --quality makes better codes; then export them again"
+    better = "run `icm train` with a higher --quality for better codes, then export them again"
     takes_claims = True
 
     def __init__(
@@ -145,16 +145,16 @@ class BundleCodes:
         try:
             return needed_tensors(lambda: self.locate(self._index.base_model))
         except BaseModelNotFound as error:  # without a store there are no names for copies elsewhere
-            way = "`icm import` the bundle and run `icm base add NAME PATH`"
+            way = "run `icm import` with the bundle, then `icm base add NAME PATH`"
             error.hint = f"download it into the Hugging Face cache, or {way}"
             raise
 
     def recalled(self, final: AdapterRecord, generator: GeneratorRecord) -> CodeRecord | None:
         """Refuse: what a bundle has of a task is its code."""
-        raise DataError("a bundle holds codes only", hint="import it into a store, or take source 'code'")
+        raise DataError("a bundle holds codes only", hint="import it into a store, or use source 'code'")
 
     def predict(self, final: AdapterRecord, generator: GeneratorRecord, seed: int | None) -> Adapter:
-        raise DataError("a bundle holds codes only", hint="import it into a store, or take source 'code'")
+        raise DataError("a bundle holds codes only", hint="import it into a store, or use source 'code'")
 
     def base_models(self) -> Mapping[str, tuple[str, ...]]:
         return {self._index.base_model: (self._index.base_model,)}
@@ -166,7 +166,7 @@ class BundleCodes:
         try:
             return find_base_model(base_model, aliases=aliases, loader=self._loader)
         except BaseModelNotFound as error:  # without a store there are no names for copies elsewhere
-            error.hint = "`--base-model PATH` says where its folder or GGUF file is"
+            error.hint = "specify its folder or GGUF file with --base-model PATH"
             raise
 
     def context_vectors(self, base_model: str | None) -> tuple[str, ComparableVectors]:
@@ -190,7 +190,7 @@ def find_task(index: BundleIndex, name: str) -> BundledTask:
     task = index.task(name)
     if task is None:
         close = difflib.get_close_matches(name, [task.name for task in index.tasks], n=1)
-        hint = f"did you mean {close[0]!r}?" if close else "`icm ls --from FILE` lists its tasks"
+        hint = f"did you mean {close[0]!r}?" if close else "run `icm ls --from FILE` to list its tasks"
         raise DataError(f"the bundle has no task named {name!r}", hint=hint)
     return task
 
@@ -234,7 +234,7 @@ def bundled_vectors(task: BundledTask, file: BundleFile) -> list[NewVector]:
     part, extractors = task.vectors.part, {one["view"]: one for one in task.vectors.extractors}
     views = arrays_from_bytes(file.read(part))
     if views.keys() != extractors.keys():
-        raise BundleError(f"the vectors of {task.name!r} are not those that the index describes")
+        raise BundleError(f"the vectors of {task.name!r} do not match the index")
     return [
         NewVector(task.name, view, number, extractors[view], part, values.shape[1])
         for view, values in views.items()

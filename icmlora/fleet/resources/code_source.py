@@ -120,7 +120,9 @@ class StoreCodes:
     """The codes of an open store; `CodeSource` describes the methods."""
 
     name = "store"
-    better = "`--source original` is exact; `icm train` with a higher --quality makes better codes"
+    better = (
+        "use `--source original` for the exact adapter, or run `icm train` with a higher --quality for better codes"
+    )
     takes_claims = False
 
     def __init__(self, store: Store, context: Context) -> None:

@@ -130,7 +130,7 @@ def tasks_of_one_base(store: Store, base_model: str | None) -> tuple[str, Sequen
         return base_model, by_base[base_model]
     ready = sorted(base for base, has in has_vectors.items() if has)
     if len(ready) > 1:
-        fact = f"vectors of one base model are compared, but tasks of {len(ready)} have some: {', '.join(ready)}"
+        fact = f"only vectors of one base model can be compared, but {len(ready)} have vectors: {', '.join(ready)}"
         raise DataError(fact, hint="choose one with --base-model NAME")
     if not ready:
         raise DataError("no task has vectors", hint=NO_VECTORS)

@@ -108,9 +108,13 @@ def check_place(device: str, workers: str | None) -> None:
         resolve_device(device)
         return
     if ":" in device:
-        raise InvalidShare(f"all workers cannot share device {device!r}", hint="--device cuda gives each worker a card")
+        raise InvalidShare(
+            f"workers cannot share device {device!r}", hint="use --device cuda to give each worker its own GPU"
+        )
     if not (workers.isdecimal() and 1 <= int(workers) <= 1024) and not workers.startswith("ray://"):
-        raise InvalidShare(f"{workers!r} says neither how many workers nor where", hint="write 4, or ray://HOST:10001")
+        raise InvalidShare(
+            f"{workers!r} is neither a number of workers nor an address", hint="write 4, or ray://HOST:10001"
+        )
 
 
 def naming(task: TaskRecord, tell: Tell) -> Tell:
@@ -210,8 +214,8 @@ class _Pool:
         except self._ray.exceptions.RayError as error:
             self._ray.kill(worker)  # it may only be out of reach
             self._idle.append(self._start())
-            fact = f"its worker died, {ATTEMPTS} times"
-            raise WorkerDied(fact, hint="fewer workers need less memory, if that ran out") from error
+            fact = f"its worker died {ATTEMPTS} times"
+            raise WorkerDied(fact, hint="use fewer workers if memory ran out") from error
         self._idle.append(worker)
         for one in facts:
             one.record(self._store)
@@ -258,7 +262,7 @@ def _cluster(workers: str) -> Iterator[Any]:
     try:
         ray = importlib.import_module("ray")
     except ModuleNotFoundError as error:
-        hint = "`pip install 'icm-lora[ray]'` installs it"
+        hint = "install the extra: pip install 'icm-lora[ray]'"
         raise WorkersUnavailable("workers need Ray, which is not installed", hint=hint) from error
     if ray.is_initialized():
         yield ray

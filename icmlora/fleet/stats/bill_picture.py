@@ -22,7 +22,7 @@ _GREY, _BLUE = "#6e7781", "#0072b2"  # both are readable on white and on black
 def check_plot(path: Path, *, force: bool = False) -> None:
     """Check that a plot can be drawn to a file; raises `DataError` or `OutputExists`."""
     if path.suffix.lower() not in _METADATA:
-        raise DataError("a plot is an .svg, .png or .pdf file", path=path, hint="use one of these endings")
+        raise DataError("a plot must be an .svg, .png or .pdf file", path=path, hint="use one of these endings")
     check_absent(path, force=force)
     _pyplot()
 

@@ -59,7 +59,7 @@ def copy_tasks(context: Context, target: str | Path | DatabaseUrl, tasks: Sequen
     """
     there, report = replace(context, address=address_of(target)), CopyReport()
     if absolute(there.address) == absolute(context.address):
-        raise DataError(f"{there.address} is the store to copy from", hint="name another store")
+        raise DataError(f"{there.address} is both source and target", hint="choose another store")
     with context.open(read_only=True) as source, there.open(create=True) as other:
         chosen = select_tasks(source, tasks)
         copying = _Copying(source, other, report)

@@ -57,7 +57,7 @@ def find_described(
     """
     words = list(dict.fromkeys(word.lower() for word in _WORD.findall(description)))
     if not words:
-        raise DataError("the description has no word", hint="say in a few words what the task is")
+        raise DataError("the description contains no word", hint="describe the task in a few words")
     with context.open(read_only=True) as store:
         selection = of_base_model(store, Selection(base_model))
         found = sqlite3.connect(":memory:")

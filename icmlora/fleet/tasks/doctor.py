@@ -58,8 +58,8 @@ def _devices() -> list[Check]:
     (cards, problem), mac, driver, built = cuda_cards(), mps_card(), nvidia_driver(), toolkit()
     if driver is not None and built is None:
         fact = f"this machine has {', '.join(driver.cards)}, but this build of torch has no CUDA"
-        problem = f"{fact}; `{install_command(driver)}` installs one that has"
-    out_of_reach = "none, although there is an NVIDIA card" if has_nvidia_card() else "none"
+        problem = f"{fact}; run `{install_command(driver)}` to install one with CUDA"
+    out_of_reach = "none, although this machine has an NVIDIA card" if has_nvidia_card() else "none"
     return [
         Check("cpu_threads", torch.get_num_threads()),
         Check("cuda", ", ".join(card.name for card in cards.values()) or "none", problem),
@@ -93,7 +93,7 @@ def _store(context: Context) -> list[Check]:
     if not os.access(anchor, os.W_OK | os.X_OK):
         checks.append(Check("writable", "no", f"{anchor} cannot be written by this user"))
     if not (store / "FORMAT").exists():
-        return [*checks, Check("store", "none yet; `icm ingest` creates it")]
+        return [*checks, Check("store", "none yet; run `icm ingest` to create it")]
     try:
         format_ = (store / "FORMAT").read_text(errors="replace").strip()[:80]
     except OSError:
@@ -110,7 +110,7 @@ def _on_server(context: Context, url: DatabaseUrl) -> list[Check]:
         server = examine_server(url, context.command)
     except RegistryError as error:
         return [Check("postgresql", None, _told(error))]
-    pooled = "a pool gives each transaction another session, and locks of icm need one: name the server itself"
+    pooled = "the pool uses a new session for each transaction, which breaks icm's locks; use the server's own address"
     return [
         Check("postgresql", server.version),
         Check("data_checksums", "on" if server.has_checksums else "off"),
@@ -126,7 +126,7 @@ def _opened(context: Context, shown: str | None) -> list[Check]:
             problem = "; ".join(found.told for found in older_codes(store, list(store.tasks.summaries()))) or None
             return [Check("store", shown, problem), *_far_blobs(store)]
     except StoreNotFound:
-        return [Check("store", "none yet; `icm init` makes it")]
+        return [Check("store", "none yet; run `icm init` to create it")]
     except RegistryError as error:
         return [Check("store", shown, _told(error))]
 

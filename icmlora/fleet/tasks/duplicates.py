@@ -100,7 +100,7 @@ def find_duplicates(
     """
     if not 0.0 <= max_distance <= LARGEST_DISTANCE:
         fact = f"a distance of {max_distance:g} is not between 0 and {LARGEST_DISTANCE:g}"
-        raise DataError(fact, hint="unrelated adapters are at about 1; copies that differ by rounding below 0.01")
+        raise DataError(fact, hint="use less than 0.01 for rounded copies; unrelated adapters are at about 1")
     report = DuplicatesReport(max_distance)
     with context.open(read_only=True) as store:
         wanted = {store.tasks.get(name).name for name in tasks}

@@ -106,7 +106,7 @@ def forget_generator(context: Context, generator: str | GeneratorRecord, *, dry_
 
 def _find(store: Store, digits: str) -> GeneratorRecord:
     """Find a generator by the beginning of its digest; of several with the same file the newest not in use."""
-    hint = "`icm generators` lists them"
+    hint = "run `icm generators` to list them"
     if len(digits) < _FEWEST_DIGITS:
         raise DataError(f"{digits!r} is too short: give at least {_FEWEST_DIGITS} digits", hint=hint)
     found = [record for record in store.generators.all() if record.blob.startswith(digits.lower())]

@@ -41,7 +41,7 @@ def init(context: Context, blobs: str | None = None) -> InitReport:
     except StoreNotFound:
         is_new = True
         if blobs is None and isinstance(context.address, DatabaseUrl):
-            hint = "say where the bytes are to be: --blobs s3://BUCKET/PREFIX, or a folder that all machines have"
-            raise OptionsConflict("a store in a database has no folder for its bytes", hint=hint) from None
+            hint = "specify storage with --blobs: s3://BUCKET/PREFIX, or a folder that all machines can reach"
+            raise OptionsConflict("a store in a database needs storage for its files", hint=hint) from None
     with context.open(create=True, blobs=blobs) as store:
         return InitReport(str(context.address), store.blobs.home, is_new)

@@ -144,7 +144,7 @@ def _depending_on_wrong_rows(store: Store) -> set[int]:
 def _selection(base_model: str | None, filters: Sequence[str], sort: str | None, limit: int | None) -> Selection:
     """Read the filters and the order, or raise what is wrong with them."""
     if limit is not None and limit < 1:
-        raise DataError(f"a limit of {limit} tasks lists nothing", hint="give 1 or more")
+        raise DataError(f"a limit of {limit} tasks lists nothing", hint="use 1 or more")
     order = None if sort is None else parse_sort(sort)
     return Selection(base_model, tuple(map(parse_filter, filters)), order, limit)
 
@@ -188,9 +188,9 @@ def edit_tasks(
         InvalidName: The name, a tag or the note breaks its rule.
     """
     if both := {tag.lower() for tag in add_tags} & {tag.lower() for tag in remove_tags}:
-        raise DataError(f"tag {min(both)!r} is both added and removed", hint="name it once")
+        raise DataError(f"tag {min(both)!r} is both added and removed", hint="specify it once")
     if name is not None and len({task.lower() for task in tasks}) > 1:
-        raise DataError(f"{len(tasks)} tasks cannot all be called {name!r}", hint="name one task")
+        raise DataError(f"{len(tasks)} tasks cannot all be named {name!r}", hint="specify one task")
     is_change = bool(add_tags or remove_tags) or any(value is not None for value in (name, note, pinned))
     with context.open(read_only=not is_change) as store:
         if is_change:

@@ -121,7 +121,7 @@ def _wrong_kinds(store: Store, wanted: Collection[str]) -> Iterator[Finding]:
         for digest, kind, tasks in [*expected, (generator.blob, "generator", ())]:
             with suppress(DamagedStore):  # one that is missing was found already
                 if kind_of(store.blobs.start(digest, 64)) != kind:
-                    fact = f"blob {digest} is not the {kind} that its row says"
+                    fact = f"blob {digest} does not have the kind recorded in its row, {kind}"
                     yield Finding("row", fact, store.blobs.place(digest), digest, tasks)
 
 
@@ -198,7 +198,7 @@ def restore_database(context: Context) -> str:
 
     if not isinstance(context.address, Path):
         hint = "the database server has backups of its own: see docs/guides/team.md"
-        raise RegistryError(f"icm keeps no copy of the rows at {context.address}", hint=hint)
+        raise RegistryError(f"icm keeps no backup of the database at {context.address}", hint=hint)
     return restore_database(context.address, lock_timeout=context.lock_timeout, command=context.command)
 
 

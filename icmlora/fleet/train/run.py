@@ -152,7 +152,7 @@ def help_train(context: Context, ranks: Ranks, device: torch.device) -> None:
         with context.open(read_only=True) as store:
             source = usable_source(context, store, label.decode())
             if source.digest() != digest.decode():
-                raise DataError("the store changed while the training began", hint="run the same command again")
+                raise DataError("the store changed while training started", hint="run the same command again")
             for at in fit(state_from_bytes(network, optimizer, device), source, ranks):
                 context.progress(at.step, at.steps)
 
@@ -232,7 +232,7 @@ def base_models_with_tasks(store: Store, base_model: str | None) -> list[str]:
     rows = [(row.task.base_model, row.final.original_only is None) for row in store.tasks.summaries()]
     found = sorted({label for label, _ in rows})
     if not found:
-        raise DataError("there are no tasks to train on", hint="`icm ingest PATH` adds adapters")
+        raise DataError("there are no tasks to train on", hint="run `icm ingest PATH` to add adapters")
     if base_model is None:
         # If no task can have a code, training says why.
         return sorted({label for label, can_have_code in rows if can_have_code}) or found
@@ -308,8 +308,8 @@ def wanted_config(
     previous = None if network is None else network.config
     if previous is not None:
         if width not in (None, previous.width):
-            fact = f"the current generator has width {previous.width}, and training that starts from it keeps the width"
-            raise DataError(fact, hint="`icm train --fresh` starts from scratch, with any width")
+            fact = f"the current generator has width {previous.width}, and training from it cannot change the width"
+            raise DataError(fact, hint="run `icm train --fresh` to train from scratch with any width")
         tolerance_before = previous.tolerance
     if tolerance is None and quality is None:
         tolerance = tolerance_before

@@ -42,6 +42,7 @@ from icmlora.generator.encoding import Encoded
 from icmlora.generator.limits import Limits
 from icmlora.generator.network_file import generator_from_bytes, generator_to_bytes
 from icmlora.training.ranks import Ranks, joined
+from registry.hints import restore_hint
 from registry.names import some
 from registry.records import AdapterRecord, CodeLimits, GeneratorRecord, NewCode, NewGenerator, WithRelativeError
 
@@ -51,7 +52,7 @@ if TYPE_CHECKING:
     from icmlora.training.config import TrainConfig
     from registry.store import Store
 
-REPLACED = "its adapter was replaced in the meantime"
+REPLACED = "its adapter was replaced during training"
 """Why a task has no code although its adapter was encoded: an ingest replaced the adapter during the training."""
 
 
@@ -281,7 +282,8 @@ def _refuse_evicted(store: Store, label: str) -> None:
     evicted = [row.task.name for row in rows if row.final.is_evicted and row.task.name not in stay]
     if evicted:
         fact = f"a new generator would leave evicted tasks without a code: {some([repr(name) for name in evicted])}"
-        hint = "`icm train --update` only adds new tasks; or restore the originals with `icm ingest --restore PATH`"
+        made = {row.task.name: row.final.is_generated for row in rows if row.task.name in evicted}
+        hint = f"run `icm train --update` to add only new tasks, or {restore_hint(made)}"
         raise DataError(fact, hint=hint)
 
 
@@ -297,9 +299,9 @@ def _refuse_lost(store: Store, label: str, left_out: Mapping[str, str], *, is_ol
     lost = [row.task.name for row in rows if row.task.name in left_out]
     if lost:
         fact = f"a new generator would leave {some([repr(name) for name in lost])} without a code: {left_out[lost[0]]}"
-        hint = "restore the originals with `icm ingest --restore PATH`"
+        hint = restore_hint({row.task.name: row.final.is_generated for row in rows if row.task.name in left_out})
         if not is_old:
-            hint = f"`icm train --update` only adds new tasks; or {hint}"
+            hint = f"run `icm train --update` to add only new tasks, or {hint}"
         raise DataError(fact, hint=hint)
 
 
@@ -307,7 +309,7 @@ def _refuse_none(encodable: Sequence[object], left_out: Mapping[str, str]) -> No
     """Raise if there are tasks, and none of them can be encoded."""
     if left_out and not encodable:
         name, reason = next(iter(left_out.items()))
-        hint = "`icm rm TASK` removes a task; the originals did not change"
+        hint = "run `icm rm TASK` to remove a task; its original folder is not changed"
         raise GeneratorError(f"no task could be encoded; {name!r}: {reason}", hint=hint)
 
 

@@ -149,7 +149,7 @@ def _update_base(
     started = time.monotonic()
     generator = store.generators.current(label)
     if generator is None:
-        hint = f"`icm train --base-model {label}` trains the first one"
+        hint = f"run `icm train --base-model {label}` to train the first one"
         raise DataError(f"{label} has no generator to add tasks to", hint=hint)
     present, data = open_generator(generator.blob, store.blobs.read), store.blobs.read(generator.blob)
     new = [row.task.name for row in store.tasks.summaries() if row.task.base_model == label and row.code is None]

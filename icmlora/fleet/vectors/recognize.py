@@ -48,7 +48,7 @@ class RecognizeReport(Recognition):
             near = self.candidates[0]
             fact = f"the samples belong to none of the known tasks (probability {self.new:.2f})"
             nearest = f"the most probable one is {near.task!r} ({near.probability:.2f})"
-            raise NotRecognized(f"{fact}; {nearest}", hint="`icm generate NAME` makes an adapter for a new task")
+            raise NotRecognized(f"{fact}; {nearest}", hint="run `icm generate NAME` to make an adapter for a new task")
         return task
 
 
@@ -90,7 +90,7 @@ def recognize_among(
     try:
         recognizer = Recognizer(known.vectors)
     except TooFewVectors as error:
-        fact = f"recognition needs the context vectors of {error}; {len(known.vectors)} can be compared"
+        fact = f"recognition needs the context vectors of {error}; {len(known.vectors)} are comparable"
         raise DataError(fact, hint=f"a support set is made from 8 samples; {NO_VECTORS}") from None
     progress(0, None, f"loading {label}")
     base = codes.open_base(label, resolve_device(device), VECTOR_DTYPE, known.extractor)
@@ -106,10 +106,10 @@ def _recognized(
     examples = examples_for(base, data, path=path, most=SAMPLES_READ)
     vectors = extract_context(base, examples.items, template=examples.template)
     if comparison_key(json.loads(vectors[0].extractor.to_json())) != extractor:
-        hint = "`icm vectors --again` makes them again with the present one"
+        hint = "run `icm vectors --again` to extract them again with the current copy"
         made_in = None if extractor is None else json.loads(extractor).get("dtype")
         if made_in != base.dtype:
-            fact = f"the stored vectors were made with the base model in {made_in}, which is loaded in {base.dtype}"
+            fact = f"the stored vectors were made with the base model in {made_in}, but it is loaded in {base.dtype}"
             raise DataError(fact, hint=hint)
         raise DataError("the stored vectors were made with another copy of the base model", hint=hint)
     return len(examples), recognizer.recognize(np.stack([vector.values.numpy() for vector in vectors]))

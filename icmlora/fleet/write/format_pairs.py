@@ -134,7 +134,7 @@ def convert_content(
         if target.name == "peft":
             return _for_peft(adapter, metadata, source.content.card, dtype)
         if (other := adapter.beyond_lora()) is not None:
-            fact = f"it also has {other}, which has no place in the format {target.name}"
+            fact = f"it also has {other}, which the format {target.name} cannot hold"
             raise AdapterRefused(fact, kind="extras", hint=_AS_IT_IS)
         return target.encode(adapter.adapter, card="", metadata=metadata, dtype=dtype)
 
@@ -152,7 +152,7 @@ def _gguf_base(find: Callable[[], FoundBase]) -> GgufBase:
     found.refuse_pipeline()
     with located(found.path):
         if found.loader is not None:
-            raise BaseModelUnsuited(f"llama.cpp does not know base model {found.label!r}, which has its own loader")
+            raise BaseModelUnsuited(f"llama.cpp does not support base model {found.label!r}, which has its own loader")
         return GgufBase.of_file(found.path) if found.is_gguf else GgufBase.of_config(read_config(found.path))
 
 
@@ -167,7 +167,7 @@ def _runnable(source: SourceAdapter, base: GgufBase | None) -> RunnableAdapter:
     loaded = known.read(content.config, content.weights)
     if loaded.extras:
         fact = f"it also has the tensor {next(iter(loaded.extras))}, which only a GGUF adapter has"
-        raise AdapterRefused(fact, kind="extras", hint="`--format gguf` writes it as it is")
+        raise AdapterRefused(fact, kind="extras", hint="use `--format gguf` to write it unchanged")
     return with_base_names(loaded.adapter, architecture_of(content.weights), base)
 
 
@@ -185,4 +185,4 @@ def _for_peft(adapter: RunnableAdapter, metadata: Mapping[str, str], card: bytes
     return AdapterBytes(weights, config, card)
 
 
-_AS_IT_IS = "without --format it is written as it is"
+_AS_IT_IS = "leave out --format to write it unchanged"

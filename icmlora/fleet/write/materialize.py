@@ -366,7 +366,7 @@ class Chosen:
         if max_error is not None and (said is None or said > max_error):
             fact = "was not measured" if said is None else f"is {said:.4f}"
             if said is None and claimed is not None:
-                fact = f"was not measured here, only claimed to be {claimed:.4f} by its bundle"
+                fact = f"was not measured here (its bundle claims {claimed:.4f})"
             fact = f"the relative error of {task.name!r} {fact}, but the limit is {max_error}"
             raise TooLossy(fact, hint=codes.better)
         return found
@@ -388,7 +388,7 @@ def choose(codes: CodeSource, task: TaskRecord, source: Source = "auto", seed: i
         _check_original(task, final)
         return Chosen(codes, task, final, "original")
     if final.original_only is not None:
-        fact = f"task {task.name!r} has its original only: {final.original_only}"
+        fact = f"task {task.name!r} has only its original: {final.original_only}"
         raise DataError(fact, hint="use `--source original`")
     generator = codes.generator(task.base_model)
     code = None if generator is None else codes.code(task.name, generator)
@@ -397,7 +397,7 @@ def choose(codes: CodeSource, task: TaskRecord, source: Source = "auto", seed: i
     if source in ("code", "residual") and code is None:
         raise _no_code(codes, task, final, generator)
     if source == "residual" and code is not None and code.residual is None:
-        hint = "a residual is only stored if a code misses its limits; `icm encode --residual` makes one"
+        hint = "run `icm encode --residual` to make one; a residual is stored only if a code misses its limits"
         raise DataError(f"task {task.name!r} has no residual", hint=hint)
     if generator is None:
         raise DataError(f"there is no generator for task {task.name!r}", hint="run `icm train` to make one")
@@ -422,11 +422,15 @@ def _no_code(
 def _check_original(task: TaskRecord, final: AdapterRecord) -> None:
     if not final.is_evicted:
         return
-    fact, brings = f"was evicted at {final.evicted_at}", "`icm ingest --restore PATH` brings it back"
-    if final.was_never_here:
-        fact, brings = "was never here: a bundle brought its code", "`icm ingest PATH` stores it"
-    hint = f"{brings}; `--source code` decodes what the store still has"
-    raise DataError(f"the original of task {task.name!r} {fact}", hint=hint)
+    fact = f"the original of task {task.name!r} was evicted at {final.evicted_at}"
+    way = "restore it with `icm ingest --restore PATH`"
+    if final.is_generated:
+        fact = f"task {task.name!r} was generated, so the store has a code but no original"
+        way = "ingest the folder that `icm generate` wrote with `icm ingest --restore PATH`"
+    elif final.was_never_here:
+        fact = f"the original of task {task.name!r} was never in this store: its code was imported from a bundle"
+        way = "add it with `icm ingest PATH`"
+    raise DataError(fact, hint=f"use `--source code` to decode the stored code, or {way}")
 
 
 def original_files(codes: CodeSource, row: AdapterRecord, weights: bytes | None = None) -> AdapterBytes:

@@ -88,8 +88,8 @@ def merge(
     """
     shares = _shares(tasks, method, weights, has_rank=rank is not None)
     if directory is None and name is None:
-        hint = "-o DIR writes a folder, --as NAME stores a task"
-        raise OptionsConflict("say where the merged adapter goes", hint=hint)
+        hint = "use -o DIR to write a folder, or --as NAME to store a task"
+        raise OptionsConflict("no destination for the merged adapter was specified", hint=hint)
     if directory is not None:
         check_free(Path(directory), force=force)
     if name is not None:
@@ -139,15 +139,15 @@ def _shares(
     if has_rank and not method.endswith("svd"):
         raise OptionsConflict(f"{method} sets the rank itself", hint="leave out --rank, or choose a method with svd")
     if len(set(tasks)) < 2:
-        raise DataError("a merge takes at least two tasks", hint="name two tasks or more, each once")
+        raise DataError("a merge needs at least two tasks", hint="specify two or more different tasks")
     if len(set(tasks)) < len(tasks):
         twice = next(task for task in tasks if list(tasks).count(task) > 1)
-        raise DataError(f"{twice} is named twice", hint="name it once; --weights says how much each task counts")
+        raise DataError(f"{twice} is named twice", hint="specify it once, and set its weight with --weights")
     if weights is None:
         return [1 / len(tasks)] * len(tasks)
     if len(weights) != len(tasks):
         fact = f"there are {counted(len(weights), 'weight')} for {counted(len(tasks), 'task')}"
-        raise OptionsConflict(fact, hint="give one weight for each task, in the same order")
+        raise OptionsConflict(fact, hint="specify one weight for each task, in the same order")
     return weights
 
 
@@ -156,7 +156,7 @@ def _one_base(tasks: Sequence[TaskRecord]) -> str:
     for task in tasks:
         if task.base_model != first.base_model:
             fact = f"{first.name} is for {first.base_model}, and {task.name} is for {task.base_model}"
-            raise DataError(fact, hint="adapters of one base model can be merged")
+            raise DataError(fact, hint="merge only tasks of one base model")
     return first.base_model
 
 
@@ -166,8 +166,10 @@ def _read(codes: StoreCodes, task: TaskRecord, source: Source, weight: float) ->
     if chosen.final.original_only is not None:
         raise AdapterRefused(f"{task.name} cannot be merged: {chosen.final.original_only}", kind="original-only")
     if any(extra.file is None for extra in chosen.final.extras):
-        fact = f"{task.name} cannot be merged: it has tensors besides the factors of LoRA, such as a head or magnitudes"
-        raise AdapterRefused(fact, kind="extras", hint="`icm show --json` lists them; merge tasks without such tensors")
+        fact = f"{task.name} cannot be merged: it has tensors besides its LoRA factors, such as a head or magnitudes"
+        raise AdapterRefused(
+            fact, kind="extras", hint="run `icm show --json` to list them, and merge only tasks without such tensors"
+        )
     return chosen.reader()(), MergedPart(task.name, weight, chosen.source, chosen.final.weights)
 
 

@@ -223,7 +223,7 @@ def _not_found(path: Path, root: Path) -> AdapterRefused:
     if root.is_file():
         return described(root)
     fact = "is neither a folder nor a file" if root.exists() else "does not exist"
-    return AdapterRefused(fact, kind="not-a-folder", path=path, hint="give a folder with adapters, or a file")
+    return AdapterRefused(fact, kind="not-a-folder", path=path, hint="specify a folder of adapters, or a file")
 
 
 def no_adapter(paths: Sequence[Path]) -> AdapterRefused:
@@ -232,11 +232,11 @@ def no_adapter(paths: Sequence[Path]) -> AdapterRefused:
     files = (file for folder in folders for file in folder.files.values())
     first = next((file for file in files if file.suffix.lower() in _TELLING), None)
     if first is None:
-        hint = "an adapter is a folder with adapter_config.json and adapter_model.safetensors, or one file"
+        hint = "specify a folder that contains adapter_config.json and adapter_model.safetensors, or a file"
         where = ", ".join(map(str, paths))
         return AdapterRefused("no adapter was found", kind="nothing-found", path=where or None, hint=hint)
     found = described(first)
-    return type(found)(f"no adapter was found; this is {found.message}", kind=found.kind, path=first, hint=found.hint)
+    return type(found)(f"no adapter was found: this is {found.message}", kind=found.kind, path=first, hint=found.hint)
 
 
 def name_tasks(
@@ -427,9 +427,9 @@ def _given_name(tasks: Sequence[FoundTask], name: str) -> str:
     name = unicodedata.normalize("NFC", name)
     problem = task_name_problem(name)
     if problem is not None:
-        raise AdapterRefused(f"--name cannot name a task: {problem}", kind="name")
+        raise AdapterRefused(f"--name is not a valid task name: {problem}", kind="name")
     if len(tasks) != 1:
-        hint = "give --name with the folder of one task, or --name-from"
+        hint = "use --name with the folder of one task, or use --name-from"
         raise AdapterRefused(f"--name names one task, but {len(tasks)} were found", kind="name", hint=hint)
     return name
 

@@ -38,18 +38,20 @@ def load_adapter(folder: str | Path) -> Adapter:
     found = [(known, paths) for known in catalogue.FORMATS for paths in known.find(searched)]
     if len({paths.weights for _, paths in found}) > 1:
         names = some([paths.weights.name for _, paths in found])
-        raise AdapterRefused(f"it holds several adapters: {names}", kind="several", path=place, hint="name one of them")
+        raise AdapterRefused(
+            f"it holds several adapters: {names}", kind="several", path=place, hint="specify one of them"
+        )
     for known, paths in found:
         return known.read(_config(paths), read_weights(paths.weights, known), path=place).adapter
     if PLACEHOLDER_NAME in searched.files:
-        hint = f"`icm restore {place}` brings it back"
-        raise AdapterRefused("there is a placeholder instead of an adapter", kind="placeholder", path=place, hint=hint)
+        hint = f"run `icm restore {place}` to restore it"
+        raise AdapterRefused("this is a placeholder, not an adapter", kind="placeholder", path=place, hint=hint)
     for refusal in (refusal for known in catalogue.FORMATS for refusal in known.refuse(searched)):
         raise refusal
     if place.is_file():
-        hint = "`icm convert --list-formats` lists what icm reads"
-        raise AdapterRefused("is not an adapter that icm reads", kind="empty", path=place, hint=hint)
-    hint = "name the folder that holds adapter_config.json, or a file"
+        hint = "run `icm convert --list-formats` to list the supported formats"
+        raise AdapterRefused("is not an adapter in a supported format", kind="empty", path=place, hint=hint)
+    hint = "specify the folder that contains adapter_config.json, or a file"
     raise AdapterRefused("there is no adapter in this folder", kind="empty", path=place, hint=hint)
 
 

@@ -36,8 +36,8 @@ def with_initial_weights(tasks: Sequence[FoundTask], given: Path | None = None) 
     found = [replace(task, adapters=tuple(_with_initial(one, given) for one in task.adapters)) for task in tasks]
     used = {adapter.initial.parent for task in found for adapter in task.adapters if adapter.initial is not None}
     if given is not None and found and given not in used:
-        hint = "give the folder that PEFT saved before training, with adapter_config.json"
-        raise AdapterRefused("not the initial weights of any adapter", kind="initial", path=given, hint=hint)
+        hint = "specify the folder that PEFT saved before training, with adapter_config.json"
+        raise AdapterRefused("not the initial weights of an adapter", kind="initial", path=given, hint=hint)
     return [task for task in found if not all(adapter.place in used for adapter in task.adapters)]
 
 

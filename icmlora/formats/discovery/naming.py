@@ -258,7 +258,7 @@ class NameTemplate:
         rest = _PLACEHOLDER.sub("", self.text)
         unknown = {match[1] for match in _PLACEHOLDER.finditer(self.text)} - set(_FIELDS)
         if len(self.text) > _MAX_PATTERN or unknown or "{" in rest or "}" in rest or rest == self.text:
-            message = f"--name-from {escape(self.text, 120)!r} is not a pattern of names"
+            message = f"--name-from {escape(self.text, 120)!r} is not a name pattern"
             hint = f"write text and {', '.join(f'{{{name}}}' for name in _FIELDS)}, as in '{{parent}}-{{name}}'"
             raise AdapterRefused(message, kind="name", hint=hint)
 

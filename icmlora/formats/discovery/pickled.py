@@ -117,13 +117,13 @@ def _refusal(status: int | None, memory: int, seconds: int) -> AdapterRefused:
     if status in (None, -signal.SIGXCPU):
         fact, kind = f"a pickle that takes more than {seconds} s to read", "limits"
     elif status in (pickle_child.NO_MEMORY, -signal.SIGABRT, -signal.SIGKILL, -signal.SIGXFSZ):
-        fact, kind = f"a pickle that takes more than {memory >> 20} MiB to read", "limits"
+        fact, kind = f"a pickle that needs more than {memory >> 20} MiB to read", "limits"
     elif status == pickle_child.TOO_LARGE:
         fact, kind = "a pickle whose tensors are far larger than the file", "limits"
     elif status == pickle_child.NOT_TENSORS:
-        fact, kind = "a pickle that holds other things than tensors by name", "pickle"
+        fact, kind = "a pickle that holds more than named tensors", "pickle"
     elif status == pickle_child.BROKEN:
-        fact, kind = "a pickle that is damaged, or that runs code; nothing of it was run", "pickle"
+        fact, kind = "a pickle that is damaged or runs code; no code was run", "pickle"
     else:
         fact, kind = f"the process that reads pickles ended with status {status}", "pickle"
     return UnsafeInput(fact, kind=kind, hint=_RESAVE)

@@ -37,8 +37,8 @@ _DIGEST = re.compile(r"[0-9a-f]{64}")
 _STAMP = frozenset({"sha256", "size"})
 _FORMAT = re.compile(r"[a-z0-9_-]{1,32}")
 _ABOUT = (
-    "The adapter that was here is kept by icm in the store below, as the task below. "
-    "`icm restore` with the path of this folder brings it back."
+    "This file replaces an adapter that icm keeps in the store and task named below. "
+    "Run `icm restore` with the path of this folder to restore it."
 )
 
 Part = Literal["weights", "config", "companion"]
@@ -163,7 +163,7 @@ def parse_placeholder(data: bytes) -> Placeholder:
     value = parse_object(data, what="the placeholder", max_bytes=MAX_BYTES)
     version = value.get("icm_placeholder")
     if type(version) is int and version > VERSION:
-        hint = "use the icm that wrote it, or a newer one"
+        hint = "use the icm version that wrote it, or a newer one"
         raise AdapterRefused(f"a placeholder of version {version}", kind="placeholder", hint=hint)
     _keys(value, {"about", "adapter", "code", "files", "icm_placeholder", "store", "task"}, "the placeholder")
     _checked(value, "icm_placeholder", lambda one: type(one) is int and one == VERSION)
@@ -235,10 +235,10 @@ def _keys(value: object, keys: Collection[str], what: str) -> dict[str, Any]:
 def _checked(found: Mapping[str, Any], key: str, is_good: Callable[[Any], object]) -> Any:
     """Return a value that the format may have under a key."""
     if not is_good(found[key]):
-        raise _refusal(f"{key} is {escape(repr(found[key]), 60)}, which this format does not have")
+        raise _refusal(f"{key} is {escape(repr(found[key]), 60)}, which this format does not allow")
     return found[key]
 
 
 def _refusal(fact: str) -> AdapterRefused:
-    hint = "`icm materialize TASK -o DIR` writes the adapter of a task; then remove this file"
-    return AdapterRefused(f"a placeholder that is damaged: {fact}", kind="placeholder", hint=hint)
+    hint = "run `icm materialize TASK -o DIR` to write the adapter, then delete this file"
+    return AdapterRefused(f"a damaged placeholder: {fact}", kind="placeholder", hint=hint)

@@ -98,14 +98,16 @@ def _inside(entry: os.DirEntry[str], root: Path, watched: Collection[str], refus
         target = Path(os.path.realpath(entry.path, strict=True))
     except OSError:
         if entry.name in watched:
-            refuse(UnsafeInput("a symbolic link that leads nowhere", kind="symlink", path=entry.path))
+            refuse(UnsafeInput("a broken symbolic link", kind="symlink", path=entry.path))
         return None
     if target.is_relative_to(root):
         return target
     if entry.name in watched or target.is_dir():
         repository = cached_repository(Path(entry.path))
-        hint = "give the folder it leads to, or one that holds both"
+        hint = "specify its target folder, or a folder that contains both"
         if repository is not None:
-            hint = f"give {escape(str(repository), 4096)}, which holds both, or a copy made with `cp -rL`"
-        refuse(UnsafeInput("a symbolic link out of the folder given", kind="symlink", path=entry.path, hint=hint))
+            hint = f"specify {escape(str(repository), 4096)}, which contains both, or a copy made with `cp -rL`"
+        refuse(
+            UnsafeInput("a symbolic link to outside the specified folder", kind="symlink", path=entry.path, hint=hint)
+        )
     return None

@@ -41,11 +41,11 @@ _PASSED_OVER = re.compile(
 
 _LITGPT = "merge it with 'litgpt merge_lora' and extract a LoRA, or train with PEFT"
 _RESAVE = "load the adapter where it was trained and save it as safetensors"
-_READ_BIN = "`icm ingest --read-bin` reads it in a process of its own; or save it as safetensors where it was trained"
-_BARE = "copy the adapter_config.json of its training into the same folder"
-_EXTRACT = "extract a LoRA of it where it was trained, as kohya's and LyCORIS's scripts do"
+_READ_BIN = "use `icm ingest --read-bin` to read it in a sandbox, or save it as safetensors where it was trained"
+_BARE = "copy its adapter_config.json into the same folder"
+_EXTRACT = "extract a LoRA from it where it was trained, with a script from kohya or LyCORIS"
 _TO_PEFT = "convert it to a PEFT folder first"
-_OF_MLX = "name it adapters.safetensors, in a folder with the adapter_config.json of its training"
+_OF_MLX = "rename it to adapters.safetensors, in a folder with its adapter_config.json"
 
 # Exact names that tell a dialect: kind, what it is, what to do.
 _NAMES: Mapping[str, tuple[str, str, str]] = {
@@ -56,7 +56,7 @@ _NAMES: Mapping[str, tuple[str, str, str]] = {
 
 # Marks in the header of a safetensors file of any other name.
 _MARKS: tuple[tuple[bytes, tuple[str, str, str]], ...] = (
-    (rb'\.lora_(down|up)\.weight"', ("kohya", "a LoRA whose modules have names that icm does not know", _TO_PEFT)),
+    (rb'\.lora_(down|up)\.weight"', ("kohya", "a LoRA with unknown module names", _TO_PEFT)),
     (rb'_lora\d?\.(down|up)\.weight"', ("diffusers", "an XLabs or old diffusers LoRA", _TO_PEFT)),
     (rb'\.lora_[ab]"', ("mlx", "weights of MLX-LM without their configuration", _OF_MLX)),
     (rb'\.lora_[AB]\.weight"', ("bare", "LoRA weights without adapter_config.json: alpha is unknown", _BARE)),
@@ -86,11 +86,11 @@ def described(path: Path) -> AdapterRefused:
     name, folder = path.name, path.parent
     config = folder / "adapter_config.json"
     if name == config.name or (name in ("adapter_model.safetensors", "adapters.safetensors") and config.is_file()):
-        hint = f"give the folder: {escape(str(folder), 4096)}"
+        hint = f"specify the folder {escape(str(folder), 4096)}"
         return AdapterRefused("a part of an adapter, which is a folder", kind="not-a-folder", path=path, hint=hint)
     if name.startswith(APPLE_DOUBLE):
-        hint = "give the file of this name without '._'"
-        return AdapterRefused("what macOS notes about another file", kind="not-a-folder", path=path, hint=hint)
+        hint = "specify the file of this name without '._'"
+        return AdapterRefused("a macOS metadata file", kind="not-a-folder", path=path, hint=hint)
     known = _foreign(name, path, has_config=config.is_file())
     if known is not None:
         return known
@@ -98,16 +98,16 @@ def described(path: Path) -> AdapterRefused:
     if path.suffix.lower() in _PICKLED and head.startswith((_ZIP, b"\x80")):
         return UnsafeInput("a pickle can run code, so it was not opened", kind="pickle", path=path, hint=_RESAVE)
     if head.startswith(_ZIP):
-        hint = "unpack it, and give the folder"
+        hint = "unpack it and specify the folder"
         return AdapterRefused("a ZIP archive", kind="not-a-folder", path=path, hint=hint)
-    what = "not a file of an adapter"
+    what = "not an adapter file"
     if name.lower().endswith(".safetensors"):
         try:
             read_tensor_header(path)
         except AdapterRefused as error:
             return error
-        what = next((what for mark, what in _OTHERS if re.search(mark, head)), "tensors of no adapter that icm knows")
-    hint = "icm takes LoRAs and their relatives; `icm convert --list-formats` lists what it reads"
+        what = next((what for mark, what in _OTHERS if re.search(mark, head)), "tensors of an unknown kind of adapter")
+    hint = "run `icm convert --list-formats` to list the supported formats"
     return AdapterRefused(what, kind="not-a-folder", path=path, hint=hint)
 
 
@@ -120,7 +120,7 @@ def _foreign(name: str, path: Path, *, has_config: bool) -> AdapterRefused | Non
     if name in _NAMES:
         return _refusal(_NAMES[name], path)
     if _SHARD.fullmatch(name):
-        return _refusal(("shards", "an adapter in several files", "join them: load it with PEFT and save it"), path)
+        return _refusal(("shards", "an adapter in several files", "load it with PEFT and save it as one file"), path)
     if _PICKLE.fullmatch(name[:256]):
         hint = _READ_BIN if has_config and name in PICKLES else _LITGPT if name.endswith(".pth.lora") else _RESAVE
         return UnsafeInput("a pickle can run code, so it was not opened", kind="pickle", path=path, hint=hint)

@@ -48,4 +48,6 @@ _NAMING = Naming(
     ),
     is_mark=lambda key: _MARK.fullmatch(key) is not None,
 )
-COMFYUI = SingleFileFormat("comfyui", "one file with dotted names, as of ComfyUI, ai-toolkit and OneTrainer", _NAMING)
+COMFYUI = SingleFileFormat(
+    "comfyui", "one file with dotted names, as saved by ComfyUI, ai-toolkit and OneTrainer", _NAMING
+)

@@ -56,7 +56,7 @@ def convert_image(
         factors, checked = source.named_factors(content.weights)
     except AdapterRefused as error:
         if error.kind == "original-only" and source.name == "lycoris":
-            error.hint = "`icm convert --rank N` makes LoRA of LoHa, LoKr and whole differences"
+            error.hint = "run `icm convert --rank N` to convert LoHa, LoKr and full differences to LoRA"
         raise
     tensors = {name: raw_tensor(name, values, dtype_name(dtype)) for name, values in rename(factors).items()}
     ranks = [one.shape[0] for name, one in tensors.items() if name.endswith(("lora_A.weight", "lora_down.weight"))]
@@ -85,8 +85,8 @@ def checked_renaming(weights: bytes, source: AdapterFormat, target: AdapterForma
     rename = _renaming(source.name, target.name, base)
     if found.factors and found.other_method is None:  # what is another method has nothing to rename
         if found.extras:
-            fact = f"{found.extras[0].name} is more than a LoRA factor, and diffusers does not convert it"
-            raise AdapterRefused(fact, kind="extras", hint="without --format it is kept as it is")
+            fact = f"{found.extras[0].name} is not a LoRA factor, so diffusers cannot convert it"
+            raise AdapterRefused(fact, kind="extras", hint="leave out --format to keep it unchanged")
         _refuse_losses(found.factors, rename)
     return rename
 
@@ -112,7 +112,7 @@ def _refuse_losses(factors: Sequence[Factors], rename: Rename) -> None:
     for number, one in enumerate(factors, 1):
         if rows[number] != one.up.shape[0]:
             fact = f"diffusers has no converter for {one.module}: it would be lost"
-            raise AdapterRefused(fact, kind="layers", hint="without --format it keeps its names")
+            raise AdapterRefused(fact, kind="layers", hint="leave out --format to keep its names")
 
 
 def _alphas(tensors: Mapping[str, RawTensor]) -> dict[str, RawTensor]:

@@ -89,7 +89,7 @@ FAMILIES = (
     Family(
         "stable-video-diffusion",
         _names("(down_blocks|mid_block|up_blocks)%temporal_ %time_(stack.#|mixer)"),
-        refusal="its pipeline in diffusers loads no adapters, and ComfyUI's map of names lacks its layers of time",
+        refusal="its diffusers pipeline loads no adapters, and ComfyUI's name map lacks its time layers",
     ),
     Family("kolors", _names("encoder_hid_proj"), model=UNET, options={**_SDXL, "encoder_hid_dim": 4096}),
     Family(
@@ -258,7 +258,7 @@ FAMILIES = (
         model="AceStepTransformer1DModel",
         options={"num_hidden_layers": 1},
     ),
-    Family("ace-step-1", refusal="diffusers has no such model, and ComfyUI has the names of its authors"),
+    Family("ace-step-1", refusal="diffusers has no such model, and ComfyUI uses the original names"),
 )
 
 # Spellings in headers, without case and punctuation -> family.

@@ -33,4 +33,4 @@ def flattened(module: str) -> str:
 
 
 _NAMING = Naming(_STEM, (STYLE,), dotted, flattened)
-KOHYA = SingleFileFormat("kohya", "one file, as kohya's sd-scripts saves LoRA and LoCon", _NAMING, takes_damaged=True)
+KOHYA = SingleFileFormat("kohya", "one file, as kohya's sd-scripts save LoRA and LoCon", _NAMING, takes_damaged=True)

@@ -107,7 +107,7 @@ def _modules(weights: bytes, header: TensorHeader) -> dict[str, dict[str, Tensor
     for info in header.tensors:
         what = "DoRA" if info.name.endswith(".dora_scale") else other_method(info.name)
         if what in ("DoRA", "OFT", "GLoRA", "IA3"):
-            fact = f"{info.name} is of {what}, whose dW needs the weights of the base model"
+            fact = f"{info.name} belongs to {what}, and computing its dW needs the base model's weights"
             raise AdapterRefused(fact, kind="other-method", hint=_KEEP)
     parts: defaultdict[str, dict[str, Tensor]] = defaultdict(dict)
     factors = tuple(info for info in header.tensors if not info.name.endswith(".alpha"))
@@ -116,7 +116,7 @@ def _modules(weights: bytes, header: TensorHeader) -> dict[str, dict[str, Tensor
         if part in _PARTS:
             parts[stem][part] = values
         elif part != "diff_b" or values.any():
-            fact = f"{name} is more than the change of a weight, and has no place in LoRA"
+            fact = f"{name} is not a weight change, so LoRA cannot represent it"
             raise AdapterRefused(fact, kind="extras", hint=_KEEP)
     for info in header.tensors:
         stem, part = _split(info.name)
@@ -171,7 +171,7 @@ def _kronecker(lokr: Any, parts: _Parts) -> Tensor:
 
 def _checked(stem: str, delta: Tensor) -> Tensor:
     if delta.dim() < 2:
-        raise AdapterRefused(f"{stem}: a change of the shape {list(delta.shape)} is not of a layer", kind="shape")
+        raise AdapterRefused(f"{stem}: a change of shape {list(delta.shape)} does not fit any layer", kind="shape")
     if not delta.isfinite().all():
         raise AdapterRefused(f"{stem}: its dW exceeds float32", kind="overflow")
     return delta
@@ -242,4 +242,4 @@ _HALVES = {
     "lokr_w2": ("lokr_w2_a", "lokr_w2_b", "lokr_t2"),
     " ": ("lora_up.weight", "lora_down.weight", "lora_mid.weight"),
 }
-_KEEP = "without --format and --rank it is kept as it is"
+_KEEP = "leave out --format and --rank to keep it unchanged"

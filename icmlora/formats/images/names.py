@@ -118,7 +118,7 @@ def lycoris_to_kohya(tensors: Tensors) -> dict[str, Tensor]:
         stem = name.partition(".")[0]
         known = stem.startswith("lora_") and (not stem.startswith("lora_unet_") or _unet_name(inner_name(stem)))
         if not known:
-            fact = f"{name} is not of a UNet, whose names alone are the same in both formats"
+            fact = f"{name} is not in a UNet, and only UNet names are the same in both formats"
             raise AdapterRefused(fact, kind="layers", hint=_KEEP)
     return found
 
@@ -135,7 +135,7 @@ def _paired(tensors: Tensors) -> Pairs:
                 halves.setdefault(match["stem"], {})[half] = values
                 break
         else:
-            raise _lost(name, "its name is not that of a factor")
+            raise _lost(name, "its name is not the name of a factor")
     return {stem: (pair[0], pair[1]) for stem, pair in halves.items()}
 
 
@@ -225,4 +225,4 @@ def _lost(module: str, why: str) -> AdapterRefused:
     return AdapterRefused(fact, kind="layers", hint=_KEEP)
 
 
-_KEEP = "without --format it keeps its names"
+_KEEP = "leave out --format to keep its names"

@@ -149,7 +149,7 @@ class SingleFileFormat(AdapterFormat):
 
     def _run(self, config: bytes, weights: bytes) -> RunnableAdapter:
         fact = f"icm cannot run the base model of a {self.name} adapter"
-        hint = "`icm report -o FILE --outputs TASK` draws pictures with a diffusers pipeline"
+        hint = "run `icm report -o FILE --outputs TASK` to generate images with a diffusers pipeline"
         raise AdapterRefused(fact, kind="cannot-run", hint=hint)
 
     def _fresh(self, adapter: Adapter, metadata: Texts, dtype: str) -> AdapterBytes:
@@ -163,8 +163,8 @@ class SingleFileFormat(AdapterFormat):
         from icmlora.formats.images.single_file_tensors import write_like
 
         if rank is not None:
-            fact = f"--pad-rank is for engines that read PEFT folders, not for {self.name} files"
-            raise AdapterRefused(fact, kind="rank", hint="write it without --pad-rank")
+            fact = f"--pad-rank applies to PEFT folders only, not to {self.name} files"
+            raise AdapterRefused(fact, kind="rank", hint="leave out --pad-rank")
         return AdapterBytes(write_like(adapter, self._naming, self._scales, self._restated, like, dtype, extras))
 
     def lay_out(self, files: AdapterBytes, name: str) -> dict[str, bytes]:

@@ -113,8 +113,10 @@ def _check_stated_alpha(metadata: Mapping[str, str], factors: tuple[Factors, ...
         return
     alpha, rank = (_number(metadata.get(f"ss_network_{key}")) for key in ("alpha", "dim"))
     if alpha is not None and rank is not None and alpha not in (0.0, rank):
-        fact = f"it has no alpha tensors, and its header says alpha {alpha:g} at rank {rank:g}: its scale is unknown"
-        raise AdapterRefused(fact, kind="alpha", hint="fetch the file again, or save it again where it was trained")
+        fact = (
+            f"it has no alpha tensors, but its header states alpha {alpha:g} at rank {rank:g}, so its scale is unknown"
+        )
+        raise AdapterRefused(fact, kind="alpha", hint="download the file again, or save it again where it was trained")
 
 
 def _number(text: str | None) -> float | None:

@@ -179,8 +179,8 @@ def sort_file(header: TensorHeader, naming: Naming) -> SortedFile:
             styles[stem] = style
     own = next((tensor.name for some in parts.values() for tensor in some.values()), None)
     if foreign is not None and own is not None:
-        fact = f"it has two namings: {own} and {foreign.name}"
-        raise AdapterRefused(fact, kind="two-namings", hint="write it with one program, or split it in two files")
+        fact = f"it mixes two naming schemes: {own} and {foreign.name}"
+        raise AdapterRefused(fact, kind="two-namings", hint="save it with one program, or split it into two files")
     lonely = {stem: some for stem, some in parts.items() if some.keys() == {"alpha"} and methods}
     extras += [some["alpha"] for some in lonely.values()]
     stems = sorted(parts.keys() - lonely.keys(), key=natural_key)
@@ -203,8 +203,8 @@ def _check_modules(factors: tuple[Factors, ...]) -> None:
     with_alpha = [factor for factor in factors if factor.alpha is not None]
     if with_alpha and len(with_alpha) < len(factors):
         without = next(factor for factor in factors if factor.alpha is None)
-        fact = f"{without.down.name} has no alpha, and other modules have one: its scale is unknown"
-        raise AdapterRefused(fact, kind="alpha", hint="fetch the file again, or save it again where it was trained")
+        fact = f"{without.down.name} has no alpha but other modules have one, so its scale is unknown"
+        raise AdapterRefused(fact, kind="alpha", hint="download the file again, or save it again where it was trained")
 
 
 def _factors(module: str, style: int, parts: Mapping[FactorPart, TensorInfo]) -> Factors:

@@ -123,7 +123,7 @@ def write_fresh(adapter: Adapter, naming: Naming, dtype: str, metadata: Mapping[
         stem = naming.stem_of(module.name)
         if not naming.stem.fullmatch(stem):
             fact = f"{module.name} has no name in this format"
-            hint = "`icm convert --list-formats` says which programs read a format"
+            hint = "run `icm convert --list-formats` to see which programs read a format"
             raise AdapterRefused(fact, kind="layers", hint=hint)
         for name, values in zip(naming.styles[0].names(stem), (module.a, module.b), strict=True):
             tensors[name] = raw_tensor(name, values, dtype_name(dtype))

@@ -77,14 +77,14 @@ class LoraPair:
         if ranks[0] != ranks[1] or a.shape[:-2] != b.shape[:-2]:
             raise AdapterRefused(f"{self._shapes} do not fit together", kind="shape", hint=_TURNED)
         if self.experts > _MOST_EXPERTS or self.rank > MAX_RANK:
-            raise AdapterRefused(f"{self._shapes} have more experts or a higher rank than icm takes", kind="rank")
+            raise AdapterRefused(f"{self._shapes} have more experts or a higher rank than icm supports", kind="rank")
 
     @property
     def _shapes(self) -> str:
         return f"{self.a.name} {list(self.a.shape)} and {self.b.name} {list(self.b.shape)}"
 
 
-_TURNED = "whatever wrote it has the factors the other way round: convert it again"
+_TURNED = "its factors are swapped; convert it again"
 
 
 def check_orientation(pairs: Sequence[LoraPair]) -> None:
@@ -128,7 +128,7 @@ def sort_pairs(
                 raise AdapterRefused(f"{tensor.name} does not name a module", kind="unknown-tensor")
             halves[module][half] = tensor
         elif "lora_" in tensor.name:
-            raise AdapterRefused(f"{tensor.name}: not a tensor that this format has", kind="unknown-tensor")
+            raise AdapterRefused(f"{tensor.name}: not a tensor of this format", kind="unknown-tensor")
         else:
             extras.append(tensor)
     for found in halves.values():
@@ -144,7 +144,7 @@ def sort_pairs(
         raise AdapterRefused("it has too many experts", kind="rank")
     names = Counter(shape.module for one in pairs for shape in one.shapes)
     if twice := next((name for name, count in names.items() if count > 1), None):
-        raise AdapterRefused(f"{twice} is there twice", kind="duplicate-key")
+        raise AdapterRefused(f"{twice} is present twice", kind="duplicate-key")
     return SortedPairs(pairs, tuple(extras))
 
 

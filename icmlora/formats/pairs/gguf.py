@@ -75,7 +75,7 @@ _HUB = re.compile(r"https://(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+|/.+?)/?"
 _MAX_ALPHA = 1e30
 _WEIGHT = ".weight"
 _EMBEDDING = "token_embd"
-_BASE = "`icm materialize --format peft` writes it for PEFT where the configuration of its base model is at hand"
+_BASE = "run `icm materialize --format peft` on a machine that has the configuration of its base model"
 
 
 @dataclass(frozen=True)
@@ -126,12 +126,12 @@ class GgufFormat(AdapterFormat):
 
     def _run(self, config: bytes, weights: bytes) -> RunnableAdapter:
         self._load(config, weights)
-        fact = "it cannot be run by icm: names and rows of a GGUF adapter are llama.cpp's"
+        fact = "icm cannot run it: a GGUF adapter uses llama.cpp's names and row order"
         raise AdapterRefused(fact, kind="cannot-run", hint=_BASE)
 
     def _fresh(self, adapter: Adapter, metadata: Texts, dtype: str) -> AdapterBytes:
-        fact = "a GGUF adapter names the architecture of its base model, which is not known here"
-        raise AdapterRefused(fact, kind="config", hint="`icm materialize --format gguf` finds it out")
+        fact = "a GGUF adapter must name the architecture of its base model, which is unknown"
+        raise AdapterRefused(fact, kind="config", hint="run `icm materialize --format gguf`, which determines it")
 
     def _alike(
         self, adapter: Adapter, like: Template, dtype: str | None, rank: int | None, extras: Extras, metadata: Texts
@@ -182,7 +182,7 @@ def _says_adapter(path: Path) -> bool:
 def _parse(weights: Buffer) -> _Parsed:
     header = read_gguf(weights)
     if header.text("general.type") != "adapter":
-        raise AdapterRefused("a GGUF file, but not of an adapter", kind="gguf")
+        raise AdapterRefused("a GGUF file, but not an adapter", kind="gguf")
     if header.text(ARCHITECTURE) is None:
         raise AdapterRefused(f"the header has no {ARCHITECTURE}", kind="damaged")
     tensors = sort_pairs(header.tensors, _WEIGHT, lambda name, a, b: LoraPair(name, a, b, *_turned(name)))

@@ -148,7 +148,7 @@ def encode_gguf_file(values: Mapping[str, GgufValue], tensors: Mapping[str, RawT
         infos.append(struct.pack("<Q", len(name)) + name.encode("ascii") + struct.pack("<I", len(dimensions)))
         kind = _NUMBERS.get(tensor.dtype)
         if kind is None:
-            raise AdapterRefused(f"{name} has the type {tensor.dtype}, which GGUF files do not have", kind="dtype")
+            raise AdapterRefused(f"{name} has the type {tensor.dtype}, which GGUF does not support", kind="dtype")
         infos.append(struct.pack(f"<{len(dimensions)}QIQ", *dimensions, kind, offset))
         data.append(tensor.data + bytes(_aligned(len(tensor.data), alignment) - len(tensor.data)))
         offset += len(data[-1])
@@ -166,7 +166,7 @@ class _Cursor:
     def take(self, size: int) -> bytes:
         end = self.at + size
         if end > len(self._view):
-            hint = "fetch the file again: it seems cut short"
+            hint = "download the file again; it seems truncated"
             raise AdapterRefused(f"its header ends after {len(self._view):,} bytes", kind="damaged", hint=hint)
         if end > MAX_HEADER_BYTES:
             raise UnsafeInput(f"has a header of more than {MAX_HEADER_BYTES:,} bytes", kind="limits")
@@ -221,7 +221,7 @@ def _alignment(values: Mapping[str, GgufValue]) -> int:
         return _ALIGNMENT
     number = found.content
     if found.kind != _UINT32 or not isinstance(number, int) or number not in (8, 16, 32, 64, 128, 256):
-        raise AdapterRefused(f"{_ALIGNMENT_KEY} is {number}, which icm does not take", kind="damaged")
+        raise AdapterRefused(f"{_ALIGNMENT_KEY} is {number}, which icm does not support", kind="damaged")
     return number
 
 
@@ -249,24 +249,24 @@ def _tensor(cursor: _Cursor) -> TensorInfo:
         raise AdapterRefused(f"{name} has the unknown type {kind}", kind="dtype") from None
     items, size = GGML_QUANT_SIZES[found]
     if shape[-1] % items:
-        raise AdapterRefused(f"{name} has rows of {shape[-1]}, which {found.name} does not have", kind="shape")
+        raise AdapterRefused(f"{name} has rows of {shape[-1]}, which {found.name} does not support", kind="shape")
     return TensorInfo(name, found.name, shape, begin, begin + prod(shape) // items * size)
 
 
 def _placed(found: list[TensorInfo], start: int, size: int, alignment: int) -> tuple[TensorInfo, ...]:
     """Return the tensors where they are in the file; refuse overlaps, holes, and bytes that belong to none."""
     if len({tensor.name for tensor in found}) < len(found):
-        raise UnsafeInput("the header has a tensor twice", kind="duplicate-key")
+        raise UnsafeInput("the header lists a tensor twice", kind="duplicate-key")
     placed: list[TensorInfo] = []
     end = start
     for tensor in sorted(found, key=lambda tensor: tensor.begin):
         begin = start + tensor.begin
         if begin != _aligned(end - start, alignment) + start:
-            word = "overlaps the tensor before it" if begin < end else "is not where the tensor before it ends"
+            word = "overlaps the previous tensor" if begin < end else "does not start where the previous tensor ends"
             raise AdapterRefused(f"{tensor.name} {word}", kind="damaged")
         end = start + tensor.end
         placed.append(TensorInfo(tensor.name, tensor.dtype, tensor.shape, begin, end))
     if not end <= size <= start + _aligned(end - start, alignment):
         message = f"its tensors end at byte {end:,} but the file has {size:,}"
-        raise AdapterRefused(message, kind="damaged", hint="fetch the file again")
+        raise AdapterRefused(message, kind="damaged", hint="download the file again")
     return tuple(placed)

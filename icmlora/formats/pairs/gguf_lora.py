@@ -148,7 +148,7 @@ def encode_gguf(
     """
     other = adapter.beyond_lora()
     if other is not None:
-        fact = f"a GGUF adapter holds LoRA factors only, and it also has {other}"
+        fact = f"a GGUF adapter holds only LoRA factors, but this one also has {other}"
         raise AdapterRefused(fact, kind="extras", hint=_MERGE)
     architecture = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == base.architecture)
     names = gguf.get_tensor_name_map(architecture, base.layers)
@@ -193,7 +193,7 @@ def with_base_names(adapter: Adapter, architecture: str, base: GgufBase) -> Runn
     """
     if architecture != base.architecture:
         fact = f"the adapter is for {escape(architecture, 80)!r}, but its base model is {base.architecture!r}"
-        raise BaseModelMismatch(fact, hint="`icm base add NAME PATH` says where the base model of tasks in a store is")
+        raise BaseModelMismatch(fact, hint="run `icm base add NAME PATH` to set the base model of stored tasks")
     modules = tuple(
         LoraModule(_source(one.name, base), one.a, _reordered(one, base, ("attn_q", "attn_k"), (-1, 2)))
         for one in adapter.modules
@@ -207,8 +207,8 @@ def _source(target: str, base: GgufBase) -> str:
     match = _BLOCK.fullmatch(target)
     layers = {**_LAYERS, **_OTHER_LAYERS.get(base.architecture, {})}
     if match is None or match[2] not in layers or int(match[1]) >= base.layers:
-        fact = f"{escape(target, 120)}: icm does not know what transformers calls this module of {base.architecture}"
-        raise AdapterRefused(fact, kind="layers", hint="`--format gguf` writes it as it is")
+        fact = f"{escape(target, 120)}: icm does not know the transformers name of this module of {base.architecture}"
+        raise AdapterRefused(fact, kind="layers", hint="use `--format gguf` to write it unchanged")
     return f"{base.prefix}layers.{match[1]}.{layers[match[2]]}"
 
 
@@ -226,7 +226,7 @@ def _reordered(module: LoraModule, base: GgufBase, kinds: tuple[str, str], halve
         return b
     heads = base.heads[kinds.index(kind)]
     if len(b) % (2 * heads):
-        fact = f"{module.name} has {len(b)} outputs, which are not {heads} heads of its base model"
+        fact = f"{module.name} has {len(b)} outputs, which do not divide into the {heads} heads of its base model"
         raise BaseModelMismatch(fact)
     return b.reshape(heads, *halves, b.shape[1]).transpose(1, 2).reshape(b.shape)
 
@@ -237,8 +237,8 @@ def _target(module: str, names: gguf.TensorNameMap, base: GgufBase) -> str:
     target: str | None = names.get_name(f"{inner}.weight", try_suffixes=(".weight",))
     # Outside of the blocks are embeddings and the output layer, which are one tensor in llama.cpp where they are tied.
     if target is None or not target.startswith("blk."):
-        fact = f"{escape(module, 120)}: a GGUF adapter for {base.architecture} has no place for this module"
-        raise AdapterRefused(fact, kind="layers", hint="it holds linear layers inside of the blocks of the model")
+        fact = f"{escape(module, 120)}: a GGUF adapter for {base.architecture} cannot hold this module"
+        raise AdapterRefused(fact, kind="layers", hint="GGUF holds only linear layers inside the model's blocks")
     return target
 
 
@@ -250,5 +250,5 @@ def _count(facts: Mapping[str, object], key: str) -> int:
 
 
 def _unknown(name: object, known: Iterable[str]) -> BaseModelUnsuited:
-    fact = f"icm does not write GGUF adapters for base models of the architecture {escape(str(name), 80)!r}"
-    return BaseModelUnsuited(fact, hint=f"it does for {', '.join(known)}")
+    fact = f"icm cannot write GGUF adapters for the architecture {escape(str(name), 80)!r}"
+    return BaseModelUnsuited(fact, hint=f"supported architectures: {', '.join(known)}")

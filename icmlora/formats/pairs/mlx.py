@@ -88,7 +88,7 @@ class MlxConfig:
         """
         fields = parse_object(data, what=CONFIG_NAME, max_bytes=MAX_CONFIG_BYTES)
         if fields.get("peft_type") is not None:
-            hint = "copy the configuration that MLX-LM wrote next to the weights"
+            hint = "copy the configuration that MLX-LM wrote into the folder of the weights"
             raise AdapterRefused(f"{CONFIG_NAME} is PEFT's, not MLX-LM's", kind="config", hint=hint)
         kind = fields.get("fine_tune_type", "lora")
         if not isinstance(kind, str):
@@ -115,9 +115,9 @@ class MlxFormat(FolderFormat):
         """Report weights without a configuration."""
         if WEIGHTS_NAME not in folder.files or CONFIG_NAME in folder.files:
             return []
-        hint = f"copy the {CONFIG_NAME} of its training into the same folder"
+        hint = f"copy its {CONFIG_NAME} into the same folder"
         path = folder.files[WEIGHTS_NAME]
-        return [AdapterRefused(f"there is no {CONFIG_NAME}: the scale is unknown", kind="mlx", path=path, hint=hint)]
+        return [AdapterRefused(f"there is no {CONFIG_NAME}, so the scale is unknown", kind="mlx", path=path, hint=hint)]
 
     def read_config(self, config: bytes) -> ConfigFacts:
         """Read `adapter_config.json`."""
@@ -138,14 +138,14 @@ class MlxFormat(FolderFormat):
 
         parsed, _, pairs = _parse(config, weights)
         if experts := [pair.module for pair in pairs.pairs if len(pair.a.shape) == 3]:
-            raise _cannot_run(f"transformers has the experts of {experts[0]} under other names")
+            raise _cannot_run(f"transformers uses other names for the experts of {experts[0]}")
         adapter = self._load(config, weights).adapter
         lengths = {extra.name.removesuffix(".m"): extra for extra in pairs.extras if extra.name.endswith(".m")}
         if odd := next((extra for extra in pairs.extras if extra not in lengths.values()), None):
             raise _cannot_run(f"it has a tensor {odd.name}")
         modules = {module.name for module in adapter.modules}
         if (lengths or parsed.kind == "dora") and (odd_module := min(modules ^ lengths.keys(), default=None)):
-            fact = f"DoRA needs row lengths for each module, and {odd_module} has only one of the two"
+            fact = f"DoRA needs factors and row lengths for each module, but {odd_module} has only one of the two"
             raise AdapterRefused(fact, kind="missing-half")
         values = decode_float32(weights, TensorHeader(tuple(lengths.values()), {}))
         return RunnableAdapter(adapter, magnitudes={name: values[one.name] for name, one in lengths.items()})
@@ -195,8 +195,8 @@ def _parse(config: bytes, weights: Buffer) -> tuple[MlxConfig, TensorHeader, Sor
         check_orientation(pairs.pairs)
     for pair in pairs.pairs:
         if parsed.rank is not None and pair.rank != parsed.rank:
-            fact = f"{pair.a.name} has rank {pair.rank} but {CONFIG_NAME} says {parsed.rank}"
-            hint = "MLX-LM does not load it either: copy the configuration of the same training"
+            fact = f"{pair.a.name} has rank {pair.rank}, but {CONFIG_NAME} states {parsed.rank}"
+            hint = "copy the configuration of the same training run; MLX-LM cannot load it either"
             if parsed.rank in pair.a.shape:
                 hint = "lora_a is (in, r) for MLX-LM and lora_b (r, out): convert the adapter again"
             raise AdapterRefused(fact, kind="rank", hint=hint)
@@ -236,7 +236,7 @@ def _rank(parameters: Mapping[str, Any]) -> int | None:
 def _scale(parameters: Mapping[str, Any]) -> float:
     scale = parameters.get("scale")
     if scale is None and "alpha" in parameters:
-        hint = "MLX-LM multiplies by `scale`, and does not load it either: write scale = alpha / rank"
+        hint = "set scale = alpha / rank; MLX-LM needs `scale` to load it"
         raise AdapterRefused("lora_parameters has alpha, but no scale", kind="config", hint=hint)
     if scale is None:
         return _DEFAULT_SCALE
@@ -261,12 +261,12 @@ def _metadata_of(form: PairForm) -> dict[str, str]:
 
 
 def _wrong(key: str, value: object) -> AdapterRefused:
-    return AdapterRefused(f"{key} is {escape(repr(value), 48)}, which MLX-LM does not take", kind="config")
+    return AdapterRefused(f"{key} is {escape(repr(value), 48)}, which MLX-LM does not accept", kind="config")
 
 
 def _cannot_run(what: str) -> AdapterRefused:
-    hint = "it is kept and written back all the same: measure it where it was trained"
-    return AdapterRefused(f"it cannot be run by icm: {what}", kind="cannot-run", hint=hint)
+    hint = "measure it where it was trained; icm still stores and writes it"
+    return AdapterRefused(f"icm cannot run it: {what}", kind="cannot-run", hint=hint)
 
 
 def encode_mlx(adapter: RunnableAdapter, *, metadata: Mapping[str, str], dtype: str = "float32") -> AdapterBytes:
@@ -285,7 +285,7 @@ def encode_mlx(adapter: RunnableAdapter, *, metadata: Mapping[str, str], dtype: 
 
     other = replace(adapter, magnitudes={}).beyond_lora()
     if other is not None:
-        fact = f"an MLX adapter holds LoRA factors and DoRA magnitudes only, and it also has {other}"
+        fact = f"an MLX adapter holds only LoRA factors and DoRA magnitudes, but this one also has {other}"
         raise AdapterRefused(fact, kind="extras", hint="write it with --format peft, and merge it with PEFT")
     modules, kind = adapter.adapter.modules, dtype_name(dtype)
     rank = max(module.a.shape[0] for module in modules)  # the others are filled up with zeros
@@ -309,8 +309,10 @@ def _place(module: str) -> tuple[str, str]:
     """Return the name of a module's block in MLX-LM, and that of the module inside of the block."""
     match = _MODULE.fullmatch(module)
     if match is None:
-        fact = f"{escape(module, 120)}: an MLX adapter has no place for this module"
-        raise AdapterRefused(fact, kind="layers", hint="it holds linear layers named model.layers.N.…, no experts")
+        fact = f"{escape(module, 120)}: an MLX adapter cannot hold this module"
+        raise AdapterRefused(
+            fact, kind="layers", hint="MLX holds only linear layers named model.layers.N.…, without experts"
+        )
     # Where a text model is a part of a larger one, MLX-LM has its own place for it.
     model = "model" if match["model"] == "model." else "language_model.model"
     return f"{model}.{match['block']}", match["key"]

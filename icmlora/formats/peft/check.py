@@ -97,7 +97,7 @@ def _check_pairs(config: AdapterConfig, tensors: SortedTensors) -> None:
         # PEFT would build layers of the stated rank and then fail to load the tensors.
         rank, stated = pair.a.shape[0], config.rank_of(pair.target or pair.module)
         if rank != stated * pair.experts:
-            message = f"{pair.a.name} has rank {rank} but adapter_config.json says {stated}"
+            message = f"{pair.a.name} has rank {rank}, but adapter_config.json states {stated}"
             raise AdapterRefused(message, kind="rank")
         if unknown := {pair.a.dtype, pair.b.dtype} - FLOAT_TYPES:
             raise AdapterRefused(f"{pair.a.name} has the type {min(unknown)}", kind="dtype")

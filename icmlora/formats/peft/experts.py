@@ -70,13 +70,13 @@ def _resolved(config: AdapterConfig, targets: Sequence[str], root: str, chain: l
     if len(chain) == 1 and not named and (not anywhere or _is_module(config, targets, chain[0])):
         return chain
     if [pair.module for pair in reversed(chain)] != [root + depth * _INNER for depth in range(len(chain))]:
-        raise AdapterRefused(f"{root} has parameters that the file leaves out", kind=_KIND)
+        raise AdapterRefused(f"{root} has parameters that the file does not contain", kind=_KIND)
     readings = list(_readings(config, root, chain, [*named, *anywhere]))
     if not readings:
         raise AdapterRefused(f"{root}: no rank of the configuration fits its fused experts", kind=_KIND)
     meanings = {tuple((pair.experts, config.scale_of(pair.target)) for pair in reading) for reading in readings}
     if len(meanings) > 1:
-        fact = f"{root}: the ranks of its fused experts cannot be told from the names and shapes"
+        fact = f"{root}: the ranks of its fused experts cannot be determined from the names and shapes"
         raise AdapterRefused(fact, kind=_KIND)
     return readings[0]
 

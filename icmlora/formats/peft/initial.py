@@ -49,7 +49,7 @@ def check_initial(config: bytes, header: TensorHeader, initial_config: bytes, in
     _check(config, pairs, sort_tensors(initial).pairs)
     one, other = AdapterConfig.read(config), AdapterConfig.read(initial_config)
     if None not in (one.base_model, other.base_model) and one.base_model != other.base_model:
-        raise _unfit("they are of another base model")
+        raise _unfit("they belong to another base model")
     if any(one.scale_of(pair.module) != other.scale_of(pair.module) for pair in pairs):
         raise _unfit("they have another scale")
 
@@ -118,7 +118,7 @@ def _check(config: bytes, pairs: tuple[FactorPair, ...], initial: tuple[FactorPa
         if len(pair.a.shape) != 2 or "lora_embedding_" in pair.a.name:
             raise _unfit(f"{pair.module} is not a linear layer")
     if _forms(pairs) != _forms(initial):
-        raise _unfit("their modules, shapes or number formats are not those of the adapter")
+        raise _unfit("their modules, shapes or number formats do not match the adapter")
 
 
 def _forms(pairs: tuple[FactorPair, ...]) -> list[tuple[object, ...]]:
@@ -140,4 +140,4 @@ def _less_columns(b: RawTensor, initial: RawTensor) -> RawTensor:
 
 
 def _unfit(why: str) -> AdapterRefused:
-    return AdapterRefused(f"its initial weights cannot be taken off: {why}", kind="initial")
+    return AdapterRefused(f"its initial weights cannot be subtracted: {why}", kind="initial")

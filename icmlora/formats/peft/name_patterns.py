@@ -87,7 +87,7 @@ class NameExpression:
                 warnings.simplefilter("error")  # a meaning that is about to change is not one to rely on
                 self._tree = _parser.parse(key)
         except (re.error, Warning, OverflowError, RecursionError) as error:
-            raise PatternRefused("Python does not read it") from error
+            raise PatternRefused("Python cannot parse it") from error
         if self._tree.state.flags != re.UNICODE:
             raise PatternRefused("it has flags")
         self._steps = steps
@@ -105,7 +105,7 @@ class NameExpression:
     def _ends(self, tree: _Tree, places: set[int], name: str, depth: int = 0) -> set[int]:
         """Return where in a name a sequence can end that begins at one of these places."""
         if depth > _DEEPEST:
-            raise PatternRefused("its groups are too deep")
+            raise PatternRefused("its groups are nested too deeply")
         self._count(places)
         for sign, value in tree:
             self._count(places)
@@ -164,7 +164,7 @@ def _characters(sign: str, value: Any) -> frozenset[str]:
             found = _NONE.union(*(_characters(str(one), of) for one, of in value[negated:]))
             return _ANY - found if negated else found
         case _:
-            raise PatternRefused(f"{sign.lower()} is not known")
+            raise PatternRefused(f"{sign.lower()} is not supported")
 
 
 NamePattern = ModulePattern | NameExpression

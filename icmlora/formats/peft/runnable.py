@@ -44,9 +44,7 @@ _CANNOT_RUN = {
 }
 
 
-_MEASURE = (
-    "it is kept and written back all the same; write it with `icm materialize` and measure it where it was trained"
-)
+_MEASURE = "write it with `icm materialize` and measure it where it was trained; icm still stores and writes it"
 
 
 def read_runnable(config: bytes, weights: bytes) -> RunnableAdapter:
@@ -58,7 +56,7 @@ def read_runnable(config: bytes, weights: bytes) -> RunnableAdapter:
     fields = fields_of(config)
     for field, what in _CANNOT_RUN.items():
         if fields.get(field):
-            raise AdapterRefused(f"it cannot be run by icm: {what}", kind="cannot-run", hint=_MEASURE)
+            raise AdapterRefused(f"icm cannot run it: {what}", kind="cannot-run", hint=_MEASURE)
     loaded, parsed = read_adapter(config, weights), AdapterConfig.parse(config)
     values: dict[str, torch.Tensor] = {}
     rows: dict[str, tuple[Sequence[int], torch.Tensor]] = {}
@@ -67,7 +65,7 @@ def read_runnable(config: bytes, weights: bytes) -> RunnableAdapter:
     for name, tensor in load(encode(loaded.extras, {})).items():
         inner = unwrapped(name)
         if not inner.startswith(PREFIX):
-            raise AdapterRefused(f"it cannot be run by icm: it has a tensor {name}", kind="cannot-run")
+            raise AdapterRefused(f"icm cannot run it: it has a tensor {name}", kind="cannot-run")
         inner = inner.removeprefix(PREFIX)
         kind = _KINDS.fullmatch(inner)
         if kind is None:
@@ -80,10 +78,10 @@ def read_runnable(config: bytes, weights: bytes) -> RunnableAdapter:
             module = _WRAPPING.sub("", kind["module"] + ".").removesuffix(".")
             rows[module] = _row_numbers(fields, module, tensor), tensor
         else:
-            raise AdapterRefused(f"it cannot be run by icm: it has a tensor {name}", kind="cannot-run")
+            raise AdapterRefused(f"icm cannot run it: it has a tensor {name}", kind="cannot-run")
     modules = {module.name for module in loaded.adapter.modules}
     if (magnitudes or fields.get("use_dora")) and (odd := min(modules ^ magnitudes.keys(), default=None)):
-        fact = f"DoRA needs a magnitude for each module, and {odd} has only one of the two"
+        fact = f"DoRA needs factors and a magnitude for each module, but {odd} has only one of the two"
         raise AdapterRefused(fact, kind="missing-half")
     return RunnableAdapter(loaded.adapter, values, rows, magnitudes, biases)
 
@@ -98,6 +96,6 @@ def _row_numbers(fields: Mapping[str, Any], module: str, rows: torch.Tensor) -> 
         or len(stated) != rows.shape[0]
         or not all(type(number) is int and number >= 0 for number in stated)
     ):
-        fact = f"trainable_token_indices does not say which rows the {rows.shape[0]} of {escape(module, 120)} are"
+        fact = f"trainable_token_indices does not identify the {rows.shape[0]} rows of {escape(module, 120)}"
         raise AdapterRefused(fact, kind="config")
     return stated

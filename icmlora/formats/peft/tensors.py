@@ -187,12 +187,12 @@ def refuse_special(like: Template, extras: Mapping[str, RawTensor]) -> None:
         AdapterRefused: It has convolutions, fused experts or extras.
     """
     if extras:
-        fact = f"{next(iter(extras))} has no place in the form that every engine reads"
-        raise AdapterRefused(fact, kind="extras", hint="write it without --pad-rank")
+        fact = f"{next(iter(extras))} cannot be written in the form that every engine reads"
+        raise AdapterRefused(fact, kind="extras", hint="leave out --pad-rank")
     details = _Details.parse(like)
     if details.parts or details.shapes:
-        fact = "its convolutions or fused experts have no place in the form that every engine reads"
-        raise AdapterRefused(fact, kind="layers", hint="write it without --pad-rank")
+        fact = "its convolutions or fused experts cannot be written in the form that every engine reads"
+        raise AdapterRefused(fact, kind="layers", hint="leave out --pad-rank")
 
 
 def write_fresh(

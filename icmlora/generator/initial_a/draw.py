@@ -89,7 +89,7 @@ def initial_factors(initial: InitialA) -> dict[str, NDArray[np.float32]]:
     return factors
 
 
-MADE_ELSEWHERE = "icm does not write such codes: get it again from where it came, or run `icm encode` to make it again"
+MADE_ELSEWHERE = "fetch the code again from its source, or run `icm encode` to encode the task again"
 
 
 def initial_size(config: GeneratorConfig) -> int:
@@ -122,7 +122,7 @@ def initial_from_bytes(data: bytes, config: GeneratorConfig) -> InitialA | None:
         offsets = np.cumsum(offsets, axis=1)
     places = np.argwhere(ranks).tolist()
     if not config.are_modules(places):
-        raise CodeError("the code's initial A names a module twice, or one that cannot exist", hint=MADE_ELSEWHERE)
+        raise CodeError("the code's initial A names a module twice, or an impossible module", hint=MADE_ELSEWHERE)
     modules = []
     for kind, layer in places:
         place = config.kinds[kind]

@@ -92,7 +92,7 @@ def test_neither_warnings_nor_the_network_are_needed(
 def test_an_adapter_of_another_size_is_refused_and_leaves_the_model_as_it_was(base: BaseModel, tmp_path: Path) -> None:
     names, said = list(base.model.state_dict()), logits(base.model)
     wide = write_tiny_adapter(tmp_path / "wide", hidden=64)
-    with pytest.raises(BaseModelMismatch, match="cannot be put on base model"), adapted(base, wide):
+    with pytest.raises(BaseModelMismatch, match="cannot be applied to base model"), adapted(base, wide):
         pass
     assert list(base.model.state_dict()) == names
     assert torch.equal(logits(base.model), said)

@@ -117,10 +117,10 @@ def test_of_several_templates_the_one_for_tools_is_used_for_chats_with_tools() -
     [
         (GEMMA, [{"role": "system", "content": "Be brief."}, *QUESTIONS], "System role not supported"),
         (MISTRAL, QUESTIONS[1:], "roles must alternate"),
-        ("{{ nothing.at.all }}", QUESTIONS, "refused by the chat template"),
-        ("{% for", QUESTIONS, "refused by the chat template"),
-        ("{{ ''.__class__.__mro__ }}", QUESTIONS, "refused by the chat template"),
-        ("only this", QUESTIONS, "no assistant turn that the chat template shows"),
+        ("{{ nothing.at.all }}", QUESTIONS, "rejected by the chat template"),
+        ("{% for", QUESTIONS, "rejected by the chat template"),
+        ("{{ ''.__class__.__mro__ }}", QUESTIONS, "rejected by the chat template"),
+        ("only this", QUESTIONS, "no assistant turn that the chat template renders"),
         ("x" * (MAX_TEMPLATE + 1), QUESTIONS, "256 KiB"),
     ],
 )

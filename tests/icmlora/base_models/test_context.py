@@ -123,7 +123,7 @@ def test_a_context_that_is_read_once_gives_the_loss_of_reading_it_each_time(base
 
 
 def test_a_context_that_leaves_no_room_is_refused(base: BaseModel) -> None:
-    with pytest.raises(DataError, match="the context has 40 tokens, and the base model reads 40"):
+    with pytest.raises(DataError, match="the context has 40 tokens, but the base model reads only 40"):
         nll(base.model, base.tokenizer, [TaskContext("x" * 40).before(PAIR)], positions=40)
 
 
@@ -140,5 +140,5 @@ def test_a_chat_is_scored_alike_behind_others(base: BaseModel) -> None:
 
 
 def test_a_picture_has_no_context() -> None:
-    with pytest.raises(DataError, match="stands before text"):
+    with pytest.raises(DataError, match="a context must be text"):
         TaskContext("one").before(object())  # type: ignore[arg-type]

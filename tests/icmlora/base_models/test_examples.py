@@ -63,7 +63,7 @@ BAD_LINES = pytest.mark.parametrize(
         (b'{"prompt": "a"}', "has no text"),
         (b'{"text": " "}', "is empty text"),
         (b'{"prompt": "a", "completion": ""}', "is empty text"),
-        (b'{"text": "a \\ud800 b"}', "half a surrogate pair"),
+        (b'{"text": "a \\ud800 b"}', "a lone surrogate"),
         (b'{"messages": [{"role": "user", "content": "a"}]}', "has no assistant turn"),
     ],
 )
@@ -86,7 +86,7 @@ def test_a_file_of_bad_lines_is_refused_with_the_first_reason(line: bytes, fact:
     expected = (
         "eval.jsonl: "
         if line.startswith((b"[", b"\xff\xfe"))
-        else "eval.jsonl: none of its 2 rows can be used; the first: line 2 "
+        else "eval.jsonl: none of its 2 rows is usable; the first: line 2 "
     )
     assert str(caught.value).startswith(expected)
     assert '"messages"' in str(caught.value.hint)

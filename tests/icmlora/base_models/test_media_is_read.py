@@ -86,8 +86,8 @@ def test_a_row_with_a_picture_is_no_example_of_a_model_that_is_run_on_text(tmp_p
     base = load(write_tiny_base, tmp_path)
     found = examples_for(base, pack_rows([*pairs()[:2], *captions()], image_file))
     assert (len(found), found.skipped) == (2, 9)
-    assert "has an image, and icm runs this base model, a causal language model, without it" in str(found.reason)
-    with pytest.raises(DataError, match="none of its 9 rows can be used"):
+    assert "has an image, which icm does not support for a causal language model" in str(found.reason)
+    with pytest.raises(DataError, match="none of its 9 rows is usable"):
         examples_for(base, pack_rows(captions(), image_file))
 
 
@@ -96,9 +96,7 @@ def test_a_model_with_the_processor_of_another_is_refused_by_name(tmp_path: Path
     base = load(write_moonshine, tmp_path)
     features = t.WhisperFeatureExtractor(feature_size=16, chunk_length=1)
     odd = replace(base, processor=t.WhisperProcessor(features, tokenizer()))
-    with pytest.raises(
-        BaseModelUnsuited, match=r"what WhisperProcessor makes of a recording .* is not what base model"
-    ):
+    with pytest.raises(BaseModelUnsuited, match=r"WhisperProcessor turns a recording into .*, which base model"):
         losses(odd, MEDIA_KINDS["moonshine"], sound_file)
 
 
@@ -106,7 +104,7 @@ def test_a_model_with_the_processor_of_another_is_refused_by_name(tmp_path: Path
 def test_wav2vec_2_without_a_decoder_is_refused_by_name(alone: str, tmp_path: Path) -> None:
     t.Wav2Vec2Config(architectures=[alone]).save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"no weights")
-    with pytest.raises(BaseModelUnsuited, match=r"'tiny' is of a kind that icm does not run"):
+    with pytest.raises(BaseModelUnsuited, match=r"'tiny' is of a kind that icm cannot run"):
         load(lambda folder: tmp_path, tmp_path)
 
 

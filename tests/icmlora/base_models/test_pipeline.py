@@ -74,7 +74,7 @@ def test_a_pipeline_is_found_in_the_cache_of_the_hub(tmp_path: Path) -> None:
 
 
 def test_what_runs_a_network_on_examples_says_what_a_pipeline_is(folder: Path) -> None:
-    with pytest.raises(BaseModelUnsuited, match="a diffusers pipeline, which icm runs only to draw pictures"):
+    with pytest.raises(BaseModelUnsuited, match="a diffusers pipeline, which icm uses only to generate images"):
         modality_of(inspect_base(LABEL, folder))
 
 

@@ -89,8 +89,8 @@ def test_a_chat_of_a_file_ends_where_the_model_has_to_answer(base: BaseModel, tu
 @pytest.mark.parametrize(
     ("data", "fact"),
     [
-        (b"", "holds no prompt"),
-        (b"\n \n", "holds no prompt"),
+        (b"", "contains no prompt"),
+        (b"\n \n", "contains no prompt"),
         (b"\xff\xfe\xfa", "is not UTF-8"),
         (b'{"prompt": "a"}\n{"question": "b"}\n', 'line 2 has no "prompt", "text" or "messages"'),
         (b'{"prompt": "a"}\nplain\n', "line 2 is not JSON"),

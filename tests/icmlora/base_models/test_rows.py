@@ -123,7 +123,7 @@ def test_a_bad_row_of_parquet_is_called_a_row() -> None:
 
 @pytest.mark.parametrize("keep", [4, 20, -20])
 def test_damaged_parquet_is_refused_as_data(keep: int) -> None:
-    with pytest.raises(DataError, match="not Parquet that can be read"):
+    with pytest.raises(DataError, match="the Parquet file cannot be read"):
         parse_examples(parquet({"text": ["one", "two"]})[:keep])
 
 

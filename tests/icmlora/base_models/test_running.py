@@ -215,7 +215,7 @@ class TestWhatCannotRun:
     def test_it_says_how_the_adapter_works(self, tmp_path: Path, field: str, value: object) -> None:
         config = write(llama(), tmp_path / "adapter", **QV) / "adapter_config.json"
         config.write_text(json.dumps(json.loads(config.read_text()) | {field: value}))
-        with pytest.raises(AdapterRefused, match="cannot be run by icm"):
+        with pytest.raises(AdapterRefused, match="icm cannot run it"):
             read(tmp_path / "adapter")
 
     def test_magnitudes_of_some_modules_only_are_refused_by_name(self, tmp_path: Path) -> None:

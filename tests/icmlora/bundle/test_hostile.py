@@ -78,7 +78,7 @@ def test_a_module_name_that_is_a_path_is_refused(path: Path) -> None:
     [
         (lambda f: f["tasks"].append(f["tasks"][0]), "twice"),
         (lambda f: f["tasks"][1].update(name="RUST"), "twice"),
-        (lambda f: f["tasks"].reverse(), "not in order"),
+        (lambda f: f["tasks"].reverse(), "missing, out of order or duplicated"),
         (lambda f: f.update(tasks=[]), "none"),
         (lambda f: f["parts"].append(f["parts"][0]), "parts"),
         (lambda f: f["parts"].append(["e" * 64, 1]), "parts"),
@@ -147,7 +147,7 @@ def test_an_index_that_is_no_plain_json_is_refused(path: Path, text: bytes) -> N
 
 def test_an_index_beyond_the_limit_is_refused_before_it_is_read(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("icmlora.bundle.file.MAX_INDEX_BYTES", 100)
-    with pytest.raises(BundleError, match="claims an index"):
+    with pytest.raises(BundleError, match="declares an index"):
         opened(path)
 
 

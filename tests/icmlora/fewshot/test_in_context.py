@@ -124,7 +124,7 @@ def test_a_distilled_adapter_goes_half_of_the_way(base: BaseModel, samples: list
 
 def test_samples_of_which_no_two_fit_are_refused(base: BaseModel) -> None:
     long = [Scored(list(range(1, 251)) * 3, 1)] * 2
-    with pytest.raises(DataError, match="do not fit"):
+    with pytest.raises(DataError, match="exceed the"):
         distil(base, random_adapter(1), random_adapter(1), long, CONFIG)
 
 

@@ -154,5 +154,5 @@ def test_a_mean_of_another_generator_is_refused() -> None:
 
 def test_a_mean_of_other_modules_is_refused() -> None:
     data = fewshot_start_to_bytes(replace(start(), sizes=(1,) * MODULES), b"code")
-    with pytest.raises(GeneratorError, match="not that of its mean"):
+    with pytest.raises(GeneratorError, match="does not match its mean"):
         fewshot_start_from_bytes(data, lambda _: make_adapter(0, kinds=("q_proj",)))

@@ -138,7 +138,7 @@ def test_the_original_needs_no_base_model(fleet: Fleet, given: Path, base: Path,
 
 def test_a_missing_base_model_is_named_with_the_way_out(fleet: Fleet, base: Path, out: Path) -> None:
     shutil.rmtree(base)
-    with pytest.raises(BaseModelNotFound, match=f"only its base model holds.*{LABEL}") as caught:
+    with pytest.raises(BaseModelNotFound, match=f"the adapter needs tensors from its base model.*{LABEL}") as caught:
         fleet.materialize("copies", out, source="code")
     assert f"icm base add {LABEL}" in str(caught.value.hint)
     assert not out.exists()

@@ -71,6 +71,6 @@ def test_a_base_model_that_went_away_says_so(new: Fleet, base_folder: Path, tmp_
 
 def test_an_unknown_base_model_cannot_be_forgotten(fleet: Fleet) -> None:
     before = files_of(fleet.path)
-    with pytest.raises(BaseModelNotFound, match="no base model is called 'tiny/lama'") as error:
+    with pytest.raises(BaseModelNotFound, match="no base model is named 'tiny/lama'") as error:
         fleet.forget_base_model("tiny/lama")
-    assert (error.value.hint, files_of(fleet.path)) == ("`icm base ls` lists them", before)
+    assert (error.value.hint, files_of(fleet.path)) == ("run `icm base ls` to list them", before)

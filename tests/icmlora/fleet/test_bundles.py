@@ -177,7 +177,7 @@ def test_an_unknown_number_format_writes_nothing(file: Path, tmp_path: Path) -> 
 def test_a_name_far_from_all_others_gets_no_guess(file: Path) -> None:
     with pytest.raises(DataError, match="has no task named 'zzz'") as error:
         Bundle(file).load("zzz")
-    assert error.value.hint == "`icm ls --from FILE` lists its tasks"
+    assert error.value.hint == "run `icm ls --from FILE` to list its tasks"
 
 
 @pytest.mark.parametrize(("content", "fact"), [(b"", "bundle"), (b"just text", "not an icm bundle")])
@@ -220,7 +220,7 @@ def test_an_imported_task_is_materialized_from_its_code(fleet: Fleet, file: Path
     other.import_bundle(str(file))
     assert other.materialize("rules", tmp_path / "out").source == "code"
     assert equal(other.load("rules"), fleet.load("rules", source="code"))
-    with pytest.raises(DataError, match="was never here"):
+    with pytest.raises(DataError, match="was never in this store"):
         other.load("rules", source="original")
 
 

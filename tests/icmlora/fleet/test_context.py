@@ -48,7 +48,7 @@ def test_an_error_of_the_listener_comes_through_and_lets_the_locks_go(fleet: Fle
 
 
 def test_a_stop_says_that_what_was_finished_is_kept(fleet: Fleet) -> None:
-    with pytest.raises(Cancelled, match="what was finished is kept"):
+    with pytest.raises(Cancelled, match="completed work is kept"):
         Fleet(fleet.path, on_event=stop_after(1)).encode(max_error=0.32)
 
 

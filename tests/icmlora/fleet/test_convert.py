@@ -381,17 +381,17 @@ def test_a_source_is_never_replaced_by_what_is_made_of_it(adapter: Path, tmp_pat
     target = (places | {"link to a file": tmp_path / "linked"}).get(way, adapter)
     if way == "many":
         report = convert(tmp_path, tmp_path, rank=2, force=True)
-        assert any("the source would be replaced" in failed.message for failed in report.failed)
+        assert any("the output would overwrite the source" in failed.message for failed in report.failed)
     else:
-        with pytest.raises(DataError, match="the source would be replaced") as refused:
+        with pytest.raises(DataError, match="the output would overwrite the source") as refused:
             convert(adapter, target, rank=2, force=True)
-        assert "elsewhere" in (refused.value.hint or "")
+        assert "another path" in (refused.value.hint or "")
     assert {path.name: path.read_bytes() for path in adapter.iterdir()} == before
 
 
 def test_an_adapter_in_a_single_file_is_not_replaced_by_what_is_made_of_it(tmp_path: Path) -> None:
     file, before = tmp_path / "watercolour.safetensors", kohya_file("sd15").read_bytes()
     file.write_bytes(before)
-    with pytest.raises(DataError, match="the source would be replaced"):
+    with pytest.raises(DataError, match="the output would overwrite the source"):
         convert(file, file, rank=1, force=True)
     assert file.read_bytes() == before

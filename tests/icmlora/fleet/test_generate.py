@@ -105,7 +105,7 @@ def test_samples_that_are_no_help_in_a_prompt_are_no_context_and_the_adapter_sta
 
 
 def test_one_sample_is_too_few_to_distil(able: Fleet, samples: Path, out: Path) -> None:
-    with pytest.raises(DataError, match="there is one sample"):
+    with pytest.raises(DataError, match="there is only one sample"):
         able.generate("geese", samples, out, count=1, distil=1, device="cpu")
     assert not out.exists()
 

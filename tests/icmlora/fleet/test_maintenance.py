@@ -67,7 +67,7 @@ def test_a_wrong_row_is_found_and_ends_the_check_of_what_rows_say(fleet: Fleet) 
     ("change", "fact"),
     [
         ("dw_error = dw_error / 4", "is recorded"),
-        ("blob_id = (SELECT blob_id FROM generators), bits = 0", "not the code"),
+        ("blob_id = (SELECT blob_id FROM generators), bits = 0", "does not have the kind recorded in its row, code"),
     ],
 )
 def test_a_code_that_is_not_what_its_row_says_is_found(fleet: Fleet, change: str, fact: str) -> None:
@@ -162,7 +162,7 @@ def test_without_a_store_there_is_nothing_to_maintain(tmp_path: Path) -> None:
 
 def test_the_doctor_of_no_store_says_what_makes_one(tmp_path: Path) -> None:
     checks = {check.name: check for check in Fleet(tmp_path / "nowhere").doctor()}
-    assert checks["store"].value == "none yet; `icm ingest` creates it"
+    assert checks["store"].value == "none yet; run `icm ingest` to create it"
     assert not (tmp_path / "nowhere").exists()
 
 

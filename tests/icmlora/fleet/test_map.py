@@ -70,7 +70,7 @@ def test_the_picture_names_every_task_and_is_not_overwritten(learned: Fleet, tmp
 def test_a_picture_of_another_kind_is_refused(learned: Fleet, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"\.svg") as error:
         learned.task_map(plot=tmp_path / "map.png")
-    assert error.value.hint == "use the ending .svg"
+    assert error.value.hint == "use a file name that ends in .svg"
 
 
 def test_a_base_model_without_tasks_is_refused(learned: Fleet) -> None:

@@ -74,7 +74,7 @@ def test_only_that_task_is_not_measured(fleet: Fleet, monkeypatch: pytest.Monkey
     (failed,) = report.failed
     assert (failed.task, failed.kind) == ("ships", "out_of_memory")
     assert failed.hint is not None
-    assert failed.hint.startswith(f"fewer --max-tokens, or `icm base add {LABEL} PATH --load-in nf4`")
+    assert failed.hint.startswith(f"use a lower --max-tokens, or run `icm base add {LABEL} PATH --load-in nf4`")
     assert is_sound(fleet)
     assert len(fleet.evaluate(sources=["code"], **CPU).tasks) == 3  # type: ignore[arg-type]
 
@@ -107,7 +107,7 @@ def test_a_single_task_raises_the_error(fleet: Fleet, monkeypatch: pytest.Monkey
     before = files_of(fleet.path)
     with too_long(monkeypatch, torch.OutOfMemoryError(ON_CARD)), pytest.raises(OutOfMemory) as caught:
         fleet.evaluate(["ships"], sources=[], **CPU)  # type: ignore[arg-type]
-    assert caught.value.message == "the memory of the card ran out: 2.50 GiB more were asked for"
+    assert caught.value.message == "the card ran out of memory: 2.50 GiB more were requested"
     assert files_of(fleet.path) == before
 
 
@@ -131,4 +131,4 @@ def test_a_base_model_that_does_not_fit_is_told_what_makes_it_smaller(
     monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", load)
     with pytest.raises(BaseModelNotFound, match="does not fit into memory") as caught:
         fleet.evaluate(**CPU)  # type: ignore[arg-type]
-    assert caught.value.hint == f"`icm base add {LABEL} PATH --load-in nf4` loads it in 4 bits"
+    assert caught.value.hint == f"`icm base add {LABEL} PATH --load-in nf4` to load it in 4 bits"

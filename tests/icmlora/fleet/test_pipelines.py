@@ -10,7 +10,7 @@ from icmlora import Fleet
 from icmlora.errors import AdapterRefused
 from tests.icmlora.fleet.image_store import LABEL
 
-WHAT = "a diffusers pipeline, which icm runs only to draw pictures"
+WHAT = "a diffusers pipeline, which icm uses only to generate images"
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def test_its_tasks_are_not_measured(images: Fleet, data: Path) -> None:
 def test_they_are_trained_and_encoded_without_being_refined(images: Fleet) -> None:
     images.train(device="cpu", steps=2, fresh=True, refine=0, evaluate=False)
     (task,) = images.encode(["pear"], quality=2, device="cpu").tasks
-    assert task.reason == "not refined: icm does not run the models that image adapters are for"
+    assert task.reason == "not refined: icm cannot run the base models of image adapters"
 
 
 @pytest.mark.slow

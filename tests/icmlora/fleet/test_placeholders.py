@@ -316,7 +316,7 @@ def test_a_checkpoint_that_a_placeholder_stands_for_keeps_its_original(fleet: Fl
     report = fleet.evict(["poems"], max_error=0.7)
     (task,) = report.tasks
     assert (task.status, task.adapters, report.partly) == ("evicted", 1, True)
-    assert "a placeholder stands for it" in str(task.reason)
+    assert "a placeholder replaces it" in str(task.reason)
     assert [row.is_evicted for row in fleet.show("poems").adapters] == [False, False, True]
 
 

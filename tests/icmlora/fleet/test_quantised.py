@@ -120,7 +120,7 @@ def test_samples_are_not_compared_with_vectors_of_another_precision(
 ) -> None:
     fleet = copy_of(subjects.path, tmp_path / "full")
     fleet.add_base_model(LABEL, base)
-    with pytest.raises(DataError, match="made with the base model in nf4, which is loaded in bfloat16"):
+    with pytest.raises(DataError, match="made with the base model in nf4, but it is loaded in bfloat16"):
         fleet.recognize(samples, **CPU)
 
 

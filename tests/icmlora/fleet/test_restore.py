@@ -296,7 +296,7 @@ def test_a_file_that_was_not_kept_is_not_promised(fleet: Fleet, own_loras: Path)
     data["files"].append({"name": "tokenizer.json", "part": "companion", "sha256": "0" * 64, "size": 1})
     (own_loras / "new").mkdir()
     (own_loras / "new" / PLACEHOLDER_NAME).write_text(json.dumps(data))
-    with pytest.raises(DataError, match=r"tokenizer\.json was not kept"):
+    with pytest.raises(DataError, match=r"tokenizer\.json is not in the store"):
         fleet.restore([own_loras / "new"])
 
 

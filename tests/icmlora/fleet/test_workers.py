@@ -133,7 +133,7 @@ def test_an_error_on_a_worker_is_raised_here_as_it_was_there(store: Store) -> No
 
 @pytest.mark.parametrize("workers", ["0", "-1", "many", "http://host:1", ""])
 def test_workers_that_mean_nothing_are_refused(fleet: Fleet, workers: str) -> None:
-    with pytest.raises(InvalidShare, match="how many workers"):
+    with pytest.raises(InvalidShare, match="neither a number of workers nor an address"):
         fleet.encode(max_error=0.5, workers=workers)
 
 

@@ -106,7 +106,7 @@ NO_ADAPTERS = {
     "clip_l": "a textual inversion embedding",
     "ip_adapter.1.to_k_ip.weight": "an IP-Adapter",
     "model.diffusion_model.input_blocks.0.weight": "a whole model",
-    "anything": "tensors of no adapter that icm knows",
+    "anything": "tensors of an unknown kind of adapter",
 }
 
 
@@ -116,7 +116,7 @@ def test_a_file_that_is_no_adapter_is_named_where_it_is_given_or_alone(tmp_path:
     save_file({key: torch.ones(1)}, file)
     (refused,) = find_adapters([file]).refused
     assert (refused.message, refused.path) == (NO_ADAPTERS[key], str(file))
-    assert no_adapter([tmp_path]).message == f"no adapter was found; this is {NO_ADAPTERS[key]}"
+    assert no_adapter([tmp_path]).message == f"no adapter was found: this is {NO_ADAPTERS[key]}"
     assert kinds(tmp_path) == []
 
 
@@ -126,8 +126,8 @@ def test_a_file_that_is_no_adapter_is_named_where_it_is_given_or_alone(tmp_path:
         ("loras.zip", b"PK\x03\x04rest", "a ZIP archive"),
         ("lora.pt", b"PK\x03\x04rest", "a pickle can run code"),
         ("weights.pt", b"\x80\x02rest", "a pickle can run code"),
-        ("._dog.safetensors", b"\0\5\x16\7", "what macOS notes about another file"),
-        ("notes.txt", b"text", "not a file of an adapter"),
+        ("._dog.safetensors", b"\0\5\x16\7", "a macOS metadata file"),
+        ("notes.txt", b"text", "not an adapter file"),
         ("zeros.safetensors", bytes(99), "does not start with '{'"),
     ],
 )
@@ -146,7 +146,7 @@ def test_a_file_that_is_given_by_itself_is_named(tmp_path: Path, name: str, cont
 def test_a_part_of_a_folder_says_which_folder(tmp_path: Path, name: str) -> None:
     write_adapter(tmp_path / "rust")
     (refused,) = find_adapters([tmp_path / "rust" / name]).refused
-    assert refused.hint == f"give the folder: {tmp_path / 'rust'}"
+    assert refused.hint == f"specify the folder {tmp_path / 'rust'}"
 
 
 def test_an_ending_may_be_in_capitals(tmp_path: Path) -> None:

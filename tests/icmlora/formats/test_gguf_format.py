@@ -195,7 +195,7 @@ def test_another_kind_of_adapter_is_kept_as_it_is() -> None:
 
 
 def test_it_cannot_be_run_without_its_base_model() -> None:
-    with pytest.raises(AdapterRefused, match="cannot be run by icm") as error:
+    with pytest.raises(AdapterRefused, match="icm cannot run it") as error:
         GGUF.runnable(b"", gguf_file())
     assert (error.value.kind, "--format peft" in (error.value.hint or "")) == ("cannot-run", True)
 

@@ -169,7 +169,7 @@ def test_there_is_no_way_back_from_diffusers_transformers() -> None:
 
 
 def test_lycoris_of_another_model_has_other_names_than_kohya() -> None:
-    with pytest.raises(AdapterRefused, match="not of a UNet"):
+    with pytest.raises(AdapterRefused, match="not in a UNet"):
         lycoris_to_kohya(kohya("lycoris_transformer_blocks_0_attn_to_q"))
 
 

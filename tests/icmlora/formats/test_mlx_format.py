@@ -135,7 +135,7 @@ def test_dora_without_all_of_its_lengths_cannot_be_run() -> None:
 
 
 def test_experts_cannot_be_run_but_have_a_code() -> None:
-    with pytest.raises(AdapterRefused, match="under other names") as error:
+    with pytest.raises(AdapterRefused, match="transformers uses other names") as error:
         MLX.runnable(config(), save(experts()))
     assert error.value.kind == "cannot-run"
     assert MLX.inspect(config(), save(experts())).original_only is None
@@ -164,9 +164,9 @@ def without(half: str) -> bytes:
     ("weights", "configuration", "kind", "fact"),
     [
         (turned(), config(), "shape", "do not fit together"),
-        (square(), config(), "rank", "has rank 8 but adapter_config.json says 2"),
+        (square(), config(), "rank", "has rank 8, but adapter_config.json states 2"),
         (square(), config(rank=None), "shape", "above both widths"),
-        (save(tensors()), config(rank=4), "rank", "has rank 2 but adapter_config.json says 4"),
+        (save(tensors()), config(rank=4), "rank", "has rank 2, but adapter_config.json states 4"),
         (without("lora_a"), config(), "missing-half", f"{Q0}.lora_b has no lora_a"),
         (without("lora_b"), config(), "missing-half", f"{Q0}.lora_a has no lora_b"),
         (save({"x.lora_A.weight": torch.ones(2, 2)}), config(), "unknown-tensor", "x.lora_A.weight"),

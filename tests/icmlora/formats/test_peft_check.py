@@ -130,7 +130,7 @@ OTHER_METHODS = [
     (f"base_model.model.{Q0}.lora_monteclora_sampler.expert_weights", "MonteCLoRA"),
     (f"base_model.model.{Q0}.lora_velora_embed", "VeLoRA"),
     (f"base_model.model.{Q0}.lora_E", "AdaLoRA"),
-    (f"base_model.model.{Q0}.lora_new_thing", "does not know"),
+    (f"base_model.model.{Q0}.lora_new_thing", "does not support"),
     ("base_model.model.model.embed_tokens.lora_embedding_A", "has no lora_B"),
     ("base_model.model.model.layers.0.mlp.experts.lora_A.weight", "has no lora_B"),
     ("lora_unet_down_blocks_0.lora_down.weight", "kohya"),
@@ -164,7 +164,7 @@ def test_transposed_factors_leave_the_original_only() -> None:
 
 
 def test_a_rank_other_than_the_configurations_leaves_the_original_only() -> None:
-    assert "rank 3 but adapter_config.json says 2" in reason(factors(rank=3))
+    assert "rank 3, but adapter_config.json states 2" in reason(factors(rank=3))
 
 
 @pytest.mark.parametrize("shape", [(12,), (), (0, INPUTS)])

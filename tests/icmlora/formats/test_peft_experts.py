@@ -153,7 +153,7 @@ def test_ranks_that_could_be_of_either_parameter_leave_the_original_only(tmp_pat
     made_by_peft(tmp_path, **BOTH)
     reason = changed(tmp_path, target_parameters=["first", "second"], alpha_pattern={"first": 7})
     assert reason is not None
-    assert "cannot be told" in reason
+    assert "cannot be determined" in reason
 
 
 @pytest.mark.parametrize("value", ["down_proj", [1], ["a b"], {"a": 1}])
@@ -167,7 +167,7 @@ def test_a_file_that_leaves_out_the_inner_parameter_is_kept_only(tmp_path: Path)
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     tensors = {name: values for name, values in tensors.items() if ".0.experts.lora" not in name}
     save_file(tensors, tmp_path / "adapter_model.safetensors")
-    assert "leaves out" in str(changed(tmp_path))
+    assert "does not contain" in str(changed(tmp_path))
 
 
 def test_more_experts_than_a_model_has_leave_the_original_only(tmp_path: Path) -> None:

@@ -220,7 +220,7 @@ def test_two_namings_in_one_file_are_refused(tmp_path: Path) -> None:
     mixed = kohya(Q) | linear("unet.mid.to_q.lora_A.weight", "unet.mid.to_q.lora_B.weight")
     path = write(tmp_path / "mixed.safetensors", mixed)
     (task,) = find_adapters([tmp_path]).tasks
-    with pytest.raises(AdapterRefused, match="two namings") as raised:
+    with pytest.raises(AdapterRefused, match="two naming schemes") as raised:
         task.final.format.inspect(b"", path.read_bytes())
     assert raised.value.kind == "two-namings"
 

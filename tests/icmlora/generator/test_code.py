@@ -116,7 +116,7 @@ def test_bytes_that_are_no_code_are_refused(data: bytes) -> None:
 
 @pytest.mark.parametrize(("version", "is_older"), [(3, True), (9, False)])
 def test_a_code_of_another_format_is_not_called_damaged(version: int, is_older: bool) -> None:
-    with pytest.raises(OtherFormat, match=f"has format {version}, and this icm reads format 5") as refused:
+    with pytest.raises(OtherFormat, match=f"has format {version}, but this icm reads format 5") as refused:
         generator_of(add_checksum(b"ICMC" + bytes([version]) + bytes(99)))
     assert refused.value.is_older == is_older
 

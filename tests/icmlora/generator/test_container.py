@@ -41,7 +41,7 @@ def test_a_container_cut_short_is_noticed(length: int) -> None:
 @pytest.mark.parametrize(
     "packed",
     [zlib.compress(b"12345"), zlib.compress(b"1"), zlib.compress(b"123") + b"x", zlib.compress(b"123")[:-1], b"123"],
-    ids=["too long", "too short", "bytes after the end", "cut short", "not zlib"],
+    ids=["too long", "too short", "bytes after the end", "truncated", "not zlib"],
 )
 def test_a_head_that_is_not_one_stream_of_the_right_size_is_refused(packed: bytes) -> None:
     assert inflate(zlib.compress(b"123"), 2, 4) == b"123"

@@ -131,7 +131,7 @@ def test_clipping_keeps_what_can_be_written() -> None:
 
 
 def test_half_a_word_is_refused() -> None:
-    with pytest.raises(CodeError, match="middle of a word"):
+    with pytest.raises(CodeError, match="end within a word"):
         IntegerReader(b"\0\0\0")
 
 

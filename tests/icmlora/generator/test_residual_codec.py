@@ -178,7 +178,7 @@ def test_a_limit_that_float32_cannot_keep_is_refused() -> None:
 
 def test_the_code_of_another_adapter_is_refused() -> None:
     _, code = coarse(1, 0.001)
-    with pytest.raises(CodeError, match="not that of this adapter"):
+    with pytest.raises(CodeError, match="belongs to another adapter"):
         LAYERED.encode(make_adapter(5, rank=1), code, Limits(max_error=math.sqrt(0.1)))
 
 

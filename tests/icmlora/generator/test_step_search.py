@@ -63,7 +63,7 @@ def test_no_coarser_step_is_tried_where_this_one_is_coarse_enough() -> None:
 
 
 def test_a_limit_that_no_step_in_reach_keeps_is_an_error() -> None:
-    with pytest.raises(GeneratorError, match="no code keeps"):
+    with pytest.raises(GeneratorError, match="no code has"):
         coarsest(200, Limits(tolerance=0.01), Curve())
 
 

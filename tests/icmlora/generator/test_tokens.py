@@ -101,7 +101,7 @@ def test_an_adapter_that_the_generator_does_not_cover_is_refused_by_name() -> No
 
 @pytest.mark.parametrize(("a", "b"), [(1e20, 1.0), (1.0, 1e20), (1e30, 1e30)])
 def test_an_adapter_too_large_for_float32_is_refused_by_name(a: float, b: float) -> None:
-    with pytest.raises(AdapterRefused, match=r"layers\.[01]\.self_attn\.q_proj has the size .*, too large") as caught:
+    with pytest.raises(AdapterRefused, match=r"layers\.[01]\.self_attn\.q_proj has the norm .*, too large") as caught:
         refuse_overflow(tokens_of(with_factors(make_adapter(0), a, b)), config_of(make_adapter(0)))
     assert (caught.value.kind, caught.value.hint is None) == ("overflow", False)
 

@@ -162,7 +162,7 @@ def test_an_adapter_of_zeros_does_not_spoil_the_network() -> None:
 
 def test_an_adapter_too_large_for_float32_ends_training_by_name() -> None:
     fleet = MemoryAdapterSource([[with_factors(make_adapter(0), b=1e20)]])
-    with pytest.raises(AdapterRefused, match=r"q_proj has the size .*, too large"):
+    with pytest.raises(AdapterRefused, match=r"q_proj has the norm .*, too large"):
         run(begin(fleet, 1), fleet)
 
 

@@ -385,7 +385,7 @@ def test_a_model_that_writes_nothing_needs_samples(
     base: BaseModel, adapter: Adapter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(CausalLM, "written", lambda *_, **__: [])
-    with pytest.raises(DataError, match="nothing to refine on"):
+    with pytest.raises(DataError, match="no text to refine on"):
         items_for(base, adapter, (), CONFIG)
 
 

@@ -40,7 +40,7 @@ def test_a_state_comes_back_from_its_two_files(steps: int) -> None:
 
 def test_files_of_different_steps_are_refused() -> None:
     early, late = stopped(2), stopped(3)
-    with pytest.raises(GeneratorError, match="different steps"):
+    with pytest.raises(GeneratorError, match="different training steps"):
         state_from_bytes(early.network_bytes(), late.optimizer_bytes(), CPU)
 
 
@@ -58,7 +58,7 @@ def test_a_file_that_is_no_network_of_a_run_is_refused(network: bytes) -> None:
 
 def test_a_file_cut_short_is_refused() -> None:
     state = stopped()
-    with pytest.raises(GeneratorError, match="not a whole file"):
+    with pytest.raises(GeneratorError, match="not a complete training state file"):
         state_from_bytes(state.network_bytes(), state.optimizer_bytes()[:-4], CPU)
 
 
