@@ -105,9 +105,9 @@ def materialize(
 ) -> None:
     """Write the adapter of TASK to a folder or file.
 
-    A decoded adapter has the configuration, tensor names, ranks and number formats of its original. Decoding needs neither
-    the base model nor a GPU, and output is reproducible byte for byte. --seed samples the latent instead of using its
-    mean. --from decodes the adapter from a bundle, after checking every byte, and needs no store.
+    A decoded adapter has the configuration, tensor names, ranks and number formats of its original. Decoding needs
+    neither the base model nor a GPU, and output is reproducible byte for byte. --seed samples the latent instead of
+    using its mean. --from decodes the adapter from a bundle, after checking every byte, and needs no store.
 
     Converting to or from gguf reads the base model's configuration from its folder or GGUF file.
 
@@ -119,7 +119,7 @@ def materialize(
 
     _check_options(task, samples, bundle, source, adapter_format, seed, base_model)
     if samples is None and (loader, device) != (None, None):
-        raise UsageProblem("--loader and --device need --samples", hint="remove --loader and --device")
+        raise UsageProblem("`icm materialize` does not run the base model", hint="remove --loader and --device")
     if samples is not None:
         from icm_cli.recognized import recognized
 

@@ -143,7 +143,7 @@ def test_what_cannot_be_restored_is_listed_with_exit_code_3(icm: Icm, here: Path
     (here / "rules" / "adapter_config.json").write_text("{}")
     ran = icm("restore", here)
     assert ran.code == ExitCode.PARTLY
-    assert "skipped loras/rules: adapter_config.json is there" in ran.out
+    assert "skipped loras/rules: adapter_config.json already exists" in ran.out
     assert "hint: move it elsewhere" in ran.err
     assert "restored 1 of 2 adapters" in ran.out
 

@@ -77,14 +77,15 @@ def test_one_warning_for_all_damaged_tasks(icm: Icm, trained: Path, flags: tuple
     ran = icm("ls", *flags)
     warning, *others = ran.err.splitlines()
     assert ran.code == ExitCode.DAMAGED
-    assert warning.startswith(f"warning: skipped 2 damaged tasks: poems, rules: {trained / 'registry.db'}: row 1 ")
+    reason = f"{trained / 'registry.db'}: checksum mismatch in row 1 of tasks"
+    assert warning == f"warning: skipped 2 damaged tasks: poems, rules: {reason}"
     assert others == hints
 
 
 def test_the_warning_about_a_single_damaged_task(icm: Icm, trained: Path) -> None:
     damage(trained, f"UPDATE codes SET dw_error = dw_error / 4 WHERE {RULES}")
     warning, *others = icm("stats").err.splitlines()
-    assert warning.startswith(f"warning: skipped rules: {trained / 'registry.db'}: row ")
+    assert warning.startswith(f"warning: skipped rules: {trained / 'registry.db'}: checksum mismatch in row ")
     assert others == [VERIFY]
 
 
@@ -109,7 +110,8 @@ def test_a_command_that_fails_prints_the_warning_too(icm: Icm, trained: Path) ->
     ran = icm("map")
     assert ran.code == ExitCode.DAMAGED
     warning, error = ran.err.splitlines()[:2]
-    assert warning.startswith(f"warning: skipped 2 damaged tasks: poems, rules: {trained / 'registry.db'}: row 1 ")
+    reason = f"{trained / 'registry.db'}: checksum mismatch in row 1 of tasks"
+    assert warning == f"warning: skipped 2 damaged tasks: poems, rules: {reason}"
     assert error.startswith("error: ")
 
 
