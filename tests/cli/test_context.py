@@ -124,3 +124,17 @@ def test_a_context_that_is_put_next_to_a_known_adapter_is_taken_and_never_replac
     assert icm("context", "poems", "--show", "--json").document["messages"] == []
     assert icm("context", "poems", "--show").out == "grey geese\n"
     assert icm("verify", "--read-data", "--json").document["ok"]
+
+
+def test_a_malformed_context_next_to_an_adapter_is_a_problem_of_its_task(icm: Icm, tmp_path: Path) -> None:
+    folder = write_lora(tmp_path / "loras" / "odes")
+    (folder / "context.txt").write_text("Roses are red.\n\n")
+    (folder / "context.json").write_text('["no", "messages"]')
+    for _ in range(2):
+        ran = icm("ingest", folder, "--no-vectors", "--json")
+        (problem,) = [event for event in ran.events if event["type"] == "problem"]
+        assert (ran.code, problem["task"], problem["path"]) == (3, "odes", str(folder / "context.json"))
+        assert icm("context", "odes", "--show", "--json").document["text"] is None
+    (folder / "context.json").unlink()
+    assert icm("ingest", folder, "--no-vectors").code == 0
+    assert icm("context", "odes", "--show", "--json").document["text"] == "Roses are red.\n\n"

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from icmlora.errors import IcmLoraError
+from icmlora.errors import DataError, IcmLoraError
 from icmlora.fleet.bases.joins import KnownBases
 from icmlora.fleet.ingest.files import PreparedTask, Refusal
 from icmlora.formats.extras import pack, tensor_files
@@ -60,27 +60,29 @@ class ExtrasKeeper:
         return kept
 
     def _kept(self, task: PreparedTask, recorded: _Recorded) -> PreparedTask | Refusal:
-        final = task.final
+        final, problems = task.final, list(task.problems)
         try:
-            extras = self._extras(task, final, recorded) if _has_extras(task) else ()
+            extras = self._extras(task, final, recorded, problems) if _has_extras(task) else ()
         except (IcmLoraError, SourceRefused) as error:
             return Refusal(error, task.found.final.place)
         rows = tuple(replace(row, extras=extras) if row is final else row for row in task.adapters)
         size = task.size + sum(extra.size for extra in extras if extra.file is not None)
-        return replace(task, adapters=rows, size=size)
+        return replace(task, adapters=rows, size=size, problems=tuple(problems))
 
     def _flush(self) -> None:
         if self._store is not None and self._waiting:
             self._store.blobs.put_all(self._waiting)
         self._waiting.clear()
 
-    def _extras(self, task: PreparedTask, final: NewAdapter, recorded: _Recorded) -> tuple[Extra, ...]:
+    def _extras(
+        self, task: PreparedTask, final: NewAdapter, recorded: _Recorded, problems: list[Refusal]
+    ) -> tuple[Extra, ...]:
         companions = task.found.final.companions
         own = recorded.get((task.found.name.lower(), final.config, final.weights))
         # If the store lost one of them, the same ingest gives it back.
         if own is not None and (self._store is None or all(self._store.blobs.exists(extra.blob) for extra in own)):
-            return (*own, *self._files(_came_later(companions, {extra.file for extra in own})))
-        extras = self._files(companions)
+            return (*own, *self._files(_came_later(companions, {extra.file for extra in own}), problems))
+        extras = self._files(companions, problems)
         # Evicted weights that stay evicted are not in the store; the row of their adapter has its extras already.
         if self._store is not None and task.kept and self._store.blobs.exists(final.weights):
             tensors = raw_tensors(self._store.blobs.read(final.weights), task.kept)
@@ -93,8 +95,8 @@ class ExtrasKeeper:
             extras += [self._extra(None, data, width) for data, width in tensor_files(tensors)]
         return tuple(extras)
 
-    def _files(self, companions: Mapping[str, Path]) -> list[Extra]:
-        found = sorted(companions.items())
+    def _files(self, companions: Mapping[str, Path], problems: list[Refusal]) -> list[Extra]:
+        found = sorted(_with_usable_context(companions, problems).items())
         return [self._extra(name, read_regular(path, max_bytes=_COMPANION_LIMIT)) for name, path in found]
 
     def _equal(self, tensors: Mapping[str, RawTensor], base_model: str | None) -> dict[str, Reference]:
@@ -132,6 +134,23 @@ class ExtrasKeeper:
                 self._flush()
         blob, packed_size = self._packed[key]
         return Extra(blob, file, len(data), packed_size)
+
+
+def _with_usable_context(companions: Mapping[str, Path], problems: list[Refusal]) -> Mapping[str, Path]:
+    """Return the files without those of a context that cannot be read as one, after noting why."""
+    files = {name: companions[name] for name in CONTEXT_NAMES & companions.keys()}
+    if not files:
+        return companions
+    from icmlora.base_models.examples.context import TaskContext  # few adapters have one
+
+    try:
+        TaskContext.read({name: read_regular(path, max_bytes=_COMPANION_LIMIT) for name, path in files.items()})
+    except DataError as error:
+        path = companions[str(error.path)]
+        error.path, error.hint = str(path), "correct or delete the file, then ingest the folder again"
+        problems.append(Refusal(error, path))
+        return {name: path for name, path in companions.items() if name not in CONTEXT_NAMES}
+    return companions
 
 
 def _came_later(companions: Mapping[str, Path], known: Collection[str | None]) -> dict[str, Path]:
