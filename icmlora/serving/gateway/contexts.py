@@ -19,7 +19,7 @@ from icmlora.serving.gateway.problems import HttpProblem
 
 HEADER = b"icm-context"
 """Of a request: whether its task's context stands before it. Of an answer: whether it did."""
-ON, OFF, TOO_LONG, UNFIT = "on", "off", "too-long", "unfit"
+ON, OFF, NONE, TOO_LONG, UNFIT = "on", "off", "none", "too-long", "unfit"
 _SPOKEN = frozenset({"system", "user", "assistant"})  # roles that every API has
 
 

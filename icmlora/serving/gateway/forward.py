@@ -19,7 +19,7 @@ import httpx
 
 from icmlora.serving.catalogue import Catalogue
 from icmlora.serving.gateway.connection import Connection
-from icmlora.serving.gateway.contexts import HEADER, ON, TOO_LONG, UNFIT, is_wanted, put_before
+from icmlora.serving.gateway.contexts import HEADER, NONE, ON, TOO_LONG, UNFIT, is_wanted, put_before
 from icmlora.serving.gateway.engines import Body, Engine, unreachable
 from icmlora.serving.gateway.metrics import Metrics
 from icmlora.serving.gateway.problems import HttpProblem
@@ -199,10 +199,10 @@ class Forwarder:
         """Put its task's context before a request that wants it; also return what the client is told of that."""
         if task is None or resident is None or not is_wanted(asked.wish, default=task.is_generated):
             return asked.fields, None
-        if (context := resident.context) is None:
-            return asked.fields, None
-        behind = None if asked.is_too_long else put_before(asked.route, asked.fields, context)
-        said = TOO_LONG if asked.is_too_long else UNFIT if behind is None else ON
+        context, behind = resident.context, None
+        if context is not None and not asked.is_too_long:
+            behind = put_before(asked.route, asked.fields, context)
+        said = NONE if context is None else TOO_LONG if asked.is_too_long else UNFIT if behind is None else ON
         self._metrics.contexts.labels(said).inc()
         return behind or asked.fields, said
 

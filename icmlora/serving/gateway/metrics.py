@@ -30,8 +30,8 @@ class Metrics:
         )
         self.contexts = Counter(
             "icm_contexts",
-            "Requests for a task's context: added (on), too long for the engine (too-long), or not supported for this "
-            "kind of request (unfit).",
+            "Requests for a task's context: added (on), too long for the engine (too-long), not supported for this "
+            "kind of request (unfit), or made for a task without a usable context (none).",
             ["result"],
             registry=registry,
         )

@@ -134,6 +134,12 @@ def test_a_request_that_is_too_long_behind_it_is_answered_without(
     assert ask(gateway, "/v1/completions", prompt="y" * 600).status_code == 400
 
 
+def test_a_task_without_a_context_says_so_to_a_request_that_wants_one(gateway: Gateway) -> None:
+    answer = ask(gateway, "/v1/completions", prompt="two")
+    assert (answer.status_code, answer.headers["icm-context"]) == (200, "none")
+    assert gateway.metric('icm_contexts_total{result="none"}') == 1
+
+
 def test_another_context_is_taken_up_by_the_next_request(gateway: Gateway, served: Served) -> None:
     keep(served, TEXT)
     ask(gateway, "/v1/completions", prompt="two")
@@ -146,7 +152,8 @@ def test_files_that_are_no_context_are_told_and_left(
 ) -> None:
     with Store.open(served.store) as store:
         store.tasks.set_files("rules", kept_files(store.blobs, {"context.json": b"[]"}))
-    assert ask(gateway, "/v1/completions", prompt="two").json()["asked"]["prompt"] == "two"
+    answer = ask(gateway, "/v1/completions", prompt="two")
+    assert (answer.json()["asked"]["prompt"], answer.headers["icm-context"]) == ("two", "none")
     assert "cannot read the context of rules" in caplog.text
 
 
