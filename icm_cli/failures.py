@@ -31,9 +31,15 @@ def print_failure(session: Session, event: Event) -> None:
 
 def print_vectors_event(session: Session, event: Event) -> None:
     """Print the result of vector extraction for a task."""
-    from icmlora.fleet.vectors.vectors import VectorsExtracted
+    from icmlora.fleet.vectors.vectors import ExtractionTakesLong, VectorsExtracted
 
     print_failure(session, event)
+    if isinstance(event, ExtractionTakesLong):
+        minutes = round(event.seconds / 60)
+        time = counted(minutes, "minute") if minutes < 100 else counted(round(minutes / 60), "hour")
+        session.out.note(f"extracting the task vectors of {counted(event.tasks, 'more task')} takes about {time}")
+        kept = "adapters and finished vectors are kept, and `icm vectors` extracts the rest later"
+        session.out.hint(f"press Ctrl-C to stop: {kept}; `icm ingest --no-vectors` skips this step")
     if isinstance(event, VectorsExtracted):
         session.out.event("vectors", **asdict(event))
         source = "its samples" if event.source == "samples" else "probe texts"

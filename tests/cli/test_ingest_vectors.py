@@ -6,9 +6,12 @@ from pathlib import Path
 import pytest
 
 from icm_cli.errors import ExitCode
-from icmlora import Fleet
+from icmlora import Cancelled, Fleet
+from icmlora.fleet.ingest.ingest import IngestReport
+from icmlora.fleet.vectors import vectors as extraction
 from tests.cli.conftest import Ran
 from tests.cli.fleet import write_texts
+from tests.icmlora.fleet.stores import stop_after
 from tests.icmlora.tiny_base import LABEL, write_tiny_adapter, write_tiny_base
 
 Icm = Callable[..., Ran]
@@ -41,6 +44,24 @@ def test_the_library_leaves_the_same_store(icm: Icm, run_folder: Path, tmp_path:
     shown = [icm("show", "poems", "--store", tmp_path / name, "--json").document for name in ("store", "other")]
     assert shown[0].keys() == shown[1].keys()
     assert shown[0]["vectors"] == shown[1]["vectors"] != []
+
+
+def test_an_extraction_that_takes_long_says_how_long_and_may_be_stopped(
+    icm: Icm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(extraction, "_LONG", 0.0)
+    base, told = write_tiny_base(tmp_path / "base"), stop_after(1, extraction.ExtractionTakesLong)
+    for number in range(6):
+        write_tiny_adapter(tmp_path / "loras" / f"poems-{number}")
+    fleet = Fleet(tmp_path / "store", on_event=told)
+    fleet.add_base_model(LABEL, base)
+    with pytest.raises(Cancelled) as stopped:
+        fleet.ingest([tmp_path / "loras"], device="cpu")
+    report = stopped.value.report
+    assert isinstance(report, IngestReport)
+    assert (report.new, len(report.without_vectors)) == (6, 2)
+    ran = icm("vectors", "--again", "--device", "cpu")
+    assert "extracting the task vectors of 2 more tasks takes about 0 minutes" in ran.err
 
 
 @pytest.mark.slow

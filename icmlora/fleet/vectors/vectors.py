@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -34,6 +35,17 @@ bfloat16 is twice as fast as float32 and moves a vector by less than a hundredth
 
 SAMPLES_READ = VectorSettings().support_sets * VectorSettings().set_size
 """Samples that vectors are made from: what `split_samples` chooses of a whole file, it also chooses of these."""
+
+_MEASURED = 3  # tasks after which the duration of the others is estimated
+_LONG = 120.0  # seconds
+
+
+@dataclass(frozen=True)
+class ExtractionTakesLong(Event):
+    """The vectors of the remaining tasks take minutes or hours, as the first ones show; this is reported once."""
+
+    tasks: int  # that remain
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -95,6 +107,7 @@ def extract_vectors(
         todo = _plan(store, tasks, Shard.of(shard), again, report)
         failures = FailureLog(context, report, sum(map(len, todo.values())))
         context.progress(0, failures.total)
+        pace = _Pace(context, failures.total)
 
         def tell(note: str) -> None:
             context.progress(report.done, failures.total, note)
@@ -106,8 +119,31 @@ def extract_vectors(
                 for task, made in failures.results(label, pool.each(extract_tasks, of_base, tell)):
                     _record(context, store, rows[task.name], made, report)
                     tell(task.name)
+                    pace.note(report.done)
         failures.check(len(todo))
     return report
+
+
+class _Pace:
+    """Estimates how long the remaining tasks take."""
+
+    def __init__(self, context: Context, total: int) -> None:
+        self._context, self._total = context, total
+        self._first: tuple[int, float] | None = None
+        self._is_told = False
+
+    def note(self, done: int) -> None:
+        """Note that so many tasks are done."""
+        now = time.monotonic()
+        if self._first is None:  # the base model is loaded by now
+            self._first = done, now
+        if self._is_told or done < self._first[0] + _MEASURED:
+            return
+        left = self._total - done
+        seconds = left * (now - self._first[1]) / (done - self._first[0])
+        if seconds > _LONG:
+            self._is_told = True
+            self._context.on_event(ExtractionTakesLong(left, seconds))
 
 
 def _plan(
