@@ -87,12 +87,20 @@ def import_bundle(
         if dry_run:
             return ImportReport(index, bundle.digest, tuple(_plan(context, arrival)), refused)
         with context.open(create=True) as store:
-            planned = store.bundles.plan(arrival)
-            new = {outcome.name.lower() for outcome in planned if outcome.status in ("added", "encoded")}
-            _put(context, store, bundle, [task for task in wanted if task.name.lower() in new])
-            # `add` decides again under the write lock, since another process may have changed a task in the meantime.
-            outcomes = store.bundles.add(arrival) if new else planned
+            outcomes = store.bundles.plan(arrival)
+            if _new(outcomes):
+                # Not while a training holds the base model: its new generator would have no codes of these tasks.
+                with store.job(store.base_models.name_of(index.base_model), shared=True):
+                    new = _new(store.bundles.plan(arrival))  # again: the store may have changed during the wait
+                    _put(context, store, bundle, [task for task in wanted if task.name.lower() in new])
+                    # `add` decides once more under the write lock, since another process may have changed a task.
+                    outcomes = store.bundles.add(arrival)
     return ImportReport(index, bundle.digest, tuple(outcomes), refused)
+
+
+def _new(outcomes: Sequence[ImportOutcome]) -> set[str]:
+    """Return the tasks that get something from the bundle."""
+    return {outcome.name.lower() for outcome in outcomes if outcome.status in ("added", "encoded")}
 
 
 def _check_parts(bundle: BundleFile, tasks: Sequence[BundledTask]) -> None:

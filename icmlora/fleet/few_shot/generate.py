@@ -50,7 +50,7 @@ from icmlora.task_vectors.distances import FEWEST, Familiarity, familiarity
 from icmlora.task_vectors.extraction import extract_context
 from icmlora.task_vectors.vector import TaskVector
 from icmlora.training.refinement import RefineConfig
-from registry.errors import GeneratorConflict, TaskConflict
+from registry.errors import GeneratorConflict, StoreLocked, TaskConflict
 from registry.names import check_name, check_note, split_label
 from registry.records import GeneratorRecord, NewGenerator, relative_error
 from registry.tables.bundles import BundleImport, ImportedTask
@@ -309,21 +309,23 @@ def _register(
     files: Mapping[str, bytes],
 ) -> None:
     """Record the task of a written folder as if it had been ingested, encoded and evicted."""
-    config, weights, card = ((folder / file).read_bytes() for file in (CONFIG_NAME, WEIGHTS_NAME, CARD_NAME))
-    summary = PEFT.inspect(config, weights, path=folder)
-    original = new_adapter(
-        summary,
-        weights=hashlib.sha256(weights).hexdigest(),
-        config=store.blobs.put(config),
-        card=store.blobs.put(card),
-        source=f"generated {name}",
-    )
-    original = replace(original, is_generated=True, extras=tuple(kept_files(store.blobs, files).values()))
-    rows, blob = put_vectors(store, name, vectors), store.blobs.put(code.data)
-    task = ImportedTask(name, original, len(weights), blob, code.squared_error, vectors=rows)
-    current = NewGenerator(generator.base_model, generator.blob, generator.config, generator.metrics)
     try:
-        store.bundles.add(BundleImport(current, generator.version, [task]))
-    except GeneratorConflict as error:
+        # Not while a training holds the base model: its new generator would have no code of this task.
+        with store.job(generator.base_model, shared=True):
+            config, weights, card = ((folder / file).read_bytes() for file in (CONFIG_NAME, WEIGHTS_NAME, CARD_NAME))
+            summary = PEFT.inspect(config, weights, path=folder)
+            original = new_adapter(
+                summary,
+                weights=hashlib.sha256(weights).hexdigest(),
+                config=store.blobs.put(config),
+                card=store.blobs.put(card),
+                source=f"generated {name}",
+            )
+            original = replace(original, is_generated=True, extras=tuple(kept_files(store.blobs, files).values()))
+            rows, blob = put_vectors(store, name, vectors), store.blobs.put(code.data)
+            task = ImportedTask(name, original, len(weights), blob, code.squared_error, vectors=rows)
+            current = NewGenerator(generator.base_model, generator.blob, generator.config, generator.metrics)
+            store.bundles.add(BundleImport(current, generator.version, [task]))
+    except (GeneratorConflict, StoreLocked) as error:
         error.hint = f"the adapter was written to {folder}; run the same command again with --force to register it"
         raise
