@@ -102,7 +102,9 @@ class Ranks:
             sizes = [int(size) for size in lengths if size]
             if not sizes:
                 return []
-            data = torch.frombuffer(bytearray(b"".join(parts) or sum(sizes)), dtype=torch.uint8)
+            data = torch.empty(sum(sizes), dtype=torch.uint8)
+            if self.is_first:
+                data = torch.frombuffer(bytearray(b"".join(parts)), dtype=torch.uint8)
             dist.broadcast(data, 0)
         whole = data.numpy().tobytes()
         return [whole[start:end] for start, end in pairwise(accumulate(sizes, initial=0))]
