@@ -102,7 +102,7 @@ def test_a_folder_of_the_same_name_without_a_model_does_not_hide_the_cache(empty
 def test_nothing_found_says_how_to_name_a_copy(empty: Path) -> None:
     with pytest.raises(BaseModelNotFound, match="no local copy") as caught:
         find_base_model(LABEL, cache_dir=empty)
-    assert caught.value.hint == "name a local copy once: icm base add maker/model PATH"
+    assert caught.value.hint == "run `icm base add maker/model PATH` to specify a local copy"
 
 
 @pytest.mark.parametrize("label", ["", "\0", "x" * 5000, "../..", "https://host/model", "a/b/c/d", "\x1b[31m", "-rf"])

@@ -88,7 +88,7 @@ def test_a_part_with_pickled_weights_alone_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("named", [["os", "system"], ["my_unet", "Unet"], [["a"], "b"], ["unet", "Unet"]])
 def test_a_part_of_another_library_is_not_loaded(index: Callable[..., FoundBase], named: list[Any]) -> None:
-    with pytest.raises(BaseModelNotFound, match="its part 'unet' is of"):
+    with pytest.raises(BaseModelNotFound, match="its part 'unet' comes from"):
         Pipeline(index(unet=named), CPU)
 
 

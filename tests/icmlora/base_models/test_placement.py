@@ -62,10 +62,10 @@ def test_it_is_spread_where_one_card_is_too_small(found: FoundBase, monkeypatch:
 def test_what_fits_nowhere_is_told_what_makes_it_smaller(found: FoundBase, monkeypatch: pytest.MonkeyPatch) -> None:
     cards(monkeypatch, 1000, cpu=2000)
     with pytest.raises(
-        BaseModelNotFound, match=f"takes {human_size(NEEDED)}, and {human_size(3000)} are free"
+        BaseModelNotFound, match=f"needs {human_size(NEEDED)}, but only {human_size(3000)} are free"
     ) as error:
         place(found, ANY_CARD)
-    assert error.value.hint == f"`icm base add {LABEL} PATH --load-in nf4` to load it in 4 bits"
+    assert error.value.hint == f"run `icm base add {LABEL} PATH --load-in nf4` to load it in 4 bits"
 
 
 def test_in_few_bits_it_needs_less_and_never_goes_to_the_cpu(found: FoundBase, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -191,7 +191,7 @@ def test_only_nf4_and_int8_are_known(tmp_path: Path) -> None:
 def test_without_bitsandbytes_the_error_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = replace(inspect_base(LABEL, write_tiny_base(tmp_path)), load_in="nf4")
     monkeypatch.setattr("icmlora.base_models.quantised.find_spec", lambda name: None)
-    with pytest.raises(BaseModelNotFound, match="takes bitsandbytes, which is not installed") as error:
+    with pytest.raises(BaseModelNotFound, match="needs bitsandbytes, which is not installed") as error:
         check_load_in(found)
     assert error.value.hint == "install the extra: pip install 'icm-lora[quantized]'"
 
@@ -200,5 +200,5 @@ def test_a_network_without_linear_layers_is_refused_when_it_is_loaded(tmp_path: 
     sizes = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]}
     ResNetForImageClassification(ResNetConfig(**sizes, id2label=CLASSES)).save_pretrained(tmp_path)
     ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
-    with pytest.raises(BaseModelUnsuited, match="no layer that nf4 is for"):
+    with pytest.raises(BaseModelUnsuited, match="no layer that nf4 can quantise"):
         load(tmp_path, "nf4")

@@ -115,7 +115,7 @@ def test_another_file_is_called_no_bundle(tmp_path: Path) -> None:
 
 def test_a_newer_format_is_named(data: bytes, spoilt: Path) -> None:
     spoilt.write_bytes(b"ICMB\x06" + data[5:])
-    with pytest.raises(BundleError, match="has the format 6") as caught, open_bundle(spoilt):
+    with pytest.raises(BundleError, match="has format 6") as caught, open_bundle(spoilt):
         pass
     assert "newer" in (caught.value.hint or "")
 

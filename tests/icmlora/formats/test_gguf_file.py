@@ -102,7 +102,7 @@ def test_a_shape_has_its_innermost_dimension_last() -> None:
         (HEAD.pack(b"GGUF", 3, 0, 1) + struct.pack("<Q1sIIQ", 1, b"x", 9, 9, 5), "a value of an unknown type"),
         (HEAD.pack(b"GGUF", 3, 1, 0) + struct.pack("<Q1sI", 1, b"x", 5), "x has 5 dimensions"),
         (HEAD.pack(b"GGUF", 3, 1, 0) + struct.pack("<Q1sIQIQ", 1, b"x", 1, 4, 77, 0), "x has the unknown type 77"),
-        (HEAD.pack(b"GGUF", 3, 1, 0) + struct.pack("<Q1sIQIQ", 1, b"x", 1, 4, 0, 32), "x is not where"),
+        (HEAD.pack(b"GGUF", 3, 1, 0) + struct.pack("<Q1sIQIQ", 1, b"x", 1, 4, 0, 32), "x does not start where"),
         (HEAD.pack(b"GGUF", 3, 1, 0) + struct.pack("<Q1sIQIQ", 1, b"x", 1, 4, 8, 0), "rows of 4, which Q8_0"),
     ],
 )

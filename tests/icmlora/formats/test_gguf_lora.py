@@ -211,7 +211,7 @@ def test_an_adapter_of_another_architecture_does_not_fit_the_base_model() -> Non
 
 @pytest.mark.parametrize("name", ["token_embd", "output", "blk.2.attn_v", "blk.0.ffn_up_exps.0", "blk.0.attn_rot"])
 def test_a_module_that_transformers_calls_nobody_knows_what_is_refused_by_name(name: str) -> None:
-    with pytest.raises(AdapterRefused, match=f"{name}: icm does not know what transformers calls this") as error:
+    with pytest.raises(AdapterRefused, match=f"{name}: icm does not know the transformers name of this") as error:
         read_back(module("blk.0.attn_v"), module(name))
     assert error.value.kind == "layers"
 

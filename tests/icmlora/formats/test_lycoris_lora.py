@@ -196,13 +196,15 @@ def test_without_a_rank_it_is_asked_for(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("algo", "method"), [("glora", "GLoRA"), ("boft", "OFT"), ("diag-oft", "OFT")])
 def test_what_needs_the_base_model_is_refused_by_name(algo: str, method: str, tmp_path: Path) -> None:
     file = lycoris_file(tmp_path / "x.safetensors", tiny_sd15().unet, algo=algo)
-    with pytest.raises(AdapterRefused, match=f"is of {method}, and computing its dW needs the base model's weights"):
+    with pytest.raises(
+        AdapterRefused, match=f"belongs to {method}, and computing its dW needs the base model's weights"
+    ):
         convert(file, tmp_path / "out.safetensors", adapter_format="kohya", rank=4)
 
 
 def test_dora_is_refused_by_name(tmp_path: Path) -> None:
     file = lycoris_file(tmp_path / "x.safetensors", tiny_sd15().unet, algo="loha", dora_wd=True)
-    with pytest.raises(AdapterRefused, match="dora_scale is of DoRA"):
+    with pytest.raises(AdapterRefused, match="dora_scale belongs to DoRA"):
         convert(file, tmp_path / "out.safetensors", adapter_format="kohya", rank=4)
 
 

@@ -215,7 +215,7 @@ def test_the_residual_of_another_code_is_refused_by_name() -> None:
 
 
 def test_a_code_in_the_place_of_a_residual_is_refused() -> None:
-    with pytest.raises(CodeError, match="not a residual"):
+    with pytest.raises(CodeError, match="not an icm residual"):
         LAYERED.decode(CODE, CODE)
 
 
