@@ -34,7 +34,7 @@ _FIELDS: tuple[Field[TaskEncoded], ...] = (
 )
 
 
-def tell_encoded(session: Session, event: Event, kind: str = "task") -> None:
+def print_encoded(session: Session, event: Event, kind: str = "task") -> None:
     """Print an encoded task as a JSON line of the given type."""
     from icmlora.fleet.encode.encode import TaskEncoded
 
@@ -42,7 +42,7 @@ def tell_encoded(session: Session, event: Event, kind: str = "task") -> None:
         session.out.event(kind, **as_fields(event))
 
 
-def tell_next(session: Session, report: EncodeReport, max_error: float | None, min_gain: float | None) -> None:
+def print_evict_hint(session: Session, report: EncodeReport, max_error: float | None, min_gain: float | None) -> None:
     """Print the `icm evict` command with the same limits if every task meets them."""
     if report.short or all(task.status == "evicted" for task in report.tasks):
         return

@@ -114,7 +114,7 @@ def no_gain(task: str, scores: Mapping[Rung, MetricResult], gains: Collection[fl
     )
 
 
-def tell_measured(session: Session, event: Event) -> None:
+def print_measured(session: Session, event: Event) -> None:
     """Print a measured or failed task, as JSON lines or warnings."""
     from icmlora.fleet.measure.evaluate import TaskEvaluated
 

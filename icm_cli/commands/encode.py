@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
-from icm_cli.encode_report import sum_up, tell_encoded, tell_next
+from icm_cli.encode_report import sum_up, print_encoded, print_evict_hint
 from icm_cli.options import (
     BaseModelOpt,
     DeviceOpt,
@@ -130,8 +130,8 @@ def encode(
             shard=shard,
         )
 
-    report, stopped = session.run("encode", work, partial(tell_encoded, session))
+    report, stopped = session.run("encode", work, partial(print_encoded, session))
     sum_up(session, report)
     if not stopped:
-        tell_next(session, report, max_error, min_gain)
+        print_evict_hint(session, report, max_error, min_gain)
     end(f"encoded {counted(len(report.tasks), 'task')}", stopped=stopped, partly=bool(report.short))

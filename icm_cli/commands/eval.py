@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from icm_cli.eval_report import MEASURE_REST, measured, sum_up, tell_measured
+from icm_cli.eval_report import MEASURE_REST, measured, sum_up, print_measured
 from icm_cli.options import DeviceOpt, ShardOpt, SomeTasksArg, WorkersOpt, option
 from icm_cli.session import Session, command, end
 from icmlora.fleet.measure.metric_result import MAX_TOKENS
@@ -84,7 +84,7 @@ def evaluate(
             shard=shard,
         )
 
-    report, stopped = session.run("eval", work, partial(tell_measured, session))
+    report, stopped = session.run("eval", work, partial(print_measured, session))
     sum_up(session, report)
     if report.tasks and max_tokens != MAX_TOKENS:
         fact = f"`icm stats` shows these figures until the next `icm eval` with the default of {MAX_TOKENS} tokens"

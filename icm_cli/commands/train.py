@@ -243,8 +243,8 @@ class _Printed:
             if event.label == "encode" and self.is_refining and not self.encoded:
                 self.session.out.note("refining codes; the store is already complete, so Ctrl-C is safe")
         _print_event(self.session, event)
-        encode_report.tell_encoded(self.session, event, "refined" if self.is_refining else "task")
-        eval_report.tell_measured(self.session, event)
+        encode_report.print_encoded(self.session, event, "refined" if self.is_refining else "task")
+        eval_report.print_measured(self.session, event)
 
     def catch_up(self, report: TrainReport | UpdateReport, *, is_stopped: bool = False) -> None:
         """Print the finished stages that are not printed yet."""
@@ -262,7 +262,7 @@ class _Printed:
         for encoded in report.encoded[self.encoded :]:
             encode_report.sum_up(self.session, encoded, brief=self.is_refining)
             if not self.is_refining and not is_stopped:
-                encode_report.tell_next(self.session, encoded, self.max_error, self.min_gain)
+                encode_report.print_evict_hint(self.session, encoded, self.max_error, self.min_gain)
         self.encoded = len(report.encoded)
         if report.measurable is not None and not self.is_explained:
             self.is_explained = True

@@ -116,8 +116,8 @@ def test_ctrl_c_ends_the_workers_and_keeps_what_is_recorded(
         os.kill(os.getpid(), signal.SIGINT)
         real(*arguments)
 
-    real, before = command.tell_encoded, code_blobs(fleet)
-    monkeypatch.setattr(command, "tell_encoded", tell)
+    real, before = command.print_encoded, code_blobs(fleet)
+    monkeypatch.setattr(command, "print_encoded", tell)
     ran = icm("encode", "--max-error", "0.22", "--workers", "2", "--json")
     assert (ran.code, ran.error["message"]) == (ExitCode.INTERRUPTED, "interrupted; encoded 1 task")
     after = code_blobs(fleet)
