@@ -163,7 +163,8 @@ def test_doctor_names_the_command_that_gives_torch_a_cuda_build_for_the_card(
     assert (ran.code, ran.document["checks"]["cuda"]["value"]) == (ExitCode.FAILED, "none")
     assert ran.document["checks"]["cuda"]["problem"] == (
         "this machine has NVIDIA L4, but this build of torch has no CUDA; "
-        f"run `pip install --upgrade torch --index-url https://download.pytorch.org/whl/{build}` to install one with CUDA"
+        f"run `pip install --upgrade torch --index-url https://download.pytorch.org/whl/{build}` "
+        "to install one with CUDA"
     )
     assert len([line for line in icm("doctor").err.splitlines() if "cuda:" in line]) == 1
 

@@ -127,7 +127,7 @@ class TestInterrupted:
         before = blob_bytes(marked)
         ran = icm("evict", "--max-error", "0.001")
         assert (ran.code, blob_bytes(marked)) == (ExitCode.PARTLY, before)
-        assert "kept rules: an interrupted eviction left its weights, and they stay: its relative error is" in ran.out
+        assert "kept rules: an interrupted eviction left its weights, which are kept: its relative error is" in ran.out
 
     def test_a_damaged_part_keeps_the_file(self, icm: Icm, marked: Path) -> None:
         rules = finals(marked)["rules"]

@@ -97,7 +97,7 @@ def test_the_card_says_where_it_comes_from(icm: Icm, trained: Path, tmp_path: Pa
         text in card
         for text in (
             done["generator"],
-            "| rung | code |",
+            "| source | code |",
             f"| relative error | {done['relative_error']:.4f} |",
             "| retained gain | not measured |",
         )

@@ -99,4 +99,4 @@ def test_memory_that_runs_out_in_a_command_is_one_clear_error(
     samples.write_text("".join(json.dumps({"text": f"geese {number}"}) + "\n" for number in range(8)))
     ran = icm("generate", "geese", "--samples", samples, "-o", tmp_path / "out", *CPU, "--json")
     assert (ran.code, ran.error["kind"]) == (ExitCode.FAILED, "out_of_memory")
-    assert ran.error["message"] == "the memory of this machine ran out"
+    assert ran.error["message"] == "this machine ran out of memory"

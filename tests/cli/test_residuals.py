@@ -86,7 +86,7 @@ def test_what_is_written_has_the_error_that_was_said(icm: Icm, layered: Path, tm
     assert squared_error(original, residual) == pytest.approx(said.best_squared_error, rel=1e-2)
     assert squared_error(original, code) == pytest.approx(said.squared_error, rel=1e-2)
     card = (tmp_path / "residual" / "README.md").read_text()
-    assert ("| rung | residual |" in card, f"{math.sqrt(said.best_squared_error or 0):.4f}" in card) == (True, True)
+    assert ("| source | residual |" in card, f"{math.sqrt(said.best_squared_error or 0):.4f}" in card) == (True, True)
 
 
 def test_a_task_without_a_residual_says_what_makes_one(icm: Icm, trained: Path, tmp_path: Path) -> None:

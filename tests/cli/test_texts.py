@@ -243,7 +243,7 @@ class TestVectors:
         icm("ingest", folder, "--no-vectors")
         event = icm("vectors", *CPU, "--json").events[0]
         assert event["vectors"] == 2
-        assert event["skipped"].startswith("skipped 1 of 9 rows; the first: a chat is refused by the chat template")
+        assert event["skipped"].startswith("skipped 1 of 9 rows; the first: a chat was rejected by the chat template")
 
 
 class TestEval:

@@ -108,12 +108,12 @@ def _find(store: Store, digits: str) -> GeneratorRecord:
     """Find a generator by the beginning of its digest; of several with the same file the newest not in use."""
     hint = "run `icm generators` to list them"
     if len(digits) < _FEWEST_DIGITS:
-        raise DataError(f"{digits!r} is too short: give at least {_FEWEST_DIGITS} digits", hint=hint)
+        raise DataError(f"{digits!r} is too short: use at least {_FEWEST_DIGITS} digits", hint=hint)
     found = [record for record in store.generators.all() if record.blob.startswith(digits.lower())]
     if not found:
         raise DataError(f"no generator begins with {digits!r}", hint=hint)
     if len({record.blob for record in found}) > 1:
-        raise DataError(f"{len(found)} generators begin with {digits!r}: give more digits", hint=hint)
+        raise DataError(f"{len(found)} generators begin with {digits!r}: use more digits", hint=hint)
     return max(found, key=lambda record: (not record.is_current, record.version))
 
 

@@ -32,8 +32,9 @@ A LoRA adapter for `{base}`, written by icm {how}.
 | relative error | {error} |
 | retained gain | {gain} |
 
-dW is the weight change of the original, dW' that of this adapter. The relative error is ||dW' - dW|| / ||dW||
-(Frobenius norms over all modules). The retained gain is (loss of the base model - loss of this adapter) /
+dW is the weight change of the original, and dW' is the weight change of this adapter. The relative error is
+||dW' - dW|| / ||dW|| (Frobenius norms over all modules). The retained gain is
+(loss of the base model - loss of this adapter) /
 (loss of the base model - loss of the original) on held-out text.
 """
 

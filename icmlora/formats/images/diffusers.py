@@ -50,7 +50,7 @@ def scale_of(metadata: Mapping[str, str], module: str, rank: int) -> float:
     if config is None:
         return 1.0
     if config.rank_of(inner) != rank:
-        fact = f"{module} has rank {rank}, but the configuration in the header says {config.rank_of(inner)}"
+        fact = f"{module} has rank {rank}, but the header's configuration states {config.rank_of(inner)}"
         raise AdapterRefused(fact, kind="rank", hint="save it again with diffusers")
     return config.scale_of(inner)
 

@@ -114,5 +114,5 @@ def test_a_module_of_another_shape_is_named_with_both_shapes(tmp_path: Path) -> 
 
 
 def test_a_module_that_is_no_linear_layer_does_not_fit(tmp_path: Path) -> None:
-    with pytest.raises(BaseModelMismatch, match="is not a layer of base model .* that supports LoRA"):
+    with pytest.raises(BaseModelMismatch, match="is not a layer of base model "):
         check_fits(load_tiny_base(tmp_path), [("model.norm", 2, 32, 32)])

@@ -81,7 +81,7 @@ def test_a_rollback_would_lose_an_evicted_task_and_is_refused(twice: Fleet) -> N
 @pytest.mark.parametrize("digits", ["", "abc"])
 def test_too_few_digits_are_refused(fleet: Fleet, digits: str) -> None:
     for work in (fleet.rollback, fleet.forget_generator):
-        with pytest.raises(DataError, match="give at least 4 digits"):
+        with pytest.raises(DataError, match="use at least 4 digits"):
             work(digits)
 
 

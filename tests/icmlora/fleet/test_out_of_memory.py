@@ -115,7 +115,7 @@ def test_what_the_allocator_of_the_cpu_says_is_understood() -> None:
     with pytest.raises(RuntimeError) as caught:
         torch.empty(1 << 60, dtype=torch.uint8)
     assert ran_out(caught.value)
-    assert "the memory of this machine ran out" in as_error(caught.value).message
+    assert "this machine ran out of memory" in as_error(caught.value).message
 
 
 def test_other_errors_are_told_as_before() -> None:
@@ -131,4 +131,4 @@ def test_a_base_model_that_does_not_fit_is_told_what_makes_it_smaller(
     monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", load)
     with pytest.raises(BaseModelNotFound, match="does not fit into memory") as caught:
         fleet.evaluate(**CPU)  # type: ignore[arg-type]
-    assert caught.value.hint == f"`icm base add {LABEL} PATH --load-in nf4` to load it in 4 bits"
+    assert caught.value.hint == f"run `icm base add {LABEL} PATH --load-in nf4` to load it in 4 bits"
