@@ -119,7 +119,7 @@ def test_an_empty_note_names_the_way_to_remove_it(icm: Icm, stored: Path) -> Non
 @pytest.mark.parametrize(
     ("line", "out", "new"),
     [
-        ("mv rust oxide", "rust is now oxide\n", "icm edit TASK --name NEW"),
+        ("mv rust oxide", "renamed rust to oxide\n", "icm edit TASK --name NEW"),
         ("tag rust sql --add prod -a big", "rust: big, prod\nsql: big, prod\n", "icm edit TASK --tag TAG"),
         ("tag rust -r prod", "rust: no tags\n", "icm edit TASK --tag TAG --untag TAG"),
         ("tag", "", "icm ls --tags"),
