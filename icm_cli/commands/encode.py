@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
-from icm_cli.encode_report import sum_up, print_encoded, print_evict_hint
+from icm_cli.encode_report import print_encoded, print_evict_hint, sum_up
 from icm_cli.options import (
     BaseModelOpt,
     DeviceOpt,

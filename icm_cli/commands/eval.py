@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from icm_cli.eval_report import MEASURE_REST, measured, sum_up, print_measured
+from icm_cli.eval_report import MEASURE_REST, measured, print_measured, sum_up
 from icm_cli.options import DeviceOpt, ShardOpt, SomeTasksArg, WorkersOpt, option
 from icm_cli.session import Session, command, end
 from icmlora.fleet.measure.metric_result import MAX_TOKENS

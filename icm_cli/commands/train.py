@@ -396,7 +396,7 @@ def _sum_up(session: Session, trained: Trained, *, few_shot: bool) -> None:
 
 def _warn_of(session: Session, left_out: Mapping[str, str]) -> None:
     for name, reason in left_out.items():
-        session.out.warn(f"{name} has no code, its original is kept: {reason}")
+        session.out.warn(f"{name} has no code and keeps its original: {reason}")
 
 
 def _sum_up_update(session: Session, updated: Updated) -> None:

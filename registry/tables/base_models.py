@@ -22,8 +22,8 @@ from registry import schema as models
 from registry.errors import BaseModelConflict, LastCopy
 from registry.names import UNKNOWN_BASE, LoadIn
 from registry.storage.row_writer import RowWriter, in_parts, table_of
+from registry.tables.codes import restore_hint_of
 from registry.tables.generators import find_current
-from registry.tables.last_copies import restore_hint_of
 from registry.tables.runs import finish_run
 from registry.tables.table import Table
 from registry.to_records import code_record, record

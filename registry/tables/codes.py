@@ -6,7 +6,7 @@ is left out. The only copy of a task, whose original was evicted, is never repla
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import fields
 
 from sqlalchemy import delete, select
@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session
 from registry import records
 from registry import schema as models
 from registry.errors import GeneratorConflict, LastCopy
-from registry.hints import restore_hint
+from registry.names import some
 from registry.storage.row_writer import RowWriter, final_if_unchanged, final_under_any_name, find_task, in_parts
 from registry.tables.table import Table
 from registry.to_records import code_record
@@ -210,3 +210,35 @@ def code_files(session: Session, generator_id: int, *, evicted: bool = False) ->
         for name, blob, residual, gone, *_ in session.execute(query)
         if gone is not None or not evicted
     }
+
+
+def restore_hint(generated: Mapping[str, bool]) -> str:
+    """Return how to restore evicted tasks, given as name -> whether a generator made the adapter.
+
+    A generated task has no original, but the folder that `icm generate` wrote takes its place.
+    """
+    made = sorted(name for name, is_generated in generated.items() if is_generated)
+    is_one = len(generated) == 1
+    if not made:
+        return f"run `icm ingest --restore PATH` with the {'folder of its original' if is_one else 'original folders'}"
+    if is_one:
+        return (
+            "run `icm ingest --restore PATH` with the folder that `icm generate` wrote, "
+            f"or `icm rm {made[0]}` and generate it again afterwards"
+        )
+    again = "the folders that `icm generate` wrote, or remove them with `icm rm` and generate them again afterwards"
+    if len(made) == len(generated):
+        return f"run `icm ingest --restore PATH` with {again}"
+    return f"run `icm ingest --restore PATH` with the original folders; for the generated {some(made)}, use {again}"
+
+
+def restore_hint_of(session: Session, names: Collection[str]) -> str:
+    """Return how to restore some evicted tasks of the store."""
+    adapter, generated = models.Adapter, dict.fromkeys(names, False)
+    for part in in_parts(sorted(names)):
+        query = select(models.Task.name, adapter.is_generated, models.Task.crc, adapter.crc)
+        query = query.join(adapter, adapter.task_id == models.Task.id).where(models.Task.name.in_(part))
+        generated.update(
+            (name, is_generated) for name, is_generated, *_ in session.execute(query.where(adapter.is_final))
+        )
+    return restore_hint(generated)

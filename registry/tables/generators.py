@@ -22,8 +22,7 @@ from registry.errors import GeneratorConflict, GeneratorNotFound, LastCopy
 from registry.names import some
 from registry.row_checks import COLUMN
 from registry.storage.row_writer import RowWriter, check_rows, table_of
-from registry.tables.codes import code_files, code_rows, current_row
-from registry.tables.last_copies import restore_hint_of
+from registry.tables.codes import code_files, code_rows, current_row, restore_hint_of
 from registry.tables.table import Table
 from registry.to_records import code_record, generator_record
 

@@ -38,7 +38,7 @@ def test_tasks_are_ranked_by_words_of_name_note_and_tags(icm: Icm, described: Pa
 def test_words_that_no_task_has_find_none(icm: Icm, described: Path) -> None:
     ran = icm("recognize", "--description", 'zebra" OR name:*')
     assert (ran.code, ran.out) == (ExitCode.DONE, "")
-    assert "no task has any of these words" in ran.err
+    assert "found none of these words in a task's name, note, tags or card" in ran.err
 
 
 def test_a_word_that_all_tasks_have_tells_none_from_the_others(icm: Icm, described: Path) -> None:

@@ -66,7 +66,7 @@ def test_the_same_ingest_leaves_it_evicted_and_writes_nothing(icm: Icm, gone: Pa
     assert (ran.events[-1]["new"], ran.events[-1]["known"], ran.events[-1]["evicted"]) == (0, 5, 5)
     assert files(gone) == before
     said = icm("ingest", mixed_template / "loras", "--no-vectors")
-    assert "5 known, 5 evicted" in said.out
+    assert "5 unchanged, 5 evicted" in said.out
     assert "--restore" in said.err
 
 

@@ -49,7 +49,7 @@ def test_a_bundle_gives_the_same_bytes_as_the_code_in_the_store(
     shutil.rmtree(trained)
     assert icm("materialize", task, "-o", tmp_path / "b", "--from", bundle).code == 0
     ours, theirs = content(tmp_path / "a"), content(tmp_path / "b")
-    assert b"claimed by the bundle" in theirs.pop("README.md")  # of whom its maker is, the file says nothing
+    assert b"claimed by the imported bundle" in theirs.pop("README.md")  # of whom its maker is, the file says nothing
     assert theirs == {name: data for name, data in ours.items() if name != "README.md"}
     assert not trained.exists()
 

@@ -171,7 +171,8 @@ def test_what_can_have_no_code_is_taken_and_named_in_one_line(icm: Icm, fleet: P
         write_adapter(fleet / name, peft_type="LOHA")
     ran = icm("ingest", fleet)
     assert ran.code == 0
-    (line,) = [line for line in ran.err.splitlines() if line.startswith("3 tasks cannot have a code and stay originals: ")]
+    start = "3 tasks cannot have a code and stay originals: "
+    (line,) = [line for line in ran.err.splitlines() if line.startswith(start)]
     assert "hada, hadb (peft_type is 'LOHA', not LORA)" in line
     events = {event["task"]: event for event in icm("ingest", fleet, "--json").events if event["type"] == "task"}
     assert [name for name, event in events.items() if event["original_only"]] == ["dead", "hada", "hadb"]

@@ -164,14 +164,14 @@ def test_ls_filters_sorts_and_limits(icm: Icm, stored: Path, tmp_path: Path) -> 
 
 
 def test_ls_says_how_many_tasks_the_limit_hides(icm: Icm, stored: Path) -> None:
-    assert icm("ls", "--limit", 2).err == "1 more task is not shown\n"
-    assert icm("ls", "--limit", 1, "-F", "name~s").err == "2 more tasks are not shown\n"
+    assert icm("ls", "--limit", 2).err == "1 more task not shown\n"
+    assert icm("ls", "--limit", 1, "-F", "name~s").err == "2 more tasks not shown\n"
     assert icm("ls", "--limit", 3).err == ""
 
 
 def test_ls_with_a_filter_that_nothing_passes_does_not_ask_for_an_ingest(icm: Icm, stored: Path) -> None:
     ran = icm("ls", "-F", "rank>100")
-    assert (ran.code, ran.out, ran.err) == (0, "", "no task passes the filters\n")
+    assert (ran.code, ran.out, ran.err) == (0, "", "no task matches the filters\n")
 
 
 @pytest.mark.parametrize("arguments", [("-F", "ranks>=8"), ("--sort", "tag"), ("--limit", "0")])

@@ -106,7 +106,7 @@ class TestVectors:
     ) -> None:
         before(monkeypatch, vectors, "extract_adapted", lambda: replace_adapter(mixed, other))
         ran = icm(*self.VECTORS)
-        assert (ran.code, "in the meantime: poems" in ran.err) == (0, True)
+        assert (ran.code, "changed during extraction: poems" in ran.err) == (0, True)
         assert self.of_poems(mixed) == []
         assert icm("vectors", "--device", "cpu", "--json").events[-1]["extracted"] == 1
 
@@ -142,7 +142,7 @@ class TestEval:
         with pytest.MonkeyPatch.context() as patch:
             self.while_it_measures(patch, "code", lambda: put_code(trained, "poems", finer["poems"]))
             ran = icm(*EVAL)
-        assert (ran.code, "recorded: poems" in ran.err) == (0, True)
+        assert (ran.code, "not fully recorded, changed by another icm process: poems" in ran.err) == (0, True)
         assert set(measured(trained)) == {"base", "original", "generate"}
         assert "recorded" not in icm(*EVAL).err
         assert set(measured(trained)) == {"base", "original", "code", "generate"}
@@ -152,7 +152,7 @@ class TestEval:
     ) -> None:
         self.while_it_measures(monkeypatch, "original", lambda: replace_adapter(trained, other))
         ran = icm(*EVAL)
-        assert (ran.code, "recorded: poems" in ran.err) == (0, True)
+        assert (ran.code, "not fully recorded, changed by another icm process: poems" in ran.err) == (0, True)
         assert "original" not in measured(trained)
 
     def test_a_task_that_was_removed_is_named_and_the_others_are_measured(
@@ -166,7 +166,7 @@ class TestEval:
         real = TaskLosses._code
         monkeypatch.setattr(TaskLosses, "_code", code)
         ran = icm("eval", "--device", "cpu")
-        assert (ran.code, "recorded: poems" in ran.err) == (0, True)
+        assert (ran.code, "not fully recorded, changed by another icm process: poems" in ran.err) == (0, True)
         assert [line.split()[0] for line in ran.out.splitlines()[1:2]] == ["rules"]
 
     def test_what_is_measured_stands_under_the_generator_that_made_it(

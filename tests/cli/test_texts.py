@@ -89,7 +89,7 @@ class TestIngest:
             file.write('\n{"text": ""}\nnot json\n')
         ran = icm("ingest", run)
         assert ran.code == 0
-        assert "poems: samples: kept 4 rows, skipped 2; the first: line 6 is empty text" in ran.err
+        assert "poems: kept 4 rows of the samples, skipped 2; first problem: line 6 is empty text" in ran.err
 
     def test_json_has_what_was_kept_and_skipped(self, icm: Icm, tmp_path: Path) -> None:
         run = write_run(tmp_path / "poems")
@@ -105,7 +105,7 @@ class TestIngest:
         (run / name).write_text(text)
         ran = icm("ingest", run)
         assert (ran.code, str(run / name) in ran.out.splitlines()[-1]) == (ExitCode.PARTLY, True)
-        assert "1 taken in part" in ran.out
+        assert "1 ingested in part" in ran.out
         with Store.open(tmp_path / "store") as store:
             task = store.tasks.get("poems")
             assert [task.samples is None, task.eval_data is None] == [name == "samples.jsonl", name == "eval.jsonl"]

@@ -98,7 +98,7 @@ def test_the_figures_of_a_step_are_those_of_the_code() -> None:
     assert f"P_{step.RANK} / |P_{step.RANK}|" in section
     assert step._DAMPING == 1 / 20  # "raised by a twentieth"
     assert f"log2(K / {USUAL_SAMPLES})) / {OCTAVE})" in section
-    assert f"modules that at least half of the tasks have, {RANK} directions each" in section
+    assert f"half of the tasks have, with {RANK} directions each" in section
     assert MetaConfig().support == (1, 4, 16)
 
 

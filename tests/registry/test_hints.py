@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from registry.errors import LastCopy
-from registry.hints import restore_hint
 from registry.records import GeneratorRecord
 from registry.store import Store
+from registry.tables.codes import restore_hint
 from tests.registry.examples import BASE, code, eviction, generator, ingest, new_store
 from tests.registry.test_bundles import bundle, imported
 

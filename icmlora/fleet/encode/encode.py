@@ -31,7 +31,6 @@ from icmlora.io.devices import gradient_dtype
 from icmlora.training.config import REFINE_STEPS
 from icmlora.training.refinement import FOR_SHARE, WITHOUT_REFINE, RefineConfig
 from registry.errors import TaskNotFound
-from registry.hints import restore_hint
 from registry.records import (
     AdapterRecord,
     CodeLimits,
@@ -43,6 +42,7 @@ from registry.records import (
     TaskRecord,
     WithRelativeError,
 )
+from registry.tables.codes import restore_hint
 
 if TYPE_CHECKING:
     from registry.store import Store

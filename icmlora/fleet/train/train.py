@@ -42,9 +42,9 @@ from icmlora.generator.encoding import Encoded
 from icmlora.generator.limits import Limits
 from icmlora.generator.network_file import generator_from_bytes, generator_to_bytes
 from icmlora.training.ranks import Ranks, joined
-from registry.hints import restore_hint
 from registry.names import some
 from registry.records import AdapterRecord, CodeLimits, GeneratorRecord, NewCode, NewGenerator, WithRelativeError
+from registry.tables.codes import restore_hint
 
 if TYPE_CHECKING:
     from icmlora.generator.config import GeneratorConfig

@@ -209,7 +209,7 @@ def odd(fleet: Fleet, tmp_path: Path) -> Fleet:
 @pytest.mark.parametrize(
     ("task", "fact"),
     [
-        ("headed", "it also has the whole tensor score.weight"),
+        ("headed", "this one also has the whole tensor score.weight"),
         ("loha", "peft_type is 'LOHA'"),
         ("called", "it acts only after its invocation tokens"),
     ],

@@ -75,7 +75,7 @@ def test_a_limit_that_no_code_meets_leaves_the_present_code_and_says_so(fleet: F
     report = fleet.encode(["silent"], max_error=1e-6)
     (task,) = report.tasks
     assert (task.status, report.short, code_blobs(fleet)) == ("unmeasured", [task], before)
-    assert "below 1e-12" in str(task.reason)
+    assert "squared error of 1e-12 or less" in str(task.reason)
 
 
 def test_the_code_of_an_evicted_task_stays(fleet: Fleet) -> None:

@@ -346,7 +346,7 @@ def test_a_bundle_brings_no_file_that_does_not_come_with_an_adapter(bundle: Path
     for task in fields["tasks"]:
         task["extras"] = [[part, name if file in FILES else file, size] for part, file, size in task["extras"]]
     forge(bundle, fields)
-    with pytest.raises(UnsafeInput, match=f"'{name}' is no file that comes with an adapter"):
+    with pytest.raises(UnsafeInput, match=f"'{name}' is not a file of an adapter"):
         Bundle(bundle).materialize("headed", tmp_path / "out")
     with pytest.raises(UnsafeInput, match="the format peft"):
         Fleet(tmp_path / "other").import_bundle(bundle)

@@ -223,5 +223,5 @@ def test_only_peft_adapters_are_attached(llama: Fleet) -> None:
     from icmlora import attach
     from tests.icmlora.tiny_base import tiny_model
 
-    with pytest.raises(DataError, match="'poems' cannot be attached: it is not in PEFT's format"):
+    with pytest.raises(DataError, match="'poems' cannot be attached: it is not in PEFT format"):
         attach(tiny_model(), llama, "poems")

@@ -84,7 +84,7 @@ def test_a_map_of_too_many_tasks_is_left_out_with_the_reason(
 ) -> None:
     monkeypatch.setattr(use_case, "MOST_MAPPED", 2)
     assert learned.report(page).maps == []
-    assert "at most 2 tasks of a base model, and there are 3" in page.read_text()
+    assert "at most 2 tasks per base model, but there are 3" in page.read_text()
 
 
 @pytest.mark.slow
@@ -108,7 +108,7 @@ def test_an_empty_store_has_a_page(tmp_path: Path, base_folder: Path, page: Path
     fleet = Fleet(tmp_path / "new")
     fleet.add_base_model(LABEL, base_folder)
     assert fleet.report(page).tasks == 0
-    assert "An empty store" in page.read_text()
+    assert "Empty store" in page.read_text()
 
 
 def test_without_a_store_there_is_no_page(tmp_path: Path, page: Path) -> None:
