@@ -47,7 +47,7 @@ class ExitCode(IntEnum):
     NO_SPACE = 15, "no space left on the device; the store is intact"
     UNSAFE = 16, "unsafe input refused: a pickle, a link out of the folder, or a file over the limits"
     NOT_RECOGNIZED = 17, "the samples match no stored task"
-    AWAY = 18, "the store's database or bucket is unreachable or refused the request; committed data is safe"
+    UNAVAILABLE = 18, "the store's database or bucket is unreachable or refused the request; committed data is safe"
     INTERRUPTED = 130, "interrupted"
     STDOUT_CLOSED = 141, "stdout was closed by its reader"
 
@@ -115,14 +115,15 @@ TABLE: dict[str, ExitCode] = {
     "registry.errors.StoreTooNew": ExitCode.OTHER_VERSION,
     "registry.errors.StoreTooOld": ExitCode.OTHER_VERSION,
     "registry.errors.StoreFull": ExitCode.NO_SPACE,
-    "registry.errors.StoreAway": ExitCode.AWAY,
+    "registry.errors.StoreUnavailable": ExitCode.UNAVAILABLE,
     "registry.errors.DamagedStore": ExitCode.DAMAGED,
     "registry.errors.SourceRefused": ExitCode.UNSAFE,
     "registry.errors.SourceChanged": ExitCode.FAILED,
     "icmlora.errors.UnsafeInput": ExitCode.UNSAFE,
     "icmlora.errors.CodeError": ExitCode.DAMAGED,
     "icmlora.errors.OtherFormat": ExitCode.OTHER_VERSION,
-    "icmlora.errors.InvalidShare": ExitCode.USAGE,
+    "icmlora.errors.InvalidShard": ExitCode.USAGE,
+    "icmlora.errors.InvalidWorkers": ExitCode.USAGE,
     "icmlora.errors.OptionsConflict": ExitCode.USAGE,
     "icmlora.errors.BundleError": ExitCode.DAMAGED,
     "icmlora.errors.NotRecognized": ExitCode.NOT_RECOGNIZED,

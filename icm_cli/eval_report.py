@@ -46,7 +46,7 @@ def sum_up(session: Session, report: EvaluateReport) -> None:
         if gain is None:
             continue
         figures = {"tasks": gain.tasks, "mean": gain.mean, "worst": gain.worst}
-        session.out.event("mean", rung=source, **figures, precisions=list(gain.precisions))
+        session.out.event("mean", source=source_name(source), **figures, precisions=list(gain.precisions))
         session.out.line(
             f"retained gain of `{source_name(source)}`: mean {gain.mean:.3f}, worst {gain.worst:.3f} "
             f"({gain.worst_task}){measured_in(gain.precisions)}"
@@ -120,11 +120,11 @@ def print_measured(session: Session, event: Event) -> None:
 
     print_failure(session, event)
     if isinstance(event, TaskEvaluated):
-        rungs, with_context = (
-            {source: _as_json(result) for source, result in results.items()}
+        sources, with_context = (
+            {source_name(source): _as_json(result) for source, result in results.items()}
             for results in (event.sources, event.with_context)
         )
-        fields = {"task": event.task, "precision": event.precision, "rungs": rungs, "with_context": with_context}
+        fields = {"task": event.task, "precision": event.precision, "sources": sources, "with_context": with_context}
         session.out.event("task", **fields)
         if event.skipped is not None:
             session.out.detail(f"{event.task}: {event.skipped}")

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from math import isfinite
 from typing import TYPE_CHECKING
 
-from icmlora.fleet.measure.metric_result import gain_text, relative_error
+from icmlora.fleet.measure.metric_result import gain_text, relative_error, source_name
 from icmlora.io.text import human_size
 
 if TYPE_CHECKING:
@@ -97,5 +97,11 @@ def as_fields(record: DataclassInstance) -> dict[str, Any]:
 def _with_relative_error(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     fields: dict[str, Any] = {}
     for name, value in pairs:
-        fields |= errors_json(value) if name == "squared_error" else {name: value}
+        match name:
+            case "squared_error":
+                fields |= errors_json(value)
+            case "rung":
+                fields["source"] = value and source_name(value)
+            case _:
+                fields[name] = value
     return fields

@@ -19,7 +19,8 @@ registry.errors.IcmError     message, path, hint; catch it to catch everything t
     ├── DataError            samples or held-out text that cannot be used
     │   └── OptionsConflict  options that contradict each other
     ├── NotRecognized        samples that belong to none of the known tasks
-    ├── InvalidShare         not a shard, or neither a number nor an address of workers
+    ├── InvalidShard         text that is not a shard such as 1/8
+    ├── InvalidWorkers       neither a number nor an address of workers
     ├── WorkerDied           a worker died with a task, as often as the task was tried
     ├── WorkersUnavailable   no workers can be started, or reached
     ├── OtherProcessFailed   another process of the same training failed or was killed
@@ -141,8 +142,12 @@ class NotRecognized(IcmLoraError):
     """The samples belong to none of the known tasks."""
 
 
-class InvalidShare(IcmLoraError):
-    """Which part of the work to do, or which workers are to do it, cannot be understood."""
+class InvalidShard(IcmLoraError):
+    """A shard that is not written as `1/8`."""
+
+
+class InvalidWorkers(IcmLoraError):
+    """Neither a number of workers nor an address, or one GPU for all of them."""
 
 
 class WorkerDied(IcmLoraError):

@@ -68,7 +68,7 @@ class StoreIOError(RegistryError):
     """The operating system failed a read or write of the store."""
 
 
-class StoreAway(RegistryError):
+class StoreUnavailable(RegistryError):
     """The database, or the place of the blobs, did not answer, or refused; unlike one bad file, this ends a command."""
 
 

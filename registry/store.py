@@ -106,7 +106,7 @@ class Store:
 
         Raises:
             StoreNotFound: There is none, and `create` is not set.
-            StoreAway: The database, or the place of the bytes, cannot be reached.
+            StoreUnavailable: The database, or the place of the bytes, cannot be reached.
             NotAStore: There is something else, or a store that has its bytes elsewhere than `blobs`.
         """
         address, patience = address_of(place), patience or Patience(lock_timeout)

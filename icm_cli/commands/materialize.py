@@ -176,7 +176,7 @@ def _print_result(session: Session, done: MaterializeReport) -> None:
             "task": done.task,
             "output": str(done.directory),
             "format": done.adapter_format,
-            "source": "generate" if done.source == "recalled" else done.source,  # JSON keeps the former name
+            "source": done.source,
             "generator": done.generator,
             "relative_error": done.relative_error,
             "squared_error": done.squared_error,

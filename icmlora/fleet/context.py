@@ -18,7 +18,7 @@ from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar
 
-from icmlora.errors import BaseModelNotFound, Cancelled, DataError, InvalidShare
+from icmlora.errors import BaseModelNotFound, Cancelled, DataError, InvalidShard
 from registry.names import Address
 from registry.names import address_of as address_of
 
@@ -217,13 +217,13 @@ class Shard:
 
     @classmethod
     def of(cls, text: str | None) -> Shard | None:
-        """Read a shard written as `3/8`, None for the whole fleet; raises `InvalidShare`."""
+        """Read a shard written as `3/8`, None for the whole fleet; raises `InvalidShard`."""
         if text is None:
             return None
         match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
         number, count = (int(match[1]), int(match[2])) if match else (0, 0)
         if not 1 <= number <= count:
-            raise InvalidShare(
+            raise InvalidShard(
                 f"{text!r} is not a shard", hint="write 1/8 for the first of eight shards; numbers start at 1"
             )
         return cls(number, count)

@@ -35,7 +35,7 @@ from icmlora.formats.peft.tensors import rounded_like
 from icmlora.io.safetensors import encode
 from icmlora.io.tensors import decode_torch
 from icmlora.serving.tasks import key_of, open_tasks, watched_store
-from registry.errors import StoreAway
+from registry.errors import StoreUnavailable
 from registry.names import DatabaseUrl
 
 if TYPE_CHECKING:
@@ -203,7 +203,7 @@ def _warn_if_other(layers: Layers, fleet: Fleet | Bundle, task: str, adapter: Ad
         if found is None:
             return
         files = BaseTensors(tasks.locate(found.base_model))
-    except (BaseModelNotFound, StoreAway):
+    except (BaseModelNotFound, StoreUnavailable):
         return
     name = adapter.modules[0].name
     weight = _inner(layers[name]).weight.detach()

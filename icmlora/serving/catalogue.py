@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from icmlora.serving.stamp import Stamp
 from icmlora.serving.tasks import ServedTask, ServedTasks
-from registry.errors import StoreAway
+from registry.errors import StoreUnavailable
 from registry.names import task_name_problem
 
 _REMEMBERED = 50_000
@@ -63,7 +63,7 @@ class Catalogue:
         if (pending := self._pending.get(name)) is None:
             try:
                 self._tasks.check()
-            except StoreAway:
+            except StoreUnavailable:
                 if look is None or look.task is None:
                     raise
                 return look.task

@@ -96,7 +96,7 @@ class ServedTasks:
         return ServedTask(name, chosen.task.base_model, key_of(chosen), layout, chosen.final.is_generated)
 
     def check(self) -> None:
-        """Raise `StoreAway` if the store is known to be unavailable. Checking again could take many seconds."""
+        """Raise `StoreUnavailable` if the store is known to be unavailable. Checking again could take many seconds."""
         if self._watched is not None:
             self._watched.check()
 

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from icmlora.errors import TaskChanged
-from registry.errors import StoreAway
+from registry.errors import StoreUnavailable
 from registry.names import address_of
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ _THREADS = 4
 _WRITING = 16
 """Tasks that are written at once: one is decoded at a time, but others may wait for their bytes from a network."""
 
-_away: ContextVar[StoreAway | None] = ContextVar("icm_away", default=None)
+_away: ContextVar[StoreUnavailable | None] = ContextVar("icm_away", default=None)
 """Why the task that a request names could not be looked for."""
 _log = logging.getLogger("vllm.icm")  # vLLM shows what is logged below its own name
 
@@ -97,7 +97,7 @@ class IcmResolver:
                     self._source = _Source(*await opened, self._threads)
                     _follow_tasks(self)
             return await self._resolve(self._source, lora_name)
-        except StoreAway as error:
+        except StoreUnavailable as error:
             _away.set(error)  # the log has it once, as soon as it is noticed
             return None
         except Exception as error:
@@ -154,7 +154,7 @@ class IcmResolver:
             return True
         try:
             task = await source.catalogue.find(served.lora_name)
-        except StoreAway:
+        except StoreUnavailable:
             return True
         except Exception as error:  # a request need not fail for it
             _log.error("icm: cannot check whether %.128r has changed: %s", served.lora_name, error)

@@ -24,7 +24,7 @@ from icmlora.fleet.context import Context
 from icmlora.fleet.resources.code_source import Decoded, StoreCodes, open_store
 from icmlora.fleet.write.materialize import Chosen, MadeFiles, choose
 from icmlora.serving.stamp import Stamp
-from registry.errors import DamagedStore, RegistryError, StoreAway
+from registry.errors import DamagedStore, RegistryError, StoreUnavailable
 from registry.names import DatabaseUrl
 from registry.records import AdapterRecord, EvaluationRecord, GeneratorRecord, TaskRecord
 from registry.storage.locks import Patience
@@ -106,7 +106,7 @@ class WatchedStore:
             return known.chosen
         try:
             found = self.find(name)
-        except StoreAway:
+        except StoreUnavailable:
             if known is None:
                 raise
             return known.chosen
@@ -119,7 +119,7 @@ class WatchedStore:
         """Make the files of a task as it is kept, None if it is not, or not under this key; no row is read.
 
         Raises:
-            StoreAway: Some of its bytes are not in the cache, and the place of the bytes is away.
+            StoreUnavailable: Some of its bytes are not in the cache, and the place of the bytes is away.
         """
         known = self._kept.get(name)
         if known is None or known.key != key:
@@ -140,7 +140,7 @@ class WatchedStore:
         """Download blobs into the cache.
 
         Raises:
-            StoreAway: The object store is unavailable.
+            StoreUnavailable: The object store is unavailable.
         """
         if not digests:
             return
@@ -149,7 +149,7 @@ class WatchedStore:
             self._closed.blobs.fetch(digests)
             for digest in digests:  # says what is wrong with it
                 self._closed.blobs.read(digest)
-        except StoreAway as error:
+        except StoreUnavailable as error:
             if not self._is_told:
                 self._is_told = True
                 self._log.warning("icm: %s; still serving tasks whose files are cached here", error.message)
@@ -204,13 +204,13 @@ class _Watch:
         return self._stamp
 
     def check(self) -> None:
-        """Raise `StoreAway` if the database is away as far as is known: opening the store may take long then."""
+        """Raise `StoreUnavailable` if the database is away as far as is known: opening the store may take long then."""
         self._ask()
         with self._guard:
             if not self._answered.is_set() and time.monotonic() - self._asked > _SLOWEST:
-                self._tell(StoreAway(f"{self._url} does not respond", path=str(self._url)))
+                self._tell(StoreUnavailable(f"{self._url} does not respond", path=str(self._url)))
             if self._away is not None:
-                raise StoreAway(self._away.message, path=str(self._url), hint=self._away.hint)
+                raise StoreUnavailable(self._away.message, path=str(self._url), hint=self._away.hint)
 
     def _ask(self) -> None:
         with self._guard:
@@ -230,7 +230,7 @@ class _Watch:
                 break
             except Exception as error:  # else nobody would ever ask again
                 fact = f"{self._url}: {type(error).__name__}"
-                away = error if isinstance(error, RegistryError) else StoreAway(fact, path=str(self._url))
+                away = error if isinstance(error, RegistryError) else StoreUnavailable(fact, path=str(self._url))
         with self._guard:
             if away is not None:
                 self._tell(away)

@@ -35,11 +35,11 @@ from registry.errors import (
     DamagedStore,
     NotAStore,
     RegistryError,
-    StoreAway,
     StoreFull,
     StoreLocked,
     StoreNotFound,
     StoreReadOnly,
+    StoreUnavailable,
 )
 from registry.names import DatabaseUrl
 from registry.row_checks import COLUMNS_OF, Value
@@ -185,7 +185,7 @@ class PostgresDatabase(Database):
         return wrong_in(connection, table, fields)
 
     def connect(self) -> None:
-        """Open the one connection that holds locks and writes; raise `StoreAway` if that cannot be."""
+        """Open the one connection that holds locks and writes; raise `StoreUnavailable` if that cannot be."""
         with self._errors():
             self.only.connect().close()
 
@@ -316,7 +316,7 @@ def only_connection(url: DatabaseUrl, command: str) -> Engine:
     def connect() -> psycopg.Connection:
         if opened:
             fact = f"lost the connection to {url} and its locks"
-            raise StoreAway(fact, path=str(url), hint="run the same command again; completed work is kept")
+            raise StoreUnavailable(fact, path=str(url), hint="run the same command again; completed work is kept")
         opened.append(new_connection(url, command))
         return opened[0]
 
@@ -332,7 +332,7 @@ def _engine(url: DatabaseUrl, connect: Callable[[], psycopg.Connection], **pool:
     def check(*_: object) -> None:
         if os.getpid() != owner:
             fact = f"{url} was opened before this process was forked"
-            raise StoreAway(fact, path=str(url), hint="open the store in each process after the fork")
+            raise StoreUnavailable(fact, path=str(url), hint="open the store in each process after the fork")
 
     def checked() -> psycopg.Connection:
         check()
@@ -362,7 +362,7 @@ def new_connection(url: DatabaseUrl, command: str) -> psycopg.Connection:
     """Connect to a database.
 
     Raises:
-        StoreAway: It cannot be reached, or refuses.
+        StoreUnavailable: It cannot be reached, or refuses.
     """
     name = f"{' '.join(command.split())[:40]} on {socket.gethostname()}"
     known = name.encode("ascii", "replace")[:_MOST_NAMED].decode()
@@ -390,7 +390,7 @@ def connection_errors(url: DatabaseUrl) -> Iterator[None]:
 
 def _away(url: DatabaseUrl, error: BaseException) -> RegistryError:
     fact = " ".join(str(error).split())[:300]
-    return StoreAway(f"{url}: {fact}", path=str(url), hint=_AWAY_HINT)
+    return StoreUnavailable(f"{url}: {fact}", path=str(url), hint=_AWAY_HINT)
 
 
 def migrate(database: PostgresDatabase) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from sqlalchemy import text
 
-from registry.errors import RegistryError, StoreAway
+from registry.errors import RegistryError, StoreUnavailable
 from registry.names import DatabaseUrl
 from registry.storage import postgres_place
 from registry.storage.blobs.place import backend_at, elsewhere
@@ -37,7 +37,7 @@ def open_server(
 
     Raises:
         StoreNotFound: There is none.
-        StoreAway: The database, or the place of the bytes, cannot be reached.
+        StoreUnavailable: The database, or the place of the bytes, cannot be reached.
         NotAStore: There is one, and its bytes are elsewhere; or the place is that of another store.
         RegistryError: A pool is in between that breaks locks.
     """
@@ -66,7 +66,7 @@ def _reach(database: PostgresDatabase) -> None:
     for pause in _PAUSES:
         try:
             return database.connect()
-        except StoreAway as error:
+        except StoreUnavailable as error:
             is_final = _FINAL in error.message and not any(word in error.message for word in _PASSING)
             if is_final or database.patience.left < pause:
                 raise
@@ -132,7 +132,7 @@ class Server(NamedTuple):
 
 
 def examine_server(url: DatabaseUrl, command: str) -> Server:
-    """Look at the server of a store; raise `StoreAway` if it cannot be reached."""
+    """Look at the server of a store; raise `StoreUnavailable` if it cannot be reached."""
     database = PostgresDatabase(url, command=command, read_only=True, patience=Patience(0.0))
     try:
         with database.connection() as connection:

@@ -36,8 +36,8 @@ def main() -> None:
         "date": datetime.now(UTC).date().isoformat(),
         "machine": {"cores": os.cpu_count(), "processor": platform.machine(), "python": platform.python_version()},
         "icm": _icm(options.store, "--version").strip(),
-        "tasks": {line["task"]: line["rungs"] for line in lines if line["type"] == "task"},
-        "gains": {line["rung"]: line for line in lines if line["type"] == "mean"},
+        "tasks": {line["task"]: line["sources"] for line in lines if line["type"] == "task"},
+        "gains": {line["source"]: line for line in lines if line["type"] == "mean"},
         "generator": generator,
         "bill": bill,
     }

@@ -54,7 +54,7 @@ class Case(NamedTuple):
             "seconds": round(seconds, 1),
             "seconds_of_refining": round(seconds - without, 1),
             "bytes": code["size"],
-            "gain": round(row["rungs"]["code"]["retained_gain"], 4),
+            "gain": round(row["sources"]["code"]["retained_gain"], 4),
         }
 
 

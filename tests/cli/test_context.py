@@ -89,8 +89,8 @@ def test_eval_measures_behind_it_too(icm: Icm, trained: Path, samples: Path) -> 
     ran = icm("eval", "poems", "--context", "--data", samples, "--device", "cpu", "--json")
     (task,) = [row for row in ran.events if row["type"] == "task"]
     assert task["with_context"].keys() >= {"base", "original", "code"}
-    assert task["with_context"]["base"]["tokens"] == task["rungs"]["base"]["tokens"]
-    assert task["with_context"]["base"]["value"] != task["rungs"]["base"]["value"]
+    assert task["with_context"]["base"]["tokens"] == task["sources"]["base"]["tokens"]
+    assert task["with_context"]["base"]["value"] != task["sources"]["base"]["value"]
 
 
 def test_few_samples_are_all_taken_and_each_is_measured_behind_the_others(

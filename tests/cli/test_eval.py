@@ -50,18 +50,18 @@ def test_every_rung_stands_side_by_side(icm: Icm, trained: Path) -> None:
 
 def test_json_lines_keep_their_names(icm: Icm, trained: Path) -> None:
     events = icm(*EVAL, "poems", "--json").events
-    assert set(events[0]) == {"type", "task", "precision", "rungs", "with_context"}
-    assert set(events[0]["rungs"]) == {"base", "original", "code", "generate"}
-    assert set(events[0]["rungs"]["code"]) == {
+    assert set(events[0]) == {"type", "task", "precision", "sources", "with_context"}
+    assert set(events[0]["sources"]) == {"base", "original", "code", "recalled"}
+    assert set(events[0]["sources"]["code"]) == {
         "metric", "value", "count", "nats_per_token", "perplexity", "bits_per_byte", "tokens",
         "retained_gain", "relative_error", "squared_error",
     }  # fmt: skip
-    assert all(set(event) == {"type", "rung", "tasks", "mean", "worst", "precisions"} for event in events[1:])
+    assert all(set(event) == {"type", "source", "tasks", "mean", "worst", "precisions"} for event in events[1:])
 
 
 @pytest.mark.slow
 def test_the_figures_fit_together(icm: Icm, trained: Path) -> None:
-    rungs = icm(*EVAL, "poems", "--json").events[0]["rungs"]
+    rungs = icm(*EVAL, "poems", "--json").events[0]["sources"]
     base, original, code = (rungs[name]["nats_per_token"] for name in ("base", "original", "code"))
     if base > original:
         assert rungs["code"]["retained_gain"] == pytest.approx((base - code) / (base - original))
@@ -97,7 +97,7 @@ def test_a_new_generator_is_measured_but_base_and_original_are_not(
 
 def test_fewer_tokens_are_another_measurement(icm: Icm, trained: Path) -> None:
     def tokens(*options: object) -> int:
-        return int(icm(*EVAL, "poems", "--json", *options).events[0]["rungs"]["base"]["tokens"])
+        return int(icm(*EVAL, "poems", "--json", *options).events[0]["sources"]["base"]["tokens"])
 
     assert tokens("--max-tokens", 5) == 8
     assert tokens() > 8
@@ -110,12 +110,12 @@ def test_a_quick_look_says_how_to_measure_as_usual_again(icm: Icm, trained: Path
 
 
 def test_only_the_rungs_that_are_named_beside_base_and_original(icm: Icm, trained: Path) -> None:
-    rungs = icm(*EVAL, "poems", "--source", "code", "--json").events[0]["rungs"]
+    rungs = icm(*EVAL, "poems", "--source", "code", "--json").events[0]["sources"]
     assert list(rungs) == ["base", "original", "code"]
 
 
 def test_before_the_first_training_base_and_original_are_measured(icm: Icm, mixed: Path) -> None:
-    assert list(icm(*EVAL, "poems", "--json").events[0]["rungs"]) == ["base", "original"]
+    assert list(icm(*EVAL, "poems", "--json").events[0]["sources"]) == ["base", "original"]
 
 
 def test_a_task_named_twice_is_measured_once(icm: Icm, trained: Path) -> None:
@@ -147,7 +147,7 @@ def test_text_that_cannot_be_read_is_named_before_any_model_is_loaded(icm: Icm, 
 
 
 def test_the_gain_on_the_tasks_own_text_is_the_one_that_is_shown(icm: Icm, trained: Path, tmp_path: Path) -> None:
-    own = icm(*EVAL, "poems", "--json").events[0]["rungs"]["code"]["retained_gain"]
+    own = icm(*EVAL, "poems", "--json").events[0]["sources"]["code"]["retained_gain"]
     icm(*EVAL, "poems", "--data", texts(tmp_path / "other.jsonl", "quite another text"))
     done = icm("materialize", "poems", "-o", tmp_path / "out", "--source", "code", "--json").document
     assert done["retained_gain"] == own
@@ -162,11 +162,11 @@ def test_show_lists_the_measurements_of_the_present_generator(icm: Icm, trained:
     rows = [line.split() for line in out.splitlines()[out.splitlines().index(next(
         line for line in out.splitlines() if line.startswith("SOURCE"))) + 1 :]]  # fmt: skip
     assert [row[:2] for row in rows] == [["base", "held-out"], ["original", "held-out"]]
-    current = {entry["rung"]: entry["is_current"] for entry in icm("show", "poems", "--json").document["evaluations"]}
-    assert current == {"base": True, "original": True, "code": False, "generate": False}
+    current = {entry["source"]: entry["is_current"] for entry in icm("show", "poems", "--json").document["evaluations"]}
+    assert current == {"base": True, "original": True, "code": False, "recalled": False}
 
 
-def test_eval_and_show_print_recalled_for_what_json_calls_generate(icm: Icm, trained: Path) -> None:
+def test_eval_show_and_json_call_the_source_recalled(icm: Icm, trained: Path) -> None:
     for out in (icm(*EVAL, "poems").out, icm("show", "poems").out):
         assert "recalled" in out.lower()
         assert "generate" not in out.lower().replace("generated", "").replace("generator", "")
@@ -184,7 +184,7 @@ def test_a_task_with_modules_of_its_own_has_no_generated_rung(icm: Icm, trained:
     texts(write_lora(tmp_path / "wide", rank=16) / "eval.jsonl", "held-out text")
     icm("ingest", tmp_path / "wide", "--device", "cpu")
     ran = icm(*EVAL, "wide", "--json")
-    assert (ran.code, list(ran.events[0]["rungs"])) == (0, ["base", "original"])
+    assert (ran.code, list(ran.events[0]["sources"])) == (0, ["base", "original"])
 
 
 def test_a_loss_that_is_no_number_is_an_error_that_names_the_task(icm: Icm, mixed: Path, tmp_path: Path) -> None:
@@ -228,6 +228,6 @@ def test_an_original_that_is_no_better_than_the_base_model_gets_a_sentence(icm: 
     names = [task["name"] for task in icm("ls", "--json").document]
     for name in names:
         shown = icm("show", name)
-        losses = {row["rung"]: row["nats_per_token"] for row in icm("show", name, "--json").document["evaluations"]}
+        losses = {row["source"]: row["nats_per_token"] for row in icm("show", name, "--json").document["evaluations"]}
         is_no_better = "original" in losses and losses["original"] >= losses["base"]
         assert ("the original is no better than the base model on this text" in shown.out) == is_no_better

@@ -162,7 +162,7 @@ def test_the_gain_is_measured_and_kept_with_that_of_the_original(icm: Icm, train
     ran = icm(*GAIN, "rules", "--json")
     gain = tasks_of(ran)["rules"]["retained_gain"]
     assert (ran.code, gain >= 0.01) == (0, True)
-    rungs = {row["rung"]: row["retained_gain"] for row in icm("show", "rules", "--json").document["evaluations"]}
+    rungs = {row["source"]: row["retained_gain"] for row in icm("show", "rules", "--json").document["evaluations"]}
     assert rungs == {"base": None, "original": None, "code": gain}
 
 

@@ -178,9 +178,9 @@ def test_prune_keeps_what_it_depends_on(icm: Icm, gone: Path, tmp_path: Path) ->
 
 @pytest.mark.slow
 def test_eval_uses_what_was_measured_of_the_original(icm: Icm, trained: Path) -> None:
-    before = icm("eval", "rules", "--device", "cpu", "--json").events[0]["rungs"]
+    before = icm("eval", "rules", "--device", "cpu", "--json").events[0]["sources"]
     icm(*ALL)
-    again = icm("eval", "rules", "--device", "cpu", "--again", "--json").events[0]["rungs"]
+    again = icm("eval", "rules", "--device", "cpu", "--again", "--json").events[0]["sources"]
     assert again["original"] == before["original"]
     assert again["code"]["retained_gain"] == pytest.approx(before["code"]["retained_gain"])
     assert again["code"]["relative_error"] == pytest.approx(before["code"]["relative_error"], rel=0.01)
@@ -189,7 +189,7 @@ def test_eval_uses_what_was_measured_of_the_original(icm: Icm, trained: Path) ->
 @pytest.mark.slow
 def test_eval_of_what_was_never_measured_says_unknown(icm: Icm, gone: Path) -> None:
     ran = icm("eval", "rules", "--device", "cpu", "--json")
-    rungs = ran.events[0]["rungs"]
+    rungs = ran.events[0]["sources"]
     assert (ran.code, "original" in rungs, rungs["code"]["retained_gain"]) == (0, False, None)
     assert "unknown" in icm("eval", "rules", "--device", "cpu").err
 
@@ -199,9 +199,9 @@ def test_what_was_measured_before_an_original_came_back_gets_its_gain(
 ) -> None:
     icm("eval", "rules", "--device", "cpu")
     icm("ingest", mixed_template / "loras", "--restore")
-    first, second = (icm("eval", "rules", "--device", "cpu", "--json").events[0]["rungs"] for _ in range(2))
+    first, second = (icm("eval", "rules", "--device", "cpu", "--json").events[0]["sources"] for _ in range(2))
     losses = [first[rung]["nats_per_token"] for rung in ("base", "original", "code")]
     assert first["code"]["retained_gain"] == pytest.approx((losses[0] - losses[2]) / (losses[0] - losses[1]))
     assert second == first
     rows = icm("show", "rules", "--json").document["evaluations"]
-    assert [row["retained_gain"] for row in rows if row["rung"] == "code"] == [first["code"]["retained_gain"]]
+    assert [row["retained_gain"] for row in rows if row["source"] == "code"] == [first["code"]["retained_gain"]]

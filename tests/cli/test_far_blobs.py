@@ -9,7 +9,7 @@ from uuid import uuid4
 
 import pytest
 
-from registry.errors import DamagedStore, NotAStore, StoreAway
+from registry.errors import DamagedStore, NotAStore, StoreUnavailable
 from registry.storage.blobs.place import far_blobs
 from registry.storage.folder import StorePaths
 from registry.store import Store
@@ -143,7 +143,7 @@ def test_a_store_that_was_half_made_is_made_again(tmp_path: Path, monkeypatch: p
         from registry.storage.blobs import objects
 
         patch.setattr(objects, "_DEADLINE", 0.2)
-        with pytest.raises(StoreAway):
+        with pytest.raises(StoreUnavailable):
             Store.open(tmp_path / "store", create=True, blobs=address)
     with Store.open(tmp_path / "store", create=True, blobs=address) as store:
         assert store.blobs.read(store.blobs.put(b"bytes")) == b"bytes"

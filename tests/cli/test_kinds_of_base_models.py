@@ -80,7 +80,7 @@ def test_adapters_that_bring_their_heads_are_measured_on_a_base_model_without_on
     icm("base", "add", "bert", base)
     assert icm("ingest", tmp_path / "loras", *CPU).code == 0
     icm("train", "--no-eval", "--refine", "0", "--steps", "20", *CPU)
-    rungs = icm("eval", "mood", *CPU, "--json").events[0]["rungs"]
+    rungs = icm("eval", "mood", *CPU, "--json").events[0]["sources"]
     assert {rung["metric"] for rung in rungs.values()} == {"accuracy"}
     assert rungs["base"]["value"] == pytest.approx(1 / 3)  # a head of zeros chooses the first class
 
@@ -99,7 +99,7 @@ def test_the_whole_path_works(kind: Kind, icm: Icm, tmp_path: Path) -> None:
     assert icm("ingest", root / "loras", *CPU).code == 0
     icm("train", "--refine", "0", "--steps", "20", *CPU)
     events = icm("eval", "dog-detection", *CPU, "--json").events
-    rungs = events[0]["rungs"]
+    rungs = events[0]["sources"]
     metric = modality_of(inspect_base(kind.name, root / "base")).metric.name
     assert {rung["metric"] for rung in rungs.values()} == {metric}
     assert {"base", "original", "code"} <= rungs.keys()

@@ -157,11 +157,11 @@ class TestExtras:
         assert icm("vectors", "loud", *CPU).code == 0
         assert icm("train", "--no-eval", "--refine", "0", *CPU, "--steps", STEPS).code == 0
         (event, *_) = icm("eval", "loud", *CPU, "--json").events
-        base, original, code = (event["rungs"][name]["nats_per_token"] for name in ("base", "original", "code"))
+        base, original, code = (event["sources"][name]["nats_per_token"] for name in ("base", "original", "code"))
         # The norm matters more than what the code loses of the LoRA.
         assert abs(original - base) > 0.05
         assert abs(code - original) < abs(original - base)
-        assert event["rungs"]["code"]["relative_error"] < 1
+        assert event["sources"]["code"]["relative_error"] < 1
 
     @pytest.mark.slow
     def test_its_code_is_not_refined(self, icm: Icm, with_bias: Path) -> None:

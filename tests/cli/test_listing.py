@@ -131,7 +131,7 @@ def test_show_json_has_every_adapter_with_its_digests(icm: Icm, stored: Path) ->
 
 
 def test_show_json_has_the_measurements(icm: Icm, trained: Path) -> None:
-    rungs = {entry["rung"]: entry["retained_gain"] for entry in icm("show", "rust", "--json").document["evaluations"]}
+    rungs = {entry["source"]: entry["retained_gain"] for entry in icm("show", "rust", "--json").document["evaluations"]}
     assert rungs == {"base": None, "code": 0.97}
 
 

@@ -57,7 +57,7 @@ def store(template: Path, tmp_path: Path) -> Path:
 
 def test_tasks_have_vectors_and_a_retained_gain(icm: Icm, store: Path) -> None:
     ran = icm("eval", "turned-1", *CPU, "--json")
-    sources = ran.events[0]["rungs"]
+    sources = ran.events[0]["sources"]
     assert sources["original"]["metric"] == "accuracy"
     assert sources["original"]["value"] > sources["base"]["value"] + 0.2
     assert sources["code"]["retained_gain"] > 0.5

@@ -102,7 +102,7 @@ def test_the_vectors_of_a_task_bring_back_its_code(icm: Icm, subjects: Path, tmp
     for source in ("generate", "code"):
         icm("materialize", "trains", "-o", tmp_path / source, "--source", source)
     ran = icm("materialize", "trains", "-o", tmp_path / "again", "--source", "recalled", "--json")
-    assert (ran.document["source"], ran.document["recognized"]) == ("generate", "trains")
+    assert (ran.document["source"], ran.document["recognized"]) == ("recalled", "trains")
     fleet = Fleet(subjects)
     one, other = (fleet.load("trains", source=source) for source in ("generate", "code"))
     assert [(module.name, module.a.tolist(), module.b.tolist()) for module in one.modules] == [

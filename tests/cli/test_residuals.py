@@ -148,9 +148,9 @@ def test_a_gain_is_kept_by_code_and_residual_and_recorded(icm: Icm, trained: Pat
         gains = {row.rung: row.retained_gain for row in store.evaluations.all("rules")}
     assert gains["residual"] == told["retained_gain"]
     assert (gains["code"] or 0.0) < 0.97
-    evaluated = icm("eval", "rules", "--device", "cpu", "--json").events[0]["rungs"]
+    evaluated = icm("eval", "rules", "--device", "cpu", "--json").events[0]["sources"]
     assert evaluated["residual"]["retained_gain"] == told["retained_gain"]
-    assert set(evaluated) == {"base", "original", "residual", "code", "generate"}
+    assert set(evaluated) == {"base", "original", "residual", "code", "recalled"}
 
 
 @pytest.mark.slow
@@ -161,7 +161,7 @@ def test_an_eviction_by_gain_measures_the_residual(icm: Icm, trained: Path) -> N
     icm("encode", "rules", "--residual", "--min-gain", "0.97", "--device", "cpu")
     ran = icm("evict", "rules", "--min-gain", "0.97", "--device", "cpu", "--json")
     assert (ran.code, tasks_of(ran)["rules"]["retained_gain"] >= 0.97) == (0, True)
-    rungs = {row["rung"] for row in icm("show", "rules", "--json").document["evaluations"]}
+    rungs = {row["source"] for row in icm("show", "rules", "--json").document["evaluations"]}
     assert {"base", "original", "residual"} <= rungs
 
 
@@ -184,7 +184,7 @@ def test_stats_counts_residuals_in_every_total(icm: Icm, layered: Path) -> None:
     parts = [document["on_disk"][name] for name in ("generators", "codes", "residuals", "vectors", "database")]
     assert (document["on_disk"]["residuals"], sum(parts)) == (size, document["compact_size"])
     assert fleet["codes_and_vectors_size"] == sum(parts[1:4])
-    assert {task["rung"] for task in fleet["tasks"]} == {"residual"}
+    assert {task["source"] for task in fleet["tasks"]} == {"residual"}
     assert all(task["relative_error"] <= 0.1 for task in fleet["tasks"])
     out = icm("stats", "-v").out
     assert ("residuals" in out, " + " in out) == (True, True)

@@ -78,7 +78,7 @@ def test_vectors_have_the_hidden_size_of_the_model(store: Path) -> None:
 
 
 def test_the_retained_gain_is_that_of_the_accuracy(icm: Icm, store: Path, fleet: Path, tmp_path: Path) -> None:
-    sources = icm("eval", "turned-1", *CPU, "--json").events[0]["rungs"]
+    sources = icm("eval", "turned-1", *CPU, "--json").events[0]["sources"]
     assert icm("materialize", "turned-1", "-o", tmp_path / "out", "--source", "code").code == 0
     base = MODALITY.load(inspect_base(LABEL, fleet / "base"), device=torch.device("cpu"))
     held_out = parse_examples(points(1, 100, seed=1), MODALITY.example).items

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from icm_cli.errors import ExitCode
-from icmlora.errors import InvalidShare
+from icmlora.errors import InvalidShard
 from icmlora.fleet.context import Shard
 from registry.store import Store
 from tests.cli.coded import codes, tasks_of
@@ -41,10 +41,10 @@ def test_which_shard_a_task_is_in_never_changes() -> None:
 
 @pytest.mark.parametrize("text", ["0/8", "9/8", "1/0", "1", "1/2/3", "-1/2", "a/b", ""])
 def test_what_is_no_shard_is_refused(icm: Icm, trained: Path, text: str) -> None:
-    with pytest.raises(InvalidShare):
+    with pytest.raises(InvalidShard):
         Shard.of(text)
     ran = icm("vectors", "--shard", text, "--json")
-    assert (ran.code, ran.error["kind"]) == (ExitCode.USAGE, "invalid_share")
+    assert (ran.code, ran.error["kind"]) == (ExitCode.USAGE, "invalid_shard")
 
 
 @pytest.mark.slow

@@ -252,14 +252,14 @@ class TestEval:
         event = icm("eval", *CPU, "--json").events[0]
         # One byte is a token here, and the end of the turn is scored too.
         answers = [f"A {word} thing.<|im_end|>\n" for word in WORDS[:2]]
-        assert event["rungs"]["original"]["tokens"] == sum(map(len, answers))
+        assert event["sources"]["original"]["tokens"] == sum(map(len, answers))
 
     @pytest.mark.slow
     def test_another_chat_template_is_measured_again(self, icm: Icm, base: Path, tmp_path: Path) -> None:
         icm("ingest", write_chats(tmp_path / "talks", as_messages), "--no-vectors")
-        before = icm("eval", *CPU, "--json").events[0]["rungs"]["base"]["nats_per_token"]
+        before = icm("eval", *CPU, "--json").events[0]["sources"]["base"]["nats_per_token"]
         set_template(base, QWEN.replace("helpful", "very rude"))
-        assert icm("eval", *CPU, "--json").events[0]["rungs"]["base"]["nats_per_token"] != before
+        assert icm("eval", *CPU, "--json").events[0]["sources"]["base"]["nats_per_token"] != before
 
     def test_the_digest_of_the_chat_template_is_recorded(self, icm: Icm, base: Path, tmp_path: Path) -> None:
         icm("ingest", write_chats(tmp_path / "talks", as_messages), "--no-vectors")
@@ -277,7 +277,7 @@ class TestEval:
         icm("ingest", folder, "--no-vectors")
         event = icm("eval", *CPU, "--json").events[0]
         answers = [f"A {word} thing.<end of turn>\n" for word in WORDS[:2]]
-        assert event["rungs"]["original"]["tokens"] == sum(map(len, answers))
+        assert event["sources"]["original"]["tokens"] == sum(map(len, answers))
         shown = icm("show", "talks", "--json").document
         assert shown["template"] == hashlib.sha256(own.encode()).hexdigest()
         assert shown["has_own_template"]

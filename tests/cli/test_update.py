@@ -146,7 +146,7 @@ def test_what_was_measured_of_earlier_codes_is_still_known(
     add(icm, tmp_path, seed=9)
     icm(*UPDATE)
     tasks = {task["task"]: task for task in icm("stats", "--json").document["fleets"][0]["tasks"]}
-    measured = [row["retained_gain"] for row in before["evaluations"] if row["rung"] == "code"]
+    measured = [row["retained_gain"] for row in before["evaluations"] if row["source"] == "code"]
     assert [tasks["poems"]["retained_gain"]] == measured
 
 

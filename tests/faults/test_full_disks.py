@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from registry.errors import RegistryError, StoreAway, StoreFull
+from registry.errors import RegistryError, StoreFull, StoreUnavailable
 from tests.conftest import folder_of_a_server
 from tests.faults.pairs import PAIRS, PLAIN, Pair, Servers
 from tests.pg_server import pg_server
@@ -135,7 +135,9 @@ def test_a_full_disk_of_the_database_server_loses_nothing(
                 COMMANDS[name](Place(pair.open, tmp_path, told.append))
             except RegistryError as error:
                 errors.append(error)
-            with suppress(StoreAway):  # a full server writes a file for a new connection now and then, or refuses it
+            with suppress(
+                StoreUnavailable
+            ):  # a full server writes a file for a new connection now and then, or refuses it
                 assert lost(pair, told) == []
                 assert problems(place) == []
         COMMANDS[name](place)
@@ -144,7 +146,7 @@ def test_a_full_disk_of_the_database_server_loses_nothing(
         ends.append(contents(place))
     said = {type(error): str(error.hint) for error in errors}
     assert "free disk space" in said[StoreFull]
-    assert said.keys() <= {StoreFull, StoreAway}
+    assert said.keys() <= {StoreFull, StoreUnavailable}
     assert ends[1:] == ends[:-1]
 
 
@@ -163,10 +165,10 @@ def test_a_server_that_stops_for_want_of_space_loses_nothing(server: tuple[str, 
     with full(disk):
         with psycopg.connect(address) as connection, pytest.raises(psycopg.OperationalError):
             connection.execute(much.encode())
-        with pytest.raises((StoreFull, StoreAway)):
+        with pytest.raises((StoreFull, StoreUnavailable)):
             COMMANDS["extend"](Place(pair.open, tmp_path, told.append))
     for _ in range(300):
-        with suppress(StoreAway):
+        with suppress(StoreUnavailable):
             pair.open().close()
             break
         time.sleep(0.1)

@@ -15,7 +15,7 @@ from tests.pg_server import new_database
 _SCRIPT = """
 import gc, os, sys
 from sqlalchemy import text
-from registry.errors import StoreAway, StoreLocked
+from registry.errors import StoreUnavailable, StoreLocked
 from registry.store import Store
 from tests.registry.examples import BASE, offer
 
@@ -87,7 +87,7 @@ def test_a_copy_that_uses_the_store_is_told_to_open_it_anew(postgres: str, tmp_p
     child = f"""
 try:
     {use}
-except StoreAway as error:
+except StoreUnavailable as error:
     print(error, error.hint, sep="; ", flush=True)
 os._exit(0)
 """

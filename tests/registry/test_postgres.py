@@ -15,7 +15,7 @@ import pytest
 from sqlalchemy import text
 from sqlalchemy.exc import TimeoutError
 
-from registry.errors import StoreAway, StoreLocked
+from registry.errors import StoreLocked, StoreUnavailable
 from registry.names import DatabaseUrl
 from registry.storage.locks import Patience
 from tests.pg_server import new_database
@@ -62,16 +62,16 @@ def test_a_connection_that_is_lost_gives_its_locks_to_others_and_is_never_opened
             second.enter()
             assert is_alone(second)
         for _ in range(2):
-            with pytest.raises(StoreAway):
+            with pytest.raises(StoreUnavailable):
                 is_alone(first)
-        with pytest.raises(StoreAway, match="lost the connection to "), first.job("base"):
+        with pytest.raises(StoreUnavailable, match="lost the connection to "), first.job("base"):
             pytest.fail("it has no store lock any more")
 
 
 def test_a_lock_that_is_lost_inside_of_a_block_ends_it_with_an_error(url: str) -> None:
     with closing(opened(url, "store")) as lock:
         lock.enter()
-        with pytest.raises(StoreAway), lock.exclusive():
+        with pytest.raises(StoreUnavailable), lock.exclusive():
             cut_all(url)
 
 
@@ -86,7 +86,7 @@ def test_what_is_written_without_the_lock_is_not_committed(url: str) -> None:
     engine, other = only_connection(DatabaseUrl(url), "icm ingest"), only_connection(DatabaseUrl(url), "icm ls")
     with engine.begin() as connection:
         connection.execute(text("CREATE TABLE kept (number int)"))
-    with pytest.raises(StoreAway):
+    with pytest.raises(StoreUnavailable):
         insert()
     with other.begin() as connection:
         assert connection.scalar(text("SELECT count(*) FROM kept")) == 0
@@ -122,7 +122,7 @@ def test_the_message_names_the_command_and_the_machine(url: str) -> None:
     ],
 )
 def test_a_database_that_cannot_be_reached_is_told_without_its_password(postgres: str, address: str) -> None:
-    with closing(opened(address, "store")) as lock, pytest.raises(StoreAway) as caught:
+    with closing(opened(address, "store")) as lock, pytest.raises(StoreUnavailable) as caught:
         lock.enter()
     told = f"{caught.value} {caught.value.path} {caught.value.hint}"
     assert "secret" not in told

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from registry.errors import DamagedStore, NotAStore, StoreAway, StoreNotFound
+from registry.errors import DamagedStore, NotAStore, StoreNotFound, StoreUnavailable
 from registry.names import DatabaseUrl
 from registry.storage.blobs.shared import SharedBackend
 from registry.storage.locks import Patience
@@ -88,7 +88,7 @@ def test_a_store_that_was_half_made_is_made_again(url: str, tmp_path: Path, monk
         patch.setattr(SharedBackend, "claim", killed)
         with pytest.raises(KeyboardInterrupt):
             made(url, tmp_path / "blobs")
-    with pytest.raises(StoreAway), Store.open(url) as store:
+    with pytest.raises(StoreUnavailable), Store.open(url) as store:
         store.blobs.put(b"bytes")
     with made(url, tmp_path / "blobs") as store:
         ingest(store, "rust")
@@ -135,6 +135,6 @@ def test_who_writes_is_seen_by_those_who_serve_once_it_is_committed(url: str, tm
 
 def test_what_a_server_refuses_for_good_is_told_at_once(url: str) -> None:
     patience = Patience(30.0)
-    with pytest.raises(StoreAway, match="does not exist"):
+    with pytest.raises(StoreUnavailable, match="does not exist"):
         Store.open(url.replace("/icm_", "/no_"), patience=patience)
     assert patience.left == 30.0

@@ -42,7 +42,7 @@ class MetricResult:
 
 
 def source_name(rung: str) -> str:
-    """Return what people call a source. Rows and JSON keep the older word, which `icm generate` has taken since."""
+    """Return the displayed name of a source. The store keeps the older word `generate`."""
     return "recalled" if rung == "generate" else rung
 
 

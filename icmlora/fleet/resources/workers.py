@@ -32,12 +32,12 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 
-from icmlora.errors import InvalidShare, WorkerDied, WorkersUnavailable
+from icmlora.errors import InvalidWorkers, WorkerDied, WorkersUnavailable
 from icmlora.fleet.context import Context, ignore
 from icmlora.fleet.failures import Failed
 from icmlora.fleet.resources.loading import BaseFacts, Models
 from icmlora.io.devices import resolve_device
-from registry.errors import StoreAway
+from registry.errors import StoreUnavailable
 
 if TYPE_CHECKING:
     from registry.records import TaskRecord
@@ -102,17 +102,17 @@ def check_place(device: str, workers: str | None) -> None:
 
     Raises:
         DeviceUnavailable: This process is to compute, and the machine does not have the device.
-        InvalidShare: `workers` is none of these, or `device` is one card for all of them.
+        InvalidWorkers: `workers` is none of these, or `device` is one card for all of them.
     """
     if workers is None:
         resolve_device(device)
         return
     if ":" in device:
-        raise InvalidShare(
+        raise InvalidWorkers(
             f"workers cannot share device {device!r}", hint="use --device cuda to give each worker its own GPU"
         )
     if not (workers.isdecimal() and 1 <= int(workers) <= 1024) and not workers.startswith("ray://"):
-        raise InvalidShare(
+        raise InvalidWorkers(
             f"{workers!r} is neither a number of workers nor an address", hint="write 4, or ray://HOST:10001"
         )
 
@@ -157,9 +157,9 @@ class _Worker:
         try:
             # Nobody is shown the notes: the bar counts the tasks of all workers.
             ((_, result),) = work(self._models, [task], lambda note: None, *args, **kwargs)
-        except StoreAway as error:
+        except StoreUnavailable as error:
             hint = "each worker needs credentials for the database and the bucket in its own environment"
-            raise StoreAway(f"a worker on {socket.gethostname()}: {error}", path=error.path, hint=hint) from None
+            raise StoreUnavailable(f"a worker on {socket.gethostname()}: {error}", path=error.path, hint=hint) from None
         return result, list(self._facts)
 
 

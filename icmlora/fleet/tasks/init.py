@@ -31,7 +31,7 @@ def init(context: Context, blobs: str | None = None) -> InitReport:
     Raises:
         NotAStore: There is something else, or a store that has its bytes at another place.
         OptionsConflict: A store in a database has no folder for its bytes.
-        StoreAway: The database or the place of the bytes cannot be reached.
+        StoreUnavailable: The database or the place of the bytes cannot be reached.
     """
     try:
         with context.open(read_only=True) as store:

@@ -29,7 +29,7 @@ from icmlora.serving.gateway.metrics import CONTENT_TYPE, Metrics
 from icmlora.serving.gateway.problems import HttpProblem
 from icmlora.serving.gateway.residency import Residency
 from icmlora.serving.gateway.settings import GatewaySettings
-from registry.errors import IcmError, StoreAway
+from registry.errors import IcmError, StoreUnavailable
 
 PASSED_ON = frozenset(
     {
@@ -210,7 +210,7 @@ class _OwnRoutes:
         try:
             self._names = await self._connection.names()
         except IcmError as error:
-            if self._names is None or not isinstance(error, StoreAway):
+            if self._names is None or not isinstance(error, StoreUnavailable):
                 raise HttpProblem(503, f"Cannot read the tasks: {error.message}", "store_unavailable") from error
         names = self._names
         fields = {"object": "model", "created": self._started, "owned_by": "icm", "parent": listing.base}

@@ -26,7 +26,7 @@ from icmlora.serving.gateway.problems import HttpProblem
 from icmlora.serving.gateway.residency import Residency, Resident
 from icmlora.serving.gateway.settings import GatewaySettings
 from icmlora.serving.tasks import ServedTask
-from registry.errors import IcmError, StoreAway
+from registry.errors import IcmError, StoreUnavailable
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -228,7 +228,7 @@ class Forwarder:
             return await self._catalogue.find(name)
         except (IcmError, OSError) as error:
             fact = error.message if isinstance(error, IcmError) else error.strerror
-            if not isinstance(error, StoreAway):  # which is said once, when it is noticed
+            if not isinstance(error, StoreUnavailable):  # which is said once, when it is noticed
                 _log.warning("cannot look up a task: %s", fact)
             raise HttpProblem(503, f"Cannot read the tasks: {fact}", "store_unavailable", retry_after=5) from error
 

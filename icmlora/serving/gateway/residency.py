@@ -36,14 +36,16 @@ from icmlora.serving.gateway.problems import HttpProblem
 from icmlora.serving.gateway.settings import GatewaySettings
 from icmlora.serving.requirements import config_problem
 from icmlora.serving.tasks import ServedTask, ServedTasks
-from registry.errors import IcmError, StoreAway, StoreLocked
+from registry.errors import IcmError, StoreLocked, StoreUnavailable
 from registry.files import is_full
 
 _LINGER = 5.0
 """Seconds that an adapter counts as in use after a request that was cut short: the engine may still run it."""
 _REMEMBERED = 5.0
 """Seconds for which a failure of a task is not tried again."""
-_LASTING = frozenset({"adapter_unavailable", "store_away", "adapter_unsuited", "engine_refused_adapter", "engine_lied"})
+_LASTING = frozenset(
+    {"adapter_unavailable", "store_unavailable", "adapter_unsuited", "engine_refused_adapter", "engine_lied"}
+)
 _FETCHING = 16
 """Tasks whose bytes are fetched over a network at once: those that hang are not in the way of others."""
 _FETCH_TIMEOUT = 15.0
@@ -271,7 +273,7 @@ class Residency:
             problem = _as_problem(name, error)
             if problem.code in _LASTING:
                 self._remember((name, key), problem)
-            if problem.code != "store_away":  # which is said once, when it is noticed
+            if problem.code != "store_unavailable":  # which is said once, when it is noticed
                 _log.warning("cannot serve %s: %s", name, problem.message)
             raise problem from None
         finally:
@@ -288,7 +290,7 @@ class Residency:
             message = (
                 f"The adapter of {task.name!r} did not download within {_FETCH_TIMEOUT:g} seconds; try again soon."
             )
-            raise HttpProblem(503, message, "store_away", retry_after=5) from None
+            raise HttpProblem(503, message, "store_unavailable", retry_after=5) from None
 
     async def _write_ahead(self, task: ServedTask) -> None:
         """Write a task that has to wait for its turn, while the engine loads another one, if there is much room."""
@@ -515,8 +517,8 @@ def _as_problem(name: str, error: Exception) -> HttpProblem:
         return HttpProblem(503, f"There is no room for another adapter: {error.message}.", "no_room", retry_after=5)
     if isinstance(error, StoreLocked):
         return HttpProblem(503, f"The store is busy: {error.message}.", "store_busy", retry_after=5)
-    if isinstance(error, StoreAway):
-        return HttpProblem(503, f"The store is unavailable: {error.message}.", "store_away", retry_after=5)
+    if isinstance(error, StoreUnavailable):
+        return HttpProblem(503, f"The store is unavailable: {error.message}.", "store_unavailable", retry_after=5)
     if isinstance(error, IcmError | OSError):
         reason = error.message if isinstance(error, IcmError) else error.strerror or str(error)
     else:

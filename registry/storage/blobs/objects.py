@@ -38,7 +38,7 @@ import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError, PermissionDeniedError, UnauthenticatedError
 from obstore.store import from_url
 
-from registry.errors import NotAStore, StoreAway
+from registry.errors import NotAStore, StoreUnavailable
 from registry.files import Bytes, failpoint, store_errors
 from registry.storage.blobs.backend import BlobInfo, Leftover
 from registry.storage.folder import is_digest
@@ -149,7 +149,9 @@ class ObjectBackend:
                     break
             else:
                 place = self.place(digest)
-                raise StoreAway(f"{place} does not contain the bytes that were sent", path=place, hint=_AWAY_HINT)
+                raise StoreUnavailable(
+                    f"{place} does not contain the bytes that were sent", path=place, hint=_AWAY_HINT
+                )
         failpoint("blob-renamed")
         return not is_there
 
@@ -269,7 +271,7 @@ class ObjectBackend:
                 found = bytes(obstore.get(self._store, _OWNER).bytes()).decode(errors="replace")
             except FileNotFoundError:
                 hint = "check the address, and that the bucket was not emptied"
-                raise StoreAway(f"no icm blobs at {self._url}", path=self._url, hint=hint) from None
+                raise StoreUnavailable(f"no icm blobs at {self._url}", path=self._url, hint=hint) from None
         if found != self._owner:
             raise self._not_mine()
 
@@ -299,7 +301,7 @@ class ObjectBackend:
         place = f"{self._url}/{name}"
         if _forked:
             fact = f"{place} cannot be used in a forked process after its parent used an object store"
-            raise StoreAway(fact, path=place, hint='start the other process with "spawn" instead of "fork"')
+            raise StoreUnavailable(fact, path=place, hint='start the other process with "spawn" instead of "fork"')
         try:
             yield
         except _Missing:
@@ -311,7 +313,7 @@ class ObjectBackend:
             is_refused = isinstance(error, (PermissionDeniedError, UnauthenticatedError)) or told[:3] in ("401", "403")
             fact = told or text.partition("<")[0].rpartition(" - ")[2].strip()[:200]
             hint = _RIGHTS_HINT if is_refused else _AWAY_HINT
-            raise StoreAway(f"{place}: {fact}", path=place, hint=hint) from None
+            raise StoreUnavailable(f"{place}: {fact}", path=place, hint=hint) from None
 
 
 def connect(url: str, owner: str) -> ObjectBackend:

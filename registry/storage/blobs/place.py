@@ -32,7 +32,7 @@ class FarBackend(BlobBackend, Protocol):
 
         Raises:
             NotAStore: It is a store's.
-            StoreAway: It cannot be reached.
+            StoreUnavailable: It cannot be reached.
         """
         ...
 
@@ -41,7 +41,7 @@ class FarBackend(BlobBackend, Protocol):
 
         Raises:
             NotAStore: It is another store's.
-            StoreAway: It cannot be reached.
+            StoreUnavailable: It cannot be reached.
         """
         ...
 
@@ -51,7 +51,7 @@ def settle(paths: StorePaths, address: str) -> None:
 
     Raises:
         NotAStore: It is no address, or that of another store's blobs.
-        StoreAway: It cannot be reached.
+        StoreUnavailable: It cannot be reached.
     """
     if not paths.place.exists():
         backend_at(address, "")  # before anything is written

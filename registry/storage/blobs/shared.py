@@ -20,7 +20,7 @@ from typing import BinaryIO
 from uuid import uuid4
 
 from registry import files as fs
-from registry.errors import NotAStore, StoreAway
+from registry.errors import NotAStore, StoreUnavailable
 from registry.storage.blobs.backend import BlobInfo
 from registry.storage.blobs.local import LocalBackend, LocalBatch
 from registry.storage.folder import StorePaths, make_folders
@@ -118,7 +118,7 @@ class SharedBackend(LocalBackend):
 
     @contextmanager
     def _mounted(self) -> Iterator[None]:
-        """Raise `StoreAway` where a file is missing because the whole folder is."""
+        """Raise `StoreUnavailable` where a file is missing because the whole folder is."""
         try:
             yield
         except FileNotFoundError:
@@ -149,7 +149,7 @@ class SharedBackend(LocalBackend):
         except OSError as error:
             hint = "check that it is mounted at this path, and that this user may read it"
             fact = f"no icm blobs in {self._folder}: {error.strerror}"
-            raise StoreAway(fact, path=self._folder, hint=hint) from None
+            raise StoreUnavailable(fact, path=self._folder, hint=hint) from None
         if found != self._owner:
             raise self._not_mine()
 

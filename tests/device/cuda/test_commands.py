@@ -75,7 +75,7 @@ def alike(one: dict[str, NDArray[np.float32]], other: dict[str, NDArray[np.float
 def rungs_of(ran: Ran) -> dict[str, dict[str, Any]]:
     """Return what `icm eval --json` measured, by task and source."""
     events = [event for event in ran.events if event["type"] == "task"]
-    return {f"{event['task']}/{name}": rung for event in events for name, rung in event["rungs"].items()}
+    return {f"{event['task']}/{name}": rung for event in events for name, rung in event["sources"].items()}
 
 
 def total(store: Path) -> int:
@@ -112,7 +112,7 @@ class TestTrain:
         icm("ingest", mixed_template / "loras" / "poems", "--no-vectors")
         told = {event["type"]: event for event in card("train", "--steps", STEPS, "--refine", 2, "--json").events}
         assert told["refined"]["effect"] > 0.9
-        assert told["task"]["rungs"].keys() == {"base", "original", "code"}
+        assert told["task"]["sources"].keys() == {"base", "original", "code"}
 
     def test_an_update_encodes_what_is_new(self, card: Icm, icm: Icm, trained: Path, tmp_path: Path) -> None:
         icm("ingest", write_lora(tmp_path / "extra", seed=9), "--no-vectors")

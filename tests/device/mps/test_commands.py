@@ -73,8 +73,8 @@ def test_the_four_lines_run(icm: Icm, coded: Path, tmp_path: Path) -> None:
 
 
 def test_eval_measures_what_it_measures_on_the_cpu(card: Icm, icm: Icm, coded: Path) -> None:
-    on_card = card("eval", "--again", "--json").events[0]["rungs"]
-    on_cpu = icm("eval", "--again", "--json", "--device", "cpu").events[0]["rungs"]
+    on_card = card("eval", "--again", "--json").events[0]["sources"]
+    on_cpu = icm("eval", "--again", "--json", "--device", "cpu").events[0]["sources"]
     for name, rung in on_card.items():
         assert rung["nats_per_token"] == pytest.approx(on_cpu[name]["nats_per_token"], rel=0.005)
 

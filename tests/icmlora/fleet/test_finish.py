@@ -9,7 +9,7 @@ import pytest
 
 from icm_cli.app import run
 from icmlora import Cancelled, Fleet
-from icmlora.errors import InvalidShare, OptionsConflict
+from icmlora.errors import InvalidWorkers, OptionsConflict
 from icmlora.fleet.context import Event, StageBegun
 from icmlora.fleet.encode.encode import EncodeReport, TaskEncoded
 from icmlora.fleet.measure.evaluate import EvaluateReport, TaskEvaluated
@@ -112,7 +112,7 @@ def test_a_stop_keeps_the_generator_and_what_is_done(ingested: Fleet, kind: type
 
 
 def test_workers_that_mean_nothing_are_refused_before_the_training(ingested: Fleet) -> None:
-    with pytest.raises(InvalidShare):
+    with pytest.raises(InvalidWorkers):
         ingested.train(workers="many", **FEW)
     assert code_blobs(ingested) == {}
 

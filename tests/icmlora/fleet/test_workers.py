@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 
 from icmlora import Fleet
-from icmlora.errors import InvalidShare, WorkersUnavailable
+from icmlora.errors import InvalidWorkers, WorkersUnavailable
 from icmlora.fleet.context import Context
 from icmlora.fleet.failures import Failed
 from icmlora.fleet.resources.loading import Models
 from icmlora.fleet.resources.workers import ATTEMPTS, Tell, _Pool, _Worker, worker_pool
-from registry.errors import RegistryError, StoreAway
+from registry.errors import RegistryError, StoreUnavailable
 from registry.names import DatabaseUrl
 from registry.records import TaskRecord
 from registry.store import Store
@@ -133,12 +133,12 @@ def test_an_error_on_a_worker_is_raised_here_as_it_was_there(store: Store) -> No
 
 @pytest.mark.parametrize("workers", ["0", "-1", "many", "http://host:1", ""])
 def test_workers_that_mean_nothing_are_refused(fleet: Fleet, workers: str) -> None:
-    with pytest.raises(InvalidShare, match="neither a number of workers nor an address"):
+    with pytest.raises(InvalidWorkers, match="neither a number of workers nor an address"):
         fleet.encode(max_error=0.5, workers=workers)
 
 
 def test_one_card_for_all_workers_is_refused(fleet: Fleet) -> None:
-    with pytest.raises(InvalidShare, match="cuda:1"):
+    with pytest.raises(InvalidWorkers, match="cuda:1"):
         fleet.encode(max_error=0.5, workers="2", device="cuda:1")
 
 
@@ -189,7 +189,7 @@ def test_a_worker_that_does_not_reach_the_database_says_which_machine_it_is_on()
     pytest.importorskip("psycopg")
     worker = _Worker(Context(DatabaseUrl("postgresql://127.0.0.1:1/fleet")), "cpu", 1)
     with pytest.raises(
-        StoreAway, match=f"a worker on {socket.gethostname()}: postgresql://127.0.0.1:1/fleet"
+        StoreUnavailable, match=f"a worker on {socket.gethostname()}: postgresql://127.0.0.1:1/fleet"
     ) as caught:
         worker.run(None, (read_tasks, (), {}))  # type: ignore[arg-type]
     assert "in its own environment" in (caught.value.hint or "")

@@ -15,7 +15,7 @@ from icm_cli.app import run
 from icmlora import Fleet, attach
 from icmlora.serving import watched
 from icmlora.serving.tasks import ServedTask, ServedTasks, open_tasks
-from registry.errors import StoreAway
+from registry.errors import StoreUnavailable
 from tests.icmlora.serving.conftest import Served, Team, folder_bytes
 from tests.s3_faults import Fault, refuses
 
@@ -115,10 +115,10 @@ def test_while_it_is_away_what_is_known_is_written_and_all_else_is_one_error(
     assert tasks.stamp() == stamp
     for _ in range(3):
         if database:
-            with pytest.raises(StoreAway, match="postgresql://"):
+            with pytest.raises(StoreUnavailable, match="postgresql://"):
                 tasks.find("silent")
         if bucket:
-            with pytest.raises(StoreAway, match="s3://"):
+            with pytest.raises(StoreUnavailable, match="s3://"):
                 tasks.write(other, tmp_path / "other")
     warnings = [record for record in caplog.records if record.levelno == logging.WARNING]
     assert len(warnings) == bucket + database
@@ -131,7 +131,7 @@ def test_while_it_is_away_what_is_known_is_written_and_all_else_is_one_error(
 def _is_back(tasks: ServedTasks) -> bool:
     try:
         return tasks.find("rules") is not None
-    except StoreAway:
+    except StoreUnavailable:
         return False
 
 
@@ -146,7 +146,7 @@ def test_nobody_waits_for_a_database_that_was_stopped(
         team.database.stop()
         assert tasks.stamp() == stamp
         tasks.write(task, tmp_path / "meanwhile")
-        with pytest.raises(StoreAway, match="does not respond"):
+        with pytest.raises(StoreUnavailable, match="does not respond"):
             wait_for(lambda: tasks.check())
     team.database.come_back()
     wait_for(lambda: _is_back(tasks))
@@ -159,7 +159,7 @@ def test_a_task_is_attached_again_while_all_is_away(team: Team, served: Served) 
     model = attach(model, fleet, "rules")
     goes_away(True, True, team)
     model = attach(model, fleet, "poems")
-    with pytest.raises(StoreAway):
+    with pytest.raises(StoreUnavailable):
         attach(model, fleet, "silent")
 
 

@@ -9,7 +9,7 @@ from uuid import uuid4
 
 import pytest
 
-from registry.errors import StoreAway
+from registry.errors import StoreUnavailable
 from registry.storage.blobs.content import Blobs
 from registry.store import Store
 from tests.registry.examples import ingest
@@ -123,7 +123,7 @@ def test_a_bucket_that_stays_away_ends_each_request_with_one_error(
         lambda: blobs.delete([digest]),
     ]
     for ask in asked:
-        with pytest.raises(StoreAway, match="s3://"):
+        with pytest.raises(StoreUnavailable, match="s3://"):
             ask()
     server.faults = []
     assert blobs.read(digest) == SMALL
@@ -135,7 +135,7 @@ def test_a_listing_that_is_not_whole_is_an_error(
 ) -> None:
     digests = blobs.put_all([b"one", b"two"])
     server.faults = [Fault("GET.*list-type.*%2F" + digests[0][0], ALWAYS, after=fault)]
-    with pytest.raises(StoreAway):
+    with pytest.raises(StoreUnavailable):
         list(blobs.all())
 
 
@@ -149,11 +149,11 @@ def test_a_bucket_that_is_away_is_not_taken_for_damage(server: FaultyServer, tmp
         before = list(place.all())
         for of in ("HEAD", "GET"):
             server.faults = [Fault(of, ALWAYS, before=refuses(503))]
-            with pytest.raises(StoreAway):
+            with pytest.raises(StoreUnavailable):
                 list(store.verify(read_data=True))
-            with pytest.raises(StoreAway):
+            with pytest.raises(StoreUnavailable):
                 store.repair()
-        with pytest.raises(StoreAway):
+        with pytest.raises(StoreUnavailable):
             store.prune(grace=0)
         server.faults = []
         assert list(place.all()) == before

@@ -8,7 +8,7 @@ from uuid import uuid4
 
 import pytest
 
-from registry.errors import NotAStore, StoreAway
+from registry.errors import NotAStore, StoreUnavailable
 from registry.storage.blobs.backend import BlobBackend
 from registry.storage.blobs.content import Blobs, digest_of
 from registry.testing.blobs import BlobPromises
@@ -73,21 +73,21 @@ def test_a_place_belongs_to_one_store() -> None:
 def test_where_nothing_of_icm_is_no_blob_is_called_missing(bucket: str) -> None:
     place = new_place(f"s3://{bucket}/{uuid4().hex}", claimed=False)
     for ask in (place.get, place.size, place.exists):
-        with pytest.raises(StoreAway, match="no icm blobs"):
+        with pytest.raises(StoreUnavailable, match="no icm blobs"):
             ask("ab" * 32)
 
 
 def test_a_bucket_that_is_gone_takes_no_bytes_and_lists_none() -> None:
     place = new_place("s3://no-such-bucket/prefix", claimed=False)
     for use in (lambda: list(place.all()), lambda: place.put(digest_of(b""), b""), place.now):
-        with pytest.raises(StoreAway, match="no icm blobs"):
+        with pytest.raises(StoreUnavailable, match="no icm blobs"):
             use()
 
 
 def test_a_wrong_key_is_told_without_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
     url = url_of(new_place())
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "another-secret")
-    with pytest.raises(StoreAway, match="403") as caught:
+    with pytest.raises(StoreUnavailable, match="403") as caught:
         new_place(url, claimed=False).put(digest_of(b""), b"")
     told = f"{caught.value} {caught.value.hint}"
     assert "credentials" in told
@@ -136,7 +136,7 @@ def test_a_copy_of_this_process_gets_an_error_and_does_not_wait_for_ever() -> No
 
     def use() -> None:
         for other in (place, new_place(url_of(place), claimed=False)):
-            with pytest.raises(StoreAway, match="cannot be used in a forked process"):
+            with pytest.raises(StoreUnavailable, match="cannot be used in a forked process"):
                 Blobs(other).read(digest)
 
     assert run(use) == 0

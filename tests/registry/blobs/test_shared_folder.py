@@ -13,7 +13,7 @@ from threading import Barrier
 import pytest
 
 from registry import files as fs
-from registry.errors import NotAStore, StoreAway
+from registry.errors import NotAStore, StoreUnavailable
 from registry.storage.blobs.backend import BlobBackend
 from registry.storage.blobs.content import Blobs, digest_of
 from registry.storage.blobs.shared import SharedBackend
@@ -100,9 +100,9 @@ def test_what_is_in_a_folder_that_is_not_mounted_is_away_and_not_missing(tmp_pat
     (tmp_path / "blobs").mkdir()
     uses = (place.exists, place.size, place.get, place.delete)
     for use in (*(lambda use=use: use(digest) for use in uses), place.now, lambda: list(place.all())):
-        with pytest.raises(StoreAway):
+        with pytest.raises(StoreUnavailable):
             use()
-    with pytest.raises(StoreAway):
+    with pytest.raises(StoreUnavailable):
         Blobs(place).put(b"more")
 
 

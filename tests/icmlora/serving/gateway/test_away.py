@@ -80,7 +80,7 @@ def test_known_tasks_are_served_without_a_bucket_and_others_get_503(
     team.bucket.faults = [Fault("", float("inf"), before=refuses(503))]
     refused = gateway.ask("silent")
     assert refused.status_code == 503
-    assert refused.json()["error"]["code"] == "store_away"
+    assert refused.json()["error"]["code"] == "store_unavailable"
     assert "s3://" in refused.json()["error"]["message"]
     assert [gateway.ask(name).status_code for name in ("rules", "poems")] == [200, 200]
     assert gateway.ask("silent").status_code == 503
