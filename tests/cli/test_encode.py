@@ -329,7 +329,7 @@ def test_each_code_of_a_gain_search_is_decoded_once_and_the_references_are_read_
 
 def test_a_quality_is_a_limit_of_its_own(icm: Icm, trained: Path) -> None:
     ran = icm("encode", "--quality", "3", "--max-error", "0.3", "--json")
-    assert (ran.code, "--quality cannot be used with --keep, --max-error" in ran.err) == (ExitCode.USAGE, True)
+    assert (ran.code, "--quality cannot be combined with --max-error" in ran.err) == (ExitCode.USAGE, True)
 
 
 @pytest.mark.slow

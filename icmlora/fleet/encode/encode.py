@@ -173,12 +173,12 @@ def encode(
 
 def check_limits(limits: Limits, *, residual: bool = False) -> None:
     """Raise `OptionsConflict` for limits that do not go together."""
-    if limits.quality is not None and not limits.is_by_quality:
-        fact = "--quality cannot be used with --keep, --max-error, --min-gain, --tolerance or --size"
-        raise OptionsConflict(fact)
-    others = (limits.min_gain, limits.max_error, limits.tolerance, limits.size)
-    if limits.keep is not None and any(limit is not None for limit in others):
-        raise OptionsConflict("--keep cannot be used with --max-error, --min-gain, --tolerance or --size")
+    names = ("keep", "max_error", "min_gain", "tolerance", "size")
+    given = [f"--{name.replace('_', '-')}" for name in names if getattr(limits, name) is not None]
+    if limits.quality is not None and given:
+        raise OptionsConflict(f"--quality cannot be combined with {' and '.join(given)}")
+    if limits.keep is not None and len(given) > 1:
+        raise OptionsConflict(f"--keep cannot be combined with {' and '.join(given[1:])}")
     if limits.keep is not None and residual:
         fact = "--residual limits the error of the weights, so it cannot be used with --keep"
         raise OptionsConflict(fact, hint="leave out one of the two")
