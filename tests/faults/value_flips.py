@@ -68,7 +68,7 @@ class ValueFlips:
             with self._engine.connect() as connection:
                 taken = sum(cells.change(connection, key, some.pop()) for key, some in flips.items() if some)
                 wrong = [fact for fact, _ in find_wrong_rows(connection, Base.metadata, self._database._wrong_in)]
-                noticed = sum(f" of {table.name} " in fact for fact in wrong)
+                noticed = sum(fact.endswith(f" of {table.name}") for fact in wrong)
                 connection.rollback()
             tally.flips += taken
             tally.noticed += noticed
