@@ -209,7 +209,7 @@ class TestMaterialize:
     def test_what_the_card_trained_is_written_from_every_source(self, icm: Icm, on_card: Path, tmp_path: Path) -> None:
         assert icm("encode", "rules", "--residual", "--max-error", 0.1, *CARD).code == 0
         original = Fleet(on_card).load("rules", source="original")
-        for source in ("residual", "code", "generate", "network"):
+        for source in ("residual", "code", "recalled", "network"):
             out = tmp_path / source
             ran = icm("materialize", "rules", "-o", out, "--source", source, "--dtype", "float32", "--json")
             assert (ran.code, ran.document["source"]) == (0, source)
