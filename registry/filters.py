@@ -49,7 +49,7 @@ FIELDS = {
         Field("rank", "number", "the largest rank"),
         Field("size", "size", "the size of the original, such as 10MB or 512KiB"),
         Field("code", "size", "the size of the current code and its residual"),
-        Field("extras", "size", "the size of the tensors and files stored beside the code"),
+        Field("extras", "size", "the size of the tensors and files stored next to the code"),
         Field("gain", "number", "the retained gain of the code"),
         Field("error", "number", "the relative error, ||dW' - dW|| / ||dW||"),
         Field("tag", "words", "its tags"),

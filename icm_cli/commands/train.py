@@ -287,7 +287,7 @@ class _Printed:
             hint = "every task has a code; run `icm encode` to refine the rest"
             if not self.is_refining:
                 hint = "the generator is stored; run `icm encode` with the same limits to encode the rest"
-            raise Interrupted(f"interrupted; {done} encoded", hint=hint)
+            raise Interrupted(f"interrupted; encoded {done}", hint=hint)
         if not isinstance(report, TrainReport):
             unchanged = "interrupted; base models not listed above did not change"
             raise Interrupted(unchanged, hint="run the same command again to continue")

@@ -132,7 +132,7 @@ class Server(NamedTuple):
 
 
 def examine_server(url: DatabaseUrl, command: str) -> Server:
-    """Look at the server of a store; raise `StoreUnavailable` if it cannot be reached."""
+    """Check the server of a store; raise `StoreUnavailable` if it cannot be reached."""
     database = PostgresDatabase(url, command=command, read_only=True, patience=Patience(0.0))
     try:
         with database.connection() as connection:

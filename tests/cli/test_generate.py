@@ -217,7 +217,7 @@ def test_samples_of_which_only_the_beginning_is_read_are_counted(generate: Gener
 def test_another_base_model_than_those_of_the_store_is_refused_with_where_to_look(generate: Generate) -> None:
     ran = generate("--base-model", "mistyped")
     assert "there is no generator for mistyped" in ran.err
-    assert "run `icm generators` to list those of other base models" in ran.err
+    assert "run `icm generators` to list generators of other base models" in ran.err
 
 
 @pytest.mark.slow

@@ -127,8 +127,8 @@ def test_ctrl_c_while_it_encodes_publishes_nothing(icm: Icm, mixed: Path, monkey
 @pytest.mark.parametrize(
     ("event_type", "options", "told", "go_on"),
     [
-        (TaskEncoded, ("--refine", 1), "1 task encoded", "run `icm encode` to refine the rest"),
-        (TaskEncoded, ("--max-error", 0.5), "1 task encoded", "`icm encode` with the same limits"),
+        (TaskEncoded, ("--refine", 1), "encoded 1 task", "run `icm encode` to refine the rest"),
+        (TaskEncoded, ("--max-error", 0.5), "encoded 1 task", "`icm encode` with the same limits"),
         (TaskEvaluated, ("--refine", 0), "measured 1 task", "run `icm eval` to measure the rest"),
     ],
     ids=["refining", "limits", "measuring"],

@@ -243,7 +243,7 @@ def check_bytes(store: Store, row: AdapterRecord, source: Sequence[str] = ()) ->
     for digest in source:
         store.blobs.check(digest)
     parts = [("its configuration", row.config)]
-    parts += [(extra.file or "a tensor stored beside its code", extra.blob) for extra in row.extras]
+    parts += [(extra.file or "a tensor stored next to its code", extra.blob) for extra in row.extras]
     for what, digest in parts:
         try:
             store.blobs.check(digest)

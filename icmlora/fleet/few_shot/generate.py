@@ -216,7 +216,7 @@ def _generator_with_start(store: Store, base_model: str | None) -> GeneratorReco
         of_it = "" if base_model is None else f" for {base_model}"
         hint = "run `icm train --objective both` to train one"
         if store.generators.all():
-            hint = f"run `icm generators` to list those of other base models; {hint}"
+            hint = f"run `icm generators` to list generators of other base models; {hint}"
         raise DataError(f"there is no generator{of_it}", hint=hint)
     found = [row for row in current if row.start is not None]
     if len(found) == 1:

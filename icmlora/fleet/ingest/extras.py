@@ -137,7 +137,7 @@ class ExtrasKeeper:
 
 
 def _with_usable_context(companions: Mapping[str, Path], problems: list[Refusal]) -> Mapping[str, Path]:
-    """Return the files without those of a context that cannot be read as one, after noting why."""
+    """Return the files, without the two of a malformed context, which is noted."""
     files = {name: companions[name] for name in CONTEXT_NAMES & companions.keys()}
     if not files:
         return companions

@@ -102,7 +102,7 @@ def check_place(device: str, workers: str | None) -> None:
 
     Raises:
         DeviceUnavailable: This process is to compute, and the machine does not have the device.
-        InvalidWorkers: `workers` is none of these, or `device` is one card for all of them.
+        InvalidWorkers: `workers` is neither a number nor an address, or `device` is one card for all of them.
     """
     if workers is None:
         resolve_device(device)

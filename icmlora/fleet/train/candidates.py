@@ -193,7 +193,7 @@ class UpdateCandidates:
         *,
         is_kept: bool,
     ) -> Candidate:
-        """Give each task the smallest code that one of some versions of a file makes.
+        """Return for each task the smallest code that any of the given versions of a file makes.
 
         If `is_kept`, an update that was stopped finds its codes again.
         """

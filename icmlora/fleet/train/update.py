@@ -4,7 +4,7 @@
                                             └─ longer file: a new generator with the codes of all tasks, current
 
 Either way it is one transaction; until it commits, nothing has changed. The codes that are made until then are kept in
-a training run, from which the same update continues if it is stopped.
+a training run. The same update continues from there if it is stopped.
 """
 
 from __future__ import annotations

@@ -133,9 +133,9 @@ class _Pace:
         self._is_told = False
 
     def note(self, done: int) -> None:
-        """Note that so many tasks are done."""
+        """Note the number of finished tasks."""
         now = time.monotonic()
-        if self._first is None:  # the base model is loaded by now
+        if self._first is None:  # the base model is loaded
             self._first = done, now
         if self._is_told or done < self._first[0] + _MEASURED:
             return
