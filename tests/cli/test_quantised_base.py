@@ -48,7 +48,7 @@ def test_every_figure_says_it(icm: Icm, in_nf4: None, tmp_path: Path) -> None:
     assert [line.endswith(" nf4") for line in ran.out.splitlines() if line.startswith("retained gain")] == [True] * 2
     events = icm("eval", "poems", *CPU, "--json").events
     assert (events[0]["precision"], events[1]["precisions"]) == ("nf4", ["nf4"])
-    gain = f"{events[0]['rungs']['code']['retained_gain']:.3f}"
+    gain = f"{events[0]['sources']['code']['retained_gain']:.3f}"
     for command in (["ls"], ["stats", "-v"], ["show", "poems"]):
         assert f"{gain} nf4" in icm(*command).out, command
     assert icm("ls", "--json").document[0]["precision"] == "nf4"
