@@ -35,7 +35,7 @@ def duplicates(
     """Find tasks with equal or similar adapters.
 
     `=` marks equal tensors and scale. `~` marks near copies within DISTANCE, ||dW - dW'|| / max(||dW||, ||dW'||),
-    among tasks of one base model, whatever their rank, type and format. Each task is compared with the oldest of its
+    among tasks of one base model, regardless of rank, type and format. Each task is compared with the oldest of its
     group, or with the nearest if the oldest is too far. With TASKS, only groups with these tasks are shown. Nothing is
     changed. --quiet prints one group per line.
 

@@ -53,7 +53,7 @@ def stats(session: Session, plot: PlotOpt = None, force: ReplaceOpt = False) -> 
     """Show the bytes on disk, the saving and the quality lost.
 
     BF16: size of all final adapters in bf16. OF BF16: share of it that generator, codes, vectors and extras take.
-    BREAK-EVEN: number of tasks from which that is smaller. EXTRAS: heads, tokenizers and originals that no code can
+    BREAK-EVEN: number of tasks at which that becomes smaller. EXTRAS: heads, tokenizers and originals that no code can
     represent. RELATIVE ERROR and RETAINED GAIN: mean / worst over the tasks. -v adds a row per task.
 
     Example:

@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
+from typing import Protocol
 
 from icmlora.errors import AdapterRefused
 from icmlora.formats.format import Buffer
@@ -30,6 +32,36 @@ _UNIMPORTANT = frozenset(
         *("revision", "runtime_config", "target_modules", "task_type"),
     }
 )
+
+
+class Tensors(Protocol):
+    """A stored file of weights."""
+
+    @property
+    def weights(self) -> str:
+        """Digest of the file."""
+        ...
+
+    @property
+    def tensors_key(self) -> str | None:
+        """As `tensors_key` makes it; None if it was not made."""
+        ...
+
+
+def same_tensors(one: Tensors, other: Tensors, digest: Callable[[str], str | None]) -> bool:
+    """Return whether two files hold the same tensors; `digest` is called only if their keys match.
+
+    Args:
+        one: A file.
+        other: Another file.
+        digest: Return the `tensors_digest` of the file with a digest, or None if it cannot be read.
+    """
+    if one.weights == other.weights:
+        return True
+    if one.tensors_key is None or one.tensors_key != other.tensors_key:
+        return False
+    found = digest(one.weights)
+    return found is not None and found == digest(other.weights)
 
 
 def tensors_key(weights: Buffer) -> str:

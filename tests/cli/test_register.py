@@ -287,7 +287,7 @@ class TestFailures:
 
 
 class TestHints:
-    """Hints about a generated task, which never had an original, and about a generator that changed meanwhile."""
+    """Hints about a generated task, which never had an original, and about a generator that was replaced."""
 
     def test_its_original_cannot_be_written(self, icm: Icm, register: Register, tmp_path: Path) -> None:
         register()

@@ -182,7 +182,7 @@ class _Checker:
         original = None if final.is_evicted else read_with_extras(self._store, final)
         extras = {} if original is None else original.extras
         if original is not None and (final.extras or extras) and read_form(self._store, final).tensors != extras:
-            raise CheckFailed("the tensors stored beside its code differ from those of its original")
+            raise CheckFailed("the tensors stored next to its code differ from the original tensors")
         try:
             decoded = decode_code(self._store, generator_file, code, code.rung)
             # If only later checkpoints are left, what was measured when the final original went still holds.

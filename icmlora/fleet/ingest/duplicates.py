@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from icmlora.formats.tensor_hash import plain_config, tensors_digest
+from icmlora.formats.tensor_hash import plain_config, same_tensors, tensors_digest
 from registry.errors import DamagedStore
 from registry.names import folded
 from registry.records import NewAdapter
@@ -80,16 +80,9 @@ class KnownTensors:
         final = next(row for row in adapters if row.is_final)
         earlier = [row for row in adapters if row.step is not None and not row.is_final]
         try:
-            return tuple(row.step for row in earlier if row.step is not None and self._alike(row, final))
+            return tuple(row.step for row in earlier if row.step is not None and same_tensors(row, final, self._digest))
         except DamagedStore:
             return ()
-
-    def _alike(self, one: NewAdapter | _Final, other: NewAdapter | _Final) -> bool:
-        return one.weights == other.weights or (
-            one.tensors_key is not None
-            and one.tensors_key == other.tensors_key
-            and _equal(self._digest, one.weights, other.weights)
-        )
 
     def _add(self, task: str, final: _Final) -> None:
         self._finals[task.lower()] = final
@@ -99,7 +92,7 @@ class KnownTensors:
     def _is_same(self, task: str, final: _Final) -> bool:
         other = self._finals[task.lower()]  # another one than when it was noted, if the task was replaced since
         try:
-            return self._alike(other, final) and (
+            return same_tensors(other, final, self._digest) and (
                 other.config == final.config or _equal(self._config, other.config, final.config)
             )
         except DamagedStore:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from icmlora.errors import DataError, IcmLoraError
 from icmlora.fleet.context import Context, base_name, check_base_model, current_code, use_case
-from icmlora.formats.tensor_hash import tensors_digest
+from icmlora.formats.tensor_hash import same_tensors, tensors_digest
 from registry.errors import DamagedStore
 from registry.filters import FIELDS, Field, Selection, parse_filter, parse_sort
 from registry.records import (
@@ -241,18 +241,13 @@ def _same_as_final(store: Store, adapters: Sequence[AdapterRecord]) -> frozenset
     """Return the ids of the checkpoints whose tensors equal the final adapter's; files are read only if keys match."""
     final = next(row for row in adapters if row.is_final)
 
-    def is_same(row: AdapterRecord) -> bool:
-        if row.weights == final.weights:
-            return True
-        if row.tensors_key is None or row.tensors_key != final.tensors_key or row.is_evicted or final.is_evicted:
-            return False
-        one, other = (tensors_digest(store.blobs.read(adapter.weights)) for adapter in (row, final))
-        return one == other
+    def digest(blob: str) -> str | None:
+        try:
+            return tensors_digest(store.blobs.read(blob))
+        except DamagedStore:  # evicted, or `icm verify` reports it
+            return None
 
-    try:
-        return frozenset(row.id for row in adapters if not row.is_final and is_same(row))
-    except DamagedStore:  # `icm verify` reports it
-        return frozenset()
+    return frozenset(row.id for row in adapters if not row.is_final and same_tensors(row, final, digest))
 
 
 def header_of(store: Store, final: AdapterRecord) -> Mapping[str, str]:

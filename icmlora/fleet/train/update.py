@@ -99,8 +99,8 @@ def update(
     `train` does.
 
     `device`, `base_model`, `learning_rate`, `seed`, `resume`, `refine`, `keep`, `min_gain`, `max_error`, `evaluate` and
-    `workers` are as in `train`. So are `quality` and `tolerance`, by default those of the first training, and `steps`,
-    by default chosen for the number of new tasks.
+    `workers` are as in `train`. `quality` and `tolerance` default to the first training's values, and `steps` depends
+    on the number of new tasks.
 
     Raises:
         DataError: The store has no tasks, or a base model has no generator yet.
