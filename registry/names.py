@@ -40,6 +40,7 @@ MAX_NOTE = 4000
 # Windows allows none of these in the name of a file, and `/` and `\\` would lead out of its folder.
 _NOT_IN_FILE_NAMES = frozenset('/\\:*?"<>|')
 _MAX_FILE_NAME = 255  # bytes, on most file systems
+_CHECKPOINT = re.compile(r"[/\\\\]checkpoint-\d+$")
 _DIGITS = re.compile(r"(\d+)")
 # Windows opens a device, not a file, for these, whatever the extension.
 _WINDOWS_NAMES = frozenset(
@@ -143,6 +144,11 @@ def bundle_source(digest: str) -> str:
 def is_bundle_source(source: str) -> bool:
     """Say whether a bundle brought an adapter, so that its weights have never been in this store."""
     return source.startswith(_BUNDLE)
+
+
+def folder_of(source: str) -> str:
+    """Return the folder of a task whose final adapter came from a place, which may be one of its checkpoints."""
+    return _CHECKPOINT.sub("", source)
 
 
 def split_label(label: str) -> tuple[str, str | None]:

@@ -1,0 +1,203 @@
+"""The tables, the same in SQLite and PostgreSQL.
+
+    refs       kind and name -> digest of the current manifest, and columns that listings filter and sort by
+    history    kind, name and version -> digest of the manifest of that version; the current version too
+    meta       one row: which store this is, where its blobs are, how often it changed
+
+Columns of `refs` after `manifest` follow from the manifest by :func:`index_of`. They decide nothing but listings.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from sqlalchemy import BigInteger, Boolean, Column, Double, Index, Integer, LargeBinary, MetaData, String, Table, Text
+from sqlalchemy.engine import Dialect
+from sqlalchemy.types import TypeDecorator
+
+from registry.manifests import BaseModel, Generator, Run, State, Task
+from registry.names import UNKNOWN_BASE, folder_of
+
+FORMAT = 1
+"""Of the tables and the manifests. A store with another number is refused."""
+
+
+class Digest(TypeDecorator[str]):
+    """A SHA-256 as 32 bytes."""
+
+    impl = LargeBinary
+    cache_ok = True
+
+    def process_bind_param(self, value: str | None, dialect: Dialect) -> bytes | None:
+        """Return what is stored (SQLAlchemy's hook)."""
+        return None if value is None else bytes.fromhex(value)
+
+    def process_result_value(self, value: bytes | None, dialect: Dialect) -> str | None:
+        """Return the value (SQLAlchemy's hook)."""
+        return None if value is None else bytes(value).hex()
+
+
+# Ordered by code points in both databases.
+_KEY = Text().with_variant(Text(collation="C"), "postgresql")
+_NUMBER = BigInteger().with_variant(Integer(), "sqlite")
+METADATA = MetaData()
+
+
+@dataclass(frozen=True, slots=True)
+class TaskRow:
+    """A task as listings show it, without reading its manifest."""
+
+    name: str
+    manifest: str
+    version: int
+    base: str
+    rank: int
+    dtype: str
+    parameters: int
+    targets: str  # module names with spaces between
+    format: str
+    original_bytes: int
+    stored_bytes: int
+    extras_bytes: int
+    checkpoints: int  # whose weights are in the store
+    evicted_checkpoints: int
+    vectors: int
+    vectors_bytes: int
+    evicted_at: str | None
+    original_only: str | None
+    does_nothing: bool
+    is_generated: bool
+    pinned: bool
+    code_size: int | None
+    generator: str | None  # digest of the network of the code
+    squared_error: float | None
+    effect: float | None
+    limits: str | None  # JSON of the limits that the code was made for
+    gain: float | None
+    gain_precision: str | None
+    claim: str | None  # JSON of the quality that a bundle states
+    tags: str  # with a space on either side of each
+    note: str | None
+    source: str
+    folder: str
+    weights: str
+    tensors_key: str | None
+    created_at: str
+
+    @property
+    def is_coded(self) -> bool:
+        """Whether it has a code."""
+        return self.code_size is not None
+
+    @property
+    def statuses(self) -> tuple[str, ...]:
+        """The words that `status=` filters by."""
+        states = {
+            "evicted": self.evicted_at is not None,
+            "pinned": self.pinned,
+            "coded": self.is_coded,
+            "original-only": self.original_only is not None or self.base == UNKNOWN_BASE,
+            "does-nothing": self.does_nothing,
+            "generated": self.is_generated,
+        }
+        return tuple(word for word, holds in states.items() if holds)
+
+
+_KINDS: Mapping[str, Any] = {"int": _NUMBER, "float": Double(), "bool": Boolean(), "str": Text()}
+_DIGESTS = {"manifest", "generator", "weights", "tensors_key"}
+
+
+def _column(name: str, kind: str) -> Column[Any]:
+    if name in _DIGESTS:
+        return Column(name, Digest())
+    return Column(name, _KINDS[kind.removesuffix(" | None")])
+
+
+REFS = Table(
+    "refs",
+    METADATA,
+    Column("kind", String, primary_key=True),
+    Column("key", _KEY, primary_key=True),  # the name as it is compared: of a task, in lower case
+    *(_column(one.name, str(one.type)) for one in fields(TaskRow)),
+    Index("refs_weights", "weights"),
+    Index("refs_tensors", "tensors_key"),
+    Index("refs_folder", "folder"),
+)
+HISTORY = Table(
+    "history",
+    METADATA,
+    Column("kind", String, primary_key=True),
+    Column("key", _KEY, primary_key=True),
+    Column("version", Integer, primary_key=True),
+    Column("manifest", Digest(), nullable=False),
+    sqlite_with_rowid=False,
+)
+META = Table(
+    "meta",
+    METADATA,
+    Column("store", String, primary_key=True),
+    Column("format", Integer, nullable=False),
+    Column("blobs", Text),  # the address of the blobs; NULL if they are in the store folder
+    Column("changes", _NUMBER, nullable=False),  # transactions that wrote: who serves tasks looks at it
+)
+
+
+def key_of(kind: str, name: str) -> str:
+    """Return a name as it is compared: tasks regardless of case, base models exactly."""
+    return name.lower() if kind == Task.KIND else name
+
+
+def index_of(state: State, manifest: str) -> dict[str, Any]:
+    """Return the row of `refs` for a state: everything in it follows from the manifest."""
+    row: dict[str, Any] = dict.fromkeys(REFS.columns.keys())
+    row |= {"kind": state.KIND, "key": key_of(state.KIND, state.ref), "name": state.ref}
+    row |= {"manifest": manifest, "version": state.number}
+    if isinstance(state, (Generator, BaseModel, Run)):
+        return {**row, "base": state.ref}
+    assert isinstance(state, Task)
+    final, code, quality = state.final, state.code, state.quality
+    evicted = sum(one.is_evicted for one in state.checkpoints)
+    return row | {
+        "base": state.base_model,
+        "rank": final.rank_max,
+        "dtype": final.dtype,
+        "parameters": final.parameters,
+        "targets": " ".join(final.target_modules),
+        "format": final.format,
+        "original_bytes": final.original_bytes,
+        "stored_bytes": final.stored_bytes,
+        "extras_bytes": final.extras_bytes,
+        "checkpoints": len(state.checkpoints) - evicted,
+        "evicted_checkpoints": evicted,
+        "vectors": len(state.vectors),
+        "vectors_bytes": sum({str(one.blob): one.blob.size for one in state.vectors}.values()),
+        "evicted_at": final.evicted_at,
+        "original_only": final.original_only,
+        "does_nothing": final.does_nothing,
+        "is_generated": final.is_generated,
+        "pinned": state.pinned,
+        "code_size": None if code is None else code.size,
+        "generator": None if code is None else str(code.generator),
+        "squared_error": None if code is None else code.squared_error,
+        "effect": None if code is None else code.effect,
+        "limits": None if code is None or code.asked is None else _text(code.asked),
+        "gain": None if quality is None else quality.retained_gain,
+        "gain_precision": None if quality is None else quality.precision,
+        "claim": None if code is None or code.claim is None else _text(code.claim),
+        "tags": f" {' '.join(state.tags)} " if state.tags else "",
+        "note": state.note,
+        "source": final.source,
+        "folder": folder_of(final.source),
+        "weights": str(final.weights),
+        "tensors_key": final.tensors_key,
+        "created_at": state.created_at,
+    }
+
+
+def _text(part: Any) -> str:
+    from registry.manifests import written
+
+    return json.dumps(written(part), sort_keys=True, separators=(",", ":"))
