@@ -40,7 +40,7 @@ MAX_NOTE = 4000
 # Windows allows none of these in the name of a file, and `/` and `\\` would lead out of its folder.
 _NOT_IN_FILE_NAMES = frozenset('/\\:*?"<>|')
 _MAX_FILE_NAME = 255  # bytes, on most file systems
-_CHECKPOINT = re.compile(r"[/\\\\]checkpoint-\d+$")
+_CHECKPOINT = re.compile(r"/checkpoint-[0-9]+$")
 _DIGITS = re.compile(r"(\d+)")
 # Windows opens a device, not a file, for these, whatever the extension.
 _WINDOWS_NAMES = frozenset(
