@@ -133,6 +133,10 @@ class TaskConflict(RegistryError):
         self.name = name
 
 
+class LostRace(RegistryError):
+    """Another process changed what was to be replaced; nothing was written, and the change can be made again."""
+
+
 class BaseModelConflict(RegistryError):
     """Labels of base models cannot be joined or separated as asked; nothing was changed."""
 

@@ -48,7 +48,7 @@ FIELDS = {
         Field("base", "text", "its base model, by any of its names"),
         Field("rank", "number", "the largest rank"),
         Field("size", "size", "the size of the original, such as 10MB or 512KiB"),
-        Field("code", "size", "the size of the current code and its residual"),
+        Field("code", "size", "the size of the code"),
         Field("extras", "size", "the size of the tensors and files stored next to the code"),
         Field("gain", "number", "the retained gain of the code"),
         Field("error", "number", "the relative error, ||dW' - dW|| / ||dW||"),

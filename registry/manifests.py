@@ -457,7 +457,22 @@ class Run(State):
         return self.base_model
 
 
-KINDS: Mapping[str, type[State]] = {kind.KIND: kind for kind in (Task, Generator, BaseModel, Run)}
+@dataclass(frozen=True, kw_only=True)
+class Removed(State):
+    """The last state of a name that was removed: it keeps earlier states from coming back with a lost database."""
+
+    KIND = "removed"
+
+    of: str  # the kind of the ref
+    name: str
+
+    @property
+    def ref(self) -> str:
+        """The name that was removed."""
+        return self.name
+
+
+KINDS: Mapping[str, type[State]] = {kind.KIND: kind for kind in (Task, Generator, BaseModel, Run, Removed)}
 _FORMAT = 1
 
 

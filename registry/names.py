@@ -151,6 +151,12 @@ def folder_of(source: str) -> str:
     return _CHECKPOINT.sub("", source)
 
 
+def split_version(name: str) -> tuple[str, str | None]:
+    """Return the name and the version, a number or an alias, of `TASK@VERSION`; no task has `@` in its name."""
+    task, _, version = name.partition("@")
+    return task, version or None
+
+
 def split_label(label: str) -> tuple[str, str | None]:
     """Return the hub name and the revision of a base model's name; a path has no revision."""
     if os.path.isabs(label):

@@ -1,78 +1,72 @@
 """The only door to a store.
 
-with Store.open("loras.icm", create=True, command="icm ingest") as store:
-    results = store.blobs.put_files(files, inspect)   # bytes first, durable
-    store.tasks.ingest([TaskIngest(...)])             # rows last: the commit point
-    data = store.blobs.read(store.tasks.final("shakespeare").weights)
+    with Store.open("loras.icm", create=True, command="icm ingest") as store:
+        (weights,) = store.blobs.put_all([data])                      # bytes first, durable
+        store.publish([Task(name="poems", ...)])                      # the commit point: refs move to new manifests
+        store.update("poems", lambda task: replace(task, note="x"))   # read, change, compare and swap, again if lost
+        data = store.blobs.read(store.task("poems").final.weights)
+
+A state that was read knows the manifest that it came from, and replaces exactly that one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import difflib
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
-from functools import cached_property, partial
+from dataclasses import fields, replace
+from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
 
-from registry import files as fs
-from registry.errors import NotAStore, RegistryError, StoreNotFound
-from registry.names import Address, DatabaseUrl, address_of
+from sqlalchemy import Connection, Select, bindparam, delete, func, insert, or_, select, update
+
+from registry.errors import DamagedStore, GeneratorNotFound, LostRace, TaskConflict, TaskNotFound
+from registry.filters import Selection
+from registry.listing import IS_TASK, ROW, selected
+from registry.manifests import BaseModel, File, Generator, Part, Removed, Run, State, Task, decode, encode, read_shared
+from registry.manifests import is_digest as is_digest
+from registry.names import Address, DatabaseUrl, address_of, split_version
 from registry.storage.blobs.content import Blobs
-from registry.storage.blobs.local import LocalBackend
-from registry.storage.folder import (
-    FolderUpkeep,
-    StoreParts,
-    StorePaths,
-    check_format,
-    create_store,
-    make_folders,
-    prepare_folder,
-    with_reserve,
-)
 from registry.storage.locks import Patience
-from registry.storage.locks.flocks import FolderLock
-from registry.storage.sqlite import SqliteDatabase, migrate
+from registry.storage.open import StoreParts, open_parts
+from registry.tables import HISTORY, META, REFS, TaskRow, index_of, key_of
 
 if TYPE_CHECKING:
-    from registry.errors import DamagedStore
+    from registry.reachability import PruneReport
     from registry.storage.blobs.backend import BlobBackend
-    from registry.storage.blobs.cache import BlobCache
-    from registry.storage.prune import PruneReport
-    from registry.storage.row_repair import RowRepair
-    from registry.tables.base_models import BaseModels
-    from registry.tables.bundles import Bundles
-    from registry.tables.codes import Codes
-    from registry.tables.copies import Copies
-    from registry.tables.evaluations import Evaluations
-    from registry.tables.eviction import Originals
-    from registry.tables.generators import Generators
-    from registry.tables.runs import Runs
-    from registry.tables.summaries import Summaries
-    from registry.tables.tasks import Tasks
-    from registry.tables.vectors import Vectors
     from registry.usage import Usage
-    from registry.verify import Finding
+    from registry.verify import Finding, Rebuilt
 
     OnDamage = Callable[[str, DamagedStore], None]
 
-__all__ = ["Store"]
+S = TypeVar("S", bound=State)
+
+PAGE = 500  # tasks that are read from the database at a time
+_CHUNK = 500  # values in one statement
+_STATES = 1024  # manifests that stay in memory
+_WITH_HISTORY = {Task.KIND, Generator.KIND}
 
 
 class Store:
-    """Rows and bytes of a fleet; see :meth:`open`.
+    """Manifests, refs and blobs of a fleet; see :meth:`open`.
 
-    A store is used by one thread at a time, and is opened anew after a fork. Any number of processes may have it
-    open; those that delete wait for the others.
+    A store is used by one thread at a time, and is opened again after a fork. Any number of processes may have it open;
+    those that delete wait for the others.
     """
 
     def __init__(
-        self, address: Address, parts: StoreParts, *, cache: BlobCache | None = None, on_damage: OnDamage | None = None
+        self, address: Address, parts: StoreParts, *, cache: Any = None, on_damage: OnDamage | None = None
     ) -> None:
         self.address = address
-        self._lock, self._db, backend, self._upkeep = parts
-        self.blobs = Blobs(backend, self._db.must_write, cache)
-        self._parts = self._upkeep, self._lock, self._db, self.blobs, on_damage
+        self.parts = parts
+        self._lock, self._db, self._on_damage = parts.lock, parts.database, on_damage
+        self.blobs = Blobs(parts.blobs, self._db.must_write, cache)
+        self.manifests = Blobs(parts.manifests, self._db.must_write, cache, what="manifest")
+        self._state = lru_cache(_STATES)(self._read_state)
+        self._shared = lru_cache(_STATES)(self._read_shared)
 
     @classmethod
     def open(
@@ -84,7 +78,7 @@ class Store:
         lock_timeout: float = 30.0,
         patience: Patience | None = None,
         command: str = "icm",
-        backend: BlobBackend | None = None,
+        backends: tuple[BlobBackend, BlobBackend] | None = None,
         blobs: str | None = None,
         cache: Callable[[], Path] | None = None,
         on_damage: OnDamage | None = None,
@@ -93,16 +87,16 @@ class Store:
 
         Args:
             place: the store folder, or the address of a database such as `postgresql://HOST/DATABASE`.
-            create: make it if there is none; in a database only where `blobs` says where the bytes are to be.
+            create: make it if there is none; in a database only if `blobs` says where the bytes are to be.
             read_only: refuse writes; works on read-only media.
             lock_timeout: seconds to wait for other processes, in all.
-            patience: what is left of these seconds, where the same command has other stores open.
+            patience: the seconds that are left, if the same command has other stores open.
             command: what this process does, for the message that others see.
-            backend: where the bytes are, if not where the store says.
+            backends: where blobs and manifests are, if not where the store says.
             blobs: where a new store has its bytes, such as `s3://BUCKET/PREFIX`, if not in its folder.
-            cache: returns the folder in which copies of what is read from a remote place are kept.
-            on_damage: called with the name of a task with wrong rows and what is wrong, where many tasks are read: the
-                others are read without it. By default that is an error.
+            cache: returns the folder for copies of what is read from a remote place.
+            on_damage: called with the name of a task whose manifest cannot be read, when many tasks are read: the others
+                are read without it. By default that is an error.
 
         Raises:
             StoreNotFound: There is none, and `create` is not set.
@@ -110,96 +104,20 @@ class Store:
             NotAStore: There is something else, or a store that has its bytes elsewhere than `blobs`.
         """
         address, patience = address_of(place), patience or Patience(lock_timeout)
-        blobs = blobs if create and not read_only else None
-        if isinstance(address, DatabaseUrl):
-            parts = _server_parts(address, read_only, patience, command, blobs)
-        else:
-            parts = _folder_parts(address, create, read_only, patience, command, blobs)
-        parts = parts if backend is None else parts._replace(backend=backend)
-        copies = _copies_in(cache) if parts.backend.is_remote and cache is not None else None
+        parts = open_parts(
+            address, create=create, read_only=read_only, patience=patience, command=command, blobs=blobs
+        )
+        if backends is not None:
+            parts = parts._replace(blobs=backends[0], manifests=backends[1])
+        copies = None
+        if parts.blobs.is_remote and cache is not None:
+            from registry.storage.blobs.cache import BlobCache  # most stores have their blobs at hand
+
+            copies = BlobCache(cache)
         return cls(address, parts, cache=copies, on_damage=on_damage)
 
-    @cached_property
-    def listing(self) -> Summaries:
-        """What listings show of tasks; `tasks` has it too, but takes longer to import."""
-        from registry.tables.summaries import Summaries
-
-        return Summaries(*self._parts)
-
-    # These take long to import, with SQLAlchemy, and not every command needs them.
-
-    @cached_property
-    def generators(self) -> Generators:
-        """Generators and which of them is current."""
-        from registry.tables.generators import Generators
-
-        return Generators(*self._parts)
-
-    @cached_property
-    def codes(self) -> Codes:
-        """Codes of tasks under generators."""
-        from registry.tables.codes import Codes
-
-        return Codes(*self._parts)
-
-    @cached_property
-    def vectors(self) -> Vectors:
-        """Task vectors."""
-        from registry.tables.vectors import Vectors
-
-        return Vectors(*self._parts)
-
-    @cached_property
-    def evaluations(self) -> Evaluations:
-        """Measurements."""
-        from registry.tables.evaluations import Evaluations
-
-        return Evaluations(*self._parts)
-
-    @cached_property
-    def runs(self) -> Runs:
-        """Training runs."""
-        from registry.tables.runs import Runs
-
-        return Runs(*self._parts)
-
-    @cached_property
-    def tasks(self) -> Tasks:
-        """Tasks with their adapters."""
-        from registry.tables.tasks import Tasks
-
-        return Tasks(*self._parts)
-
-    @cached_property
-    def base_models(self) -> BaseModels:
-        """Base models."""
-        from registry.tables.base_models import BaseModels
-
-        return BaseModels(*self._parts)
-
-    @cached_property
-    def originals(self) -> Originals:
-        """The weights as they were ingested."""
-        from registry.tables.eviction import Originals
-
-        return Originals(*self._parts)
-
-    @cached_property
-    def bundles(self) -> Bundles:
-        """Codes that were made elsewhere."""
-        from registry.tables.bundles import Bundles
-
-        return Bundles(*self._parts)
-
-    @cached_property
-    def copies(self) -> Copies:
-        """Rows that go from store to store."""
-        from registry.tables.copies import Copies
-
-        return Copies(*self._parts)
-
     def close(self) -> None:
-        """Let go of the store."""
+        """Release the store. Blobs can still be read."""
         self._lock.close()
         self._db.close()
 
@@ -209,138 +127,498 @@ class Store:
     def __exit__(self, *error: object) -> None:
         self.close()
 
+    # Read.
+
+    def task(self, name: str) -> Task:
+        """Return a task by name, in any case; `NAME@3` or `NAME@ALIAS` is one of its versions.
+
+        Raises:
+            TaskNotFound: There is none, or no such version.
+            DamagedStore: Its manifest is missing or damaged.
+        """
+        found = self.find(name)
+        if found is None:
+            raise TaskNotFound(name, self._similar(name))
+        return found
+
+    def find(self, name: str) -> Task | None:
+        """Return a task by name, as `task` does, or None if there is none."""
+        name, version = split_version(name)
+        with self._db.read() as connection:
+            row = connection.execute(_ref(Task.KIND, name)).first()
+        if row is None:
+            return None
+        task = self._checked_task(row.manifest, name)
+        if version is None:
+            return task
+        number = task.aliases.get(version) or (int(version) if version.isdecimal() else None)
+        if number == task.version:
+            return task
+        of_task = HISTORY.c.kind == Task.KIND, HISTORY.c.key == key_of(Task.KIND, name), HISTORY.c.version == number
+        with self._db.read() as connection:
+            digest = connection.scalar(select(HISTORY.c.manifest).where(*of_task))
+        if digest is None:
+            raise TaskNotFound(
+                f"{task.name}@{version}", hint=f"run `icm log {task.name}` to list its versions and aliases"
+            )
+        return self._checked_task(digest, name)
+
+    def tasks(self, selection: Selection | None = None) -> Iterator[Task]:
+        """Yield the selected tasks in the order asked for, few in memory at a time; no lock of the database is held."""
+        for page in self._pages(selection or Selection(), REFS.c.key, REFS.c.name, REFS.c.manifest):
+            self.manifests.fetch(row.manifest for row in page)
+            for row in page:
+                try:
+                    yield self._checked_task(row.manifest, row.name)
+                except DamagedStore as error:
+                    if self._on_damage is None:
+                        raise
+                    self._on_damage(row.name, error)
+
+    def named(self, names: Sequence[str]) -> list[Task]:
+        """Return tasks by name, each as often as it is named; damaged ones are left out as in `tasks`."""
+        found: list[Task] = []
+        for name in names:
+            try:
+                found.append(self.task(name))
+            except DamagedStore as error:
+                if self._on_damage is None or len(names) == 1:
+                    raise
+                self._on_damage(name, error)
+        return found
+
+    def rows(self, selection: Selection | None = None) -> Iterator[TaskRow]:
+        """Yield the rows of the selected tasks, without reading manifests."""
+        for page in self._pages(selection or Selection(), *ROW):
+            yield from (TaskRow(*row) for row in page)
+
+    def names(self, selection: Selection | None = None) -> list[str]:
+        """Return the names of the selected tasks."""
+        return [row.name for page in self._pages(selection or Selection(), REFS.c.key, REFS.c.name) for row in page]
+
+    def count(self, selection: Selection | None = None) -> int:
+        """Return how many tasks are selected."""
+        inner = self._selected(selection or Selection(), REFS.c.key).order_by(None).subquery()
+        with self._db.read() as connection:
+            return int(connection.scalar(select(func.count()).select_from(inner)) or 0)
+
+    def rows_of(
+        self,
+        *,
+        names: Iterable[str] = (),
+        folders: Iterable[str] = (),
+        weights: Iterable[str] = (),
+        tensors: Iterable[str] = (),
+    ) -> list[TaskRow]:
+        """Return the rows of tasks with one of these names, folders, weights or tensors; indexes find them."""
+        asked = (
+            (REFS.c.key, {key_of(Task.KIND, name) for name in names}),
+            (REFS.c.folder, set(folders)),
+            (REFS.c.weights, set(map(str, weights))),
+            (REFS.c.tensors_key, set(tensors)),
+        )
+        found: dict[str, TaskRow] = {}
+        with self._db.read() as connection:
+            for column, values in asked:
+                for some in _chunks(sorted(values)):
+                    rows = connection.execute(select(*ROW).where(IS_TASK, column.in_(some)))
+                    found |= {row.name: TaskRow(*row) for row in rows}
+        return sorted(found.values(), key=lambda row: key_of(Task.KIND, row.name))
+
+    def history(self, name: str) -> list[Task]:
+        """Return the versions of a task, oldest first."""
+        return cast(list[Task], self._history(Task.KIND, self.task(name).name))
+
+    def generators(self, base_model: str | None = None) -> list[Generator]:
+        """Return all generators, or those of one base model, oldest first."""
+        return cast(list[Generator], self._history(Generator.KIND, base_model))
+
+    def generator(self, base_model: str) -> Generator | None:
+        """Return the generator in use for a base model; None before the first training."""
+        return cast("Generator | None", self._current(Generator.KIND, base_model))
+
+    def generator_of(self, digest: str, base_model: str) -> Generator:
+        """Return the generator with a network; raise `GeneratorNotFound` if the store does not have it."""
+        for one in reversed(self.generators(base_model)):
+            if one.blob == digest:
+                return one
+        raise GeneratorNotFound(f"there is no generator {digest[:12]}", hint="run `icm generators` to list them")
+
+    def run(self, base_model: str) -> Run | None:
+        """Return the training run of a base model that can be resumed."""
+        return cast("Run | None", self._current(Run.KIND, base_model))
+
+    def base_models(self) -> list[BaseModel]:
+        """Return the base models by name: those with facts or labels, and those that tasks name."""
+        with self._db.read() as connection:
+            digests = connection.scalars(select(REFS.c.manifest).where(REFS.c.kind == BaseModel.KIND)).all()
+        known = {base.name: base for base in cast(list[BaseModel], list(map(self._state, digests)))}
+        return [known.get(name) or BaseModel(name=name) for name in sorted({*known, *self.task_counts()})]
+
+    def base_model(self, label: str) -> BaseModel:
+        """Return the base model that has a label; a new one if the store does not know it."""
+        return next((base for base in self.base_models() if label in base.names), BaseModel(name=label))
+
+    def base_name(self, label: str) -> str:
+        """Return the name of the base model that has a label; the label itself if the store does not know it."""
+        return self.base_model(label).name
+
+    def task_counts(self) -> dict[str, int]:
+        """Return base model -> number of its tasks."""
+        query = select(REFS.c.base, func.count()).where(IS_TASK).group_by(REFS.c.base)
+        with self._db.read() as connection:
+            return {base: count for base, count in connection.execute(query)}
+
+    def tags(self) -> dict[str, int]:
+        """Return how many tasks have each tag, by tag."""
+        query = select(REFS.c.tags, func.count()).where(IS_TASK, REFS.c.tags != "").group_by(REFS.c.tags)
+        counts: dict[str, tuple[str, int]] = {}  # by tag in lower case; it is shown as it was first written
+        with self._db.read() as connection:
+            for tags, count in connection.execute(query):
+                for tag in tags.split():
+                    shown, before = counts.get(tag.lower(), (tag, 0))
+                    counts[tag.lower()] = shown, before + count
+        return dict(counts[tag] for tag in sorted(counts))
+
+    def changes(self) -> int:
+        """Return a number that grows with every change, for programs that watch the store."""
+        return self._db.changes()
+
+    # Write.
+
+    def publish(self, states: Sequence[S], *, remove: Sequence[State] = ()) -> list[S]:
+        """Move refs to new states in one transaction, and remove others; return the states as they are stored.
+
+        The blobs that they name must be durable. A state with a number below the current one replaces that version in
+        the history only.
+
+        Raises:
+            LostRace: Another process changed one of them since it was read; nothing was written.
+            TaskConflict: A new task has the name of a known one.
+        """
+        self._db.must_write()
+        moment = max(time.time_ns() // 1_000_000, self._seq()) + 1
+        new = [_next(state, moment) for state in states]
+        gone = [_next(Removed(of=one.KIND, name=one.ref, seq=one.seq, manifest=one.manifest), moment) for one in remove]
+        data, documents = [], dict[str, bytes]()
+        for state in (*new, *gone):
+            body, common = encode(state)
+            data.append(body)
+            documents |= common
+        self.blobs.put_all(list(documents.values()))
+        digests = self.manifests.put_all(data)
+        with self._db.write() as connection:
+            for state in remove:
+                _remove(connection, state)
+            _move(connection, new, digests[: len(new)])
+            seq = max([moment, *(state.seq for state in (*new, *gone))])
+            connection.execute(update(META).where(META.c.seq < seq).values(seq=seq))
+        return [replace(state, manifest=digest) for state, digest in zip(new, digests, strict=False)]
+
+    def update(self, name: str, change: Callable[[Task], Task]) -> Task:
+        """Change a task: read it, change it, and swap it in; again if another process was faster.
+
+        `change` must not have effects. If it returns an equal task, nothing is written.
+        """
+        return self._retried(lambda: self.task(name), change)
+
+    def update_base(self, label: str, change: Callable[[BaseModel], BaseModel]) -> BaseModel:
+        """Change what is known of a base model, as `update` changes a task."""
+        return self._retried(lambda: self.base_model(label), change)
+
+    def update_generator(self, base_model: str, change: Callable[[Generator | None], Generator]) -> Generator:
+        """Change the generator in use, or make the first one, as `update` changes a task."""
+        while True:
+            present = self.generator(base_model)
+            new = change(present)
+            if new == present:
+                return new
+            try:
+                return self.publish([new])[0]
+            except LostRace:
+                continue
+
+    def save_run(self, run: Run) -> Run:
+        """Record a training run; its earlier checkpoint is deleted. The caller holds the job of the base model."""
+        before = self.run(run.base_model)
+        (saved,) = self.publish([replace(run, manifest=None if before is None else before.manifest)])
+        if before is not None:
+            self._discard(before, {file for file in (run.weights, run.optimizer) if file})
+        return saved
+
+    def end_run(self, base_model: str) -> None:
+        """Remove a training run with its checkpoint. The caller holds the job of the base model."""
+        run = self.run(base_model)
+        if run is not None:
+            self.publish([], remove=[run])
+            self._discard(run, set())
+
     @contextmanager
     def job(self, base_model: str, *, shared: bool = False) -> Iterator[None]:
         """Hold the job lock of a base model.
 
-        One process at a time trains, updates or evicts. Those that encode hold the lock `shared`: any number of them
-        at the same time, but none while another process holds it alone. The store lock is given up while this waits,
-        so nothing read before may be trusted inside the block.
+        One process at a time trains. Those that encode hold the lock `shared`. The store lock is given up while this
+        waits, so nothing read before may be trusted inside the block.
         """
         self._db.must_write()
         with self._lock.job(base_model, shared=shared):
             yield
 
-    def usage(self, listed: Mapping[str, int] | None = None, *, has_wrong_rows: bool = False) -> Usage:
-        """Return the bytes on disk by what they are for; their total is what `du -b` says of the files.
+    # Maintenance.
 
-        Whoever has listed the blobs gives digest -> bytes of all of them as `listed`.
-        Where it `has_wrong_rows`, these are not believed: what they alone refer to counts as `unreferenced`.
+    def remove(self, names: Sequence[str]) -> list[Task]:
+        """Remove tasks with all their versions; their bytes go with the next `free` or `prune`."""
+        self._db.must_write()
+        tasks = list({task.name: task for task in map(self.task, names)}.values())
+
+        def write() -> None:
+            self.publish([], remove=tasks)
+
+        self.parts.maintenance.run(write)
+        return tasks
+
+    def free(self, files: Iterable[str] = (), names: Iterable[str] = ()) -> int | None:
+        """Delete blobs, and earlier states of some tasks, that nothing reaches any more; return the bytes freed.
+
+        None if another process uses the store for too long: the next `prune` deletes them.
         """
-        from registry.usage import measure
+        from registry.reachability import free
 
-        found = measure(
-            self._db, self.blobs.sizes() if listed is None else listed, self._upkeep, has_wrong_rows=has_wrong_rows
-        )
-        aside = sum(file.size for file in self.blobs.leftovers(aside=True)) if self.blobs.is_remote else 0
-        return replace(found, unreferenced=found.unreferenced + aside)
+        return free(self, files, names)
 
     def prune(
-        self,
-        *,
-        grace: float | None = None,
-        is_precious: Callable[[bytes], bool] = lambda start: False,
-        empty_quarantine: bool = False,
-        dry_run: bool = False,
+        self, *, grace: float | None = None, empty_quarantine: bool = False, dry_run: bool = False
     ) -> PruneReport:
-        """Delete blobs that no row refers to, and leftovers of killed commands, if older than `grace` seconds.
+        """Delete what no ref reaches and what killed commands left, if older than `grace` seconds.
 
-        By default that is what the place of the blobs asks for: an hour, or a day if it is remote.
-        Blobs that are precious, by their first bytes, go to quarantine, unless that is to be emptied as well.
+        By default that is an hour, or a day for a remote place.
+
+        Raises:
+            DamagedStore: The database disagrees with the manifests; nothing was deleted.
         """
-        from registry.storage.prune import prune
+        from registry.reachability import prune
 
-        do = partial(prune, self._db, self.blobs, self._upkeep, grace=grace, is_precious=is_precious)
-        do = partial(do, empty_quarantine=empty_quarantine, dry_run=dry_run)
-        if dry_run:
-            return do()
+        return prune(self, grace=grace, empty_quarantine=empty_quarantine, dry_run=dry_run)
+
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """Hold the store alone for a block; nothing read before may be trusted inside it."""
         self._db.must_write()
         with self._lock.exclusive():
-            report = self._upkeep.run(do)
-            self._upkeep.after_deletion()
-        return report
+            yield
+
+    def usage(self) -> Usage:
+        """Return the bytes on disk by what they are for."""
+        from registry.usage import measure
+
+        return measure(self)
 
     def verify(self, *, read_data: bool = False, names: Sequence[str] = ()) -> Iterator[Finding]:
-        """Yield what is wrong, as it is found; `read_data` also hashes every blob, `names` checks only these tasks."""
+        """Yield what is wrong; `read_data` also hashes every blob, `names` checks only these tasks."""
         from registry.verify import verify
 
-        return verify(self._db, self.blobs, self._upkeep, read_data=read_data, names=names)
+        return verify(self, read_data=read_data, names=names)
 
-    def repair(self) -> list[tuple[Finding, str]]:
-        """Move damaged blobs to quarantine and return each with its new place."""
+    def repair(self, finding: Finding) -> str | None:
+        """Correct one flipped bit of the damaged file of a finding, or move it to quarantine; return what was done."""
         from registry.verify import repair
 
-        self._db.must_write()
-        with self._lock.exclusive():
-            return repair(self._db, self.blobs, self._upkeep)
+        with self.exclusive():
+            return repair(self, finding)
 
-    def repair_rows(self) -> list[RowRepair]:
-        """Correct rows of which one bit flipped, and return what became of each wrong row."""
-        self._db.must_write()
-        with self._lock.exclusive():
-            return self._upkeep.repair_rows()
+    def rebuild(self) -> Rebuilt:
+        """Write the database again from the manifests."""
+        from registry.verify import rebuild
 
+        return rebuild(self)
 
-def _folder_parts(
-    path: Path, create: bool, read_only: bool, patience: Patience, command: str, blobs: str | None
-) -> StoreParts:
-    paths = StorePaths(path)
-    if create and not read_only:
-        if blobs is not None and not paths.place.exists() and not paths.format.exists():
-            _check_free(paths, blobs)
-        prepare_folder(paths)
-    elif not paths.format.exists():
-        hint = "run `icm ingest PATH` to create one, or set another path with --store or ICM_STORE"
-        raise StoreNotFound(f"there is no store at {path}", path=path, hint=hint)
-    with fs.store_errors(paths.lock):
-        lock = FolderLock(paths.lock, paths.job, patience=patience, command=command, writable=not read_only)
-    try:
-        lock.enter()
-        database = SqliteDatabase(paths.database, read_only=read_only, patience=patience, users=lock.users_of)
-        if not paths.format.exists():
-            with lock.exclusive():
-                # Several processes may come here; the first one makes the store, the others find it.
-                create_store(paths, database, blobs)
-        check_format(paths)
-        if not read_only:
-            make_folders(paths)
-        with_reserve(paths, lambda: migrate(database))  # a newer icm is often asked to empty a full disk
-        backend = _blobs_of(paths, blobs)
-    except BaseException:
-        lock.close()
-        raise
-    return StoreParts(lock, database, backend, FolderUpkeep(database, paths))
+    def refs(self) -> Iterator[dict[str, Any]]:
+        """Yield every row of `refs`, few in memory at a time."""
+        last: tuple[str, str] = ("", "")
+        while True:
+            after = or_(REFS.c.kind > last[0], (REFS.c.kind == last[0]) & (REFS.c.key > last[1]))
+            query = select(REFS).where(after).order_by(REFS.c.kind, REFS.c.key).limit(PAGE)
+            with self._db.read() as connection:
+                page = [dict(row) for row in connection.execute(query).mappings()]
+            yield from page
+            if len(page) < PAGE:
+                return
+            last = page[-1]["kind"], page[-1]["key"]
 
+    def ref(self, kind: str, name: str) -> str | None:
+        """Return the digest of the manifest that a ref points to."""
+        with self._db.read() as connection:
+            return connection.scalar(_ref(kind, name))
 
-def _server_parts(url: DatabaseUrl, read_only: bool, patience: Patience, command: str, blobs: str | None) -> StoreParts:
-    try:
-        from registry.storage.server import open_server  # most stores are folders
-    except ImportError as error:
-        hint = "install the extra: pip install 'icm-lora[team]'"
-        raise RegistryError(f"PostgreSQL support is not installed: {error}", hint=hint) from error
-    return open_server(url, read_only=read_only, patience=patience, command=command, blobs=blobs)
+    def state(self, digest: str) -> State:
+        """Return the state that a manifest describes; raise `DamagedStore` if it is missing or damaged."""
+        return self._state(digest)
 
+    def _selected(self, selection: Selection, *columns: Any) -> Select[Any]:
+        needs_names = any(one.field.name == "base" for one in selection.filters)
+        names = {base.name: base.names for base in self.base_models()} if needs_names else {}
+        return selected(selection, names, *columns)
 
-def _check_free(paths: StorePaths, blobs: str) -> None:
-    """Raise unless a new store can have its blobs at an address. Call it before anything is written."""
-    from registry.storage.blobs.place import backend_at
+    def _pages(self, selection: Selection, *columns: Any) -> Iterator[Sequence[Any]]:
+        """Yield rows in pages, each read in a transaction of its own unless an order or a limit needs a single one."""
+        query = self._selected(selection, *columns)
+        if selection.sort is not None or selection.limit is not None:
+            with self._db.read() as connection:
+                rows = connection.execute(query).all()
+            yield from (rows[at : at + PAGE] for at in range(0, len(rows), PAGE))
+            return
+        last: str | None = None
+        while True:
+            page = query.limit(PAGE) if last is None else query.where(REFS.c.key > last).limit(PAGE)
+            with self._db.read() as connection:
+                rows = connection.execute(page).all()
+            if rows:
+                yield rows
+            if len(rows) < PAGE:
+                return
+            last = key_of(Task.KIND, rows[-1].name)
 
-    try:
-        backend_at(blobs, "").check_free()
-    except NotAStore:
-        if not paths.place.exists():  # else another process is making this store
+    def _current(self, kind: str, name: str) -> State | None:
+        with self._db.read() as connection:
+            row = connection.execute(_ref(kind, name)).first()
+        return None if row is None else self._checked_state(row.manifest, kind, name)
+
+    def _history(self, kind: str, name: str | None) -> list[State]:
+        query = select(HISTORY.c.manifest).where(HISTORY.c.kind == kind)
+        if name is not None:
+            query = query.where(HISTORY.c.key == key_of(kind, name))
+        with self._db.read() as connection:
+            digests = connection.scalars(query.order_by(HISTORY.c.key, HISTORY.c.version)).all()
+        self.manifests.fetch(digests)
+        return list(map(self._state, digests))
+
+    def _checked_task(self, digest: str, name: str) -> Task:
+        return cast(Task, self._checked_state(digest, Task.KIND, name))
+
+    def _checked_state(self, digest: str, kind: str, name: str) -> State:
+        """Return a state; raise `DamagedStore` if it is not of the name that points to it: the database is wrong."""
+        state = self._state(digest)
+        if (state.KIND, key_of(kind, state.ref)) != (kind, key_of(kind, name)):
+            fact = f"the database points {kind} {name!r} to a manifest of {state.KIND} {state.ref!r}"
+            hint = "run `icm verify --repair` to rebuild the database from the manifests"
+            raise DamagedStore(fact, path=self._db.place, hint=hint)
+        return state
+
+    def _read_state(self, digest: str) -> State:
+        try:
+            return decode(self.manifests.read(digest), self._shared, digest)
+        except DamagedStore as error:
+            if error.path is None:
+                error.path = self.manifests.place(digest)
             raise
 
+    def _read_shared(self, kind: type[Part], file: File) -> Mapping[str, Any]:
+        return read_shared(kind, self.blobs.read(file))
 
-def _blobs_of(paths: StorePaths, asked: str | None) -> BlobBackend:
-    if paths.place.exists() or asked is not None:
-        from registry.storage.blobs.place import far_blobs
+    def _similar(self, name: str) -> tuple[str, ...]:
+        """Return the names that are closest to one that does not exist."""
+        names = {known.lower(): known for known in self.names()}
+        return tuple(names[match] for match in difflib.get_close_matches(name.lower(), names, n=3))
 
-        return far_blobs(paths, asked)
-    return LocalBackend(paths)
+    def _seq(self) -> int:
+        with self._db.read() as connection:
+            return int(connection.scalar(select(META.c.seq)) or 0)
+
+    def _retried(self, read: Callable[[], S], change: Callable[[S], S]) -> S:
+        while True:
+            present = read()
+            new = change(present)
+            if new == present:
+                return present
+            try:
+                return self.publish([new])[0]
+            except LostRace:
+                continue
+
+    def _discard(self, run: Run, kept: set[File]) -> None:
+        """Delete the checkpoint of a run, which nothing else refers to, and the manifest that names it."""
+        self.blobs.delete([file for file in (run.weights, run.optimizer) if file and file not in kept])
+        if run.manifest is not None:
+            self.manifests.delete([run.manifest])
 
 
-def _copies_in(folder: Callable[[], Path]) -> BlobCache:
-    from registry.storage.blobs.cache import BlobCache  # most stores have their blobs at hand
+def _next(state: S, moment: int) -> S:
+    return replace(state, seq=max(state.seq + 1, moment), parent=state.manifest)
 
-    return BlobCache(folder)
+
+def _ref(kind: str, name: str) -> Select[Any]:
+    return select(REFS.c.manifest, REFS.c.version).where(REFS.c.kind == kind, REFS.c.key == key_of(kind, name))
+
+
+def _chunks(values: Sequence[Any]) -> Iterator[Sequence[Any]]:
+    return (values[at : at + _CHUNK] for at in range(0, len(values), _CHUNK))
+
+
+def _present(connection: Connection, states: Sequence[State]) -> dict[tuple[str, str], tuple[str, int]]:
+    """Return kind and key -> manifest and version of the refs of some states."""
+    found: dict[tuple[str, str], tuple[str, int]] = {}
+    by_kind = defaultdict[str, list[str]](list)
+    for state in states:
+        by_kind[state.KIND].append(key_of(state.KIND, state.ref))
+    for kind, keys in by_kind.items():
+        for some in _chunks(keys):
+            query = select(REFS.c.key, REFS.c.manifest, REFS.c.version).where(REFS.c.kind == kind, REFS.c.key.in_(some))
+            found |= {(kind, row.key): (row.manifest, row.version) for row in connection.execute(query)}
+    return found
+
+
+def _move(connection: Connection, states: Sequence[State], digests: Sequence[str]) -> None:
+    """Write refs and history in an open transaction that holds the lock to write."""
+    present, new, moved = _present(connection, states), list[dict[str, Any]](), list[dict[str, Any]]()
+    newest = {(one.KIND, key_of(one.KIND, one.ref)): one.number for one in sorted(states, key=lambda one: one.number)}
+    for state, digest in zip(states, digests, strict=True):
+        key = state.KIND, key_of(state.KIND, state.ref)
+        manifest, number = present.get(key, (None, 0))
+        if state.number < number:  # an older version: only the history changes
+            if connection.scalar(_version(state)) != state.parent:
+                raise _lost(f"version {state.number} of {state.KIND} {state.ref!r}")
+        elif state.number == newest[key]:
+            if manifest != state.parent:
+                if state.parent is None and isinstance(state, Task):
+                    raise TaskConflict(state.name)
+                raise _lost(f"{state.KIND} {state.ref!r}")
+            (new if manifest is None else moved).append(index_of(state, digest))
+    if new:
+        connection.execute(insert(REFS), new)
+    if moved:
+        columns = {name: bindparam(f"new_{name}") for name in REFS.columns.keys() if name not in ("kind", "key")}
+        where = REFS.c.kind == bindparam("old_kind"), REFS.c.key == bindparam("old_key")
+        values = [
+            {f"{'old' if name in ('kind', 'key') else 'new'}_{name}": value for name, value in row.items()}
+            for row in moved
+        ]
+        connection.execute(update(REFS).where(*where).values(columns), values)
+    versions = [
+        {"kind": one.KIND, "key": key_of(one.KIND, one.ref), "version": one.number, "manifest": digest}
+        for one, digest in zip(states, digests, strict=True)
+        if one.KIND in _WITH_HISTORY
+    ]
+    if versions:
+        same = (HISTORY.c[name] == bindparam(f"old_{name}") for name in ("kind", "key", "version"))
+        connection.execute(
+            delete(HISTORY).where(*same), [{f"old_{name}": value for name, value in row.items()} for row in versions]
+        )
+        connection.execute(insert(HISTORY), versions)
+
+
+def _lost(what: str) -> LostRace:
+    return LostRace(f"{what} was changed by another process", hint="run the command again")
+
+
+def _version(state: State) -> Select[Any]:
+    key = key_of(state.KIND, state.ref)
+    of_version = HISTORY.c.kind == state.KIND, HISTORY.c.key == key, HISTORY.c.version == state.number
+    return select(HISTORY.c.manifest).where(*of_version)
+
+
+def _remove(connection: Connection, state: State) -> None:
+    key = key_of(state.KIND, state.ref)
+    if connection.execute(_ref(state.KIND, state.ref)).scalar() != state.manifest:
+        raise _lost(f"{state.KIND} {state.ref!r}")
+    connection.execute(delete(REFS).where(REFS.c.kind == state.KIND, REFS.c.key == key))
+    connection.execute(delete(HISTORY).where(HISTORY.c.kind == state.KIND, HISTORY.c.key == key))

@@ -18,7 +18,7 @@ from sqlalchemy import BigInteger, Boolean, Column, Double, Index, Integer, Larg
 from sqlalchemy.engine import Dialect
 from sqlalchemy.types import TypeDecorator
 
-from registry.manifests import BaseModel, Generator, Run, State, Task
+from registry.manifests import State, Task, written
 from registry.names import UNKNOWN_BASE, folder_of
 
 FORMAT = 1
@@ -142,6 +142,7 @@ META = Table(
     Column("format", Integer, nullable=False),
     Column("blobs", Text),  # the address of the blobs; NULL if they are in the store folder
     Column("changes", _NUMBER, nullable=False),  # transactions that wrote: who serves tasks looks at it
+    Column("seq", _NUMBER, nullable=False, default=0),  # the highest `State.seq` so far
 )
 
 
@@ -155,9 +156,8 @@ def index_of(state: State, manifest: str) -> dict[str, Any]:
     row: dict[str, Any] = dict.fromkeys(REFS.columns.keys())
     row |= {"kind": state.KIND, "key": key_of(state.KIND, state.ref), "name": state.ref}
     row |= {"manifest": manifest, "version": state.number}
-    if isinstance(state, (Generator, BaseModel, Run)):
+    if not isinstance(state, Task):
         return {**row, "base": state.ref}
-    assert isinstance(state, Task)
     final, code, quality = state.final, state.code, state.quality
     evicted = sum(one.is_evicted for one in state.checkpoints)
     return row | {
@@ -198,6 +198,4 @@ def index_of(state: State, manifest: str) -> dict[str, Any]:
 
 
 def _text(part: Any) -> str:
-    from registry.manifests import written
-
     return json.dumps(written(part), sort_keys=True, separators=(",", ":"))

@@ -1,51 +1,37 @@
-"""Find what is wrong with a store, and move damaged bytes out of the way. Nothing is ever deleted here."""
+"""Find what is wrong with a store, and put it right. Nothing is ever deleted here.
+
+    verify    database ⇄ manifests ──▶ blobs: there, of the right length, and (`read_data`) the right bytes
+    repair    files with one flipped bit are corrected, other damaged ones are moved to quarantine
+    rebuild   manifests/ ──▶ the newest state of each version of each name ──▶ a new database
+"""
 
 from __future__ import annotations
 
+import hashlib
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
-from sqlalchemy import Select, or_, select
-from sqlalchemy.orm import Session
+from sqlalchemy import insert, update
 
 from registry.errors import DamagedStore, MissingBlob, StoreIOError
-from registry.schema import Adapter, Blob, Code, Extra, Generator, Task, TaskVector
+from registry.manifests import Removed, State, files_of, unpacked
+from registry.reachability import REPAIR, Name, Walk, leftovers, walk
 from registry.storage.blobs.content import Blobs
-from registry.storage.database import Damage, Database
-from registry.storage.folder import Upkeep
-from registry.storage.prune import BLOB_COLUMNS, BlobColumn, is_evictable, is_needed, leftovers
-from registry.storage.row_writer import find_task
-from registry.values import LEAST_SHARE, MOST_SHARE
+from registry.tables import HISTORY, META, REFS, index_of, key_of
 
-Kind = Literal["database", "dangling", "row", "missing", "length", "digest", "orphan", "leftover", "remark"]
+if TYPE_CHECKING:
+    from registry.store import Store
+
+Kind = Literal["database", "row", "unlisted", "missing", "length", "digest", "orphan", "leftover", "remark"]
 
 _HARMLESS = {"orphan", "leftover", "remark"}
-# What is known twice: what is wrong with it -> the tasks of which it is.
-_CONTRADICTIONS = {
-    "the recorded length of the code of task {} differs from its file": """
-SELECT name FROM codes JOIN tasks ON tasks.id = task_id JOIN blobs ON blobs.id = blob_id WHERE bits != 8.0 * size""",
-    "the code of task {} belongs to a generator of another base model": """
-SELECT name FROM codes JOIN tasks ON tasks.id = task_id JOIN generators ON generators.id = generator_id
-WHERE tasks.base_model_id != generators.base_model_id""",
-    "the code of task {} was made from an adapter of another task": """
-SELECT name FROM codes JOIN tasks ON tasks.id = codes.task_id JOIN adapters ON adapters.id = adapter_id
-WHERE adapters.task_id != codes.task_id""",
-    "a code of task {} has a negative error, an impossible effect, or a residual without an error": f"""
-SELECT name FROM codes JOIN tasks ON tasks.id = task_id
-WHERE dw_error < 0 OR residual_error < 0 OR effect NOT BETWEEN {LEAST_SHARE} AND {MOST_SHARE}
-    OR (residual_id IS NULL) != (residual_error IS NULL)""",  # noqa: S608
-    "a measurement of task {} has an impossible gain": f"""
-SELECT name FROM evaluations JOIN tasks ON tasks.id = task_id
-WHERE retained_gain NOT BETWEEN {LEAST_SHARE} AND {MOST_SHARE} OR dw_error < 0""",  # noqa: S608
-}
-_GAPS = {
-    "task {} has no final adapter": """
-SELECT name FROM tasks LEFT JOIN adapters ON adapters.task_id = tasks.id AND is_final WHERE adapters.id IS NULL""",
-    "task {} was evicted and has no code": """
-SELECT name FROM tasks JOIN adapters ON adapters.task_id = tasks.id LEFT JOIN codes ON codes.adapter_id = adapters.id
-WHERE is_final AND evicted_at IS NOT NULL AND codes.id IS NULL""",
-}
+OF_DATABASE = {"database", "row", "unlisted"}
+"""What a rebuild of the database repairs."""
+MAX_REPAIRED_BYTES = 1 << 16
+"""Of a file in which one flipped bit is looked for: half a million hashes take seconds."""
+_ROWS = 500
 
 
 @dataclass(frozen=True)
@@ -55,8 +41,9 @@ class Finding:
     kind: Kind
     message: str
     path: str
-    digest: str | None = None  # the blob it is about
-    tasks: tuple[str, ...] = ()  # that need the blob
+    digest: str | None = None  # the file it is about
+    tasks: tuple[str, ...] = ()  # that need it
+    is_manifest: bool = False
 
     @property
     def is_problem(self) -> bool:
@@ -64,128 +51,190 @@ class Finding:
         return self.kind not in _HARMLESS
 
 
-def verify(
-    database: Database, blobs: Blobs, upkeep: Upkeep, *, read_data: bool, names: Sequence[str] = ()
-) -> Iterator[Finding]:
-    """Check the database, then each blob's presence and length, then (`read_data`) its bytes.
+@dataclass(frozen=True)
+class Rebuilt:
+    """What a new database has."""
 
-    With `names`, only the blobs of these tasks are checked and the folder is not searched for orphans.
-    """
-    broken = list(_check_database(database))
-    yield from broken
-    if any(finding.kind == "database" for finding in broken):
-        return  # rows of a broken database prove nothing about the files
-    expected = _expected(database, names)
-    for digest, size in expected.items():
-        finding = _check_blob(database, blobs, digest, size, read_data=read_data)
-        if finding is not None:
-            yield finding
-    if not names:
-        yield from _strays(blobs, upkeep, expected)
+    tasks: int
+    restored: tuple[str, ...] = ()  # tasks that the old database did not have, or had in an older state
+    removed: tuple[str, ...] = ()  # tasks that stay removed; files of them are left
+    lost: tuple[str, ...] = ()  # tasks that the old database had, and of which no manifest can be read
 
 
-def repair(database: Database, blobs: Blobs, upkeep: Upkeep) -> list[tuple[Finding, str]]:
-    """Move every blob whose bytes are wrong to quarantine; return each finding with the blob's new place."""
-    found = list(verify(database, blobs, upkeep, read_data=True))
-    named = [(finding, finding.digest) for finding in found if finding.digest is not None]
-    # A blob of another length than a row says may be what it was, and the row wrong.
-    damaged = [
-        (finding, digest)
-        for finding, digest in named
-        if finding.kind == "digest" or (finding.kind == "length" and not blobs.is_intact(digest))
-    ]
-    return [(finding, blobs.quarantine(digest)) for finding, digest in damaged]
-
-
-def _check_database(database: Database) -> Iterator[Finding]:
-    asked: list[tuple[Kind, str, str]] = [("row", *one) for one in _CONTRADICTIONS.items()]
-    asked += [("dangling", *one) for one in _GAPS.items()]
+def verify(store: Store, *, read_data: bool, names: Sequence[str] = ()) -> Iterator[Finding]:
+    """Yield what is wrong; see `Store.verify`."""
+    place = store.parts.database.place
     try:
-        with database.connection() as connection:
-            named = [
-                (kind, fact.format(name), name)
-                for kind, fact, query in asked
-                for name in connection.exec_driver_sql(query).scalars()
-            ]
-        damage = list(database.damage())
+        damage = [Finding("database", fact, place) for fact in store.parts.database.damage()]
+        found = None if damage else walk(store)
     except DamagedStore as error:
-        damage, named = [Damage("database", str(error))], []
-    for found in damage:
-        tasks = () if found.task is None else (found.task,)
-        yield Finding(found.kind, found.fact, database.place, tasks=tasks)
-    for kind, fact, name in named:
-        yield Finding(kind, fact, database.place, tasks=(name,))
+        damage, found = [Finding("database", error.message, place)], None
+    yield from damage
+    if found is None:  # the rows of a broken database prove nothing about the files
+        return
+    chosen = {key_of("task", store.task(name).name) for name in names}
+    yield from _of_database(store, found, place)
+    needed, expected = _expected(store, found, chosen)
+    for digest, size in expected.items():
+        yield from _of_file(store.blobs, digest, size, tuple(sorted(needed[digest])), read_data=read_data)
+    if not names:
+        yield from _strays(store, found)
 
 
-def _expected(database: Database, names: Sequence[str]) -> dict[str, int]:
-    """Return digest -> length of every blob whose bytes rows need, or of those that some tasks need."""
-    with database.read() as session:
-        query = select(Blob.digest, Blob.size).order_by(Blob.digest)
-        if names:
-            ids = [find_task(session, name).id for name in names]
-            base_ids = select(Task.base_model_id).where(Task.id.in_(ids))
-            current = select(Generator.blob_id).where(Generator.is_current, Generator.base_model_id.in_(base_ids))
-            needed = [*(rows.where(Task.id.in_(ids)) for _, rows in _needs_of_tasks()), current]
-            query = query.where(or_(*(Blob.id.in_(select_ids) for select_ids in needed)))
+def _of_database(store: Store, found: Walk, place: str) -> Iterator[Finding]:
+    for fact in found.disagreements:
+        yield Finding("row", fact, place)
+    for digest, owners in found.missing.items():
+        kind: Kind = "digest" if store.manifests.exists(digest) else "missing"
+        fact = f"the manifest of {', '.join(owners)} is {'damaged' if kind == 'digest' else 'missing'}"
+        tasks = tuple(owner.split(" ", 1)[1].strip("'") for owner in owners if owner.startswith("task "))
+        yield Finding(kind, fact, store.manifests.place(digest), digest, tasks, is_manifest=True)
+    unlisted = defaultdict[Name, list[Any]](list)
+    for one in found.newer:
+        unlisted[one.name].append(one)
+    for (kind_of, key), states in unlisted.items():
+        digest = states[-1].info.digest
+        present = store.ref(kind_of, key)
+        if present == digest:  # published since the walk began
+            continue
+        where, task = store.manifests.place(digest), (key,) if kind_of == "task" else ()
+        if len(states) == 1 and states[0].body.get("parent") == present:
+            fact = f"a change of {kind_of} {key!r} was not committed: the command that made it was killed"
+            yield Finding("leftover", fact, where, digest, task)
         else:
-            query = query.where(is_needed())
-        return {row.digest: row.size for row in session.execute(query)}
+            fact = f"{kind_of} {key!r} has a state that the database does not know"
+            yield Finding("unlisted", fact, where, digest, task)
 
 
-def _needs_of_tasks() -> Iterator[tuple[BlobColumn, Select[int | None]]]:
-    """Yield each column by which tasks need blobs, with the query of its values joined to the tasks."""
-    for column in BLOB_COLUMNS:
-        owner = column.class_
-        if owner is Task:
-            yield column, select(column)
-        elif owner in (Adapter, TaskVector, Code):  # measurements name texts that need not be here
-            rows = select(column).join(Task, owner.task_id == Task.id)
-            yield column, rows.where(Adapter.evicted_at.is_(None)) if is_evictable(column) else rows
-        elif owner is Extra:
-            yield column, select(column).join(Adapter, Extra.adapter_id == Adapter.id).join(Task)
+def _expected(store: Store, found: Walk, chosen: set[str]) -> tuple[dict[str, set[str]], dict[str, int]]:
+    """Return digest -> tasks that need the blob, and digest -> its length."""
+    needed, expected = defaultdict[str, set[str]](set), dict[str, int]()
+    for digest in sorted(found.reached):
+        if digest in found.missing or not store.manifests.exists(digest):
+            continue
+        body = unpacked(store.manifests.read(digest))
+        is_task = body["type"].startswith("task/")
+        if chosen and not (is_task and key_of("task", body["name"]) in chosen):
+            continue
+        for _, file in files_of(body):
+            expected[str(file)] = file.size
+            if is_task:
+                needed[str(file)].add(body["name"])
+    return needed, expected
 
 
-def _check_blob(database: Database, blobs: Blobs, digest: str, size: int, *, read_data: bool) -> Finding | None:
-    fault = _fault(blobs, digest, size, read_data=read_data)
-    if fault is None:
-        return None
-    kind, fact = fault
-    with database.read() as session:
-        # A damaged generator costs every task of its base model, so it is called by name.
-        is_generator = session.scalar(select(Generator.id).join(Generator.blob).where(Blob.digest == digest))
-        what = "blob" if is_generator is None else "generator"
-        return Finding(kind, f"{what} {digest} {fact}", blobs.place(digest), digest, _tasks_of(session, digest))
-
-
-def _fault(blobs: Blobs, digest: str, size: int, *, read_data: bool) -> tuple[Kind, str] | None:
-    """Say what is wrong with the file of a blob, if anything is."""
+def _of_file(blobs: Blobs, digest: str, size: int, tasks: tuple[str, ...], *, read_data: bool) -> Iterator[Finding]:
+    """Yield what is wrong with a blob, if anything is."""
+    kind, fact = cast("tuple[Kind, str]", ("remark", ""))
     try:
-        found = blobs.size(digest)
-        if found != size:
-            return "length", f"has {found} bytes instead of {size}"
-        if read_data and not blobs.is_intact(digest):
-            return "digest", "does not match its digest"
+        present = blobs.size(digest)
+        if present != size:
+            kind, fact = "length", f"has {present} bytes instead of {size}"
+        elif read_data and not blobs.is_intact(digest):
+            kind, fact = "digest", "does not match its digest"
     except MissingBlob:
-        return "missing", "is missing"
+        kind, fact = "missing", "is missing"
     except StoreIOError as error:
-        return "digest", f"cannot be read: {error}"
+        kind, fact = "digest", f"cannot be read: {error}"
+    if fact:
+        yield Finding(kind, f"blob {digest} {fact}", blobs.place(digest), digest, tasks)
+
+
+def _strays(store: Store, found: Walk) -> Iterator[Finding]:
+    for info in found.unreadable:
+        fact = f"manifest {info.digest} is damaged, and nothing refers to it"
+        yield Finding("orphan", fact, store.manifests.place(info.digest), info.digest, is_manifest=True)
+    for blob in store.blobs.all():
+        if blob.digest not in found.reached:
+            yield Finding("orphan", f"nothing refers to blob {blob.digest}", store.blobs.place(blob.digest), blob.digest)
+    for file in leftovers(store):
+        name = file.place.rpartition("/")[2]
+        yield Finding("leftover", f"{name} was left by a command that was killed", file.place)
+
+
+def repair(store: Store, finding: Finding) -> str | None:
+    """Correct one flipped bit of a damaged file, or move the file to quarantine; return what was done.
+
+    None if the file is not damaged. The caller holds the store alone.
+    """
+    files = store.manifests if finding.is_manifest else store.blobs
+    digest = finding.digest
+    if digest is None or finding.kind not in ("length", "digest") or files.is_intact(digest):
+        return None
+    data = corrected(files.start(digest, MAX_REPAIRED_BYTES + 1), digest)
+    moved = files.quarantine(digest)
+    if data is None:
+        return f"moved to {moved}"
+    files.put(data)
+    return f"corrected one flipped bit; the damaged file is at {moved}"
+
+
+def corrected(data: bytes, digest: str) -> bytes | None:
+    """Return bytes that have a digest and differ in at most one bit; None if there are none, or they are too many."""
+    if len(data) > MAX_REPAIRED_BYTES:
+        return None
+    changed, hashed = bytearray(data), hashlib.sha256()
+    for place, byte in enumerate(data):
+        for bit in range(8):
+            changed[place] = byte ^ 1 << bit
+            rest = hashed.copy()
+            rest.update(memoryview(changed)[place:])
+            if rest.hexdigest() == digest:
+                return bytes(changed)
+        changed[place] = byte
+        hashed.update(data[place : place + 1])
     return None
 
 
-def _tasks_of(session: Session, digest: str) -> tuple[str, ...]:
-    blob_id = select(Blob.id).where(Blob.digest == digest).scalar_subquery()
-    of_code = select(Task.name).join(Code, Code.task_id == Task.id).join(Generator, Code.generator_id == Generator.id)
-    queries = [of_code.where(Generator.blob_id == blob_id)]
-    for column, rows in _needs_of_tasks():
-        queries.append(rows.with_only_columns(Task.name, maintain_column_froms=True).where(column == blob_id))
-    names = {name for query in queries for name in session.scalars(query)}
-    return tuple(sorted(names, key=str.lower))
+def rebuild(store: Store) -> Rebuilt:
+    """Write the database again from the manifests; see `Store.rebuild`."""
+    before = _known(store)
+    with store.exclusive():
+        states = defaultdict[Name, list[State]](list)
+        for info in store.manifests.all():
+            try:
+                state = store.state(info.digest)
+            except DamagedStore:
+                continue  # `verify` names it
+            kind = state.of if isinstance(state, Removed) else state.KIND
+            states[kind, key_of(kind, state.ref)].append(state)
+        refs, history = list[State](), list[State]()
+        removed: list[str] = []
+        for (kind, _), found in states.items():
+            found.sort(key=lambda state: state.seq)
+            gone = max((state.seq for state in found if isinstance(state, Removed)), default=-1)
+            versions = {state.number: state for state in found if state.seq > gone}
+            if versions:
+                refs.append(versions[max(versions)])
+                history += versions.values() if kind in ("task", "generator") else ()
+            elif kind == "task":
+                removed.append(found[-1].ref)
+        _write(store, refs, history, max((state.seq for some in states.values() for state in some), default=0))
+    tasks = {key_of("task", state.ref): state for state in refs if state.KIND == "task"}
+    restored = [state.ref for key, state in tasks.items() if before is not None and before.get(key) != state.manifest]
+    lost = sorted(set(before or ()) - tasks.keys() - set(map(str.lower, removed)))
+    return Rebuilt(len(tasks), tuple(sorted(restored)), tuple(sorted(removed)), tuple(lost))
 
 
-def _strays(blobs: Blobs, upkeep: Upkeep, expected: dict[str, int]) -> Iterator[Finding]:
-    for blob in blobs.all():
-        if blob.digest not in expected:
-            yield Finding("orphan", f"no row refers to blob {blob.digest}", blobs.place(blob.digest), blob.digest)
-    for file in leftovers(blobs, upkeep):
-        name = file.place.rpartition("/")[2]
-        yield Finding("leftover", f"{name} was left by a command that was killed", file.place)
+def _known(store: Store) -> dict[str, str] | None:
+    """Return task -> manifest as the database has it; None if it cannot be read."""
+    try:
+        return {row["key"]: row["manifest"] for row in store.refs() if row["kind"] == "task"}
+    except DamagedStore:
+        return None
+
+
+def _write(store: Store, refs: Sequence[State], history: Sequence[State], seq: int) -> None:
+    rows = [index_of(state, str(state.manifest)) for state in refs]
+    versions = [
+        {"kind": one.KIND, "key": key_of(one.KIND, one.ref), "version": one.number, "manifest": one.manifest}
+        for one in history
+    ]
+    with store.parts.database.rebuild() as connection:
+        for table, values in ((REFS, rows), (HISTORY, versions)):
+            for at in range(0, len(values), _ROWS):
+                connection.execute(insert(table), values[at : at + _ROWS])
+        connection.execute(update(META).values(seq=seq))
+
+
+__all__ = ["OF_DATABASE", "REPAIR", "Finding", "Rebuilt", "rebuild", "repair", "verify"]
