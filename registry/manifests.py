@@ -447,7 +447,7 @@ class Run(State):
     step: int = 0
     weights: File | None = None  # checkpoint of the network
     optimizer: File | None = None
-    generator: str | None = None  # digest of the network, once it is published and its codes are being made
+    codes: tuple[File, ...] = ()  # batches of codes that were made and are not published yet
     created_at: str = field(default_factory=now)
     updated_at: str = field(default_factory=now)
 
@@ -455,6 +455,11 @@ class Run(State):
     def ref(self) -> str:
         """The base model."""
         return self.base_model
+
+    @property
+    def files(self) -> frozenset[File]:
+        """The blobs that the run owns."""
+        return frozenset((*filter(None, (self.weights, self.optimizer)), *self.codes))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -571,6 +576,8 @@ def files_of(body: Any) -> Iterator[tuple[str, File]]:
         for name in ("weights", "optimizer"):
             if name in body:
                 yield "training", _file(body[name])
+        for batch in body.get("codes", ()):
+            yield "training", _file(batch)
 
 
 def _file(text: str) -> File:

@@ -26,7 +26,7 @@ from sqlalchemy import Connection, Select, bindparam, delete, func, insert, or_,
 from registry.errors import DamagedStore, GeneratorNotFound, LostRace, TaskConflict, TaskNotFound
 from registry.filters import Selection
 from registry.listing import IS_TASK, ROW, selected
-from registry.manifests import BaseModel, File, Generator, Part, Removed, Run, State, Task, decode, encode, read_shared
+from registry.manifests import BaseModel, File, Generator, Part, Removed, Run, State, Task, decode, encode, now, read_shared
 from registry.manifests import is_digest as is_digest
 from registry.names import Address, DatabaseUrl, address_of, split_version
 from registry.storage.blobs.content import Blobs
@@ -341,9 +341,10 @@ class Store:
     def save_run(self, run: Run) -> Run:
         """Record a training run; its earlier checkpoint is deleted. The caller holds the job of the base model."""
         before = self.run(run.base_model)
-        (saved,) = self.publish([replace(run, manifest=None if before is None else before.manifest)])
+        expected = None if before is None else before.manifest
+        (saved,) = self.publish([replace(run, manifest=expected, updated_at=now())])
         if before is not None:
-            self._discard(before, {file for file in (run.weights, run.optimizer) if file})
+            self._discard(before, run.files)
         return saved
 
     def end_run(self, base_model: str) -> None:
@@ -351,7 +352,7 @@ class Store:
         run = self.run(base_model)
         if run is not None:
             self.publish([], remove=[run])
-            self._discard(run, set())
+            self._discard(run, frozenset())
 
     @contextmanager
     def job(self, base_model: str, *, shared: bool = False) -> Iterator[None]:
@@ -535,11 +536,11 @@ class Store:
             except LostRace:
                 continue
 
-    def _discard(self, run: Run, kept: set[File]) -> None:
-        """Delete the checkpoint of a run, which nothing else refers to, and the manifest that names it."""
-        self.blobs.delete([file for file in (run.weights, run.optimizer) if file and file not in kept])
+    def _discard(self, run: Run, kept: frozenset[File]) -> None:
+        """Delete an earlier state of a run with its blobs, which nothing else refers to."""
         if run.manifest is not None:
             self.manifests.delete([run.manifest])
+        self.blobs.delete(run.files - kept)
 
 
 def _next(state: S, moment: int) -> S:
