@@ -131,9 +131,13 @@ def test_boosts_make_longer_what_lies_across_the_subspace_and_nothing_else() -> 
     after = under.open(code.to_code())
     for group in after.groups:
         layer = torch.from_numpy(group.slots.layer)
-        plain, longer = (under.dequantised(group, opened.state, opened.head.step) for opened in (before, after))
+        norms = under.quantizer.norms(group.slots, group.gain, group.residuals)
+        plain, longer = (
+            under.quantizer.dequantise(group.slots, norms, opened.state, opened.head.step, group.vectors)[0]
+            for opened in (before, after)
+        )
         subspace, kind = after.state.subspace, group.slots.kind
-        difference = longer.inputs - plain.inputs
+        difference = longer - plain
         known_here = torch.from_numpy(subspace.knows(kind))[layer]
         assert difference[known_here].any()
         assert not difference[~known_here].any()
