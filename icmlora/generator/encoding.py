@@ -267,7 +267,7 @@ def coarsest(expected: int, limits: Limits, encode: Callable[[int], _Tried], eno
     while not limits.keeps(best):
         low, high, stride = low - stride, low, 2 * stride
         if low < lowest:
-            fact = f"no code has a squared error of {limits.least:g} or less"
+            fact = f"no code has a relative error of {math.sqrt(limits.least):g} or less"
             raise GeneratorError(fact, hint="allow a larger error")
         best = encode(low)
     while high - low > 1 and limits.used(best) < enough:

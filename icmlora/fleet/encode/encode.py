@@ -12,7 +12,15 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Literal
 
 from icmlora.adapter.model import Adapter
-from icmlora.errors import BaseModelNotFound, BaseModelUnsuited, Cancelled, DataError, OptionsConflict, OutOfMemory
+from icmlora.errors import (
+    BaseModelNotFound,
+    BaseModelUnsuited,
+    Cancelled,
+    DataError,
+    GeneratorError,
+    OptionsConflict,
+    OutOfMemory,
+)
 from icmlora.fleet.context import Context, Event, Shard, base_record, reporting, select_tasks, use_case
 from icmlora.fleet.encode.refiner import Finished, Refiner, refine_all, stoppable
 from icmlora.fleet.encode.search import CodeSearch
@@ -57,9 +65,10 @@ class TaskEncoded(WithRelativeError, Event):
 
     task: str
     # `encoded`: it has a new code, the smallest found that meets the limits. `known`: it had one already. `below`:
-    # no code meets them, so it should keep its original; it has its most accurate code. `evicted`: its original is
-    # gone, so its code stays. `unmeasured`: see `reason`; its code stays. `original_only`: there can be no code, see
-    # `reason`. `changed`: it got another adapter meanwhile, which it keeps; see `reason`.
+    # no code meets them, so it should keep its original; it has its most accurate code, or with a `reason` the one
+    # that it had. `evicted`: its original is gone, so its code stays. `unmeasured`: see `reason`; its code stays.
+    # `original_only`: there can be no code, see `reason`. `changed`: it got another adapter meanwhile, which it keeps;
+    # see `reason`.
     status: EncodeStatus
     size: int | None = None  # bytes of its code
     before: int | None = None  # bytes of the code that it had before, if any
@@ -417,6 +426,8 @@ def _code(prepared: _Prepared, refined: Finished | None) -> TaskEncoded | Made:
         best, is_kept = search.best() if refined is None else search.done(refined)
     except Cancelled:
         raise
+    except GeneratorError as error:  # not even the finest step meets the limits
+        return state.unchanged("below", error.message)
     except FAILURES as error:
         return state.unmeasured(error)
     taken = len(best.encoded.data)
