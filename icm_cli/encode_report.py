@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
 _STATUS = {
     "known": "up to date",
-    "enough": "code suffices",
     "below": "misses the limit",
     "evicted": "original evicted",
     "unmeasured": "not measured",
@@ -26,8 +25,8 @@ _STATUS = {
 _FIELDS: tuple[Field[TaskEncoded], ...] = (
     Field("task", lambda task: task.task, shrink=True),
     Field("result", lambda task: _STATUS.get(task.status, task.status)),
-    Field("code", lambda task: coded_size(task.size, task.residual_size), right=True),
-    Field("before", lambda task: "-" if task.before is None else human_size(task.before), right=True),
+    Field("code", lambda task: coded_size(task.size), right=True),
+    Field("before", lambda task: coded_size(task.before), right=True),
     Field("relative error", lambda task: figure(task.relative_error), right=True),
     Field("effect kept", lambda task: figure(task.effect, digits=3), right=True),
     Field("retained gain", lambda task: gain_text(task.retained_gain, task.precision, digits=4), right=True),
@@ -56,7 +55,7 @@ def print_evict_hint(session: Session, report: EncodeReport, max_error: float | 
 def sum_up(session: Session, report: EncodeReport, *, brief: bool = False) -> None:
     """Print a table of tasks and a summary line, or with `brief` only the summary."""
     out = session.out
-    now = sum((task.size or 0) + (task.residual_size or 0) for task in report.tasks)
+    now = sum(task.size or 0 for task in report.tasks)
     before = sum(task.before or 0 for task in report.tasks)
     if not brief:
         out.event("summary", tasks=len(report.tasks), short=len(report.short), size=now, before=before)

@@ -1,4 +1,4 @@
-"""Format codes, residuals, errors and base models for display."""
+"""Format codes, errors and base models for display."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from icmlora.fleet.records import Claim, Rung
 
 
-SOURCES: tuple[Rung, ...] = ("base", "original", "residual", "code", "generate", "network")
+SOURCES: tuple[Rung, ...] = ("base", "original", "code", "generate", "network")
 """Sources of a task's adapter, in table order."""
 
 
@@ -43,11 +43,9 @@ def grouped(pairs: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
     return groups
 
 
-def coded_size(code: int | None, residual: int | None) -> str:
-    """Return the size of a code and of its residual, if any."""
-    if code is None:
-        return "-"
-    return human_size(code) if residual is None else f"{human_size(code)} + {human_size(residual)}"
+def coded_size(code: int | None) -> str:
+    """Return the size of a code, or "-" without one."""
+    return "-" if code is None else human_size(code)
 
 
 def errors_json(squared: float | None) -> dict[str, float | None]:

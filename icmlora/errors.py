@@ -111,17 +111,15 @@ class CodeError(IcmLoraError):
 
 
 class OtherFormat(IcmLoraError):
-    """A file in a format that another version of icm reads, and this one does not; nothing is damaged.
+    """A file in a format that another version of icm reads, and this one does not; nothing is damaged."""
 
-    Attributes:
-        is_older: Whether the format is from before this icm.
-    """
-
-    def __init__(
-        self, message: str, *, is_older: bool, path: str | Path | None = None, hint: str | None = None
-    ) -> None:
-        super().__init__(message, path=path, hint=hint)
-        self.is_older = is_older
+    @classmethod
+    def of(cls, name: str, found: int, known: int) -> OtherFormat:
+        """Return the error for a file of format `found`, where format `known` is read."""
+        if found > known:
+            return cls(f"the {name} was written by a newer icm", hint="use the icm version that wrote it")
+        fact = f"the {name} was written by icm 0.x, which this version does not read"
+        return cls(fact, hint="ingest the adapters again, or use the icm version that wrote it")
 
 
 class BundleError(IcmLoraError):

@@ -20,7 +20,7 @@ ToArg = Annotated[str, argument("STORE2", "Store to copy to. A missing folder is
 def copy(session: Session, source: FromArg, target: ToArg, tasks: SomeTasksArg = None) -> None:
     """Copy tasks from one store to another.
 
-    Copies originals, texts, vectors, codes, residuals and measurements, and the generators of the base models. Every
+    Copies originals, texts, vectors, codes and measurements, and the generators of the base models. Every
     file is read back to verify it. Existing data in STORE2 is never changed or deleted. If STORE2 has the same adapter,
     only missing data is added. If it has another adapter under this name, the task is skipped and the exit code is 3.
 

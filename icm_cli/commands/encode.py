@@ -63,9 +63,6 @@ RefineOpt = Annotated[
         f"adapter. Needs the base model. 0: none. Default: {REFINE_STEPS} with --quality or --keep, else none."
     ),
 ]
-ResidualOpt = Annotated[
-    bool, option("--residual", "Keep the codes and store a residual for each code that misses the limit.")
-]
 AgainOpt = Annotated[bool, option("--again", "Re-encode tasks already encoded with these limits.")]
 
 
@@ -80,7 +77,6 @@ def encode(
     tolerance: ToleranceOpt = None,
     size: SizeOpt = None,
     refine: RefineOpt = None,
-    residual: ResidualOpt = False,
     base_model: BaseModelOpt = None,
     device: DeviceOpt = None,
     again: AgainOpt = False,
@@ -101,9 +97,7 @@ def encode(
     Tasks already encoded with the same limits are skipped, so run the same command again to continue after an
     interruption.
 
-    With --size, add --max-error or --min-gain to report codes that miss that limit. With --residual, existing codes
-    stay unchanged, and code and residual together meet the limit. Bundles contain no residuals.
-
+    With --size, add --max-error or --min-gain to report codes that miss that limit.
 
     Example:
       icm encode --keep 0.98
@@ -122,7 +116,6 @@ def encode(
             tolerance=tolerance,
             size=None if size is None else parse_bytes(size),
             refine=refine,
-            residual=residual,
             base_model=base_model,
             device=session.device(device),
             again=again,

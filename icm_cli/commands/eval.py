@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 class SourceName(StrEnum):
     """A source to measure, besides base model and original. Typer cannot repeat a `Literal` option."""
 
-    RESIDUAL = "residual"
     CODE = "code"
     RECALLED = "recalled"
     GENERATE = "generate"  # old name of RECALLED
@@ -74,7 +73,7 @@ def evaluate(
         return evaluate(
             store,
             tasks or (),
-            sources=[name.value for name in (*(source or ()), *(rung or ()))] or ("residual", "code", "recalled"),
+            sources=[name.value for name in (*(source or ()), *(rung or ()))] or ("code", "recalled"),
             data=data,
             max_tokens=max_tokens,
             with_context=context,

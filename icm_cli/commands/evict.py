@@ -41,7 +41,7 @@ _FIELDS: tuple[Field[TaskEvicted], ...] = (
     Field("task", lambda task: task.task, shrink=True),
     Field("result", lambda task: _result(task)),
     Field("freed", lambda task: human_size(task.freed) if task.adapters else "-", right=True),
-    Field("code", lambda task: coded_size(task.code_size, task.residual_size), right=True),
+    Field("code", lambda task: coded_size(task.code_size), right=True),
     Field("relative error", lambda task: figure(task.relative_error), right=True),
     Field("retained gain", lambda task: gain_text(task.retained_gain, task.precision, 4), right=True),
 )
@@ -72,7 +72,7 @@ def evict(
 ) -> None:
     """Delete originals after checking that their codes can replace them.
 
-    An original is the final adapter and its checkpoints. Each code is read from disk with its residual, decoded, and
+    An original is the final adapter and its checkpoints. Each code is read from disk, decoded, and
     compared with the original. Pinned tasks and tasks whose code misses a limit keep their original, and the exit code
     is 3. Original-only tasks affect the exit code only when named.
 

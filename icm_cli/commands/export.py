@@ -10,7 +10,6 @@ import typer
 from icm_cli.errors import ExitCode
 from icm_cli.options import BaseModelOpt, SomeTasksArg, argument, option
 from icm_cli.session import Session, command
-from icmlora.fleet.older import WAY_OUT
 from icmlora.io.text import counted, human_size
 
 if TYPE_CHECKING:
@@ -31,7 +30,7 @@ def export(
     """Write a generator and the codes of tasks to a bundle file.
 
     On another machine, `icm materialize --from FILE` writes adapters without a store, and `icm import FILE` adds the
-    bundle to a store. A bundle contains no originals, residuals or texts. Exports of an unchanged store are identical.
+    bundle to a store. A bundle contains no originals or texts. Exports of an unchanged store are identical.
 
     Example:
       icm export fleet.icm
@@ -57,7 +56,6 @@ def _print_report(session: Session, done: ExportReport) -> None:
             "generator_version": index.generator.version,
             "tasks": [task.name for task in index.tasks],
             "left_out": list(done.left_out),
-            "without_residual": list(done.without_residual),
             "damaged": dict(done.damaged),
         }
     )
@@ -69,15 +67,6 @@ def _print_report(session: Session, done: ExportReport) -> None:
     if done.left_out:
         out.warn(f"skipped {counted(len(done.left_out), 'task')} without a code")
         out.detail(", ".join(done.left_out))
-        if set(done.left_out) - set(done.in_older_codes):
-            out.hint("run `icm train --update` to encode them")
-    if done.in_older_codes:
-        out.warn(f"skipped codes in an older, unsupported format: {', '.join(done.in_older_codes)}")
-        out.hint(WAY_OUT)
+        out.hint("run `icm train --update` to encode them")
     for name, reason in done.damaged.items():
         out.warn(f"skipped {name}: {reason}", task=name)
-
-    if done.without_residual:
-        out.note(f"skipped the residual of {counted(len(done.without_residual), 'task')}: bundles contain only codes")
-
-        out.detail(", ".join(done.without_residual))

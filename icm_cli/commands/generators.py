@@ -120,9 +120,7 @@ def forget(session: Session, digest: DigestArg, dry_run: DryRunOpt = False, yes:
 
 
 def _networks(version: GeneratorVersion) -> str:
-    if version.networks is None:
-        return "older format" if version.is_older else "damaged"
-    return str(version.networks)
+    return "damaged" if version.networks is None else str(version.networks)
 
 
 def _as_json(version: GeneratorVersion) -> dict[str, object]:
@@ -133,7 +131,6 @@ def _as_json(version: GeneratorVersion) -> dict[str, object]:
         "version": made.version,
         "created_at": made.created_at,
         "epochs": version.networks,
-        "older_format": version.is_older,
         "size": made.size,
         "start": made.start,
         "start_size": made.start_size,

@@ -100,9 +100,7 @@ def _targets(modules: tuple[str, ...]) -> str:
 def _coded(row: TaskSummary) -> str:
     if row.final.original_only is not None:
         return "original only"
-    if row.code is None:
-        return "-"
-    return coded_size(row.code.size, None if row.code.residual is None else row.code.residual.size)
+    return coded_size(None if row.code is None else row.code.size)
 
 
 def _original(row: TaskSummary) -> str:
@@ -115,7 +113,7 @@ def _original(row: TaskSummary) -> str:
 
 
 def _error(row: TaskSummary) -> str:
-    squared = None if row.code is None else row.code.best_squared_error
+    squared = None if row.code is None else row.code.squared_error
     return "" if squared is None else f"{math.sqrt(squared):.3f}"
 
 
@@ -163,10 +161,9 @@ def _as_json(row: TaskSummary) -> dict[str, object]:
         "evicted_checkpoints_count": row.evicted_checkpoints,
         "vectors_count": row.vectors,
         "code_size": None if row.code is None else row.code.size,
-        "residual_size": None if row.code is None or row.code.residual is None else row.code.residual.size,
         "retained_gain": row.gain,
         "precision": row.gain_precision,
-        **errors_json(None if row.code is None else row.code.best_squared_error),
+        **errors_json(None if row.code is None else row.code.squared_error),
         "effect": None if row.code is None else row.code.effect,
         "keep": None if row.code is None or row.code.asked is None else row.code.asked.keep,
         "claimed": None if row.code is None else claim_json(row.code.claim),

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 # "generate" is the former name of "recalled".
-SourceName = Literal["auto", "original", "residual", "code", "recalled", "generate", "network"]
+SourceName = Literal["auto", "original", "code", "recalled", "generate", "network"]
 
 WrittenOpt = Annotated[
     Path,
@@ -41,9 +41,9 @@ SourceOpt = Annotated[
     SourceName,
     option(
         "--source",
-        "original: the ingested files. residual: the code with its residual. code: the code alone. recalled: the code "
-        "of the task recognized from the vectors. network: the network's prediction from the vectors. auto: the first "
-        "available of original, residual and code.",
+        "original: the ingested files. code: the decoded code. recalled: the code of the task recognized from the "
+        "vectors. network: the network's prediction from the vectors. auto: the original if the store has it, else "
+        "the code.",
     ),
 ]
 DtypeOpt = Annotated[
@@ -139,7 +139,7 @@ def materialize(
         max_error=max_error,
         force=force,
     )
-    if bundle is None and source == "auto" and done.source in ("residual", "code"):
+    if bundle is None and source == "auto" and done.source == "code":
         session.out.note(f"the original of {done.task} was evicted; used {_FROM[done.source]} instead")
     _print_result(session, done)
 
@@ -214,7 +214,6 @@ _EXACTLY = ", byte for byte"
 _PROGRAMS = {"gguf": "llama.cpp", "mlx": "MLX-LM", "peft": "PEFT", "comfyui": "ComfyUI", "xlabs": "XLabs"}
 _FROM = {
     "original": f"its original{_EXACTLY}",
-    "residual": "its code and residual",
     "code": "its code",
     "network": "the network's prediction from its task vectors",
 }

@@ -53,7 +53,7 @@ DensityOpt = Annotated[
 ]
 SeedOpt = Annotated[int, option("--seed N", "Random seed for dare methods.")]
 SourceOpt = Annotated[
-    Literal["auto", "original", "residual", "code"],
+    Literal["auto", "original", "code"],
     option("--source", "Merge originals or decoded codes. auto: the original if the store has it."),
 ]
 

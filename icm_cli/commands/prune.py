@@ -35,8 +35,8 @@ def prune(
 ) -> None:
     """Delete blobs that no task needs and leftovers of interrupted commands.
 
-    Unneeded codes, generators, residuals and weights are moved to the store's quarantine folder, and you can copy them
-    back. --empty-quarantine deletes them for good. Nothing is deleted while the database is damaged.
+    Unneeded codes, generators and weights are moved to the store's quarantine folder, and you can copy them back.
+    --empty-quarantine deletes them for good. Nothing is deleted while the database is damaged.
 
     In shared storage, it also deletes evicted originals older than --grace, after checking the codes that replace them.
 

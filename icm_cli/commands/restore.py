@@ -31,7 +31,6 @@ _FIELDS: tuple[Field[AdapterRestored], ...] = (
         right=True,
     ),
 )
-_FROM = {"original": "original", "residual": "code and residual", "code": "code"}
 
 
 @command
@@ -116,7 +115,7 @@ def _print_refused(out: Output, refused: list[AdapterRestored]) -> None:
 
 
 def _source(adapter: AdapterRestored) -> str:
-    return "already present" if adapter.status == "complete" else _FROM[adapter.source or "original"]
+    return "already present" if adapter.status == "complete" else adapter.source or "original"
 
 
 def _lost(adapter: AdapterRestored, figure: float | None) -> float | None:

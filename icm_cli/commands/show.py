@@ -123,17 +123,13 @@ def _coded(details: TaskDetails) -> list[tuple[str, str]]:
     if details.final.original_only is not None:
         return []
     if code is None or generator is None:
-        # An evicted task always has a code. If none is found, its format is too old.
-        return [("code", "in an older format that this version cannot read" if details.final.is_evicted else "-")]
+        return [("code", "-")]
     error = "" if code.relative_error is None else f", relative error {code.relative_error:.3f}"
     effect = "" if code.effect is None else f", keeps {code.effect:.3f} of the adapter's effect"
     lines = [("code", f"{human_size(code.size)} under generator {generator.version}{error}{effect}")]
     if code.claim is not None:
         lines.append(("claimed by the bundle", f"{claim_text(code.claim)}; not measured here"))
     lines.append(("initialisation", _initial(details)))
-    if code.residual is not None:
-        residual = code.residual
-        lines.append(("residual", f"{human_size(residual.size)}, relative error with it {residual.relative_error:.3f}"))
     if code.asked is not None:
         verdict = "met" if code.asked.is_kept else "not met"
         lines.append(("limit", f"{limits_text(code.asked)}: {verdict}"))

@@ -121,7 +121,7 @@ def _size(size: float | None) -> str:
 
 
 def _code(task: TaskBill) -> str:
-    return "original only" if task.original_only else coded_size(task.code_size, task.residual_size)
+    return "original only" if task.original_only else coded_size(task.code_size)
 
 
 def _task_share(task: TaskBill) -> str:

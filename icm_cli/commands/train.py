@@ -28,7 +28,6 @@ from icm_cli.session import Session, command
 from icm_cli.text import as_fields
 from icmlora.errors import OtherProcessFailed
 from icmlora.fleet.measure.metric_result import measured_in
-from icmlora.fleet.older import WAY_OUT
 from icmlora.io.text import counted, human_duration, human_size
 from icmlora.training import config
 from icmlora.training.ranks import launched
@@ -326,7 +325,7 @@ def _train_few_shot(session: Session, device: str, base_model: str | None, episo
 
 def _print_event(session: Session, event: Event) -> None:
     from icmlora.fleet.train.run import StepDone
-    from icmlora.fleet.train.train import CodeMade, Continued, Resumed, StartedOver, Trained
+    from icmlora.fleet.train.train import CodeMade, Continued, Resumed, Trained
     from icmlora.fleet.train.update import Updated
 
     out = session.out
@@ -341,11 +340,6 @@ def _print_event(session: Session, event: Event) -> None:
         out.event("continued", **asdict(event))
         new = f"{counted(event.new_tasks, 'new task')}" if event.new_tasks else "no new tasks"
         out.note(f"continuing from generator {event.version} of {event.base_model}: {new}; encoding every task again")
-    elif isinstance(event, StartedOver):
-        out.event("started_over", **asdict(event))
-        out.note(f"generator {event.version} of {event.base_model} has an older format; training from scratch")
-        if event.without_vectors:
-            out.hint("task vectors have a new format too; run `icm vectors` before training")
     elif isinstance(event, CodeMade):
         out.event("code", **as_fields(event))
         out.detail(f"{event.task}: code of {human_size(event.size)}, relative error {event.relative_error:.4f}")
@@ -385,10 +379,6 @@ def _sum_up(session: Session, trained: Trained, *, few_shot: bool) -> None:
     else:
         out.note("recovered no initialisation seeds; codes are larger without them")
     _warn_of(session, trained.left_out)
-    if trained.in_older_codes:
-        names = ", ".join(trained.in_older_codes)
-        out.warn(f"kept codes in an older format, because their originals are evicted: {names}")
-        out.hint(WAY_OUT)
     if trained.start_dropped and not few_shot:
         out.note("the new generator has no few-shot start; the previous generator had one")
         out.hint("run `icm train --objective functional` to train one; codes do not change")

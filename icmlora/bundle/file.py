@@ -137,9 +137,8 @@ def _head(data: bytes, size: int) -> tuple[int, str]:
         raise BundleError(f"the bundle has only {size:,} bytes, less than its header", hint=_HINT)
     magic, length, digest = _HEAD.unpack(data)
     if magic != MAGIC:
-        if 0 < magic[4] < MAGIC[4]:  # those of before
-            fact = f"the bundle has format {magic[4]}, but this icm reads format {MAGIC[4]}"
-            raise OtherFormat(fact, is_older=True, hint="run `icm materialize` of the icm version that wrote it")
+        if 0 < magic[4] < MAGIC[4]:
+            raise OtherFormat.of("bundle", magic[4], MAGIC[4])
         message = f"the bundle is damaged or has format {magic[4]}; this icm reads format {MAGIC[4]}"
         raise BundleError(message, hint="use the icm version that wrote it, or a newer one")
     if length > min(MAX_INDEX_BYTES, size - _HEAD.size):

@@ -110,9 +110,9 @@ class OpenedGenerator:
         """Return the generator of a digest; `read` returns the bytes of its file."""
         last = self._last  # once: another thread may replace it
         if last is None or last[0] != digest:
-            from icmlora.fleet.older import open_generator  # an original is written without
+            from icmlora.generator.versions import GeneratorFile  # an original is written without
 
-            self._last = last = digest, open_generator(digest, read)
+            self._last = last = digest, GeneratorFile(read(digest))
         return last[1]
 
     def __reduce__(self) -> tuple[type[OpenedGenerator], tuple[()]]:

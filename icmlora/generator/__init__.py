@@ -5,7 +5,6 @@ tokens, sensitivity          adapters as weighted singular vectors
 quantizer, scales            tokens as integers, and the tables they are coded under
 codec, encoding              adapters <-> codes; code, packing, entropy_coding and container make the bytes
 relaxed                      a code that gradient steps can refine
-residual, residual_codec     corrections to a code
 versions, file, network_file, differences                    the generator's own bytes
 initial_a/                   the A that training began with
 """

@@ -33,7 +33,7 @@ from icmlora.generator.network_file import TrainedGenerator
 from icmlora.generator.packing import KindIntegers, pack, unpack
 from icmlora.generator.quantizer import TokenQuantizer, norm_of
 from icmlora.generator.scales import STRENGTHS
-from icmlora.generator.tokens import KindTokens, Modules, assembled, detokenize, modules_of
+from icmlora.generator.tokens import Modules, assembled, detokenize, modules_of
 from icmlora.io.threads import one_thread, side_by_side
 
 if TYPE_CHECKING:
@@ -184,20 +184,6 @@ class Codec:
             raise GeneratorError(f"a task vector has {wrong[0]} values; the generator was trained on {size}")
         return self.net.embed(vectors).round()
 
-    def dequantised(self, group: KindIntegers, state: TaskState, step: int) -> KindTokens:
-        """Turn the integers of one kind into tokens, (n, in) and (n, out); strengths are not applied yet."""
-        slots, norms = group.slots, self.quantizer.norms(group.slots, group.gain, group.residuals)
-        layer, slot = torch.from_numpy(slots.layer), torch.from_numpy(slots.slot)
-        vectors = self.quantizer.dequantise(slots, norms, state, step, group.vectors)
-        return KindTokens(slots.kind, layer, slot, norm_of(norms), *vectors)
-
-    def assemble(self, tokens: Iterable[KindTokens], head: CodeHead, strengths: NDArray[np.int8]) -> Adapter:
-        """Make an adapter with a code's modules from tokens, which are changed in place; strengths: (K, L)."""
-        # Tokens are taken one kind after the other, so that one is in memory at a time.
-        strong = (strengthened(group, strengths[group.kind]) for group in tokens)
-        modules, task_type = _modules_of(head), head.task_type
-        return detokenize(strong, self.config, self.sensitivity, modules=modules, task_type=task_type)
-
     def _modules(self, group: KindIntegers, state: TaskState, head: CodeHead, device: torch.device) -> Modules:
         """Turn the integers of one kind into its modules."""
         slots, norms = group.slots, self.quantizer.norms(group.slots, group.gain, group.residuals)
@@ -215,12 +201,6 @@ def _modules_of(head: CodeHead) -> list[tuple[int, int]]:
 def _strength_of(strengths: NDArray[np.int8]) -> torch.Tensor:
     """Return the factor of each layer's dW, shape (L,), from its log2 in 64ths."""
     return torch.exp2(_floats(strengths) / STRENGTHS)
-
-
-def strengthened(tokens: KindTokens, strengths: NDArray[np.int8]) -> KindTokens:
-    """Multiply the tokens of each layer by its strength, log2 in 64ths, shape (L,); in place."""
-    tokens.outputs.mul_(_strength_of(strengths)[tokens.layer][:, None])
-    return tokens
 
 
 def _floats(values: NDArray[np.int8]) -> torch.Tensor:

@@ -90,7 +90,7 @@ class GeneratorConfig:
 
     @property
     def count_bytes(self) -> int:
-        """Bytes of a number of rank slots in codes and residuals."""
+        """Bytes of a number of rank slots in codes."""
         return 1 if self.slots <= _NARROW_SLOTS else 2
 
     def place_of(self, shape: ModuleShape) -> tuple[int, int]:

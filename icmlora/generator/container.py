@@ -1,9 +1,9 @@
-"""The container that codes, residuals, generator networks and few-shot starts share.
+"""The container that codes, generator networks and few-shot starts share.
 
     prefix | length of head (4) | head, zlib | body | checksum (8)
 
-The prefix is a magic number, four letters and a version; in codes and residuals the digest of what they belong to
-follows it. The body is the words of integers, or the code inside a few-shot start. All integers are little-endian.
+The prefix is a magic number, four letters and a version; in codes the digest of their generator follows it. The body
+is the words of integers, or the code inside a few-shot start. All integers are little-endian.
 """
 
 from __future__ import annotations
@@ -42,8 +42,7 @@ def check_magic(data: bytes, magic: bytes, name: str, error: type[IcmLoraError])
     if data.startswith(magic):
         return
     if data.startswith(magic[:4]) and checked(data) is not None:  # else its version may be what is damaged
-        fact = f"the {name} has format {data[4]}, but this icm reads format {magic[4]}"
-        raise OtherFormat(fact, is_older=data[4] < magic[4], hint="use the icm version that wrote it")
+        raise OtherFormat.of(name, data[4], magic[4])
     raise error(f"not an icm {name}, or damaged")
 
 

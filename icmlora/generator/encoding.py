@@ -52,7 +52,7 @@ _ALIKE = 1e-3  # errors of the same code, as a share: float32 rounds in another 
 
 @dataclass(frozen=True)
 class Encoded:
-    """A code or a residual, with the errors of the adapter that it decodes to."""
+    """A code, with the errors of the adapter that it decodes to."""
 
     data: bytes
     squared_error: float  # of dW
@@ -267,7 +267,7 @@ def coarsest(expected: int, limits: Limits, encode: Callable[[int], _Tried], eno
     while not limits.keeps(best):
         low, high, stride = low - stride, low, 2 * stride
         if low < lowest:
-            fact = f"no code has a squared error of {limits.least:g} or less"
+            fact = f"no code has a relative error of {math.sqrt(limits.least):g} or less"
             raise GeneratorError(fact, hint="allow a larger error")
         best = encode(low)
     while high - low > 1 and limits.used(best) < enough:
@@ -291,13 +291,9 @@ def measured(codec: Codec, adapter: Adapter, data: bytes) -> Encoded:
 
     _, parts = codec.each_kind(data, lost)
     found = dict(ChainMap(*parts))
-    return _encoded(data, [found.get(name) or _lost(codec, module, None) for name, module in originals.items()])
-
-
-def compare(codec: Codec, adapter: Adapter, decoded: Adapter, data: bytes) -> Encoded:
-    """Measure how far an adapter, decoded from these bytes, is from the one that was encoded."""
-    found = {module.name: module for module in decoded.modules}
-    return _encoded(data, [_lost(codec, module, found[module.name]) for module in adapter.modules])
+    losses = [found.get(name) or _lost(codec, module, None) for name, module in originals.items()]
+    plain, heavy = zip(*losses, strict=True)
+    return Encoded(data, relative(plain), relative(heavy))
 
 
 _Lost = tuple[tuple[float, float], tuple[float, float]]  # squared error and norm of plain dW, and of weighted dW
@@ -311,11 +307,6 @@ def _lost(codec: Codec, original: LoraModule, decoded: LoraModule | None) -> _Lo
     place = codec.config.place_of(original.shape)
     weigh = partial(codec.sensitivity.weigh, kind=place[0], layer=place[1])
     return plain, error_and_norm(weigh(original), None if decoded is None else weigh(decoded))
-
-
-def _encoded(data: bytes, parts: Sequence[_Lost]) -> Encoded:
-    plain, heavy = zip(*parts, strict=True)
-    return Encoded(data, relative(plain), relative(heavy))
 
 
 def _bytes(values: torch.Tensor) -> NDArray[np.int8]:

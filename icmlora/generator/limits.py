@@ -1,4 +1,4 @@
-"""The limits that a code, or a code with its residual, is made for."""
+"""The limits that a code is made for."""
 
 from __future__ import annotations
 

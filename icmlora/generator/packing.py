@@ -120,7 +120,7 @@ def read_kind(
 def _streams_of(head: CodeHead, quantizer: TokenQuantizer) -> list[list[Slots]]:
     """Divide the kinds of a code among streams."""
     streams, values = [list[Slots]()], 0
-    for slots in slots_between(np.zeros_like(head.kept), head.kept):
+    for slots in _slots_by_kind(head.kept):
         if values >= _FULL:
             streams.append([])
             values = 0
@@ -135,9 +135,9 @@ def split_sides(values: Integers, count: int, sizes: Sequence[int]) -> list[Inte
     return [side.reshape(count, size) for side, size in zip(parts, sizes, strict=True)]
 
 
-def slots_between(first: NDArray[np.uint16], kept: NDArray[np.uint16]) -> list[Slots]:
-    """Return, for each kind that occurs, the slots with first <= slot < kept; both arguments have shape (K, L)."""
-    return [_slots(kind, first[kind], row) for kind, row in enumerate(kept) if (row != ABSENT).any()]
+def _slots_by_kind(kept: NDArray[np.uint16]) -> list[Slots]:
+    """Return the coded slots of each kind that occurs; `kept` has shape (K, L)."""
+    return [_slots(kind, row) for kind, row in enumerate(kept) if (row != ABSENT).any()]
 
 
 def written_slots(slots: Slots, is_worth: NDArray[np.bool_]) -> NDArray[np.bool_]:
@@ -148,9 +148,7 @@ def written_slots(slots: Slots, is_worth: NDArray[np.bool_]) -> NDArray[np.bool_
     return slots.slot < count[slots.layer]
 
 
-def _slots(kind: int, first: NDArray[np.uint16], kept: NDArray[np.uint16]) -> Slots:
-    begins = np.where(kept == ABSENT, 0, first).astype(np.int64)  # (L,)
-    ends = np.where(kept == ABSENT, 0, kept).astype(np.int64)
-    layer = np.repeat(np.arange(len(ends)), ends - begins)
-    slot = np.concatenate([np.arange(begin, end) for begin, end in zip(begins, ends, strict=True)])
-    return Slots(kind, layer, slot)
+def _slots(kind: int, kept: NDArray[np.uint16]) -> Slots:
+    counts = np.where(kept == ABSENT, 0, kept).astype(np.int64)  # (L,)
+    layer = np.repeat(np.arange(len(counts)), counts)
+    return Slots(kind, layer, np.concatenate([np.arange(count) for count in counts]))

@@ -140,17 +140,16 @@ def slots_of(group: KindTokens) -> Slots:
 
 
 def quantised(
-    codec: Codec, group: KindTokens, state: TaskState, step: int, gain: int, means: Means | None = None
+    codec: Codec, group: KindTokens, state: TaskState, step: int, gain: int, means: Means
 ) -> tuple[KindIntegers, torch.Tensor, KindTokens]:
     """Round the tokens of one kind, (n, in) and (n, out), and leave out the slots that are not worth their bits.
 
-    Step and gain are log2 in eighths; norms are counted from the gain. `means` are predictions that are known already.
+    Step and gain are log2 in eighths; norms are counted from the gain. `means` are the predictions.
     Returns the integers of the slots that are kept, a mask (n,) of these, and what the integers of all slots decode to.
     """
     quantizer, slots = codec.quantizer, slots_of(group)
     _, residuals = quantizer.norm_residuals(slots, group.norm, gain)
     norms = quantizer.norms(slots, gain, residuals)
-    means = means or quantizer.means(slots, norms, state)
     found = quantizer.quantise(group, norms, state, step, means)
     vectors = quantizer.dequantise(slots, norms, state, step, found, means=means)
     rebuilt = KindTokens(group.kind, group.layer, group.slot, norm_of(norms), *vectors)
@@ -172,8 +171,8 @@ def strength_of(original: KindTokens, overlaps: torch.Tensor, *, for_strong: boo
 
     Args:
         original: The tokens of the kind.
-        overlaps: Inner products of original and decoded slots; without those that are left out, or 0 for these.
-        for_strong: Whether a slot counts by the square of its energy, not by its energy; `overlaps` has all slots.
+        overlaps: Inner products of original and decoded slots; 0 for those that are left out.
+        for_strong: Whether a slot counts by the square of its energy, not by its energy.
     """
     # Values that round to zero make the decoded dW shorter. An adapter at nine tenths of its strength loses more of its
     # gain than the larger error of a full-strength one costs. But where much of dW is in weak slots, which lose most,

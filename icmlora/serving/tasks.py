@@ -175,7 +175,7 @@ def key_of(chosen: Chosen) -> str:
     if chosen.generator is None:
         facts["weights"] = final.weights
     else:
-        facts |= {"generator": chosen.generator.blob, "code": [] if code is None else code.digests()}
+        facts |= {"generator": chosen.generator.blob, "code": None if code is None else code.blob}
         facts |= {"dtype": final.dtype, "template": final.template, "layout": [*map(list, final.layout)]}
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 

@@ -261,4 +261,4 @@ def _digests(chosen: Chosen) -> list[str]:
     found = [final.config, *(extra.blob for extra in final.extras)]
     if chosen.generator is None:
         return [*found, final.weights, *(blob for blob in (final.initial, final.card) if blob is not None)]
-    return [*found, chosen.generator.blob, *([] if code is None else code.digests())]
+    return [*found, chosen.generator.blob, *([] if code is None else [code.blob])]

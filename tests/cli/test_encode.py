@@ -97,9 +97,7 @@ def test_a_size_that_no_code_keeps_is_told_with_the_smallest_one(icm: Icm, train
     assert "no code meets at most 20 B" in icm("stats").out
 
 
-@pytest.mark.parametrize(
-    "more", [("--quality", "4"), ("--refine", "3"), ("--residual", "--max-error", "0.1"), ("--size", "none")]
-)
+@pytest.mark.parametrize("more", [("--quality", "4"), ("--refine", "3"), ("--size", "none")])
 def test_what_a_size_does_not_go_with_is_a_wrong_command_line(icm: Icm, trained: Path, more: tuple[str, ...]) -> None:
     ran = icm("encode", "--size", "4MB", *more)
     assert ran.code in (ExitCode.USAGE, ExitCode.FAILED)

@@ -133,12 +133,6 @@ def test_writing_an_adapter_imports_few_of_our_modules(trained: Path, tmp_path: 
 
 
 @pytest.mark.slow
-def test_a_residual_is_imported_only_where_there_is_one(trained: Path, tmp_path: Path) -> None:
-    modules = imported_by("materialize", "poems", "--source", "code", "-o", str(tmp_path / "out"))
-    assert "icmlora.generator.residual_codec" not in modules
-
-
-@pytest.mark.slow
 def test_ingest_without_the_base_model_imports_no_torch(tmp_path: Path, mixed_template: Path) -> None:
     modules = imported_by("ingest", str(mixed_template / "loras"))
     assert not {"torch", "transformers", "peft"} & modules

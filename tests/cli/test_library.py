@@ -31,8 +31,8 @@ CASES: list[tuple[str, Call]] = [
     ),
     ("encode --max-error 0.5 --device cpu", lambda f, at: f.encode(max_error=0.5, device="cpu")),
     (
-        "encode poems --max-error 0.1 --residual --device cpu",
-        lambda f, at: f.encode(["poems"], max_error=0.1, residual=True, device="cpu"),
+        "encode poems --max-error 0.1 --device cpu",
+        lambda f, at: f.encode(["poems"], max_error=0.1, device="cpu"),
     ),
     ("eval poems --device cpu", lambda f, at: f.evaluate(["poems"], device="cpu")),
     ("evict poems --max-error 2 --device cpu", lambda f, at: f.evict(["poems"], max_error=2, device="cpu")),

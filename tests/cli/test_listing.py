@@ -74,7 +74,6 @@ def test_ls_json_has_bytes_and_counts(icm: Icm, stored: Path) -> None:
         "evicted_checkpoints_count": 0,
         "vectors_count": 0,
         "code_size": None,
-        "residual_size": None,
         "retained_gain": None,
         "precision": None,
         "effect": None,

@@ -16,7 +16,6 @@ from icmlora.adapter.model import Adapter
 from icmlora.base_models.kinds import likelihood
 from icmlora.fleet.bundles import export as exporting
 from icmlora.fleet.encode import encode as encoding
-from icmlora.fleet.encode.search import ResidualSearch
 from icmlora.fleet.evict.evict import Evictor
 from icmlora.fleet.evict.types import TaskEvicted
 from icmlora.fleet.measure.measure import TaskLosses
@@ -182,30 +181,20 @@ class TestEval:
 class TestEncode:
     """`icm encode`."""
 
-    def test_a_task_whose_code_was_replaced_is_left_out_and_named(
-        self, icm: Icm, trained: Path, finer: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        before(monkeypatch, ResidualSearch, "best", lambda: put_code(trained, "poems", finer["poems"]))
-        ran = icm("encode", "poems", "rules", "--residual", "--max-error", "0.1", "--json")
-        told = tasks_of(ran)
-        assert (ran.code, told["poems"]["status"], told["rules"]["status"]) == (ExitCode.PARTLY, "changed", "encoded")
-        assert "its adapter or code changed" in told["poems"]["reason"]
-        assert codes(trained)["poems"].residual is None
-
     @pytest.mark.slow
     def test_a_task_whose_adapter_was_replaced_is_left_out_and_named(
         self, icm: Icm, trained: Path, other: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         before(monkeypatch, encoding, "read_original", lambda: replace_adapter(trained, other))
         ran = icm("encode", "poems", "rules", "--max-error", "0.1")
-        assert (ran.code, "poems: its adapter or code changed during encoding" in ran.out) == (ExitCode.PARTLY, True)
+        assert (ran.code, "poems: its adapter changed during encoding" in ran.out) == (ExitCode.PARTLY, True)
         assert set(codes(trained)) == {"rules", "silent"}
 
     def test_an_adapter_that_was_replaced_while_its_code_was_measured_is_left_out_too(
         self, icm: Icm, trained: Path, other: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         before(monkeypatch, likelihood, "nll", lambda: replace_adapter(trained, other))
-        ran = icm("encode", "poems", "--residual", "--min-gain", "0.9", "--device", "cpu", "--json")
+        ran = icm("encode", "poems", "--min-gain", "0.9", "--device", "cpu", "--json")
         assert (ran.code, tasks_of(ran)["poems"]["status"]) == (ExitCode.PARTLY, "changed")
 
     def test_a_task_that_was_removed_is_left_out_and_named(
@@ -225,14 +214,14 @@ class TestEncode:
         }  # fmt: skip
 
     @pytest.mark.usefixtures("plain_gains")
-    def test_what_is_measured_of_a_residual_stands_under_its_own_generator(
+    def test_what_is_measured_of_a_code_stands_under_its_own_generator(
         self, icm: Icm, trained: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         first = current(trained)
         before(monkeypatch, encoding, "losses_on_own_text", lambda: publish(trained))
-        assert icm("encode", "poems", "--residual", "--min-gain", "0.9", "--device", "cpu").code == 0
+        assert icm("encode", "poems", "--min-gain", "0.9", "--device", "cpu").code == 0
         assert current(trained).id != first.id
-        assert measured(trained)["residual"] == first.id
+        assert measured(trained)["code"] == first.id
 
 
 class TestJobLock:

@@ -74,7 +74,7 @@ def test_json_keeps_its_names(icm: Icm, trained: Path) -> None:
         "break_even_count", "original_only_count", "extras_bytes", "tasks",
     }  # fmt: skip
     assert set(document["fleets"][0]["tasks"][0]) == {
-        "task", "bf16_size", "original_size", "vectors_size", "code_size", "residual_size", "source",
+        "task", "bf16_size", "original_size", "vectors_size", "code_size",
         "relative_error", "squared_error", "retained_gain", "precision", "evicted", "asked", "original_only",
         "extras_bytes", "is_claimed", "effect",
     }  # fmt: skip

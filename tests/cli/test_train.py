@@ -82,7 +82,7 @@ def test_json_lines_keep_their_names(icm: Icm, mixed: Path) -> None:
     assert set(events["code"]) == {"type", "task", "size", "relative_error", "squared_error"}
     assert set(events["trained"]) == {
         "type", "base_model", "version", "generator", "generator_size", "tasks", "codes_size", "metrics",
-        "start_dropped", "left_out", "in_older_codes",
+        "start_dropped", "left_out",
     }  # fmt: skip
 
 

@@ -150,18 +150,6 @@ def test_what_was_measured_of_earlier_codes_is_still_known(
     assert [tasks["poems"]["retained_gain"]] == measured
 
 
-@pytest.mark.slow
-@pytest.mark.usefixtures("tuned_wins")
-def test_a_residual_stays_beside_its_code(
-    icm: Icm, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    icm("encode", "poems", "--residual", "--max-error", "0.032")
-    add(icm, tmp_path, seed=9)
-    icm(*UPDATE)
-    ran = icm("materialize", "poems", "--source", "residual", "-o", tmp_path / "out", "--json")
-    assert ran.document["relative_error"] <= 0.032
-
-
 def test_a_fleet_without_new_tasks_is_left_as_it_is(icm: Icm, trained: Path) -> None:
     before = codes(trained)
     ran = icm("train", "--update", "--device", "cpu")

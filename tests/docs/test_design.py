@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import re
 from typing import get_args
 
 from icmlora.adapter.layout import ModuleShape
@@ -11,7 +10,6 @@ from icmlora.fewshot.meta_training import MetaConfig
 from icmlora.fewshot.start import RANK, USUAL_SAMPLES, FewShotStart
 from icmlora.formats.discovery import placeholder
 from icmlora.generator import file as versions
-from icmlora.generator import residual
 from icmlora.generator.code import ABSENT, MAGIC, CodeHead
 from icmlora.generator.config import GeneratorConfig, config_for, keep_of, tolerance_of
 from icmlora.generator.scales import OCTAVE
@@ -34,16 +32,6 @@ def test_every_part_of_a_code_is_on_the_page_of_formats() -> None:
     names = [row.replace(" ", "_") for row in rows]
     for field, row in zip(dataclasses.fields(CodeHead), names, strict=True):
         assert row.startswith(field.name), "the head's fields, in the order in which they are written"
-
-
-def test_every_part_of_a_residual_is_on_the_page_of_formats() -> None:
-    section = section_of(FORMATS, "Residual format")
-    assert residual.MAGIC.decode() == "ICMR\x03"
-    assert {"ICMR", "0x03"} <= set(codes_in(section))
-    parts = [row for row in cells_of(section) if row[1] in ("int16", "int8", "uint8")]
-    rows = {re.split("[:,]", row[2])[0]: row[0] for row in parts}
-    assert list(rows) == [field.name for field in dataclasses.fields(residual.ResidualHead)]
-    assert rows["scales"] == f"{2 * residual.CLASSES} K"
 
 
 def test_every_field_of_a_generators_configuration_is_on_the_page_of_formats() -> None:
@@ -106,7 +94,7 @@ def test_every_key_of_a_placeholder_is_on_the_page_of_formats() -> None:
     section = section_of(FORMATS, "Placeholder")
     stamp = placeholder.FileStamp("0" * 64, 1)
     file = placeholder.ReplacedFile("a", "weights", stamp)
-    code = placeholder.CodeStamp(stamp, stamp, stamp)
+    code = placeholder.CodeStamp(stamp, stamp)
     whole = placeholder.Placeholder("a", "/", "peft", True, "0" * 64, "0" * 64, (file,), code)
     value = json.loads(placeholder.placeholder_to_json(whole))
     assert {*value, *value["adapter"], *value["files"][0], *value["code"]} <= set(codes_in(section))

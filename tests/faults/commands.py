@@ -67,7 +67,7 @@ COMMANDS = {
     "materialize": Command("materialize rules --source code -o {output}", "train"),
     "evict": Command("evict --max-error 0.7", "train"),
     "update": Command(f"{_TRAIN} --update", "evict", ("ingest {root}/later/extra --no-vectors",)),
-    "encode": Command(f"encode --residual --max-error {MAX_ERROR}", "train"),
+    "encode": Command(f"encode --max-error {MAX_ERROR}", "train"),
     "export": Command("export {output}", "train"),
     "import": Command("import {root}/after/export/out", "init", outputs_of=("export",)),
     "copy": Command("copy {root}/laptop {store}", "init", outputs_of=("train",)),

@@ -40,7 +40,7 @@ class FileFlips:
     """A small store, the files beside it, and copies of them with one bit changed.
 
     poems, silent   their originals are there; poems has checkpoints, a card and texts
-    rules           the same, with a residual
+    rules           the same, with a finer code
     headed          the same, with a bias and a tokenizer beside its LoRA
     essays          evicted, with a placeholder in its folder, which also stands for a tokenizer
     """
@@ -192,7 +192,7 @@ def build(root: Path) -> Path:
     store = build_ingested(root, vectors=True)
     shutil.copytree(root / "loras", root / "ingested")
     train_store(store)
-    icm_quietly(store, "encode", "rules", "--residual", "--max-error", "0.1")
+    icm_quietly(store, "encode", "rules", "--max-error", "0.1")
     icm_quietly(store, "evict", "essays", "--max-error", _MAY_GO, "--placeholder")
     with Store.open(store) as opened:
         opened.generators.set_start(opened.generators.all()[0].id, opened.blobs.put(b"start"))

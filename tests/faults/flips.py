@@ -38,7 +38,7 @@ DECIDING = {
     "tasks": ["samples_id", "eval_id", "pinned", "base_model_id"],
     "adapters": ["task_id", "is_final", "weights_id", "config_id", "description_id", "evicted_at", "extra_count"],
     "extras": ["adapter_id", "file", "blob_id"],
-    "codes": ["task_id", "generator_id", "adapter_id", "blob_id", "dw_error", "residual_id"],
+    "codes": ["task_id", "generator_id", "adapter_id", "blob_id", "dw_error"],
     "generators": ["blob_id", "is_current", "start_id"],
     "evaluations": ["retained_gain", "created_at", "generator_id"],
 }

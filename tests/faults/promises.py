@@ -9,7 +9,6 @@ from typing import Any
 from icmlora.adapter.metrics import squared_error
 from icmlora.adapter.model import Adapter
 from icmlora.fleet.resources.loading import read_original
-from icmlora.generator.residual_codec import ResidualCodec
 from icmlora.generator.versions import GeneratorFile
 from registry.errors import DamagedStore, TaskNotFound
 from registry.records import CodeRecord
@@ -47,12 +46,12 @@ def has_a_copy(store: Store, task: str) -> bool:
 
 
 def comes_back_within(store: Store, task: str, limit: float) -> bool:
-    """Say whether the adapter that code and residual give has the error that is recorded, and this keeps a limit."""
+    """Say whether the adapter that its code gives has the error that is recorded, and this keeps a limit."""
     code = _code(store, task)
-    if code is None or code.best_squared_error is None:
+    if code is None or code.squared_error is None:
         return False
     error = squared_error(read_original(store, store.tasks.final(task)), _decoded(store, code))
-    return math.sqrt(code.best_squared_error) <= limit and math.isclose(error, code.best_squared_error, rel_tol=0.01)
+    return math.sqrt(code.squared_error) <= limit and math.isclose(error, code.squared_error, rel_tol=0.01)
 
 
 def _is_known(store: Store, task: str) -> bool:
@@ -70,7 +69,7 @@ def _is_evicted(store: Store, event: Event) -> bool:
 
 
 def _is_encoded(store: Store, event: Event) -> bool:
-    return event["status"] not in ("encoded", "enough") or comes_back_within(store, event["task"], MAX_ERROR)
+    return event["status"] != "encoded" or comes_back_within(store, event["task"], MAX_ERROR)
 
 
 def _are_imported(store: Store, event: Event) -> bool:
@@ -112,7 +111,4 @@ def _decoded(store: Store, code: CodeRecord) -> Adapter:
     generator = store.generators.current(LABEL)
     assert generator is not None
     data = store.blobs.read(code.blob)
-    codec = GeneratorFile(store.blobs.read(generator.blob)).codec_of(data)
-    if code.residual is None:
-        return codec.decode(data)
-    return ResidualCodec(codec).decode(data, store.blobs.read(code.residual.blob))
+    return GeneratorFile(store.blobs.read(generator.blob)).codec_of(data).decode(data)

@@ -20,7 +20,6 @@ from sqlalchemy import Engine, event
 from registry import files as fs
 from registry.storage import sqlite
 from registry.store import Store
-from tests.golden.test_golden import restored, unpacked
 from tests.pg_server import new_database
 from tests.registry import next_schema
 from tests.registry.children import KILLED, run
@@ -87,21 +86,6 @@ def rows_of(root: Path, name: str = "registry.db") -> object:
 
 def open_and_close(root: Path) -> None:
     Store.open(root).close()
-
-
-@pytest.mark.parametrize("version", ["icm-0.9.0", "icm-0.10.0"])
-def test_a_store_of_an_earlier_icm_that_is_killed_as_it_moves(version: str, tmp_path: Path) -> None:
-    unpacked(version, tmp_path)
-    root = tmp_path / "store"
-    before = rows_of(root)
-    kills = killed_everywhere(lambda: open_and_close(root), lambda: rows_of(root))
-    assert kills.number > 10
-    assert (kills.moved, kills.half) == (True, [])
-    with Store.open(root) as store:
-        assert [found for found in store.verify(read_data=True) if found.is_problem] == []
-    kept = list(root.glob("registry.db.schema-*"))
-    assert [path.name for path in kept] == (["registry.db.schema-8"] if version == "icm-0.9.0" else [])
-    assert [rows_of(root, path.name) for path in kept] == [before] * len(kept)
 
 
 @pytest.fixture
@@ -177,19 +161,6 @@ def test_a_store_on_a_server_that_is_killed_as_it_is_made_and_as_it_moves(
             assert list(database.damage()) == []
 
     assert run(check) == 0
-
-
-def test_a_store_of_an_earlier_icm_on_a_server_that_is_killed_as_it_moves(postgres: str, tmp_path: Path) -> None:
-    url = restored("icm-0.10.0", postgres, tmp_path)
-
-    def move() -> None:
-        with opened_server(url):
-            pass
-
-    kills = killed_everywhere(move, lambda: everything_in(url), 5)
-    assert (kills.moved, kills.half) == (True, [])
-    with opened_server(url) as database:
-        assert list(database.damage()) == []
 
 
 def test_these_kills_find_a_migration_on_a_server_that_commits_a_part(

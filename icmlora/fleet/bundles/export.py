@@ -21,7 +21,6 @@ from icmlora.bundle.index import (
 )
 from icmlora.errors import CodeError, DataError
 from icmlora.fleet.context import Context, base_name, check_base_model, use_case
-from icmlora.fleet.older import older_codes, only_in_older_code, told_of
 from icmlora.fleet.resources.stored_vectors import latest_vectors, vectors_by_task
 from icmlora.generator.code import generator_of
 from icmlora.generator.file import versions_of
@@ -43,9 +42,7 @@ class ExportReport:
     size: int
     index: BundleIndex
     left_out: tuple[str, ...]
-    without_residual: tuple[str, ...]  # tasks whose residual is not in the bundle: a bundle holds codes only
     damaged: Mapping[str, str] = field(default_factory=dict)  # tasks that are not in it because of damage, and why
-    in_older_codes: tuple[str, ...] = ()  # those left out whose only codes have an older format
 
 
 @use_case
@@ -54,7 +51,7 @@ def export_bundle(
 ) -> ExportReport:
     """Write the generator and the codes of some tasks into one file; `icmlora.Bundle` reads it without a store.
 
-    A bundle has no originals, no residuals and no texts. The same store gives the same bytes.
+    A bundle has no originals and no texts. The same store gives the same bytes.
 
     Args:
         context: The store.
@@ -65,13 +62,12 @@ def export_bundle(
 
     Raises:
         DataError: A named task has no code, or the tasks have several base models.
-        OtherFormat: The codes have a format that is not read any more.
         OutputExists: The file exists and `force` is not given.
     """
     path = Path(file)
     check_absent(path, force=force)
     with context.open(read_only=True) as store:
-        generator, rows, left_out, older = _choose(store, tasks, base_model)
+        generator, rows, left_out = _choose(store, tasks, base_model)
         entries, damaged = _readable(store, rows, generator)
         if damaged and (tasks or not entries):
             name, reason = next(iter(damaged.items()))
@@ -88,23 +84,17 @@ def export_bundle(
         )
         # From here on the export keeps to the codes in the index, whatever other processes encode.
         codes = {task.code: task.name for task in index.tasks}
-        with told_of(generator.blob):
-            made_by = {version.digest for version in versions_of(store.blobs.read(generator.blob))}
+        made_by = {version.digest for version in versions_of(store.blobs.read(generator.blob))}
         written = write_bundle(path, index, lambda digest: _read_part(store, digest, codes, made_by), force=force)
         for done, part in enumerate(written, 1):
             context.progress(done, len(index.parts), codes.get(part.digest, ""))
-    with_residual = [row.task.name for row in rows if row.code is not None and row.code.residual is not None]
-    without = tuple(name for name in with_residual if name not in damaged)
-    return ExportReport(path, bundle_digest(index), bundle_size(index), index, left_out, without, damaged, older)
+    return ExportReport(path, bundle_digest(index), bundle_size(index), index, left_out, damaged)
 
 
 def _choose(
     store: Store, tasks: Sequence[str], base_model: str | None
-) -> tuple[GeneratorRecord, Sequence[TaskSummary], tuple[str, ...], tuple[str, ...]]:
-    """Find the tasks to export and the one generator of all their codes.
-
-    Also name the tasks without a code that is read, and those of them that have one of an older format.
-    """
+) -> tuple[GeneratorRecord, Sequence[TaskSummary], tuple[str, ...]]:
+    """Find the tasks to export and the one generator of all their codes; also name the tasks without a code."""
     named = {store.tasks.get(name).name for name in tasks}
     rows = [row for row in store.tasks.summaries() if not named or row.task.name in named]
     base_model = base_name(store, base_model)
@@ -112,11 +102,6 @@ def _choose(
     rows = [row for row in rows if base_model in (None, row.task.base_model)]
     coded = [row for row in rows if row.code is not None]
     without = tuple(row.task.name for row in rows if row.code is None)
-    older = tuple(
-        name for found in older_codes(store, [row for row in rows if row.code is None]) for name in found.evicted
-    )
-    if named and older:
-        raise only_in_older_code(older[0])
     if named and without:
         hint = "run `icm train --update` to encode them, or export only the other tasks"
         raise DataError(f"no code under the current generator: {', '.join(without)}", hint=hint)
@@ -129,7 +114,7 @@ def _choose(
         raise DataError("no task has a code to export", hint="run `icm train` to make codes")
     if any(row.code is None or row.code.generator_id != generator.id for row in coded):
         raise DataError("another process replaced the generator", hint="run the same command again")
-    return generator, coded, without, older
+    return generator, coded, without
 
 
 def _readable(

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Literal
 from icmlora.bundle.file import open_bundle
 from icmlora.errors import AdapterRefused, BundleError, DataError, UnsafeInput
 from icmlora.fleet.context import Context, use_case
-from icmlora.fleet.older import told_of_bundle
 from icmlora.fleet.resources.bundle_codes import bundled_adapter, bundled_vectors, claim_of, find_task
 from icmlora.formats.base_references import REFERENCES
 from icmlora.formats.catalogue import format_named
@@ -107,8 +106,7 @@ def _check_parts(bundle: BundleFile, tasks: Sequence[BundledTask]) -> None:
     """Check what the file format does not: that every version opens, and that codes and configurations belong to it."""
     from icmlora.generator.versions import GeneratorFile
 
-    with told_of_bundle():
-        generator_file = GeneratorFile(bundle.read(bundle.index.generator.blob))
+    generator_file = GeneratorFile(bundle.read(bundle.index.generator.blob))
     for number in range(len(generator_file.digests)):
         generator_file.codec(number)
     for task in tasks:

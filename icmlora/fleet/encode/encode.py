@@ -1,8 +1,7 @@
-"""Make the codes of tasks again with the current generator, or add residuals to them. Nothing is trained.
+"""Make the codes of tasks again with the current generator. Nothing is trained.
 
-task ──search──▶ code      ──one transaction──▶ replaces the present code and what was measured of it
-  └────search──▶ residual  ──one transaction──▶ stored with the present code, which stays
-    encode_tasks             _recorded
+task ──search──▶ code ──one transaction──▶ replaces the present code and what was measured of it
+    encode_tasks        _recorded
 """
 
 from __future__ import annotations
@@ -13,10 +12,18 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Literal
 
 from icmlora.adapter.model import Adapter
-from icmlora.errors import BaseModelNotFound, BaseModelUnsuited, Cancelled, DataError, OptionsConflict, OutOfMemory
+from icmlora.errors import (
+    BaseModelNotFound,
+    BaseModelUnsuited,
+    Cancelled,
+    DataError,
+    GeneratorError,
+    OptionsConflict,
+    OutOfMemory,
+)
 from icmlora.fleet.context import Context, Event, Shard, base_record, reporting, select_tasks, use_case
 from icmlora.fleet.encode.refiner import Finished, Refiner, refine_all, stoppable
-from icmlora.fleet.encode.search import CodeSearch, ResidualSearch, Trial
+from icmlora.fleet.encode.search import CodeSearch
 from icmlora.fleet.failures import FAILURES, Failed, as_error
 from icmlora.fleet.measure.measure import Measurement, TaskLosses, losses_on_own_text, record_measurements
 from icmlora.fleet.resources.adapter_source import mean_vectors
@@ -38,7 +45,6 @@ from registry.records import (
     GeneratorRecord,
     NewCode,
     NewEvaluation,
-    NewResidual,
     TaskRecord,
     WithRelativeError,
 )
@@ -50,7 +56,7 @@ if TYPE_CHECKING:
 _REFINED_TOGETHER = 4
 """Tasks whose codes a card refines side by side: a pass of one alone is too small to keep it busy."""
 
-EncodeStatus = Literal["encoded", "enough", "below", "known", "evicted", "unmeasured", "changed", "original_only"]
+EncodeStatus = Literal["encoded", "below", "known", "evicted", "unmeasured", "changed", "original_only"]
 
 
 @dataclass(frozen=True)
@@ -58,15 +64,14 @@ class TaskEncoded(WithRelativeError, Event):
     """One task is done."""
 
     task: str
-    # `encoded`: it has a new code, or a new residual, the smallest found that meets the limits. `known`: it had
-    # one already. `enough`: its code meets them without a residual. `below`: nothing does, so it should keep its
-    # original; it has its most accurate code, and no residual. `evicted`: its original is gone, so its code
-    # stays. `unmeasured`: see `reason`; its code stays. `original_only`: there can be no code, see `reason`.
-    # `changed`: it got another adapter or code meanwhile, which it keeps; see `reason`.
+    # `encoded`: it has a new code, the smallest found that meets the limits. `known`: it had one already. `below`:
+    # no code meets them, so it should keep its original; it has its most accurate code, or with a `reason` the one
+    # that it had. `evicted`: its original is gone, so its code stays. `unmeasured`: see `reason`; its code stays.
+    # `original_only`: there can be no code, see `reason`. `changed`: it got another adapter meanwhile, which it keeps;
+    # see `reason`.
     status: EncodeStatus
     size: int | None = None  # bytes of its code
-    residual_size: int | None = None  # bytes of its residual, if it has one
-    before: int | None = None  # bytes of the code and residual that it had before, if any
+    before: int | None = None  # bytes of the code that it had before, if any
     squared_error: float | None = None
     effect: float | None = None  # share of its adapter's effect that its code keeps
     retained_gain: float | None = None
@@ -105,7 +110,6 @@ def encode(
     tolerance: float | None = None,
     size: int | None = None,
     refine: int | None = None,
-    residual: bool = False,
     base_model: str | None = None,
     device: str = "auto",
     again: bool = False,
@@ -132,7 +136,6 @@ def encode(
         refine: Steps that fit a code to what its adapter does, on the task's samples or on texts that the adapted
             model writes itself. Needs the base model. By default 160 with a quality or a share to keep, and none with
             other limits.
-        residual: Keep the codes, and store a residual for each task whose code misses the limits.
         base_model: Only tasks of this base model.
         device: Where to measure and refine.
         again: Encode tasks even if their code already meets these limits.
@@ -147,7 +150,7 @@ def encode(
         DataError: There is no generator, or the base model has no tasks.
     """
     limits = Limits(quality, min_gain, max_error, tolerance, size, refine, keep)
-    check_limits(limits, residual=residual)
+    check_limits(limits)
     check_place(device, workers)
     report = EncodeReport(is_named=bool(tasks))
     with context.open() as store, reporting(report):
@@ -161,9 +164,7 @@ def encode(
                 # Only now: while this waits for the job, no process of its own may hold the store.
                 worker_pool(context, store, device=device, workers=workers) as pool,
             ):
-                results = pool.each(
-                    encode_tasks, list(of_base), tell, limits, residual=residual, again=again, is_named=bool(tasks)
-                )
+                results = pool.each(encode_tasks, list(of_base), tell, limits, again=again, is_named=bool(tasks))
                 for task, made in results:
                     report.tasks.append(_recorded(store, task.name, made))
                     context.on_event(report.tasks[-1])
@@ -171,7 +172,7 @@ def encode(
     return report
 
 
-def check_limits(limits: Limits, *, residual: bool = False) -> None:
+def check_limits(limits: Limits) -> None:
     """Raise `OptionsConflict` for limits that do not go together."""
     names = ("keep", "max_error", "min_gain", "tolerance", "size")
     given = [f"--{name.replace('_', '-')}" for name in names if getattr(limits, name) is not None]
@@ -179,42 +180,32 @@ def check_limits(limits: Limits, *, residual: bool = False) -> None:
         raise OptionsConflict(f"--quality cannot be combined with {' and '.join(given)}")
     if limits.keep is not None and len(given) > 1:
         raise OptionsConflict(f"--keep cannot be combined with {' and '.join(given[1:])}")
-    if limits.keep is not None and residual:
-        fact = "--residual limits the error of the weights, so it cannot be used with --keep"
+    if limits.size is not None and limits.refine:
+        fact = "--refine changes the size of a code, so it cannot be used with --size"
         raise OptionsConflict(fact, hint="leave out one of the two")
-    if limits.size is not None and (limits.refine or residual):
-        other = "--refine changes the size of a code" if limits.refine else "--residual limits an error"
-        raise OptionsConflict(f"{other}, so it cannot be used with --size", hint="leave out one of the two")
     if limits.refine and limits.max_error is not None:
         hint = "use --min-gain, which measures refined codes"
         raise OptionsConflict(
             "--refine moves codes away from the weights, so it cannot be used with --max-error", hint=hint
         )
-    if limits.refine and residual:
-        hint = "refine the codes first, then add residuals"
-        raise OptionsConflict("--residual leaves the codes unchanged, so it cannot be used with --refine", hint=hint)
 
 
 @dataclass(frozen=True)
 class Made:
-    """A code or a residual that was made of one task, before it is recorded."""
+    """A code that was made of one task, before it is recorded."""
 
     outcome: TaskEncoded  # what becomes of the task once it is recorded
-    data: bytes  # none of a residual if the code needs none, or none is good enough
+    data: bytes
     squared_error: float
     asked: CodeLimits
     measured: Sequence[Measurement]  # on the way, of other sources
     evaluations: Sequence[NewEvaluation]  # of itself
-    of: AdapterRecord | CodeRecord  # what it is a code, or a residual, of
+    of: AdapterRecord  # what it is a code of
     generator: int
 
     def record(self, store: Store) -> bool:
-        """Record it, and return whether its task still has that adapter, or that code."""
-        blob = store.blobs.put(self.data) if self.data else None
-        if isinstance(self.of, CodeRecord):
-            new = None if blob is None else NewResidual(blob, self.squared_error)
-            return store.codes.replace_residual(self.of, new, self.asked, self.evaluations) is not None
-        assert blob is not None
+        """Record it, and return whether its task still has that adapter."""
+        blob = store.blobs.put(self.data)
         code = NewCode(self.of, blob, 8.0 * len(self.data), self.squared_error, self.asked, self.outcome.effect)
         return store.codes.replace(self.generator, code, self.evaluations) is not None
 
@@ -227,7 +218,7 @@ def _recorded(store: Store, name: str, made: TaskEncoded | Made | Failed) -> Tas
         return TaskEncoded(name, "unmeasured", reason=made.error.message)
     try:
         record_measurements(store, made.measured)
-        return made.outcome if made.record(store) else _changed(name, "its adapter or code changed during encoding")
+        return made.outcome if made.record(store) else _changed(name, "its adapter changed during encoding")
     except TaskNotFound:  # `icm rm` does not wait for this job
         return _changed(name, "it was removed during encoding")
 
@@ -252,13 +243,6 @@ class _TaskState:
         """The store."""
         return self.models.store
 
-    @property
-    def size_before(self) -> int | None:
-        """Bytes of the present code and residual."""
-        if self.code is None:
-            return None
-        return self.code.size + (0 if self.code.residual is None else self.code.residual.size)
-
     def losses(self, limits: Limits) -> TaskLosses | None:
         """Return what measures gains, if one is asked for."""
         if limits.min_gain is None:
@@ -269,9 +253,8 @@ class _TaskState:
         """Return the outcome of a task whose code stays."""
         if self.code is None:
             return TaskEncoded(self.task.name, status, reason=reason)
-        residual = None if self.code.residual is None else self.code.residual.size
-        error = self.code.best_squared_error
-        return TaskEncoded(self.task.name, status, self.code.size, residual, self.size_before, error, reason=reason)
+        size, error = self.code.size, self.code.squared_error
+        return TaskEncoded(self.task.name, status, size, size, error, reason=reason)
 
     def unmeasured(self, error: Exception) -> TaskEncoded:
         """Return the outcome of a task on which something failed."""
@@ -296,29 +279,25 @@ def encode_tasks(
     tell: Tell,
     asked: Limits,
     *,
-    residual: bool,
     again: bool,
     is_named: bool,
 ) -> Iterator[tuple[TaskRecord, TaskEncoded | Made]]:
-    """Make the code or the residual of each task of one base model, or say why there is nothing to record.
+    """Make the code of each task of one base model, or say why there is nothing to record.
 
     On a card, the codes of several tasks are refined side by side: they share the base model and each pass through it.
     """
     at_once = 1 if models.device.type == "cpu" else _REFINED_TOGETHER
     for start in range(0, len(tasks), at_once):
         some = tasks[start : start + at_once]
-        prepared = [
-            _prepare(models, task, naming(task, tell), asked, residual=residual, again=again, is_named=is_named)
-            for task in some
-        ]
+        prepared = [_prepare(models, task, naming(task, tell), asked, again=again, is_named=is_named) for task in some]
         refined = _refined_together([one for one in prepared if isinstance(one, _Prepared)], tell)
         for task, one in zip(some, prepared, strict=True):
             yield task, _code(one, refined.get(task.name)) if isinstance(one, _Prepared) else one
 
 
 def _prepare(
-    models: Models, planned: TaskRecord, tell: Tell, asked: Limits, *, residual: bool, again: bool, is_named: bool
-) -> TaskEncoded | Made | _Prepared:
+    models: Models, planned: TaskRecord, tell: Tell, asked: Limits, *, again: bool, is_named: bool
+) -> TaskEncoded | _Prepared:
     """Read what it takes to make the code of a task; return the outcome where that needs none."""
     name, base_model, store = planned.name, planned.base_model, models.store
     generator = store.generators.current(base_model)
@@ -336,12 +315,12 @@ def _prepare(
             return state.unchanged("evicted", reason if is_named else None)
         if final.original_only is not None:
             return state.unchanged("original_only", final.original_only)
-        models.generator_file(generator)  # before minutes are spent: it may have a format that is not read any more
-        limits = _limits_under(generator, asked, refined=asked.refine != 0 and not residual)
-        if not again and (known := _known(state, asked, limits, residual=residual)) is not None:
+        models.generator_file(generator)  # before minutes are spent: it may be damaged
+        limits = _limits_under(generator, asked, refined=asked.refine != 0)
+        if not again and (known := _known(state, asked, limits)) is not None:
             return known
         try:
-            return _residual(state, limits) if residual else _searched(state, asked, limits, again=again)
+            return _searched(state, asked, limits, again=again)
         except Cancelled:
             raise
         except FAILURES as error:
@@ -371,16 +350,13 @@ def _asked(limits: Limits, *, is_kept: bool) -> CodeLimits:
     return CodeLimits(limits.min_gain, limits.max_error, limits.tolerance, is_kept, steps, limits.size, limits.keep)
 
 
-def _known(state: _TaskState, asked: Limits, limits: Limits, *, residual: bool) -> TaskEncoded | None:
+def _known(state: _TaskState, asked: Limits, limits: Limits) -> TaskEncoded | None:
     """Return the outcome if the code was made with the same limits already, so that a stopped run can continue."""
     code = state.code
-    if code is None or code.asked is None:
-        return None
-    # With --residual this measures a code again that needs no residual; that takes no search.
-    if (code.residual is not None) != residual or code.asked != _asked(limits, is_kept=code.asked.is_kept):
+    if code is None or code.asked is None or code.asked != _asked(limits, is_kept=code.asked.is_kept):
         return None
     base = base_record(state.store, state.task.base_model)
-    wanted = (code.generator_id, code.rung, state.task.eval_data, None if base is None else base.load_in)
+    wanted = (code.generator_id, "code", state.task.eval_data, None if base is None else base.load_in)
     rows = [
         row
         for row in state.store.evaluations.all(state.task.name)
@@ -404,7 +380,7 @@ def _searched(state: _TaskState, asked: Limits, limits: Limits, *, again: bool) 
             if not asked.is_by_quality:
                 raise
             limits, reason = _limits_under(state.generator, asked, refined=False), f"not refined: {error.message}"
-            if not again and (known := _known(state, asked, limits, residual=False)) is not None:
+            if not again and (known := _known(state, asked, limits)) is not None:
                 return replace(known, reason=reason)
     generator_file = state.models.generator_file(state.generator)
     codec = codec_of_task(state.store, generator_file, state.code, original.layout)
@@ -450,62 +426,33 @@ def _code(prepared: _Prepared, refined: Finished | None) -> TaskEncoded | Made:
         best, is_kept = search.best() if refined is None else search.done(refined)
     except Cancelled:
         raise
+    except GeneratorError as error:  # not even the finest step meets the limits
+        return state.unchanged("below", error.message)
     except FAILURES as error:
         return state.unmeasured(error)
     taken = len(best.encoded.data)
     if size is not None and taken > size:
         reason = f"its smallest code takes {taken:,} bytes"
     status: EncodeStatus = "encoded" if is_kept or prepared.is_by_quality else "below"
-    outcome = TaskEncoded(state.task.name, status, taken, reason=reason)
-    return _made(state, state.final, search.limits, outcome, search.losses, best, best, is_kept=is_kept)
-
-
-def _residual(state: _TaskState, limits: Limits) -> TaskEncoded | Made:
-    """Make the smallest residual that lets the current code meet the limits, if it needs one."""
-    original, present = read_original(state.store, state.final), state.code
-    if present is None:
-        raise DataError("it has no code to add a residual to; run `icm train --update` to make one")
-    losses, data = state.losses(limits), state.store.blobs.read(present.blob)
-    result = None if losses is None else losses.measure(("code",)).get("code")
-    if losses is not None and result is None:
-        return _changed(state.task.name, "its adapter changed during encoding")
-    codec = state.models.generator_file(state.generator).codec_of(data)
-    code = Trial(codec.measure(original, data), result)
-    found, is_kept = ResidualSearch(codec, original, code, limits, losses, state.tell).best()
-    status: EncodeStatus = "below" if not is_kept else "enough" if found is None else "encoded"
-    size = None if found is None else len(found.encoded.data)
-    outcome = TaskEncoded(state.task.name, status, present.size, size)
-    return _made(state, present, limits, outcome, losses, found, found or code, is_kept=is_kept)
-
-
-def _made(
-    state: _TaskState,
-    of: AdapterRecord | CodeRecord,
-    limits: Limits,
-    outcome: TaskEncoded,
-    losses: TaskLosses | None,
-    new: Trial | None,
-    best: Trial,
-    *,
-    is_kept: bool,
-) -> Made:
-    """Return what is to be recorded of a new code or residual, if there is one, and of the best that a task now has."""
-    evaluations = [] if losses is None or new is None or new.result is None else [losses.record_of(new.result)]
-    outcome = replace(
-        outcome,
-        before=state.size_before,
+    losses, result = search.losses, best.result
+    outcome = TaskEncoded(
+        state.task.name,
+        status,
+        taken,
+        before=None if state.code is None else state.code.size,
         squared_error=best.encoded.squared_error,
         effect=best.effect,
         retained_gain=best.gain,
+        reason=reason,
         precision=None if losses is None else losses.precision,
     )
     return Made(
         outcome,
-        b"" if new is None else new.encoded.data,
+        best.encoded.data,
         best.encoded.squared_error,
-        _asked(limits, is_kept=is_kept),
+        _asked(search.limits, is_kept=is_kept),
         [] if losses is None else losses.made,
-        evaluations,
-        of,
+        [] if losses is None or result is None else [losses.record_of(result)],
+        state.final,
         state.generator.id,
     )

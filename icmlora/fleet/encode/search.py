@@ -1,4 +1,4 @@
-"""Search for the smallest code, or residual, of one adapter that meets the limits, or the best one of a size.
+"""Search for the smallest code of one adapter that meets the limits, or the best one of a size.
 
     keep       step ──a few passes through the base model──▶ step that keeps less than is asked ──refine──▶ code
 
@@ -27,7 +27,6 @@ from icmlora.generator.codec import Codec
 from icmlora.generator.encoding import Encoded, Steps
 from icmlora.generator.initial_a.draw import InitialA
 from icmlora.generator.limits import Limits
-from icmlora.generator.residual_codec import ResidualCodec
 from icmlora.io.text import human_size
 
 LADDER = (0.95, *(2 ** (-half / 2) for half in range(1, 17)))
@@ -44,7 +43,7 @@ _SURELY = 0.8
 
 @dataclass(frozen=True)
 class Trial:
-    """A code or a residual that was made, with what was measured of it."""
+    """A code that was made, with what was measured of it."""
 
     encoded: Encoded
     result: SourceResult | None = None  # its loss and gain; None where no gain is asked for
@@ -201,41 +200,3 @@ class CodeSearch:
             return Trial(encoded)
         decoded = self.codec.decode(encoded.data)
         return Trial(encoded, self.losses.measure_adapter("code", decoded, encoded.squared_error))
-
-
-@dataclass(frozen=True)
-class ResidualSearch:
-    """Makes residuals of one adapter and its code."""
-
-    codec: Codec
-    original: Adapter
-    code: Trial  # the present code; measured where a gain is asked for
-    limits: Limits
-    losses: TaskLosses | None  # measures gains; None where no gain is asked for
-    tell: Tell
-
-    def best(self) -> tuple[Trial | None, bool]:
-        """Return the smallest residual found with which the code meets the limits, and whether it then does.
-
-        There is none where the code meets them alone, or where none helps.
-        """
-        limits, min_gain, code = self.limits, self.limits.min_gain, self.code.encoded
-        if min_gain is None:
-            return None if limits.keeps(code) else self._try(limits), True
-        if limits.keeps(code) and self.code.keeps(min_gain):
-            return None, True
-        coarsest = min(code.weighted_error, limits.tolerance or 1.0)
-        finer = [tolerance for tolerance in LADDER if tolerance < coarsest]
-        if not finer:
-            return None, False
-        found = bisect(len(finer), min_gain, lambda index: self._try(replace(limits, tolerance=finer[index])))
-        return found.trial if found.is_kept else None, found.is_kept
-
-    def _try(self, limits: Limits) -> Trial:
-        self.tell("making a residual" if limits.tolerance is None else f"residual, tolerance {limits.tolerance:.2g}")
-        codec, code = ResidualCodec(self.codec), self.code.encoded.data
-        encoded = codec.encode(self.original, code, limits)
-        if self.losses is None:
-            return Trial(encoded)
-        decoded = codec.decode(code, encoded.data)
-        return Trial(encoded, self.losses.measure_adapter("residual", decoded, encoded.squared_error))

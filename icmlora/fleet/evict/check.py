@@ -1,6 +1,6 @@
 """Check that the code of a task can replace its original, as it is on disk. Any failure keeps the original.
 
-code, residual, generator    read, decoded and measured against the original
+code, generator              read, decoded and measured against the original
 configuration                read, and compared with its digest
 other tensors, such as heads read, unpacked and compared with those of the original, byte for byte
 files that came with it      read, and compared with their digests
@@ -134,7 +134,7 @@ class _Checker:
             raise
         except (IcmLoraError, DamagedStore, StoreIOError) as error:
             known = error if isinstance(error, CheckFailed) else CheckFailed(str(error))
-            figures = (*sizes_of(code), known.squared_error, known.retained_gain)
+            figures = (code.size, known.squared_error, known.retained_gain)
             reason = str(known)
             if any(row.is_evicted for row in chosen):  # although their weights are there
                 reason = f"an interrupted eviction left its weights, which are kept: {reason}"
@@ -145,13 +145,13 @@ class _Checker:
         if code is None or generator is None:
             return TaskEvicted(task.name, status)
         gain, precision = recorded_gain(self._store, task, code, generator)
-        figures = (*sizes_of(code), code.best_squared_error, gain)
+        figures = (code.size, code.squared_error, gain)
         return TaskEvicted(task.name, status, 0, 0, *figures, precision=precision)
 
     def _measured(
         self, task: TaskRecord, final: AdapterRecord, code: CodeRecord, generator: GeneratorRecord
     ) -> Evictable:
-        """Check a code, with its residual if it has one, and what is kept in addition to it."""
+        """Check a code, and what is kept in addition to it."""
         check_bytes(self._store, final)
         error = self._squared_error(final, code, generator)
         checked = Evictable((), final, code, generator, error)
@@ -163,13 +163,13 @@ class _Checker:
         try:
             losses = losses_on_own_text(self._store, self._models, task, generator)
             # Measure everything again, also the original: this is the last time that it can be measured.
-            results = losses.measure((code.rung,), again=True)
+            results = losses.measure(("code",), again=True)
         except Cancelled:
             raise
         except FAILURES as failure:
             found = as_error(failure, self._models.loaded(task.base_model))
             raise CheckFailed(f"it cannot be measured: {found.message}", error) from failure
-        gain = results[code.rung].retained_gain if code.rung in results else None
+        gain = results["code"].retained_gain if "code" in results else None
         if gain is None:
             fact = "its original is no better than the base model on its held-out text, so there is no gain to keep"
             raise CheckFailed(fact, error)
@@ -184,9 +184,9 @@ class _Checker:
         if original is not None and (final.extras or extras) and read_form(self._store, final).tensors != extras:
             raise CheckFailed("the tensors stored next to its code differ from the original tensors")
         try:
-            decoded = decode_code(self._store, generator_file, code, code.rung)
+            decoded = decode_code(self._store, generator_file, code)
             # If only later checkpoints are left, what was measured when the final original went still holds.
-            error = code.best_squared_error if original is None else squared_error(original.adapter, decoded)
+            error = code.squared_error if original is None else squared_error(original.adapter, decoded)
         except DamagedStore:
             raise
         except Exception as failure:  # nothing that a decoder does may cost the original
@@ -199,16 +199,11 @@ class _Checker:
         return error
 
 
-def sizes_of(code: CodeRecord) -> tuple[int, int | None]:
-    """Return the bytes of a code, and of its residual."""
-    return code.size, None if code.residual is None else code.residual.size
-
-
 def recorded_gain(
     store: Store, task: TaskRecord, code: CodeRecord, generator: GeneratorRecord
 ) -> tuple[float | None, str | None]:
     """Return the retained gain that was measured of a code, if it was, and in which precision of the base model."""
-    found = latest_evaluation(store.evaluations.all(task.name), task, code.rung, generator)
+    found = latest_evaluation(store.evaluations.all(task.name), task, "code", generator)
     return (None, None) if found is None else (found.retained_gain, found.precision)
 
 
@@ -226,10 +221,10 @@ def check_recorded(
         CheckFailed: It misses a limit, or was not measured.
         DamagedStore: Bytes are missing or damaged.
     """
-    limits.check_error(code.best_squared_error)
+    limits.check_error(code.squared_error)
     gain, precision = recorded_gain(store, task, code, generator)
-    limits.check_gain(gain, code.best_squared_error, precision)
-    check_bytes(store, final, [generator.blob, *code.digests()])
+    limits.check_gain(gain, code.squared_error, precision)
+    check_bytes(store, final, [generator.blob, code.blob])
     check_references(store, final)
 
 

@@ -1,6 +1,6 @@
 """Delete originals, each after a check that its code can replace it.
 
-    pinned? ──▶ code (and residual)? ──▶ read back from disk, decoded, measured ──▶ evicted (rows, then files)
+    pinned? ──▶ code? ──▶ read back from disk, decoded, measured ──▶ evicted (rows, then files)
        └────────────────┴────────────────────┴──▶ kept, with the reason
 
     with placeholder    before that: the adapter in the user's folder gives way to a placeholder
@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 from icmlora.errors import OptionsConflict
 from icmlora.fleet.context import Context, OpenedGenerator, current_code, reporting, select_tasks, use_case
-from icmlora.fleet.evict.check import Evictable, check_bytes, check_codes, check_recorded, sizes_of
+from icmlora.fleet.evict.check import Evictable, check_bytes, check_codes, check_recorded
 from icmlora.fleet.evict.placeholders import FolderReplaced, Placeholders, RestoreSource
 from icmlora.fleet.evict.types import CheckFailed, EvictLimits, EvictReport, EvictStatus, TaskEvicted
 from icmlora.fleet.failures import FAILURES, Failed
@@ -53,7 +53,7 @@ def evict(
 ) -> EvictReport:
     """Delete originals, each after a check that its code can replace it.
 
-    The code is read back from disk, with its residual if it has one, decoded and measured. An original whose code
+    The code is read back from disk, decoded and measured. An original whose code
     misses a limit is kept. Give at least one limit, unless the originals are kept.
 
     Args:
@@ -176,9 +176,8 @@ class Evictor:
             return TaskEvicted(name, "removed")
 
     def _delete(self, name: str, made: Evictable) -> TaskEvicted:
-        sizes = sizes_of(made.code)
         rows, held_back = self._may_go(made.rows)
-        figures = (*sizes, made.squared_error, made.retained_gain)
+        figures = (made.code.size, made.squared_error, made.retained_gain)
         if not rows:
             return TaskEvicted(name, "kept", 0, 0, *figures, held_back, precision=made.precision)
         # First the folder: until its row says otherwise, the original can bring back what goes there.
@@ -189,7 +188,7 @@ class Evictor:
             if not self._dry_run:
                 freed = self._store.originals.evict(made.order(rows))
         except (DamagedStore, LastCopy) as error:
-            return TaskEvicted(name, "kept", 0, 0, *sizes, reason=str(error), folders=folders)
+            return TaskEvicted(name, "kept", 0, 0, made.code.size, reason=str(error), folders=folders)
         status: EvictStatus = "would_evict" if self._dry_run else "evicted"
         pending = expected - freed if self._store.blobs.is_remote else 0
         return TaskEvicted(name, status, len(rows), freed, *figures, held_back, folders, made.precision, left, pending)
@@ -218,10 +217,10 @@ class Evictor:
             if (row.weights, row.config, code_now) != (final.weights, final.config, code):
                 raise CheckFailed("the task changed while its code was being checked; run the same command again")
             if is_checked:
-                check_bytes(self._store, final, [generator.blob, *code.digests()])
+                check_bytes(self._store, final, [generator.blob, code.blob])
                 return
             check_recorded(self._store, now, final, limits, code, generator)
-            self._generator.get(generator.blob, self._store.blobs.read)  # it may have a format that is not read
+            self._generator.get(generator.blob, self._store.blobs.read)  # it may be damaged
 
         def decoded() -> AdapterBytes | None:
             if code is None or generator is None:

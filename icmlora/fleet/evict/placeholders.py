@@ -281,8 +281,7 @@ def _code_stamp(source: RestoreSource) -> CodeStamp | None:
     code, generator = source.code, source.generator
     if code is None or generator is None:
         return None
-    residual = None if code.residual is None else FileStamp(code.residual.blob, code.residual.size)
-    return CodeStamp(FileStamp(code.blob, code.size), FileStamp(generator.blob, generator.size), residual)
+    return CodeStamp(FileStamp(code.blob, code.size), FileStamp(generator.blob, generator.size))
 
 
 def _unlink(home: Path, files: Sequence[HashedFile]) -> None:

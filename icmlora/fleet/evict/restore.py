@@ -22,7 +22,6 @@ from icmlora.errors import AdapterRefused, DataError, OutputExists
 from icmlora.fleet.bundles.bundles import Bundle
 from icmlora.fleet.context import Context, Event, TaskFailed, reporting, use_case
 from icmlora.fleet.failures import FAILURES
-from icmlora.fleet.older import only_in_older_code
 from icmlora.fleet.resources.code_source import CodeSource, StoreCodes
 from icmlora.fleet.write.materialize import original_files
 from icmlora.formats.catalogue import format_named
@@ -60,7 +59,7 @@ class AdapterRestored(WithRelativeError, Event):
     # `restored`; `would_restore` in a dry run; `complete` (the files were all there, so only the placeholder went);
     # `refused` (see `kind`, `reason` and `hint`).
     status: RestoreStatus
-    source: Literal["original", "residual", "code"] | None = None
+    source: Literal["original", "code"] | None = None
     size: int = 0  # bytes of the files that were written
     weights: str | None = None  # SHA-256 of the weights as they were written
     generator: str | None = None  # digest of the generator that decoded it; None for an original
@@ -235,9 +234,6 @@ def _made(
         code = None if generator is None else codes.code(row.task, generator)
         if generator is not None and code is not None and code.adapter_id == row.id:
             return _decoded(codes, row, code, generator, done)
-    for row in rows:
-        if row.is_final and codes.has_older_code(codes.get(row.task)):
-            raise only_in_older_code(row.task)
     if not any(row.is_final for row in rows):
         raise DataError("the store deleted this checkpoint, and a checkpoint has no code")
     raise DataError(f"the original of task {rows[0].task!r} was evicted, and it has no code")
@@ -248,13 +244,13 @@ def _decoded(
 ) -> tuple[AdapterBytes, AdapterRestored]:
     from icmlora.fleet.resources.decoding import code_reader, files_like_original  # torch, which originals do not need
 
-    measured = codes.measured(codes.get(row.task), code.rung, generator)
-    adapter = code_reader(codes.read, codes.generator_file(generator), code, code.rung)()
+    measured = codes.measured(codes.get(row.task), "code", generator)
+    adapter = code_reader(codes.read, codes.generator_file(generator), code)()
     return files_like_original(adapter, codes.form(row)), replace(
         done,
-        source=code.rung,
+        source="code",
         generator=generator.blob,
-        squared_error=code.best_squared_error,
+        squared_error=code.squared_error,
         retained_gain=None if measured is None else measured.retained_gain,
         precision=None if measured is None else measured.precision,
     )

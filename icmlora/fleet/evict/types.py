@@ -78,7 +78,6 @@ class TaskEvicted(WithRelativeError, Event):
     adapters: int = 0
     freed: int = 0  # their bytes in the store; a file that another task needs frees nothing
     code_size: int | None = None  # bytes of the code that replaces them
-    residual_size: int | None = None  # bytes of its residual, if there is one
     squared_error: float | None = None
     retained_gain: float | None = None
     reason: str | None = None  # also of an evicted task, where some of its checkpoints were kept

@@ -33,7 +33,6 @@ from icmlora.fleet.encode.refiner import Refiner
 from icmlora.fleet.few_shot.from_samples import Recipe, Source, make_from
 from icmlora.fleet.few_shot.task_context import kept_files
 from icmlora.fleet.few_shot.train import SAMPLE_TOKENS, read_few_shot_start
-from icmlora.fleet.older import open_generator
 from icmlora.fleet.resources.adapter_row import new_adapter
 from icmlora.fleet.resources.loading import open_base
 from icmlora.fleet.resources.stored_vectors import comparable_vectors, comparison_key
@@ -157,7 +156,7 @@ def generate(
         if register and (taken := store.tasks.find(name)) is not None:
             raise TaskConflict(taken.name, choices=None)
         generator = _generator_with_start(store, base_model)
-        file = open_generator(generator.blob, store.blobs.read)
+        file = GeneratorFile(store.blobs.read(generator.blob))
         start = read_few_shot_start(store, generator, file)
         most = _largest_rank(file, start, rank if register else None)
         context.progress(0, None, f"loading {generator.base_model}")

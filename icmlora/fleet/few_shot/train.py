@@ -25,7 +25,6 @@ from icmlora.fewshot.start import FewShotStart, encodable_part, untrained_fewsho
 from icmlora.fewshot.start_file import fewshot_start_from_bytes, fewshot_start_to_bytes, mean_code
 from icmlora.fleet.context import Context, Event, ignore, locate_base, reporting, use_case
 from icmlora.fleet.failures import FAILURES, BaseModelFailed, as_error, one_of_several
-from icmlora.fleet.older import has_older_code, only_in_older_code, open_generator
 from icmlora.fleet.resources.adapter_source import refuse_large
 from icmlora.fleet.resources.decoding import decode_code
 from icmlora.fleet.resources.loading import open_base, read_original
@@ -132,11 +131,9 @@ class StoreEpisodeSource:
             return read_original(self._store, row.final)
         code = self._store.codes.get(row.task.name, self._generator.id)
         if code is None:
-            if has_older_code(self._store, row.task):
-                raise only_in_older_code(row.task.name)
             fact = f"task {row.task.name!r} has neither an original nor a code"
             raise DataError(fact, hint="run `icm verify` to check the store for damage")
-        return decode_code(self._store, self._file, code, code.rung)
+        return decode_code(self._store, self._file, code)
 
     def _read_samples(self, row: TaskSummary, most: int) -> Sequence[Prepared]:
         try:
@@ -208,7 +205,7 @@ def _train_base(context: Context, store: Store, label: str, config: MetaConfig, 
         raise DataError(f"{label} has no generator", hint="run `icm train` to train one")
     base = open_base(store, label, device, gradient_dtype(device), cache=context.cache)
     began = time.monotonic()
-    file = open_generator(generator.blob, store.blobs.read)
+    file = GeneratorFile(store.blobs.read(generator.blob))
     source = StoreEpisodeSource(store, generator, file, base)
     _refuse_few(label, source.tasks())
     context.progress(0, config.episodes, "averaging the adapters")

@@ -28,7 +28,6 @@ from icmlora.fleet.ingest.duplicates import KnownTensors
 from icmlora.fleet.ingest.extraction import extract, note_missing_vectors
 from icmlora.fleet.ingest.extras import ExtrasKeeper
 from icmlora.fleet.ingest.files import PreparedTask, Refusal, TextRead, batches, prepare
-from icmlora.fleet.older import open_generator
 from icmlora.formats.discovery.discovery import Discovery, FoundTask, find_tasks, name_tasks, no_adapter
 from icmlora.formats.discovery.naming import NameTemplate
 from icmlora.formats.discovery.pickled import PickleReader, converted
@@ -384,9 +383,10 @@ class _Target:
         if generator is None or code is None or not final.is_evicted:
             return False
         from icmlora.fleet.resources.decoding import files_of_code  # imports torch; few tasks come here
+        from icmlora.generator.versions import GeneratorFile
 
         try:
-            made = files_of_code(self.known, open_generator(generator.blob, self.known.blobs.read), final, code)
+            made = files_of_code(self.known, GeneratorFile(self.known.blobs.read(generator.blob)), final, code)
         except FAILURES:
             return False
         return (digest_of(made.weights), digest_of(made.config)) == (found.weights, found.config)

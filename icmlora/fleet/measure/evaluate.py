@@ -87,7 +87,7 @@ def evaluate(
     context: Context,
     tasks: Sequence[str] = (),
     *,
-    sources: Sequence[Rung | Literal["recalled"]] = ("residual", "code", "recalled"),
+    sources: Sequence[Rung | Literal["recalled"]] = ("code", "recalled"),
     data: str | Path | None = None,
     max_tokens: int = MAX_TOKENS,
     with_context: bool = False,

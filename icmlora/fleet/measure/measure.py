@@ -1,6 +1,6 @@
 """Measure the sources of one task on held-out text.
 
-    base model, original, residual, code, recalled, network
+    base model, original, code, recalled, network
        └─ written in the form of the original ──PEFT──▶ base model with adapter ──▶ nats per token ──▶ retained gain
 
 Every adapter is written, read and loaded with PEFT before it is measured, so the figures are those of what a user gets,
@@ -38,7 +38,7 @@ from registry.records import (
 if TYPE_CHECKING:
     from registry.store import Store
 
-SOURCES: tuple[Rung, ...] = ("base", "original", "residual", "code", "generate", "network")
+SOURCES: tuple[Rung, ...] = ("base", "original", "code", "generate", "network")
 """In the order in which they are measured: every gain needs the losses of base model and original."""
 
 
@@ -210,11 +210,9 @@ class TaskLosses:
                 return True
             case "original":
                 return not self._final.is_evicted
-            case "residual":
-                return code is not None and code.residual is not None
             case "code":
                 return code is not None
-            case "generate" | "network":
+            case _:
                 return self._generator is not None and bool(self._store.vectors.all(self._task.name))
 
     def _measured(self, source: Rung, code: CodeRecord | None, references: Mapping[Rung, SourceResult]) -> SourceResult:
@@ -228,15 +226,15 @@ class TaskLosses:
         return self.result_of(source, self.score_of(source, written), error, references)
 
     def _decoded(self, source: Rung, code: CodeRecord | None) -> Adapter:
-        """Decode a code, with its residual for that source, or make an adapter from the task's vectors."""
+        """Decode a code, or make an adapter from the task's vectors."""
         assert self._generator is not None
         generator_file = self._models.generator_file(self._generator)
-        if code is not None and (source == "residual" or source == "code"):
-            return decode_code(self._store, generator_file, code, source)
+        if code is not None and source == "code":
+            return decode_code(self._store, generator_file, code)
         if source == "generate":
             exemplar = self._models.exemplars(self._generator).code_for(self._final)
             if exemplar is not None:
-                return decode_code(self._store, generator_file, exemplar, "code")
+                return decode_code(self._store, generator_file, exemplar)
         return predict_adapter(self._store, generator_file, self._final, code)
 
     def _score(self, label: str) -> MetricResult:
@@ -252,9 +250,7 @@ class TaskLosses:
 
     def _squared_error(self, source: Rung, written: RunnableAdapter, code: CodeRecord | None) -> float | None:
         if self._final.is_evicted:  # what was measured when the original went still holds
-            if code is None or source in ("generate", "network"):
-                return None
-            return code.squared_error if source == "code" else code.best_squared_error
+            return code.squared_error if code is not None and source == "code" else None
         error = squared_error(self._original, written.adapter)
         return error if math.isfinite(error) else None  # an original of zeros has no relative error
 

@@ -5,14 +5,13 @@ The groups are those of `icmlora.adapter.module_groups`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from icmlora.adapter.metrics import GroupError, errors_by_group
 from icmlora.adapter.module_groups import grouping
 from icmlora.errors import DataError
 from icmlora.fleet.context import Context, current_code, use_case
-from icmlora.fleet.older import open_generator
 from icmlora.fleet.resources.decoding import decode_code
 from icmlora.fleet.resources.loading import read_original
 from icmlora.formats.catalogue import format_named
@@ -20,8 +19,7 @@ from icmlora.generator.versions import GeneratorFile
 
 if TYPE_CHECKING:
     from icmlora.adapter.model import Adapter
-    from registry.records import AdapterRecord, CodeRecord
-    from registry.store import Store
+    from registry.records import AdapterRecord
 
 
 @use_case
@@ -45,19 +43,11 @@ def module_errors(context: Context, task: str) -> Sequence[GroupError]:
             raise DataError("its original is not in the store, so its code cannot be compared with it", hint=hint)
         if code is None or generator is None:
             raise DataError("it has no code", hint="run `icm train` to make codes")
-        codes = decoded(store, open_generator(generator.blob, store.blobs.read), code)
-        return errors_of(final, read_original(store, final), codes)
+        decoded = decode_code(store, GeneratorFile(store.blobs.read(generator.blob)), code)
+        return errors_of(final, read_original(store, final), decoded)
 
 
-def decoded(store: Store, generator_file: GeneratorFile, code: CodeRecord) -> dict[str, Adapter]:
-    """Decode a code: "code", and where it has a residual "code + residual"."""
-    found = {"code": decode_code(store, generator_file, code, "code")}
-    if code.residual is not None:
-        found["code + residual"] = decode_code(store, generator_file, code, "residual")
-    return found
-
-
-def errors_of(final: AdapterRecord, original: Adapter, codes: Mapping[str, Adapter]) -> Sequence[GroupError]:
-    """Return the errors of what codes decode to."""
+def errors_of(final: AdapterRecord, original: Adapter, decoded: Adapter) -> Sequence[GroupError]:
+    """Return the errors of what a code decodes to."""
     group_of = grouping(is_for_images=format_named(final.format).is_for_images)
-    return errors_by_group(original, codes, group_of)
+    return errors_by_group(original, {"code": decoded}, group_of)

@@ -21,8 +21,8 @@ from icmlora.base_models.running.attach import adapted
 from icmlora.errors import BaseModelNotFound, BaseModelUnsuited, DataError
 from icmlora.fleet.context import current_code
 from icmlora.fleet.failures import FAILURES, BaseUnavailable, Failed, as_error
-from icmlora.fleet.measure.module_errors import decoded, errors_of
-from icmlora.fleet.resources.decoding import read_form
+from icmlora.fleet.measure.module_errors import errors_of
+from icmlora.fleet.resources.decoding import decode_code, read_form
 from icmlora.fleet.resources.loading import Models, read_original, read_runnable
 from icmlora.fleet.resources.texts import adapter_template, own_text
 from icmlora.io.text import with_article
@@ -113,17 +113,16 @@ def _prompts(store: Store, base: BaseModel, task: TaskRecord, given: Given | Non
 
 
 def _adapters(models: Models, task: TaskRecord) -> tuple[dict[str, RunnableAdapter], Sequence[GroupError]]:
-    """Return the available original and best code of a task, and the errors of its codes."""
+    """Return the available original and code of a task, and the errors of its code."""
     store, found = models.store, dict[str, "RunnableAdapter"]()
     final, (code, generator) = store.tasks.final(task.name), current_code(store, task)
     if not final.is_evicted:
         found["original"] = read_runnable(store, final)
     if code is None or generator is None:
         return found, ()
-    codes = decoded(store, models.generator_file(generator), code)
-    best = list(codes)[-1]
-    found[best] = read_form(store, final).runnable(codes[best])
-    return found, () if final.is_evicted else errors_of(final, read_original(store, final), codes)
+    decoded = decode_code(store, models.generator_file(generator), code)
+    found["code"] = read_form(store, final).runnable(decoded)
+    return found, () if final.is_evicted else errors_of(final, read_original(store, final), decoded)
 
 
 def _texts(base: BaseModel, adapter: RunnableAdapter | None, prompts: Sequence[Prompt], most: int) -> list[str]:
@@ -139,12 +138,11 @@ def _texts(base: BaseModel, adapter: RunnableAdapter | None, prompts: Sequence[P
 
 def _side_by_side(prompt: Prompt, texts: Mapping[str, Sequence[str]], place: int) -> Answers:
     written = {source: found[place] for source, found in texts.items()}
-    coded = next((source for source in written if source.startswith("code")), None)
     parts = {source: [Part(text)] for source, text in written.items()}
     are_equal = None
-    if "original" in written and coded is not None:
-        parts["original"], parts[coded] = differing(written["original"], written[coded])
-        are_equal = written["original"] == written[coded]
+    if "original" in written and "code" in written:
+        parts["original"], parts["code"] = differing(written["original"], written["code"])
+        are_equal = written["original"] == written["code"]
     return Answers(prompt.text, prompt.expected, [Answer(*pair) for pair in parts.items()], are_equal)
 
 

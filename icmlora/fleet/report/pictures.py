@@ -26,8 +26,8 @@ from icmlora.base_models.running.pipeline import Drawing, Pipeline, Pixels, rmse
 from icmlora.errors import BaseModelNotFound, BaseModelUnsuited, DataError
 from icmlora.fleet.context import current_code, locate_base
 from icmlora.fleet.failures import FAILURES, BaseUnavailable, Failed, as_error
-from icmlora.fleet.measure.module_errors import decoded, errors_of
-from icmlora.fleet.resources.decoding import files_like_original, read_form
+from icmlora.fleet.measure.module_errors import errors_of
+from icmlora.fleet.resources.decoding import decode_code, files_like_original, read_form
 from icmlora.fleet.resources.loading import Models, read_original
 from icmlora.fleet.tasks.tasks import header_of
 from icmlora.formats.images.header_notes import frequent_tags, trigger_words
@@ -71,7 +71,7 @@ class TaskPictures:
     """The pictures of a task."""
 
     task: str  # its name
-    # "base model" and, if available, "original", "code", "code + residual".
+    # "base model" and, if available, "original", "code".
     sources: Sequence[str]
     prompts: Sequence[Drawn]  # the pictures
     distances: Distances | None  # None where the original is not in the store
@@ -154,7 +154,7 @@ class Studio:
         return list(dict.fromkeys(found))
 
     def _sources(self, task: TaskRecord, final: AdapterRecord) -> tuple[dict[str, _Source], Sequence[GroupError]]:
-        """Return the available original and codes of a task as files, and the errors of its codes."""
+        """Return the available original and code of a task as files, and the errors of its code."""
         store, found = self._models.store, dict[str, _Source]()
         original = None
         if not final.is_evicted:
@@ -164,10 +164,10 @@ class Studio:
         code, generator = current_code(store, task)
         if code is None or generator is None:
             return found, ()
-        codes, form = decoded(store, self._models.generator_file(generator), code), read_form(store, final)
-        for name, adapter in codes.items():
-            found[name] = _Source(files_like_original(adapter, form).weights, dw_norm(adapter))
-        return found, () if original is None else errors_of(final, original, codes)
+        decoded = decode_code(store, self._models.generator_file(generator), code)
+        files = files_like_original(decoded, read_form(store, final))
+        found["code"] = _Source(files.weights, dw_norm(decoded))
+        return found, () if original is None else errors_of(final, original, decoded)
 
     def _draw(
         self, pipeline: Pipeline, source: _Source | None, prompts: Sequence[str]

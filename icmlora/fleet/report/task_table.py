@@ -19,9 +19,7 @@ from registry.records import TaskSummary
 
 KEPT = (
     "code",
-    "code + residual",
     "original + code",
-    "original + code + residual",
     "original",
     "original only",
     "nothing",
@@ -29,7 +27,7 @@ KEPT = (
 """What the store has of a task. `original only` can have no code; `original` may have one after `icm train`."""
 COLUMNS = (
     *("name", "base", "kept", "rank", "original", "size", "share", "error", "gain", "precision", "tags"),
-    *("parameters", "dtype", "targets", "code", "residual", "vectors", "extras", "created"),
+    *("parameters", "dtype", "targets", "code", "vectors", "extras", "created"),
     *("marks", "note", "why", "limits", "cluster", "nearest"),
 )
 """Columns of a row, in order; sizes in bytes."""
@@ -86,7 +84,6 @@ def _row(
         "dtype": places["dtype"][final.dtype.lower()],
         "targets": places["targets"][_targets(row)],
         "code": bill.code_size,
-        "residual": bill.residual_size,
         "vectors": bill.vectors_size,
         "extras": bill.extras_bytes,
         "created": task.created_at[:10],
@@ -103,10 +100,9 @@ def _row(
 def _kept(bill: TaskBill) -> str:
     if bill.original_only is not None:
         return "original only"
-    coded = {None: "", "code": "code", "residual": "code + residual"}[bill.rung]
     if bill.evicted:
-        return coded or "nothing"
-    return f"original + {coded}" if coded else "original"
+        return "nothing" if bill.code_size is None else "code"
+    return "original" if bill.code_size is None else "original + code"
 
 
 def _targets(row: TaskSummary) -> str:

@@ -18,7 +18,6 @@ from icmlora.bundle.file import BundleFile
 from icmlora.bundle.index import BundledTask, BundleIndex
 from icmlora.errors import BaseModelNotFound, BundleError, DataError
 from icmlora.fleet.context import OpenedGenerator, default_cache
-from icmlora.fleet.older import told_of_bundle
 from icmlora.formats.catalogue import format_named
 from icmlora.formats.format import check_companions
 from registry.names import LOAD_IN, bundle_source
@@ -117,18 +116,13 @@ class BundleCodes:
         size = self._index.sizes[found.code]
         return CodeRecord(0, found.name, 0, 0, found.code, size, 0.0, None, None, None, claim_of(found))
 
-    def has_older_code(self, task: TaskRecord) -> bool:
-        """Return False: every task has a code of the one generator."""
-        return False
-
     def measured(self, task: TaskRecord, source: Decoded, generator: GeneratorRecord) -> None:
         """Return None: nothing was measured here."""
 
     def generator_file(self, generator: GeneratorRecord) -> GeneratorFile:
         """Open the generator once every byte of the bundle was checked."""
         self.check()
-        with told_of_bundle():
-            return self._generator.get(generator.blob, self.read)
+        return self._generator.get(generator.blob, self.read)
 
     def check(self) -> None:
         """Check every byte of the bundle; once, while the file stays as it is."""

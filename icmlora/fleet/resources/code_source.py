@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from registry.filters import Selection
     from registry.store import Store
 
-Decoded = Literal["residual", "code", "recalled", "network"]
+Decoded = Literal["code", "recalled", "network"]
 
 
 class CodeSource(Protocol):
@@ -65,9 +65,6 @@ class CodeSource(Protocol):
 
     def code(self, task: str, generator: GeneratorRecord) -> CodeRecord | None:
         """Return the code of a task under a generator."""
-
-    def has_older_code(self, task: TaskRecord) -> bool:
-        """Say whether an evicted task without a code under the current generator has one of an older format."""
 
     def measured(self, task: TaskRecord, source: Decoded, generator: GeneratorRecord) -> EvaluationRecord | None:
         """Return how a source of a task does; None if nobody measured it here."""
@@ -143,11 +140,6 @@ class StoreCodes:
 
     def code(self, task: str, generator: GeneratorRecord) -> CodeRecord | None:
         return self.store.codes.get(task, generator.id)
-
-    def has_older_code(self, task: TaskRecord) -> bool:
-        from icmlora.fleet.older import has_older_code
-
-        return has_older_code(self.store, task)
 
     def measured(self, task: TaskRecord, source: Decoded, generator: GeneratorRecord) -> EvaluationRecord | None:
         rung = "generate" if source == "recalled" else source  # as the rows have it

@@ -1,11 +1,11 @@
-"""Make the adapter of a task: from a code, with or without the residual, or as the network predicts it."""
+"""Make the adapter of a task: from its code, or as the network predicts it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from icmlora.adapter.layout import ModuleShape
 from icmlora.adapter.model import Adapter
@@ -26,24 +26,15 @@ if TYPE_CHECKING:
     from registry.store import Store
 
 
-def decode_code(
-    store: Store, generator_file: GeneratorFile, code: CodeRecord, source: Literal["residual", "code"]
-) -> Adapter:
+def decode_code(store: Store, generator_file: GeneratorFile, code: CodeRecord) -> Adapter:
     """Read a code from disk and decode it; raises `DamagedStore`, or `CodeError` for one that is no code."""
-    return code_reader(store.blobs.read, generator_file, code, source)()
+    return code_reader(store.blobs.read, generator_file, code)()
 
 
-def code_reader(
-    read: Callable[[str], bytes], generator_file: GeneratorFile, code: CodeRecord, source: Literal["residual", "code"]
-) -> Callable[[], Adapter]:
+def code_reader(read: Callable[[str], bytes], generator_file: GeneratorFile, code: CodeRecord) -> Callable[[], Adapter]:
     """Read a code, and return what decodes it, on any thread."""
     data = read(code.blob)
-    decoder = generator_file.codec_of(data)
-    if source == "code" or code.residual is None:
-        return partial(decoder.decode, data)
-    from icmlora.generator.residual_codec import ResidualCodec  # most codes have no residual
-
-    return partial(ResidualCodec(decoder).decode, data, read(code.residual.blob))
+    return partial(generator_file.codec_of(data).decode, data)
 
 
 @dataclass(frozen=True)
@@ -85,7 +76,7 @@ def files_like_original(adapter: Adapter, form: OriginalForm) -> AdapterBytes:
 
 def files_of_code(store: Store, generator_file: GeneratorFile, final: AdapterRecord, code: CodeRecord) -> AdapterBytes:
     """Return the files of a task as its code brings them back."""
-    return files_like_original(decode_code(store, generator_file, code, code.rung), read_form(store, final))
+    return files_like_original(decode_code(store, generator_file, code), read_form(store, final))
 
 
 def read_companions(

@@ -20,12 +20,9 @@ def saving_text(found: Bill) -> str:
         return "No task has a code yet, so nothing is saved."
     share = found.compact_share
     if share is None:
-        if any(task.evicted and task.code_size is None for task in found.each):
-            return "Some codes have an older format, so the saving is unknown. Run `icm verify` to list the tasks."
         return "Some tasks have no code yet, so the saving is unknown. Run `icm train --update`."
     usage = found.usage
     some = [
-        (usage.residuals, "residuals, "),
         (usage.extras, "extras, "),
         (found.original_only, "originals without a code, "),
     ]
@@ -57,7 +54,6 @@ def disk_lines(usage: Usage) -> list[tuple[str, int]]:
         ("checkpoints", usage.checkpoints),
         ("generators", usage.generators),
         ("codes", usage.codes),
-        ("residuals", usage.residuals),
         ("extras of codes", usage.extras),
         ("task vectors", usage.vectors),
         ("samples and held-out text", usage.texts),

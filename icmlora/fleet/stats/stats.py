@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from icmlora.fleet.context import Context, use_case
 from registry.records import CodeLimits, GeneratorRecord, TaskFigures, WithRelativeError
@@ -32,8 +32,6 @@ class TaskBill(WithRelativeError):
     original_size: int
     vectors_size: int
     code_size: int | None
-    residual_size: int | None
-    rung: Literal["residual", "code"] | None
     squared_error: float | None
     retained_gain: float | None
     evicted: bool
@@ -41,18 +39,18 @@ class TaskBill(WithRelativeError):
     original_only: str | None  # why there can be no code
     extras_bytes: int
     precision: str | None = None  # of the base model that the gain was measured on
-    effect: float | None = None  # of the code without its residual, as in `NewCode`
+    effect: float | None = None  # as in `NewCode`
     is_claimed: bool = False  # its figures are those that a bundle claims, so they are left out here
 
     @property
     def size(self) -> int:
-        """Bytes of what stands for the adapter: code, residual, vectors and extras, or an original without a code."""
+        """Bytes of what stands for the adapter: code, vectors and extras, or an original without a code."""
         return self.codes_and_vectors_size + self.extras_bytes + (self.original_size if self.original_only else 0)
 
     @property
     def codes_and_vectors_size(self) -> int:
-        """Bytes of code, residual and vectors."""
-        return (self.code_size or 0) + (self.residual_size or 0) + self.vectors_size
+        """Bytes of code and vectors."""
+        return (self.code_size or 0) + self.vectors_size
 
     @property
     def fell_short(self) -> bool:
@@ -102,12 +100,12 @@ class _Sums:
 
     @cached_property
     def relative_errors(self) -> Spread | None:
-        """The relative errors of the codes with their residuals; None where none was measured."""
+        """The relative errors of the codes; None where none was measured."""
         return Spread.of(((task.task, task.relative_error, None) for task in self.each), high_is_bad=True)
 
     @cached_property
     def retained_gains(self) -> Spread | None:
-        """The retained gains of the codes with their residuals; None where none was measured."""
+        """The retained gains of the codes; None where none was measured."""
         return Spread.of((task.task, task.retained_gain, task.precision) for task in self.each)
 
 
@@ -142,7 +140,7 @@ class BaseModelBill(_Sums):
 
     @cached_property
     def codes_and_vectors_size(self) -> int:
-        """Bytes of all codes, residuals and vectors."""
+        """Bytes of all codes and vectors."""
         return sum(task.codes_and_vectors_size for task in self.tasks)
 
     @cached_property
@@ -172,7 +170,7 @@ class BaseModelBill(_Sums):
 
     @cached_property
     def marginal_size(self) -> float | None:
-        """Mean bytes of one more task: its code, residual and vectors."""
+        """Mean bytes of one more task: its code and vectors."""
         if not self.encoded:
             return None
         return sum(task.size for task in self.encoded) / len(self.encoded)
@@ -208,7 +206,7 @@ class Bill(_Sums):
         """Bytes of all that the adapters need without the originals of which there is a code."""
         usage = self.usage
         uncoded = sum(task.original_size for fleet in self.fleets for task in fleet.original_only)
-        coded = usage.generators + usage.codes + usage.residuals + usage.vectors + usage.extras
+        coded = usage.generators + usage.codes + usage.vectors + usage.extras
         return coded + usage.database + uncoded
 
     @property
@@ -281,8 +279,6 @@ def _task_bill(row: TaskFigures, vectors_size: int) -> TaskBill:
         original_size=row.stored_bytes,
         vectors_size=vectors_size,
         code_size=row.code_size,
-        residual_size=row.residual_size,
-        rung=None if row.code_size is None else "code" if row.residual_size is None else "residual",
         squared_error=row.squared_error,
         retained_gain=row.gain,
         precision=row.gain_precision,

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from icmlora.fleet.context import Context, use_case
-from icmlora.fleet.older import older_codes
 from registry.errors import RegistryError, StoreNotFound
 from registry.names import DatabaseUrl
 
@@ -120,11 +119,10 @@ def _on_server(context: Context, url: DatabaseUrl) -> list[Check]:
 
 
 def _opened(context: Context, shown: str | None) -> list[Check]:
-    """Open the store, and report the error that another command would raise, or which codes are not read any more."""
+    """Open the store, and report the error that another command would raise."""
     try:
         with context.open(read_only=True) as store:
-            problem = "; ".join(found.told for found in older_codes(store, list(store.tasks.summaries()))) or None
-            return [Check("store", shown, problem), *_far_blobs(store)]
+            return [Check("store", shown), *_far_blobs(store)]
     except StoreNotFound:
         return [Check("store", "none yet; run `icm init` to create it")]
     except RegistryError as error:

@@ -25,7 +25,6 @@ from icmlora.adapter.sketch import SKETCH_SIZE, near_pairs, sketch
 from icmlora.errors import DataError
 from icmlora.fleet.context import Context, OpenedGenerator, base_name, check_base_model, use_case
 from icmlora.fleet.failures import FAILURES, as_error
-from icmlora.fleet.older import has_older_code, only_in_older_code
 from icmlora.fleet.resources.adapter_source import refuse_large
 from icmlora.fleet.resources.decoding import code_reader
 from icmlora.fleet.resources.loading import original_reader
@@ -261,12 +260,10 @@ class _Comparison:
         task, final, code = self._rows[place].task.name, self._rows[place].final, self._rows[place].code
         if not final.is_evicted:
             return original_reader(self._store, final)
-        if code is None and has_older_code(self._store, self._rows[place].task):
-            raise only_in_older_code(task)
         if self._generator is None or code is None:
             raise DataError(f"{task} is evicted, and has no code under the current generator")
         generator_file = self._opened.get(self._generator.blob, self._store.blobs.read)
-        return code_reader(self._store.blobs.read, generator_file, code, code.rung)
+        return code_reader(self._store.blobs.read, generator_file, code)
 
     def _is_first(self, place: int, identity: str) -> bool:
         """Note what an adapter is; if an older one is the same, put both into a group."""

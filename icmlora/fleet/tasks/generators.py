@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 from icmlora.errors import DataError, IcmLoraError
 from icmlora.fleet.context import Context, use_case
-from icmlora.fleet.older import is_older, open_generator
 from registry.errors import DamagedStore
 from registry.records import GeneratorRecord
 
@@ -26,7 +25,6 @@ class GeneratorVersion:
     tasks: Sequence[str]
     last_copies: Sequence[str]
     networks: int | None  # how many versions of the network its file holds; None if the file cannot be read
-    is_older: bool = False  # whether that is because its format is older
 
 
 @dataclass(frozen=True)
@@ -50,13 +48,7 @@ def list_generators(context: Context) -> list[GeneratorVersion]:
     """List all generators by base model, oldest first, with what depends on each."""
     with context.open(read_only=True) as store:
         return [
-            GeneratorVersion(
-                use.generator,
-                use.tasks,
-                use.last_copies,
-                _networks(store, use.generator),
-                is_older(store, use.generator),
-            )
+            GeneratorVersion(use.generator, use.tasks, use.last_copies, _networks(store, use.generator))
             for use in store.generators.uses()
         ]
 
@@ -72,12 +64,9 @@ def rollback(context: Context, digest: str) -> RolledBack:
     Raises:
         DataError: No generator, or more than one, begins with these digits.
         LastCopy: An evicted task could not be restored as it was checked; nothing changed.
-        OtherFormat: The generator has a format that is not read any more.
     """
     with context.open() as store:
         generator = _find(store, digest)
-        if is_older(store, generator):
-            open_generator(generator.blob, store.blobs.read)  # says what to do
         # An update in progress would lose its work: the generator that it continues must be current when it is done.
         with store.job(generator.base_model):
             generator = _find(store, digest)  # again: it may have been forgotten while this waited

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Literal
 
 from icmlora.errors import BaseModelMismatch, BaseModelNotFound, DataError
 from icmlora.fleet.context import Context, locate_base, use_case
-from icmlora.fleet.older import is_older, older_codes, open_generator
 from registry.errors import DamagedStore, RegistryError
 from registry.verify import Finding as Finding
 
@@ -21,12 +20,11 @@ if TYPE_CHECKING:
     from registry.storage.row_repair import RowRepair as RowRepair
     from registry.store import Store
 
-BlobKind = Literal["code", "generator", "residual", "task vectors", "weights"]
+BlobKind = Literal["code", "generator", "task vectors", "weights"]
 
 _STARTS: dict[bytes, BlobKind] = {
     b"ICMC": "code",
     b"ICMG": "generator",
-    b"ICMR": "residual",
     b"ICMT": "task vectors",
     b"GGUF": "weights",
 }
@@ -65,9 +63,7 @@ def verify(
 
 
 def _remarks(store: Store, rows: Sequence[TaskSummary], *, with_base_models: bool) -> Iterator[Finding]:
-    """Yield which codes are not read any more, which adapters do nothing, and which do not fit their base model."""
-    for found in older_codes(store, rows):
-        yield Finding("remark", found.told, "", tasks=(*found.tasks, *found.evicted))
+    """Yield which adapters do nothing, and which do not fit their base model."""
     fitted: defaultdict[str, list[TaskSummary]] = defaultdict(list)
     for row in rows:
         if with_base_models and row.final.extras:
@@ -113,11 +109,10 @@ def _remark(row: TaskSummary, text: str) -> Finding:
 
 
 def _wrong_kinds(store: Store, wanted: Collection[str]) -> Iterator[Finding]:
-    """Yield the blobs that are no code, residual or generator although their rows say so."""
+    """Yield the blobs that are no code or generator although their rows say so."""
     for generator in store.generators.all():
         rows = [row for row in store.codes.all(generator.id) if not wanted or row.task in wanted]
         expected = [(row.blob, "code", (row.task,)) for row in rows]
-        expected += [(row.residual.blob, "residual", (row.task,)) for row in rows if row.residual is not None]
         for digest, kind, tasks in [*expected, (generator.blob, "generator", ())]:
             with suppress(DamagedStore):  # one that is missing was found already
                 if kind_of(store.blobs.start(digest, 64)) != kind:
@@ -129,11 +124,9 @@ def _wrong_errors(store: Store, rows: Sequence[TaskSummary]) -> Iterator[Finding
     """Decode every code whose original is there, and yield those that have another error than was recorded."""
     for row in rows:
         code, generator = row.code, store.generators.current(row.task.base_model)
-        if code is None or generator is None or not row.final.can_be_read or code.best_squared_error is None:
+        if code is None or generator is None or not row.final.can_be_read or code.squared_error is None:
             continue  # nothing to compare, or nobody measured it
-        if is_older(store, generator):
-            continue  # a remark says so
-        if (fact := _wrong_error(store, row, code, generator, code.best_squared_error)) is not None:
+        if (fact := _wrong_error(store, row, code, generator, code.squared_error)) is not None:
             yield Finding("row", fact, store.blobs.place(code.blob), code.blob, (row.task.name,))
 
 
@@ -145,9 +138,10 @@ def _wrong_error(
     from icmlora.fleet.failures import FAILURES, as_error
     from icmlora.fleet.resources.decoding import decode_code
     from icmlora.fleet.resources.loading import read_original
+    from icmlora.generator.versions import GeneratorFile
 
     try:
-        decoded = decode_code(store, open_generator(generator.blob, store.blobs.read), code, code.rung)
+        decoded = decode_code(store, GeneratorFile(store.blobs.read(generator.blob)), code)
         before, now = math.sqrt(recorded), math.sqrt(squared_error(read_original(store, row.final), decoded))
     except FAILURES as error:
         return f"the code of task {row.task.name} cannot be decoded: {as_error(error).message}"
@@ -208,7 +202,7 @@ def prune(
 ) -> PruneReport:
     """Delete blobs that no task needs and files that interrupted commands left behind.
 
-    Codes, generators, residuals and weights are moved to the folder `quarantine` beside the blobs instead. In a remote
+    Codes, generators and weights are moved to the folder `quarantine` beside the blobs instead. In a remote
     place, the originals that `evict` left because they were young are deleted, if what replaces them is intact.
 
     Args:
@@ -220,7 +214,7 @@ def prune(
     with context.open(read_only=dry_run) as store:
         return store.prune(
             grace=grace,
-            is_precious=lambda start: kind_of(start) in ("code", "generator", "residual", "weights"),
+            is_precious=lambda start: kind_of(start) in ("code", "generator", "weights"),
             empty_quarantine=empty_quarantine,
             dry_run=dry_run,
         )

@@ -20,7 +20,6 @@ import torch
 from icmlora.errors import Cancelled, DataError, GeneratorError
 from icmlora.fleet.context import Context, Event, reporting, use_case
 from icmlora.fleet.failures import FAILURES, as_error, one_of_several
-from icmlora.fleet.older import is_older, older_codes, only_in_older_code, open_generator
 from icmlora.fleet.resources.adapter_source import StoreAdapterSource
 from icmlora.fleet.resources.workers import check_place
 from icmlora.fleet.train.finish import FinishReport, check_finish, finish
@@ -41,6 +40,7 @@ from icmlora.generator.codec import Codec
 from icmlora.generator.encoding import Encoded
 from icmlora.generator.limits import Limits
 from icmlora.generator.network_file import generator_from_bytes, generator_to_bytes
+from icmlora.generator.versions import GeneratorFile
 from icmlora.training.ranks import Ranks, joined
 from registry.names import some
 from registry.records import AdapterRecord, CodeLimits, GeneratorRecord, NewCode, NewGenerator, WithRelativeError
@@ -74,16 +74,6 @@ class Continued(Event):
 
 
 @dataclass(frozen=True)
-class StartedOver(Event):
-    """Training starts from scratch, because the current generator has a format that is not read any more."""
-
-    base_model: str
-    version: int
-    # Whether that generator was trained with task vectors, and the tasks have none now: they had another format too.
-    without_vectors: bool
-
-
-@dataclass(frozen=True)
 class CodeMade(WithRelativeError, Event):
     """One task is encoded; its code becomes current together with all others."""
 
@@ -107,8 +97,6 @@ class Trained(Event):
     # has none.
     start_dropped: bool
     left_out: Mapping[str, str]
-    # Evicted tasks whose codes have an older format: these stay as they are, with their generator.
-    in_older_codes: Sequence[str]
 
 
 @dataclass
@@ -122,7 +110,7 @@ class TrainReport(FinishReport):
     @property
     def is_partial(self) -> bool:
         """Whether something was left out, at any stage."""
-        return super().is_partial or any(one.left_out or one.in_older_codes for one in self.trained)
+        return super().is_partial or any(one.left_out for one in self.trained)
 
 
 @use_case
@@ -229,26 +217,22 @@ def _train_base(
     resume: bool,
 ) -> Trained:
     """Train the generator of one base model, and make it and its codes current."""
-    is_old = previous is not None and is_older(store, previous)
     _refuse_evicted(store, label)
     source = usable_source(context, store, label)
-    _refuse_lost(store, label, source.left_out, is_old=is_old)
+    _refuse_lost(store, label, source.left_out)
     _refuse_none(source.names, source.left_out)
     started = time.monotonic()
     # The first version was trained on a whole fleet; later ones are for the tasks that they were added for.
     network = before = parent = None
     if previous is not None:
         before, parent = float(str(previous.config["tolerance"])), previous.blob
-        network = None if is_old else open_generator(parent, store.blobs.read).codec(0).generator.net
+        network = GeneratorFile(store.blobs.read(parent)).codec(0).generator.net
     config, options = config_of(source, network, before), schedule_of(source, device)
     run = open_run(context, store, source, device, network, config, options, parent=parent, resume=resume)
     first = run.state.step
     try:
         if first:
             context.on_event(Resumed(label, first))
-        elif is_old and previous is not None:
-            had_vectors = bool(previous.config.get("condition_size"))
-            context.on_event(StartedOver(label, previous.version, had_vectors and not source.condition_size()))
         elif previous is not None:
             new = [row for row in store.tasks.summaries() if row.task.base_model == label and row.code is None]
             context.on_event(Continued(label, previous.version, len(new)))
@@ -271,15 +255,9 @@ def _train_base(
 
 
 def _refuse_evicted(store: Store, label: str) -> None:
-    """Raise if a task is evicted: only the current generator decodes its code, and it cannot be encoded again.
-
-    A code of an older format, which no generator decodes any more, stays where it is.
-    """
+    """Raise if a task is evicted: only the current generator decodes its code, and it cannot be encoded again."""
     rows = [row for row in store.tasks.summaries() if row.task.base_model == label]
-    stay = _in_older_codes(store, label)
-    if rows and len(stay) == len(rows):
-        raise only_in_older_code(stay[0])
-    evicted = [row.task.name for row in rows if row.final.is_evicted and row.task.name not in stay]
+    evicted = [row.task.name for row in rows if row.final.is_evicted]
     if evicted:
         fact = f"a new generator would leave evicted tasks without a code: {some([repr(name) for name in evicted])}"
         made = {row.task.name: row.final.is_generated for row in rows if row.task.name in evicted}
@@ -287,22 +265,14 @@ def _refuse_evicted(store: Store, label: str) -> None:
         raise DataError(fact, hint=hint)
 
 
-def _in_older_codes(store: Store, label: str) -> list[str]:
-    """Return the evicted tasks whose codes have an older format."""
-    rows = [row for row in store.tasks.summaries() if row.task.base_model == label]
-    return [name for found in older_codes(store, rows) for name in found.evicted]
-
-
-def _refuse_lost(store: Store, label: str, left_out: Mapping[str, str], *, is_old: bool) -> None:
+def _refuse_lost(store: Store, label: str, left_out: Mapping[str, str]) -> None:
     """Raise if a task cannot be encoded again that has a code: its original may be damaged, and the code is not."""
     rows = [row for row in store.tasks.summaries() if row.task.base_model == label and row.code is not None]
     lost = [row.task.name for row in rows if row.task.name in left_out]
     if lost:
         fact = f"a new generator would leave {some([repr(name) for name in lost])} without a code: {left_out[lost[0]]}"
-        hint = restore_hint({row.task.name: row.final.is_generated for row in rows if row.task.name in left_out})
-        if not is_old:
-            hint = f"run `icm train --update` to add only new tasks, or {hint}"
-        raise DataError(fact, hint=hint)
+        made = {row.task.name: row.final.is_generated for row in rows if row.task.name in left_out}
+        raise DataError(fact, hint=f"run `icm train --update` to add only new tasks, or {restore_hint(made)}")
 
 
 def _refuse_none(encodable: Sequence[object], left_out: Mapping[str, str]) -> None:
@@ -332,8 +302,7 @@ def _publish(
     metrics = {**metrics, "encode_seconds": seconds, "initial_a_known": known_seeds}
     config = json.loads(run.state.net.config.to_json()) | {"train": asdict(run.state.config)}
     before, parent = store.generators.current(label), None if previous is None else previous.id
-    stay = _in_older_codes(store, label)
-    record = store.generators.add(NewGenerator(label, blob, config, metrics, parent, codes, run.id, stay))
+    record = store.generators.add(NewGenerator(label, blob, config, metrics, parent, codes, run.id))
     recorded = {code.task: code.size for code in store.codes.all(record.id)}
     left_out |= {code.adapter.task: REPLACED for code in codes if code.adapter.task not in recorded}
     return Trained(
@@ -346,7 +315,6 @@ def _publish(
         metrics=metrics,
         start_dropped=before is not None and before.start is not None,
         left_out=left_out,
-        in_older_codes=stay,
     )
 
 

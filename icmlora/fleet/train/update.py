@@ -21,7 +21,6 @@ import torch
 from icmlora.errors import DataError
 from icmlora.fleet.context import Context, Event, reporting, use_case
 from icmlora.fleet.failures import one_of_several
-from icmlora.fleet.older import open_generator
 from icmlora.fleet.resources.adapter_source import StoreAdapterSource
 from icmlora.fleet.resources.workers import check_place
 from icmlora.fleet.train.candidates import Candidate, UpdateCandidates
@@ -151,7 +150,8 @@ def _update_base(
     if generator is None:
         hint = f"run `icm train --base-model {label}` to train the first one"
         raise DataError(f"{label} has no generator to add tasks to", hint=hint)
-    present, data = open_generator(generator.blob, store.blobs.read), store.blobs.read(generator.blob)
+    data = store.blobs.read(generator.blob)
+    present = GeneratorFile(data)
     new = [row.task.name for row in store.tasks.summaries() if row.task.base_model == label and row.code is None]
     source = usable_source(context, store, label, new)
     if tolerance is None:  # that of the generator's first training

@@ -67,7 +67,6 @@ An engine with prefix caching processes the context only once.
 _MADE_FOR_IT = "The adapter was made for use with this context and is less effective without it.\n"
 
 _HOW = {
-    "residual": "from the task's stored code and its residual",
     "code": "from the task's stored code",
     "network": "from the task vectors alone; it is a prediction, not a copy of the original adapter",
 }
@@ -79,7 +78,7 @@ class Provenance(WithRelativeError):
 
     task: str
     base_model: str
-    source: Literal["residual", "code", "recalled", "network"]
+    source: Literal["code", "recalled", "network"]
     generator: GeneratorRecord
     squared_error: float | None  # None if it was not measured
     retained_gain: float | None  # as `icm eval` measured it
@@ -239,7 +238,7 @@ class MergedPart:
 
     task: str
     weight: float  # what it is multiplied with
-    source: Literal["original", "residual", "code", "recalled", "network"]  # what it was made from
+    source: Literal["original", "code", "recalled", "network"]  # what it was made from
     original: str  # digest of the original's weights
 
 

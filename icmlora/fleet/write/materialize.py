@@ -1,8 +1,7 @@
 """Write a task's adapter as a folder or file, or load it: from its original, its code, or its task vectors.
 
     original   the bytes that were ingested, unchanged
-    residual   the code, corrected by its residual
-    code       the code alone
+    code       its code
     recalled   the code of the task recognized from its vectors
     network    what the network alone predicts from the task vectors
 
@@ -19,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
-from icmlora.errors import DataError, IcmLoraError, OptionsConflict
+from icmlora.errors import DataError, OptionsConflict
 from icmlora.fleet.context import Context, use_case
 from icmlora.fleet.resources.code_source import CodeSource, Decoded, OpenCodes, open_store
 from icmlora.formats.catalogue import format_named
@@ -33,7 +32,7 @@ if TYPE_CHECKING:
     from registry.records import AdapterRecord, CodeRecord, GeneratorRecord, TaskRecord
 
 # "generate" is what "recalled" was called before.
-Source = Literal["auto", "original", "residual", "code", "recalled", "generate", "network"]
+Source = Literal["auto", "original", "code", "recalled", "generate", "network"]
 
 _SIDE_BY_SIDE = 32
 """Adapters that `load_many` has in memory at a time."""
@@ -85,8 +84,8 @@ def materialize(
         context: The store.
         task: Name of the task.
         directory: The folder, absent or empty; with a format of single files a file, as `NAME.gguf`.
-        source: `original`, `residual`, `code`, `recalled` (the code of the task recognized from its vectors) or
-            `network` (what the network alone predicts from them); `auto` takes the best there is of the first three.
+        source: `original`, `code`, `recalled` (the code of the task recognized from its vectors) or `network` (what
+            the network alone predicts from them); `auto` takes the original if the store has it, else the code.
         adapter_format: Name of a format, as `icm convert --list-formats` lists them. Default: its own. An original in
             another format is converted too, so it does not come back byte for byte. From and to `gguf` that needs
             the configuration of the base model, for image adapters the extra `diffusion`.
@@ -340,8 +339,7 @@ class Chosen:
             return lambda: predicted
         from icmlora.fleet.resources.decoding import code_reader
 
-        source: Literal["residual", "code"] = "residual" if self.source == "residual" else "code"
-        return code_reader(codes.read, codes.generator_file(self.generator), self.code, source)
+        return code_reader(codes.read, codes.generator_file(self.generator), self.code)
 
     def _provenance(self, max_error: float | None) -> Provenance:
         """Gather what is known of an adapter before it is decoded, and hold its error against a limit."""
@@ -356,7 +354,7 @@ class Chosen:
             if measured is not None:
                 error, gain, precision = measured.squared_error, measured.retained_gain, measured.precision
         if code is not None and code.task == task.name:
-            error = code.best_squared_error if source == "residual" else code.squared_error
+            error = code.squared_error
         recognized = code.task if code is not None and source == "recalled" else None
         claim = code.claim if code is not None and source == "code" else None
         known = error, gain, self.seed, self.final.is_generated, recognized, precision, claim
@@ -393,30 +391,17 @@ def choose(codes: CodeSource, task: TaskRecord, source: Source = "auto", seed: i
     generator = codes.generator(task.base_model)
     code = None if generator is None else codes.code(task.name, generator)
     if source == "auto":
-        source = "network" if seed is not None else "code" if code is None else code.rung
-    if source in ("code", "residual") and code is None:
-        raise _no_code(codes, task, final, generator)
-    if source == "residual" and code is not None and code.residual is None:
-        hint = "run `icm encode --residual` to make one; a residual is stored only if a code misses its limits"
-        raise DataError(f"task {task.name!r} has no residual", hint=hint)
+        source = "code" if seed is None else "network"
+    if source == "code" and code is None:
+        train = "icm train" if generator is None else "icm train --update"
+        raise DataError(f"task {task.name!r} has no code", hint=f"run `{train}` to make one")
     if generator is None:
         raise DataError(f"there is no generator for task {task.name!r}", hint="run `icm train` to make one")
     if source in ("recalled", "generate"):
         return Chosen(codes, task, final, "recalled", generator, codes.recalled(final, generator))
-    if source in ("code", "residual"):
+    if source == "code":
         return Chosen(codes, task, final, source, generator, code)
     return Chosen(codes, task, final, "network", generator, seed=seed)
-
-
-def _no_code(
-    codes: CodeSource, task: TaskRecord, final: AdapterRecord, generator: GeneratorRecord | None
-) -> IcmLoraError:
-    if final.is_evicted and codes.has_older_code(task):
-        from icmlora.fleet.older import only_in_older_code
-
-        return only_in_older_code(task.name)
-    train = "icm train" if generator is None else "icm train --update"
-    return DataError(f"task {task.name!r} has no code", hint=f"run `{train}` to make one")
 
 
 def _check_original(task: TaskRecord, final: AdapterRecord) -> None:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from icmlora.formats.discovery.tree import Folder
 
 PLACEHOLDER_NAME = "icm-placeholder.json"
-VERSION = 1
+VERSION = 2
 MAX_BYTES = 64 * 1024
 MAX_FILES = 64
 _MAX_PATH = 4096
@@ -67,7 +67,6 @@ class CodeStamp:
 
     code: FileStamp
     generator: FileStamp
-    residual: FileStamp | None = None
 
 
 @dataclass(frozen=True)
@@ -162,9 +161,9 @@ def parse_placeholder(data: bytes) -> Placeholder:
     """Parse the bytes of a placeholder. Raises as `read_placeholder` does."""
     value = parse_object(data, what="the placeholder", max_bytes=MAX_BYTES)
     version = value.get("icm_placeholder")
-    if type(version) is int and version > VERSION:
-        hint = "use the icm version that wrote it, or a newer one"
-        raise AdapterRefused(f"a placeholder of version {version}", kind="placeholder", hint=hint)
+    if type(version) is int and version != VERSION:
+        fact = f"a placeholder of version {version}, but this icm reads version {VERSION}"
+        raise AdapterRefused(fact, kind="placeholder", hint="use the icm version that wrote it")
     _keys(value, {"about", "adapter", "code", "files", "icm_placeholder", "store", "task"}, "the placeholder")
     _checked(value, "icm_placeholder", lambda one: type(one) is int and one == VERSION)
     _checked(value, "about", lambda one: _is_text(one, _MAX_ABOUT))
@@ -186,8 +185,7 @@ def _stamp(stamp: FileStamp) -> dict[str, object]:
 
 
 def _stamps(code: CodeStamp) -> dict[str, object]:
-    residual = None if code.residual is None else _stamp(code.residual)
-    return {**_stamp(code.code), "generator": _stamp(code.generator), "residual": residual}
+    return {**_stamp(code.code), "generator": _stamp(code.generator)}
 
 
 def _files(value: dict[str, Any]) -> tuple[ReplacedFile, ...]:
@@ -207,10 +205,9 @@ def _file(value: object) -> ReplacedFile:
 
 
 def _code(value: object) -> CodeStamp:
-    found = _keys(value, {*_STAMP, "generator", "residual"}, "code")
+    found = _keys(value, {*_STAMP, "generator"}, "code")
     generator = _stamp_of(_keys(found["generator"], _STAMP, "generator"))
-    residual = None if found["residual"] is None else _stamp_of(_keys(found["residual"], _STAMP, "residual"))
-    return CodeStamp(_stamp_of(found), generator, residual)
+    return CodeStamp(_stamp_of(found), generator)
 
 
 def _stamp_of(found: dict[str, Any]) -> FileStamp:

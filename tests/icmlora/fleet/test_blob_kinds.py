@@ -7,7 +7,7 @@ from safetensors.torch import save
 from torch import zeros
 
 from icmlora.fleet.tasks.verify import kind_of
-from icmlora.generator import code, file, residual
+from icmlora.generator import code, file
 from icmlora.task_vectors import file as vectors
 
 
@@ -16,8 +16,6 @@ from icmlora.task_vectors import file as vectors
     [
         (code.MAGIC, "code"),
         *((magic, "generator") for magic in (file.MAGIC, file.MAGIC_OF_VERSIONS)),
-        (residual.MAGIC, "residual"),
-        *((magic, "code") for magic in (b"ICMC\x02", b"ICMC\x03", b"ICMC\x04")),  # of earlier formats
         (vectors._MAGIC, "task vectors"),
         (save({"a": zeros(3)}), "weights"),
         (b'{"r": 8, "lora_alpha": 16}', None),

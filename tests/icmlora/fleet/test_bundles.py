@@ -52,7 +52,7 @@ def test_the_report_says_what_is_in_the_file(fleet: Fleet, tmp_path: Path) -> No
     opened = Bundle(report.file)
     assert (report.size, report.digest, report.index) == (opened.size, opened.digest, opened.index)
     assert report.size == (tmp_path / "out.icm").stat().st_size
-    assert (report.left_out, report.without_residual) == ((), ())
+    assert report.left_out == ()
 
 
 def test_sizes_in_a_bundle_are_those_of_the_store(fleet: Fleet, file: Path) -> None:
@@ -83,13 +83,6 @@ def test_tasks_without_a_code_are_left_out_unless_they_are_named(fleet: Fleet, l
     with pytest.raises(DataError, match="no code under the current generator: twin"):
         fleet.export_bundle(tmp_path / "twin.icm", ["twin", "poems"])
     assert not (tmp_path / "twin.icm").exists()
-
-
-def test_residuals_are_not_exported_and_the_report_says_so(fleet: Fleet, tmp_path: Path) -> None:
-    fleet.encode(["poems"], max_error=0.1, residual=True)
-    report = fleet.export_bundle(tmp_path / "out.icm")
-    assert report.without_residual == ("poems",)
-    assert equal(Bundle(report.file).load("poems"), fleet.load("poems", source="code"))
 
 
 @pytest.mark.slow

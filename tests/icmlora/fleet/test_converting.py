@@ -32,7 +32,7 @@ from tests.icmlora.tiny_base import LABEL
 
 Converted = Literal["gguf", "mlx"]
 BOTH: tuple[Converted, ...] = ("gguf", "mlx")
-SOURCES: tuple[Source, ...] = ("original", "residual", "code", "recalled", "network")
+SOURCES: tuple[Source, ...] = ("original", "code", "recalled", "network")
 HEADS = {"attn_q": 4, "attn_k": 2}  # of the tiny model
 
 
@@ -73,7 +73,6 @@ def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
 def test_a_converted_adapter_does_what_the_peft_folder_does(
     fleet: Fleet, tmp_path: Path, source: Source, adapter_format: Converted
 ) -> None:
-    fleet.encode(["rules"], max_error=0.1, residual=True)
     path = output(tmp_path, adapter_format)
     fleet.materialize("rules", tmp_path / "peft", source=source)
     report = fleet.materialize("rules", path, source=source, adapter_format=adapter_format)

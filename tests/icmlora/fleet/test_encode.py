@@ -74,8 +74,8 @@ def test_a_limit_that_no_code_meets_leaves_the_present_code_and_says_so(fleet: F
     before = code_blobs(fleet)
     report = fleet.encode(["silent"], max_error=1e-6)
     (task,) = report.tasks
-    assert (task.status, report.short, code_blobs(fleet)) == ("unmeasured", [task], before)
-    assert "squared error of 1e-12 or less" in str(task.reason)
+    assert (task.status, report.short, code_blobs(fleet)) == ("below", [task], before)
+    assert "relative error of 1e-06 or less" in str(task.reason)
 
 
 def test_the_code_of_an_evicted_task_stays(fleet: Fleet) -> None:
@@ -210,7 +210,7 @@ def test_a_missing_generator_is_an_error(ingested: Fleet) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"quality": 3, "max_error": 0.3}, {"refine": 2, "max_error": 0.3}, {"refine": 2, "residual": True}],
+    [{"quality": 3, "max_error": 0.3}, {"refine": 2, "max_error": 0.3}],
     ids=" ".join,
 )
 def test_options_that_contradict_each_other_are_refused(fleet: Fleet, options: dict[str, Any]) -> None:
@@ -278,6 +278,13 @@ def test_a_second_fleet_object_encodes_at_the_same_time(fleet: Fleet) -> None:
     assert is_sound(fleet)
 
 
+def test_a_smaller_error_takes_a_finer_code_of_more_bytes(fleet: Fleet) -> None:
+    made = [fleet.encode(["poems"], max_error=limit).tasks[0] for limit in (0.1, 0.001)]
+    assert [task.status for task in made] == ["encoded", "encoded"]
+    assert [(task.relative_error or 1) <= limit for task, limit in zip(made, (0.1, 0.001), strict=True)] == [True, True]
+    assert (made[0].size or 0) < (made[1].size or 0)
+
+
 def test_a_second_fleet_object_reads_while_the_first_one_works(fleet: Fleet, tmp_path: Path) -> None:
     other, seen = Fleet(fleet.path, lock_timeout=0), list[int]()
 
@@ -288,48 +295,3 @@ def test_a_second_fleet_object_reads_while_the_first_one_works(fleet: Fleet, tmp
 
     Fleet(fleet.path, on_event=listen).encode(["silent"], max_error=0.1)
     assert seen == [6]
-
-
-# residuals
-
-
-def test_a_residual_leaves_the_code_and_meets_the_limit(fleet: Fleet) -> None:
-    before = code_blobs(fleet)
-    (task,) = fleet.encode(["poems"], max_error=0.1, residual=True).tasks
-    code = fleet.show("poems").code
-    assert code is not None
-    assert code.residual is not None
-    assert (task.status, code.blob) == ("encoded", before["poems"])
-    assert task.residual_size == blob_of(fleet, code.residual.blob).stat().st_size
-    assert task.squared_error == code.residual.squared_error
-    assert (code.residual.relative_error or 1) <= 0.1
-
-
-def test_a_code_that_meets_the_limit_gets_no_residual(fleet: Fleet) -> None:
-    (task,) = fleet.encode(["silent"], max_error=0.7, residual=True).tasks
-    code = fleet.show("silent").code
-    assert (task.status, task.residual_size) == ("enough", None)
-    assert code is not None
-    assert code.residual is None
-
-
-def test_a_residual_that_is_there_is_known(fleet: Fleet) -> None:
-    fleet.encode(["poems"], max_error=0.1, residual=True)
-    before = files_of(fleet.path)
-    assert fleet.encode(["poems"], max_error=0.1, residual=True).tasks[0].status == "known"
-    assert files_of(fleet.path) == before
-
-
-def test_a_new_code_has_no_residual(fleet: Fleet) -> None:
-    residual = fleet.encode(["poems"], max_error=0.1, residual=True).tasks[0]
-    (task,) = fleet.encode(["poems"], max_error=0.45).tasks
-    assert residual.size is not None
-    assert residual.residual_size is not None
-    assert (task.before, task.residual_size) == (residual.size + residual.residual_size, None)
-
-
-def test_a_task_without_a_code_gets_no_residual(fleet: Fleet, loras: Path) -> None:
-    fleet.ingest([loras / "silent"], name="still")
-    (task,) = fleet.encode(["still"], max_error=0.1, residual=True).tasks
-    assert task.status == "unmeasured"
-    assert "no code to add a residual to" in str(task.reason)

@@ -56,7 +56,6 @@ def test_so_is_the_retained_gain(learned: Fleet) -> None:
         assert (task.status, task.retained_gain is None) == (status, False), task
 
 
-@pytest.mark.parametrize("other", [{"refine": 2}, {"residual": True}])
-def test_a_size_goes_with_neither_refinement_nor_residuals(fleet: Fleet, other: dict[str, int]) -> None:
+def test_a_size_does_not_go_with_refinement(fleet: Fleet) -> None:
     with pytest.raises(DataError, match="size"):
-        fleet.encode(size=SIZE, **other)  # type: ignore[arg-type]
+        fleet.encode(size=SIZE, refine=2)

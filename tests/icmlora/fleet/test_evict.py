@@ -149,14 +149,6 @@ def test_a_gain_that_is_too_small_keeps_the_original(learned: Fleet) -> None:
 
 
 @pytest.mark.slow
-def test_a_residual_counts(fleet: Fleet) -> None:
-    fleet.encode(["poems"], max_error=0.1, residual=True)
-    (task,) = fleet.evict(["poems"], max_error=0.1).tasks
-    assert (task.status, fleet.materialize("poems", fleet.path.parent / "out").source) == ("evicted", "residual")
-    assert task.residual_size
-
-
-@pytest.mark.slow
 def test_a_stopped_eviction_is_finished_by_the_same_call(fleet: Fleet) -> None:
     with pytest.raises(Cancelled) as stopped:
         Fleet(fleet.path, on_event=stop_after(2, TaskEvicted)).evict(max_error=0.7)

@@ -87,20 +87,6 @@ def test_new_held_out_text_makes_a_known_code_unknown(learned: Fleet, learned_te
 
 
 @pytest.mark.slow
-def test_a_residual_brings_a_code_to_the_gain(learned: Fleet) -> None:
-    learned.encode(["ships"], min_gain=0.5, device="cpu")
-    coarse = code_blobs(learned)["ships"]
-    (task,) = learned.encode(["ships"], min_gain=0.97, residual=True, device="cpu").tasks
-    assert (task.status, code_blobs(learned)["ships"]) == ("encoded", coarse)
-    assert task.retained_gain is not None
-    assert task.retained_gain >= 0.97
-    rows = {row.rung: row.retained_gain for row in learned.show("ships").evaluations}
-    assert rows["residual"] == task.retained_gain
-    assert rows["code"] is not None
-    assert rows["code"] < 0.97
-
-
-@pytest.mark.slow
 def test_refined_codes_keep_the_gain_too(learned: Fleet) -> None:
     (task,) = learned.encode(["trains"], min_gain=0.8, refine=3, device="cpu").tasks
     code = learned.show("trains").code

@@ -163,7 +163,7 @@ def test_a_fleet_is_complete_if_every_task_has_a_code_that_can_have_one(fleet: F
     assert sorted(task.task for task in of_base.original_only) == WITHOUT_CODE
     originals = sum(task.original_size for task in of_base.original_only)
     usage = bill.usage
-    coded = usage.generators + usage.codes + usage.residuals + usage.vectors + usage.extras + usage.database
+    coded = usage.generators + usage.codes + usage.vectors + usage.extras + usage.database
     assert bill.compact_size == coded + originals
 
 
@@ -184,7 +184,7 @@ def test_training_leaves_out_what_has_no_code_and_says_why(fleet: Fleet) -> None
 
 
 @pytest.mark.parametrize("task", WITHOUT_CODE)
-@pytest.mark.parametrize("source", ["code", "residual", "generate"])
+@pytest.mark.parametrize("source", ["code", "generate"])
 def test_what_has_no_code_is_written_from_its_original_only(fleet: Fleet, out: Path, task: str, source: str) -> None:
     with pytest.raises(DataError, match="only its original") as caught:
         fleet.materialize(task, out, source=source)  # type: ignore[arg-type]

@@ -13,7 +13,7 @@ from icmlora.fleet.write.materialize import Source, TooLossy
 from tests.icmlora.fleet.stores import blob_of, code_blobs, damage, equal, files_of
 
 WEIGHTS = "adapter_model.safetensors"
-ALL: tuple[Source, ...] = ("original", "residual", "code", "recalled")
+ALL: tuple[Source, ...] = ("original", "code", "recalled")
 
 
 @pytest.fixture
@@ -22,21 +22,14 @@ def out(tmp_path: Path) -> Path:
     return tmp_path / "out"
 
 
-@pytest.fixture
-def layered(fleet: Fleet) -> Fleet:
-    """The trained fleet with a residual for one task."""
-    fleet.encode(["rules"], max_error=0.1, residual=True)
-    return fleet
-
-
 def updates(adapter: Adapter) -> dict[str, torch.Tensor]:
     return {module.name: module.b @ module.a for module in adapter.modules}
 
 
 @pytest.mark.parametrize("source", ALL)
-def test_an_adapter_in_memory_is_that_of_the_folder(layered: Fleet, out: Path, source: Source) -> None:
-    report = layered.materialize("rules", out, source=source, dtype="float32")
-    written, loaded = updates(load_adapter(out)), updates(layered.load("rules", source=source))
+def test_an_adapter_in_memory_is_that_of_the_folder(fleet: Fleet, out: Path, source: Source) -> None:
+    report = fleet.materialize("rules", out, source=source, dtype="float32")
+    written, loaded = updates(load_adapter(out)), updates(fleet.load("rules", source=source))
     assert report.source == source
     assert written.keys() == loaded.keys()
     for name in loaded:
@@ -44,8 +37,8 @@ def test_an_adapter_in_memory_is_that_of_the_folder(layered: Fleet, out: Path, s
 
 
 @pytest.mark.parametrize("source", ALL)
-def test_the_digest_is_that_of_the_written_weights(layered: Fleet, out: Path, source: Source) -> None:
-    report = layered.materialize("rules", out, source=source)
+def test_the_digest_is_that_of_the_written_weights(fleet: Fleet, out: Path, source: Source) -> None:
+    report = fleet.materialize("rules", out, source=source)
     assert report.weights == hashlib.sha256((out / WEIGHTS).read_bytes()).hexdigest()
 
 
@@ -62,14 +55,14 @@ def test_an_original_comes_back_byte_for_byte(fleet: Fleet, loras: Path, out: Pa
     assert (report.squared_error, report.retained_gain, report.generator) == (0.0, 1.0, None)
 
 
-def test_the_sources_come_closer_to_the_original_one_after_the_other(layered: Fleet) -> None:
-    original = updates(layered.load("rules"))
+def test_the_sources_come_closer_to_the_original_one_after_the_other(fleet: Fleet) -> None:
+    original = updates(fleet.load("rules"))
 
     def error(source: Source) -> float:
-        found = updates(layered.load("rules", source=source))
+        found = updates(fleet.load("rules", source=source))
         return sum(float((found[name] - original[name]).square().sum()) for name in original)
 
-    assert 0 < error("residual") < error("code") < error("recalled")
+    assert 0 < error("code") < error("recalled")
 
 
 def test_the_reported_error_is_that_of_the_adapter(fleet: Fleet, out: Path) -> None:
@@ -81,11 +74,10 @@ def test_the_reported_error_is_that_of_the_adapter(fleet: Fleet, out: Path) -> N
     assert report.squared_error == pytest.approx(report.relative_error**2)
 
 
-def test_auto_takes_the_best_source_that_is_left(layered: Fleet, tmp_path: Path) -> None:
-    assert layered.materialize("rules", tmp_path / "before").source == "original"
-    layered.evict(["rules", "silent"], max_error=0.7)
-    assert layered.materialize("rules", tmp_path / "rules").source == "residual"
-    assert layered.materialize("silent", tmp_path / "silent").source == "code"
+def test_auto_takes_the_best_source_that_is_left(fleet: Fleet, tmp_path: Path) -> None:
+    assert fleet.materialize("rules", tmp_path / "before").source == "original"
+    fleet.evict(["rules"], max_error=0.7)
+    assert fleet.materialize("rules", tmp_path / "rules").source == "code"
 
 
 def test_a_decoded_adapter_has_the_number_format_that_was_asked_for(fleet: Fleet, tmp_path: Path) -> None:
@@ -108,10 +100,10 @@ def test_nothing_is_claimed_of_a_sampled_adapter(fleet: Fleet, out: Path) -> Non
     assert (report.source, report.squared_error, report.retained_gain) == ("network", None, None)
 
 
-@pytest.mark.parametrize("source", ["original", "residual", "code"])
-def test_a_seed_for_what_is_not_sampled_is_refused(layered: Fleet, out: Path, source: Source) -> None:
+@pytest.mark.parametrize("source", ["original", "code"])
+def test_a_seed_for_what_is_not_sampled_is_refused(fleet: Fleet, out: Path, source: Source) -> None:
     with pytest.raises(DataError, match="--seed needs --source network or auto"):
-        layered.materialize("rules", out, source=source, seed=1)
+        fleet.materialize("rules", out, source=source, seed=1)
     assert not out.exists()
 
 
@@ -146,7 +138,6 @@ def test_an_evicted_original_is_an_error_that_says_how_to_get_it_back(fleet: Fle
     ("source", "fact", "hint"),
     [
         ("code", "task 'poems' has no code", "run `icm train` to make one"),
-        ("residual", "task 'poems' has no code", "run `icm train` to make one"),
         ("recalled", "there is no generator for task 'poems'", "run `icm train` to make one"),
     ],
 )
@@ -154,12 +145,6 @@ def test_before_a_training_there_is_only_the_original(ingested: Fleet, source: S
     with pytest.raises(DataError, match=fact) as error:
         ingested.load("poems", source=source)
     assert error.value.hint == hint
-
-
-def test_a_code_without_a_residual_says_what_makes_one(fleet: Fleet) -> None:
-    with pytest.raises(DataError, match="task 'poems' has no residual") as error:
-        fleet.load("poems", source="residual")
-    assert "icm encode --residual" in str(error.value.hint)
 
 
 @pytest.mark.slow
@@ -252,9 +237,9 @@ def test_reading_changes_no_byte_of_the_store(fleet: Fleet, tmp_path: Path) -> N
 
 @pytest.mark.one_case
 @pytest.mark.parametrize("source", ALL)
-def test_the_files_in_memory_are_those_of_the_folder(layered: Fleet, out: Path, source: Source) -> None:
-    layered.materialize("rules", out, source=source)
-    assert layered.read_files("rules", source=source) == files_of(out)
+def test_the_files_in_memory_are_those_of_the_folder(fleet: Fleet, out: Path, source: Source) -> None:
+    fleet.materialize("rules", out, source=source)
+    assert fleet.read_files("rules", source=source) == files_of(out)
 
 
 @pytest.mark.slow

@@ -149,12 +149,6 @@ class TestOutputs:
         assert "<mark>" not in page.read_text().partition('<article class="answers">')[2]
 
     @pytest.mark.slow
-    def test_a_residual_answers_together_with_its_code(self, learned: Fleet, page: Path) -> None:
-        learned.encode(["ships"], residual=True, max_error=0.01, device="cpu")
-        learned.report(page, outputs=["ships"], max_new_tokens=4, device="cpu")
-        assert "code + residual" in read(page).texts
-
-    @pytest.mark.slow
     def test_a_task_without_held_out_text_is_named_and_the_others_go_on(
         self, learned: Fleet, page: Path, tmp_path: Path
     ) -> None:

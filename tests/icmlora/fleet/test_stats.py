@@ -34,7 +34,7 @@ def test_every_use_is_the_length_of_its_files(fleet: Fleet) -> None:
     assert usage.vectors == sizes(fleet, vectors)
     assert usage.generators == sizes(fleet, {version.record.blob})
     assert usage.database == sum(path.stat().st_size for path in fleet.path.glob("registry.db*"))
-    assert (usage.residuals, usage.old_generators, usage.training) == (0, 0, 0)
+    assert (usage.old_generators, usage.training) == (0, 0)
 
 
 def test_originals_and_checkpoints_are_counted_apart(fleet: Fleet) -> None:
@@ -74,17 +74,6 @@ def test_an_eviction_takes_the_weights_off_the_bill(fleet: Fleet) -> None:
     assert before.usage.originals - after.usage.originals == freed
     assert (after.evicted, bills(fleet)["rules"].evicted) == (1, True)
     assert bills(fleet)["rules"].original_size == fleet.show("rules").final.stored_bytes
-
-
-def test_a_residual_is_on_the_bill(fleet: Fleet) -> None:
-    (task,) = fleet.encode(["poems"], max_error=0.1, residual=True).tasks
-    poems = bills(fleet)["poems"]
-    assert (poems.rung, poems.residual_size, poems.squared_error) == (
-        "residual",
-        task.residual_size,
-        task.squared_error,
-    )
-    assert fleet.stats().usage.residuals == task.residual_size
 
 
 def test_a_few_shot_start_is_shared_by_all_tasks(started: Path) -> None:

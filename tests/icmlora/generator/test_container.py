@@ -1,4 +1,4 @@
-"""The container that codes, residuals, networks and few-shot starts share."""
+"""The container that codes, networks and few-shot starts share."""
 
 from __future__ import annotations
 

@@ -21,7 +21,6 @@ from icmlora.generator.initial_a.draw import InitialA, InitialModule, initial_fr
 from icmlora.generator.initial_a.search import initial_under
 from icmlora.generator.limits import Limits
 from icmlora.generator.network_file import generator_from_bytes, generator_to_bytes
-from icmlora.generator.residual_codec import ResidualCodec
 from icmlora.training.config import TrainConfig
 from icmlora.training.initialisation import fresh_network
 from icmlora.training.loop import fit
@@ -82,14 +81,6 @@ def test_a_known_initial_a_of_rank_300_makes_its_code_smaller() -> None:
         codec().encode(adapter, {}, which, limits=Limits(max_error=math.sqrt(0.05))).data for which in (None, initial)
     )
     assert len(known) < len(without)
-
-
-@pytest.mark.slow
-def test_a_residual_of_a_wide_code_brings_the_error_down() -> None:
-    adapter = wide_adapter()
-    code = codec().encode(adapter, {}, limits=Limits(max_error=math.sqrt(0.3))).data
-    residual = ResidualCodec(codec()).encode(adapter, code, Limits(max_error=0.1))
-    assert squared_error(adapter, ResidualCodec(codec()).decode(code, residual.data)) <= 0.01
 
 
 def config(slots: int) -> GeneratorConfig:

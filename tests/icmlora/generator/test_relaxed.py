@@ -131,15 +131,19 @@ def test_boosts_make_longer_what_lies_across_the_subspace_and_nothing_else() -> 
     after = under.open(code.to_code())
     for group in after.groups:
         layer = torch.from_numpy(group.slots.layer)
-        plain, longer = (under.dequantised(group, opened.state, opened.head.step) for opened in (before, after))
+        norms = under.quantizer.norms(group.slots, group.gain, group.residuals)
+        plain, longer = (
+            under.quantizer.dequantise(group.slots, norms, opened.state, opened.head.step, group.vectors)
+            for opened in (before, after)
+        )
         subspace, kind = after.state.subspace, group.slots.kind
-        difference = longer.inputs - plain.inputs
+        difference = longer[0] - plain[0]
         known_here = torch.from_numpy(subspace.knows(kind))[layer]
         assert difference[known_here].any()
         assert not difference[~known_here].any()
         # Rounding leaves a little of it along the subspace, which is made longer with it.
         assert subspace.project(kind, layer, difference).norm() < 0.3 * difference.norm()
-        assert torch.equal(longer.outputs, plain.outputs)
+        assert torch.equal(longer[1], plain[1])
 
 
 def test_a_code_without_integers_can_be_opened_and_closed() -> None:

@@ -140,7 +140,6 @@
       ["Target modules", listed("targets", row)],
       ["Parameters", `${row[at.parameters].toLocaleString("en")}, ${listed("dtype", row)}`],
       ["Code", size(row[at.code])],
-      ["Residual", size(row[at.residual])],
       ["Task vectors", row[at.vectors] ? size(row[at.vectors]) : ""],
       ["Extras", row[at.extras] ? size(row[at.extras]) : ""],
       ["Cluster on the map", row[at.cluster] === null ? "" : String(row[at.cluster])],

@@ -62,7 +62,7 @@ class Made:
         has_code = self.code is not None
         return TaskBill(
             task=self.name, bf16_size=self.original, original_size=self.original, vectors_size=1500,
-            code_size=self.code, residual_size=None, rung="code" if has_code else None,
+            code_size=self.code,
             squared_error=None if self.error is None or not has_code else self.error**2,
             retained_gain=self.gain if has_code else None, evicted=self.evicted,
             asked=CodeLimits(min_gain=0.99, is_kept=False) if has_code and (self.gain or 1) < 0.5 else None,

@@ -107,16 +107,6 @@ def test_an_evicted_original_leaves_base_model_and_code(
 
 
 @pytest.mark.slow
-def test_a_residual_has_a_column_of_its_own(images: Fleet, drawn: Callable[..., tuple[ReportSummary, str]]) -> None:
-    images.encode(["pear"], residual=True, max_error=0.05, device="cpu")
-    (made,) = drawn("pear")[0].pictures
-    assert made.distances is not None
-    near = made.distances.to_original
-    assert near["code + residual"] < near["code"]
-    assert all(group.errors["code + residual"] < group.errors["code"] for group in made.errors)
-
-
-@pytest.mark.slow
 def test_blocks_of_the_model_have_their_errors(images: Fleet, drawn: Callable[..., tuple[ReportSummary, str]]) -> None:
     summary, page = drawn("pear")
     groups = {group.group: group.modules for group in summary.pictures[0].errors}
