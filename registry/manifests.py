@@ -1,4 +1,4 @@
-"""Manifests: immutable JSON documents, each describing one state of a task, a generator, a base model or a training run.
+"""Manifests: immutable JSON documents, each describing one state of a task, generator, base model or training run.
 
     Task ──encode──▶ canonical JSON, deflated ──▶ manifests/a1/a1c7...      named by the SHA-256 of these bytes
          ◀─decode──  with the values that many tasks share from blobs/
@@ -17,7 +17,6 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from datetime import UTC, datetime
-from functools import lru_cache
 from typing import Any, ClassVar, Literal, Self, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from registry.errors import DamagedStore
@@ -62,9 +61,9 @@ class File(str):
         made.size = size
         return made
 
-    def __getnewargs__(self) -> tuple[str, int]:
-        """Return what pickle and copy call the constructor with."""
-        return str(self), self.size
+    def __reduce__(self) -> tuple[type[Self], tuple[str, int]]:
+        """Return what pickle and copy call."""
+        return type(self), (str.__str__(self), self.size)
 
 
 class WithRelativeError:
@@ -85,7 +84,7 @@ def relative_error(squared: float | None) -> float | None:
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """A part of a manifest. `SHARED` names the fields that many tasks have in common, which are stored once as a blob."""
+    """A part of a manifest. `SHARED` names the fields that many tasks have in common; they are stored once, as a blob."""
 
     SHARED: ClassVar[tuple[str, ...]] = ()
 
@@ -550,34 +549,37 @@ def files_of(body: Any) -> Iterator[tuple[str, File]]:
     The network of a code is needed too: it has the use `generators`.
     """
     kind = body["type"].split("/")[0]
-    if kind == "task":
-        for use, adapter in [("originals", body["final"]), *(("checkpoints", one) for one in body.get("checkpoints", ()))]:
-            gone = ("weights", "initial") if "evicted_at" in adapter else ()
-            for name in ("weights", "initial", "config", "card"):
-                if name in adapter and name not in gone:
-                    yield use, _file(adapter[name])
-            for extra in adapter.get("extras", ()):
-                yield "extras", _file(extra["blob"])
-            yield "manifests", _file(adapter["shared"])
-        for name in ("samples", "eval_data"):
-            if name in body:
-                yield "texts", _file(body[name])
-        for vector in body.get("vectors", ()):
-            yield "vectors", _file(vector["blob"])
-            yield "manifests", _file(vector["shared"])
-        if "code" in body:
-            yield "codes", _file(body["code"]["blob"])
-            yield "generators", _file(body["code"]["generator"])
-    elif kind == "generator":
-        for name in ("blob", "start"):
-            if name in body:
-                yield "generators", _file(body[name])
-    elif kind == "run":
-        for name in ("weights", "optimizer"):
-            if name in body:
-                yield "training", _file(body[name])
-        for batch in body.get("codes", ()):
-            yield "training", _file(batch)
+    if kind == Task.KIND:
+        yield from _files_of_task(body)
+    single, many = _FILES.get(kind, ((), ()))
+    for use, name in single:
+        if name in body:
+            yield use, _file(body[name])
+    for use, name in many:
+        for file in body.get(name, ()):
+            yield use, _file(file)
+
+
+_FILES = {  # kind -> use and key of files, and of lists of files
+    "task": ((("texts", "samples"), ("texts", "eval_data")), ()),
+    "generator": ((("generators", "blob"), ("generators", "start")), ()),
+    "run": ((("training", "weights"), ("training", "optimizer")), (("training", "codes"),)),
+}
+
+
+def _files_of_task(body: Any) -> Iterator[tuple[str, File]]:
+    adapters = [("originals", body["final"]), *(("checkpoints", one) for one in body.get("checkpoints", ()))]
+    for use, adapter in adapters:
+        names = ("config", "card") if "evicted_at" in adapter else ("weights", "initial", "config", "card")
+        yield from ((use, _file(adapter[name])) for name in names if name in adapter)
+        yield from (("extras", _file(extra["blob"])) for extra in adapter.get("extras", ()))
+        yield "manifests", _file(adapter["shared"])
+    for vector in body.get("vectors", ()):
+        yield "vectors", _file(vector["blob"])
+        yield "manifests", _file(vector["shared"])
+    if "code" in body:
+        yield "codes", _file(body["code"]["blob"])
+        yield "generators", _file(body["code"]["generator"])
 
 
 def _file(text: str) -> File:
@@ -590,7 +592,7 @@ def _file(text: str) -> File:
 def _written(value: Any, documents: dict[str, bytes]) -> Any:
     """Return a value as JSON, without the fields that have their default values."""
     if isinstance(value, File):
-        return f"{str.__str__(value)}:{value.size}"
+        return f"{value}:{value.size}"
     if isinstance(value, Part):
         body = {
             one.name: _written(getattr(value, one.name), documents)
@@ -646,12 +648,16 @@ def _read_part(kind: type[Part], body: Any, shared: Shared, **given: Any) -> Par
 _Reader = Callable[[Any, Shared], Any]
 
 
-@lru_cache
+_READERS: dict[type[Part], dict[str, _Reader]] = {}
+
+
 def _readers(kind: type[Part]) -> dict[str, _Reader]:
     """Return what reads each field of a part from JSON, and raises `ValueError` or `TypeError` if it does not fit."""
-    hints = get_type_hints(kind)
-    names = {one.name for one in fields(kind)} - {"more", "manifest"}
-    return {name: _reader(hints[name]) for name in names}
+    if kind not in _READERS:
+        hints = get_type_hints(kind)
+        names = {one.name for one in fields(kind)} - {"more", "manifest"}
+        _READERS[kind] = {name: _reader(hints[name]) for name in names}
+    return _READERS[kind]
 
 
 def _reader(hint: Any) -> _Reader:

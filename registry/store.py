@@ -16,7 +16,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
@@ -26,7 +26,20 @@ from sqlalchemy import Connection, Select, bindparam, delete, func, insert, or_,
 from registry.errors import DamagedStore, GeneratorNotFound, LostRace, TaskConflict, TaskNotFound
 from registry.filters import Selection
 from registry.listing import IS_TASK, ROW, selected
-from registry.manifests import BaseModel, File, Generator, Part, Removed, Run, State, Task, decode, encode, now, read_shared
+from registry.manifests import (
+    BaseModel,
+    File,
+    Generator,
+    Part,
+    Removed,
+    Run,
+    State,
+    Task,
+    decode,
+    encode,
+    now,
+    read_shared,
+)
 from registry.manifests import is_digest as is_digest
 from registry.names import Address, DatabaseUrl, address_of, split_version
 from registry.storage.blobs.content import Blobs
@@ -95,8 +108,8 @@ class Store:
             backends: where blobs and manifests are, if not where the store says.
             blobs: where a new store has its bytes, such as `s3://BUCKET/PREFIX`, if not in its folder.
             cache: returns the folder for copies of what is read from a remote place.
-            on_damage: called with the name of a task whose manifest cannot be read, when many tasks are read: the others
-                are read without it. By default that is an error.
+            on_damage: called with the name of a task whose manifest cannot be read, when many tasks are read: the
+                others are read without it. By default that is an error.
 
         Raises:
             StoreNotFound: There is none, and `create` is not set.
@@ -104,9 +117,7 @@ class Store:
             NotAStore: There is something else, or a store that has its bytes elsewhere than `blobs`.
         """
         address, patience = address_of(place), patience or Patience(lock_timeout)
-        parts = open_parts(
-            address, create=create, read_only=read_only, patience=patience, command=command, blobs=blobs
-        )
+        parts = open_parts(address, create=create, read_only=read_only, patience=patience, command=command, blobs=blobs)
         if backends is not None:
             parts = parts._replace(blobs=backends[0], manifests=backends[1])
         copies = None
@@ -267,7 +278,7 @@ class Store:
         """Return base model -> number of its tasks."""
         query = select(REFS.c.base, func.count()).where(IS_TASK).group_by(REFS.c.base)
         with self._db.read() as connection:
-            return {base: count for base, count in connection.execute(query)}
+            return {row[0]: row[1] for row in connection.execute(query)}
 
     def tags(self) -> dict[str, int]:
         """Return how many tasks have each tag, by tag."""
@@ -587,7 +598,7 @@ def _move(connection: Connection, states: Sequence[State], digests: Sequence[str
     if new:
         connection.execute(insert(REFS), new)
     if moved:
-        columns = {name: bindparam(f"new_{name}") for name in REFS.columns.keys() if name not in ("kind", "key")}
+        columns = {name: bindparam(f"new_{name}") for name in REFS.columns if name not in ("kind", "key")}
         where = REFS.c.kind == bindparam("old_kind"), REFS.c.key == bindparam("old_key")
         values = [
             {f"{'old' if name in ('kind', 'key') else 'new'}_{name}": value for name, value in row.items()}
