@@ -11,7 +11,7 @@ nothing is deleted.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -186,12 +186,24 @@ def free(store: Store, files: Iterable[str], names: Iterable[str]) -> int | None
             keys = {key_of("task", name) for name in names}
             states = [one for one in found.garbage if one.name[0] == "task" and one.name[1] in keys]
             doomed = {str(file) for file in files} | {str(file) for one in states for _, file in _needed(one)}
-            freed = store.manifests.delete(one.info.digest for one in states)
-            failpoint("manifests-deleted")
+            freed = _delete_states(store, states)
             freed += store.blobs.delete(sorted(doomed - found.reached))
             store.parts.maintenance.after_deletion()
     except StoreLocked:
         return None
+    return freed
+
+
+def _delete_states(store: Store, states: Sequence[Found], newest: float | None = None) -> int:
+    """Delete manifests and return the bytes freed: before their blobs, and removals last.
+
+    So a state that lacks its blobs, or that was removed, does not come back if the database is lost.
+    """
+    freed = 0
+    for is_removal in (False, True):
+        digests = [one.info.digest for one in states if one.is_removal == is_removal]
+        freed += store.manifests.delete(digests, newest=newest)
+        failpoint("manifests-deleted")
     return freed
 
 
@@ -224,9 +236,7 @@ def _prune(store: Store, grace: float | None, empty_quarantine: bool, *, dry_run
     left = leftovers(store) + (leftovers(store, aside=True) if empty_quarantine else [])
     temporary = [file for file in left if file.modified <= newest and not file.is_folder]
     if not dry_run:
-        # Manifests first: one without its blobs must not come back if the database is lost.
-        manifests.delete((one.info.digest for one in states), newest=newest)
-        failpoint("manifests-deleted")
+        _delete_states(store, states, newest)
         blobs.delete((blob.digest for blob in doomed), newest=newest)
         for file in temporary:
             file.remove()

@@ -21,7 +21,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
 
-from sqlalchemy import Connection, Select, bindparam, delete, func, insert, or_, select, update
+from sqlalchemy import Connection, Select, Table, bindparam, delete, func, insert, or_, select, update
 
 from registry.errors import DamagedStore, GeneratorNotFound, LostRace, TaskConflict, TaskNotFound
 from registry.filters import Selection
@@ -581,7 +581,7 @@ def _present(connection: Connection, states: Sequence[State]) -> dict[tuple[str,
 
 def _move(connection: Connection, states: Sequence[State], digests: Sequence[str]) -> None:
     """Write refs and history in an open transaction that holds the lock to write."""
-    present, new, moved = _present(connection, states), list[dict[str, Any]](), list[dict[str, Any]]()
+    present, rows = _present(connection, states), list[dict[str, Any]]()
     newest = {(one.KIND, key_of(one.KIND, one.ref)): one.number for one in sorted(states, key=lambda one: one.number)}
     for state, digest in zip(states, digests, strict=True):
         key = state.KIND, key_of(state.KIND, state.ref)
@@ -594,28 +594,22 @@ def _move(connection: Connection, states: Sequence[State], digests: Sequence[str
                 if state.parent is None and isinstance(state, Task):
                     raise TaskConflict(state.name)
                 raise _lost(f"{state.KIND} {state.ref!r}")
-            (new if manifest is None else moved).append(index_of(state, digest))
-    if new:
-        connection.execute(insert(REFS), new)
-    if moved:
-        columns = {name: bindparam(f"new_{name}") for name in REFS.columns if name not in ("kind", "key")}
-        where = REFS.c.kind == bindparam("old_kind"), REFS.c.key == bindparam("old_key")
-        values = [
-            {f"{'old' if name in ('kind', 'key') else 'new'}_{name}": value for name, value in row.items()}
-            for row in moved
-        ]
-        connection.execute(update(REFS).where(*where).values(columns), values)
+            rows.append(index_of(state, digest))
     versions = [
         {"kind": one.KIND, "key": key_of(one.KIND, one.ref), "version": one.number, "manifest": digest}
         for one, digest in zip(states, digests, strict=True)
         if one.KIND in _WITH_HISTORY
     ]
-    if versions:
-        same = (HISTORY.c[name] == bindparam(f"old_{name}") for name in ("kind", "key", "version"))
-        connection.execute(
-            delete(HISTORY).where(*same), [{f"old_{name}": value for name, value in row.items()} for row in versions]
-        )
-        connection.execute(insert(HISTORY), versions)
+    _replace(connection, REFS, ("kind", "key"), rows)
+    _replace(connection, HISTORY, ("kind", "key", "version"), versions)
+
+
+def _replace(connection: Connection, table: Table, key: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write rows in place of those with the same key."""
+    if rows:
+        same = [table.c[name] == bindparam(f"old_{name}") for name in key]
+        connection.execute(delete(table).where(*same), [{f"old_{name}": row[name] for name in key} for row in rows])
+        connection.execute(insert(table), rows)
 
 
 def _lost(what: str) -> LostRace:
