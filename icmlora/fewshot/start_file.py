@@ -58,7 +58,7 @@ def fewshot_start_from_bytes(data: bytes, decode: Callable[[bytes], Adapter]) ->
             sizes=_whole(head["sizes"]),
             rates=tuple(_whole(row) for row in head["rates"]),
             slopes=_whole(head["slopes"]),
-            in_context=_whole(head.get("in_context", [0] * len(head["slopes"]))),  # icm 0.10 learned none
+            in_context=_whole(head["in_context"]),
             tasks=_whole([head["tasks"]], _TASKS_LIMIT)[0],
         )
     except (CodeError, ValueError, TypeError, KeyError, RecursionError) as error:

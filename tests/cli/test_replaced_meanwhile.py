@@ -213,16 +213,6 @@ class TestEncode:
             "poems": "changed", "rules": "encoded",
         }  # fmt: skip
 
-    @pytest.mark.usefixtures("plain_gains")
-    def test_what_is_measured_of_a_code_stands_under_its_own_generator(
-        self, icm: Icm, trained: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        first = current(trained)
-        before(monkeypatch, encoding, "losses_on_own_text", lambda: publish(trained))
-        assert icm("encode", "poems", "--min-gain", "0.9", "--device", "cpu").code == 0
-        assert current(trained).id != first.id
-        assert measured(trained)["code"] == first.id
-
 
 class TestJobLock:
     """`icm encode` and `icm evict` wait for other long jobs of the same base model."""

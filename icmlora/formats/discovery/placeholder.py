@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from icmlora.errors import AdapterRefused, located
+from icmlora.errors import AdapterRefused, OtherFormat, located
 from icmlora.io.files import read_regular
 from icmlora.io.strict_json import parse_object
 from registry.names import escape, is_file_name, is_text, task_name_problem
@@ -162,8 +162,8 @@ def parse_placeholder(data: bytes) -> Placeholder:
     value = parse_object(data, what="the placeholder", max_bytes=MAX_BYTES)
     version = value.get("icm_placeholder")
     if type(version) is int and version != VERSION:
-        fact = f"a placeholder of version {version}, but this icm reads version {VERSION}"
-        raise AdapterRefused(fact, kind="placeholder", hint="use the icm version that wrote it")
+        other = OtherFormat.of("placeholder", version, VERSION)
+        raise AdapterRefused(other.message, kind="placeholder", hint=other.hint)
     _keys(value, {"about", "adapter", "code", "files", "icm_placeholder", "store", "task"}, "the placeholder")
     _checked(value, "icm_placeholder", lambda one: type(one) is int and one == VERSION)
     _checked(value, "about", lambda one: _is_text(one, _MAX_ABOUT))

@@ -123,7 +123,7 @@ def test_a_newer_format_is_named(data: bytes, spoilt: Path) -> None:
 @pytest.mark.parametrize("version", [1, 2, 3, 4])
 def test_an_earlier_format_is_named_and_not_called_damaged(data: bytes, spoilt: Path, version: int) -> None:
     spoilt.write_bytes(b"ICMB" + bytes([version]) + data[5:])
-    with pytest.raises(OtherFormat, match="the bundle was written by icm 0.x"), open_bundle(spoilt):
+    with pytest.raises(OtherFormat, match=r"the bundle was written by icm 0\.x"), open_bundle(spoilt):
         pass
 
 

@@ -66,13 +66,6 @@ def test_what_is_written_is_read_back(start: FewShotStart) -> None:
         assert getattr(read, name) == getattr(start, name)
 
 
-def test_a_file_of_icm_0_10_adds_nothing_in_context() -> None:
-    head = {"sizes": [1] * MODULES, "rates": [[2] * MODULES] * 2, "slopes": [4, 5], "tasks": 6}
-    packed = zlib.compress(json.dumps(head).encode())
-    data = add_checksum(MAGIC + struct.pack("<I", len(packed)) + packed + b"the mean's code")
-    assert fewshot_start_from_bytes(data, decode).in_context == (0, 0)
-
-
 def test_the_same_start_gives_the_same_bytes() -> None:
     assert fewshot_start_to_bytes(start(), b"code") == fewshot_start_to_bytes(start(), b"code")
 

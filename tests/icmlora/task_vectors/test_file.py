@@ -133,7 +133,7 @@ def test_a_changed_bit_anywhere_is_refused(place: int, bit: int) -> None:
 
 
 def test_vectors_of_an_earlier_format_are_refused_and_not_called_damaged() -> None:
-    with pytest.raises(OtherFormat, match="the file of task vectors was written by icm 0.x"):
+    with pytest.raises(OtherFormat, match=r"the file of task vectors was written by icm 0\.x"):
         vectors_from_bytes(add_checksum(b"ICMT\x01" + bytes(40)))
 
 
