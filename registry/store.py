@@ -311,20 +311,27 @@ class Store:
         moment = max(time.time_ns() // 1_000_000, self._seq()) + 1
         new = [_next(state, moment) for state in states]
         gone = [_next(Removed(of=one.KIND, name=one.ref, seq=one.seq, manifest=one.manifest), moment) for one in remove]
-        data, documents = [], dict[str, bytes]()
-        for state in (*new, *gone):
-            body, common = encode(state)
-            data.append(body)
-            documents |= common
-        self.blobs.put_all(list(documents.values()))
-        digests = self.manifests.put_all(data)
+        digests = self._put_states([*new, *gone])
         with self._db.write() as connection:
             for state in remove:
                 _remove(connection, state)
-            _move(connection, new, digests[: len(new)])
-            seq = max([moment, *(state.seq for state in (*new, *gone))])
-            connection.execute(update(META).where(META.c.seq < seq).values(seq=seq))
+            _move(connection, new, digests[: len(new)], [state.manifest for state in states])
+            _raise_seq(connection, [*new, *gone])
         return [replace(state, manifest=digest) for state, digest in zip(new, digests, strict=False)]
+
+    def adopt(self, states: Sequence[State]) -> None:
+        """Take states of another store over as they are: their names are new here, and their manifests the same.
+
+        The blobs that they name must be durable. Give all versions of a task at once.
+
+        Raises:
+            TaskConflict, LostRace: The store has one of the names.
+        """
+        self._db.must_write()
+        digests = self._put_states(states)
+        with self._db.write() as connection:
+            _move(connection, states, digests, [None] * len(states))
+            _raise_seq(connection, states)
 
     def update(self, name: str, change: Callable[[Task], Task]) -> Task:
         """Change a task: read it, change it, and swap it in; again if another process was faster.
@@ -547,6 +554,16 @@ class Store:
             except LostRace:
                 continue
 
+    def _put_states(self, states: Sequence[State]) -> list[str]:
+        """Store manifests, after the documents that they share, and return their digests."""
+        data, documents = list[bytes](), dict[str, bytes]()
+        for state in states:
+            body, common = encode(state)
+            data.append(body)
+            documents |= common
+        self.blobs.put_all(list(documents.values()))
+        return self.manifests.put_all(data)
+
     def _discard(self, run: Run, kept: frozenset[File]) -> None:
         """Delete an earlier state of a run with its blobs, which nothing else refers to."""
         if run.manifest is not None:
@@ -579,19 +596,26 @@ def _present(connection: Connection, states: Sequence[State]) -> dict[tuple[str,
     return found
 
 
-def _move(connection: Connection, states: Sequence[State], digests: Sequence[str]) -> None:
-    """Write refs and history in an open transaction that holds the lock to write."""
+def _raise_seq(connection: Connection, states: Sequence[State]) -> None:
+    seq = max((state.seq for state in states), default=0)
+    connection.execute(update(META).where(META.c.seq < seq).values(seq=seq))
+
+
+def _move(
+    connection: Connection, states: Sequence[State], digests: Sequence[str], expected: Sequence[str | None]
+) -> None:
+    """Write refs and history in an open transaction that holds the lock to write, if the refs are as expected."""
     present, rows = _present(connection, states), list[dict[str, Any]]()
     newest = {(one.KIND, key_of(one.KIND, one.ref)): one.number for one in sorted(states, key=lambda one: one.number)}
-    for state, digest in zip(states, digests, strict=True):
+    for state, digest, before in zip(states, digests, expected, strict=True):
         key = state.KIND, key_of(state.KIND, state.ref)
         manifest, number = present.get(key, (None, 0))
         if state.number < number:  # an older version: only the history changes
-            if connection.scalar(_version(state)) != state.parent:
+            if connection.scalar(_version(state)) != before:
                 raise _lost(f"version {state.number} of {state.KIND} {state.ref!r}")
         elif state.number == newest[key]:
-            if manifest != state.parent:
-                if state.parent is None and isinstance(state, Task):
+            if manifest != before:
+                if before is None and isinstance(state, Task):
                     raise TaskConflict(state.name)
                 raise _lost(f"{state.KIND} {state.ref!r}")
             rows.append(index_of(state, digest))
