@@ -1,4 +1,4 @@
-"""What was measured of a source on held-out examples, and the figures to print of it. Never imports torch."""
+"""Measurements on held-out examples, and the figures to print of them. Never imports torch."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+from registry.manifests import Measurement, relative_error
 from registry.names import LOAD_IN, NLL
-from registry.records import EvaluationRecord, relative_error
 
 __all__ = ["MAX_TOKENS", "MetricResult", "relative_error"]
 
@@ -17,7 +17,7 @@ MAX_TOKENS = 256
 
 @dataclass(frozen=True)
 class MetricResult:
-    """What a modality measured: the metric, and how much it was measured on."""
+    """A metric, and the number of predictions that it was measured on."""
 
     metric: str  # its name, such as "nats per token" or "accuracy"
     value: float
@@ -26,13 +26,13 @@ class MetricResult:
     others: Mapping[str, float] = field(default_factory=dict)  # further figures, by name
 
     @classmethod
-    def of(cls, row: EvaluationRecord) -> MetricResult:
-        """Return what a measurement in the store says."""
-        return cls(row.metric, row.value, row.count, row.utf8_bytes, row.others)
+    def of(cls, stored: Measurement) -> MetricResult:
+        """Return the result of a measurement in the store."""
+        return cls(stored.metric, stored.value, stored.count, stored.utf8_bytes, stored.others)
 
     @property
     def figures(self) -> Mapping[str, float]:
-        """What to print of it, by name: of a language model also perplexity and bits per byte."""
+        """The figures to print, by name: of a language model also perplexity and bits per byte."""
         if self.metric != NLL:
             return {self.metric: self.value, **self.others}
         # Perplexity is infinite where a float cannot hold it.
@@ -41,17 +41,12 @@ class MetricResult:
         return {self.metric: self.value, "perplexity": perplexity, "bits per byte": bits, **self.others}
 
 
-def source_name(rung: str) -> str:
-    """Return the displayed name of a source. The store keeps the older word `generate`."""
-    return "recalled" if rung == "generate" else rung
-
-
 def gain_text(gain: float | None, precision: str | None, digits: int = 3, missing: str = "-") -> str:
     """Return a retained gain such as "0.951", or "0.951 nf4"."""
     return missing if gain is None else f"{gain:.{digits}f}{f' {precision}' if precision in LOAD_IN else ''}"
 
 
 def measured_in(precisions: Iterable[str | None]) -> str:
-    """Return what to put behind figures that were measured in these precisions: all of them, if one is few bits."""
+    """Return the precisions to print after figures, if a base model was loaded in few bits; else nothing."""
     found = sorted({precision for precision in precisions if precision is not None})
     return f" {', '.join(found)}" if any(precision in LOAD_IN for precision in found) else ""

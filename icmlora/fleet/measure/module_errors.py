@@ -1,4 +1,4 @@
-"""The relative error of a task's code in each group of its modules: which parts of a model it keeps best.
+"""Compute the relative error of a task's code in each group of its modules.
 
 The groups are those of `icmlora.adapter.module_groups`.
 """
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from icmlora.adapter.metrics import GroupError, errors_by_group
 from icmlora.adapter.module_groups import grouping
 from icmlora.errors import DataError
-from icmlora.fleet.context import Context, current_code, use_case
+from icmlora.fleet.context import Context, use_case
 from icmlora.fleet.resources.decoding import decode_code
 from icmlora.fleet.resources.loading import read_original
 from icmlora.formats.catalogue import format_named
@@ -19,7 +19,7 @@ from icmlora.generator.versions import GeneratorFile
 
 if TYPE_CHECKING:
     from icmlora.adapter.model import Adapter
-    from registry.records import AdapterRecord
+    from registry.manifests import Adapter as StoredAdapter
 
 
 @use_case
@@ -36,18 +36,17 @@ def module_errors(context: Context, task: str) -> Sequence[GroupError]:
         DataError: It has no code, or its original was evicted.
     """
     with context.open(read_only=True) as store:
-        known = store.tasks.get(task)
-        final, (code, generator) = store.tasks.final(known.name), current_code(store, known)
-        if final.is_evicted:
+        known = store.task(task)
+        if known.final.is_evicted:
             hint = "run `icm show TASK` for earlier measurements, or `icm verify` to check the code"
             raise DataError("its original is not in the store, so its code cannot be compared with it", hint=hint)
-        if code is None or generator is None:
+        if known.code is None:
             raise DataError("it has no code", hint="run `icm train` to make codes")
-        decoded = decode_code(store, GeneratorFile(store.blobs.read(generator.blob)), code)
-        return errors_of(final, read_original(store, final), decoded)
+        decoded = decode_code(store, GeneratorFile(store.blobs.read(known.code.generator)), known.code)
+        return errors_of(known.final, read_original(store, known.final), decoded)
 
 
-def errors_of(final: AdapterRecord, original: Adapter, decoded: Adapter) -> Sequence[GroupError]:
-    """Return the errors of what a code decodes to."""
+def errors_of(final: StoredAdapter, original: Adapter, decoded: Adapter) -> Sequence[GroupError]:
+    """Return the errors of a decoded code."""
     group_of = grouping(is_for_images=format_named(final.format).is_for_images)
     return errors_by_group(original, {"code": decoded}, group_of)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -18,13 +18,15 @@ from icmlora.adapter.model import Adapter
 from icmlora.errors import AdapterRefused
 from icmlora.fleet.failures import FAILURES, as_error
 from icmlora.fleet.resources.loading import read_original
-from icmlora.fleet.resources.stored_vectors import latest_vectors, read_vectors, vectors_by_task
+from icmlora.fleet.resources.stored_vectors import latest_vectors, read_vectors
 from icmlora.generator.config import MAX_SLOTS
 from icmlora.generator.initial_a.draw import InitialA
 from icmlora.generator.initial_a.search import SeedSearch, initial_under
 from icmlora.task_vectors.file import vectors_from_bytes
+from registry.filters import Selection
+from registry.manifests import Adapter as StoredAdapter
+from registry.manifests import Task, Vector
 from registry.names import escape
-from registry.records import AdapterRecord, VectorRecord
 
 if TYPE_CHECKING:
     from registry.store import Store
@@ -40,35 +42,33 @@ _TOO_WIDE = f"its rank exceeds {MAX_SLOTS}, the maximum for a code"
 
 
 @dataclass(frozen=True)
-class _Rows:
-    """The rows of one task."""
+class _Parts:
+    """A task, with those of its checkpoints and vectors that training reads."""
 
-    final: AdapterRecord
-    checkpoints: Sequence[AdapterRecord]
-    vectors: Sequence[Mapping[str, VectorRecord]]  # by view, for each support set
+    task: Task
+    checkpoints: Sequence[StoredAdapter]
+    vectors: Sequence[Mapping[str, Vector]]  # by view, for each support set
 
 
 class StoreAdapterSource:
     """The tasks of one base model whose originals are there; implements `icmlora.training.source.AdapterSource`."""
 
-    def __init__(self, store: Store, base_model: str, names: Collection[str] | None = None) -> None:
+    def __init__(self, store: Store, base_model: str, tasks: Iterable[Task], *, with_checkpoints: bool) -> None:
         self._store = store
         self.base_model = base_model
         self.left_out: dict[str, str] = {}
-        # Rows stay in memory; of the adapters, which are larger, only those read last.
-        self._tasks: list[_Rows] = []
-        vectors = vectors_by_task(store)
-        for row in store.tasks.summaries():
-            name, final = row.task.name, row.final
-            if row.task.base_model != base_model or final.is_evicted or (names is not None and name not in names):
+        self.others: list[Task] = []  # that cannot be trained on: evicted ones, and those in `left_out`
+        # Manifests stay in memory; of the adapters, which are larger, only those read last.
+        self._parts: list[_Parts] = []
+        for task in tasks:
+            reason = task.final.original_only or _too_wide(task.final)
+            if task.final.is_evicted or reason is not None:
+                self.others.append(task)
+                if reason is not None and not task.final.is_evicted:
+                    self.left_out[task.name] = reason
                 continue
-            reason = final.original_only or _too_wide(final)
-            if reason is not None:
-                self.left_out[name] = reason
-                continue
-            of_all = names is None and row.checkpoints
-            checkpoints = list(filter(_is_checkpoint, store.tasks.adapters(name))) if of_all else []
-            self._tasks.append(_Rows(final, checkpoints, _by_support_set(vectors[name])))
+            checkpoints = list(filter(_is_usable, task.checkpoints)) if with_checkpoints else []
+            self._parts.append(_Parts(task, checkpoints, _by_support_set(task.vectors)))
         self._cache: OrderedDict[tuple[str, str], Adapter] = OrderedDict()
         self._cached = 0
         self._search = SeedSearch()
@@ -76,71 +76,87 @@ class StoreAdapterSource:
         self._initial = lru_cache(_CACHED_INITIALS)(self._find_initial)
         self._vector_file = lru_cache(_CACHED_VECTOR_FILES)(lambda blob: vectors_from_bytes(store.blobs.read(blob)))
 
+    @classmethod
+    def of_base(cls, store: Store, base_model: str) -> StoreAdapterSource:
+        """Return all tasks of a base model with their checkpoints."""
+        return cls(store, base_model, store.tasks(Selection(base_model=base_model)), with_checkpoints=True)
+
+    def only(self, names: Iterable[str]) -> StoreAdapterSource:
+        """Return some of these tasks, without checkpoints."""
+        chosen = set(names)
+        tasks = (parts.task for parts in self._parts if parts.task.name in chosen)
+        return StoreAdapterSource(self._store, self.base_model, tasks, with_checkpoints=False)
+
     @property
     def names(self) -> list[str]:
         """The names of the tasks."""
-        return [rows.final.task for rows in self._tasks]
+        return [parts.task.name for parts in self._parts]
 
-    def leave_out_unusable(self, tell: Callable[[int, str], None]) -> None:
+    def leave_out_unusable(self, on_task: Callable[[int, str], None]) -> None:
         """Leave out tasks and checkpoints whose bytes are damaged or whose values are too large, and note why.
 
         Args:
-            tell: Called with the number and the name of each task before its adapters are read.
+            on_task: Called with the number and the name of each task before its adapters are read.
         """
-        kept: list[_Rows] = []
-        for task, rows in enumerate(self._tasks):
-            tell(task, rows.final.task)
+        kept: list[_Parts] = []
+        for number, parts in enumerate(self._parts):
+            on_task(number, parts.task.name)
             try:
-                refuse_large(self._adapter_of(rows.final))
-                for support_set in range(self.support_sets(task)):
-                    self.vectors(task, support_set)
+                refuse_large(self._adapter_of(parts.task.final))
+                for support_set in range(self.support_sets(number)):
+                    self.vectors(number, support_set)
             except FAILURES as error:
-                self.left_out[rows.final.task] = as_error(error).message
+                self.left_out[parts.task.name] = as_error(error).message
+                self.others.append(parts.task)
             else:
-                kept.append(replace(rows, checkpoints=list(filter(self._is_usable, rows.checkpoints))))
-        self._tasks = kept
+                kept.append(replace(parts, checkpoints=list(filter(self._can_be_read, parts.checkpoints))))
+        self._parts = kept
 
-    def _is_usable(self, row: AdapterRecord) -> bool:
+    def _can_be_read(self, checkpoint: StoredAdapter) -> bool:
         try:
-            refuse_large(self._adapter_of(row))
+            refuse_large(self._adapter_of(checkpoint))
         except FAILURES:
             return False
         return True
 
     def tasks(self) -> int:
         """Return the number of tasks."""
-        return len(self._tasks)
+        return len(self._parts)
 
     def checkpoints(self, task: int) -> int:
         """Return the number of checkpoints of a task."""
-        return len(self._tasks[task].checkpoints)
+        return len(self._parts[task].checkpoints)
 
-    def final(self, task: int) -> AdapterRecord:
-        """Return the row of a task's final adapter."""
-        return self._tasks[task].final
+    def task(self, task: int) -> Task:
+        """Return a task as it was when training began."""
+        return self._parts[task].task
 
     def adapters(self) -> int:
         """Return the number of adapters, checkpoints included."""
-        return sum(1 for _ in self._rows())
+        return sum(1 for _ in self._adapters())
 
     def parameters(self) -> int:
         """Return the number of parameters of all adapters together."""
-        return sum(row.parameters for row in self._rows())
+        return sum(adapter.parameters for adapter in self._adapters())
 
     def layouts(self) -> Iterator[list[ModuleShape]]:
         """Yield the modules of each adapter with their shapes and ranks, checkpoints included."""
-        return (layout_of(row) for row in self._rows())
+        return (layout_of(adapter) for adapter in self._adapters())
 
-    def _rows(self) -> Iterator[AdapterRecord]:
-        for rows in self._tasks:
-            yield rows.final
-            yield from rows.checkpoints
+    def _adapters(self) -> Iterator[StoredAdapter]:
+        for parts in self._parts:
+            yield parts.task.final
+            yield from parts.checkpoints
 
     def digest(self) -> str:
         """Return a digest of everything that training reads: adapters, checkpoints and vectors."""
-        adapters = [[row.task, row.is_final, row.weights, row.config] for row in self._rows()]
+        adapters = [
+            [parts.task.name, [[one.weights, one.config] for one in (parts.task.final, *parts.checkpoints)]]
+            for parts in self._parts
+        ]
         vectors = [
-            [sorted((view, row.blob) for view, row in views.items()) for views in rows.vectors] for rows in self._tasks
+            [sorted((view, vector.blob) for view, vector in views.items()) for views in parts.vectors]
+            for parts in self._parts
         ]
         return hashlib.sha256(json.dumps([adapters, vectors]).encode()).hexdigest()
 
@@ -151,15 +167,15 @@ class StoreAdapterSource:
             AdapterRefused: The adapter is damaged.
             DamagedStore: Its bytes are missing or damaged.
         """
-        rows = self._tasks[task]
-        return self._adapter_of(rows.final if checkpoint is None else rows.checkpoints[checkpoint])
+        parts = self._parts[task]
+        return self._adapter_of(parts.task.final if checkpoint is None else parts.checkpoints[checkpoint])
 
-    def _adapter_of(self, row: AdapterRecord) -> Adapter:
-        key = row.config, row.weights  # the same weights under another alpha are another adapter
+    def _adapter_of(self, stored: StoredAdapter) -> Adapter:
+        key = stored.config, stored.weights  # the same weights under another alpha are another adapter
         if key in self._cache:
             self._cache.move_to_end(key)
             return self._cache[key]
-        adapter = read_original(self._store, row)
+        adapter = read_original(self._store, stored)
         self._cache[key] = adapter
         self._cached += _bytes_of(adapter)
         while self._cached > _CACHE_BYTES and len(self._cache) > 1:
@@ -182,38 +198,38 @@ class StoreAdapterSource:
 
     def support_sets(self, task: int) -> int:
         """Return the number of support sets with vectors, 0 without any."""
-        return len(self._tasks[task].vectors)
+        return len(self._parts[task].vectors)
 
     def vectors(self, task: int, support_set: int) -> Mapping[str, torch.Tensor]:
         """Return a task's vectors of one support set by view, each float32 of shape (hidden,)."""
-        rows = self._tasks[task].vectors[support_set]
-        return {view: self._vector_file(row.blob)[row.view][row.support_set] for view, row in rows.items()}
+        views = self._parts[task].vectors[support_set]
+        return {view: self._vector_file(one.blob)[one.view][one.support_set] for view, one in views.items()}
 
     def mean_vectors(self, task: int) -> Mapping[str, torch.Tensor]:
         """Return a task's vectors by view, averaged over its support sets, each float32 of shape (hidden,)."""
-        return mean_vectors(self._store, [row for views in self._tasks[task].vectors for row in views.values()])
+        return mean_vectors(self._store, [one for views in self._parts[task].vectors for one in views.values()])
 
     def condition_size(self) -> int:
         """Return the length of the fleet's vectors, 0 without any."""
-        return next((row.dim for rows in self._tasks for views in rows.vectors for row in views.values()), 0)
+        return next((one.dim for parts in self._parts for views in parts.vectors for one in views.values()), 0)
 
 
-def mean_vectors(store: Store, rows: Iterable[VectorRecord]) -> dict[str, torch.Tensor]:
+def mean_vectors(store: Store, vectors: Iterable[Vector]) -> dict[str, torch.Tensor]:
     """Average a task's vectors over its support sets: view -> float32 of shape (hidden,)."""
     views: defaultdict[str, list[torch.Tensor]] = defaultdict(list)
-    latest = latest_vectors(rows)
-    for row, values in zip(latest, read_vectors(store.blobs.read, latest), strict=True):
-        views[row.view].append(torch.from_numpy(values))
+    latest = latest_vectors(vectors)
+    for vector, values in zip(latest, read_vectors(store.blobs.read, latest), strict=True):
+        views[vector.view].append(torch.from_numpy(values))
     return {view: torch.stack(sets).mean(dim=0) for view, sets in views.items()}
 
 
-def layout_of(row: AdapterRecord) -> list[ModuleShape]:
+def layout_of(adapter: StoredAdapter) -> list[ModuleShape]:
     """Return the modules of an adapter with their shapes and ranks."""
-    return [ModuleShape(*entry) for entry in row.layout]
+    return [ModuleShape(*entry) for entry in adapter.layout]
 
 
-def _is_checkpoint(row: AdapterRecord) -> bool:
-    return not (row.is_final or row.is_evicted or row.original_only or _too_wide(row))
+def _is_usable(checkpoint: StoredAdapter) -> bool:
+    return not (checkpoint.is_evicted or checkpoint.original_only or _too_wide(checkpoint))
 
 
 def refuse_large(adapter: Adapter) -> float:
@@ -230,14 +246,14 @@ def refuse_large(adapter: Adapter) -> float:
     return total_norm(norms)
 
 
-def _too_wide(row: AdapterRecord) -> str | None:
-    return _TOO_WIDE if row.rank_max > MAX_SLOTS else None
+def _too_wide(adapter: StoredAdapter) -> str | None:
+    return _TOO_WIDE if adapter.rank_max > MAX_SLOTS else None
 
 
-def _by_support_set(rows: Iterable[VectorRecord]) -> list[dict[str, VectorRecord]]:
-    sets: defaultdict[int, dict[str, VectorRecord]] = defaultdict(dict)
-    for row in latest_vectors(rows):
-        sets[row.support_set][row.view] = row
+def _by_support_set(vectors: Iterable[Vector]) -> list[dict[str, Vector]]:
+    sets: defaultdict[int, dict[str, Vector]] = defaultdict(dict)
+    for vector in latest_vectors(vectors):
+        sets[vector.support_set][vector.view] = vector
     return [sets[number] for number in sorted(sets)]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,12 +17,13 @@ from icmlora.base_models.finding.lookup import FoundBase, inspect_base
 from icmlora.base_models.modality import BaseModel
 from icmlora.base_models.quantised import check_load_in
 from icmlora.errors import BaseModelNotFound, BaseModelUnsuited, OutputExists
-from icmlora.fleet.context import OpenedGenerator, base_record, locate_base
+from icmlora.fleet.context import OpenedGenerator, locate_base
 from icmlora.formats.catalogue import format_named
 from icmlora.formats.format import LoadedAdapter, RunnableAdapter
 from icmlora.generator.initial_a.search import SeedSearch
 from icmlora.io.devices import inference_dtype
-from registry.records import AdapterRecord, GeneratorRecord
+from registry.manifests import Adapter as StoredAdapter
+from registry.names import LoadIn
 
 if TYPE_CHECKING:
     from icmlora.fleet.resources.recalled_code import Exemplars
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class BaseFacts:
-    """What a base model turned out to be when it was loaded, for the store to remember."""
+    """Fingerprint and shape of a loaded base model, to be recorded."""
 
     label: str
     fingerprint: str
@@ -40,7 +41,7 @@ class BaseFacts:
 
     def record(self, store: Store) -> None:
         """Record them in the store."""
-        store.base_models.set_facts(self.label, fingerprint=self.fingerprint, shape=self.shape)
+        store.update_base(self.label, lambda base: replace(base, fingerprint=self.fingerprint, shape=self.shape))
 
 
 def open_base(
@@ -52,7 +53,7 @@ def open_base(
     cache: Path,
     on_facts: Callable[[BaseFacts], None] | None = None,
 ) -> BaseModel:
-    """Find and load a base model, and record what the store does not know of it yet.
+    """Find and load a base model, and record its fingerprint and shape.
 
     Args:
         store: the store that names it.
@@ -60,19 +61,17 @@ def open_base(
         device: where to load it.
         dtype: its precision; by default what suits the device.
         cache: folder for converted files.
-        on_facts: what is called instead of recording, where the store is only read.
+        on_facts: called instead of recording, if the store is read-only.
 
     Raises:
         BaseModelNotFound: It is not on this machine, or cannot be loaded.
         BaseModelUnsuited: It is of a kind that icm cannot run.
     """
-    record = base_record(store, label)
-    found = locate_base(store, label)
+    known, found = store.base_model(label), locate_base(store, label)
     stamp = found.stamp()
-    known = record is not None and record.shape is not None and record.shape.get("stamp") == stamp
-    fingerprint = record.fingerprint if known and record is not None else None
-    base = load_base(found, device, dtype, fingerprint, cache=cache)
-    if not known:
+    is_known = known.shape is not None and known.shape.get("stamp") == stamp
+    base = load_base(found, device, dtype, known.fingerprint if is_known else None, cache=cache)
+    if not is_known:
         shape = {"stamp": stamp, "hidden_size": base.hidden_size, "layers": base.layers}
         facts = BaseFacts(label, base.fingerprint, shape)
         facts.record(store) if on_facts is None else on_facts(facts)
@@ -108,9 +107,9 @@ def _converted(found: FoundBase, cache: Path) -> FoundBase:
 
 
 class Models:
-    """A cache of loaded models of a store: one generator, and one base model in the precisions that were asked for.
+    """Cache the models of a store: one generator, and one base model in each precision asked for.
 
-    `seeds` remembers draws: most of the second that the first search for a seed takes is spent on them.
+    `seeds` remembers draws, which take most of the second of the first search for a seed.
     """
 
     def __init__(
@@ -120,20 +119,30 @@ class Models:
         self.seeds = SeedSearch()
         self._cache, self._on_facts = cache, on_facts
         self._generator = OpenedGenerator()
-        self._exemplars: tuple[int, Exemplars] | None = None
+        self._exemplars: tuple[str, Exemplars] | None = None
         self._bases: dict[tuple[str, torch.dtype], BaseModel | BaseModelNotFound | BaseModelUnsuited] = {}
+        self._load_in: dict[str, LoadIn | None] = {}
 
-    def generator_file(self, generator: GeneratorRecord) -> GeneratorFile:
-        """Return the versions of a generator. Its digest is checked when it is read."""
-        return self._generator.get(generator.blob, self.store.blobs.read)
+    def generator_file(self, digest: str) -> GeneratorFile:
+        """Return the networks of a generator, whose digest is checked."""
+        return self._generator.get(digest, self.store.blobs.read)
 
-    def exemplars(self, generator: GeneratorRecord) -> Exemplars:
-        """Return the tasks of a generator as exemplars."""
+    def exemplars(self, base_model: str) -> Exemplars:
+        """Return the tasks of a base model as exemplars."""
         from icmlora.fleet.resources.recalled_code import Exemplars  # most commands need none
 
-        if self._exemplars is None or self._exemplars[0] != generator.id:
-            self._exemplars = generator.id, Exemplars(self.store, generator)
+        if self._exemplars is None or self._exemplars[0] != base_model:
+            self._exemplars = base_model, Exemplars(self.store, base_model)
         return self._exemplars[1]
+
+    def load_in(self, label: str) -> LoadIn | None:
+        """Return the few bits in which this machine loads a base model; None for full precision."""
+        if label not in self._load_in:
+            try:
+                self._load_in[label] = locate_base(self.store, label).load_in
+            except BaseModelNotFound:
+                self._load_in[label] = None
+        return self._load_in[label]
 
     def base(self, label: str, dtype: torch.dtype | None = None) -> BaseModel:
         """Return a base model, in the given precision or in what suits the device. Raises as `open_base` does."""
@@ -155,37 +164,37 @@ class Models:
         return next(found, None)
 
     def _opened(self, label: str, dtype: torch.dtype | None) -> BaseModel | BaseModelNotFound | BaseModelUnsuited:
-        """Load a base model. That it cannot be loaded is remembered too: a thousand tasks may ask for it."""
+        """Load a base model, or return why it cannot be loaded: a thousand tasks may ask for it."""
         try:
             return open_base(self.store, label, self.device, dtype, cache=self._cache, on_facts=self._on_facts)
         except (BaseModelNotFound, BaseModelUnsuited) as error:
             return error
 
 
-def read_original(store: Store, final: AdapterRecord) -> Adapter:
+def read_original(store: Store, final: StoredAdapter) -> Adapter:
     """Read the original of a task, alpha / rank multiplied into B; raises `AdapterRefused` or `DamagedStore`."""
     return original_reader(store, final)()
 
 
-def original_reader(store: Store, final: AdapterRecord) -> Callable[[], Adapter]:
-    """Read the files of a task's original, and return what makes its adapter, on any thread."""
+def original_reader(store: Store, final: StoredAdapter) -> Callable[[], Adapter]:
+    """Read the files of a task's original, and return a function that parses them on any thread."""
     known, files, initial = format_named(final.format), _files(store, final), _initial(store, final)
     return lambda: known.read(*files, initial=initial).adapter
 
 
-def read_with_extras(store: Store, final: AdapterRecord) -> LoadedAdapter:
+def read_with_extras(store: Store, final: StoredAdapter) -> LoadedAdapter:
     """Read the original of a task with the tensors that a code cannot represent, as its own file has them."""
     return format_named(final.format).read(*_files(store, final), initial=_initial(store, final))
 
 
-def read_runnable(store: Store, final: AdapterRecord) -> RunnableAdapter:
-    """Read the original of a task with all that changes what its base model computes."""
+def read_runnable(store: Store, final: StoredAdapter) -> RunnableAdapter:
+    """Read the original of a task with everything that changes its base model's output."""
     return format_named(final.format).runnable(*_files(store, final), initial=_initial(store, final))
 
 
-def _files(store: Store, final: AdapterRecord) -> tuple[bytes, bytes]:
+def _files(store: Store, final: StoredAdapter) -> tuple[bytes, bytes]:
     return store.blobs.read(final.config), store.blobs.read(final.weights)
 
 
-def _initial(store: Store, final: AdapterRecord) -> bytes | None:
+def _initial(store: Store, final: StoredAdapter) -> bytes | None:
     return None if final.initial is None else store.blobs.read(final.initial)

@@ -1,6 +1,6 @@
 """Read the texts of a task as its base model reads them. Never imports torch.
 
-Chats are rendered with the chat template that came with the task's adapter, if one did, or else with the base model's.
+Chats are rendered with the chat template of the task's adapter, if it has one, or else with the base model's.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ from icmlora.fleet.resources.decoding import read_companions
 if TYPE_CHECKING:
     from icmlora.base_models.examples.context import TaskContext
     from icmlora.base_models.modality import BaseModel
-    from registry.records import TaskRecord
+    from registry.manifests import Task
     from registry.store import Store
 
 
-def read_samples(store: Store, task: TaskRecord, base: BaseModel, most: int | None = None) -> Examples | None:
-    """Return a task's samples, at most so many; None if it has none."""
+def read_samples(store: Store, task: Task, base: BaseModel, most: int | None = None) -> Examples | None:
+    """Return a task's samples, at most `most` of them; None if it has none."""
     if task.samples is None:
         return None
-    return examples_for(base, store.blobs.read(task.samples), most=most, template=adapter_template(store, task.name))
+    return examples_for(base, store.blobs.read(task.samples), most=most, template=adapter_template(store, task))
 
 
-def own_text(store: Store, task: TaskRecord, base: BaseModel, context: TaskContext | None = None) -> EvaluationData:
-    """Return the held-out text of a task that has some, behind a context if there is one."""
-    template, data = adapter_template(store, task.name), store.blobs.read(str(task.eval_data))
+def own_text(store: Store, task: Task, base: BaseModel, context: TaskContext | None = None) -> EvaluationData:
+    """Return the held-out text of a task that has some, after a context if there is one."""
+    template, data = adapter_template(store, task), store.blobs.read(str(task.eval_data))
     return EvaluationData.parse(data, base=base, path=task.name, template=template, context=context)
 
 
-def adapter_template(store: Store, task: str) -> Templates | None:
-    """Return the chat template that came with a task's adapter."""
-    return template_of(read_companions(store.blobs.read, store.tasks.final(task)))
+def adapter_template(store: Store, task: Task) -> Templates | None:
+    """Return the chat template of a task's adapter."""
+    return template_of(read_companions(store.blobs.read, task.final))

@@ -1,4 +1,4 @@
-"""Call a function on tasks, in this process or on Ray workers. The caller records what comes of each task.
+"""Call a function on tasks, in this process or on Ray workers. The caller records the results.
 
     in this process    compute ──▶ record ──▶ compute ──▶ record
     on workers         compute ─┐
@@ -40,7 +40,7 @@ from icmlora.io.devices import resolve_device
 from registry.errors import StoreUnavailable
 
 if TYPE_CHECKING:
-    from registry.records import TaskRecord
+    from registry.manifests import Task
     from registry.store import Store
 
 ATTEMPTS = 3
@@ -60,7 +60,7 @@ Tell = Callable[[str], None]
 
 P = ParamSpec("P")
 R = TypeVar("R")
-Work = Callable[Concatenate[Models, Sequence["TaskRecord"], Tell, P], Iterator[tuple["TaskRecord", R]]]
+Work = Callable[Concatenate[Models, Sequence["Task"], Tell, P], Iterator[tuple["Task", R]]]
 """What is called, of a module: it yields each task of some of one base model with its result, and writes nothing."""
 
 
@@ -117,8 +117,8 @@ def check_place(device: str, workers: str | None) -> None:
         )
 
 
-def naming(task: TaskRecord, tell: Tell) -> Tell:
-    """Return what tells of the work on one task, with its name in front."""
+def naming(task: Task, tell: Tell) -> Tell:
+    """Return a function that reports the work on one task, with its name in front."""
     return lambda note: tell(f"{task.name}: {note}")
 
 
@@ -129,14 +129,14 @@ class _ThisProcess:
     models: Models
 
     def each(
-        self, work: Work[P, R], tasks: Sequence[TaskRecord], tell: Tell, *args: P.args, **kwargs: P.kwargs
-    ) -> Iterator[tuple[TaskRecord, R | Failed]]:
-        """Call `work` with models, tasks, `tell` and the other arguments; yield tasks as they are done."""
+        self, work: Work[P, R], tasks: Sequence[Task], tell: Tell, *args: P.args, **kwargs: P.kwargs
+    ) -> Iterator[tuple[Task, R | Failed]]:
+        """Call `work` with models, tasks, `tell` and the other arguments; yield tasks with their results."""
         yield from work(self.models, tasks, tell, *args, **kwargs)
 
 
 class _Worker:
-    """What lives in the process of a worker."""
+    """An actor in the process of a worker."""
 
     def __init__(self, context: Context, device: str, threads: int) -> None:
         self._context, self._device, self._threads = context, device, threads
@@ -149,13 +149,13 @@ class _Worker:
         return Models(store, resolve_device(self._device), self._context.cache, self._facts.append)
 
     def run(
-        self, task: TaskRecord, call: tuple[Callable[..., Iterator[tuple[TaskRecord, R]]], Any, Any]
+        self, task: Task, call: tuple[Callable[..., Iterator[tuple[Task, R]]], Any, Any]
     ) -> tuple[R, list[BaseFacts]]:
-        """Compute the result of a task, and return what was learnt of its base model on the way."""
+        """Return the result of a task, and the facts of base models that were loaded for it."""
         work, args, kwargs = call
         self._facts.clear()
         try:
-            # Nobody is shown the notes: the bar counts the tasks of all workers.
+            # The notes are not shown: the bar counts the tasks of all workers.
             ((_, result),) = work(self._models, [task], lambda note: None, *args, **kwargs)
         except StoreUnavailable as error:
             hint = "each worker needs credentials for the database and the bucket in its own environment"
@@ -169,19 +169,15 @@ class _Pool:
     def __init__(self, ray: Any, start: Callable[[], Any], workers: int, store: Store) -> None:
         self._ray, self._start, self._store = ray, start, store
         self._idle = [start() for _ in range(workers)]
-        self._running: dict[Any, tuple[Any, TaskRecord]] = {}
-
-    @cached_property
-    def _parameters(self) -> dict[str, int]:
-        return {row.task.name: row.final.parameters for row in self._store.tasks.summaries()}
+        self._running: dict[Any, tuple[Any, Task]] = {}
 
     def each(
-        self, work: Work[P, R], tasks: Sequence[TaskRecord], tell: Tell, *args: P.args, **kwargs: P.kwargs
-    ) -> Iterator[tuple[TaskRecord, R | Failed]]:
+        self, work: Work[P, R], tasks: Sequence[Task], tell: Tell, *args: P.args, **kwargs: P.kwargs
+    ) -> Iterator[tuple[Task, R | Failed]]:
         """Call `work` as `_ThisProcess` does, with one task at a time; its arguments and results are pickled."""
         call = self._ray.put((work, args, kwargs))  # once: a file of held-out text may be among the arguments
         # Large ones first: a large one that comes last keeps the other workers waiting.
-        waiting = deque(sorted(tasks, key=lambda task: -self._parameters.get(task.name, 0)))
+        waiting = deque(sorted(tasks, key=lambda task: -task.final.parameters))
         died = Counter[str]()
         while waiting or self._running:
             self._hand_out(waiting, call)
@@ -200,16 +196,16 @@ class _Pool:
                 self._hand_out(waiting, call)  # before the caller records this one
                 yield task, result
 
-    def _hand_out(self, waiting: deque[TaskRecord], call: Any) -> None:
+    def _hand_out(self, waiting: deque[Task], call: Any) -> None:
         while waiting and self._idle:
             worker, task = self._idle.pop(), waiting.popleft()
             self._running[worker.run.remote(task, call)] = worker, task
 
     def _result(self, worker: Any, reference: Any) -> Any:
-        """Return what a worker made; raise `WorkerDied` and replace it if it died."""
+        """Return the result of a worker; raise `WorkerDied` and replace it if it died."""
         try:
             result, facts = self._ray.get(reference)
-        except self._ray.exceptions.RayTaskError as error:  # raised by what computes
+        except self._ray.exceptions.RayTaskError as error:  # raised by the computation
             raise error.cause from error
         except self._ray.exceptions.RayError as error:
             self._ray.kill(worker)  # it may only be out of reach
