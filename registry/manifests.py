@@ -84,7 +84,7 @@ def relative_error(squared: float | None) -> float | None:
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """A part of a manifest. `SHARED` names the fields that many tasks have in common; they are stored once, as a blob."""
+    """A part of a manifest; the fields in `SHARED` are the same for many tasks, and stored once as a blob."""
 
     SHARED: ClassVar[tuple[str, ...]] = ()
 

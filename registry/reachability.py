@@ -57,7 +57,10 @@ class Walk:
 
     def check(self, place: str) -> None:
         """Raise `DamagedStore` if the database disagrees with the manifests."""
-        facts = [*self.disagreements, *(f"{what[0]}: manifest {one} is unreadable" for one, what in self.missing.items())]
+        facts = [
+            *self.disagreements,
+            *(f"{what[0]}: manifest {one} is unreadable" for one, what in self.missing.items()),
+        ]
         if facts:
             fact = f"{place}: {facts[0]}; icm deletes nothing until this is repaired"
             raise DamagedStore(fact, path=place, hint=REPAIR)

@@ -1,8 +1,8 @@
 """Find what is wrong with a store, and put it right. Nothing is ever deleted here.
 
-    verify    database ⇄ manifests ──▶ blobs: there, of the right length, and (`read_data`) the right bytes
-    repair    files with one flipped bit are corrected, other damaged ones are moved to quarantine
-    rebuild   manifests/ ──▶ the newest state of each version of each name ──▶ a new database
+verify    database ⇄ manifests ──▶ blobs: there, of the right length, and (`read_data`) the right bytes
+repair    files with one flipped bit are corrected, other damaged ones are moved to quarantine
+rebuild   manifests/ ──▶ the newest state of each version of each name ──▶ a new database
 """
 
 from __future__ import annotations
@@ -146,7 +146,9 @@ def _strays(store: Store, found: Walk) -> Iterator[Finding]:
         yield Finding("orphan", fact, store.manifests.place(info.digest), info.digest, is_manifest=True)
     for blob in store.blobs.all():
         if blob.digest not in found.reached:
-            yield Finding("orphan", f"nothing refers to blob {blob.digest}", store.blobs.place(blob.digest), blob.digest)
+            yield Finding(
+                "orphan", f"nothing refers to blob {blob.digest}", store.blobs.place(blob.digest), blob.digest
+            )
     for file in leftovers(store):
         name = file.place.rpartition("/")[2]
         yield Finding("leftover", f"{name} was left by a command that was killed", file.place)

@@ -1,15 +1,12 @@
-"""The rows of a store in PostgreSQL.
+"""The tables of a store in PostgreSQL.
 
-A process has one connection that holds its locks and makes its writes: whoever has lost it has lost the locks, and
-cannot commit what they protected. So it is never opened a second time. What only reads has connections of its own.
+A process has one connection that holds its locks and makes its writes: a process that has lost it has lost the locks,
+and cannot commit what they protected. So it is never opened a second time. Reads have connections of their own.
 
 A copy of the process, made by a fork, has the same sockets: its first word, or its goodbye, would end the session of
-the other one. So its ends are cut as soon as it begins, and it opens the store anew, if at all.
+the other one. So its ends are cut as soon as it begins, and it opens the store again, if at all.
 
-alembic's table says which schema the tables have; older ones are moved forward when the store is opened.
-
-One process writes at a time, as in SQLite: a transaction that writes begins with a lock, and sees all that was
-committed before it got that. So what `registry.tables` decides by what it has read stays true until it commits.
+One process writes at a time, as in SQLite: a transaction that writes begins with a lock, and sees every earlier commit.
 """
 
 from __future__ import annotations
@@ -18,22 +15,19 @@ import logging
 import math
 import os
 import socket
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from functools import cached_property, partial
-from itertools import count
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any
 from weakref import WeakSet
 
 import psycopg
-from sqlalchemy import Connection, Engine, Table, create_engine, event, text
+from sqlalchemy import Connection, Engine, create_engine, delete, event, inspect, select, text
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
-from sqlalchemy.orm import Session
 from sqlalchemy.pool import QueuePool
 
 from registry.errors import (
     DamagedStore,
-    NotAStore,
     RegistryError,
     StoreFull,
     StoreLocked,
@@ -42,11 +36,9 @@ from registry.errors import (
     StoreUnavailable,
 )
 from registry.names import DatabaseUrl
-from registry.row_checks import COLUMNS_OF, Value
-from registry.storage import postgres_place
-from registry.storage.database import DAMAGE_HINT, Damage, Database
+from registry.storage.database import REPAIR_HINT, Database, Meta, make_tables, too_old
 from registry.storage.locks import Patience
-from registry.storage.postgres_checks import guard, install, remove, seal, what_is_wrong, with_check, wrong_in
+from registry.tables import HISTORY, META, METADATA, REFS
 
 # What they log of a connection that is lost is in the error of the store; it is for whoever asked for logs, and not
 # for the terminal, to which Python writes it where nobody did.
@@ -63,23 +55,19 @@ _ALIVE: dict[str, Any] = {
 }
 # Set after connecting: PgBouncer refuses a connection that begins with settings which it does not know.
 _OF_SESSION = (
-    "SET tcp_keepalives_idle = 20; SET tcp_keepalives_interval = 10; SET tcp_keepalives_count = 3; "
-    "SET timezone = 'UTC'; SET cursor_tuple_fraction = 1"  # for the planner: who streams rows asks for all of them
+    "SET tcp_keepalives_idle = 20; SET tcp_keepalives_interval = 10; SET tcp_keepalives_count = 3; SET timezone = 'UTC'"
 )
 _SESSION = text("SELECT pg_backend_pid()")
 _MOST_NAMED = 63  # bytes of a name that the server keeps
+MIN_WAIT = 1.0  # seconds: a commit of another process takes a moment
 _WRITING = 0x69636D31  # the lock that a transaction holds while it writes
-_LEAST_WAIT = 1.0  # seconds: a commit of another process takes a moment
-_FEW = 1000  # rows that are fetched at a time
 _connections = WeakSet[psycopg.Connection]()  # all of this process
-_FIRST_SOON = b"SET LOCAL cursor_tuple_fraction = 0.01"  # that of its rows which somebody will ask for, for the planner
-_COUNTER = count()  # cursors of a connection have different names
 _FULL_HINT = "ask the database administrator to free disk space; completed work is kept"
 _AWAY_HINT = "run the command again once it can be reached; only completed work is kept"
 
 
 class PostgresDatabase(Database):
-    """The rows of one store in a database of a server.
+    """The tables of one store in a database of a server.
 
     Args:
         url: Its address; what that leaves out comes from PGHOST and the like, and from ~/.pgpass.
@@ -88,101 +76,75 @@ class PostgresDatabase(Database):
         patience: How long to wait for commits of others.
     """
 
-    first_schema = 9  # that of icm 0.10
-
     def __init__(self, url: DatabaseUrl, *, command: str, read_only: bool, patience: Patience) -> None:
         super().__init__(str(url), str(url), read_only=read_only, patience=patience)
         self._url = url
         self.only = only_connection(url, command)
         """What has the one connection that holds locks and writes."""
-        self._reading = _engine(url, partial(new_connection, url, command), pool_size=1, max_overflow=-1)
-
-    @cached_property
-    def _writer(self) -> Engine:
-        event.listen(self.only, "begin", self._begin)
-        return self.only.execution_options(icm_writes=True)
-
-    @cached_property
-    def _reader(self) -> Engine:
-        return self._reading.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
+        self._readers = _engine(url, partial(new_connection, url, command), pool_size=1, max_overflow=-1)
 
     @contextmanager
-    def connection(self, *, write: bool = False) -> Iterator[Connection]:
-        """Open a transaction without the ORM; a `write` block is committed."""
-        if write:
-            self.must_write()
-        with self._errors(), (self._writer if write else self._reader).begin() as connection:
-            yield connection
-            if write:
-                seal(connection)
-                postgres_place.count_change(connection)
-
-    @contextmanager
-    def columns(self) -> Iterator[PostgresColumns]:
-        """Read columns in one consistent state."""
-        with self.connection() as connection, ExitStack() as cursors:
-            driver: Any = connection.connection.driver_connection
-            yield PostgresColumns(driver, cursors)
-
-    @contextmanager
-    def changing_tables(self) -> Iterator[Connection]:
-        """Open a transaction that holds the lock to write, and writes no checks of rows; leaving the block commits."""
-        with self._errors(), self._writer.execution_options(icm_guarded=False).begin() as connection:
+    def _reading(self) -> Iterator[Connection]:
+        engine = self._readers.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
+        with engine.begin() as connection:
             yield connection
 
     @contextmanager
-    def creation(self) -> Iterator[Connection]:
-        """Make the tables, unless they are there, and yield the transaction of it."""
-        from registry.storage.migrations import make_tables
-
-        with self.changing_tables() as connection:
-            if connection.scalar(text("SELECT to_regclass('alembic_version') IS NULL")):
-                make_tables(connection)
-                postgres_place.TABLE.create(connection)
-                install(connection)
-            else:
-                self.schema(connection)
+    def _writing(self) -> Iterator[Connection]:
+        """Wait for the lock to write; each earlier commit of others is seen from then on."""
+        with self.only.begin() as connection:
+            wait = min(self.patience.seconds, max(self.patience.left, MIN_WAIT))
+            with self.patience.counted():
+                limit = {"limit": f"{math.ceil(1000 * wait) or 1}ms"}
+                connection.execute(text("SELECT set_config('lock_timeout', :limit, true)"), limit)
+                connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _WRITING})
             yield connection
 
-    def schema(self, connection: Connection) -> int:
-        """Return the schema of the tables; raise if it is none that this program reads or moves forward."""
-        noted = connection.scalars(text("SELECT version_num FROM alembic_version")).all()
-        if len(noted) != 1 or not noted[0].isdecimal():
-            fact = f"alembic_version at {self.place} has {', '.join(noted) or 'nothing'}, which is not an icm schema"
-            hint = "use a separate database for the store; other programs that use alembic have a table of this name"
-            raise NotAStore(fact, path=self.place, hint=hint)
-        self.check_schema(int(noted[0]))
-        return int(noted[0])
+    def create(self, blobs: str, before: Callable[[], None] = lambda: None) -> Meta:
+        """Make the tables of a store with its bytes at an address, unless there is one; `before` that, run a check."""
+        with self._errors(), self._writing() as connection:
+            if _is_old(connection):
+                raise too_old(self.place)
+            if not inspect(connection).has_table(META.name):
+                before()
+                make_tables(connection, blobs=blobs)
+            return Meta(*connection.execute(select(META)).one())
 
-    def find_place(self) -> postgres_place.Place:
-        """Return the number of the store and where its blobs are."""
-        with self.connection() as connection:
-            place = postgres_place.find(connection, self.place)
-        if place is None:
-            raise DamagedStore(f"{self.place} has no row in table place", path=self.place, hint=DAMAGE_HINT)
-        return place
+    @contextmanager
+    def rebuild(self) -> Iterator[Connection]:
+        """Delete the rows of refs and history, and write new ones, in one transaction."""
+        with self.write() as connection:
+            METADATA.create_all(connection)
+            for table in (REFS, HISTORY):
+                connection.execute(delete(table))
+            yield connection
 
-    def changes(self) -> int:
-        """Return how many transactions have written to the store."""
-        with self.connection() as connection:
-            return postgres_place.changes(connection)
+    def check_format(self) -> Meta:
+        """Return the row of META; raise if this is not a store, or one of another format."""
+        with self._errors(), self._reading() as connection:
+            if not inspect(connection).has_table(META.name):
+                if _is_old(connection):
+                    raise too_old(self.place)
+                hint = (
+                    "run `icm init --blobs s3://BUCKET/PREFIX` to create one, or set another with --store or ICM_STORE"
+                )
+                raise StoreNotFound(f"there is no store at {self.place}", path=self.place, hint=hint)
+        meta = self.meta()
+        self.check_number(meta.format)
+        return meta
+
+    def damage(self) -> Iterator[str]:
+        """Yield nothing: the server checks its pages."""
+        return iter(())
 
     def size(self) -> int:
         """Return the bytes of all tables with their indexes."""
-        tables = [*COLUMNS_OF, postgres_place.TABLE.name, "alembic_version"]
+        names = list(METADATA.tables)
         query = text(
             "SELECT sum(pg_total_relation_size(to_regclass(name))) FROM unnest(CAST(:tables AS text[])) AS name"
         )
-        with self.connection() as connection:
-            return int(connection.execute(query, {"tables": tables}).scalar_one() or 0)
-
-    def damage(self) -> Iterator[Damage]:
-        """Yield what is wrong with rows; pages, indexes and references are for the server to keep right."""
-        with self.connection() as connection:
-            yield from self._wrong_rows(connection)
-
-    def _wrong_in(self, connection: Connection, table: Table, fields: Sequence[str]) -> Iterator[tuple[Any, ...]]:
-        return wrong_in(connection, table, fields)
+        with self.read() as connection:
+            return int(connection.execute(query, {"tables": names}).scalar_one() or 0)
 
     def connect(self) -> None:
         """Open the one connection that holds locks and writes; raise `StoreUnavailable` if that cannot be."""
@@ -190,40 +152,22 @@ class PostgresDatabase(Database):
             self.only.connect().close()
 
     def shares_sessions(self) -> bool:
-        """Say whether two transactions of one connection may be in two sessions, as behind PgBouncer in most modes."""
+        """Return whether two transactions of a connection may be in two sessions, as behind most PgBouncers."""
         with self._errors(), self.only.begin() as connection:
             before, driver = connection.scalar(_SESSION), connection.connection.driver_connection
             assert isinstance(driver, psycopg.Connection)
             if before == driver.info.backend_pid:
                 return False  # the server itself answers
         # While another transaction goes on, a pool that shares sessions has to take another one.
-        with self.connection() as other, self._errors():
+        with self.read() as other, self._errors():
             other.execute(_SESSION)
             with self.only.begin() as connection:
                 return bool(connection.scalar(_SESSION) != before)
 
     def close(self) -> None:
-        """Give up all connections, with their locks."""
+        """Release all connections, with their locks."""
         self.only.dispose()
-        self._reading.dispose()
-
-    def _begin(self, connection: Connection) -> None:
-        """Wait for the lock to write; each commit of others that came before is seen from then on."""
-        if not connection.get_execution_options().get("icm_writes"):
-            return
-        wait = min(self.patience.seconds, max(self.patience.left, _LEAST_WAIT))
-        with self.patience.counted():
-            limit = {"limit": f"{math.ceil(1000 * wait) or 1}ms"}
-            connection.execute(text("SELECT set_config('lock_timeout', :limit, true)"), limit)
-            connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _WRITING})
-        if connection.get_execution_options().get("icm_guarded", True):
-            self.schema(connection)  # a newer icm may have moved it since it was opened: it has other checks of rows
-            guard(connection)
-
-    def _seal(self, session: Session) -> None:
-        session.flush()
-        seal(session.connection())
-        postgres_place.count_change(session.connection())
+        self._readers.dispose()
 
     def _translated_cause(self, error: BaseException) -> RegistryError | None:
         if not isinstance(error, psycopg.Error):
@@ -239,69 +183,16 @@ class PostgresDatabase(Database):
             return StoreReadOnly(
                 fact, path=self.place, hint="ask the database administrator for write access to the store's tables"
             )
-        if state in ("XX001", "XX002"):
-            return DamagedStore(fact, path=self.place, hint=DAMAGE_HINT)
-        if state == "42P01":
-            hint = "run `icm init --blobs s3://BUCKET/PREFIX` to create one, or set another with --store or ICM_STORE"
-            return StoreNotFound(f"there is no store at {self.place}", path=self.place, hint=hint)
+        if state in ("XX001", "XX002", "42P01", "42703"):  # damaged pages, or a table or column that is gone
+            return DamagedStore(fact, path=self.place, hint=REPAIR_HINT)
         if isinstance(error, psycopg.OperationalError | psycopg.InterfaceError):
             return _away(self._url, error)
         return None
 
 
-class PostgresColumns:
-    """The columns of a store on a server.
-
-    Args:
-        connection: One that only reads.
-        cursors: Closes what the server keeps of statements whose rows were not all asked for.
-    """
-
-    def __init__(self, connection: psycopg.Connection, cursors: ExitStack) -> None:
-        self._connection, self._cursors = connection, cursors
-
-    def execute(self, statement: str, values: Sequence[Value] = ()) -> psycopg.Cursor[tuple[Any, ...]]:
-        """Run a statement and fetch all it returns."""
-        return self._connection.execute(_with_percents(statement), values)
-
-    def stream(self, statement: str, values: Sequence[Value] = (), *, first: bool = False) -> Iterator[tuple[Any, ...]]:
-        """Run a statement; its rows stay with the server, which sends a few at a time."""
-        if first:
-            self._connection.execute(_FIRST_SOON)
-        cursor = self._cursors.enter_context(self._connection.cursor(f"icm_{next(_COUNTER)}"))
-        cursor.itersize = _FEW
-        return iter(cursor.execute(_with_percents(statement), values))
-
-    def in_any_case(self, column: str) -> str:
-        """Return what the index of the names is of: `registry.schema.in_any_case` too."""
-        return f"lower({column})"
-
-    def first_wrong(self, table: str, condition: str) -> str | None:
-        """Fetch the rows of a table that a condition holds for, and check them here."""
-        return next((fact for fact, _ in self._wrong(table, condition)), None)
-
-    def right_rows(self, table: str) -> str:
-        """Check all rows of a table here, and return the condition that a row is none of the wrong ones."""
-        # In one consistent state, a row has its place.
-        wrong = ", ".join(f"'{place}'" for _, place in self._wrong(table, "TRUE"))
-        return f"{table}.ctid <> ALL (ARRAY[{wrong}]::tid[])" if wrong else "TRUE"
-
-    def are_right(self) -> bool:
-        """Fetch all rows, up to a wrong one."""
-        return all(self.first_wrong(table, "TRUE") is None for table in COLUMNS_OF)
-
-    def _wrong(self, table: str, condition: str) -> Iterator[tuple[str, str]]:
-        """Yield what is wrong with each wrong row of a table, and its place."""
-        query = f"SELECT {table}.ctid::text, {with_check(table, table)} FROM {table} WHERE {condition}"  # noqa: S608
-        for place, *row in self.stream(query):
-            fact = what_is_wrong(table, row)
-            if fact is not None:
-                yield fact, place
-
-
-def _with_percents(statement: str) -> bytes:
-    """Return a statement as psycopg reads it. It wants literals or bytes; ours are made of names of our own."""
-    return statement.replace("%", "%%").replace("?", "%s").encode()
+def _is_old(connection: Connection) -> bool:
+    """Return whether the tables are those of icm 0.x."""
+    return inspect(connection).has_table("alembic_version") and inspect(connection).has_table("task_vectors")
 
 
 def only_connection(url: DatabaseUrl, command: str) -> Engine:
@@ -391,24 +282,3 @@ def connection_errors(url: DatabaseUrl) -> Iterator[None]:
 def _away(url: DatabaseUrl, error: BaseException) -> RegistryError:
     fact = " ".join(str(error).split())[:300]
     return StoreUnavailable(f"{url}: {fact}", path=str(url), hint=_AWAY_HINT)
-
-
-def migrate(database: PostgresDatabase) -> None:
-    """Bring the tables to the newest schema.
-
-    Raises:
-        StoreNotFound: There are none.
-        NotAStore: They are another program's.
-    """
-    with database.connection() as connection:
-        if database.schema(connection) == database.newest_schema:
-            return
-    from registry.storage.migrations import move_tables
-
-    with database.changing_tables() as connection:
-        # Read again under the lock to write: if many processes open an old store at once, one of them migrates it.
-        schema = database.schema(connection)
-        if schema < database.newest_schema:
-            remove(connection)
-            move_tables(connection, schema, database.place)
-            install(connection)

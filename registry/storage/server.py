@@ -1,4 +1,4 @@
-"""A store whose rows are in PostgreSQL: opening it, making it, and its upkeep."""
+"""A store whose tables are in PostgreSQL: opening it, making it, and its maintenance."""
 
 from __future__ import annotations
 
@@ -10,17 +10,16 @@ from sqlalchemy import text
 
 from registry.errors import RegistryError, StoreUnavailable
 from registry.names import DatabaseUrl
-from registry.storage import postgres_place
-from registry.storage.blobs.place import backend_at, elsewhere
-from registry.storage.folder import Footprint, StoreParts
+from registry.storage.blobs.place import backends_at, elsewhere
+from registry.storage.database import Meta
+from registry.storage.folder import Footprint
 from registry.storage.locks import Patience
 from registry.storage.locks.advisory import AdvisoryLock
-from registry.storage.postgres import PostgresDatabase, migrate
-from registry.storage.postgres_place import Place
+from registry.storage.open import StoreParts
+from registry.storage.postgres import PostgresDatabase
 
 if TYPE_CHECKING:
     from registry.storage.blobs.backend import Leftover
-    from registry.storage.row_repair import RowRepair
 
 T = TypeVar("T")
 
@@ -47,18 +46,16 @@ def open_server(
         if database.shares_sessions():
             hint = "use the address of the server itself, or a pool in session mode"
             raise RegistryError(f"{url} uses a new session for each transaction, which breaks icm's locks", hint=hint)
-        settled = None if blobs is None else _settle(database, blobs)
-        migrate(database)
-        place = settled or database.find_place()
-        backend = backend_at(place.blobs, place.number)
+        meta = database.check_format() if blobs is None else _claim(database, blobs)
+        backends = backends_at(str(meta.blobs), meta.store)
         if blobs is not None:
-            backend.claim()
-        lock = AdvisoryLock(database.only, place.number, url=url, patience=patience)
+            backends[0].claim()
+        lock = AdvisoryLock(database.only, meta.store, url=url, patience=patience)
         lock.enter()
     except BaseException:
         database.close()
         raise
-    return StoreParts(lock, database, backend, ServerUpkeep(database))
+    return StoreParts(lock, database, *backends, ServerMaintenance(database))
 
 
 def _reach(database: PostgresDatabase) -> None:
@@ -75,52 +72,35 @@ def _reach(database: PostgresDatabase) -> None:
     database.connect()
 
 
-def _settle(database: PostgresDatabase, blobs: str) -> Place:
+def _claim(database: PostgresDatabase, blobs: str) -> Meta:
     """Make the store unless it is there; a killed attempt goes on with its number."""
-    backend = backend_at(blobs, "")  # before anything is written
-    with database.creation() as connection:
-        place = postgres_place.find(connection, database.place)
-        if place is None:
-            backend.check_free()  # otherwise nothing is committed
-            place = postgres_place.add(connection, blobs)
-    if place.blobs != blobs:
-        raise elsewhere(database.place, f"at {place.blobs}")
-    return place
+    # Checked before anything is written; if it raises, nothing is committed.
+    meta = database.create(blobs, backends_at(blobs, "")[0].check_free)
+    if meta.blobs != blobs:
+        raise elsewhere(database.place, f"at {meta.blobs}")
+    return meta
 
 
-class ServerUpkeep:
-    """The upkeep of a store in a database: its server makes copies of rows, and room for more."""
+class ServerMaintenance:
+    """The maintenance of a store in a database: its server makes backups, and room for more."""
 
     def __init__(self, database: PostgresDatabase) -> None:
         self._database = database
 
-    def before_deletion(self) -> None:
-        """Check all rows."""
-        self._database.must_be_sound()
-
     def run(self, change: Callable[[], T]) -> T:
-        """Run a change of rows."""
+        """Run a change."""
         return change()
 
     def after_deletion(self) -> None:
         """Do nothing: there is no reserve on the disk of a server."""
 
-    def footprint(self, listed: Collection[str]) -> Footprint:
-        """Return the bytes of the tables with their indexes; a server has others that are nobody's."""
+    def footprint(self, blobs: Collection[str], manifests: Collection[str]) -> Footprint:
+        """Return the bytes of the tables with their indexes."""
         return Footprint(self._database.size(), 0, 0)
 
     def leftovers(self, *, aside: bool = False) -> Iterator[Leftover]:
         """Yield nothing: killed commands leave only blobs."""
         return iter(())
-
-    def repair_rows(self) -> list[RowRepair]:
-        """Raise if a row is wrong: the server's own copies have the right one."""
-        if self._database.is_sound():
-            return []
-        hint = "run `icm verify` to list the damaged rows, then restore them from a backup of the database"
-        raise RegistryError(
-            f"{self._database.place} has damaged rows, and icm cannot repair rows in PostgreSQL", hint=hint
-        )
 
 
 class Server(NamedTuple):
@@ -135,7 +115,7 @@ def examine_server(url: DatabaseUrl, command: str) -> Server:
     """Check the server of a store; raise `StoreUnavailable` if it cannot be reached."""
     database = PostgresDatabase(url, command=command, read_only=True, patience=Patience(0.0))
     try:
-        with database.connection() as connection:
+        with database.read() as connection:
             version = str(connection.scalar(text("SHOW server_version")))
             has_checksums = connection.scalar(text("SHOW data_checksums")) == "on"
         return Server(version, has_checksums, database.shares_sessions())

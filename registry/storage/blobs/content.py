@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, Literal, TypeVar
 
 from registry.errors import DamagedBlob, DamagedStore, MissingBlob, SourceRefused, StoreIOError
 from registry.files import Bytes, CheckFirst, read_plain, store_errors
@@ -64,11 +64,14 @@ class Blobs:
     """Immutable bytes, named by their SHA-256."""
 
     def __init__(
-        self, backend: BlobBackend, must_write: Callable[[], None] = lambda: None, cache: BlobCache | None = None
+        self,
+        backend: BlobBackend,
+        must_write: Callable[[], None] = lambda: None,
+        cache: BlobCache | None = None,
+        what: Literal["blob", "manifest"] = "blob",
     ) -> None:
-        """Work on a backend; what is read goes through the cache, what is checked does not."""
-        self._backend, self._must_write, self._cache = backend, must_write, cache
-        self.unwanted: set[str] = set()
+        """Work on a backend; reads go through the cache, checks do not. Messages call a file `what`."""
+        self._backend, self._must_write, self._cache, self._what = backend, must_write, cache, what
         self._looks = 2 if backend.is_remote else 1  # before a blob is called damaged: it may be the way to it
 
     def put(self, data: Bytes) -> str:
@@ -79,7 +82,6 @@ class Blobs:
         """Store byte strings durably, in one batch, and return their digests in order."""
         self._must_write()
         named = [(digest_of(data), data) for data in items]
-        self.unwanted.difference_update(digest for digest, _ in named)
         with self._backend.batch() as batch:
             # Equal bytes once: two threads must not write one blob.
             _on_threads(lambda item: batch.put(*item), list(dict(named).items()))
@@ -119,7 +121,6 @@ class Blobs:
                 return PutRefusal(path, error)
             # What was read is what is inspected, hashed and stored: the file may change at any time.
             digest = digest_of(data)
-            self.unwanted.discard(digest)
             is_new = digest not in withheld.get(path, ()) and batch.put(digest, data)
             return PutResult(path, digest, len(data), is_new, inspected)
 
@@ -257,11 +258,11 @@ class Blobs:
             if not isinstance(error.__cause__, FileNotFoundError):
                 raise
             hint = f"run `icm verify` to see what needs it; {_RESTORING}"
-            raise MissingBlob(f"blob {digest} is missing", path=place, hint=hint) from None
+            raise MissingBlob(f"{self._what} {digest} is missing", path=place, hint=hint) from None
 
     def _damaged(self, digest: str) -> DamagedBlob:
         hint = f"run `icm verify --repair` to move it aside; {_RESTORING}"
-        return DamagedBlob(f"blob {digest} is damaged", path=self._backend.place(digest), hint=hint)
+        return DamagedBlob(f"{self._what} {digest} is damaged", path=self._backend.place(digest), hint=hint)
 
 
 def _on_threads(call: Callable[[Item], T], items: Sequence[Item]) -> list[T]:

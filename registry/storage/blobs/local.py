@@ -1,16 +1,16 @@
-"""Blobs in a local folder, one file for each.
+"""Blobs, or manifests, in a local folder, one file for each.
 
     bytes ──▶ tmp/XXXX ──fsync──▶ rename ──▶ blobs/3/3f9a... ──fsync of the folder──▶ durable
               as they come                   once for a whole batch
 
-A crash at any point leaves at most a file in tmp/ or a blob without a row; prune removes both.
+A crash at any point leaves at most a file in tmp/ or one that no ref reaches; prune removes both.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, BinaryIO
 from uuid import uuid4
 
 from registry import files as fs
-from registry.storage.folder import StorePaths, files_in, is_digest
+from registry.manifests import is_digest
+from registry.storage.paths import Namespace, StorePaths, files_in
 
 if TYPE_CHECKING:
     from registry.storage.blobs.backend import BlobInfo, Leftover
@@ -30,13 +31,19 @@ _SYNCERS = 12  # a sync waits for the device, which does many at once as fast as
 
 
 class LocalBackend:
-    """The blobs of a store folder."""
+    """The blobs, or the manifests, of a store folder."""
 
     is_remote = False
     grace = 3600.0
 
-    def __init__(self, paths: StorePaths) -> None:
-        self._paths, self.home = paths, str(paths.blobs)
+    def __init__(self, paths: StorePaths, namespace: Namespace = "blobs") -> None:
+        self._paths, self._namespace = paths, namespace
+        self._folder_of_files = paths.root / namespace
+        self.home = str(self._folder_of_files)
+
+    def path(self, digest: str) -> Path:
+        """Return the path of a file."""
+        return self._paths.file(self._namespace, digest)
 
     def now(self) -> float:
         """Return the time of this machine, in seconds since 1970."""
@@ -45,8 +52,8 @@ class LocalBackend:
     @contextmanager
     def batch(self) -> Iterator[LocalBatch]:
         """Begin a batch; see `BlobBackend.batch`."""
-        batch = LocalBatch(self._paths)
-        with fs.store_errors(self._paths.blobs):
+        batch = LocalBatch(self._paths, self.path, self._folder_of_files)
+        with fs.store_errors(self._folder_of_files):
             try:
                 yield batch
             except BaseException:
@@ -56,25 +63,25 @@ class LocalBackend:
 
     def get(self, digest: str) -> BinaryIO:
         """Open the file of a blob."""
-        return fs.open_own(self._paths.blob(digest))
+        return fs.open_own(self.path(digest))
 
     def exists(self, digest: str) -> bool:
         """Say whether there is a file of that name."""
-        return self._paths.blob(digest).exists()
+        return self.path(digest).exists()
 
     def size(self, digest: str) -> int:
         """Return the length of the file."""
-        return self._paths.blob(digest).stat().st_size
+        return self.path(digest).stat().st_size
 
     def all(self) -> Iterator[BlobInfo]:
         """Yield every file that is named by a digest and is in the folder of its first digit."""
-        for folder in sorted(self._paths.blobs.iterdir()):
+        for folder in sorted(self._folder_of_files.iterdir()) if self._folder_of_files.is_dir() else ():
             if folder.is_dir():
                 yield from _blobs_in(folder)
 
     def delete(self, digest: str, *, newest: float = math.inf) -> int:
         """Remove a file."""
-        path = self._paths.blob(digest)
+        path = self.path(digest)
         with fs.store_errors(path):
             try:
                 status = path.stat()
@@ -92,7 +99,7 @@ class LocalBackend:
 
     def quarantine(self, digest: str) -> str:
         """Move a file to the quarantine folder."""
-        source = self._paths.blob(digest)
+        source = self.path(digest)
         target = self._paths.quarantine / f"{digest}.{uuid4().hex[:8]}"
         with fs.store_errors(source):
             fs.replace(source, target)
@@ -102,14 +109,14 @@ class LocalBackend:
 
     def place(self, digest: str) -> str:
         """Return the path of the file."""
-        return str(self._paths.blob(digest))
+        return str(self.path(digest))
 
 
 class LocalBatch:
     """Files that get their names together, so that a batch of any size syncs each folder once."""
 
-    def __init__(self, paths: StorePaths) -> None:
-        self._paths = paths
+    def __init__(self, paths: StorePaths, path: Callable[[str], Path], folder: Path) -> None:
+        self._paths, self.path, self._folder = paths, path, folder
         self._lock = Lock()
         self._written: dict[str, Path | None] = {}  # digest -> temporary file; None where the blob was there
 
@@ -120,7 +127,7 @@ class LocalBatch:
             if digest in self._written:
                 return False
             self._written[digest] = None
-        if _holds(self._paths.blob(digest), data):
+        if _holds(self.path(digest), data):
             return False
         temporary = self._paths.tmp / uuid4().hex
         fs.write_file(temporary, data, _MODE)
@@ -135,15 +142,15 @@ class LocalBatch:
     def publish(self) -> None:
         """Give the files their names and make the names durable."""
         # Also of blobs that were there: the process that wrote one may have been killed before it synced the folder.
-        folders = {self._paths.blob(digest).parent for digest in self._written}
+        folders = {self.path(digest).parent for digest in self._written}
         for folder in sorted(folders):
             fs.make_dir(folder)
         for digest, temporary in self._written.items():
             if temporary is not None:
-                fs.replace(temporary, self._paths.blob(digest))
+                fs.replace(temporary, self.path(digest))
                 fs.failpoint("blob-renamed")
         with ThreadPoolExecutor(_SYNCERS) as pool:
-            list(pool.map(fs.fsync_dir, [self._paths.blobs, *sorted(folders)] if folders else []))
+            list(pool.map(fs.fsync_dir, [self._folder, *sorted(folders)] if folders else []))
         fs.failpoint("blobs-durable")
 
     def discard(self) -> None:

@@ -1,6 +1,6 @@
 """Blobs in an object store: S3 and what speaks its protocol, Google Cloud Storage, or Azure.
 
-    s3://BUCKET/PREFIX/blobs/3/3f9a...     named as in a folder, so that one can be copied to the other
+    s3://BUCKET/PREFIX/blobs/3/3f9a...     named as in a folder, so that one can be copied to the other; manifests/ too
     s3://BUCKET/PREFIX/quarantine/...      damaged blobs that were moved aside
     s3://BUCKET/PREFIX/owner               whose blobs these are
     s3://BUCKET/PREFIX/clock               written to learn the time of the server
@@ -40,8 +40,9 @@ from obstore.store import from_url
 
 from registry.errors import NotAStore, StoreUnavailable
 from registry.files import Bytes, failpoint, store_errors
+from registry.manifests import is_digest
 from registry.storage.blobs.backend import BlobInfo, Leftover
-from registry.storage.folder import is_digest
+from registry.storage.paths import Namespace
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
@@ -86,16 +87,23 @@ class ObjectBackend:
         store: A store of obstore, which begins at the prefix.
         url: What people call it.
         owner: The number of the store whose blobs these are.
+        namespace: Blobs, or manifests.
     """
 
     is_remote = True
     grace = 24 * 3600.0
 
-    def __init__(self, store: Any, url: str, owner: str) -> None:
-        self._store, self._owner = store, owner
+    def __init__(self, store: Any, url: str, owner: str, namespace: Namespace = "blobs") -> None:
+        self._store, self._owner, self._namespace = store, owner, namespace
         self._url = self.home = url.rstrip("/")
         self._is_confirmed = False  # that it is the owner's
         self._ahead: float | None = None  # the server's time less this machine's count of seconds
+
+    def _name(self, digest: str) -> str:
+        """Return the name of a file. Only here does a digest become one; raise `ValueError` if it is none."""
+        if not is_digest(digest):
+            raise ValueError(f"not a digest: {digest[:80]!r}")
+        return f"{self._namespace}/{digest[0]}/{digest}"
 
     def check_free(self) -> None:
         """Raise unless a new store can have its blobs here; this writes the object that `now` writes.
@@ -136,7 +144,7 @@ class ObjectBackend:
 
     def put(self, digest: str, data: Bytes) -> bool:
         """Write an object, and return whether these bytes were not there. They are young afterwards."""
-        name, mark = _name(digest), _mark_of(data)
+        name, mark = self._name(digest), _mark_of(data)
         self._confirm()
         with self._errors(name):
             found = self._status(name)
@@ -157,7 +165,7 @@ class ObjectBackend:
 
     def get(self, digest: str) -> BinaryIO:
         """Open an object for reading, as it comes."""
-        name = _name(digest)
+        name = self._name(digest)
         with self._errors(name):
             try:
                 answer = obstore.get(self._store, name)
@@ -168,7 +176,7 @@ class ObjectBackend:
 
     def exists(self, digest: str) -> bool:
         """Say whether there is an object of that name."""
-        name = _name(digest)
+        name = self._name(digest)
         with self._errors(name):
             if self._status(name) is not None:
                 return True
@@ -177,7 +185,7 @@ class ObjectBackend:
 
     def size(self, digest: str) -> int:
         """Return the length of an object."""
-        return self._known(_name(digest)).size
+        return self._known(self._name(digest)).size
 
     def all(self) -> Iterator[BlobInfo]:
         """Yield every object that is named by a digest; those of a first digit once all of them are listed."""
@@ -188,7 +196,7 @@ class ObjectBackend:
 
     def delete(self, digest: str, *, newest: float = math.inf) -> int:
         """Delete an object unless it has been written after `newest`."""
-        name = _name(digest)
+        name = self._name(digest)
         self._confirm()
         with self._errors(name):
             found = self._status(name)
@@ -200,7 +208,7 @@ class ObjectBackend:
 
     def quarantine(self, digest: str) -> str:
         """Copy an object to the quarantine, then delete it."""
-        name, aside = _name(digest), f"quarantine/{digest}.{uuid4().hex[:8]}"
+        name, aside = self._name(digest), f"quarantine/{digest}.{uuid4().hex[:8]}"
         with store_errors(self.place(digest)), self._errors(name):
             size = self._known(name).size
             obstore.copy(self._store, name, aside)
@@ -217,7 +225,7 @@ class ObjectBackend:
 
     def place(self, digest: str) -> str:
         """Return the address of an object."""
-        return f"{self._url}/{_name(digest)}"
+        return f"{self._url}/{self._name(digest)}"
 
     def _remove(self, name: str) -> None:
         with self._errors(name):
@@ -281,7 +289,7 @@ class ObjectBackend:
     def _listed(self, digit: str) -> list[BlobInfo]:
         found = (
             BlobInfo(name.rpartition("/")[2], size, modified)
-            for name, size, modified in self._objects(f"blobs/{digit}")
+            for name, size, modified in self._objects(f"{self._namespace}/{digit}")
         )
         return sorted((blob for blob in found if is_digest(blob.digest)), key=lambda blob: blob.digest)
 
@@ -316,7 +324,7 @@ class ObjectBackend:
             raise StoreUnavailable(f"{place}: {fact}", path=place, hint=hint) from None
 
 
-def connect(url: str, owner: str) -> ObjectBackend:
+def connect(url: str, owner: str, namespace: Namespace = "blobs") -> ObjectBackend:
     """Return what keeps blobs at an address such as `s3://BUCKET/PREFIX`. Nothing is sent yet.
 
     Credentials are those that the environment has, or the machine, or the profile of `AWS_PROFILE` in ~/.aws.
@@ -339,7 +347,7 @@ def connect(url: str, owner: str) -> ObjectBackend:
     backoff: Any = {"init_backoff": timedelta(seconds=0.1), "max_backoff": timedelta(seconds=5), "base": 2}
     retry: Any = {"max_retries": 1000, "retry_timeout": timedelta(seconds=_DEADLINE), "backoff": backoff}
     given: Any = config or None
-    return ObjectBackend(from_url(url, config=given, client_options=options, retry_config=retry), url, owner)
+    return ObjectBackend(from_url(url, config=given, client_options=options, retry_config=retry), url, owner, namespace)
 
 
 def _profile() -> dict[str, str]:
@@ -404,13 +412,6 @@ class _Body(RawIOBase):
             if not chunk and self._left:
                 raise OSError("the response ended early")
         return chunk
-
-
-def _name(digest: str) -> str:
-    """Return the name of a blob. Only here does a digest become one; raise `ValueError` if it is none."""
-    if not is_digest(digest):
-        raise ValueError(f"not a digest: {digest[:80]!r}")
-    return f"blobs/{digest[0]}/{digest}"
 
 
 def _mark_of(data: Bytes) -> str:

@@ -19,12 +19,12 @@ from registry.errors import DamagedStore, NotAStore, RegistryError
 from registry.storage.blobs.backend import BlobBackend
 
 if TYPE_CHECKING:
-    from registry.storage.folder import StorePaths
+    from registry.storage.paths import StorePaths
 
 _OBJECTS = re.compile(r"[a-z0-9]+://")
 
 
-class FarBackend(BlobBackend, Protocol):
+class RemoteBackend(BlobBackend, Protocol):
     """A place of blobs that belongs to one store."""
 
     def check_free(self) -> None:
@@ -46,7 +46,7 @@ class FarBackend(BlobBackend, Protocol):
         ...
 
 
-def settle(paths: StorePaths, address: str) -> None:
+def claim_location(paths: StorePaths, address: str) -> None:
     """Let the blobs of a store folder that is being made be at an address; a killed attempt goes on with its number.
 
     Raises:
@@ -54,17 +54,17 @@ def settle(paths: StorePaths, address: str) -> None:
         StoreUnavailable: It cannot be reached.
     """
     if not paths.place.exists():
-        backend_at(address, "")  # before anything is written
+        backends_at(address, "")  # before anything is written
         temporary = paths.tmp / "BLOBS"
         fs.unlink(temporary)
         fs.write_file(temporary, json.dumps({"place": address, "owner": uuid4().hex}).encode(), 0o444)
         fs.replace(temporary, paths.place)
         fs.fsync_dir(paths.root)
-    far_blobs(paths, address).claim()
+    remote_blobs(paths, address)[0].claim()
 
 
-def far_blobs(paths: StorePaths, asked: str | None = None) -> FarBackend:
-    """Return what keeps the blobs of a store that has the file BLOBS, which may be `asked` to be at an address.
+def remote_blobs(paths: StorePaths, asked: str | None = None) -> tuple[RemoteBackend, RemoteBackend]:
+    """Return what keeps blobs and manifests of a store with a file BLOBS; `asked` is where they are expected to be.
 
     Raises:
         NotAStore: They are elsewhere.
@@ -81,7 +81,7 @@ def far_blobs(paths: StorePaths, asked: str | None = None) -> FarBackend:
         raise DamagedStore(f"{paths.place} is damaged", path=paths.place, hint=hint) from error
     if asked not in (None, address):
         raise elsewhere(str(paths.root), f"at {address}")
-    return backend_at(address, owner)
+    return backends_at(address, owner)
 
 
 def elsewhere(store: str, where: str) -> NotAStore:
@@ -90,8 +90,8 @@ def elsewhere(store: str, where: str) -> NotAStore:
     return NotAStore(f"{store} is already a store, with its files {where}", hint=hint)
 
 
-def backend_at(address: str, owner: str) -> FarBackend:
-    """Return what keeps the blobs of the store with a number at an address. Nothing is looked at yet.
+def backends_at(address: str, owner: str) -> tuple[RemoteBackend, RemoteBackend]:
+    """Return what keeps blobs and manifests of the store with a number at an address. Nothing is read yet.
 
     Raises:
         NotAStore: It is no address.
@@ -102,10 +102,10 @@ def backend_at(address: str, owner: str) -> FarBackend:
         if not Path(address).is_absolute():
             hint = "use s3://BUCKET/PREFIX, or the absolute path of a folder that every machine can reach"
             raise NotAStore(f"{address!r} cannot hold the files of a store", hint=hint)
-        return SharedBackend(Path(address), owner)
+        return SharedBackend(Path(address), owner), SharedBackend(Path(address), owner, "manifests")
     try:
         from registry.storage.blobs.objects import connect
     except ImportError as error:
         hint = "install the extra: pip install 'icm-lora[team]'"
         raise RegistryError(f"the blobs of this store are at {address}: {error}", hint=hint) from error
-    return connect(address, owner)
+    return connect(address, owner), connect(address, owner, "manifests")

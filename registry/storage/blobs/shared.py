@@ -1,6 +1,6 @@
-"""Blobs in a folder that machines share, for a store whose rows are elsewhere.
+"""Blobs in a folder that machines share, for a store whose database is elsewhere.
 
-    FOLDER/blobs/3/3f9a...    as in a store folder
+    FOLDER/blobs/3/3f9a...    as in a store folder; manifests/ likewise
     FOLDER/owner              whose blobs these are; a folder without it is not mounted
     FOLDER/clock              touched to learn the time of the server
 
@@ -23,7 +23,7 @@ from registry import files as fs
 from registry.errors import NotAStore, StoreUnavailable
 from registry.storage.blobs.backend import BlobInfo
 from registry.storage.blobs.local import LocalBackend, LocalBatch
-from registry.storage.folder import StorePaths, make_folders
+from registry.storage.paths import Namespace, StorePaths, make_folders
 
 _MODE = 0o444
 
@@ -38,8 +38,8 @@ class SharedBackend(LocalBackend):
 
     is_remote = True
 
-    def __init__(self, folder: Path, owner: str) -> None:
-        super().__init__(StorePaths(folder))
+    def __init__(self, folder: Path, owner: str, namespace: Namespace = "blobs") -> None:
+        super().__init__(StorePaths(folder), namespace)
         self._folder, self._owner, self.home = folder, owner, str(folder)
         self._ahead: float | None = None  # the server's time less this machine's count of seconds
 
@@ -87,7 +87,7 @@ class SharedBackend(LocalBackend):
             yield batch
             for digest in batch.known():
                 with fs.store_errors(self.place(digest)):
-                    os.utime(self._paths.blob(digest))
+                    os.utime(self.path(digest))
 
     def get(self, digest: str) -> BinaryIO:
         """Open the file of a blob."""
@@ -127,7 +127,7 @@ class SharedBackend(LocalBackend):
 
     def _refuse_foreign(self) -> None:
         # Another process may be claiming it too, and be done before this one has looked.
-        ours = {"blobs", "tmp", "quarantine", "owner", "clock"}
+        ours = {"blobs", "manifests", "tmp", "quarantine", "owner", "clock"}
         if foreign := {entry.name for entry in self._folder.iterdir()} - ours:
             hint = "use an empty or new folder"
             raise NotAStore(f"{self._folder} holds {min(foreign)!r}", path=self._folder, hint=hint)

@@ -1,0 +1,66 @@
+"""The paths of a store folder; see docs/design.md for what each is."""
+
+from __future__ import annotations
+
+import hashlib
+import stat
+from collections.abc import Iterator
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+from registry import files as fs
+from registry.manifests import is_digest
+from registry.storage.blobs.backend import Leftover
+
+Namespace = Literal["blobs", "manifests"]
+
+
+class StorePaths:
+    """The paths of one store."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.format = root / "FORMAT"
+        self.place = root / "BLOBS"
+        self.database = root / "registry.db"
+        self.journal = root / "registry.db-journal"  # SQLite's own, of a commit that did not end
+        self.blobs = root / "blobs"
+        self.manifests = root / "manifests"
+        self.tmp = root / "tmp"
+        self.quarantine = root / "quarantine"
+        self.lock = root / "lock"
+        self.jobs = root / "jobs"
+        self.reserve = root / "reserve"
+
+    def job(self, base_model: str) -> Path:
+        """Return the lock file of a base model's jobs."""
+        return self.jobs / hashlib.sha256(base_model.encode()).hexdigest()[:16]
+
+    def file(self, namespace: Namespace, digest: str) -> Path:
+        """Return the path of a blob or manifest. Only here does a digest become a path; else raise `ValueError`."""
+        if not is_digest(digest):
+            raise ValueError(f"not a digest: {digest[:80]!r}")
+        return Path(f"{self.root}/{namespace}/{digest[0]}/{digest}")  # three times faster than joining
+
+
+def make_folders(paths: StorePaths) -> None:
+    """Make the folders of a store; copies of one often lack the empty ones."""
+    with fs.store_errors(paths.root):
+        for folder in (paths.blobs, paths.manifests, paths.tmp, paths.quarantine):
+            fs.make_dir(folder)
+
+
+def files_in(folder: Path) -> Iterator[Leftover]:
+    """Yield the files and folders in a folder that should be empty."""
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        with suppress(FileNotFoundError):  # another process renamed or removed it
+            status = path.stat()
+            remove = partial(_remove, path)
+            yield Leftover(str(path), status.st_size, status.st_mtime, remove, stat.S_ISDIR(status.st_mode))
+
+
+def _remove(path: Path) -> None:
+    with fs.store_errors(path):
+        fs.unlink(path)
