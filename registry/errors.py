@@ -116,8 +116,8 @@ class InvalidFilter(RegistryError):
 class TaskNotFound(RegistryError):
     """No task has that name; `matches` are the closest names that exist, best first."""
 
-    def __init__(self, name: str, matches: tuple[str, ...] = ()) -> None:
-        hint = f"did you mean {matches[0]!r}?" if matches else "run `icm ls` to list the tasks"
+    def __init__(self, name: str, matches: tuple[str, ...] = (), *, hint: str | None = None) -> None:
+        hint = hint or (f"did you mean {matches[0]!r}?" if matches else "run `icm ls` to list the tasks")
         super().__init__(f"no task is named {name!r}", hint=hint)
         self.name = name
         self.matches = matches

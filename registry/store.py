@@ -33,6 +33,7 @@ from registry.manifests import (
     Part,
     Removed,
     Run,
+    Shared,
     State,
     Task,
     decode,
@@ -79,7 +80,7 @@ class Store:
         self.blobs = Blobs(parts.blobs, self._db.must_write, cache)
         self.manifests = Blobs(parts.manifests, self._db.must_write, cache, what="manifest")
         self._state = lru_cache(_STATES)(self._read_state)
-        self._shared = lru_cache(_STATES)(self._read_shared)
+        self._shared: Shared = lru_cache(_STATES)(self._read_shared)  # type: ignore[assignment]
 
     @classmethod
     def open(
@@ -169,9 +170,7 @@ class Store:
         with self._db.read() as connection:
             digest = connection.scalar(select(HISTORY.c.manifest).where(*of_task))
         if digest is None:
-            raise TaskNotFound(
-                f"{task.name}@{version}", hint=f"run `icm log {task.name}` to list its versions and aliases"
-            )
+            raise TaskNotFound(f"{task.name}@{version}", hint=f"run `icm log {task.name}` to list its versions")
         return self._checked_task(digest, name)
 
     def tasks(self, selection: Selection | None = None) -> Iterator[Task]:
@@ -467,7 +466,8 @@ class Store:
     def ref(self, kind: str, name: str) -> str | None:
         """Return the digest of the manifest that a ref points to."""
         with self._db.read() as connection:
-            return connection.scalar(_ref(kind, name))
+            found = connection.execute(_ref(kind, name)).first()
+        return None if found is None else str(found.manifest)
 
     def state(self, digest: str) -> State:
         """Return the state that a manifest describes; raise `DamagedStore` if it is missing or damaged."""

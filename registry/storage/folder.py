@@ -156,7 +156,7 @@ def create_store(paths: StorePaths, database: SqliteDatabase, blobs: str | None 
 
 
 def check_format(paths: StorePaths) -> None:
-    """Raise `StoreTooOld` or `StoreTooNew` unless FORMAT names this program's format; `DamagedStore` if it names none."""
+    """Raise `StoreTooOld`, `StoreTooNew` or `DamagedStore` unless FORMAT names this program's format."""
     try:
         with paths.format.open("rb") as file:
             text = file.read(64)

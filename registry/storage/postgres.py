@@ -62,6 +62,7 @@ _MOST_NAMED = 63  # bytes of a name that the server keeps
 MIN_WAIT = 1.0  # seconds: a commit of another process takes a moment
 _WRITING = 0x69636D31  # the lock that a transaction holds while it writes
 _connections = WeakSet[psycopg.Connection]()  # all of this process
+_NO_STORE_HINT = "run `icm init --blobs s3://BUCKET/PREFIX` to create one, or set another with --store or ICM_STORE"
 _FULL_HINT = "ask the database administrator to free disk space; completed work is kept"
 _AWAY_HINT = "run the command again once it can be reached; only completed work is kept"
 
