@@ -126,9 +126,7 @@ class PostgresDatabase(Database):
             if not inspect(connection).has_table(META.name):
                 if _is_old(connection):
                     raise too_old(self.place)
-                hint = (
-                    "run `icm init --blobs s3://BUCKET/PREFIX` to create one, or set another with --store or ICM_STORE"
-                )
+                hint = _NO_STORE_HINT
                 raise StoreNotFound(f"there is no store at {self.place}", path=self.place, hint=hint)
         meta = self.meta()
         self.check_number(meta.format)
