@@ -130,15 +130,15 @@ def ls(session: Session) -> None:
 
     bases = list_base_models(session.context)
     session.out.document([_document(base) for base in bases])
-    session.out.names(base.record.name for base in bases)
+    session.out.names(base.base.name for base in bases)
     rows: list[list[str]] = []
     for base in bases:
-        rows.append([base.record.name, str(base.record.tasks), str(base.path or "not found")])
-        if base.record.loader is not None:
-            rows.append(["", "", f"loaded by {base.record.loader}"])
-        if base.record.load_in is not None:
-            rows.append(["", "", f"loaded in {base.record.load_in}"])
-        rows.extend([f"  {label.label}", "", _REASONS[label.reason]] for label in base.record.labels)
+        rows.append([base.base.name, str(base.tasks), str(base.path or "not found")])
+        if base.location is not None and base.location.loader is not None:
+            rows.append(["", "", f"loaded by {base.location.loader}"])
+        if base.location is not None and base.location.load_in is not None:
+            rows.append(["", "", f"loaded in {base.location.load_in}"])
+        rows.extend([f"  {label.label}", "", _REASONS[label.reason]] for label in base.base.labels)
     session.out.table(_COLUMNS, rows)
     if any(base.path is None for base in bases):
         session.out.hint("run `icm base add NAME PATH` to set the location of a base model")
@@ -155,17 +155,17 @@ def _document(base: KnownBase) -> dict[str, object]:
     from icmlora.base_models.finding.mirrors import original_of
 
     return {
-        "name": base.record.name,
+        "name": base.base.name,
         "labels": [
             {"label": entry.label, "reason": entry.reason, "is_quantised": original_of(entry.label).is_quantised}
-            for entry in base.record.labels
+            for entry in base.base.labels
         ],
-        "tasks_count": base.record.tasks,
+        "tasks_count": base.tasks,
         "path": None if base.path is None else str(base.path),
-        "alias": base.record.path,
-        "loader": base.record.loader,
-        "load_in": base.record.load_in,
-        "fingerprint": base.record.fingerprint,
+        "alias": None if base.location is None else base.location.path,
+        "loader": None if base.location is None else base.location.loader,
+        "load_in": None if base.location is None else base.location.load_in,
+        "fingerprint": base.base.fingerprint,
         "problem": base.problem,
     }
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from icmlora.base_models.finding.lookup import FoundBase
     from icmlora.generator.versions import GeneratorFile
     from registry.errors import IcmError
-    from registry.records import BaseModelRecord, CodeRecord, GeneratorRecord, TaskRecord
+    from registry.manifests import BaseModel, Task
     from registry.storage.locks import Patience
     from registry.store import Store
 
@@ -236,10 +236,12 @@ class Shard:
 
 def select_tasks(
     store: Store, names: Sequence[str], base_model: str | None = None, shard: Shard | None = None
-) -> list[TaskRecord]:
+) -> list[Task]:
     """Return the selected tasks, each once, ordered by base model and name."""
+    from registry.filters import Selection
+
     base_model = base_name(store, base_model)
-    tasks = store.tasks.named(names) if names else list(store.tasks.all())
+    tasks = store.named(names) if names else list(store.tasks(Selection(base_model=base_model)))
     check_base_model(base_model, {task.base_model for task in tasks}, named=bool(names))
     chosen = {task.name: task for task in tasks if base_model in (None, task.base_model)}
     if shard is not None:
@@ -256,64 +258,55 @@ def check_base_model(base_model: str | None, known: Collection[str], *, named: b
 
 def locate_base(store: Store, label: str) -> FoundBase:
     """Find a base model without loading it; raises `BaseModelNotFound`."""
-    from icmlora.base_models.finding.lookup import find_base_model
-
-    record = base_record(store, label)
-    if record is None:
-        return find_base_model(label)
-    return replace(find_recorded(record), task_type=_task_type(store, record.name))
+    base = store.base_model(label)
+    return replace(find_copy(base), task_type=_task_type(store, base.name))
 
 
 def _task_type(store: Store, base_model: str) -> str | None:
     """Return PEFT's task type of the adapters of a base model, as far as one of them tells."""
     from registry.errors import DamagedStore
+    from registry.filters import Selection
 
-    digest = store.tasks.a_config(base_model)
-    if digest is None or not store.blobs.exists(digest):
-        return None
     try:
-        found = json.loads(store.blobs.read(digest)).get("task_type")
+        for task in store.tasks(Selection(base_model=base_model, limit=1)):
+            found = json.loads(store.blobs.read(task.final.config)).get("task_type")
+            return found if isinstance(found, str) else None
     except (ValueError, AttributeError, DamagedStore):  # of another format, or it is for its own task to say so
-        return None
-    return found if isinstance(found, str) else None
+        pass
+    return None
 
 
-def find_recorded(record: BaseModelRecord) -> FoundBase:
+def find_copy(base: BaseModel) -> FoundBase:
     """Find a base model by its name, or else by a label, quantised mirrors last; raises `BaseModelNotFound`."""
     from icmlora.base_models.finding.lookup import find_base_model
     from icmlora.base_models.finding.mirrors import original_of
+    from icmlora.fleet.bases.locations import locations
 
-    places = {record.name: record.path}
-    labels = sorted(record.labels, key=lambda label: (label.path is None, original_of(label.label).is_quantised))
-    places |= {label.label: label.path for label in labels}
+    places = locations()
+    labels = sorted(
+        (label.label for label in base.labels), key=lambda label: (label not in places, original_of(label).is_quantised)
+    )
+    load_in = next((places[name].load_in for name in (base.name, *labels) if name in places), None)
     first: BaseModelNotFound | None = None
-    for name, path in places.items():
+    for name in (base.name, *labels):
+        place = places.get(name)
         try:
-            loader = record.loader if path == record.path else None
-            found = find_base_model(name, aliases={} if path is None else {name: path}, loader=loader)
-            return replace(found, load_in=record.load_in)
+            aliases = {} if place is None else {name: place.path}
+            found = find_base_model(name, aliases=aliases, loader=None if place is None else place.loader)
+            return replace(found, load_in=load_in)
         except BaseModelNotFound as error:
             first = first or error
     assert first is not None
     raise first
 
 
-def base_record(store: Store, label: str) -> BaseModelRecord | None:
-    """Return what the store knows about the base model that has a label, if anything."""
-    return next((known for known in store.base_models.all() if label in known.names), None)
-
-
-def current_code(store: Store, task: TaskRecord) -> tuple[CodeRecord | None, GeneratorRecord | None]:
-    """Return the code of a task under the current generator of its base model, and that generator."""
-    generator = store.generators.current(task.base_model)
-    return None if generator is None else store.codes.get(task.name, generator.id), generator
-
-
-def has_loaders(store: Store) -> bool:
+def has_loaders() -> bool:
     """Return whether a base model has a loader, which may read samples of any form."""
-    return any(known.loader is not None for known in store.base_models.all())
+    from icmlora.fleet.bases.locations import locations
+
+    return any(known.loader is not None for known in locations().values())
 
 
 def base_name(store: Store, label: str | None) -> str | None:
     """Return the name of the base model that has a label, or None for None."""
-    return None if label is None else store.base_models.name_of(label)
+    return None if label is None else store.base_name(label)

@@ -1,26 +1,38 @@
 """The values that a `Fleet` returns from its store, for callers who do not import `registry`."""
 
-from registry.records import (
-    AdapterRecord,
+from icmlora.fleet.bases.labels import Joined, Separated
+from registry.manifests import (
+    Adapter,
+    BaseModel,
     Claim,
-    CodeRecord,
-    EvaluationRecord,
-    GeneratorRecord,
-    Rung,
-    TaskRecord,
-    TaskSummary,
+    Code,
+    CodeLimits,
+    Extra,
+    File,
+    Generator,
+    Label,
+    Measurement,
+    Source,
+    Task,
+    Vector,
 )
-from registry.tables.base_models import Joined, Separated
+from registry.tables import TaskRow
 
 __all__ = [
-    "AdapterRecord",
+    "Adapter",
+    "BaseModel",
     "Claim",
-    "CodeRecord",
-    "EvaluationRecord",
-    "GeneratorRecord",
+    "Code",
+    "CodeLimits",
+    "Extra",
+    "File",
+    "Generator",
     "Joined",
-    "Rung",
+    "Label",
+    "Measurement",
     "Separated",
-    "TaskRecord",
-    "TaskSummary",
+    "Source",
+    "Task",
+    "TaskRow",
+    "Vector",
 ]

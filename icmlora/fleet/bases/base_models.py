@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,21 +16,24 @@ from icmlora.base_models.kinds.custom_model import find_loader
 from icmlora.base_models.quantised import check_load_in
 from icmlora.errors import BaseModelNotFound
 from icmlora.fleet.bases.joins import BaseJoined
-from icmlora.fleet.context import Context, Event, find_recorded, use_case
-from registry.errors import BaseModelConflict
+from icmlora.fleet.bases.labels import Joined, Separated, join, separate
+from icmlora.fleet.bases.locations import Location, location_of, locations, set_location
+from icmlora.fleet.context import Context, Event, find_copy, use_case
+from registry.errors import BaseModelConflict, StoreNotFound
+from registry.manifests import BaseModel
 from registry.names import LoadIn, some
-from registry.records import BaseModelRecord, JoinReason
 
 if TYPE_CHECKING:
     from registry.store import Store
-    from registry.tables.base_models import Joined, Separated
 
 
 @dataclass(frozen=True)
 class KnownBase:
     """A base model that an adapter names or that the user added."""
 
-    record: BaseModelRecord
+    base: BaseModel
+    tasks: int
+    location: Location | None  # that the user set on this machine
     path: Path | None  # where a local copy is
     problem: str | None  # why there is no usable copy
 
@@ -47,7 +50,14 @@ class NameTaken(Event):
 def list_base_models(context: Context) -> list[KnownBase]:
     """List the base models that adapters name or that were added, and where each one is on this machine."""
     with context.open(read_only=True) as store:
-        return [_locate(record) for record in store.base_models.all()]
+        counts, places = store.task_counts(), locations()
+        known = store.base_models()
+    named = {name for base in known for name in base.names}
+    known += [BaseModel(name=name) for name in places if name not in named]
+    return [
+        _locate(base, counts.get(base.name, 0), location_of(base.names, places))
+        for base in sorted(known, key=lambda base: base.name)
+    ]
 
 
 @use_case
@@ -88,15 +98,15 @@ def add_base_model(
         if meant != name:
             context.on_event(NameTaken(name, meant))
             name, found = meant, replace(found, label=meant)
-        store.base_models.set_path(name, str(found.path), loader=loader, load_in=load_in)
+        set_location(name, Location(str(found.path), loader, load_in))
         _join_same(context, store, name, found)
     return found.path
 
 
 def _meant(store: Store, name: str) -> str:
     """Return the base model that a relative path means: one that adapters name so, or that path from here."""
-    known = [label for record in store.base_models.all() for label in record.names]
-    found = sorted({store.base_models.name_of(label) for label in named_by(name, known)})
+    known = [label for base in store.base_models() for label in base.names]
+    found = sorted({store.base_name(label) for label in named_by(name, known)})
     if name in known or len(found) == 1:
         return name if name in known else found[0]
     if found:
@@ -107,18 +117,17 @@ def _meant(store: Store, name: str) -> str:
 
 def _join_same(context: Context, store: Store, name: str, found: FoundBase) -> None:
     """Join a base model to one of the same files; where both have a generator, the user has to say which stays."""
-    records = store.base_models.all()
-    mine = next(record for record in records if name in record.names)
-    for other in (record for record in records if record is not mine):
+    mine = store.base_model(name)
+    for other in (base for base in store.base_models() if base.name != mine.name):
         try:
-            copy = find_recorded(other)
+            copy = find_copy(other)
         except BaseModelNotFound:
             continue
         if not is_same_model(found, copy):
             continue
-        first, second = (mine, other) if store.generators.current(mine.name) is not None else (other, mine)
+        first, second = (mine, other) if store.generator(mine.name) is not None else (other, mine)
         with suppress(BaseModelConflict):
-            join_labels(store, first.name, [second.name], reason="fingerprint")
+            join(store, first.name, [second.name], reason="fingerprint")
             context.on_event(BaseJoined(second.name, first.name, "fingerprint", is_quantised=False))
         return
 
@@ -126,10 +135,13 @@ def _join_same(context: Context, store: Store, name: str, found: FoundBase) -> N
 @use_case
 def forget_base_model(context: Context, name: str) -> None:
     """Forget where the base model `name` is; `BaseModelNotFound` if it is unknown. Adapters and files stay."""
-    with context.open() as store:
-        if not any(name in record.names for record in store.base_models.all()):
+    names = {name}
+    with suppress(StoreNotFound), context.open(read_only=True) as store:
+        names |= {*store.base_model(name).names}
+        if name not in locations() and all(name not in base.names for base in store.base_models()):
             raise BaseModelNotFound(f"no base model is named {name!r}", hint="run `icm base ls` to list them")
-        store.base_models.set_path(name, None)
+    for known in names & locations().keys():
+        set_location(known, None)
 
 
 @use_case
@@ -148,22 +160,10 @@ def alias_base_model(context: Context, name: str, labels: Sequence[str], *, keep
 
     Raises:
         BaseModelConflict: Two have a generator and `keep` is not given, or a label belongs to another base model.
-        LastCopy: A task was evicted and its code belongs to a generator that would not stay in use.
     """
     with context.open(create=True) as store:
         name = typed_label(name)
-        return join_labels(store, name, [typed_label(label) for label in labels], keep=keep)
-
-
-def join_labels(
-    store: Store, name: str, labels: Sequence[str], *, reason: JoinReason = "told", keep: str | None = None
-) -> Joined:
-    """Join labels to a base model while nothing else trains or encodes for any of them."""
-    bases = sorted({store.base_models.name_of(label) for label in (name, *labels)})
-    with ExitStack() as jobs:
-        for base in bases:  # always in the same order, so that two commands do not wait for each other
-            jobs.enter_context(store.job(base))
-        return store.base_models.join(name, labels, reason=reason, keep=keep)
+        return join(store, name, [typed_label(label) for label in labels], keep=keep)
 
 
 @use_case
@@ -179,22 +179,20 @@ def separate_labels(context: Context, name: str, labels: Sequence[str]) -> list[
 
     Raises:
         BaseModelConflict: A label is not one of this base model.
-        LastCopy: A task was evicted and its code belongs to the generator that stays.
     """
     with context.open() as store:
-        base = store.base_models.name_of(typed_label(name))
+        base = store.base_name(typed_label(name))
         labels = [typed_label(label) for label in labels]
         for label in labels:
-            if label == base or store.base_models.name_of(label) != base:
+            if label == base or store.base_name(label) != base:
                 is_main = f"{label!r} is its main name and cannot be removed"
                 fact = is_main if label == base else f"{label!r} is not a label of {base!r}"
                 raise BaseModelConflict(fact, hint="run `icm base ls` to list all labels")
-        with store.job(base):
-            return [store.base_models.separate(label) for label in labels]
+        return [separate(store, label) for label in labels]
 
 
-def _locate(record: BaseModelRecord) -> KnownBase:
+def _locate(base: BaseModel, tasks: int, location: Location | None) -> KnownBase:
     try:
-        return KnownBase(record, find_recorded(record).path, None)
+        return KnownBase(base, tasks, location, find_copy(base).path, None)
     except BaseModelNotFound as error:
-        return KnownBase(record, None, str(error))
+        return KnownBase(base, tasks, location, None, str(error))
