@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from registry.storage.folder import StorePaths
+from registry.storage.paths import StorePaths
 from registry.store import Store
 
 

@@ -11,21 +11,21 @@ from typing import Any
 
 from sqlalchemy import Engine
 
-from registry.storage import engine as engines
+from registry.storage import sqlite
 
-_made = engines._engine.__wrapped__
+_made = sqlite._engine.__wrapped__
 _first: list[Engine] = []
 
 
 def share_statements() -> None:
     """Let the engines of all stores have one dialect and one cache."""
-    engines._engine = lru_cache(maxsize=16)(_sharing)
+    sqlite._engine = lru_cache(maxsize=16)(_sharing)
 
 
 def forget_statements() -> None:
-    """Let engines that are made from now on compile anew."""
+    """Let engines that are made from now on compile again."""
     _first.clear()
-    engines._engine.cache_clear()
+    sqlite._engine.cache_clear()
 
 
 def _sharing(*arguments: Any, **options: Any) -> Engine:
