@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from decimal import Decimal
 from typing import Any
 
 from sqlalchemy import ColumnElement, Select, and_, false, func, not_, or_, select
@@ -76,7 +77,8 @@ def _condition(one: Filter, names_of: Mapping[str, Sequence[str]]) -> ColumnElem
         return column.contains(str(one.value), autoescape=True)
     value = one.value
     if one.field.name == "error":  # the column has squares
-        value = float(value) * abs(float(value))
+        exact = Decimal(repr(float(value)))  # 0.1 * 0.1 is more than 0.01, and the root of the column is 0.1
+        value = float(exact * abs(exact))
     compared: Mapping[str, ColumnElement[bool]] = {
         "=": column == value,
         "<": column < value,

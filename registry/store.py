@@ -610,14 +610,13 @@ def _move(
     for state, digest, before in zip(states, digests, expected, strict=True):
         key = state.KIND, key_of(state.KIND, state.ref)
         manifest, number = present.get(key, (None, 0))
-        if state.number < number:  # an older version: only the history changes
-            if connection.scalar(_version(state)) != before:
-                raise _lost(f"version {state.number} of {state.KIND} {state.ref!r}")
-        elif state.number == newest[key]:
-            if manifest != before:
-                if before is None and isinstance(state, Task):
-                    raise TaskConflict(state.name)
-                raise _lost(f"{state.KIND} {state.ref!r}")
+        is_older = state.number < number
+        present_one = connection.scalar(_version(state)) if is_older else manifest
+        if (is_older or state.number == newest[key]) and present_one != before:
+            if before is None and isinstance(state, Task):
+                raise TaskConflict(state.name)
+            raise _lost(f"{state.KIND} {state.ref!r}")
+        if not is_older and state.number == newest[key]:
             rows.append(index_of(state, digest))
     versions = [
         {"kind": one.KIND, "key": key_of(one.KIND, one.ref), "version": one.number, "manifest": digest}

@@ -1,31 +1,21 @@
-"""Small stores and adapters. The registry never looks into the bytes, so any bytes will do."""
+"""Small stores and tasks. The registry never looks into the bytes, so any bytes will do."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+from registry.manifests import Adapter, Code, File, Generator, Json, Measurement, Task, Vector
 from registry.names import DatabaseUrl
-from registry.records import (
-    CodeRecord,
-    Eviction,
-    Extra,
-    Json,
-    NewAdapter,
-    NewCode,
-    NewEvaluation,
-    NewGenerator,
-    NewVector,
-    OnConflict,
-    TaskIngest,
-)
 from registry.store import Store
 from tests.registry.pairs import pair
 
 BASE = "example/base-model"
-LAYOUT = [("layers.0.q_proj", 8, 64, 64), ("layers.0.v_proj", 8, 64, 32)]
+LAYOUT = (("layers.0.q_proj", 8, 64, 64), ("layers.0.v_proj", 8, 64, 32))
 EXTRACTOR: Json = {"name": "last-layer", "version": 1, "base": "f00d"}
+TEXT = "ab" * 32
 
 
 def new_store(place: Path | DatabaseUrl, *, lock_timeout: float = 5.0) -> Store:
@@ -34,111 +24,89 @@ def new_store(place: Path | DatabaseUrl, *, lock_timeout: float = 5.0) -> Store:
     return Store.open(address, create=True, lock_timeout=lock_timeout, command="test", blobs=blobs)
 
 
-def offer(
-    store: Store,
-    name: str,
-    *,
-    weights: bytes | None = None,
-    steps: Sequence[int] = (),
-    base_model: str = BASE,
-    samples: bytes | None = None,
-    eval_data: bytes | None = None,
-    card: bytes | None = None,
-    on_conflict: OnConflict = "fail",
-    base_is_told: bool = False,
-    extras: Sequence[Extra] = (),
-) -> TaskIngest:
-    """Store the bytes of a task with one final adapter and a checkpoint per step; return what is to be recorded."""
-    final = adapter(store, weights or f"weights of {name}".encode(), is_final=True, card=card)
-    final = replace(final, extras=tuple(extras))
-    checkpoints = [adapter(store, f"weights of {name.lower()} at {step}".encode(), step=step) for step in steps]
-    return TaskIngest(
-        name=name,
-        base_model=base_model,
-        adapters=[final, *checkpoints],
-        samples=None if samples is None else store.blobs.put(samples),
-        eval_data=None if eval_data is None else store.blobs.put(eval_data),
-        on_conflict=on_conflict,
-        base_is_told=base_is_told,
-    )
+def put(store: Store, data: bytes) -> File:
+    """Store bytes and return the reference to them."""
+    return File(store.blobs.put(data), len(data))
 
 
-def adapter(
-    store: Store, weights: bytes, *, step: int | None = None, is_final: bool = False, card: bytes | None = None
-) -> NewAdapter:
-    """Store the bytes of one adapter and return what is to be recorded."""
-    return NewAdapter(
-        weights=store.blobs.put(weights),
-        config=store.blobs.put(b'{"r": 8}'),
-        card=None if card is None else store.blobs.put(card),
+def adapter(store: Store, weights: bytes, *, step: int | None = None, **changes: Any) -> Adapter:
+    """Store the bytes of one adapter and return it."""
+    made = Adapter(
+        weights=put(store, weights),
+        config=put(store, b'{"r": 8}'),
         step=step,
-        is_final=is_final,
         dtype="BF16",
         rank_max=8,
         parameters=1792,
-        target_modules=["q_proj", "v_proj"],
+        target_modules=("q_proj", "v_proj"),
         layout=LAYOUT,
-        source="loras/example",
+        source="loras/example" if step is None else f"loras/example/checkpoint-{step}",
     )
+    return replace(made, **changes)
 
 
-def ingest(store: Store, name: str, **options: object) -> None:
-    """Store and record a task; options as in :func:`offer`."""
-    store.tasks.ingest([offer(store, name, **options)])  # type: ignore[arg-type]
+def task(store: Store, name: str, *, weights: bytes | None = None, steps: Sequence[int] = (), **changes: Any) -> Task:
+    """Store the bytes of a task with a checkpoint per step, and return what is to be published."""
+    checkpoints = tuple(adapter(store, f"weights of {name.lower()} at {step}".encode(), step=step) for step in steps)
+    final = adapter(store, weights or f"weights of {name}".encode())
+    return replace(Task(name=name, base_model=BASE, final=final, checkpoints=checkpoints), **changes)
 
 
-def vector(store: Store, task: str, support_set: int = 0, *, data: bytes = b"vector") -> NewVector:
-    """Store a task vector's bytes and return what is to be recorded."""
-    return NewVector(task, "context", support_set, EXTRACTOR, store.blobs.put(data), dim=64)
+def ingest(store: Store, name: str, **options: Any) -> Task:
+    """Store and publish a task; options as in :func:`task`."""
+    return store.publish([task(store, name, **options)])[0]
 
 
-def code(store: Store, task: str, *, data: bytes | None = None) -> NewCode:
-    """Store a code's bytes and return what is to be recorded."""
-    content = data or f"code of {task}".encode()
-    blob, bits = store.blobs.put(content), 8.0 * len(content)
-    return NewCode(store.tasks.final(task), blob, bits, squared_error=0.01, effect=0.98)
+def vector(store: Store, support_set: int = 0, *, data: bytes = b"vector") -> Vector:
+    """Store the bytes of a task vector and return it."""
+    return Vector(view="context", support_set=support_set, blob=put(store, data), dim=64, extractor=EXTRACTOR)
 
 
-def code_of(store: Store, task: str) -> CodeRecord:
-    """Return the code of a task under the current generator."""
-    current = store.generators.current(BASE)
-    assert current is not None
-    found = store.codes.get(task, current.id)
-    assert found is not None
-    return found
+def code(store: Store, name: str, *, data: bytes | None = None, generator: bytes = b"generator") -> Code:
+    """Store the bytes of a code of a generator and return it."""
+    blob = put(store, data or f"code of {name}".encode())
+    return Code(blob=blob, generator=put(store, generator), squared_error=0.01, effect=0.98)
 
 
-def generator(store: Store, tasks: Sequence[str] = (), *, data: bytes = b"generator", **more: object) -> NewGenerator:
-    """Store a generator's bytes with a code for each task and return what is to be recorded."""
-    codes = [code(store, task) for task in tasks]
-    blob = store.blobs.put(data)
-    return NewGenerator(BASE, blob, {"quality": 4}, {"bits": 1.5}, codes=codes, **more)  # type: ignore[arg-type]
+def train(store: Store, names: Sequence[str] = (), *, data: bytes = b"generator") -> Generator:
+    """Publish the next generator with a code for each task."""
+    present = store.generator(BASE)
+    made = Generator(
+        base_model=BASE,
+        version=1 if present is None else present.version + 1,
+        blob=put(store, data),
+        config={"quality": 4},
+        metrics={"bits": 1.5},
+        manifest=None if present is None else present.manifest,
+    )
+    tasks = [replace(store.task(name), code=code(store, name, generator=data)) for name in names]
+    published = store.publish([made, *tasks])[0]
+    assert isinstance(published, Generator)
+    return published
 
 
-def eviction(store: Store, task: str, **more: object) -> Eviction:
-    """Return what lets go of all originals of a task whose code stands in for them."""
-    current = store.generators.current(BASE)
-    assert current is not None
-    fields = {
-        "adapters": [row.id for row in store.tasks.adapters(task)],
-        "final": store.tasks.final(task),
-        "code": code_of(store, task),
-        "generator": current,
-    }
-    return Eviction(task, **(fields | {"squared_error": 0.02} | more))  # type: ignore[arg-type]
+def evict(store: Store, name: str) -> Task:
+    """Record that the originals of a task are gone, and free their bytes."""
+
+    def gone(task: Task) -> Task:
+        final = replace(task.final, evicted_at="2026-01-02T03:04:05Z")
+        checkpoints = tuple(replace(one, evicted_at="2026-01-02T03:04:05Z") for one in task.checkpoints)
+        return replace(task, final=final, checkpoints=checkpoints)
+
+    task = store.update(name, gone)
+    store.free([file for one in task.adapters for file in one.evictable])
+    return task
 
 
-def evaluation(task: str, *, nats: float = 2.0, generator_id: int | None = None) -> NewEvaluation:
-    """Return a measurement of a task's original, or of its code where a generator is given."""
-    return NewEvaluation(
-        task=task,
-        rung="original" if generator_id is None else "code",
-        generator_id=generator_id,
-        data="ab" * 32,
+def measurement(*, nats: float = 2.0, generator: str | None = None) -> Measurement:
+    """Return a measurement of the original of a task, or of its code under a generator."""
+    return Measurement(
+        source="original" if generator is None else "code",
+        generator=generator,
+        data=TEXT,
         value=nats,
         count=100,
         utf8_bytes=400,
         retained_gain=0.97,
-        squared_error=None,
         settings={"max_tokens": 256},
     )

@@ -38,7 +38,7 @@ class Pair:
 
     @property
     def parts(self) -> list[str]:
-        """What keeps the rows, and what keeps the bytes."""
+        """What keeps the refs, and what keeps the bytes."""
         return self.name.split("+")
 
     def place_of(self, root: Path) -> tuple[Path | DatabaseUrl, str | None]:
@@ -68,7 +68,7 @@ pair = Pair()
 
 
 def damage(store: Store, statement: str) -> None:
-    """Change rows behind icm's back, without what keeps their checks right, as a broken disk does."""
+    """Change the database behind icm's back, as a broken disk does."""
     if isinstance(store.address, Path):
         with closing(sqlite3.connect(store.address / "registry.db", isolation_level=None)) as connection:
             connection.execute(statement)
@@ -76,24 +76,18 @@ def damage(store: Store, statement: str) -> None:
     import psycopg
 
     with psycopg.connect(store.address.secret, autocommit=True) as server:
-        server.execute("SET session_replication_role = replica")
         server.execute(statement.encode())
 
 
-def rewrite(store: Store, statement: str) -> None:
-    """Change rows as icm does, with their checks."""
-    with store._db.connection(write=True) as connection:
-        connection.exec_driver_sql(statement)
-
-
 def lose(store: Store, digest: str) -> None:
-    """Remove the bytes of a blob, as somebody else would."""
-    store.blobs._backend.delete(digest)
+    """Remove the bytes of a blob or manifest, as somebody else would."""
+    for files in (store.blobs, store.manifests):
+        files._backend.delete(digest)
 
 
 def overwrite(store: Store, digest: str, change: Callable[[bytes], bytes]) -> None:
-    """Put other bytes in the place of a blob."""
-    backend = store.blobs._backend
+    """Put other bytes in the place of a blob or manifest."""
+    backend = store.blobs._backend if store.blobs.exists(digest) else store.manifests._backend
     with backend.get(digest) as file:
         data = change(file.read())
     backend.delete(digest)

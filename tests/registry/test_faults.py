@@ -19,7 +19,7 @@ import pytest
 from registry import files as fs
 from registry.errors import RegistryError
 from registry.storage.blobs.content import Blobs
-from registry.storage.folder import StorePaths
+from registry.storage.paths import StorePaths
 from registry.store import Store
 from tests.registry.children import KILLED, run, start, wait
 from tests.registry.examples import ingest, new_store

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from registry.storage.folder import StorePaths, is_digest
+from registry.storage.paths import StorePaths, is_digest
 
 PATHS = StorePaths(Path("store"))
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from registry.names import DatabaseUrl
-from registry.storage.folder import StorePaths
+from registry.storage.paths import StorePaths
 from registry.storage.locks import Patience, StoreLock
 from registry.storage.locks.flocks import FolderLock
 from registry.testing.locks import LockPromises

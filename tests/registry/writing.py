@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from registry.manifests import Run
 from registry.store import Store
-from tests.registry.examples import BASE, code, evaluation, eviction, generator, ingest, new_store, offer, vector
+from tests.registry.examples import BASE, code, evict, ingest, measurement, new_store, put, task, train, vector
 
 FACTS: dict[str, Callable[[Store], bool]] = {
-    **{name: lambda store, name=name: name in names_in(store) for name in ("rust", "html", "sql")},  # type: ignore[misc]
-    "no html": lambda store: "html" not in names_in(store),
-    "vectors": lambda store: len(store.vectors.all("rust")) == 2,
-    "code of rust": lambda store: _has_code(store, "rust"),
-    "code of html": lambda store: _has_code(store, "html"),
-    "code of sql": lambda store: _has_code(store, "sql"),
-    "evicted": lambda store: store.tasks.final("rust").is_evicted,
+    **{name: lambda store, name=name: store.find(name) is not None for name in ("rust", "html", "sql")},  # type: ignore[misc]
+    "no html": lambda store: store.find("html") is None,
+    "vectors": lambda store: len(store.task("rust").vectors) == 2,
+    "code of rust": lambda store: store.task("rust").code is not None,
+    "code of html": lambda store: store.task("html").code is not None,
+    "evicted": lambda store: store.task("rust").final.is_evicted,
+    "version 2": lambda store: store.task("rust").version == 2,
 }
 """What a command may have been told to be done."""
 
@@ -44,14 +45,9 @@ def place_at(root: Path) -> Place:
     return Place(lambda: new_store(root), root.parent)
 
 
-def _has_code(store: Store, task: str) -> bool:
-    made = store.generators.current(BASE)
-    return made is not None and store.codes.get(task, made.id) is not None
-
-
-def names_in(store: Store) -> set[str]:
-    """Return the names of all tasks."""
-    return {task.name for task in store.tasks.all()}
+def _known(store: Store, name: str, **options: object) -> None:
+    if store.find(name) is None:
+        ingest(store, name, **options)
 
 
 def ingest_all(place: Place) -> None:
@@ -61,7 +57,9 @@ def ingest_all(place: Place) -> None:
         for file in files:
             file.write_bytes(file.name.encode())
         store.blobs.put_files(files, lambda path, data: None)
-        store.tasks.ingest([offer(store, name, steps=[80, 90], samples=b"samples") for name in ("rust", "html")])
+        samples = put(store, b"samples")
+        new = [name for name in ("rust", "html") if store.find(name) is None]
+        store.publish([task(store, name, steps=[80, 90], samples=samples) for name in new])
         place.tell("rust")
         place.tell("html")
 
@@ -69,68 +67,75 @@ def ingest_all(place: Place) -> None:
 def learn(place: Place) -> None:
     """Train: vectors, a run with checkpoints, a generator with a code, a measurement."""
     with place.open() as store:
-        ingest(store, "rust")
+        _known(store, "rust")
         place.tell("rust")
-        if not store.vectors.all("rust"):
-            store.vectors.add([vector(store, "rust", number) for number in range(2)])
+        vectors = tuple(vector(store, number) for number in range(2))
+        store.update("rust", lambda known: replace(known, vectors=vectors))
         place.tell("vectors")
-        if store.generators.current(BASE) is None:
-            run = store.runs.running(BASE) or store.runs.start(BASE, {"seed": 1})
+        if store.generator(BASE) is None:
+            run = store.run(BASE) or Run(base_model=BASE, config={"seed": 1})
             for step in range(run.step + 1, 3):
                 data = f"step {step}".encode()
-                run = store.runs.save_checkpoint(run.id, step=step, weights=data, optimizer=data * 2)
-            store.generators.add(generator(store, ["rust"], train_run_id=run.id))
+                saved = replace(run, step=step, weights=put(store, data), optimizer=put(store, data * 2))
+                run = store.save_run(saved)
+            train(store, ["rust"])
+        store.end_run(BASE)
         place.tell("code of rust")
-        store.evaluations.add([evaluation("rust")])
+        store.update("rust", lambda known: replace(known, measured=known.with_measured(measurement())))
 
 
 def extend(place: Place) -> None:
-    """Let a generator grow, and prune the one before."""
+    """Replace the generator and all codes, and prune what came before."""
     with place.open() as store:
-        ingest(store, "rust")
-        first = store.generators.current(BASE) or store.generators.add(generator(store, ["rust"]))
+        _known(store, "rust")
+        first = store.generator(BASE) or train(store, ["rust"])
+        _known(store, "html")
         if first.version == 1:
-            ingest(store, "html")
-            store.generators.extend(generator(store, ["html"], data=b"longer", parent_id=first.id))
-        current = store.generators.current(BASE)
-        assert current is not None
+            train(store, ["rust", "html"], data=b"longer")
+        place.tell("code of rust")
         place.tell("code of html")
-        ingest(store, "sql")
-        place.tell("sql")
-        store.codes.add(current.id, [code(store, "sql")])
-        place.tell("code of sql")
-        for other in store.generators.all():
-            if other.id != current.id:
-                store.generators.forget(other)
         store.prune(grace=0)
 
 
 def remove_and_prune(place: Place) -> None:
     """Remove a task, then its bytes."""
     with place.open() as store:
-        ingest(store, "rust")
+        _known(store, "rust")
         place.tell("rust")
-        if "html" not in names_in(store):
-            ingest(store, "html", steps=[80])
-        store.tasks.remove(["html"], last_copies=["html"])
+        _known(store, "html", steps=[80])
+        store.remove(["html"])
         place.tell("no html")
+        store.free(names=["html"])
         store.prune(grace=0)
 
 
 def evict_and_prune(place: Place) -> None:
     """Evict a task, then prune."""
     with place.open() as store:
-        if "rust" not in names_in(store):
-            ingest(store, "rust", steps=[80, 90])
+        _known(store, "rust", steps=[80, 90])
         place.tell("rust")
-        if store.generators.current(BASE) is None:
-            store.generators.add(generator(store, ["rust"]))
-        store.originals.evict(eviction(store, "rust", evaluations=[evaluation("rust")]))
+        if store.generator(BASE) is None:
+            train(store, ["rust"])
+        evict(store, "rust")
         place.tell("evicted")
         store.prune(grace=0)
 
 
-COMMANDS = {command.__name__: command for command in (ingest_all, learn, extend, remove_and_prune, evict_and_prune)}
+def next_version(place: Place) -> None:
+    """Publish another adapter of a task, and a code of the one before."""
+    with place.open() as store:
+        _known(store, "rust")
+        final = task(store, "rust", weights=b"better weights").final
+        store.update("rust", lambda known: known if known.version > 1 else replace(known, version=2, final=final))
+        place.tell("version 2")
+        made = code(store, "rust")
+        store.update("rust@1", lambda known: replace(known, code=made))
+
+
+COMMANDS = {
+    command.__name__: command
+    for command in (ingest_all, learn, extend, remove_and_prune, evict_and_prune, next_version)
+}
 
 
 def problems(place: Place) -> list[object]:
@@ -144,10 +149,13 @@ def contents(place: Place) -> object:
     with place.open() as store:
         return [
             (
-                task.name,
-                sorted(f"{a.step} {a.is_evicted}" for a in store.tasks.adapters(task.name)),
-                len(store.vectors.all(task.name)),
-                [made.blob for made in store.generators.all() if store.codes.get(task.name, made.id)],
+                version.name,
+                version.version,
+                sorted(f"{one.step} {one.is_evicted}" for one in version.adapters),
+                len(version.vectors),
+                None if version.code is None else str(version.code.blob),
+                len(version.measured),
             )
-            for task in store.tasks.all()
+            for name in store.names()
+            for version in store.history(name)
         ]

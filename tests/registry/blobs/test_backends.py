@@ -8,7 +8,7 @@ import pytest
 
 from registry.storage.blobs.backend import BlobBackend
 from registry.storage.blobs.local import LocalBackend
-from registry.storage.folder import StorePaths, make_folders
+from registry.storage.paths import StorePaths, make_folders
 from registry.store import Store
 from registry.testing.blobs import ABSENT, BlobPromises
 from tests.registry.blobs.in_memory import MemoryBackend

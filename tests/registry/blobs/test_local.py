@@ -12,7 +12,7 @@ from registry import files as fs
 from registry.errors import DamagedBlob
 from registry.storage.blobs.content import Blobs
 from registry.storage.blobs.local import LocalBackend
-from registry.storage.folder import StorePaths, make_folders
+from registry.storage.paths import StorePaths, make_folders
 
 
 @pytest.fixture
