@@ -1,7 +1,7 @@
-"""What may be deleted: all that no ref reaches.
+"""Decide what may be deleted: everything that no ref reaches.
 
     refs, history ──▶ manifests ──▶ blobs          reached
-    manifests/ ──▶ states newer than the refs      reached too: the database is older than they are
+    manifests/ ──▶ states newer than the refs      reached too: the database may be an old copy
     anything else                                  garbage
 
 `prune`, `evict` and `rm` share one walk. It reads every manifest and compares it with the database. If they disagree,
@@ -10,160 +10,271 @@ nothing is deleted.
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from sqlalchemy import delete, select
+from sqlalchemy import Table, and_, delete, or_, select
 
-from registry.errors import DamagedStore, StoreLocked
+from registry.errors import DamagedStore, MissingBlob, StoreLocked
 from registry.files import failpoint
-from registry.manifests import Generator, Removed, State, files_of, unpacked
+from registry.manifests import KINDS, Generator, Removed, State, Task, files_of, unpacked
 from registry.storage.blobs.backend import BlobInfo, Leftover
-from registry.tables import HISTORY, index_of, key_of
+from registry.storage.database import REPAIR_HINT
+from registry.tables import HISTORY, REFS, index_of, key_of
 
 if TYPE_CHECKING:
     from registry.store import Store
 
 Name = tuple[str, str]
 """Kind and key of a ref."""
-REPAIR = "run `icm verify --repair` to rebuild the database from the manifests"
+_PAGE = 500  # refs that are read at a time
+_WITH_HISTORY = {Task.KIND, Generator.KIND}
 
 
 @dataclass(frozen=True)
 class Found:
-    """A manifest that no ref reaches."""
+    """A manifest in manifests/, as far as its own text shows."""
 
     info: BlobInfo
     name: Name
     seq: int
     number: int
+    parent: str | None
     is_removal: bool
     body: Any
+
+
+class Committed(NamedTuple):
+    """The state of a version that the database names."""
+
+    seq: int
+    parent: str | None
 
 
 @dataclass
 class Walk:
     """All manifests of a store, and what follows from them."""
 
-    reached: set[str] = field(default_factory=set)  # digests of manifests and blobs
+    named: set[str] = field(default_factory=set)  # manifests that the database names
+    blobs: set[str] = field(default_factory=set)  # reached
     disagreements: list[str] = field(default_factory=list)  # facts that database and manifests state differently
     missing: dict[str, list[str]] = field(default_factory=dict)  # manifests that cannot be read -> what they describe
     newer: list[Found] = field(default_factory=list)  # states that the database does not know
-    garbage: list[Found] = field(default_factory=list)  # oldest first
-    unreadable: list[BlobInfo] = field(default_factory=list)  # manifests that nothing names and that are damaged
-    idle_generators: dict[tuple[str, int], str] = field(default_factory=dict)  # (base model, number) -> manifest
+    garbage: list[Found] = field(default_factory=list)
+    unreadable: list[BlobInfo] = field(default_factory=list)  # files in manifests/ that nothing names
+    idle: list[Found] = field(default_factory=list)  # generators that no code needs and that are not in use
+    committed: dict[Name, dict[int, Committed]] = field(default_factory=dict)  # name -> version -> its state
 
     def check(self, place: str) -> None:
-        """Raise `DamagedStore` if the database disagrees with the manifests."""
+        """Raise `DamagedStore` if anything is not as the database says, or unknown."""
         facts = [
             *self.disagreements,
-            *(f"{what[0]}: manifest {one} is unreadable" for one, what in self.missing.items()),
+            *(f"{owners[0]}: manifest {digest} cannot be read" for digest, owners in self.missing.items()),
+            *(f"manifest {info.digest} cannot be read" for info in self.unreadable),
         ]
         if facts:
             fact = f"{place}: {facts[0]}; icm deletes nothing until this is repaired"
-            raise DamagedStore(fact, path=place, hint=REPAIR)
+            raise DamagedStore(fact, path=place, hint=REPAIR_HINT)
+
+    def reach(self, body: Any) -> None:
+        """Keep the blobs that a manifest needs."""
+        self.blobs.update(str(file) for _, file in files_of(body))
 
 
-def walk(store: Store) -> Walk:
-    """Read all manifests of a store and compare them with its database. The caller holds the store alone."""
-    found = Walk()
-    newest, used = dict[Name, int](), set[str]()
-    generators = dict[tuple[str, int], State]()
-    current = dict[Name, tuple[int, str]]()
-    for row in store.refs():
-        name = row["kind"], row["key"]
-        current[name] = row["version"], row["manifest"]
-        state = _state(store, found, row["manifest"], name)
-        if state is None:
-            continue
-        newest[name] = state.seq
-        if index_of(state, row["manifest"]) != row:
-            wrong = [column for column, value in index_of(state, row["manifest"]).items() if row[column] != value]
-            found.disagreements.append(f"{', '.join(wrong)} of {row['kind']} {row['name']!r} differ from its manifest")
-    with store.parts.database.read() as connection:
-        history = connection.execute(select(HISTORY).order_by(HISTORY.c.kind, HISTORY.c.key)).all()
-    for kind, key, number, digest in history:
-        name = kind, key
-        if name not in current:
-            found.disagreements.append(f"{kind} {key!r} has a history and no ref")
-        elif number == current[name][0] and digest != current[name][1]:
-            found.disagreements.append(f"the history of {kind} {key!r} has another current manifest")
-        state = _state(store, found, digest, name)
-        if state is None:
-            continue
-        if (state.KIND, key_of(kind, state.ref), state.number) != (kind, key, number):
-            found.disagreements.append(f"the history of {kind} {key!r} names a manifest of {state.KIND} {state.ref!r}")
-        if isinstance(state, Generator):
-            generators[state.base_model, state.number] = state
-    in_history = {(kind, key, number) for kind, key, number, _ in history}
-    for (kind, key), (number, _) in current.items():
-        if kind in ("task", "generator") and (kind, key, number) not in in_history:
-            found.disagreements.append(f"version {number} of {kind} {key!r} is not in its history")
-    _sort_rest(store, found, newest)
-    for body in _bodies(store, found):
-        for use, file in files_of(body):
-            found.reached.add(str(file))
-            if use == "generators" and body["type"].startswith("task/"):
-                used.add(str(file))
-    found.idle_generators = {
-        name: str(state.manifest)
-        for name, state in generators.items()
-        if current.get(("generator", name[0]), (0, ""))[0] != state.number
-        and isinstance(state, Generator)
-        and state.blob not in used
-    }
+def walk(store: Store, visit: Callable[[Name, Any], None] = lambda name, body: None) -> Walk:
+    """Read all manifests of a store and compare them with its database.
+
+    Args:
+        store: Held alone, unless the result is only shown.
+        visit: Called with name and JSON of each manifest that the database names or that is newer.
+    """
+    found, used, generators = Walk(), set[str](), list[tuple[Name, Generator, Any]]()
+    store.parts.database.meta()
+    files = {info.digest: info for info in store.manifests.all()}
+    store.manifests.fetch(files)
+    for name, row, versions in _names(store):
+        facts, states = _compare(store, found, name, row, versions)
+        found.disagreements += facts
+        found.committed[name] = {one.number: Committed(one.seq, one.parent) for one in states.values()}
+        for digest, state in states.items():
+            body = _body(store, digest)
+            visit(name, body)
+            if isinstance(state, Generator):  # reached below, unless it is idle
+                generators.append((name, state, body))
+                continue
+            found.reach(body)
+            if isinstance(state, Task) and state.code is not None:
+                used.add(str(state.code.generator))
+    _sort(found, _rest(store, found, files), used)
+    for one in found.newer:
+        found.reach(one.body)
+        visit(one.name, one.body)
+        used.update(str(file) for use, file in files_of(one.body) if use == "generators")
+    for name, generator, body in generators:
+        info = files.get(str(generator.manifest))
+        if generator.version == max(found.committed[name]) or generator.blob in used or info is None:
+            found.reach(body)
+        else:
+            found.idle.append(_found(info, body))
     return found
 
 
-def _state(store: Store, found: Walk, digest: str, name: Name) -> State | None:
-    found.reached.add(digest)
-    try:
-        return store.state(digest)
-    except DamagedStore:
-        found.missing.setdefault(digest, []).append(f"{name[0]} {name[1]!r}")
-        return None
+def _names(store: Store) -> Iterator[tuple[Name, dict[str, Any] | None, dict[int, str]]]:
+    """Yield each name with its row in `refs` and its versions, both of the same moment."""
+    last, is_complete = ("", ""), False
+    while not is_complete:
+        with store.parts.database.read() as connection:
+            after = select(REFS).where(_after(REFS, last)).order_by(REFS.c.kind, REFS.c.key).limit(_PAGE)
+            page = [dict(row) for row in connection.execute(after).mappings()]
+            is_complete = len(page) < _PAGE
+            up_to = [] if is_complete else [~_after(HISTORY, (page[-1]["kind"], page[-1]["key"]))]
+            history = connection.execute(select(HISTORY).where(_after(HISTORY, last), *up_to)).all()
+        versions = defaultdict[Name, dict[int, str]](dict)
+        for kind, key, number, digest in history:
+            versions[kind, key][number] = digest
+        for row in page:
+            last = row["kind"], row["key"]
+            yield last, row, versions.pop(last, {})
+        yield from ((name, None, numbers) for name, numbers in versions.items())
 
 
-def _sort_rest(store: Store, found: Walk, newest: dict[Name, int]) -> None:
-    """Sort the manifests that no ref reaches into newer states and garbage."""
-    rest = defaultdict[Name, list[Found]](list)
-    for info in store.manifests.all():
-        if info.digest in found.reached:
-            continue
+def _after(table: Table, name: Name) -> Any:
+    return or_(table.c.kind > name[0], and_(table.c.kind == name[0], table.c.key > name[1]))
+
+
+def _compare(
+    store: Store, found: Walk, name: Name, row: dict[str, Any] | None, versions: dict[int, str]
+) -> tuple[list[str], dict[str, State]]:
+    """Return what is wrong with the rows of a name, and digest -> state of the manifests that they name."""
+    kind, key = name
+    what = f"{kind} {key!r}"
+    digests = dict.fromkeys([*versions.values(), *([] if row is None else [row["manifest"]])])
+    states = dict[str, State]()
+    found.named.update(digests)
+    for digest in digests:
         try:
-            rest_of = _found(info, store.manifests.read(info.digest))
-        except (DamagedStore, KeyError, TypeError, ValueError, AttributeError):
-            found.unreadable.append(info)
-            continue
-        rest[rest_of.name].append(rest_of)
-    for name, states in rest.items():
+            states[digest] = store.state(digest)
+        except DamagedStore:
+            if is_named(store, name, digest):  # else another process replaced it since
+                found.missing.setdefault(digest, []).append(what)
+    if row is None:
+        return [f"{what} has versions and no ref"], states
+    facts = []
+    state = states.get(row["manifest"])
+    if state is not None:
+        index = index_of(state, row["manifest"])
+        if wrong := [column for column, value in index.items() if row[column] != value]:
+            facts.append(f"{', '.join(wrong)} of {what} differ from its manifest")
+    expected = row["manifest"] if kind in _WITH_HISTORY else None
+    if versions.get(row["version"]) != expected or (versions and max(versions) != row["version"]):
+        facts.append(f"the versions of {what} differ from its ref")
+    for number, digest in versions.items():
+        one = states.get(digest)
+        if one is not None and (one.KIND, key_of(kind, one.ref), one.number) != (kind, key, number):
+            facts.append(f"version {number} of {what} is {one.KIND} {one.ref!r} of version {one.number}")
+    return facts, states
+
+
+def is_named(store: Store, name: Name, digest: str) -> bool:
+    """Return whether the database names a manifest for a name."""
+    with store.parts.database.read() as connection:
+        return any(
+            connection.execute(
+                select(table.c.key).where(table.c.kind == name[0], table.c.key == name[1], table.c.manifest == digest)
+            ).first()
+            for table in (REFS, HISTORY)
+        )
+
+
+def _body(store: Store, digest: str) -> Any:
+    return unpacked(store.manifests.read(digest))
+
+
+def _rest(store: Store, found: Walk, files: Mapping[str, BlobInfo]) -> dict[Name, list[Found]]:
+    """Return the manifests that the database does not name, by name and age."""
+    rest = defaultdict[Name, list[Found]](list)
+    for digest, info in files.items():
+        if digest not in found.named:
+            try:
+                one = _found(info, _body(store, digest))
+            except MissingBlob:  # another process deleted it since
+                continue
+            except (DamagedStore, KeyError, TypeError, ValueError, AttributeError):
+                found.unreadable.append(info)
+            else:
+                rest[one.name].append(one)
+    for states in rest.values():
         states.sort(key=lambda one: one.seq)
-        last = max([newest.get(name, -1), *(one.seq for one in states if one.is_removal)])
-        for one in states:
-            (found.newer if one.seq > last else found.garbage).append(one)
-        # While an earlier state is left, the removal must be there to say that it does not count.
-    found.garbage.sort(key=lambda one: (one.is_removal, one.seq))
+    return rest
 
 
-def _found(info: BlobInfo, data: bytes) -> Found:
-    body = unpacked(data)
+def _found(info: BlobInfo, body: Any) -> Found:
     kind = body["type"].split("/")[0]
+    if kind not in KINDS:
+        raise ValueError(f"unknown kind {kind!r}")
     is_removal = kind == Removed.KIND
     name = body["name"] if kind in ("task", "base", "removed") else body["base_model"]
     kind = body["of"] if is_removal else kind
-    return Found(info, (kind, key_of(kind, name)), body["seq"], body.get("version", 1), is_removal, body)
+    return Found(
+        info, (kind, key_of(kind, name)), body["seq"], body.get("version", 1), body.get("parent"), is_removal, body
+    )
 
 
-def _bodies(store: Store, found: Walk) -> Iterator[Any]:
-    """Yield the JSON of all manifests that count."""
-    newer = {one.info.digest: one.body for one in found.newer}
-    for digest in [*found.reached]:
-        if digest not in found.missing:
-            yield unpacked(store.manifests.read(digest))
-    found.reached.update(newer)
-    yield from newer.values()
+def _sort(found: Walk, rest: dict[Name, list[Found]], used: set[str]) -> None:
+    """Sort the manifests that the database does not name into newer states and garbage."""
+    for name, states in rest.items():
+        committed = found.committed.get(name, {})
+        first = min((state.seq for state in committed.values()), default=None)
+        # A removal counts if nothing was committed since. One that was not committed itself is newer.
+        removed = max((one.seq for one in states if one.is_removal and (first is None or one.seq < first)), default=-1)
+        lost, kept = set[str](), max([removed, *(one.seq for one in states if one.is_removal)])
+        for one in states:
+            if one.is_removal:
+                is_garbage = one.seq <= removed
+            elif one.seq <= removed:
+                is_garbage = True
+            elif one.seq > kept > removed:  # after a removal that the database does not know
+                is_garbage = False
+            else:
+                is_garbage = _is_replaced(one, committed, lost, used)
+            if is_garbage:
+                lost.add(one.info.digest)
+            (found.garbage if is_garbage else found.newer).append(one)
+
+
+def _is_replaced(one: Found, committed: dict[int, Committed], lost: set[str], used: set[str]) -> bool:
+    """Return whether a state has had its turn: a later one was committed, or another one in its place."""
+    if not committed:
+        return False
+    newest = max(committed)
+    present = committed.get(one.number, committed[newest])
+    if one.number in committed and one.seq <= present.seq:
+        return True
+    if one.number < newest and one.number not in committed:
+        # The database has lost a version; only generators are forgotten on purpose.
+        return one.name[0] == Generator.KIND and not used & {str(file) for _, file in files_of(one.body)}
+    return one.parent is None or one.parent == present.parent or one.parent in lost
+
+
+def count_uses(store: Store) -> Counter[str]:
+    """Return digest -> how often manifests name the blob, in all versions; each adapter that needs it counts."""
+    uses = Counter[str]()
+    for _, body in manifests_of(store):
+        uses.update(str(file) for _, file in files_of(body))
+    return uses
+
+
+def manifests_of(store: Store, kind: str | None = None) -> Iterator[tuple[Name, Any]]:
+    """Yield name and JSON of the manifests of all versions that can be read."""
+    for name, row, versions in _names(store):
+        if kind in (None, name[0]):
+            for digest in dict.fromkeys([*versions.values(), *([] if row is None else [row["manifest"]])]):
+                try:
+                    yield name, _body(store, digest)
+                except DamagedStore:  # `verify` reports it
+                    continue
 
 
 @dataclass(frozen=True)
@@ -174,6 +285,7 @@ class PruneReport:
     manifests: int
     temporary_files: int  # left by killed commands, and what quarantine held if that was asked for
     freed_bytes: int
+    generators: int = 0  # no code needed them any more
     young: int = 0  # files that stay for now: a running command may be about to refer to them
     young_bytes: int = 0
     unlisted: tuple[str, ...] = ()  # names with states that the database does not know; nothing of them is deleted
@@ -186,11 +298,13 @@ def free(store: Store, files: Iterable[str], names: Iterable[str]) -> int | None
         with store.exclusive():
             found = walk(store)
             found.check(store.parts.database.place)
+            for one in found.idle:
+                found.reach(one.body)
             keys = {key_of("task", name) for name in names}
             states = [one for one in found.garbage if one.name[0] == "task" and one.name[1] in keys]
-            doomed = {str(file) for file in files} | {str(file) for one in states for _, file in _needed(one)}
+            doomed = {str(file) for file in files} | {str(file) for one in states for _, file in files_of(one.body)}
             freed = _delete_states(store, states)
-            freed += store.blobs.delete(sorted(doomed - found.reached))
+            freed += store.blobs.delete(sorted(doomed - found.blobs))
             store.parts.maintenance.after_deletion()
     except StoreLocked:
         return None
@@ -210,10 +324,6 @@ def _delete_states(store: Store, states: Sequence[Found], newest: float | None =
     return freed
 
 
-def _needed(one: Found) -> Iterable[tuple[str, str]]:
-    return () if one.is_removal else files_of(one.body)
-
-
 def prune(store: Store, *, grace: float | None, empty_quarantine: bool, dry_run: bool) -> PruneReport:
     """Delete garbage; see `Store.prune`."""
     if dry_run:
@@ -225,43 +335,57 @@ def prune(store: Store, *, grace: float | None, empty_quarantine: bool, dry_run:
 
 
 def _prune(store: Store, grace: float | None, empty_quarantine: bool, *, dry_run: bool) -> PruneReport:
-    blobs, manifests, maintenance = store.blobs, store.manifests, store.parts.maintenance
-    newest = blobs.now() - (blobs.grace if grace is None else grace)
+    newest = store.blobs.now() - (store.blobs.grace if grace is None else grace)
     found = walk(store)
     found.check(store.parts.database.place)
-    if not dry_run and found.idle_generators:
-        maintenance.run(lambda: _forget(store, found.idle_generators))
-        found = walk(store)
-    states = [one for one in found.garbage if one.info.modified <= newest]
-    stale = [blob for blob in blobs.all() if blob.digest not in found.reached]
+    idle = [one for one in found.idle if one.info.modified <= newest]
+    for one in found.idle:
+        if one not in idle:
+            found.reach(one.body)
+    states, young_states = _due(found.garbage, newest)
+    stale = [blob for blob in store.blobs.all() if blob.digest not in found.blobs]
     doomed = [blob for blob in stale if blob.modified <= newest]
-    young = [one for one in stale if one.modified > newest]
+    young = [blob for blob in stale if blob.modified > newest]
     left = leftovers(store) + (leftovers(store, aside=True) if empty_quarantine else [])
     temporary = [file for file in left if file.modified <= newest and not file.is_folder]
+    gone = [*states, *idle]
     if not dry_run:
-        _delete_states(store, states, newest)
-        blobs.delete((blob.digest for blob in doomed), newest=newest)
+        if idle:
+            store.parts.maintenance.run(lambda: _forget(store, idle))
+        _delete_states(store, gone, newest)
+        store.blobs.delete((blob.digest for blob in doomed), newest=newest)
         for file in temporary:
             file.remove()
-    freed = sum(one.info.size for one in states) + sum(blob.size for blob in doomed)
     return PruneReport(
         blobs=len(doomed),
-        manifests=len(states),
+        manifests=len(gone),
         temporary_files=len(temporary),
-        freed_bytes=freed + sum(file.size for file in temporary),
-        young=len(young) + len(found.garbage) - len(states),
-        young_bytes=sum(blob.size for blob in young),
+        freed_bytes=sum(
+            (*(one.info.size for one in gone), *(one.size for one in doomed), *(one.size for one in temporary))
+        ),
+        generators=len(idle),
+        young=len(young) + len(young_states),
+        young_bytes=sum(blob.size for blob in young) + sum(one.info.size for one in young_states),
         unlisted=tuple(sorted({one.name[1] for one in found.newer})),
         folders=tuple(file.place for file in left if file.is_folder),
     )
 
 
-def _forget(store: Store, generators: Iterable[tuple[str, int]]) -> None:
+def _due(garbage: Sequence[Found], newest: float) -> tuple[list[Found], list[Found]]:
+    """Return the states to delete, and those that stay for now: a removal stays as long as what it removed."""
+    young = [one for one in garbage if one.info.modified > newest]
+    names = {one.name for one in young}
+    due = [one for one in garbage if one.info.modified <= newest and not (one.is_removal and one.name in names)]
+    kept = [one for one in garbage if one.is_removal and one.name in names and one not in young]
+    return due, young + kept
+
+
+def _forget(store: Store, generators: Iterable[Found]) -> None:
     """Remove generators that no code needs from the history."""
     with store.parts.database.write() as connection:
-        for base_model, number in generators:
-            of_kind = HISTORY.c.kind == Generator.KIND, HISTORY.c.key == base_model
-            connection.execute(delete(HISTORY).where(*of_kind, HISTORY.c.version == number))
+        for one in generators:
+            of_kind = HISTORY.c.kind == Generator.KIND, HISTORY.c.key == one.name[1]
+            connection.execute(delete(HISTORY).where(*of_kind, HISTORY.c.version == one.number))
 
 
 def leftovers(store: Store, *, aside: bool = False) -> list[Leftover]:

@@ -1,6 +1,6 @@
-"""Find what is wrong with a store, and put it right. Nothing is ever deleted here.
+"""Find what is wrong with a store, and repair it. Nothing is ever deleted here.
 
-verify    database ⇄ manifests ──▶ blobs: there, of the right length, and (`read_data`) the right bytes
+verify    database ⇄ manifests ──▶ blobs: present, of the right length, and (`read_data`) with the right bytes
 repair    files with one flipped bit are corrected, other damaged ones are moved to quarantine
 rebuild   manifests/ ──▶ the newest state of each version of each name ──▶ a new database
 """
@@ -11,26 +11,30 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal
 
-from sqlalchemy import insert, update
+from sqlalchemy import insert, select, update
 
 from registry.errors import DamagedStore, MissingBlob, StoreIOError
-from registry.manifests import Removed, State, files_of, unpacked
-from registry.reachability import REPAIR, Name, Walk, leftovers, walk
+from registry.manifests import Removed, Run, State, files_of, unpacked
+from registry.reachability import Found, Name, Walk, is_named, leftovers, walk
 from registry.storage.blobs.content import Blobs
 from registry.tables import HISTORY, META, REFS, index_of, key_of
 
 if TYPE_CHECKING:
     from registry.store import Store
 
-Kind = Literal["database", "row", "unlisted", "missing", "length", "digest", "orphan", "leftover", "remark"]
+Kind = Literal[
+    "database", "row", "unlisted", "uncommitted", "missing", "length", "digest", "orphan", "leftover", "remark"
+]
 
-_HARMLESS = {"orphan", "leftover", "remark"}
-OF_DATABASE = {"database", "row", "unlisted"}
+_HARMLESS = {"uncommitted", "orphan", "leftover", "remark"}
+OF_DATABASE = {"database", "row", "unlisted", "uncommitted"}
 """What a rebuild of the database repairs."""
+OF_FILES = {"length", "digest"}
+"""What a repair of the file corrects or moves to quarantine."""
 MAX_REPAIRED_BYTES = 1 << 16
-"""Of a file in which one flipped bit is looked for: half a million hashes take seconds."""
+"""Of a file in which one flipped bit is searched: half a million hashes take seconds."""
 _ROWS = 500
 
 
@@ -47,108 +51,133 @@ class Finding:
 
     @property
     def is_problem(self) -> bool:
-        """False for what a crash may leave and prune removes, and for remarks on adapters that are kept as they are."""
+        """False for the leftovers of killed commands, and for remarks on adapters that are kept as they are."""
         return self.kind not in _HARMLESS
 
 
 @dataclass(frozen=True)
 class Rebuilt:
-    """What a new database has."""
+    """The tasks of a new database, compared with those of the old one."""
 
     tasks: int
-    restored: tuple[str, ...] = ()  # tasks that the old database did not have, or had in an older state
-    removed: tuple[str, ...] = ()  # tasks that stay removed; files of them are left
-    lost: tuple[str, ...] = ()  # tasks that the old database had, and of which no manifest can be read
+    restored: tuple[str, ...] = ()  # the old database did not have them, or had another state
+    removed: tuple[str, ...] = ()  # they stay removed, although some of their files are left
+    lost: tuple[str, ...] = ()  # the old database had them, and no manifest of theirs can be read
+
+
+@dataclass
+class _Needs:
+    """The blobs that manifests need."""
+
+    chosen: set[str]  # keys of tasks; all if empty
+    sizes: dict[str, int]
+    tasks: defaultdict[str, set[str]]
+    of_runs: dict[str, Name]  # a running training replaces these
+
+    def add(self, name: Name, body: Any) -> None:
+        """Add the blobs of one manifest."""
+        kind, key = name
+        if not self.chosen or (kind == "task" and key in self.chosen):
+            for _, file in files_of(body):
+                self.sizes[str(file)] = file.size
+                if kind == "task":
+                    self.tasks[str(file)].add(body["name"])
+                elif kind == Run.KIND:
+                    self.of_runs[str(file)] = name
 
 
 def verify(store: Store, *, read_data: bool, names: Sequence[str] = ()) -> Iterator[Finding]:
     """Yield what is wrong; see `Store.verify`."""
     place = store.parts.database.place
     try:
-        damage = [Finding("database", fact, place) for fact in store.parts.database.damage()]
-        found = None if damage else walk(store)
+        damage = list(store.parts.database.damage())
+        needs = _Needs({key_of("task", store.task(name).name) for name in names}, {}, defaultdict(set), {})
+        found = None if damage else walk(store, needs.add)
     except DamagedStore as error:
-        damage, found = [Finding("database", error.message, place)], None
-    yield from damage
-    if found is None:  # the rows of a broken database prove nothing about the files
+        damage, found = [error.message], None
+    yield from (Finding("database", fact, place) for fact in damage)
+    if found is None:  # its rows prove nothing about the files
         return
-    chosen = {key_of("task", store.task(name).name) for name in names}
-    yield from _of_database(store, found, place)
-    needed, expected = _expected(store, found, chosen)
-    for digest, size in expected.items():
-        yield from _of_file(store.blobs, digest, size, tuple(sorted(needed[digest])), read_data=read_data)
+    yield from (Finding("row", fact, place) for fact in found.disagreements)
+    yield from _of_manifests(store, found)
+    yield from _of_newer(store, found.newer)
+    yield from _of_blobs(store.blobs, needs, lambda name: store.run(name[1]), read_data=read_data)
     if not names:
         yield from _strays(store, found)
 
 
-def _of_database(store: Store, found: Walk, place: str) -> Iterator[Finding]:
-    for fact in found.disagreements:
-        yield Finding("row", fact, place)
+def _of_manifests(store: Store, found: Walk) -> Iterator[Finding]:
     for digest, owners in found.missing.items():
         kind: Kind = "digest" if store.manifests.exists(digest) else "missing"
         fact = f"the manifest of {', '.join(owners)} is {'damaged' if kind == 'digest' else 'missing'}"
         tasks = tuple(owner.split(" ", 1)[1].strip("'") for owner in owners if owner.startswith("task "))
         yield Finding(kind, fact, store.manifests.place(digest), digest, tasks, is_manifest=True)
-    unlisted = defaultdict[Name, list[Any]](list)
-    for one in found.newer:
-        unlisted[one.name].append(one)
-    for (kind_of, key), states in unlisted.items():
-        digest = states[-1].info.digest
-        present = store.ref(kind_of, key)
-        if present == digest:  # published since the walk began
+    for info in found.unreadable:
+        fact = f"manifest {info.digest} is damaged, and the database does not name it"
+        yield Finding("digest", fact, store.manifests.place(info.digest), info.digest, is_manifest=True)
+
+
+def _of_newer(store: Store, newer: Sequence[Found]) -> Iterator[Finding]:
+    """Yield names with states that the database does not have: a command was killed, or the database is an old copy."""
+    states = defaultdict[Name, list[Found]](list)
+    for one in newer:
+        if not is_named(store, one.name, one.info.digest):  # else it was published since the walk began
+            states[one.name].append(one)
+    uncommitted = list[Name]()
+    for (kind, key), some in states.items():
+        if all(one.parent == store.ref(kind, key) for one in some):
+            uncommitted.append((kind, key))
             continue
-        where, task = store.manifests.place(digest), (key,) if kind_of == "task" else ()
-        if len(states) == 1 and states[0].body.get("parent") == present:
-            fact = f"a change of {kind_of} {key!r} was not committed: the command that made it was killed"
-            yield Finding("leftover", fact, where, digest, task)
-        else:
-            fact = f"{kind_of} {key!r} has a state that the database does not know"
-            yield Finding("unlisted", fact, where, digest, task)
+        fact = f"{kind} {key!r} has {len(some)} states that the database does not have"
+        digest = some[-1].info.digest
+        named = (key,) if kind == "task" else ()
+        yield Finding("unlisted", fact, store.manifests.place(digest), digest, named)
+    if uncommitted:
+        what = ", ".join(f"{kind} {key!r}" for kind, key in uncommitted[:4])
+        more = f" and {len(uncommitted) - 4} more" if len(uncommitted) > 4 else ""
+        fact = f"the database lacks the last change of {what}{more}: a command was killed, or the database is a copy"
+        tasks = tuple(key for kind, key in uncommitted if kind == "task")
+        yield Finding("uncommitted", fact, store.manifests.home, tasks=tasks)
 
 
-def _expected(store: Store, found: Walk, chosen: set[str]) -> tuple[dict[str, set[str]], dict[str, int]]:
-    """Return digest -> tasks that need the blob, and digest -> its length."""
-    needed, expected = defaultdict[str, set[str]](set), dict[str, int]()
-    for digest in sorted(found.reached):
-        if digest in found.missing or not store.manifests.exists(digest):
-            continue
-        body = unpacked(store.manifests.read(digest))
-        is_task = body["type"].startswith("task/")
-        if chosen and not (is_task and key_of("task", body["name"]) in chosen):
-            continue
-        for _, file in files_of(body):
-            expected[str(file)] = file.size
-            if is_task:
-                needed[str(file)].add(body["name"])
-    return needed, expected
+def _of_blobs(blobs: Blobs, needs: _Needs, run: Any, *, read_data: bool) -> Iterator[Finding]:
+    present = None if needs.chosen else {info.digest: info.size for info in blobs.all()}
+    for digest, expected in sorted(needs.sizes.items()):
+        kind, fact = _problem_of(blobs, digest, expected, present, read_data=read_data)
+        if kind == "missing" and digest in needs.of_runs:
+            current = run(needs.of_runs[digest])
+            if current is None or digest not in current.files:
+                continue
+        if kind is not None:
+            tasks = tuple(sorted(needs.tasks[digest]))
+            yield Finding(kind, f"blob {digest} {fact}", blobs.place(digest), digest, tasks)
 
 
-def _of_file(blobs: Blobs, digest: str, size: int, tasks: tuple[str, ...], *, read_data: bool) -> Iterator[Finding]:
-    """Yield what is wrong with a blob, if anything is."""
-    kind, fact = cast("tuple[Kind, str]", ("remark", ""))
+def _problem_of(
+    blobs: Blobs, digest: str, expected: int, present: dict[str, int] | None, *, read_data: bool
+) -> tuple[Kind | None, str]:
     try:
-        present = blobs.size(digest)
-        if present != size:
-            kind, fact = "length", f"has {present} bytes instead of {size}"
-        elif read_data and not blobs.is_intact(digest):
-            kind, fact = "digest", "does not match its digest"
+        size = blobs.size(digest) if present is None else present.get(digest)
+        if size is None:
+            return "missing", "is missing"
+        if size != expected:
+            return "length", f"has {size} bytes instead of {expected}"
+        if read_data and not blobs.is_intact(digest):
+            return "digest", "does not match its digest"
     except MissingBlob:
-        kind, fact = "missing", "is missing"
+        return "missing", "is missing"
     except StoreIOError as error:
-        kind, fact = "digest", f"cannot be read: {error}"
-    if fact:
-        yield Finding(kind, f"blob {digest} {fact}", blobs.place(digest), digest, tasks)
+        return "digest", f"cannot be read: {error}"
+    return None, ""
 
 
 def _strays(store: Store, found: Walk) -> Iterator[Finding]:
-    for info in found.unreadable:
-        fact = f"manifest {info.digest} is damaged, and nothing refers to it"
-        yield Finding("orphan", fact, store.manifests.place(info.digest), info.digest, is_manifest=True)
+    for one in found.idle:
+        found.reach(one.body)
     for blob in store.blobs.all():
-        if blob.digest not in found.reached:
-            yield Finding(
-                "orphan", f"nothing refers to blob {blob.digest}", store.blobs.place(blob.digest), blob.digest
-            )
+        if blob.digest not in found.blobs:
+            fact = f"nothing refers to blob {blob.digest}"
+            yield Finding("orphan", fact, store.blobs.place(blob.digest), blob.digest)
     for file in leftovers(store):
         name = file.place.rpartition("/")[2]
         yield Finding("leftover", f"{name} was left by a command that was killed", file.place)
@@ -159,10 +188,23 @@ def repair(store: Store, finding: Finding) -> str | None:
 
     None if the file is not damaged. The caller holds the store alone.
     """
-    files = store.manifests if finding.is_manifest else store.blobs
-    digest = finding.digest
-    if digest is None or finding.kind not in ("length", "digest") or files.is_intact(digest):
+    files, digest = store.manifests if finding.is_manifest else store.blobs, finding.digest
+    if digest is None or finding.kind not in OF_FILES or not files.exists(digest):
         return None
+    if files.is_intact(digest) and not (finding.is_manifest and not _can_be_read(store, digest)):
+        return None
+    return _repaired(files, digest)
+
+
+def _can_be_read(store: Store, digest: str) -> bool:
+    try:
+        store.state(digest)
+    except DamagedStore:
+        return False
+    return True
+
+
+def _repaired(files: Blobs, digest: str) -> str:
     data = corrected(files.start(digest, MAX_REPAIRED_BYTES + 1), digest)
     moved = files.quarantine(digest)
     if data is None:
@@ -172,7 +214,7 @@ def repair(store: Store, finding: Finding) -> str | None:
 
 
 def corrected(data: bytes, digest: str) -> bytes | None:
-    """Return bytes that have a digest and differ in at most one bit; None if there are none, or they are too many."""
+    """Return the bytes with a digest that differ from `data` in one bit; None if there are none, or too many."""
     if len(data) > MAX_REPAIRED_BYTES:
         return None
     changed, hashed = bytearray(data), hashlib.sha256()
@@ -190,40 +232,78 @@ def corrected(data: bytes, digest: str) -> bytes | None:
 
 def rebuild(store: Store) -> Rebuilt:
     """Write the database again from the manifests; see `Store.rebuild`."""
-    before = _known(store)
     with store.exclusive():
-        states = defaultdict[Name, list[State]](list)
-        for info in store.manifests.all():
-            try:
-                state = store.state(info.digest)
-            except DamagedStore:
-                continue  # `verify` names it
-            kind = state.of if isinstance(state, Removed) else state.KIND
-            states[kind, key_of(kind, state.ref)].append(state)
-        refs, history = list[State](), list[State]()
-        removed: list[str] = []
-        for (kind, _), found in states.items():
-            found.sort(key=lambda state: state.seq)
-            gone = max((state.seq for state in found if isinstance(state, Removed)), default=-1)
-            versions = {state.number: state for state in found if state.seq > gone}
-            if versions:
-                refs.append(versions[max(versions)])
-                history += versions.values() if kind in ("task", "generator") else ()
-            elif kind == "task":
-                removed.append(found[-1].ref)
+        before = _known(store)
+        states = _all_states(store)
+        refs, history, removed = _newest(states)
         _write(store, refs, history, max((state.seq for some in states.values() for state in some), default=0))
-    tasks = {key_of("task", state.ref): state for state in refs if state.KIND == "task"}
-    restored = [state.ref for key, state in tasks.items() if before is not None and before.get(key) != state.manifest]
-    lost = sorted(set(before or ()) - tasks.keys() - set(map(str.lower, removed)))
-    return Rebuilt(len(tasks), tuple(sorted(restored)), tuple(sorted(removed)), tuple(lost))
+    tasks = {state.ref: str(state.manifest) for state in refs if state.KIND == "task"}
+    readable = {state.manifest for some in states.values() for state in some}
+    return Rebuilt(
+        len(tasks),
+        restored=tuple(sorted(name for name, digest in tasks.items() if before and before.get(name) != digest)),
+        removed=tuple(sorted(removed)),
+        lost=tuple(sorted(name for name, digest in before.items() if name not in tasks and digest not in readable)),
+    )
 
 
-def _known(store: Store) -> dict[str, str] | None:
-    """Return task -> manifest as the database has it; None if it cannot be read."""
+def _known(store: Store) -> dict[str, str]:
+    """Return task -> manifest as the database has it; nothing if it cannot be read."""
+    query = select(REFS.c.name, REFS.c.manifest).where(REFS.c.kind == "task")
     try:
-        return {row["key"]: row["manifest"] for row in store.refs() if row["kind"] == "task"}
+        with store.parts.database.read() as connection:
+            return {row.name: row.manifest for row in connection.execute(query)}
     except DamagedStore:
-        return None
+        return {}
+
+
+def _all_states(store: Store) -> dict[Name, list[State]]:
+    """Return all states in manifests/ by name and age; one flipped bit in a manifest is corrected first."""
+    states = defaultdict[Name, list[State]](list)
+    digests = [info.digest for info in store.manifests.all()]
+    store.manifests.fetch(digests)
+    for digest in digests:
+        try:
+            state = _state(store, digest)
+        except DamagedStore:  # `verify` reports it
+            continue
+        kind = state.of if isinstance(state, Removed) else state.KIND
+        states[kind, key_of(kind, state.ref)].append(state)
+    for some in states.values():
+        some.sort(key=lambda state: state.seq)
+    return states
+
+
+def _state(store: Store, digest: str) -> State:
+    try:
+        return store.state(digest)
+    except DamagedStore:
+        if not store.manifests.is_intact(digest):
+            _correct(store.manifests, digest)
+        for _, file in files_of(unpacked(store.manifests.read(digest))):
+            if store.blobs.exists(file) and file.size <= MAX_REPAIRED_BYTES and not store.blobs.is_intact(file):
+                _correct(store.blobs, file)
+        return store.state(digest)
+
+
+def _correct(files: Blobs, digest: str) -> None:
+    """Correct one flipped bit; leave any other damage."""
+    if corrected(files.start(digest, MAX_REPAIRED_BYTES + 1), digest) is not None:
+        _repaired(files, digest)
+
+
+def _newest(states: dict[Name, list[State]]) -> tuple[list[State], list[State], list[str]]:
+    """Return the newest state of each name, those of each version, and the names of tasks that stay removed."""
+    refs, history, removed = list[State](), list[State](), list[str]()
+    for (kind, _), some in states.items():
+        gone = max((state.seq for state in some if isinstance(state, Removed)), default=-1)
+        versions = {state.number: state for state in some if state.seq > gone}
+        if versions:
+            refs.append(versions[max(versions)])
+            history += versions.values() if kind in ("task", "generator") else ()
+        elif kind == "task" and not all(isinstance(state, Removed) for state in some):
+            removed.append(some[-1].ref)
+    return refs, history, removed
 
 
 def _write(store: Store, refs: Sequence[State], history: Sequence[State], seq: int) -> None:
@@ -239,4 +319,4 @@ def _write(store: Store, refs: Sequence[State], history: Sequence[State], seq: i
         connection.execute(update(META).values(seq=seq))
 
 
-__all__ = ["OF_DATABASE", "REPAIR", "Finding", "Rebuilt", "rebuild", "repair", "verify"]
+__all__ = ["OF_DATABASE", "OF_FILES", "Finding", "Rebuilt", "rebuild", "repair", "verify"]
