@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from icm_cli.output import Field
+from icm_cli.output import Field, Output
 from icm_cli.session import Session
 from icm_cli.text import as_fields, coded_size, figure, grouped
 from icmlora.fleet.measure.metric_result import gain_text
@@ -67,3 +67,10 @@ def sum_up(session: Session, report: EncodeReport, *, brief: bool = False) -> No
         summary = f"refined {counted(done, 'code')}" if brief else counted(done, "task")
         missed = "" if brief else f"; {len(report.short)} missed the limit"
         out.line(f"{summary}, {human_size(now)} in total, {human_size(before)} before{missed}")
+    print_replaced(out, report.replaced_bytes)
+
+
+def print_replaced(out: Output, size: int) -> None:
+    """Print how many bytes are not needed after replacing codes."""
+    if size:
+        out.note(f"`icm prune` frees {human_size(size)} of replaced files")

@@ -10,7 +10,7 @@ from icm_cli.failures import print_failure, print_skipped
 from icm_cli.output import Field
 from icm_cli.session import Session
 from icm_cli.text import SOURCES, errors_json, figure
-from icmlora.fleet.measure.metric_result import MetricResult, measured_in, source_name
+from icmlora.fleet.measure.metric_result import MetricResult, measured_in
 from icmlora.io.text import counted
 
 if TYPE_CHECKING:
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     from icmlora.fleet.context import Event
     from icmlora.fleet.measure.evaluate import EvaluateReport, TaskEvaluated
     from icmlora.fleet.measure.measure import SourceResult
-    from icmlora.fleet.records import Rung
+    from icmlora.fleet.records import Source
 
 MEASURE_REST = "run `icm eval` to measure the rest"
 """Hint after an interruption."""
-_Row = tuple[str, "Mapping[Rung, SourceResult]"]
+_Row = tuple[str, "Mapping[Source, SourceResult]"]
 """Name and results of a task, with or without its context."""
 _SHORT = {"perplexity": "ppl", "bits per byte": "bpb"}
 
@@ -46,9 +46,9 @@ def sum_up(session: Session, report: EvaluateReport) -> None:
         if gain is None:
             continue
         figures = {"tasks": gain.tasks, "mean": gain.mean, "worst": gain.worst}
-        session.out.event("mean", source=source_name(source), **figures, precisions=list(gain.precisions))
+        session.out.event("mean", source=source, **figures, precisions=list(gain.precisions))
         session.out.line(
-            f"retained gain of `{source_name(source)}`: mean {gain.mean:.3f}, worst {gain.worst:.3f} "
+            f"retained gain of `{source}`: mean {gain.mean:.3f}, worst {gain.worst:.3f} "
             f"({gain.worst_task}){measured_in(gain.precisions)}"
         )
     for task in report.tasks:
@@ -71,7 +71,7 @@ def sum_up(session: Session, report: EvaluateReport) -> None:
     print_skipped(session.out, report.left_out, "no measurements")
 
 
-def _print_table(session: Session, tasks: list[TaskEvaluated], shown: list[Rung], with_gain: list[Rung]) -> None:
+def _print_table(session: Session, tasks: list[TaskEvaluated], shown: list[Source], with_gain: list[Source]) -> None:
     names = dict.fromkeys(name for task in tasks for name in task.sources["base"].score.figures) or _SHORT
     figures = [name for name in names if name != "nats per token"]  # redundant with perplexity
     fields: list[Field[_Row]] = [Field("task", lambda row: row[0], shrink=True)]
@@ -94,16 +94,16 @@ def _metric(name: str, found: SourceResult) -> float | None:
     return found.score.figures.get(name)
 
 
-def _field(source: Rung, title: str, value: Callable[[SourceResult], float | None], digits: int = 3) -> Field[_Row]:
+def _field(source: Source, title: str, value: Callable[[SourceResult], float | None], digits: int = 3) -> Field[_Row]:
     """Return the column for a figure of one source."""
 
     def cell(row: _Row) -> str:
         return figure(value(row[1][source]) if source in row[1] else None, digits)
 
-    return Field(f"{source_name(source)} {title}", cell, right=True)
+    return Field(f"{source} {title}", cell, right=True)
 
 
-def no_gain(task: str, scores: Mapping[Rung, MetricResult], gains: Collection[float | None]) -> str | None:
+def no_gain(task: str, scores: Mapping[Source, MetricResult], gains: Collection[float | None]) -> str | None:
     """Return a sentence for a task whose original is no better than its base model, else None."""
     if not {"base", "original"} <= scores.keys() or not gains or any(gain is not None for gain in gains):
         return None
@@ -121,7 +121,7 @@ def print_measured(session: Session, event: Event) -> None:
     print_failure(session, event)
     if isinstance(event, TaskEvaluated):
         sources, with_context = (
-            {source_name(source): _as_json(result) for source, result in results.items()}
+            {source: _as_json(result) for source, result in results.items()}
             for results in (event.sources, event.with_context)
         )
         fields = {"task": event.task, "precision": event.precision, "sources": sources, "with_context": with_context}

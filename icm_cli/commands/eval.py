@@ -22,7 +22,6 @@ class SourceName(StrEnum):
 
     CODE = "code"
     RECALLED = "recalled"
-    GENERATE = "generate"  # old name of RECALLED
     NETWORK = "network"
 
 
@@ -33,7 +32,6 @@ SourceOpt = Annotated[
     list[SourceName] | None,
     option("--source", "Measure only this source, base model and original. Can be repeated."),
 ]
-OldSourceOpt = Annotated[list[SourceName] | None, option("--rung", "Old name of --source.", hidden=True)]
 TokensOpt = Annotated[int, option("--max-tokens N", "Number of tokens to score in each text.", min=2)]
 ContextOpt = Annotated[bool, option("--context", "Also measure with the context of each task (see `icm context`).")]
 AgainOpt = Annotated[bool, option("--again", "Repeat measurements already made on the same text.")]
@@ -51,7 +49,6 @@ def evaluate(
     again: AgainOpt = False,
     workers: WorkersOpt = None,
     shard: ShardOpt = None,
-    rung: OldSourceOpt = None,
 ) -> None:
     """Measure base model, original, code and other sources on held-out text.
 
@@ -66,14 +63,11 @@ def evaluate(
     """
     from icmlora.fleet.measure.evaluate import evaluate
 
-    if rung:
-        session.out.note("`--rung` is deprecated and will be removed in the next version; use `--source`")
-
     def work(store: Context) -> EvaluateReport:
         return evaluate(
             store,
             tasks or (),
-            sources=[name.value for name in (*(source or ()), *(rung or ()))] or ("code", "recalled"),
+            sources=[name.value for name in source or ()] or ("code", "recalled"),
             data=data,
             max_tokens=max_tokens,
             with_context=context,

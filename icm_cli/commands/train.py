@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, cast
 import typer
 
 from icm_cli import encode_report, eval_report
+from icm_cli.encode_report import print_replaced
 from icm_cli.errors import ExitCode, Interrupted, UsageProblem
 from icm_cli.failures import print_failure
 from icm_cli.options import (
@@ -156,7 +157,7 @@ def train(
     """Train a generator per base model, encode every task and evaluate the codes.
 
     Run the same command again to resume an interrupted training. If a generator exists, training continues from it and
-    encodes every task again, which needs all originals.
+    encodes every task again. Evicted tasks keep their codes and the earlier generator that decodes them.
 
     After adding tasks, use --update. It encodes only the new tasks, needs no other originals and leaves existing codes
     unchanged.
@@ -379,6 +380,9 @@ def _sum_up(session: Session, trained: Trained, *, few_shot: bool) -> None:
     else:
         out.note("recovered no initialisation seeds; codes are larger without them")
     _warn_of(session, trained.left_out)
+    if trained.earlier_codes:
+        out.note(f"{counted(trained.earlier_codes, 'task')} not encoded again: codes of earlier generators stay")
+    print_replaced(out, trained.replaced_bytes)
     if trained.start_dropped and not few_shot:
         out.note("the new generator has no few-shot start; the previous generator had one")
         out.hint("run `icm train --objective functional` to train one; codes do not change")
@@ -386,7 +390,7 @@ def _sum_up(session: Session, trained: Trained, *, few_shot: bool) -> None:
 
 def _warn_of(session: Session, left_out: Mapping[str, str]) -> None:
     for name, reason in left_out.items():
-        session.out.warn(f"{name} has no code and keeps its original: {reason}")
+        session.out.warn(f"{name} was not encoded: {reason}")
 
 
 def _sum_up_update(session: Session, updated: Updated) -> None:
@@ -408,6 +412,7 @@ def _sum_up_update(session: Session, updated: Updated) -> None:
     if "fresh" in updated.added:
         out.note("added a network for modules or ranks that the generator did not cover")
     out.note(f"took {human_duration(float(str(updated.metrics['update_seconds'])))}; existing codes did not change")
+    print_replaced(out, updated.replaced_bytes)
 
 
 def _sum_up_few_shot(session: Session, trained: FewShotTrained) -> None:

@@ -1,7 +1,7 @@
-"""Make the codes of tasks again with the current generator. Nothing is trained.
+"""Re-encode tasks with the current generator. Nothing is trained.
 
-task ──search──▶ code ──one transaction──▶ replaces the present code and what was measured of it
-    encode_tasks        _recorded
+task ──search──▶ code ──compare and swap──▶ replaces the present code and its measurements
+    encode_tasks        _record
 """
 
 from __future__ import annotations
@@ -21,14 +21,15 @@ from icmlora.errors import (
     OptionsConflict,
     OutOfMemory,
 )
-from icmlora.fleet.context import Context, Event, Shard, base_record, reporting, select_tasks, use_case
+from icmlora.fleet.context import Context, Event, Shard, reporting, select_tasks, use_case
 from icmlora.fleet.encode.refiner import Finished, Refiner, refine_all, stoppable
 from icmlora.fleet.encode.search import CodeSearch
 from icmlora.fleet.failures import FAILURES, Failed, as_error
-from icmlora.fleet.measure.measure import Measurement, TaskLosses, losses_on_own_text, record_measurements
+from icmlora.fleet.measure.measure import TaskLosses, losses_on_own_text
 from icmlora.fleet.resources.adapter_source import mean_vectors
 from icmlora.fleet.resources.decoding import codec_of_task
 from icmlora.fleet.resources.loading import Models, read_original
+from icmlora.fleet.resources.task_code import is_same_code, replaced_bytes, with_code
 from icmlora.fleet.resources.texts import read_samples
 from icmlora.fleet.resources.workers import Tell, check_place, naming, worker_pool
 from icmlora.formats.catalogue import format_named
@@ -38,23 +39,14 @@ from icmlora.io.devices import gradient_dtype
 from icmlora.training.config import REFINE_STEPS
 from icmlora.training.refinement import FOR_SHARE, WITHOUT_REFINE, RefineConfig
 from registry.errors import TaskNotFound
-from registry.records import (
-    AdapterRecord,
-    CodeLimits,
-    CodeRecord,
-    GeneratorRecord,
-    NewCode,
-    NewEvaluation,
-    TaskRecord,
-    WithRelativeError,
-)
-from registry.tables.codes import restore_hint
+from registry.filters import Selection
+from registry.manifests import Code, CodeLimits, File, Generator, Measurement, Task, WithRelativeError
 
 if TYPE_CHECKING:
     from registry.store import Store
 
 _REFINED_TOGETHER = 4
-"""Tasks whose codes a card refines side by side: a pass of one alone is too small to keep it busy."""
+"""Codes that a GPU refines side by side: a pass of one alone is too small to keep it busy."""
 
 EncodeStatus = Literal["encoded", "below", "known", "evicted", "unmeasured", "changed", "original_only"]
 
@@ -65,10 +57,9 @@ class TaskEncoded(WithRelativeError, Event):
 
     task: str
     # `encoded`: it has a new code, the smallest found that meets the limits. `known`: it had one already. `below`:
-    # no code meets them, so it should keep its original; it has its most accurate code, or with a `reason` the one
-    # that it had. `evicted`: its original is gone, so its code stays. `unmeasured`: see `reason`; its code stays.
-    # `original_only`: there can be no code, see `reason`. `changed`: it got another adapter meanwhile, which it keeps;
-    # see `reason`.
+    # no code meets them, so it should keep its original; it has its most accurate code, or with a `reason` its earlier
+    # one. `evicted`: its original was evicted, so its code stays. `unmeasured`: see `reason`; its code stays.
+    # `original_only`: it cannot have a code, see `reason`. `changed`: another process changed it, see `reason`.
     status: EncodeStatus
     size: int | None = None  # bytes of its code
     before: int | None = None  # bytes of the code that it had before, if any
@@ -81,19 +72,20 @@ class TaskEncoded(WithRelativeError, Event):
 
 @dataclass
 class EncodeReport:
-    """What was done, one entry per task."""
+    """The results of `encode`, one entry per task."""
 
     tasks: list[TaskEncoded] = field(default_factory=list)
-    is_named: bool = False  # whether the tasks were named, instead of all being meant
+    is_named: bool = False  # whether the tasks were named
+    replaced_bytes: int = 0  # of codes and networks that no code needs any more
 
     @property
     def original_only(self) -> list[TaskEncoded]:
-        """The tasks of which there can be no code."""
+        """The tasks that cannot have a code."""
         return [task for task in self.tasks if task.status == "original_only"]
 
     @property
     def short(self) -> list[TaskEncoded]:
-        """The tasks without a code that is known to meet the limits; of all tasks, only those that can have one."""
+        """The tasks without a code that is known to meet the limits; unnamed ones only if they can have a code."""
         missed = ("below", "unmeasured", "changed", *(["original_only", "evicted"] if self.is_named else []))
         return [task for task in self.tasks if task.status in missed]
 
@@ -152,24 +144,57 @@ def encode(
     limits = Limits(quality, min_gain, max_error, tolerance, size, refine, keep)
     check_limits(limits)
     check_place(device, workers)
+    with context.open() as store:
+        where = Shard.of(shard)
+        return encode_in(
+            context, store, tasks, limits, base_model, device=device, again=again, workers=workers, shard=where
+        )
+
+
+def encode_in(
+    context: Context,
+    store: Store,
+    tasks: Sequence[str],
+    limits: Limits,
+    base_model: str | None,
+    *,
+    device: str,
+    again: bool = False,
+    workers: str | None,
+    shard: Shard | None = None,
+) -> EncodeReport:
+    """Do the work of `encode` in an open store, under limits that were checked."""
     report = EncodeReport(is_named=bool(tasks))
-    with context.open() as store, reporting(report):
-        chosen = select_tasks(store, tasks, base_model, Shard.of(shard))
-        if chosen and not any(store.generators.current(label) for label in {task.base_model for task in chosen}):
+    with reporting(report):
+        chosen = select_tasks(store, tasks, base_model, shard)
+        if chosen and not any(store.generator(label) for label in {task.base_model for task in chosen}):
             raise DataError(f"there is no generator for task {chosen[0].name!r}", hint="run `icm train` to train one")
         tell = context.counting(report.tasks, len(chosen))
         for label, of_base in groupby(chosen, key=lambda task: task.base_model):
             with (
                 store.job(label, shared=True),
-                # Only now: while this waits for the job, no process of its own may hold the store.
+                # Only now: while this waits for the job, none of its own processes may hold the store.
                 worker_pool(context, store, device=device, workers=workers) as pool,
             ):
                 results = pool.each(encode_tasks, list(of_base), tell, limits, again=again, is_named=bool(tasks))
-                for task, made in results:
-                    report.tasks.append(_recorded(store, task.name, made))
-                    context.on_event(report.tasks[-1])
-                    tell(task.name)
+                replaced = list[tuple[Code | None, Code]]()
+                try:
+                    for task, result in results:
+                        report.tasks.append(_record(store, task.name, result, replaced))
+                        context.on_event(report.tasks[-1])
+                        tell(task.name)
+                finally:
+                    report.replaced_bytes += _replaced_bytes(store, label, replaced)
     return report
+
+
+def _replaced_bytes(store: Store, base_model: str, codes: Sequence[tuple[Code | None, Code]]) -> int:
+    """Return the bytes that are not needed after codes were replaced by others."""
+    before, after = [old for old, _ in codes], [new for _, new in codes]
+    used = set[str]()
+    if {old.generator for old in before if old is not None} - {new.generator for new in after}:
+        used = {str(row.generator) for row in store.rows(Selection(base_model=base_model))}
+    return replaced_bytes(before, after, used)
 
 
 def check_limits(limits: Limits) -> None:
@@ -191,36 +216,57 @@ def check_limits(limits: Limits) -> None:
 
 
 @dataclass(frozen=True)
-class Made:
-    """A code that was made of one task, before it is recorded."""
+class PendingCode:
+    """A new code of a task, before it is recorded."""
 
-    outcome: TaskEncoded  # what becomes of the task once it is recorded
+    outcome: TaskEncoded
+    seen: Task  # as it was encoded
+    generator: File
     data: bytes
-    squared_error: float
     asked: CodeLimits
-    measured: Sequence[Measurement]  # on the way, of other sources
-    evaluations: Sequence[NewEvaluation]  # of itself
-    of: AdapterRecord  # what it is a code of
-    generator: int
+    measured: Sequence[Measurement]
 
-    def record(self, store: Store) -> bool:
-        """Record it, and return whether its task still has that adapter."""
-        blob = store.blobs.put(self.data)
-        code = NewCode(self.of, blob, 8.0 * len(self.data), self.squared_error, self.asked, self.outcome.effect)
-        return store.codes.replace(self.generator, code, self.evaluations) is not None
+    def record(self, store: Store, replaced: list[tuple[Code | None, Code]]) -> TaskEncoded:
+        """Record it, and note which code it replaces, unless another process changed the task."""
+        code = Code(
+            blob=File(store.blobs.put(self.data), len(self.data)),
+            generator=self.generator,
+            squared_error=self.outcome.squared_error,
+            effect=self.outcome.effect,
+            asked=self.asked,
+        )
+        reason: str | None = None
+
+        def change(task: Task) -> Task:
+            nonlocal reason
+            reason = self._obstacle(task)
+            return task if reason is not None else with_code(task, code, self.measured)
+
+        name = self.outcome.task
+        try:
+            store.update(name, change)
+        except TaskNotFound:  # `icm rm` does not wait for this job
+            return _changed(name, "it was removed during encoding")
+        if reason is not None:
+            return _changed(name, reason)
+        replaced.append((self.seen.code, code))
+        return self.outcome
+
+    def _obstacle(self, task: Task) -> str | None:
+        """Return why the code must not be recorded."""
+        if not task.final.is_same(self.seen.final):
+            return "its adapter changed during encoding"
+        if task.final.is_evicted:
+            return "its original was evicted during encoding"
+        return None if is_same_code(task.code, self.seen.code) else "its code was replaced during encoding"
 
 
-def _recorded(store: Store, name: str, made: TaskEncoded | Made | Failed) -> TaskEncoded:
-    """Record what was made of a task, and return what became of it."""
-    if isinstance(made, TaskEncoded):
-        return made
-    if isinstance(made, Failed):
-        return TaskEncoded(name, "unmeasured", reason=made.error.message)
-    try:
-        record_measurements(store, made.measured)
-        return made.outcome if made.record(store) else _changed(name, "its adapter changed during encoding")
-    except TaskNotFound:  # `icm rm` does not wait for this job
-        return _changed(name, "it was removed during encoding")
+def _record(
+    store: Store, name: str, result: TaskEncoded | PendingCode | Failed, replaced: list[tuple[Code | None, Code]]
+) -> TaskEncoded:
+    if isinstance(result, PendingCode):
+        return result.record(store, replaced)
+    return result if isinstance(result, TaskEncoded) else TaskEncoded(name, "unmeasured", reason=result.error.message)
 
 
 def _changed(name: str, reason: str) -> TaskEncoded:
@@ -228,36 +274,27 @@ def _changed(name: str, reason: str) -> TaskEncoded:
 
 
 @dataclass(frozen=True)
-class _TaskState:
-    """What the store knows of a task when its turn comes, what it is encoded with, and where to report progress."""
+class _Turn:
+    """A task as it is when its turn comes, with the generator to encode it and a function that reports progress."""
 
     models: Models
-    task: TaskRecord
-    generator: GeneratorRecord
-    final: AdapterRecord
-    code: CodeRecord | None
+    task: Task
+    generator: Generator
     tell: Tell
 
-    @property
-    def store(self) -> Store:
-        """The store."""
-        return self.models.store
-
     def losses(self, limits: Limits) -> TaskLosses | None:
-        """Return what measures gains, if one is asked for."""
-        if limits.min_gain is None:
-            return None
-        return losses_on_own_text(self.store, self.models, self.task, self.generator)
+        """Return the measurements of gains, if a limit needs them."""
+        return None if limits.min_gain is None else losses_on_own_text(self.models, self.task, self.generator.blob)
 
     def unchanged(self, status: EncodeStatus, reason: str | None = None) -> TaskEncoded:
-        """Return the outcome of a task whose code stays."""
-        if self.code is None:
+        """Return the outcome of a task that keeps its code."""
+        code = self.task.code
+        if code is None:
             return TaskEncoded(self.task.name, status, reason=reason)
-        size, error = self.code.size, self.code.squared_error
-        return TaskEncoded(self.task.name, status, size, size, error, reason=reason)
+        return TaskEncoded(self.task.name, status, code.size, code.size, code.squared_error, reason=reason)
 
     def unmeasured(self, error: Exception) -> TaskEncoded:
-        """Return the outcome of a task on which something failed."""
+        """Return the outcome of a task that failed."""
         failure = as_error(error, self.models.loaded(self.task.base_model))
         told = failure.message if failure.hint is None else f"{failure.message} ({failure.hint})"
         return self.unchanged("unmeasured", told if isinstance(failure, OutOfMemory) else failure.message)
@@ -265,26 +302,26 @@ class _TaskState:
 
 @dataclass(frozen=True)
 class _Prepared:
-    """A task whose code is about to be made."""
+    """A task that is ready to be encoded."""
 
-    state: _TaskState
+    turn: _Turn
     search: CodeSearch
-    is_by_quality: bool  # which is what its code is made for, but no limit that it may miss
+    is_by_quality: bool  # then its limits may be missed
     reason: str | None  # why its code is not refined although a quality asks for it
 
 
 def encode_tasks(
     models: Models,
-    tasks: Sequence[TaskRecord],
+    tasks: Sequence[Task],
     tell: Tell,
     asked: Limits,
     *,
     again: bool,
     is_named: bool,
-) -> Iterator[tuple[TaskRecord, TaskEncoded | Made]]:
-    """Make the code of each task of one base model, or say why there is nothing to record.
+) -> Iterator[tuple[Task, TaskEncoded | PendingCode]]:
+    """Make the code of each task of one base model, or say why it has no new one.
 
-    On a card, the codes of several tasks are refined side by side: they share the base model and each pass through it.
+    On a GPU, the codes of several tasks are refined side by side: they share the base model and each pass through it.
     """
     at_once = 1 if models.device.type == "cpu" else _REFINED_TOGETHER
     for start in range(0, len(tasks), at_once):
@@ -296,40 +333,48 @@ def encode_tasks(
 
 
 def _prepare(
-    models: Models, planned: TaskRecord, tell: Tell, asked: Limits, *, again: bool, is_named: bool
+    models: Models, planned: Task, tell: Tell, asked: Limits, *, again: bool, is_named: bool
 ) -> TaskEncoded | _Prepared:
-    """Read what it takes to make the code of a task; return the outcome where that needs none."""
-    name, base_model, store = planned.name, planned.base_model, models.store
-    generator = store.generators.current(base_model)
+    """Prepare to encode a task; return the outcome if it needs no new code."""
+    base_model, store = planned.base_model, models.store
+    generator, task = store.generator(base_model), store.find(planned.name)
+    if task is None:  # `icm rm` does not wait for this job
+        return _changed(planned.name, "it was removed during encoding")
+    final = task.final
+    if generator is None:
+        reason = final.original_only or "there is no generator for it; run `icm train` to train one"
+        return TaskEncoded(task.name, "original_only" if final.original_only else "unmeasured", reason=reason)
+    if task.base_model != base_model:
+        return _changed(task.name, f"it now belongs to base model {task.base_model!r}")
+    turn = _Turn(models, task, generator, tell)
+    if final.is_evicted:
+        reason = f"its original is not in the store, so its code cannot be replaced; {restore_hint(task)}"
+        return turn.unchanged("evicted", reason if is_named else None)
+    if final.original_only is not None:
+        return turn.unchanged("original_only", final.original_only)
+    models.generator_file(generator.blob)  # before minutes are spent: it may be damaged
+    limits = _limits_under(generator, asked, refined=asked.refine != 0)
+    if not again and (known := _known(turn, asked, limits)) is not None:
+        return known
     try:
-        task, final = store.tasks.get(name), store.tasks.final(name)
-        if generator is None:
-            reason = final.original_only or "there is no generator for it; run `icm train` to train one"
-            return TaskEncoded(name, "original_only" if final.original_only else "unmeasured", reason=reason)
-        if task.base_model != base_model:
-            return _changed(name, f"it now belongs to base model {task.base_model!r}")
-        state = _TaskState(models, task, generator, final, store.codes.get(name, generator.id), tell)
-        if final.is_evicted:
-            way = restore_hint({name: final.is_generated})
-            reason = f"its original is not in the store, so its code cannot be replaced; {way}"
-            return state.unchanged("evicted", reason if is_named else None)
-        if final.original_only is not None:
-            return state.unchanged("original_only", final.original_only)
-        models.generator_file(generator)  # before minutes are spent: it may be damaged
-        limits = _limits_under(generator, asked, refined=asked.refine != 0)
-        if not again and (known := _known(state, asked, limits)) is not None:
-            return known
-        try:
-            return _searched(state, asked, limits, again=again)
-        except Cancelled:
-            raise
-        except FAILURES as error:
-            return state.unmeasured(error)
-    except TaskNotFound:  # `icm rm` does not wait for this job
-        return _changed(name, "it was removed during encoding")
+        return _searched(turn, asked, limits, again=again)
+    except Cancelled:
+        raise
+    except FAILURES as error:
+        return turn.unmeasured(error)
 
 
-def _limits_under(generator: GeneratorRecord, asked: Limits, *, refined: bool) -> Limits:
+def restore_hint(task: Task) -> str:
+    """Return how to restore the original of an evicted task."""
+    if not task.final.is_generated:
+        return "run `icm ingest --restore PATH` with the folder of its original"
+    return (
+        "run `icm ingest --restore PATH` with the folder that `icm generate` wrote, "
+        f"or `icm rm {task.name}` and generate it again afterwards"
+    )
+
+
+def _limits_under(generator: Generator, asked: Limits, *, refined: bool) -> Limits:
     """Return the limits of one code, refined or plain: a quality stands for a tolerance, and for steps."""
     if asked.keep is not None:
         return replace(asked, refine=REFINE_STEPS if asked.refine is None else asked.refine)
@@ -345,60 +390,65 @@ def _limits_under(generator: GeneratorRecord, asked: Limits, *, refined: bool) -
 
 
 def _asked(limits: Limits, *, is_kept: bool) -> CodeLimits:
-    """Return what the store records of the limits of a code."""
-    steps = limits.refine or 0
-    return CodeLimits(limits.min_gain, limits.max_error, limits.tolerance, is_kept, steps, limits.size, limits.keep)
+    """Return the limits of a code as they are recorded."""
+    return CodeLimits(
+        min_gain=limits.min_gain,
+        max_error=limits.max_error,
+        tolerance=limits.tolerance,
+        is_kept=is_kept,
+        refined=limits.refine or 0,
+        max_size=limits.size,
+        keep=limits.keep,
+    )
 
 
-def _known(state: _TaskState, asked: Limits, limits: Limits) -> TaskEncoded | None:
-    """Return the outcome if the code was made with the same limits already, so that a stopped run can continue."""
-    code = state.code
+def _known(turn: _Turn, asked: Limits, limits: Limits) -> TaskEncoded | None:
+    """Return the outcome if the task has a code of the same limits, so that an interrupted run continues."""
+    task = turn.task
+    code = task.code_under(turn.generator)
     if code is None or code.asked is None or code.asked != _asked(limits, is_kept=code.asked.is_kept):
         return None
-    base = base_record(state.store, state.task.base_model)
-    wanted = (code.generator_id, "code", state.task.eval_data, None if base is None else base.load_in)
-    rows = [
-        row
-        for row in state.store.evaluations.all(state.task.name)
-        if (row.generator_id, row.rung, row.data, row.load_in) == wanted
-    ]
-    if limits.min_gain is not None and not rows:
+    wanted = (code.generator, "code", task.eval_data, turn.models.load_in(task.base_model))
+    measured = [one for one in task.measured if (one.generator, one.source, one.data, one.load_in) == wanted]
+    if limits.min_gain is not None and not measured:
         return None  # its held-out text has changed, or how its base model is loaded
-    outcome = state.unchanged("known" if code.asked.is_kept or asked.is_by_quality else "below")
-    if not rows:
+    outcome = turn.unchanged("known" if code.asked.is_kept or asked.is_by_quality else "below")
+    if not measured:
         return outcome
-    return replace(outcome, retained_gain=rows[0].retained_gain, precision=rows[0].precision)
+    return replace(outcome, retained_gain=measured[0].retained_gain, precision=measured[0].precision)
 
 
-def _searched(state: _TaskState, asked: Limits, limits: Limits, *, again: bool) -> TaskEncoded | _Prepared:
+def _searched(turn: _Turn, asked: Limits, limits: Limits, *, again: bool) -> TaskEncoded | _Prepared:
     """Prepare to search for the code of a task."""
-    original, refiner, reason = read_original(state.store, state.final), None, None
+    models, task = turn.models, turn.task
+    original, refiner, reason = read_original(models.store, task.final), None, None
     if limits.refine or limits.keep is not None:
         try:
-            refiner = _refiner(state, original, limits)
+            refiner = _refiner(turn, original, limits)
         except (BaseModelNotFound, BaseModelUnsuited, DataError) as error:
             if not asked.is_by_quality:
                 raise
-            limits, reason = _limits_under(state.generator, asked, refined=False), f"not refined: {error.message}"
-            if not again and (known := _known(state, asked, limits)) is not None:
+            limits, reason = _limits_under(turn.generator, asked, refined=False), f"not refined: {error.message}"
+            if not again and (known := _known(turn, asked, limits)) is not None:
                 return replace(known, reason=reason)
-    generator_file = state.models.generator_file(state.generator)
-    codec = codec_of_task(state.store, generator_file, state.code, original.layout)
-    vectors = mean_vectors(state.store, state.store.vectors.all(state.task.name))
-    initial, losses = state.models.seeds.find(original), state.losses(limits)
-    search = CodeSearch(codec, original, vectors, initial, limits, losses, refiner, state.tell)
-    return _Prepared(state, search, asked.is_by_quality, reason)
+    generator_file = models.generator_file(turn.generator.blob)
+    codec = codec_of_task(models.store, generator_file, task.code, original.layout)
+    vectors = mean_vectors(models.store, task.vectors)
+    initial, losses = models.seeds.find(original), turn.losses(limits)
+    search = CodeSearch(codec, original, vectors, initial, limits, losses, refiner, turn.tell)
+    return _Prepared(turn, search, asked.is_by_quality, reason)
 
 
-def _refiner(state: _TaskState, original: Adapter, limits: Limits) -> Refiner:
+def _refiner(turn: _Turn, original: Adapter, limits: Limits) -> Refiner:
     """Prepare to refine the code of a task; raise an error where that is not possible."""
-    if format_named(state.final.format).is_for_images:
+    models, task = turn.models, turn.task
+    if format_named(task.final.format).is_for_images:
         raise DataError("icm cannot run the base models of image adapters", hint=WITHOUT_REFINE)
-    if any(extra.file is None for extra in state.final.extras):
+    if any(extra.file is None for extra in task.final.extras):
         raise DataError("its adapter has more than LoRA factors, so its code cannot be refined", hint=WITHOUT_REFINE)
-    base = state.models.base(state.task.base_model, gradient_dtype(state.models.device))
-    samples = read_samples(state.store, state.task, base)
-    with stoppable(base, lambda: state.tell("preparing to refine")):
+    base = models.base(task.base_model, gradient_dtype(models.device))
+    samples = read_samples(models.store, task, base)
+    with stoppable(base, lambda: turn.tell("preparing to refine")):
         config = replace(RefineConfig() if limits.keep is None else FOR_SHARE, steps=limits.refine or 0)
         return Refiner.of(base, original, () if samples is None else samples.items, config)
 
@@ -416,43 +466,36 @@ def _refined_together(prepared: Sequence[_Prepared], tell: Tell) -> dict[str, Fi
     except FAILURES as error:
         as_error(error)  # frees the memory, if that is what ran out: one alone may fit
         return {}
-    return {one.state.task.name: code for one, code in zip(prepared, made, strict=True)}
+    return {one.turn.task.name: code for one, code in zip(prepared, made, strict=True)}
 
 
-def _code(prepared: _Prepared, refined: Finished | None) -> TaskEncoded | Made:
+def _code(prepared: _Prepared, refined: Finished | None) -> TaskEncoded | PendingCode:
     """Make the smallest code of a task that meets the limits, or the most accurate one of a size."""
-    state, search, reason, size = prepared.state, prepared.search, prepared.reason, prepared.search.limits.size
+    turn, search, reason, size = prepared.turn, prepared.search, prepared.reason, prepared.search.limits.size
     try:
         best, is_kept = search.best() if refined is None else search.done(refined)
     except Cancelled:
         raise
     except GeneratorError as error:  # not even the finest step meets the limits
-        return state.unchanged("below", error.message)
+        return turn.unchanged("below", error.message)
     except FAILURES as error:
-        return state.unmeasured(error)
-    taken = len(best.encoded.data)
+        return turn.unmeasured(error)
+    taken, losses = len(best.encoded.data), search.losses
     if size is not None and taken > size:
         reason = f"its smallest code takes {taken:,} bytes"
-    status: EncodeStatus = "encoded" if is_kept or prepared.is_by_quality else "below"
-    losses, result = search.losses, best.result
     outcome = TaskEncoded(
-        state.task.name,
-        status,
+        turn.task.name,
+        "encoded" if is_kept or prepared.is_by_quality else "below",
         taken,
-        before=None if state.code is None else state.code.size,
+        before=None if turn.task.code is None else turn.task.code.size,
         squared_error=best.encoded.squared_error,
         effect=best.effect,
         retained_gain=best.gain,
         reason=reason,
         precision=None if losses is None else losses.precision,
     )
-    return Made(
-        outcome,
-        best.encoded.data,
-        best.encoded.squared_error,
-        _asked(search.limits, is_kept=is_kept),
-        [] if losses is None else losses.made,
-        [] if losses is None or result is None else [losses.record_of(result)],
-        state.final,
-        state.generator.id,
-    )
+    measured = list[Measurement]()
+    if losses is not None:
+        measured = [*losses.made, *([] if best.result is None else [losses.record_of(best.result)])]
+    asked = _asked(search.limits, is_kept=is_kept)
+    return PendingCode(outcome, turn.task, turn.generator.blob, best.encoded.data, asked, measured)

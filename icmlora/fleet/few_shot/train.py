@@ -1,9 +1,9 @@
-"""Meta-train the few-shot start of a generator: where `icm generate` begins, and how far each of its steps goes.
+"""Meta-train the few-shot start of a generator: the start of `icm generate`, and the length of each of its steps.
 
     all adapters ──mean──▶ start ──episodes over tasks with samples──▶ lengths of its steps ──▶ few-shot start file
 
-The file is recorded in one transaction. Until then the generator keeps its earlier few-shot start, if it has one.
-Codes do not change.
+It is recorded in one transaction; until then the generator keeps its earlier few-shot start, if it has one. Codes do
+not change.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from icmlora.errors import DataError
 from icmlora.fewshot.meta_training import Episode, MetaConfig, meta_train
 from icmlora.fewshot.start import FewShotStart, encodable_part, untrained_fewshot_start
 from icmlora.fewshot.start_file import fewshot_start_from_bytes, fewshot_start_to_bytes, mean_code
-from icmlora.fleet.context import Context, Event, ignore, locate_base, reporting, use_case
+from icmlora.fleet.context import Context, Event, OpenedGenerator, ignore, locate_base, reporting, use_case
 from icmlora.fleet.failures import FAILURES, BaseModelFailed, as_error, one_of_several
 from icmlora.fleet.resources.adapter_source import refuse_large
 from icmlora.fleet.resources.decoding import decode_code
@@ -34,15 +34,18 @@ from icmlora.generator.codec import Codec
 from icmlora.generator.versions import GeneratorFile
 from icmlora.io.devices import gradient_dtype, resolve_device
 from icmlora.io.text import counted
-from registry.records import AdapterRecord, GeneratorRecord, TaskSummary
+from registry.errors import GeneratorConflict
+from registry.filters import Selection
+from registry.manifests import Adapter as StoredAdapter
+from registry.manifests import File, Generator, Task
 
 if TYPE_CHECKING:
     from registry.store import Store
 
 SAMPLE_TOKENS = 128
 """Tokens read of each sample, here and in `icm generate`."""
-_FEWEST_SAMPLES = 2  # an episode adapts to one and is judged on another
-_FEWEST_TASKS = 2
+_MIN_SAMPLES = 2  # an episode adapts to one and is judged on another
+_MIN_TASKS = 2
 _PROBED_SAMPLES, _EPISODE_SAMPLES = 8, 1024  # read of a task: to see whether enough are usable, and in an episode
 
 
@@ -73,7 +76,7 @@ class FewShotTrained(Event):
 
 @dataclass
 class FewShotReport:
-    """What the meta-training did; base models that are not listed did not change."""
+    """The results of meta-training; other base models did not change."""
 
     trained: list[FewShotTrained] = field(default_factory=list)
     failed: list[BaseModelFailed] = field(default_factory=list)
@@ -82,18 +85,21 @@ class FewShotReport:
 class StoreEpisodeSource:
     """The tasks of a base model with enough samples; implements `icmlora.fewshot.meta_training.EpisodeSource`.
 
-    Tasks that are more than a LoRA of linear layers and plain convolutions are passed over: no step reaches anything
-    else. Those that cannot be read are in `left_out`, with the reason.
+    Only LoRAs of linear layers and plain convolutions take part: no step reaches anything else. Tasks that cannot be
+    read are in `left_out`, with the reason.
     """
 
-    def __init__(self, store: Store, generator: GeneratorRecord, file: GeneratorFile, base: BaseModel) -> None:
-        self._store, self._generator, self._file, self._base = store, generator, file, base
-        rows = [row for row in store.tasks.summaries() if row.task.base_model == generator.base_model]
+    def __init__(self, store: Store, base_model: str, files: OpenedGenerator, base: BaseModel) -> None:
+        self._store, self._files, self._base = store, files, base
         # A generated task would only confirm the few-shot start that made it.
-        plain = [row for row in rows if not row.final.is_generated and _is_plain(row.final, base)]
+        plain = (
+            task
+            for task in store.tasks(Selection(base_model=base_model))
+            if not task.final.is_generated and _is_plain(task.final, base)
+        )
         self.left_out: dict[str, str] = {}
-        self._all = [row for row in plain if self._is_usable(row)]
-        self._rows = [row for row in self._all if len(self._read_samples(row, _PROBED_SAMPLES)) >= _FEWEST_SAMPLES]
+        self._all = [task for task in plain if self._is_usable(task)]
+        self._tasks = [task for task in self._all if len(self._read_samples(task, _PROBED_SAMPLES)) >= _MIN_SAMPLES]
         self._samples: dict[int, Sequence[Prepared]] = {}
 
     def adapters(self) -> Iterator[Adapter]:
@@ -102,48 +108,48 @@ class StoreEpisodeSource:
 
     def tasks(self) -> int:
         """Return the number of tasks with enough samples."""
-        return len(self._rows)
+        return len(self._tasks)
 
     def name(self, task: int) -> str:
         """Return the name of a task."""
-        return self._rows[task].task.name
+        return self._tasks[task].name
 
     def load(self, task: int) -> Adapter:
         """Read the original of a task, or decode its code if that is evicted."""
-        return self._adapter_of(self._rows[task])
+        return self._adapter_of(self._tasks[task])
 
     def samples(self, task: int) -> Sequence[Prepared]:
         """Read the samples of a task, at most 1,024 of them, spread evenly over its file."""
         if task not in self._samples:  # a chat template of an adapter's own takes seconds
-            self._samples[task] = self._read_samples(self._rows[task], _EPISODE_SAMPLES)
+            self._samples[task] = self._read_samples(self._tasks[task], _EPISODE_SAMPLES)
         return self._samples[task]
 
-    def _is_usable(self, row: TaskSummary) -> bool:
+    def _is_usable(self, task: Task) -> bool:
         try:
-            refuse_large(self._adapter_of(row))
+            refuse_large(self._adapter_of(task))
         except FAILURES as error:
-            self.left_out[row.task.name] = as_error(error).message
+            self.left_out[task.name] = as_error(error).message
             return False
         return True
 
-    def _adapter_of(self, row: TaskSummary) -> Adapter:
-        if not row.final.is_evicted:
-            return read_original(self._store, row.final)
-        code = self._store.codes.get(row.task.name, self._generator.id)
-        if code is None:
-            fact = f"task {row.task.name!r} has neither an original nor a code"
+    def _adapter_of(self, task: Task) -> Adapter:
+        if not task.final.is_evicted:
+            return read_original(self._store, task.final)
+        if task.code is None:
+            fact = f"task {task.name!r} has neither an original nor a code"
             raise DataError(fact, hint="run `icm verify` to check the store for damage")
-        return decode_code(self._store, self._file, code)
+        file = self._files.get(task.code.generator, self._store.blobs.read)
+        return decode_code(self._store, file, task.code)
 
-    def _read_samples(self, row: TaskSummary, most: int) -> Sequence[Prepared]:
+    def _read_samples(self, task: Task, most: int) -> Sequence[Prepared]:
         try:
-            some = read_samples(self._store, row.task, self._base, most=most)
+            some = read_samples(self._store, task, self._base, most=most)
             return () if some is None else self._base.modality.prepare(self._base, some.items, SAMPLE_TOKENS)
         except FAILURES:
             return ()  # damaged, single letters without a token to predict, or chats that the chat template refuses
 
 
-def _is_plain(final: AdapterRecord, base: BaseModel) -> bool:
+def _is_plain(final: StoredAdapter, base: BaseModel) -> bool:
     if final.original_only is not None or any(extra.file is None for extra in final.extras):
         return False
     return not_matrix(base, final.layout) is None
@@ -156,12 +162,12 @@ def check_few_shot(context: Context, *, base_model: str | None = None) -> None:
         labels, report = base_models_with_tasks(store, base_model), FewShotReport()
         for label in labels:
             with one_of_several(replace(context, on_event=ignore), report, label, labels):
-                tasks = [row.task for row in store.tasks.summaries() if row.task.base_model == label]
+                tasks = store.tasks(Selection(base_model=label))
                 _refuse_few(label, sum(task.samples is not None for task in tasks))
                 modality_of(locate_base(store, label))
 
 
-def read_few_shot_start(store: Store, generator: GeneratorRecord, file: GeneratorFile) -> FewShotStart:
+def read_few_shot_start(store: Store, generator: Generator, file: GeneratorFile) -> FewShotStart:
     """Read the few-shot start of a generator that has one."""
     data = store.blobs.read(str(generator.start))
     return fewshot_start_from_bytes(data, lambda code: file.codec_of(code).decode(code))
@@ -200,13 +206,14 @@ def train_few_shot(
 
 
 def _train_base(context: Context, store: Store, label: str, config: MetaConfig, device: torch.device) -> FewShotTrained:
-    generator = store.generators.current(label)
+    generator = store.generator(label)
     if generator is None:
         raise DataError(f"{label} has no generator", hint="run `icm train` to train one")
     base = open_base(store, label, device, gradient_dtype(device), cache=context.cache)
     began = time.monotonic()
-    file = GeneratorFile(store.blobs.read(generator.blob))
-    source = StoreEpisodeSource(store, generator, file, base)
+    files = OpenedGenerator()
+    file = files.get(generator.blob, store.blobs.read)
+    source = StoreEpisodeSource(store, label, files, base)
     _refuse_few(label, source.tasks())
     context.progress(0, config.episodes, "averaging the adapters")
     start, codec = _encodable(untrained_fewshot_start(source.adapters()), file)
@@ -219,13 +226,13 @@ def _train_base(context: Context, store: Store, label: str, config: MetaConfig, 
         context.on_event(EpisodeDone(label, source.name(at.task), at))
         context.progress(at.number, at.episodes, source.name(at.task))
     data = fewshot_start_to_bytes(trained, code)
-    blob = store.blobs.put(data)
-    store.generators.set_start(generator.id, blob)
+    blob = File(store.blobs.put(data), len(data))
+    _record(store, generator, blob)
     last = losses[len(losses) // 2 :]
     return FewShotTrained(
         base_model=label,
-        generator=generator.blob,
-        start=blob,
+        generator=str(generator.blob),
+        start=str(blob),
         size=len(data),
         tasks=start.tasks,
         episodes=len(losses),
@@ -236,9 +243,21 @@ def _train_base(context: Context, store: Store, label: str, config: MetaConfig, 
     )
 
 
+def _record(store: Store, generator: Generator, start: File) -> None:
+    """Make a few-shot start that of the generator it was trained for, if that is still in use."""
+
+    def change(present: Generator | None) -> Generator:
+        if present is None or present.blob != generator.blob:
+            fact = "another process replaced the current generator"
+            raise GeneratorConflict(fact, hint="run the same command again")
+        return replace(present, start=start)
+
+    store.update_generator(generator.base_model, change)
+
+
 def _refuse_few(base_model: str, tasks: int) -> None:
-    if tasks < _FEWEST_TASKS:
-        needed = f"a few-shot start needs {_FEWEST_TASKS} tasks with {_FEWEST_SAMPLES} or more samples each"
+    if tasks < _MIN_TASKS:
+        needed = f"a few-shot start needs {_MIN_TASKS} tasks with {_MIN_SAMPLES} or more samples each"
         hint = "run `icm ingest PATH --samples FILE` to add samples to a task"
         raise DataError(f"{needed}; {base_model} has {counted(tasks, 'such task')}", hint=hint)
 

@@ -1,6 +1,6 @@
 """Measure every source of some tasks on held-out text, with the base model, and record the results.
 
-It takes no job lock. A result whose adapter or code was replaced while it was measured is not recorded.
+It takes no job lock. Results of an adapter or a code that was replaced during the measurement are not recorded.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from icmlora.base_models.catalogue import check_examples, modality_of
 from icmlora.base_models.examples.examples import EvaluationData
@@ -27,8 +27,8 @@ from icmlora.fleet.context import (
     use_case,
 )
 from icmlora.fleet.failures import FAILURES, BaseModelLeftOut, BaseUnavailable, Failed, FailureLog, as_error
-from icmlora.fleet.measure.measure import SOURCES, Measurement, SourceResult, TaskLosses, record_measurements
-from icmlora.fleet.measure.metric_result import MAX_TOKENS, source_name
+from icmlora.fleet.measure.measure import SOURCES, SourceResult, TaskLosses, record_measurements
+from icmlora.fleet.measure.metric_result import MAX_TOKENS
 from icmlora.fleet.resources.decoding import read_context
 from icmlora.fleet.resources.loading import Models
 from icmlora.fleet.resources.texts import adapter_template, own_text
@@ -36,7 +36,8 @@ from icmlora.fleet.resources.workers import Tell, check_place, worker_pool
 from icmlora.fleet.stats.stats import Spread
 from icmlora.formats.catalogue import format_named
 from registry.errors import TaskNotFound
-from registry.records import Rung, TaskRecord
+from registry.filters import Selection
+from registry.manifests import Measurement, Source, Task
 
 if TYPE_CHECKING:
     from icmlora.base_models.examples.context import TaskContext
@@ -48,16 +49,16 @@ class TaskEvaluated(Event):
     """One task is measured, and its results are recorded."""
 
     task: str
-    sources: Mapping[Rung, SourceResult]
-    # Behind the task's context, where that was asked for and it has one; gains are shares of the original's alone.
-    with_context: Mapping[Rung, SourceResult] = field(default_factory=dict)
+    sources: Mapping[Source, SourceResult]
+    # After the task's context, if it has one; gains are shares of the gain of the original without it.
+    with_context: Mapping[Source, SourceResult] = field(default_factory=dict)
     skipped: str | None = None
     precision: str | None = None  # of the base model, such as "float32" or "nf4"
 
 
 @dataclass
 class EvaluateReport:
-    """What was measured."""
+    """The results of `evaluate`."""
 
     tasks: list[TaskEvaluated] = field(default_factory=list)
     without_data: list[str] = field(default_factory=list)
@@ -87,7 +88,7 @@ def evaluate(
     context: Context,
     tasks: Sequence[str] = (),
     *,
-    sources: Sequence[Rung | Literal["recalled"]] = ("code", "recalled"),
+    sources: Sequence[Source] = ("code", "recalled"),
     data: str | Path | None = None,
     max_tokens: int = MAX_TOKENS,
     with_context: bool = False,
@@ -101,12 +102,12 @@ def evaluate(
     Args:
         context: The store, and who listens.
         tasks: Names of tasks; all by default.
-        sources: What to measure in addition to base model and original, where a task has it; `materialize` names them.
+        sources: Sources to measure in addition to base model and original; `materialize` describes them.
         data: File of held-out text as JSON lines; each task's own by default.
         max_tokens: Tokens scored in each text.
-        with_context: Measure also behind the contexts of tasks; these results are not recorded.
+        with_context: Measure also with the contexts of tasks; these results are not recorded.
         device: Where to compute.
-        again: Measure again what was measured on the same text before.
+        again: Repeat measurements already made on the same text.
         workers: Where to compute, as described for `Fleet`.
         shard: Which part of the tasks to work on, as described for `Fleet`.
 
@@ -114,29 +115,56 @@ def evaluate(
         DataError: No task has held-out text, or the text cannot be used.
         BaseModelNotFound: None of the base models is on this machine. The report names those that are missing.
     """
-    # A typing error is told before a model is loaded.
-    rungs: list[Rung] = ["generate" if source == "recalled" else source for source in sources]  # as the rows have it
-    if unknown := sorted(set(rungs).difference(SOURCES)):
-        raise DataError(
-            f"{unknown[0]!r} is not a source", hint=f"the sources are {', '.join(map(source_name, SOURCES))}"
-        )
     check_place(device, workers)
-    report, path = EvaluateReport(), None if data is None else Path(data)
-    with context.open() as store, reporting(report):
-        given = None if path is None else read_examples(path)
+    with context.open() as store:
+        return evaluate_in(
+            context,
+            store,
+            tasks,
+            sources=sources,
+            data=None if data is None else Path(data),
+            max_tokens=max_tokens,
+            with_context=with_context,
+            device=device,
+            again=again,
+            workers=workers,
+            shard=Shard.of(shard),
+        )
+
+
+def evaluate_in(
+    context: Context,
+    store: Store,
+    tasks: Sequence[str],
+    *,
+    sources: Sequence[Source],
+    data: Path | None = None,
+    max_tokens: int = MAX_TOKENS,
+    with_context: bool = False,
+    device: str,
+    again: bool = False,
+    workers: str | None,
+    shard: Shard | None = None,
+) -> EvaluateReport:
+    """Do the work of `evaluate` in an open store."""
+    if unknown := sorted(set(sources).difference(SOURCES)):
+        raise DataError(f"{unknown[0]!r} is not a source", hint=f"the sources are {', '.join(SOURCES)}")
+    report = EvaluateReport()
+    with reporting(report):
+        given = None if data is None else read_examples(data)
         if given is not None:  # before a model is loaded
-            check_examples(given, path=path, any_row=has_loaders(store))
-        chosen = _tasks_with_text(store, tasks, Shard.of(shard), report, is_given=path is not None)
+            check_examples(given, path=data, any_row=has_loaders())
+        chosen = _tasks_with_text(store, tasks, shard, report, is_given=data is not None)
         failures = FailureLog(context, report, len(chosen))
         tell = context.counting(report.tasks, len(chosen))
         by_base = {label: list(group) for label, group in groupby(chosen, key=lambda task: task.base_model)}
         with worker_pool(context, store, device=device, workers=workers) as pool:
             for base_model, of_base in by_base.items():
                 tell(f"loading {base_model}")
-                asked = rungs, path, given, max_tokens
+                asked = sources, data, given, max_tokens
                 results = pool.each(evaluate_tasks, of_base, tell, *asked, with_context=with_context, again=again)
-                for task, made in failures.results(base_model, results):
-                    _record(context, store, task.name, made, report)
+                for task, result in failures.results(base_model, results):
+                    _record(context, store, task.name, result, report)
                     tell(task.name)
         failures.check(len(by_base))
     return report
@@ -144,83 +172,82 @@ def evaluate(
 
 @dataclass(frozen=True)
 class _TaskResults:
-    """What was measured of one task, before it is recorded."""
+    """The measurements of one task, before they are recorded."""
 
-    task: TaskEvaluated
-    made: Sequence[Measurement]
-    note: str | None  # what is said once of all tasks
+    outcome: TaskEvaluated
+    seen: Task  # as it was measured
+    measured: Sequence[Measurement]
+    note: str | None  # printed once for all tasks
 
 
 def evaluate_tasks(
     models: Models,
-    tasks: Sequence[TaskRecord],
+    tasks: Sequence[Task],
     tell: Tell,
-    sources: Sequence[Rung],
+    sources: Sequence[Source],
     path: Path | None,
     data: bytes | None,
     max_tokens: int,
     *,
     with_context: bool,
     again: bool,
-) -> Iterator[tuple[TaskRecord, _TaskResults | Failed | BaseUnavailable | None]]:
+) -> Iterator[tuple[Task, _TaskResults | Failed | BaseUnavailable | None]]:
     """Measure each task of one base model, on the bytes of the given file or on its own text; None if it was removed.
 
     `path` and `data` are the given file and its bytes; `evaluate` explains the other arguments.
     """
     texts = _Texts(models, path, data)
-
-    def context_of(task: TaskRecord) -> TaskContext | None:
-        return read_context(models.store.blobs.read, models.store.tasks.final(task.name)) if with_context else None
-
-    for task in tasks:
+    for planned in tasks:
         result: _TaskResults | Failed | BaseUnavailable | None = None
         try:
+            task = models.store.task(planned.name)
             text, base = texts.of(task), models.base(task.base_model)
-            losses = TaskLosses(models.store, models, task, text, max_tokens)
-            found = losses.measure(sources, again=again)
-            behind = losses.behind(texts.of(task, context), sources, found) if (context := context_of(task)) else {}
-            done = TaskEvaluated(task.name, found, behind, text.skipped, base.dtype)
-            result = _TaskResults(done, losses.made, text.note)
+            losses = TaskLosses(models, task, text, max_tokens)
+            results = losses.measure(sources, again=again)
+            context = read_context(models.store.blobs.read, task.final) if with_context else None
+            behind = losses.with_context(texts.of(task, context), sources, results) if context else {}
+            outcome = TaskEvaluated(task.name, results, behind, text.skipped, base.dtype)
+            result = _TaskResults(outcome, task, losses.made, text.note)
         except (BaseModelNotFound, BaseModelUnsuited) as error:
             result = BaseUnavailable(error)
         except TaskNotFound:  # `icm rm` does not wait for this
             pass
         except FAILURES as error:
-            result = Failed(as_error(error, models.loaded(task.base_model), less="use a lower --max-tokens"))
-        yield task, result
+            result = Failed(as_error(error, models.loaded(planned.base_model), less="use a lower --max-tokens"))
+        yield planned, result
 
 
 def _record(context: Context, store: Store, name: str, made: _TaskResults | None, report: EvaluateReport) -> None:
-    """Record what was measured of a task, without what belongs to an adapter or a code that was replaced meanwhile."""
+    """Record the measurements of a task, without those of an adapter or a code that was replaced."""
     if made is None:
         report.outdated.append(name)
         return
     try:
-        is_current = record_measurements(store, made.made)
+        is_current = record_measurements(store, made.seen, made.measured)
     except TaskNotFound:
         report.outdated.append(name)
         return
     if made.note is not None and made.note not in report.notes:
         report.notes.append(made.note)
-    report.tasks.append(made.task)
-    report.without_original += [] if "original" in made.task.sources else [name]
+    report.tasks.append(made.outcome)
+    report.without_original += [] if "original" in made.outcome.sources else [name]
     report.outdated += [] if is_current else [name]
-    context.on_event(made.task)
+    context.on_event(made.outcome)
 
 
 class _Texts:
-    """What tasks of one base model are measured on: the file that the user gave, or else their own held-out text."""
+    """The text that tasks of one base model are measured on: the file that the user gave, or else their own."""
 
     def __init__(self, models: Models, path: Path | None, data: bytes | None) -> None:
         self._models, self._path, self._data = models, path, data
         self._shared: EvaluationData | None = None  # the given file, as most tasks read it
 
-    def of(self, task: TaskRecord, context: TaskContext | None = None) -> EvaluationData:
-        """Return the text of a task as its base model reads it, behind a context if there is one."""
+    def of(self, task: Task, context: TaskContext | None = None) -> EvaluationData:
+        """Return the text of a task as its base model reads it, after a context if there is one."""
         store, base = self._models.store, self._models.base(task.base_model)
         if self._data is None:
             return own_text(store, task, base, context)
-        template = adapter_template(store, task.name)
+        template = adapter_template(store, task)
         if template is not None or context is not None:
             return EvaluationData.parse(self._data, base=base, path=self._path, template=template, context=context)
         if self._shared is None:
@@ -230,7 +257,7 @@ class _Texts:
 
 def _tasks_with_text(
     store: Store, names: Sequence[str], shard: Shard | None, report: EvaluateReport, *, is_given: bool
-) -> list[TaskRecord]:
+) -> list[Task]:
     """Return the tasks to measure; without a given file, those that have text of their own."""
     tasks = select_tasks(store, names, shard=shard)
     if is_given:
@@ -255,25 +282,30 @@ class Measurable:
 @use_case
 def measurable(context: Context, base_models: Sequence[str], tasks: Sequence[str] = ()) -> Measurable:
     """Return which `tasks` of some `base_models` this machine can measure, and why it cannot measure others."""
-    found = Measurable([], [], [])
     with context.open(read_only=True) as store:
-        for label in base_models:
-            known = [
-                task for task in store.tasks.all() if task.base_model == label and (not tasks or task.name in tasks)
-            ]
-            if known and format_named(store.tasks.final(known[0].name).format).is_for_images:
-                found.reasons.append(
-                    f"{label} generates images; run `icm report --outputs TASK` to see the effect of codes"
-                )
-                continue
-            found.elsewhere.append(label)
-            try:
-                modality_of(locate_base(store, label))
-            except (BaseModelNotFound, BaseModelUnsuited) as error:
-                found.reasons.append(str(error))
-                continue
-            found.tasks.extend(task.name for task in known if task.eval_data is not None)
-            without = sum(task.eval_data is None for task in known)
-            if without:
-                found.reasons.append(f"{without} of {len(known)} tasks of {label} have no held-out text")
-    return found
+        return measurable_in(store, base_models, tasks)
+
+
+def measurable_in(store: Store, base_models: Sequence[str], tasks: Sequence[str]) -> Measurable:
+    """Do the work of `measurable` in an open store."""
+    result = Measurable([], [], [])
+    for label in base_models:
+        has_text, is_for_images = dict[str, bool](), False
+        for task in store.tasks(Selection(base_model=label)):
+            if not tasks or task.name in tasks:
+                has_text[task.name] = task.eval_data is not None
+                is_for_images = format_named(task.final.format).is_for_images
+        if is_for_images:
+            fact = f"{label} generates images; run `icm report --outputs TASK` to see the effect of codes"
+            result.reasons.append(fact)
+            continue
+        result.elsewhere.append(label)
+        try:
+            modality_of(locate_base(store, label))
+        except (BaseModelNotFound, BaseModelUnsuited) as error:
+            result.reasons.append(str(error))
+            continue
+        result.tasks.extend(name for name, has in has_text.items() if has)
+        if without := sum(not has for has in has_text.values()):
+            result.reasons.append(f"{without} of {len(has_text)} tasks of {label} have no held-out text")
+    return result

@@ -3,8 +3,8 @@
     base model, original, code, recalled, network
        └─ written in the form of the original ──PEFT──▶ base model with adapter ──▶ nats per token ──▶ retained gain
 
-Every adapter is written, read and loaded with PEFT before it is measured, so the figures are those of what a user gets,
-rounding to the original's type and its heads and biases included.
+Every adapter is written, read and loaded with PEFT before it is measured, so the figures include rounding to the
+original's type, and its heads and biases.
 """
 
 from __future__ import annotations
@@ -20,79 +20,74 @@ from icmlora.adapter.model import Adapter
 from icmlora.base_models.examples.examples import EvaluationData
 from icmlora.base_models.modality import retained_gain
 from icmlora.errors import DataError, NotCovered
-from icmlora.fleet.measure.metric_result import MAX_TOKENS, MetricResult, source_name
+from icmlora.fleet.measure.metric_result import MAX_TOKENS, MetricResult
 from icmlora.fleet.resources.decoding import OriginalForm, decode_code, predict_adapter, read_form
 from icmlora.fleet.resources.loading import Models, read_original, read_runnable
+from icmlora.fleet.resources.task_code import is_same_code
 from icmlora.fleet.resources.texts import own_text
 from icmlora.formats.format import RunnableAdapter
-from registry.records import (
-    AdapterRecord,
-    CodeRecord,
-    GeneratorRecord,
-    NewEvaluation,
-    Rung,
-    TaskRecord,
-    WithRelativeError,
-)
+from registry.manifests import Measurement, Source, Task, WithRelativeError
 
 if TYPE_CHECKING:
     from registry.store import Store
 
-SOURCES: tuple[Rung, ...] = ("base", "original", "code", "generate", "network")
+SOURCES: tuple[Source, ...] = ("base", "original", "code", "recalled", "network")
 """In the order in which they are measured: every gain needs the losses of base model and original."""
 
 
 @dataclass(frozen=True)
 class SourceResult(WithRelativeError):
-    """What was measured of one source of a task on one set of texts."""
+    """The result of one source of a task on one set of texts."""
 
-    source: Rung
+    source: Source
     score: MetricResult
     retained_gain: float | None  # None for base model and original, and where the original has no gain
     squared_error: float | None  # None where there is none
 
 
-@dataclass(frozen=True)
-class Measurement:
-    """A result that is still to be recorded, with the adapter and the code that the task had then."""
+def record_measurements(store: Store, seen: Task, made: Sequence[Measurement]) -> bool:
+    """Record measurements of a task, without those of an adapter or a code that was replaced; return whether none was.
 
-    new: NewEvaluation
-    of: AdapterRecord
-    code: CodeRecord | None
+    `seen` is the task that was measured. Raises `TaskNotFound` if it was removed.
+    """
+    holding: list[Measurement] = []
+
+    def change(task: Task) -> Task:
+        holding[:] = [one for one in made if _holds(one, seen, task)]
+        return replace(task, measured=task.with_measured(*holding))
+
+    store.update(seen.name, change)
+    return len(holding) == len(made)
 
 
-def record_measurements(store: Store, made: Sequence[Measurement]) -> bool:
-    """Record results, without those whose adapter or code was replaced meanwhile; return whether none was."""
-    left_out = [one for one in made if not store.evaluations.add([one.new], of=one.of, code=one.code)]
-    return not left_out
+def _holds(one: Measurement, seen: Task, task: Task) -> bool:
+    """Return whether a task still has the adapter, and the code, that was measured."""
+    if one.source == "base":
+        return True
+    if not task.final.is_same(seen.final):
+        return False
+    return one.source != "code" or is_same_code(task.code, seen.code)
 
 
-def losses_on_own_text(store: Store, models: Models, task: TaskRecord, generator: GeneratorRecord) -> TaskLosses:
+def losses_on_own_text(models: Models, task: Task, generator: str) -> TaskLosses:
     """Prepare to measure a task on its own held-out text, as `icm eval` does; raises `DataError` without one."""
     if task.eval_data is None:  # before the base model is loaded
         raise DataError("it has no held-out text, so its retained gain cannot be measured")
-    text = own_text(store, task, models.base(task.base_model))
-    return TaskLosses(store, models, task, text, MAX_TOKENS, generator)
+    text = own_text(models.store, task, models.base(task.base_model))
+    return TaskLosses(models, task, text, MAX_TOKENS, generator)
 
 
 class TaskLosses:
-    """Measures one task on one set of texts. It writes nothing: `made` has what is to be recorded of it."""
+    """Measures one task on one set of texts, and writes nothing: `made` is to be recorded."""
 
     def __init__(
-        self,
-        store: Store,
-        models: Models,
-        task: TaskRecord,
-        text: EvaluationData,
-        max_tokens: int,
-        generator: GeneratorRecord | None = None,
+        self, models: Models, task: Task, text: EvaluationData, max_tokens: int, generator: str | None = None
     ) -> None:
-        self._store, self._models, self._task, self._text = store, models, task, text
+        self._store, self._models, self.task, self._text = models.store, models, task, text
         self._base = models.base(task.base_model)
         self._max_tokens = self._base.within(max_tokens)
-        self._generator = generator or store.generators.current(task.base_model)
-        # Results are recorded only while the task still has this adapter and generator; see `record_measurements`.
-        self._final = store.tasks.final(task.name)
+        # The network that predicts, and decodes the code that is measured.
+        self._generator = generator or models.generator_of(task)
         self._settings: dict[str, object] = {
             "max_tokens": self._max_tokens,
             "dtype": self._base.dtype,
@@ -107,42 +102,40 @@ class TaskLosses:
         """The precision of the base model."""
         return self._base.dtype
 
-    def behind(
-        self, context: EvaluationData, sources: Sequence[Rung], references: Mapping[Rung, SourceResult]
-    ) -> dict[Rung, SourceResult]:
-        """Measure the same on the same texts behind a context; gains are shares of that of the original alone.
+    def with_context(
+        self, context: EvaluationData, sources: Sequence[Source], references: Mapping[Source, SourceResult]
+    ) -> dict[Source, SourceResult]:
+        """Measure the same texts after a context; gains are shares of the gain of the original alone.
 
-        `references` has what was measured of base model and original without it.
+        `references` has the results of base model and original without it.
         """
-        behind = TaskLosses(self._store, self._models, self._task, context, self._max_tokens, self._generator)
-        results = behind.measure(sources)
+        results = TaskLosses(self._models, self.task, context, self._max_tokens, self._generator).measure(sources)
         return {name: replace(one, retained_gain=self._gain(one.score, references)) for name, one in results.items()}
 
-    def measure(self, sources: Sequence[Rung], *, again: bool = False) -> dict[Rung, SourceResult]:
+    def measure(self, sources: Sequence[Source], *, again: bool = False) -> dict[Source, SourceResult]:
         """Measure base model and original, and some other sources where they exist."""
-        # What was measured before in the same way is kept. For an evicted original there is nothing else.
+        # Earlier measurements of the same kind are kept. For an evicted original there is nothing else.
         known = self._recorded()
         if again:
-            known = {name: row for name, row in known.items() if name == "original" and self._final.is_evicted}
-        results: dict[Rung, SourceResult] = {}
+            known = {name: one for name, one in known.items() if name == "original" and self.task.final.is_evicted}
+        results: dict[Source, SourceResult] = {}
         for source in SOURCES:
             if source not in {"base", "original", *sources}:
                 continue
             if source in known:
                 results[source] = self._completed(known[source], results)
                 continue
-            code = self._code()
-            if not self._exists(source, code):
+            if not self._exists(source):
                 continue
             try:
-                result = self._measured(source, code, results)
+                result = self._measured(source, results)
             except NotCovered:  # ingested after the last training, with modules or ranks of its own
                 continue
             results[source] = result
-            self._keep(result, code)
+            self.made.append(self.record_of(result))
         return results
 
-    def measure_adapter(self, source: Rung, adapter: Adapter, squared_error: float) -> SourceResult:
+    def measure_adapter(self, source: Source, adapter: Adapter, squared_error: float) -> SourceResult:
         """Measure an adapter that is not in the store, and record nothing."""
         return self.result_of(source, self.score_of(source, self.written(adapter)), squared_error, self._references)
 
@@ -158,24 +151,27 @@ class TaskLosses:
             return self._score(label)
 
     def result_of(
-        self, source: Rung, score: MetricResult, squared_error: float | None, references: Mapping[Rung, SourceResult]
+        self,
+        source: Source,
+        score: MetricResult,
+        squared_error: float | None,
+        references: Mapping[Source, SourceResult],
     ) -> SourceResult:
         """Return the result of a source, with its retained gain where base model and original are in `references`."""
         gain = None if source in ("base", "original") else self._gain(score, references)
         return SourceResult(source, score, gain, squared_error)
 
-    def _gain(self, score: MetricResult, references: Mapping[Rung, SourceResult]) -> float | None:
+    def _gain(self, score: MetricResult, references: Mapping[Source, SourceResult]) -> float | None:
         if "original" not in references:
             return None
         values = references["base"].score.value, references["original"].score.value, score.value
         return retained_gain(*values, higher_is_better=self._base.modality.metric.higher_is_better)
 
-    def record_of(self, result: SourceResult) -> NewEvaluation:
-        """Return what the store records of a result."""
-        return NewEvaluation(
-            task=self._task.name,
-            rung=result.source,
-            generator_id=self._generator_of(result.source),
+    def record_of(self, result: SourceResult) -> Measurement:
+        """Return a result as it is recorded."""
+        return Measurement(
+            source=result.source,
+            generator=self._generator_of(result.source),
             data=self._text.digest,
             value=result.score.value,
             count=result.score.count,
@@ -188,54 +184,48 @@ class TaskLosses:
         )
 
     @cached_property
-    def _references(self) -> Mapping[Rung, SourceResult]:
+    def _references(self) -> Mapping[Source, SourceResult]:
         """The results of base model and original."""
         return self.measure(())
 
     @cached_property
     def _form(self) -> OriginalForm:
-        return read_form(self._store, self._final)
+        return read_form(self._store, self.task)
 
     @cached_property
     def _original(self) -> Adapter:
-        return read_original(self._store, self._final)
+        return read_original(self._store, self.task.final)
 
-    def _code(self) -> CodeRecord | None:
-        """Return the current code of the task."""
-        return None if self._generator is None else self._store.codes.get(self._task.name, self._generator.id)
-
-    def _exists(self, source: Rung, code: CodeRecord | None) -> bool:
+    def _exists(self, source: Source) -> bool:
         match source:
             case "base":
                 return True
             case "original":
-                return not self._final.is_evicted
+                return not self.task.final.is_evicted
             case "code":
-                return code is not None
+                return self.task.code is not None
             case _:
-                return self._generator is not None and bool(self._store.vectors.all(self._task.name))
+                return self._generator is not None and bool(self.task.vectors)
 
-    def _measured(self, source: Rung, code: CodeRecord | None, references: Mapping[Rung, SourceResult]) -> SourceResult:
+    def _measured(self, source: Source, references: Mapping[Source, SourceResult]) -> SourceResult:
         if source == "base":
             return self.result_of(source, self._score(source), None, references)
         if source == "original":
-            score = self.score_of(source, read_runnable(self._store, self._final))
+            score = self.score_of(source, read_runnable(self._store, self.task.final))
             return self.result_of(source, score, None, references)
-        written = self.written(self._decoded(source, code))
-        error = self._squared_error(source, written, code)
+        written = self.written(self._decoded(source))
+        error = self._squared_error(source, written)
         return self.result_of(source, self.score_of(source, written), error, references)
 
-    def _decoded(self, source: Rung, code: CodeRecord | None) -> Adapter:
-        """Decode a code, or make an adapter from the task's vectors."""
+    def _decoded(self, source: Source) -> Adapter:
+        """Decode a code, or predict an adapter from the task's vectors."""
+        code = self.task.code if source == "code" else None
+        if source == "recalled":
+            code = self._models.exemplars(self.task.base_model).code_for(self.task)
+        if code is not None:
+            return decode_code(self._store, self._models.generator_file(code.generator), code)
         assert self._generator is not None
-        generator_file = self._models.generator_file(self._generator)
-        if code is not None and source == "code":
-            return decode_code(self._store, generator_file, code)
-        if source == "generate":
-            exemplar = self._models.exemplars(self._generator).code_for(self._final)
-            if exemplar is not None:
-                return decode_code(self._store, generator_file, exemplar)
-        return predict_adapter(self._store, generator_file, self._final, code)
+        return predict_adapter(self._store, self._models.generator_file(self._generator), self.task)
 
     def _score(self, label: str) -> MetricResult:
         """Measure the base model as it is now, with the adapter that is on it."""
@@ -243,38 +233,35 @@ class TaskLosses:
         found = modality.measure(self._base, self._text.examples, self._max_tokens)
         if not math.isfinite(found.value):
             name, dtype = modality.metric.name, self._base.dtype
-            what = f"the {name} of {self._task.name!r} ({source_name(label)})"
+            what = f"the {name} of {self.task.name!r} ({label})"
             hint = "the training run diverged: use an earlier checkpoint"
             raise DataError(f"{what} is not a number: values overflow in {dtype}", hint=hint)
         return MetricResult(modality.metric.name, found.value, found.count, found.utf8_bytes, dict(found.others))
 
-    def _squared_error(self, source: Rung, written: RunnableAdapter, code: CodeRecord | None) -> float | None:
-        if self._final.is_evicted:  # what was measured when the original went still holds
-            return code.squared_error if code is not None and source == "code" else None
+    def _squared_error(self, source: Source, written: RunnableAdapter) -> float | None:
+        if self.task.final.is_evicted:  # the error measured before the eviction still holds
+            return self.task.code.squared_error if self.task.code is not None and source == "code" else None
         error = squared_error(self._original, written.adapter)
         return error if math.isfinite(error) else None  # an original of zeros has no relative error
 
-    def _completed(self, known: SourceResult, references: Mapping[Rung, SourceResult]) -> SourceResult:
+    def _completed(self, known: SourceResult, references: Mapping[Source, SourceResult]) -> SourceResult:
         """Add the retained gain to a result that was measured while the original was evicted."""
         gain = self.result_of(known.source, known.score, known.squared_error, references).retained_gain
         if known.retained_gain is not None or gain is None:
             return known
-        found = replace(known, retained_gain=gain)
-        self._keep(found, self._code())
-        return found
+        result = replace(known, retained_gain=gain)
+        self.made.append(self.record_of(result))
+        return result
 
-    def _keep(self, result: SourceResult, code: CodeRecord | None) -> None:
-        self.made.append(Measurement(self.record_of(result), self._final, code))
-
-    def _recorded(self) -> dict[Rung, SourceResult]:
-        """Return what was measured before on the same text, in the same way, of the same generator."""
+    def _recorded(self) -> dict[Source, SourceResult]:
+        """Return earlier results on the same text, with the same settings and generator."""
         return {
-            row.rung: SourceResult(row.rung, MetricResult.of(row), row.retained_gain, row.squared_error)
-            for row in self._store.evaluations.all(self._task.name)
-            if (row.data, dict(row.settings)) == (self._text.digest, self._settings)
-            and row.generator_id == self._generator_of(row.rung)
+            one.source: SourceResult(one.source, MetricResult.of(one), one.retained_gain, one.squared_error)
+            for one in self.task.measured
+            if (one.data, dict(one.settings)) == (self._text.digest, self._settings)
+            and one.generator == self._generator_of(one.source)
         }
 
-    def _generator_of(self, source: Rung) -> int | None:
-        """Return the number of the generator that a source depends on."""
-        return None if self._generator is None or source in ("base", "original") else self._generator.id
+    def _generator_of(self, source: Source) -> str | None:
+        """Return the digest of the network that a source depends on."""
+        return None if self._generator is None or source in ("base", "original") else str(self._generator)

@@ -17,12 +17,14 @@ from icmlora.base_models.finding.lookup import FoundBase, inspect_base
 from icmlora.base_models.modality import BaseModel
 from icmlora.base_models.quantised import check_load_in
 from icmlora.errors import BaseModelNotFound, BaseModelUnsuited, OutputExists
+from icmlora.fleet.bases.locations import location_of
 from icmlora.fleet.context import OpenedGenerator, locate_base
 from icmlora.formats.catalogue import format_named
 from icmlora.formats.format import LoadedAdapter, RunnableAdapter
 from icmlora.generator.initial_a.search import SeedSearch
 from icmlora.io.devices import inference_dtype
 from registry.manifests import Adapter as StoredAdapter
+from registry.manifests import Task
 from registry.names import LoadIn
 
 if TYPE_CHECKING:
@@ -127,6 +129,13 @@ class Models:
         """Return the networks of a generator, whose digest is checked."""
         return self._generator.get(digest, self.store.blobs.read)
 
+    def generator_of(self, task: Task) -> str | None:
+        """Return the network of a task's code; without a code, the network in use for its base model, if any."""
+        if task.code is not None:
+            return task.code.generator
+        current = self.store.generator(task.base_model)
+        return None if current is None else current.blob
+
     def exemplars(self, base_model: str) -> Exemplars:
         """Return the tasks of a base model as exemplars."""
         from icmlora.fleet.resources.recalled_code import Exemplars  # most commands need none
@@ -138,10 +147,8 @@ class Models:
     def load_in(self, label: str) -> LoadIn | None:
         """Return the few bits in which this machine loads a base model; None for full precision."""
         if label not in self._load_in:
-            try:
-                self._load_in[label] = locate_base(self.store, label).load_in
-            except BaseModelNotFound:
-                self._load_in[label] = None
+            place = location_of(self.store.base_model(label).names)
+            self._load_in[label] = None if place is None else place.load_in
         return self._load_in[label]
 
     def base(self, label: str, dtype: torch.dtype | None = None) -> BaseModel:

@@ -10,12 +10,11 @@ Versions are only appended to the file, so every earlier code decodes to the sam
 
 from __future__ import annotations
 
-import math
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,14 +22,7 @@ import torch
 from icmlora.fleet.context import Context
 from icmlora.fleet.failures import FAILURES, as_error
 from icmlora.fleet.resources.adapter_source import StoreAdapterSource, layout_of
-from icmlora.fleet.train.run import (
-    SAVED_AFTER,
-    RunCodes,
-    TrainingRun,
-    measured_sensitivity,
-    options_of,
-    train_network,
-)
+from icmlora.fleet.train.run import TrainingRun, measured_sensitivity, options_of, train_network
 from icmlora.generator.code import generator_of
 from icmlora.generator.codec import Codec
 from icmlora.generator.config import config_for
@@ -43,8 +35,7 @@ from icmlora.generator.versions import GeneratorFile
 from icmlora.training.config import TrainConfig, steps_for, stretched
 from icmlora.training.initialisation import fresh_network, tunable_network
 from icmlora.training.loop import draws_of
-from icmlora.training.state import TrainState, new_state, state_from_bytes
-from registry.records import AdapterRecord, RunCode, TrainRunRecord
+from icmlora.training.state import TrainState, new_state
 from registry.storage.blobs.content import digest_of
 
 if TYPE_CHECKING:
@@ -57,13 +48,13 @@ _COARSENESS = 2.0  # grid to which the differences of a tuned decoder are rounde
 
 @dataclass(frozen=True)
 class Candidate:
-    """A generator file with codes of new tasks by name; each code names the version of the file that decodes it."""
+    """A generator file with codes of new tasks; each code names the version of the file that decodes it."""
 
     data: bytes
     codes: Mapping[str, Encoded]
 
     def cost(self, before: bytes) -> int:
-        """Return the bytes of the codes, and those that the file has beyond an earlier one."""
+        """Return the bytes of the codes, plus the growth of the file since an earlier one."""
         return len(self.data) - len(before) + sum(len(code.data) for code in self.codes.values())
 
 
@@ -77,7 +68,7 @@ class UpdateCandidates:
         source: StoreAdapterSource,
         device: torch.device,
         *,
-        run: TrainRunRecord | None,
+        run: TrainingRun | None,
         tolerance: float,
         steps: int | None,
         learning_rate: float | None,
@@ -88,8 +79,8 @@ class UpdateCandidates:
         self._steps, self._learning_rate, self._seed = steps, learning_rate, seed
         self.steps = 0
         self.left_out = dict(source.left_out)
-        self.added: Sequence[str] = ()  # what the best candidate appends: `tuned`, `fresh`
-        self.kept_size: int | None = None  # bytes of the codes under the networks of before; None if there are none
+        self.added: Sequence[str] = ()  # networks that the best candidate appends: `tuned`, `fresh`
+        self.kept_size: int | None = None  # bytes of the codes under the earlier networks; None if there are none
         self.tuned_size: int | None = None  # bytes of the codes under a tuned decoder, with that decoder
 
     def best(self, data: bytes) -> Candidate:
@@ -109,7 +100,7 @@ class UpdateCandidates:
     def unchanged(self, data: bytes) -> Candidate:
         """Keep the file, and give each task the smallest code that one of the networks covering it makes."""
         return self._encoded(
-            data, self._source, lambda file, task: file.covering(layout_of(self._source.final(task))), is_kept=True
+            data, self._source, lambda file, task: file.covering(layout_of(self._source.task(task).final)), is_kept=True
         )
 
     def tuned(self, unchanged: Candidate) -> Candidate:
@@ -119,7 +110,7 @@ class UpdateCandidates:
         ((digest, _),) = Counter(named.values()).most_common(1)
         base = file.digests.index(digest)
         network = file.codec(base).generator.net
-        source = self._only([name for name in named if named[name] == digest])
+        source = self._source.only([name for name in named if named[name] == digest])
         # Never more steps than a first training on these tasks has: a trained decoder starts nearer to its end.
         steps = min(_TUNING_STEPS * source.tasks(), steps_for(source.adapters(), source.parameters()))
         options = TrainConfig(
@@ -138,12 +129,12 @@ class UpdateCandidates:
 
     def with_new_network(self, data: bytes, names: Sequence[str]) -> Candidate:
         """Train a small network for some tasks, append it to a file, and encode the tasks."""
-        source = self._only(names)
+        source = self._source.only(names)
         config = config_for(
             source.base_model,
             source.layouts(),
             tasks=source.tasks(),
-            # So few tasks do not show how adapters follow from task vectors.
+            # A few tasks do not show how adapters follow from task vectors.
             condition_size=0,
             quality=1,
             tolerance=self._tolerance,
@@ -156,27 +147,20 @@ class UpdateCandidates:
         state = self._train(source, new_state(network.to(self._device), options))
         return self._with_last_version(append_version(data, generator_to_bytes(state.net), None), source, is_kept=True)
 
-    def _only(self, names: Sequence[str]) -> StoreAdapterSource:
-        return StoreAdapterSource(self._store, self._source.base_model, names)
-
-    def _train(self, source: StoreAdapterSource, state: TrainState) -> TrainState:
+    def _train(self, source: StoreAdapterSource, begun: TrainState) -> TrainState:
         assert self._run is not None
-        run = TrainingRun(self._store, self._resumed(state), self._run)
-        train_network(self._context, source, run.state, run.save)
-        self.steps += run.state.step
-        return run.state
+        state = self._resumed(self._run, begun)
+        train_network(self._context, source, state, partial(self._run.save, state))
+        self.steps += state.step
+        return state
 
-    def _resumed(self, begun: TrainState) -> TrainState:
-        """Return the checkpoint of a training that was stopped, if it was this one."""
-        row = self._store.runs.running(self._source.base_model)
-        if row is None or row.weights is None or row.optimizer is None:
-            return begun
+    def _resumed(self, run: TrainingRun, begun: TrainState) -> TrainState:
+        """Return the checkpoint of an interrupted training, if it was this one."""
         try:
-            weights, optimizer = self._store.blobs.read(row.weights), self._store.blobs.read(row.optimizer)
-            saved = state_from_bytes(weights, optimizer, self._device)
+            saved = run.state(self._device)
         except FAILURES:  # it is damaged
             return begun
-        if (saved.config, saved.net.config) != (begun.config, begun.net.config):
+        if saved is None or (saved.config, saved.net.config) != (begun.config, begun.net.config):
             return begun
         for parameter, first in zip(saved.net.parameters(), begun.net.parameters(), strict=True):
             parameter.requires_grad_(first.requires_grad)
@@ -195,40 +179,24 @@ class UpdateCandidates:
     ) -> Candidate:
         """Return for each task the smallest code that any of the given versions of a file makes.
 
-        If `is_kept`, an update that was stopped finds its codes again.
+        If `is_kept`, an interrupted update finds its codes again.
         """
-        file, codes, generator = GeneratorFile(data), dict[str, Encoded](), digest_of(data)
-        run = RunCodes(self._store, self._run) if is_kept and self._run is not None else None
-        kept = {} if run is None else run.codes(generator)
-        waiting, last = list[tuple[AdapterRecord, Encoded, bool]](), time.monotonic()
-        try:
-            for task, name in enumerate(source.names):
-                final = source.final(task)
-                code = self._read(kept[final.id]) if final.id in kept else None
+        file, codes = GeneratorFile(data), dict[str, Encoded]()
+        saved = self._run.codes(digest_of(data)) if is_kept and self._run is not None else nullcontext()
+        with saved as run:
+            for number, name in enumerate(source.names):
+                task = source.task(number)
+                found = None if run is None else run.get(task)
+                code = None if found is None else found[0]
                 if code is None:
-                    made = [self._encode(file.codec(number), source, task) for number in versions(file, task)]
-                    found = [code for code in made if code is not None]
-                    if found:
-                        code = reduce(_smaller, found)
-                        waiting.append((final, code, False))
+                    made = [self._encode(file.codec(version), source, number) for version in versions(file, number)]
+                    code = reduce(_smaller, filter(None, made)) if any(made) else None
+                    if code is not None and run is not None:
+                        run.add(task, code, seed_is_known=False)
                 if code is not None:
                     codes[name] = code
-                self._context.progress(task + 1, source.tasks(), f"encoding {name}")
-                if run is not None and time.monotonic() > last + SAVED_AFTER:
-                    run.save_codes(generator, waiting)
-                    waiting, last = [], time.monotonic()
-        finally:
-            if run is not None:
-                run.save_codes(generator, waiting)
+                self._context.progress(number + 1, source.tasks(), f"encoding {name}")
         return Candidate(data, codes)
-
-    def _read(self, kept: RunCode) -> Encoded | None:
-        """Return a code that was made before the update was stopped, or None if it is damaged."""
-        try:
-            # Nothing here asks for its weighted error, which is not recorded.
-            return Encoded(self._store.blobs.read(kept.blob), kept.squared_error, math.nan)
-        except FAILURES:
-            return None
 
     def _encode(self, codec: Codec, source: StoreAdapterSource, task: int) -> Encoded | None:
         """Return the code of a task; note the reason and return None if it cannot be encoded."""
@@ -236,7 +204,7 @@ class UpdateCandidates:
             vectors, initial = source.mean_vectors(task), source.initial(task)
             return codec.encode(source.load(task, None), vectors, initial, Limits(tolerance=self._tolerance))
         except FAILURES as error:
-            self.left_out[source.final(task).task] = as_error(error).message
+            self.left_out[source.task(task).name] = as_error(error).message
             return None
 
 

@@ -1,4 +1,4 @@
-"""What comes after a training or an update: codes for limits, or refined codes, and what they keep.
+"""Encode again for limits or refine, and measure, after a training or an update.
 
     new codes ─┬─ limits ──▶ encode ─────────────────┬──▶ evaluate, where possible
                └─ none ────▶ refine, where possible ─┘
@@ -10,24 +10,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 from icmlora.errors import Cancelled, OptionsConflict
 from icmlora.fleet.context import Context, StageBegun
-from icmlora.fleet.encode.encode import EncodeReport, check_limits, encode
+from icmlora.fleet.encode.encode import EncodeReport, check_limits, encode_in
 from icmlora.fleet.failures import BaseModelFailed
-from icmlora.fleet.measure.evaluate import EvaluateReport, Measurable, evaluate, measurable
+from icmlora.fleet.measure.evaluate import EvaluateReport, Measurable, evaluate_in, measurable_in
 from icmlora.generator.limits import Limits
 from registry.errors import IcmError
+
+if TYPE_CHECKING:
+    from registry.store import Store
 
 
 @dataclass
 class FinishReport:
-    """What was done with new codes."""
+    """The results of encoding and measuring after a training."""
 
     failed: list[BaseModelFailed] = field(default_factory=list)
     encoded: list[EncodeReport] = field(default_factory=list)  # once for limits, or for each base model refined
-    measurable: Measurable | None = None  # what this machine can measure, once that was looked at
+    measurable: Measurable | None = None  # tasks that this machine can measure; None before that is known
     evaluated: EvaluateReport | None = None
     evaluate_error: IcmError | None = None  # why none of the measurable tasks could be measured
 
@@ -49,6 +52,7 @@ def check_finish(limits: Limits) -> None:
 
 def finish(
     context: Context,
+    store: Store,
     report: FinishReport,
     base_models: Sequence[str],
     tasks: Sequence[str],
@@ -59,10 +63,10 @@ def finish(
     device: str,
     workers: str | None,
 ) -> None:
-    """Encode again for limits or refine, then measure, and note in the report what was done.
+    """Encode again for limits or refine, then measure, and add the results to the report.
 
-    `base_models` are those with new codes, `tasks` the tasks that have one, if not all, and `only` the only base model
-    that is meant. Without anything else to keep, codes are refined, except those of a tolerance of their own.
+    `base_models` are those with new codes, `tasks` the tasks with a new code, if not all, and `only` the base model
+    that was selected, if any. Without other limits, codes are refined, except those of a tolerance of their own.
     """
     labels: Sequence[str | None] = base_models if limits.tolerance is None and limits.refine != 0 else []
     if not (limits.keep is limits.max_error is limits.min_gain is None):
@@ -70,31 +74,19 @@ def finish(
     for label in labels:
         try:
             context.on_event(StageBegun("encode", report))
-            encoded = encode(
-                context,
-                tasks,
-                quality=limits.quality,
-                keep=limits.keep,
-                min_gain=limits.min_gain,
-                max_error=limits.max_error,
-                tolerance=limits.tolerance,
-                refine=limits.refine,
-                base_model=label,
-                device=device,
-                workers=workers,
-            )
+            encoded = encode_in(context, store, tasks, limits, label, device=device, workers=workers)
             report.encoded.append(encoded)
         except Cancelled as stop:
             report.encoded.append(cast("EncodeReport | None", stop.report) or EncodeReport())
             raise
     if not (measure and base_models):
         return
-    report.measurable = measurable(context, base_models, tasks)
+    report.measurable = measurable_in(store, base_models, tasks)
     if (names := report.measurable.tasks) == []:
         return
     try:
         context.on_event(StageBegun("eval", report))
-        report.evaluated = evaluate(context, names, sources=("code",), device=device, workers=workers)
+        report.evaluated = evaluate_in(context, store, names, sources=("code",), device=device, workers=workers)
     except Cancelled as stop:
         report.evaluated = cast("EvaluateReport | None", stop.report) or EvaluateReport()
         raise

@@ -1,19 +1,20 @@
-"""Train a network step by step, with a checkpoint in the store from which a stopped run resumes.
+"""Train a network step by step, with a checkpoint in the store from which an interrupted run resumes.
 
-run that was stopped (same options, same adapters) ──┐
+interrupted run (same options, same adapters) ───────┐
 current generator ───────────────────────────────────┼──▶ network and optimiser ──steps──▶ trained network
 nothing ─────────────────────────────────────────────┘         └── checkpoint: every 20 s, at a stop, at the end
 """
 
 from __future__ import annotations
 
+import base64
 import json
 import math
 import sys
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -22,12 +23,14 @@ import torch
 from icmlora.base_models.modality import BaseModel
 from icmlora.base_models.running.channel_statistics import channel_statistics
 from icmlora.errors import Cancelled, DataError, GeneratorError, OtherProcessFailed
-from icmlora.fleet.context import Context, Event, base_name, check_base_model
+from icmlora.fleet.context import Context, Event, check_base_model
 from icmlora.fleet.failures import FAILURES
 from icmlora.fleet.resources.adapter_source import StoreAdapterSource
 from icmlora.fleet.resources.loading import open_base
 from icmlora.fleet.resources.texts import read_samples
+from icmlora.fleet.train.publish import put_files
 from icmlora.generator.config import GeneratorConfig, config_for
+from icmlora.generator.encoding import Encoded
 from icmlora.generator.sensitivity import Sensitivity, sensitivity_of
 from icmlora.io.devices import gradient_dtype
 from icmlora.training.config import DEFAULT_QUALITY, TrainConfig
@@ -35,14 +38,15 @@ from icmlora.training.initialisation import fresh_network, grown_network
 from icmlora.training.loop import Probe, TrainStep, draws_of, fit
 from icmlora.training.ranks import ALONE, Ranks
 from icmlora.training.state import TrainState, new_state, state_from_bytes
-from registry.records import AdapterRecord, RunCode, TrainRunRecord
+from registry.errors import DamagedStore
+from registry.filters import Selection, parse_filter
+from registry.manifests import Run, Task, packed, unpacked
 
 if TYPE_CHECKING:
     from icmlora.generator.cvae import CVAE
-    from icmlora.generator.encoding import Encoded
     from registry.store import Store
 
-SAVED_AFTER = 5.0  # seconds: codes made since then wait in memory, because storing each alone would wait for the disk
+_BATCH_SECONDS = 5.0  # between two batches of codes: storing each code alone would wait for the disk
 _CHECKPOINT_SECONDS = 20.0
 _MEASUREMENTS = 5  # of the mean code length during a training
 # Four times as many take four times as long and give no smaller codes (docs/results/LOG.md).
@@ -61,40 +65,96 @@ class StepDone(Event):
     at: TrainStep
 
 
+class TrainingRun:
+    """A run in the store: its checkpoint, and the codes that are not published yet. Use it inside the job lock."""
+
+    def __init__(self, store: Store, run: Run) -> None:
+        self._store, self._run = store, run
+
+    @classmethod
+    def open(cls, store: Store, base_model: str, config: dict[str, object], *, resume: bool) -> TrainingRun:
+        """Resume the run of a base model if it has the same configuration; else start one in its place."""
+        run = store.run(base_model) if resume else None
+        return cls(
+            store, run if run is not None and run.config == config else Run(base_model=base_model, config=config)
+        )
+
+    def state(self, device: torch.device) -> TrainState | None:
+        """Read the checkpoint; None if there is none."""
+        run, read = self._run, self._store.blobs.read
+        if run.weights is None or run.optimizer is None:
+            return None
+        return state_from_bytes(read(run.weights), read(run.optimizer), device)
+
+    def save(self, state: TrainState) -> None:
+        """Replace the checkpoint."""
+        weights, optimizer = put_files(self._store, [state.network_bytes(), state.optimizer_bytes()])
+        self._run = self._store.save_run(replace(self._run, step=state.step, weights=weights, optimizer=optimizer))
+
+    def codes(self, generator: str) -> RunCodes:
+        """Return the codes that the run made with a generator."""
+        return RunCodes(self, generator, self._read(generator))
+
+    def add(self, batch: object) -> None:
+        """Save a batch of codes."""
+        files = put_files(self._store, [packed(batch)])
+        self._run = self._store.save_run(replace(self._run, codes=(*self._run.codes, *files)))
+
+    def _read(self, generator: str) -> dict[_Key, tuple[Encoded, bool]]:
+        """Read the codes of a generator; those in damaged batches are made again."""
+        found = dict[_Key, tuple[Encoded, bool]]()
+        for file in self._run.codes:
+            with suppress(DamagedStore):
+                batch = unpacked(self._store.blobs.read(file))
+                if batch["generator"] == generator:
+                    for name, weights, config, error, is_known, code in batch["codes"]:
+                        # The weighted error is not needed again.
+                        found[name, weights, config] = Encoded(base64.b64decode(code), error, math.nan), is_known
+        return found
+
+
+_Key = tuple[str, str, str]
+"""Name of a task, and digests of the weights and the configuration of its final adapter."""
+
+
 class RunCodes:
-    """The codes that a run has made and not published yet: a stop does not lose them."""
+    """The codes that a run makes with one generator. They are saved every few seconds, and when the block ends."""
 
-    def __init__(self, store: Store, row: TrainRunRecord) -> None:
-        self._store, self.id = store, row.id
+    def __init__(self, run: TrainingRun, generator: str, codes: dict[_Key, tuple[Encoded, bool]]) -> None:
+        self._run, self._generator, self._codes = run, generator, codes
+        self._unsaved: list[_Key] = []
+        self._saved_at = time.monotonic()
 
-    def codes(self, generator: str) -> dict[int, RunCode]:
-        """Return the codes that an earlier try has made under this generator file, by the row of the adapter."""
-        return {code.adapter: code for code in self._store.runs.codes(self.id, generator)}
+    def __enter__(self) -> RunCodes:
+        return self
 
-    def save_codes(self, generator: str, codes: Sequence[tuple[AdapterRecord, Encoded, bool]]) -> dict[int, RunCode]:
-        """Store codes; each comes with its adapter and whether its seed is known."""
-        if not codes:
-            return {}
-        blobs = self._store.blobs.put_all([code.data for _, code, _ in codes])
-        made = [
-            RunCode(adapter.id, blob, len(code.data), generator, code.squared_error, known)
-            for (adapter, code, known), blob in zip(codes, blobs, strict=True)
+    def __exit__(self, *error: object) -> None:
+        self._save()
+
+    def get(self, task: Task) -> tuple[Encoded, bool] | None:
+        """Return the code of a task, and whether the seed of its adapter is known; None if there is no code."""
+        return self._codes.get(_key(task))
+
+    def add(self, task: Task, code: Encoded, *, seed_is_known: bool) -> None:
+        """Keep a new code."""
+        self._codes[_key(task)] = code, seed_is_known
+        self._unsaved.append(_key(task))
+        if time.monotonic() > self._saved_at + _BATCH_SECONDS:
+            self._save()
+
+    def _save(self) -> None:
+        new = ((key, *self._codes[key]) for key in self._unsaved)
+        codes = [
+            [*map(str, key), code.squared_error, is_known, base64.b64encode(code.data).decode()]
+            for key, code, is_known in new
         ]
-        self._store.runs.save_codes(self.id, made)
-        return {code.adapter: code for code in made}
+        if codes:
+            self._run.add({"generator": self._generator, "codes": codes})
+        self._unsaved, self._saved_at = [], time.monotonic()
 
 
-class TrainingRun(RunCodes):
-    """A network in training, with the row of the store that its checkpoint belongs to."""
-
-    def __init__(self, store: Store, state: TrainState, row: TrainRunRecord) -> None:
-        super().__init__(store, row)
-        self.state = state
-
-    def save(self) -> None:
-        """Replace the run's checkpoint by one of the present step."""
-        network, optimizer = self.state.network_bytes(), self.state.optimizer_bytes()
-        self._store.runs.save_checkpoint(self.id, step=self.state.step, weights=network, optimizer=optimizer)
+def _key(task: Task) -> _Key:
+    return task.name, task.final.weights, task.final.config
 
 
 def open_run(
@@ -108,8 +168,8 @@ def open_run(
     *,
     parent: str | None,
     resume: bool,
-) -> TrainingRun:
-    """Resume the run that was stopped if it is the same one, else start a new one. Call it inside the job lock.
+) -> tuple[TrainingRun, TrainState]:
+    """Resume the interrupted run if it is the same one, else start a new one. Call it inside the job lock.
 
     `network` is the current one to start from, None to start from scratch, and `parent` the digest of its file.
     """
@@ -119,10 +179,10 @@ def open_run(
         "fleet": source.digest(),
         "parent": parent,
     }
-    stopped = store.runs.running(source.base_model) if resume else None
-    if stopped is not None and stopped.config == identity and stopped.weights and stopped.optimizer:
-        weights, optimizer = store.blobs.read(stopped.weights), store.blobs.read(stopped.optimizer)
-        return TrainingRun(store, state_from_bytes(weights, optimizer, device), stopped)
+    run = TrainingRun.open(store, source.base_model, identity, resume=resume)
+    state = run.state(device)
+    if state is not None:
+        return run, state
     sensitivity = None
     if network is None or (network.config.kinds, network.config.layers) != (config.kinds, config.layers):
         sensitivity = measured_sensitivity(context, store, source, config, device)
@@ -130,25 +190,25 @@ def open_run(
         network = fresh_network(config, source, options.seed, sensitivity)
     else:
         network = grown_network(config, network, source, options.seed, sensitivity)
-    return TrainingRun(store, new_state(network.to(device), options), store.runs.start(source.base_model, identity))
+    return run, new_state(network.to(device), options)
 
 
-def share_run(run: TrainingRun, source: StoreAdapterSource, ranks: Ranks) -> None:
-    """Give the other ranks what they need to take part in a run. Call it on rank 0."""
+def share_state(state: TrainState, source: StoreAdapterSource, ranks: Ranks) -> None:
+    """Send the other ranks the fleet and the state to train. Call it on rank 0."""
     if ranks.count > 1:
         fleet = source.base_model.encode(), source.digest().encode()
-        ranks.share([*fleet, run.state.network_bytes(), run.state.optimizer_bytes()])
+        ranks.share([*fleet, state.network_bytes(), state.optimizer_bytes()])
 
 
 def help_train(context: Context, ranks: Ranks, device: torch.device) -> None:
-    """Take part in the runs of rank 0 until it has no more. Call it on the other ranks; nothing is written.
+    """Join the runs of rank 0 until there are no more. Call it on the other ranks; nothing is written.
 
     Raises:
         DataError: The store changed while the training began.
     """
     while work := ranks.share(on_wait=lambda: context.progress(0, None, "waiting for the first process")):
         label, digest, network, optimizer = work
-        # Only now: the first process may have waited for the job, and nobody may hold the store meanwhile.
+        # Only now: the first process may have waited for the job, while no process may hold the store.
         with context.open(read_only=True) as store:
             source = usable_source(context, store, label.decode())
             if source.digest() != digest.decode():
@@ -158,10 +218,16 @@ def help_train(context: Context, ranks: Ranks, device: torch.device) -> None:
 
 
 def usable_source(
-    context: Context, store: Store, label: str, names: Collection[str] | None = None
+    context: Context, store: Store, label: str, tasks: Iterable[Task] | None = None
 ) -> StoreAdapterSource:
-    """Return the tasks of a base model that can be trained on, without those that are damaged or diverged."""
-    source = StoreAdapterSource(store, label, names)
+    """Return the tasks of a base model that can be trained on, without those that are damaged or diverged.
+
+    By default all, with their checkpoints.
+    """
+    if tasks is None:
+        source = StoreAdapterSource.of_base(store, label)
+    else:
+        source = StoreAdapterSource(store, label, tasks, with_checkpoints=False)
     source.leave_out_unusable(lambda done, name: context.progress(done, source.tasks(), f"reading {name}"))
     return source
 
@@ -212,7 +278,7 @@ def train_network(
                 raise GeneratorError(f"training diverged at step {at.step}", hint="train again with a lower --lr")
             if at.step == at.steps or at.step - measured >= at.steps / _MEASUREMENTS:
                 after, measured = probe.bits(), at.step
-            context.on_event(StepDone(source.base_model, source.final(at.task).task, after, at))
+            context.on_event(StepDone(source.base_model, source.task(at.task).name, after, at))
             context.progress(at.step, at.steps, f"{after:.3f} bits per parameter")
             if save is not None and time.monotonic() - saved > _CHECKPOINT_SECONDS:
                 save()
@@ -228,16 +294,16 @@ def train_network(
 
 def base_models_with_tasks(store: Store, base_model: str | None) -> list[str]:
     """Return the base models that have tasks to train on, or only the given one; raises `DataError` without any."""
-    base_model = base_name(store, base_model)
-    rows = [(row.task.base_model, row.final.original_only is None) for row in store.tasks.summaries()]
-    found = sorted({label for label, _ in rows})
+    found = sorted(store.task_counts())
     if not found:
         raise DataError("there are no tasks to train on", hint="run `icm ingest PATH` to add adapters")
-    if base_model is None:
-        # If no task can have a code, training says why.
-        return sorted({label for label, can_have_code in rows if can_have_code}) or found
-    check_base_model(base_model, found)
-    return [base_model]
+    if base_model is not None:
+        base_model = store.base_name(base_model)
+        check_base_model(base_model, found)
+        return [base_model]
+    encodable = (parse_filter("status!=original-only"),)
+    with_codes = [label for label in found if store.count(Selection(base_model=label, filters=encodable))]
+    return with_codes or found  # if no task can have a code, training says why
 
 
 def run_metrics(device: torch.device) -> dict[str, object]:
@@ -250,7 +316,7 @@ def run_metrics(device: torch.device) -> dict[str, object]:
 
 
 def _peak_memory() -> dict[str, int]:
-    if sys.platform == "win32":  # which does not tell this way
+    if sys.platform == "win32":
         return {}
     import resource
 
@@ -263,15 +329,13 @@ def measured_sensitivity(
 ) -> Sensitivity | None:
     """Measure how strongly the base model reacts to each channel, or return None if it cannot be run for that here.
 
-    Why it cannot is for `icm eval` to say, which runs each task.
+    `icm eval` says why it cannot be run.
     """
     try:
         base = open_base(store, source.base_model, device, gradient_dtype(device), cache=context.cache)
         # Kinds of different widths share names, and a name without a layer number is that of every layer.
         modules = dict.fromkeys(kind.module(layer) for kind in config.kinds for layer in range(config.layers))
-        statistics = channel_statistics(
-            base, _examples(store, source.names, base), modules, max_tokens=_STATISTICS_TOKENS
-        )
+        statistics = channel_statistics(base, _examples(store, source, base), modules, max_tokens=_STATISTICS_TOKENS)
     except Cancelled:
         raise
     except FAILURES:
@@ -279,12 +343,12 @@ def measured_sensitivity(
     return sensitivity_of(config, statistics)
 
 
-def _examples(store: Store, names: Sequence[str], base: BaseModel) -> list[Any]:
+def _examples(store: Store, source: StoreAdapterSource, base: BaseModel) -> list[Any]:
     """Return the first samples of each task in turn, or neutral ones if no task has any."""
     firsts: list[Sequence[Any]] = []
-    for name in names[:_STATISTICS_TASKS]:
+    for number in range(min(source.tasks(), _STATISTICS_TASKS)):
         with suppress(*FAILURES):  # its chats do not go with the chat template, or its samples are damaged
-            samples = read_samples(store, store.tasks.get(name), base)
+            samples = read_samples(store, source.task(number), base)
             firsts.append(() if samples is None else samples.items[:_STATISTICS_SAMPLES])
     return [one for row in zip_longest(*firsts) for one in row if one is not None] or list(base.modality.probes)
 
@@ -298,9 +362,9 @@ def wanted_config(
     tolerance: float | None,
     width: int | None,
 ) -> GeneratorConfig:
-    """Choose the network of a generator; None stands for what the current one has, or for the default.
+    """Choose the network of a generator; None stands for the value of the current one, or for the default.
 
-    `network` is that of the current one if training starts from it, `tolerance_before` what it was trained with.
+    `network` is the current one if training starts from it, `tolerance_before` the tolerance it was trained with.
 
     Raises:
         DataError: The current one has another width.
