@@ -12,6 +12,7 @@ A state that was read knows the manifest that it came from, and replaces exactly
 from __future__ import annotations
 
 import difflib
+import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -296,11 +297,11 @@ class Store:
 
     # Write.
 
-    def publish(self, states: Sequence[S], *, remove: Sequence[State] = ()) -> list[S]:
+    def publish(self, states: Sequence[S], *, remove: Sequence[State] = (), older: bool = False) -> list[S]:
         """Move refs to new states in one transaction, and remove others; return the states as they are stored.
 
-        The blobs that they name must be durable. A state with a number below the current one replaces that version in
-        the history only.
+        The blobs that they name must be durable. With `older`, a state may be of a version that is not the current one,
+        which then stays as it is.
 
         Raises:
             LostRace: Another process changed one of them since it was read; nothing was written.
@@ -311,11 +312,16 @@ class Store:
         new = [_next(state, moment) for state in states]
         gone = [_next(Removed(of=one.KIND, name=one.ref, seq=one.seq, manifest=one.manifest), moment) for one in remove]
         digests = self._put_states([*new, *gone])
-        with self._db.write() as connection:
-            for state in remove:
-                _remove(connection, state)
-            _move(connection, new, digests[: len(new)], [state.manifest for state in states])
-            _raise_seq(connection, [*new, *gone])
+        try:
+            with self._db.write() as connection:
+                for state in remove:
+                    _remove(connection, state)
+                _move(connection, new, digests[: len(new)], [state.manifest for state in states], older=older)
+                _raise_seq(connection, [*new, *gone])
+        except (LostRace, TaskConflict):
+            # Nothing refers to them, and if the database is lost they must not be taken for what was committed.
+            self.manifests.delete(digests, newest=math.inf)
+            raise
         return [replace(state, manifest=digest) for state, digest in zip(new, digests, strict=False)]
 
     def adopt(self, states: Sequence[State]) -> None:
@@ -337,7 +343,7 @@ class Store:
 
         `change` must not have effects. If it returns an equal task, nothing is written.
         """
-        return self._retried(lambda: self.task(name), change)
+        return self._retried(lambda: self.task(name), change, older=split_version(name)[1] is not None)
 
     def update_base(self, label: str, change: Callable[[BaseModel], BaseModel]) -> BaseModel:
         """Change what is known of a base model, as `update` changes a task."""
@@ -543,14 +549,14 @@ class Store:
         with self._db.read() as connection:
             return int(connection.scalar(select(META.c.seq)) or 0)
 
-    def _retried(self, read: Callable[[], S], change: Callable[[S], S]) -> S:
+    def _retried(self, read: Callable[[], S], change: Callable[[S], S], *, older: bool = False) -> S:
         while True:
             present = read()
             new = change(present)
             if new == present:
                 return present
             try:
-                return self.publish([new])[0]
+                return self.publish([new], older=older)[0]
             except LostRace:
                 continue
 
@@ -602,21 +608,29 @@ def _raise_seq(connection: Connection, states: Sequence[State]) -> None:
 
 
 def _move(
-    connection: Connection, states: Sequence[State], digests: Sequence[str], expected: Sequence[str | None]
+    connection: Connection,
+    states: Sequence[State],
+    digests: Sequence[str],
+    expected: Sequence[str | None],
+    *,
+    older: bool = False,
 ) -> None:
-    """Write refs and history in an open transaction that holds the lock to write, if the refs are as expected."""
+    """Write refs and history in an open transaction that holds the lock to write, if the refs are as expected.
+
+    Of several states of a name, the one with the highest number becomes current.
+    """
     present, rows = _present(connection, states), list[dict[str, Any]]()
     newest = {(one.KIND, key_of(one.KIND, one.ref)): one.number for one in sorted(states, key=lambda one: one.number)}
     for state, digest, before in zip(states, digests, expected, strict=True):
         key = state.KIND, key_of(state.KIND, state.ref)
         manifest, number = present.get(key, (None, 0))
-        is_older = state.number < number
-        present_one = connection.scalar(_version(state)) if is_older else manifest
-        if (is_older or state.number == newest[key]) and present_one != before:
+        is_older, is_newest = state.number < number, state.number == newest[key]
+        found = connection.scalar(_version(state)) if is_older and older else manifest
+        if (is_older or is_newest) and found != before:
             if before is None and isinstance(state, Task):
                 raise TaskConflict(state.name)
             raise _lost(f"{state.KIND} {state.ref!r}")
-        if not is_older and state.number == newest[key]:
+        if is_newest and not is_older:
             rows.append(index_of(state, digest))
     versions = [
         {"kind": one.KIND, "key": key_of(one.KIND, one.ref), "version": one.number, "manifest": digest}
