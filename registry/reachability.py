@@ -21,8 +21,7 @@ from registry.errors import DamagedStore, MissingBlob, StoreLocked
 from registry.files import failpoint
 from registry.manifests import KINDS, Generator, Removed, State, Task, files_of, unpacked
 from registry.storage.blobs.backend import BlobInfo, Leftover
-from registry.storage.database import REPAIR_HINT
-from registry.tables import HISTORY, REFS, index_of, key_of
+from registry.tables import HISTORY, REFS, REPAIR_HINT, index_of, key_of
 
 if TYPE_CHECKING:
     from registry.store import Store

@@ -58,6 +58,7 @@ if TYPE_CHECKING:
     OnDamage = Callable[[str, DamagedStore], None]
 
 S = TypeVar("S", bound=State)
+T = TypeVar("T")
 
 PAGE = 500  # tasks that are read from the database at a time
 _CHUNK = 500  # values in one statement
@@ -178,13 +179,7 @@ class Store:
         """Yield the selected tasks in the order asked for, few in memory at a time; no lock of the database is held."""
         for page in self._pages(selection or Selection(), REFS.c.key, REFS.c.name, REFS.c.manifest):
             self.manifests.fetch(row.manifest for row in page)
-            for row in page:
-                try:
-                    yield self._checked_task(row.manifest, row.name)
-                except DamagedStore as error:
-                    if self._on_damage is None:
-                        raise
-                    self._on_damage(row.name, error)
+            yield from self._undamaged(page, lambda row: self._checked_task(row.manifest, row.name))
 
     def named(self, names: Sequence[str]) -> list[Task]:
         """Return tasks by name, each as often as it is named; damaged ones are left out as in `tasks`."""
@@ -201,7 +196,7 @@ class Store:
     def rows(self, selection: Selection | None = None) -> Iterator[TaskRow]:
         """Yield the rows of the selected tasks, without reading manifests."""
         for page in self._pages(selection or Selection(), *ROW):
-            yield from (TaskRow(*row) for row in page)
+            yield from self._undamaged(page, TaskRow.of)
 
     def names(self, selection: Selection | None = None) -> list[str]:
         """Return the names of the selected tasks."""
@@ -233,7 +228,7 @@ class Store:
             for column, values in asked:
                 for some in _chunks(sorted(values)):
                     rows = connection.execute(select(*ROW).where(IS_TASK, column.in_(some)))
-                    found |= {row.name: TaskRow(*row) for row in rows}
+                    found |= {row.name: TaskRow.of(row) for row in rows}
         return sorted(found.values(), key=lambda row: key_of(Task.KIND, row.name))
 
     def history(self, name: str) -> list[Task]:
@@ -502,6 +497,18 @@ class Store:
             if len(rows) < PAGE:
                 return
             last = key_of(Task.KIND, rows[-1].name)
+
+    def _undamaged(self, page: Sequence[Any], read: Callable[[Any], T]) -> Iterator[T]:
+        """Yield each row as it is read, without those that are damaged, if anybody listens."""
+        for row in page:
+            try:
+                found = read(row)
+            except DamagedStore as error:
+                if self._on_damage is None:
+                    raise
+                self._on_damage(str(row.name), error)
+            else:
+                yield found
 
     def _current(self, kind: str, name: str) -> State | None:
         with self._db.read() as connection:

@@ -10,7 +10,7 @@ Columns of `refs` after `manifest` follow from the manifest by :func:`index_of`.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -18,11 +18,22 @@ from sqlalchemy import BigInteger, Boolean, Column, Double, Index, Integer, Larg
 from sqlalchemy.engine import Dialect
 from sqlalchemy.types import TypeDecorator
 
+from registry.errors import DamagedStore
 from registry.manifests import State, Task, written
 from registry.names import UNKNOWN_BASE, folder_of
 
 FORMAT = 1
 """Of the tables and the manifests. A store with another number is refused."""
+
+
+REPAIR_HINT = "run `icm verify --repair` to rebuild the database from the manifests"
+
+
+class UnreadableValue(DamagedStore):
+    """A column has a value of another type than it was written with."""
+
+    def __init__(self, fact: str) -> None:
+        super().__init__(f"the database is damaged: {fact}", hint=REPAIR_HINT)
 
 
 class Digest(TypeDecorator[str]):
@@ -37,13 +48,19 @@ class Digest(TypeDecorator[str]):
 
     def process_result_value(self, value: bytes | None, dialect: Dialect) -> str | None:
         """Return the value (SQLAlchemy's hook)."""
-        return None if value is None else bytes(value).hex()
+        if value is not None and (not isinstance(value, bytes) or len(value) != _DIGEST_BYTES):
+            raise UnreadableValue(f"not a digest: {str(value)[:80]!r}")
+        return None if value is None else value.hex()
 
 
+_DIGEST_BYTES = 32
 # Ordered by code points in both databases.
 _KEY = Text().with_variant(Text(collation="C"), "postgresql")
 _NUMBER = BigInteger().with_variant(Integer(), "sqlite")
 METADATA = MetaData()
+
+
+_PYTHON: Mapping[str, Any] = {"int": int, "float": float, "bool": bool, "str": str, "None": type(None)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +122,16 @@ class TaskRow:
         }
         return tuple(word for word, holds in states.items() if holds)
 
+    @classmethod
+    def of(cls, values: Sequence[Any]) -> TaskRow:
+        """Return a row that was read; raise `UnreadableValue` if a value has another type than it was written with."""
+        for value, (name, kinds) in zip(values, _TYPES, strict=True):
+            if not isinstance(value, kinds):
+                raise UnreadableValue(f"{name} of task {str(values[0])[:80]!r} is {str(value)[:80]!r}")
+        return cls(*values)
 
+
+_TYPES = tuple((one.name, tuple(_PYTHON[part] for part in str(one.type).split(" | "))) for one in fields(TaskRow))
 _KINDS: Mapping[str, Any] = {"int": _NUMBER, "float": Double(), "bool": Boolean(), "str": Text()}
 _DIGESTS = {"manifest", "generator", "weights", "tensors_key"}
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from registry.store import Store
 
 Kind = Literal[
-    "database", "row", "unlisted", "uncommitted", "missing", "length", "digest", "orphan", "leftover", "remark"
+    "database", "row", "unlisted", "uncommitted", "missing", "length", "digest", "code", "orphan", "leftover", "remark"
 ]
 
 _HARMLESS = {"uncommitted", "orphan", "leftover", "remark"}

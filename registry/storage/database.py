@@ -16,18 +16,17 @@ from typing import TYPE_CHECKING, NamedTuple
 from uuid import uuid4
 
 from sqlalchemy import Connection, insert, select, update
-from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+from sqlalchemy.exc import DBAPIError
 
 from registry.errors import DamagedStore, RegistryError, StoreReadOnly, StoreTooNew, StoreTooOld
 from registry.files import failpoint
-from registry.tables import FORMAT, META, METADATA
+from registry.tables import FORMAT, META, METADATA, REPAIR_HINT
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from registry.storage.locks import Patience
 
-REPAIR_HINT = "run `icm verify --repair` to rebuild the database from the manifests"
 OLD_HINT = "ingest the adapters again into a new store (--store), or use the icm version that wrote it"
 
 
@@ -131,14 +130,14 @@ class Database(ABC):
     def _errors(self) -> Iterator[None]:
         try:
             yield
-        except (SQLAlchemyError, UnicodeDecodeError, ValueError, TypeError, AttributeError) as error:
+        except Exception as error:
             cause = error.orig if isinstance(error, DBAPIError) and error.orig is not None else error
             translated = self._translated_cause(cause)
-            if translated is not None:
-                raise translated from error
-            if isinstance(error, SQLAlchemyError):
+            if isinstance(error, UnicodeDecodeError):
+                translated = DamagedStore(f"{self.place}: {error}", path=self.place, hint=REPAIR_HINT)
+            if translated is None:  # a broken rule of the tables is a bug of ours
                 raise
-            raise DamagedStore(f"{self.place}: {error}", path=self.place, hint=REPAIR_HINT) from error
+            raise translated from error
 
 
 def make_tables(connection: Connection, store: str | None = None, blobs: str | None = None) -> None:

@@ -36,9 +36,9 @@ from registry.errors import (
     StoreUnavailable,
 )
 from registry.names import DatabaseUrl
-from registry.storage.database import REPAIR_HINT, Database, Meta, make_tables, too_old
+from registry.storage.database import Database, Meta, make_tables, too_old
 from registry.storage.locks import Patience
-from registry.tables import HISTORY, META, METADATA, REFS
+from registry.tables import HISTORY, META, METADATA, REFS, REPAIR_HINT
 
 # What they log of a connection that is lost is in the error of the store; it is for whoever asked for logs, and not
 # for the terminal, to which Python writes it where nobody did.

@@ -28,8 +28,8 @@ from registry.errors import (
     StoreLocked,
     StoreReadOnly,
 )
-from registry.storage.database import REPAIR_HINT, Database, Meta, make_tables, too_old
-from registry.tables import FORMAT
+from registry.storage.database import Database, Meta, make_tables, too_old
+from registry.tables import FORMAT, REPAIR_HINT
 
 if TYPE_CHECKING:
     from registry.storage.locks import Patience

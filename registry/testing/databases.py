@@ -1,26 +1,29 @@
-"""What every database of rows must do: promises one by one, and from several threads.
+"""Promises of every database, one by one and from several threads.
 
 class TestMyDatabase(DatabasePromises):
     def new_database(self, same_as=None, *, read_only=False, patience=60.0) -> Database:    with empty tables
-    def damage(self, database, statement) -> None:      changes rows behind the back of the database
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from sqlalchemy import delete, func, insert, select, update
+from sqlalchemy import func, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
-from registry.errors import DamagedRow, StoreLocked, StoreReadOnly
-from registry.schema import BaseModel, Blob, Task
+from registry.errors import StoreLocked, StoreReadOnly
 from registry.storage.database import Database
+from registry.tables import FORMAT, HISTORY, REFS
 
-_NOW, _SECONDS = "2026-01-02T03:04:05Z", 1_767_323_045
-_MANY = 2_500  # more than are fetched at a time
 _THREADS, _ROUNDS = 6, 8
+
+
+def ref(name: str, **values: Any) -> dict[str, Any]:
+    """Return a row of `refs`."""
+    return {"kind": "task", "key": name.lower(), "name": name, "manifest": "ab" * 32, "version": 1, **values}
 
 
 class DatabasePromises:
@@ -32,209 +35,138 @@ class DatabasePromises:
         """Return a database with empty tables; or, given one, the same as another process has it open."""
         raise NotImplementedError
 
-    def damage(self, database: Database, statement: str) -> None:
-        """Change rows as a broken disk does: without what keeps their checks right."""
-        raise NotImplementedError
-
     @pytest.fixture
-    def database(self) -> Database:
+    def database(self) -> Iterator[Database]:
         """An empty database."""
-        return self.new_database()
+        database = self.new_database()
+        yield database
+        database.close()
 
-    def _add(self, database: Database, name: str = "base") -> None:
-        with database.write() as session:
-            session.add(BaseModel(name=name))
+    def _add(self, database: Database, name: str, **values: Any) -> None:
+        with database.write() as connection:
+            connection.execute(insert(REFS), ref(name, **values))
 
     def _names(self, database: Database) -> list[str]:
-        with database.read() as session:
-            return list(session.scalars(select(BaseModel.name).order_by(BaseModel.name)))
+        with database.read() as connection:
+            return list(connection.scalars(select(REFS.c.name).order_by(REFS.c.key)))
 
-    def _add_task(self, database: Database, name: str = "rust") -> None:
-        with database.write() as session:
-            base = BaseModel(name=f"base of {name}")
-            session.add(Task(name=name, base_model=base, folder="", created_at=_NOW))
-
-    def test_what_a_block_wrote_is_there_for_others(self, database: Database) -> None:
-        self._add(database)
-        assert self._names(self.new_database(database)) == ["base"]
+    def test_a_block_is_committed_for_others(self, database: Database) -> None:
+        self._add(database, "rust")
+        assert self._names(self.new_database(database)) == ["rust"]
 
     def test_a_block_that_fails_leaves_nothing(self, database: Database) -> None:
         def fail() -> None:
-            with database.write() as session:
-                session.add(BaseModel(name="base"))
-                session.flush()
+            with database.write() as connection:
+                connection.execute(insert(REFS), ref("rust"))
                 raise LookupError
 
         with pytest.raises(LookupError):
             fail()
         assert self._names(database) == []
 
-    def test_statements_without_objects_are_committed_and_checked_too(self, database: Database) -> None:
-        with database.connection(write=True) as connection:
-            connection.execute(insert(Blob).values(digest="ab" * 32, size=5))
-        with database.connection(write=True) as connection:
-            connection.execute(update(Blob).values(size=6))
-        with database.read() as session:
-            (blob,) = session.scalars(select(Blob))
-            assert (blob.digest, blob.size) == ("ab" * 32, 6)
-            assert blob.crc is not None
+    def test_values_come_back_as_they_were_written(self, database: Database) -> None:
+        values = {"manifest": "00ff" * 16, "original_bytes": 8 << 40, "squared_error": 5e-324, "gain": 0.1}
+        values |= {"pinned": True, "does_nothing": False, "note": "Größe \\ ' \" 𝄞", "tags": "", "weights": None}
+        self._add(database, "Größe", **values)
+        with database.read() as connection:
+            (row,) = connection.execute(select(REFS)).mappings()
+        assert {name: row[name] for name in values} == values
+        assert (row["name"], row["key"]) == ("Größe", "größe")
 
-    def test_what_was_written_is_read_in_the_same_transaction(self, database: Database) -> None:
-        with database.write() as session:
-            session.execute(insert(Blob).values(digest="ab" * 32, size=5))
-            (blob,) = session.scalars(select(Blob))
-            blob.size = 6
-            session.flush()
-            session.expire_all()
-            assert session.scalars(select(Blob)).one().size == 6
+    def test_lower_knows_all_letters(self, database: Database) -> None:
+        self._add(database, "GRÖSSE")
+        with database.read() as connection:
+            assert connection.scalar(select(func.lower(REFS.c.name))) == "grösse"
+
+    def test_keys_are_ordered_by_code_points(self, database: Database) -> None:
+        for name in ("b", "a_", "a-", "B2", "ä", "a"):
+            self._add(database, name)
+        assert self._names(database) == ["a", "a-", "a_", "b", "B2", "ä"]
+
+    def test_a_key_is_unique(self, database: Database) -> None:
+        self._add(database, "rust")
+        with pytest.raises(IntegrityError):
+            self._add(database, "Rust")
+        assert self._names(database) == ["rust"]
 
     def test_a_reader_sees_one_state_whatever_is_committed_meanwhile(self, database: Database) -> None:
         self._add(database, "first")
-        with database.read() as session:
-            count = select(func.count()).select_from(BaseModel)
-            before = session.scalar(count)
+        with database.read() as connection:
+            count = select(func.count()).select_from(REFS)
+            before = connection.scalar(count)
             try:
                 self._add(self.new_database(database, patience=0.2), "second")
             except StoreLocked:  # a database may hold up commits while somebody reads
                 return
-            assert session.scalar(count) == before
+            assert connection.scalar(count) == before
         assert self._names(database) == ["first", "second"]
-
-    def test_columns_come_as_they_are_stored(self, database: Database) -> None:
-        with database.connection(write=True) as connection:
-            connection.execute(insert(Blob).values([{"digest": digit * 64, "size": ord(digit)} for digit in "abc"]))
-        self._add_task(database)
-        with database.columns() as columns:
-            found = columns.execute("SELECT digest, size FROM blobs WHERE size > ? ORDER BY size", (ord("a"),))
-            assert found.fetchone() == (b"\xbb" * 32, ord("b"))
-            assert [(bytes(digest), size) for digest, size in found] == [(b"\xcc" * 32, ord("c"))]
-            query = "SELECT name, created_at, pinned, note, name LIKE '%u%' FROM tasks"
-            assert columns.execute(query).fetchall() == [("rust", _SECONDS, False, None, True)]
-
-    def test_many_rows_are_streamed_while_others_are_read(self, database: Database) -> None:
-        with database.connection(write=True) as connection:
-            connection.execute(insert(Blob), [{"digest": f"{size:064x}", "size": size} for size in range(_MANY)])
-        with database.columns() as columns:
-            rows = columns.stream("SELECT id, size FROM blobs ORDER BY size")
-            for size, (number, found) in zip(range(_MANY), rows, strict=False):
-                assert found == size
-                if size % 500 == 0:
-                    query = "SELECT size FROM blobs WHERE id = ?"
-                    assert columns.execute(query, (number,)).fetchall() == list(columns.stream(query, (number,)))
-            next(columns.stream("SELECT id FROM blobs", first=True))  # and no more of them
-        with database.columns() as columns:
-            assert columns.execute("SELECT count(*) FROM blobs").fetchone() == (_MANY,)
-
-    def test_columns_are_of_one_state(self, database: Database) -> None:
-        self._add(database, "first")
-        with database.columns() as columns:
-            before = columns.execute("SELECT count(*) FROM base_models").fetchone()
-            try:
-                self._add(self.new_database(database, patience=0.2), "second")
-            except StoreLocked:
-                return
-            assert columns.execute("SELECT count(*) FROM base_models").fetchone() == before
-
-    def test_names_of_tasks_are_ordered_in_any_case(self, database: Database) -> None:
-        for name in ("sql", "Rust", "bash"):
-            self._add_task(database, name)
-        with database.columns() as columns:
-            query = f"SELECT name FROM tasks ORDER BY {columns.in_any_case('tasks.name')}"  # noqa: S608
-            assert [name for (name,) in columns.stream(query)] == ["bash", "Rust", "sql"]
-
-    def test_columns_are_checked_when_that_is_asked_for(self, database: Database) -> None:
-        for name in ("rust", "sql"):
-            self._add_task(database, name)
-        with database.columns() as columns:
-            assert columns.are_right()
-            assert columns.first_wrong("tasks", "TRUE") is None
-        self.damage(database, "UPDATE tasks SET pinned = NOT pinned WHERE name = 'sql'")
-        with database.columns() as columns:
-            assert not columns.are_right()
-            assert columns.first_wrong("tasks", "name = 'rust'") is None
-            assert "row 2 of tasks" in str(columns.first_wrong("tasks", "TRUE"))
-            right = f"SELECT name FROM tasks WHERE {columns.right_rows('tasks')}"  # noqa: S608
-            assert columns.execute(right).fetchall() == [("rust",)]
-            right = f"SELECT name FROM base_models WHERE {columns.right_rows('base_models')}"  # noqa: S608
-            assert len(columns.execute(right).fetchall()) == 2
-        assert list(database.wrong_tasks().values()) == [{2}]
 
     def test_one_writes_at_a_time(self, database: Database) -> None:
         other = self.new_database(database, patience=0.2)
-        with database.write() as session:
-            session.add(BaseModel(name="first"))
-            session.flush()
+        with database.write() as connection:
+            connection.execute(insert(REFS), ref("first"))
             with pytest.raises(StoreLocked):
                 self._add(other, "second")
         self._add(other, "second")
         assert self._names(database) == ["first", "second"]
 
     def test_no_update_is_lost(self, database: Database) -> None:
-        with database.write() as session:
-            session.add(Blob(digest="ab" * 32, size=0))
+        self._add(database, "rust", vectors=0)
 
         def count(who: int) -> None:
             own = self.new_database(database)
             for _ in range(_ROUNDS):
-                with own.write() as session:
-                    blob = session.scalars(select(Blob)).one()
-                    blob.size += 1
+                with own.write() as connection:
+                    seen = connection.scalar(select(REFS.c.vectors)) or 0
+                    connection.execute(update(REFS).values(vectors=seen + 1))
 
         with ThreadPoolExecutor(_THREADS) as pool:
-            for done in [pool.submit(count, who) for who in range(_THREADS)]:
-                done.result()
-        with database.read() as session:
-            assert session.scalars(select(Blob)).one().size == _THREADS * _ROUNDS
+            list(pool.map(count, range(_THREADS)))
+        with database.read() as connection:
+            assert connection.scalar(select(REFS.c.vectors)) == _THREADS * _ROUNDS
+
+    def test_each_commit_is_counted(self, database: Database) -> None:
+        before = database.changes()
+        self._add(database, "rust")
+        self._add(database, "html")
+        assert self.new_database(database).changes() == before + 2
+
+    def test_it_knows_its_store(self, database: Database) -> None:
+        meta = database.meta()
+        assert meta.format == FORMAT
+        assert meta.store
+        assert self.new_database(database).meta().store == meta.store
 
     def test_a_database_that_is_only_to_be_read_is_not_written(self, database: Database) -> None:
-        self._add(database)
+        self._add(database, "rust")
         reader = self.new_database(database, read_only=True)
-        assert self._names(reader) == ["base"]
+        assert self._names(reader) == ["rust"]
         with pytest.raises(StoreReadOnly):
             self._add(reader, "another")
         with pytest.raises(StoreReadOnly):
             reader.must_write()
 
-    def test_the_rules_of_the_schema_hold(self, database: Database) -> None:
-        self._add(database)
-        with pytest.raises(IntegrityError):
-            self._add(database)
-        dangling: dict[str, Any] = {"name": "rust", "base_model_id": 77, "folder": "", "created_at": _NOW}
-        with pytest.raises(IntegrityError), database.connection(write=True) as connection:
-            connection.execute(insert(Task).values(dangling))
+    def test_a_rebuild_replaces_all_rows_at_its_end(self, database: Database) -> None:
+        self._add(database, "old")
+        store = database.meta().store
+        with database.rebuild() as connection:
+            connection.execute(insert(REFS), ref("new"))
+            connection.execute(insert(HISTORY), {"kind": "task", "key": "new", "version": 1, "manifest": "cd" * 32})
+        assert self._names(self.new_database(database)) == ["new"]
+        assert self.new_database(database).meta().store == store
+
+    def test_a_rebuild_that_fails_changes_nothing(self, database: Database) -> None:
+        self._add(database, "old")
+
+        def fail() -> None:
+            with database.rebuild() as connection:
+                connection.execute(insert(REFS), ref("new"))
+                raise LookupError
+
+        with pytest.raises(LookupError):
+            fail()
+        assert self._names(database) == ["old"]
 
     def test_a_sound_database_has_no_damage(self, database: Database) -> None:
-        self._add_task(database)
+        self._add(database, "rust")
         assert list(database.damage()) == []
-        assert database.is_sound()
-        database.must_be_sound()
-
-    @pytest.mark.parametrize(
-        "statement",
-        [
-            "UPDATE tasks SET folder = 'elsewhere'",
-            "UPDATE tasks SET note = ''",
-            "UPDATE tasks SET created_at = created_at + 1",
-            "UPDATE tasks SET crc = crc + 1",
-            "UPDATE tasks SET crc = NULL",
-        ],
-    )
-    def test_a_row_that_has_changed_on_its_own_is_found_and_neither_read_nor_changed_nor_deleted(
-        self, database: Database, statement: str
-    ) -> None:
-        self._add_task(database)
-        self.damage(database, statement)
-        database = self.new_database(database)
-        (found,) = database.damage()
-        assert (found.kind, found.task) == ("row", "rust")
-        assert "row 1 of tasks" in found.fact
-        assert not database.is_sound()
-        with pytest.raises(DamagedRow, match="deletes nothing"):
-            database.must_be_sound()
-        with pytest.raises(DamagedRow, match="row 1 of tasks"), database.read() as session:
-            session.scalars(select(Task)).all()
-        if "NULL" not in statement:
-            for change in (update(Task).values(folder="again"), delete(Task)):
-                with pytest.raises(DamagedRow), database.write() as session:
-                    session.execute(change)
-        assert len(list(self.new_database(database).damage())) == 1

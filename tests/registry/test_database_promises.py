@@ -1,10 +1,8 @@
-"""Every database of rows keeps the promises of `registry.testing.databases`."""
+"""Every database keeps the promises of `registry.testing.databases`."""
 
 from __future__ import annotations
 
-import sqlite3
 from collections.abc import Iterator
-from contextlib import closing
 from typing import TYPE_CHECKING
 
 import pytest
@@ -12,7 +10,7 @@ import pytest
 from registry.names import DatabaseUrl
 from registry.storage.database import Database
 from registry.storage.locks import Patience
-from registry.storage.sqlite import SqliteDatabase, migrate
+from registry.storage.sqlite import SqliteDatabase
 from registry.testing.databases import DatabasePromises
 from tests.pg_server import new_database
 
@@ -21,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class TestSqlite(DatabasePromises):
-    """Rows in a file."""
+    """Tables in a file."""
 
     @pytest.fixture(autouse=True)
     def factory(self, tmp_path_factory: pytest.TempPathFactory) -> None:
@@ -33,16 +31,13 @@ class TestSqlite(DatabasePromises):
         path = same_as.path if isinstance(same_as, SqliteDatabase) else self.folders.mktemp("rows") / "registry.db"
         database = SqliteDatabase(path, read_only=read_only, patience=Patience(patience))
         if same_as is None:
-            migrate(database, create=True)
+            (path.parent / "tmp").mkdir()
+            database.create()
         return database
-
-    def damage(self, database: Database, statement: str) -> None:
-        with closing(sqlite3.connect(database.place)) as connection, connection:
-            connection.execute(statement)
 
 
 class TestPostgres(DatabasePromises):
-    """Rows on a server."""
+    """Tables on a server."""
 
     @pytest.fixture(autouse=True)
     def server(self, postgres: str) -> Iterator[None]:
@@ -63,13 +58,5 @@ class TestPostgres(DatabasePromises):
         )
         self.opened.append(database)
         if same_as is None:
-            with database.creation():
-                pass
+            database.create("/nowhere")
         return database
-
-    def damage(self, database: Database, statement: str) -> None:
-        import psycopg
-
-        with psycopg.connect(self.url, autocommit=True) as connection:
-            connection.execute("SET session_replication_role = replica")
-            connection.execute(statement)

@@ -18,7 +18,7 @@ import pytest
 
 from registry import files as fs
 from registry.errors import RegistryError
-from registry.storage.blobs.content import Blobs
+from registry.storage.blobs.content import Blobs, digest_of
 from registry.storage.paths import StorePaths
 from registry.store import Store
 from tests.registry.children import KILLED, run, start, wait
@@ -30,11 +30,11 @@ pytestmark = pytest.mark.kept_in("folder", reason="a fork of a process that has 
 FAILPOINTS = {
     "ingest_all": ["store-before-format", "blob-staged", "blob-renamed", "blobs-durable",
                    "rows-before-commit", "rows-committed"],
-    "learn": ["blob-staged", "blob-renamed", "blobs-durable", "rows-before-commit", "rows-committed",
-              "garbage-rows-gone", "blob-unlinked"],
-    "extend": ["rows-before-commit", "rows-committed", "garbage-rows-gone"],
-    "remove_and_prune": ["garbage-rows-gone", "blob-unlinked"],
-    "evict_and_prune": ["rows-before-commit", "eviction-committed", "blob-unlinked", "garbage-rows-gone"],
+    "learn": ["blob-staged", "blob-renamed", "blobs-durable", "rows-before-commit", "rows-committed", "blob-unlinked"],
+    "extend": ["rows-before-commit", "rows-committed", "manifests-deleted"],
+    "remove_and_prune": ["rows-committed", "manifests-deleted", "blob-unlinked"],
+    "evict_and_prune": ["rows-before-commit", "rows-committed", "manifests-deleted", "blob-unlinked"],
+    "next_version": ["blobs-durable", "rows-before-commit", "rows-committed"],
 }  # fmt: skip
 _ONLY_IN_FOLDERS = {("ingest_all", "store-before-format"), ("learn", "blob-unlinked")}
 _OF_FOLDERS = pytest.mark.kept_in("sqlite", reason="a store folder has FORMAT, and deletes young bytes")
@@ -66,19 +66,19 @@ def test_what_a_kill_leaves_is_removed_by_prune(tmp_path: Path, failpoint: str) 
         run(lambda command=command: command(place_at(root)), failpoint=failpoint)  # type: ignore[misc]
     with new_store(root) as store:
         store.prune(grace=0)
-        assert list(store.verify(read_data=True)) == []
+        # A state that was not committed stays until the next change of its name: it may be all that is left of one
+        # that was, if the database is an old copy.
+        assert {finding.kind for finding in store.verify(read_data=True)} <= {"uncommitted"}
 
 
-def test_the_check_would_catch_a_row_that_is_written_before_its_bytes(tmp_path: Path) -> None:
-    def rows_first() -> None:
+def test_the_check_would_catch_a_ref_that_moves_before_its_bytes_are_there(tmp_path: Path) -> None:
+    def refs_first() -> None:
         with new_store(tmp_path / "store") as store, pytest.MonkeyPatch.context() as patch:
-            digests = {b"weights": "aa" * 32, b'{"r": 8}': "bb" * 32}
-            patch.setattr(Blobs, "put_all", lambda self, items: [digests[bytes(data)] for data in items])
-            patch.setattr(Blobs, "size", lambda self, digest: 7)
+            patch.setattr(Blobs, "put_all", lambda self, items: [digest_of(data) for data in items])
             ingest(store, "rust", weights=b"weights")
 
-    assert run(rows_first, failpoint="rows-committed") == KILLED
-    assert len(problems(place_at(tmp_path / "store"))) == 2
+    assert run(refs_first, failpoint="rows-committed") == KILLED
+    assert problems(place_at(tmp_path / "store"))
 
 
 class FailingCalls:
@@ -127,7 +127,7 @@ def test_each_failing_call_is_an_error_that_leaves_a_sound_store(
 def acknowledge_ingests(root: Path, log: Path) -> None:
     """Ingest task after task, writing the name of each to `log` once the store has said that it is done."""
     with new_store(root) as store, log.open("a", buffering=1) as acknowledged:
-        known = {task.name for task in store.tasks.all()}
+        known = store.names()
         for number in range(len(known), 10_000):
             ingest(store, f"task{number}", steps=[1, 2])
             acknowledged.write(f"task{number}\n")
@@ -144,9 +144,9 @@ def test_a_kill_at_a_random_time_loses_nothing_that_was_acknowledged(tmp_path: P
         assert wait(pid) == KILLED
         assert problems(place_at(root)) == []
     with new_store(root) as store:
-        assert {task.name for task in store.tasks.all()} >= set(log.read_text().split())
+        assert set(store.names()) >= set(log.read_text().split())
         store.prune(grace=0)
-        assert list(store.verify(read_data=True)) == []
+        assert {finding.kind for finding in store.verify(read_data=True)} <= {"uncommitted"}
 
 
 @pytest.mark.kept_in("sqlite", reason="the journal of SQLite")
@@ -156,14 +156,14 @@ def test_a_reader_rolls_back_what_a_killed_writer_left(tmp_path: Path) -> None:
         ingest(store, "rust")
 
     def die_with_a_hot_journal() -> None:
-        with new_store(root) as store, store._db.connection(write=True) as connection:
+        with new_store(root) as store, store._db._writing() as connection:
             connection.exec_driver_sql("PRAGMA cache_size=1")
             connection.exec_driver_sql("CREATE TABLE t (x)")
-            connection.exec_driver_sql("UPDATE tasks SET name = 'lost'")
+            connection.exec_driver_sql("UPDATE refs SET name = 'lost'")
             connection.exec_driver_sql("INSERT INTO t VALUES (zeroblob(1000000))")
             os.kill(os.getpid(), signal.SIGKILL)
 
     assert run(die_with_a_hot_journal) == KILLED
     assert StorePaths(root).database.with_name("registry.db-journal").stat().st_size > 0
     with Store.open(root, read_only=True) as store:
-        assert [task.name for task in store.tasks.all()] == ["rust"]
+        assert store.names() == ["rust"]
