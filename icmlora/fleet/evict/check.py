@@ -1,6 +1,6 @@
 """Check that the code of a task can replace its original, as it is on disk. Any failure keeps the original.
 
-code, generator              read, decoded and measured against the original
+code, generator              read, decoded and compared with the original
 configuration                read, and compared with its digest
 other tensors, such as heads read, unpacked and compared with those of the original, byte for byte
 files that came with it      read, and compared with their digests
@@ -11,8 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
-from itertools import chain
 from typing import TYPE_CHECKING
 
 from icmlora.adapter.metrics import squared_error
@@ -22,146 +20,124 @@ from icmlora.fleet.failures import FAILURES, as_error
 from icmlora.fleet.measure.measure import losses_on_own_text
 from icmlora.fleet.resources.decoding import check_references, decode_code, read_form
 from icmlora.fleet.resources.loading import Models, read_with_extras
+from icmlora.fleet.resources.task_code import is_same_code
 from icmlora.fleet.resources.workers import Tell
 from icmlora.io.second_process import in_two_processes
 from registry.errors import DamagedStore, StoreIOError, TaskNotFound
-from registry.records import (
-    AdapterRecord,
-    CodeRecord,
-    Eviction,
-    GeneratorRecord,
-    NewEvaluation,
-    TaskRecord,
-    latest_evaluation,
-)
+from registry.manifests import Adapter, Code, Measurement, Task
 
 if TYPE_CHECKING:
     from registry.store import Store
 
-_READ_TOGETHER = 32
-"""Tasks whose rows are read at once."""
+_CHECKED_TOGETHER = 32
+"""Tasks that a process takes at a time."""
 
 
 @dataclass(frozen=True)
 class Evictable:
-    """Originals of a task whose code met the limits, and what was measured of it."""
+    """A task whose code met the limits, and the originals that it can replace."""
 
-    rows: Sequence[AdapterRecord]
-    final: AdapterRecord  # one of the rows, or evicted before
-    code: CodeRecord
-    generator: GeneratorRecord
+    name: str  # `NAME@2` for an earlier version
+    task: Task  # as it was checked
+    code: Code
+    adapters: tuple[Adapter, ...]
     squared_error: float
     retained_gain: float | None = None
     precision: str | None = None  # of the base model that the gain was measured on
-    evaluations: tuple[NewEvaluation, ...] = ()
+    measured: tuple[Measurement, ...] = ()
 
-    def order(self, rows: Sequence[AdapterRecord]) -> Eviction:
-        """Return what the store has to do to delete some of the originals."""
-        numbers, measured = [row.id for row in rows], (self.squared_error, self.evaluations)
-        return Eviction(self.final.task, numbers, self.final, self.code, self.generator, *measured)
+    def without(self, adapters: Sequence[Adapter], task: Task, evicted_at: str) -> Task:
+        """Return the task without the weights of some adapters.
+
+        Raises:
+            CheckFailed: The task is pinned, or no longer has the adapter and the code that were checked.
+        """
+        if task.pinned:
+            raise CheckFailed("it was pinned while its code was being checked")
+        final, code = self.task.final, task.code
+        is_same = task.final.is_same(final) and task.final.extras == final.extras
+        if code is None or not is_same or not is_same_code(code, self.code):
+            raise CheckFailed("the task changed while its code was being checked; run the same command again")
+        files = {(one.weights, one.config, one.step) for one in adapters}
+
+        def without_weights(one: Adapter) -> Adapter:
+            is_chosen = not one.is_evicted and (one.weights, one.config, one.step) in files
+            return replace(one, evicted_at=evicted_at) if is_chosen else one
+
+        return replace(
+            task,
+            final=without_weights(task.final),
+            checkpoints=tuple(map(without_weights, task.checkpoints)),
+            code=replace(code, squared_error=self.squared_error),
+            measured=task.with_measured(*self.measured),
+        )
 
 
 def check_codes(
-    models: Models,
-    tasks: Sequence[TaskRecord],
-    tell: Tell,
-    limits: EvictLimits,
-    checkpoints_only: bool,
-    dry_run: bool,
-    interrupted: frozenset[str],
-) -> Iterator[tuple[TaskRecord, TaskEvicted | Evictable]]:
-    """Check the codes of tasks of one base model, or say why they keep their originals; nothing is deleted."""
-    yield from _Checker(models, limits, checkpoints_only, dry_run, interrupted).each(tasks)
+    models: Models, tasks: Sequence[Task], tell: Tell, limits: EvictLimits, checkpoints_only: bool, dry_run: bool
+) -> Iterator[tuple[Task, TaskEvicted | Evictable]]:
+    """Check the codes of tasks of one base model, or report why they keep their originals; nothing is deleted."""
+    checker = _Checker(models, limits, checkpoints_only)
+    yield from checker.check_all(tasks[:1])  # it opens the generator for both processes
+    if dry_run and limits.min_gain is None and not models.store.blobs.is_remote:
+        parts = [tasks[at : at + _CHECKED_TOGETHER] for at in range(1, len(tasks), _CHECKED_TOGETHER)]
+        yield from in_two_processes(checker.check_all, parts)
+    else:  # a base model that measures gains is in memory once
+        yield from checker.check_all(tasks[1:])
 
 
 class _Checker:
     """Checks one task after the other, and deletes nothing."""
 
-    def __init__(
-        self, models: Models, limits: EvictLimits, checkpoints_only: bool, dry_run: bool, interrupted: frozenset[str]
-    ) -> None:
-        self._models, self._store, self._limits, self._interrupted = models, models.store, limits, interrupted
-        self._checkpoints_only, self._dry_run = checkpoints_only, dry_run
-        self._generator = cache(models.store.generators.current)  # of all tasks of a base model
+    def __init__(self, models: Models, limits: EvictLimits, checkpoints_only: bool) -> None:
+        self._models, self._store, self._limits = models, models.store, limits
+        self._checkpoints_only = checkpoints_only
 
-    def each(self, tasks: Sequence[TaskRecord]) -> Iterator[tuple[TaskRecord, TaskEvicted | Evictable]]:
-        """Check tasks of one base model; the rows of many are read at once, which takes a fraction of the time."""
-        # A deletion lets others change what was read before it.
-        size = _READ_TOGETHER if self._dry_run else 1
-        parts = [tasks[at : at + size] for at in range(1, len(tasks), size)]
-        yield from self._together(tasks[:1])  # it opens the generator for all
-        if self._dry_run and self._limits.min_gain is None and not self._store.blobs.is_remote:
-            yield from in_two_processes(self._together, parts)
-        else:  # a base model that measures gains is in memory once
-            yield from chain.from_iterable(map(self._together, parts))
-
-    def _together(self, tasks: Sequence[TaskRecord]) -> Iterator[tuple[TaskRecord, TaskEvicted | Evictable]]:
-        names, generator = [task.name for task in tasks], self._generator(tasks[0].base_model)
-        found = self._store.tasks.wholes(names)
-        codes = {} if generator is None else self._store.codes.of(names, generator.id)
+    def check_all(self, tasks: Sequence[Task]) -> Iterator[tuple[Task, TaskEvicted | Evictable]]:
+        """Yield each task with its result."""
         for task in tasks:
             try:
-                whole = found.get(task.name) or self._store.tasks.whole(task.name)
+                yield task, self._checked(*read_again(self._store, task))
             except TaskNotFound:  # `icm rm` does not wait for this job
                 yield task, TaskEvicted(task.name, "removed")
-            else:
-                yield task, self._checked(*whole, codes.get(task.name), generator)
+            except DamagedStore as error:
+                yield task, TaskEvicted(task.name, "kept", reason=str(error))
 
-    def _checked(
-        self,
-        task: TaskRecord,
-        adapters: Sequence[AdapterRecord],
-        code: CodeRecord | None,
-        generator: GeneratorRecord | None,
-    ) -> TaskEvicted | Evictable:
-        there = [row for row in adapters if not row.is_evicted or row.weights in self._interrupted]
-        wanted = [row for row in there if not (row.is_final and self._checkpoints_only)]
-        chosen = [row for row in wanted if row.original_only is None]
+    def _checked(self, name: str, task: Task) -> TaskEvicted | Evictable:
+        code = task.code
+        adapters = task.checkpoints if self._checkpoints_only else task.adapters
+        wanted = [one for one in adapters if not one.is_evicted]
+        chosen = tuple(one for one in wanted if one.original_only is None)
         if task.pinned or not wanted:
-            return self._untouched(task, code, generator)
-        if adapters[-1].original_only is not None:
-            return TaskEvicted(task.name, "original_only", reason=adapters[-1].original_only)
+            return _untouched(name, task)
+        if task.final.original_only is not None:
+            return TaskEvicted(name, "original_only", reason=task.final.original_only)
         if not chosen:
-            return TaskEvicted(task.name, "original_only", reason=wanted[0].original_only)
-        if code is None or generator is None:
-            return TaskEvicted(task.name, "kept", reason="it has no code; run `icm train --update` to make one")
-        final = adapters[-1]
+            return TaskEvicted(name, "original_only", reason=wanted[0].original_only)
+        if code is None:
+            return TaskEvicted(name, "kept", reason="it has no code; run `icm train --update` to make one")
         try:
-            # A row may say "evicted" for another reason than an interrupted run: what is there decides.
-            present = replace(final, evicted_at=None) if final in there else final
-            return replace(self._measured(task, present, code, generator), rows=chosen, final=final)
+            return self._measured(Evictable(name, task, code, chosen, math.nan))
         except Cancelled:
             raise
         except (IcmLoraError, DamagedStore, StoreIOError) as error:
             known = error if isinstance(error, CheckFailed) else CheckFailed(str(error))
             figures = (code.size, known.squared_error, known.retained_gain)
-            reason = str(known)
-            if any(row.is_evicted for row in chosen):  # although their weights are there
-                reason = f"an interrupted eviction left its weights, which are kept: {reason}"
-            return TaskEvicted(task.name, "kept", 0, 0, *figures, reason, precision=known.precision)
+            return TaskEvicted(name, "kept", 0, 0, *figures, str(known), precision=known.precision)
 
-    def _untouched(self, task: TaskRecord, code: CodeRecord | None, generator: GeneratorRecord | None) -> TaskEvicted:
-        status: EvictStatus = "pinned" if task.pinned else "known"
-        if code is None or generator is None:
-            return TaskEvicted(task.name, status)
-        gain, precision = recorded_gain(self._store, task, code, generator)
-        figures = (code.size, code.squared_error, gain)
-        return TaskEvicted(task.name, status, 0, 0, *figures, precision=precision)
-
-    def _measured(
-        self, task: TaskRecord, final: AdapterRecord, code: CodeRecord, generator: GeneratorRecord
-    ) -> Evictable:
-        """Check a code, and what is kept in addition to it."""
-        check_bytes(self._store, final)
-        error = self._squared_error(final, code, generator)
-        checked = Evictable((), final, code, generator, error)
+    def _measured(self, checked: Evictable) -> Evictable:
+        """Check a code, and the files that are kept in addition to it."""
+        task = checked.task
+        check_bytes(self._store, task.final)
+        error = self._squared_error(task, checked.code)
+        checked = replace(checked, squared_error=error)
         self._limits.check_error(error)
         if self._limits.min_gain is None:
             return checked
         if task.eval_data is None:
             raise CheckFailed("it has no held-out text, so its retained gain is unknown", error)
         try:
-            losses = losses_on_own_text(self._store, self._models, task, generator)
+            losses = losses_on_own_text(self._models, task, checked.code.generator)
             # Measure everything again, also the original: this is the last time that it can be measured.
             results = losses.measure(("code",), again=True)
         except Cancelled:
@@ -174,18 +150,18 @@ class _Checker:
             fact = "its original is no better than the base model on its held-out text, so there is no gain to keep"
             raise CheckFailed(fact, error)
         self._limits.check_gain(gain, error, losses.precision)
-        rows = tuple(map(losses.record_of, results.values()))
-        return replace(checked, retained_gain=gain, precision=losses.precision, evaluations=rows)
+        measured = tuple(map(losses.record_of, results.values()))
+        return replace(checked, retained_gain=gain, precision=losses.precision, measured=measured)
 
-    def _squared_error(self, final: AdapterRecord, code: CodeRecord, generator: GeneratorRecord) -> float:
-        generator_file = self._models.generator_file(generator)
-        original = None if final.is_evicted else read_with_extras(self._store, final)
+    def _squared_error(self, task: Task, code: Code) -> float:
+        generator_file = self._models.generator_file(code.generator)
+        original = None if task.final.is_evicted else read_with_extras(self._store, task.final)
         extras = {} if original is None else original.extras
-        if original is not None and (final.extras or extras) and read_form(self._store, final).tensors != extras:
+        if original is not None and (task.final.extras or extras) and read_form(self._store, task).tensors != extras:
             raise CheckFailed("the tensors stored next to its code differ from the original tensors")
         try:
             decoded = decode_code(self._store, generator_file, code)
-            # If only later checkpoints are left, what was measured when the final original went still holds.
+            # If only later checkpoints are left, the error measured when the final original was evicted still holds.
             error = code.squared_error if original is None else squared_error(original.adapter, decoded)
         except DamagedStore:
             raise
@@ -199,37 +175,54 @@ class _Checker:
         return error
 
 
-def recorded_gain(
-    store: Store, task: TaskRecord, code: CodeRecord, generator: GeneratorRecord
-) -> tuple[float | None, str | None]:
-    """Return the retained gain that was measured of a code, if it was, and in which precision of the base model."""
-    found = latest_evaluation(store.evaluations.all(task.name), task, "code", generator)
-    return (None, None) if found is None else (found.retained_gain, found.precision)
+def _untouched(name: str, task: Task) -> TaskEvicted:
+    """Return the result of a task that is pinned, or has nothing to evict, with the recorded figures of its code."""
+    status: EvictStatus = "pinned" if task.pinned else "known"
+    if task.code is None:
+        return TaskEvicted(name, status)
+    figures = (task.code.size, task.code.squared_error, _gain(task))
+    return TaskEvicted(name, status, 0, 0, *figures, precision=_precision(task))
 
 
-def check_recorded(
-    store: Store,
-    task: TaskRecord,
-    final: AdapterRecord,
-    limits: EvictLimits,
-    code: CodeRecord,
-    generator: GeneratorRecord,
-) -> None:
-    """Check the code of an original that is gone by what was measured of it, and that it can still be decoded.
+def read_again(store: Store, task: Task) -> tuple[str, Task]:
+    """Return the name of a version of a task, `NAME@2` unless it is the current one, and its present state.
+
+    Raises:
+        TaskNotFound: It was removed.
+    """
+    current = store.task(task.name)
+    if current.version == task.version:
+        return current.name, current
+    name = f"{current.name}@{task.version}"
+    return name, store.task(name)
+
+
+def _gain(task: Task) -> float | None:
+    return None if task.quality is None else task.quality.retained_gain
+
+
+def _precision(task: Task) -> str | None:
+    return None if task.quality is None else task.quality.precision
+
+
+def check_recorded(store: Store, task: Task, limits: EvictLimits) -> None:
+    """Check the code of an evicted original by its recorded figures, and that it can still be decoded.
 
     Raises:
         CheckFailed: It misses a limit, or was not measured.
         DamagedStore: Bytes are missing or damaged.
     """
+    code = task.code
+    if code is None:
+        raise CheckFailed("it has no code")
     limits.check_error(code.squared_error)
-    gain, precision = recorded_gain(store, task, code, generator)
-    limits.check_gain(gain, code.squared_error, precision)
-    check_bytes(store, final, [generator.blob, code.blob])
-    check_references(store, final)
+    limits.check_gain(_gain(task), code.squared_error, _precision(task))
+    check_bytes(store, task.final, [code.generator, code.blob])
+    check_references(store, task)
 
 
-def check_bytes(store: Store, row: AdapterRecord, source: Sequence[str] = ()) -> None:
-    """Check all bytes that bring an adapter back: those of its source, its configuration and its extras.
+def check_bytes(store: Store, adapter: Adapter, source: Sequence[str] = ()) -> None:
+    """Check all bytes that restore an adapter: those of its source, its configuration and its extras.
 
     Raises:
         DamagedStore: Bytes of its source are missing or damaged.
@@ -237,8 +230,8 @@ def check_bytes(store: Store, row: AdapterRecord, source: Sequence[str] = ()) ->
     """
     for digest in source:
         store.blobs.check(digest)
-    parts = [("its configuration", row.config)]
-    parts += [(extra.file or "a tensor stored next to its code", extra.blob) for extra in row.extras]
+    parts = [("its configuration", adapter.config)]
+    parts += [(extra.file or "a tensor stored next to its code", extra.blob) for extra in adapter.extras]
     for what, digest in parts:
         try:
             store.blobs.check(digest)

@@ -1,4 +1,4 @@
-"""What an eviction asks of codes, and what it reports."""
+"""Limits, results and reports of evictions."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from icmlora.errors import DataError
 from icmlora.fleet.context import Event
 from icmlora.fleet.measure.metric_result import gain_text
-from registry.records import WithRelativeError
+from registry.manifests import WithRelativeError
 
 if TYPE_CHECKING:
     from icmlora.fleet.evict.placeholders import FolderReplaced
@@ -72,19 +72,18 @@ class TaskEvicted(WithRelativeError, Event):
 
     task: str
     # `evicted`; `would_evict` in a dry run; with `keep_originals` `replaced` or `would_replace`; `kept` (see `reason`);
-    # `original_only` (there can be no code, see `reason`); `pinned`; `known` (nothing was left to evict); `removed` (by
-    # another process, meanwhile).
+    # `original_only` (there can be no code, see `reason`); `pinned`; `known` (nothing was left to evict); `removed` by
+    # another process.
     status: EvictStatus
     adapters: int = 0
-    freed: int = 0  # their bytes in the store; a file that another task needs frees nothing
+    freed: int = 0  # their bytes in the store; a file that another task or version needs frees nothing
     code_size: int | None = None  # bytes of the code that replaces them
     squared_error: float | None = None
     retained_gain: float | None = None
     reason: str | None = None  # also of an evicted task, where some of its checkpoints were kept
     folders: Sequence[FolderReplaced] = ()  # with `placeholder`: what became of the folders of its adapters
     precision: str | None = None  # of the base model that the gain was measured on
-    left: int = 0  # those of the bytes freed that an interrupted eviction had left
-    pending: int = 0  # further bytes: in a remote place they go with the first `prune` after its grace
+    left: int = 0  # further bytes, which an interrupted eviction had left
 
     @property
     def freed_in_folders(self) -> int:
@@ -106,6 +105,8 @@ class EvictReport:
     # Whether an original was kept that was meant to go: it misses a limit, or its task is named, and pinned or
     # original only.
     partly: bool = False
+    pending: int = 0  # bytes that a later `prune` frees
+    is_in_use: bool = False  # whether they are pending because another process used the store
 
     @property
     def gone(self) -> list[TaskEvicted]:
@@ -140,16 +141,11 @@ class EvictReport:
     @property
     def freed(self) -> int:
         """All bytes that were freed in the store, or would be."""
-        return sum(task.freed for task in self.tasks)
-
-    @property
-    def pending(self) -> int:
-        """All further bytes that the first `prune` after the grace of a remote place frees."""
-        return sum(task.pending for task in self.tasks)
+        return sum(task.freed + task.left for task in self.tasks) - self.pending
 
     @property
     def left(self) -> int:
-        """Those of the bytes freed that an interrupted eviction had left."""
+        """All bytes that interrupted evictions had left."""
         return sum(task.left for task in self.tasks)
 
     @property

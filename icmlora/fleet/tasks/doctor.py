@@ -6,22 +6,21 @@ import os
 import platform
 import shutil
 import sqlite3
-from contextlib import closing
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from icmlora.fleet.context import Context, use_case
 from registry.errors import RegistryError, StoreNotFound
 from registry.names import DatabaseUrl
+from registry.tables import REPAIR_HINT
 
 if TYPE_CHECKING:
     from icmlora.io.cards import Card
     from registry.store import Store
 
 _DISTRIBUTIONS = ("icm-lora", "torch", "transformers", "peft", "safetensors", "sqlalchemy", "numpy", "typer")
-_LOW_SPACE = 1 << 30  # bytes: less than this does not hold a handful of adapters and a generator
+_MIN_SPACE = 1 << 30  # bytes: enough for a few adapters and a generator
 
 
 @dataclass(frozen=True)
@@ -88,7 +87,7 @@ def _store(context: Context) -> list[Check]:
     store = context.address
     anchor = next(folder for folder in (store, *store.absolute().parents) if folder.exists())
     free = shutil.disk_usage(anchor).free
-    checks = [Check("free_bytes", free, "less than 1 GiB is free" if free < _LOW_SPACE else None)]
+    checks = [Check("free_bytes", free, "less than 1 GiB is free" if free < _MIN_SPACE else None)]
     if not os.access(anchor, os.W_OK | os.X_OK):
         checks.append(Check("writable", "no", f"{anchor} cannot be written by this user"))
     if not (store / "FORMAT").exists():
@@ -97,7 +96,7 @@ def _store(context: Context) -> list[Check]:
         format_ = (store / "FORMAT").read_text(errors="replace").strip()[:80]
     except OSError:
         format_ = None
-    return [*checks, *_opened(context, format_), _schema(store / "registry.db")]
+    return [*checks, *_opened(context, format_)]
 
 
 def _on_server(context: Context, url: DatabaseUrl) -> list[Check]:
@@ -108,7 +107,7 @@ def _on_server(context: Context, url: DatabaseUrl) -> list[Check]:
     try:
         server = examine_server(url, context.command)
     except RegistryError as error:
-        return [Check("postgresql", None, _told(error))]
+        return [Check("postgresql", None, _message(error))]
     pooled = "the pool uses a new session for each transaction, which breaks icm's locks; use the server's own address"
     return [
         Check("postgresql", server.version),
@@ -119,35 +118,28 @@ def _on_server(context: Context, url: DatabaseUrl) -> list[Check]:
 
 
 def _opened(context: Context, shown: str | None) -> list[Check]:
-    """Open the store, and report the error that another command would raise."""
+    """Open the store and check its database; report the error that another command would raise."""
     try:
         with context.open(read_only=True) as store:
-            return [Check("store", shown), *_far_blobs(store)]
+            store.changes()
+            facts = list(store.parts.database.damage())
+            damage = f"the database is damaged: {facts[0]}; {REPAIR_HINT}" if facts else None
+            return [Check("store", shown), Check("database", "damaged" if facts else "ok", damage), *_blobs(store)]
     except StoreNotFound:
         return [Check("store", "none yet; run `icm init` to create it")]
     except RegistryError as error:
-        return [Check("store", shown, _told(error))]
+        return [Check("store", shown, _message(error))]
 
 
-def _far_blobs(store: Store) -> list[Check]:
+def _blobs(store: Store) -> list[Check]:
     if not store.blobs.is_remote:
         return []
     try:
         store.blobs.now()  # it writes and reads
     except RegistryError as error:
-        return [Check("blobs", store.blobs.home, _told(error))]
+        return [Check("blobs", store.blobs.home, _message(error))]
     return [Check("blobs", store.blobs.home)]
 
 
-def _told(error: RegistryError) -> str:
+def _message(error: RegistryError) -> str:
     return str(error) if error.hint is None else f"{error}; {error.hint}"
-
-
-def _schema(database: Path) -> Check:
-    try:
-        with closing(sqlite3.connect(f"{database.absolute().as_uri()}?mode=ro", uri=True)) as connection:
-            (schema,) = connection.execute("PRAGMA user_version").fetchone()
-            (verdict,) = connection.execute("PRAGMA quick_check(1)").fetchone()
-    except sqlite3.Error as error:
-        return Check("schema", None, f"the database cannot be read: {error}")
-    return Check("schema", schema, None if verdict == "ok" else f"the database is damaged: {verdict}")

@@ -1,61 +1,57 @@
-"""The generators of a store: list them, roll back to an earlier one, forget one that is not needed any more."""
+"""The generators of a store: list them, and make an earlier one current again."""
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from icmlora.errors import DataError, IcmLoraError
 from icmlora.fleet.context import Context, use_case
 from registry.errors import DamagedStore
-from registry.records import GeneratorRecord
+from registry.manifests import Generator, Task
+from registry.reachability import manifests_of
 
 if TYPE_CHECKING:
     from registry.store import Store
 
-_FEWEST_DIGITS = 4  # of a digest, to name a generator
+_MIN_DIGITS = 4  # of a digest, to name a generator
 
 
 @dataclass(frozen=True)
 class GeneratorVersion:
-    """A generator of the store."""
+    """A version of the generator of a base model."""
 
-    record: GeneratorRecord
-    tasks: Sequence[str]
-    last_copies: Sequence[str]
+    generator: Generator
+    is_current: bool  # new codes are made with it
+    tasks: Sequence[str]  # their codes need it; `NAME@2` for an earlier version of a task
     networks: int | None  # how many versions of the network its file holds; None if the file cannot be read
 
 
 @dataclass(frozen=True)
 class RolledBack:
-    """The generator that is current now, and the tasks that had a code before and have none under it."""
+    """The generator that makes new codes now, and the tasks whose codes need another one, which stays."""
 
-    generator: GeneratorRecord
-    without_code: list[str]
-
-
-@dataclass(frozen=True)
-class Forgotten:
-    """A generator that was forgotten, or would be, and how many codes go with it."""
-
-    generator: GeneratorRecord
-    codes: int
+    generator: Generator
+    others: Sequence[str]
 
 
 @use_case
 def list_generators(context: Context) -> list[GeneratorVersion]:
-    """List all generators by base model, oldest first, with what depends on each."""
+    """List all generators by base model, oldest first, with the tasks that need each."""
     with context.open(read_only=True) as store:
+        generators, tasks = store.generators(), _tasks_of(store)
+        current = {one.base_model: one.version for one in generators}
         return [
-            GeneratorVersion(use.generator, use.tasks, use.last_copies, _networks(store, use.generator))
-            for use in store.generators.uses()
+            GeneratorVersion(one, one.version == current[one.base_model], tasks[one.blob], _networks(store, one))
+            for one in generators
         ]
 
 
 @use_case
 def rollback(context: Context, digest: str) -> RolledBack:
-    """Make another generator of the same base model the current one; nothing is deleted.
+    """Make new codes with another generator of the same base model; existing codes keep theirs.
 
     Args:
         context: The store.
@@ -63,50 +59,54 @@ def rollback(context: Context, digest: str) -> RolledBack:
 
     Raises:
         DataError: No generator, or more than one, begins with these digits.
-        LastCopy: An evicted task could not be restored as it was checked; nothing changed.
+        DamagedStore: Its file is missing or damaged; nothing changed.
     """
     with context.open() as store:
-        generator = _find(store, digest)
-        # An update in progress would lose its work: the generator that it continues must be current when it is done.
-        with store.job(generator.base_model):
-            generator = _find(store, digest)  # again: it may have been forgotten while this waited
-            return RolledBack(generator, store.generators.make_current(generator.id))
+        # A running training publishes a continuation of the current generator, so wait for it.
+        with store.job(_find(store, digest).base_model):
+            found = _find(store, digest)  # `icm prune` may have deleted it
+            store.blobs.check(found.blob)
+            if found.start is not None:
+                store.blobs.check(found.start)
+            generator = store.update_generator(found.base_model, lambda current: _next(current, found))
+            others = [row.name for row in store.rows() if row.base == found.base_model and row.is_coded]
+            needing = set(_tasks_of(store)[generator.blob])
+            return RolledBack(generator, [name for name in others if name not in needing])
 
 
-@use_case
-def forget_generator(context: Context, generator: str | GeneratorRecord, *, dry_run: bool = False) -> Forgotten:
-    """Forget a generator that is not in use, with its codes and their measurements; `prune` deletes its files.
-
-    Args:
-        context: The store.
-        generator: The first digits of its digest, four or more, or its record from `generators`.
-        dry_run: Only return what would be forgotten.
-
-    Raises:
-        DataError: No generator, or more than one, begins with these digits.
-        GeneratorConflict: It is in use; nothing changed.
-        LastCopy: It holds the only code of an evicted task; nothing changed.
-    """
-    with context.open(read_only=dry_run) as store:
-        record = _find(store, generator) if isinstance(generator, str) else generator
-        work = store.generators.check_forgettable if dry_run else store.generators.forget
-        return Forgotten(record, work(record))
+def _next(current: Generator | None, found: Generator) -> Generator:
+    """Return a network as the next version after the current one; the current one if it has that network."""
+    if current is None or current.blob == found.blob:
+        return current or found
+    return replace(found, version=current.version + 1, seq=current.seq, manifest=current.manifest)
 
 
-def _find(store: Store, digits: str) -> GeneratorRecord:
-    """Find a generator by the beginning of its digest; of several with the same file the newest not in use."""
+def _find(store: Store, digits: str) -> Generator:
+    """Find a generator by the beginning of its digest; of several with the same network the newest."""
     hint = "run `icm generators` to list them"
-    if len(digits) < _FEWEST_DIGITS:
-        raise DataError(f"{digits!r} is too short: use at least {_FEWEST_DIGITS} digits", hint=hint)
-    found = [record for record in store.generators.all() if record.blob.startswith(digits.lower())]
+    if len(digits) < _MIN_DIGITS:
+        raise DataError(f"{digits!r} is too short: use at least {_MIN_DIGITS} digits", hint=hint)
+    found = [one for one in store.generators() if one.blob.startswith(digits.lower())]
     if not found:
         raise DataError(f"no generator begins with {digits!r}", hint=hint)
-    if len({record.blob for record in found}) > 1:
+    if len({one.blob for one in found}) > 1:
         raise DataError(f"{len(found)} generators begin with {digits!r}: use more digits", hint=hint)
-    return max(found, key=lambda record: (not record.is_current, record.version))
+    return max(found, key=lambda one: one.version)
 
 
-def _networks(store: Store, generator: GeneratorRecord) -> int | None:
+def _tasks_of(store: Store) -> defaultdict[str, list[str]]:
+    """Return digest of a network -> the tasks and earlier versions whose codes need it."""
+    current = {row.name.lower(): row.version for row in store.rows()}
+    tasks = defaultdict[str, list[str]](list)
+    for (_, key), body in manifests_of(store, Task.KIND):
+        if "code" in body:
+            name, version = body["name"], body.get("version", 1)
+            digest = body["code"]["generator"].partition(":")[0]
+            tasks[digest].append(name if version == current.get(key) else f"{name}@{version}")
+    return tasks
+
+
+def _networks(store: Store, generator: Generator) -> int | None:
     from icmlora.generator.file import versions_of
 
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -10,8 +11,10 @@ from typing import TYPE_CHECKING, Literal
 from icmlora.errors import DataError, IcmLoraError
 from icmlora.fleet.context import Context, base_name, check_base_model, current_code, use_case
 from icmlora.formats.tensor_hash import same_tensors, tensors_digest
-from registry.errors import DamagedStore
+from registry.errors import DamagedStore, LastCopy, LostRace, TaskConflict
 from registry.filters import FIELDS, Field, Selection, parse_filter, parse_sort
+from registry.manifests import Task
+from registry.names import check_name, check_note, check_tag
 from registry.records import (
     AdapterRecord,
     CodeRecord,
@@ -57,8 +60,8 @@ class TaskDetails:
 class EditReport:
     """What was edited."""
 
-    tasks: list[TaskRecord]  # as they are now, each once
-    evicted: list[str]  # those of them whose original was evicted: pinning them keeps nothing
+    tasks: list[Task]  # as they are now, each once
+    evicted: list[str]  # their originals were evicted, so pinning them keeps nothing
 
 
 @dataclass(frozen=True)
@@ -66,10 +69,11 @@ class Removal:
     """What is deleted with a task."""
 
     name: str
+    versions: int
     adapters: int
     size: int  # bytes of their files; other tasks may share some of them
-    is_last_copy: bool  # whether its original was evicted, so that its code is the only copy
-    placeholders: int = 0  # its adapters in whose folders a placeholder stands: nothing could restore them any more
+    is_last_copy: bool  # whether an original was evicted, so that its code is the only copy
+    placeholders: int = 0  # placeholders in the folders of its adapters, which could not be restored any more
 
 
 def filter_fields() -> Collection[Field]:
@@ -191,15 +195,49 @@ def edit_tasks(
         raise DataError(f"tag {min(both)!r} is both added and removed", hint="specify it once")
     if name is not None and len({task.lower() for task in tasks}) > 1:
         raise DataError(f"{len(tasks)} tasks cannot all be named {name!r}", hint="specify one task")
+    name = None if name is None else check_name(unicodedata.normalize("NFC", name))
+    text = check_note(note) if isinstance(note, str) else None
+    wanted, unwanted = {tag.lower(): check_tag(tag) for tag in add_tags}, {tag.lower() for tag in remove_tags}
+
+    def edited(task: Task) -> Task:
+        tags = {tag: shown for tag, shown in (wanted | _by_tag(task)).items() if tag not in unwanted}
+        return replace(
+            task,
+            tags=tuple(tags[tag] for tag in sorted(tags)),
+            note=task.note if note is None else text,
+            pinned=task.pinned if pinned is None else pinned,
+        )
+
     is_change = bool(add_tags or remove_tags) or any(value is not None for value in (name, note, pinned))
     with context.open(read_only=not is_change) as store:
-        if is_change:
-            done = store.tasks.edit(
-                tasks, name=name, add_tags=add_tags, remove_tags=remove_tags, note=note, pinned=pinned
-            )
-        else:
-            done = list(dict.fromkeys(map(store.tasks.get, tasks)))
-        return EditReport(done, [task.name for task in done if store.tasks.final(task.name).is_evicted])
+        while True:
+            found = list({task.name: task for task in map(store.task, tasks)}.values())
+            done = [edited(task) for task in found] if is_change else found
+            try:
+                if name is not None and name != done[0].name:
+                    done = [_renamed(store, done[0], name)]
+                elif changed := [new for new, task in zip(done, found, strict=True) if new != task]:
+                    store.publish(changed)
+            except LostRace:
+                continue
+            return EditReport(done, [task.name for task in done if task.final.is_evicted])
+
+
+def _by_tag(task: Task) -> dict[str, str]:
+    return {tag.lower(): tag for tag in task.tags}
+
+
+def _renamed(store: Store, task: Task, name: str) -> Task:
+    """Publish all versions of a task under another name, and return the given one."""
+    other = store.find(name)
+    is_same = other is not None and other.name == task.name
+    if other is not None and not is_same:
+        raise TaskConflict(other.name, fact=f"there is already a task named {other.name!r}", choices=None)
+    current = store.task(task.name)
+    versions = [task if one.version == task.version else one for one in store.history(task.name)]
+    new = [replace(one, name=name, manifest=one.manifest if is_same else None) for one in versions]
+    published = store.publish(new, remove=[] if is_same else [current])
+    return next(one for one in published if one.version == task.version)
 
 
 @use_case
@@ -278,20 +316,21 @@ def plan_removal(context: Context, tasks: Sequence[str]) -> list[Removal]:
     """Return what `remove` would delete with these `tasks`; nothing changes."""
     from icmlora.fleet.evict.placeholders import Placeholders
 
-    found: list[Removal] = []
+    planned: list[Removal] = []
     with context.open(read_only=True) as store:
         folders = Placeholders(store, dry_run=True)
-        for name in dict.fromkeys(store.tasks.get(name).name for name in tasks):
-            adapters = store.tasks.adapters(name)
+        for name in dict.fromkeys(_task_to_remove(store, name).name for name in tasks):
+            versions = store.history(name)
+            adapters = {(one.weights, one.config): one for version in versions for one in version.adapters}.values()
             size = sum(adapter.stored_bytes for adapter in adapters)
-            is_last_copy = any(adapter.is_final and adapter.is_evicted for adapter in adapters)
-            found.append(Removal(name, len(adapters), size, is_last_copy, sum(map(folders.has_left, adapters))))
-    return found
+            placeholders = sum(map(folders.has_left, adapters))
+            planned.append(Removal(name, len(versions), len(adapters), size, _is_last_copy(versions), placeholders))
+    return planned
 
 
 @use_case
-def remove_tasks(context: Context, tasks: Sequence[str], *, last_copies: Collection[str] = ()) -> list[str]:
-    """Remove tasks with their adapters, vectors, codes and measurements; `prune` then frees the bytes.
+def remove_tasks(context: Context, tasks: Sequence[str], *, last_copies: Collection[str] = ()) -> int | None:
+    """Remove tasks with all their versions, and free their files as far as nothing else needs them.
 
     Args:
         context: The store.
@@ -299,13 +338,30 @@ def remove_tasks(context: Context, tasks: Sequence[str], *, last_copies: Collect
         last_copies: Evicted tasks to remove although their code is the only copy.
 
     Returns:
-        The names of the removed tasks.
+        The bytes freed; None if another process uses the store, so that the next `prune` frees them.
 
     Raises:
         LastCopy: A task is evicted and not in `last_copies`.
     """
+    allowed = {name.lower() for name in last_copies}
     with context.open() as store:
-        return [task.name for task in store.tasks.remove(tasks, last_copies=last_copies)]
+        found = list({task.name: task for task in (_task_to_remove(store, name) for name in tasks)}.values())
+        for task in found:
+            if task.name.lower() not in allowed and _is_last_copy(store.history(task.name)):
+                fact = f"task {task.name!r} was evicted: its code is the only copy"
+                raise LastCopy(fact, hint="run the same command again to remove it anyway")
+        store.parts.maintenance.run(lambda: store.publish([], remove=found))
+        return store.free(names=[task.name for task in found])
+
+
+def _task_to_remove(store: Store, name: str) -> Task:
+    if "@" in name:
+        raise DataError(f"a single version such as {name!r} cannot be removed", hint="remove the task, or keep it")
+    return store.task(name)
+
+
+def _is_last_copy(versions: Sequence[Task]) -> bool:
+    return any(task.final.is_evicted for task in versions)
 
 
 def _template(vectors: Sequence[VectorRecord], evaluations: Sequence[EvaluationRecord]) -> str | None:
