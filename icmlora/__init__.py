@@ -82,7 +82,7 @@ if TYPE_CHECKING:
     from icmlora.fleet.tasks.described import DescribedTask
     from icmlora.fleet.tasks.doctor import Check
     from icmlora.fleet.tasks.duplicates import DuplicatesReport
-    from icmlora.fleet.tasks.generators import Forgotten, GeneratorVersion, RolledBack
+    from icmlora.fleet.tasks.generators import GeneratorVersion, RolledBack
     from icmlora.fleet.tasks.init import InitReport
     from icmlora.fleet.tasks.tasks import EditReport, Removal, TaskDetails
     from icmlora.fleet.train.train import TrainReport
@@ -95,9 +95,8 @@ if TYPE_CHECKING:
     from icmlora.formats.discovery.folder import load_adapter, save_adapter
     from icmlora.serving.attach import attach
     from registry.names import DatabaseUrl
-    from registry.storage.prune import PruneReport
-    from registry.storage.row_repair import RowRepair
-    from registry.verify import Finding
+    from registry.reachability import PruneReport
+    from registry.verify import Finding, Rebuilt
 
 __all__ = [
     "Adapter",
@@ -130,7 +129,6 @@ __all__ = [
     "FewShotReport",
     "Finding",
     "Fleet",
-    "Forgotten",
     "Generated",
     "GeneratorConflict",
     "GeneratorError",
@@ -163,13 +161,13 @@ __all__ = [
     "OutputExists",
     "Progress",
     "PruneReport",
+    "Rebuilt",
     "RecognizeReport",
     "RegistryError",
     "Removal",
     "ReportSummary",
     "RestoreReport",
     "RolledBack",
-    "RowRepair",
     "Separated",
     "StoreLocked",
     "StoreNotFound",
@@ -211,7 +209,6 @@ _HOMES = {
     "FewShotReport": "icmlora.fleet.few_shot.train",
     "Finding": "registry.verify",
     "Fleet": "icmlora.fleet.api",
-    "Forgotten": "icmlora.fleet.tasks.generators",
     "Generated": "icmlora.fleet.few_shot.generate",
     "GeneratorRecord": "icmlora.fleet.records",
     "GeneratorVersion": "icmlora.fleet.tasks.generators",
@@ -230,13 +227,13 @@ _HOMES = {
     "Measurable": "icmlora.fleet.measure.evaluate",
     "Metric": "icmlora.base_models.modality",
     "Progress": "icmlora.fleet.context",
-    "PruneReport": "registry.storage.prune",
+    "PruneReport": "registry.reachability",
+    "Rebuilt": "registry.verify",
     "RecognizeReport": "icmlora.fleet.vectors.recognize",
     "Removal": "icmlora.fleet.tasks.tasks",
     "ReportSummary": "icmlora.fleet.report.report",
     "RestoreReport": "icmlora.fleet.evict.restore",
     "RolledBack": "icmlora.fleet.tasks.generators",
-    "RowRepair": "registry.storage.row_repair",
     "Separated": "icmlora.fleet.records",
     "TaskContext": "icmlora.base_models.examples.context",
     "TaskDetails": "icmlora.fleet.tasks.tasks",

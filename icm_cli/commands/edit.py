@@ -10,8 +10,8 @@ from icm_cli.output import Field
 from icm_cli.session import Session, command
 
 if TYPE_CHECKING:
-    from icmlora.fleet.records import TaskRecord
     from icmlora.fleet.tasks.tasks import EditReport
+    from registry.manifests import Task
 
 NewNameOpt = Annotated[str | None, option("--name NEW", "New name. For a single task.")]
 TagOpt = Annotated[list[str] | None, option("--tag TAG", "Tag to add. Can be repeated.", completes="tag")]
@@ -20,7 +20,7 @@ NoteOpt = Annotated[str | None, option("--note TEXT", "New note. Replaces the ol
 NoNoteOpt = Annotated[bool, option("--no-note", "Remove the note.")]
 PinOpt = Annotated[bool | None, option("--pin/--no-pin", "Protect the originals from `icm evict`.")]
 
-_FIELDS: tuple[Field[TaskRecord], ...] = (
+_FIELDS: tuple[Field[Task], ...] = (
     Field("task", lambda task: task.name, shrink=True),
     Field("tags", lambda task: ", ".join(task.tags) or "-", shrink=True),
     Field("pinned", lambda task: "yes" if task.pinned else "-"),

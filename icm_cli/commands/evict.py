@@ -74,7 +74,7 @@ def evict(
 
     An original is the final adapter and its checkpoints. Each code is read from disk, decoded, and
     compared with the original. Pinned tasks and tasks whose code misses a limit keep their original, and the exit code
-    is 3. Original-only tasks affect the exit code only when named.
+    is 3. Original-only tasks affect the exit code only when named. TASK@2 is an earlier version of a task.
 
     With --placeholder, the source folder of the adapter is freed too. `icm restore FOLDER` restores it from the
     original if the store kept it, else from the code. Eviction works on a full disk, but a placeholder needs a few
@@ -134,12 +134,14 @@ def _sum_up(session: Session, report: EvictReport, *, dry_run: bool, placeholder
     out.listing(shown, sorted(report.tasks, key=lambda task: task.task))
     _print_exceptions(out, report, dry_run=dry_run, keep_originals=keep_originals)
     if report.left:
-        out.note(f"{human_size(report.left)} of this remained from an interrupted `icm evict`")
+        out.note(f"{human_size(report.left)} of this remained from an earlier `icm evict`")
     if not keep_originals:
         evicted, freeing = ("would evict", "would free") if dry_run else ("evicted", "freed")
         of_tasks = counted(len(report.tasks), "task")
         out.line(f"{evicted} {len(report.gone)} of {of_tasks}, {freeing} {human_size(report.freed)}")
-        if report.pending:
+        if report.is_in_use:
+            out.note(f"the next `icm prune` frees {human_size(report.pending)}: another process uses the store")
+        elif report.pending:
             fact = f"{human_size(report.pending)} will be freed by a later `icm prune`"
             out.note(f"{fact}; shared storage keeps recent files, object stores for 24 hours")
     if placeholder:
@@ -185,6 +187,5 @@ def _print_folders(out: Output, report: EvictReport, *, dry_run: bool, keep_orig
 
 def _result(task: TaskEvicted) -> str:
     # The original was evicted earlier; this run freed the folder.
-
     replaced = task.status == "known" and any(folder.status == "replaced" for folder in task.folders)
     return "placeholder" if replaced else _STATUS.get(task.status, task.status)

@@ -1,4 +1,4 @@
-"""`icm generators`: list, roll back or delete generators."""
+"""`icm generators`: list generators, and make an earlier one current."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from icm_cli.options import DryRunOpt, YesOpt, argument
+from icm_cli.options import argument
 from icm_cli.output import Field
 from icm_cli.session import Session, command
 from icmlora.io.text import counted, human_size
@@ -18,16 +18,19 @@ DigestArg = Annotated[str, argument("DIGEST", "First digits of a generator's dig
 
 _SHORT = 12
 _FIELDS: tuple[Field[GeneratorVersion], ...] = (
-    Field("generator", lambda made: made.record.blob[:_SHORT]),
-    Field("base model", lambda made: made.record.base_model, shrink=True),
-    Field("version", lambda made: str(made.record.version), right=True),
-    Field("created", lambda made: made.record.created_at),
-    Field("networks", lambda made: _networks(made), right=True),
-    Field("size", lambda made: human_size(made.record.size), right=True),
-    Field("few-shot start", lambda made: human_size(made.record.start_size) if made.record.start else "-", right=True),
-    Field("tasks", lambda made: str(len(made.tasks)), right=True),
-    Field("only copies", lambda made: str(len(made.last_copies)), right=True),
-    Field("in use", lambda made: "yes" if made.record.is_current else ""),
+    Field("generator", lambda version: version.generator.blob[:_SHORT]),
+    Field("base model", lambda version: version.generator.base_model, shrink=True),
+    Field("version", lambda version: str(version.generator.version), right=True),
+    Field("created", lambda version: version.generator.created_at),
+    Field("networks", lambda version: "damaged" if version.networks is None else str(version.networks), right=True),
+    Field("size", lambda version: human_size(version.generator.size), right=True),
+    Field(
+        "few-shot start",
+        lambda version: "-" if version.generator.start is None else human_size(version.generator.start_size),
+        right=True,
+    ),
+    Field("needed by", lambda version: counted(len(version.tasks), "task"), right=True),
+    Field("in use", lambda version: "yes" if version.is_current else ""),
 )
 
 generators = typer.Typer(name="generators", invoke_without_command=True)
@@ -36,11 +39,13 @@ generators = typer.Typer(name="generators", invoke_without_command=True)
 @generators.callback()
 @command
 def ls(session: Session) -> None:
-    """List generators and the tasks that depend on them.
+    """List generators and the tasks that need them.
+
+    The generator in use makes new codes. A code always needs the generator it was made with, so older generators stay
+    as long as a task, or an earlier version of one, needs them. `icm prune` deletes the others.
 
     NETWORKS counts the versions of the network in the file, because `icm train --update` may add one. FEW-SHOT START is
-    the size of the data for `icm generate`. TASKS counts the tasks with a code. ONLY COPIES counts evicted tasks that
-    no other generator can restore.
+    the size of the data for `icm generate`.
 
 
     Example:
@@ -48,21 +53,24 @@ def ls(session: Session) -> None:
     """
     from icmlora.fleet.tasks.generators import list_generators
 
-    found = list_generators(session.context)
-    session.out.document([_as_json(version) for version in found])
-    session.out.names(version.record.blob for version in found)
-    session.out.listing(_FIELDS, found)
+    found, out = list_generators(session.context), session.out
+    out.document([_as_json(version) for version in found])
+    out.names(version.generator.blob for version in found)
+    out.listing(_FIELDS, found)
     if not found:
-        session.out.hint("run `icm train` to train the first generator")
+        out.hint("run `icm train` to train the first generator")
+    for version in found:
+        if not version.tasks and not version.is_current:
+            out.note(f"no task needs generator {version.generator.blob[:_SHORT]}; `icm prune` deletes it")
 
 
 @generators.command()
 @command
 def rollback(session: Session, digest: DigestArg) -> None:
-    """Switch to an earlier or later generator.
+    """Make new codes with an earlier generator.
 
-    Nothing is deleted. Tasks encoded only with a newer generator have no code under the earlier one. The command fails
-    if the switch would change the decoded adapter of an evicted task.
+    Its network becomes the next version of the generator. Existing codes keep the generator they were made with, so no
+    adapter changes. `icm encode` encodes tasks again with the generator in use.
 
     Example:
       icm generators rollback 3f9a12c4
@@ -70,71 +78,34 @@ def rollback(session: Session, digest: DigestArg) -> None:
     from icmlora.fleet.tasks.generators import rollback
 
     done, out = rollback(session.context, digest), session.out
-    made = done.generator
+    generator = done.generator
     out.document(
         {
-            "generator": made.blob,
-            "base_model": made.base_model,
-            "version": made.version,
-            "without_code": done.without_code,
+            "generator": generator.blob,
+            "base_model": generator.base_model,
+            "version": generator.version,
+            "others": list(done.others),
         }
     )
-    out.line(f"generator {made.version} of {made.base_model} is now in use")
-    if done.without_code:
-        out.note(f"tasks without a code under it: {', '.join(done.without_code)}")
-        out.hint("run `icm train --update` to encode them, or `icm generators` to choose another generator")
-
-
-@generators.command()
-@command
-def forget(session: Session, digest: DigestArg, dry_run: DryRunOpt = False, yes: YesOpt = False) -> None:
-    """Delete an unused generator with its codes and measurements.
-
-    The command fails if it would delete the only code of an evicted task. If another icm process is running, the space
-    is freed by the next `icm prune`.
-
-    Example:
-      icm generators forget 3f9a12c4 --dry-run
-    """
-    from icmlora.fleet.tasks.generators import forget_generator
-
-    out, plan = session.out, forget_generator(session.context, digest, dry_run=True)
-    made = plan.generator
-    subject = f"generator {made.version} of {made.base_model} and {counted(plan.codes, 'code')}"
-    forgotten = not dry_run and out.confirm(f"Delete {subject}?", yes=yes)
-    if forgotten:
-        forget_generator(session.context, made)
-    out.document(
-        {
-            "forgotten": forgotten,
-            "generator": made.blob,
-            "base_model": made.base_model,
-            "version": made.version,
-            "codes": plan.codes,
-        }
+    out.line(
+        f"generator {generator.blob[:_SHORT]} of {generator.base_model} is now in use as version {generator.version}"
     )
-    if forgotten:
-        out.line(f"deleted {subject}")
-    else:
-        out.note(f"would delete {subject}" if dry_run else "deleted nothing")
-
-
-def _networks(version: GeneratorVersion) -> str:
-    return "damaged" if version.networks is None else str(version.networks)
+    if done.others:
+        out.note(f"{counted(len(done.others), 'task')} keep the codes of other generators")
+        out.hint("run `icm encode` to encode them with this one")
 
 
 def _as_json(version: GeneratorVersion) -> dict[str, object]:
-    made = version.record
+    generator = version.generator
     return {
-        "generator": made.blob,
-        "base_model": made.base_model,
-        "version": made.version,
-        "created_at": made.created_at,
+        "generator": generator.blob,
+        "base_model": generator.base_model,
+        "version": generator.version,
+        "created_at": generator.created_at,
         "epochs": version.networks,
-        "size": made.size,
-        "start": made.start,
-        "start_size": made.start_size,
-        "tasks": version.tasks,
-        "last_copies": version.last_copies,
-        "is_current": made.is_current,
+        "size": generator.size,
+        "start": generator.start,
+        "start_size": generator.start_size,
+        "tasks": list(version.tasks),
+        "is_current": version.is_current,
     }

@@ -8,7 +8,7 @@ from typing import Annotated
 from icm_cli.errors import UsageProblem
 from icm_cli.options import DryRunOpt, YesOpt, option
 from icm_cli.session import Session, command
-from icmlora.io.text import counted, human_size
+from icmlora.io.text import counted, human_size, some
 
 _UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
 
@@ -20,9 +20,7 @@ GraceOpt = Annotated[
     ),
 ]
 
-EmptyOpt = Annotated[
-    bool, option("--empty-quarantine", "Delete codes, weights and everything already in quarantine for good.")
-]
+EmptyOpt = Annotated[bool, option("--empty-quarantine", "Also delete the damaged files in quarantine.")]
 
 
 @command
@@ -33,14 +31,11 @@ def prune(
     dry_run: DryRunOpt = False,
     yes: YesOpt = False,
 ) -> None:
-    """Delete blobs that no task needs and leftovers of interrupted commands.
+    """Delete files that no task needs and leftovers of interrupted commands.
 
-    Unneeded codes, generators and weights are moved to the store's quarantine folder, and you can copy them back.
-    --empty-quarantine deletes them for good. Nothing is deleted while the database is damaged.
-
-    In shared storage, it also deletes evicted originals older than --grace, after checking the codes that replace them.
-
-    Files newer than --grace are kept, so a running `icm ingest` is safe.
+    These are earlier states of tasks, files of removed or evicted tasks, and generators that no code needs. Nothing is
+    deleted if the database disagrees with the manifests. Files newer than --grace are kept, so a running `icm ingest`
+    is safe.
 
     Example:
       icm prune --dry-run
@@ -48,43 +43,44 @@ def prune(
     from icmlora.fleet.tasks.verify import prune
 
     out, context = session.out, session.context
-    least = None if grace is None else seconds(grace)
-    report = prune(context, grace=least, empty_quarantine=empty_quarantine, dry_run=True)
-    files = "file" if empty_quarantine else "temporary file"
-    what = f"{counted(report.blobs, 'blob')} and {counted(report.temporary_files, files)}"
-    moved = counted(report.set_aside, "code or weights file")
-    found = bool(report.blobs or report.temporary_files or report.set_aside)
+    min_age = None if grace is None else seconds(grace)
+    report = prune(context, grace=min_age, empty_quarantine=empty_quarantine, dry_run=True)
+    counts = [
+        (report.blobs, "blob"),
+        (report.manifests, "manifest"),
+        (report.temporary_files, "file" if empty_quarantine else "temporary file"),
+    ]
+    found = ", ".join(counted(count, what) for count, what in counts if count)
     deleted = False
-    question = f"Delete {what} ({human_size(report.freed_bytes)})"
-    if report.set_aside:
-        question += f" and move {moved} ({human_size(report.set_aside_bytes)}) to quarantine"
-    if found and not dry_run and out.confirm(f"{question}?", yes=yes):
-        report = prune(context, grace=least, empty_quarantine=empty_quarantine)
+    if found and not dry_run and out.confirm(f"Delete {found} ({human_size(report.freed_bytes)})?", yes=yes):
+        report = prune(context, grace=min_age, empty_quarantine=empty_quarantine)
         deleted = True
     out.document(
         {
             "deleted": deleted,
             "blobs": report.blobs,
+            "manifests": report.manifests,
+            "generators": report.generators,
             "temporary_files": report.temporary_files,
             "size": report.freed_bytes,
-            "set_aside": report.set_aside,
-            "set_aside_size": report.set_aside_bytes,
             "young": report.young,
             "young_size": report.young_bytes,
+            "unlisted": list(report.unlisted),
         }
     )
     if found:
-        out.line(f"{'deleted' if deleted else 'would delete'} {what} ({human_size(report.freed_bytes)})")
+        out.line(f"{'deleted' if deleted else 'would delete'} {found} ({human_size(report.freed_bytes)})")
     else:
         out.line("deleted nothing")
-    if report.set_aside:
-        verb = "moved" if deleted else "would move"
-        out.line(f"{verb} {moved} to quarantine ({human_size(report.set_aside_bytes)})")
-        out.hint("run `icm prune --empty-quarantine` to delete them for good")
+    if report.generators:
+        out.note(f"among them {counted(report.generators, 'generator')} that no code needs")
     for folder in report.folders:
         out.warn(f"skipped {folder}: icm creates no folders there")
     if report.young:
-        out.note(f"kept {counted(report.young, 'blob')} newer than --grace ({human_size(report.young_bytes)})")
+        out.note(f"kept {counted(report.young, 'file')} newer than --grace ({human_size(report.young_bytes)})")
+    if report.unlisted:
+        out.note(f"kept files of {some(report.unlisted)}: the database lacks their last changes")
+        out.hint("run `icm verify` to see why")
 
 
 def seconds(age: str) -> float:

@@ -9,10 +9,11 @@ from icmlora.io.text import counted, human_size
 
 @command
 def rm(session: Session, tasks: TasksArg, dry_run: DryRunOpt = False, yes: YesOpt = False) -> None:
-    """Remove tasks with their adapters, vectors, codes and measurements.
+    """Remove tasks with all versions of their adapters, vectors, codes and measurements.
 
-    If any name is unknown, nothing is removed. `icm prune` frees the space. Removing an evicted task removes the last
-    copy of its adapter, and its placeholders can no longer be restored.
+    If any name is unknown, nothing is removed. Files that no other task needs are deleted; if another icm process is
+    running, by the next `icm prune`. Removing an evicted task removes the last copy of its adapter, and its
+    placeholders can no longer be restored.
 
     Example:
       icm rm shakespeare --dry-run
@@ -22,28 +23,31 @@ def rm(session: Session, tasks: TasksArg, dry_run: DryRunOpt = False, yes: YesOp
     out, context = session.out, session.context
     planned = plan_removal(context, tasks)
     for task in planned:
+        versions = f"{counted(task.versions, 'version')}, " if task.versions > 1 else ""
         last = "; the code is the only copy, because the original was evicted" if task.is_last_copy else ""
         lost = f"; {counted(task.placeholders, 'placeholder')} could not be restored" if task.placeholders else ""
-        out.note(f"{task.name}: {counted(task.adapters, 'adapter')}, {human_size(task.size)}{last}{lost}")
+        adapters = counted(task.adapters, "adapter")
+        out.note(f"{task.name}: {versions}{adapters}, {human_size(task.size)}{last}{lost}")
     names = [task.name for task in planned]
     last_copies = [task.name for task in planned if task.is_last_copy]
     lost = f", including the only copies of {len(last_copies)}" if last_copies else ""
     lost += "; placeholders in your folders could not be restored" if any(task.placeholders for task in planned) else ""
     question = f"Remove {counted(len(names), 'task')}{lost}?"
-    removed = False
-    if not dry_run and out.confirm(question, yes=yes):
-        remove_tasks(context, names, last_copies=last_copies)
-        removed = True
+    is_removed, freed = not dry_run and out.confirm(question, yes=yes), None
+    if is_removed:
+        freed = remove_tasks(context, names, last_copies=last_copies)
     out.document(
         {
-            "removed": names if removed else [],
-            "would_remove": [] if removed else names,
+            "removed": names if is_removed else [],
+            "would_remove": [] if is_removed else names,
             "last_copies": last_copies,
             "placeholders": [task.name for task in planned if task.placeholders],
+            "freed": freed,
         }
     )
-    if removed:
-        out.line(f"removed {counted(len(names), 'task')}")
-        out.hint("run `icm prune --empty-quarantine` to free the space")
-    else:
+    if not is_removed:
         out.note("removed nothing")
+        return
+    out.line(f"removed {counted(len(names), 'task')}" + ("" if freed is None else f", freed {human_size(freed)}"))
+    if freed is None:
+        out.note("the next `icm prune` frees the space: another process uses the store")

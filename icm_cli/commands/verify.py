@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -11,10 +10,11 @@ import typer
 from icm_cli.errors import ExitCode, UsageProblem
 from icm_cli.options import DryRunOpt, SomeTasksArg, YesOpt, option
 from icm_cli.session import Session, command
-from icmlora.io.text import counted
+from icmlora.io.text import counted, some
 
 if TYPE_CHECKING:
-    from icmlora.fleet.tasks.verify import Finding, RowRepair
+    from icmlora.fleet.tasks.verify import Finding
+    from registry.verify import Rebuilt
 
 ReadDataOpt = Annotated[bool, option("--read-data", "Hash every blob instead of only checking its length.")]
 DecodeOpt = Annotated[bool, option("--decode", "Decode codes that still have an original, and compare their errors.")]
@@ -22,12 +22,10 @@ RepairOpt = Annotated[
     bool,
     option(
         "--repair",
-        "Correct database rows with one flipped bit, and move damaged blobs to quarantine. Implies --read-data.",
+        "Rebuild a missing, damaged or old database from the manifests, correct flipped bits in small files, and move "
+        "other damaged files to quarantine. Implies --read-data.",
     ),
 ]
-RestoreOpt = Annotated[bool, option("--restore-database", "Restore the database backup made before the last deletion.")]
-
-_OF_DATABASE = ("row", "database", "dangling")
 
 
 @command
@@ -37,55 +35,52 @@ def verify(
     read_data: ReadDataOpt = False,
     decode: DecodeOpt = False,
     repair: RepairOpt = False,
-    restore_database: RestoreOpt = False,
     dry_run: DryRunOpt = False,
     yes: YesOpt = False,
 ) -> None:
     """Check the store for damage.
 
-    Checks every database row and the length of every blob. --read-data also checks the contents. The exit code is 1 if
-    there are problems. Remarks are not problems: they name adapters that have no effect and, with --read-data,
-    adapters that do not fit their base model, if it is on this machine. -v also lists harmless leftovers of
-    interrupted commands.
+    Compares the database with the manifests, and checks the length of every blob. --read-data also checks the contents.
+    The exit code is 1 if there are problems. Remarks are not problems: they name adapters that have no effect and, with
+    --read-data, adapters that do not fit their base model, if it is on this machine, and changes that were not
+    committed. -v also lists harmless leftovers of interrupted commands.
 
-    Other commands skip tasks with damaged rows, and delete nothing until the rows are repaired.
+    Other commands skip damaged tasks, and delete nothing until the store is repaired.
 
-    --repair first copies the database to quarantine. --restore-database moves the damaged database to quarantine. Any
-    later changes are lost, so ingest or train those tasks again.
+    --repair deletes nothing. A removed task stays removed.
 
     Example:
       icm verify --read-data
     """
-    from icmlora.fleet.tasks.verify import repair_blobs
+    from icmlora.fleet.tasks.verify import OF_DATABASE, OF_FILES, rebuild_database, repair_files
 
     if repair and tasks:
         raise UsageProblem("--repair always repairs the whole store", hint="remove the task names")
-    if restore_database:
-        if tasks or repair or dry_run:
-            raise UsageProblem("--restore-database cannot be combined", hint="remove the task names and other options")
-        _restore(session, yes=yes)
-        return
-    read_data |= repair
+    out, read_data, repair = session.out, read_data or repair, repair and not dry_run
     findings = _find(session, tasks or (), read_data=read_data, decode=decode)
-    rows = _repair_rows(session, findings, yes=yes) if repair and not dry_run else []
-    if any(row.problem is None for row in rows):
-        findings = _find(session, (), read_data=read_data, decode=decode)  # the first findings relied on damaged rows
-    problems = [finding for finding in findings if finding.is_problem]
-    moved = []
-    movable = [finding for finding in problems if finding.kind in ("length", "digest")]
-    question = f"Move {counted(len(movable), 'damaged blob')} to quarantine?"
-    if repair and movable and not dry_run and session.out.confirm(question, yes=yes):
-        moved = repair_blobs(session.context)
-    session.out.document(
+    rebuilt = None
+    question = "Rebuild the database from the manifests?"
+    if repair and any(finding.kind in OF_DATABASE for finding in findings) and out.confirm(question, yes=yes):
+        rebuilt = rebuild_database(session.context)
+        _print_rebuilt(session, rebuilt)
+        findings = _find(session, (), read_data=read_data, decode=decode)
+    damaged = [finding for finding in findings if finding.kind in OF_FILES]
+    question = f"Correct {counted(len(damaged), 'damaged file')}, or move them to quarantine?"
+    repaired = repair_files(session.context, damaged) if repair and damaged and out.confirm(question, yes=yes) else []
+    for finding, result in repaired:
+        out.line(f"{finding.digest}: {result}")
+    corrected = {finding.digest for finding, result in repaired if result.startswith("corrected")}
+    problems = [one for one in findings if one.is_problem and one.digest not in corrected]
+    out.document(
         {
             "ok": not problems,
             "read_data": read_data,
             "findings": [_as_json(finding) for finding in findings],
-            "corrected": [asdict(row) for row in rows],
-            "quarantined": [str(place) for _, place in moved],
+            "rebuilt": None if rebuilt is None else _rebuilt_as_json(rebuilt),
+            "repaired": [{"digest": finding.digest, "result": result} for finding, result in repaired],
         }
     )
-    _sum_up(session, findings, problems, [finding for finding, _ in moved], read_data)
+    _sum_up(session, findings, problems, read_data=read_data)
     if problems:
         raise typer.Exit(ExitCode.FAILED)
 
@@ -101,76 +96,60 @@ def _find(session: Session, tasks: Sequence[str], *, read_data: bool, decode: bo
     return findings
 
 
-def _repair_rows(session: Session, findings: list[Finding], *, yes: bool) -> list[RowRepair]:
-    """Correct damaged rows of the database, and print the result for each."""
-    from icmlora.fleet.tasks.verify import repair_rows
-
-    if not any(finding.kind in _OF_DATABASE for finding in findings):
-        return []
-    if not session.out.confirm("Correct rows with one flipped bit?", yes=yes):
-        return []
-    rows = repair_rows(session.context)
-    for row in rows:
-        task = f" (task {row.task})" if row.task else ""
-        if row.problem:
-            session.out.line(f"skipped {row.row}{task}: {row.problem}")
-        else:
-            change = f": {row.column} from {row.before} to {row.after}" if row.column else ""
-            session.out.line(f"corrected {row.row}{task}{change}")
-    return rows
-
-
-def _restore(session: Session, *, yes: bool) -> None:
-    from icmlora.fleet.tasks.verify import restore_database
-
-    out = session.out
-    if not out.confirm("Replace the database with the backup made before the last deletion?", yes=yes):
+def _print_finding(session: Session, finding: Finding) -> None:
+    if finding.kind in ("remark", "uncommitted"):
+        session.out.note(f"remark: {finding.message}")
         return
-    made = restore_database(session.context)
-    out.document({"restored_from": made})
-    out.line(f"restored the database backup from {made}; the damaged database is in quarantine")
-    out.hint("run `icm verify --read-data` to list missing data, then ingest newer adapters again")
+    tasks = f" (needed by {', '.join(finding.tasks)})" if finding.tasks else ""
+    print_text = session.out.line if finding.is_problem else session.out.detail
+    print_text(f"{finding.kind}: {finding.message}{tasks}")
 
 
-def _sum_up(
-    session: Session, findings: list[Finding], problems: list[Finding], moved: list[Finding], read_data: bool
-) -> None:
+def _print_rebuilt(session: Session, rebuilt: Rebuilt) -> None:
+    out = session.out
+    out.line(f"rebuilt the database from the manifests: {counted(rebuilt.tasks, 'task')}")
+    if rebuilt.restored:
+        out.line(f"restored: {some(rebuilt.restored)}")
+    if rebuilt.removed:
+        out.note(f"removed earlier, and not restored: {some(rebuilt.removed)}")
+    if rebuilt.lost:
+        out.warn(f"no manifest can be read of: {some(rebuilt.lost)}")
+        out.hint("run `icm ingest` on their original adapters, or restore manifests/ from a backup")
+
+
+def _sum_up(session: Session, findings: Sequence[Finding], problems: Sequence[Finding], *, read_data: bool) -> None:
+    from icmlora.fleet.tasks.verify import OF_DATABASE, OF_FILES
+
     out = session.out
     if problems:
         out.line(f"found {counted(len(problems), 'problem')}")
     else:
         out.line("the store is intact" if read_data else "the store is intact (contents not checked; use --read-data)")
-    if any(finding.kind in _OF_DATABASE for finding in problems):
-        out.hint("run `icm verify --repair` to correct rows with one flipped bit")
-        out.hint("or run `icm verify --restore-database` to restore the backup made before the last deletion")
-    affected = sorted({task for finding in problems for task in finding.tasks})
-    if moved:
-        out.line(f"moved {counted(len(moved), 'damaged blob')} to quarantine")
-        out.hint(f"run `icm ingest` on the original adapters of {', '.join(affected)} to restore them")
-    elif any(finding.kind in ("length", "digest") for finding in problems):
-        out.hint("run `icm verify --repair` to move damaged blobs to quarantine, then ingest their adapters again")
+    if any(finding.kind in OF_DATABASE for finding in findings):
+        out.hint("run `icm verify --repair` to rebuild the database from the manifests")
+    elif any(finding.kind in OF_FILES for finding in problems):
+        out.hint("run `icm verify --repair` to correct damaged files, or to move them to quarantine")
+    if affected := sorted({task for one in problems if one.kind in OF_FILES | {"missing"} for task in one.tasks}):
+        out.hint(f"run `icm ingest` on the original adapters of {some(affected)} to restore their files")
     leftovers = sum(finding.kind in ("orphan", "leftover") for finding in findings)
     if leftovers:
         out.detail(f"found {counted(leftovers, 'harmless leftover')}; run `icm prune` to delete them")
 
 
-def _print_finding(session: Session, finding: Finding) -> None:
-    if finding.kind == "remark":
-        session.out.note(f"remark: {finding.message}")
-        return
-    tasks = f" (needed by {', '.join(finding.tasks)})" if finding.tasks else ""
-    text = f"{finding.kind}: {finding.message}{tasks}"
-    if finding.is_problem:
-        session.out.line(text)
-    else:
-        session.out.detail(text)
+def _rebuilt_as_json(rebuilt: Rebuilt) -> dict[str, object]:
+    return {
+        "tasks_count": rebuilt.tasks,
+        "restored": list(rebuilt.restored),
+        "removed": list(rebuilt.removed),
+        "lost": list(rebuilt.lost),
+    }
 
 
 def _as_json(finding: Finding) -> dict[str, object]:
     return {
         "kind": finding.kind,
         "message": finding.message,
-        "path": str(finding.path),
+        "path": finding.path,
         "digest": finding.digest,
         "tasks": list(finding.tasks),
         "is_problem": finding.is_problem,

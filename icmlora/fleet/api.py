@@ -34,7 +34,7 @@ from icmlora.fleet.tasks.copies import copy_tasks
 from icmlora.fleet.tasks.described import find_described
 from icmlora.fleet.tasks.doctor import examine
 from icmlora.fleet.tasks.duplicates import find_duplicates
-from icmlora.fleet.tasks.generators import forget_generator, list_generators, rollback
+from icmlora.fleet.tasks.generators import list_generators, rollback
 from icmlora.fleet.tasks.init import init
 from icmlora.fleet.tasks.tasks import (
     edit_tasks,
@@ -45,7 +45,7 @@ from icmlora.fleet.tasks.tasks import (
     remove_tasks,
     show_task,
 )
-from icmlora.fleet.tasks.verify import prune, repair_blobs, repair_rows, restore_database, verify
+from icmlora.fleet.tasks.verify import prune, rebuild_database, repair_files, verify
 from icmlora.fleet.train.train import train
 from icmlora.fleet.train.update import update
 from icmlora.fleet.vectors.recognize import recognize
@@ -150,10 +150,8 @@ class Fleet(Context):
     remove = remove_tasks
     prune = prune
     verify = verify
-    repair = repair_blobs
-    repair_rows = repair_rows
-    restore_database = restore_database
+    repair = repair_files
+    rebuild_database = rebuild_database
     generators = list_generators
     rollback = rollback
-    forget_generator = forget_generator
     doctor = examine

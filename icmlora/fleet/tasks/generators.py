@@ -61,17 +61,16 @@ def rollback(context: Context, digest: str) -> RolledBack:
         DataError: No generator, or more than one, begins with these digits.
         DamagedStore: Its file is missing or damaged; nothing changed.
     """
-    with context.open() as store:
-        # A running training publishes a continuation of the current generator, so wait for it.
-        with store.job(_find(store, digest).base_model):
-            found = _find(store, digest)  # `icm prune` may have deleted it
-            store.blobs.check(found.blob)
-            if found.start is not None:
-                store.blobs.check(found.start)
-            generator = store.update_generator(found.base_model, lambda current: _next(current, found))
-            others = [row.name for row in store.rows() if row.base == found.base_model and row.is_coded]
-            needing = set(_tasks_of(store)[generator.blob])
-            return RolledBack(generator, [name for name in others if name not in needing])
+    # A running training publishes a continuation of the current generator, so wait for it.
+    with context.open() as store, store.job(_find(store, digest).base_model):
+        found = _find(store, digest)  # `icm prune` may have deleted it
+        store.blobs.check(found.blob)
+        if found.start is not None:
+            store.blobs.check(found.start)
+        generator = store.update_generator(found.base_model, lambda current: _next(current, found))
+        needing = set(_tasks_of(store)[generator.blob])
+        coded = [row.name for row in store.rows() if row.base == found.base_model and row.is_coded]
+        return RolledBack(generator, [name for name in coded if name not in needing])
 
 
 def _next(current: Generator | None, found: Generator) -> Generator:

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING
 from icmlora.errors import BaseModelMismatch, BaseModelNotFound, DataError
 from icmlora.fleet.context import Context, locate_base, use_case
 from registry.errors import DamagedStore
-from registry.verify import OF_DATABASE, OF_FILES, Rebuilt
+from registry.verify import OF_DATABASE as OF_DATABASE
+from registry.verify import OF_FILES as OF_FILES
 from registry.verify import Finding as Finding
+from registry.verify import Rebuilt
 
 if TYPE_CHECKING:
     from registry.manifests import Code, Task
