@@ -7,8 +7,8 @@ text (samples of the task, or the bundled probe texts).
 from __future__ import annotations
 
 import json
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,10 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from icmlora.errors import DataError, IcmLoraError
-from icmlora.fleet.context import base_name, check_base_model
+from icmlora.fleet.context import check_base_model
 from icmlora.task_vectors.file import arrays_from_bytes
 from registry.errors import DamagedStore
-from registry.records import Json, TaskRecord, VectorRecord, View
+from registry.filters import Selection
+from registry.manifests import Json, Task, Vector, View
 
 if TYPE_CHECKING:
     from registry.store import Store
@@ -44,51 +45,40 @@ class ComparableVectors:
     # Task -> one row per support set, float32 of shape (support sets, hidden size). Ordered by name.
     vectors: dict[str, NDArray[np.float32]]
     left_out: tuple[LeftOut, ...]
-    extractor: str | None = None  # what made them, as JSON with sorted keys; None if there are none
+    extractor: str | None = None  # as JSON with sorted keys; None if there are no vectors
 
 
-def latest_vectors(rows: Iterable[VectorRecord]) -> list[VectorRecord]:
+def latest_vectors(vectors: Iterable[Vector]) -> list[Vector]:
     """Return, for each view, only the vectors of the extractor that was recorded last: different ones do not mix."""
-    ordered = sorted(rows, key=lambda row: row.id)
-    extractors = {row.view: row.extractor for row in ordered}
-    return [row for row in ordered if row.extractor == extractors[row.view]]
+    vectors = list(vectors)
+    extractors = {vector.view: vector.extractor for vector in vectors}
+    return [vector for vector in vectors if vector.extractor == extractors[vector.view]]
 
 
-def vectors_by_task(store: Store) -> defaultdict[str, list[VectorRecord]]:
-    """Return the rows of all vectors by task."""
-    of_task: defaultdict[str, list[VectorRecord]] = defaultdict(list)
-    for vector in store.vectors.all():
-        of_task[vector.task].append(vector)
-    return of_task
-
-
-def comparable_vectors(
-    store: Store, tasks: Sequence[TaskRecord], view: View, like: str | None = None
-) -> ComparableVectors:
+def comparable_vectors(store: Store, tasks: Iterable[Task], view: View, like: str | None = None) -> ComparableVectors:
     """Read the vectors of some tasks that were all made by one extractor."""
-    of_task = vectors_by_task(store)
-    rows = {task.name: of_task[task.name] for task in tasks}
-    store.blobs.fetch(row.blob for own in rows.values() for row in own if row.view == view)
-    return comparable(rows, store.blobs.read, view, like)
+    vectors = {task.name: task.vectors for task in tasks}
+    store.blobs.fetch(vector.blob for own in vectors.values() for vector in own if vector.view == view)
+    return comparable(vectors, store.blobs.read, view, like)
 
 
 def comparable(
-    of_task: Mapping[str, Sequence[VectorRecord]], read: Callable[[str], bytes], view: View, like: str | None = None
+    of_task: Mapping[str, Sequence[Vector]], read: Callable[[str], bytes], view: View, like: str | None = None
 ) -> ComparableVectors:
-    """Read those of the vectors of some tasks that one extractor made: that of the task `like`, or the most common."""
-    rows, others, extractor = rows_to_compare(of_task, view, like)
-    vectors, unreadable = read_comparable(read, rows)
+    """Read the vectors of some tasks that one extractor made: that of the task `like`, or the most common."""
+    chosen, others, extractor = vectors_to_compare(of_task, view, like)
+    vectors, unreadable = read_comparable(read, chosen)
     left_out = sorted([*others, *unreadable], key=lambda entry: entry.task)
     return ComparableVectors(vectors, tuple(left_out), extractor if vectors else None)
 
 
-def rows_to_compare(
-    of_task: Mapping[str, Sequence[VectorRecord]], view: View, like: str | None = None
-) -> tuple[dict[str, list[VectorRecord]], list[LeftOut], str | None]:
-    """Return the rows of `comparable`, by name, the tasks that have none, and what made the vectors of these rows."""
-    rows = {name: latest_vectors(found) for name, found in of_task.items()}
-    in_view = {name: [row for row in found if row.view == view] for name, found in rows.items()}
-    made_by = {name: comparison_key(found[0].extractor) for name, found in in_view.items() if found}
+def vectors_to_compare(
+    of_task: Mapping[str, Sequence[Vector]], view: View, like: str | None = None
+) -> tuple[dict[str, list[Vector]], list[LeftOut], str | None]:
+    """Return the vectors that `comparable` reads, by task, the tasks that have none, and their extractor."""
+    latest = {name: latest_vectors(vectors) for name, vectors in of_task.items()}
+    in_view = {name: [vector for vector in vectors if vector.view == view] for name, vectors in latest.items()}
+    made_by = {name: comparison_key(vectors[0].extractor) for name, vectors in in_view.items() if vectors}
     if like is not None:
         chosen = made_by.get(like)
     else:
@@ -96,20 +86,20 @@ def rows_to_compare(
         common = Counter(made_by[name] for name in sorted(made_by)).most_common(1)
         chosen = common[0][0] if common else None
     found, left_out = {}, []
-    for name in sorted(rows):
+    for name in sorted(latest):
         if chosen is None or made_by.get(name) != chosen:
-            left_out.append(LeftOut(name, _reason(rows[name], view, made_by.get(name), chosen)))
+            left_out.append(LeftOut(name, _reason(latest[name], view, made_by.get(name), chosen)))
         else:
             found[name] = in_view[name]
     return found, left_out, chosen
 
 
 def read_comparable(
-    read: Callable[[str], bytes], rows: Mapping[str, Sequence[VectorRecord]]
+    read: Callable[[str], bytes], of_task: Mapping[str, Sequence[Vector]]
 ) -> tuple[dict[str, NDArray[np.float32]], list[LeftOut]]:
-    """Read the vectors of tasks, one row of an array for each of theirs, without the tasks whose files are damaged."""
+    """Read the vectors of tasks, one array row per vector, without the tasks whose files are damaged."""
     vectors, left_out = {}, []
-    for name, own in rows.items():
+    for name, own in of_task.items():
         try:
             vectors[name] = np.stack(read_vectors(read, own))
         except (DamagedStore, IcmLoraError) as error:
@@ -117,48 +107,44 @@ def read_comparable(
     return vectors, left_out
 
 
-def tasks_of_one_base(store: Store, base_model: str | None) -> tuple[str, Sequence[TaskRecord]]:
-    """Return the chosen base model, or the only one with vectors, and its tasks; raises `DataError` without one."""
-    by_base: defaultdict[str, list[TaskRecord]] = defaultdict(list)
-    has_vectors: defaultdict[str, bool] = defaultdict(bool)
-    for row in store.tasks.summaries():
-        by_base[row.task.base_model].append(row.task)
-        has_vectors[row.task.base_model] |= row.vectors > 0
-    base_model = base_name(store, base_model)
-    if base_model is not None:
-        check_base_model(base_model, by_base)
-        return base_model, by_base[base_model]
-    ready = sorted(base for base, has in has_vectors.items() if has)
-    if len(ready) > 1:
-        fact = f"only vectors of one base model can be compared, but {len(ready)} have vectors: {', '.join(ready)}"
-        raise DataError(fact, hint="choose one with --base-model NAME")
-    if not ready:
-        raise DataError("no task has vectors", hint=NO_VECTORS)
-    return ready[0], by_base[ready[0]]
+def tasks_of_one_base(store: Store, base_model: str | None) -> tuple[str, Iterator[Task]]:
+    """Return a base model, by default the only one with vectors, and its tasks; raise `DataError` without one."""
+    if base_model is None:
+        ready = sorted({row.base for row in store.rows() if row.vectors})
+        if len(ready) > 1:
+            fact = f"only vectors of one base model can be compared, but {len(ready)} have vectors: {', '.join(ready)}"
+            raise DataError(fact, hint="choose one with --base-model NAME")
+        if not ready:
+            raise DataError("no task has vectors", hint=NO_VECTORS)
+        base_model = ready[0]
+    else:
+        base_model = store.base_name(base_model)
+        check_base_model(base_model, store.task_counts())
+    return base_model, store.tasks(Selection(base_model=base_model))
 
 
 def comparison_key(extractor: Json) -> str:
-    """Return an extractor as text, equal for those whose vectors may be compared.
+    """Return an extractor as text; vectors with equal texts may be compared.
 
     The chat template does not count: a task of plain text and one of chats are both read as they were trained.
     """
     return json.dumps({name: value for name, value in extractor.items() if name != "template"}, sort_keys=True)
 
 
-def read_vectors(read: Callable[[str], bytes], rows: Sequence[VectorRecord]) -> list[NDArray[np.float32]]:
+def read_vectors(read: Callable[[str], bytes], vectors: Sequence[Vector]) -> list[NDArray[np.float32]]:
     """Read vectors, each of shape (hidden,); a file holds all of one extraction, so each is read once.
 
     Raises:
         DataError: A file does not hold vectors.
         DamagedStore: Its bytes are missing or damaged.
     """
-    views = {row.view for row in rows}
-    files = {blob: arrays_from_bytes(read(blob), views) for blob in {row.blob for row in rows}}
-    return [files[row.blob][row.view][row.support_set] for row in rows]
+    views = {vector.view for vector in vectors}
+    files = {blob: arrays_from_bytes(read(blob), views) for blob in {vector.blob for vector in vectors}}
+    return [files[vector.blob][vector.view][vector.support_set] for vector in vectors]
 
 
-def _reason(rows: Sequence[VectorRecord], view: View, made_by: str | None, chosen: str | None) -> str:
-    if not rows:
+def _reason(vectors: Sequence[Vector], view: View, made_by: str | None, chosen: str | None) -> str:
+    if not vectors:
         return "no vectors"
     if made_by is None or chosen is None:
         return f"no vectors of the {view} view, which needs samples"

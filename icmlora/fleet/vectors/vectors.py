@@ -6,7 +6,7 @@ import json
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -22,7 +22,7 @@ from icmlora.task_vectors.extraction import extract_adapted, extract_context
 from icmlora.task_vectors.file import vectors_to_bytes
 from icmlora.task_vectors.vector import TaskVector, VectorSettings
 from registry.errors import TaskNotFound
-from registry.records import NewVector, TaskRecord, TaskSummary, View
+from registry.manifests import File, Task, Vector, View
 
 if TYPE_CHECKING:
     from registry.store import Store
@@ -113,11 +113,10 @@ def extract_vectors(
             context.progress(report.done, failures.total, note)
 
         with worker_pool(context, store, device=device, workers=workers) as pool:
-            for label, rows in todo.items():
+            for label, of_base in todo.items():
                 tell(f"loading {label}")
-                of_base = [row.task for row in rows.values()]
-                for task, made in failures.results(label, pool.each(extract_tasks, of_base, tell)):
-                    _record(context, store, rows[task.name], made, report)
+                for task, extracted in failures.results(label, pool.each(extract_tasks, of_base, tell)):
+                    _record(context, store, task, extracted, report)
                     tell(task.name)
                     pace.note(report.done)
         failures.check(len(todo))
@@ -147,23 +146,22 @@ class _Pace:
 
 
 def _plan(
-    store: Store, tasks: Sequence[str], shard: Shard | None, again: bool, report: VectorReport
-) -> dict[str, dict[str, TaskSummary]]:
-    """Return the tasks to work on by base model and name, and note the others in the report."""
-    wanted = {store.tasks.get(name).name for name in tasks}
-    todo: defaultdict[str, dict[str, TaskSummary]] = defaultdict(dict)
-    for row in store.tasks.summaries():
-        name = row.task.name
-        if (wanted and name not in wanted) or (shard is not None and not shard.has(name)):
+    store: Store, names: Sequence[str], shard: Shard | None, again: bool, report: VectorReport
+) -> dict[str, list[Task]]:
+    """Return the tasks to work on by base model, and note the others in the report."""
+    todo: defaultdict[str, list[Task]] = defaultdict(list)
+    tasks = {task.name: task for task in store.named(names)}.values() if names else store.tasks()
+    for task in tasks:
+        if shard is not None and not shard.has(task.name):
             continue
-        if row.vectors and not again:
+        if task.vectors and not again:
             report.present += 1
-        elif row.final.is_evicted:
-            report.evicted.append(name)
-        elif row.final.original_only is not None:
-            report.original_only.append(name)
+        elif task.final.is_evicted:
+            report.evicted.append(task.name)
+        elif task.final.original_only is not None:
+            report.original_only.append(task.name)
         else:
-            todo[row.task.base_model][name] = row
+            todo[task.base_model].append(task)
     return todo
 
 
@@ -174,57 +172,78 @@ class _Extracted:
     vectors: Sequence[TaskVector]
     source: Literal["samples", "probes"]
     skipped: str | None = None
-    note: str | None = None  # what is said once of all tasks
+    note: str | None = None  # printed once for all tasks
 
 
 def extract_tasks(
-    models: Models, tasks: Sequence[TaskRecord], tell: Tell
-) -> Iterator[tuple[TaskRecord, _Extracted | Failed | BaseUnavailable | None]]:
-    """Extract the vectors of each task of one base model; None of a task that was removed in the meantime."""
+    models: Models, tasks: Sequence[Task], tell: Tell
+) -> Iterator[tuple[Task, _Extracted | Failed | BaseUnavailable]]:
+    """Extract the vectors of each task of one base model."""
     for task in tasks:
-        result: _Extracted | Failed | BaseUnavailable | None = None
         try:
-            result = _extracted(models.store, task, models.base(task.base_model, VECTOR_DTYPE))
+            result: _Extracted | Failed | BaseUnavailable = _extracted(
+                models.store, task, models.base(task.base_model, VECTOR_DTYPE)
+            )
         except (BaseModelNotFound, BaseModelUnsuited) as error:
             result = BaseUnavailable(error)
         except FAILURES as error:
             result = Failed(as_error(error, models.loaded(task.base_model)))
-        except TaskNotFound:  # `icm rm` does not wait for this
-            pass
         yield task, result
 
 
-def _extracted(store: Store, task: TaskRecord, base: BaseModel) -> _Extracted:
+def _extracted(store: Store, task: Task, base: BaseModel) -> _Extracted:
     samples = read_samples(store, task, base, most=SAMPLES_READ)
     items, template = (None, None) if samples is None else (samples.items, samples.template)
-    adapter = read_runnable(store, store.tasks.final(task.name))
-    vectors = extract_adapted(base, adapter, items, template=template)
+    vectors = extract_adapted(base, read_runnable(store, task.final), items, template=template)
     if samples is None:
         return _Extracted(vectors, "probes")
     vectors += extract_context(base, samples.items, template=template)
     return _Extracted(vectors, "samples", samples.summary, samples.note)
 
 
-def _record(context: Context, store: Store, row: TaskSummary, made: _Extracted | None, report: VectorReport) -> None:
-    """Store the vectors of a task, unless it has changed since it was planned."""
-    task = row.task.name
-    if made is None or store.vectors.add(put_vectors(store, task, made.vectors), of=row) is None:
-        report.changed.append(task)
+def _record(context: Context, store: Store, task: Task, extracted: _Extracted, report: VectorReport) -> None:
+    """Store the vectors of a task, unless its adapter or its samples changed during extraction."""
+    vectors = put_vectors(store, extracted.vectors)
+
+    def is_unchanged(present: Task) -> bool:
+        return present.final.is_same(task.final) and present.samples == task.samples
+
+    try:
+        stored = store.update(
+            task.name, lambda present: with_vectors(present, vectors) if is_unchanged(present) else present
+        )
+    except TaskNotFound:  # `icm rm` does not wait for this
+        report.changed.append(task.name)
         return
-    if made.note is not None and made.note not in report.notes:
-        report.notes.append(made.note)
-    report.tasks.append(VectorsExtracted(task, len(made.vectors), made.source, made.skipped))
+    if not is_unchanged(stored):
+        report.changed.append(task.name)
+        return
+    if extracted.note is not None and extracted.note not in report.notes:
+        report.notes.append(extracted.note)
+    report.tasks.append(VectorsExtracted(task.name, len(vectors), extracted.source, extracted.skipped))
     context.on_event(report.tasks[-1])
 
 
-def put_vectors(store: Store, task: str, vectors: Sequence[TaskVector]) -> list[NewVector]:
-    """Store the vectors of a task as one file and return the rows to record."""
+def with_vectors(task: Task, new: Sequence[Vector]) -> Task:
+    """Return a task with new vectors in place of those of the same views."""
+    views = {vector.view for vector in new}
+    return replace(task, vectors=(*(vector for vector in task.vectors if vector.view not in views), *new))
+
+
+def put_vectors(store: Store, vectors: Sequence[TaskVector]) -> tuple[Vector, ...]:
+    """Store the vectors of a task as one blob and return their descriptions."""
     by_view: defaultdict[View, list[torch.Tensor]] = defaultdict(list)
     for vector in vectors:
         by_view[vector.view].append(vector.values)
-    blob = store.blobs.put(vectors_to_bytes({view: torch.stack(values) for view, values in by_view.items()}))
-    made_by = [json.loads(vector.extractor.to_json()) for vector in vectors]
-    return [
-        NewVector(task, vector.view, vector.support_set, extractor, blob, vector.values.numel())
-        for vector, extractor in zip(vectors, made_by, strict=True)
-    ]
+    data = vectors_to_bytes({view: torch.stack(values) for view, values in by_view.items()})
+    blob = File(store.blobs.put(data), len(data))
+    return tuple(
+        Vector(
+            view=vector.view,
+            support_set=vector.support_set,
+            blob=blob,
+            dim=vector.values.numel(),
+            extractor=json.loads(vector.extractor.to_json()),
+        )
+        for vector in vectors
+    )
