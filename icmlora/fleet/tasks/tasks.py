@@ -217,7 +217,7 @@ def edit_tasks(
                 if name is not None and name != done[0].name:
                     done = [_renamed(store, done[0], name)]
                 elif changed := [new for new, task in zip(done, found, strict=True) if new != task]:
-                    store.publish(changed)
+                    store.publish(changed, older=any("@" in task for task in tasks))
             except LostRace:
                 continue
             return EditReport(done, [task.name for task in done if task.final.is_evicted])
@@ -236,7 +236,7 @@ def _renamed(store: Store, task: Task, name: str) -> Task:
     current = store.task(task.name)
     versions = [task if one.version == task.version else one for one in store.history(task.name)]
     new = [replace(one, name=name, manifest=one.manifest if is_same else None) for one in versions]
-    published = store.publish(new, remove=[] if is_same else [current])
+    published = store.publish(new, remove=[] if is_same else [current], older=True)
     return next(one for one in published if one.version == task.version)
 
 
