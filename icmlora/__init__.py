@@ -61,6 +61,7 @@ if TYPE_CHECKING:
     from icmlora.fewshot.guard import Guard
     from icmlora.fleet.api import Fleet
     from icmlora.fleet.bases.base_models import KnownBase
+    from icmlora.fleet.bases.labels import Joined, Separated
     from icmlora.fleet.bundles.bundles import Bundle
     from icmlora.fleet.bundles.export import ExportReport
     from icmlora.fleet.bundles.import_ import ImportReport
@@ -75,7 +76,7 @@ if TYPE_CHECKING:
     from icmlora.fleet.ingest.ingest import IngestReport
     from icmlora.fleet.map.map import MapReport
     from icmlora.fleet.measure.evaluate import EvaluateReport, Measurable
-    from icmlora.fleet.records import GeneratorRecord, Joined, Separated, TaskSummary
+    from icmlora.fleet.records import Generator, Task, TaskRow
     from icmlora.fleet.report.report import ReportSummary
     from icmlora.fleet.stats.stats import Bill
     from icmlora.fleet.tasks.copies import CopyReport
@@ -130,9 +131,9 @@ __all__ = [
     "Finding",
     "Fleet",
     "Generated",
+    "Generator",
     "GeneratorConflict",
     "GeneratorError",
-    "GeneratorRecord",
     "GeneratorVersion",
     "GroupError",
     "Guard",
@@ -172,11 +173,12 @@ __all__ = [
     "StoreLocked",
     "StoreNotFound",
     "StoreUnavailable",
+    "Task",
     "TaskConflict",
     "TaskContext",
     "TaskDetails",
     "TaskNotFound",
-    "TaskSummary",
+    "TaskRow",
     "TooLossy",
     "TrainReport",
     "UnsafeInput",
@@ -210,14 +212,14 @@ _HOMES = {
     "Finding": "registry.verify",
     "Fleet": "icmlora.fleet.api",
     "Generated": "icmlora.fleet.few_shot.generate",
-    "GeneratorRecord": "icmlora.fleet.records",
+    "Generator": "icmlora.fleet.records",
     "GeneratorVersion": "icmlora.fleet.tasks.generators",
     "GroupError": "icmlora.adapter.metrics",
     "Guard": "icmlora.fewshot.guard",
     "ImportReport": "icmlora.fleet.bundles.import_",
     "IngestReport": "icmlora.fleet.ingest.ingest",
     "InitReport": "icmlora.fleet.tasks.init",
-    "Joined": "icmlora.fleet.records",
+    "Joined": "icmlora.fleet.bases.labels",
     "KnownBase": "icmlora.fleet.bases.base_models",
     "LoraModule": "icmlora.adapter.model",
     "MapReport": "icmlora.fleet.map.map",
@@ -234,10 +236,11 @@ _HOMES = {
     "ReportSummary": "icmlora.fleet.report.report",
     "RestoreReport": "icmlora.fleet.evict.restore",
     "RolledBack": "icmlora.fleet.tasks.generators",
-    "Separated": "icmlora.fleet.records",
+    "Separated": "icmlora.fleet.bases.labels",
+    "Task": "icmlora.fleet.records",
     "TaskContext": "icmlora.base_models.examples.context",
     "TaskDetails": "icmlora.fleet.tasks.tasks",
-    "TaskSummary": "icmlora.fleet.records",
+    "TaskRow": "icmlora.fleet.records",
     "TooLossy": "icmlora.fleet.write.materialize",
     "TrainReport": "icmlora.fleet.train.train",
     "UpdateReport": "icmlora.fleet.train.update",

@@ -9,51 +9,34 @@ from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from icmlora.errors import DataError, IcmLoraError
-from icmlora.fleet.context import Context, base_name, check_base_model, current_code, use_case
+from icmlora.fleet.context import Context, base_name, check_base_model, use_case
 from icmlora.formats.tensor_hash import same_tensors, tensors_digest
-from registry.errors import DamagedStore, LastCopy, LostRace, TaskConflict
+from registry.errors import DamagedStore, GeneratorNotFound, LastCopy, LostRace, TaskConflict
 from registry.filters import FIELDS, Field, Selection, parse_filter, parse_sort
-from registry.manifests import Task
+from registry.manifests import Generator, Task
 from registry.names import check_name, check_note, check_tag
-from registry.records import (
-    AdapterRecord,
-    CodeRecord,
-    EvaluationRecord,
-    GeneratorRecord,
-    TaskRecord,
-    TaskSummary,
-    VectorRecord,
-)
 
 if TYPE_CHECKING:
     from icmlora.generator.initial_a.draw import InitialA
     from icmlora.task_vectors.distances import Neighbour
     from registry.store import Store
+    from registry.tables import TaskRow
 
 
 @dataclass(frozen=True)
 class TaskDetails:
-    """Everything that the store knows about a task."""
+    """A task, and what follows from its files and from the other tasks."""
 
-    task: TaskRecord
-    adapters: tuple[AdapterRecord, ...]
-    vectors: tuple[VectorRecord, ...]
+    task: Task
+    generator: Generator | None  # that decodes its code
     nearest: tuple[Neighbour, ...]
-    generator: GeneratorRecord | None
-    code: CodeRecord | None
     initial: InitialA | None
-    evaluations: tuple[EvaluationRecord, ...]
     # Digest of the chat template that its chats were read with when they were last read, and whether it came with the
     # adapter; None if no chats were read.
     template: str | None
     has_own_template: bool
-    header: Mapping[str, str]  # what the trainer noted in the file of an image adapter
-    same_as_final: frozenset[int]  # ids of the checkpoints whose tensors equal the final adapter's
-
-    @property
-    def final(self) -> AdapterRecord:
-        """The final adapter of the task."""
-        return next(adapter for adapter in self.adapters if adapter.is_final)
+    header: Mapping[str, str]  # written by the trainer into the file of an image adapter
+    same_as_final: tuple[bool, ...]  # for each checkpoint, whether its tensors equal the final adapter's
 
 
 @dataclass(frozen=True)
@@ -89,15 +72,15 @@ def list_tasks(
     filters: Sequence[str] = (),
     sort: str | None = None,
     limit: int | None = None,
-) -> list[TaskSummary]:
-    """List the tasks, by name unless `sort` says otherwise.
+) -> list[TaskRow]:
+    """List the tasks, by name unless `sort` is given.
 
     Args:
         context: The store.
         base_model: Only the tasks of this base model.
         filters: Conditions such as `rank>=8`, `tag=prod` or `base~llama`; a task is listed if all of them hold.
         sort: A field and a direction, such as `size:desc`; tasks without a value come last.
-        limit: List at most so many.
+        limit: Maximum number of tasks.
 
     Raises:
         DataError: No task belongs to the base model.
@@ -105,10 +88,7 @@ def list_tasks(
     """
     selection = _selection(base_model, filters, sort, limit)
     with context.open(read_only=True) as store:
-        if limit is not None and selection == Selection(limit=limit):
-            return store.listing.first(limit)  # nothing is compared, so no other task has a part in what is shown
-        without = _depending_on_wrong_rows(store)
-        return list(store.listing.summaries(of_base_model(store, selection), without=without))
+        return list(store.rows(of_base_model(store, selection)))
 
 
 @use_case
@@ -126,27 +106,21 @@ def list_names(
     """
     selection = _selection(base_model, filters, sort, limit)
     with context.open(read_only=True) as store:
-        # Without a selection no other rows are read than those of the names.
-        without = set() if selection == Selection() else _depending_on_wrong_rows(store)
-        return store.listing.names(of_base_model(store, selection), without=without)
+        return store.names(of_base_model(store, selection))
 
 
 @use_case
 def count_tasks(context: Context, base_model: str | None = None, *, filters: Sequence[str] = ()) -> int:
-    """Return how many tasks `list_tasks` lists; without a selection, damaged ones count too."""
-    if base_model is not None or filters:
-        return len(list_names(context, base_model, filters=filters))
+    """Return how many tasks `list_tasks` lists."""
+    selection = _selection(base_model, filters)
     with context.open(read_only=True) as store:
-        return store.listing.count()
+        return store.count(of_base_model(store, selection))
 
 
-def _depending_on_wrong_rows(store: Store) -> set[int]:
-    """Tell of the wrong rows, and return the numbers of the tasks whose figures depend on one."""
-    return set[int]().union(*store.listing.wrong_rows().values())
-
-
-def _selection(base_model: str | None, filters: Sequence[str], sort: str | None, limit: int | None) -> Selection:
-    """Read the filters and the order, or raise what is wrong with them."""
+def _selection(
+    base_model: str | None, filters: Sequence[str], sort: str | None = None, limit: int | None = None
+) -> Selection:
+    """Read the filters and the order; raise `DataError` or `InvalidFilter`."""
     if limit is not None and limit < 1:
         raise DataError(f"a limit of {limit} tasks lists nothing", hint="use 1 or more")
     order = None if sort is None else parse_sort(sort)
@@ -154,10 +128,10 @@ def _selection(base_model: str | None, filters: Sequence[str], sort: str | None,
 
 
 def of_base_model(store: Store, selection: Selection) -> Selection:
-    """Name the base model of a selection by its own name, and check that it has tasks."""
+    """Replace the label of a selection's base model by its name; raise `DataError` if it has no tasks."""
     base_model = base_name(store, selection.base_model)
     if base_model is not None:
-        check_base_model(base_model, {base.name for base in store.base_models.all() if base.tasks})
+        check_base_model(base_model, store.task_counts())
     return replace(selection, base_model=base_model)
 
 
@@ -244,7 +218,7 @@ def _renamed(store: Store, task: Task, name: str) -> Task:
 def list_tags(context: Context) -> Mapping[str, int]:
     """Return how many tasks have each tag, sorted by tag."""
     with context.open(read_only=True) as store:
-        return store.tasks.tags()
+        return store.tags()
 
 
 @use_case
@@ -253,31 +227,30 @@ def show_task(context: Context, task: str) -> TaskDetails:
     from icmlora.fleet.map.map import nearest_tasks
 
     with context.open(read_only=True) as store:
-        known = store.tasks.get(task)
-        code, generator = current_code(store, known)
-        vectors = tuple(store.vectors.all(known.name))
-        evaluations = tuple(store.evaluations.all(known.name))
-        template = _template(vectors, evaluations)
-        adapters = tuple(store.tasks.adapters(known.name))
+        known = store.task(task)
+        generator, template = _generator(store, known), _template(known)
         return TaskDetails(
             task=known,
-            adapters=adapters,
-            same_as_final=_same_as_final(store, adapters),
-            vectors=vectors,
-            nearest=nearest_tasks(context, store, known, vectors),
             generator=generator,
-            code=code,
-            initial=None if generator is None or code is None else _initial(store, generator, code),
-            evaluations=evaluations,
+            nearest=nearest_tasks(context, store, known),
+            initial=None if generator is None else _initial(store, known),
             template=template,
-            has_own_template=template is not None and template == _own_template(store, known.name),
-            header=header_of(store, store.tasks.final(known.name)),
+            has_own_template=template is not None and template == _own_template(store, known),
+            header=header_of(store, known),
+            same_as_final=_same_as_final(store, known),
         )
 
 
-def _same_as_final(store: Store, adapters: Sequence[AdapterRecord]) -> frozenset[int]:
-    """Return the ids of the checkpoints whose tensors equal the final adapter's; files are read only if keys match."""
-    final = next(row for row in adapters if row.is_final)
+def _generator(store: Store, task: Task) -> Generator | None:
+    """Return the generator of a task's code."""
+    try:
+        return None if task.code is None else store.generator_of(task.code.generator, task.base_model)
+    except (DamagedStore, GeneratorNotFound):  # `icm verify` reports it
+        return None
+
+
+def _same_as_final(store: Store, task: Task) -> tuple[bool, ...]:
+    """Return whether each checkpoint has the tensors of the final adapter; files are read only if their keys match."""
 
     def digest(blob: str) -> str | None:
         try:
@@ -285,13 +258,14 @@ def _same_as_final(store: Store, adapters: Sequence[AdapterRecord]) -> frozenset
         except DamagedStore:  # evicted, or `icm verify` reports it
             return None
 
-    return frozenset(row.id for row in adapters if not row.is_final and same_tensors(row, final, digest))
+    return tuple(same_tensors(checkpoint, task.final, digest) for checkpoint in task.checkpoints)
 
 
-def header_of(store: Store, final: AdapterRecord) -> Mapping[str, str]:
-    """Return what the trainer noted in the header of an image adapter; nothing for one of another kind."""
+def header_of(store: Store, task: Task) -> Mapping[str, str]:
+    """Return the notes of the trainer in the header of an image adapter; none for another kind."""
     from icmlora.formats.catalogue import format_named  # imports all formats
 
+    final = task.final
     if not format_named(final.format).is_for_images:
         return {}
     from icmlora.fleet.resources.decoding import base_tensors
@@ -305,7 +279,7 @@ def header_of(store: Store, final: AdapterRecord) -> Mapping[str, str]:
             found = peek_bytes(partial(store.blobs.start, final.weights))
             return {} if found is None else found.metadata
         blobs = [store.blobs.read(extra.blob) for extra in final.extras if extra.file is None]
-        header = unpack_tensors(blobs, partial(base_tensors, store, final)).get(HEADER)
+        header = unpack_tensors(blobs, partial(base_tensors, store, task)).get(HEADER)
         return {} if header is None else parse_object(header.data, what="the header", max_bytes=len(header.data))
     except (DamagedStore, IcmLoraError):  # `icm verify` reports it
         return {}
@@ -364,12 +338,12 @@ def _is_last_copy(versions: Sequence[Task]) -> bool:
     return any(task.final.is_evicted for task in versions)
 
 
-def _template(vectors: Sequence[VectorRecord], evaluations: Sequence[EvaluationRecord]) -> str | None:
-    facts = [*(row.settings for row in reversed(evaluations)), *(row.extractor for row in reversed(vectors))]
+def _template(task: Task) -> str | None:
+    facts = [*(one.settings for one in reversed(task.measured)), *(one.extractor for one in reversed(task.vectors))]
     return next((str(known["template"]) for known in facts if "template" in known), None)
 
 
-def _own_template(store: Store, task: str) -> str | None:
+def _own_template(store: Store, task: Task) -> str | None:
     from icmlora.base_models.examples.chat_template import ChatTemplate
     from icmlora.fleet.resources.texts import adapter_template
 
@@ -380,13 +354,14 @@ def _own_template(store: Store, task: str) -> str | None:
     return None if own is None else ChatTemplate(own, {}).digest
 
 
-def _initial(store: Store, generator: GeneratorRecord, code: CodeRecord) -> InitialA | None:
-    """Read the initialisation seed from a code; None if a file is damaged, which `icm verify` reports."""
+def _initial(store: Store, task: Task) -> InitialA | None:
+    """Read the initialisation seed from a task's code; None if a file is damaged, which `icm verify` reports."""
     from icmlora.generator.code import Code, generator_of
     from icmlora.generator.file import versions_of
 
+    assert task.code is not None
     try:
-        data, versions = store.blobs.read(code.blob), versions_of(store.blobs.read(generator.blob))
+        data, versions = store.blobs.read(task.code.blob), versions_of(store.blobs.read(task.code.generator))
         config = next((version.config for version in versions if version.digest == generator_of(data)), None)
         return None if config is None else Code.from_bytes(data, config).head.initial
     except (DamagedStore, IcmLoraError):
