@@ -17,7 +17,8 @@ import gc, os, sys
 from sqlalchemy import text
 from registry.errors import StoreUnavailable, StoreLocked
 from registry.store import Store
-from tests.registry.examples import BASE, offer
+from dataclasses import replace
+from tests.registry.examples import BASE, ingest
 
 url, folder, child, is_busy = sys.argv[1:]
 
@@ -30,17 +31,17 @@ def fork():
     gc.collect()
 
 store = Store.open(url, create=True, blobs=folder)
-store.tasks.ingest([offer(store, "poems")])
+ingest(store, "poems")
 with store.job(BASE):
     if is_busy:
         with store._db.read() as reading, store._db.write() as writing:
             reading.execute(text("SELECT 1"))
-            writing.execute(text("UPDATE tasks SET note = 'from the parent'"))
+            writing.execute(text("UPDATE refs SET note = 'from the parent'"))
             fork()
-            assert reading.scalar(text("SELECT count(*) FROM tasks")) == 1
+            assert reading.scalar(text("SELECT count(*) FROM refs")) == 1
     else:
         fork()
-        store.tasks.edit(["poems"], note="from the parent")
+        store.update("poems", lambda task: replace(task, note="from the parent"))
     with Store.open(url, lock_timeout=0) as other:
         try:
             with other.job(BASE):
@@ -56,7 +57,7 @@ def forked(url: str, folder: Path, child: str, *, is_busy: bool = False) -> subp
     ran = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert ran.returncode == 0, ran.stderr
     with Store.open(url) as store:
-        assert store.tasks.get("poems").note == "from the parent"
+        assert next(store.rows()).note == "from the parent"
     return ran
 
 
@@ -69,7 +70,7 @@ def forked(url: str, folder: Path, child: str, *, is_busy: bool = False) -> subp
         "store.close()",
         "del globals()['store'], globals()['reading']; gc.collect()",
         "reading.execute(text('SELECT 1'))",
-        "writing.execute(text('UPDATE tasks SET note = NULL')); writing.commit()",
+        "writing.execute(text('UPDATE refs SET note = NULL')); writing.commit()",
     ],
 )
 def test_whatever_the_copy_does_the_locks_and_transactions_of_the_parent_go_on(
@@ -80,9 +81,7 @@ def test_whatever_the_copy_does_the_locks_and_transactions_of_the_parent_go_on(
 
 
 @pytest.mark.one_case
-@pytest.mark.parametrize(
-    "use", ["list(store.tasks.all())", "store.job(BASE).__enter__()", "store.tasks.remove(['poems'])"]
-)
+@pytest.mark.parametrize("use", ["list(store.tasks())", "store.job(BASE).__enter__()", "store.remove(['poems'])"])
 def test_a_copy_that_uses_the_store_is_told_to_open_it_anew(postgres: str, tmp_path: Path, use: str) -> None:
     child = f"""
 try:
@@ -98,7 +97,7 @@ os._exit(0)
 def test_a_copy_that_opens_the_store_anew_can_use_it(postgres: str, tmp_path: Path) -> None:
     child = """
 with Store.open(url) as own:
-    print([task.name for task in own.tasks.all()], flush=True)
+    print(own.names(), flush=True)
 os._exit(0)
 """
     assert "['poems']" in forked(new_database(postgres), tmp_path / "blobs", child).stdout

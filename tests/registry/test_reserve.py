@@ -9,7 +9,7 @@ import pytest
 
 from registry import files as fs
 from registry.errors import StoreFull
-from registry.storage.folder import RESERVE_BYTES, make_reserve, restore_reserve, with_reserve
+from registry.storage.folder import RESERVE_BYTES, FolderMaintenance, make_reserve
 from registry.storage.sqlite import SqliteDatabase
 from registry.store import Store
 from tests.registry.examples import ingest
@@ -42,8 +42,9 @@ def test_a_task_can_be_removed_from_a_full_disk(store: Store, full_disk: Path) -
     paths_of(store).reserve.unlink()
     ingest(store, "rust")
     make_reserve(paths_of(store))
-    store.tasks.remove(["rust"], last_copies=["rust"])
-    assert list(store.tasks.all()) == []
+    store.remove(["rust"])
+    store.free(names=["rust"])
+    assert store.names() == []
     assert full_disk.exists()
 
 
@@ -59,7 +60,7 @@ def test_the_reserve_is_given_up_only_for_a_full_disk(store: Store) -> None:
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        with_reserve(paths_of(store), fail)
+        FolderMaintenance(paths_of(store)).run(fail)
     assert paths_of(store).reserve.exists()
 
 
@@ -68,7 +69,7 @@ def test_a_disk_that_stays_full_is_an_error(store: Store) -> None:
         raise StoreFull("full")
 
     with pytest.raises(StoreFull):
-        with_reserve(paths_of(store), fail)
+        FolderMaintenance(paths_of(store)).run(fail)
 
 
 def test_a_reserve_that_cannot_be_made_again_stops_nothing(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,6 +78,6 @@ def test_a_reserve_that_cannot_be_made_again_stops_nothing(store: Store, monkeyp
 
     paths_of(store).reserve.unlink()
     monkeypatch.setattr(fs, "write", fail)
-    restore_reserve(paths_of(store))
+    FolderMaintenance(paths_of(store)).after_deletion()
     assert not paths_of(store).reserve.exists()
     assert list(paths_of(store).tmp.iterdir()) == []

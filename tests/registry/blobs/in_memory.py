@@ -13,7 +13,7 @@ from uuid import uuid4
 
 from registry.files import Bytes
 from registry.storage.blobs.backend import BlobInfo, Leftover
-from registry.storage.folder import is_digest
+from registry.manifests import is_digest
 
 
 class MemoryBatch:

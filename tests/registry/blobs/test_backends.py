@@ -12,7 +12,7 @@ from registry.storage.paths import StorePaths, make_folders
 from registry.store import Store
 from registry.testing.blobs import ABSENT, BlobPromises
 from tests.registry.blobs.in_memory import MemoryBackend
-from tests.registry.examples import generator, ingest
+from tests.registry.examples import ingest, train
 from tests.shared import paths_of
 
 
@@ -59,23 +59,23 @@ class TestFarMemory(TestMemory):
 
 
 def test_a_store_works_on_another_backend(tmp_path: Path) -> None:
-    memory = MemoryBackend()
+    blobs, manifests = MemoryBackend(), MemoryBackend()
     root = tmp_path / "store"
-    with Store.open(root, create=True, backend=memory) as store:
+    with Store.open(root, create=True, backends=(blobs, manifests)) as store:
         ingest(store, "rust", steps=[80])
         ingest(store, "html")
-        store.generators.add(generator(store, ["rust"]))
-        assert store.blobs.read(store.tasks.final("rust").weights) == b"weights of rust"
+        train(store, ["rust"])
+        assert store.blobs.read(store.task("rust").final.weights) == b"weights of rust"
         assert list(store.verify(read_data=True)) == []
         assert not list(paths_of(store).blobs.iterdir())
-    with Store.open(root, backend=memory) as store:
-        store.tasks.remove(["html"], last_copies=["html"])
-        assert store.usage().unreferenced == len(b"weights of html")
+        assert not list(paths_of(store).manifests.iterdir())
+    with Store.open(root, backends=(blobs, manifests)) as store:
+        store.remove(["html"])
         assert store.prune(grace=0).blobs == 1
         assert store.usage().codes == len(b"code of rust")
-        weights = store.tasks.final("rust").weights
-        memory.kept[weights] = b"weights of rusk"
+        weights = str(store.task("rust").final.weights)
+        blobs.kept[weights] = b"weights of rusk, and more"
         (finding,) = store.verify(read_data=True)
-        assert (finding.kind, finding.path, finding.tasks) == ("digest", f"memory:{weights}", ("rust",))
-        store.repair()
-        assert list(memory.damaged.values()) == [b"weights of rusk"]
+        assert (finding.kind, finding.path, finding.tasks) == ("length", f"memory:{weights}", ("rust",))
+        store.repair(finding)
+        assert list(blobs.damaged.values()) == [b"weights of rusk, and more"]
