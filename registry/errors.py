@@ -126,7 +126,7 @@ class TaskNotFound(RegistryError):
 class TaskConflict(RegistryError):
     """A task of that name exists with another final adapter or base model."""
 
-    def __init__(self, name: str, *, choices: str | None = "skip|replace", fact: str | None = None) -> None:
+    def __init__(self, name: str, *, choices: str | None = "version|skip", fact: str | None = None) -> None:
         options = "" if choices is None else f", or use --on-conflict {choices}"
         hint = f"choose another name{options}" if fact is None else "choose another name"
         super().__init__(fact or f"task {name!r} already exists with a different adapter", hint=hint)

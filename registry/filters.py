@@ -85,6 +85,7 @@ class Selection:
     filters: Sequence[Filter] = ()  # all of them must hold
     sort: Sort | None = None  # by name if there is none
     limit: int | None = None
+    endings: Sequence[str] = ()  # if there are any, the name ends with one of these, in lower case
 
 
 _FILTER = re.compile(r"\s*([\w-]*)\s*(!=|>=|<=|==|=|>|<|~)(.*)", re.DOTALL)

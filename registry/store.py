@@ -256,14 +256,12 @@ class Store:
 
     def base_models(self) -> list[BaseModel]:
         """Return the base models by name: those with facts or labels, and those that tasks name."""
-        with self._db.read() as connection:
-            digests = connection.scalars(select(REFS.c.manifest).where(REFS.c.kind == BaseModel.KIND)).all()
-        known = {base.name: base for base in cast(list[BaseModel], list(map(self._state, digests)))}
+        known = {base.name: base for base in self._described_bases()}
         return [known.get(name) or BaseModel(name=name) for name in sorted({*known, *self.task_counts()})]
 
     def base_model(self, label: str) -> BaseModel:
         """Return the base model that has a label; a new one if the store does not know it."""
-        return next((base for base in self.base_models() if label in base.names), BaseModel(name=label))
+        return next((base for base in self._described_bases() if label in base.names), BaseModel(name=label))
 
     def base_name(self, label: str) -> str:
         """Return the name of the base model that has a label; the label itself if the store does not know it."""
@@ -509,6 +507,12 @@ class Store:
                 self._on_damage(str(row.name), error)
             else:
                 yield found
+
+    def _described_bases(self) -> list[BaseModel]:
+        """Return the base models with facts or labels."""
+        with self._db.read() as connection:
+            digests = connection.scalars(select(REFS.c.manifest).where(REFS.c.kind == BaseModel.KIND)).all()
+        return cast(list[BaseModel], list(map(self._state, digests)))
 
     def _current(self, kind: str, name: str) -> State | None:
         with self._db.read() as connection:
