@@ -20,7 +20,7 @@ from datetime import UTC, datetime
 from typing import Any, ClassVar, Literal, Self, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from registry.errors import DamagedStore
-from registry.names import LOAD_IN, NLL, LoadIn, is_bundle_source
+from registry.names import LOAD_IN, NLL, UNKNOWN_BASE, LoadIn, is_bundle_source
 
 Json = Mapping[str, object]
 View = Literal["adapted", "context"]
@@ -337,6 +337,11 @@ class Task(State):
     def number(self) -> int:
         """Its version."""
         return self.version
+
+    @property
+    def not_encodable(self) -> str | None:
+        """Why its final adapter cannot have a code; None if it can."""
+        return self.final.original_only or (WITHOUT_BASE if self.base_model == UNKNOWN_BASE else None)
 
     @property
     def adapters(self) -> tuple[Adapter, ...]:

@@ -201,7 +201,7 @@ def index_of(state: State, manifest: str) -> dict[str, Any]:
         "vectors": len(state.vectors),
         "vectors_bytes": sum({str(one.blob): one.blob.size for one in state.vectors}.values()),
         "evicted_at": final.evicted_at,
-        "original_only": final.original_only,
+        "original_only": state.not_encodable,
         "does_nothing": final.does_nothing,
         "is_generated": final.is_generated,
         "pinned": state.pinned,
