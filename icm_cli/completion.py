@@ -86,7 +86,7 @@ def _values(field: str) -> Iterable[str]:
         case "name":
             return list_names(_context())
         case "base":
-            return [base.record.name for base in list_base_models(_context())]
+            return [known.base.name for known in list_base_models(_context())]
         case "tag":
             return list_tags(_context())
     return ()

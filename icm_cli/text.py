@@ -7,7 +7,7 @@ from dataclasses import asdict
 from math import isfinite
 from typing import TYPE_CHECKING
 
-from icmlora.fleet.measure.metric_result import gain_text, relative_error, source_name
+from icmlora.fleet.measure.metric_result import gain_text, relative_error
 from icmlora.io.text import human_size
 
 if TYPE_CHECKING:
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
     from icmlora.adapter.metrics import GroupError
     from icmlora.fleet.bases.joins import BaseJoined
-    from icmlora.fleet.records import Claim, Rung
+    from registry.manifests import Claim, Source
 
 
-SOURCES: tuple[Rung, ...] = ("base", "original", "code", "generate", "network")
+SOURCES: tuple[Source, ...] = ("base", "original", "code", "recalled", "network")
 """Sources of a task's adapter, in table order."""
 
 
@@ -87,19 +87,13 @@ def groups_json(groups: Sequence[GroupError]) -> list[dict[str, object]]:
     ]
 
 
-def as_fields(record: DataclassInstance) -> dict[str, Any]:
-    """Return the fields of a record for JSON, with the relative error next to each squared error."""
-    return asdict(record, dict_factory=_with_relative_error)
+def as_fields(record: DataclassInstance, *left_out: str) -> dict[str, Any]:
+    """Return the fields of a record for JSON, without some, and with the relative error next to each squared error."""
 
+    def fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for name, value in pairs:
+            found |= errors_json(value) if name == "squared_error" else {name: value}
+        return {name: value for name, value in found.items() if name not in left_out}
 
-def _with_relative_error(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    fields: dict[str, Any] = {}
-    for name, value in pairs:
-        match name:
-            case "squared_error":
-                fields |= errors_json(value)
-            case "rung":
-                fields["source"] = value and source_name(value)
-            case _:
-                fields[name] = value
-    return fields
+    return asdict(record, dict_factory=fields)

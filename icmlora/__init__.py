@@ -76,7 +76,6 @@ if TYPE_CHECKING:
     from icmlora.fleet.ingest.ingest import IngestReport
     from icmlora.fleet.map.map import MapReport
     from icmlora.fleet.measure.evaluate import EvaluateReport, Measurable
-    from icmlora.fleet.records import Generator, Task, TaskRow
     from icmlora.fleet.report.report import ReportSummary
     from icmlora.fleet.stats.stats import Bill
     from icmlora.fleet.tasks.copies import CopyReport
@@ -95,6 +94,7 @@ if TYPE_CHECKING:
     from icmlora.fleet.write.merge import Merged
     from icmlora.formats.discovery.folder import load_adapter, save_adapter
     from icmlora.serving.attach import attach
+    from registry.manifests import Generator, Task
     from registry.names import DatabaseUrl
     from registry.reachability import PruneReport
     from registry.verify import Finding, Rebuilt
@@ -212,7 +212,7 @@ _HOMES = {
     "Finding": "registry.verify",
     "Fleet": "icmlora.fleet.api",
     "Generated": "icmlora.fleet.few_shot.generate",
-    "Generator": "icmlora.fleet.records",
+    "Generator": "registry.manifests",
     "GeneratorVersion": "icmlora.fleet.tasks.generators",
     "GroupError": "icmlora.adapter.metrics",
     "Guard": "icmlora.fewshot.guard",
@@ -237,10 +237,10 @@ _HOMES = {
     "RestoreReport": "icmlora.fleet.evict.restore",
     "RolledBack": "icmlora.fleet.tasks.generators",
     "Separated": "icmlora.fleet.bases.labels",
-    "Task": "icmlora.fleet.records",
+    "Task": "registry.manifests",
     "TaskContext": "icmlora.base_models.examples.context",
     "TaskDetails": "icmlora.fleet.tasks.tasks",
-    "TaskRow": "icmlora.fleet.records",
+    "TaskRow": "registry.tables",
     "TooLossy": "icmlora.fleet.write.materialize",
     "TrainReport": "icmlora.fleet.train.train",
     "UpdateReport": "icmlora.fleet.train.update",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from functools import lru_cache
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,11 +10,12 @@ from icm_cli.options import BaseModelOpt, FiltersOpt, FromOpt, LimitOpt, SortOpt
 from icm_cli.output import Column, Field
 from icm_cli.session import Session, command
 from icm_cli.text import claim_json, claim_text, coded_size, errors_json
-from icmlora.fleet.measure.metric_result import gain_text
+from icmlora.fleet.measure.metric_result import gain_text, relative_error
+from icmlora.fleet.rows import claim_of, limits_of, was_never_here
 from icmlora.io.text import counted, human_size, in_ranges
 
 if TYPE_CHECKING:
-    from icmlora.fleet.records import TaskSummary
+    from registry.tables import TaskRow
 
 TagsOpt = Annotated[bool, option("--tags", "List all tags with their number of tasks instead.")]
 OldFiltersOpt = Annotated[list[str] | None, option("-f", "As --filter.", hidden=True)]
@@ -93,43 +93,41 @@ def list_tags(session: Session) -> None:
 
 
 @lru_cache(maxsize=256)  # most tasks share their targets
-def _targets(modules: tuple[str, ...]) -> str:
-    return ",".join(in_ranges(modules))
+def _targets(modules: str) -> str:
+    return ",".join(in_ranges(modules.split()))
 
 
-def _coded(row: TaskSummary) -> str:
-    if row.final.original_only is not None:
-        return "original only"
-    return coded_size(None if row.code is None else row.code.size)
+def _coded(row: TaskRow) -> str:
+    return "original only" if row.original_only is not None else coded_size(row.code_size)
 
 
-def _original(row: TaskSummary) -> str:
-    if row.final.was_never_here:
-        return "none"
-    if row.final.is_evicted:
-        return "evicted"
-    size = human_size(row.final.original_bytes)
-    return f"pinned {size}" if row.task.pinned else size
+def _original(row: TaskRow) -> str:
+    if row.evicted_at is not None:
+        return "none" if was_never_here(row) else "evicted"
+    size = human_size(row.original_bytes)
+    return f"pinned {size}" if row.pinned else size
 
 
-def _error(row: TaskSummary) -> str:
-    squared = None if row.code is None else row.code.squared_error
-    return "" if squared is None else f"{math.sqrt(squared):.3f}"
+def _error(row: TaskRow) -> str:
+    error = relative_error(row.squared_error)
+    return "" if error is None else f"{error:.3f}"
 
 
-def _claimed(row: TaskSummary) -> str:
-    return "" if row.code is None or row.code.claim is None else claim_text(row.code.claim)
+def _extras(row: TaskRow) -> str:
+    return human_size(row.extras_bytes) if row.extras_bytes else ""
 
 
-def _extras(row: TaskSummary) -> str:
-    return human_size(row.final.extras_bytes) if row.final.extras else ""
+def _claimed(row: TaskRow) -> str:
+    claim = claim_of(row)
+    return "" if claim is None else claim_text(claim)
 
 
-_FIELDS: tuple[Field[TaskSummary], ...] = (
-    Field("task", lambda row: row.task.name, shrink=True),
-    Field("base model", lambda row: row.task.base_model, shrink=True),
-    Field("rank", lambda row: str(row.final.rank_max), right=True),
-    Field("targets", lambda row: _targets(tuple(row.final.target_modules)), shrink=True, spare=3),
+_FIELDS: tuple[Field[TaskRow], ...] = (
+    Field("task", lambda row: row.name, shrink=True),
+    Field("version", lambda row: str(row.version) if row.version > 1 else "", right=True, spare=9, is_rare=True),
+    Field("base model", lambda row: row.base, shrink=True),
+    Field("rank", lambda row: str(row.rank), right=True),
+    Field("targets", lambda row: _targets(row.targets), shrink=True, spare=3),
     Field("original", _original, right=True),
     Field("checkpoints", lambda row: str(row.checkpoints), right=True, spare=6),
     Field("vectors", lambda row: str(row.vectors), right=True, spare=5),
@@ -137,35 +135,43 @@ _FIELDS: tuple[Field[TaskSummary], ...] = (
     Field("gain", lambda row: gain_text(row.gain, row.gain_precision, missing=""), right=True, spare=7, is_rare=True),
     Field("relative error", _error, right=True, spare=8, is_rare=True),
     Field("claimed by the bundle", _claimed, shrink=True, spare=1, is_rare=True),
-    Field("extras", _extras, right=True, spare=4, is_rare=True),
-    Field("tags", lambda row: " ".join(row.task.tags), shrink=True, spare=2, is_rare=True),
+    Field(
+        "extras",
+        lambda row: human_size(row.extras_bytes) if row.extras_bytes else "",
+        right=True,
+        spare=4,
+        is_rare=True,
+    ),
+    Field("tags", lambda row: row.tags.strip(), shrink=True, spare=2, is_rare=True),
 )
 
 
-def _as_json(row: TaskSummary) -> dict[str, object]:
+def _as_json(row: TaskRow) -> dict[str, object]:
+    limits = limits_of(row)
     return {
-        "name": row.task.name,
-        "base_model": row.task.base_model,
-        "rank": row.final.rank_max,
-        "dtype": row.final.dtype.lower(),
-        "parameters": row.final.parameters,
-        "target_modules": list(row.final.target_modules),
-        "original_size": row.final.original_bytes,
-        "evicted_at": row.final.evicted_at,
-        "pinned": row.task.pinned,
-        "original_only": row.final.original_only,
-        "extras_bytes": row.final.extras_bytes,
-        "tags": list(row.task.tags),
-        "note": row.task.note,
+        "name": row.name,
+        "version": row.version,
+        "base_model": row.base,
+        "rank": row.rank,
+        "dtype": row.dtype.lower(),
+        "parameters": row.parameters,
+        "target_modules": row.targets.split(),
+        "original_size": row.original_bytes,
+        "evicted_at": row.evicted_at,
+        "pinned": row.pinned,
+        "original_only": row.original_only,
+        "extras_bytes": row.extras_bytes,
+        "tags": row.tags.split(),
+        "note": row.note,
         "checkpoints_count": row.checkpoints,
         "evicted_checkpoints_count": row.evicted_checkpoints,
         "vectors_count": row.vectors,
-        "code_size": None if row.code is None else row.code.size,
+        "code_size": row.code_size,
         "retained_gain": row.gain,
         "precision": row.gain_precision,
-        **errors_json(None if row.code is None else row.code.squared_error),
-        "effect": None if row.code is None else row.code.effect,
-        "keep": None if row.code is None or row.code.asked is None else row.code.asked.keep,
-        "claimed": None if row.code is None else claim_json(row.code.claim),
-        "created_at": row.task.created_at,
+        **errors_json(row.squared_error),
+        "effect": row.effect,
+        "keep": None if limits is None else limits.keep,
+        "claimed": claim_json(claim_of(row)),
+        "created_at": row.created_at,
     }
