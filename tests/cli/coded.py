@@ -1,19 +1,39 @@
 """What tests of codes ask of a store and of a command's events."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from registry.records import CodeRecord
+from registry.manifests import Code, File, Generator
 from registry.store import Store
 from tests.cli.conftest import Ran
 from tests.icmlora.tiny_base import LABEL
 
 
-def codes(store: Path) -> dict[str, CodeRecord]:
+def codes(store: Path) -> dict[str, Code]:
+    """Return the codes of the generator in use."""
+    generator = current(store)
     with Store.open(store) as opened:
-        generator = opened.generators.current(LABEL)
-        assert generator is not None
-        return {code.task: code for code in opened.codes.all(generator.id)}
+        found = {task.name: task.code_under(generator) for task in opened.tasks()}
+    return {name: code for name, code in found.items() if code is not None}
+
+
+def current(store: Path) -> Generator:
+    with Store.open(store, read_only=True) as opened:
+        generator = opened.generator(LABEL)
+    assert generator is not None
+    return generator
+
+
+def make_another_current(store: Path, data: bytes = b"another one", label: str = LABEL) -> None:
+    """Make another generator current, as `icm import` does."""
+    with Store.open(store) as opened:
+        blob = File(opened.blobs.put(data), len(data))
+        present = opened.generator(label)
+        new = Generator(base_model=label, blob=blob, config={}, metrics={})
+        if present is not None:
+            new = replace(new, version=present.version + 1, manifest=present.manifest, seq=present.seq)
+        opened.publish([new])
 
 
 def tasks_of(ran: Ran) -> dict[str, dict[str, Any]]:

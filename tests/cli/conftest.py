@@ -15,7 +15,7 @@ from icm_cli.app import run
 from icmlora.fleet.measure.measure import SourceResult, TaskLosses
 from icmlora.fleet.measure.metric_result import MetricResult
 from icmlora.fleet.train.candidates import Candidate
-from registry.records import Rung
+from registry.manifests import Source
 from tests.cli.fleet import write_fleet
 from tests.quick import quick_codes
 from tests.rewriting import moved
@@ -109,10 +109,10 @@ def plain_gains(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def result_of(
         self: TaskLosses,
-        source: Rung,
+        source: Source,
         score: MetricResult,
         error: float | None,
-        references: Mapping[Rung, SourceResult],
+        references: Mapping[Source, SourceResult],
     ) -> SourceResult:
         gain = None if error is None else 1 - error
         return SourceResult(source, score, gain, error)

@@ -20,9 +20,9 @@ from icmlora.fleet.measure.measure import TaskLosses
 from icmlora.formats.discovery.folder import load_adapter
 from icmlora.generator.codec import Codec
 from icmlora.generator.config import keep_of
+from icmlora.io.text import human_size
 from icmlora.training.refinement import Refinable, RefineConfig
 from registry.store import Store
-from registry.tables.evaluations import Evaluations
 from tests.cli.coded import codes, tasks_of
 from tests.cli.conftest import Ran
 from tests.cli.tiny_fleet import write_lora
@@ -167,11 +167,17 @@ def test_only_the_named_tasks_are_encoded(icm: Icm, trained: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_replaced_codes_leave_no_bytes_behind(icm: Icm, trained: Path) -> None:
-    old = {code.blob for code in codes(trained).values()}
-    icm("encode", "--max-error", "0.055")
+def test_a_prune_frees_as_many_bytes_of_replaced_codes_as_was_said(icm: Icm, trained: Path) -> None:
+    old = codes(trained)
+    ran = icm("encode", "--max-error", "0.055")
+    size = sum(code.size for code in old.values())
+    assert f"`icm prune` frees {human_size(size)} of replaced files" in ran.err
     kept = {path.name for path in (trained / "blobs").rglob("*") if path.is_file()}
-    assert not (old - {code.blob for code in codes(trained).values()}) & kept
+    assert {code.blob for code in old.values()} <= kept
+    with Store.open(trained) as store:
+        store.prune(grace=0)
+    gone = kept - {path.name for path in (trained / "blobs").rglob("*") if path.is_file()}
+    assert {code.blob for code in old.values()} <= gone
     assert icm("verify", "--read-data").code == 0
 
 
@@ -209,7 +215,7 @@ def test_a_gain_that_the_tolerance_does_not_keep_takes_a_finer_code(icm: Icm, tr
 def test_the_gain_that_was_measured_is_recorded(icm: Icm, trained: Path) -> None:
     told = tasks_of(icm("encode", "--min-gain", "0.5", "--device", "cpu", "--json"))
     with Store.open(trained) as store:
-        recorded = {row.task: row.retained_gain for row in store.evaluations.all() if row.rung == "code"}
+        recorded = {task.name: task.quality.retained_gain for task in store.tasks() if task.quality is not None}
     assert recorded
     assert {name: told[name]["retained_gain"] for name in recorded} == recorded
 
@@ -219,7 +225,7 @@ def test_what_was_measured_of_a_replaced_code_goes_with_it(icm: Icm, trained: Pa
     icm("encode", "--min-gain", "0.5", "--device", "cpu")
     icm("encode", "--max-error", "0.055")
     with Store.open(trained) as store:
-        assert [row for row in store.evaluations.all() if row.rung == "code"] == []
+        assert [one for task in store.tasks() for one in task.measured if one.source == "code"] == []
 
 
 @pytest.mark.slow
@@ -313,16 +319,12 @@ def test_each_code_of_a_gain_search_is_decoded_once_and_the_references_are_read_
         real = getattr(owner, name)
         monkeypatch.setattr(owner, name, counted)
 
-    for owner, name in (
-        (Codec, "decode"),
-        (TaskLosses, "measure_adapter"),
-        (Evaluations, "all"),
-    ):
+    for owner, name in ((Codec, "decode"), (TaskLosses, "measure_adapter"), (TaskLosses, "measure")):
         count(owner, name)
     assert icm("encode", "rules", "--min-gain", "0.5", "--device", "cpu").code in (0, ExitCode.PARTLY)
     assert calls["measure_adapter"] >= 4
     assert calls["decode"] == calls["measure_adapter"]
-    assert calls["all"] == 1
+    assert calls["measure"] == 1
 
 
 def test_a_quality_is_a_limit_of_its_own(icm: Icm, trained: Path) -> None:

@@ -13,9 +13,8 @@ import pytest
 
 from icm_cli.errors import ExitCode
 from icmlora import Fleet
-from registry.errors import StoreLocked
+from tests.cli.coded import current
 from tests.cli.conftest import Ran
-from tests.cli.test_train import current
 from tests.cli.tiny_fleet import EPISODES, STEPS
 from tests.icmlora.tiny_base import LABEL
 
@@ -60,19 +59,15 @@ def test_the_second_one_is_told_who_trains_and_changes_nothing(
     assert current(started) == before
 
 
-def test_nothing_is_imported_or_registered_for_a_base_model_that_is_in_training(started: Path, tmp_path: Path) -> None:
+def test_tasks_are_imported_and_registered_for_a_base_model_that_is_in_training(started: Path, tmp_path: Path) -> None:
     fleet, samples = Fleet(started, lock_timeout=0.1), tmp_path / "samples.jsonl"
     bundle = fleet.export_bundle(tmp_path / "fleet.icm").file
     fleet.remove(["silent"])
     samples.write_text("".join(json.dumps({"text": f"grey geese number {number}"}) + "\n" for number in range(4)))
     with another_process_trains(started):
-        with pytest.raises(StoreLocked):
-            fleet.import_bundle(bundle)
-        with pytest.raises(StoreLocked) as error:
-            fleet.generate("geese", samples, tmp_path / "out", register=True, refine=1, device="cpu")
-    assert "--force" in str(error.value.hint)
-    assert fleet.task_names() == ["poems", "rules"]
-    assert [outcome.status for outcome in fleet.import_bundle(bundle).tasks] == ["known", "known", "added"]
+        fleet.import_bundle(bundle)
+        fleet.generate("geese", samples, tmp_path / "out", register=True, refine=1, device="cpu")
+    assert fleet.task_names() == ["geese", "poems", "rules", "silent"]
 
 
 def test_the_second_one_waits_for_the_first(icm: Icm, mixed: Path) -> None:

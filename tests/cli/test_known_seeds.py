@@ -14,7 +14,7 @@ from icmlora.formats.discovery.folder import load_adapter, save_adapter
 from icmlora.generator.codec import Codec
 from icmlora.generator.network_file import generator_from_bytes
 from registry.store import Store
-from tests.cli.coded import codes
+from tests.cli.coded import codes, current
 from tests.cli.conftest import Ran
 from tests.cli.tiny_fleet import icm_quietly, train_store, write_lora
 from tests.icmlora.peft_made import SEED, initial_of, peft_made
@@ -44,16 +44,14 @@ def seeded(template: Path, tmp_path: Path) -> Path:
 
 def seeds_in_codes(path: Path) -> dict[str, int | None]:
     with Store.open(path) as store:
-        record = store.generators.current(LABEL)
-        assert record is not None
-        codec = Codec(generator_from_bytes(store.blobs.read(record.blob)))
-        heads = {row.task: codec.open(store.blobs.read(row.blob)).head for row in store.codes.all(record.id)}
+        codec = Codec(generator_from_bytes(store.blobs.read(current(path).blob)))
+        heads = {name: codec.open(store.blobs.read(code.blob)).head for name, code in codes(path).items()}
     return {task: head.initial.seed if head.initial else None for task, head in heads.items()}
 
 
 def test_the_fleet_of_a_store_knows_where_training_began(seeded: Path) -> None:
     with Store.open(seeded) as store:
-        fleet = StoreAdapterSource(store, LABEL)
+        fleet = StoreAdapterSource.of_base(store, LABEL)
         found = dict(zip(fleet.names, (fleet.initial(task) for task in range(fleet.tasks())), strict=True))
     assert {name: initial.seed if initial else None for name, initial in found.items()} == {**TRAINED, "unseeded": None}
     assert found["first"] == initial_of(peft_made(SEED, moved=1 / 3).adapter)

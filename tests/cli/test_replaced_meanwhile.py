@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,6 @@ from typing import Any
 import pytest
 
 from icm_cli.errors import ExitCode
-from icmlora.adapter.model import Adapter
 from icmlora.base_models.kinds import likelihood
 from icmlora.fleet.bundles import export as exporting
 from icmlora.fleet.encode import encode as encoding
@@ -21,14 +21,12 @@ from icmlora.fleet.evict.types import TaskEvicted
 from icmlora.fleet.measure.measure import TaskLosses
 from icmlora.fleet.vectors import vectors
 from icmlora.generator.versions import GeneratorFile
-from registry.records import AdapterRecord, NewGenerator
+from registry.manifests import File
 from registry.store import Store
-from tests.cli.coded import codes, tasks_of
+from tests.cli.coded import codes, current, make_another_current, tasks_of
 from tests.cli.conftest import Ran
-from tests.cli.test_train import current
 from tests.cli.tiny_fleet import icm_quietly, write_lora
 from tests.icmlora.tiny_base import LABEL
-from tests.registry.examples import code
 
 Icm = Callable[..., Ran]
 Happen = Callable[[], object]
@@ -50,25 +48,24 @@ def before(patch: pytest.MonkeyPatch, owner: object, name: str, *happen: Happen)
 def put_code(store: Path, task: str, data: bytes) -> None:
     """Give a task another code, as `icm encode` does."""
     with Store.open(store) as opened:
-        generator = opened.generators.current(LABEL)
-        assert generator is not None
-        opened.codes.replace(generator.id, code(opened, task, data=data))
+        blob = File(opened.blobs.put(data), len(data))
+        opened.update(task, lambda found: replace(found, code=replace(found.code, blob=blob)))
 
 
 def replace_adapter(store: Path, folder: Path) -> None:
-    icm_quietly(store, "ingest", folder, "--on-conflict", "replace", "--no-vectors")
+    icm_quietly(store, "ingest", folder, "--on-conflict", "version", "--no-vectors")
 
 
-def publish(store: Path) -> None:
-    """Make another generator current, as `icm train` does."""
+def remove(store: Path, name: str) -> None:
+    """Remove a task, as `icm rm` does."""
     with Store.open(store) as opened:
-        opened.generators.add(NewGenerator(LABEL, opened.blobs.put(b"another one"), {}, {}))
+        opened.remove([name])
 
 
-def measured(store: Path) -> dict[str, int | None]:
-    """Return what was recorded of `poems`, with the generator that it is under."""
+def measured(store: Path) -> dict[str, str | None]:
+    """Return the recorded sources of `poems`, with the networks that they depend on."""
     with Store.open(store) as opened:
-        return {row.rung: row.generator_id for row in opened.evaluations.all("poems")}
+        return {one.source: one.generator for one in opened.task("poems").measured}
 
 
 def remove_file(store: Path, task: str) -> None:
@@ -98,7 +95,7 @@ class TestVectors:
 
     def of_poems(self, store: Path) -> Sequence[object]:
         with Store.open(store) as opened:
-            return opened.vectors.all("poems")
+            return opened.task("poems").vectors
 
     def test_those_of_an_adapter_that_was_replaced_are_not_stored(
         self, icm: Icm, mixed: Path, other: Path, monkeypatch: pytest.MonkeyPatch
@@ -106,7 +103,7 @@ class TestVectors:
         before(monkeypatch, vectors, "extract_adapted", lambda: replace_adapter(mixed, other))
         ran = icm(*self.VECTORS)
         assert (ran.code, "changed during extraction: poems" in ran.err) == (0, True)
-        assert self.of_poems(mixed) == []
+        assert self.of_poems(mixed) == ()
         assert icm("vectors", "--device", "cpu", "--json").events[-1]["extracted"] == 1
 
     def test_those_of_samples_that_were_replaced_are_not_stored(
@@ -120,7 +117,7 @@ class TestVectors:
         samples.write_text(json.dumps({"text": "something else"}) + "\n")
         before(monkeypatch, vectors, "extract_context", replace_samples)
         assert icm(*self.VECTORS, "--json").events[-1]["extracted"] == 0
-        assert self.of_poems(mixed) == []
+        assert self.of_poems(mixed) == ()
 
 
 class TestEval:
@@ -142,9 +139,9 @@ class TestEval:
             self.while_it_measures(patch, "code", lambda: put_code(trained, "poems", finer["poems"]))
             ran = icm(*EVAL)
         assert (ran.code, "not fully recorded, changed by another icm process: poems" in ran.err) == (0, True)
-        assert set(measured(trained)) == {"base", "original", "generate"}
+        assert set(measured(trained)) == {"base", "original", "recalled"}
         assert "recorded" not in icm(*EVAL).err
-        assert set(measured(trained)) == {"base", "original", "code", "generate"}
+        assert set(measured(trained)) == {"base", "original", "code", "recalled"}
 
     def test_the_score_of_an_original_that_was_replaced_is_not_recorded(
         self, icm: Icm, trained: Path, other: Path, monkeypatch: pytest.MonkeyPatch
@@ -157,13 +154,7 @@ class TestEval:
     def test_a_task_that_was_removed_is_named_and_the_others_are_measured(
         self, icm: Icm, trained: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        def code(losses: TaskLosses) -> object:
-            losses._store.tasks.remove(["poems"], last_copies=["poems"])  # as `icm rm` does
-            monkeypatch.setattr(TaskLosses, "_code", real)
-            return real(losses)
-
-        real = TaskLosses._code
-        monkeypatch.setattr(TaskLosses, "_code", code)
+        before(monkeypatch, likelihood, "nll", lambda: remove(trained, "poems"))
         ran = icm("eval", "--device", "cpu")
         assert (ran.code, "not fully recorded, changed by another icm process: poems" in ran.err) == (0, True)
         assert [line.split()[0] for line in ran.out.splitlines()[1:2]] == ["rules"]
@@ -172,10 +163,10 @@ class TestEval:
         self, icm: Icm, trained: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         first = current(trained)
-        before(monkeypatch, likelihood, "nll", lambda: publish(trained))
+        before(monkeypatch, likelihood, "nll", lambda: make_another_current(trained))
         assert icm(*EVAL).code == 0
-        assert current(trained).id != first.id
-        assert measured(trained) == {"base": None, "original": None, "code": first.id, "generate": first.id}
+        assert current(trained).blob != first.blob
+        assert measured(trained) == {"base": None, "original": None, "code": first.blob, "recalled": first.blob}
 
 
 class TestEncode:
@@ -200,14 +191,7 @@ class TestEncode:
     def test_a_task_that_was_removed_is_left_out_and_named(
         self, icm: Icm, trained: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        def read_original(store: Store, final: AdapterRecord) -> Adapter:
-            adapter = real(store, final)
-            if final.task == "poems":
-                store.tasks.remove(["poems"], last_copies=["poems"])  # as `icm rm` does
-            return adapter
-
-        real = encoding.read_original
-        monkeypatch.setattr(encoding, "read_original", read_original)
+        before(monkeypatch, encoding, "read_original", lambda: remove(trained, "poems"))
         ran = icm("encode", "poems", "rules", "--max-error", "0.1", "--json")
         assert {name: event["status"] for name, event in tasks_of(ran).items()} == {
             "poems": "changed", "rules": "encoded",
@@ -276,7 +260,7 @@ def test_an_eviction_passes_over_a_task_that_was_removed_meanwhile(
     def evict(evictor: Evictor, name: str, made: Any) -> TaskEvicted:
         done = real(evictor, name, made)
         if name == "poems":
-            evictor._store.tasks.remove(["rules"], last_copies=["rules"])  # as `icm rm` does
+            remove(trained, "rules")
         return done
 
     real = Evictor.evict

@@ -20,21 +20,14 @@ from icmlora.fleet.measure.evaluate import TaskEvaluated
 from icmlora.fleet.resources.adapter_source import StoreAdapterSource
 from icmlora.fleet.train import run as training
 from icmlora.fleet.train import train as publishing
-from registry.records import GeneratorRecord
 from registry.store import Store
+from tests.cli.coded import current
 from tests.cli.conftest import Ran
 from tests.cli.tiny_fleet import STEPS, write_lora
 from tests.icmlora.tiny_base import LABEL
 
 Icm = Callable[..., Ran]
 TRAIN = ("train", "--no-eval", "--refine", "0", "--device", "cpu", "--steps", STEPS)
-
-
-def current(store: Path) -> GeneratorRecord:
-    with Store.open(store, read_only=True) as opened:
-        record = opened.generators.current(LABEL)
-    assert record is not None
-    return record
 
 
 def content(store: Path) -> dict[str, bytes]:
@@ -82,7 +75,7 @@ def test_json_lines_keep_their_names(icm: Icm, mixed: Path) -> None:
     assert set(events["code"]) == {"type", "task", "size", "relative_error", "squared_error"}
     assert set(events["trained"]) == {
         "type", "base_model", "version", "generator", "generator_size", "tasks", "codes_size", "metrics",
-        "start_dropped", "left_out",
+        "start_dropped", "left_out", "earlier_codes", "replaced_bytes",
     }  # fmt: skip
 
 
@@ -120,7 +113,7 @@ def test_ctrl_c_while_it_encodes_publishes_nothing(icm: Icm, mixed: Path, monkey
     monkeypatch.setattr(publishing.Codec, "encode", encode)
     assert icm(*TRAIN).code == ExitCode.INTERRUPTED
     with Store.open(mixed) as store:
-        assert store.generators.current(LABEL) is None
+        assert store.generator(LABEL) is None
 
 
 @pytest.mark.one_case
@@ -182,7 +175,7 @@ def test_after_a_further_ingest_the_present_generator_is_trained_on(icm: Icm, tr
     icm("ingest", write_lora(tmp_path / "more" / "extra", seed=9, rank=8, targets=targets), "--device", "cpu")
     assert icm(*TRAIN).code == 0
     second = current(trained)
-    assert (second.version, second.parent_id) == (2, first.id)
+    assert (second.version, second.trained_from) == (2, first.blob)
     assert all(row["code_size"] for row in icm("ls", "--json").document)
 
 
@@ -219,7 +212,7 @@ def test_an_update_names_it_too(icm: Icm, trained: Path, tmp_path: Path) -> None
     icm("ingest", write_tiny(tmp_path / "more" / "tiny"), write_lora(tmp_path / "more" / "extra"), "--no-vectors")
     ran = icm("train", "--update", "--no-eval", "--refine", "0", "--steps", STEPS, "--device", "cpu")
     assert ran.code == ExitCode.PARTLY
-    assert "tiny has no code and keeps its original" in ran.err
+    assert "tiny was not encoded" in ran.err
     assert {row["name"] for row in icm("ls", "--json").document if not row["code_size"]} == {"tiny"}
 
 
@@ -265,7 +258,7 @@ def test_fresh_starts_without_the_present_generator(icm: Icm, trained: Path) -> 
     before = current(trained)
     icm(*TRAIN, "--fresh")
     after = current(trained)
-    assert (after.version, after.parent_id, after.blob) == (2, None, before.blob)
+    assert (after.version, after.trained_from, after.blob) == (2, None, before.blob)
 
 
 @pytest.mark.slow
@@ -281,7 +274,7 @@ def test_the_same_weights_under_another_alpha_are_another_adapter(icm: Icm, tmp_
         write_lora(tmp_path / "loras" / name, alpha=alpha)
     icm("ingest", tmp_path / "loras", "--no-vectors")
     with Store.open(tmp_path / "store") as store:
-        fleet = StoreAdapterSource(store, LABEL)
+        fleet = StoreAdapterSource.of_base(store, LABEL)
         assert not fleet.load(0, None).modules[0].b.equal(fleet.load(1, None).modules[0].b)
 
 
@@ -299,7 +292,7 @@ def test_an_adapter_that_does_nothing_is_left_out_and_keeps_its_original(icm: Ic
     folder = write_lora(tmp_path / "zeros", alpha=0)
     assert icm("ingest", folder, "--device", "cpu").code == 0
     ran = icm(*TRAIN)
-    assert (ran.code, "zeros has no code and keeps its original: does nothing" in ran.err) == (ExitCode.PARTLY, True)
+    assert (ran.code, "zeros was not encoded: does nothing" in ran.err) == (ExitCode.PARTLY, True)
     assert icm("materialize", "zeros", "-o", tmp_path / "out").code == 0
     assert (tmp_path / "out" / "adapter_config.json").read_bytes() == (folder / "adapter_config.json").read_bytes()
 
@@ -312,13 +305,13 @@ def test_a_task_that_is_replaced_meanwhile_gets_no_code_and_is_named(
         yield from real(*arguments)
         with monkeypatch.context() as patch:
             patch.setattr(training, "fit", real)
-            assert icm("ingest", tmp_path / "new" / "poems", "--on-conflict", "replace", "--no-vectors").code == 0
+            assert icm("ingest", tmp_path / "new" / "poems", "--on-conflict", "version", "--no-vectors").code == 0
 
     write_lora(tmp_path / "new" / "poems", seed=77)
     real = training.fit
     monkeypatch.setattr(training, "fit", fit)
     ran = icm(*TRAIN)
-    assert (ran.code, "poems has no code and keeps its original: its adapter was replaced" in ran.err) == (3, True)
+    assert (ran.code, "poems was not encoded: its adapter was replaced" in ran.err) == (3, True)
     codes = {row["name"]: row["code_size"] for row in icm("ls", "--json").document}
     assert codes["poems"] is None
     assert codes["rules"]

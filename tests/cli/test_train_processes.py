@@ -20,6 +20,7 @@ import pytest
 
 from icm_cli.errors import ExitCode
 from registry.store import Store
+from tests.cli.coded import codes
 from tests.cli.conftest import Ran
 from tests.cli.tiny_fleet import icm_quietly
 from tests.icmlora.tiny_base import LABEL
@@ -119,17 +120,14 @@ def first_step(process: subprocess.Popen[str]) -> int:
 
 def saved_step(store: Path) -> int:
     with Store.open(store, read_only=True) as opened:
-        run = opened.runs.running(LABEL)
+        run = opened.run(LABEL)
         assert run is not None
         assert run.weights
         return run.step
 
 
 def total_size(store: Path) -> int:
-    with Store.open(store, read_only=True) as opened:
-        generator = opened.generators.current(LABEL)
-        assert generator is not None
-        return sum(code.size for code in opened.codes.all(generator.id))
+    return sum(code.size for code in codes(store).values())
 
 
 def events(text: str) -> list[dict[str, Any]]:
@@ -151,10 +149,9 @@ from registry.store import Store
 from icmlora.generator.versions import GeneratorFile
 digest = hashlib.sha256()
 with Store.open(Path(sys.argv[1]), read_only=True) as store:
-    for row in store.tasks.summaries():
-        generator = store.generators.current(row.task.base_model)
-        code = store.blobs.read(row.code.blob)
-        opened = GeneratorFile(store.blobs.read(generator.blob)).codec_of(code).open(code)
+    for task in store.tasks():
+        code = store.blobs.read(task.code.blob)
+        opened = GeneratorFile(store.blobs.read(task.code.generator)).codec_of(code).open(code)
         for group in opened.groups:
             for part in (group.residuals, group.vectors.places, group.vectors.values):
                 digest.update(part.tobytes())

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from icmlora.generator.network_file import generator_from_bytes
 from icmlora.generator.sensitivity import Sensitivity
 from registry.store import Store
+from tests.cli.coded import current
 from tests.cli.conftest import Ran
 from tests.cli.tiny_fleet import STEPS, write_lora
 from tests.icmlora.tiny_base import LABEL
@@ -22,9 +23,7 @@ TRAIN = ("train", "--no-eval", "--refine", "0", "--device", "cpu", "--steps", ST
 
 def weights(store: Path) -> Sensitivity:
     with Store.open(store, read_only=True) as opened:
-        record = opened.generators.current(LABEL)
-        assert record is not None
-        return generator_from_bytes(opened.blobs.read(record.blob)).net.sensitivity
+        return generator_from_bytes(opened.blobs.read(current(store).blob)).net.sensitivity
 
 
 def is_even(sensitivity: Sensitivity) -> bool:

@@ -13,9 +13,7 @@ import pytest
 from icm_cli.errors import ExitCode
 from icmlora.fleet.few_shot import train as starting
 from icmlora.io.text import human_size
-from registry.records import GeneratorRecord, NewGenerator
-from registry.store import Store
-from tests.cli.coded import codes
+from tests.cli.coded import codes, current, make_another_current
 from tests.cli.conftest import Ran
 from tests.cli.tiny_fleet import EPISODES, STEPS, write_lora
 from tests.icmlora.tiny_base import LABEL
@@ -37,13 +35,6 @@ BOTH = (
     "cpu",
 )
 FULL = ("train", "--no-eval", "--refine", "0", "--steps", STEPS, "--device", "cpu")
-
-
-def current(store: Path) -> GeneratorRecord:
-    with Store.open(store, read_only=True) as opened:
-        record = opened.generators.current(LABEL)
-    assert record is not None
-    return record
 
 
 def of_type(ran: Ran, kind: str) -> list[dict[str, Any]]:
@@ -197,11 +188,7 @@ def test_a_failure_keeps_the_start_that_was_there(icm: Icm, started: Path, monke
 def test_a_generator_that_becomes_current_meanwhile_gets_no_start(
     icm: Icm, trained: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def make_another_current() -> None:  # as `icm import` does
-        with Store.open(trained) as store:
-            store.generators.add(NewGenerator(LABEL, store.blobs.put(b"another one"), {}, {}))
-
-    during_episodes(monkeypatch, make_another_current)
+    during_episodes(monkeypatch, lambda: make_another_current(trained))
     ran = icm(*FUNCTIONAL, "--json")
     assert (ran.error["kind"], "again" in ran.error["hint"]) == ("generator_conflict", True)
     assert (current(trained).version, current(trained).start) == (2, None)

@@ -17,34 +17,24 @@ from icmlora.fleet.train import candidates as candidates
 from icmlora.fleet.train import run as training
 from icmlora.fleet.train.candidates import Candidate, UpdateCandidates
 from icmlora.generator.versions import GeneratorFile
-from registry.records import GeneratorRecord, NewGenerator
 from registry.store import Store
-from tests.cli.coded import codes
+from tests.cli.coded import codes, current, make_another_current
 from tests.cli.conftest import Ran
 from tests.cli.fleet import write_texts
 from tests.cli.tiny_fleet import STEPS, icm_quietly, write_lora
 from tests.icmlora.small_fleet import same, trained_file
 from tests.icmlora.tiny_base import LABEL
-from tests.registry.examples import ingest, new_store
+from tests.registry.examples import new_store, task
 
 Icm = Callable[..., Ran]
 UPDATE = ("train", "--update", "--no-eval", "--refine", "0", "--device", "cpu", "--steps", STEPS)
 
 
-def current(store: Path) -> GeneratorRecord:
-    with Store.open(store, read_only=True) as opened:
-        record = opened.generators.current(LABEL)
-    assert record is not None
-    return record
-
-
 def decoded(store: Path) -> dict[str, Adapter]:
     """Return what every code of the current generator decodes to."""
     with Store.open(store, read_only=True) as opened:
-        generator = opened.generators.current(LABEL)
-        assert generator is not None
-        generator_file = GeneratorFile(opened.blobs.read(generator.blob))
-        data = {code.task: opened.blobs.read(code.blob) for code in opened.codes.all(generator.id)}
+        generator_file = GeneratorFile(opened.blobs.read(current(store).blob))
+        data = {name: opened.blobs.read(code.blob) for name, code in codes(store).items()}
     return {task: generator_file.codec_of(code).decode(code) for task, code in data.items()}
 
 
@@ -127,7 +117,6 @@ def test_it_needs_no_original_of_the_tasks_that_have_a_code(
     assert icm("evict", "--max-error", "0.95").code == 0
     adapters = decoded(trained)
     add(icm, tmp_path, seed=9)
-    assert "--update" in icm("train", "--device", "cpu", "--json").error["hint"]
     event = updated(icm(*UPDATE, "--json"))
     assert event["version"] == 2
     after = decoded(trained)
@@ -237,18 +226,31 @@ def while_it_tunes(monkeypatch: pytest.MonkeyPatch, happen: Callable[[], object]
 
 
 @pytest.mark.slow
-def test_a_generator_that_becomes_current_meanwhile_wins(
+@pytest.mark.usefixtures("tuned_wins")
+def test_a_generator_that_becomes_current_during_the_update_does_not_stop_it(
     icm: Icm, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def make_another_current() -> None:  # as `icm import` does
-        with Store.open(trained) as store:
-            store.generators.add(NewGenerator(LABEL, store.blobs.put(b"another one"), {}, {}))
-
-    while_it_tunes(monkeypatch, make_another_current)
+    before = decoded(trained)
+    while_it_tunes(monkeypatch, lambda: make_another_current(trained))
     add(icm, tmp_path, seed=9)
-    ran = icm(*UPDATE, "--json")
-    assert (ran.error["kind"], "again" in ran.error["hint"]) == ("generator_conflict", True)
-    assert current(trained).version == 2
+    assert updated(icm(*UPDATE, "--json"))["version"] == 3
+    after = decoded(trained)
+    assert set(after) == {*before, "extra"}
+    assert all(same(adapter, after[task]) for task, adapter in before.items())
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("tuned_wins")
+def test_the_earlier_network_goes_with_the_next_prune(icm: Icm, trained: Path, tmp_path: Path) -> None:
+    assert icm("evict", "poems", "--max-error", "0.95").code == 0
+    before = current(trained)
+    add(icm, tmp_path, seed=9)
+    event = updated(icm(*UPDATE, "--json"))
+    assert event["replaced_bytes"] == before.size
+    with Store.open(trained) as store:
+        assert {task.code and str(task.code.generator) for task in store.tasks()} == {event["generator"]}
+        store.prune(grace=0)
+        assert not store.blobs.exists(before.blob)
 
 
 @pytest.mark.slow
@@ -256,7 +258,7 @@ def test_a_new_task_that_is_replaced_meanwhile_gets_no_code_and_is_named(
     icm: Icm, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def replace_it() -> None:
-        icm_quietly(trained, "ingest", other, "--on-conflict", "replace", "--no-vectors")
+        icm_quietly(trained, "ingest", other, "--on-conflict", "version", "--no-vectors")
 
     other = write_lora(tmp_path / "other" / "extra", seed=77)
     add(icm, tmp_path, seed=9)
@@ -278,8 +280,7 @@ def test_each_base_model_begins_with_the_generator_that_it_has_when_its_turn_com
         begun.append(data)
         if len(begun) == 2:
             raise Reached
-        with Store.open(store_path) as other:
-            other.generators.add(NewGenerator("two", other.blobs.put(second), {}, {}))
+        make_another_current(store_path, second, "two")
         work.left_out = {"task-of-one": "not encoded here"}
         return Candidate(data, {})
 
@@ -288,8 +289,8 @@ def test_each_base_model_begins_with_the_generator_that_it_has_when_its_turn_com
     monkeypatch.setattr(UpdateCandidates, "unchanged", unchanged)
     with new_store(store_path) as store:
         for label in ("one", "two"):
-            ingest(store, f"task-of-{label}", base_model=label)
-            store.generators.add(NewGenerator(label, store.blobs.put(first), {}, {}))
+            store.publish([task(store, f"task-of-{label}", base_model=label)])
+            make_another_current(store_path, first, label)
     with pytest.raises(Reached):
         Fleet(store_path).update(device="cpu", refine=0, evaluate=False)
     assert begun == [first, second]

@@ -62,8 +62,7 @@ class Team:
             for name, value in self.credentials.items():
                 patch.setenv(name, value)
             with Store.open(self.url, read_only=True) as store:
-                (generator,) = store.generators.all()
-                return {code.task: code.blob for code in store.codes.all(generator.id)}
+                return {task.name: str(task.code.blob) for task in store.tasks() if task.code is not None}
 
 
 @pytest.fixture(scope="module")

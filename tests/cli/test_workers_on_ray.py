@@ -23,7 +23,7 @@ from registry.store import Store
 from tests.cli.coded import tasks_of
 from tests.cli.conftest import Ran
 from tests.icmlora.fleet.dying import dies_always, dies_once
-from tests.icmlora.fleet.stores import TASKS, code_blobs, copy_of, is_sound
+from tests.icmlora.fleet.stores import TASKS, code_blobs, copy_of, is_sound, tasks_in
 
 pytest.importorskip("ray")
 pytestmark = [
@@ -105,8 +105,14 @@ def test_vectors_and_measurements_of_two_workers_are_those_of_one_process(fleet:
 def facts(fleet: Fleet) -> list[object]:
     """Return the digests of all vectors and the values of all measurements."""
     with Store.open(fleet.path, read_only=True) as store:
-        vectors = [(row.task, row.view, row.support_set, row.blob) for row in store.vectors.all()]
-        return [vectors, [(row.task, row.rung, row.value, row.retained_gain) for row in store.evaluations.all()]]
+        return [
+            (
+                task.name,
+                [(one.view, one.support_set, one.blob) for one in task.vectors],
+                [(one.source, one.value, one.retained_gain) for one in task.measured],
+            )
+            for task in store.tasks()
+        ]
 
 
 def test_ctrl_c_ends_the_workers_and_keeps_what_is_recorded(
@@ -130,7 +136,7 @@ def test_an_eviction_checks_on_workers_and_then_deletes(icm: Icm, fleet: Fleet) 
     fleet.encode(max_error=0.22)
     ran = icm("evict", "--max-error", "0.3", "--workers", "2", "--json")
     assert (ran.code, {event["status"] for event in tasks_of(ran).values()}) == (0, {"evicted"})
-    assert all(row.final.is_evicted for row in fleet.tasks())
+    assert all(task.final.is_evicted for task in tasks_in(fleet).values())
 
 
 def test_a_store_that_a_worker_does_not_find_is_named(cluster: Any) -> None:

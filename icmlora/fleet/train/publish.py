@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from icmlora.fleet.resources.task_code import replaced_bytes, with_code
 from registry.errors import DamagedStore, LostRace
@@ -77,13 +77,13 @@ def publish(
         continued = [task for row in rows if row.generator in decodes and (task := _read(store, row.name)) is not None]
         moved = [_moved(task, generator.blob, decodes) for task in continued]
         try:
-            store.publish([*new, *coded, *moved])
+            stored = store.publish([*new, *coded, *moved])
         except LostRace:
             continue
         earlier = [task.code for task in (*present.values(), *continued)]
         used = {str(row.generator) for row in rows if row.generator not in decodes}
         return Published(
-            new[0] if new else generator,
+            cast(Generator, stored[0]) if new else generator,
             before,
             {present[name].name: codes[name] for name in present},
             left_out,

@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 
 from icmlora import Adapter, Cancelled, Event, Fleet
+from registry.manifests import Generator, Task
+from registry.store import Store
 
 TASKS = ["poems", "rules", "silent"]
 """The tasks of the mixed fleet; `silent` has no text."""
@@ -52,13 +54,25 @@ def damage(path: Path) -> None:
 
 
 def is_sound(fleet: Fleet) -> bool:
-    """Say whether the store has every byte that its rows promise."""
+    """Say whether the store has every byte that its manifests promise."""
     return not [finding for finding in fleet.verify(read_data=True) if finding.is_problem]
 
 
 def code_blobs(fleet: Fleet) -> dict[str, str]:
     """Return the digest of the current code by task."""
-    return {row.task.name: row.code.blob for row in fleet.tasks() if row.code is not None}
+    return {name: str(task.code.blob) for name, task in tasks_in(fleet).items() if task.code is not None}
+
+
+def tasks_in(fleet: Fleet) -> dict[str, Task]:
+    """Return all tasks of a fleet by name."""
+    with Store.open(fleet.path, read_only=True) as store:
+        return {task.name: task for task in store.tasks()}
+
+
+def generators_in(fleet: Fleet) -> list[Generator]:
+    """Return the generators of a fleet, oldest first."""
+    with Store.open(fleet.path, read_only=True) as store:
+        return store.generators()
 
 
 def stop_after(count: int, kind: type[Event] = Event) -> Listener:

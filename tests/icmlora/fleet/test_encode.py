@@ -12,13 +12,13 @@ from icmlora.errors import OptionsConflict
 from icmlora.fleet.context import Event
 from icmlora.fleet.encode.encode import EncodeReport, TaskEncoded
 from icmlora.training.effect import Effect, Lost
-from tests.icmlora.fleet.stores import TASKS, blob_of, code_blobs, files_of, is_sound, stop_after
+from tests.icmlora.fleet.stores import TASKS, blob_of, code_blobs, files_of, is_sound, stop_after, tasks_in
 from tests.icmlora.tiny_base import LABEL
 
 
 @pytest.mark.slow
 def test_the_report_has_the_sizes_of_the_files(fleet: Fleet) -> None:
-    before = {row.task.name: row.code.size for row in fleet.tasks() if row.code is not None}
+    before = {name: task.code.size for name, task in tasks_in(fleet).items() if task.code is not None}
     report = fleet.encode(max_error=0.22)
     assert {task.task: task.before for task in report.tasks} == before
     sizes = {name: blob_of(fleet, digest).stat().st_size for name, digest in code_blobs(fleet).items()}
@@ -149,7 +149,7 @@ def test_what_a_code_misses_of_a_quality_is_recorded_and_no_failure(
     statuses = []
     for options in ({"quality": 4}, {"quality": 4}, {"keep": 0.98}):
         (task,) = fleet.encode(["poems"], refine=1, device="cpu", **options).tasks
-        code = fleet.show("poems").code
+        code = tasks_in(fleet)["poems"].code
         assert code is not None
         assert code.asked is not None
         assert (code.effect, code.asked.is_kept) == (0.5, False)
@@ -235,9 +235,9 @@ def test_an_unknown_task_changes_nothing(fleet: Fleet) -> None:
 @pytest.mark.slow
 def test_a_new_code_forgets_what_was_measured_of_the_earlier_one(fleet: Fleet) -> None:
     fleet.evaluate(["poems"], sources=["code"], device="cpu")
-    assert "code" in {row.rung for row in fleet.show("poems").evaluations}
+    assert "code" in {one.source for one in tasks_in(fleet)["poems"].measured}
     fleet.encode(["poems"], max_error=0.1)
-    assert "code" not in {row.rung for row in fleet.show("poems").evaluations}
+    assert "code" not in {one.source for one in tasks_in(fleet)["poems"].measured}
 
 
 @pytest.mark.slow

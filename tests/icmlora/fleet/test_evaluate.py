@@ -9,7 +9,7 @@ import pytest
 
 from icmlora import BaseModelNotFound, Cancelled, DataError, Fleet, TaskNotFound
 from icmlora.fleet.measure.evaluate import EvaluateReport, Measurable, TaskEvaluated
-from tests.icmlora.fleet.stores import files_of, is_sound, stop_after
+from tests.icmlora.fleet.stores import files_of, is_sound, stop_after, tasks_in
 from tests.icmlora.tiny_base import LABEL
 
 
@@ -37,9 +37,9 @@ def test_a_gain_is_the_share_of_what_the_original_gains(learned: Fleet) -> None:
 
 def test_every_result_is_recorded(learned: Fleet) -> None:
     (task,) = learned.evaluate(["ships"], device="cpu").tasks
-    recorded = {row.rung: row.value for row in learned.show("ships").evaluations}
+    recorded = {one.source: one.value for one in tasks_in(learned)["ships"].measured}
     assert recorded == {name: result.score.value for name, result in task.sources.items()}
-    assert set(recorded) == {"base", "original", "code", "generate"}
+    assert set(recorded) == {"base", "original", "code", "recalled"}
 
 
 @pytest.mark.slow
@@ -78,7 +78,7 @@ def test_tasks_without_text_are_named(fleet: Fleet) -> None:
 def test_given_text_measures_tasks_without_text_of_their_own(fleet: Fleet, text: Path) -> None:
     report = fleet.evaluate(["silent"], sources=["code"], data=text, device="cpu")
     assert ([task.task for task in report.tasks], report.without_data) == (["silent"], [])
-    assert {row.rung for row in fleet.show("silent").evaluations} == {"base", "original", "code"}
+    assert {one.source for one in tasks_in(fleet)["silent"].measured} == {"base", "original", "code"}
 
 
 def test_a_source_that_does_not_exist_is_named(learned: Fleet) -> None:
@@ -91,7 +91,7 @@ def test_results_on_other_text_do_not_replace_those_on_the_own_text(learned: Fle
     learned.evaluate(["apples"], sources=["code"], device="cpu")
     gain = learned.stats().fleets[0].tasks[0].retained_gain
     learned.evaluate(["apples"], sources=["code"], data=str(text), device="cpu")
-    assert len(learned.show("apples").evaluations) == 6
+    assert len(tasks_in(learned)["apples"].measured) == 6
     assert learned.stats().fleets[0].tasks[0].retained_gain == gain
 
 
@@ -143,7 +143,7 @@ def test_a_stopped_evaluation_keeps_what_it_measured(learned: Fleet) -> None:
         Fleet(learned.path, on_event=stop_after(1, TaskEvaluated)).evaluate(sources=[], device="cpu")
     assert isinstance(stopped.value.report, EvaluateReport)
     assert [task.task for task in stopped.value.report.tasks] == ["apples"]
-    assert {name: len(learned.show(name).evaluations) for name in ("apples", "ships")} == {"apples": 2, "ships": 0}
+    assert {name: len(tasks_in(learned)[name].measured) for name in ("apples", "ships")} == {"apples": 2, "ships": 0}
     assert is_sound(learned)
 
 

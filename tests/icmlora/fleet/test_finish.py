@@ -15,9 +15,8 @@ from icmlora.fleet.encode.encode import EncodeReport, TaskEncoded
 from icmlora.fleet.measure.evaluate import EvaluateReport, TaskEvaluated
 from icmlora.fleet.train.train import TrainReport
 from icmlora.fleet.train.update import UpdateReport
-from registry.store import Store
 from tests.cli.tiny_fleet import write_lora
-from tests.icmlora.fleet.stores import TASKS, code_blobs, copy_of, is_sound, stop_after
+from tests.icmlora.fleet.stores import TASKS, code_blobs, copy_of, is_sound, stop_after, tasks_in
 from tests.icmlora.tiny_base import LABEL
 
 STEPS = 3
@@ -26,11 +25,10 @@ FEW: dict[str, Any] = {"device": "cpu", "steps": STEPS, "refine": 1}
 
 def measured(fleet: Fleet) -> list[object]:
     """Return what is recorded of the codes: the limits of each, and every measurement."""
-    with Store.open(fleet.path, read_only=True) as store:
-        rows = [(row.task, row.rung, row.value, row.retained_gain) for row in store.evaluations.all()]
-        generator = store.generators.current(LABEL)
-        assert generator is not None
-        return [rows, [(code.task, code.blob, code.asked) for code in store.codes.all(generator.id)]]
+    return [
+        (name, task.code, [(one.source, one.generator, one.value, one.retained_gain) for one in task.measured])
+        for name, task in tasks_in(fleet).items()
+    ]
 
 
 @pytest.mark.one_case
@@ -43,7 +41,7 @@ def measured(fleet: Fleet) -> list[object]:
     ],
     ids=lambda given: " ".join(given),
 )
-def test_a_training_leaves_the_bytes_and_rows_of_the_command(
+def test_a_training_leaves_the_bytes_and_records_of_the_command(
     ingested: Fleet, mixed: Path, tmp_path: Path, options: dict[str, Any], words: list[str]
 ) -> None:
     other = copy_of(mixed, tmp_path / "other")
@@ -52,7 +50,7 @@ def test_a_training_leaves_the_bytes_and_rows_of_the_command(
     assert measured(ingested) == measured(other)
 
 
-def test_an_update_leaves_the_bytes_and_rows_of_the_command(fleet: Fleet, tmp_path: Path) -> None:
+def test_an_update_leaves_the_bytes_and_records_of_the_command(fleet: Fleet, tmp_path: Path) -> None:
     fleet.ingest([write_lora(tmp_path / "more" / "extra", seed=9)])
     other = copy_of(fleet.path, tmp_path / "other")
     fleet.update(**FEW)
@@ -138,7 +136,7 @@ def test_options_that_contradict_each_other_are_refused_before_the_training(
 
 def test_codes_for_a_gain_are_refined_if_asked(learned: Fleet) -> None:
     learned.train(device="cpu", steps=STEPS, min_gain=0.5, refine=1, evaluate=False)
-    asked = [row.code.asked for row in learned.tasks() if row.code is not None]
+    asked = [task.code.asked for task in tasks_in(learned).values() if task.code is not None]
     assert [(limits.min_gain, limits.refined) for limits in asked if limits is not None] == [(0.5, 1)] * 3
 
 

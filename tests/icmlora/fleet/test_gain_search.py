@@ -8,7 +8,7 @@ import pytest
 
 from icmlora import Cancelled, Event, Fleet, Progress
 from icmlora.fleet.encode.encode import TaskEncoded
-from tests.icmlora.fleet.stores import code_blobs, files_of, is_sound
+from tests.icmlora.fleet.stores import code_blobs, files_of, is_sound, tasks_in
 from tests.icmlora.tiny_base import LABEL
 
 
@@ -25,7 +25,7 @@ def test_the_code_keeps_the_gain_and_is_smaller_than_that_of_the_training(learne
 @pytest.mark.slow
 def test_the_gain_of_the_chosen_code_is_recorded_with_those_it_is_compared_to(learned: Fleet) -> None:
     (task,) = learned.encode(["apples"], min_gain=0.9, device="cpu").tasks
-    rows = {row.rung: row for row in learned.show("apples").evaluations}
+    rows = {one.source: one for one in tasks_in(learned)["apples"].measured}
     assert set(rows) == {"base", "original", "code"}
     assert rows["code"].retained_gain == task.retained_gain
     assert rows["original"].value < rows["code"].value < rows["base"].value
@@ -89,7 +89,7 @@ def test_new_held_out_text_makes_a_known_code_unknown(learned: Fleet, learned_te
 @pytest.mark.slow
 def test_refined_codes_keep_the_gain_too(learned: Fleet) -> None:
     (task,) = learned.encode(["trains"], min_gain=0.8, refine=3, device="cpu").tasks
-    code = learned.show("trains").code
+    code = tasks_in(learned)["trains"].code
     assert code is not None
     assert code.asked is not None
     assert (task.status, code.asked.refined, code.asked.min_gain) == ("encoded", 3, 0.8)
@@ -116,7 +116,7 @@ def test_a_stop_within_the_search_records_nothing_of_the_task(learned: Fleet) ->
     with pytest.raises(Cancelled):
         Fleet(learned.path, on_event=listen).encode(["ships"], min_gain=0.9, device="cpu")
     assert code_blobs(learned) == before
-    assert "code" not in {row.rung for row in learned.show("ships").evaluations}
+    assert "code" not in {one.source for one in tasks_in(learned)["ships"].measured}
     assert is_sound(learned)
 
 

@@ -10,7 +10,19 @@ from icmlora import BaseModelNotFound, Cancelled, DataError, DeviceUnavailable, 
 from icmlora.fleet.train.run import StepDone
 from icmlora.fleet.train.train import CodeMade, Continued, Resumed, Trained, TrainReport
 from tests.cli.tiny_fleet import write_lora
-from tests.icmlora.fleet.stores import TASKS, blob_of, code_blobs, copy_of, files_of, is_sound, stop_after
+from tests.icmlora.fleet.stores import (
+    TASKS,
+    blob_of,
+    code_blobs,
+    copy_of,
+    equal,
+    files_of,
+    generators_in,
+    has_blob,
+    is_sound,
+    stop_after,
+    tasks_in,
+)
 from tests.icmlora.tiny_base import LABEL
 
 STEPS = 5
@@ -79,12 +91,17 @@ def test_a_quality_out_of_range_is_refused(ingested: Fleet) -> None:
     assert ingested.generators() == []
 
 
+def errors(fleet: Fleet) -> dict[str, float]:
+    codes = {name: task.code for name, task in tasks_in(fleet).items()}
+    return {name: code.squared_error for name, code in codes.items() if code and code.squared_error}
+
+
 @pytest.mark.slow
 def test_a_higher_quality_has_smaller_errors(ingested: Fleet) -> None:
     ingested.train(device="cpu", steps=2, quality=1, refine=0, evaluate=False)
-    coarse = {row.task.name: row.code.squared_error for row in ingested.tasks() if row.code and row.code.squared_error}
+    coarse = errors(ingested)
     ingested.train(device="cpu", steps=2, quality=7, fresh=True, refine=0, evaluate=False)
-    fine = {row.task.name: row.code.squared_error for row in ingested.tasks() if row.code and row.code.squared_error}
+    fine = errors(ingested)
     assert all(fine[name] < coarse[name] for name in TASKS)
 
 
@@ -93,8 +110,8 @@ def test_training_again_starts_from_the_current_generator(trained: Path) -> None
     heard: list[Event] = []
     fleet = Fleet(trained, on_event=heard.append)
     fleet.train(device="cpu", steps=2, refine=0, evaluate=False)
-    first, second = (version.record for version in fleet.generators())
-    assert (second.parent_id, second.version, second.is_current) == (first.id, 2, True)
+    first, second = generators_in(fleet)
+    assert (second.trained_from, second.version) == (first.blob, 2)
     assert [event for event in heard if isinstance(event, Continued)] == [Continued(LABEL, 1, 0)]
 
 
@@ -103,7 +120,7 @@ def test_a_fresh_training_has_no_parent(trained: Path) -> None:
     heard: list[Event] = []
     fleet = Fleet(trained, on_event=heard.append)
     fleet.train(device="cpu", steps=2, fresh=True, refine=0, evaluate=False)
-    assert fleet.generators()[-1].record.parent_id is None
+    assert generators_in(fleet)[-1].trained_from is None
     assert not any(isinstance(event, Continued) for event in heard)
 
 
@@ -162,16 +179,60 @@ def test_a_stop_while_encoding_loses_no_code_and_changes_none(mixed: Path, tmp_p
     made = sum(isinstance(event, CodeMade) for event in heard)
     assert made == len(code_blobs(fleet)) - 2
     assert code_blobs(fleet) == code_blobs(undisturbed)
-    known = [one.generators()[-1].record.metrics["initial_a_known"] for one in (fleet, undisturbed)]
+    known = [generators_in(one)[-1].metrics["initial_a_known"] for one in (fleet, undisturbed)]
     assert known[0] == known[1]
     assert is_sound(fleet)
 
 
-def test_training_refuses_to_leave_an_evicted_task_without_a_code(fleet: Fleet) -> None:
+def test_evicted_tasks_keep_their_codes_and_the_generator_that_decodes_them(fleet: Fleet) -> None:
     fleet.evict(["silent"], max_error=0.7)
-    with pytest.raises(DataError, match="'silent'") as error:
+    before, adapter = tasks_in(fleet)["silent"].code, fleet.load("silent")
+    assert before is not None
+    (trained,) = fleet.train(device="cpu", steps=2, refine=0, evaluate=False).trained
+    tasks = tasks_in(fleet)
+    assert (trained.tasks, trained.earlier_codes, trained.left_out) == (2, 1, {})
+    assert tasks["silent"].code == before
+    assert {task.code and task.code.generator == before.generator for task in tasks.values()} == {True, False}
+    fleet.prune(grace=0)
+    assert equal(fleet.load("silent"), adapter)
+    assert is_sound(fleet)
+
+
+def test_a_fleet_without_originals_cannot_be_trained(fleet: Fleet) -> None:
+    fleet.evict(TASKS, max_error=0.7)
+    with pytest.raises(DataError, match="every original of tiny/llama was evicted") as error:
         fleet.train(device="cpu", steps=2, refine=0, evaluate=False)
     assert "--restore" in str(error.value.hint)
+
+
+def test_tasks_that_another_process_changes_during_the_training_get_their_codes(trained: Path, tmp_path: Path) -> None:
+    fleet, before = Fleet(trained), tasks_in(Fleet(trained))
+    write_lora(tmp_path / "more" / "later", seed=9)
+    write_lora(tmp_path / "more" / "rules", seed=77)
+
+    def listen(event: Event) -> None:
+        if isinstance(event, StepDone) and event.at.step == 1:
+            fleet.edit(["poems"], note="changed")
+            fleet.rename("silent", "quiet")
+            fleet.ingest([tmp_path / "more"], on_conflict="version")
+
+    (done,) = Fleet(trained, on_event=listen).train(device="cpu", steps=2, refine=0, evaluate=False).trained
+    after = tasks_in(fleet)
+    assert (done.tasks, list(done.left_out)) == (2, ["rules"])
+    assert [name for name, task in after.items() if task.code and task.code.generator == done.generator] == [
+        "poems", "quiet",
+    ]  # fmt: skip
+    assert (after["poems"].note, after["later"].code, after["rules"].code) == ("changed", None, None)
+    assert before["poems"].code != after["poems"].code
+
+
+def test_a_training_says_how_many_bytes_a_prune_frees(trained: Path) -> None:
+    fleet = Fleet(trained)
+    codes, (generator,) = [task.code for task in tasks_in(fleet).values()], generators_in(fleet)
+    (done,) = fleet.train(device="cpu", steps=2, refine=0, evaluate=False).trained
+    assert done.replaced_bytes == generator.size + sum(code.size for code in codes if code)
+    fleet.prune(grace=0)
+    assert not has_blob(fleet, generator.blob)
 
 
 @pytest.mark.slow
@@ -179,7 +240,7 @@ def test_a_task_that_cannot_be_encoded_is_left_out_by_name(ingested: Fleet, tmp_
     ingested.ingest([write_lora(tmp_path / "flat", alpha=1e-38)])
     (trained,) = ingested.train(device="cpu", steps=2, refine=0, evaluate=False).trained
     assert (list(trained.left_out), trained.tasks) == (["flat"], 3)
-    assert ingested.show("flat").code is None
+    assert tasks_in(ingested)["flat"].code is None
 
 
 def test_a_few_shot_start_is_stored_with_the_generator_and_changes_no_code(
@@ -187,17 +248,17 @@ def test_a_few_shot_start_is_stored_with_the_generator_and_changes_no_code(
 ) -> None:
     before, after = copy_of(trained_template, tmp_path / "before"), Fleet(started)
     assert code_blobs(after) == code_blobs(before)
-    (version,) = after.generators()
-    assert version.record.blob == before.generators()[0].record.blob
-    assert version.record.start is not None
-    assert version.record.start_size == blob_of(after, version.record.start).stat().st_size
+    (generator,) = generators_in(after)
+    assert generator.blob == generators_in(before)[0].blob
+    assert generator.start is not None
+    assert generator.start_size == blob_of(after, generator.start).stat().st_size
 
 
 @pytest.mark.slow
 def test_a_new_generator_has_no_few_shot_start(started: Path) -> None:
     (trained,) = Fleet(started).train(device="cpu", steps=2, refine=0, evaluate=False).trained
     assert trained.start_dropped
-    assert Fleet(started).generators()[-1].record.start is None
+    assert generators_in(Fleet(started))[-1].start is None
 
 
 def test_a_few_shot_start_needs_samples_of_two_tasks(ingested: Fleet) -> None:

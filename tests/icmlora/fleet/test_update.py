@@ -11,10 +11,21 @@ from icmlora.fleet.train.run import StepDone
 from icmlora.fleet.train.train import CodeMade
 from icmlora.fleet.train.update import Updated, UpdateReport
 from icmlora.training.config import LEAST_STEPS
-from registry.records import RunCode
+from registry.manifests import unpacked
 from registry.store import Store
 from tests.cli.tiny_fleet import write_lora
-from tests.icmlora.fleet.stores import TASKS, blob_of, code_blobs, copy_of, equal, files_of, is_sound, stop_after
+from tests.icmlora.fleet.stores import (
+    TASKS,
+    blob_of,
+    code_blobs,
+    copy_of,
+    equal,
+    files_of,
+    generators_in,
+    is_sound,
+    stop_after,
+    tasks_in,
+)
 from tests.icmlora.tiny_base import LABEL
 
 
@@ -50,10 +61,10 @@ def test_the_report_has_the_sizes_of_the_files(larger: Fleet) -> None:
 
 @pytest.mark.slow
 def test_a_generator_that_covers_the_new_task_is_kept(larger: Fleet) -> None:
-    (before,) = larger.generators()
+    (before,) = generators_in(larger)
     (updated,) = larger.update(device="cpu", steps=2, refine=0, evaluate=False).updated
     assert (updated.added, updated.epochs, updated.version) == ((), 1, 1)
-    assert updated.generator == before.record.blob
+    assert updated.generator == before.blob
     assert updated.kept_size is not None
 
 
@@ -92,7 +103,7 @@ def test_evicted_tasks_are_no_obstacle(larger: Fleet) -> None:
 @pytest.mark.slow
 def test_a_smaller_tolerance_gives_a_smaller_error(larger: Fleet) -> None:
     larger.update(device="cpu", steps=2, tolerance=0.01, refine=0, evaluate=False)
-    code = larger.show("odes").code
+    code = tasks_in(larger)["odes"].code
     assert code is not None
     assert code.asked is not None
     assert code.asked.tolerance == 0.01
@@ -130,12 +141,13 @@ def test_a_stopped_update_changes_nothing_and_the_next_one_finishes(wider: Fleet
     assert wider.update(device="cpu", steps=4, refine=0, evaluate=False).tasks == ["epics"]
 
 
-def kept_codes(fleet: Fleet) -> list[RunCode]:
+def kept_codes(fleet: Fleet) -> list[object]:
     """Return the codes of new tasks that are not published yet."""
     with Store.open(fleet.path, read_only=True) as store:
-        run, generator = store.runs.running(LABEL), store.generators.current(LABEL)
-        assert generator is not None
-        return [] if run is None else store.runs.codes(run.id, generator.blob)
+        run, generator = store.run(LABEL), store.generator(LABEL)
+        batches = [] if run is None else [unpacked(store.blobs.read(file)) for file in run.codes]
+    assert generator is not None
+    return [code for batch in batches if batch["generator"] == generator.blob for code in batch["codes"]]
 
 
 def test_a_stopped_update_keeps_codes_and_steps_and_ends_with_the_same_bytes(larger: Fleet, tmp_path: Path) -> None:

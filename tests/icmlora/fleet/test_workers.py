@@ -19,8 +19,8 @@ from icmlora.fleet.failures import Failed
 from icmlora.fleet.resources.loading import Models
 from icmlora.fleet.resources.workers import ATTEMPTS, Tell, _Pool, _Worker, worker_pool
 from registry.errors import RegistryError, StoreUnavailable
+from registry.manifests import Task
 from registry.names import DatabaseUrl
-from registry.records import TaskRecord
 from registry.store import Store
 from tests.icmlora.fleet.stores import TASKS
 
@@ -60,7 +60,7 @@ class FakeActor:
     def __init__(self, work: Work) -> None:
         self.run, self.work = self, work
 
-    def remote(self, task: TaskRecord, call: object) -> Callable[[], tuple[str, list[object]]]:
+    def remote(self, task: Task, call: object) -> Callable[[], tuple[str, list[object]]]:
         return lambda: (self.work(task.name), [])
 
 
@@ -70,7 +70,7 @@ def store(ingested: Fleet) -> Iterator[Store]:
         yield opened
 
 
-def unused(models: Models, tasks: Sequence[TaskRecord], tell: Tell) -> Iterator[tuple[TaskRecord, str]]:
+def unused(models: Models, tasks: Sequence[Task], tell: Tell) -> Iterator[tuple[Task, str]]:
     """Stand for what a worker calls."""
     raise AssertionError
 
@@ -78,11 +78,11 @@ def unused(models: Models, tasks: Sequence[TaskRecord], tell: Tell) -> Iterator[
 def results(store: Store, work: Work, ray: FakeRay | None = None, workers: int = 1) -> list[tuple[str, object]]:
     """Return what comes of every task, in order."""
     pool = _Pool(ray or FakeRay(), lambda: FakeActor(work), workers, store)
-    return [(task.name, made) for task, made in pool.each(unused, list(store.tasks.all()), lambda note: None)]
+    return [(task.name, made) for task, made in pool.each(unused, list(store.tasks()), lambda note: None)]
 
 
 def test_large_tasks_go_first(store: Store) -> None:
-    sizes = {row.task.name: row.final.parameters for row in store.tasks.summaries()}
+    sizes = {row.name: row.parameters for row in store.rows()}
     assert [sizes[name] for name, _ in results(store, str.upper)] == sorted(sizes.values(), reverse=True)
 
 
@@ -195,6 +195,6 @@ def test_a_worker_that_does_not_reach_the_database_says_which_machine_it_is_on()
     assert "in its own environment" in (caught.value.hint or "")
 
 
-def read_tasks(models: Models, tasks: Sequence[TaskRecord], tell: Tell) -> Iterator[tuple[TaskRecord, str]]:
+def read_tasks(models: Models, tasks: Sequence[Task], tell: Tell) -> Iterator[tuple[Task, str]]:
     """Read tasks of the store."""
-    yield from ((task, task.name) for task in models.store.tasks.all())
+    yield from ((task, task.name) for task in models.store.tasks())
