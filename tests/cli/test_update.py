@@ -24,7 +24,7 @@ from tests.cli.fleet import write_texts
 from tests.cli.tiny_fleet import STEPS, icm_quietly, write_lora
 from tests.icmlora.small_fleet import same, trained_file
 from tests.icmlora.tiny_base import LABEL
-from tests.registry.examples import new_store, task
+from tests.registry.examples import ingest, new_store
 
 Icm = Callable[..., Ran]
 UPDATE = ("train", "--update", "--no-eval", "--refine", "0", "--device", "cpu", "--steps", STEPS)
@@ -289,7 +289,7 @@ def test_each_base_model_begins_with_the_generator_that_it_has_when_its_turn_com
     monkeypatch.setattr(UpdateCandidates, "unchanged", unchanged)
     with new_store(store_path) as store:
         for label in ("one", "two"):
-            store.publish([task(store, f"task-of-{label}", base_model=label)])
+            ingest(store, f"task-of-{label}", base_model=label)
             make_another_current(store_path, first, label)
     with pytest.raises(Reached):
         Fleet(store_path).update(device="cpu", refine=0, evaluate=False)

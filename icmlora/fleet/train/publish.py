@@ -77,7 +77,7 @@ def publish(
         continued = [task for row in rows if row.generator in decodes and (task := _read(store, row.name)) is not None]
         moved = [_moved(task, generator.blob, decodes) for task in continued]
         try:
-            stored = store.publish([*new, *coded, *moved])
+            stored = store.publish(states) if (states := [*new, *coded, *moved]) else []
         except LostRace:
             continue
         earlier = [task.code for task in (*present.values(), *continued)]

@@ -116,32 +116,31 @@ def update(
     candidates_of = partial(
         UpdateCandidates, context, device=place, steps=steps, learning_rate=learning_rate, seed=seed
     )
-    with reporting(report):
-        with context.open() as store:
-            labels = base_models_with_tasks(store, base_model)
-            # Those without a generator first: their error is reported now, not after an hour of work for the others.
-            for label in sorted(labels, key=lambda label: store.generator(label) is not None):
-                with one_of_several(context, report, label, labels):
-                    with store.job(label):
-                        updated, codes = _update_base(
-                            context, store, label, place, quality, tolerance, candidates_of, resume=resume
-                        )
-                    report.updated.append(updated)
-                    for code in codes:
-                        context.on_event(code)
-                    context.on_event(updated)
-            finish(
-                context,
-                store,
-                report,
-                [updated.base_model for updated in report.updated if updated.tasks],
-                report.tasks,
-                limits,
-                only=base_model,
-                measure=evaluate,
-                device=device,
-                workers=workers,
-            )
+    with reporting(report), context.open() as store:
+        labels = base_models_with_tasks(store, base_model)
+        # Those without a generator first: their error is reported now, not after an hour of work for the others.
+        for label in sorted(labels, key=lambda label: store.generator(label) is not None):
+            with one_of_several(context, report, label, labels):
+                with store.job(label):
+                    updated, codes = _update_base(
+                        context, store, label, place, quality, tolerance, candidates_of, resume=resume
+                    )
+                report.updated.append(updated)
+                for code in codes:
+                    context.on_event(code)
+                context.on_event(updated)
+        finish(
+            context,
+            store,
+            report,
+            [updated.base_model for updated in report.updated if updated.tasks],
+            report.tasks,
+            limits,
+            only=base_model,
+            measure=evaluate,
+            device=device,
+            workers=workers,
+        )
     return report
 
 
