@@ -117,8 +117,8 @@ def encode(
     Args:
         context: The store, and who listens.
         tasks: Names of tasks; all by default.
-        quality: 1 (smallest codes) to 8 (most accurate); by default that of the generator. Where the base model is at
-            hand it stands for a share to keep, else for a tolerance.
+        quality: 1 (smallest codes) to 8 (most accurate); by default the generator's. It means a share to keep
+            if the base model is on this machine, else a tolerance.
         keep: Share of the adapter's effect that a code keeps, as seen on samples that refinement does not read. Needs
             the base model.
         min_gain: Smallest retained gain on the task's held-out text. Needs the base model.
@@ -375,7 +375,7 @@ def restore_hint(task: Task) -> str:
 
 
 def _limits_under(generator: Generator, asked: Limits, *, refined: bool) -> Limits:
-    """Return the limits of one code, refined or plain: a quality stands for a tolerance, and for steps."""
+    """Return the limits of one code, refined or plain: a quality means a tolerance, or a share to keep and steps."""
     if asked.keep is not None:
         return replace(asked, refine=REFINE_STEPS if asked.refine is None else asked.refine)
     if not asked.is_by_quality:

@@ -1,12 +1,12 @@
-"""Codes that keep a share of what their adapters do, found by looking: where refinement begins, and where it goes on.
+"""Search for the smallest code that preserves a given share of the adapter's effect.
 
-    step ──a few looks──▶ code that keeps less than asked ──a fifth of the steps──▶ look ──another step──▶ the others
-                                                                                                             │
-                                       done ◀──the last steps again──finer step──◀── keeps too little ──◀── look
+    step ──few trials──▶ code that keeps less than asked ──a fifth of the steps──▶ measure ──another step──▶ the others
+                                                                                                               │
+                                     done ◀──the last steps again──finer step──◀── keeps too little ──◀── measure
 
-How much refinement brings back differs from adapter to adapter, by a factor of four. The first steps foretell it
-(docs/results/LOG.md), so a code that would end too good or too bad goes on from there with coarser or finer values. One
-that falls short in the end goes on with finer ones.
+The gain of refinement differs between adapters by a factor of four. The first steps predict it (docs/results/LOG.md),
+so a code that would end too accurate or too coarse continues with coarser or finer values. One that misses its share at
+the end continues with finer ones.
 """
 
 from __future__ import annotations
@@ -31,36 +31,36 @@ from icmlora.training.effect import LEAST_LOST, Effect, Lost
 from icmlora.training.refinement import Refinable, RefineConfig, has_short_answers, items_for, refine
 from icmlora.training.teacher import Teacher
 
-_COARSER = 3.5  # refinement begins with a code that loses so many times what may be lost
-_FIRST = 0.5  # squared error of the first code that is looked at
-_MOST_LOOKS = 4
-_NEAR = 0.3  # octaves by which a look may miss the share that is looked for
-_STRIDE = 3 * OCTAVE  # eighths of an octave between two looks, at most
-_SIZE_POWER = 0.9  # codes grow as this power of 1 / what is lost, about (docs/results/LOG.md)
-# What is lost grows as a power of the step: of plain codes, and of refined ones.
+_COARSER = 3.5  # refinement begins with a code that loses this multiple of the allowed loss
+_FIRST = 0.5  # squared error of the first code that is measured
+_MAX_TRIALS = 4
+_NEAR = 0.3  # octaves between a trial and the wanted share, at most
+_STRIDE = 3 * OCTAVE  # eighths of an octave between two trials, at most
+_SIZE_POWER = 0.9  # codes grow about as this power of 1 / loss (docs/results/LOG.md)
+# The loss grows as a power of the step: of plain codes, and of refined ones.
 _PLAIN_POWER, _REFINED_POWER = 2.0, 1.4
-# Shares of the steps of refinement after which it looks again; a code that falls short does those after the last again.
+# Shares of the steps of refinement before each measurement; a code that misses its share repeats the last part.
 _LOOKS = 0.2, 0.6
-# Eighths of an octave by which the step changes then, or for a code that falls short: at most, and at least where it
-# gets finer or coarser. A coarser one takes back what refinement did, and the price of bits makes codes smaller too. It
-# may lose so many times what refinement began with, or what it should lose: at some step all slots of a code are faint.
-_MOST_MOVED, _LEAST_FINER, _LEAST_COARSER, _MOST_WORSE = 6, 2, 4, 1.5
-# By how many octaves the steps that remain divide what is lost: so many after each look, and more after the first one
-# if the steps before it have brought more than is usual.
+# Eighths of an octave by which the step changes then, or for a code that misses its share: at most, and at least if it
+# gets finer or coarser. A coarser step undoes refinement, and the price of bits makes codes smaller too. Its loss may
+# be this multiple of the loss before refinement, or of the wanted loss: at some step all slots of a code are faint.
+_MAX_MOVED, _MIN_FINER, _MIN_COARSER, _MAX_WORSE = 6, 2, 4, 1.5
+# Octaves by which the remaining steps divide the loss, after each measurement; more after the first one if the steps
+# before it gained more than usual.
 _LATER, _USUAL = (0.3, 0.1), 1.2
-_LATER_OF_ANSWERS = 1.2  # after the first look, if answers are short
-# A code may lose half more than it is asked to, and at most so much: what other texts would say differs by more.
-_SHORT, _MOST_SHORT = 1 / 2, 0.01
-_AIM = 0.6  # of the way from what is asked for to that
+_LATER_OF_ANSWERS = 1.2  # after the first measurement, if answers are short
+# A code may lose half more than asked, and at most this much more: the variance between texts is larger.
+_SHORT, _MAX_SHORT = 1 / 2, 0.01
+_AIM = 0.6  # of the way from the asked loss to the largest allowed one
 
 
 @dataclass(frozen=True)
 class Refiner:
-    """What it takes to see and to change what codes of an adapter do."""
+    """Measures and refines the effect of the codes of one adapter."""
 
     base: BaseModel  # in a precision for gradients
-    teacher: Teacher  # of what refinement reads of the task
-    effect: Effect  # of the adapter on what it does not read
+    teacher: Teacher  # on the texts that refinement reads
+    effect: Effect  # of the adapter on other texts
     config: RefineConfig
 
     @classmethod
@@ -82,21 +82,21 @@ class Refiner:
 
 @dataclass(frozen=True)
 class ForShare:
-    """What a code is for that is to keep a share of its adapter's effect, and what other codes it may become."""
+    """The share of the effect that a code must keep, and the other codes that it may become."""
 
     keep: float
     steps: Steps
-    lost: float  # by the code that its refinement begins with
+    lost: float  # by the code before refinement
     slots: SlotChoice
 
     @property
     def most(self) -> float:
-        """What a code for it may lose of the effect."""
-        return 1 - self.keep + min(_SHORT * (1 - self.keep), _MOST_SHORT)
+        """The largest loss that is allowed."""
+        return 1 - self.keep + min(_SHORT * (1 - self.keep), _MAX_SHORT)
 
     @property
     def aim(self) -> float:
-        """What it should lose, so that nearly all lose less than is too much."""
+        """The loss to aim at, so that nearly all codes lose less than `most`."""
         asked = 1 - self.keep
         return max(asked + _AIM * (self.most - asked), LEAST_LOST)
 
@@ -118,38 +118,37 @@ class Coarse:
 
 @dataclass(frozen=True)
 class Finished:
-    """A code that was made of a coarse one, refined or as it was, and what it loses of its adapter's effect."""
+    """A code that was refined, or left as it was, and its loss of the adapter's effect."""
 
     encoded: Encoded
-    lost: Lost | None  # None for a code that is not for a share
-    falls_short: bool  # of its share
+    lost: Lost | None  # None for a code without a share to keep
+    misses_limit: bool
 
     @classmethod
     def of(cls, code: Coarse, encoded: Encoded) -> Finished:
-        """Look at what was made of a code."""
+        """Measure a code that was refined."""
         if code.share is None:
-            return cls(encoded, None, falls_short=False)
+            return cls(encoded, None, misses_limit=False)
         lost = code.refiner.lost(code.codec, encoded.data)
-        return cls(encoded, lost, falls_short=lost.counted > code.share.most)
+        return cls(encoded, lost, misses_limit=lost.counted > code.share.most)
 
     def better(self, other: Finished) -> Finished:
-        """Return the one of two that loses less."""
+        """Return the code that loses less."""
         assert self.lost is not None
         assert other.lost is not None
         return other if other.lost.counted < self.lost.counted else self
 
 
 def lost_before(keep: float, beyond: float) -> float:
-    """Return what share of the effect a code should lose before it is refined to keep one; `beyond` is the effect's."""
+    """Return the share of the effect that a code should lose before it is refined; `beyond` is the effect's."""
     share = min(_COARSER * (1 - keep), 1 - keep / 2)  # halfway to a code that keeps nothing, at most
-    return share * math.sqrt(beyond)  # how answers look, of which little counts, comes back with few steps
+    return share * math.sqrt(beyond)  # the form of answers, which counts little, comes back in few steps
 
 
 def coarse_for(keep: float, lost: float, refiner: Refiner, codec: Codec, original: Adapter, steps: Steps) -> Coarse:
     """Return the plain code that loses about a share of its adapter's effect, to be refined until it keeps another.
 
-    Of codes with and without faint slots, of either strengths, it is the one that would be the smallest if all lost
-    the same.
+    Of codes with and without faint slots, of either strengths, it would be the smallest if all had the same loss.
     """
     code = cache(steps.with_slots)
 
@@ -169,12 +168,12 @@ def coarse_for(keep: float, lost: float, refiner: Refiner, codec: Codec, origina
 
 
 def near(share: float, lost: Callable[[int], float], first: int) -> tuple[int, float]:
-    """Return the step, log2 in eighths, whose code loses nearly a share, and what it loses, in a few looks.
+    """Return the step, log2 in eighths, with a code that loses nearly a share, and its loss, after a few trials.
 
-    Between two steps it grows as a power of the step; beyond those, as it usually does.
+    Between two steps the loss grows as a power of the step; beyond them it grows at the usual rate.
     """
     wanted, step, found = _octaves(share), first, dict[int, float]()
-    while step not in found and len(found) < _MOST_LOOKS:
+    while step not in found and len(found) < _MAX_TRIALS:
         found[step] = _octaves(lost(step))
         if abs(found[step] - wanted) <= _NEAR:
             break
@@ -192,7 +191,7 @@ def near(share: float, lost: Callable[[int], float], first: int) -> tuple[int, f
 def refine_all(codes: Sequence[Coarse], tell: Tell) -> list[Finished]:
     """Refine codes side by side: all on the same base model, and for the same number of steps.
 
-    One that falls short of its share does its last steps again, at a finer quantiser step; the better one is taken.
+    A code that misses its share repeats its last steps at a finer quantisation step; the better one is taken.
     """
     base, config = codes[0].refiner.base, codes[0].refiner.config
     running = list(map(_Running.of, codes))
@@ -211,11 +210,11 @@ def refine_all(codes: Sequence[Coarse], tell: Tell) -> list[Finished]:
             go(running, first, last)
             if last < 1:
                 for one in running:
-                    one.foresee(number)
+                    one.predict_final_loss(number)
         finished = [one.finished() for one in running]
-        short = [number for number, made in enumerate(finished) if made.falls_short]
+        short = [number for number, made in enumerate(finished) if made.misses_limit]
         for number in short:
-            running[number].mend(finished[number])
+            running[number].retry_finer(finished[number])
         go([running[number] for number in short], _LOOKS[-1], 1.0)
         for number in short:
             finished[number] = finished[number].better(running[number].finished())
@@ -231,7 +230,7 @@ class _Running:
 
     @classmethod
     def of(cls, code: Coarse) -> _Running:
-        """Begin with a code as it is."""
+        """Return a code before its first step."""
         aim = None if code.share is None else code.share.aim
         relaxed, refiner = code.relaxed(code.encoded.data), code.refiner
         return cls(code, Refinable(relaxed, code.encoded.weighted_error, refiner.teacher, refiner.effect, aim))
@@ -240,8 +239,8 @@ class _Running:
         """Return the code as it is now."""
         return Finished.of(self.code, self.code.codec.measure(self.code.original, self.work.relaxed.to_code()))
 
-    def foresee(self, number: int) -> None:
-        """Go on at the step at which the steps that remain will end at its share, as far as can be told."""
+    def predict_final_loss(self, number: int) -> None:
+        """Re-quantise at the step from which the remaining steps are predicted to end at the aim."""
         share = self.code.share
         if share is None:
             return
@@ -250,29 +249,29 @@ class _Running:
         lost = _octaves(found.of_most)
         is_first, later = number == 0, _LATER[number]
         if self._has_short_answers:
-            if not is_first:  # few predictions tell what it loses, and the last steps bring it far more than text
+            if not is_first:  # a few predictions measure little, and the last steps gain far more than on text
                 return
             later = _LATER_OF_ANSWERS
         if is_first:
             later += max(math.log2(share.lost) - lost - _USUAL, 0.0)
         self._move(share, lost - later, coarser=is_first)
 
-    def mend(self, made: Finished) -> None:
-        """Go on at the step at which a code that falls short would not."""
+    def retry_finer(self, made: Finished) -> None:
+        """Re-quantise at a finer step after the share was missed."""
         assert self.code.share is not None
         assert made.lost is not None
         self.work.compare(made.lost.worst)
         self._move(self.code.share, _octaves(made.lost.worst), coarser=False)
 
     def _move(self, share: ForShare, end: float, *, coarser: bool) -> None:
-        """Go on at the step where it loses what it should, if it loses 2^end at this one."""
+        """Re-quantise at the step predicted to reach the aim, if the loss at the present one ends at 2^end."""
         assert self.work.wanted is not None
-        move = _eighths(math.log2(self.work.wanted) - end, _REFINED_POWER, _MOST_MOVED)
-        if move <= -_LEAST_FINER:
+        move = _eighths(math.log2(self.work.wanted) - end, _REFINED_POWER, _MAX_MOVED)
+        if move <= -_MIN_FINER:
             self.work.relaxed = self._moved(share, move)
         elif coarser:
-            most = _MOST_WORSE * max(share.lost, self.work.wanted)
-            tried = (self._moved(share, by) for by in range(move, _LEAST_COARSER - 1, -1))
+            most = _MAX_WORSE * max(share.lost, self.work.wanted)
+            tried = (self._moved(share, by) for by in range(move, _MIN_COARSER - 1, -1))
             self.work.relaxed = next((one for one in tried if self._lost_of_few(one) <= most), self.work.relaxed)
 
     def _moved(self, share: ForShare, move: int) -> RelaxedCode:
@@ -290,18 +289,18 @@ class _Running:
 
 
 def _octaves(share: float) -> float:
-    """Return the logarithm, base 2, of a share that is lost."""
+    """Return the logarithm, base 2, of a loss."""
     return math.log2(max(share, LEAST_LOST))
 
 
 def _eighths(octaves: float, power: float, most: int) -> int:
-    """Return by how many eighths of an octave the step grows if what is lost grows by so many octaves."""
+    """Return by how many eighths of an octave the step grows if the loss grows by some octaves."""
     return round(min(max(OCTAVE * octaves / power, -most), most))
 
 
 @contextmanager
 def stoppable(base: BaseModel, look: Callable[[], None]) -> Iterator[None]:
-    """Look whether to stop before each pass through a base model: texts are written in hundreds of passes."""
+    """Call a function that may stop the work before each pass through a base model: there are hundreds of passes."""
     passes = base.model.register_forward_pre_hook(lambda *_: look())
     try:
         yield

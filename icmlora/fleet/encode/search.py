@@ -1,6 +1,6 @@
 """Search for the smallest code of one adapter that meets the limits, or the best one of a size.
 
-    keep       step ──a few passes through the base model──▶ step that keeps less than is asked ──refine──▶ code
+    keep       step ──a few passes through the base model──▶ step that keeps less than asked ──refine──▶ code
 
     gain       tolerance  0.95   0.71   0.5   0.35   ...   0.004
                           few bytes                   many bytes
@@ -36,18 +36,18 @@ At the coarsest, the code of a task that the generator predicts well holds no in
 """
 
 _LOSS_RATIO = 1.5
-"""Refinement divides the lost gain of a code by about this, which says at which tolerance to begin with it."""
+"""Refinement divides the lost gain of a code by about this; the first tolerance follows from it."""
 _SURELY = 0.8
-"""Of what a code that is not refined may lose, it is made to lose about so much: the search comes so near."""
+"""Share of the allowed loss that a code without refinement aims at: the search is this precise."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A code that was made, with what was measured of it."""
+    """A code with its measurements."""
 
     encoded: Encoded
     result: SourceResult | None = None  # its loss and gain; None where no gain is asked for
-    effect: float | None = None  # share of the adapter's effect that it keeps; None where that was not looked at
+    effect: float | None = None  # share of the adapter's effect that it keeps; None if not measured
 
     @property
     def gain(self) -> float | None:
@@ -72,7 +72,7 @@ class LadderResult:
 
 
 Attempt = Callable[[int], Trial]
-"""Makes and measures what one index of a ladder stands for."""
+"""Makes and measures the code of one index of a ladder."""
 
 
 def bisect(length: int, min_gain: float, attempt: Attempt) -> LadderResult:
@@ -94,7 +94,7 @@ def bisect(length: int, min_gain: float, attempt: Attempt) -> LadderResult:
 
 
 def walk(first: int, length: int, min_gain: float, attempt: Attempt) -> LadderResult:
-    """Go from one entry of a ladder to coarser ones while they keep a gain, or to finer ones until one does."""
+    """Try coarser entries of a ladder while they keep a gain, or finer ones until one does."""
     # A good first guess takes two attempts, where bisection takes four.
     trial = attempt(first)
     found = LadderResult(first, trial, trial.keeps(min_gain))
@@ -172,8 +172,8 @@ class CodeSearch:
         return coarse_for(keep, lost, self.refiner, self.codec, self.original, steps)
 
     def done(self, made: Finished) -> tuple[Trial, bool]:
-        """Return what was made of a coarse code, and whether it keeps what it is for."""
-        return Trial(made.encoded, effect=None if made.lost is None else 1 - made.lost.counted), not made.falls_short
+        """Return a refined code, and whether it keeps its share."""
+        return Trial(made.encoded, effect=None if made.lost is None else 1 - made.lost.counted), not made.misses_limit
 
     def _most_accurate(self, size: int) -> tuple[Trial, bool]:
         min_gain, encoded = self.limits.min_gain, self._plain(self.limits)

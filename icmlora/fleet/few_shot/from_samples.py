@@ -1,6 +1,6 @@
-"""Make an adapter and its context from the samples of a task, and say what each of them is worth.
+"""Make an adapter and its context from the samples of a task, and measure what each of them gains.
 
-samples ──left out──▶ four that tell: base model, adapter, context, both
+samples ──held out──▶ four that measure: base model, adapter, context, both
    └──the others──▶ few-shot steps ──▶ gradient steps ──▶ distillation ──▶ adapter
           └───────▶ context, chosen with that adapter
 """
@@ -33,9 +33,9 @@ from icmlora.fleet.few_shot.task_context import usable_samples
 from icmlora.fleet.few_shot.train import SAMPLE_TOKENS
 from icmlora.io.devices import texts_at_once
 
-_ORDERS = 4  # in which samples stand behind each other when an adapter is refined for its context
-_FEWEST_DISTILLED = 2
-_ENOUGH = 32  # samples of which four hardly matter to an adapter
+_ORDERS = 4  # orders of the samples, one after the other, when an adapter is refined for its context
+_MIN_DISTILLED = 2
+_ENOUGH = 32  # samples; four more hardly change an adapter
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,9 @@ class Recipe:
     """How an adapter is made.
 
     Attributes:
-        rank: Of what is written.
+        rank: Of the adapter.
         refine: Gradient steps on the samples.
-        distil: Gradient steps towards what is predicted behind samples; no context is kept then.
+        distil: Gradient steps towards the predictions after samples; no context is kept then.
         context_tokens: Tokens of the context at most; 0 for none, and then nothing is measured.
     """
 
@@ -57,16 +57,16 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Made:
-    """What was made."""
+    """An adapter made from samples."""
 
     adapter: Adapter
-    context: ChosenContext | None  # that is kept
-    guard: Guard | None  # what both are worth; None if that was not measured
+    context: ChosenContext | None  # kept with it
+    guard: Guard | None  # the gain of both; None if not measured
 
 
 @dataclass(frozen=True)
 class Source:
-    """What an adapter is made from: samples, or a description from which the base model writes some."""
+    """The samples of a task, or a description that the base model writes samples for."""
 
     path: Path | None
     data: bytes | None
@@ -98,10 +98,10 @@ class Source:
 def make_from(
     context: Context, base: BaseModel, start: FewShotStart, source: Source, samples: Sequence[Prepared], recipe: Recipe
 ) -> Made:
-    """Make an adapter from samples that are prepared, for the context that goes with it if one does.
+    """Make an adapter from prepared samples, for its context if it has one.
 
     Raises:
-        DataError: It is to be distilled, and no sample can stand before another.
+        DataError: It is to be distilled, and one sample cannot follow another.
     """
     _check_distil(base, recipe.distil, len(samples))
     maker = _Maker(context, base, start, recipe)
@@ -126,7 +126,7 @@ def make_from(
 
 @dataclass(frozen=True)
 class _Trial:
-    """An adapter of which some samples know nothing, and what these say."""
+    """An adapter made without some samples, and its gain on those."""
 
     in_context: bool  # whether it was made for its context
     adapter: Adapter
@@ -135,7 +135,7 @@ class _Trial:
 
     @property
     def is_context_of_use(self) -> bool:
-        """Whether the context is to be served, as far as that was measured."""
+        """Whether the context is to be served; True if not measured."""
         return self.guard is None or self.guard.recommends_context
 
 
@@ -149,7 +149,7 @@ class _Maker:
     recipe: Recipe
 
     def tried(self, prompted: Prompted, held: Sequence[Any], others: Sequence[Any], *, in_context: bool) -> _Trial:
-        """Make an adapter from samples, for its context or to stand alone, choose the context, and ask the others."""
+        """Make an adapter from samples, with or without a context, choose the context, and measure the others."""
         base = self.base
         read = base.modality.prepare(base, base.modality.readable(base, others).items, SAMPLE_TOKENS)
         adapter = self.adapted(read, in_context=in_context)
@@ -158,13 +158,13 @@ class _Maker:
             most, total = self.recipe.context_tokens, len(held) + len(others)
             chosen = choose_context(prompted, others, most, total=total, tell=tell)
             adapted = BothWays.of(prompted, chosen, held)
-        # Where none is left out, the adapter has seen all of them, and the base model can still be asked.
+        # If none is held out, the adapter has seen all of them, but the base model has not.
         in_turn = not held and not self.recipe.distil
         bare = BothWays.in_turn(prompted, chosen, others) if in_turn else BothWays.of(prompted, chosen, held)
         return _Trial(in_context, adapter, chosen, Guard.of(bare, adapted, in_turn=not held))
 
     def adapted(self, samples: Sequence[Prepared], *, in_context: bool = False) -> Adapter:
-        """Take the few-shot steps, and go on from there by gradient steps."""
+        """Return an adapter after the few-shot steps and the gradient steps."""
         base, recipe, context = self.base, self.recipe, self.context
         adapter = self._stepped(samples, in_context=in_context)
         if recipe.refine:
@@ -184,7 +184,7 @@ class _Maker:
         return adapter
 
     def _stepped(self, samples: Sequence[Prepared], *, in_context: bool) -> Adapter:
-        """Take the few-shot steps, and cut the adapter to the rank that is written."""
+        """Return an adapter after the few-shot steps, truncated to the rank that is written."""
         base, context = self.base, self.context
         adapter, steps = self.start.adapter, len(supports(samples, len(self.start.rates)))
         taken = adapt(base, self.start, samples, in_context=in_context, batch_size=texts_at_once(base.device))
@@ -198,5 +198,5 @@ def _check_distil(base: BaseModel, steps: int, samples: int) -> None:
     if steps and not base.modality.takes_context:
         fact = f"{base.label} is a {base.modality.name}, which cannot read one sample after another"
         raise DataError(fact, hint="leave out --distil")
-    if steps and samples < _FEWEST_DISTILLED:
+    if steps and samples < _MIN_DISTILLED:
         raise DataError("there is only one sample, and --distil needs two", hint="add samples, or leave out --distil")

@@ -51,7 +51,7 @@ _PROBED_SAMPLES, _EPISODE_SAMPLES = 8, 1024  # read of a task: to see whether en
 
 @dataclass(frozen=True)
 class EpisodeDone(Event):
-    """One episode is done; `at` has what it measured."""
+    """One episode is done; `at` has its measurements."""
 
     base_model: str
     task: str
@@ -85,7 +85,7 @@ class FewShotReport:
 class StoreEpisodeSource:
     """The tasks of a base model with enough samples; implements `icmlora.fewshot.meta_training.EpisodeSource`.
 
-    Only LoRAs of linear layers and plain convolutions take part: no step reaches anything else. Tasks that cannot be
+    Only LoRAs of linear layers and plain convolutions are used: no step reaches anything else. Tasks that cannot be
     read are in `left_out`, with the reason.
     """
 
@@ -218,8 +218,8 @@ def _train_base(context: Context, store: Store, label: str, config: MetaConfig, 
     context.progress(0, config.episodes, "averaging the adapters")
     start, codec = _encodable(untrained_fewshot_start(source.adapters()), file)
     code = mean_code(start, codec)
-    decoded = replace(start, adapter=codec.decode(code))  # what `icm generate` will read
-    trained, losses = decoded, list[float]()  # what is trained are the lengths of its steps
+    decoded = replace(start, adapter=codec.decode(code))  # `icm generate` reads the decoded one
+    trained, losses = decoded, list[float]()  # only the lengths of its steps are trained
     for at, taught in meta_train(base, decoded, source, config):
         trained = taught
         losses.append(at.loss)
@@ -244,7 +244,7 @@ def _train_base(context: Context, store: Store, label: str, config: MetaConfig, 
 
 
 def _record(store: Store, generator: Generator, start: File) -> None:
-    """Make a few-shot start that of the generator it was trained for, if that is still in use."""
+    """Record a few-shot start of the generator that it was trained for, if it is still in use."""
 
     def change(present: Generator | None) -> Generator:
         if present is None or present.blob != generator.blob:

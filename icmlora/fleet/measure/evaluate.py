@@ -218,7 +218,7 @@ def evaluate_tasks(
 
 
 def _record(context: Context, store: Store, name: str, made: _TaskResults | None, report: EvaluateReport) -> None:
-    """Record the measurements of a task, without those of an adapter or a code that was replaced."""
+    """Record the measurements of a task, except of an adapter or a code that was replaced."""
     if made is None:
         report.outdated.append(name)
         return
@@ -272,7 +272,7 @@ def _tasks_with_text(
 
 @dataclass(frozen=True)
 class Measurable:
-    """Which tasks can be measured on this machine, why others cannot, and of which base models some could elsewhere."""
+    """Tasks that this machine can measure, why it cannot measure others, and base models to measure elsewhere."""
 
     tasks: list[str]
     reasons: list[str]

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from registry.store import Store
 
 SOURCES: tuple[Source, ...] = ("base", "original", "code", "recalled", "network")
-"""In the order in which they are measured: every gain needs the losses of base model and original."""
+"""In the order of measuring: every gain needs the losses of base model and original."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class SourceResult(WithRelativeError):
 
 
 def record_measurements(store: Store, seen: Task, made: Sequence[Measurement]) -> bool:
-    """Record measurements of a task, without those of an adapter or a code that was replaced; return whether none was.
+    """Record measurements of a task, except of an adapter or a code that was replaced; return whether none was.
 
     `seen` is the task that was measured. Raises `TaskNotFound` if it was removed.
     """

@@ -1,6 +1,6 @@
 """Compute the relative error of a task's code in each group of its modules.
 
-The groups are those of `icmlora.adapter.module_groups`.
+See `icmlora.adapter.module_groups` for the groups.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ _TOO_WIDE = f"its rank exceeds {MAX_SLOTS}, the maximum for a code"
 
 @dataclass(frozen=True)
 class _Parts:
-    """A task, with those of its checkpoints and vectors that training reads."""
+    """A task, with the checkpoints and vectors that training reads."""
 
     task: Task
     checkpoints: Sequence[StoredAdapter]

@@ -145,7 +145,7 @@ class Models:
         return self._exemplars[1]
 
     def load_in(self, label: str) -> LoadIn | None:
-        """Return the few bits in which this machine loads a base model; None for full precision."""
+        """Return how few bits this machine loads a base model in; None for full precision."""
         if label not in self._load_in:
             place = location_of(self.store.base_model(label).names)
             self._load_in[label] = None if place is None else place.load_in
@@ -155,7 +155,7 @@ class Models:
         """Return a base model, in the given precision or in what suits the device. Raises as `open_base` does."""
         known = self.loaded(label)
         if known is not None and known.load_in is not None:
-            return known  # it has one precision, whatever is asked for
+            return known  # it has only one precision
         dtype = dtype or inference_dtype(self.device)  # by name, or a card would hold two copies in one precision
         if (label, dtype) not in self._bases:
             self._bases = {key: base for key, base in self._bases.items() if key[0] == label}
@@ -166,7 +166,7 @@ class Models:
         return base
 
     def loaded(self, label: str) -> BaseModel | None:
-        """Return a base model, in whatever precision, if it was loaded."""
+        """Return a base model in any precision, if it was loaded."""
         found = (base for (name, _), base in self._bases.items() if name == label and isinstance(base, BaseModel))
         return next(found, None)
 

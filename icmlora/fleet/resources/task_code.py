@@ -1,4 +1,4 @@
-"""Give a task another code. Never imports torch."""
+"""Replace the code of a task. Never imports torch."""
 
 from __future__ import annotations
 

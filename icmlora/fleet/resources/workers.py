@@ -56,19 +56,19 @@ _SETTINGS = {
 }
 
 Tell = Callable[[str], None]
-"""Called between the steps of a task with what is being done; may raise `Cancelled`."""
+"""Called with a note between the steps of a task; may raise `Cancelled`."""
 
 P = ParamSpec("P")
 R = TypeVar("R")
 Work = Callable[Concatenate[Models, Sequence["Task"], Tell, P], Iterator[tuple["Task", R]]]
-"""What is called, of a module: it yields each task of some of one base model with its result, and writes nothing."""
+"""A function of a module that yields tasks of one base model with their results, and writes nothing."""
 
 
 @contextmanager
 def worker_pool(context: Context, store: Store, *, device: str, workers: str | None) -> Iterator[_ThisProcess | _Pool]:
     """Start workers for a block.
 
-    `workers` is as in `check_place`, and `device` that of each worker.
+    `workers` is as in `check_place`, and `device` is the device of each worker.
 
     Raises:
         RegistryError: The address of the store has a password, which is not sent to workers.
@@ -218,14 +218,14 @@ class _Pool:
         return result
 
     def stop(self) -> None:
-        """Kill the workers; what they compute is lost."""
+        """Kill the workers; unfinished results are lost."""
         for worker in (*self._idle, *(worker for worker, _ in self._running.values())):
             self._ray.kill(worker)
 
 
 @dataclass(frozen=True)
 class _Share:
-    """How many workers there are, and what each has of its machine."""
+    """The number of workers, and the resources of each."""
 
     workers: int
     cpus: float
@@ -234,7 +234,7 @@ class _Share:
 
 
 def _share(ray: Any, workers: str, device: str) -> _Share:
-    """Give every worker a card where there are cards; otherwise divide this machine, or take each machine whole."""
+    """Return one worker per GPU, or divide this machine, or use one worker per machine."""
     if workers.isdecimal():
         count = int(workers)
         cards = torch.cuda.device_count() if device in ("auto", "cuda") else 0

@@ -1,4 +1,4 @@
-"""The ways in which a generator can take in new tasks. No earlier task is read.
+"""The ways to add new tasks to a generator. No earlier task is read.
 
     new tasks ─┬─ covered by a network of the file ─┬─ encode with it as it is ────────────────────────┬─▶ fewer bytes
                │                                    └─ tune its decoder on them: a version that holds ─┘
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 _TUNING_STEPS = 50  # of the decoder, per new task
 _TUNING_RATE = 2e-3
-_COARSENESS = 2.0  # grid to which the differences of a tuned decoder are rounded, in units of their root mean square
+_COARSENESS = 2.0  # grid for rounding the differences of a tuned decoder, in units of their root mean square
 
 
 @dataclass(frozen=True)
@@ -209,5 +209,5 @@ class UpdateCandidates:
 
 
 def _smaller(earlier: Encoded, later: Encoded) -> Encoded:
-    """Return the smaller of two codes; if they are equal, that of the earlier version."""
+    """Return the smaller of two codes; if they are equal, the earlier one."""
     return later if len(later.data) < len(earlier.data) else earlier

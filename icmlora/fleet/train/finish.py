@@ -66,7 +66,7 @@ def finish(
     """Encode again for limits or refine, then measure, and add the results to the report.
 
     `base_models` are those with new codes, `tasks` the tasks with a new code, if not all, and `only` the base model
-    that was selected, if any. Without other limits, codes are refined, except those of a tolerance of their own.
+    that was selected, if any. Without other limits, codes are refined, unless they have their own tolerance.
     """
     labels: Sequence[str | None] = base_models if limits.tolerance is None and limits.refine != 0 else []
     if not (limits.keep is limits.max_error is limits.min_gain is None):

@@ -1,4 +1,4 @@
-"""Train a network step by step, with a checkpoint in the store from which an interrupted run resumes.
+"""Train a network step by step; an interrupted run resumes from its checkpoint in the store.
 
 interrupted run (same options, same adapters) ───────┐
 current generator ───────────────────────────────────┼──▶ network and optimiser ──steps──▶ trained network
@@ -235,7 +235,7 @@ def usable_source(
 def options_of(
     source: StoreAdapterSource, device: torch.device, *, steps: int | None, learning_rate: float | None, seed: int
 ) -> TrainConfig:
-    """Choose how a network is trained on some adapters; None stands for the default."""
+    """Choose how a network is trained on some adapters; None means the default."""
     return TrainConfig.default(
         source.tasks(),
         source.adapters(),
@@ -333,7 +333,7 @@ def measured_sensitivity(
     """
     try:
         base = open_base(store, source.base_model, device, gradient_dtype(device), cache=context.cache)
-        # Kinds of different widths share names, and a name without a layer number is that of every layer.
+        # Kinds of different widths share names, and a name without a layer number means every layer.
         modules = dict.fromkeys(kind.module(layer) for kind in config.kinds for layer in range(config.layers))
         statistics = channel_statistics(base, _examples(store, source, base), modules, max_tokens=_STATISTICS_TOKENS)
     except Cancelled:
@@ -362,7 +362,7 @@ def wanted_config(
     tolerance: float | None,
     width: int | None,
 ) -> GeneratorConfig:
-    """Choose the network of a generator; None stands for the value of the current one, or for the default.
+    """Choose the network of a generator; None means the value of the current one, or the default.
 
     `network` is the current one if training starts from it, `tolerance_before` the tolerance it was trained with.
 

@@ -148,7 +148,7 @@ def train(
         context: The store, and who listens.
         device: Where to compute.
         base_model: Train only the generator of this base model.
-        quality: 1 (smallest codes) to 8 (most accurate); by default that of the current generator, at first 4.
+        quality: 1 (smallest codes) to 8 (most accurate); by default the current generator's, at first 4.
         tolerance: The same as a number: the largest squared error, weighted by how sensitive each channel is. Codes of
             a tolerance are not refined.
         width: Hidden width of a new generator's decoder; by default it depends on the number of tasks.

@@ -165,7 +165,7 @@ def _update_base(
     present = GeneratorFile(data)
     tasks = (task for task in store.tasks(Selection(base_model=label)) if needs_code(task, generator))
     source = usable_source(context, store, label, tasks)
-    if tolerance is None:  # that of the generator's first training
+    if tolerance is None:  # then as in the generator's first training
         tolerance = present.configs[0].tolerance if quality is None else tolerance_of(quality)
     identity: dict[str, object] = {"update": str(generator.blob), "tolerance": tolerance, "fleet": source.digest()}
     run = TrainingRun.open(store, label, identity, resume=resume) if source.names else None

@@ -147,7 +147,7 @@ def test_a_code_that_loses_right_answers_at_the_end_goes_on_with_a_finer_step(
         doubting = Doubting(base, read.teacher, read.effect, FOR_SHARE, looks)
         (made,) = refine_all([replace(begun, refiner=doubting)], lambda _: None)
         steps.append(codec.open(made.encoded.data).head.step)
-        assert not made.falls_short
+        assert not made.misses_limit
     keeps_them, lost_them = steps
     assert lost_them < keeps_them
 
@@ -178,12 +178,12 @@ def test_the_steps_of_a_code_are_as_many_as_were_asked_for(
     assert done == list(range(1, FOR_SHARE.steps + 1))
 
 
-def test_the_last_steps_of_a_code_that_falls_short_are_done_again(
+def test_the_last_steps_of_a_code_that_misses_its_share_are_done_again(
     base: BaseModel, adapter: Adapter, codec: Codec, done: list[int]
 ) -> None:
     begun = coarse(base, adapter, codec, keep=0.9999, lost=0.2)
     (made,) = refine_all([begun], lambda _: None)
-    assert made.falls_short
+    assert made.misses_limit
     again = FOR_SHARE.steps * 4 // 10
     assert done[FOR_SHARE.steps :] == list(range(FOR_SHARE.steps - again + 1, FOR_SHARE.steps + 1))
 
@@ -207,4 +207,4 @@ def test_a_code_does_not_go_on_where_it_would_lose_everything(base: BaseModel, a
     looking = begun.refiner
     there = OnTheBrink(looking.base, looking.teacher, looking.effect, looking.config, coarsest=brink)
     (made,) = refine_all([replace(begun, refiner=there)], lambda _: None)
-    assert not made.falls_short
+    assert not made.misses_limit
