@@ -217,7 +217,13 @@ def _found(info: BlobInfo, body: Any) -> Found:
     name = body["name"] if kind in ("task", "base", "removed") else body["base_model"]
     kind = body["of"] if is_removal else kind
     return Found(
-        info, (kind, key_of(kind, name)), body["seq"], body.get("version", 1), body.get("parent"), is_removal, body
+        info,
+        (kind, key_of(kind, name)),
+        body.get("seq", 0),
+        body.get("version", 1),
+        body.get("parent"),
+        is_removal,
+        body,
     )
 
 

@@ -124,7 +124,7 @@ def _of_newer(store: Store, newer: Sequence[Found]) -> Iterator[Finding]:
         if not is_named(store, one.name, one.info.digest):  # else it was published since the walk began
             states[one.name].append(one)
     uncommitted = list[Name]()
-    for (kind, key), some in states.items():
+    for (kind, key), some in sorted(states.items(), key=lambda one: one[0]):
         # A generator that is not in use comes back with the change of a task that names it.
         if kind == Generator.KIND or all(one.parent == store.ref(kind, key) for one in some):
             uncommitted.append((kind, key))
@@ -175,7 +175,7 @@ def _problem_of(
 def _strays(store: Store, found: Walk) -> Iterator[Finding]:
     for one in found.idle:
         found.reach(one.body)
-    for blob in store.blobs.all():
+    for blob in () if found.missing or found.unreadable else store.blobs.all():  # they may need any blob
         if blob.digest not in found.blobs:
             fact = f"nothing refers to blob {blob.digest}"
             yield Finding("orphan", fact, store.blobs.place(blob.digest), blob.digest)
