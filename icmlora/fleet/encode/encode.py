@@ -340,18 +340,17 @@ def _prepare(
     generator, task = store.generator(base_model), store.find(planned.name)
     if task is None:  # `icm rm` does not wait for this job
         return _changed(planned.name, "it was removed during encoding")
-    final = task.final
     if generator is None:
-        reason = final.original_only or "there is no generator for it; run `icm train` to train one"
-        return TaskEncoded(task.name, "original_only" if final.original_only else "unmeasured", reason=reason)
+        reason = task.not_encodable or "there is no generator for it; run `icm train` to train one"
+        return TaskEncoded(task.name, "original_only" if task.not_encodable else "unmeasured", reason=reason)
     if task.base_model != base_model:
         return _changed(task.name, f"it now belongs to base model {task.base_model!r}")
     turn = _Turn(models, task, generator, tell)
-    if final.is_evicted:
+    if task.final.is_evicted:
         reason = f"its original is not in the store, so its code cannot be replaced; {restore_hint(task)}"
         return turn.unchanged("evicted", reason if is_named else None)
-    if final.original_only is not None:
-        return turn.unchanged("original_only", final.original_only)
+    if task.not_encodable is not None:
+        return turn.unchanged("original_only", task.not_encodable)
     models.generator_file(generator.blob)  # before minutes are spent: it may be damaged
     limits = _limits_under(generator, asked, refined=asked.refine != 0)
     if not again and (known := _known(turn, asked, limits)) is not None:

@@ -26,7 +26,7 @@ from icmlora.fleet.resources.loading import Models, read_original, read_runnable
 from icmlora.fleet.resources.task_code import is_same_code
 from icmlora.fleet.resources.texts import own_text
 from icmlora.formats.format import RunnableAdapter
-from registry.manifests import Measurement, Source, Task, WithRelativeError
+from registry.manifests import Code, Measurement, Source, Task, WithRelativeError
 
 if TYPE_CHECKING:
     from registry.store import Store
@@ -86,8 +86,7 @@ class TaskLosses:
         self._store, self._models, self.task, self._text = models.store, models, task, text
         self._base = models.base(task.base_model)
         self._max_tokens = self._base.within(max_tokens)
-        # The network that predicts, and decodes the code that is measured.
-        self._generator = generator or models.generator_of(task)
+        self._generator = generator  # of a new code that is measured
         self._settings: dict[str, object] = {
             "max_tokens": self._max_tokens,
             "dtype": self._base.dtype,
@@ -109,21 +108,21 @@ class TaskLosses:
 
         `references` has the results of base model and original without it.
         """
-        results = TaskLosses(self._models, self.task, context, self._max_tokens, self._generator).measure(sources)
+        results = TaskLosses(self._models, self.task, context, self._max_tokens).measure(sources)
         return {name: replace(one, retained_gain=self._gain(one.score, references)) for name, one in results.items()}
 
     def measure(self, sources: Sequence[Source], *, again: bool = False) -> dict[Source, SourceResult]:
         """Measure base model and original, and some other sources where they exist."""
         # Earlier measurements of the same kind are kept. For an evicted original there is nothing else.
-        known = self._recorded()
-        if again:
-            known = {name: one for name, one in known.items() if name == "original" and self.task.final.is_evicted}
         results: dict[Source, SourceResult] = {}
         for source in SOURCES:
             if source not in {"base", "original", *sources}:
                 continue
-            if source in known:
-                results[source] = self._completed(known[source], results)
+            known = (
+                self._recorded(source) if not again or (source == "original" and self.task.final.is_evicted) else None
+            )
+            if known is not None:
+                results[source] = self._completed(known, results)
                 continue
             if not self._exists(source):
                 continue
@@ -205,7 +204,7 @@ class TaskLosses:
             case "code":
                 return self.task.code is not None
             case _:
-                return self._generator is not None and bool(self.task.vectors)
+                return self._current is not None and bool(self.task.vectors)
 
     def _measured(self, source: Source, references: Mapping[Source, SourceResult]) -> SourceResult:
         if source == "base":
@@ -219,13 +218,12 @@ class TaskLosses:
 
     def _decoded(self, source: Source) -> Adapter:
         """Decode a code, or predict an adapter from the task's vectors."""
-        code = self.task.code if source == "code" else None
-        if source == "recalled":
-            code = self._models.exemplars(self.task.base_model).code_for(self.task)
+        generator, code = self._generator_of(source), self._code_of(source)
+        assert generator is not None
+        generator_file = self._models.generator_file(generator)
         if code is not None:
-            return decode_code(self._store, self._models.generator_file(code.generator), code)
-        assert self._generator is not None
-        return predict_adapter(self._store, self._models.generator_file(self._generator), self.task)
+            return decode_code(self._store, generator_file, code)
+        return predict_adapter(self._store, generator_file, self.task)
 
     def _score(self, label: str) -> MetricResult:
         """Measure the base model as it is now, with the adapter that is on it."""
@@ -253,15 +251,33 @@ class TaskLosses:
         self.made.append(self.record_of(result))
         return result
 
-    def _recorded(self) -> dict[Source, SourceResult]:
-        """Return earlier results on the same text, with the same settings and generator."""
-        return {
-            one.source: SourceResult(one.source, MetricResult.of(one), one.retained_gain, one.squared_error)
-            for one in self.task.measured
-            if (one.data, dict(one.settings)) == (self._text.digest, self._settings)
-            and one.generator == self._generator_of(one.source)
-        }
+    def _recorded(self, source: Source) -> SourceResult | None:
+        """Return an earlier result of a source on the same text, with the same settings and generator."""
+        for one in self.task.measured:
+            is_same_text = (one.source, one.data, dict(one.settings)) == (source, self._text.digest, self._settings)
+            if is_same_text and one.generator == self._generator_of(source):
+                return SourceResult(source, MetricResult.of(one), one.retained_gain, one.squared_error)
+        return None
+
+    @cached_property
+    def _current(self) -> str | None:
+        current = self._store.generator(self.task.base_model)
+        return None if current is None else str(current.blob)
+
+    @cached_property
+    def _recognized(self) -> Code | None:
+        known = self._models.exemplars(self.task.base_model).recognized(self.task)
+        return None if known is None else known.code
+
+    def _code_of(self, source: Source) -> Code | None:
+        """Return the code that a source decodes; None if the network predicts it."""
+        return self.task.code if source == "code" else self._recognized if source == "recalled" else None
 
     def _generator_of(self, source: Source) -> str | None:
         """Return the digest of the network that a source depends on."""
-        return None if self._generator is None or source in ("base", "original") else str(self._generator)
+        if source in ("base", "original"):
+            return None
+        if source == "code" and self._generator is not None:
+            return str(self._generator)
+        code = self._code_of(source)
+        return self._current if code is None else str(code.generator)

@@ -61,7 +61,7 @@ class StoreAdapterSource:
         # Manifests stay in memory; of the adapters, which are larger, only those read last.
         self._parts: list[_Parts] = []
         for task in tasks:
-            reason = task.final.original_only or _too_wide(task.final)
+            reason = task.not_encodable or _too_wide(task.final)
             if task.final.is_evicted or reason is not None:
                 self.others.append(task)
                 if reason is not None and not task.final.is_evicted:

@@ -24,7 +24,6 @@ from icmlora.formats.format import LoadedAdapter, RunnableAdapter
 from icmlora.generator.initial_a.search import SeedSearch
 from icmlora.io.devices import inference_dtype
 from registry.manifests import Adapter as StoredAdapter
-from registry.manifests import Task
 from registry.names import LoadIn
 
 if TYPE_CHECKING:
@@ -128,13 +127,6 @@ class Models:
     def generator_file(self, digest: str) -> GeneratorFile:
         """Return the networks of a generator, whose digest is checked."""
         return self._generator.get(digest, self.store.blobs.read)
-
-    def generator_of(self, task: Task) -> str | None:
-        """Return the network of a task's code; without a code, the network in use for its base model, if any."""
-        if task.code is not None:
-            return task.code.generator
-        current = self.store.generator(task.base_model)
-        return None if current is None else current.blob
 
     def exemplars(self, base_model: str) -> Exemplars:
         """Return the tasks of a base model as exemplars."""
