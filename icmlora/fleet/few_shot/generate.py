@@ -38,8 +38,8 @@ from icmlora.fleet.resources.loading import open_base
 from icmlora.fleet.resources.stored_vectors import comparable_vectors, comparison_key
 from icmlora.fleet.vectors.vectors import VECTOR_DTYPE, put_vectors
 from icmlora.fleet.write.cards import GeneratedCard
-from icmlora.formats.discovery.folder import save_adapter
-from icmlora.formats.peft.peft import CARD_NAME, CONFIG_NAME, PEFT, WEIGHTS_NAME
+from icmlora.formats.format import AdapterBytes, write_adapter_files
+from icmlora.formats.peft.peft import PEFT
 from icmlora.generator.encoding import Encoded
 from icmlora.generator.limits import Limits
 from icmlora.generator.versions import GeneratorFile
@@ -49,10 +49,10 @@ from icmlora.task_vectors.distances import FEWEST, Familiarity, familiarity
 from icmlora.task_vectors.extraction import extract_context
 from icmlora.task_vectors.vector import TaskVector
 from icmlora.training.refinement import RefineConfig
-from registry.errors import GeneratorConflict, StoreLocked, TaskConflict
+from registry.errors import RegistryError, TaskConflict
+from registry.filters import Selection
+from registry.manifests import Code, File, Generator, Task, now, relative_error
 from registry.names import check_name, check_note, split_label
-from registry.records import GeneratorRecord, NewGenerator, relative_error
-from registry.tables.bundles import BundleImport, ImportedTask
 
 if TYPE_CHECKING:
     from registry.store import Store
@@ -152,8 +152,8 @@ def generate(
     check_free(folder, force=force)
     note = check_note(description) if description is not None and (register or path is None) else None
     with context.open() as store:
-        source = Source.read(path, count, description, any_row=has_loaders(store))
-        if register and (taken := store.tasks.find(name)) is not None:
+        source = Source.read(path, count, description, any_row=has_loaders())
+        if register and (taken := store.find(name)) is not None:
             raise TaskConflict(taken.name, choices=None)
         generator = _generator_with_start(store, base_model)
         file = GeneratorFile(store.blobs.read(generator.blob))
@@ -181,11 +181,11 @@ def generate(
             has_context=bool(files),
             is_made_for_it=bool(files) and path is not None,
         )
-        weights = _write(adapter, card, folder, dtype, files, force=force)
+        content = _encoded_files(adapter, card, dtype)
+        write_adapter_files(folder, PEFT, replace(content, companions=files), folder.name, force=force)
         if code is not None:
-            _register(store, generator, name, folder, vectors, code, files)
-            if note is not None:
-                store.tasks.edit([name], note=note)
+            task = _generated_task(store, generator, name, content, vectors, code, files)
+            _register(store, replace(task, note=note), folder)
     return Generated(
         task=name,
         directory=folder,
@@ -198,7 +198,7 @@ def generate(
         known=known,
         rank=max(shape.rank for shape in adapter.layout),
         precision=base.dtype,
-        weights=weights,
+        weights=hashlib.sha256(content.weights).hexdigest(),
         is_described=path is None,
         context_samples=0 if chosen is None else len(chosen.samples),
         context_tokens=0 if chosen is None else chosen.tokens,
@@ -208,13 +208,14 @@ def generate(
     )
 
 
-def _generator_with_start(store: Store, base_model: str | None) -> GeneratorRecord:
+def _generator_with_start(store: Store, base_model: str | None) -> Generator:
     """Return the current generator that has a few-shot start; there must be exactly one."""
-    current = [row for row in store.generators.all(base_name(store, base_model)) if row.is_current]
+    bases = sorted({one.base_model for one in store.generators(base_name(store, base_model))})
+    current = [one for one in map(store.generator, bases) if one is not None]
     if not current:
         of_it = "" if base_model is None else f" for {base_model}"
         hint = "run `icm train --objective both` to train one"
-        if store.generators.all():
+        if store.generators():
             hint = f"run `icm generators` to list generators of other base models; {hint}"
         raise DataError(f"there is no generator{of_it}", hint=hint)
     found = [row for row in current if row.start is not None]
@@ -257,10 +258,10 @@ def _nats(base: BaseModel, adapter: Adapter | None, examples: Sequence[Any]) -> 
         return base.modality.measure(base, examples, SAMPLE_TOKENS).value
 
 
-def _familiarity(store: Store, generator: GeneratorRecord, vectors: Sequence[TaskVector]) -> Familiarity | None:
+def _familiarity(store: Store, generator: Generator, vectors: Sequence[TaskVector]) -> Familiarity | None:
     """Compare a new task with the known ones by their context vectors; None if fewer than three are comparable."""
-    rows = [row for row in store.tasks.summaries() if row.task.base_model == generator.base_model]
-    tasks = [row.task for row in rows if not row.final.is_generated]
+    of_base = store.tasks(Selection(base_model=generator.base_model))
+    tasks = [task for task in of_base if not task.final.is_generated]
     known = comparable_vectors(store, tasks, "context")
     if len(known.vectors) < FEWEST or known.extractor != comparison_key(json.loads(vectors[0].extractor.to_json())):
         return None
@@ -272,15 +273,11 @@ def _mean(vectors: Sequence[TaskVector]) -> torch.Tensor:
     return torch.stack([vector.values for vector in vectors]).mean(dim=0)
 
 
-def _write(
-    adapter: Adapter, card: GeneratedCard, folder: Path, dtype: str, files: Mapping[str, bytes], *, force: bool
-) -> str:
-    """Write the folder and return the digest of its weights."""
+def _encoded_files(adapter: Adapter, card: GeneratedCard, dtype: str) -> AdapterBytes:
+    """Return the files of a generated adapter."""
     name, revision = split_label(card.base_model)
     adapter = replace(adapter, base_model=name, revision=revision)
-    text, facts = card.text(), card.metadata()
-    save_adapter(adapter, folder, dtype=dtype, card=text, metadata=facts, companions=files, force=force)
-    return hashlib.sha256((folder / WEIGHTS_NAME).read_bytes()).hexdigest()
+    return PEFT.encode(adapter, dtype=dtype, card=card.text(), metadata=card.metadata())
 
 
 def _encode(
@@ -298,33 +295,38 @@ def _encode(
     return refiner.refine(codec, adapter, coarse, lambda note: context.progress(0, None, note))
 
 
-def _register(
+def _generated_task(
     store: Store,
-    generator: GeneratorRecord,
+    generator: Generator,
     name: str,
-    folder: Path,
+    content: AdapterBytes,
     vectors: Sequence[TaskVector],
     code: Encoded,
     files: Mapping[str, bytes],
-) -> None:
-    """Record the task of a written folder as if it had been ingested, encoded and evicted."""
+) -> Task:
+    """Store the code of a generated adapter with everything it needs, and return its task, without weights."""
+
+    def put(data: bytes) -> File:
+        return File(store.blobs.put(data), len(data))
+
+    weights = File(hashlib.sha256(content.weights).hexdigest(), len(content.weights))
+    final = new_adapter(
+        PEFT.inspect(content.config, content.weights),
+        weights=weights,
+        config=put(content.config),
+        card=None if content.card is None else put(content.card),
+        source=f"generated {name}",
+    )
+    final = replace(final, is_generated=True, evicted_at=now(), extras=kept_files(store.blobs, files))
+    made = Code(blob=put(code.data), generator=generator.blob, squared_error=code.squared_error)
+    vectors_kept = put_vectors(store, vectors)
+    return Task(name=name, base_model=generator.base_model, final=final, vectors=vectors_kept, code=made)
+
+
+def _register(store: Store, task: Task, folder: Path) -> None:
+    """Publish a generated task whose folder is written."""
     try:
-        # Not while a training holds the base model: its new generator would have no code of this task.
-        with store.job(generator.base_model, shared=True):
-            config, weights, card = ((folder / file).read_bytes() for file in (CONFIG_NAME, WEIGHTS_NAME, CARD_NAME))
-            summary = PEFT.inspect(config, weights, path=folder)
-            original = new_adapter(
-                summary,
-                weights=hashlib.sha256(weights).hexdigest(),
-                config=store.blobs.put(config),
-                card=store.blobs.put(card),
-                source=f"generated {name}",
-            )
-            original = replace(original, is_generated=True, extras=tuple(kept_files(store.blobs, files).values()))
-            rows, blob = put_vectors(store, name, vectors), store.blobs.put(code.data)
-            task = ImportedTask(name, original, len(weights), blob, code.squared_error, vectors=rows)
-            current = NewGenerator(generator.base_model, generator.blob, generator.config, generator.metrics)
-            store.bundles.add(BundleImport(current, generator.version, [task]))
-    except (GeneratorConflict, StoreLocked) as error:
+        store.publish([task])
+    except RegistryError as error:
         error.hint = f"the adapter was written to {folder}; run the same command again with --force to register it"
         raise

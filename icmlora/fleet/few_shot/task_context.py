@@ -7,7 +7,7 @@ samples ──left out──▶ four that tell what context and adapter are wort
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,10 +29,10 @@ from icmlora.formats.catalogue import format_named
 from icmlora.formats.extras import pack
 from icmlora.formats.peft.peft import CONTEXT_NAMES
 from icmlora.io.devices import resolve_device
-from registry.records import Extra
+from registry.manifests import Extra, File, Task
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from icmlora.base_models.modality import BaseModel
     from registry.storage.blobs.content import Blobs
@@ -86,11 +86,11 @@ def set_context(
     with open_store(context, read_only=False) as codes:
         store, chosen = codes.store, choose(codes, codes.get(task))
         data = _samples(store, chosen, path)
-        check_examples(data, path=path, any_row=has_loaders(store))
-        check_place(chosen.final.format)
+        check_examples(data, path=path, any_row=has_loaders())
+        check_place(chosen.task.final.format)
         context.progress(0, None, f"loading {chosen.task.base_model}")
         base = open_base(store, chosen.task.base_model, place, cache=context.cache)
-        prompted = Prompted(base, adapter_template(store, chosen.task.name))
+        prompted = Prompted(base, adapter_template(store, chosen.task))
         found = usable_samples(prompted, data, path, count)
         held, others = left_out(found)
         with _on(base, codes, chosen):
@@ -100,9 +100,9 @@ def set_context(
             adapted = ask(prompted, made, held or found)
         guard = Guard.of(ask(prompted, made, held or found), adapted, in_turn=not held)
         made = prompted.filled(made, held, tokens)
-        files = dict.fromkeys(CONTEXT_NAMES) | kept_files(store.blobs, made.context.files)
-        store.tasks.set_files(chosen.task.name, files)
-    size = sum(file.packed_size for file in files.values() if file is not None)
+        files = kept_files(store.blobs, made.context.files)
+        store.update(chosen.task.name, partial(_with_files, files=files))
+    size = sum(file.packed_size for file in files)
     return ContextReport(chosen.task.name, len(made.samples), made.tokens, size, guard, base.dtype)
 
 
@@ -110,18 +110,16 @@ def set_context(
 def remove_context(context: Context, task: str) -> bool:
     """Forget the context of a task; return whether it had one."""
     with context.open() as store:
-        final = store.tasks.final(task)
-        if not any(extra.file in CONTEXT_NAMES for extra in final.extras):
-            return False
-        store.tasks.set_files(task, dict.fromkeys(CONTEXT_NAMES))
-        return True
+        had = any(extra.file in CONTEXT_NAMES for extra in store.task(task).final.extras)
+        store.update(task, partial(_with_files, files=()))
+    return had
 
 
 @use_case
 def task_context(context: Context, task: str) -> TaskContext | None:
     """Return the context of a task, or None; raise `DataError` if its files cannot be read as one."""
     with context.open(read_only=True) as store:
-        return read_context(store.blobs.read, store.tasks.final(task))
+        return read_context(store.blobs.read, store.task(task).final)
 
 
 def check_place(adapter_format: str) -> None:
@@ -139,13 +137,19 @@ def usable_samples(prompted: Prompted, data: bytes, path: Path | None, count: in
     return prompted.usable(spread(unread_examples(base, data, path=path).items, count))
 
 
-def kept_files(blobs: Blobs, files: Mapping[str, bytes]) -> dict[str, Extra]:
-    """Store files; name -> what the row of an adapter next to them has of each."""
-    found = {}
+def kept_files(blobs: Blobs, files: Mapping[str, bytes]) -> tuple[Extra, ...]:
+    """Store files, and return them as extras of an adapter."""
+    found = []
     for name, data in files.items():
         packed = pack(data)
-        found[name] = Extra(blobs.put(packed), name, len(data), len(packed))
-    return found
+        found.append(Extra(blob=File(blobs.put(packed), len(packed)), file=name, size=len(data)))
+    return tuple(found)
+
+
+def _with_files(task: Task, *, files: Sequence[Extra]) -> Task:
+    """Return a task with other files for its context."""
+    others = (extra for extra in task.final.extras if extra.file not in CONTEXT_NAMES)
+    return replace(task, final=replace(task.final, extras=(*others, *files)))
 
 
 def _samples(store: Store, chosen: Chosen, path: Path | None) -> bytes:
@@ -161,6 +165,6 @@ def _on(base: BaseModel, codes: StoreCodes, chosen: Chosen) -> AbstractContextMa
     from icmlora.base_models.running.attach import adapted
 
     if chosen.source == "original":
-        return adapted(base, read_runnable(codes.store, chosen.final))
+        return adapted(base, read_runnable(codes.store, chosen.task.final))
     made = chosen.files()
     return adapted(base, made.format.runnable(made.content.config, made.content.weights))

@@ -13,14 +13,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from icmlora.adapter.module_groups import blocks_of
-from icmlora.bundle.file import BundleFile
-from icmlora.bundle.index import BundledTask, BundleIndex
-from icmlora.errors import BaseModelNotFound, BundleError, DataError
-from icmlora.fleet.context import OpenedGenerator, default_cache
-from icmlora.formats.catalogue import format_named
-from icmlora.formats.format import check_companions
-from registry.names import LOAD_IN, bundle_source
 from registry.records import (
     AdapterRecord,
     Claim,
@@ -32,6 +24,15 @@ from registry.records import (
     TaskRecord,
     VectorRecord,
 )
+
+from icmlora.adapter.module_groups import blocks_of
+from icmlora.bundle.file import BundleFile
+from icmlora.bundle.index import BundledTask, BundleIndex
+from icmlora.errors import BaseModelNotFound, BundleError, DataError
+from icmlora.fleet.context import OpenedGenerator, default_cache
+from icmlora.formats.catalogue import format_named
+from icmlora.formats.format import check_companions
+from registry.names import LOAD_IN, bundle_source
 
 if TYPE_CHECKING:
     import torch

@@ -1,7 +1,7 @@
 # ruff: noqa: D102  # a protocol describes the methods of its classes
-"""Where codes are: an open store, or an open bundle. Whatever needs codes is written once, for both.
+"""Sources of codes: an open store, or an open bundle. Readers of codes are written once, for both.
 
-A bundle answers with the rows that a store would have after `icm import`. Never imports torch by itself.
+Never imports torch by itself.
 """
 
 from __future__ import annotations
@@ -10,11 +10,9 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Literal, Protocol
 
-from icmlora.adapter.layout import ModuleShape
 from icmlora.fleet.context import Context, has_loaders, locate_base
-from icmlora.formats.format import Template
-from registry.errors import DamagedStore
-from registry.records import AdapterRecord, CodeRecord, EvaluationRecord, GeneratorRecord, TaskRecord, latest_evaluation
+from registry.filters import Selection
+from registry.manifests import Generator, Task
 
 if TYPE_CHECKING:
     import torch
@@ -25,63 +23,56 @@ if TYPE_CHECKING:
     from icmlora.fleet.resources.decoding import OriginalForm
     from icmlora.fleet.resources.stored_vectors import ComparableVectors
     from icmlora.generator.versions import GeneratorFile
-    from registry.filters import Selection
     from registry.store import Store
 
 Decoded = Literal["code", "recalled", "network"]
 
 
 class CodeSource(Protocol):
-    """An open store or bundle: its rows, the bytes that they name, and what is made of both."""
+    """An open store or bundle: its tasks, the bytes that they name, and the adapters made of both."""
 
     name: str  # "store" or "bundle"
     better: str  # how to get better codes, as a hint
-    takes_claims: bool  # whether limits are held against what a bundle claims of its codes
+    takes_claims: bool  # whether limits are held against the quality that a bundle states for its codes
 
     @property
     def any_row(self) -> bool:
         """Whether samples may have any form, because a loader of the user's reads them."""
 
-    def find(self, name: str) -> TaskRecord | None:
+    def find(self, name: str) -> Task | None:
         """Return the task of a name, in any case, or None."""
 
-    def get(self, name: str) -> TaskRecord:
-        """Return the task of a name, in any case; raises if there is none."""
+    def get(self, name: str) -> Task:
+        """Return the task of a name, in any case; raise if there is none."""
 
     def names(self, base_model: str | None = None) -> list[str]:
         """Return the names of all tasks, or of those of one base model, sorted."""
 
-    def final(self, task: str) -> AdapterRecord:
-        """Return the final adapter of a task."""
+    def tasks(self, base_model: str | None = None) -> Iterator[Task]:
+        """Yield all tasks, or those of one base model."""
 
-    def finals(self, base_model: str) -> Iterator[AdapterRecord]:
-        """Yield the final adapters of the tasks of a base model."""
+    def having(self, weights: str, config: str) -> list[Task]:
+        """Return the tasks whose final adapter has these digests."""
 
-    def having(self, weights: str, config: str) -> list[AdapterRecord]:
-        """Return the adapters with these digests; several tasks may have one."""
+    def current(self, base_model: str) -> Generator | None:
+        """Return the generator in use for a base model."""
 
-    def generator(self, base_model: str) -> GeneratorRecord | None:
-        """Return the current generator of a base model."""
-
-    def code(self, task: str, generator: GeneratorRecord) -> CodeRecord | None:
-        """Return the code of a task under a generator."""
-
-    def measured(self, task: TaskRecord, source: Decoded, generator: GeneratorRecord) -> EvaluationRecord | None:
-        """Return how a source of a task does; None if nobody measured it here."""
+    def version_of(self, generator: str, base_model: str) -> int | None:
+        """Return the version of the generator with a network; None if it is not known."""
 
     def read(self, digest: str) -> bytes:
-        """Return bytes that a row names, checked."""
+        """Return bytes that a manifest names, verified."""
 
-    def generator_file(self, generator: GeneratorRecord) -> GeneratorFile:
-        """Open a generator to decode with; raises if anything is damaged that belongs to it."""
+    def generator_file(self, generator: str) -> GeneratorFile:
+        """Open the generator with a digest, to decode with it; raise if a part of it is damaged."""
 
-    def form(self, adapter: AdapterRecord) -> OriginalForm:
+    def form(self, task: Task) -> OriginalForm:
         """Read the form and the extras of an original; its weights need not be there."""
 
-    def recalled(self, final: AdapterRecord, generator: GeneratorRecord) -> CodeRecord | None:
-        """Return the code of the known task recognized from a task's vectors; None if none is."""
+    def recalled(self, task: Task) -> Task | None:
+        """Return the known task, with a code, that is recognized from a task's vectors."""
 
-    def predict(self, final: AdapterRecord, generator: GeneratorRecord, seed: int | None) -> Adapter:
+    def predict(self, task: Task, seed: int | None) -> Adapter:
         """Predict the adapter of a task from its vectors, with the network alone."""
 
     def base_models(self) -> Mapping[str, tuple[str, ...]]:
@@ -95,11 +86,6 @@ class CodeSource(Protocol):
 
     def open_base(self, label: str, device: torch.device, dtype: torch.dtype, extractor: str | None) -> BaseModel:
         """Load a base model as the vectors of an extractor were made with it."""
-
-
-def template_of(adapter: AdapterRecord, config: bytes) -> Template:
-    """Return the form of an original as its row has it, with its configuration."""
-    return Template(config, tuple(ModuleShape(*entry) for entry in adapter.layout), adapter.dtype, adapter.template)
 
 
 OpenCodes = Callable[[], AbstractContextManager[CodeSource]]
@@ -124,51 +110,48 @@ class StoreCodes:
 
     def __init__(self, store: Store, context: Context) -> None:
         self.store, self._context = store, context
-        tasks = store.tasks
-        self.find, self.get, self.final, self.having = tasks.find, tasks.get, tasks.final, tasks.having
-        self.read, self.generator = store.blobs.read, store.generators.current
+        self.find, self.get, self.current, self.read = store.find, store.task, store.generator, store.blobs.read
 
     @property
     def any_row(self) -> bool:
-        return has_loaders(self.store)
+        return has_loaders()
 
     def names(self, base_model: str | None = None) -> list[str]:
-        return self.store.tasks.names(_selection(base_model))
+        return self.store.names(Selection(base_model=base_model))
 
-    def finals(self, base_model: str) -> Iterator[AdapterRecord]:
-        return (row.final for row in self.store.tasks.summaries(_selection(base_model)))
+    def tasks(self, base_model: str | None = None) -> Iterator[Task]:
+        return self.store.tasks(Selection(base_model=base_model))
 
-    def code(self, task: str, generator: GeneratorRecord) -> CodeRecord | None:
-        return self.store.codes.get(task, generator.id)
+    def having(self, weights: str, config: str) -> list[Task]:
+        tasks = self.store.named([row.name for row in self.store.rows_of(weights=[weights])])
+        return [task for task in tasks if (task.final.weights, task.final.config) == (weights, config)]
 
-    def measured(self, task: TaskRecord, source: Decoded, generator: GeneratorRecord) -> EvaluationRecord | None:
-        rung = "generate" if source == "recalled" else source  # as the rows have it
-        try:
-            return latest_evaluation(self.store.evaluations.all(task.name), task, rung, generator)
-        except DamagedStore:  # `icm verify` reports it: it takes no figures to write an adapter
-            return None
+    def version_of(self, generator: str, base_model: str) -> int | None:
+        known = [one.version for one in self.store.generators(base_model) if one.blob == generator]
+        return max(known, default=None)
 
-    def generator_file(self, generator: GeneratorRecord) -> GeneratorFile:
-        return self._context.generator.get(generator.blob, self.read)
+    def generator_file(self, generator: str) -> GeneratorFile:
+        return self._context.generator.get(generator, self.read)
 
-    def form(self, adapter: AdapterRecord) -> OriginalForm:
+    def form(self, task: Task) -> OriginalForm:
         from icmlora.fleet.resources.decoding import read_form
 
-        return read_form(self.store, adapter)
+        return read_form(self.store, task)
 
-    def recalled(self, final: AdapterRecord, generator: GeneratorRecord) -> CodeRecord | None:
+    def recalled(self, task: Task) -> Task | None:
         from icmlora.fleet.resources.recalled_code import Exemplars
 
-        return Exemplars(self.store, generator).code_for(final)
+        return Exemplars(self.store, task.base_model).recognized(task)
 
-    def predict(self, final: AdapterRecord, generator: GeneratorRecord, seed: int | None) -> Adapter:
+    def predict(self, task: Task, seed: int | None) -> Adapter:
         from icmlora.fleet.resources.decoding import predict_adapter
 
-        code = self.code(final.task, generator)
-        return predict_adapter(self.store, self.generator_file(generator), final, code, seed=seed)
+        current = self.current(task.base_model)
+        assert current is not None
+        return predict_adapter(self.store, self.generator_file(current.blob), task, seed=seed)
 
     def base_models(self) -> Mapping[str, tuple[str, ...]]:
-        return {record.name: record.names for record in self.store.base_models.all()}
+        return {base.name: base.names for base in self.store.base_models()}
 
     def locate(self, base_model: str) -> FoundBase:
         return locate_base(self.store, base_model)
@@ -183,9 +166,3 @@ class StoreCodes:
         from icmlora.fleet.resources.loading import open_base
 
         return open_base(self.store, label, device, dtype, cache=self._context.cache)
-
-
-def _selection(base_model: str | None) -> Selection:
-    from registry.filters import Selection  # not needed to read one task
-
-    return Selection(base_model=base_model)

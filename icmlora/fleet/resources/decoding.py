@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 from icmlora.adapter.layout import ModuleShape
 from icmlora.adapter.model import Adapter
 from icmlora.errors import CodeError, DataError
-from icmlora.fleet.resources.code_source import template_of
 from icmlora.formats.catalogue import format_named
 from icmlora.formats.format import AdapterBytes, AdapterFormat, RunnableAdapter, Template
 from icmlora.formats.peft.peft import CONTEXT_NAMES
@@ -22,24 +21,25 @@ if TYPE_CHECKING:
     from icmlora.base_models.finding.tensors import BaseTensors
     from icmlora.generator.codec import Codec
     from icmlora.io.safetensors import RawTensor
-    from registry.records import AdapterRecord, CodeRecord
+    from registry.manifests import Adapter as StoredAdapter
+    from registry.manifests import Code, Task
     from registry.store import Store
 
 
-def decode_code(store: Store, generator_file: GeneratorFile, code: CodeRecord) -> Adapter:
-    """Read a code from disk and decode it; raises `DamagedStore`, or `CodeError` for one that is no code."""
+def decode_code(store: Store, generator_file: GeneratorFile, code: Code) -> Adapter:
+    """Read a code and decode it; raise `DamagedStore` or `CodeError` if it cannot be decoded."""
     return code_reader(store.blobs.read, generator_file, code)()
 
 
-def code_reader(read: Callable[[str], bytes], generator_file: GeneratorFile, code: CodeRecord) -> Callable[[], Adapter]:
-    """Read a code, and return what decodes it, on any thread."""
+def code_reader(read: Callable[[str], bytes], generator_file: GeneratorFile, code: Code) -> Callable[[], Adapter]:
+    """Read a code, and return a function that decodes it on any thread."""
     data = read(code.blob)
     return partial(generator_file.codec_of(data).decode, data)
 
 
 @dataclass(frozen=True)
 class OriginalForm:
-    """What a decoded adapter takes over from its original: format, form, and what a code cannot represent."""
+    """The format and form of an original, with everything that its code cannot represent."""
 
     format: AdapterFormat
     template: Template
@@ -52,12 +52,12 @@ class OriginalForm:
         return self.format.runnable(files.config, files.weights)
 
 
-def read_form(store: Store, final: AdapterRecord) -> OriginalForm:
-    """Read the form and the extras of a task's original; its weights need not be there."""
-    return form_of(final, store.blobs.read, partial(base_tensors, store, final))
+def read_form(store: Store, task: Task) -> OriginalForm:
+    """Read the form and the extras of a task's original; its weights need not be in the store."""
+    return form_of(task.final, store.blobs.read, partial(base_tensors, store, task))
 
 
-def form_of(final: AdapterRecord, read: Callable[[str], bytes], base: Callable[[], BaseTensors]) -> OriginalForm:
+def form_of(final: StoredAdapter, read: Callable[[str], bytes], base: Callable[[], BaseTensors]) -> OriginalForm:
     """Read the form and the extras of an original; `base` opens its base model, to whose tensors extras may refer."""
     tensors: Mapping[str, RawTensor] = {}
     files: Mapping[str, bytes] = {}
@@ -68,19 +68,25 @@ def form_of(final: AdapterRecord, read: Callable[[str], bytes], base: Callable[[
     return OriginalForm(format_named(final.format), template_of(final, read(final.config)), tensors, files)
 
 
+def template_of(final: StoredAdapter, config: bytes) -> Template:
+    """Return the form of an original with a configuration."""
+    return Template(config, tuple(ModuleShape(*entry) for entry in final.layout), final.dtype, final.template)
+
+
 def files_like_original(adapter: Adapter, form: OriginalForm) -> AdapterBytes:
     """Return the files of a decoded adapter in the form of its original, without a card."""
     files = form.format.encode(adapter, card="", metadata={}, like=form.template, extras=form.tensors)
     return replace(files, card=None, companions=form.files)
 
 
-def files_of_code(store: Store, generator_file: GeneratorFile, final: AdapterRecord, code: CodeRecord) -> AdapterBytes:
-    """Return the files of a task as its code brings them back."""
-    return files_like_original(decode_code(store, generator_file, code), read_form(store, final))
+def files_of_code(store: Store, generator_file: GeneratorFile, task: Task) -> AdapterBytes:
+    """Return the files that the code of a task decodes to."""
+    assert task.code is not None
+    return files_like_original(decode_code(store, generator_file, task.code), read_form(store, task))
 
 
 def read_companions(
-    read: Callable[[str], bytes], final: AdapterRecord, names: Collection[str] | None = None
+    read: Callable[[str], bytes], final: StoredAdapter, names: Collection[str] | None = None
 ) -> dict[str, bytes]:
     """Read the files that came with an adapter: those of some names, or all."""
     from icmlora.formats.extras import unpack
@@ -89,8 +95,8 @@ def read_companions(
     return {name: unpack(read(blob)) for name, blob in files if name is not None and (names is None or name in names)}
 
 
-def read_context(read: Callable[[str], bytes], final: AdapterRecord) -> TaskContext | None:
-    """Read the context that stands before a task's requests; None if it has none.
+def read_context(read: Callable[[str], bytes], final: StoredAdapter) -> TaskContext | None:
+    """Read the context for the prompts of a task; None if it has none.
 
     Raises:
         DataError: The files cannot be read as one.
@@ -100,8 +106,8 @@ def read_context(read: Callable[[str], bytes], final: AdapterRecord) -> TaskCont
     return TaskContext.read(read_companions(read, final, CONTEXT_NAMES))
 
 
-def check_references(store: Store, final: AdapterRecord) -> None:
-    """Check that the base model still has the tensors that an adapter's extras refer to.
+def check_references(store: Store, task: Task) -> None:
+    """Check that the base model still has the tensors that the extras of a task refer to.
 
     Raises:
         BaseModelNotFound: The base model is needed, and it is not on this machine.
@@ -110,47 +116,39 @@ def check_references(store: Store, final: AdapterRecord) -> None:
     from icmlora.formats.base_references import MAX_RECORD, REFERENCES
     from icmlora.formats.extras import unpack_tensors
 
-    small = [extra.blob for extra in final.extras if extra.file is None and extra.packed_size <= MAX_RECORD]
+    small = [extra.blob for extra in task.final.extras if extra.file is None and extra.packed_size <= MAX_RECORD]
     references = [blob for blob in map(store.blobs.read, small) if blob.startswith(REFERENCES)]
-    unpack_tensors(references, partial(base_tensors, store, final))
+    unpack_tensors(references, partial(base_tensors, store, task))
 
 
-def base_tensors(store: Store, final: AdapterRecord) -> BaseTensors:
-    """Open the tensors of a task's base model, to which its extras may refer."""
+def base_tensors(store: Store, task: Task) -> BaseTensors:
+    """Open the tensors of a task's base model."""
     from icmlora.base_models.finding.tensors import needed_tensors
     from icmlora.fleet.context import locate_base
 
-    return needed_tensors(lambda: locate_base(store, store.tasks.get(final.task).base_model))
+    return needed_tensors(lambda: locate_base(store, task.base_model))
 
 
 def codec_of_task(
-    store: Store, generator_file: GeneratorFile, code: CodeRecord | None, layout: Sequence[ModuleShape]
+    store: Store, generator_file: GeneratorFile, code: Code | None, layout: Sequence[ModuleShape]
 ) -> Codec:
-    """Return the codec of the version that a task's code was made with."""
+    """Return the codec of the network that a code was made with; of the newest network if it cannot be read."""
     if code is not None:
         try:
             return generator_file.codec_of(store.blobs.read(code.blob))
-        # Without a readable code, take the newest version that covers the adapter.
         except (CodeError, DamagedStore):
             pass
     return generator_file.codec_for(layout)
 
 
-def predict_adapter(
-    store: Store,
-    generator_file: GeneratorFile,
-    final: AdapterRecord,
-    code: CodeRecord | None,
-    *,
-    seed: int | None = None,
-) -> Adapter:
-    """Predict the adapter of a task from its vectors with the network alone; raises `DataError` if it has none."""
-    from icmlora.fleet.resources.adapter_source import mean_vectors  # imports what training needs
+def predict_adapter(store: Store, generator_file: GeneratorFile, task: Task, *, seed: int | None = None) -> Adapter:
+    """Predict the adapter of a task from its vectors with the network alone; raise `DataError` if it has none."""
+    from icmlora.fleet.resources.adapter_source import mean_vectors  # imports everything that training needs
 
-    vectors = mean_vectors(store, store.vectors.all(final.task))
+    vectors = mean_vectors(store, task.vectors)
     if not vectors:
-        raise DataError(f"task {final.task!r} has no task vectors", hint="run `icm vectors` to extract them")
-    layout = [ModuleShape(*entry) for entry in final.layout]
-    codec = codec_of_task(store, generator_file, code, layout)
-    config = format_named(final.format).read_config(store.blobs.read(final.config))
+        raise DataError(f"task {task.name!r} has no task vectors", hint="run `icm vectors` to extract them")
+    layout = [ModuleShape(*entry) for entry in task.final.layout]
+    codec = codec_of_task(store, generator_file, task.code, layout)
+    config = format_named(task.final.format).read_config(store.blobs.read(task.final.config))
     return codec.generate(vectors, layout, task_type=config.task_type, seed=seed)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from icmlora.fleet.resources.stored_vectors import ComparableVectors, comparable_vectors
 from icmlora.task_vectors.recognition import Recognizer, TooFewVectors
 from registry.filters import Selection
-from registry.manifests import Adapter, Code, Task, View
+from registry.manifests import Adapter, Task, View
 
 if TYPE_CHECKING:
     from registry.store import Store
@@ -30,8 +30,8 @@ class Exemplars:
         self._store, self._base_model = store, base_model
         self._of_view = cache(self._read_view)
 
-    def code_for(self, task: Task) -> Code | None:
-        """Return the code of the known task recognized from a task's vectors, None if none is.
+    def recognized(self, task: Task) -> Task | None:
+        """Return the known task, with a code, that is recognized from a task's vectors; None if none is.
 
         None is also returned if too few tasks can be compared, or the code of the recognized task does not fit the
         modules of this one.
@@ -46,9 +46,9 @@ class Exemplars:
             return None
         name = recognizer.recognize(known.vectors[task.name]).task
         found = None if name is None else self._store.find(name)
-        if found is None or (found.name != task.name and not _fits(found.final, task.final)):
+        if found is None or found.code is None or (found.name != task.name and not _fits(found.final, task.final)):
             return None
-        return found.code
+        return found
 
     def _read_view(self, view: View) -> tuple[ComparableVectors, Recognizer | None]:
         """Return the vectors of a view, and a recognizer of the tasks among them that have a code."""

@@ -1,31 +1,26 @@
 """Copy tasks from one store to another, with everything that belongs to them.
 
-    base models, generators ──▶ tasks that are there: what they lack ──▶ generator in use ──▶ new tasks
+    base models ──▶ generators ──▶ blobs of a task, durable ──▶ the task with all its versions
 
-Each task is a transaction of its own, after its files are durable and were read back. So a copy that was stopped goes
-on where it was, and nothing that the other store has is changed.
+Each task is published on its own, so a copy that was stopped continues. Nothing in the other store is changed, except
+that a task with the same adapter gets what it lacks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from icmlora.errors import DataError
 from icmlora.fleet.context import Context, select_tasks, use_case
-from registry.errors import BaseModelConflict, DamagedStore, GeneratorConflict, LastCopy, TaskConflict
+from registry.errors import BaseModelConflict, DamagedStore, LostRace, TaskConflict
+from registry.manifests import BaseModel, File, Generator, State, Task, encode, files_of, unpacked
 from registry.names import DatabaseUrl, absolute, address_of
 
 if TYPE_CHECKING:
-    from registry.storage.blobs.content import Blobs
     from registry.store import Store
-    from registry.tables.copies import BaseRows, File
-
-    _Base = tuple[BaseRows, str] | str
-    """A base model with its name there, or why it cannot be copied."""
 
 _BATCH_BYTES = 64 << 20
 
@@ -45,9 +40,9 @@ class CopyReport:
 def copy_tasks(context: Context, target: str | Path | DatabaseUrl, tasks: Sequence[str] = ()) -> CopyReport:
     """Copy tasks to another store, which is created if there is none.
 
-    A task goes with its originals, checkpoints, texts, vectors, codes and measurements, its base model with all names
-    and generators. A task that is there with the same adapter gets what it lacks. The generator that is in use here is
-    in use there too if there was none, or if it was made from the one in use there and has all its codes.
+    A task goes with all its versions, originals, checkpoints, texts, vectors, codes and measurements, and with its base
+    model and the generators that its codes need. A task that is there with the same adapter gets what it lacks. The
+    generator in use here is in use there too if there was none, or if it continues the one in use there.
 
     Args:
         context: The store to copy from.
@@ -64,88 +59,134 @@ def copy_tasks(context: Context, target: str | Path | DatabaseUrl, tasks: Sequen
         chosen = select_tasks(source, tasks)
         copying = _Copying(source, other, report)
         bases = {name: copying.base(name) for name in dict.fromkeys(task.base_model for task in chosen)}
-        # What is there first: a generator is in use only once it has the codes of all of them.
-        known = {task.name for task in chosen if other.tasks.find(task.name) is not None}
-        chosen.sort(key=lambda task: task.name not in known)
         for done, task in enumerate(chosen):
             context.progress(done, len(chosen), task.name)
-            if done == len(known):
-                copying.advance(bases.values())
-            copying.task(task.name, bases[task.base_model])
-        if len(chosen) == len(known):
-            copying.advance(bases.values())
+            copying.task(task, bases[task.base_model])
         context.progress(len(chosen), len(chosen))
     return report
 
 
 class _Copying:
-    """Copies from one open store to another, and notes what came of it."""
+    """Copies from one open store to another, and notes what became of it."""
 
     def __init__(self, source: Store, other: Store, report: CopyReport) -> None:
         self._source, self._other, self._report = source, other, report
 
-    def base(self, name: str) -> _Base:
-        """Copy a base model; return it with its name there, or why it cannot be copied."""
-        from registry.tables.copies import files_of
+    def base(self, name: str) -> str | BaseModelConflict:
+        """Copy facts, labels and generators of a base model; return its name there, or why it cannot be copied."""
+        base = self._source.base_model(name)
+        known = next((self._other.base_model(label) for label in base.names if self._knows(label)), base)
+        if None not in (known.fingerprint, base.fingerprint) and known.fingerprint != base.fingerprint:
+            fact = f"the target store uses the name {known.name!r} for another model"
+            return BaseModelConflict(
+                fact, hint="run `icm base ls` in both stores, then rename one with `icm base alias`"
+            )
 
-        try:
-            rows = self._source.copies.base(name)
-            self._put(files_of(rows.generators).values())
-            return rows, self._other.copies.add_base(rows)
-        except (BaseModelConflict, DamagedStore) as error:
-            return error.message
+        def with_facts(theirs: BaseModel) -> BaseModel:
+            labels = tuple(one for one in base.labels if one.label not in theirs.names and not self._knows(one.label))
+            facts = theirs if theirs.fingerprint is not None else base
+            return replace(theirs, labels=(*theirs.labels, *labels), fingerprint=facts.fingerprint, shape=facts.shape)
 
-    def task(self, name: str, base: _Base) -> None:
+        if base.manifest is not None:
+            self._other.update_base(known.name, with_facts)
+        self._generators(base.name, known.name)
+        return known.name
+
+    def task(self, task: Task, base_model: str | BaseModelConflict) -> None:
         """Copy a task, or note why that cannot be."""
         report = self._report
-        if isinstance(base, str):
-            report.refused[name] = base
+        if isinstance(base_model, BaseModelConflict):
+            report.refused[task.name] = base_model.message
             return
         try:
-            base_model = base[1]
-            rows = self._source.copies.task(name)
-            is_there = self._other.copies.check(rows, base_model)
-            self._put(rows.files().values(), is_there=is_there)
-            is_new = self._other.copies.add_task(rows, base_model)
-        except (TaskConflict, GeneratorConflict, DamagedStore) as error:
-            report.refused[name] = error.message
+            known = self._other.find(task.name)
+            if known is None:
+                versions = self._source.history(task.name)
+                if base_model != task.base_model:
+                    versions = [replace(one, base_model=base_model) for one in versions]
+                self._put(versions)
+                self._other.adopt(versions)
+                report.copied.append(task.name)
+                return
+            mine = replace(task, base_model=base_model)
+            missing = _completed(known, mine)
+            if missing != known:
+                self._put([missing])
+                self._other.update(known.name, lambda theirs: _completed(theirs, mine))
+            (report.known if missing == known else report.completed).append(task.name)
+        except (TaskConflict, LostRace, DamagedStore) as error:
+            report.refused[task.name] = error.message
+
+    def _knows(self, label: str) -> bool:
+        base = self._other.base_model(label)
+        return base.manifest is not None or self._other.task_counts().get(base.name, 0) > 0
+
+    def _generators(self, base_model: str, there: str) -> None:
+        """Copy generators that the other store lacks; the last one is in use there if it may be."""
+        mine, theirs = self._source.generators(base_model), self._other.generators(there)
+        current = self._other.generator(there)
+        new = [one for one in mine if one.blob not in {known.blob for known in theirs}]
+        if not new:
             return
-        (report.known if not is_new else report.completed if is_there else report.copied).append(name)
+        self._put(new)
+        latest = max((one.version for one in theirs), default=0)
+        numbered = [
+            replace(one, base_model=there, version=latest + place, manifest=None, seq=0)
+            for place, one in enumerate(new, 1)
+        ]
+        if current is not None and not _continues(mine, current):  # it stays in use: the last number is that in use
+            numbered.append(replace(current, version=latest + len(new) + 1, manifest=None))
+        expected = None if current is None else current.manifest
+        self._other.publish([*numbered[:-1], replace(numbered[-1], manifest=expected)])
 
-    def advance(self, bases: Iterable[_Base]) -> None:
-        """Put the generators in use that are in use here, where they were made from those in use there."""
-        generators = self._other.generators
-        for rows, name in (base for base in bases if not isinstance(base, str)):
-            wanted, present = rows.current(), generators.current(name)
-            if (
-                wanted is None
-                or present is None
-                or present.blob == wanted
-                or present.blob not in rows.ancestors(wanted)
-            ):
-                continue
-            number = next(found.id for found in generators.all(name) if found.blob == wanted)
-            uses = {use.generator.id: set(use.tasks) for use in generators.uses()}
-            if uses[present.id] <= uses[number]:
-                with suppress(LastCopy):  # it has another code of an evicted task
-                    generators.make_current(number)
-
-    def _put(self, files: Iterable[File], *, is_there: bool = False) -> None:
-        """Copy the bytes of files; where the task `is_there`, only those that are missing."""
+    def _put(self, states: Sequence[State]) -> None:
+        """Copy the blobs that states need and the other store lacks."""
         source, other, batch = self._source.blobs, self._other.blobs, list[bytes]()
-        for file in files:
-            had = other.exists(file.digest)
-            if (had and is_there) or file.is_let_go or not (file.is_needed or source.exists(file.digest)):
+        for digest in dict.fromkeys(str(file) for state in states for file in _needed(state)):
+            if other.exists(digest):
                 continue
-            batch.append(source.read(file.digest))
-            self._report.size += 0 if had else len(batch[-1])
-            if sum(map(len, batch)) > _BATCH_BYTES:
-                _put(other, batch)
-        _put(other, batch)
+            batch.append(source.read(digest))
+            self._report.size += len(batch[-1])
+            if sum(map(len, batch)) >= _BATCH_BYTES:
+                other.put_all(batch)
+                batch = []
+        other.put_all(batch)
 
 
-def _put(blobs: Blobs, batch: list[bytes]) -> None:
-    """Store some files and read them back; empties the batch."""
-    for digest in blobs.put_all(batch):
-        blobs.check(digest)
-    batch.clear()
+def _needed(state: State) -> Iterable[File]:
+    data, documents = encode(state)
+    return (file for _, file in files_of(unpacked(data)) if str(file) not in documents)
+
+
+def _continues(mine: Sequence[Generator], current: Generator) -> bool:
+    """Return whether the generator in use here was made from the one in use there, in one or several steps."""
+    parents = {str(one.blob): one.trained_from for one in mine}
+    at: str | None = str(mine[-1].blob) if mine else None
+    while at is not None and at != current.blob:
+        at = parents.get(at)
+    return at is not None
+
+
+def _completed(known: Task, task: Task) -> Task:
+    """Return a known task with what it lacks.
+
+    Raises:
+        TaskConflict: It has another adapter.
+    """
+    if not known.final.is_same(task.final) or known.base_model != task.base_model:
+        raise TaskConflict(known.name, fact=f"the target store has another task named {known.name!r}")
+    steps = {(one.weights, one.config, one.step) for one in known.checkpoints}
+    checkpoints = (one for one in task.checkpoints if (one.weights, one.config, one.step) not in steps)
+    files = {extra.file for extra in known.final.extras}
+    extras = (extra for extra in task.final.extras if extra.file is not None and extra.file not in files)
+    subjects = {one.subject for one in known.measured}
+    return replace(
+        known,
+        final=replace(known.final, extras=(*known.final.extras, *extras)),
+        checkpoints=(*known.checkpoints, *checkpoints),
+        samples=known.samples or task.samples,
+        eval_data=known.eval_data or task.eval_data,
+        vectors=known.vectors or task.vectors,
+        code=known.code or task.code,
+        measured=(*known.measured, *(one for one in task.measured if one.subject not in subjects)),
+    )

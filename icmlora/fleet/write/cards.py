@@ -11,8 +11,8 @@ import yaml
 from icmlora.fleet.measure.metric_result import measured_in
 from icmlora.formats.peft.peft import CONTEXT_MESSAGES_NAME, CONTEXT_NAMES, CONTEXT_TEXT_NAME
 from icmlora.io.text import counted, escape
+from registry.manifests import Claim, Generator, WithRelativeError
 from registry.names import split_label
-from registry.records import Claim, GeneratorRecord, WithRelativeError
 
 if TYPE_CHECKING:
     from icmlora.fewshot.guard import Guard
@@ -79,7 +79,8 @@ class Provenance(WithRelativeError):
     task: str
     base_model: str
     source: Literal["code", "recalled", "network"]
-    generator: GeneratorRecord
+    generator: str  # digest of the network
+    version: int | None  # of the generator; None if it is not known
     squared_error: float | None  # None if it was not measured
     retained_gain: float | None  # as `icm eval` measured it
     seed: int | None
@@ -104,7 +105,7 @@ class Provenance(WithRelativeError):
 
     def metadata(self) -> dict[str, str]:
         """Return the fields for the header of the tensor file."""
-        fields = {"icm_task": self.task, "icm_rung": self.rung, "icm_generator": self.generator.blob}
+        fields = {"icm_task": self.task, "icm_rung": self.rung, "icm_generator": str(self.generator)}
         return fields if self.seed is None else fields | {"icm_seed": str(self.seed)}
 
 
@@ -120,8 +121,8 @@ def card_text(provenance: Provenance, files: Collection[str] = ()) -> str:
         untrained=_UNTRAINED if provenance.is_generated else "",
         context="" if CONTEXT_NAMES.isdisjoint(files) else CONTEXT_USE,
         rung=provenance.source,
-        version=provenance.generator.version,
-        generator=provenance.generator.blob,
+        version="unknown" if provenance.version is None else provenance.version,
+        generator=provenance.generator,
         error=_figure(provenance.relative_error, None if claim is None else claim.relative_error),
         gain=_figure(provenance.retained_gain, None if claim is None else claim.retained_gain)
         + measured_in([provenance.precision if claim is None else claim.precision]),
@@ -179,7 +180,7 @@ class GeneratedCard:
 
     task: str
     base_model: str
-    generator: GeneratorRecord
+    generator: Generator
     samples: int
     refined: int
     distilled: int
@@ -203,12 +204,12 @@ class GeneratedCard:
             refined=self.refined,
             distilled=f"| steps of distillation | {self.distilled} |\n" if self.distilled else "",
             version=self.generator.version,
-            generator=self.generator.blob,
+            generator=str(self.generator.blob),
         )
 
     def metadata(self) -> dict[str, str]:
         """Return the fields for the header of the tensor file."""
-        return {"icm_task": self.task, "icm_rung": "generated", "icm_generator": self.generator.blob}
+        return {"icm_task": self.task, "icm_rung": "generated", "icm_generator": str(self.generator.blob)}
 
 
 def _measured(guard: Guard, *, is_chosen: bool) -> str:

@@ -23,13 +23,13 @@ from icmlora.fleet.context import Context, use_case
 from icmlora.fleet.resources.code_source import CodeSource, Decoded, OpenCodes, open_store
 from icmlora.formats.catalogue import format_named
 from icmlora.formats.format import AdapterBytes, AdapterFormat, check_target, write_adapter_files
-from registry.records import Claim, WithRelativeError
+from registry.manifests import Claim, Code, Task, WithRelativeError
 
 if TYPE_CHECKING:
     from icmlora.adapter.model import Adapter
     from icmlora.base_models.finding.lookup import FoundBase
     from icmlora.fleet.write.cards import Provenance
-    from registry.records import AdapterRecord, CodeRecord, GeneratorRecord, TaskRecord
+    from registry.manifests import Adapter as StoredAdapter
 
 # "generate" is what "recalled" was called before.
 Source = Literal["auto", "original", "code", "recalled", "generate", "network"]
@@ -82,7 +82,7 @@ def materialize(
 
     Args:
         context: The store.
-        task: Name of the task.
+        task: Name of the task, or `NAME@VERSION`.
         directory: The folder, absent or empty; with a format of single files a file, as `NAME.gguf`.
         source: `original`, `code`, `recalled` (the code of the task recognized from its vectors) or `network` (what
             the network alone predicts from them); `auto` takes the original if the store has it, else the code.
@@ -160,9 +160,9 @@ def load_many(
 ) -> Iterator[tuple[str, Adapter]]:
     """Load the adapters of many tasks, as `load` does: (name, adapter) in the order of `tasks`.
 
-    The store and the generator are opened once, and several codes are decoded side by side, on the CPU, whose
-    results do not depend on the machine; then the factors go to the device. At most 32 adapters are in memory
-    besides those that the caller keeps.
+    The generator is opened once, and several codes are decoded side by side, on the CPU, whose results do not depend
+    on the machine; then the factors go to the device. At most 32 adapters are in memory besides those that the caller
+    keeps, and the store is not held while the caller works.
 
     Args:
         context: The store.
@@ -174,10 +174,11 @@ def load_many(
     from icmlora.io.threads import side_by_side
 
     place = resolve_device(device)
-    with open_store(context) as codes, side_by_side() as each:
+    with side_by_side() as each:
         for first in range(0, len(tasks), _SIDE_BY_SIDE):
             names = tasks[first : first + _SIDE_BY_SIDE]
-            readers = [choose(codes, codes.get(name), source).reader() for name in names]
+            with open_store(context) as codes:  # released before the caller goes on
+                readers = [choose(codes, codes.get(name), source).reader() for name in names]
             adapters = each(lambda read: read().to(place), readers)
             yield from zip(names, adapters, strict=True)
 
@@ -226,7 +227,7 @@ class MadeFiles:
         if p is None:
             return MaterializeReport(self.task, output, "original", None, *of_original, digest, None, own)
         figures = p.squared_error, p.retained_gain, digest, p.recognized, own
-        made = MaterializeReport(self.task, output, p.source, p.generator.blob, *figures)
+        made = MaterializeReport(self.task, output, p.source, str(p.generator), *figures)
         return replace(made, precision=p.precision, claim=p.claim)
 
 
@@ -252,7 +253,7 @@ def write_adapter(
     check_target(output, target, as_file=True, force=force)
     with open_codes() as codes:
         task = codes.get(name)
-        own = format_named(codes.final(task.name).format)
+        own = format_named(task.final.format)
         other = None if target is None or target.name == own.name else target
         if other is not None:
             check_pair(own, other)
@@ -273,11 +274,11 @@ class Chosen:
     """What the adapter of a task is made from."""
 
     codes: CodeSource  # the store or the bundle
-    task: TaskRecord  # the task
-    final: AdapterRecord  # its adapter
+    task: Task
     source: Literal["original"] | Decoded  # where the adapter comes from
-    generator: GeneratorRecord | None = None  # what decodes it; None for an original
-    code: CodeRecord | None = None  # what is decoded; None for an original, and for what the network predicts
+    generator: str | None = None  # digest of the network that decodes it; None for an original
+    code: Code | None = None  # what is decoded; None for an original, and for what the network predicts
+    recognized: str | None = None  # of `recalled`: the task whose code it is
     seed: int | None = None  # of the latent from which it is predicted; None for the mean
 
     def reader(self, max_error: float | None = None) -> Callable[[], Adapter]:
@@ -290,7 +291,8 @@ class Chosen:
             if max_error is not None:
                 self._provenance(max_error)  # it holds the error against the limit
             return self._decoder()
-        final, known, read = self.final, format_named(self.final.format), self.codes.read
+        final, read = self.task.final, self.codes.read
+        known = format_named(final.format)
         initial = None if final.initial is None else read(final.initial)
         config, weights = read(final.config), read(final.weights)
         return lambda: known.read(config, weights, initial=initial).adapter
@@ -307,7 +309,7 @@ class Chosen:
             return self._original_files()
         from icmlora.fleet.write.cards import card_text
 
-        provenance, form = self._provenance(max_error), self.codes.form(self.final)
+        provenance, form = self._provenance(max_error), self.codes.form(self.task)
         files = form.format.encode(
             self._decoder()(),
             card=card_text(provenance, form.files),
@@ -320,7 +322,7 @@ class Chosen:
         return MadeFiles(provenance.task, form.format, replace(files, companions=form.files), provenance)
 
     def _original_files(self) -> MadeFiles:
-        codes, task, final = self.codes, self.task, self.final
+        codes, task, final = self.codes, self.task, self.task.final
         if final.card is None:
             from icmlora.fleet.write.cards import original_card
 
@@ -335,7 +337,7 @@ class Chosen:
         codes = self.codes
         assert self.generator is not None
         if self.code is None:
-            predicted = codes.predict(self.final, self.generator, self.seed)
+            predicted = codes.predict(self.task, self.seed)
             return lambda: predicted
         from icmlora.fleet.resources.decoding import code_reader
 
@@ -350,15 +352,26 @@ class Chosen:
         assert generator is not None
         error = gain = precision = None
         if self.seed is None:  # nothing was measured of a sampled adapter
-            measured = codes.measured(task, source, generator)
+            measured = task.latest(source, generator)
             if measured is not None:
                 error, gain, precision = measured.squared_error, measured.retained_gain, measured.precision
-        if code is not None and code.task == task.name:
+        if code is not None and self.recognized in (None, task.name):
             error = code.squared_error
-        recognized = code.task if code is not None and source == "recalled" else None
         claim = code.claim if code is not None and source == "code" else None
-        known = error, gain, self.seed, self.final.is_generated, recognized, precision, claim
-        found = Provenance(task.name, task.base_model, source, generator, *known)
+        found = Provenance(
+            task=task.name,
+            base_model=task.base_model,
+            source=source,
+            generator=generator,
+            version=codes.version_of(generator, task.base_model),
+            squared_error=error,
+            retained_gain=gain,
+            seed=self.seed,
+            is_generated=task.final.is_generated,
+            recognized=self.recognized,
+            precision=precision,
+            claim=claim,
+        )
         claimed = None if claim is None else claim.relative_error
         said = claimed if codes.takes_claims else found.relative_error
         if max_error is not None and (said is None or said > max_error):
@@ -370,8 +383,8 @@ class Chosen:
         return found
 
 
-def choose(codes: CodeSource, task: TaskRecord, source: Source = "auto", seed: int | None = None) -> Chosen:
-    """Return what an adapter is made from; no more than a few rows are read, unless its vectors are looked at.
+def choose(codes: CodeSource, task: Task, source: Source = "auto", seed: int | None = None) -> Chosen:
+    """Return what an adapter is made from, without reading blobs unless its vectors are looked at.
 
     Raises:
         DataError: There is no such source, or the task does not have it.
@@ -381,30 +394,33 @@ def choose(codes: CodeSource, task: TaskRecord, source: Source = "auto", seed: i
         raise DataError(f"unknown source {source!r}", hint=f"choose one of {', '.join(names)}")
     if seed is not None and source not in ("auto", "network"):
         raise OptionsConflict("--seed needs --source network or auto")
-    final = codes.final(task.name)
-    if source == "original" or (source == "auto" and seed is None and not final.is_evicted):
-        _check_original(task, final)
-        return Chosen(codes, task, final, "original")
-    if final.original_only is not None:
-        fact = f"task {task.name!r} has only its original: {final.original_only}"
+    if source == "original" or (source == "auto" and seed is None and not task.final.is_evicted):
+        _check_original(task)
+        return Chosen(codes, task, "original")
+    if task.not_encodable is not None:
+        fact = f"task {task.name!r} has only its original: {task.not_encodable}"
         raise DataError(fact, hint="use `--source original`")
-    generator = codes.generator(task.base_model)
-    code = None if generator is None else codes.code(task.name, generator)
     if source == "auto":
         source = "code" if seed is None else "network"
-    if source == "code" and code is None:
-        train = "icm train" if generator is None else "icm train --update"
-        raise DataError(f"task {task.name!r} has no code", hint=f"run `{train}` to make one")
-    if generator is None:
-        raise DataError(f"there is no generator for task {task.name!r}", hint="run `icm train` to make one")
-    if source in ("recalled", "generate"):
-        return Chosen(codes, task, final, "recalled", generator, codes.recalled(final, generator))
+    code = task.code
+    if source == "code" and code is not None:
+        return Chosen(codes, task, source, code.generator, code)
+    current = codes.current(task.base_model)
     if source == "code":
-        return Chosen(codes, task, final, source, generator, code)
-    return Chosen(codes, task, final, "network", generator, seed=seed)
+        train = "icm train" if current is None else "icm train --update"
+        raise DataError(f"task {task.name!r} has no code", hint=f"run `{train}` to make one")
+    if current is None:
+        raise DataError(f"there is no generator for task {task.name!r}", hint="run `icm train` to make one")
+    if source == "network":
+        return Chosen(codes, task, source, current.blob, seed=seed)
+    known = codes.recalled(task)
+    if known is None or known.code is None:
+        return Chosen(codes, task, "recalled", current.blob)
+    return Chosen(codes, task, "recalled", known.code.generator, known.code, known.name)
 
 
-def _check_original(task: TaskRecord, final: AdapterRecord) -> None:
+def _check_original(task: Task) -> None:
+    final = task.final
     if not final.is_evicted:
         return
     fact = f"the original of task {task.name!r} was evicted at {final.evicted_at}"
@@ -418,7 +434,7 @@ def _check_original(task: TaskRecord, final: AdapterRecord) -> None:
     raise DataError(fact, hint=f"use `--source code` to decode the stored code, or {way}")
 
 
-def original_files(codes: CodeSource, row: AdapterRecord, weights: bytes | None = None) -> AdapterBytes:
+def original_files(codes: CodeSource, row: StoredAdapter, weights: bytes | None = None) -> AdapterBytes:
     """Read the files of an original as they were ingested, without the card; weights that are at hand are not read."""
     companions: dict[str, bytes] = {}
     if row.extras:

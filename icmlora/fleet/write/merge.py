@@ -25,8 +25,8 @@ from icmlora.formats.tensor_hash import tensors_key
 from icmlora.io.staging import check_free
 from icmlora.io.text import counted
 from registry.errors import TaskConflict
+from registry.manifests import File, Task
 from registry.names import check_name, split_label
-from registry.records import TaskIngest, TaskRecord
 from registry.store import Store
 
 
@@ -95,10 +95,10 @@ def merge(
     if name is not None:
         check_name(name)
     with context.open(read_only=name is None) as store:
-        if name is not None and (taken := store.tasks.find(name)) is not None:
+        if name is not None and (taken := store.find(name)) is not None:
             raise TaskConflict(taken.name, choices=None)
         codes = StoreCodes(store, context)
-        found = [store.tasks.get(task) for task in tasks]
+        found = [store.task(task) for task in tasks]
         base_model = _one_base(found)
         adapters, parts = list[Adapter](), list[MergedPart]()
         for done, (task, share) in enumerate(zip(found, shares, strict=True)):
@@ -116,7 +116,7 @@ def merge(
         if directory is not None:
             write_adapter_files(Path(directory), PEFT, content, "", force=force)
         if name is not None:
-            _record(store, name, base_model, content, card.source)
+            _publish(store, name, base_model, content, card.source)
     return Merged(
         directory=None if directory is None else Path(directory),
         task=name,
@@ -151,7 +151,7 @@ def _shares(
     return weights
 
 
-def _one_base(tasks: Sequence[TaskRecord]) -> str:
+def _one_base(tasks: Sequence[Task]) -> str:
     first = tasks[0]
     for task in tasks:
         if task.base_model != first.base_model:
@@ -160,28 +160,31 @@ def _one_base(tasks: Sequence[TaskRecord]) -> str:
     return first.base_model
 
 
-def _read(codes: StoreCodes, task: TaskRecord, source: Source, weight: float) -> tuple[Adapter, MergedPart]:
+def _read(codes: StoreCodes, task: Task, source: Source, weight: float) -> tuple[Adapter, MergedPart]:
     """Read the adapter of a task, which must be a plain LoRA."""
     chosen = choose(codes, task, source)
-    if chosen.final.original_only is not None:
-        raise AdapterRefused(f"{task.name} cannot be merged: {chosen.final.original_only}", kind="original-only")
-    if any(extra.file is None for extra in chosen.final.extras):
+    if task.not_encodable is not None:
+        raise AdapterRefused(f"{task.name} cannot be merged: {task.not_encodable}", kind="original-only")
+    if any(extra.file is None for extra in task.final.extras):
         fact = f"{task.name} cannot be merged: it has tensors besides its LoRA factors, such as a head or magnitudes"
         raise AdapterRefused(
             fact, kind="extras", hint="run `icm show --json` to list them, and merge only tasks without such tensors"
         )
-    return chosen.reader()(), MergedPart(task.name, weight, chosen.source, chosen.final.weights)
+    return chosen.reader()(), MergedPart(task.name, weight, chosen.source, str(task.final.weights))
 
 
-def _record(store: Store, name: str, base_model: str, content: AdapterBytes, source: str) -> None:
-    """Record a merged adapter as if it had been ingested."""
-    summary = PEFT.inspect(content.config, content.weights)
-    row = new_adapter(
-        summary,
-        weights=store.blobs.put(content.weights),
-        config=store.blobs.put(content.config),
-        card=None if content.card is None else store.blobs.put(content.card),
+def _publish(store: Store, name: str, base_model: str, content: AdapterBytes, source: str) -> None:
+    """Publish a merged adapter as if it had been ingested."""
+
+    def put(data: bytes) -> File:
+        return File(store.blobs.put(data), len(data))
+
+    final = new_adapter(
+        PEFT.inspect(content.config, content.weights),
+        weights=put(content.weights),
+        config=put(content.config),
+        card=None if content.card is None else put(content.card),
         source=source,
     )
-    row = replace(row, tensors_key=tensors_key(content.weights))
-    store.tasks.ingest([TaskIngest(name, base_model, [row])])
+    final = replace(final, tensors_key=tensors_key(content.weights))
+    store.publish([Task(name=name, base_model=base_model, final=final)])
