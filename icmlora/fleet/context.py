@@ -243,10 +243,10 @@ def select_tasks(
     base_model = base_name(store, base_model)
     tasks = store.named(names) if names else list(store.tasks(Selection(base_model=base_model)))
     check_base_model(base_model, {task.base_model for task in tasks}, named=bool(names))
-    chosen = {task.name: task for task in tasks if base_model in (None, task.base_model)}
-    if shard is not None:
-        chosen = {name: task for name, task in chosen.items() if shard.has(name)}
-    return sorted(chosen.values(), key=lambda task: (task.base_model, task.name))
+    chosen = {(task.base_model, task.name, task.version): task for task in tasks}
+    return [
+        chosen[key] for key in sorted(chosen) if base_model in (None, key[0]) and (shard is None or shard.has(key[1]))
+    ]
 
 
 def check_base_model(base_model: str | None, known: Collection[str], *, named: bool = False) -> None:
