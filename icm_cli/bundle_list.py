@@ -12,8 +12,8 @@ from icmlora.fleet.measure.metric_result import gain_text
 from icmlora.io.text import human_size, in_ranges
 
 if TYPE_CHECKING:
-    from icmlora.bundle.index import BundledTask
     from icmlora.fleet.bundles.bundles import Bundle
+    from registry.manifests import Claim, Task
 
 
 def list_bundle(session: Session, file: Path, base_model: str | None) -> None:
@@ -29,30 +29,42 @@ def list_bundle(session: Session, file: Path, base_model: str | None) -> None:
     out.note(f"generator {bundle.generator.version} of {bundle.base_model}; bundle {bundle.digest}")
 
 
-def _fields(bundle: Bundle) -> list[Field[BundledTask]]:
+def _fields(bundle: Bundle) -> list[Field[Task]]:
     return [
         Field("task", lambda task: task.name, shrink=True),
         Field("base model", lambda task: bundle.base_model, shrink=True),
-        Field("rank", lambda task: str(task.rank_max), right=True),
-        Field("targets", lambda task: ",".join(in_ranges(task.target_modules)), shrink=True),
-        Field("original", lambda task: human_size(bundle.original_size(task)), right=True),
-        Field("code", lambda task: human_size(bundle.code_size(task)), right=True),
-        Field("claimed error", lambda task: figure(errors_json(task.squared_error)["relative_error"]), right=True),
-        Field("claimed gain", lambda task: gain_text(task.retained_gain, task.precision), right=True),
+        Field("rank", lambda task: str(task.final.rank_max), right=True),
+        Field("targets", lambda task: ",".join(in_ranges(task.final.target_modules)), shrink=True),
+        Field("original", lambda task: human_size(task.final.original_bytes), right=True),
+        Field("code", lambda task: human_size(_code_size(task)), right=True),
+        Field(
+            "claimed error", lambda task: figure(errors_json(_claim(task).squared_error)["relative_error"]), right=True
+        ),
+        Field("claimed gain", lambda task: gain_text(_claim(task).retained_gain, _claim(task).precision), right=True),
     ]
 
 
-def _as_json(bundle: Bundle, task: BundledTask) -> dict[str, object]:
+def _as_json(bundle: Bundle, task: Task) -> dict[str, object]:
     return {
         "name": task.name,
         "base_model": bundle.base_model,
-        "rank": task.rank_max,
-        "dtype": task.dtype.lower(),
-        "parameters": task.parameters,
-        "target_modules": list(task.target_modules),
-        "original_size": bundle.original_size(task),
-        "code_size": bundle.code_size(task),
-        **errors_json(task.squared_error),
-        "retained_gain": task.retained_gain,
-        "precision": task.precision,
+        "rank": task.final.rank_max,
+        "dtype": task.final.dtype.lower(),
+        "parameters": task.final.parameters,
+        "target_modules": list(task.final.target_modules),
+        "original_size": task.final.original_bytes,
+        "code_size": _code_size(task),
+        **errors_json(_claim(task).squared_error),
+        "retained_gain": _claim(task).retained_gain,
+        "precision": _claim(task).precision,
     }
+
+
+def _code_size(task: Task) -> int:
+    return 0 if task.code is None else task.code.size
+
+
+def _claim(task: Task) -> Claim:
+    from registry.manifests import Claim
+
+    return (task.code and task.code.claim) or Claim()

@@ -1,11 +1,10 @@
 """One file that holds a generator with the codes of some tasks: made once, carried anywhere, read without a store.
 
-    | "ICMB" 5 | length of index (4) | SHA-256 (32) | index: JSON | generator | code | config | card | code | ...
+    | "ICMB" 6 | length of directory (4) | SHA-256 (32) | directory | manifest | ... | generator | code | config | ...
 
-The SHA-256 covers the bytes in front of it and the index, and the index holds the SHA-256 of every part. So every byte
-of the file is covered, and this one digest stands for the whole file. The shape is that of safetensors (length, JSON,
-data); a ZIP says most things twice and covers few of them with a checksum, and safetensors has no place for a digest
-of its header. docs/reference/bundle.md describes the format for readers in other languages.
+The SHA-256 covers the bytes in front of it and the directory, which holds the SHA-256 of every part. So every byte of
+the file is covered, and this one digest stands for the whole file. docs/reference/bundle.md describes the format for
+readers in other languages.
 """
 
 from __future__ import annotations
@@ -13,18 +12,19 @@ from __future__ import annotations
 import hashlib
 import os
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
 
-from icmlora.bundle.index import MAX_INDEX_BYTES, BundleIndex, BundlePart, index_from_json, index_to_json
+from icmlora.bundle.index import MAX_DIRECTORY_BYTES, BundleIndex, Directory, contents
 from icmlora.errors import BundleError, OtherFormat, located
 from icmlora.io.files import open_regular, read_exactly
 from icmlora.io.staging import writing_file
 from registry.files import identity
+from registry.manifests import File, Generator, Task
 
-MAGIC = b"ICMB\x05"
+MAGIC = b"ICMB\x06"
 MAX_BUNDLE_BYTES = 64 * 1024**3
 
 _HEAD = struct.Struct("<5sI32s")
@@ -44,7 +44,7 @@ class BundleFile:
         self.stamp = _stamp(descriptor)  # which file it is, as it is now
         self._is_checked = False
         ends = accumulate((part.size for part in index.parts), initial=start)
-        self._begins = {part.digest: begin for part, begin in zip(index.parts, ends, strict=False)}
+        self._begins = {str(part): begin for part, begin in zip(index.parts, ends, strict=False)}
 
     def at(self, descriptor: int) -> BundleFile:
         """Return the same bundle, open once more under another descriptor."""
@@ -62,17 +62,17 @@ class BundleFile:
     def check(self) -> None:
         """Hash every part, holding a few megabytes at a time; once, while the file is the same."""
         for part in () if self._is_checked else self.index.parts:
-            begin, hashed = self._begins[part.digest], hashlib.sha256()
+            begin, hashed = self._begins[part], hashlib.sha256()
             for at in range(0, part.size, _CHUNK):
                 hashed.update(read_exactly(self._descriptor, min(_CHUNK, part.size - at), begin + at))
-            if hashed.hexdigest() != part.digest:
-                raise _damaged(part.digest)
+            if hashed.hexdigest() != part:
+                raise _damaged(part)
         self._is_checked = True
 
 
 @contextmanager
 def open_bundle(path: Path, known: BundleFile | None = None) -> Iterator[BundleFile]:
-    """Open a bundle and check its index, without reading its parts.
+    """Open a bundle and check its manifests, without reading its blobs.
 
     Args:
         path: The file.
@@ -92,41 +92,59 @@ def open_bundle(path: Path, known: BundleFile | None = None) -> Iterator[BundleF
         length, digest = _head(read_exactly(descriptor, min(size, _HEAD.size), 0), size)
         text = read_exactly(descriptor, length, _HEAD.size)
         if _digest(text) != digest:
-            raise BundleError("the bundle's index is damaged", hint=_HINT)
-        index = index_from_json(text)
-        start = _HEAD.size + length
+            raise BundleError("the bundle's directory is damaged", hint=_HINT)
+        directory, start = Directory(text), _HEAD.size + length
         # Parts follow each other without gaps, so the length alone shows a file that was cut short.
-        expected = start + sum(part.size for part in index.parts)
+        expected = start + sum(part.size for part in directory.parts)
         if size != expected:
             raise BundleError(f"the bundle has {size:,} bytes, not {expected:,}", hint=_HINT)
+        index = directory.index(_Manifests(descriptor, start, directory))
         yield BundleFile(descriptor, size, start, index, digest)
 
 
+class _Manifests(Mapping[str, bytes]):
+    """Digest -> bytes of the small parts of a bundle that is being opened, read and verified as they are asked for."""
+
+    def __init__(self, descriptor: int, start: int, directory: Directory) -> None:
+        ends = accumulate((part.size for part in directory.parts), initial=start)
+        places = {str(part): (part.size, begin) for part, begin in zip(directory.parts, ends, strict=False)}
+        self._places = {str(part): places[part] for part in directory.small}
+        self._descriptor = descriptor
+
+    def __getitem__(self, digest: str) -> bytes:
+        data = read_exactly(self._descriptor, *self._places[digest])
+        if hashlib.sha256(data).hexdigest() != digest:
+            raise _damaged(digest)
+        return data
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+
 def write_bundle(
-    path: Path, index: BundleIndex, read: Callable[[str], bytes], *, force: bool = False
-) -> Iterator[BundlePart]:
+    path: Path, generator: Generator, tasks: Sequence[Task], read: Callable[[str], bytes], *, force: bool = False
+) -> Iterator[File]:
     """Write a bundle; yields each part once it is written."""
     # The file appears when the last part is taken, complete and durable, or never.
-    text = index_to_json(index)
-    index_from_json(text)  # readers have limits: what they would refuse is not written
+    index, text, manifests = contents(generator, tasks)
+    Directory(text).index(manifests)  # readers have limits: what they would refuse is not written
     with writing_file(path, force=force) as stream:
         stream.write(_prefix(text) + bytes.fromhex(_digest(text)) + text)
         for part in index.parts:
-            data = read(part.digest)
-            if (len(data), hashlib.sha256(data).hexdigest()) != (part.size, part.digest):
-                raise _damaged(part.digest)
+            data = manifests[part] if part in manifests else read(part)
+            if (len(data), hashlib.sha256(data).hexdigest()) != (part.size, part):
+                raise _damaged(part)
             stream.write(data)
             yield part
 
 
-def bundle_digest(index: BundleIndex) -> str:
-    """Return the SHA-256 that stands for a whole bundle with this index."""
-    return _digest(index_to_json(index))
-
-
-def bundle_size(index: BundleIndex) -> int:
-    """Return the length of a bundle with this index."""
-    return _HEAD.size + len(index_to_json(index)) + sum(part.size for part in index.parts)
+def bundle_digest(generator: Generator, tasks: Sequence[Task]) -> tuple[str, int, BundleIndex]:
+    """Return the SHA-256 that identifies a whole bundle, its length and its index."""
+    index, text, _ = contents(generator, tasks)
+    return _digest(text), _HEAD.size + len(text) + sum(part.size for part in index.parts), index
 
 
 def _head(data: bytes, size: int) -> tuple[int, str]:
@@ -141,9 +159,9 @@ def _head(data: bytes, size: int) -> tuple[int, str]:
             raise OtherFormat.of("bundle", magic[4], MAGIC[4])
         message = f"the bundle is damaged or has format {magic[4]}; this icm reads format {MAGIC[4]}"
         raise BundleError(message, hint="use the icm version that wrote it, or a newer one")
-    if length > min(MAX_INDEX_BYTES, size - _HEAD.size):
+    if length > min(MAX_DIRECTORY_BYTES, size - _HEAD.size):
         raise BundleError(
-            f"the bundle declares an index of {length:,} bytes but has only {size:,} in total", hint=_HINT
+            f"the bundle declares a directory of {length:,} bytes but has only {size:,} in total", hint=_HINT
         )
     return length, digest.hex()
 

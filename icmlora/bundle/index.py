@@ -1,395 +1,316 @@
-"""The index of a bundle: its generator, its tasks, and the parts that follow in the file; as records and as JSON.
+"""The contents of a bundle as manifests: one generator, the tasks that it decodes, and the parts that they name.
 
-    BundleIndex
-    |-- generator   BundledGenerator
-    |-- tasks       BundledTask, by name
-    `-- parts       BundlePart (digest, size), in the order of the file; the others refer to them by digest
+    directory   {"generator": digest, "tasks": [digest, ...], "parts": [[digest, size], ...]}, deflated JSON
+    parts       the manifests, the documents that they share, then blobs, each once
 
-A part has no offset of its own: it begins where the one before it ends, so parts cannot overlap or leave holes. Tasks
-that share a layout, as most of a fleet do, refer to it by number. What follows from a layout (rank, parameters, target
-modules) is not written, so it cannot contradict it. Equal indexes give equal bytes; reading treats them as hostile.
+A part has no offset: it begins where the one before it ends, so parts cannot overlap or leave holes. Manifests are read
+by the registry's own strict reader, and then held against the limits of this file: a bundle is a file from outside.
 """
 
 from __future__ import annotations
 
-import json
+import math
 import re
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, cast
 
 from icmlora.adapter.layout import ModuleShape, target_modules
-from icmlora.bundle.fields import Fields, as_count, as_digest, as_number, as_row, wrong
+from icmlora.adapter.module_groups import blocks_of
 from icmlora.errors import AdapterRefused, BundleError, UnsafeInput
 from icmlora.formats.peft.config import MAX_CONFIG_BYTES, MAX_LABEL, MAX_RANK
 from icmlora.io.safetensors import FLOAT_TYPES, MAX_DIMENSION, MAX_FILE_BYTES
 from icmlora.io.strict_json import parse_object
-from registry.names import NLL, escape, is_file_name, is_module_name, task_name_problem
+from registry.errors import DamagedStore
+from registry.manifests import (
+    Adapter,
+    Claim,
+    Code,
+    File,
+    Generator,
+    Measurement,
+    Part,
+    State,
+    Task,
+    Vector,
+    decode,
+    encode,
+    is_digest,
+    packed,
+    read_shared,
+    unpacked,
+)
+from registry.names import escape, is_file_name, is_module_name, task_name_problem
 
 MAX_CODE_BYTES = 1024**3
 MAX_VECTOR_BYTES = 64 * 1024**2
 MAX_CARD_BYTES = 64 * 1024  # a longer model card is left out: nothing in it is needed to write an adapter
-
-
-@dataclass(frozen=True)
-class BundlePart:
-    """A range of bytes in the file."""
-
-    digest: str  # SHA-256 of its bytes, in hexadecimal; also its name
-    size: int
-
-
-@dataclass(frozen=True)
-class BundledGenerator:
-    """The generator that all codes of the bundle belong to."""
-
-    blob: str  # its part
-    version: int  # its number among the generators of its base model, from 1
-    config: Mapping[str, Any]
-    metrics: Mapping[str, Any]  # what its training measured
-
-
-@dataclass(frozen=True)
-class BundledMeasurement:
-    """What was measured of a code on held-out text."""
-
-    data: str  # SHA-256 of the text
-    value: float  # the metric: `nats_per_token` in the file
-    count: int  # predictions that were scored: `tokens` in the file
-    utf8_bytes: int
-    retained_gain: float | None
-    squared_error: float | None  # `dw_error` in the file, as below
-    settings: Mapping[str, Any]
-    metric: str = NLL
-    others: Mapping[str, float] = field(default_factory=dict)  # further figures, by name
-
-
-class BundledExtra(NamedTuple):
-    """What the code of a task cannot represent: packed tensors, or a packed file."""
-
-    part: str
-    file: str | None  # the file's name; None for tensors, which name themselves
-    size: int  # in bytes, before packing
-
-
-@dataclass(frozen=True)
-class BundledVectors:
-    """The task vectors of one task."""
-
-    part: str  # their part
-    extractors: tuple[Mapping[str, Any], ...]  # what made each of the views in it
-
-
-@dataclass(frozen=True)
-class BundledTask:
-    """One task: its code, and what is known of the original adapter, which is not in the bundle."""
-
-    name: str
-    code: str  # its part
-    squared_error: float | None  # square of the relative error, measured when the code was made
-    weights: str  # SHA-256 of the original `adapter_model.safetensors`
-    weights_size: int
-    config: str  # its part: the original `adapter_config.json`
-    card: str | None  # its part: the original model card, if it was short
-    dtype: str  # of the original: "F32", "F16", "BF16", or several joined with "+"
-    step: int | None  # the original's training step, if it is known
-    is_generated: bool  # nobody trained the original: a generator made it from samples of the task
-    layout: tuple[ModuleShape, ...]
-    measured: BundledMeasurement | None
-    template: str = ""  # what the original's format notes of its form
-    extras: tuple[BundledExtra, ...] = ()
-    vectors: BundledVectors | None = None
-    format: str = "peft"  # of the original; a decoded adapter is written in it
-
-    @property
-    def rank_max(self) -> int:
-        """Largest rank of a module."""
-        return max(shape.rank for shape in self.layout)
-
-    @property
-    def parameters(self) -> int:
-        """Values of the original."""
-        return sum(shape.parameters for shape in self.layout)
-
-    @property
-    def target_modules(self) -> tuple[str, ...]:
-        """Names as a configuration gives them."""
-        return target_modules(shape.module for shape in self.layout)
-
-    @property
-    def retained_gain(self) -> float | None:
-        """Retained gain of the code, if it was measured."""
-        return None if self.measured is None else self.measured.retained_gain
-
-    @property
-    def precision(self) -> str | None:
-        """Precision of the base model that the gain was measured on, as far as the bundle says."""
-        found = None if self.measured is None else self.measured.settings.get("dtype")
-        return found if isinstance(found, str) else None
-
-    @property
-    def files(self) -> tuple[str, ...]:
-        """Names of the files that are written next to the adapter."""
-        return tuple(extra.file for extra in self.extras if extra.file is not None)
-
-    @property
-    def parts(self) -> tuple[str, ...]:
-        """The parts that belong to this task."""
-        card = () if self.card is None else (self.card,)
-        vectors = () if self.vectors is None else (self.vectors.part,)
-        return (self.code, self.config, *card, *(extra.part for extra in self.extras), *vectors)
+MAX_DIRECTORY_BYTES = 32 * 1024**2
+MAX_MANIFEST_BYTES = 4 * 1024**2
+MAX_TASKS = 5_000
+_FORMAT = re.compile(r"[a-z0-9_-]{1,32}")
+_CLAIMED = ("data", "value", "count", "utf8_bytes", "retained_gain", "squared_error", "settings", "metric", "others")
 
 
 @dataclass(frozen=True)
 class BundleIndex:
-    """Everything in a bundle but the bytes of its parts."""
+    """Everything in a bundle but its blobs."""
 
-    base_model: str  # label of the base model, as adapters name it
-    generator: BundledGenerator
-    tasks: tuple[BundledTask, ...]  # by name, without regard to case
-    parts: tuple[BundlePart, ...]
+    generator: Generator
+    tasks: tuple[Task, ...]  # by name, in any case
+    parts: tuple[File, ...]  # in the order of the file
 
-    def __post_init__(self) -> None:
-        """Check that names and parts fit together."""
-        names = [task.name.lower() for task in self.tasks]
-        if not names or names != sorted(set(names)):
-            raise BundleError("the bundle's tasks are missing, out of order or duplicated")
-        if len(self.sizes) != len(self.parts) or self.sizes.keys() != {digest for digest, _ in self._uses()}:
-            raise BundleError("the bundle's parts do not match its tasks")
-        for digest, limit in self._uses():
-            if self.sizes[digest] > limit:
-                message = f"a part of the bundle has {self.sizes[digest]:,} bytes, more than {limit:,}"
-                raise UnsafeInput(message, kind="limits")
+    @property
+    def base_model(self) -> str:
+        """The name that the adapters give their base model."""
+        return self.generator.base_model
 
     @cached_property
     def sizes(self) -> Mapping[str, int]:
         """Digest -> length of every part."""
-        return {part.digest: part.size for part in self.parts}
+        return {str(part): part.size for part in self.parts}
 
-    def task(self, name: str) -> BundledTask | None:
+    def task(self, name: str) -> Task | None:
         """Return a task by name, in any case, or None if it is not there."""
         wanted = unicodedata.normalize("NFC", name).lower()
         return next((task for task in self.tasks if task.name.lower() == wanted), None)
 
-    def _uses(self) -> Iterator[tuple[str, int]]:
-        """Yield every reference to a part, with the most bytes that it may have."""
-        yield self.generator.blob, MAX_FILE_BYTES
-        for task in self.tasks:
-            yield task.code, MAX_CODE_BYTES
-            yield task.config, MAX_CONFIG_BYTES
-            if task.card is not None:
-                yield task.card, MAX_CARD_BYTES
-            yield from ((extra.part, MAX_FILE_BYTES) for extra in task.extras)
-            if task.vectors is not None:
-                yield task.vectors.part, MAX_VECTOR_BYTES
+
+# Writing.
 
 
-MAX_INDEX_BYTES = 32 * 1024 * 1024
-MAX_TASKS = 5_000
-
-_INDEX = ("base_model", "extractors", "generator", "layouts", "parts", "tasks")
-_GENERATOR = tuple(BundledGenerator.__dataclass_fields__)
-# Field -> key in the file, where they differ.
-_KEYS = {"squared_error": "dw_error", "value": "nats_per_token", "count": "tokens"}
-_TASK = tuple(_KEYS.get(name, name) for name in BundledTask.__dataclass_fields__)
-_FORMAT = re.compile(r"[a-z0-9_-]+")
-_MEASURED = tuple(_KEYS.get(name, name) for name in BundledMeasurement.__dataclass_fields__)
-
-Layout = tuple[ModuleShape, ...]
+def bundled_generator(generator: Generator) -> Generator:
+    """Return a generator without anything that is only true in its store."""
+    kept = {"base_model", "version", "blob", "config", "metrics"}
+    return Generator(**{name: getattr(generator, name) for name in kept}, created_at="")
 
 
-def index_to_json(index: BundleIndex) -> bytes:
-    """Serialise an index."""
-    layouts = list(dict.fromkeys(task.layout for task in index.tasks))
-    numbers = {layout: number for number, layout in enumerate(layouts)}
-    extractors = _extractors(index)
-    fields = {
-        "base_model": index.base_model,
-        "extractors": extractors,
-        "generator": vars(index.generator),
-        "layouts": layouts,
-        "parts": [[part.digest, part.size] for part in index.parts],
-        "tasks": [_task_fields(task, numbers[task.layout], extractors) for task in index.tasks],
-    }
-    return json.dumps(fields, sort_keys=True, separators=(",", ":"), allow_nan=False).encode("ascii")
+def bundled_task(task: Task, generator: Generator, vectors: Sequence[Vector], *, with_card: bool) -> Task:
+    """Return a task without anything that is only true in its store: places, notes, texts and history.
+
+    Its original counts as evicted, and the quality of its code is a claim: nobody who reads it has measured that.
+    """
+    assert task.code is not None
+    kept = (*Adapter.SHARED, "weights", "config", "extras", "step", "is_generated")
+    final = Adapter(
+        **{name: getattr(task.final, name) for name in kept},
+        card=task.final.card if with_card else None,
+        source="",
+        created_at="",
+        evicted_at="",
+    )
+    code = Code(blob=task.code.blob, generator=generator.blob, claim=_claim(task))
+    return Task(
+        name=task.name, base_model=generator.base_model, final=final, vectors=tuple(vectors), code=code, created_at=""
+    )
 
 
-def index_from_json(data: bytes) -> BundleIndex:
-    """Read what `index_to_json` wrote.
+def _claim(task: Task) -> Claim | None:
+    assert task.code is not None
+    measured: Measurement | None = task.quality
+    known = task.code.claim or Claim()  # of an imported code that nobody has measured since
+    error = known.squared_error if task.code.squared_error is None else task.code.squared_error
+    figures = known.measured if measured is None else {name: getattr(measured, name) for name in _CLAIMED}
+    return None if error is None and figures is None else Claim(squared_error=error, measured=figures)
+
+
+def contents(generator: Generator, tasks: Sequence[Task]) -> tuple[BundleIndex, bytes, dict[str, bytes]]:
+    """Return the index of a bundle, its directory, and digest -> bytes of manifests and documents."""
+    tasks = sorted(tasks, key=lambda task: task.name.lower())
+    made, digests = dict[str, bytes](), list[str]()
+    documents = dict[str, bytes]()
+    for state in (generator, *tasks):
+        data, shared = encode(state)
+        digests.append(_sha256(data))
+        made[digests[-1]] = data
+        documents |= shared
+    made |= documents
+    small = [File(digest, len(data)) for digest, data in made.items()]
+    blobs = dict.fromkeys(file for state in (generator, *tasks) for file, _ in _uses(state))
+    parts = tuple(small + [file for file in blobs if file not in made])
+    directory = {"generator": digests[0], "tasks": digests[1:], "parts": [[str(part), part.size] for part in parts]}
+    return BundleIndex(generator, tuple(tasks), parts), packed(directory), made
+
+
+def _sha256(data: bytes) -> str:
+    from hashlib import sha256
+
+    return sha256(data).hexdigest()
+
+
+def _uses(state: State) -> Iterator[tuple[File, int]]:
+    """Yield every blob that a state of a bundle names, with the most bytes that it may have."""
+    if isinstance(state, Generator):
+        yield state.blob, MAX_FILE_BYTES
+    elif isinstance(state, Task) and state.code is not None:
+        yield state.code.blob, MAX_CODE_BYTES
+        yield state.final.config, MAX_CONFIG_BYTES
+        if state.final.card is not None:
+            yield state.final.card, MAX_CARD_BYTES
+        yield from ((extra.blob, MAX_FILE_BYTES) for extra in state.final.extras)
+        yield from ((vector.blob, MAX_VECTOR_BYTES) for vector in state.vectors)
+
+
+# Reading.
+
+
+class Directory:
+    """The directory of a bundle: which parts there are, before any of them is read.
 
     Raises:
-        BundleError: It has other fields or values than this format.
-        UnsafeInput: It breaks a limit, or has a name that is none.
+        BundleError: It has other values than this format.
+        UnsafeInput: It breaks a limit.
     """
-    parsed = _object(data, "the bundle's index", MAX_INDEX_BYTES)
-    fields = Fields(parsed, _INDEX, "the bundle's index")
-    tasks = fields.entries("tasks")
-    if len(tasks) > MAX_TASKS:
-        raise UnsafeInput(f"the bundle has {len(tasks):,} tasks, more than {MAX_TASKS:,}", kind="limits")
-    layouts = [_layout(entry) for entry in fields.entries("layouts")]
-    extractors = [_extractor(entry) for entry in fields.entries("extractors")]
-    return BundleIndex(
-        base_model=fields.text("base_model", MAX_LABEL),
-        generator=_generator(fields.mapping("generator")),
-        tasks=tuple(_task(entry, layouts, extractors) for entry in tasks),
-        parts=tuple(_part(entry) for entry in fields.entries("parts")),
-    )
+
+    def __init__(self, data: bytes) -> None:
+        try:
+            fields = unpacked(data, MAX_DIRECTORY_BYTES)
+            self.generator, self.tasks = fields["generator"], fields["tasks"]
+            self.parts = tuple(File(digest, size) for digest, size in fields["parts"])
+            named = (self.generator, *self.tasks, *self.parts)
+            if fields.keys() != {"generator", "tasks", "parts"} or not all(map(is_digest, named)):
+                raise ValueError("other fields")
+            if not all(type(part.size) is int and part.size >= 0 for part in self.parts):
+                raise ValueError("a part has no length")
+        except (DamagedStore, KeyError, TypeError, ValueError, AttributeError) as error:
+            raise BundleError(f"the bundle's directory does not have the values of this format: {error}") from None
+        if len(self.tasks) > MAX_TASKS:
+            raise UnsafeInput(f"the bundle has {len(self.tasks):,} tasks, more than {MAX_TASKS:,}", kind="limits")
+        if len(set(self.parts)) != len(self.parts):
+            raise BundleError("the bundle has a part twice")
+
+    def index(self, read: Mapping[str, bytes]) -> BundleIndex:
+        """Read the manifests, given digest -> bytes of those and of the documents that they share.
+
+        Raises:
+            BundleError: A manifest is not one of this format, or the parts are not those that they name.
+            UnsafeInput: A manifest breaks a limit, or has a name that is none.
+        """
+        documents = set[str]()
+
+        def shared(kind: type[Part], file: File) -> Mapping[str, Any]:
+            documents.add(str(file))
+            return read_shared(kind, read[file])
+
+        states = list[State]()
+        for digest in (self.generator, *self.tasks):
+            try:
+                states.append(decode(read[digest], shared))
+            except (DamagedStore, KeyError, TypeError, ValueError) as error:
+                raise BundleError(f"a manifest of the bundle cannot be read: {error}") from None
+        generator, tasks = states[0], cast(list[Task], states[1:])
+        if not isinstance(generator, Generator) or not all(isinstance(task, Task) for task in tasks):
+            raise BundleError("the bundle has manifests of other kinds than a generator and its tasks")
+        index = BundleIndex(generator, tuple(tasks), self.parts)
+        _check(index, {self.generator, *self.tasks, *documents})
+        return index
+
+    @property
+    def small(self) -> list[File]:
+        """The parts that may be manifests or documents."""
+        return [part for part in self.parts if part.size <= MAX_MANIFEST_BYTES]
 
 
-def _object(data: bytes, what: str, limit: int) -> dict[str, Any]:
-    try:
-        return parse_object(data, what=what, max_bytes=limit)
-    except UnsafeInput:
-        raise
-    except AdapterRefused as error:
-        raise BundleError(error.message) from None
-
-
-def _extractors(index: BundleIndex) -> list[Mapping[str, Any]]:
-    """Return what made the vectors of the tasks, each once, in the order in which tasks name them."""
-    found: list[Mapping[str, Any]] = []
+def _check(index: BundleIndex, manifests: set[str]) -> None:
+    names = [task.name.lower() for task in index.tasks]
+    if not names or names != sorted(set(names)):
+        raise BundleError("the bundle's tasks are missing, out of order or duplicated")
+    uses = [use for state in (index.generator, *index.tasks) for use in _uses(state)]
+    if index.sizes.keys() != manifests | {str(file) for file, _ in uses}:
+        raise BundleError("the bundle's parts do not match its tasks")
+    for file, limit in uses:
+        if file.size != index.sizes[file]:
+            raise BundleError(f"part {file[:12]} of the bundle has another size than its manifest states")
+        if file.size > limit:
+            message = f"a part of the bundle has {file.size:,} bytes, more than {limit:,}"
+            raise UnsafeInput(message, kind="limits")
+    if not 1 <= len(index.base_model) <= MAX_LABEL or index.generator.version < 1:
+        raise BundleError("the bundle's generator has no valid base model or version")
+    layouts = set[tuple[Any, ...]]()
     for task in index.tasks:
-        for extractor in () if task.vectors is None else task.vectors.extractors:
-            if extractor not in found:
-                found.append(extractor)
-    return found
+        _check_task(task, index.generator)
+        if task.final.layout not in layouts:  # most of a fleet have one
+            _check_layout(task.final)
+            layouts.add(task.final.layout)
 
 
-def _task_fields(task: BundledTask, layout: int, extractors: list[Mapping[str, Any]]) -> dict[str, Any]:
-    measured = None if task.measured is None else _under_keys(task.measured)
-    vectors = None
-    if task.vectors is not None:
-        vectors = [task.vectors.part, [extractors.index(one) for one in task.vectors.extractors]]
-    return {**_under_keys(task), "layout": layout, "measured": measured, "vectors": vectors}
+def _check_task(task: Task, generator: Generator) -> None:
+    if (problem := task_name_problem(task.name)) is not None:
+        raise UnsafeInput(f"{escape(task.name, 120)!r} is not a task name: {problem}", kind="name")
+    final, code = task.final, task.code
+    if code is None or code.generator != generator.blob or task.base_model != generator.base_model:
+        raise BundleError(f"the code of {task.name!r} belongs to another generator")
+    only_in_stores = (final.initial, task.samples, task.eval_data, task.note, task.label, final.original_only)
+    if any(value is not None for value in only_in_stores) or task.checkpoints or task.measured or not final.is_evicted:
+        raise BundleError(f"task {task.name!r} has more than a bundle may hold")
+    if final.dtype != "+".join(sorted(set(final.dtype.split("+")) & FLOAT_TYPES)) or not final.dtype:
+        raise BundleError(f"task {task.name!r} has the unknown number format {escape(final.dtype, 40)!r}")
+    if not _FORMAT.fullmatch(final.format):
+        raise BundleError(f"task {task.name!r} has the unknown format {escape(final.format, 40)!r}")
+    if final.weights.size < 1 or (final.step or 0) < 0:
+        raise BundleError(f"the original of {task.name!r} has an impossible size or step")
+    for extra in final.extras:
+        if extra.file is not None and not is_file_name(extra.file):
+            raise UnsafeInput(f"{escape(extra.file, 120)!r} is not a file name", kind="name")
+        if extra.size < 0:
+            raise BundleError(f"an extra of {task.name!r} has a negative size")
+    if final.template:
+        try:
+            parse_object(final.template.encode(), what="a template of the bundle", max_bytes=MAX_CONFIG_BYTES)
+        except UnsafeInput:
+            raise
+        except AdapterRefused as error:
+            raise BundleError(error.message) from None
+    views = [(vector.view, vector.support_set) for vector in task.vectors]
+    if len(set(views)) < len(views) or any(vector.extractor.get("view") != vector.view for vector in task.vectors):
+        raise BundleError(f"the vectors of {task.name!r} do not match their descriptions")
+    _check_claim(task.name, code.claim)
 
 
-def _under_keys(record: BundledTask | BundledMeasurement) -> dict[str, Any]:
-    return {_KEYS.get(name, name): value for name, value in vars(record).items()}
+def _check_claim(name: str, claim: Claim | None) -> None:
+    if claim is None:
+        return
+    numbers = [claim.squared_error, *(claim.measured or {}).values()]
+    if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
+        raise BundleError(f"the bundle states an impossible figure for {name!r}")
+    measured = claim.measured
+    if (claim.squared_error or 0.0) < 0 or (measured is not None and measured.keys() != set(_CLAIMED)):
+        raise BundleError(f"the bundle states an impossible figure for {name!r}")
+    if measured is not None:
+        try:
+            Measurement(source="code", **measured)  # type: ignore[arg-type]
+            is_right = all(isinstance(measured[key], dict) for key in ("settings", "others"))
+            is_right &= isinstance(measured["value"], float) and is_digest(str(measured["data"]))
+            is_right &= isinstance(measured["retained_gain"], float | None) and isinstance(measured["metric"], str)
+        except TypeError:
+            is_right = False
+        if not is_right:
+            raise BundleError(f"the bundle states an impossible figure for {name!r}")
 
 
-def _generator(value: object) -> BundledGenerator:
-    fields = Fields(value, _GENERATOR, "the bundle's generator")
-    return BundledGenerator(
-        blob=fields.digest("blob"),
-        version=fields.count("version", least=1),
-        config=fields.mapping("config"),
-        metrics=fields.mapping("metrics"),
-    )
+def _check_layout(final: Adapter) -> None:
+    """Check the modules of an adapter, and what follows from them."""
+    names = [module for module, *_ in final.layout]
+    if not names or len(set(names)) != len(names):
+        raise BundleError("a layout of the bundle is empty or names a module twice")
+    for module, *sizes in final.layout:
+        if len(module) > 512 or not is_module_name(module):
+            raise UnsafeInput(f"{escape(module, 120)!r} is not a module name", kind="name")
+        if min(sizes) < 1:
+            raise BundleError(f"{module} of the bundle has the shape {sizes}")
+        if sizes[0] > MAX_RANK or max(sizes) > MAX_DIMENSION:
+            raise UnsafeInput(f"{module} of the bundle has the shape {sizes}", kind="limits")
+    shapes = [ModuleShape(*entry) for entry in final.layout]
+    # As ingesting its original would name them.
+    targets = {tuple(target_modules(names)), tuple(blocks_of(names))}
+    facts = max(shape.rank for shape in shapes), sum(shape.parameters for shape in shapes)
+    if (final.rank_max, final.parameters) != facts or final.target_modules not in targets:
+        raise BundleError("a layout of the bundle contradicts the description of its adapter")
 
 
-def _task(value: object, layouts: Sequence[Layout], extractors: Sequence[Mapping[str, Any]]) -> BundledTask:
-    what = "a task of the bundle"
-    fields = Fields(value, _TASK, what)
-    name = fields.text("name", limit=1024)
-    if (problem := task_name_problem(name)) is not None:
-        raise UnsafeInput(f"{escape(name, 120)!r} is not a task name: {problem}", kind="name")
-    dtype = fields.text("dtype", limit=64)
-    if dtype != "+".join(sorted(set(dtype.split("+")) & FLOAT_TYPES)):
-        raise wrong(dtype, "a task of the bundle: dtype")
-    form = fields.text("format", limit=32)
-    if not _FORMAT.fullmatch(form):
-        raise wrong(form, "a task of the bundle: format")
-    layout = fields.count("layout")
-    if layout >= len(layouts):
-        raise wrong(layout, "a task of the bundle: layout")
-    return BundledTask(
-        name=name,
-        code=fields.digest("code"),
-        squared_error=_squared_error(fields),
-        weights=fields.digest("weights"),
-        weights_size=fields.count("weights_size", least=1),
-        config=fields.digest("config"),
-        card=fields.optional("card", fields.digest),
-        dtype=dtype,
-        step=fields.optional("step", fields.count),
-        is_generated=fields.flag("is_generated"),
-        layout=layouts[layout],
-        measured=_measured(fields.optional("measured", fields.mapping)),
-        template=_template(fields.optional_text("template", limit=MAX_CONFIG_BYTES)),
-        extras=tuple(_extra(entry) for entry in fields.entries("extras")),
-        vectors=_vectors(fields.optional("vectors", fields.entries), extractors),
-        format=form,
-    )
-
-
-def _vectors(value: list[Any] | None, extractors: Sequence[Mapping[str, Any]]) -> BundledVectors | None:
-    if value is None:
-        return None
-    part, listed = as_row(value, 2, "the vectors of a task")
-    if not isinstance(listed, list) or not listed:
-        raise wrong(value, "the vectors of a task")
-    numbers = [as_count(number, "an extractor of a task") for number in listed]
-    views = [extractors[number].get("view") for number in numbers if number < len(extractors)]
-    if len(views) < len(numbers) or len(set(views)) < len(views):
-        raise wrong(value, "the vectors of a task")
-    return BundledVectors(as_digest(part, "the digest of vectors"), tuple(extractors[number] for number in numbers))
-
-
-def _extractor(value: object) -> Mapping[str, Any]:
-    if not isinstance(value, dict) or value.get("view") not in ("adapted", "context"):
-        raise wrong(value, "an extractor of the bundle")
-    return value
-
-
-def _squared_error(fields: Fields) -> float | None:
-    value = fields.optional("dw_error", fields.number)
-    if value is not None and value < 0:
-        raise wrong(value, "an error of the bundle: dw_error")
-    return value
-
-
-def _template(text: str | None) -> str:
-    if text is None:
-        return ""
-    _object(text.encode(), "a template of the bundle", MAX_CONFIG_BYTES)
-    return text
-
-
-def _extra(value: object) -> BundledExtra:
-    part, file, size = as_row(value, 3, "an extra of the bundle")
-    if file is not None and (not isinstance(file, str) or not is_file_name(file)):
-        raise UnsafeInput(f"{escape(str(file), 120)!r} is not a file name", kind="name")
-    return BundledExtra(as_digest(part, "an extra's digest"), file, as_count(size, "an extra's size"))
-
-
-def _measured(value: Mapping[str, Any] | None) -> BundledMeasurement | None:
-    if value is None:
-        return None
-    fields = Fields(value, _MEASURED, "a measurement of the bundle")
-    return BundledMeasurement(
-        data=fields.digest("data"),
-        value=fields.number("nats_per_token"),
-        count=fields.count("tokens"),
-        utf8_bytes=fields.count("utf8_bytes"),
-        retained_gain=fields.optional("retained_gain", fields.number),
-        squared_error=_squared_error(fields),
-        settings=fields.mapping("settings"),
-        metric=fields.text("metric", limit=100),
-        others={name: as_number(value, "a figure of the bundle") for name, value in fields.mapping("others").items()},
-    )
-
-
-def _part(value: object) -> BundlePart:
-    digest, size = as_row(value, 2, "a part of the bundle")
-    return BundlePart(as_digest(digest, "a part's digest"), as_count(size, "a part's size"))
-
-
-def _layout(value: object) -> Layout:
-    if not isinstance(value, list) or not value:
-        raise wrong(value, "a layout of the bundle")
-    shapes = tuple(_shape(entry) for entry in value)
-    if len({shape.module for shape in shapes}) != len(shapes):
-        raise BundleError("a layout of the bundle names a module twice")
-    return shapes
-
-
-def _shape(value: object) -> ModuleShape:
-    module, rank, inputs, outputs = as_row(value, 4, "a module of the bundle")
-    if not isinstance(module, str) or len(module) > 512 or not is_module_name(module):
-        raise UnsafeInput(f"{escape(str(module), 120)!r} is not a module name", kind="name")
-    sizes = [as_count(size, f"{module} of the bundle", least=1) for size in (rank, inputs, outputs)]
-    if sizes[0] > MAX_RANK or max(sizes) > MAX_DIMENSION:
-        raise UnsafeInput(f"{module} of the bundle has the shape {sizes}", kind="limits")
-    return ModuleShape(module, *sizes)
+def imported(task: Task, *, source: str, base_model: str, label: str | None, moment: str) -> Task:
+    """Return a task of a bundle as a store takes it."""
+    final = replace(task.final, source=source, created_at=moment, evicted_at=moment)
+    return replace(task, final=final, base_model=base_model, label=label, created_at=moment)

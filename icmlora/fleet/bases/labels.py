@@ -111,7 +111,7 @@ def _joined(
         # A stopped training does not go on: it read the tasks of one of the two only.
         change.gone += filter(None, (theirs, store.run(label), other if other.manifest else None))
     if added:
-        change.new = [base, *tasks, *_renumbered(store, base.name, moved, current, used)]
+        change.new = [base, *tasks, *renumbered(store, base.name, moved, current, used)]
     lost = [task.name for task in _with_codes(store, base, tasks) if used is None or task.code_under(used) is None]
     return Joined(base.name, tuple(added), len(tasks), len(moved), tuple(sorted(lost)) if moved else ()), change
 
@@ -132,7 +132,7 @@ def _chosen(
     return theirs if keep in other.names else mine
 
 
-def _renumbered(
+def renumbered(
     store: Store, base: str, moved: Sequence[Generator], current: Generator | None, used: Generator | None
 ) -> list[Generator]:
     """Return generators under the numbers that follow those of a base model, the one in use last."""
@@ -181,7 +181,7 @@ def _separated(store: Store, label: str) -> tuple[Separated, _Change]:
     if leaving and len(leaving) == len(tasks):
         current = store.generator(old.name)
         if current is not None:
-            generators = _renumbered(store, label, store.generators(old.name), None, current)
+            generators = renumbered(store, label, store.generators(old.name), None, current)
             change.gone += filter(None, (current, store.run(old.name)))
     else:
         codes = sum(task.code is not None and not task.final.is_evicted for task in leaving)

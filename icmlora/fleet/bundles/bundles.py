@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from icmlora.bundle.file import open_bundle
-from icmlora.bundle.index import BundledGenerator, BundledTask
 from icmlora.errors import BundleError
 from icmlora.fleet.context import OpenedGenerator
 from icmlora.fleet.resources.bundle_codes import BundleCodes
@@ -21,6 +20,7 @@ if TYPE_CHECKING:
     from icmlora.adapter.model import Adapter
     from icmlora.fleet.vectors.recognize import RecognizeReport
     from icmlora.fleet.write.materialize import MaterializeReport
+    from registry.manifests import Generator, Task
 
 
 class Bundle:
@@ -35,7 +35,7 @@ class Bundle:
 
     Attributes:
         path: The file.
-        index: Everything in the bundle except the bytes of its parts.
+        index: The manifests in the bundle: its generator and tasks.
         digest: SHA-256 that identifies the whole file.
         size: Length of the file in bytes.
 
@@ -57,23 +57,14 @@ class Bundle:
         return self.index.base_model
 
     @property
-    def generator(self) -> BundledGenerator:
+    def generator(self) -> Generator:
         """The generator that decodes all codes of the bundle."""
         return self.index.generator
 
     @property
-    def tasks(self) -> tuple[BundledTask, ...]:
+    def tasks(self) -> tuple[Task, ...]:
         """The tasks, by name."""
         return self.index.tasks
-
-    def original_size(self, task: BundledTask) -> int:
-        """Return the size of a task's original in bytes: weights, configuration and card."""
-        sizes = self.index.sizes
-        return task.weights_size + sizes[task.config] + (0 if task.card is None else sizes[task.card])
-
-    def code_size(self, task: BundledTask) -> int:
-        """Return the size of a task's code in bytes."""
-        return self.index.sizes[task.code]
 
     def load(self, task: str, *, max_error: float | None = None) -> Adapter:
         """Decode a task's adapter into memory: float32, with the scale folded into B.

@@ -1,42 +1,56 @@
 """Take the generator, codes and tasks of a bundle into a store. The originals are not in a bundle.
 
-    bundle --check every byte--> --decide--> blobs, durable --> one transaction: generator, tasks, codes
+    bundle --check every byte--> decide --> blobs, durable --> publish: generator and tasks together
 
-Until the transaction the store is as it was. A killed import leaves blobs without rows, which `icm prune` removes.
+Until then the store is as it was. A killed import leaves blobs that nothing refers to, which `icm prune` removes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from icmlora.bundle.file import open_bundle
+from icmlora.bundle.index import imported
 from icmlora.errors import AdapterRefused, BundleError, DataError, UnsafeInput
+from icmlora.fleet.bases.labels import renumbered
 from icmlora.fleet.context import Context, use_case
-from icmlora.fleet.resources.bundle_codes import bundled_adapter, bundled_vectors, claim_of, find_task
+from icmlora.fleet.resources.bundle_codes import check_vectors, find_task
+from icmlora.fleet.resources.decoding import template_of
 from icmlora.formats.base_references import REFERENCES
 from icmlora.formats.catalogue import format_named
 from icmlora.formats.extras import unpack_tensors, unpacked_size
-from icmlora.formats.format import Template, check_companions
+from icmlora.formats.format import check_companions
 from icmlora.formats.peft.config import AdapterConfig
 from icmlora.formats.peft.initial import converted_form
 from icmlora.formats.peft.peft import PEFT
 from icmlora.generator.code import generator_of
-from registry.errors import StoreNotFound
-from registry.records import NewGenerator
-from registry.tables.bundles import BundleImport, ImportedTask, ImportOutcome
+from registry.errors import LostRace, StoreNotFound, TaskConflict
+from registry.manifests import State, Task, now
+from registry.names import bundle_source
 
 if TYPE_CHECKING:
     from icmlora.base_models.finding.tensors import BaseTensors
     from icmlora.bundle.file import BundleFile
-    from icmlora.bundle.index import BundledTask, BundleIndex
+    from icmlora.bundle.index import BundleIndex
     from registry.store import Store
 
 _BATCH_BYTES = 64 << 20
 _MOST_TRIED = 64 << 20
 """Values of an adapter that is written for trial: a forged bundle is not to take memory before anybody asks for it."""
+
+
+ImportStatus = Literal["added", "encoded", "known", "skipped"]
+
+
+@dataclass(frozen=True)
+class ImportOutcome:
+    """What became of a task of a bundle."""
+
+    name: str  # as the store spells it
+    status: ImportStatus  # `encoded`: the store had its adapter, and has its code now
 
 
 @dataclass(frozen=True)
@@ -45,7 +59,7 @@ class ImportReport:
 
     index: BundleIndex
     digest: str  # SHA-256 that identifies the whole bundle
-    tasks: tuple[ImportOutcome, ...]  # what became of each task: `added`, `encoded`, `known` or `skipped`
+    tasks: tuple[ImportOutcome, ...]
     refused: Mapping[str, str]  # task -> why its adapter cannot be written; the others are imported
 
 
@@ -70,7 +84,6 @@ def import_bundle(
     Raises:
         BundleError: The bundle is damaged, cut short, or of another format.
         AdapterRefused: None of the tasks has an adapter that can be written.
-        GeneratorConflict: The store uses another generator for this base model.
         TaskConflict: A task has another adapter or code in the store, and `on_conflict` is `fail`.
     """
     with open_bundle(Path(file)) as bundle:
@@ -82,27 +95,72 @@ def import_bundle(
         _check_parts(bundle, wanted)
         refused = _refused(bundle, wanted)
         wanted = [task for task in wanted if task.name not in refused]
-        arrival = _arrival(bundle, wanted, on_conflict)
         if dry_run:
-            return ImportReport(index, bundle.digest, tuple(_plan(context, arrival)), refused)
-        with context.open(create=True) as store:
-            outcomes = store.bundles.plan(arrival)
-            if _new(outcomes):
-                # Not while a training holds the base model: its new generator would have no codes of these tasks.
-                with store.job(store.base_models.name_of(index.base_model), shared=True):
-                    new = _new(store.bundles.plan(arrival))  # again: the store may have changed during the wait
-                    _put(context, store, bundle, [task for task in wanted if task.name.lower() in new])
-                    # `add` decides once more under the write lock, since another process may have changed a task.
-                    outcomes = store.bundles.add(arrival)
+            outcomes = _plan(context, bundle, wanted, on_conflict)
+        else:
+            with context.open(create=True) as store:
+                outcomes = _import(context, store, bundle, wanted, on_conflict)
     return ImportReport(index, bundle.digest, tuple(outcomes), refused)
 
 
-def _new(outcomes: Sequence[ImportOutcome]) -> set[str]:
-    """Return the tasks that get something from the bundle."""
-    return {outcome.name.lower() for outcome in outcomes if outcome.status in ("added", "encoded")}
+def _import(
+    context: Context, store: Store, bundle: BundleFile, tasks: Sequence[Task], on_conflict: Literal["skip", "fail"]
+) -> list[ImportOutcome]:
+    stored = set[str]()
+    while True:
+        decided = _decide(store, bundle, tasks, on_conflict)
+        new = [state for _, state in decided if state is not None]
+        if new:
+            names = {outcome.name.lower() for outcome, state in decided if state is not None}
+            _put(context, store, bundle, [task for task in tasks if task.name.lower() in names - stored])
+            stored |= names
+            try:
+                store.publish([*_generators(store, bundle), *new])
+            except LostRace:
+                continue
+        return [outcome for outcome, _ in decided]
 
 
-def _check_parts(bundle: BundleFile, tasks: Sequence[BundledTask]) -> None:
+def _decide(
+    store: Store | None, bundle: BundleFile, tasks: Sequence[Task], on_conflict: Literal["skip", "fail"]
+) -> list[tuple[ImportOutcome, State | None]]:
+    """Return what becomes of each task, and the state to publish."""
+    label, moment, source = bundle.index.base_model, now(), bundle_source(bundle.digest)
+    base = label if store is None else store.base_name(label)
+    decided: list[tuple[ImportOutcome, State | None]] = []
+    for task in tasks:
+        known = None if store is None else store.find(task.name)
+        if known is None:
+            alias = None if base == label else label
+            new = imported(task, source=source, base_model=base, label=alias, moment=moment)
+            decided.append((ImportOutcome(task.name, "added"), new))
+            continue
+        is_same = known.base_model == base and (known.final.weights, known.final.config) == (
+            task.final.weights,
+            task.final.config,
+        )
+        if is_same and known.code is None:
+            decided.append((ImportOutcome(known.name, "encoded"), replace(known, code=task.code)))
+        elif is_same and known.code is not None and task.code is not None and known.code.blob == task.code.blob:
+            decided.append((ImportOutcome(known.name, "known"), None))
+        elif on_conflict == "fail":
+            raise TaskConflict(known.name, choices="skip")
+        else:
+            decided.append((ImportOutcome(known.name, "skipped"), None))
+    return decided
+
+
+def _generators(store: Store, bundle: BundleFile) -> list[State]:
+    """Return the states that add the generator of a bundle; it is in use only if its base model had none."""
+    generator = bundle.index.generator
+    base = store.base_name(generator.base_model)
+    if any(one.blob == generator.blob for one in store.generators(base)):
+        return []
+    current, new = store.generator(base), replace(generator, base_model=base, created_at=now())
+    return [new] if current is None else list(renumbered(store, base, [new], current, current))
+
+
+def _check_parts(bundle: BundleFile, tasks: Sequence[Task]) -> None:
     """Check what the file format does not: that every version opens, and that codes and configurations belong to it."""
     from icmlora.generator.versions import GeneratorFile
 
@@ -110,17 +168,21 @@ def _check_parts(bundle: BundleFile, tasks: Sequence[BundledTask]) -> None:
     for number in range(len(generator_file.digests)):
         generator_file.codec(number)
     for task in tasks:
-        if generator_of(bundle.read(task.code)) not in generator_file.digests:
+        assert task.code is not None  # as every task of a bundle has
+        if generator_of(bundle.read(task.code.blob)) not in generator_file.digests:
             raise BundleError(f"the code of {task.name!r} belongs to another generator")
-        check_companions(format_named(task.format), task.files)
+        files = [extra.file for extra in task.final.extras if extra.file is not None]
+        check_companions(format_named(task.final.format), files)
+        check_vectors(task, bundle)
 
 
-def _refused(bundle: BundleFile, tasks: Sequence[BundledTask]) -> dict[str, str]:
+def _refused(bundle: BundleFile, tasks: Sequence[Task]) -> dict[str, str]:
     """Say which tasks have an adapter that cannot be written, and why."""
     refused: dict[str, AdapterRefused] = {}
     tried: set[tuple[object, ...]] = set()
     for task in tasks:
-        form = task.format, task.config, task.layout, task.dtype, task.template, task.extras
+        final = task.final
+        form = final.format, final.config, final.layout, final.dtype, final.template, str(final.extras)
         if form in tried:  # most of a fleet have one form
             continue
         try:
@@ -137,7 +199,7 @@ def _refused(bundle: BundleFile, tasks: Sequence[BundledTask]) -> dict[str, str]
     return {name: why.message for name, why in refused.items()}
 
 
-def _try_form(bundle: BundleFile, task: BundledTask) -> None:
+def _try_form(bundle: BundleFile, task: Task) -> None:
     """Write an adapter of zeros in the form of a task's original: what a decoded one will be written in.
 
     One of more than `_MOST_TRIED` values is not tried; its faults show when it is written.
@@ -145,20 +207,21 @@ def _try_form(bundle: BundleFile, task: BundledTask) -> None:
     Raises:
         AdapterRefused: Its configuration, or what is noted of its form, is damaged or does not fit it.
     """
-    known, config = format_named(task.format), bundle.read(task.config)
+    final = task.final
+    known, config = format_named(final.format), bundle.read(final.config)
     known.read_config(config)  # it may name a mirror of the base model
-    template = Template(config, task.layout, task.dtype, task.template)
-    if task.format == PEFT.name:
+    template = template_of(final, config)
+    if final.format == PEFT.name:
         AdapterConfig.parse(converted_form(template).config)
-    if task.parameters + sum(extra.size for extra in task.extras) > _MOST_TRIED:
+    if final.parameters + sum(extra.size for extra in final.extras) > _MOST_TRIED:
         return
     from icmlora.adapter.model import Adapter, LoraModule
     from icmlora.formats.factors import fitted
 
-    first = task.layout[0]  # formats make zeros of the modules that an adapter lacks, but there is none without any
+    first = template.layout[0]  # formats make zeros of the modules that an adapter lacks, but there is none without any
     zeros = LoraModule(first.module, *fitted(None, first.rank, first.inputs, first.outputs))
     adapter = Adapter(bundle.index.base_model, None, (), (zeros,))
-    packed = [(extra, bundle.read(extra.part)) for extra in task.extras if extra.file is None]
+    packed = [(extra, bundle.read(extra.blob)) for extra in final.extras if extra.file is None]
     if any(data.startswith(REFERENCES) for _, data in packed):  # it is written with tensors of its base model
         return
     try:
@@ -177,19 +240,26 @@ def _no_base() -> BaseTensors:
     raise AssertionError("only references need the base model")
 
 
-def _plan(context: Context, arrival: BundleImport) -> list[ImportOutcome]:
+def _plan(
+    context: Context, bundle: BundleFile, tasks: Sequence[Task], on_conflict: Literal["skip", "fail"]
+) -> list[ImportOutcome]:
     try:
         with context.open(read_only=True) as store:
-            return store.bundles.plan(arrival)
+            return [outcome for outcome, _ in _decide(store, bundle, tasks, on_conflict)]
     except StoreNotFound:
-        return [ImportOutcome(task.name, "added") for task in arrival.tasks]
+        return [outcome for outcome, _ in _decide(None, bundle, tasks, on_conflict)]
 
 
-def _put(context: Context, store: Store, bundle: BundleFile, tasks: Sequence[BundledTask]) -> None:
-    """Store the parts that some tasks need, a few at a time."""
+def _put(context: Context, store: Store, bundle: BundleFile, tasks: Sequence[Task]) -> None:
+    """Store the blobs that some tasks need, a few at a time."""
     if not tasks:
         return
-    digests = list(dict.fromkeys([bundle.index.generator.blob, *(part for task in tasks for part in task.parts)]))
+    files = [bundle.index.generator.blob]
+    for task in tasks:
+        assert task.code is not None
+        card = () if task.final.card is None else (task.final.card,)
+        files += [task.code.blob, *task.final.kept, *card, *(vector.blob for vector in task.vectors)]
+    digests = list(dict.fromkeys(files))
     batch: list[bytes] = []
     for done, digest in enumerate(digests, 1):
         batch.append(bundle.read(digest))
@@ -197,21 +267,3 @@ def _put(context: Context, store: Store, bundle: BundleFile, tasks: Sequence[Bun
             store.blobs.put_all(batch)
             batch = []
             context.progress(done, len(digests))
-
-
-def _arrival(bundle: BundleFile, tasks: Sequence[BundledTask], on_conflict: Literal["skip", "fail"]) -> BundleImport:
-    index = bundle.index
-    generator = NewGenerator(index.base_model, index.generator.blob, index.generator.config, index.generator.metrics)
-    arriving = [
-        ImportedTask(
-            task.name,
-            bundled_adapter(task, bundle),
-            task.weights_size,
-            task.code,
-            None,
-            claim_of(task),
-            bundled_vectors(task, bundle),
-        )
-        for task in tasks
-    ]
-    return BundleImport(generator, index.generator.version, arriving, on_conflict)

@@ -6,9 +6,7 @@ from icmlora.formats.format import AdapterSummary
 from registry.manifests import Adapter, File
 
 
-def new_adapter(
-    summary: AdapterSummary, *, weights: File, config: File, card: File | None, source: str
-) -> Adapter:
+def new_adapter(summary: AdapterSummary, *, weights: File, config: File, card: File | None, source: str) -> Adapter:
     """Return the manifest of an adapter whose files are in the store."""
     return Adapter(
         weights=weights,

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from icmlora.errors import DataError
+from icmlora.fleet.bases.labels import renumbered
 from icmlora.fleet.context import Context, select_tasks, use_case
 from registry.errors import BaseModelConflict, DamagedStore, LostRace, TaskConflict
 from registry.manifests import BaseModel, File, Generator, State, Task, encode, files_of, unpacked
@@ -129,15 +130,11 @@ class _Copying:
         if not new:
             return
         self._put(new)
-        latest = max((one.version for one in theirs), default=0)
-        numbered = [
-            replace(one, base_model=there, version=latest + place, manifest=None, seq=0)
-            for place, one in enumerate(new, 1)
-        ]
-        if current is not None and not _continues(mine, current):  # it stays in use: the last number is that in use
-            numbered.append(replace(current, version=latest + len(new) + 1, manifest=None))
-        expected = None if current is None else current.manifest
-        self._other.publish([*numbered[:-1], replace(numbered[-1], manifest=expected)])
+        may_be_used = current is None or _continues(mine, current)
+        used = self._source.generator(base_model) if may_be_used else current
+        if used is not None and used.blob in {one.blob for one in theirs}:
+            used = current
+        self._other.publish(renumbered(self._other, there, new, current, used))
 
     def _put(self, states: Sequence[State]) -> None:
         """Copy the blobs that states need and the other store lacks."""
