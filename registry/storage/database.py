@@ -48,12 +48,17 @@ def too_old(place: object) -> StoreTooOld:
 class Database(ABC):
     """The tables of one store.
 
+    Attributes:
+        meta_hint: What to do if META is lost.
+
     Args:
         place: Where they are, for messages.
         root: Where the store is, for messages.
         read_only: Refuse writes.
         patience: How long to wait for others; the time spent waiting for the write lock is taken from it.
     """
+
+    meta_hint = REPAIR_HINT
 
     def __init__(self, place: str, root: str, *, read_only: bool, patience: Patience) -> None:
         self.place, self._root = place, root
@@ -111,10 +116,15 @@ class Database(ABC):
     def meta(self) -> Meta:
         """Return which store this is."""
         with self.read() as connection:
-            row = connection.execute(select(META)).one_or_none()
-        if row is None:
-            raise DamagedStore(f"{self.place} does not say which store it is", path=self.place, hint=REPAIR_HINT)
-        return Meta(*row)
+            return self._meta(connection)
+
+    def _meta(self, connection: Connection) -> Meta:
+        rows = connection.execute(select(META)).all()
+        if len(rows) == 1:
+            meta = Meta(*rows[0])
+            if isinstance(meta.store, str) and isinstance(meta.changes, int) and isinstance(meta.seq, int):
+                return meta
+        raise DamagedStore(f"{self.place} does not say which store it is", path=self.place, hint=self.meta_hint)
 
     def changes(self) -> int:
         """Return how many transactions have written."""
@@ -140,9 +150,9 @@ class Database(ABC):
             raise translated from error
 
 
-def make_tables(connection: Connection, store: str | None = None, blobs: str | None = None) -> None:
+def make_tables(connection: Connection, store: str | None = None, blobs: str | None = None, changes: int = 0) -> None:
     """Make the tables and the row of META, unless they are there."""
     METADATA.create_all(connection)
     if connection.execute(select(META)).first() is None:
-        row = {"store": store or uuid4().hex, "format": FORMAT, "blobs": blobs, "changes": 0, "seq": 0}
+        row = {"store": store or uuid4().hex, "format": FORMAT, "blobs": blobs, "changes": changes, "seq": 0}
         connection.execute(insert(META), row)

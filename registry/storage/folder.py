@@ -8,11 +8,12 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from registry import files as fs
 from registry.errors import DamagedStore, NotAStore, RegistryError, StoreFull, StoreTooNew
 from registry.storage.database import too_old
+from registry.storage.parts import Footprint
 from registry.storage.paths import StorePaths, files_in, make_folders
 
 if TYPE_CHECKING:
@@ -24,34 +25,6 @@ FORMAT_TEXT = "icm manifests 1\n"
 RESERVE_BYTES = 128 << 10
 _FORMAT = re.compile(rb"icm manifests [1-9][0-9]{0,5}\n")
 _OLD_FORMAT = re.compile(rb"icm store [1-9][0-9]{0,5}\n")
-
-
-class Footprint(NamedTuple):
-    """Bytes of a store besides its blobs and manifests."""
-
-    database: int
-    unreferenced: int  # what killed commands left
-    overhead: int
-
-
-class StoreMaintenance(Protocol):
-    """What a kind of store does around changes."""
-
-    def run(self, change: Callable[[], T]) -> T:
-        """Run a change; if the disk is full, make room and run it once more."""
-        ...
-
-    def after_deletion(self) -> None:
-        """Get ready for the next full disk, as far as there is room by now."""
-        ...
-
-    def footprint(self, blobs: Collection[str], manifests: Collection[str]) -> Footprint:
-        """Return the bytes of everything but these blobs and manifests, and files at a remote place."""
-        ...
-
-    def leftovers(self, *, aside: bool = False) -> Iterator[Leftover]:
-        """Yield what killed commands left besides blobs, or else, `aside`, what is in quarantine."""
-        ...
 
 
 class FolderMaintenance:

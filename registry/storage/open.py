@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from registry import files as fs
 from registry.errors import NotAStore, RegistryError, StoreNotFound
@@ -11,24 +11,13 @@ from registry.names import Address, DatabaseUrl
 from registry.storage.blobs.local import LocalBackend
 from registry.storage.folder import FolderMaintenance, check_format, create_store, prepare_folder
 from registry.storage.locks.flocks import FolderLock
+from registry.storage.parts import StoreParts as StoreParts
 from registry.storage.paths import StorePaths, make_folders
 from registry.storage.sqlite import SqliteDatabase, check_links
 
 if TYPE_CHECKING:
     from registry.storage.blobs.backend import BlobBackend
-    from registry.storage.database import Database
-    from registry.storage.folder import StoreMaintenance
-    from registry.storage.locks import Patience, StoreLock
-
-
-class StoreParts(NamedTuple):
-    """What an open store consists of."""
-
-    lock: StoreLock
-    database: Database
-    blobs: BlobBackend
-    manifests: BlobBackend
-    maintenance: StoreMaintenance
+    from registry.storage.locks import Patience
 
 
 def open_parts(
@@ -53,6 +42,8 @@ def open_folder(
 ) -> StoreParts:
     """Open a store folder. Its database may be missing: the first read says so."""
     paths = StorePaths(path)
+    if paths.format.exists():
+        check_format(paths)  # before anything of a store of another version is touched
     if create:
         if blobs is not None and not paths.place.exists() and not paths.format.exists():
             _check_free(paths, blobs)

@@ -77,6 +77,12 @@ class PostgresDatabase(Database):
         patience: How long to wait for commits of others.
     """
 
+    # Where the manifests are went with it.
+    meta_hint = (
+        "restore the database from a backup, or copy `blobs` and `manifests` into a new store folder and run "
+        "`icm verify --repair` there"
+    )
+
     def __init__(self, url: DatabaseUrl, *, command: str, read_only: bool, patience: Patience) -> None:
         super().__init__(str(url), str(url), read_only=read_only, patience=patience)
         self._url = url
@@ -104,12 +110,10 @@ class PostgresDatabase(Database):
     def create(self, blobs: str, before: Callable[[], None] = lambda: None) -> Meta:
         """Make the tables of a store with its bytes at an address, unless there is one; `before` that, run a check."""
         with self._errors(), self._writing() as connection:
-            if _is_old(connection):
-                raise too_old(self.place)
-            if not inspect(connection).has_table(META.name):
+            if not self._is_made(connection):
                 before()
                 make_tables(connection, blobs=blobs)
-            return Meta(*connection.execute(select(META)).one())
+            return self._meta(connection)
 
     @contextmanager
     def rebuild(self) -> Iterator[Connection]:
@@ -122,15 +126,21 @@ class PostgresDatabase(Database):
 
     def check_format(self) -> Meta:
         """Return the row of META; raise if this is not a store, or one of another format."""
-        with self._errors(), self._reading() as connection:
-            if not inspect(connection).has_table(META.name):
-                if _is_old(connection):
-                    raise too_old(self.place)
-                hint = _NO_STORE_HINT
-                raise StoreNotFound(f"there is no store at {self.place}", path=self.place, hint=hint)
-        meta = self.meta()
-        self.check_number(meta.format)
-        return meta
+        with self.read() as connection:
+            if not self._is_made(connection):
+                raise StoreNotFound(f"there is no store at {self.place}", path=self.place, hint=_NO_STORE_HINT)
+            return self._meta(connection)
+
+    def _is_made(self, connection: Connection) -> bool:
+        """Return whether there is a store; raise if it is one of another format."""
+        known = inspect(connection)
+        if known.has_table(META.name):
+            for number in connection.scalars(select(META.c.format)):
+                self.check_number(number)
+            return True
+        if known.has_table("alembic_version") and known.has_table("task_vectors"):
+            raise too_old(self.place)
+        return False
 
     def damage(self) -> Iterator[str]:
         """Yield nothing: the server checks its pages."""
@@ -187,11 +197,6 @@ class PostgresDatabase(Database):
         if isinstance(error, psycopg.OperationalError | psycopg.InterfaceError):
             return _away(self._url, error)
         return None
-
-
-def _is_old(connection: Connection) -> bool:
-    """Return whether the tables are those of icm 0.x."""
-    return inspect(connection).has_table("alembic_version") and inspect(connection).has_table("task_vectors")
 
 
 def only_connection(url: DatabaseUrl, command: str) -> Engine:

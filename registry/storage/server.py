@@ -12,10 +12,9 @@ from registry.errors import RegistryError, StoreUnavailable
 from registry.names import DatabaseUrl
 from registry.storage.blobs.place import backends_at, elsewhere
 from registry.storage.database import Meta
-from registry.storage.folder import Footprint
 from registry.storage.locks import Patience
 from registry.storage.locks.advisory import AdvisoryLock
-from registry.storage.open import StoreParts
+from registry.storage.parts import Footprint, StoreParts
 from registry.storage.postgres import PostgresDatabase
 
 if TYPE_CHECKING:

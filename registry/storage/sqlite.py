@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sqlite3
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache, partial
@@ -28,7 +29,7 @@ from registry.errors import (
     StoreLocked,
     StoreReadOnly,
 )
-from registry.storage.database import Database, Meta, make_tables, too_old
+from registry.storage.database import Database, make_tables, too_old
 from registry.tables import FORMAT, REPAIR_HINT
 
 if TYPE_CHECKING:
@@ -90,29 +91,38 @@ class SqliteDatabase(Database):
     def rebuild(self) -> Iterator[Connection]:
         """Write a new file, and rename it over the database, which may be missing or garbage."""
         self.must_write()
-        store = self._known_meta()
-        temporary = self.path.parent / "tmp" / "registry.db"
+        # No store counts that far, so those who look at `changes` see a new number.
+        store, changes = None, int(time.time())
+        try:
+            meta = self.meta()
+            store, changes = meta.store, meta.changes + 1
+        except StoreLocked:  # another program is writing: its changes would be lost
+            raise
+        except RegistryError:
+            pass
+        journal = self.path.with_name(f"{self.path.name}-journal")
+        temporary = self.path.parent / "tmp" / self.path.name
+        leftovers = temporary, temporary.with_name(journal.name)
         with fs.store_errors(temporary):
-            for path in (temporary, temporary.with_name("registry.db-journal")):
+            for path in leftovers:
                 fs.unlink(path)
         new = SqliteDatabase(temporary, read_only=False, patience=self.patience)
-        with new._errors(), new._transaction(_WRITE, create=True) as connection:
-            _make(connection, None if store is None else store.store)
-            yield connection
-        with fs.store_errors(self.path):
-            fs.unlink(temporary.with_name("registry.db-journal"))  # its own, emptied
-            # The journal first: it belongs to the old file, and SQLite would write its pages into the new one.
-            fs.unlink(self.path.with_name(f"{self.path.name}-journal"))
-            fs.fsync_dir(self.path.parent)
-            fs.replace(temporary, self.path)
-            fs.fsync_dir(self.path.parent)
-        self._is_checked = False
-
-    def _known_meta(self) -> Meta | None:
         try:
-            return self.meta()
-        except RegistryError:
-            return None
+            with new._errors(), new._transaction(_WRITE, create=True) as connection:
+                _make(connection, store, changes)
+                yield connection
+            fs.failpoint("database-rebuilt")
+            with fs.store_errors(self.path):
+                # The journal first: it belongs to the old file, and SQLite would write its pages into the new one.
+                fs.unlink(journal)
+                fs.fsync_dir(self.path.parent)
+                fs.failpoint("journal-unlinked")
+                fs.replace(temporary, self.path)
+                fs.fsync_dir(self.path.parent)
+        finally:
+            for path in leftovers:
+                fs.discard(path)
+        self._is_checked = False
 
     def damage(self) -> Iterator[str]:
         """Yield what SQLite finds wrong with pages and indexes."""
@@ -175,8 +185,8 @@ def check_links(path: Path) -> None:
         raise NotAStore(fact, path=path, hint=f"make a real copy: `cp -a {path.parent} NEW`")
 
 
-def _make(connection: Connection, store: str | None = None) -> None:
-    make_tables(connection, store)
+def _make(connection: Connection, store: str | None = None, changes: int = 0) -> None:
+    make_tables(connection, store, changes=changes)
     connection.exec_driver_sql(f"PRAGMA application_id={APPLICATION_ID}")
     connection.exec_driver_sql(f"PRAGMA user_version={FORMAT}")
 
