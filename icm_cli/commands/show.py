@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from functools import partial
+from itertools import repeat
 from typing import TYPE_CHECKING, Annotated
 
 from icm_cli.eval_report import no_gain
@@ -11,7 +11,7 @@ from icm_cli.options import TaskArg, option
 from icm_cli.output import Field
 from icm_cli.session import Session, command
 from icm_cli.text import SOURCES, as_fields, claim_json, claim_text, figure, groups_json
-from icmlora.fleet.measure.metric_result import MetricResult, gain_text, measured_in, source_name
+from icmlora.fleet.measure.metric_result import MetricResult, gain_text, measured_in
 from icmlora.fleet.stats.bill_text import limits_text
 from icmlora.formats.images.header_notes import header_notes
 from icmlora.io.text import counted, escape, human_percent, human_size, in_ranges
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from icmlora.adapter.metrics import GroupError
-    from icmlora.fleet.records import AdapterRecord, CodeRecord, EvaluationRecord, TaskRecord
     from icmlora.fleet.tasks.tasks import TaskDetails
+    from registry.manifests import Adapter, Code, Measurement, Task
 
 ErrorsOpt = Annotated[
     bool,
@@ -31,24 +31,17 @@ ErrorsOpt = Annotated[
     ),
 ]
 
-_ADAPTER_FIELDS: tuple[Field[AdapterRecord], ...] = (
-    Field("step", lambda adapter: "-" if adapter.step is None else str(adapter.step), right=True),
-    Field("final", lambda adapter: "yes" if adapter.is_final else ""),
-    Field("rank", lambda adapter: str(adapter.rank_max), right=True),
-    Field("dtype", lambda adapter: adapter.dtype.lower()),
-    Field("size", lambda adapter: _size(adapter), right=True),
-    Field("weights", lambda adapter: adapter.weights[:12]),
-)
-
 
 @command
 def show(session: Session, task: TaskArg, errors: ErrorsOpt = False) -> None:
     """Show one task: its adapters, vectors, code and measured quality.
 
-    The nearest tasks have the smallest cosine distance between task vectors. `icm map` compares all tasks.
+    TASK@2 or TASK@ALIAS shows one of its versions; `icm log` lists them. The nearest tasks have the smallest cosine
+    distance between task vectors. `icm map` compares all tasks.
 
     Example:
       icm show shakespeare
+      icm show shakespeare@2
       icm show watercolour --errors
     """
     from icmlora.fleet.tasks.tasks import show_task
@@ -62,11 +55,9 @@ def show(session: Session, task: TaskArg, errors: ErrorsOpt = False) -> None:
     session.out.document({**_as_json(details), "errors": groups_json(groups) if errors else None})
     session.out.record(_summary(details))
     session.out.line()
-    is_same = details.same_as_final
-    copies: Field[AdapterRecord] = Field("same as", lambda row: "final" if row.id in is_same else "", is_rare=True)
-    session.out.listing([*_ADAPTER_FIELDS, copies], details.adapters)
+    _print_adapters(session, details)
     session.out.line()
-    _print_evaluations(session, details)
+    _print_measurements(session, details)
     if groups:
         session.out.line()
         _print_errors(session, groups)
@@ -74,34 +65,35 @@ def show(session: Session, task: TaskArg, errors: ErrorsOpt = False) -> None:
         session.out.line()
         for key, text in sorted(details.header.items()):
             session.out.line(f"{escape(key, 80)}  {escape(text, 400)}")
-        for module, rank, inputs, outputs in details.final.layout:
+        for module, rank, inputs, outputs in details.task.final.layout:
             session.out.line(f"{module}  rank {rank}  {inputs} -> {outputs}")
 
 
 def _summary(details: TaskDetails) -> list[tuple[str, str]]:
-    final = details.final
+    task, final = details.task, details.task.final
     return [
-        ("task", details.task.name),
-        ("base model", details.task.base_model),
+        ("task", task.name),
+        *([] if task.version == 1 else [("version", str(task.version))]),
+        ("base model", task.base_model),
         *([] if final.format == "peft" else [("format", final.format)]),
         ("targets", ", ".join(in_ranges(final.target_modules))),
         ("modules", f"{len(final.layout)}, {final.parameters:,} parameters"),
         ("source", final.source),
-        ("original", _original(details)),
+        ("original", _original(task)),
         *_kept(final),
         *header_notes(details.header).items(),
-        *_marks(details.task),
-        ("samples", "yes" if details.task.samples else "no"),
-        ("held-out text", "yes" if details.task.eval_data else "no"),
+        *_marks(task),
+        ("samples", "yes" if task.samples else "no"),
+        ("held-out text", "yes" if task.eval_data else "no"),
         *_template(details),
-        ("vectors", counted(len(details.vectors), "vector")),
+        ("vectors", counted(len(task.vectors), "vector")),
         *_nearest(details),
         *_coded(details),
-        ("ingested", details.task.created_at),
+        ("ingested", task.created_at),
     ]
 
 
-def _marks(task: TaskRecord) -> list[tuple[str, str]]:
+def _marks(task: Task) -> list[tuple[str, str]]:
     tags = [("tags", ", ".join(task.tags))] if task.tags else []
     return tags if task.note is None else [*tags, ("note", " ".join(task.note.split()))]
 
@@ -119,14 +111,15 @@ def _nearest(details: TaskDetails) -> list[tuple[str, str]]:
 
 
 def _coded(details: TaskDetails) -> list[tuple[str, str]]:
-    generator, code = details.generator, details.code
-    if details.final.original_only is not None:
+    code = details.task.code
+    if details.task.final.original_only is not None:
         return []
-    if code is None or generator is None:
+    if code is None:
         return [("code", "-")]
+    under = "" if details.generator is None else f" under generator {details.generator.version}"
     error = "" if code.relative_error is None else f", relative error {code.relative_error:.3f}"
     effect = "" if code.effect is None else f", keeps {code.effect:.3f} of the adapter's effect"
-    lines = [("code", f"{human_size(code.size)} under generator {generator.version}{error}{effect}")]
+    lines = [("code", f"{human_size(code.size)}{under}{error}{effect}")]
     if code.claim is not None:
         lines.append(("claimed by the bundle", f"{claim_text(code.claim)}; not measured here"))
     lines.append(("initialisation", _initial(details)))
@@ -139,21 +132,21 @@ def _coded(details: TaskDetails) -> list[tuple[str, str]]:
 def _initial(details: TaskDetails) -> str:
     if details.initial is None:
         return "seed not recovered"
-    found, modules = len(details.initial.modules), len(details.final.layout)
+    found, modules = len(details.initial.modules), len(details.task.final.layout)
     return f"seed {details.initial.seed}, recovered for {found} of {counted(modules, 'module')}"
 
 
-def _original(details: TaskDetails) -> str:
-    final = details.final
+def _original(task: Task) -> str:
+    final = task.final
     state = "in the store" if final.evicted_at is None else f"evicted at {final.evicted_at}"
     if final.is_generated:
         state = "none: generated, not trained" if final.evicted_at else "generated, then ingested"
     elif final.was_never_here:
         state = f"none: imported at {final.created_at} from a bundle, which holds only codes"
-    return f"{state}, pinned" if details.task.pinned else state
+    return f"{state}, pinned" if task.pinned else state
 
 
-def _kept(final: AdapterRecord) -> list[tuple[str, str]]:
+def _kept(final: Adapter) -> list[tuple[str, str]]:
     """Return the parts of an adapter that are stored exactly because no code can represent them."""
     lines = [] if final.original_only is None else [("original only", final.original_only)]
     if final.extras:
@@ -162,40 +155,58 @@ def _kept(final: AdapterRecord) -> list[tuple[str, str]]:
     return lines
 
 
-def _size(adapter: AdapterRecord) -> str:
+def _print_adapters(session: Session, details: TaskDetails) -> None:
+    final = details.task.final
+    is_same = dict(zip(map(id, details.task.checkpoints), details.same_as_final, strict=True))
+    fields: list[Field[Adapter]] = [
+        Field("step", lambda adapter: "-" if adapter.step is None else str(adapter.step), right=True),
+        Field("final", lambda adapter: "yes" if adapter is final else ""),
+        Field("rank", lambda adapter: str(adapter.rank_max), right=True),
+        Field("dtype", lambda adapter: adapter.dtype.lower()),
+        Field("size", lambda adapter: _size(adapter), right=True),
+        Field("weights", lambda adapter: adapter.weights[:12]),
+        Field("same as", lambda adapter: "final" if is_same.get(id(adapter)) else "", is_rare=True),
+    ]
+    session.out.listing(fields, details.task.adapters)
+
+
+def _size(adapter: Adapter) -> str:
     if adapter.was_never_here:
         return "none"
     return "evicted" if adapter.is_evicted else human_size(adapter.original_bytes)
 
 
-def _present(details: TaskDetails) -> list[EvaluationRecord]:
+def _present(task: Task) -> list[Measurement]:
     """Return the measurements that do not depend on an earlier generator, the task's own text first."""
-    current = {None, None if details.generator is None else details.generator.id}
-    rows = [row for row in details.evaluations if row.generator_id in current]
-    return sorted(rows, key=lambda row: (row.data != details.task.eval_data, row.data, SOURCES.index(row.rung)))
+    measured = [one for one in task.measured if _is_present(task, one)]
+    return sorted(measured, key=lambda one: (one.data != task.eval_data, one.data, SOURCES.index(one.source)))
 
 
-def _print_evaluations(session: Session, details: TaskDetails) -> None:
-    rows = _present(details)
-    names = dict.fromkeys(name for row in rows for name in MetricResult.of(row).figures)
-    fields: list[Field[EvaluationRecord]] = [
-        Field("source", lambda row: f"{source_name(row.rung)}{measured_in([row.precision])}"),
-        Field("text", lambda row: "held-out" if row.data == details.task.eval_data else row.data[:12]),
+def _is_present(task: Task, one: Measurement) -> bool:
+    return one.generator in (None, None if task.code is None else task.code.generator)
+
+
+def _print_measurements(session: Session, details: TaskDetails) -> None:
+    measured = _present(details.task)
+    names = dict.fromkeys(name for one in measured for name in MetricResult.of(one).figures)
+    fields: list[Field[Measurement]] = [
+        Field("source", lambda one: f"{one.source}{measured_in([one.precision])}"),
+        Field("text", lambda one: "held-out" if one.data == details.task.eval_data else one.data[:12]),
         *(Field(name, partial(_metric, name), right=True) for name in names),
-        Field("retained gain", lambda row: gain_text(row.retained_gain, row.precision), right=True),
-        Field("relative error", lambda row: figure(row.relative_error, 3), right=True),
+        Field("retained gain", lambda one: gain_text(one.retained_gain, one.precision), right=True),
+        Field("relative error", lambda one: figure(one.relative_error, 3), right=True),
     ]
-    session.out.listing(fields, rows)
-    for data in dict.fromkeys(row.data for row in rows):
-        of_data = [row for row in rows if row.data == data]
-        scores = {row.rung: MetricResult.of(row) for row in of_data}
-        gains = [row.retained_gain for row in of_data if row.rung not in ("base", "original")]
+    session.out.listing(fields, measured)
+    for data in dict.fromkeys(one.data for one in measured):
+        of_data = [one for one in measured if one.data == data]
+        scores = {one.source: MetricResult.of(one) for one in of_data}
+        gains = [one.retained_gain for one in of_data if one.source not in ("base", "original")]
         if sentence := no_gain(details.task.name, scores, gains):
             session.out.line(sentence)
 
 
-def _metric(name: str, row: EvaluationRecord) -> str:
-    value = MetricResult.of(row).figures.get(name)
+def _metric(name: str, one: Measurement) -> str:
+    value = MetricResult.of(one).figures.get(name)
     return "-" if value is None else f"{value:.4g}"
 
 
@@ -215,57 +226,57 @@ def _error(source: str, group: GroupError) -> str:
 
 
 def _as_json(details: TaskDetails) -> dict[str, object]:
-    generator, present = details.generator, _present(details)
+    task, final, generator = details.task, details.task.final, details.generator
     return {
-        "name": details.task.name,
-        "base_model": details.task.base_model,
-        "created_at": details.task.created_at,
-        "pinned": details.task.pinned,
-        "tags": list(details.task.tags),
-        "note": details.task.note,
-        "samples": details.task.samples,
-        "eval_data": details.task.eval_data,
-        "original_only": details.final.original_only,
-        "extras_bytes": details.final.extras_bytes,
+        "name": task.name,
+        "version": task.version,
+        "base_model": task.base_model,
+        "created_at": task.created_at,
+        "pinned": task.pinned,
+        "tags": task.tags,
+        "note": task.note,
+        "samples": task.samples,
+        "eval_data": task.eval_data,
+        "original_only": final.original_only,
+        "extras_bytes": final.extras_bytes,
         "adapters": [
-            {**_adapter_json(adapter), "same_as_final": adapter.id in details.same_as_final}
-            for adapter in details.adapters
+            *map(_adapter_json, task.checkpoints, repeat(False), details.same_as_final),
+            _adapter_json(final, True, False),
         ],
         "layout": [
             {"module": module, "rank": rank, "in": inputs, "out": outputs}
-            for module, rank, inputs, outputs in details.final.layout
+            for module, rank, inputs, outputs in final.layout
         ],
         "header": dict(details.header),
         "template": details.template,
         "has_own_template": details.has_own_template,
-        "vectors": [_without_ids(asdict(vector)) for vector in details.vectors],
-        "nearest": [asdict(neighbour) for neighbour in details.nearest],
+        "vectors": [as_fields(vector, "more") for vector in task.vectors],
+        "nearest": [as_fields(neighbour) for neighbour in details.nearest],
         "generator": None if generator is None else {"version": generator.version, "digest": generator.blob},
         "initial_seed": None if details.initial is None else details.initial.seed,
-        "code": None if details.code is None else _code_json(details.code),
-        "evaluations": [
-            {**_evaluation_json(details, entry), "is_current": entry in present} for entry in details.evaluations
-        ],
+        "code": None if task.code is None else _code_json(task.code),
+        "evaluations": [_measurement_json(task, one) for one in task.measured],
     }
 
 
-def _code_json(code: CodeRecord) -> dict[str, object]:
-    return {**_without_ids(as_fields(code), "claim"), "claimed": claim_json(code.claim)}
+def _code_json(code: Code) -> dict[str, object]:
+    return {**as_fields(code, "more", "claim"), "size": code.size, "claimed": claim_json(code.claim)}
 
 
-def _adapter_json(adapter: AdapterRecord) -> dict[str, object]:
-    extras = [extra._asdict() for extra in adapter.extras]
-    return {**_without_ids(asdict(adapter), "layout", "template"), "extras": extras}
+def _adapter_json(adapter: Adapter, is_final: bool, same_as_final: bool) -> dict[str, object]:
+    return {
+        **as_fields(adapter, "more", "layout", "template"),
+        "is_final": is_final,
+        "same_as_final": same_as_final,
+        "original_bytes": adapter.original_bytes,
+        "weights_bytes": adapter.weights.size,
+        "initial_bytes": 0 if adapter.initial is None else adapter.initial.size,
+        "extras": [{**as_fields(extra, "more"), "packed_size": extra.packed_size} for extra in adapter.extras],
+    }
 
 
-def _evaluation_json(details: TaskDetails, entry: EvaluationRecord) -> dict[str, object]:
-    # A task has one original, and its measurements are deleted with it: the rows do not repeat its digest.
-    settings = {**entry.settings, "original": details.final.weights}
-    figures = {name.replace(" ", "_"): value for name, value in MetricResult.of(entry).figures.items()}
-    return {**_without_ids(as_fields(entry)), **figures, "settings": settings}
-
-
-def _without_ids(fields: dict[str, object], *others: str) -> dict[str, object]:
-    """Drop database ids, and the task's name, which the document already has."""
-    dropped = {"id", "task", "adapter_id", "generator_id", *others}
-    return {name: value for name, value in fields.items() if name not in dropped}
+def _measurement_json(task: Task, one: Measurement) -> dict[str, object]:
+    # All measurements are of the present original: a new one is another version.
+    settings = {**one.settings, "original": task.final.weights}
+    figures = {name.replace(" ", "_"): value for name, value in MetricResult.of(one).figures.items()}
+    return {**as_fields(one, "more"), **figures, "settings": settings, "is_current": _is_present(task, one)}

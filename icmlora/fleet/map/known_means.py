@@ -1,74 +1,86 @@
 """The mean vectors of all tasks that can be compared with one, kept in a file between commands. Never imports torch.
 
-    rows of vectors ──stamp──▶ the same as when the file was written ──▶ means as they are
-                               others, but all tasks of the file are still there ──▶ means, and those of the new tasks
-                               anything else ──▶ all files of vectors are decoded
+    nothing was written since the file         means as they are
+    manifests changed, no vectors of the file  means, and those of the new tasks
+    anything else                              all vectors are decoded
 
-Decoding ten thousand small files takes seconds, and what `icm show` asks of them is a mean each. The file is in the
-cache: whoever deletes or damages it, or kills its writer, loses time alone. Nothing that writes to a store knows of it.
+Decoding ten thousand small files takes seconds, and `icm show` needs one mean of each. The file is in the cache: if it
+is deleted or damaged, or its writer killed, only time is lost.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Self, cast
 from zipfile import BadZipFile
 
 import numpy as np
 
 from icmlora.errors import IcmLoraError
 from icmlora.fleet.context import Context
-from icmlora.fleet.resources.stored_vectors import (
-    comparison_key,
-    latest_vectors,
-    read_comparable,
-    rows_to_compare,
-    vectors_by_task,
-)
+from icmlora.fleet.resources.stored_vectors import comparison_key, latest_vectors, read_comparable
 from icmlora.io.staging import writing_file
 from icmlora.task_vectors.distances import MeanVectors
+from registry.errors import DamagedStore
+from registry.filters import Selection
+from registry.manifests import Task, Vector, View
 from registry.names import absolute
-from registry.records import TaskRecord, VectorRecord, View
 
 if TYPE_CHECKING:
     from registry.store import Store
 
-_FEWEST = 100  # tasks: decoding fewer takes less than a tenth of a second
-_FORMAT = 1  # raised whenever the same rows would give other means, or the file has other fields
+_MIN_TASKS = 100  # decoding fewer takes less than a tenth of a second
+_FORMAT = 2  # raised whenever the same vectors would give other means, or the file has other fields
+_CHUNK = 256  # tasks whose vectors are in memory
 
 
 @dataclass(frozen=True)
 class KnownMeans:
-    """The tasks whose vectors one extractor made, and the means of these."""
+    """The tasks of a base model with vectors, and the means of those that one extractor made."""
 
-    names: tuple[str, ...]  # of the tasks, sorted
-    vectors: MeanVectors
-    rows: tuple[str, ...]  # a digest for each task, of the rows of its vectors
-    stamp: str  # of the rows of the whole store
+    # For each task, sorted by name. The digest is of its comparable vectors, or empty if it has none.
+    tasks: tuple[str, ...]
+    manifests: tuple[str, ...]
+    digests: tuple[str, ...]
+    vectors: MeanVectors  # of the tasks that have some
+    stamp: str  # of the state of the store
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """The tasks that have comparable vectors, in the order of the means."""
+        return tuple(name for name, digest in zip(self.tasks, self.digests, strict=True) if digest)
+
+    def has(self, task: Task) -> bool:
+        """Return whether the vectors of this state of a task are among the means."""
+        manifests = dict(zip(self.tasks, self.manifests, strict=True))
+        return manifests.get(task.name) == task.manifest and task.name in self.names
 
     @classmethod
     def read(cls, path: Path) -> Self | None:
-        """Read a file; None if there is none, or it is damaged, which the checksums in it tell."""
+        """Read a file; None if there is none, or if its checksums show damage."""
         try:
             with path.open("rb") as stream, np.load(stream, allow_pickle=False) as found:
                 vectors = MeanVectors(found["means"], found["squares"], int(found["freedom"]))
-                return cls(tuple(found["names"].tolist()), vectors, tuple(found["rows"].tolist()), str(found["stamp"]))
+                tasks, manifests, digests = (tuple(found[name].tolist()) for name in ("tasks", "manifests", "digests"))
+                return cls(tasks, manifests, digests, vectors, str(found["stamp"]))
         except (OSError, ValueError, KeyError, EOFError, BadZipFile, RuntimeError):  # the last says "encrypted"
             return None
 
     def write(self, path: Path) -> None:
-        """Write it to a file, as a whole or not at all; where that cannot be, nothing is kept."""
+        """Write it to a file, completely or not at all; nothing is kept if that fails."""
         vectors = self.vectors
         with suppress(OSError, IcmLoraError), writing_file(path, force=True) as stream:
             np.savez(
                 stream,
-                names=np.array(self.names),
-                rows=np.array(self.rows),
+                tasks=np.array(self.tasks),
+                manifests=np.array(self.manifests),
+                digests=np.array(self.digests),
                 stamp=np.array(self.stamp),
                 means=vectors.means,
                 squares=vectors.squares,
@@ -76,35 +88,29 @@ class KnownMeans:
             )
 
 
-def known_means(
-    context: Context, store: Store, task: TaskRecord, vectors: Sequence[VectorRecord], view: View
-) -> KnownMeans | None:
-    """Return the means of the vectors of all tasks that a task with some `vectors` can be compared with, and its own.
+def known_means(context: Context, store: Store, task: Task, view: View) -> KnownMeans | None:
+    """Return the mean vectors of a task and of all that it can be compared with.
 
-    None if it has no vectors of that view, or they cannot be read.
-
-    Raises:
-        DamagedStore: A row of some vectors is wrong.
+    None if it has no vectors of that view, if they cannot be read, or if another version of it is current.
     """
-    own = next((row for row in latest_vectors(vectors) if row.view == view), None)
+    own = next((vector for vector in latest_vectors(task.vectors) if vector.view == view), None)
     if own is None:
         return None
-    path = _place(context, task.base_model, view, comparison_key(own.extractor))
-    kept, stamp = KnownMeans.read(path), store.listing.vectors_stamp()
-    if kept is not None and kept.stamp == stamp and task.name in kept.names:
-        return kept
-    tasks = list(store.listing.all())
-    of_task = vectors_by_task(store)
-    rows = {other.name: of_task[other.name] for other in tasks if other.base_model == task.base_model}
-    chosen, *_ = rows_to_compare(rows, view, like=task.name)
-    found = _updated(store, chosen, kept, stamp)
-    if found is None or task.name not in found.names:
-        return None
-    # What was left out as damaged may be mended, and what another process wrote meanwhile has another stamp.
-    is_whole = len(tasks) == store.listing.count() and len(found.names) == len(chosen)
-    if is_whole and len(found.names) >= _FEWEST and store.listing.vectors_stamp() == stamp:
-        found.write(path)
-    return found
+    extractor = comparison_key(own.extractor)
+    path = _place(context, task.base_model, view, extractor)
+    kept, stamp = KnownMeans.read(path), _stamp(store)
+    if kept is None or kept.stamp != stamp:
+        found, is_complete = _updated(store, task.base_model, view, extractor, kept, stamp)
+        # Damaged vectors may be repaired, and another process may have written in the meantime.
+        if found is not None and is_complete and len(found.names) >= _MIN_TASKS and _stamp(store) == stamp:
+            found.write(path)
+        kept = found
+    return kept if kept is not None and kept.has(task) else None
+
+
+def _stamp(store: Store) -> str:
+    meta = store.parts.database.meta()
+    return f"{meta.store} {meta.changes} {meta.seq}"
 
 
 def _place(context: Context, base_model: str, view: View, extractor: str) -> Path:
@@ -114,27 +120,44 @@ def _place(context: Context, base_model: str, view: View, extractor: str) -> Pat
 
 
 def _updated(
-    store: Store, chosen: Mapping[str, Sequence[VectorRecord]], kept: KnownMeans | None, stamp: str
-) -> KnownMeans | None:
-    """Return the means of some tasks, without those that cannot be read; what is kept is not read again."""
-    digests = {name: _digest(rows) for name, rows in chosen.items()}
-    if kept is not None and not set(kept.rows) <= set(digests.values()):
-        kept = None  # the part that a task had in the sums cannot be taken out again
-    known = set[str]() if kept is None else set(kept.rows)
-    new = {name: rows for name, rows in chosen.items() if digests[name] not in known}
-    store.blobs.fetch(row.blob for own in new.values() for row in own)
-    vectors, _ = read_comparable(store.blobs.read, new)
-    parts = [*([] if kept is None else [kept.vectors]), *([MeanVectors.of(vectors)] if vectors else [])]
+    store: Store, base_model: str, view: View, extractor: str, kept: KnownMeans | None, stamp: str
+) -> tuple[KnownMeans | None, bool]:
+    """Return the present means, and whether no task is missing; what `kept` has is not read again."""
+    manifests = {row.name: row.manifest for row in store.rows(Selection(base_model=base_model)) if row.vectors}
+    digests = {} if kept is None else dict(zip(kept.manifests, kept.digests, strict=True))
+    vectors = dict[str, list[Vector]]()
+    new = [manifest for manifest in manifests.values() if manifest not in digests]
+    store.manifests.fetch(new)
+    for manifest in new:
+        with suppress(DamagedStore):
+            task = cast(Task, store.state(manifest))
+            own = [vector for vector in latest_vectors(task.vectors) if vector.view == view]
+            is_comparable = bool(own) and comparison_key(own[0].extractor) == extractor
+            digests[manifest] = _digest(task.name, own) if is_comparable else ""
+            vectors[digests[manifest]] = own
+    of_task = {name: digests[manifest] for name, manifest in manifests.items() if manifest in digests}
+    known = [] if kept is None else list(filter(None, kept.digests))
+    if not set(known) <= set(of_task.values()):  # the part that a task had in the sums cannot be taken out again
+        return _updated(store, base_model, view, extractor, None, stamp)
+    parts = [] if kept is None else [kept.vectors]
+    done = {"", *known}
+    todo = [digest for digest in vectors if digest not in done]
+    store.blobs.fetch(vector.blob for digest in todo for vector in vectors[digest])
+    for at in range(0, len(todo), _CHUNK):
+        read, _ = read_comparable(store.blobs.read, {digest: vectors[digest] for digest in todo[at : at + _CHUNK]})
+        known += read
+        parts += [MeanVectors.of(read)] if read else []
     if not parts:
-        return None
-    order = [*(() if kept is None else kept.rows), *(digests[name] for name in vectors)]
-    place_of = {digest: place for place, digest in enumerate(order)}
-    names = tuple(name for name in chosen if digests[name] in place_of)
-    rows = tuple(digests[name] for name in names)
-    return KnownMeans(names, MeanVectors.joined(parts).ordered([place_of[row] for row in rows]), rows, stamp)
+        return None, False
+    places = {digest: place for place, digest in enumerate(known)}
+    tasks = sorted(name for name, digest in of_task.items() if not digest or digest in places)
+    order = [of_task[name] for name in tasks]
+    means = MeanVectors.joined(parts).ordered([places[digest] for digest in order if digest])
+    found = KnownMeans(tuple(tasks), tuple(manifests[name] for name in tasks), tuple(order), means, stamp)
+    return found, len(tasks) == len(manifests)
 
 
-def _digest(rows: Sequence[VectorRecord]) -> str:
-    """Return a digest of all that the vectors of a task depend on; no two tasks share a row."""
-    what = [[row.id, row.blob, row.view, row.support_set] for row in rows]
+def _digest(task: str, vectors: Sequence[Vector]) -> str:
+    """Return a digest of all that the mean of a task depends on, and of its name, so that no two are equal."""
+    what = [task, *([vector.blob, vector.view, vector.support_set] for vector in vectors)]
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:32]

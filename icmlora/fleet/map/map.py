@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from heapq import nsmallest
 from pathlib import Path
@@ -17,7 +17,7 @@ from icmlora.io.staging import check_absent, writing_file
 from icmlora.task_vectors.distances import FEWEST, Neighbour, distances_from
 from icmlora.task_vectors.map import TaskMap, map_tasks
 from registry.errors import DamagedStore
-from registry.records import TaskRecord, VectorRecord, View
+from registry.manifests import Task, View
 
 if TYPE_CHECKING:
     from registry.store import Store
@@ -83,9 +83,7 @@ def map_fleet(
     return found
 
 
-def map_of(
-    store: Store, base_model: str, tasks: Sequence[TaskRecord], view: View, clusters: int | None = None
-) -> MapReport:
+def map_of(store: Store, base_model: str, tasks: Iterable[Task], view: View, clusters: int | None = None) -> MapReport:
     """Make the map of a base model's tasks in an open store.
 
     Raises:
@@ -108,21 +106,18 @@ def map_of(
     )
 
 
-def nearest_tasks(
-    context: Context, store: Store, task: TaskRecord, vectors: Sequence[VectorRecord]
-) -> tuple[Neighbour, ...]:
+def nearest_tasks(context: Context, store: Store, task: Task) -> tuple[Neighbour, ...]:
     """Return the tasks whose vectors are nearest to those of a task, at most five; none if too few can be compared."""
     for view in _VIEWS:
         # A generated task has vectors of the context view only. Damaged vectors are left to `icm verify`.
         try:
-            known = known_means(context, store, task, vectors, view)
+            known = known_means(context, store, task, view)
         except (DamagedStore, IcmLoraError):
             return ()
         if known is not None:
-            place = known.names.index(task.name)
             if len(known.names) < FEWEST:
                 return ()
-            distances = distances_from(place, known.vectors)
+            distances = distances_from(known.names.index(task.name), known.vectors)
             others = (found for found in zip(distances.tolist(), known.names, strict=True) if found[1] != task.name)
             return tuple(Neighbour(name, distance) for distance, name in nsmallest(_NEAREST, others))
     return ()

@@ -22,7 +22,7 @@ from registry.names import escape as printable
 
 if TYPE_CHECKING:
     from icmlora.task_vectors.map import MappedTask, TaskMap
-    from registry.records import View
+    from registry.manifests import View
 
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 _SHAPES = (
