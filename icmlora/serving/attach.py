@@ -116,7 +116,7 @@ def _plain_adapter(model: nn.Module, fleet: Fleet | Bundle, task: str) -> tuple[
         if key in recent:
             recent.move_to_end(key)
             return recent[key], context
-        read, form = chosen.reader(), codes.form(chosen.final).template
+        read, form = chosen.reader(), codes.form(chosen.task).template
     adapter = read() if chosen.source == "original" else rounded_like(read(), converted_form(form))
     recent[key] = adapter
     while len(recent) > 1 and sum(map(_bytes, recent.values())) > _KEPT:
@@ -126,7 +126,7 @@ def _plain_adapter(model: nn.Module, fleet: Fleet | Bundle, task: str) -> tuple[
 
 def _context_of(chosen: Chosen) -> TaskContext | None:
     try:
-        return read_context(chosen.codes.read, chosen.final)
+        return read_context(chosen.codes.read, chosen.task.final)
     except DataError as error:  # a file of the user's own that has this name
         warnings.warn(f"cannot read the context of {chosen.task.name!r}: {error}", stacklevel=4)
         return None
@@ -153,14 +153,14 @@ def _chosen(fleet: Fleet | Bundle, task: str) -> Iterator[Chosen]:
 
 def _problem(chosen: Chosen) -> str | None:
     """Say why an adapter has no place in a slot; None if it has."""
-    final = chosen.final
+    final = chosen.task.final
     if final.format != "peft":
         return "cannot be attached: it is not in PEFT format"
-    if final.original_only is not None:
-        return f"cannot be attached: {final.original_only}"
+    if (reason := chosen.task.not_encodable) is not None:
+        return f"cannot be attached: {reason}"
     if all(extra.file is not None for extra in final.extras):
         return None
-    return f"has tensors besides its LoRA factors ({', '.join(sorted(chosen.codes.form(final).tensors)[:3])})"
+    return f"has tensors besides its LoRA factors ({', '.join(sorted(chosen.codes.form(chosen.task).tensors)[:3])})"
 
 
 def _check_modules(layers: Layers, adapter: Adapter) -> None:

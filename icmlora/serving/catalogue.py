@@ -14,9 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from icmlora.serving.stamp import Stamp
-from icmlora.serving.tasks import ServedTask, ServedTasks
+from icmlora.serving.tasks import ServedTask, ServedTasks, can_be_served
 from registry.errors import StoreUnavailable
-from registry.names import task_name_problem
 
 _REMEMBERED = 50_000
 """Names, of tasks or not; clients choose them."""
@@ -54,7 +53,7 @@ class Catalogue:
         While another command has the store to itself, or its database is away, a task is returned as it was seen last.
         Of a task that was not seen yet, this raises what reading the store does.
         """
-        if task_name_problem(name) is not None:
+        if not can_be_served(name):
             return None
         look = self._looks.get(name)
         if look is not None and self._holds(look):

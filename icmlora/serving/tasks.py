@@ -19,12 +19,13 @@ from icmlora.base_models.finding.lookup import FoundBase
 from icmlora.errors import TaskChanged
 from icmlora.fleet.bundles.bundles import Bundle
 from icmlora.fleet.context import Context
-from icmlora.fleet.resources.code_source import CodeSource, OpenCodes, open_store, template_of
+from icmlora.fleet.resources.code_source import CodeSource, OpenCodes, open_store
+from icmlora.fleet.resources.decoding import template_of
 from icmlora.fleet.write.materialize import Chosen, choose
 from icmlora.formats.format import write_adapter_files
 from icmlora.serving.stamp import Stamp
-from registry.errors import DamagedStore, RegistryError
-from registry.names import Address, address_of, task_name_problem
+from registry.errors import DamagedStore, RegistryError, TaskNotFound
+from registry.names import Address, address_of, split_version, task_name_problem
 
 if TYPE_CHECKING:
     from icmlora.serving.watched import WatchedStore
@@ -38,7 +39,7 @@ class ServedTask:
     """A task that an engine can ask for.
 
     Attributes:
-        name: Its name, as the store or bundle spells it.
+        name: Its name, as the store or bundle spells it, with `@VERSION` if one was asked for.
         base_model: The name of its base model.
         key: SHA-256 of everything that its adapter's files follow from.
         layout: Its modules; empty where there can be no code.
@@ -86,14 +87,15 @@ class ServedTasks:
         self._admitted = threading.Semaphore(_ADMITTED)
 
     def find(self, name: str) -> ServedTask | None:
-        """Return the task that has exactly this name, or None; any text may be asked for."""
-        if task_name_problem(name) is not None:
+        """Return the task that has exactly this name, or a version `NAME@3`, or None; any text may be asked for."""
+        if not can_be_served(name):
             return None
         chosen = self._chosen(name)
-        if chosen is None or chosen.task.name != name:
+        if chosen is None or chosen.task.name != split_version(name)[0]:
             return None
-        layout = tuple(ModuleShape(*entry) for entry in chosen.final.layout)
-        return ServedTask(name, chosen.task.base_model, key_of(chosen), layout, chosen.final.is_generated)
+        final = chosen.task.final
+        layout = tuple(ModuleShape(*entry) for entry in final.layout)
+        return ServedTask(name, chosen.task.base_model, key_of(chosen), layout, final.is_generated)
 
     def check(self) -> None:
         """Raise `StoreUnavailable` if the store is known to be unavailable. Checking again could take many seconds."""
@@ -115,13 +117,14 @@ class ServedTasks:
             return codes.names(base_model)
 
     def forms(self, base_model: str) -> Iterator[TaskForm]:
-        """Yield the form of each task of a base model. Reads one or two rows per task."""
+        """Yield the form of each task of a base model."""
         from icmlora.formats.peft.initial import converted_form
 
         with self._open() as codes:
             read = cache(codes.read)  # many tasks have the same configuration
-            for final in codes.finals(base_model):
-                form = TaskForm(final.task, final.format, b"", tuple(final.target_modules))
+            for task in codes.tasks(base_model):
+                final = task.final
+                form = TaskForm(task.name, final.format, b"", final.target_modules)
                 try:
                     config = read(final.config)
                     if final.is_evicted and final.format == "peft":  # else the original is served as it is
@@ -162,20 +165,34 @@ class ServedTasks:
         if self._watched is not None:
             return self._watched.find(name)
         with self._open() as codes:
-            task = codes.find(name)
-            return None if task is None else choose(codes, task)
+            return find_chosen(codes, name)
+
+
+def can_be_served(name: str) -> bool:
+    """Return whether a text can be the name of a task, or `NAME@VERSION`."""
+    task, version = split_version(name)
+    return all(task_name_problem(part) is None for part in (task, *([] if version is None else [version])))
+
+
+def find_chosen(codes: CodeSource, name: str) -> Chosen | None:
+    """Return what the adapter of a task, or of one of its versions, is made from; None if there is none."""
+    try:
+        task = codes.find(name)
+    except TaskNotFound:  # no such version
+        return None
+    return None if task is None else choose(codes, task)
 
 
 def key_of(chosen: Chosen) -> str:
     """Return the SHA-256 of all that the weights and the configuration of an adapter follow from, this icm included."""
-    final, code = chosen.final, chosen.code
+    final, code = chosen.task.final, chosen.code
     facts: dict[str, object] = {"icm": _icm(), "task": chosen.task.name, "source": chosen.source}
     facts |= {"config": final.config, "format": final.format}
     facts["extras"] = [[extra.file, extra.blob] for extra in final.extras]
     if chosen.generator is None:
         facts["weights"] = final.weights
     else:
-        facts |= {"generator": chosen.generator.blob, "code": None if code is None else code.blob}
+        facts |= {"generator": chosen.generator, "code": None if code is None else code.blob}
         facts |= {"dtype": final.dtype, "template": final.template, "layout": [*map(list, final.layout)]}
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
@@ -221,7 +238,7 @@ def open_tasks(
     assert store is not None
     context = Context(address_of(store), command=command, lock_timeout=lock_timeout)
     if isinstance(context.address, Path):
-        from registry.storage.folder import StorePaths  # a bundle needs none of it
+        from registry.storage.paths import StorePaths  # a bundle needs none of it
 
         return ServedTasks(partial(Stamp.of, StorePaths(context.address).database), partial(open_store, context))
     watched = watched_store(context, log)

@@ -3,7 +3,7 @@
     a request ──▶ polled less than a second ago, or unavailable ──▶ the old stamp: cached tasks are served
               `──▶ polled on a separate thread, over a connection without locks ──▶ a new stamp after a change
 
-    a task, found once ──▶ its rows are cached ──▶ its adapter is written from the rows and the blob cache
+    a task, found once ──▶ its manifest is cached ──▶ its adapter is written from the manifest and the blob cache
 
 A stopped database does not respond at all, so requests never wait for it.
 """
@@ -21,26 +21,27 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from icmlora.fleet.context import Context
-from icmlora.fleet.resources.code_source import Decoded, StoreCodes, open_store
+from icmlora.fleet.resources.code_source import StoreCodes, open_store
 from icmlora.fleet.write.materialize import Chosen, MadeFiles, choose
 from icmlora.serving.stamp import Stamp
+from icmlora.serving.tasks import find_chosen
 from registry.errors import DamagedStore, RegistryError, StoreUnavailable
+from registry.manifests import Task
 from registry.names import DatabaseUrl
-from registry.records import AdapterRecord, EvaluationRecord, GeneratorRecord, TaskRecord
 from registry.storage.locks import Patience
 from registry.storage.postgres import PostgresDatabase
 
 if TYPE_CHECKING:
     from icmlora.base_models.finding.tensors import BaseTensors
     from icmlora.fleet.resources.decoding import OriginalForm
-    from registry.store import Store
+    from registry.storage.blobs.content import Blobs
 
 _PAUSE = 1.0
 """Seconds for which an answer counts."""
 _PATIENCE = 0.25  # seconds that whoever asks waits for the answer
 _SLOWEST = 3.0  # seconds without an answer after which the database counts as away
 _KEPT = 10_000
-"""Tasks whose rows are kept."""
+"""Tasks whose manifests are kept."""
 
 _log = logging.getLogger(__name__)
 
@@ -67,7 +68,7 @@ class WatchedStore:
         self._watch = _Watch(context.address, context.command, log)
         self.stamp, self.check = self._watch.stamp, self._watch.check
         self._kept: OrderedDict[str, _Kept] = OrderedDict()
-        self._closed: Store | None = None  # the way to the bytes, for all that is kept
+        self._blobs: Blobs | None = None  # of the store, which need not be open to read them
         self._is_told = False  # that the place of the bytes is away
         self._guard = threading.Lock()
 
@@ -82,15 +83,16 @@ class WatchedStore:
         """Return what the adapter of a task is made from, now; None if there is no such task."""
         stamp = self.stamp()
         with self.open() as codes:
-            task = codes.find(name)
-            if task is None:
+            chosen = find_chosen(codes, name)
+            if chosen is None:
                 return None
-            chosen = choose(codes, task)
-            measured = None if chosen.generator is None else _measured(codes, chosen)
-        kept = replace(chosen, codes=_KeptCodes(self._way(codes.store), self._context, measured))
+            task = chosen.task
+            version = None if chosen.generator is None else codes.version_of(chosen.generator, task.base_model)
+        kept = replace(chosen, codes=_KeptCodes(codes, self._context, version))
         with self._guard:
-            self._kept[task.name] = _Kept(kept, self._key_of(kept), stamp)
-            self._kept.move_to_end(task.name)
+            self._blobs = codes.store.blobs
+            self._kept[name] = _Kept(kept, self._key_of(kept), stamp)
+            self._kept.move_to_end(name)
             while len(self._kept) > _KEPT:
                 self._kept.popitem(last=False)
         return kept
@@ -116,7 +118,7 @@ class WatchedStore:
         return found
 
     def files(self, name: str, key: str) -> MadeFiles | None:
-        """Make the files of a task as it is kept, None if it is not, or not under this key; no row is read.
+        """Make the files of a task as it is kept, None if it is not, or not under this key; the database is not read.
 
         Raises:
             StoreUnavailable: Some of its bytes are not in the cache, and the place of the bytes is away.
@@ -126,15 +128,15 @@ class WatchedStore:
             return None
         try:
             return known.chosen.files()
-        except DamagedStore:  # bytes may be gone that no row needs any more
+        except DamagedStore:  # bytes may be gone that nothing refers to any more
             return None
 
     def missing(self, name: str, key: str) -> list[str]:
         """Return the digests of what the files of a task are made from and that is not in the cache."""
-        known, way = self._kept.get(name), self._closed
-        if known is None or known.key != key or way is None:
+        known, blobs = self._kept.get(name), self._blobs
+        if known is None or known.key != key or blobs is None:
             return []
-        return [digest for digest in _digests(known.chosen) if not way.blobs.is_at_hand(digest)]
+        return [digest for digest in _digests(known.chosen) if not blobs.is_at_hand(digest)]
 
     def fetch(self, digests: Sequence[str]) -> None:
         """Download blobs into the cache.
@@ -144,11 +146,11 @@ class WatchedStore:
         """
         if not digests:
             return
-        assert self._closed is not None  # `missing` has named them
+        assert self._blobs is not None  # `missing` has named them
         try:
-            self._closed.blobs.fetch(digests)
+            self._blobs.fetch(digests)
             for digest in digests:  # says what is wrong with it
-                self._closed.blobs.read(digest)
+                self._blobs.read(digest)
         except StoreUnavailable as error:
             if not self._is_told:
                 self._is_told = True
@@ -158,31 +160,25 @@ class WatchedStore:
             self._is_told = False
             self._log.info("icm: the object store is available again")
 
-    def _way(self, store: Store) -> Store:
-        """Return the first store that was opened; it is closed, and still reads bytes."""
-        with self._guard:
-            self._closed = self._closed or store
-            return self._closed
-
 
 class _KeptCodes(StoreCodes):
-    """The codes of a store that is closed: one task as it was, and bytes, from the cache or from their place."""
+    """A task as it was, and bytes, from the cache or from their place; the store itself need not be open."""
 
-    def __init__(self, store: Store, context: Context, measured: EvaluationRecord | None) -> None:
-        super().__init__(store, context)
-        self._was_measured = measured
+    def __init__(self, codes: StoreCodes, context: Context, version: int | None) -> None:
+        super().__init__(codes.store, context)
+        self._version = version
 
-    def measured(self, task: TaskRecord, source: Decoded, generator: GeneratorRecord) -> EvaluationRecord | None:
-        return self._was_measured
+    def version_of(self, generator: str, base_model: str) -> int | None:
+        return self._version
 
-    def form(self, adapter: AdapterRecord) -> OriginalForm:
+    def form(self, task: Task) -> OriginalForm:
         from icmlora.fleet.resources.decoding import base_tensors, form_of
 
         def of_base() -> BaseTensors:
             with self._context.open(read_only=True) as store:
-                return base_tensors(store, adapter)
+                return base_tensors(store, task)
 
-        return form_of(adapter, self.read, of_base)
+        return form_of(task.final, self.read, of_base)
 
 
 class _Watch:
@@ -249,16 +245,10 @@ class _Watch:
             self._log.warning("icm: %s; still serving tasks that were already read", away.message)
 
 
-def _measured(codes: StoreCodes, chosen: Chosen) -> EvaluationRecord | None:
-    assert chosen.source != "original"
-    assert chosen.generator is not None
-    return codes.measured(chosen.task, chosen.source, chosen.generator)
-
-
 def _digests(chosen: Chosen) -> list[str]:
     """Return what blobs the files of an adapter are made from."""
-    final, code = chosen.final, chosen.code
+    final, code = chosen.task.final, chosen.code
     found = [final.config, *(extra.blob for extra in final.extras)]
     if chosen.generator is None:
         return [*found, final.weights, *(blob for blob in (final.initial, final.card) if blob is not None)]
-    return [*found, chosen.generator.blob, *([] if code is None else [code.blob])]
+    return [*found, chosen.generator, *([] if code is None else [code.blob])]
