@@ -56,6 +56,7 @@ def _print_report(session: Session, done: ExportReport) -> None:
             "generator_version": index.generator.version,
             "tasks": [task.name for task in index.tasks],
             "left_out": list(done.left_out),
+            "of_other_generators": list(done.of_other_generators),
             "damaged": dict(done.damaged),
         }
     )
@@ -68,5 +69,9 @@ def _print_report(session: Session, done: ExportReport) -> None:
         out.warn(f"skipped {counted(len(done.left_out), 'task')} without a code")
         out.detail(", ".join(done.left_out))
         out.hint("run `icm train --update` to encode them")
+    if done.of_other_generators:
+        out.warn(f"skipped {counted(len(done.of_other_generators), 'task')} whose code needs another generator")
+        out.detail(", ".join(done.of_other_generators))
+        out.hint("run `icm encode TASK` to encode them with the current generator")
     for name, reason in done.damaged.items():
         out.warn(f"skipped {name}: {reason}", task=name)
