@@ -73,7 +73,7 @@ if TYPE_CHECKING:
     from icmlora.fleet.few_shot.generate import Generated
     from icmlora.fleet.few_shot.task_context import ContextReport
     from icmlora.fleet.few_shot.train import FewShotReport
-    from icmlora.fleet.ingest.ingest import IngestReport
+    from icmlora.fleet.ingest.report import IngestReport
     from icmlora.fleet.map.map import MapReport
     from icmlora.fleet.measure.evaluate import EvaluateReport, Measurable
     from icmlora.fleet.report.report import ReportSummary
@@ -217,7 +217,7 @@ _HOMES = {
     "GroupError": "icmlora.adapter.metrics",
     "Guard": "icmlora.fewshot.guard",
     "ImportReport": "icmlora.fleet.bundles.import_",
-    "IngestReport": "icmlora.fleet.ingest.ingest",
+    "IngestReport": "icmlora.fleet.ingest.report",
     "InitReport": "icmlora.fleet.tasks.init",
     "Joined": "icmlora.fleet.bases.labels",
     "KnownBase": "icmlora.fleet.bases.base_models",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from itertools import zip_longest
@@ -21,7 +21,7 @@ from icmlora.io.text import counted, escape, human_size, some
 
 if TYPE_CHECKING:
     from icmlora.fleet.context import Event
-    from icmlora.fleet.ingest.ingest import IngestReport, InputProblem
+    from icmlora.fleet.ingest.report import IngestReport, InputProblem, TaskIngested
     from icmlora.fleet.vectors.vectors import VectorReport
 
 PathsArg = Annotated[list[Path], argument("PATH...", "Folders to search for adapters, at any depth.")]
@@ -49,8 +49,12 @@ BaseOfOpt = Annotated[
 TextsOpt = Annotated[bool, option("--texts/--no-texts", "Also ingest samples.jsonl and eval.jsonl next to adapters.")]
 StrictOpt = Annotated[bool, option("--strict", "Check everything first; store nothing if any input is refused.")]
 OnConflictOpt = Annotated[
-    Literal["skip", "replace", "fail"],
-    option("--on-conflict", "What to do if the store has another adapter under the same name."),
+    Literal["version", "skip", "fail"] | None,
+    option(
+        "--on-conflict",
+        "If the task has another adapter: add a version, skip or fail. Default: version if it is from the same folder, "
+        "otherwise fail.",
+    ),
 ]
 RestoreOpt = Annotated[bool, option("--restore", "Store evicted originals again. Default: they stay evicted.")]
 ReadBinOpt = Annotated[
@@ -80,7 +84,7 @@ def ingest(
     base_model: BaseOfOpt = None,
     texts: TextsOpt = True,
     strict: StrictOpt = False,
-    on_conflict: OnConflictOpt = "fail",
+    on_conflict: OnConflictOpt = None,
     restore: RestoreOpt = False,
     read_bin: ReadBinOpt = False,
     initial: InitialOpt = None,
@@ -90,9 +94,10 @@ def ingest(
 ) -> None:
     """Add adapters to the store: PEFT folders, training runs and other formats.
 
-    Files are checked and copied; PATH is not changed, and ingesting it again is safe. Refused inputs are listed at the
-    end and do not stop the rest; the exit code is then 3. If the base model is available, task vectors are extracted
-    too. `icm convert --list-formats` lists the formats.
+    Files are checked and copied; PATH is not changed, and ingesting it again is safe. If the adapter of a known task
+    changed in its folder, it becomes the task's next version; earlier versions are kept. Refused inputs are listed at
+    the end and do not stop the rest; the exit code is then 3. If the base model is available, task vectors are
+    extracted too. `icm convert --list-formats` lists the formats.
 
     A task is named after its folder, or after the parent if the folder has a generic name such as adapter or final. If
     two names clash, the parent's name is added. In --name-from, {path} joins all folders below PATH, {name#run-} cuts
@@ -155,7 +160,7 @@ def _print_event(session: Session, problems: list[InputProblem], printed: list[I
     """Print one task; collect the problems, which are listed at the end."""
     from icmlora.fleet.bases.joins import BaseJoined
     from icmlora.fleet.context import StageBegun
-    from icmlora.fleet.ingest.ingest import InputProblem, PlaceholderMet, TaskIngested
+    from icmlora.fleet.ingest.report import InputProblem, PlaceholderMet, TaskIngested
 
     if isinstance(event, TaskIngested):
         session.out.event("task", **asdict(event))
@@ -215,12 +220,15 @@ def _print_notes(session: Session, report: IngestReport, *, dry_run: bool, is_na
         session.out.note(joined_text(joined))
     if not is_named:
         _print_names(session.out, report)
+    _print_versions(session.out, report)
     _print_bases(session.out, report)
     _print_originals(session.out, report)
-    _print_converted(session.out, report)
-    _print_wrapped(session.out, report)
-    _print_extras(session.out, report)
-    _print_decoded(session.out, report)
+    for shown, one, several, what in _FACTS:
+        tasks = [text for task in report.ingested if (text := shown(task)) is not None]
+        if tasks:
+            session.out.note(f"{counted(len(tasks), what)} {one if len(tasks) == 1 else several}: {some(tasks)}")
+    if any(task.wrapper not in (None, "module") for task in report.ingested):
+        session.out.hint("run `icm materialize TASK --source code` to write the names that PEFT expects")
     _print_duplicates(session.out, report)
     _print_placeholders(session.out, report)
     if report.not_kept:
@@ -247,20 +255,26 @@ def _print_missing_vectors(out: Output, report: IngestReport) -> None:
     out.hint(f"run `icm base add {shlex.quote(missing[0])} PATH`{more}, then `icm vectors`")
 
 
-def _print_tasks(out: Output, tasks: Sequence[str], one: str, several: str | None = None, what: str = "task") -> None:
-    """Print a fact about some tasks, if there are any."""
-    if tasks:
-        fact = one if len(tasks) == 1 or several is None else several
-        out.note(f"{counted(len(tasks), what)} {fact}: {some(tasks)}")
-
-
 def _print_names(out: Output, report: IngestReport) -> None:
     """Print the new tasks that are not named after their folder."""
     added = [task for task in report.ingested if task.status == "added"]
     named = [f"{task.task} ({path_shown(task.folder)})" for task in added if task.is_renamed]
-    _print_tasks(out, named, "has another name than its folder", "have other names than their folders")
+    if named:
+        fact = "has another name than its folder" if len(named) == 1 else "have other names than their folders"
+        out.note(f"{counted(len(named), 'task')} {fact}: {some(named)}")
     if foreign := [task.task for task in added if not task.task.isascii()]:
         out.hint(f"use Tab to complete names, or `icm edit {shlex.quote(foreign[0])} --name NAME` to rename a task")
+
+
+def _print_versions(out: Output, report: IngestReport) -> None:
+    """Print the tasks with a new version."""
+    new = [task for task in report.ingested if task.status == "version"]
+    if len(new) == 1:
+        number = new[0].version
+        out.note(f"{new[0].task}: version {number} (its adapter changed; version {number - 1} is kept)")
+    elif new:
+        shown = some([f"{task.task} (version {task.version})" for task in new])
+        out.note(f"{counted(len(new), 'task')} have a new version, because their adapters changed: {shown}")
 
 
 def _print_bases(out: Output, report: IngestReport) -> None:
@@ -272,7 +286,7 @@ def _print_bases(out: Output, report: IngestReport) -> None:
     if guessed := grouped((task.base_model, task.task) for task in report.ingested if task.base_is_guess):
         groups = [f"{base} for {some(tasks)}" for base, tasks in guessed.items()]
         out.note(f"guessed the base model from the tensor shapes: {'; '.join(groups)}")
-        out.hint("if that is wrong, run `icm ingest PATH --base-model NAME --on-conflict replace`")
+        out.hint("if that is wrong, run `icm ingest PATH --base-model NAME --on-conflict version`")
 
 
 def _print_originals(out: Output, report: IngestReport) -> None:
@@ -284,39 +298,45 @@ def _print_originals(out: Output, report: IngestReport) -> None:
         out.note(f"{counted(count, 'task')} {verb}: {some(groups, '; ')}")
 
 
-def _print_converted(out: Output, report: IngestReport) -> None:
-    tasks = [f"{task.task} (from {task.converted_from})" for task in report.ingested if task.converted_from is not None]
-    _print_tasks(out, tasks, "converted from a pickle and stored as safetensors")
-    tasks = [f"{task.task} ({path_shown(task.initial)})" for task in report.ingested if task.initial is not None]
-    _print_tasks(out, tasks, "has initial weights and can have a code", "have initial weights and can have a code")
-
-
-def _print_wrapped(out: Output, report: IngestReport) -> None:
-    tasks = [f"{task.task} ({task.wrapper})" for task in report.ingested if task.wrapper is not None]
-    fact = "tensor names with a wrapper's prefix, so PEFT loads nothing into an unwrapped model"
-    _print_tasks(out, tasks, f"has {fact}", f"have {fact}")
-    if any(task.wrapper not in (None, "module") for task in report.ingested):
-        out.hint("run `icm materialize TASK --source code` to write the names that PEFT expects")
-
-
-def _print_extras(out: Output, report: IngestReport) -> None:
-    large = [
-        f"{task.task} ({human_size(task.extras_size)}, LoRA {human_size(task.lora_size)})"
-        for task in report.ingested
-        if task.original_only is None and task.extras_size > task.lora_size
-    ]
-    if large:
-        verb = "has" if len(large) == 1 else "have"
-        out.note(
-            f"{counted(len(large), 'task')} {verb} extras (heads, tokenizers, other files) larger than the LoRA: "
-            f"{some(large)}; identical extras are stored once"
-        )
-
-
-def _print_decoded(out: Output, report: IngestReport) -> None:
-    tasks = [task.task for task in report.ingested if task.status == "decoded"]
-    fact = "skipped, because icm wrote it from the code of an evicted task"
-    _print_tasks(out, tasks, fact, fact.replace("it from", "them from"), what="adapter")
+_WRAPPED = "tensor names with a wrapper's prefix, so PEFT loads nothing into an unwrapped model"
+_LARGE = "extras (heads, tokenizers, other files) larger than the LoRA"
+_DECODED = "skipped, because icm wrote {} from the code of an evicted task"
+# A text for each task that a fact holds for, the fact about one and about several, and what they are.
+_FACTS: tuple[tuple[Callable[[TaskIngested], str | None], str, str, str], ...] = (
+    (
+        lambda task: None if task.converted_from is None else f"{task.task} (from {task.converted_from})",
+        *2 * ("converted from a pickle and stored as safetensors",),
+        "task",
+    ),
+    (
+        lambda task: None if task.initial is None else f"{task.task} ({path_shown(task.initial)})",
+        "has initial weights and can have a code",
+        "have initial weights and can have a code",
+        "task",
+    ),
+    (
+        lambda task: None if task.wrapper is None else f"{task.task} ({task.wrapper})",
+        f"has {_WRAPPED}",
+        f"have {_WRAPPED}",
+        "task",
+    ),
+    (
+        lambda task: (
+            f"{task.task} ({human_size(task.extras_size)}, LoRA {human_size(task.lora_size)})"
+            if task.original_only is None and task.extras_size > task.lora_size
+            else None
+        ),
+        f"has {_LARGE}",
+        f"have {_LARGE}",
+        "task",
+    ),
+    (
+        lambda task: task.task if task.status == "decoded" else None,
+        _DECODED.format("it"),
+        _DECODED.format("them"),
+        "adapter",
+    ),
+)
 
 
 def _print_duplicates(out: Output, report: IngestReport) -> None:

@@ -1,4 +1,4 @@
-"""Under which base model the labels of adapters go: labels that mean the same model are joined, and it is always said.
+"""Find the base model that a label of an adapter means. Labels of the same model are joined, and each is reported.
 
 label --known to the store?------------------------> that base model
       --known mirror? (icmlora.base_models.finding.mirrors)-> its original, or a copy of it that the store has
@@ -9,15 +9,17 @@ label --known to the store?------------------------> that base model
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from icmlora.base_models.finding.fingerprint import fingerprint_base, is_same_model
 from icmlora.base_models.finding.labels import lookalikes
-from icmlora.base_models.finding.lookup import FoundBase, find_base_model, read_config
+from icmlora.base_models.finding.lookup import FoundBase, read_config
 from icmlora.base_models.finding.mirrors import original_of
 from icmlora.errors import AdapterRefused, BaseModelNotFound, BaseModelUnsuited
-from icmlora.fleet.context import Context, Event, find_recorded
+from icmlora.fleet.context import Context, Event, find_copy
+from registry.manifests import BaseModel, Label
 from registry.names import UNKNOWN_BASE, escape
 
 if TYPE_CHECKING:
@@ -26,10 +28,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class BaseJoined(Event):
-    """A label that is taken for a base model; `icm base alias --remove` undoes it."""
+    """A label was joined to a base model; `icm base alias --remove` undoes it."""
 
-    label: str  # what the adapters say
-    base_model: str  # the base model that it is taken for
+    label: str  # as the adapters name it
+    base_model: str
     # `mirror`, from the table of known mirrors, or `fingerprint`, from equal files on this machine.
     reason: Literal["fingerprint", "mirror"]
     is_quantised: bool  # whether the label is a quantised copy: adapters were trained on slightly other weights
@@ -39,14 +41,14 @@ class KnownBases:
     """The base models of a store, and the labels that an ingest adds."""
 
     def __init__(self, context: Context, store: Store | None, *, dry_run: bool = False) -> None:
-        self._context, self._store, self._dry_run = context, store, dry_run
-        self._records = {} if store is None else {record.name: record for record in store.base_models.all()}
-        self._names = {label: record.name for record in self._records.values() for label in record.names}
+        self._context, self._store = context, None if dry_run else store
+        self._bases = {} if store is None else {base.name: base for base in store.base_models()}
+        self._names = {label: base.name for base in self._bases.values() for label in base.names}
         self._copies: dict[str, FoundBase | None] = {}
         self._fingerprints = {
-            str(record.shape.get("stamp")): record.fingerprint
-            for record in self._records.values()
-            if record.shape is not None and record.fingerprint is not None
+            str(base.shape.get("stamp")): base.fingerprint
+            for base in self._bases.values()
+            if base.shape is not None and base.fingerprint is not None
         }
         self.joined: list[BaseJoined] = []
         self._before = set(self._names)
@@ -56,27 +58,22 @@ class KnownBases:
         return self._names.get(label, label)
 
     def lookalikes(self) -> list[list[str]]:
-        """Return groups of base models whose names look like one model, where a label is new. They are never joined."""
+        """Return groups of base models with similar names, one of them new. They are never joined."""
         new = {self._names[label] for label in self._names.keys() - self._before}
         return [group for group in lookalikes(set(self._names.values()) - {UNKNOWN_BASE}) if not new.isdisjoint(group)]
 
-    @property
-    def have_loaders(self) -> bool:
-        """Whether one of them has a loader, which may read samples of any form."""
-        return any(record.loader is not None for record in self._records.values())
-
-    def settle(self, labels: Iterable[str]) -> None:
-        """Join the labels that the store does not know yet, where they mean a model that it knows, and report it."""
+    def join_labels(self, labels: Iterable[str]) -> None:
+        """Join the labels that the store does not know yet and that mean a model that it knows, and report each."""
         for label in sorted(set(labels) - self._names.keys() - {UNKNOWN_BASE}):
-            if label in self._names:  # the original of a mirror that came before
+            if label in self._names:  # the original of an earlier mirror
                 continue
             found = self._mirrored(label) or self._with_same_files(label)
             self._names[label] = label if found is None else found.base_model
             if found is None:
                 continue
             self._names.setdefault(found.base_model, found.base_model)
-            if self._store is not None and not self._dry_run:
-                self._store.base_models.join(found.base_model, [label], reason=found.reason)
+            if self._store is not None:
+                self._store.update_base(found.base_model, partial(_with_label, found))
             self.joined.append(found)
             self._context.on_event(found)
 
@@ -127,9 +124,15 @@ class KnownBases:
         """Return the copy of a base model on this machine, if there is one."""
         name = self.name_of(label)
         if name not in self._copies:
-            record = self._records.get(name)
             try:
-                self._copies[name] = find_base_model(name) if record is None else find_recorded(record)
+                self._copies[name] = find_copy(self._bases.get(name) or BaseModel(name=name))
             except BaseModelNotFound:
                 self._copies[name] = None
         return self._copies[name]
+
+
+def _with_label(joined: BaseJoined, base: BaseModel) -> BaseModel:
+    """Return a base model with another label, which no task has yet."""
+    if joined.label in base.names:
+        return base
+    return replace(base, labels=(*base.labels, Label(label=joined.label, reason=joined.reason)))

@@ -1,30 +1,26 @@
-"""Say which ingested adapter has the same tensors as one that is there, or as another one of the same call.
+"""Find ingested adapters with the same tensors as an adapter of another task, known or of the same call.
 
-An adapter is still taken as asked: two tasks may share an adapter on purpose, and equal bytes are stored once anyway.
+They are ingested nevertheless: two tasks may share an adapter on purpose, and equal bytes are stored once.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING
 
+from icmlora.fleet.ingest.known_tasks import KnownTasks
 from icmlora.formats.tensor_hash import plain_config, same_tensors, tensors_digest
 from registry.errors import DamagedStore
-from registry.names import folded
-from registry.records import NewAdapter
-
-if TYPE_CHECKING:
-    from registry.tables.origins import Origins
+from registry.manifests import Adapter, Task
 
 _REMEMBERED = 64
 
 
 @dataclass(frozen=True)
 class _Final:
-    """What the final adapter of a task is known by."""
+    """The files of the final adapter of a task."""
 
     weights: str
     config: str
@@ -32,71 +28,66 @@ class _Final:
 
     @property
     def keys(self) -> list[str]:
-        """What it has in common with those that may be the same."""
+        """Equal for adapters that may be the same."""
         return [self.weights] if self.tensors_key is None else [self.weights, self.tensors_key]
 
 
 class KnownTensors:
     """The final adapters of tasks, found by their tensors.
 
-    Files are read only where two keys are equal. What cannot be read, such as an evicted original or in a dry run the
-    new adapter itself, is recognised only if its whole file is the same.
+    Files are read only if two keys are equal. Files that cannot be read, such as an evicted original or in a dry run
+    the new adapter itself, are recognised only if the whole file is the same.
     """
 
-    def __init__(self, origins: Origins | None, read: Callable[[str], bytes] | None) -> None:
-        """Begin with the tasks of the store; `read` returns its blobs. Both are None if there is no store yet."""
-        self._origins = origins
+    def __init__(self, known: KnownTasks, read: Callable[[str], bytes] | None) -> None:
+        """Start with the tasks of the store; `read` returns its blobs, and is None without a store."""
+        self._known = known
         self._finals: dict[str, _Final] = {}
-        self._names: defaultdict[str, set[str]] = defaultdict(set)
-        self._order: dict[str, tuple[int, str]] = {}
+        self._names: defaultdict[str, dict[str, None]] = defaultdict(dict)  # key -> names, those of the store first
         self._digest = lru_cache(_REMEMBERED)(lambda blob: None if read is None else tensors_digest(read(blob)))
         self._config = lru_cache(_REMEMBERED)(lambda blob: None if read is None else plain_config(read(blob)))
 
-    def look_up(self, finals: Mapping[str, NewAdapter]) -> None:
-        """Look for the tasks of the store that may have one of these adapters, before any of them is recorded.
+    def look_up(self, finals: Sequence[Adapter]) -> None:
+        """Look up the tasks of the store that may have one of these final adapters, before they are recorded."""
+        for task in self._known.with_tensors_of(finals):
+            if task.name.lower() not in self._finals:  # otherwise this ingest has recorded it
+                self._add(task)
 
-        Args:
-            finals: Task -> its final adapter.
-        """
-        if self._origins is None:
-            return
-        alike = self._origins.with_tensors((row.weights, row.tensors_key) for row in finals.values())
-        for origin in (*alike, *self._origins.named(finals).values()):
-            if origin.name.lower() not in self._finals:  # else this ingest has recorded it
-                self._order[origin.name] = (0, folded(origin.name))
-                self._add(origin.name, _Final(origin.weights, origin.config, origin.tensors_key))
-
-    def add(self, task: str, adapter: NewAdapter) -> str | None:
-        """Note the final adapter of a task; return the first task known before whose adapter is the same, if any."""
-        final = _Final(adapter.weights, adapter.config, adapter.tensors_key)
-        near = sorted({name for key in final.keys for name in self._names[key]}, key=self._order.__getitem__)
-        found = next((name for name in near if name.lower() != task.lower() and self._is_same(name, final)), None)
-        self._order.setdefault(task, (1 + len(self._order), ""))
-        self._add(task, final)
+    def add(self, task: Task) -> str | None:
+        """Note a task; return the first task known before with the same final adapter, if any."""
+        final = _final_of(task)
+        similar = dict.fromkeys(name for key in final.keys for name in self._names[key])
+        others = (name for name in similar if name.lower() != task.name.lower())
+        found = next((name for name in others if self._is_same(self._finals[name.lower()], final)), None)
+        self._add(task)
         return found
 
-    def same_as_final(self, adapters: Sequence[NewAdapter]) -> tuple[int, ...]:
+    def same_as_final(self, task: Task) -> tuple[int, ...]:
         """Return the steps of a task's checkpoints whose tensors equal the final adapter's."""
-        final = next(row for row in adapters if row.is_final)
-        earlier = [row for row in adapters if row.step is not None and not row.is_final]
+        steps = ((one.step, one) for one in task.checkpoints)
         try:
-            return tuple(row.step for row in earlier if row.step is not None and same_tensors(row, final, self._digest))
+            return tuple(
+                step for step, one in steps if step is not None and same_tensors(one, task.final, self._digest)
+            )
         except DamagedStore:
             return ()
 
-    def _add(self, task: str, final: _Final) -> None:
-        self._finals[task.lower()] = final
+    def _add(self, task: Task) -> None:
+        self._finals[task.name.lower()] = final = _final_of(task)
         for key in final.keys:
-            self._names[key].add(task)
+            self._names[key][task.name] = None
 
-    def _is_same(self, task: str, final: _Final) -> bool:
-        other = self._finals[task.lower()]  # another one than when it was noted, if the task was replaced since
+    def _is_same(self, one: _Final, other: _Final) -> bool:
         try:
-            return same_tensors(other, final, self._digest) and (
-                other.config == final.config or _equal(self._config, other.config, final.config)
+            return same_tensors(one, other, self._digest) and (
+                one.config == other.config or _equal(self._config, one.config, other.config)
             )
         except DamagedStore:
             return False
+
+
+def _final_of(task: Task) -> _Final:
+    return _Final(str(task.final.weights), str(task.final.config), task.final.tensors_key)
 
 
 def _equal(describe: Callable[[str], str | None], left: str, right: str) -> bool:

@@ -1,4 +1,4 @@
-"""After adapters were ingested: which of them lack task vectors, and those that can be extracted here."""
+"""Find ingested tasks without task vectors, and extract those whose base model is on this machine."""
 
 from __future__ import annotations
 
@@ -11,28 +11,27 @@ from icmlora.fleet.failures import BaseModelLeftOut
 from icmlora.formats.catalogue import format_named
 
 if TYPE_CHECKING:
-    from icmlora.fleet.ingest.ingest import IngestReport
+    from icmlora.fleet.ingest.report import IngestReport
     from registry.store import Store
 
 
 def note_missing_vectors(store: Store | None, report: IngestReport) -> dict[str, str]:
-    """Note which tasks lack vectors but could have some; return those whose base model is here, each with its name."""
+    """Report the tasks without task vectors that could have some; return task -> base model of those to extract."""
     if store is None:
         return {}
-    could = [task for task in report.ingested if task.original_only is None]
-    names = {task.task for task in could if not format_named(task.format).is_for_images}
-    base_models = store.tasks.without_vectors(sorted(names))
+    possible = [task for task in report.ingested if task.original_only is None]
+    names = {task.task for task in possible if not format_named(task.format).is_for_images}
+    base_models = {row.name: row.base for row in store.rows_of(names=names) if row.vectors == 0}
     can_run = {label: _can_run(store, label) for label in set(base_models.values())}
     report.without_vectors = [name for name, label in base_models.items() if can_run[label] is not False]
     report.bases_not_found = sorted(label for label, found in can_run.items() if found is None)
-    # Those of a base model that cannot be run are tried too: that says why. Who wants an original back waits for no
-    # vectors: those that the task has are kept, and one that had none before has none now.
-    names -= {task.task for task in could if task.restored and not task.new}
+    # A base model that cannot be run is tried too, and reports why. `--restore` skips vector extraction.
+    names -= {task.task for task in possible if task.restored and not task.new}
     return {name: label for name, label in base_models.items() if can_run[label] is not None and name in names}
 
 
 def _can_run(store: Store, label: str) -> bool | None:
-    """Say whether icm can run a base model; None if it is not on this machine."""
+    """Return whether icm can run a base model; None if it is not on this machine."""
     from icmlora.base_models.catalogue import modality_of
 
     try:
@@ -45,7 +44,7 @@ def _can_run(store: Store, label: str) -> bool | None:
 
 
 def extract(context: Context, report: IngestReport, tasks: Mapping[str, str], device: str) -> None:
-    """Extract the vectors of tasks. What fails is noted: the adapters are in the store by now."""
+    """Extract the vectors of tasks, and report failures: the adapters are in the store already."""
     from icmlora.fleet.vectors.vectors import VectorReport, extract_vectors  # imports torch
 
     try:

@@ -1,8 +1,8 @@
 """Pack and store what codes cannot represent: heads and other tensors, tokenizers and other files next to adapters.
 
-Packing takes many times longer than reading. So equal bytes are packed once, however many adapters have them, and
-an adapter that the store knows keeps the extras of its row, and gets the files that came later. Tensors that the base
-model has too are not packed: a record of a few bytes refers to them.
+Packing takes many times longer than reading. So equal bytes are packed once for all adapters, and an adapter that the
+store knows keeps its extras and gets later files. Tensors that equal tensors of the base model are not packed: a record
+of a few bytes refers to them.
 """
 
 from __future__ import annotations
@@ -20,89 +20,89 @@ from icmlora.formats.peft.peft import CONTEXT_NAMES
 from icmlora.io.files import read_regular
 from icmlora.io.safetensors import RawTensor, raw_tensors
 from registry.errors import SourceRefused
+from registry.manifests import Extra, File, Task
 from registry.names import UNKNOWN_BASE
-from registry.records import Extra, NewAdapter
 from registry.storage.blobs.content import digest_of
 
 if TYPE_CHECKING:
     from icmlora.formats.base_references import Reference
     from registry.store import Store
 
-_COMPANION_LIMIT = 128 << 20
+_MAX_COMPANION = 128 << 20
 _REFERRED = 1024  # bytes from which a tensor may be referred to; its entry in the record takes about 200
 # Of packed extras in memory. Storing many at once takes hardly longer than one: each batch waits for the disk.
 _WAITING_BYTES = 64 << 20
-
-_Recorded = Mapping[tuple[str, str, str], tuple[Extra, ...]]
-"""Task in lower case, configuration and weights of its final adapter -> the extras of that."""
 
 
 class ExtrasKeeper:
     """Keeps the extras of final adapters during one ingest.
 
     Args:
-        bases: The base models, which are settled before.
-        known: A store that may know the adapters.
+        bases: The base models, whose labels are joined before.
         store: Where extras are stored; None in a dry run.
     """
 
-    def __init__(self, bases: KnownBases, known: Store | None, store: Store | None) -> None:
-        self._bases, self._known, self._store = bases, known, store
-        self._packed: dict[tuple[str, int], tuple[str, int]] = {}  # what was packed, as bytes of which width -> blob
+    def __init__(self, bases: KnownBases, store: Store | None) -> None:
+        self._bases, self._store = bases, store
+        self._packed: dict[tuple[str, int], File] = {}  # digest and width of the bytes that were packed -> blob
         self._waiting: list[bytes] = []
 
-    def keep(self, tasks: Sequence[PreparedTask | Refusal]) -> list[PreparedTask | Refusal]:
-        """Return tasks with their extras, which are durable then, or why these cannot be read."""
-        names = [task.found.name for task in tasks if isinstance(task, PreparedTask) and _has_extras(task)]
-        recorded = self._recorded(names)
-        kept = [self._kept(task, recorded) if isinstance(task, PreparedTask) else task for task in tasks]
+    def keep(self, tasks: Sequence[PreparedTask | Refusal], known: Mapping[str, Task]) -> list[PreparedTask | Refusal]:
+        """Return tasks with their extras, which are durable then, or why these cannot be read.
+
+        Args:
+            tasks: The tasks.
+            known: Those that the store has, by name in lower case.
+        """
+        kept = [self._kept(task, known) if isinstance(task, PreparedTask) else task for task in tasks]
         self._flush()
         return kept
 
-    def _kept(self, task: PreparedTask, recorded: _Recorded) -> PreparedTask | Refusal:
-        final, problems = task.final, list(task.problems)
+    def _kept(self, task: PreparedTask, known: Mapping[str, Task]) -> PreparedTask | Refusal:
+        if not task.found.final.companions and not task.kept:
+            return task
+        problems = list(task.problems)
         try:
-            extras = self._extras(task, final, recorded, problems) if _has_extras(task) else ()
+            extras = self._extras(task, known.get(task.task.name.lower()), problems)
         except (IcmLoraError, SourceRefused) as error:
             return Refusal(error, task.found.final.place)
-        rows = tuple(replace(row, extras=extras) if row is final else row for row in task.adapters)
+        with_extras = replace(task.task, final=replace(task.task.final, extras=extras))
         size = task.size + sum(extra.size for extra in extras if extra.file is not None)
-        return replace(task, adapters=rows, size=size, problems=tuple(problems))
+        return replace(task, task=with_extras, size=size, problems=tuple(problems))
 
     def _flush(self) -> None:
         if self._store is not None and self._waiting:
             self._store.blobs.put_all(self._waiting)
         self._waiting.clear()
 
-    def _extras(
-        self, task: PreparedTask, final: NewAdapter, recorded: _Recorded, problems: list[Refusal]
-    ) -> tuple[Extra, ...]:
-        companions = task.found.final.companions
-        own = recorded.get((task.found.name.lower(), final.config, final.weights))
-        # If the store lost one of them, the same ingest gives it back.
-        if own is not None and (self._store is None or all(self._store.blobs.exists(extra.blob) for extra in own)):
-            return (*own, *self._files(_came_later(companions, {extra.file for extra in own}), problems))
+    def _extras(self, task: PreparedTask, known: Task | None, problems: list[Refusal]) -> tuple[Extra, ...]:
+        companions, final = task.found.final.companions, task.task.final
+        if known is not None and (known.final.weights, known.final.config) == (final.weights, final.config):
+            own = known.final.extras
+            # An extra that the store lost is packed again.
+            if own and (self._store is None or all(self._store.blobs.exists(extra.blob) for extra in own)):
+                return (*own, *self._files(_came_later(companions, {extra.file for extra in own}), problems))
         extras = self._files(companions, problems)
-        # Evicted weights that stay evicted are not in the store; the row of their adapter has its extras already.
+        # Weights that stay evicted are not in the store; their adapter has its extras already.
         if self._store is not None and task.kept and self._store.blobs.exists(final.weights):
             tensors = raw_tensors(self._store.blobs.read(final.weights), task.kept)
-            if equal := self._equal(tensors, task.base_model):
+            if equal := self._equal(tensors, task.task.base_model):
                 from icmlora.formats.base_references import pack_references
 
                 record, size = pack_references(equal), sum(len(tensors.pop(name).data) for name in equal)
                 self._waiting.append(record)
-                extras.append(Extra(digest_of(record), None, size, len(record)))
+                extras.append(Extra(blob=File(digest_of(record), len(record)), size=size))
             extras += [self._extra(None, data, width) for data, width in tensor_files(tensors)]
         return tuple(extras)
 
     def _files(self, companions: Mapping[str, Path], problems: list[Refusal]) -> list[Extra]:
         found = sorted(_with_usable_context(companions, problems).items())
-        return [self._extra(name, read_regular(path, max_bytes=_COMPANION_LIMIT)) for name, path in found]
+        return [self._extra(name, read_regular(path, max_bytes=_MAX_COMPANION)) for name, path in found]
 
-    def _equal(self, tensors: Mapping[str, RawTensor], base_model: str | None) -> dict[str, Reference]:
+    def _equal(self, tensors: Mapping[str, RawTensor], base_model: str) -> dict[str, Reference]:
         """Find the tensors that the base model has too, if it is on this machine."""
         large = {name: tensor for name, tensor in tensors.items() if len(tensor.data) >= _REFERRED}
-        if not large or base_model is None or base_model == UNKNOWN_BASE:
+        if not large or base_model == UNKNOWN_BASE:
             return {}
         found = self._bases.copy_of(base_model)
         if found is None:
@@ -118,33 +118,26 @@ class ExtrasKeeper:
         except (IcmLoraError, OSError):  # a base model that cannot be read costs bytes, not the adapter
             return {}
 
-    def _recorded(self, names: Sequence[str]) -> _Recorded:
-        """Return the extras of the final adapters that the store has of some tasks."""
-        known = {} if self._known is None or not names else self._known.tasks.wholes(names)
-        finals = (adapters[-1] for _, adapters in known.values())
-        return {(row.task.lower(), row.config, row.weights): tuple(row.extras) for row in finals}
-
     def _extra(self, file: str | None, data: bytes, width: int = 1) -> Extra:
         key = digest_of(data), width
         if key not in self._packed:
             packed = pack(data, width)
-            self._packed[key] = digest_of(packed), len(packed)
+            self._packed[key] = File(digest_of(packed), len(packed))
             self._waiting.append(packed)
             if sum(map(len, self._waiting)) > _WAITING_BYTES:
                 self._flush()
-        blob, packed_size = self._packed[key]
-        return Extra(blob, file, len(data), packed_size)
+        return Extra(blob=self._packed[key], file=file, size=len(data))
 
 
 def _with_usable_context(companions: Mapping[str, Path], problems: list[Refusal]) -> Mapping[str, Path]:
-    """Return the files, without the two of a malformed context, which is noted."""
+    """Return the files, without those of a malformed context, which is noted."""
     files = {name: companions[name] for name in CONTEXT_NAMES & companions.keys()}
     if not files:
         return companions
     from icmlora.base_models.examples.context import TaskContext  # few adapters have one
 
     try:
-        TaskContext.read({name: read_regular(path, max_bytes=_COMPANION_LIMIT) for name, path in files.items()})
+        TaskContext.read({name: read_regular(path, max_bytes=_MAX_COMPANION) for name, path in files.items()})
     except DataError as error:
         path = companions[str(error.path)]
         error.path, error.hint = str(path), "correct or delete the file, then ingest the folder again"
@@ -154,10 +147,6 @@ def _with_usable_context(companions: Mapping[str, Path], problems: list[Refusal]
 
 
 def _came_later(companions: Mapping[str, Path], known: Collection[str | None]) -> dict[str, Path]:
-    """Return the files that are not known. A context is one thing: what is known of it may be newer than the folder."""
+    """Return the unknown files. Files of a context belong together: a known one may be newer than the folder."""
     known = {*known} if CONTEXT_NAMES.isdisjoint(known) else CONTEXT_NAMES.union(known)
     return {name: path for name, path in companions.items() if name not in known}
-
-
-def _has_extras(task: PreparedTask) -> bool:
-    return bool(task.found.final.companions or task.kept)

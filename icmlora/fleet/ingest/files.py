@@ -1,10 +1,10 @@
 """Read, check and store the files of found tasks, one batch at a time.
 
     FoundTask --check--> PreparedTask (its bytes are stored as blobs; ready to be recorded)
-         `-------------> Refusal      (refused: why, and which task or checkpoint is lost)
+         `-------------> Refusal      (why a task, or a checkpoint or text of one, was refused)
 
-Weights and texts are read once: the bytes that are checked are those that are hashed and stored. Configurations and
-cards are small; they are read first, because weights are checked against them, and stored from memory.
+Weights and texts are read once: the checked bytes are hashed and stored. Configurations and cards are small; they are
+read first, because weights are checked against them, and stored from memory.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from icmlora.base_models.examples.examples import MAX_BYTES
 from icmlora.base_models.examples.media_archive import has_media, read_examples
 from icmlora.base_models.finding.labels import full_label
 from icmlora.errors import DataError, IcmLoraError, located
+from icmlora.fleet.ingest.record import Offer
 from icmlora.fleet.resources.adapter_row import new_adapter
 from icmlora.formats.discovery.discovery import FoundAdapter, FoundTask
 from icmlora.formats.format import AdapterFormat, AdapterSummary
@@ -31,8 +32,8 @@ from icmlora.io.files import read_regular
 from icmlora.io.safetensors import TensorInfo
 from registry.errors import SourceRefused
 from registry.files import CheckFirst, read_plain
-from registry.names import source_label
-from registry.records import EvictedAdapter, NewAdapter
+from registry.manifests import Adapter, File, Task
+from registry.names import UNKNOWN_BASE, source_label
 from registry.storage.blobs.content import PutRefusal, digest_of
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ _BATCH_ADAPTERS = 256
 
 @dataclass(frozen=True)
 class Refusal:
-    """A refusal of a whole task, or of a checkpoint or a text of a task that is taken without it."""
+    """A refusal of a whole task, or of a checkpoint or text of a task that is ingested without it."""
 
     error: Exception
     path: Path
@@ -56,35 +57,25 @@ class Refusal:
 
 @dataclass(frozen=True)
 class TextRead:
-    """How many rows of a task's samples or held-out text can be used."""
+    """Usable rows of a task's samples or held-out text."""
 
-    kept: int  # rows that can
-    skipped: int  # rows that cannot
+    kept: int
+    skipped: int  # rows that cannot be used
     reason: str | None  # why the first of them cannot
 
 
-@dataclass(frozen=True)
-class PreparedTask:
-    """A task whose bytes are in the store, or in a dry run were only checked; `ExtrasKeeper` adds its extras."""
+@dataclass(frozen=True, kw_only=True)
+class PreparedTask(Offer):
+    """A checked task. Its bytes are in the store, except in a dry run; `ExtrasKeeper` adds its extras."""
 
     found: FoundTask
-    base_model: str | None  # as `icmlora.base_models.finding.labels` names it; None if the adapter names none
-    adapters: tuple[NewAdapter, ...]
-    samples: str | None
-    eval_data: str | None
     size: int  # bytes of all its adapters' files
     problems: tuple[Refusal, ...]
     samples_read: TextRead | None = None
     eval_read: TextRead | None = None
     kept: tuple[TensorInfo, ...] = ()  # tensors of its final adapter that no code can represent
-    base_is_told: bool = False  # by the user
     base_is_guess: bool = False  # the widths of an image adapter make it likely, and nothing names it
-    wrapper: str | None = None  # what a wrapper put into the names of its final adapter's tensors
-
-    @property
-    def final(self) -> NewAdapter:
-        """Its final adapter."""
-        return next(row for row in self.adapters if row.is_final)
+    wrapper: str | None = None  # prefix of a wrapper in the names of its final adapter's tensors
 
 
 @dataclass(frozen=True)
@@ -93,11 +84,11 @@ class _Small:
 
     config: bytes
     card: bytes | None
-    initial: bytes | None  # the weights that it began with
+    initial: bytes | None  # initial weights
 
     @property
     def meaning(self) -> _Meaning:
-        """What its weights are read with."""
+        """The files that its weights are read with."""
         return self.config, self.initial
 
 
@@ -105,9 +96,8 @@ class _Small:
 class _Checked:
     """A file that passed its checks; it is in the store, except in a dry run."""
 
-    digest: str
-    size: int
-    found: _Weights | TextRead
+    file: File
+    content: _Weights | TextRead
 
 
 _Meaning = tuple[bytes, bytes | None]
@@ -115,7 +105,7 @@ _Meaning = tuple[bytes, bytes | None]
 
 @dataclass(frozen=True)
 class _Weights:
-    """What a file of weights holds; several folders may link to it, each with a configuration of its own."""
+    """The content of a file of weights; several folders may link to it, each with a configuration of its own."""
 
     summaries: Mapping[_Meaning, AdapterSummary | IcmLoraError]
     tensors_key: str
@@ -145,7 +135,7 @@ def batches(tasks: Sequence[FoundTask]) -> Iterator[list[FoundTask]]:
 def prepare(
     tasks: Sequence[FoundTask],
     store: Store | None,
-    evicted: Sequence[EvictedAdapter] = (),
+    evicted: Mapping[str, Task] = MappingProxyType({}),
     refused: Mapping[Path, IcmLoraError] = MappingProxyType({}),
     *,
     any_row: bool = False,
@@ -153,10 +143,10 @@ def prepare(
     """Check the files of some tasks and store them as blobs.
 
     Args:
-        tasks: What was found.
+        tasks: The tasks.
         store: Where blobs are stored; None in a dry run.
-        evicted: Adapters whose weights are not to be stored.
-        refused: Weights that are refused already; they are not opened.
+        evicted: Known tasks, by name in lower case; their evicted weights are not stored.
+        refused: Refused weights, which are not opened.
         any_row: Whether samples may have any form, as the loader of a base model may read.
     """
     adapters = [adapter for task in tasks for adapter in task.adapters]
@@ -187,7 +177,7 @@ def prepare(
     else:
         withheld = _withheld(tasks, good, evicted)
         contents = {data for item in good.values() for data in (item.config, item.card) if data is not None}
-        # Where weights stay evicted, so do those that they began with.
+        # If weights stay evicted, their initial weights do too.
         back = (item.initial for item in adapters if not withheld[item.weights])
         contents |= {initial[path] for path in back if path in initial}
         outcomes = _check_and_store(checks, first, sorted(contents), store, withheld)
@@ -199,7 +189,7 @@ def prepare(
 
 
 def _read_small(found: FoundAdapter, initial: dict[Path, bytes]) -> _Small | IcmLoraError:
-    """Read what the weights are checked with; the initial weights of several adapters are read once."""
+    """Read the small files of an adapter; the initial weights of several adapters are read once."""
     try:
         config = b"" if found.config is None else read_regular(found.config, max_bytes=_CONFIG_LIMIT)
         card = None if found.card is None else read_regular(found.card, max_bytes=_CARD_LIMIT)
@@ -243,34 +233,33 @@ def _check_text(data: bytes | memoryview, *, path: Path, any_row: bool) -> TextR
 
 
 def _packed(path: Path, store: Store | None, check: Callable[..., TextRead]) -> _Checked | Exception:
-    """Store rows with the files that they name as one archive; each is as large as a batch, so one at a time."""
+    """Store rows with the files that they name as one archive; each may be as large as a batch, so one at a time."""
     try:
         data = read_examples(path)
         found = check(data, path=path)
         digest = digest_of(data) if store is None else store.blobs.put(data)
     except (IcmLoraError, OSError) as error:
         return error
-    return _Checked(digest, len(data), found)
+    return _Checked(File(digest, len(data)), found)
 
 
 def _withheld(
-    tasks: Sequence[FoundTask], small: Mapping[Path, _Small], evicted: Sequence[EvictedAdapter]
+    tasks: Sequence[FoundTask], small: Mapping[Path, _Small], evicted: Mapping[str, Task]
 ) -> defaultdict[Path, set[str]]:
     """Map each weights file to the digests of evicted weights that must not be stored again."""
     withheld: defaultdict[Path, set[str]] = defaultdict(set)
-    if not evicted:
-        return withheld
-    known: defaultdict[tuple[str, str, int | None, bool], set[str]] = defaultdict(set)
-    for row in evicted:
-        # As in the store, a final adapter is recognised by its bytes alone, a checkpoint also by its step.
-        known[row.task.lower(), row.config, None if row.is_final else row.step, row.is_final].add(row.weights)
-    # If another adapter needs one of these after all, recording raises `MissingBlob` and the batch is stored in full.
+    # If another adapter needs one of these, recording raises `MissingBlob` and the batch is stored in full.
     for task in tasks:
-        for found in task.adapters:
-            if found.place in small:
-                config = digest_of(small[found.place].config)
-                step = None if found.is_final else found.step
-                withheld[found.weights] |= known[task.name.lower(), config, step, found.is_final]
+        known = evicted.get(task.name.lower())
+        for found in () if known is None else task.adapters:
+            if known is None or found.place not in small:
+                continue
+            # As in the store, a final adapter is recognised by its bytes alone, a checkpoint also by its step.
+            rows = [known.final] if found.is_final else [one for one in known.checkpoints if one.step == found.step]
+            config = digest_of(small[found.place].config)
+            withheld[found.weights] |= {
+                str(one.weights) for one in rows if one.is_evicted and not one.was_never_here and one.config == config
+            }
     return withheld
 
 
@@ -289,18 +278,18 @@ def _check_and_store(
     # The whole batch in one call: each call waits for the disk once, and that is what takes time.
     done = store.blobs.put_files(list(checks), inspect, (IcmLoraError,), contents, withheld, first)
     return {
-        one.path: one.error if isinstance(one, PutRefusal) else _Checked(one.digest, one.size, one.inspected)
+        one.path: one.error if isinstance(one, PutRefusal) else _Checked(File(one.digest, one.size), one.inspected)
         for one in done
     }
 
 
 def _check_only(checks: _Checks, first: Mapping[Path, CheckFirst]) -> _Outcomes:
-    """Read the files as the store would, and refuse what it would refuse."""
+    """Read and refuse files as the store would."""
     outcomes: _Outcomes = {}
     for path, check in checks.items():
         try:
             data = read_plain(path, first=first.get(path))
-            outcomes[path] = _Checked(digest_of(data), len(data), check(data))
+            outcomes[path] = _Checked(_file(data), check(data))
         except (IcmLoraError, SourceRefused) as error:
             outcomes[path] = error
     return outcomes
@@ -309,91 +298,94 @@ def _check_only(checks: _Checks, first: Mapping[Path, CheckFirst]) -> _Outcomes:
 def _prepared(
     task: FoundTask, small: Mapping[Path, _Small | IcmLoraError], outcomes: _Outcomes
 ) -> PreparedTask | Refusal:
-    """Combine what was read of one task; refuse the task if its final adapter was refused."""
-    rows: list[NewAdapter] = []
+    """Combine the files of one task; refuse the task if its final adapter was refused."""
+    checkpoints: list[Adapter] = []
     problems: list[Refusal] = []
-    base_model: str | None = None
-    kept: tuple[TensorInfo, ...] = ()
-    wrapper: str | None = None
-    is_guess, size = False, 0
+    size, final = 0, None
     for found in task.adapters:
         match _read_of(found, small, outcomes):
             case Exception() as error:
                 problems.append(Refusal(error, found.place))
                 if found.is_final:
                     return problems[-1]
-            case files, checked, summary, key:
+            case files, weights, summary, key:
+                adapter = _adapter(found, files, weights, summary, key)
+                size += adapter.original_bytes
                 if found.is_final:
-                    base_model = full_label(summary.base_model, summary.revision, found.place, task.folder)
-                    kept, is_guess, wrapper = summary.extras, summary.base_is_guess, summary.wrapper
-                rows.append(_row(found, files, checked.digest, summary, key))
-                size += checked.size + len(files.config) + len(files.card or b"")
+                    final = adapter, summary
+                else:
+                    checkpoints.append(adapter)
+    assert final is not None  # a task has a final adapter
+    adapter, summary = final
+    label = full_label(summary.base_model, summary.revision, task.final.place, task.folder)
     (samples, samples_read), (eval_data, eval_read) = (
         _text(path, outcomes, problems) for path in (task.samples, task.eval_data)
     )
     return PreparedTask(
-        task,
-        base_model,
-        tuple(rows),
-        samples,
-        eval_data,
-        size,
-        tuple(problems),
-        samples_read,
-        eval_read,
-        kept,
-        wrapper=wrapper,
-        base_is_guess=is_guess,
+        found=task,
+        task=Task(
+            name=task.name,
+            base_model=UNKNOWN_BASE if label is None else label,
+            final=adapter,
+            checkpoints=tuple(checkpoints),
+            samples=samples,
+            eval_data=eval_data,
+        ),
+        size=size,
+        problems=tuple(problems),
+        samples_read=samples_read,
+        eval_read=eval_read,
+        kept=summary.extras,
+        base_is_guess=summary.base_is_guess,
+        wrapper=summary.wrapper,
     )
 
 
 def _read_of(
     found: FoundAdapter, small: Mapping[Path, _Small | IcmLoraError], outcomes: _Outcomes
-) -> tuple[_Small, _Checked, AdapterSummary, str] | Exception:
-    """Return what was read of one adapter, or the first reason to refuse it."""
+) -> tuple[_Small, File, AdapterSummary, str] | Exception:
+    """Return the files of one adapter with their summary and key, or the first reason to refuse it."""
     files = small[found.place]
     if isinstance(files, Exception):
         return files
     checked = outcomes[found.weights]
     if isinstance(checked, Exception):
         return checked
-    assert not isinstance(checked.found, TextRead)
-    summary = checked.found.summaries[files.meaning]
-    return summary if isinstance(summary, Exception) else (files, checked, summary, checked.found.tensors_key)
+    assert not isinstance(checked.content, TextRead)
+    summary = checked.content.summaries[files.meaning]
+    return summary if isinstance(summary, Exception) else (files, checked.file, summary, checked.content.tensors_key)
 
 
-def _text(path: Path | None, outcomes: _Outcomes, problems: list[Refusal]) -> tuple[str, TextRead] | tuple[None, None]:
-    """Return the digest of a text and what was read of it, or note why it cannot be used."""
+def _text(path: Path | None, outcomes: _Outcomes, problems: list[Refusal]) -> tuple[File, TextRead] | tuple[None, None]:
+    """Return a text and its usable rows, or note why it cannot be used."""
     if path is None:
         return None, None
     match outcomes[path]:
-        case _Checked(digest=digest, found=TextRead() as read):
-            return digest, read
+        case _Checked(file=file, content=TextRead() as read):
+            return file, read
         case Exception() as error:
             problems.append(Refusal(error, path))
     return None, None
 
 
-def _row(found: FoundAdapter, files: _Small, weights: str, summary: AdapterSummary, tensors_key: str) -> NewAdapter:
-    row = new_adapter(
+def _adapter(found: FoundAdapter, files: _Small, weights: File, summary: AdapterSummary, tensors_key: str) -> Adapter:
+    adapter = new_adapter(
         summary,
         weights=weights,
-        config=digest_of(files.config),
-        card=None if files.card is None else digest_of(files.card),
+        config=_file(files.config),
+        card=None if files.card is None else _file(files.card),
         source=source_label(found.place),
     )
-    return replace(
-        row,
-        step=found.step,
-        is_final=found.is_final,
-        format=found.format.name,
-        initial=None if files.initial is None else digest_of(files.initial),
-        tensors_key=tensors_key,
-    )
+    initial = None if files.initial is None else _file(files.initial)
+    return replace(adapter, step=found.step, format=found.format.name, initial=initial, tensors_key=tensors_key)
+
+
+def _file(data: bytes) -> File:
+    return File(digest_of(data), len(data))
 
 
 def _size(path: Path) -> int:
-    """Return a file's size for planning; a file that is gone by then is refused when it is read."""
+    """Return a file's size for planning; a missing file is refused when it is read."""
     try:
         return path.stat(follow_symlinks=False).st_size
     except OSError:

@@ -1,212 +1,255 @@
-"""Decide what becomes of an offered task, and publish it. The same offer again changes nothing.
+"""Decide what an ingest changes about a task, and publish it. The same ingest again changes nothing.
 
-    known task, offer ──decide──▶ the task as it will be, and an outcome ──publish──▶ many at once
+known task, offered task ──decide──▶ the task as it will be, and an outcome ──record──▶ one transaction
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from registry.errors import LostRace, MissingBlob, TaskConflict
-from registry.manifests import Adapter, Extra, File, Task
+from registry.manifests import Adapter, Extra, Task
 from registry.names import UNKNOWN_BASE, check_name, folder_of
 
 if TYPE_CHECKING:
     from registry.store import Store
 
 OnConflict = Literal["version", "skip", "fail"]
-Status = Literal["added", "updated", "known", "version", "skipped"]
+Status = Literal["added", "updated", "known", "version", "skipped", "decoded"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Offer:
-    """A task to be recorded with all its adapters."""
+    """A task to be recorded, as it would be if the store did not know it. Its blobs are in the store."""
 
-    name: str
-    base_model: str  # any label of it; a known task with the same final adapter keeps the base model that it has
-    final: Adapter
-    checkpoints: tuple[Adapter, ...] = ()
-    samples: File | None = None  # None keeps what the store has
-    eval_data: File | None = None
-    # If the task exists with another final adapter: None adds a version if it comes from the same folder, else fails.
-    on_conflict: OnConflict | None = None
-    restore: bool = False  # store the weights of evicted adapters again
+    # Any label may name its base model. Without samples or held-out text, those of a known task stay.
+    task: Task
     base_is_told: bool = False  # by the user, because the adapters name none: a known task without one gets it
-
-    @property
-    def adapters(self) -> tuple[Adapter, ...]:
-        """All its adapters, the final one last."""
-        return (*self.checkpoints, self.final)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of an offer."""
+    """The result for one offer."""
 
     name: str  # as the store spells it
+    # `added`; `updated`; `known`; `version` (a new one); `skipped`; `decoded` (it is what the task's code decodes to)
     status: Status
     new: int  # adapters that were not in the store
     known: int
-    base_model: str  # its name, whatever label was given
+    base_model: str  # its name, whichever label the offer has
     version: int = 1
     evicted: int = 0  # known adapters that stay evicted
     restored: int = 0
 
 
-def record(store: Store, offers: Sequence[Offer], withheld: Collection[str] = ()) -> list[Outcome]:
-    """Publish offered tasks in one transaction; their blobs are in the store already.
+_Decision = tuple[Task, Outcome]
+"""A task as it will be (the known task itself, if it does not change), and the outcome."""
+
+
+def record(
+    store: Store | None,
+    offers: Sequence[Offer],
+    known: Mapping[str, Task] | None = None,
+    *,
+    on_conflict: OnConflict | None = None,
+    restore: bool = False,
+    withheld: Collection[str] = (),
+    dry_run: bool = False,
+) -> list[Outcome | TaskConflict]:
+    """Publish offered tasks in one transaction, without those in conflict with a known task.
 
     Args:
-        store: The store.
-        offers: Tasks of different names.
+        store: The store; None if it does not exist, which counts as a dry run.
+        offers: Tasks with different names.
+        known: Those that the store has, by name in lower case, as they were read; read now by default.
+        on_conflict: What to do if a task exists with another final adapter. None adds a version if it comes from the
+            same folder, and fails otherwise.
+        restore: Store the weights of evicted adapters again.
         withheld: Digests of evicted weights that were not stored.
+        dry_run: Return the same, and write nothing.
 
     Raises:
-        TaskConflict: A task has another adapter in the store, and its offer does not say what to do.
-        MissingBlob: The weights of a task were withheld, but it needs them by now.
+        MissingBlob: A task needs weights that were withheld.
     """
-    while True:
-        decided = decide_all(store, offers)
-        for task, _ in decided:
-            if task is not None:
-                _check_weights(store, task, withheld)
-        try:
-            store.publish([task for task, outcome in decided if task is not None])
-        except LostRace:
-            continue
-        return [outcome for _, outcome in decided]
-
-
-def plan(store: Store | None, offers: Sequence[Offer]) -> list[Outcome]:
-    """Return what `record` would do; None is a store that is still to be made."""
-    return [outcome for _, outcome in decide_all(store, offers)]
-
-
-def decide_all(store: Store | None, offers: Sequence[Offer]) -> list[tuple[Task | None, Outcome]]:
-    """Return each task as it will be, None if it stays as it is, and the outcome."""
-    if len({check_name(offer.name).lower() for offer in offers}) != len(offers):
+    if len({check_name(offer.task.name).lower() for offer in offers}) != len(offers):
         raise ValueError("two tasks in the batch have the same name")
-    if store is None:
-        return [decide(None, offer, offer.base_model) for offer in offers]
-    bases = {label: store.base_name(label) for label in {offer.base_model for offer in offers}}
-    return [decide(store.find(offer.name), offer, bases[offer.base_model]) for offer in offers]
+    while True:
+        if known is None:
+            known = _known(store, offers)
+        labels = {offer.task.base_model for offer in offers}
+        bases = {label: label if store is None else store.base_name(label) for label in labels}
+        made = [_try(offer, bases, known, on_conflict, restore=restore) for offer in offers]
+        decisions = [one for one in made if not isinstance(one, TaskConflict)]
+        if store is not None and not dry_run:
+            changed = [task for task, _ in decisions if task is not known.get(task.name.lower())]
+            for task in changed:
+                _check_weights(store, task, withheld)
+            try:
+                store.publish(changed)
+            except (LostRace, TaskConflict):  # another process changed or added one of them
+                known = None
+                continue
+        return [one if isinstance(one, TaskConflict) else one[1] for one in made]
 
 
-def decide(known: Task | None, offer: Offer, base: str) -> tuple[Task | None, Outcome]:
-    """Decide about one offer, whose base model is called `base` in the store."""
-    label = None if base == offer.base_model else offer.base_model
-    if known is None:
-        return _added(offer, base, label)
-    is_same = (known.final.weights, known.final.config) == (offer.final.weights, offer.final.config)
+def _known(store: Store | None, offers: Sequence[Offer]) -> dict[str, Task]:
+    found = () if store is None else (store.find(offer.task.name) for offer in offers)
+    return {task.name.lower(): task for task in found if task is not None}
+
+
+def _try(
+    offer: Offer,
+    bases: Mapping[str, str],
+    known: Mapping[str, Task],
+    on_conflict: OnConflict | None,
+    *,
+    restore: bool,
+) -> _Decision | TaskConflict:
+    base, label = bases[offer.task.base_model], offer.task.base_model
+    offered = replace(offer.task, base_model=base, label=None if label == base else label)
+    present = known.get(offered.name.lower())
+    if present is None:
+        return _added(offered)
+    try:
+        return _decide(present, offered, on_conflict, restore=restore, base_is_told=offer.base_is_told)
+    except TaskConflict as error:
+        return error
+
+
+def _added(offered: Task) -> _Decision:
+    task = replace(offered, checkpoints=_unknown(offered.checkpoints, ()))
+    new = len(task.adapters)
+    return task, Outcome(task.name, "added", new, len(offered.adapters) - new, task.base_model)
+
+
+def _decide(
+    known: Task, offered: Task, on_conflict: OnConflict | None, *, restore: bool, base_is_told: bool
+) -> _Decision:
+    is_same = (known.final.weights, known.final.config) == (offered.final.weights, offered.final.config)
     # The label of the same adapter may mean another base model elsewhere, as a relative path does.
-    if is_same and (not offer.base_is_told or base == known.base_model):
-        return _updated(known, offer)
+    if is_same and (not base_is_told or offered.base_model == known.base_model):
+        return _updated(known, offered, restore=restore)
     if is_same and known.base_model == UNKNOWN_BASE:
-        return _updated(replace(known, base_model=base, label=label), offer, is_changed=True)
-    if offer.on_conflict == "skip":
-        return None, Outcome(known.name, "skipped", 0, 0, known.base_model, known.version)
-    is_same_folder = folder_of(known.final.source) == folder_of(offer.final.source)
-    if offer.on_conflict == "fail" or (offer.on_conflict is None and not is_same_folder):
-        raise TaskConflict(known.name)
-    return _version(known, offer, base, label)
+        return _updated(known, offered, restore=restore, base_model=offered.base_model, label=offered.label)
+    if on_conflict == "skip":
+        return known, Outcome(known.name, "skipped", 0, 0, known.base_model, known.version)
+    if on_conflict == "version" or (on_conflict is None and not is_same and _is_same_run(known, offered)):
+        return _version(known, offered, restore=restore)
+    if is_same:
+        fact = f"task {known.name!r} belongs to base model {known.base_model!r}, not to {offered.base_model!r}"
+        raise TaskConflict(known.name, fact=fact)
+    raise TaskConflict(known.name)
 
 
-def _added(offer: Offer, base: str, label: str | None) -> tuple[Task, Outcome]:
-    task = Task(
-        name=offer.name,
-        base_model=base,
-        label=label,
-        final=offer.final,
-        checkpoints=_unknown(offer.checkpoints, ()),
-        samples=offer.samples,
-        eval_data=offer.eval_data,
-    )
-    return task, Outcome(task.name, "added", len(task.adapters), len(offer.adapters) - len(task.adapters), base)
+def _is_same_run(known: Task, offered: Task) -> bool:
+    """Return whether adapters of both came from the same place; the final one may be in another folder of a run."""
+    places = [{one.source for one in task.adapters} | {folder_of(task.final.source)} for task in (known, offered)]
+    return not places[0].isdisjoint(places[1])
 
 
-def _version(known: Task, offer: Offer, base: str, label: str | None) -> tuple[Task, Outcome]:
-    """Return the next version; what people said of the task still holds, what was made of its adapter does not."""
-    new, outcome = _added(offer, base, label)
-    task = replace(
-        new,
-        name=known.name,
-        version=known.version + 1,
-        samples=offer.samples or known.samples,
-        eval_data=offer.eval_data or known.eval_data,
-        tags=known.tags,
-        note=known.note,
-        pinned=known.pinned,
-        aliases=known.aliases,
-        created_at=known.created_at,
-        seq=known.seq,
-        manifest=known.manifest,
-        more=known.more,
-    )
-    return task, replace(outcome, name=known.name, status="version", version=task.version)
-
-
-def _updated(known: Task, offer: Offer, *, is_changed: bool = False) -> tuple[Task | None, Outcome]:
-    offered = {_key(one): one for one in offer.checkpoints}
-    back = [one for one in known.adapters if one.is_evicted and (offer.restore or one.was_never_here)]
-    final = _revised(known.final, offer.final, known.final in back)
-    # A known task's final adapter is known by its bytes alone: it may have come from a checkpoint's folder.
-    checkpoints = tuple(
-        _revised(one, offered[_key(one)], one in back) if _key(one) in offered else one for one in known.checkpoints
-    )
-    new = _unknown(offer.checkpoints, known.checkpoints)
+def _version(known: Task, offered: Task, *, restore: bool) -> _Decision:
+    """Return the next version: name, tags and note stay; code, vectors and measurements belong to the old adapter."""
+    met = _met(known.checkpoints, offered.checkpoints, restore=restore)
+    new = _unknown(offered.checkpoints, known.checkpoints)
     task = replace(
         known,
+        version=known.version + 1,
+        base_model=offered.base_model,
+        label=offered.label,
+        final=offered.final,
+        checkpoints=_by_step((*met.values(), *new)),
+        samples=offered.samples or known.samples,
+        eval_data=offered.eval_data or known.eval_data,
+        vectors=(),
+        code=None,
+        measured=(),
+    )
+    return task, _outcome(task, "version", 1 + len(new), offered, known.checkpoints, met)
+
+
+def _updated(
+    known: Task, offered: Task, *, restore: bool, base_model: str | None = None, label: str | None = None
+) -> _Decision:
+    # The final adapter is recognised by its bytes alone: it may have come from a checkpoint's folder.
+    final = _revised(known.final, offered.final, restore=restore)
+    met = _met(known.checkpoints, offered.checkpoints, restore=restore)
+    checkpoints = tuple(met.get(_key(one), one) for one in known.checkpoints)
+    new = _unknown(offered.checkpoints, known.adapters)
+    samples = offered.samples or known.samples
+    task = replace(
+        known,
+        base_model=base_model or known.base_model,
+        label=known.label if base_model is None else label,
         final=final,
-        checkpoints=tuple(sorted((*checkpoints, *new), key=lambda one: -1 if one.step is None else one.step)),
-        samples=offer.samples or known.samples,
-        eval_data=offer.eval_data or known.eval_data,
+        checkpoints=_by_step((*checkpoints, *new)) if new else checkpoints,
+        samples=samples,
+        eval_data=offered.eval_data or known.eval_data,
+        vectors=known.vectors if samples == known.samples else (),  # they are made from the samples
     )
-    if task.samples != known.samples:  # vectors are made from the samples
-        task = replace(task, vectors=())
-    met = [one for one in known.checkpoints if _key(one) in offered]
-    evicted = sum(one.is_evicted for one in (known.final, *met))
-    restored = evicted - sum(one.is_evicted for one in (final, *(one for one in checkpoints if _key(one) in offered)))
-    outcome = Outcome(
-        known.name,
-        "updated" if is_changed or task != known else "known",
-        len(new),
-        len(offer.adapters) - len(new),
-        known.base_model,
-        known.version,
-        evicted - restored,
-        restored,
-    )
-    return (task if outcome.status == "updated" else None), outcome
+    if task == known:
+        task = known
+    status: Status = "known" if task is known else "updated"
+    return task, _outcome(task, status, len(new), offered, known.adapters, {**met, _key(known.final): final})
 
 
-def _revised(known: Adapter, offered: Adapter, is_back: bool) -> Adapter:
-    """Return a known adapter with what is learned of it now: it is back, has its initial weights, or further files."""
-    files = {extra.file for extra in known.extras}
-    extras: tuple[Extra, ...] = (
-        *known.extras,
-        *(extra for extra in offered.extras if extra.file is not None and extra.file not in files),
-    )
-    if is_back:
-        if known.was_never_here:  # until now all that was known of it is what the bundle says
-            return replace(offered, created_at=known.created_at)
-        return replace(offered, created_at=known.created_at, source=known.source, card=known.card, extras=extras)
-    if known.initial is None and offered.initial is not None and not known.is_evicted:
-        shared = {name: getattr(offered, name) for name in Adapter.SHARED}
-        return replace(known, initial=offered.initial, tensors_key=offered.tensors_key, extras=extras, **shared)
+def _outcome(
+    task: Task,
+    status: Status,
+    new: int,
+    offered: Task,
+    before: Sequence[Adapter],
+    after: Mapping[_Key, Adapter],
+) -> Outcome:
+    """Return the outcome for a known task; `before` and `after` are the adapters that were offered again."""
+    evicted = [_key(one) for one in before if one.is_evicted and _key(one) in after]
+    left = sum(after[key].is_evicted for key in evicted)
+    known = len(offered.adapters) - new
+    return Outcome(task.name, status, new, known, task.base_model, task.version, left, len(evicted) - left)
+
+
+def _met(known: Sequence[Adapter], offered: Sequence[Adapter], *, restore: bool) -> dict[_Key, Adapter]:
+    """Return the known adapters that are offered again, as they will be."""
+    again = {_key(one): one for one in offered}
+    return {_key(one): _revised(one, again[_key(one)], restore=restore) for one in known if _key(one) in again}
+
+
+def _revised(known: Adapter, offered: Adapter, *, restore: bool) -> Adapter:
+    """Return a known adapter with its weights, if they come back, and what it lacked: initial weights, extras."""
+    if known.was_never_here:  # a bundle described it
+        return replace(offered, created_at=known.created_at)
+    extras = _extras(known.extras, offered.extras)
+    is_back = known.is_evicted and restore
+    if is_back or (not known.is_evicted and known.initial is None and offered.initial is not None):
+        shared: dict[str, Any] = {name: getattr(offered, name) for name in Adapter.SHARED}
+        learned = replace(known, initial=offered.initial, tensors_key=offered.tensors_key, evicted_at=None)
+        return replace(learned, extras=extras, **shared)
     return replace(known, extras=extras)
 
 
-def _unknown(offered: Iterable[Adapter], known: Iterable[Adapter]) -> tuple[Adapter, ...]:
-    """Return the adapters that are not among those known, each once, by step."""
-    seen = {_key(one) for one in known}
-    new = {_key(one): one for one in offered if _key(one) not in seen}
-    return tuple(sorted(new.values(), key=lambda one: -1 if one.step is None else one.step))
+def _extras(known: Sequence[Extra], offered: Sequence[Extra]) -> tuple[Extra, ...]:
+    """Return the offered extras, which include the known ones that the store still has, and the other known files."""
+    files = {extra.file for extra in offered}
+    return (*offered, *(extra for extra in known if extra.file not in files))
 
 
-def _key(adapter: Adapter) -> tuple[str, str, int | None]:
+_Key = tuple[str, str, int | None]
+"""Distinguishes the checkpoints of a task: weights, configuration, step."""
+
+
+def _key(adapter: Adapter) -> _Key:
     return adapter.weights, adapter.config, adapter.step
+
+
+def _unknown(offered: Iterable[Adapter], known: Iterable[Adapter]) -> tuple[Adapter, ...]:
+    """Return the offered adapters that are not among those known, each once, by step."""
+    seen = {_key(one) for one in known}
+    return _by_step({_key(one): one for one in offered if _key(one) not in seen}.values())
+
+
+def _by_step(adapters: Iterable[Adapter]) -> tuple[Adapter, ...]:
+    return tuple(sorted(adapters, key=lambda one: -1 if one.step is None else one.step))
 
 
 def _check_weights(store: Store, task: Task, withheld: Collection[str]) -> None:

@@ -53,7 +53,7 @@ from icmlora.io.files import open_regular, read_exactly, read_regular
 from registry.names import natural_key, task_name_problem
 
 if TYPE_CHECKING:
-    from registry.tables.origins import Origins
+    from icmlora.fleet.ingest.known_tasks import KnownTasks
 
 _NOTES = (*SAMPLES_NAMES, *EVAL_NAMES, STATE_NAME)
 _BLOCK = 1 << 20
@@ -243,7 +243,7 @@ def name_tasks(
     tasks: Sequence[FoundTask],
     *,
     name: str | None = None,
-    known: Origins | None = None,
+    known: KnownTasks | None = None,
     pattern: NameTemplate | None = None,
     same_name_is_same_task: bool = False,
 ) -> tuple[FoundTask, ...]:

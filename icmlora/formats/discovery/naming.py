@@ -1,9 +1,9 @@
-"""Give every task that was found a name, so that the same folder gets the same name in every run.
+"""Name every task that was found, so that the same folder gets the same name in every run.
 
 1. A task that the store has keeps its name. It is recognised by its folder, or else by its bytes.
 2. Any other task is named after its folder, if no other folder and no task of the store has that name.
 3. Otherwise the name of the folder above is put in front, and so on upward, until the name is free.
-4. Where that tells nothing, because two lie in one folder (`dog` and `Dog`), the second gets a number: `dog-2`.
+4. If that is the same folder for two tasks (`dog` and `Dog`), the second gets a number: `dog-2`.
 """
 
 from __future__ import annotations
@@ -29,19 +29,20 @@ from icmlora.formats.discovery.task_names import (
 )
 from icmlora.formats.peft.config import MAX_CONFIG_BYTES
 from icmlora.io.files import hash_open, open_regular, read_regular
-from registry.names import escape, source_label
+from registry.names import escape, folder_of, source_label
 
 if TYPE_CHECKING:
+    from icmlora.fleet.ingest.known_tasks import KnownTasks
     from icmlora.formats.discovery.discovery import FoundTask
-    from registry.records import TaskOrigin
-    from registry.tables.origins import Origins
+    from registry.manifests import Task
+    from registry.tables import TaskRow
 
 _NUMBER = re.compile(r"-\d{1,9}$", re.ASCII)
 
 
 def choose_names(
     tasks: Sequence[FoundTask],
-    known: Origins | None = None,
+    known: KnownTasks | None = None,
     *,
     pattern: NameTemplate | None = None,
     same_name_is_same_task: bool = False,
@@ -52,7 +53,7 @@ def choose_names(
         tasks: The tasks that were found.
         known: The tasks of the store; None if there is no store.
         pattern: Makes the names instead of the rule; tasks that the store has keep theirs.
-        same_name_is_same_task: A task of the store that has the same name is the same task, wherever it came from.
+        same_name_is_same_task: A task of the store with the same name is the same task, from any folder.
     """
     own = [name_chain(task.folder, task.part) for task in tasks]
     chains = [*own] if pattern is None else list(map(pattern.chain, tasks))
@@ -65,7 +66,7 @@ def choose_names(
         first = chains[index][0].lower()
         if index in names or first in crowded or first not in by_name:
             continue
-        home = _home_of(by_name[first].sources[0])
+        home = _home_of(by_name[first].source)
         if same_name_is_same_task and first not in {name.lower() for name in names.values()}:
             names[index] = chains[index][0]
         elif home == tasks[index].folder:
@@ -92,12 +93,14 @@ def choose_names(
     return [names[index] for index in range(len(tasks))]
 
 
-def _named(known: Origins | None, names: Iterable[str]) -> Mapping[str, TaskOrigin]:
+def _named(known: KnownTasks | None, names: Iterable[str]) -> Mapping[str, TaskRow]:
     return {} if known is None else known.named(names)
 
 
-def _number(tasks: Sequence[FoundTask], chains: list[list[str]], names: dict[int, str], known: Origins | None) -> None:
-    """Number new tasks of one folder whose names differ in nothing but case, or in characters that no name has."""
+def _number(
+    tasks: Sequence[FoundTask], chains: list[list[str]], names: dict[int, str], known: KnownTasks | None
+) -> None:
+    """Number new tasks of one folder whose names differ only in case, or in characters that no name has."""
     alike: defaultdict[tuple[Path, str, str], list[int]] = defaultdict(list)
     for index, chain in enumerate(chains):
         if index not in names:
@@ -105,9 +108,9 @@ def _number(tasks: Sequence[FoundTask], chains: list[list[str]], names: dict[int
     by_name = _named(known, (first for *_, first in alike))
     counts: defaultdict[str, int] = defaultdict(int)
     for (*place, first), some in alike.items():
-        # The one that is called so keeps the name.
+        # A folder of exactly this name keeps it.
         some.sort(key=lambda index: (tasks[index].folder.name != chains[index][0], tasks[index].folder))
-        home = _home_of(by_name[first].sources[0]) if first in by_name else None
+        home = _home_of(by_name[first].source) if first in by_name else None
         if home is None or [*_place(home)] != place or home == tasks[some[0]].folder:
             del some[0]
         counts[first] = max(counts[first], len(some))
@@ -118,8 +121,8 @@ def _number(tasks: Sequence[FoundTask], chains: list[list[str]], names: dict[int
             chains[index] = chain_of(chains[index][0] + end, names_above(folder)[1:], folder)
 
 
-def _free_ends(counts: Mapping[str, int], known: Origins | None) -> dict[str, list[str]]:
-    """Return for each name at least so many of the ends `-2`, `-3` ... with which no task of the store has it."""
+def _free_ends(counts: Mapping[str, int], known: KnownTasks | None) -> dict[str, list[str]]:
+    """Return for each name at least `counts` of the endings `-2`, `-3` ... that no task of the store has."""
     free: dict[str, list[str]] = {name: [] for name in counts}
     start = 2
     while short := [name for name, count in counts.items() if len(free[name]) < count]:
@@ -132,13 +135,13 @@ def _free_ends(counts: Mapping[str, int], known: Origins | None) -> dict[str, li
 
 
 def _place(folder: Path) -> tuple[Path, str]:
-    """Return what is equal for folders that lie together and whose names come out alike."""
+    """Return a key that is equal for folders in one folder whose names become the same task name."""
     return folder.parent, plain_name(folder.name).lower()
 
 
-def _crowded(chains: Sequence[Sequence[str]], names: dict[int, str], known: Origins | None) -> set[str]:
-    """Return the short names that several folders have: they are given to none of them."""
-    # A task that the user named does not count.
+def _crowded(chains: Sequence[Sequence[str]], names: dict[int, str], known: KnownTasks | None) -> set[str]:
+    """Return the short names that several folders have: no task gets one of them."""
+    # A task with a name from the user does not count.
     counted = [
         chain[0].lower()
         for index, chain in enumerate(chains)
@@ -150,10 +153,11 @@ def _crowded(chains: Sequence[Sequence[str]], names: dict[int, str], known: Orig
         return crowded
     present = {name.lower() for name in names.values()}
     # A task of the store counts too, if its folder has the short name, and only the task a longer one.
-    for name, place in known.ending_with(free):
-        if name.lower() not in present:
-            first, *others = (item.lower() for item in name_chain(_home_of(place)))
-            if first in free and name.lower() in others and name.lower().endswith(f"-{first}"):
+    for row in known.ending_with(free):
+        name = row.name.lower()
+        if name not in present:
+            first, *others = map(str.lower, name_chain(_home_of(row.source)))
+            if first in free and name in others and name.endswith(f"-{first}"):
                 crowded.add(first)
     return crowded
 
@@ -175,7 +179,7 @@ class _Recognised:
         tasks: Sequence[FoundTask],
         chains: Sequence[Sequence[str]],
         own: Sequence[Sequence[str]],
-        known: Origins,
+        known: KnownTasks,
     ) -> None:
         self._tasks, self._known = tasks, known
         # The names under which the store may have the task, the most likely first.
@@ -186,52 +190,72 @@ class _Recognised:
         self._names: dict[int, str] = {}
 
     def names(self) -> dict[int, str]:
-        """Return the names of those that were recognised, by their number."""
-        from_places = self._known.from_places(source_label(place) for task in self._tasks for place in task.places)
-        self._claim(lambda index: self._of_its_place(index, from_places))
+        """Return the names of the tasks that were recognised, by their number."""
+        folders = self._known.in_folders(folder for task in self._tasks for folder in _folders_of(task))
+        self._claim(lambda index: self._of_its_folder(index, folders))
         left = (name for index, names in enumerate(self._possible) if index not in self._names for name in names)
         by_name = self._known.named(left)
         self._claim(lambda index: self._of_its_name(index, by_name))
         return self._names
 
-    def _claim(self, candidates: Callable[[int], Iterator[TaskOrigin]]) -> None:
-        """Let each that has no name yet have that of the first of its candidates that no other one has."""
+    def _claim(self, candidates: Callable[[int], Iterator[str]]) -> None:
+        """Name each task that has no name yet after the first of its candidates that no other one has."""
         claimed = set(self._names.values())
         for index in range(len(self._tasks)):
             if index not in self._names:
-                origin = next((item for item in candidates(index) if item.name not in claimed), None)
-                if origin is not None:
-                    self._names[index] = origin.name
-                    claimed.add(origin.name)
+                name = next((item for item in candidates(index) if item not in claimed), None)
+                if name is not None:
+                    self._names[index] = name
+                    claimed.add(name)
 
-    def _of_its_place(self, index: int, from_places: Mapping[str, Sequence[TaskOrigin]]) -> Iterator[TaskOrigin]:
-        """Yield the tasks that came from the same place: under a name of the folder, or with the same bytes."""
-        final, *others = map(source_label, self._tasks[index].places)
-        met = {origin.name: origin for source in (final, *others) for origin in from_places.get(source, ())}
-        for origin in sorted(met.values(), key=lambda item: item.sources[0] != final):
-            name = origin.name.lower()
+    def _of_its_folder(self, index: int, by_folder: Mapping[str, Sequence[TaskRow]]) -> Iterator[str]:
+        """Yield the tasks with an adapter from the same place, and either a name of the folder or the same bytes."""
+        task = self._tasks[index]
+        final, places = source_label(task.final.place), _places_of(task)
+        rows = {row.name: row for folder in _folders_of(task) for row in by_folder.get(folder, ())}
+        for row in sorted(rows.values(), key=lambda row: row.source != final):
+            name = row.name.lower()
             is_possible = name in self._possible[index] or _NUMBER.sub("", name) in self._possible[index]
-            if is_possible or _has_bytes_of(self._tasks[index], origin):
-                yield origin
+            if is_possible and row.source in places:
+                yield row.name
+                continue
+            known = self._known.task(row)
+            if known is not None and places & _sources(known) and (is_possible or _has_bytes_of(task, known)):
+                yield row.name
 
-    def _of_its_name(self, index: int, by_name: Mapping[str, TaskOrigin]) -> Iterator[TaskOrigin]:
-        """Yield the tasks that came from a place of another path, which is the same folder after a move."""
-        for name in self._possible[index]:
-            origin = by_name.get(name)
-            if origin is not None and _has_bytes_of(self._tasks[index], origin):
-                yield origin
+    def _of_its_name(self, index: int, by_name: Mapping[str, TaskRow]) -> Iterator[str]:
+        """Yield the tasks of a possible name with the same bytes, whose folder was moved, or with a same checkpoint."""
+        task = self._tasks[index]
+        for row in (by_name[name] for name in self._possible[index] if name in by_name):
+            known = self._known.task(row)
+            if known is not None and (_has_bytes_of(task, known) or _places_of(task) & _sources(known)):
+                yield row.name
 
 
-def _has_bytes_of(task: FoundTask, origin: TaskOrigin) -> bool:
+def _places_of(task: FoundTask) -> set[str]:
+    return set(map(source_label, task.places))
+
+
+def _folders_of(task: FoundTask) -> set[str]:
+    """Return the folders in which the store may have a task with one of these adapters."""
+    places = _places_of(task)
+    runs = (source_label(run_folder(place)[0]) for place in task.places)
+    return {*places, *map(folder_of, places), *runs}
+
+
+def _sources(known: Task) -> set[str]:
+    return {adapter.source for adapter in known.adapters}
+
+
+def _has_bytes_of(task: FoundTask, known: Task) -> bool:
     weights, config = task.files
     try:
-        if (
-            config is not None
-            and hashlib.sha256(read_regular(config, max_bytes=MAX_CONFIG_BYTES)).hexdigest() != origin.config
-        ):
-            return False
+        if config is not None:
+            data = read_regular(config, max_bytes=MAX_CONFIG_BYTES)
+            if hashlib.sha256(data).hexdigest() != known.final.config:
+                return False
         with open_regular(weights, max_bytes=2**62) as (descriptor, size):
-            return size == origin.weights_size and hash_open(descriptor, size) == origin.weights
+            return size == known.final.weights.size and hash_open(descriptor, size) == known.final.weights
     except AdapterRefused:
         return False
 
@@ -242,14 +266,14 @@ _MAX_PATTERN = 200
 
 @dataclass(frozen=True)
 class NameTemplate:
-    """How the user wants tasks to be named, such as `{parent}-{name}`.
+    """A pattern for the names of tasks, such as `{parent}-{name}`.
 
     {name}          the folder that the task is named after
     {parent}        the folder above it; {grandparent} the one above that
     {path}          all folders from the one given down to it, joined with "-"
     {name#run-}     without "run-" in front; {name%-lora} without "-lora" at the end
 
-    Folders whose name says nothing (`lora`, `adapter`, `final` ...) are passed over.
+    Folders with a generic name (`lora`, `adapter`, `final` ...) are skipped.
     """
 
     text: str
