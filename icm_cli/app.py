@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 # Help panels and their commands, in display order.
 PANELS = {
     "Ingest, encode and materialize": ("ingest", "vectors", "train", "encode", "eval", "materialize", "base"),
-    "List, show and edit tasks": ("ls", "show", "edit", "stats", "map", "duplicates", "report"),
+    "List, show and edit tasks": ("ls", "show", "log", "edit", "stats", "map", "duplicates", "report"),
     "Create and convert adapters": ("generate", "context", "recognize", "merge", "convert"),
     "Export and serve": ("export", "import", "serve"),
     "Shared stores": ("init", "copy"),

@@ -36,6 +36,7 @@ from icmlora.fleet.tasks.doctor import examine
 from icmlora.fleet.tasks.duplicates import find_duplicates
 from icmlora.fleet.tasks.generators import list_generators, rollback
 from icmlora.fleet.tasks.init import init
+from icmlora.fleet.tasks.log import list_versions
 from icmlora.fleet.tasks.tasks import (
     edit_tasks,
     list_names,
@@ -112,6 +113,7 @@ class Fleet(Context):
     tasks = list_tasks
     task_names = list_names
     show = show_task
+    versions = list_versions
     module_errors = module_errors
     edit = edit_tasks
     tags = list_tags

@@ -1,0 +1,27 @@
+"""List the versions of a task. Never imports torch or numpy."""
+
+from __future__ import annotations
+
+from icmlora.fleet.context import Context, use_case
+from registry.manifests import File, Task
+
+
+@use_case
+def list_versions(context: Context, task: str) -> list[Task]:
+    """Return the versions of a task, oldest first; the last one has the aliases.
+
+    Args:
+        context: The store.
+        task: The task.
+    """
+    with context.open(read_only=True) as store:
+        return store.history(task)
+
+
+def stored_files(task: Task) -> frozenset[File]:
+    """Return the files of a version that are in the store, without the generator of its code."""
+    files: list[File | None] = [task.samples, task.eval_data, *(vector.blob for vector in task.vectors)]
+    for adapter in task.adapters:
+        files += [adapter.config, adapter.card, *(extra.blob for extra in adapter.extras)]
+        files += [] if adapter.is_evicted else adapter.evictable
+    return frozenset(file for file in [*files, None if task.code is None else task.code.blob] if file is not None)
