@@ -37,7 +37,7 @@ class UnreadableValue(DamagedStore):
 
 
 class Digest(TypeDecorator[str]):
-    """A SHA-256 as 32 bytes."""
+    """Hexadecimal digits, of a SHA-256 or of a part of one, as bytes."""
 
     impl = LargeBinary
     cache_ok = True
@@ -48,12 +48,11 @@ class Digest(TypeDecorator[str]):
 
     def process_result_value(self, value: bytes | None, dialect: Dialect) -> str | None:
         """Return the value (SQLAlchemy's hook)."""
-        if value is not None and (not isinstance(value, bytes) or len(value) != _DIGEST_BYTES):
+        if not isinstance(value, bytes | None):
             raise UnreadableValue(f"not a digest: {str(value)[:80]!r}")
         return None if value is None else value.hex()
 
 
-_DIGEST_BYTES = 32
 # Ordered by code points in both databases.
 _KEY = Text().with_variant(Text(collation="C"), "postgresql")
 _NUMBER = BigInteger().with_variant(Integer(), "sqlite")
