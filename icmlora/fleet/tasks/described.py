@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 import sqlite3
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,12 +17,12 @@ from registry.errors import DamagedStore
 from registry.filters import Selection
 
 if TYPE_CHECKING:
-    from registry.records import TaskSummary
+    from registry.manifests import Task
     from registry.store import Store
 
-_LEAST = 0.01  # of the best score: words such as "the" are in most cards, and say little
-_MOST_CARD = 16_384  # characters of a card that are read
-# What a word in each column is worth. Cards say much that all tasks share.
+_MIN_SHARE = 0.01  # of the best score: words such as "the" are in most cards
+_MAX_CARD = 16_384  # characters of a card that are read
+# The weight of a word in each column. Cards share much of their text.
 _WEIGHTS = {"name": 8.0, "note": 6.0, "tags": 6.0, "card": 1.0}
 # Words with the same stem are the same; without accents.
 _TOKENS = "porter unicode61 remove_diacritics 2"
@@ -63,36 +62,37 @@ def find_described(
         found = sqlite3.connect(":memory:")
         try:
             found.execute(f"CREATE VIRTUAL TABLE tasks USING fts5({', '.join(_WEIGHTS)}, tokenize='{_TOKENS}')")
-            found.executemany("INSERT INTO tasks VALUES (?, ?, ?, ?)", _documents(store, selection))
-            telling = [word for word in words if _tells(found, word)]
+            found.executemany(
+                "INSERT INTO tasks VALUES (?, ?, ?, ?)",
+                (
+                    (task.name, task.note or "", " ".join(task.tags), _card(store, task))
+                    for task in store.tasks(selection)
+                ),
+            )
+            asked = [word for word in words if _distinguishes(found, word)]
             rank = f"bm25(tasks, {', '.join(map(str, _WEIGHTS.values()))})"
             query = f"SELECT name, {rank} FROM tasks WHERE tasks MATCH ? ORDER BY 2, 1 LIMIT ?"  # noqa: S608
-            asked = " OR ".join(f'"{word}"' for word in telling)
-            rows = found.execute(query, (asked, limit)).fetchall() if telling else []
+            match = " OR ".join(f'"{word}"' for word in asked)
+            rows = found.execute(query, (match, limit)).fetchall() if asked else []
         finally:
             found.close()
-    least = _LEAST * max((-score for _, score in rows), default=0.0)
+    least = _MIN_SHARE * max((-score for _, score in rows), default=0.0)
     return [DescribedTask(name, -score) for name, score in rows if -score > least]
 
 
-def _tells(found: sqlite3.Connection, word: str) -> bool:
-    """Say whether some tasks have a word and others have not, or the only task has it."""
+def _distinguishes(found: sqlite3.Connection, word: str) -> bool:
+    """Return whether some tasks have a word and others do not, or the only task has it."""
     (every,) = found.execute("SELECT count(*) FROM tasks").fetchone()
     (having,) = found.execute("SELECT count(*) FROM tasks WHERE tasks MATCH ?", (f'"{word}"',)).fetchone()
     return bool(0 < having < every or having == every == 1)
 
 
-def _documents(store: Store, selection: Selection) -> Iterator[tuple[str, str, str, str]]:
-    for row in store.tasks.summaries(selection):
-        yield row.task.name, row.task.note or "", " ".join(row.task.tags), _card(store, row)
-
-
-def _card(store: Store, row: TaskSummary) -> str:
-    """Return what people wrote into a card: not its front matter, and not the comments of a template."""
-    if row.final.card is None:
+def _card(store: Store, task: Task) -> str:
+    """Return the text that people wrote into a card, without front matter and the comments of a template."""
+    if task.final.card is None:
         return ""
     try:
-        text = store.blobs.read(row.final.card)[:_MOST_CARD].decode("utf-8", "replace")
-    except DamagedStore:  # the other columns tell
+        text = store.blobs.read(task.final.card)[:_MAX_CARD].decode("utf-8", "replace")
+    except DamagedStore:  # the other columns are searched
         return ""
     return _COMMENT.sub("", _FRONT.sub("", text))

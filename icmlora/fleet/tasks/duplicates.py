@@ -11,7 +11,7 @@ is changed.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -32,9 +32,11 @@ from icmlora.fleet.resources.stored_vectors import LeftOut
 from icmlora.formats.tensor_hash import plain_config, tensors_digest
 from icmlora.io.second_process import in_two_processes
 from icmlora.io.threads import side_by_side
+from registry.filters import Selection
 
 if TYPE_CHECKING:
-    from registry.records import AdapterRecord, TaskSummary
+    from registry.manifests import Adapter as StoredAdapter
+    from registry.manifests import Task
     from registry.store import Store
 
 MAX_DISTANCE = 0.1
@@ -102,52 +104,42 @@ def find_duplicates(
         raise DataError(fact, hint="use less than 0.01 for rounded copies; unrelated adapters are at about 1")
     report = DuplicatesReport(max_distance)
     with context.open(read_only=True) as store:
-        wanted = {store.tasks.get(name).name for name in tasks}
-        every = sorted(store.tasks.summaries(), key=lambda row: (row.task.created_at, row.task.id))
-        by_base = _by_base(every, base_name(store, base_model), wanted)
-        steps = _Steps(context, sum(map(len, by_base.values())))
-        for rows in by_base.values():
-            report.groups += _Comparison(store, rows, report, steps).groups(wanted)
+        wanted, counts = {task.name: task.base_model for task in map(store.task, tasks)}, store.task_counts()
+        base_model = base_name(store, base_model)
+        check_base_model(base_model, counts)
+        chosen = sorted(base for base in set(wanted.values()) or counts if base_model in (None, base))
+        steps = _Steps(context, sum(counts[base] for base in chosen))
+        for base in chosen:
+            found = sorted(store.tasks(Selection(base_model=base)), key=lambda task: (task.created_at, task.name))
+            if found:
+                report.groups += _Comparison(store, found, report, steps).groups(wanted)
         if base_model is None:
-            pairs = _across_bases(store, every)
-            report.other_bases = [pair for pair in pairs if not wanted or not wanted.isdisjoint((pair.task, pair.like))]
+            pairs = _across_bases(store)
+            report.other_bases = [pair for pair in pairs if not wanted or {pair.task, pair.like} & wanted.keys()]
     report.groups.sort(key=lambda group: (-len(group.tasks), group.base_model, group.tasks))
     return report
 
 
-def _by_base(
-    every: Iterable[TaskSummary], base_model: str | None, wanted: Collection[str]
-) -> dict[str, list[TaskSummary]]:
-    """Return the tasks of each base model that is asked for, in the order given."""
-    found: defaultdict[str, list[TaskSummary]] = defaultdict(list)
-    for row in every:
-        found[row.task.base_model].append(row)
-    check_base_model(base_model, found)
-    return {
-        base: rows
-        for base, rows in sorted(found.items())
-        if base_model in (None, base) and (not wanted or any(row.task.name in wanted for row in rows))
-    }
-
-
-def _across_bases(store: Store, rows: Sequence[TaskSummary]) -> Iterator[DuplicatePair]:
+def _across_bases(store: Store) -> Iterator[DuplicatePair]:
     """Yield the tasks with the tensors of an older one of another base model; few files have to be read for that."""
-    by_key: defaultdict[str | None, list[TaskSummary]] = defaultdict(list)
-    for row in rows:
-        by_key[row.final.tensors_key].append(row)
-    for key, some in by_key.items():
-        if key is None or len({row.task.base_model for row in some}) == 1:
+    by_key: defaultdict[str | None, dict[str, str]] = defaultdict(dict)
+    for row in store.rows():
+        by_key[row.tensors_key][row.name] = row.base
+    for key, base_of in by_key.items():
+        if key is None or len(set(base_of.values())) == 1:
             continue
-        oldest: dict[str, TaskSummary] = {}
+        oldest: dict[str, Task] = {}
         seen: set[tuple[str, str]] = set()
-        for row in (row for row in some if not row.final.is_evicted):
-            config = plain_config(store.blobs.read(row.final.config))
-            identity = f"{tensors_digest(store.blobs.read(row.final.weights))} {config}"
-            first = oldest.setdefault(identity, row)
+        for task in sorted(store.named([*base_of]), key=lambda task: (task.created_at, task.name)):
+            if task.final.is_evicted:
+                continue
+            config = plain_config(store.blobs.read(task.final.config))
+            identity = f"{tensors_digest(store.blobs.read(task.final.weights))} {config}"
+            first = oldest.setdefault(identity, task)
             # The others of its base model are in a group with the first of it.
-            if (identity, row.task.base_model) not in seen and first is not row:
-                yield DuplicatePair(row.task.name, first.task.name, True, 0.0)
-            seen.add((identity, row.task.base_model))
+            if (identity, task.base_model) not in seen and first is not task:
+                yield DuplicatePair(task.name, first.name, True, 0.0)
+            seen.add((identity, task.base_model))
 
 
 class _Steps:
@@ -167,15 +159,14 @@ class _Steps:
 class _Comparison:
     """Compares the tasks of one base model, oldest first."""
 
-    def __init__(self, store: Store, rows: Sequence[TaskSummary], report: DuplicatesReport, steps: _Steps) -> None:
-        self._store, self._rows, self._report, self._steps = store, rows, report, steps
-        self._generator = store.generators.current(rows[0].task.base_model)
+    def __init__(self, store: Store, tasks: Sequence[Task], report: DuplicatesReport, steps: _Steps) -> None:
+        self._store, self._tasks, self._report, self._steps = store, tasks, report, steps
         self._opened = OpenedGenerator()
         self._adapter = lru_cache(_IN_MEMORY)(lambda place: self._maker(place)())
-        self._keys = Counter(row.final.tensors_key for row in rows)
+        self._keys = Counter(task.final.tensors_key for task in tasks)
         self._oldest: dict[str, int] = {}  # files, or tensors and what they mean -> place of the oldest such task
-        self._same = list(range(len(rows)))  # place of the oldest task with the same tensors
-        self._group = list(range(len(rows)))  # a place nearer to the one that names the group
+        self._same = list(range(len(tasks)))  # place of the oldest task with the same tensors
+        self._group = list(range(len(tasks)))  # a place nearer to the one that names the group
         self._links: defaultdict[int, dict[int, float]] = defaultdict(dict)  # place -> place -> distance
 
     def groups(self, wanted: Collection[str]) -> list[DuplicateGroup]:
@@ -187,29 +178,29 @@ class _Comparison:
 
     def _read_all(self) -> tuple[list[int], npt.NDArray[np.float32], npt.NDArray[np.float64]]:
         """Read every adapter once; return the places of those with a dW of their own, their sketches and norms."""
-        first = [place for place, row in enumerate(self._rows) if self._is_first(place, _files(row.final))]
-        self._report.compared += len(self._rows)
-        coded, tensors_only = self._report.from_codes, self._report.tensors_only
-        tensors_only += [row.task.name for row in self._rows if row.final.original_only is not None]
-        evicted = [self._rows[place].final for place in first if self._rows[place].final.is_evicted]
-        coded += [final.task for final in evicted if final.original_only is None]
-        self._steps.more(len(first) - len(self._rows))
+        tasks, report = self._tasks, self._report
+        first = [place for place, task in enumerate(tasks) if self._is_first(place, _files(task.final))]
+        report.compared += len(tasks)
+        report.tensors_only += [task.name for task in tasks if task.final.original_only is not None]
+        evicted = [tasks[place] for place in first if tasks[place].final.is_evicted]
+        report.from_codes += [task.name for task in evicted if task.final.original_only is None]
+        self._steps.more(len(first) - len(tasks))
         places, norms = list[int](), list[float]()
         sketches = np.empty((len(first), SKETCH_SIZE), np.float32)
         for place, read in zip(first, self._each(first), strict=True):
             if read.error is not None:
-                self._report.left_out.append(LeftOut(self._rows[place].task.name, read.error))
-                self._report.compared -= 1
+                report.left_out.append(LeftOut(tasks[place].name, read.error))
+                report.compared -= 1
             elif (read.identity is None or self._is_first(place, read.identity)) and read.norm > 0.0:
                 sketches[len(places)] = read.sketch
                 places.append(place)
                 norms.append(read.norm)
-            self._steps.step(self._rows[place].task.name)
+            self._steps.step(tasks[place].name)
         return places, sketches[: len(places)], np.array(norms)
 
     def _each(self, places: Sequence[int]) -> Iterator[_Read]:
         """Read adapters; as many are in memory as there are processor cores."""
-        are_small = sum(self._rows[place].final.weights_bytes for place in places) < _SMALL * len(places)
+        are_small = sum(self._tasks[place].final.weights.size for place in places) < _SMALL * len(places)
         if are_small and not self._store.blobs.is_remote:
             parts = [places[at : at + _TOGETHER] for at in range(0, len(places), _TOGETHER)]
             yield from in_two_processes(lambda part: map(self._read, part), parts)
@@ -219,7 +210,7 @@ class _Comparison:
 
     def _connect_near(self, places: Sequence[int], pairs: Sequence[tuple[int, int]], wanted: Collection[str]) -> None:
         """Compute the distances of pairs that may be near, and connect those within the limit."""
-        chosen = {same for same, row in zip(self._same, self._rows, strict=True) if row.task.name in wanted}
+        chosen = {same for same, task in zip(self._same, self._tasks, strict=True) if task.name in wanted}
         candidates = [(places[older], places[newer]) for older, newer in pairs]
         candidates = [pair for pair in candidates if not wanted or not chosen.isdisjoint(pair)]
         self._steps.more(len(candidates))
@@ -229,12 +220,12 @@ class _Comparison:
                 found = self._distance(older, newer)
                 if found <= self._report.max_distance:
                     self._connect(older, newer, found)
-            self._steps.step(self._rows[newer].task.name)
+            self._steps.step(self._tasks[newer].name)
 
     def _read(self, place: int) -> _Read:
         """Read an adapter and make its sketch."""
-        final = self._rows[place].final
-        # Tensors that no other adapter can have need not be hashed; older rows do not say.
+        final = self._tasks[place].final
+        # Tensors that no other adapter can have need not be hashed. A file without a key may have any.
         is_unique = final.tensors_key is not None and self._keys[final.tensors_key] + self._keys[None] == 1
         try:
             adapter = None if final.original_only is not None else self._maker(place)()
@@ -246,7 +237,7 @@ class _Comparison:
         except FAILURES as error:
             return _Read(error=as_error(error).message)
 
-    def _identity(self, final: AdapterRecord, adapter: Adapter | None) -> str:
+    def _identity(self, final: StoredAdapter, adapter: Adapter | None) -> str:
         # The scale, wherever the file says it, is part of B.
         modules = () if adapter is None else adapter.modules
         scales = [f"{module.name} {float(module.b.min())} {float(module.b.max())}" for module in modules]
@@ -257,13 +248,12 @@ class _Comparison:
 
     def _maker(self, place: int) -> Callable[[], Adapter]:
         """Read the files of an adapter, and return what makes it, on any thread."""
-        task, final, code = self._rows[place].task.name, self._rows[place].final, self._rows[place].code
-        if not final.is_evicted:
-            return original_reader(self._store, final)
-        if self._generator is None or code is None:
-            raise DataError(f"{task} is evicted, and has no code under the current generator")
-        generator_file = self._opened.get(self._generator.blob, self._store.blobs.read)
-        return code_reader(self._store.blobs.read, generator_file, code)
+        task, read = self._tasks[place], self._store.blobs.read
+        if not task.final.is_evicted:
+            return original_reader(self._store, task.final)
+        if task.code is None:
+            raise DataError(f"{task.name} is evicted, and has no code")
+        return code_reader(read, self._opened.get(task.code.generator, read), task.code)
 
     def _is_first(self, place: int, identity: str) -> bool:
         """Note what an adapter is; if an older one is the same, put both into a group."""
@@ -292,13 +282,13 @@ class _Comparison:
 
     def _connected(self) -> Iterator[DuplicateGroup]:
         members = defaultdict[int, list[int]](list)
-        for place in range(len(self._rows)):
+        for place in range(len(self._tasks)):
             members[self._root(place)].append(place)
         for root, places in members.items():
             if len(places) > 1:
                 pairs = sorted(self._pairs(root), key=lambda pair: (pair.distance, not pair.same_tensors, pair.task))
-                tasks = tuple(self._rows[place].task.name for place in places)
-                yield DuplicateGroup(self._rows[root].task.base_model, tasks, tuple(pairs))
+                names = tuple(self._tasks[place].name for place in places)
+                yield DuplicateGroup(self._tasks[root].base_model, names, tuple(pairs))
 
     def _pairs(self, root: int) -> Iterator[DuplicatePair]:
         """Yield a pair for each task that is connected to the oldest one."""
@@ -309,13 +299,14 @@ class _Comparison:
                 continue
             reached.add(place)
             ways += [(place, further, more) for further, more in self._links[place].items()]
-            one, other = self._rows[place].final, self._rows[via].final
+            one, other = self._tasks[place], self._tasks[via]
             is_same = self._same[place] == self._same[via]
             if via != root and not is_same:
                 direct = self._distance(self._same[root], place)
                 if direct <= self._report.max_distance:
-                    other, found = self._rows[root].final, direct
-            yield DuplicatePair(one.task, other.task, is_same, found, not is_same and _extras(one) != _extras(other))
+                    other, found = self._tasks[root], direct
+            extras_differ = not is_same and _extras(one.final) != _extras(other.final)
+            yield DuplicatePair(one.name, other.name, is_same, found, extras_differ)
 
 
 @dataclass(frozen=True)
@@ -328,11 +319,11 @@ class _Read:
     error: str | None = None
 
 
-def _files(final: AdapterRecord) -> str:
+def _files(final: StoredAdapter) -> str:
     """Return the same text for adapters whose files are the same."""
     return "\n".join((final.weights, final.config, final.initial or ""))
 
 
-def _extras(final: AdapterRecord) -> set[str]:
+def _extras(final: StoredAdapter) -> set[str]:
     """Return the digests of the tensors next to dW."""
     return {extra.blob for extra in final.extras if extra.file is None}
