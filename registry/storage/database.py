@@ -18,7 +18,7 @@ from uuid import uuid4
 from sqlalchemy import Connection, insert, select, update
 from sqlalchemy.exc import DBAPIError
 
-from registry.errors import DamagedStore, RegistryError, StoreReadOnly, StoreTooNew, StoreTooOld
+from registry.errors import DamagedStore, RegistryError, StoreReadOnly, StoreTooOld
 from registry.files import failpoint
 from registry.tables import FORMAT, META, METADATA, REPAIR_HINT
 
@@ -129,12 +129,6 @@ class Database(ABC):
     def changes(self) -> int:
         """Return how many transactions have written."""
         return self.meta().changes
-
-    def check_number(self, number: int) -> None:
-        """Raise `StoreTooNew` if a database has another format than this program."""
-        if number != FORMAT:
-            fact = f"{self.place} has format {number}, and this icm reads format {FORMAT}"
-            raise StoreTooNew(fact, path=self.place, hint="use the icm version that wrote it, or a newer one")
 
     @contextmanager
     def _errors(self) -> Iterator[None]:

@@ -33,12 +33,13 @@ from registry.errors import (
     StoreLocked,
     StoreNotFound,
     StoreReadOnly,
+    StoreTooNew,
     StoreUnavailable,
 )
 from registry.names import DatabaseUrl
 from registry.storage.database import Database, Meta, make_tables, too_old
 from registry.storage.locks import Patience
-from registry.tables import HISTORY, META, METADATA, REFS, REPAIR_HINT
+from registry.tables import FORMAT, HISTORY, META, METADATA, REFS, REPAIR_HINT
 
 # What they log of a connection that is lost is in the error of the store; it is for whoever asked for logs, and not
 # for the terminal, to which Python writes it where nobody did.
@@ -136,7 +137,10 @@ class PostgresDatabase(Database):
         known = inspect(connection)
         if known.has_table(META.name):
             for number in connection.scalars(select(META.c.format)):
-                self.check_number(number)
+                if number != FORMAT:
+                    fact = f"{self.place} has format {number}, and this icm reads format {FORMAT}"
+                    hint = "use the icm version that wrote it, or a newer one"
+                    raise StoreTooNew(fact, path=self.place, hint=hint)
             return True
         if known.has_table("alembic_version") and known.has_table("task_vectors"):
             raise too_old(self.place)

@@ -143,10 +143,9 @@ class SqliteDatabase(Database):
         (number,) = connection.exec_driver_sql("PRAGMA user_version").one()
         if application == _OLD_APPLICATION_ID:
             raise too_old(self.path.parent)
-        if application != APPLICATION_ID:
+        if (application, number) != (APPLICATION_ID, FORMAT):  # the file FORMAT says that it is of this format
             fact = f"{self.path} is not a database of icm, or its head is damaged"
             raise DamagedStore(fact, path=self.path, hint=REPAIR_HINT)
-        self.check_number(number)
 
     def _translated_cause(self, error: BaseException) -> RegistryError | None:
         if not isinstance(error, sqlite3.Error):

@@ -148,12 +148,14 @@ class DatabasePromises:
 
     def test_a_rebuild_replaces_all_rows_at_its_end(self, database: Database) -> None:
         self._add(database, "old")
-        store = database.meta().store
+        before = database.meta()
         with database.rebuild() as connection:
             connection.execute(insert(REFS), ref("new"))
             connection.execute(insert(HISTORY), {"kind": "task", "key": "new", "version": 1, "manifest": "cd" * 32})
         assert self._names(self.new_database(database)) == ["new"]
-        assert self.new_database(database).meta().store == store
+        after = self.new_database(database).meta()
+        assert after.store == before.store
+        assert after.changes == before.changes + 1
 
     def test_a_rebuild_that_fails_changes_nothing(self, database: Database) -> None:
         self._add(database, "old")

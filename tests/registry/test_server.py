@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from registry.errors import DamagedStore, NotAStore, StoreNotFound, StoreTooOld, StoreUnavailable
+from registry.errors import DamagedStore, NotAStore, StoreNotFound, StoreTooNew, StoreTooOld, StoreUnavailable
 from registry.names import DatabaseUrl
 from registry.storage.blobs.shared import SharedBackend
 from registry.storage.locks import Patience
@@ -120,6 +121,32 @@ def test_lost_tables_are_rebuilt(url: str, tmp_path: Path) -> None:
             store.names()
         assert store.rebuild().tasks == 1
         assert store.blobs.read(store.task("rust").final.weights) == b"weights of rust"
+
+
+@pytest.mark.parametrize("create", [False, True])
+def test_a_store_of_a_newer_icm_is_refused(url: str, tmp_path: Path, create: bool) -> None:
+    made(url, tmp_path / "blobs").close()
+    execute(url, "UPDATE meta SET format = 2")
+    execute(url, "ALTER TABLE meta DROP COLUMN seq")
+    with pytest.raises(StoreTooNew, match="has format 2"):
+        Store.open(url, create=create, blobs=str(tmp_path / "blobs") if create else None)
+
+
+@pytest.mark.parametrize("create", [False, True])
+def test_a_store_that_does_not_know_its_number_is_rebuilt_in_a_folder(url: str, tmp_path: Path, create: bool) -> None:
+    blobs = tmp_path / "blobs"
+    with made(url, blobs) as store:
+        ingest(store, "rust")
+    execute(url, "DELETE FROM meta")
+    with pytest.raises(DamagedStore, match="does not say which store it is") as error:
+        Store.open(url, create=create, blobs=str(blobs) if create else None)
+    assert "copy `blobs` and `manifests` into a new store folder" in str(error.value.hint)
+    Store.open(tmp_path / "folder", create=True).close()
+    for part in ("blobs", "manifests"):
+        shutil.copytree(blobs / part, tmp_path / "folder" / part, dirs_exist_ok=True)
+    with Store.open(tmp_path / "folder") as store:
+        assert store.rebuild().tasks == 1
+        assert list(store.verify(read_data=True)) == []
 
 
 def test_who_writes_is_seen_by_those_who_serve_once_it_is_committed(url: str, tmp_path: Path) -> None:
