@@ -1,19 +1,19 @@
-"""Small bundles, valid and wrong on purpose; their parts are any bytes, since the format does not look into them."""
+"""Small bundles, valid and wrong on purpose; their blobs are any bytes, since the format does not look into them."""
 
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Mapping
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from icmlora.adapter.layout import ModuleShape
 from icmlora.bundle.file import MAGIC, write_bundle
-from icmlora.bundle.index import BundledGenerator, BundledMeasurement, BundledTask, BundleIndex, BundlePart
+from registry.manifests import Adapter, Claim, Code, File, Generator, Task, Vector, packed, unpacked
 
 HEAD = 41
-LAYOUT = (ModuleShape("model.layers.0.q_proj", 4, 8, 6), ModuleShape("model.layers.1.q_proj", 2, 8, 6))
+BASE = "acme/tiny"
+LAYOUT = (("model.layers.0.q_proj", 4, 8, 6), ("model.layers.1.q_proj", 2, 8, 6))
 CONTENT = {
     "generator": b"generator " * 20,
     "config": b'{"r": 4}',
@@ -24,60 +24,136 @@ CONTENT = {
 BLOBS = {hashlib.sha256(data).hexdigest(): data for data in CONTENT.values()}
 
 
-def digest(name: str) -> str:
-    """Return the digest of one of the parts."""
-    return hashlib.sha256(CONTENT[name]).hexdigest()
+def blob(name: str) -> File:
+    """Return the reference to one of the blobs."""
+    return File(hashlib.sha256(CONTENT[name]).hexdigest(), len(CONTENT[name]))
 
 
-def task(name: str, **fields: Any) -> BundledTask:
-    """Return a task whose code is the part of its name."""
+def adapter(**fields: Any) -> Adapter:
+    """Return what a bundle has of an original."""
     plain: dict[str, Any] = {
-        "name": name,
-        "code": digest(name.lower()),
-        "squared_error": 0.11,
-        "weights": "5" * 64,
-        "weights_size": 4096,
-        "config": digest("config"),
-        "card": None,
+        "weights": File("5" * 64, 4096),
+        "config": blob("config"),
+        "source": "",
+        "created_at": "",
+        "evicted_at": "",
         "dtype": "F32",
-        "step": None,
-        "is_generated": False,
+        "rank_max": 4,
+        "parameters": 84,
+        "target_modules": ("q_proj",),
         "layout": LAYOUT,
-        "measured": None,
     }
-    return BundledTask(**plain | fields)
+    return Adapter(**plain | fields)
 
 
-def index(**fields: Any) -> BundleIndex:
-    """Return the index of a bundle of rust and sql."""
-    measured = BundledMeasurement("d" * 64, 2.5, 1000, 4000, 0.98, 0.11, {"dtype": "float32"})
-    plain: dict[str, Any] = {
-        "base_model": "acme/tiny",
-        "generator": BundledGenerator(digest("generator"), 3, {"width": 32}, {"steps": 100}),
-        "tasks": (task("rust", card=digest("card"), measured=measured, step=80), task("sql")),
-        "parts": tuple(BundlePart(digest(name), len(CONTENT[name])) for name in CONTENT),
-    }
-    return BundleIndex(**plain | fields)
+def task(name: str, *, claim: Claim | None = None, vectors: Sequence[Vector] = (), **fields: Any) -> Task:
+    """Return a task whose code is the blob of its name."""
+    code = Code(blob=blob(name.lower()), generator=blob("generator"), claim=claim or Claim(squared_error=0.11))
+    final = adapter(**fields)
+    return Task(name=name, base_model=BASE, final=final, code=code, vectors=tuple(vectors), created_at="")
 
 
-def write(path: Path, given: BundleIndex | None = None) -> Path:
+def generator(**fields: Any) -> Generator:
+    """Return the generator of a bundle."""
+    plain: dict[str, Any] = {"base_model": BASE, "version": 3, "blob": blob("generator"), "created_at": ""}
+    return Generator(**plain | {"config": {"width": 32}, "metrics": {"steps": 100}} | fields)
+
+
+def tasks() -> list[Task]:
+    """Return the tasks rust and sql."""
+    figures = {"data": "d" * 64, "value": 2.5, "count": 1000, "utf8_bytes": 4000, "retained_gain": 0.98}
+    figures |= {"squared_error": 0.11, "settings": {"dtype": "float32"}, "metric": "nats per token", "others": {}}
+    claim = Claim(squared_error=0.11, measured=figures)
+    return [task("rust", card=blob("card"), claim=claim, step=80), task("sql")]
+
+
+def write(path: Path, given: Sequence[Task] | None = None) -> Path:
     """Write a bundle."""
-    list(write_bundle(path, index() if given is None else given, BLOBS.__getitem__))
+    list(write_bundle(path, generator(), tasks() if given is None else given, BLOBS.__getitem__))
     return path
 
 
-def fields_of(path: Path) -> dict[str, Any]:
-    """Return the index of a bundle as JSON."""
+@dataclass
+class Opened:
+    """A bundle as JSON, with its shared documents inside of the manifests, to be changed and written again."""
+
+    generator: dict[str, Any]
+    tasks: list[dict[str, Any]]
+    blobs: dict[str, bytes]
+    extra_parts: list[list[Any]] = field(default_factory=list)
+    directory: dict[str, Any] = field(default_factory=dict)  # keys that replace those of the directory
+
+    @property
+    def final(self) -> dict[str, Any]:
+        """The adapter of the first task."""
+        return dict.__getitem__(self.tasks[0], "final")
+
+
+def opened(path: Path) -> Opened:
+    """Read a bundle without any check."""
     data = path.read_bytes()
     length = int.from_bytes(data[5:9], "little")
-    return dict(json.loads(data[HEAD : HEAD + length]))
+    directory, at = unpacked(data[HEAD : HEAD + length]), HEAD + length
+    parts: dict[str, bytes] = {}
+    for digest, size in directory["parts"]:
+        parts[digest] = data[at : at + size]
+        at += size
+
+    def whole(digest: str) -> dict[str, Any]:
+        body = unpacked(parts.pop(digest))
+        for part in (body.get("final"), *body.get("vectors", ())):
+            if part is not None:
+                shared = part.pop("shared").split(":")[0]
+                part |= unpacked(parts[shared])
+                documents.add(shared)
+        return dict(body)
+
+    documents: set[str] = set()
+    made = Opened(whole(directory["generator"]), [whole(digest) for digest in directory["tasks"]], parts)
+    for digest in documents:
+        parts.pop(digest)
+    return made
 
 
-def forge(path: Path, text: bytes | Mapping[str, Any], *, magic: bytes = MAGIC) -> Path:
-    """Give a bundle another index, with a digest that fits it: what somebody who knows the format can do."""
-    data = path.read_bytes()
-    rest = data[HEAD + int.from_bytes(data[5:9], "little") :]
-    made = text if isinstance(text, bytes) else json.dumps(text).encode()
-    prefix = magic + len(made).to_bytes(4, "little")
-    path.write_bytes(prefix + hashlib.sha256(prefix + made).digest() + made + rest)
+def forge(path: Path, change: Callable[[Opened], object]) -> Path:
+    """Give a bundle other manifests, with digests that fit: what somebody who knows the format can do."""
+    bundle = opened(path)
+    change(bundle)
+    parts: dict[str, bytes] = {}
+
+    def part(data: bytes) -> str:
+        digest = hashlib.sha256(data).hexdigest()
+        parts[digest] = data
+        return digest
+
+    def split(body: Any, names: Sequence[str]) -> Any:
+        if not isinstance(body, dict):
+            return body
+        common = packed({name: body[name] for name in names if name in body})
+        rest = {name: value for name, value in body.items() if name not in names}
+        return rest | {"shared": f"{part(common)}:{len(common)}"}
+
+    def manifest(body: Any) -> str:
+        if isinstance(body, dict) and "final" in body:
+            body = body | {"final": split(body["final"], Adapter.SHARED)}
+            if isinstance(body.get("vectors"), list):
+                body["vectors"] = [split(one, Vector.SHARED) for one in body["vectors"]]
+        return part(packed(body))
+
+    directory: dict[str, Any] = {"generator": manifest(bundle.generator), "tasks": list(map(manifest, bundle.tasks))}
+    parts |= bundle.blobs
+    directory["parts"] = [[digest, len(data)] for digest, data in parts.items()] + bundle.extra_parts
+    return write_directory(path, packed(directory | bundle.directory), b"".join(parts.values()))
+
+
+def write_directory(path: Path, directory: bytes, parts: bytes, *, magic: bytes = MAGIC) -> Path:
+    """Write a bundle with any directory, under a digest that fits it."""
+    prefix = magic + len(directory).to_bytes(4, "little")
+    path.write_bytes(prefix + hashlib.sha256(prefix + directory).digest() + directory + parts)
     return path
+
+
+def parts_of(path: Path) -> bytes:
+    """Return everything after the directory of a bundle."""
+    data = path.read_bytes()
+    return data[HEAD + int.from_bytes(data[5:9], "little") :]

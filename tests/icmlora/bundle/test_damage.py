@@ -3,29 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from icmlora.adapter.layout import ModuleShape
+from icmlora.adapter.layout import target_modules
 from icmlora.adapter.model import Adapter
 from icmlora.bundle.file import open_bundle, write_bundle
-from icmlora.bundle.index import (
-    BundledGenerator,
-    BundledMeasurement,
-    BundledTask,
-    BundleIndex,
-    BundlePart,
-    index_from_json,
-    index_to_json,
-)
 from icmlora.errors import BundleError, DataError, IcmLoraError
 from icmlora.fleet.bundles.bundles import Bundle
 from icmlora.fleet.write.materialize import TooLossy
+from registry.manifests import Claim, Code, File, Task
 from tests.icmlora import bundles
 from tests.icmlora.small_fleet import BASE, codec, make_adapter, same, trained_file
 
@@ -33,27 +23,30 @@ ORIGINALS = {"rust": make_adapter(0), "sql": make_adapter(1, rank=4)}
 CONFIG = b'{"r": 2}'
 
 
-def named(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
-
-
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a bundle with a trained generator and the codes of two adapters."""
     codes = {name: codec().encode(adapter, {}).data for name, adapter in ORIGINALS.items()}
-    parts = [trained_file(), CONFIG, *codes.values()]
-    tasks = tuple(
-        replace(bundles.task("sql"), name=name, code=named(codes[name]), config=named(CONFIG), layout=adapter.layout)
-        for name, adapter in ORIGINALS.items()
-    )
-    index = BundleIndex(
-        BASE,
-        BundledGenerator(named(trained_file()), 1, {}, {}),
-        tasks,
-        tuple(BundlePart(named(part), len(part)) for part in parts),
-    )
+    blobs = {hashlib.sha256(part).hexdigest(): part for part in (trained_file(), CONFIG, *codes.values())}
+
+    def file(data: bytes) -> File:
+        return File(hashlib.sha256(data).hexdigest(), len(data))
+
+    generator = bundles.generator(base_model=BASE, blob=file(trained_file()), version=1)
+    tasks = []
+    for name, original in ORIGINALS.items():
+        layout = tuple((shape.module, shape.rank, shape.inputs, shape.outputs) for shape in original.layout)
+        final = bundles.adapter(
+            config=file(CONFIG),
+            layout=layout,
+            rank_max=max(shape.rank for shape in original.layout),
+            parameters=sum(shape.parameters for shape in original.layout),
+            target_modules=target_modules(shape.module for shape in original.layout),
+        )
+        code = Code(blob=file(codes[name]), generator=generator.blob, claim=Claim(squared_error=0.11))
+        tasks.append(Task(name=name, base_model=BASE, final=final, code=code, created_at=""))
     path = tmp_path_factory.mktemp("real") / "fleet.icm"
-    list(write_bundle(path, index, {named(part): part for part in parts}.__getitem__))
+    list(write_bundle(path, generator, tasks, blobs.__getitem__))
     return path
 
 
@@ -118,7 +111,7 @@ def test_a_bundle_with_bytes_put_in_left_out_or_copied_is_refused(
 def test_two_codes_that_changed_places_are_refused(bundle: Path, damaged: Path, adapters: dict[str, Adapter]) -> None:
     data = bundle.read_bytes()
     with open_bundle(bundle) as file:
-        rust, sql = (file.read(task.code) for task in file.index.tasks)
+        rust, sql = (file.read(str(task.code and task.code.blob)) for task in file.index.tasks)
     assert refused_or_the_same(damaged, data.replace(rust + sql, sql + rust), adapters)
 
 
@@ -150,70 +143,3 @@ def test_a_code_above_the_limit_is_refused_before_it_is_decoded(bundle: Path) ->
     with pytest.raises(TooLossy):
         Bundle(bundle).load("RUST", max_error=0.1)
     assert Bundle(bundle).load("RUST", max_error=0.7).modules
-
-
-TEXTS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12)
-DIGESTS = st.integers(0, 2**256 - 1).map(lambda number: f"{number:064x}")
-NUMBERS = st.none() | st.floats(allow_nan=False, allow_infinity=False)
-ERRORS = st.none() | st.floats(min_value=0, allow_nan=False, allow_infinity=False)
-OBJECTS = st.dictionaries(TEXTS, st.none() | st.integers(-(2**53), 2**53) | TEXTS, max_size=3)
-SHAPES = st.builds(
-    ModuleShape,
-    st.from_regex(r"model\.layers\.[0-9]\.[a-z_]{1,8}", fullmatch=True),
-    st.integers(1, 64),
-    st.integers(1, 4096),
-    st.integers(1, 4096),
-)
-LAYOUTS = st.lists(SHAPES, min_size=1, max_size=4, unique_by=lambda shape: shape.module).map(tuple)
-MEASURED = st.builds(
-    BundledMeasurement,
-    DIGESTS,
-    st.floats(0, 20),
-    st.integers(0, 2**53),
-    st.integers(0, 2**53),
-    NUMBERS,
-    ERRORS,
-    OBJECTS,
-)
-
-
-@st.composite
-def indexes(draw: st.DrawFn) -> BundleIndex:
-    """Draw any index that a store could export."""
-    names = draw(st.lists(st.from_regex(r"[a-z][a-z0-9]{3,8}", fullmatch=True), min_size=1, max_size=4, unique=True))
-    generator = BundledGenerator(draw(DIGESTS), draw(st.integers(1, 2**53)), draw(OBJECTS), draw(OBJECTS))
-    tasks = []
-    for name in sorted(names):
-        fields: dict[str, Any] = {
-            "code": draw(DIGESTS),
-            "config": draw(DIGESTS),
-            "card": draw(st.none() | DIGESTS),
-            "weights": draw(DIGESTS),
-            "weights_size": draw(st.integers(1, 2**53)),
-            "squared_error": draw(ERRORS),
-            "dtype": draw(st.sampled_from(["F32", "F16", "BF16", "BF16+F32"])),
-            "step": draw(st.none() | st.integers(0, 2**53)),
-            "is_generated": draw(st.booleans()),
-            "layout": draw(LAYOUTS),
-            "measured": draw(st.none() | MEASURED),
-        }
-        tasks.append(BundledTask(name=name, **fields))
-    digests = dict.fromkeys([generator.blob, *(part for task in tasks for part in task.parts)])
-    parts = tuple(BundlePart(digest, draw(st.integers(0, 1000))) for digest in digests)
-    return BundleIndex(draw(TEXTS), generator, tuple(tasks), parts)
-
-
-@given(indexes())
-def test_any_index_comes_back_from_its_json(index: BundleIndex) -> None:
-    text = index_to_json(index)
-    assert index_from_json(text) == index
-    assert index_to_json(index_from_json(text)) == text
-    assert text.isascii()
-
-
-@given(indexes())
-def test_a_task_is_found_in_any_case_and_its_parts_are_in_the_bundle(index: BundleIndex) -> None:
-    for task in index.tasks:
-        assert index.task(task.name.upper()) is task
-        assert set(task.parts) <= index.sizes.keys()
-    assert index.task("no-such-task") is None
