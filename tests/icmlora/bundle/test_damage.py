@@ -112,7 +112,7 @@ def test_two_codes_that_changed_places_are_refused(bundle: Path, damaged: Path, 
     data = bundle.read_bytes()
     with open_bundle(bundle) as file:
         rust, sql = (file.read(str(task.code and task.code.blob)) for task in file.index.tasks)
-    assert refused_or_the_same(damaged, data.replace(rust + sql, sql + rust), adapters)
+    assert refused_or_the_same(damaged, data.replace(rust, b"@@").replace(sql, rust).replace(b"@@", sql), adapters)
 
 
 def test_a_bundle_that_was_replaced_since_it_was_opened_is_refused(bundle: Path, tmp_path: Path) -> None:
