@@ -16,7 +16,7 @@ from hypothesis import settings
 from tests.pg_server import pg_server
 from tests.rewriting import moved
 from tests.s3_server import CannotStart, S3Server, s3_server
-from tests.shared import built_once
+from tests.shared import built_once, use_config_of
 
 # Before anything imports torch: tiny tensors are slower on many threads, and parallel runs then share the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -82,6 +82,14 @@ def shared_statements() -> None:
     share_statements()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def session_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep what fixtures of a session or a module do out of the user's own home."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CONFIG_HOME", str(tmp_path_factory.mktemp("config")))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def isolated_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Point every variable that icm reads at `tmp_path`, so that no test sees or touches the user's own store."""
@@ -137,6 +145,7 @@ def trained_template(mixed_template: Path, tmp_path_factory: pytest.TempPathFact
     def build(store: Path) -> None:
         from tests.cli.tiny_fleet import train_store
 
+        use_config_of(mixed_template)
         shutil.copytree(mixed_template / "store", store, dirs_exist_ok=True)
         train_store(store)
 
@@ -150,6 +159,7 @@ def started_template(trained_template: Path, tmp_path_factory: pytest.TempPathFa
     def build(store: Path) -> None:
         from tests.cli.tiny_fleet import EPISODES, icm_quietly
 
+        use_config_of(trained_template)
         shutil.copytree(trained_template, store, dirs_exist_ok=True)
         icm_quietly(store, "train", "--objective", "functional", "--episodes", EPISODES, "--device", "cpu")
 
@@ -159,12 +169,14 @@ def started_template(trained_template: Path, tmp_path_factory: pytest.TempPathFa
 @pytest.fixture
 def mixed(mixed_template: Path, tmp_path: Path) -> Path:
     """The store of the mixed fleet with its vectors, at the default place."""
+    use_config_of(mixed_template)
     return Path(shutil.copytree(mixed_template / "store", tmp_path / "store"))
 
 
 @pytest.fixture
 def trained(trained_template: Path, tmp_path: Path) -> Path:
     """The same store with a generator and codes."""
+    use_config_of(trained_template)
     return Path(shutil.copytree(trained_template, tmp_path / "store"))
 
 
@@ -179,6 +191,7 @@ def own_loras(trained: Path, mixed_template: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def started(started_template: Path, tmp_path: Path) -> Path:
     """The same store with a few-shot start."""
+    use_config_of(started_template)
     return Path(shutil.copytree(started_template, tmp_path / "store"))
 
 

@@ -28,9 +28,22 @@ def built_once(factory: pytest.TempPathFactory, name: str, build: Callable[[Path
         if not done.exists():
             shutil.rmtree(folder, ignore_errors=True)  # what a build that failed left
             folder.mkdir()
-            build(folder)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setenv("XDG_CONFIG_HOME", str(_config_of(folder)))
+                build(folder)
             done.touch()
     return folder
+
+
+def use_config_of(template: Path) -> None:
+    """Let this test, or this build, know the base models that the build of a template added: icm notes them per user."""
+    source = _config_of(template)
+    if source.is_dir():
+        shutil.copytree(source, os.environ["XDG_CONFIG_HOME"], dirs_exist_ok=True)
+
+
+def _config_of(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.config")
 
 
 def paths_of(store: Store) -> StorePaths:

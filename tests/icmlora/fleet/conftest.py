@@ -14,7 +14,7 @@ from tests.icmlora.fewshot.trained_tasks import random_adapter, scored
 from tests.icmlora.fleet.stores import copy_of
 from tests.icmlora.tiny_base import LABEL, load_tiny_base
 from tests.quick import quick_codes
-from tests.shared import built_once
+from tests.shared import built_once, use_config_of
 
 SUBJECTS = {"apples": "red apples", "ships": "tall ships", "trains": "night trains"}
 
@@ -74,6 +74,7 @@ def write_learned(folder: Path) -> None:
 @pytest.fixture
 def learned(learned_template: Path, tmp_path: Path) -> Fleet:
     """A trained fleet in which every adapter helps on its task's held-out text."""
+    use_config_of(learned_template)
     return copy_of(learned_template / "store", tmp_path / "learned")
 
 
@@ -88,4 +89,5 @@ def image_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def images(image_template: Path, tmp_path: Path) -> Fleet:
     """A trained fleet of image adapters whose base model is a pipeline."""
+    use_config_of(image_template)
     return copy_of(image_template / "store", tmp_path / "store")
