@@ -38,8 +38,8 @@ from icmlora.io.safetensors import read_header
 from icmlora.io.staging import writing_file
 from registry.errors import RegistryError
 from registry.files import failpoint, fsync_dir, is_full, unlink
+from registry.manifests import Adapter, Code, Task
 from registry.names import absolute, is_file_name
-from registry.records import AdapterRecord, CodeRecord, GeneratorRecord
 from registry.storage.blobs.content import digest_of
 
 if TYPE_CHECKING:
@@ -70,27 +70,26 @@ class NotReplaced(IcmLoraError):
 
 @dataclass(frozen=True)
 class RestoreSource:
-    """What brings an adapter back once its files are gone."""
+    """The source that restores an adapter once its files are deleted."""
 
-    check: Callable[[], None]  # called before anything is deleted; raises if the store could not bring the adapter back
-    code: CodeRecord | None  # its code, for a final adapter that has one
-    generator: GeneratorRecord | None  # that of the code
-    # Called if the weights are not the original ones: returns what the code decodes to, which `icm restore` may have
-    # written.
+    check: Callable[[], None]  # called before anything is deleted; raises if the store could not restore the adapter
+    code: Code | None  # its code, for a final adapter that has one
+    # Called if the weights are not the original ones: returns the files that the code decodes to, which `icm restore`
+    # may have written.
     decoded: Callable[[], AdapterBytes | None] = lambda: None
 
 
-def source_place(row: AdapterRecord) -> Path | None:
-    """Return where an adapter was ingested from; None for one that a bundle or the generator brought."""
-    return Path(row.source) if os.path.isabs(row.source) else None
+def source_place(adapter: Adapter) -> Path | None:
+    """Return where an adapter was ingested from; None for one of a bundle or of the generator."""
+    return Path(adapter.source) if os.path.isabs(adapter.source) else None
 
 
-def pickle_digest(store: Store, row: AdapterRecord) -> str | None:
-    """Return the digest of the pickle that an original was converted from; None for any other, and once it is gone."""
-    if row.is_evicted:
+def pickle_digest(store: Store, adapter: Adapter) -> str | None:
+    """Return the digest of the pickle that an original was converted from; None for any other, or an evicted one."""
+    if adapter.is_evicted:
         return None
     try:
-        return read_header(store.blobs.read(row.weights)).metadata.get(CONVERTED_FROM)
+        return read_header(store.blobs.read(adapter.weights)).metadata.get(CONVERTED_FROM)
     except AdapterRefused:  # another format than safetensors
         return None
 
@@ -101,41 +100,44 @@ class Placeholders:
     def __init__(self, store: Store, *, dry_run: bool) -> None:
         self._store, self._dry_run = store, dry_run
 
-    def replace_files(self, row: AdapterRecord, source: RestoreSource) -> FolderReplaced | None:
-        """Replace the files of one adapter in the folder that it came from; None if it came from no folder."""
-        place = source_place(row)
+    def replace_files(self, task: Task, adapter: Adapter, source: RestoreSource) -> FolderReplaced | None:
+        """Replace the files of one adapter of a task in the folder that it came from; None if it came from none."""
+        place = source_place(adapter)
         if place is None:
             return None
         try:
             folder = _AdapterFolder.of(place)
-            return FolderReplaced(row.source, "missing") if folder is None else self._replaced(folder, row, source)
+            if folder is None:
+                return FolderReplaced(adapter.source, "missing")
+            return self._replaced(folder, task, adapter, source)
         except (IcmLoraError, RegistryError) as error:
-            return FolderReplaced(row.source, "left", reason=error.message)
+            return FolderReplaced(adapter.source, "left", reason=error.message)
         except OSError as error:
-            return FolderReplaced(
-                row.source, "left", reason=f"it cannot be changed: {error.strerror or error}", is_full=is_full(error)
-            )
+            fact = f"it cannot be changed: {error.strerror or error}"
+            return FolderReplaced(adapter.source, "left", reason=fact, is_full=is_full(error))
 
-    def has_left(self, row: AdapterRecord) -> bool:
-        """Say whether a placeholder of this adapter is in its folder."""
-        place = source_place(row)
+    def has_left(self, adapter: Adapter) -> bool:
+        """Return whether a placeholder of this adapter is in its folder."""
+        place = source_place(adapter)
         try:
             folder = None if place is None else _AdapterFolder.of(place)
-            return folder is not None and folder.is_taken and self._known(folder, row) is not None
+            return folder is not None and folder.is_taken and self._known(folder, adapter) is not None
         except (IcmLoraError, OSError):
             return False
 
-    def _replaced(self, folder: _AdapterFolder, row: AdapterRecord, source: RestoreSource) -> FolderReplaced:
-        known = self._known(folder, row) if folder.is_taken else None
+    def _replaced(self, folder: _AdapterFolder, task: Task, adapter: Adapter, source: RestoreSource) -> FolderReplaced:
+        known = self._known(folder, adapter) if folder.is_taken else None
         parts = (
-            _parts_of(folder, row) if known is None else {folder.home / file.name: file.part for file in known.files}
+            _parts_of(folder, adapter)
+            if known is None
+            else {folder.home / file.name: file.part for file in known.files}
         )
         parts = {path: part for path, part in parts.items() if os.path.lexists(path)}
         if not parts:
-            return FolderReplaced(row.source, "missing" if known is None else "there")
-        doomed = self._unchanged(folder, row, parts, source)
+            return FolderReplaced(adapter.source, "missing" if known is None else "there")
+        doomed = self._unchanged(folder, adapter, parts, source)
         if not doomed:  # what is left of the files that it lists has other bytes now
-            return FolderReplaced(row.source, "there")
+            return FolderReplaced(adapter.source, "there")
         if not folder.home.stat().st_mode & _WRITE_BITS:  # root could write nevertheless
             raise NotReplaced("its folder is marked as read-only")
         source.check()
@@ -143,27 +145,27 @@ class Placeholders:
         if self._dry_run:
             if not os.access(folder.home, os.W_OK | os.X_OK):
                 raise NotReplaced("it cannot be changed: no permission to write")
-            return FolderReplaced(row.source, "would_replace", freed)
+            return FolderReplaced(adapter.source, "would_replace", freed)
         _check_unchanged(doomed)  # the check may take a while
         if known is None:
             replaced = [
                 ReplacedFile(file.path.name, parts[file.path], FileStamp(file.digest, file.status.st_size))
                 for file in doomed
             ]
-            self._write(folder, row, replaced, _code_stamp(source))
+            self._write(folder, task, adapter, replaced, _code_stamp(source.code))
         failpoint("placeholder-written")
         _unlink(folder.home, doomed)
-        return FolderReplaced(row.source, "replaced", freed)
+        return FolderReplaced(adapter.source, "replaced", freed)
 
-    def _known(self, folder: _AdapterFolder, row: AdapterRecord) -> Placeholder:
+    def _known(self, folder: _AdapterFolder, adapter: Adapter) -> Placeholder:
         """Read the placeholder that is there, which an interrupted run may have left next to the adapter."""
         known = read_placeholder(folder.placeholder)
-        if (known.weights, known.config) != (row.weights, row.config):
+        if (known.weights, known.config) != (adapter.weights, adapter.config):
             raise NotReplaced(f"it has the placeholder of another adapter, of task {known.task!r}")
         return known
 
     def _unchanged(
-        self, folder: _AdapterFolder, row: AdapterRecord, parts: Mapping[Path, Part], source: RestoreSource
+        self, folder: _AdapterFolder, adapter: Adapter, parts: Mapping[Path, Part], source: RestoreSource
     ) -> list[HashedFile]:
         """Return the files that may go, configuration first and weights last; raise if the adapter is another one."""
         files: dict[Part, list[HashedFile]] = {"config": [], "companion": [], "weights": []}
@@ -173,11 +175,11 @@ class Placeholders:
             elif part != "companion":
                 raise NotReplaced(f"{path.name} is a symbolic link")
         files["companion"] = [
-            file for file in files["companion"] if self._has_kept(row, folder.companion(file.path), file)
+            file for file in files["companion"] if self._has_kept(adapter, folder.companion(file.path), file)
         ]
-        config = row.config
+        config: str = adapter.config
         for file in files["weights"]:
-            if file.digest == row.weights or file.digest == pickle_digest(self._store, row):
+            if file.digest == adapter.weights or file.digest == pickle_digest(self._store, adapter):
                 continue
             made = source.decoded()  # it may be what `icm restore` wrote
             if made is None or digest_of(made.weights) != file.digest:
@@ -188,9 +190,9 @@ class Placeholders:
                 raise NotReplaced(f"{file.path.name} has changed since it was ingested")
         return [file for some in files.values() for file in some]
 
-    def _has_kept(self, row: AdapterRecord, name: str, file: HashedFile) -> bool:
-        """Say whether the store has the very bytes of a file next to an adapter, under this name."""
-        kept = next((extra for extra in row.extras if extra.file == name), None)
+    def _has_kept(self, adapter: Adapter, name: str, file: HashedFile) -> bool:
+        """Return whether the store has exactly the bytes of a file next to an adapter, under this name."""
+        kept = next((extra for extra in adapter.extras if extra.file == name), None)
         if kept is None or kept.size != file.status.st_size:
             return False
         from icmlora.formats.extras import unpack  # most adapters have no companions
@@ -198,17 +200,22 @@ class Placeholders:
         return digest_of(unpack(self._store.blobs.read(kept.blob))) == file.digest
 
     def _write(
-        self, folder: _AdapterFolder, row: AdapterRecord, files: Sequence[ReplacedFile], code: CodeStamp | None
+        self,
+        folder: _AdapterFolder,
+        task: Task,
+        adapter: Adapter,
+        files: Sequence[ReplacedFile],
+        code: CodeStamp | None,
     ) -> None:
         if odd := [file.name for file in files if not is_file_name(file.name)]:
             raise NotReplaced(f"a placeholder cannot hold the file name {odd[0]!r}")
         placeholder = Placeholder(
-            task=row.task,
+            task=task.name,
             store=absolute(self._store.address),
-            format=row.format,
-            is_final=row.is_final,
-            weights=row.weights,
-            config=row.config,
+            format=adapter.format,
+            is_final=adapter is task.final,
+            weights=adapter.weights,
+            config=adapter.config,
             files=tuple(sorted(files, key=lambda file: file.name)),
             code=code,
         )
@@ -237,7 +244,7 @@ class _AdapterFolder:
         return cls(place, home, placeholder_path(place, is_folder=is_folder))
 
     def has(self, name: str) -> bool:
-        """Say whether a file may belong to the adapter, judged by its name."""
+        """Return whether a file may belong to the adapter, judged by its name."""
         return self.home == self.place or name.startswith(f"{self.place.name}.")
 
     def companion(self, path: Path) -> str:
@@ -250,7 +257,7 @@ class _AdapterFolder:
         return os.path.lexists(self.placeholder)
 
 
-def _parts_of(folder: _AdapterFolder, row: AdapterRecord) -> dict[Path, Part]:
+def _parts_of(folder: _AdapterFolder, adapter: Adapter) -> dict[Path, Part]:
     """Find the files of an adapter in its folder; there are none if it is not there any more."""
     with os.scandir(folder.home) as entries:
         # Links are listed under their own names: what is behind them is not looked at. Of a folder of single files,
@@ -263,7 +270,7 @@ def _parts_of(folder: _AdapterFolder, row: AdapterRecord) -> dict[Path, Part]:
     there = with_pickle(Folder(folder.home, files))
     return {
         path: part
-        for paths in format_named(row.format).find(there)
+        for paths in format_named(adapter.format).find(there)
         if paths.place == folder.place
         for path, part in _parts(paths)
     }
@@ -277,11 +284,10 @@ def _parts(paths: AdapterPaths) -> Iterator[tuple[Path, Part]]:
         yield path, "companion"
 
 
-def _code_stamp(source: RestoreSource) -> CodeStamp | None:
-    code, generator = source.code, source.generator
-    if code is None or generator is None:
+def _code_stamp(code: Code | None) -> CodeStamp | None:
+    if code is None:
         return None
-    return CodeStamp(FileStamp(code.blob, code.size), FileStamp(generator.blob, generator.size))
+    return CodeStamp(FileStamp(code.blob, code.size), FileStamp(code.generator, code.generator.size))
 
 
 def _unlink(home: Path, files: Sequence[HashedFile]) -> None:

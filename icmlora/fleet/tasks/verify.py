@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 from icmlora.errors import BaseModelMismatch, BaseModelNotFound, DataError
 from icmlora.fleet.context import Context, locate_base, use_case
 from registry.errors import DamagedStore
+from registry.manifests import Code, Task
 from registry.verify import OF_DATABASE as OF_DATABASE
 from registry.verify import OF_FILES as OF_FILES
 from registry.verify import Finding as Finding
 from registry.verify import Rebuilt
 
 if TYPE_CHECKING:
-    from registry.manifests import Code, Task
     from registry.reachability import PruneReport as PruneReport
     from registry.store import Store
 
