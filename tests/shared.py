@@ -36,7 +36,7 @@ def built_once(factory: pytest.TempPathFactory, name: str, build: Callable[[Path
 
 
 def use_config_of(template: Path) -> None:
-    """Let this test, or this build, know the base models that the build of a template added: icm notes them per user."""
+    """Let this test or build know the base models that the build of a template added: icm notes them per user."""
     source = _config_of(template)
     if source.is_dir():
         shutil.copytree(source, os.environ["XDG_CONFIG_HOME"], dirs_exist_ok=True)

@@ -82,7 +82,7 @@ def test_show_names_the_seed(icm: Icm, seeded: Path) -> None:
 
 
 def test_show_of_a_damaged_code_still_shows_the_task(icm: Icm, seeded: Path) -> None:
-    blob = codes(seeded)["first"].blob
+    blob = str(codes(seeded)["first"].blob)
     (path,) = (seeded / "blobs").rglob(blob)
     path.chmod(0o600)
     path.write_bytes(b"\0" * path.stat().st_size)

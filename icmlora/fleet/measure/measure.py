@@ -87,6 +87,8 @@ class TaskLosses:
         self._base = models.base(task.base_model)
         self._max_tokens = self._base.within(max_tokens)
         self._generator = generator  # of a new code that is measured
+        current = models.store.generator(task.base_model)
+        self._current = None if current is None else str(current.blob)  # the network that predicts
         self._settings: dict[str, object] = {
             "max_tokens": self._max_tokens,
             "dtype": self._base.dtype,
@@ -258,11 +260,6 @@ class TaskLosses:
             if is_same_text and one.generator == self._generator_of(source):
                 return SourceResult(source, MetricResult.of(one), one.retained_gain, one.squared_error)
         return None
-
-    @cached_property
-    def _current(self) -> str | None:
-        current = self._store.generator(self.task.base_model)
-        return None if current is None else str(current.blob)
 
     @cached_property
     def _recognized(self) -> Code | None:

@@ -36,13 +36,13 @@ def size_of(folder: Path) -> int:
 
 def blob_of(fleet: Fleet, digest: str) -> Path:
     """Return the file of a blob."""
-    (path,) = (fleet.path / "blobs").rglob(digest)
+    (path,) = (fleet.path / "blobs").rglob(str(digest))
     return path
 
 
 def has_blob(fleet: Fleet, digest: str) -> bool:
     """Say whether the store has the bytes of a digest."""
-    return any((fleet.path / "blobs").rglob(digest))
+    return any((fleet.path / "blobs").rglob(str(digest)))
 
 
 def damage(path: Path) -> None:
