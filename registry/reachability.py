@@ -63,7 +63,9 @@ class Walk:
     newer: list[Found] = field(default_factory=list)  # states that the database does not know
     garbage: list[Found] = field(default_factory=list)
     unreadable: list[BlobInfo] = field(default_factory=list)  # files in manifests/ that nothing names
-    idle: list[Found] = field(default_factory=list)  # generators that no code needs and that are not in use
+    idle: list[Found] = field(
+        default_factory=list
+    )  # generators that no code needs, or that came back as a later version
     committed: dict[Name, dict[int, Committed]] = field(default_factory=dict)  # name -> version -> its state
 
     def check(self, place: str) -> None:
@@ -111,9 +113,11 @@ def walk(store: Store, visit: Callable[[Name, Any], None] = lambda name, body: N
         found.reach(one.body)
         visit(one.name, one.body)
         used.update(str(file) for use, file in files_of(one.body) if use == "generators")
+    last = {(name, one.blob): one.version for name, one, _ in sorted(generators, key=lambda row: row[1].version)}
     for name, generator, body in generators:
-        info = files.get(str(generator.manifest))
-        if generator.version == max(found.committed[name]) or generator.blob in used or info is None:
+        info, is_last = files.get(str(generator.manifest)), generator.version == last[name, generator.blob]
+        is_current = generator.version == max(found.committed[name])
+        if is_current or (is_last and generator.blob in used) or info is None:
             found.reach(body)
         else:
             found.idle.append(_found(info, body))

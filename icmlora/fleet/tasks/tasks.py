@@ -295,10 +295,10 @@ def plan_removal(context: Context, tasks: Sequence[str]) -> list[Removal]:
         folders = Placeholders(store, dry_run=True)
         for name in dict.fromkeys(_task_to_remove(store, name).name for name in tasks):
             versions = store.history(name)
-            adapters = {(one.weights, one.config): one for version in versions for one in version.adapters}.values()
-            size = sum(adapter.stored_bytes for adapter in adapters)
-            placeholders = sum(map(folders.has_left, adapters))
-            planned.append(Removal(name, len(versions), len(adapters), size, _is_last_copy(versions), placeholders))
+            adapters = [adapter for version in versions for adapter in version.adapters]
+            files = {(one.weights, one.config): one for one in adapters}.values()
+            size, left = sum(one.stored_bytes for one in files), sum(map(folders.has_left, files))
+            planned.append(Removal(name, len(versions), len(adapters), size, _is_last_copy(versions), left))
     return planned
 
 
@@ -330,7 +330,9 @@ def remove_tasks(context: Context, tasks: Sequence[str], *, last_copies: Collect
 
 def _task_to_remove(store: Store, name: str) -> Task:
     if "@" in name:
-        raise DataError(f"a single version such as {name!r} cannot be removed", hint="remove the task, or keep it")
+        raise DataError(
+            f"a single version such as {name!r} cannot be removed", hint="run `icm rm TASK` to remove all versions"
+        )
     return store.task(name)
 
 
