@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import select
+from sqlalchemy import false, select, true
 
-from registry.manifests import files_of, unpacked
+from registry.manifests import Task, files_of, unpacked
 from registry.reachability import leftovers
 from registry.tables import HISTORY, REFS
 
@@ -42,16 +42,11 @@ class Usage:
 
 
 def measure(store: Store) -> Usage:
-    """Add up the files of a store by use."""
-    order, use_of = {name: place for place, name in enumerate(Usage.__dataclass_fields__)}, dict[str, str]()
-    for use, digest in _uses(store):
-        if order[use] < order.get(use_of.get(digest, ""), len(order)):
-            use_of[digest] = use
-    blobs = {blob.digest: blob.size for blob in store.blobs.all()}
-    manifests = {one.digest: one.size for one in store.manifests.all()}
-    sums = dict.fromkeys(order, 0)
+    """Add up the files of a store by use. A manifest that cannot be read counts, its files are `unreferenced`."""
+    uses, blobs, manifests = _uses(store), store.blobs.sizes(), store.manifests.sizes()
+    sums = dict.fromkeys(Usage.__dataclass_fields__, 0)
     for digest, size in (*blobs.items(), *manifests.items()):
-        sums[use_of.get(digest, "unreferenced")] += size
+        sums[uses.get(digest, "unreferenced")] += size
     for use, size in store.parts.maintenance.footprint(blobs, manifests)._asdict().items():
         sums[use] += size
     if store.blobs.is_remote:
@@ -59,22 +54,30 @@ def measure(store: Store) -> Usage:
     return Usage(**sums)
 
 
-def _uses(store: Store) -> Iterator[tuple[str, str]]:
-    """Yield use and digest of all manifests and blobs that refs and history reach."""
+def _uses(store: Store) -> dict[str, str]:
+    """Return the use of each manifest and blob that refs and history reach."""
+    refs = select(REFS.c.kind, REFS.c.name, REFS.c.manifest, true())
+    history = select(HISTORY.c.kind, HISTORY.c.key, HISTORY.c.manifest, false())
     with store.parts.database.read() as connection:
-        refs = connection.execute(select(REFS.c.kind, REFS.c.manifest)).all()
-        history = connection.execute(select(HISTORY.c.kind, HISTORY.c.manifest)).all()
-    current = {digest for _, digest in refs}
-    store.manifests.fetch(current)
-    for kind, digest in (*refs, *(row for row in history if row[1] not in current)):
-        yield "manifests", digest
-        is_current = digest in current
-        for use, file in files_of(_body(store, digest)):
-            if use == "generators" and (kind == "task" or not is_current):
-                yield "old_generators", str(file)
-            else:
-                yield use if is_current or use == "manifests" else "versions", str(file)
+        current = connection.execute(refs).all()
+        older = connection.execute(history.where(HISTORY.c.manifest.not_in(select(REFS.c.manifest)))).all()
+    rows = [*current, *older]
+    store.manifests.fetch(manifest for _, _, manifest, _ in rows)
+    files: defaultdict[str, set[str]] = defaultdict(set)
+    files["manifests"] = {manifest for _, _, manifest, _ in rows}
+    for kind, is_current, body in store._undamaged(rows, lambda row: (row[0], row[3], _body(store, row[2]))):
+        for use, file in files_of(body):
+            if use == "generators" and (kind == Task.KIND or not is_current):
+                use = "old_generators"
+            files[use if is_current or use in ("manifests", "old_generators") else "versions"].add(file)
+    uses = dict[str, str]()
+    for use in reversed(Usage.__dataclass_fields__):
+        uses |= dict.fromkeys(files[use], use)
+    return uses
 
 
 def _body(store: Store, digest: str) -> Any:
-    return unpacked(store.manifests.read(digest))
+    body = unpacked(store.manifests.read(digest))
+    if vectors := body.get("vectors"):  # most are in one file
+        body["vectors"] = list({(one["blob"], one["shared"]): one for one in vectors}.values())
+    return body
