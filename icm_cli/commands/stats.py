@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 from icm_cli.options import option
 from icm_cli.output import Field
 from icm_cli.session import Session, command
-from icm_cli.text import as_fields, coded_size, figure
+from icm_cli.text import as_fields, coded_size, errors_json, figure
 from icmlora.fleet.measure.metric_result import gain_text, measured_in
 from icmlora.fleet.stats.bill_text import claims_text, disk_lines, saving_text, shortfalls
 from icmlora.io.text import counted, human_percent, human_size
@@ -36,15 +36,15 @@ _FLEET_FIELDS: tuple[Field[BaseModelBill], ...] = (
     Field("retained gain", lambda fleet: _mean_and_worst(fleet.retained_gains, fleet), right=True),
 )
 _TASK_FIELDS: tuple[Field[TaskBill], ...] = (
-    Field("task", lambda task: task.task, shrink=True),
+    Field("task", lambda task: task.row.name, shrink=True),
     Field("bf16", lambda task: human_size(task.bf16_size), right=True),
-    Field("original", lambda task: "evicted" if task.evicted else human_size(task.original_size), right=True),
+    Field("original", lambda task: "evicted" if task.row.evicted_at else human_size(task.row.stored_bytes), right=True),
     Field("code", lambda task: _code(task), right=True),
-    Field("vectors", lambda task: human_size(task.vectors_size), right=True),
-    Field("extras", lambda task: human_size(task.extras_bytes), right=True),
+    Field("vectors", lambda task: human_size(task.row.vectors_bytes), right=True),
+    Field("extras", lambda task: human_size(task.row.extras_bytes), right=True),
     Field("of bf16", lambda task: _task_share(task), right=True),
     Field("relative error", lambda task: figure(task.relative_error, 3), right=True),
-    Field("retained gain", lambda task: gain_text(task.retained_gain, task.precision), right=True),
+    Field("retained gain", lambda task: gain_text(task.row.gain, task.row.gain_precision), right=True),
 )
 
 
@@ -69,13 +69,13 @@ def stats(session: Session, plot: PlotOpt = None, force: ReplaceOpt = False) -> 
     out.listing(_fields(_FLEET_FIELDS, found), found.fleets)
     if out.verbosity:
         out.line()
-        out.listing(_fields(_TASK_FIELDS, found), [task for fleet in found.fleets for task in fleet.tasks])
+        out.listing(_fields(_TASK_FIELDS, found), found.each)
     if found.fleets:
         out.line()
     out.record(_disk(found))
     out.line()
     out.line(_verdict(found))
-    for line in shortfalls(task.asked for fleet in found.fleets for task in fleet.short if task.asked is not None):
+    for line in shortfalls(found.missed_limits):
         out.line(line)
     if (claims := claims_text(found)) is not None:
         out.line(claims)
@@ -121,11 +121,11 @@ def _size(size: float | None) -> str:
 
 
 def _code(task: TaskBill) -> str:
-    return "original only" if task.original_only else coded_size(task.code_size)
+    return "original only" if task.row.original_only else coded_size(task.row.code_size)
 
 
 def _task_share(task: TaskBill) -> str:
-    has_size = task.code_size is not None or task.original_only is not None
+    has_size = task.row.is_coded or task.row.original_only is not None
     return human_percent(task.size / task.bf16_size if has_size and task.bf16_size else None)
 
 
@@ -156,7 +156,7 @@ def _as_json(found: Bill) -> dict[str, object]:
         "compact_size": found.compact_size,
         "compression_ratio": None if share is None else 1 / share,
         "space_saving": None if share is None else 1 - share,
-        "complete": found.is_complete,
+        "complete": share is not None,
         "evicted_count": found.evicted,
         "original_only_count": found.original_only,
         "fleets": [_fleet_json(fleet) for fleet in found.fleets],
@@ -174,11 +174,31 @@ def _fleet_json(fleet: BaseModelBill) -> dict[str, object]:
         "generator_version": None if fleet.generator is None else fleet.generator.version,
         "decoder_size": fleet.generator_size,
         "start_size": fleet.start_size,
-        "short_count": len(fleet.short),
+        "short_count": len(fleet.missed_limits),
         "codes_and_vectors_size": fleet.codes_and_vectors_size,
-        "original_only_count": len(fleet.original_only),
+        "original_only_count": fleet.original_only,
         "extras_bytes": fleet.extras_bytes,
         "marginal_size": fleet.marginal_size,
         "break_even_count": fleet.break_even,
-        "tasks": [as_fields(task) for task in fleet.tasks],
+        "tasks": [_task_json(task) for task in fleet.tasks],
+    }
+
+
+def _task_json(task: TaskBill) -> dict[str, object]:
+    row = task.row
+    return {
+        "task": row.name,
+        "bf16_size": task.bf16_size,
+        "original_size": row.stored_bytes,
+        "evicted": row.evicted_at is not None,
+        "vectors_size": row.vectors_bytes,
+        "code_size": row.code_size,
+        **errors_json(row.squared_error),
+        "retained_gain": row.gain,
+        "precision": row.gain_precision,
+        "effect": row.effect,
+        "asked": None if task.limits is None else as_fields(task.limits, "more"),
+        "original_only": row.original_only,
+        "extras_bytes": row.extras_bytes,
+        "is_claimed": row.claim is not None,
     }

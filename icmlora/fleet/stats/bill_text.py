@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from icmlora.io.text import counted, human_percent, human_size
-from registry.records import CodeLimits
+from registry.manifests import CodeLimits
 
 if TYPE_CHECKING:
     from icmlora.fleet.stats.stats import Bill
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def saving_text(found: Bill) -> str:
     """Return the bytes that replace the adapters, the saving relative to bf16, and the quality next to it."""
-    if not any(fleet.encoded for fleet in found.fleets):
+    if not found.encoded:
         return "No task has a code yet, so nothing is saved."
     share = found.compact_share
     if share is None:
@@ -26,7 +26,7 @@ def saving_text(found: Bill) -> str:
         (usage.extras, "extras, "),
         (found.original_only, "originals without a code, "),
     ]
-    parts = f"Generators, codes, {''.join(name for size, name in some if size)}vectors and database"
+    parts = f"Generators, codes, {''.join(name for size, name in some if size)}vectors, manifests and database"
     if share >= 1:
         return (
             f"{parts} take {human_percent(share)}, which costs {human_percent(share - 1)} more. {_quality_text(found)}"
@@ -36,11 +36,11 @@ def saving_text(found: Bill) -> str:
 
 def _quality_text(found: Bill) -> str:
     """Return the measured quality of the codes, or that it was not measured."""
-    coded = sum(len(fleet.encoded) for fleet in found.fleets)
+    coded = len(found.encoded)
     if (gains := found.retained_gains) is not None:
         of = "" if gains.tasks == coded else f", measured for {gains.tasks} of {counted(coded, 'code')}"
         return f"The codes retain {gains.mean:.3f} of the gain on average, {gains.worst:.3f} at worst{of}."
-    effects = [task.effect for task in found.each if task.effect is not None]
+    effects = [task.row.effect for task in found.each if task.row.effect is not None]
     if effects:
         kept = f"The codes keep {sum(effects) / len(effects):.3f} of their adapters' effect on samples"
         return f"{kept}; retained gain was not measured: run `icm eval`."
@@ -48,7 +48,7 @@ def _quality_text(found: Bill) -> str:
 
 
 def disk_lines(usage: Usage) -> list[tuple[str, int]]:
-    """Return the bytes of a store by what they are for, without its lock files, which differ from run to run."""
+    """Return the bytes of a store by use, without its lock files, which differ from run to run."""
     return [
         ("originals (final adapters)", usage.originals),
         ("checkpoints", usage.checkpoints),
@@ -57,15 +57,17 @@ def disk_lines(usage: Usage) -> list[tuple[str, int]]:
         ("extras of codes", usage.extras),
         ("task vectors", usage.vectors),
         ("samples and held-out text", usage.texts),
+        ("earlier versions of tasks", usage.versions),
         ("earlier generators", usage.old_generators),
         ("unfinished training", usage.training),
+        ("manifests", usage.manifests),
         ("database", usage.database),
         ("unreferenced", usage.unreferenced),
     ]
 
 
 def limits_text(asked: CodeLimits) -> str:
-    """Return the limits that a code was made for."""
+    """Return the limits of a code in words."""
     limits = (
         ("retained gain at least", asked.min_gain),
         ("relative error at most", asked.max_error),
@@ -79,16 +81,16 @@ def limits_text(asked: CodeLimits) -> str:
 
 def claims_text(found: Bill) -> str | None:
     """Return how many codes have only the figures that their bundle claims; None if there are none."""
-    number = sum(task.is_claimed for fleet in found.fleets for task in fleet.tasks)
+    number = sum(task.row.claim is not None for task in found.each)
     if not number:
         return None
     have = "has" if number == 1 else "have"
     return f"{counted(number, 'code')} {have} only the quality that the bundle claims; run `icm eval` to measure it."
 
 
-def shortfalls(short: Iterable[CodeLimits]) -> list[str]:
+def shortfalls(missed: Iterable[CodeLimits]) -> list[str]:
     """Return how many tasks keep their original because no code meets their limit, one line per limit."""
     return [
         f"{counted(number, 'task')} {'keeps its' if number == 1 else 'keep their'} original: no code meets {text}"
-        for text, number in sorted(Counter(map(limits_text, short)).items())
+        for text, number in sorted(Counter(map(limits_text, missed)).items())
     ]

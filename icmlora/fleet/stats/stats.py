@@ -1,61 +1,65 @@
 """Count what a store takes on disk, what its generators and codes save, and what they cost in quality: `icm stats`.
 
-Sizes are those of the files. A blob that several rows share counts once in the totals, and fully in each task's line.
+Sizes are those of the files. A blob that several tasks share counts once in the totals, and fully in each task's line.
 """
 
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Iterable
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from icmlora.fleet.context import Context, use_case
-from registry.records import CodeLimits, GeneratorRecord, TaskFigures, WithRelativeError
+from icmlora.fleet.rows import limits_of
+from registry.errors import DamagedStore
+from registry.filters import Selection, parse_filter
+from registry.manifests import CodeLimits, Generator, relative_error
 
 if TYPE_CHECKING:
     from registry.store import Store
+    from registry.tables import TaskRow
     from registry.usage import Usage
 
-_BF16 = 2  # bytes per parameter: what a user would otherwise keep
+_BF16 = 2  # bytes per parameter
 
 
-@dataclass(frozen=True, slots=True)
-class TaskBill(WithRelativeError):
-    """The bytes and the quality of one task; None where it has no code, or was not measured."""
+@dataclass(frozen=True)
+class TaskBill:
+    """The bytes and the quality of one task."""
 
-    task: str
-    bf16_size: int
-    original_size: int
-    vectors_size: int
-    code_size: int | None
-    squared_error: float | None
-    retained_gain: float | None
-    evicted: bool
-    asked: CodeLimits | None
-    original_only: str | None  # why there can be no code
-    extras_bytes: int
-    precision: str | None = None  # of the base model that the gain was measured on
-    effect: float | None = None  # as in `NewCode`
-    is_claimed: bool = False  # its figures are those that a bundle claims, so they are left out here
+    row: TaskRow
+    bf16_size: int  # of its final adapter, with the tensors that no code can represent as they were
 
     @property
     def size(self) -> int:
-        """Bytes of what stands for the adapter: code, vectors and extras, or an original without a code."""
-        return self.codes_and_vectors_size + self.extras_bytes + (self.original_size if self.original_only else 0)
+        """Bytes that replace the adapter: code, vectors and extras, or an original that cannot have a code."""
+        original = 0 if self.row.original_only is None else self.row.stored_bytes
+        return self.codes_and_vectors_size + self.row.extras_bytes + original
 
     @property
     def codes_and_vectors_size(self) -> int:
         """Bytes of code and vectors."""
-        return (self.code_size or 0) + self.vectors_size
+        return (self.row.code_size or 0) + self.row.vectors_bytes
 
     @property
-    def fell_short(self) -> bool:
-        """Whether no code meets its limits, so that its original has to stay."""
-        return self.asked is not None and not self.asked.is_kept and not self.evicted
+    def relative_error(self) -> float | None:
+        """The relative error of its code."""
+        return relative_error(self.row.squared_error)
+
+    @property
+    def limits(self) -> CodeLimits | None:
+        """The limits that its code was made for."""
+        return limits_of(self.row)
+
+    @property
+    def misses_limit(self) -> bool:
+        """Whether no code meets its limits, so that its original is kept."""
+        return self.limits is not None and not self.limits.is_kept and self.row.evicted_at is None
 
 
 @dataclass(frozen=True)
@@ -81,10 +85,10 @@ class Spread:
 
 
 class _Sums:
-    """What one base model and the whole store have in common: sums over tasks, each made once."""
+    """Sums over tasks, for one base model and for the whole store."""
 
     @property
-    def each(self) -> Iterable[TaskBill]:
+    def each(self) -> Sequence[TaskBill]:
         """All tasks."""
         raise NotImplementedError
 
@@ -95,18 +99,38 @@ class _Sums:
 
     @cached_property
     def evicted(self) -> int:
-        """How many tasks are evicted."""
-        return sum(task.evicted for task in self.each)
+        """Number of evicted tasks."""
+        return sum(task.row.evicted_at is not None for task in self.each)
+
+    @cached_property
+    def original_only(self) -> int:
+        """Number of tasks that cannot have a code."""
+        return sum(task.row.original_only is not None for task in self.each)
+
+    @cached_property
+    def encoded(self) -> tuple[TaskBill, ...]:
+        """The tasks that have a code."""
+        return tuple(task for task in self.each if task.row.is_coded)
+
+    @cached_property
+    def missed_limits(self) -> list[CodeLimits]:
+        """The limits of each task that keeps its original because no code meets them."""
+        return [task.limits for task in self.each if task.limits is not None and task.misses_limit]
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every task that can have a code has one, so that the sizes cover all of them."""
+        return bool(self.encoded) and len(self.encoded) + self.original_only == len(self.each)
 
     @cached_property
     def relative_errors(self) -> Spread | None:
-        """The relative errors of the codes; None where none was measured."""
-        return Spread.of(((task.task, task.relative_error, None) for task in self.each), high_is_bad=True)
+        """The relative errors of the codes; None if none was measured."""
+        return Spread.of(((task.row.name, task.relative_error, None) for task in self.each), high_is_bad=True)
 
     @cached_property
     def retained_gains(self) -> Spread | None:
-        """The retained gains of the codes; None where none was measured."""
-        return Spread.of((task.task, task.retained_gain, task.precision) for task in self.each)
+        """The retained gains of the codes; None if none was measured."""
+        return Spread.of((task.row.name, task.row.gain, task.row.gain_precision) for task in self.each)
 
 
 @dataclass(frozen=True)
@@ -114,9 +138,10 @@ class BaseModelBill(_Sums):
     """The tasks of one base model."""
 
     base_model: str
-    generator: GeneratorRecord | None
+    generator: Generator | None  # the current one
     tasks: tuple[TaskBill, ...]
-    extras_bytes: int  # of all tasks; what several tasks share counts once
+    extras_bytes: int  # of all tasks; an extra that several tasks share counts once
+    earlier_size: int = 0  # bytes of earlier generators that codes need
 
     @property
     def each(self) -> tuple[TaskBill, ...]:
@@ -135,8 +160,8 @@ class BaseModelBill(_Sums):
 
     @property
     def shared_size(self) -> int:
-        """Bytes that all tasks share: the generator and its few-shot start."""
-        return self.generator_size + self.start_size
+        """Bytes that all tasks share: the generators that their codes need, and the few-shot start."""
+        return self.generator_size + self.start_size + self.earlier_size
 
     @cached_property
     def codes_and_vectors_size(self) -> int:
@@ -145,35 +170,13 @@ class BaseModelBill(_Sums):
 
     @cached_property
     def per_task_size(self) -> int:
-        """Bytes of all that stands for the adapters; what several tasks share counts once."""
-        return sum(task.size - task.extras_bytes for task in self.tasks) + self.extras_bytes
-
-    @cached_property
-    def original_only(self) -> tuple[TaskBill, ...]:
-        """The tasks of which there can be no code."""
-        return tuple(task for task in self.tasks if task.original_only is not None)
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether every task has a code that can have one, so that the bill covers all of them."""
-        return bool(self.encoded) and len(self.encoded) + len(self.original_only) == len(self.tasks)
-
-    @cached_property
-    def encoded(self) -> tuple[TaskBill, ...]:
-        """The tasks that have a code."""
-        return tuple(task for task in self.tasks if task.code_size is not None)
-
-    @cached_property
-    def short(self) -> tuple[TaskBill, ...]:
-        """The tasks that keep their original because no code meets their limits."""
-        return tuple(task for task in self.tasks if task.fell_short)
+        """Bytes of everything that replaces the adapters; an extra that several tasks share counts once."""
+        return sum(task.size - task.row.extras_bytes for task in self.tasks) + self.extras_bytes
 
     @cached_property
     def marginal_size(self) -> float | None:
-        """Mean bytes of one more task: its code and vectors."""
-        if not self.encoded:
-            return None
-        return sum(task.size for task in self.encoded) / len(self.encoded)
+        """Mean bytes of one more task: its code, vectors and extras."""
+        return sum(task.size for task in self.encoded) / len(self.encoded) if self.encoded else None
 
     @property
     def break_even(self) -> int | None:
@@ -198,31 +201,22 @@ class Bill(_Sums):
 
     @property
     def tasks(self) -> int:
-        """How many tasks there are."""
+        """Number of tasks."""
         return len(self.each)
 
     @property
     def compact_size(self) -> int:
-        """Bytes of all that the adapters need without the originals of which there is a code."""
+        """Bytes that the adapters need without the originals that have a code."""
         usage = self.usage
-        uncoded = sum(task.original_size for fleet in self.fleets for task in fleet.original_only)
-        coded = usage.generators + usage.codes + usage.vectors + usage.extras
-        return coded + usage.database + uncoded
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether there are tasks and the compact size covers all of them."""
-        return bool(self.fleets) and all(fleet.is_complete for fleet in self.fleets)
-
-    @cached_property
-    def original_only(self) -> int:
-        """How many tasks there are of which there can be no code."""
-        return sum(len(fleet.original_only) for fleet in self.fleets)
+        coded = sum(fleet.shared_size for fleet in self.fleets) + usage.codes + usage.vectors + usage.extras
+        uncoded = sum(task.row.stored_bytes for task in self.each if task.row.original_only is not None)
+        return coded + uncoded + usage.manifests + usage.database
 
     @property
     def compact_share(self) -> float | None:
         """The compact size as a share of bf16 (above 1 if it is larger); None until every task has a code."""
-        return self.compact_size / self.bf16_size if self.is_complete and self.bf16_size else None
+        is_complete = bool(self.fleets) and all(fleet.is_complete for fleet in self.fleets)
+        return self.compact_size / self.bf16_size if is_complete and self.bf16_size else None
 
 
 @use_case
@@ -243,49 +237,29 @@ def stats(context: Context, *, plot: str | Path | None = None, force: bool = Fal
 
         check_plot(Path(plot), force=force)
     with context.open(read_only=True) as store:
-        wrong = store.listing.wrong_rows()
-        rows = store.listing.figures(without=set[int]().union(*wrong.values()))
-        found = bill_of(store, rows, has_wrong_rows=bool(wrong))
+        found = bill_of(store)
     if plot is not None:
         plot_bill(found, Path(plot), force=force)
     return found
 
 
-def bill_of(store: Store, rows: Iterable[TaskFigures], *, has_wrong_rows: bool) -> Bill:
-    """Count everything in an open store, of which `rows` are all tasks whose figures depend on no wrong row.
-
-    Reads rows and file sizes, but no file's content.
-    """
-    vectors, listed = store.listing.vector_files(), store.blobs.sizes()
-
-    def size(digest: str) -> int:
-        return listed[digest] if digest in listed else store.blobs.size(digest)  # which says what is missing
-
-    tasks, extras = defaultdict[str, list[TaskBill]](list), defaultdict[str, dict[str, int]](dict)
-    for row in rows:
-        tasks[row.base_model].append(_task_bill(row, sum(map(size, vectors.get(row.id, ())))))
-        extras[row.base_model].update((extra.blob, extra.packed_size) for extra in row.extras)
-    fleets = [
-        BaseModelBill(label, store.listing.generator(label), tuple(own), sum(extras[label].values()))
-        for label, own in sorted(tasks.items())
-    ]
-    return Bill(store.usage(listed, has_wrong_rows=has_wrong_rows), tuple(fleets))
+def bill_of(store: Store) -> Bill:
+    """Count everything in an open store. Only the manifests of tasks with extras are read, which may share them."""
+    tensors, extras = Counter[str](), defaultdict[str, dict[str, int]](dict)
+    for task in store.tasks(Selection(filters=(parse_filter("extras>0"),))):
+        tensors[task.name] = sum(extra.size for extra in task.final.extras if extra.file is None)
+        extras[task.base_model].update((extra.blob, extra.packed_size) for extra in task.final.extras)
+    tasks = defaultdict[str, list[TaskBill]](list)
+    for row in store.rows():
+        tasks[row.base].append(TaskBill(row, _BF16 * row.parameters + tensors[row.name]))
+    fleets = [_fleet(store, base, tuple(own), sum(extras[base].values())) for base, own in sorted(tasks.items())]
+    return Bill(store.usage(), tuple(fleets))
 
 
-def _task_bill(row: TaskFigures, vectors_size: int) -> TaskBill:
-    return TaskBill(
-        task=row.task,
-        bf16_size=_BF16 * row.parameters + sum(extra.size for extra in row.extras if extra.file is None),
-        original_size=row.stored_bytes,
-        vectors_size=vectors_size,
-        code_size=row.code_size,
-        squared_error=row.squared_error,
-        retained_gain=row.gain,
-        precision=row.gain_precision,
-        evicted=row.is_evicted,
-        asked=row.asked,
-        original_only=row.original_only,
-        extras_bytes=sum(extra.packed_size for extra in row.extras),
-        is_claimed=row.is_claimed,
-        effect=row.effect,
-    )
+def _fleet(store: Store, base_model: str, tasks: tuple[TaskBill, ...], extras_bytes: int) -> BaseModelBill:
+    generator, earlier = None, 0
+    with suppress(DamagedStore):  # `usage` reports it
+        generator, needed = store.generator(base_model), {task.row.generator for task in tasks}
+        files = {one.blob for one in store.generators(base_model) if one.blob in needed}
+        earlier = sum(file.size for file in files if generator is None or file != generator.blob)
+    return BaseModelBill(base_model, generator, tasks, extras_bytes, earlier)
