@@ -1,12 +1,12 @@
-"""Bring adapters back to the folders where `icm evict --placeholder` left placeholders.
+"""Restore adapters to the folders where `icm evict --placeholder` left placeholders.
 
     placeholder ──▶ the adapter with its digests ──▶ original, byte for byte ──┐
                                                 └──▶ code, decoded ────────────┴─▶ files, durable ──▶ placeholder gone
 
-The adapter is looked up by the digests of its weights and configuration, so its task may have another name by now. Only
-the store, or the bundle, that the caller names is opened, never the store that a placeholder names.
-Nothing in a folder is overwritten, and the files of an adapter appear together: a full disk leaves none of them. A kill
-leaves the placeholder in place, and the same call goes on.
+The adapter is looked up by the digests of its weights and configuration, so its task may have been renamed, or have a
+newer version. Only the store or bundle of the caller is opened, never the store that a placeholder names.
+No file in a folder is overwritten, and the files of an adapter appear together: a full disk leaves none of them. A
+killed call leaves the placeholder in place, and the same call finishes its work.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from icmlora.formats.discovery.placeholder import (
     find_placeholders,
     is_placeholder,
 )
+from icmlora.formats.discovery.task_names import run_folder
 from icmlora.formats.discovery.tree import Folder, walk
 from icmlora.formats.discovery.unsupported import PICKLES
 from icmlora.formats.format import AdapterBytes, AdapterFormat
@@ -41,20 +42,20 @@ from icmlora.io.safetensors import MAX_FILE_BYTES
 from icmlora.io.staging import write_files
 from registry.errors import IcmError, RegistryError, StoreNotFound
 from registry.files import failpoint, fsync_dir, is_full, unlink
-from registry.names import source_label
-from registry.records import AdapterRecord, CodeRecord, GeneratorRecord, WithRelativeError
+from registry.manifests import Code, Task, WithRelativeError
+from registry.names import folder_of, source_label
 from registry.storage.blobs.content import digest_of
 
 RestoreStatus = Literal["restored", "would_restore", "complete", "refused"]
 NO_SPACE = "no_space"
-"""The kind of a refusal for want of space."""
+"""The kind of a refusal because the disk is full."""
 
 
 @dataclass(frozen=True)
 class AdapterRestored(WithRelativeError, Event):
-    """One placeholder is done."""
+    """The result for one placeholder."""
 
-    path: str  # of the placeholder's folder, or of what was refused
+    path: str  # of the placeholder's folder, or of a refused input
     task: str | None  # as the placeholder names it; None if it cannot be read
     # `restored`; `would_restore` in a dry run; `complete` (the files were all there, so only the placeholder went);
     # `refused` (see `kind`, `reason` and `hint`).
@@ -74,13 +75,13 @@ class AdapterRestored(WithRelativeError, Event):
 
 @dataclass
 class RestoreReport:
-    """What was restored, and what was not."""
+    """The restored adapters, and the refused ones."""
 
     adapters: list[AdapterRestored] = field(default_factory=list)
 
     @property
     def refused(self) -> list[AdapterRestored]:
-        """What could not be restored."""
+        """Those that could not be restored."""
         return [adapter for adapter in self.adapters if adapter.status == "refused"]
 
     @property
@@ -90,7 +91,7 @@ class RestoreReport:
 
     @property
     def restored(self) -> list[AdapterRestored]:
-        """What is back, or would be."""
+        """Those that were restored, or would be."""
         return [adapter for adapter in self.adapters if adapter.status != "refused"]
 
     @property
@@ -103,16 +104,16 @@ class RestoreReport:
 def restore(
     context: Context, folders: Sequence[str | Path], *, bundle: str | Path | None = None, dry_run: bool = False
 ) -> RestoreReport:
-    """Bring adapters back to the folders in which `evict` left placeholders.
+    """Restore adapters to the folders in which `evict` left placeholders.
 
-    An adapter is written byte for byte if the store has its original, or else decoded from its code. Nothing in a
-    folder is overwritten. What cannot be restored is in the report and does not stop the rest.
+    An adapter is written byte for byte if the store has its original, or else decoded from its code. No file in a
+    folder is overwritten. Refused placeholders are in the report and do not stop the rest.
 
     Args:
         context: The store.
         folders: Folders with placeholders, at any depth.
         bundle: Read this bundle instead of the store.
-        dry_run: Check everything and report what would be written, but write nothing.
+        dry_run: Check everything and report the files to write, but write nothing.
 
     Raises:
         DataError: A folder does not exist, or nothing could be restored.
@@ -121,13 +122,13 @@ def restore(
     report = RestoreReport()
     errors: list[Exception] = []
 
-    def tell(done: AdapterRestored) -> None:
+    def add(done: AdapterRestored) -> None:
         report.adapters.append(done)
         context.on_event(done)
 
     def refuse(error: Exception, path: str, task: str | None = None) -> None:
         errors.append(error)
-        tell(_refused(error, path, task))
+        add(_refused(error, path, task))
 
     with reporting(report):
         readable, refusals = _find([Path(folder) for folder in folders])
@@ -142,7 +143,7 @@ def restore(
                     except (*FAILURES, RegistryError, OSError) as error:
                         refuse(error, source_label(item.place), _content(item).task)
                     else:
-                        tell(done)
+                        add(done)
                 context.progress(len(readable), len(readable))
     if errors and not report.restored:
         full = [error for error in errors if is_full(error)]
@@ -171,7 +172,7 @@ def _opened(context: Context, bundle: str | Path | None, found: Sequence[FoundPl
 
 
 def _find(folders: Sequence[Path]) -> tuple[list[FoundPlaceholder], list[AdapterRefused]]:
-    """Find the placeholders under some folders, each once, and what cannot be read."""
+    """Find the placeholders under some folders, each once, and refuse those that cannot be read."""
     found, refused = dict[Path, FoundPlaceholder](), list[AdapterRefused]()
     for path in folders:
         root = Path(os.path.realpath(path))
@@ -208,51 +209,50 @@ def _refused(error: Exception, path: str, task: str | None) -> AdapterRestored:
 
 
 def _made(
-    codes: CodeSource, wanted: Placeholder, weights: bytes | None, done: AdapterRestored
+    codes: CodeSource, found: FoundPlaceholder, weights: bytes | None, done: AdapterRestored
 ) -> tuple[AdapterBytes, AdapterRestored]:
-    """Return the files of an adapter without a card: its original if it is kept, or else what its code decodes to.
+    """Return the files of an adapter without a card, from its original if that is kept, or else from its code.
 
     Args:
         codes: Where to look for it.
-        wanted: Which adapter.
+        found: Its placeholder.
         weights: Its original weights, if its folder has them: then only the files next to them are made.
-        done: What is reported of an original; it is returned as it is true of these files.
+        done: The report for an original.
     """
-    rows = codes.having(wanted.weights, wanted.config)
+    wanted, digests = _content(found), (_content(found).weights, _content(found).config)
+    place, run = source_label(found.place), source_label(run_folder(found.place)[0])
+    tasks = codes.having(*digests, name=wanted.task, folders={place, folder_of(place), run})
     # Several tasks may have it; the one that the placeholder names comes first.
-    rows.sort(key=lambda row: row.task.lower() != wanted.task.lower())
-    if not rows:
+    tasks.sort(key=lambda task: task.name.lower() != wanted.task.lower())
+    if not tasks:
         hint = f"the placeholder names the store at {wanted.store}; specify it with --store if it is yours"
         if codes.name == "bundle":
             hint = "run `icm ls --from FILE` to list the tasks of a bundle"
         raise DataError(f"the {codes.name} has no adapter with the digests of task {wanted.task!r}", hint=hint)
-    original = next((row for row in rows if weights is not None or not row.is_evicted), None)
+    adapters = [one for task in tasks for one in task.adapters if (one.weights, one.config) == digests]
+    original = next((one for one in adapters if weights is not None or not one.is_evicted), None)
     if original is not None:
         return original_files(codes, original, weights), done
-    for row in rows:
-        generator = codes.generator(codes.get(row.task).base_model)
-        code = None if generator is None else codes.code(row.task, generator)
-        if generator is not None and code is not None and code.adapter_id == row.id:
-            return _decoded(codes, row, code, generator, done)
-    if not any(row.is_final for row in rows):
+    finals = [task for task in tasks if (task.final.weights, task.final.config) == digests]
+    for task in finals:
+        if task.code is not None:
+            return _decoded(codes, task, task.code, done)
+    if not finals:
         raise DataError("the store deleted this checkpoint, and a checkpoint has no code")
-    raise DataError(f"the original of task {rows[0].task!r} was evicted, and it has no code")
+    raise DataError(f"the original of task {finals[0].name!r} was evicted, and it has no code")
 
 
-def _decoded(
-    codes: CodeSource, row: AdapterRecord, code: CodeRecord, generator: GeneratorRecord, done: AdapterRestored
-) -> tuple[AdapterBytes, AdapterRestored]:
+def _decoded(codes: CodeSource, task: Task, code: Code, done: AdapterRestored) -> tuple[AdapterBytes, AdapterRestored]:
     from icmlora.fleet.resources.decoding import code_reader, files_like_original  # torch, which originals do not need
 
-    measured = codes.measured(codes.get(row.task), "code", generator)
-    adapter = code_reader(codes.read, codes.generator_file(generator), code)()
-    return files_like_original(adapter, codes.form(row)), replace(
+    adapter = code_reader(codes.read, codes.generator_file(code.generator), code)()
+    return files_like_original(adapter, codes.form(task)), replace(
         done,
         source="code",
-        generator=generator.blob,
+        generator=str(code.generator),
         squared_error=code.squared_error,
-        retained_gain=None if measured is None else measured.retained_gain,
-        precision=None if measured is None else measured.precision,
+        retained_gain=None if task.quality is None else task.quality.retained_gain,
+        precision=None if task.quality is None else task.quality.precision,
     )
 
 
@@ -269,12 +269,12 @@ class _Restorer:
         path = source_label(self._found.place)
         done = AdapterRestored(path, self._wanted.task, "complete", "original", squared_error=0.0, retained_gain=1.0)
         missing: Mapping[str, bytes] = {}
-        # If all are there, the eviction was interrupted before it took anything away, or a person put the files back.
+        # All are there if the eviction was interrupted before it deleted any, or if the user put the files back.
         if not all(map(self._is_there, self._wanted.files)):
             weights = self._weights
             is_exact = weights.stamp.digest == self._wanted.weights and self._is_there(weights)
             data = read_regular(self._home / weights.name, max_bytes=MAX_FILE_BYTES) if is_exact else None
-            made, done = _made(self._codes, self._wanted, data, done)
+            made, done = _made(self._codes, self._found, data, done)
             missing = self._missing(made)
             done = replace(
                 done,
@@ -293,7 +293,7 @@ class _Restorer:
         return done
 
     def _missing(self, made: AdapterBytes) -> dict[str, bytes]:
-        """Return the files that are not there yet; raise if another file is in the place of one."""
+        """Return the missing files; raise if another file has the name of one."""
         missing: dict[str, bytes] = {}
         for name, data in self._files(made).items():
             path = self._home / name
@@ -305,7 +305,7 @@ class _Restorer:
         return missing
 
     def _files(self, made: AdapterBytes) -> dict[str, bytes]:
-        """Return the files to write, by name; that which makes the folder an adapter comes last.
+        """Return the files to write, by name; the file that makes the folder an adapter comes last.
 
         Names come from the format and the store. Those in the placeholder only choose among them.
         """
@@ -327,7 +327,7 @@ class _Restorer:
         return next(file for file in self._wanted.files if file.part == "weights")
 
     def _is_there(self, file: ReplacedFile) -> bool:
-        """Say whether a file that was replaced is still there, or there again."""
+        """Return whether a replaced file is there."""
         try:
             return hash_regular(self._home / file.name).digest == file.stamp.digest
         except AdapterRefused:

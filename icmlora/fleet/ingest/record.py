@@ -82,8 +82,8 @@ def record(
         bases = {label: label if store is None else store.base_name(label) for label in labels}
         made = [_try(offer, bases, known, on_conflict, restore=restore) for offer in offers]
         decisions = [one for one in made if not isinstance(one, TaskConflict)]
-        if store is not None and not dry_run:
-            changed = [task for task, _ in decisions if task is not known.get(task.name.lower())]
+        changed = [task for task, _ in decisions if task is not known.get(task.name.lower())]
+        if store is not None and changed and not dry_run:
             for task in changed:
                 _check_weights(store, task, withheld)
             try:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -79,7 +79,7 @@ class BundleCodes:
     def tasks(self, base_model: str | None = None) -> Iterator[Task]:
         return map(self.get, self.names(base_model))
 
-    def having(self, weights: str, config: str) -> list[Task]:
+    def having(self, weights: str, config: str, *, name: str, folders: Collection[str]) -> list[Task]:
         tasks = (task for task in self._index.tasks if (task.final.weights, task.final.config) == (weights, config))
         return list(map(self._checked, tasks))
 

@@ -6,7 +6,7 @@ Never imports torch by itself.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -51,8 +51,11 @@ class CodeSource(Protocol):
     def tasks(self, base_model: str | None = None) -> Iterator[Task]:
         """Yield all tasks, or those of one base model."""
 
-    def having(self, weights: str, config: str) -> list[Task]:
-        """Return the tasks whose final adapter has these digests."""
+    def having(self, weights: str, config: str, *, name: str, folders: Collection[str]) -> list[Task]:
+        """Return the versions of tasks with an adapter of these digests, newer ones first.
+
+        A store finds them by the weights of final adapters in use, by the name of the task, and by its folder.
+        """
 
     def current(self, base_model: str) -> Generator | None:
         """Return the generator in use for a base model."""
@@ -122,9 +125,10 @@ class StoreCodes:
     def tasks(self, base_model: str | None = None) -> Iterator[Task]:
         return self.store.tasks(Selection(base_model=base_model))
 
-    def having(self, weights: str, config: str) -> list[Task]:
-        tasks = self.store.named([row.name for row in self.store.rows_of(weights=[weights])])
-        return [task for task in tasks if (task.final.weights, task.final.config) == (weights, config)]
+    def having(self, weights: str, config: str, *, name: str, folders: Collection[str]) -> list[Task]:
+        rows = self.store.rows_of(weights=[weights], names=[name], folders=folders)
+        versions = (task for row in rows for task in reversed(self.store.history(row.name)))
+        return [task for task in versions if (weights, config) in {(one.weights, one.config) for one in task.adapters}]
 
     def version_of(self, generator: str, base_model: str) -> int | None:
         known = [one.version for one in self.store.generators(base_model) if one.blob == generator]
