@@ -17,14 +17,14 @@ from icmlora.adapter.model import Adapter
 from icmlora.formats.discovery.folder import load_adapter
 from icmlora.generator.codec import Codec
 from registry.errors import StoreFull
-from registry.records import AdapterRecord, CodeRecord
+from registry.manifests import Adapter as StoredAdapter
+from registry.manifests import Code
 from registry.storage.sqlite import SqliteDatabase
 from registry.store import Store
 from tests.cli.coded import damage
 from tests.cli.conftest import Ran
 from tests.cli.tiny_fleet import write_lora
 from tests.icmlora.tiny_base import LABEL
-from tests.rewriting import rewriting
 
 Icm = Callable[..., Ran]
 ALL = ("evict", "--max-error", "0.7")
@@ -35,20 +35,18 @@ def blob_bytes(store: Path) -> int:
     return sum(path.stat().st_size for path in (store / "blobs").rglob("*") if path.is_file())
 
 
-def finals(store: Path) -> dict[str, AdapterRecord]:
+def finals(store: Path) -> dict[str, StoredAdapter]:
     with Store.open(store) as opened:
-        return {task.name: opened.tasks.final(task.name) for task in opened.tasks.all()}
+        return {task.name: task.final for task in opened.tasks()}
 
 
 def evicted(store: Path) -> set[str]:
     return {name for name, final in finals(store).items() if final.is_evicted}
 
 
-def code_of(store: Path, task: str) -> CodeRecord:
+def code_of(store: Path, task: str) -> Code:
     with Store.open(store) as opened:
-        generator = opened.generators.current(LABEL)
-        assert generator is not None
-        code = opened.codes.get(task, generator.id)
+        code = opened.task(task).code
         assert code is not None
         return code
 
@@ -132,8 +130,8 @@ def test_the_error_is_measured_now_and_stored(icm: Icm, trained: Path, mixed_tem
     icm("materialize", "rules", "--source", "code", "--dtype", "float32", "-o", tmp_path / "out")
     original = load_adapter(mixed_template / "loras" / "rules")
     error = math.sqrt(squared_error(original, load_adapter(tmp_path / "out")))
-    with rewriting(trained / "registry.db") as connection:
-        connection.execute("UPDATE codes SET dw_error = 0.0")
+    with Store.open(trained) as store:
+        store.update("rules", lambda task: replace(task, code=replace(task.code, squared_error=0.0)))  # type: ignore[type-var]
     assert icm("evict", "rules", "--max-error", error * 0.99).code == ExitCode.PARTLY
     assert icm("evict", "rules", "--max-error", error * 1.01).code == 0
     assert code_of(trained, "rules").relative_error == pytest.approx(error, rel=1e-3)
@@ -236,11 +234,9 @@ def test_a_codec_that_lies_costs_no_original(
 
 @pytest.mark.parametrize("part", ["code", "generator", "original"])
 def test_nothing_goes_where_a_part_is_damaged(icm: Icm, trained: Path, part: str) -> None:
-    with Store.open(trained) as store:
-        generator = store.generators.current(LABEL)
-        assert generator is not None
-        digests = {"generator": generator.blob, "original": store.tasks.final("rules").weights}
-    damage(trained, (digests | {"code": code_of(trained, "rules").blob})[part])
+    code = code_of(trained, "rules")
+    digests = {"code": code.blob, "generator": code.generator, "original": finals(trained)["rules"].weights}
+    damage(trained, digests[part])
     ran = icm(*ALL, "rules", "--json")
     assert (ran.code, evicted(trained)) == (ExitCode.PARTLY, set())
     assert "damaged" in tasks_of(ran)["rules"]["reason"]
@@ -279,8 +275,8 @@ def test_a_full_disk_can_be_emptied(icm: Icm, trained: Path, monkeypatch: pytest
         return real(database)
 
     monkeypatch.setattr(SqliteDatabase, "write", write)
-    assert icm("evict", "rules", "--max-error", "0.7").code == 0
-    assert reserve.exists()
+    assert icm("evict", "--max-error", "0.7").code == 0
+    assert (evicted(trained), reserve.exists()) == ({"poems", "rules", "silent"}, True)
 
 
 def test_pinned_tasks_are_kept(icm: Icm, trained: Path) -> None:
@@ -328,3 +324,52 @@ def test_checkpoints_that_came_after_an_eviction_can_go_too(
     write_lora(folder / "checkpoint-30", seed=30)
     assert icm("ingest", folder, "--no-vectors", "--json").events[-1]["new"] == 1
     assert tasks_of(icm(*ALL, "poems", "--json"))["poems"]["adapters"] == 1
+
+
+def test_an_earlier_version_can_go_alone(icm: Icm, trained: Path, tmp_path: Path) -> None:
+    first = finals(trained)["rules"]
+    write_lora(tmp_path / "rules", seed=77)
+    assert icm("ingest", tmp_path / "rules", "--on-conflict", "version", "--no-vectors").code == 0
+    ran = icm(*ALL, "rules@1", "RULES", "--json")
+    assert {name: task["status"] for name, task in tasks_of(ran).items()} == {"rules": "kept", "rules@1": "evicted"}
+    assert ran.events[-1]["freed"] == first.weights.size
+    assert not (trained / "blobs" / first.weights[0] / first.weights).exists()
+    assert evicted(trained) == set()
+    assert icm("materialize", "rules@1", "-o", tmp_path / "out").code == 0
+    assert icm("verify", "--read-data").code == 0
+
+
+def test_while_another_process_uses_the_store_the_next_prune_frees_the_bytes(icm: Icm, trained: Path) -> None:
+    before = blob_bytes(trained)
+    with Store.open(trained):
+        ran = icm(*ALL, "rules", "--lock-timeout", "0")
+    assert (ran.code, evicted(trained), blob_bytes(trained)) == (0, {"rules"}, before)
+    assert "the next `icm prune` frees" in ran.err
+    assert icm("prune", "--grace", "0s", "--yes").code == 0
+    assert blob_bytes(trained) < before
+    assert icm("verify", "--read-data").code == 0
+
+
+def test_the_next_eviction_frees_them_too(icm: Icm, trained: Path) -> None:
+    before, size = blob_bytes(trained), finals(trained)["rules"].weights.size
+    with Store.open(trained):
+        ran = icm(*ALL, "rules", "--lock-timeout", "0", "--json")
+    assert (ran.events[-1]["freed"], ran.events[-1]["pending"]) == (0, size)
+    again = icm(*ALL, "rules", "--json")
+    assert (tasks_of(again)["rules"]["status"], tasks_of(again)["rules"]["left"]) == ("known", size)
+    assert again.events[-1]["freed"] == size == before - blob_bytes(trained)
+
+
+def test_a_task_that_changes_during_its_check_is_kept(icm: Icm, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, changed = Store.update, list[str]()
+
+    def update(store: Store, name: str, change: Callable[[Any], Any]) -> object:
+        if not changed:
+            changed.append(name)
+            real(store, name, lambda task: replace(task, pinned=True))
+        return real(store, name, change)
+
+    monkeypatch.setattr(Store, "update", update)
+    ran = icm(*ALL, "rules")
+    assert (ran.code, evicted(trained)) == (ExitCode.PARTLY, set())
+    assert "it was pinned" in ran.out

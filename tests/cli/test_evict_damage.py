@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,13 +11,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from icm_cli.errors import ExitCode
+from registry.manifests import Task
 from registry.store import Store
 from tests.cli.coded import damage
 from tests.cli.conftest import Ran
 from tests.cli.test_evict import ALL, blob_bytes, evicted, finals, tasks_of
 from tests.cli.tiny_fleet import icm_quietly, train_store, write_lora
 from tests.icmlora.tiny_base import HIDDEN
-from tests.rewriting import rewriting
 
 Icm = Callable[..., Ran]
 BIG = 10 << 20  # bytes of a head: more than a record of references can have
@@ -50,16 +51,14 @@ def headed(headed_template: Path, tmp_path: Path) -> Iterator[Path]:
 def digest_of(store: Path, part: str) -> str:
     """Return the blob of one part of the task `headed`."""
     with Store.open(store) as opened:
-        final = opened.tasks.final("headed")
-        generator = opened.generators.current(opened.tasks.get("headed").base_model)
-        assert generator is not None
-        code = opened.codes.get("headed", generator.id)
+        task = opened.task("headed")
+        final, code = task.final, task.code
         assert code is not None
         head, *small = sorted((extra for extra in final.extras if extra.file is None), key=lambda extra: -extra.size)
         others = {extra.file: extra.blob for extra in final.extras if extra.file}
     assert head.packed_size > 8 << 20
     found = {"head": head.blob, "bias": small[0].blob, "configuration": final.config, "original": final.weights}
-    return (found | others | {"code": code.blob, "generator": generator.blob})[part]
+    return (found | others | {"code": code.blob, "generator": code.generator})[part]
 
 
 @pytest.mark.parametrize("how", ["flipped", "missing"])
@@ -89,12 +88,19 @@ def test_with_all_its_parts_it_goes_and_comes_back(icm: Icm, headed: Path, tmp_p
         assert torch.equal(before[name], after[name])
 
 
-def test_an_adapter_whose_rows_have_the_head_of_another_one_is_kept(icm: Icm, headed: Path) -> None:
+def test_an_adapter_whose_manifest_lacks_tensors_is_kept(icm: Icm, headed: Path) -> None:
     head, bias = digest_of(headed, "head"), digest_of(headed, "bias")
-    with rewriting(headed / "registry.db") as rows:
-        find = "(SELECT id FROM blobs WHERE digest = x'{}')"
-        rows.execute(f"DELETE FROM extras WHERE blob_id = {find.format(bias)}")
-        rows.execute(f"UPDATE extras SET file = 'a' WHERE blob_id = {find.format(head)}")
+    with Store.open(headed) as store:
+
+        def mixed_up(task: Task) -> Task:
+            extras = tuple(
+                replace(extra, file="a" if extra.blob == head else extra.file)
+                for extra in task.final.extras
+                if extra.blob != bias
+            )
+            return replace(task, final=replace(task.final, extras=extras))
+
+        store.update("headed", mixed_up)
     assert (icm(*ALL).code, "headed" in evicted(headed)) == (ExitCode.PARTLY, False)
 
 
@@ -106,31 +112,27 @@ def test_checkpoints_stay_with_a_final_adapter_that_is_damaged(icm: Icm, trained
 
 
 class TestInterrupted:
-    """A row that says "evicted" while the weights are there, as a kill leaves it."""
+    """A manifest that says "evicted" while the weights are there, as a kill leaves it."""
 
     @pytest.fixture
-    def marked(self, trained: Path) -> Path:
-        with rewriting(trained / "registry.db") as rows:
-            rows.execute("UPDATE adapters SET evicted_at = 0 WHERE is_final")
+    def marked(self, icm: Icm, trained: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+        with monkeypatch.context() as patch:
+            patch.setattr(Store, "free", lambda *_: None)
+            assert icm(*ALL).code == 0
         return trained
 
-    def test_it_is_finished_once_its_code_was_checked(self, icm: Icm, marked: Path) -> None:
+    def test_the_next_eviction_finishes_it(self, icm: Icm, marked: Path) -> None:
         planned = icm(*ALL, "--dry-run", "--json").events[-1]
         before = blob_bytes(marked)
         ran = icm(*ALL, "--json")
-        assert (ran.code, {task["status"] for task in tasks_of(ran).values()}) == (0, {"evicted"})
-        assert planned["freed"] == ran.events[-1]["freed"] == before - blob_bytes(marked)
-        assert tasks_of(ran)["rules"]["left"] == tasks_of(ran)["rules"]["freed"] > 0
-        assert {task["status"] for task in tasks_of(icm(*ALL, "--json")).values()} == {"known"}
+        assert (ran.code, {task["status"] for task in tasks_of(ran).values()}) == (0, {"known"})
+        assert planned["freed"] == ran.events[-1]["freed"] == before - blob_bytes(marked) > 0
+        assert tasks_of(ran)["rules"]["left"] > 0
+        assert icm(*ALL, "--json").events[-1]["freed"] == 0
 
-    def test_a_code_that_misses_the_limit_keeps_the_file_and_that_is_said(self, icm: Icm, marked: Path) -> None:
+    def test_so_does_prune(self, icm: Icm, marked: Path) -> None:
         before = blob_bytes(marked)
-        ran = icm("evict", "--max-error", "0.001")
-        assert (ran.code, blob_bytes(marked)) == (ExitCode.PARTLY, before)
-        assert "kept rules: an interrupted eviction left its weights, which are kept: its relative error is" in ran.out
-
-    def test_a_damaged_part_keeps_the_file(self, icm: Icm, marked: Path) -> None:
-        rules = finals(marked)["rules"]
-        damage(marked, rules.config)
-        icm(*ALL)
-        assert (marked / "blobs" / rules.weights[0] / rules.weights).is_file()
+        assert icm("verify").code == 0
+        icm("prune", "--grace", "0s", "--yes")
+        assert blob_bytes(marked) < before
+        assert icm("verify", "--read-data").code == 0

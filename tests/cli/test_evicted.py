@@ -1,6 +1,7 @@
 """What the other commands make of a task whose original was evicted."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,14 +10,13 @@ from icm_cli.errors import ExitCode
 from icm_cli.output import Output
 from icmlora import Fleet
 from registry.store import Store
-from registry.tables.tasks import Tasks
 from tests.cli.conftest import Ran
 from tests.cli.tiny_fleet import icm_quietly, write_lora
-from tests.icmlora.tiny_base import LABEL
 from tests.shared import paths_of
 
 Icm = Callable[..., Ran]
 ALL = ("evict", "--max-error", "0.7")
+TRAIN = ("train", "--no-eval", "--refine", "0", "--steps", 2, "--device", "cpu")
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def files(store: Path) -> set[Path]:
 
 def weights_file(store: Path, task: str) -> Path:
     with Store.open(store) as opened:
-        return paths_of(opened).blob(opened.tasks.final(task).weights)
+        return paths_of(opened).file("blobs", opened.task(task).final.weights)
 
 
 def test_materialize_falls_back_to_the_code_and_says_so(icm: Icm, trained: Path, tmp_path: Path) -> None:
@@ -85,7 +85,8 @@ def test_restore_waits_for_no_vectors_of_a_task_that_had_none(
     icm: Icm, gone: Path, mixed_template: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Fleet, "extract_vectors", lambda *_, **__: pytest.fail("nobody asked for vectors"))
-    monkeypatch.setattr(Tasks, "without_vectors", lambda *_: {"rules": LABEL})
+    with Store.open(gone) as store:
+        store.update("rules", lambda task: replace(task, vectors=()))
     ran = icm("ingest", mixed_template / "loras" / "rules", "--restore", "--json")
     assert (ran.events[-1]["restored"], ran.events[-1]["without_vectors"]) == (1, ["rules"])
 
@@ -108,23 +109,35 @@ def test_another_adapter_may_take_its_place_with_the_same_checkpoints(icm: Icm, 
         write_lora(tmp_path / "poems" / f"checkpoint-{step}", seed=step)
     other = ("ingest", tmp_path / "poems", "--name", "poems", "--no-vectors")
     assert icm(*other).code == ExitCode.FAILED
-    ran = icm(*other, "--on-conflict", "replace", "--json")
-    assert (ran.code, ran.events[0]["status"], ran.events[0]["new"]) == (0, "replaced", 3)
+    ran = icm(*other, "--on-conflict", "version", "--json")
+    assert (ran.code, ran.events[0]["status"], ran.events[0]["new"]) == (0, "version", 1)
+    assert ran.events[0]["evicted"] == 2
     assert icm("verify", "--read-data").code == 0
 
 
 @pytest.mark.slow
-def test_training_refuses_to_strand_it(icm: Icm, gone: Path, mixed_template: Path) -> None:
-    ran = icm("train", "--no-eval", "--refine", "0", "--steps", 2, "--device", "cpu", "--json")
-    assert (ran.code, "'poems'" in ran.error["message"], "--restore" in ran.error["hint"]) == (1, True, True)
+def test_training_needs_an_original(icm: Icm, gone: Path, mixed_template: Path) -> None:
+    ran = icm(*TRAIN, "--json")
+    assert (ran.code, "every original" in ran.error["message"], "--restore" in ran.error["hint"]) == (1, True, True)
     icm("ingest", mixed_template / "loras", "--restore", "--no-vectors")
-    assert icm("train", "--no-eval", "--refine", "0", "--steps", 2, "--device", "cpu").code == 0
+    assert icm(*TRAIN).code == 0
+
+
+@pytest.mark.slow
+def test_a_new_generator_leaves_it_its_code(icm: Icm, trained: Path, tmp_path: Path) -> None:
+    icm(*ALL, "rules")
+    icm("materialize", "rules", "-o", tmp_path / "before")
+    assert icm(*TRAIN, "--fresh").code == 0
+    icm("prune", "--older-than", "0s", "--yes")
+    assert len(icm("generators", "--json").document) == 2
+    assert icm("materialize", "rules", "-o", tmp_path / "after").code == 0
+    assert content(tmp_path / "after") == content(tmp_path / "before")
 
 
 @pytest.mark.slow
 def test_training_goes_on_without_evicted_checkpoints(icm: Icm, trained: Path) -> None:
     icm(*ALL, "--checkpoints-only")
-    assert icm("train", "--no-eval", "--refine", "0", "--steps", 2, "--device", "cpu").code == 0
+    assert icm(*TRAIN).code == 0
     assert [row["code_size"] is None for row in icm("ls", "--json").document] == [False] * 3
 
 
