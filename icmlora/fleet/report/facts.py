@@ -10,7 +10,6 @@ from icmlora.fleet.stats.bill_text import claims_text, disk_lines, saving_text, 
 from icmlora.fleet.stats.stats import Bill
 from icmlora.formats.catalogue import format_named
 from icmlora.io.text import counted, escape, human_percent, human_size
-from registry.records import TaskSummary
 
 
 @dataclass(frozen=True)
@@ -33,14 +32,14 @@ class Facts:
     disk: Sequence[tuple[str, int]]
 
 
-def facts_of(rows: Sequence[TaskSummary], bill: Bill) -> Facts:
+def facts_of(bill: Bill) -> Facts:
     """Return the summary of a store."""
     made = [fleet.generator.created_at for fleet in bill.fleets if fleet.generator is not None]
-    dates = [*(row.task.created_at for row in rows), *made]
+    dates = [*(task.row.created_at for task in bill.each), *made]
     return Facts(
         title=_title(bill),
-        figures=tuple(_figures(bill)) if rows else (),
-        sentences=tuple(_sentences(rows, bill)),
+        figures=tuple(_figures(bill)) if bill.each else (),
+        sentences=tuple(_sentences(bill)),
         newest=max(dates)[:10] if dates else None,
         disk=tuple((name, size) for name, size in disk_lines(bill.usage) if size),
     )
@@ -70,30 +69,30 @@ def _figures(bill: Bill) -> Iterator[Figure]:
         yield Figure(f"{errors.worst:.3f}", "relative error, worst")
 
 
-def _sentences(rows: Sequence[TaskSummary], bill: Bill) -> Iterator[str]:
-    if not rows:
+def _sentences(bill: Bill) -> Iterator[str]:
+    if not bill.each:
         yield "The store has no tasks yet: `icm ingest PATH` adds adapters."
         return
-    yield f"{_contents(rows)} In bf16, all final adapters take {human_size(bill.bf16_size)}."
+    yield f"{_contents(bill)} In bf16, all final adapters take {human_size(bill.bf16_size)}."
     yield saving_text(bill)
-    yield from _quality(rows, bill)
+    yield from _quality(bill)
     yield _originals(bill)
     if (claims := claims_text(bill)) is not None:
         yield claims
-    yield from (f"{line}." for line in shortfalls(task.asked for f in bill.fleets for task in f.short if task.asked))
+    yield from (f"{line}." for line in shortfalls(bill.missed_limits))
     if bill.original_only:
         has = "has" if bill.original_only == 1 else "have"
         yield f"{counted(bill.original_only, 'task')} {has} only the original, because the adapter cannot be encoded."
 
 
-def _contents(rows: Sequence[TaskSummary]) -> str:
-    ranks = sorted(row.final.rank_max for row in rows)
+def _contents(bill: Bill) -> str:
+    ranks = sorted(task.row.rank for task in bill.each)
     shown = str(ranks[0]) if ranks[0] == ranks[-1] else f"{ranks[0]} to {ranks[-1]}"
-    noun = "a LoRA adapter" if len(rows) == 1 else f"{len(rows):,} LoRA adapters"
+    noun = "a LoRA adapter" if bill.tasks == 1 else f"{bill.tasks:,} LoRA adapters"
     return f"The store has {noun} of rank {shown}."
 
 
-def _quality(rows: Sequence[TaskSummary], bill: Bill) -> Iterator[str]:
+def _quality(bill: Bill) -> Iterator[str]:
     gains, errors = bill.retained_gains, bill.relative_errors
     if gains is not None:
         yield (
@@ -107,7 +106,7 @@ def _quality(rows: Sequence[TaskSummary], bill: Bill) -> Iterator[str]:
             f"The codes of {counted(errors.tasks, 'task')} have a mean relative error of {errors.mean:.3f}. "
             f"The worst is {errors.worst:.3f} ({escape(errors.worst_task)})."
         )
-        if not all(format_named(row.final.format).is_for_images for row in rows):
+        if not all(format_named(task.row.format).is_for_images for task in bill.each):
             yield "Run `icm eval` to measure their retained gain."
 
 

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 from icmlora.base_models.examples.prompts import Prompt, given_prompts, prompts_of
 from icmlora.base_models.running.attach import adapted
 from icmlora.errors import BaseModelNotFound, BaseModelUnsuited, DataError
-from icmlora.fleet.context import current_code
 from icmlora.fleet.failures import FAILURES, BaseUnavailable, Failed, as_error
 from icmlora.fleet.measure.module_errors import errors_of
 from icmlora.fleet.resources.decoding import decode_code, read_form
@@ -31,7 +30,7 @@ if TYPE_CHECKING:
     from icmlora.adapter.metrics import GroupError
     from icmlora.base_models.modality import BaseModel
     from icmlora.formats.format import RunnableAdapter
-    from registry.records import TaskRecord
+    from registry.manifests import Task
     from registry.store import Store
 
 PROMPTS = 3
@@ -84,7 +83,7 @@ Given = Sequence["Prompt | Mapping[str, Any]"]
 
 
 def task_outputs(
-    models: Models, task: TaskRecord, given: Given | None, max_new_tokens: int
+    models: Models, task: Task, given: Given | None, max_new_tokens: int
 ) -> TaskOutputs | Failed | BaseUnavailable:
     """Generate the outputs of a task from each source. Return errors instead of raising them."""
     try:
@@ -101,9 +100,9 @@ def task_outputs(
         return Failed(as_error(error, models.loaded(task.base_model)))
 
 
-def _prompts(store: Store, base: BaseModel, task: TaskRecord, given: Given | None) -> list[Prompt]:
+def _prompts(store: Store, base: BaseModel, task: Task, given: Given | None) -> list[Prompt]:
     if given is not None:
-        return given_prompts(base, given, adapter_template(store, task.name))
+        return given_prompts(base, given, adapter_template(store, task))
     if task.eval_data is None:
         raise DataError("it has no held-out text for prompts", hint="pass a file with --prompts")
     found = prompts_of(own_text(store, task, base).examples, PROMPTS)
@@ -112,16 +111,15 @@ def _prompts(store: Store, base: BaseModel, task: TaskRecord, given: Given | Non
     return found
 
 
-def _adapters(models: Models, task: TaskRecord) -> tuple[dict[str, RunnableAdapter], Sequence[GroupError]]:
+def _adapters(models: Models, task: Task) -> tuple[dict[str, RunnableAdapter], Sequence[GroupError]]:
     """Return the available original and code of a task, and the errors of its code."""
-    store, found = models.store, dict[str, "RunnableAdapter"]()
-    final, (code, generator) = store.tasks.final(task.name), current_code(store, task)
+    store, final, found = models.store, task.final, dict[str, "RunnableAdapter"]()
     if not final.is_evicted:
         found["original"] = read_runnable(store, final)
-    if code is None or generator is None:
+    if task.code is None:
         return found, ()
-    decoded = decode_code(store, models.generator_file(generator), code)
-    found["code"] = read_form(store, final).runnable(decoded)
+    decoded = decode_code(store, models.generator_file(task.code.generator), task.code)
+    found["code"] = read_form(store, task).runnable(decoded)
     return found, () if final.is_evicted else errors_of(final, read_original(store, final), decoded)
 
 

@@ -24,14 +24,14 @@ from icmlora.adapter.metrics import GroupError, dw_norm
 from icmlora.base_models.examples.prompts import Prompt
 from icmlora.base_models.running.pipeline import Drawing, Pipeline, Pixels, rmse
 from icmlora.errors import BaseModelNotFound, BaseModelUnsuited, DataError
-from icmlora.fleet.context import current_code, locate_base
+from icmlora.fleet.context import locate_base
 from icmlora.fleet.failures import FAILURES, BaseUnavailable, Failed, as_error
 from icmlora.fleet.measure.module_errors import errors_of
 from icmlora.fleet.resources.decoding import decode_code, files_like_original, read_form
 from icmlora.fleet.resources.loading import Models, read_original
 from icmlora.fleet.tasks.tasks import header_of
 from icmlora.formats.images.header_notes import frequent_tags, trigger_words
-from registry.records import AdapterRecord, TaskRecord
+from registry.manifests import Task
 
 MOST_EDGE = 512
 """Width and height of a picture on the page, at most."""
@@ -101,7 +101,7 @@ class Studio:
         self._pipeline: tuple[str, Pipeline | BaseModelNotFound | BaseModelUnsuited] | None = None
         self._of_base: dict[tuple[str, int], Pixels] = {}  # the base model draws the same for every task
 
-    def draw(self, task: TaskRecord) -> TaskPictures | Failed | BaseUnavailable:
+    def draw(self, task: Task) -> TaskPictures | Failed | BaseUnavailable:
         """Draw the pictures of a task. Return errors instead of raising them."""
         try:
             pipeline = self._opened(task.base_model)
@@ -124,11 +124,9 @@ class Studio:
                 self._pipeline = label, found
         return self._pipeline[1]
 
-    def _drawn(self, pipeline: Pipeline, task: TaskRecord) -> TaskPictures:
-        store = self._models.store
-        final = store.tasks.final(task.name)
-        prompts = self._prompts(final)
-        sources, errors = self._sources(task, final)
+    def _drawn(self, pipeline: Pipeline, task: Task) -> TaskPictures:
+        prompts = self._prompts(task)
+        sources, errors = self._sources(task)
         drawn: dict[str, dict[tuple[str, int], Pixels]] = {}
         notes: list[str] = []
         for name, source in {"base model": None, **sources}.items():
@@ -141,31 +139,30 @@ class Studio:
     def _seeds(self) -> Iterable[int]:
         return range(self._how.seeds)
 
-    def _prompts(self, final: AdapterRecord) -> list[str]:
+    def _prompts(self, task: Task) -> list[str]:
         if self._given is not None:
             texts = [asked.text for asked in self._given if isinstance(asked, Prompt)]
             if len(texts) < len(self._given):
                 raise DataError("a chat is not a prompt for a picture", hint="write one prompt per line")
             return list(dict.fromkeys(texts))
-        header = header_of(self._models.store, final)
+        header = header_of(self._models.store, task)
         found = [text[:_MAX_PROMPT] for text in (trigger_words(header), ", ".join(frequent_tags(header))) if text]
         if not found:
             raise DataError("its file has no trigger words or tags for prompts", hint="pass a file with --prompts")
         return list(dict.fromkeys(found))
 
-    def _sources(self, task: TaskRecord, final: AdapterRecord) -> tuple[dict[str, _Source], Sequence[GroupError]]:
+    def _sources(self, task: Task) -> tuple[dict[str, _Source], Sequence[GroupError]]:
         """Return the available original and code of a task as files, and the errors of its code."""
-        store, found = self._models.store, dict[str, _Source]()
+        store, final, found = self._models.store, task.final, dict[str, _Source]()
         original = None
         if not final.is_evicted:
             original = None if final.original_only is not None else read_original(store, final)
             norm = None if original is None else dw_norm(original)
             found["original"] = _Source(store.blobs.read(final.weights), norm)
-        code, generator = current_code(store, task)
-        if code is None or generator is None:
+        if task.code is None:
             return found, ()
-        decoded = decode_code(store, self._models.generator_file(generator), code)
-        files = files_like_original(decoded, read_form(store, final))
+        decoded = decode_code(store, self._models.generator_file(task.code.generator), task.code)
+        files = files_like_original(decoded, read_form(store, task))
         found["code"] = _Source(files.weights, dw_norm(decoded))
         return found, () if original is None else errors_of(final, original, decoded)
 

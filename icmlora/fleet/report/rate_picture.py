@@ -84,15 +84,15 @@ def rate_picture(bill: Bill, numbers: Mapping[str, int]) -> RatePicture | None:
         bill: Bytes and quality of each task.
         numbers: Its row in the report's table.
     """
-    tasks = [task for fleet in bill.fleets for task in fleet.tasks if task.code_size is not None]
-    gains = [task for task in tasks if task.retained_gain is not None]
+    tasks = [task for fleet in bill.fleets for task in fleet.encoded]
+    gains = [task for task in tasks if task.row.gain is not None]
     quality: Quality = "retained gain" if gains and 2 * len(gains) >= len(tasks) else "relative error"
     shown = gains if quality == "retained gain" else [task for task in tasks if task.relative_error is not None]
     if not shown:
         return None
     space = _Space.of(shown, quality)
-    codes = [space.code(task, numbers[task.task]) for task in shown]
-    originals = [space.original(task, numbers[task.task]) for task in shown]
+    codes = [space.code(task, numbers[task.row.name]) for task in shown]
+    originals = [space.original(task, numbers[task.row.name]) for task in shown]
     are_many = len(shown) > _MANY
     return RatePicture(
         title=f"{quality} against size for {counted(len(shown), 'task')}",
@@ -123,7 +123,7 @@ class _Space:
         low, high = math.log10(max(1, min(sizes))), math.log10(max(2, *sizes))
         margin = max(0.1, 0.06 * (high - low))
         if quality == "retained gain":
-            gains = [_kept_inside(task.retained_gain or 0.0, quality) for task in tasks]
+            gains = [_kept_inside(task.row.gain or 0.0, quality) for task in tasks]
             least, most = min(1.0, *gains), max(1.0, *gains)
         else:
             least, most = 0.0, max(_kept_inside(task.relative_error or 0.0, quality) for task in tasks)
@@ -144,18 +144,18 @@ class _Space:
 
     def value(self, task: TaskBill) -> float:
         """Return the quality of a task's code."""
-        found = task.retained_gain if self.quality == "retained gain" else task.relative_error
+        found = task.row.gain if self.quality == "retained gain" else task.relative_error
         assert found is not None  # only measured tasks are drawn
         return found
 
     def code(self, task: TaskBill, row: int) -> Dot:
         value = self.value(task)
-        told = f"{escape(task.task)}: {human_size(task.size)}, {self.quality} {value:.3f}"
+        told = f"{escape(task.row.name)}: {human_size(task.size)}, {self.quality} {value:.3f}"
         return Dot(self.x(task.size), self.y(value), row, told)
 
     def original(self, task: TaskBill, row: int) -> Dot:
         best = 1.0 if self.quality == "retained gain" else 0.0
-        told = f"{escape(task.task)}: original, {human_size(task.bf16_size)} in bf16"
+        told = f"{escape(task.row.name)}: original, {human_size(task.bf16_size)} in bf16"
         return Dot(self.x(task.bf16_size), self.y(best), row, told)
 
     def across(self) -> list[Tick]:

@@ -25,17 +25,17 @@ from icmlora.fleet.stats.stats import bill_of
 from icmlora.formats.catalogue import format_named
 from icmlora.io.staging import check_absent, writing_file
 from registry.errors import DamagedStore
-from registry.records import TaskFigures
+from registry.filters import Selection
 
 if TYPE_CHECKING:
     from icmlora.fleet.map.map import MapReport
     from icmlora.fleet.report.outputs import TaskOutputs
     from icmlora.fleet.report.pictures import TaskPictures
-    from icmlora.fleet.stats.stats import Bill
-    from registry.records import TaskRecord, TaskSummary
+    from icmlora.fleet.stats.stats import BaseModelBill, Bill
+    from registry.manifests import Task
     from registry.store import Store
 
-MOST_MAPPED = 1000
+MAX_MAPPED = 1000
 """Tasks of a base model that are drawn on a map: its time and memory grow with their square."""
 
 
@@ -110,7 +110,7 @@ def write_report(
             raise DataError(f"{option} must be at least 1")
     report = ReportSummary(page_file)
     with context.open(read_only=True) as store:
-        chosen = list({task.name: task for task in map(store.tasks.get, outputs)}.values())
+        chosen = list({task.name: task for task in map(store.task, outputs)}.values())
         drawing = steps, seeds, image_size
         made = _outputs(context, store, chosen, report, prompts_file, max_new_tokens, drawing, device) if chosen else []
         page = _page(store, made, report.failures)
@@ -125,16 +125,11 @@ def write_report(
 
 def _page(store: Store, outputs: Sequence[TaskOutputs | TaskPictures], failures: Mapping[str, str]) -> Page:
     """Read everything else that is on the page."""
-    wrong = store.listing.wrong_rows()
-    rows = list(store.listing.summaries(without=set[int]().union(*wrong.values())))
-    bill = bill_of(store, map(TaskFigures.of, rows), has_wrong_rows=bool(wrong))
-    labels = sorted({row.task.base_model for row in rows})
-    maps = {label: _map(store, label, [row for row in rows if row.task.base_model == label]) for label in labels}
-    return assembled(rows, bill, maps, outputs, failures)
+    bill = bill_of(store)
+    return assembled(bill, {fleet.base_model: _map(store, fleet) for fleet in bill.fleets}, outputs, failures)
 
 
 def assembled(
-    rows: Sequence[TaskSummary],
     bill: Bill,
     maps: Mapping[str, MapReport | str | None],
     outputs: Sequence[TaskOutputs | TaskPictures],
@@ -147,9 +142,9 @@ def assembled(
     """
     found = {label: made for label, made in maps.items() if made is not None}
     mapped = {task.name: task for made in found.values() if not isinstance(made, str) for task in made.map.tasks}
-    table = task_table(rows, bill, mapped)
+    table = task_table(bill, mapped)
     return Page(
-        facts=facts_of(rows, bill),
+        facts=facts_of(bill),
         bill=bill,
         table=table,
         rate=rate_picture(bill, table.numbers),
@@ -160,14 +155,14 @@ def assembled(
     )
 
 
-def _map(store: Store, base_model: str, rows: Sequence[TaskSummary]) -> MapReport | str | None:
+def _map(store: Store, fleet: BaseModelBill) -> MapReport | str | None:
     """Return the map of a base model's tasks, or why there is none; None if no task has vectors."""
-    if not any(row.vectors for row in rows):
+    if not any(task.row.vectors for task in fleet.tasks):
         return None
-    if len(rows) > MOST_MAPPED:
-        return f"a report maps at most {MOST_MAPPED:,} tasks per base model, but there are {len(rows):,}"
+    if len(fleet.tasks) > MAX_MAPPED:
+        return f"a report maps at most {MAX_MAPPED:,} tasks per base model, but there are {len(fleet.tasks):,}"
     try:
-        return map_of(store, base_model, [row.task for row in rows], "adapted")
+        return map_of(store, fleet.base_model, store.tasks(Selection(base_model=fleet.base_model)), "adapted")
     # Damage is for `icm verify` to report; the rest of the page is still true.
     except (DamagedStore, IcmLoraError) as error:
         return str(error)
@@ -182,7 +177,7 @@ def _drawn(base_model: str, found: MapReport | str, numbers: Mapping[str, int]) 
 def _outputs(
     context: Context,
     store: Store,
-    tasks: Sequence[TaskRecord],
+    tasks: Sequence[Task],
     report: ReportSummary,
     prompts: Path | None,
     max_new_tokens: int,
@@ -204,17 +199,17 @@ def _outputs(
     failures, found = FailureLog(context, report, len(tasks)), dict[str, "TaskOutputs | TaskPictures"]()
 
     def answered(
-        some: Iterable[TaskRecord],
-    ) -> Iterator[tuple[TaskRecord, TaskOutputs | TaskPictures | Failed | BaseUnavailable]]:
+        some: Iterable[Task],
+    ) -> Iterator[tuple[Task, TaskOutputs | TaskPictures | Failed | BaseUnavailable]]:
         for task in some:
             context.progress(len(found), len(tasks), task.name)
-            is_for_images = format_named(store.tasks.final(task.name).format).is_for_images
+            is_for_images = format_named(task.final.format).is_for_images
             made = studio.draw(task) if is_for_images else task_outputs(models, task, given, max_new_tokens)
             yield task, made
 
     labels = sorted({task.base_model for task in tasks})
     for label in labels:
-        results: Iterator[tuple[TaskRecord, TaskOutputs | TaskPictures]] = failures.results(
+        results: Iterator[tuple[Task, TaskOutputs | TaskPictures]] = failures.results(
             label, answered(task for task in tasks if task.base_model == label)
         )
         found |= {task.name: made for task, made in results}

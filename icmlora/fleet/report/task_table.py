@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from icmlora.fleet.measure.metric_result import measured_in
 from icmlora.fleet.stats.bill_text import limits_text
@@ -15,7 +16,9 @@ from icmlora.fleet.stats.stats import Bill, TaskBill
 from icmlora.io.text import escape, escape_lines
 from icmlora.task_vectors.map import MappedTask
 from registry.names import natural_key
-from registry.records import TaskSummary
+
+if TYPE_CHECKING:
+    from registry.tables import TaskRow
 
 KEPT = (
     "code",
@@ -24,7 +27,7 @@ KEPT = (
     "original only",
     "nothing",
 )
-"""What the store has of a task. `original only` can have no code; `original` may have one after `icm train`."""
+"""What the store has of a task. `original only` cannot have a code; `original` may have one after `icm train`."""
 COLUMNS = (
     *("name", "base", "kept", "rank", "original", "size", "share", "error", "gain", "precision", "tags"),
     *("parameters", "dtype", "targets", "code", "vectors", "extras", "created"),
@@ -42,71 +45,69 @@ class TaskTable:
     numbers: Mapping[str, int]  # task -> its row
 
 
-def task_table(rows: Sequence[TaskSummary], bill: Bill, mapped: Mapping[str, MappedTask]) -> TaskTable:
+def task_table(bill: Bill, mapped: Mapping[str, MappedTask]) -> TaskTable:
     """Return the table of all tasks; `mapped` has those that are on a map."""
-    bills = {task.task: task for fleet in bill.fleets for task in fleet.tasks}
-    rows = sorted(rows, key=lambda row: (natural_key(row.task.name.lower()), row.task.name))
+    tasks = sorted(bill.each, key=lambda task: (natural_key(task.row.name.lower()), task.row.name))
+    rows = [task.row for task in tasks]
     lists = {
-        "base": _sorted(row.task.base_model for row in rows),
+        "base": _sorted(row.base for row in rows),
         "kept": list(KEPT),
-        "tags": _sorted(tag for row in rows for tag in row.task.tags),
-        "dtype": _sorted(row.final.dtype.lower() for row in rows),
-        "targets": _sorted(_targets(row) for row in rows),
-        "why": _sorted(row.final.original_only for row in rows if row.final.original_only is not None),
+        "tags": _sorted(tag for row in rows for tag in row.tags.split()),
+        "dtype": _sorted(row.dtype.lower() for row in rows),
+        "targets": _sorted(_targets(row.targets) for row in rows),
+        "why": _sorted(row.original_only for row in rows if row.original_only is not None),
     }
     places = {column: {text: place for place, text in enumerate(texts)} for column, texts in lists.items()}
     shown = {column: [escape(text) for text in texts] for column, texts in lists.items()}
     return TaskTable(
-        [_row(row, bills[row.task.name], mapped.get(row.task.name), places) for row in rows],
+        [_row(task, mapped.get(task.row.name), places) for task in tasks],
         shown,
-        {row.task.name: number for number, row in enumerate(rows)},
+        {row.name: number for number, row in enumerate(rows)},
     )
 
 
-def _row(
-    row: TaskSummary, bill: TaskBill, mapped: MappedTask | None, places: Mapping[str, Mapping[str, int]]
-) -> Sequence[object]:
-    task, final = row.task, row.final
-    size = None if bill.code_size is None or bill.original_only is not None else bill.size
+def _row(task: TaskBill, mapped: MappedTask | None, places: Mapping[str, Mapping[str, int]]) -> Sequence[object]:
+    row = task.row
+    size = task.size if row.is_coded and row.original_only is None else None
     fields = {
-        "name": escape(task.name),
-        "base": places["base"][task.base_model],
-        "kept": KEPT.index(_kept(bill)),
-        "rank": final.rank_max,
-        "original": final.original_bytes,
+        "name": escape(row.name),
+        "base": places["base"][row.base],
+        "kept": KEPT.index(_kept(row)),
+        "rank": row.rank,
+        "original": row.original_bytes,
         "size": size,
-        "share": _rounded(size / bill.bf16_size if size is not None and bill.bf16_size else None),
-        "error": _rounded(bill.relative_error),
-        "gain": _rounded(bill.retained_gain),
-        "precision": measured_in([bill.precision]) or None,  # shown after the gain
-        "tags": [places["tags"][tag] for tag in task.tags],
-        "parameters": final.parameters,
-        "dtype": places["dtype"][final.dtype.lower()],
-        "targets": places["targets"][_targets(row)],
-        "code": bill.code_size,
-        "vectors": bill.vectors_size,
-        "extras": bill.extras_bytes,
-        "created": task.created_at[:10],
-        "marks": [mark for mark, holds in (("pinned", task.pinned), ("generated", final.is_generated)) if holds],
-        "note": None if task.note is None else escape_lines(task.note),
-        "why": None if final.original_only is None else places["why"][final.original_only],
-        "limits": None if not bill.fell_short or bill.asked is None else limits_text(bill.asked),
+        "share": _rounded(size / task.bf16_size if size is not None and task.bf16_size else None),
+        "error": _rounded(task.relative_error),
+        "gain": _rounded(row.gain),
+        "precision": measured_in([row.gain_precision]) or None,  # shown after the gain
+        "tags": [places["tags"][tag] for tag in row.tags.split()],
+        "parameters": row.parameters,
+        "dtype": places["dtype"][row.dtype.lower()],
+        "targets": places["targets"][_targets(row.targets)],
+        "code": row.code_size,
+        "vectors": row.vectors_bytes,
+        "extras": row.extras_bytes,
+        "created": row.created_at[:10],
+        "marks": [mark for mark, holds in (("pinned", row.pinned), ("generated", row.is_generated)) if holds],
+        "note": None if row.note is None else escape_lines(row.note),
+        "why": None if row.original_only is None else places["why"][row.original_only],
+        "limits": limits_text(task.limits) if task.limits is not None and task.misses_limit else None,
         "cluster": None if mapped is None else mapped.cluster,
         "nearest": None if mapped is None else [escape(mapped.nearest.task), _rounded(mapped.nearest.distance)],
     }
     return [fields[column] for column in COLUMNS]
 
 
-def _kept(bill: TaskBill) -> str:
-    if bill.original_only is not None:
+def _kept(row: TaskRow) -> str:
+    if row.original_only is not None:
         return "original only"
-    if bill.evicted:
-        return "nothing" if bill.code_size is None else "code"
-    return "original" if bill.code_size is None else "original + code"
+    if row.evicted_at is not None:
+        return "code" if row.is_coded else "nothing"
+    return "original + code" if row.is_coded else "original"
 
 
-def _targets(row: TaskSummary) -> str:
-    return ", ".join(row.final.target_modules)
+def _targets(names: str) -> str:
+    return ", ".join(names.split())
 
 
 def _rounded(value: float | None) -> float | None:
