@@ -8,11 +8,10 @@ from typing import Any
 import pytest
 
 from icm_cli.errors import ExitCode
-from icm_cli.output import Output
-from registry.records import NewGenerator
 from registry.store import Store
+from tests.cli.coded import damage
 from tests.cli.conftest import Ran, let_the_tuned_win
-from tests.cli.tiny_fleet import STEPS, icm_quietly, train_store, write_lora
+from tests.cli.tiny_fleet import icm_quietly, train_store, write_lora
 
 Icm = Callable[..., Ran]
 
@@ -39,13 +38,16 @@ def versions(icm: Icm) -> list[dict[str, Any]]:
     return rows
 
 
-def test_it_lists_versions_and_what_depends_on_each(icm: Icm, updated: Path) -> None:
-    icm("evict", "extra", "--max-error", "0.95")
+def test_it_lists_versions_and_the_tasks_that_need_each(icm: Icm, updated: Path) -> None:
     first, second = versions(icm)
-    assert (first["version"], first["epochs"], first["is_current"], len(first["tasks"])) == (1, 1, False, 3)
+    assert (first["version"], first["epochs"], first["is_current"], first["tasks"]) == (1, 1, False, [])
     assert (second["version"], second["epochs"], second["is_current"], len(second["tasks"])) == (2, 2, True, 4)
-    assert (first["last_copies"], second["last_copies"]) == ([], ["extra"])
     assert second["size"] > first["size"]
+
+
+def test_an_earlier_version_of_a_task_needs_its_generator_too(icm: Icm, updated: Path, tmp_path: Path) -> None:
+    icm("ingest", write_lora(tmp_path / "rules", seed=77), "--on-conflict", "version", "--no-vectors")
+    assert versions(icm)[1]["tasks"] == ["extra", "poems", "rules@1", "silent"]
 
 
 def test_the_table_has_a_row_per_generator(icm: Icm, updated: Path) -> None:
@@ -63,82 +65,61 @@ def test_a_store_without_a_generator_lists_none(icm: Icm, mixed: Path) -> None:
     assert "icm train" in icm("generators").err
 
 
-def test_rolling_back_makes_the_earlier_one_current_and_names_what_has_no_code(icm: Icm, updated: Path) -> None:
-    first = versions(icm)[0]["generator"]
-    ran = icm("generators", "rollback", first[:8], "--json")
-    assert (ran.document["generator"], ran.document["without_code"]) == (first, ["extra"])
-    assert [row["is_current"] for row in versions(icm)] == [True, False]
-    assert icm("materialize", "extra", "--source", "code", "-o", updated / "out").code == ExitCode.FAILED
-
-
-@pytest.mark.slow
-def test_an_update_after_rolling_back_gives_the_task_a_code_again(icm: Icm, updated: Path) -> None:
-    icm("generators", "rollback", versions(icm)[0]["generator"])
-    assert icm("train", "--update", "--no-eval", "--refine", "0", "--device", "cpu", "--steps", STEPS).code == 0
-    assert all(row["code_size"] for row in icm("ls", "--json").document)
-
-
-def test_rolling_back_is_refused_where_it_would_lose_a_last_copy(icm: Icm, updated: Path) -> None:
+def test_a_rollback_makes_new_codes_with_the_earlier_one(icm: Icm, updated: Path, tmp_path: Path) -> None:
     icm("evict", "extra", "--max-error", "0.95")
-    ran = icm("generators", "rollback", versions(icm)[0]["generator"], "--json")
-    assert (ran.error["kind"], "'extra'" in ran.error["message"]) == ("last_copy", True)
-    assert [row["is_current"] for row in versions(icm)] == [False, True]
-
-
-def test_the_global_options_are_understood_before_the_subcommand_too(icm: Icm, updated: Path) -> None:
-    assert icm("generators", "--json", "rollback", versions(icm)[0]["generator"]).document["version"] == 1
-
-
-def test_forgetting_frees_the_file_of_an_earlier_generator_at_the_next_prune(icm: Icm, updated: Path) -> None:
-    first = versions(icm)[0]["generator"]
-    assert icm("generators", "forget", first, "--yes", "--json").document["codes"] == 3
+    icm("materialize", "extra", "-o", tmp_path / "before")
+    first, second = (row["generator"] for row in versions(icm))
+    ran = icm("generators", "rollback", first[:8], "--json")
+    assert (ran.document["generator"], ran.document["version"]) == (first, 3)
+    assert ran.document["others"] == ["extra", "poems", "rules", "silent"]
+    assert [(row["generator"], row["is_current"]) for row in versions(icm)] == [
+        (first, False),
+        (second, False),
+        (first, True),
+    ]
     icm("prune", "--older-than", "0", "--yes")
-    with Store.open(updated) as store:
-        assert not Path(store.blobs.place(first)).exists()
-        assert list(store.verify(read_data=True)) == []
-    assert all(row["code_size"] for row in icm("ls", "--json").document)
+    assert [row["generator"] for row in versions(icm)] == [second, first]
+    assert icm("materialize", "extra", "-o", tmp_path / "after").code == 0
+    files = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("before", "after")]
+    assert files[0] == files[1]
+    assert icm("verify", "--read-data").code == 0
 
 
-@pytest.mark.parametrize("options", [("--dry-run",), (), ("--yes",)])
-def test_the_one_in_use_is_not_forgotten_and_nobody_is_asked(icm: Icm, updated: Path, options: tuple[str, ...]) -> None:
+def test_a_rollback_to_the_one_in_use_changes_nothing(icm: Icm, updated: Path) -> None:
     before = versions(icm)
-    ran = icm("generators", "forget", before[1]["generator"], *options, "--json")
-    assert (ran.error["kind"], "is in use" in ran.error["message"]) == ("generator_conflict", True)
+    assert icm("generators", "rollback", before[1]["generator"]).code == 0
     assert versions(icm) == before
 
 
-def test_another_generator_that_got_the_number_while_the_user_was_asked_is_not_forgotten(
-    icm: Icm, updated: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    first, second = versions(icm)
-    icm("generators", "rollback", first["generator"])
+def test_a_damaged_one_does_not_come_into_use(icm: Icm, updated: Path) -> None:
+    before = versions(icm)
+    damage(updated, before[0]["generator"])
+    ran = icm("generators", "rollback", before[0]["generator"], "--json")
+    assert (ran.code, ran.error["kind"]) == (ExitCode.DAMAGED, "damaged_blob")
+    assert [row["is_current"] for row in versions(icm)] == [False, True]
 
-    def confirm(*_: object, **__: object) -> bool:
-        with Store.open(updated) as store:
-            old, confirmed = store.generators.all()
-            store.generators.forget(confirmed)
-            blob = store.blobs.put(b"trained meanwhile")
-            store.generators.add(NewGenerator(confirmed.base_model, blob, {}, {}))
-            store.generators.make_current(old.id)
-        return True
 
-    monkeypatch.setattr(Output, "confirm", confirm)
-    ran = icm("generators", "forget", second["generator"], "--json")
-    assert ran.error["kind"] == "generator_not_found"
-    assert "was removed by another process" in ran.error["message"]
+@pytest.mark.slow
+def test_encode_moves_the_tasks_to_the_generator_in_use(icm: Icm, updated: Path) -> None:
+    icm("generators", "rollback", versions(icm)[0]["generator"])
+    assert icm("encode", "--max-error", "0.5", "--device", "cpu").code == 0
+    assert [len(row["tasks"]) for row in versions(icm)] == [4, 0, 4]
+    ran = icm("prune", "--older-than", "0", "--yes", "--json")
+    assert (ran.document["generators"], len(versions(icm))) == (2, 1)
+
+
+def test_the_global_options_are_understood_before_the_subcommand_too(icm: Icm, updated: Path) -> None:
+    assert icm("generators", "--json", "rollback", versions(icm)[0]["generator"]).document["version"] == 3
+
+
+def test_one_that_nothing_needs_is_named_and_pruned(icm: Icm, updated: Path) -> None:
+    first, second = (row["generator"] for row in versions(icm))
+    assert f"no task needs generator {first[:12]}; `icm prune` deletes it" in icm("generators").err
+    icm("prune", "--older-than", "0", "--yes")
+    assert [row["generator"] for row in versions(icm)] == [second]
     with Store.open(updated) as store:
-        assert [store.blobs.read(made.blob) for made in store.generators.all()][1:] == [b"trained meanwhile"]
-
-
-@pytest.mark.parametrize("answer", [("--dry-run",), ("--json",)])
-def test_nothing_is_forgotten_unless_somebody_says_yes(icm: Icm, updated: Path, answer: tuple[str, ...]) -> None:
-    icm("generators", "forget", versions(icm)[0]["generator"], *answer)
-    assert len(versions(icm)) == 2
-
-
-def test_the_generator_in_use_is_not_forgotten(icm: Icm, updated: Path) -> None:
-    ran = icm("generators", "forget", versions(icm)[1]["generator"], "--yes", "--json")
-    assert (ran.error["kind"], "rollback" in ran.error["hint"]) == ("generator_conflict", True)
+        assert not store.blobs.exists(first)
+        assert list(store.verify(read_data=True)) == []
 
 
 @pytest.mark.parametrize(("name", "fact"), [("abcdef0123", "no generator begins"), ("ab", "too short")])
