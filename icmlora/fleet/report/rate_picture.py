@@ -198,7 +198,7 @@ def _notes(tasks: Sequence[TaskBill], codes: Sequence[Dot], originals: Sequence[
     kinds: list[tuple[tuple[float, float], str, Literal["code", "original", "name"]]] = [
         (_top(originals), "originals in bf16", "original"),
         (_top(codes), "codes", "code"),
-        *(((codes[at].x, codes[at].y), escape(tasks[at].task, _LONGEST), "name") for at in worst),
+        *(((codes[at].x, codes[at].y), escape(tasks[at].row.name, _LONGEST), "name") for at in worst),
     ]
     dots = [*codes, *originals]
     labels = place_labels(
