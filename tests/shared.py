@@ -29,7 +29,7 @@ def built_once(factory: pytest.TempPathFactory, name: str, build: Callable[[Path
             shutil.rmtree(folder, ignore_errors=True)  # what a build that failed left
             folder.mkdir()
             with pytest.MonkeyPatch.context() as patch:
-                patch.setenv("XDG_CONFIG_HOME", str(_config_of(folder)))
+                patch.setenv("XDG_CONFIG_HOME", str(config_of(folder)))
                 build(folder)
             done.touch()
     return folder
@@ -37,12 +37,13 @@ def built_once(factory: pytest.TempPathFactory, name: str, build: Callable[[Path
 
 def use_config_of(template: Path) -> None:
     """Let this test or build know the base models that the build of a template added: icm notes them per user."""
-    source = _config_of(template)
+    source = config_of(template)
     if source.is_dir():
         shutil.copytree(source, os.environ["XDG_CONFIG_HOME"], dirs_exist_ok=True)
 
 
-def _config_of(folder: Path) -> Path:
+def config_of(folder: Path) -> Path:
+    """Return the configuration of the build of a template."""
     return folder.with_name(f"{folder.name}.config")
 
 

@@ -21,7 +21,7 @@ from icmlora.fleet.evict.types import TaskEvicted
 from icmlora.fleet.measure.measure import TaskLosses
 from icmlora.fleet.vectors import vectors
 from icmlora.generator.versions import GeneratorFile
-from registry.manifests import File
+from registry.manifests import File, Task
 from registry.store import Store
 from tests.cli.coded import codes, current, make_another_current, tasks_of
 from tests.cli.conftest import Ran
@@ -257,9 +257,9 @@ class TestExport:
 def test_an_eviction_passes_over_a_task_that_was_removed_meanwhile(
     icm: Icm, trained: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def evict(evictor: Evictor, name: str, made: Any) -> TaskEvicted:
-        done = real(evictor, name, made)
-        if name == "poems":
+    def evict(evictor: Evictor, task: Task, checked: Any) -> TaskEvicted:
+        done = real(evictor, task, checked)
+        if task.name == "poems":
             remove(trained, "rules")
         return done
 

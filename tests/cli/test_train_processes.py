@@ -24,6 +24,7 @@ from tests.cli.coded import codes
 from tests.cli.conftest import Ran
 from tests.cli.tiny_fleet import icm_quietly
 from tests.icmlora.tiny_base import LABEL
+from tests.shared import config_of
 
 pytestmark = pytest.mark.slow
 
@@ -81,6 +82,7 @@ def of_two(mixed_template: Path, tmp_path_factory: pytest.TempPathFactory) -> Fi
     """The store of the mixed fleet, trained by two processes that name their threads when they end."""
     root = tmp_path_factory.mktemp("two")
     store = Path(shutil.copytree(mixed_template / "store", root / "store"))
+    shutil.copytree(config_of(mixed_template), root, dirs_exist_ok=True)
     command = torchrun(store, root / "train.py")
     (root / "train.py").write_text(f"{THREADS_AT_END}\n{ICM}")
     places = dict.fromkeys(("HOME", "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME"), str(root))

@@ -24,6 +24,7 @@ from tests.cli.coded import tasks_of
 from tests.cli.conftest import Ran
 from tests.icmlora.fleet.dying import dies_always, dies_once
 from tests.icmlora.fleet.stores import TASKS, code_blobs, copy_of, is_sound, tasks_in
+from tests.shared import use_config_of
 
 pytest.importorskip("ray")
 pytestmark = [
@@ -43,8 +44,9 @@ def quick_codes() -> None:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def cluster() -> Iterator[Any]:
+def cluster(trained_template: Path) -> Iterator[Any]:
     """A local cluster for all tests: starting one takes seconds, and workers use the one that their process has."""
+    use_config_of(trained_template)  # of the processes of the cluster
     with _cluster("2") as ray:
         yield ray
 

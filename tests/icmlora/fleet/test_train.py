@@ -213,7 +213,7 @@ def test_tasks_that_another_process_changes_during_the_training_get_their_codes(
     def listen(event: Event) -> None:
         if isinstance(event, StepDone) and event.at.step == 1:
             fleet.edit(["poems"], note="changed")
-            fleet.rename("silent", "quiet")
+            fleet.edit(["silent"], name="quiet")
             fleet.ingest([tmp_path / "more"], on_conflict="version")
 
     (done,) = Fleet(trained, on_event=listen).train(device="cpu", steps=2, refine=0, evaluate=False).trained
