@@ -98,14 +98,17 @@ def test_a_store_that_does_not_know_its_number_is_damaged_and_gets_a_new_one(pat
 
 def test_the_journal_of_a_lost_database_is_not_applied_to_the_new_one(paths: StorePaths) -> None:
     with closing(sqlite3.connect(paths.database, isolation_level=None)) as writing:
-        writing.executescript("PRAGMA cache_size=1; BEGIN; UPDATE refs SET note = hex(zeroblob(5000))")
-        hot = paths.journal.read_bytes()
-        assert any(hot[:8])
+        writing.executescript(
+            "PRAGMA cache_size=1; BEGIN; UPDATE refs SET version = 2; CREATE TABLE t AS SELECT zeroblob(100000)"
+        )
+        of_rust_alone = paths.journal.read_bytes()
         writing.execute("ROLLBACK")
-    paths.journal.write_bytes(hot)
-    paths.database.write_bytes(b"garbage" * 1000)
+    with new_store(paths.root) as store:
+        ingest(store, "html")
+    paths.journal.write_bytes(of_rust_alone)
+    paths.database.unlink()  # to a file that is there, SQLite would apply it at once
     rebuild(paths)
-    assert names(paths) == ["rust"]
+    assert names(paths) == ["html", "rust"]
     assert list(database_of(paths).damage()) == []
 
 
