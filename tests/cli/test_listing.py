@@ -1,13 +1,14 @@
 """`icm ls` and `icm show`, and completion, which reads the same."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from icm_cli.completion import complete_base, complete_task
 from icm_cli.errors import ExitCode
-from registry.records import CodeLimits, NewCode, NewEvaluation, NewGenerator
+from registry.manifests import Code, CodeLimits, File, Generator, Measurement
 from registry.store import Store
 from tests.cli.conftest import Ran, modules_of
 from tests.cli.fleet import BASE
@@ -19,18 +20,18 @@ Icm = Callable[..., Ran]
 def trained(stored: Path, tmp_path: Path) -> Path:
     """A store with a generator, a code and measurements of `rust`."""
     with Store.open(tmp_path / "store") as store:
-        blob, code = store.blobs.put_all([b"generator", b"code"])
-        adapter = store.tasks.final("rust")
+        blob, code = (File(store.blobs.put(data), len(data)) for data in (b"generator", b"code"))
         asked = CodeLimits(keep=0.98)
-        codes = [NewCode(adapter, blob=code, bits=32.0, squared_error=0.02, asked=asked, effect=0.981)]
-        generator = store.generators.add(NewGenerator(BASE, blob, {}, {}, codes=codes))
-        measured = [("base", None, 3.0, None), ("code", generator.id, 2.5, 0.97)]
-        store.evaluations.add(
-            [
-                NewEvaluation("rust", rung, generator_id, "0" * 64, nats, 100, 300, gain, None, {})  # type: ignore[arg-type]
-                for rung, generator_id, nats, gain in measured
-            ]
+        figures = {"data": "0" * 64, "count": 100, "utf8_bytes": 300, "settings": {}}
+        coded = replace(
+            store.task("rust"),
+            code=Code(blob=code, generator=blob, squared_error=0.02, asked=asked, effect=0.981),
+            measured=(
+                Measurement(source="base", value=3.0, **figures),  # type: ignore[arg-type]
+                Measurement(source="code", generator=str(blob), value=2.5, retained_gain=0.97, **figures),  # type: ignore[arg-type]
+            ),
         )
+        store.publish([Generator(base_model=BASE, blob=blob, config={}, metrics={}), coded])
     return stored
 
 
@@ -58,6 +59,7 @@ def test_ls_json_has_bytes_and_counts(icm: Icm, stored: Path) -> None:
     )
     assert {key: row[key] for key in row if key != "created_at"} == {
         "name": "rust",
+        "version": 1,
         "base_model": BASE,
         "rank": 2,
         "dtype": "f32",
@@ -84,8 +86,31 @@ def test_ls_json_has_bytes_and_counts(icm: Icm, stored: Path) -> None:
     }
 
 
-def test_ls_shows_codes_of_the_current_generator(icm: Icm, trained: Path) -> None:
+def test_ls_shows_codes_whatever_generator_they_are_of(icm: Icm, trained: Path, tmp_path: Path) -> None:
     assert [row["code_size"] for row in icm("ls", "--json").document] == [4, None, None]
+    with Store.open(tmp_path / "store") as store:
+        newer = File(store.blobs.put(b"newer"), 5)
+        store.update_generator(BASE, lambda present: replace(present, version=2, blob=newer))  # type: ignore[type-var]
+    row, *_ = icm("ls", "--json").document
+    assert (row["code_size"], row["retained_gain"]) == (4, 0.97)
+    assert "4 B under generator 1, relative error 0.141" in icm("show", "rust").out
+
+
+def test_ls_shows_versions_if_a_task_has_several(icm: Icm, stored: Path, tmp_path: Path) -> None:
+    assert "VERSION" not in icm("ls").out
+    with Store.open(tmp_path / "store") as store:
+        store.publish([replace(store.task("sql"), version=2)])
+    lines = [line.split() for line in icm("ls").out.splitlines()]
+    assert (lines[0][:3], lines[1][:2], lines[3][:2]) == (["TASK", "VERSION", "BASE"], ["rust", BASE], ["sql", "2"])
+    assert [row["version"] for row in icm("ls", "--json").document] == [1, 1, 2]
+
+
+def test_ls_reads_no_manifest(icm: Icm, trained: Path, tmp_path: Path) -> None:
+    before = icm("ls").out
+    for path in (tmp_path / "store" / "manifests").rglob("*"):
+        if path.is_file():
+            path.unlink()
+    assert (icm("ls").out, complete_task("ru")) == (before, ["rust"])
 
 
 def test_ls_can_show_one_base_model(icm: Icm, stored: Path) -> None:
@@ -107,7 +132,7 @@ def test_ls_of_an_empty_store_names_the_next_command(icm: Icm, tmp_path: Path) -
 
 @pytest.mark.slow
 def test_ls_does_not_import_torch(stored: Path) -> None:
-    assert not {"torch", "numpy", "transformers", "sqlalchemy"} & modules_of("ls", "--json")
+    assert not {"torch", "numpy", "transformers"} & modules_of("ls", "--json")
 
 
 def test_show_prints_everything_about_a_task(icm: Icm, trained: Path) -> None:
@@ -130,8 +155,20 @@ def test_show_json_has_every_adapter_with_its_digests(icm: Icm, stored: Path) ->
 
 
 def test_show_json_has_the_measurements(icm: Icm, trained: Path) -> None:
-    rungs = {entry["source"]: entry["retained_gain"] for entry in icm("show", "rust", "--json").document["evaluations"]}
-    assert rungs == {"base": None, "code": 0.97}
+    measured = icm("show", "rust", "--json").document["evaluations"]
+    assert {entry["source"]: entry["retained_gain"] for entry in measured} == {"base": None, "code": 0.97}
+    assert all(entry["is_current"] for entry in measured)
+
+
+def test_show_reads_a_version(icm: Icm, stored: Path, tmp_path: Path) -> None:
+    with Store.open(tmp_path / "store") as store:
+        store.publish([replace(store.task("sql"), version=2, note="second", aliases={"prod": 1})])
+    notes = {name: icm("show", name, "--json").document for name in ("sql", "sql@2", "sql@1", "sql@prod")}
+    assert {name: (shown["version"], shown["note"]) for name, shown in notes.items()} == {
+        "sql": (2, "second"), "sql@2": (2, "second"), "sql@1": (1, None), "sql@prod": (1, None),
+    }  # fmt: skip
+    ran = icm("show", "sql@3", "--json")
+    assert (ran.code, ran.error["hint"]) == (ExitCode.FAILED, "run `icm log sql` to list its versions")
 
 
 def test_json_has_the_effect_of_a_code_and_what_was_asked_of_it(icm: Icm, trained: Path) -> None:
