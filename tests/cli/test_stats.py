@@ -4,16 +4,17 @@ import os
 import resource
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from icm_cli.errors import ExitCode
+from registry.manifests import File, Run
 from registry.store import Store
 from tests.cli.conftest import Ran, modules_of
 from tests.cli.tiny_fleet import write_lora
 from tests.icmlora.tiny_base import LABEL
-from tests.rewriting import rewriting
 
 Icm = Callable[..., Ran]
 
@@ -46,15 +47,15 @@ def test_the_parts_add_up_to_the_total(icm: Icm, trained: Path) -> None:
 def test_the_parts_are_the_files(icm: Icm, trained: Path) -> None:
     found = icm("stats", "--json").document
     with Store.open(trained) as store:
-        generator = store.generators.current(LABEL)
+        tasks, generator = list(store.tasks()), store.generator(LABEL)
         assert generator is not None
-        codes = {code.blob for code in store.codes.all(generator.id)}
-        vectors = {vector.blob for task in store.tasks.all() for vector in store.vectors.all(task.name)}
-        sizes = [sum(map(store.blobs.size, blobs)) for blobs in ({generator.blob}, codes, vectors)]
+        codes = {task.code.blob for task in tasks if task.code is not None}
+        vectors = {vector.blob for task in tasks for vector in task.vectors}
+        sizes = [sum(file.size for file in files) for files in ({generator.blob}, codes, vectors)]
         assert [found["on_disk"][name] for name in ("generators", "codes", "vectors")] == sizes
-        checkpoints = [row for row in store.tasks.adapters("poems") if not row.is_final]
         # Their configurations are the final adapter's, and count there.
-        assert found["on_disk"]["checkpoints"] == sum(store.blobs.size(row.weights) for row in checkpoints)
+        checkpoints = store.task("poems").checkpoints
+        assert found["on_disk"]["checkpoints"] == sum(checkpoint.weights.size for checkpoint in checkpoints)
     assert found["on_disk"]["database"] == (trained / "registry.db").stat().st_size
 
 
@@ -65,8 +66,8 @@ def test_json_keeps_its_names(icm: Icm, trained: Path) -> None:
         "evicted_count", "original_only_count", "fleets",
     }  # fmt: skip
     assert set(document["on_disk"]) == {
-        "originals", "checkpoints", "generators", "codes", "residuals", "extras", "vectors", "texts", "old_generators",
-        "training", "database", "unreferenced", "overhead", "total",
+        "originals", "checkpoints", "generators", "codes", "extras", "vectors", "texts", "versions", "old_generators",
+        "training", "manifests", "database", "unreferenced", "overhead", "total",
     }  # fmt: skip
     assert set(document["fleets"][0]) == {
         "base_model", "adapters_count", "encoded_count", "evicted_count", "original_size", "generator",
@@ -114,18 +115,43 @@ def test_no_saving_is_claimed_while_a_task_has_no_code(icm: Icm, trained: Path, 
     assert "Some tasks have no code yet" in icm("stats").out
 
 
-def test_earlier_generators_are_counted_separately(icm: Icm, trained: Path) -> None:
+def test_an_earlier_generator_that_a_code_needs_is_counted(icm: Icm, trained: Path) -> None:
     before = icm("stats", "--json").document
-    icm("train", "--no-eval", "--refine", "0", "--steps", 2, "--device", "cpu")
-    after = icm("stats", "--json").document["on_disk"]
-    assert after["old_generators"] == before["on_disk"]["generators"] + before["on_disk"]["codes"]
-    assert after["total"] == size_of_files(trained)
+    with Store.open(trained) as store:
+        blob = File(store.blobs.put(b"newer"), 5)
+        store.update_generator(LABEL, lambda present: replace(present, version=2, blob=blob))  # type: ignore[type-var]
+    after = icm("stats", "--json").document
+    assert after["on_disk"]["old_generators"] == before["on_disk"]["generators"]
+    assert (after["on_disk"]["generators"], after["on_disk"]["codes"]) == (5, before["on_disk"]["codes"])
+    assert after["on_disk"]["total"] == size_of_files(trained)
+    manifests = after["on_disk"]["manifests"] - before["on_disk"]["manifests"]
+    assert after["compact_size"] == before["compact_size"] + 5 + manifests
+
+
+def test_earlier_versions_are_counted_separately(icm: Icm, trained: Path) -> None:
+    with Store.open(trained) as store:
+        silent = store.task("silent")
+        store.publish([replace(silent, version=2, final=store.task("poems").final, code=None)])
+    found = icm("stats", "--json").document["on_disk"]
+    assert silent.code is not None
+    assert found["versions"] == silent.final.weights.size + silent.final.config.size + silent.code.size
+    assert "earlier versions of tasks" in icm("stats").out
+
+
+def test_a_damaged_manifest_is_named_and_stops_nothing(icm: Icm, trained: Path) -> None:
+    with Store.open(trained) as store:
+        place = Path(store.manifests.place(str(store.task("rules").manifest)))
+    place.chmod(0o600)
+    place.write_bytes(b"garbage")
+    ran = icm("stats", "--json")
+    assert (ran.code, ran.document["on_disk"]["total"]) == (ExitCode.DAMAGED, size_of_files(trained))
+    assert "skipped rules" in ran.err
 
 
 def test_a_stopped_training_is_counted_separately(icm: Icm, mixed: Path) -> None:
     with Store.open(mixed) as store:
-        run = store.runs.start(LABEL, {})
-        store.runs.save_checkpoint(run.id, step=1, weights=b"w" * 100, optimizer=b"o" * 50)
+        weights, optimizer = (File(store.blobs.put(data), len(data)) for data in (b"w" * 100, b"o" * 50))
+        store.save_run(Run(base_model=LABEL, config={}, step=1, weights=weights, optimizer=optimizer))
     assert icm("stats", "--json").document["on_disk"]["training"] == 150
 
 
@@ -201,8 +227,10 @@ def test_nothing_is_drawn_where_nothing_is_encoded(icm: Icm, mixed: Path, tmp_pa
 
 
 def test_one_measured_task_is_counted_as_one(icm: Icm, trained: Path) -> None:
-    with rewriting(trained / "registry.db") as database:
-        database.execute("UPDATE codes SET dw_error = NULL WHERE rowid IN (SELECT rowid FROM codes LIMIT 2)")
+    with Store.open(trained) as store:
+        for task in list(store.tasks())[:2]:
+            assert task.code is not None
+            store.publish([replace(task, code=replace(task.code, squared_error=None))])
     assert " (1 task)" in icm("stats").out
 
 
