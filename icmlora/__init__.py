@@ -84,7 +84,7 @@ if TYPE_CHECKING:
     from icmlora.fleet.tasks.duplicates import DuplicatesReport
     from icmlora.fleet.tasks.generators import GeneratorVersion, RolledBack
     from icmlora.fleet.tasks.init import InitReport
-    from icmlora.fleet.tasks.tasks import EditReport, Removal, TaskDetails
+    from icmlora.fleet.tasks.tasks import EditReport, Removal, RemoveReport, TaskDetails
     from icmlora.fleet.train.train import TrainReport
     from icmlora.fleet.train.update import UpdateReport
     from icmlora.fleet.vectors.recognize import RecognizeReport
@@ -166,6 +166,7 @@ __all__ = [
     "RecognizeReport",
     "RegistryError",
     "Removal",
+    "RemoveReport",
     "ReportSummary",
     "RestoreReport",
     "RolledBack",
@@ -233,6 +234,7 @@ _HOMES = {
     "Rebuilt": "registry.verify",
     "RecognizeReport": "icmlora.fleet.vectors.recognize",
     "Removal": "icmlora.fleet.tasks.tasks",
+    "RemoveReport": "icmlora.fleet.tasks.tasks",
     "ReportSummary": "icmlora.fleet.report.report",
     "RestoreReport": "icmlora.fleet.evict.restore",
     "RolledBack": "icmlora.fleet.tasks.generators",

@@ -35,7 +35,7 @@ def rm(session: Session, tasks: TasksArg, dry_run: DryRunOpt = False, yes: YesOp
     question = f"Remove {counted(len(names), 'task')}{lost}?"
     is_removed, freed = not dry_run and out.confirm(question, yes=yes), None
     if is_removed:
-        freed = remove_tasks(context, names, last_copies=last_copies)
+        freed = remove_tasks(context, names, last_copies=last_copies).freed
     out.document(
         {
             "removed": names if is_removed else [],

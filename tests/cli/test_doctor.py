@@ -12,6 +12,7 @@ import torch
 from icm_cli.errors import ExitCode
 from icmlora.fleet.tasks.doctor import has_wal_reset_bug
 from icmlora.io import cards
+from registry.storage.folder import FORMAT_TEXT
 from tests.cli.conftest import Ran
 from tests.cli.homeless import leave_home
 
@@ -35,26 +36,28 @@ def test_doctor_says_the_same_in_json(icm: Icm, tmp_path: Path) -> None:
 def test_doctor_finds_a_file_that_is_not_a_database(icm: Icm, tmp_path: Path) -> None:
     store = tmp_path / "store"
     store.mkdir()
-    (store / "FORMAT").write_text("icm store 2\n")
+    (store / "FORMAT").write_text(FORMAT_TEXT)
+    (store / "lock").touch()
     (store / "registry.db").write_text("not a database, but long enough to look at" * 100)
     ran = icm("doctor", "--json")
     assert ran.code == 1
-    assert "cannot be read" in ran.document["checks"]["schema"]["problem"]
+    assert "not a database" in ran.document["checks"]["store"]["problem"]
 
 
 def test_doctor_finds_nothing_wrong_with_a_good_store(icm: Icm, stored: Path, tmp_path: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "store").rglob("*")}
     document = icm("doctor", "--json").document
-    assert (document["ok"], document["checks"]["store"]) == (True, {"value": "icm store 2", "problem": None})
+    assert (document["ok"], document["checks"]["store"]) == (True, {"value": FORMAT_TEXT.strip(), "problem": None})
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "store").rglob("*")} == before
 
 
 @pytest.mark.parametrize(
     ("file", "content", "code", "fact"),
     [
-        ("registry.db", "", ExitCode.NO_STORE, "not an icm database"),
-        ("FORMAT", "icm store 9\n", ExitCode.OTHER_VERSION, "'icm store 9'"),
-        ("registry.db", None, ExitCode.DAMAGED, "unable to open"),
+        ("registry.db", "", ExitCode.DAMAGED, "icm verify --repair"),
+        ("FORMAT", "icm manifests 9\n", ExitCode.OTHER_VERSION, "'icm manifests 9'"),
+        ("FORMAT", "icm store 2\n", ExitCode.OTHER_VERSION, "created by icm 0.x"),
+        ("registry.db", None, ExitCode.DAMAGED, "is missing; run `icm verify --repair`"),
         ("lock", None, ExitCode.FAILED, "lock"),
     ],
 )
@@ -70,6 +73,17 @@ def test_doctor_says_why_other_commands_refuse_the_store(
     assert (refused.code, ran.code, ran.document["ok"]) == (code, ExitCode.FAILED, False)
     assert problem.startswith(refused.error["message"])
     assert (fact in problem, problem in icm("doctor").err) == (True, True)
+
+
+def test_doctor_finds_a_damaged_page(icm: Icm, stored: Path, tmp_path: Path) -> None:
+    database = tmp_path / "store" / "registry.db"
+    data = bytearray(database.read_bytes())
+    data[-300:-200] = bytes(100)
+    database.write_bytes(data)
+    ran = icm("doctor", "--json")
+    checks = ran.document["checks"]
+    problem = checks.get("database", {}).get("problem") or checks["store"]["problem"]
+    assert (ran.code, "icm verify --repair" in problem) == (ExitCode.FAILED, True)
 
 
 def test_doctor_says_that_the_store_is_locked(icm: Icm, stored: Path, tmp_path: Path) -> None:

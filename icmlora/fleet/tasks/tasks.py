@@ -59,6 +59,14 @@ class Removal:
     placeholders: int = 0  # placeholders in the folders of its adapters, which could not be restored any more
 
 
+@dataclass(frozen=True)
+class RemoveReport:
+    """The tasks that were removed."""
+
+    tasks: list[str]
+    freed: int | None  # bytes; None if another process uses the store, so that the next `prune` frees them
+
+
 def filter_fields() -> Collection[Field]:
     """Return the fields by which tasks can be filtered and sorted."""
     return FIELDS.values()
@@ -303,16 +311,13 @@ def plan_removal(context: Context, tasks: Sequence[str]) -> list[Removal]:
 
 
 @use_case
-def remove_tasks(context: Context, tasks: Sequence[str], *, last_copies: Collection[str] = ()) -> int | None:
+def remove_tasks(context: Context, tasks: Sequence[str], *, last_copies: Collection[str] = ()) -> RemoveReport:
     """Remove tasks with all their versions, and free their files as far as nothing else needs them.
 
     Args:
         context: The store.
         tasks: The tasks to remove: all of them, or none if one is refused.
         last_copies: Evicted tasks to remove although their code is the only copy.
-
-    Returns:
-        The bytes freed; None if another process uses the store, so that the next `prune` frees them.
 
     Raises:
         LastCopy: A task is evicted and not in `last_copies`.
@@ -325,7 +330,8 @@ def remove_tasks(context: Context, tasks: Sequence[str], *, last_copies: Collect
                 fact = f"task {task.name!r} was evicted: its code is the only copy"
                 raise LastCopy(fact, hint="run the same command again to remove it anyway")
         store.parts.maintenance.run(lambda: store.publish([], remove=found))
-        return store.free(names=[task.name for task in found])
+        names = [task.name for task in found]
+        return RemoveReport(names, store.free(names=names))
 
 
 def _task_to_remove(store: Store, name: str) -> Task:

@@ -27,7 +27,7 @@ def blob_bytes(fleet: Fleet) -> int:
 
 
 def gone(fleet: Fleet) -> list[str]:
-    return [row.task.name for row in fleet.tasks() if row.final.is_evicted]
+    return [row.name for row in fleet.tasks() if row.evicted_at is not None]
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,7 @@ def test_what_is_left_is_the_code(fleet: Fleet) -> None:
 def test_the_report_names_the_code_that_is_left(fleet: Fleet) -> None:
     (task,) = fleet.evict(["rules"], max_error=0.7).tasks
     assert task.code_size == blob_of(fleet, code_blobs(fleet)["rules"]).stat().st_size
-    code = fleet.show("rules").code
+    code = fleet.show("rules").task.code
     assert code is not None
     assert task.squared_error == pytest.approx(code.squared_error)
 
@@ -78,7 +78,7 @@ def test_a_dry_run_on_two_processes_reports_what_one_process_reports(
 ) -> None:
     damage(blob_of(fleet, code_blobs(fleet)[TASKS[1]]))
     alone = fleet.evict(max_error=0.45, dry_run=True)
-    monkeypatch.setattr("icmlora.fleet.evict.check._READ_TOGETHER", 1)
+    monkeypatch.setattr("icmlora.fleet.evict.check._CHECKED_TOGETHER", 1)
     assert fleet.evict(max_error=0.45, dry_run=True) == alone
 
 
@@ -104,9 +104,10 @@ def test_checkpoints_can_go_alone(fleet: Fleet, loras: Path) -> None:
     assert [(task.task, task.adapters) for task in report.gone] == [("poems", 2)]
     assert gone(fleet) == []
     poems = fleet.show("poems")
-    assert [adapter.is_evicted for adapter in poems.adapters] == [True, True, False]
+    assert [adapter.is_evicted for adapter in poems.task.adapters] == [True, True, False]
     assert (
-        blob_of(fleet, poems.final.weights).read_bytes() == (loras / "poems" / "adapter_model.safetensors").read_bytes()
+        blob_of(fleet, poems.task.final.weights).read_bytes()
+        == (loras / "poems" / "adapter_model.safetensors").read_bytes()
     )
 
 
@@ -114,7 +115,7 @@ def test_weights_that_another_task_needs_stay(fleet: Fleet, loras: Path) -> None
     fleet.ingest([loras / "silent"], name="twin")
     (task,) = fleet.evict(["silent"], max_error=0.7).tasks
     assert (task.status, task.freed) == ("evicted", 0)
-    assert has_blob(fleet, fleet.show("twin").final.weights)
+    assert has_blob(fleet, fleet.show("twin").task.final.weights)
     assert equal(fleet.load("twin"), fleet.load("twin", source="original"))
 
 
@@ -138,7 +139,7 @@ def test_a_gain_is_measured_before_the_original_goes(learned: Fleet) -> None:
     assert task.status == "evicted"
     assert task.retained_gain is not None
     assert task.retained_gain >= 0.9
-    assert {row.rung for row in learned.show("apples").evaluations} == {"base", "original", "code"}
+    assert {row.source for row in learned.show("apples").task.measured} == {"base", "original", "code"}
 
 
 @pytest.mark.slow
@@ -180,7 +181,7 @@ def test_a_pinned_task_that_is_named_makes_the_report_partial(fleet: Fleet) -> N
 @pytest.mark.slow
 def test_pinning_is_undone_by_unpinning(fleet: Fleet) -> None:
     assert [task.name for task in fleet.edit(["Silent", "poems"], pinned=True).tasks] == ["silent", "poems"]
-    assert [row.task.name for row in fleet.tasks() if row.task.pinned] == ["poems", "silent"]
+    assert [row.name for row in fleet.tasks() if row.pinned] == ["poems", "silent"]
     fleet.edit(["silent", "poems"], pinned=False)
     assert [task.task for task in fleet.evict(max_error=0.7).gone] == TASKS
 
