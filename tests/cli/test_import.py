@@ -7,16 +7,18 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from icm_cli.errors import ExitCode
-from registry.tables.bundles import BundleImport, Bundles, ImportOutcome
+from registry.store import Store
+from tests.cli.coded import codes, current
 from tests.cli.conftest import Ran
 from tests.cli.test_materialize import content
 from tests.cli.tiny_fleet import icm_quietly, train_store, write_lora
-from tests.icmlora.bundles import fields_of, forge
-from tests.icmlora.tiny_base import LABEL
+from tests.icmlora.bundles import Opened, forge, opened
+from tests.shared import use_config_of
 
 Icm = Callable[..., Ran]
 TASKS = ["poems", "rules", "silent"]
@@ -28,6 +30,7 @@ def bundle_template(trained_template: Path, tmp_path_factory: pytest.TempPathFac
     """A folder with the bundle, its adapters in before/ and its store in away/."""
     folder = tmp_path_factory.mktemp("bundle")
     store = Path(shutil.copytree(trained_template, folder / "away"))
+    use_config_of(trained_template)
     icm_quietly(store, "eval", "poems", "--source", "code", "--device", "cpu")
     icm_quietly(store, "export", folder / "fleet.icm")
     for task in TASKS:
@@ -136,10 +139,9 @@ FORGED = {
 def test_a_task_with_a_forged_form_is_left_out_by_name_and_the_others_are_imported(
     icm: Icm, bundle: Path, form: dict[str, object]
 ) -> None:
-    fields = fields_of(bundle)
-    fields["tasks"][1]["template"] = json.dumps(form)
+    forge(bundle, lambda opened: opened.tasks[1]["final"].update(template=json.dumps(form)))
     for options in (("--dry-run",), ()):
-        ran = icm("import", forge(bundle, fields), "--json", *options)
+        ran = icm("import", bundle, "--json", *options)
         assert (ran.code, statuses(ran)) == (ExitCode.PARTLY, {"poems": "added", "silent": "added"})
         assert ran.document["refused"] == {"rules": "the recorded form of the original does not fit it"}
     assert icm("ls", "-q").out == "poems\nsilent\n"
@@ -152,11 +154,13 @@ def test_a_task_with_a_forged_form_is_left_out_by_name_and_the_others_are_import
 def test_a_forged_claim_costs_no_original(
     icm: Icm, bundle: Path, mixed_template: Path, tmp_path: Path, limit: tuple[str, float]
 ) -> None:
-    claims = fields_of(bundle)
-    claims["tasks"][0]["dw_error"], claims["tasks"][0]["measured"]["retained_gain"] = 1e-6, 0.999
+    def claim_more(opened: Opened) -> None:
+        claim = opened.tasks[0]["code"]["claim"]
+        claim["squared_error"], claim["measured"]["retained_gain"] = 1e-12, 0.999
+
     run = tmp_path / "poems"
     shutil.copytree(mixed_template / "loras" / "poems", run)
-    icm("import", forge(bundle, claims), "poems")
+    icm("import", forge(bundle, claim_more), "poems")
     assert icm("ingest", run, "--no-vectors", "--json").events[-1]["restored"] == 1
     assert icm("evict", "poems", *limit, "--device", "cpu").code == ExitCode.PARTLY
     assert {row["evicted_at"] for row in icm("show", "poems", "--json").document["adapters"]} == {None}
@@ -191,33 +195,36 @@ def test_another_adapter_of_that_name_can_be_passed_over(icm: Icm, bundle: Path,
     assert "rules" in ran.err
 
 
-def test_a_task_that_was_to_be_passed_over_stays_so_if_the_same_adapter_came_in_meanwhile(
+def test_tasks_that_changed_meanwhile_are_decided_again(
     icm: Icm, bundle: Path, mixed_template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     icm("ingest", write_lora(tmp_path / "rules", seed=77), "--no-vectors")
-    real = Bundles.add
+    publish = Store.publish
 
-    def add(bundles: Bundles, bundle: BundleImport) -> list[ImportOutcome]:
+    def meanwhile(store: Store, states: Any, **options: Any) -> Any:
+        monkeypatch.setattr(Store, "publish", publish)
         folder = mixed_template / "loras" / "rules"
-        icm_quietly(tmp_path / "store", "ingest", folder, "--on-conflict", "replace", "--no-vectors")
-        return real(bundles, bundle)
+        icm_quietly(tmp_path / "store", "ingest", folder, "--on-conflict", "version", "--no-vectors")
+        icm_quietly(tmp_path / "store", "ingest", write_lora(tmp_path / "silent", seed=5), "--no-vectors")
+        return store.publish(states, **options)
 
-    monkeypatch.setattr(Bundles, "add", add)
+    monkeypatch.setattr(Store, "publish", meanwhile)
     ran = icm("import", bundle, "--on-conflict", "skip", "--json")
-    assert (ran.code, statuses(ran)) == (0, {"poems": "added", "rules": "skipped", "silent": "added"})
+    assert (ran.code, statuses(ran)) == (0, {"poems": "added", "rules": "encoded", "silent": "skipped"})
     assert verified(icm)
 
 
 @pytest.mark.slow
-def test_another_generator_is_refused_and_its_codes_stay(icm: Icm, bundle: Path, tmp_path: Path) -> None:
+def test_codes_come_with_their_generator_where_another_is_in_use(icm: Icm, bundle: Path, tmp_path: Path) -> None:
     icm("ingest", write_lora(tmp_path / "other", seed=78), "--no-vectors")
     train_store(tmp_path / "store")
-    before = icm("ls", "--json").out
-    ran = icm("import", bundle, "--on-conflict", "skip", "--json")
-    assert (ran.code, ran.error["kind"]) == (ExitCode.FAILED, "generator_conflict")
-    assert LABEL in ran.error["message"]
-    assert "--from" in ran.error["hint"]
-    assert icm("ls", "--json").out == before
+    used = current(tmp_path / "store")
+    assert statuses(icm("import", bundle, "--json")) == dict.fromkeys(TASKS, "added")
+    assert (current(tmp_path / "store").blob, list(codes(tmp_path / "store"))) == (used.blob, ["other"])
+    icm("materialize", "rules", "-o", tmp_path / "out")
+    name = "adapter_model.safetensors"
+    assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "before" / "rules" / name).read_bytes()
+    assert verified(icm)
 
 
 @pytest.mark.one_case
@@ -236,20 +243,17 @@ def test_codes_of_another_generator_are_refused(icm: Icm, bundle: Path, tmp_path
     train_store(tmp_path / "store", "--fresh", "--seed", 5)
     icm("export", tmp_path / "other.icm")
     shutil.rmtree(tmp_path / "store")
-    mine, theirs = fields_of(bundle), fields_of(tmp_path / "other.icm")
-    # Their index, with our generator before their codes.
-    old, new = theirs["generator"]["blob"], mine["generator"]["blob"]
-    size = dict(mine["parts"])[new]
-    data = bundle.read_bytes()
-    start = 41 + int.from_bytes(data[5:9], "little")
-    generator = data[start : start + size]
-    other = (tmp_path / "other.icm").read_bytes()
-    begin = 41 + int.from_bytes(other[5:9], "little")
-    (tmp_path / "other.icm").write_bytes(other[:begin] + generator + other[begin + theirs["parts"][0][1] :])
-    assert theirs["parts"][0][0] == old
-    theirs["parts"][0] = [new, size]
-    theirs["generator"]["blob"] = new
-    ran = icm("import", forge(tmp_path / "other.icm", theirs), "--json")
+    ours = opened(bundle).generator["blob"]
+
+    def exchange(other: Opened) -> None:
+        del other.blobs[other.generator["blob"].partition(":")[0]]
+        digest = ours.partition(":")[0]
+        other.blobs[digest] = opened(bundle).blobs[digest]
+        other.generator["blob"] = ours
+        for task in other.tasks:
+            task["code"]["generator"] = ours
+
+    ran = icm("import", forge(tmp_path / "other.icm", exchange), "--json")
     assert (ran.code, "another generator" in ran.error["message"]) == (ExitCode.DAMAGED, True)
     assert not (tmp_path / "store").exists()
 

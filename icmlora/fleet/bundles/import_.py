@@ -116,7 +116,7 @@ def _import(
             stored |= names
             try:
                 store.publish([*_generators(store, bundle), *new])
-            except LostRace:
+            except (LostRace, TaskConflict):  # another process changed or added one of them
                 continue
         return [outcome for outcome, _ in decided]
 
