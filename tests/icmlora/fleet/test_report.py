@@ -32,10 +32,10 @@ def sources_in(texts: list[str]) -> list[str]:
 
 def test_every_task_is_in_the_table_with_what_the_store_says_of_it(learned: Fleet, page: Path) -> None:
     done = learned.report(page)
-    table, tasks = read(page), {row.task.name: row for row in learned.tasks()}
+    table, tasks = read(page), {row.name: row for row in learned.tasks()}
     assert table.column("name") == NAMES
-    assert table.column("original") == [tasks[name].final.original_bytes for name in NAMES]
-    assert table.column("code") == [code.size for name in NAMES if (code := tasks[name].code) is not None]
+    assert table.column("original") == [tasks[name].original_bytes for name in NAMES]
+    assert table.column("code") == [tasks[name].code_size for name in NAMES]
     assert (done.tasks, done.size) == (3, page.stat().st_size)
 
 
@@ -73,7 +73,7 @@ def test_without_vectors_there_is_no_map(tmp_path: Path, loras: Path, page: Path
 
 @pytest.mark.slow
 def test_damaged_vectors_cost_the_map_and_nothing_else(learned: Fleet, page: Path) -> None:
-    damage(blob_of(learned, learned.show("ships").vectors[0].blob))
+    damage(blob_of(learned, learned.show("ships").task.vectors[0].blob))
     done = learned.report(page)
     assert (done.maps, done.tasks) == ([], 3)
     assert "has changed" in page.read_text() or "damaged" in page.read_text()
@@ -82,7 +82,7 @@ def test_damaged_vectors_cost_the_map_and_nothing_else(learned: Fleet, page: Pat
 def test_a_map_of_too_many_tasks_is_left_out_with_the_reason(
     learned: Fleet, page: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(use_case, "MOST_MAPPED", 2)
+    monkeypatch.setattr(use_case, "MAX_MAPPED", 2)
     assert learned.report(page).maps == []
     assert "at most 2 tasks per base model, but there are 3" in page.read_text()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from html.parser import HTMLParser
 from typing import Any
 
@@ -18,10 +18,12 @@ from icmlora.fleet.report.report import assembled
 from icmlora.fleet.resources.stored_vectors import LeftOut
 from icmlora.fleet.stats.stats import BaseModelBill, Bill, TaskBill
 from icmlora.task_vectors.map import map_tasks
-from registry.records import AdapterRecord, CodeLimits, CodeRecord, GeneratorRecord, TaskRecord, TaskSummary
+from registry.manifests import Adapter, Code, CodeLimits, File, Generator, Measurement, Task, Vector
+from registry.tables import TaskRow, index_of
 from registry.usage import Usage
 
 DAY = "2026-11-26T10:00:00Z"
+NETWORK = File("f" * 64, 40_000)
 
 
 @dataclass(frozen=True)
@@ -41,33 +43,32 @@ class Made:
     original_only: str | None = None
     evicted: bool = False
 
-    def summary(self, number: int) -> TaskSummary:
-        """Return what the store's listing would say."""
-        task = TaskRecord(number, self.name, self.base_model, None, None, DAY, False, self.tags, self.note)
-        final = AdapterRecord(
-            weights="w", config="c", card=None, step=None, is_final=True, dtype="BF16", rank_max=self.rank,
-            parameters=self.original // 2, target_modules=self.targets, layout=(), source="made up",
-            original_only=self.original_only, id=number, task=self.name, original_bytes=self.original,
-            weights_bytes=self.original - 1000, initial_bytes=0, created_at=DAY,
-            evicted_at=DAY if self.evicted else None,
-        )  # fmt: skip
-        squared = None if self.error is None else self.error**2
-        code = None
-        if self.code is not None:
-            code = CodeRecord(number, self.name, number, 1, "b", self.code, 1.0, squared, None, None)
-        return TaskSummary(task, final, 0, 0, 4, code, self.gain)
-
     def bill(self) -> TaskBill:
-        """Return what `icm stats` would say."""
-        has_code = self.code is not None
-        return TaskBill(
-            task=self.name, bf16_size=self.original, original_size=self.original, vectors_size=1500,
-            code_size=self.code,
-            squared_error=None if self.error is None or not has_code else self.error**2,
-            retained_gain=self.gain if has_code else None, evicted=self.evicted,
-            asked=CodeLimits(min_gain=0.99, is_kept=False) if has_code and (self.gain or 1) < 0.5 else None,
-            original_only=self.original_only, extras_bytes=0,
+        """Return the bill of the task."""
+        final = Adapter(
+            weights=File("a" * 64, self.original - 1000), config=File("c" * 64, 1000), dtype="BF16", rank_max=self.rank,
+            parameters=self.original // 2, target_modules=self.targets, layout=(), source="made up",
+            original_only=self.original_only, evicted_at=DAY if self.evicted else None,
         )  # fmt: skip
+        measured = Measurement(
+            source="code", generator=str(NETWORK), data="d" * 64, value=1.0, count=1, utf8_bytes=1,
+            retained_gain=self.gain, settings={},
+        )  # fmt: skip
+        task = Task(
+            name=self.name, base_model=self.base_model, final=final, tags=self.tags, note=self.note, created_at=DAY,
+            vectors=(Vector(view="adapted", support_set=0, blob=File("b" * 64, 1500), dim=8, extractor={}),),
+            code=self._code(), measured=(measured,),
+        )  # fmt: skip
+        columns = index_of(task, "e" * 64)
+        row = TaskRow(**{one.name: columns[one.name] for one in fields(TaskRow)})
+        return TaskBill(row, self.original)
+
+    def _code(self) -> Code | None:
+        if self.code is None:
+            return None
+        asked = CodeLimits(min_gain=0.99, is_kept=False) if (self.gain or 1) < 0.5 else None
+        squared = None if self.error is None else self.error**2
+        return Code(blob=File("1" * 64, self.code), generator=NETWORK, squared_error=squared, asked=asked)
 
 
 def page_of(
@@ -82,15 +83,15 @@ def page_of(
 
     With `drawing`, the last task has pictures.
     """
-    rows = [task.summary(number) for number, task in enumerate(made)]
     labels = sorted({task.base_model for task in made})
-    generators = [
-        GeneratorRecord(number, label, 1, None, "f" * 64, 40_000, {}, {}, True, DAY, None, 0)
-        for number, label in enumerate(labels)
-    ]
     fleets = tuple(
-        BaseModelBill(label, generator, tuple(task.bill() for task in made if task.base_model == label), 0)
-        for label, generator in zip(labels, generators, strict=True)
+        BaseModelBill(
+            label,
+            Generator(base_model=label, blob=NETWORK, config={}, metrics={}, created_at=DAY),
+            tuple(task.bill() for task in made if task.base_model == label),
+            0,
+        )
+        for label in labels
     )
     usage = Usage(**dict.fromkeys(Usage.__dataclass_fields__, 0) | {"originals": 9_000_000, "database": 40_000})
     maps = {label: _map(label, made) if with_map else None for label in labels}
@@ -98,7 +99,7 @@ def page_of(
     outputs += [] if texts is None else [TaskOutputs(made[0].name, [_answers(*texts)])]
     outputs += [_pictures(made[-1].name, "pear" if texts is None else texts[0])] if drawing else []
     failures = {} if failure is None else {made[-1].name: failure}
-    return assembled(rows, Bill(usage, fleets), maps, outputs, failures)
+    return assembled(Bill(usage, fleets), maps, outputs, failures)
 
 
 def html_of(page: Page) -> str:

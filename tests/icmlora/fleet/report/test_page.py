@@ -75,6 +75,7 @@ def test_no_text_of_a_store_changes_what_the_page_is_made_of(
 
 @given(texts, texts, texts, texts)
 def test_the_table_has_every_text_as_it_was(name: str, base: str, tag: str, note: str) -> None:
+    tag = "_".join(tag.split())  # a tag is one word
     read = Read.of(html_of(page_of(fleet_with(name, base, tag, note, "q_proj", "why"))))
     row = read.column("name").index(escape(name))
     assert read.data["lists"]["base"] == [escape(base)]
