@@ -36,6 +36,7 @@ def open_database(store: Store, *, read_only: bool = False, seconds: float = 0) 
         ("cell_size_check", 1),
         ("mmap_size", 0),
         ("journal_mode", "truncate"),
+        ("page_size", 1024),
     ],
 )
 def test_every_connection_has_the_safe_settings(store: Store, pragma: str, value: object) -> None:

@@ -30,10 +30,13 @@ Item = TypeVar("Item")
 
 # More threads than cores: while some wait for the disk to sync, others read and hash.
 _WORKERS = 12
-_RESTORING = (
-    "ingest the original again to restore its files; to restore a generator, run `icm import` with its bundle, or "
-    "`icm train --fresh` if the originals are available"
-)
+_RESTORING = {
+    "blob": (
+        "ingest the original again to restore its files; to restore a generator, run `icm import` with its bundle, or "
+        "`icm train --fresh` if the originals are available"
+    ),
+    "manifest": "restore the file from a copy of the store",
+}
 
 
 def digest_of(data: Bytes) -> str:
@@ -257,11 +260,11 @@ class Blobs:
         except StoreIOError as error:
             if not isinstance(error.__cause__, FileNotFoundError):
                 raise
-            hint = f"run `icm verify` to see what needs it; {_RESTORING}"
+            hint = f"run `icm verify` to see what needs it; {_RESTORING[self._what]}"
             raise MissingBlob(f"{self._what} {digest} is missing", path=place, hint=hint) from None
 
     def _damaged(self, digest: str) -> DamagedBlob:
-        hint = f"run `icm verify --repair` to move it aside; {_RESTORING}"
+        hint = f"run `icm verify --repair` to repair it or move it aside; {_RESTORING[self._what]}"
         return DamagedBlob(f"{self._what} {digest} is damaged", path=self._backend.place(digest), hint=hint)
 
 

@@ -12,8 +12,8 @@ from typing import BinaryIO
 from uuid import uuid4
 
 from registry.files import Bytes
-from registry.storage.blobs.backend import BlobInfo, Leftover
 from registry.manifests import is_digest
+from registry.storage.blobs.backend import BlobInfo, Leftover
 
 
 class MemoryBatch:
