@@ -165,7 +165,7 @@ def test_a_kind_that_has_no_code_is_compared_by_its_tensors(icm: Icm, dog: Path,
 def test_a_damaged_adapter_is_named_and_stops_no_other(icm: Icm, dog: Path, tmp_path: Path) -> None:
     ingest(icm, saved_again(dog, tmp_path / "dog-v2"))
     with Store.open(tmp_path / "store") as store:
-        blob = Path(store.blobs.place(store.tasks.final("cat").weights))
+        blob = Path(store.blobs.place(store.task("cat").final.weights))
     blob.chmod(0o644)
     blob.write_bytes(b"x" * blob.stat().st_size)
     ran = icm("duplicates", "--json")
@@ -231,7 +231,7 @@ def test_a_checkpoint_that_equals_its_final_adapter_is_not_worth_a_line(icm: Icm
 def test_a_task_that_was_replaced_is_no_longer_what_it_was(icm: Icm, dog: Path, tmp_path: Path) -> None:
     again = saved_again(dog, tmp_path / "old-dog")
     write_lora(dog, seed=7)
-    icm("ingest", dog, "--no-vectors", "--on-conflict", "replace")
+    icm("ingest", dog, "--no-vectors", "--on-conflict", "version")
     assert same_as(icm("ingest", again, "--no-vectors", "--json")) == {"old-dog": None}
 
 

@@ -3,16 +3,17 @@
 import shutil
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from icm_cli.errors import ExitCode
-from registry.records import NewVector
 from registry.store import Store
 from tests.cli.conftest import Ran, modules_of
 from tests.cli.tiny_fleet import SUBJECTS, icm_quietly, write_lora, write_subject
 from tests.icmlora.tiny_base import LABEL
+from tests.shared import built_once
 
 Icm = Callable[..., Ran]
 
@@ -20,13 +21,15 @@ Icm = Callable[..., Ran]
 @pytest.fixture(scope="session")
 def fruit_template(mixed_template: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store of four tasks with vectors and of one that is read through the probes; made once, not to be changed."""
-    folder = tmp_path_factory.mktemp("fruit")
-    icm_quietly(folder / "store", "base", "add", LABEL, mixed_template / "base")
-    for seed, name in enumerate(SUBJECTS):
-        write_subject(folder / "loras" / name, seed=seed)
-    write_lora(folder / "loras" / "silent", seed=9)
-    icm_quietly(folder / "store", "ingest", folder / "loras", "--device", "cpu")
-    return folder / "store"
+
+    def build(folder: Path) -> None:
+        icm_quietly(folder / "store", "base", "add", LABEL, mixed_template / "base")
+        for seed, name in enumerate(SUBJECTS):
+            write_subject(folder / "loras" / name, seed=seed)
+        write_lora(folder / "loras" / "silent", seed=9)
+        icm_quietly(folder / "store", "ingest", folder / "loras", "--device", "cpu")
+
+    return built_once(tmp_path_factory, "fruit", build) / "store"
 
 
 @pytest.fixture
@@ -38,13 +41,9 @@ def fruit(fruit_template: Path, tmp_path: Path) -> Path:
 def give_vectors(store: Path, task: str, of: str, **extractor: object) -> None:
     """Record the vectors of one task for another, as if a like extractor had made them."""
     with Store.open(store) as opened:
-        rows = opened.vectors.all(of)
-        opened.vectors.add(
-            [
-                NewVector(task, row.view, row.support_set, {**row.extractor, **extractor}, row.blob, row.dim)
-                for row in rows
-            ]
-        )
+        vectors = opened.task(of).vectors
+        new = tuple(replace(vector, extractor={**vector.extractor, **extractor}) for vector in vectors)
+        opened.update(task, lambda present: replace(present, vectors=new))
 
 
 def drawn_text(path: Path) -> list[str]:
@@ -207,7 +206,7 @@ def test_a_base_model_that_no_task_has_is_refused(icm: Icm, fruit: Path) -> None
 
 def test_a_task_with_damaged_vectors_is_left_out_and_named(icm: Icm, fruit: Path) -> None:
     with Store.open(fruit) as store:
-        blob = store.vectors.all("ships")[0].blob
+        blob = store.task("ships").vectors[0].blob
     damaged = fruit / "blobs" / blob[0] / blob
     damaged.chmod(0o644)
     damaged.write_bytes(b"x" * damaged.stat().st_size)

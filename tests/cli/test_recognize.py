@@ -13,6 +13,7 @@ from tests.cli.conftest import Ran
 from tests.cli.test_materialize import content
 from tests.cli.tiny_fleet import SUBJECTS, icm_quietly, train_store, write_subject
 from tests.icmlora.tiny_base import LABEL
+from tests.shared import built_once, use_config_of
 
 Icm = Callable[..., Ran]
 NEW = "0123456789 ~~~~ {}[]"
@@ -21,19 +22,22 @@ NEW = "0123456789 ~~~~ {}[]"
 @pytest.fixture(scope="session")
 def subjects_template(mixed_template: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A trained store of four tasks with samples; made once, not to be changed."""
-    folder = tmp_path_factory.mktemp("subjects")
-    shutil.copytree(mixed_template / "base", folder / "base")
-    icm_quietly(folder / "store", "base", "add", LABEL, folder / "base")
-    for seed, name in enumerate(SUBJECTS):
-        write_subject(folder / "loras" / name, seed=seed)
-    icm_quietly(folder / "store", "ingest", folder / "loras", "--device", "cpu")
-    train_store(folder / "store")
-    return folder
+
+    def build(folder: Path) -> None:
+        shutil.copytree(mixed_template / "base", folder / "base")
+        icm_quietly(folder / "store", "base", "add", LABEL, folder / "base")
+        for seed, name in enumerate(SUBJECTS):
+            write_subject(folder / "loras" / name, seed=seed)
+        icm_quietly(folder / "store", "ingest", folder / "loras", "--device", "cpu")
+        train_store(folder / "store")
+
+    return built_once(tmp_path_factory, "subjects", build)
 
 
 @pytest.fixture
 def subjects(subjects_template: Path, tmp_path: Path) -> Path:
     """The same store, where `icm` looks for it."""
+    use_config_of(subjects_template)
     return Path(shutil.copytree(subjects_template / "store", tmp_path / "store"))
 
 

@@ -25,7 +25,7 @@ def pending(icm: Icm, tmp_path: Path, mixed_template: Path) -> Path:
 
 def views(store: Path, task: str) -> set[str]:
     with Store.open(store) as opened:
-        return {vector.view for vector in opened.vectors.all(task)}
+        return {vector.view for vector in opened.task(task).vectors}
 
 
 @pytest.mark.slow
@@ -50,10 +50,10 @@ def test_what_is_there_is_not_made_again(icm: Icm, mixed: Path) -> None:
 
 def test_again_makes_the_same_vectors(icm: Icm, mixed: Path) -> None:
     with Store.open(mixed) as store:
-        before = store.vectors.all("poems")
+        before = store.task("poems").vectors
     assert icm("vectors", "poems", "--again", "--device", "cpu", "--json").events[-1]["extracted"] == 1
     with Store.open(mixed) as store:
-        assert store.vectors.all("poems") == before
+        assert store.task("poems").vectors == before
 
 
 def test_only_the_tasks_that_are_named(icm: Icm, pending: Path) -> None:

@@ -110,7 +110,7 @@ def find_duplicates(
         chosen = sorted(base for base in set(wanted.values()) or counts if base_model in (None, base))
         steps = _Steps(context, sum(counts[base] for base in chosen))
         for base in chosen:
-            found = sorted(store.tasks(Selection(base_model=base)), key=lambda task: (task.created_at, task.name))
+            found = sorted(store.tasks(Selection(base_model=base)), key=_age)
             if found:
                 report.groups += _Comparison(store, found, report, steps).groups(wanted)
         if base_model is None:
@@ -130,7 +130,7 @@ def _across_bases(store: Store) -> Iterator[DuplicatePair]:
             continue
         oldest: dict[str, Task] = {}
         seen: set[tuple[str, str]] = set()
-        for task in sorted(store.named([*base_of]), key=lambda task: (task.created_at, task.name)):
+        for task in sorted(store.named([*base_of]), key=_age):
             if task.final.is_evicted:
                 continue
             config = plain_config(store.blobs.read(task.final.config))
@@ -140,6 +140,11 @@ def _across_bases(store: Store) -> Iterator[DuplicatePair]:
             if (identity, task.base_model) not in seen and first is not task:
                 yield DuplicatePair(task.name, first.name, True, 0.0)
             seen.add((identity, task.base_model))
+
+
+def _age(task: Task) -> tuple[str, int, str]:
+    """Return a key that sorts tasks oldest first; times are in seconds."""
+    return task.created_at, task.seq, task.name
 
 
 class _Steps:
