@@ -76,12 +76,8 @@ class DamagedStore(RegistryError):
     """The database or the folder is not as it was left."""
 
 
-class DamagedRow(DamagedStore):
-    """A row of the database does not have the values that it was written with."""
-
-
 class MissingBlob(DamagedStore):
-    """A committed row refers to bytes that the store does not have."""
+    """A ref or a manifest refers to bytes that the store does not have."""
 
 
 class DamagedBlob(DamagedStore):

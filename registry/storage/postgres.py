@@ -59,7 +59,7 @@ _OF_SESSION = (
     "SET tcp_keepalives_idle = 20; SET tcp_keepalives_interval = 10; SET tcp_keepalives_count = 3; SET timezone = 'UTC'"
 )
 _SESSION = text("SELECT pg_backend_pid()")
-_MOST_NAMED = 63  # bytes of a name that the server keeps
+_MAX_NAME_BYTES = 63  # that the server keeps
 MIN_WAIT = 1.0  # seconds: a commit of another process takes a moment
 _WRITING = 0x69636D31  # the lock that a transaction holds while it writes
 _connections = WeakSet[psycopg.Connection]()  # all of this process
@@ -264,7 +264,7 @@ def new_connection(url: DatabaseUrl, command: str) -> psycopg.Connection:
         StoreUnavailable: It cannot be reached, or refuses.
     """
     name = f"{' '.join(command.split())[:40]} on {socket.gethostname()}"
-    known = name.encode("ascii", "replace")[:_MOST_NAMED].decode()
+    known = name.encode("ascii", "replace")[:_MAX_NAME_BYTES].decode()
     options: Any = {"application_name": known, "connect_timeout": _CONNECTING, **_ALIVE}
     try:
         connection = psycopg.connect(url.secret, autocommit=True, **options)

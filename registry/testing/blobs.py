@@ -155,12 +155,6 @@ class BlobPromises:
             with pytest.raises(ValueError, match="not a digest"):
                 ask(name)
 
-    def test_sizes_of_many_are_asked_for_at_once(self, blobs: Blobs) -> None:
-        digests = blobs.put_all([b"1234", b"56"])
-        assert blobs.sizes_of([*digests, *digests]) == dict(zip(digests, [4, 2], strict=True))
-        with pytest.raises(MissingBlob, match=ABSENT):
-            blobs.sizes_of([*digests, ABSENT])
-
     def test_deleting_says_what_it_freed(self, blobs: Blobs) -> None:
         digests = blobs.put_all([b"1234", b"56"])
         assert blobs.delete([*digests, ABSENT], newest=blobs.now()) == 6

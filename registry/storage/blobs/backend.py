@@ -2,7 +2,7 @@
 
     with backend.batch() as batch:        from any number of threads
         batch.put(digest, data)
-    # here all of them are durable, and rows may refer to them
+    # here all of them are durable, and manifests may refer to them
 
 A backend holds immutable byte strings, each under the SHA-256 of its bytes. It need not hash anything: `Blobs` in
 content.py names and verifies the bytes. `LocalBackend` in local.py keeps them in a folder.
@@ -88,9 +88,9 @@ class BlobBackend(Protocol):
         ...
 
     def batch(self) -> AbstractContextManager[BlobBatch]:
-        """Begin a batch. When the block ends, its bytes are durable, and rows may refer to them.
+        """Begin a batch. When the block ends, its bytes are durable, and manifests may refer to them.
 
-        If the block raises, no row may: a place keeps nothing, or else some blobs that `icm prune` finds.
+        If the block raises, none may: a place keeps nothing, or else some blobs that `icm prune` finds.
         """
         ...
 

@@ -78,7 +78,7 @@ class Blobs:
         self._looks = 2 if backend.is_remote else 1  # before a blob is called damaged: it may be the way to it
 
     def put(self, data: Bytes) -> str:
-        """Store bytes durably and return their digest; a row may then refer to it."""
+        """Store bytes durably and return their digest; a manifest may then refer to it."""
         return self.put_all([data])[0]
 
     def put_all(self, items: Sequence[Bytes]) -> list[str]:
@@ -193,13 +193,8 @@ class Blobs:
         with self._errors(digest):
             return self._backend.size(digest)
 
-    def sizes_of(self, digests: Iterable[str]) -> dict[str, int]:
-        """Return digest -> length in bytes of some blobs; raise `MissingBlob` if one is not there."""
-        asked = sorted(set(digests))
-        return dict(zip(asked, self._each(self.size, asked), strict=True))
-
     def all(self) -> Iterator[BlobInfo]:
-        """Yield all blobs, by digest, whether or not rows refer to them; raise if the listing is not complete."""
+        """Yield all blobs, by digest, whether or not anything refers to them; raise if the listing is not complete."""
         return self._backend.all()
 
     def sizes(self) -> dict[str, int]:

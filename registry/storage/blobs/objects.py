@@ -51,7 +51,7 @@ _ATTEMPTS = 3
 _PART = 8 << 20  # bytes that are sent, and sent again, together
 _CHUNK = 1 << 20
 # Seconds: without a byte; of one request with its answer; of a request with all that repeat it.
-_SILENCE, _LONGEST, _DEADLINE = 30, 900, 60
+_SILENCE, _MAX_REQUEST, _DEADLINE = 30, 900, 60
 _ADDRESS = re.compile(r"(?P<scheme>s3|gs|az)://[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9._=+-]+)*/?")
 _ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
 _PROFILES = {"config": "AWS_CONFIG_FILE", "credentials": "AWS_SHARED_CREDENTIALS_FILE"}
@@ -342,7 +342,7 @@ def connect(url: str, owner: str, namespace: Namespace = "blobs") -> ObjectBacke
         "allow_http": endpoint.startswith("http://"),  # only where somebody wrote so
         "connect_timeout": timedelta(seconds=5),
         "read_timeout": timedelta(seconds=_SILENCE),
-        "timeout": timedelta(seconds=_LONGEST),
+        "timeout": timedelta(seconds=_MAX_REQUEST),
     }
     backoff: Any = {"init_backoff": timedelta(seconds=0.1), "max_backoff": timedelta(seconds=5), "base": 2}
     retry: Any = {"max_retries": 1000, "retry_timeout": timedelta(seconds=_DEADLINE), "backoff": backoff}
@@ -366,7 +366,7 @@ def _profile() -> dict[str, str]:
 
 
 class ObjectBatch:
-    """Objects that rows may refer to once the batch ends; each is durable as soon as it is written."""
+    """Objects that manifests may refer to once the batch ends; each is durable as soon as it is written."""
 
     def __init__(self, backend: ObjectBackend) -> None:
         self._backend, self._lock, self._put = backend, Lock(), set[str]()

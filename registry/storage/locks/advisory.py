@@ -25,7 +25,7 @@ from registry.storage.locks import HEAD_START, Patience, in_use
 from registry.storage.postgres import connection_errors
 
 _TURN = 0.5  # seconds that a session waits in the queue of a lock at a time
-_LONGEST_TURN = 16.0  # seconds for which those that come later may have to wait behind one that waits to be alone
+_MAX_TURN = 16.0  # seconds for which those that come later may have to wait behind one that waits to be alone
 _TIMED_OUT = "55P03"
 _NAMED = 3  # holders that a message names
 _HOLDERS = text("""
@@ -156,7 +156,7 @@ def _turns() -> Iterator[float]:
         until = time.monotonic() + turn
         while time.monotonic() < until:
             yield 0.0
-        turn = min(2 * turn, _LONGEST_TURN)
+        turn = min(2 * turn, _MAX_TURN)
 
 
 def _key_of(store: str, what: str) -> int:

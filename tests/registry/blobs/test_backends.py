@@ -52,7 +52,7 @@ class TestMemory(BlobPromises):
         place.kept[digest] = data
 
 
-class TestFarMemory(TestMemory):
+class TestRemoteMemory(TestMemory):
     """The same, as one to which each call goes through a network."""
 
     is_remote = True

@@ -1,4 +1,4 @@
-"""Copies of blobs that are far away: fewer requests, the same bytes, and no more space than is given."""
+"""Copies of remote blobs: fewer requests, the same bytes, and no more space than is given."""
 
 from __future__ import annotations
 
