@@ -9,22 +9,27 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 from icmlora.fleet.ingest.known_tasks import KnownTasks
 from icmlora.formats.tensor_hash import plain_config, same_tensors, tensors_digest
 from registry.errors import DamagedStore
 from registry.manifests import Adapter, Task
 
-_REMEMBERED = 64
+if TYPE_CHECKING:
+    from registry.tables import TaskRow
+
+_CONFIGS = 64
+"""Configurations in memory; of tensors, only digests are kept."""
 
 
 @dataclass(frozen=True)
 class _Final:
-    """The files of the final adapter of a task."""
+    """The final adapter of a task. The row of a known task stands for its configuration until that is compared."""
 
     weights: str
-    config: str
     tensors_key: str | None
+    config: str | TaskRow
 
     @property
     def keys(self) -> list[str]:
@@ -44,22 +49,21 @@ class KnownTensors:
         self._known = known
         self._finals: dict[str, _Final] = {}
         self._names: defaultdict[str, dict[str, None]] = defaultdict(dict)  # key -> names, those of the store first
-        self._digest = lru_cache(_REMEMBERED)(lambda blob: None if read is None else tensors_digest(read(blob)))
-        self._config = lru_cache(_REMEMBERED)(lambda blob: None if read is None else plain_config(read(blob)))
+        self._digest = lru_cache(None)(lambda blob: None if read is None else tensors_digest(read(blob)))
+        self._plain = lru_cache(_CONFIGS)(lambda blob: None if read is None else plain_config(read(blob)))
 
     def look_up(self, finals: Sequence[Adapter]) -> None:
         """Look up the tasks of the store that may have one of these final adapters, before they are recorded."""
-        for task in self._known.with_tensors_of(finals):
-            if task.name.lower() not in self._finals:  # otherwise this ingest has recorded it
-                self._add(task)
+        for row in self._known.with_tensors_of(finals):
+            if row.name.lower() not in self._finals:  # otherwise this ingest has recorded it
+                self._add(row.name, _Final(row.weights, row.tensors_key, row))
 
     def add(self, task: Task) -> str | None:
         """Note a task; return the first task known before with the same final adapter, if any."""
-        final = _final_of(task)
-        similar = dict.fromkeys(name for key in final.keys for name in self._names[key])
-        others = (name for name in similar if name.lower() != task.name.lower())
-        found = next((name for name in others if self._is_same(self._finals[name.lower()], final)), None)
-        self._add(task)
+        final = _Final(str(task.final.weights), task.final.tensors_key, str(task.final.config))
+        similar = (name for key in final.keys for name in self._names[key] if name.lower() != task.name.lower())
+        found = next((name for name in similar if self._is_same(self._finals[name.lower()], final)), None)
+        self._add(task.name, final)
         return found
 
     def same_as_final(self, task: Task) -> tuple[int, ...]:
@@ -72,24 +76,25 @@ class KnownTensors:
         except DamagedStore:
             return ()
 
-    def _add(self, task: Task) -> None:
-        self._finals[task.name.lower()] = final = _final_of(task)
+    def _add(self, name: str, final: _Final) -> None:
+        self._finals[name.lower()] = final
         for key in final.keys:
-            self._names[key][task.name] = None
+            self._names[key][name] = None
 
     def _is_same(self, one: _Final, other: _Final) -> bool:
         try:
-            return same_tensors(one, other, self._digest) and (
-                one.config == other.config or _equal(self._config, one.config, other.config)
-            )
+            if not same_tensors(one, other, self._digest):
+                return False
+            left, right = self._config(one), self._config(other)
+            if left is None or right is None or left == right:
+                return left is not None and left == right
+            plain = self._plain(left)
+            return plain is not None and plain == self._plain(right)
         except DamagedStore:
             return False
 
-
-def _final_of(task: Task) -> _Final:
-    return _Final(str(task.final.weights), str(task.final.config), task.final.tensors_key)
-
-
-def _equal(describe: Callable[[str], str | None], left: str, right: str) -> bool:
-    one = describe(left)
-    return one is not None and one == describe(right)
+    def _config(self, final: _Final) -> str | None:
+        if isinstance(final.config, str):
+            return final.config
+        task = self._known.task(final.config)
+        return None if task is None else task.final.config

@@ -51,13 +51,12 @@ class KnownTasks:
             assert self._store is not None
             yield from self._store.rows(Selection(endings=wanted[at : at + _ENDINGS]))
 
-    def with_tensors_of(self, finals: Sequence[Adapter]) -> Iterator[Task]:
-        """Yield the tasks whose final adapter has the same file, or the same key of tensors, as one of these."""
-        if self._store is not None:
-            keys = (final.tensors_key for final in finals if final.tensors_key is not None)
-            for row in self._store.rows_of(weights=[final.weights for final in finals], tensors=keys):
-                if (task := self.task(row)) is not None:
-                    yield task
+    def with_tensors_of(self, finals: Sequence[Adapter]) -> list[TaskRow]:
+        """Return the tasks whose final adapter has the same file, or the same key of tensors, as one of these."""
+        if self._store is None:
+            return []
+        keys = (final.tensors_key for final in finals if final.tensors_key is not None)
+        return self._store.rows_of(weights=[final.weights for final in finals], tensors=keys)
 
     def task(self, row: TaskRow) -> Task | None:
         """Return the task of a row; None if it is damaged, which is reported when the task itself is ingested."""
