@@ -9,15 +9,16 @@ readers in other languages.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
 import struct
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
 
-from icmlora.bundle.index import MAX_DIRECTORY_BYTES, BundleIndex, Directory, contents
+from icmlora.bundle.index import MAX_DIRECTORY_BYTES, BundleIndex, contents, read_directory, read_index
 from icmlora.errors import BundleError, OtherFormat, located
 from icmlora.io.files import open_regular, read_exactly
 from icmlora.io.staging import writing_file
@@ -33,40 +34,44 @@ _HINT = "download or copy the file again"
 
 
 class BundleFile:
-    """An open bundle file. `open_bundle` makes it and has checked everything except the bytes of the parts."""
+    """An open bundle file; `open_bundle` makes it, and has checked everything but the bytes of the blobs.
 
-    def __init__(self, descriptor: int, size: int, start: int, index: BundleIndex, digest: str) -> None:
-        self._descriptor = descriptor
-        self._start = start
-        self.size = size
-        self.index = index
-        self.digest = digest
-        self.stamp = _stamp(descriptor)  # which file it is, as it is now
-        self._is_checked = False
-        ends = accumulate((part.size for part in index.parts), initial=start)
-        self._begins = {str(part): begin for part, begin in zip(index.parts, ends, strict=False)}
+    Attributes:
+        size: Its length in bytes.
+        digest: SHA-256 that identifies the whole file.
+        stamp: Which file it is, as it is now.
+        index: Its manifests.
+    """
+
+    index: BundleIndex
+
+    def __init__(self, descriptor: int, size: int, start: int, parts: Sequence[File], digest: str) -> None:
+        self._descriptor, self._is_checked = descriptor, False
+        self.size, self.digest, self.stamp = size, digest, _stamp(descriptor)
+        begins = accumulate((part.size for part in parts), initial=start)
+        self._places = {str(part): (part.size, begin) for part, begin in zip(parts, begins, strict=False)}
 
     def at(self, descriptor: int) -> BundleFile:
         """Return the same bundle, open once more under another descriptor."""
-        again = BundleFile(descriptor, self.size, self._start, self.index, self.digest)
-        again._is_checked = self._is_checked
+        again = copy.copy(self)
+        again._descriptor = descriptor
         return again
 
     def read(self, digest: str) -> bytes:
-        """Return the bytes of a part once they are known to be the right ones."""
-        data = read_exactly(self._descriptor, self.index.sizes[digest], self._begins[digest])
+        """Return the verified bytes of a part."""
+        data = read_exactly(self._descriptor, *self._places[digest])
         if hashlib.sha256(data).hexdigest() != digest:
             raise _damaged(digest)
         return data
 
     def check(self) -> None:
         """Hash every part, holding a few megabytes at a time; once, while the file is the same."""
-        for part in () if self._is_checked else self.index.parts:
-            begin, hashed = self._begins[part], hashlib.sha256()
-            for at in range(0, part.size, _CHUNK):
-                hashed.update(read_exactly(self._descriptor, min(_CHUNK, part.size - at), begin + at))
-            if hashed.hexdigest() != part:
-                raise _damaged(part)
+        for digest, (size, begin) in () if self._is_checked else self._places.items():
+            hashed = hashlib.sha256()
+            for at in range(0, size, _CHUNK):
+                hashed.update(read_exactly(self._descriptor, min(_CHUNK, size - at), begin + at))
+            if hashed.hexdigest() != digest:
+                raise _damaged(digest)
         self._is_checked = True
 
 
@@ -93,35 +98,14 @@ def open_bundle(path: Path, known: BundleFile | None = None) -> Iterator[BundleF
         text = read_exactly(descriptor, length, _HEAD.size)
         if _digest(text) != digest:
             raise BundleError("the bundle's directory is damaged", hint=_HINT)
-        directory, start = Directory(text), _HEAD.size + length
+        directory, start = read_directory(text), _HEAD.size + length
         # Parts follow each other without gaps, so the length alone shows a file that was cut short.
         expected = start + sum(part.size for part in directory.parts)
         if size != expected:
             raise BundleError(f"the bundle has {size:,} bytes, not {expected:,}", hint=_HINT)
-        index = directory.index(_Manifests(descriptor, start, directory))
-        yield BundleFile(descriptor, size, start, index, digest)
-
-
-class _Manifests(Mapping[str, bytes]):
-    """Digest -> bytes of the small parts of a bundle that is being opened, read and verified as they are asked for."""
-
-    def __init__(self, descriptor: int, start: int, directory: Directory) -> None:
-        ends = accumulate((part.size for part in directory.parts), initial=start)
-        places = {str(part): (part.size, begin) for part, begin in zip(directory.parts, ends, strict=False)}
-        self._places = {str(part): places[part] for part in directory.small}
-        self._descriptor = descriptor
-
-    def __getitem__(self, digest: str) -> bytes:
-        data = read_exactly(self._descriptor, *self._places[digest])
-        if hashlib.sha256(data).hexdigest() != digest:
-            raise _damaged(digest)
-        return data
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._places)
-
-    def __len__(self) -> int:
-        return len(self._places)
+        bundle = BundleFile(descriptor, size, start, directory.parts, digest)
+        bundle.index = read_index(directory, bundle.read)
+        yield bundle
 
 
 def write_bundle(
@@ -130,7 +114,7 @@ def write_bundle(
     """Write a bundle; yields each part once it is written."""
     # The file appears when the last part is taken, complete and durable, or never.
     index, text, manifests = contents(generator, tasks)
-    Directory(text).index(manifests)  # readers have limits: what they would refuse is not written
+    read_index(read_directory(text), manifests.__getitem__)  # readers have limits: do not write what they refuse
     with writing_file(path, force=force) as stream:
         stream.write(_prefix(text) + bytes.fromhex(_digest(text)) + text)
         for part in index.parts:
@@ -148,7 +132,7 @@ def bundle_digest(generator: Generator, tasks: Sequence[Task]) -> tuple[str, int
 
 
 def _head(data: bytes, size: int) -> tuple[int, str]:
-    """Return length and digest of the index."""
+    """Return length and digest of the directory."""
     if data[:4] != MAGIC[:4]:
         raise BundleError("not an icm bundle", hint="run `icm export FILE` to write one")
     if len(data) < _HEAD.size:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -82,6 +83,7 @@ class Opened:
     blobs: dict[str, bytes]
     extra_parts: list[list[Any]] = field(default_factory=list)
     directory: dict[str, Any] = field(default_factory=dict)  # keys that replace those of the directory
+    raw: Callable[[str], str] = str  # changes the text of each manifest
 
     @property
     def final(self) -> dict[str, Any]:
@@ -138,7 +140,7 @@ def forge(path: Path, change: Callable[[Opened], object]) -> Path:
             body = body | {"final": split(body["final"], Adapter.SHARED)}
             if isinstance(body.get("vectors"), list):
                 body["vectors"] = [split(one, Vector.SHARED) for one in body["vectors"]]
-        return part(packed(body))
+        return part(zlib.compress(bundle.raw(zlib.decompress(packed(body)).decode()).encode()))
 
     directory: dict[str, Any] = {"generator": manifest(bundle.generator), "tasks": list(map(manifest, bundle.tasks))}
     parts |= bundle.blobs

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from icmlora.bundle.file import bundle_digest, write_bundle
-from icmlora.bundle.index import MAX_CARD_BYTES, BundleIndex, bundled_generator, bundled_task
+from icmlora.bundle.index import MAX_CARD_BYTES, BundleIndex, blobs_of, bundled_generator, bundled_task
 from icmlora.errors import CodeError, DataError
-from icmlora.fleet.context import Context, check_base_model, select_tasks, use_case
+from icmlora.fleet.context import Context, select_tasks, use_case
 from icmlora.fleet.resources.stored_vectors import latest_vectors
 from icmlora.generator.code import generator_of
 from icmlora.generator.file import versions_of
@@ -58,7 +58,7 @@ def export_bundle(
     check_absent(path, force=force)
     with context.open(read_only=True) as store:
         generator, chosen, without, others = _choose(store, tasks, base_model)
-        entries, damaged = _readable(store, chosen, generator)
+        entries, damaged = _readable(store, chosen)
         if damaged and (tasks or not entries):
             name, reason = next(iter(damaged.items()))
             hint = "run `icm verify --repair` to move damaged files aside, or export only the other tasks"
@@ -81,7 +81,6 @@ def _choose(
 ) -> tuple[Generator, list[Task], tuple[str, ...], tuple[str, ...]]:
     """Find the tasks to export and the generator of their codes; also name those without a code, or of another one."""
     tasks = select_tasks(store, names, base_model)
-    check_base_model(base_model and store.base_name(base_model), {task.base_model for task in tasks}, named=bool(names))
     coded = [task for task in tasks if task.code is not None]
     without = tuple(task.name for task in tasks if task.code is None)
     if names and without:
@@ -105,25 +104,20 @@ def _choose(
     return store.generator_of(digest, bases[0]), mine, without, others
 
 
-def _readable(store: Store, tasks: Sequence[Task], generator: Generator) -> tuple[list[Task], dict[str, str]]:
-    """Return the tasks as a bundle has them, and the damage of those whose parts cannot be read."""
+def _readable(store: Store, tasks: Sequence[Task]) -> tuple[list[Task], dict[str, str]]:
+    """Return the tasks as a bundle has them, and the damage of those whose blobs cannot be read."""
     entries, damaged = list[Task](), dict[str, str]()
     for task in tasks:
         card = task.final.card
-        with_card = card is not None and card.size <= MAX_CARD_BYTES
-        entry = bundled_task(task, generator, _vectors(task.vectors), with_card=with_card)
+        final = replace(task.final, card=card if card is not None and card.size <= MAX_CARD_BYTES else None)
+        entry = bundled_task(replace(task, final=final, vectors=tuple(_vectors(task.vectors))))
         try:
-            for file in (*entry.final.kept, *(vector.blob for vector in entry.vectors), *_own(entry)):
+            for file in blobs_of(entry):
                 store.blobs.read(file)
             entries.append(entry)
         except DamagedStore as error:
             damaged[task.name] = error.message
     return entries, damaged
-
-
-def _own(task: Task) -> list[str]:
-    code = [] if task.code is None else [str(task.code.blob)]
-    return code if task.final.card is None else [*code, str(task.final.card)]
 
 
 def _vectors(vectors: Sequence[Vector]) -> list[Vector]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from icmlora.bundle.file import open_bundle
-from icmlora.bundle.index import imported
+from icmlora.bundle.index import blobs_of, imported
 from icmlora.errors import AdapterRefused, BundleError, DataError, UnsafeInput
 from icmlora.fleet.bases.labels import renumbered
 from icmlora.fleet.context import Context, use_case
@@ -254,12 +254,7 @@ def _put(context: Context, store: Store, bundle: BundleFile, tasks: Sequence[Tas
     """Store the blobs that some tasks need, a few at a time."""
     if not tasks:
         return
-    files = [bundle.index.generator.blob]
-    for task in tasks:
-        assert task.code is not None
-        card = () if task.final.card is None else (task.final.card,)
-        files += [task.code.blob, *task.final.kept, *card, *(vector.blob for vector in task.vectors)]
-    digests = list(dict.fromkeys(files))
+    digests = list(dict.fromkeys(file for state in (bundle.index.generator, *tasks) for file in blobs_of(state)))
     batch: list[bytes] = []
     for done, digest in enumerate(digests, 1):
         batch.append(bundle.read(digest))

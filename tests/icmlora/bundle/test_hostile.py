@@ -89,7 +89,10 @@ CARD = f"{bundles.blob('card')}:7"
         (lambda b: b.directory.update(parts=[["E" * 64, 1]]), "directory"),
         (lambda b: b.extra_parts.append(["e" * 64, 2**52]), "bytes"),
         (lambda b: b.generator.update(base_model=""), "base model"),
-        (lambda b: b.generator.update(version=0), "base model"),
+        (lambda b: b.generator.update(version=0), "no valid version"),
+        (lambda b: b.generator.update(version=2**60), "no valid version"),
+        (lambda b: b.generator.update(start=CARD), "parts|more than"),
+        (lambda b: b.generator.update(created_at="today"), "more than a bundle may hold"),
         (lambda b: b.generator.update(version=True), "manifest"),
         (lambda b: b.generator.update(blob="../" + "a" * 61), "manifest"),
         (lambda b: b.generator.update(config=[]), "manifest"),
@@ -97,6 +100,21 @@ CARD = f"{bundles.blob('card')}:7"
         (lambda b: b.tasks[0].update(type="task/2"), "format 2"),
         (lambda b: b.tasks[0].update(note="hello"), "more than a bundle may hold"),
         (lambda b: b.tasks[0].update(samples=CARD), "more than a bundle may hold"),
+        (lambda b: b.tasks[0].update(tags=["prod"]), "more than a bundle may hold"),
+        (lambda b: b.tasks[0].update(aliases={"prod": 1}), "more than a bundle may hold"),
+        (lambda b: b.tasks[0].update(pinned=True), "more than a bundle may hold"),
+        (lambda b: b.tasks[0].update(version=7), "more than a bundle may hold"),
+        (lambda b: b.tasks[0].update(seq=2**62), "more than a bundle may hold"),
+        (lambda b: b.tasks[0].update(created_at="today"), "more than a bundle may hold"),
+        (lambda b: b.tasks[0].update(unknown=1), "more than a bundle may hold"),
+        (lambda b: b.tasks[0]["code"].update(squared_error=1e-9), "more than a bundle may hold"),
+        (lambda b: b.tasks[0]["code"].update(effect=0.99), "more than a bundle may hold"),
+        (lambda b: b.tasks[0]["code"].update(asked={"keep": 0.9}), "more than a bundle may hold"),
+        (lambda b: b.final.update(source="/home/me"), "more than a bundle may hold"),
+        (lambda b: b.final.update(tensors_key="00ff"), "more than a bundle may hold"),
+        (lambda b: b.final.update(does_nothing=True), "more than a bundle may hold"),
+        (lambda b: b.final.update(weights="5" * 64 + ":" + "9" * 19), "impossible size"),
+        (lambda b: b.final.update(step=2**62), "step"),
         (lambda b: b.final.pop("evicted_at"), "more than a bundle may hold"),
         (lambda b: b.final.update(initial=CARD), "more than a bundle may hold"),
         (lambda b: b.final.update(step=-1), "step"),
@@ -110,7 +128,7 @@ CARD = f"{bundles.blob('card')}:7"
         (lambda b: b.final.update(rank_max=5), "contradicts"),
         (lambda b: b.final.update(parameters=1), "contradicts"),
         (lambda b: b.final.update(target_modules=["v_proj"]), "contradicts"),
-        (lambda b: b.final.update(extras=[{"blob": CARD, "size": -1}]), "negative"),
+        (lambda b: b.final.update(extras=[{"blob": CARD, "size": -1}]), "impossible size"),
         (lambda b: b.final.update(extras=[{"blob": "e" * 64 + ":1", "size": 1}]), "parts"),
         (lambda b: b.final.update(layout=[]), "empty"),
         (lambda b: b.final["layout"].append(b.final["layout"][0]), "twice"),
@@ -152,8 +170,24 @@ def test_a_directory_that_is_no_json_is_refused(path: Path, directory: bytes) ->
 def test_a_directory_that_inflates_beyond_the_limit_is_refused(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bundle_index, "MAX_DIRECTORY_BYTES", 1000)
     bomb = zlib.compress(json.dumps({"a": "x" * 100_000}).encode())
-    with pytest.raises(BundleError, match="directory"):
+    with pytest.raises(UnsafeInput, match="directory"):
         read(bundles.write_directory(path, bomb, b""))
+
+
+def test_manifests_that_inflate_beyond_the_limit_are_refused(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bundle_index, "MAX_TEXT_BYTES", 100_000)
+    read(path)
+    with pytest.raises(UnsafeInput, match="manifest"):
+        read(bundles.forge(path, lambda bundle: bundle.generator.update(config={"a": "x" * 200_000})))
+
+
+@pytest.mark.parametrize("value", ['{"a":1,"a":2}', '"\\ud800"', "[" * 40 + "]" * 40, "1e999", "NaN"])
+def test_a_manifest_that_readers_may_disagree_on_is_refused(path: Path, value: str) -> None:
+    def change(bundle: Opened) -> None:
+        bundle.raw = lambda text: text.replace('"width":32', f'"width":{value}')
+
+    with pytest.raises((BundleError, UnsafeInput)):
+        read(bundles.forge(path, change))
 
 
 def test_a_directory_beyond_the_limit_is_refused_before_it_is_read(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
