@@ -468,7 +468,10 @@ class Run(State):
 
 @dataclass(frozen=True, kw_only=True)
 class Removed(State):
-    """The last state of a name that was removed: it keeps earlier states from coming back with a lost database."""
+    """The last state of a name that was removed.
+
+    It keeps earlier states from coming back with a lost database. `prune` deletes it after them.
+    """
 
     KIND = "removed"
 
@@ -477,8 +480,8 @@ class Removed(State):
 
     @property
     def ref(self) -> str:
-        """The name that was removed."""
-        return self.name
+        """The kind and the key of the ref that was removed."""
+        return f"{self.of}/{self.name.lower() if self.of == Task.KIND else self.name}"
 
 
 KINDS: Mapping[str, type[State]] = {kind.KIND: kind for kind in (Task, Generator, BaseModel, Run, Removed)}

@@ -41,7 +41,7 @@ class Found:
     seq: int
     number: int
     parent: str | None
-    is_removal: bool
+    is_removal: bool  # of that name
     body: Any
 
 
@@ -63,6 +63,7 @@ class Walk:
     newer: list[Found] = field(default_factory=list)  # states that the database does not know
     garbage: list[Found] = field(default_factory=list)
     unreadable: list[BlobInfo] = field(default_factory=list)  # files in manifests/ that nothing names
+    removals: list[Found] = field(default_factory=list)  # committed
     idle: list[Found] = field(
         default_factory=list
     )  # generators that no code needs, or that came back as a later version
@@ -102,6 +103,8 @@ def walk(store: Store, visit: Callable[[Name, Any], None] = lambda name, body: N
         for digest, state in states.items():
             body = _body(store, digest)
             visit(name, body)
+            if isinstance(state, Removed) and digest in files:
+                found.removals.append(_found(files[digest], body))
             if isinstance(state, Generator):  # reached below, unless it is idle
                 generators.append((name, state, body))
                 continue
@@ -233,21 +236,21 @@ def _found(info: BlobInfo, body: Any) -> Found:
 
 def _sort(found: Walk, rest: dict[Name, list[Found]], used: set[str]) -> None:
     """Sort the manifests that the database does not name into newer states and garbage."""
+    removed = {one.name: one.seq for one in found.removals}
     for name, states in rest.items():
-        committed = found.committed.get(name, {})
-        first = min((state.seq for state in committed.values()), default=None)
-        # A removal counts if nothing was committed since. One that was not committed itself is newer.
-        removed = max((one.seq for one in states if one.is_removal and (first is None or one.seq < first)), default=-1)
-        lost, kept = set[str](), max([removed, *(one.seq for one in states if one.is_removal)])
+        committed, last = found.committed.get(name, {}), removed.get(name, -1)
+        # A removal without a ref was not committed. Nothing is garbage because of it.
+        removals = [one.seq for one in states if one.is_removal and one.seq > last]
+        lost = set[str]()
         for one in states:
-            if one.is_removal:
-                is_garbage = one.seq <= removed
-            elif one.seq <= removed:
+            if one.seq <= last:
                 is_garbage = True
-            elif one.seq > kept > removed:  # after a removal that the database does not know
-                is_garbage = False
+            elif one.is_removal:
+                is_over = bool(committed) and one.seq < committed[max(committed)].seq
+                is_garbage = is_over or (not committed and all(other.is_removal for other in states))
             else:
-                is_garbage = _is_replaced(one, committed, lost, used)
+                is_after_removal = any(seq < one.seq for seq in removals)
+                is_garbage = not (is_after_removal and one.parent is None) and _is_replaced(one, committed, lost, used)
             if is_garbage:
                 lost.add(one.info.digest)
             (found.garbage if is_garbage else found.newer).append(one)
@@ -314,6 +317,11 @@ def free(store: Store, files: Iterable[str], names: Iterable[str]) -> int | None
             doomed = {str(file) for file in files} | {str(file) for one in states for _, file in files_of(one.body)}
             freed = _delete_states(store, states)
             freed += store.blobs.delete(sorted(doomed - found.blobs))
+            if not store.manifests.is_remote:  # else the states stay while they are young
+                left_names = {one.name for one in found.newer}
+                freed += _forget_removals(
+                    store, [one for one in found.removals if one.name[1] in keys and one.name not in left_names]
+                )
             store.parts.maintenance.after_deletion()
     except StoreLocked:
         return None
@@ -321,12 +329,13 @@ def free(store: Store, files: Iterable[str], names: Iterable[str]) -> int | None
 
 
 def _delete_states(store: Store, states: Sequence[Found], newest: float | None = None) -> int:
-    """Delete manifests and return the bytes freed: before their blobs, and removals last.
+    """Delete manifests and return the bytes freed; call it before their blobs are deleted.
 
-    So a state that lacks its blobs, or that was removed, does not come back if the database is lost.
+    So a state without its blobs does not come back if the database is lost. Removals that were not committed go first:
+    they must not be taken for the reason why others are gone.
     """
     freed = 0
-    for is_removal in (False, True):
+    for is_removal in (True, False):
         digests = [one.info.digest for one in states if one.is_removal == is_removal]
         freed += store.manifests.delete(digests, newest=newest)
         failpoint("manifests-deleted")
@@ -351,18 +360,23 @@ def _prune(store: Store, grace: float | None, empty_quarantine: bool, *, dry_run
     for one in found.idle:
         if one not in idle:
             found.reach(one.body)
-    states, young_states = _due(found.garbage, newest)
+    states = [one for one in found.garbage if one.info.modified <= newest]
+    young_states = [one for one in found.garbage if one.info.modified > newest]
+    # A removal stays as long as earlier states of its name, which must not come back if the database is lost.
+    left_names = {one.name for one in (*young_states, *found.newer)}
+    removals = [one for one in found.removals if one.info.modified <= newest and one.name not in left_names]
     stale = [blob for blob in store.blobs.all() if blob.digest not in found.blobs]
     doomed = [blob for blob in stale if blob.modified <= newest]
     young = [blob for blob in stale if blob.modified > newest]
     left = leftovers(store) + (leftovers(store, aside=True) if empty_quarantine else [])
     temporary = [file for file in left if file.modified <= newest and not file.is_folder]
-    gone = [*states, *idle]
+    gone = [*states, *idle, *removals]
     if not dry_run:
         if idle:
             store.parts.maintenance.run(lambda: _forget(store, idle))
-        _delete_states(store, gone, newest)
+        _delete_states(store, [*states, *idle], newest)
         store.blobs.delete((blob.digest for blob in doomed), newest=newest)
+        _forget_removals(store, removals, newest)
         for file in temporary:
             file.remove()
     return PruneReport(
@@ -380,21 +394,19 @@ def _prune(store: Store, grace: float | None, empty_quarantine: bool, *, dry_run
     )
 
 
-def _due(garbage: Sequence[Found], newest: float) -> tuple[list[Found], list[Found]]:
-    """Return the states to delete, and those that stay for now: a removal stays as long as what it removed."""
-    young = [one for one in garbage if one.info.modified > newest]
-    names = {one.name for one in young}
-    due = [one for one in garbage if one.info.modified <= newest and not (one.is_removal and one.name in names)]
-    kept = [one for one in garbage if one.is_removal and one.name in names and one not in young]
-    return due, young + kept
+def _forget_removals(store: Store, removals: Sequence[Found], newest: float | None = None) -> int:
+    """Delete removals, after the states that must not come back; return the bytes freed."""
+    if removals:
+        store.parts.maintenance.run(lambda: _forget(store, removals))
+    return store.manifests.delete((one.info.digest for one in removals), newest=newest)
 
 
-def _forget(store: Store, generators: Iterable[Found]) -> None:
-    """Remove generators that no code needs from the history."""
+def _forget(store: Store, states: Iterable[Found]) -> None:
+    """Remove generators that no code needs, and removals that are over, from the database."""
     with store.parts.database.write() as connection:
-        for one in generators:
-            of_kind = HISTORY.c.kind == Generator.KIND, HISTORY.c.key == one.name[1]
-            connection.execute(delete(HISTORY).where(*of_kind, HISTORY.c.version == one.number))
+        for one in states:
+            table = REFS if one.is_removal else HISTORY
+            connection.execute(delete(table).where(table.c.manifest == one.info.digest))
 
 
 def leftovers(store: Store, *, aside: bool = False) -> list[Leftover]:

@@ -47,7 +47,7 @@ from registry.names import Address, DatabaseUrl, address_of, split_version
 from registry.storage.blobs.content import Blobs
 from registry.storage.locks import Patience
 from registry.storage.open import StoreParts, open_parts
-from registry.tables import HISTORY, META, REFS, TaskRow, index_of, key_of
+from registry.tables import HISTORY, META, REFS, REPAIR_HINT, TaskRow, index_of, key_of
 
 if TYPE_CHECKING:
     from registry.reachability import PruneReport
@@ -301,7 +301,7 @@ class Store:
             TaskConflict: A new task has the name of a known one.
         """
         self._db.must_write()
-        moment = max(time.time_ns() // 1_000_000, self._seq()) + 1
+        moment = self._moment()
         new = [_next(state, moment) for state in states]
         gone = [_next(Removed(of=one.KIND, name=one.ref, seq=one.seq, manifest=one.manifest), moment) for one in remove]
         digests = self._put_states([*new, *gone])
@@ -310,8 +310,10 @@ class Store:
                 for state in remove:
                     _remove(connection, state)
                 _move(connection, new, digests[: len(new)], [state.manifest for state in states], older=older)
+                rows = [index_of(state, digest) for state, digest in zip(gone, digests[len(new) :], strict=True)]
+                _replace(connection, REFS, ("kind", "key"), rows)
                 _raise_seq(connection, [*new, *gone])
-        except (LostRace, TaskConflict):
+        except (LostRace, TaskConflict, DamagedStore):
             # Nothing refers to them, and if the database is lost they must not be taken for what was committed.
             self.manifests.delete(digests, newest=math.inf)
             raise
@@ -320,12 +322,19 @@ class Store:
     def adopt(self, states: Sequence[State]) -> None:
         """Take states of another store over as they are: their names are new here, and their manifests the same.
 
+        Unless a name was removed here: then its states are published anew, or the removal would count for them too.
         The blobs that they name must be durable. Give all versions of a task at once.
 
         Raises:
             TaskConflict, LostRace: The store has one of the names.
         """
         self._db.must_write()
+        moment = self._moment()
+        names = [Removed(of=state.KIND, name=state.ref).ref for state in states]
+        removed = {name for name in set(names) if self.ref(Removed.KIND, name) is not None}
+        states = [
+            replace(state, seq=moment) if name in removed else state for state, name in zip(states, names, strict=True)
+        ]
         digests = self._put_states(states)
         with self._db.write() as connection:
             _move(connection, states, digests, [None] * len(states))
@@ -556,9 +565,11 @@ class Store:
         names = {known.lower(): known for known in self.names()}
         return tuple(names[match] for match in difflib.get_close_matches(name.lower(), names, n=3))
 
-    def _seq(self) -> int:
+    def _moment(self) -> int:
+        """Return a number above that of every state."""
         with self._db.read() as connection:
-            return int(connection.scalar(select(META.c.seq)) or 0)
+            last = int(connection.scalar(select(META.c.seq)) or 0)
+        return max(time.time_ns() // 1_000_000, last) + 1
 
     def _retried(self, read: Callable[[], S], change: Callable[[S], S], *, older: bool = False) -> S:
         while True:
@@ -632,6 +643,7 @@ def _move(
     """
     present, rows = _present(connection, states), list[dict[str, Any]]()
     newest = {(one.KIND, key_of(one.KIND, one.ref)): one.number for one in sorted(states, key=lambda one: one.number)}
+    _check_versions(connection, [one for one in newest if one not in present])
     for state, digest, before in zip(states, digests, expected, strict=True):
         key = state.KIND, key_of(state.KIND, state.ref)
         manifest, number = present.get(key, (None, 0))
@@ -650,6 +662,15 @@ def _move(
     ]
     _replace(connection, REFS, ("kind", "key"), rows)
     _replace(connection, HISTORY, ("kind", "key", "version"), versions)
+
+
+def _check_versions(connection: Connection, names: Sequence[tuple[str, str]]) -> None:
+    """Raise `DamagedStore` if a name without a ref has versions: a new task must not replace them."""
+    for kind in _WITH_HISTORY:
+        for some in _chunks([key for of, key in names if of == kind]):
+            query = select(HISTORY.c.key).where(HISTORY.c.kind == kind, HISTORY.c.key.in_(some))
+            if (key := connection.scalar(query.limit(1))) is not None:
+                raise DamagedStore(f"the database has versions of {kind} {key!r} and no ref", hint=REPAIR_HINT)
 
 
 def _replace(connection: Connection, table: Table, key: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:

@@ -11,7 +11,7 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeGuard
 
 from sqlalchemy import insert, select, update
 
@@ -269,7 +269,8 @@ def _all_states(store: Store) -> dict[Name, list[State]]:
         except DamagedStore:  # `verify` reports it
             continue
         kind = state.of if isinstance(state, Removed) else state.KIND
-        states[kind, key_of(kind, state.ref)].append(state)
+        name = state.name if isinstance(state, Removed) else state.ref
+        states[kind, key_of(kind, name)].append(state)
     for some in states.values():
         some.sort(key=lambda state: state.seq)
     return states
@@ -297,14 +298,24 @@ def _newest(states: dict[Name, list[State]]) -> tuple[list[State], list[State], 
     """Return the newest state of each name, those of each version, and the names of tasks that stay removed."""
     refs, history, removed = list[State](), list[State](), list[str]()
     for (kind, _), some in states.items():
-        gone = max((state.seq for state in some if isinstance(state, Removed)), default=-1)
-        versions = {state.number: state for state in some if state.seq > gone}
+        last = max((one for one in some if _is_committed(one, some)), key=lambda one: one.seq, default=None)
+        versions = {
+            one.number: one for one in some if not isinstance(one, Removed) and (not last or one.seq > last.seq)
+        }
         if versions:
             refs.append(versions[max(versions)])
             history += versions.values() if kind in ("task", "generator") else ()
-        elif kind == "task" and not all(isinstance(state, Removed) for state in some):
-            removed.append(some[-1].ref)
+        if last is not None and last is not some[0]:  # else nothing is left that could come back
+            refs.append(last)
+            removed += [last.name] if kind == "task" and not versions else []
     return refs, history, removed
+
+
+def _is_committed(state: State, states: Sequence[State]) -> TypeGuard[Removed]:
+    """Return whether a state is a removal, and no later state replaced the manifest that it was to remove."""
+    return isinstance(state, Removed) and not any(
+        one.seq > state.seq and one.parent == state.parent for one in states if not isinstance(one, Removed)
+    )
 
 
 def _write(store: Store, refs: Sequence[State], history: Sequence[State], seq: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -292,3 +293,34 @@ class TestFree:
 def literal(store: Store, digest: str) -> str:
     """Return a digest as both databases write it in SQL."""
     return f"x'{digest}'" if store.parts.database.place.endswith(".db") else f"decode('{digest}', 'hex')"
+
+
+class TestAdopted:
+    """States of another store, which are older than the removal of the same name here."""
+
+    def test_a_removal_does_not_count_for_them(self, store: Store, tmp_path: Path) -> None:
+        with new_store(tmp_path / "other") as other:
+            state = ingest(other, "rust")
+        ingest(store, "rust")
+        store.remove(["rust"])
+        task(store, "rust")  # its blobs
+        store.adopt([state])
+        assert (store.prune(grace=0).unlisted, list(store.verify())) == ((), [])
+        assert store.rebuild().tasks == 1
+        assert store.task("rust").final == state.final
+
+    def test_elsewhere_they_keep_their_manifests(self, store: Store, tmp_path: Path) -> None:
+        with new_store(tmp_path / "other") as other:
+            state = ingest(other, "rust")
+        task(store, "rust")
+        store.adopt([state])
+        assert store.task("rust").manifest == state.manifest
+
+
+def test_a_new_task_does_not_take_the_place_of_one_that_the_database_hides(store: Store) -> None:
+    state = ingest(store, "rust")
+    damage(store, "DELETE FROM refs WHERE key = 'rust'")
+    with pytest.raises(DamagedStore, match="has versions of task 'rust' and no ref"):
+        ingest(store, "rust", weights=b"others")
+    store.rebuild()
+    assert store.task("rust") == state
