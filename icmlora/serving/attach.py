@@ -27,22 +27,19 @@ from torch import nn
 from icmlora.base_models.finding.tensors import BaseTensors
 from icmlora.errors import BaseModelMismatch, BaseModelNotFound, DataError
 from icmlora.fleet.bundles.bundles import Bundle
-from icmlora.fleet.resources.code_source import open_store
 from icmlora.fleet.resources.decoding import read_context
 from icmlora.fleet.write.materialize import Chosen, choose
 from icmlora.formats.peft.initial import converted_form
 from icmlora.formats.peft.tensors import rounded_like
 from icmlora.io.safetensors import encode
 from icmlora.io.tensors import decode_torch
-from icmlora.serving.tasks import key_of, open_tasks, watched_store
+from icmlora.serving.tasks import key_of, open_tasks, tasks_of
 from registry.errors import StoreUnavailable
-from registry.names import DatabaseUrl
 
 if TYPE_CHECKING:
     from icmlora.adapter.model import Adapter
     from icmlora.base_models.examples.context import TaskContext
     from icmlora.fleet.api import Fleet
-    from icmlora.serving.watched import WatchedStore
 
 Layers = Mapping[str, nn.Linear | LoraLayer]
 """The linear layers of a model, with or without PEFT's parts, by their names without those."""
@@ -54,7 +51,7 @@ _KEPT = 256 << 20
 decoded_last: WeakKeyDictionary[nn.Module, OrderedDict[str, Adapter]] = WeakKeyDictionary()
 """The decoded adapters of each model, by `key_of`, oldest first."""
 _FLEETS = 8
-"""Stores in databases whose tasks are kept."""
+"""Stores whose tasks are kept."""
 SLOT = "icm"
 """PEFT's name of the adapter in a model."""
 
@@ -132,9 +129,7 @@ def _context_of(chosen: Chosen) -> TaskContext | None:
         return None
 
 
-@lru_cache(maxsize=_FLEETS)
-def _watched(fleet: Fleet) -> WatchedStore:
-    return watched_store(fleet)
+_served = lru_cache(maxsize=_FLEETS)(tasks_of)
 
 
 def _bytes(adapter: Adapter) -> int:
@@ -143,12 +138,12 @@ def _bytes(adapter: Adapter) -> int:
 
 @contextmanager
 def _chosen(fleet: Fleet | Bundle, task: str) -> Iterator[Chosen]:
-    """Yield what the adapter of a task is made from; of a store in a database that is kept, as the engines do."""
-    if not isinstance(fleet, Bundle) and isinstance(fleet.address, DatabaseUrl):
-        yield _watched(fleet).get(task)
-        return
-    with fleet.open() if isinstance(fleet, Bundle) else open_store(fleet) as codes:
-        yield choose(codes, codes.get(task))
+    """Yield what the adapter of a task is made from."""
+    if isinstance(fleet, Bundle):
+        with fleet.open() as codes:
+            yield choose(codes, codes.get(task))
+    else:
+        yield _served(fleet).chosen(task)
 
 
 def _problem(chosen: Chosen) -> str | None:
@@ -197,7 +192,7 @@ def _exchange(layers: Layers, adapter: Adapter) -> None:
 
 def _warn_if_other(layers: Layers, fleet: Fleet | Bundle, task: str, adapter: Adapter) -> None:
     """Compare one layer of a model with the files of the task's base model, if they are on this machine."""
-    tasks = open_tasks(*((None, fleet.path) if isinstance(fleet, Bundle) else (fleet.address, None)), command="attach")
+    tasks = open_tasks(None, fleet.path, command="attach") if isinstance(fleet, Bundle) else _served(fleet)
     try:
         found = tasks.find(task)
         if found is None:

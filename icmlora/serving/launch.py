@@ -10,6 +10,7 @@ from icmlora.errors import BaseModelNotFound, DataError
 from icmlora.io.strict_json import parse_object
 from icmlora.serving.requirements import VLLM_RANKS, EngineName, config_problem, largest_rank
 from icmlora.serving.tasks import ServedTasks
+from registry.errors import DamagedStore
 from registry.names import absolute, address_of
 
 _AT_ONCE = 8
@@ -121,19 +122,19 @@ def _sorted(
     """Return how many tasks an engine can serve, those that it cannot, and ranks and modules of the former."""
     served, rank, targets = 0, 1, set[str]()
     left_out: list[tuple[str, str]] = []
-    for form in tasks.forms(base_model):
-        if form.damage is not None:
-            left_out.append((form.name, form.damage))
+    for task, config in tasks.configs(base_model):
+        if isinstance(config, DamagedStore):
+            problem: str | None = config.message
+        elif task.final.format != "peft":
+            problem = f"its format is {task.final.format}, but {engine} reads only PEFT folders"
+        else:
+            fields = parse_object(config, what=f"the configuration of {task.name!r}", max_bytes=len(config))
+            problem = config_problem(engine, fields)
+        if problem is not None:
+            left_out.append((task.name, problem))
             continue
-        if form.format != "peft":
-            left_out.append((form.name, f"its format is {form.format}, but {engine} reads only PEFT folders"))
-            continue
-        config = parse_object(form.config, what=f"the configuration of {form.name!r}", max_bytes=len(form.config))
-        if (problem := config_problem(engine, config)) is not None:
-            left_out.append((form.name, problem))
-            continue
-        served, rank = served + 1, max(rank, largest_rank(config))
-        targets.update(form.targets)
+        served, rank = served + 1, max(rank, largest_rank(fields))
+        targets.update(task.final.target_modules)
     return served, left_out, rank, sorted(targets)
 
 

@@ -1,4 +1,12 @@
-"""The tasks that can be served, from a store or from a bundle alone. Looking for a task imports no torch."""
+"""The tasks that can be served, from a store or from a bundle alone. Looking for a task imports no torch.
+
+    name ──stamp as before──▶ the answer of before
+      └───otherwise──▶ store ──▶ digest of its manifest ──▶ known: made from the same parts, under the same key
+                                                        └─▶ new: what it is made from, and its key
+
+The store is opened for each look and released again, so `icm evict` and `icm prune` do not wait for a server. Blobs can
+be read at any time.
+"""
 
 from __future__ import annotations
 
@@ -6,32 +14,45 @@ import hashlib
 import json
 import logging
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from collections import OrderedDict
+from collections.abc import Hashable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
 
 from icmlora.adapter.layout import ModuleShape
 from icmlora.base_models.finding.lookup import FoundBase
-from icmlora.errors import TaskChanged
+from icmlora.errors import DataError, TaskChanged
 from icmlora.fleet.bundles.bundles import Bundle
 from icmlora.fleet.context import Context
-from icmlora.fleet.resources.code_source import CodeSource, OpenCodes, open_store
-from icmlora.fleet.resources.decoding import template_of
-from icmlora.fleet.write.materialize import Chosen, choose
+from icmlora.fleet.resources.code_source import CodeSource, OpenCodes, StoreCodes, open_store
+from icmlora.fleet.resources.decoding import form_of, template_of
+from icmlora.fleet.write.materialize import Chosen, MadeFiles, choose
 from icmlora.formats.format import write_adapter_files
-from icmlora.serving.stamp import Stamp
-from registry.errors import DamagedStore, RegistryError, TaskNotFound
+from icmlora.serving.watch import StoreWatch, stamp_of
+from registry.errors import DamagedStore, StoreUnavailable, TaskNotFound
+from registry.manifests import Task
 from registry.names import Address, address_of, split_version, task_name_problem
 
 if TYPE_CHECKING:
-    from icmlora.serving.watched import WatchedStore
+    from icmlora.adapter.model import Adapter
+    from icmlora.base_models.finding.tensors import BaseTensors
+    from icmlora.fleet.resources.decoding import OriginalForm
+    from icmlora.generator.versions import GeneratorFile
 
 _ADMITTED = 1
 """Adapters that are decoded at once: more would only take each other's processor."""
+_MAX_NAMES = 50_000
+"""Names whose answers are kept, of tasks or not: clients choose them."""
+_MAX_ADAPTERS = 10_000
+"""Manifests of which is kept what their adapters are made from."""
+
+K = TypeVar("K")
+V = TypeVar("V")
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -53,86 +74,144 @@ class ServedTask:
     is_generated: bool = False
 
 
-@dataclass(frozen=True)
-class TaskForm:
-    """A task's adapter as an engine sees it.
+class Answer(NamedTuple):
+    """What a name meant when the source had a stamp."""
 
-    Attributes:
-        name: The name of the task.
-        format: The format of its adapter; engines read `peft`.
-        config: Its `adapter_config.json`, as it is written.
-        targets: The names of its modules, as a configuration gives them.
-        damage: Why the configuration could not be read; `config` is then empty.
-    """
+    stamp: Hashable
+    task: ServedTask | None
+    manifest: str | None  # digest
 
-    name: str
-    format: str
-    config: bytes
-    targets: tuple[str, ...]
-    damage: str | None = None
+
+class _Source(Protocol):
+    """Where tasks come from."""
+
+    def stamp(self, *, at_once: bool = False) -> Hashable:
+        """Return a value that differs after a change of any task, in microseconds."""
+
+    def check(self) -> None:
+        """Raise `StoreUnavailable` if the source is known to be unavailable. Opening it could take many seconds."""
+
+    def open(self) -> AbstractContextManager[CodeSource]:
+        """Open the store or the bundle for one piece of work."""
 
 
 class ServedTasks:
-    """Where tasks come from. The methods may be called from several threads.
+    """The tasks of a store or a bundle. Any thread may call the methods.
 
     Args:
-        stamp: Returns what changes when any task may have changed; it takes microseconds, for each request.
-        open_codes: Opens the store or the bundle. It is opened for each call: holding a store open would make
-            `icm evict` and `icm prune` wait for the server.
-        watched: What keeps the tasks of a store that may be away.
+        source: Where they come from.
+        log: Logger for outages. Some engines show only messages below their own logger name.
     """
 
-    def __init__(self, stamp: Callable[[], Stamp], open_codes: OpenCodes, watched: WatchedStore | None = None) -> None:
-        self.stamp, self._open, self._watched = stamp, open_codes, watched
-        self._admitted = threading.Semaphore(_ADMITTED)
+    def __init__(self, source: _Source, log: logging.Logger = _log) -> None:
+        self._source, self._log = source, log
+        self.stamp, self.check = source.stamp, source.check
+        self._answers: OrderedDict[str, Answer] = OrderedDict()
+        # By digest of a manifest: what its adapter is made from, whatever name was asked for.
+        self._adapters: OrderedDict[str, Chosen] = OrderedDict()
+        self._layouts: dict[Hashable, tuple[ModuleShape, ...]] = {}  # most of a fleet have one
+        self._guard, self._admitted = threading.Lock(), threading.Semaphore(_ADMITTED)
+        self._is_told = False  # that the place of the blobs is away
+
+    def seen(self, name: str) -> Answer | None:
+        """Return the last answer for a name; it holds while the stamp is the same."""
+        return self._answers.get(name)
 
     def find(self, name: str) -> ServedTask | None:
         """Return the task that has exactly this name, or a version `NAME@3`, or None; any text may be asked for."""
         if not can_be_served(name):
             return None
-        chosen = self._chosen(name)
-        if chosen is None or chosen.task.name != split_version(name)[0]:
-            return None
-        final = chosen.task.final
-        layout = tuple(ModuleShape(*entry) for entry in final.layout)
-        return ServedTask(name, chosen.task.base_model, key_of(chosen), layout, final.is_generated)
+        stamp, known = self.stamp(), self._answers.get(name)
+        return known.task if known is not None and known.stamp == stamp else self._look(name, stamp)[0].task
 
-    def check(self) -> None:
-        """Raise `StoreUnavailable` if the store is known to be unavailable. Checking again could take many seconds."""
-        if self._watched is not None:
-            self._watched.check()
+    def chosen(self, name: str) -> Chosen:
+        """Return what the adapter of a task is made from, as it is now, or as it was seen last during an outage.
+
+        Raises:
+            TaskNotFound: There is no such task.
+        """
+        stamp, known = self.stamp(at_once=True), self._answers.get(name)
+        kept = None if known is None else self._adapters.get(str(known.manifest))
+        if kept is not None and known is not None and known.stamp == stamp:
+            return kept
+        try:
+            found = self._look(name, stamp)[1]
+        except StoreUnavailable:
+            if kept is None:
+                raise
+            return kept
+        if found is None:
+            with self._open() as codes:  # raises, with similar names
+                return choose(codes, codes.get(name))
+        return found
+
+    def _look(self, name: str, stamp: Hashable) -> tuple[Answer, Chosen | None]:
+        """Find a task in the source as it is now, in any case; only one of the very name can be served."""
+        with self._open() as codes:
+            task = _find(codes, name)
+            if task is None:
+                return self._answered(name, Answer(stamp, None, None)), None
+            digest = str(task.manifest)
+            chosen = self._adapters.get(digest) or self._kept(codes, choose(codes, task))
+        _keep(self._guard, self._adapters, digest, chosen, _MAX_ADAPTERS)
+        served = None
+        if task.name == split_version(name)[0]:
+            served = ServedTask(name, task.base_model, key_of(chosen), self._layout(task), task.final.is_generated)
+        return self._answered(name, Answer(stamp, served, digest)), chosen
+
+    def _answered(self, name: str, answer: Answer) -> Answer:
+        _keep(self._guard, self._answers, name, answer, _MAX_NAMES)
+        return answer
 
     def is_at_hand(self, task: ServedTask) -> bool:
         """Return whether `write` needs no network, according to the cache."""
-        return self._watched is None or not self._watched.missing(task.name, task.key)
+        return not self._missing(task)
 
     def fetch(self, task: ServedTask) -> None:
-        """Bring the bytes of a task to this machine."""
-        if self._watched is not None:
-            self._watched.fetch(self._watched.missing(task.name, task.key))
+        """Download the blobs of a task into the cache.
+
+        Raises:
+            StoreUnavailable: Some are not in the cache, and the place of the blobs is away.
+        """
+        missing = self._missing(task)
+        chosen = self._adapter(task)
+        if not missing or chosen is None:
+            return
+        assert isinstance(chosen.codes, _KeptParts)
+        try:
+            chosen.codes.blobs.fetch(missing)
+            for digest in missing:  # raises what is wrong with it
+                chosen.codes.read(digest)
+        except StoreUnavailable as error:
+            if not self._is_told:
+                self._is_told = True
+                self._log.warning("icm: %s; still serving tasks whose files are cached here", error.message)
+            raise
+        if self._is_told:
+            self._is_told = False
+            self._log.info("icm: the object store is available again")
 
     def names(self, base_model: str | None = None) -> list[str]:
         """Return the sorted names of all tasks, or of the tasks of one base model."""
         with self._open() as codes:
             return codes.names(base_model)
 
-    def forms(self, base_model: str) -> Iterator[TaskForm]:
-        """Yield the form of each task of a base model."""
+    def configs(self, base_model: str) -> Iterator[tuple[Task, bytes | DamagedStore]]:
+        """Yield each task of a base model with the `adapter_config.json` that is written, or why it cannot be read."""
         from icmlora.formats.peft.initial import converted_form
 
         with self._open() as codes:
             read = cache(codes.read)  # many tasks have the same configuration
             for task in codes.tasks(base_model):
                 final = task.final
-                form = TaskForm(task.name, final.format, b"", final.target_modules)
                 try:
                     config = read(final.config)
                     if final.is_evicted and final.format == "peft":  # else the original is served as it is
                         config = converted_form(template_of(final, config)).config
                 except DamagedStore as error:
-                    yield replace(form, damage=error.message)
+                    yield task, error
                 else:
-                    yield replace(form, config=config)
+                    yield task, config
 
     def base_models(self) -> Mapping[str, tuple[str, ...]]:
         """Return all names of each base model, by its main name."""
@@ -148,39 +227,118 @@ class ServedTasks:
         """Write a task's adapter as a folder: complete, or not at all. Raises as `Fleet.materialize` does.
 
         Raises:
-            TaskChanged: It is not as it was found any more. So what is written is what its key says.
+            TaskChanged: It is not as it was found any more. So the files are those that its key stands for.
         """
-        self.fetch(task)  # whoever waits for a network is not in the way of others
+        self.fetch(task)  # so that a wait for a network is in nobody's way
         with self._admitted:
-            made = None if self._watched is None else self._watched.files(task.name, task.key)
-            if made is None:
-                with self._open() as codes:
-                    chosen = choose(codes, codes.get(task.name))
-                    if key_of(chosen) != task.key:
-                        raise TaskChanged(f"task {task.name!r} is being changed")
-                    made = chosen.files()
+            made = self._made(task)
             write_adapter_files(directory, made.format, made.content, task.name)
 
-    def _chosen(self, name: str) -> Chosen | None:
-        if self._watched is not None:
-            return self._watched.find(name)
+    def _made(self, task: ServedTask) -> MadeFiles:
+        if (chosen := self._adapter(task)) is not None and isinstance(chosen.codes, _KeptParts):
+            try:
+                return chosen.files()
+            except DamagedStore:  # blobs may be gone that nothing refers to any more
+                pass
         with self._open() as codes:
-            return find_chosen(codes, name)
+            chosen = choose(codes, codes.get(task.name))
+            if key_of(chosen) != task.key:
+                raise TaskChanged(f"task {task.name!r} is being changed")
+            return chosen.files()
+
+    @contextmanager
+    def _open(self) -> Iterator[CodeSource]:
+        self.check()
+        with self._source.open() as codes:
+            yield codes
+
+    def _kept(self, codes: CodeSource, chosen: Chosen) -> Chosen:
+        """Return the same parts without the open store; a bundle is opened again to read them."""
+        if not isinstance(codes, StoreCodes):
+            return chosen
+        generator = chosen.generator
+        number = None if generator is None else codes.version_of(generator, chosen.task.base_model)
+        return replace(chosen, codes=_KeptParts(codes, number, self._source.open))
+
+    def _layout(self, task: Task) -> tuple[ModuleShape, ...]:
+        layout = task.final.layout
+        if layout not in self._layouts:
+            self._layouts[layout] = tuple(ModuleShape(*entry) for entry in layout)
+        return self._layouts[layout]
+
+    def _adapter(self, task: ServedTask) -> Chosen | None:
+        """Return what the adapter of a task is made from if that is kept."""
+        known = self._answers.get(task.name)
+        if known is None or known.task is None or known.task.key != task.key:
+            return None
+        return self._adapters.get(str(known.manifest))
+
+    def _missing(self, task: ServedTask) -> list[str]:
+        chosen = self._adapter(task)
+        if chosen is None or not isinstance(chosen.codes, _KeptParts):
+            return []
+        final, code = chosen.task.final, chosen.code
+        found: list[str] = [final.config, *(extra.blob for extra in final.extras)]
+        found += [] if code is None else [code.blob, code.generator]
+        if chosen.source == "original":
+            found += filter(None, (final.weights, final.initial, final.card))
+        return [digest for digest in found if not chosen.codes.blobs.is_at_hand(digest)]
+
+
+class _KeptParts:
+    """What the adapter of one task is made from, read without the store; `AdapterParts` describes the methods."""
+
+    better, takes_claims = StoreCodes.better, StoreCodes.takes_claims
+
+    def __init__(self, codes: StoreCodes, version: int | None, open_codes: OpenCodes) -> None:
+        self.blobs = codes.store.blobs  # which can be read when the store is closed
+        self.read = self.blobs.read
+        self._generator, self._version, self._open = codes.opened_generator, version, open_codes
+
+    def version_of(self, generator: str, base_model: str) -> int | None:
+        """Return the version that the generator had."""
+        return self._version
+
+    def generator_file(self, generator: str) -> GeneratorFile:
+        """Open the generator."""
+        return self._generator.get(generator, self.read)
+
+    def form(self, task: Task) -> OriginalForm:
+        """Read the form; only extras that refer to the base model need the store, which names it."""
+        from icmlora.base_models.finding.tensors import needed_tensors
+
+        def of_base() -> BaseTensors:
+            with self._open() as codes:
+                return needed_tensors(lambda: codes.locate(task.base_model))
+
+        return form_of(task.final, self.read, of_base)
+
+    def predict(self, task: Task, seed: int | None) -> Adapter:
+        """Refuse: no engine asks for a prediction."""
+        raise DataError("predicted adapters are not served")
 
 
 def can_be_served(name: str) -> bool:
     """Return whether a text can be the name of a task, or `NAME@VERSION`."""
     task, version = split_version(name)
-    return all(task_name_problem(part) is None for part in (task, *([] if version is None else [version])))
+    parts = [task] if "@" not in name else [task, version or ""]
+    return all(task_name_problem(part) is None for part in parts)
 
 
-def find_chosen(codes: CodeSource, name: str) -> Chosen | None:
-    """Return what the adapter of a task, or of one of its versions, is made from; None if there is none."""
+def _find(codes: CodeSource, name: str) -> Task | None:
     try:
-        task = codes.find(name)
+        return codes.find(name)
     except TaskNotFound:  # no such version
         return None
-    return None if task is None else choose(codes, task)
+
+
+def _keep(guard: threading.Lock, kept: OrderedDict[K, V], key: K, value: V, most: int) -> None:
+    """Keep a value, and forget those that were kept longest ago."""
+    with guard:
+        kept[key] = value
+        kept.move_to_end(key)
+        while len(kept) > most:
+            kept.popitem(last=False)
 
 
 def key_of(chosen: Chosen) -> str:
@@ -202,18 +360,38 @@ def _icm() -> str:
     return version("icm-lora")
 
 
-class _ReopenedBundle:
-    """Opens a bundle, another one once its file was replaced."""
+class _BundleSource:
+    """A bundle file, which may be replaced by another one at any time."""
 
     def __init__(self, path: Path) -> None:
-        self._path, self._opened = path, (Stamp.of(path), Bundle(path))
+        self._path, self._opened = path, (stamp_of(path), Bundle(path))
 
-    def __call__(self) -> AbstractContextManager[CodeSource]:
+    def stamp(self, *, at_once: bool = False) -> Hashable:
+        """Return the stamp of the file."""
+        return stamp_of(self._path)
+
+    def check(self) -> None:
+        """Do nothing: a file is there or not."""
+
+    def open(self) -> AbstractContextManager[CodeSource]:
+        """Open the bundle that the file is now."""
         opened, bundle = self._opened
-        if opened != (stamp := Stamp.of(self._path)):
+        if opened != (stamp := stamp_of(self._path)):
             bundle = Bundle(self._path)
             self._opened = stamp, bundle
         return bundle.open()
+
+
+class _StoreSource(StoreWatch):
+    """A store, which is opened for each look."""
+
+    def __init__(self, context: Context, log: logging.Logger) -> None:
+        super().__init__(context, log)
+        self._context = context
+
+    def open(self) -> AbstractContextManager[CodeSource]:
+        """Open the store."""
+        return open_store(self._context)
 
 
 def open_tasks(
@@ -222,38 +400,23 @@ def open_tasks(
     *,
     command: str,
     lock_timeout: float = 30.0,
-    log: logging.Logger | None = None,
+    log: logging.Logger = _log,
 ) -> ServedTasks:
-    """Open a bundle if given, else a store. A store is read again at each call.
+    """Open a bundle if given, else a store.
 
     Args:
         store: The store: a folder, or the address of a database.
         bundle: A bundle file.
         command: Who reads the store, for those who wait for it.
         lock_timeout: Seconds to wait for a command that has the store to itself.
-        log: Logger for outages of the database, instead of the module's own.
+        log: Logger for outages, instead of the module's own.
     """
     if bundle is not None:
-        return ServedTasks(partial(Stamp.of, Path(bundle)), _ReopenedBundle(Path(bundle)))
+        return ServedTasks(_BundleSource(Path(bundle)))
     assert store is not None
-    context = Context(address_of(store), command=command, lock_timeout=lock_timeout)
-    if isinstance(context.address, Path):
-        from registry.storage.paths import StorePaths  # a bundle needs none of it
-
-        return ServedTasks(partial(Stamp.of, StorePaths(context.address).database), partial(open_store, context))
-    watched = watched_store(context, log)
-    return ServedTasks(watched.stamp, watched.open, watched)
+    return tasks_of(Context(address_of(store), command=command, lock_timeout=lock_timeout), log)
 
 
-def watched_store(context: Context, log: logging.Logger | None = None) -> WatchedStore:
-    """Return what keeps the tasks of a store in a database.
-
-    Raises:
-        RegistryError: The extra for such stores is not installed.
-    """
-    try:
-        from icmlora.serving.watched import WatchedStore
-    except ImportError as error:
-        hint = "install the extra: pip install 'icm-lora[team]'"
-        raise RegistryError(f"a store in PostgreSQL needs an optional package: {error}", hint=hint) from error
-    return WatchedStore(context, key_of, log or logging.getLogger(__name__))
+def tasks_of(context: Context, log: logging.Logger = _log) -> ServedTasks:
+    """Return the tasks of a store."""
+    return ServedTasks(_StoreSource(context, log), log)

@@ -28,12 +28,32 @@ if TYPE_CHECKING:
 Decoded = Literal["code", "recalled", "network"]
 
 
-class CodeSource(Protocol):
+class AdapterParts(Protocol):
+    """What the adapter of a task is made from: bytes that its manifest names, and the generator of its code."""
+
+    better: str  # how to get better codes, as a hint
+    takes_claims: bool  # whether limits are held against the quality that a bundle states for its codes
+
+    def version_of(self, generator: str, base_model: str) -> int | None:
+        """Return the version of the generator with a network; None if it is not known."""
+
+    def read(self, digest: str) -> bytes:
+        """Return bytes that a manifest names, verified."""
+
+    def generator_file(self, generator: str) -> GeneratorFile:
+        """Open the generator with a digest, to decode with it; raise if a part of it is damaged."""
+
+    def form(self, task: Task) -> OriginalForm:
+        """Read the form and the extras of an original; its weights need not be there."""
+
+    def predict(self, task: Task, seed: int | None) -> Adapter:
+        """Predict the adapter of a task from its vectors, with the network alone."""
+
+
+class CodeSource(AdapterParts, Protocol):
     """An open store or bundle: its tasks, the bytes that they name, and the adapters made of both."""
 
     name: str  # "store" or "bundle"
-    better: str  # how to get better codes, as a hint
-    takes_claims: bool  # whether limits are held against the quality that a bundle states for its codes
 
     @property
     def any_row(self) -> bool:
@@ -60,23 +80,8 @@ class CodeSource(Protocol):
     def current(self, base_model: str) -> Generator | None:
         """Return the generator in use for a base model."""
 
-    def version_of(self, generator: str, base_model: str) -> int | None:
-        """Return the version of the generator with a network; None if it is not known."""
-
-    def read(self, digest: str) -> bytes:
-        """Return bytes that a manifest names, verified."""
-
-    def generator_file(self, generator: str) -> GeneratorFile:
-        """Open the generator with a digest, to decode with it; raise if a part of it is damaged."""
-
-    def form(self, task: Task) -> OriginalForm:
-        """Read the form and the extras of an original; its weights need not be there."""
-
     def recalled(self, task: Task) -> Task | None:
         """Return the known task, with a code, that is recognized from a task's vectors."""
-
-    def predict(self, task: Task, seed: int | None) -> Adapter:
-        """Predict the adapter of a task from its vectors, with the network alone."""
 
     def base_models(self) -> Mapping[str, tuple[str, ...]]:
         """Return all names of each base model, by its main name."""
@@ -112,7 +117,7 @@ class StoreCodes:
     takes_claims = False
 
     def __init__(self, store: Store, context: Context) -> None:
-        self.store, self._context = store, context
+        self.store, self._context, self.opened_generator = store, context, context.generator
         self.find, self.get, self.current, self.read = store.find, store.task, store.generator, store.blobs.read
 
     @property
@@ -135,7 +140,7 @@ class StoreCodes:
         return max(known, default=None)
 
     def generator_file(self, generator: str) -> GeneratorFile:
-        return self._context.generator.get(generator, self.read)
+        return self.opened_generator.get(generator, self.read)
 
     def form(self, task: Task) -> OriginalForm:
         from icmlora.fleet.resources.decoding import read_form

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 from icmlora.errors import DataError, OptionsConflict
 from icmlora.fleet.context import Context, use_case
-from icmlora.fleet.resources.code_source import CodeSource, Decoded, OpenCodes, open_store
+from icmlora.fleet.resources.code_source import AdapterParts, CodeSource, Decoded, OpenCodes, open_store
 from icmlora.formats.catalogue import format_named
 from icmlora.formats.format import AdapterBytes, AdapterFormat, check_target, write_adapter_files
 from registry.manifests import Claim, Code, Task, WithRelativeError
@@ -273,7 +273,7 @@ def write_adapter(
 class Chosen:
     """What the adapter of a task is made from."""
 
-    codes: CodeSource  # the store or the bundle
+    codes: AdapterParts  # of the store or the bundle
     task: Task
     source: Literal["original"] | Decoded  # where the adapter comes from
     generator: str | None = None  # digest of the network that decodes it; None for an original
@@ -434,7 +434,7 @@ def _check_original(task: Task) -> None:
     raise DataError(fact, hint=f"use `--source code` to decode the stored code, or {way}")
 
 
-def original_files(codes: CodeSource, row: StoredAdapter, weights: bytes | None = None) -> AdapterBytes:
+def original_files(codes: AdapterParts, row: StoredAdapter, weights: bytes | None = None) -> AdapterBytes:
     """Read the files of an original as they were ingested, without the card; weights that are at hand are not read."""
     companions: dict[str, bytes] = {}
     if row.extras:

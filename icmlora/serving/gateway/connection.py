@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
@@ -13,7 +13,6 @@ import httpx
 from icmlora.serving.base import EngineBase
 from icmlora.serving.gateway.engines import Engine, Listing, connect
 from icmlora.serving.requirements import EngineName
-from icmlora.serving.stamp import Stamp
 from icmlora.serving.tasks import ServedTask, ServedTasks
 
 R = TypeVar("R")
@@ -44,7 +43,7 @@ class Connection:
         self._name, self._label = name, label
         self._engine: Engine | None = None
         self._seen: tuple[float, Listing] | None = None
-        self._base: tuple[str, Stamp, EngineBase] | None = None
+        self._base: tuple[str, Hashable, EngineBase] | None = None
 
     async def engine(self) -> Engine:
         """Return the engine. The first call detects its type."""

@@ -472,8 +472,10 @@ class Residency:
         return listing
 
     async def _take_over(self, engine: Engine, adapter: str, folder: Path) -> None:
-        name, key = adapter.partition("@")[0], folder.name.removeprefix("sha256-")
-        if name in self._loaded or not folder.is_dir() or engine.adapter_name(name, key) != adapter:
+        key = folder.name.removeprefix("sha256-")
+        names = (name for name in (adapter, adapter.rpartition("@")[0]) if engine.adapter_name(name, key) == adapter)
+        name = next(names, None)
+        if name is None or name in self._loaded or not folder.is_dir():
             await engine.unload(adapter)
             return
         self._loaded[name] = Resident(name, key, adapter, folder)

@@ -20,15 +20,17 @@ from tests.pg_server import new_database
 from tests.quick import quick_codes
 from tests.s3_faults import FaultyServer
 from tests.s3_server import S3Server
-from tests.shared import built_once
+from tests.shared import built_once, use_config_of
 
 __all__ = ["quick_codes"]
 
 
 @pytest.fixture(autouse=True)
 def patience(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have requests wait for a store that answers slowly: on a busy machine a look may take a quarter of a second."""
+    """Have requests wait for a slow store, and see each change at once: on a busy machine a look may take long."""
     monkeypatch.setattr("icmlora.serving.catalogue._PATIENCE", 10.0)
+    monkeypatch.setattr("icmlora.serving.watch._PATIENCE", 10.0)
+    monkeypatch.setattr("icmlora.serving.watch._COST", 0.0)
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ def folder_bytes(folder: Path) -> dict[str, bytes]:
 @pytest.fixture(scope="session")
 def served_template(trained_template: Path, mixed_template: Path, tmp_path_factory: pytest.TempPathFactory) -> Served:
     def build(folder: Path) -> None:
+        use_config_of(trained_template)
         shutil.copytree(trained_template, folder / "store")
         icm_quietly(folder / "store", "evict", "poems", "--max-error", "10")
         icm_quietly(folder / "store", "export", folder / "fleet.icm")
@@ -86,11 +89,17 @@ def team_template(served_template: Served, postgres: str, s3: S3Server) -> str:
 
 @pytest.fixture
 def team(
-    team_template: str, postgres: str, s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    team_template: str,
+    served_template: Served,
+    postgres: str,
+    s3: S3Server,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> Iterator[Team]:
     """The store by way of servers that may be away."""
     from registry.storage.blobs import objects
 
+    use_config_of(served_template.store.parent)
     monkeypatch.setattr(objects, "_DEADLINE", 1.5)
     monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "hf"))  # an empty cache
     for name, value in s3.environment.items():
@@ -107,4 +116,5 @@ def served(served_template: Served, tmp_path: Path) -> Served:
     """The same with a store of its own."""
     store = tmp_path / "served-store"
     shutil.copytree(served_template.store, store)
+    use_config_of(served_template.store.parent)
     return Served(store, served_template.bundle, served_template.base)

@@ -20,6 +20,7 @@ from icmlora.serving.attach import SLOT
 from tests.cli.tiny_fleet import icm_quietly, write_lora
 from tests.icmlora.serving.conftest import Served
 from tests.icmlora.tiny_base import LABEL, write_tiny_base
+from tests.shared import use_config_of
 
 TOKENS = torch.arange(1, 13)[None]
 TASKS = ("poems", "rules", "silent", "poems")  # of different ranks, scalings and modules; an evicted one first
@@ -27,6 +28,7 @@ TASKS = ("poems", "rules", "silent", "poems")  # of different ranks, scalings an
 
 @pytest.fixture
 def model(served_template: Served) -> Any:
+    use_config_of(served_template.store.parent)
     return AutoModelForCausalLM.from_pretrained(served_template.base).eval()
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -23,8 +25,13 @@ ON, OFF = {"icm-context": "on"}, {"icm-context": "off"}
 
 
 def keep(served: Served, context: TaskContext, task: str = "rules") -> None:
+    keep_files(served, context.files, task)
+
+
+def keep_files(served: Served, files: Mapping[str, bytes], task: str = "rules") -> None:
     with Store.open(served.store) as store:
-        store.tasks.set_files(task, kept_files(store.blobs, context.files))
+        extras = kept_files(store.blobs, files)
+        store.update(task, lambda known: replace(known, final=replace(known.final, extras=extras)))
 
 
 def ask(gateway: Gateway, route: str, headers: dict[str, str] = ON, **fields: object) -> Any:
@@ -150,8 +157,7 @@ def test_another_context_is_taken_up_by_the_next_request(gateway: Gateway, serve
 def test_files_that_are_no_context_are_told_and_left(
     gateway: Gateway, served: Served, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with Store.open(served.store) as store:
-        store.tasks.set_files("rules", kept_files(store.blobs, {"context.json": b"[]"}))
+    keep_files(served, {"context.json": b"[]"})
     answer = ask(gateway, "/v1/completions", prompt="two")
     assert (answer.json()["asked"]["prompt"], answer.headers["icm-context"]) == ("two", "none")
     assert "cannot read the context of rules" in caplog.text

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from icm_cli.app import run
 from icmlora import Fleet, attach
-from icmlora.serving import watched
+from icmlora.serving import watch
 from icmlora.serving.tasks import ServedTask, ServedTasks, open_tasks
 from registry.errors import StoreUnavailable
 from tests.icmlora.serving.conftest import Served, Team, folder_bytes
@@ -23,8 +23,8 @@ from tests.s3_faults import Fault, refuses
 @pytest.fixture(autouse=True)
 def asks_always(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let no answer of the database count for longer than it takes."""
-    monkeypatch.setattr(watched, "_PAUSE", 0.0)
-    monkeypatch.setattr(watched, "_PATIENCE", 60.0)
+    monkeypatch.setattr(watch, "_COST", 0.0)
+    monkeypatch.setattr(watch, "_PATIENCE", 60.0)
 
 
 @pytest.fixture
@@ -73,8 +73,11 @@ def test_a_task_is_written_again_without_a_network(tasks: ServedTasks, team: Tea
     assert team.bucket.requests == []
 
 
-def test_the_database_is_asked_once_a_second(tasks: ServedTasks, team: Team, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(watched, "_PAUSE", 1e9)
+def test_the_database_is_not_asked_again_while_its_answer_counts(
+    tasks: ServedTasks, team: Team, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watch, "_COST", 1e12)
+    monkeypatch.setattr(watch, "_MAX_PAUSE", 1e9)
     tasks.stamp()
     sends = team.database.sends
     for _ in range(100):
@@ -141,8 +144,8 @@ def test_nobody_waits_for_a_database_that_was_stopped(
     task, stamp = found(tasks, "poems"), tasks.stamp()
     tasks.write(task, tmp_path / "before")
     with monkeypatch.context() as patch:
-        patch.setattr(watched, "_PATIENCE", 0.0)
-        patch.setattr(watched, "_SLOWEST", 0.0)
+        patch.setattr(watch, "_PATIENCE", 0.0)
+        patch.setattr(watch, "_SLOWEST", 0.0)
         team.database.stop()
         assert tasks.stamp() == stamp
         tasks.write(task, tmp_path / "meanwhile")
@@ -170,9 +173,8 @@ def test_bytes_that_were_pruned_meanwhile_are_looked_for_anew(
 
     task = found(tasks, "poems")
     tasks.write(task, tmp_path / "first")
-    known = tasks._watched
-    assert known is not None
-    monkeypatch.setattr(known._kept["poems"].chosen.codes, "read", _missing(MissingBlob("gone")))
+    parts = tasks.chosen("poems").codes
+    monkeypatch.setattr(parts, "read", _missing(MissingBlob("gone")))
     tasks.write(task, tmp_path / "second")
     assert folder_bytes(tmp_path / "first") == folder_bytes(tmp_path / "second")
 
@@ -189,11 +191,11 @@ def test_a_fleet_of_a_team_reads_what_one_in_a_folder_reads(team: Team, served: 
     names = here.task_names()
     assert there.task_names() == names
     assert there.tags() == here.tags()
-    assert [task.task.name for task in there.tasks(sort="size")] == [task.task.name for task in here.tasks(sort="size")]
+    assert [task.name for task in there.tasks(sort="size")] == [task.name for task in here.tasks(sort="size")]
     for name in names:
         assert there.read_files(name) == here.read_files(name)
     for (_, one), (_, other) in zip(here.load_many(names), there.load_many(names), strict=True):
         assert all(torch.equal(mine.b, yours.b) for mine, yours in zip(one.modules, other.modules, strict=True))
     assert there.module_errors("rules") == here.module_errors("rules")
-    assert [known.record.name for known in there.base_models()] == [known.record.name for known in here.base_models()]
-    assert [found.record.blob for found in there.generators()] == [found.record.blob for found in here.generators()]
+    assert [known.base.name for known in there.base_models()] == [known.base.name for known in here.base_models()]
+    assert [found.generator.blob for found in there.generators()] == [found.generator.blob for found in here.generators()]
