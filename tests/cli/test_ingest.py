@@ -15,7 +15,7 @@ from icm_cli.output import Mode, Output
 from icmlora import Cancelled, Fleet
 from icmlora.fleet.context import Event, Progress
 from icmlora.fleet.ingest.files import batches
-from icmlora.fleet.ingest.ingest import IngestReport, InputProblem
+from icmlora.fleet.ingest.report import IngestReport, InputProblem
 from registry.store import Store
 from tests.cli.conftest import Ran, modules_of
 from tests.cli.fleet import BASE, write_adapter, write_broken, write_run, write_texts
@@ -48,8 +48,8 @@ def test_the_same_again_changes_nothing(icm: Icm, stored: Path, tmp_path: Path) 
 
 def test_the_stored_bytes_are_the_given_bytes(stored: Path, tmp_path: Path) -> None:
     with Store.open(tmp_path / "store") as store:
-        final = store.tasks.final("rust")
-        task = store.tasks.get("rust")
+        task = store.task("rust")
+        final = task.final
         assert store.blobs.read(final.weights) == (stored / "rust" / "adapter_model.safetensors").read_bytes()
         assert store.blobs.read(final.config) == (stored / "rust" / "adapter_config.json").read_bytes()
         assert final.card is not None
@@ -97,6 +97,7 @@ def test_json_says_one_line_per_task_and_a_summary(icm: Icm, fleet: Path) -> Non
         "wrapper": None,
         "same_as": None,
         "same_as_final": [],
+        "version": 1,
     }
     assert ran.events[-1]["without_vectors"] == ["rust", "shakespeare", "sql"]
 
@@ -147,7 +148,7 @@ def test_strict_takes_a_fleet_in_which_all_is_well(icm: Icm, fleet: Path) -> Non
 def test_strict_finds_conflicts_with_the_store_too(icm: Icm, stored: Path) -> None:
     write_adapter(stored / "rust", seed=99)
     write_adapter(stored / "verilog", seed=98)
-    assert icm("ingest", stored, "--strict").code == ExitCode.FAILED
+    assert icm("ingest", stored, "--strict", "--on-conflict", "fail").code == ExitCode.FAILED
     assert "verilog" not in names(icm)
 
 
@@ -277,7 +278,7 @@ def test_samples_can_be_given_for_one_task(icm: Icm, tmp_path: Path) -> None:
     texts = write_texts(tmp_path, "texts.jsonl", count=9)
     icm("ingest", write_run(tmp_path / "poems"), "--samples", texts)
     with Store.open(tmp_path / "store") as store:
-        samples = store.tasks.get("poems").samples
+        samples = store.task("poems").samples
         assert samples is not None
         assert store.blobs.read(samples) == texts.read_bytes()
 
@@ -292,7 +293,7 @@ def test_samples_that_were_given_are_taken_where_others_are_left_out(icm: Icm, t
     (run / "eval.jsonl").write_text("")
     assert icm("ingest", run, "--no-texts", "--samples", texts).code == 0
     with Store.open(tmp_path / "store") as store:
-        assert store.blobs.read(str(store.tasks.get("poems").samples)) == texts.read_bytes()
+        assert store.blobs.read(str(store.task("poems").samples)) == texts.read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -318,7 +319,7 @@ def test_a_folder_above_whose_name_is_no_unicode_is_no_obstacle(icm: Icm, tmp_pa
     write_run(odd / "rust")
     assert icm("ingest", odd).code == 0
     with Store.open(tmp_path / "store") as store:
-        assert [row.source for row in store.tasks.adapters("rust")] == [
+        assert [adapter.source for adapter in store.task("rust").adapters] == [
             f"{tmp_path}/fl\\xff/rust/{place}".rstrip("/") for place in ("checkpoint-80", "checkpoint-100", "")
         ]
     assert "3 unchanged" in icm("ingest", odd).out
@@ -355,30 +356,44 @@ def test_folders_that_link_to_the_same_weights_keep_their_own_configurations(icm
     with Store.open(tmp_path / "store") as store:
         for name in ("a", "b"):
             given = tmp_path / "loras" / name / "adapter_config.json"
-            assert store.blobs.read(store.tasks.final(name).config) == given.read_bytes()
+            assert store.blobs.read(store.task(name).final.config) == given.read_bytes()
 
 
-def test_another_adapter_in_the_folder_of_a_known_task_is_a_conflict(icm: Icm, stored: Path) -> None:
+def test_a_changed_adapter_in_the_folder_of_a_known_task_is_its_next_version(icm: Icm, stored: Path) -> None:
     write_adapter(stored / "rust", seed=99)
     ran = icm("ingest", stored)
-    assert ran.code == ExitCode.PARTLY
-    assert "--on-conflict" in ran.out
-    alone = icm("ingest", stored / "rust")
-    assert (alone.code, "--on-conflict" in alone.err) == (ExitCode.FAILED, True)
+    assert (ran.code, ran.out.partition(";")[0]) == (0, "ingested 3 tasks: 1 new adapter, 8 unchanged")
+    assert "rust: version 2 (its adapter changed; version 1 is kept)" in ran.err
+    assert "0 new adapters, 9 unchanged" in icm("ingest", stored).out
+
+
+def test_several_new_versions_are_listed_in_one_line(icm: Icm, stored: Path) -> None:
+    for name in ("rust", "sql"):
+        write_adapter(stored / name, seed=99)
+    fact = "2 tasks have a new version, because their adapters changed: rust (version 2), sql (version 2)"
+    assert fact in icm("ingest", stored).err
 
 
 def test_a_conflict_leaves_the_other_tasks_of_the_batch_alone(icm: Icm, stored: Path) -> None:
     write_adapter(stored / "rust", seed=99)
     write_adapter(stored / "verilog", seed=98)
-    assert icm("ingest", stored).code == ExitCode.PARTLY
+    ran = icm("ingest", stored, "--on-conflict", "fail")
+    assert (ran.code, "--on-conflict version|skip" in ran.out) == (ExitCode.PARTLY, True)
     assert "verilog" in names(icm)
 
 
-@pytest.mark.parametrize(("choice", "status"), [("skip", "skipped"), ("replace", "replaced")])
-def test_a_conflict_is_decided_by_the_option(icm: Icm, stored: Path, choice: str, status: str) -> None:
-    write_adapter(stored / "rust", seed=99)
-    ran = icm("ingest", stored / "rust", "--on-conflict", choice, "--json")
-    assert (ran.code, ran.events[0]["status"]) == (0, status)
+def test_another_folder_under_the_name_of_a_known_task_is_a_conflict(icm: Icm, stored: Path, tmp_path: Path) -> None:
+    ran = icm("ingest", write_adapter(tmp_path / "other", seed=99), "--name", "rust")
+    assert (ran.code, "--on-conflict version|skip" in ran.err) == (ExitCode.FAILED, True)
+
+
+@pytest.mark.parametrize(("choice", "status", "version"), [("skip", "skipped", 1), ("version", "version", 2)])
+def test_a_conflict_is_decided_by_the_option(
+    icm: Icm, stored: Path, tmp_path: Path, choice: str, status: str, version: int
+) -> None:
+    other = write_adapter(tmp_path / "other", seed=99)
+    ran = icm("ingest", other, "--name", "rust", "--on-conflict", choice, "--json")
+    assert (ran.code, ran.events[0]["status"], ran.events[0]["version"]) == (0, status, version)
 
 
 def test_a_hostile_folder_name_cannot_reach_the_terminal(icm: Icm, tmp_path: Path) -> None:

@@ -40,10 +40,10 @@ CHANGES: dict[str, tuple[Change, Options]] = {
     "checkpoint": (lambda fleet: write_adapter(fleet / "rust" / "checkpoint-120", seed=7), ()),
     "samples": (lambda fleet: write_texts(fleet / "rust", count=9), ()),
     "held-out": (lambda fleet: write_texts(fleet / "rust", "eval.jsonl", count=9), ()),
-    "conflict": (another_adapter, ()),
-    "conflict-strict": (another_adapter, ("--strict",)),
+    "version": (another_adapter, ()),
+    "conflict": (another_adapter, ("--on-conflict", "fail")),
+    "conflict-strict": (another_adapter, ("--strict", "--on-conflict", "fail")),
     "conflict-skipped": (another_adapter, ("--on-conflict", "skip")),
-    "conflict-replaced": (another_adapter, ("--on-conflict", "replace")),
     "base-model": (lambda fleet: write_adapter(fleet / "rust", base_model_name_or_path="acme/other"), ()),
     "case": (lambda fleet: (fleet / "rust").rename(fleet / "RUST"), ()),
     "refused": (a_bad_checkpoint_and_a_new_task, ()),
@@ -96,7 +96,7 @@ def test_what_is_known_is_not_called_new(icm: Icm, stored: Path) -> None:
 
 def test_a_conflict_ends_it_as_it_ends_the_ingest(icm: Icm, stored: Path) -> None:
     another_adapter(stored)
-    ran = icm("ingest", stored, "-n")
+    ran = icm("ingest", stored, "-n", "--on-conflict", "fail")
     assert ran.code == ExitCode.PARTLY
     assert "task 'rust' already exists with a different adapter" in ran.out
     assert "--on-conflict" in ran.out

@@ -59,8 +59,8 @@ def test_the_first_of_them_keeps_its_short_name(icm: Icm, twins: Path) -> None:
 
 def test_another_folder_of_a_known_name_is_another_task_or_the_same_if_asked(icm: Icm, twins: Path) -> None:
     icm("ingest", twins / "a")
-    ran = icm("ingest", twins / "b", "--on-conflict", "replace", "--json")
-    assert (ran.events[0]["task"], ran.events[0]["status"]) == ("rust", "replaced")
+    ran = icm("ingest", twins / "b", "--on-conflict", "version", "--json")
+    assert (ran.events[0]["task"], ran.events[0]["status"]) == ("rust", "version")
     assert names(icm) == ["rust"]
 
 
@@ -96,7 +96,7 @@ def test_a_second_one_in_the_same_folder_gets_a_number_and_keeps_it(icm: Icm, tm
     assert names(icm) == ["dog", "Dog-2"]
     assert "0 new adapters, 2 unchanged" in icm("ingest", tmp_path / "runs").out
     write_adapter(second, seed=3)
-    assert icm("ingest", tmp_path / "runs", "--on-conflict", "replace").code == 0
+    assert "Dog-2: version 2" in icm("ingest", tmp_path / "runs").err
     assert names(icm) == ["dog", "Dog-2"]
 
 
@@ -117,13 +117,24 @@ def test_best_takes_a_name_of_its_own_if_last_was_there_first(icm: Icm, tmp_path
     assert "0 new adapters, 2 unchanged" in icm("ingest", tmp_path / "sql").out
 
 
-def test_a_run_that_has_trained_on_is_still_a_conflict(icm: Icm, tmp_path: Path) -> None:
+def test_a_run_that_was_continued_is_the_next_version_of_its_task(icm: Icm, tmp_path: Path) -> None:
     write_adapter(tmp_path / "rust" / "checkpoint-10", seed=1)
     icm("ingest", tmp_path / "rust")
     write_adapter(tmp_path / "rust" / "checkpoint-20", seed=2)
-    assert icm("ingest", tmp_path / "rust").code == ExitCode.FAILED
-    assert icm("ingest", tmp_path / "rust", "--on-conflict", "replace").code == 0
+    ran = icm("ingest", tmp_path / "rust")
+    assert (ran.code, "1 new adapter, 1 unchanged" in ran.out) == (0, True)
+    assert "rust: version 2" in ran.err
     assert names(icm) == ["rust"]
+
+
+def test_a_run_is_recognised_by_a_checkpoint_that_it_still_has(icm: Icm, tmp_path: Path) -> None:
+    for step in (1, 2):
+        write_adapter(tmp_path / "rust" / f"epoch_{step}", seed=step)
+    icm("ingest", tmp_path / "rust", "--name", "poems")
+    shutil.rmtree(tmp_path / "rust" / "epoch_2")
+    write_adapter(tmp_path / "rust" / "epoch_3", seed=3)
+    icm("ingest", tmp_path / "rust", "--name", "poems")
+    assert names(icm) == ["poems"]
 
 
 def test_a_new_snapshot_of_a_cached_repository_has_its_hash_in_the_name(icm: Icm, tmp_path: Path) -> None:

@@ -160,7 +160,7 @@ def test_if_nothing_can_be_restored_every_reason_is_listed(icm: Icm, here: Path)
 def test_a_damaged_original_has_the_exit_code_of_damage(icm: Icm, here: Path, trained: Path) -> None:
     icm(*KEEP, "rules")
     with Store.open(trained) as store:
-        blob = Path(store.blobs.place(store.tasks.final("rules").weights))
+        blob = Path(store.blobs.place(store.task("rules").final.weights))
     blob.chmod(0o644)
     blob.write_bytes(b"damaged")
     assert icm("restore", here, "--json").code == ExitCode.DAMAGED

@@ -166,7 +166,8 @@ def _version(known: Task, offered: Task, *, restore: bool) -> _Decision:
         code=None,
         measured=(),
     )
-    return task, _outcome(task, "version", 1 + len(new), offered, known.checkpoints, met)
+    count = 1 + len(_unknown(offered.checkpoints, known.adapters))
+    return task, _outcome(task, "version", count, offered, known.checkpoints, met)
 
 
 def _updated(

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from icmlora import AdapterRefused, Cancelled, Event, Fleet, Progress, TaskConflict, UnsafeInput, load_adapter
-from icmlora.fleet.ingest.ingest import IngestReport, InputProblem, TaskIngested
+from icmlora.fleet.ingest.report import IngestReport, InputProblem, TaskIngested
 from icmlora.fleet.vectors.vectors import VectorsExtracted
 from tests.cli.fleet import write_texts
 from tests.cli.tiny_fleet import write_lora
-from tests.icmlora.fleet.stores import TASKS, blob_of, equal, files_of, is_sound, size_of, stop_after
+from tests.icmlora.fleet.stores import TASKS, blob_of, damage, equal, files_of, is_sound, size_of, stop_after
 from tests.icmlora.tiny_base import write_tiny_base
 
 
@@ -36,7 +36,7 @@ def test_the_reported_sizes_are_those_of_the_files(new: Fleet, loras: Path) -> N
 def test_the_stored_weights_are_the_given_bytes(new: Fleet, loras: Path) -> None:
     new.ingest([loras])
     given = (loras / "rules" / "adapter_model.safetensors").read_bytes()
-    assert blob_of(new, new.show("rules").final.weights).read_bytes() == given
+    assert blob_of(new, new.show("rules").task.final.weights).read_bytes() == given
 
 
 def test_ingesting_the_same_again_changes_no_byte(ingested: Fleet, loras: Path) -> None:
@@ -108,7 +108,7 @@ def test_a_new_checkpoint_is_added_to_its_task(ingested: Fleet, loras: Path, tmp
     write_lora(poems / "checkpoint-15", seed=15)
     (task,) = ingested.ingest([poems]).ingested
     assert (task.status, task.new, task.known) == ("updated", 1, 3)
-    assert [adapter.step for adapter in ingested.show("poems").adapters] == [10, 15, 20, None]
+    assert [adapter.step for adapter in ingested.show("poems").task.adapters] == [10, 15, 20, None]
 
 
 def test_texts_can_be_left_out(new: Fleet, loras: Path) -> None:
@@ -194,11 +194,23 @@ def test_if_everything_is_refused_the_first_reason_is_raised(new: Fleet, tmp_pat
     assert refused.value.kind == "json"
 
 
-def test_another_adapter_in_the_same_folder_is_a_conflict(fleet: Fleet, tmp_path: Path) -> None:
+def test_a_changed_adapter_in_the_same_folder_is_the_next_version(fleet: Fleet, tmp_path: Path) -> None:
+    fleet.ingest([write_lora(tmp_path / "odes", seed=98)])
+    first = fleet.show("odes").task
+    (task,) = fleet.ingest([write_lora(tmp_path / "odes", seed=99)]).ingested
+    assert (task.status, task.version, task.new) == ("version", 2, 1)
+    with fleet.open(read_only=True) as store:
+        assert [one.final.weights for one in store.history("odes")] == [
+            first.final.weights,
+            store.task("odes").final.weights,
+        ]
+
+
+def test_a_changed_adapter_can_be_refused(fleet: Fleet, tmp_path: Path) -> None:
     fleet.ingest([write_lora(tmp_path / "odes", seed=98)])
     before = files_of(fleet.path)["registry.db"]
     with pytest.raises(TaskConflict) as conflict:
-        fleet.ingest([write_lora(tmp_path / "odes", seed=99)])
+        fleet.ingest([write_lora(tmp_path / "odes", seed=99)], on_conflict="fail")
     assert "choose another name" in str(conflict.value.hint)
     assert files_of(fleet.path)["registry.db"] == before
 
@@ -216,29 +228,45 @@ def test_a_conflict_can_leave_the_task_as_it_is(fleet: Fleet, tmp_path: Path) ->
     assert fleet.show("poems") == before
 
 
-def test_a_replaced_task_loses_its_code_and_vectors(fleet: Fleet, tmp_path: Path) -> None:
+def test_a_new_version_has_no_code_and_no_vectors_and_the_old_one_keeps_them(fleet: Fleet, tmp_path: Path) -> None:
+    first = fleet.show("poems").task
     other = write_lora(tmp_path / "other" / "poems", seed=99)
-    (task,) = fleet.ingest([other], on_conflict="replace", vectors=False).ingested
-    details = fleet.show("poems")
-    assert (task.status, details.code, details.vectors) == ("replaced", None, ())
+    (ingested,) = fleet.ingest([other], on_conflict="version", vectors=False).ingested
+    task = fleet.show("poems").task
+    assert (ingested.status, task.version, task.code, task.vectors) == ("version", 2, None, ())
     assert equal(fleet.load("poems"), load_adapter(other))
+    with fleet.open(read_only=True) as store:
+        assert store.task("poems@1") == first
 
 
-def test_a_dry_run_of_a_conflict_changes_no_byte(fleet: Fleet, loras: Path, tmp_path: Path) -> None:
+def test_a_dry_run_of_a_version_changes_no_byte(fleet: Fleet, tmp_path: Path) -> None:
     before = files_of(fleet.path)
     write_lora(tmp_path / "others" / "poems", seed=99)
     write_lora(tmp_path / "others" / "odes", seed=98)
-    report = fleet.ingest([tmp_path / "others"], on_conflict="replace", dry_run=True)
-    assert {task.task: task.status for task in report.ingested} == {"odes": "added", "poems": "replaced"}
+    report = fleet.ingest([tmp_path / "others"], on_conflict="version", dry_run=True)
+    assert {task.task: task.status for task in report.ingested} == {"odes": "added", "poems": "version"}
     assert files_of(fleet.path) == before
 
 
 def test_evicted_originals_stay_evicted_until_they_are_restored(fleet: Fleet, loras: Path) -> None:
     fleet.evict(["poems"], max_error=0.7)
     assert (report := fleet.ingest([loras / "poems"])).evicted == 3
-    assert (report.restored, fleet.show("poems").final.is_evicted) == (0, True)
+    assert (report.restored, fleet.show("poems").task.final.is_evicted) == (0, True)
     assert (report := fleet.ingest([loras / "poems"], restore=True)).restored == 3
     assert (report.evicted, equal(fleet.load("poems"), load_adapter(loras / "poems"))) == (0, True)
+
+
+def test_a_task_with_a_damaged_manifest_is_refused_and_the_rest_is_ingested(
+    ingested: Fleet, loras: Path, tmp_path: Path
+) -> None:
+    manifest = ingested.show("poems").task.manifest
+    (path,) = (ingested.path / "manifests").rglob(str(manifest))
+    damage(path)
+    write_lora(loras_with_odes := Path(shutil.copytree(loras, tmp_path / "more")) / "odes", seed=98)
+    report = ingested.ingest([loras, loras_with_odes])
+    assert sorted(task.task for task in report.ingested) == ["odes", "rules", "silent"]
+    (problem,) = report.problems
+    assert (problem.kind, "is damaged" in problem.message) == ("unreadable", True)
 
 
 def test_a_stopped_ingest_reports_what_it_told_and_the_next_call_finishes(loras: Path, tmp_path: Path) -> None:
@@ -250,7 +278,7 @@ def test_a_stopped_ingest_reports_what_it_told_and_the_next_call_finishes(loras:
     fleet = Fleet(tmp_path / "new")
     assert is_sound(fleet)
     again = fleet.ingest([loras])
-    assert (again.new + again.known, [row.task.name for row in fleet.tasks()]) == (5, TASKS)
+    assert (again.new + again.known, [row.name for row in fleet.tasks()]) == (5, TASKS)
 
 
 def test_an_ingest_that_is_stopped_at_once_leaves_an_empty_store(loras: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ def test_without_the_original_the_code_is_decoded_in_its_form(fleet: Fleet, own_
     decoded = fleet.load("rules", source="code")
     lose(fleet, "rules")
     (done,) = fleet.restore([own_loras]).adapters
-    code = fleet.show("rules").code
+    code = fleet.show("rules").task.code
     assert code is not None
     assert (done.status, done.source, done.squared_error) == ("restored", "code", code.squared_error)
     assert (own_loras / "rules" / CONFIG).read_bytes() == config
@@ -74,7 +75,7 @@ def test_what_comes_from_a_code_is_what_materialize_writes(fleet: Fleet, own_lor
 @pytest.mark.slow
 def test_a_measured_gain_is_reported(learned: Fleet, learned_template: Path, tmp_path: Path) -> None:
     learned.evict(["apples"], min_gain=0.5, device="cpu")
-    with_gain = learned.show("apples")
+    with_gain = learned.show("apples").task
     folder = tmp_path / "apples"
     folder.mkdir()
     shutil.copy(learned_template / "loras" / "apples" / CONFIG, folder / CONFIG)
@@ -211,7 +212,7 @@ def test_a_decoder_that_fails_stops_no_other_adapter(
 
 def test_if_nothing_comes_back_the_only_reason_is_raised(fleet: Fleet, own_loras: Path) -> None:
     keep(fleet, "rules")
-    damage(blob_of(fleet, fleet.show("rules").final.weights))
+    damage(blob_of(fleet, fleet.show("rules").task.final.weights))
     with pytest.raises(IcmError, match="damaged"):
         fleet.restore([own_loras])
     assert (own_loras / "rules" / PLACEHOLDER_NAME).exists()
@@ -228,12 +229,15 @@ def test_without_placeholders_nothing_is_done(fleet: Fleet, own_loras: Path) -> 
     assert fleet.restore([own_loras]).adapters == []
 
 
-def test_a_task_that_has_another_adapter_by_now_is_not_taken_for_it(fleet: Fleet, own_loras: Path) -> None:
-    lose(fleet, "rules")
+@pytest.mark.parametrize("take_away", [keep, lose])
+def test_an_earlier_version_is_restored_where_its_placeholder_is(
+    fleet: Fleet, own_loras: Path, take_away: Callable[..., None]
+) -> None:
+    take_away(fleet, "rules")
     write_lora(own_loras / "new" / "rules", seed=77)
-    fleet.ingest([own_loras / "new" / "rules"], name="rules", on_conflict="replace")
-    with pytest.raises(DataError, match="no adapter with the digests"):
-        fleet.restore([own_loras / "rules"])
+    fleet.ingest([own_loras / "new" / "rules"], name="rules", on_conflict="version")
+    (done,) = fleet.restore([own_loras / "rules"]).adapters
+    assert (done.status, done.source) == ("restored", "original" if take_away is keep else "code")
 
 
 def test_a_checkpoint_whose_original_is_gone_is_not_replaced_by_the_final_adapter(
@@ -271,7 +275,7 @@ def test_without_a_store_the_one_that_is_named_is_told(fleet: Fleet, own_loras: 
 
 
 def test_a_placeholder_chooses_no_file_names(fleet: Fleet, own_loras: Path) -> None:
-    final = fleet.show("rules").final
+    final = fleet.show("rules").task.final
     odd = [{"name": "conftest.py", "part": "weights", "sha256": "0" * 64, "size": 1},
            {"name": "setup.cfg", "part": "config", "sha256": "0" * 64, "size": 1}]  # fmt: skip
     folder = own_loras / "new"
@@ -282,7 +286,7 @@ def test_a_placeholder_chooses_no_file_names(fleet: Fleet, own_loras: Path) -> N
 
 
 def test_a_file_that_was_not_kept_is_not_promised(fleet: Fleet, own_loras: Path) -> None:
-    final = fleet.show("rules").final
+    final = fleet.show("rules").task.final
     data = json.loads(placeholder_of(final.weights, final.config, "rules"))
     data["files"].append({"name": "tokenizer.json", "part": "companion", "sha256": "0" * 64, "size": 1})
     (own_loras / "new").mkdir()
@@ -380,11 +384,11 @@ def test_an_adapter_in_a_single_file_has_a_placeholder_of_its_name(
 def test_what_came_from_a_code_is_not_ingested_as_another_adapter(fleet: Fleet, own_loras: Path) -> None:
     lose(fleet)
     fleet.restore([own_loras])
-    codes = {row.task.name: row.code for row in fleet.tasks()}
+    codes = {row.name: row.manifest for row in fleet.tasks()}
     for dry_run in (True, False):
-        report = fleet.ingest([own_loras], on_conflict="replace", dry_run=dry_run)
+        report = fleet.ingest([own_loras], dry_run=dry_run)
         assert ({task.status for task in report.ingested}, report.problems) == ({"decoded"}, [])
-    assert {row.task.name: row.code for row in fleet.tasks()} == codes
+    assert {row.name: row.manifest for row in fleet.tasks()} == codes
 
 
 @pytest.mark.slow
