@@ -89,10 +89,10 @@ def test_a_source_that_does_not_exist_is_named(learned: Fleet) -> None:
 @pytest.mark.slow
 def test_results_on_other_text_do_not_replace_those_on_the_own_text(learned: Fleet, text: Path) -> None:
     learned.evaluate(["apples"], sources=["code"], device="cpu")
-    gain = learned.stats().fleets[0].tasks[0].retained_gain
+    gain = learned.stats().fleets[0].tasks[0].row.gain
     learned.evaluate(["apples"], sources=["code"], data=str(text), device="cpu")
     assert len(tasks_in(learned)["apples"].measured) == 6
-    assert learned.stats().fleets[0].tasks[0].retained_gain == gain
+    assert learned.stats().fleets[0].tasks[0].row.gain == gain
 
 
 def test_no_text_at_all_is_an_error(fleet: Fleet) -> None:
