@@ -61,7 +61,7 @@ def count(store: Path, adapters: Path, base_folder: Path) -> dict[str, Any]:
     fleet = Fleet(store)
     fleet.ingest(folders)
     with Store.open(store, read_only=True) as opened:
-        source = StoreAdapterSource(opened, fleet.base_models()[0].record.name)
+        source = StoreAdapterSource.of_base(opened, *opened.task_counts())
         layouts = source.layouts()
         config = config_for(source.base_model, layouts, tasks=_TASKS, condition_size=0, quality=4)
         net = fresh_network(config, source, 0)

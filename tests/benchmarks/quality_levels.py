@@ -40,7 +40,7 @@ from icmlora.generator.config import tolerance_of
 from icmlora.generator.encoding import Encoded
 from icmlora.generator.initial_a.search import SeedSearch
 from icmlora.generator.limits import Limits
-from registry.records import TaskRecord
+from registry.manifests import Task
 from registry.store import Store
 from tests.benchmarks.performance.machine import describe_machine
 
@@ -77,12 +77,12 @@ class Answers:
 class TaskLevels:
     """Measures one task at every quality."""
 
-    def __init__(self, store: Store, models: Models, task: TaskRecord, texts: int, tokens: int) -> None:
+    def __init__(self, store: Store, models: Models, task: Task, texts: int, tokens: int) -> None:
         self._store, self._models, self._task = store, models, task
         self._base = models.base(task.base_model)
-        self._final = store.tasks.final(task.name)
+        self._final = task.final
         text = own_text(store, task, self._base)
-        self._losses = TaskLosses(store, models, task, text, tokens)
+        self._losses = TaskLosses(models, task, text, tokens)
         self._items = self._base.modality.prepare(self._base, spread(text.examples, texts), tokens)
 
     def levels(self) -> Iterator[Level]:
@@ -105,11 +105,11 @@ class TaskLevels:
 
     def _codes(self) -> Iterator[tuple[int, Encoded, Adapter]]:
         adapter: Adapter = read_original(self._store, self._final)
-        generator = self._store.generators.current(self._task.base_model)
+        generator = self._store.generator(self._task.base_model)
         assert generator is not None
-        code = self._store.codes.get(self._task.name, generator.id)
-        codec = codec_of_task(self._store, self._models.generator_file(generator), code, adapter.layout)
-        vectors = mean_vectors(self._store, self._store.vectors.all(self._task.name))
+        generator_file = self._models.generator_file(generator.blob)
+        codec = codec_of_task(self._store, generator_file, self._task.code, adapter.layout)
+        vectors = mean_vectors(self._store, self._task.vectors)
         initial = SeedSearch().find(adapter)
         for quality in LEVELS:
             limit = tolerance_of(quality)
@@ -138,9 +138,9 @@ def main() -> None:
     context = Context(options.store)
     with context.open(read_only=True) as store:
         models = Models(store, torch.device("cpu"), context.cache)
-        names = spread(sorted(row.task.name for row in store.tasks.summaries()), options.tasks)
+        names = spread(store.names(), options.tasks)
         for name in names:
-            for level in TaskLevels(store, models, store.tasks.get(name), options.texts, options.tokens).levels():
+            for level in TaskLevels(store, models, store.task(name), options.texts, options.tokens).levels():
                 levels.append(level)
                 print(level, flush=True)
     result = {
