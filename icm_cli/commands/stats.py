@@ -156,7 +156,7 @@ def _as_json(found: Bill) -> dict[str, object]:
         "compact_size": found.compact_size,
         "compression_ratio": None if share is None else 1 / share,
         "space_saving": None if share is None else 1 - share,
-        "complete": share is not None,
+        "complete": found.is_complete,
         "evicted_count": found.evicted,
         "original_only_count": found.original_only,
         "fleets": [_fleet_json(fleet) for fleet in found.fleets],

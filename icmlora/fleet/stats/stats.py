@@ -117,11 +117,6 @@ class _Sums:
         """The limits of each task that keeps its original because no code meets them."""
         return [task.limits for task in self.each if task.limits is not None and task.misses_limit]
 
-    @property
-    def is_complete(self) -> bool:
-        """Whether every task that can have a code has one, so that the sizes cover all of them."""
-        return bool(self.encoded) and len(self.encoded) + self.original_only == len(self.each)
-
     @cached_property
     def relative_errors(self) -> Spread | None:
         """The relative errors of the codes; None if none was measured."""
@@ -162,6 +157,11 @@ class BaseModelBill(_Sums):
     def shared_size(self) -> int:
         """Bytes that all tasks share: the generators that their codes need, and the few-shot start."""
         return self.generator_size + self.start_size + self.earlier_size
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every task that can have a code has one, so that the sizes cover all of them."""
+        return bool(self.encoded) and len(self.encoded) + self.original_only == len(self.tasks)
 
     @cached_property
     def codes_and_vectors_size(self) -> int:
@@ -205,6 +205,11 @@ class Bill(_Sums):
         return len(self.each)
 
     @property
+    def is_complete(self) -> bool:
+        """Whether there are tasks and the compact size covers all of them."""
+        return bool(self.fleets) and all(fleet.is_complete for fleet in self.fleets)
+
+    @property
     def compact_size(self) -> int:
         """Bytes that the adapters need without the originals that have a code."""
         usage = self.usage
@@ -215,8 +220,7 @@ class Bill(_Sums):
     @property
     def compact_share(self) -> float | None:
         """The compact size as a share of bf16 (above 1 if it is larger); None until every task has a code."""
-        is_complete = bool(self.fleets) and all(fleet.is_complete for fleet in self.fleets)
-        return self.compact_size / self.bf16_size if is_complete and self.bf16_size else None
+        return self.compact_size / self.bf16_size if self.is_complete and self.bf16_size else None
 
 
 @use_case

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import sqlite3
 from collections.abc import Callable
-from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +14,10 @@ from icmlora import Fleet
 from icmlora.fleet.map import known_means
 from icmlora.task_vectors.distances import Neighbour
 from icmlora.task_vectors.file import vectors_to_bytes
-from registry.records import NewVector
+from registry.manifests import Vector
 from registry.store import Store
 from tests.icmlora.fleet.stores import blob_of, damage
-from tests.registry.examples import EXTRACTOR, new_store, offer
+from tests.registry.examples import EXTRACTOR, ingest, new_store, put
 
 TASKS = [f"task-{number}" for number in range(7)]
 
@@ -26,7 +25,7 @@ TASKS = [f"task-{number}" for number in range(7)]
 @pytest.fixture
 def fleet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fleet:
     """A fleet of seven tasks with vectors, of which any number is enough for a file."""
-    monkeypatch.setattr(known_means, "_FEWEST", 1)
+    monkeypatch.setattr(known_means, "_MIN_TASKS", 1)
     with new_store(tmp_path / "store") as store:
         for number, name in enumerate(TASKS):
             add(store, name, number)
@@ -34,7 +33,7 @@ def fleet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fleet:
 
 
 def add(store: Store, name: str, seed: int) -> None:
-    store.tasks.ingest([offer(store, name)])
+    ingest(store, name)
     give_vectors(store, name, seed)
 
 
@@ -42,8 +41,11 @@ def give_vectors(store: Store, name: str, seed: int) -> None:
     """Record vectors of one to four support sets."""
     draw, sets = torch.Generator().manual_seed(seed), 1 + seed % 4
     values = torch.randn(1, 8, generator=draw) + torch.randn(sets, 8, generator=draw) / 3
-    blob = store.blobs.put(vectors_to_bytes({"adapted": values}))
-    store.vectors.add([NewVector(name, "adapted", place, EXTRACTOR, blob, 8) for place in range(sets)])
+    blob = put(store, vectors_to_bytes({"adapted": values}))
+    vectors = [
+        Vector(view="adapted", support_set=place, blob=blob, dim=8, extractor=EXTRACTOR) for place in range(sets)
+    ]
+    store.update(name, lambda task: replace(task, vectors=tuple(vectors)))
 
 
 def means_file(fleet: Fleet) -> Path:
@@ -76,7 +78,7 @@ CHANGES = {
         fleet.remove(["task-1"]),
     ),
     "exchanged": change(lambda store: [give_vectors(store, f"task-{one}", other) for one, other in ((2, 6), (6, 2))]),
-    "another model": change(lambda store: store.tasks.ingest([offer(store, "d", base_model="acme/other")])),
+    "another model": change(lambda store: ingest(store, "d", base_model="acme/other")),
 }
 
 
@@ -91,7 +93,7 @@ def test_the_nearest_tasks_are_those_of_all_vectors_whatever_changed(fleet: Flee
 
 def test_files_of_vectors_are_not_read_again(fleet: Fleet) -> None:
     before = fleet.show("task-0")
-    other = blob_of(fleet, fleet.show("task-1").vectors[0].blob)
+    other = blob_of(fleet, fleet.show("task-1").task.vectors[0].blob)
     other.unlink()
     assert fleet.show("task-0") == before
     with Store.open(fleet.path) as store:
@@ -129,7 +131,7 @@ def test_no_flipped_bit_of_the_file_is_believed(fleet: Fleet) -> None:
 
 
 def test_a_task_whose_vectors_are_damaged_is_back_once_they_are_mended(fleet: Fleet) -> None:
-    path = blob_of(fleet, fleet.show("task-1").vectors[0].blob)
+    path = blob_of(fleet, fleet.show("task-1").task.vectors[0].blob)
     means_file(fleet).unlink()
     whole = path.read_bytes()
     damage(path)
@@ -140,12 +142,22 @@ def test_a_task_whose_vectors_are_damaged_is_back_once_they_are_mended(fleet: Fl
     assert len(known_means.KnownMeans.read(means_file(fleet)).names) == len(TASKS)  # type: ignore[union-attr]
 
 
-def test_a_row_that_is_damaged_later_has_no_part_in_what_is_shown(fleet: Fleet) -> None:
-    before = fleet.show("task-0").nearest
-    with closing(sqlite3.connect(fleet.path / "registry.db")) as connection, connection:
-        connection.execute("UPDATE task_vectors SET dim = dim + 1 WHERE task_id = 3")
-    assert fleet.show("task-0").nearest == before
-    assert from_vectors(fleet, "task-0") == ()
+def test_manifests_are_not_read_again(fleet: Fleet) -> None:
+    before = fleet.show("task-0")
+    with Store.open(fleet.path) as store:
+        place = Path(store.manifests.place(str(store.task("task-1").manifest)))
+        store.update("task-2", lambda task: replace(task, note="others may change"))
+    place.chmod(0o600)
+    place.write_bytes(b"garbage")
+    assert fleet.show("task-0").nearest == before.nearest
+    assert "task-1" not in {neighbour.task for neighbour in from_vectors(fleet, "task-0")}
+
+
+def test_another_version_than_the_current_one_has_no_neighbours(fleet: Fleet) -> None:
+    with Store.open(fleet.path) as store:
+        store.publish([replace(store.task("task-0"), version=2)])
+    assert len(fleet.show("task-0").nearest) == 5
+    assert fleet.show("task-0@1").nearest == ()
 
 
 def test_a_cache_that_cannot_be_written_costs_time_alone(fleet: Fleet) -> None:
@@ -154,6 +166,6 @@ def test_a_cache_that_cannot_be_written_costs_time_alone(fleet: Fleet) -> None:
 
 
 def test_a_few_tasks_leave_no_file(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(known_means, "_FEWEST", 8)
+    monkeypatch.setattr(known_means, "_MIN_TASKS", 8)
     assert len(fleet.show("task-0").nearest) == 5
     assert not (fleet.path.parent / "cache").exists()

@@ -19,7 +19,7 @@ def test_a_map_has_every_task_with_its_neighbour(learned: Fleet) -> None:
     assert (report.base_model, report.view, report.left_out) == (LABEL, "adapted", ())
     assert [task.name for task in report.map.tasks] == NAMES
     assert report.support_sets == sum(
-        vector.view == "adapted" for name in NAMES for vector in learned.show(name).vectors
+        vector.view == "adapted" for name in NAMES for vector in learned.show(name).task.vectors
     )
 
 
@@ -87,7 +87,7 @@ def test_without_vectors_there_is_no_map(tmp_path: Path, loras: Path) -> None:
 
 
 def test_a_task_with_damaged_vectors_is_not_on_the_map(learned: Fleet) -> None:
-    damage(blob_of(learned, learned.show("ships").vectors[0].blob))
+    damage(blob_of(learned, learned.show("ships").task.vectors[0].blob))
     with pytest.raises(DataError, match=r"its vectors cannot be read: blob \w+ is damaged: ships"):
         learned.task_map()
     assert learned.show("apples").nearest == ()

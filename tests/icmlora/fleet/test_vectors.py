@@ -23,19 +23,19 @@ def bare(loras: Path, base_folder: Path, tmp_path: Path) -> Fleet:
 
 
 def with_vectors(fleet: Fleet) -> list[str]:
-    return [row.task.name for row in fleet.tasks() if row.vectors]
+    return [row.name for row in fleet.tasks() if row.vectors]
 
 
 def test_the_report_counts_the_vectors_in_the_store(bare: Fleet) -> None:
     report = bare.extract_vectors(device="cpu")
-    assert {task.task: task.vectors for task in report.tasks} == {row.task.name: row.vectors for row in bare.tasks()}
+    assert {task.task: task.vectors for task in report.tasks} == {row.name: row.vectors for row in bare.tasks()}
     assert {task.task: task.source for task in report.tasks} == {
         "poems": "samples", "rules": "samples", "silent": "probes",
     }  # fmt: skip
 
 
 def test_a_task_without_samples_has_no_context_vectors(ingested: Fleet) -> None:
-    views = {name: {vector.view for vector in ingested.show(name).vectors} for name in ("poems", "silent")}
+    views = {name: {vector.view for vector in ingested.show(name).task.vectors} for name in ("poems", "silent")}
     assert views == {"poems": {"adapted", "context"}, "silent": {"adapted"}}
 
 
@@ -47,10 +47,10 @@ def test_tasks_with_vectors_are_counted_and_left_alone(ingested: Fleet) -> None:
 
 
 def test_extracting_again_gives_the_same_vectors(ingested: Fleet) -> None:
-    before = [vector.blob for vector in ingested.show("silent").vectors]
+    before = [vector.blob for vector in ingested.show("silent").task.vectors]
     report = ingested.extract_vectors(["silent"], device="cpu", again=True)
     assert (report.present, [task.task for task in report.tasks]) == (0, ["silent"])
-    assert [vector.blob for vector in ingested.show("silent").vectors] == before
+    assert [vector.blob for vector in ingested.show("silent").task.vectors] == before
 
 
 def test_only_the_named_tasks_get_vectors(bare: Fleet) -> None:
