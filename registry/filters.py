@@ -23,7 +23,7 @@ STATUSES = ("evicted", "pinned", "coded", "original-only", "does-nothing", "gene
 
 @dataclass(frozen=True)
 class Field:
-    """Something that every task has or lacks."""
+    """A property that tasks are filtered and sorted by."""
 
     name: str
     kind: Kind
@@ -32,12 +32,12 @@ class Field:
 
     @property
     def operators(self) -> tuple[Operator, ...]:
-        """The operators that make sense of it."""
+        """The operators that it can be compared with."""
         return ("=", "!=", "~") if self.kind in ("text", "words") else ("=", "!=", ">", ">=", "<", "<=")
 
     @property
     def can_be_sorted(self) -> bool:
-        """Whether a task has one value of it."""
+        """Whether a task has a single value of it."""
         return self.kind != "words"
 
 
@@ -89,14 +89,14 @@ class Selection:
 
 
 _FILTER = re.compile(r"\s*([\w-]*)\s*(!=|>=|<=|==|=|>|<|~)(.*)", re.DOTALL)
-# So many digits that a float holds them, and no float is infinite.
+# At most the digits that a float holds; no float is infinite.
 _NUMBER = re.compile(r"[+-]?(?:\d{1,15}(?:\.\d{0,15})?|\.\d{1,15})(?:e[+-]?\d{1,2})?", re.IGNORECASE | re.ASCII)
 _SIZE = re.compile(r"(\d{1,15}(?:\.\d{1,15})?)\s*([kmgtp]?)(i?)(b?)", re.IGNORECASE | re.ASCII)
 _PREFIXES = "kmgtp"
 
 
 def parse_filter(text: str) -> Filter:
-    """Read `rank>=8`; raise `InvalidFilter` with what would have been right."""
+    """Read a filter such as `rank>=8`; raise `InvalidFilter` with a hint."""
     found = _FILTER.fullmatch(text)
     if found is None or not found[1]:
         hint = f"write FIELD OPERATOR VALUE, such as 'rank>=8' or 'tag=prod'; {_known()}"
@@ -110,7 +110,7 @@ def parse_filter(text: str) -> Filter:
 
 
 def parse_sort(text: str) -> Sort:
-    """Read `size:desc`; raise `InvalidFilter` if it is no order of a field."""
+    """Read an order such as `size:desc`; raise `InvalidFilter` if it is none."""
     name, colon, way = text.partition(":")
     if colon and way.strip().lower() not in ("asc", "desc"):
         raise InvalidFilter(f"{escape(way, 40)!r} is not a sort order", hint="write FIELD:asc or FIELD:desc")
@@ -122,7 +122,7 @@ def parse_sort(text: str) -> Sort:
 
 
 def field_of(name: str) -> Field:
-    """Return a field by name, in any case; raise `InvalidFilter` if there is none of that name."""
+    """Return a field by name, in any case; raise `InvalidFilter` if there is none."""
     field = FIELDS.get(name.lower())
     if field is None:
         close = difflib.get_close_matches(name.lower(), FIELDS, n=1)
@@ -156,7 +156,7 @@ def _value(field: Field, operator: Operator, value: str) -> str | float:
                 raise InvalidFilter(f"{escape(value, 40)!r} is not text", hint=None)
         case "words":
             _check_word(field, operator, value)
-    return value.casefold()
+    return value.lower()
 
 
 def _check_word(field: Field, operator: Operator, value: str) -> None:

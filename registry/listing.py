@@ -75,7 +75,7 @@ def _condition(one: Filter, names_of: Mapping[str, Sequence[str]]) -> ColumnElem
         is_equal = _condition(Filter(one.field, "=", one.value), names_of)
         return not_(func.coalesce(is_equal, False))
     if one.field.name == "base":
-        names = {base: [name.casefold() for name in names] for base, names in names_of.items()}
+        names = {base: [name.lower() for name in names] for base, names in names_of.items()}
         matches = (lambda name: one.value in name) if one.operator == "~" else (lambda name: name == one.value)
         return REFS.c.base.in_([base for base, all_names in names.items() if any(map(matches, all_names))])
     if one.field.name == "status":
