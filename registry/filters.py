@@ -1,4 +1,4 @@
-"""Which tasks to list, and in which order: `rank>=8`, `tag=prod`, `base~llama`; sorted by `size:desc`.
+"""Filters and orders of tasks: `rank>=8`, `tag=prod`, `base~llama`; sorted by `size:desc`.
 
 A filter is FIELD OPERATOR VALUE. Case does not matter in any text. A task without a value (no code, so no gain) passes
 no filter on it but `!=`.
@@ -79,7 +79,7 @@ class Sort:
 
 @dataclass(frozen=True)
 class Selection:
-    """Which tasks, in which order, and at most how many."""
+    """Filters, an order, and a maximum number of tasks."""
 
     base_model: str | None = None
     filters: Sequence[Filter] = ()  # all of them must hold

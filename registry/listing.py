@@ -47,7 +47,7 @@ def selected(selection: Selection, names_of: Mapping[str, Sequence[str]], *colum
     Args:
         selection: Which tasks. Its base model is a name, not another label.
         names_of: Base model -> all its names; a filter on `base` compares every one.
-        columns: By default those of a `TaskRow`.
+        columns: By default the columns of a `TaskRow`.
     """
     conditions = [_condition(one, names_of) for one in selection.filters]
     if selection.base_model is not None:

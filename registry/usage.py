@@ -1,4 +1,4 @@
-"""The bill: bytes by what they are for. Every file is counted once, so of a folder the total is `du -b`'s."""
+"""The bill: bytes by use. Every file is counted once, so the total of a folder is the one of `du -b`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Usage:
     checkpoints: int = 0  # the other adapters
     generators: int = 0  # current ones, with their few-shot starts
     codes: int = 0
-    extras: int = 0  # heads, tokenizers and whatever else of an adapter is kept as it is
+    extras: int = 0  # heads, tokenizers and other parts of adapters that are kept exactly
     vectors: int = 0
     texts: int = 0  # samples and held-out texts
     versions: int = 0  # files that only earlier versions of tasks need

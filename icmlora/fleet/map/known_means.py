@@ -1,7 +1,7 @@
 """The mean vectors of all tasks that can be compared with one, kept in a file between commands. Never imports torch.
 
     nothing was written since the file         means as they are
-    manifests changed, no vectors of the file  means, and those of the new tasks
+    manifests changed, no vectors of the file  means, and the means of new tasks
     anything else                              all vectors are decoded
 
 Decoding ten thousand small files takes seconds, and `icm show` needs one mean of each. The file is in the cache: if it
@@ -101,7 +101,7 @@ def known_means(context: Context, store: Store, task: Task, view: View) -> Known
     kept, stamp = KnownMeans.read(path), _stamp(store)
     if kept is None or kept.stamp != stamp:
         found, is_complete = _updated(store, task.base_model, view, extractor, kept, stamp)
-        # Damaged vectors may be repaired, and another process may have written in the meantime.
+        # Damaged vectors may be repaired, and another process may have written since.
         if found is not None and is_complete and len(found.names) >= _MIN_TASKS and _stamp(store) == stamp:
             found.write(path)
         kept = found

@@ -107,7 +107,7 @@ def map_of(store: Store, base_model: str, tasks: Iterable[Task], view: View, clu
 
 
 def nearest_tasks(context: Context, store: Store, task: Task) -> tuple[Neighbour, ...]:
-    """Return the tasks whose vectors are nearest to those of a task, at most five; none if too few can be compared."""
+    """Return the tasks with the nearest vectors, at most five; none if too few can be compared."""
     for view in _VIEWS:
         # A generated task has vectors of the context view only. Damaged vectors are left to `icm verify`.
         try:

@@ -65,7 +65,7 @@ def comparable_vectors(store: Store, tasks: Iterable[Task], view: View, like: st
 def comparable(
     of_task: Mapping[str, Sequence[Vector]], read: Callable[[str], bytes], view: View, like: str | None = None
 ) -> ComparableVectors:
-    """Read the vectors of some tasks that one extractor made: that of the task `like`, or the most common."""
+    """Read the vectors of some tasks that one extractor made: the extractor of the task `like`, or the most common."""
     chosen, others, extractor = vectors_to_compare(of_task, view, like)
     vectors, unreadable = read_comparable(read, chosen)
     left_out = sorted([*others, *unreadable], key=lambda entry: entry.task)

@@ -1,1 +1,1 @@
-"""What a fleet takes and what it saved: `icm stats`."""
+"""The size of a fleet and its savings: `icm stats`."""

@@ -1,6 +1,6 @@
-"""Count what a store takes on disk, what its generators and codes save, and what they cost in quality: `icm stats`.
+"""Count the bytes of a store, the savings of its generators and codes, and their loss of quality: `icm stats`.
 
-Sizes are those of the files. A blob that several tasks share counts once in the totals, and fully in each task's line.
+Sizes are file sizes. A blob that several tasks share counts once in the totals, and fully in each task's line.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class TaskBill:
 
 @dataclass(frozen=True)
 class Spread:
-    """A figure over the tasks of which it was measured."""
+    """A figure over the tasks with a measurement."""
 
     tasks: int
     mean: float

@@ -49,7 +49,7 @@ def find_described(
         context: The store.
         description: A sentence, or a few words. Rare words count more than frequent ones.
         base_model: Only tasks of this base model.
-        limit: Return at most so many.
+        limit: Maximum number of tasks.
 
     Raises:
         DataError: The description has no word, or no task belongs to the base model.

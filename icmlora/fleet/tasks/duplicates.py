@@ -1,4 +1,4 @@
-"""Find tasks whose adapters are the same, or nearly: what was fetched twice, saved again, or cut from another one.
+"""Find tasks whose adapters are the same, or nearly: fetched twice, saved again, or cut from another one.
 
     every final adapter ──read once──▶ sketch, norm ──▶ pairs that may be near ──read again──▶ their distances
          `── the tensors of those whose keys are equal ──▶ the same
@@ -70,7 +70,7 @@ class DuplicateGroup:
 
 @dataclass
 class DuplicatesReport:
-    """What was found."""
+    """Tasks that are alike."""
 
     max_distance: float  # the limit
     compared: int = 0  # how many tasks were compared
@@ -148,7 +148,7 @@ def _age(task: Task) -> tuple[str, int, str]:
 
 
 class _Steps:
-    """Counts what is read: every adapter once, then the pairs that may be near."""
+    """Counts the adapters that are read: each once, then those of pairs that may be near."""
 
     def __init__(self, context: Context, total: int) -> None:
         self._context, self._done, self._total = context, 0, total
@@ -169,9 +169,9 @@ class _Comparison:
         self._opened = OpenedGenerator()
         self._adapter = lru_cache(_IN_MEMORY)(lambda place: self._maker(place)())
         self._keys = Counter(task.final.tensors_key for task in tasks)
-        self._oldest: dict[str, int] = {}  # files, or tensors and what they mean -> place of the oldest such task
+        self._oldest: dict[str, int] = {}  # files, or tensors with their meaning -> place of the oldest such task
         self._same = list(range(len(tasks)))  # place of the oldest task with the same tensors
-        self._group = list(range(len(tasks)))  # a place nearer to the one that names the group
+        self._group = list(range(len(tasks)))  # a place nearer to the task that names the group
         self._links: defaultdict[int, dict[int, float]] = defaultdict(dict)  # place -> place -> distance
 
     def groups(self, wanted: Collection[str]) -> list[DuplicateGroup]:
@@ -243,10 +243,10 @@ class _Comparison:
             return _Read(error=as_error(error).message)
 
     def _identity(self, final: StoredAdapter, adapter: Adapter | None) -> str:
-        # The scale, wherever the file says it, is part of B.
+        # The scale is part of B, from weights or configuration.
         modules = () if adapter is None else adapter.modules
         scales = [f"{module.name} {float(module.b.min())} {float(module.b.max())}" for module in modules]
-        # Besides these, the configuration says what an adapter is, where it is more than a LoRA.
+        # The configuration matters too for an adapter that is more than a LoRA.
         is_plain = final.original_only is None and not _extras(final)
         config = "" if is_plain else plain_config(self._store.blobs.read(final.config))
         return "\n".join([tensors_digest(self._store.blobs.read(final.weights)), f"{final.initial} {config}", *scales])
@@ -316,10 +316,10 @@ class _Comparison:
 
 @dataclass(frozen=True)
 class _Read:
-    """What is kept of an adapter that was read."""
+    """The facts of an adapter that stay in memory."""
 
     sketch: npt.NDArray[np.float32] | None = None
-    norm: float = 0.0  # of dW; 0 where there is none of its own
+    norm: float = 0.0  # of dW; 0 without a dW of its own
     identity: str | None = None  # equal for adapters whose tensors are equal and mean the same
     error: str | None = None
 

@@ -41,7 +41,7 @@ class TaskDetails:
 
 @dataclass(frozen=True)
 class EditReport:
-    """What was edited."""
+    """The edited tasks."""
 
     tasks: list[Task]  # as they are now, each once
     evicted: list[str]  # their originals were evicted, so pinning them keeps nothing
@@ -110,7 +110,7 @@ def list_names(
 ) -> list[str]:
     """Return the names of the tasks that `list_tasks` lists, in a fraction of its time.
 
-    `base_model`, `filters`, `sort`, `limit` and the errors are those of `list_tasks`.
+    It has the arguments and errors of `list_tasks`.
     """
     selection = _selection(base_model, filters, sort, limit)
     with context.open(read_only=True) as store:

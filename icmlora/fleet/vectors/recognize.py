@@ -65,7 +65,7 @@ def recognize(
         device: Where to compute.
 
     Returns:
-        The known tasks with their probabilities, and that of "none of them". Its `task` is the recognized task or
+        The known tasks and "none of them", with probabilities. Its `task` is the recognized task or
         None, its `known_task()` the same or `NotRecognized`.
 
     Raises:
@@ -83,7 +83,7 @@ def recognize_among(
     device: str,
     progress: Callable[[float, float | None, str], None] = lambda done, total, note: None,
 ) -> RecognizeReport:
-    """Recognize the task of samples among those of a store or a bundle; `recognize` explains arguments and errors."""
+    """Recognize the task of samples among the tasks of a store or a bundle, as `recognize` does."""
     data = read_examples(samples)
     check_examples(data, path=samples, any_row=codes.any_row)  # before a model is loaded
     label, known = codes.context_vectors(base_model)
@@ -102,7 +102,7 @@ def recognize_among(
 def _recognized(
     base: BaseModel, data: bytes, path: Path, recognizer: Recognizer, extractor: str | None
 ) -> tuple[int, Recognition]:
-    """Read samples with the base model, and return how many there were and what was recognised."""
+    """Read samples with the base model, and return their number and the recognized task."""
     examples = examples_for(base, data, path=path, most=SAMPLES_READ)
     vectors = extract_context(base, examples.items, template=examples.template)
     if comparison_key(json.loads(vectors[0].extractor.to_json())) != extractor:

@@ -225,7 +225,7 @@ def _record(context: Context, store: Store, task: Task, extracted: _Extracted, r
 
 
 def with_vectors(task: Task, new: Sequence[Vector]) -> Task:
-    """Return a task with new vectors in place of those of the same views."""
+    """Return a task with new vectors, which replace its vectors of the same views."""
     views = {vector.view for vector in new}
     return replace(task, vectors=(*(vector for vector in task.vectors if vector.view not in views), *new))
 
