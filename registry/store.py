@@ -269,7 +269,8 @@ class Store:
 
     def task_counts(self) -> dict[str, int]:
         """Return base model -> number of its tasks."""
-        query = select(REFS.c.base, func.count()).where(IS_TASK).group_by(REFS.c.base)
+        # Compared as an expression: SQLite would look up the kind, and read every row for its base model.
+        query = select(REFS.c.base, func.count()).where(REFS.c.kind.concat("") == Task.KIND).group_by(REFS.c.base)
         with self._db.read() as connection:
             return {row[0]: row[1] for row in connection.execute(query)}
 

@@ -147,6 +147,7 @@ REFS = Table(
     Column("kind", String, primary_key=True),
     Column("key", _KEY, primary_key=True),  # the name as it is compared: of a task, in lower case
     *(_column(one.name, str(one.type)) for one in fields(TaskRow)),
+    Index("refs_base", "base", "kind", "key"),
     Index("refs_weights", "weights"),
     Index("refs_tensors", "tensors_key"),
     Index("refs_folder", "folder"),
