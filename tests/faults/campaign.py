@@ -1,4 +1,4 @@
-"""Kill each command at random times, many times, and count what broke.
+"""Kill each command at random times, or before its n-th step, and count what broke.
 
 After every kill the promises are checked. After one to three kills in a row the same command runs to its end, must
 reach its goal, and what the kills left must be gone after a prune.
@@ -10,7 +10,7 @@ import os
 import random
 import signal
 import time
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 
 from tests.faults.promises import acknowledges
 from tests.faults.world import World
@@ -19,7 +19,7 @@ from tests.faults.zygote import KILLED, Run
 _MOST_IN_A_ROW = 3
 _TRIES = 5
 
-SABOTAGED = {"rows_first": "ingest"}
+SABOTAGED = {"refs_first": "ingest"}
 """What is done wrongly -> the command that does it."""
 
 
@@ -35,9 +35,11 @@ class Tally:
     acknowledged: int = 0
     """Results that a command had reported before it was killed; each must still be there."""
     orphans: int = 0
-    """Blobs without a row right after the kills; the rerun takes most of them up."""
+    """Blobs that nothing reached right after the kills; the rerun takes most of them up."""
     temporary_files: int = 0
     """Half-written files and folders right after the kills."""
+    uncommitted: int = 0
+    """States that the database did not have right after the kills."""
     left_after_rerun: int = 0
     left_after_prune: int = 0
     examples: list[str] = field(default_factory=list)
@@ -67,15 +69,34 @@ def kill_at_random(world: World, command: str, kills: int, draw: random.Random, 
             ran = _kill(world, command, draw.uniform(0.0, longest), sabotage)
             if ran.status != KILLED:
                 break  # it was done before; no kill
-            tally.kills += 1
-            tally.acknowledged += sum(acknowledges(command, event) for event in ran.events)
-            _note(tally, world.violations(command, ran.events))
-            left = world.leftovers()
-            tally.orphans += left.orphans
-            tally.temporary_files += left.temporary
+            _look(tally, world, command, ran)
         if sabotage is None:
             _finish(tally, world, command)
     return tally
+
+
+def kill_at_steps(world: World, command: str, *, stride: int = 1) -> Tally:
+    """Kill one command before its first step, then before a later one, until it ends before."""
+    tally, number = Tally(), 1
+    while True:
+        world.reset(command)
+        ran = world.run(command, sabotage="die_at_step", env={"ICM_TEST_STEP": str(number)})
+        if ran.status != KILLED:
+            return tally
+        _look(tally, world, command, ran)
+        _finish(tally, world, command)
+        number += stride
+
+
+def _look(tally: Tally, world: World, command: str, ran: Run) -> None:
+    """Check every promise after a kill."""
+    left = world.leftovers()
+    tally.kills += 1
+    tally.acknowledged += sum(acknowledges(command, event) for event in ran.events)
+    tally.orphans += left.orphans
+    tally.temporary_files += left.temporary
+    tally.uncommitted += left.uncommitted
+    _note(tally, world.violations(command, ran.events))
 
 
 def _duration(world: World, command: str, sabotage: str | None) -> float:
@@ -118,15 +139,13 @@ def _finish(tally: Tally, world: World, command: str) -> None:
     ran = world.again(command)
     tally.reruns += 1
     _note(tally, world.ended_badly(command, ran))
-    _note(tally, world.violations(command, ran.events))
+    _note(tally, world.violations(command, ran.events, is_done=True))
     missed = world.missed(command)
     tally.goals_missed += len(missed)
     tally.examples += missed[: 5 - len(tally.examples)]
-    left = world.leftovers()
-    tally.left_after_rerun += left.orphans + left.temporary
+    tally.left_after_rerun += sum(astuple(world.leftovers()))
     world.prune()
-    left = world.leftovers()
-    tally.left_after_prune += left.orphans + left.temporary
+    tally.left_after_prune += sum(astuple(world.leftovers()))
 
 
 def _note(tally: Tally, violations: list[str]) -> None:

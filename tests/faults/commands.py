@@ -2,6 +2,7 @@
 
 init         nothing               -> an empty store
 ingest       absent store, or an empty one where the first command does not make it -> every task with its checkpoints
+version      trained store, another adapter of a task -> its second version; the first one keeps its code
 base         ingested store        -> the base model's folder
 vectors      ingested store        -> every task with its vectors
 train        store with vectors    -> a generator and a code per task
@@ -16,6 +17,7 @@ edit         trained store         -> a task with a tag and a note
 rm           trained store         -> one task less
 prune        trained store, from which a task was removed -> nothing that nobody refers to
 generate     trained store with a start -> a folder with those bytes, and after it a task with code and vectors
+repair       the same afterwards, with the database of before the training -> all that the database lacks
 """
 
 from __future__ import annotations
@@ -39,6 +41,7 @@ class Command:
         is_done: The kind of error by which the same command says later that it was done before.
         first: What is typed in between.
         outputs_of: Commands whose output the line names.
+        old_database: The command after which the database was copied that replaces the present one at the start.
     """
 
     line: str
@@ -46,6 +49,7 @@ class Command:
     first: tuple[str, ...] = ()
     outputs_of: tuple[str, ...] = ()
     is_done: str = ""
+    old_database: str = ""
 
     @property
     def has_output(self) -> bool:
@@ -74,7 +78,9 @@ COMMANDS = {
     "edit": Command(f"edit {GONE} --tag {TAG} --note seen", "train"),
     "rm": Command(f"rm {GONE} --yes", "train", is_done="task_not_found"),
     "prune": Command(PRUNE, "rm"),
+    "version": Command(f"ingest {{root}}/newer/{GONE} --on-conflict version --no-vectors", "train"),
     "generate": Command(_GENERATE, "train", (_LEARN,), is_done="task_conflict"),
+    "repair": Command("verify --repair --yes", "generate", old_database="vectors"),
 }
 """In an order in which each comes after what it needs."""
 

@@ -6,11 +6,10 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import cached_property
 
-from registry.records import TaskSummary
+from registry.manifests import Task
 from registry.store import Store
 from tests.faults.commands import GENERATED, GONE, MAX_ERROR, TAG
 from tests.faults.promises import comes_back_within, has_a_copy
-from tests.icmlora.tiny_base import LABEL
 
 
 @dataclass(frozen=True)
@@ -20,90 +19,89 @@ class End:
     Attributes:
         store: The open store.
         names: The tasks of the fleet.
-        version_one: The generator that an undisturbed training makes.
+        version_one: The network that an undisturbed training makes.
+        is_located: Whether the base model is known on this machine.
         is_written: Whether the output has the very bytes of an undisturbed run.
     """
 
     store: Store
     names: Collection[str]
     version_one: str
+    is_located: bool
     is_written: bool
 
     @cached_property
-    def rows(self) -> dict[str, TaskSummary]:
+    def tasks(self) -> dict[str, Task]:
         """The tasks of the store by name."""
-        return {row.task.name: row for row in self.store.tasks.summaries()}
+        return {task.name: task for task in self.store.tasks()}
 
     @property
-    def version(self) -> int | None:
-        """The current generator's version; None without one."""
-        generator = self.store.generators.current(LABEL)
-        return None if generator is None else generator.version
+    def version(self) -> int:
+        """The version of the generator in use; 0 without one."""
+        return max((one.version for one in self.store.generators()), default=0)
 
     @property
     def is_coded(self) -> bool:
-        """Whether every task has a code under the current generator, and the first one is as it should be."""
-        first = [record.blob for record in self.store.generators.all() if record.version == 1]
-        return first == [self.version_one] and all(row.code for row in self.rows.values())
+        """Whether every task has a code, and the first generator is as it should be."""
+        first = [one.blob for one in self.store.generators() if one.version == 1]
+        return first == [self.version_one] and all(task.code for task in self.tasks.values())
+
+    @property
+    def has_fleet(self) -> bool:
+        """Whether the tasks of the store are those of the fleet."""
+        return self.tasks.keys() == set(self.names)
+
+    @property
+    def is_without_gone(self) -> bool:
+        """Whether all tasks of the fleet but one are there."""
+        return self.tasks.keys() == set(self.names) - {GONE}
 
 
 def _ingested(end: End) -> bool:
-    checkpoints = sum(row.checkpoints for row in end.rows.values())
-    texts = [row.task.samples for name, row in end.rows.items() if name != "silent"]
-    return end.rows.keys() == set(end.names) and checkpoints == 2 and all(texts)
+    checkpoints = sum(len(task.checkpoints) for task in end.tasks.values())
+    texts = [task.samples for name, task in end.tasks.items() if name != "silent"]
+    return end.has_fleet and checkpoints == 2 and all(texts)
 
 
 def _evicted(end: End) -> bool:
-    adapters = (row for name in end.rows for row in end.store.tasks.adapters(name))
-    digests = {row.weights for row in adapters if row.is_evicted}
-    # Where a lock may be lost on the way, what is young stays until it is pruned.
-    if not end.store.blobs.is_remote and any(map(end.store.blobs.exists, digests)):
-        return False
-    return all(row.final.is_evicted and not row.checkpoints for row in end.rows.values())
+    adapters = [one for task in end.tasks.values() for one in task.adapters]
+    # Where a lock may be lost on the way, young bytes stay until they are pruned.
+    is_freed = end.store.blobs.is_remote or not any(end.store.blobs.exists(one.weights) for one in adapters)
+    return is_freed and all(one.is_evicted for one in adapters)
 
 
 def _imported(end: End) -> bool:
-    decoded = all(row.final.is_evicted and has_a_copy(end.store, name) for name, row in end.rows.items())
-    return end.rows.keys() == set(end.names) and end.is_coded and decoded
+    decoded = all(task.final.is_evicted and has_a_copy(end.store, name) for name, task in end.tasks.items())
+    return end.has_fleet and end.is_coded and decoded
 
 
-def _copied(end: End) -> bool:
-    return _ingested(end) and end.is_coded and all(row.vectors for row in end.rows.values())
-
-
-def _edited(end: End) -> bool:
-    task = end.rows[GONE].task
-    return (task.tags, task.note) == ((TAG,), "seen")
-
-
-def _pruned(end: End) -> bool:
-    return not any(end.store.verify(read_data=True)) and _removed(end)
-
-
-def _removed(end: End) -> bool:
-    return end.rows.keys() == set(end.names) - {GONE}
+def _versioned(end: End) -> bool:
+    first, second = end.store.history(GONE)
+    return first.code is not None and second.code is None and second.version == 2
 
 
 def _generated(end: End) -> bool:
-    made = end.rows.get(GENERATED)
-    return end.is_written and made is not None and made.code is not None and made.vectors > 0
+    made = end.tasks.get(GENERATED)
+    return made is not None and made.code is not None and len(made.vectors) > 0
 
 
 GOALS: dict[str, Callable[[End], bool]] = {
-    "init": lambda end: not end.rows,
+    "init": lambda end: not end.tasks,
     "ingest": _ingested,
-    "base": lambda end: [base.path is not None for base in end.store.base_models.all()] == [True],
-    "vectors": lambda end: all(row.vectors for row in end.rows.values()),
-    "train": lambda end: end.version is not None and end.is_coded,
+    "base": lambda end: end.is_located,
+    "vectors": lambda end: all(task.vectors for task in end.tasks.values()),
+    "train": lambda end: end.version > 0 and end.is_coded,
     "materialize": lambda end: end.is_written,
     "evict": _evicted,
     "update": lambda end: end.version == 2 and end.is_coded,
-    "encode": lambda end: end.is_coded and all(comes_back_within(end.store, name, MAX_ERROR) for name in end.rows),
+    "encode": lambda end: end.is_coded and all(comes_back_within(end.store, name, MAX_ERROR) for name in end.tasks),
     "export": lambda end: end.is_written,
     "import": _imported,
-    "copy": _copied,
-    "edit": _edited,
-    "rm": _removed,
-    "prune": _pruned,
-    "generate": _generated,
+    "copy": lambda end: _ingested(end) and end.is_coded and all(task.vectors for task in end.tasks.values()),
+    "edit": lambda end: (end.tasks[GONE].tags, end.tasks[GONE].note) == ((TAG,), "seen"),
+    "rm": lambda end: end.is_without_gone,
+    "prune": lambda end: end.is_without_gone and not any(end.store.verify(read_data=True)),
+    "version": _versioned,
+    "generate": lambda end: end.is_written and _generated(end),
+    "repair": lambda end: end.is_coded and _generated(end) and not any(end.store.verify(read_data=True)),
 }

@@ -130,35 +130,36 @@ class Pair:
             self._execute(f"CREATE DATABASE {self._databases[state]} TEMPLATE {self._name}")
         self._objects[state] = self._read_objects()
 
-    def put_back(self, state: str) -> None:
-        """Make it as it was."""
-        shutil.rmtree(self.folder, ignore_errors=True)
-        if self._saved(state).exists():
-            shutil.copytree(self._saved(state), self.folder)
+    def put_back(self, state: str, *, only_database: bool = False) -> None:
+        """Make it as it was, or only its database."""
+        saved = self._saved(state)
+        if only_database and self._database == "":
+            shutil.copy2(saved / "registry.db", self.folder)
         if self._database:
             self._make_database(self._databases[state])
-        self._write_objects(self._objects[state])
+        if not only_database:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            if saved.exists():
+                shutil.copytree(saved, self.folder)
+            self._write_objects(self._objects[state])
 
-    def digests(self) -> set[str]:
-        """Return the names of all blobs that are there."""
-        if self.prefix is None:
-            return blobs_in(self.folder)
-        return {name.rpartition("/")[2] for name in self._names() if name.startswith("blobs/")}
+    def files(self) -> list[str]:
+        """Return the names of all blobs and manifests, such as `blobs/3/3f9a...`."""
+        names = self._names() if self.prefix else [str(one.relative_to(self.folder)) for one in self.folder.rglob("*/*/*")]
+        return sorted(name for name in names if name.startswith(("blobs/", "manifests/")))
 
-    def bytes_of(self, digest: str) -> bytes:
-        """Return what is under the name of a blob, whatever it is."""
-        name = f"blobs/{digest[0]}/{digest}"
+    def read(self, name: str) -> bytes:
+        """Return the bytes of one of these files."""
         if self.prefix is None:
             return (self.folder / name).read_bytes()
         import obstore
 
         return bytes(obstore.get(self.objects, name).bytes())
 
-    def set_bytes(self, digest: str, data: bytes) -> None:
-        """Put other bytes under the name of a blob, behind the back of the store."""
-        name = f"blobs/{digest[0]}/{digest}"
+    def write(self, name: str, data: bytes) -> None:
+        """Put other bytes in the place of a file, behind the back of the store."""
         if self.prefix is None:
-            (self.folder / name).unlink()
+            (self.folder / name).unlink(missing_ok=True)
             (self.folder / name).write_bytes(data)
             return
         import obstore
@@ -221,7 +222,3 @@ class Pair:
         pages = obstore.list(self.objects)
         return {str(entry["path"]): str(entry["e_tag"]).strip('"') for page in pages for entry in page}
 
-
-def blobs_in(store: Path) -> set[str]:
-    """Return the names of the blobs of a store in a folder."""
-    return {path.name for path in (store / "blobs").glob("*/*")}

@@ -1,4 +1,4 @@
-"""Wrong orders of writing, put into a child to show that the harness sees them, and kills where no failpoint is."""
+"""Wrong orders of writing, put into a child to show that the harness sees them, and kills before the n-th step."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ import math
 import os
 import random
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from registry import files as fs
 
 
-def rows_first() -> None:
-    """Record rows before their bytes are in place, which the store never does."""
+def refs_first() -> None:
+    """Move refs before blobs and manifests are in place, which the store never does."""
     from registry.storage.blobs.local import LocalBatch
     from registry.storage.blobs.objects import ObjectBackend, ObjectBatch
     from registry.storage.database import Database
@@ -28,9 +28,9 @@ def rows_first() -> None:
     waiting: list[Callable[[], object]] = []
 
     @contextmanager
-    def rows_then_bytes(self: Database) -> Iterator[Any]:
-        with write(self) as session:
-            yield session
+    def refs_then_bytes(self: Database) -> Iterator[Any]:
+        with write(self) as connection:
+            yield connection
         fs.failpoint("rows-committed")
         time.sleep(0.05)  # a kill at a random time would hardly ever fall in between
         while waiting:
@@ -40,10 +40,9 @@ def rows_first() -> None:
         waiting.append(lambda: send(self._backend, digest, data))
         return True
 
-    Database.write = rows_then_bytes  # type: ignore[method-assign]
+    Database.write = refs_then_bytes  # type: ignore[method-assign]
     LocalBatch.publish = lambda self: waiting.append(partial(publish, self))  # type: ignore[method-assign]
     ObjectBatch.put = put_later  # type: ignore[method-assign]
-    _believe_sizes()
 
 
 def errors_ignored() -> None:
@@ -64,27 +63,6 @@ def errors_ignored() -> None:
 
     for batch in (LocalBatch, ObjectBatch):
         batch.put = ignoring(batch.put)  # type: ignore[method-assign]
-    _believe_sizes()
-
-
-def _believe_sizes() -> None:
-    """Let the store believe that what it was given to put is there: it asks for the size before it records a row."""
-    from registry.storage.blobs.content import Blobs
-    from registry.storage.blobs.local import LocalBatch
-    from registry.storage.blobs.objects import ObjectBatch
-
-    size, known = Blobs.size, dict[str, int]()
-
-    def noting(put: Callable[..., bool]) -> Callable[..., bool]:
-        def put_known(self: Any, digest: str, data: fs.Bytes) -> bool:
-            known[digest] = len(data)
-            return put(self, digest, data)
-
-        return put_known
-
-    Blobs.size = lambda self, digest: known[digest] if digest in known else size(self, digest)  # type: ignore[method-assign]
-    for batch in (LocalBatch, ObjectBatch):
-        batch.put = noting(batch.put)  # type: ignore[method-assign]
 
 
 def without_lock() -> None:
@@ -98,22 +76,22 @@ def without_lock() -> None:
 
 
 def files_first() -> None:
-    """Delete originals before their rows say that they are evicted, which the store never does."""
-    from registry.tables.eviction import Originals
-    from registry.tables.tasks import Tasks
+    """Delete originals before the manifest says that they are evicted, which the store never does."""
+    from registry.manifests import Task
+    from registry.store import Store
 
-    evict = Originals.evict
+    update = Store.update
 
-    def unlink_then_evict(self: Originals, eviction: Any, *rest: Any) -> int:
-        adapters = Tasks(self._upkeep, self._lock, self._db, self._blobs).adapters(eviction.task)
-        self._blobs.delete((row.weights for row in adapters), newest=math.inf)
-        return evict(self, eviction, *rest)
+    def delete_then_update(self: Store, name: str, change: Callable[[Task], Task]) -> Task:
+        evicted = [one.weights for one in change(self.task(name)).adapters if one.is_evicted]
+        self.blobs.delete(evicted, newest=math.inf)
+        return update(self, name, change)
 
-    Originals.evict = unlink_then_evict  # type: ignore[method-assign]
+    Store.update = delete_then_update  # type: ignore[method-assign]
 
 
 def without_sync() -> None:
-    """Never wait until bytes or names are on the device, which the store always does before it records a row."""
+    """Never wait until bytes or names are on the device, which the store always does before a ref moves."""
     fs.fsync = lambda descriptor: None  # type: ignore[assignment]
 
 
@@ -167,27 +145,21 @@ def bundle_in_place() -> None:
     bundle.writing_file = writing  # type: ignore[attr-defined]
 
 
-def die_at_output_call() -> None:
-    """Die before the n-th call that makes output durable or gives it its name, n from ICM_TEST_CALL."""
-    from icmlora.io import staging
-
-    mortal, calls = _mortal(), dict(vars(fs))
-    for name in ("write_file", "fsync", "fsync_dir", "replace", "exchange"):
-        calls[name] = mortal(calls[name])
-    staging.fs = SimpleNamespace(**calls)  # type: ignore[assignment]
-
-
-def _mortal() -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Return what makes a function one of those before whose n-th call, of all together, the process dies."""
-    left = [int(os.environ["ICM_TEST_CALL"])]
+def die_at_step() -> None:
+    """Die before the n-th step of a command, n from ICM_TEST_STEP: a call that changes a file, or a failpoint."""
+    left, real = [int(os.environ["ICM_TEST_STEP"])], fs.failpoint
 
     def mortal(function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*arguments: Any, **options: Any) -> Any:
+        def step(*arguments: Any, **options: Any) -> Any:
             left[0] -= 1
             if left[0] == 0:
                 os.kill(os.getpid(), signal.SIGKILL)
             return function(*arguments, **options)
 
-        return call
+        return step
 
-    return mortal
+    for name in ("create", "write", "fsync", "fsync_dir", "replace", "exchange", "unlink", "make_dir"):
+        setattr(fs, name, mortal(getattr(fs, name)))
+    for module in list(sys.modules.values()):
+        if getattr(module, "failpoint", None) is real:
+            module.failpoint = mortal(real)  # type: ignore[attr-defined]

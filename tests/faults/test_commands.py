@@ -16,10 +16,10 @@ from tests.faults.zygote import KILLED, wait_until
 LOCKED = 11
 
 
-def check_row_without_bytes(world: World, command: str) -> None:
-    """Kill a command between its rows and its bytes."""
+def check_ref_without_bytes(world: World, command: str) -> None:
+    """Kill a command between its refs and its bytes."""
     world.reset(command)
-    ran = world.run(command, sabotage="rows_first", env={"ICM_FAILPOINT": "rows-committed"})
+    ran = world.run(command, sabotage="refs_first", env={"ICM_FAILPOINT": "rows-committed"})
     assert ran.status == KILLED
     assert any("missing" in violation for violation in world.violations(command, ran.events))
 
@@ -41,7 +41,7 @@ def check_deletion_before_commit(world: World) -> None:
 
 
 def prune_while_another_is_stopped(world: World, sabotage: str | None) -> tuple[int, list[str]]:
-    """Stop an ingest between its bytes and its rows, and begin to prune; say how that ended, and what broke.
+    """Stop an ingest between its bytes and its refs, and begin to prune; return how that ended, and what broke.
 
     A prune that gets so far knows what it deletes, then stops until the ingest is done.
     """
@@ -56,7 +56,7 @@ def prune_while_another_is_stopped(world: World, sabotage: str | None) -> tuple[
             os.kill(pruning, signal.SIGCONT)
 
         wait_until(ingesting, "T")
-        point = {"ICM_FAILPOINT": "garbage-rows-gone"} if sabotage else {}
+        point = {"ICM_FAILPOINT": "manifests-deleted"} if sabotage else {}
         then = let_both_go_on if sabotage else None
         statuses.append(world.icm(PRUNE, sabotage=sabotage, env={"ICM_LOCK_TIMEOUT": "1", **point}, then=then).status)
         os.kill(ingesting, signal.SIGCONT)  # the other way it is done by now
@@ -67,14 +67,14 @@ def prune_while_another_is_stopped(world: World, sabotage: str | None) -> tuple[
 
 
 @pytest.mark.slow
-def test_a_row_without_its_bytes_is_caught(each: World) -> None:
-    check_row_without_bytes(each, "ingest")
+def test_a_ref_without_its_bytes_is_caught(each: World) -> None:
+    check_ref_without_bytes(each, "ingest")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", ["import", "encode"])
-def test_a_row_of_a_code_without_its_bytes_is_caught(world: World, command: str) -> None:
-    check_row_without_bytes(world, command)
+def test_a_ref_to_a_code_without_its_bytes_is_caught(world: World, command: str) -> None:
+    check_ref_without_bytes(world, command)
 
 
 @pytest.mark.slow
@@ -83,7 +83,7 @@ def test_an_error_that_is_ignored_is_caught(each: World) -> None:
 
 
 @pytest.mark.slow
-def test_an_original_that_goes_before_its_row_says_so_is_caught(each: World) -> None:
+def test_an_original_that_goes_before_its_manifest_says_so_is_caught(each: World) -> None:
     check_deletion_before_commit(each)
 
 
@@ -95,7 +95,7 @@ def test_a_lock_that_is_not_taken_is_caught(each: World) -> None:
 
 
 @pytest.mark.slow
-def test_nobody_deletes_what_a_stopped_process_is_about_to_record(each: World) -> None:
+def test_nobody_deletes_what_a_stopped_process_is_about_to_publish(each: World) -> None:
     assert prune_while_another_is_stopped(each, None) == (LOCKED, [])
 
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import shutil
+from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from registry.storage.prune import leftovers
+from registry.reachability import leftovers
 from registry.store import Store
+from registry.verify import OF_DATABASE
 from tests.cli.fleet import write_texts
 from tests.cli.tiny_fleet import write_lora, write_mixed_fleet
-from tests.faults.commands import COMMANDS, GENERATED, words
+from tests.faults.commands import COMMANDS, GENERATED, GONE, words
 from tests.faults.goals import GOALS, End
 from tests.faults.pairs import Pair
 from tests.faults.promises import acknowledges, has_a_copy, is_kept
@@ -20,20 +22,23 @@ from tests.faults.zygote import Run, Zygote
 from tests.icmlora.tiny_base import write_tiny_base
 
 Contents = dict[str, bytes]
+_EXPECTED = {"repair": OF_DATABASE, "copy": {"unlisted"}}
+"""What `icm verify` finds until a command ends: an old database; states of another store, which have a past there."""
 
 
 @dataclass(frozen=True)
 class Leftovers:
-    """What a killed command left beside what it promised: blobs without a row, and temporary files."""
+    """What a killed command left: blobs that nothing reaches, temporary files, states that were not committed."""
 
-    orphans: int
-    temporary: int
+    orphans: int = 0
+    temporary: int = 0
+    uncommitted: int = 0
 
 
 class World:
     """The folders of one campaign, and its store.
 
-    now/              the output of what is run
+    now/              the output of what is run, and the locations of base models
     before/COMMAND/   what `reset` puts there: where the command starts
     after/COMMAND/    what an undisturbed run of the command left there
     laptop/           a trained store in a folder
@@ -50,6 +55,7 @@ class World:
         for number in range(tasks - 3):
             write_texts(write_lora(root / "loras" / f"more-{number}", seed=100 + number))
         write_lora(root / "later" / "extra", seed=9, rank=8, targets=("self_attn.k_proj",))
+        write_lora(root / "newer" / GONE, seed=50)
         write_texts(root / "later", f"{GENERATED}.jsonl", count=16)
         write_tiny_base(root / "base")
 
@@ -57,7 +63,7 @@ class World:
     def version_one(self) -> str:
         """The digest of the generator that the first training leaves; `reset` has made it."""
         with Store.open(self.root / "laptop") as store:
-            return store.generators.all()[0].blob
+            return store.generators()[0].blob
 
     def run(self, command: str, *, force: bool = False, **options: Any) -> Run:
         """Run a command as it would be typed; see `Zygote.run`."""
@@ -74,7 +80,7 @@ class World:
         """Run one command line on the store that is worked on."""
         self._log += 1
         env = {"ICM_STORE": self.pair.address, "ICM_LOCK_TIMEOUT": "10", "XDG_CACHE_HOME": str(self._cache)}
-        env["XDG_STATE_HOME"] = str(self.root / "state")
+        env |= {"XDG_STATE_HOME": str(self.root / "state"), "XDG_CONFIG_HOME": str(self.root / "now" / "config")}
         env |= self.pair.environment | options.pop("env", {})
         blobs = f"--blobs {self.pair.blobs}" if self.pair.blobs else ""
         argv = words(line, root=self.root, output=self.output, store=self.pair.address, blobs=blobs)
@@ -92,7 +98,7 @@ class World:
         """Return what an undisturbed run of a command wrote beside the store; the command was reset once."""
         return contents(self.root / "after" / command / "out")
 
-    def violations(self, command: str, events: list[dict[str, Any]]) -> list[str]:
+    def violations(self, command: str, events: list[dict[str, Any]], *, is_done: bool = False) -> list[str]:
         """Return every promise that is broken after a kill; `events` is what the command had printed.
 
         Everything is read from where the store has it.
@@ -107,11 +113,12 @@ class World:
         if not self.pair.exists():
             return [*found, *(f"{event} was acknowledged without a store" for event in acknowledged)]
         with self.pair.open() as store:
-            problems = [finding for finding in store.verify(read_data=True) if finding.is_problem]
+            expected = () if is_done else _EXPECTED.get(command, ())
+            problems = [one for one in store.verify(read_data=True) if one.is_problem and one.kind not in expected]
             found += [f"{finding.kind}: {finding.message}" for finding in problems]
-            known = {task.name for task in store.tasks.all()}
+            known = store.names()
             found += [f"{name} has neither original nor code" for name in known if not has_a_copy(store, name)]
-            if GENERATED in known and not self.output.exists():
+            if GENERATED in known and COMMANDS[command].has_output and not self.output.exists():
                 found.append("a task was made before its folder")
             lost = [event for event in acknowledged if not is_kept(command, event, store)]
         return found + [f"{command}: acknowledged, and lost: {event}" for event in lost]
@@ -128,22 +135,22 @@ class World:
         if self.pair.exists():
             names = {folder.name for folder in (self.root / "loras").iterdir()}
             with self.pair.open() as store:
-                if GOALS[command](End(store, names, self.version_one, self._is_written(command))):
+                is_located = any(self.output.parent.glob("config/icm/base_models.json"))
+                if GOALS[command](End(store, names, self.version_one, is_located, self._is_written(command))):
                     return []
         return [f"{command} did not reach its goal"]
 
     def leftovers(self) -> Leftovers:
-        """Count what nobody refers to."""
-        beside = len(list(self.output.parent.glob("out.icm-*")))
+        """Count what nothing refers to."""
+        beside = len([*self.output.parent.glob("out.icm-*"), *self.output.parent.glob("config/icm/*.tmp")])
         if not self.pair.exists():
-            return Leftovers(0, beside)
+            return Leftovers(temporary=beside)
         with self.pair.open() as store:
-            orphans = sum(finding.kind == "orphan" for finding in store.verify())
-            temporary = leftovers(store.blobs, store._upkeep)
-        return Leftovers(orphans, len(temporary) + beside)
+            kinds = Counter(finding.kind for finding in store.verify())
+            return Leftovers(kinds["orphan"], len(leftovers(store)) + beside, kinds["uncommitted"])
 
     def prune(self) -> None:
-        """Remove what nobody refers to, without the hour of grace."""
+        """Delete what nothing refers to, without the hour of grace."""
         with self.pair.open() as store:
             store.prune(grace=0)
 
@@ -167,12 +174,15 @@ class World:
     def _make_template(self, command: str) -> None:
         now, start = self.root / "now", COMMANDS[command]
         shutil.rmtree(now, ignore_errors=True)
-        now.mkdir()
+        (now / "config").mkdir(parents=True)
         self.pair.clear()
         if (earlier := self._start_of(command)) is not None:
             self.pair.put_back(f"after {earlier}")
+            shutil.copytree(self.root / "after" / earlier / "config", now / "config", dirs_exist_ok=True)
         for line in start.first:
             self._complete(self.icm(line))
+        if start.old_database:
+            self.pair.put_back(f"after {start.old_database}", only_database=True)
         shutil.copytree(now, self.root / "before" / command)
         self.pair.save(f"before {command}")
         self._complete(self.run(command))

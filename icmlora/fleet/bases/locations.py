@@ -68,7 +68,7 @@ def set_location(name: str, location: Location | None) -> None:
         if location is not None:
             known[name] = location
         entries = {key: {k: v for k, v in asdict(one).items() if v is not None} for key, one in sorted(known.items())}
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
+        temporary = path.with_suffix(".tmp")
         fs.unlink(temporary)
         fs.write_file(temporary, (json.dumps(entries, indent=2, ensure_ascii=False) + "\n").encode())
         fs.replace(temporary, path)
