@@ -305,7 +305,8 @@ class Store:
         moment = self._moment()
         new = [_next(state, moment) for state in states]
         gone = [_next(Removed(of=one.KIND, name=one.ref, seq=one.seq, manifest=one.manifest), moment) for one in remove]
-        digests = self._put_states([*new, *gone])
+        # Removals last: if the command is killed and the database lost, the new name of a task must be there.
+        digests = self._put_states(new) + self._put_states(gone)
         try:
             with self._db.write() as connection:
                 for state in remove:

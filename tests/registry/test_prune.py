@@ -324,3 +324,28 @@ def test_a_new_task_does_not_take_the_place_of_one_that_the_database_hides(store
         ingest(store, "rust", weights=b"others")
     store.rebuild()
     assert store.task("rust") == state
+
+
+@pytest.mark.kept_in("sqlite", "folder", reason="forks, and loses the file of the database")
+@pytest.mark.parametrize("point", ["blob-staged", "blob-renamed", "blobs-durable", "rows-before-commit"])
+def test_a_killed_renaming_hides_no_task(store: Store, point: str) -> None:
+    first = ingest(store, "rust")
+    store.publish([replace(first, version=2, final=task(store, "rust", weights=b"second").final)])
+    address = store.address
+    store.close()
+
+    def rename() -> None:
+        with new_store(address) as child:
+            new = [replace(one, name="moved", manifest=None) for one in child.history("rust")]
+            child.publish(new, remove=[child.task("rust")])
+
+    assert run(rename, failpoint=point) == KILLED
+    with new_store(address) as opened:
+        assert [one for one in opened.verify(read_data=True) if one.is_problem] == []
+        paths_of(opened).database.unlink()
+        opened.rebuild()
+        assert opened.names() in (["rust"], ["moved"], ["moved", "rust"])
+        opened.prune(grace=0)
+        for name in opened.names():
+            assert opened.blobs.read(opened.task(name).final.weights) in (b"second", b"weights of rust")
+        assert opened.blobs.exists(first.final.weights)
