@@ -156,7 +156,8 @@ def _generators(store: Store, bundle: BundleFile) -> list[State]:
     base = store.base_name(generator.base_model)
     if any(one.blob == generator.blob for one in store.generators(base)):
         return []
-    current, new = store.generator(base), replace(generator, base_model=base, created_at=now())
+    current = store.generator(base)
+    new = replace(generator, base_model=base, created_at=now(), manifest=None)
     return [new] if current is None else list(renumbered(store, base, [new], current, current))
 
 
