@@ -20,7 +20,7 @@ def fleet_of(stored: Path, tmp_path: Path) -> Fleet:
 
 
 def names(fleet: Fleet) -> list[str]:
-    return [row.task.name for row in fleet.tasks()]
+    return [row.name for row in fleet.tasks()]
 
 
 def test_tasks_are_listed_by_name(fleet_of: Fleet) -> None:
@@ -37,10 +37,11 @@ def test_tasks_of_an_unknown_base_model_are_an_error(fleet_of: Fleet) -> None:
         fleet_of.tasks("nobody/nothing")
 
 
-def test_show_returns_the_final_adapter_last(fleet_of: Fleet) -> None:
-    details = fleet_of.show("rust")
-    assert details.final == details.adapters[-1]
-    assert (details.code, details.generator, details.nearest) == (None, None, ())
+def test_show_returns_the_task(fleet_of: Fleet) -> None:
+    details = fleet_of.show("RUST")
+    assert ([one.step for one in details.task.adapters], details.task.name) == ([80, 100, None], "rust")
+    assert (details.task.code, details.generator, details.nearest) == (None, None, ())
+    assert fleet_of.versions("rust") == [details.task]
 
 
 @pytest.mark.slow
@@ -51,7 +52,7 @@ def test_a_planned_removal_changes_nothing(fleet_of: Fleet) -> None:
 
 
 def test_remove_returns_the_names_of_the_removed_tasks(fleet_of: Fleet) -> None:
-    assert fleet_of.remove(["sql"]) == ["sql"]
+    assert fleet_of.remove(["sql"]).tasks == ["sql"]
     assert names(fleet_of) == ["rust", "shakespeare"]
 
 
@@ -64,21 +65,21 @@ def test_remove_with_an_unknown_name_removes_nothing(fleet_of: Fleet) -> None:
 def test_prune_frees_what_remove_left(fleet_of: Fleet) -> None:
     fleet_of.remove(["sql"])
     planned = fleet_of.prune(grace=0, dry_run=True)
-    assert planned.blobs > 0
+    assert planned.manifests > 0
     assert fleet_of.prune(grace=0).freed_bytes == planned.freed_bytes
-    assert fleet_of.prune(grace=0).blobs == 0
+    assert fleet_of.prune(grace=0).freed_bytes == 0
 
 
 def test_verify_yields_a_damaged_blob_and_repair_moves_it(fleet_of: Fleet) -> None:
     blob = fleet_of.path / "blobs"
-    weights = fleet_of.show("rust").final.weights
+    weights = str(fleet_of.show("rust").task.final.weights)
     (path,) = blob.rglob(weights)
     path.chmod(0o644)
     path.write_bytes(b"other bytes")
     (finding,) = fleet_of.verify()
     assert (finding.kind, finding.tasks) == ("length", ("rust",))
-    ((moved, place),) = fleet_of.repair()
-    assert (moved.digest, Path(place).exists(), path.exists()) == (weights, True, False)
+    ((moved, done),) = fleet_of.repair()
+    assert (moved.digest, "quarantine" in done, path.exists()) == (weights, True, False)
 
 
 def test_verify_of_a_good_store_yields_nothing(fleet_of: Fleet) -> None:
@@ -87,7 +88,7 @@ def test_verify_of_a_good_store_yields_nothing(fleet_of: Fleet) -> None:
 
 def test_a_base_model_without_a_copy_says_why(fleet_of: Fleet) -> None:
     (base,) = fleet_of.base_models()
-    assert (base.path, base.record.tasks) == (None, 3)
+    assert (base.path, base.tasks) == (None, 3)
     assert base.problem
 
 

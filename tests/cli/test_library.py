@@ -1,17 +1,18 @@
-"""`icm X` and `fleet.x()` with the same arguments leave the same bytes and rows."""
+"""`icm X` and `fleet.x()` with the same arguments leave the same bytes and states."""
 
 from __future__ import annotations
 
 import shutil
-import sqlite3
 from collections.abc import Callable
-from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from icm_cli.app import run
 from icmlora import Fleet
+from registry.manifests import unpacked
+from registry.store import Store
 from tests.cli.fleet import write_adapter
 from tests.icmlora.fleet.stores import files_of
 from tests.icmlora.tiny_base import LABEL
@@ -53,16 +54,19 @@ CASES: list[tuple[str, Call]] = [
 ]
 
 
-def rows(store: Path) -> dict[str, list[tuple[object, ...]]]:
-    """Return all rows without what tells when they were written."""
-    with closing(sqlite3.connect(store / "registry.db")) as connection:
-        tables = [name for (name,) in connection.execute("SELECT name FROM sqlite_schema WHERE type = 'table'")]
-        found = {}
-        for table in tables:
-            names = [row[1] for row in connection.execute(f"PRAGMA table_info({table})")]
-            kept = [name for name in names if not name.endswith("_at") and name != "crc"]
-            found[table] = sorted(connection.execute(f"SELECT {', '.join(kept)} FROM {table}"), key=repr)
-        return found
+def states(store: Path) -> list[object]:
+    """Return what all refs and their history describe, without times and the digests that depend on them."""
+
+    def timeless(value: Any) -> Any:
+        if isinstance(value, dict):
+            dropped = {"seq", "parent"}
+            return {key: timeless(one) for key, one in value.items() if key not in dropped and not key.endswith("_at")}
+        return list(map(timeless, value)) if isinstance(value, list) else value
+
+    with Store.open(store) as opened:
+        digests = [str(row["manifest"]) for row in opened.refs()]
+        versions = [str(task.manifest) for name in opened.names() for task in opened.history(name)]
+        return [timeless(unpacked(opened.manifests.read(digest))) for digest in (*digests, *versions)]
 
 
 def beside(folder: Path) -> Path:
@@ -80,5 +84,4 @@ def test_a_command_leaves_what_the_method_leaves(trained: Path, tmp_path: Path, 
     call(Fleet(mine), there)
     assert files_of(at) == files_of(there)
     assert {file.name for file in (trained / "blobs").rglob("*")} == {file.name for file in (mine / "blobs").rglob("*")}
-    told = str(rows(trained)).replace(str(at), str(there))
-    assert told == str(rows(mine))
+    assert str(states(trained)).replace(str(at), str(there)) == str(states(mine))
