@@ -27,21 +27,20 @@ import importlib, pkgutil
 for name in ("registry", "icmlora", "icm_cli"):
     package = importlib.import_module(name)
     for found in pkgutil.walk_packages(package.__path__, f"{name}."):
-        if found.name != "registry.storage.migrations.env":  # alembic runs it, within a migration
-            importlib.import_module(found.name)
+        importlib.import_module(found.name)
 """
 _STORE = """
 from pathlib import Path
 from registry.files import read_plain
 from registry.storage.blobs.cache import BlobCache
-from tests.registry.examples import new_store, offer
+from tests.registry.examples import ingest, new_store
 folder = Path(sys.argv[1])
 with new_store(folder / "store") as store:
-    store.tasks.ingest([offer(store, "poems")])
+    ingest(store, "poems")
 with new_store(folder / "store") as store, store.job("base"):
-    final = store.tasks.final("poems")
+    final = store.task("poems").final
     assert store.blobs.read(final.weights) == b"weights of poems"
-    store.tasks.remove(["poems"])
+    store.remove(["poems"])
     assert store.prune(grace=-1.0).blobs
 cache = BlobCache(folder / "cache")
 cache.put(final.weights, b"weights of poems")

@@ -15,7 +15,7 @@ from registry.errors import DamagedStore, IcmError
 
 if TYPE_CHECKING:
     from icmlora.base_models.modality import BaseModel
-    from registry.records import TaskRecord
+    from registry.manifests import Task
 
 R = TypeVar("R")
 
@@ -131,8 +131,8 @@ class FailureLog:
     _missing: list[BaseModelNotFound] = field(default_factory=list)
 
     def results(
-        self, base_model: str, made: Iterable[tuple[TaskRecord, R | Failed | BaseUnavailable]]
-    ) -> Iterator[tuple[TaskRecord, R]]:
+        self, base_model: str, made: Iterable[tuple[Task, R | Failed | BaseUnavailable]]
+    ) -> Iterator[tuple[Task, R]]:
         """Yield the tasks of a base model that have a result. If there is only one task at all, raise its error."""
         unavailable: dict[str, BaseModelNotFound | BaseModelUnsuited] = {}
         for task, result in made:

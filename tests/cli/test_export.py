@@ -135,7 +135,7 @@ def test_a_file_that_exists_is_replaced_only_by_force(icm: Icm, trained: Path, t
 
 def test_a_damaged_generator_is_exit_13_and_no_file_is_written(icm: Icm, trained: Path, tmp_path: Path) -> None:
     with Store.open(trained) as store:
-        generator = store.generators.current(LABEL)
+        generator = store.generator(LABEL)
     assert generator is not None
     damage(trained, generator.blob)
     ran = icm("export", tmp_path / "out" / "fleet.icm", "--json")

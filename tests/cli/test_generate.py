@@ -329,7 +329,7 @@ class TestRefusals:
 
     def test_a_damaged_start(self, generate: Generate, started: Path) -> None:
         with Store.open(started, read_only=True) as store:
-            (made,) = store.generators.all()
+            (made,) = store.generators()
             path = Path(store.blobs.place(str(made.start)))
         path.chmod(0o644)
         path.write_bytes(b"x" * made.start_size)

@@ -16,11 +16,12 @@ from icmlora.base_models.running.attach import adapted
 from icmlora.fleet.encode.refiner import Refiner
 from icmlora.fleet.few_shot import generate as generating
 from icmlora.formats.discovery.folder import load_adapter
-from registry.errors import GeneratorConflict, TaskConflict
+from registry.errors import TaskConflict
 from registry.store import Store
-from registry.tables.bundles import Bundles
+from tests.cli.coded import current
 from tests.cli.conftest import Ran
 from tests.cli.test_generate import LINES, write_lines
+from tests.cli.test_materialize import content
 from tests.cli.tiny_fleet import EPISODES, STEPS, write_subject
 from tests.icmlora.tiny_base import load_tiny_base
 
@@ -205,9 +206,7 @@ def test_another_store_that_imports_it_knows_it_as_generated(icm: Icm, register:
 def test_the_next_start_does_not_learn_from_it(icm: Icm, register: Register, started: Path) -> None:
     def start_of() -> object:
         assert icm("train", "--objective", "functional", "--episodes", EPISODES, "--device", "cpu").code == 0
-        with Store.open(started, read_only=True) as store:
-            (generator,) = [row for row in store.generators.all() if row.is_current]
-            return generator.start
+        return current(started).start
 
     before = start_of()
     register()
@@ -242,12 +241,30 @@ def test_starts_are_learned_and_updates_made_with_it_there(icm: Icm, register: R
 
 
 @pytest.mark.slow
-def test_a_full_training_takes_it_in_once_the_folder_is_ingested(icm: Icm, register: Register, folder: Path) -> None:
+def test_a_full_training_leaves_its_code_to_the_generator_before(
+    icm: Icm, register: Register, started: Path, tmp_path: Path
+) -> None:
     register()
-    ran = icm(*TRAIN, "--json")
-    assert (ran.code, "'geese'" in ran.error["message"]) == (ExitCode.FAILED, True)
+    before = current(started)
+    icm("materialize", "geese", "-o", tmp_path / "before")
+    assert icm(*TRAIN, "--fresh", "--seed", 5).code == 0
+    assert current(started).blob != before.blob
+    icm("materialize", "geese", "-o", tmp_path / "after")
+    assert content(tmp_path / "after") == content(tmp_path / "before")
+    assert icm("verify", "--read-data").code == 0
+
+
+@pytest.mark.slow
+def test_a_full_training_takes_it_in_once_the_folder_is_ingested(
+    icm: Icm, register: Register, folder: Path, started: Path
+) -> None:
+    register()
     assert icm("ingest", "--restore", folder, "--no-vectors").code == 0
     assert icm(*TRAIN).code == 0
+    with Store.open(started) as store:
+        code = store.task("geese").code
+    assert code is not None
+    assert code.generator == current(started).blob
     assert icm("verify", "--read-data").code == 0
 
 
@@ -258,7 +275,7 @@ class TestFailures:
     def test_where_the_folder_cannot_be_written_nothing_is_registered(
         self, icm: Icm, register: Register, folder: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(generating, "save_adapter", raising(OSError("no")))
+        monkeypatch.setattr(generating, "write_adapter_files", raising(OSError("no")))
         assert register().code == ExitCode.FAILED
         assert not folder.exists()
         assert "geese" not in names(icm)
@@ -268,7 +285,7 @@ class TestFailures:
         self, icm: Icm, register: Register, folder: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         with monkeypatch.context() as patch:
-            patch.setattr(Bundles, "add", raising(TaskConflict("geese", choices=None)))
+            patch.setattr(Store, "publish", raising(TaskConflict("geese", choices=None)))
             assert register("--json").error["kind"] == "task_conflict"
         assert load_adapter(folder).modules
         assert "geese" not in names(icm)
@@ -286,32 +303,9 @@ class TestFailures:
         assert icm("verify", "-v", "--json").document["findings"] == []
 
 
-class TestHints:
-    """Hints about a generated task, which never had an original, and about a generator that was replaced."""
-
-    def test_its_original_cannot_be_written(self, icm: Icm, register: Register, tmp_path: Path) -> None:
-        register()
-        ran = icm("materialize", "geese", "--source", "original", "-o", tmp_path / "out", "--json")
-        assert ran.error["message"] == "task 'geese' was generated, so the store has a code but no original"
-        assert "--source code" in ran.error["hint"]
-        assert "the folder that `icm generate` wrote" in ran.error["hint"]
-
-    def test_a_full_training_names_the_folder_or_the_removal(self, icm: Icm, register: Register) -> None:
-        register()
-        hint = icm(*TRAIN, "--json").error["hint"]
-        assert "with the folder that `icm generate` wrote" in hint
-        assert "`icm rm geese`" in hint
-
-    def test_a_generator_that_changed_is_no_reason_to_speak_of_bundles(
-        self, icm: Icm, register: Register, folder: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        with monkeypatch.context() as patch:
-            patch.setattr(Bundles, "add", raising(GeneratorConflict("the store uses another generator", hint="import")))
-            error = register("--json").error
-        assert error["kind"] == "generator_conflict"
-        assert (
-            error["hint"]
-            == f"the adapter was written to {folder}; run the same command again with --force to register it"
-        )
-        assert register("--force").code == 0
-        assert "geese" in names(icm)
+def test_its_original_cannot_be_written(icm: Icm, register: Register, tmp_path: Path) -> None:
+    register()
+    ran = icm("materialize", "geese", "--source", "original", "-o", tmp_path / "out", "--json")
+    assert ran.error["message"] == "task 'geese' was generated, so the store has a code but no original"
+    assert "--source code" in ran.error["hint"]
+    assert "the folder that `icm generate` wrote" in ran.error["hint"]

@@ -80,7 +80,7 @@ def test_what_is_no_peft_folder_is_left_out_and_said(icm: Icm, trained: Path, mo
 
 def test_tasks_with_a_damaged_configuration_are_left_out_by_name(icm: Icm, trained: Path) -> None:
     with Store.open(trained) as store:
-        configs = {name: store.tasks.final(name).config for name in ("poems", "rules", "silent")}
+        configs = {name: store.task(name).final.config for name in ("poems", "rules", "silent")}
     damage(trained, configs["rules"])  # tasks may share it
     ran = icm("serve", "--print-config", "vllm", "--json")
     assert (ran.code, ran.document["tasks_count"]) == (

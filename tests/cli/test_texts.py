@@ -107,7 +107,7 @@ class TestIngest:
         assert (ran.code, str(run / name) in ran.out.splitlines()[-1]) == (ExitCode.PARTLY, True)
         assert "1 ingested in part" in ran.out
         with Store.open(tmp_path / "store") as store:
-            task = store.tasks.get("poems")
+            task = store.task("poems")
             assert [task.samples is None, task.eval_data is None] == [name == "samples.jsonl", name == "eval.jsonl"]
 
     @pytest.mark.slow
@@ -141,7 +141,7 @@ class TestIngest:
         folder = write_chats(tmp_path / "talks", form)
         assert icm("ingest", folder).code == 0
         with Store.open(tmp_path / "store") as store:
-            assert store.blobs.read(str(store.tasks.get("talks").samples)) == (folder / "samples.jsonl").read_bytes()
+            assert store.blobs.read(str(store.task("talks").samples)) == (folder / "samples.jsonl").read_bytes()
 
     def test_json_and_parquet_are_found_by_their_names(self, icm: Icm, tmp_path: Path) -> None:
         pyarrow = pytest.importorskip("pyarrow")
@@ -153,7 +153,7 @@ class TestIngest:
         event = icm("ingest", folder, "--json").events[0]
         assert (event["samples"]["kept"], event["eval_data"]["kept"]) == (2, 1)
         with Store.open(tmp_path / "store") as store:
-            stored = store.blobs.read(str(store.tasks.get("talks").samples))
+            stored = store.blobs.read(str(store.task("talks").samples))
         assert stored == (folder / "samples.parquet").read_bytes()
 
     def test_json_lines_come_before_other_forms_of_the_same_text(self, icm: Icm, tmp_path: Path) -> None:
@@ -180,7 +180,7 @@ class TestVectors:
             write_chats(tmp_path / "loras" / form.__name__, form)
         assert icm("ingest", tmp_path / "loras", *CPU).code == 0
         with Store.open(tmp_path / "store", read_only=True) as store:
-            blobs = {row.blob for row in store.vectors.all()}
+            blobs = {vector.blob for task in store.tasks() for vector in task.vectors}
         assert len(blobs) == 1
 
     @pytest.mark.slow
@@ -265,7 +265,7 @@ class TestEval:
         icm("ingest", write_chats(tmp_path / "talks", as_messages), "--no-vectors")
         icm("eval", *CPU)
         with Store.open(tmp_path / "store", read_only=True) as store:
-            settings = [dict(row.settings) for row in store.evaluations.all("talks")]
+            settings = [dict(one.settings) for one in store.task("talks").measured]
         assert {row["template"] for row in settings} == {hashlib.sha256(QWEN.encode()).hexdigest()}
 
     def test_chats_are_read_with_the_chat_template_that_came_with_the_adapter(

@@ -126,7 +126,7 @@ class TestJobs:
     def test_reading_and_ingesting_do_not_wait_for_a_job(self, tmp_path: Path) -> None:
         with job_elsewhere(tmp_path, "icm train"), open_store(tmp_path, timeout=0) as store:
             ingest(store, "rust")
-            assert store.blobs.read(store.tasks.final("rust").weights) == b"weights of rust"
+            assert store.blobs.read(store.task("rust").final.weights) == b"weights of rust"
 
     def test_a_killed_job_leaves_no_lock(self, tmp_path: Path) -> None:
         with job_elsewhere(tmp_path, "icm train") as pid, open_store(tmp_path, timeout=5) as store:

@@ -111,4 +111,4 @@ def test_identifiers_with_dots_between_them_are_a_module_name(parts: list[str]) 
 @pytest.mark.parametrize("name", ["a" * 128, "0", "A.b_c-D", "console.txt", "Über-猫", "ДОМ"])
 def test_a_name_at_the_edge_of_the_rule_is_stored_and_found_in_any_case(store: Store, name: str) -> None:
     ingest(store, name)
-    assert store.tasks.get(name.swapcase()).name == name
+    assert store.task(name.swapcase()).name == name

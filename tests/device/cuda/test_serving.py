@@ -65,7 +65,7 @@ def test_an_original_is_put_on_and_taken_off_without_a_trace(served_template: Se
     card, cpu = (CausalLM().load(found, device=torch.device(name), dtype=torch.float32) for name in ("cuda", "cpu"))
     bare = logits(card.model)
     with Store.open(served_template.store, read_only=True) as store:
-        original = read_runnable(store, store.tasks.final(task))
+        original = read_runnable(store, store.task(task).final)
     with adapted(card, original), adapted(cpu, original):
         assert not torch.equal(logits(card.model), bare)
         torch.testing.assert_close(logits(card.model), logits(cpu.model), rtol=1e-4, atol=1e-5)

@@ -128,7 +128,7 @@ def test_vectors_of_different_precisions_are_not_compared(learned: Fleet, base: 
     learned.add_base_model(LABEL, base, load_in="nf4")
     learned.extract_vectors(["ships"], again=True, **CPU)
     with Store.open(learned.path) as store:
-        found = comparable_vectors(store, list(store.tasks.all()), "context")
+        found = comparable_vectors(store, list(store.tasks()), "context")
     assert {left.task: left.reason for left in found.left_out} == {
         "ships": "made with the base model in nf4, the others in bfloat16"
     }
