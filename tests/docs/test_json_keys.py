@@ -19,6 +19,7 @@ COMMANDS = {
     "ls": ("ls",),
     "ls --from": ("ls", "--from", "fleet.icm"),
     "show": ("show", "poems"),
+    "log": ("log", "poems"),
     "map": ("map",),
     "duplicates": ("duplicates",),
     "report": ("report", "-o", "fleet.html", "--outputs", "poems", "--outputs", "silent", "--device", "cpu"),
