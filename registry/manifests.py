@@ -33,7 +33,7 @@ WITHOUT_BASE = "it names no base model; specify one with `icm ingest --base-mode
 LayoutEntry = tuple[str, int, int, int]
 """One module of an adapter: (name, rank, in features, out features)."""
 
-MAX_MANIFEST_BYTES = 1 << 28
+MAX_MANIFEST_BYTES = 1 << 24
 _FILE = re.compile(r"([0-9a-f]{64}):(0|[1-9][0-9]{0,18})")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 P = TypeVar("P", bound="Part")
@@ -504,16 +504,20 @@ def packed(value: object) -> bytes:
     return zlib.compress(json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode(), 9)
 
 
-def unpacked(data: bytes) -> Any:
-    """Return the JSON value of deflated text; raise `DamagedStore` if it is none."""
+def unpacked(data: bytes, limit: int = MAX_MANIFEST_BYTES) -> Any:
+    """Return the JSON value of deflated text; raise `DamagedStore` if it is none, or longer than `limit` bytes."""
     try:
         inflate = zlib.decompressobj()
-        text = inflate.decompress(data, MAX_MANIFEST_BYTES)
+        text = inflate.decompress(data, limit)
         if not inflate.eof or inflate.unused_data:
             raise ValueError("truncated, too large, or followed by other bytes")
-        return json.loads(text)
+        return json.loads(text, parse_constant=_refuse_constant)
     except (ValueError, zlib.error, RecursionError) as error:
         raise DamagedStore(f"not a manifest: {error}") from error
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is not a number of JSON")
 
 
 Shared = Callable[[type["Part"], "File"], Mapping[str, Any]]

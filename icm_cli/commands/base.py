@@ -162,7 +162,7 @@ def _document(base: KnownBase) -> dict[str, object]:
         ],
         "tasks_count": base.tasks,
         "path": None if base.path is None else str(base.path),
-        "alias": None if base.location is None else base.location.path,
+        "alias": None if base.location is None else str(base.location.path),
         "loader": None if base.location is None else base.location.loader,
         "load_in": None if base.location is None else base.location.load_in,
         "fingerprint": base.base.fingerprint,

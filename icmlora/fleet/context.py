@@ -18,7 +18,7 @@ from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar
 
-from icmlora.errors import BaseModelNotFound, Cancelled, DataError, InvalidShard
+from icmlora.errors import Cancelled, DataError, InvalidShard
 from registry.names import Address
 from registry.names import address_of as address_of
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from icmlora.base_models.finding.lookup import FoundBase
     from icmlora.generator.versions import GeneratorFile
     from registry.errors import IcmError
-    from registry.manifests import BaseModel, Task
+    from registry.manifests import Task
     from registry.storage.locks import Patience
     from registry.store import Store
 
@@ -258,8 +258,10 @@ def check_base_model(base_model: str | None, known: Collection[str], *, named: b
 
 def locate_base(store: Store, label: str) -> FoundBase:
     """Find a base model without loading it; raises `BaseModelNotFound`."""
+    from icmlora.base_models.finding.locations import find_located
+
     base = store.base_model(label)
-    return replace(find_copy(base), task_type=_task_type(store, base.name))
+    return replace(find_located(base.names), task_type=_task_type(store, base.name))
 
 
 def _task_type(store: Store, base_model: str) -> str | None:
@@ -276,33 +278,9 @@ def _task_type(store: Store, base_model: str) -> str | None:
     return None
 
 
-def find_copy(base: BaseModel) -> FoundBase:
-    """Find a base model by its name, or else by a label, quantised mirrors last; raises `BaseModelNotFound`."""
-    from icmlora.base_models.finding.lookup import find_base_model
-    from icmlora.base_models.finding.mirrors import original_of
-    from icmlora.fleet.bases.locations import locations
-
-    places = locations()
-    labels = sorted(
-        (label.label for label in base.labels), key=lambda label: (label not in places, original_of(label).is_quantised)
-    )
-    load_in = next((places[name].load_in for name in (base.name, *labels) if name in places), None)
-    first: BaseModelNotFound | None = None
-    for name in (base.name, *labels):
-        place = places.get(name)
-        try:
-            aliases = {} if place is None else {name: place.path}
-            found = find_base_model(name, aliases=aliases, loader=None if place is None else place.loader)
-            return replace(found, load_in=load_in)
-        except BaseModelNotFound as error:
-            first = first or error
-    assert first is not None
-    raise first
-
-
 def has_loaders() -> bool:
     """Return whether a base model has a loader, which may read samples of any form."""
-    from icmlora.fleet.bases.locations import locations
+    from icmlora.base_models.finding.locations import locations
 
     return any(known.loader is not None for known in locations().values())
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from icmlora.base_models import load as base_loading
-from icmlora.fleet.bases.locations import Location, set_location
+from icmlora.base_models.finding.locations import Location, set_location
 from icmlora.fleet.resources.loading import open_base
 from registry.store import Store
 from tests.icmlora.base_models.test_gguf import write_tiny_gguf
@@ -22,7 +22,7 @@ LABEL = "example/tiny"
 def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     store = Store.open(tmp_path / "store", create=True)
-    set_location(LABEL, Location(str(write_tiny_gguf(tmp_path / "tiny.gguf"))))
+    set_location(LABEL, Location(write_tiny_gguf(tmp_path / "tiny.gguf")))
     return store
 
 

@@ -107,6 +107,8 @@ def test_the_rights_of_the_page_are_enough(run_as: As, tmp_path: Path) -> None:
         ("ana", "prune"),
         ("ana", "doctor"),
         ("ben", "ls"),
+        ("ben", "base", "add", "my/copy", base),  # of the same files, which a writer would join
+        ("ben", "base", "rm", "my/copy"),
         ("ben", "show", "rules"),
         ("ben", "stats"),
         ("ben", "verify", "--read-data"),

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING
 from icmlora.base_models.catalogue import modality_of
 from icmlora.base_models.finding.fingerprint import is_same_model
 from icmlora.base_models.finding.labels import named_by, typed_label
+from icmlora.base_models.finding.locations import Location, find_located, location_of, locations, set_location
 from icmlora.base_models.finding.lookup import FoundBase, inspect_base
 from icmlora.base_models.kinds.custom_model import find_loader
 from icmlora.base_models.quantised import check_load_in
 from icmlora.errors import BaseModelNotFound
 from icmlora.fleet.bases.joins import BaseJoined
 from icmlora.fleet.bases.labels import Joined, Separated, join, separate
-from icmlora.fleet.bases.locations import Location, location_of, locations, set_location
-from icmlora.fleet.context import Context, Event, find_copy, use_case
+from icmlora.fleet.context import Context, Event, use_case
 from registry.errors import BaseModelConflict, StoreNotFound
 from registry.manifests import BaseModel
 from registry.names import LoadIn, some
@@ -98,7 +98,7 @@ def add_base_model(
         if meant != name:
             context.on_event(NameTaken(name, meant))
             name, found = meant, replace(found, label=meant)
-        set_location(name, Location(str(found.path), loader, load_in))
+        set_location(name, Location(found.path, loader, load_in))
         _join_same(context, store, name, found)
     return found.path
 
@@ -120,7 +120,7 @@ def _join_same(context: Context, store: Store, name: str, found: FoundBase) -> N
     mine = store.base_model(name)
     for other in (base for base in store.base_models() if base.name != mine.name):
         try:
-            copy = find_copy(other)
+            copy = find_located(other.names)
         except BaseModelNotFound:
             continue
         if not is_same_model(found, copy):
@@ -193,6 +193,6 @@ def separate_labels(context: Context, name: str, labels: Sequence[str]) -> list[
 
 def _locate(base: BaseModel, tasks: int, location: Location | None) -> KnownBase:
     try:
-        return KnownBase(base, tasks, location, find_copy(base).path, None)
+        return KnownBase(base, tasks, location, find_located(base.names).path, None)
     except BaseModelNotFound as error:
         return KnownBase(base, tasks, location, None, str(error))

@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Literal
 
 from icmlora.base_models.finding.fingerprint import fingerprint_base, is_same_model
 from icmlora.base_models.finding.labels import lookalikes
+from icmlora.base_models.finding.locations import find_located
 from icmlora.base_models.finding.lookup import FoundBase, read_config
 from icmlora.base_models.finding.mirrors import original_of
 from icmlora.errors import AdapterRefused, BaseModelNotFound, BaseModelUnsuited
-from icmlora.fleet.context import Context, Event, find_copy
+from icmlora.fleet.context import Context, Event
 from registry.manifests import BaseModel, Label
 from registry.names import UNKNOWN_BASE, escape
 
@@ -125,7 +126,7 @@ class KnownBases:
         name = self.name_of(label)
         if name not in self._copies:
             try:
-                self._copies[name] = find_copy(self._bases.get(name) or BaseModel(name=name))
+                self._copies[name] = find_located((self._bases.get(name) or BaseModel(name=name)).names)
             except BaseModelNotFound:
                 self._copies[name] = None
         return self._copies[name]

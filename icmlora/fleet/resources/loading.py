@@ -13,11 +13,11 @@ import torch
 from icmlora.adapter.model import Adapter
 from icmlora.base_models.catalogue import modality_of
 from icmlora.base_models.finding.fingerprint import fingerprint_base
+from icmlora.base_models.finding.locations import location_of, locations
 from icmlora.base_models.finding.lookup import FoundBase, inspect_base
 from icmlora.base_models.modality import BaseModel
 from icmlora.base_models.quantised import check_load_in
 from icmlora.errors import BaseModelNotFound, BaseModelUnsuited, OutputExists
-from icmlora.fleet.bases.locations import location_of
 from icmlora.fleet.context import OpenedGenerator, locate_base
 from icmlora.formats.catalogue import format_named
 from icmlora.formats.format import LoadedAdapter, RunnableAdapter
@@ -139,7 +139,7 @@ class Models:
     def load_in(self, label: str) -> LoadIn | None:
         """Return how few bits this machine loads a base model in; None for full precision."""
         if label not in self._load_in:
-            place = location_of(self.store.base_model(label).names)
+            place = location_of(self.store.base_model(label).names, locations())
             self._load_in[label] = None if place is None else place.load_in
         return self._load_in[label]
 

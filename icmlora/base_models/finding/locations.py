@@ -1,0 +1,153 @@
+"""Where base models are on this machine: a setting of its user, the same for every store. Never imports torch.
+
+    ~/.config/icm/base_models.yaml        next to config.toml; `icm base add` and `icm base rm` write it
+
+        meta-llama/Llama-3.1-8B:
+          load_in: nf4
+          path: /models/llama-8b
+
+A base model is found by the location of any of its names.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from icmlora.base_models.finding.lookup import FoundBase, find_base_model
+from icmlora.base_models.finding.mirrors import original_of
+from icmlora.errors import BaseModelNotFound, DataError
+from registry import files as fs
+from registry.names import LOAD_IN, LoadIn
+
+_FILE = "base_models.yaml"
+_HEADER = "# Where base models are on this machine, written by `icm base add` and `icm base rm`.\n"
+
+
+@dataclass(frozen=True)
+class Location:
+    """Where a base model is and how it is loaded."""
+
+    path: Path
+    loader: str | None = None  # MODULE:FUNCTION that loads it, if transformers does not
+    load_in: LoadIn | None = None  # the few bits in which its weights are loaded; None for what suits the device
+
+
+def locations_file() -> Path | None:
+    """Return the path of the file with all locations, which may not exist; None for a user without a home folder."""
+    if named := os.environ.get("ICM_CONFIG"):
+        return Path(named).with_name(_FILE)
+    folder = Path(os.environ.get("XDG_CONFIG_HOME", ""))
+    try:
+        return (folder if folder.is_absolute() else Path.home() / ".config") / "icm" / _FILE
+    except RuntimeError:  # common in containers whose user is not in /etc/passwd
+        return None
+
+
+def locations() -> Mapping[str, Location]:
+    """Return name -> location; raise `DataError` if the file cannot be used."""
+    file = locations_file()
+    return {} if file is None else _read(file)
+
+
+def set_location(name: str, location: Location | None) -> None:
+    """Record where a base model is; None forgets it. Other processes may do the same at the same time."""
+    file = locations_file()
+    if file is None:
+        hint = "set HOME or XDG_CONFIG_HOME or ICM_CONFIG"
+        raise DataError("this user has no home folder, and HOME is not set", hint=hint)
+    file = file.resolve()  # a link to a file elsewhere stays
+    with fs.store_errors(file), _locked(file):
+        known = {label: place for label, place in _read(file).items() if label != name}
+        _write(file, known if location is None else known | {name: location})
+
+
+def location_of(names: Sequence[str], known: Mapping[str, Location]) -> Location | None:
+    """Return the location of a base model with these names, if one of them has one."""
+    return next((known[name] for name in _in_order(names, known) if name in known), None)
+
+
+def find_located(names: Sequence[str]) -> FoundBase:
+    """Find a base model by any of its names; raise `BaseModelNotFound` if there is no copy under any."""
+    known = locations()
+    chosen, first = location_of(names, known), None
+    for name in _in_order(names, known):
+        place = known.get(name)
+        aliases, loader = ({}, None) if place is None else ({name: place.path}, place.loader)
+        try:
+            found = find_base_model(name, aliases=aliases, loader=loader)
+            return replace(found, load_in=None if chosen is None else chosen.load_in)
+        except BaseModelNotFound as error:
+            first = first or error
+    assert first is not None
+    raise first
+
+
+def _in_order(names: Sequence[str], known: Mapping[str, Location]) -> list[str]:
+    """Return names with a location before others, and quantised mirrors last: adapters are measured on the original."""
+    return sorted(names, key=lambda name: (original_of(name).is_quantised, name not in known))
+
+
+def _read(file: Path) -> dict[str, Location]:
+    import yaml
+
+    try:
+        text = file.read_text(encoding="utf-8")
+        entries = yaml.safe_load(text) or {}
+    except FileNotFoundError:
+        return {}
+    except (OSError, UnicodeDecodeError) as error:
+        raise _unusable(file, f"cannot be read: {error}") from error
+    except yaml.YAMLError as error:
+        raise _unusable(file, f"is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(entries, dict):
+        raise _unusable(file, "is not a mapping of base models")
+    return {str(name): _location(file, str(name), fields) for name, fields in entries.items()}
+
+
+def _location(file: Path, name: str, fields: object) -> Location:
+    if not isinstance(fields, dict) or not isinstance(fields.get("path"), str):
+        raise _unusable(file, f"has no path for {name!r}")
+    if odd := sorted(map(str, fields.keys() - {"path", "loader", "load_in"})):
+        raise _unusable(file, f"has an unknown key {odd[0]!r} for {name!r}")
+    loader, load_in = fields.get("loader"), fields.get("load_in")
+    if not isinstance(loader, str | None):
+        raise _unusable(file, f"has a loader for {name!r} that is not MODULE:FUNCTION")
+    if load_in not in (None, *LOAD_IN):
+        raise _unusable(file, f"has a load_in for {name!r} that is not {' or '.join(LOAD_IN)}")
+    return Location(file.parent / Path(fields["path"]).expanduser(), loader, load_in)
+
+
+def _unusable(file: Path, fact: str) -> DataError:
+    return DataError(f"the file of base models {fact}", path=file, hint="correct the file or move it away")
+
+
+def _write(file: Path, known: Mapping[str, Location]) -> None:
+    import yaml
+
+    entries = {
+        name: {key: value for key, value in (vars(place) | {"path": str(place.path)}).items() if value is not None}
+        for name, place in known.items()
+    }
+    text = _HEADER + (yaml.safe_dump(entries, allow_unicode=True) if entries else "")
+    new = file.with_name(f"{_FILE}.new")
+    fs.unlink(new)  # left by a killed process
+    fs.write_file(new, text.encode())
+    fs.replace(new, file)
+    fs.fsync_dir(file.parent)
+
+
+@contextmanager
+def _locked(file: Path) -> Iterator[None]:
+    """Keep other processes from writing the file for a block."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    # A file of its own: the one with the locations is replaced, and a lock would stay with the old one.
+    descriptor = fs.open_file(file.with_name(f"{_FILE}.lock"), os.O_CREAT | os.O_RDWR)
+    try:
+        fs.lock(descriptor, "alone", wait=True)
+        yield
+    finally:
+        os.close(descriptor)
