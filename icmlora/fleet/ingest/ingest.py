@@ -36,7 +36,7 @@ from icmlora.formats.discovery.pickled import PickleReader, converted
 from icmlora.io.files import read_regular
 from icmlora.io.safetensors import ITEM_BYTES, MAX_FILE_BYTES
 from registry.errors import DamagedStore, MissingBlob, SourceRefused, StoreNotFound, TaskConflict
-from registry.manifests import WITHOUT_BASE, Adapter, Task
+from registry.manifests import Adapter, Task
 from registry.names import UNKNOWN_BASE, source_label
 from registry.storage.blobs.content import digest_of
 
@@ -384,7 +384,7 @@ class _Batches:
     def _report(self, item: PreparedTask, outcome: Outcome) -> None:
         final, base = item.task.final, self.bases.name_of(outcome.base_model)
         is_new = outcome.status in ("added", "version")
-        named = replace(item.task, name=outcome.name)
+        named = replace(item.task, name=outcome.name, base_model=base)
         ingested = TaskIngested(
             task=outcome.name,
             status=outcome.status,
@@ -399,7 +399,7 @@ class _Batches:
             is_renamed=not item.found.is_called_like_its_folder(outcome.name),
             base_model=base,
             base_is_guess=item.base_is_guess and is_new,
-            original_only=final.original_only or (WITHOUT_BASE if base == UNKNOWN_BASE else None),
+            original_only=named.not_encodable,
             extras_size=final.extras_bytes,
             lora_size=_lora_size(final),
             converted_from=item.found.final.pickle,

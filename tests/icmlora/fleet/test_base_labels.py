@@ -9,7 +9,7 @@ import pytest
 
 from icmlora import AdapterRefused, BaseModelConflict, BaseModelNotFound, Event, Fleet
 from icmlora.fleet.bases.joins import BaseJoined
-from icmlora.fleet.ingest.ingest import IngestReport
+from icmlora.fleet.ingest.report import IngestReport
 from tests.icmlora.tiny_base import LABEL, write_tiny_adapter, write_tiny_base
 
 LLAMA, MIRROR = "meta-llama/Meta-Llama-3-8B-Instruct", "unsloth/llama-3-8b-Instruct-bnb-4bit"
@@ -38,7 +38,7 @@ def bases(fleet: Fleet) -> dict[str, list[str]]:
     """Return the tasks of each base model that has some."""
     found: dict[str, list[str]] = {}
     for row in fleet.tasks():
-        found.setdefault(row.task.base_model, []).append(row.task.name)
+        found.setdefault(row.base, []).append(row.name)
     return found
 
 
@@ -91,15 +91,15 @@ def test_adding_the_path_of_a_model_that_is_known_joins_the_two(fleet: Fleet, tm
     fleet.ingest([write(tmp_path / "poems", str(tiny)), write(tmp_path / "rules", LABEL, seed=2)])
     fleet.add_base_model(LABEL, tiny)
     (base,) = fleet.base_models()
-    assert {base.record.name, *(label.label for label in base.record.labels)} == {LABEL, str(tiny)}
-    assert (base.path, base.record.tasks) == (tiny, 2)
+    assert set(base.base.names) == {LABEL, str(tiny)}
+    assert (base.path, base.tasks) == (tiny, 2)
 
 
 def test_a_copy_under_any_label_is_found(fleet: Fleet, tmp_path: Path, tiny: Path) -> None:
     fleet.ingest([write(tmp_path / "poems", LABEL)])
     fleet.alias_base_model(LABEL, [str(tiny)])
     (base,) = fleet.base_models()
-    assert (base.record.name, base.path) == (LABEL, tiny)
+    assert (base.base.name, base.path) == (LABEL, tiny)
 
 
 def test_revisions_are_kept_apart_unless_told(fleet: Fleet, tmp_path: Path) -> None:
@@ -134,7 +134,7 @@ def test_an_adapter_without_a_label_is_given_its_base_model(fleet: Fleet, tmp_pa
     write(tmp_path / "loras" / "rules", LABEL, seed=2)
     report = fleet.ingest([tmp_path / "loras"], base_model=LABEL)
     assert (bases(fleet), report.problems) == ({LABEL: ["poems", "rules"]}, [])
-    assert fleet.show("poems").final.original_only is None
+    assert fleet.show("poems").task.final.original_only is None
 
 
 def test_a_known_task_without_a_label_moves_to_the_base_model_that_is_told(fleet: Fleet, tmp_path: Path) -> None:
@@ -168,12 +168,12 @@ def test_strict_refuses_a_label_of_another_base_model(fleet: Fleet, tmp_path: Pa
 def test_tasks_of_both_labels_share_one_generator(fleet: Fleet, tmp_path: Path) -> None:
     fleet.ingest([write(tmp_path / "poems", LABEL), write(tmp_path / "rules", "tiny/copy", seed=2)])
     fleet.train(base_model="tiny/copy", device="cpu", steps=5, refine=0, evaluate=False)
-    before = {row.task.name: row.code for row in fleet.tasks()}
+    before = {row.name: fleet.show(row.name).task.code for row in fleet.tasks()}
     done = fleet.alias_base_model(LABEL, ["tiny/copy"])
     assert (done.tasks, done.generators) == (1, 1)
-    assert {row.task.name: row.code for row in fleet.tasks()} == before
+    assert {row.name: fleet.show(row.name).task.code for row in fleet.tasks()} == before
     fleet.update(base_model=LABEL, device="cpu", steps=5, refine=0, evaluate=False)
-    assert all(row.code is not None for row in fleet.tasks("tiny/copy"))
+    assert all(row.is_coded for row in fleet.tasks("tiny/copy"))
     assert len(fleet.tasks(LABEL)) == 2
     bundle = tmp_path / "fleet.icm"
     fleet.export_bundle(bundle, base_model="tiny/copy")
@@ -204,7 +204,7 @@ def test_only_labels_of_the_base_model_are_separated(fleet: Fleet, tmp_path: Pat
         with pytest.raises(BaseModelConflict):
             fleet.separate_base_model(LABEL, ["tiny/copy", label])
     (base,) = fleet.base_models()
-    assert [label.label for label in base.record.labels] == ["tiny/copy"]
+    assert [label.label for label in base.base.labels] == ["tiny/copy"]
 
 
 def test_a_base_model_is_forgotten_by_any_label(fleet: Fleet, tiny: Path) -> None:

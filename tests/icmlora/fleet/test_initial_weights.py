@@ -12,7 +12,7 @@ import torch
 from icmlora import AdapterRefused, Bundle, Fleet, load_adapter
 from icmlora.adapter.metrics import squared_error
 from icmlora.formats.peft.initial import convert
-from registry.records import AdapterRecord
+from registry.manifests import Adapter
 from tests.cli.tiny_fleet import write_lora
 from tests.icmlora.fleet.stores import copy_of, files_of, has_blob, is_sound
 
@@ -42,8 +42,8 @@ def new(tmp_path: Path) -> Fleet:
     return Fleet(tmp_path / "new", cache=tmp_path / "cache")
 
 
-def final(fleet: Fleet, name: str) -> AdapterRecord:
-    return fleet.show(name).final
+def final(fleet: Fleet, name: str) -> Adapter:
+    return fleet.show(name).task.final
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +80,7 @@ def test_checkpoints_have_the_initial_weights_of_their_run(new: Fleet, tmp_path:
     write_pissa(tmp_path / "run" / "checkpoint-10", initial="../pissa_init")
     write_pissa(tmp_path / "run" / "checkpoint-20", seed=31, initial=None)
     new.ingest([tmp_path / "run"])
-    adapters = new.show("run").adapters
+    adapters = new.show("run").task.adapters
     assert len({adapter.initial for adapter in adapters}) == 1
     assert [adapter.original_only for adapter in adapters] == [None, None]
 
@@ -160,7 +160,7 @@ def test_initial_weights_are_evicted_with_the_original_and_come_back_with_it(fle
     assert row.initial is not None
     done = fleet.evict(["sonnets"], max_error=1e9)
     assert (has_blob(fleet, row.weights), has_blob(fleet, row.initial)) == (False, False)
-    assert done.tasks[0].freed == row.weights_bytes + row.initial_bytes
+    assert done.tasks[0].freed == row.weights.size + row.initial.size
     fleet.ingest([template / "sonnets"])
     assert (has_blob(fleet, row.weights), has_blob(fleet, row.initial)) == (False, False)
     assert is_sound(fleet)

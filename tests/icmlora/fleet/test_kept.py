@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 from icmlora import AdapterRefused, Bundle, DataError, Fleet, UnsafeInput, load_adapter
 from icmlora.adapter.metrics import squared_error
 from icmlora.io.safetensors import RawTensor, read_header
-from registry.records import TaskSummary
+from registry.manifests import Task
 from registry.store import Store
 from tests.cli.tiny_fleet import write_lora
-from tests.icmlora.bundles import fields_of, forge
+from tests.icmlora.bundles import Opened, forge
 from tests.icmlora.fleet.kept_tasks import BIAS, CONFIG, FILES, HEAD, NORM, WEIGHTS, write_headed, write_kept
 from tests.icmlora.fleet.stores import blob_of, but_card, copy_of, damage, files_of, is_sound
 from tests.icmlora.tiny_base import LABEL
@@ -71,8 +71,8 @@ def form_of(folder: Path) -> tuple[object, ...]:
     return {info.name: (info.dtype, info.shape) for info in header.tensors}, header.metadata
 
 
-def row_of(fleet: Fleet, name: str) -> TaskSummary:
-    return next(row for row in fleet.tasks() if row.task.name == name)
+def task_of(fleet: Fleet, name: str) -> Task:
+    return fleet.show(name).task
 
 
 def test_a_code_with_extras_has_the_form_of_the_original_and_each_extra_bit_for_bit(
@@ -138,7 +138,7 @@ def test_an_original_comes_back_byte_for_byte_with_the_files_next_to_it(
 
 
 def test_equal_heads_and_files_are_stored_once(fleet: Fleet) -> None:
-    headed, twin = (row_of(fleet, name).final for name in ("headed", "twin"))
+    headed, twin = (task_of(fleet, name).final for name in ("headed", "twin"))
     shared = {extra.blob for extra in headed.extras} & {extra.blob for extra in twin.extras}
     names = {extra.file for extra in headed.extras if extra.blob in shared}
     assert names == {None, *FILES}
@@ -149,7 +149,7 @@ def test_the_bill_counts_extras_once_and_with_the_code(fleet: Fleet) -> None:
     bill = fleet.stats()
     (of_base,) = bill.fleets
     tasks = {task.task: task for task in of_base.tasks}
-    assert tasks["headed"].extras_bytes == row_of(fleet, "headed").final.extras_bytes > 0
+    assert tasks["headed"].extras_bytes == task_of(fleet, "headed").final.extras_bytes > 0
     assert of_base.extras_bytes < tasks["headed"].extras_bytes + tasks["twin"].extras_bytes
     assert bill.usage.extras == of_base.extras_bytes
     assert tasks["headed"].size == tasks["headed"].codes_and_vectors_size + tasks["headed"].extras_bytes
@@ -168,11 +168,11 @@ def test_a_fleet_is_complete_if_every_task_has_a_code_that_can_have_one(fleet: F
 
 
 def test_a_list_says_why_there_is_no_code(fleet: Fleet) -> None:
-    reasons = {row.task.name: row.final.original_only for row in fleet.tasks()}
+    reasons = {row.name: row.original_only for row in fleet.tasks()}
     assert reasons["loha"] == "peft_type is 'LOHA', not LORA"
     assert "holds NaN at [0, 0]" in reasons["diverged"]
     assert [name for name, reason in reasons.items() if reason is not None] == WITHOUT_CODE
-    assert row_of(fleet, "diverged").final.does_nothing
+    assert task_of(fleet, "diverged").final.does_nothing
 
 
 @pytest.mark.slow
@@ -180,7 +180,7 @@ def test_training_leaves_out_what_has_no_code_and_says_why(fleet: Fleet) -> None
     (trained,) = fleet.train(device="cpu", steps=2, fresh=True, refine=0, evaluate=False).trained
     assert sorted(trained.left_out) == WITHOUT_CODE
     assert "LOHA" in trained.left_out["loha"]
-    assert row_of(fleet, "headed").code is not None
+    assert task_of(fleet, "headed").code is not None
 
 
 @pytest.mark.parametrize("task", WITHOUT_CODE)
@@ -218,7 +218,7 @@ def test_a_checkpoint_without_a_code_is_never_evicted(fleet: Fleet, kept: Path, 
     fleet.update(device="cpu", refine=0, evaluate=False)
     (done,) = fleet.evict(["run"], max_error=1.0).tasks
     assert (done.status, done.adapters) == ("evicted", 1)
-    checkpoint, final = fleet.show("run").adapters
+    checkpoint, final = fleet.show("run").task.adapters
     assert (checkpoint.is_evicted, final.is_evicted) == (False, True)
     assert is_sound(fleet)
 
@@ -235,12 +235,12 @@ def test_after_eviction_the_extras_are_still_bit_for_bit(fleet: Fleet, kept: Pat
 @pytest.mark.slow
 def test_an_evicted_original_with_extras_is_restored(fleet: Fleet, kept: Path, out: Path) -> None:
     fleet.evict(["headed"], max_error=1.0)
-    before = row_of(fleet, "headed").final.extras
+    before = task_of(fleet, "headed").final.extras
     report = fleet.ingest([kept / "headed"])
-    assert row_of(fleet, "headed").final.is_evicted
+    assert task_of(fleet, "headed").final.is_evicted
     report = fleet.ingest([kept / "headed"], restore=True)
     assert report.restored == 1
-    assert row_of(fleet, "headed").final.extras == before
+    assert task_of(fleet, "headed").final.extras == before
     fleet.materialize("headed", out)
     assert (out / WEIGHTS).read_bytes() == (kept / "headed" / WEIGHTS).read_bytes()
 
@@ -262,7 +262,7 @@ def test_the_files_next_to_a_known_adapter_are_not_read_again(fleet: Fleet, kept
 
 
 def test_an_extra_that_the_store_lost_comes_back_with_the_same_adapter(fleet: Fleet, kept: Path) -> None:
-    lost = [blob_of(fleet, extra.blob) for extra in row_of(fleet, "headed").final.extras]
+    lost = [blob_of(fleet, extra.blob) for extra in task_of(fleet, "headed").final.extras]
     before = [path.read_bytes() for path in lost]
     for path in lost:
         path.unlink()
@@ -278,7 +278,7 @@ def test_a_dry_run_reads_extras_and_stores_nothing(kept: Path, tmp_path: Path) -
 
 
 def test_removing_tasks_frees_their_extras_but_not_those_of_others(fleet: Fleet) -> None:
-    headed, twin = (row_of(fleet, name).final for name in ("headed", "twin"))
+    headed, twin = (task_of(fleet, name).final for name in ("headed", "twin"))
     fleet.remove(["headed"])
     fleet.prune(grace=0)
     with Store.open(fleet.path) as store:
@@ -290,7 +290,7 @@ def test_removing_tasks_frees_their_extras_but_not_those_of_others(fleet: Fleet)
 
 
 def test_a_damaged_extra_is_found_and_nothing_is_written(fleet: Fleet, out: Path) -> None:
-    extra = next(extra for extra in row_of(fleet, "headed").final.extras if extra.file is None)
+    extra = next(extra for extra in task_of(fleet, "headed").final.extras if extra.file is None)
     damage(blob_of(fleet, extra.blob))
     assert not is_sound(fleet)
     with pytest.raises(Exception, match=extra.blob[:8]):
@@ -327,7 +327,7 @@ def test_an_imported_task_writes_the_same_bytes(fleet: Fleet, bundle: Path, tmp_
     fleet.materialize("headed", tmp_path / "here", source="code")
     other.materialize("headed", tmp_path / "there")
     assert but_card(tmp_path / "there") == but_card(tmp_path / "here")
-    assert row_of(other, "headed").final.extras_bytes == row_of(fleet, "headed").final.extras_bytes
+    assert task_of(other, "headed").final.extras_bytes == task_of(fleet, "headed").final.extras_bytes
     assert is_sound(other)
 
 
@@ -336,16 +336,17 @@ def test_a_bundle_can_be_handed_on_with_its_extras(bundle: Path, tmp_path: Path)
     other.import_bundle(bundle)
     other.export_bundle(tmp_path / "again.icm")
     first, again = Bundle(bundle), Bundle(tmp_path / "again.icm")
-    assert [task.extras for task in again.tasks] == [task.extras for task in first.tasks]
-    assert [task.template for task in again.tasks] == [task.template for task in first.tasks]
+    assert [task.final.extras for task in again.tasks] == [task.final.extras for task in first.tasks]
+    assert [task.final.template for task in again.tasks] == [task.final.template for task in first.tasks]
 
 
 @pytest.mark.parametrize("name", [WEIGHTS, "adapter_model.bin", "README.md", "icm-placeholder.json", "code.py"])
 def test_a_bundle_brings_no_file_that_does_not_come_with_an_adapter(bundle: Path, tmp_path: Path, name: str) -> None:
-    fields = fields_of(bundle)
-    for task in fields["tasks"]:
-        task["extras"] = [[part, name if file in FILES else file, size] for part, file, size in task["extras"]]
-    forge(bundle, fields)
+    def rename(opened: Opened) -> None:
+        for extra in (extra for task in opened.tasks for extra in task["final"].get("extras", ())):
+            extra |= {"file": name} if extra.get("file") in FILES else {}
+
+    forge(bundle, rename)
     with pytest.raises(UnsafeInput, match=f"'{name}' is not a file of an adapter"):
         Bundle(bundle).materialize("headed", tmp_path / "out")
     with pytest.raises(UnsafeInput, match="the format peft"):
@@ -382,9 +383,9 @@ def test_an_adapter_without_a_base_model_is_kept_and_says_what_is_missing(tmp_pa
     write_lora(tmp_path / "in" / "nameless", base_model_name_or_path=None)
     fleet = Fleet(tmp_path / "store")
     fleet.ingest([tmp_path / "in"])
-    row = row_of(fleet, "nameless")
-    assert row.task.base_model == "unknown"
-    assert "--base-model" in (row.final.original_only or "")
+    task = task_of(fleet, "nameless")
+    assert task.base_model == "unknown"
+    assert "--base-model" in (task.not_encodable or "")
 
 
 @pytest.mark.slow

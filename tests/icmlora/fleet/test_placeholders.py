@@ -36,7 +36,7 @@ def folder_of(fleet: Fleet, task: str, **options: Any) -> FolderReplaced:
 
 
 def gone(fleet: Fleet) -> list[str]:
-    return [row.task.name for row in fleet.tasks() if row.final.is_evicted]
+    return [row.name for row in fleet.tasks() if row.evicted_at is not None]
 
 
 def test_the_adapter_gives_way_and_everything_else_stays(fleet: Fleet, own_loras: Path) -> None:
@@ -60,19 +60,18 @@ def test_the_placeholder_names_task_store_and_digests(fleet: Fleet, own_loras: P
     sizes = {name: (own_loras / "rules" / name).stat().st_size for name in (CONFIG, WEIGHTS)}
     fleet.evict(["rules"], max_error=0.7, placeholder=True)
     found = read_placeholder(own_loras / "rules" / PLACEHOLDER_NAME)
-    details = fleet.show("rules")
+    task = fleet.show("rules").task
     assert (found.task, found.store, found.is_final) == ("rules", str(fleet.path), True)
-    assert (found.weights, found.config) == (details.final.weights, details.final.config)
+    assert (found.weights, found.config) == (task.final.weights, task.final.config)
     assert {file.name: file.stamp.size for file in found.files} == sizes
-    assert details.code is not None
-    assert details.generator is not None
+    assert task.code is not None
     assert found.code is not None
-    assert (found.code.code.digest, found.code.generator.digest) == (details.code.blob, details.generator.blob)
+    assert (found.code.code.digest, found.code.generator.digest) == (task.code.blob, task.code.generator)
 
 
 def test_what_is_freed_is_reported_apart_from_the_store(fleet: Fleet, own_loras: Path) -> None:
     size = sum((own_loras / "rules" / name).stat().st_size for name in (CONFIG, WEIGHTS))
-    weights = fleet.show("rules").final.weights_bytes
+    weights = fleet.show("rules").task.final.weights.size
     report = fleet.evict(["rules"], max_error=0.7, placeholder=True)
     assert (report.freed, report.freed_in_folders) == (weights, size)
 
@@ -138,7 +137,7 @@ def test_a_damaged_code_leaves_the_folder_of_an_evicted_task(fleet: Fleet, own_l
 
 
 def test_a_damaged_original_leaves_the_folder(fleet: Fleet, own_loras: Path) -> None:
-    damage(blob_of(fleet, fleet.show("rules").final.weights))
+    damage(blob_of(fleet, fleet.show("rules").task.final.weights))
     folder = folder_of(fleet, "rules")
     assert (folder.status, "damaged" in str(folder.reason)) == ("left", True)
     assert WEIGHTS in names_in(own_loras / "rules")
@@ -197,17 +196,17 @@ def test_weights_that_change_while_other_files_go_are_not_deleted(
     assert weights.read_bytes() == b"of another training"
 
 
-def test_a_task_that_is_replaced_while_its_code_is_checked_keeps_its_folder(
+def test_a_task_with_a_new_version_while_its_code_is_checked_keeps_its_folder(
     fleet: Fleet, own_loras: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = check._Checker._checked
 
-    def replace_then(self: Any, *about_the_task: Any) -> Any:
+    def ingest_then(self: Any, *about_the_task: Any) -> Any:
         made = real(self, *about_the_task)
-        fleet.ingest([write_lora(tmp_path / "new" / "rules", seed=77)], name="rules", on_conflict="replace")
+        fleet.ingest([write_lora(tmp_path / "new" / "rules", seed=77)], name="rules", on_conflict="version")
         return made
 
-    monkeypatch.setattr(check._Checker, "_checked", replace_then)
+    monkeypatch.setattr(check._Checker, "_checked", ingest_then)
     (task,) = fleet.evict(["rules"], max_error=0.7, placeholder=True).tasks
     assert (task.status, [folder.status for folder in task.folders]) == ("kept", ["left"])
     assert names_in(own_loras / "rules") >= {CONFIG, WEIGHTS}
@@ -317,7 +316,7 @@ def test_a_checkpoint_that_a_placeholder_stands_for_keeps_its_original(fleet: Fl
     (task,) = report.tasks
     assert (task.status, task.adapters, report.partly) == ("evicted", 1, True)
     assert "a placeholder replaces it" in str(task.reason)
-    assert [row.is_evicted for row in fleet.show("poems").adapters] == [False, False, True]
+    assert [row.is_evicted for row in fleet.show("poems").task.adapters] == [False, False, True]
 
 
 def test_removing_a_task_tells_of_its_placeholders(fleet: Fleet, own_loras: Path) -> None:

@@ -79,7 +79,7 @@ def test_checkpoints_may_be_pickles(new: Fleet, tmp_path: Path) -> None:
     write_lora(tmp_path / "run" / "checkpoint-15", seed=15)
     (task,) = new.ingest([tmp_path / "run"], read_bin=True).ingested
     assert (task.new, task.converted_from) == (3, None)
-    assert [adapter.step for adapter in new.show("run").adapters] == [5, 10, 15]
+    assert [adapter.step for adapter in new.show("run").task.adapters] == [5, 10, 15]
 
 
 def test_a_hostile_pickle_costs_only_itself(new: Fleet, tmp_path: Path) -> None:
