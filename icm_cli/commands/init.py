@@ -8,6 +8,7 @@ from typing import Annotated
 
 from icm_cli.options import argument, option
 from icm_cli.session import Session, command
+from icmlora.io.text import counted
 
 StoreArg = Annotated[
     str | None, argument("[STORE]", "A folder or postgresql://HOST/DATABASE. Default: as for --store.")
@@ -20,10 +21,17 @@ BlobsOpt = Annotated[
         "the same path on all machines. Default: the folder of the store.",
     ),
 ]
+RecoverOpt = Annotated[
+    bool,
+    option(
+        "--recover",
+        "Rebuild the lost database of the store whose files are at --blobs. Never use it while that database exists.",
+    ),
+]
 
 
 @command
-def init(session: Session, address: StoreArg = None, blobs: BlobsOpt = None) -> None:
+def init(session: Session, address: StoreArg = None, blobs: BlobsOpt = None, recover: RecoverOpt = False) -> None:
     """Create a shared store in PostgreSQL and an object store.
 
     The database must exist. Blobs can also be in a shared folder. Their location is saved in the database, so other
@@ -45,7 +53,10 @@ def init(session: Session, address: StoreArg = None, blobs: BlobsOpt = None) -> 
         context = replace(context, address=address_of(address))
     if blobs is not None and "://" not in blobs:
         blobs = os.path.abspath(blobs)  # keep symlinks, which may differ between machines
-    made = make(context, blobs)
-    session.out.document({"store": made.store, "blobs": made.blobs, "is_new": made.is_new})
+    made = make(context, blobs, recover=recover)
+    document: dict[str, object] = {"store": made.store, "blobs": made.blobs, "is_new": made.is_new}
+    session.out.document(document if made.recovered is None else {**document, "recovered_count": made.recovered})
     session.out.answer(made.store)
     session.out.note(f"{'created' if made.is_new else 'found'} a store with blobs in {made.blobs}")
+    if made.recovered is not None:
+        session.out.note(f"rebuilt the database from the manifests: {counted(made.recovered, 'task')}")

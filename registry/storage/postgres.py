@@ -28,6 +28,7 @@ from sqlalchemy.pool import QueuePool
 
 from registry.errors import (
     DamagedStore,
+    NotAStore,
     RegistryError,
     StoreFull,
     StoreLocked,
@@ -78,11 +79,8 @@ class PostgresDatabase(Database):
         patience: How long to wait for commits of others.
     """
 
-    # Where the manifests are went with it.
-    meta_hint = (
-        "restore the database from a backup, or copy `blobs` and `manifests` into a new store folder and run "
-        "`icm verify --repair` there"
-    )
+    # The location of the manifests is lost with it.
+    meta_hint = "run `icm init STORE --blobs LOCATION --recover` with the location of its files"
 
     def __init__(self, url: DatabaseUrl, *, command: str, read_only: bool, patience: Patience) -> None:
         super().__init__(str(url), str(url), read_only=read_only, patience=patience)
@@ -115,6 +113,14 @@ class PostgresDatabase(Database):
                 before()
                 make_tables(connection, blobs=blobs)
             return self._meta(connection)
+
+    def recover(self, blobs: str, store: str) -> None:
+        """Make the tables of a store whose database was lost, for its files at an address."""
+        with self._errors(), self._writing() as connection:
+            if self._is_made(connection) and connection.execute(select(META)).first() is not None:
+                hint = "run `icm verify --repair` to rebuild its database"
+                raise NotAStore(f"{self.place} is a store already", path=self.place, hint=hint)
+            make_tables(connection, store=store, blobs=blobs)
 
     @contextmanager
     def rebuild(self) -> Iterator[Connection]:

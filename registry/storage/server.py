@@ -80,6 +80,22 @@ def _claim(database: PostgresDatabase, blobs: str) -> Meta:
     return meta
 
 
+def recover_server(url: DatabaseUrl, blobs: str, *, command: str, patience: Patience) -> None:
+    """Make the tables of a store whose database was lost, for its files at an address; `rebuild` fills them.
+
+    Raises:
+        NotAStore: The database is not lost.
+        StoreUnavailable: The server cannot be reached, or there are no files of a store at the address.
+    """
+    owner = backends_at(blobs, "")[0].owner()
+    database = PostgresDatabase(url, command=command, read_only=False, patience=patience)
+    try:
+        _reach(database)
+        database.recover(blobs, owner)
+    finally:
+        database.close()
+
+
 class ServerMaintenance:
     """The maintenance of a store in a database: its server makes backups, and room for more."""
 

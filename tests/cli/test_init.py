@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from icm_cli.errors import ExitCode
 from tests.cli.conftest import Ran
-from tests.cli.tiny_fleet import LABEL
+from tests.cli.fleet import write_adapter
+from tests.icmlora.tiny_base import LABEL
 from tests.pg_server import new_database
 
 Icm = Callable[..., Ran]
@@ -82,3 +84,45 @@ def test_a_database_that_is_away_is_one_error_with_a_code_of_its_own(icm: Icm) -
     ran = icm("ls", "--store", "postgresql://127.0.0.1:1/fleet")
     assert ran.code == 18
     assert ran.err.count("error:") == 1
+
+
+@pytest.mark.parametrize("place", ["database", "folder"])
+@pytest.mark.parametrize("blobs", ["folder", "bucket"])
+def test_a_lost_database_is_rebuilt_from_its_files(
+    place: str, blobs: str, request: pytest.FixtureRequest, tmp_path: Path, icm: Icm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if blobs == "bucket":
+        server = request.getfixturevalue("s3")
+        for name, value in server.environment.items():
+            monkeypatch.setenv(name, value)
+    location = f"s3://icm/{tmp_path.name}-{place}" if blobs == "bucket" else str(tmp_path / "blobs")
+    first, second = (
+        new_database(request.getfixturevalue("postgres")) if place == "database" else str(tmp_path / name)
+        for name in ("first", "second")
+    )
+    write_adapter(tmp_path / "loras" / "rust")
+    assert icm("init", first, "--blobs", location).code == 0
+    assert icm("ingest", tmp_path / "loras", "--store", first).code == 0
+    before = icm("ls", "--json", "--store", first).document
+    ran = icm("init", second, "--blobs", location)
+    assert (ran.code, "--recover" in ran.err) == (ExitCode.NO_STORE, True)
+    ran = icm("init", second, "--blobs", location, "--recover", "--json")  # as if the first one was lost
+    assert (ran.code, ran.document["recovered_count"]) == (0, 1), ran.err
+    assert icm("ls", "--json", "--store", second).document == before
+    assert icm("verify", "--read-data", "--store", second).code == 0
+    if place == "database":
+        psycopg = pytest.importorskip("psycopg")
+        with psycopg.connect(second, autocommit=True) as server:
+            server.execute("DELETE FROM meta")
+        assert "--recover" in icm("ls", "--store", second).err
+        assert icm("init", second, "--blobs", location, "--recover").code == 0
+        assert icm("ls", "--json", "--store", second).document == before
+        assert icm("init", second, "--blobs", location, "--recover").code == ExitCode.NO_STORE
+
+
+def test_a_place_without_files_is_not_recovered(url: str, tmp_path: Path, icm: Icm) -> None:
+    (tmp_path / "blobs").mkdir()
+    for store in (url, str(tmp_path / "new")):
+        assert icm("init", store, "--blobs", tmp_path / "blobs", "--recover").code == ExitCode.UNAVAILABLE
+        assert icm("ls", "--store", store).code == ExitCode.NO_STORE
+    assert icm("init", url, "--recover").code == ExitCode.USAGE

@@ -18,6 +18,8 @@ from typing import BinaryIO, NamedTuple, Protocol
 
 from registry.files import Bytes
 
+RECOVER = "run `icm init STORE --blobs LOCATION --recover` if the database of that store was lost"
+
 
 class BlobInfo(NamedTuple):
     """A blob as a listing shows it.

@@ -41,7 +41,7 @@ from obstore.store import from_url
 from registry.errors import NotAStore, StoreUnavailable
 from registry.files import Bytes, failpoint, store_errors
 from registry.manifests import is_digest
-from registry.storage.blobs.backend import BlobInfo, Leftover
+from registry.storage.blobs.backend import RECOVER, BlobInfo, Leftover
 from registry.storage.paths import Namespace
 
 if TYPE_CHECKING:
@@ -273,18 +273,23 @@ class ObjectBackend:
             self._check_owner()
             self._is_confirmed = True
 
-    def _check_owner(self) -> None:
+    def owner(self) -> str:
+        """Return the number of the store whose place this is."""
         with self._errors(_OWNER):
             try:
-                found = bytes(obstore.get(self._store, _OWNER).bytes()).decode(errors="replace")
+                return bytes(obstore.get(self._store, _OWNER).bytes()).decode(errors="replace")
             except FileNotFoundError:
                 hint = "check the address, and that the bucket was not emptied"
                 raise StoreUnavailable(f"no icm blobs at {self._url}", path=self._url, hint=hint) from None
-        if found != self._owner:
+
+    def _check_owner(self) -> None:
+        if self.owner() != self._owner:
             raise self._not_mine()
 
     def _not_mine(self) -> NotAStore:
-        return NotAStore(f"{self._url} holds the blobs of another store", hint="choose another bucket or prefix")
+        return NotAStore(
+            f"{self._url} holds the blobs of another store", hint=f"choose another bucket or prefix, or {RECOVER}"
+        )
 
     def _listed(self, digit: str) -> list[BlobInfo]:
         found = (

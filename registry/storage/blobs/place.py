@@ -36,6 +36,10 @@ class RemoteBackend(BlobBackend, Protocol):
         """
         ...
 
+    def owner(self) -> str:
+        """Return the number of the store whose place this is; raise `StoreUnavailable` if it is nobody's."""
+        ...
+
     def claim(self) -> None:
         """Make this the place of the store's blobs; twice is once.
 
@@ -55,12 +59,22 @@ def claim_location(paths: StorePaths, address: str) -> None:
     """
     if not paths.place.exists():
         backends_at(address, "")  # before anything is written
-        temporary = paths.tmp / "BLOBS"
-        fs.unlink(temporary)
-        fs.write_file(temporary, json.dumps({"place": address, "owner": uuid4().hex}).encode(), 0o444)
-        fs.replace(temporary, paths.place)
-        fs.fsync_dir(paths.root)
+        _write_place(paths, address, uuid4().hex)
     remote_blobs(paths, address)[0].claim()
+
+
+def recover_location(paths: StorePaths, address: str) -> None:
+    """Let a store folder that is being made have the files of a store at an address, whose folder was lost."""
+    if not paths.place.exists():
+        _write_place(paths, address, backends_at(address, "")[0].owner())
+
+
+def _write_place(paths: StorePaths, address: str, owner: str) -> None:
+    temporary = paths.tmp / "BLOBS"
+    fs.unlink(temporary)
+    fs.write_file(temporary, json.dumps({"place": address, "owner": owner}).encode(), 0o444)
+    fs.replace(temporary, paths.place)
+    fs.fsync_dir(paths.root)
 
 
 def remote_blobs(paths: StorePaths, asked: str | None = None) -> tuple[RemoteBackend, RemoteBackend]:

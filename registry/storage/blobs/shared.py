@@ -21,7 +21,7 @@ from uuid import uuid4
 
 from registry import files as fs
 from registry.errors import NotAStore, StoreUnavailable
-from registry.storage.blobs.backend import BlobInfo
+from registry.storage.blobs.backend import RECOVER, BlobInfo
 from registry.storage.blobs.local import LocalBackend, LocalBatch
 from registry.storage.paths import Namespace, StorePaths, make_folders
 
@@ -142,17 +142,20 @@ class SharedBackend(LocalBackend):
             fs.unlink(temporary)
         fs.fsync_dir(self._folder)
 
-    def _check_owner(self) -> None:
-        """Raise unless the folder is there, and is the store's."""
+    def owner(self) -> str:
+        """Return the number of the store whose folder this is."""
         try:
-            found = (self._folder / "owner").read_text(errors="replace")
+            return (self._folder / "owner").read_text(errors="replace")
         except OSError as error:
             hint = "check that it is mounted at this path, and that this user may read it"
             fact = f"no icm blobs in {self._folder}: {error.strerror}"
             raise StoreUnavailable(fact, path=self._folder, hint=hint) from None
-        if found != self._owner:
+
+    def _check_owner(self) -> None:
+        """Raise unless the folder is there, and is the store's."""
+        if self.owner() != self._owner:
             raise self._not_mine()
 
     def _not_mine(self) -> NotAStore:
         fact = f"{self._folder} holds the blobs of another store"
-        return NotAStore(fact, path=self._folder, hint="choose another folder")
+        return NotAStore(fact, path=self._folder, hint=f"choose another folder, or {RECOVER}")
