@@ -140,7 +140,7 @@ def test_a_store_that_does_not_know_its_number_is_rebuilt_in_a_folder(url: str, 
     execute(url, "DELETE FROM meta")
     with pytest.raises(DamagedStore, match="does not say which store it is") as error:
         Store.open(url, create=create, blobs=str(blobs) if create else None)
-    assert "copy `blobs` and `manifests` into a new store folder" in str(error.value.hint)
+    assert "icm init STORE --blobs LOCATION --recover" in str(error.value.hint)
     Store.open(tmp_path / "folder", create=True).close()
     for part in ("blobs", "manifests"):
         shutil.copytree(blobs / part, tmp_path / "folder" / part, dirs_exist_ok=True)
