@@ -13,7 +13,7 @@ from icmlora.io.text import human_size, in_ranges
 
 if TYPE_CHECKING:
     from icmlora.fleet.bundles.bundles import Bundle
-    from registry.manifests import Claim, Task
+    from registry.manifests import Task
 
 
 def list_bundle(session: Session, file: Path, base_model: str | None) -> None:
@@ -37,14 +37,13 @@ def _fields(bundle: Bundle) -> list[Field[Task]]:
         Field("targets", lambda task: ",".join(in_ranges(task.final.target_modules)), shrink=True),
         Field("original", lambda task: human_size(task.final.original_bytes), right=True),
         Field("code", lambda task: human_size(_code_size(task)), right=True),
-        Field(
-            "claimed error", lambda task: figure(errors_json(_claim(task).squared_error)["relative_error"]), right=True
-        ),
-        Field("claimed gain", lambda task: gain_text(_claim(task).retained_gain, _claim(task).precision), right=True),
+        Field("claimed error", lambda task: figure(errors_json(_claim(task)[0])["relative_error"]), right=True),
+        Field("claimed gain", lambda task: gain_text(*_claim(task)[1:]), right=True),
     ]
 
 
 def _as_json(bundle: Bundle, task: Task) -> dict[str, object]:
+    error, gain, precision = _claim(task)
     return {
         "name": task.name,
         "base_model": bundle.base_model,
@@ -54,9 +53,9 @@ def _as_json(bundle: Bundle, task: Task) -> dict[str, object]:
         "target_modules": list(task.final.target_modules),
         "original_size": task.final.original_bytes,
         "code_size": _code_size(task),
-        **errors_json(_claim(task).squared_error),
-        "retained_gain": _claim(task).retained_gain,
-        "precision": _claim(task).precision,
+        **errors_json(error),
+        "retained_gain": gain,
+        "precision": precision,
     }
 
 
@@ -64,7 +63,7 @@ def _code_size(task: Task) -> int:
     return 0 if task.code is None else task.code.size
 
 
-def _claim(task: Task) -> Claim:
-    from registry.manifests import Claim
-
-    return (task.code and task.code.claim) or Claim()
+def _claim(task: Task) -> tuple[float | None, float | None, str | None]:
+    """Return the squared error, the retained gain and the precision that the bundle claims."""
+    claim = None if task.code is None else task.code.claim
+    return (None, None, None) if claim is None else (claim.squared_error, claim.retained_gain, claim.precision)

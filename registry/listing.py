@@ -11,7 +11,6 @@ from typing import Any
 from sqlalchemy import ColumnElement, Select, and_, false, func, not_, or_, select
 
 from registry.filters import Filter, Selection
-from registry.names import UNKNOWN_BASE
 from registry.tables import REFS, TaskRow
 
 ROW = tuple(REFS.c[one.name] for one in fields(TaskRow))
@@ -35,7 +34,7 @@ _STATUSES: Mapping[str, ColumnElement[bool]] = {
     "evicted": REFS.c.evicted_at.is_not(None),
     "pinned": REFS.c.pinned,
     "coded": REFS.c.code_size.is_not(None),
-    "original-only": or_(REFS.c.original_only.is_not(None), REFS.c.base == UNKNOWN_BASE),
+    "original-only": REFS.c.original_only.is_not(None),
     "does-nothing": REFS.c.does_nothing,
     "generated": REFS.c.is_generated,
 }

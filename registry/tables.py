@@ -20,7 +20,7 @@ from sqlalchemy.types import TypeDecorator
 
 from registry.errors import DamagedStore
 from registry.manifests import State, Task, written
-from registry.names import UNKNOWN_BASE, folder_of
+from registry.names import folder_of
 
 FORMAT = 1
 """Of the tables and the manifests. A store with another number is refused."""
@@ -83,7 +83,7 @@ class TaskRow:
     vectors: int
     vectors_bytes: int
     evicted_at: str | None
-    original_only: str | None
+    original_only: str | None  # why it cannot have a code
     does_nothing: bool
     is_generated: bool
     pinned: bool
@@ -115,7 +115,7 @@ class TaskRow:
             "evicted": self.evicted_at is not None,
             "pinned": self.pinned,
             "coded": self.is_coded,
-            "original-only": self.original_only is not None or self.base == UNKNOWN_BASE,
+            "original-only": self.original_only is not None,
             "does-nothing": self.does_nothing,
             "generated": self.is_generated,
         }

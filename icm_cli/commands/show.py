@@ -80,7 +80,7 @@ def _summary(details: TaskDetails) -> list[tuple[str, str]]:
         ("modules", f"{len(final.layout)}, {final.parameters:,} parameters"),
         ("source", final.source),
         ("original", _original(task)),
-        *_kept(final),
+        *_kept(task),
         *header_notes(details.header).items(),
         *_marks(task),
         ("samples", "yes" if task.samples else "no"),
@@ -112,7 +112,7 @@ def _nearest(details: TaskDetails) -> list[tuple[str, str]]:
 
 def _coded(details: TaskDetails) -> list[tuple[str, str]]:
     code = details.task.code
-    if details.task.final.original_only is not None:
+    if details.task.not_encodable is not None:
         return []
     if code is None:
         return [("code", "-")]
@@ -146,9 +146,10 @@ def _original(task: Task) -> str:
     return f"{state}, pinned" if task.pinned else state
 
 
-def _kept(final: Adapter) -> list[tuple[str, str]]:
+def _kept(task: Task) -> list[tuple[str, str]]:
     """Return the parts of an adapter that are stored exactly because no code can represent them."""
-    lines = [] if final.original_only is None else [("original only", final.original_only)]
+    final = task.final
+    lines = [] if task.not_encodable is None else [("original only", task.not_encodable)]
     if final.extras:
         files = ", ".join(extra.file for extra in final.extras if extra.file is not None)
         lines.append(("extras", f"{human_size(final.extras_bytes)}, stored exactly{files and f': {files}'}"))
@@ -237,7 +238,7 @@ def _as_json(details: TaskDetails) -> dict[str, object]:
         "note": task.note,
         "samples": task.samples,
         "eval_data": task.eval_data,
-        "original_only": final.original_only,
+        "original_only": task.not_encodable,
         "extras_bytes": final.extras_bytes,
         "adapters": [
             *map(_adapter_json, task.checkpoints, repeat(False), details.same_as_final),

@@ -34,12 +34,9 @@ def content(folder: Path) -> dict[str, bytes]:
 def blob_of(store: Path, task: str, source: str) -> str:
     """Return the blob that a source cannot do without."""
     with Store.open(store) as opened:
-        generator = opened.generators.current(LABEL)
-        assert generator is not None
-        code = opened.codes.get(task, generator.id)
-        assert code is not None
-        vector = opened.vectors.all(task)[0]
-        return {"original": opened.tasks.final(task).weights, "code": code.blob, "generate": vector.blob}[source]
+        known = opened.task(task)
+    assert known.code is not None
+    return {"original": known.final.weights, "code": known.code.blob, "generate": known.vectors[0].blob}[source]
 
 
 @pytest.mark.one_case

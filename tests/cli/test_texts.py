@@ -79,7 +79,7 @@ def set_template(base: Path, template: str | None) -> None:
 
 def extractors(store: Path, task: str) -> list[dict[str, Any]]:
     with Store.open(store, read_only=True) as opened:
-        return [dict(row.extractor) for row in opened.vectors.all(task)]
+        return [dict(vector.extractor) for vector in opened.task(task).vectors]
 
 
 class TestIngest:

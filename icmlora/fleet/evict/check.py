@@ -110,8 +110,8 @@ class _Checker:
         chosen = tuple(one for one in wanted if one.original_only is None)
         if task.pinned or not wanted:
             return _untouched(name, task)
-        if task.final.original_only is not None:
-            return TaskEvicted(name, "original_only", reason=task.final.original_only)
+        if task.not_encodable is not None:
+            return TaskEvicted(name, "original_only", reason=task.not_encodable)
         if not chosen:
             return TaskEvicted(name, "original_only", reason=wanted[0].original_only)
         if code is None:

@@ -158,7 +158,7 @@ def _plan(
             report.present += 1
         elif task.final.is_evicted:
             report.evicted.append(task.name)
-        elif task.final.original_only is not None:
+        elif task.not_encodable is not None:
             report.original_only.append(task.name)
         else:
             todo[task.base_model].append(task)

@@ -57,8 +57,9 @@ def test_the_report_says_what_is_in_the_file(fleet: Fleet, tmp_path: Path) -> No
 def test_sizes_in_a_bundle_are_those_of_the_store(fleet: Fleet, file: Path) -> None:
     opened = Bundle(str(file))
     for task in opened.tasks:
-        assert opened.code_size(task) == blob_of(fleet, code_blobs(fleet)[task.name]).stat().st_size
-        assert opened.original_size(task) == fleet.show(task.name).task.final.original_bytes
+        assert task.code is not None
+        assert task.code.size == blob_of(fleet, code_blobs(fleet)[task.name]).stat().st_size
+        assert task.final.original_bytes == fleet.show(task.name).task.final.original_bytes
 
 
 def test_the_same_store_gives_the_same_file(fleet: Fleet, file: Path, tmp_path: Path) -> None:
@@ -79,7 +80,7 @@ def test_only_named_tasks_are_exported_each_once(fleet: Fleet, tmp_path: Path) -
 def test_tasks_without_a_code_are_left_out_unless_they_are_named(fleet: Fleet, loras: Path, tmp_path: Path) -> None:
     fleet.ingest([loras / "silent"], name="twin")
     assert fleet.export_bundle(tmp_path / "out.icm").left_out == ("twin",)
-    with pytest.raises(DataError, match="no code under the current generator: twin"):
+    with pytest.raises(DataError, match="no code: twin"):
         fleet.export_bundle(tmp_path / "twin.icm", ["twin", "poems"])
     assert not (tmp_path / "twin.icm").exists()
 
@@ -284,10 +285,10 @@ def test_a_stopped_import_records_nothing_and_the_next_one_finishes(file: Path, 
 
 def test_what_was_measured_elsewhere_travels_along_as_a_claim(learned: Fleet, other: Fleet, tmp_path: Path) -> None:
     learned.evaluate(["apples"], sources=["code"], device="cpu")
-    gain = learned.stats().fleets[0].tasks[0].retained_gain
+    gain = learned.stats().fleets[0].tasks[0].row.gain
     other.import_bundle(learned.export_bundle(tmp_path / "out.icm").file)
     (fleet,) = other.stats().fleets
-    assert (fleet.base_model, fleet.tasks[0].retained_gain, fleet.tasks[0].is_claimed) == (LABEL, None, True)
+    assert (fleet.base_model, fleet.tasks[0].row.gain, fleet.tasks[0].row.claim is None) == (LABEL, None, False)
     code = other.show("apples").task.code
     assert code is not None
     assert code.claim is not None
