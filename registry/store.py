@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
 
 from sqlalchemy import Connection, Select, Table, bindparam, delete, func, insert, or_, select, update
+from sqlalchemy.exc import IntegrityError
 
 from registry.errors import DamagedStore, GeneratorNotFound, LostRace, TaskConflict, TaskNotFound
 from registry.filters import Selection
@@ -680,7 +681,10 @@ def _replace(connection: Connection, table: Table, key: Sequence[str], rows: Seq
     if rows:
         same = [table.c[name] == bindparam(f"old_{name}") for name in key]
         connection.execute(delete(table).where(*same), [{f"old_{name}": row[name] for name in key} for row in rows])
-        connection.execute(insert(table), rows)
+        try:
+            connection.execute(insert(table), rows)
+        except IntegrityError as error:  # rows with these keys were deleted just now
+            raise DamagedStore("the database is damaged: an index lacks rows of its table", hint=REPAIR_HINT) from error
 
 
 def _lost(what: str) -> LostRace:
