@@ -2,8 +2,9 @@
 
     python -m tests.benchmarks.listings --before REVISION [--sizes 20 10000] [--runs 5] [--work DIR] [--out FILE.json]
 
-Each command is a process of its own, from the start of Python to its end, and the revisions take turns. Each revision
-lists stores that it made itself (`listed_tasks`); `--work` keeps them for the next time. The least of the runs counts.
+Each command is a process of its own, from the start of Python to its end, and the revisions take turns. Each revision,
+which must have manifests, lists stores that it made itself (`listed_tasks`); `--work` keeps them for the next time. The
+least of the runs counts.
 Each store has a cache of its own, which is empty before each run of the `first show`.
 This module imports nothing large, because the peak memory of a child counts what its parent has when it begins.
 """

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from icmlora.adapter.layout import ModuleShape, target_modules
 from icmlora.adapter.model import Adapter, LoraModule
-from registry.records import NewAdapter, NewCode, TaskIngest
 from registry.store import Store
 from tests.benchmarks.sizes.adapters import save
 
@@ -39,17 +38,10 @@ def build(folder: Path, first: int, count: int) -> None:
 
 
 def add_rows(store: Path, count: int) -> None:
-    """Record tasks that share the files of the store's first task: its adapter and its code."""
+    """Publish tasks that share the files of the store's first task: its adapter and its code."""
     with Store.open(store) as opened:
-        (known,) = opened.tasks.summaries()
-        assert known.code is not None
-        generator = opened.generators.current(BASE_MODEL)
-        assert generator is not None
-        adapter = NewAdapter(**{field.name: getattr(known.final, field.name) for field in fields(NewAdapter)})
+        (known,) = opened.tasks()
         for first in range(1, count, _AT_ONCE):
             names = [f"task-{number:06d}" for number in range(first, min(first + _AT_ONCE, count))]
-            offers = [TaskIngest(name, BASE_MODEL, [replace(adapter, source=f"loras/{name}")]) for name in names]
-            opened.tasks.ingest(offers)
-            finals = [opened.tasks.final(name) for name in names]
-            code = known.code
-            opened.codes.add(generator.id, [NewCode(row, code.blob, code.bits, code.squared_error) for row in finals])
+            finals = {name: replace(known.final, source=f"loras/{name}") for name in names}
+            opened.publish([replace(known, name=name, final=finals[name], manifest=None) for name in names])
