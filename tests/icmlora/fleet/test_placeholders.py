@@ -196,7 +196,7 @@ def test_weights_that_change_while_other_files_go_are_not_deleted(
     assert weights.read_bytes() == b"of another training"
 
 
-def test_a_task_with_a_new_version_while_its_code_is_checked_keeps_its_folder(
+def test_a_task_that_gets_a_new_version_while_its_code_is_checked_can_restore_its_folder(
     fleet: Fleet, own_loras: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = check._Checker._checked
@@ -207,9 +207,11 @@ def test_a_task_with_a_new_version_while_its_code_is_checked_keeps_its_folder(
         return made
 
     monkeypatch.setattr(check._Checker, "_checked", ingest_then)
+    before = files_of(own_loras / "rules")
     (task,) = fleet.evict(["rules"], max_error=0.7, placeholder=True).tasks
-    assert (task.status, [folder.status for folder in task.folders]) == ("kept", ["left"])
-    assert names_in(own_loras / "rules") >= {CONFIG, WEIGHTS}
+    assert (task.status, [folder.status for folder in task.folders]) == ("kept", ["replaced"])
+    fleet.restore([own_loras / "rules"])
+    assert files_of(own_loras / "rules") == before
 
 
 def test_a_changed_folder_does_not_stop_the_others_or_the_eviction(fleet: Fleet, own_loras: Path) -> None:
