@@ -49,6 +49,7 @@ _MAX_NAMES = 50_000
 """Names whose answers are kept, of tasks or not: clients choose them."""
 _MAX_ADAPTERS = 10_000
 """Manifests of which is kept what their adapters are made from."""
+_MAX_DIGITS = 9  # of the number of a version
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -84,6 +85,8 @@ class Answer(NamedTuple):
 
 class _Source(Protocol):
     """Where tasks come from."""
+
+    place: str  # of the database, or of the bundle
 
     def stamp(self, *, at_once: bool = False) -> Hashable:
         """Return a value that differs after a change of any task, in microseconds."""
@@ -148,11 +151,13 @@ class ServedTasks:
     def _look(self, name: str, stamp: Hashable) -> tuple[Answer, Chosen | None]:
         """Find a task in the source as it is now, in any case; only one of the very name can be served."""
         with self._open() as codes:
-            task = _find(codes, name)
+            with self._noticing():
+                task = _find(codes, name)
             if task is None:
                 return self._answered(name, Answer(stamp, None, None)), None
             digest = str(task.manifest)
-            chosen = self._adapters.get(digest) or self._kept(codes, choose(codes, task))
+            with self._noticing():
+                chosen = self._adapters.get(digest) or self._kept(codes, choose(codes, task))
         _keep(self._guard, self._adapters, digest, chosen, _MAX_ADAPTERS)
         served = None
         if task.name == split_version(name)[0]:
@@ -173,20 +178,14 @@ class ServedTasks:
         Raises:
             StoreUnavailable: Some are not in the cache, and the place of the blobs is away.
         """
-        missing = self._missing(task)
-        chosen = self._adapter(task)
+        missing, chosen = self._missing(task), self._adapter(task)
         if not missing or chosen is None:
             return
         assert isinstance(chosen.codes, _KeptParts)
-        try:
+        with self._noticing():
             chosen.codes.blobs.fetch(missing)
             for digest in missing:  # raises what is wrong with it
                 chosen.codes.read(digest)
-        except StoreUnavailable as error:
-            if not self._is_told:
-                self._is_told = True
-                self._log.warning("icm: %s; still serving tasks whose files are cached here", error.message)
-            raise
         if self._is_told:
             self._is_told = False
             self._log.info("icm: the object store is available again")
@@ -251,6 +250,17 @@ class ServedTasks:
         self.check()
         with self._source.open() as codes:
             yield codes
+
+    @contextmanager
+    def _noticing(self) -> Iterator[None]:
+        """Log once that the place of the blobs is unavailable; an outage of the database is logged by its watch."""
+        try:
+            yield
+        except StoreUnavailable as error:
+            if error.path != self._source.place and not self._is_told:
+                self._is_told = True
+                self._log.warning("icm: %s; still serving tasks whose files are cached here", error.message)
+            raise
 
     def _kept(self, codes: CodeSource, chosen: Chosen) -> Chosen:
         """Return the same parts without the open store; a bundle is opened again to read them."""
@@ -321,8 +331,11 @@ class _KeptParts:
 def can_be_served(name: str) -> bool:
     """Return whether a text can be the name of a task, or `NAME@VERSION`."""
     task, version = split_version(name)
-    parts = [task] if "@" not in name else [task, version or ""]
-    return all(task_name_problem(part) is None for part in parts)
+    if "@" not in name:
+        return task_name_problem(task) is None
+    version = version or ""
+    is_huge = version.isdecimal() and len(version) > _MAX_DIGITS
+    return not is_huge and all(task_name_problem(part) is None for part in (task, version))
 
 
 def _find(codes: CodeSource, name: str) -> Task | None:
@@ -364,7 +377,7 @@ class _BundleSource:
     """A bundle file, which may be replaced by another one at any time."""
 
     def __init__(self, path: Path) -> None:
-        self._path, self._opened = path, (stamp_of(path), Bundle(path))
+        self.place, self._path, self._opened = str(path), path, (stamp_of(path), Bundle(path))
 
     def stamp(self, *, at_once: bool = False) -> Hashable:
         """Return the stamp of the file."""

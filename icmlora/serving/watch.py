@@ -48,7 +48,7 @@ class StoreWatch:
     """
 
     def __init__(self, context: Context, log: logging.Logger) -> None:
-        self._context, self._place, self._log = context, str(context.address), log
+        self._context, self.place, self._log = context, str(context.address), log
         self._database: Database | None = None
         self._guard, self._answered = threading.Lock(), threading.Event()
         self._answered.set()
@@ -67,9 +67,9 @@ class StoreWatch:
         self._ask()
         with self._guard:
             if not self._answered.is_set() and time.monotonic() - self._asked > _SLOWEST:
-                self._tell(StoreUnavailable(f"{self._place} does not respond", path=self._place))
+                self._tell(StoreUnavailable(f"{self.place} does not respond", path=self.place))
             if self._outage is not None:
-                raise StoreUnavailable(self._outage.message, path=self._place, hint=self._outage.hint)
+                raise StoreUnavailable(self._outage.message, path=self.place, hint=self._outage.hint)
 
     def _ask(self, *, at_once: bool = False) -> None:
         with self._guard:
@@ -94,13 +94,13 @@ class StoreWatch:
                 outage = None
                 break
             except Exception as error:  # else it would never be asked again
-                outage = StoreUnavailable(f"{self._place}: {type(error).__name__}", path=self._place)
+                outage = StoreUnavailable(f"{self.place}: {type(error).__name__}", path=self.place)
         with self._guard:
             if outage is not None:
                 self._tell(outage)
             else:
                 if self._is_told:
-                    self._log.info("icm: %s is available again", self._place)
+                    self._log.info("icm: %s is available again", self.place)
                 self._outage, self._is_told = None, False
             self._stamp = stamp
             self._pause = min(_COST * (time.monotonic() - self._asked), _MAX_PAUSE)

@@ -312,9 +312,9 @@ def test_an_adapter_of_another_width_is_not_served(
 def test_a_damaged_code_gives_none_and_the_others_are_served(
     resolver: IcmResolver, served: Served, caplog: pytest.LogCaptureFixture
 ) -> None:
-    code = Fleet(served.store).show("poems").code
+    code = Fleet(served.store).show("poems").task.code
     assert code is not None
-    (blob,) = served.store.rglob(f"*{code.blob[2:]}")
+    (blob,) = (served.store / "blobs").rglob(f"*{code.blob}")
     blob.chmod(0o600)
     blob.write_bytes(b"damaged")
     assert ask(resolver, served.base, "poems") is None

@@ -198,4 +198,6 @@ def test_a_fleet_of_a_team_reads_what_one_in_a_folder_reads(team: Team, served: 
         assert all(torch.equal(mine.b, yours.b) for mine, yours in zip(one.modules, other.modules, strict=True))
     assert there.module_errors("rules") == here.module_errors("rules")
     assert [known.base.name for known in there.base_models()] == [known.base.name for known in here.base_models()]
-    assert [found.generator.blob for found in there.generators()] == [found.generator.blob for found in here.generators()]
+    assert [found.generator.blob for found in there.generators()] == [
+        found.generator.blob for found in here.generators()
+    ]

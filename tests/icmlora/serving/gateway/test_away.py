@@ -38,9 +38,9 @@ def test_a_request_for_a_known_task_touches_no_network(
     gateway: Gateway, team: Team, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert [gateway.ask(name).status_code for name in ("rules", "poems")] == [200, 200]
-    gateway.ask("poems")
     monkeypatch.setattr(watch, "_COST", 1e12)
     monkeypatch.setattr(watch, "_MAX_PAUSE", 1e9)
+    gateway.ask("poems")
     wait_until_quiet(team)
     before = team.database.connections, team.database.sends
     team.bucket.requests.clear()

@@ -39,7 +39,9 @@ def client(
     folders = AdapterFolders(tmp_path_factory.mktemp("adapters") / "root", 1 << 30, alone=True)
     with (
         running(engine) as engine_url,
-        running_gateway(tasks, folders, GatewaySettings(engine_url=engine_url)) as url,
+        running_gateway(
+            tasks, folders, GatewaySettings(engine_url=engine_url, base_model=served_template.label)
+        ) as url,
         httpx.Client(base_url=url, trust_env=False, timeout=120) as client,
     ):
         yield client

@@ -189,7 +189,7 @@ def test_an_old_version_makes_room_once_its_requests_have_ended(
     engine.hold = threading.Event()
     with asking(gateway, "rules") as answers:
         wait_for(lambda: len(engine.bodies("/v1/chat/completions")) == 2)
-        icm_quietly(served.store, "ingest", write_lora(tmp_path / "rules", seed=5), "--on-conflict", "replace")
+        icm_quietly(served.store, "ingest", write_lora(tmp_path / "rules", seed=5), "--on-conflict", "version")
         with asking(gateway, "rules") as later:
             wait_for(lambda: len(engine.bodies("/v1/chat/completions")) == 3)
             with asking(gateway, "poems") as others:  # waits for both versions
@@ -260,7 +260,7 @@ def test_a_task_that_was_replaced_is_loaded_anew(
     gateway = start()
     gateway.ask("poems")
     (before,) = engine.adapters.values()
-    icm_quietly(served.store, "ingest", write_lora(tmp_path / "poems", seed=77), "--on-conflict", "replace")
+    icm_quietly(served.store, "ingest", write_lora(tmp_path / "poems", seed=77), "--on-conflict", "version")
     # A store that takes a quarter of a second to read is not waited for: the first answer may be of before.
     wait_for(lambda: gateway.ask("poems").status_code == 200 and before not in engine.adapters.values())
     (after,) = engine.adapters.values()
@@ -283,7 +283,7 @@ def test_requests_in_flight_keep_the_version_that_they_began_with(
     engine.hold = threading.Event()
     with asking(gateway, "poems") as answers:
         wait_for(lambda: len(engine.bodies("/v1/chat/completions")) == 2)
-        icm_quietly(served.store, "ingest", write_lora(tmp_path / "poems", seed=77), "--on-conflict", "replace")
+        icm_quietly(served.store, "ingest", write_lora(tmp_path / "poems", seed=77), "--on-conflict", "version")
         with asking(gateway, "poems") as later:
             wait_for(lambda: len(engine.bodies("/v1/chat/completions")) == 3)
             assert Path(before).is_dir()
@@ -305,10 +305,10 @@ def test_a_version_that_comes_back_while_it_is_still_in_use_is_kept(
     engine.hold = threading.Event()
     with asking(gateway, "rules") as answers:
         wait_for(lambda: len(engine.bodies("/v1/chat/completions")) == 2)
-        icm_quietly(served.store, "ingest", write_lora(tmp_path / "rules", seed=5), "--on-conflict", "replace")
+        icm_quietly(served.store, "ingest", write_lora(tmp_path / "rules", seed=5), "--on-conflict", "version")
         with asking(gateway, "rules"):
             wait_for(lambda: len(engine.bodies("/v1/chat/completions")) == 3)
-            icm_quietly(served.store, "ingest", rules, "--on-conflict", "replace")
+            icm_quietly(served.store, "ingest", rules, "--on-conflict", "version")
             with asking(gateway, "rules") as last:
                 wait_for(lambda: len(engine.bodies("/v1/chat/completions")) == 4)
                 engine.hold.set()
@@ -355,7 +355,6 @@ def test_a_bundle_that_is_replaced_is_read_anew(
 
 def test_a_warm_task_reads_no_store(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
     gateway.ask("rules")
-    monkeypatch.setattr("icmlora.serving.catalogue._UNSETTLED", float("inf"))
     monkeypatch.setattr(ServedTasks, "find", lambda self, name: pytest.fail("the store was read"))
     assert gateway.ask("rules").status_code == 200
 
@@ -368,14 +367,14 @@ def test_a_warm_task_answers_while_the_store_cannot_be_read(gateway: Gateway, se
     assert (answer.status_code, answer.json()["error"]["code"]) == (503, "store_unavailable")
 
 
-def test_a_task_that_changes_while_it_is_written_is_written_again(
-    gateway: Gateway, engine: StubEngine, served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_task_whose_files_are_deleted_before_it_is_written_is_looked_up_again(
+    gateway: Gateway, engine: StubEngine, served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write, calls = ServedTasks.write, []
 
     def change_first(self: ServedTasks, task: ServedTask, directory: Path) -> None:
         if not calls:
-            Fleet(served.store).ingest([write_lora(tmp_path / "rules", seed=5)], on_conflict="replace")
+            Fleet(served.store).evict(["rules"], max_error=10)
         calls.append(task.key)
         write(self, task, directory)
 
@@ -384,6 +383,20 @@ def test_a_task_that_changes_while_it_is_written_is_written_again(
     assert len(set(calls)) == 2
     assert engine.adapters["rules"].endswith(calls[1])
     assert gateway.folders.keys() == [calls[1]]
+
+
+def test_versions_of_a_task_are_models_of_their_own(
+    gateway: Gateway, engine: StubEngine, served: Served, tmp_path: Path
+) -> None:
+    gateway.ask("rules")
+    icm_quietly(
+        served.store, "ingest", write_lora(tmp_path / "rules", seed=5), "--on-conflict", "version", "--no-vectors"
+    )
+    for model in ("rules@1", "rules", "rules@2"):
+        assert gateway.ask(model).status_code == 200
+    assert engine.adapters["rules@1"] != engine.adapters["rules"] == engine.adapters["rules@2"]
+    for model in ("rules@3", "rules@", "rules@" + 30 * "9", "rules@none", "Rules@1"):
+        assert gateway.ask(model).status_code == 404
 
 
 def test_a_restarted_engine_is_given_its_adapters_again(gateway: Gateway, engine: StubEngine) -> None:
