@@ -28,13 +28,11 @@ COMMANDS = {
     "recognize": ("recognize", "--samples", "geese.jsonl", "--device", "cpu"),
     "generate": ("generate", "geese", "--samples", "geese.jsonl", "-o", "adapter", "--device", "cpu"),
     "export": ("export", "new.icm"),
-    "verify --restore-database": ("verify", "--restore-database", "--yes"),
     "import": ("import", "fleet.icm"),
     "copy": ("copy", "store", "other"),
     "base ls": ("base", "ls"),
     "generators": ("generators",),
     "generators rollback": ("generators", "rollback", "FIRST"),
-    "generators forget": ("generators", "forget", "FIRST", "--dry-run"),
     "verify": ("verify",),
     "prune": ("prune", "--dry-run"),
     "rm": ("rm", "poems", "--dry-run"),
@@ -82,14 +80,8 @@ def test_a_documents_keys_are_those_on_the_page(
         icm("train", "--objective", "functional", "--episodes", "1", "--device", "cpu")
     if name in ("ls --from", "import"):
         icm("export", "fleet.icm")
-    if name == "verify --restore-database":
-        icm("rm", "silent", "--yes")
     if name == "ls --tags":
         icm("edit", "poems", "--tag", "prod")
-    if name == "generators forget":
-        icm(
-            "train", "--fresh", "--steps", "10", "--no-eval", "--refine", "0", "--device", "cpu"
-        )  # the first one is not in use then
     first = icm("generators", "-q").out.split()[0]
     words = [first if word == "FIRST" else word for word in COMMANDS[name]]
     printed = set(paths_in(icm(*words, "--json").document))
