@@ -10,6 +10,7 @@ Columns of `refs` after `manifest` follow from the manifest by :func:`index_of`.
 from __future__ import annotations
 
 import json
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -173,8 +174,10 @@ META = Table(
 
 
 def key_of(kind: str, name: str) -> str:
-    """Return a name as it is compared: tasks regardless of case, base models exactly."""
-    return name.lower() if kind == Task.KIND else name
+    """Return a name as it is compared: tasks composed (NFC) and regardless of case, base models exactly."""
+    if kind != Task.KIND:
+        return name
+    return (name if name.isascii() else unicodedata.normalize("NFC", name)).lower()
 
 
 def index_of(state: State, manifest: str) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from icmlora import AdapterRefused, BaseModelMismatch, Bundle, DataError, Fleet, load_adapter
 from icmlora.adapter.metrics import squared_error
+from icmlora.base_models.finding.locations import Location, set_location
 from icmlora.formats.pairs.gguf import GgufFormat
 from icmlora.formats.pairs.mlx import MlxFormat
 from tests.cli.tiny_fleet import write_lora
@@ -35,6 +36,12 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / "gguf").mkdir(exist_ok=True)
         fleet.materialize(name, folder / "gguf" / f"{name}.gguf", adapter_format="gguf")
     return folder
+
+
+@pytest.fixture(autouse=True)
+def located_base(source: Path, isolated_home: None) -> None:
+    """The base model is on this machine, which the user of each test has noted."""
+    set_location(LABEL, Location(str(source / "base")))
 
 
 def trained(source: Path, kind: str, folder: Path) -> Fleet:
@@ -166,6 +173,7 @@ def test_dora_of_mlx_lm_is_converted_for_peft(source: Path, tmp_path: Path) -> N
 def test_a_gguf_adapter_of_another_architecture_is_not_converted(source: Path, tmp_path: Path) -> None:
     (tmp_path / "other.gguf").write_bytes(gguf_file(architecture="qwen2", base=LABEL))
     fleet = Fleet(tmp_path / "store")
+    set_location(LABEL, None)
     fleet.ingest([tmp_path / "other.gguf"])
     fleet.add_base_model(LABEL, source / "base")
     with pytest.raises(BaseModelMismatch, match="is for 'qwen2', but its base model is 'llama'"):
