@@ -7,8 +7,9 @@ from typing import Any
 
 from icmlora import Fleet
 from icmlora.errors import AdapterRefused
-from icmlora.fleet.records import TaskSummary
+from icmlora.fleet.tasks.tasks import TaskDetails
 from registry.errors import IcmError, StoreNotFound
+from registry.tables import TaskRow
 from tests.compat.case import Case
 
 _FEW_STEPS = 3
@@ -22,7 +23,7 @@ def ingest(fleet: Fleet, *folders: Path, **options: Any) -> Any:
         return None
 
 
-def tasks(fleet: Fleet) -> list[TaskSummary]:
+def tasks(fleet: Fleet) -> list[TaskRow]:
     """List the tasks; there is no store if everything was refused."""
     try:
         return fleet.tasks()
@@ -33,7 +34,7 @@ def tasks(fleet: Fleet) -> list[TaskSummary]:
 def train(fleet: Fleet) -> dict[str, str]:
     """Train a generator for each base model; return what went wrong, by base model."""
     failed = {}
-    for label in sorted({summary.task.base_model for summary in tasks(fleet)}):
+    for label in sorted({row.base for row in tasks(fleet)}):
         try:
             fleet.train(base_model=label, steps=_FEW_STEPS, device="cpu", refine=0, evaluate=False)
         except (IcmError, RuntimeError) as error:
@@ -43,24 +44,24 @@ def train(fleet: Fleet) -> dict[str, str]:
 
 def outcome(fleet: Fleet, case: Case) -> str:
     """Return what became of a case, after training."""
-    if case.name not in {summary.task.name for summary in tasks(fleet)}:
+    if case.name not in {row.name for row in tasks(fleet)}:
         return "refused"
     details = fleet.show(case.name)
     if why_original_only(details) is not None:
         return "original"
-    if details.code is None:
+    if details.task.code is None:
         return "has no code"
     return "extras" if extras_bytes(details) > 0 else "exact"
 
 
-def why_original_only(details: Any) -> str | None:
+def why_original_only(details: TaskDetails) -> str | None:
     """Return why a task cannot have a code."""
-    return getattr(details.final, "original_only", None)
+    return details.task.not_encodable
 
 
-def extras_bytes(details: Any) -> int:
+def extras_bytes(details: TaskDetails) -> int:
     """Return the bytes of what is kept beside a code: tensors and files."""
-    return int(getattr(details.final, "extras_bytes", 0))
+    return details.task.final.extras_bytes
 
 
 def claimed_error(report: Any) -> float:

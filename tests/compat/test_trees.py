@@ -40,9 +40,9 @@ def digest(folder: Path) -> str:
 
 def stored(fleet: Fleet) -> tuple[dict[str, str], set[str]]:
     """Return the digest of each task's adapter with the task's name, and the digests of all adapters."""
-    details = [fleet.show(summary.task.name) for summary in seam.tasks(fleet)]
-    finals = {shown.final.weights: shown.task.name for shown in details}
-    return finals, {adapter.weights for shown in details for adapter in shown.adapters}
+    details = [fleet.show(row.name) for row in seam.tasks(fleet)]
+    finals = {shown.task.final.weights: shown.task.name for shown in details}
+    return finals, {adapter.weights for shown in details for adapter in shown.task.adapters}
 
 
 def problems(fleet: Fleet, tree: Tree, folder: Path) -> list[str]:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from icmlora import BaseModelNotFound, Bundle, Fleet
 from icmlora.errors import BaseModelMismatch
-from registry.records import Extra
+from registry.manifests import Extra
 from tests.cli.tiny_fleet import write_lora
 from tests.icmlora.fleet.kept_tasks import WEIGHTS
 from tests.icmlora.fleet.stores import but_card, copy_of, is_sound
@@ -74,7 +74,7 @@ def out(tmp_path: Path) -> Path:
 
 
 def extra_of(fleet: Fleet, task: str) -> Extra:
-    (extra,) = fleet.show(task).final.extras
+    (extra,) = fleet.show(task).task.final.extras
     return extra
 
 
@@ -100,8 +100,8 @@ def test_an_equal_tensor_takes_a_few_bytes_and_comes_back_bit_for_bit(
 
 def test_the_bill_counts_the_few_bytes(fleet: Fleet) -> None:
     (of_base,) = fleet.stats().fleets
-    bills = {task.task: task for task in of_base.tasks}
-    assert bills["copies"].extras_bytes == extra_of(fleet, "copies").packed_size
+    rows = {task.row.name: task.row for task in of_base.tasks}
+    assert rows["copies"].extras_bytes == extra_of(fleet, "copies").packed_size
 
 
 def test_a_tensor_that_training_changed_is_stored_whole(fleet: Fleet, given: Path, base: Path, out: Path) -> None:
@@ -163,7 +163,7 @@ def test_an_original_whose_tensors_cannot_be_given_back_is_not_evicted(fleet: Fl
     assert {name: task.status for name, task in done.items()} == {"changed": "evicted", "copies": "kept"}
     assert "base model" in str(done["copies"].reason)
     assert report.partly
-    assert not fleet.show("copies").final.is_evicted
+    assert not fleet.show("copies").task.final.is_evicted
 
 
 def test_after_eviction_the_tensors_still_come_back(fleet: Fleet, given: Path, out: Path) -> None:
