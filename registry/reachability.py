@@ -50,6 +50,7 @@ class Committed(NamedTuple):
 
     seq: int
     parent: str | None
+    weights: str | None = None  # of a task that has them
 
 
 @dataclass
@@ -59,7 +60,7 @@ class Walk:
     named: set[str] = field(default_factory=set)  # manifests that the database names
     blobs: set[str] = field(default_factory=set)  # reached
     disagreements: list[str] = field(default_factory=list)  # facts that database and manifests state differently
-    missing: dict[str, list[str]] = field(default_factory=dict)  # manifests that cannot be read -> what they describe
+    missing: dict[str, list[str]] = field(default_factory=dict)  # manifests that cannot be read -> names
     newer: list[Found] = field(default_factory=list)  # states that the database does not know
     garbage: list[Found] = field(default_factory=list)
     unreadable: list[BlobInfo] = field(default_factory=list)  # files in manifests/ that nothing names
@@ -99,7 +100,7 @@ def walk(store: Store, visit: Callable[[Name, Any], None] = lambda name, body: N
     for name, row, versions in _names(store):
         facts, states = _compare(store, found, name, row, versions)
         found.disagreements += facts
-        found.committed[name] = {one.number: Committed(one.seq, one.parent) for one in states.values()}
+        found.committed[name] = {one.number: _committed(one) for one in states.values()}
         for digest, state in states.items():
             body = _body(store, digest)
             visit(name, body)
@@ -111,7 +112,7 @@ def walk(store: Store, visit: Callable[[Name, Any], None] = lambda name, body: N
             found.reach(body)
             if isinstance(state, Task) and state.code is not None:
                 used.add(str(state.code.generator))
-    _sort(found, _rest(store, found, files), used)
+    _sort(found, _rest(store, found, files), used, store.blobs.exists)
     for one in found.newer:
         found.reach(one.body)
         visit(one.name, one.body)
@@ -153,7 +154,7 @@ def _after(table: Table, name: Name) -> Any:
 def _compare(
     store: Store, found: Walk, name: Name, row: dict[str, Any] | None, versions: dict[int, str]
 ) -> tuple[list[str], dict[str, State]]:
-    """Return what is wrong with the rows of a name, and digest -> state of the manifests that they name."""
+    """Return the errors in the rows of a name, and digest -> state of the manifests that they name."""
     kind, key = name
     what = f"{kind} {key!r}"
     digests = dict.fromkeys([*versions.values(), *([] if row is None else [row["manifest"]])])
@@ -234,7 +235,12 @@ def _found(info: BlobInfo, body: Any) -> Found:
     )
 
 
-def _sort(found: Walk, rest: dict[Name, list[Found]], used: set[str]) -> None:
+def _committed(state: State) -> Committed:
+    has_weights = isinstance(state, Task) and not state.final.is_evicted
+    return Committed(state.seq, state.parent, state.final.weights if has_weights else None)  # type: ignore[attr-defined]
+
+
+def _sort(found: Walk, rest: dict[Name, list[Found]], used: set[str], exists: Callable[[str], bool]) -> None:
     """Sort the manifests that the database does not name into newer states and garbage."""
     removed = {one.name: one.seq for one in found.removals}
     for name, states in rest.items():
@@ -250,20 +256,30 @@ def _sort(found: Walk, rest: dict[Name, list[Found]], used: set[str]) -> None:
                 is_garbage = is_over or (not committed and all(other.is_removal for other in states))
             else:
                 is_after_removal = any(seq < one.seq for seq in removals)
-                is_garbage = not (is_after_removal and one.parent is None) and _is_replaced(one, committed, lost, used)
+                is_new = is_after_removal and one.parent is None
+                is_garbage = not is_new and _is_replaced(one, committed, lost, used, exists)
             if is_garbage:
                 lost.add(one.info.digest)
             (found.garbage if is_garbage else found.newer).append(one)
 
 
-def _is_replaced(one: Found, committed: dict[int, Committed], lost: set[str], used: set[str]) -> bool:
-    """Return whether a state has had its turn: a later one was committed, or another one in its place."""
+def _is_replaced(
+    one: Found, committed: dict[int, Committed], lost: set[str], used: set[str], exists: Callable[[str], bool]
+) -> bool:
+    """Return whether a state has had its turn: a later one was committed, or another one in its place.
+
+    If an old copy of the database was used for a while, the later one was made without knowing this one.
+    """
     if not committed:
         return False
     newest = max(committed)
     present = committed.get(one.number, committed[newest])
+    is_task = one.name[0] == Task.KIND
+    if is_task and one.number > newest:
+        return False
     if one.number in committed and one.seq <= present.seq:
-        return True
+        # Its eviction deleted the weights that the later one needs.
+        return not (is_task and present.weights and "evicted_at" in one.body["final"] and not exists(present.weights))
     if one.number < newest and one.number not in committed:
         # The database has lost a version; only generators are forgotten on purpose.
         return one.name[0] == Generator.KIND and not used & {str(file) for _, file in files_of(one.body)}
@@ -271,17 +287,20 @@ def _is_replaced(one: Found, committed: dict[int, Committed], lost: set[str], us
 
 
 def count_uses(store: Store) -> Counter[str]:
-    """Return digest -> how often manifests name the blob, in all versions; each adapter that needs it counts."""
+    """Return digest -> how often manifests name the blob, in all versions; each adapter that needs it counts.
+
+    Raises:
+        DamagedStore: The database disagrees with the manifests, so nothing may be deleted.
+    """
     uses = Counter[str]()
-    for _, body in manifests_of(store):
-        uses.update(str(file) for _, file in files_of(body))
+    walk(store, lambda _, body: uses.update(str(file) for _, file in files_of(body))).check(store.parts.database.place)
     return uses
 
 
-def manifests_of(store: Store, kind: str | None = None) -> Iterator[tuple[Name, Any]]:
-    """Yield name and JSON of the manifests of all versions that can be read."""
+def manifests_of(store: Store, kind: str) -> Iterator[tuple[Name, Any]]:
+    """Yield name and JSON of the readable manifests of a kind, in all versions."""
     for name, row, versions in _names(store):
-        if kind in (None, name[0]):
+        if kind == name[0]:
             for digest in dict.fromkeys([*versions.values(), *([] if row is None else [row["manifest"]])]):
                 try:
                     yield name, _body(store, digest)

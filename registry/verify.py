@@ -1,4 +1,4 @@
-"""Find what is wrong with a store, and repair it. Nothing is ever deleted here.
+"""Find damage in a store, and repair it. Nothing is ever deleted here.
 
 verify    database ⇄ manifests ──▶ blobs: present, of the right length, and (`read_data`) with the right bytes
 repair    files with one flipped bit are corrected, other damaged ones are moved to quarantine
@@ -10,13 +10,13 @@ from __future__ import annotations
 import hashlib
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeGuard
 
 from sqlalchemy import insert, select, update
 
 from registry.errors import DamagedStore, MissingBlob, StoreIOError
-from registry.manifests import Generator, Removed, Run, State, files_of, unpacked
+from registry.manifests import Generator, Removed, Run, State, Task, encode, files_of, unpacked
 from registry.reachability import Found, Name, Walk, is_named, leftovers, walk
 from registry.storage.blobs.content import Blobs
 from registry.tables import HISTORY, META, REFS, index_of, key_of
@@ -34,7 +34,7 @@ OF_DATABASE = {"database", "row", "unlisted", "uncommitted"}
 OF_FILES = {"length", "digest"}
 """What a repair of the file corrects or moves to quarantine."""
 MAX_REPAIRED_BYTES = 1 << 16
-"""Of a file in which one flipped bit is searched: half a million hashes take seconds."""
+"""Larger files are not searched for a flipped bit: half a million hashes take seconds."""
 _ROWS = 500
 
 
@@ -57,7 +57,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Rebuilt:
-    """The tasks of a new database, compared with those of the old one."""
+    """The tasks of a new database, compared with the old one."""
 
     tasks: int
     restored: tuple[str, ...] = ()  # the old database did not have them, or had another state
@@ -87,7 +87,7 @@ class _Needs:
 
 
 def verify(store: Store, *, read_data: bool, names: Sequence[str] = ()) -> Iterator[Finding]:
-    """Yield what is wrong; see `Store.verify`."""
+    """Yield the findings; see `Store.verify`."""
     place = store.parts.database.place
     try:
         damage = list(store.parts.database.damage())
@@ -185,7 +185,7 @@ def _strays(store: Store, found: Walk) -> Iterator[Finding]:
 
 
 def repair(store: Store, finding: Finding) -> str | None:
-    """Correct one flipped bit of a damaged file, or move the file to quarantine; return what was done.
+    """Correct one flipped bit of a damaged file, or move the file to quarantine; return the result.
 
     None if the file is not damaged. The caller holds the store alone.
     """
@@ -236,8 +236,8 @@ def rebuild(store: Store) -> Rebuilt:
     with store.exclusive():
         before = _known(store)
         states = _all_states(store)
-        refs, history, removed = _newest(states)
-        _write(store, refs, history, max((state.seq for some in states.values() for state in some), default=0))
+        refs, history, removed = _newest(store, states)
+        _write(store, refs, history, max((one.seq for some in (refs, *states.values()) for one in some), default=0))
     tasks = {state.ref: str(state.manifest) for state in refs if state.KIND == "task"}
     readable = {state.manifest for some in states.values() for state in some}
     return Rebuilt(
@@ -294,14 +294,15 @@ def _correct(files: Blobs, digest: str) -> None:
         _repaired(files, digest)
 
 
-def _newest(states: dict[Name, list[State]]) -> tuple[list[State], list[State], list[str]]:
-    """Return the newest state of each name, those of each version, and the names of tasks that stay removed."""
+def _newest(store: Store, states: dict[Name, list[State]]) -> tuple[list[State], list[State], list[str]]:
+    """Return the newest state of each name and of each version, and the names of tasks that stay removed."""
     refs, history, removed = list[State](), list[State](), list[str]()
     for (kind, _), some in states.items():
         last = max((one for one in some if _is_committed(one, some)), key=lambda one: one.seq, default=None)
         versions = {
             one.number: one for one in some if not isinstance(one, Removed) and (not last or one.seq > last.seq)
         }
+        versions = {number: _with_eviction(store, one, some) for number, one in versions.items()}
         if versions:
             refs.append(versions[max(versions)])
             history += versions.values() if kind in ("task", "generator") else ()
@@ -309,6 +310,24 @@ def _newest(states: dict[Name, list[State]]) -> tuple[list[State], list[State], 
             refs.append(last)
             removed += [last.name] if kind == "task" and not versions else []
     return refs, history, removed
+
+
+def _with_eviction(store: Store, newest: State, states: Sequence[State]) -> State:
+    """Return the newest state of a version; evicted with the code of an earlier one, if that deleted its weights.
+
+    Then an old copy of the database was used for a while.
+    """
+    if not isinstance(newest, Task) or newest.final.is_evicted or store.blobs.exists(newest.final.weights):
+        return newest
+    for one in reversed(states):
+        if isinstance(one, Task) and one.final.is_evicted and one.final.weights == newest.final.weights:
+            seq = max(state.seq for state in states) + 1
+            facts = {"final": one.final, "checkpoints": one.checkpoints, "code": one.code}
+            merged = replace(newest, seq=seq, parent=newest.manifest, **facts)  # type: ignore[arg-type]
+            data, documents = encode(merged)
+            store.blobs.put_all(list(documents.values()))
+            return replace(merged, manifest=store.manifests.put(data))
+    return newest
 
 
 def _is_committed(state: State, states: Sequence[State]) -> TypeGuard[Removed]:
