@@ -2,7 +2,9 @@
 
 import json
 import shutil
+import sqlite3
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -136,3 +138,15 @@ class TestInterrupted:
         icm("prune", "--grace", "0s", "--yes")
         assert blob_bytes(marked) < before
         assert icm("verify", "--read-data").code == 0
+
+
+@pytest.mark.parametrize("options", [(), ("--dry-run",)])
+def test_nothing_is_evicted_while_the_database_is_wrong(icm: Icm, trained: Path, options: tuple[str, ...]) -> None:
+    with closing(sqlite3.connect(trained / "registry.db")) as connection, connection:
+        connection.execute("UPDATE refs SET gain = 1 WHERE name = 'silent'")
+    before = blob_bytes(trained)
+    ran = icm(*ALL, "rules", *options, "--json")
+    assert (ran.code, "icm verify --repair" in ran.error["hint"]) == (ExitCode.DAMAGED, True)
+    assert (evicted(trained), blob_bytes(trained)) == (set(), before)
+    assert icm("verify", "--repair", "--yes").code == 0
+    assert icm(*ALL, "rules", *options).code == 0

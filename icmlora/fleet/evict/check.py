@@ -2,7 +2,7 @@
 
 code, generator              read, decoded and compared with the original
 configuration                read, and compared with its digest
-other tensors, such as heads read, unpacked and compared with those of the original, byte for byte
+other tensors, such as heads read, unpacked and compared with the tensors of the original, byte for byte
 files that came with it      read, and compared with their digests
 """
 
@@ -222,7 +222,7 @@ def check_recorded(store: Store, task: Task, limits: EvictLimits) -> None:
 
 
 def check_bytes(store: Store, adapter: Adapter, source: Sequence[str] = ()) -> None:
-    """Check all bytes that restore an adapter: those of its source, its configuration and its extras.
+    """Check all bytes that restore an adapter: its source, its configuration and its extras.
 
     Raises:
         DamagedStore: Bytes of its source are missing or damaged.

@@ -13,6 +13,7 @@ together at the end; if another process uses the store, by the next `icm prune`.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -72,6 +73,7 @@ def evict(
 
     Raises:
         OptionsConflict: There is no limit, or the arguments contradict each other.
+        DamagedStore: The database disagrees with the manifests; nothing was evicted.
     """
     limits = EvictLimits(max_error, min_gain)
     _check_options(limits, checkpoints_only, placeholder, keep_originals)
@@ -80,7 +82,9 @@ def evict(
     # Loading a base model to measure a gain may record its fingerprint, so that takes a writable store.
     with context.open(read_only=dry_run and min_gain is None) as store, reporting(report):
         chosen = select_tasks(store, tasks)
-        evictor = Evictor(store, limits if placeholder else None, checkpoints_only=checkpoints_only, dry_run=dry_run)
+        uses = Counter[str]() if keep_originals else count_uses(store)
+        kept = limits if placeholder else None
+        evictor = Evictor(store, uses, kept, checkpoints_only=checkpoints_only, dry_run=dry_run)
         tell = context.counting(report.tasks, len(chosen))
         try:
             for base_model, of_base in groupby(chosen, key=lambda task: task.base_model):
@@ -107,7 +111,7 @@ def evict(
 
 
 def _check_options(limits: EvictLimits, checkpoints_only: bool, placeholder: bool, keep_originals: bool) -> None:
-    """Refuse options that would delete originals whatever their codes lose, or that contradict each other."""
+    """Refuse options that set no limit for what is deleted, or that contradict each other."""
     given = [limit for limit in (limits.max_error, limits.min_gain) if limit is not None]
     if keep_originals and not placeholder:
         raise OptionsConflict("--keep-originals needs --placeholder, because it deletes nothing")
@@ -144,16 +148,18 @@ class Evictor:
 
     Args:
         store: The store.
+        uses: How often the manifests name each blob.
         limits: Limits of the codes for which placeholders are left; None to leave none.
         checkpoints_only: Final adapters stay.
         dry_run: Nothing is deleted.
     """
 
-    def __init__(self, store: Store, limits: EvictLimits | None, *, checkpoints_only: bool, dry_run: bool) -> None:
-        self._store, self._limits = store, limits
+    def __init__(
+        self, store: Store, uses: Counter[str], limits: EvictLimits | None, *, checkpoints_only: bool, dry_run: bool
+    ) -> None:
+        self._store, self._uses, self._limits = store, uses, limits
         self._checkpoints_only, self._dry_run = checkpoints_only, dry_run
         self._folders, self._generator = Placeholders(store, dry_run=dry_run), OpenedGenerator()
-        self._uses = count_uses(store)
         self._unneeded = dict[str, int]()  # files to free, with their sizes
         self._freed = 0
 
@@ -177,13 +183,13 @@ class Evictor:
             return TaskEvicted(task.name, "removed")
 
     def free(self, report: EvictReport) -> None:
-        """Delete the files of evicted originals that nothing else needs, and report what is left for `prune`."""
+        """Delete the files of evicted originals that nothing else needs, and report the bytes left for `prune`."""
         if not self._dry_run:
             report.is_in_use = not self._free()
             report.pending = sum(self._unneeded.values()) - self._freed
 
     def _free(self) -> bool:
-        """Free what is not needed by now; return False if another process uses the store."""
+        """Free the files of the evictions so far; return False if another process uses the store."""
         freed = self._store.free(self._unneeded) if self._unneeded else 0
         self._freed += freed or 0
         return freed is not None
@@ -193,7 +199,7 @@ class Evictor:
         figures = (checked.code.size, checked.squared_error, checked.retained_gain)
         if not adapters:
             return TaskEvicted(checked.name, "kept", 0, 0, *figures, held_back, precision=checked.precision)
-        # First the folder: until the manifest says otherwise, the original can restore what is deleted there.
+        # First the folder: until the manifest says otherwise, the original can restore the files deleted there.
         is_final = any(one is checked.task.final for one in adapters)
         folders = self._folder_of(checked.task, checked if is_final else None)
         status: EvictStatus = "would_evict"

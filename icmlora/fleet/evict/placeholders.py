@@ -50,7 +50,7 @@ FolderStatus = Literal["replaced", "would_replace", "there", "missing", "left"]
 
 @dataclass(frozen=True)
 class FolderReplaced:
-    """What became of the folder that an adapter was ingested from."""
+    """The result for the folder that an adapter was ingested from."""
 
     path: str
     # `replaced`, `would_replace` in a dry run, `there` (it has the placeholder already), `missing` (the adapter is not
@@ -95,7 +95,7 @@ def pickle_digest(store: Store, adapter: Adapter) -> str | None:
 
 
 class Placeholders:
-    """Replaces adapters in users' folders, or only says what it would replace."""
+    """Replaces adapters in users' folders, or only plans to."""
 
     def __init__(self, store: Store, *, dry_run: bool) -> None:
         self._store, self._dry_run = store, dry_run

@@ -21,7 +21,7 @@ NOT_MEASURED = "the relative error of its code was not measured here"
 
 
 class CheckFailed(DataError):
-    """A code misses a limit or cannot be measured; holds what was measured until then."""
+    """A code misses a limit or cannot be measured; holds the measurements until then."""
 
     def __init__(
         self,
@@ -81,7 +81,7 @@ class TaskEvicted(WithRelativeError, Event):
     squared_error: float | None = None
     retained_gain: float | None = None
     reason: str | None = None  # also of an evicted task, where some of its checkpoints were kept
-    folders: Sequence[FolderReplaced] = ()  # with `placeholder`: what became of the folders of its adapters
+    folders: Sequence[FolderReplaced] = ()  # with `placeholder`: results in the folders of its adapters
     precision: str | None = None  # of the base model that the gain was measured on
     left: int = 0  # further bytes, which an interrupted eviction had left
 
@@ -99,7 +99,7 @@ class TaskEvicted(WithRelativeError, Event):
 
 @dataclass
 class EvictReport:
-    """What was deleted, or would be."""
+    """The evictions of a call, or those that it would make."""
 
     tasks: list[TaskEvicted] = field(default_factory=list)
     # Whether an original was kept that was meant to go: it misses a limit, or its task is named, and pinned or
@@ -120,17 +120,17 @@ class EvictReport:
 
     @property
     def original_only(self) -> list[TaskEvicted]:
-        """The tasks of which there can be no code."""
+        """The tasks that cannot have a code."""
         return [task for task in self.tasks if task.status == "original_only"]
 
     @property
     def folders(self) -> list[FolderReplaced]:
-        """What became of the folders of all adapters."""
+        """The results in the folders of all adapters."""
         return [folder for task in self.tasks for folder in task.folders]
 
     @property
     def placeholders(self) -> list[FolderReplaced]:
-        """The folders in which an adapter gave way to a placeholder, or would."""
+        """The folders where a placeholder replaced an adapter, or would."""
         return [folder for folder in self.folders if folder.status in ("replaced", "would_replace")]
 
     @property

@@ -49,7 +49,7 @@ class EditReport:
 
 @dataclass(frozen=True)
 class Removal:
-    """What is deleted with a task."""
+    """The files that are deleted with a task."""
 
     name: str
     versions: int

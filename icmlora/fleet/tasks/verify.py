@@ -130,7 +130,7 @@ def repair_files(context: Context, findings: Sequence[Finding] | None = None) ->
         findings: Of `verify`; by default it reads all files.
 
     Returns:
-        Each finding, and what was done. Ingesting an adapter again restores its files.
+        Each finding with the result. Ingesting an adapter again restores its files.
     """
     with context.open() as store:
         found = list(store.verify(read_data=True)) if findings is None else findings
