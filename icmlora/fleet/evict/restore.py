@@ -104,7 +104,7 @@ class RestoreReport:
 def restore(
     context: Context, folders: Sequence[str | Path], *, bundle: str | Path | None = None, dry_run: bool = False
 ) -> RestoreReport:
-    """Restore adapters to the folders in which `evict` left placeholders.
+    """Restore adapters to the folders where `evict` left placeholders.
 
     An adapter is written byte for byte if the store has its original, or else decoded from its code. No file in a
     folder is overwritten. Refused placeholders are in the report and do not stop the rest.
@@ -222,7 +222,7 @@ def _made(
     wanted, digests = _content(found), (_content(found).weights, _content(found).config)
     place, run = source_label(found.place), source_label(run_folder(found.place)[0])
     tasks = codes.having(*digests, name=wanted.task, folders={place, folder_of(place), run})
-    # Several tasks may have it; the one that the placeholder names comes first.
+    # Several tasks may have it; the task that the placeholder names comes first.
     tasks.sort(key=lambda task: task.name.lower() != wanted.task.lower())
     if not tasks:
         hint = f"the placeholder names the store at {wanted.store}; specify it with --store if it is yours"

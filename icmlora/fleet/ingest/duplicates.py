@@ -25,7 +25,7 @@ _CONFIGS = 64
 
 @dataclass(frozen=True)
 class _Final:
-    """The final adapter of a task. The row of a known task stands for its configuration until that is compared."""
+    """The final adapter of a task. The row of a known task replaces its configuration until that is compared."""
 
     weights: str
     tensors_key: str | None
@@ -48,12 +48,12 @@ class KnownTensors:
         """Start with the tasks of the store; `read` returns its blobs, and is None without a store."""
         self._known = known
         self._finals: dict[str, _Final] = {}
-        self._names: defaultdict[str, dict[str, None]] = defaultdict(dict)  # key -> names, those of the store first
+        self._names: defaultdict[str, dict[str, None]] = defaultdict(dict)  # key -> names, in the store first
         self._digest = lru_cache(None)(lambda blob: None if read is None else tensors_digest(read(blob)))
         self._plain = lru_cache(_CONFIGS)(lambda blob: None if read is None else plain_config(read(blob)))
 
     def look_up(self, finals: Sequence[Adapter]) -> None:
-        """Look up the tasks of the store that may have one of these final adapters, before they are recorded."""
+        """Note the tasks of the store that may have one of these final adapters, before they are recorded."""
         for row in self._known.with_tensors_of(finals):
             if row.name.lower() not in self._finals:  # otherwise this ingest has recorded it
                 self._add(row.name, _Final(row.weights, row.tensors_key, row))

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from registry.store import Store
 
 _MAX_COMPANION = 128 << 20
-_REFERRED = 1024  # bytes from which a tensor may be referred to; its entry in the record takes about 200
+_REFERRED = 1024  # least bytes of a tensor that a record refers to; its entry in the record takes about 200
 # Of packed extras in memory. Storing many at once takes hardly longer than one: each batch waits for the disk.
 _WAITING_BYTES = 64 << 20
 
@@ -130,7 +130,7 @@ class ExtrasKeeper:
 
 
 def _with_usable_context(companions: Mapping[str, Path], problems: list[Refusal]) -> Mapping[str, Path]:
-    """Return the files, without those of a malformed context, which is noted."""
+    """Return the files, without the files of a malformed context, which is noted."""
     files = {name: companions[name] for name in CONTEXT_NAMES & companions.keys()}
     if not files:
         return companions

@@ -66,7 +66,7 @@ def ingest(
     """Ingest adapters into the store, which is created if necessary. Ingesting the same again changes nothing.
 
     Refused inputs are in the report's `problems` and do not stop the rest. A base model under a new label, such as a
-    known mirror, is joined to the one that the store has; these labels are in `joined`.
+    known mirror, is joined to the base model in the store; these labels are in `joined`.
 
     Args:
         context: The store.

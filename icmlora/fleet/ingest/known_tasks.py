@@ -1,4 +1,4 @@
-"""Look up the tasks of a store that an ingest finds again: by name, by folder, or by tensors.
+"""Find the tasks of a store that an ingest meets again: by name, by folder, or by tensors.
 
 A store may have a million tasks and an ingest one adapter. So each lookup uses an index of the database, and manifests
 are read only of the tasks that it finds.

@@ -24,7 +24,7 @@ Status = Literal["added", "updated", "known", "version", "skipped", "decoded"]
 class Offer:
     """A task to be recorded, as it would be if the store did not know it. Its blobs are in the store."""
 
-    # Any label may name its base model. Without samples or held-out text, those of a known task stay.
+    # Any label may name its base model. Without samples or held-out text, a known task keeps its own.
     task: Task
     base_is_told: bool = False  # by the user, because the adapters name none: a known task without one gets it
 
@@ -217,7 +217,7 @@ def _met(known: Sequence[Adapter], offered: Sequence[Adapter], *, restore: bool)
 
 
 def _revised(known: Adapter, offered: Adapter, *, restore: bool) -> Adapter:
-    """Return a known adapter with its weights, if they come back, and what it lacked: initial weights, extras."""
+    """Return a known adapter with its weights if they come back, its initial weights, and later extras."""
     if known.was_never_here:  # a bundle described it
         return replace(offered, created_at=known.created_at)
     extras = _extras(known.extras, offered.extras)

@@ -237,7 +237,7 @@ def _places_of(task: FoundTask) -> set[str]:
 
 
 def _folders_of(task: FoundTask) -> set[str]:
-    """Return the folders in which the store may have a task with one of these adapters."""
+    """Return the folders that a known task with one of these adapters may have come from."""
     places = _places_of(task)
     runs = (source_label(run_folder(place)[0]) for place in task.places)
     return {*places, *map(folder_of, places), *runs}
