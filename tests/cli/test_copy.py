@@ -63,6 +63,28 @@ def test_every_version_goes_with_its_digests(icm: Icm, trained: Path, other: Pat
     assert manifests(other) == manifests(trained)
 
 
+def test_a_new_version_is_added_to_a_copy(icm: Icm, trained: Path, other: Path, tmp_path: Path) -> None:
+    icm("copy", trained, other)
+    icm_quietly(other, "edit", "poems", "--note", "mine")
+    changed = write_lora(tmp_path / "changed" / "poems", seed=77)
+    icm_quietly(trained, "ingest", changed, "--no-vectors", "--on-conflict", "version")
+    assert icm("copy", trained, other, "--json").document["completed"] == ["poems"]
+    with Store.open(other) as store, Store.open(trained) as source:
+        assert [one.version for one in store.history("poems")] == [1, 2]
+        assert store.task("poems").final == source.task("poems").final
+        assert store.task("poems@1").final == source.task("poems@1").final
+        assert store.task("poems").note == "mine"
+    assert is_whole(icm, other)
+    assert "poems" in icm("copy", trained, other, "--json").document["known"]
+
+
+def test_a_damaged_generator_leaves_the_tasks_of_its_base_model_out(icm: Icm, trained: Path, other: Path) -> None:
+    damage(trained, current(trained).blob)
+    ran = icm("copy", trained, other, "--json")
+    assert (ran.code, ran.document["copied"]) == (ExitCode.PARTLY, [])
+    assert "is damaged" in ran.document["refused"]["rules"]
+
+
 def test_a_training_run_stays_where_it_is(icm: Icm, trained: Path, other: Path) -> None:
     with Store.open(trained) as store:
         weights = File(store.blobs.put(b"half trained"), 12)

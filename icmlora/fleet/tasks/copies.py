@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from icmlora.errors import DataError
 from icmlora.fleet.bases.labels import renumbered
 from icmlora.fleet.context import Context, select_tasks, use_case
-from registry.errors import BaseModelConflict, DamagedStore, LostRace, TaskConflict
+from registry.errors import BaseModelConflict, DamagedStore, LostRace, RegistryError, TaskConflict
 from registry.manifests import BaseModel, File, Generator, State, Task, encode, files_of, unpacked
 from registry.names import DatabaseUrl, absolute, address_of
 
@@ -72,8 +72,9 @@ class _Copying:
 
     def __init__(self, source: Store, other: Store, report: CopyReport) -> None:
         self._source, self._other, self._report = source, other, report
+        self._verified = set[str]()  # blobs of the other store that were read back
 
-    def base(self, name: str) -> str | BaseModelConflict:
+    def base(self, name: str) -> str | RegistryError:
         """Copy facts, labels and generators of a base model; return its name there, or why it cannot be copied."""
         base = self._source.base_model(name)
         known = next((self._other.base_model(label) for label in base.names if self._knows(label)), base)
@@ -88,35 +89,45 @@ class _Copying:
             facts = theirs if theirs.fingerprint is not None else base
             return replace(theirs, labels=(*theirs.labels, *labels), fingerprint=facts.fingerprint, shape=facts.shape)
 
-        if base.manifest is not None:
-            self._other.update_base(known.name, with_facts)
-        self._generators(base.name, known.name)
+        try:
+            if base.manifest is not None:
+                self._other.update_base(known.name, with_facts)
+            self._generators(base.name, known.name)
+        except DamagedStore as error:
+            return error
         return known.name
 
-    def task(self, task: Task, base_model: str | BaseModelConflict) -> None:
+    def task(self, task: Task, base_model: str | RegistryError) -> None:
         """Copy a task, or note why that cannot be."""
-        report = self._report
-        if isinstance(base_model, BaseModelConflict):
-            report.refused[task.name] = base_model.message
-            return
+        report, name = self._report, task.name
         try:
-            known = self._other.find(task.name)
+            if isinstance(base_model, RegistryError):
+                raise base_model
+            versions = self._source.history(name)
+            if base_model != task.base_model:
+                versions = [replace(one, base_model=base_model, label=one.label or one.base_model) for one in versions]
+            known = self._other.find(name)
             if known is None:
-                versions = self._source.history(task.name)
-                if base_model != task.base_model:
-                    versions = [replace(one, base_model=base_model) for one in versions]
-                self._put(versions)
+                self._put(versions, read_back=True)
                 self._other.adopt(versions)
-                report.copied.append(task.name)
-                return
-            mine = replace(task, base_model=base_model)
-            missing = _completed(known, mine)
-            if missing != known:
-                self._put([missing])
-                self._other.update(known.name, lambda theirs: _completed(theirs, mine))
-            (report.known if missing == known else report.completed).append(task.name)
-        except (TaskConflict, LostRace, DamagedStore) as error:
-            report.refused[task.name] = error.message
+                report.copied.append(name)
+            else:
+                (report.completed if self._complete(known.name, versions) else report.known).append(name)
+        except (BaseModelConflict, TaskConflict, LostRace, DamagedStore) as error:
+            report.refused[name] = error.message
+
+    def _complete(self, name: str, versions: Sequence[Task]) -> bool:
+        """Give a known task what it lacks, newer versions too; return whether that was anything."""
+        while True:
+            new = _missing(self._other.history(name), versions)
+            if not new:
+                return False
+            self._put(new)
+            try:
+                self._other.publish(new, older=True)
+            except LostRace:  # another process changed it
+                continue
+            return True
 
     def _knows(self, label: str) -> bool:
         base = self._other.base_model(label)
@@ -129,25 +140,30 @@ class _Copying:
         new = [one for one in mine if one.blob not in {known.blob for known in theirs}]
         if not new:
             return
-        self._put(new)
+        self._put(new, read_back=True)
         may_be_used = current is None or _continues(mine, current)
         used = self._source.generator(base_model) if may_be_used else current
         if used is not None and used.blob in {one.blob for one in theirs}:
             used = current
         self._other.publish(renumbered(self._other, there, new, current, used))
 
-    def _put(self, states: Sequence[State]) -> None:
-        """Copy the blobs that states need and the other store lacks."""
-        source, other, batch = self._source.blobs, self._other.blobs, list[bytes]()
-        for digest in dict.fromkeys(str(file) for state in states for file in _needed(state)):
-            if other.exists(digest):
-                continue
-            batch.append(source.read(digest))
-            self._report.size += len(batch[-1])
+    def _put(self, states: Sequence[State], *, read_back: bool = False) -> None:
+        """Copy the blobs that states need, and read them back; those that are there only if `read_back`."""
+        other, batch = self._other.blobs, list[bytes]()
+        needed = dict.fromkeys(str(file) for state in states for file in _needed(state))
+        for digest in [digest for digest in needed if digest not in self._verified]:
+            if not (has := other.exists(digest)) or read_back:
+                batch.append(self._source.blobs.read(digest))
+                self._report.size += 0 if has else len(batch[-1])
             if sum(map(len, batch)) >= _BATCH_BYTES:
-                other.put_all(batch)
+                self._put_batch(batch)
                 batch = []
-        other.put_all(batch)
+        self._put_batch(batch)
+
+    def _put_batch(self, batch: Sequence[bytes]) -> None:
+        for digest in self._other.blobs.put_all(batch):
+            self._other.blobs.check(digest)
+            self._verified.add(digest)
 
 
 def _needed(state: State) -> Iterable[File]:
@@ -164,14 +180,31 @@ def _continues(mine: Sequence[Generator], current: Generator) -> bool:
     return at is not None
 
 
-def _completed(known: Task, task: Task) -> Task:
-    """Return a known task with what it lacks.
+def _missing(known: Sequence[Task], versions: Sequence[Task]) -> list[Task]:
+    """Return the states that complete the versions of a known task, oldest first.
 
     Raises:
-        TaskConflict: It has another adapter.
+        TaskConflict: A version has another adapter.
     """
-    if not known.final.is_same(task.final) or known.base_model != task.base_model:
-        raise TaskConflict(known.name, fact=f"the target store has another task named {known.name!r}")
+    numbers, present = {one.version: one for one in known}, known[-1]
+    shared = [one for one in versions if one.version in numbers]
+    if not shared or not all(_is_same(numbers[one.version], one) for one in shared):
+        raise TaskConflict(present.name, fact=f"the target store has another task named {present.name!r}")
+    completed = [_completed(numbers[one.version], one) for one in shared]
+    changed = [one for one in completed if one != numbers[one.version]]
+    added = [replace(one, manifest=None) for one in versions if one.version not in numbers]
+    if added and added[-1].version > present.version:  # it becomes the current version, and only that is checked
+        kept = {name: getattr(present, name) for name in ("tags", "note", "pinned", "manifest", "seq")}
+        added[-1] = replace(added[-1], **kept, aliases={**added[-1].aliases, **present.aliases})
+    return sorted([*changed, *added], key=lambda task: task.version)
+
+
+def _is_same(known: Task, task: Task) -> bool:
+    return known.base_model == task.base_model and known.final.is_same(task.final)
+
+
+def _completed(known: Task, task: Task) -> Task:
+    """Return a version of a known task with what it lacks."""
     steps = {(one.weights, one.config, one.step) for one in known.checkpoints}
     checkpoints = (one for one in task.checkpoints if (one.weights, one.config, one.step) not in steps)
     files = {extra.file for extra in known.final.extras}
@@ -186,4 +219,5 @@ def _completed(known: Task, task: Task) -> Task:
         vectors=known.vectors or task.vectors,
         code=known.code or task.code,
         measured=(*known.measured, *(one for one in task.measured if one.subject not in subjects)),
+        aliases={**task.aliases, **known.aliases},
     )
