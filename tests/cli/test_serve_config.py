@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +13,9 @@ import pytest
 from icmlora.serving.base import EngineBase
 from icmlora.serving.launch import VLLM_RANKS
 from icmlora.serving.requirements import Config, EngineName, config_problem
-from icmlora.serving.tasks import ServedTasks, TaskForm, open_tasks
+from icmlora.serving.tasks import ServedTasks, open_tasks
+from registry.errors import DamagedStore
+from registry.manifests import Task
 from registry.store import Store
 from tests.cli.coded import damage
 from tests.cli.conftest import Ran
@@ -68,11 +70,13 @@ def test_a_folder_given_in_place_of_a_missing_base_model_is_taken_for_it(
 
 
 def test_what_is_no_peft_folder_is_left_out_and_said(icm: Icm, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def forms(tasks: ServedTasks, base_model: str) -> list[TaskForm]:
-        return [replace(form, format="mlx") if form.name == "rules" else form for form in real(tasks, base_model)]
+    def configs(tasks: ServedTasks, base_model: str) -> Iterator[tuple[Task, bytes | DamagedStore]]:
+        for task, config in real(tasks, base_model):
+            form = "mlx" if task.name == "rules" else task.final.format
+            yield replace(task, final=replace(task.final, format=form)), config
 
-    real = ServedTasks.forms
-    monkeypatch.setattr(ServedTasks, "forms", forms)
+    real = ServedTasks.configs
+    monkeypatch.setattr(ServedTasks, "configs", configs)
     plan = icm("serve", "--print-config", "vllm", "--json").document
     assert [one["task"] for one in plan["left_out"]] == ["rules"]
     assert plan["tasks_count"] == 2

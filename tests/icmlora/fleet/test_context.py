@@ -78,7 +78,7 @@ def test_two_fleet_objects_see_what_the_other_one_did(fleet: Fleet) -> None:
     other.edit(["silent"], pinned=True)
     assert fleet.show("silent").task.pinned
     fleet.remove(["rules"])
-    assert [row.task.name for row in other.tasks()] == ["poems", "silent"]
+    assert [row.name for row in other.tasks()] == ["poems", "silent"]
 
 
 def test_one_fleet_object_may_be_used_while_it_works(fleet: Fleet) -> None:
@@ -103,7 +103,7 @@ def test_a_moved_store_is_the_same_store(fleet: Fleet, tmp_path: Path) -> None:
 
 def test_a_relative_path_is_that_of_the_call(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(fleet.path.parent)
-    assert [row.task.name for row in Fleet(fleet.path.name).tasks()] == TASKS
+    assert [row.name for row in Fleet(fleet.path.name).tasks()] == TASKS
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
@@ -146,7 +146,7 @@ def test_another_process_sees_who_holds_the_base_model(fleet: Fleet) -> None:
         f"except StoreLocked as error: print(error)\n"
         "except Exception as error: print(type(error).__name__)\n"
     )
-    digits = fleet.generators()[0].record.blob[:8]
+    digits = fleet.generators()[0].generator.blob[:8]
     said: list[str] = []
 
     def listen(event: Event) -> None:
