@@ -54,8 +54,9 @@ class LockPromises:
             yield lock
 
     def _is_alone(self, lock: StoreLock) -> bool:
-        with lock.try_exclusive() as is_alone:
-            return is_alone
+        with suppress(StoreLocked), lock.exclusive():
+            return True
+        return False
 
     def _may_enter(self) -> bool:
         with suppress(StoreLocked), self._opened():
@@ -68,9 +69,6 @@ class LockPromises:
     def test_nobody_else_gets_in_while_one_is_alone(self, one: StoreLock) -> None:
         with one.exclusive():
             assert not self._may_enter()
-        with one.try_exclusive() as is_alone:
-            assert is_alone
-            assert not self._may_enter()
         assert self._may_enter()
 
     def test_one_that_wants_to_be_alone_waits_and_gives_up(self, one: StoreLock, two: StoreLock) -> None:
@@ -79,14 +77,13 @@ class LockPromises:
         assert not self._is_alone(one)
 
     def test_afterwards_the_lock_is_shared_again(self, one: StoreLock) -> None:
-        for alone in (one.exclusive, one.try_exclusive):
-            with alone():
-                pass
-            with self._opened() as other:
-                assert not self._is_alone(other)
+        with one.exclusive():
+            pass
+        with self._opened() as other:
+            assert not self._is_alone(other)
         assert self._is_alone(one)
 
-    def test_a_try_does_not_wait_and_keeps_the_shared_lock(self, one: StoreLock, two: StoreLock) -> None:
+    def test_one_that_gave_up_keeps_the_shared_lock(self, one: StoreLock, two: StoreLock) -> None:
         assert not self._is_alone(one)
         two.close()
         with self._opened() as other:
@@ -98,7 +95,7 @@ class LockPromises:
             with lock:
                 raise LookupError
 
-        for lock in (one.exclusive(), one.try_exclusive(), one.job(_BASE), one.job(_BASE, shared=True)):
+        for lock in (one.exclusive(), one.job(_BASE), one.job(_BASE, shared=True)):
             with pytest.raises(LookupError):
                 fail(lock)
             assert self._may_enter()
@@ -224,8 +221,7 @@ class LockPromises:
                         time.sleep(0.001)
                         assert inside == [who]
                         inside.remove(who)
-                    with lock.try_exclusive() as is_alone:
-                        seen.append(is_alone)
+                    seen.append(who)
 
         with ThreadPoolExecutor(_THREADS) as pool:
             for done in [pool.submit(work, who) for who in range(_THREADS)]:
@@ -302,13 +298,6 @@ class LockModel(RuleBasedStateMachine):
         else:
             with self.locks[who].exclusive():
                 assert not self.newcomer_enters()
-
-    @rule(who=who)
-    def try_to_be_alone_for_a_block(self, who: int) -> None:
-        if self.inside[who]:
-            with self.locks[who].try_exclusive() as is_alone:
-                assert is_alone == (not any(self.inside[number] for number in self.others(who)))
-                assert self.newcomer_enters() != is_alone
 
     def newcomer_enters(self) -> bool:
         with closing(self.opened()) as newcomer, suppress(StoreLocked):

@@ -42,11 +42,6 @@ class Holder:
         with self.store.exclusive():
             pass
 
-    def drop(self) -> None:
-        """Delete something unless somebody is there."""
-        with self.store.try_exclusive():
-            pass
-
 
 def read(holder: Holder) -> None:
     """`icm ls`, `materialize`, `ingest` ..."""
@@ -61,34 +56,21 @@ def delete(holder: Holder) -> None:
 
 def evict(holder: Holder) -> None:
     holder.store.enter()
-    holder.alone()
     with holder.job():
-        holder.alone()
+        pass
+    holder.alone()
 
 
 def train(holder: Holder) -> None:
-    """`icm train` of any kind."""
+    """`icm train` of any kind, `icm generators rollback`."""
     holder.store.enter()
     with holder.job():
-        holder.drop()
+        pass
 
 
 def encode(holder: Holder) -> None:
     holder.store.enter()
     with holder.job(shared=True):
-        holder.drop()
-
-
-def forget(holder: Holder) -> None:
-    """`icm generators forget`."""
-    holder.store.enter()
-    holder.drop()
-
-
-def roll_back(holder: Holder) -> None:
-    """`icm generators rollback`, `icm train --update` that grows nothing."""
-    holder.store.enter()
-    with holder.job():
         pass
 
 
@@ -99,7 +81,7 @@ def join(holder: Holder) -> None:
         pass
 
 
-SCRIPTS: tuple[Callable[[Holder], None], ...] = (read, delete, evict, train, encode, forget, roll_back, join)
+SCRIPTS: tuple[Callable[[Holder], None], ...] = (read, delete, evict, train, encode, join)
 
 
 @contextmanager
@@ -125,6 +107,6 @@ def recording(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Call]]:
         return method
 
     with monkeypatch.context() as patch:
-        for name in ("enter", "hold", "exclusive", "try_exclusive", "close"):
+        for name in ("enter", "hold", "exclusive", "close"):
             patch.setattr(FileLock, name, recorded(name))
         yield calls

@@ -132,14 +132,18 @@ def test_three_commands_do_not_wait_in_a_circle(tmp_path: Path) -> None:
     assert len(list(explore((evict, encode, train), tmp_path, 1))) > 2
 
 
-@pytest.mark.parametrize("pair", [(evict, evict), (evict, encode), (evict, train)])
 def test_the_harness_sees_two_that_wait_for_a_job_while_they_hold_the_store(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pair: tuple[Script, ...]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def delete_in_a_job(holder: Holder) -> None:
+        holder.store.enter()
+        with holder.job():
+            holder.alone()
+
     real = FileLock.hold
     monkeypatch.setattr(FileLock, "hold", lambda self, shared=False, without=None: real(self, shared=shared))
     with pytest.raises(Stuck):
-        list(explore(pair, tmp_path, 2))
+        list(explore((delete_in_a_job, train), tmp_path, 2))
 
 
 def test_the_harness_sees_two_that_wait_to_be_alone_while_they_hold_the_store(

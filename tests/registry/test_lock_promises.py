@@ -7,9 +7,9 @@ import sys
 import pytest
 
 from registry.names import DatabaseUrl
-from registry.storage.paths import StorePaths
 from registry.storage.locks import Patience, StoreLock
 from registry.storage.locks.flocks import FolderLock
+from registry.storage.paths import StorePaths
 from registry.testing.locks import LockPromises
 
 

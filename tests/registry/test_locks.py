@@ -63,27 +63,6 @@ def test_a_command_with_line_breaks_stays_one_line(tmp_path: Path) -> None:
     lock.close()
 
 
-def test_nobody_gets_in_to_delete_while_a_try_turns_one_lock_into_the_other(
-    locks: tuple[FileLock, FileLock], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    locks[0].share()
-    real, tried = fcntl.flock, list[bool]()
-
-    def flock(fd: int, kind: int) -> None:
-        if fd == locks[0]._fd and kind & fcntl.LOCK_EX and not tried:
-            real(fd, fcntl.LOCK_UN)  # as the kernel does in between
-            tried.append(True)
-            with pytest.raises(StoreLocked), locks[1].exclusive():
-                pytest.fail("it got in")
-            locks[1].close()
-        real(fd, kind)
-
-    monkeypatch.setattr(fcntl, "flock", flock)
-    with locks[0].try_exclusive() as is_alone:
-        assert is_alone
-    assert tried
-
-
 class TestJobs:
     """One long job at a time for a base model, among processes."""
 

@@ -34,7 +34,7 @@ HEAD_START = 2.0  # seconds in which those who come to read let one go first who
 class StoreLock(Protocol):
     """The locks of one store, as one process has them.
 
-    Each method but `try_exclusive` waits, as long as the command's patience lasts, and then raises `StoreLocked`.
+    Each method waits, as long as the command's patience lasts, and then raises `StoreLocked`.
     """
 
     def enter(self) -> None:
@@ -46,10 +46,6 @@ class StoreLock(Protocol):
 
         The shared lock is given up while this waits, so nothing read before the block may be trusted inside it.
         """
-        ...
-
-    def try_exclusive(self) -> AbstractContextManager[bool]:
-        """Hold the exclusive lock for a block if no other process uses the store, and yield whether it is held."""
         ...
 
     def job(self, base_model: str, *, shared: bool = False) -> AbstractContextManager[None]:

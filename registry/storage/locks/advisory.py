@@ -66,17 +66,6 @@ class AdvisoryLock:
             self._release(self._key, shared=False)
 
     @contextmanager
-    def try_exclusive(self) -> Iterator[bool]:
-        """Hold the exclusive lock for a block if no other process uses the store, and yield whether it is held."""
-        if not self._take(self._key, shared=False):
-            yield False
-            return
-        try:
-            yield True
-        finally:
-            self._release(self._key, shared=False)
-
-    @contextmanager
     def job(self, base_model: str, *, shared: bool = False) -> Iterator[None]:
         """Hold the job lock of a base model for a block."""
         key = _key_of(self._store, f"job {base_model}")

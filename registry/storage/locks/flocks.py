@@ -94,19 +94,6 @@ class FileLock:
             raise
         self._wait(self._fd, "shared")
 
-    @contextmanager
-    def try_exclusive(self) -> Iterator[bool]:
-        """Hold the exclusive lock for a block if no other process uses the store, and yield whether it is held."""
-        # The gate stays closed while the lock changes, so what was read before the block is still so inside it.
-        with self._gate() as gate:
-            if not _try(gate, "alone"):
-                yield False
-                return
-            try:
-                yield _try(self._fd, "alone")
-            finally:
-                self._wait(self._fd, "shared")  # a failed attempt loses the shared lock too
-
     def users_of(self, path: Path) -> str:
         """Say which processes have locked another file of the store, as ` by process 12: icm ls`, or say nothing."""
         signed, holding = self._signed(), _lock_holders(path) - {os.getpid()}
