@@ -57,7 +57,7 @@ def measure(store: Store) -> Usage:
 def _uses(store: Store) -> dict[str, str]:
     """Return the use of each manifest and blob that refs and history reach."""
     refs = select(REFS.c.kind, REFS.c.name, REFS.c.manifest, true())
-    history = select(HISTORY.c.kind, HISTORY.c.key, HISTORY.c.manifest, false())
+    history = select(HISTORY.c.kind, HISTORY.c.key.label("name"), HISTORY.c.manifest, false())
     with store.parts.database.read() as connection:
         current = connection.execute(refs).all()
         older = connection.execute(history.where(HISTORY.c.manifest.not_in(select(REFS.c.manifest)))).all()
