@@ -90,7 +90,7 @@ def test_ls_shows_codes_whatever_generator_they_are_of(icm: Icm, trained: Path, 
     assert [row["code_size"] for row in icm("ls", "--json").document] == [4, None, None]
     with Store.open(tmp_path / "store") as store:
         newer = File(store.blobs.put(b"newer"), 5)
-        store.update_generator(BASE, lambda present: replace(present, version=2, blob=newer))  # type: ignore[type-var]
+        store.update_generator(BASE, lambda present: replace(present, version=2, blob=newer))
     row, *_ = icm("ls", "--json").document
     assert (row["code_size"], row["retained_gain"]) == (4, 0.97)
     assert "4 B under generator 1, relative error 0.141" in icm("show", "rust").out

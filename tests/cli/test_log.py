@@ -21,9 +21,9 @@ def versions(stored: Path, tmp_path: Path) -> Store:
         first = store.task("rust")
         code = Code(blob=File(store.blobs.put(b"code"), 4), generator=File("a" * 64, 9))
         gone = replace(first.final, evicted_at="2026-01-02T03:04:05Z")
-        first, _ = store.publish([replace(first, final=gone, code=code)]), None
+        (first,) = store.publish([replace(first, final=gone, code=code)])
         final = replace(store.task("sql").final, source="loras/rust-2")
-        new = replace(first[0], version=2, final=final, checkpoints=(), code=None, samples=None, eval_data=None)
+        new = replace(first, version=2, final=final, checkpoints=(), code=None, samples=None, eval_data=None)
         store.publish([replace(new, aliases={"prod": 1, "next": 2})])
     return store
 

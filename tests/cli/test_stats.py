@@ -119,7 +119,7 @@ def test_an_earlier_generator_that_a_code_needs_is_counted(icm: Icm, trained: Pa
     before = icm("stats", "--json").document
     with Store.open(trained) as store:
         blob = File(store.blobs.put(b"newer"), 5)
-        store.update_generator(LABEL, lambda present: replace(present, version=2, blob=blob))  # type: ignore[type-var]
+        store.update_generator(LABEL, lambda present: replace(present, version=2, blob=blob))
     after = icm("stats", "--json").document
     assert after["on_disk"]["old_generators"] == before["on_disk"]["generators"]
     assert (after["on_disk"]["generators"], after["on_disk"]["codes"]) == (5, before["on_disk"]["codes"])
