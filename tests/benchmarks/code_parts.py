@@ -22,8 +22,7 @@ import numpy as np
 import torch
 
 from icmlora.fleet.context import Context
-from icmlora.fleet.resources.decoding import codec_of_task
-from icmlora.fleet.resources.loading import Models, read_original
+from icmlora.fleet.resources.loading import Models
 from icmlora.generator.code import Code, CodeHead
 from icmlora.generator.code_length import bin_bits
 from icmlora.generator.codec import Codec
@@ -80,14 +79,12 @@ def parts_of(folder: Path, tasks: list[str]) -> Iterator[Parts]:
     context = Context(folder)
     with context.open(read_only=True) as store:
         models = Models(store, torch.device("cpu"), context.cache)
-        for name in tasks or store.listing.names():
-            task, final = store.tasks.get(name), store.tasks.final(name)
-            generator = store.generators.current(task.base_model)
-            row = None if generator is None else store.codes.get(name, generator.id)
-            if generator is None or row is None:
+        for task in store.named(tasks) or store.tasks():
+            row = task.code
+            if row is None:
                 continue
-            original, data = read_original(store, final), store.blobs.read(row.blob)
-            codec = codec_of_task(store, models.generator_file(generator), row, original.layout)
+            data = store.blobs.read(row.blob)
+            codec = models.generator_file(row.generator).codec_of(data)
             code = Code.from_bytes(data, codec.config)
             fields = fields_of(code.head, codec.config)
             head = len(zlib.compress(b"".join(fields.values()), 9))
@@ -98,10 +95,10 @@ def parts_of(folder: Path, tasks: list[str]) -> Iterator[Parts]:
             counts = np.where(code.head.kept == ABSENT, 0, code.head.kept)
             norms = _norm_bytes(codec, data)
             yield Parts(
-                task=name,
+                task=task.name,
                 keep=None if row.asked is None else row.asked.keep,
                 effect=row.effect,
-                bf16=2 * sum(shape.parameters for shape in original.layout),
+                bf16=2 * task.final.parameters,
                 code=len(data),
                 container=len(data) - len(code.words) - head,
                 head=head,
@@ -110,7 +107,7 @@ def parts_of(folder: Path, tasks: list[str]) -> Iterator[Parts]:
                 vectors=len(code.words) - norms,
                 slots=int(counts.sum()),
                 modules=int((counts > 0).sum()),
-                task_vectors=sum(store.blobs.size(blob) for blob in {one.blob for one in store.vectors.all(name)}),
+                task_vectors=sum(blob.size for blob in {one.blob for one in task.vectors}),
             )
 
 

@@ -58,12 +58,12 @@ def measured(store: Path, folders: list[Path], base: Path, command: list[str], d
     """Train on a device, and measure codes on the CPU."""
     fleet = Fleet(store)
     fleet.ingest(folders)
-    fleet.add_base_model(fleet.base_models()[0].record.name, base)
+    fleet.add_base_model(fleet.base_models()[0].base.name, base)
     line = [*command, "--store", str(store), "train", "--device", device, "--no-eval", "--no-progress"]
     subprocess.run(line, check=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=sys.stderr)
     report = fleet.evaluate(sources=("code",), device="cpu")
     gains = {task.task: task.sources["code"].retained_gain for task in report.tasks}
-    sizes = {row.task.name: row.code.size for row in fleet.tasks() if row.code is not None}
+    sizes = {row.name: row.code_size for row in fleet.tasks() if row.code_size is not None}
     return {
         "code_bytes": sum(sizes.values()),
         "mean_gain": round(sum(gain or 0.0 for gain in gains.values()) / len(gains), 4),

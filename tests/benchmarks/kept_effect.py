@@ -22,7 +22,7 @@ import torch
 
 from icmlora.base_models.running.lora_hooks import factors_of
 from icmlora.fleet.context import Context
-from icmlora.fleet.resources.decoding import codec_of_task
+from icmlora.fleet.resources.decoding import decode_code
 from icmlora.fleet.resources.loading import Models, read_original
 from icmlora.fleet.resources.texts import own_text
 from icmlora.training.effect import Effect
@@ -50,25 +50,22 @@ def measured(folder: Path, texts: int, dtype: torch.dtype) -> Iterator[Kept]:
     context = Context(folder)
     with context.open(read_only=True) as store:
         models = Models(store, torch.device("cpu"), context.cache)
-        for name in store.listing.names():
-            task, final = store.tasks.get(name), store.tasks.final(name)
-            generator = store.generators.current(task.base_model)
-            code = None if generator is None else store.codes.get(name, generator.id)
-            if generator is None or code is None or code.effect is None or code.asked is None or not code.asked.keep:
+        for task in store.tasks():
+            code = task.code
+            if code is None or code.effect is None or code.asked is None or not code.asked.keep:
                 continue
             base = models.base(task.base_model, dtype)
-            original, data = read_original(store, final), store.blobs.read(code.blob)
-            codec = codec_of_task(store, models.generator_file(generator), code, original.layout)
+            original = read_original(store, task.final)
+            decoded = decode_code(store, models.generator_file(code.generator), code)
             items = base.modality.prepare(base, own_text(store, task, base).examples, TOKENS, whole=True)[:texts]
             effect = Effect(Teacher(base, factors_of(original), items))
-            blobs = {vector.blob for vector in store.vectors.all(name)}
             yield Kept(
-                task=name,
+                task=task.name,
                 asked=code.asked.keep,
                 on_held_samples=round(code.effect, 4),
-                on_other_text=round(1 - effect.lost(factors_of(codec.decode(data))).counted, 4),
+                on_other_text=round(1 - effect.lost(factors_of(decoded)).counted, 4),
                 nats=round(effect.whole, 4),
-                bytes=code.size + sum(store.blobs.size(blob) for blob in blobs),
+                bytes=code.size + sum(blob.size for blob in {vector.blob for vector in task.vectors}),
                 bf16_bytes=2 * sum(shape.parameters for shape in original.layout),
             )
 

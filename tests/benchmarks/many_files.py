@@ -77,8 +77,9 @@ def measure(store: Path, arguments: list[str], limit: float) -> dict[str, object
 def digest(store: Path) -> str:
     """Return a digest of the generator, and of the code of each task and its error."""
     with Store.open(store, read_only=True) as opened:
-        (generator,) = opened.generators.all()
-        codes = [(code.task, code.blob, code.best_squared_error) for code in opened.codes.all(generator.id)]
+        coded = [(task.name, task.code) for task in opened.tasks() if task.code is not None]
+        (generator,) = opened.generators()
+    codes = [(name, code.blob, code.squared_error) for name, code in coded]
     return hashlib.sha256(json.dumps([generator.blob, codes]).encode()).hexdigest()
 
 

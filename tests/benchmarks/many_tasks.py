@@ -37,7 +37,7 @@ def build(folder: Path, first: int, count: int) -> None:
         save(Adapter(BASE_MODEL, "CAUSAL_LM", names, tuple(modules)), folder / f"task-{number:06d}")
 
 
-def add_rows(store: Path, count: int) -> None:
+def add_rows(store: str | Path, count: int) -> None:
     """Publish tasks that share the files of the store's first task: its adapter and its code."""
     with Store.open(store) as opened:
         (known,) = opened.tasks()

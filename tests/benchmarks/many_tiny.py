@@ -74,9 +74,9 @@ def measure(adapters: Path, store: Path) -> dict[str, object]:
 def digest(store: Path) -> str:
     """Return a digest of the generator, and of the code of each task and its error."""
     with Store.open(store, read_only=True) as opened:
-        generator = opened.generators.current(BASE_MODEL)
-        assert generator is not None
-        codes = [(code.task, code.blob, code.best_squared_error) for code in opened.codes.all(generator.id)]
+        coded = [(task.name, task.code) for task in opened.tasks() if task.code is not None]
+        (generator,) = opened.generators()
+    codes = [(name, code.blob, code.squared_error) for name, code in coded]
     return hashlib.sha256(json.dumps([generator.blob, codes]).encode()).hexdigest()
 
 

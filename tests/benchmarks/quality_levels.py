@@ -31,10 +31,11 @@ from icmlora.base_models.examples.examples import spread
 from icmlora.base_models.modality import retained_gain
 from icmlora.base_models.running.attach import adapted
 from icmlora.fleet.context import Context
-from icmlora.fleet.measure.measure import TaskLosses, own_text
+from icmlora.fleet.measure.measure import TaskLosses
 from icmlora.fleet.resources.adapter_source import mean_vectors
 from icmlora.fleet.resources.decoding import codec_of_task
 from icmlora.fleet.resources.loading import Models, read_original, read_runnable
+from icmlora.fleet.resources.texts import own_text
 from icmlora.formats.format import RunnableAdapter
 from icmlora.generator.config import tolerance_of
 from icmlora.generator.encoding import Encoded
@@ -138,9 +139,8 @@ def main() -> None:
     context = Context(options.store)
     with context.open(read_only=True) as store:
         models = Models(store, torch.device("cpu"), context.cache)
-        names = spread(store.names(), options.tasks)
-        for name in names:
-            for level in TaskLevels(store, models, store.task(name), options.texts, options.tokens).levels():
+        for task in store.named(spread(store.names(), options.tasks)):
+            for level in TaskLevels(store, models, task, options.texts, options.tokens).levels():
                 levels.append(level)
                 print(level, flush=True)
     result = {

@@ -172,7 +172,7 @@ def _in_a_process(base: Path, precision: str, one: list[str]) -> dict[str, int]:
 
 
 def _code_sizes(fleet: Fleet, tasks: list[str]) -> dict[str, int]:
-    return {row.task.name: row.code.size for row in fleet.tasks() if row.code is not None and row.task.name in tasks}
+    return {row.name: row.code_size for row in fleet.tasks() if row.code_size is not None and row.name in tasks}
 
 
 def _options() -> argparse.Namespace:

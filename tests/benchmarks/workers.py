@@ -72,8 +72,9 @@ def measure(source: Path, tasks: list[str], refine: int, case: str) -> dict[str,
         statuses = {task.status for task in report.tasks}
         if statuses != {"encoded"}:
             raise SystemExit(f"{case}: {statuses}; {[task.reason for task in report.tasks if task.reason]}")
-        codes = {row.task.name: row.code.blob for row in fleet.tasks() if row.code is not None}
-        return {"seconds": round(seconds, 2), "load": round(load, 2), "codes": [codes[name] for name in tasks]}
+        with fleet.open(read_only=True) as store:
+            codes = [task.code and task.code.blob for task in store.named(tasks)]
+        return {"seconds": round(seconds, 2), "load": round(load, 2), "codes": codes}
 
 
 def summary(runs: list[dict[str, dict[str, Any]]], tasks: int) -> dict[str, Any]:
@@ -98,7 +99,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3, help="how often each case is measured (default 3)")
     parser.add_argument("--out", type=Path, default=RESULT, help="JSON file to write")
     options = parser.parse_args()
-    tasks = [row.task.name for row in Fleet(options.store).tasks() if row.code is not None][: options.tasks]
+    tasks = [row.name for row in Fleet(options.store).tasks() if row.is_coded][: options.tasks]
     with _cluster("2"):
         measure(options.store, tasks[:1], 1, "one process")
         runs = [

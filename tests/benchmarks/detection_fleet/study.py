@@ -147,8 +147,7 @@ class Study:
     def _without_own(self, name: str) -> dict[str, Any]:
         """Measure the adapter of the nearest other class, and the mean of all others."""
         with Context(self._icm.store).open(read_only=True) as store:
-            rows = [task for task in store.tasks.all() if task.name in self.names]
-            vectors = dict(comparable_vectors(store, rows, "context").vectors)
+            vectors = dict(comparable_vectors(store, store.named(self.names), "context").vectors)
         own = vectors.pop(name)
         near = nearest(own.mean(axis=0), vectors)[0].task
         return {

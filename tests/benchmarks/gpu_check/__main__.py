@@ -163,7 +163,7 @@ def _prepare(work: Path, options: argparse.Namespace) -> dict[str, Any]:
     fleet, found = Fleet(work / "store"), dict[str, Any]()
     if options.fleet:
         fleet.ingest([options.fleet])
-        fleet.add_base_model(fleet.base_models()[0].record.name, options.base)
+        fleet.add_base_model(fleet.base_models()[0].base.name, options.base)
     else:
         shape = SHAPES[options.shape]
         found["base_parameters"] = write_base(work / "base", shape)
@@ -219,9 +219,9 @@ def _least_cosine(store: Path, other: Path) -> float:
 
 def _all_vectors(folder: Path) -> dict[tuple[str, str, int], torch.Tensor]:
     with Store.open(folder, read_only=True) as store:
-        rows = store.vectors.all()
-        files = {row.blob: vectors_from_bytes(store.blobs.read(row.blob)) for row in rows}
-        return {(row.task, row.view, row.support_set): files[row.blob][row.view][row.support_set] for row in rows}
+        rows = [(task.name, row) for task in store.tasks() for row in task.vectors]
+        files = {row.blob: vectors_from_bytes(store.blobs.read(row.blob)) for _, row in rows}
+        return {(name, row.view, row.support_set): files[row.blob][row.view][row.support_set] for name, row in rows}
 
 
 def _options() -> argparse.Namespace:

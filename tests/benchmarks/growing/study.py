@@ -91,8 +91,8 @@ class Growing:
 
     def _measured(self, names: tuple[str, ...], seconds: float) -> Stage:
         with self._place.open(read_only=True) as store:
-            base = open_base(store, self._label, torch.device("cpu"), self._dtype)
-            generator = store.generators.current(self._label)
+            base = open_base(store, self._label, torch.device("cpu"), self._dtype, cache=self._place.cache)
+            generator = store.generator(self._label)
             assert generator is not None
             gains = {}
             for name, folder in self._folders.items():
@@ -103,7 +103,7 @@ class Growing:
                 gain = retained_gain(*self._ends[name], self._nats(base, decoded, folder))
                 assert gain is not None
                 gains[name] = gain
-            codes = sum(code.size for code in store.codes.all(generator.id))
+            codes = sum(row.code_size or 0 for row in store.rows())
             return Stage(names, seconds, generator.size, codes, gains)
 
     def _nats(self, base: BaseModel, adapter: Path | None, folder: Path) -> float:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,8 @@ from icmlora.task_vectors.distances import cosine_distances, mean_vectors
 from icmlora.task_vectors.extraction import extract_adapted, extract_context
 from icmlora.task_vectors.file import vectors_to_bytes
 from icmlora.task_vectors.recognition import Recognizer
-from registry.records import NewVector
+from registry.filters import Selection
+from registry.manifests import File, Task, Vector
 from registry.store import Store
 
 Vectors = dict[str, NDArray[np.float32]]
@@ -53,14 +54,14 @@ def extract(context: Context, base_model: str, fleet: Path, descriptions: Mappin
     """Read the vectors of a store's tasks, and make those of their held-out texts and descriptions."""
     with context.open() as store:
         base = open_base(store, base_model, torch.device("cpu"), VECTOR_DTYPE, cache=context.cache)
-        tasks = [task for task in store.tasks.all() if task.base_model == base_model]
+        tasks = list(store.tasks(Selection(base_model=base_model)))
         known: dict[str, Vectors] = {
             view: comparable_vectors(store, tasks, view).vectors for view in ("adapted", "context")
         }
         held_out: dict[str, Vectors] = {"adapted": {}, "context": {}}
         for task in tasks:
             texts = examples_for(base, (fleet / task.name / "eval.jsonl").read_bytes()).items
-            adapter = read_runnable(store, store.tasks.final(task.name))
+            adapter = read_runnable(store, task.final)
             held_out["adapted"][task.name] = _stacked(extract_adapted(base, adapter, texts))
             held_out["context"][task.name] = _stacked(extract_context(base, texts))
     names = list(known["context"])
@@ -110,25 +111,25 @@ def bits(
             _put(store, vectors)
     store_fleet.train(device="cpu", steps=steps, refine=0, evaluate=False)
     (bill,) = store_fleet.stats().fleets
-    with context.open() as store:
-        parameters = sum(store.tasks.final(task.name).parameters for task in store.tasks.all())
-    size = sum(task.code_size or 0 for task in bill.tasks)
+    rows = [task.row for task in bill.tasks]
+    size = sum(row.code_size or 0 for row in rows)
     return {
         "code_bytes": size,
-        "bits_per_parameter": round(8 * size / parameters, 5),
-        "mean_squared_error": round(float(np.mean([task.squared_error or 0.0 for task in bill.tasks])), 5),
+        "bits_per_parameter": round(8 * size / sum(row.parameters for row in rows), 5),
+        "mean_squared_error": round(float(np.mean([row.squared_error or 0.0 for row in rows])), 5),
         "generator_bytes": bill.generator_size,
     }
 
 
 def _put(store: Store, vectors: Vectors) -> None:
     """Record vectors as context vectors: training leaves out the adapted view half of the time, and never this one."""
-    rows: list[NewVector] = []
-    for name, values in vectors.items():
-        blob = store.blobs.put(vectors_to_bytes({"context": torch.from_numpy(values)}))
-        extractor = {"name": "study", "view": "context"}
-        rows += [NewVector(name, "context", number, extractor, blob, values.shape[1]) for number in range(len(values))]
-    store.vectors.add(rows)
+    extractor, tasks = {"name": "study", "view": "context"}, list[Task]()
+    for task in store.named(list(vectors)):
+        data = vectors_to_bytes({"context": torch.from_numpy(vectors[task.name])})
+        blob, (count, dim) = File(store.blobs.put(data), len(data)), vectors[task.name].shape
+        vector = Vector(view="context", support_set=0, blob=blob, dim=dim, extractor=extractor)
+        tasks.append(replace(task, vectors=tuple(replace(vector, support_set=number) for number in range(count))))
+    store.publish(tasks)
 
 
 def _described(base: BaseModel, text: str) -> NDArray[np.float32]:

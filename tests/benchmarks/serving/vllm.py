@@ -69,7 +69,7 @@ def main() -> None:
         "machine": describe_machine(),
         "vllm": package,
         "tasks": len(prompts),
-        "evicted": all(task.final.is_evicted for task in fleet.tasks() if task.task.name in prompts),
+        "evicted": all(row.evicted_at is not None for row in fleet.tasks() if row.name in prompts),
         **found,
     }
     options.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")

@@ -45,9 +45,9 @@ from icmlora.generator.versions import GeneratorFile
 store, adapter, what = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
 weights = adapter / "adapter_model.safetensors" if adapter.is_dir() else adapter
 with Context(store).open() as opened:
-    row = next(row for row in opened.tasks.summaries() if row.task.name == adapter.stem)
-    code = opened.blobs.read(row.code.blob)
-    codec = GeneratorFile(opened.blobs.read(opened.generators.current(row.task.base_model).blob)).codec_of(code)
+    row = opened.task(adapter.stem).code
+    code = opened.blobs.read(row.blob)
+    codec = GeneratorFile(opened.blobs.read(row.generator)).codec_of(code)
 def seconds(function, times=7):
     took = []
     for _ in range(times):

@@ -6,8 +6,8 @@
 The stores are copies of one that `listed_tasks` makes in a folder; --listed and --one are those of earlier runs, of
 10,000 tasks and of one. The pairs take turns, each command is a process of its own, and the least of the runs
 counts; of the million there is one, without `ls` of all.
-Tasks of the million have rows of their own (task, adapter, code, three measurements, the code's name) and share files;
-they have no task vectors. Servers run on the same machine, with PostgreSQL's defaults.
+Ten tasks of the million have manifests of their own, the others rows alone; all share the files of the first.
+Servers run on the same machine, with PostgreSQL's defaults.
 """
 
 from __future__ import annotations

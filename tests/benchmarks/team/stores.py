@@ -1,18 +1,10 @@
-"""Stores on each pair of database and place of bytes, and stores with very many rows in PostgreSQL, made directly.
-
-A row has the same check in both databases, so rows of a store in a folder are copied as they are, check and all.
-"""
+"""Stores on each pair of database and place of bytes, and stores with very many rows in PostgreSQL."""
 
 from __future__ import annotations
 
-import hashlib
-import shutil
-import sqlite3
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -22,16 +14,13 @@ import obstore
 import psycopg
 from obstore.store import from_url
 
-from registry.row_checks import COLUMN, COLUMNS_OF, check_of
-from registry.schema import Base, stored_as
 from registry.store import Store
+from registry.tables import HISTORY, REFS
 from tests.pg_server import new_database, pg_server
 from tests.s3_server import S3Server, s3_server
 
 PAIRS = ("sqlite + folder", "sqlite + s3", "postgresql + folder", "postgresql + s3")
-BUCKET, _WRITERS, _DIGITS = "benchmarks", 12, 6
-# What one task has rows in, besides those that many tasks share.
-_OWN = ("tasks", "adapters", "codes", "evaluations")
+BUCKET, _AT_ONCE, _WHOLE = "benchmarks", 1_000, 10
 
 
 @dataclass(frozen=True)
@@ -67,124 +56,33 @@ def new_store(pair: str, folder: Path, at: Servers) -> str:
 
 
 def copy_of(store: Path, pair: str, folder: Path, at: Servers) -> str:
-    """Make a store of a pair with the rows and the bytes of one in a folder; return its address."""
+    """Make a store of a pair with the states and the bytes of one in a folder; return its address."""
     folder.mkdir(parents=True)
     address = new_store(pair, folder, at)
-    if address.startswith("postgresql"):
-        copy_rows(store / "registry.db", address)
-    else:
-        shutil.copyfile(store / "registry.db", Path(address) / "registry.db")
-    files = [path for path in (store / "blobs").glob("*/*") if path.is_file()]
-    with Store.open(address) as opened:
-        backend: Any = opened.blobs._backend
-        if pair.endswith("s3"):
-            with ThreadPoolExecutor(_WRITERS) as pool:
-                list(
-                    pool.map(lambda path: backend._send(f"blobs/{path.name[0]}/{path.name}", path.read_bytes()), files)
-                )
-        else:
-            for path in files:
-                target = backend._paths.blob(path.name)
-                target.parent.mkdir(exist_ok=True)
-                shutil.copy2(path, target)
+    with Store.open(store, read_only=True) as source, Store.open(address) as target:
+        for digests in _chunks([blob.digest for blob in source.blobs.all()]):
+            target.blobs.put_all(list(map(source.blobs.read, digests)))
+        target.adopt(source.generators())
+        for names in _chunks(source.names()):
+            target.adopt([task for name in names for task in source.history(name)])
     return address
 
 
-def _send(backend: Any, path: Path) -> None:
-    backend._send(f"blobs/{path.name[0]}/{path.name}", path.read_bytes())
-
-
-def copy_rows(database: Path, address: str) -> None:
-    """Copy all rows of a SQLite file to the empty tables of a database."""
-    with closing(sqlite3.connect(database)) as source, psycopg.connect(address) as target:
-        _begin(target)
-        for table in Base.metadata.sorted_tables:
-            columns = ", ".join(_columns(table.name))
-            _write(target, table.name, source.execute(f"SELECT {columns} FROM {table.name}"))
-        _end(target)
-    with psycopg.connect(address, autocommit=True) as target:
-        target.execute("VACUUM ANALYZE")
+def _chunks(texts: Sequence[str]) -> Iterator[Sequence[str]]:
+    return (texts[at : at + _AT_ONCE] for at in range(0, len(texts), _AT_ONCE))
 
 
 def multiply(address: str, count: int) -> None:
-    """Give a store in PostgreSQL with one task so many: they share its files, but for the codes, which have none."""
-    with psycopg.connect(address) as target:
-        _begin(target)
-        one = {table: _rows_of(target, table) for table in (*_OWN, "blobs")}
-        blob = max(row[0] for row in one["blobs"])
-        code_size = next(row[2] for row in one["blobs"] if row[0] == one["codes"][0][4])
-        codes = ((blob + n, hashlib.sha256(b"code %d" % n).digest(), code_size) for n in range(1, count))
-        _write(target, "blobs", _sealed("blobs", codes))
-        for table in _OWN:
-            changed = _changes(table, len(one[table]), blob)
-            rows = chain.from_iterable((changed(row, n) for row in one[table]) for n in range(1, count))
-            _write(target, table, _sealed(table, rows))
-        _end(target)
+    """Give a store in PostgreSQL with one task so many: ten with manifests of their own, the others with rows alone."""
+    from tests.benchmarks.many_tasks import add_rows  # imports torch
+
+    add_rows(address, _WHOLE)
     with psycopg.connect(address, autocommit=True) as target:
+        new = f"SELECT 'task-' || lpad(n::text, 6, '0') AS new FROM generate_series({_WHOLE}, {count - 1}) n"
+        for table in (REFS, HISTORY):
+            values = ", ".join("new" if one.name in ("key", "name") else one.name for one in table.columns)
+            query = (
+                f"INSERT INTO {table.name} SELECT {values} FROM {table.name}, ({new}) AS more WHERE key = 'task-000000'"
+            )
+            target.execute(query.encode())
         target.execute("VACUUM ANALYZE")
-
-
-def _changes(table: str, rows: int, blob: int) -> Callable[[tuple[Any, ...], int], tuple[Any, ...]]:
-    """Return what makes the row of the n-th task of that of the first: numbers, a name, the number of its code."""
-    names = COLUMNS_OF[table]
-    moved = [names.index(name) for name in ("task_id", "adapter_id") if name in names]
-
-    def change(row: tuple[Any, ...], n: int) -> tuple[Any, ...]:
-        values = list(row)
-        values[0] += n * rows
-        for at in moved:
-            values[at] += n
-        if table == "tasks":
-            values[1] = f"task-{n:0{_DIGITS}d}"
-        if table == "codes":
-            values[names.index("blob_id")] = blob + n
-        return tuple(values)
-
-    return change
-
-
-def _rows_of(target: psycopg.Connection, table: str) -> list[tuple[Any, ...]]:
-    """Return all rows of a table, as SQLite stores them."""
-    columns = ", ".join(COLUMNS_OF[table])
-    query = f"SELECT {columns} FROM {table} ORDER BY 1"
-    return [
-        tuple(int(value) if isinstance(value, bool) else value for value in row)
-        for row in target.execute(query.encode())
-    ]
-
-
-def _sealed(table: str, rows: Iterable[tuple[Any, ...]]) -> Iterator[tuple[Any, ...]]:
-    return ((*row, check_of(table, *row)) for row in rows)
-
-
-def _columns(table: str) -> list[str]:
-    return [*COLUMNS_OF[table], COLUMN]
-
-
-def _write(target: psycopg.Connection, table: str, rows: Iterable[tuple[Any, ...]]) -> None:
-    columns = _columns(table)
-    of = Base.metadata.tables[table].c
-    flags = [at for at, name in enumerate(columns) if stored_as(of[name].type) is bool]
-    query = f"COPY {table} ({', '.join(columns)}) FROM STDIN"
-    with target.cursor() as cursor, cursor.copy(query.encode()) as copy:
-        for row in rows:
-            if flags:
-                values = list(row)
-                for at in flags:
-                    values[at] = None if values[at] is None else bool(values[at])
-                copy.write_row(values)
-            else:
-                copy.write_row(row)
-
-
-def _begin(target: psycopg.Connection) -> None:
-    """Leave triggers and references alone for a transaction: rows come with their checks, and in order."""
-    target.execute("SET LOCAL session_replication_role = replica")
-
-
-def _end(target: psycopg.Connection) -> None:
-    """Let each table go on with the number after its last one."""
-    for (sequence,) in target.execute("SELECT sequencename FROM pg_sequences").fetchall():
-        table = sequence.removesuffix("_id_seq")
-        query = f"SELECT setval('{sequence}', (SELECT coalesce(max(id), 0) + 1 FROM {table}), false)"
-        target.execute(query.encode())

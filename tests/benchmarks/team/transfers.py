@@ -44,7 +44,7 @@ address, work = sys.argv[1], Path(sys.argv[2])
 cache, target = work / "cache", work / "fetched"
 fleet = Fleet(address, cache=cache)
 with Store.open(address, read_only=True) as store:
-    digest = store.tasks.final("large-00").weights
+    digest = store.task("large-00").final.weights
     objects = store.blobs._backend._store
 def fetch():
     with target.open("wb") as file:
