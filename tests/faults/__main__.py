@@ -25,22 +25,18 @@ from typing import Any
 
 import torch
 
-from tests.faults.blob_flips import BlobFlips, believing
-from tests.faults.campaign import controls, kill_at_random
+from tests.faults.campaign import controls, kill_at_random, kill_at_steps
 from tests.faults.commands import COMMANDS
-from tests.faults.flips import checks_off, summed
+from tests.faults.flips import BEFORE, Damages, believing, without_comparing
 from tests.faults.pairs import PAIRS, Pair, servers
-from tests.faults.row_flips import KNOWN, RowFlips
 from tests.faults.sqlite_calls import ignoring_errors, is_reachable
 from tests.faults.sweeps import SMALL_CONTROLS, Sweeps
-from tests.faults.value_flips import postgres_flips, sqlite_flips
 from tests.faults.world import World
 from tests.faults.zygote import Zygote
-from tests.pg_server import new_database
 from tests.registry.writing import COMMANDS as SMALL
 
 _RESULTS = Path("tests/benchmarks/results")
-_TASKS = 6
+_TASKS, _STEP = 6, 100
 CROWDS = (1, 2, 4, 8, 16)
 """How many processes use a store."""
 
@@ -49,13 +45,15 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pair", choices=PAIRS, default=PAIRS[0])
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=[*PARTS])
-    parser.add_argument("--kills", type=int, default=20, help="kills of each command")
+    parser.add_argument("--kills", type=int, default=20, help="kills of each command at random times")
+    parser.add_argument("--kill-stride", type=int, default=10, help="kill before each n-th step of each command")
+    parser.add_argument("--commands", nargs="+", choices=COMMANDS, default=[*COMMANDS], help="what is killed")
     parser.add_argument("--small-kills", type=int, default=40, help="kills of each small command of the registry")
     parser.add_argument("--control-kills", type=int, default=60, help="kills of each command that writes wrongly")
     parser.add_argument("--power-losses", type=int, default=200, help="power losses during each small command")
-    parser.add_argument("--values", type=int, default=100, help="flips of bits in each column")
-    parser.add_argument("--rows", type=int, default=20, help="flips of bits in each column that decides what is done")
-    parser.add_argument("--blobs", type=int, default=10_000, help="flips of bits in blobs of each kind")
+    parser.add_argument("--database-flips", type=int, default=5000, help="flips of bits in registry.db")
+    parser.add_argument("--flips", type=int, default=100, help="flips of bits in files of each other kind")
+    parser.add_argument("--losses", type=int, default=100, help="losses of the database of each kind")
     parser.add_argument("--crowd-seconds", type=float, default=60.0, help="for each number of processes")
     parser.add_argument("--stride", type=int, default=1, help="of calls, statements and requests, each n-th goes wrong")
     parser.add_argument(
@@ -100,13 +98,20 @@ class Campaign:
         return [name for name, clean in is_clean.items() if clean == name.startswith("control")]
 
     def kills(self) -> Iterator[tuple[str, Any]]:
-        """Kill every command, then those that write wrongly."""
+        """Kill every command at random times, then those that write wrongly."""
         with closing(Zygote()) as zygote:
             world = World(self._folder("kills"), zygote, self._pair("kills"), tasks=_TASKS)
-            for command in COMMANDS:
+            for command in self.chosen.commands:
                 yield f"kills {command}", kill_at_random(world, command, self.chosen.kills, self.draw)
             for sabotage, tally in controls(world, self.chosen.control_kills, self.draw).items():
                 yield f"control {sabotage}", tally
+
+    def steps(self) -> Iterator[tuple[str, Any]]:
+        """Kill every command before its steps."""
+        with closing(Zygote()) as zygote:
+            world = World(self._folder("steps"), zygote, self._pair("steps"), tasks=_TASKS)
+            for command in self.chosen.commands:
+                yield f"steps {command}", kill_at_steps(world, command, stride=self.chosen.kill_stride)
 
     def small_kills(self) -> Iterator[tuple[str, Any]]:
         """Kill small commands of the registry, then those that write wrongly."""
@@ -151,33 +156,20 @@ class Campaign:
                     sweeps.power_losses([name], self.chosen.control_kills, draw, "without_sync"),
                 )
 
-    def values(self) -> Iterator[tuple[str, Any]]:
-        """Flip bits of the values of every column."""
-        if self.running.postgres is None:
-            flips = sqlite_flips(self._folder("values"), self.draw)
-        else:
-            flips = postgres_flips(new_database(self.running.postgres), self.draw)
-        with closing(flips):
-            found = flips.study(each=self.chosen.values)
-        yield "values", summed(found)
-        for column, tally in found.items():
-            yield f"values {column}", tally
-
-    def rows(self) -> Iterator[tuple[str, Any]]:
-        """Flip bits of values that decide, and run commands."""
-        flips = RowFlips(self._pair("rows"), self._folder("rows") / "built", self.draw)
-        for column, tally in flips.study(each=self.chosen.rows):
-            yield f"rows {column}", tally
-        with checks_off():
-            yield "control rows believed", summed(dict(flips.study(KNOWN, each=2)))
-
-    def blobs(self) -> Iterator[tuple[str, Any]]:
-        """Flip bits of blobs."""
-        flips = BlobFlips(self._pair("blobs"), self._folder("blobs"))
-        for kind, tally in flips.study(each=self.chosen.blobs, draw=self.draw).items():
-            yield f"blobs {kind}", tally
+    def damages(self) -> Iterator[tuple[str, Any]]:
+        """Flip bits of each kind of file, and lose the database."""
+        damages = Damages(self._pair("damages"), self._folder("damages"))
+        counts = {"registry.db": self.chosen.database_flips}
+        counts |= {kind: self.chosen.losses for kind in damages.tries if "database" in kind}
+        for kind in damages.tries:
+            left = counts.get(kind, self.chosen.flips)
+            while left > 0:
+                yield f"damage of {kind}", damages.study(kind, min(left, _STEP), self.draw)
+                left -= _STEP
         with believing():
-            yield "control believing", summed(flips.study(each=1, draw=self.draw))
+            yield "control believing", damages.study("originals", self.chosen.flips, self.draw)
+        with without_comparing():
+            yield "control without_comparing", damages.study(BEFORE, 1, self.draw)
 
     def crowds(self) -> Iterator[tuple[str, Any]]:
         """Let more and more processes use one store."""
@@ -205,13 +197,12 @@ class Campaign:
 
 PARTS: dict[str, Callable[[Campaign], Iterator[tuple[str, Any]]]] = {
     "kills": Campaign.kills,
+    "steps": Campaign.steps,
     "small-kills": Campaign.small_kills,
     "sweeps": Campaign.sweeps,
     "sqlite": Campaign.sqlite,
     "power": Campaign.power_losses,
-    "values": Campaign.values,
-    "rows": Campaign.rows,
-    "blobs": Campaign.blobs,
+    "damages": Campaign.damages,
     "crowd": Campaign.crowds,
 }
 

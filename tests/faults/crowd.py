@@ -198,6 +198,7 @@ def _main() -> None:
     parser.add_argument("--output", type=Path, default=Path("tests/benchmarks/results/crowd.json"))
     chosen = parser.parse_args()
     folder = Path(tempfile.mkdtemp())
+    os.environ["XDG_CONFIG_HOME"] = str(folder / "config")  # where the base model is
     address = chosen.store or str(folder / "store")
     try:
         builder = multiprocessing.get_context("spawn").Process(target=build, args=(folder, address))

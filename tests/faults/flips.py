@@ -1,184 +1,395 @@
-"""Flip single bits of a store's database and see who notices, and what is deleted: `python -m tests.faults.flips`."""
+"""Damage a store, use it, repair it: bits flip in each kind of file, and the database is lost.
+
+    damage ──▶ commands go on, or say what is damaged ──▶ icm verify --repair ──▶ every task as it was
+
+No command in between deletes a task, swaps its adapter, or hides it for good. Damage of files that are too large to be
+corrected is named, and the hint of `icm verify` restores them.
+"""
 
 from __future__ import annotations
 
-import argparse
 import hashlib
+import io
 import json
 import os
+import random
 import shutil
-import sqlite3
-import sys
-import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, closing, contextmanager
-from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from icmlora import Fleet
-from icmlora.fleet.write.materialize import Source
-from registry import row_checks, schema
+from icm_cli.app import run
+from icmlora import Bundle
+from icmlora.bundle.file import BundleFile, open_bundle
+from icmlora.fleet.resources import loading
+from icmlora.formats.discovery.placeholder import PLACEHOLDER_NAME
+from icmlora.generator.initial_a.search import SeedSearch
+from icmlora.io.files import read_exactly
+from registry import reachability
 from registry.errors import IcmError
-from registry.records import NewEvaluation
-from registry.storage import postgres_checks
-from registry.storage.database import Database
-from registry.storage.locks import Patience
-from registry.storage.sqlite import SqliteDatabase
+from registry.manifests import File, Run, Task, files_of, unpacked
+from registry.storage.blobs.content import Blobs
 from registry.store import Store
-from tests.cli.tiny_fleet import build_ingested, icm_quietly, train_store, write_lora
-from tests.faults.pages import Place, places
-from tests.faults.pairs import blobs_in
+from registry.verify import MAX_REPAIRED_BYTES
+from tests.cli.tiny_fleet import build_ingested, train_store, write_lora
+from tests.faults.pairs import Pair
+from tests.icmlora.tiny_base import LABEL
 
-# What decides which bytes are written, deleted or let go of.
-DECIDING = {
-    "tasks": ["samples_id", "eval_id", "pinned", "base_model_id"],
-    "adapters": ["task_id", "is_final", "weights_id", "config_id", "description_id", "evicted_at", "extra_count"],
-    "extras": ["adapter_id", "file", "blob_id"],
-    "codes": ["task_id", "generator_id", "adapter_id", "blob_id", "dw_error"],
-    "generators": ["blob_id", "is_current", "start_id"],
-    "evaluations": ["retained_gain", "created_at", "generator_id"],
+_WORK = {
+    "ls": "ls",
+    "stats": "stats",
+    "show": "show rules",
+    "log": "log rules",
+    "prune": "prune --yes --older-than 0s",
+    "edited": "edit silent essays rules --note seen",
+    "ingested": "ingest {loras}/plain --no-vectors",
+    "encoded": "encode plain --refine 0",
+    "evicted": "evict spare --max-error 0.99",
+    "removed": "rm gone --yes",
+    "prune again": "prune --yes --older-than 0s",
 }
-_LIMIT = 0.05  # below the error of any code, so that nothing may go
-_KEPT_BY_NOBODY = 0.99  # above the error of any code, so that all may go that is not pinned
+"""What is typed between the damage and the repair."""
+_ACKNOWLEDGED: dict[str, Callable[[Store], bool]] = {
+    "edited": lambda store: store.task("silent").note == "seen",
+    "encoded": lambda store: store.task("plain").code is not None,
+    "evicted": lambda store: store.task("spare").final.is_evicted,
+    "removed": lambda store: store.find("gone") is None,
+}
+"""What must hold after the repair if the command succeeded."""
+BEFORE = "database from before"
+_SURE = 0.9
+_HEADED = ("adapter_model.safetensors", "adapter_config.json")
 
 
 @dataclass
 class Tally:
-    """What became of the flips of one column."""
+    """What many damages came to."""
 
-    flips: int = 0
+    damages: int = 0
     without_effect: int = 0
-    """Every row reads as before."""
-    noticed: int = 0
-    """By `icm verify`."""
-    unnoticed: int = 0
+    """Nothing had to be repaired."""
     commands: int = 0
     refused: int = 0
-    wrong_adapters: int = 0
-    deleted: int = 0
-    """Commands after which the store lacked a blob, or the user's folder its weights."""
+    """Commands that ended with an error of icm."""
+    unclear: int = 0
+    """Commands that ended with an error that icm does not expect."""
+    wrong: int = 0
+    """Another adapter was written than that of the task."""
+    lost: int = 0
+    """After the repair, a task was not as before, or something that was acknowledged was not there."""
+    named: int = 0
+    """Files that were too large to be corrected; their tasks were named, and came back from the original."""
     examples: list[str] = field(default_factory=list)
 
     @property
     def is_clean(self) -> bool:
         """Whether nothing is wrong."""
-        return not (self.unnoticed or self.wrong_adapters or self.deleted)
+        return not (self.unclear or self.wrong or self.lost)
 
-    def note(self, what: str) -> None:
-        """Keep the first few bad ones."""
-        if len(self.examples) < 3:
-            self.examples.append(what)
-
-
-class Flips:
-    """A small store with a row in nearly every table, and copies of it with one bit changed."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self.source, self.store = build(root), root / "flipped"
-        self.path = self.source / "registry.db"
-        self.data = self.path.read_bytes()
-        self.rows = rows_of(self.path)
-        self._copy(self.data)
-        self._commands = Commands(self.store, root, lambda: blobs_in(self.store))
-
-    def bits(self, wanted: Callable[[Place], bool]) -> Iterator[tuple[Place, int]]:
-        """Yield the bits of chosen columns."""
-        yield from ((place, bit) for place in places(self.path) if wanted(place) for bit in range(8))
-
-    def study(self, bits: Iterable[tuple[Place, int]], *, commands: bool) -> dict[str, Tally]:
-        """Flip bits one after the other; `commands` also runs those that delete and write."""
-        tallies: defaultdict[str, Tally] = defaultdict(Tally)
-        probe = self.root / "probe.db"
-        for place, bit in bits:
-            tally = tallies[f"{place.table}.{place.column}"]
-            tally.flips += 1
-            flipped = bytearray(self.data)
-            flipped[place.offset] ^= 1 << bit
-            probe.write_bytes(flipped)
-            found = _is_noticed(probe)
-            if not found and rows_of(probe) == self.rows:
-                tally.without_effect += 1
-                continue
-            tally.noticed += found
-            tally.unnoticed += not found
-            if not found:
-                tally.note(f"unnoticed: {place}, bit {bit}")
-            if commands:
-                self._copy(bytes(flipped))
-                self._commands.run(tally, f"{place}, bit {bit}")
-        return dict(tallies)
-
-    def _copy(self, database: bytes) -> None:
-        """Copy the store, but for its database."""
-        shutil.rmtree(self.store, ignore_errors=True)
-        shutil.copytree(self.source, self.store, copy_function=os.link)
-        (self.store / "registry.db").unlink()
-        (self.store / "registry.db").write_bytes(database)
+    def note(self, kind: str, what: str) -> None:
+        """Count something bad, and keep the first few."""
+        setattr(self, kind, getattr(self, kind) + 1)
+        if len(self.examples) < 5:
+            self.examples.append(f"{kind}: {what}")
 
 
-class Commands:
-    """Commands that write or delete, on a store in which something may be wrong.
+class Damages:
+    """A store on a pair, which is damaged again and again.
+
+    poems, silent    with checkpoints, a card, texts and vectors; without texts
+    rules            two versions, each with a code
+    headed           a bias and a tokenizer beside its LoRA
+    essays           evicted, with a placeholder in its folder
+    large            weights that are too large to be corrected
+    plain            without a code, until `icm encode plain`
+    spare, gone      are evicted and removed
 
     Args:
-        store: The address of one that `build` made, or of a copy; nothing is wrong with it yet.
-        root: The folder in which it was built.
-        blobs: Returns the names of all blobs that it has.
+        pair: The pair; it has no store yet.
+        root: The folder of the pair.
     """
 
-    def __init__(self, store: str | Path, root: Path, blobs: Callable[[], set[str]]) -> None:
-        self._store, self._loras, self._output, self._blobs = store, root / "loras", root / "out", blobs
-        self._untouched = Path(shutil.copytree(self._loras, root / "untouched"))
-        self._adapters = {row.task.name: written(store, row.task.name, self._output) for row in Fleet(store).tasks()}
-        assert None not in self._adapters.values()
-
-    def run(self, tally: Tally, what: str) -> None:
-        """Run them one after the other, up to one that deletes what has to stay."""
-        for name, adapter in self._adapters.items():
-            tally.commands += 1
-            made = written(self._store, name, self._output)
-            if made is None:
-                tally.refused += 1
-            elif made != adapter:
-                tally.wrong_adapters += 1
-                tally.note(f"materialize {name} is wrong: {what}")
-        before, fleet = self._kept(), Fleet(self._store)
-        changing: dict[str, Callable[[], object]] = {
-            "evict": lambda: fleet.evict(max_error=_LIMIT, device="cpu"),
-            "evict a pinned one": lambda: fleet.evict(["silent"], max_error=_KEPT_BY_NOBODY, device="cpu"),
-            "evict --placeholder": lambda: fleet.evict(max_error=_LIMIT, placeholder=True, device="cpu"),
-            "evict --min-gain": lambda: fleet.evict(["rules"], min_gain=0.95, placeholder=True, device="cpu"),
-            "prune": lambda: fleet.prune(grace=0, empty_quarantine=True),
+    def __init__(self, pair: Pair, root: Path) -> None:
+        self.pair, self.root = pair, root
+        self._environment = {
+            "ICM_STORE": pair.address,
+            "ICM_LOCK_TIMEOUT": "10",
+            **{f"XDG_{name}_HOME": str(root / name.lower()) for name in ("CONFIG", "CACHE", "STATE")},
         }
-        for command, run in changing.items():
+        self._said = ""
+        with mock.patch.dict(os.environ, self._environment):
+            self._build()
+        pair.save("right")
+        self.states = self._states()
+        self.names = sorted({name.partition("@")[0] for name in self.states if "@" in name} | {"gone"})
+        self._right = {name: {self._written(name)} for name in self.names}
+        self._right["spare"].add(self._written("spare", "--source code"))
+        assert all(None not in digests for digests in self._right.values())
+        self.bundle = root / "fleet.icm"
+        assert self.icm(f"export {self.bundle}") == 0, self._said
+        self._bundled = _contents_of(self.bundle)
+        self._restored = self._restore()
+        self.files = self._files()
+        tries = self._bundle, self._placeholder, self._folder
+        self.tries: dict[str, Callable[[str, random.Random, Tally], None]] = {
+            **dict.fromkeys(self.files, self._flip),
+            **dict.fromkeys(self._losses(), self._lose),
+            **{one.__name__.strip("_"): one for one in tries},
+        }
+        """Kind of damage -> what does it and looks what follows."""
+
+    def study(self, kind: str, count: int, draw: random.Random) -> Tally:
+        """Do one kind of damage so many times."""
+        tally = Tally()
+        for _ in range(count):
+            tally.damages += 1
+            self.tries[kind](kind, draw, tally)
+        return tally
+
+    def icm(self, line: str, tally: Tally | None = None, what: str = "") -> int:
+        """Run a command line in this process and return its exit code."""
+        words = [word.format(loras=self.root / "loras", newer=self.root / "newer") for word in line.split()]
+        out, err = io.StringIO(), io.StringIO()
+        with (
+            mock.patch.dict(os.environ, self._environment),
+            mock.patch.object(loading, "SeedSearch", partial(SeedSearch, (42,))),  # all seeds take most of the time
+            redirect_stdout(out),
+            redirect_stderr(err),
+        ):
+            code = int(run([*words, "--json"]))
+        self._said, lines = out.getvalue(), err.getvalue().splitlines()
+        errors = [error for error in map(json.loads, lines) if error.get("type") == "error"]
+        if tally is not None:
             tally.commands += 1
-            try:
-                run()
-            except IcmError:
-                tally.refused += 1
-            if before - self._kept():
-                tally.deleted += 1
-                tally.note(f"{command} deleted: {what}")
-                shutil.rmtree(self._loras)
-                shutil.copytree(self._untouched, self._loras)
-                break
+            tally.refused += bool(errors)
+            if any(error["kind"] == "unexpected" for error in errors):
+                tally.note("unclear", f"{line}: {errors[0]['message']}; {what}")
+        return code
 
-    def _kept(self) -> set[str]:
-        return self._blobs() | {str(path) for path in self._loras.rglob("*.safetensors")}
+    def _flip(self, kind: str, draw: random.Random, tally: Tally) -> None:
+        """Flip one bit of a file of the store."""
+        name = draw.choice(self.files[kind])
+        data = bytearray(self._read(name))
+        at, bit = draw.randrange(len(data)), draw.randrange(8)
+        data[at] ^= 1 << bit
+        self._write(name, bytes(data))
+        self._look(draw, tally, f"byte {at} of {len(data)}, bit {bit}, of {name}")
 
+    def _losses(self) -> list[str]:
+        names = [BEFORE, "database without rows"]
+        return names if self.pair.postgres else [*names, "no database", "database cut off"]
 
-def written(store: str | Path, task: str, output: Path, source: Source = "auto") -> str | None:
-    """Return a digest of what is written of a task, without its card; None if it is refused."""
-    shutil.rmtree(output, ignore_errors=True)
-    try:
-        Fleet(store).materialize(task, output, source=source)
-    except (IcmError, OSError, ValueError):  # the last two where wrong bytes were believed
+    def _lose(self, kind: str, draw: random.Random, tally: Tally) -> None:
+        """Lose the database, or a part of it."""
+        path = self.pair.folder / "registry.db"
+        if kind == BEFORE:
+            self.pair.put_back(BEFORE, only_database=True)
+        elif kind == "database without rows":
+            self.pair.execute("DELETE FROM refs", "DELETE FROM history")
+        elif kind == "no database":
+            path.unlink()
+        else:
+            os.truncate(path, draw.randrange(path.stat().st_size))
+        self._look(draw, tally, kind)
+
+    def _look(self, draw: random.Random, tally: Tally, what: str) -> None:
+        """Use a damaged store, repair it, and look whether every task is as it was.
+
+        Where nothing is wrong at first, most of this is left out nine times of ten.
+        """
+        if self.icm("verify --read-data", tally, what) == 0 and draw.random() < _SURE:
+            tally.without_effect += 1
+            if self._states() != self.states:
+                tally.note("lost", f"not noticed: {what}")
+            self.pair.put_back("right")
+            return
+        for name in self.names:
+            self._compare(name, tally, what)
+        path = self.root / "again.icm"
+        if self.icm(f"export {path} --force", tally, what) == 0 and not _contents_of(path) <= self._bundled:
+            tally.note("wrong", f"export: {what}")
+        done = [name for name, line in _WORK.items() if self.icm(line, tally, what) == 0]
+        for name in ("FORMAT", "BLOBS"):  # the hint says what belongs there
+            if name in self.files:
+                self._write(name, self._kept[name])
+        self.icm("verify --repair --yes", tally, what)
+        repair = json.loads(self._said or "{}")
+        tally.without_effect += not (repair.get("rebuilt") or repair.get("repaired"))
+        if self.icm("verify --read-data") != 0:
+            tasks = {task for finding in json.loads(self._said)["findings"] for task in finding["tasks"]}
+            tally.named += tasks == {"large"}
+            self.icm("ingest {loras}/large --no-vectors", tally, what)
+        if self.icm("verify --read-data") != 0:
+            tally.note("lost", f"{self._said[:300]}: {what}")
+        elif (now := self._states()) != self.states:
+            odd = sorted(name for name in {**now, **self.states} if now.get(name) != self.states.get(name))
+            tally.note("lost", f"{odd}: {what}")
+        else:
+            with self.pair.open() as store:
+                gone = [name for name in done if name in _ACKNOWLEDGED and not _ACKNOWLEDGED[name](store)]
+            if gone:
+                tally.note("lost", f"{gone} of {done}: {what}")
+        for name in draw.sample([name for name in self.names if name != "gone"], 2):  # `verify` has hashed all files
+            self._compare(name, tally, what, is_repaired=True)
+        self.pair.put_back("right")
+
+    def _compare(self, name: str, tally: Tally, what: str, *, is_repaired: bool = False) -> None:
+        found = self._written(name, tally=tally, what=what)
+        if not is_repaired and (found is None or (what == BEFORE and found == self._before.get(name))):
+            return
+        if found not in self._right[name]:
+            tally.note("wrong", f"materialize {name}{' after the repair' * is_repaired}: {what}")
+
+    def _bundle(self, kind: str, draw: random.Random, tally: Tally) -> None:
+        """Flip one bit of a bundle: nothing of it is imported, and what is written of it is right."""
+        path, taken = Path(shutil.copy(self.bundle, self.root / "flipped.icm")), self.root / "taken"
+        what, name = flip(path, draw), draw.choice(sorted(self._bundled))[0]
+        shutil.rmtree(taken, ignore_errors=True)
+        if self.icm(f"--store {taken} import {path}", tally, what) == 0:
+            tally.note("wrong", f"import: {what}")
+        if self._from_bundle(path, name) not in (None, self._from_bundle(self.bundle, name)):
+            tally.note("wrong", f"{name} of the bundle: {what}")
+
+    def _from_bundle(self, path: Path, name: str) -> str | None:
+        shutil.rmtree(self.root / "out", ignore_errors=True)
+        try:
+            Bundle(path).materialize(name, self.root / "out")
+        except (IcmError, OSError, ValueError):  # the last two where wrong bytes were believed
+            return None
+        return digest_of_folder(self.root / "out")
+
+    def _placeholder(self, kind: str, draw: random.Random, tally: Tally) -> None:
+        """Flip one bit of a placeholder. Only its words for people, and the sizes in it, may be wrong."""
+        what: list[str] = []
+        found = self._restore(lambda folder: what.append(flip(folder / PLACEHOLDER_NAME, draw)), tally)
+        if found not in (None, self._restored):
+            tally.note("wrong", f"restore: {what[0]}")
+
+    def _restore(self, change: Callable[[Path], object] = bool, tally: Tally | None = None) -> str | None:
+        """Restore a copy of the folder with a placeholder; None if that is refused and leaves the folder as it was."""
+        folder = self.root / "essays"
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(self.root / "loras" / "essays", folder)
+        change(folder)
+        before = digest_of_folder(folder)
+        if self.icm(f"restore {folder}", tally) == 0 or digest_of_folder(folder) != before:
+            return digest_of_folder(folder)
         return None
-    return digest_of_folder(output)
+
+    def _folder(self, kind: str, draw: random.Random, tally: Tally) -> None:
+        """Flip one bit of an adapter in the user's folder: a placeholder does not replace it."""
+        folder, kept = self.root / "loras" / "headed", self.root / "headed"
+        shutil.copytree(folder, kept)
+        what = flip(folder / draw.choice(_HEADED), draw)
+        before = digest_of_folder(folder)
+        self.icm("evict headed --max-error 0.99 --placeholder", tally, what)
+        if digest_of_folder(folder) != before:
+            tally.note("lost", f"evict --placeholder: {what}")
+        shutil.rmtree(folder)
+        kept.rename(folder)
+        self.pair.put_back("right")
+
+    def _written(self, name: str, options: str = "", **noted: Any) -> str | None:
+        out = self.root / "out"
+        shutil.rmtree(out, ignore_errors=True)
+        code = self.icm(f"materialize {name} -o {out} {options}", **noted)
+        return digest_of_folder(out) if code == 0 else None
+
+    def _states(self) -> dict[str, object]:
+        """Return all that is known of all tasks, but for what the work changes."""
+        with self.pair.open() as store:
+            versions = [one for name in store.names() for one in store.history(name) if name != "gone"]
+            return {
+                **{f"{one.name}@{one.version}": _plain(one) for one in versions},
+                "generators": [one.blob for one in store.generators()],
+                "run": replace(store.run(LABEL), seq=0),  # type: ignore[type-var]
+                "base models": [one.names for one in store.base_models()],
+            }
+
+    def _files(self) -> dict[str, list[str]]:
+        """Return the files by kind; those of the store folder are not empty."""
+        kinds, names = defaultdict[str, set[str]](set), self.pair.files()
+        for name in names:
+            if name.startswith("manifests/"):
+                body = unpacked(self.pair.read(name))
+                kinds[f"manifests of {body['type'].split('/')[0]}"].add(name)
+                for use, file in files_of(body):
+                    use = f"large {use}" if file.size > MAX_REPAIRED_BYTES else use
+                    kinds["shared documents" if use == "manifests" else use].add(f"blobs/{file[0]}/{file}")
+        own = sorted(path for path in self.pair.folder.glob("*") if path.is_file() and path.stat().st_size)
+        self._kept = {path.name: path.read_bytes() for path in own}
+        for path in own:
+            kinds["lock files" if path.name.startswith("lock") else path.name].add(path.name)
+        return {kind: sorted(found & {*names, *self._kept}) for kind, found in sorted(kinds.items())}
+
+    def _read(self, name: str) -> bytes:
+        return self.pair.read(name) if "/" in name else (self.pair.folder / name).read_bytes()
+
+    def _write(self, name: str, data: bytes) -> None:
+        if "/" in name:
+            self.pair.write(name, data)
+        else:
+            overwrite(self.pair.folder / name, data)
+
+    def _build(self) -> None:
+        loras = self.root / "loras"
+        write_lora(loras / "headed", seed=5, bias="lora_only")
+        (loras / "headed" / "tokenizer.json").write_text('{"version": "1.0"}')
+        for seed, name in enumerate(("spare", "gone", "former"), start=11):
+            write_lora(loras / name, seed=seed)
+        write_lora(loras / "large", seed=15, rank=96)
+        write_lora(self.root / "newer" / "rules", seed=50)
+        local = build_ingested(self.root, vectors=True)
+        train_store(local)
+        if not self.pair.is_plain:
+            self.pair.make()
+            self._do(f"--store {local} copy {local} {self.pair.address}")
+        write_lora(loras / "essays", seed=14)
+        self._do("encode rules --max-error 0.1")
+        self._do("ingest {loras}/essays --no-vectors")
+        self.pair.save(BEFORE)
+        self._before = {name: self._written(name) for name in ("rules", "essays")}
+        write_lora(loras / "plain", seed=16)
+        for line in (
+            "encode essays --max-error 0.7",
+            "ingest {newer}/rules --on-conflict version --no-vectors",
+            "encode rules --max-error 0.7",
+            "evict essays --max-error 0.99 --placeholder",
+            "ingest {loras}/plain --no-vectors",
+            "edit silent --tag kept",
+            "rm former --yes",
+        ):
+            self._do(line)
+        with self.pair.open() as store:
+            files = [File(store.blobs.put(data), len(data)) for data in (b"start", b"step 3")]
+            store.update_generator(LABEL, lambda one: replace(one, start=files[0]))  # type: ignore[type-var]
+            store.save_run(Run(base_model=LABEL, config={}, weights=files[1]))
+
+    def _do(self, line: str) -> None:
+        assert self.icm(line) == 0, (line, self._said)
+
+
+def _plain(task: Task) -> Task:
+    """Return a task without what the work changes."""
+    task = replace(task, seq=0, parent=None, note=None)
+    if task.name == "silent":
+        return replace(task, tags=())
+    if task.name == "spare":
+        return replace(task, final=replace(task.final, evicted_at=None))
+    if task.name == "plain":  # it is ingested again where the database does not know it
+        return replace(task, code=None, created_at="", final=replace(task.final, created_at=""))
+    return task
+
+
+def _contents_of(bundle: Path) -> set[tuple[object, ...]]:
+    with open_bundle(bundle) as opened:
+        tasks = opened.index.tasks
+        return {(one.name, one.final.weights, one.final.config, one.code and str(one.code.blob)) for one in tasks}
 
 
 def digest_of_folder(folder: Path) -> str:
@@ -187,94 +398,52 @@ def digest_of_folder(folder: Path) -> str:
     return hashlib.sha256(b"".join(path.name.encode() + path.read_bytes() for path in files)).hexdigest()
 
 
-def build(root: Path) -> Path:
-    """Make the store: six tasks, of which four are evicted, one is pinned, and one has extras of each kind."""
-    # Of the same form as `headed` and `poems`, and between them, so that a flip gives one the code of another.
-    for seed, name in enumerate(("essays", "letters"), start=11):
-        write_lora(root / "loras" / name, seed=seed)
-    write_lora(root / "loras" / "headed", seed=5, bias="lora_only")
-    (root / "loras" / "headed" / "tokenizer.json").write_text('{"version": "1.0"}')
-    store = build_ingested(root, vectors=True)
-    train_store(store)
-    icm_quietly(store, "edit", "silent", "--pin")
-    icm_quietly(store, "evict", "rules", "poems", "essays", "letters", "--max-error", _KEPT_BY_NOBODY)
-    with Store.open(store) as opened:
-        task, (generator,) = opened.tasks.get("rules"), opened.generators.all()
-        assert task.eval_data is not None
-        figures = {"value": 2.0, "count": 100, "utf8_bytes": 400, "retained_gain": 0.9, "squared_error": None}
-        settings = {"settings": {"dtype": "float32"}, "data": task.eval_data}
-        opened.evaluations.add([NewEvaluation("rules", "code", generator.id, **figures, **settings)])  # type: ignore[arg-type]
-        opened.generators.set_start(generator.id, opened.blobs.put(b"start"))
-    return store
+def flip(path: Path, draw: random.Random) -> str:
+    """Flip one bit of a file and return which one."""
+    data = bytearray(path.read_bytes())
+    at, bit = draw.randrange(len(data)), draw.randrange(8)
+    data[at] ^= 1 << bit
+    overwrite(path, bytes(data))
+    return f"byte {at} of {len(data)}, bit {bit}, of {path.name}"
 
 
-def rows_of(path: Path) -> dict[str, list[Any]] | None:
-    """Return everything that can be read of a database; None if some of it cannot."""
-    try:
-        with closing(sqlite3.connect(path)) as database:
-            return {
-                name: database.execute(f"SELECT *, typeof(crc) FROM {name}").fetchall()
-                for name in row_checks.COLUMNS_OF
-            }
-    except (sqlite3.Error, UnicodeDecodeError):
-        return None
-
-
-def _is_noticed(path: Path) -> bool:
-    try:
-        return any(SqliteDatabase(path, read_only=True, patience=Patience(1)).damage())
-    except IcmError:
-        return True
+def overwrite(path: Path, data: bytes) -> None:
+    """Put other bytes in the place of a file, which may be one that nobody may write."""
+    path.unlink(missing_ok=True)
+    path.write_bytes(data)
 
 
 @contextmanager
-def checks_off() -> Iterator[None]:
-    """Believe every row, as icm did before rows had checks: the control, which has to be caught."""
+def believing() -> Iterator[None]:
+    """Believe the bytes of all blobs, manifests and parts of bundles: a control, which has to be caught."""
+
+    def read_blob(self: Blobs, digest: str) -> bytes:
+        with self._backend.get(digest) as file:
+            return file.read()
+
+    def read_part(self: BundleFile, digest: str) -> bytes:
+        return read_exactly(self._descriptor, *self._places[digest])
+
     with ExitStack() as patches:
-        for module in (row_checks, schema, postgres_checks):
-            patches.enter_context(mock.patch.object(module, "checked", lambda check, *row: check))
-        patches.enter_context(mock.patch.object(Database, "_wrong_rows", return_value=()))
+        for owner, name, method in (
+            (Blobs, "read", read_blob),
+            (Blobs, "is_intact", lambda self, digest: True),
+            (BundleFile, "read", read_part),
+            (BundleFile, "check", lambda self: None),
+        ):
+            patches.enter_context(mock.patch.object(owner, name, method))
         yield
 
 
-def decides(place: Place) -> bool:
-    """Say whether a byte is of a column that decides."""
-    return place.column in DECIDING.get(place.table, ())
+@contextmanager
+def without_comparing() -> Iterator[None]:
+    """Prune whatever the database does not name, without comparing it with the manifests: a control as well."""
 
+    def sort(found: reachability.Walk, rest: dict[Any, list[reachability.Found]], *known: Any) -> None:
+        found.garbage += [one for states in rest.values() for one in states]
 
-def summed(tallies: dict[str, Tally]) -> Tally:
-    """Add up what became of the flips of all columns."""
-    total = Tally()
-    for tally in tallies.values():
-        for name, value in vars(tally).items():
-            if name != "examples":
-                setattr(total, name, getattr(total, name) + value)
-        total.examples += tally.examples
-    return total
-
-
-def _main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output", type=Path, default=Path("tests/benchmarks/results/flips.json"))
-    chosen = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        flips = Flips(Path(folder))
-        every = flips.study(flips.bits(lambda place: True), commands=False)
-        sys.stderr.write(f"{json.dumps(asdict(summed(every)))}\n")
-        deciding = flips.study(flips.bits(decides), commands=True)
-        sys.stderr.write(f"{json.dumps(asdict(summed(deciding)))}\n")
-        with checks_off():
-            control = flips.study(list(flips.bits(decides))[::7], commands=True)
-    document = {
-        "what": "one bit of registry.db flipped at a time, tests/faults/flips.py",
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "sqlite": sqlite3.sqlite_version,
-        "every_bit_of_every_row": {**asdict(summed(every)), "by_column": {k: asdict(v) for k, v in every.items()}},
-        "with_commands": {**asdict(summed(deciding)), "by_column": {k: asdict(v) for k, v in deciding.items()}},
-        "control": {"what": "every seventh of them, with the checks of rows switched off", **asdict(summed(control))},
-    }
-    chosen.output.write_text(json.dumps(document, indent=2) + "\n")
-
-
-if __name__ == "__main__":
-    _main()
+    with (
+        mock.patch.object(reachability, "_sort", sort),
+        mock.patch.object(reachability.Walk, "check"),
+    ):
+        yield

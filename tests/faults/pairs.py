@@ -11,8 +11,9 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import sqlite3
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -145,7 +146,9 @@ class Pair:
 
     def files(self) -> list[str]:
         """Return the names of all blobs and manifests, such as `blobs/3/3f9a...`."""
-        names = self._names() if self.prefix else [str(one.relative_to(self.folder)) for one in self.folder.rglob("*/*/*")]
+        names = (
+            self._names() if self.prefix else [str(one.relative_to(self.folder)) for one in self.folder.rglob("*/*/*")]
+        )
         return sorted(name for name in names if name.startswith(("blobs/", "manifests/")))
 
     def read(self, name: str) -> bytes:
@@ -165,6 +168,19 @@ class Pair:
         import obstore
 
         obstore.put(self.objects, name, data, use_multipart=False)
+
+    def execute(self, *statements: str) -> None:
+        """Change the database, behind the back of the store."""
+        if self._database:
+            import psycopg
+
+            with psycopg.connect(self._database) as server:
+                for statement in statements:
+                    server.execute(statement.encode())
+            return
+        with closing(sqlite3.connect(self.folder / "registry.db")) as connection, connection:
+            for statement in statements:
+                connection.execute(statement)
 
     def cut_connections(self) -> None:
         """Let the database server end all connections to the store, as it does with those it takes for dead."""
@@ -221,4 +237,3 @@ class Pair:
 
         pages = obstore.list(self.objects)
         return {str(entry["path"]): str(entry["e_tag"]).strip('"') for page in pages for entry in page}
-

@@ -114,7 +114,7 @@ def test_a_kill_after_each_file_leaves_the_adapter_or_its_placeholder(
     ("mode", "point"),
     [
         ("keep", "placeholder-written"),
-        ("lose", "eviction-committed"),
+        ("lose", "rows-committed"),
         *(
             pytest.param("lose", point, marks=pytest.mark.fault)
             for point in ("placeholder-written", "rows-before-commit", "blob-unlinked")

@@ -135,7 +135,7 @@ class World:
         if self.pair.exists():
             names = {folder.name for folder in (self.root / "loras").iterdir()}
             with self.pair.open() as store:
-                is_located = any(self.output.parent.glob("config/icm/base_models.json"))
+                is_located = any(self.output.parent.glob("config/icm/base_models.yaml"))
                 if GOALS[command](End(store, names, self.version_one, is_located, self._is_written(command))):
                     return []
         return [f"{command} did not reach its goal"]
