@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
@@ -50,8 +50,9 @@ def cut_all(url: str) -> None:
 
 
 def is_alone(lock: AdvisoryLock) -> bool:
-    with lock.try_exclusive() as answer:
-        return answer
+    with suppress(StoreLocked), lock.exclusive():
+        return True
+    return False
 
 
 def test_a_connection_that_is_lost_gives_its_locks_to_others_and_is_never_opened_again(url: str) -> None:

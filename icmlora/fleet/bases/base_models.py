@@ -19,12 +19,12 @@ from icmlora.errors import BaseModelNotFound
 from icmlora.fleet.bases.joins import BaseJoined
 from icmlora.fleet.bases.labels import Joined, Separated, join, separate
 from icmlora.fleet.context import Context, Event, use_case
-from registry.errors import BaseModelConflict, StoreNotFound
+from registry.errors import BaseModelConflict, StoreNotFound, StoreReadOnly, StoreUnavailable
 from registry.manifests import BaseModel
 from registry.names import LoadIn, some
 
 if TYPE_CHECKING:
-    from registry.store import Store
+    pass
 
 
 @dataclass(frozen=True)
@@ -51,22 +51,25 @@ def list_base_models(context: Context) -> list[KnownBase]:
     """List the base models that adapters name or that were added, and where each one is on this machine."""
     with context.open(read_only=True) as store:
         counts, places = store.task_counts(), locations()
-        known = store.base_models()
-    named = {name for base in known for name in base.names}
-    known += [BaseModel(name=name) for name in places if name not in named]
-    return [
-        _locate(base, counts.get(base.name, 0), location_of(base.names, places))
-        for base in sorted(known, key=lambda base: base.name)
-    ]
+        return [
+            _locate(base, counts.get(base.name, 0), location_of(base.names, places))
+            for base in _known_bases(store.base_models())
+        ]
+
+
+def _known_bases(stored: Sequence[BaseModel]) -> list[BaseModel]:
+    """Return the base models of a store and those with a location on this machine, by name."""
+    named = {name for base in stored for name in base.names}
+    return sorted([*stored, *(BaseModel(name=name) for name in locations().keys() - named)], key=lambda base: base.name)
 
 
 @use_case
 def add_base_model(
     context: Context, name: str, path: str | Path, *, loader: str | None = None, load_in: LoadIn | None = None
 ) -> Path:
-    """Record where a base model is; this comes before the Hugging Face cache. Creates the store if there is none.
+    """Record where a base model is on this machine; this comes before the Hugging Face cache.
 
-    A base model with equal files is joined to it, which `on_event` is told.
+    A base model with equal files is joined to it in the store, which `on_event` is told.
 
     Args:
         context: The store.
@@ -93,20 +96,25 @@ def add_base_model(
         find_loader(name, loader)
     if load_in is not None:
         modality_of(found)
-    with context.open(create=True) as store:
-        meant = _meant(store, name)
-        if meant != name:
-            context.on_event(NameTaken(name, meant))
-            name, found = meant, replace(found, label=meant)
-        set_location(name, Location(found.path, loader, load_in))
-        _join_same(context, store, name, found)
+    stored: list[BaseModel] = []
+    with suppress(StoreNotFound), context.open(read_only=True) as store:
+        stored = store.base_models()
+    bases = _known_bases(stored)
+    meant = _meant(bases, name)
+    if meant != name:
+        context.on_event(NameTaken(name, meant))
+        name, found = meant, replace(found, label=meant)
+    mine = next((base for base in bases if name in base.names), BaseModel(name=name))
+    for label in {name, *locations().keys() & set(mine.names)}:  # the later location counts, whatever the name
+        set_location(label, Location(found.path, loader, load_in))
+    _join_same(context, bases, mine, found)
     return found.path
 
 
-def _meant(store: Store, name: str) -> str:
+def _meant(bases: Sequence[BaseModel], name: str) -> str:
     """Return the base model that a relative path means: one that adapters name so, or that path from here."""
-    known = [label for base in store.base_models() for label in base.names]
-    found = sorted({store.base_name(label) for label in named_by(name, known)})
+    known = {label: base.name for base in bases for label in base.names}
+    found = sorted({known[label] for label in named_by(name, list(known))})
     if name in known or len(found) == 1:
         return name if name in known else found[0]
     if found:
@@ -115,18 +123,18 @@ def _meant(store: Store, name: str) -> str:
     return typed_label(name)
 
 
-def _join_same(context: Context, store: Store, name: str, found: FoundBase) -> None:
+def _join_same(context: Context, bases: Sequence[BaseModel], mine: BaseModel, found: FoundBase) -> None:
     """Join a base model to one of the same files; where both have a generator, the user has to say which stays."""
-    mine = store.base_model(name)
-    for other in (base for base in store.base_models() if base.name != mine.name):
+    for other in (base for base in bases if base.name != mine.name):
         try:
             copy = find_located(other.names)
         except BaseModelNotFound:
             continue
         if not is_same_model(found, copy):
             continue
-        first, second = (mine, other) if store.generator(mine.name) is not None else (other, mine)
-        with suppress(BaseModelConflict):
+        # The location is recorded even if both have a generator, or if this user only reads the store.
+        with suppress(BaseModelConflict, StoreReadOnly, StoreUnavailable), context.open(create=True) as store:
+            first, second = (mine, other) if store.generator(mine.name) is not None else (other, mine)
             join(store, first.name, [second.name], reason="fingerprint")
             context.on_event(BaseJoined(second.name, first.name, "fingerprint", is_quantised=False))
         return
