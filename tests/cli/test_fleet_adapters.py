@@ -78,7 +78,7 @@ def test_a_bundle_tells_what_is_in_it(bundle: Path) -> None:
     assert [task.name for task in opened.tasks] == list(TASKS)
     assert (opened.base_model, opened.generator.version) == (LABEL, 1)
     assert opened.size == bundle.stat().st_size
-    assert all(0 < opened.code_size(task) < opened.original_size(task) for task in opened.tasks)
+    assert all(task.code is not None and 0 < task.code.size < task.final.original_bytes for task in opened.tasks)
 
 
 def test_a_bundle_loads_the_adapter_that_the_store_loads(bundle: Path, trained: Path) -> None:

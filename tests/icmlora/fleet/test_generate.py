@@ -48,7 +48,7 @@ def test_the_report_describes_the_folder(able: Fleet, samples: Path, out: Path) 
     assert (made.task, made.directory, made.base_model, made.samples) == ("geese", out, LABEL, 6)
     assert made.weights == hashlib.sha256((out / "adapter_model.safetensors").read_bytes()).hexdigest()
     assert made.rank == rank_of(adapter)
-    assert made.generator == able.generators()[0].record.blob
+    assert made.generator == able.generators()[0].generator.blob
     assert (made.code_size, made.code_relative_error) == (None, None)
 
 
@@ -123,7 +123,7 @@ def test_the_card_has_the_description(able: Fleet, samples: Path, out: Path) -> 
 def test_a_registered_task_lives_by_its_code(able: Fleet, samples: Path, out: Path, tmp_path: Path) -> None:
     before = code_blobs(able)
     made = able.generate("geese", samples, out, register=True, device="cpu")
-    geese = able.show("geese")
+    geese = able.show("geese").task
     assert (geese.final.is_evicted, geese.final.is_generated, len(geese.vectors) > 0) == (True, True, True)
     assert made.code_size == blob_of(able, code_blobs(able)["geese"]).stat().st_size
     assert {name: blob for name, blob in code_blobs(able).items() if name != "geese"} == before
