@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sqlalchemy import Table, and_, delete, or_, select
 
+from registry.encoding import files_of, unpacked
 from registry.errors import DamagedStore, MissingBlob, StoreLocked
 from registry.files import failpoint
-from registry.manifests import KINDS, Generator, Removed, State, Task, files_of, unpacked
+from registry.manifests import KINDS, Generator, Removed, State, Task
 from registry.storage.blobs.backend import BlobInfo, Leftover
 from registry.tables import HISTORY, REFS, REPAIR_HINT, index_of, key_of
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 import difflib
 import math
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -22,33 +21,19 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
 
-from sqlalchemy import Connection, Select, Table, bindparam, delete, func, insert, or_, select, update
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy import Select, func, or_, select
 
+from registry.encoding import Shared, decode, encode, read_shared
 from registry.errors import DamagedStore, GeneratorNotFound, LostRace, TaskConflict, TaskNotFound
 from registry.filters import Selection
 from registry.listing import IS_TASK, ROW, selected
-from registry.manifests import (
-    BaseModel,
-    File,
-    Generator,
-    Part,
-    Removed,
-    Run,
-    Shared,
-    State,
-    Task,
-    decode,
-    encode,
-    now,
-    read_shared,
-)
-from registry.manifests import is_digest as is_digest
+from registry.manifests import BaseModel, File, Generator, Part, Removed, Run, State, Task, now
 from registry.names import Address, DatabaseUrl, address_of, split_version
+from registry.refs import chunks, move, raise_seq, ref_of, remove_ref, replace_rows
 from registry.storage.blobs.content import Blobs
 from registry.storage.locks import Patience
 from registry.storage.open import StoreParts, open_parts
-from registry.tables import HISTORY, META, REFS, REPAIR_HINT, TaskRow, index_of, key_of
+from registry.tables import HISTORY, META, REFS, TaskRow, index_of, key_of
 
 if TYPE_CHECKING:
     from registry.reachability import PruneReport
@@ -62,9 +47,7 @@ S = TypeVar("S", bound=State)
 T = TypeVar("T")
 
 PAGE = 500  # tasks that are read from the database at a time
-_CHUNK = 500  # values in one statement
 _STATES = 1024  # manifests that stay in memory
-_WITH_HISTORY = {Task.KIND, Generator.KIND}
 
 
 class Store:
@@ -160,7 +143,7 @@ class Store:
         """Return a task by name, as `task` does, or None if there is none."""
         name, version = split_version(name)
         with self._db.read() as connection:
-            row = connection.execute(_ref(Task.KIND, name)).first()
+            row = connection.execute(ref_of(Task.KIND, name)).first()
         if row is None:
             return None
         task = self._checked_task(row.manifest, name)
@@ -180,7 +163,7 @@ class Store:
         """Yield the selected tasks in the order asked for, few in memory at a time; no lock of the database is held."""
         for page in self._pages(selection or Selection(), REFS.c.key, REFS.c.name, REFS.c.manifest):
             self.manifests.fetch(row.manifest for row in page)
-            yield from self._undamaged(page, lambda row: self._checked_task(row.manifest, row.name))
+            yield from self.undamaged(page, lambda row: self._checked_task(row.manifest, row.name))
 
     def named(self, names: Sequence[str]) -> list[Task]:
         """Return tasks by name, each as often as it is named; damaged ones are left out as in `tasks`."""
@@ -197,7 +180,7 @@ class Store:
     def rows(self, selection: Selection | None = None) -> Iterator[TaskRow]:
         """Yield the rows of the selected tasks, without reading manifests."""
         for page in self._pages(selection or Selection(), *ROW):
-            yield from self._undamaged(page, TaskRow.of)
+            yield from self.undamaged(page, TaskRow.of)
 
     def names(self, selection: Selection | None = None) -> list[str]:
         """Return the names of the selected tasks."""
@@ -227,7 +210,7 @@ class Store:
         found: dict[str, TaskRow] = {}
         with self._db.read() as connection:
             for column, values in asked:
-                for some in _chunks(sorted(values)):
+                for some in chunks(sorted(values)):
                     rows = connection.execute(select(*ROW).where(IS_TASK, column.in_(some)))
                     found |= {row.name: TaskRow.of(row) for row in rows}
         return sorted(found.values(), key=lambda row: key_of(Task.KIND, row.name))
@@ -311,11 +294,11 @@ class Store:
         try:
             with self._db.write() as connection:
                 for state in remove:
-                    _remove(connection, state)
-                _move(connection, new, digests[: len(new)], [state.manifest for state in states], older=older)
+                    remove_ref(connection, state)
+                move(connection, new, digests[: len(new)], [state.manifest for state in states], older=older)
                 rows = [index_of(state, digest) for state, digest in zip(gone, digests[len(new) :], strict=True)]
-                _replace(connection, REFS, ("kind", "key"), rows)
-                _raise_seq(connection, [*new, *gone])
+                replace_rows(connection, REFS, ("kind", "key"), rows)
+                raise_seq(connection, [*new, *gone])
         except (LostRace, TaskConflict, DamagedStore):
             # Nothing refers to them, and if the database is lost they must not be taken for what was committed.
             self.manifests.delete(digests, newest=math.inf)
@@ -340,8 +323,8 @@ class Store:
         ]
         digests = self._put_states(states)
         with self._db.write() as connection:
-            _move(connection, states, digests, [None] * len(states))
-            _raise_seq(connection, states)
+            move(connection, states, digests, [None] * len(states))
+            raise_seq(connection, states)
 
     def update(self, name: str, change: Callable[[Task], Task]) -> Task:
         """Change a task: read it, change it, and swap it in; again if another process was faster.
@@ -477,7 +460,7 @@ class Store:
     def ref(self, kind: str, name: str) -> str | None:
         """Return the digest of the manifest that a ref points to."""
         with self._db.read() as connection:
-            found = connection.execute(_ref(kind, name)).first()
+            found = connection.execute(ref_of(kind, name)).first()
         return None if found is None else str(found.manifest)
 
     def state(self, digest: str) -> State:
@@ -508,7 +491,7 @@ class Store:
                 return
             last = key_of(Task.KIND, rows[-1].name)
 
-    def _undamaged(self, page: Sequence[Any], read: Callable[[Any], T]) -> Iterator[T]:
+    def undamaged(self, page: Sequence[Any], read: Callable[[Any], T]) -> Iterator[T]:
         """Yield each row as it is read, without those that are damaged, if anybody listens."""
         for row in page:
             try:
@@ -528,7 +511,7 @@ class Store:
 
     def _current(self, kind: str, name: str) -> State | None:
         with self._db.read() as connection:
-            row = connection.execute(_ref(kind, name)).first()
+            row = connection.execute(ref_of(kind, name)).first()
         return None if row is None else self._checked_state(row.manifest, kind, name)
 
     def _history(self, kind: str, name: str | None) -> list[State]:
@@ -604,102 +587,3 @@ class Store:
 
 def _next(state: S, moment: int) -> S:
     return replace(state, seq=max(state.seq + 1, moment), parent=state.manifest)
-
-
-def _ref(kind: str, name: str) -> Select[Any]:
-    return select(REFS.c.manifest, REFS.c.version).where(REFS.c.kind == kind, REFS.c.key == key_of(kind, name))
-
-
-def _chunks(values: Sequence[Any]) -> Iterator[Sequence[Any]]:
-    return (values[at : at + _CHUNK] for at in range(0, len(values), _CHUNK))
-
-
-def _present(connection: Connection, states: Sequence[State]) -> dict[tuple[str, str], tuple[str, int]]:
-    """Return kind and key -> manifest and version of the refs of some states."""
-    found: dict[tuple[str, str], tuple[str, int]] = {}
-    by_kind = defaultdict[str, list[str]](list)
-    for state in states:
-        by_kind[state.KIND].append(key_of(state.KIND, state.ref))
-    for kind, keys in by_kind.items():
-        for some in _chunks(keys):
-            query = select(REFS.c.key, REFS.c.manifest, REFS.c.version).where(REFS.c.kind == kind, REFS.c.key.in_(some))
-            found |= {(kind, row.key): (row.manifest, row.version) for row in connection.execute(query)}
-    return found
-
-
-def _raise_seq(connection: Connection, states: Sequence[State]) -> None:
-    seq = max((state.seq for state in states), default=0)
-    connection.execute(update(META).where(META.c.seq < seq).values(seq=seq))
-
-
-def _move(
-    connection: Connection,
-    states: Sequence[State],
-    digests: Sequence[str],
-    expected: Sequence[str | None],
-    *,
-    older: bool = False,
-) -> None:
-    """Write refs and history in an open transaction that holds the lock to write, if the refs are as expected.
-
-    Of several states of a name, the one with the highest number becomes current.
-    """
-    present, rows = _present(connection, states), list[dict[str, Any]]()
-    newest = {(one.KIND, key_of(one.KIND, one.ref)): one.number for one in sorted(states, key=lambda one: one.number)}
-    _check_versions(connection, [one for one in newest if one not in present])
-    for state, digest, before in zip(states, digests, expected, strict=True):
-        key = state.KIND, key_of(state.KIND, state.ref)
-        manifest, number = present.get(key, (None, 0))
-        is_older, is_newest = state.number < number, state.number == newest[key]
-        found = connection.scalar(_version(state)) if is_older and older else manifest
-        if (is_older or is_newest) and found != before:
-            if before is None and isinstance(state, Task):
-                raise TaskConflict(state.name)
-            raise _lost(f"{state.KIND} {state.ref!r}")
-        if is_newest and not is_older:
-            rows.append(index_of(state, digest))
-    versions = [
-        {"kind": one.KIND, "key": key_of(one.KIND, one.ref), "version": one.number, "manifest": digest}
-        for one, digest in zip(states, digests, strict=True)
-        if one.KIND in _WITH_HISTORY
-    ]
-    _replace(connection, REFS, ("kind", "key"), rows)
-    _replace(connection, HISTORY, ("kind", "key", "version"), versions)
-
-
-def _check_versions(connection: Connection, names: Sequence[tuple[str, str]]) -> None:
-    """Raise `DamagedStore` if a name without a ref has versions: a new task must not replace them."""
-    for kind in _WITH_HISTORY:
-        for some in _chunks([key for of, key in names if of == kind]):
-            query = select(HISTORY.c.key).where(HISTORY.c.kind == kind, HISTORY.c.key.in_(some))
-            if (key := connection.scalar(query.limit(1))) is not None:
-                raise DamagedStore(f"the database has versions of {kind} {key!r} and no ref", hint=REPAIR_HINT)
-
-
-def _replace(connection: Connection, table: Table, key: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write rows in place of those with the same key."""
-    if rows:
-        same = [table.c[name] == bindparam(f"old_{name}") for name in key]
-        connection.execute(delete(table).where(*same), [{f"old_{name}": row[name] for name in key} for row in rows])
-        try:
-            connection.execute(insert(table), rows)
-        except IntegrityError as error:  # rows with these keys were deleted just now
-            raise DamagedStore("the database is damaged: an index lacks rows of its table", hint=REPAIR_HINT) from error
-
-
-def _lost(what: str) -> LostRace:
-    return LostRace(f"{what} was changed by another process", hint="run the command again")
-
-
-def _version(state: State) -> Select[Any]:
-    key = key_of(state.KIND, state.ref)
-    of_version = HISTORY.c.kind == state.KIND, HISTORY.c.key == key, HISTORY.c.version == state.number
-    return select(HISTORY.c.manifest).where(*of_version)
-
-
-def _remove(connection: Connection, state: State) -> None:
-    key = key_of(state.KIND, state.ref)
-    if connection.execute(_ref(state.KIND, state.ref)).scalar() != state.manifest:
-        raise _lost(f"{state.KIND} {state.ref!r}")
-    connection.execute(delete(REFS).where(REFS.c.kind == state.KIND, REFS.c.key == key))
-    connection.execute(delete(HISTORY).where(HISTORY.c.kind == state.KIND, HISTORY.c.key == key))

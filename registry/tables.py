@@ -19,8 +19,9 @@ from sqlalchemy import BigInteger, Boolean, Column, Double, Index, Integer, Larg
 from sqlalchemy.engine import Dialect
 from sqlalchemy.types import TypeDecorator
 
+from registry.encoding import written
 from registry.errors import DamagedStore
-from registry.manifests import State, Task, written
+from registry.manifests import State, Task
 from registry.names import folder_of
 
 FORMAT = 1

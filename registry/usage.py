@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import false, select, true
 
-from registry.manifests import Task, files_of, unpacked
+from registry.encoding import files_of, unpacked
+from registry.manifests import Task
 from registry.reachability import leftovers
 from registry.tables import HISTORY, REFS
 
@@ -65,7 +66,7 @@ def _uses(store: Store) -> dict[str, str]:
     store.manifests.fetch(manifest for _, _, manifest, _ in rows)
     files: defaultdict[str, set[str]] = defaultdict(set)
     files["manifests"] = {manifest for _, _, manifest, _ in rows}
-    for kind, is_current, body in store._undamaged(rows, lambda row: (row[0], row[3], _body(store, row[2]))):
+    for kind, is_current, body in store.undamaged(rows, lambda row: (row[0], row[3], _body(store, row[2]))):
         for use, file in files_of(body):
             if use == "generators" and (kind == Task.KIND or not is_current):
                 use = "old_generators"

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any, Literal, TypeGuard
 
 from sqlalchemy import insert, select, update
 
+from registry.encoding import encode, files_of, unpacked
 from registry.errors import DamagedStore, MissingBlob, StoreIOError
-from registry.manifests import Generator, Removed, Run, State, Task, encode, files_of, unpacked
+from registry.manifests import Generator, Removed, Run, State, Task
 from registry.reachability import Found, Name, Walk, is_named, leftovers, walk
 from registry.storage.blobs.content import Blobs
 from registry.tables import HISTORY, META, REFS, index_of, key_of

@@ -24,9 +24,9 @@ from icmlora.errors import AdapterRefused, BundleError, UnsafeInput
 from icmlora.formats.peft.config import MAX_CONFIG_BYTES, MAX_LABEL, MAX_RANK
 from icmlora.io.safetensors import FLOAT_TYPES, MAX_DIMENSION, MAX_FILE_BYTES
 from icmlora.io.strict_json import parse_object
-from registry import manifests
+from registry import encoding
 from registry.errors import DamagedStore
-from registry.manifests import Adapter, Claim, Code, File, Generator, Measurement, Part, State, Task
+from registry.manifests import Adapter, Claim, Code, File, Generator, Measurement, Part, State, Task, is_digest
 from registry.names import escape, is_file_name, is_module_name, task_name_problem
 
 MAX_CODE_BYTES = 1024**3
@@ -130,7 +130,7 @@ def contents(generator: Generator, tasks: Sequence[Task]) -> tuple[BundleIndex, 
     tasks = sorted(tasks, key=lambda task: task.name.lower())
     made, documents = dict[str, bytes](), dict[str, bytes]()
     for state in (generator, *tasks):
-        data, shared = manifests.encode(state)
+        data, shared = encoding.encode(state)
         made[hashlib.sha256(data).hexdigest()] = data
         documents |= shared
     digests = list(made)
@@ -138,7 +138,7 @@ def contents(generator: Generator, tasks: Sequence[Task]) -> tuple[BundleIndex, 
     blobs = dict.fromkeys(file for state in (generator, *tasks) for file, _ in _uses(state))
     parts = (*(File(digest, len(data)) for digest, data in made.items()), *blobs)
     directory = {"generator": digests[0], "tasks": digests[1:], "parts": [[str(part), part.size] for part in parts]}
-    return BundleIndex(generator, tuple(tasks), parts), manifests.packed(directory), made
+    return BundleIndex(generator, tuple(tasks), parts), encoding.packed(directory), made
 
 
 def _uses(state: State) -> Iterator[tuple[File, int]]:
@@ -175,7 +175,7 @@ def read_directory(data: bytes) -> Directory:
         found = Directory(fields["generator"], fields["tasks"], parts)
         if fields.keys() != set(Directory._fields):
             raise ValueError("it has other keys")
-        if not all(map(manifests.is_digest, (found.generator, *found.tasks, *parts))):
+        if not all(map(is_digest, (found.generator, *found.tasks, *parts))):
             raise ValueError("a digest is not valid")
         if not all(type(part.size) is int and part.size >= 0 for part in parts):
             raise ValueError("a size is not valid")
@@ -211,12 +211,12 @@ def read_index(directory: Directory, read: Callable[[str], bytes]) -> BundleInde
         key = kind, str(file)
         if key not in documents:
             used.add(str(file))
-            documents[key] = manifests.read_shared(kind, text(file))
+            documents[key] = encoding.read_shared(kind, text(file))
         return documents[key]
 
     try:
         generator, *tasks = (
-            manifests.decode(text(digest), shared, digest) for digest in (directory.generator, *directory.tasks)
+            encoding.decode(text(digest), shared, digest) for digest in (directory.generator, *directory.tasks)
         )
     except (DamagedStore, ArithmeticError, LookupError, TypeError, ValueError) as error:
         raise BundleError(f"a manifest of the bundle is not valid: {escape(str(error), 200)}") from None
@@ -307,10 +307,8 @@ def _check_claim(name: str, claim: Claim) -> None:
         if claim.measured is not None:
             if claim.measured.keys() != set(_CLAIMED):
                 raise ValueError("other figures")
-            measured = manifests.read(Measurement, {"source": "code", **claim.measured})
-            if not manifests.is_digest(measured.data) or any(
-                type(one) is not float for one in measured.others.values()
-            ):
+            measured = encoding.read(Measurement, {"source": "code", **claim.measured})
+            if not is_digest(measured.data) or any(type(one) is not float for one in measured.others.values()):
                 raise ValueError("not a figure")
     except (ArithmeticError, LookupError, TypeError, ValueError):
         raise BundleError(f"the bundle states an impossible figure for {name!r}") from None

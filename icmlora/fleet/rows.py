@@ -6,7 +6,8 @@ import json
 from functools import lru_cache
 from typing import TYPE_CHECKING, TypeVar
 
-from registry.manifests import Claim, CodeLimits, Part, read
+from registry.encoding import read
+from registry.manifests import Claim, CodeLimits, Part
 from registry.names import is_bundle_source
 
 if TYPE_CHECKING:

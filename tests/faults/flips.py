@@ -31,8 +31,9 @@ from icmlora.formats.discovery.placeholder import PLACEHOLDER_NAME
 from icmlora.generator.initial_a.search import SeedSearch
 from icmlora.io.files import read_exactly
 from registry import reachability
+from registry.encoding import files_of, unpacked
 from registry.errors import IcmError
-from registry.manifests import File, Run, Task, files_of, unpacked
+from registry.manifests import File, Run, Task
 from registry.storage.blobs.content import Blobs
 from registry.store import Store
 from registry.verify import MAX_REPAIRED_BYTES

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from icmlora.bundle.file import MAGIC, write_bundle
-from registry.manifests import Adapter, Claim, Code, File, Generator, Task, Vector, packed, unpacked
+from registry.encoding import packed, unpacked
+from registry.manifests import Adapter, Claim, Code, File, Generator, Task, Vector
 
 HEAD = 41
 BASE = "acme/tiny"

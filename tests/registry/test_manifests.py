@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from registry.encoding import decode, encode, files_of, packed, read, read_shared, unpacked, written
 from registry.errors import DamagedStore
 from registry.manifests import (
     Adapter,
@@ -27,12 +28,6 @@ from registry.manifests import (
     State,
     Task,
     Vector,
-    decode,
-    encode,
-    files_of,
-    packed,
-    read_shared,
-    unpacked,
 )
 
 DIGESTS = st.text("0123456789abcdef", min_size=64, max_size=64)
@@ -248,3 +243,9 @@ def test_the_latest_measurement_on_the_tasks_own_text_counts() -> None:
     assert latest.value == 1.0
     replaced = task.with_measured(measured("e" * 64, 3.0))
     assert [one.value for one in replaced] == [2.0, 3.0]
+
+
+def test_a_file_in_a_field_for_a_digest_is_written_as_a_digest() -> None:
+    network = File("ab" * 32, 7)
+    measured = Measurement(source="code", generator=network, data="x", value=1.0, count=1, utf8_bytes=1, settings={})
+    assert read(Measurement, written(measured)).generator == network

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from registry.encoding import encode
 from registry.errors import DamagedStore, StoreLocked
-from registry.manifests import Removed, Run, encode
+from registry.manifests import Removed, Run
 from registry.reachability import PruneReport, walk
 from registry.store import Store
 from tests.registry.children import KILLED, run

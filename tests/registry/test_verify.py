@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from registry.encoding import encode
 from registry.errors import DamagedStore, RegistryError, StoreTooNew, TaskNotFound
-from registry.manifests import Removed, Run, Task, encode
+from registry.manifests import Removed, Run, Task
 from registry.storage.blobs.content import Blobs
 from registry.store import Store
 from registry.verify import MAX_REPAIRED_BYTES, Finding, corrected

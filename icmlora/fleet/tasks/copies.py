@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING
 from icmlora.errors import DataError
 from icmlora.fleet.bases.labels import renumbered
 from icmlora.fleet.context import Context, select_tasks, use_case
+from registry.encoding import encode, files_of, unpacked
 from registry.errors import BaseModelConflict, DamagedStore, LostRace, RegistryError, TaskConflict
-from registry.manifests import BaseModel, File, Generator, State, Task, encode, files_of, unpacked
+from registry.manifests import BaseModel, File, Generator, State, Task
 from registry.names import DatabaseUrl, absolute, address_of
 
 if TYPE_CHECKING:

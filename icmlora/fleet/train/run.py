@@ -38,9 +38,10 @@ from icmlora.training.initialisation import fresh_network, grown_network
 from icmlora.training.loop import Probe, TrainStep, draws_of, fit
 from icmlora.training.ranks import ALONE, Ranks
 from icmlora.training.state import TrainState, new_state, state_from_bytes
+from registry.encoding import packed, unpacked
 from registry.errors import DamagedStore
 from registry.filters import Selection, parse_filter
-from registry.manifests import Run, Task, packed, unpacked
+from registry.manifests import Run, Task
 
 if TYPE_CHECKING:
     from icmlora.generator.cvae import CVAE

@@ -14,8 +14,8 @@ from icmlora.base_models.finding.locations import (
     find_located,
     location_of,
     locations,
-    set_location,
     locations_file,
+    set_location,
 )
 from icmlora.errors import BaseModelNotFound, DataError
 from tests.cli.homeless import leave_home

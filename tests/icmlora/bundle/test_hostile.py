@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from icmlora.bundle import index as bundle_index
 from icmlora.bundle.file import open_bundle
 from icmlora.errors import BundleError, UnsafeInput
-from registry.manifests import packed
+from registry.encoding import packed
 from tests.icmlora import bundles
 from tests.icmlora.bundles import Opened
 

@@ -11,7 +11,7 @@ from icmlora.fleet.train.run import StepDone
 from icmlora.fleet.train.train import CodeMade
 from icmlora.fleet.train.update import Updated, UpdateReport
 from icmlora.training.config import LEAST_STEPS
-from registry.manifests import unpacked
+from registry.encoding import unpacked
 from registry.store import Store
 from tests.cli.tiny_fleet import write_lora
 from tests.icmlora.fleet.stores import (
