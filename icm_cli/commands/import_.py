@@ -35,7 +35,7 @@ def import_(
     """Add the generator, codes and tasks of a bundle to the store.
 
     A bundle contains no originals, so adapters of new tasks are decoded from their codes. A stored task with the same
-    original gets the code. The generator of the bundle is added to those of the store; it is used for new codes only if
+    original gets the code. The generator of the bundle is added to the store; it is used for new codes only if
     the base model had none. Tasks whose adapter cannot be written are skipped, and the exit code is 3. Repeated imports
     change nothing.
 

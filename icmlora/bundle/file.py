@@ -3,7 +3,7 @@
     | "ICMB" 6 | length of directory (4) | SHA-256 (32) | directory | manifest | ... | generator | code | config | ...
 
 The SHA-256 covers the bytes in front of it and the directory, which holds the SHA-256 of every part. So every byte of
-the file is covered, and this one digest stands for the whole file. docs/reference/bundle.md describes the format for
+the file is covered, and this digest identifies the whole file. docs/reference/bundle.md describes the format for
 readers in other languages.
 """
 
@@ -88,7 +88,7 @@ def open_bundle(path: Path, known: BundleFile | None = None) -> Iterator[BundleF
         OtherFormat: It has an earlier format.
         UnsafeInput: It breaks a limit.
     """
-    # The user named this path, so a link is followed; what it leads to must be a plain file.
+    # The user named this path, so a link is followed; its target must be a plain file.
     target = Path(os.path.realpath(path))
     with located(path), open_regular(target, max_bytes=MAX_BUNDLE_BYTES) as (descriptor, size):
         if known is not None and _stamp(descriptor) == known.stamp:
@@ -114,7 +114,7 @@ def write_bundle(
     """Write a bundle; yields each part once it is written."""
     # The file appears when the last part is taken, complete and durable, or never.
     index, text, manifests = contents(generator, tasks)
-    read_index(read_directory(text), manifests.__getitem__)  # readers have limits: do not write what they refuse
+    read_index(read_directory(text), manifests.__getitem__)  # readers would refuse a bundle beyond the limits
     with writing_file(path, force=force) as stream:
         stream.write(_prefix(text) + bytes.fromhex(_digest(text)) + text)
         for part in index.parts:

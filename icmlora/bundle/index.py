@@ -221,7 +221,7 @@ def read_index(directory: Directory, read: Callable[[str], bytes]) -> BundleInde
     except (DamagedStore, ArithmeticError, LookupError, TypeError, ValueError) as error:
         raise BundleError(f"a manifest of the bundle is not valid: {escape(str(error), 200)}") from None
     if not isinstance(generator, Generator) or not all(isinstance(task, Task) for task in tasks):
-        raise BundleError("the bundle has other manifests than those of a generator and its tasks")
+        raise BundleError("the bundle has other manifests than a generator and its tasks")
     index = BundleIndex(generator, tuple(cast(list[Task], tasks)), directory.parts)
     _check(index, sizes, used)
     return index

@@ -147,7 +147,7 @@ def _chosen(fleet: Fleet | Bundle, task: str) -> Iterator[Chosen]:
 
 
 def _problem(chosen: Chosen) -> str | None:
-    """Say why an adapter has no place in a slot; None if it has."""
+    """Return why an adapter does not fit into a slot; None if it does."""
     final = chosen.task.final
     if final.format != "peft":
         return "cannot be attached: it is not in PEFT format"
@@ -204,7 +204,7 @@ def _warn_if_other(layers: Layers, fleet: Fleet | Bundle, task: str, adapter: Ad
     weight = _inner(layers[name]).weight.detach()
     place = files.counterpart(f"{name}.weight", tuple(weight.shape))
     stored = None if place is None else files.read(place)
-    if stored is None or not weight.is_floating_point():  # in few bits it is rounded too much to tell
+    if stored is None or not weight.is_floating_point():  # quantised weights are rounded too much to compare
         return
     expected = decode_torch(encode({"weight": stored}, {}))[1]["weight"]
     if (weight.float().cpu() - expected).norm() > _OTHER * expected.norm():
@@ -236,13 +236,13 @@ def _slot(layers: Layers) -> dict[str, LoraLayer]:
 
 
 def _with_slot(model: nn.Module, adapter: Adapter) -> PeftModel:
-    """Give a model a slot with the modules of an adapter, and those of the slot that it had."""
+    """Add a slot to a model for the modules of an adapter and of its present slot."""
     known = _slot(dict(_linear_layers(model.get_base_model()))) if isinstance(model, PeftModel) else {}
     rank = max(shape.rank for shape in adapter.layout)
     names = sorted(known.keys() | {module.name for module in adapter.modules})
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules=names, task_type=None)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about a second configuration: the slot is made anew
+        warnings.simplefilter("ignore")  # about a second configuration: the slot is replaced
         if not isinstance(model, PeftModel):
             slotted = cast(PeftModel, get_peft_model(model, config, adapter_name=SLOT))
             return slotted.requires_grad_(False).eval()

@@ -80,7 +80,7 @@ class EngineBase:
             return False
 
     def _warn_if_other(self, base_model: str) -> None:
-        """Compare the engine's model with the one that the user says it is, where both are on this machine."""
+        """Compare the engine's model with the base model that the user named, if both are on this machine."""
         try:
             if is_same_model(self._tasks.locate(base_model), find_base_model(self.model)):
                 return
@@ -114,7 +114,7 @@ class EngineBase:
 
 
 def _misfit(modules: dict[str, nn.Module], layout: tuple[ModuleShape, ...]) -> str | None:
-    """Say what of an adapter a model does not have."""
+    """Return which module of an adapter a model lacks; None if it has all."""
     for shape in layout:
         # transformers keeps the experts of a layer as one module; adapters name them one by one.
         experts, is_expert, _ = shape.module.partition(".experts.")

@@ -55,7 +55,7 @@ class Catalogue:
             return pending.result()
         try:
             return await asyncio.wait_for(asyncio.shield(pending), _PATIENCE)
-        except Exception:  # requests that need the store are told what is wrong with it
+        except Exception:  # raised again for requests that need the store
             return task
 
     async def _look(self, name: str) -> ServedTask | None:

@@ -144,7 +144,7 @@ def _model(tasks: ServedTasks, base_model: str) -> tuple[str, bool]:
         found = tasks.locate(base_model)
     except BaseModelNotFound:
         return base_model, False
-    # Engines find by itself what is in the cache of Hugging Face.
+    # Engines find models in the cache of Hugging Face by name.
     return (base_model if "snapshots" in found.path.parts else str(found.path)), True
 
 

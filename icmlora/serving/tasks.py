@@ -2,7 +2,7 @@
 
     name ──stamp as before──▶ the answer of before
       └───otherwise──▶ store ──▶ digest of its manifest ──▶ known: made from the same parts, under the same key
-                                                        └─▶ new: what it is made from, and its key
+                                                        └─▶ new: the parts of its adapter, and its key
 
 The store is opened for each look and released again, so `icm evict` and `icm prune` do not wait for a server. Blobs can
 be read at any time.
@@ -48,7 +48,7 @@ _ADMITTED = 1
 _MAX_NAMES = 50_000
 """Names whose answers are kept, of tasks or not: clients choose them."""
 _MAX_ADAPTERS = 10_000
-"""Manifests of which is kept what their adapters are made from."""
+"""Manifests for which the parts of the adapter are kept."""
 _MAX_DIGITS = 9  # of the number of a version
 
 K = TypeVar("K")
@@ -110,7 +110,7 @@ class ServedTasks:
         self._source, self._log = source, log
         self.stamp, self.check = source.stamp, source.check
         self._answers: OrderedDict[str, Answer] = OrderedDict()
-        # By digest of a manifest: what its adapter is made from, whatever name was asked for.
+        # Digest of a manifest -> the parts of its adapter.
         self._adapters: OrderedDict[str, Chosen] = OrderedDict()
         self._layouts: dict[Hashable, tuple[ModuleShape, ...]] = {}  # most of a fleet have one
         self._guard, self._admitted = threading.Lock(), threading.Semaphore(_ADMITTED)
@@ -184,7 +184,7 @@ class ServedTasks:
         assert isinstance(chosen.codes, _KeptParts)
         with self._noticing():
             chosen.codes.blobs.fetch(missing)
-            for digest in missing:  # raises what is wrong with it
+            for digest in missing:  # raises if it is damaged
                 chosen.codes.read(digest)
         if self._is_told:
             self._is_told = False
@@ -226,9 +226,9 @@ class ServedTasks:
         """Write a task's adapter as a folder: complete, or not at all. Raises as `Fleet.materialize` does.
 
         Raises:
-            TaskChanged: It is not as it was found any more. So the files are those that its key stands for.
+            TaskChanged: It changed since it was found, so it cannot be written under its key.
         """
-        self.fetch(task)  # so that a wait for a network is in nobody's way
+        self.fetch(task)  # before the semaphore, so that a slow network blocks no other task
         with self._admitted:
             made = self._made(task)
             write_adapter_files(directory, made.format, made.content, task.name)

@@ -70,7 +70,7 @@ def register() -> None:
 
 
 def _missing() -> str | None:
-    """Say what the environment names and is not there, without opening it."""
+    """Return what the environment names and does not exist, without opening it."""
     if bundle := os.environ.get("ICM_BUNDLE"):
         return None if Path(bundle).is_file() else f"ICM_BUNDLE={bundle} is not a file"
     store = os.environ["ICM_STORE"]
@@ -135,7 +135,7 @@ class IcmResolver:
                 return  # another request has done it
             request = await self.resolve_lora(models.model_config.model, served.lora_name)
             if request is None:
-                del models.lora_requests[name]  # now vLLM asks again, and says what it says of unknown names
+                del models.lora_requests[name]  # now vLLM asks again, and answers as for unknown names
                 return
             request.lora_int_id = models.lora_id_counter.inc(1)
             try:
@@ -148,7 +148,7 @@ class IcmResolver:
             _log.info("icm: loaded the new adapter of %r", name)
 
     async def _is_current(self, source: _Source, served: LoRARequest) -> bool:
-        """Say whether the adapter that vLLM has of a task is the one of now; also if it has it from elsewhere."""
+        """Return whether vLLM has the present adapter of a task, or an adapter from elsewhere."""
         folder = Path(served.lora_path)
         if folder.parent != source.folders.root:
             return True
@@ -183,14 +183,14 @@ class _Source:
 
 def _follow_tasks(resolver: IcmResolver) -> None:
     """Have vLLM call `resolver.renew` at each request: it has no hook for that, so a method of its is replaced."""
-    # vLLM calls a resolver from these modules, so they are imported by now. A worker has none of them.
+    # vLLM calls a resolver from these modules, so they are imported. A worker has none of them.
     classes = [vars(sys.modules[module]).get(name) for module, name in _CHECKING if module in sys.modules]
     checking = [found for found in classes if found is not None and hasattr(found, "_check_model")]
     if not checking:
         _log.warning("icm: this version of vLLM serves outdated adapters of changed tasks until it is restarted")
     for found in checking:
         found._check_model = _renewing(found._check_model, resolver)
-        if hasattr(found, "create_error_response"):  # also that of the first request, whose check is under way by now
+        if hasattr(found, "create_error_response"):  # also for the first request, whose check has begun
             found.create_error_response = staticmethod(_telling(found.create_error_response))
 
 
@@ -205,7 +205,7 @@ def _renewing(check: Check, resolver: IcmResolver) -> Check:
 
 
 def _telling(respond: Callable[..., Any]) -> Callable[..., Any]:
-    """Say that the store is away where vLLM would say that there is no such model."""
+    """Report that the store is unavailable in place of vLLM's answer for unknown models."""
 
     @wraps(respond)
     def tell(*args: Any, **options: Any) -> Any:

@@ -1,6 +1,6 @@
 """Use a bundle without a store: list its tasks, write or load their adapters. Listing imports neither torch nor SQL.
 
-What a bundle says of its codes is a claim of whoever made it: nothing here has measured it.
+The quality that a bundle states for its codes is a claim: it was not measured here.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class Bundle:
 
         Args:
             task: Name of the task, in any case.
-            max_error: Refuse an adapter whose relative error is larger by what the bundle says, or not told.
+            max_error: Refuse an adapter whose relative error is larger, or not stated by the bundle.
 
         Raises:
             BundleError: The bundle is damaged, or the file was replaced.
@@ -99,8 +99,8 @@ class Bundle:
 
         Every byte of the bundle is checked before anything is written; while the file stays as it is, once.
 
-        The arguments and the errors are those of `Fleet.materialize`, but `max_error` is held against what the bundle
-        says, and `base_model` is the folder or GGUF file of the base model, whose configuration a conversion from or to
+        Arguments and errors are as in `Fleet.materialize`, but `max_error` is compared with the claim of the bundle,
+        and `base_model` is the folder or GGUF file of the base model, whose configuration a conversion from or to
         `gguf` needs. By default it is looked for in the Hugging Face cache.
 
         Raises:
@@ -124,7 +124,7 @@ class Bundle:
     ) -> dict[str, bytes]:
         """Return name -> content of the files that `materialize` writes.
 
-        `task`, `dtype`, `pad_rank`, `max_error` and the errors are those of `materialize`.
+        Arguments and errors are as in `materialize`.
         """
         from icmlora.fleet.write.materialize import choose
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What was written."""
+    """A written bundle."""
 
     file: Path
     digest: str  # SHA-256 that identifies the whole file
@@ -64,7 +64,7 @@ def export_bundle(
             hint = "run `icm verify --repair` to move damaged files aside, or export only the other tasks"
             raise CodeError(f"task {name!r} cannot be exported: {reason}", hint=hint)
         alone = bundled_generator(generator)
-        # From here on the export keeps to these codes, whatever other processes encode.
+        # From here on the export keeps to these codes, even if other processes encode new ones.
         codes = {str(task.code.blob): task.name for task in entries if task.code is not None}
         made_by = {version.digest for version in versions_of(store.blobs.read(generator.blob))}
         written = write_bundle(
@@ -121,7 +121,7 @@ def _readable(store: Store, tasks: Sequence[Task]) -> tuple[list[Task], dict[str
 
 
 def _vectors(vectors: Sequence[Vector]) -> list[Vector]:
-    """Return the latest vectors of a task that share a file, that of the context view if there are several."""
+    """Return the latest vectors of a task that share a file: the file with the context view if there are several."""
     latest = sorted(latest_vectors(vectors), key=lambda vector: vector.view == "context")
     return [vector for vector in latest if vector.blob == latest[-1].blob]
 

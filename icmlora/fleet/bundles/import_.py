@@ -1,4 +1,4 @@
-"""Take the generator, codes and tasks of a bundle into a store. The originals are not in a bundle.
+"""Import the generator, codes and tasks of a bundle into a store. The originals are not in a bundle.
 
     bundle --check every byte--> decide --> blobs, durable --> publish: generator and tasks together
 
@@ -47,7 +47,7 @@ ImportStatus = Literal["added", "encoded", "known", "skipped"]
 
 @dataclass(frozen=True)
 class ImportOutcome:
-    """What became of a task of a bundle."""
+    """The result for a task of a bundle."""
 
     name: str  # as the store spells it
     status: ImportStatus  # `encoded`: the store had its adapter, and has its code now
@@ -55,7 +55,7 @@ class ImportOutcome:
 
 @dataclass(frozen=True)
 class ImportReport:
-    """What was imported, or would be."""
+    """The imported tasks, or those that would be imported."""
 
     index: BundleIndex
     digest: str  # SHA-256 that identifies the whole bundle
@@ -72,7 +72,7 @@ def import_bundle(
     on_conflict: Literal["skip", "fail"] = "fail",
     dry_run: bool = False,
 ) -> ImportReport:
-    """Take the generator, codes and tasks of a bundle into the store, which is created if necessary.
+    """Import the generator, codes and tasks of a bundle into the store, which is created if necessary.
 
     Args:
         context: The store.
@@ -124,7 +124,7 @@ def _import(
 def _decide(
     store: Store | None, bundle: BundleFile, tasks: Sequence[Task], on_conflict: Literal["skip", "fail"]
 ) -> list[tuple[ImportOutcome, State | None]]:
-    """Return what becomes of each task, and the state to publish."""
+    """Return the outcome for each task, and the state to publish."""
     label, moment, source = bundle.index.base_model, now(), bundle_source(bundle.digest)
     base = label if store is None else store.base_name(label)
     decided: list[tuple[ImportOutcome, State | None]] = []
@@ -178,7 +178,7 @@ def _check_parts(bundle: BundleFile, tasks: Sequence[Task]) -> None:
 
 
 def _refused(bundle: BundleFile, tasks: Sequence[Task]) -> dict[str, str]:
-    """Say which tasks have an adapter that cannot be written, and why."""
+    """Return task -> why its adapter cannot be written."""
     refused: dict[str, AdapterRefused] = {}
     tried: set[tuple[object, ...]] = set()
     for task in tasks:
@@ -206,7 +206,7 @@ def _try_form(bundle: BundleFile, task: Task) -> None:
     One of more than `_MOST_TRIED` values is not tried; its faults show when it is written.
 
     Raises:
-        AdapterRefused: Its configuration, or what is noted of its form, is damaged or does not fit it.
+        AdapterRefused: Its configuration or recorded form is damaged or does not fit it.
     """
     final = task.final
     known, config = format_named(final.format), bundle.read(final.config)

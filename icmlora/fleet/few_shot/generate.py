@@ -2,7 +2,7 @@
 
 samples ──base model──▶ context vectors ──▶ how far the task is from known ones
    ├──base model + few-shot start──▶ steps ──▶ adapter ──(gradient steps)──▶ PEFT folder
-   └──left out──▶ losses without and with the adapter, and behind the others: the context, in the same folder
+   └──left out──▶ losses without and with the adapter, and after the others: the context, in the same folder
 
 register:  adapter ──encode, refine──▶ code ──┐
            written folder ──▶ configuration, card ──┼──▶ an evicted task: one transaction, no weights
@@ -70,9 +70,9 @@ class Generated:
     base_model: str
     generator: str
     samples: int
-    reaching: int  # how many of them are as long as what is read of a sample (`SAMPLE_TOKENS`), or longer
+    reaching: int  # samples with `SAMPLE_TOKENS` tokens or more, of which only these are read
     base_nats: float  # loss of the base model on the samples, in nats per token
-    nats: float  # that of the base model with the adapter
+    nats: float  # loss of the base model with the adapter
     known: Familiarity | None  # how far the task is from known ones; None if too few of them can be compared
     rank: int
     precision: str  # of the base model that read the samples, such as "float32" or "nf4"
@@ -111,10 +111,10 @@ def generate(
 ) -> Generated:
     """Generate an adapter for a new task from a few samples of it, and write it as a PEFT folder with its context.
 
-    Of 8 samples or more, 4 are left out and tell what the adapter and the context are worth, alone and together. Then
-    they take part too; of 32 or more, the adapter is not made again for them. Of fewer than 8, each is read behind the
-    others by the base model. A context that is no help by itself is not kept. The adapter is made for its context, and
-    is worth less without it; without one, and with `context_tokens=0`, it stands alone. Needs the base model, and a
+    Of 8 samples or more, 4 are held out to measure the adapter and the context, alone and together. Afterwards they are
+    used too; with 32 or more, the adapter is not made again for them. Of fewer than 8, each is read after the others by
+    the base model. A context that does not help by itself is not kept. The adapter is made for its context and is less
+    effective without it; with `context_tokens=0` it is made for use without one. Needs the base model, and a
     generator with a few-shot start (`train_few_shot`).
 
     Args:
@@ -137,7 +137,7 @@ def generate(
         force: Replace the folder if it is not empty.
 
     Returns:
-        What was written, its loss on the samples, and the nearest known tasks.
+        The written adapter, its loss on the samples, and the nearest known tasks.
 
     Raises:
         DataError: There are neither samples nor a description, the samples cannot be used, or no generator has a
@@ -240,7 +240,7 @@ def _largest_rank(file: GeneratorFile, start: FewShotStart, wanted: int | None) 
 def _load_base(
     context: Context, store: Store, label: str, device: torch.device, source: Source
 ) -> tuple[BaseModel, Examples, tuple[TaskVector, ...]]:
-    """Load the base model, and extract context vectors in the precision in which those of all tasks are extracted."""
+    """Load the base model, and extract context vectors in the precision of all task vectors."""
     base = open_base(store, label, device, VECTOR_DTYPE, cache=context.cache)
     if source.data is None:
         context.progress(0, None, "writing samples with the base model")

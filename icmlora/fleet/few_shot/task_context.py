@@ -1,6 +1,6 @@
 """The context of a task: samples that stand before its requests, kept next to its adapter.
 
-samples ──left out──▶ four that tell what context and adapter are worth
+samples ──left out──▶ four to measure context and adapter
    └──the others──▶ context ──▶ context.txt, context.json ──▶ extras of the adapter
 """
 
@@ -50,7 +50,7 @@ class ContextReport:
     samples: int  # that it is made of
     tokens: int
     size: int  # bytes that it takes in the store
-    guard: Guard | None  # what it is worth; None if there is only one sample
+    guard: Guard | None  # the losses with and without it; None if there is only one sample
     precision: str  # of the base model
 
 
@@ -64,7 +64,7 @@ def set_context(
     tokens: int = MOST_TOKENS,
     device: str = "auto",
 ) -> ContextReport:
-    """Choose the context of a task, measure what it is worth, and keep it next to the task's adapter.
+    """Choose the context of a task, measure its effect, and keep it next to the task's adapter.
 
     It takes the place of an earlier one. `materialize` writes it, and bundles have it; the gateway puts it before
     requests.
@@ -73,8 +73,8 @@ def set_context(
         context: The store.
         task: Name of the task.
         samples: File of samples; by default the task's own.
-        count: Choose from at most so many, spread over the file.
-        tokens: Take at most so many tokens.
+        count: Maximum number of samples to choose from, spread over the file.
+        tokens: Maximum length of the context.
         device: Where to compute.
 
     Raises:
@@ -129,7 +129,7 @@ def check_place(adapter_format: str) -> None:
 
 
 def usable_samples(prompted: Prompted, data: bytes, path: Path | None, count: int) -> list[Any]:
-    """Return the samples of a file that can stand before a request, at most so many."""
+    """Return at most `count` samples of a file that can stand before a request."""
     base = prompted.base
     if not base.modality.takes_context:
         fact = f"{base.label} is a {base.modality.name}, and only a causal language model reads a context"

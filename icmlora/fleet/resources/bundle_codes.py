@@ -147,7 +147,7 @@ class BundleCodes:
         return self._index.base_model, comparable(known, self.read, "context")
 
     def open_base(self, label: str, device: torch.device, dtype: torch.dtype, extractor: str | None) -> BaseModel:
-        """Load the base model in as few bits as the vectors were made with: what is compared has to be alike."""
+        """Load the base model in as few bits as the vectors were made with, so that vectors can be compared."""
         from icmlora.fleet.resources.loading import load_base
 
         made_in = None if extractor is None else json.loads(extractor).get("dtype")

@@ -66,10 +66,10 @@ class CodeSource(AdapterParts, Protocol):
         """Return the task of a name, in any case; raise if there is none."""
 
     def names(self, base_model: str | None = None) -> list[str]:
-        """Return the names of all tasks, or of those of one base model, sorted."""
+        """Return the sorted names of all tasks, or of the tasks of one base model."""
 
     def tasks(self, base_model: str | None = None) -> Iterator[Task]:
-        """Yield all tasks, or those of one base model."""
+        """Yield all tasks, or the tasks of one base model."""
 
     def having(self, weights: str, config: str, *, name: str, folders: Collection[str]) -> list[Task]:
         """Return the versions of tasks with an adapter of these digests, newer ones first.

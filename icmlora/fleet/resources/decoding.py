@@ -88,7 +88,7 @@ def files_of_code(store: Store, generator_file: GeneratorFile, task: Task) -> Ad
 def read_companions(
     read: Callable[[str], bytes], final: StoredAdapter, names: Collection[str] | None = None
 ) -> dict[str, bytes]:
-    """Read the files that came with an adapter: those of some names, or all."""
+    """Read the files that came with an adapter, or only files with some names."""
     from icmlora.formats.extras import unpack
 
     files = ((extra.file, extra.blob) for extra in final.extras)

@@ -3,7 +3,7 @@
     base models ──▶ generators ──▶ blobs of a task, durable ──▶ the task with all its versions
 
 Each task is published on its own, so a copy that was stopped continues. Nothing in the other store is changed, except
-that a task with the same adapter gets what it lacks.
+that missing parts of a task with the same adapter are added.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _BATCH_BYTES = 64 << 20
 
 @dataclass
 class CopyReport:
-    """What became of each task."""
+    """The result for each task."""
 
     copied: list[str] = field(default_factory=list)
     completed: list[str] = field(default_factory=list)  # were there, and lacked something
@@ -43,7 +43,7 @@ def copy_tasks(context: Context, target: str | Path | DatabaseUrl, tasks: Sequen
     """Copy tasks to another store, which is created if there is none.
 
     A task goes with all its versions, originals, checkpoints, texts, vectors, codes and measurements, and with its base
-    model and the generators that its codes need. A task that is there with the same adapter gets what it lacks. The
+    model and the generators that its codes need. A task that is there with the same adapter is completed. The
     generator in use here is in use there too if there was none, or if it continues the one in use there.
 
     Args:
@@ -69,7 +69,7 @@ def copy_tasks(context: Context, target: str | Path | DatabaseUrl, tasks: Sequen
 
 
 class _Copying:
-    """Copies from one open store to another, and notes what became of it."""
+    """Copies from one open store to another, and fills the report."""
 
     def __init__(self, source: Store, other: Store, report: CopyReport) -> None:
         self._source, self._other, self._report = source, other, report
@@ -118,7 +118,7 @@ class _Copying:
             report.refused[name] = error.message
 
     def _complete(self, name: str, versions: Sequence[Task]) -> bool:
-        """Give a known task what it lacks, newer versions too; return whether that was anything."""
+        """Add missing parts and versions of a known task; return whether there were any."""
         while True:
             new = _missing(self._other.history(name), versions)
             if not new:
@@ -205,7 +205,7 @@ def _is_same(known: Task, task: Task) -> bool:
 
 
 def _completed(known: Task, task: Task) -> Task:
-    """Return a version of a known task with what it lacks."""
+    """Return a version of a known task with its missing parts."""
     steps = {(one.weights, one.config, one.step) for one in known.checkpoints}
     checkpoints = (one for one in task.checkpoints if (one.weights, one.config, one.step) not in steps)
     files = {extra.file for extra in known.final.extras}

@@ -87,7 +87,7 @@ class Provenance(WithRelativeError):
     is_generated: bool
     recognized: str | None = None  # the task whose code the task's vectors brought back
     precision: str | None = None  # of the base model that the gain was measured on
-    claim: Claim | None = None  # of the bundle that its code came in, which nobody here has measured
+    claim: Claim | None = None  # of the bundle with its code, not measured here
 
     @property
     def rung(self) -> str:
@@ -96,7 +96,7 @@ class Provenance(WithRelativeError):
 
     @property
     def how(self) -> str:
-        """Say how it was made."""
+        """How it was made, in words."""
         if self.source != "recalled":
             return _HOW[self.source]
         if self.recognized is None:
@@ -110,7 +110,7 @@ class Provenance(WithRelativeError):
 
 
 def card_text(provenance: Provenance, files: Collection[str] = ()) -> str:
-    """Return the card of a decoded adapter, next to which these files stand."""
+    """Return the card of a decoded adapter with these files next to it."""
     sampled = "" if provenance.seed is None else f" (sampled with seed {provenance.seed})"
     claim = provenance.claim
     return _CARD.format(
@@ -176,7 +176,7 @@ so its quality is unknown. Measure it on your own text before you rely on it.
 
 @dataclass(frozen=True)
 class GeneratedCard:
-    """The card of an adapter that `icm generate` made for a task that nobody trained an adapter for."""
+    """The card of an adapter that `icm generate` made from samples of a task."""
 
     task: str
     base_model: str
@@ -185,7 +185,7 @@ class GeneratedCard:
     refined: int
     distilled: int
     description: str | None  # what the user said about the task
-    guard: Guard | None = None  # what it and its context are worth
+    guard: Guard | None = None  # the losses with and without it and its context
     has_context: bool = False
     is_made_for_it: bool = False
 
@@ -213,7 +213,7 @@ class GeneratedCard:
 
 
 def _measured(guard: Guard, *, is_chosen: bool) -> str:
-    """Return the rows of a card that say what adapter and context are worth, and which the user has to serve."""
+    """Return the rows of a card with the losses of adapter and context, and a recommendation."""
     served = f"| recommended | {guard.recommended} |\n" if is_chosen else ""
     return f"| nats per token on {guard.told_by} | {guard.figures} |\n{served}"
 
@@ -235,11 +235,11 @@ trained, so its quality is unknown. Measure it before you rely on it.
 
 @dataclass(frozen=True)
 class MergedPart:
-    """One adapter that takes part in a merge."""
+    """One adapter of a merge."""
 
     task: str
-    weight: float  # what it is multiplied with
-    source: Literal["original", "code", "recalled", "network"]  # what it was made from
+    weight: float  # its factor
+    source: Literal["original", "code", "recalled", "network"]  # that was read
     original: str  # digest of the original's weights
 
 
@@ -249,12 +249,12 @@ class MergedCard:
 
     task: str
     base_model: str
-    how: str  # the method, and what it takes
+    how: str  # the method and its options
     parts: tuple[MergedPart, ...]
 
     @property
     def source(self) -> str:
-        """Say in a few words where it comes from."""
+        """Its origin in a few words."""
         return f"merged {', '.join(f'{part.weight:.3g} {part.task}' for part in self.parts)} ({self.how})"
 
     def text(self) -> str:

@@ -40,7 +40,7 @@ _SIDE_BY_SIDE = 32
 
 @dataclass(frozen=True)
 class MaterializeReport(WithRelativeError):
-    """What was written."""
+    """A written adapter."""
 
     task: str
     directory: Path
@@ -50,7 +50,7 @@ class MaterializeReport(WithRelativeError):
     retained_gain: float | None  # as `icm eval` measured it
     weights: str  # SHA-256 of the written weights
     recognized: str | None = None  # of `recalled`: the task whose code it is; None for what the network predicts
-    adapter_format: str = "peft"  # in which it was written
+    adapter_format: str = "peft"  # of the files
     converted: bool = False  # from another one
     left_out: tuple[str, ...] = ()  # files that came with the original and have no place in this format
     precision: str | None = None  # of the base model that the gain was measured on
@@ -89,7 +89,7 @@ def materialize(
         adapter_format: Name of a format, as `icm convert --list-formats` lists them. Default: its own. An original in
             another format is converted too, so it does not come back byte for byte. From and to `gguf` that needs
             the configuration of the base model, for image adapters the extra `diffusion`.
-        dtype: Number format of decoded or converted factors: `bfloat16`, `float16` or `float32`. Default: that of
+        dtype: Number format of decoded or converted factors: `bfloat16`, `float16` or `float32`. Default: as in
             the original, or `float32` if they are converted.
         pad_rank: Write decoded factors with one rank for all modules, filled with zeros, for engines that need it.
         seed: Predict the adapter from a latent sampled with this seed; for `network` or `auto`.
@@ -132,7 +132,7 @@ def read_files(
 ) -> dict[str, bytes]:
     """Return name -> content of the files that `materialize` writes.
 
-    `task`, `source`, `dtype`, `pad_rank`, `seed`, `max_error` and the errors are those of `materialize`.
+    Arguments and errors are as in `materialize`.
     """
     with open_store(context) as codes:
         chosen = choose(codes, codes.get(task), source, seed)
@@ -148,7 +148,7 @@ def load(
         for module in fleet.load("dog-detection").modules:
             delta = module.b @ module.a  # (out, in)
 
-    `task`, `source`, `seed`, `max_error` and the errors are those of `materialize`.
+    Arguments and errors are as in `materialize`.
     """
     with open_store(context) as codes:
         return choose(codes, codes.get(task), source, seed).reader(max_error)()
@@ -177,7 +177,7 @@ def load_many(
     with side_by_side() as each:
         for first in range(0, len(tasks), _SIDE_BY_SIDE):
             names = tasks[first : first + _SIDE_BY_SIDE]
-            with open_store(context) as codes:  # released before the caller goes on
+            with open_store(context) as codes:  # released before the caller continues
                 readers = [choose(codes, codes.get(name), source).reader() for name in names]
             adapters = each(lambda read: read().to(place), readers)
             yield from zip(names, adapters, strict=True)
@@ -211,11 +211,11 @@ class MadeFiles:
 
         own = {"icm_task": self.task, "icm_rung": "original"}
         metadata = own if self.provenance is None else self.provenance.metadata()
-        # What is converted is the adapter that `write` would write, with its rounded factors.
+        # The adapter that `write` would write is converted, with its rounded factors.
         source = SourceAdapter(self.task, self.format, self.content, find_base, path=output, initial=self.initial)
         content = convert_content(source, target, metadata=metadata, dtype=dtype or "float32")
         write_adapter_files(output, target, content, self.task, force=force)
-        is_rounded = dtype not in (None, "float32")  # nobody measures by how much
+        is_rounded = dtype not in (None, "float32")  # by an error that is not measured
         report = self._report(output, content.weights, (None, None) if is_rounded else (0.0, 1.0))
         left_out = tuple(name for name in self.content.companions if name not in content.companions)
         return replace(report, adapter_format=target.name, converted=True, left_out=left_out)
@@ -277,9 +277,9 @@ class Chosen:
     task: Task
     source: Literal["original"] | Decoded  # where the adapter comes from
     generator: str | None = None  # digest of the network that decodes it; None for an original
-    code: Code | None = None  # what is decoded; None for an original, and for what the network predicts
+    code: Code | None = None  # to decode; None for an original, and for a prediction of the network
     recognized: str | None = None  # of `recalled`: the task whose code it is
-    seed: int | None = None  # of the latent from which it is predicted; None for the mean
+    seed: int | None = None  # of a sampled latent; None for the mean
 
     def reader(self, max_error: float | None = None) -> Callable[[], Adapter]:
         """Read what the adapter is made from, and return what makes it, on any thread.
@@ -344,7 +344,7 @@ class Chosen:
         return code_reader(codes.read, codes.generator_file(self.generator), self.code)
 
     def _provenance(self, max_error: float | None) -> Provenance:
-        """Gather what is known of an adapter before it is decoded, and hold its error against a limit."""
+        """Return the provenance of an adapter before it is decoded, and check its error against a limit."""
         from icmlora.fleet.write.cards import Provenance
 
         task, source, generator, code, codes = self.task, self.source, self.generator, self.code, self.codes
@@ -435,7 +435,7 @@ def _check_original(task: Task) -> None:
 
 
 def original_files(codes: AdapterParts, row: StoredAdapter, weights: bytes | None = None) -> AdapterBytes:
-    """Read the files of an original as they were ingested, without the card; weights that are at hand are not read."""
+    """Read the files of an original as they were ingested, without the card; given weights are not read again."""
     companions: dict[str, bytes] = {}
     if row.extras:
         from icmlora.fleet.resources.decoding import read_companions

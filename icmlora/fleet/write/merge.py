@@ -1,7 +1,7 @@
 """Merge the adapters of several tasks into one, as a folder or as a task of the store.
 
 originals, codes ──PEFT──▶ one adapter ──▶ PEFT folder
-                                 └───────▶ task, with what it was made of in its card
+                                 └───────▶ task, with its parts in its card
 """
 
 from __future__ import annotations
