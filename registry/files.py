@@ -248,7 +248,7 @@ def store_errors(path: Path | str) -> Iterator[None]:
         raise StoreIOError(f"{path}: {error.strerror or error}", path=path) from error
 
 
-def open_own(path: Path) -> BinaryIO:
+def open_own(path: Path | str) -> BinaryIO:
     """Open a file of the store to read it. Anything else in its place, such as a pipe, reads as an empty file."""
     try:
         fd = os.open(path, os.O_RDONLY | _AT_ONCE | getattr(os, "O_BINARY", 0))

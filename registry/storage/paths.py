@@ -38,11 +38,11 @@ class StorePaths:
         """Return the lock file of a base model's jobs."""
         return self.jobs / hashlib.sha256(base_model.encode()).hexdigest()[:16]
 
-    def file(self, namespace: Namespace, digest: str) -> Path:
+    def file(self, namespace: Namespace, digest: str) -> str:
         """Return the path of a blob or manifest. Only here does a digest become a path; else raise `ValueError`."""
         if not is_digest(digest):
             raise ValueError(f"not a digest: {digest[:80]!r}")
-        return Path(f"{self.root}/{namespace}/{digest[0]}/{digest}")  # three times faster than joining
+        return f"{self.root}/{namespace}/{digest[0]}/{digest}"  # a `Path` takes longer than reading a manifest
 
 
 def make_folders(paths: StorePaths) -> None:

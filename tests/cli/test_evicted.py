@@ -36,7 +36,7 @@ def files(store: Path) -> set[Path]:
 
 def weights_file(store: Path, task: str) -> Path:
     with Store.open(store) as opened:
-        return paths_of(opened).file("blobs", opened.task(task).final.weights)
+        return Path(paths_of(opened).file("blobs", opened.task(task).final.weights))
 
 
 def test_materialize_falls_back_to_the_code_and_says_so(icm: Icm, trained: Path, tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ class LocalBackend:
 
     def path(self, digest: str) -> Path:
         """Return the path of a file."""
-        return self._paths.file(self._namespace, digest)
+        return Path(self.place(digest))
 
     def now(self) -> float:
         """Return the time of this machine, in seconds since 1970."""
@@ -63,7 +63,7 @@ class LocalBackend:
 
     def get(self, digest: str) -> BinaryIO:
         """Open the file of a blob."""
-        return fs.open_own(self.path(digest))
+        return fs.open_own(self.place(digest))
 
     def exists(self, digest: str) -> bool:
         """Say whether there is a file of that name."""
@@ -109,7 +109,7 @@ class LocalBackend:
 
     def place(self, digest: str) -> str:
         """Return the path of the file."""
-        return str(self.path(digest))
+        return self._paths.file(self._namespace, digest)
 
 
 class LocalBatch:

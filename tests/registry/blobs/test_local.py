@@ -22,7 +22,7 @@ def blobs(tmp_path: Path) -> Blobs:
 
 
 def path_of(root: Path, digest: str) -> Path:
-    return StorePaths(root).file("blobs", digest)
+    return Path(StorePaths(root).file("blobs", digest))
 
 
 def test_nothing_is_left_in_tmp(blobs: Blobs, tmp_path: Path) -> None:
