@@ -1,6 +1,6 @@
 """What a trained store keeps and costs, as one JSON file and one table: `icm eval` and `icm stats` of that store.
 
-    python -m tests.benchmarks.quality NAME [--store FOLDER] [--rungs code]    writes tests/benchmarks/results/NAME.json
+    python -m tests.benchmarks.quality NAME [--store FOLDER] [--sources code]    writes tests/benchmarks/results/NAME.json
 
 Losses that the store has already are not measured again; `icm eval --again` measures them anew.
 """
@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
-RUNGS = ("code", "generate")
+SOURCES = ("code", "recalled")
 
 
 def main() -> None:
@@ -25,9 +25,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name")
     parser.add_argument("--store", default=os.environ.get("ICM_STORE"))
-    parser.add_argument("--rungs", nargs="+", choices=RUNGS, default=list(RUNGS))
+    parser.add_argument("--sources", nargs="+", choices=SOURCES, default=list(SOURCES))
     options = parser.parse_args()
-    wanted = [part for rung in options.rungs for part in ("--source", rung)]
+    wanted = [part for source in options.sources for part in ("--source", source)]
     lines = [json.loads(line) for line in _icm(options.store, "eval", "--json", *wanted).splitlines()]
     bill = json.loads(_icm(options.store, "stats", "--json"))
     (fleet,) = bill["fleets"]
@@ -50,16 +50,18 @@ def main() -> None:
 def table(result: dict[str, dict[str, dict[str, dict[str, float]]]]) -> str:
     """Write the losses as a Markdown table: perplexity and bits per byte side by side, then gain and error."""
     measured = [
-        rung for rung in ("base", "original", *RUNGS) if all(rung in rungs for rungs in result["tasks"].values())
+        source
+        for source in ("base", "original", *SOURCES)
+        if all(source in found for found in result["tasks"].values())
     ]
-    made = [rung for rung in measured if rung in RUNGS]
-    heading = [f"{rung} {unit}" for unit in ("ppl", "bpb") for rung in measured]
-    heading += [f"{figure} of {rung}" for rung in made for figure in ("gain", "relative error")]
+    made = [source for source in measured if source in SOURCES]
+    heading = [f"{source} {unit}" for unit in ("ppl", "bpb") for source in measured]
+    heading += [f"{figure} of {source}" for source in made for figure in ("gain", "relative error")]
     lines = ["| " + " | ".join(["task", *heading]) + " |", "|---|" + "--:|" * len(heading)]
-    for task, rungs in sorted(result["tasks"].items()):
-        cells = [f"{rungs[rung]['perplexity']:.2f}" for rung in measured]
-        cells += [f"{rungs[rung]['bits_per_byte']:.3f}" for rung in measured]
-        cells += [f"{rungs[rung][figure]:.3f}" for rung in made for figure in ("retained_gain", "relative_error")]
+    for task, found in sorted(result["tasks"].items()):
+        cells = [f"{found[source]['perplexity']:.2f}" for source in measured]
+        cells += [f"{found[source]['bits_per_byte']:.3f}" for source in measured]
+        cells += [f"{found[source][figure]:.3f}" for source in made for figure in ("retained_gain", "relative_error")]
         lines.append("| " + " | ".join([task, *cells]) + " |")
     return "\n".join(lines)
 
