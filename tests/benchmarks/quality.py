@@ -1,6 +1,6 @@
 """What a trained store keeps and costs, as one JSON file and one table: `icm eval` and `icm stats` of that store.
 
-    python -m tests.benchmarks.quality NAME [--store FOLDER] [--sources code]    writes tests/benchmarks/results/NAME.json
+    python -m tests.benchmarks.quality NAME [--store FOLDER] [--sources code]  writes tests/benchmarks/results/NAME.json
 
 Losses that the store has already are not measured again; `icm eval --again` measures them anew.
 """
