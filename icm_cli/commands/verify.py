@@ -87,13 +87,15 @@ def verify(
 
 def _find(session: Session, tasks: Sequence[str], *, read_data: bool, decode: bool) -> list[Finding]:
     """Return all findings, and print each immediately."""
-    from icmlora.fleet.tasks.verify import verify
+    from icmlora.fleet.context import Event
+    from icmlora.fleet.tasks.verify import Found, verify
 
-    findings = []
-    for finding in verify(session.context, tasks, read_data=read_data, decode=decode):
-        findings.append(finding)
-        _print_finding(session, finding)
-    return findings
+    def show(event: Event) -> None:
+        if isinstance(event, Found):
+            _print_finding(session, event.finding)
+
+    with session.working("verify", show) as context:
+        return verify(context, tasks, read_data=read_data, decode=decode)
 
 
 def _print_finding(session: Session, finding: Finding) -> None:

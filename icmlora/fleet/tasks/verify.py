@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from icmlora.errors import BaseModelMismatch, BaseModelNotFound, DataError
-from icmlora.fleet.context import Context, locate_base, use_case
+from icmlora.fleet.context import Context, Event, locate_base, use_case
 from registry.errors import DamagedStore
 from registry.manifests import Code, Task
 from registry.verify import OF_DATABASE as OF_DATABASE
@@ -24,11 +25,18 @@ _SAME = 1e-3
 """How much two measurements of a relative error may differ, on other processors and with other versions of torch."""
 
 
+@dataclass(frozen=True)
+class Found(Event):
+    """`verify` found something."""
+
+    finding: Finding
+
+
 @use_case
 def verify(
     context: Context, tasks: Sequence[str] = (), *, read_data: bool = False, decode: bool = False
-) -> Iterator[Finding]:
-    """Check the database, the manifests and the blobs, and yield each finding.
+) -> list[Finding]:
+    """Check the database, the manifests and the blobs, tell `on_event` each finding, and return all of them.
 
     Args:
         context: The store.
@@ -36,25 +44,33 @@ def verify(
         read_data: Also read and hash every blob. By default only its presence and length are checked.
         decode: Also decode every code whose original is there, and compare its error with the recorded one.
     """
+    findings = []
     with context.open(read_only=True) as store:
-        is_damaged = False
-        for finding in store.verify(read_data=read_data, names=tasks):
-            yield finding
-            is_damaged |= finding.is_problem and (finding.kind in OF_DATABASE or finding.is_manifest)
-        if is_damaged:  # the rest reads tasks
-            return
-        fitted = defaultdict[str, list[Task]](list)
-        for task in store.named(tasks) if tasks else store.tasks():
-            if decode:
-                yield from _wrong_error(store, task)
-            if task.final.does_nothing:
-                yield _remark(task, f"the adapter of {task.name} does nothing: {task.final.original_only}")
-            elif task.final.layout and read_data:
-                fitted[task.base_model].append(task)
-            if read_data and task.final.extras:
-                yield from _missing_references(store, task)
-        for base_model, some in fitted.items():
-            yield from _misfits(store, base_model, some)
+        for finding in _findings(store, tasks, read_data=read_data, decode=decode):
+            context.on_event(Found(finding))
+            findings.append(finding)
+    return findings
+
+
+def _findings(store: Store, tasks: Sequence[str], *, read_data: bool, decode: bool) -> Iterator[Finding]:
+    is_damaged = False
+    for finding in store.verify(read_data=read_data, names=tasks):
+        yield finding
+        is_damaged |= finding.is_problem and (finding.kind in OF_DATABASE or finding.is_manifest)
+    if is_damaged:  # the rest reads tasks
+        return
+    fitted = defaultdict[str, list[Task]](list)
+    for task in store.named(tasks) if tasks else store.tasks():
+        if decode:
+            yield from _wrong_error(store, task)
+        if task.final.does_nothing:
+            yield _remark(task, f"the adapter of {task.name} does nothing: {task.final.original_only}")
+        elif task.final.layout and read_data:
+            fitted[task.base_model].append(task)
+        if read_data and task.final.extras:
+            yield from _missing_references(store, task)
+    for base_model, some in fitted.items():
+        yield from _misfits(store, base_model, some)
 
 
 def _missing_references(store: Store, task: Task) -> Iterator[Finding]:

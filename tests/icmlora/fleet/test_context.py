@@ -25,7 +25,7 @@ SELECTING: dict[str, Work] = {
     "export_bundle": lambda fleet: fleet.export_bundle(fleet.path.parent / "out.icm", ["poems", "poem"]),
     "edit": lambda fleet: fleet.edit(["poems", "poem"], pinned=True),
     "remove": lambda fleet: fleet.remove(["poems", "poem"]),
-    "verify": lambda fleet: list(fleet.verify(["poems", "poem"])),
+    "verify": lambda fleet: fleet.verify(["poems", "poem"]),
 }
 
 

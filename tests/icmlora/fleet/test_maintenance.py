@@ -17,13 +17,13 @@ from tests.icmlora.fleet.stores import blob_of, code_blobs, damage, files_of, ha
 
 
 def test_a_trained_store_is_sound(fleet: Fleet) -> None:
-    assert list(fleet.verify(read_data=True)) == []
+    assert fleet.verify(read_data=True) == []
 
 
 def test_changed_bytes_are_found_only_by_reading(fleet: Fleet) -> None:
     code = code_blobs(fleet)["rules"]
     damage(blob_of(fleet, code))
-    assert list(fleet.verify()) == []
+    assert fleet.verify() == []
     (finding,) = fleet.verify(read_data=True)
     assert (finding.kind, finding.digest, finding.tasks, finding.is_problem) == ("digest", code, ("rules",), True)
 
@@ -36,10 +36,10 @@ def test_a_missing_file_is_found_without_reading(fleet: Fleet) -> None:
 
 def test_only_what_the_named_tasks_need_is_checked(fleet: Fleet) -> None:
     blob_of(fleet, code_blobs(fleet)["rules"]).unlink()
-    assert list(fleet.verify(["poems", "silent"])) == []
+    assert fleet.verify(["poems", "silent"]) == []
     assert [finding.kind for finding in fleet.verify(["RULES"])] == ["missing"]
     with pytest.raises(TaskNotFound) as error:
-        list(fleet.verify(["rule"]))
+        fleet.verify(["rule"])
     assert error.value.hint == "did you mean 'rules'?"
 
 
@@ -63,11 +63,11 @@ def test_a_wrong_row_is_found_and_ends_the_check(fleet: Fleet) -> None:
     assert (finding.kind, finding.is_problem) == ("row", True)
     assert fleet.load("poems").modules
     assert fleet.rebuild_database().tasks == 3
-    assert list(fleet.verify(read_data=True, decode=True)) == []
+    assert fleet.verify(read_data=True, decode=True) == []
 
 
 def test_a_code_with_another_error_than_recorded_is_found(fleet: Fleet) -> None:
-    assert list(fleet.verify(decode=True)) == []
+    assert fleet.verify(decode=True) == []
     with fleet.open() as store:
         store.update("rules", lambda task: replace(task, code=replace(task.code, squared_error=1e-6)))  # type: ignore[type-var]
     (finding,) = fleet.verify(decode=True)
@@ -87,7 +87,7 @@ def test_a_code_that_cannot_be_decoded_is_found(fleet: Fleet) -> None:
 def test_checking_changes_no_byte(fleet: Fleet) -> None:
     damage(blob_of(fleet, code_blobs(fleet)["rules"]))
     before = files_of(fleet.path)
-    list(fleet.verify(read_data=True))
+    fleet.verify(read_data=True)
     assert files_of(fleet.path) == before
 
 
@@ -142,7 +142,7 @@ def test_what_is_pruned_is_what_the_disk_gets_back(fleet: Fleet) -> None:
     report = fleet.prune(grace=0)
     assert report.temporary_files == 1
     assert report.freed_bytes == before - size_of_files(fleet)
-    assert list(fleet.verify(read_data=True)) == []
+    assert fleet.verify(read_data=True) == []
 
 
 def test_a_dry_run_of_prune_changes_no_byte(fleet: Fleet) -> None:
@@ -176,7 +176,7 @@ def test_pruning_waits_for_whoever_uses_the_store(fleet: Fleet) -> None:
 
 def test_without_a_store_there_is_nothing_to_maintain(tmp_path: Path) -> None:
     fleet = Fleet(tmp_path / "nowhere")
-    for work in (lambda: list(fleet.verify()), fleet.repair, fleet.prune):
+    for work in (lambda: fleet.verify(), fleet.repair, fleet.prune):
         with pytest.raises(StoreNotFound):
             work()
     assert not fleet.path.exists()
