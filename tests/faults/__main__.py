@@ -25,12 +25,12 @@ from typing import Any
 
 import torch
 
-from tests.faults.campaign import controls, kill_at_random, kill_at_steps
+from tests.faults.campaign import kill_at_random, kill_at_steps
 from tests.faults.commands import COMMANDS
 from tests.faults.flips import BEFORE, Damages, believing, without_comparing
 from tests.faults.pairs import PAIRS, Pair, servers
 from tests.faults.sqlite_calls import ignoring_errors, is_reachable
-from tests.faults.sweeps import SMALL_CONTROLS, Sweeps
+from tests.faults.sweeps import Sweeps
 from tests.faults.world import World
 from tests.faults.zygote import Zygote
 from tests.registry.writing import COMMANDS as SMALL
@@ -98,20 +98,19 @@ class Campaign:
         return [name for name, clean in is_clean.items() if clean == name.startswith("control")]
 
     def kills(self) -> Iterator[tuple[str, Any]]:
-        """Kill every command at random times, then those that write wrongly."""
+        """Kill every command at random times."""
         with closing(Zygote()) as zygote:
             world = World(self._folder("kills"), zygote, self._pair("kills"), tasks=_TASKS)
             for command in self.chosen.commands:
                 yield f"kills {command}", kill_at_random(world, command, self.chosen.kills, self.draw)
-            for sabotage, tally in controls(world, self.chosen.control_kills, self.draw).items():
-                yield f"control {sabotage}", tally
 
     def steps(self) -> Iterator[tuple[str, Any]]:
-        """Kill every command before its steps."""
+        """Kill every command before its steps, then one that writes wrongly."""
         with closing(Zygote()) as zygote:
             world = World(self._folder("steps"), zygote, self._pair("steps"), tasks=_TASKS)
             for command in self.chosen.commands:
                 yield f"steps {command}", kill_at_steps(world, command, stride=self.chosen.kill_stride)
+            yield "control refs_first", kill_at_steps(world, "ingest", stride=9, sabotage="refs_first")
 
     def small_kills(self) -> Iterator[tuple[str, Any]]:
         """Kill small commands of the registry, then those that write wrongly."""
@@ -119,9 +118,8 @@ class Campaign:
             sweeps = Sweeps(self._pair("small"), self._folder("small"))
             for name in SMALL:
                 yield "small kills", sweeps.kills(zygote, [name], self.chosen.small_kills, self.draw)
-            for sabotage in SMALL_CONTROLS:
-                found = sweeps.kills(zygote, SMALL, self.chosen.control_kills, self.draw, sabotage)
-                yield f"control {sabotage} of small commands", found
+            found = sweeps.kills(zygote, SMALL, self.chosen.control_kills, self.draw, "refs_first")
+            yield "control refs_first of small commands", found
 
     def sweeps(self) -> Iterator[tuple[str, Any]]:
         """Let calls, statements and requests go wrong."""

@@ -11,16 +11,13 @@ import random
 import signal
 import time
 from dataclasses import astuple, dataclass, field
+from functools import partial
 
 from tests.faults.promises import acknowledges
 from tests.faults.world import World
 from tests.faults.zygote import KILLED, Run
 
 _MOST_IN_A_ROW = 3
-_TRIES = 5
-
-SABOTAGED = {"refs_first": "ingest"}
-"""What is done wrongly -> the command that does it."""
 
 
 @dataclass
@@ -50,42 +47,46 @@ class Tally:
         return not (self.violations or self.goals_missed or self.left_after_prune)
 
 
-def kill_at_random(world: World, command: str, kills: int, draw: random.Random, sabotage: str | None = None) -> Tally:
-    """Kill one command `kills` times and check every promise after each.
-
-    Args:
-        world: The folders.
-        command: Which one.
-        kills: How many times.
-        draw: Where the times come from.
-        sabotage: A wrong order of writing that the harness is to see; then no goal is checked.
-    """
+def kill_at_random(world: World, command: str, kills: int, draw: random.Random) -> Tally:
+    """Kill one command so many times, at random times."""
     tally = Tally()
-    longest = _duration(world, command, sabotage)
+    world.reset(command)
+    began = time.monotonic()
+    world.run(command)
+    longest = time.monotonic() - began
     while tally.kills < kills:
         world.reset(command)
-        wanted = min(draw.randint(1, _MOST_IN_A_ROW), kills - tally.kills)
-        for _ in range(wanted):
-            ran = _kill(world, command, draw.uniform(0.0, longest), sabotage)
+        for _ in range(min(draw.randint(1, _MOST_IN_A_ROW), kills - tally.kills)):
+            ran = world.run(command, then=partial(kill, after=draw.uniform(0.0, longest)))
             if ran.status != KILLED:
                 break  # it was done before; no kill
             _look(tally, world, command, ran)
-        if sabotage is None:
-            _finish(tally, world, command)
+        _finish(tally, world, command)
     return tally
 
 
-def kill_at_steps(world: World, command: str, *, stride: int = 1) -> Tally:
-    """Kill one command before its first step, then before a later one, until it ends before."""
+def kill_at_steps(world: World, command: str, *, stride: int = 1, sabotage: str = "") -> Tally:
+    """Kill one command before its first step, then before a later one, until it ends before.
+
+    With a wrong order of writing, which the harness is to see, nothing is run again.
+    """
     tally, number = Tally(), 1
     while True:
         world.reset(command)
-        ran = world.run(command, sabotage="die_at_step", env={"ICM_TEST_STEP": str(number)})
+        env = {"ICM_TEST_STEP": str(number)}
+        ran = world.run(command, sabotage=f"{sabotage} die_at_step", env=env)
         if ran.status != KILLED:
             return tally
         _look(tally, world, command, ran)
-        _finish(tally, world, command)
+        if not sabotage:
+            _finish(tally, world, command)
         number += stride
+
+
+def kill(pid: int, *, after: float) -> None:
+    """Kill a process after some seconds."""
+    time.sleep(after)
+    os.kill(pid, signal.SIGKILL)
 
 
 def _look(tally: Tally, world: World, command: str, ran: Run) -> None:
@@ -97,41 +98,6 @@ def _look(tally: Tally, world: World, command: str, ran: Run) -> None:
     tally.temporary_files += left.temporary
     tally.uncommitted += left.uncommitted
     _note(tally, world.violations(command, ran.events))
-
-
-def _duration(world: World, command: str, sabotage: str | None) -> float:
-    world.reset(command)
-    started = time.monotonic()
-    world.run(command, sabotage=sabotage)
-    return time.monotonic() - started
-
-
-def _kill(world: World, command: str, after: float, sabotage: str | None) -> Run:
-    def then(pid: int) -> None:
-        time.sleep(after)
-        os.kill(pid, signal.SIGKILL)
-
-    return world.run(command, sabotage=sabotage, then=then)
-
-
-def kill_at_first_sign(world: World, command: str, sabotage: str | None = None) -> Run:
-    """Kill a command as soon as anything of its output is there, under whatever name: in the middle of writing it.
-
-    On a busy machine it may be done before anybody looks: then it is run once more, from the beginning.
-    """
-    deadline = time.monotonic() + 60
-
-    def then(pid: int) -> None:
-        while not any(world.output.parent.glob("out*")) and time.monotonic() < deadline:
-            time.sleep(0.0005)
-        os.kill(pid, signal.SIGKILL)
-
-    for _ in range(_TRIES):
-        ran = world.run(command, sabotage=sabotage, then=then)
-        if ran.status != 0:
-            break
-        world.reset(command)
-    return ran
 
 
 def _finish(tally: Tally, world: World, command: str) -> None:
@@ -151,11 +117,3 @@ def _finish(tally: Tally, world: World, command: str) -> None:
 def _note(tally: Tally, violations: list[str]) -> None:
     tally.violations += len(violations)
     tally.examples += violations[: max(0, 5 - len(tally.examples))]
-
-
-def controls(world: World, kills: int, draw: random.Random) -> dict[str, Tally]:
-    """Do the same with wrong orders of writing; each has to be caught."""
-    return {
-        sabotage: kill_at_random(world, command, kills, draw, sabotage=sabotage)
-        for sabotage, command in SABOTAGED.items()
-    }

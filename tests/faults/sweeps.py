@@ -19,7 +19,6 @@ import math
 import os
 import random
 import shutil
-import signal
 import tempfile
 import threading
 import time
@@ -34,6 +33,7 @@ from unittest import mock
 from registry import files as fs
 from registry.errors import DamagedStore, RegistryError, TaskNotFound
 from registry.store import Store
+from tests.faults.campaign import kill
 from tests.faults.pairs import Pair
 from tests.faults.power import Disk, python, trace
 from tests.faults.sqlite_calls import EIO, ENOSPC, failing
@@ -57,9 +57,6 @@ _FAILING_SQLITE: dict[str, Callable[[int], Injected]] = {
     "ENOSPC from then on": partial(failing, codes=ENOSPC, times=_ALWAYS, is_torn=True),
 }
 _LATE = 1.5  # seconds
-
-SMALL_CONTROLS = ("refs_first",)
-"""What is done wrongly, and has to be caught."""
 
 
 @dataclass
@@ -200,9 +197,7 @@ class Sweeps:
         self._end(tally, name, what)
         return True
 
-    def kills(
-        self, zygote: Zygote, names: Iterable[str], count: int, draw: random.Random, sabotage: str | None = None
-    ) -> Tally:
+    def kills(self, zygote: Zygote, names: Iterable[str], count: int, draw: random.Random, sabotage: str = "") -> Tally:
         """Kill each command so many times, at random times; let it end after one to three kills."""
         tally = Tally()
         for name in names:
@@ -216,7 +211,7 @@ class Sweeps:
                     killed += 1
                     tally.faults += 1
                     self._look(tally, f"{name}: killed", [line for line in ran.lines if line in FACTS])
-                if sabotage is None:
+                if not sabotage:
                     self._end(tally, name, f"{name}: killed")
         return tally
 
@@ -250,7 +245,7 @@ class Sweeps:
         assert ran.status == 0, ran.lines
         return time.monotonic() - began
 
-    def _run(self, zygote: Zygote, name: str, after: float = math.inf, sabotage: str | None = None) -> Run:
+    def _run(self, zygote: Zygote, name: str, after: float = math.inf, sabotage: str = "") -> Run:
         self._runs += 1
         then = None if after == math.inf else partial(kill, after=after)
         env = {"ICM_STORE": self.pair.address, **self.pair.environment}
@@ -283,12 +278,6 @@ def _holds(store: Store, fact: str) -> bool:
         return FACTS[fact](store)
     except (DamagedStore, TaskNotFound):
         return False
-
-
-def kill(pid: int, *, after: float) -> None:
-    """Kill a process after some seconds."""
-    time.sleep(after)
-    os.kill(pid, signal.SIGKILL)
 
 
 @contextmanager

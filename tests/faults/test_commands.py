@@ -16,31 +16,7 @@ from tests.faults.zygote import KILLED, wait_until
 LOCKED = 11
 
 
-def check_ref_without_bytes(world: World, command: str) -> None:
-    """Kill a command between its refs and its bytes."""
-    world.reset(command)
-    ran = world.run(command, sabotage="refs_first", env={"ICM_FAILPOINT": "rows-committed"})
-    assert ran.status == KILLED
-    assert any("missing" in violation for violation in world.violations(command, ran.events))
-
-
-def check_ignored_errors(world: World) -> None:
-    """Let a command go on after a put that failed."""
-    world.reset("ingest")
-    ran = world.run("ingest", sabotage="errors_ignored")
-    assert ran.status == 0, ran.lines
-    assert any("missing" in violation for violation in world.violations("ingest", ran.events))
-
-
-def check_deletion_before_commit(world: World) -> None:
-    """Kill an eviction that deletes first."""
-    world.reset("evict")
-    ran = world.run("evict", sabotage="files_first", env={"ICM_FAILPOINT": "blob-unlinked"})
-    assert ran.status == KILLED
-    assert any("missing" in violation for violation in world.violations("evict", ran.events))
-
-
-def prune_while_another_is_stopped(world: World, sabotage: str | None) -> tuple[int, list[str]]:
+def prune_while_another_is_stopped(world: World, sabotage: str) -> tuple[int, list[str]]:
     """Stop an ingest between its bytes and its refs, and begin to prune; return how that ended, and what broke.
 
     A prune that gets so far knows what it deletes, then stops until the ingest is done.
@@ -68,23 +44,26 @@ def prune_while_another_is_stopped(world: World, sabotage: str | None) -> tuple[
 
 @pytest.mark.slow
 def test_a_ref_without_its_bytes_is_caught(each: World) -> None:
-    check_ref_without_bytes(each, "ingest")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("command", ["import", "encode"])
-def test_a_ref_to_a_code_without_its_bytes_is_caught(world: World, command: str) -> None:
-    check_ref_without_bytes(world, command)
+    each.reset("ingest")
+    ran = each.run("ingest", sabotage="refs_first", env={"ICM_FAILPOINT": "rows-committed"})
+    assert ran.status == KILLED
+    assert any("missing" in violation for violation in each.violations("ingest", ran.events))
 
 
 @pytest.mark.slow
 def test_an_error_that_is_ignored_is_caught(each: World) -> None:
-    check_ignored_errors(each)
+    each.reset("ingest")
+    ran = each.run("ingest", sabotage="errors_ignored")
+    assert ran.status == 0, ran.lines
+    assert any("missing" in violation for violation in each.violations("ingest", ran.events))
 
 
 @pytest.mark.slow
 def test_an_original_that_goes_before_its_manifest_says_so_is_caught(each: World) -> None:
-    check_deletion_before_commit(each)
+    each.reset("evict")
+    ran = each.run("evict", sabotage="files_first", env={"ICM_FAILPOINT": "blob-unlinked"})
+    assert ran.status == KILLED
+    assert any("missing" in violation for violation in each.violations("evict", ran.events))
 
 
 @pytest.mark.slow
@@ -96,7 +75,7 @@ def test_a_lock_that_is_not_taken_is_caught(each: World) -> None:
 
 @pytest.mark.slow
 def test_nobody_deletes_what_a_stopped_process_is_about_to_publish(each: World) -> None:
-    assert prune_while_another_is_stopped(each, None) == (LOCKED, [])
+    assert prune_while_another_is_stopped(each, "") == (LOCKED, [])
 
 
 @pytest.mark.slow

@@ -1,6 +1,6 @@
 """A process that has imported what takes long and forks a child per command line: a run to be killed starts at once.
 
-    stdin   {"argv": [...], "env": {...}, "out": FILE, "sabotage": NAME or null}     one JSON line per run
+    stdin   {"argv": [...], "env": {...}, "out": FILE, "sabotage": NAMES}     one JSON line per run
             an empty line: wait for the one that began last
     stdout  the child's pid; once it is waited for, its exit status, negative for a signal
 
@@ -58,7 +58,7 @@ class Zygote:
         *,
         env: dict[str, str],
         out: Path,
-        sabotage: str | None = None,
+        sabotage: str = "",
         then: Callable[[int], object] | None = None,
     ) -> Run:
         """Run one command line; `then` gets the pid and may wait and kill it, or run others meanwhile."""
@@ -100,10 +100,10 @@ def _child(order: dict[str, Any]) -> None:
     for number in (1, 2):
         os.dup2(os.open(order["out"], os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o644), number)
     os.environ.update(order["env"])
-    if order["sabotage"]:
+    for name in order["sabotage"].split():
         from tests.faults import sabotage
 
-        getattr(sabotage, order["sabotage"])()
+        getattr(sabotage, name)()
     if order["argv"][0] == SMALL:
         from tests.faults import small
 
