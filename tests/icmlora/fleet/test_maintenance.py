@@ -165,12 +165,9 @@ def test_young_files_are_spared(fleet: Fleet) -> None:
 
 def test_pruning_waits_for_whoever_uses_the_store(fleet: Fleet) -> None:
     (fleet.path / "tmp" / "left-over").write_bytes(b"x")
-    findings = fleet.verify()  # an iterator that has begun keeps the store open
-    next(findings)
-    with pytest.raises(StoreLocked) as error:
+    with fleet.open(read_only=True), pytest.raises(StoreLocked) as error:
         Fleet(fleet.path, lock_timeout=0).prune(grace=0)
     assert "--lock-timeout" in str(error.value.hint)
-    findings.close()  # type: ignore[attr-defined]
     assert Fleet(fleet.path, lock_timeout=0).prune(grace=0).temporary_files == 1
 
 
