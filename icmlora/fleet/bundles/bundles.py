@@ -124,7 +124,7 @@ class Bundle:
     ) -> dict[str, bytes]:
         """Return name -> content of the files that `materialize` writes.
 
-        Arguments and errors are as in `materialize`.
+        `task`, `dtype`, `pad_rank`, `max_error` and the errors are as in `materialize`.
         """
         from icmlora.fleet.write.materialize import choose
 

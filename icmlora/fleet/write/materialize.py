@@ -132,7 +132,7 @@ def read_files(
 ) -> dict[str, bytes]:
     """Return name -> content of the files that `materialize` writes.
 
-    Arguments and errors are as in `materialize`.
+    `task`, `source`, `dtype`, `pad_rank`, `seed`, `max_error` and the errors are as in `materialize`.
     """
     with open_store(context) as codes:
         chosen = choose(codes, codes.get(task), source, seed)
@@ -148,7 +148,7 @@ def load(
         for module in fleet.load("dog-detection").modules:
             delta = module.b @ module.a  # (out, in)
 
-    Arguments and errors are as in `materialize`.
+    `task`, `source`, `seed`, `max_error` and the errors are as in `materialize`.
     """
     with open_store(context) as codes:
         return choose(codes, codes.get(task), source, seed).reader(max_error)()
