@@ -27,10 +27,10 @@ def _quietly(complete: Callable[[str], Iterable[str]]) -> Callable[[str], list[s
 @_quietly
 def complete_task(incomplete: str) -> Iterable[str]:
     """Return task names that start with the typed text."""
-    from icmlora.fleet.tasks.tasks import list_names
+    from icmlora.fleet.tasks.tasks import list_tasks
 
     # The filter runs in the database, so a large fleet is not read into this process.
-    return list_names(_context(), filters=[f"name~{incomplete}"] if incomplete else [])
+    return [row.name for row in list_tasks(_context(), filters=[f"name~{incomplete}"] if incomplete else [])]
 
 
 @_quietly
@@ -80,11 +80,11 @@ def complete_format(incomplete: str) -> Iterable[str]:
 def _values(field: str) -> Iterable[str]:
     """Return the values of a field in the store, or none for fields with too many values."""
     from icmlora.fleet.bases.base_models import list_base_models
-    from icmlora.fleet.tasks.tasks import list_names, list_tags
+    from icmlora.fleet.tasks.tasks import list_tags, list_tasks
 
     match field:
         case "name":
-            return list_names(_context())
+            return [row.name for row in list_tasks(_context())]
         case "base":
             return [known.base.name for known in list_base_models(_context())]
         case "tag":

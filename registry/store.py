@@ -149,7 +149,7 @@ class Store:
         task = self._checked_task(row.manifest, name)
         if version is None:
             return task
-        number = task.aliases.get(version) or (int(version) if version.isdecimal() else None)
+        number = task.aliases.get(version) or (int(version) if version.isdecimal() and len(version) < 10 else None)
         if number == task.version:
             return task
         of_task = HISTORY.c.kind == Task.KIND, HISTORY.c.key == key_of(Task.KIND, name), HISTORY.c.version == number

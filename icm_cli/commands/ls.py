@@ -46,7 +46,7 @@ def ls(
     Example:
       icm ls -F 'rank>=8' -F tag=prod -F 'base~llama' --sort size:desc --limit 20
     """
-    from icmlora.fleet.tasks.tasks import count_tasks, list_names, list_tasks
+    from icmlora.fleet.tasks.tasks import count_tasks, list_tasks
 
     if tags:
         list_tags(session)
@@ -64,10 +64,8 @@ def ls(
         list_bundle(session, bundle, base_model)
         return
     out, context, chosen = session.out, session.context, tuple(filters or ())
-    if out.is_quiet:
-        out.names(list_names(context, base_model, filters=chosen, sort=sort, limit=limit))
-        return
     rows = list_tasks(context, base_model, filters=chosen, sort=sort, limit=limit)
+    out.names(row.name for row in rows)
     if out.is_json:  # fields for thousands of tasks take longer than to read them
         out.document([_as_json(row) for row in rows])
     out.listing(_FIELDS, rows)

@@ -39,7 +39,6 @@ from icmlora.fleet.tasks.init import init
 from icmlora.fleet.tasks.log import list_versions
 from icmlora.fleet.tasks.tasks import (
     edit_tasks,
-    list_names,
     list_tags,
     list_tasks,
     plan_removal,
@@ -111,7 +110,6 @@ class Fleet(Context):
 
     # List, show and edit tasks.
     tasks = list_tasks
-    task_names = list_names
     show = show_task
     versions = list_versions
     module_errors = module_errors

@@ -100,24 +100,6 @@ def list_tasks(
 
 
 @use_case
-def list_names(
-    context: Context,
-    base_model: str | None = None,
-    *,
-    filters: Sequence[str] = (),
-    sort: str | None = None,
-    limit: int | None = None,
-) -> list[str]:
-    """Return the names of the tasks that `list_tasks` lists, in a fraction of its time.
-
-    It has the arguments and errors of `list_tasks`.
-    """
-    selection = _selection(base_model, filters, sort, limit)
-    with context.open(read_only=True) as store:
-        return store.names(of_base_model(store, selection))
-
-
-@use_case
 def count_tasks(context: Context, base_model: str | None = None, *, filters: Sequence[str] = ()) -> int:
     """Return how many tasks `list_tasks` lists."""
     selection = _selection(base_model, filters)
