@@ -101,6 +101,8 @@ def verify(store: Store, *, read_data: bool, names: Sequence[str] = ()) -> Itera
         return
     yield from (Finding("row", fact, place) for fact in found.disagreements)
     yield from _of_manifests(store, found)
+    if read_data and store.manifests.is_remote:  # so far, copies on this machine may have been read
+        yield from _of_remote_manifests(store, found)
     yield from _of_newer(store, found.newer)
     yield from _of_blobs(store.blobs, needs, lambda name: store.run(name[1]), read_data=read_data)
     if not names:
@@ -116,6 +118,16 @@ def _of_manifests(store: Store, found: Walk) -> Iterator[Finding]:
     for info in found.unreadable:
         fact = f"manifest {info.digest} is damaged, and the database does not name it"
         yield Finding("digest", fact, store.manifests.place(info.digest), info.digest, is_manifest=True)
+
+
+def _of_remote_manifests(store: Store, found: Walk) -> Iterator[Finding]:
+    for digest in sorted(found.named - found.missing.keys()):
+        state = store.state(digest)
+        kind, fact = _problem_of(store.manifests, digest, None, None, read_data=True)
+        if kind is not None and is_named(store, (state.KIND, key_of(state.KIND, state.ref)), digest):
+            tasks = (state.ref,) if isinstance(state, Task) else ()
+            place = store.manifests.place(digest)
+            yield Finding(kind, f"manifest {digest} {fact}", place, digest, tasks, is_manifest=True)
 
 
 def _of_newer(store: Store, newer: Sequence[Found]) -> Iterator[Finding]:
@@ -156,13 +168,13 @@ def _of_blobs(blobs: Blobs, needs: _Needs, run: Any, *, read_data: bool) -> Iter
 
 
 def _problem_of(
-    blobs: Blobs, digest: str, expected: int, present: dict[str, int] | None, *, read_data: bool
+    blobs: Blobs, digest: str, expected: int | None, present: dict[str, int] | None, *, read_data: bool
 ) -> tuple[Kind | None, str]:
     try:
         size = blobs.size(digest) if present is None else present.get(digest)
         if size is None:
             return "missing", "is missing"
-        if size != expected:
+        if expected not in (None, size):
             return "length", f"has {size} bytes instead of {expected}"
         if read_data and not blobs.is_intact(digest):
             return "digest", "does not match its digest"
@@ -207,12 +219,22 @@ def _can_be_read(store: Store, digest: str) -> bool:
 
 
 def _repaired(files: Blobs, digest: str) -> str:
-    data = corrected(files.start(digest, MAX_REPAIRED_BYTES + 1), digest)
+    data, how = _right_bytes(files, digest)
     moved = files.quarantine(digest)
     if data is None:
         return f"moved to {moved}"
     files.put(data)
-    return f"corrected one flipped bit; the damaged file is at {moved}"
+    return f"corrected {how}; the damaged file is at {moved}"
+
+
+def _right_bytes(files: Blobs, digest: str) -> tuple[bytes | None, str]:
+    """Return the bytes that a damaged file had, and how they were found; None if they are lost."""
+    if files.is_intact(digest):  # what has this name was never right
+        return None, ""
+    try:
+        return files.read(digest), "with the copy in the cache"
+    except DamagedStore:
+        return corrected(files.start(digest, MAX_REPAIRED_BYTES + 1), digest), "one flipped bit"
 
 
 def corrected(data: bytes, digest: str) -> bytes | None:
@@ -291,7 +313,7 @@ def _state(store: Store, digest: str) -> State:
 
 def _correct(files: Blobs, digest: str) -> None:
     """Correct one flipped bit; leave any other damage."""
-    if corrected(files.start(digest, MAX_REPAIRED_BYTES + 1), digest) is not None:
+    if _right_bytes(files, digest)[0] is not None:
         _repaired(files, digest)
 
 
