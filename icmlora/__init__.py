@@ -73,7 +73,6 @@ if TYPE_CHECKING:
     from icmlora.fleet.few_shot.generate import Generated
     from icmlora.fleet.few_shot.task_context import ContextReport
     from icmlora.fleet.few_shot.train import FewShotReport
-    from icmlora.fleet.ingest.record import OnConflict
     from icmlora.fleet.ingest.report import IngestReport
     from icmlora.fleet.map.map import MapReport
     from icmlora.fleet.measure.evaluate import EvaluateReport, Measurable
@@ -158,7 +157,6 @@ __all__ = [
     "NotAStore",
     "NotCovered",
     "NotRecognized",
-    "OnConflict",
     "OptionsConflict",
     "OtherFormat",
     "OutputExists",
@@ -221,7 +219,6 @@ _HOMES = {
     "Guard": "icmlora.fewshot.guard",
     "ImportReport": "icmlora.fleet.bundles.import_",
     "IngestReport": "icmlora.fleet.ingest.report",
-    "OnConflict": "icmlora.fleet.ingest.record",
     "InitReport": "icmlora.fleet.tasks.init",
     "Joined": "icmlora.fleet.bases.labels",
     "KnownBase": "icmlora.fleet.bases.base_models",

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from icmlora.base_models.finding.labels import typed_label
 from icmlora.errors import AdapterRefused, Cancelled, IcmLoraError, OptionsConflict, UnsafeInput
@@ -55,7 +55,7 @@ def ingest(
     base_model: str | None = None,
     texts: bool = True,
     strict: bool = False,
-    on_conflict: OnConflict | None = None,
+    on_conflict: Literal["version", "skip", "fail"] | None = None,
     restore: bool = False,
     read_bin: bool = False,
     initial: str | Path | None = None,
