@@ -67,7 +67,7 @@ def _known_bases(stored: Sequence[BaseModel]) -> list[BaseModel]:
 def add_base_model(
     context: Context, name: str, path: str | Path, *, loader: str | None = None, load_in: LoadIn | None = None
 ) -> Path:
-    """Record where a base model is on this machine; this comes before the Hugging Face cache.
+    """Record where a base model is; this comes before the Hugging Face cache. Creates the store if there is none.
 
     A base model with equal files is joined to it in the store, which `on_event` is told.
 
@@ -96,10 +96,8 @@ def add_base_model(
         find_loader(name, loader)
     if load_in is not None:
         modality_of(found)
-    stored: list[BaseModel] = []
-    with suppress(StoreNotFound), context.open(read_only=True) as store:
-        stored = store.base_models()
-    bases = _known_bases(stored)
+    with context.open(create=True) as store:
+        bases = _known_bases(store.base_models())
     meant = _meant(bases, name)
     if meant != name:
         context.on_event(NameTaken(name, meant))
@@ -133,7 +131,7 @@ def _join_same(context: Context, bases: Sequence[BaseModel], mine: BaseModel, fo
         if not is_same_model(found, copy):
             continue
         # The location is recorded even if both have a generator, or if this user only reads the store.
-        with suppress(BaseModelConflict, StoreReadOnly, StoreUnavailable), context.open(create=True) as store:
+        with suppress(BaseModelConflict, StoreReadOnly, StoreUnavailable), context.open() as store:
             first, second = (mine, other) if store.generator(mine.name) is not None else (other, mine)
             join(store, first.name, [second.name], reason="fingerprint")
             context.on_event(BaseJoined(second.name, first.name, "fingerprint", is_quantised=False))
