@@ -10,6 +10,7 @@ from icm_cli.errors import ExitCode
 from icmlora.errors import Cancelled
 from icmlora.fleet.api import Fleet
 from icmlora.fleet.context import Event, Progress
+from registry.encoding import files_of, unpacked
 from registry.manifests import File, Run, State
 from registry.store import Store
 from tests.cli.coded import codes, current, damage
@@ -232,3 +233,15 @@ def lines_of(folder: Path, subject: str) -> Path:
     path = folder / f"{subject}.jsonl"
     path.write_text("".join(f'{{"text": "grey {subject} number {number}"}}\n' for number in range(9)))
     return path
+
+
+@pytest.mark.one_case
+@pytest.mark.parametrize("use", ["manifests", "codes", "generators", "originals", "vectors"])
+def test_a_copy_restores_what_the_second_store_has_lost(icm: Icm, trained: Path, other: Path, use: str) -> None:
+    icm("copy", trained, other)
+    with Store.open(other) as opened:
+        body = unpacked(opened.manifests.read(str(opened.task("poems").manifest)))
+        opened.blobs.delete([str(file) for kind, file in files_of(body) if kind == use])
+    assert not is_whole(icm, other)
+    assert icm("copy", trained, other).code == 0
+    assert is_whole(icm, other)

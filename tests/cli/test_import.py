@@ -270,3 +270,14 @@ def test_a_killed_import_is_completed_by_the_same_command(icm: Icm, bundle: Path
     assert icm("import", bundle).code == 0
     assert icm("ls", "-q").out.split() == TASKS
     assert verified(icm)
+
+
+def test_an_import_restores_what_the_store_has_lost(icm: Icm, bundle: Path, tmp_path: Path) -> None:
+    icm("import", bundle)
+    with Store.open(tmp_path / "store") as store:
+        code = store.task("poems").code
+        assert code is not None
+        store.blobs.delete([code.blob, code.generator])
+    assert not verified(icm)
+    assert "0 codes" in icm("import", bundle).out
+    assert verified(icm)

@@ -107,13 +107,15 @@ class _Copying:
             versions = self._source.history(name)
             if base_model != task.base_model:
                 versions = [replace(one, base_model=base_model, label=one.label or one.base_model) for one in versions]
-            known = self._other.find(name)
+            known = self._find(name, versions)
             if known is None:
                 self._put(versions, read_back=True)
                 self._other.adopt(versions)
                 report.copied.append(name)
             else:
-                (report.completed if self._complete(known.name, versions) else report.known).append(name)
+                is_restored = self._restore(self._other.history(known.name))
+                is_completed = self._complete(known.name, versions) or is_restored
+                (report.completed if is_completed else report.known).append(name)
         except (BaseModelConflict, TaskConflict, LostRace, DamagedStore) as error:
             report.refused[name] = error.message
 
@@ -130,6 +132,25 @@ class _Copying:
                 continue
             return True
 
+    def _find(self, name: str, versions: Sequence[Task]) -> Task | None:
+        """Return a task of the other store, which may have lost the documents that its manifest shares with others."""
+        try:
+            return self._other.find(name)
+        except DamagedStore:
+            self._other.blobs.put_all([data for one in versions for data in encode(one)[1].values()])
+            return self._other.find(name)
+
+    def _restore(self, states: Sequence[State]) -> bool:
+        """Copy blobs that the other store has lost; return whether there were any."""
+        needed = dict.fromkeys(str(file) for state in states for file in _needed(state))
+        lost = [digest for digest in needed if not self._other.blobs.exists(digest)]
+        found = [digest for digest in lost if self._source.blobs.exists(digest)]
+        for digest in found:
+            data = self._source.blobs.read(digest)
+            self._put_batch([data])
+            self._report.size += len(data)
+        return bool(found)
+
     def _knows(self, label: str) -> bool:
         base = self._other.base_model(label)
         return base.manifest is not None or self._other.task_counts().get(base.name, 0) > 0
@@ -138,6 +159,7 @@ class _Copying:
         """Copy generators that the other store lacks; the last one is in use there if it may be."""
         mine, theirs = self._source.generators(base_model), self._other.generators(there)
         current = self._other.generator(there)
+        self._restore(theirs)
         new = [one for one in mine if one.blob not in {known.blob for known in theirs}]
         if not new:
             return
