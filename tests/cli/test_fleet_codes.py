@@ -114,7 +114,7 @@ def test_an_eviction_that_is_stopped_reports_what_is_gone(trained: Path) -> None
         Fleet(trained, on_event=stopping_after(TaskEvicted)).evict(max_error=0.7)
     assert isinstance(stopped.value.report, EvictReport)
     assert [task.task for task in stopped.value.report.gone] == ["poems"]
-    assert not Fleet(trained).show("rules").final.is_evicted
+    assert not Fleet(trained).show("rules").task.final.is_evicted
 
 
 def test_an_unknown_name_changes_nothing(trained: Path) -> None:
@@ -123,4 +123,4 @@ def test_an_unknown_name_changes_nothing(trained: Path) -> None:
         with pytest.raises(TaskNotFound):
             work(["poems", "nobody"])
     assert not fleet.show("poems").task.pinned
-    assert not fleet.show("poems").final.is_evicted
+    assert not fleet.show("poems").task.final.is_evicted

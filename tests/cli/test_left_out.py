@@ -189,4 +189,4 @@ class TestVerify:
         ran = icm("verify", "--read-data")
         assert (ran.code, "remark: the adapter of stranger does not fit: module" in ran.err) == (0, True)
         with Store.open(store, read_only=True) as opened:
-            assert opened.tasks.final("stranger").original_only is None
+            assert opened.task("stranger").final.original_only is None

@@ -16,6 +16,7 @@ from tests.cli.test_second_modality import LABEL, write_task
 from tests.cli.tiny_fleet import icm_quietly, train_store
 from tests.icmlora.base_models.test_custom_model import worked_example
 from tests.icmlora.base_models.toy_modality import points, write_classifier
+from tests.shared import config_of, use_config_of
 
 Icm = Callable[..., Ran]
 CPU = ("--device", "cpu")
@@ -40,10 +41,11 @@ def importable(fleet: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def template(fleet: Path) -> Path:
-    """A store of them, with vectors and codes."""
+    """A store of them, with vectors and codes; the configuration says where the base model is."""
     store = fleet / "store"
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(fleet))
+        patch.setenv("XDG_CONFIG_HOME", str(config_of(store)))
         icm_quietly(store, "base", "add", LABEL, fleet / "base", "--loader", LOADER)
         icm_quietly(store, "ingest", fleet / "loras", *CPU)
         train_store(store)
@@ -52,6 +54,7 @@ def template(fleet: Path) -> Path:
 
 @pytest.fixture
 def store(template: Path, tmp_path: Path) -> Path:
+    use_config_of(template)
     return Path(shutil.copytree(template, tmp_path / "store"))
 
 

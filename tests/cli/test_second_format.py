@@ -54,7 +54,7 @@ def test_single_files_and_folders_are_tasks_of_one_fleet(icm: Icm, files: dict[s
 
 def test_the_store_notes_the_format_of_each(icm: Icm, files: dict[str, Path], tmp_path: Path) -> None:
     with Store.open(tmp_path / "store", read_only=True) as opened:
-        assert [opened.tasks.final(name).format for name in ("poems", "rust", "sql")] == ["peft", "toy", "toy"]
+        assert [opened.task(name).final.format for name in ("poems", "rust", "sql")] == ["peft", "toy", "toy"]
 
 
 def test_an_original_comes_back_byte_for_byte(icm: Icm, files: dict[str, Path], tmp_path: Path) -> None:

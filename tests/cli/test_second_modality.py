@@ -72,7 +72,7 @@ def store(icm: Icm, fleet: Path, tmp_path: Path) -> Path:
 
 def test_vectors_have_the_hidden_size_of_the_model(store: Path) -> None:
     with Store.open(store, read_only=True) as opened:
-        vectors = opened.vectors.all("turned-1")
+        vectors = opened.task("turned-1").vectors
         assert {row.view for row in vectors} == {"adapted", "context"}
         assert ({row.dim for row in vectors}, len(vectors)) == ({HIDDEN}, 2 * VectorSettings().support_sets)
 
@@ -99,7 +99,7 @@ def test_a_code_is_refined_on_the_samples(icm: Icm, store: Path) -> None:
 def test_an_original_is_evicted_by_the_gain_that_its_code_keeps(icm: Icm, store: Path) -> None:
     assert icm("evict", "turned-1", "--min-gain", "0.1", *CPU).code == 0
     with Store.open(store, read_only=True) as opened:
-        assert opened.tasks.final("turned-1").is_evicted
+        assert opened.task("turned-1").final.is_evicted
 
 
 def test_samples_of_no_modality_are_left_out(icm: Icm, fleet: Path, tmp_path: Path) -> None:

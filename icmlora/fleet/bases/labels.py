@@ -96,7 +96,7 @@ def _joined(
             hint = f"join {other.name} instead, or run `icm base alias {other.name} {label} --remove` first"
             raise BaseModelConflict(f"{label!r} is a label of {other.name!r}", hint=hint)
         new = (Label(label=label, reason=reason), *other.labels)
-        base = replace(base, labels=(*base.labels, *new))
+        base = replace(base, labels=tuple(sorted((*base.labels, *new), key=lambda one: one.label)))
         if base.fingerprint is None:
             base = replace(base, fingerprint=other.fingerprint, shape=other.shape)
         added.append(label)

@@ -20,7 +20,7 @@ def new(tmp_path: Path) -> Fleet:
 def test_adding_a_base_model_makes_the_store(new: Fleet, base_folder: Path) -> None:
     assert new.add_base_model("my/base", str(base_folder)) == base_folder
     (known,) = new.base_models()
-    assert (known.record.name, known.path, known.problem, known.record.tasks) == ("my/base", base_folder, None, 0)
+    assert (known.base.name, known.path, known.problem, known.tasks) == ("my/base", base_folder, None, 0)
 
 
 def test_a_relative_path_is_recorded_as_an_absolute_one(
@@ -48,7 +48,7 @@ def test_a_path_without_a_base_model_is_refused_and_makes_no_store(new: Fleet, l
 def test_a_base_model_that_adapters_name_is_listed_with_what_is_missing(new: Fleet, loras: Path) -> None:
     new.ingest([loras])
     (known,) = new.base_models()
-    assert (known.record.name, known.record.tasks, known.path) == (LABEL, 3, None)
+    assert (known.base.name, known.tasks, known.path) == (LABEL, 3, None)
     assert LABEL in str(known.problem)
 
 
@@ -56,7 +56,7 @@ def test_a_forgotten_base_model_keeps_its_adapters(fleet: Fleet, base_folder: Pa
     before = files_of(base_folder)
     fleet.forget_base_model(LABEL)
     (known,) = fleet.base_models()
-    assert (known.path, known.record.tasks, files_of(base_folder)) == (None, 3, before)
+    assert (known.path, known.tasks, files_of(base_folder)) == (None, 3, before)
     assert fleet.load("poems", source="code").base_model == LABEL
 
 

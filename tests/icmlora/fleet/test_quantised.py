@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from icmlora import Bundle, DataError, Fleet
+from icmlora.base_models.finding.locations import Location
 from icmlora.errors import BaseModelUnsuited
 from icmlora.fleet.resources.loading import Models
 from icmlora.fleet.resources.stored_vectors import comparable_vectors
@@ -51,18 +52,18 @@ def subjects(learned_template: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 def recorded(fleet: Fleet, task: str) -> dict[tuple[str, str | None], float]:
     """Return what was measured of a task by source and precision."""
-    return {(row.rung, row.precision): row.value for row in fleet.show(task).evaluations}
+    return {(one.source, one.precision): one.value for one in fleet.show(task).task.measured}
 
 
 def test_it_is_recorded_with_the_base_model_and_the_same_call_without_it_takes_it_back(
     learned: Fleet, base: Path
 ) -> None:
-    before = learned.base_models()[0].record
+    before = learned.base_models()[0]
     learned.add_base_model(LABEL, base, load_in="nf4")
     (known,) = learned.base_models()
-    assert (known.record.load_in, known.record.fingerprint) == ("nf4", before.fingerprint)
+    assert (known.location, known.base) == (Location(base, load_in="nf4"), before.base)
     learned.add_base_model(LABEL, base)
-    assert learned.base_models()[0].record == before
+    assert learned.base_models()[0].location == Location(base)
 
 
 def test_a_base_model_of_which_that_cannot_be_done_is_refused_and_nothing_changes(learned: Fleet, base: Path) -> None:
