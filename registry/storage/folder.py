@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 FORMAT_TEXT = "icm manifests 1\n"
+REMOTE_TEXT = "icm manifests 1 remote\n"  # its blobs are at the address in BLOBS
 RESERVE_BYTES = 128 << 10
-_FORMAT = re.compile(rb"icm manifests [1-9][0-9]{0,5}\n")
+_FORMAT = re.compile(rb"icm manifests [1-9][0-9]{0,5}( remote)?\n")
 _OLD_FORMAT = re.compile(rb"icm store [1-9][0-9]{0,5}\n")
 
 
@@ -122,7 +123,7 @@ def create_store(paths: StorePaths, database: SqliteDatabase, blobs: str | None 
         # FORMAT last: a folder without it is an attempt that was killed, and is made again.
         temporary = paths.tmp / "FORMAT"
         fs.unlink(temporary)
-        fs.write_file(temporary, FORMAT_TEXT.encode(), 0o444)
+        fs.write_file(temporary, (REMOTE_TEXT if paths.place.exists() else FORMAT_TEXT).encode(), 0o444)
         fs.replace(temporary, paths.format)
         fs.fsync_dir(paths.root)
         fs.fsync_dir(paths.root.parent)
@@ -135,7 +136,10 @@ def check_format(paths: StorePaths) -> None:
             text = file.read(64)
     except OSError as error:
         raise RegistryError(f"cannot read {paths.format}: {error.strerror}", path=paths.format) from error
-    if text == FORMAT_TEXT.encode():
+    if text in (FORMAT_TEXT.encode(), REMOTE_TEXT.encode()):
+        if (text == REMOTE_TEXT.encode()) != paths.place.exists():
+            hint = f"restore the missing file; a store with a BLOBS file has the format {REMOTE_TEXT.strip()!r}"
+            raise DamagedStore(f"FORMAT and BLOBS in {paths.root} do not match", path=paths.root, hint=hint)
         return
     known = FORMAT_TEXT.strip()
     if _OLD_FORMAT.fullmatch(text):
