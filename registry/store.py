@@ -358,12 +358,17 @@ class Store:
             self._discard(before, run.files)
         return saved
 
-    def end_run(self, base_model: str) -> None:
-        """Remove a training run with its checkpoint. The caller holds the job of the base model."""
+    def end_run(self, base_model: str, states: Sequence[S] = ()) -> list[S]:
+        """Publish what a training run made, and remove the run with its checkpoint, in one transaction.
+
+        The caller holds the job of the base model. The errors are those of `publish`.
+        """
         run = self.run(base_model)
-        if run is not None:
-            self.publish([], remove=[run])
-            self._discard(run, frozenset())
+        if run is None:
+            return self.publish(states) if states else []
+        published = self.publish(states, remove=[run])
+        self._discard(run, frozenset())
+        return published
 
     @contextmanager
     def job(self, base_model: str, *, shared: bool = False) -> Iterator[None]:

@@ -49,6 +49,7 @@ def publish(
     asked: CodeLimits,
     *,
     decodes: frozenset[str] = frozenset(),
+    ends_run: bool = True,
 ) -> Published:
     """Publish codes of tasks of a source.
 
@@ -60,6 +61,7 @@ def publish(
         asked: The limits that they were made for.
         decodes: Digests of networks that a new generator continues. It decodes their codes to the same adapters, so all
             tasks with such codes get it, evicted ones included.
+        ends_run: Whether the training run of the base model made them, so that it is over.
     """
     files = put_files(store, [code.data for code in codes.values()])
     made = {
@@ -76,8 +78,9 @@ def publish(
         rows = [row for row in store.rows(Selection(base_model=source.base_model)) if row.name not in names]
         continued = [task for row in rows if row.generator in decodes and (task := _read(store, row.name)) is not None]
         moved = [_moved(task, generator.blob, decodes) for task in continued]
+        states = [*new, *coded, *moved]
         try:
-            stored = store.publish(states) if (states := [*new, *coded, *moved]) else []
+            stored = store.end_run(source.base_model, states) if ends_run else store.publish(states) if states else []
         except LostRace:
             continue
         earlier = [task.code for task in (*present.values(), *continued)]

@@ -304,7 +304,6 @@ def _publish(
     (blob,) = put_files(store, [data])
     generator = Generator(base_model=label, blob=blob, config=config, metrics=metrics, trained_from=parent)
     published = publish(store, source, generator, codes, CodeLimits(tolerance=codec.config.tolerance))
-    store.end_run(label)
     return Trained(
         base_model=label,
         version=published.generator.version,

@@ -190,9 +190,8 @@ def _update_base(
             metrics=metrics,
         )
         decodes = frozenset(present.digests)
-    published = publish(store, source, generator, best.codes, CodeLimits(tolerance=tolerance), decodes=decodes)
-    if run is not None:
-        store.end_run(label)
+    asked, ends_run = CodeLimits(tolerance=tolerance), run is not None
+    published = publish(store, source, generator, best.codes, asked, decodes=decodes, ends_run=ends_run)
     left_out = {name: reason for name, reason in candidates.left_out.items() if name not in best.codes}
     updated = Updated(
         base_model=label,
