@@ -111,7 +111,10 @@ def _finish(tally: Tally, world: World, command: str) -> None:
     tally.examples += missed[: 5 - len(tally.examples)]
     tally.left_after_rerun += sum(astuple(world.leftovers()))
     world.prune()
-    tally.left_after_prune += sum(astuple(world.leftovers()))
+    left = world.leftovers()
+    tally.left_after_prune += sum(astuple(left))
+    if any(astuple(left)):
+        tally.examples.append(str(left))
 
 
 def _note(tally: Tally, violations: list[str]) -> None:

@@ -222,7 +222,7 @@ class Damages:
         if is_whole and what != BEFORE and not _contents_of(path) <= self._bundled:
             tally.note("wrong", f"export: {what}")
         done = [name for name, line in _WORK.items() if self.icm(line, tally, what) == 0]
-        for name in ("FORMAT", "BLOBS"):  # the hint says what belongs there
+        for name in ("FORMAT", "BLOBS", "owner"):  # the hint says what belongs there
             if name in self.files:
                 self._write(name, self._kept[name])
         self.icm("verify --repair --yes", tally, what)
