@@ -103,5 +103,5 @@ GOALS: dict[str, Callable[[End], bool]] = {
     "prune": lambda end: end.is_without_gone and not any(end.store.verify(read_data=True)),
     "version": _versioned,
     "generate": lambda end: end.is_written and _generated(end),
-    "repair": lambda end: end.is_coded and _generated(end) and not any(end.store.verify(read_data=True)),
+    "repair": lambda end: end.is_coded and _generated(end) and not any(one.is_problem for one in end.store.verify()),
 }
