@@ -41,7 +41,7 @@ test-rest: $(READY)  ## run the slow tests, and property tests with more example
 SIDE_BY_SIDE := --no-print-directory -j $(JOBS) --output-sync=target WORKERS=0
 
 # What may differ from pair to pair: the model of a store, and what many processes do. For all of it: PAIRED=tests/registry
-PAIRED ?= $(addprefix tests/registry/,test_store_model.py test_ingest_model.py test_eviction.py test_concurrency.py)
+PAIRED ?= $(addprefix tests/registry/,test_store_model.py test_publishing.py test_eviction.py test_concurrency.py)
 PAIRS_LEFT := $(addprefix pair-,sqlite+s3 postgres+folder postgres+s3)
 test-pairs: $(READY)  ## run tests of the registry on other pairs of a database and a place of bytes (part of `make test-rest`)
 	@$(MAKE) $(SIDE_BY_SIDE) $(PAIRS_LEFT)

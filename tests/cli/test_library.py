@@ -11,7 +11,7 @@ import pytest
 
 from icm_cli.app import run
 from icmlora import Fleet
-from registry.manifests import unpacked
+from registry.encoding import unpacked
 from registry.store import Store
 from tests.cli.fleet import write_adapter
 from tests.icmlora.fleet.stores import files_of
