@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -383,16 +384,13 @@ class Store:
 
     # Maintenance.
 
-    def remove(self, names: Sequence[str]) -> list[Task]:
-        """Remove tasks with all their versions; their bytes go with the next `free` or `prune`."""
-        self._db.must_write()
-        tasks = list({task.name: task for task in map(self.task, names)}.values())
+    def remove(self, tasks: Sequence[Task]) -> None:
+        """Remove tasks with all their versions; their bytes go with the next `free` or `prune`.
 
-        def write() -> None:
-            self.publish([], remove=tasks)
-
-        self.parts.maintenance.run(write)
-        return tasks
+        Raises:
+            LostRace: A task has changed since it was read; nothing is removed.
+        """
+        self.parts.maintenance.run(lambda: self.publish([], remove=tasks))
 
     def free(self, files: Iterable[str] = (), names: Iterable[str] = ()) -> int | None:
         """Delete blobs, and earlier states of some tasks, that nothing reaches any more; return the bytes freed.
@@ -557,10 +555,13 @@ class Store:
         return tuple(names[match] for match in difflib.get_close_matches(name.lower(), names, n=3))
 
     def _moment(self) -> int:
-        """Return a number above that of every state."""
+        """Return a number above that of every state, and not the one of a simultaneous publication.
+
+        Two equal states would be one manifest, which the process that loses the race deletes.
+        """
         with self._db.read() as connection:
             last = int(connection.scalar(select(META.c.seq)) or 0)
-        return max(time.time_ns() // 1_000_000, last) + 1
+        return max(time.time_ns(), last) + 1 + secrets.randbelow(1_000_000)
 
     def _retried(self, read: Callable[[], S], change: Callable[[S], S], *, older: bool = False) -> S:
         while True:

@@ -40,7 +40,7 @@ with new_store(folder / "store") as store:
 with new_store(folder / "store") as store, store.job("base"):
     final = store.task("poems").final
     assert store.blobs.read(final.weights) == b"weights of poems"
-    store.remove(["poems"])
+    store.remove(store.named(["poems"]))
     assert store.prune(grace=-1.0).blobs
 cache = BlobCache(folder / "cache")
 cache.put(final.weights, b"weights of poems")

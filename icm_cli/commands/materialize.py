@@ -140,8 +140,8 @@ def materialize(
         force=force,
     )
     if bundle is None and source == "auto" and done.source == "code":
-        session.out.note(f"the original of {done.task} was evicted; used {_FROM[done.source]} instead")
-    _print_result(session, done)
+        session.out.note(f"the original of {task} was evicted; used {_FROM[done.source]} instead")
+    _print_result(session, task, done)
 
 
 def _check_options(
@@ -169,7 +169,7 @@ def _check_options(
         raise UsageProblem("--base-model needs --from and --format gguf or peft", hint=hint)
 
 
-def _print_result(session: Session, done: MaterializeReport) -> None:
+def _print_result(session: Session, task: str, done: MaterializeReport) -> None:
     out = session.out
     out.document(
         {
@@ -202,7 +202,7 @@ def _print_result(session: Session, done: MaterializeReport) -> None:
     if done.converted:
         name = done.adapter_format
         origin = f"{origin.removesuffix(_EXACTLY)}, converted for {_PROGRAMS.get(name, name)}"
-    out.note(f"wrote {done.task} from {origin}{figures}")
+    out.note(f"wrote {task} from {origin}{figures}")
     if done.left_out:
         out.note(f"skipped extra files, which only --format peft writes: {', '.join(done.left_out)}")
     if done.source == "recalled" and done.recognized is None:

@@ -67,7 +67,7 @@ def test_tasks_are_imported_and_registered_for_a_base_model_that_is_in_training(
     with another_process_trains(started):
         fleet.import_bundle(bundle)
         fleet.generate("geese", samples, tmp_path / "out", register=True, refine=1, device="cpu")
-    assert fleet.task_names() == ["geese", "poems", "rules", "silent"]
+    assert [row.name for row in fleet.tasks()] == ["geese", "poems", "rules", "silent"]
 
 
 def test_the_second_one_waits_for_the_first(icm: Icm, mixed: Path) -> None:

@@ -59,7 +59,7 @@ def replace_adapter(store: Path, folder: Path) -> None:
 def remove(store: Path, name: str) -> None:
     """Remove a task, as `icm rm` does."""
     with Store.open(store) as opened:
-        opened.remove([name])
+        opened.remove(opened.named([name]))
 
 
 def measured(store: Path) -> dict[str, str | None]:

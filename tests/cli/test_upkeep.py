@@ -105,7 +105,7 @@ def test_rm_of_the_same_name_twice_removes_it_once(icm: Icm, stored: Path) -> No
 def remove(store: Path, *names: str) -> None:
     """Remove tasks and leave their bytes, as `icm rm` does if another process uses the store."""
     with Store.open(store) as opened:
-        opened.remove(names)
+        opened.remove(opened.named(names))
 
 
 def test_prune_frees_the_bytes_of_removed_tasks(icm: Icm, stored: Path, tmp_path: Path) -> None:

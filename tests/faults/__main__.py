@@ -37,8 +37,6 @@ from tests.registry.writing import COMMANDS as SMALL
 
 _RESULTS = Path("tests/benchmarks/results")
 _TASKS, _STEP = 6, 100
-CROWDS = (1, 2, 4, 8, 16)
-"""How many processes use a store."""
 
 
 def _arguments() -> argparse.Namespace:
@@ -54,6 +52,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--database-flips", type=int, default=5000, help="flips of bits in registry.db")
     parser.add_argument("--flips", type=int, default=100, help="flips of bits in files of each other kind")
     parser.add_argument("--losses", type=int, default=100, help="losses of the database of each kind")
+    parser.add_argument("--crowds", nargs="+", type=int, default=[1, 2, 4, 8, 16], help="processes that use a store")
     parser.add_argument("--crowd-seconds", type=float, default=60.0, help="for each number of processes")
     parser.add_argument("--stride", type=int, default=1, help="of calls, statements and requests, each n-th goes wrong")
     parser.add_argument(
@@ -172,7 +171,7 @@ class Campaign:
     def crowds(self) -> Iterator[tuple[str, Any]]:
         """Let more and more processes use one store."""
         pair, output = self._pair("crowd"), self._folder("crowd") / "figures.json"
-        for workers in CROWDS:
+        for workers in self.chosen.crowds:
             pair.clear()
             options = ["--seconds", str(self.chosen.crowd_seconds), "--workers", str(workers), "--output", str(output)]
             if not pair.is_plain:

@@ -47,7 +47,7 @@ def filled(tmp_path_factory: pytest.TempPathFactory) -> Path:
         store.update_base(BASE, lambda base: replace(base, fingerprint="f00d"))
         store.save_run(Run(base_model=BASE, config={}, weights=put(store, b"run weights")))
         store.update("html@1", lambda known: replace(known, note="old"))
-        store.remove(["gone"])
+        store.remove(store.named(["gone"]))
     return place
 
 

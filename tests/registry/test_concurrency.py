@@ -90,7 +90,7 @@ def test_pruning_and_removing_beside_ingests_and_readers_breaks_nothing(tmp_path
         for _ in range(15):
             with new_store(root, lock_timeout=TIMEOUT) as store:
                 for name in store.names()[:1]:
-                    store.remove([name])
+                    store.remove(store.named([name]))
                     store.free(names=[name])
                 store.prune(grace=0)
 

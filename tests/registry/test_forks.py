@@ -81,7 +81,9 @@ def test_whatever_the_copy_does_the_locks_and_transactions_of_the_parent_go_on(
 
 
 @pytest.mark.one_case
-@pytest.mark.parametrize("use", ["list(store.tasks())", "store.job(BASE).__enter__()", "store.remove(['poems'])"])
+@pytest.mark.parametrize(
+    "use", ["list(store.tasks())", "store.job(BASE).__enter__()", "store.remove(store.named(['poems']))"]
+)
 def test_a_copy_that_uses_the_store_is_told_to_open_it_anew(postgres: str, tmp_path: Path, use: str) -> None:
     child = f"""
 try:

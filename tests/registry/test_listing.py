@@ -100,7 +100,7 @@ def test_a_task_that_is_removed_while_pages_are_read_is_left_out(store: Store, m
         ingest(store, name)
     rows, tasks = store.rows(), store.tasks()
     assert (next(rows).name, next(tasks).name) == ("a", "a")
-    store.remove(["b"])
+    store.remove(store.named(["b"]))
     assert ([row.name for row in rows], [task.name for task in tasks]) == (["c"], ["c"])
 
 

@@ -50,7 +50,7 @@ def test_nothing_that_a_ref_reaches_is_deleted(store: Store) -> None:
 
 def test_all_of_a_removed_task_is_deleted(store: Store) -> None:
     ingest(store, "rust", steps=[80], samples=put(store, b"samples"))
-    store.remove(["rust"])
+    store.remove(store.named(["rust"]))
     report = store.prune(grace=0)
     assert (report.blobs, report.manifests) == (5, 2)  # with the document of its layout; a state, and its removal
     assert files_of(store) == set()
@@ -81,7 +81,7 @@ def test_an_earlier_version_that_was_changed_last_keeps_its_state(store: Store) 
 def test_bytes_that_another_task_shares_stay(store: Store) -> None:
     ingest(store, "rust", weights=b"shared")
     ingest(store, "html", weights=b"shared")
-    store.remove(["rust"])
+    store.remove(store.named(["rust"]))
     store.prune(grace=0)
     assert store.blobs.read(store.task("html").final.weights) == b"shared"
 
@@ -103,7 +103,7 @@ def test_young_files_stay(store: Store) -> None:
 
 def test_a_dry_run_reports_the_same_and_deletes_nothing(store: Store) -> None:
     fill(store)
-    store.remove(["rust"])
+    store.remove(store.named(["rust"]))
     train(store, data=b"second generator")
     before = files_of(store)
     planned = store.prune(grace=0, dry_run=True)
@@ -119,7 +119,7 @@ def test_prune_does_not_run_beside_another_command(store: Store) -> None:
 
 def test_a_pruned_blob_can_be_stored_again(store: Store) -> None:
     ingest(store, "rust")
-    store.remove(["rust"])
+    store.remove(store.named(["rust"]))
     store.prune(grace=0)
     ingest(store, "rust")
     assert list(store.verify(read_data=True)) == []
@@ -131,7 +131,7 @@ class TestRemovals:
     @pytest.mark.kept_in("sqlite", "folder", reason="the age of a file")
     def test_a_removal_outlives_what_it_removed(self, store: Store) -> None:
         state = ingest(store, "rust")
-        store.remove(["rust"])
+        store.remove(store.named(["rust"]))
         files = {info.digest: info for info in store.manifests.all()}
         (removal,) = files.keys() - {state.manifest}
         os.utime(store.manifests.place(removal), (0, 0))  # as in a copy of the folder
@@ -143,7 +143,7 @@ class TestRemovals:
     @pytest.mark.kept_in("sqlite", "folder", reason="forks, and unlinks files")
     def test_a_killed_prune_brings_nothing_back(self, store: Store, point: str) -> None:
         fill(store)
-        store.remove(["rust"])
+        store.remove(store.named(["rust"]))
         address = store.address
         store.close()
 
@@ -159,7 +159,7 @@ class TestRemovals:
 
     def test_a_name_can_be_used_again(self, store: Store) -> None:
         ingest(store, "rust")
-        store.remove(["rust"])
+        store.remove(store.named(["rust"]))
         again = ingest(store, "rust", weights=b"others")
         report = store.prune(grace=0)
         assert (report.manifests, report.unlisted) == (2, ())
@@ -259,7 +259,7 @@ class TestFree:
         ingest(store, "rust", steps=[80])
         ingest(store, "html")
         store.update("rust", lambda known: replace(known, note="x"))
-        store.remove(["rust"])
+        store.remove(store.named(["rust"]))
         assert (store.free(names=["RUST"]) or 0) > 0
         assert store.prune(grace=0) == NOTHING
         assert list(store.verify(read_data=True)) == []
@@ -271,21 +271,21 @@ class TestFree:
 
     def test_other_garbage_stays(self, store: Store) -> None:
         orphan, weights = store.blobs.put(b"orphan"), ingest(store, "rust", weights=b"shared").final.weights
-        store.remove(["rust"])
+        store.remove(store.named(["rust"]))
         store.free([weights])
         assert store.blobs.exists(orphan)
 
     def test_nothing_is_freed_while_another_process_uses_the_store(self, store: Store) -> None:
         ingest(store, "rust")
         with new_store(store.address, lock_timeout=0) as other:
-            other.remove(["rust"])
+            other.remove(other.named(["rust"]))
             assert other.free(names=["rust"]) is None
         assert store.prune(grace=0).blobs > 0
 
     def test_nothing_is_freed_if_the_database_disagrees(self, store: Store) -> None:
         ingest(store, "rust")
         ingest(store, "html")
-        store.remove(["rust"])
+        store.remove(store.named(["rust"]))
         damage(store, "UPDATE refs SET pinned = NOT pinned")
         with pytest.raises(DamagedStore):
             store.free(names=["rust"])
@@ -303,7 +303,7 @@ class TestAdopted:
         with new_store(tmp_path / "other") as other:
             state = ingest(other, "rust")
         ingest(store, "rust")
-        store.remove(["rust"])
+        store.remove(store.named(["rust"]))
         task(store, "rust")  # its blobs
         store.adopt([state])
         assert (store.prune(grace=0).unlisted, list(store.verify())) == ((), [])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -43,6 +44,27 @@ def test_a_state_that_was_replaced_meanwhile_is_not_overwritten(store: Store, tw
     with pytest.raises(LostRace):
         store.publish([replace(seen, note="mine")])
     assert store.task("rust").note == "theirs"
+
+
+def test_two_processes_may_make_the_same_change_at_the_same_time(
+    store: Store, twin: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ingest(store, "rust")
+    monkeypatch.setattr("time.time_ns", lambda: 1_900_000_000_000_000_000)
+    here, there = (replace(one.task("rust"), note="ours") for one in (store, twin))
+    put_all = store.manifests.put_all
+
+    def overtaken(data: Sequence[bytes]) -> list[str]:
+        monkeypatch.setattr(store.manifests, "put_all", put_all)
+        twin.publish([there])
+        return put_all(data)
+
+    monkeypatch.setattr(store.manifests, "put_all", overtaken)
+    with pytest.raises(LostRace):
+        store.publish([here])
+    task = twin.task("rust")
+    assert task.note == "ours"
+    assert twin.manifests.exists(str(task.manifest))
 
 
 def test_an_update_that_loses_a_race_is_made_again(store: Store, twin: Store) -> None:
@@ -122,7 +144,7 @@ def test_a_renamed_task_takes_its_versions_along(store: Store) -> None:
 
 def test_a_removed_task_can_be_made_again(store: Store) -> None:
     ingest(store, "rust", note="first")
-    store.remove(["RUST"])
+    store.remove(store.named(["RUST"]))
     assert store.names() == []
     assert store.rebuild().removed == ("rust",)
     assert store.names() == []
@@ -177,7 +199,7 @@ def test_a_read_only_store_refuses_every_write(store: Store) -> None:
             lambda: reader.blobs.put(b"x"),
             lambda: reader.publish([replace(seen, note="x")]),
             lambda: reader.update("rust", lambda known: replace(known, note="x")),
-            lambda: reader.remove(["rust"]),
+            lambda: reader.remove(reader.named(["rust"])),
             reader.prune,
             reader.rebuild,
         ):

@@ -42,7 +42,7 @@ def test_a_task_can_be_removed_from_a_full_disk(store: Store, full_disk: Path) -
     paths_of(store).reserve.unlink()
     ingest(store, "rust")
     make_reserve(paths_of(store))
-    store.remove(["rust"])
+    store.remove(store.named(["rust"]))
     store.free(names=["rust"])
     assert store.names() == []
     assert full_disk.exists()

@@ -67,9 +67,9 @@ class StoreModel(RuleBasedStateMachine):
     def remove(self, name: str) -> None:
         if name.lower() not in self.model:
             with pytest.raises(TaskNotFound):
-                self.store.remove([name])
+                self.store.remove(self.store.named([name]))
             return
-        self.store.remove([name])
+        self.store.remove(self.store.named([name]))
         self.store.free(names=[name])
         del self.model[name.lower()]
         self.notes.pop(name.lower(), None)
@@ -133,7 +133,7 @@ class StoreModel(RuleBasedStateMachine):
             self.store.update(name, lambda known: replace(known, note=note))
         else:
             ingest(self.store, name)
-            self.store.remove([name])
+            self.store.remove(self.store.named([name]))
 
     @invariant()
     def they_agree(self) -> None:

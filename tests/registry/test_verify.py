@@ -238,7 +238,7 @@ class TestRebuild:
         store.save_run(Run(base_model=BASE, config={}, weights=put(store, b"run weights")))
         store.update("html@1", lambda known: replace(known, note="old"))
         ingest(store, "gone")
-        store.remove(["gone"])
+        store.remove(store.named(["gone"]))
 
     def contents(self, store: Store) -> object:
         store._state.cache_clear()

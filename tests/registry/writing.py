@@ -103,7 +103,7 @@ def remove_and_prune(place: Place) -> None:
         _known(store, "rust")
         place.tell("rust")
         _known(store, "html", steps=[80])
-        store.remove(["html"])
+        store.remove(store.named(["html"]))
         place.tell("no html")
         store.free(names=["html"])
         store.prune(grace=0)

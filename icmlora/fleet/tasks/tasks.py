@@ -311,7 +311,7 @@ def remove_tasks(context: Context, tasks: Sequence[str], *, last_copies: Collect
             if task.name.lower() not in allowed and _is_last_copy(store.history(task.name)):
                 fact = f"task {task.name!r} was evicted: its code is the only copy"
                 raise LastCopy(fact, hint="run the same command again to remove it anyway")
-        store.parts.maintenance.run(lambda: store.publish([], remove=found))
+        store.remove(found)
         names = [task.name for task in found]
         return RemoveReport(names, store.free(names=names))
 

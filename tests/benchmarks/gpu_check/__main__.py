@@ -114,7 +114,7 @@ def check(
     device, store = options.device, work / "store"
     section: dict[str, Any] = {name: getattr(options, name) for name in ("steps", "refine", "episodes")}
     section |= _prepare(work, options) | {"stages": {}, "on_cpu": {}}
-    tasks = Fleet(store).task_names()
+    tasks = [row.name for row in Fleet(store).tasks()]
     samples = work / "new.jsonl"
     write_texts(samples, 999, NEW_SAMPLES)
 
@@ -170,7 +170,7 @@ def _prepare(work: Path, options: argparse.Namespace) -> dict[str, Any]:
         fleet.add_base_model(LABEL, work / "base")
         write_fleet(work / "loras", shape)
         fleet.ingest([work / "loras"])
-    return {**found, "tasks": len(fleet.task_names())}
+    return {**found, "tasks": len(fleet.tasks())}
 
 
 @contextmanager

@@ -69,7 +69,7 @@ def use(machine: Path, store: str, told: Any, done: Any) -> None:
 
     served = open_tasks(store, None, command="engine", lock_timeout=_PATIENCE)
     while not done.is_set():
-        for name in fleet.task_names():
+        for name in (row.name for row in fleet.tasks()):
             began = time.monotonic()
             try:
                 fleet.materialize(name, machine / "out", force=True)
@@ -88,7 +88,7 @@ def write_all(machine: Path, store: str, told: Any) -> None:
     import hashlib
 
     fleet, found = _fleet(machine, store), {}
-    for name in fleet.task_names():
+    for name in (row.name for row in fleet.tasks()):
         files = fleet.read_files(name, source="code")
         found[name] = hashlib.sha256(b"".join(files[key] for key in sorted(files))).hexdigest()
     told.put(found)

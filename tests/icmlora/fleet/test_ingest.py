@@ -100,7 +100,7 @@ def test_an_adapter_whose_vectors_cannot_be_extracted_is_ingested(new: Fleet, tm
     report = new.ingest([tmp_path / "poems"])
     assert report.vectors is not None
     assert [(failed.task, failed.kind) for failed in report.vectors.failed] == [("poems", "vectors")]
-    assert report.without_vectors == new.task_names() == ["poems"]
+    assert report.without_vectors == [row.name for row in new.tasks()] == ["poems"]
 
 
 def test_a_new_checkpoint_is_added_to_its_task(ingested: Fleet, loras: Path, tmp_path: Path) -> None:

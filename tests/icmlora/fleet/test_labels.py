@@ -155,7 +155,7 @@ def test_labels_of_a_joined_base_model_come_along(store: Store) -> None:
     join(store, MIRROR, ["/models/copy"])
     ingest(store, "html", base_model=MIRROR, label="/models/copy")
     join(store, BASE, [MIRROR])
-    assert bases(store) == {BASE: (1, (MIRROR, "/models/copy"))}
+    assert bases(store) == {BASE: (1, ("/models/copy", MIRROR))}
     assert separate(store, "/models/copy").tasks == 1
 
 

@@ -244,7 +244,7 @@ def test_the_files_in_memory_are_those_of_the_folder(fleet: Fleet, out: Path, so
 
 @pytest.mark.slow
 def test_many_adapters_are_those_that_are_loaded_one_by_one(fleet: Fleet) -> None:
-    names = [*fleet.task_names(), *fleet.task_names()]
+    names = 2 * [row.name for row in fleet.tasks()]
     many = list(fleet.load_many(names, source="code"))
     assert [name for name, _ in many] == names
     for name, adapter in many:

@@ -119,7 +119,7 @@ def test_replaced_removed_and_evicted_tasks_are_left_out(store: Store, source: S
     poems, rust = store.task("poems"), store.task("rust")
     store.publish([replace(poems, version=2, final=adapter(store, b"other weights"))])
     store.update("rust", lambda one: replace(one, final=replace(rust.final, evicted_at=now())))
-    store.remove(["sql"])
+    store.remove(store.named(["sql"]))
     done = trained(store, source)
     assert (done.codes, done.left_out) == ({}, {"poems": REPLACED, "rust": EVICTED, "sql": REPLACED})
     assert (coded(store, done.generator.blob), store.generator(BASE)) == ([], done.generator)

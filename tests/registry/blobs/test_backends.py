@@ -70,7 +70,7 @@ def test_a_store_works_on_another_backend(tmp_path: Path) -> None:
         assert not list(paths_of(store).blobs.iterdir())
         assert not list(paths_of(store).manifests.iterdir())
     with Store.open(root, backends=(blobs, manifests)) as store:
-        store.remove(["html"])
+        store.remove(store.named(["html"]))
         assert store.prune(grace=0).blobs == 1
         assert store.usage().codes == len(b"code of rust")
         weights = str(store.task("rust").final.weights)
