@@ -90,6 +90,10 @@ def decode(data: bytes, shared: Shared, digest: str | None = None) -> State:
         raise DamagedStore(f"not a manifest: {type(error).__name__} {error}") from error
 
 
+USES = ("originals", "checkpoints", "generators", "codes", "extras", "vectors", "texts", "training", "manifests")
+"""What files are for. A file with several uses counts for the first of them."""
+
+
 def files_of(body: Any) -> Iterator[tuple[str, File]]:
     """Yield use and file of all bytes that the JSON of a manifest needs; those of evicted weights are not needed.
 

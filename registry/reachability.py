@@ -22,7 +22,7 @@ from registry.errors import DamagedStore, MissingBlob, StoreLocked
 from registry.files import failpoint
 from registry.manifests import KINDS, Generator, Removed, State, Task
 from registry.storage.blobs.backend import BlobInfo, Leftover
-from registry.tables import HISTORY, REFS, REPAIR_HINT, index_of, key_of
+from registry.tables import HISTORY, REFS, REPAIR_HINT, index_of, key_of, packed_files
 
 if TYPE_CHECKING:
     from registry.store import Store
@@ -98,13 +98,15 @@ def walk(store: Store, visit: Callable[[Name, Any], None] = lambda name, body: N
     store.parts.database.meta()
     files = {info.digest: info for info in store.manifests.all()}
     store.manifests.fetch(files)
-    for name, row, versions in _names(store):
+    for name, row, versions, uses in _names(store):
         facts, states = _compare(store, found, name, row, versions)
         found.disagreements += facts
         found.committed[name] = {one.number: _committed(one) for one in states.values()}
         for digest, state in states.items():
             body = _body(store, digest)
             visit(name, body)
+            if uses.get(digest) not in (None, packed_files(body)):
+                found.disagreements.append(f"the files of version {state.number} of {name[0]} {name[1]!r} are wrong")
             if isinstance(state, Removed) and digest in files:
                 found.removals.append(_found(files[digest], body))
             if isinstance(state, Generator):  # reached below, unless it is idle
@@ -129,8 +131,8 @@ def walk(store: Store, visit: Callable[[Name, Any], None] = lambda name, body: N
     return found
 
 
-def _names(store: Store) -> Iterator[tuple[Name, dict[str, Any] | None, dict[int, str]]]:
-    """Yield each name with its row in `refs` and its versions, both of the same moment."""
+def _names(store: Store) -> Iterator[tuple[Name, dict[str, Any] | None, dict[int, str], dict[str, bytes]]]:
+    """Yield each name with its row in `refs`, its versions, and the files of each, all of the same moment."""
     last, is_complete = ("", ""), False
     while not is_complete:
         with store.parts.database.read() as connection:
@@ -139,13 +141,13 @@ def _names(store: Store) -> Iterator[tuple[Name, dict[str, Any] | None, dict[int
             is_complete = len(page) < _PAGE
             up_to = [] if is_complete else [~_after(HISTORY, (page[-1]["kind"], page[-1]["key"]))]
             history = connection.execute(select(HISTORY).where(_after(HISTORY, last), *up_to)).all()
-        versions = defaultdict[Name, dict[int, str]](dict)
-        for kind, key, number, digest in history:
-            versions[kind, key][number] = digest
+        versions, uses = defaultdict[Name, dict[int, str]](dict), defaultdict[Name, dict[str, bytes]](dict)
+        for kind, key, number, digest, files in history:
+            versions[kind, key][number], uses[kind, key][digest] = digest, files
         for row in page:
             last = row["kind"], row["key"]
-            yield last, row, versions.pop(last, {})
-        yield from ((name, None, numbers) for name, numbers in versions.items())
+            yield last, row, versions.pop(last, {}), uses[last]
+        yield from ((name, None, numbers, uses[name]) for name, numbers in versions.items())
 
 
 def _after(table: Table, name: Name) -> Any:
@@ -300,7 +302,7 @@ def count_uses(store: Store) -> Counter[str]:
 
 def manifests_of(store: Store, kind: str) -> Iterator[tuple[Name, Any]]:
     """Yield name and JSON of the readable manifests of a kind, in all versions."""
-    for name, row, versions in _names(store):
+    for name, row, versions, _ in _names(store):
         if kind == name[0]:
             for digest in dict.fromkeys([*versions.values(), *([] if row is None else [row["manifest"]])]):
                 try:

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from sqlalchemy import Connection, Select, Table, bindparam, delete, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
 from registry.errors import DamagedStore, LostRace, TaskConflict
 from registry.manifests import Generator, State, Task
-from registry.tables import HISTORY, META, REFS, REPAIR_HINT, index_of, key_of
+from registry.tables import HISTORY, META, REFS, REPAIR_HINT, index_of, key_of, version_of
 
 _CHUNK = 500  # values in one statement
 _WITH_HISTORY = {Task.KIND, Generator.KIND}
+
+
+class Written(NamedTuple):
+    """A manifest that is durable."""
+
+    digest: str
+    files: bytes  # its `packed_files`
 
 
 def ref_of(kind: str, name: str) -> Select[Any]:
@@ -49,7 +56,7 @@ def raise_seq(connection: Connection, states: Sequence[State]) -> None:
 def move(
     connection: Connection,
     states: Sequence[State],
-    digests: Sequence[str],
+    written: Sequence[Written],
     expected: Sequence[str | None],
     *,
     older: bool = False,
@@ -61,7 +68,7 @@ def move(
     present, rows = _present(connection, states), list[dict[str, Any]]()
     newest = {(one.KIND, key_of(one.KIND, one.ref)): one.number for one in sorted(states, key=lambda one: one.number)}
     _check_versions(connection, [one for one in newest if one not in present])
-    for state, digest, before in zip(states, digests, expected, strict=True):
+    for state, (digest, _), before in zip(states, written, expected, strict=True):
         key = state.KIND, key_of(state.KIND, state.ref)
         manifest, number = present.get(key, (None, 0))
         is_older, is_newest = state.number < number, state.number == newest[key]
@@ -73,8 +80,8 @@ def move(
         if is_newest and not is_older:
             rows.append(index_of(state, digest))
     versions = [
-        {"kind": one.KIND, "key": key_of(one.KIND, one.ref), "version": one.number, "manifest": digest}
-        for one, digest in zip(states, digests, strict=True)
+        version_of(one, digest, files)
+        for one, (digest, files) in zip(states, written, strict=True)
         if one.KIND in _WITH_HISTORY
     ]
     replace_rows(connection, REFS, ("kind", "key"), rows)

@@ -24,17 +24,17 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
 
 from sqlalchemy import Select, func, or_, select
 
-from registry.encoding import Shared, decode, encode, read_shared
+from registry.encoding import Shared, decode, encode, read_shared, unpacked
 from registry.errors import DamagedStore, GeneratorNotFound, LostRace, TaskConflict, TaskNotFound
 from registry.filters import Selection
 from registry.listing import IS_TASK, ROW, selected
 from registry.manifests import BaseModel, File, Generator, Part, Removed, Run, State, Task, now
 from registry.names import Address, DatabaseUrl, address_of, split_version
-from registry.refs import chunks, move, raise_seq, ref_of, remove_ref, replace_rows
+from registry.refs import Written, chunks, move, raise_seq, ref_of, remove_ref, replace_rows
 from registry.storage.blobs.content import Blobs
 from registry.storage.locks import Patience
 from registry.storage.open import StoreParts, open_parts
-from registry.tables import HISTORY, META, REFS, TaskRow, index_of, key_of
+from registry.tables import HISTORY, META, REFS, TaskRow, index_of, key_of, packed_files
 
 if TYPE_CHECKING:
     from registry.reachability import PruneReport
@@ -291,13 +291,14 @@ class Store:
         new = [_next(state, moment) for state in states]
         gone = [_next(Removed(of=one.KIND, name=one.ref, seq=one.seq, manifest=one.manifest), moment) for one in remove]
         # Removals last: if the command is killed and the database lost, the new name of a task must be there.
-        digests = self._put_states(new) + self._put_states(gone)
+        written, removals = self._put_states(new), self._put_states(gone)
+        digests = [one.digest for one in (*written, *removals)]
         try:
             with self._db.write() as connection:
                 for state in remove:
                     remove_ref(connection, state)
-                move(connection, new, digests[: len(new)], [state.manifest for state in states], older=older)
-                rows = [index_of(state, digest) for state, digest in zip(gone, digests[len(new) :], strict=True)]
+                move(connection, new, written, [state.manifest for state in states], older=older)
+                rows = [index_of(state, one.digest) for state, one in zip(gone, removals, strict=True)]
                 replace_rows(connection, REFS, ("kind", "key"), rows)
                 raise_seq(connection, [*new, *gone])
         except (LostRace, TaskConflict, DamagedStore):
@@ -322,9 +323,9 @@ class Store:
         states = [
             replace(state, seq=moment) if name in removed else state for state, name in zip(states, names, strict=True)
         ]
-        digests = self._put_states(states)
+        written = self._put_states(states)
         with self._db.write() as connection:
-            move(connection, states, digests, [None] * len(states))
+            move(connection, states, written, [None] * len(states))
             raise_seq(connection, states)
 
     def update(self, name: str, change: Callable[[Task], Task]) -> Task:
@@ -574,15 +575,16 @@ class Store:
             except LostRace:
                 continue
 
-    def _put_states(self, states: Sequence[State]) -> list[str]:
-        """Store manifests, after the documents that they share, and return their digests."""
+    def _put_states(self, states: Sequence[State]) -> list[Written]:
+        """Store manifests, after the documents that they share."""
         data, documents = list[bytes](), dict[str, bytes]()
         for state in states:
             body, common = encode(state)
             data.append(body)
             documents |= common
         self.blobs.put_all(list(documents.values()))
-        return self.manifests.put_all(data)
+        files = [packed_files(unpacked(one)) for one in data]
+        return list(map(Written, self.manifests.put_all(data), files))
 
     def _discard(self, run: Run, kept: frozenset[File]) -> None:
         """Delete an earlier state of a run with its blobs, which nothing else refers to."""

@@ -6,12 +6,12 @@ from collections import defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import false, select, true
+from sqlalchemy import and_, false, select, true
 
-from registry.encoding import files_of, unpacked
+from registry.encoding import unpacked
 from registry.manifests import Task
 from registry.reachability import leftovers
-from registry.tables import HISTORY, REFS
+from registry.tables import HISTORY, REFS, packed_files, start_of, unpacked_files
 
 if TYPE_CHECKING:
     from registry.store import Store
@@ -43,11 +43,14 @@ class Usage:
 
 
 def measure(store: Store) -> Usage:
-    """Add up the files of a store by use. A manifest that cannot be read counts, its files are `unreferenced`."""
-    uses, blobs, manifests = _uses(store), store.blobs.sizes(), store.manifests.sizes()
+    """Add up the files of a store by use, as the database has them; no manifest of a task is read."""
+    uses, named = _uses(store)
+    blobs, manifests = store.blobs.sizes(), store.manifests.sizes()
     sums = dict.fromkeys(Usage.__dataclass_fields__, 0)
-    for digest, size in (*blobs.items(), *manifests.items()):
-        sums[uses.get(digest, "unreferenced")] += size
+    for digest, size in blobs.items():
+        sums[uses.get(start_of(digest), "unreferenced")] += size
+    for digest, size in manifests.items():
+        sums["manifests" if digest in named else "unreferenced"] += size
     for use, size in store.parts.maintenance.footprint(blobs, manifests)._asdict().items():
         sums[use] += size
     if store.blobs.is_remote:
@@ -55,30 +58,30 @@ def measure(store: Store) -> Usage:
     return Usage(**sums)
 
 
-def _uses(store: Store) -> dict[str, str]:
-    """Return the use of each manifest and blob that refs and history reach."""
-    refs = select(REFS.c.kind, REFS.c.name, REFS.c.manifest, true())
-    history = select(HISTORY.c.kind, HISTORY.c.key.label("name"), HISTORY.c.manifest, false())
+def _uses(store: Store) -> tuple[dict[bytes, str], set[str]]:
+    """Return the use of each blob that refs and history reach, and the manifests that they name."""
+    same = and_(HISTORY.c.kind == REFS.c.kind, HISTORY.c.key == REFS.c.key, HISTORY.c.version == REFS.c.version)
+    refs = select(REFS.c.kind, REFS.c.name, REFS.c.manifest, true(), HISTORY.c.files).outerjoin_from(
+        REFS, HISTORY, same
+    )
+    history = select(HISTORY.c.kind, HISTORY.c.key.label("name"), HISTORY.c.manifest, false(), HISTORY.c.files)
     with store.parts.database.read() as connection:
-        current = connection.execute(refs).all()
-        older = connection.execute(history.where(HISTORY.c.manifest.not_in(select(REFS.c.manifest)))).all()
-    rows = [*current, *older]
-    store.manifests.fetch(manifest for _, _, manifest, _ in rows)
-    files: defaultdict[str, set[str]] = defaultdict(set)
-    files["manifests"] = {manifest for _, _, manifest, _ in rows}
-    for kind, is_current, body in store.undamaged(rows, lambda row: (row[0], row[3], _body(store, row[2]))):
-        for use, file in files_of(body):
+        rows = list(connection.execute(refs))
+        rows += connection.execute(history.where(HISTORY.c.manifest.not_in(select(REFS.c.manifest))))
+
+    def read(row: Any) -> tuple[str, bool, list[tuple[str, bytes]]]:
+        kind, _, manifest, is_current, files = row
+        if files is None:  # of a base model or a run
+            files = packed_files(unpacked(store.manifests.read(manifest)))
+        return kind, is_current, list(unpacked_files(files))
+
+    blobs: defaultdict[str, set[bytes]] = defaultdict(set)
+    for kind, is_current, files in store.undamaged(rows, read):
+        for use, start in files:
             if use == "generators" and (kind == Task.KIND or not is_current):
                 use = "old_generators"
-            files[use if is_current or use in ("manifests", "old_generators") else "versions"].add(file)
-    uses = dict[str, str]()
+            blobs[use if is_current or use in ("manifests", "old_generators") else "versions"].add(start)
+    uses = dict[bytes, str]()
     for use in reversed(Usage.__dataclass_fields__):
-        uses |= dict.fromkeys(files[use], use)
-    return uses
-
-
-def _body(store: Store, digest: str) -> Any:
-    body = unpacked(store.manifests.read(digest))
-    if vectors := body.get("vectors"):  # most are in one file
-        body["vectors"] = list({(one["blob"], one["shared"]): one for one in vectors}.values())
-    return body
+        uses |= dict.fromkeys(blobs[use], use)
+    return uses, {row.manifest for row in rows}

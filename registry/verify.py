@@ -20,7 +20,7 @@ from registry.errors import DamagedStore, MissingBlob, StoreIOError
 from registry.manifests import Generator, Removed, Run, State, Task
 from registry.reachability import Found, Name, Walk, is_named, leftovers, walk
 from registry.storage.blobs.content import Blobs
-from registry.tables import HISTORY, META, REFS, index_of, key_of
+from registry.tables import HISTORY, META, REFS, index_of, key_of, packed_files, version_of
 
 if TYPE_CHECKING:
     from registry.store import Store
@@ -139,7 +139,7 @@ def _of_newer(store: Store, newer: Sequence[Found]) -> Iterator[Finding]:
     uncommitted = list[Name]()
     for (kind, key), some in sorted(states.items(), key=lambda one: one[0]):
         # A generator that is not in use comes back with the change of a task that names it.
-        if kind == Generator.KIND or all(one.parent == store.ref(kind, key) for one in some):
+        if kind == Generator.KIND or all(_is_next(store, one) for one in some):
             uncommitted.append((kind, key))
             continue
         fact = f"{kind} {key!r} has {len(some)} states that the database does not have"
@@ -152,6 +152,11 @@ def _of_newer(store: Store, newer: Sequence[Found]) -> Iterator[Finding]:
         fact = f"the database lacks the last change of {what}{more}: a command was killed, or the database is a copy"
         tasks = tuple(key for kind, key in uncommitted if kind == "task")
         yield Finding("uncommitted", fact, store.manifests.home, tasks=tasks)
+
+
+def _is_next(store: Store, one: Found) -> bool:
+    """Return whether a state replaces one that the database has, or is the first of its name."""
+    return store.ref(*one.name) is None if one.parent is None else is_named(store, one.name, one.parent)
 
 
 def _of_blobs(blobs: Blobs, needs: _Needs, run: Any, *, read_data: bool) -> Iterator[Finding]:
@@ -363,7 +368,7 @@ def _is_committed(state: State, states: Sequence[State]) -> TypeGuard[Removed]:
 def _write(store: Store, refs: Sequence[State], history: Sequence[State], seq: int) -> None:
     rows = [index_of(state, str(state.manifest)) for state in refs]
     versions = [
-        {"kind": one.KIND, "key": key_of(one.KIND, one.ref), "version": one.number, "manifest": one.manifest}
+        version_of(one, str(one.manifest), packed_files(unpacked(store.manifests.read(str(one.manifest)))))
         for one in history
     ]
     with store.parts.database.rebuild() as connection:

@@ -151,7 +151,9 @@ class DatabasePromises:
         before = database.meta()
         with database.rebuild() as connection:
             connection.execute(insert(REFS), ref("new"))
-            connection.execute(insert(HISTORY), {"kind": "task", "key": "new", "version": 1, "manifest": "cd" * 32})
+            connection.execute(
+                insert(HISTORY), {"kind": "task", "key": "new", "version": 1, "manifest": "cd" * 32, "files": b""}
+            )
         assert self._names(self.new_database(database)) == ["new"]
         after = self.new_database(database).meta()
         assert after.store == before.store

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from registry.encoding import encode
+from registry.encoding import encode, unpacked
 from registry.errors import DamagedStore, StoreLocked
 from registry.manifests import Removed, Run
 from registry.reachability import PruneReport, walk
 from registry.store import Store
+from registry.tables import packed_files
 from tests.registry.children import KILLED, run
 from tests.registry.examples import BASE, ingest, new_store, put, task, train, vector
 from tests.registry.pairs import damage, lose, overwrite
@@ -180,7 +181,8 @@ class TestUnknownStates:
         before = ingest(store, "rust")
         newer = store.update("rust", lambda known: replace(known, samples=put(store, b"samples")))
         damage(store, "UPDATE refs SET manifest = " + literal(store, str(before.manifest)))
-        damage(store, "UPDATE history SET manifest = " + literal(store, str(before.manifest)))
+        files = literal(store, packed_files(unpacked(store.manifests.read(str(before.manifest)))).hex())
+        damage(store, f"UPDATE history SET manifest = {literal(store, str(before.manifest))}, files = {files}")
         report = store.prune(grace=0)
         assert (report.manifests, report.unlisted) == (0, ("rust",))
         assert store.blobs.read(str(newer.samples)) == b"samples"
@@ -217,6 +219,7 @@ class TestUnknownStates:
         "DELETE FROM history WHERE kind = 'task'",
         "UPDATE history SET version = 2 WHERE kind = 'task'",
         "UPDATE history SET key = 'ruts' WHERE kind = 'task'",
+        "UPDATE history SET files = substr(files, 10) WHERE kind = 'task'",
         "UPDATE refs SET version = 2 WHERE kind = 'task'",
         "DELETE FROM meta",
     ])  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import subprocess
 from dataclasses import replace
@@ -87,3 +88,10 @@ def test_the_lock_file_of_a_job_is_overhead_that_prune_does_not_promise_to_free(
     after = store.usage()
     assert (after.unreferenced, after.overhead) == (before.unreferenced, before.overhead + locks)
     assert locks > 0
+
+
+def test_the_bill_reads_no_manifest_of_a_task(store: Store) -> None:
+    state = ingest(store, "rust", samples=put(store, b"samples"))
+    before = store.usage()
+    freed = store.manifests.delete([str(state.manifest)], newest=math.inf)
+    assert store.usage() == replace(before, manifests=before.manifests - freed)

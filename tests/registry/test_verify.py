@@ -150,6 +150,12 @@ class TestLeftovers:
         (finding,) = store.verify()
         assert (finding.kind, finding.tasks, finding.is_problem) == ("uncommitted", ("rust",), False)
 
+    def test_so_is_one_of_an_earlier_version(self, store: Store, rust: Task) -> None:
+        store.publish([replace(rust, version=2, final=task(store, "rust", weights=b"second").final)])
+        store.manifests.put(encode(replace(rust, note="x", parent=rust.manifest, seq=rust.seq + 1))[0])
+        (finding,) = store.verify()
+        assert (finding.kind, finding.tasks, finding.is_problem) == ("uncommitted", ("rust",), False)
+
     def test_so_are_new_tasks_and_removals(self, store: Store, rust: Task) -> None:
         for attempt in range(2):
             store.manifests.put(encode(replace(task(store, "sql"), seq=attempt))[0])

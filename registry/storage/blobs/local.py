@@ -177,8 +177,9 @@ def _blobs_in(folder: Path) -> list[BlobInfo]:
     """Return the blobs of a folder, by digest."""
     from registry.storage.blobs.backend import BlobInfo
 
+    first = folder.name
     return [
         BlobInfo(name, status.st_size, status.st_mtime)
         for name, status in fs.listed(folder)
-        if name[0] == folder.name and is_digest(name)
+        if name[0] == first and is_digest(name)
     ]

@@ -147,7 +147,7 @@ class SharedBackend(LocalBackend):
         try:
             return (self._folder / "owner").read_text(errors="replace")
         except OSError as error:
-            hint = "check that it is mounted at this path, and that this user may read it"
+            hint = "check that it is mounted and readable; if `icm init` was interrupted, run it again"
             fact = f"no icm blobs in {self._folder}: {error.strerror}"
             raise StoreUnavailable(fact, path=self._folder, hint=hint) from None
 
