@@ -43,8 +43,8 @@ def test_they_are_trained_and_encoded_without_being_refined(images: Fleet) -> No
 def test_they_are_evicted_by_error_and_kept_where_a_gain_is_asked_for(images: Fleet) -> None:
     images.evict(["pear"], max_error=0.9)
     images.evict(["plum"], min_gain=0.1)
-    assert images.show("pear").final.is_evicted
-    assert not images.show("plum").final.is_evicted
+    assert images.show("pear").task.final.is_evicted
+    assert not images.show("plum").task.final.is_evicted
 
 
 def test_new_ones_are_ingested_next_to_it(images: Fleet, image_template: Path) -> None:

@@ -95,10 +95,10 @@ def test_what_is_measured_stands_beside_what_was_measured_in_full_precision(lear
 def test_listing_bill_and_task_say_the_precision_of_a_gain(learned: Fleet, base: Path) -> None:
     learned.add_base_model(LABEL, base, load_in="int8")
     learned.evaluate(["ships"], sources=["code"], **CPU)
-    listed = {row.task.name: row.gain_precision for row in learned.tasks()}
+    listed = {row.name: row.gain_precision for row in learned.tasks()}
     bill = learned.stats().fleets[0]
     assert listed["ships"] == "int8"
-    assert next(task.precision for task in bill.tasks if task.task == "ships") == "int8"
+    assert next(task.row.gain_precision for task in bill.tasks if task.row.name == "ships") == "int8"
     assert bill.retained_gains is not None
     assert "int8" in bill.retained_gains.precisions
 
@@ -139,6 +139,7 @@ def test_vectors_of_different_precisions_are_not_compared(learned: Fleet, base: 
 def test_a_bundle_is_asked_in_the_precision_of_its_vectors(
     subjects: Fleet, base: Path, samples: Path, tmp_path: Path
 ) -> None:
+    subjects.add_base_model(LABEL, base, load_in="nf4")
     here = subjects.recognize(samples, **CPU)
     subjects.export_bundle(tmp_path / "fleet.icm")
     there = Bundle(tmp_path / "fleet.icm").recognize(samples, base_model=base, cache=tmp_path / "cache", **CPU)
