@@ -195,7 +195,7 @@ def _main() -> None:
     parser.add_argument("--workers", type=int, default=WORKERS)
     parser.add_argument("--store", help="the address of an empty store that `icm init` made; by default a folder")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--output", type=Path, default=Path("tests/benchmarks/results/crowd.json"))
+    parser.add_argument("--output", type=Path, required=True)
     chosen = parser.parse_args()
     folder = Path(tempfile.mkdtemp())
     os.environ["XDG_CONFIG_HOME"] = str(folder / "config")  # where the base model is
