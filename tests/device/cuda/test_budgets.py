@@ -93,7 +93,7 @@ def test_the_vectors_of_a_task_are_read_once_for_each_view(base: BaseModel, tmp_
 
 def test_a_code_is_decoded_on_the_cpu_and_its_factors_copied(trained: Path) -> None:
     fleet = Fleet(trained)
-    task = fleet.task_names()[0]
+    task = fleet.tasks()[0].name
     counts = workloads.decoding(fleet, task)
     assert counts.operators == 0
     assert counts.copies_to == 2 * len(fleet.load(task, source="code").modules)

@@ -23,6 +23,7 @@ from tests.cli.tiny_fleet import EPISODES, STEPS, SUBJECTS, icm_quietly, write_l
 from tests.device.counts import counting
 from tests.icmlora.fleet.stores import TASKS
 from tests.icmlora.tiny_base import LABEL
+from tests.shared import use_config_of
 
 Icm = Callable[..., Ran]
 CARD, CPU = ("--device", "cuda"), ("--device", "cpu")
@@ -46,20 +47,22 @@ def card(icm: Icm) -> Callable[..., Ran]:
 @pytest.fixture(scope="module")
 def on_card_template(mixed_template: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The store of the mixed fleet, trained on the card, with a few-shot start."""
+    use_config_of(mixed_template)
     store = Path(shutil.copytree(mixed_template / "store", tmp_path_factory.mktemp("card") / "store"))
     icm_quietly(store, "train", "--objective", "both", "--episodes", EPISODES, *QUICK, *CARD)
     return store
 
 
 @pytest.fixture
-def on_card(on_card_template: Path, tmp_path: Path) -> Path:
+def on_card(on_card_template: Path, mixed_template: Path, tmp_path: Path) -> Path:
+    use_config_of(mixed_template)
     return Path(shutil.copytree(on_card_template, tmp_path / "store"))
 
 
 def vectors_of(store: Path) -> dict[str, NDArray[np.float32]]:
     """Return the mean task vector of each task and view."""
     with Store.open(store) as opened:
-        blobs = {vector.task: vector.blob for vector in opened.vectors.all()}
+        blobs = {task.name: task.vectors[0].blob for task in opened.tasks() if task.vectors}
         files = {task: arrays_from_bytes(opened.blobs.read(blob)) for task, blob in blobs.items()}
     return {f"{task}/{view}": sets.mean(0) for task, views in files.items() for view, sets in views.items()}
 
@@ -185,7 +188,7 @@ class TestEncode:
         told = tasks_of(card(*store, "encode", "ships", "--min-gain", 0.9, "--json"))
         assert (told["ships"]["status"], told["ships"]["retained_gain"] >= 0.9) == ("encoded", True)
         card(*store, "evict", "ships", "--min-gain", 0.8)
-        assert learned.show("ships").final.is_evicted
+        assert learned.show("ships").task.final.is_evicted
 
 
 class TestTellingTasksApart:

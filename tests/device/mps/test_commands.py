@@ -17,6 +17,7 @@ from tests.cli.test_recognize import write_samples
 from tests.cli.tiny_fleet import STEPS, icm_quietly, write_subject
 from tests.device.counts import counting
 from tests.icmlora.tiny_base import LABEL
+from tests.shared import use_config_of
 
 Icm = Callable[..., Ran]
 
@@ -49,7 +50,8 @@ def coded_template(mixed_template: Path, tmp_path_factory: pytest.TempPathFactor
 
 
 @pytest.fixture
-def coded(coded_template: Path, tmp_path: Path) -> Path:
+def coded(coded_template: Path, mixed_template: Path, tmp_path: Path) -> Path:
+    use_config_of(mixed_template)
     return Path(shutil.copytree(coded_template, tmp_path / "store"))
 
 
