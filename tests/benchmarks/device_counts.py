@@ -80,7 +80,7 @@ def count(store: Path, adapters: Path, base_folder: Path) -> dict[str, Any]:
         "refinement step, four tasks together": shown(workloads.refinement(base, codec, loaded, items)),
         "evaluation, for each text": shown(workloads.evaluation(base, texts[:8], 256)),
         "vectors of one task": shown(workloads.vectors(base, folders[0], texts)),
-        "one code decoded to the card": shown(workloads.decoding(fleet, fleet.task_names()[0])),
+        "one code decoded to the card": shown(workloads.decoding(fleet, fleet.tasks()[0].name)),
     }
 
 

@@ -102,7 +102,7 @@ def main() -> None:
     tasks: dict[str, object] = {}
     with tempfile.TemporaryDirectory() as place:
         study = Study(given, Path(place))
-        for task in given.tasks or Fleet(given.store).task_names():
+        for task in given.tasks or (row.name for row in Fleet(given.store).tasks()):
             tasks[task] = study.compare(task)
             print(task, json.dumps(tasks[task]), flush=True)
     packages = {name: version(name) for name in ("peft", "transformers", "torch", "gguf")}

@@ -54,7 +54,7 @@ def main() -> None:
 @torch.no_grad()
 def measure(fleet: Fleet, base: Path, rounds: int, work: Path) -> dict[str, Any]:
     """Attach every task several times."""
-    tasks = fleet.task_names()
+    tasks = [row.name for row in fleet.tasks()]
     torch.set_num_threads(1)
     model: Any = attach(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval(), fleet, tasks[0])
     for task in tasks:

@@ -47,7 +47,7 @@ def main() -> None:
             "date": datetime.now(UTC).date().isoformat(),
             "machine": describe_machine(),
             "vllm": version(options.vllm),
-            "tasks_in_the_store": len(fleet.task_names()),
+            "tasks_in_the_store": len(fleet.tasks()),
             **found,
         }
     options.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")

@@ -78,7 +78,7 @@ def give_contexts(options: argparse.Namespace) -> dict[str, tuple[TaskContext, i
     tokenizer, found = AutoTokenizer.from_pretrained(options.base), {}
     prompted = Prompted(SimpleNamespace(tokenizer=tokenizer, positions=None))  # type: ignore[arg-type]
     with Store.open(options.store) as store:
-        for task in Fleet(options.store).task_names():
+        for task in (row.name for row in Fleet(options.store).tasks()):
             lines = (options.fleet / task / "samples.jsonl").read_text(encoding="utf-8").split("\n")
             samples = plain(json.loads(line)["text"] for line in lines if line)
             context = prompted.context_of(prompted.fitting(samples, PIECE, options.tokens), PIECE).context

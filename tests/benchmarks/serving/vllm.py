@@ -364,7 +364,7 @@ def stop(process: subprocess.Popen[bytes]) -> None:
 def prompts_of(fleet: Fleet, folder: Path) -> dict[str, str]:
     """Return task -> the beginning of its first held-out text."""
     found = {}
-    for task in [task for task in fleet.task_names() if (folder / task).is_dir()]:
+    for task in [task for task in (row.name for row in fleet.tasks()) if (folder / task).is_dir()]:
         first = (folder / task / "eval.jsonl").read_text(encoding="utf-8").splitlines()[0]
         found[task] = json.loads(first)["text"][:PROMPT]
     return found
