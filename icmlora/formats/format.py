@@ -193,7 +193,7 @@ class AdapterFormat(ABC):
         """Return the adapters of this format in one folder, detected by file names and a few bytes."""
 
     def refuse(self, folder: Folder) -> list[AdapterRefused]:
-        """Return what is wrong with a folder that resembles an adapter of this format, if no format accepts it."""
+        """Return refusals for a folder that resembles an adapter of this format, if no format accepts it."""
         return []
 
     def read_config(self, config: bytes) -> ConfigFacts:

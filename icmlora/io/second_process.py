@@ -30,9 +30,9 @@ def in_two_processes(function: Callable[[_In], Iterable[_Out]], parts: Sequence[
     """Yield a function's results for each part, in order; a copy of this process computes every other part.
 
     Args:
-        function: Computes, reads files and opens what it needs. It must hold no open transaction and contact no server,
-            because connections do not survive a fork. Its results can be pickled. It may be called twice for a part,
-            with the same results.
+        function: Computes, reads files and opens its own resources. It must hold no open transaction and contact no
+            server, because connections do not survive a fork. Its results must be picklable. It may be called twice for
+            a part, with the same results.
         parts: Its arguments, one per call.
     """
     # Outside Linux, libraries do not survive a fork.

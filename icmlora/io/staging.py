@@ -210,7 +210,7 @@ def _fill(folder: Path, files: Mapping[str, bytes]) -> None:
 
 @contextmanager
 def building_folder(directory: Path) -> Iterator[Path]:
-    """Build a folder that replaces an absent or empty folder after the block, unless the block raises."""
+    """Build a folder that appears at an absent or empty `directory` after the block, unless the block raises."""
     # Follows a link. The block must sync its files.
     with _staged_folder(directory) as (folder, target):
         yield folder

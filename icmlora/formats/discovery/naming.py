@@ -199,7 +199,7 @@ class _Recognised:
         return self._names
 
     def _claim(self, candidates: Callable[[int], Iterator[str]]) -> None:
-        """Give each unnamed task its first unclaimed candidate."""
+        """Assign its first unclaimed candidate to each unnamed task."""
         claimed = set(self._names.values())
         for index in range(len(self._tasks)):
             if index not in self._names:

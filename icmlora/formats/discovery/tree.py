@@ -1,4 +1,4 @@
-"""Walk an untrusted tree: follow no link out of it, open no special file, and recurse nowhere."""
+"""Walk an untrusted tree iteratively: follow no link out of it, and open no special file."""
 
 from __future__ import annotations
 

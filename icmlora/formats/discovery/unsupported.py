@@ -47,7 +47,7 @@ _EXTRACT = "extract a LoRA from it where it was trained, with a script from kohy
 _TO_PEFT = "convert it to a PEFT folder first"
 _OF_MLX = "rename it to adapters.safetensors, in a folder with its adapter_config.json"
 
-# Exact file names of other formats: kind, description, hint.
+# Exact file names: kind, description, hint.
 _NAMES: Mapping[str, tuple[str, str, str]] = {
     "pytorch_lora_weights.safetensors": ("diffusers", "a diffusers LoRA", _TO_PEFT),
     "adapter_model.safetensors": ("bare", "adapter weights without adapter_config.json: alpha is unknown", _BARE),
@@ -112,7 +112,7 @@ def described(path: Path) -> AdapterRefused:
 
 
 def is_passed_over(name: str) -> bool:
-    """Return whether a file next to an adapter belongs to a trainer or hub and can be dropped."""
+    """Return whether a file next to an adapter belongs to a trainer or hub and need not be kept."""
     return _PASSED_OVER.fullmatch(name[:256]) is not None
 
 
