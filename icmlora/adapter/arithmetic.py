@@ -68,6 +68,6 @@ def mean_adapter(adapters: Iterable[Adapter], rank: int) -> Adapter:
         if max(shape.rank for shape in total.layout) > _WORKING_RANK:
             total = truncated(total, _WORKING_RANK // 2)
     if total is None:
-        raise ValueError("no adapters have no mean")
+        raise ValueError("there are no adapters to average")
     most = [module for module in total.modules if 2 * owners[module.name] >= count]
     return truncated(with_modules(total, times(most or total.modules, 1 / count)), rank)

@@ -39,7 +39,7 @@ def canonicalize(adapter: Adapter) -> Adapter:
     with side_by_side() as each:
         for modules, (a, b) in zip(parts, each(_balanced, parts), strict=True):
             if not (is_finite(a) and is_finite(b)):
-                message = f"the factors of {modules[0].name} or a module like it exceed float32"
+                message = f"the factors of {modules[0].name}, or of a module of the same shape, exceed float32"
                 raise AdapterRefused(message, kind="overflow")
             for module, new_a, new_b in zip(modules, a, b, strict=True):
                 done[module.name] = LoraModule(module.name, new_a, new_b)

@@ -60,7 +60,7 @@ class Adapter:
         """
         names = {module.name for module in self.modules}
         if not names or len(names) != len(self.modules):
-            raise ValueError("an adapter has at least one module, and each only once")
+            raise ValueError("an adapter needs at least one module, each with a unique name")
         object.__setattr__(self, "modules", tuple(sorted(self.modules, key=lambda module: natural_key(module.name))))
 
     @property

@@ -76,7 +76,7 @@ def parse_references(blob: bytes) -> dict[str, Reference]:
     """
     try:
         if not blob.startswith(REFERENCES):
-            raise ValueError("not a record of them")
+            raise ValueError("not a record of references")
         fields = parse_object(blob[len(REFERENCES) :], what="the record", max_bytes=MAX_RECORD)
         return {name: _reference(name, value) for name, value in fields.items()}
     except (ValueError, IcmLoraError) as error:
@@ -123,7 +123,7 @@ def _reference(name: str, value: object) -> Reference:
         case _:
             raise ValueError("an entry is not a tensor, a type, a shape and a digest")
     if not (TENSOR_NAME.fullmatch(name) and TENSOR_NAME.fullmatch(tensor)):
-        raise ValueError("the name of a tensor is not plain")
+        raise ValueError("an entry has an invalid tensor name")
     sizes = tuple(size for size in shape if type(size) is int and 0 <= size <= MAX_DIMENSION)
     if dtype not in ITEM_BYTES or len(sizes) != len(shape) or len(shape) > MAX_RANK or not _DIGEST.fullmatch(digest):
         raise ValueError("an entry has an unknown type, or an invalid shape or digest")

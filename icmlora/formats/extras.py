@@ -76,7 +76,7 @@ def unpack(packed: bytes) -> bytes:
         frame = packed[_HEAD.size :]
         # The decompressor allocates any length that a frame declares.
         if zstandard.frame_content_size(frame) != length:
-            raise ValueError("its length differs from the declared one")
+            raise ValueError("its length differs from the declared length")
         planes = zstandard.ZstdDecompressor().decompress(frame)
         if len(planes) != length:
             raise ValueError("cut short")

@@ -58,7 +58,7 @@ def _refuse_first(data: bytes | bytearray | memoryview, header: TensorHeader) ->
             index = int(wrong[0])
             raise AdapterRefused(
                 f"{tensor.name} holds {_value_name(int(values[index]), tensor)} at {_position(index, tensor)}"
-                f" ({wrong.size:,} such values in it)",
+                f" ({wrong.size:,} such values in the tensor)",
                 kind="non-finite",
                 hint="the training run diverged: use an earlier checkpoint",
             )

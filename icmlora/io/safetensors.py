@@ -274,7 +274,7 @@ def _metadata(value: object) -> Mapping[str, str]:
 
 def _tensor(name: str, value: object, start: int) -> TensorInfo:
     if not TENSOR_NAME.fullmatch(name):
-        raise UnsafeInput(f"the tensor name {escape(name, 120)!r} is not plain", kind="name")
+        raise UnsafeInput(f"invalid tensor name {escape(name, 120)!r}", kind="name")
     if not isinstance(value, dict) or set(value) != _FIELDS:
         raise AdapterRefused(f"{name} needs exactly dtype, shape and data_offsets", kind="damaged")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
@@ -283,7 +283,7 @@ def _tensor(name: str, value: object, start: int) -> TensorInfo:
     if not _is_sizes(shape) or not _is_sizes(offsets) or len(offsets) != 2:
         raise AdapterRefused(f"{name} has a shape or offsets that are not whole numbers", kind="damaged")
     if len(shape) > MAX_RANK or any(size > MAX_DIMENSION for size in shape):
-        raise UnsafeInput(f"{name} has the shape {escape(str(shape), 64)}", kind="limits")
+        raise UnsafeInput(f"{name} has the invalid shape {escape(str(shape), 64)}", kind="limits")
     if offsets[1] - offsets[0] != math.prod(shape) * ITEM_BYTES[dtype]:
         raise AdapterRefused(f"{name} has offsets that do not fit {dtype} {shape}", kind="damaged")
     return TensorInfo(name, dtype, tuple(shape), start + offsets[0], start + offsets[1])

@@ -36,7 +36,7 @@ def decode_float32(data: bytes | bytearray | memoryview, header: TensorHeader) -
     tensors: dict[str, torch.Tensor] = {}
     for run in header.runs:
         if run[0].dtype not in _TORCH:
-            raise AdapterRefused(f"{run[0].name} has the type {run[0].dtype}", kind="dtype")
+            raise AdapterRefused(f"{run[0].name} has the unsupported type {run[0].dtype}", kind="dtype")
         raw, offset = bits(data, run[0].dtype, run[0].begin, run[-1].end), 0
         values = torch.empty(raw.size, dtype=torch.float32)
         for part in torch.split(values, _CHUNK):

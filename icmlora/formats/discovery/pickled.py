@@ -125,5 +125,5 @@ def _refusal(status: int | None, memory: int, seconds: int) -> AdapterRefused:
     elif status == pickle_child.BROKEN:
         fact, kind = "a pickle that is damaged or runs code; no code was run", "pickle"
     else:
-        fact, kind = f"the process that reads pickles ended with status {status}", "pickle"
+        fact, kind = f"the pickle reader exited with status {status}", "pickle"
     return UnsafeInput(fact, kind=kind, hint=_RESAVE)

@@ -108,6 +108,6 @@ def _inside(entry: os.DirEntry[str], root: Path, watched: Collection[str], refus
         if repository is not None:
             hint = f"specify {escape(str(repository), 4096)}, which contains both, or a copy made with `cp -rL`"
         refuse(
-            UnsafeInput("a symbolic link to outside the specified folder", kind="symlink", path=entry.path, hint=hint)
+            UnsafeInput("a symbolic link that leaves the specified folder", kind="symlink", path=entry.path, hint=hint)
         )
     return None

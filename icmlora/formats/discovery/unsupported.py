@@ -60,7 +60,7 @@ _MARKS: tuple[tuple[bytes, tuple[str, str, str]], ...] = (
     (rb'_lora\d?\.(down|up)\.weight"', ("diffusers", "an XLabs or old diffusers LoRA", _TO_PEFT)),
     (rb'\.lora_[ab]"', ("mlx", "weights of MLX-LM without their configuration", _OF_MLX)),
     (rb'\.lora_[AB]\.weight"', ("bare", "LoRA weights without adapter_config.json: alpha is unknown", _BARE)),
-    (rb'\.diff(_b)?"', ("diff", "whole differences of weights (.diff), not a LoRA", _EXTRACT)),
+    (rb'\.diff(_b)?"', ("diff", "full weight differences (.diff), not a LoRA", _EXTRACT)),
 )
 # Files that are not adapters; skipped next to adapters.
 _OTHERS: tuple[tuple[bytes, str], ...] = (
@@ -87,9 +87,9 @@ def described(path: Path) -> AdapterRefused:
     config = folder / "adapter_config.json"
     if name == config.name or (name in ("adapter_model.safetensors", "adapters.safetensors") and config.is_file()):
         hint = f"specify the folder {escape(str(folder), 4096)}"
-        return AdapterRefused("a part of an adapter, which is a folder", kind="not-a-folder", path=path, hint=hint)
+        return AdapterRefused("only one file of an adapter folder", kind="not-a-folder", path=path, hint=hint)
     if name.startswith(APPLE_DOUBLE):
-        hint = "specify the file of this name without '._'"
+        hint = "specify the file without the prefix '._'"
         return AdapterRefused("a macOS metadata file", kind="not-a-folder", path=path, hint=hint)
     known = _foreign(name, path, has_config=config.is_file())
     if known is not None:

@@ -171,7 +171,9 @@ def _kronecker(lokr: Any, parts: _Parts) -> Tensor:
 
 def _checked(stem: str, delta: Tensor) -> Tensor:
     if delta.dim() < 2:
-        raise AdapterRefused(f"{stem}: a change of shape {list(delta.shape)} does not fit any layer", kind="shape")
+        raise AdapterRefused(
+            f"{stem}: a weight change of shape {list(delta.shape)} does not fit any layer", kind="shape"
+        )
     if not delta.isfinite().all():
         raise AdapterRefused(f"{stem}: its dW exceeds float32", kind="overflow")
     return delta

@@ -94,7 +94,7 @@ def diffusers_to_kohya(tensors: Tensors, *, is_sdxl: bool) -> dict[str, Tensor]:
             raise AdapterRefused(fact, kind="layers", hint=_KEEP)
         module = inner.partition(".lora_")[0]
         if (_unet_name(module) if part == "unet" else clip_name(module)) is None:
-            raise _lost(f"{part}.{module}", f"no {'Stable Diffusion' if part == 'unet' else 'CLIP'} has such a module")
+            raise _lost(f"{part}.{module}", f"{'Stable Diffusion' if part == 'unet' else 'CLIP'} has no such module")
     # transformers used this prefix in every text encoder until version 5, and kohya's programs still do.
     full = {_SHORT_TEXT.sub(r"\1text_model.", name): name for name in named}
     found: dict[str, Tensor] = utils.convert_state_dict_to_kohya({name: named[key] for name, key in full.items()})
@@ -135,7 +135,7 @@ def _paired(tensors: Tensors) -> Pairs:
                 halves.setdefault(match["stem"], {})[half] = values
                 break
         else:
-            raise _lost(name, "its name is not the name of a factor")
+            raise _lost(name, "it is not a LoRA factor")
     return {stem: (pair[0], pair[1]) for stem, pair in halves.items()}
 
 
@@ -161,7 +161,7 @@ def _renamed(pairs: Pairs, family: Family) -> dict[str, Tensor]:
     try:
         found = converter(pairs)
     except REFUSALS as error:
-        what = " ".join(str(error).split())[:300] or "its modules have other widths"
+        what = " ".join(str(error).split())[:300] or "the widths of its modules differ"
         fact = f"diffusers does not convert this adapter of {family.label}: {what}"
         raise AdapterRefused(fact, kind="layers", hint=_KEEP) from error
     return {_checked(name, family): values for name, values in _peft_names(found).items()}

@@ -103,7 +103,7 @@ def _why_no_code(header: TensorHeader, found: SortedFile) -> str | None:
     if not header.tensors:
         return f"{NOTHING}: it holds no tensors"
     if found.other_method is not None:
-        return f"it is {found.other_method}, not LoRA alone"
+        return f"it is {found.other_method}, not plain LoRA"
     return None if found.factors else "it has no LoRA factors"
 
 
@@ -140,7 +140,7 @@ def _metadata_tensor(weights: Buffer, header: TensorHeader) -> tuple[TensorInfo,
             begin = 8 + len(text[: match.end()].encode())
             size = len(text[match.end() : end].encode())
             return (TensorInfo(HEADER, "U8", (size,), begin, begin + size),)
-    raise AdapterRefused("the header writes __metadata__ in an unusual way", kind="damaged")
+    raise AdapterRefused("__metadata__ cannot be located in the header", kind="damaged")
 
 
 def _template(factors: tuple[Factors, ...], alphas: Mapping[str, float], naming: Naming) -> str:

@@ -216,9 +216,9 @@ def _factors(module: str, style: int, parts: Mapping[FactorPart, TensorInfo]) ->
     down, up, mid, alpha = parts["down"], parts["up"], parts.get("mid"), parts.get("alpha")
     for tensor in (down, up):
         if len(tensor.shape) < 2 or 0 in tensor.shape:
-            raise AdapterRefused(f"{tensor.name} has the shape {list(tensor.shape)}", kind="shape")
+            raise AdapterRefused(f"{tensor.name} has the invalid shape {list(tensor.shape)}", kind="shape")
         if tensor.dtype not in FLOAT_TYPES:
-            raise AdapterRefused(f"{tensor.name} has the type {tensor.dtype}", kind="dtype")
+            raise AdapterRefused(f"{tensor.name} has the unsupported type {tensor.dtype}", kind="dtype")
     inner = down.shape[0] if mid is None else mid.shape[0]
     if inner != up.shape[1] or prod(up.shape[2:]) != 1 or (mid is not None and not _is_core(mid, down)):
         if mid is None and down.shape[-1] == up.shape[0] and len(down.shape) == 2:
@@ -227,7 +227,7 @@ def _factors(module: str, style: int, parts: Mapping[FactorPart, TensorInfo]) ->
         fact = f"{_shown(down)} and {_shown(up)} do not fit together"
         raise AdapterRefused(fact, kind="shape", hint=_ORIENTATION)
     if up.shape[1] > MAX_RANK:
-        raise AdapterRefused(f"{up.name} has the rank {up.shape[1]:,}", kind="rank")
+        raise AdapterRefused(f"{up.name} has rank {up.shape[1]:,}, more than {MAX_RANK:,}", kind="rank")
     if alpha is not None and (alpha.shape not in ((), (1,)) or alpha.dtype not in NUMBERS):
         fact = f"{alpha.name} is {alpha.dtype} {list(alpha.shape)}, not one number"
         raise AdapterRefused(fact, kind="alpha")

@@ -72,7 +72,7 @@ class LoraPair:
         """Refuse shapes that do not form a factor pair."""
         a, b = self.a, self.b
         if len(a.shape) not in (2, 3) or len(a.shape) != len(b.shape) or 0 in (*a.shape, *b.shape):
-            raise AdapterRefused(f"{self._shapes} are not two factors", kind="shape")
+            raise AdapterRefused(f"{self._shapes} are not a pair of factors", kind="shape")
         ranks = self.rank, b.shape[-2] if self.b_is_turned else b.shape[-1]
         if ranks[0] != ranks[1] or a.shape[:-2] != b.shape[:-2]:
             raise AdapterRefused(f"{self._shapes} do not fit together", kind="shape", hint=_TURNED)

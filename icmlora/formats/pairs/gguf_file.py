@@ -111,7 +111,7 @@ def read_gguf(data: Buffer, size: int | None = None) -> GgufHeader:
     if magic != _MAGIC:
         raise AdapterRefused("not a GGUF file", kind="damaged")
     if version not in _VERSIONS:
-        raise AdapterRefused(f"GGUF of version {version:#x}, or of another byte order", kind="damaged")
+        raise AdapterRefused(f"unsupported GGUF version {version:#x}, or big-endian file", kind="damaged")
     values = _values(cursor, keys)
     if tensors > MAX_TENSORS:
         raise UnsafeInput(f"claims {tensors:,} tensors, more than {MAX_TENSORS:,}", kind="limits")
@@ -183,7 +183,7 @@ class _Cursor:
     def name(self, pattern: re.Pattern[str], what: str) -> str:
         name = self.take(self.number("Q")).decode("latin-1")
         if not pattern.fullmatch(name):
-            raise UnsafeInput(f"the {what} {escape(name, 120)!r} is not plain", kind="name")
+            raise UnsafeInput(f"invalid {what} {escape(name, 120)!r}", kind="name")
         return name
 
 
@@ -237,7 +237,7 @@ def _tensor(cursor: _Cursor) -> TensorInfo:
         raise AdapterRefused(f"{name} has {dimensions} dimensions", kind="shape")
     shape = tuple(cursor.number("Q") for _ in range(dimensions))[::-1]
     if not all(1 <= size <= MAX_DIMENSION for size in shape):
-        raise UnsafeInput(f"{name} has the shape {escape(str(shape), 64)}", kind="limits")
+        raise UnsafeInput(f"{name} has the invalid shape {escape(str(shape), 64)}", kind="limits")
     kind, begin = cursor.number("I"), cursor.number("Q")
     if kind in _TYPES:
         return TensorInfo(name, _TYPES[kind], shape, begin, begin + prod(shape) * ITEM_BYTES[_TYPES[kind]])
@@ -249,7 +249,9 @@ def _tensor(cursor: _Cursor) -> TensorInfo:
         raise AdapterRefused(f"{name} has the unknown type {kind}", kind="dtype") from None
     items, size = GGML_QUANT_SIZES[found]
     if shape[-1] % items:
-        raise AdapterRefused(f"{name} has rows of {shape[-1]}, which {found.name} does not support", kind="shape")
+        raise AdapterRefused(
+            f"{name} has rows of length {shape[-1]}, which {found.name} does not support", kind="shape"
+        )
     return TensorInfo(name, found.name, shape, begin, begin + prod(shape) // items * size)
 
 

@@ -265,7 +265,7 @@ def _wrong(key: str, value: object) -> AdapterRefused:
 
 
 def _cannot_run(what: str) -> AdapterRefused:
-    hint = "measure it where it was trained; icm still stores and writes it"
+    hint = "evaluate it where it was trained; icm can still store and write it"
     return AdapterRefused(f"icm cannot run it: {what}", kind="cannot-run", hint=hint)
 
 

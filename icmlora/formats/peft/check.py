@@ -100,7 +100,7 @@ def _check_pairs(config: AdapterConfig, tensors: SortedTensors) -> None:
             message = f"{pair.a.name} has rank {rank}, but adapter_config.json states {stated}"
             raise AdapterRefused(message, kind="rank")
         if unknown := {pair.a.dtype, pair.b.dtype} - FLOAT_TYPES:
-            raise AdapterRefused(f"{pair.a.name} has the type {min(unknown)}", kind="dtype")
+            raise AdapterRefused(f"{pair.a.name} has the unsupported type {min(unknown)}", kind="dtype")
 
 
 def _without_code(plan: CheckedAdapter, reason: str, *, does_nothing: bool) -> CheckedAdapter:

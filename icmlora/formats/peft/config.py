@@ -202,7 +202,7 @@ class _Reader:
         if type(value) is not int or value < 1:
             raise self._wrong(key, value, "a whole number from 1")
         if value > MAX_RANK:
-            raise AdapterRefused(f"{key} holds the rank {escape(str(value), 32)}", kind="rank")
+            raise AdapterRefused(f"{key} has rank {escape(str(value), 32)}, more than {MAX_RANK:,}", kind="rank")
         return value
 
     def number(self, key: str, value: object) -> float:

@@ -51,7 +51,7 @@ def check_initial(config: bytes, header: TensorHeader, initial_config: bytes, in
     if None not in (one.base_model, other.base_model) and one.base_model != other.base_model:
         raise _unfit("they belong to another base model")
     if any(one.scale_of(pair.module) != other.scale_of(pair.module) for pair in pairs):
-        raise _unfit("they have another scale")
+        raise _unfit("their scale differs from the adapter's")
 
 
 def convert(config: bytes, weights: bytes, initial: bytes) -> tuple[bytes, bytes]:

@@ -149,7 +149,7 @@ def _pair(module: str, halves: dict[str, TensorInfo]) -> FactorPair:
     for tensor in (a, b):
         if len(tensor.shape) < 2 or 0 in tensor.shape:
             hint = "gather the weights of a ZeRO-3 or FSDP run before saving"
-            message = f"{tensor.name} has the shape {list(tensor.shape)}"
+            message = f"{tensor.name} has the invalid shape {list(tensor.shape)}"
             raise AdapterRefused(message, kind="shape", hint=hint)
     if len(a.shape) == len(b.shape) > 2:  # in a grouped convolution, B has the columns of one group
         groups = max(1, a.shape[0] // b.shape[1])

@@ -44,7 +44,7 @@ _CANNOT_RUN = {
 }
 
 
-_MEASURE = "write it with `icm materialize` and measure it where it was trained; icm still stores and writes it"
+_EVALUATE = "write it with `icm materialize` and evaluate it where it was trained"
 
 
 def read_runnable(config: bytes, weights: bytes) -> RunnableAdapter:
@@ -56,7 +56,7 @@ def read_runnable(config: bytes, weights: bytes) -> RunnableAdapter:
     fields = fields_of(config)
     for field, what in _CANNOT_RUN.items():
         if fields.get(field):
-            raise AdapterRefused(f"icm cannot run it: {what}", kind="cannot-run", hint=_MEASURE)
+            raise AdapterRefused(f"icm cannot run it: {what}", kind="cannot-run", hint=_EVALUATE)
     loaded, parsed = read_adapter(config, weights), AdapterConfig.parse(config)
     values: dict[str, torch.Tensor] = {}
     rows: dict[str, tuple[Sequence[int], torch.Tensor]] = {}
