@@ -47,8 +47,8 @@ def walk(root: Path, watched: Collection[str], refuse: Refuse) -> Iterator[Folde
     Raises:
         UnsafeInput: It has more than a million entries.
     """
-    # Skip links to folders inside the tree, whose targets are visited anyway, and hidden folders. Refuse links out of
-    # the tree and special files if their names are `watched`, and ignore them otherwise.
+    # Skip hidden folders, and links to folders inside the tree, whose targets are visited anyway. Refuse links to
+    # folders out of the tree. Refuse other unusable links and special files only if their names are `watched`.
     pending = [root]
     budget = MAX_ENTRIES
     while pending:

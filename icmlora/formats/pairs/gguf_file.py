@@ -104,7 +104,7 @@ def read_gguf(data: Buffer, size: int | None = None) -> GgufHeader:
 
     Raises:
         AdapterRefused: It is damaged.
-        UnsafeInput: It exceeds the limits, or has a duplicate name or one that is not plain.
+        UnsafeInput: It exceeds the limits, or has a duplicate or invalid name.
     """
     cursor = _Cursor(memoryview(data))
     magic, version, tensors, keys = cursor.unpack(_HEAD)
